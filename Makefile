@@ -1,0 +1,105 @@
+# The whole way from an empty machine: `make` lists what there is. Every finished step is skipped at the next call.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -e -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+
+PYTHON ?= python3
+BIN := .venv/bin
+FASTBERT := $(BIN)/fastbert
+PIP := $(BIN)/pip --disable-pip-version-check install -qq
+RUN := runs/demo
+
+# Without these, glibc returns every large temporary to the kernel and faults it in again: 150,000 page faults a step.
+demo bench-step: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296
+# One thread for each worker of pytest, which has one worker for each core.
+test: export OMP_NUM_THREADS := 1
+
+heading = @printf '\n==> %s\n' "$(1)"
+
+.PHONY: help install demo test check bench-step clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+
+install: .venv/.installed ## make .venv with fastbert in it
+
+demo: $(RUN)/export/config.json ## from text to a trained model that transformers loads, under 8 minutes on 2 cores
+	$(call heading,Done. What is there to see:)
+	@echo "  picture of the loss    $(RUN)/loss.png"
+	@echo "  held-out loss          $(RUN)/evaluate.txt"
+	@echo "  filled-in sentences    $(RUN)/samples.txt"
+	@echo "  model for transformers $(RUN)/export"
+	@echo "To start afresh: rm -r $(RUN)"
+
+test: .venv/.installed-test ## every test, on all cores
+	@$(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+check: .venv/.installed-test ## lint, format and types only
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench-step: .venv/.installed ## one training step against transformers' BertForPreTraining, in turns
+	@$(BIN)/python benchmarks/bench_step.py
+
+clean: ## remove .venv and caches; data/ and runs/ stay
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The environment. torch first and exactly, since an open range takes the newest build, which is several GB.
+
+.venv/.installed: pyproject.toml
+	@missing=; \
+	if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	    missing+=", Python 3.10 or newer as '$(PYTHON)' (make PYTHON=... takes another)"; \
+	elif ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then missing+=", Python's venv module"; fi; \
+	command -v g++ >/dev/null || missing+=", g++"; \
+	[ -z "$$missing" ] || { echo "missing: $${missing:2}. On Debian or Ubuntu: apt-get install python3-venv g++" >&2; exit 1; }
+	$(call heading,Environment: .venv with torch 2.13.0 and fastbert (about a minute$(comma) more on a slow network))
+	@$(PYTHON) -m venv .venv
+	@$(PIP) torch==2.13.0
+	@$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(call heading,Environment: what the tests need)
+	@$(PIP) --editable '.[test]'
+	@touch $@
+
+# The demo. Each file is the proof that its step is finished, and so the reason to skip it; `|` asks only whether it is there.
+
+data/wiki.jsonl: | .venv/.installed
+	$(call heading,Text: 10$(comma)033 articles of English Wikipedia$(comma) pinned and checked$(comma) CC BY-SA 4.0)
+	@$(BIN)/python examples/encyclopedia.py $@
+
+data/wiki/manifest.json: | data/wiki.jsonl
+	$(call heading,Prepare: text to a vocabulary and token ids)
+	@$(FASTBERT) prepare data/wiki.jsonl --out data/wiki --vocab-size 4096
+
+$(RUN)/finished: | data/wiki/manifest.json
+	$(call heading,Pretrain: about four minutes; Ctrl-C saves$(comma) and make demo goes on from there)
+	@resume=; if compgen -G '$(RUN)/checkpoints/step-*' >/dev/null; then resume=--resume; fi; \
+	$(FASTBERT) pretrain recipes/demo.toml $$resume
+	@touch $@
+
+$(RUN)/evaluate.txt: | $(RUN)/finished
+	$(call heading,Evaluate: on articles that were held out)
+	@$(FASTBERT) evaluate $(RUN) | tee $@
+
+$(RUN)/samples.txt: | $(RUN)/evaluate.txt
+	$(call heading,Fill and nsp: sentences chosen before the model was there)
+	@{ $(FASTBERT) fill $(RUN) "She was born [MASK] 1867 in Warsaw, the capital of Poland."; \
+	   $(FASTBERT) fill $(RUN) "The United [MASK] of America is a country in North America."; \
+	   $(FASTBERT) fill $(RUN) "It is one of the [MASK] important works of the 19th century."; \
+	   $(FASTBERT) fill $(RUN) "The river flows through the [MASK] of Germany and Austria."; \
+	   $(FASTBERT) nsp $(RUN) "The lion is a large cat native to Africa and India." "It has a muscular body, a short head and round ears."; \
+	   $(FASTBERT) nsp $(RUN) "The lion is a large cat native to Africa and India." "The party won a majority of seats in the election."; \
+	} | tee $@
+
+$(RUN)/export/config.json: | $(RUN)/samples.txt
+	$(call heading,Export: a Hugging Face folder$(comma) compared with our own logits)
+	@$(FASTBERT) export $(RUN) --out $(RUN)/export
+
+comma := ,

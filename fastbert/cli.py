@@ -1,0 +1,373 @@
+"""The command line: `fastbert VERB ...`.
+
+Every verb imports its work when it is called, so that `--help` and a wrong argument answer at once. Bad input is one line on stderr
+and exit code 2; what a verb prints with --json is one JSON object on stdout, and nothing else goes there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from fastbert import __version__
+from fastbert.errors import InputError
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+
+# What the system says when it is the user's disk or rights that are in the way, not a bug.
+SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR}
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Pre-train a BERT of your own, from raw text to a model that Hugging Face loads.",
+    epilog="Start: fastbert prepare text.txt --out data/my && fastbert pretrain recipes/mini.toml data=data/my run=runs/my",
+)
+
+Model = Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, one of its checkpoints, or a Hugging Face BERT folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code."""
+    warnings.showwarning = _show_warning
+    try:
+        # Outside its standalone mode typer returns what the verb returned, or the code of typer.Exit.
+        result = app(args=list(arguments) or ["--help"], prog_name="fastbert", standalone_mode=False)
+        return result if isinstance(result, int) else DONE
+    except InputError as error:
+        return _say(error, BAD_INPUT)
+    except OSError as error:
+        if error.errno not in SYSTEM_ERRORS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _say(f"{place}{error.strerror}; make room there, or choose another place", BAD_INPUT)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except Exception as error:
+        # typer's usage errors: their class is private, and an older typer takes them from click.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        return _say(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'fastbert'} --help", BAD_INPUT)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=lambda v: _version(v))
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: fastbert prepare wiki.jsonl.gz more/ --out data/wiki --vocab-size 30522")
+def prepare(
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Text files or folders: txt, jsonl, parquet; also .gz, .zst.")],
+    out: Annotated[Path, typer.Option(help="The store, a new folder.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the WordPiece vocabulary to train.")] = 30522,
+    tokenizer: Annotated[Path | None, typer.Option(help="Use this BERT tokenizer (folder or vocab.txt), train none.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+) -> None:
+    """Turn text into a store: tokenizer, token ids, a held-out part, and a report on the data."""
+
+
+@app.command(epilog="Example: fastbert pretrain recipes/base.toml data=data/wiki run=runs/base optimizer.lr=2e-4")
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings that win over the recipe's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest sound checkpoint of the run.")] = False,
+) -> int:
+    """Train a model from a store, as a recipe says. Exit code 75: interrupted, a checkpoint is saved."""
+    from fastbert.config import load_config
+
+    config = load_config(recipe, overrides or ())
+    from fastbert.training.loop import pretrain
+
+    return pretrain(config, str(recipe), resume)
+
+
+@app.command(epilog="Example: fastbert evaluate runs/base")
+def evaluate(
+    model: Model,
+    data: Annotated[Path | None, typer.Option(help="Another store made with the same tokenizer; by default the run's own.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Held-out examples; by default the recipe's evaluate.sequences.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss, perplexity and accuracy, next to what simple count models reach on the same text."""
+    from fastbert.tasks.evaluate import evaluate
+    from fastbert.tasks.load import load
+
+    result, yardsticks = evaluate(load(model), data, sequences)
+    if as_json:
+        return _print_json({**dataclasses.asdict(result), "yardsticks": yardsticks})
+    rows = [
+        ("masked tokens", result.loss_mlm, result.accuracy_mlm, f"perplexity {result.perplexity:,.1f}"),
+        ("  those that show [MASK]", result.loss_mask_token, result.accuracy_mask_token, _compare(result.loss_mask_token, yardsticks)),
+    ]
+    if not math.isnan(result.loss_nsp):
+        rows.append(("next sentence", result.loss_nsp, result.accuracy_nsp, "a coin: 0.693 and 50 %"))
+    title = f"{result.sequences:,} held-out sequences, {result.tokens:,} tokens, {result.masked:,} masked; loss {result.loss:.3f}"
+    _print_table(
+        title, ("", "loss (nats)", "accuracy", ""), [(name, f"{loss:.3f}", f"{100 * hits:.1f} %", note) for name, loss, hits, note in rows]
+    )
+
+
+@app.command(epilog="Example: fastbert export runs/base --out my-bert")
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The Hugging Face folder, new.")],
+    text: Annotated[list[str] | None, typer.Option(help="Text for the check; may be repeated. By default held-out sentences.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Write a folder that transformers and sentence-transformers load, and check that it gives the same logits."""
+    from fastbert.tasks.hugging_face import check_new
+
+    check_new(out)
+    from fastbert.tasks.export import ExportError, export
+    from fastbert.tasks.load import load
+
+    try:
+        result = export(load(model, "cpu"), out, text)
+    except ExportError as error:
+        return _say(error, FAILED)
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+    else:
+        print(f"{result.out}: {result.architecture}, loaded by transformers without complaint")
+        print(f"largest difference of {result.compared:,} logits: {result.difference:.1e}")
+    return DONE
+
+
+@app.command(epilog='Example: fastbert fill runs/base "The capital of France is [MASK]."')
+def fill(
+    model: Model,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="A text with one or more [MASK].")],
+    k: Annotated[int, typer.Option("--k", help="Tokens shown for each [MASK].")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Guess the words behind [MASK]."""
+    from fastbert.tasks.load import load
+
+    masks = load(model).fill(text, k)
+    if as_json:
+        return _print_json({"text": text, "masks": [[{"token": token, "probability": p} for token, p in best] for best in masks]})
+    for i, best in enumerate(masks, 1):
+        _print_table(
+            f"[MASK] {i} of {len(masks)}" if len(masks) > 1 else text, ("token", "probability"), [(t, f"{100 * p:.1f} %") for t, p in best]
+        )
+
+
+@app.command(epilog='Example: fastbert nsp runs/base "She opened the door." "Nobody was there."')
+def nsp(
+    model: Model,
+    first: Annotated[str, typer.Argument(metavar="FIRST", help="A text.")],
+    second: Annotated[str, typer.Argument(metavar="SECOND", help="The text that may follow it.")],
+    as_json: Json = False,
+) -> None:
+    """How probable it is that the second text follows the first."""
+    from fastbert.tasks.load import load
+
+    probability = load(model).next_sentence(first, second)
+    if as_json:
+        return _print_json({"first": first, "second": second, "probability": probability})
+    print(f"{100 * probability:.1f} % that the second follows the first")
+
+
+@app.command(epilog="Example: fastbert embed runs/base texts.txt --pool mean --out texts.npy")
+def embed(
+    model: Model,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text, one text a line.")],
+    out: Annotated[Path, typer.Option(help="The .npy file: float32, one row a line.")],
+    pool: Annotated[str, typer.Option(help="mean or max over the tokens, or cls.")] = "mean",
+    layer: Annotated[int, typer.Option(help="0: the embeddings; 1: the first layer; -1: the last.")] = -1,
+    as_json: Json = False,
+) -> None:
+    """One vector for each line of a text file."""
+    from fastbert.tasks.embed import embed
+    from fastbert.tasks.load import load
+
+    count, size = embed(load(model), file, out, pool, layer)
+    if as_json:
+        return _print_json({"out": str(out), "rows": count, "hidden_size": size, "pool": pool, "layer": layer})
+    print(f"{out}: {count:,} x {size}, float32")
+
+
+@app.command(epilog="Example: fastbert finetune runs/base --train train.csv --eval test.csv --out my-classifier")
+def finetune(
+    model: Model,
+    train: Annotated[Path, typer.Option(help="csv with the columns text,label or text,text_b,label.")],
+    evaluation: Annotated[Path, typer.Option("--eval", help="csv with the same columns, to measure on.")],
+    out: Annotated[Path | None, typer.Option(help="Save a BertForSequenceClassification here, a new folder; by default none.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training file.")] = 3,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-5,
+    batch: Annotated[int, typer.Option(help="Examples of a step.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Tokens of an example, [CLS] and [SEP] counted.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of order, dropout and the new layer.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Train a classifier of texts, or of pairs of texts, on a csv file."""
+    from fastbert.tasks.finetune import Epoch, finetune
+    from fastbert.tasks.load import load
+
+    def report(epoch: Epoch) -> None:
+        print(f"epoch {epoch.epoch} of {epochs}: loss {epoch.loss:.3f}, accuracy {100 * epoch.accuracy:.1f} %", file=sys.stderr)
+
+    settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch": batch, "max_length": max_length, "seed": seed}
+    result = finetune(load(model), train, evaluation, out, **settings, report=report)
+    if as_json:
+        return _print_json(dataclasses.asdict(result))
+    print(
+        f"accuracy {100 * result.accuracy:.1f} % on {evaluation} ({len(result.labels)} labels; the most frequent one: {100 * result.majority:.1f} %)"
+    )
+    if out is not None:
+        print(f"{out}: BertForSequenceClassification")
+
+
+@app.command(epilog="Example: fastbert doctor")
+def doctor(as_json: Json = False) -> None:
+    """What this machine can do, and what to do where something is missing. Takes about five seconds."""
+    from fastbert.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        return _print_json(dataclasses.asdict(found))
+    rows = [
+        ("processor", f"{found.processor}, {found.cores} cores" + (f", torch uses {found.threads}" if found.threads else "")),
+        ("memory", f"{_gib(found.memory)}, {_gib(found.memory_free)} free"),
+        ("disk", f"{_gib(found.disk_free)} free here"),
+        ("versions", ", ".join(f"{name} {version or '-'}" for name, version in {"Python": found.python, **found.versions}.items())),
+    ]
+    if found.gemm_fp32 and found.bandwidth and found.bf16:
+        rows.append(("matrix products", f"{found.gemm_fp32 / 1e9:,.0f} GFLOP/s in fp32; memory {found.bandwidth / 1e9:.0f} GB/s"))
+        rows.append(
+            (
+                "bf16",
+                ("safe, " if found.bf16.safe else "NOT safe, ") + ("faster" if found.bf16.faster else "not faster") + f": {found.bf16.why}",
+            )
+        )
+    rows.append(("heap", found.heap or "default"))
+    for gpu in found.gpus:
+        rates = f"{gpu.gemm_bf16 / 1e12:,.0f} TFLOP/s in bf16, {gpu.gemm_fp32 / 1e12:,.0f} in fp32; memory {gpu.bandwidth / 1e9:,.0f} GB/s"
+        rows.append((f"GPU, sm_{gpu.capability.replace('.', '')}", f"{gpu.name}, {_gib(gpu.memory)}; {rates}"))
+    _print_table("this machine", ("", ""), rows)
+    for line in found.advice or ["nothing is missing"]:
+        print(f"- {line}")
+
+
+@app.command(epilog="Example: fastbert plan recipes/base.toml --gpus 64 --gpu h100")
+def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings that win over the recipe's.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many GPUs; 8 a node.")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100, a100-40gb, l4, l40s, h100, h200, b200 or mi300x.")] = "h100",
+    stage: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3; by default that of the recipe's DeepSpeed file.")] = None,
+    efficiency: Annotated[float, typer.Option(help="Share of the peak that the computation is assumed to reach.")] = 0.35,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="By default the store's, or 30522 where there is no store.")] = None,
+    mean_length: Annotated[float | None, typer.Option(min=4, help="Tokens of an example; by default measured in the store.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate memory, step time, communication and the time to the end of a run, from formulas."""
+    from fastbert.config import load_config
+    from fastbert.plan import plan
+
+    config = load_config(recipe, overrides or ())
+    p = plan(config, str(recipe), gpus, gpu, stage=stage, efficiency=efficiency, vocab_size=vocab_size, mean_length=mean_length)
+    if as_json:
+        return _print_json(dataclasses.asdict(p))
+    rows = [("parameters", f"{p.parameters / 1e6:,.1f} M, {p.vocab_size:,} tokens of vocabulary")]
+    rows += [(f"memory: {part}", f"{size / 1e9:,.2f} GB") for part, size in p.memory.items()]
+    rows += [
+        ("memory: sum", f"{p.memory_total / 1e9:,.2f} of {p.memory_of_gpu / 1e9:,.0f} GB a GPU"),
+        ("step", f"{p.tokens_per_step:,.0f} tokens, {p.micro_batches} micro-batches a GPU, {p.flops_per_token / 1e9:.3f} GFLOPs a token"),
+        ("  computation", f"{1e3 * p.compute_s:,.2f} ms"),
+        ("  communication", f"{1e3 * p.communication_s:,.2f} ms, {p.communication_bytes / 1e9:,.3f} GB sent by each GPU"),
+        ("tokens/s", f"{p.tokens_per_s:,.0f}"),
+        ("the run", "unknown: the recipe's end needs the store" if p.total_s is None else f"{p.steps:,} steps, {_duration(p.total_s)}"),
+        ("limited by", p.limit),
+    ]
+    _print_table(f"{p.gpus} x {p.gpu}, {p.precision}, ZeRO stage {p.zero_stage}: an estimate", ("", ""), rows)
+    for line in p.assumptions:
+        print(f"- assumed: {line}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastbert {__version__}")
+        raise typer.Exit
+
+
+def _say(message: object, code: int) -> int:
+    """One line on stderr, whatever the message; returns the exit code."""
+    print("fastbert: " + " ".join(str(message).split()), file=sys.stderr)
+    return code
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+) -> None:
+    """Our own warnings as one line; a library's as Python shows it."""
+    if category.__module__.startswith("fastbert"):
+        print(f"fastbert: {message}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+def _print_json(value: Any) -> None:
+    """NaN becomes null: JSON has no NaN."""
+
+    def clean(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {k: clean(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [clean(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    print(json.dumps(clean(value), ensure_ascii=False, indent=2))
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), box=box.SIMPLE, show_header=any(columns), title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: "[MASK]" is no markup
+    Console(highlight=False).print(table)
+
+
+def _compare(loss: float, yardsticks: dict[str, float]) -> str:
+    from fastbert.training.diagnosis import compare
+
+    return compare(loss, yardsticks)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 1024**3:,.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:,.0f} seconds"

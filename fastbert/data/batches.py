@@ -1,0 +1,169 @@
+"""The batch of each step: a fixed set of examples, shared out evenly, in packs that fit.
+
+Example number g = step * sequences + k of a run is example g % n of epoch g // n, whatever the number of ranks: nothing is to be saved.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastbert.config import ObjectiveConfig, RunConfig
+from fastbert.data.examples import Examples, Spans
+from fastbert.data.masking import Masking, selected_counts
+from fastbert.data.packing import PackedBatch, lay_out, pack_texts
+from fastbert.data.store import Split, Store
+from fastbert.errors import InputError
+
+__all__ = ["Batches", "PackedBatch", "Position", "heldout_batches", "pack_texts"]
+
+HELDOUT_SEED = 0  # not the run's: all runs on a store are measured on the same examples and masks
+
+
+class Position(NamedTuple):
+    """Where a run is: epochs behind it, as a fraction; the epoch it is in, counted from 0; the next example's index in that."""
+
+    epochs: float
+    epoch: int
+    index: int
+
+
+class Batches:
+    """Training batches.
+
+    Args:
+        store: its split "train" is read.
+        config: objective, batch and seed matter here.
+
+    Raises:
+        InputError: the store gives no example for this objective, or its vocabulary no token to mask with.
+    """
+
+    def __init__(self, store: Store, config: RunConfig):
+        self.config = config
+        self._packer = _Packer(store, "train", config.objective)
+        self._examples = Examples(self._packer.split, config.objective, config.batch.max_length, config.seed, f"{store.path}: split train")
+
+    @property
+    def examples_per_epoch(self) -> int:
+        return len(self._examples)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that it takes to see every example of an epoch, rounded up."""
+        return -(-len(self._examples) // self.config.batch.sequences)
+
+    def position(self, step: int) -> Position:
+        """Where the run is before this step."""
+        done = step * self.config.batch.sequences
+        return Position(done / len(self._examples), *divmod(done, len(self._examples)))
+
+    def step(self, step: int, rank: int = 0, world: int = 1) -> list[PackedBatch]:
+        """This rank's packs of one step: as many on every rank, none empty, each of at most `micro_batch_tokens`.
+
+        Args:
+            step: counted from 0.
+            rank: in [0, world).
+            world: ranks that share the step.
+
+        Raises:
+            InputError: too few sequences a step for so many ranks.
+        """
+        batch = self.config.batch
+        # A pack that is left without a sequence would leave its rank out of step with the others.
+        if batch.sequences < world or (batch.sequences % world and batch.micro_batch_tokens < 2 * batch.max_length):
+            raise InputError(
+                f"batch.sequences = {batch.sequences} cannot be shared by {world} ranks in packs of batch.micro_batch_tokens = "
+                f"{batch.micro_batch_tokens}; make it a multiple of {world}"
+            )
+        epochs, indices = np.divmod(np.arange(step * batch.sequences, (step + 1) * batch.sequences), len(self._examples))
+        drawn = [self._examples.draw(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)]
+        spans = drawn[0] if len(drawn) == 1 else Spans.join(drawn)
+        packs = share_out(spans.lengths, world, batch.micro_batch_tokens)[rank::world]
+        return self._packer.packs(spans, indices, packs)
+
+
+def heldout_batches(store: Store, config: RunConfig, sequences: int) -> list[PackedBatch]:
+    """A fixed set of held-out examples with frozen masks, the same for every run with this objective and length.
+
+    Args:
+        store: its split "heldout" is read.
+        config: objective, max_length and micro_batch_tokens matter here.
+        sequences: how many examples; all where the split has fewer.
+
+    Returns:
+        Packs of at most `micro_batch_tokens`; their totals are those of the whole set.
+
+    Raises:
+        InputError: the held-out split gives no example for this objective.
+    """
+    packer = _Packer(store, "heldout", config.objective)
+    examples = Examples(packer.split, config.objective, config.batch.max_length, HELDOUT_SEED, f"{store.path}: split heldout")
+    indices = np.arange(min(sequences, len(examples)))
+    spans = examples.draw(0, indices)
+    return packer.packs(spans, indices, share_out(spans.lengths, 1, config.batch.micro_batch_tokens))
+
+
+class _Packer:
+    """Reads the tokens of examples, masks them and lays them out."""
+
+    def __init__(self, store: Store, split: str, objective: ObjectiveConfig):
+        self.special = store.special
+        self.objective = objective
+        self.masking = Masking(store, objective)
+        self.split: Split = store.split(split)
+
+    def packs(self, spans: Spans, indices: np.ndarray, packs: list[np.ndarray]) -> list[PackedBatch]:
+        """One batch for each array of positions in `spans`, which hold the whole step; `indices` are the examples' within their epoch."""
+        masked_total = int(selected_counts(spans.ordinary, self.objective).sum())
+        pairs_total = int((spans.labels >= 0).sum())
+        return [self._pack(spans.take(order), indices[order], masked_total, pairs_total) for order in packs]
+
+    def _pack(self, spans: Spans, indices: np.ndarray, masked_total: int, pairs_total: int) -> PackedBatch:
+        starts, lengths = (np.stack(pair, 1).ravel() for pair in ((spans.a_start, spans.b_start), (spans.a_length, spans.b_length)))
+        tokens = self.split.gather(starts, lengths)
+        seen, chosen = self.masking(tokens, spans.ordinary, spans.keys)
+        layout = lay_out(seen, spans.a_length, spans.b_length, self.special)
+        return PackedBatch(
+            **layout.tensors(),
+            masked_positions=torch.from_numpy(layout.slots[chosen]),
+            labels=torch.from_numpy(tokens[chosen]),
+            next_sentence_labels=torch.from_numpy(spans.labels),
+            dropout_keys=torch.from_numpy(spans.keys),
+            examples=torch.from_numpy(indices),
+            masked_total=masked_total,
+            pairs_total=pairs_total,
+        )
+
+
+def share_out(lengths: np.ndarray, world: int, limit: int) -> list[np.ndarray]:
+    """Share sequences out over world * packs bins of at most `limit` tokens, with as few packs a rank as that takes.
+
+    The longest first, each to the bin with the fewest tokens so far. So bins differ little, and within one lengths descend, which lets
+    attention on a CPU take neighbours of similar length together.
+
+    Args:
+        lengths: int64 [B], tokens; none above `limit`.
+
+    Returns:
+        world * packs arrays of positions, int64; rank r takes every world-th from r.
+
+    Source: Graham, 1969, "Bounds on Multiprocessing Timing Anomalies" (longest processing time first).
+    """
+    order = np.argsort(-lengths, kind="stable")
+    bins = world * max(1, -(-int(lengths.sum()) // (world * limit)))
+    if bins == 1:
+        return [order]
+    while True:
+        members: list[list[int]] = [[] for _ in range(bins)]
+        loads = [(0, i) for i in range(bins)]
+        for position, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+            load, lightest = loads[0]
+            members[lightest].append(position)
+            heapq.heapreplace(loads, (load + length, lightest))
+        if max(loads)[0] <= limit:
+            return [np.array(m, np.int64) for m in members]
+        bins += world

@@ -1,0 +1,134 @@
+"""Sequences end to end, without padding: what the model takes.
+
+    [CLS] A [SEP] B [SEP]   or   [CLS] A [SEP]      token types 0 up to the first [SEP], 1 after it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbert.data.store import SpecialIds
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B sequences of T tokens in all, M of them selected to be guessed.
+
+    Attributes:
+        input_ids: int64 [T].
+        token_type_ids: int64 [T], 0 in [CLS] A [SEP], 1 in B [SEP].
+        position_ids: int64 [T], counted from 0 in each sequence.
+        cu_seqlens: int32 [B + 1], where each sequence begins; the last is T.
+        max_seqlen: tokens of the longest sequence.
+        masked_positions: int64 [M], ascending, into the T tokens.
+        labels: int64 [M], the tokens that were there.
+        next_sentence_labels: int64 [B], 0 IsNext, 1 NotNext, -100 where the sequence is no pair to learn from.
+        dropout_keys: int64 [B], not negative: the same for an example wherever it lies.
+        examples: int64 [B], index within the epoch, or within what was given.
+        masked_total, pairs_total: of the whole step, over all its packs and ranks: what the two sums of losses are divided by.
+    """
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    masked_positions: Tensor
+    labels: Tensor
+    next_sentence_labels: Tensor
+    dropout_keys: Tensor
+    examples: Tensor
+    masked_total: int
+    pairs_total: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def sequences(self) -> int:
+        return len(self.examples)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in a pack, given how long the segments are.
+
+    Attributes, numpy: input_ids [T], with the special tokens in place; token_type_ids and position_ids [T]; cu_seqlens [B + 1]; slots [N],
+    the positions of the ordinary tokens. All int64 but cu_seqlens, int32.
+    """
+
+    input_ids: np.ndarray
+    token_type_ids: np.ndarray
+    position_ids: np.ndarray
+    cu_seqlens: np.ndarray
+    max_seqlen: int
+    slots: np.ndarray
+
+    def tensors(self) -> dict[str, Tensor | int]:
+        """What of it is part of a PackedBatch."""
+        names = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens")
+        return {"max_seqlen": self.max_seqlen, **{name: torch.from_numpy(getattr(self, name)) for name in names}}
+
+
+def lay_out(tokens: np.ndarray, a_length: np.ndarray, b_length: np.ndarray, special: SpecialIds) -> Layout:
+    """Put [CLS] and [SEP] around segments.
+
+    Args:
+        tokens: int64 [N], the segments' tokens end to end: A of the first sequence, its B, A of the second ...
+        a_length: int64 [B].
+        b_length: int64 [B]; 0 gives [CLS] A [SEP].
+    """
+    lengths = a_length + b_length + 2 + (b_length > 0)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    total = int(ends[-1]) if len(ends) else 0
+    ordinary = np.ones(total, bool)
+    input_ids = np.empty(total, np.int64)
+    # The second [SEP] falls on the first where there is no B.
+    for positions, token in ((starts, special.cls), (starts + a_length + 1, special.sep), (ends - 1, special.sep)):
+        ordinary[positions] = False
+        input_ids[positions] = token
+    slots = np.flatnonzero(ordinary)
+    input_ids[slots] = tokens
+    position_ids = np.arange(total) - np.repeat(starts, lengths)
+    token_type_ids = (position_ids > np.repeat(a_length + 1, lengths)).astype(np.int64)
+    cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
+    return Layout(input_ids, token_type_ids, position_ids, cu_seqlens, int(lengths.max(initial=0)), slots)
+
+
+def pack_texts(
+    token_ids_a: Sequence[Sequence[int]], token_ids_b: Sequence[Sequence[int]] | None, special: SpecialIds
+) -> PackedBatch:
+    """A pack for inference, in the order given: nothing is selected, no pair is to be learnt from.
+
+    Args:
+        token_ids_a: ids of each text, without special tokens.
+        token_ids_b: ids of each second text, or None; an empty one gives [CLS] A [SEP].
+    """
+    token_ids_b = token_ids_b if token_ids_b is not None else [[]] * len(token_ids_a)
+    a_length, b_length = (np.array([len(ids) for ids in texts], np.int64) for texts in (token_ids_a, token_ids_b))
+    tokens = [token for a, b in zip(token_ids_a, token_ids_b, strict=True) for ids in (a, b) for token in ids]
+    layout = lay_out(np.array(tokens, np.int64), a_length, b_length, special)
+    nothing = torch.empty(0, dtype=torch.int64)
+    zeros = torch.zeros(len(a_length), dtype=torch.int64)
+    return PackedBatch(
+        **layout.tensors(),
+        masked_positions=nothing,
+        labels=nothing,
+        next_sentence_labels=zeros - 100,
+        dropout_keys=zeros,
+        examples=torch.arange(len(a_length)),
+        masked_total=0,
+        pairs_total=0,
+    )

@@ -1,0 +1,72 @@
+"""Batches made ahead of time by one background thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from itertools import count
+
+from fastbert.data.batches import Batches
+from fastbert.data.packing import PackedBatch
+
+STEPS_AHEAD = 3
+POLL_S = 0.1  # how soon the thread notices that it is to stop while the queue is full
+
+
+class Prefetch:
+    """Iterates over (step, this rank's packs, seconds waited for them), without end; close it, or use it in a `with`.
+
+    There is no state to save: start it again at any step. An exception in the thread is raised by the step that it belongs to.
+
+    Args:
+        batches: of the run.
+        step: the first one.
+        rank, world: as in `Batches.step`.
+    """
+
+    def __init__(self, batches: Batches, step: int, rank: int = 0, world: int = 1):
+        self._ready: queue.Queue[tuple[int, list[PackedBatch] | BaseException]] = queue.Queue(STEPS_AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(batches, step, rank, world), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[int, list[PackedBatch], float]]:
+        return self
+
+    def __next__(self) -> tuple[int, list[PackedBatch], float]:
+        if self._stop.is_set():
+            raise StopIteration
+        began = time.perf_counter()
+        step, packs = self._ready.get()
+        if isinstance(packs, BaseException):
+            self.close()
+            raise packs
+        return step, packs, time.perf_counter() - began
+
+    def close(self) -> None:
+        """Stop the thread and wait for its end."""
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, batches: Batches, first: int, rank: int, world: int) -> None:
+        for step in count(first):
+            try:
+                packs: list[PackedBatch] | BaseException = batches.step(step, rank, world)
+            except BaseException as error:
+                packs = error
+            while not self._stop.is_set():
+                try:
+                    self._ready.put((step, packs), timeout=POLL_S)
+                    break
+                except queue.Full:
+                    pass
+            if self._stop.is_set() or isinstance(packs, BaseException):
+                return

@@ -1,0 +1,80 @@
+"""Sentences out of a document, by rules: fast, the same everywhere, and good on edited prose.
+
+A line break always ends a sentence. Within a line one ends at . ! ? or … before whitespace, unless what stands around
+the mark says otherwise: an abbreviation, an initial, a list number, a small letter behind it. 。！？ need no whitespace.
+"""
+
+from __future__ import annotations
+
+import re
+
+_CLOSING = r"\"'”’»)\]」』）》"
+_OPENING = r"\"'“‘«(\[¿¡„"
+# It begins with one set of characters, so that the regex engine skips through a text at 200 MB/s; what stands around
+# a mark is looked at in Python, about once a sentence.
+_MARK = re.compile(rf"[.!?…。！？।॥؟۔։።]+[{_CLOSING}]*(?:\s+|(?<=[。！？」』）》]))")
+_NEXT = re.compile(rf"[{_OPENING}]*(\w*)(\.?)")
+_LIST_NUMBER = re.compile(r"\s*\(?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]+)")
+_DOTTED = re.compile(r"(?:[^\W\d_]{1,3}\.)+[^\W\d_]{1,3}")
+
+# Never the end: a name or an explanation follows.
+_NEVER = frozenset(
+    "adm brig capt cmdr col cpl dr drs fr ft gen gov hon lt maj messrs mlle mme mr mrs ms msgr mt mx prof pvt rep rev sen sgt st ste supt ven "
+    "vs v cf viz lit pron orig abbr transl approx ca c b d r fl née e.g i.e a.k.a z.b d.h bzw vgl".split()
+)
+# Not the end where a number follows: "no. 5", but "He said no."
+_BEFORE_NUMBER = frozenset("no nos nr vol vols p pp fig figs eq eqs ch chap sec art op pt lot".split())
+# The end only where the next word is one that sentences begin with: "in the U.S. The", but "the U.S. Senate".
+# So are initials, "world war I. The" but "John F. Kennedy", and whatever has a mark inside, "Ph.D.".
+_SOMETIMES = frozenset(
+    "jan feb mar apr jun jul aug sep sept oct nov dec etc inc ltd co corp cos llc plc gmbh bros jr sr esq dept univ assn al est ed eds sq tel "
+    "ext ave blvd rd mi km kg lb lbs oz".split()
+)
+_STARTERS = frozenset(
+    "The A An In On At It He She They We You I This That These Those His Her Its Their Our My Your There Here As After Although Since When "
+    "While Where Who What Why How However For From By During Many Most Some Several Both Each Every Other Another All Also One Two Three With "
+    "Without Within Under Over Between Among According Because Before Until If Though Unlike Like Today Then Thus Therefore Moreover "
+    "Furthermore Nevertheless Meanwhile Later Once Only Early But And Or So Yet Not No To Of Following Based Despite Due Through Throughout "
+    "Along Additionally Originally Currently Historically Initially Finally First Second".split()
+)
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a document, in order, without surrounding whitespace; none is empty."""
+    sentences = []
+    all_lower = text.islower()  # then small letters say nothing
+    for line in text.split("\n"):
+        begin = 0
+        for match in _MARK.finditer(line):
+            end = match.end()
+            if end < len(line) and _ends(line, begin, match.start(), end, all_lower):
+                sentences.append(line[begin:end].strip())
+                begin = end
+        rest = line[begin:].strip()
+        if rest:
+            sentences.append(rest)
+    return sentences
+
+
+def _ends(line: str, begin: int, mark: int, end: int, all_lower: bool) -> bool:
+    """Whether the mark at `mark` ends the sentence that began at `begin`; the next one would begin at `end`."""
+    if line[mark] not in ".!?…":
+        return True  # a mark that has no other use
+    following = _NEXT.match(line, end)
+    assert following is not None
+    next_word, dot = following.groups()
+    if next_word[:1].islower() and not all_lower:
+        return False
+    if line[mark] != "." or line[mark + 1] in ".!?…":
+        return True
+    word = line[max(line.rfind(" ", begin, mark) + 1, begin) : mark].lstrip("\"'“‘«([„")
+    if len(word) > 6 and "." not in word:
+        return True  # no abbreviation is longer: most marks leave here
+    lower = word.lower()
+    if lower in _NEVER or (lower in _BEFORE_NUMBER and next_word[:1].isdigit()):
+        return False
+    if _LIST_NUMBER.fullmatch(line, begin, mark):
+        return False
+    if lower in _SOMETIMES or (len(word) == 1 and word.isupper()) or _DOTTED.fullmatch(word):
+        return (next_word.capitalize() if all_lower else next_word) in _STARTERS and not (dot and len(next_word) == 1)
+    return True

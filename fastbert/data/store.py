@@ -1,0 +1,349 @@
+"""The store: what `fastbert prepare` writes and everything else reads.
+
+    DIR/manifest.json            counts, sizes and SHA-256 of every file, special ids, options; written last
+    DIR/tokenizer/               tokenizer.json, vocab.txt, tokenizer_config.json
+    DIR/{train,heldout}/shard-00000.tokens      token ids, uint16 where the vocabulary allows, else uint32
+                        shard-00000.sentences   int64 [sentences + 1], token offsets within the shard
+                        shard-00000.documents   int64 [documents + 1], sentence offsets within the shard
+    DIR/yardsticks.json  DIR/report.json  DIR/report.md
+
+Numbers are little-endian. Every document has a sentence and every sentence a token; a document never crosses a shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastbert.errors import InputError
+
+FORMAT = 1
+SPLITS = ("train", "heldout")
+MANIFEST = "manifest.json"
+OTHER_FILES = ("tokenizer/tokenizer.json", "tokenizer/vocab.txt", "tokenizer/tokenizer_config.json", "yardsticks.json", "report.json", "report.md")
+SHARD_TOKENS = 1 << 28  # a new shard begins at the first chunk of text after this many tokens: 512 MiB of uint16
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the five special tokens."""
+
+    pad: int
+    unk: int
+    cls: int
+    sep: int
+    mask: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much a split or a shard holds."""
+
+    documents: int
+    sentences: int
+    tokens: int
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type of token ids on disk."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class Split:
+    """One split as three long arrays over all its shards, read by memmap: indices and results are int64.
+
+    Args:
+        folder: holds the shards.
+        shards: counts of each shard, in order.
+        dtype: of the token ids on disk.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Counts], dtype: np.dtype):
+        names = [folder / shard_name(i) for i in range(len(shards))]
+        self._tokens = [_memmap(f"{name}.tokens", dtype, c.tokens) for name, c in zip(names, shards, strict=True)]
+        self._sentences = [_memmap(f"{name}.sentences", np.dtype("<i8"), c.sentences + 1) for name, c in zip(names, shards, strict=True)]
+        self._documents = [_memmap(f"{name}.documents", np.dtype("<i8"), c.documents + 1) for name, c in zip(names, shards, strict=True)]
+        # Where each shard begins in the global numbering; the last entry is the total.
+        self._document_base = _running_total([c.documents for c in shards])
+        self._sentence_base = _running_total([c.sentences for c in shards])
+        self._token_base = _running_total([c.tokens for c in shards])
+        self.documents = int(self._document_base[-1])
+        self.sentences = int(self._sentence_base[-1])
+        self.tokens = int(self._token_base[-1])
+
+    def first_sentence(self, documents: np.ndarray) -> np.ndarray:
+        """Global index of each document's first sentence; index `self.documents` gives `self.sentences`."""
+        return _look_up(self._documents, self._document_base, self._sentence_base, documents)
+
+    def first_token(self, sentences: np.ndarray) -> np.ndarray:
+        """Global offset of each sentence's first token; index `self.sentences` gives `self.tokens`."""
+        return _look_up(self._sentences, self._sentence_base, self._token_base, sentences)
+
+    def document_of(self, sentences: np.ndarray) -> np.ndarray:
+        """Global index of the document that each sentence belongs to."""
+        sentences = np.asarray(sentences, np.int64)
+        assert sentences.size == 0 or (sentences.min() >= 0 and sentences.max() < self.sentences)
+        result = np.empty_like(sentences)
+        shards = np.searchsorted(self._sentence_base, sentences, "right") - 1
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            local = sentences[chosen] - self._sentence_base[shard]
+            result[chosen] = np.searchsorted(self._documents[shard], local, "right") - 1 + self._document_base[shard]
+        return result
+
+    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Token ids of many spans, end to end.
+
+        Args:
+            starts: int64 [N], global token offsets; a span lies within one document.
+            lengths: int64 [N], tokens.
+
+        Returns:
+            int64 [sum(lengths)].
+        """
+        starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+        ends = np.cumsum(lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        # Position p of the result belongs to span s and is token starts[s] + (p - first position of s).
+        positions = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+        assert total == 0 or (positions.min() >= 0 and positions.max() < self.tokens)
+        if len(self._tokens) == 1:
+            return self._tokens[0][positions].astype(np.int64)
+        shards = np.searchsorted(self._token_base, positions, "right") - 1
+        result = np.empty(total, np.int64)
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            result[chosen] = self._tokens[shard][positions[chosen] - self._token_base[shard]]
+        return result
+
+
+class Store:
+    """A complete store, open for reading; made by `open_store`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], sha256: str):
+        self.path = path
+        self.manifest = manifest
+        self.sha256 = sha256  # of manifest.json, which holds the SHA-256 of all other files: it identifies the store
+        self.vocab_size: int = manifest["vocab_size"]
+        self.special = SpecialIds(**manifest["special"])
+        self.tokenizer_dir = path / "tokenizer"
+
+    def split(self, name: str) -> Split:
+        """The split "train" or "heldout"."""
+        shards = [Counts(**shard) for shard in self.manifest["splits"][name]["shards"]]
+        return Split(self.path / name, shards, token_dtype(self.vocab_size))
+
+    @cached_property
+    def ordinary_ids(self) -> np.ndarray:
+        """int64 [V - 5], ascending: every id but the special ones."""
+        return np.setdiff1d(np.arange(self.vocab_size), list(asdict(self.special).values()))
+
+    @cached_property
+    def continues_word(self) -> np.ndarray:
+        """bool [V]: whether the token continues a word ("##ing")."""
+        # Split at "\n" alone: a token may hold one of the other characters at which splitlines would break.
+        tokens = (self.tokenizer_dir / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        assert len(tokens) == self.vocab_size
+        return np.array([token.startswith("##") for token in tokens])
+
+    @cached_property
+    def yardsticks(self) -> dict[str, float]:
+        """What simple count models reach on the held-out text, nats per token; see yardsticks.py."""
+        return json.loads((self.path / "yardsticks.json").read_text(encoding="utf-8"))
+
+
+def open_store(path: str | Path, verify: bool = False) -> Store:
+    """Open the store at `path`; with `verify` every file's SHA-256 is checked too (it reads the whole store).
+
+    Raises:
+        InputError: no such folder, no manifest, another format, or a file that is missing, cut short or changed.
+    """
+    path = Path(path)
+    again = "make it again with `fastbert prepare`"
+    if not path.is_dir():
+        raise InputError(f"{path}: no such store; make one with `fastbert prepare SOURCE --out {path}`")
+    try:
+        data = (path / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: not a complete store: it has no {MANIFEST}; {again}") from None
+    except OSError as error:
+        raise InputError(f"{path / MANIFEST}: cannot be read: {error.strerror}") from None
+    try:
+        manifest = json.loads(data)
+        version = manifest["format"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InputError(f"{path / MANIFEST}: not the manifest of a store; {again}") from None
+    if version != FORMAT:
+        raise InputError(f"{path / MANIFEST}: format = {version!r}, this fastbert reads format {FORMAT}; {again}")
+    problem = _problem(manifest)
+    if problem:
+        raise InputError(f"{path / MANIFEST}: {problem}; {again}")
+    for name, entry in manifest["files"].items():
+        file = path / name
+        try:
+            size = file.stat().st_size
+            digest = sha256_of(file) if verify and size == entry["size"] else entry["sha256"]
+        except OSError as error:
+            raise InputError(f"{file}: part of the store, but cannot be read ({error.strerror}); {again}") from None
+        if size != entry["size"]:
+            raise InputError(f"{file}: {size:,} bytes, the manifest says {entry['size']:,}: cut short or changed; {again}")
+        if digest != entry["sha256"]:
+            raise InputError(f"{file}: its SHA-256 differs from the manifest's: damaged or changed; {again}")
+    return Store(path, manifest, hashlib.sha256(data).hexdigest())
+
+
+class ShardWriter:
+    """Writes one split, shard by shard, in one pass; memory does not grow.
+
+    Args:
+        folder: made here; must not exist.
+        dtype: of the token ids on disk.
+        shard_tokens: a shard that has reached this many tokens is closed.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS):
+        folder.mkdir()
+        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
+        self.shards: list[Counts] = []
+        self.files: dict[str, dict[str, Any]] = {}  # name within the store: {"size", "sha256"}
+        self._open: dict[str, _HashedFile] = {}
+
+    def add(self, tokens: np.ndarray, sentences: np.ndarray, documents: np.ndarray) -> None:
+        """Append whole documents.
+
+        Args:
+            tokens: [T], ids of all of them, end to end.
+            sentences: int [S], tokens of each sentence; all at least 1, sum T.
+            documents: int [N], sentences of each document; all at least 1, sum S.
+        """
+        if len(documents) == 0:
+            return
+        assert sentences.min() > 0 and sentences.sum() == len(tokens) and documents.min() > 0 and documents.sum() == len(sentences)
+        if not self._open:
+            name = str(self.folder / shard_name(len(self.shards)))
+            self._open = {kind: _HashedFile(f"{name}.{kind}") for kind in ("tokens", "sentences", "documents")}
+            self._open["sentences"].write(np.zeros(1, "<i8"))
+            self._open["documents"].write(np.zeros(1, "<i8"))
+            self._counts = Counts(0, 0, 0)
+        done = self._counts
+        self._open["tokens"].write(tokens.astype(self.dtype, copy=False))
+        self._open["sentences"].write((np.cumsum(sentences, dtype=np.int64) + done.tokens).astype("<i8", copy=False))
+        self._open["documents"].write((np.cumsum(documents, dtype=np.int64) + done.sentences).astype("<i8", copy=False))
+        self._counts = Counts(done.documents + len(documents), done.sentences + len(sentences), done.tokens + len(tokens))
+        if self._counts.tokens >= self.shard_tokens:
+            self.close()
+
+    def close(self) -> None:
+        """Finish the shard that is open: its files are on the disk when this returns."""
+        if self._open:
+            for file in self._open.values():
+                self.files[f"{self.folder.name}/{file.path.name}"] = file.close()
+            self.shards.append(self._counts)
+            self._open = {}
+
+    def abandon(self) -> None:
+        """Close the open files without finishing them, after a failure."""
+        for file in self._open.values():
+            file.file.close()
+        self._open = {}
+
+
+class _HashedFile:
+    """A file being written, with the SHA-256 of what went into it."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self.file = open(path, "xb")
+        self.digest = hashlib.sha256()
+
+    def write(self, array: np.ndarray) -> None:
+        data = memoryview(np.ascontiguousarray(array)).cast("B")
+        self.digest.update(data)
+        self.file.write(data)
+
+    def close(self) -> dict[str, Any]:
+        size = self.file.tell()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {"size": size, "sha256": self.digest.hexdigest()}
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _memmap(path: str, dtype: np.dtype, length: int) -> np.ndarray:
+    # np.asarray: indexing a plain view of the mapping costs half as much as indexing np.memmap, which wraps each result.
+    return np.asarray(np.memmap(path, dtype, "r", shape=(length,)))
+
+
+def _running_total(counts: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _look_up(offsets: list[np.ndarray], base: np.ndarray, target_base: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Global offsets from those within shards; the index one past the end is the end of the last shard."""
+    indices = np.asarray(indices, np.int64)
+    assert indices.size == 0 or (indices.min() >= 0 and indices.max() <= base[-1])
+    if len(offsets) == 1:
+        return offsets[0][indices].astype(np.int64)
+    result = np.empty_like(indices)
+    shards = np.minimum(np.searchsorted(base, indices, "right") - 1, len(offsets) - 1)
+    for shard in np.unique(shards):
+        chosen = shards == shard
+        result[chosen] = offsets[shard][indices[chosen] - base[shard]] + target_base[shard]
+    return result
+
+
+def _problem(manifest: Any) -> str | None:
+    """What is wrong with a manifest of the right format, or None."""
+    try:
+        vocab_size, special = manifest["vocab_size"], SpecialIds(**manifest["special"])
+        ids = list(asdict(special).values())
+        if not _count(vocab_size) or len(set(ids)) != 5 or not all(_count(i) and i < vocab_size for i in ids):
+            return "vocab_size and special ids do not agree"
+        width = token_dtype(vocab_size).itemsize
+        sizes = dict.fromkeys(OTHER_FILES)
+        for split in SPLITS:
+            shards = [Counts(**shard) for shard in manifest["splits"][split]["shards"]]
+            totals = Counts(*(manifest["splits"][split][k] for k in ("documents", "sentences", "tokens")))
+            if not all(_count(c) and c > 0 for s in [*shards, totals] for c in asdict(s).values()):
+                return f"counts of the split '{split}' are not whole numbers above 0"
+            if totals != Counts(*(sum(getattr(s, k) for s in shards) for k in ("documents", "sentences", "tokens"))):
+                return f"counts of the split '{split}' are not the sum of its shards"
+            for i, shard in enumerate(shards):
+                name = f"{split}/{shard_name(i)}"
+                sizes[f"{name}.tokens"] = shard.tokens * width
+                sizes[f"{name}.sentences"] = (shard.sentences + 1) * 8
+                sizes[f"{name}.documents"] = (shard.documents + 1) * 8
+        files = manifest["files"]
+        if set(files) != set(sizes):
+            return f"its list of files is not that of a store: {', '.join(sorted(set(files) ^ set(sizes))[:3])}"
+        for name, entry in files.items():
+            if not _count(entry["size"]) or not isinstance(entry["sha256"], str) or sizes[name] not in (None, entry["size"]):
+                return f"the entry of {name} contradicts the counts"
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        return f"a part is missing or of the wrong kind ({type(error).__name__}: {error})"
+    return None
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,291 @@
+"""The WordPiece vocabulary: trained, loaded, saved, and the fast way from many sentences to ids.
+
+The algorithm is Hugging Face's `tokenizers`, in Rust. Two things are added here: training that gives the same
+vocabulary every time, and `Encoder`, which asks Rust once for each distinct word instead of once for each occurrence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import unicodedata
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from fastbert.data.store import SpecialIds
+from fastbert.errors import InputError
+
+SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+VOCAB_SIZES = (100, 1 << 20)
+# A character outside the alphabet makes its whole word [UNK]: one in 10,000 characters is about one in 2,000 words.
+ALPHABET_COVERAGE = 0.9999
+ALPHABET_SHARE = 0.5  # of the vocabulary at most, so that a small one keeps room for words
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> Tokenizer:
+    """Train a WordPiece vocabulary; the same texts always give the same one.
+
+    It comes out smaller than `vocab_size` where the texts have too few words that occur twice.
+
+    Raises:
+        InputError: a vocabulary size out of range, or texts without a single character to learn from.
+    """
+    low, high = VOCAB_SIZES
+    if not low <= vocab_size <= high:
+        raise InputError(f"vocabulary size = {vocab_size}; must be from {low} to {high:,} (BERT's is 30522)")
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    normalized = [normalizer.normalize_str(text) for text in texts]
+    first, inner = _alphabet(normalized, int(vocab_size * ALPHABET_SHARE))
+    if not first:
+        raise InputError("the documents hold no text to train a vocabulary on")
+    # The trainer numbers the pieces "##x" in the order of a hash map and breaks ties between pairs by these numbers,
+    # so that no two runs agree. Pieces given as special tokens are numbered first, in our order.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[*SPECIAL_TOKENS.values(), *first, *("##" + character for character in inner)],
+        initial_alphabet=first,
+        limit_alphabet=len(first),  # exactly ours: among equally rare characters its own choice is random too
+    )
+    trained = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trained.train_from_iterator(normalized, trainer)
+    ids = trained.get_vocab(with_added_tokens=True)
+    return _assemble(sorted(ids, key=ids.__getitem__), lowercase)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a BERT tokenizer: a Hugging Face folder with tokenizer.json or vocab.txt, or a vocab.txt file.
+
+    A vocab.txt alone does not say whether text is lower-cased: a tokenizer_config.json beside it does, otherwise a
+    vocabulary without capital letters is taken as a lower-casing one.
+
+    Raises:
+        InputError: nothing there, not readable, not a WordPiece tokenizer of BERT's kind, a special token missing,
+            a token twice, or ids with gaps.
+    """
+    path = Path(path)
+    file = path
+    if path.is_dir():
+        file = next((path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()), path)
+        if file == path:
+            raise InputError(f"{path}: no tokenizer.json and no vocab.txt in this folder; give the folder of a BERT tokenizer")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such tokenizer; give the folder of a BERT tokenizer or a vocab.txt") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 at byte {error.start}; a vocabulary is a text file") from None
+    tokenizer = _from_json(text, file) if file.suffix == ".json" else _from_vocabulary(text, file)
+    special_ids(tokenizer, file)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise InputError(f"{file}: its {len(vocabulary)} tokens do not have the ids 0 to {len(vocabulary) - 1}; renumber them")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True  # "[MASK]" in a text is five ordinary characters
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write tokenizer.json, vocab.txt and tokenizer_config.json: what transformers' AutoTokenizer loads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = tokenizer.get_vocab()
+    (folder / "vocab.txt").write_text("".join(token + "\n" for token in sorted(ids, key=ids.__getitem__)), encoding="utf-8", newline="\n")
+    normalizer = json.loads(tokenizer.to_str())["normalizer"]
+    config = {
+        "tokenizer_class": "BertTokenizerFast",
+        "do_lower_case": normalizer["lowercase"],
+        "strip_accents": normalizer["strip_accents"],
+        "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+        "model_max_length": 512,
+        **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def special_ids(tokenizer: Tokenizer, source: str | Path) -> SpecialIds:
+    """The ids of the five special tokens; `source` names the tokenizer in the error when one is missing."""
+    ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
+    missing = [SPECIAL_TOKENS[name] for name, number in ids.items() if number is None]
+    if missing:
+        raise InputError(f"{source}: the vocabulary has no {', '.join(missing)}; a BERT vocabulary needs {' '.join(SPECIAL_TOKENS.values())}")
+    return SpecialIds(**ids)
+
+
+class Encoder:
+    """Ids of many sentences, equal to `tokenizer.encode(sentence, add_special_tokens=False).ids` of each.
+
+    BERT's normalizer and pre-tokenizer never look across whitespace, so the ids of a text are those of its
+    whitespace-separated words, end to end. Few of them are distinct: Rust sees each once, the rest is a dictionary.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._words = _Words(tokenizer)
+
+    def __call__(self, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode.
+
+        Returns:
+            ids: int32 [T], of all sentences, end to end.
+            lengths: int64 [len(sentences)], tokens of each; 0 for one without text.
+        """
+        text = _SEPARATOR.join([*sentences, ""])
+        if _REMOVED.search(text) or text.count("\0") > len(sentences):
+            text = _SEPARATOR.join([*(_REMOVED.sub("", sentence).replace("\0", "") for sentence in sentences), ""])
+        if self._words.full():
+            self._words = _Words(self._tokenizer)
+        words = np.fromiter(map(self._words.__getitem__, text.split()), np.int64)
+        starts, counts = self._words.starts()[words], self._words.lengths()[words]
+        ends = np.cumsum(counts)
+        total = int(ends[-1]) if len(ends) else 0
+        ids = self._words.ids()[np.arange(total) + np.repeat(starts - (ends - counts), counts)]
+        return ids, np.diff(ends[words == 0], prepend=0)
+
+
+# A word of its own behind each sentence. The tokenizer removes control characters, so none is lost.
+_SEPARATOR = " \0 "
+# Control characters at which str.split breaks a word, while BERT's normalizer removes them and leaves it whole.
+_REMOVED = re.compile("[\x0b\x0c\x1c-\x1f\x85]")
+_KEPT_WORDS = 1 << 20  # about 150 MB of a worker's memory
+_KEPT_TOKENS = 1 << 22
+_KEPT_LENGTH = 40  # characters; text without spaces has "words" as long as sentences, which never come again
+
+
+class _Words(dict[str, int]):
+    """Word -> its index; a word that is asked for and not there is encoded. Index 0 is the separator, of no tokens."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self["\0"] = 0
+        self._tokenizer = tokenizer
+        self._ids, self._starts, self._lengths = array("i"), array("q", [0]), array("q", [0])
+
+    def __missing__(self, word: str) -> int:
+        ids = self._tokenizer.encode(word, add_special_tokens=False).ids
+        index = len(self._starts)
+        self._starts.append(len(self._ids))
+        self._lengths.append(len(ids))
+        self._ids.extend(ids)
+        if len(word) <= _KEPT_LENGTH:
+            self[word] = index
+        return index
+
+    def full(self) -> bool:
+        return len(self) > _KEPT_WORDS or len(self._ids) > _KEPT_TOKENS
+
+    # Views, to be dropped before the next word is added: an array does not grow while its memory is shared.
+    def ids(self) -> np.ndarray:
+        return np.frombuffer(self._ids, np.int32)
+
+    def starts(self) -> np.ndarray:
+        return np.frombuffer(self._starts, np.int64)
+
+    def lengths(self) -> np.ndarray:
+        return np.frombuffer(self._lengths, np.int64)
+
+
+def _assemble(tokens: Sequence[str], lowercase: bool, strip_accents: bool | None = None, chinese: bool = True) -> Tokenizer:
+    """BERT's tokenizer around a vocabulary, in the order of its ids."""
+    ids = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _alphabet(texts: list[str], most: int) -> tuple[list[str], list[str]]:
+    """The characters that get a piece of their own, and those of them that also get one inside a word, both sorted.
+
+    The most frequent ones are taken until they cover ALPHABET_COVERAGE of the texts or make `most` pieces.
+    """
+    breaks = np.array([_breaks_word(chr(code)) for code in range(sys.maxunicode + 1)])
+    seen, inside = np.zeros((2, sys.maxunicode + 1), np.int64)
+    for i in range(0, len(texts), 4096):
+        codes = np.frombuffer("\n".join(texts[i : i + 4096]).encode("utf-32-le"), np.uint32)
+        seen += np.bincount(codes, minlength=len(seen))
+        part = ~breaks[codes]
+        inside += np.bincount(codes[1:][part[1:] & part[:-1]], minlength=len(inside))
+    seen[[code for code in np.flatnonzero(seen) if chr(code).isspace()]] = 0
+    order = np.argsort(-seen, kind="stable")[: np.count_nonzero(seen)]
+    covered = np.cumsum(seen[order]) - seen[order] < ALPHABET_COVERAGE * seen.sum()
+    pieces = np.cumsum(1 + (inside[order] > 0))
+    chosen = np.sort(order[covered & (pieces <= most)])
+    return [chr(code) for code in chosen], [chr(code) for code in chosen if inside[code]]
+
+
+def _breaks_word(character: str) -> bool:
+    """Whether BERT's pre-tokenizer ends a word here: whitespace, punctuation, and ASCII symbols."""
+    return character.isspace() or unicodedata.category(character)[0] == "P" or ("!" <= character <= "~" and not character.isalnum())
+
+
+def _from_json(text: str, file: Path) -> Tokenizer:
+    """A tokenizers file, taken only if it does what BERT's tokenizer does: Encoder and the masks build on that."""
+    try:
+        settings = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
+        model, normalizer = settings["model"], settings["normalizer"]
+        kinds = [part and part["type"] for part in (model, normalizer, settings["pre_tokenizer"])]
+        prefix, unknown, clean = model["continuing_subword_prefix"], model["unk_token"], normalizer["clean_text"]
+        added = [token["content"] for token in settings["added_tokens"] if not token["special"]]
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file}: not the file of a BERT tokenizer ({type(error).__name__}: {error}); give one, or its vocab.txt") from None
+    if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"]:
+        raise InputError(f"{file}: it is {', '.join(map(str, kinds))}; needed is WordPiece, BertNormalizer, BertPreTokenizer, as in BERT")
+    if (prefix, unknown, clean) != ("##", "[UNK]", True):
+        raise InputError(f"{file}: prefix {prefix!r}, unknown {unknown!r}, clean_text {clean}; needed is '##', '[UNK]', true, as in BERT")
+    if added:
+        raise InputError(f"{file}: {len(added)} added tokens ({added[0]!r}, ...) outside the WordPiece model; move them into its vocabulary")
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # what the Rust side raises has no narrower type
+        raise InputError(f"{file}: not a sound tokenizer: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        double = next(name for i, (name, _) in enumerate(pairs) if name in {other for other, _ in pairs[:i]})
+        raise InputError(f"{file}: {double!r} is there twice; keep one")
+    return values
+
+
+def _from_vocabulary(text: str, file: Path) -> Tokenizer:
+    """A list of tokens, one a line; the line's number is the id."""
+    tokens = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    ids: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        if not token.strip():
+            raise InputError(f"{file}: line {i + 1} is empty; a vocabulary has one token a line")
+        if token in ids:
+            raise InputError(f"{file}: line {i + 1}: {token!r} is in line {ids[token] + 1} already; keep one")
+        ids[token] = i
+    special_ids(Tokenizer(models.WordPiece(ids, unk_token="[UNK]")), file)
+    config_file = file.with_name("tokenizer_config.json")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        lowercase, accents, chinese = config.get("do_lower_case"), config.get("strip_accents"), config.get("tokenize_chinese_chars", True)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{config_file}: cannot be read as a tokenizer's settings: {error}") from None
+    if lowercase is None:
+        lowercase = not any(token != token.lower() for token in tokens if not (token.startswith("[") and token.endswith("]")))
+    try:
+        return _assemble(tokens, lowercase, accents, chinese)
+    except TypeError as error:
+        raise InputError(f"{config_file}: do_lower_case, strip_accents or tokenize_chinese_chars is of the wrong kind: {error}") from None

@@ -1,0 +1,288 @@
+"""BERT: embeddings, L post-norm blocks over packed sequences, and the two heads that pre-training needs.
+
+The only caller of the kernels. Axes: B sequences, T packed tokens, M masked tokens, R rows that a loss reads (M + B),
+H heads, K head size, D hidden, F feed-forward, V vocabulary.
+
+Each module owns the parameters that its own forward reads, since ZeRO stage 3 gathers weights module by module; the one exception,
+the tied vocabulary matrix, is an argument of the head.
+
+Source: Devlin et al., 2019; the same function as transformers' BertForPreTraining, so that weights go both ways.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from fastbert_kernels import bias_gelu, dropout_add_layer_norm, embedding_layer_norm, layer_norm, masked_cross_entropy, row_keys, varlen_attention
+from torch import Tensor, nn
+
+from fastbert.config import ModelConfig
+from fastbert.data.batches import PackedBatch
+from fastbert.errors import InputError
+
+
+def resolve_kernels(name: str, device: str) -> str:
+    """Which implementation "auto" means on "cpu" or "cuda"; raises InputError where the asked one cannot run."""
+    if name == "triton":
+        raise InputError('runtime.kernels = "triton": this version has no Triton kernels yet; use auto, cpu or reference')
+    if name == "cpu" and device != "cpu":
+        raise InputError(f'runtime.kernels = "cpu" cannot run on {device}; use auto or reference')
+    return ("cpu" if device == "cpu" else "reference") if name == "auto" else name
+
+
+class Pack(NamedTuple):
+    """What every layer needs to know of the batch besides the hidden states."""
+
+    cu_seqlens: Tensor  # int32 [B + 1]
+    max_seqlen: int  # tokens
+    sequence_keys: Tensor | None  # int64 [B]; None where nothing is dropped
+    token_keys: Tensor | None  # int64 [T]
+
+
+class Dropout(NamedTuple):
+    """Probabilities in force: those of the config in training, zero otherwise."""
+
+    hidden: float
+    attention: float
+
+
+def matrix(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, columns))
+
+
+def vector(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(size))
+
+
+def select(x: Tensor | None, rows: Tensor | None) -> Any:
+    """The named rows of x, or all of it."""
+    return x if x is None or rows is None else x[rows]
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.eps = config.layer_norm_eps
+        self.words = matrix(vocab_size, config.hidden_size)
+        self.positions = matrix(config.max_position_embeddings, config.hidden_size)
+        self.segments = matrix(2, config.hidden_size)
+        self.norm_weight, self.norm_bias = vector(config.hidden_size), vector(config.hidden_size)
+
+    def forward(self, batch: PackedBatch, pack: Pack, dropout: Dropout, impl: str) -> Tensor:
+        return embedding_layer_norm(
+            batch.input_ids,
+            batch.position_ids,
+            batch.token_type_ids,
+            self.words,
+            self.positions,
+            self.segments,
+            self.norm_weight,
+            self.norm_bias,
+            eps=self.eps,
+            dropout_p=dropout.hidden,
+            keys=pack.token_keys,
+            impl=impl,
+        )
+
+
+class SublayerOutput(nn.Module):
+    """The end of a sublayer: its last matrix, then LN(residual + dropout(...))."""
+
+    def __init__(self, config: ModelConfig, inner_size: int):
+        super().__init__()
+        self.eps = config.layer_norm_eps
+        self.weight, self.bias = matrix(config.hidden_size, inner_size), vector(config.hidden_size)
+        self.norm_weight, self.norm_bias = vector(config.hidden_size), vector(config.hidden_size)
+
+    def forward(self, inner: Tensor, residual: Tensor, keys: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
+        return dropout_add_layer_norm(
+            inner @ self.weight.T,
+            self.bias,
+            residual,
+            self.norm_weight,
+            self.norm_bias,
+            eps=self.eps,
+            dropout_p=dropout.hidden,
+            keys=keys,
+            site=site,
+            impl=impl,
+        )
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.head_size = config.num_attention_heads, config.head_size
+        self.qkv_weight = matrix(3 * config.hidden_size, config.hidden_size)  # q over k over v
+        self.qkv_bias = vector(3 * config.hidden_size)
+        self.output = SublayerOutput(config, config.hidden_size)
+
+    def forward(self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
+        """Every token attends; with `rows` (int64 [R], ascending) only their outputs are computed, [R, D]."""
+        q, k, v = self._project(x, rows)
+        context = varlen_attention(
+            q,
+            k,
+            v,
+            pack.cu_seqlens,
+            pack.max_seqlen,
+            dropout_p=dropout.attention,
+            keys=pack.sequence_keys,
+            site=site,
+            queries=rows,
+            impl=impl,
+        )
+        return self.output(context.flatten(1), select(x, rows), select(pack.token_keys, rows), site + 1, dropout, impl)
+
+    def _project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        linear, heads = nn.functional.linear, (self.heads, self.head_size)
+        if rows is None:
+            return linear(x, self.qkv_weight, self.qkv_bias).view(-1, 3, *heads).unbind(1)  # type: ignore[return-value]
+        size = x.shape[1]
+        q = linear(x[rows], self.qkv_weight[:size], self.qkv_bias[:size]).view(-1, *heads)
+        k, v = linear(x, self.qkv_weight[size:], self.qkv_bias[size:]).view(-1, 2, *heads).unbind(1)
+        return q, k, v
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight, self.bias = matrix(config.intermediate_size, config.hidden_size), vector(config.intermediate_size)
+        self.output = SublayerOutput(config, config.intermediate_size)
+
+    def forward(self, x: Tensor, keys: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
+        inner = bias_gelu(x @ self.weight.T, self.bias, impl=impl)
+        return self.output(inner, x, keys, site, dropout, impl)
+
+
+class Layer(nn.Module):
+    SITES = 3  # operations of a layer that drop: the attention weights, and the end of each sublayer
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
+        x = self.attention(x, pack, rows, site, dropout, impl)
+        return self.feed_forward(x, select(pack.token_keys, rows), site + 2, dropout, impl)
+
+
+class MaskedTokenHead(nn.Module):
+    """Dense, GELU, LayerNorm, and the vocabulary matrix, which is the table of word embeddings and comes as an argument."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.eps = config.layer_norm_eps
+        self.weight, self.bias = matrix(config.hidden_size, config.hidden_size), vector(config.hidden_size)
+        self.norm_weight, self.norm_bias = vector(config.hidden_size), vector(config.hidden_size)
+        self.vocabulary_bias = vector(vocab_size)
+
+    def forward(self, hidden: Tensor, words: Tensor, labels: Tensor, total: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states of the masked tokens [M, D] and their labels [M] to loss (divided by `total`), losses and hits."""
+        positions = torch.arange(len(hidden), device=hidden.device)
+        hidden = self.transform(hidden, impl)
+        return masked_cross_entropy(hidden, words, self.vocabulary_bias, positions, labels, total=total, impl=impl)
+
+    def transform(self, hidden: Tensor, impl: str) -> Tensor:
+        inner = bias_gelu(hidden @ self.weight.T, self.bias, impl=impl)
+        return layer_norm(inner, self.norm_weight, self.norm_bias, eps=self.eps, impl=impl)
+
+
+class NextSentenceHead(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[CLS] states [B, D] to logits [B, 2]: IsNext, NotNext."""
+        return self.classifier(torch.tanh(self.pooler(hidden)))
+
+
+class BertForPreTraining(nn.Module):
+    """The encoder with the MLM and NSP heads.
+
+    Args:
+        config: sizes and dropout probabilities.
+        vocab_size: V, the tokenizer's.
+        kernels: "auto", "cpu" or "reference"; resolved by where the parameters are when the model is built (CPU).
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, kernels: str = "auto", device: str = "cpu"):
+        super().__init__()
+        self.config, self.vocab_size, self.impl = config, vocab_size, resolve_kernels(kernels, device)
+        self.embeddings = Embeddings(config, vocab_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.mlm_head = MaskedTokenHead(config, vocab_size)
+        self.nsp_head = NextSentenceHead(config)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Normal(0, initializer_range) for matrices and tables, zero biases, LayerNorm at identity, as in BERT's own code."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=self.config.initializer_range)
+            else:
+                nn.init.constant_(parameter, 1.0 if name.endswith("norm_weight") else 0.0)
+        if self.config.position_init == "sinusoidal":
+            table = self.embeddings.positions
+            table.copy_(sinusoids(*table.shape) * (math.sqrt(2) * self.config.initializer_range))
+
+    def _pack(self, batch: PackedBatch) -> tuple[Pack, Dropout]:
+        dropout = Dropout(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) if self.training else Dropout(0.0, 0.0)
+        if not any(dropout):
+            return Pack(batch.cu_seqlens, batch.max_seqlen, None, None), dropout
+        keys = row_keys(batch.dropout_keys, batch.cu_seqlens, len(batch.input_ids))
+        return Pack(batch.cu_seqlens, batch.max_seqlen, batch.dropout_keys, keys), dropout
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Both losses in one pass; the last layer computes only the rows that a loss reads (exact, not approximate).
+
+        Returns a plain tuple (ZeRO stage 3 rebuilds containers), read by `objective.losses`:
+            mlm, nsp: scalars with gradient, this batch's share of the means over the whole global batch.
+            token_losses fp32 [M], token_hits bool [M], pair_losses fp32 [B], pair_hits bool [B]: detached.
+        """
+        pack, dropout = self._pack(batch)
+        first_tokens = batch.cu_seqlens[:-1].long()
+        rows = torch.cat((batch.masked_positions, first_tokens)).sort().values
+        x = self.embeddings(batch, pack, dropout, self.impl)
+        for index, layer in enumerate(self.layers):
+            wanted = rows if index == len(self.layers) - 1 else None
+            x = layer(x, pack, wanted, 1 + Layer.SITES * index, dropout, self.impl)
+
+        masked = x.index_select(0, torch.searchsorted(rows, batch.masked_positions))
+        mlm, token_losses, token_hits = self.mlm_head(masked, self.embeddings.words, batch.labels, max(batch.masked_total, 1), self.impl)
+        pair_logits = self.nsp_head(x.index_select(0, torch.searchsorted(rows, first_tokens))).float()
+        pair_losses = nn.functional.cross_entropy(pair_logits, batch.next_sentence_labels, reduction="none", ignore_index=-100)
+        pair_hits = pair_logits.argmax(-1) == batch.next_sentence_labels
+        return mlm, pair_losses.sum() / max(batch.pairs_total, 1), token_losses, token_hits, pair_losses.detach(), pair_hits
+
+    def hidden_states(self, batch: PackedBatch) -> list[Tensor]:
+        """L + 1 tensors [T, D]: what the embeddings give, then what each layer gives."""
+        pack, dropout = self._pack(batch)
+        states = [self.embeddings(batch, pack, dropout, self.impl)]
+        for index, layer in enumerate(self.layers):
+            states.append(layer(states[-1], pack, None, 1 + Layer.SITES * index, dropout, self.impl))
+        return states
+
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits [N, V] of last-layer rows [N, D]."""
+        return self.mlm_head.transform(hidden, self.impl) @ self.embeddings.words.T + self.mlm_head.vocabulary_bias
+
+    def pair_logits(self, hidden: Tensor) -> Tensor:
+        """IsNext and NotNext logits [B, 2] of the last layer's [CLS] rows [B, D]."""
+        return self.nsp_head(hidden)
+
+
+def sinusoids(positions: int, size: int) -> Tensor:
+    """[positions, size] in [-1, 1], sines in the first half of the columns, cosines in the second.
+
+    Source: Vaswani et al., 2017, section 3.5.
+    """
+    rates = torch.exp(torch.arange(0, size, 2) * (-math.log(10_000) / size))
+    angles = torch.arange(positions)[:, None] * rates
+    return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :size]

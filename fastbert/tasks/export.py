@@ -1,0 +1,192 @@
+"""A run as a folder that transformers and sentence-transformers load, and the proof that it is the same model.
+
+The folder is written under a temporary name and gets its own only after stock transformers has loaded it without a missing or
+unexpected weight and given the logits that our model gives, on real text.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastbert.config import dump_config
+from fastbert.data.batches import pack_texts
+from fastbert.data.store import Store, open_store
+from fastbert.errors import InputError
+from fastbert.tasks.hugging_face import new_folder, write_folder
+from fastbert.tasks.pretrained import Pretrained, fit_pair
+from fastbert.training.metrics import read_metrics
+from fastbert.weights import HEADS, NSP, to_hugging_face
+
+TOLERANCE = 1e-4  # largest difference of a logit; rounding in fp32 gives about 1e-6 for a tiny model and 2e-5 for BERT-base
+PAIRS = 8  # pairs of sentences that the check reads from the held-out text
+SENTENCE_TOKENS = 60  # at most, of a sentence that is read for the check
+
+# Read where no store is at hand.
+SENTENCES = [
+    ("The river rises in the mountains, flows north for 120 kilometres, and joins the sea near the old harbour.", "It is not navigable."),
+    ("She asked: \"Who wrote this?\"", "Nobody in the room knew the answer."),
+    ("In 1969 two people walked on the Moon.", "Their ship returned four days later."),
+    ("Bread is made of flour, water and salt.", "The first railway in the country was opened in 1837."),
+]  # fmt: skip
+
+
+class ExportError(RuntimeError):
+    """The exported folder is not the model that was trained."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """`difference`: the largest between a logit of ours and one of transformers; `compared`: how many logits there were."""
+
+    out: str
+    architecture: str
+    difference: float
+    compared: int
+
+
+def export(pretrained: Pretrained, out: str | Path, texts: list[str] | None = None) -> Exported:
+    """Write the folder `out` and check it.
+
+    Args:
+        pretrained: on the CPU, where the check computes.
+        out: the new folder.
+        texts: what the check reads; by default held-out sentences of the run's store, where that is still there.
+
+    Raises:
+        InputError: `out` is there already.
+        ExportError: transformers does not load the folder cleanly, tokenizes differently, or gives other logits. `out` is not made.
+    """
+    # A head that was not trained is left out: BertForMaskedLM is BertForPreTraining without pooler and NSP head.
+    paired = NSP in pretrained.heads
+    architecture = "BertForPreTraining" if paired else "BertForMaskedLM"
+    state = {name: tensor for name, tensor in pretrained.model.state_dict().items() if paired or not name.startswith(HEADS[NSP])}
+    pairs = [(text, "") for text in texts] if texts else _heldout_pairs(pretrained) or SENTENCES
+    with new_folder(out) as folder:
+        write_folder(folder, architecture, to_hugging_face(state), pretrained.config, pretrained.model.vocab_size, pretrained.tokenizer)
+        (folder / "README.md").write_text(model_card(pretrained, architecture, Path(out).name), encoding="utf-8")
+        difference, compared = compare(folder, architecture, pretrained, pairs)
+        if not difference <= TOLERANCE:  # NaN is a failure too
+            raise ExportError(f"{out}: not written: transformers' logits differ by {difference:.3g}, more than {TOLERANCE:g}")
+    return Exported(str(out), architecture, difference, compared)
+
+
+@torch.inference_mode()
+def compare(folder: Path, architecture: str, pretrained: Pretrained, pairs: list[tuple[str, str]]) -> tuple[float, int]:
+    """The largest difference of a logit between ours and stock transformers on pairs of texts (the second may be ""), and their number.
+
+    transformers gets the texts padded, as people use it.
+
+    Raises:
+        ExportError: weights missing or unexpected, or ids that differ.
+    """
+    model, tokenizer = _open_with_transformers(folder, architecture)
+    room = pretrained.config.max_position_embeddings - 3
+    a, b = [], []
+    for pair in pairs:
+        ours = [pretrained.tokenizer.encode(text, add_special_tokens=False).ids for text in pair]
+        theirs = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair]
+        if ours != theirs:
+            raise ExportError(f"transformers' tokenizer gives other ids for {pair!r}")
+        first, second = fit_pair(*ours, room)
+        a.append(first)
+        b.append(second)
+    single = not any(b)
+    batch = pack_texts(a, None if single else b, pretrained.special)
+    last = pretrained.model.hidden_states(batch)[-1]
+    token_logits = pretrained.model.token_logits(last)
+    pair_logits = pretrained.model.pair_logits(last[batch.cu_seqlens[:-1].long()])
+
+    lengths = batch.cu_seqlens.diff().tolist()
+    real = torch.arange(batch.max_seqlen) < torch.tensor(lengths)[:, None]
+    ids = torch.full(real.shape, pretrained.special.pad)
+    segments = torch.zeros_like(ids)
+    ids[real], segments[real] = batch.input_ids, batch.token_type_ids
+    outputs = model(input_ids=ids, token_type_ids=segments, attention_mask=real.long())
+    differences = [(outputs["prediction_logits" if NSP in pretrained.heads else "logits"][real] - token_logits).abs()]
+    if NSP in pretrained.heads:
+        differences.append((outputs["seq_relationship_logits"] - pair_logits).abs())
+    # max() of a tensor with a NaN is NaN, max() of Python might lose it.
+    return float(torch.stack([d.max() for d in differences]).max()), sum(d.numel() for d in differences)
+
+
+def _open_with_transformers(folder: Path, architecture: str) -> tuple[Any, Any]:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: everything that is needed lies in the folder
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if wrong:
+        raise ExportError(f"transformers loads the weights with complaints: {wrong}")
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def _heldout_pairs(pretrained: Pretrained) -> list[tuple[str, str]]:
+    """The first two sentences of some held-out documents, as text; empty where the run's store is gone."""
+    if pretrained.recipe is None:
+        return []
+    try:
+        store = open_store(pretrained.recipe.data)
+    except InputError:
+        return []
+    split = store.split("heldout")
+    documents = np.linspace(0, split.documents - 1, min(PAIRS, split.documents)).astype(np.int64)
+    first, end = split.first_sentence(documents), split.first_sentence(documents + 1)
+    second = np.minimum(first + 1, end - 1)  # a document of one sentence is its own second
+    return [(_text(pretrained, store, a), _text(pretrained, store, b)) for a, b in zip(first.tolist(), second.tolist(), strict=True)]
+
+
+def _text(pretrained: Pretrained, store: Store, sentence: int) -> str:
+    split = store.split("heldout")
+    start, end = split.first_token(np.array([sentence, sentence + 1]))
+    return pretrained.tokenizer.decode(split.gather(np.array([start]), np.array([min(end - start, SENTENCE_TOKENS)])).tolist())
+
+
+def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
+    """README.md of the folder: what it is, how to use it, and how it was trained and measured."""
+    config, recipe = pretrained.config, pretrained.recipe
+    parameters = sum(p.numel() for p in pretrained.model.parameters())
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: fill-mask",
+        "tags: [bert, fastbert]",
+        "---",
+        f"# {name}",
+        "",
+        f"A BERT of {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads and "
+        f"{pretrained.model.vocab_size:,} tokens ({parameters / 1e6:.1f} M parameters), pre-trained with fastbert.",
+        "",
+        "```python",
+        f"from transformers import AutoTokenizer, {architecture}",
+        f'model, tokenizer = {architecture}.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")',
+        "```",
+    ]
+    if recipe is not None:
+        lines += ["", "## Training", "", *_figures(pretrained), "", "The whole recipe:", "", "```toml", dump_config(recipe).rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(pretrained: Pretrained) -> list[str]:
+    """A table from the run's metrics.jsonl, as far as the checkpoint goes; a run is the folder two above its checkpoint."""
+    steps, tokens, evaluated, seen = pretrained.metadata["step"], 0, {}, set()
+    for record in read_metrics(pretrained.path.resolve().parents[1] / "metrics.jsonl"):
+        step = record.get("step", math.inf)
+        if step > steps:
+            continue
+        if record.get("event") == "evaluate":
+            evaluated = record
+        elif "event" not in record and step not in seen:  # after a resume a step may stand there twice
+            seen.add(step)
+            tokens += record["tokens"]
+    rows = [("steps", f"{steps:,}"), ("tokens seen", f"{tokens:,}")]
+    rows += [(f"held-out {key}", f"{value:.4f}") for key, value in evaluated.items() if isinstance(value, float)]
+    return ["| figure | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]

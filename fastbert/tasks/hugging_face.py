@@ -1,0 +1,155 @@
+"""A Hugging Face folder of a BERT: config.json, model.safetensors and the tokenizer; read, and written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fastbert.config import ModelConfig
+from fastbert.data.tokenizer import save_tokenizer, special_ids
+from fastbert.errors import InputError
+from fastbert.weights import SEGMENTS, from_hugging_face
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+# What config.json must say, where it says anything: the one encoder that is written here.
+_ENCODER = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "type_vocab_size": SEGMENTS,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+_OURS_ALONE = {"preset", "position_init"}  # keys of ModelConfig that BertConfig does not have: they matter before training only
+
+
+def read_config(file: Path) -> tuple[ModelConfig, int]:
+    """ModelConfig and the size of the vocabulary from a config.json; what it leaves out is BertConfig's default, which is ours.
+
+    Raises:
+        InputError: not JSON, another architecture than BERT, a variant that is not written here, a value that cannot be.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict) or values.get("model_type") != "bert":
+        found = values.get("model_type") if isinstance(values, dict) else None
+        raise InputError(f'{file}: model_type = {found!r}; only "bert" can be loaded')
+    for key, wanted in _ENCODER.items():
+        if values.get(key, wanted) != wanted:
+            raise InputError(f"{file}: {key} = {values[key]!r}; only {wanted!r} can be loaded")
+    given: dict[str, Any] = {}
+    for item in fields(ModelConfig):
+        if item.name in values and item.name not in _OURS_ALONE:
+            given[item.name] = _number(values[item.name], isinstance(item.default, int), f"{file}: {item.name}")
+    config = ModelConfig(**given)
+    if config.hidden_size % config.num_attention_heads:
+        heads, size = config.num_attention_heads, config.hidden_size
+        raise InputError(f"{file}: num_attention_heads = {heads} does not divide hidden_size = {size}")
+    return config, _number(values.get("vocab_size", 30522), True, f"{file}: vocab_size")
+
+
+def read_weights(folder: Path, config: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
+    """The weights by our names, fp32.
+
+    Raises:
+        InputError: no safetensors file, one that cannot be read, or weights that are not those of `config`.
+    """
+    file = folder / WEIGHTS
+    if not file.is_file():
+        if (folder / "pytorch_model.bin").is_file():
+            raise InputError(
+                f"{folder / 'pytorch_model.bin'}: a pickle, which may run any code when it is opened; convert it where you trust it: "
+                f"transformers.AutoModelForPreTraining.from_pretrained(DIR).save_pretrained(DIR) writes {WEIGHTS}"
+            )
+        if (index := folder / f"{WEIGHTS}.index.json").is_file():
+            raise InputError(f"{index}: weights in several files; save them as one, with max_shard_size='50GB'")
+        raise InputError(f"{folder}: no {WEIGHTS} in this folder; give a folder that holds a model")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as safetensors ({error}); download or export it again") from None
+    return from_hugging_face(state, config, vocab_size, str(file))
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder under a temporary name, renamed to `out` at the end, or removed where the block fails.
+
+    Raises:
+        InputError: `out` is there already and not an empty folder.
+    """
+    out = Path(out)
+    check_new(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.with_name(f".writing-{out.name}")
+    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
+    try:
+        staging.mkdir()
+        yield staging
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_new(out: str | Path) -> None:
+    """Raise InputError where `out` cannot become a new folder: said before the work, not after it."""
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"--out {out}: is there already; remove it or choose another name")
+
+
+def write_folder(
+    folder: Path,
+    architecture: str,
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    vocab_size: int,
+    tokenizer: Tokenizer,
+    **more: Any,
+) -> None:
+    """Fill an empty folder with what transformers' `from_pretrained` and AutoTokenizer read.
+
+    Args:
+        architecture: the class of transformers that the weights belong to.
+        state: the weights by Hugging Face's names (`to_hugging_face`).
+        more: further keys of config.json, such as id2label.
+    """
+    values = {
+        "architectures": [architecture],
+        "model_type": "bert",
+        "vocab_size": vocab_size,
+        **{item.name: getattr(config, item.name) for item in fields(ModelConfig) if item.name not in _OURS_ALONE},
+        "hidden_act": "gelu",
+        "type_vocab_size": SEGMENTS,
+        "pad_token_id": special_ids(tokenizer, folder).pad,
+        "torch_dtype": "float32",
+        **more,
+    }
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    cpu = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    save_file(cpu, folder / WEIGHTS, metadata={"format": "pt"})  # transformers refuses a file without this mark
+    save_tokenizer(tokenizer, folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["model_max_length"] = config.max_position_embeddings
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _number(value: Any, whole: bool, what: str) -> Any:
+    low, kinds = (1, int) if whole else (0, (int, float))
+    if not isinstance(value, kinds) or isinstance(value, bool) or value < low:
+        raise InputError(f"{what} = {value!r}; must be a {'whole ' if whole else ''}number, {low} or more")
+    return value

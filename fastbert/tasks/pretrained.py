@@ -1,0 +1,184 @@
+"""`Pretrained`: what a trained model does with text: vectors, hidden states, `[MASK]` filled, the next sentence judged.
+
+Texts go through the model packed, as in training: sorted by length, end to end, no padding.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fastbert.config import ModelConfig, RunConfig
+from fastbert.data.batches import PackedBatch, pack_texts
+from fastbert.data.store import SpecialIds
+from fastbert.errors import InputError
+from fastbert.model import BertForPreTraining
+from fastbert.weights import MLM, NSP
+
+PACK_TOKENS = 4096  # tokens of one forward pass; all hidden states of BERT-base for them are 160 MB
+MASK = "[MASK]"
+POOLS = ("mean", "max", "cls")
+
+
+class TextCutWarning(UserWarning):
+    """Texts were longer than the model's positions."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model with its tokenizer, in evaluation mode.
+
+    `heads` says which of "mlm" and "nsp" were trained; `recipe` and `metadata` are those of the run, None and empty for a Hugging
+    Face folder. `path` is the folder that the weights came from.
+    """
+
+    model: BertForPreTraining
+    tokenizer: Tokenizer
+    special: SpecialIds
+    config: ModelConfig
+    heads: frozenset[str]
+    path: Path
+    recipe: RunConfig | None
+    metadata: dict[str, Any]
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a text that fit between [CLS] and [SEP]."""
+        return self.config.max_position_embeddings - 2
+
+    def encode(self, texts: Sequence[str], pool: str = "mean", layer: int = -1) -> np.ndarray:
+        """One vector for each text.
+
+        Args:
+            texts: any number; a text without a token is `[CLS] [SEP]`; one that is too long is cut, with a warning.
+            pool: "mean" or "max" over all tokens, [CLS] and [SEP] counted, as sentence-transformers does; or "cls".
+            layer: 0 is what the embeddings give, 1 the first layer; -1 the last.
+
+        Returns:
+            float32 [N, D], in the order of `texts`.
+
+        Raises:
+            InputError: an unknown pool, a layer that is not there, a single string in place of a list.
+        """
+        count = self.config.num_hidden_layers + 1
+        if pool not in POOLS:
+            raise InputError(f"pool = {pool!r}; must be one of {', '.join(POOLS)}")
+        if not -count <= layer < count:
+            raise InputError(f"layer = {layer}; the model has 0 (embeddings) to {count - 1}, or -1 (last) to {-count}")
+        result = np.empty((len(texts), self.config.hidden_size), np.float32)
+        for chosen, batch in self._packs(self._ids(texts)):
+            hidden = self._hidden(batch)[layer].float()
+            if pool == "cls":
+                vectors = hidden[batch.cu_seqlens[:-1].long()]
+            else:
+                vectors = torch.segment_reduce(hidden, pool, lengths=batch.cu_seqlens.diff().long())
+            result[chosen] = vectors.cpu().numpy()
+        return result
+
+    def hidden_states(self, texts: Sequence[str]) -> list[list[np.ndarray]]:
+        """For each text L + 1 float32 arrays [n, D], embeddings first; n counts [CLS] and [SEP]. Raises as `encode`."""
+        result: list[list[np.ndarray]] = [[] for _ in texts]
+        for chosen, batch in self._packs(self._ids(texts)):
+            for state in self._hidden(batch):
+                parts = np.split(state.float().cpu().numpy(), batch.cu_seqlens[1:-1].cpu().numpy())
+                for i, part in zip(chosen, parts, strict=True):
+                    result[i].append(part)
+        return result
+
+    def fill(self, text: str, k: int = 5) -> list[list[tuple[str, float]]]:
+        """The k most probable tokens and their probabilities, best first, for each `[MASK]` of the text.
+
+        Raises:
+            InputError: no `[MASK]`, a text that is too long, k out of range, a model whose MLM head was not trained.
+        """
+        self._need(MLM)
+        if MASK not in text:
+            raise InputError(f"{text!r}: no {MASK} to fill; write one where a word is missing")
+        if not 1 <= k <= self.model.vocab_size:
+            raise InputError(f"k = {k}; must be from 1 to the {self.model.vocab_size:,} tokens of the vocabulary")
+        # To the tokenizer "[MASK]" in a text is ordinary characters, so the text is cut there, as transformers does.
+        ids: list[int] = []
+        for i, part in enumerate(text.split(MASK)):
+            ids += ([self.special.mask] if i else []) + self.tokenizer.encode(part, add_special_tokens=False).ids
+        if len(ids) > self.max_tokens:
+            raise InputError(f"the text has {len(ids)} tokens, the model takes {self.max_tokens}; shorten it")
+        batch = self._batch([ids])
+        with torch.inference_mode():
+            logits = self.model.token_logits(self._hidden(batch)[-1][batch.input_ids == self.special.mask])
+            # Rows past the tokenizer's vocabulary (some models pad theirs) stand for no token.
+            best = logits[:, : self.tokenizer.get_vocab_size()].float().softmax(-1).topk(k)
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [[(self.tokenizer.id_to_token(i), p) for i, p in zip(*row, strict=True)] for row in rows]
+
+    def next_sentence(self, first: str, second: str) -> float:
+        """The probability that `second` follows `first`. A pair that is too long loses the end of its longer half, with a warning.
+
+        Raises:
+            InputError: a model whose NSP head was not trained.
+        """
+        self._need(NSP)
+        a, b = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in (first, second))
+        room = self.config.max_position_embeddings - 3
+        if len(a) + len(b) > room:
+            _warn_cut(1, 1, room)
+            a, b = fit_pair(a, b, room)
+        batch = self._batch([a], [b])
+        with torch.inference_mode():
+            logits = self.model.pair_logits(self._hidden(batch)[-1][:1])
+        return float(logits.float().softmax(-1)[0, 0])
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if isinstance(texts, str):
+            raise InputError(f"a list of texts is expected, not the single text {texts[:40]!r}")
+        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        cut = sum(len(tokens) > self.max_tokens for tokens in ids)
+        if cut:
+            _warn_cut(cut, len(ids), self.max_tokens)
+        return [tokens[: self.max_tokens] for tokens in ids]
+
+    def _packs(self, ids: list[list[int]]) -> Iterator[tuple[list[int], PackedBatch]]:
+        """Indices of the texts of a pack, and the pack; texts of similar length share one."""
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        chosen: list[int] = []
+        tokens = 0
+        for i in order:
+            length = len(ids[i]) + 2
+            if chosen and tokens + length > PACK_TOKENS:
+                yield chosen, self._batch([ids[j] for j in chosen])
+                chosen, tokens = [], 0
+            chosen.append(i)
+            tokens += length
+        if chosen:
+            yield chosen, self._batch([ids[j] for j in chosen])
+
+    def _batch(self, a: list[list[int]], b: list[list[int]] | None = None) -> PackedBatch:
+        return pack_texts(a, b, self.special).to(self.model.embeddings.word_embeddings.weight.device)
+
+    @torch.inference_mode()
+    def _hidden(self, batch: PackedBatch) -> list[Tensor]:
+        return self.model.hidden_states(batch)
+
+    def _need(self, head: str) -> None:
+        if head not in self.heads:
+            what = {MLM: "masked tokens", NSP: "next sentences"}[head]
+            raise InputError(f"{self.path}: the model was not trained on {what}, or its weights for them are missing")
+
+
+def fit_pair(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int]]:
+    """Cut the end of the longer of two texts until both have `room` tokens together at most, as transformers' "longest_first"."""
+    keep = max(room - len(b), min(len(a), math.ceil(room / 2)))
+    return (a[:keep], b[: room - keep]) if len(a) + len(b) > room else (a, b)
+
+
+def _warn_cut(cut: int, texts: int, length: int) -> None:
+    of = f"{cut:,} of {texts:,} texts are" if texts > 1 else "the text is"
+    warnings.warn(f"{of} longer than the {length} tokens that the model takes; the rest is cut off", TextCutWarning, stacklevel=4)

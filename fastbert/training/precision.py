@@ -1,0 +1,33 @@
+"""fp32 or bf16: what runtime.precision means on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from fastbert.doctor import probe_bf16
+from fastbert.errors import InputError
+
+
+def resolve_precision(precision: str, device: torch.device, recipe: str) -> tuple[str, str]:
+    """ "auto" is bf16 where it is safe and faster, else fp32. On a CPU a child process tries it (see doctor.py), since some kill
+    the process that multiplies in bf16.
+
+    Returns:
+        "fp32" or "bf16", and why, in words for the log.
+
+    Raises:
+        InputError: bf16 was asked for where it is not safe.
+    """
+    if precision == "fp32":
+        return "fp32", "the recipe says so"
+    if device.type == "cuda":
+        safe = faster = torch.cuda.is_bf16_supported(including_emulation=False)
+        why = "the GPU has bf16" if safe else "the GPU has no bf16"
+    else:
+        probe = probe_bf16()
+        safe, faster, why = probe.safe, probe.faster, probe.why
+    if precision == "bf16":
+        if not safe:
+            raise InputError(f'{recipe}: runtime.precision = "bf16": {why}; use "fp32" or "auto"')
+        return "bf16", "the recipe says so"
+    return ("bf16" if safe and faster else "fp32"), why

@@ -1,0 +1,80 @@
+"""How far a run is: what was done, how that compares with the recipe's stop conditions, and which of them ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastbert.config import RunConfig
+
+
+@dataclass
+class Progress:
+    """Counters of the whole run, over every interruption; they are kept in the checkpoint.
+
+    `seconds` is the time from the first step on, evaluations and saving counted, the pauses between two processes not.
+    """
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # real tokens seen, [CLS] and [SEP] counted
+    seconds: float = 0.0
+    best_loss: float | None = None  # lowest held-out loss, by min_delta at least (see `judge`)
+    stale: int = 0  # evaluations since then
+
+    def as_metadata(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def judge(self, heldout_loss: float, min_delta: float) -> None:
+        """Take note of an evaluation: is it better than the best by `min_delta` nats or more (by anything, where that is 0)?"""
+        better = self.best_loss is None or (heldout_loss < self.best_loss and self.best_loss - heldout_loss >= min_delta)
+        self.best_loss, self.stale = (heldout_loss, 0) if better else (self.best_loss, self.stale + 1)
+
+
+class Horizon:
+    """The recipe's limits against a Progress.
+
+    Args:
+        config: with none of stop.steps, epochs, tokens and seconds, one epoch is the limit.
+        steps_per_epoch: of the store, under the recipe's batch.
+    """
+
+    def __init__(self, config: RunConfig, steps_per_epoch: float):
+        stop = config.stop
+        epochs = stop.epochs
+        if not (stop.steps or epochs or stop.tokens or stop.seconds):
+            epochs = 1.0
+        limits: list[tuple[str, str, float | None, Callable[[Progress], float]]] = [
+            (f"stop.steps = {stop.steps}", "steps", stop.steps, lambda done: done.step),
+            (f"stop.epochs = {epochs:g}" if epochs else "", "steps", epochs and epochs * steps_per_epoch, lambda done: done.step),
+            (f"stop.tokens = {stop.tokens}", "tokens", stop.tokens, lambda done: done.tokens),
+            (f"stop.seconds = {stop.seconds}", "seconds", stop.seconds, lambda done: done.seconds),
+        ]
+        self._limits = [(name, unit, limit, amount) for name, unit, limit, amount in limits if limit]
+        self._over = config.schedule.over
+        self._stop = stop
+
+    def scheduled(self, done: Progress) -> float:
+        """Share of the learning rate's horizon, 0 to 1: the nearest limit in the unit of schedule.over; 0 without one (a flat schedule)."""
+        return max((amount(done) / limit for _, unit, limit, amount in self._limits if unit == self._over), default=0.0)
+
+    def share(self, done: Progress) -> float:
+        """Share of the run, 0 to 1, by the limit that will be reached first at this pace."""
+        return max(amount(done) / limit for _, _, limit, amount in self._limits)
+
+    def seconds_left(self, done: Progress) -> float | None:
+        """At the run's mean pace; None before the first step."""
+        share = self.share(done)
+        return max(0.0, done.seconds * (1.0 / share - 1.0)) if share and done.seconds else None
+
+    def reached(self, done: Progress) -> str | None:
+        """The limit that ends the run, in words, or None."""
+        return next((name for name, _, limit, amount in self._limits if amount(done) >= limit), None)
+
+    def converged(self, done: Progress, heldout_loss: float) -> str | None:
+        """The same for the conditions on the held-out loss, after an evaluation that `done` has judged."""
+        if self._stop.loss and heldout_loss <= self._stop.loss:
+            return f"stop.loss = {self._stop.loss}"
+        if self._stop.patience and done.stale >= self._stop.patience:
+            return f"stop.patience = {self._stop.patience}"
+        return None

@@ -1,0 +1,74 @@
+"""Counter-based dropout: which elements are kept is a pure function of (key of the sequence, position, site, head, column).
+
+The definition, in plain torch; every implementation draws the very same masks. A mask therefore does not depend on the
+rank that holds an example, on the place of the example in the pack, or on what else is in the pack.
+
+    row    = splitmix64(key + (position + 1) * GOLDEN)                      one 64-bit key a token, `row_keys`
+    lo, hi = halves of splitmix64(row + (site * 2**16 + head + 1) * GOLDEN) two 32-bit keys a row of one operation
+    x      = lo + (column // 2) * 0x9E3779B9
+    x      = (x ^ x >> 16) * 0x21F0AAAD + hi
+    x      = (x ^ x >> 15) * 0x735A2D97
+    x      = x ^ x >> 15                                                    32 bits, 16 for each of two columns
+    keep   = (column even ? low 16 bits : high 16 bits) >= threshold(p)
+
+`lo` and `hi` enter at two places: with a single key, rows whose keys lie near each other would hold shifted copies of
+one mask. Probabilities are multiples of 2**-16, so p = 0.1 acts as 0.10000610; kept values are scaled by exactly its inverse.
+
+Source: the mixers are SplitMix64 (Steele, Lea, Flood, 2014) and lowbias32 (Wellons, "Prospecting for hash functions").
+"""
+
+import torch
+
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_WORD = 0xFFFFFFFF
+
+
+def threshold(p: float) -> int:
+    """Of 65,536 values, how many drop an element."""
+    return round(p * 65536)
+
+
+def keep_scale(p: float) -> float:
+    """What kept values are multiplied by: the inverse of the probability to be kept."""
+    return 65536 / (65536 - threshold(p))
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: int64's own shift copies the sign
+
+
+def _splitmix64(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ _shift(x, 31)
+
+
+def row_keys(keys: torch.Tensor, cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """One key a packed token, int64 [T], from one key a sequence, `keys` int64 [B]; `cu_seqlens` int32 [B + 1], T = `total`."""
+    tokens = torch.arange(total, device=keys.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+    return _splitmix64(keys[sequence] + (tokens - cu_seqlens[sequence] + 1) * GOLDEN)
+
+
+def site_keys(rows: torch.Tensor, site: int, heads: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two 32-bit keys, as int64 [R, heads] in [0, 2**32), that the operation `site` of the model has for each row."""
+    offsets = torch.arange(site * 65536 + 1, site * 65536 + 1 + heads, device=rows.device) * GOLDEN
+    mixed = _splitmix64(rows[:, None] + offsets)
+    return mixed & _WORD, _shift(mixed, 32)
+
+
+def keep_mask(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> torch.Tensor:
+    """Which elements are kept: bool [*lo.shape, columns], from the two keys of each row."""
+    pairs = torch.arange((columns + 1) // 2, device=lo.device) * 0x9E3779B9
+    x = (lo[..., None] + pairs) & _WORD
+    x = ((x ^ x >> 16) * 0x21F0AAAD + hi[..., None]) & _WORD
+    x = ((x ^ x >> 15) * 0x735A2D97) & _WORD
+    x = x ^ x >> 15
+    halves = torch.stack((x & 0xFFFF, x >> 16), dim=-1).flatten(-2)[..., :columns]
+    return halves >= threshold(p)
+
+
+def row_multiplier(keys: torch.Tensor, site: int, columns: int, p: float, dtype: torch.dtype) -> torch.Tensor:
+    """What dropout multiplies a [R, columns] tensor by: 0, or the inverse of the probability to be kept."""
+    lo, hi = site_keys(keys, site)
+    return keep_mask(lo[:, 0], hi[:, 0], columns, p).to(dtype) * keep_scale(p)

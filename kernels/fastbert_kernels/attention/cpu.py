@@ -1,0 +1,131 @@
+"""`varlen_attention` on a CPU: sequences of similar length go through batched matrix products together.
+
+A pack is cut into a few groups (see `_groups`); each is padded to its own longest sequence, so that next to nothing is computed
+on padding, and the four products of a group are single calls. With G a group, everything below is [H * B_G, n, ...]:
+
+    S = q k' * scale + mask      P = softmax(S)      O = c (P * keep) v         c = 1 / probability to be kept
+    dV = c (P * keep)' dO        dP = c (dO v') * keep        dS = P * (dP - rowsum(P * dP))
+    dQ = scale dS k              dK = scale dS' q
+
+Half-precision inputs are promoted group by group: the products here are a small part of a step, the rounding of P would not be.
+Saved for the backward pass: the padded q, k, v, P and the mask `keep`. The same masks as `reference.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from fastbert_kernels._dropout import keep_scale, row_keys
+from fastbert_kernels._dropout_cpu import keep_mask_cpu, site_keys_cpu
+
+_SHRINK = 0.72  # a group ends where a sequence is shorter than this share of its longest: 4 to 6 groups for usual text
+
+
+class _Group(NamedTuple):
+    """Rows of q and of k, v for the padded [B_G, n] of a group; `mask` is 0 or -inf, [B_G, 1, n_k]."""
+
+    query_rows: torch.Tensor  # int64 [B_G * n_q]; padding points at the spare row R
+    query_padding: torch.Tensor  # int64 [any]: which of them are padding
+    key_rows: torch.Tensor  # int64 [B_G * n_k]; padding points at the spare row T
+    mask: torch.Tensor
+    sequences: int
+
+
+def _padded(starts: torch.Tensor, lengths: torch.Tensor, longest: int, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
+    columns = torch.arange(longest)
+    outside = columns >= lengths[:, None]
+    return (starts[:, None] + columns).masked_fill_(outside, spare).flatten(), outside
+
+
+def _groups(cu_seqlens: torch.Tensor, query_bounds: torch.Tensor, rows: int, total: int) -> list[_Group]:
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    query_starts, query_lengths = query_bounds[:-1].long(), query_bounds.diff().long()
+    order = lengths.argsort(descending=True, stable=True)
+    order = order[query_lengths[order] > 0]
+    groups = []
+    remaining = lengths[order].tolist()
+    first = 0
+    while first < len(remaining):
+        longest = remaining[first]
+        last = first + 1
+        while last < len(remaining) and remaining[last] >= _SHRINK * longest:
+            last += 1
+        members = order[first:last]
+        key_rows, outside = _padded(starts[members], lengths[members], longest, total)
+        most = int(query_lengths[members].max())
+        query_rows, query_outside = _padded(query_starts[members], query_lengths[members], most, rows)
+        mask = torch.zeros(outside.shape).masked_fill_(outside, float("-inf"))[:, None]
+        groups.append(_Group(query_rows, query_outside.flatten().nonzero()[:, 0], key_rows, mask, last - first))
+        first = last
+    return groups
+
+
+def _take(x: torch.Tensor, rows: torch.Tensor, sequences: int) -> torch.Tensor:
+    """Rows of [T, H, K] as contiguous [H * B_G, n, K]; the spare row is read as the last one (its values are masked)."""
+    # Rows first, heads second: selecting from the transposed view would copy all of x for each group.
+    taken = x.index_select(0, rows.clamp(max=x.shape[0] - 1)).transpose(0, 1).contiguous()
+    taken = taken.to(torch.promote_types(x.dtype, torch.float32))
+    return taken.view(x.shape[1] * sequences, -1, x.shape[2])
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, dropout_p, keys, site, queries, scale):
+        rows, heads, size = q.shape
+        total = k.shape[0]
+        query_bounds = cu_seqlens if queries is None else torch.searchsorted(queries, cu_seqlens.to(queries.dtype))
+        groups = _groups(cu_seqlens, query_bounds, rows, total)
+        if dropout_p > 0:
+            token_keys = row_keys(keys, cu_seqlens, total)
+            lo, hi = site_keys_cpu(token_keys if queries is None else token_keys[queries], site, heads)
+        out = q.new_empty(rows + 1, heads, size)  # one spare row takes what padding writes
+        saved = []
+        for group in groups:
+            qg, kg, vg = (_take(q, group.query_rows, group.sequences), *(_take(x, group.key_rows, group.sequences) for x in (k, v)))
+            scores = torch.baddbmm(group.mask.to(qg.dtype).repeat(heads, 1, 1), qg, kg.transpose(1, 2), alpha=scale)
+            weights = torch.softmax(scores, -1)
+            if dropout_p > 0:
+                own = group.query_rows.clamp(max=rows - 1)
+                shape = (heads * group.sequences, qg.shape[1])
+                kept = keep_mask_cpu(lo.T[:, own].view(shape), hi.T[:, own].view(shape), kg.shape[1], dropout_p)
+                torch.mul(weights, kept, out=scores)
+                og = torch.bmm(scores, vg).mul_(keep_scale(dropout_p))
+                saved += [qg, kg, vg, weights, kept]
+            else:
+                og = torch.bmm(weights, vg)
+                saved += [qg, kg, vg, weights, None]
+            out.transpose(0, 1).index_copy_(1, group.query_rows, og.view(heads, -1, size).to(out.dtype))
+        ctx.save_for_backward(*saved)
+        ctx.groups, ctx.dropout_p, ctx.scale, ctx.total = groups, dropout_p, scale, total
+        return out[:rows]
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[override]
+        rows, heads, size = dout.shape
+        dq = dout.new_zeros(rows + 1, heads, size)
+        dk, dv = dout.new_zeros(2, ctx.total + 1, heads, size)
+        kept_scale = keep_scale(ctx.dropout_p)
+        for index, group in enumerate(ctx.groups):
+            qg, kg, vg, weights, kept = ctx.saved_tensors[5 * index : 5 * index + 5]
+            dog = _take(dout, group.query_rows, group.sequences)
+            if group.query_padding.numel():  # it repeats the last row of dout, and would add to dK and dV
+                dog.view(heads, -1, size).index_fill_(1, group.query_padding, 0)
+            dweights = torch.bmm(dog, vg.transpose(1, 2))
+            if kept is None:
+                dropped = weights
+            else:
+                dropped = weights * kept
+                dog = dog * kept_scale
+                dweights.mul_(kept).mul_(kept_scale)
+            dvg = torch.bmm(dropped.transpose(1, 2), dog)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            dqg = torch.bmm(dscores, kg).mul_(ctx.scale)
+            dkg = torch.bmm(dscores.transpose(1, 2), qg).mul_(ctx.scale)
+            for whole, rows_of, part in ((dq, group.query_rows, dqg), (dk, group.key_rows, dkg), (dv, group.key_rows, dvg)):
+                whole.transpose(0, 1).index_copy_(1, rows_of, part.view(heads, -1, size).to(whole.dtype))
+        return dq[:rows], dk[: ctx.total], dv[: ctx.total], None, None, None, None, None, None
+
+
+def cpu(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale):
+    """Arguments and result as in `op.py`."""
+    return _Attention.apply(q, k, v, cu_seqlens, dropout_p, keys, site, queries, scale)

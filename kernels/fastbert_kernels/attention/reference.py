@@ -1,0 +1,25 @@
+"""The definition of `varlen_attention` in the plainest torch: one sequence after the other."""
+
+import torch
+
+from fastbert_kernels._dropout import keep_mask, keep_scale, row_keys, site_keys
+
+
+def reference(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale):
+    """softmax(q k' * scale), dropped, times v, within each sequence; arguments and result as in `op.py`."""
+    heads = q.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if dropout_p > 0:
+        rows = row_keys(keys, cu_seqlens, k.shape[0])
+        lo, hi = site_keys(rows if queries is None else rows[queries], site, heads)
+    bounds = cu_seqlens.tolist()
+    query_bounds = bounds if queries is None else torch.searchsorted(queries, cu_seqlens.to(queries.dtype)).tolist()
+    outputs = []
+    for start, end, first, last in zip(bounds[:-1], bounds[1:], query_bounds[:-1], query_bounds[1:], strict=True):
+        scores = torch.einsum("ihk,jhk->hij", q[first:last].to(wide), k[start:end].to(wide)) * scale
+        weights = scores.softmax(-1)
+        if dropout_p > 0:
+            kept = keep_mask(lo[first:last].T, hi[first:last].T, end - start, dropout_p)
+            weights = weights * kept * keep_scale(dropout_p)
+        outputs.append(torch.einsum("hij,jhk->ihk", weights, v[start:end].to(wide)))
+    return torch.cat(outputs).to(q.dtype)

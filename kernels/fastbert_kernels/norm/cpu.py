@@ -1,0 +1,44 @@
+"""`dropout_add_layer_norm` on a CPU: the cheap mask of `_dropout_cpu.py`, and torch's own LayerNorm each way.
+
+    z = residual + c (x + bias) * keep        y = LN(z)        c = 1 / probability to be kept
+    dz = LN'(dy)        dresidual = dz        dx = c dz * keep        dbias = sum over rows of dx
+
+Saved for the backward pass: z, the mean and rstd of each row, and the mask.
+"""
+
+import torch
+
+from fastbert_kernels._dropout import keep_scale
+from fastbert_kernels._dropout_cpu import row_keep_mask_cpu
+
+
+class _DropoutAddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, residual, weight, shift, eps, dropout_p, keys, site):
+        z = x if bias is None else x + bias
+        keep = None
+        if dropout_p > 0:
+            keep = row_keep_mask_cpu(keys, site, x.shape[1], dropout_p)
+            z = torch.mul(z, keep, out=z if z is not x else None)
+            z = z.mul_(keep_scale(dropout_p)) if residual is None else torch.add(residual, z, alpha=keep_scale(dropout_p), out=z)
+        elif residual is not None:
+            z = z + residual
+        y, mean, rstd = torch.native_layer_norm(z, (x.shape[1],), weight, shift, eps)
+        ctx.save_for_backward(z, mean, rstd, weight, shift, keep)
+        ctx.dropout_p, ctx.has_bias, ctx.has_residual = dropout_p, bias is not None, residual is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        z, mean, rstd, weight, shift, keep = ctx.saved_tensors
+        dz, dweight, dshift = torch.ops.aten.native_layer_norm_backward(
+            dy.contiguous(), z, (z.shape[1],), mean, rstd, weight, shift, [True, True, True]
+        )
+        dx = dz if keep is None else (dz * keep).mul_(keep_scale(ctx.dropout_p))
+        dbias = dx.sum(0) if ctx.has_bias else None
+        return dx, dbias, dz if ctx.has_residual else None, dweight, dshift, None, None, None, None
+
+
+def cpu(x, bias, residual, weight, shift, eps, dropout_p, keys, site):
+    """Arguments and result as in `op.py`."""
+    return _DropoutAddLayerNorm.apply(x, bias, residual, weight, shift, eps, dropout_p, keys, site)

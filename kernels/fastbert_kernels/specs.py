@@ -1,0 +1,16 @@
+"""SPECS: every operation by name; `tests/test_kernels.py` and the benchmarks walk it."""
+
+from fastbert_kernels._spec import Spec
+from fastbert_kernels.attention.spec import SPEC as ATTENTION
+from fastbert_kernels.embedding.spec import SPEC as EMBEDDING
+from fastbert_kernels.gelu.spec import SPEC as GELU
+from fastbert_kernels.mlm_loss.spec import SPEC as MLM_LOSS
+from fastbert_kernels.norm.spec import SPEC as NORM
+
+SPECS: dict[str, Spec] = {
+    "attention": ATTENTION,
+    "mlm_loss": MLM_LOSS,
+    "norm": NORM,
+    "gelu": GELU,
+    "embedding": EMBEDDING,
+}

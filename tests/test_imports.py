@@ -1,0 +1,177 @@
+"""Who may import whom: the project's imports point one way, and a heavy library is loaded only by the file it belongs to."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [*sorted((ROOT / "fastbert").rglob("*.py")), *sorted((ROOT / "kernels").rglob("*.py"))]
+
+# A module or a room (all modules below that name) and what of this project it may import, itself always included. The longest
+# name that fits a module counts. Lazy imports inside functions are held to the same table.
+MAY_IMPORT = {
+    "fastbert_kernels": set(),
+    "fastbert.errors": set(),
+    "fastbert.config": {"fastbert.errors"},
+    # The data know neither the model nor the run; what is read while training knows nothing of how a store is made.
+    "fastbert.data": {"fastbert.config", "fastbert.errors"},
+    "fastbert.objective": {"fastbert.config", "fastbert.data", "fastbert_kernels"},
+    "fastbert.model": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert_kernels"},
+    "fastbert.weights": {"fastbert.config", "fastbert.errors"},
+    "fastbert.flops": {"fastbert.config"},
+    "fastbert.training": {
+        "fastbert.config",
+        "fastbert.data",
+        "fastbert.doctor",
+        "fastbert.errors",
+        "fastbert.flops",
+        "fastbert.model",
+        "fastbert.objective",
+    },
+    "fastbert.tasks": {
+        "fastbert.config",
+        "fastbert.data",
+        "fastbert.errors",
+        "fastbert.model",
+        "fastbert.objective",
+        "fastbert.training.checkpoint",
+        "fastbert.weights",
+    },
+    "fastbert.doctor": {"fastbert.config", "fastbert.errors", "fastbert.flops", "fastbert_kernels"},
+    "fastbert.plan": {"fastbert.config", "fastbert.data.store", "fastbert.doctor", "fastbert.errors", "fastbert.flops"},
+    "fastbert.cli": {"fastbert"},
+    "fastbert.__main__": {"fastbert.cli"},
+    "fastbert": {"fastbert.tasks.load"},  # fastbert/__init__.py itself: `fastbert.load`, on first use
+}
+
+# A library and the only modules that may import it; a name that ends in a dot stands for a room, `*` for one part of a name.
+ONLY_IN = {
+    "triton": ["fastbert_kernels._triton", "fastbert_kernels.*.kernel"],
+    "deepspeed": ["fastbert.training.engine"],
+    "transformers": ["fastbert.tasks.export"],
+    "sentence_transformers": [],
+}
+
+BLOCKED = ["triton", "deepspeed", "transformers"]
+HEAVY = ["torch", "numpy", "deepspeed", "transformers", "triton", "tokenizers", "pyarrow", "matplotlib", "tensorboard"]
+
+
+def module_name(path: Path) -> str:
+    """The dotted name under which a source file is imported."""
+    root = ROOT / "kernels" if path.is_relative_to(ROOT / "kernels") else ROOT
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything a file imports, at its top or inside functions; `from a import b` is a.b where that is a module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module_name(path).split(".")
+                package = package if path.name == "__init__.py" else package[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
+
+
+def below(name: str, room: str) -> bool:
+    return name == room or name.startswith(room + ".")
+
+
+def matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(w in ("*", p) for p, w in zip(parts, wanted, strict=True))
+
+
+def test_every_module_has_a_place_in_the_table():
+    rooms = set(MAY_IMPORT) - {"fastbert"}
+    homeless = [name for name in MODULES if name != "fastbert" and not any(below(name, room) for room in rooms)]
+    assert not homeless, f"say in MAY_IMPORT of tests/test_imports.py what these may import: {homeless}"
+    gone = [room for room in MAY_IMPORT if room not in MODULES]
+    assert not gone, f"MAY_IMPORT of tests/test_imports.py names modules that are not there: {gone}"
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for name, path in MODULES.items():
+        room = max((room for room in MAY_IMPORT if below(name, room)), key=len)
+        for line, target in imports(path):
+            ours = target.partition(".")[0] in ("fastbert", "fastbert_kernels")
+            allowed = [room, *MAY_IMPORT[room]] if room != "fastbert" else MAY_IMPORT[room]
+            if ours and not any(below(target, place) for place in allowed):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {target}")
+    assert not wrong, "against the direction of imports (ARCHITECTURE.md):\n" + "\n".join(wrong)
+
+
+def test_what_reads_the_data_does_not_know_how_they_are_made():
+    makers = {"fastbert.data.prepare", "fastbert.data.documents", "fastbert.data.sentences"}
+    readers = ["fastbert.data.store", "fastbert.data.examples", "fastbert.data.masking", "fastbert.data.batches"]
+    wrong = [
+        f"{MODULES[name].relative_to(ROOT)}:{line} imports {t}" for name in readers for line, t in imports(MODULES[name]) if t in makers
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_heavy_library_only_where_it_belongs(library):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for name, path in MODULES.items()
+        for line, target in imports(path)
+        if below(target, library) and not any(matches(name, pattern) for pattern in ONLY_IN[library])
+    ]
+    assert not wrong, f"{library} may be imported only in {ONLY_IN[library]}, but is in:\n" + "\n".join(wrong)
+
+
+def fresh(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a Python that has loaded nothing yet."""
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_modules_do_without_triton_deepspeed_and_transformers():
+    exempt = [pattern for library in BLOCKED for pattern in ONLY_IN[library]]
+    names = [name for name in MODULES if name != "fastbert.__main__" and not any(matches(name, pattern) for pattern in exempt)]
+    # None in sys.modules makes `import triton` raise ModuleNotFoundError, and importlib.util.find_spec say that it is not there.
+    code = f"""
+import importlib, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]
+sys.modules.update(dict.fromkeys({BLOCKED}))
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(f"{{name}}: {{error}}")
+"""
+    result = fresh(code, *names)
+    assert (result.returncode, result.stdout) == (0, ""), result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "action", ["import fastbert", "sys.argv = ['fastbert', '--help']; runpy.run_module('fastbert', run_name='__main__')"]
+)
+def test_help_and_plain_import_load_nothing_heavy(action):
+    code = f"""
+import runpy, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]
+try:
+    {action}
+except SystemExit as end:
+    assert not end.code, end.code
+print("loaded:", *sorted(set({HEAVY}) & set(sys.modules)))
+"""
+    result = fresh(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "loaded:", result.stdout

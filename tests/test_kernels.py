@@ -1,0 +1,150 @@
+"""Every operation, every implementation: results, gradients and dropout masks against the reference in fp64."""
+
+import pytest
+import torch
+from fastbert_kernels._dropout import keep_mask, keep_scale, row_keys, site_keys
+from fastbert_kernels._dropout_cpu import keep_mask_cpu, site_keys_cpu
+from fastbert_kernels.specs import SPECS
+
+CASES = [
+    pytest.param(name, impl, shape, p, id=f"{name}-{impl}-{'-'.join(map(str, shape.values()))}-p{p}".replace(" ", ""))
+    for name, spec in SPECS.items()
+    for impl in spec.implementations
+    if impl != "reference"
+    for shape in spec.shapes
+    for p in ((0.0, 0.1, 0.5) if spec.dropout else (0.0,))
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def run(spec, arguments, impl, dtype=None):
+    """The result and every gradient, under upstream gradients that a seed fixes."""
+    arguments = {
+        name: (value.to(dtype) if dtype and torch.is_tensor(value) and value.is_floating_point() else value)
+        for name, value in arguments.items()
+    }
+    if not spec.dropout:
+        arguments = {name: value for name, value in arguments.items() if name not in ("dropout_p", "keys")}
+    leaves = [name for name in spec.differentiable if arguments[name] is not None]
+    for name in leaves:
+        arguments[name] = arguments[name].detach().requires_grad_()
+    result = spec.function(**arguments, impl=impl)
+    result = result[0] if isinstance(result, tuple) else result
+    upstream = torch.randn(result.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    result.backward(upstream.to(result.dtype))
+    return {"result": result.detach(), **{f"d{name}": arguments[name].grad for name in leaves}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "impl", "shape", "p"), CASES)
+def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
+    spec = SPECS[name]
+    arguments = spec.inputs(shape, dtype, p)
+    exact = run(spec, arguments, "reference", torch.float64)
+    plain = run(spec, arguments, "reference")
+    ours = run(spec, arguments, impl)
+    for key, truth in exact.items():
+        assert ours[key].dtype == plain[key].dtype, key
+        scale = max(float(truth.abs().max()), 1e-3) if truth.numel() else 1.0
+        allowed = 2 * float((plain[key] - truth).abs().max()) + 4 * torch.finfo(dtype).eps * scale if truth.numel() else 0.0
+        error = float((ours[key] - truth).abs().max()) if truth.numel() else 0.0
+        assert error <= allowed, f"{name} {impl}: {key} is off by {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.dropout])
+def test_dropout_acts_and_depends_on_its_keys(name):
+    spec = SPECS[name]
+    arguments = spec.inputs(spec.shapes[-1], torch.float32, 0.3)
+    for impl in spec.implementations:
+        once = spec.function(**arguments, impl=impl)
+        assert torch.equal(once, spec.function(**arguments, impl=impl))
+        other = spec.function(**{**arguments, "keys": arguments["keys"] + 1}, impl=impl)
+        elsewhere = spec.function(**{**arguments, "site": 99}, impl=impl)
+        assert not torch.equal(once, other)
+        assert not torch.equal(once, elsewhere)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 64, 255])
+def test_cpu_masks_are_those_of_the_definition(columns):
+    rows = torch.randint(-(2**63), 2**63 - 1, (50,), generator=torch.Generator().manual_seed(1))
+    lo, hi = site_keys(rows, 12, heads=3)
+    fast_lo, fast_hi = site_keys_cpu(rows, 12, heads=3)
+    assert torch.equal(keep_mask(lo, hi, columns, 0.1), keep_mask_cpu(fast_lo, fast_hi, columns, 0.1))
+
+
+def test_masks_pass_statistics():
+    """Share kept, independence of neighbours, rows, sites and nearby keys, each within five standard deviations."""
+    p, rows, columns = 0.1, 2000, 512
+    keys = torch.arange(rows)  # the hardest keys: consecutive integers
+
+    def mask(site=0, shift=0):
+        lo, hi = site_keys(row_keys(keys + shift, torch.arange(rows + 1, dtype=torch.int32), rows), site)
+        return keep_mask(lo[:, 0], hi[:, 0], columns, p).double() - 1 / keep_scale(p)
+
+    base = mask()
+    spread = (p * (1 - p)) ** 0.5
+    assert abs(base.mean()) < 5 * spread / (rows * columns) ** 0.5
+    assert (base.mean(0).abs() < 5 * spread / rows**0.5).all()
+    assert (base.mean(1).abs() < 5 * spread / columns**0.5).all()
+    pairs = {
+        "next column": (base[:, 1:], base[:, :-1]),
+        "next pair of columns": (base[:, 2:], base[:, :-2]),
+        "next row": (base[1:], base[:-1]),
+        "next site": (base, mask(site=1)),
+        "next key": (base, mask(shift=rows)),
+        "mirrored columns": (base, base.flip(1)),
+    }
+    for what, (a, b) in pairs.items():
+        correlation = float((a * b).mean()) / spread**2
+        assert abs(correlation) < 5 / a.numel() ** 0.5 * (1.5 if what == "mirrored columns" else 1), what
+
+
+def test_masks_of_a_sequence_do_not_depend_on_its_place_in_the_pack():
+    keys = torch.tensor([11, 22, 33])
+    lengths = torch.tensor([5, 9, 4])
+    cu = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0))).int()
+    order = torch.tensor([2, 0, 1])
+    cu_other = torch.cat((torch.zeros(1, dtype=torch.long), lengths[order].cumsum(0))).int()
+    here, there = row_keys(keys, cu, 18), row_keys(keys[order], cu_other, 18)
+    assert torch.equal(here[cu[1] : cu[2]], there[cu_other[2] : cu_other[3]])
+
+
+def test_cut_queries_leave_the_other_outputs_as_they_are():
+    spec = SPECS["attention"]
+    arguments = spec.inputs({"lengths": [12, 1, 30], "H": 2, "K": 32}, torch.float32, 0.2)
+    queries = torch.tensor([0, 3, 11, 12, 40])
+    for impl in spec.implementations:
+        whole = spec.function(**arguments, impl=impl)
+        cut = spec.function(**{**arguments, "q": arguments["q"][queries], "queries": queries}, impl=impl)
+        torch.testing.assert_close(cut, whole[queries], rtol=0, atol=1e-6)
+
+
+def test_masked_cross_entropy_without_tokens_is_zero():
+    spec = SPECS["mlm_loss"]
+    for impl in spec.implementations:
+        arguments = spec.inputs(spec.shapes[0], torch.float32, 0.0)
+        outcome = run(spec, arguments, impl)
+        assert all(float(value.abs().sum()) == 0 for value in outcome.values())
+
+
+ERRORS = [
+    ("attention", {"cu_seqlens": torch.zeros(3, dtype=torch.int64)}, TypeError, "cu_seqlens is int64, expected int32"),
+    ("attention", {"k": torch.zeros(2, 2)}, ValueError, "k has shape"),
+    ("attention", {"keys": None}, ValueError, "dropout_p = 0.1 needs keys"),
+    ("attention", {"dropout_p": 1.0}, ValueError, "dropout_p = 1.0"),
+    ("norm", {"impl": "cuda"}, ValueError, "impl = 'cuda'"),
+    ("norm", {"weight": torch.zeros(3)}, ValueError, "weight has shape"),
+    ("norm", {"x": torch.zeros(2, 2, dtype=torch.int32)}, TypeError, "x is int32"),
+    ("gelu", {"bias": torch.zeros(3)}, ValueError, "bias has shape"),
+    ("embedding", {"segments": torch.zeros(2, dtype=torch.int32)}, ValueError, "segments has shape"),
+    ("mlm_loss", {"labels": torch.full((15,), 1000), "check_labels": True}, ValueError, "labels span 1000 to 1000"),
+    ("mlm_loss", {"labels": torch.full((15,), -1), "check_labels": True}, ValueError, "labels span -1 to -1"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "error", "message"), ERRORS)
+def test_errors_name_the_argument_and_its_value(name, change, error, message):
+    spec = SPECS[name]
+    arguments = {"impl": "cpu", **spec.inputs(spec.shapes[2], torch.float32, 0.1), **change}
+    with pytest.raises(error, match=message):
+        spec.function(**arguments)
