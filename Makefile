@@ -11,8 +11,6 @@ FASTBERT := $(BIN)/fastbert
 PIP := $(BIN)/pip --disable-pip-version-check install -qq
 RUN := runs/demo
 
-# Without these, glibc returns every large temporary to the kernel and faults it in again: 150,000 page faults a step.
-demo bench-step: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296
 # One thread for each worker of pytest, which has one worker for each core.
 test: export OMP_NUM_THREADS := 1
 
@@ -41,8 +39,8 @@ check: .venv/.installed-test ## lint, format and types only
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench-step: .venv/.installed ## one training step against transformers' BertForPreTraining, in turns
-	@$(BIN)/python benchmarks/bench_step.py
+bench-step: | data/wiki/manifest.json ## one training step against transformers' BertForPreTraining, in turns
+	@$(BIN)/python -m benchmarks.bench_step data/wiki
 
 clean: ## remove .venv and caches; data/ and runs/ stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -62,17 +62,21 @@ def run(arguments: Sequence[str]) -> int:
         return _say("interrupted", 130)
     except Exception as error:
         # typer's usage errors: their class is private, and an older typer takes them from click.
-        if not hasattr(error, "format_message"):
+        message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
+        if message is None:
             raise
-        context = getattr(error, "ctx", None)
-        return _say(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'fastbert'} --help", BAD_INPUT)
+        return _say(f"{message().rstrip('.')}; see {context.command_path if context else 'fastbert'} --help", BAD_INPUT)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastbert {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=lambda v: _version(v))
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)] = False,
 ) -> None:
     pass
 
@@ -82,10 +86,33 @@ def prepare(
     sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Text files or folders: txt, jsonl, parquet; also .gz, .zst.")],
     out: Annotated[Path, typer.Option(help="The store, a new folder.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens of the WordPiece vocabulary to train.")] = 30522,
-    tokenizer: Annotated[Path | None, typer.Option(help="Use this BERT tokenizer (folder or vocab.txt), train none.")] = None,
+    cased: Annotated[bool, typer.Option("--cased", help="Train a vocabulary that keeps capital letters.")] = False,
+    tokenizer: Annotated[Path | None, typer.Option(help="Use this BERT tokenizer (folder or vocab.txt) and train none.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    heldout: Annotated[float, typer.Option(help="Share of the documents that is set aside for evaluation.")] = 0.01,
+    text_format: Annotated[str | None, typer.Option("--format", help="txt, lines, jsonl or parquet; by default by suffix.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field of jsonl, or column of parquet, that holds the text.")] = "text",
+    as_json: Json = False,
 ) -> None:
     """Turn text into a store: tokenizer, token ids, a held-out part, and a report on the data."""
+    from fastbert.data.prepare import prepare
+
+    report = prepare(
+        sources,
+        out,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        lowercase=not cased,
+        workers=workers,
+        heldout=heldout,
+        text_format=text_format,
+        text_field=text_field,
+    )
+    if as_json:
+        print(report.json(), end="")
+        return
+    _console().print(report.table())
+    print(f"{out}: ready; next: fastbert pretrain recipes/mini.toml data={out}")
 
 
 @app.command(epilog="Example: fastbert pretrain recipes/base.toml data=data/wiki run=runs/base optimizer.lr=2e-4")
@@ -113,20 +140,21 @@ def evaluate(
     """Held-out loss, perplexity and accuracy, next to what simple count models reach on the same text."""
     from fastbert.tasks.evaluate import evaluate
     from fastbert.tasks.load import load
+    from fastbert.training.diagnosis import compare
 
-    result, yardsticks = evaluate(load(model), data, sequences)
+    result = evaluate(load(model), data, sequences)
     if as_json:
-        return _print_json({**dataclasses.asdict(result), "yardsticks": yardsticks})
-    rows = [
-        ("masked tokens", result.loss_mlm, result.accuracy_mlm, f"perplexity {result.perplexity:,.1f}"),
-        ("  those that show [MASK]", result.loss_mask_token, result.accuracy_mask_token, _compare(result.loss_mask_token, yardsticks)),
-    ]
-    if not math.isnan(result.loss_nsp):
-        rows.append(("next sentence", result.loss_nsp, result.accuracy_nsp, "a coin: 0.693 and 50 %"))
-    title = f"{result.sequences:,} held-out sequences, {result.tokens:,} tokens, {result.masked:,} masked; loss {result.loss:.3f}"
-    _print_table(
-        title, ("", "loss (nats)", "accuracy", ""), [(name, f"{loss:.3f}", f"{100 * hits:.1f} %", note) for name, loss, hits, note in rows]
-    )
+        return _print_json(result.flat())
+    found = result.heldout
+    rows = [("masked tokens", found.loss_mlm, found.accuracy_mlm, f"perplexity {result.perplexity:,.1f}")]
+    if found.loss_mask_token is not None and found.accuracy_mask_token is not None:
+        note = compare(found.loss_mask_token, result.yardsticks)
+        rows.append(("  those that show [MASK]", found.loss_mask_token, found.accuracy_mask_token, note))
+    if found.loss_nsp is not None and found.accuracy_nsp is not None:
+        rows.append(("next sentence", found.loss_nsp, found.accuracy_nsp, "a coin: 0.693 and 50 %"))
+    title = f"{result.sequences:,} held-out sequences, {result.tokens:,} tokens, {result.masked:,} masked; loss {found.loss:.3f}"
+    cells = [(name, f"{loss:.3f}", f"{100 * hits:.1f} %", note) for name, loss, hits, note in rows]
+    _print_table(title, ("", "loss (nats)", "accuracy", ""), cells)
 
 
 @app.command(epilog="Example: fastbert export runs/base --out my-bert")
@@ -200,13 +228,15 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """One vector for each line of a text file."""
-    from fastbert.tasks.embed import embed
+    from fastbert.tasks.embed import check_out, read_lines, write_vectors
     from fastbert.tasks.load import load
 
-    count, size = embed(load(model), file, out, pool, layer)
+    lines, out = read_lines(file), check_out(out)
+    vectors = load(model).encode(lines, pool, layer)
+    write_vectors(out, vectors)
     if as_json:
-        return _print_json({"out": str(out), "rows": count, "hidden_size": size, "pool": pool, "layer": layer})
-    print(f"{out}: {count:,} x {size}, float32")
+        return _print_json({"out": str(out), "rows": len(vectors), "hidden_size": vectors.shape[1], "pool": pool, "layer": layer})
+    print(f"{out}: {len(vectors):,} x {vectors.shape[1]}, float32")
 
 
 @app.command(epilog="Example: fastbert finetune runs/base --train train.csv --eval test.csv --out my-classifier")
@@ -218,7 +248,7 @@ def finetune(
     epochs: Annotated[int, typer.Option(help="Passes over the training file.")] = 3,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-5,
     batch: Annotated[int, typer.Option(help="Examples of a step.")] = 32,
-    max_length: Annotated[int, typer.Option(help="Tokens of an example, [CLS] and [SEP] counted.")] = 128,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of an example, [CLS] and [SEP] counted; by default 128.")] = None,
     seed: Annotated[int, typer.Option(help="Of order, dropout and the new layer.")] = 1,
     as_json: Json = False,
 ) -> None:
@@ -243,30 +273,12 @@ def finetune(
 @app.command(epilog="Example: fastbert doctor")
 def doctor(as_json: Json = False) -> None:
     """What this machine can do, and what to do where something is missing. Takes about five seconds."""
-    from fastbert.doctor import diagnose
+    from fastbert.doctor import describe, diagnose
 
     found = diagnose()
     if as_json:
         return _print_json(dataclasses.asdict(found))
-    rows = [
-        ("processor", f"{found.processor}, {found.cores} cores" + (f", torch uses {found.threads}" if found.threads else "")),
-        ("memory", f"{_gib(found.memory)}, {_gib(found.memory_free)} free"),
-        ("disk", f"{_gib(found.disk_free)} free here"),
-        ("versions", ", ".join(f"{name} {version or '-'}" for name, version in {"Python": found.python, **found.versions}.items())),
-    ]
-    if found.gemm_fp32 and found.bandwidth and found.bf16:
-        rows.append(("matrix products", f"{found.gemm_fp32 / 1e9:,.0f} GFLOP/s in fp32; memory {found.bandwidth / 1e9:.0f} GB/s"))
-        rows.append(
-            (
-                "bf16",
-                ("safe, " if found.bf16.safe else "NOT safe, ") + ("faster" if found.bf16.faster else "not faster") + f": {found.bf16.why}",
-            )
-        )
-    rows.append(("heap", found.heap or "default"))
-    for gpu in found.gpus:
-        rates = f"{gpu.gemm_bf16 / 1e12:,.0f} TFLOP/s in bf16, {gpu.gemm_fp32 / 1e12:,.0f} in fp32; memory {gpu.bandwidth / 1e9:,.0f} GB/s"
-        rows.append((f"GPU, sm_{gpu.capability.replace('.', '')}", f"{gpu.name}, {_gib(gpu.memory)}; {rates}"))
-    _print_table("this machine", ("", ""), rows)
+    _print_table("this machine", ("", ""), describe(found))
     for line in found.advice or ["nothing is missing"]:
         print(f"- {line}")
 
@@ -285,32 +297,15 @@ def plan(
 ) -> None:
     """Estimate memory, step time, communication and the time to the end of a run, from formulas."""
     from fastbert.config import load_config
-    from fastbert.plan import plan
+    from fastbert.plan import describe, plan
 
     config = load_config(recipe, overrides or ())
     p = plan(config, str(recipe), gpus, gpu, stage=stage, efficiency=efficiency, vocab_size=vocab_size, mean_length=mean_length)
     if as_json:
         return _print_json(dataclasses.asdict(p))
-    rows = [("parameters", f"{p.parameters / 1e6:,.1f} M, {p.vocab_size:,} tokens of vocabulary")]
-    rows += [(f"memory: {part}", f"{size / 1e9:,.2f} GB") for part, size in p.memory.items()]
-    rows += [
-        ("memory: sum", f"{p.memory_total / 1e9:,.2f} of {p.memory_of_gpu / 1e9:,.0f} GB a GPU"),
-        ("step", f"{p.tokens_per_step:,.0f} tokens, {p.micro_batches} micro-batches a GPU, {p.flops_per_token / 1e9:.3f} GFLOPs a token"),
-        ("  computation", f"{1e3 * p.compute_s:,.2f} ms"),
-        ("  communication", f"{1e3 * p.communication_s:,.2f} ms, {p.communication_bytes / 1e9:,.3f} GB sent by each GPU"),
-        ("tokens/s", f"{p.tokens_per_s:,.0f}"),
-        ("the run", "unknown: the recipe's end needs the store" if p.total_s is None else f"{p.steps:,} steps, {_duration(p.total_s)}"),
-        ("limited by", p.limit),
-    ]
-    _print_table(f"{p.gpus} x {p.gpu}, {p.precision}, ZeRO stage {p.zero_stage}: an estimate", ("", ""), rows)
+    _print_table(f"{p.gpus} x {p.gpu}, {p.precision}, ZeRO stage {p.zero_stage}: an estimate", ("", ""), describe(p))
     for line in p.assumptions:
         print(f"- assumed: {line}")
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"fastbert {__version__}")
-        raise typer.Exit
 
 
 def _say(message: object, code: int) -> int:
@@ -344,7 +339,6 @@ def _print_json(value: Any) -> None:
 
 def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -353,21 +347,10 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
         table.add_column(column)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: "[MASK]" is no markup
-    Console(highlight=False).print(table)
+    _console().print(table)
 
 
-def _compare(loss: float, yardsticks: dict[str, float]) -> str:
-    from fastbert.training.diagnosis import compare
+def _console() -> Any:
+    from rich.console import Console
 
-    return compare(loss, yardsticks)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 1024**3:,.1f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:,.0f} seconds"
+    return Console(highlight=False)

@@ -65,7 +65,7 @@ class ModelConfig:
     max_position_embeddings: int = number(512, 8, unit="tokens")
     layer_norm_eps: float = number(1e-12, 0, 0.1)
     initializer_range: float = number(0.02, 0, 1, above=True)
-    position_init: str = choice("normal", "normal", "sinusoidal")
+    initial_attention: str = choice("uniform", "uniform", "neighbours")  # see initial_weights.py
 
     @property
     def head_size(self) -> int:

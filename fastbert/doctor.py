@@ -238,10 +238,34 @@ def advise(
     if not gpus and memory_environment() and heap is None:
         lines.append(f"the heap setting is off: export GLIBC_TUNABLES={HEAP}")
     if memory_free < 2 * 1024**3:
-        lines.append(f"{memory_free / 1024**3:.1f} GiB of memory are free: lower batch.micro_batch_tokens, or close something")
+        lines.append(f"{_gib(memory_free)} of memory are free: lower batch.micro_batch_tokens, or close something")
     if disk_free < 5 * 1024**3:
-        lines.append(f"{disk_free / 1024**3:.1f} GiB of disk are free: a checkpoint takes 12 bytes a parameter; lower checkpoint.keep")
+        lines.append(f"{_gib(disk_free)} of disk are free: a checkpoint takes 12 bytes a parameter; lower checkpoint.keep")
     return lines
+
+
+def describe(found: Diagnosis) -> list[tuple[str, str]]:
+    """The rows of the table that a person reads."""
+    versions = {"Python": found.python, **found.versions}
+    rows = [
+        ("processor", f"{found.processor}, {found.cores} cores" + (f", torch uses {found.threads}" if found.threads else "")),
+        ("memory", f"{_gib(found.memory)}, {_gib(found.memory_free)} free"),
+        ("disk", f"{_gib(found.disk_free)} free here"),
+        ("versions", ", ".join(f"{name} {version or '-'}" for name, version in versions.items())),
+        ("heap", found.heap or "default"),
+    ]
+    if found.gemm_fp32 and found.bandwidth and found.bf16:
+        safe, faster = "safe" if found.bf16.safe else "NOT safe", "faster" if found.bf16.faster else "not faster"
+        rows.append(("matrix products", f"{found.gemm_fp32 / 1e9:,.0f} GFLOP/s in fp32; memory {found.bandwidth / 1e9:,.0f} GB/s"))
+        rows.append(("bf16", f"{safe}, {faster}: {found.bf16.why}"))
+    for gpu in found.gpus:
+        rates = f"{gpu.gemm_bf16 / 1e12:,.0f} TFLOP/s in bf16, {gpu.gemm_fp32 / 1e12:,.0f} in fp32; memory {gpu.bandwidth / 1e9:,.0f} GB/s"
+        rows.append(("GPU", f"{gpu.name}, compute capability {gpu.capability}, {_gib(gpu.memory)}; {rates}"))
+    return rows
+
+
+def _gib(size: float) -> str:
+    return f"{size / 1024**3:,.1f} GiB"
 
 
 def _gpu(index: int) -> Gpu:

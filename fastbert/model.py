@@ -11,7 +11,6 @@ Source: Devlin et al., 2019; the same function as transformers' BertForPreTraini
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from fastbert.config import ModelConfig
 from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
+from fastbert.initial_weights import initialise
 
 
 def resolve_kernels(name: str, device: str) -> str:
@@ -218,19 +218,7 @@ class BertForPreTraining(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.mlm_head = MaskedTokenHead(config, vocab_size)
         self.nsp_head = NextSentenceHead(config)
-        self._initialise()
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Normal(0, initializer_range) for matrices and tables, zero biases, LayerNorm at identity, as in BERT's own code."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
-            else:
-                nn.init.constant_(parameter, 1.0 if name.endswith("norm_weight") else 0.0)
-        if self.config.position_init == "sinusoidal":
-            table = self.embeddings.positions
-            table.copy_(sinusoids(*table.shape) * (math.sqrt(2) * self.config.initializer_range))
+        initialise(dict(self.named_parameters()), config)
 
     def _pack(self, batch: PackedBatch) -> tuple[Pack, Dropout]:
         dropout = Dropout(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) if self.training else Dropout(0.0, 0.0)
@@ -276,13 +264,3 @@ class BertForPreTraining(nn.Module):
     def pair_logits(self, hidden: Tensor) -> Tensor:
         """IsNext and NotNext logits [B, 2] of the last layer's [CLS] rows [B, D]."""
         return self.nsp_head(hidden)
-
-
-def sinusoids(positions: int, size: int) -> Tensor:
-    """[positions, size] in [-1, 1], sines in the first half of the columns, cosines in the second.
-
-    Source: Vaswani et al., 2017, section 3.5.
-    """
-    rates = torch.exp(torch.arange(0, size, 2) * (-math.log(10_000) / size))
-    angles = torch.arange(positions)[:, None] * rates
-    return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :size]

@@ -218,6 +218,34 @@ def plan(
     )
 
 
+def describe(p: Plan) -> list[tuple[str, str]]:
+    """The rows of the table that a person reads."""
+    rows = [("parameters", f"{p.parameters / 1e6:,.1f} M, {p.vocab_size:,} tokens of vocabulary")]
+    rows += [(f"memory: {part}", f"{size / 1e9:,.2f} GB") for part, size in p.memory.items()]
+    return [
+        *rows,
+        ("memory: sum", f"{p.memory_total / 1e9:,.2f} of {p.memory_of_gpu / 1e9:,.0f} GB a GPU"),
+        ("step", f"{p.tokens_per_step:,.0f} tokens, {p.micro_batches} micro-batches a GPU, {p.flops_per_token / 1e9:.3f} GFLOPs a token"),
+        ("  computation", f"{1e3 * p.compute_s:,.2f} ms"),
+        ("  communication", f"{1e3 * p.communication_s:,.2f} ms, {p.communication_bytes / 1e9:,.3f} GB sent by each GPU"),
+        ("tokens/s", f"{p.tokens_per_s:,.0f}"),
+        (
+            "the run",
+            "unknown: its end is in epochs, and the store is not here"
+            if p.total_s is None
+            else f"{p.steps:,} steps, {_duration(p.total_s)}",
+        ),
+        ("limited by", p.limit),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:,.0f} seconds"
+
+
 def _limit(config: RunConfig, memory: dict[str, float], kind: GpuKind, tokens: float, compute_s: float, communication_s: float) -> str:
     total = sum(memory.values())
     if total > kind.memory:

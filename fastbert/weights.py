@@ -10,6 +10,7 @@ checkpoints, converted from TensorFlow.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,74 +22,80 @@ SEGMENTS = 2  # rows of the segment embedding, BertConfig's type_vocab_size
 MLM, NSP = "mlm", "nsp"
 HEADS = {MLM: "mlm_head.", NSP: "nsp_head."}
 
-_NORM = ("weight", "bias")
-_OUTSIDE = {  # module by module, ours and theirs
-    "embeddings.norm": "bert.embeddings.LayerNorm",
-    "mlm_head.dense": "cls.predictions.transform.dense",
-    "mlm_head.norm": "cls.predictions.transform.LayerNorm",
-    "nsp_head.pooler": "bert.pooler.dense",
-    "nsp_head.classifier": "cls.seq_relationship",
+_OUTSIDE = {  # our name: Hugging Face's, and the shape; P positions, S segments, C classes of a pair
+    "embeddings.words": ("bert.embeddings.word_embeddings.weight", "VD"),
+    "embeddings.positions": ("bert.embeddings.position_embeddings.weight", "PD"),
+    "embeddings.segments": ("bert.embeddings.token_type_embeddings.weight", "SD"),
+    "embeddings.norm_weight": ("bert.embeddings.LayerNorm.weight", "D"),
+    "embeddings.norm_bias": ("bert.embeddings.LayerNorm.bias", "D"),
+    "mlm_head.weight": ("cls.predictions.transform.dense.weight", "DD"),
+    "mlm_head.bias": ("cls.predictions.transform.dense.bias", "D"),
+    "mlm_head.norm_weight": ("cls.predictions.transform.LayerNorm.weight", "D"),
+    "mlm_head.norm_bias": ("cls.predictions.transform.LayerNorm.bias", "D"),
+    "mlm_head.vocabulary_bias": ("cls.predictions.bias", "V"),
+    "nsp_head.pooler.weight": ("bert.pooler.dense.weight", "DD"),
+    "nsp_head.pooler.bias": ("bert.pooler.dense.bias", "D"),
+    "nsp_head.classifier.weight": ("cls.seq_relationship.weight", "CD"),
+    "nsp_head.classifier.bias": ("cls.seq_relationship.bias", "C"),
 }
-_LAYER = {
-    "attention.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "attention.output": ("attention.output.dense",),
-    "attention.norm": ("attention.output.LayerNorm",),
-    "feed_forward.up": ("intermediate.dense",),
-    "feed_forward.down": ("output.dense",),
-    "feed_forward.norm": ("output.LayerNorm",),
+_LAYER = {  # below "layers.i." and "bert.encoder.layer.i."; "query" stands for query, key and value
+    "attention.qkv_weight": ("attention.self.query.weight", "DD"),
+    "attention.qkv_bias": ("attention.self.query.bias", "D"),
+    "attention.output.weight": ("attention.output.dense.weight", "DD"),
+    "attention.output.bias": ("attention.output.dense.bias", "D"),
+    "attention.output.norm_weight": ("attention.output.LayerNorm.weight", "D"),
+    "attention.output.norm_bias": ("attention.output.LayerNorm.bias", "D"),
+    "feed_forward.weight": ("intermediate.dense.weight", "FD"),
+    "feed_forward.bias": ("intermediate.dense.bias", "F"),
+    "feed_forward.output.weight": ("output.dense.weight", "DF"),
+    "feed_forward.output.bias": ("output.dense.bias", "D"),
+    "feed_forward.output.norm_weight": ("output.LayerNorm.weight", "D"),
+    "feed_forward.output.norm_bias": ("output.LayerNorm.bias", "D"),
 }
 _DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
-_WORDS, _BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
+_BIAS = _OUTSIDE["mlm_head.vocabulary_bias"][0]
 _OTHER_TASKS = ("classifier.", "qa_outputs.")  # heads that a fine-tuned folder brings along; the encoder below them is a BERT
 
 
-def names(num_hidden_layers: int) -> dict[str, tuple[str, ...]]:
-    """Our name of every weight, and the one name in Hugging Face's, or the three (query, key, value) that it joins."""
-    table: dict[str, tuple[str, ...]] = {}
-    for kind in ("word", "position", "token_type"):
-        table[f"embeddings.{kind}_embeddings.weight"] = (f"bert.embeddings.{kind}_embeddings.weight",)
-    for ours, theirs in _OUTSIDE.items():
-        table |= {f"{ours}.{part}": (f"{theirs}.{part}",) for part in _NORM}
-    table["mlm_head.bias"] = (_BIAS,)
+class Entry(NamedTuple):
+    """One of our weights: Hugging Face's name, or the three (query, key, value) that it joins, and the axes of one of these."""
+
+    theirs: tuple[str, ...]
+    axes: str
+
+
+def entries(num_hidden_layers: int) -> dict[str, Entry]:
+    """Every weight, by our name."""
+    table = {ours: Entry((theirs,), axes) for ours, (theirs, axes) in _OUTSIDE.items()}
     for i in range(num_hidden_layers):
-        for ours, several in _LAYER.items():
-            for part in _NORM:
-                table[f"layers.{i}.{ours}.{part}"] = tuple(f"bert.encoder.layer.{i}.{theirs}.{part}" for theirs in several)
+        for ours, (theirs, axes) in _LAYER.items():
+            several = [theirs.replace("query", name) for name in ("query", "key", "value")] if "query" in theirs else [theirs]
+            table[f"layers.{i}.{ours}"] = Entry(tuple(f"bert.encoder.layer.{i}.{name}" for name in several), axes)
     return table
 
 
 def shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """The shape of every weight, by our name."""
-    D, F, V = model.hidden_size, model.intermediate_size, vocab_size
-    linear = {
-        "attention.qkv": (3 * D, D),
-        "attention.output": (D, D),
-        "feed_forward.up": (F, D),
-        "feed_forward.down": (D, F),
-        "mlm_head.dense": (D, D),
-        "nsp_head.pooler": (D, D),
-        "nsp_head.classifier": (2, D),
+    found = {name: (_shape(entry, model, vocab_size), len(entry.theirs)) for name, entry in entries(model.num_hidden_layers).items()}
+    return {name: (rows * joined, *rest) for name, ((rows, *rest), joined) in found.items()}
+
+
+def _shape(entry: Entry, model: ModelConfig, vocab_size: int) -> tuple[int, ...]:
+    """The shape of the weight, or of each of the three that are joined."""
+    sizes = {
+        "V": vocab_size,
+        "P": model.max_position_embeddings,
+        "S": SEGMENTS,
+        "D": model.hidden_size,
+        "F": model.intermediate_size,
+        "C": 2,
     }
-    rows = {"word": V, "position": model.max_position_embeddings, "token_type": SEGMENTS}
-    found: dict[str, tuple[int, ...]] = {}
-    for name in names(model.num_hidden_layers):
-        module, part = name.rsplit(".", 1)
-        if module.endswith("_embeddings"):
-            found[name] = (rows[module.removeprefix("embeddings.").removesuffix("_embeddings")], D)
-        elif name == "mlm_head.bias":
-            found[name] = (V,)
-        elif module.endswith("norm"):
-            found[name] = (D,)
-        else:
-            weight = linear[".".join(module.split(".")[-2:])]
-            found[name] = weight if part == "weight" else weight[:1]
-    return found
+    return tuple(sizes[axis] for axis in entry.axes)
 
 
 def heads(state: Mapping[str, Tensor]) -> frozenset[str]:
     """Which of the heads `"mlm"` and `"nsp"` the weights, by our names, hold whole."""
-    wanted = names(0)
-    return frozenset(head for head, prefix in HEADS.items() if all(name in state for name in wanted if name.startswith(prefix)))
+    return frozenset(head for head, prefix in HEADS.items() if all(name in state for name in _OUTSIDE if name.startswith(prefix)))
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,12 +107,11 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         Contiguous tensors of the same dtype that share no memory with each other, as safetensors wants them.
     """
-    layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-    table = names(layers)
+    table = entries(len({name.split(".")[1] for name in state if name.startswith("layers.")}))
     assert set(state) <= set(table), sorted(set(state) - set(table))
     result: dict[str, Tensor] = {}
     for ours, tensor in state.items():
-        theirs = table[ours]
+        theirs = table[ours].theirs
         for name, part in zip(theirs, tensor.detach().chunk(len(theirs)), strict=True):
             result[name] = part.clone()
     return result
@@ -121,7 +127,7 @@ def from_hugging_face(state: Mapping[str, Tensor], model: ModelConfig, vocab_siz
         InputError: a weight of the encoder that is missing, a name that no BERT has, a shape other than the one that config.json
             asks for, or a decoder that is not tied to the word embedding. `source` is the file that the message names.
     """
-    given = {_canonical(name, state): tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
+    given = {_canonical(name): tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
     given = {name: tensor for name, tensor in given.items() if not name.startswith(_OTHER_TASKS)}
     if _DECODER_BIAS in given:
         bias = given.pop(_DECODER_BIAS)
@@ -130,15 +136,14 @@ def from_hugging_face(state: Mapping[str, Tensor], model: ModelConfig, vocab_siz
 
     result: dict[str, Tensor] = {}
     missing: list[str] = []
-    wanted = shapes(model, vocab_size)
-    for ours, theirs in names(model.num_hidden_layers).items():
-        absent = [name for name in theirs if name not in given]
+    for ours, entry in entries(model.num_hidden_layers).items():
+        absent = [name for name in entry.theirs if name not in given]
         if absent:
             missing += [] if ours.startswith(tuple(HEADS.values())) else absent
             continue
-        parts = [given.pop(name) for name in theirs]
-        shape = (wanted[ours][0] // len(theirs), *wanted[ours][1:])
-        for name, part in zip(theirs, parts, strict=True):
+        parts = [given.pop(name) for name in entry.theirs]
+        shape = _shape(entry, model, vocab_size)
+        for name, part in zip(entry.theirs, parts, strict=True):
             if tuple(part.shape) != shape:
                 raise InputError(f"{source}: {name} has the shape {list(part.shape)}; config.json asks for {list(shape)}")
         result[ours] = torch.cat([part.float() for part in parts])
@@ -146,12 +151,12 @@ def from_hugging_face(state: Mapping[str, Tensor], model: ModelConfig, vocab_siz
         raise InputError(f"{source}: {_some(missing)} missing; config.json describes a BERT of {model.num_hidden_layers} layers")
     if given:
         raise InputError(f"{source}: {_some(sorted(given))} unknown; this is not the BERT that config.json describes")
-    if decoder is not None and not torch.equal(decoder.float(), result["embeddings.word_embeddings.weight"]):
-        raise InputError(f"{source}: {_DECODER} differs from {_WORDS}; only a decoder tied to the word embedding can be loaded")
+    if decoder is not None and not torch.equal(decoder.float(), result["embeddings.words"]):
+        raise InputError(f"{source}: {_DECODER} differs from the word embeddings; only a decoder tied to the word embedding can be loaded")
     return result
 
 
-def _canonical(name: str, state: Mapping[str, Tensor]) -> str:
+def _canonical(name: str) -> str:
     """The name as transformers writes it today."""
     if name.startswith(("embeddings.", "encoder.", "pooler.")):
         name = "bert." + name

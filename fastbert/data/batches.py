@@ -6,29 +6,19 @@ Example number g = step * sequences + k of a run is example g % n of epoch g // 
 from __future__ import annotations
 
 import heapq
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from fastbert.config import ObjectiveConfig, RunConfig
 from fastbert.data.examples import Examples, Spans
 from fastbert.data.masking import Masking, selected_counts
-from fastbert.data.packing import PackedBatch, lay_out, pack_texts
+from fastbert.data.packing import PackedBatch, pack, pack_texts
 from fastbert.data.store import Split, Store
 from fastbert.errors import InputError
 
-__all__ = ["Batches", "PackedBatch", "Position", "heldout_batches", "pack_texts"]
+__all__ = ["Batches", "PackedBatch", "heldout_batches", "pack_texts"]
 
 HELDOUT_SEED = 0  # not the run's: all runs on a store are measured on the same examples and masks
-
-
-class Position(NamedTuple):
-    """Where a run is: epochs behind it, as a fraction; the epoch it is in, counted from 0; the next example's index in that."""
-
-    epochs: float
-    epoch: int
-    index: int
 
 
 class Batches:
@@ -52,14 +42,13 @@ class Batches:
         return len(self._examples)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Steps that it takes to see every example of an epoch, rounded up."""
-        return -(-len(self._examples) // self.config.batch.sequences)
+    def steps_per_epoch(self) -> float:
+        """A fraction: where an epoch ends within a step, the next one begins in it."""
+        return len(self._examples) / self.config.batch.sequences
 
-    def position(self, step: int) -> Position:
-        """Where the run is before this step."""
-        done = step * self.config.batch.sequences
-        return Position(done / len(self._examples), *divmod(done, len(self._examples)))
+    def position(self, step: int) -> float:
+        """Epochs behind the run when this step begins."""
+        return step / self.steps_per_epoch
 
     def step(self, step: int, rank: int = 0, world: int = 1) -> list[PackedBatch]:
         """This rank's packs of one step: as many on every rank, none empty, each of at most `micro_batch_tokens`.
@@ -126,14 +115,16 @@ class _Packer:
         starts, lengths = (np.stack(pair, 1).ravel() for pair in ((spans.a_start, spans.b_start), (spans.a_length, spans.b_length)))
         tokens = self.split.gather(starts, lengths)
         seen, chosen = self.masking(tokens, spans.ordinary, spans.keys)
-        layout = lay_out(seen, spans.a_length, spans.b_length, self.special)
-        return PackedBatch(
-            **layout.tensors(),
-            masked_positions=torch.from_numpy(layout.slots[chosen]),
-            labels=torch.from_numpy(tokens[chosen]),
-            next_sentence_labels=torch.from_numpy(spans.labels),
-            dropout_keys=torch.from_numpy(spans.keys),
-            examples=torch.from_numpy(indices),
+        return pack(
+            seen,
+            spans.a_length,
+            spans.b_length,
+            self.special,
+            selected=chosen,
+            labels=tokens[chosen],
+            next_sentence_labels=spans.labels,
+            dropout_keys=spans.keys,
+            examples=indices,
             masked_total=masked_total,
             pairs_total=pairs_total,
         )

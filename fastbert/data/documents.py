@@ -171,7 +171,11 @@ def _text_chunks(source: Source, file: BinaryIO) -> Iterator[Chunk]:
         elif len(waiting) > LONGEST_DOCUMENT_BYTES:
             raise InputError(
                 f"{source.path}: the document that begins at line {line} is longer than {LONGEST_DOCUMENT_BYTES >> 20} MiB; "
-                + ("put a blank line between documents, or say --format lines" if source.format == "txt" else "cut it into documents, one a line")
+                + (
+                    "put a blank line between documents, or say --format lines"
+                    if source.format == "txt"
+                    else "cut it into documents, one a line"
+                )
             )
     if waiting:
         yield chunk(waiting)
@@ -285,7 +289,9 @@ def _parquet_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator
     import pyarrow.parquet
 
     if source.compression:
-        raise InputError(f"{source.path}: Parquet packs its own columns and is not read through {source.compression}; unpack the file first")
+        raise InputError(
+            f"{source.path}: Parquet packs its own columns and is not read through {source.compression}; unpack the file first"
+        )
     size, row = os.fstat(file.fileno()).st_size, 0
     try:
         table = pyarrow.parquet.ParquetFile(file)
@@ -321,5 +327,7 @@ def _parse_parquet(chunk: Chunk) -> list[str]:
         try:
             documents.append(value.as_py() or "")
         except UnicodeDecodeError as error:
-            raise InputError(f"{chunk.source.path}: row {row}: byte {error.start} of the string is not UTF-8; write the table again") from None
+            raise InputError(
+                f"{chunk.source.path}: row {row}: byte {error.start} of the string is not UTF-8; write the table again"
+            ) from None
     return documents

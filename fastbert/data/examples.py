@@ -1,17 +1,18 @@
 """Which tokens make an example: a pure function of (seed, epoch, index), so the loader keeps no state.
 
-Pairs. A join is a place where one sentence ends and the next begins. A is the text before it, cut at its front to A's budget; B the text
-after it, cut at its end to B's budget. With segments = "single" every join of the corpus is an example and each side is one sentence; with
-"fill" a document gets ceil(tokens / room) joins, evenly spread and moved every epoch, and each side reaches as far as its budget.
+Pairs. A join is a place where one sentence ends and the next begins. A is the text before it, cut at its front; B the text after it, cut at
+its end. With segments = "single" every join of the corpus is an example and each side is one sentence; with "fill" a document has
+ceil(tokens / room) joins, evenly spread and moved every epoch, and each side reaches through the document as far as its budget does.
+A document of one sentence has no join and gives no pair; of a sentence longer than its side's budget the part beyond it is not seen.
 
-NotNext. The examples stand on a ring, document by document. The wrong B of example i is the true B of example i + shift, where the shift is
-uniform over [most, n - most] and `most` is the largest number of examples that any one document has: never the same document, and for
-i uniform the other one is uniform too. Budgets are drawn before the label. So A, and B, are each distributed alike under both labels:
-nobody tells IsNext from NotNext by looking at one of them alone. (What lengths of both tell together is little: at most
-54 % right on encyclopedia openings that are shorter than max_length, 50 % where documents are long.)
+NotNext. The examples stand on a ring, document by document. The wrong B of an example is the true B of the one `shift` places on, where
+shift is uniform over [most, n - most] and `most` is the largest number of examples that any one document has: never the same document, and
+for a uniform example the other one is uniform too. How much is cut is settled before the label, by a rule that treats the two examples
+alike. So A alone, and B alone, are distributed alike under both labels, and nobody can tell IsNext from NotNext by either. (Both lengths
+together tell a little, as in any text: at most 54 % right on encyclopedia openings shorter than max_length, 50 % on long documents.)
 
-No pairs. With "single" an example is one sentence, cut at its end. With "fill" a document gets ceil(tokens / room) windows of up to `room`
-tokens, which cover it whole and begin with a sentence where they can.
+No pairs. With "single" an example is one sentence, cut at its end. With "fill" a document has ceil(tokens / room) windows of up to `room`
+tokens, which together cover it all, and begin with a sentence where that leaves nothing out.
 
 Memory: 8 bytes for each document of the split, the number of examples before it.
 """
@@ -29,8 +30,9 @@ from fastbert.data.store import Split
 from fastbert.errors import InputError
 
 DOCUMENTS_AT_ONCE = 1 << 20  # while examples are counted, so that memory does not grow with temporaries
-LEAST_SHARE, MOST_SHARE = 0.15, 0.85  # of the tokens of a pair that belong to A, with segments = "fill"
-SHORT_SHARE = 0.1  # of the examples aim at a random, shorter length, with segments = "fill" (create_pretraining_data.py of google-research/bert)
+# With segments = "fill":
+LEAST_SHARE, MOST_SHARE = 0.15, 0.85  # of the tokens of a pair, A's
+SHORT_SHARE = 0.1  # of the examples aim at a random, shorter length, as in google-research/bert, create_pretraining_data.py
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,14 @@ class Examples:
         what = f'objective.kind = "{objective.kind}"'
         if len(self) == 0:
             raise InputError(
-                f"{source}: {split.documents} documents, none of two sentences or more, so none has a sentence and its next one, which {what} "
-                f'learns from; prepare other text or set objective.kind = "mlm"'
+                f"{source}: none of its {split.documents} documents has two sentences, and {what} learns from a sentence and its next one; "
+                f'prepare other text or set objective.kind = "mlm"'
             )
         if self.pairs and len(self) < 2 * self._most:
             largest = int(np.diff(self._before).argmax())
             raise InputError(
-                f"{source}: document {largest} holds {self._most} of {len(self)} examples, more than half: {what} draws wrong next sentences "
-                f'from other documents; split this one into several (a blank line in a text file), add text or set objective.kind = "mlm"'
+                f"{source}: document {largest} gives {self._most} of the {len(self)} examples, more than half: {what} cannot draw as many "
+                f'wrong next sentences from other documents; split this one into several, add text or set objective.kind = "mlm"'
             )
 
     def __len__(self) -> int:
@@ -123,25 +125,35 @@ class Examples:
 
     def _draw_pairs(self, places: np.ndarray, keys: np.ndarray, words: np.ndarray) -> Spans:
         labels = (words[0] >> np.uint64(31)).astype(np.int64)
-        # 48 bits for the shift: no shift is off its share by more than n / 2**48 of it.
+        # 48 bits for the shift: none is off its share by more than n / 2**48 of it.
         share = (words[0] & np.uint64((1 << 31) - 1)) << np.uint64(17) | words[1] >> np.uint64(15)
         shift = self._most + (share * 2.0**-48 * (len(self) - 2 * self._most + 1)).astype(np.int64)
-        others = (places + labels * shift) % len(self)
         if self.single:
-            fraction, a_budget, b_budget = None, self.room // 2, self.room - self.room // 2
+            fraction, target = np.full(len(places), 0.5), np.full(len(places), self.room)
         else:
-            fraction = LEAST_SHARE + (MOST_SHARE - LEAST_SHARE) * unit(words[2])
-            target = self._target_length(words[3], shortest=2)
-            a_budget = np.clip(np.rint(fraction * target).astype(np.int64), 1, target - 1)
-            b_budget = target - a_budget
-            fraction = np.tile(fraction, 2)
-        # The example and the other one are looked up in one go, both with the example's fraction.
-        lowest, join, highest = self._joins(np.concatenate([places, others]), fraction)
+            fraction, target = LEAST_SHARE + (MOST_SHARE - LEAST_SHARE) * unit(words[2]), self._target_length(words[3], shortest=2)
+        return Spans(*self.cut_pairs(places, (places + shift) % len(self), labels, fraction, target), labels, keys)
+
+    def cut_pairs(
+        self, places: np.ndarray, others: np.ndarray, labels: np.ndarray, fraction: np.ndarray, target: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The first four fields of Spans for these examples, and the others that give B where the label is 1.
+
+        Args, all [B]:
+            fraction: of the target, A's budget.
+            target: ordinary tokens of A and B together, at most; at least 2.
+        """
         count = len(places)
-        a_start = np.maximum(lowest[:count], join[:count] - a_budget)
-        b_start = join[count:]
-        b_length = np.minimum(highest[count:] - b_start, b_budget)
-        return Spans(a_start, join[:count] - a_start, b_start, b_length, labels, keys)
+        lowest, join, highest = self._joins(np.concatenate([places, others]), np.tile(fraction, 2))
+        # What neither of the two examples needs of A's budget goes to B's, and the other way. The larger need of the two is the same when
+        # they change places, as they do under the other label: the budgets tell nothing of it.
+        a_need, b_need = (np.maximum(need[:count], need[count:]) for need in (join - lowest, highest - join))
+        a_budget = np.clip(np.rint(fraction * target).astype(np.int64), 1, target - 1)
+        a_length = np.minimum((join - lowest)[:count], np.maximum(a_budget, target - b_need))
+        b_start = np.where(labels == 1, join[count:], join[:count])
+        b_end = np.where(labels == 1, highest[count:], highest[:count])
+        b_length = np.minimum(b_end - b_start, np.maximum(target - a_budget, target - a_need))
+        return join[:count] - a_length, a_length, b_start, b_length
 
     def _draw_windows(self, places: np.ndarray, keys: np.ndarray, words: np.ndarray) -> Spans:
         if self.single:
@@ -155,10 +167,10 @@ class Examples:
         nothing = np.zeros_like(start)
         return Spans(start, length, nothing, nothing, np.full_like(start, -100), keys)
 
-    def _joins(self, places: np.ndarray, fraction: np.ndarray | None) -> np.ndarray:
+    def _joins(self, places: np.ndarray, fraction: np.ndarray) -> np.ndarray:
         """int64 [3, N], token offsets: the first token that A may have, the first one of B, and the end of what B may have."""
         document, number, count = self._locate(places)
-        if fraction is None:
+        if self.single:
             sentence = self.split.first_sentence(document) + number
             return self.split.first_token(np.stack([sentence, sentence + 1, sentence + 2]))
         first, following = self.split.first_sentence(np.stack([document, document + 1]))

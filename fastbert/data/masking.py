@@ -6,7 +6,6 @@ which ones depends on the example's key alone, not on the batch it is in.
 
 from __future__ import annotations
 
-
 import numpy as np
 
 from fastbert.config import ObjectiveConfig
@@ -48,8 +47,8 @@ class Masking:
         self.ordinary_ids = store.ordinary_ids
         if len(self.ordinary_ids) < 2:
             raise InputError(
-                f"{store.path}: its vocabulary has {len(self.ordinary_ids)} ordinary tokens; masking puts a different one in place of some: "
-                f"prepare the text with a larger vocabulary"
+                f"{store.path}: its vocabulary has {len(self.ordinary_ids)} ordinary tokens, and masking puts another one in place of some; "
+                f"prepare the text again with a larger vocabulary"
             )
         # Place of each id among the ordinary ones; their number for the special ones, of which only [UNK] occurs in text.
         self._place = np.full(store.vocab_size, len(self.ordinary_ids))

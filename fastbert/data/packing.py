@@ -1,6 +1,6 @@
 """Sequences end to end, without padding: what the model takes.
 
-    [CLS] A [SEP] B [SEP]   or   [CLS] A [SEP]      token types 0 up to the first [SEP], 1 after it
+A sequence is [CLS] A [SEP] B [SEP], or [CLS] A [SEP]; its token types are 0 up to the first [SEP] and 1 after it.
 """
 
 from __future__ import annotations
@@ -60,56 +60,59 @@ class PackedBatch:
         return replace(self, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where everything lies in a pack, given how long the segments are.
-
-    Attributes, numpy: input_ids [T], with the special tokens in place; token_type_ids and position_ids [T]; cu_seqlens [B + 1]; slots [N],
-    the positions of the ordinary tokens. All int64 but cu_seqlens, int32.
-    """
-
-    input_ids: np.ndarray
-    token_type_ids: np.ndarray
-    position_ids: np.ndarray
-    cu_seqlens: np.ndarray
-    max_seqlen: int
-    slots: np.ndarray
-
-    def tensors(self) -> dict[str, Tensor | int]:
-        """What of it is part of a PackedBatch."""
-        names = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens")
-        return {"max_seqlen": self.max_seqlen, **{name: torch.from_numpy(getattr(self, name)) for name in names}}
-
-
-def lay_out(tokens: np.ndarray, a_length: np.ndarray, b_length: np.ndarray, special: SpecialIds) -> Layout:
-    """Put [CLS] and [SEP] around segments.
+def pack(
+    tokens: np.ndarray,
+    a_length: np.ndarray,
+    b_length: np.ndarray,
+    special: SpecialIds,
+    *,
+    selected: np.ndarray,
+    labels: np.ndarray,
+    next_sentence_labels: np.ndarray,
+    dropout_keys: np.ndarray,
+    examples: np.ndarray,
+    masked_total: int,
+    pairs_total: int,
+) -> PackedBatch:
+    """Put [CLS] and [SEP] around segments and lay the sequences end to end.
 
     Args:
-        tokens: int64 [N], the segments' tokens end to end: A of the first sequence, its B, A of the second ...
-        a_length: int64 [B].
-        b_length: int64 [B]; 0 gives [CLS] A [SEP].
+        tokens: int64 [N], what the model sees of the segments, end to end: A of the first sequence, its B, A of the second ...
+        a_length, b_length: int64 [B], tokens; no B gives [CLS] A [SEP].
+        special: ids of [CLS] and [SEP].
+        selected: int64 [M], ascending, the masked positions among the N tokens.
+        labels, next_sentence_labels, dropout_keys, examples, masked_total, pairs_total: as in PackedBatch; the tensors share their memory.
     """
     lengths = a_length + b_length + 2 + (b_length > 0)
     ends = np.cumsum(lengths)
     starts = ends - lengths
-    total = int(ends[-1]) if len(ends) else 0
-    ordinary = np.ones(total, bool)
+    total = int(lengths.sum())
     input_ids = np.empty(total, np.int64)
+    ordinary = np.ones(total, bool)
     # The second [SEP] falls on the first where there is no B.
     for positions, token in ((starts, special.cls), (starts + a_length + 1, special.sep), (ends - 1, special.sep)):
-        ordinary[positions] = False
         input_ids[positions] = token
+        ordinary[positions] = False
     slots = np.flatnonzero(ordinary)
     input_ids[slots] = tokens
     position_ids = np.arange(total) - np.repeat(starts, lengths)
-    token_type_ids = (position_ids > np.repeat(a_length + 1, lengths)).astype(np.int64)
-    cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
-    return Layout(input_ids, token_type_ids, position_ids, cu_seqlens, int(lengths.max(initial=0)), slots)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        token_type_ids=torch.from_numpy((position_ids > np.repeat(a_length + 1, lengths)).astype(np.int64)),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        max_seqlen=int(lengths.max(initial=0)),
+        masked_positions=torch.from_numpy(slots[selected]),
+        labels=torch.from_numpy(labels),
+        next_sentence_labels=torch.from_numpy(next_sentence_labels),
+        dropout_keys=torch.from_numpy(dropout_keys),
+        examples=torch.from_numpy(examples),
+        masked_total=masked_total,
+        pairs_total=pairs_total,
+    )
 
 
-def pack_texts(
-    token_ids_a: Sequence[Sequence[int]], token_ids_b: Sequence[Sequence[int]] | None, special: SpecialIds
-) -> PackedBatch:
+def pack_texts(token_ids_a: Sequence[Sequence[int]], token_ids_b: Sequence[Sequence[int]] | None, special: SpecialIds) -> PackedBatch:
     """A pack for inference, in the order given: nothing is selected, no pair is to be learnt from.
 
     Args:
@@ -117,18 +120,19 @@ def pack_texts(
         token_ids_b: ids of each second text, or None; an empty one gives [CLS] A [SEP].
     """
     token_ids_b = token_ids_b if token_ids_b is not None else [[]] * len(token_ids_a)
-    a_length, b_length = (np.array([len(ids) for ids in texts], np.int64) for texts in (token_ids_a, token_ids_b))
     tokens = [token for a, b in zip(token_ids_a, token_ids_b, strict=True) for ids in (a, b) for token in ids]
-    layout = lay_out(np.array(tokens, np.int64), a_length, b_length, special)
-    nothing = torch.empty(0, dtype=torch.int64)
-    zeros = torch.zeros(len(a_length), dtype=torch.int64)
-    return PackedBatch(
-        **layout.tensors(),
-        masked_positions=nothing,
+    a_length, b_length = (np.array([len(ids) for ids in texts], np.int64) for texts in (token_ids_a, token_ids_b))
+    nothing = np.empty(0, np.int64)
+    return pack(
+        np.array(tokens, np.int64),
+        a_length,
+        b_length,
+        special,
+        selected=nothing,
         labels=nothing,
-        next_sentence_labels=zeros - 100,
-        dropout_keys=zeros,
-        examples=torch.arange(len(a_length)),
+        next_sentence_labels=np.full(len(a_length), -100),
+        dropout_keys=np.zeros(len(a_length), np.int64),
+        examples=np.arange(len(a_length)),
         masked_total=0,
         pairs_total=0,
     )

@@ -28,7 +28,14 @@ from fastbert.errors import InputError
 FORMAT = 1
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
-OTHER_FILES = ("tokenizer/tokenizer.json", "tokenizer/vocab.txt", "tokenizer/tokenizer_config.json", "yardsticks.json", "report.json", "report.md")
+OTHER_FILES = (
+    "tokenizer/tokenizer.json",
+    "tokenizer/vocab.txt",
+    "tokenizer/tokenizer_config.json",
+    "yardsticks.json",
+    "report.json",
+    "report.md",
+)
 SHARD_TOKENS = 1 << 28  # a new shard begins at the first chunk of text after this many tokens: 512 MiB of uint16
 
 
@@ -249,11 +256,10 @@ class ShardWriter:
             self.shards.append(self._counts)
             self._open = {}
 
-    def abandon(self) -> None:
-        """Close the open files without finishing them, after a failure."""
-        for file in self._open.values():
-            file.file.close()
-        self._open = {}
+    def summary(self) -> dict[str, Any]:
+        """The split's entry in the manifest."""
+        shards = [asdict(shard) for shard in self.shards]
+        return {kind: sum(shard[kind] for shard in shards) for kind in ("documents", "sentences", "tokens")} | {"shards": shards}
 
 
 class _HashedFile:

@@ -43,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
     normalized = [normalizer.normalize_str(text) for text in texts]
     first, inner = _alphabet(normalized, int(vocab_size * ALPHABET_SHARE))
     if not first:
-        raise InputError("the documents hold no text to train a vocabulary on")
+        raise InputError("no text to train a vocabulary on: every document is empty")
     # The trainer numbers the pieces "##x" in the order of a hash map and breaks ties between pairs by these numbers,
     # so that no two runs agree. Pieces given as special tokens are numbered first, in our order.
     trainer = trainers.WordPieceTrainer(
@@ -90,6 +90,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise InputError(f"{file}: its {len(vocabulary)} tokens do not have the ids 0 to {len(vocabulary) - 1}; renumber them")
+    if any("\n" in token or "\r" in token for token in vocabulary):
+        raise InputError(f"{file}: a token holds a line break, which no vocab.txt can hold; remove it")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True  # "[MASK]" in a text is five ordinary characters
@@ -100,19 +102,22 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write tokenizer.json, vocab.txt and tokenizer_config.json: what transformers' AutoTokenizer loads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    ids = tokenizer.get_vocab()
-    (folder / "vocab.txt").write_text("".join(token + "\n" for token in sorted(ids, key=ids.__getitem__)), encoding="utf-8", newline="\n")
-    normalizer = json.loads(tokenizer.to_str())["normalizer"]
+    normalizer, ids = tokenizer.normalizer, tokenizer.get_vocab()
     config = {
         "tokenizer_class": "BertTokenizerFast",
-        "do_lower_case": normalizer["lowercase"],
-        "strip_accents": normalizer["strip_accents"],
-        "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+        "do_lower_case": normalizer.lowercase,
+        "strip_accents": normalizer.strip_accents,
+        "tokenize_chinese_chars": normalizer.handle_chinese_chars,
         "model_max_length": 512,
         **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    texts = {
+        "tokenizer.json": tokenizer.to_str(pretty=True),  # not tokenizer.save: it reports a full disk as a bare Exception
+        "vocab.txt": "".join(token + "\n" for token in sorted(ids, key=ids.__getitem__)),
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def special_ids(tokenizer: Tokenizer, source: str | Path) -> SpecialIds:
@@ -120,7 +125,9 @@ def special_ids(tokenizer: Tokenizer, source: str | Path) -> SpecialIds:
     ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
     missing = [SPECIAL_TOKENS[name] for name, number in ids.items() if number is None]
     if missing:
-        raise InputError(f"{source}: the vocabulary has no {', '.join(missing)}; a BERT vocabulary needs {' '.join(SPECIAL_TOKENS.values())}")
+        raise InputError(
+            f"{source}: the vocabulary has no {', '.join(missing)}; a BERT vocabulary needs {' '.join(SPECIAL_TOKENS.values())}"
+        )
     return SpecialIds(**ids)
 
 
@@ -170,14 +177,18 @@ class _Words(dict[str, int]):
     def __init__(self, tokenizer: Tokenizer):
         self["\0"] = 0
         self._tokenizer = tokenizer
+        self._parts = _Parts(tokenizer)
         self._ids, self._starts, self._lengths = array("i"), array("q", [0]), array("q", [0])
 
     def __missing__(self, word: str) -> int:
-        ids = self._tokenizer.encode(word, add_special_tokens=False).ids
-        index = len(self._starts)
-        self._starts.append(len(self._ids))
-        self._lengths.append(len(ids))
-        self._ids.extend(ids)
+        index, start = len(self._starts), len(self._ids)
+        if word.isascii() and word.isprintable():
+            for part in _ASCII_PARTS.findall(word.lower() if self._parts.lowercase else word):
+                self._ids.extend(self._parts[part])
+        else:
+            self._ids.extend(self._tokenizer.encode(word, add_special_tokens=False).ids)
+        self._starts.append(start)
+        self._lengths.append(len(self._ids) - start)
         if len(word) <= _KEPT_LENGTH:
             self[word] = index
         return index
@@ -194,6 +205,24 @@ class _Words(dict[str, int]):
 
     def lengths(self) -> np.ndarray:
         return np.frombuffer(self._lengths, np.int64)
+
+
+# What BERT's normalizer and pre-tokenizer make of ASCII: words, and each other character alone.
+_ASCII_PARTS = re.compile("[A-Za-z0-9]+|[^A-Za-z0-9]")
+
+
+class _Parts(dict[str, list[int]]):
+    """Part of an ASCII word -> its ids. "Paris," and "(Paris)" are new words of old parts, and cost a third."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._model = tokenizer.model
+        self.lowercase: bool = tokenizer.normalizer.lowercase
+
+    def __missing__(self, part: str) -> list[int]:
+        ids = [token.id for token in self._model.tokenize(part)]
+        if len(part) <= _KEPT_LENGTH:
+            self[part] = ids
+        return ids
 
 
 def _assemble(tokens: Sequence[str], lowercase: bool, strip_accents: bool | None = None, chinese: bool = True) -> Tokenizer:
@@ -245,13 +274,17 @@ def _from_json(text: str, file: Path) -> Tokenizer:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{file}: not the file of a BERT tokenizer ({type(error).__name__}: {error}); give one, or its vocab.txt") from None
+        raise InputError(
+            f"{file}: not the file of a BERT tokenizer ({type(error).__name__}: {error}); give one, or its vocab.txt"
+        ) from None
     if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"]:
         raise InputError(f"{file}: it is {', '.join(map(str, kinds))}; needed is WordPiece, BertNormalizer, BertPreTokenizer, as in BERT")
     if (prefix, unknown, clean) != ("##", "[UNK]", True):
         raise InputError(f"{file}: prefix {prefix!r}, unknown {unknown!r}, clean_text {clean}; needed is '##', '[UNK]', true, as in BERT")
     if added:
-        raise InputError(f"{file}: {len(added)} added tokens ({added[0]!r}, ...) outside the WordPiece model; move them into its vocabulary")
+        raise InputError(
+            f"{file}: {len(added)} added tokens ({added[0]!r}, ...) outside the WordPiece model; move them into its vocabulary"
+        )
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # what the Rust side raises has no narrower type

@@ -1,4 +1,4 @@
-"""The lines of a text file as vectors in a .npy file."""
+"""The files of `fastbert embed`: lines of text in, vectors out; what lies between is `Pretrained.encode`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from fastbert.errors import InputError
-from fastbert.tasks.pretrained import Pretrained
-
-
-def embed(pretrained: Pretrained, file: str | Path, out: str | Path, pool: str = "mean", layer: int = -1) -> tuple[int, int]:
-    """Write float32 [N, D] to `out`, one row a line of `file`, an empty line included; returns N and D.
-
-    Raises:
-        InputError: as `read_lines`, `check_out` and `Pretrained.encode`.
-    """
-    out = check_out(out)
-    vectors = pretrained.encode(read_lines(file), pool, layer)
-    staging = out.with_name(f".writing-{out.name}")
-    try:
-        with open(staging, "wb") as handle:
-            np.save(handle, vectors)
-        os.replace(staging, out)
-    finally:
-        staging.unlink(missing_ok=True)
-    return vectors.shape[0], vectors.shape[1]
 
 
 def read_lines(file: str | Path) -> list[str]:
@@ -56,3 +37,14 @@ def check_out(out: str | Path) -> Path:
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder; give a file name")
     return out
+
+
+def write_vectors(out: Path, vectors: np.ndarray) -> None:
+    """Save [N, D] as .npy, whole or not at all."""
+    staging = out.with_name(f".writing-{out.name}")
+    try:
+        with open(staging, "wb") as handle:
+            np.save(handle, vectors)
+        os.replace(staging, out)
+    finally:
+        staging.unlink(missing_ok=True)

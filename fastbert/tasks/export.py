@@ -6,9 +6,8 @@ unexpected weight and given the logits that our model gives, on real text.
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import numpy as np
 import torch
 
 from fastbert.config import dump_config
-from fastbert.data.batches import pack_texts
+from fastbert.data.packing import pack_texts
 from fastbert.data.store import Store, open_store
 from fastbert.errors import InputError
 from fastbert.tasks.hugging_face import new_folder, write_folder
 from fastbert.tasks.pretrained import Pretrained, fit_pair
+from fastbert.training.heldout import HeldOut
 from fastbert.training.metrics import read_metrics
 from fastbert.weights import HEADS, NSP, to_hugging_face
 
@@ -94,7 +94,7 @@ def compare(folder: Path, architecture: str, pretrained: Pretrained, pairs: list
         theirs = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair]
         if ours != theirs:
             raise ExportError(f"transformers' tokenizer gives other ids for {pair!r}")
-        first, second = fit_pair(*ours, room)
+        first, second = fit_pair(ours[0], ours[1], room)
         a.append(first)
         b.append(second)
     single = not any(b)
@@ -176,17 +176,14 @@ def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
 
 
 def _figures(pretrained: Pretrained) -> list[str]:
-    """A table from the run's metrics.jsonl, as far as the checkpoint goes; a run is the folder two above its checkpoint."""
-    steps, tokens, evaluated, seen = pretrained.metadata["step"], 0, {}, set()
-    for record in read_metrics(pretrained.path.resolve().parents[1] / "metrics.jsonl"):
-        step = record.get("step", math.inf)
-        if step > steps:
-            continue
-        if record.get("event") == "evaluate":
-            evaluated = record
-        elif "event" not in record and step not in seen:  # after a resume a step may stand there twice
-            seen.add(step)
-            tokens += record["tokens"]
-    rows = [("steps", f"{steps:,}"), ("tokens seen", f"{tokens:,}")]
-    rows += [(f"held-out {key}", f"{value:.4f}") for key, value in evaluated.items() if isinstance(value, float)]
+    """A table of how long was trained, and of the last evaluation before the checkpoint; a run is the folder two above that."""
+    step, progress = pretrained.metadata["step"], pretrained.metadata.get("progress", {})
+    rows = [("steps", f"{step:,}")]
+    rows += [("tokens seen", f"{progress['tokens']:,}")] if "tokens" in progress else []
+    rows += [("hours", f"{progress['seconds'] / 3600:.2f}")] if "seconds" in progress else []
+    records = read_metrics(pretrained.path.resolve().parents[1] / "metrics.jsonl")
+    evaluations = [record for record in records if record.get("event") == "evaluate" and record["step"] <= step]
+    for key in [f.name for f in fields(HeldOut)] if evaluations else []:
+        value = evaluations[-1].get(key)
+        rows += [] if value is None else [(f"held-out {key}", f"{value:.4f}")]
     return ["| figure | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastbert.data.batches import PackedBatch, pack_texts
+from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import InputError
 from fastbert.tasks.hugging_face import check_new, new_folder, write_folder
 from fastbert.tasks.pretrained import Pretrained, fit_pair
@@ -26,6 +26,7 @@ WARMUP = 0.1  # of the steps; then linear to zero
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
 EVALUATION_BATCH = 64
+MAX_LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def finetune(
     epochs: int = 3,
     lr: float = 5e-5,
     batch: int = 32,
-    max_length: int = 128,
+    max_length: int | None = None,
     seed: int = 1,
     report: Callable[[Epoch], None] = lambda _: None,
 ) -> Finetuned:
@@ -78,13 +79,15 @@ def finetune(
         train, evaluation: UTF-8 csv with a header and the columns text and label, and text_b where texts come in pairs.
         out: a new folder for a BertForSequenceClassification; None saves nothing.
         epochs, lr, batch: passes over the file, highest learning rate, examples of a step.
-        max_length: tokens of an example, special ones counted; the end of a longer one (of its longer half) is cut.
+        max_length: tokens of an example, special ones counted; the end of a longer one (of its longer half) is cut. By default 128, or the
+            model's positions where they are fewer.
         report: called after every epoch.
 
     Raises:
         InputError: a number out of range, a file that is missing or wrong (with its line), labels that do not fit, `out` taken.
     """
     longest = pretrained.config.max_position_embeddings
+    max_length = min(MAX_LENGTH, longest) if max_length is None else max_length
     if epochs < 1 or batch < 1 or lr <= 0:
         raise InputError(f"--epochs {epochs} --batch {batch} --lr {lr}: all must be above 0")
     if not 8 <= max_length <= longest:
@@ -176,7 +179,7 @@ class Classifier(nn.Module):
         self.classifier = nn.Linear(pretrained.config.hidden_size, classes)
         nn.init.normal_(self.classifier.weight, std=pretrained.config.initializer_range)
         nn.init.zeros_(self.classifier.bias)
-        self.to(self.encoder.embeddings.word_embeddings.weight.device)
+        self.to(self.encoder.embeddings.words.device)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         hidden = self.encoder.hidden_states(batch)[-1]
@@ -198,7 +201,7 @@ class _Encoded:
         self.first, self.second = [a[: max_length - 2] for a in first], second
         self.targets = torch.tensor([labels.index(label) for label in examples.labels])
         self.special = pretrained.special
-        self.device = pretrained.model.embeddings.word_embeddings.weight.device
+        self.device = pretrained.model.embeddings.words.device
 
     def __len__(self) -> int:
         return len(self.first)

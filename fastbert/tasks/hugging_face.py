@@ -31,7 +31,7 @@ _ENCODER = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-_OURS_ALONE = {"preset", "position_init"}  # keys of ModelConfig that BertConfig does not have: they matter before training only
+_OURS_ALONE = {"preset", "initial_attention"}  # keys of ModelConfig that BertConfig does not have: they matter before training only
 
 
 def read_config(file: Path) -> tuple[ModelConfig, int]:

@@ -94,7 +94,7 @@ def _from_run(path: Path) -> _Parts:
         warnings.warn(f"{complaint}; an older checkpoint is taken", CheckpointWarning, stacklevel=4)
     if newest is None:
         why = f" ({complaints[0]})" if complaints else ""
-        raise InputError(f"{path}: a run without a sound checkpoint{why}; train it: fastbert pretrain RECIPE --resume")
+        raise InputError(f"{path}: a run without a sound checkpoint{why}; train it: fastbert pretrain {path / 'config.toml'} --resume")
     return _from_checkpoint(newest)
 
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fastbert.config import ModelConfig, RunConfig
-from fastbert.data.batches import PackedBatch, pack_texts
+from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.data.store import SpecialIds
 from fastbert.errors import InputError
 from fastbert.model import BertForPreTraining
@@ -117,7 +117,7 @@ class Pretrained:
             # Rows past the tokenizer's vocabulary (some models pad theirs) stand for no token.
             best = logits[:, : self.tokenizer.get_vocab_size()].float().softmax(-1).topk(k)
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [[(self.tokenizer.id_to_token(i), p) for i, p in zip(*row, strict=True)] for row in rows]
+        return [[(self.tokenizer.id_to_token(i) or "", p) for i, p in zip(*row, strict=True)] for row in rows]
 
     def next_sentence(self, first: str, second: str) -> float:
         """The probability that `second` follows `first`. A pair that is too long loses the end of its longer half, with a warning.
@@ -146,8 +146,8 @@ class Pretrained:
         return [tokens[: self.max_tokens] for tokens in ids]
 
     def _packs(self, ids: list[list[int]]) -> Iterator[tuple[list[int], PackedBatch]]:
-        """Indices of the texts of a pack, and the pack; texts of similar length share one."""
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        """Indices of the texts of a pack, and the pack: the longest texts first, so that those of similar length share one."""
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         chosen: list[int] = []
         tokens = 0
         for i in order:
@@ -161,7 +161,7 @@ class Pretrained:
             yield chosen, self._batch([ids[j] for j in chosen])
 
     def _batch(self, a: list[list[int]], b: list[list[int]] | None = None) -> PackedBatch:
-        return pack_texts(a, b, self.special).to(self.model.embeddings.word_embeddings.weight.device)
+        return pack_texts(a, b, self.special).to(self.model.embeddings.words.device)
 
     @torch.inference_mode()
     def _hidden(self, batch: PackedBatch) -> list[Tensor]:

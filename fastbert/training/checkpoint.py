@@ -1,6 +1,6 @@
 """Checkpoints: fp32 weights, optimizer slots and a manifest, by parameter name, whatever ran them.
 
-    run/checkpoints/step-00000200/manifest.json            format, step, metadata, and size and SHA-256 of every other file
+    run/checkpoints/step-00000200/manifest.json            format, step, metadata, size and SHA-256 of every other file, and its own
                                   tensors-00000.safetensors "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", ...
 
 No pickle, no ZeRO stage, no world size, no precision: a checkpoint is readable by any of them. A folder is written under another name,
@@ -40,7 +40,6 @@ class Checkpoint:
     path: Path
     step: int  # optimizer steps done
     metadata: dict[str, Any]  # what the run knew: recipe, store_sha256, vocab_size, progress
-    files: tuple[str, ...]
 
 
 def save(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any], keep: int) -> Path:
@@ -66,7 +65,7 @@ def save(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]], metadat
         staging.mkdir()
         files = _write_shards(staging, tensors)
         manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": files}
-        _write_durably(staging / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write_durably(staging / MANIFEST, json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1).encode())
         _fsync(staging)
         if path.exists():
             path.rename(replaced)
@@ -148,7 +147,9 @@ def _read(path: Path) -> Checkpoint | str:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
             return f"{MANIFEST}: format = {manifest['format']!r}, this fastbert reads format {FORMAT}"
-        found = Checkpoint(path, manifest["step"], manifest["metadata"], tuple(manifest["files"]))
+        if manifest.pop("sha256") != _own_sha256(manifest):
+            return f"{MANIFEST} does not have its own SHA-256"
+        found = Checkpoint(path, manifest["step"], manifest["metadata"])
         entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         if type(found.step) is not int or not isinstance(found.metadata, dict) or not entries:
             return f"{MANIFEST}: not the manifest of a checkpoint"
@@ -198,6 +199,11 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[s
     if shard:
         write()
     return files
+
+
+def _own_sha256(manifest: dict[str, Any]) -> str:
+    """Of everything else that the manifest says, so that a changed number in it does not pass."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_durably(file: Path, data: bytes) -> None:

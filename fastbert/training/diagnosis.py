@@ -46,7 +46,7 @@ def plateau(share: float, loss_on_mask: float, yardsticks: Mapping[str, float]) 
     return (
         f"after {share:.0%} of the run the held-out loss on [MASK] is {loss_on_mask:.2f}, no better than word frequencies ({unigram:.2f}): "
         "the model has not found its neighbours yet; try a longer run, a longer warm-up or another optimizer.lr (half, then double), "
-        'model.position_init = "sinusoidal", fewer layers, or a smaller batch (more steps)'
+        'model.initial_attention = "neighbours", fewer layers, or a smaller batch (more steps)'
     )
 
 

@@ -69,7 +69,9 @@ class DeepSpeedSettings:
             what = 'optimizer.name = "lamb" needs it, or runtime.precision = "fp32"' if optimizer == "lamb" else "set it to 1, 2, 3 or auto"
             raise InputError(f"{self.path}: zero_optimization.stage = 0 does not train in bf16; {what}")
         if stage > 0 and optimizer == "lamb":
-            raise InputError(f'{self.path}: zero_optimization.stage = {stage} does not go with optimizer.name = "lamb"; set it to 0 or auto')
+            raise InputError(
+                f'{self.path}: zero_optimization.stage = {stage} does not go with optimizer.name = "lamb"; set it to 0 or auto'
+            )
         return stage
 
 
@@ -84,7 +86,9 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{recipe}: runtime.deepspeed = {path!r}: no such file; the one that comes with fastbert is ds_config.json") from None
+        raise InputError(
+            f"{recipe}: runtime.deepspeed = {path!r}: no such file; the one that comes with fastbert is ds_config.json"
+        ) from None
     except OSError as error:
         raise InputError(f"{recipe}: runtime.deepspeed = {path!r}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -95,7 +99,9 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
         if key in RECIPE:
             _check_recipe_key(path, key, value, config, recipe)
         elif key in REFUSED:
-            raise InputError(f"{path}: {key} = {json.dumps(value)} is not for fastbert, whose data order and sums do not pass through it; remove it")
+            raise InputError(
+                f"{path}: {key} = {json.dumps(value)} is not for fastbert, whose data order and sums do not pass through it; remove it"
+            )
         elif key not in OWN:
             near = difflib.get_close_matches(key, [*OWN, *RECIPE], n=3, cutoff=0.6)
             known = "did you mean " + " or ".join(near) if near else "known: " + ", ".join(sorted(OWN))
@@ -126,7 +132,7 @@ def _check_recipe_key(path: str, key: str, value: Any, config: RunConfig, recipe
     section, _, name = place.partition(".")
     there = getattr(getattr(config, section), name)
     raise InputError(
-        f"{path}: {key} = {json.dumps(value)} belongs to the recipe: {place} in {recipe} (now {there!r}); remove it from {path} or write \"auto\""
+        f'{path}: {key} = {json.dumps(value)} belongs to the recipe: {place} in {recipe} (now {there!r}); remove it from {path} or write "auto"'
     )
 
 

@@ -91,6 +91,7 @@ class Engine:
         config: the recipe.
         settings: of ds_config.json.
         precision: "fp32" or "bf16".
+        device: this process's.
         state: slots by name as `checkpoint.read_all` gives them, or None for a fresh start.
         step: optimizer steps that `state` has behind it.
     """
@@ -101,11 +102,12 @@ class Engine:
         config: RunConfig,
         settings: DeepSpeedSettings,
         precision: str,
+        device: torch.device,
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
         step: int = 0,
     ):
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-        self.rank, self.world = join_group(self.device)
+        self.device = device
+        self.rank, self.world = join_group(device)
         self.stage = settings.stage(precision=precision, world=self.world, optimizer=config.optimizer.name)
         self._clip, self._slots = config.optimizer.clip, slots(config.optimizer)
         if state:
@@ -156,7 +158,7 @@ class Engine:
             raise NotFinite(f"the norm of the gradient is {grad_norm}", self._culprits(micro_batches), applied=False)
         self._engine.step()
         if self.stage:
-            grad_norm = float(self._engine.get_global_grad_norm())
+            grad_norm = float(self._engine.get_global_grad_norm() or 0.0)  # None only before the first step
             if not math.isfinite(grad_norm):
                 raise NotFinite(f"the norm of the gradient is {grad_norm}", self._culprits(micro_batches), applied=True)
         masked, pairs = micro_batches[0].masked_total, micro_batches[0].pairs_total
@@ -188,16 +190,16 @@ class Engine:
         """("weight/NAME", fp32), ("exp_avg/NAME", fp32), ...: every rank must take all of them, since stages 1 to 3 gather."""
         self._link_slots()
         for name, parameter in self._parameters.items():
-            yield f"{WEIGHT}/{name}", safe_get_full_fp32_param(parameter) if self.stage else parameter.detach()
-            for slot in self._slots:
-                yield f"{slot}/{name}", safe_get_full_optimizer_state(parameter, slot) if self.stage else self._optimizer.state[parameter][slot]
+            for slot in (WEIGHT, *self._slots):
+                yield f"{slot}/{name}", self._get(parameter, slot)
 
     def agree(self, seconds: float, asked: bool) -> tuple[float, bool]:
         """What all ranks go by: rank 0's clock, and whether any rank was asked to stop."""
         if self.world == 1:
             return seconds, asked
-        clock, flag = self._sum_over_ranks(torch.tensor([seconds * (self.rank == 0), float(asked)], dtype=torch.float64, device=self.device)).tolist()
-        return clock, flag > 0
+        mine = [seconds if self.rank == 0 else 0.0, float(asked)]
+        clock, flags = self._sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=self.device)).tolist()
+        return clock, flags > 0
 
     def close(self) -> None:
         """Leave the group. A gloo process can abort at its exit if DeepSpeed's hooks outlive the group, hence the order."""
@@ -236,8 +238,10 @@ class Engine:
 
     def _flat_tensors(self) -> list[Tensor]:
         """The tensors that the optimizer updates in stages 1 to 3: all parameters of a group, or this rank's share, end to end."""
-        zero: Any = self._engine.optimizer
-        return list(zero.fp32_partitioned_groups_flat) if self.stage == 3 else [group["params"][0] for group in self._optimizer.param_groups]
+        if self.stage == 3:
+            zero: Any = self._engine.optimizer
+            return list(zero.fp32_partitioned_groups_flat)
+        return [group["params"][0] for group in self._optimizer.param_groups]
 
     def _link_slots(self) -> None:
         """Stages 1 and 2 find a parameter's slots by a link that DeepSpeed makes after the first group's step, for that group alone."""
@@ -261,6 +265,13 @@ class Engine:
             for slot in (WEIGHT, *self._slots):
                 self._put(parameter, slot, state[slot][name].to(self.device))
 
+    def _get(self, parameter: Tensor, slot: str) -> Tensor:
+        if self.stage == 0:
+            return parameter.detach() if slot == WEIGHT else self._optimizer.state[parameter][slot]
+        found = safe_get_full_fp32_param(parameter) if slot == WEIGHT else safe_get_full_optimizer_state(parameter, slot)
+        assert found is not None, f"DeepSpeed holds no {slot} of a parameter"
+        return found
+
     def _put(self, parameter: Tensor, slot: str, value: Tensor) -> None:
         if self.stage == 0:
             (parameter if slot == WEIGHT else self._optimizer.state[parameter][slot]).copy_(value)
@@ -275,9 +286,19 @@ class Engine:
             safe_set_local_fp32_param(parameter, mine) if slot == WEIGHT else safe_set_local_optimizer_state(parameter, mine, slot)
 
 
+def local_device() -> torch.device:
+    """The GPU of this process where there is one, else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def launched_world() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join_group(device: torch.device) -> tuple[int, int]:
     """Rank and world size; joins the launcher's process group, or one of its own for a single process."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", "0")), launched_world()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world > 1:
         dist.init_process_group(backend, timeout=GROUP_TIMEOUT)

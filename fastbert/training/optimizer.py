@@ -54,7 +54,14 @@ class Lamb(torch.optim.Optimizer):
     Source: You et al., 2020, "Large Batch Optimization for Deep Learning", algorithm 2.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.01):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -67,7 +74,7 @@ class Lamb(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         (beta1, beta2), decay = group["betas"], group["weight_decay"]
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         for p in parameters:
             if not self.state[p]:
                 self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -82,7 +89,7 @@ class Lamb(torch.optim.Optimizer):
         denominators = torch._foreach_sqrt(exp_avg_sqs)
         torch._foreach_div_(denominators, [(1 - beta2**t) ** 0.5 for t in steps])
         torch._foreach_add_(denominators, group["eps"])
-        updates = torch._foreach_div(exp_avgs, [1 - beta1**t for t in steps])
+        updates = list(torch._foreach_div(exp_avgs, [1 - beta1**t for t in steps]))
         torch._foreach_div_(updates, denominators)
         if decay:
             torch._foreach_add_(updates, parameters, alpha=decay)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from fastbert.config import RunConfig
 
@@ -19,14 +18,13 @@ class Progress:
     step: int = 0  # optimizer steps done
     tokens: int = 0  # real tokens seen, [CLS] and [SEP] counted
     seconds: float = 0.0
-    best_loss: float | None = None  # lowest held-out loss, by min_delta at least (see `judge`)
+    heldout_loss: float | None = None  # of the last evaluation
+    best_loss: float | None = None  # the lowest, by min_delta at least (see `judge`)
     stale: int = 0  # evaluations since then
-
-    def as_metadata(self) -> dict[str, Any]:
-        return asdict(self)
 
     def judge(self, heldout_loss: float, min_delta: float) -> None:
         """Take note of an evaluation: is it better than the best by `min_delta` nats or more (by anything, where that is 0)?"""
+        self.heldout_loss = heldout_loss
         better = self.best_loss is None or (heldout_loss < self.best_loss and self.best_loss - heldout_loss >= min_delta)
         self.best_loss, self.stale = (heldout_loss, 0) if better else (self.best_loss, self.stale + 1)
 
@@ -36,7 +34,7 @@ class Horizon:
 
     Args:
         config: with none of stop.steps, epochs, tokens and seconds, one epoch is the limit.
-        steps_per_epoch: of the store, under the recipe's batch.
+        steps_per_epoch: examples of an epoch by those of a step; need not be whole.
     """
 
     def __init__(self, config: RunConfig, steps_per_epoch: float):
@@ -68,13 +66,12 @@ class Horizon:
         return max(0.0, done.seconds * (1.0 / share - 1.0)) if share and done.seconds else None
 
     def reached(self, done: Progress) -> str | None:
-        """The limit that ends the run, in words, or None."""
-        return next((name for name, _, limit, amount in self._limits if amount(done) >= limit), None)
-
-    def converged(self, done: Progress, heldout_loss: float) -> str | None:
-        """The same for the conditions on the held-out loss, after an evaluation that `done` has judged."""
-        if self._stop.loss and heldout_loss <= self._stop.loss:
-            return f"stop.loss = {self._stop.loss}"
+        """The condition that ends the run, in words, or None."""
+        for name, _, limit, amount in self._limits:
+            if amount(done) >= limit:
+                return name
+        if self._stop.loss and done.heldout_loss is not None and done.heldout_loss <= self._stop.loss:
+            return f"stop.loss = {self._stop.loss}: the held-out loss is {done.heldout_loss:.4f}"
         if self._stop.patience and done.stale >= self._stop.patience:
-            return f"stop.patience = {self._stop.patience}"
+            return f"stop.patience = {self._stop.patience}: no better than {done.best_loss:.4f} for {done.stale} evaluations"
         return None

@@ -1,0 +1,1 @@
+"""What this stack is worth, measured on your machine."""

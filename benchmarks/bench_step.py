@@ -1,0 +1,170 @@
+"""A training step, side by side with transformers' BertForPreTraining doing the same work.
+
+    python -m benchmarks.bench_step data/wiki [--steps 15] [--full] [--out report.json]
+
+Both sides: the same weights, examples, masks and optimizer (AdamW, fused), fp32, dropout 0.1, forward + backward + update, the
+same heap setting (`fastbert.heap`; without it transformers' large temporaries would cost it up to twice as much, which would be
+unfair). transformers runs as people use it: padded to the longest sequence of the batch, SDPA attention, all positions projected
+on the vocabulary. Before anything is timed, both losses without dropout must agree to 1e-4. Steps run in turns; the ratio is taken
+pair by pair and its median quoted with the quartiles.
+
+The share of the ideal is the time that the full useful FLOPs (no padding, gathered head, no layer cut) would need at the GEMM
+rate measured in the same process, over our time; the last layer is cut to the rows that a loss reads, so it can pass 100 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from fastbert.config import PRESETS, ModelConfig, RunConfig
+from fastbert.data.batches import Batches, PackedBatch
+from fastbert.data.store import open_store
+from fastbert.doctor import measure_gemm_rate
+from fastbert.flops import training_flops
+from fastbert.heap import keep_heap
+from fastbert.model import BertForPreTraining
+from fastbert.objective import losses
+from fastbert.weights import to_hugging_face
+
+CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary
+SEQUENCES, MAX_LENGTH = 32, 128
+
+
+def pad(batch: PackedBatch) -> dict[str, torch.Tensor]:
+    """The same examples as transformers' collator lays them out: [B, longest], labels -100 where nothing is to be guessed."""
+    lengths = batch.cu_seqlens.diff().tolist()
+
+    def rows(x: torch.Tensor, fill: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True, padding_value=fill)
+
+    labels = torch.full_like(batch.input_ids, -100).index_copy_(0, batch.masked_positions, batch.labels)
+    return {
+        "input_ids": rows(batch.input_ids, 0),
+        "token_type_ids": rows(batch.token_type_ids, 0),
+        "attention_mask": rows(torch.ones_like(batch.input_ids), 0),
+        "labels": rows(labels, -100),
+        "next_sentence_label": batch.next_sentence_labels,
+    }
+
+
+def fill_up(batch: PackedBatch) -> PackedBatch:
+    """A batch of as many sequences, all of MAX_LENGTH tokens, 15 % of them masked: what an unpadded corpus gives."""
+    draw = torch.Generator().manual_seed(int(batch.examples[0]))
+    sequences, length = batch.sequences, MAX_LENGTH
+    ids = batch.input_ids[torch.randint(batch.tokens, (sequences * length,), generator=draw)]
+    chosen = torch.rand(sequences, length - 2, generator=draw).argsort(1)[:, : round(0.15 * (length - 3))] + 1
+    positions = (chosen.sort(1).values + torch.arange(sequences)[:, None] * length).flatten()
+    return dataclasses.replace(
+        batch,
+        input_ids=ids,
+        token_type_ids=(torch.arange(length) >= length // 2).long().repeat(sequences),
+        position_ids=torch.arange(length).repeat(sequences),
+        cu_seqlens=torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32),
+        max_seqlen=length,
+        masked_positions=positions,
+        labels=ids[positions],
+        masked_total=len(positions),
+    )
+
+
+def compare(preset: str, vocab_size: int, batches: list[PackedBatch]) -> dict:
+    """Time both sides on the same batches in turns."""
+    torch.manual_seed(0)
+    config = ModelConfig(preset=preset, **PRESETS[preset])
+    ours = BertForPreTraining(config, vocab_size)
+    words = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(vocab_size=vocab_size, **{w: getattr(config, w) for w in words}))
+    missing, unexpected = theirs.load_state_dict(to_hugging_face(ours.state_dict()), strict=False)
+    assert not unexpected and all("decoder" in name for name in missing), (missing, unexpected)
+
+    def our_step(batch: PackedBatch) -> torch.Tensor:
+        return losses(ours(batch)).loss
+
+    def their_step(padded: dict[str, torch.Tensor]) -> torch.Tensor:
+        return theirs(**padded).loss
+
+    padded = [pad(batch) for batch in batches]
+    ours.eval(), theirs.eval()
+    with torch.no_grad():
+        a, b = float(our_step(batches[0])), float(their_step(padded[0]))
+    if abs(a - b) > 1e-4:
+        raise SystemExit(f"{preset}, V = {vocab_size}: losses differ before timing: {a} against {b}")
+    ours.train(), theirs.train()
+    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-4, weight_decay=0.01, fused=True) for m in (ours, theirs)}
+
+    def timed(model, step, batch) -> float:
+        start = time.perf_counter()
+        step(batch).backward()
+        optimizers[model].step()
+        optimizers[model].zero_grad(set_to_none=True)
+        return time.perf_counter() - start
+
+    pairs = []
+    for index, (batch, padding) in enumerate(zip(batches, padded, strict=True)):
+        pair = (timed(theirs, their_step, padding), timed(ours, our_step, batch))
+        if index >= 2:  # the first two warm the heap and the optimizers up
+            pairs.append(pair)
+    rate = measure_gemm_rate(seconds=1.0)
+    useful = statistics.mean(
+        training_flops(config, vocab_size, b.cu_seqlens.diff().tolist(), len(b.labels), b.sequences) for b in batches[2:]
+    )
+    ratios = sorted(t / o for t, o in pairs)
+    quartiles = statistics.quantiles(ratios, n=4)
+    our_time = statistics.median(o for _, o in pairs)
+    return {
+        "model": preset,
+        "vocab_size": vocab_size,
+        "fill": sum(b.tokens for b in batches) / sum(p["input_ids"].numel() for p in padded),
+        "transformers_ms": 1e3 * statistics.median(t for t, _ in pairs),
+        "fastbert_ms": 1e3 * our_time,
+        "ratio": statistics.median(ratios),
+        "quartiles": [quartiles[0], quartiles[2]],
+        "gemm_gflops": rate / 1e9,
+        "share_of_ideal": useful / rate / our_time,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", help="a folder that `fastbert prepare` made; its lengths are what is timed")
+    parser.add_argument("--steps", type=int, default=15, help="pairs of steps a row, two of them to warm up (15)")
+    parser.add_argument("--full", action="store_true", help="also rows in which every sequence is full")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    arguments = parser.parse_args()
+    keep_heap()
+    transformers.logging.set_verbosity_error()
+    config = RunConfig(data=arguments.store)
+    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, sequences=SEQUENCES, max_length=MAX_LENGTH))
+    source = Batches(open_store(arguments.store), config)
+    batches = [source.step(step)[0] for step in range(max(arguments.steps, 4))]
+
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{SEQUENCES} sequences a step, fp32, dropout 0.1, {machine}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{'model':>6} {'V':>6} {'fill':>5} {'transformers':>13} {'fastbert':>9} {'ratio':>6} {'quartiles':>12} {'of ideal':>9}")
+    rows = []
+    for variant in [batches, [fill_up(b) for b in batches]] if arguments.full else [batches]:
+        for preset, vocab_size in CASES:
+            row = compare(preset, vocab_size, variant)
+            rows.append(row)
+            low, high = row["quartiles"]
+            print(
+                f"{preset:>6} {vocab_size:>6} {row['fill']:>5.2f} {row['transformers_ms']:>10.0f} ms {row['fastbert_ms']:>6.0f} ms "
+                f"{row['ratio']:>5.2f}x {low:>5.2f}-{high:<5.2f} {100 * row['share_of_ideal']:>7.0f} %",
+                flush=True,
+            )
+    if arguments.out:
+        header = {"machine": machine, "torch": torch.__version__, "transformers": transformers.__version__}
+        arguments.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Chunks of text to token ids, on all cores, in order: the hot path of `fastbert prepare`."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from fastbert.data.documents import Chunk, parse
+from fastbert.data.sentences import split_sentences
+from fastbert.data.store import token_dtype
+from fastbert.data.tokenizer import Encoder, special_ids
+from fastbert.errors import InputError
+
+LONGEST_SENTENCE = 254  # tokens; a longer one is cut: two of them and three special tokens still fit 512
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a chunk adds to one split, as ShardWriter.add takes it."""
+
+    tokens: np.ndarray  # [T], as stored
+    sentences: np.ndarray  # int64 [S], tokens of each
+    documents: np.ndarray  # int64 [N], sentences of each
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """The documents of a chunk that hold text, and what the report wants to know of them."""
+
+    train: Part
+    heldout: Part
+    document_hashes: np.ndarray  # uint64 [N], of the text, in both splits
+    sentence_hashes: np.ndarray  # uint64, of the ids; a sentence that was cut counts as one
+    empty_documents: int
+    cut_sentences: int
+    unknown_tokens: int
+
+
+class ChunkEncoder:
+    """Encodes chunks, one after the other.
+
+    Args:
+        tokenizer: as `Tokenizer.to_str` gives it.
+        text_field: see documents.py.
+        heldout_below: documents with a hash below this are held out.
+    """
+
+    def __init__(self, tokenizer: str, text_field: str, heldout_below: int):
+        self._tokenizer = Tokenizer.from_str(tokenizer)
+        self._tokenizer.encode_special_tokens = True
+        self._encode = Encoder(self._tokenizer)
+        self._unknown = special_ids(self._tokenizer, "tokenizer").unk
+        self._dtype = token_dtype(self._tokenizer.get_vocab_size())
+        self._text_field, self._heldout_below = text_field, heldout_below
+
+    def __call__(self, chunk: Chunk) -> EncodedChunk:
+        texts = parse(chunk, self._text_field)
+        hashes = np.array([hash_text(text) for text in texts], np.uint64)
+        split = [split_sentences(text) for text in texts]
+        tokens, lengths = self._encode([sentence for sentences in split for sentence in sentences])
+        owners = np.repeat(np.arange(len(texts)), [len(sentences) for sentences in split])[lengths > 0]
+        lengths = lengths[lengths > 0]
+        sentence_hashes = _hash_spans(tokens, lengths)
+        pieces = -(-lengths // LONGEST_SENTENCE)
+        lengths, owners = _cut(lengths, pieces), np.repeat(owners, pieces)
+        documents = np.bincount(owners, minlength=len(texts))
+        heldout = hashes < self._heldout_below
+
+        def part(chosen: np.ndarray) -> Part:
+            sentences = chosen[owners]
+            ids = tokens[np.repeat(sentences, lengths)].astype(self._dtype)
+            return Part(ids, lengths[sentences], documents[chosen & (documents > 0)])
+
+        return EncodedChunk(
+            train=part(~heldout),
+            heldout=part(heldout),
+            document_hashes=hashes[documents > 0],
+            sentence_hashes=sentence_hashes,
+            empty_documents=int((documents == 0).sum()),
+            cut_sentences=int((pieces > 1).sum()),
+            unknown_tokens=int((tokens == self._unknown).sum()),
+        )
+
+
+def encode_chunks(chunks: Iterable[Chunk], tokenizer: str, text_field: str, heldout_below: int, workers: int) -> Iterator[EncodedChunk]:
+    """Encode chunks in `workers` processes (1: in this one) and give the results back in order.
+
+    A few chunks a worker are on their way at any time, so that memory does not grow with the text.
+
+    Raises:
+        InputError: whatever is wrong with the text, or a worker that was killed.
+    """
+    if workers == 1:
+        yield from map(ChunkEncoder(tokenizer, text_field, heldout_below), chunks)
+        return
+    # Not fork: the tokenizer's threads, alive after training, would leave locked locks behind in the copies.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer, text_field, heldout_below))
+    waiting: deque[Future[EncodedChunk]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(_work, chunk))
+            if len(waiting) > 3 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise InputError(
+            f"one of {workers} workers was killed, most likely for want of memory; try fewer --workers"
+            " (from a script of your own: call prepare under `if __name__ == '__main__':`)"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def hash_text(text: str) -> int:
+    """64 bits of a document's text; the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
+
+
+_encoder: ChunkEncoder  # of this worker
+
+
+def _start_worker(tokenizer: str, text_field: str, heldout_below: int) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphan when the parent is killed
+    _encoder = ChunkEncoder(tokenizer, text_field, heldout_below)
+
+
+def _work(chunk: Chunk) -> EncodedChunk:
+    return _encoder(chunk)
+
+
+def _cut(lengths: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+    """Lengths after each is cut into `pieces` parts, all but the last of LONGEST_SENTENCE."""
+    result = np.full(int(pieces.sum()), LONGEST_SENTENCE)
+    result[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * LONGEST_SENTENCE
+    return result
+
+
+def _hash_spans(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """uint64 [len(lengths)]: a hash of the ids of each span, of their order too."""
+    if len(lengths) == 0:
+        return np.zeros(0, np.uint64)
+    starts = np.cumsum(lengths) - lengths
+    places = (np.arange(len(tokens)) - np.repeat(starts, lengths)).astype(np.uint64)
+    mixed = _mix(_mix(tokens.astype(np.uint64) + np.uint64(1)) + places)
+    return _mix(np.add.reduceat(mixed, starts))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Each number to another that looks random. Source: Steele et al., 2014, splitmix64's finalizer."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,201 @@
+"""How well simple count models predict a hidden token of this corpus: what a training loss is compared with.
+
+For every held-out token w with its left and right neighbour l and r, in nats per token:
+
+    unigram             p(w)
+    left_bigram         p(w | l)
+    two_sided_bigram    a p(w | l) + b p(w | r) + c p(w)
+    two_sided_trigram   p(w | l, r), backing off to the best of what two neighbours say one by one: the mixture above
+                        and their product, p(w | l) p(w | r) / p(w), normalised over the vocabulary
+
+A neighbour is hidden, as in training, with probability HIDDEN; a model then does with what is left. Conditional models are
+interpolated with modified Kneser-Ney discounts; the weights of mixtures are fitted on a twentieth of the training
+tokens, which is not counted. A model that only looks at frequencies reaches the first, one that looks at one
+neighbour the second; below the last, it has learned more than its two neighbours.
+
+Source: Chen and Goodman, 1999, "An empirical study of smoothing techniques for language modeling", section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastbert.data.store import Split
+
+HIDDEN = 0.15 * 0.8  # mask_rate * mask_token of the default objective
+TRAIN_TOKENS = 1 << 23  # counted at most: 0.5 GB while it lasts
+TUNE_TOKENS = 1 << 15
+HELDOUT_TOKENS = 1 << 17
+_STEPS = 30  # of expectation maximisation; the weights stand still after ten
+
+
+def measure(train: Split, heldout: Split, vocab_size: int) -> dict[str, float]:
+    """The yardsticks, and how many tokens they rest on; the same for the same splits."""
+    counted, tested = _sample(train, TRAIN_TOKENS, vocab_size), _sample(heldout, HELDOUT_TOKENS, vocab_size)
+    cut = len(counted) - min(len(counted) // 20, TUNE_TOKENS)
+    models = _Models(counted[:cut], vocab_size)
+    tune, test = models.predict(counted[cut:], seed=1), models.predict(tested, seed=2)
+    nats = {
+        "unigram": test.unigram,
+        "left_bigram": test.left,
+        "two_sided_bigram": test.mix(tune.fit("left", "right", "unigram")),
+        "two_sided_trigram": test.back_off(tune.fit("left", "right", "unigram", "product")),
+    }
+    # Rounded, since the last digits of a long sum differ between processors.
+    result = {name: round(float(-np.log(p).mean()), 4) for name, p in nats.items()}
+    return result | {"train_tokens": int((counted[:cut] != vocab_size).sum()), "heldout_tokens": len(test.unigram)}
+
+
+def _sample(split: Split, most: int, boundary: int) -> np.ndarray:
+    """int64 [N], documents spread evenly over the split, about `most` tokens of them, `boundary` between and around."""
+    documents = np.arange(0, split.documents, -(-split.tokens // most))
+    starts, ends = (split.first_token(split.first_sentence(documents + i)) for i in (0, 1))
+    lengths = ends - starts
+    kept = np.cumsum(lengths) - lengths < most
+    starts, lengths = starts[kept], np.minimum(lengths[kept], most)
+    return np.insert(split.gather(starts, lengths), np.append(0, np.cumsum(lengths)), boundary)
+
+
+def _neighbours(tokens: np.ndarray, boundary: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Left neighbour, token, right neighbour of every token that is not a boundary."""
+    at = np.flatnonzero(tokens != boundary)
+    return tokens[at - 1], tokens[at], tokens[(at + 1) % len(tokens)]
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """Probabilities of each token under each model, float64 [N]."""
+
+    unigram: np.ndarray
+    left: np.ndarray  # p(w | l); the unigram where l is hidden
+    right: np.ndarray
+    single: np.ndarray  # from the neighbour that is seen, if any
+    pair: np.ndarray  # bool: both are seen
+    product: np.ndarray  # 0 where not both are seen
+    trigram: np.ndarray  # its discounted part,
+    trigram_rest: np.ndarray  # and the mass that is left for what it backs off to
+
+    def fit(self, *parts: str) -> dict[str, float]:
+        """Weights of a mixture, by expectation maximisation over the tokens with both neighbours."""
+        p = np.stack([getattr(self, part) for part in parts])[:, self.pair]
+        weights = np.full(len(p), 1 / len(p))
+        for _ in range(_STEPS if p.size else 0):
+            shares = weights[:, None] * p
+            weights = (shares / shares.sum(0)).mean(1)
+        return dict(zip(parts, weights.tolist(), strict=True))
+
+    def mix(self, weights: dict[str, float]) -> np.ndarray:
+        """The mixture, where both neighbours are seen."""
+        mixture = np.sum([weight * getattr(self, part) for part, weight in weights.items()], axis=0)
+        return np.where(self.pair, mixture, self.single)
+
+    def back_off(self, weights: dict[str, float]) -> np.ndarray:
+        """The trigram, where both neighbours are seen, over that mixture."""
+        lower = self.mix(weights)
+        return np.where(self.pair, self.trigram + self.trigram_rest * lower, lower)
+
+
+class _Models:
+    """The counts of a text."""
+
+    def __init__(self, tokens: np.ndarray, vocab_size: int):
+        self.size = vocab_size + 1  # the boundary is a neighbour too
+        left, word, right = _neighbours(tokens, vocab_size)
+        counts = np.bincount(word, minlength=vocab_size) + 0.5
+        self.unigram = counts / counts.sum()
+        self.after = _Conditional(left, word, self.size)
+        self.before = _Conditional(right, word, self.size)
+        self.between = _Conditional(left * self.size + right, word, self.size)
+
+    def predict(self, tokens: np.ndarray, seed: int) -> _Predictions:
+        left, word, right = _neighbours(tokens, self.size - 1)
+        hidden = np.random.Generator(np.random.Philox(seed)).random((2, len(word))) < HIDDEN
+        hidden &= np.stack([left, right]) != self.size - 1  # a boundary stands for [CLS] or [SEP]
+        pair = ~hidden.any(0)
+        unigram = self.unigram[word]
+        left_part, left_rest = self.after.look_up(left, word)
+        right_part, right_rest = self.before.look_up(right, word)
+        p_left = np.where(hidden[0], unigram, left_part + left_rest * unigram)
+        p_right = np.where(hidden[1], unigram, right_part + right_rest * unigram)
+        # The product's sum over the vocabulary: (part_l(v) + rest_l u(v)) (part_r(v) + rest_r u(v)) / u(v), where the
+        # parts sum to 1 - rest.
+        a, b = left_rest[pair], right_rest[pair]
+        total = self._overlap(left[pair], right[pair]) + (1 - a) * b + a * (1 - b) + a * b
+        product = np.zeros(len(word))
+        product[pair] = p_left[pair] * p_right[pair] / unigram[pair] / total
+        trigram, trigram_rest = self.between.look_up(left * self.size + right, word)
+        return _Predictions(unigram, p_left, p_right, np.where(hidden[0], p_right, p_left), pair, product, trigram, trigram_rest)
+
+    def _overlap(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Sum over v of part_l(v) part_r(v) / u(v) for each pair of neighbours: by r, through a dense row of its words."""
+        if len(left) == 0:
+            return np.zeros(0)
+        pairs, inverse = np.unique(right * self.size + left, return_inverse=True)
+        rights, lefts = np.divmod(pairs, self.size)
+        sums = np.zeros(len(pairs))
+        row = np.zeros(self.size)
+        edges = _edges(rights).tolist()
+        for begin, end in zip(edges[:-1], edges[1:], strict=True):
+            words, parts = self.before.row(rights[begin])
+            row[words] = parts / self.unigram[words]
+            at, lengths = self.after.rows(lefts[begin:end])
+            owner = np.repeat(np.arange(end - begin), lengths)
+            sums[begin:end] = np.bincount(owner, row[self.after.words[at]] * self.after.parts[at], minlength=end - begin)
+            row[words] = 0
+        return sums[inverse]
+
+
+class _Conditional:
+    """p(word | context) as a discounted part for the pairs that were seen, and a rest for whatever it backs off to."""
+
+    def __init__(self, contexts: np.ndarray, words: np.ndarray, size: int):
+        self._size = size
+        keys = contexts * size
+        keys += words
+        keys.sort()
+        pairs = _edges(keys)
+        self._keys, counts = keys[pairs[:-1]], np.diff(pairs)
+        pair_contexts, self.words = np.divmod(self._keys, size)
+        self._first = _edges(pair_contexts)  # where each context's words begin, and the end of all
+        self._contexts = pair_contexts[self._first[:-1]]
+        discounts = _discounts(counts)[np.minimum(counts, 3)]
+        totals = np.add.reduceat(counts, self._first[:-1])
+        self.parts = (counts - discounts) / np.repeat(totals, np.diff(self._first))
+        self._rests = np.append(np.add.reduceat(discounts, self._first[:-1]) / totals, 1.0)  # the last one: a context never seen
+
+    def look_up(self, contexts: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        keys = contexts * self._size + words
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[at] == keys, self.parts[at], 0.0), self._rests[self._index(contexts)]
+
+    def row(self, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """Words seen in a context, and their parts."""
+        at, _ = self.rows(np.array([context]))
+        return self.words[at], self.parts[at]
+
+    def rows(self, contexts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in `words` and `parts` those of the contexts lie, end to end, and how many each has."""
+        index = self._index(contexts)
+        first = self._first[index]  # of a context never seen: the end of all
+        lengths = self._first[np.minimum(index + 1, len(self._contexts))] - first
+        ends = np.cumsum(lengths)
+        return np.arange(ends[-1]) + np.repeat(first - (ends - lengths), lengths), lengths
+
+    def _index(self, contexts: np.ndarray) -> np.ndarray:
+        at = np.minimum(np.searchsorted(self._contexts, contexts), len(self._contexts) - 1)
+        return np.where(self._contexts[at] == contexts, at, len(self._contexts))
+
+
+def _discounts(counts: np.ndarray) -> np.ndarray:
+    """What is taken off a count of 0, 1, 2 and 3 or more; kept within bounds where a text is too small to tell."""
+    _, ones, twos, threes, fours = np.bincount(np.minimum(counts, 5), minlength=6)[:5].clip(1)
+    share = ones / (ones + 2 * twos)
+    values = np.array([0, 1 - 2 * share * twos / ones, 2 - 3 * share * threes / twos, 3 - 4 * share * fours / threes])
+    return values.clip([0, 0.1, 0.2, 0.3], [0, 0.9, 1.8, 2.7])
+
+
+def _edges(values: np.ndarray) -> np.ndarray:
+    """Where each run of equal values begins, and the end of the last."""
+    return np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1, [len(values)]])

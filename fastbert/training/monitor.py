@@ -1,0 +1,243 @@
+"""What a user sees of a run: the terminal, log.txt, metrics.jsonl, TensorBoard and loss.png. Only rank 0 has one that speaks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+from torch.utils.tensorboard import SummaryWriter
+
+from fastbert.training import diagnosis
+from fastbert.training.engine import StepResult
+from fastbert.training.heldout import HeldOut
+from fastbert.training.metrics import MetricsFile, read_metrics
+from fastbert.training.picture import LossHistory
+from fastbert.training.progress import Horizon, Progress
+
+LINE_EVERY_S = 5.0  # without a terminal
+BAR_EVERY_S = 0.5
+PICTURE_EVERY_S = 60.0  # it takes half a second
+TENSORBOARD_EVERY = 10  # steps: a scalar costs 0.05 ms
+
+log = logging.getLogger("fastbert")
+
+
+@dataclass
+class _Window:
+    """What went by since the terminal was last written to."""
+
+    began: float
+    steps: int = 0
+    loss: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+    waited: float = 0.0
+
+
+class Monitor:
+    """Reports a run.
+
+    Args:
+        run: its folder, which exists.
+        step: optimizer steps behind it; at 0 what an unfinished run left there goes, otherwise everything is continued.
+        horizon: the recipe's limits, for the bar and the time left.
+        peak: FLOP/s that the machine can do, for the share of it that is used; None leaves it out.
+        vocab_size, pairs, yardsticks: of the store and the objective, for the diagnosis.
+        speaks: False on every rank but the first: nothing is written, nothing is said.
+
+    Raises:
+        OSError: from any method, when the disk refuses.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        step: int,
+        horizon: Horizon,
+        peak: float | None,
+        vocab_size: int,
+        pairs: bool,
+        yardsticks: Mapping[str, float],
+        speaks: bool = True,
+    ):
+        self.run, self.speaks, self._horizon = run, speaks, horizon
+        self._peak, self._vocab_size, self._pairs, self._yardsticks = peak, vocab_size, pairs, yardsticks
+        if not speaks:
+            return
+        fresh = step == 0
+        self._log_file = _LogFile(run / "log.txt", mode="w" if fresh else "a", encoding="utf-8")
+        self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.setLevel(logging.INFO)
+        log.addHandler(self._log_file)
+        logging.captureWarnings(True)  # of libraries: into the log, not over the bar
+        logging.getLogger("py.warnings").handlers = [self._log_file]
+        self._metrics = MetricsFile(run / "metrics.jsonl", fresh)
+        self._history = LossHistory()
+        self._history.read(read_metrics(run / "metrics.jsonl"))
+        if fresh:
+            shutil.rmtree(run / "tensorboard", ignore_errors=True)
+        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=None if fresh else step + 1)
+        self._console = Console(highlight=False, soft_wrap=True)
+        columns = (
+            TaskProgressColumn(table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the text leaves of the line
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        )
+        self._bar = Bar(*columns, console=self._console, auto_refresh=False, expand=True)
+        self._task = self._bar.add_task("", total=1.0)
+        if self._console.is_terminal:
+            self._bar.start()
+        self._window = _Window(time.perf_counter())
+        self._drawn = -math.inf
+        self._norms = diagnosis.GradientNorm()
+        self._advised: set[str] = set()
+
+    def say(self, line: str) -> None:
+        """One line for the user, also in log.txt."""
+        if self.speaks:
+            self._console.print(line, markup=False)
+            log.info(line)
+
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """An event in metrics.jsonl: "evaluate", "save", "resume" or "stop"."""
+        if self.speaks:
+            self._metrics.write({"event": kind, "step": step, **values})
+
+    def step(self, done: Progress, result: StepResult, *, lr: float, seconds: float, waited: float, flops: float) -> None:
+        """An optimizer step.
+
+        Args:
+            done: with this step counted.
+            result: what it was.
+            lr: its learning rate.
+            seconds: it took, `waited` of them for its data.
+            flops: useful operations of it, over all ranks.
+        """
+        if not self.speaks:
+            return
+        record = {"step": done.step, **asdict(result), "lr": lr, "seconds": seconds, "tokens_per_s": result.tokens / seconds}
+        self._metrics.write(record)
+        self._history.add(record)
+        if done.step % TENSORBOARD_EVERY == 0:
+            self._scalars("train", done.step, {k: v for k, v in record.items() if k not in ("step", "sequences", "seconds")})
+        if done.step == 1:
+            self._advise("first loss", diagnosis.first_loss(result.loss, self._vocab_size, self._pairs))
+        self._advise("gradient", self._norms.add(done.step, result.grad_norm))
+        window = self._window
+        window.steps += 1
+        window.loss += result.loss
+        window.tokens += result.tokens
+        window.flops += flops
+        window.waited += waited
+        if time.perf_counter() - window.began >= (BAR_EVERY_S if self._console.is_terminal else LINE_EVERY_S):
+            self._show(done)
+
+    def evaluate(self, done: Progress, found: HeldOut) -> None:
+        """A held-out evaluation, and what it says about the run."""
+        if not self.speaks:
+            return
+        record = {"event": "evaluate", "step": done.step, **asdict(found), "training_tokens": done.tokens, "training_seconds": done.seconds}
+        self._metrics.write(record)
+        self._history.add(record)
+        self._scalars("heldout", done.step, asdict(found))
+        share = self._horizon.share(done)
+        parts = [f"held-out at step {done.step:,}: MLM loss {found.loss_mlm:.3f}, accuracy {found.accuracy_mlm:.1%}"]
+        if found.loss_nsp is not None and found.accuracy_nsp is not None:
+            parts.append(f"NSP loss {found.loss_nsp:.3f}, accuracy {found.accuracy_nsp:.1%}")
+        if found.loss_mask_token is not None:
+            parts.append(f"on [MASK] {found.loss_mask_token:.3f}, {diagnosis.compare(found.loss_mask_token, self._yardsticks)}")
+        self.say("; ".join(parts))
+        if found.loss_mask_token is not None:
+            self._advise("plateau", diagnosis.plateau(share, found.loss_mask_token, self._yardsticks))
+        self._advise("pairs", diagnosis.stuck_pairs(share, found.loss_nsp, found.accuracy_nsp))
+        if share < 1.0 and time.perf_counter() - self._drawn >= PICTURE_EVERY_S:  # `stop` draws the last one
+            self._draw()
+        self._window = _Window(time.perf_counter())  # the evaluation's time is none of a step's
+
+    def stop(self, step: int, reason: str, advice: str = "") -> None:
+        """The end of this process's part of the run; `advice` is what the user may do now."""
+        self.event("stop", step, reason=reason)
+        if self.speaks:
+            self._bar.update(self._task, completed=1.0 if not advice else None, refresh=self._console.is_terminal)
+            self._draw()
+            self.say(f"stopped at step {step:,}: {reason}" + (f"; {advice}" if advice else ""))
+
+    def close(self) -> None:
+        """Close every file; a disk that refuses has been reported by then."""
+        if not self.speaks:
+            return
+        if self._console.is_terminal:
+            self._bar.stop()
+        for close in (self._tensorboard.close, self._metrics.close, self._log_file.close):
+            with contextlib.suppress(OSError):
+                close()
+        log.removeHandler(self._log_file)
+        logging.getLogger("py.warnings").handlers = []
+        logging.captureWarnings(False)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _show(self, done: Progress) -> None:
+        window, now = self._window, time.perf_counter()
+        elapsed = now - window.began
+        parts = [f"step {done.step:,}", f"loss {window.loss / window.steps:.3f}", f"{window.tokens / elapsed:,.0f} tok/s"]
+        if self._peak:
+            parts.append(f"{window.flops / elapsed / self._peak:.0%} of peak")
+        parts.append(f"{window.waited / elapsed:.1%} wait")
+        share = self._horizon.share(done)
+        if (left := self._horizon.seconds_left(done)) is not None:
+            parts.append(f"{_clock(left)} left")
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=share, description="  ".join(parts), refresh=True)
+        else:
+            self.say(", ".join([f"{share:.0%}", *parts]))
+        self._window = _Window(now)
+
+    def _advise(self, rule: str, line: str | None) -> None:
+        """Each rule speaks once."""
+        if line is not None and rule not in self._advised:
+            self._advised.add(rule)
+            self.say(f"note: {line}")
+
+    def _scalars(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+
+    def _draw(self) -> None:
+        self._history.draw(self.run / "loss.png", self.run.name, self._yardsticks)
+        self._drawn = time.perf_counter()
+
+
+class _LogFile(logging.FileHandler):
+    """A disk that refuses ends the run in a clear way; logging's own answer is a traceback on the terminal, for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise error
+        super().handleError(record)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,44 @@
+"""Real English text that every Python has, and a store made of it."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: small inputs, and others share the cores
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from fastbert.data.prepare import prepare
+from fastbert.data.store import Store, open_store
+
+PARAGRAPHS = 4  # a document
+
+
+@pytest.fixture(scope="session")
+def english_documents() -> list[str]:
+    """The Python language reference, in about 700 documents of a few paragraphs, a line each."""
+    documents = []
+    for name in sorted(topics):
+        paragraphs = [" ".join(paragraph.split()) for paragraph in topics[name].split("\n\n") if paragraph.strip()]
+        documents += ["\n".join(paragraphs[i : i + PARAGRAPHS]) for i in range(0, len(paragraphs), PARAGRAPHS)]
+    return documents
+
+
+@pytest.fixture(scope="session")
+def english_jsonl(english_documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as JSON lines."""
+    path = tmp_path_factory.mktemp("english") / "english.jsonl"
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in english_documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_store(english_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store of that text, with a vocabulary of 1,000 and a twentieth of the documents held out."""
+    out = tmp_path_factory.mktemp("small") / "store"
+    prepare([english_jsonl], out, vocab_size=1000, workers=1, heldout=0.05, progress=False)
+    return open_store(out, verify=True)

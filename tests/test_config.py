@@ -1,0 +1,102 @@
+"""Recipes: defaults, overrides, round trip, and one clear line for everything that is wrong."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastbert.config import PRESETS, RunConfig, dump_config, load_config, parse_config
+from fastbert.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_one_line_is_a_recipe():
+    config = parse_config('data = "data/x"', "a.toml")
+    assert config == RunConfig(data="data/x")
+    assert (config.model.hidden_size, config.model.num_hidden_layers) == (768, 12)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_recipes_that_come_along_are_sound(path):
+    config = load_config(path)
+    assert parse_config(dump_config(config), "again") == config
+
+
+def test_preset_fills_in_what_is_not_said():
+    config = parse_config('data = "x"\n[model]\npreset = "mini"\nnum_hidden_layers = 6', "a.toml")
+    assert config.model.num_hidden_layers == 6
+    assert config.model.hidden_size == PRESETS["mini"]["hidden_size"]
+
+
+def test_overrides_win_and_are_named_in_errors(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('data = "x"\n[batch]\nsequences = 8\n')
+    assert load_config(recipe, ["batch.sequences=64", "run=runs/a b", "optimizer.betas=[0.9, 0.95]"]).batch.sequences == 64
+    with pytest.raises(InputError, match="^command line: batch.sequences = 0; must be 1 or more"):
+        load_config(recipe, ["batch.sequences=0"])
+    with pytest.raises(InputError, match="^command line: 'steps' is not key=value"):
+        load_config(recipe, ["steps"])
+
+
+WRONG = [
+    ("", "data is missing"),
+    ("data = 3", "data = 3; must be a string"),
+    ('data = ""', "data = ''; must be a string that is not empty"),
+    ('data = "x"\nbatch = 3', "batch = 3; must be a section"),
+    ('data = "x"\n[batch]\nsequence = 3', "unknown key 'batch.sequence'; did you mean batch.sequences"),
+    ('data = "x"\n[batch]\nzzz = 3', "unknown key 'batch.zzz'; known in \\[batch\\]: sequences, max_length"),
+    ('data = "x"\n[batch]\nsequences = 1.5', "batch.sequences = 1.5; must be a whole number"),
+    ('data = "x"\n[batch]\nsequences = true', "batch.sequences = True; must be a whole number"),
+    ('data = "x"\n[batch]\nmax_length = 600', "batch.max_length = 600 is more than model.max_position_embeddings = 512"),
+    ('data = "x"\n[batch]\nmicro_batch_tokens = 64', "batch.micro_batch_tokens = 64 is less than batch.max_length = 128"),
+    ('data = "x"\n[optimizer]\nname = "adam"', "optimizer.name = 'adam'; must be one of adamw, lamb, sgd"),
+    ('data = "x"\n[optimizer]\nlr = 0', "optimizer.lr = 0; must be above 0"),
+    ('data = "x"\n[optimizer]\nlr = nan', "optimizer.lr = nan; must be a number"),
+    ('data = "x"\n[optimizer]\nbetas = [0.9]', "must be two numbers"),
+    ('data = "x"\n[model]\npreset = "huge"', "model.preset = 'huge'; must be one of tiny, mini"),
+    ('data = "x"\n[model]\nnum_attention_heads = 7', "model.num_attention_heads = 7 does not divide model.hidden_size = 768"),
+    ('data = "x"\n[objective]\nmask_token = 0.95', "objective.mask_token \\+ objective.random_token = 1.05"),
+    ('data = "x"\n[objective]\nwhole_word = 1', "objective.whole_word = 1; must be true or false"),
+    ('data = "x"\n[schedule]\nover = "seconds"', 'schedule.over = "seconds" needs stop.seconds'),
+    ('data = "x"\n[stop]\nseconds = 60', 'schedule.over = "steps" needs stop.steps or stop.epochs'),
+    ('data = "x"\n[stop]\nmin_delta = 0.1', "stop.min_delta = 0.1 needs stop.patience"),
+    ('data = "x"\n[schedule]\ndecay = "hold"\nwarmup = 0.9\ncooldown = 0.3', "schedule.warmup \\+ schedule.cooldown = 1.2"),
+    ('data = "x', "not valid TOML"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_what_is_wrong_gets_one_line_that_names_file_key_and_value(tmp_path, text, message):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(recipe)
+    assert str(caught.value).startswith(str(recipe))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="no such recipe"):
+        load_config(tmp_path / "none.toml")
+
+
+@given(st.text(max_size=60))
+def test_rubbish_is_an_input_error_or_a_recipe(text):
+    try:
+        parse_config(text, "rubbish")
+    except InputError:
+        pass
+
+
+@given(st.text(min_size=1, max_size=20), st.integers(1, 10**6), st.floats(1e-8, 1.0))
+def test_every_config_survives_the_round_trip(data, sequences, lr):
+    config = RunConfig(data=data)
+    config = dataclasses.replace(
+        config,
+        batch=dataclasses.replace(config.batch, sequences=sequences),
+        optimizer=dataclasses.replace(config.optimizer, lr=lr),
+    )
+    assert parse_config(dump_config(config), "again") == config

@@ -1,0 +1,130 @@
+"""What the machine is asked, and what is advised; every machine must pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastbert.doctor import (
+    PACKAGES,
+    Bf16Probe,
+    advise,
+    describe,
+    diagnose,
+    judge_bf16,
+    measure_bandwidth,
+    measure_gemm_rate,
+    memory_environment,
+)
+
+ROOT = Path(__file__).parents[1]
+HEALTHY = {
+    "versions": dict.fromkeys(PACKAGES, "1.0"),
+    "tools": {"g++": "/usr/bin/g++", "ninja": "/usr/bin/ninja", "nvidia-smi": None},
+    "cores": 2,
+    "threads": 2,
+    "memory_free": 1 << 40,
+    "disk_free": 1 << 40,
+    "heap": "set",
+    "bf16": Bf16Probe(True, True, ""),
+    "gpus": [],
+}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return diagnose()
+
+
+def test_rates_are_those_of_a_processor():
+    assert 1e8 < measure_gemm_rate(torch.float32, seconds=0.02) < 1e14
+    assert 1e8 < measure_bandwidth(seconds=0.02) < 1e13
+
+
+def test_the_rate_counts_every_operation():
+    """The best round is no slower than the mean of all: the operations that torch counts, over the time the call took."""
+    measure_gemm_rate(seconds=0)
+    with FlopCounterMode(display=False) as counter:
+        start = time.perf_counter()
+        rate = measure_gemm_rate(seconds=0.2)
+        elapsed = time.perf_counter() - start
+    round_of_three = 6 * 2048 * 512 * 2048
+    assert counter.get_total_flops() % round_of_three == 0
+    assert rate >= (counter.get_total_flops() - round_of_three) / elapsed  # less one for the warm-up
+
+
+def test_the_probe_gives_an_answer_and_survives(found):
+    probe = found.bf16
+    assert isinstance(probe.safe, bool) and isinstance(probe.faster, bool) and probe.why
+    assert probe.safe or not probe.faster
+
+
+def test_how_the_child_ended_is_the_answer():
+    assert judge_bf16(0, "a warning\n[1e11, 3e11]\n", "") == Bf16Probe(
+        True, True, "bf16 products run at 3.0 times the fp32 rate (1.3 pays)"
+    )
+    assert judge_bf16(0, "[2e11, 1e11]", "") == Bf16Probe(True, False, "bf16 products run at 0.5 times the fp32 rate (1.3 pays)")
+    failed = judge_bf16(1, "", "Traceback\nRuntimeError: no bf16")
+    assert not failed.safe and "RuntimeError: no bf16" in failed.why
+
+
+def test_a_child_killed_by_its_instruction():
+    child = subprocess.run([sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGILL)})"])
+    probe = judge_bf16(child.returncode, "", "")
+    assert not probe.safe and not probe.faster and "ONEDNN_MAX_CPU_ISA" in probe.why
+
+
+def test_diagnosis_is_whole_and_fits_json(found):
+    values = json.loads(json.dumps(asdict(found)))
+    assert values["cores"] >= 1 and 0 < values["memory_free"] <= values["memory"]
+    assert values["versions"]["torch"] == torch.__version__ and values["python"] == sys.version.split()[0]
+    assert values["gemm_fp32"] > 1e8 and values["bandwidth"] > 1e8 and values["bf16"]["why"]
+    assert len(values["gpus"]) == torch.cuda.device_count()
+    labels = [label for label, _ in describe(found)]
+    assert len(set(labels)) == len(labels) - max(0, len(found.gpus) - 1) and {"processor", "bf16", "matrix products"} <= set(labels)
+
+
+def test_a_healthy_machine_needs_no_advice():
+    assert advise(**HEALTHY) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"versions": {**HEALTHY["versions"], "deepspeed": None}}, "deepspeed is not installed: pip install deepspeed"),
+        ({"tools": {**HEALTHY["tools"], "g++": None}}, "g++ is missing: apt-get install g++"),
+        ({"tools": {**HEALTHY["tools"], "ninja": None}}, "ninja is missing: pip install ninja"),
+        ({"tools": {**HEALTHY["tools"], "nvidia-smi": "/usr/bin/nvidia-smi"}}, "install a torch built for CUDA"),
+        ({"threads": 1}, "torch uses 1 of 2 cores: unset OMP_NUM_THREADS"),
+        ({"bf16": Bf16Probe(False, False, "it dies")}, "bf16 is not safe here: it dies"),
+        ({"memory_free": 1 << 30}, "1.0 GiB of memory are free"),
+        ({"disk_free": 1 << 30}, "1.0 GiB of disk are free"),
+    ],
+)
+def test_each_lack_has_its_line(change, words):
+    (line,) = advise(**{**HEALTHY, **change})
+    assert words in line
+
+
+def test_triton_is_missed_only_beside_a_gpu(found):
+    without = {**HEALTHY, "versions": {**HEALTHY["versions"], "triton": None}}
+    assert advise(**without) == []
+    assert any("pip install triton" in line for line in advise(**{**without, "gpus": [object()]}))
+
+
+@pytest.mark.skipif(not memory_environment(), reason="only glibc has this heap")
+def test_the_heap_setting_is_advised_and_python_starts_with_it():
+    (line,) = advise(**{**HEALTHY, "heap": None})
+    assert "export GLIBC_TUNABLES=" in line
+    child = subprocess.run([sys.executable, "-c", "print(1)"], env={**os.environ, **memory_environment()}, capture_output=True, text=True)
+    assert (child.stdout, child.stderr) == ("1\n", "")

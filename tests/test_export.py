@@ -1,0 +1,163 @@
+"""The exported folder: what transformers makes of it, and that a wrong one is never left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_bert import TEXTS, make_hugging_face_folder, make_run
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+
+import fastbert
+from fastbert.errors import InputError
+from fastbert.tasks import export as export_file
+from fastbert.tasks.export import ExportError, export, model_card
+
+FILES = ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+
+
+@pytest.fixture(scope="module")
+def original(small_store, tmp_path_factory) -> Path:
+    return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_store.tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def run(small_store, original, tmp_path_factory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("run"), original, str(small_store.path))
+    records = [
+        {"event": "evaluate", "step": 5, "loss": 9.5, "loss_mlm": 9.0},
+        {"event": "evaluate", "step": 7, "loss": 7.25, "loss_mlm": 6.5, "loss_nsp": None},
+        {"event": "evaluate", "step": 9, "loss": 3.0, "loss_mlm": 2.5},  # after the checkpoint
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "deep" / "folder"
+    return export(fastbert.load(run), out), out
+
+
+def test_the_folder_is_whole_and_checked_on_held_out_text(exported):
+    result, out = exported
+    assert sorted(p.name for p in out.iterdir()) == FILES
+    assert list(out.parent.iterdir()) == [out]
+    assert result.architecture == "BertForPreTraining" and result.out == str(out)
+    # 8 pairs of sentences of about 20 tokens, 1,000 logits for each: more than the built-in sentences have.
+    assert 0 < result.difference < 5e-5 and result.compared > 100_000
+
+
+def test_stock_transformers_gives_our_logits_on_padded_text(exported, run):
+    _, out = exported
+    model, report = AutoModelForPreTraining.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+    inputs = AutoTokenizer.from_pretrained(out)(TEXTS, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        theirs = model.eval()(**inputs)
+    ours = fastbert.load(run)
+    for i, states in enumerate(ours.hidden_states(TEXTS)):
+        last = torch.from_numpy(states[-1])
+        torch.testing.assert_close(ours.model.token_logits(last), theirs.prediction_logits[i, : len(last)], rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.model.pair_logits(last[:1])[0], theirs.seq_relationship_logits[i], rtol=0, atol=1e-4)
+
+
+def test_weights_are_those_that_transformers_saved_first(exported, original):
+    ours, theirs = load_file(exported[1] / "model.safetensors"), load_file(original / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_config_is_that_of_transformers(exported, original):
+    ours, theirs = (AutoModelForPreTraining.from_pretrained(path).config.to_dict() for path in (exported[1], original))
+    for key in ("_name_or_path", "transformers_version", "initializer_range"):  # the run's recipe has its own initializer_range
+        ours.pop(key), theirs.pop(key)
+    assert ours == theirs
+
+
+def test_the_tokenizer_cuts_at_the_models_positions(exported, small_store):
+    tokenizer = AutoTokenizer.from_pretrained(exported[1])
+    assert len(tokenizer("names " * 99, truncation=True)["input_ids"]) == 32
+    assert tokenizer("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
+
+
+def test_sentence_transformers_loads_it(exported, run):
+    from sentence_transformers import SentenceTransformer
+
+    theirs = SentenceTransformer(str(exported[1]), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(fastbert.load(run).encode(TEXTS), theirs, rtol=0, atol=2e-5)
+
+
+def test_exporting_the_export_changes_nothing(exported, tmp_path):
+    export(fastbert.load(exported[1]), tmp_path / "again", ["One sentence.", "Another, longer than the first."])
+    for name in FILES:
+        if name != "README.md":
+            assert (tmp_path / "again" / name).read_bytes() == (exported[1] / name).read_bytes(), name
+
+
+def test_a_run_without_pairs_becomes_a_masked_lm(original, tmp_path):
+    run = make_run(tmp_path / "run", original, kind="mlm")  # its store is gone: the check reads built-in sentences
+    assert export(fastbert.load(run), tmp_path / "out").architecture == "BertForMaskedLM"
+    _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    assert fastbert.load(tmp_path / "out").heads == {"mlm"}
+
+
+def test_the_card_has_the_figures_of_the_checkpoint(run):
+    card = model_card(fastbert.load(run), "BertForPreTraining", "my-bert")
+    assert "| steps | 7 |" in card and "| held-out loss | 7.2500 |" in card
+    assert "9.5" not in card and "3.0000" not in card and "loss_nsp" not in card
+    assert 'from_pretrained("my-bert")' in card and "max_position_embeddings = 32" in card
+
+
+def swap_query_and_key(state):
+    return {name.replace("query", "QUERY").replace("key", "query").replace("QUERY", "key"): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (swap_query_and_key, None),  # the scores of attention are the same then but for the transposition
+        (lambda s: {**s, "cls.seq_relationship.bias": s["cls.seq_relationship.bias"] + 1e-3}, "differ by 0.001"),
+        (lambda s: {**s, "bert.embeddings.LayerNorm.bias": s["bert.embeddings.LayerNorm.bias"] * torch.nan}, "differ by nan"),
+        (lambda s: {name: t for name, t in s.items() if "pooler" not in name}, "missing_keys.*pooler"),
+        (lambda s: {**s, "bert.extra": torch.zeros(1)}, "unexpected_keys.*extra"),
+    ],
+)
+def test_a_wrong_folder_is_found_and_not_left_behind(run, tmp_path, monkeypatch, damage, words):
+    right = export_file.to_hugging_face
+    monkeypatch.setattr(export_file, "to_hugging_face", lambda state: damage(right(state)))
+    with pytest.raises(ExportError, match=words):
+        export(fastbert.load(run), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_tokenizer_is_found(run, tmp_path, monkeypatch):
+    def write(folder, *arguments, **more):
+        export_folder(folder, *arguments, **more)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": False}))
+
+    export_folder = export_file.write_folder
+    monkeypatch.setattr(export_file, "write_folder", write)
+    with pytest.raises(ExportError, match="gives other ids"):
+        export(fastbert.load(run), tmp_path / "out", ["A List."])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_taken(run, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/mine").touch()
+    (tmp_path / "file").touch()
+    model = fastbert.load(run)
+    for name in ("folder", "file"):
+        with pytest.raises(InputError, match=f"--out .*{name}: is there already"):
+            export(model, tmp_path / name)
+    assert (tmp_path / "folder/mine").exists()
+    (tmp_path / "empty").mkdir()
+    export(model, tmp_path / "empty")
+    assert fastbert.load(tmp_path / "empty").heads == {"mlm", "nsp"}

@@ -1,0 +1,215 @@
+"""`fastbert.load`: the same model from a run, a checkpoint and a Hugging Face folder, and one line for everything that is none of these."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_bert import TEXTS, VOCABULARY, make_hugging_face_folder, make_run
+from transformers import AutoTokenizer, BertModel
+
+import fastbert
+from fastbert.errors import InputError
+from fastbert.tasks.load import CheckpointWarning
+from fastbert.tasks.pretrained import TextCutWarning
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return make_hugging_face_folder(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture
+def hf(original, tmp_path) -> Path:
+    """A copy to break."""
+    return shutil.copytree(original, tmp_path / "hf")
+
+
+@pytest.fixture
+def run(original, tmp_path) -> Path:
+    return make_run(tmp_path / "run", original)
+
+
+def test_every_layer_of_every_text_is_that_of_transformers(original):
+    model, tokenizer = BertModel.from_pretrained(original).eval(), AutoTokenizer.from_pretrained(original)
+    texts = TEXTS[:4]
+    for text, states in zip(texts, fastbert.load(original).hidden_states(texts), strict=True):
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
+        assert len(states) == len(expected) == 3
+        for ours, theirs in zip(states, expected, strict=True):
+            assert ours.dtype == np.float32
+            np.testing.assert_allclose(ours, theirs[0], rtol=0, atol=2e-5)
+
+
+def test_run_checkpoint_and_folder_are_the_same_model(original, run):
+    expected = fastbert.load(original).encode(TEXTS)
+    for path in (run, run / "checkpoints/step-00000007", str(run)):
+        found = fastbert.load(path)
+        assert np.array_equal(found.encode(TEXTS), expected)
+        assert found.metadata["step"] == 7 and found.recipe is not None
+
+
+def test_vocab_txt_alone_is_enough(original, hf):
+    (hf / "tokenizer.json").unlink()
+    assert np.array_equal(fastbert.load(hf).encode(TEXTS), fastbert.load(original).encode(TEXTS))
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(original, run):
+    make_run(run, original, step=9)
+    damaged = next((run / "checkpoints/step-00000009").glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.warns(CheckpointWarning, match="step-00000009.*an older checkpoint is taken"):
+        assert fastbert.load(run).path.name == "step-00000007"
+    with pytest.raises(InputError, match="step-00000009: not a sound checkpoint"):
+        fastbert.load(damaged.parent)
+
+
+def test_a_run_that_learned_no_pairs_has_no_pair_head(original, tmp_path):
+    found = fastbert.load(make_run(tmp_path / "run", original, kind="mlm"))
+    assert found.heads == {"mlm"}
+    with pytest.raises(InputError, match="not trained on next sentences"):
+        found.next_sentence("a", "b")
+
+
+def test_long_texts_are_cut_and_said_so_once(original):
+    model = fastbert.load(original)
+    long = "names " * 100
+    with pytest.warns(TextCutWarning, match="2 of 3 texts are longer than the 30 tokens") as caught:
+        vectors = model.encode([long, "short", long + "more"])
+    assert len(caught) == 1
+    assert np.array_equal(vectors[0], vectors[2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = model.tokenizer.decode(model.tokenizer.encode(long, add_special_tokens=False).ids[:30])
+        np.testing.assert_allclose(model.encode([kept]), vectors[:1], atol=1e-5)
+
+
+def edit(file: str, **changes):
+    """A breakage of a JSON file: these keys changed, or removed where the value is None."""
+
+    def change(folder: Path) -> None:
+        values = {**json.loads((folder / file).read_text()), **changes}
+        (folder / file).write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+    return change
+
+
+def rewrite(change):
+    def apply(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors")
+
+    return apply
+
+
+def replace(file: str, data: bytes):
+    return lambda folder: (folder / file).write_bytes(data)
+
+
+def remove(*files: str):
+    return lambda folder: [(folder / file).unlink() for file in files]
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def several_files(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+POOLER = "bert.pooler.dense.weight"
+
+
+@pytest.mark.parametrize(
+    ("breakage", "words"),
+    [
+        (edit("config.json", model_type="roberta"), ["config.json", "model_type = 'roberta'", '"bert"']),
+        (edit("config.json", model_type=None), ["config.json", "model_type = None"]),
+        (replace("config.json", b"{"), ["config.json", "JSON"]),
+        (replace("config.json", b"\xff\xfe"), ["config.json", "JSON"]),
+        (replace("config.json", b"[]"), ["config.json", "model_type = None"]),
+        (edit("config.json", hidden_act="relu"), ["hidden_act = 'relu'", "'gelu'"]),
+        (edit("config.json", hidden_act="gelu_new"), ["hidden_act = 'gelu_new'"]),
+        (edit("config.json", position_embedding_type="relative_key"), ["position_embedding_type = 'relative_key'"]),
+        (edit("config.json", type_vocab_size=1), ["type_vocab_size = 1"]),
+        (edit("config.json", is_decoder=True), ["is_decoder = True"]),
+        (edit("config.json", hidden_size="32"), ["hidden_size = '32'", "whole number"]),
+        (edit("config.json", num_hidden_layers=0), ["num_hidden_layers = 0", "1 or more"]),
+        (edit("config.json", num_attention_heads=5), ["num_attention_heads = 5", "hidden_size = 32"]),
+        (edit("config.json", layer_norm_eps="tiny"), ["layer_norm_eps = 'tiny'"]),
+        (edit("config.json", vocab_size=VOCABULARY + 1), ["model.safetensors", "word_embeddings", f"[{VOCABULARY + 1}, 32]"]),
+        (edit("config.json", num_hidden_layers=3), ["model.safetensors", "encoder.layer.2", "missing", "3 layers"]),
+        (edit("config.json", num_hidden_layers=1), ["model.safetensors", "encoder.layer.1", "unknown"]),
+        (only_a_pickle, ["pytorch_model.bin", "pickle", "save_pretrained"]),
+        (several_files, ["model.safetensors.index.json", "several files"]),
+        (remove("model.safetensors"), ["no model.safetensors"]),
+        (replace("model.safetensors", b"not tensors"), ["model.safetensors", "cannot be read as safetensors"]),
+        (replace("model.safetensors", b""), ["model.safetensors", "cannot be read as safetensors"]),
+        (rewrite(lambda s: s.update({POOLER: s[POOLER][:-1].clone()})), ["model.safetensors", POOLER, "[31, 32]"]),
+        (remove("tokenizer.json", "vocab.txt"), ["no tokenizer.json and no vocab.txt"]),
+        (replace("tokenizer.json", b"{}"), ["tokenizer.json"]),
+        (remove("config.json"), ["neither a run", "config.json"]),
+    ],
+)
+def test_a_broken_hugging_face_folder_is_one_clear_line(hf, breakage, words):
+    breakage(hf)
+    with pytest.raises(InputError) as caught:
+        fastbert.load(hf)
+    message = str(caught.value)
+    assert message.startswith(str(hf)) and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(hf):
+    # Both tokenizer and weights are sound; they are of different models.
+    state = load_file(hf / "model.safetensors")
+    for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
+        state[name] = state[name][:-7].clone()
+    save_file(state, hf / "model.safetensors")
+    edit("config.json", vocab_size=VOCABULARY - 7)(hf)
+    with pytest.raises(InputError, match=f"{VOCABULARY} tokens for {VOCABULARY - 7} embeddings"):
+        fastbert.load(hf)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "words"),
+    [
+        (lambda run: shutil.rmtree(run / "checkpoints"), ["without a sound checkpoint", "config.toml --resume"]),
+        (
+            lambda run: (run / "checkpoints/step-00000007/manifest.json").unlink(),
+            ["without a sound checkpoint", "manifest.json is missing"],
+        ),
+        (lambda run: shutil.rmtree(run / "tokenizer"), ["tokenizer: no such folder"]),
+        (lambda run: (run / "tokenizer/tokenizer.json").write_text("{}"), ["tokenizer.json"]),
+    ],
+)
+def test_a_half_written_run_is_one_clear_line(run, breakage, words):
+    breakage(run)
+    with pytest.raises(InputError) as caught:
+        fastbert.load(run)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_what_is_no_model_at_all(tmp_path):
+    for name in ("train", "heldout"):
+        (tmp_path / "store" / name).mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for path, words in [("nothing", "no such folder"), ("file", "a file"), ("empty", "neither a run"), ("store", "a store of text")]:
+        with pytest.raises(InputError, match=f"{path}: .*{words}"):
+            fastbert.load(tmp_path / path)
+
+
+def test_other_names_of_the_package_are_unknown():
+    with pytest.raises(AttributeError, match="nonsense"):
+        fastbert.nonsense  # noqa: B018
