@@ -35,7 +35,11 @@ app = typer.Typer(
     epilog="Start: fastbert prepare text.txt --out data/my && fastbert pretrain recipes/mini.toml data=data/my run=runs/my",
 )
 
-Model = Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run, one of its checkpoints, or a Hugging Face BERT folder.")]
+# Paths that must be there are checked before anything heavy is imported.
+Model = Annotated[
+    Path,
+    typer.Argument(metavar="RUN|DIR", help="A run, one of its checkpoints, or a Hugging Face BERT folder.", exists=True, file_okay=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -83,7 +87,7 @@ def options(
 
 @app.command(epilog="Example: fastbert prepare wiki.jsonl.gz more/ --out data/wiki --vocab-size 30522")
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Text files or folders: txt, jsonl, parquet; also .gz, .zst.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Text files or folders: txt, jsonl, parquet; also .gz, .zst.")],
     out: Annotated[Path, typer.Option(help="The store, a new folder.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens of the WordPiece vocabulary to train.")] = 30522,
     cased: Annotated[bool, typer.Option("--cased", help="Train a vocabulary that keeps capital letters.")] = False,
@@ -107,6 +111,7 @@ def prepare(
         heldout=heldout,
         text_format=text_format,
         text_field=text_field,
+        progress=sys.stderr.isatty(),
     )
     if as_json:
         print(report.json(), end="")
@@ -118,7 +123,7 @@ def prepare(
 @app.command(epilog="Example: fastbert pretrain recipes/base.toml data=data/wiki run=runs/base optimizer.lr=2e-4")
 def pretrain(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings that win over the recipe's.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that win over the recipe's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest sound checkpoint of the run.")] = False,
 ) -> int:
     """Train a model from a store, as a recipe says. Exit code 75: interrupted, a checkpoint is saved."""
@@ -221,7 +226,7 @@ def nsp(
 @app.command(epilog="Example: fastbert embed runs/base texts.txt --pool mean --out texts.npy")
 def embed(
     model: Model,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text, one text a line.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text, one text a line.", exists=True, dir_okay=False)],
     out: Annotated[Path, typer.Option(help="The .npy file: float32, one row a line.")],
     pool: Annotated[str, typer.Option(help="mean or max over the tokens, or cls.")] = "mean",
     layer: Annotated[int, typer.Option(help="0: the embeddings; 1: the first layer; -1: the last.")] = -1,
@@ -242,8 +247,8 @@ def embed(
 @app.command(epilog="Example: fastbert finetune runs/base --train train.csv --eval test.csv --out my-classifier")
 def finetune(
     model: Model,
-    train: Annotated[Path, typer.Option(help="csv with the columns text,label or text,text_b,label.")],
-    evaluation: Annotated[Path, typer.Option("--eval", help="csv with the same columns, to measure on.")],
+    train: Annotated[Path, typer.Option(help="csv with the columns text,label or text,text_b,label.", exists=True, dir_okay=False)],
+    evaluation: Annotated[Path, typer.Option("--eval", help="csv with the same columns, to measure on.", exists=True, dir_okay=False)],
     out: Annotated[Path | None, typer.Option(help="Save a BertForSequenceClassification here, a new folder; by default none.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training file.")] = 3,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-5,
@@ -286,7 +291,7 @@ def doctor(as_json: Json = False) -> None:
 @app.command(epilog="Example: fastbert plan recipes/base.toml --gpus 64 --gpu h100")
 def plan(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings that win over the recipe's.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that win over the recipe's.")] = None,
     gpus: Annotated[int, typer.Option(help="How many GPUs; 8 a node.")] = 8,
     gpu: Annotated[str, typer.Option(help="a100, a100-40gb, l4, l40s, h100, h200, b200 or mi300x.")] = "h100",
     stage: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3; by default that of the recipe's DeepSpeed file.")] = None,

@@ -14,13 +14,21 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from fastbert_kernels import bias_gelu, dropout_add_layer_norm, embedding_layer_norm, layer_norm, masked_cross_entropy, row_keys, varlen_attention
 from torch import Tensor, nn
 
 from fastbert.config import ModelConfig
 from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
 from fastbert.initial_weights import initialise
+from fastbert_kernels import (
+    bias_gelu,
+    dropout_add_layer_norm,
+    embedding_layer_norm,
+    layer_norm,
+    masked_cross_entropy,
+    row_keys,
+    varlen_attention,
+)
 
 
 def resolve_kernels(name: str, device: str) -> str:

@@ -43,7 +43,9 @@ GPUS = {
     "mi300x": GpuKind(1307e12, 163.4e12, 192e9, 448e9),
 }
 GPUS_PER_NODE = 8
-NETWORK = 50e9  # bytes/s a GPU and direction between nodes: one 400 Gbit/s adapter for each GPU, as in a DGX H100
+# Bytes/s and direction between nodes: 8 adapters of 400 Gbit/s, as in a DGX H100. Rings cross a node's border once, so that all of its
+# adapters carry the traffic of each of its GPUs together.
+NETWORK = 8 * 50e9
 RESERVED = 1.5 * GIB  # CUDA context, NCCL's buffers, what the allocator holds back
 BUCKET = 500_000_000  # elements; DeepSpeed's default for zero_optimization.reduce_bucket_size
 SAMPLE = 4096  # examples drawn to learn their mean length
@@ -253,7 +255,7 @@ def _limit(config: RunConfig, memory: dict[str, float], kind: GpuKind, tokens: f
         cure = "lower batch.micro_batch_tokens" if part == "activations" else "raise the ZeRO stage"
         return f"memory: {total / 1e9:.0f} GB do not fit into {kind.memory / 1e9:.0f} GB; most of it is {part}: {cure}"
     if communication_s > compute_s:
-        return f"communication: {communication_s / compute_s:.1f} times the computation; raise batch.sequences, or lower the ZeRO stage"
+        return f"communication: {communication_s / compute_s:.1f} times the computation; raise batch.sequences, or use fewer GPUs"
     if tokens < config.batch.micro_batch_tokens / 2:
         return f"too little work: {tokens:,.0f} tokens a GPU and step are less than half a micro-batch; fewer GPUs, or more batch.sequences"
     return "computation"

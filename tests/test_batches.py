@@ -101,6 +101,19 @@ def test_masks_and_partners_differ_between_epochs(tmp_path):
     assert {label for step in steps for _, label, *_ in step.values()} == {0, 1}
 
 
+@pytest.mark.parametrize(("segments", "fill"), [("fill", 0.9), ("single", 0.75)])
+def test_real_text(small_store, segments, fill):
+    config = recipe(sequences=64, max_length=64, micro_batch_tokens=2048, segments=segments)
+    batches = Batches(small_store, config)
+    packs = [pack for step in range(batches.examples_per_epoch // 64) for pack in batches.step(step)]
+    tokens, selected = sum(p.tokens for p in packs), sum(len(p.labels) for p in packs)
+    sequences = sum(p.sequences for p in packs)
+    shown = sum(int((p.input_ids[p.masked_positions] == small_store.special.mask).sum()) for p in packs)
+    assert tokens / sequences > fill * 64
+    assert selected / (tokens - 3 * sequences) == pytest.approx(0.15, abs=0.005) and shown / selected == pytest.approx(0.8, abs=0.02)
+    assert np.mean(np.concatenate([p.next_sentence_labels for p in packs])) == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(sequences))
+
+
 # Packs
 
 

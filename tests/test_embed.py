@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_bert import TEXTS, make_hugging_face_folder
 from transformers import AutoTokenizer, BertModel
 
@@ -85,6 +87,19 @@ def test_one_row_a_line(model, tmp_path):
     write_vectors(check_out(tmp_path / "x.npy"), vectors)
     assert vectors.shape == (4, 32) and np.array_equal(np.load(tmp_path / "x.npy", allow_pickle=False), vectors)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npy", "x.txt"]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.binary(max_size=40) | st.text(max_size=20).map(str.encode))
+def test_rubbish_is_read_or_refused(tmp_path_factory, data):
+    file = tmp_path_factory.getbasetemp() / "rubbish.txt"
+    file.write_bytes(data)
+    try:
+        lines = read_lines(file)
+    except InputError as error:
+        assert str(error).startswith(str(file))
+    else:
+        assert len(lines) == data.count(b"\n") + (not data.endswith(b"\n"))
 
 
 def test_wrong_files(tmp_path):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_bert import make_hugging_face_folder
 from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
@@ -33,13 +36,14 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "train.csv", folder / "test.csv"
 
 
-def test_it_learns_and_transformers_agrees(folder, files, tmp_path):
+def test_it_learns_and_transformers_agrees(folder, files: tuple[Path, Path], tmp_path):
     seen: list[Epoch] = []
     result = finetune(fastbert.load(folder), *files, tmp_path / "out", epochs=12, lr=3e-3, batch=8, report=seen.append)
     assert result.accuracy == 1.0 and result.majority == 0.5 and result.labels == ["no", "yes"]
     assert seen == result.epochs and len(seen) == 12 and seen[-1].loss < seen[0].loss / 2
 
-    model, report = BertForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model: Any
+    model, report = BertForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)  # type: ignore[misc]
     assert not any(report.values()), report
     assert model.config.id2label == {0: "no", 1: "yes"} and model.config.label2id == {"no": 0, "yes": 1}
     held_out = read_csv(files[1])
@@ -57,7 +61,7 @@ def test_it_learns_and_transformers_agrees(folder, files, tmp_path):
     assert encoder.heads == set()
 
 
-def test_same_seed_same_weights(folder, files, tmp_path):
+def test_same_seed_same_weights(folder, files: tuple[Path, Path], tmp_path):
     results = [finetune(fastbert.load(folder), *files, tmp_path / str(i), epochs=2, seed=seed) for i, seed in enumerate([1, 1, 2])]
     same, again, other = ((tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(3))
     assert same == again != other
@@ -79,7 +83,7 @@ def test_long_texts_are_cut(folder, tmp_path):
     assert finetune(fastbert.load(folder), tmp_path / "x.csv", tmp_path / "x.csv", epochs=1, max_length=16).epochs[0].loss > 0
 
 
-def test_an_encoder_without_a_pooler(folder, files, tmp_path):
+def test_an_encoder_without_a_pooler(folder, files: tuple[Path, Path], tmp_path):
     BertModel.from_pretrained(folder, add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
     (tmp_path / "encoder/vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
     assert finetune(fastbert.load(tmp_path / "encoder"), *files, epochs=1).accuracy >= 0
@@ -95,9 +99,9 @@ def test_csv_with_quotes_newlines_and_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", ":1: the columns are none; must be text,label"),
+        (b"", r":1: the columns are \[\]; must be text,label"),
         (b"text,label\n", "no examples below the header"),
-        (b"sentence,label\na,b\n", ":1: the columns are sentence, label"),
+        (b"sentence,label\na,b\n", r":1: the columns are \['sentence', 'label'\]"),
         (b"text,label\na,x\nb\n", ":3: 1 fewer fields"),
         (b"text,label\na,x\nb, and c,y\n", ":3: 1 more fields.*quotes"),
         (b"text,label\na,x\n ,y\n", ":3: text is empty"),
@@ -111,7 +115,7 @@ def test_csv_with_quotes_newlines_and_a_byte_order_mark(tmp_path):
         (b"text,text_b,label\na,a,no\nb,b,yes\n", "only one of this file and .* has the column text_b"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_line(folder, files, tmp_path, data, words):
+def test_a_wrong_file_is_named_with_its_line(folder, files: tuple[Path, Path], tmp_path, data, words):
     (tmp_path / "bad.csv").write_bytes(data)
     with pytest.raises(InputError, match=words) as caught:
         finetune(fastbert.load(folder), tmp_path / "bad.csv", files[1], tmp_path / "out")
@@ -119,8 +123,21 @@ def test_a_wrong_file_is_named_with_its_line(folder, files, tmp_path, data, word
     assert not (tmp_path / "out").exists()
 
 
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.binary(max_size=60) | st.text('text_blabe,"\r\n\x00 é', max_size=60).map(lambda rows: b"text,label\n" + rows.encode()))
+def test_rubbish_is_read_or_refused(tmp_path_factory, data):
+    file = tmp_path_factory.getbasetemp() / "rubbish.csv"
+    file.write_bytes(data)
+    try:
+        found = read_csv(file)
+    except InputError as error:
+        assert str(error).startswith(str(file)) and len(str(error).splitlines()) == 1
+    else:
+        assert len(found.first) == len(found.labels) == len(found.lines) > 0 and all(found.labels)
+
+
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("changes", "words"),
     [
         ({"epochs": 0}, "--epochs 0"),
         ({"batch": 0}, "--batch 0"),
@@ -129,12 +146,12 @@ def test_a_wrong_file_is_named_with_its_line(folder, files, tmp_path, data, word
         ({"out": "."}, r"--out \.: is there already"),
     ],
 )
-def test_wrong_settings(folder, files, settings, words):
+def test_wrong_settings(folder, files: tuple[Path, Path], changes, words):
     with pytest.raises(InputError, match=words):
-        finetune(fastbert.load(folder), *files, **settings)
+        finetune(fastbert.load(folder), *files, **changes)
 
 
-def test_the_saved_folder_is_plain_json_and_safetensors(folder, files, tmp_path):
+def test_the_saved_folder_is_plain_json_and_safetensors(folder, files: tuple[Path, Path], tmp_path):
     finetune(fastbert.load(folder), *files, tmp_path / "out", epochs=1)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"] and config["problem_type"] == "single_label_classification"

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     # The data know neither the model nor the run; what is read while training knows nothing of how a store is made.
     "fastbert.data": {"fastbert.config", "fastbert.errors"},
     "fastbert.objective": {"fastbert.config", "fastbert.data", "fastbert_kernels"},
-    "fastbert.model": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert_kernels"},
+    "fastbert.initial_weights": {"fastbert.config"},
+    "fastbert.model": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert.initial_weights", "fastbert_kernels"},
     "fastbert.weights": {"fastbert.config", "fastbert.errors"},
     "fastbert.flops": {"fastbert.config"},
     "fastbert.training": {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastbert_kernels._dropout import keep_mask, keep_scale, row_keys, site_keys
 from fastbert_kernels._dropout_cpu import keep_mask_cpu, site_keys_cpu
 from fastbert_kernels.specs import SPECS

@@ -10,14 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_bert import TEXTS, VOCABULARY, make_hugging_face_folder, make_run
 from transformers import AutoTokenizer, BertModel
 
 import fastbert
 from fastbert.errors import InputError
+from fastbert.tasks import hugging_face
 from fastbert.tasks.load import CheckpointWarning
 from fastbert.tasks.pretrained import TextCutWarning
+from fastbert.weights import shapes
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +172,49 @@ def test_a_broken_hugging_face_folder_is_one_clear_line(hf, breakage, words):
     message = str(caught.value)
     assert message.startswith(str(hf)) and "\n" not in message
     assert all(word in message for word in words), message
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda v: st.lists(v, max_size=2), max_leaves=3
+)
+CONFIG_KEYS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "vocab_size", "is_decoder"]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.binary(max_size=40)
+    | st.dictionaries(st.sampled_from(CONFIG_KEYS), JSON_VALUES).map(lambda v: json.dumps({"model_type": "bert", **v}).encode())
+)
+def test_a_rubbish_config_is_read_or_refused(tmp_path_factory, data):
+    file = tmp_path_factory.getbasetemp() / "config.json"
+    file.write_bytes(data)
+    try:
+        config, vocab_size = hugging_face.read_config(file)
+    except InputError as error:
+        assert str(error).startswith(str(file)) and len(str(error).splitlines()) == 1
+    else:
+        assert config.hidden_size % config.num_attention_heads == 0 and vocab_size > 0
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_rubbish_weights_are_refused(original, tmp_path_factory, data):
+    """A sound file that was cut, or had a few bytes of its header changed: read only where the change does not matter."""
+    folder = tmp_path_factory.getbasetemp() / "rubbish"
+    folder.mkdir(exist_ok=True)
+    sound = bytearray((original / "model.safetensors").read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        sound[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
+    (folder / "model.safetensors").write_bytes(sound[: data.draw(st.integers(0, len(sound)) | st.just(len(sound)))])
+    config, vocab_size = hugging_face.read_config(original / "config.json")
+    try:
+        weights = hugging_face.read_weights(folder, config, vocab_size)
+    except InputError as error:
+        assert str(folder) in str(error) and len(str(error).splitlines()) == 1
+    else:
+        assert {name: tuple(t.shape) for name, t in weights.items() if "_head" not in name} == {
+            name: shape for name, shape in shapes(config, vocab_size).items() if "_head" not in name
+        }
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings(hf):

@@ -81,16 +81,16 @@ def test_states_and_losses_are_those_of_transformers(model, twin):
     for ours, other in zip(states, theirs.hidden_states, strict=True):
         torch.testing.assert_close(ours, other[mask.bool()], rtol=0, atol=1e-5)
     torch.testing.assert_close(model.token_logits(states[-1]), theirs.prediction_logits[mask.bool()], rtol=0, atol=1e-5)
-    torch.testing.assert_close(model.pair_logits(states[-1][batch.cu_seqlens[:-1].long()]), theirs.seq_relationship_logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model.pair_logits(states[-1][batch.cu_seqlens[:-1].long()]), theirs.seq_relationship_logits, rtol=0, atol=1e-5
+    )
 
     model.zero_grad()
     loss = losses(model(batch)).loss
     torch.testing.assert_close(loss, theirs.loss, rtol=0, atol=1e-5)
     loss.backward()
     theirs.loss.backward()
-    reference = from_hugging_face(
-        {name: p.grad for name, p in twin.named_parameters()}, CONFIG, VOCAB, "the gradients of transformers"
-    )
+    reference = from_hugging_face({name: p.grad for name, p in twin.named_parameters()}, CONFIG, VOCAB, "the gradients of transformers")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, reference[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 

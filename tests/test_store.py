@@ -1,2 +1,166 @@
-def test_x(small_store, english_documents):
-    print(len(english_documents), sum(map(len,english_documents)), small_store.manifest["splits"], small_store.yardsticks)
+"""The store reads back what was written, over any number of shards, and refuses one that is not whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastbert.data.store import ShardWriter, Split, Store, open_store, token_dtype
+from fastbert.errors import InputError
+
+documents_of_sentences = st.lists(st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=5), min_size=1, max_size=4), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(documents=documents_of_sentences, shard_tokens=st.sampled_from([1, 4, 20, 1000]), vocab_size=st.sampled_from([1000, 1 << 16, 70_000]))
+def test_shards_read_as_one(tmp_path_factory: pytest.TempPathFactory, documents: list[list[list[int]]], shard_tokens: int, vocab_size: int) -> None:
+    folder = tmp_path_factory.mktemp("split") / "train"
+    writer = ShardWriter(folder, token_dtype(vocab_size), shard_tokens)
+    for document in documents:
+        tokens = np.array([token for sentence in document for token in sentence])
+        writer.add(tokens, np.array([len(sentence) for sentence in document]), np.array([len(document)]))
+    writer.close()
+    split = Split(folder, writer.shards, token_dtype(vocab_size))
+    assert len(writer.shards) > 1 or shard_tokens > 4 or len(documents) == 1 or split.tokens <= 4
+
+    sentences = [sentence for document in documents for sentence in document]
+    tokens = [token for sentence in sentences for token in sentence]
+    assert (split.documents, split.sentences, split.tokens) == (len(documents), len(sentences), len(tokens))
+    first_sentence = np.cumsum([0] + [len(document) for document in documents])
+    first_token = np.cumsum([0] + [len(sentence) for sentence in sentences])
+    order = np.random.default_rng(0).permutation  # indices come in any order, and more than once
+    for read, expected in [(split.first_sentence, first_sentence), (split.first_token, first_token)]:
+        indices = order(np.repeat(np.arange(len(expected)), 2))
+        assert read(indices).tolist() == expected[indices].tolist()
+        assert read(indices).dtype == np.int64
+    indices = order(len(sentences))
+    owners = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
+    assert split.document_of(indices).tolist() == owners[indices].tolist()
+    spans = split.gather(first_token[indices], np.diff(first_token)[indices])
+    assert spans.tolist() == [token for i in indices for token in sentences[i]]
+    assert spans.dtype == np.int64
+    assert split.gather(np.zeros(0, np.int64), np.zeros(0, np.int64)).tolist() == []
+    assert split.gather(first_token[:-1], np.zeros(len(sentences), np.int64)).tolist() == []
+
+
+def test_bytes_on_disk(tmp_path: Path) -> None:
+    """The format that the module's docstring promises, read without the module."""
+    writer = ShardWriter(tmp_path / "train", token_dtype(1 << 16), 100)
+    writer.add(np.array([65535, 7, 8, 9]), np.array([1, 2, 1]), np.array([2, 1]))
+    writer.add(np.array([1, 2]), np.array([2]), np.array([1]))
+    writer.close()
+    read = {kind: (tmp_path / "train" / f"shard-00000.{kind}").read_bytes() for kind in ("tokens", "sentences", "documents")}
+    assert np.frombuffer(read["tokens"], "<u2").tolist() == [65535, 7, 8, 9, 1, 2]
+    assert np.frombuffer(read["sentences"], "<i8").tolist() == [0, 1, 3, 4, 6]
+    assert np.frombuffer(read["documents"], "<i8").tolist() == [0, 2, 3, 4]
+    assert token_dtype((1 << 16) + 1) == np.dtype("<u4")
+
+
+def test_store(small_store: Store) -> None:
+    vocabulary = (small_store.tokenizer_dir / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    special = small_store.special
+    assert [vocabulary[i] for i in (special.pad, special.unk, special.cls, special.sep, special.mask)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert small_store.vocab_size == len(vocabulary) - 1 == 1000
+    assert sorted([*small_store.ordinary_ids, special.pad, special.unk, special.cls, special.sep, special.mask]) == list(range(1000))
+    assert [vocabulary[i] for i in np.flatnonzero(small_store.continues_word)] == [token for token in vocabulary if token.startswith("##")]
+    assert small_store.continues_word.shape == (1000,)
+    assert len(small_store.sha256) == 64
+    for name in ("train", "heldout"):
+        split, counts = small_store.split(name), small_store.manifest["splits"][name]
+        assert (split.documents, split.sentences, split.tokens) == (counts["documents"], counts["sentences"], counts["tokens"])
+        tokens = split.gather(np.zeros(1, np.int64), np.array([split.tokens]))
+        assert tokens.min() >= 0 and tokens.max() < 1000
+        assert not np.isin(tokens, [special.pad, special.cls, special.sep, special.mask]).any()
+        assert (np.diff(split.first_token(np.arange(split.sentences + 1))) > 0).all()
+        assert (np.diff(split.first_sentence(np.arange(split.documents + 1))) > 0).all()
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Damage that is a change of the manifest."""
+
+    def damage(path: Path) -> None:
+        manifest = json.loads((path / "manifest.json").read_text())
+        change(manifest)
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / name).write_bytes((path / name).read_bytes()[:-2])
+
+    return damage
+
+
+def flip(path: Path) -> None:
+    data = bytearray((path / "train/shard-00000.tokens").read_bytes())
+    data[100] ^= 1
+    (path / "train/shard-00000.tokens").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (shutil.rmtree, ["no such store", "fastbert prepare"]),
+        (lambda path: (path / "manifest.json").unlink(), ["not a complete store", "manifest.json"]),
+        (lambda path: (path / "manifest.json").write_text('{"format": 1'), ["not the manifest"]),
+        (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"), ["not the manifest"]),
+        (lambda path: (path / "manifest.json").write_text("[]"), ["not the manifest"]),
+        (edit(lambda manifest: manifest.update(format=2)), ["format = 2", "reads format 1"]),
+        (edit(lambda manifest: manifest.pop("splits")), ["a part is missing", "splits"]),
+        (edit(lambda manifest: manifest["special"].update(mask=1000)), ["special ids"]),
+        (edit(lambda manifest: manifest.update(vocab_size=True)), ["vocab_size"]),
+        (edit(lambda manifest: manifest["splits"]["train"].update(tokens=1)), ["'train'", "sum of its shards"]),
+        (edit(lambda manifest: manifest["splits"]["heldout"].update(shards=[], documents=0)), ["'heldout'", "above 0"]),
+        (edit(lambda manifest: manifest["files"].pop("yardsticks.json")), ["list of files", "yardsticks.json"]),
+        (edit(lambda manifest: manifest["files"].update({"../x": {"size": 1, "sha256": ""}})), ["list of files", "../x"]),
+        (edit(lambda manifest: manifest["files"]["train/shard-00000.tokens"].update(size=4)), ["shard-00000.tokens", "contradicts"]),
+        (lambda path: (path / "heldout/shard-00000.sentences").unlink(), ["shard-00000.sentences", "cannot be read"]),
+        (cut("train/shard-00000.tokens"), ["shard-00000.tokens", "cut short"]),
+        (cut("tokenizer/vocab.txt"), ["vocab.txt", "cut short"]),
+        (flip, ["shard-00000.tokens", "SHA-256"]),
+    ],
+)
+def test_broken_store(small_store: Store, tmp_path: Path, damage: Callable[[Path], Any], words: list[str]) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(small_store.path, path)
+    assert open_store(path, verify=True).sha256 == small_store.sha256
+    damage(path)
+    with pytest.raises(InputError) as raised:
+        open_store(path, verify=True)
+    message = str(raised.value)
+    assert all(word in message for word in [str(path), *words]) and "\n" not in message, message
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers(-5, 2000) | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_rubbish_in_the_manifest(small_store: Store, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Any value of the manifest is replaced by another; the store opens or says why not."""
+    manifest = json.loads((small_store.path / "manifest.json").read_text())
+    place: Any = manifest
+    while True:
+        key = data.draw(st.sampled_from(sorted(place))) if isinstance(place, dict) else data.draw(st.integers(0, len(place) - 1))
+        if not place[key] or not isinstance(place[key], (dict, list)) or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(json_values)
+    path = tmp_path_factory.mktemp("rubbish")
+    for name in ("train", "heldout", "tokenizer", "yardsticks.json", "report.json", "report.md"):
+        (path / name).symlink_to(small_store.path / name)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        open_store(path).split("train")
+    except InputError as error:
+        assert str(path) in str(error) and "\n" not in str(error)

@@ -180,7 +180,11 @@ def _text_chunks(source: Source, file: BinaryIO) -> Iterator[Chunk]:
     if waiting:
         yield chunk(waiting)
     elif offset == 0:
-        raise InputError(f"{source.path}: the file is empty; remove it from the sources")
+        raise _empty(source)
+
+
+def _empty(source: Source) -> InputError:
+    return InputError(f"{source.path}: the file is empty; remove it from the sources")
 
 
 def _last_line_end(data: bytes, searched: int) -> int:
@@ -293,6 +297,8 @@ def _parquet_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator
             f"{source.path}: Parquet packs its own columns and is not read through {source.compression}; unpack the file first"
         )
     size, row = os.fstat(file.fileno()).st_size, 0
+    if size == 0:
+        raise _empty(source)
     try:
         table = pyarrow.parquet.ParquetFile(file)
         schema, metadata = table.schema_arrow, table.metadata
@@ -303,7 +309,7 @@ def _parquet_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise InputError(f"{source.path}: the column '{text_field}' holds {kind}, not strings; {_fields(schema.names)}")
         if metadata.num_rows == 0:
-            raise InputError(f"{source.path}: the file is empty; remove it from the sources")
+            raise _empty(source)
         row_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)) // metadata.num_rows
         chunk_rows = min(max(CHUNK_BYTES // (row_bytes + 1), 1), 1 << 16)
         for batch in table.iter_batches(chunk_rows, columns=[text_field], use_threads=False):

@@ -243,11 +243,14 @@ def _alphabet(texts: list[str], most: int) -> tuple[list[str], list[str]]:
 
     The most frequent ones are taken until they cover ALPHABET_COVERAGE of the texts or make `most` pieces.
     """
-    breaks = np.array([_breaks_word(chr(code)) for code in range(sys.maxunicode + 1)])
     seen, inside = np.zeros((2, sys.maxunicode + 1), np.int64)
+    breaks = np.zeros(sys.maxunicode + 1, bool)
     for i in range(0, len(texts), 4096):
         codes = np.frombuffer("\n".join(texts[i : i + 4096]).encode("utf-32-le"), np.uint32)
-        seen += np.bincount(codes, minlength=len(seen))
+        counts = np.bincount(codes, minlength=len(seen))
+        for code in np.flatnonzero((counts > 0) & (seen == 0)):
+            breaks[code] = _breaks_word(chr(code))
+        seen += counts
         part = ~breaks[codes]
         inside += np.bincount(codes[1:][part[1:] & part[:-1]], minlength=len(inside))
     seen[[code for code in np.flatnonzero(seen) if chr(code).isspace()]] = 0
@@ -269,11 +272,11 @@ def _from_json(text: str, file: Path) -> Tokenizer:
         settings = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
         model, normalizer = settings["model"], settings["normalizer"]
         kinds = [part and part["type"] for part in (model, normalizer, settings["pre_tokenizer"])]
-        prefix, unknown, clean = model["continuing_subword_prefix"], model["unk_token"], normalizer["clean_text"]
+        prefix, unknown, clean = model.get("continuing_subword_prefix"), model.get("unk_token"), normalizer and normalizer.get("clean_text")
         added = [token["content"] for token in settings["added_tokens"] if not token["special"]]
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{file}: not the file of a BERT tokenizer ({type(error).__name__}: {error}); give one, or its vocab.txt"
         ) from None

@@ -138,7 +138,7 @@ def read_csv(file: str | Path) -> Examples:
             reader = csv.reader(handle, strict=True)
             columns = next(reader, [])
             if sorted(columns) not in (["label", "text"], ["label", "text", "text_b"]):
-                raise InputError(f"{file}:1: the columns are {', '.join(columns) or 'none'}; must be text,label or text,text_b,label")
+                raise InputError(f"{file}:1: the columns are {columns}; must be text,label or text,text_b,label")
             line = reader.line_num + 1
             for row in reader:
                 if row:

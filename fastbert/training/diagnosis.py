@@ -62,15 +62,15 @@ def stuck_pairs(share: float, loss_nsp: float | None, accuracy_nsp: float | None
 
 
 def compare(loss_on_mask: float, yardsticks: Mapping[str, float]) -> str:
-    """Where a held-out loss on [MASK] stands among the corpus's yardsticks: the best one that it beats, and the next."""
+    """Where a held-out loss on [MASK] stands among the corpus's yardsticks: the lowest that it is below, and the next."""
     order = sorted(((value, name) for name, value in yardsticks.items() if name in NAMES), reverse=True)
     beaten = [(value, name) for value, name in order if loss_on_mask < value]
     ahead = [(value, name) for value, name in order if loss_on_mask >= value]
     parts = []
     if beaten:
-        parts.append(f"better than {NAMES[beaten[-1][1]]} ({beaten[-1][0]:.2f})")
+        parts.append(f"below {NAMES[beaten[-1][1]]} ({beaten[-1][0]:.2f})")
     if ahead:
-        parts.append(f"not yet {NAMES[ahead[0][1]]} ({ahead[0][0]:.2f})")
+        parts.append(f"above {NAMES[ahead[0][1]]} ({ahead[0][0]:.2f})")
     return ", ".join(parts)
 
 

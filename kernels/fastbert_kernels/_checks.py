@@ -5,7 +5,9 @@ import torch
 IMPLEMENTATIONS = ("triton", "cpu", "reference")
 
 
-def check_tensor(function: str, name: str, x: torch.Tensor, shape: tuple, dtype: torch.dtype | tuple[torch.dtype, ...] | None = None) -> None:
+def check_tensor(
+    function: str, name: str, x: torch.Tensor, shape: tuple, dtype: torch.dtype | tuple[torch.dtype, ...] | None = None
+) -> None:
     """`shape` holds sizes, or a letter where any size will do."""
     if x.dim() != len(shape) or any(isinstance(want, int) and want != have for want, have in zip(shape, x.shape, strict=True)):
         raise ValueError(f"{function}: {name} has shape {list(x.shape)}, expected [{', '.join(map(str, shape))}]")

@@ -1,0 +1,228 @@
+"""The command line in real processes: what it prints where, its exit codes, and one clear line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_bert import make_hugging_face_folder, make_run
+
+from fastbert import __version__
+from fastbert.cli import run as run_inside
+
+ROOT = Path(__file__).parents[1]
+VERBS = ["prepare", "pretrain", "evaluate", "export", "fill", "nsp", "embed", "finetune", "doctor", "plan"]
+
+
+def fastbert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`fastbert ...` as a user starts it, with `folder` as its working directory."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "fastbert", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def place(small_store, tmp_path_factory) -> Path:
+    """A folder with everything that the verbs take: hf, run, texts.txt, train.csv, recipe.toml."""
+    folder = tmp_path_factory.mktemp("place")
+    hf = make_hugging_face_folder(folder / "hf", small_store.tokenizer_dir)
+    make_run(folder / "run", hf, str(small_store.path))
+    (folder / "texts.txt").write_text("A list.\n" + "list " * 99 + "\n", encoding="utf-8")
+    (folder / "train.csv").write_text("text,label\na list,x\na name,y\n", encoding="utf-8")
+    (folder / "bad.csv").write_text("text,label\na list\n", encoding="utf-8")
+    (folder / "latin.txt").write_bytes(b"caf\xe9\n")
+    (folder / "recipe.toml").write_text(f'data = "{small_store.path}"\n[stop]\nsteps = 10\n', encoding="utf-8")
+    (folder / "typo.toml").write_text('data = "x"\n[batch]\nsequence = 8\n', encoding="utf-8")
+    (folder / "half").mkdir()
+    (folder / "half/config.toml").write_text('data = "x"\n', encoding="utf-8")
+    return folder
+
+
+def test_help_is_quick_and_names_every_verb(tmp_path):
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = fastbert(tmp_path, "--help")
+        times.append(time.perf_counter() - start)
+        assert (result.returncode, result.stderr) == (0, "")
+    assert all(re.search(rf"^\W*{verb} ", result.stdout, re.MULTILINE) for verb in VERBS)
+    assert min(times) < 0.5, times
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_explains_every_option(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run_inside([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"Example: fastbert {verb}" in text
+    for line in text.splitlines():
+        if option := re.match(r"│ \*? *(--[a-z-]+)", line):
+            words = re.split(r"<[^>]*>", line)[-1].strip(" │")
+            assert len(words) > 8, f"{verb} {option[1]} has no help: {line}"
+
+
+def test_version_and_no_arguments(capsys):
+    assert run_inside(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastbert {__version__}\n"
+    assert run_inside([]) == 0
+    assert "Usage: fastbert" in capsys.readouterr().out
+
+
+@pytest.fixture
+def inside(place, monkeypatch, capsys):
+    """The same in this process, which has loaded everything already: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = run_inside(arguments)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def check_refusal(code: int, out: str, err: str, words: list[str]) -> None:
+    assert (code, out) == (2, ""), err
+    assert err.count("\n") == 1 and err.startswith("fastbert: ") and "Traceback" not in err, err
+    assert all(word in err for word in words), err
+
+
+# One for each verb is refused in a real process, the others in this one.
+BAD = {
+    "prepare": (["prepare", "nothing.txt", "--out", "new"], ["nothing.txt"]),
+    "pretrain": (["pretrain", "typo.toml"], ["typo.toml", "batch.sequence", "batch.sequences"]),
+    "evaluate": (["evaluate", "nowhere"], ["'nowhere' does not exist", "fastbert evaluate --help"]),
+    "export": (["export", "half", "--out", "new"], ["half: a run without a sound checkpoint"]),
+    "fill": (["fill", "hf", "No gap here."], ["No gap here.", "[MASK]"]),
+    "nsp": (["nsp", "hf", "only one"], ["SECOND", "fastbert nsp --help"]),
+    "embed": (["embed", "hf", "no.txt", "--out", "x.npy"], ["'no.txt' does not exist"]),
+    "finetune": (["finetune", "hf", "--train", "bad.csv", "--eval", "train.csv", "--out", "new"], ["bad.csv:2"]),
+    "doctor": (["doctor", "please"], ["please"]),
+    "plan": (["plan", "recipe.toml", "--gpu", "h1000", "--stage", "1"], ["--gpu h1000", "a100"]),
+}
+MORE = {
+    "no such verb": (["pretrian"], ["pretrian", "fastbert --help"]),
+    "no such option": (["fill", "hf", "x", "--tokens", "3"], ["--tokens", "fastbert fill --help"]),
+    "not a number": (["fill", "hf", "[MASK]", "--k", "many"], ["--k", "integer"]),
+    "prepare: not UTF-8": (["prepare", "latin.txt", "--out", "new"], ["latin.txt", "UTF-8"]),
+    "prepare: taken": (["prepare", "texts.txt", "--out", "hf"], ["hf"]),
+    "pretrain: no recipe": (["pretrain", "no.toml"], ["no.toml", "no such recipe"]),
+    "pretrain: override": (["pretrain", "recipe.toml", "batch.sequences=0"], ["command line", "batch.sequences = 0"]),
+    "evaluate: no store": (["evaluate", "hf"], ["hf", "--data"]),
+    "evaluate: a file": (["evaluate", "texts.txt"], ["'texts.txt' is a file"]),
+    "export: taken": (["export", "run", "--out", "hf"], ["--out hf: is there already"]),
+    "fill: k": (["fill", "hf", "[MASK]", "--k", "0"], ["k = 0"]),
+    "embed: pool": (["embed", "hf", "texts.txt", "--out", "x.npy", "--pool", "sum"], ["pool = 'sum'", "mean, max, cls"]),
+    "embed: not UTF-8": (["embed", "hf", "latin.txt", "--out", "x.npy"], ["latin.txt:1: not UTF-8"]),
+    "embed: out": (["embed", "hf", "texts.txt", "--out", "x.txt"], ["--out x.txt", ".npy"]),
+    "export: no permission": (["export", "hf", "--out", "/sys/new"], ["/sys/", "choose another place"]),
+    "finetune: settings": (["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--lr", "0"], ["--lr 0.0"]),
+    "plan: store": (["plan", "recipe.toml", "data=hf", "--stage", "1"], ["hf", "manifest.json"]),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_bad_input_is_one_line_and_code_2_and_writes_nothing(place, verb):
+    arguments, words = BAD[verb]
+    before = sorted(place.rglob("*"))
+    result = fastbert(place, *arguments)
+    check_refusal(result.returncode, result.stdout, result.stderr, words)
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_more_bad_input(place, inside, case):
+    arguments, words = MORE[case]
+    before = sorted(place.rglob("*"))
+    code, out, err = inside(*arguments)
+    check_refusal(code, out, err, words)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_path_that_is_not_there_is_refused_before_anything_heavy_loads():
+    code = "import sys; from fastbert.cli import run; print(run(['fill', 'nowhere', '[MASK]']), 'torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "2 False\n"
+
+
+def test_evaluate(place, inside):
+    result = fastbert(place, "evaluate", "run", "--sequences", "8", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert found["sequences"] == 8 and found["loss"] == pytest.approx(found["loss_mlm"] + found["loss_nsp"])
+    code, out, err = inside("evaluate", "run", "--sequences", "8")
+    assert (code, err) == (0, "")
+    for text in ("8 held-out sequences", f"{found['loss_mask_token']:.3f}", "next sentence", "word frequencies"):
+        assert text in out
+
+
+def test_export_says_nothing_but_its_result(place, inside, tmp_path):
+    result = fastbert(place, "export", "run", "--out", str(tmp_path / "out"))
+    assert (result.returncode, result.stderr) == (0, "")
+    first, second = result.stdout.splitlines()
+    assert first == f"{tmp_path / 'out'}: BertForPreTraining, loaded by transformers without complaint"
+    assert re.fullmatch(r"largest difference of [\d,]+ logits: \d\.\de-0\d", second)
+    code, out, _ = inside("export", "hf", "--out", str(tmp_path / "again"), "--text", "A list.", "--json")
+    assert code == 0 and json.loads(out)["difference"] < 1e-4 and (tmp_path / "again/config.json").exists()
+
+
+def test_fill_and_nsp(place, inside):
+    result = fastbert(place, "fill", "hf", "A [MASK] is a [MASK].", "--k", "3", "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert found["text"] == "A [MASK] is a [MASK]." and [len(best) for best in found["masks"]] == [3, 3]
+    best = found["masks"][0][0]
+    _, shown, _ = inside("fill", "run", "A [MASK] is a [MASK].")
+    assert best["token"] in shown and f"{100 * best['probability']:.1f} %" in shown and "[MASK] 2 of 2" in shown
+    probability = json.loads(inside("nsp", "hf", "A list.", "A name.", "--json")[1])["probability"]
+    assert inside("nsp", "run", "A list.", "A name.") == (0, f"{100 * probability:.1f} % that the second follows the first\n", "")
+
+
+def test_embed_warns_once_and_keeps_stdout_clean(inside, tmp_path):
+    code, out, err = inside("embed", "run", "texts.txt", "--pool", "cls", "--layer", "1", "--out", str(tmp_path / "x.npy"), "--json")
+    assert code == 0
+    assert json.loads(out) == {"out": str(tmp_path / "x.npy"), "rows": 2, "hidden_size": 32, "pool": "cls", "layer": 1}
+    assert err == "fastbert: 1 of 2 texts are longer than the 30 tokens that the model takes; the rest is cut off\n"
+    assert np.load(tmp_path / "x.npy").shape == (2, 32)
+
+
+def test_finetune(inside, tmp_path):
+    arguments = ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--epochs", "2", "--out", str(tmp_path / "out"), "--json"]
+    code, out, err = inside(*arguments)
+    found = json.loads(out)
+    assert code == 0 and found["labels"] == ["x", "y"] and found["majority"] == 0.5 and len(found["epochs"]) == 2
+    assert [line.split(":")[0] for line in err.splitlines()] == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_plan_reads_the_store(inside, small_store):
+    code, out, _ = inside("plan", "recipe.toml", "--gpus", "2", "--gpu", "a100", "--stage", "1", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["vocab_size"] == small_store.vocab_size and found["steps"] == 10
+    assert not any("is not here" in line for line in found["assumptions"])
+    assert 8 < found["tokens_per_step"] / 256 <= 128
+    _, shown, _ = inside("plan", "recipe.toml", "--stage", "1")
+    assert "8 x h100" in shown and "memory: activations" in shown and "limited by" in shown
+
+
+def test_prepare_reports(place, inside, english_jsonl, tmp_path):
+    code, out, err = inside(
+        "prepare", str(english_jsonl), "--out", str(tmp_path / "store"), "--vocab-size", "500", "--workers", "1", "--json"
+    )
+    assert (code, err) == (0, "")
+    assert json.loads(out)["vocab_size"] == 500 and (tmp_path / "store/manifest.json").exists()
+
+
+def test_a_bug_is_no_bad_input(monkeypatch):
+    """An exception that is nobody's input keeps its traceback."""
+    monkeypatch.setattr("fastbert.doctor.diagnose", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_inside(["doctor"])

@@ -1,0 +1,220 @@
+"""Every format gives the same documents; every broken file is one InputError that names it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastbert.data import documents
+from fastbert.data.documents import find_sources, parse, read_chunks, read_documents
+from fastbert.errors import InputError
+
+DOCUMENTS = ["One.\nStill one.", "Zwei: größer.", "三。", 'Four "quoted" \\ back', "Five"]
+ONE_LINE = [document.replace("\n", " ") for document in DOCUMENTS]
+
+PACK: dict[str, Callable[[bytes], bytes]] = {"": lambda data: data, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+
+
+def json_lines(texts: list[str], field: str = "text") -> bytes:
+    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def table(path: Path, column: pyarrow.Array, name: str = "text", **options: int) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(column)), name: column}), path, **options)
+    return path
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize(
+    ("name", "data", "text_format", "expected"),
+    [
+        ("a.txt", "\n\n".join(DOCUMENTS), None, DOCUMENTS),
+        ("a.txt", "\n \t\n\n" + "\n\u00a0\n".join(DOCUMENTS) + "\n\n\n", None, DOCUMENTS),
+        ("a.txt", "\r\n\r\n".join(DOCUMENTS), None, DOCUMENTS),
+        ("a.txt", "\ufeffOne.\n\nTwo.", None, ["One.", "Two."]),
+        ("a.txt", "\n".join(ONE_LINE) + "\n", "lines", ONE_LINE),
+        ("a.txt", "one\n\ntwo", "lines", ["one", "", "two"]),
+        ("a.log", "\n".join(ONE_LINE), "lines", ONE_LINE),
+        ("a.jsonl", json_lines(DOCUMENTS), None, DOCUMENTS),
+        ("a.ndjson", b"\n" + json_lines(DOCUMENTS).replace(b"\n", b"\r\n\r\n"), None, DOCUMENTS),
+        ("a.json", json_lines(DOCUMENTS), "jsonl", DOCUMENTS),
+        ("a.jsonl", '{"text": null}\n{"text": "a\\ud800b"}\n{"text": "a\u2028b \\ud83d\\ude00"}', None, ["", "a\ufffdb", "a\u2028b 😀"]),
+    ],
+)
+def test_formats(tmp_path: Path, packing: str, name: str, data: bytes | str, text_format: str | None, expected: list[str]) -> None:
+    path = write(tmp_path / (name + packing), PACK[packing](data if isinstance(data, bytes) else data.encode()))
+    assert [document.strip("\r\n") for document in read_documents([path], text_format)] == expected
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_parquet(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    column = pyarrow.array([*DOCUMENTS, None] * 500).cast(kind)
+    path = table(tmp_path / "a.parquet", column, "body", row_group_size=700)
+    assert list(read_documents([path], text_field="body")) == [*DOCUMENTS, ""] * 500
+    chunks = list(read_chunks(find_sources([path])[0], "body"))
+    assert sum(chunk.read_bytes for chunk in chunks) == path.stat().st_size
+
+
+def test_field(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", json_lines(DOCUMENTS, "body"))
+    assert list(read_documents([path], text_field="body")) == DOCUMENTS
+
+
+def test_several_members_and_frames(tmp_path: Path) -> None:
+    halves = [b"One.\n\nTw", b"o.\n\nThree."]
+    for packing in (".gz", ".zst"):
+        path = write(tmp_path / f"a.txt{packing}", b"".join(map(PACK[packing], halves)))
+        assert list(read_documents([path])) == ["One.", "Two.", "Three."]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("text_format", ["txt", "lines"])
+def test_where_a_chunk_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, text_format: str) -> None:
+    path = write(tmp_path / "a.txt", "\n\n".join(DOCUMENTS * 3) + "\n \n\n\t\nEnd.\n")
+    whole = list(read_documents([path], text_format))
+    monkeypatch.setattr(documents, "CHUNK_BYTES", size)
+    chunks = list(read_chunks(find_sources([path], text_format)[0]))
+    assert [document for chunk in chunks for document in parse(chunk)] == whole
+    assert len(chunks) > 5 or size == 64
+    data = path.read_bytes()
+    assert b"".join(chunk.data for chunk in chunks) == data
+    for chunk in chunks:
+        assert chunk.line == 1 + data.count(b"\n", 0, chunk.offset)
+        assert data[chunk.offset :].startswith(chunk.data)
+    assert sum(chunk.read_bytes for chunk in chunks) == len(data)
+
+
+def test_folders(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/10.txt.gz", "a.jsonl", "notes.md", "b/picture.png", ".hidden/x.txt", "b/.x.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        text = {"a": json_lines(["a"]), "1": gzip.compress(b"ten")}.get(path.name[0], path.name.encode())
+        write(path, text)
+    sources, ignored = find_sources([tmp_path, tmp_path / "a.jsonl", tmp_path / "b"])
+    assert [str(source.path.relative_to(tmp_path)) for source in sources] == ["a.jsonl", "b/10.txt.gz", "b/2.txt"]  # each once
+    assert {path.name for path in ignored} == {"notes.md", "picture.png"}
+    assert list(read_documents([tmp_path])) == ["a", "ten", "2.txt"]
+    sources, ignored = find_sources([tmp_path], "lines")
+    assert [source.format for source in sources] == ["lines", "lines"]
+    assert "a.jsonl" in {path.name for path in ignored}
+
+
+def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[str]]]:
+    """What is read, how, and words that the message must have."""
+    packed = {packing: PACK[packing](b"One.\n\nTwo.\n" * 10_000) for packing in PACK}
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "x.md", "x")
+    strings = pyarrow.array(["a", "b"])
+    bad_string = pyarrow.StringArray.from_buffers(2, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff"))
+    good = table(tmp_path / "good.parquet", strings).read_bytes()
+    return {
+        "missing": (tmp_path / "none.txt", {}, ["none.txt", "no such file"]),
+        "empty": (write(tmp_path / "e.txt", ""), {}, ["e.txt", "empty"]),
+        "empty gz": (write(tmp_path / "e.txt.gz", ""), {}, ["e.txt.gz", "empty"]),
+        "empty zst": (write(tmp_path / "e.txt.zst", ""), {}, ["e.txt.zst", "empty"]),
+        "nothing packed": (write(tmp_path / "n.txt.gz", gzip.compress(b"")), {}, ["n.txt.gz", "empty"]),
+        "latin-1": (write(tmp_path / "l.txt", b"a\n\nb\nc\xe9d\n"), {}, ["l.txt", "line 4", "byte 6", "0xe9", "UTF-8"]),
+        "latin-1 packed": (write(tmp_path / "l.jsonl.gz", gzip.compress(b'{"text": "a"}\n\xff')), {}, ["line 2", "byte 14", "0xff"]),
+        "utf-16": (write(tmp_path / "u.txt", "text".encode("utf-16")), {}, ["line 1", "byte 0", "UTF-8"]),
+        "cut gz": (write(tmp_path / "c.txt.gz", packed[".gz"][:-9]), {}, ["c.txt.gz", "cut short"]),
+        "cut zst": (write(tmp_path / "c.txt.zst", packed[".zst"][:-3]), {}, ["c.txt.zst", "cut short"]),
+        "not gz": (write(tmp_path / "p.txt.gz", "plain text"), {}, ["p.txt.gz", "not a sound gzip"]),
+        "not zst": (write(tmp_path / "p.txt.zst", "plain text"), {}, ["p.txt.zst", "not a sound zstd"]),
+        "damaged gz": (write(tmp_path / "d.txt.gz", packed[".gz"][:40] + b"????" + packed[".gz"][44:]), {}, ["d.txt.gz", "not a sound gzip"]),
+        "json": (write(tmp_path / "j.jsonl", '{"text": "a"}\n{"text": \n'), {}, ["j.jsonl", "line 2", "not JSON"]),
+        "json list": (write(tmp_path / "i.jsonl", '["a"]\n'), {}, ["line 1", "JSON list"]),
+        "json deep": (write(tmp_path / "h.jsonl", "[" * 100_000), {}, ["line 1", "not JSON"]),
+        "field": (write(tmp_path / "f.jsonl", '{"body": 1, "title": 2}'), {}, ["line 1", "no field 'text'", "--text-field", "body, title"]),
+        "field kind": (write(tmp_path / "k.jsonl", '\n{"text": 5}'), {}, ["line 2", "'text' is a number"]),
+        "no parquet": (write(tmp_path / "x.parquet", "plain text"), {}, ["x.parquet", "not a sound Parquet"]),
+        "cut parquet": (write(tmp_path / "y.parquet", good[: len(good) // 2]), {}, ["y.parquet", "not a sound Parquet"]),
+        "empty parquet": (write(tmp_path / "z.parquet", b""), {}, ["z.parquet", "empty"]),
+        "no rows": (table(tmp_path / "r.parquet", strings[:0]), {}, ["r.parquet", "empty"]),
+        "column": (table(tmp_path / "q.parquet", strings, "body"), {}, ["q.parquet", "no column 'text'", "id, body"]),
+        "column kind": (table(tmp_path / "o.parquet", pyarrow.array([1, 2])), {}, ["o.parquet", "'text' holds int64"]),
+        "bad string": (table(tmp_path / "b.parquet", bad_string), {}, ["b.parquet", "row 1", "UTF-8"]),
+        "packed parquet": (write(tmp_path / "g.parquet.gz", gzip.compress(good)), {}, ["g.parquet.gz", "unpack"]),
+        "suffix": (write(tmp_path / "a.doc", "x"), {}, ["a.doc", "--format"]),
+        "json suffix": (write(tmp_path / "a.json", "{}"), {}, ["a.json", "--format"]),
+        "format": (write(tmp_path / "a.txt", "x"), {"text_format": "pdf"}, ["pdf", "txt, lines, jsonl, parquet"]),
+        "folder": (folder, {}, ["folder", ".jsonl", ".parquet"]),
+        "device": (Path(os.devnull), {"text_format": "txt"}, [os.devnull, "not a regular file"]),
+    }
+
+
+def test_broken_input(tmp_path: Path) -> None:
+    for name, (path, options, words) in broken(tmp_path).items():
+        with pytest.raises(InputError) as raised:
+            list(read_documents([path], **options))
+        message = str(raised.value)
+        assert all(word in message for word in words), f"{name}: {message}"
+        assert "\n" not in message, name
+
+
+def test_nothing_named() -> None:
+    with pytest.raises(InputError, match="no SOURCE"):
+        find_sources([])
+
+
+def test_a_document_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "LONGEST_DOCUMENT_BYTES", 3 << 20)
+    path = write(tmp_path / "a.txt", b"Short.\n\n" + b"A line.\n" * (1 << 20))
+    with pytest.raises(InputError, match=r"line 3 is longer than 3 MiB.*--format lines"):
+        list(read_documents([path]))
+    assert sum(1 for _ in read_documents([path], "lines")) == (1 << 20) + 2
+
+
+rubbish = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.zst"])
+@rubbish
+@given(data=st.one_of(st.binary(max_size=200), st.lists(st.sampled_from([b"{", b"}", b'"', b"text", b":", b"\n", b"\xff", b"\xc3", b"1", b"\\ud8"])).map(b"".join)))
+def test_rubbish(tmp_path: Path, suffix: str, data: bytes) -> None:
+    path = write(tmp_path / f"a{suffix}", data)
+    try:
+        found = list(read_documents([path]))
+    except InputError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert all(isinstance(document, str) and document.encode() is not None for document in found)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".txt.gz", ".jsonl.zst"])
+@rubbish
+@given(place=st.integers(0, 10_000), value=st.integers(0, 255), cut=st.booleans())
+def test_damage(tmp_path: Path, suffix: str, place: int, value: int, cut: bool) -> None:
+    """One byte of a sound file is changed, or its end is missing."""
+    path = tmp_path / f"a{suffix}"
+    sound = tmp_path / f"sound{suffix}"
+    if not sound.exists():
+        if suffix == ".parquet":
+            table(sound, pyarrow.array(DOCUMENTS))
+        else:
+            write(sound, PACK[suffix[-4:] if suffix.endswith(".zst") else ".gz"](json_lines(DOCUMENTS)))
+    data = bytearray(sound.read_bytes())
+    place %= len(data)
+    data[place] = value
+    write(path, bytes(data[:place] if cut else data))
+    try:
+        found = list(read_documents([path]))
+    except InputError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert all(isinstance(document, str) for document in found)

@@ -1,0 +1,245 @@
+"""From text to a store: nothing lost, nothing left to chance, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from fastbert.data import prepare as module
+from fastbert.data.documents import Chunk, Source, read_documents
+from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, hash_text
+from fastbert.data.prepare import prepare
+from fastbert.data.sentences import split_sentences
+from fastbert.data.store import Split, Store, open_store
+from fastbert.data.tokenizer import load_tokenizer
+from fastbert.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def several_chunks(english_documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 2.6 MB, so of several chunks."""
+    path = tmp_path_factory.mktemp("large") / "large.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Copy {i}. {document}"}) + "\n" for i in range(6) for document in english_documents))
+    return path
+
+
+def texts_of(split: Split) -> list[list[list[int]]]:
+    """All ids of a split, [document][sentence][token]."""
+    sentences = split.first_token(np.arange(split.sentences + 1))
+    documents = split.first_sentence(np.arange(split.documents + 1))
+    tokens = split.gather(np.zeros(1, np.int64), np.array([split.tokens])).tolist()
+    cut = [tokens[a:b] for a, b in zip(sentences[:-1], sentences[1:], strict=True)]
+    return [cut[a:b] for a, b in zip(documents[:-1], documents[1:], strict=True)]
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+def test_every_sentence_is_there(small_store: Store, english_documents: list[str]) -> None:
+    """The store against the plain way: split, encode one by one, choose by hash."""
+    tokenizer = load_tokenizer(small_store.tokenizer_dir)
+    expected: dict[str, list[list[list[int]]]] = {"train": [], "heldout": []}
+    for document in english_documents:
+        ids = [tokenizer.encode(sentence, add_special_tokens=False).ids for sentence in split_sentences(document)]
+        pieces = [sentence[i : i + LONGEST_SENTENCE] for sentence in ids for i in range(0, len(sentence), LONGEST_SENTENCE)]
+        if pieces:
+            expected["heldout" if hash_text(document) < 0.05 * 2**64 else "train"].append(pieces)
+    assert len(expected["heldout"]) >= module.LEAST_HELDOUT  # otherwise the share alone would not decide
+    for name, documents in expected.items():
+        assert texts_of(small_store.split(name)) == documents
+
+
+def test_the_same_bytes_whatever_the_workers(several_chunks: Path, tmp_path: Path) -> None:
+    made = []
+    for workers in (1, 3, 1):
+        out = tmp_path / f"store{len(made)}"
+        prepare([several_chunks], out, vocab_size=2000, workers=workers, progress=False)
+        made.append(files_of(out))
+    assert made[0] == made[1] == made[2]
+    store = open_store(tmp_path / "store1", verify=True)
+    assert sum(split["documents"] for split in store.manifest["splits"].values()) > 4000
+    text = json.dumps(store.manifest)
+    assert str(tmp_path) not in text and str(several_chunks) not in text
+
+
+def test_formats_make_the_same_store(english_documents: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(english_documents))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": document}) + "\n" for document in english_documents))
+    for name in ("txt", "jsonl"):
+        prepare([tmp_path / f"a.{name}"], tmp_path / name, vocab_size=1000, text_field="body", workers=1, progress=False)
+    assert files_of(tmp_path / "txt") == files_of(tmp_path / "jsonl")
+
+
+def test_given_tokenizer(small_store: Store, english_jsonl: Path, tmp_path: Path) -> None:
+    report = prepare([english_jsonl], tmp_path / "store", tokenizer=small_store.tokenizer_dir, heldout=0.05, workers=1, progress=False)
+    store = open_store(tmp_path / "store", verify=True)
+    for name in ("train", "heldout"):
+        assert store.manifest["splits"][name] == small_store.manifest["splits"][name]
+        assert store.manifest["files"][f"{name}/shard-00000.tokens"] == small_store.manifest["files"][f"{name}/shard-00000.tokens"]
+    assert report.figures["vocab_size"] == 1000
+    assert "lowercase" not in store.manifest["options"]
+
+
+def test_long_sentences_are_cut_and_nothing_is_lost(small_store: Store) -> None:
+    lengths = [1, 253, 254, 255, 508, 509, 1000]
+    tokenizer = (small_store.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
+    data = "\n".join("a " * length for length in lengths).encode() + b"\n\n\x00\x01\n\n."
+    encoded = ChunkEncoder(tokenizer, "text", 0)(Chunk(Source(Path("x"), "txt", ""), data, 1, 0, 0))
+    assert encoded.train.sentences.tolist() == [1, 253, 254, 254, 1, 254, 254, 254, 254, 1, 254, 254, 254, 238, 1]
+    assert encoded.train.documents.tolist() == [14, 1]
+    assert len(encoded.train.tokens) == sum(lengths) + 1
+    assert (encoded.cut_sentences, encoded.empty_documents, len(encoded.sentence_hashes)) == (4, 1, len(lengths) + 1)
+    assert len(encoded.heldout.tokens) == len(encoded.heldout.sentences) == len(encoded.heldout.documents) == 0
+
+
+def test_copies_are_on_one_side(english_documents: list[str], tmp_path: Path) -> None:
+    documents = [*english_documents, *reversed(english_documents), *english_documents[::2]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    report = prepare([tmp_path / "a.jsonl"], tmp_path / "store", vocab_size=500, heldout=0.3, workers=1, progress=False)
+    store = open_store(tmp_path / "store")
+    sides = [{json.dumps(document) for document in texts_of(store.split(name))} for name in ("train", "heldout")]
+    assert sides[1] and not sides[0] & sides[1]
+    distinct = len(set(map(str.strip, english_documents)))
+    assert report.figures["duplicate_document_share"] == pytest.approx(1 - distinct / len(documents), abs=1e-6)
+    assert report.figures["heldout_documents"] / len(documents) == pytest.approx(0.3, abs=0.06)
+
+
+@pytest.mark.parametrize(("count", "heldout"), [(2, 1), (3, 1), (8, 2), (63, 15), (200, 16)])
+def test_little_text_is_held_out_too(tmp_path: Path, count: int, heldout: int) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(f"This is the document number {i}. It is short." for i in range(count)))
+    report = prepare([tmp_path / "a.txt"], tmp_path / "store", vocab_size=120, text_format="lines", heldout=1e-9, workers=1, progress=False)
+    assert (report.figures["heldout_documents"], report.figures["documents"]) == (heldout, count)
+    prepare([tmp_path / "a.txt"], tmp_path / "half", vocab_size=120, text_format="lines", heldout=0.5, workers=1, progress=False)
+    assert all(open_store(tmp_path / "half").split(name).documents for name in ("train", "heldout"))
+
+
+def test_sample_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "VOCABULARY_BYTES", 100)
+    for count, kept in [(10, range(10)), (11, range(0, 11, 2)), (100, range(0, 100, 16)), (1, range(1))]:
+        chunks = [Chunk(Source(Path("x"), "txt", ""), b"0123456789", i, 0, 0) for i in range(count)]
+        assert [chunk.line for chunk in module._spread(chunks)] == list(kept)
+    large = Chunk(Source(Path("x"), "txt", ""), b"0" * 1000, 1, 0, 0)
+    assert module._spread([large]) == [large]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        ("a\n\nb", {"heldout": 0.0}, ["--heldout 0.0", "above 0"]),
+        ("a\n\nb", {"heldout": 0.6}, ["--heldout 0.6", "0.5"]),
+        ("a\n\nb", {"workers": 0}, ["--workers 0", "1 or more"]),
+        ("a\n\nb", {"vocab_size": 5}, ["vocabulary size = 5", "100"]),
+        ("a\n\nb", {"text_format": "doc"}, ["doc", "jsonl"]),
+        ("a\n\nb", {"tokenizer": "nowhere"}, ["nowhere", "no such tokenizer"]),
+        (" \n\n \n", {}, ["every document is empty"]),
+        (" \n\n \n", {"tokenizer": True}, ["a.txt", "no document with text"]),
+        ("One.\n\nOne.\n", {}, ["a.txt", "one distinct document", "two at least"]),
+        ("", {"tokenizer": True}, ["a.txt", "is empty"]),
+        (b"good\n\n\xff", {}, ["a.txt", "line 3", "not UTF-8"]),
+        (b"good\n\n\xff", {"tokenizer": True, "workers": 2}, ["a.txt", "line 3", "not UTF-8"]),
+    ],
+)
+def test_bad_calls(small_store: Store, tmp_path: Path, text: str | bytes, options: dict[str, Any], words: list[str]) -> None:
+    (tmp_path / "a.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    if options.get("tokenizer") is True:
+        options = {**options, "tokenizer": small_store.tokenizer_dir}
+    with pytest.raises(InputError) as raised:
+        prepare([tmp_path / "a.txt"], tmp_path / "store", **{"progress": False, **options})
+    message = str(raised.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_existing_target(english_jsonl: Path, tmp_path: Path) -> None:
+    for name, make in [("file", Path.touch), ("folder", Path.mkdir), ("link", lambda path: path.symlink_to("nowhere"))]:
+        make(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: exists already; remove it or choose another --out"):
+            prepare([english_jsonl], tmp_path / name, progress=False)
+    with pytest.raises(InputError, match="file/store: cannot be written"):
+        prepare([english_jsonl], tmp_path / "file" / "store", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
+
+
+@pytest.mark.parametrize("limit", [1000, 50_000, 200_000])
+def test_no_space(english_jsonl: Path, tmp_path: Path, limit: int) -> None:
+    """The system refuses to let a file grow: in the tokenizer, or in the tokens."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(InputError, match="store: no space left") as raised:
+            prepare([english_jsonl], tmp_path / "store", vocab_size=1000, workers=1, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+RUN = "import sys; from fastbert.data.prepare import prepare; prepare([sys.argv[1]], sys.argv[2], workers=2, vocab_size=8000)"
+
+
+@pytest.mark.parametrize("end", ["interrupt", "terminate", "worker killed"])
+def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> None:
+    """Ctrl-C, SIGTERM, or the system kills a worker: no store, nothing half-written, no process left."""
+    process = subprocess.Popen([sys.executable, "-c", RUN, several_chunks, tmp_path / "store"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    workers: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline and not any((tmp_path).glob(".store.*/train")):
+        time.sleep(0.002)
+    while process.poll() is None and time.monotonic() < deadline and not workers:
+        workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.002)
+    assert workers, "it ended before it could be stopped"
+    if end == "interrupt":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    elif end == "terminate":
+        process.terminate()
+    else:
+        workers[0].kill()
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert list(tmp_path.iterdir()) == []
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    expected = {"interrupt": "KeyboardInterrupt", "terminate": "", "worker killed": "InputError: one of 2 workers was killed"}
+    assert expected[end] in errors and ("Traceback" in errors) == (end != "terminate")
+
+
+def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
+    """Killed without a chance to clean up, it leaves only a hidden folder, and a second call is not in its way."""
+    process = subprocess.Popen([sys.executable, "-c", RUN, several_chunks, tmp_path / "store"], stderr=subprocess.DEVNULL)
+    workers: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline and len(workers) < 2:
+        workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert all(path.name.startswith(".store.") for path in tmp_path.iterdir())
+    prepare([several_chunks], tmp_path / "store", vocab_size=500, workers=1, progress=False)
+    open_store(tmp_path / "store", verify=True)
+
+
+def test_progress_and_left_out_files(english_jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(english_jsonl.read_bytes())
+    (folder / "b.md").write_text("x")
+    prepare([folder], tmp_path / "store", vocab_size=500, workers=1)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "1 files left out" in captured.err and "b.md" in captured.err
+    assert "documents, sentences, tokens" in captured.err
+    assert sum(1 for _ in read_documents([folder])) == open_store(tmp_path / "store").manifest["splits"]["train"]["documents"] + 16

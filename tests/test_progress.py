@@ -1,0 +1,66 @@
+"""What ends a run, and how far it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastbert.config import RunConfig, ScheduleConfig, StopConfig
+from fastbert.training.progress import Horizon, Progress
+
+
+def horizon(over: str = "steps", steps_per_epoch: float = 12.5, **stop) -> Horizon:
+    return Horizon(RunConfig(data="store", stop=StopConfig(**stop), schedule=ScheduleConfig(over=over)), steps_per_epoch)
+
+
+@pytest.mark.parametrize(
+    "stop, before, after, reason",
+    [
+        ({"steps": 5}, Progress(step=4), Progress(step=5), "stop.steps = 5"),
+        ({"epochs": 2.0}, Progress(step=24), Progress(step=25), "stop.epochs = 2"),
+        ({}, Progress(step=12), Progress(step=13), "stop.epochs = 1"),
+        ({"tokens": 900}, Progress(step=3, tokens=899), Progress(step=4, tokens=901), "stop.tokens = 900"),
+        ({"seconds": 1.5}, Progress(seconds=1.4), Progress(seconds=1.6), "stop.seconds = 1.5"),
+        ({"loss": 3.0}, Progress(heldout_loss=3.1), Progress(heldout_loss=3.0), "stop.loss = 3.0: the held-out loss is 3.0000"),
+        (
+            {"patience": 2},
+            Progress(stale=1),
+            Progress(stale=2, best_loss=4.0),
+            "stop.patience = 2: no better than 4.0000 for 2 evaluations",
+        ),
+        ({"steps": 9, "tokens": 5}, Progress(step=8), Progress(step=8, tokens=6), "stop.tokens = 5"),
+    ],
+)
+def test_each_condition_ends_the_run_and_is_named(stop, before, after, reason):
+    assert horizon(**stop).reached(before) is None
+    assert horizon(**stop).reached(after) == reason
+
+
+def test_min_delta_decides_what_is_better():
+    done = Progress()
+    for loss, best, stale in [(5.0, 5.0, 0), (4.95, 5.0, 1), (4.9, 4.9, 0), (6.0, 4.9, 1), (4.81, 4.9, 2)]:
+        done.judge(loss, min_delta=0.1 - 1e-9)
+        assert (done.best_loss, done.stale, done.heldout_loss) == (best, stale, loss)
+
+
+def test_an_equal_loss_is_no_better_without_min_delta():
+    done = Progress()
+    done.judge(5.0, 0.0)
+    done.judge(5.0, 0.0)
+    assert done.stale == 1
+
+
+def test_the_schedule_follows_its_own_unit_and_the_nearest_limit():
+    done = Progress(step=5, tokens=300, seconds=8.0)
+    assert horizon("steps", steps=10, tokens=400).scheduled(done) == 0.5
+    assert horizon("tokens", steps=10, tokens=400).scheduled(done) == 0.75
+    assert horizon("seconds", steps=10, seconds=10.0).scheduled(done) == 0.8
+    assert horizon("steps", steps=10, epochs=0.5).scheduled(done) == 0.8  # half an epoch is 6.25 steps
+    assert horizon("steps", tokens=400).scheduled(done) == 0.0  # a flat schedule needs no horizon
+
+
+def test_share_and_time_left_follow_the_limit_that_comes_first():
+    done = Progress(step=5, tokens=300, seconds=9.0)
+    limits = horizon(steps=10, tokens=400)
+    assert limits.share(done) == 0.75
+    assert limits.seconds_left(done) == pytest.approx(3.0)
+    assert limits.seconds_left(Progress()) is None

@@ -1,0 +1,134 @@
+"""The report's figures against counts by hand; each warning appears where it should and only there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, EncodedChunk, Part
+from fastbert.data.prepare import prepare
+from fastbert.data.report import Distinct, Report, Tally, make_report
+from fastbert.data.store import Store, open_store
+
+YARDSTICKS = {"unigram": 6.0, "train_tokens": 10}
+
+
+def chunk(documents: list[list[int]], heldout: list[list[int]] | None = None, **options: object) -> EncodedChunk:
+    """Documents as lists of their sentences' lengths."""
+
+    def part(documents: list[list[int]]) -> Part:
+        sentences = np.array([length for document in documents for length in document], np.int64)
+        return Part(np.zeros(sentences.sum(), np.uint16), sentences, np.array([len(document) for document in documents], np.int64))
+
+    both = documents + (heldout or [])
+    hashes = np.arange(len(both), dtype=np.uint64)
+    values = {"document_hashes": hashes, "sentence_hashes": np.arange(sum(map(len, both)), dtype=np.uint64), "empty_documents": 0, "cut_sentences": 0, "unknown_tokens": 0}
+    return EncodedChunk(part(documents), part(heldout or []), **{**values, **options})  # type: ignore[arg-type]
+
+
+def report_of(*chunks: EncodedChunk, vocab_size: int = 1000, asked: int | None = 1000) -> Report:
+    tally = Tally()
+    for one in chunks:
+        tally.add(one)
+    return make_report(tally, vocab_size, asked, YARDSTICKS)
+
+
+def test_figures() -> None:
+    report = report_of(
+        chunk([[10, 20], [100]], [[130]], empty_documents=2, unknown_tokens=13),
+        chunk([[254, 254, 92]], document_hashes=np.array([0], np.uint64), sentence_hashes=np.array([7], np.uint64), cut_sentences=1),
+    )
+    figures = report.figures
+    assert (figures["documents"], figures["sentences"], figures["tokens"]) == (4, 7, 860)
+    assert (figures["heldout_documents"], figures["heldout_tokens"], figures["empty_documents"]) == (1, 130, 2)
+    assert figures["unknown_share"] == pytest.approx(13 / 860, abs=1e-6)
+    assert figures["single_sentence_share"] == 0.5
+    assert figures["duplicate_document_share"] == pytest.approx(1 / 4)
+    assert figures["cut_sentences"] == 1
+    # Documents of 30, 100, 130 and 600 tokens.
+    assert figures["document_tokens"] == {"0.05": 30, "0.25": 30, "0.5": 100, "0.75": 130, "0.95": 600, "longest": 600}
+    assert figures["sentence_tokens"]["longest"] == 254
+    assert figures["truncated_share"] == {"128": pytest.approx((4 + 474) / 860, abs=1e-6), "512": pytest.approx(90 / 860, abs=1e-6)}
+    # 125 tokens of text in a sequence of 128: 1 + 1 + 2 + 5 sequences; 509 in 512: 1 + 1 + 1 + 2.
+    assert figures["padding_share"]["128"] == pytest.approx(1 - (860 + 3 * 9) / (9 * 128), abs=1e-6)
+    assert figures["padding_share"]["512"] == pytest.approx(1 - (860 + 3 * 5) / (5 * 512), abs=1e-6)
+    assert figures["yardsticks"] == YARDSTICKS
+
+
+def test_a_chunk_without_text_changes_nothing() -> None:
+    assert report_of(chunk([[5, 5]])).figures == report_of(chunk([]), chunk([[5, 5]]), chunk([])).figures
+
+
+HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
+
+
+@pytest.mark.parametrize(
+    ("row", "made", "words"),
+    [
+        ("[UNK]", lambda: report_of(chunk([[20] * 50] * 1100, unknown_tokens=12_000)), "--vocab-size"),
+        ("[UNK]", lambda: report_of(chunk([[20] * 50] * 1100, unknown_tokens=12_000), asked=None), "leave out --tokenizer"),
+        ("copies of documents", lambda: report_of(chunk([[20, 20]] * 90, document_hashes=np.zeros(90, np.uint64))), "by heart"),
+        ("copies of sentences", lambda: report_of(chunk([[20, 20]] * 90, sentence_hashes=np.zeros(180, np.uint64))), "footers"),
+        ("documents of one sentence", lambda: report_of(chunk([[20]] * 90)), 'objective.kind = "mlm"'),
+        (f"sentences cut at {LONGEST_SENTENCE} tokens", lambda: report_of(chunk([[20, 20]] * 90, cut_sentences=90)), "tables"),
+        ("vocabulary", lambda: report_of(HEALTHY, vocab_size=800), "1,000 asked for"),
+        ("tokens", lambda: report_of(chunk([[20, 20]])), "100 million"),
+        ("documents", lambda: report_of(chunk([[200] * 100])), "--format lines"),
+        ("held out for evaluation", lambda: report_of(chunk([[20, 20]], [[20, 20]])), "--heldout"),
+    ],
+)
+def test_advice(row: str, made: object, words: str) -> None:
+    report = made()  # type: ignore[operator]
+    assert words in next(line.advice for line in report.rows if line.name == row)
+    assert not any(line.advice for line in report_of(HEALTHY).rows)
+
+
+def test_what_is_stored_and_shown(small_store: Store, english_jsonl: Path, tmp_path: Path) -> None:
+    report = prepare([english_jsonl], tmp_path / "store", vocab_size=5000, workers=1, progress=False)
+    stored = json.loads((tmp_path / "store" / "report.json").read_text(encoding="utf-8"))
+    advice = stored.pop("advice")
+    assert stored == json.loads(json.dumps(report.figures))
+    assert "100 million" in advice["tokens"]
+    markdown = (tmp_path / "store" / "report.md").read_text(encoding="utf-8")
+    assert markdown == report.markdown() and f"| tokens | {report.figures['tokens']:,} |" in markdown
+    assert report.table().row_count == len(report.rows)
+    store = open_store(tmp_path / "store")
+    counts = store.manifest["splits"]
+    for kind in ("documents", "sentences", "tokens"):
+        assert report.figures[kind] == counts["train"][kind] + counts["heldout"][kind]
+    assert report.figures["yardsticks"] == store.yardsticks
+
+
+@pytest.mark.parametrize("most", [100, 1000, 10**6])
+def test_distinct(most: int) -> None:
+    """10,000 things, the first half twice and the first hundred ten times more: from a sample, near the true share."""
+    draw = np.random.default_rng(3)
+    things = draw.integers(0, 2**64, 10_000, np.uint64)
+    stream = np.concatenate([things, things[:5000], *[things[:100]] * 10])
+    share = 1 - 10_000 / len(stream)
+    distinct = Distinct(most)
+    for part in np.array_split(draw.permutation(stream), 37):
+        distinct.add(part)
+    assert distinct.sampled == (most < len(stream))
+    assert sum(map(len, distinct._kept)) <= most
+    assert distinct.duplicates() == pytest.approx(share, abs=3 / most**0.5 if distinct.sampled else 1e-12)
+
+
+def test_sentence_hashes(small_store: Store) -> None:
+    """Equal for the same sentence, anywhere and in any chunk; different for any other, also of the same words."""
+    from fastbert.data.documents import Chunk, Source
+
+    tokenizer = (small_store.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
+    encoder = ChunkEncoder(tokenizer, "text", 0)
+
+    def hashes(text: str) -> list[int]:
+        return encoder(Chunk(Source(Path("x"), "lines", ""), text.encode(), 1, 0, 0)).sentence_hashes.tolist()
+
+    first = hashes("a b c\nc b a\na b\na b c a b c\na\na a\n")
+    assert len(set(first)) == 6
+    assert hashes("of the\na b c\na\n")[1:] == [first[0], first[4]]
+    many = hashes("".join(f"{i} of {j}\n" for i in range(100) for j in range(100)))
+    assert len(set(many)) == 10_000

@@ -1,0 +1,279 @@
+"""The vocabulary is the same every time, transformers reads it, and the fast encoder agrees with the slow one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from fastbert.data import tokenizer as module
+from fastbert.data.store import SpecialIds, Store
+from fastbert.data.tokenizer import Encoder, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from fastbert.errors import InputError
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+TEXT = "Élan and 3.14 (naïve) DON'T [MASK] [SEP] ##ing 中文字 ΣΑΣ"
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["lowercase", "cased"])
+def tokenizer(request: pytest.FixtureRequest, english_documents: list[str]) -> Tokenizer:
+    return train_tokenizer([*english_documents[:200], TEXT * 3], 600, lowercase=request.param)
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> list[str]:
+    ids = tokenizer.get_vocab()
+    return sorted(ids, key=ids.__getitem__)
+
+
+def test_training(english_documents: list[str]) -> None:
+    tokens = vocabulary_of(train_tokenizer(iter(english_documents), 1000))
+    assert len(tokens) == len(set(tokens)) == 1000
+    assert tokens[:5] == SPECIAL
+    assert {"the", "of", "python", "##ing", "a", "##a"} < set(tokens)
+    assert not any(token != token.lower() for token in tokens[5:])
+
+
+def test_training_is_deterministic(english_jsonl: Path) -> None:
+    """In fresh processes, since hash maps are seeded once in each."""
+    code = (
+        "import sys, hashlib; from fastbert.data.documents import read_documents; from fastbert.data.tokenizer import train_tokenizer;"
+        "print(hashlib.sha256(train_tokenizer(read_documents(sys.argv[1:]), 1000).to_str().encode()).hexdigest())"
+    )
+    found = set()
+    for threads in ("1", "2", "3"):
+        environment = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+        result = subprocess.run([sys.executable, "-c", code, english_jsonl], env=environment, capture_output=True, text=True, check=True)
+        found.add(result.stdout)
+    assert len(found) == 1
+
+
+def test_alphabet_leaves_room_for_words() -> None:
+    words = {"the", "cat", "sat", "on", "mat"}
+    many = "".join(map(chr, range(0x0250, 0x0550)))
+    tokens = set(vocabulary_of(train_tokenizer(["the cat sat on the mat " * 2000, many], 200)))
+    assert words < tokens  # though there are more characters than the vocabulary can hold
+    few = "ʘʬӿ"
+    tokens = set(vocabulary_of(train_tokenizer(["the cat sat on the mat " * 5000, few], 200)))
+    assert words < tokens and not set(few) & tokens  # too rare for a place
+
+
+@pytest.mark.parametrize("size", [0, 99, 1 << 21])
+def test_vocabulary_size_out_of_range(size: int) -> None:
+    with pytest.raises(InputError, match=f"vocabulary size = {size};"):
+        train_tokenizer(["some text"], size)
+
+
+@pytest.mark.parametrize("texts", [[], [""], [" \n\t", "\x00\x01"]])
+def test_nothing_to_train_on(texts: list[str]) -> None:
+    with pytest.raises(InputError, match="every document is empty"):
+        train_tokenizer(texts, 1000)
+
+
+def expected(tokenizer: Tokenizer, sentences: list[str]) -> tuple[list[int], list[int]]:
+    encoded = [tokenizer.encode(sentence, add_special_tokens=False).ids for sentence in sentences]
+    return [i for ids in encoded for i in ids], [len(ids) for ids in encoded]
+
+
+def test_encoder_on_real_text(tokenizer: Tokenizer, english_documents: list[str]) -> None:
+    encoder = Encoder(tokenizer)
+    for part in (english_documents[:300], english_documents[200:400]):
+        ids, lengths = encoder(part)
+        assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, part)
+
+
+# Pieces that a splitter at whitespace could get wrong: control characters, which BERT removes, though Python's split breaks
+# a word there; accents apart from their letters; letters that change length or depend on their neighbours in small
+# writing; Chinese, which is split everywhere; words beyond the longest; the separator itself.
+PIECES = list(" \t\n\r\x00\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u0345\u1680\u180e\u200b\u2003\u2028\u2029\u3000\ufeff\ufffdaAzZ09.,!-_'#[]İßΣςǅﬁ中ｱ한́é😀")
+PIECES += ["[MASK]", "[CLS]", "##a", " \x00 ", "x" * 101, "X" * 100, "the", "The", "don't", "中文", "e\u0301\u0323"]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(st.text(max_size=20), st.lists(st.sampled_from(PIECES), max_size=8).map("".join)), max_size=5))
+def test_encoder_on_any_text(tokenizer: Tokenizer, sentences: list[str]) -> None:
+    ids, lengths = Encoder(tokenizer)(sentences)
+    assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, sentences)
+
+
+def test_encoder_with_a_small_memory(tokenizer: Tokenizer, english_documents: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KEPT_WORDS", 50)
+    monkeypatch.setattr(module, "_KEPT_LENGTH", 4)
+    encoder = Encoder(tokenizer)
+    for document in english_documents[:50]:
+        ids, lengths = encoder([document])
+        assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, [document])
+
+
+def test_text_of_special_tokens_is_text(tokenizer: Tokenizer) -> None:
+    special = special_ids(tokenizer, "here")
+    assert special == SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
+    assert not {0, 2, 3, 4} & set(tokenizer.encode("[PAD] [CLS] [SEP] [MASK]", add_special_tokens=False).ids)
+
+
+def test_transformers_loads_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tokenizer, tmp_path / "ours")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    text = TEXT.replace("[MASK] [SEP] ", "")
+    assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text, add_special_tokens=False).ids
+    assert [theirs.pad_token_id, theirs.unk_token_id, theirs.cls_token_id, theirs.sep_token_id, theirs.mask_token_id] == [0, 1, 2, 3, 4]
+    pair = theirs("the one", "the other")
+    a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("the one", "the other"))
+    assert pair["input_ids"] == [2, *a, 3, *b, 3]
+    assert pair["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+    assert theirs.model_max_length == 512
+    # And back: what transformers writes is loaded here.
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = load_tokenizer(tmp_path / "theirs")
+    assert vocabulary_of(back) == vocabulary_of(tokenizer)
+    assert back.encode(TEXT).ids == tokenizer.encode(TEXT).ids
+
+
+def test_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    save_tokenizer(tokenizer, tmp_path)
+    ids = tokenizer.encode(TEXT).ids
+    assert load_tokenizer(tmp_path).encode(TEXT).ids == ids
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode(TEXT).ids == ids
+    assert load_tokenizer(tmp_path / "vocab.txt").encode(TEXT).ids == ids  # tokenizer_config.json says whether it is cased
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert load_tokenizer(tmp_path / "vocab.txt").encode(TEXT).ids == ids  # the letters in it do
+    (tmp_path / "tokenizer.json").unlink()
+    assert load_tokenizer(tmp_path).encode(TEXT).ids == ids
+    (tmp_path / "vocab.txt").write_bytes((tmp_path / "vocab.txt").read_bytes().replace(b"\n", b"\r\n"))
+    assert load_tokenizer(tmp_path).encode(TEXT).ids == ids
+
+
+def test_padding_and_truncation_that_were_saved_are_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    other = Tokenizer.from_str(tokenizer.to_str())
+    other.enable_padding(length=50)
+    other.enable_truncation(3)
+    (tmp_path / "tokenizer.json").write_text(other.to_str(), encoding="utf-8")
+    assert load_tokenizer(tmp_path).encode(TEXT).ids == tokenizer.encode(TEXT).ids
+
+
+def changed(*path: Any, value: Any) -> Any:
+    """A tokenizer.json with one setting changed."""
+
+    def change(settings: dict[str, Any]) -> str:
+        place = settings
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        return json.dumps(settings)
+
+    return change
+
+
+def without(token: str) -> Any:
+    def change(settings: dict[str, Any]) -> str:
+        settings["added_tokens"] = [entry for entry in settings["added_tokens"] if entry["content"] != token]
+        vocabulary = [other for other in settings["model"]["vocab"] if other != token]
+        settings["model"]["vocab"] = {other: i for i, other in enumerate(vocabulary)}
+        return json.dumps(settings)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda settings: "{", ["not the file of a BERT tokenizer"]),
+        (lambda settings: "[1]", ["not the file of a BERT tokenizer"]),
+        (lambda settings: "{}", ["not the file of a BERT tokenizer", "model"]),
+        (lambda settings: json.dumps(settings).replace('"the"', '"of"'), ["'of'", "twice"]),
+        (changed("model", "type", value="BPE"), ["BPE", "WordPiece"]),
+        (changed("normalizer", value=None), ["None", "BertNormalizer"]),
+        (changed("pre_tokenizer", "type", value="Whitespace"), ["Whitespace", "BertPreTokenizer"]),
+        (changed("model", "continuing_subword_prefix", value="@@"), ["'@@'", "'##'"]),
+        (changed("normalizer", "clean_text", value=False), ["clean_text False"]),
+        (changed("model", "vocab", "of", value=5000), ["ids 0 to 599"]),
+        (changed("model", "vocab", "of", value=7), ["ids 0 to 599"]),
+        (changed("model", "vocab", "of", value=-1), ["not a sound tokenizer"]),
+        (changed("added_tokens", 4, "special", value=False), ["added tokens", "[MASK]"]),
+        (without("[SEP]"), ["has no [SEP]"]),
+    ],
+)
+def test_broken_json(english_documents: list[str], tmp_path: Path, change: Any, words: list[str]) -> None:
+    settings = json.loads(train_tokenizer(english_documents[:200], 600).to_str())
+    (tmp_path / "tokenizer.json").write_text(change(settings), encoding="utf-8")
+    with pytest.raises(InputError) as raised:
+        load_tokenizer(tmp_path)
+    message = str(raised.value)
+    assert all(word in message for word in ["tokenizer.json", *words]) and "\n" not in message, message
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", ["vocab.txt", "line 1 is empty"]),
+        ("\n".join([*SPECIAL, "a", "b", "a"]).encode(), ["line 8", "'a'", "line 6"]),
+        ("\n".join([*SPECIAL, "a", "", "b"]).encode(), ["line 7 is empty"]),
+        ("\n".join([*SPECIAL[:4], "a"]).encode(), ["has no [MASK]"]),
+        (b"[PAD]\n\xff", ["not UTF-8 at byte 6"]),
+    ],
+)
+def test_broken_vocabulary(tmp_path: Path, data: bytes, words: list[str]) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(data)
+    with pytest.raises(InputError) as raised:
+        load_tokenizer(path)
+    message = str(raised.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+def test_no_tokenizer_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no tokenizer\.json and no vocab\.txt"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="none: no such tokenizer"):
+        load_tokenizer(tmp_path / "none")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(["vocab.txt", "tokenizer.json", "tokenizer_config.json"]), data=st.one_of(st.binary(max_size=50), st.lists(st.sampled_from([*SPECIAL, "\n", "a", "##", "{", "}", '"vocab"', ":", "1"])).map(lambda parts: "".join(parts).encode())))
+def test_rubbish(tmp_path: Path, name: str, data: bytes) -> None:
+    for old in tmp_path.iterdir():
+        old.unlink()
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "a"]))
+    (tmp_path / name).write_bytes(data)
+    try:
+        load_tokenizer(tmp_path)
+    except InputError as error:
+        assert name in str(error) and "\n" not in str(error)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_rubbish_in_the_json(small_store: Store, tmp_path: Path, data: st.DataObject) -> None:
+    """Any setting of a sound tokenizer.json is replaced by another."""
+    place = settings_of = json.loads((small_store.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)[:50])) if isinstance(place, dict) else data.draw(st.integers(0, len(place) - 1))
+        if not place[key] or not isinstance(place[key], (dict, list)) or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(st.none() | st.booleans() | st.integers(-3, 2000) | st.text(max_size=3) | st.just([]) | st.just({}) | st.just({"type": "Lowercase"}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings_of), encoding="utf-8")
+    try:
+        tokenizer = load_tokenizer(tmp_path)
+    except InputError as error:
+        assert "tokenizer.json" in str(error) and "\n" not in str(error)
+    else:
+        sentences = ["The [MASK] of Python, é 中!", ""]
+        ids, lengths = Encoder(tokenizer)(sentences)
+        assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, sentences)
+
+
+def test_files_of_a_store_are_those_of_its_tokenizer(small_store: Store, tmp_path: Path) -> None:
+    save_tokenizer(load_tokenizer(small_store.tokenizer_dir), tmp_path)
+    for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
+        assert hashlib.sha256((tmp_path / name).read_bytes()).digest() == hashlib.sha256((small_store.tokenizer_dir / name).read_bytes()).digest()
