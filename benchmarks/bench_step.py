@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from fastbert.config import PRESETS, ModelConfig, RunConfig
+from fastbert.config import RunConfig, parse_config
 from fastbert.data.batches import Batches, PackedBatch
 from fastbert.data.store import open_store
 from fastbert.doctor import measure_gemm_rate
@@ -44,7 +44,7 @@ def pad(batch: PackedBatch) -> dict[str, torch.Tensor]:
     lengths = batch.cu_seqlens.diff().tolist()
 
     def rows(x: torch.Tensor, fill: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True, padding_value=fill)
+        return torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True, padding_value=fill)
 
     labels = torch.full_like(batch.input_ids, -100).index_copy_(0, batch.masked_positions, batch.labels)
     return {
@@ -79,7 +79,7 @@ def fill_up(batch: PackedBatch) -> PackedBatch:
 def compare(preset: str, vocab_size: int, batches: list[PackedBatch]) -> dict:
     """Time both sides on the same batches in turns."""
     torch.manual_seed(0)
-    config = ModelConfig(preset=preset, **PRESETS[preset])
+    config = parse_config(f'data = "none"\n[model]\npreset = "{preset}"', "bench_step").model
     ours = BertForPreTraining(config, vocab_size)
     words = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     theirs = transformers.BertForPreTraining(transformers.BertConfig(vocab_size=vocab_size, **{w: getattr(config, w) for w in words}))
@@ -93,12 +93,14 @@ def compare(preset: str, vocab_size: int, batches: list[PackedBatch]) -> dict:
         return theirs(**padded).loss
 
     padded = [pad(batch) for batch in batches]
-    ours.eval(), theirs.eval()
+    for model in (ours, theirs):
+        model.eval()
     with torch.no_grad():
         a, b = float(our_step(batches[0])), float(their_step(padded[0]))
     if abs(a - b) > 1e-4:
         raise SystemExit(f"{preset}, V = {vocab_size}: losses differ before timing: {a} against {b}")
-    ours.train(), theirs.train()
+    for model in (ours, theirs):
+        model.train()
     optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-4, weight_decay=0.01, fused=True) for m in (ours, theirs)}
 
     def timed(model, step, batch) -> float:

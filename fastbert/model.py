@@ -129,7 +129,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
         """Every token attends; with `rows` (int64 [R], ascending) only their outputs are computed, [R, D]."""
-        q, k, v = self._project(x, rows)
+        q, k, v = self.project(x, rows)
         context = varlen_attention(
             q,
             k,
@@ -144,7 +144,8 @@ class Attention(nn.Module):
         )
         return self.output(context.flatten(1), select(x, rows), select(pack.token_keys, rows), site + 1, dropout, impl)
 
-    def _project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q of the wanted rows, k and v of all: [R or T, H, K]."""
         linear, heads = nn.functional.linear, (self.heads, self.head_size)
         if rows is None:
             return linear(x, self.qkv_weight, self.qkv_bias).view(-1, 3, *heads).unbind(1)  # type: ignore[return-value]

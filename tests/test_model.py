@@ -10,7 +10,7 @@ import transformers
 from fastbert.config import ModelConfig
 from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
-from fastbert.model import BertForPreTraining, resolve_kernels
+from fastbert.model import Attention, BertForPreTraining, resolve_kernels
 from fastbert.objective import losses
 from fastbert.weights import from_hugging_face, to_hugging_face
 
@@ -175,8 +175,8 @@ def test_first_loss_of_a_fresh_model_is_that_of_guessing():
     torch.manual_seed(3)
     fresh = BertForPreTraining(dataclasses.replace(CONFIG, initial_attention="neighbours"), VOCAB).eval()
     found = losses(fresh(make_batch([30] * 20)))
-    assert float(found.mlm) == pytest.approx(torch.log(torch.tensor(VOCAB)).item(), abs=0.1)
-    assert float(found.nsp) == pytest.approx(0.6931, abs=0.05)
+    assert found.mlm.item() == pytest.approx(torch.log(torch.tensor(VOCAB)).item(), abs=0.1)
+    assert found.nsp.item() == pytest.approx(0.6931, abs=0.05)
 
 
 def test_kernels_are_resolved_by_device():
@@ -195,7 +195,9 @@ def test_neighbouring_heads_look_at_the_token_before_and_after():
     model = BertForPreTraining(config, VOCAB).eval()
     batch = make_batch([60])
     x = model.hidden_states(batch)[0]
-    q, k, _ = model.layers[0].attention._project(x, None)
+    attention = model.get_submodule("layers.0.attention")
+    assert isinstance(attention, Attention)
+    q, k, _ = attention.project(x, None)
     scores = torch.einsum("ihk,jhk->hij", q, k) / config.head_size**0.5
     best = scores.argmax(-1)
     place = torch.arange(60)

@@ -211,7 +211,7 @@ def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> N
     assert process.returncode != 0
     assert list(tmp_path.iterdir()) == []
     assert not psutil.wait_procs(workers, timeout=10)[1]
-    expected = {"interrupt": "KeyboardInterrupt", "terminate": "", "worker killed": "InputError: one of 2 workers was killed"}
+    expected = {"interrupt": "KeyboardInterrupt", "terminate": "", "worker killed": "InputError: a worker of prepare was killed"}
     assert expected[end] in errors and ("Traceback" in errors) == (end != "terminate")
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
+import queue
 import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -96,7 +96,8 @@ class ChunkEncoder:
 def encode_chunks(chunks: Iterable[Chunk], tokenizer: str, text_field: str, heldout_below: int, workers: int) -> Iterator[EncodedChunk]:
     """Encode chunks in `workers` processes (1: in this one) and give the results back in order.
 
-    A few chunks a worker are on their way at any time, so that memory does not grow with the text.
+    A few chunks a worker are on their way at any time, so that memory does not grow with the text. Close the generator
+    to end the processes.
 
     Raises:
         InputError: whatever is wrong with the text, or a worker that was killed.
@@ -104,24 +105,32 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: str, text_field: str, held
     if workers == 1:
         yield from map(ChunkEncoder(tokenizer, text_field, heldout_below), chunks)
         return
-    # Not fork: the tokenizer's threads, alive after training, would leave locked locks behind in the copies.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer, text_field, heldout_below))
-    waiting: deque[Future[EncodedChunk]] = deque()
+    # Not concurrent.futures: when a worker is killed while a chunk is being written to it, its pool waits for ever.
+    pool = _start(workers, (tokenizer, text_field, heldout_below))
+    source = iter(chunks)
+    more, sent, given = True, 0, 0  # chunks left to read; how many went to workers, and how many came out in order
+    done: dict[int, EncodedChunk] = {}
     try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_work, chunk))
-            if len(waiting) > 3 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise InputError(
-            f"one of {workers} workers was killed, most likely for want of memory; try fewer --workers"
-            " (from a script of your own: call prepare under `if __name__ == '__main__':`)"
-        ) from None
+        while more or given < sent:
+            # Two for each worker, so that it never waits; no further ahead than the order allows to give out soon.
+            for worker in pool:
+                while more and len(worker.waiting) < 2 and sent - given < 4 * workers:
+                    chunk = next(source, None)
+                    if chunk is None:
+                        more = False
+                    else:
+                        worker.send(sent, chunk)
+                        sent += 1
+            for number, result in _receive(pool):
+                done[number] = result
+            while given in done:
+                yield done.pop(given)
+                given += 1
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in pool:
+            worker.connection.close()  # the worker reads the end of its input, and ends
+        for worker in pool:
+            worker.process.join()
 
 
 def hash_text(text: str) -> int:
@@ -129,20 +138,84 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
 
 
-_encoder: ChunkEncoder  # of this worker
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    waiting: deque[int]  # numbers of the chunks it has
+
+    def send(self, number: int, chunk: Chunk) -> None:
+        try:
+            self.connection.send(chunk)
+        except OSError:
+            raise _killed() from None
+        self.waiting.append(number)
 
 
-def _start_worker(tokenizer: str, text_field: str, heldout_below: int) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphan when the parent is killed
-    _encoder = ChunkEncoder(tokenizer, text_field, heldout_below)
+def _start(count: int, args: tuple[str, str, int]) -> list[_Worker]:
+    # Not fork: the tokenizer's threads, alive after training, would leave locked locks behind in the copies.
+    spawn = multiprocessing.get_context("spawn")
+    # Ctrl-C reaches every process of the terminal. The workers ignore it, from their first moment: this one ends them.
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    pool = []
+    try:
+        for _ in range(count):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(theirs, *args), daemon=True)
+            process.start()
+            theirs.close()
+            pool.append(_Worker(process, ours, deque()))
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+    return pool
 
 
-def _work(chunk: Chunk) -> EncodedChunk:
-    return _encoder(chunk)
+def _receive(pool: list[_Worker]) -> Iterator[tuple[int, EncodedChunk]]:
+    """Wait for at least one result; give all that are there, with the numbers of their chunks."""
+    busy = {worker.connection: worker for worker in pool if worker.waiting}
+    for connection in wait(list(busy)) if busy else []:
+        worker = busy[connection]  # type: ignore[index]
+        try:
+            result = worker.connection.recv()
+        except (EOFError, OSError):
+            raise _killed() from None
+        if isinstance(result, InputError):
+            raise result
+        yield worker.waiting.popleft(), result
+
+
+def _killed() -> InputError:
+    return InputError(
+        "a worker of prepare was killed, most likely for want of memory: try fewer --workers"
+        " (in a script of your own, call prepare under `if __name__ == '__main__':`)"
+    )
+
+
+def _serve(connection: Connection, tokenizer: str, text_field: str, heldout_below: int) -> None:
+    """A worker: chunks in, results out, until the other end is closed, be it because that process is gone."""
+    chunks: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        # In a thread of its own: were both sides writing at once, neither would ever read.
+        try:
+            while True:
+                chunks.put(connection.recv())
+        except (EOFError, OSError):
+            chunks.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    encoder = ChunkEncoder(tokenizer, text_field, heldout_below)
+    while (chunk := chunks.get()) is not None:
+        try:
+            result: EncodedChunk | InputError = encoder(chunk)
+        except InputError as error:
+            result = error
+        try:
+            connection.send(result)
+        except OSError:
+            return
 
 
 def _cut(lengths: np.ndarray, pieces: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,9 @@ def prepare(
         def write(heldout_below: int) -> _Written:
             chunks = bar.follow("documents, sentences, tokens", read_chunks(files, text_field))
             processes = workers or min(_cores(), 1 + size // BYTES_PER_WORKER)
-            return _write(encode_chunks(chunks, vocabulary.to_str(), text_field, heldout_below, processes), folder, dtype, heldout_below)
+            # Closed at once after a failure, so that no process outlives this call.
+            with closing(encode_chunks(chunks, vocabulary.to_str(), text_field, heldout_below, processes)) as encoded:
+                return _write(encoded, folder, dtype, heldout_below)
 
         written = write(int(min(heldout, HELDOUT_BYTES / max(size, 1)) * 2**64))
         if (below := _better_bound(written, sources)) is not None:

@@ -31,7 +31,8 @@ _ENCODER = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-_OURS_ALONE = {"preset", "initial_attention"}  # keys of ModelConfig that BertConfig does not have: they matter before training only
+# The keys of ModelConfig that BertConfig has too: its numbers. Its words (a preset, how weights begin) matter before training only.
+_SHARED = [item for item in fields(ModelConfig) if not isinstance(item.default, str)]
 
 
 def read_config(file: Path) -> tuple[ModelConfig, int]:
@@ -51,8 +52,8 @@ def read_config(file: Path) -> tuple[ModelConfig, int]:
         if values.get(key, wanted) != wanted:
             raise InputError(f"{file}: {key} = {values[key]!r}; only {wanted!r} can be loaded")
     given: dict[str, Any] = {}
-    for item in fields(ModelConfig):
-        if item.name in values and item.name not in _OURS_ALONE:
+    for item in _SHARED:
+        if item.name in values:
             given[item.name] = _number(values[item.name], isinstance(item.default, int), f"{file}: {item.name}")
     config = ModelConfig(**given)
     if config.hidden_size % config.num_attention_heads:
@@ -131,7 +132,7 @@ def write_folder(
         "architectures": [architecture],
         "model_type": "bert",
         "vocab_size": vocab_size,
-        **{item.name: getattr(config, item.name) for item in fields(ModelConfig) if item.name not in _OURS_ALONE},
+        **{item.name: getattr(config, item.name) for item in _SHARED},
         "hidden_act": "gelu",
         "type_vocab_size": SEGMENTS,
         "pad_token_id": special_ids(tokenizer, folder).pad,

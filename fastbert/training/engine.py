@@ -57,6 +57,7 @@ from fastbert.training.optimizer import build_optimizer, slots
 GROUP_TIMEOUT = timedelta(minutes=10)
 
 # DeepSpeed talks on the terminal; from here on into whatever log fastbert has (the list is shared, so later handlers count too).
+logging.getLogger("fastbert").addHandler(logging.NullHandler())  # with no handler at all, Python would print warnings after all
 deepspeed.utils.logger.handlers = logging.getLogger("fastbert").handlers
 
 

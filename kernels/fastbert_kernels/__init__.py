@@ -4,20 +4,38 @@ Loaded lazily: `from fastbert_kernels import varlen_attention` imports that oper
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-_PUBLIC = {
-    "varlen_attention": "attention",
-    "masked_cross_entropy": "mlm_loss",
-    "dropout_add_layer_norm": "norm",
-    "layer_norm": "norm",
+if TYPE_CHECKING:
+    from fastbert_kernels._dropout import row_keys
+    from fastbert_kernels.attention import varlen_attention
+    from fastbert_kernels.embedding import embedding_layer_norm
+    from fastbert_kernels.gelu import bias_gelu
+    from fastbert_kernels.mlm_loss import masked_cross_entropy
+    from fastbert_kernels.norm import dropout_add_layer_norm, layer_norm
+
+__all__ = [
+    "bias_gelu",
+    "dropout_add_layer_norm",
+    "embedding_layer_norm",
+    "layer_norm",
+    "masked_cross_entropy",
+    "row_keys",
+    "varlen_attention",
+]
+
+_MODULES = {
     "bias_gelu": "gelu",
+    "dropout_add_layer_norm": "norm",
     "embedding_layer_norm": "embedding",
+    "layer_norm": "norm",
+    "masked_cross_entropy": "mlm_loss",
     "row_keys": "_dropout",
+    "varlen_attention": "attention",
 }
-__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str):
-    if name not in _PUBLIC:
+    if name not in _MODULES:
         raise AttributeError(f"fastbert_kernels has no {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"fastbert_kernels.{_PUBLIC[name]}"), name)
+    return getattr(importlib.import_module(f"fastbert_kernels.{_MODULES[name]}"), name)
