@@ -52,6 +52,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     warnings.showwarning = _show_warning
     try:
+        for argument in arguments:
+            if any("\udc80" <= c <= "\udcff" for c in argument):  # how Python shows bytes that are no text
+                raise InputError(f"argument {argument!r} is not UTF-8; give text and names in UTF-8")
         # Outside its standalone mode typer returns what the verb returned, or the code of typer.Exit.
         result = app(args=list(arguments) or ["--help"], prog_name="fastbert", standalone_mode=False)
         return result if isinstance(result, int) else DONE
@@ -254,7 +257,7 @@ def finetune(
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-5,
     batch: Annotated[int, typer.Option(help="Examples of a step.")] = 32,
     max_length: Annotated[int | None, typer.Option(help="Tokens of an example, [CLS] and [SEP] counted; by default 128.")] = None,
-    seed: Annotated[int, typer.Option(help="Of order, dropout and the new layer.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of order, dropout and the new layer.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Train a classifier of texts, or of pairs of texts, on a csv file."""

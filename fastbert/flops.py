@@ -41,11 +41,6 @@ def executed_flops(model: ModelConfig, vocab_size: int, lengths: Sequence[int], 
     return (1 + BACKWARD) * (full + _last_layer(model, lengths, masked) + _heads(model, vocab_size, masked, pairs))
 
 
-def encoder_flops(model: ModelConfig, lengths: Sequence[int]) -> float:
-    """One forward pass through all layers, as at inference."""
-    return model.num_hidden_layers * _layer(model, lengths)
-
-
 def _layer(model: ModelConfig, lengths: Sequence[int]) -> float:
     """Query, key, value and output (4 D^2), up and down (2 D F) for each token; scores and their sum over the values (2 n^2 D)."""
     D, F = model.hidden_size, model.intermediate_size

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.errors import InputError
-from fastbert.flops import training_flops
+from fastbert.flops import executed_flops, training_flops
 from fastbert.training.ds_config import read_ds_config
 
 GIB = 1024**3
@@ -53,7 +53,10 @@ SAMPLE = 4096  # examples drawn to learn their mean length
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimate. Bytes, seconds, FLOPs and tokens, as the names say; memory and communication are those of one GPU."""
+    """The estimate. Bytes, seconds, FLOPs and tokens, as the names say; memory and communication are those of one GPU.
+
+    `flops_per_token` is useful work, all layers whole; the step's time counts what is computed, the last layer cut to the rows that matter.
+    """
 
     parameters: int
     vocab_size: int
@@ -181,9 +184,9 @@ def plan(
     micro_batches = max(1, math.ceil(tokens / gpus / config.batch.micro_batch_tokens))
     masked = round(config.objective.mask_rate * (length - 3) * config.batch.sequences)
     pairs = config.batch.sequences if config.objective.pairs else 0
-    flops = training_flops(config.model, vocab_size, [round(length)] * config.batch.sequences, masked, pairs)
+    step = (config.model, vocab_size, [round(length)] * config.batch.sequences, masked, pairs)
     peak = kind.bf16 if bf16 else kind.fp32
-    compute_s = flops / gpus / (peak * efficiency)
+    compute_s = executed_flops(*step) / gpus / (peak * efficiency)
     link = kind.link if gpus <= GPUS_PER_NODE else min(kind.link, NETWORK)
     sent = communication_per_step(P, gpus, stage, micro_batches, 2 if bf16 else 4)
     communication_s = sent / link
@@ -207,7 +210,7 @@ def plan(
         memory_of_gpu=kind.memory,
         tokens_per_step=tokens,
         micro_batches=micro_batches,
-        flops_per_token=flops / tokens,
+        flops_per_token=training_flops(*step) / tokens,
         communication_bytes=sent,
         compute_s=compute_s,
         communication_s=communication_s,

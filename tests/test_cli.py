@@ -125,6 +125,8 @@ MORE = {
     "embed: out": (["embed", "hf", "texts.txt", "--out", "x.txt"], ["--out x.txt", ".npy"]),
     "export: no permission": (["export", "hf", "--out", "/sys/new"], ["/sys/", "choose another place"]),
     "finetune: settings": (["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--lr", "0"], ["--lr 0.0"]),
+    "fill: not UTF-8": (["fill", "hf", "caf\udce9 [MASK]"], ["is not UTF-8"]),
+    "finetune: seed": (["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--seed", "-1"], ["--seed"]),
     "plan: store": (["plan", "recipe.toml", "data=hf", "--stage", "1"], ["hf", "manifest.json"]),
 }
 

@@ -45,8 +45,8 @@ def test_a_missing_file_has_nothing(tmp_path):
     assert list(read_metrics(tmp_path / "none.jsonl")) == []
 
 
-def test_a_disk_that_refuses_is_an_oserror(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl", fresh=True)
-    file.close()
-    with pytest.raises((OSError, ValueError)):
+def test_a_full_disk_is_an_oserror_at_once(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    file = MetricsFile(tmp_path / "metrics.jsonl", fresh=False)
+    with pytest.raises(OSError, match="No space left"):
         file.write({"step": 1})

@@ -15,7 +15,7 @@ from fastbert.config import ModelConfig, RunConfig, load_config, parse_config
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.data.store import SpecialIds
 from fastbert.errors import InputError
-from fastbert.flops import encoder_flops, executed_flops, training_flops
+from fastbert.flops import executed_flops, training_flops
 from fastbert.model import BertForPreTraining
 from fastbert.plan import GPUS, communication_per_step, count_parameters, describe, memory_by_part, plan
 
@@ -59,10 +59,8 @@ def test_useful_flops_are_what_torch_counts():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         m = model()
         last = m.hidden_states(pack)[-1]
-        encoder = counter.get_total_flops()
         m.token_logits(last[pack.masked_positions])
         m.pair_logits(last[pack.cu_seqlens[:-1].long()])
-    assert encoder_flops(MODEL, lengths) == encoder
     assert training_flops(MODEL, VOCABULARY, lengths, masked * 3, 3) == 3 * counter.get_total_flops()
 
 
@@ -111,7 +109,8 @@ def test_a_plan_adds_up():
     p = plan(recipe("[stop]\nsteps = 1000\n"), "test.toml", 8, "H100", stage=1, efficiency=0.5, mean_length=100)
     assert p.tokens_per_step == 256 * 100
     assert p.memory_total == sum(p.memory.values()) and p.memory_of_gpu == 80 * GB
-    assert p.flops_per_token * p.tokens_per_step / 8 / (989e12 * 0.5) == pytest.approx(p.compute_s)
+    # A little less than the useful work: of the last of 12 layers only the rows of a loss are computed.
+    assert 0.9 < p.compute_s / (p.flops_per_token * p.tokens_per_step / 8 / (989e12 * 0.5)) < 1
     assert p.step_s == max(p.compute_s, p.communication_s)
     assert p.steps == 1000 and p.total_s == pytest.approx(1000 * p.step_s)
     assert p.tokens_per_s == pytest.approx(25600 / p.step_s)

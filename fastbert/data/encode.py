@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -106,11 +107,14 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: str, text_field: str, held
         yield from map(ChunkEncoder(tokenizer, text_field, heldout_below), chunks)
         return
     # Not concurrent.futures: when a worker is killed while a chunk is being written to it, its pool waits for ever.
-    pool = _start(workers, (tokenizer, text_field, heldout_below))
+    pool: list[_Worker] = []
     source = iter(chunks)
     more, sent, given = True, 0, 0  # chunks left to read; how many went to workers, and how many came out in order
     done: dict[int, EncodedChunk] = {}
     try:
+        _start(pool, workers)
+        for worker in pool:
+            worker.send((tokenizer, text_field, heldout_below))
         while more or given < sent:
             # Two for each worker, so that it never waits; no further ahead than the order allows to give out soon.
             for worker in pool:
@@ -119,7 +123,8 @@ def encode_chunks(chunks: Iterable[Chunk], tokenizer: str, text_field: str, held
                     if chunk is None:
                         more = False
                     else:
-                        worker.send(sent, chunk)
+                        worker.send(chunk)
+                        worker.waiting.append(sent)
                         sent += 1
             for number, result in _receive(pool):
                 done[number] = result
@@ -144,32 +149,31 @@ class _Worker:
     connection: Connection
     waiting: deque[int]  # numbers of the chunks it has
 
-    def send(self, number: int, chunk: Chunk) -> None:
+    def send(self, message: Chunk | tuple[str, str, int]) -> None:
         try:
-            self.connection.send(chunk)
+            self.connection.send(message)
         except OSError:
             raise _killed() from None
-        self.waiting.append(number)
 
 
-def _start(count: int, args: tuple[str, str, int]) -> list[_Worker]:
+def _start(pool: list[_Worker], count: int) -> None:
+    """Add `count` new workers to the pool."""
     # Not fork: the tokenizer's threads, alive after training, would leave locked locks behind in the copies.
     spawn = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches every process of the terminal. The workers ignore it, from their first moment: this one ends them.
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
-    pool = []
+    # A signal in the middle of a start would leave half a process. And Ctrl-C, which reaches every process of a terminal,
+    # stays blocked in the workers, who inherit that: this process ends them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         for _ in range(count):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(theirs, *args), daemon=True)
+            # What a worker needs goes through the pipe: start() would wait for ever if it had much to pass on to a
+            # process that is killed before it reads.
+            process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             pool.append(_Worker(process, ours, deque()))
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
-    return pool
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _receive(pool: list[_Worker]) -> Iterator[tuple[int, EncodedChunk]]:
@@ -193,9 +197,10 @@ def _killed() -> InputError:
     )
 
 
-def _serve(connection: Connection, tokenizer: str, text_field: str, heldout_below: int) -> None:
+def _serve(connection: Connection) -> None:
     """A worker: chunks in, results out, until the other end is closed, be it because that process is gone."""
-    chunks: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    chunks: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def read() -> None:
         # In a thread of its own: were both sides writing at once, neither would ever read.
@@ -206,7 +211,10 @@ def _serve(connection: Connection, tokenizer: str, text_field: str, heldout_belo
             chunks.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    encoder = ChunkEncoder(tokenizer, text_field, heldout_below)
+    arguments = chunks.get()
+    if arguments is None:
+        return
+    encoder = ChunkEncoder(*arguments)
     while (chunk := chunks.get()) is not None:
         try:
             result: EncodedChunk | InputError = encoder(chunk)

@@ -24,7 +24,7 @@ STEP_KEYS = (
     "tokens",  # real tokens of the step, [CLS] and [SEP] counted
     "masked",
     "sequences",
-    "seconds",  # of the step: from the end of the one before
+    "seconds",  # that the step took, waiting for its data and computing it
     "tokens_per_s",
 )
 

@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fastbert.training import diagnosis
 from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
-from fastbert.training.metrics import MetricsFile, read_metrics
+from fastbert.training.metrics import STEP_KEYS, MetricsFile, read_metrics
 from fastbert.training.picture import LossHistory
 from fastbert.training.progress import Horizon, Progress
 
@@ -129,7 +129,8 @@ class Monitor:
         """
         if not self.speaks:
             return
-        record = {"step": done.step, **asdict(result), "lr": lr, "seconds": seconds, "tokens_per_s": result.tokens / seconds}
+        values = {"step": done.step, **asdict(result), "lr": lr, "seconds": seconds, "tokens_per_s": result.tokens / seconds}
+        record = {key: values[key] for key in STEP_KEYS}
         self._metrics.write(record)
         self._history.add(record)
         if done.step % TENSORBOARD_EVERY == 0:

@@ -1,0 +1,335 @@
+"""Runs, from the recipe to the folder that they leave: whole, interrupted, resumed, refused, failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastbert.config import load_config
+from fastbert.data.store import open_store
+from fastbert.errors import InputError
+from fastbert.training import checkpoint
+from fastbert.training.loop import pretrain
+from fastbert.training.metrics import STEP_KEYS, read_metrics
+
+ROOT = Path(__file__).parents[1]
+CLOCK = ("seconds", "tokens_per_s", "training_seconds")  # what differs between two equal runs
+
+RECIPE = """
+data = "{store}"
+run = "{run}"
+[model]
+num_hidden_layers = 2
+hidden_size = 32
+num_attention_heads = 2
+intermediate_size = 48
+max_position_embeddings = 64
+[batch]
+sequences = 8
+max_length = 64
+micro_batch_tokens = 200
+[optimizer]
+lr = 3e-3
+[schedule]
+warmup = 0
+decay = "constant"
+[stop]
+steps = 6
+[evaluate]
+every = 4
+sequences = 16
+[checkpoint]
+every = 100
+keep = 9
+[runtime]
+precision = "fp32"
+deepspeed = "{deepspeed}"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, small_store) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(store=small_store.path, run=tmp_path / "run", deepspeed=ROOT / "ds_config.json"), encoding="utf-8")
+    return path
+
+
+def train(recipe: Path, *overrides: str, resume: bool = False) -> int:
+    """In this process."""
+    return pretrain(load_config(recipe, overrides), str(recipe), resume)
+
+
+def start(recipe: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """In a process of its own, through the command line."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fastbert", "pretrain", str(recipe), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def lines(run: Path, kind: str | None = None) -> list[dict]:
+    """Steps, or the events of a kind, without the clock's figures."""
+    found = [r for r in read_metrics(run / "metrics.jsonl") if r.get("event") == kind]
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in found]
+
+
+def refusal(recipe: Path, *overrides: str, resume: bool = False) -> str:
+    with pytest.raises(InputError) as error:
+        train(recipe, *overrides, resume=resume)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_resumed_in_another_process_it_is_the_same_to_the_last_digit(recipe, tmp_path):
+    """20 steps against 10 and 10, in real processes, with dropout; and nothing but fastbert speaks on the terminal."""
+    whole, first = (start(recipe, f"run={tmp_path / name}", f"stop.steps={steps}") for name, steps in (("whole", 20), ("parts", 10)))
+    code, out, err = finish(whole)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "stopped at step 20: stop.steps = 20"
+    assert all(line.startswith((str(tmp_path), "held-out", "note: ", "stopped")) or "%, step " in line for line in out.splitlines())
+    assert finish(first)[0] == 0
+    code, out, err = finish(start(recipe, f"run={tmp_path / 'parts'}", "stop.steps=20", "--resume"))
+    assert (code, err) == (0, "")
+    assert f"resuming after step 10 from {tmp_path / 'parts/checkpoints/step-00000010'}" in out
+    steps = lines(tmp_path / "whole")
+    assert [s["step"] for s in steps] == list(range(1, 21))
+    assert lines(tmp_path / "parts") == steps
+    last = [lines(tmp_path / name, "evaluate")[-1] for name in ("whole", "parts")]
+    assert last[0] == last[1] and last[0]["step"] == 20
+    states = [checkpoint.read_all(tmp_path / name / "checkpoints/step-00000020") for name in ("whole", "parts")]
+    for slot, tensors in states[0].items():
+        assert all(torch.equal(tensor, states[1][slot][name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_resumed_at_other_stages_too(recipe, tmp_path, stage):
+    settings = tmp_path / "ds.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000}}))
+    deepspeed = f"runtime.deepspeed={settings}"
+    assert train(recipe, deepspeed, f"run={tmp_path / 'whole'}") == 0
+    assert train(recipe, deepspeed, "stop.steps=3") == 0
+    assert train(recipe, deepspeed, resume=True) == 0
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_what_a_run_leaves(recipe, tmp_path, small_store):
+    assert train(recipe, "checkpoint.every=2", "checkpoint.keep=2") == 0
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "loss.png",
+        "log.txt",
+        "tensorboard",
+        "tokenizer",
+        "checkpoints",
+    }
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-00000004", "step-00000006"}
+    assert load_config(run / "config.toml") == load_config(recipe, ["checkpoint.every=2", "checkpoint.keep=2"])
+    assert (run / "tokenizer/vocab.txt").read_bytes() == (small_store.tokenizer_dir / "vocab.txt").read_bytes()
+    steps = [r for r in read_metrics(run / "metrics.jsonl") if "event" not in r]
+    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6] and all(tuple(s) == STEP_KEYS for s in steps)
+    assert [(e["event"], e["step"]) for e in read_metrics(run / "metrics.jsonl") if "event" in e] == [
+        ("save", 2),
+        ("evaluate", 4),
+        ("save", 4),
+        ("evaluate", 6),
+        ("save", 6),
+        ("stop", 6),
+    ]
+    found, _ = checkpoint.newest_sound(run)
+    assert found is not None
+    assert found.metadata["store_sha256"] == small_store.sha256 and found.metadata["vocab_size"] == 1000
+    assert found.metadata["progress"]["tokens"] == sum(s["tokens"] for s in steps)
+    assert set(checkpoint.read_weights(found.path)) == {key.partition("/")[2] for key in keys(found.path, "weight/")}
+
+
+def keys(path: Path, prefix: str) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path / "tensors-00000.safetensors", framework="pt") as file:
+        return [key for key in file.keys() if key.startswith(prefix)]
+
+
+@pytest.mark.parametrize(
+    "overrides, steps, reason",
+    [
+        (["stop.steps=9", "stop.tokens=700"], 3, "stop.tokens = 700"),
+        (["stop.steps=9", "stop.loss=20"], 4, "stop.loss = 20.0: the held-out loss is "),
+        (["stop.steps=90", "stop.patience=2", "optimizer.lr=1e-30", "evaluate.every=2"], 6, "stop.patience = 2: no better than "),
+        (["stop.steps=900", "stop.seconds=1e-3"], 1, "stop.seconds = 0.001"),
+    ],
+)
+def test_the_condition_that_ended_the_run_is_reported(recipe, tmp_path, capsys, overrides, steps, reason):
+    assert train(recipe, *overrides) == 0
+    assert len(lines(tmp_path / "run")) == steps
+    (stop,) = lines(tmp_path / "run", "stop")
+    assert stop["step"] == steps and stop["reason"].startswith(reason)
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"stopped at step {steps}: {reason}")
+    assert checkpoint.newest_sound(tmp_path / "run")[0].step == steps
+    assert lines(tmp_path / "run", "evaluate")[-1]["step"] == steps
+
+
+def test_a_finished_run_has_nothing_to_resume(recipe, tmp_path, capsys):
+    assert train(recipe, "stop.steps=2") == 0
+    assert train(recipe, "stop.steps=2", resume=True) == 0
+    assert len(lines(tmp_path / "run")) == 2
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped at step 2: stop.steps = 2"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_says_how_to_go_on(recipe, tmp_path, capsys, number):
+    run = tmp_path / "run"
+
+    def send() -> None:
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    assert train(recipe, "stop.steps=100000") == 75
+    sender.join()
+    done = len(lines(run))
+    name = signal.Signals(number).name
+    assert lines(run, "stop") == [{"event": "stop", "step": done, "reason": f"interrupted by {name}"}]
+    out = capsys.readouterr().out.splitlines()[-1]
+    assert out == f"stopped at step {done}: interrupted by {name}; go on with: fastbert pretrain {run / 'config.toml'} --resume"
+    assert checkpoint.newest_sound(run)[0].step == done
+    assert train(run / "config.toml", f"stop.steps={done + 1}", resume=True) == 0
+    assert len(lines(run)) == done + 1
+
+
+def test_a_damaged_checkpoint_is_named_and_its_steps_are_redone_with_the_same_values(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(recipe, "checkpoint.every=2") == 0
+    bad = run / "checkpoints/step-00000006"
+    os.truncate(bad / "tensors-00000.safetensors", 500)
+    capsys.readouterr()
+    assert train(recipe, "stop.steps=8", resume=True) == 0
+    out = capsys.readouterr().out
+    assert f"{bad}: damaged: tensors-00000.safetensors has 500 bytes" in out
+    assert f"going on from {run / 'checkpoints/step-00000004'}, the newest sound one" in out
+    steps = lines(run)
+    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+    assert steps[4:6] == steps[6:8]
+    for path in (run / "checkpoints").iterdir():
+        (path / "manifest.json").unlink()
+    assert "damaged: manifest.json is missing; no sound checkpoint is left there" in refusal(recipe, resume=True)
+
+
+def test_a_run_that_is_there_is_not_overwritten(recipe, tmp_path):
+    assert train(recipe, "stop.steps=1") == 0
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert "holds a run with checkpoints; go on with it by --resume" in refusal(recipe)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(recipe, tmp_path, capsys):
+    """Also where a process died before its first checkpoint."""
+    (tmp_path / "run/checkpoints/.writing-step-00000004").mkdir(parents=True)
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 99.0}\n{"step": 2, "lo')
+    assert train(recipe, "stop.steps=2", resume=True) == 0
+    assert f"{tmp_path / 'run'}: no checkpoint to resume from; starting from the beginning" in capsys.readouterr().out
+    assert [s["step"] for s in lines(tmp_path / "run")] == [1, 2] and lines(tmp_path / "run")[0]["loss"] != 99.0
+
+
+def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_store, capsys):
+    assert train(recipe, "stop.steps=1") == 0
+    for override, key, now, before in [
+        ("model.hidden_size=64", "model.hidden_size", 64, 32),
+        ("objective.mask_rate=0.2", "objective.mask_rate", 0.2, 0.15),
+        ("seed=7", "seed", 7, 1),
+        ("batch.sequences=9", "batch.sequences", 9, 8),
+        ("optimizer.name=sgd", "optimizer.name", "'sgd'", "'adamw'"),
+    ]:
+        message = refusal(recipe, override, resume=True)
+        assert f"{key} = {now}, but the checkpoint {tmp_path / 'run/checkpoints/step-00000001'} was trained with {before}" in message
+    other = tmp_path / "other"
+    shutil.copytree(small_store.path, other)
+    with open(other / "manifest.json", "a") as file:
+        file.write("\n")
+    assert open_store(other).sha256 != small_store.sha256
+    assert f"data = '{other}': not the store that" in refusal(recipe, f"data={other}", resume=True)
+    # What may change: where the store lies, how long, how often, how it is packed; a learning rate is noted.
+    moved = tmp_path / "moved"
+    shutil.copytree(small_store.path, moved)
+    changes = [
+        f"data={moved}",
+        "stop.steps=2",
+        "evaluate.every=1",
+        "checkpoint.every=1",
+        "batch.micro_batch_tokens=500",
+        "optimizer.lr=1e-4",
+    ]
+    capsys.readouterr()
+    assert train(recipe, *changes, resume=True) == 0
+    out = capsys.readouterr().out
+    assert "changed since the checkpoint: optimizer.lr was 0.003, now 0.0001" in out and out.count("changed since") == 1
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["data=no/such"], "no/such: no such store"),
+        (["runtime.deepspeed=no/such.json"], "runtime.deepspeed = 'no/such.json': no such file"),
+        (["runtime.kernels=triton"], 'runtime.kernels = "triton"'),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(recipe, tmp_path, overrides, message):
+    assert message in refusal(recipe, *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_cannot_be(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert f"run = '{tmp_path / 'file'}': a file; give a folder" in refusal(recipe, f"run={tmp_path / 'file'}")
+    assert "cannot be written: Not a directory" in refusal(recipe, f"run={tmp_path / 'file/run'}")
+
+
+def test_several_processes_are_refused_for_now(recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "WORLD_SIZE = 4: this version trains on one process" in refusal(recipe)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_its_last_good_state(recipe, tmp_path, capsys):
+    """Gradient descent at rate 100 without clipping: it takes a few steps to overflow."""
+    assert train(recipe, "optimizer.name=sgd", "optimizer.lr=100", "optimizer.clip=0", "stop.steps=200", "evaluate.every=1000") == 1
+    done = len(lines(tmp_path / "run"))
+    assert 0 < done < 200
+    (stop,) = lines(tmp_path / "run", "stop")
+    assert stop["step"] == done and f"at step {done + 1}, examples " in stop["reason"]
+    assert f"--resume" in capsys.readouterr().out.splitlines()[-1]
+    found, complaints = checkpoint.newest_sound(tmp_path / "run")
+    assert found is not None and found.step == done and complaints == []
+    assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.read_weights(found.path).values())
+
+
+def test_a_disk_that_refuses_is_one_line_and_leaves_no_half_checkpoint(recipe, tmp_path):
+    """In a process whose files may not grow beyond 100 kB: metrics and log fit, the checkpoint does not."""
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
+    code, out, err = finish(start(recipe, "checkpoint.every=2", **limit))
+    assert code == 1
+    assert len(err.splitlines()) == 1 and "tensors-00000.safetensors: File too large" in err and "--resume" in err
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+    assert [s["step"] for s in lines(tmp_path / "run")] == [1, 2]

@@ -1,0 +1,186 @@
+"""What a user sees."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+
+import matplotlib.image
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastbert.config import RunConfig, StopConfig
+from fastbert.training import monitor as module
+from fastbert.training import picture
+from fastbert.training.engine import StepResult
+from fastbert.training.heldout import HeldOut
+from fastbert.training.interruption import Interruption
+from fastbert.training.metrics import STEP_KEYS, read_metrics
+from fastbert.training.monitor import Monitor
+from fastbert.training.picture import LossHistory
+from fastbert.training.progress import Horizon, Progress
+
+YARDSTICKS = {"unigram": 6.7, "left_bigram": 5.1, "two_sided_bigram": 4.3, "two_sided_trigram": 3.7, "tokens": 1e6}
+FIRST = math.log(1000) + math.log(2)
+
+
+def result(loss: float = FIRST, norm: float = 1.0, pairs: bool = True) -> StepResult:
+    return StepResult(loss, loss - 0.7, 0.7 if pairs else None, 0.05, 0.5 if pairs else None, norm, 1000, 150, 16)
+
+
+def heldout(mask: float = 6.0, nsp: float = 0.6) -> HeldOut:
+    return HeldOut(6.5, 5.9, 0.1, mask, 0.08, nsp, 0.7)
+
+
+def monitor(run, step: int = 0, speaks: bool = True) -> Monitor:
+    horizon = Horizon(RunConfig(data="store", stop=StopConfig(steps=200)), 50)
+    return Monitor(run, step=step, horizon=horizon, peak=1e9, vocab_size=1000, pairs=True, yardsticks=YARDSTICKS, speaks=speaks)
+
+
+def take_step(to: Monitor, step: int, loss: float = FIRST, **changes) -> None:
+    to.step(Progress(step=step, seconds=step * 0.1), result(loss, **changes), lr=1e-3, seconds=0.1, waited=0.01, flops=5e7)
+
+
+def test_a_step_has_exactly_the_keys_that_others_script_against(tmp_path):
+    with monitor(tmp_path) as to:
+        take_step(to, 1, loss=7.1 + 1e-15)
+        take_step(to, 2, pairs=False)
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert tuple(first) == STEP_KEYS
+    assert first["loss"] == 7.1 + 1e-15 and first["tokens_per_s"] == 1000 / 0.1
+    assert second["loss_nsp"] is None and second["accuracy_nsp"] is None
+
+
+def test_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+    with monitor(tmp_path) as to:
+        take_step(to, 50)
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("25%, step 50, loss 7.601, ") and line.endswith(" wait, 0:15 left")
+    assert " tok/s, " in line and "% of peak, " in line and "\n" not in line
+    assert line in (tmp_path / "log.txt").read_text()
+
+
+def test_held_out_losses_are_set_against_the_yardsticks(tmp_path, capsys):
+    with monitor(tmp_path) as to:
+        to.evaluate(Progress(step=20), heldout())
+    assert capsys.readouterr().out.strip() == (
+        "held-out at step 20: MLM loss 5.900, accuracy 10.0%; NSP loss 0.600, accuracy 70.0%; "
+        "on [MASK] 6.000, below word frequencies (6.70), above the left neighbour (5.10)"
+    )
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["event"] == "evaluate" and record["step"] == 20 and record["loss_mask_token"] == 6.0
+
+
+def test_advice_is_given_once(tmp_path, capsys):
+    with monitor(tmp_path) as to:
+        take_step(to, 1, loss=30.0)
+        for step in (150, 160, 170):
+            to.evaluate(Progress(step=step), heldout(mask=6.69, nsp=0.693))
+        for step in range(2, 103):
+            take_step(to, step)
+        for step in range(103, 110):
+            take_step(to, step, norm=500.0)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 4
+    for note, part in zip(
+        notes, ["the first loss is 30.00", "on [MASK] is 6.69", "NSP loss is 0.693", "gradient norm is 500"], strict=True
+    ):
+        assert part in note
+
+
+def test_a_normal_run_gets_no_advice(tmp_path, capsys):
+    with monitor(tmp_path) as to:
+        for step in range(1, 150):
+            take_step(to, step, loss=FIRST - step / 100)
+        to.evaluate(Progress(step=150), heldout(mask=4.5, nsp=0.5))
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_only_rank_0_speaks(tmp_path, capsys):
+    with monitor(tmp_path, speaks=False) as to:
+        take_step(to, 1, loss=99.0)
+        to.evaluate(Progress(step=1), heldout())
+        to.say("hello")
+        to.stop(1, "stop.steps = 1")
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_tensorboard_has_the_curves(tmp_path):
+    with monitor(tmp_path) as to:
+        for step in range(1, 31):
+            take_step(to, step, loss=10.0 - step)
+        to.evaluate(Progress(step=30), heldout())
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 0.0), (20, -10.0), (30, -20.0)]
+    assert events.Scalars("heldout/loss_mask_token")[0].value == 6.0
+
+
+def test_the_picture_shows_the_run(tmp_path):
+    with monitor(tmp_path) as to:
+        for step in range(1, 101):
+            take_step(to, step, loss=FIRST - step / 50)
+        to.evaluate(Progress(step=100), heldout())
+        to.stop(100, "stop.steps = 100")
+    pixels = matplotlib.image.imread(tmp_path / "loss.png")
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 800
+    colours = {tuple(c) for c in np.unique((pixels[..., :3] * 255).round().astype(int).reshape(-1, 3), axis=0)}
+    for name in ("TRAIN", "HELDOUT", "MASKED", "NSP", "INK"):
+        colour = getattr(picture, name)
+        assert tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) in colours, name
+
+
+def test_the_picture_does_without_pairs_and_evaluations(tmp_path):
+    history = LossHistory()
+    history.add({"step": 1, "loss_mlm": 7.0, "loss_nsp": None})
+    history.draw(tmp_path / "loss.png", "run", YARDSTICKS)
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_a_redone_step_replaces_the_first_in_the_picture():
+    history = LossHistory()
+    history.read([{"step": step, "loss_mlm": float(step), "loss_nsp": 0.0} for step in (1, 2, 3, 4)])
+    history.read([{"event": "resume", "step": 2}, {"step": 3, "loss_mlm": 30.0, "loss_nsp": 0.0}])
+    assert history._smooth("loss_mlm") == ([1.0, 2.0, 3.0], [1.0, 2.0, 30.0])
+
+
+def test_a_resume_goes_on_in_every_file(tmp_path, capsys):
+    with monitor(tmp_path) as to:
+        take_step(to, 1)
+        to.say("first part")
+    with monitor(tmp_path, step=1) as to:
+        to.event("resume", 1, checkpoint="step-00000001")
+        take_step(to, 2)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 1, 2]
+    assert "first part" in (tmp_path / "log.txt").read_text()
+    with monitor(tmp_path):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_text() == "" and "first part" not in (tmp_path / "log.txt").read_text()
+
+
+def test_every_line_is_json(tmp_path):
+    with monitor(tmp_path) as to:
+        take_step(to, 1)
+        to.event("save", 1, checkpoint="x")
+        to.stop(1, 'a "reason"')
+    kinds = [json.loads(line).get("event") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == [None, "save", "stop"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_a_wish(number):
+    before = signal.getsignal(number)
+    with Interruption() as interruption:
+        assert interruption.asked is None
+        os.kill(os.getpid(), number)
+        assert interruption.asked == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with Interruption(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
