@@ -29,8 +29,8 @@ def json_lines(texts: list[str], field: str = "text") -> bytes:
     return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
 
 
-def table(path: Path, column: pyarrow.Array, name: str = "text", **options: int) -> Path:
-    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(column)), name: column}), path, **options)
+def table(path: Path, column: pyarrow.Array, name: str = "text", row_group_size: int | None = None) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(column)), name: column}), path, row_group_size=row_group_size)
     return path
 
 
@@ -125,6 +125,7 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
     good = table(tmp_path / "good.parquet", strings).read_bytes()
     return {
         "missing": (tmp_path / "none.txt", {}, ["none.txt", "no such file"]),
+        "name": (tmp_path / ("x" * 300), {}, ["cannot be read", "too long"]),
         "empty": (write(tmp_path / "e.txt", ""), {}, ["e.txt", "empty"]),
         "empty gz": (write(tmp_path / "e.txt.gz", ""), {}, ["e.txt.gz", "empty"]),
         "empty zst": (write(tmp_path / "e.txt.zst", ""), {}, ["e.txt.zst", "empty"]),
@@ -136,7 +137,11 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "cut zst": (write(tmp_path / "c.txt.zst", packed[".zst"][:-3]), {}, ["c.txt.zst", "cut short"]),
         "not gz": (write(tmp_path / "p.txt.gz", "plain text"), {}, ["p.txt.gz", "not a sound gzip"]),
         "not zst": (write(tmp_path / "p.txt.zst", "plain text"), {}, ["p.txt.zst", "not a sound zstd"]),
-        "damaged gz": (write(tmp_path / "d.txt.gz", packed[".gz"][:40] + b"????" + packed[".gz"][44:]), {}, ["d.txt.gz", "not a sound gzip"]),
+        "damaged gz": (
+            write(tmp_path / "d.txt.gz", packed[".gz"][:40] + b"????" + packed[".gz"][44:]),
+            {},
+            ["d.txt.gz", "not a sound gzip"],
+        ),
         "json": (write(tmp_path / "j.jsonl", '{"text": "a"}\n{"text": \n'), {}, ["j.jsonl", "line 2", "not JSON"]),
         "json list": (write(tmp_path / "i.jsonl", '["a"]\n'), {}, ["line 1", "JSON list"]),
         "json deep": (write(tmp_path / "h.jsonl", "[" * 100_000), {}, ["line 1", "not JSON"]),
@@ -185,7 +190,12 @@ rubbish = settings(max_examples=150, deadline=None, derandomize=True, suppress_h
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.zst"])
 @rubbish
-@given(data=st.one_of(st.binary(max_size=200), st.lists(st.sampled_from([b"{", b"}", b'"', b"text", b":", b"\n", b"\xff", b"\xc3", b"1", b"\\ud8"])).map(b"".join)))
+@given(
+    data=st.one_of(
+        st.binary(max_size=200),
+        st.lists(st.sampled_from([b"{", b"}", b'"', b"text", b":", b"\n", b"\xff", b"\xc3", b"1", b"\\ud8"])).map(b"".join),
+    )
+)
 def test_rubbish(tmp_path: Path, suffix: str, data: bytes) -> None:
     path = write(tmp_path / f"a{suffix}", data)
     try:

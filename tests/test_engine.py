@@ -233,6 +233,16 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_is_not_applied(small_s
     assert str(trouble.value) == "the loss is nan"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_single_process_listens_to_nobody_outside(small_store):
+    with engine(small_store, 0):
+        sockets = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+        rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]]
+        listening = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
+    loopback = ("0100007F:", "00000000000000000000000001000000:")  # 127.0.0.1, ::1
+    assert all(address.startswith(loopback) for address in listening)
+
+
 TWO_RANKS = """
 import os, sys, torch
 sys.path[:0] = [os.environ["TESTS"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -121,15 +122,14 @@ def test_resumed_in_another_process_it_is_the_same_to_the_last_digit(recipe, tmp
         assert all(torch.equal(tensor, states[1][slot][name]) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_resumed_at_other_stages_too(recipe, tmp_path, stage):
+def test_resumed_at_stage_1_too(recipe, tmp_path):
     settings = tmp_path / "ds.json"
-    settings.write_text(json.dumps({"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000}}))
-    deepspeed = f"runtime.deepspeed={settings}"
-    assert train(recipe, deepspeed, f"run={tmp_path / 'whole'}") == 0
-    assert train(recipe, deepspeed, "stop.steps=3") == 0
-    assert train(recipe, deepspeed, resume=True) == 0
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    settings.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000}}))
+    assert train(recipe, f"runtime.deepspeed={settings}", "stop.steps=5", "checkpoint.every=3") == 0
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000005")
+    assert train(recipe, f"runtime.deepspeed={settings}", "stop.steps=5", resume=True) == 0
+    steps = lines(tmp_path / "run")
+    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 4, 5] and steps[3:5] == steps[5:]
 
 
 def test_what_a_run_leaves(recipe, tmp_path, small_store):
@@ -174,9 +174,9 @@ def keys(path: Path, prefix: str) -> list[str]:
 @pytest.mark.parametrize(
     "overrides, steps, reason",
     [
-        (["stop.steps=9", "stop.tokens=700"], 3, "stop.tokens = 700"),
+        (["stop.steps=9", "stop.tokens=600"], 2, "stop.tokens = 600"),
         (["stop.steps=9", "stop.loss=20"], 4, "stop.loss = 20.0: the held-out loss is "),
-        (["stop.steps=90", "stop.patience=2", "optimizer.lr=1e-30", "evaluate.every=2"], 6, "stop.patience = 2: no better than "),
+        (["stop.steps=90", "stop.patience=2", "optimizer.lr=1e-30", "evaluate.every=1"], 3, "stop.patience = 2: no better than "),
         (["stop.steps=900", "stop.seconds=1e-3"], 1, "stop.seconds = 0.001"),
     ],
 )
@@ -197,24 +197,22 @@ def test_a_finished_run_has_nothing_to_resume(recipe, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "stopped at step 2: stop.steps = 2"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_says_how_to_go_on(recipe, tmp_path, capsys, number):
+def test_a_signal_saves_and_says_how_to_go_on(recipe, tmp_path, capsys):
     run = tmp_path / "run"
 
     def send() -> None:
         while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
             time.sleep(0.002)
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
     assert train(recipe, "stop.steps=100000") == 75
     sender.join()
     done = len(lines(run))
-    name = signal.Signals(number).name
-    assert lines(run, "stop") == [{"event": "stop", "step": done, "reason": f"interrupted by {name}"}]
+    assert lines(run, "stop") == [{"event": "stop", "step": done, "reason": "interrupted by SIGTERM"}]
     out = capsys.readouterr().out.splitlines()[-1]
-    assert out == f"stopped at step {done}: interrupted by {name}; go on with: fastbert pretrain {run / 'config.toml'} --resume"
+    assert out == f"stopped at step {done}: interrupted by SIGTERM; go on with: fastbert pretrain {run / 'config.toml'} --resume"
     assert checkpoint.newest_sound(run)[0].step == done
     assert train(run / "config.toml", f"stop.steps={done + 1}", resume=True) == 0
     assert len(lines(run)) == done + 1
@@ -289,6 +287,26 @@ def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_store, capsys)
 
 
 @pytest.mark.parametrize(
+    "values, message",
+    [
+        (
+            {"zero_optimization": {"reduce_buket_size": 5}},
+            "reduce_buket_size = 5: Extra inputs are not permitted, says DeepSpeed; did you mean reduce_bucket_size",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "moon"}}},
+            "offload_optimizer.device = 'moon': Input should be 'none', 'cpu' or 'nvme'",
+        ),
+        ({"communication_data_type": "fp99"}, "DeepSpeed refuses it: Invalid communication_data_type"),
+    ],
+)
+def test_what_deepspeed_refuses_is_one_line(recipe, tmp_path, values, message):
+    (tmp_path / "ds.json").write_text(json.dumps(values))
+    assert message in refusal(recipe, f"runtime.deepspeed={tmp_path / 'ds.json'}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     "overrides, message",
     [
         (["data=no/such"], "no/such: no such store"),
@@ -318,17 +336,31 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_last_good_state(recipe, t
     done = len(lines(tmp_path / "run"))
     assert 0 < done < 200
     (stop,) = lines(tmp_path / "run", "stop")
-    assert stop["step"] == done and f"at step {done + 1}, examples " in stop["reason"]
-    assert f"--resume" in capsys.readouterr().out.splitlines()[-1]
+    assert stop["step"] == done and f" at step {done + 1}, for every example: it is the weights, not a text" in stop["reason"]
+    assert "--resume" in capsys.readouterr().out.splitlines()[-1]
     found, complaints = checkpoint.newest_sound(tmp_path / "run")
     assert found is not None and found.step == done and complaints == []
     assert all(bool(tensor.isfinite().all()) for tensor in checkpoint.read_weights(found.path).values())
 
 
+def test_a_loss_that_is_not_finite_names_its_examples(recipe, tmp_path):
+    """A checkpoint whose embedding of the last position is broken: only examples that long meet it."""
+    assert train(recipe, "stop.steps=1") == 0
+    found, _ = checkpoint.newest_sound(tmp_path / "run")
+    assert found is not None
+    state = checkpoint.read_all(found.path)
+    state["weight"]["embeddings.positions"][-1] = float("nan")
+    tensors = [(f"{slot}/{name}", tensor) for slot, named in state.items() for name, tensor in named.items()]
+    checkpoint.save(tmp_path / "run/checkpoints", 1, tensors, found.metadata, 1)
+    assert train(recipe, "stop.steps=100", resume=True) == 1
+    (stop,) = lines(tmp_path / "run", "stop")[1:]
+    assert re.fullmatch(r"the loss is nan at step \d+, for the examples \d+(, \d+)* of the epoch", stop["reason"])
+
+
 def test_a_disk_that_refuses_is_one_line_and_leaves_no_half_checkpoint(recipe, tmp_path):
     """In a process whose files may not grow beyond 100 kB: metrics and log fit, the checkpoint does not."""
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
-    code, out, err = finish(start(recipe, "checkpoint.every=2", **limit))
+    code, _, err = finish(start(recipe, "checkpoint.every=2", **limit))
     assert code == 1
     assert len(err.splitlines()) == 1 and "tensors-00000.safetensors: File too large" in err and "--resume" in err
     assert list((tmp_path / "run/checkpoints").iterdir()) == []

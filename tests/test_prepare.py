@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -39,8 +40,8 @@ def texts_of(split: Split) -> list[list[list[int]]]:
     sentences = split.first_token(np.arange(split.sentences + 1))
     documents = split.first_sentence(np.arange(split.documents + 1))
     tokens = split.gather(np.zeros(1, np.int64), np.array([split.tokens])).tolist()
-    cut = [tokens[a:b] for a, b in zip(sentences[:-1], sentences[1:], strict=True)]
-    return [cut[a:b] for a, b in zip(documents[:-1], documents[1:], strict=True)]
+    cut = [tokens[a:b] for a, b in itertools.pairwise(sentences)]
+    return [cut[a:b] for a, b in itertools.pairwise(documents)]
 
 
 def files_of(store: Path) -> dict[str, bytes]:
@@ -192,13 +193,15 @@ RUN = "import sys; from fastbert.data.prepare import prepare; prepare([sys.argv[
 @pytest.mark.parametrize("end", ["interrupt", "terminate", "worker killed"])
 def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> None:
     """Ctrl-C, SIGTERM, or the system kills a worker: no store, nothing half-written, no process left."""
-    process = subprocess.Popen([sys.executable, "-c", RUN, several_chunks, tmp_path / "store"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, several_chunks, tmp_path / "store"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     workers: list[psutil.Process] = []
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and not any((tmp_path).glob(".store.*/train")):
         time.sleep(0.002)
     while process.poll() is None and time.monotonic() < deadline and not workers:
-        workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        workers = [child for child in psutil.Process(process.pid).children() if "data.workers" in " ".join(child.cmdline())]
         time.sleep(0.002)
     assert workers, "it ended before it could be stopped"
     if end == "interrupt":
@@ -211,7 +214,7 @@ def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> N
     assert process.returncode != 0
     assert list(tmp_path.iterdir()) == []
     assert not psutil.wait_procs(workers, timeout=10)[1]
-    expected = {"interrupt": "KeyboardInterrupt", "terminate": "", "worker killed": "InputError: a worker of prepare was killed"}
+    expected = {"interrupt": "KeyboardInterrupt", "terminate": "", "worker killed": "InputError: a worker ended before its work was done"}
     assert expected[end] in errors and ("Traceback" in errors) == (end != "terminate")
 
 
@@ -221,7 +224,7 @@ def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
     workers: list[psutil.Process] = []
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and len(workers) < 2:
-        workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        workers = [child for child in psutil.Process(process.pid).children() if "data.workers" in " ".join(child.cmdline())]
         time.sleep(0.002)
     process.kill()
     process.wait()

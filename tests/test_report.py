@@ -25,7 +25,13 @@ def chunk(documents: list[list[int]], heldout: list[list[int]] | None = None, **
 
     both = documents + (heldout or [])
     hashes = np.arange(len(both), dtype=np.uint64)
-    values = {"document_hashes": hashes, "sentence_hashes": np.arange(sum(map(len, both)), dtype=np.uint64), "empty_documents": 0, "cut_sentences": 0, "unknown_tokens": 0}
+    values = {
+        "document_hashes": hashes,
+        "sentence_hashes": np.arange(sum(map(len, both)), dtype=np.uint64),
+        "empty_documents": 0,
+        "cut_sentences": 0,
+        "unknown_tokens": 0,
+    }
     return EncodedChunk(part(documents), part(heldout or []), **{**values, **options})  # type: ignore[arg-type]
 
 

@@ -16,12 +16,18 @@ from hypothesis import strategies as st
 from fastbert.data.store import ShardWriter, Split, Store, open_store, token_dtype
 from fastbert.errors import InputError
 
-documents_of_sentences = st.lists(st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=5), min_size=1, max_size=4), min_size=1, max_size=12)
+documents_of_sentences = st.lists(
+    st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=5), min_size=1, max_size=4), min_size=1, max_size=12
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(documents=documents_of_sentences, shard_tokens=st.sampled_from([1, 4, 20, 1000]), vocab_size=st.sampled_from([1000, 1 << 16, 70_000]))
-def test_shards_read_as_one(tmp_path_factory: pytest.TempPathFactory, documents: list[list[list[int]]], shard_tokens: int, vocab_size: int) -> None:
+@given(
+    documents=documents_of_sentences, shard_tokens=st.sampled_from([1, 4, 20, 1000]), vocab_size=st.sampled_from([1000, 1 << 16, 70_000])
+)
+def test_shards_read_as_one(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[list[int]]], shard_tokens: int, vocab_size: int
+) -> None:
     folder = tmp_path_factory.mktemp("split") / "train"
     writer = ShardWriter(folder, token_dtype(vocab_size), shard_tokens)
     for document in documents:
@@ -67,7 +73,13 @@ def test_bytes_on_disk(tmp_path: Path) -> None:
 def test_store(small_store: Store) -> None:
     vocabulary = (small_store.tokenizer_dir / "vocab.txt").read_text(encoding="utf-8").split("\n")
     special = small_store.special
-    assert [vocabulary[i] for i in (special.pad, special.unk, special.cls, special.sep, special.mask)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert [vocabulary[i] for i in (special.pad, special.unk, special.cls, special.sep, special.mask)] == [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+    ]
     assert small_store.vocab_size == len(vocabulary) - 1 == 1000
     assert sorted([*small_store.ordinary_ids, special.pad, special.unk, special.cls, special.sep, special.mask]) == list(range(1000))
     assert [vocabulary[i] for i in np.flatnonzero(small_store.continues_word)] == [token for token in vocabulary if token.startswith("##")]
@@ -141,7 +153,11 @@ def test_broken_store(small_store: Store, tmp_path: Path, damage: Callable[[Path
     assert all(word in message for word in [str(path), *words]) and "\n" not in message, message
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers(-5, 2000) | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2000) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

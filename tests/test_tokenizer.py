@@ -93,7 +93,9 @@ def test_encoder_on_real_text(tokenizer: Tokenizer, english_documents: list[str]
 # Pieces that a splitter at whitespace could get wrong: control characters, which BERT removes, though Python's split breaks
 # a word there; accents apart from their letters; letters that change length or depend on their neighbours in small
 # writing; Chinese, which is split everywhere; words beyond the longest; the separator itself.
-PIECES = list(" \t\n\r\x00\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u0345\u1680\u180e\u200b\u2003\u2028\u2029\u3000\ufeff\ufffdaAzZ09.,!-_'#[]İßΣςǅﬁ中ｱ한́é😀")
+PIECES = list(
+    " \t\n\r\x00\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u0345\u1680\u180e\u200b\u2003\u2028\u2029\u3000\ufeff\ufffdaAzZ09.,!-_'#[]İßΣςǅﬁ中ｱ한́é😀"
+)
 PIECES += ["[MASK]", "[CLS]", "##a", " \x00 ", "x" * 101, "X" * 100, "the", "The", "don't", "中文", "e\u0301\u0323"]
 
 
@@ -239,7 +241,13 @@ def test_no_tokenizer_there(tmp_path: Path) -> None:
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(["vocab.txt", "tokenizer.json", "tokenizer_config.json"]), data=st.one_of(st.binary(max_size=50), st.lists(st.sampled_from([*SPECIAL, "\n", "a", "##", "{", "}", '"vocab"', ":", "1"])).map(lambda parts: "".join(parts).encode())))
+@given(
+    name=st.sampled_from(["vocab.txt", "tokenizer.json", "tokenizer_config.json"]),
+    data=st.one_of(
+        st.binary(max_size=50),
+        st.lists(st.sampled_from([*SPECIAL, "\n", "a", "##", "{", "}", '"vocab"', ":", "1"])).map(lambda parts: "".join(parts).encode()),
+    ),
+)
 def test_rubbish(tmp_path: Path, name: str, data: bytes) -> None:
     for old in tmp_path.iterdir():
         old.unlink()
@@ -261,7 +269,9 @@ def test_rubbish_in_the_json(small_store: Store, tmp_path: Path, data: st.DataOb
         if not place[key] or not isinstance(place[key], (dict, list)) or data.draw(st.booleans()):
             break
         place = place[key]
-    place[key] = data.draw(st.none() | st.booleans() | st.integers(-3, 2000) | st.text(max_size=3) | st.just([]) | st.just({}) | st.just({"type": "Lowercase"}))
+    place[key] = data.draw(
+        st.none() | st.booleans() | st.integers(-3, 2000) | st.text(max_size=3) | st.just([]) | st.just({}) | st.just({"type": "Lowercase"})
+    )
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings_of), encoding="utf-8")
     try:
         tokenizer = load_tokenizer(tmp_path)
@@ -276,4 +286,7 @@ def test_rubbish_in_the_json(small_store: Store, tmp_path: Path, data: st.DataOb
 def test_files_of_a_store_are_those_of_its_tokenizer(small_store: Store, tmp_path: Path) -> None:
     save_tokenizer(load_tokenizer(small_store.tokenizer_dir), tmp_path)
     for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
-        assert hashlib.sha256((tmp_path / name).read_bytes()).digest() == hashlib.sha256((small_store.tokenizer_dir / name).read_bytes()).digest()
+        assert (
+            hashlib.sha256((tmp_path / name).read_bytes()).digest()
+            == hashlib.sha256((small_store.tokenizer_dir / name).read_bytes()).digest()
+        )

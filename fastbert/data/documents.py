@@ -11,6 +11,7 @@ import gzip
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,21 +64,25 @@ def find_sources(paths: Sequence[str | Path], text_format: str | None = None) ->
     sources: dict[str, Source] = {}
     ignored: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file or folder") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        if stat.S_ISDIR(mode):
             names = list(_walk(path))
             found = [source for name in names if (source := _source(name, text_format, in_folder=True))]
             if not found:
                 raise InputError(f"{path}: no file in this folder ends in {_suffixes(text_format)}; name a file or another folder")
             ignored += sorted(set(names) - {source.path for source in found})
-        elif path.is_file():
+        elif stat.S_ISREG(mode):
             source = _source(path, text_format, in_folder=False)
             if source is None:
                 raise InputError(f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}")
             found = [source]
-        elif path.exists():
-            raise InputError(f"{path}: not a regular file; sources are read twice, so write it to a file first")
         else:
-            raise InputError(f"{path}: no such file or folder")
+            raise InputError(f"{path}: not a regular file; sources are read twice, so write it to a file first")
         for source in found:
             sources.setdefault(os.path.realpath(source.path), source)  # a file that is named twice is read once
     if not sources:

@@ -27,10 +27,11 @@ import numpy as np
 
 from fastbert.data import yardsticks
 from fastbert.data.documents import Chunk, find_sources, parse, read_chunks
-from fastbert.data.encode import EncodedChunk, encode_chunks
+from fastbert.data.encode import ChunkEncoder, EncodedChunk
 from fastbert.data.report import Report, Tally, make_report
 from fastbert.data.store import FORMAT, MANIFEST, OTHER_FILES, SPLITS, ShardWriter, Split, sha256_of, token_dtype
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from fastbert.data.workers import map_in_order
 from fastbert.errors import InputError
 
 VOCABULARY_BYTES = 64 << 20  # text that the vocabulary is trained on, spread evenly over the sources
@@ -102,7 +103,7 @@ def prepare(
             chunks = bar.follow("documents, sentences, tokens", read_chunks(files, text_field))
             processes = workers or min(_cores(), 1 + size // BYTES_PER_WORKER)
             # Closed at once after a failure, so that no process outlives this call.
-            with closing(encode_chunks(chunks, vocabulary.to_str(), text_field, heldout_below, processes)) as encoded:
+            with closing(map_in_order(ChunkEncoder, (vocabulary.to_str(), text_field, heldout_below), chunks, processes)) as encoded:
                 return _write(encoded, folder, dtype, heldout_below)
 
         written = write(int(min(heldout, HELDOUT_BYTES / max(size, 1)) * 2**64))

@@ -199,9 +199,7 @@ def make_report(tally: Tally, vocab_size: int, asked_vocab_size: int | None, yar
         ),
         row("tokens in a sentence, " + _NAMES, _spread(sentence_lengths)),
         row("tokens in a document, " + _NAMES, _spread(document_lengths)),
-        *(
-            row(f"lost if documents were cut at {n} tokens", _percent(figures["truncated_share"][str(n)]) + "; here: none") for n in LENGTHS
-        ),
+        *(row(f"lost if documents were cut at {n} tokens", _percent(figures["truncated_share"][str(n)]) + "; here: none") for n in LENGTHS),
         *(row(f"padding at {n} tokens", _percent(figures["padding_share"][str(n)]) + "; packed: none") for n in LENGTHS),
         row(
             "held out for evaluation",
@@ -209,7 +207,11 @@ def make_report(tally: Tally, vocab_size: int, asked_vocab_size: int | None, yar
             tally.heldout_tokens < 20_000,
             "the held-out loss will be known to a tenth of a nat only; raise --heldout or add text",
         ),
-        *(row(f"yardstick: {name.replace('_', ' ')}", f"{value:.2f} nats") for name, value in yardsticks.items() if not name.endswith("tokens")),
+        *(
+            row(f"yardstick: {name.replace('_', ' ')}", f"{value:.2f} nats")
+            for name, value in yardsticks.items()
+            if not name.endswith("tokens")
+        ),
     ]
     return Report(figures, rows)
 

@@ -12,31 +12,39 @@ _CLOSING = r"\"'”’»)\]」』）》"
 _OPENING = r"\"'“‘«(\[¿¡„"
 # It begins with one set of characters, so that the regex engine skips through a text at 200 MB/s; what stands around
 # a mark is looked at in Python, about once a sentence.
-_MARK = re.compile(rf"[.!?…。！？।॥؟۔։።]+[{_CLOSING}]*(?:\s+|(?<=[。！？」』）》]))")
+_MARKS = "[.!?…。！？।॥؟۔։።]"
+# The look behind is for speed too: of a run of marks only the first is tried, or a long one would take for ever.
+_MARK = re.compile(rf"{_MARKS}(?<!{_MARKS}{_MARKS}){_MARKS}*[{_CLOSING}]*(?:\s+|(?<=[。！？」』）》]))")
 _NEXT = re.compile(rf"[{_OPENING}]*(\w*)(\.?)")
 _LIST_NUMBER = re.compile(r"\s*\(?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]+)")
+_LONGEST_WORD = 24  # characters before a mark that are looked at
 _DOTTED = re.compile(r"(?:[^\W\d_]{1,3}\.)+[^\W\d_]{1,3}")
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Never the end: a name or an explanation follows.
-_NEVER = frozenset(
-    "adm brig capt cmdr col cpl dr drs fr ft gen gov hon lt maj messrs mlle mme mr mrs ms msgr mt mx prof pvt rep rev sen sgt st ste supt ven "
-    "vs v cf viz lit pron orig abbr transl approx ca c b d r fl née e.g i.e a.k.a z.b d.h bzw vgl".split()
-)
+_NEVER = _words("""
+    adm brig capt cmdr col cpl dr drs fr ft gen gov hon lt maj messrs mlle mme mr mrs ms msgr mt mx prof pvt rep rev sen sgt st ste supt ven
+    vs v cf viz lit pron orig abbr transl approx ca c b d r fl née e.g i.e a.k.a z.b d.h bzw vgl
+""")
 # Not the end where a number follows: "no. 5", but "He said no."
-_BEFORE_NUMBER = frozenset("no nos nr vol vols p pp fig figs eq eqs ch chap sec art op pt lot".split())
+_BEFORE_NUMBER = _words("no nos nr vol vols p pp fig figs eq eqs ch chap sec art op pt lot")
 # The end only where the next word is one that sentences begin with: "in the U.S. The", but "the U.S. Senate".
 # So are initials, "world war I. The" but "John F. Kennedy", and whatever has a mark inside, "Ph.D.".
-_SOMETIMES = frozenset(
-    "jan feb mar apr jun jul aug sep sept oct nov dec etc inc ltd co corp cos llc plc gmbh bros jr sr esq dept univ assn al est ed eds sq tel "
-    "ext ave blvd rd mi km kg lb lbs oz".split()
-)
-_STARTERS = frozenset(
-    "The A An In On At It He She They We You I This That These Those His Her Its Their Our My Your There Here As After Although Since When "
-    "While Where Who What Why How However For From By During Many Most Some Several Both Each Every Other Another All Also One Two Three With "
-    "Without Within Under Over Between Among According Because Before Until If Though Unlike Like Today Then Thus Therefore Moreover "
-    "Furthermore Nevertheless Meanwhile Later Once Only Early But And Or So Yet Not No To Of Following Based Despite Due Through Throughout "
-    "Along Additionally Originally Currently Historically Initially Finally First Second".split()
-)
+_SOMETIMES = _words("""
+    jan feb mar apr jun jul aug sep sept oct nov dec etc inc ltd co corp cos llc plc gmbh bros jr sr esq dept univ assn al est ed eds sq tel
+    ext ave blvd rd mi km kg lb lbs oz
+""")
+_STARTERS = _words("""
+    The A An In On At It He She They We You I This That These Those His Her Its Their Our My Your There Here As After Although Since When
+    While Where Who What Why How However For From By During Many Most Some Several Both Each Every Other Another All Also One Two Three With
+    Without Within Under Over Between Among According Because Before Until If Though Unlike Like Today Then Thus Therefore Moreover
+    Furthermore Nevertheless Meanwhile Later Once Only Early But And Or So Yet Not No To Of Following Based Despite Due Through Throughout
+    Along Additionally Originally Currently Historically Initially Finally First Second
+""")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -67,7 +75,8 @@ def _ends(line: str, begin: int, mark: int, end: int, all_lower: bool) -> bool:
         return False
     if line[mark] != "." or line[mark + 1] in ".!?…":
         return True
-    word = line[max(line.rfind(" ", begin, mark) + 1, begin) : mark].lstrip("\"'“‘«([„")
+    begin_word = max(begin, mark - _LONGEST_WORD)
+    word = line[max(line.rfind(" ", begin_word, mark) + 1, begin_word) : mark].lstrip("\"'“‘«([„")
     if len(word) > 6 and "." not in word:
         return True  # no abbreviation is longer: most marks leave here
     lower = word.lower()

@@ -271,7 +271,7 @@ class _HashedFile:
         self.digest = hashlib.sha256()
 
     def write(self, array: np.ndarray) -> None:
-        data = memoryview(np.ascontiguousarray(array)).cast("B")
+        data = np.ascontiguousarray(array).data.cast("B")
         self.digest.update(data)
         self.file.write(data)
 
@@ -327,7 +327,7 @@ def _problem(manifest: Any) -> str | None:
         if not _count(vocab_size) or len(set(ids)) != 5 or not all(_count(i) and i < vocab_size for i in ids):
             return "vocab_size and special ids do not agree"
         width = token_dtype(vocab_size).itemsize
-        sizes = dict.fromkeys(OTHER_FILES)
+        sizes: dict[str, int | None] = dict.fromkeys(OTHER_FILES)
         for split in SPLITS:
             shards = [Counts(**shard) for shard in manifest["splits"][split]["shards"]]
             totals = Counts(*(manifest["splits"][split][k] for k in ("documents", "sentences", "tokens")))

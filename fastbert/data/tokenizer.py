@@ -128,7 +128,7 @@ def special_ids(tokenizer: Tokenizer, source: str | Path) -> SpecialIds:
         raise InputError(
             f"{source}: the vocabulary has no {', '.join(missing)}; a BERT vocabulary needs {' '.join(SPECIAL_TOKENS.values())}"
         )
-    return SpecialIds(**ids)
+    return SpecialIds(**{name: number for name, number in ids.items() if number is not None})
 
 
 class Encoder:

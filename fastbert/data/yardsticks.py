@@ -18,6 +18,7 @@ Source: Chen and Goodman, 1999, "An empirical study of smoothing techniques for 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,8 +138,8 @@ class _Models:
         sums = np.zeros(len(pairs))
         row = np.zeros(self.size)
         edges = _edges(rights).tolist()
-        for begin, end in zip(edges[:-1], edges[1:], strict=True):
-            words, parts = self.before.row(rights[begin])
+        for begin, end in itertools.pairwise(edges):
+            words, parts = self.before.row(int(rights[begin]))
             row[words] = parts / self.unigram[words]
             at, lengths = self.after.rows(lefts[begin:end])
             owner = np.repeat(np.arange(end - begin), lengths)

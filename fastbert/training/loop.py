@@ -8,6 +8,7 @@ import time
 import torch
 
 from fastbert.config import RunConfig
+from fastbert.data.packing import PackedBatch
 from fastbert.data.prefetch import Prefetch
 from fastbert.doctor import measure_gemm_rate
 from fastbert.flops import training_flops
@@ -37,12 +38,19 @@ def pretrain(config: RunConfig, recipe: str, resume: bool) -> int:
     """
     setup = set_up(config, recipe, resume)
     prepare_folder(setup.start, config, setup.store)
-    state = checkpoint.read_all(setup.start.checkpoint.path) if setup.start.checkpoint else None
-    step = setup.progress.step
+    step, found = setup.progress.step, setup.start.checkpoint
     peak = measure_gemm_rate(torch.bfloat16 if setup.precision == "bf16" else torch.float32, device=str(setup.device))
     try:
         with (
-            Engine(setup.model, config, setup.settings, setup.precision, setup.device, state, step) as engine,
+            Engine(
+                setup.model,
+                config,
+                setup.settings,
+                setup.precision,
+                setup.device,
+                checkpoint.read_all(found.path) if found else None,  # not kept: three times the model
+                step,
+            ) as engine,
             Monitor(
                 setup.start.run,
                 step=step,
@@ -76,7 +84,8 @@ def _train(setup: Setup, engine: Engine, monitor: Monitor, interruption: Interru
             monitor.event("save", progress.step, checkpoint=path.name)
             saved = progress.step
 
-    while (reason := horizon.reached(progress)) is None:
+    reason = horizon.reached(progress)
+    while reason is None:
         _, packs, waited = next(feed)
         started = time.perf_counter()
         lr = config.optimizer.lr * factor(config.schedule, horizon.scheduled(progress))
@@ -85,7 +94,11 @@ def _train(setup: Setup, engine: Engine, monitor: Monitor, interruption: Interru
         except NotFinite as trouble:
             if not trouble.applied:
                 save()
-            monitor.stop(progress.step, f"{trouble}, at step {progress.step + 1}", f"try a lower optimizer.lr; {_go_on(setup)}")
+            monitor.stop(
+                progress.step,
+                f"{trouble} at step {progress.step + 1}, {_blame(trouble, packs)}",
+                f"try a lower optimizer.lr; {_go_on(setup)}",
+            )
             return FAILED
         progress.step += 1
         progress.tokens += result.tokens
@@ -93,14 +106,16 @@ def _train(setup: Setup, engine: Engine, monitor: Monitor, interruption: Interru
         seconds = waited + time.perf_counter() - started
         monitor.step(progress, result, lr=lr, seconds=seconds, waited=waited, flops=_flops(setup, packs) * engine.world)
 
-        if progress.step % config.evaluate.every == 0 or horizon.reached(progress):
+        reason = horizon.reached(progress)
+        if reason or progress.step % config.evaluate.every == 0:
             found = engine.evaluate(setup.heldout, setup.store.special.mask)
             progress.judge(found.loss, config.stop.min_delta)
             progress.seconds, _ = engine.agree(time.monotonic() - began, False)
             monitor.evaluate(progress, found)
-        if asked or progress.step % config.checkpoint.every == 0 or horizon.reached(progress):
+            reason = horizon.reached(progress)
+        if reason or asked or progress.step % config.checkpoint.every == 0:
             save()
-        if asked and not horizon.reached(progress):
+        if asked and not reason:
             monitor.stop(progress.step, f"interrupted by {interruption.asked or 'another rank'}", _go_on(setup))
             return INTERRUPTED
     monitor.stop(progress.step, reason)
@@ -121,11 +136,23 @@ def _introduce(setup: Setup, engine: Engine, monitor: Monitor) -> None:
         monitor.event("resume", found.step, checkpoint=found.path.name)
 
 
+def _blame(trouble: NotFinite, packs: list[PackedBatch]) -> str:
+    """Where a loss that is not finite comes from."""
+    examples = sorted(trouble.examples)
+    if len(examples) == sum(pack.sequences for pack in packs):
+        return "for every example: it is the weights, not a text"
+    return (
+        f"for the examples {', '.join(map(str, examples[:8]))}{' ...' if len(examples) > 8 else ''} of the epoch"
+        if examples
+        else "in no single example"
+    )
+
+
 def _go_on(setup: Setup) -> str:
     return f"go on with: fastbert pretrain {setup.start.run / 'config.toml'} --resume"
 
 
-def _flops(setup: Setup, packs: list) -> float:
+def _flops(setup: Setup, packs: list[PackedBatch]) -> float:
     """Useful operations of this rank's part of a step."""
     lengths = [n for pack in packs for n in pack.cu_seqlens.diff().tolist()]
     masked, pairs = (sum(len(tensor) for tensor in tensors) for tensors in zip(*((p.labels, p.examples) for p in packs), strict=True))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from fastbert.doctor import probe_bf16
+from fastbert.doctor import Bf16Probe, probe_bf16
 from fastbert.errors import InputError
 
 
-def resolve_precision(precision: str, device: torch.device, recipe: str) -> tuple[str, str]:
+def resolve_precision(precision: str, device: torch.device, recipe: str, probe: Callable[[], Bf16Probe] = probe_bf16) -> tuple[str, str]:
     """ "auto" is bf16 where it is safe and faster, else fp32. On a CPU a child process tries it (see doctor.py), since some kill
     the process that multiplies in bf16.
 
@@ -24,8 +26,8 @@ def resolve_precision(precision: str, device: torch.device, recipe: str) -> tupl
         safe = faster = torch.cuda.is_bf16_supported(including_emulation=False)
         why = "the GPU has bf16" if safe else "the GPU has no bf16"
     else:
-        probe = probe_bf16()
-        safe, faster, why = probe.safe, probe.faster, probe.why
+        found = probe()
+        safe, faster, why = found.safe, found.faster, found.why
     if precision == "bf16":
         if not safe:
             raise InputError(f'{recipe}: runtime.precision = "bf16": {why}; use "fp32" or "auto"')

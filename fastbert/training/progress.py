@@ -58,7 +58,7 @@ class Horizon:
 
     def share(self, done: Progress) -> float:
         """Share of the run, 0 to 1, by the limit that will be reached first at this pace."""
-        return max(amount(done) / limit for _, _, limit, amount in self._limits)
+        return min(1.0, max(amount(done) / limit for _, _, limit, amount in self._limits))
 
     def seconds_left(self, done: Progress) -> float | None:
         """At the run's mean pace; None before the first step."""

@@ -18,7 +18,7 @@ from fastbert.model import BertForPreTraining
 from fastbert.training import checkpoint
 from fastbert.training.checkpoint import Checkpoint
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
-from fastbert.training.engine import launched_world, local_device
+from fastbert.training.engine import check_settings, launched_world, local_device
 from fastbert.training.precision import resolve_precision
 from fastbert.training.progress import Horizon, Progress
 
@@ -99,6 +99,7 @@ class Setup:
 def set_up(config: RunConfig, recipe: str, resume: bool) -> Setup:
     """Build and check all of it; raises InputError for whatever is wrong with the recipe or what it names. Writes nothing."""
     store, settings = open_store(config.data), read_ds_config(config, recipe)
+    check_settings(settings)
     start = open_run(config, recipe, store, resume)
     if (world := launched_world()) > 1:
         raise InputError(f"WORLD_SIZE = {world}: this version trains on one process; start it without a launcher")

@@ -1,0 +1,40 @@
+"""fp32 or bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastbert.doctor import Bf16Probe, probe_bf16
+from fastbert.errors import InputError
+from fastbert.training.precision import resolve_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "asked, safe, faster, expected",
+    [
+        ("fp32", True, True, "fp32"),
+        ("auto", True, True, "bf16"),
+        ("auto", True, False, "fp32"),
+        ("auto", False, False, "fp32"),
+        ("bf16", True, False, "bf16"),
+    ],
+)
+def test_what_a_processor_gets(asked, safe, faster, expected):
+    precision, why = resolve_precision(asked, CPU, "demo.toml", lambda: Bf16Probe(safe, faster, "the reason"))
+    assert precision == expected
+    assert why == ("the reason" if asked == "auto" else "the recipe says so")
+
+
+def test_bf16_where_it_kills_the_process():
+    with pytest.raises(InputError) as error:
+        resolve_precision("bf16", CPU, "demo.toml", lambda: Bf16Probe(False, False, "a bf16 product kills the process"))
+    assert str(error.value) == 'demo.toml: runtime.precision = "bf16": a bf16 product kills the process; use "fp32" or "auto"'
+
+
+def test_this_processor():
+    probe = probe_bf16()
+    precision, why = resolve_precision("auto", CPU, "demo.toml")
+    assert (precision == "bf16") <= probe.safe and why

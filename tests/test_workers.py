@@ -1,0 +1,67 @@
+"""Results in the order of the items, errors too, with little on its way; the ends by signals are in test_prepare.py."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fastbert.data.documents import Chunk, Source, parse
+from fastbert.data.workers import map_in_order
+from fastbert.errors import InputError
+
+
+def sleeper(factor: float):
+    """Later items are done sooner."""
+
+    def sleep(item: int) -> int:
+        time.sleep(factor * (5 - item % 6))
+        return item * item
+
+    return sleep
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 40])
+def test_order(count: int) -> None:
+    assert list(map_in_order(sleeper, (0.01,), range(count), 3)) == [item * item for item in range(count)]
+
+
+def test_large_items_and_results() -> None:
+    """More than a pipe holds goes both ways at once."""
+    items = [(bytes([i]) * 300_000,) for i in range(20)]
+    assert list(map_in_order(operator.itemgetter, (0,), items, 2)) == [item[0] for item in items]
+
+
+def parser(field: str):
+    return lambda data: parse(Chunk(Source(Path("a.jsonl"), "jsonl", ""), data, 1, 0, 0), field)
+
+
+def test_errors_come_in_order_and_end_the_workers() -> None:
+    good = b'{"text": "a"}'
+    results = map_in_order(parser, ("text",), [good, good, b"{", good, b"[]", good], 2)
+    assert [next(results), next(results)] == [["a"], ["a"]]
+    children = psutil.Process().children()
+    with pytest.raises(InputError, match=r"a\.jsonl: line 1: not JSON"):
+        next(results)
+    assert not any("data.workers" in " ".join(child.cmdline()) for child in children if child.is_running())
+
+
+def test_little_is_on_its_way() -> None:
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        for item in range(1000):
+            taken += 1
+            yield item
+
+    results = map_in_order(sleeper, (0.0,), items(), 2)
+    for given in range(1, 50):
+        next(results)
+        assert taken <= given + 4 * 2
+    results.close()  # type: ignore[attr-defined]
+    assert taken < 100
