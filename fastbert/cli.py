@@ -20,6 +20,7 @@ import typer
 
 from fastbert import __version__
 from fastbert.errors import InputError
+from fastbert.heap import keep_heap
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -45,6 +46,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
+    keep_heap()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

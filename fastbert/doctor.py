@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 GEMM_SHAPE = (2048, 512, 2048)
 BANDWIDTH_BYTES = 256 * 1024**2  # well over the largest last-level cache
 WORTH_IT = 1.3  # a step in bf16 also converts and keeps its sums in fp32: a smaller gain in the products alone would be lost
-HEAP = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 PROBE_TIMEOUT_S = 60
 PACKAGES = ("torch", "triton", "deepspeed", "tokenizers", "safetensors", "transformers")
 
@@ -66,7 +65,6 @@ class Diagnosis:
     python: str
     versions: dict[str, str | None]
     tools: dict[str, str | None]
-    heap: str | None
     gemm_fp32: float | None
     bandwidth: float | None
     bf16: Bf16Probe | None
@@ -166,15 +164,6 @@ def judge_bf16(returncode: int, stdout: str, stderr: str) -> Bf16Probe:
     return Bf16Probe(True, ratio >= WORTH_IT, f"bf16 products run at {ratio:.1f} times the fp32 rate ({WORTH_IT} pays)")
 
 
-def memory_environment() -> dict[str, str]:
-    """The heap setting that a CPU run profits from; it must be in the environment before Python starts.
-
-    Freed blocks stay with the process and lie in huge pages, which spares the page faults of the large temporaries of every step.
-    Only glibc knows it: the dictionary is empty elsewhere.
-    """
-    return {"GLIBC_TUNABLES": HEAP} if platform.libc_ver()[0] == "glibc" else {}
-
-
 def diagnose(folder: Path = Path()) -> Diagnosis:
     """Look at this machine, measure, and say what to do where something is missing. `folder`: whose disk counts."""
     versions = {package: _version(package) for package in PACKAGES}
@@ -199,7 +188,6 @@ def diagnose(folder: Path = Path()) -> Diagnosis:
         "python": platform.python_version(),
         "versions": versions,
         "tools": tools,
-        "heap": os.environ.get("GLIBC_TUNABLES"),
         "gemm_fp32": gemm,
         "bandwidth": bandwidth,
         "bf16": bf16,
@@ -216,7 +204,6 @@ def advise(
     threads: int | None,
     memory_free: int,
     disk_free: int,
-    heap: str | None,
     bf16: Bf16Probe | None,
     gpus: list[Gpu],
     **_: Any,
@@ -235,8 +222,6 @@ def advise(
         lines.append(f"torch uses {threads} of {cores} cores: unset OMP_NUM_THREADS, or set it to {cores}")
     if bf16 and not bf16.safe and not gpus:
         lines.append(f'bf16 is not safe here: {bf16.why}; runtime.precision = "auto" stays with fp32')
-    if not gpus and memory_environment() and heap is None:
-        lines.append(f"the heap setting is off: export GLIBC_TUNABLES={HEAP}")
     if memory_free < 2 * 1024**3:
         lines.append(f"{_gib(memory_free)} of memory are free: lower batch.micro_batch_tokens, or close something")
     if disk_free < 5 * 1024**3:
@@ -252,7 +237,6 @@ def describe(found: Diagnosis) -> list[tuple[str, str]]:
         ("memory", f"{_gib(found.memory)}, {_gib(found.memory_free)} free"),
         ("disk", f"{_gib(found.disk_free)} free here"),
         ("versions", ", ".join(f"{name} {version or '-'}" for name, version in versions.items())),
-        ("heap", found.heap or "default"),
     ]
     if found.gemm_fp32 and found.bandwidth and found.bf16:
         safe, faster = "safe" if found.bf16.safe else "NOT safe", "faster" if found.bf16.faster else "not faster"

@@ -24,7 +24,6 @@ from fastbert.doctor import (
     judge_bf16,
     measure_bandwidth,
     measure_gemm_rate,
-    memory_environment,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +34,6 @@ HEALTHY = {
     "threads": 2,
     "memory_free": 1 << 40,
     "disk_free": 1 << 40,
-    "heap": "set",
     "bf16": Bf16Probe(True, True, ""),
     "gpus": [],
 }
@@ -125,11 +123,3 @@ def test_triton_is_missed_only_beside_a_gpu(found):
     without = {**HEALTHY, "versions": {**HEALTHY["versions"], "triton": None}}
     assert advise(**without) == []
     assert any("pip install triton" in line for line in advise(**{**without, "gpus": [object()]}))
-
-
-@pytest.mark.skipif(not memory_environment(), reason="only glibc has this heap")
-def test_the_heap_setting_is_advised_and_python_starts_with_it():
-    (line,) = advise(**{**HEALTHY, "heap": None})
-    assert "export GLIBC_TUNABLES=" in line
-    child = subprocess.run([sys.executable, "-c", "print(1)"], env={**os.environ, **memory_environment()}, capture_output=True, text=True)
-    assert (child.stdout, child.stderr) == ("1\n", "")

@@ -141,7 +141,7 @@ def test_sample_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a\n\nb", {"heldout": 0.0}, ["--heldout 0.0", "above 0"]),
         ("a\n\nb", {"heldout": 0.6}, ["--heldout 0.6", "0.5"]),
         ("a\n\nb", {"workers": 0}, ["--workers 0", "1 or more"]),
-        ("a\n\nb", {"vocab_size": 5}, ["vocabulary size = 5", "100"]),
+        ("a\n\nb", {"vocab_size": 5}, ["--vocab-size 5", "100"]),
         ("a\n\nb", {"text_format": "doc"}, ["doc", "jsonl"]),
         ("a\n\nb", {"tokenizer": "nowhere"}, ["nowhere", "no such tokenizer"]),
         (" \n\n \n", {}, ["every document is empty"]),

@@ -102,7 +102,10 @@ def test_documented_commands_exist(document):
     assert not wrong, f"{document} speaks of what is not there: {wrong}"
 
 
-def test_continuous_integration_runs_the_documented_tests():
+def test_demo_and_tests_are_on_the_first_screen():
+    """And a continuous integration server runs the very command that the README names."""
+    first_screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:25]
+    for command in ("make demo", "make test"):
+        assert any(line.startswith(command) for line in first_screen), command
     assert os.access(ROOT / ".ci/run", os.X_OK)
     assert "make test" in (ROOT / ".ci/run").read_text(encoding="utf-8")
-    assert "make test" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -68,7 +68,7 @@ def test_alphabet_leaves_room_for_words() -> None:
 
 @pytest.mark.parametrize("size", [0, 99, 1 << 21])
 def test_vocabulary_size_out_of_range(size: int) -> None:
-    with pytest.raises(InputError, match=f"vocabulary size = {size};"):
+    with pytest.raises(InputError, match=f"--vocab-size {size}:"):
         train_tokenizer(["some text"], size)
 
 

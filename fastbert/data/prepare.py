@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from fastbert.data import yardsticks
 from fastbert.data.documents import Chunk, find_sources, parse, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
 from fastbert.data.report import Report, Tally, make_report
 from fastbert.data.store import FORMAT, MANIFEST, OTHER_FILES, SPLITS, ShardWriter, Split, sha256_of, token_dtype
-from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from fastbert.data.tokenizer import check_vocab_size, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.workers import map_in_order
 from fastbert.errors import InputError
 
@@ -88,6 +89,7 @@ def prepare(
     size = sum(source.path.stat().st_size for source in files)
     options = {"heldout": heldout, "text_format": text_format, "text_field": text_field}
     if given is None:
+        check_vocab_size(vocab_size)
         options |= {"vocab_size": vocab_size, "lowercase": lowercase}
     with _staging(out) as folder, _Bar(size, progress) as bar:
         vocabulary = given
@@ -118,17 +120,7 @@ def prepare(
         _write_text(folder / "yardsticks.json", _json(measured))
         _write_text(folder / "report.json", report.json())
         _write_text(folder / "report.md", report.markdown())
-        digests = {name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in OTHER_FILES}
-        manifest = {
-            "format": FORMAT,
-            "vocab_size": vocabulary.get_vocab_size(),
-            "special": asdict(special_ids(vocabulary, out)),
-            "options": options,
-            "tokenizer_sha256": digests["tokenizer/tokenizer.json"]["sha256"],
-            "splits": {name: writer.summary() for name, writer in written.writers.items()},
-            "files": digests | {name: entry for writer in written.writers.values() for name, entry in writer.files.items()},
-        }
-        _write_text(folder / MANIFEST, _json(manifest))
+        _write_text(folder / MANIFEST, _json(_manifest(folder, vocabulary, options, written)))
     return report
 
 
@@ -164,6 +156,21 @@ def _better_bound(written: _Written, sources: Sequence[str | Path]) -> int | Non
     if written.smallest[wanted - 1] < written.heldout_below and written.writers["train"].shards:
         return None
     return int(written.smallest[wanted])
+
+
+def _manifest(folder: Path, vocabulary: Tokenizer, options: dict[str, Any], written: _Written) -> dict[str, Any]:
+    files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in OTHER_FILES}
+    for writer in written.writers.values():
+        files |= writer.files
+    return {
+        "format": FORMAT,
+        "vocab_size": vocabulary.get_vocab_size(),
+        "special": asdict(special_ids(vocabulary, folder)),
+        "options": options,
+        "tokenizer_sha256": files["tokenizer/tokenizer.json"]["sha256"],
+        "splits": {name: writer.summary() for name, writer in written.writers.items()},
+        "files": files,
+    }
 
 
 def _spread(chunks: Iterable[Chunk]) -> list[Chunk]:

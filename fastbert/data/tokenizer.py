@@ -36,9 +36,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
     Raises:
         InputError: a vocabulary size out of range, or texts without a single character to learn from.
     """
-    low, high = VOCAB_SIZES
-    if not low <= vocab_size <= high:
-        raise InputError(f"vocabulary size = {vocab_size}; must be from {low} to {high:,} (BERT's is 30522)")
+    check_vocab_size(vocab_size)
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     normalized = [normalizer.normalize_str(text) for text in texts]
     first, inner = _alphabet(normalized, int(vocab_size * ALPHABET_SHARE))
@@ -59,6 +57,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
     trained.train_from_iterator(normalized, trainer)
     ids = trained.get_vocab(with_added_tokens=True)
     return _assemble(sorted(ids, key=ids.__getitem__), lowercase)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise InputError where it is out of range; to be asked before hours of reading."""
+    low, high = VOCAB_SIZES
+    if not low <= vocab_size <= high:
+        raise InputError(f"--vocab-size {vocab_size}: must be from {low} to {high:,} (BERT's is 30522)")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
