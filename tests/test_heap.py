@@ -12,9 +12,11 @@ from fastbert.heap import keep_heap
 if sys.argv[1] == "keep":
     keep_heap()
 import torch
+torch.set_num_threads(1)
 def touch():
-    torch.zeros(1 << 24)  # 64 MB
-touch()
+    torch.empty(1 << 24).fill_(1.0)  # 64 MB
+for _ in range(20):  # until the heap has found its size
+    touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     touch()
@@ -29,5 +31,5 @@ def test_a_large_block_is_faulted_in_once():
 
     pages = 5 * (1 << 26) // resource.getpagesize()
     kept, default = faults("keep"), faults("default")
-    assert kept < pages / 20
-    assert default > 2 * kept, f"glibc's default faulted {default} times, of {pages} pages"  # far fewer than pages where huge ones serve
+    assert kept < pages / 100
+    assert default > 10 * kept, (default, kept, pages)
