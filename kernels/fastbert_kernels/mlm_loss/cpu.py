@@ -13,12 +13,15 @@ import torch
 _SLAB = 1 << 22  # logits held at once: 16 MB in fp32
 
 
-def _loss_slab(rows, weight, bias, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities [m, V], losses [m] and hits [m] of one slab."""
-    log_p = torch.addmm(bias, rows, weight.T)
-    hits = log_p.argmax(-1) == labels
-    log_p = torch.log_softmax(log_p, -1, dtype=torch.promote_types(rows.dtype, torch.float32))
-    return log_p, -log_p.gather(1, labels[:, None])[:, 0], hits
+def _loss_slab(rows, weight, bias, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(z - max z) [m, V], its sum [m, 1], losses [m] and hits [m] of one slab; one exp for loss and gradient alike."""
+    z = torch.addmm(bias, rows, weight.T).to(torch.promote_types(rows.dtype, torch.float32))
+    largest = z.amax(-1, keepdim=True)
+    of_label = z.gather(1, labels[:, None])
+    exponentials = z.sub_(largest).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    losses = total.log() + largest - of_label
+    return exponentials, total, losses[:, 0], (of_label == largest)[:, 0]
 
 
 class _MaskedCrossEntropy(torch.autograd.Function):
@@ -36,11 +39,10 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             dbias = torch.zeros_like(bias, dtype=wide)
         for first in range(0, len(rows), size):
             slab = slice(first, first + size)
-            log_p, losses[slab], hits[slab] = _loss_slab(rows[slab], weight, bias, labels[slab])
+            exponentials, sums, losses[slab], hits[slab] = _loss_slab(rows[slab], weight, bias, labels[slab])
             if with_gradient:
-                dz = log_p.exp_()
-                dz[torch.arange(len(dz)), labels[slab]] -= 1
-                dz = dz.div_(total)
+                dz = exponentials.mul_(1 / (sums * total))
+                dz[torch.arange(len(dz)), labels[slab]] -= 1 / total
                 dbias += dz.sum(0)
                 dz = dz.to(rows.dtype)
                 torch.mm(dz, weight, out=drows[slab])
