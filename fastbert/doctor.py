@@ -221,7 +221,7 @@ def advise(
     if threads and not gpus and threads < cores:
         lines.append(f"torch uses {threads} of {cores} cores: unset OMP_NUM_THREADS, or set it to {cores}")
     if bf16 and not bf16.safe and not gpus:
-        lines.append(f'bf16 is not safe here: {bf16.why}; runtime.precision = "auto" stays with fp32')
+        lines.append(f'bf16 is not safe here: {bf16.why}; keep runtime.precision = "auto" or "fp32"')
     if memory_free < 2 * 1024**3:
         lines.append(f"{_gib(memory_free)} of memory are free: lower batch.micro_batch_tokens, or close something")
     if disk_free < 5 * 1024**3:

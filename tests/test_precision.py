@@ -16,8 +16,7 @@ CPU = torch.device("cpu")
     "asked, safe, faster, expected",
     [
         ("fp32", True, True, "fp32"),
-        ("auto", True, True, "bf16"),
-        ("auto", True, False, "fp32"),
+        ("auto", True, True, "fp32"),
         ("auto", False, False, "fp32"),
         ("bf16", True, False, "bf16"),
     ],
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 def test_what_a_processor_gets(asked, safe, faster, expected):
     precision, why = resolve_precision(asked, CPU, "demo.toml", lambda: Bf16Probe(safe, faster, "the reason"))
     assert precision == expected
-    assert why == ("the reason" if asked == "auto" else "the recipe says so")
+    assert why == ("the default on a CPU" if asked == "auto" else "the recipe says so")
 
 
 def test_bf16_where_it_kills_the_process():
@@ -35,6 +34,9 @@ def test_bf16_where_it_kills_the_process():
 
 
 def test_this_processor():
-    probe = probe_bf16()
-    precision, why = resolve_precision("auto", CPU, "demo.toml")
-    assert (precision == "bf16") <= probe.safe and why
+    """Whatever it is: the probe answers without harm, and what it calls safe may be asked for."""
+    if probe_bf16().safe:
+        assert resolve_precision("bf16", CPU, "demo.toml") == ("bf16", "the recipe says so")
+    else:
+        with pytest.raises(InputError, match="demo.toml: runtime.precision"):
+            resolve_precision("bf16", CPU, "demo.toml")

@@ -11,8 +11,9 @@ from fastbert.errors import InputError
 
 
 def resolve_precision(precision: str, device: torch.device, recipe: str, probe: Callable[[], Bf16Probe] = probe_bf16) -> tuple[str, str]:
-    """ "auto" is bf16 where it is safe and faster, else fp32. On a CPU a child process tries it (see doctor.py), since some kill
-    the process that multiplies in bf16.
+    """ "auto" is bf16 on a GPU that has it, and fp32 on a CPU, where bf16 must be asked for: its products may run at twice the rate, and
+    a small model's step is still slower; and a run must not change its precision with a measurement. Asked for, it is tried first in
+    a child process (see doctor.py), since some processors kill the process that multiplies in bf16.
 
     Returns:
         "fp32" or "bf16", and why, in words for the log.
@@ -23,13 +24,15 @@ def resolve_precision(precision: str, device: torch.device, recipe: str, probe: 
     if precision == "fp32":
         return "fp32", "the recipe says so"
     if device.type == "cuda":
-        safe = faster = torch.cuda.is_bf16_supported(including_emulation=False)
+        safe = torch.cuda.is_bf16_supported(including_emulation=False)
         why = "the GPU has bf16" if safe else "the GPU has no bf16"
+    elif precision == "auto":
+        return "fp32", "the default on a CPU"
     else:
         found = probe()
-        safe, faster, why = found.safe, found.faster, found.why
+        safe, why = found.safe, found.why
     if precision == "bf16":
         if not safe:
             raise InputError(f'{recipe}: runtime.precision = "bf16": {why}; use "fp32" or "auto"')
         return "bf16", "the recipe says so"
-    return ("bf16" if safe and faster else "fp32"), why
+    return ("bf16" if safe else "fp32"), why
