@@ -74,7 +74,7 @@ data/wiki.jsonl: | .venv/.installed
 
 data/wiki/manifest.json: | data/wiki.jsonl
 	$(call heading,Prepare: text to a vocabulary and token ids)
-	@$(FASTBERT) prepare data/wiki.jsonl --out data/wiki --vocab-size 4096
+	@$(FASTBERT) prepare data/wiki.jsonl --out data/wiki --vocab-size 4096 --heldout 0.05
 
 $(RUN)/finished: | data/wiki/manifest.json
 	$(call heading,Pretrain: about four minutes; Ctrl-C saves$(comma) and make demo goes on from there)

@@ -206,10 +206,10 @@ def fill(
     masks = load(model).fill(text, k)
     if as_json:
         return _print_json({"text": text, "masks": [[{"token": token, "probability": p} for token, p in best] for best in masks]})
+    print(text)
     for i, best in enumerate(masks, 1):
-        _print_table(
-            f"[MASK] {i} of {len(masks)}" if len(masks) > 1 else text, ("token", "probability"), [(t, f"{100 * p:.1f} %") for t, p in best]
-        )
+        title = f"[MASK] {i} of {len(masks)}" if len(masks) > 1 else ""
+        _print_table(title, ("token", "probability"), [(token, f"{100 * p:.1f} %") for token, p in best])
 
 
 @app.command(epilog='Example: fastbert nsp runs/base "She opened the door." "Nobody was there."')
@@ -225,7 +225,7 @@ def nsp(
     probability = load(model).next_sentence(first, second)
     if as_json:
         return _print_json({"first": first, "second": second, "probability": probability})
-    print(f"{100 * probability:.1f} % that the second follows the first")
+    print(f"A  {first}\nB  {second}\n   {100 * probability:.1f} % that B follows A")
 
 
 @app.command(epilog="Example: fastbert embed runs/base texts.txt --pool mean --out texts.npy")
@@ -352,7 +352,7 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), box=box.SIMPLE, show_header=any(columns), title_justify="left", title_style="bold")
+    table = Table(title=Text(title) if title else None, box=box.SIMPLE, show_header=any(columns), title_justify="left", title_style="bold")
     for column in columns:
         table.add_column(column)
     for row in rows:
@@ -363,4 +363,5 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(highlight=False)
+    # A pipe or a file has no width: there a line may be as long as it needs.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)

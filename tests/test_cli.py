@@ -185,7 +185,7 @@ def test_fill_and_nsp(place, inside):
     _, shown, _ = inside("fill", "run", "A [MASK] is a [MASK].")
     assert best["token"] in shown and f"{100 * best['probability']:.1f} %" in shown and "[MASK] 2 of 2" in shown
     probability = json.loads(inside("nsp", "hf", "A list.", "A name.", "--json")[1])["probability"]
-    assert inside("nsp", "run", "A list.", "A name.") == (0, f"{100 * probability:.1f} % that the second follows the first\n", "")
+    assert inside("nsp", "run", "A list.", "A name.") == (0, f"A  A list.\nB  A name.\n   {100 * probability:.1f} % that B follows A\n", "")
 
 
 def test_embed_warns_once_and_keeps_stdout_clean(inside, tmp_path):

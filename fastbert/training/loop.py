@@ -11,7 +11,7 @@ from fastbert.config import RunConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.data.prefetch import Prefetch
 from fastbert.doctor import measure_gemm_rate
-from fastbert.flops import training_flops
+from fastbert.flops import executed_flops
 from fastbert.training import checkpoint
 from fastbert.training.engine import Engine, NotFinite
 from fastbert.training.interruption import Interruption
@@ -153,7 +153,7 @@ def _go_on(setup: Setup) -> str:
 
 
 def _flops(setup: Setup, packs: list[PackedBatch]) -> float:
-    """Useful operations of this rank's part of a step."""
+    """Operations of this rank's part of a step, as it is computed: the share of the peak then says how busy the processor is."""
     lengths = [n for pack in packs for n in pack.cu_seqlens.diff().tolist()]
     masked, pairs = (sum(len(tensor) for tensor in tensors) for tensors in zip(*((p.labels, p.examples) for p in packs), strict=True))
-    return training_flops(setup.config.model, setup.store.vocab_size, lengths, masked, pairs if setup.config.objective.pairs else 0)
+    return executed_flops(setup.config.model, setup.store.vocab_size, lengths, masked, pairs if setup.config.objective.pairs else 0)
