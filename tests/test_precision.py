@@ -38,5 +38,5 @@ def test_this_processor():
     if probe_bf16().safe:
         assert resolve_precision("bf16", CPU, "demo.toml") == ("bf16", "the recipe says so")
     else:
-        with pytest.raises(InputError, match="demo.toml: runtime.precision"):
+        with pytest.raises(InputError, match=r"demo\.toml: runtime\.precision"):
             resolve_precision("bf16", CPU, "demo.toml")
