@@ -40,6 +40,7 @@ def initialise(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
         else:
             torch.nn.init.constant_(parameter, 1.0 if name.endswith("norm_weight") else 0.0)
     if config.initial_attention == "neighbours":
+        full = config.hidden_size**-0.5  # what goes through a matrix of this spread keeps its size
         table = parameters["embeddings.positions"]
         table.copy_(sinusoids(*table.shape) * (math.sqrt(2) * _POSITIONS_OVER_WORDS * config.initializer_range))
         qkv = parameters["layers.0.attention.qkv_weight"].view(3, config.num_attention_heads, config.head_size, config.hidden_size)
@@ -48,9 +49,13 @@ def initialise(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
             qkv[0, head] = _GAIN * shifted_sinusoids(config.head_size, config.hidden_size, shift)
             qkv[1, head] = _GAIN * shifted_sinusoids(config.head_size, config.hidden_size, 0)
             # What these heads see must be heard from the start, or nothing keeps them: values and output pass it on at full strength.
-            torch.nn.init.normal_(qkv[2, head], std=config.hidden_size**-0.5)
+            torch.nn.init.normal_(qkv[2, head], std=full)
         columns = min(_SHIFTED_HEADS, config.num_attention_heads) * config.head_size
-        torch.nn.init.normal_(parameters["layers.0.attention.output.weight"][:, :columns], std=config.hidden_size**-0.5)
+        torch.nn.init.normal_(parameters["layers.0.attention.output.weight"][:, :columns], std=full)
+        # Next to such positions the segments must be as strong to be told apart; NSP left the coin a third sooner so.
+        torch.nn.init.normal_(parameters["embeddings.segments"], std=_POSITIONS_OVER_WORDS * config.initializer_range)
+        for name in ("nsp_head.pooler.weight", "nsp_head.classifier.weight"):
+            torch.nn.init.normal_(parameters[name], std=full)
 
 
 def frequencies(size: int) -> Tensor:
