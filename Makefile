@@ -89,13 +89,15 @@ $(RUN)/evaluate.txt: | $(RUN)/finished
 $(RUN)/samples.txt: | $(RUN)/evaluate.txt
 	$(call heading,Fill and nsp: sentences chosen before the model was there)
 	@fill() { $(FASTBERT) fill $(RUN) "$$1"; }; \
-	pair() { printf '%s\n%s\n' "$$1" "$$2"; $(FASTBERT) nsp $(RUN) "$$1" "$$2"; echo; }; \
+	pair() { $(FASTBERT) nsp $(RUN) "$$1" "$$2"; echo; }; \
 	{ fill "The United [MASK] of America is a country in North America."; \
 	  fill "She was born [MASK] 1867 in Warsaw, the capital of Poland."; \
 	  fill "It is one of the [MASK] important works of the 19th century."; \
 	  fill "The river flows through the [MASK] of Germany and Austria."; \
 	  pair "The lion is a large cat native to Africa and India." "It has a muscular body, a short head and round ears."; \
 	  pair "The lion is a large cat native to Africa and India." "The party won a majority of seats in the election."; \
+	  pair "The Danube is a river in Central Europe." "It flows through Austria and Hungary to the Black Sea."; \
+	  pair "The Danube is a river in Central Europe." "She released her first studio album in 1994."; \
 	} | tee $@
 
 $(RUN)/export/config.json: | $(RUN)/samples.txt
