@@ -1,11 +1,12 @@
 """A training step, side by side with transformers' BertForPreTraining doing the same work.
 
-    python -m benchmarks.bench_step data/wiki [--steps 15] [--full] [--out report.json]
+    python -m benchmarks.bench_step data/wiki [--steps 13] [--lengths single fill full] [--out report.json]
 
 Both sides: the same weights, examples, masks and optimizer (AdamW, fused), fp32, dropout 0.1, forward + backward + update, the
 same heap setting (`fastbert.heap`; without it transformers' large temporaries would cost it up to twice as much, which would be
 unfair). transformers runs as people use it: padded to the longest sequence of the batch, SDPA attention, all positions projected
-on the vocabulary. Before anything is timed, both losses without dropout must agree to 1e-4. Steps run in turns; the ratio is taken
+on the vocabulary. Lengths: the demo's own pairs of single sentences ("single"), pairs that fill up max_length as far as their document
+goes ("fill"), and every sequence full. Before anything is timed, both losses without dropout must agree to 1e-4. Steps run in turns; the ratio is taken
 pair by pair and its median quoted with the quartiles.
 
 The share of the ideal is the time that the full useful FLOPs (no padding, gathered head, no layer cut) would need at the GEMM
@@ -25,9 +26,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from fastbert.config import RunConfig, parse_config
+from fastbert.config import ObjectiveConfig, RunConfig, parse_config
 from fastbert.data.batches import Batches, PackedBatch
-from fastbert.data.store import open_store
+from fastbert.data.store import Store, open_store
 from fastbert.doctor import measure_gemm_rate
 from fastbert.flops import training_flops
 from fastbert.heap import keep_heap
@@ -37,6 +38,14 @@ from fastbert.weights import to_hugging_face
 
 CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary
 SEQUENCES, MAX_LENGTH = 32, 128
+
+
+def draw(store: Store, segments: str, steps: int) -> list[PackedBatch]:
+    """Real batches, at least four: two warm the heap and the optimizers up."""
+    config = RunConfig(data=str(store.path), objective=ObjectiveConfig(segments=segments))
+    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, sequences=SEQUENCES, max_length=MAX_LENGTH))
+    source = Batches(store, config)
+    return [source.step(step)[0] for step in range(max(steps, 4))]
 
 
 def pad(batch: PackedBatch) -> dict[str, torch.Tensor]:
@@ -113,7 +122,7 @@ def compare(preset: str, vocab_size: int, batches: list[PackedBatch]) -> dict:
     pairs = []
     for index, (batch, padding) in enumerate(zip(batches, padded, strict=True)):
         pair = (timed(theirs, their_step, padding), timed(ours, our_step, batch))
-        if index >= 2:  # the first two warm the heap and the optimizers up
+        if index >= 2:
             pairs.append(pair)
     rate = measure_gemm_rate(seconds=1.0)
     useful = statistics.mean(
@@ -138,28 +147,31 @@ def compare(preset: str, vocab_size: int, batches: list[PackedBatch]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="a folder that `fastbert prepare` made; its lengths are what is timed")
-    parser.add_argument("--steps", type=int, default=15, help="pairs of steps a row, two of them to warm up (15)")
-    parser.add_argument("--full", action="store_true", help="also rows in which every sequence is full")
+    parser.add_argument("--steps", type=int, default=13, help="pairs of steps a row, two of them to warm up (13)")
+    parser.add_argument(
+        "--lengths", nargs="+", choices=["single", "fill", "full"], default=["single", "full"], help="which lengths to time"
+    )
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     arguments = parser.parse_args()
     keep_heap()
     transformers.logging.set_verbosity_error()
-    config = RunConfig(data=arguments.store)
-    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, sequences=SEQUENCES, max_length=MAX_LENGTH))
-    source = Batches(open_store(arguments.store), config)
-    batches = [source.step(step)[0] for step in range(max(arguments.steps, 4))]
+    store = open_store(arguments.store)
+    batches = {"single": draw(store, "single", arguments.steps), "fill": draw(store, "fill", arguments.steps)}
+    batches["full"] = [fill_up(batch) for batch in batches["fill"]]
 
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{SEQUENCES} sequences a step, fp32, dropout 0.1, {machine}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{'model':>6} {'V':>6} {'fill':>5} {'transformers':>13} {'fastbert':>9} {'ratio':>6} {'quartiles':>12} {'of ideal':>9}")
+    print(
+        f"{'lengths':>7} {'model':>6} {'V':>6} {'fill':>5} {'transformers':>13} {'fastbert':>9} {'ratio':>6} {'quartiles':>12} {'of ideal':>9}"
+    )
     rows = []
-    for variant in [batches, [fill_up(b) for b in batches]] if arguments.full else [batches]:
+    for lengths in arguments.lengths:
         for preset, vocab_size in CASES:
-            row = compare(preset, vocab_size, variant)
+            row = {"lengths": lengths, **compare(preset, vocab_size, batches[lengths])}
             rows.append(row)
             low, high = row["quartiles"]
             print(
-                f"{preset:>6} {vocab_size:>6} {row['fill']:>5.2f} {row['transformers_ms']:>10.0f} ms {row['fastbert_ms']:>6.0f} ms "
+                f"{lengths:>7} {preset:>6} {vocab_size:>6} {row['fill']:>5.2f} {row['transformers_ms']:>10.0f} ms {row['fastbert_ms']:>6.0f} ms "
                 f"{row['ratio']:>5.2f}x {low:>5.2f}-{high:<5.2f} {100 * row['share_of_ideal']:>7.0f} %",
                 flush=True,
             )
