@@ -48,10 +48,9 @@ def initialise(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
             shift = (head // 2 + 1) * (1 if head % 2 else -1)
             qkv[0, head] = _GAIN * shifted_sinusoids(config.head_size, config.hidden_size, shift)
             qkv[1, head] = _GAIN * shifted_sinusoids(config.head_size, config.hidden_size, 0)
-            # What these heads see must be heard from the start, or nothing keeps them: values and output pass it on at full strength.
-            torch.nn.init.normal_(qkv[2, head], std=full)
-        columns = min(_SHIFTED_HEADS, config.num_attention_heads) * config.head_size
-        torch.nn.init.normal_(parameters["layers.0.attention.output.weight"][:, :columns], std=full)
+        # What these heads see must be heard from the start, or nothing keeps them; and what the others see, for NSP.
+        torch.nn.init.normal_(qkv[2], std=full)
+        torch.nn.init.normal_(parameters["layers.0.attention.output.weight"], std=full)
         # Next to such positions the segments must be as strong to be told apart; NSP left the coin a third sooner so.
         torch.nn.init.normal_(parameters["embeddings.segments"], std=_POSITIONS_OVER_WORDS * config.initializer_range)
         for name in ("nsp_head.pooler.weight", "nsp_head.classifier.weight"):
