@@ -7,8 +7,9 @@ frequencies w, and a pair of rows of a head for each w,
 
     q(i) = g [sin w(i + d), cos w(i + d)]      k(j) = g [sin wj, cos wj]      q(i) k(j) = g^2 sum over w of cos w(i + d - j)
 
-and as sin w(i + d) = cos wd sin wi + sin wd cos wi, q is a rotation of the sinusoids that the embedding of i holds. Nothing is fixed:
-these are weights like any others, and training goes on from them.
+and as sin w(i + d) = cos wd sin wi + sin wd cos wi, q is a rotation of the sinusoids that the embedding of i holds. Values and output
+of the layer start strong enough to be heard: with ordinary ones these heads were lost before anything behind them had learned to use
+them. Nothing is fixed: these are weights like any others, and training goes on from them.
 
 Source: Vaswani et al., 2017, section 3.5, which chose sinusoids because a shift of them is linear.
 """
@@ -48,10 +49,10 @@ def initialise(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
             shift = (head // 2 + 1) * (1 if head % 2 else -1)
             qkv[0, head] = _GAIN * shifted_sinusoids(config.head_size, config.hidden_size, shift)
             qkv[1, head] = _GAIN * shifted_sinusoids(config.head_size, config.hidden_size, 0)
-        # What these heads see must be heard from the start, or nothing keeps them; and what the others see, for NSP.
+        # All heads of this layer: what the shifted ones pass on feeds MLM, what the others do feeds NSP.
         torch.nn.init.normal_(qkv[2], std=full)
         torch.nn.init.normal_(parameters["layers.0.attention.output.weight"], std=full)
-        # Next to such positions the segments must be as strong to be told apart; NSP left the coin a third sooner so.
+        # Next to such positions the segments must be as strong to be told apart.
         torch.nn.init.normal_(parameters["embeddings.segments"], std=_POSITIONS_OVER_WORDS * config.initializer_range)
         for name in ("nsp_head.pooler.weight", "nsp_head.classifier.weight"):
             torch.nn.init.normal_(parameters[name], std=full)
