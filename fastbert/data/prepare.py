@@ -30,9 +30,10 @@ from fastbert.data import yardsticks
 from fastbert.data.documents import Chunk, find_sources, parse, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
 from fastbert.data.report import Report, Tally, make_report
-from fastbert.data.store import FORMAT, MANIFEST, OTHER_FILES, SPLITS, ShardWriter, Split, sha256_of, token_dtype
+from fastbert.data.store import FORMAT, MANIFEST, OTHER_FILES, SPLITS, ShardWriter, Split, token_dtype
 from fastbert.data.tokenizer import check_vocab_size, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.workers import map_in_order
+from fastbert.durable import sha256_of, sync
 from fastbert.errors import InputError
 
 VOCABULARY_BYTES = 64 << 20  # text that the vocabulary is trained on, spread evenly over the sources
@@ -198,9 +199,9 @@ def _staging(out: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         for path in [*folder.rglob("*"), folder]:
-            _sync(path)
+            sync(path)
         folder.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -212,15 +213,6 @@ def _staging(out: Path) -> Iterator[Path]:
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from fastbert.durable import sha256_of
 from fastbert.errors import InputError
 
 FORMAT = 1
@@ -285,15 +286,6 @@ class _HashedFile:
 
 def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _memmap(path: str, dtype: np.dtype, length: int) -> np.ndarray:

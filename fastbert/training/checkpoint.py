@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastbert.durable import sha256_of, sync
 from fastbert.errors import InputError
 
 FORMAT = 1
@@ -66,11 +67,11 @@ def save(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]], metadat
         files = _write_shards(staging, tensors)
         manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": files}
         _write_durably(staging / MANIFEST, json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1).encode())
-        _fsync(staging)
+        sync(staging)
         if path.exists():
             path.rename(replaced)
         staging.rename(path)
-        _fsync(folder)
+        sync(folder)
     except BaseException:
         if replaced.exists() and not path.exists():
             replaced.rename(path)
@@ -165,7 +166,7 @@ def _read(path: Path) -> Checkpoint | str:
                 return f"{MANIFEST} names a file that is none of a checkpoint: {name!r}"
             if (there := (path / name).stat().st_size) != size:
                 return f"{name} has {there:,} bytes in place of {size:,}"
-            if _sha256(path / name) != digest:
+            if sha256_of(path / name) != digest:
                 return f"{name} does not have the SHA-256 of the manifest"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -185,8 +186,8 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[s
         except SafetensorError as error:  # its text holds the system's error, such as "... (os error 28)"
             code = re.search(r"os error (\d+)", str(error))
             raise OSError(int(code[1]) if code else errno.EIO, os.strerror(int(code[1])) if code else str(error), str(file)) from None
-        _fsync(file)
-        files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        sync(file)
+        files[file.name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
         shard.clear()
 
     for name, tensor in tensors:
@@ -211,20 +212,3 @@ def _write_durably(file: Path, data: bytes) -> None:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
-
-
-def _fsync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while piece := handle.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
