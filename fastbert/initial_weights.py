@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fastbert.config import ModelConfig
 
-# Sinusoids six times as strong as the words: words grow tenfold in the first hundreds of steps, and at three times their share of q
-# and k drowned the peak before the rest of the model had learned to use it. Training evens it out.
+# Sinusoids six times as strong as the words: words double within 120 steps, and at three times their share of q and k drowned
+# the peak before the rest of the model had learned to use it. Training evens it out.
 _POSITIONS_OVER_WORDS = 6.0
 _GAIN = 2.5
 _SHIFTED_HEADS = 2  # the rest of the first layer is free for what is further away: next-sentence prediction needs it
