@@ -6,6 +6,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: small inputs, and others share the cores
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton: kernels run on the CPU, in its interpreter
+
 import json
 from pathlib import Path
 from pydoc_data.topics import topics

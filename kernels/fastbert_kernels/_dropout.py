@@ -5,16 +5,18 @@ rank that holds an example, on the place of the example in the pack, or on what 
 
     row    = splitmix64(key + (position + 1) * GOLDEN)                      one 64-bit key a token, `row_keys`
     lo, hi = halves of splitmix64(row + (site * 2**16 + head + 1) * GOLDEN) two 32-bit keys a row of one operation
-    x      = lo + (column // 2) * 0x9E3779B9
-    x      = (x ^ x >> 16) * 0x21F0AAAD + hi
-    x      = (x ^ x >> 15) * 0x735A2D97
-    x      = x ^ x >> 15                                                    32 bits, 16 for each of two columns
+    x      = (lo | 1) * (column // 2) + hi
+    x      = (x ^ x >> 15) * 0x735A2D97                                     32 bits, 16 for each of two columns
     keep   = (column even ? low 16 bits : high 16 bits) >= threshold(p)
 
-`lo` and `hi` enter at two places: with a single key, rows whose keys lie near each other would hold shifted copies of
-one mask. Probabilities are multiples of 2**-16, so p = 0.1 acts as 0.10000610; kept values are scaled by exactly its inverse.
+A row costs a good hash, an element only two multiplications, a shift and an XOR for two columns: attention hashes every score, and on
+a GPU its integer units, not its matrix units, would set the pace. Two keys a row, because with a single one rows whose keys lie near
+each other would hold shifted copies of one mask; with random `lo` and `hi` the words of a row are pairwise independent before the last
+line, which breaks up the arithmetic progression. Probabilities are multiples of 2**-16, so p = 0.1 acts as 0.10000610; kept values
+are scaled by exactly its inverse.
 
-Source: the mixers are SplitMix64 (Steele, Lea, Flood, 2014) and lowbias32 (Wellons, "Prospecting for hash functions").
+Source: SplitMix64 (Steele, Lea, Flood, 2014); multiply-add as in the universal hashing of Dietzfelbinger (1996), section 2; the last
+line is a half of lowbias32 (Wellons, "Prospecting for hash functions").
 """
 
 import torch
@@ -59,11 +61,9 @@ def site_keys(rows: torch.Tensor, site: int, heads: int = 1) -> tuple[torch.Tens
 
 def keep_mask(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> torch.Tensor:
     """Which elements are kept: bool [*lo.shape, columns], from the two keys of each row."""
-    pairs = torch.arange((columns + 1) // 2, device=lo.device) * 0x9E3779B9
-    x = (lo[..., None] + pairs) & _WORD
-    x = ((x ^ x >> 16) * 0x21F0AAAD + hi[..., None]) & _WORD
+    pairs = torch.arange((columns + 1) // 2, device=lo.device)
+    x = ((lo[..., None] | 1) * pairs + hi[..., None]) & _WORD
     x = ((x ^ x >> 15) * 0x735A2D97) & _WORD
-    x = x ^ x >> 15
     halves = torch.stack((x & 0xFFFF, x >> 16), dim=-1).flatten(-2)[..., :columns]
     return halves >= threshold(p)
 

@@ -7,29 +7,15 @@ import torch
 
 from fastbert_kernels._dropout import site_keys, threshold
 
-_MUL1 = 0x21F0AAAD
-_MUL2 = 0x735A2D97
-_STEP = 0x9E3779B9 - (1 << 32)
-
-
-def _fold_(x: torch.Tensor, bits: int, scratch: torch.Tensor) -> None:
-    """x ^= x >> bits, logical, in place."""
-    torch.bitwise_right_shift(x, bits, out=scratch)
-    scratch &= (1 << (32 - bits)) - 1
-    x ^= scratch
-
 
 def keep_mask_cpu(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> torch.Tensor:
     """As `keep_mask`; `lo`, `hi` int32 of one shape [...]; bool [..., columns]."""
-    pairs = torch.arange((columns + 1) // 2, dtype=torch.int32) * _STEP
-    x = lo[..., None] + pairs
-    scratch = torch.empty_like(x)
-    _fold_(x, 16, scratch)
-    x *= _MUL1
-    x += hi[..., None]
-    _fold_(x, 15, scratch)
-    x *= _MUL2
-    _fold_(x, 15, scratch)
+    pairs = torch.arange((columns + 1) // 2, dtype=torch.int32)
+    x = torch.addcmul(hi[..., None], lo[..., None] | 1, pairs)
+    folded = torch.bitwise_right_shift(x, 15)
+    folded &= (1 << 17) - 1  # logical: int32's own shift copies the sign
+    x ^= folded
+    x *= 0x735A2D97
     # Little-endian: the low half of a word is its first int16. XOR with the sign bit turns the unsigned compare into a signed one.
     return (x.view(torch.int16) ^ -32768)[..., :columns] >= threshold(p) - 32768
 

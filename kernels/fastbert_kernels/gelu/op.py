@@ -2,29 +2,77 @@
 
 import torch
 
-from fastbert_kernels._checks import check_implementation, check_tensor
+from fastbert_kernels._autocast import lowered
+from fastbert_kernels._checks import FLOATS, check_device, check_implementation, check_tensor, check_triton
+from fastbert_kernels._library import operator
 from fastbert_kernels.gelu.reference import reference
-
-_IMPLEMENTATIONS = {"reference": reference, "cpu": reference}
 
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, impl: str = "reference") -> torch.Tensor:
-    """GELU(x + bias), exact: z * (1 + erf(z / sqrt(2))) / 2.
+    """GELU(x + bias), exact: z Phi(z) = z (1 + erf(z / sqrt(2))) / 2 for z = x + bias.
+
+    Under autocast it runs in the autocast dtype, as the matrix product before it. Saved for the backward pass: x and bias.
 
     Args:
         x: [T, F], fp32, fp16 or bf16. bias: [F], as x.
-        impl: "cpu" (the reference, which is fast enough) or "reference".
+        impl: "triton" (one pass each way, fp32 inside; rows may be strided), "cpu" (the reference, which is fast enough) or "reference".
 
     Returns:
         [T, F], as x.
 
     Raises:
-        ValueError: a shape that does not fit, an unknown `impl`.
-        TypeError: a dtype that does not fit.
+        ValueError: a shape or device that does not fit, an unknown `impl`; "triton": a last axis of x that is not contiguous.
+        TypeError: a dtype that does not fit; "triton": float64.
 
     Source: Hendrycks and Gimpel, 2016, section 2.
     """
-    check_tensor("bias_gelu", "x", x, ("T", "F"), (torch.float32, torch.float16, torch.bfloat16, torch.float64))
-    check_tensor("bias_gelu", "bias", bias, (x.shape[1],), x.dtype)
-    check_implementation("bias_gelu", impl, tuple(_IMPLEMENTATIONS))
+    x, bias = lowered(x, bias)
+    _check(x, bias, impl)
     return _IMPLEMENTATIONS[impl](x, bias)
+
+
+def _check(x, bias, impl):
+    check_tensor("bias_gelu", "x", x, ("T", "F"), FLOATS)
+    check_tensor("bias_gelu", "bias", bias, (x.shape[1],), x.dtype)
+    check_device("bias_gelu", x.device, bias=bias)
+    check_implementation("bias_gelu", impl, tuple(_IMPLEMENTATIONS))
+    if impl == "triton":
+        check_triton("bias_gelu", x=x, bias=bias)
+
+
+def _forward(x, bias):
+    from fastbert_kernels.gelu import kernel
+
+    return kernel.forward(x, bias)
+
+
+def _backward(dy, x, bias):
+    from fastbert_kernels.gelu import kernel
+
+    return kernel.backward(dy, x, bias)
+
+
+_FORWARD = operator("bias_gelu_forward(Tensor x, Tensor bias) -> Tensor", _forward, lambda x, bias: x.new_empty(x.shape))
+_BACKWARD = operator(
+    "bias_gelu_backward(Tensor dy, Tensor x, Tensor bias) -> (Tensor, Tensor)",
+    _backward,
+    lambda dy, x, bias: (x.new_empty(x.shape), bias.new_empty(bias.shape)),
+)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias):
+        ctx.save_for_backward(x, bias)
+        return _FORWARD(x, bias)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        return _BACKWARD(dy.contiguous(), *ctx.saved_tensors)
+
+
+def _triton(x, bias):
+    return _BiasGelu.apply(x, bias)
+
+
+_IMPLEMENTATIONS = {"triton": _triton, "cpu": reference, "reference": reference}

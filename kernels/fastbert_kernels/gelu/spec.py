@@ -11,12 +11,20 @@ def _inputs(shape, dtype, _dropout_p):
 
 SPEC = Spec(
     function=bias_gelu,
-    implementations=("cpu", "reference"),
-    shapes=({"T": 1, "F": 8}, {"T": 17, "F": 255}, {"T": 64, "F": 1024}, {"T": 3, "F": 3073}),
+    implementations=("triton", "cpu", "reference"),
+    shapes=(
+        {"T": 0, "F": 8},
+        {"T": 1, "F": 8},
+        {"T": 15, "F": 127},
+        {"T": 16, "F": 256},
+        {"T": 17, "F": 257},
+        {"T": 64, "F": 1024},
+        {"T": 3, "F": 3073},
+    ),
     inputs=_inputs,
     differentiable=("x", "bias"),
-    # Forward reads x and writes y; backward reads x and dy and writes dx.
-    least_bytes=lambda s, size: 5 * s["T"] * s["F"] * size,
+    # Forward reads x and the bias and writes y; backward reads dy, x and the bias and writes dx and dbias.
+    least_bytes=lambda s, size: size * s["F"] * ((2 * s["T"] + 1) + (3 * s["T"] + 2)),
     flops=lambda s: 40 * s["T"] * s["F"],
     dropout=False,
 )

@@ -1,0 +1,119 @@
+"""The operations at the sizes of training: what is timed and tuned, and whether a result is right."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert_kernels._spec import Shape
+from fastbert_kernels.specs import SPECS
+
+TOKENS = 16384  # T of a micro-batch: `batch.micro_batch_tokens`
+VOCABULARY = 30522
+
+
+class Case(NamedTuple):
+    operation: str
+    label: str
+    shape: Shape
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.label}" + (f" p={self.dropout_p:g}" if SPECS[self.operation].dropout else "")
+
+
+def production(tokens: int = TOKENS) -> list[Case]:
+    """BERT-base and large on packs of `tokens` tokens, most wanted first. Attention's lengths are those up to `tokens`."""
+    cases = [Case("mlm_loss", "D=768", {"T": tokens, "M": tokens // 2, "D": 768, "V": VOCABULARY})]
+    for n in (512, 1024, 2048, 4096, 128):
+        if n <= tokens:
+            cases += [Case("attention", f"n={n}", {"lengths": [n] * (tokens // n), "H": 12, "K": 64}, p) for p in (0.0, 0.1)]
+    cases += [Case("attention", "mixed", {"lengths": mixed_lengths(tokens, min(512, tokens)), "H": 12, "K": 64}, p) for p in (0.0, 0.1)]
+    for hidden_size in (768, 1024):
+        size = f"D={hidden_size}"
+        cases += [
+            Case("norm", f"alone {size}", {"T": tokens, "D": hidden_size, "bare": 1}),
+            Case("norm", size, {"T": tokens, "D": hidden_size}, 0.0),
+            Case("norm", size, {"T": tokens, "D": hidden_size}, 0.1),
+            Case("gelu", f"F={4 * hidden_size}", {"T": tokens, "F": 4 * hidden_size}),
+            Case("embedding", size, {"T": tokens, "V": VOCABULARY, "P": 512, "D": hidden_size}, 0.1),
+        ]
+    return cases
+
+
+def mixed_lengths(tokens: int, longest: int = 512, seed: int = 0) -> list[int]:
+    """Lengths as text has them, lognormal around half of `longest` and cut there; `tokens` in all at the most."""
+    draw = random.Random(seed)
+    lengths = [longest // 2]
+    while True:
+        length = min(longest, max(8, round(draw.lognormvariate(math.log(longest / 2), 0.6))))
+        if sum(lengths) + length > tokens:
+            return lengths
+        lengths.append(length)
+
+
+def arguments(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """The spec's inputs on a device; those with a gradient are leaves."""
+    spec = SPECS[case.operation]
+    drawn = spec.inputs(case.shape, dtype, case.dropout_p)
+    placed = {name: _place(value, device) if torch.is_tensor(value) else value for name, value in drawn.items()}
+    return {name: value.requires_grad_() if name in spec.differentiable and value is not None else value for name, value in placed.items()}
+
+
+def _place(x: Tensor, device: torch.device) -> Tensor:
+    # `to` alone would make q, k and v, slices of one projection, contiguous.
+    whole = x if x._base is None else x._base
+    return whole.to(device).as_strided(x.size(), x.stride(), x.storage_offset())
+
+
+def leaves(case: Case, arguments: dict[str, Any]) -> list[Tensor]:
+    return [arguments[name] for name in SPECS[case.operation].differentiable if arguments[name] is not None]
+
+
+def call(case: Case, arguments: dict[str, Any], impl: str) -> Tensor:
+    """The (first) result of the operation."""
+    result = SPECS[case.operation].function(**arguments, impl=impl)
+    return result[0] if isinstance(result, tuple) else result
+
+
+class Truth(NamedTuple):
+    """What a case gives in higher precision, and how far from it the reference in the case's own dtype comes."""
+
+    values: list[Tensor]  # the result and each gradient
+    allowed: list[float]
+
+    def share(self, values: list[Tensor]) -> float:
+        """The largest error of a result or gradient as a share of what is allowed: at most 1 is right, and NaN never is."""
+        errors = [_largest(ours.to(truth) - truth) for ours, truth in zip(values, self.values, strict=True)]
+        return max((e / a if e == e else float("inf")) for e, a in zip(errors, self.allowed, strict=True))
+
+
+def outcome(case: Case, arguments: dict[str, Any], impl: str, upstream: Tensor) -> list[Tensor]:
+    """The result and every gradient."""
+    result = call(case, arguments, impl)
+    return [result.detach(), *torch.autograd.grad(result, leaves(case, arguments), upstream.to(result.dtype))]
+
+
+def truth(case: Case, arguments: dict[str, Any], upstream: Tensor) -> Truth:
+    """As the tests have it: 2 err(reference in this dtype) + 1 ulp, err the largest difference, 1 ulp eps * max|truth|.
+
+    In fp64 for fp32 inputs; in fp32, where the large cases fit, for the others.
+    """
+    dtype = leaves(case, arguments)[0].dtype
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    promoted = {
+        name: value.detach().to(wide).requires_grad_() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+    exact = outcome(case, promoted, "reference", upstream)
+    plain = outcome(case, arguments, "reference", upstream)
+    eps = torch.finfo(dtype).eps
+    return Truth(exact, [2 * _largest(p.to(e) - e) + eps * max(_largest(e), 1e-3) for p, e in zip(plain, exact, strict=True)])
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0

@@ -1,0 +1,112 @@
+"""Forward and backward passes timed in turns, on a GPU or a CPU."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WARM_UP = 2  # passes that are not counted: compilation, and the allocator's first blocks
+ROUNDS = (5, 100)  # at the least and at the most
+FLUSH_BYTES = 256 * 1024**2  # several times the L2 of any GPU so far
+SLEEP_CYCLES = 2_000_000  # about a millisecond, in which the processor queues what is to be timed
+
+
+class Contender(NamedTuple):
+    """One way to compute a result and, from that result, its gradients."""
+
+    forward: Callable[[], Tensor]
+    backward: Callable[[Tensor], object]
+
+
+def differentiated(forward: Callable[[], Tensor], leaves: Sequence[Tensor], upstream: Tensor) -> Contender:
+    """By autograd, back to `leaves` from `upstream`, which is shaped as the result."""
+    return Contender(forward, lambda result: torch.autograd.grad(result, leaves, upstream))
+
+
+class Spread(NamedTuple):
+    """Median and quartiles, milliseconds."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Times(NamedTuple):
+    """Milliseconds of each round."""
+
+    forward: list[float]
+    backward: list[float]
+
+    def spread(self, which: str) -> Spread:
+        """Of "forward", "backward" or "both"."""
+        rounds = [f + b for f, b in zip(*self, strict=True)] if which == "both" else getattr(self, which)
+        low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")
+        return Spread(median, low, high)
+
+
+def in_turns(contenders: dict[str, Contender], device: torch.device, seconds: float) -> dict[str, Times]:
+    """Time all of them, one after the other in every round, for about `seconds` seconds (and five rounds at the least).
+
+    On a GPU: device time between two events, while the processor is ahead, after a write of 256 MB that empties the L2. On a CPU: the
+    wall clock, with caches as the previous contender left them.
+    """
+    stopwatch = _gpu_stopwatch(device) if device.type == "cuda" else _wall_clock
+    for contender in contenders.values():
+        for _ in range(WARM_UP):
+            contender.backward(contender.forward())
+    times = {name: Times([], []) for name in contenders}
+    end = time.perf_counter() + seconds
+    for count in range(ROUNDS[1]):
+        if count >= ROUNDS[0] and time.perf_counter() > end:
+            break
+        for name, contender in contenders.items():
+            result, forward_ms = stopwatch(contender.forward)
+            _, backward_ms = stopwatch(functools.partial(contender.backward, result))
+            times[name].forward.append(forward_ms())
+            times[name].backward.append(backward_ms())
+    return times
+
+
+def extra_memory(contender: Contender, device: torch.device) -> int | None:
+    """Bytes that a forward and backward pass hold at their peak beyond the inputs, gradients included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    contender.backward(contender.forward())
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _wall_clock(run: Callable):
+    start = time.perf_counter()
+    result = run()
+    elapsed = 1e3 * (time.perf_counter() - start)
+    return result, lambda: elapsed
+
+
+def _gpu_stopwatch(device: torch.device):
+    flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def stopwatch(run: Callable):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flushed.zero_()
+        torch.cuda._sleep(SLEEP_CYCLES)
+        start.record()
+        result = run()
+        end.record()
+
+        def elapsed() -> float:
+            end.synchronize()
+            return start.elapsed_time(end)
+
+        return result, elapsed
+
+    return stopwatch

@@ -1,0 +1,310 @@
+"""Make the table of tiles (`kernels/fastbert_kernels/tiles.json`) anew for the GPU of this machine.
+
+    python -m benchmarks.tune [--kernels attention_forward gelu_backward] [--seconds 600]     writes the table, prints what changed
+    python -m benchmarks.tune --check [--seconds 60]                                          prints, and changes nothing
+
+Each operation is run at the sizes of training to see which rows of the table it asks for. Each of these is searched one option at a
+time: the values next to the present one, among those that BLOCKS and LAUNCH offer, are timed in turns with it, and the best stays if
+the gain is more than noise. What does not compile or fit drops out; so does, with a report, what misses the bound of the tests, result
+or gradients. The other kernels of a pass keep their tiles, but their time counts, since it is the pass that is timed.
+
+`--check` goes through bf16 once until the time is up, and says whether the table is within 10 % of the best it found. `--dry-run` works in
+Triton's interpreter, on a CPU and tiny shapes: all is real but the times, which mean nothing. Exit code 1 if a present tile gives a
+wrong result, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, Truth, arguments, call, leaves, production, truth
+from benchmarks.machine import header, header_line
+from benchmarks.timing import Contender, in_turns
+from fastbert_kernels._tiles import TABLE, Row, chosen_by, known_architecture
+from fastbert_kernels.specs import SPECS
+
+# What may be tried, in ascending order. Blocks stay within what each kernel is written for (items of attention's worklist have 128
+# tokens, for one); a kernel that is not named here keeps its blocks.
+BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
+    "attention_forward": {"BLOCK_Q": (64, 128), "BLOCK_K": (32, 64, 128)},
+    "attention_prepare": {"BLOCK_Q": (32, 64, 128)},
+    "attention_dkdv": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
+    "attention_dq": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
+    "mlm_loss_forward": {"BLOCK_M": (64, 128), "BLOCK_V": (64, 128, 256), "BLOCK_D": (32, 64, 128)},
+    "mlm_loss_combine": {"BLOCK_M": (32, 64, 128, 256)},
+    "mlm_loss_backward": {"BLOCK_M": (64, 128), "BLOCK_V": (64, 128, 256), "BLOCK_D": (32, 64, 128)},
+    "gelu_forward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
+    "gelu_backward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
+}
+LAUNCH = {"num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4)}
+
+SWEEPS = 4  # over all options at the most: the best warps depend on the blocks
+NOISE = 0.97  # a tile is better if it takes less than this share of the other's time
+CLOSE = 0.9  # the table passes the check if the best found takes at least this share of its time
+SECONDS_A_TRIAL = 0.3
+
+
+class Key(NamedTuple):
+    """A row in the table of an architecture."""
+
+    kernel: str
+    bits: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.bits}-bit {self.size}"
+
+
+class Use(NamedTuple):
+    """A case, ready to run, and its pass ("forward" or "backward") that asks for a row."""
+
+    case: Case
+    arguments: dict[str, Any]
+    upstream: Tensor
+    truth: Truth
+    which: str = "forward"
+
+    def contender(self, key: Key, row: Row) -> Contender:
+        """The case with `row` in place of what the table has for `key`."""
+
+        def choose(kernel: str, found: Row) -> Row:
+            return row if (kernel, found["bits"], found["size"]) == key else found
+
+        def forward() -> Tensor:
+            with chosen_by(choose):
+                return call(self.case, self.arguments, "triton")
+
+        def backward(result: Tensor) -> object:
+            with chosen_by(choose):
+                return torch.autograd.grad(result, leaves(self.case, self.arguments), self.upstream)
+
+        return Contender(forward, backward)
+
+    def error(self, key: Key, row: Row) -> float:
+        """As a share of what is allowed."""
+        contender = self.contender(key, row)
+        result = contender.forward()
+        return self.truth.share([result.detach(), *contender.backward(result)])  # type: ignore[misc]
+
+
+class Found(NamedTuple):
+    best: Row
+    ratio: float  # time of the best over time of the present row
+    tried: int
+    wrong: list[Row]  # tiles, the present one perhaps among them, whose results miss the bound
+
+
+def training_cases() -> list[Case]:
+    """Those of the benchmarks that have dropout, if the operation has it at all, and the other head sizes of the table."""
+    cases = [case for case in production() if case.dropout_p > 0 or not SPECS[case.operation].dropout]
+    lengths = next(case.shape["lengths"] for case in cases if case.label == "n=512")
+    return cases + [Case("attention", f"n=512 K={size}", {"lengths": lengths, "H": 768 // size, "K": size}, 0.1) for size in (32, 128)]
+
+
+def checked_cases() -> list[Case]:
+    """The first of each operation, and short sequences, which have kernels of their own."""
+    cases = training_cases()
+    first = {case.operation: case for case in reversed(cases)}
+    return [*first.values(), *(case for case in cases if case.label == "n=128")]
+
+
+def tiny_cases() -> list[Case]:
+    """Small enough for the interpreter."""
+    return [Case(name, "tiny", spec.shapes[1], 0.1 if spec.dropout else 0.0) for name, spec in SPECS.items()]
+
+
+def uses_of(cases: list[Case], dtype: torch.dtype, device: torch.device) -> dict[Key, list[Use]]:
+    """Which rows these cases ask for, found by running them."""
+    found: dict[Key, list[Use]] = {}
+    for case in cases:
+        given = arguments(case, dtype, device)
+        asked: list[tuple[str, Key]] = []
+        which = "forward"
+
+        def note(kernel: str, row: Row) -> Row:
+            asked.append((which, Key(kernel, row["bits"], row["size"])))  # noqa: B023 -- called within this turn
+            return row
+
+        with chosen_by(note):
+            result = call(case, given, "triton")
+            upstream = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result)
+            which = "backward"
+            torch.autograd.grad(result, leaves(case, given), upstream)
+        use = Use(case, given, upstream, truth(case, given, upstream))
+        for which, key in dict.fromkeys(asked):
+            found.setdefault(key, []).append(use._replace(which=which))
+    return found
+
+
+def search(key: Key, present: Row, uses: list[Use], device: torch.device, sweeps: int, end: float) -> Found:
+    """Climb from the present row, one option at a time, until no neighbour is better or `end` (of time.monotonic) is past."""
+    options = {name: values for name, values in (BLOCKS.get(key.kernel, {}) | LAUNCH).items() if name in present}
+    best, tried, wrong = present, 0, []
+    if max(use.error(key, present) for use in uses) > 1:
+        return Found(present, 1.0, 0, [present])
+    seen = [present]
+    for _ in range(sweeps):
+        before = best
+        for name, values in options.items():
+            if time.monotonic() > end:
+                break
+            trials = [trial for trial in neighbours(best, name, values) if trial not in seen]
+            seen += trials
+            tried += len(trials)
+            sound = [trial for trial in trials if is_sound(trial, key, uses, wrong)]
+            shares = time_shares(key, best, sound, uses, device)
+            if shares and min(shares) < NOISE:
+                best = sound[shares.index(min(shares))]
+        if best is before:
+            break
+    # Each step was compared with the one before: the gain that counts is the one over the present row.
+    ratio = 1.0 if best is present else time_shares(key, present, [best], uses, device)[0]
+    return Found(best, ratio, tried, wrong) if ratio < NOISE else Found(present, 1.0, tried, wrong)
+
+
+def neighbours(row: Row, name: str, values: tuple[int, ...]) -> list[Row]:
+    """The row with the next smaller and the next larger value of one option."""
+    smaller, larger = [v for v in values if v < row[name]], [v for v in values if v > row[name]]
+    return [{**row, name: value} for value in (*smaller[-1:], *larger[:1])]
+
+
+def is_sound(trial: Row, key: Key, uses: list[Use], wrong: list[Row]) -> bool:
+    """Whether a tile runs and is right in every case; a wrong one is added to `wrong`."""
+    try:
+        right = max(use.error(key, trial) for use in uses) <= 1
+    except Exception:  # Triton has no common class for what does not compile, does not fit, or the device refuses
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises where the trial has broken the device: then nothing more can be measured
+        return False
+    if not right:
+        wrong.append(trial)
+    return right
+
+
+def time_shares(key: Key, present: Row, trials: list[Row], uses: list[Use], device: torch.device) -> list[float]:
+    """Each trial's time over the present row's, the geometric mean over the cases."""
+    if not trials:
+        return []
+    shares: list[list[float]] = [[] for _ in trials]
+    for use in uses:
+        contenders = {str(number): use.contender(key, row) for number, row in enumerate([present, *trials])}
+        times = in_turns(contenders, device, SECONDS_A_TRIAL * len(contenders) / len(uses))
+        first, *others = [t.spread(use.which).median for t in times.values()]
+        for share, other in zip(shares, others, strict=True):
+            share.append(other / first)
+    return [statistics.geometric_mean(share) for share in shares]
+
+
+# ------------------------------------------------------------------------------------------------------------- table
+
+
+def table_text(table: dict[str, dict[str, list[Row]]]) -> str:
+    """JSON with a row of the table on a line."""
+    architectures = []
+    for architecture, kernels in table.items():
+        blocks = []
+        for kernel, rows in sorted(kernels.items()):
+            lines = ",\n".join(f"      {json.dumps(row)}" for row in rows)
+            blocks.append(f"    {json.dumps(kernel)}: [\n{lines}\n    ]")
+        architectures.append(f"  {json.dumps(architecture)}: {{\n" + ",\n".join(blocks) + "\n  }")
+    return "{\n" + ",\n".join(architectures) + "\n}\n"
+
+
+def put(table: dict[str, dict[str, list[Row]]], architecture: str, key: Key, row: Row) -> None:
+    """Replace a row; an architecture that is new to the table begins with the rows that have served it."""
+    rows = table.setdefault(architecture, copy.deepcopy(table[known_architecture(architecture)]))[key.kernel]
+    rows[next(i for i, old in enumerate(rows) if (old["bits"], old["size"]) == key[1:])] = row
+
+
+def shown(row: Row) -> str:
+    return " ".join(f"{name}={value}" for name, value in row.items() if name not in ("bits", "size"))
+
+
+def tune(cases: list[Case], dtypes: list[torch.dtype], options: argparse.Namespace, device: torch.device, path: Path | None) -> int:
+    """Search all rows that the cases ask for, each with an even share of the time that is left; how many present ones are wrong."""
+    from fastbert_kernels._triton import architecture  # Triton reads TRITON_INTERPRET when it is imported
+
+    here = architecture(device)
+    print(f"{header_line(header(device))}, {here}", flush=True)
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    present = table.get(here) or table[known_architecture(here)]
+    end = time.monotonic() + options.seconds
+    if path:
+        path.write_text(table_text(table), encoding="utf-8")
+    searched, broken = set(), 0
+    groups = [(dtype, name) for dtype in dtypes for name, spec in SPECS.items() if "triton" in spec.implementations]
+    for position, (dtype, operation) in enumerate(groups):
+        group_end = share_of_time(end, len(groups) - position)
+        uses = uses_of([case for case in cases if case.operation == operation], dtype, device)
+        wanted = [key for key in uses if not options.kernels or key.kernel in options.kernels]
+        for number, key in enumerate(wanted):
+            if time.monotonic() > group_end:
+                break
+            searched.add(key)
+            row = next(row for row in present[key.kernel] if (row["bits"], row["size"]) == key[1:])
+            sweeps = 1 if options.check else SWEEPS
+            found = search(key, row, uses[key], device, sweeps, share_of_time(group_end, len(wanted) - number))
+            print_found(key, row, found, options.check)
+            broken += row in found.wrong
+            if found.best != row and path:
+                put(table, here, key, found.best)
+                path.write_text(table_text(table), encoding="utf-8")  # at once: a later trial may break the device
+    rows = {Key(kernel, row["bits"], row["size"]) for kernel, rows in present.items() for row in rows}
+    print(f"{len(searched)} of {len(rows)} rows searched; the others no case asks for, or time did not allow")
+    return broken
+
+
+def share_of_time(end: float, parts: int) -> float:
+    now = time.monotonic()
+    return now + (end - now) / parts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", nargs="+", help="names in the table (all)")
+    parser.add_argument("--seconds", type=float, default=1800, help="begin no further trial after this time (1800)")
+    parser.add_argument("--table", type=Path, help="write here instead of to the package's own table")
+    parser.add_argument("--check", action="store_true", help="only say how good the present table is")
+    parser.add_argument("--dry-run", action="store_true", help="in the interpreter; writes only where --table says")
+    options = parser.parse_args()
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+        broken = tune(tiny_cases(), [torch.float32], options, torch.device("cpu"), options.table)
+    elif not torch.cuda.is_available():
+        print("tune: no GPU here; tiles are timed on the GPU that they are for (--dry-run shows the way of working without one)")
+        return 2
+    elif options.check:
+        broken = tune(checked_cases(), [torch.bfloat16], options, torch.device("cuda"), None)
+    else:
+        broken = tune(training_cases(), [torch.bfloat16, torch.float32], options, torch.device("cuda"), options.table or TABLE)
+    return 1 if broken else 0
+
+
+def print_found(key: Key, present: Row, found: Found, check: bool) -> None:
+    if present in found.wrong:
+        verdict = "WRONG: the present tile misses the bound"
+    elif found.best == present:
+        verdict = "stays"
+    else:
+        verdict = f"-> {shown(found.best)}, takes {found.ratio:.2f} of the time"
+    if check and present not in found.wrong:
+        verdict += ", within 10 %" if found.ratio >= CLOSE else ", NOT within 10 %"
+    print(f"{key!s:34} {shown(present)} {verdict} ({found.tried} tried)", flush=True)
+    for row in found.wrong:
+        if row is not present:
+            print(f"{'':34} wrong result: {shown(row)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

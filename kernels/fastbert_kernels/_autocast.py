@@ -1,0 +1,23 @@
+"""What autocast means for a fused operation: its inputs are cast as torch casts those of its own op of that kind."""
+
+from typing import Any
+
+import torch
+
+
+def lowered(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """As matrix products and attention: to the autocast dtype, where autocast is on for the tensors' device."""
+    return _cast(tensors, None)
+
+
+def widened(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """As LayerNorm and losses: to fp32, where autocast is on for the tensors' device."""
+    return _cast(tensors, torch.float32)
+
+
+def _cast(tensors, dtype):
+    device = next(x.device.type for x in tensors if x is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = dtype or torch.get_autocast_dtype(device)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)

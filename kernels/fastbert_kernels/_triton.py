@@ -1,0 +1,86 @@
+"""What the Triton kernels share: facts on the device, and dropout as device functions. The only other Triton files are `kernel.py`."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in NumPy
+
+# Triton 3.10 turns floating-point fusion off by default; every launch says what it wants.
+FUSE = {"enable_fp_fusion": True}
+
+
+class Production(NamedTuple):
+    """One kernel at one configuration that it has in training, for the ahead-of-time gate."""
+
+    kernel: Any  # the @triton.jit function
+    table: str  # its name in tiles.json
+    size: int  # its row there
+    dtype: torch.dtype
+    arguments: dict[str, Any]  # name to Triton type ("*bf16", "i32", ...), or to the value of a constexpr; tile values come from the table
+    aligned: tuple[str, ...] = ()  # integers that are multiples of 16; pointers always are
+    wide: tuple[str, ...] = ()  # pointers whose loads must be 128 bits wide
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ...: the first key of `tiles.json`. The interpreter runs the tiles of sm_90."""
+    if INTERPRETED:
+        return "sm_90"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at the least; under the interpreter, as many as an H100 has."""
+    return 132 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot: fp32 products follow torch's own setting, `torch.set_float32_matmul_precision`."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+@triton.jit
+def splitmix64(x):
+    """The mixer of `_dropout.py`; uint64 of any shape."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def row_key(key, position):
+    """As `row_keys`: int64 key of a sequence and position of a token in it, to the token's uint64 key."""
+    return splitmix64(key.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
+
+
+@triton.jit
+def site_keys(row, site, head):
+    """As `site_keys`: uint64 row keys to two uint32 of the same shape; the first comes with its lowest bit set, as masks use it."""
+    mixed = splitmix64(row + (site * 65536 + head + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
+    return mixed.to(tl.uint32) | 1, (mixed >> 32).to(tl.uint32)
+
+
+@triton.jit
+def keep_mask(lo, hi, first_column, COLUMNS: tl.constexpr, threshold):
+    """As `keep_mask`: which elements of [ROWS, COLUMNS] are kept, from the site keys [ROWS]; `first_column` is even."""
+    pair = (first_column // 2 + tl.arange(0, COLUMNS // 2)).to(tl.uint32)
+    x = lo[:, None] * pair[None, :] + hi[:, None]
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return tl.interleave((x & 0xFFFF) >= threshold, (x >> 16) >= threshold)
+
+
+@triton.jit
+def keep_mask_transposed(lo, hi, first_column, COLUMNS: tl.constexpr, threshold):
+    """The same as [COLUMNS, ROWS]. Here the two columns of a word lie in different threads, so each makes the word for itself."""
+    column = (first_column + tl.arange(0, COLUMNS)).to(tl.uint32)
+    x = (column // 2)[:, None] * lo[None, :] + hi[None, :]
+    x = (x ^ (x >> 15)) * 0x735A2D97
+    return ((x >> (column % 2 * 16)[:, None]) & 0xFFFF) >= threshold

@@ -1,0 +1,454 @@
+"""Varlen attention in Triton: online softmax over tiles of keys, dropout by hash, nothing of size n x n in memory.
+
+For one head of one sequence, with D the keep mask over its probability to be kept (1 without dropout):
+
+    S = scale log2(e) Q K'      lse_i = log2 sum_j 2^S_ij      P = 2^(S - lse)      O = (P D) V
+    dV = (P D)' dO      dP = D (dO V')      dS = P (dP - delta)      delta_i = sum_j P_ij dP_ij = dO_i . O_i
+    dQ = scale dS K      dK = scale dS' Q
+
+Exponentials are to the base 2, as the hardware has them. Saved: q, k, v, O and lse (fp32 [H, R], base 2).
+
+Sequences longer than SHORT: a program owns a tile of queries of one head and walks over the keys (forward, dQ), or owns a tile of
+keys and walks over the queries (dK and dV, on transposed scores, so that P' and dS' are first operands as they are). Scores are made
+twice in the backward pass; in return no program adds to what another one writes: no atomics, and the same bits at every run.
+If no sequence is longer than SHORT, a program owns a whole head of a sequence: one tile, made once, forward and backward.
+
+The tail of a sequence, where columns must be masked, is a tile of its own after the loop; full tiles are not masked at all.
+
+Source: Dao, 2023 (FlashAttention-2), algorithms 1 and 2.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fastbert_kernels._dropout import keep_scale, threshold
+from fastbert_kernels._tiles import tile
+from fastbert_kernels._triton import (
+    FUSE,
+    Production,
+    architecture,
+    dot_precision,
+    keep_mask,
+    keep_mask_transposed,
+    row_key,
+    site_keys,
+)
+from fastbert_kernels._worklist import ITEM, attention_worklist
+
+SHORT = 128  # tokens: up to this length one tile holds all scores of a head
+
+_LOG2E = math.log2(math.e)
+_LN2 = tl.constexpr(math.log(2))
+_ITEM = tl.constexpr(ITEM)
+_VARIES = ["rows", "scale", "keep_scale", "site", "threshold"]  # not worth a compilation for each value
+
+
+# ------------------------------------------------------------------------------------------------------------- shared pieces
+
+
+@triton.jit
+def _load(ptr, row, valid, stride, K: tl.constexpr):
+    """Rows of one head, [BLOCK, K rounded up to a power of two]; zeros beyond K and where not `valid` (None: all are)."""
+    COLUMNS: tl.constexpr = triton.next_power_of_2(K)
+    column = tl.arange(0, COLUMNS)
+    pointers = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if COLUMNS == K:
+        if valid is None:
+            return tl.load(pointers)
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    inside = (column < K)[None, :]
+    if valid is not None:
+        inside = inside & valid[:, None]
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(ptr, row, valid, stride, values, K: tl.constexpr):
+    column = tl.arange(0, triton.next_power_of_2(K))
+    pointers = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(pointers, values.to(ptr.dtype.element_ty), mask=valid[:, None] & (column < K)[None, :])
+
+
+@triton.jit
+def _item(work_ptr, BLOCK: tl.constexpr):
+    """Sequence of this program's item (-1: none), and its first row within the sequence; ITEM // BLOCK programs share an item."""
+    SHARE: tl.constexpr = _ITEM // BLOCK
+    program = tl.program_id(1)
+    entry = work_ptr + 2 * (program // SHARE)
+    return tl.load(entry), tl.load(entry + 1) + program % SHARE * BLOCK
+
+
+@triton.jit
+def _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, BLOCK: tl.constexpr):
+    """All query rows and all tokens of a sequence, and which of the BLOCK there are."""
+    within = tl.arange(0, BLOCK)
+    first_row, first_token = tl.load(query_bounds_ptr + sequence), tl.load(cu_seqlens_ptr + sequence)
+    asked = within < tl.load(query_bounds_ptr + sequence + 1) - first_row
+    valid = within < tl.load(cu_seqlens_ptr + sequence + 1) - first_token
+    return first_row + within, first_token + within, asked, valid
+
+
+@triton.jit
+def _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT: tl.constexpr):
+    """The two keys of each query row's mask: a function of where in its sequence the query stands."""
+    if CUT:
+        position = tl.load(queries_ptr + row, mask=valid, other=0) - first_token
+    else:
+        position = row - first_row
+    return site_keys(row_key(tl.load(keys_ptr + sequence), position), site, head)
+
+
+def _short(kernel, architecture, dtype, size, max_seqlen):
+    """Launch options of a kernel that holds a whole sequence in one tile: the smallest that does."""
+    return {**tile(kernel, architecture, dtype, size), **FUSE, "BLOCK": max(16, triton.next_power_of_2(max_seqlen))}
+
+
+def _query_bounds(cu_seqlens, queries):
+    """First query row of each sequence, int32 [B + 1]."""
+    return cu_seqlens if queries is None else torch.searchsorted(queries, cu_seqlens.long(), out_int32=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _attend(
+    q, acc, top, total, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold,
+    K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into the running softmax of a tile of queries: `acc` sum of 2^(S - top) V, `total` without V, `top` the maximum."""
+    key = start + tl.arange(0, BLOCK_K)
+    valid = key < length if TAIL else None
+    k = _load(k_ptr, key, valid, k_row, K)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if TAIL:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, 1)
+    if DROPOUT:
+        weights = tl.where(keep_mask(lo, hi, start, BLOCK_K, threshold), weights, 0.0)
+
+    v = _load(v_ptr, key, valid, v_row, K)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@triton.jit(do_not_specialize=_VARIES)
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    rows, scale, keep_scale, site, threshold,
+    H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    sequence, offset = _item(work_ptr, BLOCK_Q)
+    if sequence < 0:
+        return
+    first_row, last_row = tl.load(query_bounds_ptr + sequence), tl.load(query_bounds_ptr + sequence + 1)
+    if first_row + offset >= last_row:
+        return
+    first_token = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
+
+    row = first_row + offset + tl.arange(0, BLOCK_Q)
+    valid = row < last_row
+    q = _load(q_ptr + head * q_head, row, valid, q_row, K)
+    k_ptr += first_token.to(tl.int64) * k_row + head * k_head
+    v_ptr += first_token.to(tl.int64) * v_row + head * v_head
+    lo, hi = row, row
+    if DROPOUT:
+        lo, hi = _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT)
+
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, triton.next_power_of_2(K)], tl.float32)
+    full = length // BLOCK_K * BLOCK_K
+    for start in range(0, full, BLOCK_K):
+        acc, top, total = _attend(
+            q, acc, top, total, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold, K, False, DROPOUT, PRECISION, BLOCK_K
+        )  # fmt: skip
+    if full < length:
+        acc, top, total = _attend(
+            q, acc, top, total, k_ptr, v_ptr, k_row, v_row, full, length, lo, hi, scale, threshold, K, True, DROPOUT, PRECISION, BLOCK_K
+        )  # fmt: skip
+
+    _store(out_ptr + head * K, row, valid, H * K, acc * (keep_scale / total)[:, None], K)
+    tl.store(lse_ptr + head.to(tl.int64) * rows + row, top + tl.log2(total), mask=valid)
+
+
+@triton.jit(do_not_specialize=_VARIES)
+def _forward_short_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    rows, scale, keep_scale, site, threshold,
+    H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head, sequence = tl.program_id(0), tl.program_id(1)
+    row, token, asked, valid = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, BLOCK)
+    q = _load(q_ptr + head * q_head, row, asked, q_row, K)
+    k = _load(k_ptr + head * k_head, token, valid, k_row, K)
+    v = _load(v_ptr + head * v_head, token, valid, v_row, K)
+
+    scores = tl.where(valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
+    top = tl.max(scores, 1) * scale
+    weights = tl.exp2(scores * scale - top[:, None])
+    total = tl.sum(weights, 1)
+    if DROPOUT:
+        first_token, first_row = tl.load(cu_seqlens_ptr + sequence), tl.load(query_bounds_ptr + sequence)
+        lo, hi = _mask_keys(queries_ptr, keys_ptr, row, asked, sequence, first_token, first_row, site, head, CUT)
+        weights = tl.where(keep_mask(lo, hi, 0, BLOCK, threshold), weights, 0.0)
+    out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / total)[:, None]
+
+    _store(out_ptr + head * K, row, asked, H * K, out, K)
+    tl.store(lse_ptr + head.to(tl.int64) * rows + row, top + tl.log2(total), mask=asked)
+
+
+def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
+    """Out [R, H, K] in q's dtype and lse, fp32 [H, R]."""
+    (rows, heads, size), kind = q.shape, architecture(q.device)
+    out = torch.empty((rows, heads, size), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
+    if rows == 0:
+        return out, lse
+    bounds = _query_bounds(cu_seqlens, queries)
+    tables = (bounds, cu_seqlens, queries, keys)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    numbers = (rows, scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
+    constants = (heads, size, queries is not None, dropout_p > 0, dot_precision(q.dtype))
+    if max_seqlen <= SHORT:
+        grid = (heads, len(cu_seqlens) - 1)
+        options = _short("attention_forward_short", kind, q.dtype, size, max_seqlen)
+        _forward_short_kernel[grid](q, k, v, out, lse, *tables, *strides, *numbers, *constants, **options)
+    else:
+        work = attention_worklist(bounds, rows) if worklist is None or queries is not None else worklist
+        options = tile("attention_forward", kind, q.dtype, size)
+        grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
+        _forward_kernel[grid](q, k, v, out, lse, work, *tables, *strides, *numbers, *constants, **options, **FUSE)
+    return out, lse
+
+
+# ------------------------------------------------------------------------------------------------------------- backward
+
+
+@triton.jit(do_not_specialize=_VARIES)
+def _prepare_kernel(
+    out_ptr, dout_ptr, delta_ptr, lo_ptr, hi_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
+    rows, site,
+    H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """delta = dO . O of each row, and the keys of its mask, which the other two kernels would make once for each tile of keys."""
+    head = tl.program_id(0)
+    sequence, offset = _item(work_ptr, BLOCK_Q)
+    if sequence < 0:
+        return
+    first_row, last_row = tl.load(query_bounds_ptr + sequence), tl.load(query_bounds_ptr + sequence + 1)
+    row = first_row + offset + tl.arange(0, BLOCK_Q)
+    valid = row < last_row
+    out = _load(out_ptr + head * K, row, valid, H * K, K).to(tl.float32)
+    dout = _load(dout_ptr + head * K, row, valid, H * K, K).to(tl.float32)
+
+    slot = head.to(tl.int64) * rows + row
+    tl.store(delta_ptr + slot, tl.sum(out * dout, 1), mask=valid)
+    if DROPOUT:
+        first_token = tl.load(cu_seqlens_ptr + sequence)
+        lo, hi = _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT)
+        tl.store(lo_ptr + slot, lo.to(tl.int32, bitcast=True), mask=valid)
+        tl.store(hi_ptr + slot, hi.to(tl.int32, bitcast=True), mask=valid)
+
+
+@triton.jit
+def _row_facts(lse_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT: tl.constexpr):
+    """lse, delta and mask keys of query rows. Where there is no row lse is infinite, so its weights are zero."""
+    lse = tl.load(lse_ptr + slot, mask=valid, other=float("inf"))
+    delta = tl.load(delta_ptr + slot, mask=valid, other=0.0)
+    lo, hi = slot, slot
+    if DROPOUT:
+        lo = tl.load(lo_ptr + slot, mask=valid, other=0).to(tl.uint32, bitcast=True)
+        hi = tl.load(hi_ptr + slot, mask=valid, other=0).to(tl.uint32, bitcast=True)
+    return lse, delta, lo, hi
+
+
+@triton.jit(do_not_specialize=_VARIES)
+def _dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, dk_ptr, dv_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    rows, scale, keep_scale, threshold,
+    H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    sequence, offset = _item(work_ptr, BLOCK_K)
+    if sequence < 0:
+        return
+    first_token, last_token = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
+    if first_token + offset >= last_token:
+        return
+    first_row, last_row = tl.load(query_bounds_ptr + sequence), tl.load(query_bounds_ptr + sequence + 1)
+
+    token = first_token + offset + tl.arange(0, BLOCK_K)
+    inside = token < last_token
+    k = _load(k_ptr + head * k_head, token, inside, k_row, K)
+    v = _load(v_ptr + head * v_head, token, inside, v_row, K)
+    dk = tl.zeros([BLOCK_K, triton.next_power_of_2(K)], tl.float32)
+    dv = tl.zeros([BLOCK_K, triton.next_power_of_2(K)], tl.float32)
+    for start in range(first_row, last_row, BLOCK_Q):
+        row = start + tl.arange(0, BLOCK_Q)
+        valid = row < last_row
+        q = _load(q_ptr + head * q_head, row, valid, q_row, K)
+        dout = _load(dout_ptr + head * K, row, valid, H * K, K)
+        lse, delta, lo, hi = _row_facts(lse_ptr, delta_ptr, lo_ptr, hi_ptr, head.to(tl.int64) * rows + row, valid, DROPOUT)
+
+        weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])  # P', [keys, queries]
+        dropped = weights
+        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        if DROPOUT:
+            keep = keep_mask_transposed(lo, hi, offset, BLOCK_K, threshold)
+            dropped = tl.where(keep, weights, 0.0)
+            dweights = tl.where(keep, dweights * keep_scale, 0.0)
+        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dscores = weights * (dweights - delta[None, :])
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    _store(dk_ptr + head * K, token, inside, H * K, dk * (scale * _LN2), K)  # scale holds log2(e): ln 2 takes it out
+    _store(dv_ptr + head * K, token, inside, H * K, dv * keep_scale, K)
+
+
+@triton.jit
+def _dq_tile(
+    q, dout, dq, lse, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, keep_scale, threshold,
+    K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What one tile of keys adds to dQ."""
+    key = start + tl.arange(0, BLOCK_K)
+    valid = key < length if TAIL else None
+    k = _load(k_ptr, key, valid, k_row, K)
+    v = _load(v_ptr, key, valid, v_row, K)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if TAIL:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+    weights = tl.exp2(scores - lse[:, None])
+    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    if DROPOUT:
+        dweights = tl.where(keep_mask(lo, hi, start, BLOCK_K, threshold), dweights * keep_scale, 0.0)
+    dscores = weights * (dweights - delta[:, None])
+    return tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=_VARIES)
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, dq_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    rows, scale, keep_scale, threshold,
+    H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    sequence, offset = _item(work_ptr, BLOCK_Q)
+    if sequence < 0:
+        return
+    first_row, last_row = tl.load(query_bounds_ptr + sequence), tl.load(query_bounds_ptr + sequence + 1)
+    if first_row + offset >= last_row:
+        return
+    first_token = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
+
+    row = first_row + offset + tl.arange(0, BLOCK_Q)
+    valid = row < last_row
+    q = _load(q_ptr + head * q_head, row, valid, q_row, K)
+    dout = _load(dout_ptr + head * K, row, valid, H * K, K)
+    lse, delta, lo, hi = _row_facts(lse_ptr, delta_ptr, lo_ptr, hi_ptr, head.to(tl.int64) * rows + row, valid, DROPOUT)
+    k_ptr += first_token.to(tl.int64) * k_row + head * k_head
+    v_ptr += first_token.to(tl.int64) * v_row + head * v_head
+
+    dq = tl.zeros([BLOCK_Q, triton.next_power_of_2(K)], tl.float32)
+    full = length // BLOCK_K * BLOCK_K
+    for start in range(0, full, BLOCK_K):
+        dq = _dq_tile(
+            q, dout, dq, lse, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, keep_scale, threshold,
+            K, False, DROPOUT, PRECISION, BLOCK_K,
+        )  # fmt: skip
+    if full < length:
+        dq = _dq_tile(
+            q, dout, dq, lse, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale, keep_scale, threshold,
+            K, True, DROPOUT, PRECISION, BLOCK_K,
+        )  # fmt: skip
+    _store(dq_ptr + head * K, row, valid, H * K, dq * (scale * _LN2), K)
+
+
+@triton.jit(do_not_specialize=_VARIES)
+def _backward_short_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    rows, scale, keep_scale, site, threshold,
+    H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head, sequence = tl.program_id(0), tl.program_id(1)
+    row, token, asked, valid = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, BLOCK)
+    q = _load(q_ptr + head * q_head, row, asked, q_row, K)
+    k = _load(k_ptr + head * k_head, token, valid, k_row, K)
+    v = _load(v_ptr + head * v_head, token, valid, v_row, K)
+    out = _load(out_ptr + head * K, row, asked, H * K, K)
+    dout = _load(dout_ptr + head * K, row, asked, H * K, K)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * rows + row, mask=asked, other=float("inf"))
+
+    scores = tl.where(valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
+    weights = tl.exp2(scores - lse[:, None])
+    dropped = weights
+    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    if DROPOUT:
+        first_token, first_row = tl.load(cu_seqlens_ptr + sequence), tl.load(query_bounds_ptr + sequence)
+        lo, hi = _mask_keys(queries_ptr, keys_ptr, row, asked, sequence, first_token, first_row, site, head, CUT)
+        keep = keep_mask(lo, hi, 0, BLOCK, threshold)
+        dropped = tl.where(keep, weights, 0.0)
+        dweights = tl.where(keep, dweights * keep_scale, 0.0)
+    dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION) * keep_scale
+    _store(dv_ptr + head * K, token, valid, H * K, dv, K)
+
+    dscores = (weights * (dweights - delta[:, None])).to(k.dtype)
+    natural = scale * _LN2  # scale holds log2(e): ln 2 takes it out
+    _store(dq_ptr + head * K, row, asked, H * K, tl.dot(dscores, k, input_precision=PRECISION) * natural, K)
+    _store(dk_ptr + head * K, token, valid, H * K, tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * natural, K)
+
+
+def backward(dout, q, k, v, out, lse, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
+    """dq [R, H, K], dk and dv [T, H, K], contiguous, in q's dtype; dout contiguous."""
+    (rows, heads, size), kind = q.shape, architecture(q.device)
+    dq = torch.empty((rows, heads, size), dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty(k.shape, dtype=q.dtype, device=q.device) for _ in range(2))
+    if len(k) == 0:
+        return dq, dk, dv
+    bounds = _query_bounds(cu_seqlens, queries)
+    tables = (bounds, cu_seqlens, queries, keys)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    scales = (scale * _LOG2E, keep_scale(dropout_p))
+    cut, drop, precision = queries is not None, dropout_p > 0, dot_precision(q.dtype)
+    if max_seqlen <= SHORT:
+        grid = (heads, len(cu_seqlens) - 1)
+        options = _short("attention_backward_short", kind, q.dtype, size, max_seqlen)
+        numbers, constants = (rows, *scales, site, threshold(dropout_p)), (heads, size, cut, drop, precision)
+        _backward_short_kernel[grid](q, k, v, out, dout, lse, dq, dk, dv, *tables, *strides, *numbers, *constants, **options)
+        return dq, dk, dv
+
+    key_work = attention_worklist(cu_seqlens, len(k)) if worklist is None else worklist
+    work = attention_worklist(bounds, rows) if cut else key_work
+    options = tile("attention_prepare", kind, q.dtype, size)
+    grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
+    delta = torch.empty_like(lse)
+    lo, hi = (torch.empty_like(lse, dtype=torch.int32) if drop else None for _ in range(2))
+    _prepare_kernel[grid](out, dout, delta, lo, hi, work, *tables, rows, site, heads, size, cut, drop, **options, **FUSE)
+
+    facts, numbers, constants = (lse, delta, lo, hi), (rows, *scales, threshold(dropout_p)), (heads, size, drop, precision)
+    options = tile("attention_dkdv", kind, q.dtype, size)
+    grid = (heads, len(key_work) * (ITEM // options["BLOCK_K"]))
+    _dkdv_kernel[grid](q, k, v, dout, *facts, dk, dv, key_work, *tables[:2], *strides, *numbers, *constants, **options, **FUSE)
+
+    options = tile("attention_dq", kind, q.dtype, size)
+    grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
+    _dq_kernel[grid](q, k, v, dout, *facts, dq, work, *tables[:2], *strides, *numbers, *constants, **options, **FUSE)
+    return dq, dk, dv

@@ -1,0 +1,49 @@
+"""Kernels with the faults that the ahead-of-time gate is for. `python -m tests.planted_kernels` prints what the gate says of them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks.ahead_of_time import compile_all, faults
+from fastbert_kernels._triton import Production
+
+
+@triton.jit
+def spilling(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """The row must be at hand twice, and 16,384 elements are 512 for each lane of one warp, which has 255 registers."""
+    column = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + column)
+    tl.store(y_ptr + column, x * tl.sum(x))
+
+
+@triton.jit
+def narrow(ids_ptr, table_ptr, x_ptr, y_ptr, table_stride, shift, T, D: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Rows of a table by their indices, which is as it should be, and of x from a column on that may be odd."""
+    column = tl.arange(0, D)[None, :]
+    for first in range(0, T, BLOCK_T):
+        row = first + tl.arange(0, BLOCK_T)[:, None]
+        ids = tl.load(ids_ptr + row)
+        table = tl.load(table_ptr + ids * table_stride + column)
+        x = tl.load(x_ptr + row * D + shift + column)
+        tl.store(y_ptr + row * D + column, table + x)
+
+
+SPILLING = Production(spilling, "", 16384, torch.float32, {"x_ptr": "*fp32", "y_ptr": "*fp32", "BLOCK": 16384}, wide=("x_ptr",))
+POINTERS = {"ids_ptr": "*i64", "table_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*bf16"}
+NUMBERS = {"table_stride": "i64", "shift": "i32", "T": "i32", "D": 256, "BLOCK_T": 16}
+NARROW = Production(narrow, "", 256, torch.bfloat16, POINTERS | NUMBERS, aligned=("table_stride",), wide=("table_ptr", "x_ptr"))
+UNREAD = NARROW._replace(wide=("y_ptr",))
+MISNAMED = NARROW._replace(arguments=NARROW.arguments | {"stride": "i32"})
+
+
+def main() -> None:
+    planted = {"spilling": SPILLING, "narrow": NARROW, "unread": UNREAD, "misnamed": MISNAMED}
+    options = {"spilling": {"num_warps": 1}}
+    found = compile_all((name, production, "sm_90", options.get(name, {"num_warps": 4})) for name, production in planted.items())
+    print("\n".join(faults(found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,553 @@
+"""A sanitizer for Triton kernels that run under TRITON_INTERPRET=1.
+
+    with sanitize() as report:
+        kernel[grid](...)                      # any number of launches
+    report.launches[0].tensors["x_ptr"].loaded # bytes
+
+Leaving the block raises SanitizerError with a line for every fault:
+
+- an access outside the elements of the tensor that the pointer was derived from (of its view, not of its storage); it is
+  reported instead of performed, so nothing crashes. Lanes masked off are free;
+- a race between two programs of a launch: an element that one stores and another loads or stores, unless both are atomic;
+- two lanes of one store that write different values to one element;
+- a `tl.device_assert`, `tl.assume` or (of a number) `tl.multiple_of` that does not hold.
+
+It also makes the interpreter compute as a GPU does where the stock one is wrong: bf16 (handles hold float32 values, rounded to
+nearest even whenever a handle is made), fp16 dot products and sums (in fp32), `fma` (rounded once), `maximum` and `minimum` of
+NaN, `umulhi` of negative numbers, the types of arguments (a Python float is fp32, so that a product with bf16 is fp32, as when
+compiled; stock it is bf16), the least size of `tl.dot` (an inner dimension of 16). What the language leaves undefined is
+poisoned: a lane masked off without `other` loads NaN or the largest integer.
+
+How: `sanitize` replaces the interpreter's builder by `_Builder`, and a few of its functions, for the time of the block. The
+type of a pointer carries the argument it came from through all pointer arithmetic. Every storage of a launch has shadow
+arrays that tell which program loaded, stored or atomically updated each element. Loads and stores are NumPy indexing, many
+times faster than the stock interpreter's, so that a launch takes about half its time.
+
+What it cannot see: races between the warps of one program; order that programs establish by atomics (locks, "the last one
+reduces": such a kernel is reported); races between two arguments of different element size on one storage; reads of memory
+that nobody has written; rounding inside a 16-bit `tl.sum` or `tl.cumsum` (a GPU rounds after every addition: sum in fp32);
+TF32 (fp32 dot products stay fp32).
+
+What kernels must avoid, because it cannot be run: `@triton.autotune` with several configurations, inline assembly, libdevice;
+pointers made from integers, chosen between two arguments by `tl.where`, cast to elements of another size, or passed in tuples
+and host-side tensor descriptors. `if` on a block of more than one element is always true here, and an error when compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime import interpreter
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, TensorHandle
+from triton.runtime.jit import mangle_type
+
+RIVALS = {"load": ("store", "atomic"), "store": ("store", "load", "atomic"), "atomic": ("store", "load")}
+VERBS = {"load": "loads", "store": "stores", "atomic": "atomically updates"}
+PAST = {"load": "loaded", "store": "stored", "atomic": "atomically updated"}
+_HERE = (__file__, str(Path(triton.__file__).parent))
+
+
+class SanitizerError(AssertionError):
+    """A kernel touched what it must not touch; the message has a line for every fault."""
+
+
+@dataclass
+class Fault:
+    """What went wrong, where it was first seen in a launch."""
+
+    kernel: str
+    program: tuple[int, ...]
+    argument: str
+    offsets: list[int]  # in elements from the first of the tensor
+    what: str
+    line: str  # file:line of the kernel
+    repeats: int = 0  # how many more times in this launch, by any program
+
+    def __str__(self) -> str:
+        offsets = ", ".join(map(str, self.offsets[:4])) + (f", ... {self.offsets[-1]}" if len(self.offsets) > 4 else "")
+        again = f", and {self.repeats} times more" if self.repeats else ""
+        return f"{self.line}: {self.kernel}, program {self.program}: {self.argument}[{offsets}] {self.what}{again}"
+
+
+@dataclass
+class Traffic:
+    """Bytes of one tensor in one launch: active lanes times element size; `distinct` counts every element once.
+
+    An atomic update counts as a load and a store. Arguments that share elements share their distinct ones, too.
+    """
+
+    loaded: int = 0
+    stored: int = 0
+    distinct_loaded: int = 0
+    distinct_stored: int = 0
+
+
+@dataclass
+class Launch:
+    """One launch: its grid, the operations of its dot products (2 m n k each), the bytes of each tensor argument."""
+
+    kernel: str
+    grid: tuple[int, ...] = ()
+    flops: int = 0
+    tensors: dict[str, Traffic] = field(default_factory=dict)
+
+    @property
+    def loaded(self) -> int:
+        return sum(traffic.loaded for traffic in self.tensors.values())
+
+    @property
+    def stored(self) -> int:
+        return sum(traffic.stored for traffic in self.tensors.values())
+
+
+@dataclass
+class Report:
+    """What the launches of one `sanitize` block did."""
+
+    launches: list[Launch] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+
+class _Shadow:
+    """Which program of a launch touched each element of a storage, for each kind of access.
+
+    0 is nobody, i + 1 program i, negative several programs, of which the first.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.owners: dict[str, np.ndarray] = {}
+
+    def claim(self, action: str, index: np.ndarray, program: int) -> tuple[str, int, np.ndarray] | None:
+        """Notes that `program` touches the elements; tells (which rival access, its program, where) if that is a race."""
+        race = None
+        for rival in RIVALS[action]:
+            if rival in self.owners and race is None:
+                owners = self.owners[rival].take(index)
+                foreign = (owners != 0) & (owners != program)
+                if foreign.any():
+                    race = rival, int(owners[foreign][0]), index[foreign]
+        if action not in self.owners:
+            self.owners[action] = np.zeros(self.size, np.int32)
+        mine = self.owners[action]
+        before = mine.take(index)
+        mine[index] = np.where((before == 0) | (before == program), np.int32(program), -np.abs(before)) if before.any() else program
+        return race
+
+
+class _Argument:
+    """One tensor argument: its memory, and which elements of its storage are its own."""
+
+    def __init__(self, name: str, tensor: torch.Tensor, shadow: _Shadow, traffic: Traffic):
+        self.name, self.shadow, self.traffic = name, shadow, traffic
+        self.shape, self.strides, self.size = tuple(tensor.shape), tensor.stride(), tensor.element_size()
+        self.address, self.origin = tensor.data_ptr(), tensor.storage_offset()
+        self.span = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)) if tensor.numel() else 0
+        bits = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[self.size]
+        self.memory = tensor.as_strided((self.span,), (1,)).view(bits).numpy()
+        member = np.zeros(self.span, bool)
+        self.own(member)[...] = True
+        self.member = None if member.all() else member  # which elements of the span belong to the view; None if all do
+
+    def own(self, span: np.ndarray) -> np.ndarray:
+        """The elements of the view, each once, in an array that has an entry for every element of its span."""
+        sizes = [min(n, 1) if stride == 0 else n for n, stride in zip(self.shape, self.strides, strict=True)]
+        return np.lib.stride_tricks.as_strided(span, sizes, [stride * span.itemsize for stride in self.strides])
+
+    def distinct(self, *actions: str) -> int:
+        """Bytes of the elements that any of the actions touched."""
+        touched = np.zeros(self.span, bool)
+        for action in self.shadow.owners.keys() & actions:
+            touched |= self.shadow.owners[action][self.origin : self.origin + self.span] != 0
+        return int(np.count_nonzero(self.own(touched))) * self.size if self.span else 0
+
+
+class _Pointer(tl.pointer_type):
+    """A pointer type that remembers its argument: every operation of the builder hands the type of its operand on."""
+
+    def __init__(self, element_ty: tl.dtype, argument: _Argument | None):
+        super().__init__(element_ty)
+        self.argument = argument
+
+
+class _Builder(InterpreterBuilder):
+    """The interpreter's operations, with memory accesses checked and arithmetic corrected."""
+
+    def __init__(self, report: Report, order: str | int):
+        super().__init__()
+        # debug: device_assert is executed. Stock int32 arithmetic is done a second time in int64, to no effect.
+        self.options = dataclasses.replace(self.options, debug=True, sanitize_overflow=False)
+        self.codegen_fns["min_dot_size"] = lambda lhs, rhs: (1, 1, 32 if lhs.scalar.primitive_bitwidth == 8 else 16)  # as CUDA
+        self.report, self.order = report, order
+
+    # ---- launches
+
+    def begin(self, kernel: str, names: list[str]) -> None:
+        """Opens the record of a launch; `end` closes it."""
+        self.launch, self.names = Launch(kernel), names
+        self.report.launches.append(self.launch)
+        self.faults: dict[tuple[str, str, str], Fault] = {}
+        self.arguments: dict[int, _Argument] = {}  # by id of the alias that stands for the argument
+
+    def bind(self, args: tuple, kwargs: dict) -> tuple[list, dict]:
+        """Gives every tensor an alias of its own, by which `convert` knows the argument; called in place of the copy to the host."""
+        shadows: dict[tuple[int, int], _Shadow] = {}
+
+        def alias(name: str, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            if value.device.type != "cpu":
+                raise ValueError(f"sanitize: {self.launch.kernel}: {name} is on {value.device}; the interpreter works on CPU tensors")
+            storage, value = value.untyped_storage(), value.detach()
+            size = storage.nbytes() // value.element_size()
+            shadow = shadows.setdefault((storage.data_ptr(), value.element_size()), _Shadow(size))
+            traffic = self.launch.tensors.setdefault(name, Traffic())
+            self.arguments[id(value)] = _Argument(name, value, shadow, traffic)
+            return value
+
+        positional = [alias(name, value) for name, value in zip(self.names, args, strict=False)]  # the others come by name
+        return positional, {name: alias(name, value) for name, value in kwargs.items()}
+
+    def convert(self, value: Any) -> Any:
+        """What a kernel sees of an argument: a tensor's pointer, a number of the type that the compiler gives it."""
+        if not isinstance(value, (torch.Tensor, bool, int, float)):
+            return _stock_implicit_cvt(value)
+        ty: Any = tl.str_to_ty(mangle_type(value), None)
+        if argument := self.arguments.get(id(value)):
+            return tl.tensor(TensorHandle(np.array([argument.address], np.uint64), _Pointer(ty.element_ty, argument)), ty)
+        return tl.tensor(TensorHandle(np.array([value], _np_dtype(ty)), ty), ty)
+
+    def end(self) -> None:
+        for argument in self.arguments.values():
+            argument.traffic.distinct_loaded = argument.distinct("load", "atomic")
+            argument.traffic.distinct_stored = argument.distinct("store", "atomic")
+        self.arguments = {}
+
+    def set_grid_dim(self, nx: int, ny: int, nz: int) -> None:
+        super().set_grid_dim(int(nx), int(ny), int(nz))
+        self.launch.grid = self.grid_dim
+        self.programs = np.arange(nx * ny * nz)
+        if isinstance(self.order, int):
+            np.random.default_rng(self.order).shuffle(self.programs)
+        elif self.order == "reversed":
+            self.programs = self.programs[::-1]
+
+    def set_grid_idx(self, x: int, y: int, z: int) -> None:
+        turn = (x * self.grid_dim[1] + y) * self.grid_dim[2] + z
+        self.program = int(self.programs[turn]) + 1
+        super().set_grid_idx(*self._index(self.program))
+
+    def _index(self, program: int) -> tuple[int, ...]:
+        return tuple(map(int, np.unravel_index(program - 1, self.grid_dim)))
+
+    def fault(self, argument: str, kind: str, offsets: Any, what: str) -> None:
+        """Records a fault; only the first of a kind, argument and line in a launch is kept."""
+        frame = sys._getframe(1)
+        while frame.f_back and frame.f_code.co_filename.startswith(_HERE):
+            frame = frame.f_back
+        line = f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
+        key = (argument, kind, line)
+        if key in self.faults:
+            self.faults[key].repeats += 1
+            return
+        where = np.unique(offsets).tolist()
+        self.faults[key] = Fault(self.launch.kernel, self._index(self.program), argument, where, what, line)
+        self.report.faults.append(self.faults[key])
+
+    # ---- memory
+
+    def _touch(self, pointers: TensorHandle, mask: TensorHandle | None, action: str) -> tuple[_Argument, np.ndarray, np.ndarray | None]:
+        """Checks and counts an access. Returns the argument, the elements that may be touched, and by which lanes (None: by all)."""
+        argument = getattr(pointers.dtype.scalar, "argument", None)
+        if argument is None:
+            raise TypeError(f"sanitize: {self.launch.kernel} {VERBS[action]} through a pointer that comes from no tensor argument")
+        if argument.size != max(1, pointers.get_element_ty().primitive_bitwidth // 8):
+            raise TypeError(f"sanitize: {self.launch.kernel} casts {argument.name} to a pointer to elements of another size")
+        index = (pointers.data - np.uint64(argument.address)).view(np.int64) >> (argument.size.bit_length() - 1)
+        inside = index.view(np.uint64) < argument.span  # unsigned: negative ones are large
+        if argument.member is not None:
+            inside[inside] = argument.member[index[inside]]
+        lanes = np.ones_like(inside) if mask is None else np.asarray(mask.data, bool)
+        if not inside.all():
+            outside = lanes & ~inside
+            if outside.any():
+                self._outside(argument, action, np.unique(index[outside]))
+            lanes = lanes & inside
+        lanes = None if lanes.all() else lanes
+        index = index.ravel() if lanes is None else index[lanes]
+        argument.traffic.loaded += index.size * argument.size if action != "store" else 0
+        argument.traffic.stored += index.size * argument.size if action != "load" else 0
+        if race := argument.shadow.claim(action, index + argument.origin, self.program):
+            rival, owner, where = race
+            whom = f"program {self._index(abs(owner))}" if abs(owner) != self.program else "other programs"
+            self.fault(argument.name, f"{action} {rival}", where - argument.origin, f"race: {VERBS[action]} what {whom} {PAST[rival]}")
+        return argument, index, lanes
+
+    def _outside(self, argument: _Argument, action: str, offsets: np.ndarray) -> None:
+        if offsets[0] < 0:
+            where = "before the start"
+        elif offsets[-1] >= argument.span:
+            where = f"past the end: the tensor spans {argument.span} elements"
+        else:
+            where = f"between those of the view, of shape {argument.shape} and strides {argument.strides}"
+        self.fault(argument.name, f"{action} {where}", offsets, f"out of bounds: {VERBS[action]} {len(offsets)} elements {where}")
+
+    def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
+        dtype, shape = ptrs.get_element_ty(), ptrs.data.shape
+        argument, index, lanes = self._touch(ptrs, mask, "load")
+        values = _decode(argument.memory.take(index), dtype)
+        if lanes is None:
+            return TensorHandle(values.reshape(shape), dtype)
+        undefined = np.nan if dtype.is_floating() else np.iinfo(_np_dtype(dtype)).max
+        data = np.full(shape, undefined if other is None else other.data, _np_dtype(dtype))
+        data[lanes] = values
+        return TensorHandle(data, dtype)
+
+    def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
+        argument, index, lanes = self._touch(ptrs, mask, "store")
+        values = np.broadcast_to(value.data, ptrs.data.shape)
+        raw = _encode(values.ravel() if lanes is None else values[lanes], ptrs.get_element_ty())
+        argument.memory[index] = raw
+        differs = argument.memory.take(index) != raw
+        if differs.any():
+            self.fault(argument.name, "lanes", index[differs], "race: lanes of one store write different values")
+
+    def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
+        argument, index, lanes = self._touch(ptr, mask, "atomic")
+        dtype, shape = ptr.get_element_ty(), ptr.data.shape
+        lanes = np.ones(shape, bool) if lanes is None else lanes
+        values = np.array(np.broadcast_to(val.data, shape))
+        if not dtype.is_bf16():
+            return super().create_atomic_rmw(rmwOp, ptr, TensorHandle(values, val.dtype), TensorHandle(lanes, tl.int1), sem, scope)
+        before = np.zeros(shape, np.float32)
+        for lane, i in zip(np.argwhere(lanes), index, strict=True):  # one by one: lanes may share an element
+            before[tuple(lane)] = old = _decode(argument.memory[i : i + 1], dtype).item()
+            argument.memory[i] = _encode(_round_bf16(old + values[tuple(lane)]), dtype).item()  # bf16 has no atomic but `add`
+        return TensorHandle(before, dtype)
+
+    def create_atomic_cas(self, ptr, cmp, val, sem, scope):
+        _, _, lanes = self._touch(ptr, None, "atomic")
+        return super().create_atomic_cas(ptr, cmp, val, sem, scope) if lanes is None else cmp  # else out of bounds, and reported
+
+    def create_bitcast(self, src, dst_type):
+        dst = dst_type.scalar
+        if dst.is_ptr():
+            return TensorHandle(src.data.view(np.uint64), _Pointer(dst.element_ty, getattr(src.dtype.scalar, "argument", None)))
+        return TensorHandle(_decode(_encode(src.data, src.dtype.scalar), dst), dst)
+
+    create_int_to_ptr = create_ptr_to_int = create_bitcast
+
+    def create_assert(self, condition, message):
+        if not np.all(condition.data):
+            self.fault("device_assert", message, [], f"fails: {message}")
+
+    def create_assume(self, condition):
+        if not np.all(condition.data):
+            self.fault("assume", "", [], "does not hold")
+
+    # ---- arithmetic
+
+    def get_bf16(self, value):
+        return TensorHandle(np.array([value], np.float32), tl.bfloat16)
+
+    def cast_impl(self, src, dst_type):
+        return TensorHandle(src.data.astype(_np_dtype(dst_type)), dst_type.scalar)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if src.dtype.scalar.is_bf16() or dst_type.scalar.is_bf16():
+            raise NotImplementedError("sanitize: bf16 to or from fp8, or rounded towards zero")
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def binary_op(self, lhs, rhs, op):
+        data = op(lhs.data, rhs.data)
+        if data.dtype == bool:
+            return TensorHandle(data, tl.int1)
+        return TensorHandle(data.astype(_np_dtype(lhs.dtype), copy=False), lhs.dtype.scalar)
+
+    def create_maxnumf(self, lhs, rhs):
+        return self.binary_op(lhs, rhs, np.fmax)
+
+    def create_minnumf(self, lhs, rhs):
+        return self.binary_op(lhs, rhs, np.fmin)
+
+    def create_fma(self, x, y, z):
+        wide = x.data.astype(np.float64) * y.data + z.data  # the product of two fp32 is exact in fp64
+        return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+    def create_fabs(self, arg):
+        return TensorHandle(np.fabs(arg.data), arg.dtype.scalar)
+
+    def create_erf(self, arg):
+        return TensorHandle(torch.erf(torch.from_numpy(np.array(arg.data))).numpy(), arg.dtype.scalar)
+
+    def create_umulhi(self, lhs, rhs):
+        unsigned = [TensorHandle(x.data.view(f"u{x.data.itemsize}"), x.dtype.scalar) for x in (lhs, rhs)]
+        high = super().create_umulhi(*unsigned).data
+        return TensorHandle(high.view(lhs.data.dtype), lhs.dtype.scalar)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        self.launch.flops += 2 * a.data.size * b.data.shape[-1]
+        if a.dtype.scalar.primitive_bitwidth == 8 or a.data.dtype == np.float64:
+            return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
+        product = np.matmul(a.data.astype(np.float32, copy=False), b.data.astype(np.float32, copy=False))
+        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+
+# ---- bf16: a float32 array whose values bf16 can hold
+
+
+def _round_bf16(data: np.ndarray) -> np.ndarray:
+    """float32, rounded to nearest even; NaN stays NaN."""
+    return torch.from_numpy(np.array(data)).bfloat16().float().numpy()
+
+
+def _encode(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
+    """The values of a handle as they lie in memory, as unsigned integers."""
+    if dtype.is_bf16():
+        return (np.ascontiguousarray(data, np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    data = np.ascontiguousarray(data, _np_dtype(dtype))
+    return data.view(f"u{data.itemsize}")
+
+
+def _decode(raw: np.ndarray, dtype: tl.dtype) -> np.ndarray:
+    """The inverse of `_encode`."""
+    return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32) if dtype.is_bf16() else raw.view(_np_dtype(dtype))
+
+
+_np_dtypes: dict[str, np.dtype] = {}
+
+
+def _np_dtype(dtype: Any) -> np.dtype:
+    """The stock function builds its table anew in every call."""
+    name = dtype.scalar.name
+    if name not in _np_dtypes:
+        _np_dtypes[name] = np.dtype(np.float32) if name == "bf16" else _stock_np_dtype(dtype)
+    return _np_dtypes[name]
+
+
+def _fits(data: np.ndarray, dtype: Any) -> bool:
+    return dtype.scalar.is_bf16() or _stock_validate(data, dtype)
+
+
+def _round_new_handle(handle: TensorHandle) -> None:
+    if handle.dtype.scalar.is_bf16() and handle.data.dtype == np.float32:
+        handle.data = _round_bf16(handle.data)
+    else:
+        _stock_post_init(handle)
+
+
+# ---- reductions
+
+
+def _sum(self: ReduceOps, input: tl.tensor) -> tl.tensor:
+    """Pairwise, as a GPU does; NumPy adds one row after another unless the axis is the last."""
+    data = input.handle.data
+    if data.dtype == np.float16:
+        data = data.astype(np.float32)
+    if self.axis is None or self.axis % data.ndim == data.ndim - 1 or not np.issubdtype(data.dtype, np.floating):
+        return self.to_tensor(np.sum(data, axis=self.axis, keepdims=self.keep_dims), input.dtype)
+    data = np.moveaxis(data, self.axis, 0)
+    while len(data) > 1:
+        data = data[: len(data) // 2] + data[len(data) // 2 :]
+    return self.to_tensor(np.expand_dims(data[0], self.axis) if self.keep_dims else data[0], input.dtype)
+
+
+def _reduce(self: ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
+    """Any combine function, on whole slices in pairs; the stock interpreter goes element by element."""
+    if self.combine_fn in (tl.standard._argmax_combine_tie_break_fast, tl.standard._argmin_combine_tie_break_fast):
+        most = self.combine_fn == tl.standard._argmax_combine_tie_break_fast
+        return self.min_max(inputs[0], *((np.max, np.argmax) if most else (np.min, np.argmin)))
+    dtypes = [x.dtype for x in inputs]
+    arrays = [x.handle.data.ravel() if self.axis is None else np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+    while len(arrays[0]) > 1:
+        pairs = zip([x[0::2] for x in arrays] + [x[1::2] for x in arrays], dtypes * 2, strict=True)
+        result = self.combine_fn.fn(*[self.to_tensor(x, dtype) for x, dtype in pairs])
+        arrays = [x.handle.data for x in (result if isinstance(result, tuple) else (result,))]
+    arrays = [x[0] for x in arrays]
+    if self.keep_dims:
+        axes = tuple(range(len(inputs[0].shape))) if self.axis is None else self.axis
+        arrays = [np.expand_dims(x, axes) for x in arrays]
+    return [self.to_tensor(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+
+
+# ---- the block
+
+_stock_call = GridExecutor.__call__
+_stock_implicit_cvt = interpreter._implicit_cvt
+_stock_np_dtype = interpreter._get_np_dtype
+_stock_patch_lang = interpreter._patch_lang
+_stock_post_init = TensorHandle.__post_init__
+_stock_validate = interpreter._validate_np_data_size
+
+
+@contextmanager
+def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> Iterator[Report]:
+    """Checks every kernel launched inside the block, and yields the Report that grows with each launch.
+
+    Args:
+        order: in which order the programs of a grid run: "ascending", "reversed", or the seed of a shuffle.
+        raise_on_fault: False leaves `report.faults` to the caller.
+
+    Raises:
+        SanitizerError: at the end of the block, if there were faults and no other exception.
+        RuntimeError: if Triton was imported without TRITON_INTERPRET=1, or inside another such block.
+        ValueError: on an unknown order, or a tensor that is not on the CPU.
+    """
+    if GridExecutor.__call__ is not _stock_call:
+        raise RuntimeError("sanitize: already inside a sanitize block; launches would be reported to only one of them")
+    if not knobs.runtime.interpret:
+        raise RuntimeError("sanitize needs Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
+    if not isinstance(order, int) and order not in ("ascending", "reversed"):
+        raise ValueError(f"sanitize: order = {order!r}; known are 'ascending', 'reversed' and the integer seed of a shuffle")
+    report = Report()
+    builder = _Builder(report, order)
+
+    def call(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        builder.begin(executor.fn.__name__, executor.arg_names)
+        with np.errstate(all="ignore"):  # a GPU overflows and divides by zero in silence
+            _stock_call(executor, *args, **kwargs)
+        builder.end()
+
+    def check_hint(value: TensorHandle, name: str, multiples: list[int]) -> None:
+        if name == "tt.divisibility" and value.data.size == 1 and value.data.item() % multiples[0]:
+            builder.fault("multiple_of", "", [], f"{multiples[0]} does not hold for {value.data.item()}")
+
+    patches = [
+        (interpreter, "interpreter_builder", builder),
+        (interpreter, "_implicit_cvt", builder.convert),
+        (interpreter, "_get_np_dtype", _np_dtype),
+        (interpreter, "_validate_np_data_size", _fits),
+        (TensorHandle, "__post_init__", _round_new_handle),
+        (GridExecutor, "__call__", call),
+        (GridExecutor, "_init_args_hst", builder.bind),
+        (GridExecutor, "_restore_args_dev", lambda *_: None),  # kernels work on the tensors themselves
+        (TensorHandle, "set_attr", check_hint),
+        (ReduceOps, "sum", _sum),
+        (ReduceOps, "generic_reduce", _reduce),
+        # Stock, every call of a device function patches the language again, which takes most of the time. Here it is done once.
+        (interpreter, "_patch_lang", lambda fn: SimpleNamespace(restore=lambda: None)),
+    ]
+    with ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        if hasattr(interpreter, "interpreter_semantic"):
+            stack.enter_context(mock.patch.object(interpreter.interpreter_semantic, "builder", builder))
+        stack.callback(_stock_patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core})).restore)
+        # Triton 3.6 leaves this to int(), which NumPy 2.4 refuses.
+        stack.enter_context(mock.patch.object(tl.tensor, "__index__", lambda number: number.handle.data.item()))
+        yield report
+    if raise_on_fault and report.faults:
+        raise SanitizerError("\n".join([f"{len(report.faults)} faults in {len(report.launches)} launches:", *map(str, report.faults)]))

@@ -1,0 +1,120 @@
+"""Every kernel at its production configurations, compiled for four generations of GPUs without any: what fits, what spills, how wide loads are."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.ahead_of_time import DEVICES, UNTRACED, Figures, changes, faults, global_loads, programs
+
+ROOT = Path(__file__).parents[1]
+
+SOUND = Figures(
+    name="norm._forward bf16 768",
+    architecture="sm_90",
+    kernel="_forward",
+    table="norm_forward",
+    dtype="bf16",
+    size=768,
+    wide=("x_ptr",),
+    registers=64,
+    shared=4096,
+    programs=8,
+    widths={"x_ptr": 128, "ids_ptr": 64},
+)
+RECORD = {"triton": "3.7.1", "sm_90": {SOUND.name: SOUND.recorded}}
+
+
+def run(module: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: this one interprets its kernels."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def with_figures(**figures) -> list[Figures]:
+    return [dataclasses.replace(SOUND, **figures)]
+
+
+def test_every_kernel_fits_its_devices_and_is_no_worse_than_on_record():
+    result = run("benchmarks.ahead_of_time")
+    print(result.stdout, result.stderr, sep="\n")
+    assert result.returncode == 0, result.stderr
+
+
+def test_planted_faults_are_found():
+    result = run("tests.planted_kernels")
+    assert result.returncode == 0, result.stderr
+    spilling, *rest = result.stdout.splitlines()
+    assert spilling.startswith("sm_90 spilling: ") and spilling.endswith(" bytes of spilled registers a thread; must be 0")
+    assert rest == [
+        "sm_90 narrow: a load through x_ptr is 16 bits wide; must be 128",  # and nothing on the table, nor on the indices
+        "sm_90 unread: no load through y_ptr found, which production() calls wide",
+        "sm_90 misnamed: does not compile: ValueError: the kernel has no argument stride",
+    ]
+
+
+def test_hard_rules():
+    assert faults([SOUND]) == []
+    assert faults(with_figures(shared=233_000)) == [f"sm_90 {SOUND.name}: 233000 bytes of shared memory; a program may have 232448"]
+    assert faults(with_figures(programs=0)) == [f"sm_90 {SOUND.name}: not one program fits: 64 registers a thread"]
+    assert faults(with_figures(widths={"x_ptr": 128, UNTRACED: 32})) == [
+        f"sm_90 {SOUND.name}: a load of 32 bits cannot be traced to its argument, which may be a wide one"
+    ]
+    # Elsewhere spills and narrow loads are on record, but no fault.
+    assert faults(with_figures(architecture="sm_80", spilled=16, widths={})) == []
+
+
+def test_changes_against_the_record():
+    assert changes([SOUND], RECORD) == ([], [])
+    assert changes(with_figures(registers=72, shared=5120), RECORD) == ([], [])  # within the margin
+    where = f"sm_90 {SOUND.name}"
+    assert changes(with_figures(registers=80, spilled=8, shared=9000, programs=6), RECORD) == (
+        [
+            f"{where}: registers 64 on record, now 80 (+16)",
+            f"{where}: spilled 0 on record, now 8 (+8)",
+            f"{where}: shared 4096 on record, now 9000 (+4904)",
+            f"{where}: programs 8 on record, now 6 (-2)",
+        ],
+        [],
+    )
+    assert changes(with_figures(registers=40, programs=12), RECORD) == (
+        [],
+        [f"{where}: registers 64 on record, now 40 (-24)", f"{where}: programs 8 on record, now 12 (+4)"],
+    )
+    assert changes(with_figures(name="norm._new"), RECORD) == (
+        ["sm_90 norm._new: not on record", f"{where}: on record, but no production() lists it"],
+        [],
+    )
+
+
+def test_programs_side_by_side():
+    """NVIDIA's occupancy calculator, and the occupancy in waves a SIMD that AMD's compiler writes (92 registers: 5)."""
+    h100, mi300 = DEVICES["sm_90"], DEVICES["gfx942"]
+    assert programs(h100, registers=32, shared=0, warps=4, tensor_columns=0) == 16  # of 64 warps
+    assert programs(h100, registers=168, shared=0, warps=4, tensor_columns=0) == 3  # 512 // 168 = 3 warps on each scheduler
+    assert programs(h100, registers=255, shared=0, warps=16, tensor_columns=0) == 0
+    assert programs(h100, registers=32, shared=100 << 10, warps=4, tensor_columns=0) == 2
+    assert programs(h100, registers=16, shared=0, warps=1, tensor_columns=0) == 32
+    assert programs(DEVICES["sm_100"], registers=32, shared=0, warps=4, tensor_columns=256) == 2
+    assert programs(mi300, registers=92, shared=0, warps=4, tensor_columns=0) == 5
+    assert programs(mi300, registers=92, shared=33 << 10, warps=4, tensor_columns=0) == 1
+
+
+def test_loads_are_traced_to_their_arguments_through_loops_and_asynchronous_copies():
+    ptx = """
+    ld.param.b64 %rd1, [k_param_0];
+    ld.param.b64 %rd2, [k_param_1];
+    ld.param.b32 %r1, [k_param_2];
+    @%p1 ld.global.b64 { %rd3 }, [ %rd1 + 0 ];
+    mad.lo.s64 %rd4, %rd3, 768, %rd2;
+    mov.b64 %rd5, %rd4;
+    cp.async.cg.shared.global [ %r9 + 0 ], [ %rd5 + 0 ], 0x10, %r1;
+    cp.async.commit_group;
+    add.s64 %rd5, %rd5, 64;
+    ld.global.L1::evict_first.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd5 + 16 ];
+    st.global.b64 [ %rd1 + 0 ], { %rd5 };"""
+    assert global_loads(ptx) == {5: {0}, 8: {1}, 11: {1}}
