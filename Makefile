@@ -10,16 +10,17 @@ BIN := .venv/bin
 FASTBERT := $(BIN)/fastbert
 PIP := $(BIN)/pip --disable-pip-version-check install -qq
 RUN := runs/demo
+OUT ?= runs/gpu-$(shell date +%Y%m%d-%H%M%S)
 
 # One thread for each worker of pytest, which has one worker for each core.
 test: export OMP_NUM_THREADS := 1
 
 heading = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: help install demo test check bench-step clean
+.PHONY: help install demo test check bench-step bench-kernels gpu clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## make .venv with fastbert in it
 
@@ -41,6 +42,12 @@ check: .venv/.installed-test ## lint, format and types only
 
 bench-step: | data/wiki/manifest.json ## one training step against transformers' BertForPreTraining, in turns
 	@$(BIN)/python -m benchmarks.bench_step data/wiki
+
+bench-kernels: .venv/.installed ## each kernel against torch, on the GPU if there is one; report in runs/kernels
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_kernels --out runs/kernels
+
+gpu: ## all that needs a GPU, in 8 minutes: tests, benchmarks, bf16 training, tiles; report in OUT=folder. No .venv, no network
+	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 clean: ## remove .venv and caches; data/ and runs/ stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

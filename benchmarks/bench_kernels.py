@@ -42,7 +42,9 @@ MATRIX_WORK = 20  # floating-point operations a byte; above it matrix products s
 FORWARD_SHARE = {
     "attention": lambda shape: 2 / 7,  # two products of seven
     "mlm_loss": lambda shape: 1 / 3,  # one of three, wherever the other two are made
-    "norm": lambda shape: 2 / 5 if shape.get("bare") else 1 / 2,  # x, y of x, y, x, dy, dx; with bias and residual four tensors each way
+    "norm": lambda shape: (
+        2 / 5 if shape.get("bare") else 3 / 8
+    ),  # x, y of x, y, x, dy, dx; the residual is read twice, its gradient written
     "gelu": lambda shape: 2 / 5,  # x, y of x, y, x, dy, dx
     "embedding": lambda shape: 1 / 2,  # words, z, y of those and dy, z, dwords
 }

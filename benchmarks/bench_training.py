@@ -4,7 +4,8 @@
 
 Curves. A model of four layers trains on made-up text (words after Zipf) for 100 steps, with and without dropout: on the reference in fp32, on
 the reference in bf16, and on the kernels in bf16, from the same weights and, with dropout, under the same masks. The loss must fall, and
-the kernels' curve must be at most twice as far from the fp32 curve as the reference's in bf16 is, in the mean over the steps.
+the kernels' curve must be at most three times as far from the fp32 curve as the reference's in bf16 is, in the mean over the steps: both
+differ from it by rounding, the kernels in a few places more (the weights of attention are bf16 before they meet the values).
 
 Speed. Steps of BERT-base, forward, backward and AdamW, on packs of 16,384 tokens with dropout 0.1, in turns: kernels, reference, and the
 same model built of torch.nn on the same examples, padded, with SDPA. Tokens are real ones; padding does not count.
@@ -39,6 +40,7 @@ from fastbert.objective import losses
 CLS, SEP, MASK, ORDINARY = 2, 3, 4, 5  # ids; ordinary words begin at the last
 CURVES_SHARE = 0.5  # of the time
 FALL = 0.95  # the last tenth of a curve over its first tenth, at the most
+NOISE = 3  # distance of the kernels' curve from the fp32 curve over that of the reference in bf16, at the most
 WARM_UP_STEPS = 2
 ROUNDS = (3, 30)  # of the speed comparison, at the least and at the most
 
@@ -153,23 +155,24 @@ class Curves(NamedTuple):
     @property
     def agree(self) -> bool:
         kernels, reference = self.distances
-        return kernels <= 2 * reference
+        return kernels <= NOISE * reference
 
 
-def curve(trainer: Trainer, batches: list[PackedBatch], end: float) -> list[float]:
-    """Losses of a step on each batch, until `end` of time.monotonic()."""
-    found = []
-    for batch in batches:
-        found.append(float(trainer.step(batch)))
+def curve(trainer: Trainer, batches: list[PackedBatch], seconds: float) -> list[float]:
+    """Losses of a step on each batch, for so many seconds after the first, in which all kinds of things are loaded."""
+    found = [float(trainer.step(batches[0]))]
+    end = time.monotonic() + seconds
+    for batch in batches[1:]:
         if time.monotonic() > end:
             break
+        found.append(float(trainer.step(batch)))
     return found
 
 
 def train_curves(sizes: Sizes, steps: int, impl: str, dropout: float, device: torch.device, seconds: float) -> Curves:
     """Three runs; the first, which is the slowest, takes a third of the time at the most, and the others as many steps."""
     batches = [made_up_batch(sizes, seed, device) for seed in range(steps)]
-    exact = curve(ours(sizes, "reference", dropout, device, torch.float32), batches, time.monotonic() + seconds / 3)
+    exact = curve(ours(sizes, "reference", dropout, device, torch.float32), batches, seconds / 3)
     batches = batches[: len(exact)]
     curves = [curve(ours(sizes, name, dropout, device, torch.bfloat16), batches, float("inf")) for name in ("reference", impl)]
     return Curves(dropout, exact, *curves)
@@ -269,8 +272,11 @@ def main() -> int:
         (options.out / "training.md").write_text(report(facts, curves, rows, impl))
 
     print(header_line(facts), flush=True)
+    # The dry run's work is fixed, so that its outcome does not depend on how busy the machine is.
+    curve_s, speed_s = options.seconds * CURVES_SHARE / 2, options.seconds * (1 - CURVES_SHARE) / len(speeds)
+    curve_s, speed_s = (float("inf"), 0.0) if options.dry_run else (curve_s, speed_s)
     for dropout in (0.0, 0.1):
-        curves.append(train_curves(sizes, steps, impl, dropout, device, options.seconds * CURVES_SHARE / 2))
+        curves.append(train_curves(sizes, steps, impl, dropout, device, curve_s))
         c = curves[-1]
         print(
             f"dropout {dropout:g}: {len(c.kernels)} steps, loss {c.kernels[0]:.3f} to {c.kernels[-1]:.3f}, from the fp32 curve: "
@@ -279,7 +285,7 @@ def main() -> int:
         )
         write()
     for case in speeds:
-        rows += speed(case, impl, device, options.seconds * (1 - CURVES_SHARE) / len(speeds))
+        rows += speed(case, impl, device, speed_s)
         for row in rows[-3:]:
             print(
                 f"{row['preset']} up to {row['longest']}: {row['model']:24} {row['ms']:9.1f} ms {row['tokens_per_s']:12,.0f} tokens/s",

@@ -4,7 +4,7 @@
     python -m benchmarks.tune --check [--seconds 60]                                          prints, and changes nothing
 
 Each operation is run at the sizes of training to see which rows of the table it asks for. Each of these is searched one option at a
-time: the values next to the present one, among those that BLOCKS and LAUNCH offer, are timed in turns with it, and the best stays if
+time: the values next to the present one, among those that BLOCKS and COMMON offer, are timed in turns with it, and the best stays if
 the gain is more than noise. What does not compile or fit drops out; so does, with a report, what misses the bound of the tests, result
 or gradients. The other kernels of a pass keep their tiles, but their time counts, since it is the pass that is timed.
 
@@ -44,10 +44,12 @@ BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
     "mlm_loss_forward": {"BLOCK_M": (64, 128), "BLOCK_V": (64, 128, 256), "BLOCK_D": (32, 64, 128)},
     "mlm_loss_combine": {"BLOCK_M": (32, 64, 128, 256)},
     "mlm_loss_backward": {"BLOCK_M": (64, 128), "BLOCK_V": (64, 128, 256), "BLOCK_D": (32, 64, 128)},
+    "norm_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024)},
+    "norm_backward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024)},
     "gelu_forward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
     "gelu_backward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
 }
-LAUNCH = {"num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4)}
+COMMON = {"programs": (1, 2, 3, 4, 6, 8, 12), "num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4)}
 
 SWEEPS = 4  # over all options at the most: the best warps depend on the blocks
 NOISE = 0.97  # a tile is better if it takes less than this share of the other's time
@@ -149,7 +151,7 @@ def uses_of(cases: list[Case], dtype: torch.dtype, device: torch.device) -> dict
 
 def search(key: Key, present: Row, uses: list[Use], device: torch.device, sweeps: int, end: float) -> Found:
     """Climb from the present row, one option at a time, until no neighbour is better or `end` (of time.monotonic) is past."""
-    options = {name: values for name, values in (BLOCKS.get(key.kernel, {}) | LAUNCH).items() if name in present}
+    options = {name: values for name, values in (BLOCKS.get(key.kernel, {}) | COMMON).items() if name in present}
     best, tried, wrong = present, 0, []
     if max(use.error(key, present) for use in uses) > 1:
         return Found(present, 1.0, 0, [present])

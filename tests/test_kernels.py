@@ -65,9 +65,13 @@ def run(spec, arguments, impl, dtype=None):
     return {"result": result.detach().cpu(), **{f"d{name}": arguments[name].grad.cpu() for name in leaves}}
 
 
-@pytest.mark.parametrize(("name", "impl", "shape", "p", "dtype"), cases())
+@pytest.mark.parametrize(("name", "impl", "shape", "p", "dtype"), list(cases()))
 def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
-    """err(ours) <= 2 err(plain torch in the same dtype) + 1 ulp, err the largest difference from fp64, 1 ulp eps * max|fp64|."""
+    """err(ours) <= 2 err(plain torch in the same dtype) + 1 ulp, err the largest difference from fp64, 1 ulp eps * max|fp64|.
+
+    Where a gradient vanishes (of a softmax over a single key) there is no largest value: it is what two sums differ by, each of
+    terms as large as the other gradients.
+    """
     spec = SPECS[name]
     arguments = spec.inputs(shape, DTYPES[dtype], p)
     exact = run(spec, arguments, "reference", torch.float64)
@@ -77,8 +81,8 @@ def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
         assert ours[key].dtype == plain[key].dtype, key
         if not truth.numel():
             continue
-        ulp = torch.finfo(DTYPES[dtype]).eps * float(truth.abs().max())
-        allowed = 2 * float((plain[key] - truth).abs().max()) + max(ulp, 1e-3 * torch.finfo(DTYPES[dtype]).eps)
+        scale = float(truth.abs().max()) or 8 * max(float(other.abs().max()) for other in exact.values())
+        allowed = 2 * float((plain[key] - truth).abs().max()) + torch.finfo(DTYPES[dtype]).eps * scale
         error = float((ours[key] - truth).abs().max())
         assert error <= allowed, f"{name} {impl}: {key} is off by {error:.3g}, allowed {allowed:.3g}"
 

@@ -26,3 +26,8 @@ def attention_worklist(bounds: torch.Tensor, total: int) -> torch.Tensor:
     sequence = torch.where(index < ends[-1:], order[place], -1)
     first = (index - ends[place] + items[place]) * ITEM
     return torch.stack((sequence, first), dim=1).to(torch.int32)
+
+
+def one_tile(dtype: torch.dtype, max_seqlen: int) -> bool:
+    """Whether a program holds all scores of a sequence at once, so that no list is needed; fp32 products leave no registers for that."""
+    return max_seqlen <= ITEM and dtype.itemsize == 2

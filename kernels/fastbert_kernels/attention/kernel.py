@@ -2,18 +2,21 @@
 
 For one head of one sequence, with D the keep mask over its probability to be kept (1 without dropout):
 
-    S = scale log2(e) Q K'      lse_i = log2 sum_j 2^S_ij      P = 2^(S - lse)      O = (P D) V
+    S = scale log2(e) Q K'      top_i = max_j S_ij      W = 2^(S - top)      total_i = sum_j W_ij      P = W / total      O = (P D) V
     dV = (P D)' dO      dP = D (dO V')      dS = P (dP - delta)      delta_i = sum_j P_ij dP_ij = dO_i . O_i
     dQ = scale dS K      dK = scale dS' Q
 
-Exponentials are to the base 2, as the hardware has them. Saved: q, k, v, O and lse (fp32 [H, R], base 2).
+Exponentials are to the base 2, as the hardware has them. Saved: q, k, v, O, top and total (fp32 [2, H, R]). Not their one-number
+form top + log2(total): W made anew from that differs from the first one by the rounding of a number of the size of the scores,
+which costs fp32 gradients half a digit.
 
-Sequences longer than SHORT: a program owns a tile of queries of one head and walks over the keys (forward, dQ), or owns a tile of
+Sequences of all lengths: a program owns a tile of queries of one head and walks over the keys (forward, dQ), or owns a tile of
 keys and walks over the queries (dK and dV, on transposed scores, so that P' and dS' are first operands as they are). Scores are made
-twice in the backward pass; in return no program adds to what another one writes: no atomics, and the same bits at every run.
-If no sequence is longer than SHORT, a program owns a whole head of a sequence: one tile, made once, forward and backward.
+twice in the backward pass; in return no program adds to what another one writes: no atomics, and the same bits at every run. The tail
+of a sequence, where columns must be masked, is a tile of its own after the loop; full tiles are not masked at all.
 
-The tail of a sequence, where columns must be masked, is a tile of its own after the loop; full tiles are not masked at all.
+Sequences that all fit one tile (`one_tile`): a program owns a whole head of a sequence, forward and backward. The backward
+pass then has whole rows of scores before it, makes them once, and needs nothing saved but q, k and v.
 
 Source: Dao, 2023 (FlashAttention-2), algorithms 1 and 2.
 """
@@ -36,9 +39,7 @@ from fastbert_kernels._triton import (
     row_key,
     site_keys,
 )
-from fastbert_kernels._worklist import ITEM, attention_worklist
-
-SHORT = 128  # tokens: up to this length one tile holds all scores of a head
+from fastbert_kernels._worklist import ITEM, attention_worklist, one_tile
 
 _LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2))
@@ -55,14 +56,14 @@ def _load(ptr, row, valid, stride, K: tl.constexpr):
     COLUMNS: tl.constexpr = triton.next_power_of_2(K)
     column = tl.arange(0, COLUMNS)
     pointers = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
-    if COLUMNS == K:
-        if valid is None:
-            return tl.load(pointers)
-        return tl.load(pointers, mask=valid[:, None], other=0.0)
-    inside = (column < K)[None, :]
-    if valid is not None:
-        inside = inside & valid[:, None]
-    return tl.load(pointers, mask=inside, other=0.0)
+    if valid is None:
+        if COLUMNS == K:
+            rows = tl.load(pointers)
+        else:
+            rows = tl.load(pointers, mask=(column < K)[None, :], other=0.0)
+    else:
+        rows = tl.load(pointers, mask=valid[:, None] & (column < K)[None, :], other=0.0)
+    return rows
 
 
 @triton.jit
@@ -79,6 +80,13 @@ def _item(work_ptr, BLOCK: tl.constexpr):
     program = tl.program_id(1)
     entry = work_ptr + 2 * (program // SHARE)
     return tl.load(entry), tl.load(entry + 1) + program % SHARE * BLOCK
+
+
+@triton.constexpr_function
+def _multiplied_by_fma(ptr, precision):
+    """Whether dot products run outside the matrix units. Operands are then rows of registers: one that is kept through a loop spills
+    (2 KB a thread at K = 64), so it is loaded anew for each tile, from the L1 cache."""
+    return ptr.dtype.element_ty == tl.float32 and precision == "ieee"
 
 
 @triton.jit
@@ -119,7 +127,7 @@ def _attend(
     q, acc, top, total, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running softmax of a tile of queries: `acc` sum of 2^(S - top) V, `total` without V, `top` the maximum."""
+    """One tile of keys into the running softmax of a tile of queries: `top` the maximum, `total` the sum of W, `acc` of W D V."""
     key = start + tl.arange(0, BLOCK_K)
     valid = key < length if TAIL else None
     k = _load(k_ptr, key, valid, k_row, K)
@@ -128,7 +136,7 @@ def _attend(
         scores = tl.where(valid[None, :], scores, float("-inf"))
 
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - new_top[:, None])
+    weights = tl.exp2(tl.fma(scores, scale, -new_top[:, None]))
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(weights, 1)
     if DROPOUT:
@@ -141,7 +149,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=_VARIES)
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, top_ptr, total_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     rows, scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -162,7 +170,7 @@ def _forward_kernel(
     q = _load(q_ptr + head * q_head, row, valid, q_row, K)
     k_ptr += first_token.to(tl.int64) * k_row + head * k_head
     v_ptr += first_token.to(tl.int64) * v_row + head * v_head
-    lo, hi = row, row
+    lo, hi = row.to(tl.uint32), row.to(tl.uint32)
     if DROPOUT:
         lo, hi = _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT)
 
@@ -171,6 +179,8 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_Q, triton.next_power_of_2(K)], tl.float32)
     full = length // BLOCK_K * BLOCK_K
     for start in range(0, full, BLOCK_K):
+        if _multiplied_by_fma(q_ptr, PRECISION):
+            q = _load(q_ptr + head * q_head, row, valid, q_row, K)
         acc, top, total = _attend(
             q, acc, top, total, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold, K, False, DROPOUT, PRECISION, BLOCK_K
         )  # fmt: skip
@@ -180,14 +190,24 @@ def _forward_kernel(
         )  # fmt: skip
 
     _store(out_ptr + head * K, row, valid, H * K, acc * (keep_scale / total)[:, None], K)
-    tl.store(lse_ptr + head.to(tl.int64) * rows + row, top + tl.log2(total), mask=valid)
+    slot = head.to(tl.int64) * rows + row
+    tl.store(top_ptr + slot, top, mask=valid)
+    tl.store(total_ptr + slot, total, mask=valid)
+
+
+@triton.jit
+def _softmax(q, k, valid, scale, PRECISION: tl.constexpr):
+    """W over all keys of a sequence, and its sum in each row."""
+    scores = tl.where(valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
+    weights = tl.exp2((scores - tl.max(scores, 1)[:, None]) * scale)
+    return weights, tl.sum(weights, 1)
 
 
 @triton.jit(do_not_specialize=_VARIES)
 def _forward_short_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    rows, scale, keep_scale, site, threshold,
+    scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
@@ -196,10 +216,7 @@ def _forward_short_kernel(
     k = _load(k_ptr + head * k_head, token, valid, k_row, K)
     v = _load(v_ptr + head * v_head, token, valid, v_row, K)
 
-    scores = tl.where(valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
-    top = tl.max(scores, 1) * scale
-    weights = tl.exp2(scores * scale - top[:, None])
-    total = tl.sum(weights, 1)
+    weights, total = _softmax(q, k, valid, scale, PRECISION)
     if DROPOUT:
         first_token, first_row = tl.load(cu_seqlens_ptr + sequence), tl.load(query_bounds_ptr + sequence)
         lo, hi = _mask_keys(queries_ptr, keys_ptr, row, asked, sequence, first_token, first_row, site, head, CUT)
@@ -207,31 +224,31 @@ def _forward_short_kernel(
     out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / total)[:, None]
 
     _store(out_ptr + head * K, row, asked, H * K, out, K)
-    tl.store(lse_ptr + head.to(tl.int64) * rows + row, top + tl.log2(total), mask=asked)
 
 
 def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
-    """Out [R, H, K] in q's dtype and lse, fp32 [H, R]."""
+    """Out [R, H, K] in q's dtype, and top and total, fp32 [2, H, R]; those are empty where sequences fit one tile."""
     (rows, heads, size), kind = q.shape, architecture(q.device)
     out = torch.empty((rows, heads, size), dtype=q.dtype, device=q.device)
-    lse = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
+    whole = one_tile(q.dtype, max_seqlen)
+    statistics = torch.empty((2, heads, 0 if whole else rows), dtype=torch.float32, device=q.device)
     if rows == 0:
-        return out, lse
+        return out, statistics
     bounds = _query_bounds(cu_seqlens, queries)
     tables = (bounds, cu_seqlens, queries, keys)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    numbers = (rows, scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
+    numbers = (scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
     constants = (heads, size, queries is not None, dropout_p > 0, dot_precision(q.dtype))
-    if max_seqlen <= SHORT:
+    if whole:
         grid = (heads, len(cu_seqlens) - 1)
         options = _short("attention_forward_short", kind, q.dtype, size, max_seqlen)
-        _forward_short_kernel[grid](q, k, v, out, lse, *tables, *strides, *numbers, *constants, **options)
+        _forward_short_kernel[grid](q, k, v, out, *tables, *strides, *numbers, *constants, **options)
     else:
         work = attention_worklist(bounds, rows) if worklist is None or queries is not None else worklist
         options = tile("attention_forward", kind, q.dtype, size)
         grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
-        _forward_kernel[grid](q, k, v, out, lse, work, *tables, *strides, *numbers, *constants, **options, **FUSE)
-    return out, lse
+        _forward_kernel[grid](q, k, v, out, *statistics, work, *tables, *strides, rows, *numbers, *constants, **options, **FUSE)
+    return out, statistics
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
@@ -264,20 +281,21 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _row_facts(lse_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT: tl.constexpr):
-    """lse, delta and mask keys of query rows. Where there is no row lse is infinite, so its weights are zero."""
-    lse = tl.load(lse_ptr + slot, mask=valid, other=float("inf"))
+def _row_facts(top_ptr, total_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT: tl.constexpr):
+    """top, 1 / total, delta and mask keys of query rows. Where there is no row top is infinite, so its weights are zero."""
+    top = tl.load(top_ptr + slot, mask=valid, other=float("inf"))
+    share = 1.0 / tl.load(total_ptr + slot, mask=valid, other=1.0)
     delta = tl.load(delta_ptr + slot, mask=valid, other=0.0)
-    lo, hi = slot, slot
+    lo, hi = slot.to(tl.uint32), slot.to(tl.uint32)
     if DROPOUT:
         lo = tl.load(lo_ptr + slot, mask=valid, other=0).to(tl.uint32, bitcast=True)
         hi = tl.load(hi_ptr + slot, mask=valid, other=0).to(tl.uint32, bitcast=True)
-    return lse, delta, lo, hi
+    return top, share, delta, lo, hi
 
 
 @triton.jit(do_not_specialize=_VARIES)
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, dk_ptr, dv_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, top_ptr, total_ptr, delta_ptr, lo_ptr, hi_ptr, dk_ptr, dv_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     rows, scale, keep_scale, threshold,
     H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -302,9 +320,11 @@ def _dkdv_kernel(
         valid = row < last_row
         q = _load(q_ptr + head * q_head, row, valid, q_row, K)
         dout = _load(dout_ptr + head * K, row, valid, H * K, K)
-        lse, delta, lo, hi = _row_facts(lse_ptr, delta_ptr, lo_ptr, hi_ptr, head.to(tl.int64) * rows + row, valid, DROPOUT)
+        slot = head.to(tl.int64) * rows + row
+        top, share, delta, lo, hi = _row_facts(top_ptr, total_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT)
 
-        weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])  # P', [keys, queries]
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed: [keys, queries]
+        weights = tl.exp2(tl.fma(scores, scale, -top[None, :])) * share[None, :]
         dropped = weights
         dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         if DROPOUT:
@@ -321,18 +341,18 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_tile(
-    q, dout, dq, lse, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, keep_scale, threshold,
+    q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, keep_scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of keys adds to dQ."""
+    """What one tile of keys adds to dQ, but for the factor scale / total of each row."""
     key = start + tl.arange(0, BLOCK_K)
     valid = key < length if TAIL else None
     k = _load(k_ptr, key, valid, k_row, K)
     v = _load(v_ptr, key, valid, v_row, K)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if TAIL:
         scores = tl.where(valid[None, :], scores, float("-inf"))
-    weights = tl.exp2(scores - lse[:, None])
+    weights = tl.exp2(tl.fma(scores, scale, -top[:, None]))
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
         dweights = tl.where(keep_mask(lo, hi, start, BLOCK_K, threshold), dweights * keep_scale, 0.0)
@@ -342,7 +362,7 @@ def _dq_tile(
 
 @triton.jit(do_not_specialize=_VARIES)
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, lo_ptr, hi_ptr, dq_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, top_ptr, total_ptr, delta_ptr, lo_ptr, hi_ptr, dq_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     rows, scale, keep_scale, threshold,
     H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -361,30 +381,34 @@ def _dq_kernel(
     valid = row < last_row
     q = _load(q_ptr + head * q_head, row, valid, q_row, K)
     dout = _load(dout_ptr + head * K, row, valid, H * K, K)
-    lse, delta, lo, hi = _row_facts(lse_ptr, delta_ptr, lo_ptr, hi_ptr, head.to(tl.int64) * rows + row, valid, DROPOUT)
+    slot = head.to(tl.int64) * rows + row
+    top, share, delta, lo, hi = _row_facts(top_ptr, total_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT)
     k_ptr += first_token.to(tl.int64) * k_row + head * k_head
     v_ptr += first_token.to(tl.int64) * v_row + head * v_head
 
     dq = tl.zeros([BLOCK_Q, triton.next_power_of_2(K)], tl.float32)
     full = length // BLOCK_K * BLOCK_K
     for start in range(0, full, BLOCK_K):
+        if _multiplied_by_fma(q_ptr, PRECISION):
+            q = _load(q_ptr + head * q_head, row, valid, q_row, K)
+            dout = _load(dout_ptr + head * K, row, valid, H * K, K)
         dq = _dq_tile(
-            q, dout, dq, lse, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, keep_scale, threshold,
+            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, keep_scale, threshold,
             K, False, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
     if full < length:
         dq = _dq_tile(
-            q, dout, dq, lse, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale, keep_scale, threshold,
+            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale, keep_scale, threshold,
             K, True, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
-    _store(dq_ptr + head * K, row, valid, H * K, dq * (scale * _LN2), K)
+    _store(dq_ptr + head * K, row, valid, H * K, dq * (share * scale * _LN2)[:, None], K)
 
 
 @triton.jit(do_not_specialize=_VARIES)
 def _backward_short_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    rows, scale, keep_scale, site, threshold,
+    scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
@@ -392,13 +416,10 @@ def _backward_short_kernel(
     q = _load(q_ptr + head * q_head, row, asked, q_row, K)
     k = _load(k_ptr + head * k_head, token, valid, k_row, K)
     v = _load(v_ptr + head * v_head, token, valid, v_row, K)
-    out = _load(out_ptr + head * K, row, asked, H * K, K)
     dout = _load(dout_ptr + head * K, row, asked, H * K, K)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + head.to(tl.int64) * rows + row, mask=asked, other=float("inf"))
 
-    scores = tl.where(valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
-    weights = tl.exp2(scores - lse[:, None])
+    weights, total = _softmax(q, k, valid, scale, PRECISION)
+    weights /= total[:, None]
     dropped = weights
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
@@ -410,13 +431,14 @@ def _backward_short_kernel(
     dv = tl.dot(tl.trans(dropped.to(dout.dtype)), dout, input_precision=PRECISION) * keep_scale
     _store(dv_ptr + head * K, token, valid, H * K, dv, K)
 
+    delta = tl.sum(weights * dweights, 1)
     dscores = (weights * (dweights - delta[:, None])).to(k.dtype)
     natural = scale * _LN2  # scale holds log2(e): ln 2 takes it out
     _store(dq_ptr + head * K, row, asked, H * K, tl.dot(dscores, k, input_precision=PRECISION) * natural, K)
     _store(dk_ptr + head * K, token, valid, H * K, tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * natural, K)
 
 
-def backward(dout, q, k, v, out, lse, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
+def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
     """dq [R, H, K], dk and dv [T, H, K], contiguous, in q's dtype; dout contiguous."""
     (rows, heads, size), kind = q.shape, architecture(q.device)
     dq = torch.empty((rows, heads, size), dtype=q.dtype, device=q.device)
@@ -428,22 +450,22 @@ def backward(dout, q, k, v, out, lse, cu_seqlens, worklist, queries, keys, max_s
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     scales = (scale * _LOG2E, keep_scale(dropout_p))
     cut, drop, precision = queries is not None, dropout_p > 0, dot_precision(q.dtype)
-    if max_seqlen <= SHORT:
+    if one_tile(q.dtype, max_seqlen):
         grid = (heads, len(cu_seqlens) - 1)
         options = _short("attention_backward_short", kind, q.dtype, size, max_seqlen)
-        numbers, constants = (rows, *scales, site, threshold(dropout_p)), (heads, size, cut, drop, precision)
-        _backward_short_kernel[grid](q, k, v, out, dout, lse, dq, dk, dv, *tables, *strides, *numbers, *constants, **options)
+        numbers, constants = (*scales, site, threshold(dropout_p)), (heads, size, cut, drop, precision)
+        _backward_short_kernel[grid](q, k, v, dout, dq, dk, dv, *tables, *strides, *numbers, *constants, **options)
         return dq, dk, dv
 
     key_work = attention_worklist(cu_seqlens, len(k)) if worklist is None else worklist
     work = attention_worklist(bounds, rows) if cut else key_work
     options = tile("attention_prepare", kind, q.dtype, size)
     grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
-    delta = torch.empty_like(lse)
-    lo, hi = (torch.empty_like(lse, dtype=torch.int32) if drop else None for _ in range(2))
+    delta = torch.empty_like(statistics[0])
+    lo, hi = (torch.empty_like(delta, dtype=torch.int32) if drop else None for _ in range(2))
     _prepare_kernel[grid](out, dout, delta, lo, hi, work, *tables, rows, site, heads, size, cut, drop, **options, **FUSE)
 
-    facts, numbers, constants = (lse, delta, lo, hi), (rows, *scales, threshold(dropout_p)), (heads, size, drop, precision)
+    facts, numbers, constants = (*statistics, delta, lo, hi), (rows, *scales, threshold(dropout_p)), (heads, size, drop, precision)
     options = tile("attention_dkdv", kind, q.dtype, size)
     grid = (heads, len(key_work) * (ITEM // options["BLOCK_K"]))
     _dkdv_kernel[grid](q, k, v, dout, *facts, dk, dv, key_work, *tables[:2], *strides, *numbers, *constants, **options, **FUSE)
@@ -452,3 +474,31 @@ def backward(dout, q, k, v, out, lse, cu_seqlens, worklist, queries, keys, max_s
     grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
     _dq_kernel[grid](q, k, v, dout, *facts, dq, work, *tables[:2], *strides, *numbers, *constants, **options, **FUSE)
     return dq, dk, dv
+
+
+def production() -> list[Production]:
+    """For the ahead-of-time gate: BERT-base's and BERT-large's heads of 64, q, k and v sliced out of one projection, with and without dropout."""
+    found = []
+    for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        q, k, v, out, dout = ((f"{name}_ptr", tensor) for name in ("q", "k", "v", "out", "dout"))
+        gradients = dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr"), tensor)
+        bounds = dict.fromkeys(("work_ptr", "query_bounds_ptr", "cu_seqlens_ptr"), "*i32")
+        strides = dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32")
+        facts = dict.fromkeys(("top_ptr", "total_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(("lo_ptr", "hi_ptr"), "*i32")
+        numbers = {"rows": "i32", "scale": "fp32", "keep_scale": "fp32", "site": "i32", "threshold": "i32"}
+        sizes = {"H": 12, "K": 64, "CUT": False, "PRECISION": dot_precision(dtype), "queries_ptr": None, "keys_ptr": "*i64", "BLOCK": ITEM}
+        inputs = dict((q, k, v, out, dout)) | gradients | bounds | strides | facts | numbers | sizes
+        walked = {  # the operands of each kernel whose loads must be wide
+            _forward_short_kernel: ("attention_forward_short", "q_ptr", "k_ptr", "v_ptr"),
+            _forward_kernel: ("attention_forward", "q_ptr", "k_ptr", "v_ptr"),
+            _backward_short_kernel: ("attention_backward_short", "q_ptr", "k_ptr", "v_ptr", "dout_ptr"),
+            _prepare_kernel: ("attention_prepare", "out_ptr", "dout_ptr"),
+            _dkdv_kernel: ("attention_dkdv", "q_ptr", "k_ptr", "v_ptr", "dout_ptr"),
+            _dq_kernel: ("attention_dq", "q_ptr", "k_ptr", "v_ptr", "dout_ptr"),
+        }
+        for kernel, (table, *wide) in walked.items():
+            for drop in (False, True) if dtype.itemsize == 2 or "short" not in table else ():
+                mine = {name: value for name, value in inputs.items() if name in kernel.arg_names} | {"DROPOUT": drop}
+                aligned = tuple(name for name in strides if name in mine)
+                found.append(Production(kernel, table, 64, dtype, mine, aligned, tuple(wide)))
+    return found

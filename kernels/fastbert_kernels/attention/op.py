@@ -1,12 +1,23 @@
 """`varlen_attention`: attention within each of many sequences that lie end to end, with dropout on the weights."""
 
+import itertools
+
 import torch
 
-from fastbert_kernels._checks import check_dropout, check_implementation, check_tensor
+from fastbert_kernels._autocast import lowered
+from fastbert_kernels._checks import (
+    FLOATS,
+    check_device,
+    check_dropout,
+    check_implementation,
+    check_tensor,
+    check_triton,
+    values_checked,
+)
+from fastbert_kernels._library import operator
+from fastbert_kernels._worklist import one_tile
 from fastbert_kernels.attention.cpu import cpu
 from fastbert_kernels.attention.reference import reference
-
-_IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
 
 
 def varlen_attention(
@@ -21,12 +32,19 @@ def varlen_attention(
     site: int = 0,
     queries: torch.Tensor | None = None,
     scale: float | None = None,
+    worklist: torch.Tensor | None = None,
+    check_values: bool | None = None,
     impl: str = "reference",
 ) -> torch.Tensor:
     """Bidirectional scaled dot-product attention over packed sequences: softmax(q k' * scale), dropped, times v.
 
+    Statistics and sums are fp32, products are of the inputs' dtype. Saved for the backward pass: q, k, v, and where sequences do not fit
+    one tile (128 tokens), the result and two fp32 numbers a row and head; masks are made anew. The Triton backward pass uses no atomics: the same bits at every run.
+    Under autocast q, k and v are cast to its dtype, as by `scaled_dot_product_attention`.
+
     Args:
-        q: [R, H, K], fp32, fp16 or bf16; R = T unless `queries` is given. May be strided (a slice of a joint projection).
+        q: [R, H, K], fp32, fp16 or bf16 (fp64 too, but for "triton"); R = T unless `queries` is given. May be strided, as a slice of
+            a joint projection is; "triton" wants a last stride of 1, and K a multiple of 16 up to 128.
         k, v: [T, H, K], as q.
         cu_seqlens: int32 [B + 1], first token of each sequence, then T.
         max_seqlen: length of the longest sequence, in tokens.
@@ -35,27 +53,34 @@ def varlen_attention(
         site: which operation of the model this is, so that layers draw different masks.
         queries: int64 [R], ascending: the packed positions whose outputs are wanted, if not all T. Cutting the queries
             leaves every output that remains exactly as it was, dropout included.
-        scale: factor of the scores; 1 / sqrt(K) if None.
-        impl: "cpu" or "reference".
+        scale: positive factor of the scores; 1 / sqrt(K) if None.
+        worklist: `attention_worklist(cu_seqlens, T)`, which a model makes once for all its layers; made here if None. "triton" only.
+        check_values: whether to look into cu_seqlens and queries: None on a CPU alone, True on a GPU too, which waits for the device.
+        impl: "triton", "cpu" or "reference".
 
     Returns:
         [R, H, K], in the dtype of q.
 
     Raises:
-        ValueError: a shape that does not fit, dropout without keys, an unknown `impl`.
+        ValueError: a shape, device or stride that does not fit, cu_seqlens that do not ascend from 0 to T or have a sequence longer
+            than max_seqlen, queries that do not ascend within [0, T), dropout without keys, an unknown `impl`.
         TypeError: a dtype that does not fit.
 
     Source: Vaswani et al., 2017, section 3.2.1; packed layout as in FlashAttention's `flash_attn_varlen_func`.
     """
-    _check(q, k, v, cu_seqlens, dropout_p, keys, queries)
+    q, k, v = lowered(q, k, v)
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, check_values)
     check_implementation("varlen_attention", impl, tuple(_IMPLEMENTATIONS))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if impl == "triton":
+        _check_for_triton(q, k, v, worklist)
+        return _VarlenAttention.apply(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale, worklist)
     return _IMPLEMENTATIONS[impl](q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale)
 
 
-def _check(q, k, v, cu_seqlens, dropout_p, keys, queries) -> None:
+def _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, check_values) -> None:
     name = "varlen_attention"
-    check_tensor(name, "k", k, ("T", "H", "K"), (torch.float32, torch.float16, torch.bfloat16, torch.float64))
+    check_tensor(name, "k", k, ("T", "H", "K"), FLOATS)
     total, heads, size = k.shape
     check_tensor(name, "q", q, ("R" if queries is not None else total, heads, size), k.dtype)
     check_tensor(name, "v", v, (total, heads, size), k.dtype)
@@ -63,3 +88,94 @@ def _check(q, k, v, cu_seqlens, dropout_p, keys, queries) -> None:
     if queries is not None:
         check_tensor(name, "queries", queries, (q.shape[0],), torch.int64)
     check_dropout(name, dropout_p, keys, cu_seqlens.shape[0] - 1)
+    check_device(name, k.device, q=q, v=v, cu_seqlens=cu_seqlens, keys=keys, queries=queries)
+    if scale <= 0:
+        raise ValueError(f"{name}: scale = {scale}; must be positive")
+    if values_checked(check_values, k):
+        _check_bounds(cu_seqlens.tolist(), total, max_seqlen)
+        if queries is not None and len(queries):
+            _check_queries(queries.tolist(), total)
+
+
+def _check_bounds(bounds: list[int], total: int, max_seqlen: int) -> None:
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    if not bounds or bounds[0] != 0:
+        raise ValueError(f"varlen_attention: cu_seqlens starts at {bounds[0] if bounds else 'nothing'}, expected 0")
+    if lengths and min(lengths) < 0:
+        i = next(i for i, length in enumerate(lengths) if length < 0)
+        raise ValueError(f"varlen_attention: cu_seqlens falls from {bounds[i]} to {bounds[i + 1]} at sequence {i}, expected to ascend")
+    if bounds[-1] != total:
+        raise ValueError(f"varlen_attention: cu_seqlens ends at {bounds[-1]}, expected T = {total}")
+    if lengths and max(lengths) > max_seqlen:
+        raise ValueError(f"varlen_attention: max_seqlen = {max_seqlen}, but cu_seqlens has a sequence of {max(lengths)} tokens")
+
+
+def _check_queries(queries: list[int], total: int) -> None:
+    if queries[0] < 0 or queries[-1] >= total:
+        raise ValueError(f"varlen_attention: queries span {queries[0]} to {queries[-1]}; must be in [0, T = {total})")
+    for a, b in itertools.pairwise(queries):
+        if b <= a:
+            raise ValueError(f"varlen_attention: queries holds {a} and then {b}, expected to ascend")
+
+
+def _check_for_triton(q, k, v, worklist) -> None:
+    name = "varlen_attention"
+    check_triton(name, q=q, k=k, v=v)
+    size = k.shape[2]
+    if size % 16 or not 16 <= size <= 128:
+        raise ValueError(f'{name}: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"')
+    if worklist is not None:
+        check_tensor(name, "worklist", worklist, ("items", 2), torch.int32)
+        check_device(name, k.device, worklist=worklist)
+
+
+# The Triton implementation as torch operators. Arguments as above, `scale` resolved.
+
+
+def _forward(*arguments):
+    from fastbert_kernels.attention.kernel import forward
+
+    return forward(*arguments)
+
+
+def _forward_fake(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
+    statistics = (2, q.shape[1], 0 if one_tile(q.dtype, max_seqlen) else q.shape[0])
+    return q.new_empty(q.shape), q.new_empty(statistics, dtype=torch.float32)
+
+
+def _backward(*arguments):
+    from fastbert_kernels.attention.kernel import backward
+
+    return backward(*arguments)
+
+
+def _backward_fake(dout, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
+
+
+_SHARED = """Tensor cu_seqlens, Tensor? worklist, Tensor? queries, Tensor? keys,
+    SymInt max_seqlen, float dropout_p, int site, float scale"""
+FORWARD = operator(f"varlen_attention_forward(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)", _forward, _forward_fake)
+BACKWARD = operator(
+    f"varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, {_SHARED}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale, worklist):
+        tables, numbers = (cu_seqlens, worklist, queries, keys), (max_seqlen, dropout_p, site, scale)
+        out, statistics = FORWARD(q, k, v, *tables, *numbers)
+        ctx.save_for_backward(q, k, v, out, statistics, *tables)
+        ctx.numbers = numbers
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[override]
+        dq, dk, dv = BACKWARD(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+        return dq, dk, dv, *(None,) * 8
+
+
+_IMPLEMENTATIONS = {"triton": _VarlenAttention.apply, "cpu": cpu, "reference": reference}

@@ -31,7 +31,7 @@ def _inputs(shape, dtype, dropout_p):
 
 SPEC = Spec(
     function=varlen_attention,
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
     shapes=(
         {"lengths": [1], "H": 1, "K": 16},
         {"lengths": [1, 1, 1], "H": 2, "K": 32},

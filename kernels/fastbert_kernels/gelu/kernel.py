@@ -21,15 +21,13 @@ import triton.language as tl
 from fastbert_kernels._tiles import tile
 from fastbert_kernels._triton import FUSE, Production, architecture, multiprocessors
 
-# Programs that a multiprocessor of sm_90 has the registers for in either kernel; more would only add shares of dbias.
-_RESIDENT = 6
 
-
-def _grid(x: torch.Tensor, options: dict[str, int]) -> tuple[int, int]:
-    """Blocks of columns, and shares of the rows: as many as fill the device once."""
+def _tile(kernel: str, x: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and launch options: blocks of columns by shares of the rows, as many as run side by side, for more would only add shares."""
+    options = tile(kernel, architecture(x.device), x.dtype, x.shape[1])
     blocks = triton.cdiv(x.shape[1], options["BLOCK_F"])
-    shares = triton.cdiv(_RESIDENT * multiprocessors(x.device), blocks)
-    return blocks, min(shares, triton.cdiv(x.shape[0], options["BLOCK_T"]))
+    shares = triton.cdiv(options.pop("programs") * multiprocessors(x.device), blocks)
+    return (blocks, min(shares, triton.cdiv(x.shape[0], options["BLOCK_T"]))), options
 
 
 @triton.jit
@@ -58,15 +56,14 @@ def _forward_kernel(x_ptr, bias_ptr, y_ptr, stride_x, T, F, BLOCK_T: tl.constexp
 
 def forward(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     y = x.new_empty(x.shape)
-    if not x.numel():
-        return y
-    options = tile("gelu_forward", architecture(x.device), x.dtype, x.shape[1])
-    _forward_kernel[_grid(x, options)](x, bias, y, x.stride(0), *x.shape, **options, **FUSE)
+    if x.numel():
+        grid, options = _tile("gelu_forward", x)
+        _forward_kernel[grid](x, bias, y, x.stride(0), *x.shape, **options, **FUSE)
     return y
 
 
 @triton.jit(do_not_specialize=["T"])
-def _backward_kernel(dy_ptr, x_ptr, bias_ptr, dx_ptr, partials_ptr, stride_x, T, F, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
+def _backward_kernel(dy_ptr, x_ptr, bias_ptr, dx_ptr, shares_ptr, stride_x, T, F, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
     column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
     dbias = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
@@ -85,18 +82,17 @@ def _backward_kernel(dy_ptr, x_ptr, bias_ptr, dx_ptr, partials_ptr, stride_x, T,
         tl.store(dx_ptr + row * F + column, dx, mask=mask)
 
     share = tl.program_id(1) * F + column
-    tl.store(partials_ptr + share, tl.sum(dbias, 0, keep_dims=True), mask=column < F)
+    tl.store(shares_ptr + share, tl.sum(dbias, 0, keep_dims=True), mask=column < F)
 
 
 def backward(dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     dx = x.new_empty(x.shape)
     if not x.numel():
         return dx, torch.zeros_like(bias)
-    options = tile("gelu_backward", architecture(x.device), x.dtype, x.shape[1])
-    grid = _grid(x, options)
-    partials = x.new_empty(grid[1], x.shape[1], dtype=torch.float32)
-    _backward_kernel[grid](dy, x, bias, dx, partials, x.stride(0), *x.shape, **options, **FUSE)
-    return dx, partials.sum(0).to(bias.dtype)
+    grid, options = _tile("gelu_backward", x)
+    shares = x.new_empty(grid[1], x.shape[1], dtype=torch.float32)
+    _backward_kernel[grid](dy, x, bias, dx, shares, x.stride(0), *x.shape, **options, **FUSE)
+    return dx, shares.sum(0).to(bias.dtype)
 
 
 def production() -> list[Production]:
@@ -105,7 +101,7 @@ def production() -> list[Production]:
     for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
         sizes = {"stride_x": "i32", "T": "i32", "F": "i32"}
         forward = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), tensor) | sizes
-        backward = dict.fromkeys(("dy_ptr", "x_ptr", "bias_ptr", "dx_ptr"), tensor) | {"partials_ptr": "*fp32"} | sizes
+        backward = dict.fromkeys(("dy_ptr", "x_ptr", "bias_ptr", "dx_ptr"), tensor) | {"shares_ptr": "*fp32"} | sizes
         for size in (3072, 4096):
             aligned = ("stride_x", "F")
             found.append(Production(_forward_kernel, "gelu_forward", size, dtype, forward, aligned, ("x_ptr",)))

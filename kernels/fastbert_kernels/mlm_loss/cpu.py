@@ -27,7 +27,7 @@ def _loss_slab(rows, weight, bias, labels) -> tuple[torch.Tensor, torch.Tensor, 
 class _MaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, positions, labels, total):
-        rows = hidden.index_select(0, positions)
+        rows = hidden if positions is None else hidden.index_select(0, positions)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         size = max(1, _SLAB // weight.shape[0])
         with_gradient = any(ctx.needs_input_grad[:3])
@@ -61,10 +61,12 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         drows, dweight, dbias, positions = ctx.saved_tensors
         if dloss != 1:
             drows, dweight, dbias = (x * dloss for x in (drows, dweight, dbias))
-        dhidden = drows.new_zeros(ctx.tokens, drows.shape[1]).index_add_(0, positions, drows)
-        return dhidden, dweight, dbias, None, None, None
+        if positions is not None:
+            drows = drows.new_zeros(ctx.tokens, drows.shape[1]).index_add_(0, positions, drows)
+        return drows, dweight, dbias, None, None, None
 
 
 def cpu(hidden, weight, bias, positions, labels, total):
     """Arguments and result as in `op.py`."""
+    weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
     return _MaskedCrossEntropy.apply(hidden, weight, bias, positions, labels, total)

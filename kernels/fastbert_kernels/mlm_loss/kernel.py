@@ -13,13 +13,14 @@ each token, the largest logit, the sum of exponentials relative to it, the label
 label's, which is how the first of equals is the arg-max, as in torch. A second kernel combines the runs. No address depends on a
 label, so a label outside [0, V) reads nothing; it makes its loss, and then every gradient, NaN, as a position outside [0, T) does.
 
-Backward, by slabs of `_SLAB` words. The same program with another end computes the slab's logits again and writes dz to the workspace
-[M, _SLAB] and its sums over BLOCK_M tokens, fp32 [M / BLOCK_M, V], for db. Two plain products, which are torch's, do the rest: a row
-of dW is complete after its slab and is written once; dh grows from slab to slab in fp32. The factor dloss / total
-comes last, in fp32: in the workspace it would push fp16 below its smallest number.
+Backward, by slabs of `_SLAB` words. A program owns one tile of the slab: it computes the logits again and writes dz to a workspace
+[M, _SLAB] and the sum of dz over its tokens, for db, to fp32 [M / BLOCK_M, V]. Two plain products, which are torch's, do the
+rest: a row of dW is complete after its slab and is written once; dh grows from slab to slab in fp32. The factor dloss / total comes
+last, in fp32: in the workspace it would push fp16 below its smallest number.
 
-At M = 8,192, D = 768, V = 30,522 in bf16 that is 67 MB of workspace, 13 MB for the rows, 25 MB for dh, 13 MB for the
-slab of dW and 8 MB for db: 125 MB. Eager torch holds the logits four times over, 2 GB (bf16 throughout) or more.
+Memory beside the results, at M = 8,192, D = 768, V = 30,522 in bf16: 67 MB of workspace, 13 + 13 MB for the rows and their
+gradient, 25 MB for dh, 13 MB for the slab of dW, 8 MB for db; 139 MB. (fp32 weights: a rounded copy, 47 MB, in the forward pass alone.)
+Eager torch holds the logits four times over: 2 GB in bf16 throughout, more with a softmax in fp32.
 
 Source: Milakov and Gimelshein, 2018, algorithm 3 (running maximum and sum); the slabs are our own.
 """
@@ -41,23 +42,15 @@ _SLAB = 4096  # words: products of this depth run at full speed, and the slab of
 
 @functools.cache
 def _run(row_tiles: int, vocabulary_tiles: int, slots: int) -> int:
-    """Vocabulary tiles a program walks: the longest run among those that finish first with `slots` programs at a time."""
+    """How many vocabulary tiles a program walks, such that `slots` programs at a time are done first.
+
+    A program costs its tiles and about a quarter of one to start.
+    """
 
     def duration(run: int) -> int:
-        return triton.cdiv(row_tiles * triton.cdiv(vocabulary_tiles, run), slots) * run
+        return triton.cdiv(row_tiles * triton.cdiv(vocabulary_tiles, run), slots) * (4 * run + 1)
 
-    return min(range(vocabulary_tiles, 0, -1), key=duration)
-
-
-def _grid(M: int, V: int, device: torch.device, options: dict[str, int]) -> tuple[tuple[int, int], int]:
-    """Programs, and vocabulary tiles in the run of each.
-
-    Tokens come first in the grid: the programs that work at the same time walk the same run in step, so a tile of W comes from memory
-    once and from the L2 cache for the others, while their rows (25 MB for 132 programs of 128 at D = 768) stay there.
-    """
-    row_tiles, vocabulary_tiles = triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(V, options["BLOCK_V"])
-    run = _run(row_tiles, vocabulary_tiles, multiprocessors(device))
-    return (row_tiles, triton.cdiv(vocabulary_tiles, run)), run
+    return min(range(1, vocabulary_tiles + 1), key=duration)
 
 
 @triton.jit
@@ -76,7 +69,7 @@ def _logits(row_ptr, weight_ptr, bias_ptr, column, stride_weight, V, D, BLOCK_D:
         words = tl.load(word_ptr + d, mask=d < D, other=0.0)
         acc = tl.dot(rows, words.T, acc, input_precision=PRECISION)
 
-    # Only now: earlier, its copy for every thread would lie in registers, too.
+    # Only now: loaded earlier, the bias would sit in registers through the loop.
     bias = tl.load(bias_ptr + column, mask=column < V, other=float("-inf")).to(tl.float32)
     return acc * _LOG2E + (bias * _LOG2E)[None, :]
 
@@ -88,14 +81,14 @@ def _forward_kernel(
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = token < M
-    label = tl.load(labels_ptr + token, mask=live, other=-1).to(tl.int32)
+    label = tl.load(labels_ptr + token, mask=live, other=-1).to(tl.int32)  # what does not fit is refused by the second kernel
     row = token.to(tl.int64)
     if GATHER:
         row = tl.load(positions_ptr + token, mask=live, other=0)
     row_ptr = hidden_ptr + tl.minimum(tl.maximum(row, 0), T - 1)[:, None] * stride_hidden
 
     largest = tl.full([BLOCK_M], _LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M], tl.float32)
     of_label = tl.zeros([BLOCK_M], tl.float32)
     before = tl.full([BLOCK_M], float("-inf"), tl.float32)
     first = tl.program_id(1) * run
@@ -104,7 +97,7 @@ def _forward_kernel(
         z = _logits(row_ptr, weight_ptr, bias_ptr, column, stride_weight, V, D, BLOCK_D, PRECISION)
 
         larger = tl.maximum(largest, tl.max(z, 1))
-        total = total * tl.exp2(largest - larger) + tl.sum(tl.exp2(z - larger[:, None]), 1)
+        sums = sums * tl.exp2(largest - larger) + tl.sum(tl.exp2(z - larger[:, None]), 1)
         largest = larger
         of_label += tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), 1)
         before = tl.maximum(before, tl.max(tl.where(column[None, :] < label[:, None], z, float("-inf")), 1))
@@ -112,7 +105,7 @@ def _forward_kernel(
     at = partials_ptr + tl.program_id(1).to(tl.int64) * M + token
     plane = tl.num_programs(1).to(tl.int64) * M
     tl.store(at, largest, mask=live)
-    tl.store(at + plane, total, mask=live)
+    tl.store(at + plane, sums, mask=live)
     tl.store(at + 2 * plane, of_label, mask=live)
     tl.store(at + 3 * plane, before, mask=live)
 
@@ -130,7 +123,7 @@ def _combine_kernel(
         sound = sound & (position >= 0) & (position < T)
 
     largest = tl.full([BLOCK_M], _LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M], tl.float32)
     of_label = tl.zeros([BLOCK_M], tl.float32)
     before = tl.full([BLOCK_M], float("-inf"), tl.float32)
     plane = runs.to(tl.int64) * M
@@ -138,16 +131,16 @@ def _combine_kernel(
     for _ in range(runs):
         of_run = tl.load(at, mask=live, other=0.0)
         larger = tl.maximum(largest, of_run)
-        total = total * tl.exp2(largest - larger) + tl.load(at + plane, mask=live, other=1.0) * tl.exp2(of_run - larger)
+        sums = sums * tl.exp2(largest - larger) + tl.load(at + plane, mask=live, other=1.0) * tl.exp2(of_run - larger)
         largest = larger
         of_label += tl.load(at + 2 * plane, mask=live, other=0.0)
         before = tl.maximum(before, tl.load(at + 3 * plane, mask=live, other=0.0))
         at += M
 
-    of_total = tl.where(sound, tl.log2(total), float("nan"))
-    tl.store(losses_ptr + token, (largest - of_label + of_total) * _LN2, mask=live)
+    of_sums = tl.where(sound, tl.log2(sums), float("nan"))
+    tl.store(losses_ptr + token, (largest - of_label + of_sums) * _LN2, mask=live)
     tl.store(hits_ptr + token, sound & (of_label == largest) & (before < largest), mask=live)
-    tl.store(lse_ptr + token, largest + of_total, mask=live)
+    tl.store(lse_ptr + token, largest + of_sums, mask=live)
 
 
 def forward(hidden, weight, bias, positions, labels):
@@ -159,7 +152,11 @@ def forward(hidden, weight, bias, positions, labels):
         return losses, hits, lse
     weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
     options = tile("mlm_loss_forward", architecture(hidden.device), hidden.dtype, D)
-    grid, run = _grid(M, V, hidden.device, options)
+    row_tiles, vocabulary_tiles = triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(V, options["BLOCK_V"])
+    run = _run(row_tiles, vocabulary_tiles, multiprocessors(hidden.device))
+    # Tokens come first in the grid: the programs that work at the same time walk the same words in step, so a tile of W comes from
+    # memory once and from the L2 cache for the others, where their rows stay, too (26 MB for 132 programs of 128 at D = 768).
+    grid = (row_tiles, triton.cdiv(vocabulary_tiles, run))
     partials = hidden.new_empty(4, grid[1], M, dtype=torch.float32)
     _forward_kernel[grid](
         hidden, weight, bias, positions, labels, partials, hidden.stride(0), weight.stride(0), len(hidden), M, V, D, run,
@@ -213,7 +210,7 @@ def backward(scale, hidden, weight, bias, positions, labels, lse):
     rows = hidden if index is None else hidden.index_select(0, index)
     bias = bias.to(hidden.dtype)
     unit = 2**15 if hidden.dtype == torch.float16 else 1  # |dz| <= 1, and fp16 reaches from 2^-24 to 2^16: use all of it
-    scale = scale / unit
+    of_product = scale / unit
     options = tile("mlm_loss_backward", architecture(hidden.device), hidden.dtype, D)
     width = min(_SLAB, triton.cdiv(V, 16) * 16)
     slab = rows.new_empty(M, width)
@@ -222,7 +219,7 @@ def backward(scale, hidden, weight, bias, positions, labels, lse):
     for start in range(0, V, width):
         words = weight[start : start + width].to(hidden.dtype)
         size = len(words)
-        # Words come first in the grid: the programs that work at the same time share the whole slab of W, and a few tiles of rows.
+        # Words come first in the grid: the programs that work at the same time share a few tiles of rows, and the slab of W stays in L2.
         grid = (triton.cdiv(size, options["BLOCK_V"]), len(partials))
         _backward_kernel[grid](
             rows, words, bias[start:], labels, lse, slab, partials[:, start:],
@@ -232,30 +229,33 @@ def backward(scale, hidden, weight, bias, positions, labels, lse):
         dz = slab[:, :size]
         _product(dz, words, drows, beta=int(start > 0))
         _product(dz.T, rows, dwords[:size], beta=0)
-        torch.mul(dwords[:size], scale, out=dweight[start : start + width])
+        torch.mul(dwords[:size], of_product, out=dweight[start : start + width])
     dbias.copy_(partials.sum(0) * scale)
-    dhidden = (drows * scale).to(hidden.dtype)
+    dhidden = drows.mul_(of_product).to(hidden.dtype)
     if index is not None:
+        # Two addends commute: only where a position comes three times does the order, which a GPU leaves open, matter.
         dhidden = hidden.new_zeros(hidden.shape).index_add_(0, index, dhidden)
     return dhidden, dweight, dbias
 
 
 def production() -> list[Production]:
-    """For the ahead-of-time gate: BERT-base and BERT-large, V = 30,522."""
+    """For the ahead-of-time gate: BERT-base and BERT-large with V = 30,522."""
     found = []
     for dtype, name in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        inputs = {"weight_ptr": name, "bias_ptr": name, "labels_ptr": "*i64"}
+        matrix = {"weight_ptr": name, "bias_ptr": name, "stride_weight": "i32", "D": "i32"}
+        batch = {"labels_ptr": "*i64", "M": "i32", "V": "i32"}
+        gathered = {"positions_ptr": "*i64", "T": "i32", "GATHER": True, "partials_ptr": "*fp32"}
+        results = {"losses_ptr": "*fp32", "hits_ptr": "*i1", "lse_ptr": "*fp32", "runs": "i32"}
+        found.append(Production(_combine_kernel, "mlm_loss_combine", 1, dtype, batch | gathered | results))
         for size in (768, 1024):
-            sizes = {"stride_weight": "i32", "M": "i32", "V": "i32", "D": "i32", "PRECISION": "ieee"}
-            for gather in (False, True):
-                more = {"hidden_ptr": name, "positions_ptr": "*i64", "partials_ptr": "*fp32", "stride_hidden": "i32", "T": "i32", "run": "i32"}
-                arguments = {**inputs, **more, **sizes, "GATHER": gather}
-                aligned = ("stride_hidden", "stride_weight", "D")
-                found.append(Production(_forward_kernel, "mlm_loss_forward", size, dtype, arguments, aligned, ("hidden_ptr", "weight_ptr")))
-            more = {"rows_ptr": name, "lse_ptr": "*fp32", "slab_ptr": name, "dbias_ptr": "*fp32"}
-            more |= {"stride_rows": "i32", "stride_slab": "i32", "stride_dbias": "i32", "start": "i32", "UNIT": 1}
-            aligned = ("stride_rows", "stride_weight", "stride_slab", "D", "start")
-            found.append(
-                Production(_backward_kernel, "mlm_loss_backward", size, dtype, {**inputs, **more, **sizes}, aligned, ("rows_ptr", "weight_ptr"))
-            )
+            rows = {"hidden_ptr": name, "stride_hidden": "i32", "run": "i32", "PRECISION": "ieee"}
+            aligned, wide = ("stride_hidden", "stride_weight", "D"), ("hidden_ptr", "weight_ptr")
+            for gather in (True, False):
+                arguments = matrix | batch | gathered | rows | {"GATHER": gather}
+                found.append(Production(_forward_kernel, "mlm_loss_forward", size, dtype, arguments, aligned, wide))
+            rows = {"rows_ptr": name, "stride_rows": "i32", "lse_ptr": "*fp32", "UNIT": 1, "PRECISION": "ieee"}
+            slab = {"slab_ptr": name, "stride_slab": "i32", "dbias_ptr": "*fp32", "stride_dbias": "i32", "start": "i32"}
+            aligned, wide = ("stride_rows", "stride_weight", "stride_slab", "D", "start"), ("rows_ptr", "weight_ptr")
+            arguments = matrix | batch | rows | slab
+            found.append(Production(_backward_kernel, "mlm_loss_backward", size, dtype, arguments, aligned, wide))
     return found

@@ -5,7 +5,9 @@ import torch
 
 def reference(hidden, weight, bias, positions, labels, total):
     """Arguments and result as in `op.py`."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden[positions].to(wide) @ weight.to(wide).T + bias.to(wide)
+    rows = hidden if positions is None else hidden[positions]
+    weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    logits = rows.to(wide) @ weight.to(wide).T + bias.to(wide)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     return losses.sum() / total, losses.detach(), logits.detach().argmax(-1) == labels

@@ -3,6 +3,7 @@
 import torch
 
 from fastbert_kernels._spec import Spec, generator, integers, normal
+from fastbert_kernels._tiles import tile
 from fastbert_kernels.mlm_loss.op import masked_cross_entropy
 
 
@@ -18,20 +19,34 @@ def _inputs(shape, dtype, _dropout_p):
     }
 
 
+def _least_bytes(shape, size):
+    """Of the Triton kernels with the tiles of sm_90: logits once forward and once, by slabs, backward. The products dW and dh are torch's."""
+    M, D, V = shape["M"], shape["D"], shape["V"]
+    options = tile("mlm_loss_forward", "sm_90", torch.bfloat16 if size == 2 else torch.float32, D)
+    row_tiles, word_tiles = -(-M // options["BLOCK_M"]), -(-V // options["BLOCK_V"])
+    logits = M * D * size * word_tiles  # the rows once for each tile of words
+    logits += V * (D + 1) * size * row_tiles  # the matrix and the bias once for each tile of rows
+    forward = logits + M * (8 + 8) + M * (4 + 1 + 4)  # positions and labels in; losses, hits and lse out
+    backward = logits + M * (8 + 4) * word_tiles  # labels and lse, with the rows
+    backward += M * V * size + V * 4 * row_tiles  # the slabs, and the shares of dbias
+    return forward + backward
+
+
 SPEC = Spec(
     function=masked_cross_entropy,
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
     shapes=(
         {"T": 5, "M": 0, "D": 16, "V": 30},
         {"T": 1, "M": 1, "D": 16, "V": 2},
         {"T": 100, "M": 15, "D": 64, "V": 1000},
-        {"T": 130, "M": 65, "D": 48, "V": 4097},
-        {"T": 300, "M": 300, "D": 32, "V": 30522},  # more than one slab of the cpu implementation
+        {"T": 127, "M": 127, "D": 63, "V": 255},  # around the tiles: one below, at, one above
+        {"T": 140, "M": 128, "D": 64, "V": 256},
+        {"T": 140, "M": 129, "D": 65, "V": 257},
+        {"T": 130, "M": 65, "D": 48, "V": 4097},  # more than one slab of the vocabulary
     ),
     inputs=_inputs,
     differentiable=("hidden", "weight", "bias"),
-    # Forward reads the rows and the matrix; backward reads both again and writes both gradients.
-    least_bytes=lambda s, size: (2 * s["M"] + s["T"]) * s["D"] * size + s["V"] * (s["D"] + 1) * (2 * size + 4),
-    flops=lambda s: 6 * s["M"] * s["V"] * s["D"],
+    least_bytes=_least_bytes,
+    flops=lambda s: 6 * s["M"] * s["V"] * s["D"],  # logits, dW and dh; that the logits are computed twice is our affair
     dropout=False,
 )

@@ -10,9 +10,10 @@
 Saved: x, bias, residual, which the rest of the step holds anyway, and mean and rstd of each row; z and the mask are made anew.
 Without dropout dx and dresidual are the same and written once.
 
-A program owns every n-th tile of BLOCK_T rows, whole: it holds a row as chunks of BLOCK_D columns, one warp's worth of 128-bit
-loads, so that D = 768 wastes no lane (a power of two would waste a quarter) and sums stay within a warp. It reads bias, weight and
-shift once, and adds up its share of their gradients in registers, written as fp32 [n, 3, D] and added in one order.
+A program owns every n-th tile of BLOCK_T rows. It holds a row as a tuple of chunks of BLOCK_D columns, each a 128-bit load of every
+thread of one or a few warps: D = 768 is three chunks, with no lane idle, where a power of two would waste a quarter of them, and at
+BERT-base's size all sums along a row stay within a warp. The program reads bias, weight and shift once, and adds up its share of
+their gradients in registers, written as fp32 [n, 3, D] and added in one order: the result is deterministic.
 
 Source: Ba et al., 2016, equation 4.
 """
@@ -25,31 +26,38 @@ from fastbert_kernels._dropout import keep_scale, threshold
 from fastbert_kernels._tiles import tile
 from fastbert_kernels._triton import FUSE, Production, architecture, keep_mask, multiprocessors, site_keys
 
-# Programs that a multiprocessor of sm_90 has the registers for, at D up to 1,024.
-_RESIDENT = 3
-_RESIDENT_BACKWARD = 2
+
+def grid_and_options(kernel: str, rows: int, size: int, like: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """As many programs as run side by side, for more would only add shares, or one a tile of rows; and the launch options."""
+    options = tile(kernel, architecture(like.device), like.dtype, size)
+    programs = options.pop("programs") * multiprocessors(like.device)
+    return (min(programs, triton.cdiv(rows, options["BLOCK_T"])),), options
+
+
+# Rows in registers: each a tuple of fp32 chunks [BLOCK_T, BLOCK_D], the last padded with zeros.
 
 
 @triton.jit
-def _columns(i, BLOCK_D: tl.constexpr):
+def columns(i, BLOCK_D: tl.constexpr):
+    """Of chunk i, [1, BLOCK_D]."""
     return i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
-def _vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A [D] tensor as a tuple of chunks, fp32 [1, BLOCK_D], zero beyond D; of None if there is no such tensor."""
+def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A [D] tensor as chunks [1, BLOCK_D]; as chunks of None if there is no such tensor."""
     chunks = ()
     for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
         if ptr is None:
             chunks = chunks + (None,)
         else:
-            column = _columns(i, BLOCK_D)
+            column = columns(i, BLOCK_D)
             chunks = chunks + (tl.load(ptr + column, mask=column < D, other=0.0).to(tl.float32),)
     return chunks
 
 
 @triton.jit
-def _zeros(D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+def zeros(D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     chunks = ()
     for _ in tl.static_range(tl.cdiv(D, BLOCK_D)):
         chunks = chunks + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
@@ -57,8 +65,33 @@ def _zeros(D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _mask_keys(keys_ptr, row, T, site):
-    """The two mask keys of each row; of row 0 beyond T, and without dropout None."""
+def plus(total, chunks):
+    more = ()
+    for i in tl.static_range(len(total)):
+        more = more + (total[i] + chunks[i],)
+    return more
+
+
+@triton.jit
+def times(one, other):
+    product = ()
+    for i in tl.static_range(len(one)):
+        product = product + (one[i] * other[i],)
+    return product
+
+
+@triton.jit
+def row_sum(chunks):
+    """Over all columns, [BLOCK_T, 1]."""
+    total = chunks[0]
+    for i in tl.static_range(1, len(chunks)):
+        total += chunks[i]
+    return tl.sum(total, 1, keep_dims=True)
+
+
+@triton.jit
+def mask_keys(keys_ptr, row, T, site):
+    """The two keys of the dropout mask of each row [BLOCK_T]; None without dropout."""
     if keys_ptr is None:
         return None, None
     else:
@@ -66,23 +99,67 @@ def _mask_keys(keys_ptr, row, T, site):
 
 
 @triton.jit
-def _keep(lo, hi, i, BLOCK_D: tl.constexpr, threshold):
+def dropout(x, lo, hi, i, threshold, scale, BLOCK_D: tl.constexpr):
+    """Of chunk i; x itself without dropout."""
     if lo is None:
-        return None
+        return x
     else:
-        return keep_mask(lo, hi, i * BLOCK_D, BLOCK_D, threshold)
+        return tl.where(keep_mask(lo, hi, i * BLOCK_D, BLOCK_D, threshold), x * scale, 0.0)
 
 
 @triton.jit
-def _sum(x_ptr, bias, residual_ptr, keep, scale, x_offset, residual_offset, mask):
-    """A chunk of z = residual + dropout(x + bias), fp32 [BLOCK_T, BLOCK_D]; zero where masked off."""
-    z = tl.load(x_ptr + x_offset, mask=mask, other=0.0).to(tl.float32)
-    if bias is not None:
-        z += bias
-    if keep is not None:
-        z = tl.where(keep, z * scale, 0.0)
-    if residual_ptr is not None:
-        z += tl.load(residual_ptr + residual_offset, mask=mask, other=0.0).to(tl.float32)
+def statistics(z, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mean and rstd of each row, [BLOCK_T, 1]."""
+    mean = row_sum(z) / D
+    squares = ()
+    for i in tl.static_range(len(z)):
+        centred = z[i] - mean
+        if (i + 1) * BLOCK_D > D:  # the padding is not a mean away from the mean
+            centred = tl.where(columns(i, BLOCK_D) < D, centred, 0.0)
+        squares = squares + (centred * centred,)
+    return mean, tl.rsqrt(row_sum(squares) / D + eps)
+
+
+@triton.jit
+def gradient(dy, z, weight, mean, rstd, D: tl.constexpr):
+    """h and dz of the head of this file. The padding of dy is zero, so that of h does no harm."""
+    h = ()
+    for i in tl.static_range(len(z)):
+        h = h + ((z[i] - mean) * rstd,)
+    g = times(dy, weight)
+    mean_g = row_sum(g) / D
+    mean_gh = row_sum(times(g, h)) / D
+    dz = ()
+    for i in tl.static_range(len(z)):
+        dz = dz + (rstd * (g[i] - mean_g - h[i] * mean_gh),)
+    return h, dz
+
+
+@triton.jit
+def store_share(ptr, chunks, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sums over the rows, to a [D] tensor."""
+    for i in tl.static_range(len(chunks)):
+        column = columns(i, BLOCK_D)
+        tl.store(ptr + column, tl.sum(chunks[i], 0, keep_dims=True), mask=column < D)
+
+
+# The operation
+
+
+@triton.jit
+def _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, lo, hi, threshold, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """residual + dropout(x + bias)."""
+    z = ()
+    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+        column = columns(i, BLOCK_D)
+        mask = (row < T) & (column < D)
+        chunk = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
+        if bias[i] is not None:
+            chunk += bias[i]
+        chunk = dropout(chunk, lo, hi, i, threshold, scale, BLOCK_D)
+        if residual_ptr is not None:
+            chunk += tl.load(residual_ptr + row * stride_residual + column, mask=mask, other=0.0).to(tl.float32)
+        z = z + (chunk,)
     return z
 
 
@@ -108,38 +185,40 @@ def _forward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    CHUNKS: tl.constexpr = tl.cdiv(D, BLOCK_D)
-    bias, weight, shift = _vector(bias_ptr, D, BLOCK_D), _vector(weight_ptr, D, BLOCK_D), _vector(shift_ptr, D, BLOCK_D)
+    bias = load_vector(bias_ptr, D, BLOCK_D)
+    weight = load_vector(weight_ptr, D, BLOCK_D)
+    shift = load_vector(shift_ptr, D, BLOCK_D)
 
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
+        lo, hi = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        lo, hi = _mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
+        z = _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, lo, hi, threshold, scale, D, BLOCK_D)
 
-        z = ()
-        total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        for i in tl.static_range(CHUNKS):
-            column = _columns(i, BLOCK_D)
-            keep = _keep(lo, hi, i, BLOCK_D, threshold)
-            offsets = row * stride_x + column, row * stride_residual + column
-            chunk = _sum(x_ptr, bias[i], residual_ptr, keep, scale, offsets[0], offsets[1], (row < T) & (column < D))
-            z = z + (chunk,)
-            total += chunk
-        mean = tl.sum(total, 1, keep_dims=True) / D
+        mean, rstd = statistics(z, eps, D, BLOCK_D)
 
-        total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        for i in tl.static_range(CHUNKS):
-            centred = z[i] - mean
-            if (i + 1) * BLOCK_D > D:
-                centred = tl.where(_columns(i, BLOCK_D) < D, centred, 0.0)
-            total += centred * centred
-        rstd = tl.rsqrt(tl.sum(total, 1, keep_dims=True) / D + eps)
-
-        for i in tl.static_range(CHUNKS):
-            column = _columns(i, BLOCK_D)
+        for i in tl.static_range(len(z)):
+            column = columns(i, BLOCK_D)
             y = (z[i] - mean) * rstd * weight[i] + shift[i]
             tl.store(y_ptr + row * D + column, y, mask=(row < T) & (column < D))
         tl.store(mean_ptr + row, mean, mask=row < T)
         tl.store(rstd_ptr + row, rstd, mask=row < T)
+
+
+def forward(x, bias, residual, weight, shift, keys, eps, dropout_p, site):
+    """y, and mean and rstd, fp32 [T]."""
+    T, D = x.shape
+    y = x.new_empty(T, D)
+    mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        grid, options = grid_and_options("norm_forward", T, D, x)
+        _forward_kernel[grid](
+            *(x, bias, residual, weight, shift, keys if dropout_p > 0 else None, y, mean, rstd),
+            *(x.stride(0), 0 if residual is None else residual.stride(0), T, eps),
+            *(site, threshold(dropout_p), keep_scale(dropout_p), D),
+            **options,
+            **FUSE,
+        )
+    return y, mean, rstd
 
 
 @triton.jit(do_not_specialize=["T", "site", "threshold"])
@@ -154,7 +233,7 @@ def _backward_kernel(
     rstd_ptr,
     dx_ptr,
     dresidual_ptr,
-    partials_ptr,
+    shares_ptr,
     stride_x,
     stride_residual,
     T,
@@ -165,66 +244,71 @@ def _backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    CHUNKS: tl.constexpr = tl.cdiv(D, BLOCK_D)
-    bias, weight = _vector(bias_ptr, D, BLOCK_D), _vector(weight_ptr, D, BLOCK_D)
-    dweight, dshift, dbias = _zeros(D, BLOCK_T, BLOCK_D), _zeros(D, BLOCK_T, BLOCK_D), _zeros(D, BLOCK_T, BLOCK_D)
+    bias = load_vector(bias_ptr, D, BLOCK_D)
+    weight = load_vector(weight_ptr, D, BLOCK_D)
+    dweight, dshift, dbias = zeros(D, BLOCK_T, BLOCK_D), zeros(D, BLOCK_T, BLOCK_D), zeros(D, BLOCK_T, BLOCK_D)
 
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
+        lo, hi = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        lo, hi = _mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
         mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+        dy = ()
+        for i in tl.static_range(len(weight)):
+            column = columns(i, BLOCK_D)
+            dy = dy + (tl.load(dy_ptr + row * D + column, mask=(row < T) & (column < D), other=0.0).to(tl.float32),)
+        z = _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, lo, hi, threshold, scale, D, BLOCK_D)
 
-        h, g = (), ()
-        more_dweight, more_dshift = (), ()
-        total_g = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        total_gh = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        for i in tl.static_range(CHUNKS):
-            column = _columns(i, BLOCK_D)
-            mask = (row < T) & (column < D)
-            dy = tl.load(dy_ptr + row * D + column, mask=mask, other=0.0).to(tl.float32)
-            keep = _keep(lo, hi, i, BLOCK_D, threshold)
-            z = _sum(x_ptr, bias[i], residual_ptr, keep, scale, row * stride_x + column, row * stride_residual + column, mask)
-            h = h + ((z - mean) * rstd,)
-            g = g + (dy * weight[i],)
-            total_g += g[i]
-            total_gh += g[i] * h[i]
-            more_dweight = more_dweight + (dweight[i] + dy * h[i],)
-            more_dshift = more_dshift + (dshift[i] + dy,)
-        dweight, dshift = more_dweight, more_dshift
-        mean_g = tl.sum(total_g, 1, keep_dims=True) / D
-        mean_gh = tl.sum(total_gh, 1, keep_dims=True) / D
+        h, dz = gradient(dy, z, weight, mean, rstd, D)
 
-        more_dbias = ()
-        for i in tl.static_range(CHUNKS):
-            column = _columns(i, BLOCK_D)
+        dx = ()
+        for i in tl.static_range(len(dz)):
+            column = columns(i, BLOCK_D)
             mask = (row < T) & (column < D)
-            dx = rstd * (g[i] - mean_g - h[i] * mean_gh)
+            dx = dx + (dropout(dz[i], lo, hi, i, threshold, scale, BLOCK_D),)
+            tl.store(dx_ptr + row * D + column, dx[i], mask=mask)
             if dresidual_ptr is not None:
-                tl.store(dresidual_ptr + row * D + column, dx, mask=mask)
-            keep = _keep(lo, hi, i, BLOCK_D, threshold)
-            if keep is not None:
-                dx = tl.where(keep, dx * scale, 0.0)
-            tl.store(dx_ptr + row * D + column, dx, mask=mask)
-            more_dbias = more_dbias + (dbias[i] + dx,)
-        dbias = more_dbias
+                tl.store(dresidual_ptr + row * D + column, dz[i], mask=mask)
+        dweight, dshift, dbias = plus(dweight, times(dy, h)), plus(dshift, dy), plus(dbias, dx)
 
-    for i in tl.static_range(CHUNKS):
-        column = _columns(i, BLOCK_D)
-        share_ptr = partials_ptr + tl.program_id(0) * 3 * D + column
-        tl.store(share_ptr, tl.sum(dweight[i], 0, keep_dims=True), mask=column < D)
-        tl.store(share_ptr + D, tl.sum(dshift[i], 0, keep_dims=True), mask=column < D)
-        tl.store(share_ptr + 2 * D, tl.sum(dbias[i], 0, keep_dims=True), mask=column < D)
+    share_ptr = shares_ptr + tl.program_id(0) * 3 * D
+    store_share(share_ptr, dweight, D, BLOCK_D)
+    store_share(share_ptr + D, dshift, D, BLOCK_D)
+    store_share(share_ptr + 2 * D, dbias, D, BLOCK_D)
+
+
+def backward(dy, x, bias, residual, weight, keys, mean, rstd, dropout_p, site):
+    """dx; dresidual where it differs from dx, else an empty tensor; dweight, dshift and dbias as the rows of [3, D]."""
+    T, D = x.shape
+    dx = x.new_empty(T, D)
+    dresidual = x.new_empty((T, D) if residual is not None and dropout_p > 0 else 0)
+    if not x.numel():
+        return dx, dresidual, x.new_zeros(3, D)
+    grid, options = grid_and_options("norm_backward", T, D, x)
+    shares = x.new_empty(*grid, 3, D, dtype=torch.float32)
+    _backward_kernel[grid](
+        *(dy, x, bias, residual, weight, keys if dropout_p > 0 else None, mean, rstd),
+        *(dx, dresidual if dresidual.numel() else None, shares),
+        *(x.stride(0), 0 if residual is None else residual.stride(0), T),
+        *(site, threshold(dropout_p), keep_scale(dropout_p), D),
+        **options,
+        **FUSE,
+    )
+    return dx, dresidual, shares.sum(0).to(x.dtype)
 
 
 def production() -> list[Production]:
+    """For the ahead-of-time gate: the sublayers of BERT-base and BERT-large, with dropout."""
     found = []
     for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        sizes = {"stride_x": "i32", "stride_residual": "i32", "T": "i32", "site":"i32", "threshold":"i32", "scale": "fp32", "eps": "fp32"}
-        forward = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "weight_ptr", "shift_ptr", "y_ptr"), tensor) | {"keys_ptr": "*i64", "mean_ptr": "*fp32", "rstd_ptr":"*fp32"} | sizes
-        backward = dict.fromkeys(("dy_ptr", "x_ptr", "bias_ptr", "residual_ptr", "weight_ptr", "dx_ptr", "dresidual_ptr"), tensor) | {"keys_ptr": "*i64", "mean_ptr": "*fp32", "rstd_ptr":"*fp32", "partials_ptr": "*fp32"} | sizes
+        read = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "weight_ptr"), tensor) | {"keys_ptr": "*i64"}
+        rows = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+        sizes = {"stride_x": "i32", "stride_residual": "i32", "T": "i32", "site": "i32", "threshold": "i32", "scale": "fp32"}
+        forward = read | dict.fromkeys(("shift_ptr", "y_ptr"), tensor) | rows | sizes | {"eps": "fp32"}
+        backward = read | dict.fromkeys(("dy_ptr", "dx_ptr", "dresidual_ptr"), tensor) | {"shares_ptr": "*fp32"} | rows | sizes
+        aligned = ("stride_x", "stride_residual")
+        wide = ("x_ptr", "residual_ptr")
         for size in (768, 1024):
-            aligned = ("stride_x", "stride_residual")
-            found.append(Production(_forward_kernel, "norm_forward", size, dtype, forward | {"D": size}, aligned, ("x_ptr",)))
-            found.append(Production(_backward_kernel, "norm_backward", size, dtype, backward | {"D": size}, aligned, ("x_ptr",)))
+            found.append(Production(_forward_kernel, "norm_forward", size, dtype, forward | {"D": size}, aligned, wide))
+            found.append(Production(_backward_kernel, "norm_backward", size, dtype, backward | {"D": size}, aligned, (*wide, "dy_ptr")))
     return found

@@ -2,11 +2,13 @@
 
 import torch
 
-from fastbert_kernels._checks import check_dropout, check_implementation, check_tensor
+from fastbert_kernels._autocast import widened
+from fastbert_kernels._checks import FLOATS, check_device, check_dropout, check_implementation, check_tensor, check_triton
+from fastbert_kernels._library import operator
 from fastbert_kernels.norm.cpu import cpu
 from fastbert_kernels.norm.reference import reference
 
-_IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
+_WIDEST = 16384  # a row, and a program's share of three gradients of its size, are held in registers
 
 
 def dropout_add_layer_norm(
@@ -22,7 +24,10 @@ def dropout_add_layer_norm(
     site: int = 0,
     impl: str = "reference",
 ) -> torch.Tensor:
-    """LayerNorm(residual + dropout(x + bias)) over the last axis.
+    """LayerNorm(residual + dropout(x + bias)) over the last axis, biased variance.
+
+    Under autocast it runs in fp32, as torch's layer_norm. Saved for the backward pass: "triton": x, bias, residual, and the mean and
+    rstd of each row, fp32 [T]; "cpu": z = residual + dropout(x + bias), mean, rstd and the mask.
 
     Args:
         x: [T, D], fp32, fp16 or bf16; the product of the sublayer's last matrix, without its bias.
@@ -31,29 +36,102 @@ def dropout_add_layer_norm(
         eps: added to the variance.
         dropout_p: probability to drop an element of x + bias, rounded to a multiple of 2**-16.
         keys: int64 [T], one key a row (`row_keys`). site: which operation of the model this is.
-        impl: "cpu" or "reference".
+        impl: "triton" (one pass each way, D up to 16,384; rows of x and residual may be strided), "cpu" or "reference".
 
     Returns:
         [T, D], as x; statistics are fp32.
 
     Raises:
-        ValueError: a shape that does not fit, dropout without keys, an unknown `impl`.
-        TypeError: a dtype that does not fit.
+        ValueError: a shape or device that does not fit, dropout without keys, an unknown `impl`; "triton": D above 16,384, a last
+            axis that is not contiguous.
+        TypeError: a dtype that does not fit; "triton": float64.
 
     Source: Ba et al., 2016, equation 4; post-norm sublayer of Vaswani et al., 2017, section 3.1.
     """
-    name = "dropout_add_layer_norm"
-    check_tensor(name, "x", x, ("T", "D"), (torch.float32, torch.float16, torch.bfloat16, torch.float64))
-    for label, row in (("bias", bias), ("weight", weight), ("shift", shift)):
-        if row is not None:
-            check_tensor(name, label, row, (x.shape[1],), x.dtype)
-    if residual is not None:
-        check_tensor(name, "residual", residual, tuple(x.shape), x.dtype)
-    check_dropout(name, dropout_p, keys, x.shape[0])
-    check_implementation(name, impl, tuple(_IMPLEMENTATIONS))
+    x, bias, residual, weight, shift = widened(x, bias, residual, weight, shift)
+    _check(x, bias, residual, weight, shift, dropout_p, keys, impl)
     return _IMPLEMENTATIONS[impl](x, bias, residual, weight, shift, eps, dropout_p, keys, site)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, *, eps: float = 1e-12, impl: str = "reference") -> torch.Tensor:
     """LayerNorm over the last axis of x [T, D]: `dropout_add_layer_norm` without its bias, dropout and residual."""
     return dropout_add_layer_norm(x, None, None, weight, shift, eps=eps, impl=impl)
+
+
+def _check(x, bias, residual, weight, shift, dropout_p, keys, impl):
+    name = "dropout_add_layer_norm"
+    check_tensor(name, "x", x, ("T", "D"), FLOATS)
+    for label, row in (("bias", bias), ("weight", weight), ("shift", shift)):
+        if row is not None:
+            check_tensor(name, label, row, (x.shape[1],), x.dtype)
+    if residual is not None:
+        check_tensor(name, "residual", residual, tuple(x.shape), x.dtype)
+    check_dropout(name, dropout_p, keys, x.shape[0])
+    check_device(name, x.device, bias=bias, residual=residual, weight=weight, shift=shift, keys=keys)
+    check_implementation(name, impl, tuple(_IMPLEMENTATIONS))
+    if impl == "triton":
+        check_triton(name, x=x, bias=bias, residual=residual, weight=weight, shift=shift, keys=keys)
+        if x.shape[1] > _WIDEST:
+            raise ValueError(f'{name}: x has D = {x.shape[1]}; impl = "triton" takes up to {_WIDEST}, use impl = "reference"')
+
+
+def _forward(*arguments):
+    from fastbert_kernels.norm import kernel
+
+    return kernel.forward(*arguments)
+
+
+def _forward_fake(x, *_):
+    return x.new_empty(x.shape), *(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+
+
+def _backward(*arguments):
+    from fastbert_kernels.norm import kernel
+
+    return kernel.backward(*arguments)
+
+
+def _backward_fake(dy, x, bias, residual, weight, keys, mean, rstd, dropout_p, site):
+    differ = residual is not None and dropout_p > 0
+    return x.new_empty(x.shape), x.new_empty(x.shape if differ else 0), x.new_empty(3, x.shape[1])
+
+
+_FORWARD = operator(
+    "dropout_add_layer_norm_forward(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor shift, Tensor? keys, "
+    "float eps, float dropout_p, int site) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_BACKWARD = operator(
+    "dropout_add_layer_norm_backward(Tensor dy, Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor? keys, "
+    "Tensor mean, Tensor rstd, float dropout_p, int site) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _DropoutAddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, residual, weight, shift, eps, dropout_p, keys, site):
+        y, mean, rstd = _FORWARD(x, bias, residual, weight, shift, keys, eps, dropout_p, site)
+        ctx.save_for_backward(x, bias, residual, weight, keys, mean, rstd)
+        ctx.dropout_p, ctx.site = dropout_p, site
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        _, bias, residual, *_ = ctx.saved_tensors
+        dx, dresidual, vectors = _BACKWARD(dy.contiguous(), *ctx.saved_tensors, ctx.dropout_p, ctx.site)
+        dweight, dshift, dbias = vectors.unbind()
+        if residual is None:
+            dresidual = None
+        elif ctx.dropout_p == 0:
+            dresidual = dx
+        return dx, dbias if bias is not None else None, dresidual, dweight, dshift, None, None, None, None
+
+
+def _triton(*arguments):
+    return _DropoutAddLayerNorm.apply(*arguments)
+
+
+_IMPLEMENTATIONS = {"triton": _triton, "cpu": cpu, "reference": reference}

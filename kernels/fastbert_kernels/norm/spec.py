@@ -22,7 +22,7 @@ def _inputs(shape, dtype, dropout_p):
 
 SPEC = Spec(
     function=dropout_add_layer_norm,
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
     shapes=(
         {"T": 1, "D": 16},
         {"T": 7, "D": 255},
