@@ -46,7 +46,7 @@ bench-step: | data/wiki/manifest.json ## one training step against transformers'
 bench-kernels: .venv/.installed ## each kernel against torch, on the GPU if there is one; report in runs/kernels
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_kernels --out runs/kernels
 
-gpu: ## all that needs a GPU, in 8 minutes: tests, benchmarks, bf16 training, tiles; report in OUT=folder. No .venv, no network
+gpu: ## all that needs a GPU, in 8 minutes, with the torch, Triton and pytest of PYTHON; report in OUT=folder
 	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 clean: ## remove .venv and caches; data/ and runs/ stay

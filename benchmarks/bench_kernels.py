@@ -1,17 +1,17 @@
 """Each kernel against torch: whether it is right, and how fast it is.
 
-    python -m benchmarks.bench_kernels --out folder [--only attention norm] [--seconds 120] [--compile first|all|none]
+    python -m benchmarks.bench_kernels --out folder [--only attention norm] [--seconds 120] [--compile one|all|none]
 
 Walks the operations at the sizes of BERT-base and large, packs of 16,384 tokens, bf16. Each case is first compared with the reference
 in higher precision, result and gradients, by the bound of the tests. Then forward and backward passes are timed in turns, same inputs:
 
     triton          ours (on a CPU `cpu`, packs of 512 tokens)
     eager           the same function as one writes it with torch.nn.functional; attention padded, its scores [B, H, n, n]
-    torch.compile   of that; it takes many seconds a case, so only for the first of an operation, unless `--compile all`
+    torch.compile   of that; it takes many seconds a case, so only for one of an operation, with dropout, unless `--compile all`
     SDPA, varlen_attn, linear_cross_entropy     torch's own fused operation, where this torch has one
 
-A rate is the least work of the spec over the time: floating-point operations where matrix products set the pace, else bytes. Extra
-memory is the peak beyond the inputs, gradients included. The folder gets kernels.json, a row for each implementation, and kernels.md,
+A rate is the least work of the spec (that with dropout) over the time: floating-point operations where matrix products set the pace, else
+bytes. Extra memory is the peak beyond the inputs, gradients included. The folder gets kernels.json, a row for each implementation, and kernels.md,
 a row for each of ours; both are written anew after each case, so that an early end leaves what there is. Exit code 1 if a result is
 wrong.
 """
@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import TOKENS, Case, arguments, call, leaves, outcome, production, truth
+from benchmarks.cases import TOKENS, Case, arguments, call, leaves, outcome, production, truth, upstream_of
 from benchmarks.machine import PEAKS, device_name, header, header_line
-from benchmarks.rivals import rivals
-from benchmarks.timing import Times, differentiated, extra_memory, in_turns
+from benchmarks.rivals import Rival, rivals
+from benchmarks.timing import Contender, Times, differentiated, extra_memory, in_turns
 from fastbert_kernels.specs import SPECS
 
 PASSES = ("forward", "backward", "both")
@@ -58,20 +58,31 @@ Row = dict[str, Any]
 
 
 def bench(case: Case, device: torch.device, compiled: bool, seconds: float) -> list[Row]:
-    """A row for each pass and implementation; one with a "note" where a rival is missing or failed."""
+    """A row for each pass and implementation, ours first; one with a "note" where a rival is missing or failed."""
     ours = "triton" if device.type == "cuda" else "cpu"
     given = arguments(case, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    result = call(case, given, ours)
-    upstream = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result)
+    upstream = upstream_of(call(case, given, ours))
     error = truth(case, given, upstream).share(outcome(case, given, ours, upstream))
 
     contenders = {ours: differentiated(lambda: call(case, given, ours), leaves(case, given), upstream)}
+    others, notes = contending_rivals(rivals(case, given), compiled)
+    contenders |= others
+    memory = {name: extra_memory(contender, device) for name, contender in contenders.items()}
+    times = in_turns(contenders, device, seconds)
+    return [
+        *(row | {"extra_bytes": memory[row["implementation"]]} for row in measured_rows(case, ours, times, error, device)),
+        *({"case": str(case), "implementation": name, "note": note} for name, note in notes.items()),
+    ]
+
+
+def contending_rivals(offered: dict[str, Rival | str], compiled: bool) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Those that ran once, forward and backward, and why each of the others did not."""
+    found: dict[str, Contender] = {}
     notes: dict[str, str] = {}
-    offered = rivals(case, given)
-    if compiled:
+    eager = offered["eager"]
+    if compiled and not isinstance(eager, str):
         torch.compiler.reset()
-        forward, gradients = offered["eager"]
-        offered["torch.compile"] = torch.compile(forward, fullgraph=True, dynamic=False), gradients  # type: ignore[assignment, arg-type]
+        offered["torch.compile"] = torch.compile(eager[0], fullgraph=True, dynamic=False), eager[1]
     for name, rival in offered.items():
         if isinstance(rival, str):
             notes[name] = rival
@@ -79,18 +90,20 @@ def bench(case: Case, device: torch.device, compiled: bool, seconds: float) -> l
         try:
             forward, gradients = rival
             result = forward()
-            contenders[name] = differentiated(forward, gradients, torch.randn_like(result))
-            contenders[name].backward(result)
+            contender = differentiated(forward, gradients, torch.randn_like(result))
+            contender.backward(result)
+            found[name] = contender
         except Exception as failure:  # whatever a rival may raise, the others are measured
-            contenders.pop(name, None)
-            notes[name] = f"failed: {type(failure).__name__}: {next(iter(str(failure).splitlines()), '')[:200]}"
-    del result
-    memory = {name: extra_memory(contender, device) for name, contender in contenders.items()}
-    times = in_turns(contenders, device, seconds)
-    return [
-        *(row | {"extra_bytes": memory[row["implementation"]]} for row in measured_rows(case, ours, times, error, device)),
-        *({"case": str(case), "implementation": name, "note": note} for name, note in notes.items()),
-    ]
+            notes[name] = f"failed: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:200]}"
+    return found, notes
+
+
+def to_compile(cases: list[Case], which: str) -> set[str]:
+    """The names of the cases to compile too; "one" of an operation is its first with dropout, if it has dropout."""
+    one: dict[str, Case] = {}
+    for case in sorted(cases, key=lambda case: case.dropout_p == 0):
+        one.setdefault(case.operation, case)
+    return {str(case) for case in {"one": one.values(), "all": cases, "none": []}[which]}
 
 
 def measured_rows(case: Case, ours: str, times: dict[str, Times], error: float, device: torch.device) -> list[Row]:
@@ -215,7 +228,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(SPECS), default=list(SPECS), help="operations (all)")
     parser.add_argument("--tokens", type=int, help=f"tokens of a pack ({TOKENS}; on a CPU {CPU_TOKENS})")
     parser.add_argument("--seconds", type=float, default=300, help="what all cases together may take, about (300)")
-    parser.add_argument("--compile", choices=["first", "all", "none"], default="first", help="for which cases of an operation (first)")
+    parser.add_argument("--compile", choices=["one", "all", "none"], default="one", help="for which cases of an operation (one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
 
@@ -224,18 +237,16 @@ def main() -> int:
     cases = [c for c in production(options.tokens or (TOKENS if device.type == "cuda" else CPU_TOKENS)) if c.operation in options.only]
     facts = header(device)
     rows: list[Row] = []
-    compiled: set[str] = set()
+    compiled = to_compile(cases, options.compile)
     wrong: list[Case] = []
     options.out.mkdir(parents=True, exist_ok=True)
     print(header_line(facts), flush=True)
     end = time.monotonic() + options.seconds
     while cases and time.monotonic() < end:
         case = cases.pop(0)
-        compile_it = options.compile == "all" or (options.compile == "first" and case.operation not in compiled)
-        compiled.add(case.operation)
         start = time.monotonic()
         try:
-            new: list[Row] = bench(case, device, compile_it, TIMING_SHARE * (end - start) / (len(cases) + 1))
+            new: list[Row] = bench(case, device, str(case) in compiled, TIMING_SHARE * (end - start) / (len(cases) + 1))
         except Exception as failure:  # one broken kernel must not hide the others
             new = [{"case": str(case), "implementation": ours, "note": f"failed: {type(failure).__name__}: {failure}"[:500]}]
         rows += new

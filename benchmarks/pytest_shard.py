@@ -59,5 +59,6 @@ class Results:
 
 def read(path: Path) -> dict[str, dict]:
     """The last result of each test."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {result["test"]: result for result in map(json.loads, lines)}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the process may have been killed in the middle of one
+    return {result["test"]: result for result in whole}

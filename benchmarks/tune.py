@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Truth, arguments, call, leaves, production, truth
+from benchmarks.cases import Case, Truth, arguments, call, leaves, production, truth, upstream_of
 from benchmarks.machine import header, header_line
 from benchmarks.timing import Contender, in_turns
 from fastbert_kernels._tiles import TABLE, Row, chosen_by, known_architecture
@@ -123,7 +123,7 @@ def checked_cases() -> list[Case]:
 
 def tiny_cases() -> list[Case]:
     """Small enough for the interpreter."""
-    return [Case(name, "tiny", spec.shapes[1], 0.1 if spec.dropout else 0.0) for name, spec in SPECS.items()]
+    return [Case(name, "tiny", spec.shapes[2], 0.1 if spec.dropout else 0.0) for name, spec in SPECS.items()]
 
 
 def uses_of(cases: list[Case], dtype: torch.dtype, device: torch.device) -> dict[Key, list[Use]]:
@@ -140,7 +140,7 @@ def uses_of(cases: list[Case], dtype: torch.dtype, device: torch.device) -> dict
 
         with chosen_by(note):
             result = call(case, given, "triton")
-            upstream = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result)
+            upstream = upstream_of(result)
             which = "backward"
             torch.autograd.grad(result, leaves(case, given), upstream)
         use = Use(case, given, upstream, truth(case, given, upstream))

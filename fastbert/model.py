@@ -11,6 +11,7 @@ Source: Devlin et al., 2019; the same function as transformers' BertForPreTraini
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
 from fastbert.initial_weights import initialise
 from fastbert_kernels import (
+    attention_worklist,
     bias_gelu,
     dropout_add_layer_norm,
     embedding_layer_norm,
@@ -33,11 +35,15 @@ from fastbert_kernels import (
 
 def resolve_kernels(name: str, device: str) -> str:
     """Which implementation "auto" means on "cpu" or "cuda"; raises InputError where the asked one cannot run."""
-    if name == "triton":
-        raise InputError('runtime.kernels = "triton": this version has no Triton kernels yet; use auto, cpu or reference')
+    if name == "auto":
+        return "cpu" if device == "cpu" else "triton"
+    if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(
+            'runtime.kernels = "triton" needs a GPU; use auto or cpu, or set TRITON_INTERPRET=1 to run the kernels in Triton\'s interpreter (slow)'
+        )
     if name == "cpu" and device != "cpu":
-        raise InputError(f'runtime.kernels = "cpu" cannot run on {device}; use auto or reference')
-    return ("cpu" if device == "cpu" else "reference") if name == "auto" else name
+        raise InputError(f'runtime.kernels = "cpu" cannot run on {device}; use auto, triton or reference')
+    return name
 
 
 class Pack(NamedTuple):
@@ -47,6 +53,7 @@ class Pack(NamedTuple):
     max_seqlen: int  # tokens
     sequence_keys: Tensor | None  # int64 [B]; None where nothing is dropped
     token_keys: Tensor | None  # int64 [T]
+    worklist: Tensor | None  # int32 [items, 2]; what the programs of the Triton attention do, the same in every layer
 
 
 class Dropout(NamedTuple):
@@ -140,6 +147,7 @@ class Attention(nn.Module):
             keys=pack.sequence_keys,
             site=site,
             queries=rows,
+            worklist=pack.worklist,
             impl=impl,
         )
         return self.output(context.flatten(1), select(x, rows), select(pack.token_keys, rows), site + 1, dropout, impl)
@@ -191,9 +199,7 @@ class MaskedTokenHead(nn.Module):
 
     def forward(self, hidden: Tensor, words: Tensor, labels: Tensor, total: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states of the masked tokens [M, D] and their labels [M] to loss (divided by `total`), losses and hits."""
-        positions = torch.arange(len(hidden), device=hidden.device)
-        hidden = self.transform(hidden, impl)
-        return masked_cross_entropy(hidden, words, self.vocabulary_bias, positions, labels, total=total, impl=impl)
+        return masked_cross_entropy(self.transform(hidden, impl), words, self.vocabulary_bias, None, labels, total=total, impl=impl)
 
     def transform(self, hidden: Tensor, impl: str) -> Tensor:
         inner = bias_gelu(hidden @ self.weight.T, self.bias, impl=impl)
@@ -217,7 +223,8 @@ class BertForPreTraining(nn.Module):
     Args:
         config: sizes and dropout probabilities.
         vocab_size: V, the tokenizer's.
-        kernels: "auto", "cpu" or "reference"; resolved by where the parameters are when the model is built (CPU).
+        kernels: "auto", "triton", "cpu" or "reference".
+        device: "cpu" or "cuda", where the model will run; decides what "auto" means.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, kernels: str = "auto", device: str = "cpu"):
@@ -231,10 +238,11 @@ class BertForPreTraining(nn.Module):
 
     def _pack(self, batch: PackedBatch) -> tuple[Pack, Dropout]:
         dropout = Dropout(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) if self.training else Dropout(0.0, 0.0)
+        worklist = attention_worklist(batch.cu_seqlens, len(batch.input_ids)) if self.impl == "triton" else None
         if not any(dropout):
-            return Pack(batch.cu_seqlens, batch.max_seqlen, None, None), dropout
+            return Pack(batch.cu_seqlens, batch.max_seqlen, None, None, worklist), dropout
         keys = row_keys(batch.dropout_keys, batch.cu_seqlens, len(batch.input_ids))
-        return Pack(batch.cu_seqlens, batch.max_seqlen, batch.dropout_keys, keys), dropout
+        return Pack(batch.cu_seqlens, batch.max_seqlen, batch.dropout_keys, keys, worklist), dropout
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Both losses in one pass; the last layer computes only the rows that a loss reads (exact, not approximate).

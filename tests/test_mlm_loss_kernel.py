@@ -44,7 +44,9 @@ def test_no_positions_are_all_positions(impl):
 def test_strided_rows_give_the_same_as_contiguous_ones():
     arguments = inputs()
     strided = {name: torch.nn.functional.pad(arguments[name], (0, 8))[:, :32] for name in ("hidden", "weight")}
-    assert_same(outcome(arguments), outcome({**arguments, **strided}))
+    one, other = outcome(arguments), outcome({**arguments, **strided})
+    for key in one:
+        torch.testing.assert_close(one[key], other[key])  # torch's products may take another way through other strides
 
 
 def test_repeated_positions_add_up():

@@ -183,10 +183,17 @@ def test_first_loss_of_a_fresh_model_is_that_of_guessing(initial_attention, slac
 
 def test_kernels_are_resolved_by_device():
     assert resolve_kernels("auto", "cpu") == "cpu"
-    assert resolve_kernels("auto", "cuda") == "reference"
+    assert resolve_kernels("auto", "cuda") == "triton"
+    assert resolve_kernels("triton", "cuda") == "triton"
     with pytest.raises(InputError, match=r'runtime.kernels = "cpu" cannot run on cuda'):
         resolve_kernels("cpu", "cuda")
-    with pytest.raises(InputError, match=r'runtime.kernels = "triton"'):
+
+
+def test_triton_on_a_cpu_is_for_the_interpreter_alone(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_kernels("triton", "cpu") == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(InputError, match=r'runtime.kernels = "triton" needs a GPU; .*TRITON_INTERPRET=1'):
         resolve_kernels("triton", "cpu")
 
 

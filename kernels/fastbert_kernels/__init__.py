@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastbert_kernels._dropout import row_keys
+    from fastbert_kernels._worklist import attention_worklist
     from fastbert_kernels.attention import varlen_attention
     from fastbert_kernels.embedding import embedding_layer_norm
     from fastbert_kernels.gelu import bias_gelu
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from fastbert_kernels.norm import dropout_add_layer_norm, layer_norm
 
 __all__ = [
+    "attention_worklist",
     "bias_gelu",
     "dropout_add_layer_norm",
     "embedding_layer_norm",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "attention_worklist": "_worklist",
     "bias_gelu": "gelu",
     "dropout_add_layer_norm": "norm",
     "embedding_layer_norm": "embedding",

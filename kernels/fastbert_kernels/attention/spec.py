@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from fastbert_kernels._spec import Spec, generator, normal, random_keys
+from fastbert_kernels._worklist import one_tile
 from fastbert_kernels.attention.op import varlen_attention
 
 
@@ -29,6 +30,21 @@ def _inputs(shape, dtype, dropout_p):
     return arguments
 
 
+def _least_bytes(shape, size):
+    """Everything once, whatever the tiles. What is saved for the backward pass depends on whether each sequence fits one tile."""
+    lengths, heads = shape["lengths"], shape["H"]
+    tokens, row = sum(lengths), heads * shape["K"] * size
+    cut = shape.get("R", 0)
+    rows = cut or tokens
+    tables = 4 * (len(lengths) + 1) + 8 * len(lengths) + 8 * cut  # cu_seqlens, keys and queries
+    forward = 2 * rows * row + 2 * tokens * row + tables  # q in, out out; k and v in
+    backward = 3 * rows * row + 4 * tokens * row + tables  # q and dout in, dq out; k and v in, dk and dv out
+    if not one_tile(torch.bfloat16 if size == 2 else torch.float32, max(lengths)):
+        forward += 2 * 4 * rows * heads  # top and total out, fp32
+        backward += rows * row + 2 * 4 * rows * heads  # out, top and total in
+    return forward + backward
+
+
 SPEC = Spec(
     function=varlen_attention,
     implementations=("triton", "cpu", "reference"),
@@ -44,8 +60,7 @@ SPEC = Spec(
     ),
     inputs=_inputs,
     differentiable=("q", "k", "v"),
-    # Forward reads q, k, v and writes out; backward reads those four and dout, and writes three gradients.
-    least_bytes=lambda s, size: 12 * sum(s["lengths"]) * s["H"] * s["K"] * size,
+    least_bytes=_least_bytes,
     # Two products forward, four backward and the scores once more, 2 n^2 H K each.
     flops=lambda s: 14 * sum(n * n for n in s["lengths"]) * s["H"] * s["K"],
 )

@@ -211,11 +211,13 @@ def backward(scale, hidden, weight, bias, positions, labels, lse):
     bias = bias.to(hidden.dtype)
     unit = 2**15 if hidden.dtype == torch.float16 else 1  # |dz| <= 1, and fp16 reaches from 2^-24 to 2^16: use all of it
     of_product = scale / unit
+
     options = tile("mlm_loss_backward", architecture(hidden.device), hidden.dtype, D)
     width = min(_SLAB, triton.cdiv(V, 16) * 16)
     slab = rows.new_empty(M, width)
     drows, dwords = (rows.new_empty(size, D, dtype=torch.float32) for size in (M, width))
     partials = rows.new_empty(triton.cdiv(M, options["BLOCK_M"]), V, dtype=torch.float32)
+
     for start in range(0, V, width):
         words = weight[start : start + width].to(hidden.dtype)
         size = len(words)
@@ -230,6 +232,7 @@ def backward(scale, hidden, weight, bias, positions, labels, lse):
         _product(dz, words, drows, beta=int(start > 0))
         _product(dz.T, rows, dwords[:size], beta=0)
         torch.mul(dwords[:size], of_product, out=dweight[start : start + width])
+
     dbias.copy_(partials.sum(0) * scale)
     dhidden = drows.mul_(of_product).to(hidden.dtype)
     if index is not None:

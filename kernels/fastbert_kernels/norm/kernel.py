@@ -49,10 +49,10 @@ def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     chunks = ()
     for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
         if ptr is None:
-            chunks = chunks + (None,)
+            chunks += (None,)
         else:
             column = columns(i, BLOCK_D)
-            chunks = chunks + (tl.load(ptr + column, mask=column < D, other=0.0).to(tl.float32),)
+            chunks += (tl.load(ptr + column, mask=column < D, other=0.0).to(tl.float32),)
     return chunks
 
 
@@ -60,7 +60,7 @@ def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def zeros(D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     chunks = ()
     for _ in tl.static_range(tl.cdiv(D, BLOCK_D)):
-        chunks = chunks + (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
+        chunks += (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
     return chunks
 
 
@@ -68,7 +68,7 @@ def zeros(D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
 def plus(total, chunks):
     more = ()
     for i in tl.static_range(len(total)):
-        more = more + (total[i] + chunks[i],)
+        more += (total[i] + chunks[i],)
     return more
 
 
@@ -76,7 +76,7 @@ def plus(total, chunks):
 def times(one, other):
     product = ()
     for i in tl.static_range(len(one)):
-        product = product + (one[i] * other[i],)
+        product += (one[i] * other[i],)
     return product
 
 
@@ -116,7 +116,7 @@ def statistics(z, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
         centred = z[i] - mean
         if (i + 1) * BLOCK_D > D:  # the padding is not a mean away from the mean
             centred = tl.where(columns(i, BLOCK_D) < D, centred, 0.0)
-        squares = squares + (centred * centred,)
+        squares += (centred * centred,)
     return mean, tl.rsqrt(row_sum(squares) / D + eps)
 
 
@@ -125,13 +125,13 @@ def gradient(dy, z, weight, mean, rstd, D: tl.constexpr):
     """h and dz of the head of this file. The padding of dy is zero, so that of h does no harm."""
     h = ()
     for i in tl.static_range(len(z)):
-        h = h + ((z[i] - mean) * rstd,)
+        h += ((z[i] - mean) * rstd,)
     g = times(dy, weight)
     mean_g = row_sum(g) / D
     mean_gh = row_sum(times(g, h)) / D
     dz = ()
     for i in tl.static_range(len(z)):
-        dz = dz + (rstd * (g[i] - mean_g - h[i] * mean_gh),)
+        dz += (rstd * (g[i] - mean_g - h[i] * mean_gh),)
     return h, dz
 
 
@@ -159,7 +159,7 @@ def _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, lo, hi
         chunk = dropout(chunk, lo, hi, i, threshold, scale, BLOCK_D)
         if residual_ptr is not None:
             chunk += tl.load(residual_ptr + row * stride_residual + column, mask=mask, other=0.0).to(tl.float32)
-        z = z + (chunk,)
+        z += (chunk,)
     return z
 
 
@@ -253,11 +253,11 @@ def _backward_kernel(
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+        z = _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, lo, hi, threshold, scale, D, BLOCK_D)
         dy = ()
         for i in tl.static_range(len(weight)):
             column = columns(i, BLOCK_D)
-            dy = dy + (tl.load(dy_ptr + row * D + column, mask=(row < T) & (column < D), other=0.0).to(tl.float32),)
-        z = _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, lo, hi, threshold, scale, D, BLOCK_D)
+            dy += (tl.load(dy_ptr + row * D + column, mask=(row < T) & (column < D), other=0.0).to(tl.float32),)
 
         h, dz = gradient(dy, z, weight, mean, rstd, D)
 
@@ -265,7 +265,7 @@ def _backward_kernel(
         for i in tl.static_range(len(dz)):
             column = columns(i, BLOCK_D)
             mask = (row < T) & (column < D)
-            dx = dx + (dropout(dz[i], lo, hi, i, threshold, scale, BLOCK_D),)
+            dx += (dropout(dz[i], lo, hi, i, threshold, scale, BLOCK_D),)
             tl.store(dx_ptr + row * D + column, dx[i], mask=mask)
             if dresidual_ptr is not None:
                 tl.store(dresidual_ptr + row * D + column, dz[i], mask=mask)

@@ -8,7 +8,7 @@ from fastbert_kernels._library import operator
 from fastbert_kernels.norm.cpu import cpu
 from fastbert_kernels.norm.reference import reference
 
-_WIDEST = 16384  # a row, and a program's share of three gradients of its size, are held in registers
+_WIDEST = 8192  # a program of the Triton kernels holds a row, and its share of three gradients, in registers
 
 
 def dropout_add_layer_norm(
@@ -36,13 +36,13 @@ def dropout_add_layer_norm(
         eps: added to the variance.
         dropout_p: probability to drop an element of x + bias, rounded to a multiple of 2**-16.
         keys: int64 [T], one key a row (`row_keys`). site: which operation of the model this is.
-        impl: "triton" (one pass each way, D up to 16,384; rows of x and residual may be strided), "cpu" or "reference".
+        impl: "triton" (one pass each way, D up to 8,192; rows of x and residual may be strided), "cpu" or "reference".
 
     Returns:
         [T, D], as x; statistics are fp32.
 
     Raises:
-        ValueError: a shape or device that does not fit, dropout without keys, an unknown `impl`; "triton": D above 16,384, a last
+        ValueError: a shape or device that does not fit, dropout without keys, an unknown `impl`; "triton": D above 8,192, a last
             axis that is not contiguous.
         TypeError: a dtype that does not fit; "triton": float64.
 

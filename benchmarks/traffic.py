@@ -1,0 +1,306 @@
+"""Bytes that the Triton kernels load and store, counted in the interpreter, against the least that their specs state; no GPU is needed.
+
+    python -m benchmarks.traffic            a table: bytes and floating-point operations of each kernel; their ratios and limits
+    python -m benchmarks.traffic --json     the same, one JSON object a line
+
+Runs forward and backward pass of each operation under `tests/sanitizer.py`, with the tiles of sm_90. A byte counts as often as a program
+asks for it, from whatever cache it comes; "distinct" counts it once a launch. What a GPU's memory moves lies between the two. What torch
+adds around the kernels is not counted: sums over the programs' shares of a gradient, and two of the four products of `mlm_loss`.
+
+Ends with 1 and a line for each fault:
+- norm, gelu and embedding move more than 1.05 times the least bytes of their specs, `mlm_loss` 1.10 (its spec states what its tiles read
+  again), attention 1.01 where sequences fit one tile;
+- an operation moves less: its spec does not state the least;
+- attention moves other bytes than its tiles make necessary, or it or `mlm_loss` multiplies other than whole tiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import torch
+import triton
+from triton import cdiv
+
+import fastbert_kernels
+from benchmarks.cases import TOKENS, Case, arguments, call, leaves
+from fastbert_kernels._tiles import tile
+from fastbert_kernels._triton import architecture, dot_precision, multiprocessors
+from fastbert_kernels._worklist import ITEM, one_tile
+from fastbert_kernels.specs import SPECS
+from tests.sanitizer import sanitize
+
+CPU = torch.device("cpu")
+
+# Kernels that walk over rows start as many programs as run side by side, and each reads the vectors and writes a share of their gradients.
+# A twelfth of the device on a twelfth of the rows keeps the rows of a program, and with them every ratio, at a twelfth of the time.
+PART = 12
+ROWS = TOKENS // PART
+
+
+class Gate(NamedTuple):
+    """What is run, and how many times the least bytes it may move (None: no more and no less than predicted)."""
+
+    case: Case
+    dtype: torch.dtype
+    limit: float | None
+
+    def __str__(self) -> str:
+        return f"{self.case} {str(self.dtype).removeprefix('torch.')}"
+
+
+def attention(
+    label: str, lengths: list[int], p: float, dtype: torch.dtype = torch.bfloat16, limit: float | None = None, **more: int
+) -> Gate:
+    return Gate(Case("attention", label, {"lengths": lengths, "H": 2, "K": 64, **more}, p), dtype, limit)
+
+
+GATES = (
+    Gate(Case("norm", f"D=768, 1/{PART} of T={TOKENS}", {"T": ROWS, "D": 768}, 0.1), torch.bfloat16, 1.05),
+    Gate(Case("gelu", f"F=3072, 1/{PART} of T={TOKENS}", {"T": ROWS, "F": 3072}), torch.bfloat16, 1.05),
+    Gate(Case("mlm_loss", "M=256 D=64 V=4096", {"T": 300, "M": 256, "D": 64, "V": 4096}), torch.bfloat16, 1.10),
+    attention("one tile", [128] * 6, 0.1, limit=1.01),
+    attention("one tile, cut", [90, 7, 128, 33, 1, 60], 0.1, R=50),
+    attention("general", [512, 300, 40], 0.1),
+    attention("general, cut", [300, 129, 7], 0.1, R=70),
+    attention("general", [200, 33, 1], 0.0, K=48),
+    attention("general, cut", [130, 5, 64], 0.1, torch.float32, K=32, R=90),
+)
+
+
+class Work(NamedTuple):
+    """What tiles predict of a kernel; bytes None: only the spec says."""
+
+    bytes: int | None
+    flops: int
+
+
+@dataclasses.dataclass
+class Count:
+    """What one kernel did, in all its launches: bytes, and operations of its dot products."""
+
+    kernel: str
+    loaded: int = 0
+    stored: int = 0
+    distinct: int = 0
+    flops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.loaded + self.stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Of one gate; `least` and `flops` are the spec's."""
+
+    gate: Gate
+    counts: list[Count]
+    predicted: dict[str, Work]
+    least: int
+    flops: int
+
+    @property
+    def ratio(self) -> float:
+        return sum(count.bytes for count in self.counts) / self.least
+
+    @property
+    def flop_ratio(self) -> float:
+        return sum(count.flops for count in self.counts) / self.flops
+
+
+# What happens
+
+
+def measure(gate: Gate) -> Result:
+    """Runs both passes in the interpreter; raises what the sanitizer finds."""
+    case, spec = gate.case, SPECS[gate.case.operation]
+    given = arguments(case, gate.dtype, CPU)
+    with part_of_the_device(), sanitize() as report:
+        result = call(case, given, "triton")
+        torch.autograd.grad(result, leaves(case, given), torch.ones_like(result))
+
+    counts: dict[str, Count] = {}
+    for launch in report.launches:
+        count = counts.setdefault(launch.kernel, Count(launch.kernel))
+        count.loaded += launch.loaded
+        count.stored += launch.stored
+        count.distinct += sum(t.distinct_loaded + t.distinct_stored for t in launch.tensors.values())
+        count.flops += launch.flops
+    predicted = PREDICTIONS[case.operation](given) if case.operation in PREDICTIONS else {}
+    return Result(gate, list(counts.values()), predicted, spec.least_bytes(case.shape, gate.dtype.itemsize), spec.flops(case.shape))
+
+
+def part_of_the_device() -> ExitStack:
+    """Inside, kernels find a `PART` of the multiprocessors."""
+    stack = ExitStack()
+    few = multiprocessors(CPU) // PART
+    for path in Path(fastbert_kernels.__file__).parent.glob("*/kernel.py"):
+        kernel = importlib.import_module(f"fastbert_kernels.{path.parent.name}.kernel")
+        if hasattr(kernel, "multiprocessors"):
+            stack.enter_context(mock.patch.object(kernel, "multiprocessors", lambda _: few))
+    return stack
+
+
+# What the tiles predict
+
+
+def attention_work(given: dict[str, Any]) -> dict[str, Work]:
+    """Every row of a matrix once for the tile that owns it, and once for each tile that walks over it.
+
+    Small, but counted: first rows of sequences and work lists (int32) once a program, the key of a sequence (int64) where a mask is made.
+    """
+    q, bounds, queries = given["q"], given["cu_seqlens"], given.get("queries")
+    (_, heads, size), dtype = q.shape, q.dtype
+    first_rows = bounds if queries is None else torch.searchsorted(queries, bounds.long())
+    rows, tokens = first_rows.diff().tolist(), bounds.diff().tolist()  # of each sequence: outputs wanted, length
+    drop = int(given["dropout_p"] > 0)
+    place = 8 if drop and queries is not None else 0  # the entry of a row in `queries`
+    row = size * dtype.itemsize
+
+    def multiplied(products: int, a: int, b: int) -> int:
+        return products * 2 * a * b * triton.next_power_of_2(size)
+
+    if one_tile(dtype, given["max_seqlen"]):
+        block = max(16, triton.next_power_of_2(given["max_seqlen"]))
+        tables = len(rows) * (16 + 16 * drop)
+        forward = (2 * row + place) * sum(rows) + 2 * row * sum(tokens) + tables  # q, out; k, v
+        backward = (3 * row + place) * sum(rows) + 4 * row * sum(tokens) + tables  # q, dout, dq; k, v, dk, dv
+        return {
+            "_forward_short_kernel": Work(heads * forward, heads * len(rows) * multiplied(2, block, block)),
+            "_backward_short_kernel": Work(heads * backward, heads * len(rows) * multiplied(5, block, block)),
+        }
+
+    def work(
+        products: int, own: list[int], over: list[int], block: tuple[int, int], owned: int, walked: int, again: int = 0, **tables: int
+    ) -> Work:
+        """Of a kernel whose programs own `block[0]` rows and walk over all others of the sequence, `block[1]` at a time.
+
+        `owned` and `walked` are the bytes of such a row, `again` those loaded once more for each full tile that is walked over.
+        """
+        shares = ITEM // block[0]  # programs of an item of the work list
+        total = 8 * shares * (sum(own) // ITEM + len(own))  # the list, which has room for more items than there are
+        flops = 0
+        for mine, others in zip(own, over, strict=True):
+            tiles = cdiv(mine, block[0])
+            total += tables.get("item", 8) * shares * cdiv(mine, ITEM) + tables.get("tile", 8) * tiles
+            total += (owned + again * (others // block[1])) * mine + walked * others * tiles
+            flops += multiplied(products * tiles * cdiv(others, block[1]), *block)
+        return Work(heads * total, heads * flops)
+
+    def block(kernel: str, own: str, over: str) -> tuple[int, int]:
+        options = tile(kernel, architecture(CPU), dtype, size)
+        return options[own], options[over]
+
+    facts = 12 + 8 * drop  # top, total and delta of a row; the two keys of its mask
+    again = row if dtype == torch.float32 and dot_precision(dtype) == "ieee" else 0  # where operands do not stay in registers
+    by_query, prepare = block("attention_forward", "BLOCK_Q", "BLOCK_K"), block("attention_prepare", "BLOCK_Q", "BLOCK_Q")
+    by_key, by_query_again = block("attention_dkdv", "BLOCK_K", "BLOCK_Q"), block("attention_dq", "BLOCK_Q", "BLOCK_K")
+    return {
+        "_forward_kernel": work(2, rows, tokens, by_query, 2 * row + 8 + place, 2 * row, again, tile=8 + 8 * drop),
+        "_prepare_kernel": work(0, rows, tokens, prepare, 2 * row + 4 + 8 * drop + place, 0, item=8 + 12 * drop, tile=0),
+        "_dkdv_kernel": work(4, tokens, rows, by_key, 4 * row, 2 * row + facts),
+        "_dq_kernel": work(3, rows, tokens, by_query_again, 3 * row + facts, 2 * row, 2 * again),
+    }
+
+
+def mlm_loss_work(given: dict[str, Any]) -> dict[str, Work]:
+    """The logits twice, in whole tiles; with what V a slab of the vocabulary has."""
+    M, (V, D), dtype = len(given["labels"]), given["weight"].shape, given["hidden"].dtype
+
+    def logits(kernel: str) -> Work:
+        options = tile(kernel, architecture(CPU), dtype, D)
+        padded = [cdiv(n, options[block]) * options[block] for n, block in ((M, "BLOCK_M"), (V, "BLOCK_V"), (D, "BLOCK_D"))]
+        return Work(None, 2 * math.prod(padded))
+
+    return {"_forward_kernel": logits("mlm_loss_forward"), "_backward_kernel": logits("mlm_loss_backward")}
+
+
+PREDICTIONS = {"attention": attention_work, "mlm_loss": mlm_loss_work}
+
+
+# What is wrong with it
+
+
+def faults(result: Result) -> list[str]:
+    lines = []
+    gate, ratio = result.gate, result.ratio
+    if ratio < 1:
+        lines.append(f"{gate}: {ratio:.4f} times the least bytes of its spec, which are not the least")
+    if gate.limit and ratio > gate.limit:
+        lines.append(f"{gate}: {ratio:.4f} times the least bytes of its spec; must be at most {gate.limit}")
+    counts = {count.kernel: count for count in result.counts}
+    for kernel, work in result.predicted.items():
+        count = counts.get(kernel, Count(kernel))
+        if work.bytes not in (None, count.bytes):
+            lines.append(
+                f"{gate}: {kernel} moves {count.bytes:,} bytes ({count.bytes / work.bytes:.4f} times); its tiles need {work.bytes:,}"
+            )
+        if work.flops != count.flops:
+            lines.append(f"{gate}: {kernel} multiplies {count.flops:,} FLOP; its tiles have {work.flops:,}")
+    return lines
+
+
+# The command
+
+
+def table(results: Iterable[Result]) -> str:
+    """For people."""
+    lines = [f"{'':52}{'loaded':>14}{'stored':>14}{'distinct':>14}{'predicted':>14}{'FLOP':>16}{'predicted':>16}"]
+    for result in results:
+        lines.append(str(result.gate))
+        for count in result.counts:
+            work = result.predicted.get(count.kernel, Work(None, 0))
+            expected = "" if work.bytes is None else f"{work.bytes:,}"
+            figures = f"{count.loaded:14,}{count.stored:14,}{count.distinct:14,}{expected:>14}"
+            lines.append(f"    {count.kernel:48}{figures}" + (f"{count.flops:16,}{work.flops:16,}" if count.flops else ""))
+        limit = f", limit {result.gate.limit:.2f}" if result.gate.limit else ""
+        total, distinct = sum(count.bytes for count in result.counts), sum(count.distinct for count in result.counts)
+        line = f"    {total:,} bytes of at least {result.least:,}: {result.ratio:.4f}{limit}; distinct {distinct / result.least:.4f}"
+        lines += [line + (f"; FLOP {result.flop_ratio:.3f} of the spec's" if result.predicted else ""), ""]
+    return "\n".join(lines)
+
+
+def record(result: Result) -> dict[str, Any]:
+    """For programs."""
+    return {
+        "operation": result.gate.case.operation,
+        "case": str(result.gate),
+        "shape": result.gate.case.shape,
+        "kernels": [dataclasses.asdict(count) for count in result.counts],
+        "predicted": {kernel: work._asdict() for kernel, work in result.predicted.items()},
+        "least_bytes": result.least,
+        "ratio": result.ratio,
+        "limit": result.gate.limit,
+        "flop_ratio": result.flop_ratio,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Bytes that the Triton kernels move, against the least; needs no GPU.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    options = parser.parse_args()
+    results = [measure(gate) for gate in GATES]
+    print("\n".join(json.dumps(record(result)) for result in results) if options.json else table(results))
+    wrong = [line for result in results for line in faults(result)]
+    for line in wrong:
+        print(f"FAULT {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The encoder trains the same with any kernels: losses, every gradient, and a run of twenty steps."""
+
+import contextlib
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from fastbert.config import ModelConfig
+from fastbert.model import BertForPreTraining
+from fastbert.objective import losses
+from tests.sanitizer import sanitize
+from tests.test_model import VOCAB, make_batch
+
+GPU = torch.cuda.is_available()
+IMPLEMENTATIONS = ("triton", "reference") if GPU else ("triton", "cpu", "reference")
+LENGTHS = [33, 8, 150, 21]  # one of them too long for a single tile
+
+
+def build(dropout: float = 0.0, layers: int = 4, heads: int = 3) -> BertForPreTraining:
+    """Biases and norms away from 0 and 1."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        hidden_size=16 * heads,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=96,
+        max_position_embeddings=160,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    model = BertForPreTraining(config, VOCAB)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.train()
+
+
+def watched(impl):
+    """The sanitizer, where an implementation is interpreted."""
+    return sanitize() if impl == "triton" and not GPU else contextlib.nullcontext()
+
+
+def step(model, impl, batch):
+    """Loss and every gradient, on the CPU."""
+    model = copy.deepcopy(model)
+    model.impl = impl
+    if GPU:
+        model, batch = model.cuda(), batch.to("cuda")
+    with watched(impl):
+        loss = losses(model(batch)).loss
+        loss.backward()
+    return {"loss": loss.detach().cpu()} | {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The reference in fp64, dropout 0."""
+    return step(build().double(), "reference", make_batch(LENGTHS))
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLEMENTATIONS if impl != "reference"])
+def test_loss_and_gradients_without_dropout(impl, exact):
+    """err(ours) <= 2 err(reference in fp32) + 1 ulp of the largest value, tensor by tensor."""
+    plain, ours = (step(build(), name, make_batch(LENGTHS)) for name in ("reference", impl))
+    for name, truth in exact.items():
+        ulp = torch.finfo(torch.float32).eps * float(truth.abs().max())
+        allowed = 2 * float((plain[name] - truth).abs().max()) + ulp
+        error = float((ours[name] - truth).abs().max())
+        assert error <= allowed, f"{name} with {impl} is off by {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLEMENTATIONS if impl != "reference"])
+def test_the_same_masks_with_dropout(impl):
+    """A single element dropped otherwise would show in the third digit."""
+    batch = make_batch(LENGTHS)
+    want, have = (step(build(0.2), name, batch) for name in ("reference", impl))
+    other = step(build(0.2), "reference", dataclasses.replace(batch, dropout_keys=batch.dropout_keys + 1))
+    assert abs(want["loss"] - other["loss"]) > 1e-3
+    for name, value in want.items():
+        torch.testing.assert_close(have[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()), msg=lambda m, name=name: f"{name}: {m}")
+
+
+def curve(impl, steps=20):
+    """Losses of a short run of a smaller model, on four batches over and over."""
+    model = build(layers=2, heads=2)
+    model.impl = impl
+    model = model.cuda() if GPU else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    found = []
+    for index in range(steps):
+        batch = make_batch([17, 30], seed=index % 4)
+        with watched(impl):
+            loss = losses(model(batch.to("cuda" if GPU else "cpu"))).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return torch.tensor(found)
+
+
+def test_twenty_steps_give_the_same_curve():
+    curves = {impl: curve(impl) for impl in IMPLEMENTATIONS}
+    want = curves["reference"]
+    assert want[-4:].mean() < want[:4].mean() - 0.5  # it learns
+    for impl, have in curves.items():
+        torch.testing.assert_close(have, want, rtol=1e-3, atol=0, msg=lambda m, impl=impl: f"{impl}: {m}")

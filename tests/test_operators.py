@@ -1,0 +1,252 @@
+"""Each Triton operation as a torch operator: opcheck, torch.compile, autocast, and what autograd may ask of it. Walks SPECS."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastbert_kernels._spec import Shape, Spec
+from fastbert_kernels.specs import SPECS
+from tests.test_kernels import DTYPES, GPU, fresh_memory_is_nan, place, run, watched
+
+__all__ = ["fresh_memory_is_nan"]  # used by every test
+
+DEVICE = "cuda" if GPU else "cpu"
+TRITON = [name for name, spec in SPECS.items() if "triton" in spec.implementations]
+EVERY = [(name, impl) for name, spec in SPECS.items() for impl in spec.implementations if not (GPU and impl == "cpu")]
+
+
+def kinds(spec: Spec) -> dict[tuple[str, ...], Shape]:
+    """A shape for each set of axes that the shapes of a spec have (with cut queries or not, bare or not): the third, or the last there is."""
+    found: dict[tuple[str, ...], list[Shape]] = {}
+    for shape in spec.shapes:
+        found.setdefault(tuple(shape), []).append(shape)
+    return {axes: shapes[:3][-1] for axes, shapes in found.items()}
+
+
+def usual(name: str) -> Shape:
+    return next(iter(kinds(SPECS[name]).values()))
+
+
+def cases(*dtypes: str) -> list[Any]:
+    """(name, shape, dtype) of every Triton operation."""
+    return [
+        pytest.param(name, shape, DTYPES[dtype], id=f"{name}-{''.join(axes)}-{dtype}")
+        for name in TRITON
+        for axes, shape in kinds(SPECS[name]).items()
+        for dtype in dtypes
+    ]
+
+
+def inputs(name: str, dtype: torch.dtype = torch.float32, p: float = 0.1, shape: Shape | None = None) -> dict[str, Any]:
+    return place(SPECS[name].inputs(shape or usual(name), dtype, p), DEVICE)
+
+
+def forward(name: str, impl: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The result, and the leaves that it is differentiable in."""
+    spec = SPECS[name]
+    leaves = {key: arguments[key].detach().requires_grad_() for key in spec.differentiable if arguments[key] is not None}
+    result = spec.function(**{**arguments, **leaves}, impl=impl)
+    return result[0] if isinstance(result, tuple) else result, leaves
+
+
+def with_function(spec: Spec, function: Any) -> Spec:
+    """For `run`: the same operation, called in another way."""
+    return dataclasses.replace(spec, function=function)
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        assert one[key].dtype == other[key].dtype, key
+        assert torch.equal(one[key], other[key]), key
+
+
+# Registration
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every call of an operator of this library, in forward and backward passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Any, tuple, dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastbert_kernels":
+            detached = tuple(x.detach() if torch.is_tensor(x) else x for x in args)
+            self.calls.append((func, detached, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype"), cases("fp32", "bf16"))
+def test_opcheck(name, shape, dtype):
+    with watched("triton"), Recorder() as recorder:
+        result, _ = forward(name, "triton", inputs(name, dtype, shape=shape))
+        result.sum().backward()
+    assert len({func for func, *_ in recorder.calls}) >= 2, "a forward and a backward operator at the least"
+    for func, args, kwargs in recorder.calls:
+        with watched("triton"):
+            torch.library.opcheck(func, args, kwargs)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("name", "shape", "dtype"), cases("bf16"))
+def test_compiled_it_gives_the_same_bits(name, shape, dtype, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(SPECS[name].function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    arguments = inputs(name, dtype, shape=shape)
+    assert_same(run(SPECS[name], arguments, "triton"), run(with_function(SPECS[name], compiled), arguments, "triton"))
+
+
+@pytest.mark.parametrize("name", TRITON)
+def test_a_batch_of_another_length_is_not_compiled_again(name):
+    shape = usual(name)
+    longer = {axis: [*size, 2] if axis == "lengths" else size + (axis in "TM") for axis, size in shape.items()}
+    torch._dynamo.reset()
+    compiled = torch.compile(SPECS[name].function, fullgraph=True, backend="aot_eager", dynamic=True)
+    run(with_function(SPECS[name], compiled), inputs(name, shape=shape), "triton")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run(with_function(SPECS[name], compiled), inputs(name, shape=longer), "triton")
+
+
+# Autocast
+
+X, ROW = torch.ones(4, 8), torch.ones(8)
+AS_TORCH = {  # what each operation stands for, in torch's own words
+    "attention": lambda: functional.scaled_dot_product_attention(X[None], X[None], X[None]),
+    "mlm_loss": lambda: functional.cross_entropy(functional.linear(X, X), torch.zeros(4, dtype=torch.int64)),
+    "norm": lambda: functional.layer_norm(X, (8,), ROW, ROW),
+    "gelu": lambda: functional.gelu(functional.linear(X, torch.ones(8, 8), ROW)),
+    "embedding": lambda: functional.layer_norm(functional.embedding(torch.zeros(4, dtype=torch.int64), X), (8,), ROW, ROW),
+}
+
+
+def under_autocast(function: Any, **options: Any) -> Any:
+    """The forward pass alone, as torch advises."""
+
+    def call(**arguments: Any) -> Any:
+        with torch.autocast(DEVICE, torch.bfloat16, **options):
+            return function(**arguments)
+
+    return call
+
+
+@pytest.mark.parametrize(("name", "impl"), EVERY)
+def test_autocast_gives_the_dtype_that_torch_gives(name, impl):
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = AS_TORCH[name]().dtype
+    found = run(with_function(SPECS[name], under_autocast(SPECS[name].function)), inputs(name), impl)
+    assert found.pop("result").dtype == expected
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("backward", ["after", "inside"])
+@pytest.mark.parametrize(("name", "impl"), [(name, impl) for name, impl in EVERY if impl != "reference"])
+def test_autocast_costs_no_more_than_its_dtype_does(name, impl, backward):
+    """err(ours) <= 2 err(reference) + 1 ulp of bf16, both under autocast, errors from the reference in fp64.
+
+    torch advises to leave autocast before the backward pass; not everybody does.
+    """
+    spec, arguments = SPECS[name], inputs(name)
+    exact = run(spec, arguments, "reference", torch.float64)
+    lowered = with_function(spec, under_autocast(spec.function))
+    plain = run(lowered, arguments, "reference")
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=backward == "inside"):
+        ours = run(lowered, arguments, impl)
+    for key, truth in exact.items():
+        allowed = 2 * float((plain[key] - truth).abs().max()) + torch.finfo(torch.bfloat16).eps * float(truth.abs().max())
+        error = float((ours[key] - truth).abs().max())
+        assert error <= allowed, f"{key} is off by {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize(("name", "impl"), EVERY)
+def test_nothing_is_cast_outside_autocast(name, impl):
+    spec, arguments = SPECS[name], inputs(name)
+    plain = run(spec, arguments, impl)
+    assert {x.dtype for x in plain.values()} == {torch.float32}
+    assert_same(plain, run(with_function(spec, under_autocast(spec.function, enabled=False)), arguments, impl))
+    elsewhere = "cpu" if GPU else "cuda"
+    torch.set_autocast_enabled(elsewhere, True)
+    try:
+        assert_same(plain, run(spec, arguments, impl))
+    finally:
+        torch.set_autocast_enabled(elsewhere, False)
+
+
+def test_under_autocast_the_gradient_of_the_vocabulary_is_a_sum_in_fp32():
+    """Not one in bf16, of which the optimizer would get 8 bits."""
+    spec = SPECS["mlm_loss"]
+    gradients = run(with_function(spec, under_autocast(spec.function)), inputs("mlm_loss"), "triton")
+    for key in ("dweight", "dbias"):
+        assert (gradients[key] != gradients[key].bfloat16()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(("name", "impl"), EVERY)
+def test_outside_autocast_mixed_dtypes_are_refused_by_name(name, impl):
+    """One argument of each operation sets the dtype: of that one it is the others that are refused."""
+    spec, leaders = SPECS[name], []
+    for changed in spec.differentiable:
+        arguments = inputs(name, torch.bfloat16)
+        arguments[changed] = arguments[changed].half()
+        with pytest.raises(TypeError, match=r": \w+ is (float16|bfloat16), expected (float16|bfloat16)") as error:
+            spec.function(**arguments, impl=impl)
+        if f": {changed} is float16, expected bfloat16" not in str(error.value):
+            leaders.append(changed)
+    assert len(leaders) == 1
+
+
+# What autograd may ask
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(("name", "shape", "dtype"), cases("fp32", "bf16"))
+def test_result_and_gradients_lie_apart(name, shape, dtype, p):
+    """To write into one of them, as `clip_grad_norm_` does, must not change another."""
+    with watched("triton"):
+        result, leaves = forward(name, "triton", arguments := inputs(name, dtype, p, shape))
+        with watched("reference"):
+            expected, _ = forward(name, "reference", arguments)
+        assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
+        result.sum().backward()
+    tensors = {"result": result.detach(), **{f"d{key}": leaf.grad for key, leaf in leaves.items()}}
+    tensors |= {key: value for key, value in arguments.items() if torch.is_tensor(value)}
+    before = {key: value.clone() for key, value in tensors.items()}
+    for written in ["result", *(f"d{key}" for key in leaves)]:
+        tensors[written].fill_(7)
+        for key in tensors.keys() - {written}:
+            assert torch.equal(tensors[key], before[key]), f"{key} changes with {written}"
+        tensors[written].copy_(before[written])
+
+
+@pytest.mark.parametrize(("name", "impl"), EVERY)
+def test_a_second_backward_pass_gives_the_same_gradients(name, impl):
+    with watched(impl):
+        result, leaves = forward(name, impl, inputs(name))
+        upstream = torch.linspace(1, 2, result.numel(), device=result.device).view(result.shape)
+        first = torch.autograd.grad(result, list(leaves.values()), upstream, retain_graph=True)
+        second = torch.autograd.grad(result, list(leaves.values()), upstream)
+    assert_same(dict(zip(leaves, first, strict=True)), dict(zip(leaves, second, strict=True)))
+
+
+@pytest.mark.parametrize(("name", "impl"), [(name, impl) for name, impl in EVERY if impl != "reference"])
+def test_gradients_of_gradients_are_right_or_refused(name, impl):
+    """A gradient penalty must not silently lack what went through the tensors that the forward pass had saved."""
+
+    def penalise(impl: str) -> dict[str, torch.Tensor]:
+        result, leaves = forward(name, impl, inputs(name))
+        gradients = torch.autograd.grad(result.square().sum(), list(leaves.values()), create_graph=True)
+        torch.stack([gradient.square().sum() for gradient in gradients]).sum().backward()
+        return {key: leaf.grad for key, leaf in leaves.items()}
+
+    expected = penalise("reference")
+    try:
+        with watched(impl):
+            found = penalise(impl)
+    except RuntimeError as error:
+        assert "differentiate twice" in str(error)
+    else:
+        torch.testing.assert_close(found, expected)
