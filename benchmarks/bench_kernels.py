@@ -38,7 +38,7 @@ CPU_TOKENS = 512
 TIMING_SHARE = 0.5  # of a case's time; the rest is left to compiling and checking
 MATRIX_WORK = 20  # floating-point operations a byte; above it matrix products set the pace
 
-# What the forward pass has of the least work, which the specs give for both passes together.
+# What the forward pass has of the least work, which the specs give for both passes together; without a line here a pass has no rate.
 FORWARD_SHARE = {
     "attention": lambda shape: 2 / 7,  # two products of seven
     "mlm_loss": lambda shape: 1 / 3,  # one of three, wherever the other two are made
@@ -46,7 +46,6 @@ FORWARD_SHARE = {
         2 / 5 if shape.get("bare") else 3 / 8
     ),  # x, y of x, y, x, dy, dx; the residual is read twice, its gradient written
     "gelu": lambda shape: 2 / 5,  # x, y of x, y, x, dy, dx
-    "embedding": lambda shape: 1 / 2,  # words, z, y of those and dy, z, dwords
 }
 
 # Published for FlashAttention-2 on an H100, K = 64, TFLOP/s forward and backward. Source: the plots without causal mask in
@@ -112,14 +111,16 @@ def measured_rows(case: Case, ours: str, times: dict[str, Times], error: float, 
     flops, least_bytes = spec.flops(case.shape), spec.least_bytes(case.shape, size)
     of_products = flops > MATRIX_WORK * least_bytes
     work, top = (flops, peak and peak.bf16) if of_products else (least_bytes, peak and peak.bandwidth)
-    forward = FORWARD_SHARE[case.operation](case.shape)
-    shares = {"forward": forward, "backward": 1 - forward, "both": 1.0}
+    shares = {"both": 1.0}
+    if case.operation in FORWARD_SHARE:
+        forward = FORWARD_SHARE[case.operation](case.shape)
+        shares |= {"forward": forward, "backward": 1 - forward}
     rows = []
     for which in PASSES:
         spreads = {name: t.spread(which) for name, t in times.items()}
         fastest = min((s.median for name, s in spreads.items() if name != ours), default=None)
         for name, spread in spreads.items():
-            rate = 1e3 * work * shares[which] / spread.median
+            rate = 1e3 * work * shares[which] / spread.median if which in shares else None
             rows.append(
                 {
                     "case": str(case),
@@ -129,7 +130,7 @@ def measured_rows(case: Case, ours: str, times: dict[str, Times], error: float, 
                     "quartiles": [spread.low, spread.high],
                     "rate": rate,
                     "unit": "FLOP/s" if of_products else "B/s",
-                    "share_of_peak": rate / top if top else None,
+                    "share_of_peak": rate / top if rate and top else None,
                     "fastest_rival_over_this": fastest / spread.median if fastest else None,
                     "error_over_allowed": error if name == ours else None,
                 }
@@ -209,7 +210,7 @@ def report(facts: dict[str, str], rows: list[Row], left_out: list[Case], ours: s
             row["case"],
             row["pass"],
             f"{row['ms']:.3f} ({low:.3f} to {high:.3f})",
-            f"{row['rate'] / scale:,.{digits}f} {unit}",
+            "-" if row["rate"] is None else f"{row['rate'] / scale:,.{digits}f} {unit}",
             "-" if share is None else f"{100 * share:.0f} %",
             "-" if memory is None else f"{memory / 1e6:,.0f}",
             ", ".join(f"{r['implementation']} {r['ms']:.3f}" for r in others) or "-",

@@ -46,6 +46,9 @@ BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
     "mlm_loss_backward": {"BLOCK_M": (64, 128), "BLOCK_V": (64, 128, 256), "BLOCK_D": (32, 64, 128)},
     "norm_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024)},
     "norm_backward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024)},
+    "embedding_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024)},
+    "embedding_backward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024)},
+    "embedding_table": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_D": (256, 512, 1024)},
     "gelu_forward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
     "gelu_backward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
 }

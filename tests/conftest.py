@@ -14,11 +14,12 @@ if not torch.cuda.is_available():
 import json
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import TYPE_CHECKING
 
 import pytest
 
-from fastbert.data.prepare import prepare
-from fastbert.data.store import Store, open_store
+if TYPE_CHECKING:
+    from fastbert.data.store import Store
 
 PARAGRAPHS = 4  # a document
 
@@ -44,6 +45,9 @@ def english_jsonl(english_documents: list[str], tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="session")
 def small_store(english_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store of that text, with a vocabulary of 1,000 and a twentieth of the documents held out."""
+    from fastbert.data.prepare import prepare  # here, so that the tests of the kernels need torch alone
+    from fastbert.data.store import open_store
+
     out = tmp_path_factory.mktemp("small") / "store"
     prepare([english_jsonl], out, vocab_size=1000, workers=1, heldout=0.05, progress=False)
     return open_store(out, verify=True)

@@ -29,7 +29,13 @@ def cases():
 
 
 def place(arguments, device):
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()}
+    """With their strides, which `to` alone would not keep of slices of one projection."""
+
+    def moved(x):
+        whole = x if x._base is None else x._base
+        return whole.to(device).as_strided(x.size(), x.stride(), x.storage_offset())
+
+    return {name: moved(value) if torch.is_tensor(value) else value for name, value in arguments.items()}
 
 
 @pytest.fixture(autouse=True)

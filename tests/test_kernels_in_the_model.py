@@ -10,8 +10,8 @@ import torch
 from fastbert.config import ModelConfig
 from fastbert.model import BertForPreTraining
 from fastbert.objective import losses
+from tests.random_batch import VOCAB, make_batch
 from tests.sanitizer import sanitize
-from tests.test_model import VOCAB, make_batch
 
 GPU = torch.cuda.is_available()
 IMPLEMENTATIONS = ("triton", "reference") if GPU else ("triton", "cpu", "reference")
@@ -79,7 +79,9 @@ def test_the_same_masks_with_dropout(impl):
     other = step(build(0.2), "reference", dataclasses.replace(batch, dropout_keys=batch.dropout_keys + 1))
     assert abs(want["loss"] - other["loss"]) > 1e-3
     for name, value in want.items():
-        torch.testing.assert_close(have[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()), msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            have[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()), msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def curve(impl, steps=20):

@@ -31,8 +31,8 @@ def check_device(function: str, device: torch.device, **others: torch.Tensor | N
 
 
 def check_dropout(function: str, p: float, keys: torch.Tensor | None, length: int) -> None:
-    if not 0 <= p < 1:
-        raise ValueError(f"{function}: dropout_p = {p}; must be at least 0 and below 1")
+    if not 0 <= p < 1 - 2**-17:  # beyond, it rounds to 1
+        raise ValueError(f"{function}: dropout_p = {p}; must be at least 0 and below 1, to a multiple of 2**-16")
     if p > 0:
         if keys is None:
             raise ValueError(f"{function}: dropout_p = {p} needs keys, int64 [{length}]: masks are a function of them")

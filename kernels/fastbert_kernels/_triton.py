@@ -70,11 +70,15 @@ def site_keys(row, site, head):
 
 @triton.jit
 def keep_mask(lo, hi, first_column, COLUMNS: tl.constexpr, threshold):
-    """As `keep_mask`: which elements of [ROWS, COLUMNS] are kept, from the site keys [ROWS]; `first_column` is even."""
+    """As `keep_mask`: which elements of [ROWS, COLUMNS] are kept, from the site keys [ROWS]; `first_column` is even.
+
+    4.5 instructions an element: each half of a word is compared where it stands in the upper bits, the bits below it never matter, and
+    words are interleaved, not masks, which would travel as bytes.
+    """
     pair = (first_column // 2 + tl.arange(0, COLUMNS // 2)).to(tl.uint32)
     x = lo[:, None] * pair[None, :] + hi[:, None]
     x = (x ^ (x >> 15)) * 0x735A2D97
-    return tl.interleave((x & 0xFFFF) >= threshold, (x >> 16) >= threshold)
+    return tl.interleave(x << 16, x) >= threshold.to(tl.uint32) << 16
 
 
 @triton.jit
@@ -83,4 +87,4 @@ def keep_mask_transposed(lo, hi, first_column, COLUMNS: tl.constexpr, threshold)
     column = (first_column + tl.arange(0, COLUMNS)).to(tl.uint32)
     x = (column // 2)[:, None] * lo[None, :] + hi[None, :]
     x = (x ^ (x >> 15)) * 0x735A2D97
-    return ((x >> (column % 2 * 16)[:, None]) & 0xFFFF) >= threshold
+    return x << (16 - column % 2 * 16)[:, None] >= threshold.to(tl.uint32) << 16

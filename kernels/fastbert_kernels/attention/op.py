@@ -38,8 +38,9 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Bidirectional scaled dot-product attention over packed sequences: softmax(q k' * scale), dropped, times v.
 
-    Statistics and sums are fp32, products are of the inputs' dtype. Saved for the backward pass: q, k, v, and where sequences do not fit
-    one tile (128 tokens), the result and two fp32 numbers a row and head; masks are made anew. The Triton backward pass uses no atomics: the same bits at every run.
+    Statistics and sums are fp32, products are of the inputs' dtype. Saved for the backward pass by "triton": q, k, v, and where
+    sequences do not fit one tile (128 tokens, 16 bits) the result and two fp32 numbers a row and head; masks are made anew. Its
+    backward pass uses no atomics: the same bits at every run.
     Under autocast q, k and v are cast to its dtype, as by `scaled_dot_product_attention`.
 
     Args:

@@ -2,11 +2,22 @@
 
 import torch
 
-from fastbert_kernels._checks import check_dropout, check_implementation, check_tensor
+from fastbert_kernels._autocast import widened
+from fastbert_kernels._checks import (
+    FLOATS,
+    check_device,
+    check_dropout,
+    check_implementation,
+    check_range,
+    check_tensor,
+    check_triton,
+    values_checked,
+)
+from fastbert_kernels._library import operator
 from fastbert_kernels.embedding.cpu import cpu
 from fastbert_kernels.embedding.reference import reference
 
-_IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
+_WIDEST = 8192  # as in `norm/op.py`
 
 
 def embedding_layer_norm(
@@ -23,9 +34,13 @@ def embedding_layer_norm(
     dropout_p: float = 0.0,
     keys: torch.Tensor | None = None,
     site: int = 0,
+    check_values: bool | None = None,
     impl: str = "reference",
 ) -> torch.Tensor:
-    """dropout(LayerNorm(words[ids] + position_table[positions] + segment_table[segments])).
+    """dropout(LayerNorm(words[ids] + position_table[positions] + segment_table[segments])), biased variance.
+
+    Under autocast it runs in fp32, as torch's layer_norm. Saved for the backward pass: "triton": the indices, and the mean and rstd of
+    each token, fp32 [T]; "cpu": the indices, the sum of the three rows, mean, rstd and the mask.
 
     Args:
         ids, positions, segments: int64 [T].
@@ -34,28 +49,106 @@ def embedding_layer_norm(
         eps: added to the variance.
         dropout_p: probability to drop an element, rounded to a multiple of 2**-16.
         keys: int64 [T], one key a row (`row_keys`). site: which operation of the model this is.
-        impl: "cpu" or "reference".
+        check_values: whether indices outside their tables are looked for. None: on a CPU; True: also on a GPU, which then waits for
+            the device. Unchecked, "triton" reads nothing for such an index, and the token's result is NaN.
+        impl: "triton" (one pass forward; D up to 8,192; rows of the tables may be strided), "cpu" or "reference".
 
     Returns:
-        [T, D], as words; the gradients of the tables are summed in a fixed order.
+        [T, D], as words; the gradients of the tables are summed in a fixed order, with "triton" in fp32.
 
     Raises:
-        ValueError: a shape that does not fit, dropout without keys, an unknown `impl`.
-        TypeError: a dtype that does not fit.
-        IndexError: an id outside its table (on a CPU).
+        ValueError: a shape or device that does not fit, dropout without keys, an unknown `impl`, an index outside its table (see
+            check_values); "triton": D above 8,192, a last axis that is not contiguous.
+        TypeError: a dtype that does not fit; "triton": float64.
 
     Source: Devlin et al., 2019, section 3 and figure 2.
     """
+    words, position_table, segment_table, weight, shift = widened(words, position_table, segment_table, weight, shift)
+    _check(ids, positions, segments, words, position_table, segment_table, weight, shift, dropout_p, keys, check_values, impl)
+    arguments = (ids, positions, segments, words, position_table, segment_table, weight, shift, eps, dropout_p, keys, site)
+    return _IMPLEMENTATIONS[impl](*arguments)
+
+
+def _check(ids, positions, segments, words, position_table, segment_table, weight, shift, dropout_p, keys, check_values, impl):
     name = "embedding_layer_norm"
     check_tensor(name, "ids", ids, ("T",), torch.int64)
-    for label, rows in (("positions", positions), ("segments", segments)):
-        check_tensor(name, label, rows, (ids.shape[0],), torch.int64)
-    check_tensor(name, "words", words, ("V", "D"), (torch.float32, torch.float16, torch.bfloat16, torch.float64))
-    for label, table in (("position_table", position_table), ("segment_table", segment_table)):
-        check_tensor(name, label, table, ("rows", words.shape[1]), words.dtype)
+    for label, index in (("positions", positions), ("segments", segments)):
+        check_tensor(name, label, index, (ids.shape[0],), torch.int64)
+    check_tensor(name, "words", words, ("V", "D"), FLOATS)
+    check_tensor(name, "position_table", position_table, ("P", words.shape[1]), words.dtype)
+    check_tensor(name, "segment_table", segment_table, ("S", words.shape[1]), words.dtype)
     for label, row in (("weight", weight), ("shift", shift)):
         check_tensor(name, label, row, (words.shape[1],), words.dtype)
     check_dropout(name, dropout_p, keys, ids.shape[0])
+    tensors = {"ids": ids, "positions": positions, "segments": segments, "position_table": position_table}
+    tensors |= {"segment_table": segment_table, "weight": weight, "shift": shift, "keys": keys}
+    check_device(name, words.device, **tensors)
     check_implementation(name, impl, tuple(_IMPLEMENTATIONS))
-    arguments = (ids, positions, segments, words, position_table, segment_table, weight, shift, eps, dropout_p, keys, site)
-    return _IMPLEMENTATIONS[impl](*arguments)
+    if values_checked(check_values, ids):
+        check_range(name, "ids", ids, words.shape[0], "V")
+        check_range(name, "positions", positions, position_table.shape[0], "P")
+        check_range(name, "segments", segments, segment_table.shape[0], "S")
+    if impl == "triton":
+        check_triton(name, words=words, **tensors)
+        if words.shape[1] > _WIDEST:
+            raise ValueError(f'{name}: words has D = {words.shape[1]}; impl = "triton" takes up to {_WIDEST}, use impl = "reference"')
+
+
+def _forward(*arguments):
+    from fastbert_kernels.embedding import kernel
+
+    return kernel.forward(*arguments)
+
+
+def _forward_fake(ids, positions, segments, words, *_):
+    rows = (words.new_empty(ids.shape[0], dtype=torch.float32) for _ in range(2))
+    return words.new_empty(ids.shape[0], words.shape[1]), *rows
+
+
+def _backward(*arguments):
+    from fastbert_kernels.embedding import kernel
+
+    return kernel.backward(*arguments)
+
+
+def _backward_fake(dy, ids, positions, segments, words, position_table, segment_table, *_):
+    return *(dy.new_empty(table.shape) for table in (words, position_table, segment_table)), dy.new_empty(2, dy.shape[1])
+
+
+_INDICES = "Tensor ids, Tensor positions, Tensor segments"
+_TABLES = "Tensor words, Tensor position_table, Tensor segment_table"
+_FORWARD = operator(
+    f"embedding_layer_norm_forward({_INDICES}, {_TABLES}, Tensor weight, Tensor shift, Tensor? keys, "
+    "float eps, float dropout_p, int site) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_BACKWARD = operator(
+    f"embedding_layer_norm_backward(Tensor dy, {_INDICES}, {_TABLES}, Tensor weight, Tensor? keys, Tensor mean, Tensor rstd, "
+    "float dropout_p, int site) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _EmbeddingLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, positions, segments, words, position_table, segment_table, weight, shift, eps, dropout_p, keys, site):
+        read = (ids, positions, segments, words, position_table, segment_table, weight)
+        y, mean, rstd = _FORWARD(*read, shift, keys, eps, dropout_p, site)
+        ctx.save_for_backward(*read, keys, mean, rstd)
+        ctx.dropout_p, ctx.site = dropout_p, site
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        *dtables, vectors = _BACKWARD(dy.contiguous(), *ctx.saved_tensors, ctx.dropout_p, ctx.site)
+        dweight, dshift = vectors.unbind()
+        return None, None, None, *dtables, dweight, dshift, None, None, None, None
+
+
+def _triton(*arguments):
+    return _EmbeddingLayerNorm.apply(*arguments)
+
+
+_IMPLEMENTATIONS = {"triton": _triton, "cpu": cpu, "reference": reference}

@@ -21,17 +21,30 @@ def _inputs(shape, dtype, dropout_p):
     }
 
 
+def _least_bytes(shape, size):
+    rows, columns = shape["T"], shape["D"]
+    # Forward reads three rows a token, weight, shift, the indices and the keys; writes y, mean and rstd.
+    forward = (4 * rows + 2) * columns * size + rows * (3 * 8 + 8 + 4 + 4)
+    # Backward reads dy, the three rows, weight, the indices, the keys, mean and rstd; writes dz, dweight and dshift.
+    backward = (5 * rows + 3) * columns * size + rows * (3 * 8 + 8 + 4 + 4)
+    # Each of the three tables then reads dz once, and in which order; all their rows are written, those that do not occur as zeros.
+    tables = (3 * rows + shape["V"] + shape["P"] + 2) * columns * size + 3 * rows * 8
+    return forward + backward + tables
+
+
 SPEC = Spec(
     function=embedding_layer_norm,
-    implementations=("cpu", "reference"),
+    implementations=("triton", "cpu", "reference"),
     shapes=(
+        {"T": 0, "V": 3, "P": 2, "D": 16},
         {"T": 1, "V": 1, "P": 1, "D": 16},
         {"T": 65, "V": 50, "P": 32, "D": 255},
-        {"T": 200, "V": 1000, "P": 128, "D": 256},
+        {"T": 64, "V": 1, "P": 2, "D": 256},
+        {"T": 200, "V": 30, "P": 64, "D": 257},
+        {"T": 9, "V": 20, "P": 3, "D": 1025},
     ),
     inputs=_inputs,
     differentiable=("words", "position_table", "segment_table", "weight", "shift"),
-    # Forward reads three rows a token and writes y and z; backward reads dy and z and writes the rows that occur.
-    least_bytes=lambda s, size: 8 * s["T"] * s["D"] * size,
+    least_bytes=_least_bytes,
     flops=lambda s: 30 * s["T"] * s["D"],
 )

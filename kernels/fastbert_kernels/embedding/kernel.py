@@ -1,0 +1,320 @@
+"""Three look-ups, LayerNorm and dropout in one pass; backward in one pass more, and the gradients of the tables.
+
+    z = words[id] + position_table[position] + segment_table[segment]        mean, rstd, h of z as in `norm/kernel.py`
+    y = c (h * weight + shift) * keep                                        c = 1 / probability to be kept
+
+    dh = c dy * keep        dz from dh as in `norm/kernel.py`        dweight, dshift = sums over the rows of dh * h, dh
+    dtable[r] = sum of the dz of the tokens whose index is r
+
+Saved: the indices, and mean and rstd of each row; rows are looked up again. Tiles, chunks and shares are those of `norm/kernel.py`.
+An index outside its table reads nothing and makes its token's mean NaN, thus y, and in the backward pass every sum it is part of.
+
+The gradient of a table, the same for all three, is made without atomics, so that it is deterministic: the tokens are sorted by index,
+stably, and each program of `_rows_kernel` owns a row of the table. It adds up, in fp32, the dz of the row's tokens, or none, so that no
+zeros need to be written before. A row with more than BIN tokens ([MASK], [CLS], each segment) would keep the others waiting: the sorted
+tokens are cut into bins of BIN, and `_pieces_kernel` first adds up the piece of each such row in each bin. Of the rows that a bin
+meets, only that of its first token and that of its last can be so long: a bin has two slots for pieces.
+
+dz is held in the dtype of the tables, as torch's autograd holds it. In bf16 the tables' gradients then have 0.99 ... of the error
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastbert_kernels._dropout import keep_scale, threshold
+from fastbert_kernels._tiles import tile
+from fastbert_kernels._triton import FUSE, Production, architecture
+from fastbert_kernels.norm.kernel import (
+    columns,
+    dropout,
+    gradient,
+    grid_and_options,
+    load_vector,
+    mask_keys,
+    plus,
+    statistics,
+    store_share,
+    times,
+    zeros,
+)
+
+_BIN = 64  # tokens that one program adds up in turn; at 128 the two segments alone would not fill the device at T = 16,384
+
+
+@triton.jit
+def _look_up(index_ptr, table_ptr, stride, size, row, T):
+    """Where each token's row of a table begins, [BLOCK_T, 1], and whether there is such a row."""
+    index = tl.load(index_ptr + row, mask=row < T, other=0)
+    return table_ptr + index * stride, (index >= 0) & (index < size)
+
+
+@triton.jit
+def _load_z(
+    ids_ptr,
+    positions_ptr,
+    segments_ptr,
+    words_ptr,
+    position_table_ptr,
+    segment_table_ptr,
+    stride_words,
+    stride_positions,
+    stride_segments,
+    V,
+    P,
+    S,
+    row,
+    T,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """z of each token, and whether all its indices are within their tables, [BLOCK_T, 1]."""
+    word_ptr, is_word = _look_up(ids_ptr, words_ptr, stride_words, V, row, T)
+    position_ptr, is_position = _look_up(positions_ptr, position_table_ptr, stride_positions, P, row, T)
+    segment_ptr, is_segment = _look_up(segments_ptr, segment_table_ptr, stride_segments, S, row, T)
+    valid = is_word & is_position & is_segment
+
+    z = ()
+    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+        column = columns(i, BLOCK_D)
+        mask = (row < T) & valid & (column < D)
+        word = tl.load(word_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        position = tl.load(position_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        segment = tl.load(segment_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        z += (word + position + segment,)
+    return z, valid
+
+
+@triton.jit(do_not_specialize=["T", "V", "P", "S", "site", "threshold"])
+def _forward_kernel(
+    ids_ptr,
+    positions_ptr,
+    segments_ptr,
+    words_ptr,
+    position_table_ptr,
+    segment_table_ptr,
+    weight_ptr,
+    shift_ptr,
+    keys_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    stride_words,
+    stride_positions,
+    stride_segments,
+    T,
+    V,
+    P,
+    S,
+    eps,
+    site,
+    threshold,
+    scale,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    weight = load_vector(weight_ptr, D, BLOCK_D)
+    shift = load_vector(shift_ptr, D, BLOCK_D)
+
+    for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
+        lo, hi = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
+        row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        z, valid = _load_z(
+            *(ids_ptr, positions_ptr, segments_ptr, words_ptr, position_table_ptr, segment_table_ptr),
+            *(stride_words, stride_positions, stride_segments, V, P, S, row, T, D, BLOCK_D),
+        )
+
+        mean, rstd = statistics(z, eps, D, BLOCK_D)
+        mean = tl.where(valid, mean, float("nan"))
+
+        for i in tl.static_range(len(z)):
+            column = columns(i, BLOCK_D)
+            y = dropout((z[i] - mean) * rstd * weight[i] + shift[i], lo, hi, i, threshold, scale, BLOCK_D)
+            tl.store(y_ptr + row * D + column, y, mask=(row < T) & (column < D))
+        tl.store(mean_ptr + row, mean, mask=row < T)
+        tl.store(rstd_ptr + row, rstd, mask=row < T)
+
+
+def forward(ids, positions, segments, words, position_table, segment_table, weight, shift, keys, eps, dropout_p, site):
+    """y, and mean and rstd, fp32 [T]."""
+    T, D = ids.shape[0], words.shape[1]
+    tables = (words, position_table, segment_table)
+    y = words.new_empty(T, D)
+    mean, rstd = (words.new_empty(T, dtype=torch.float32) for _ in range(2))
+    if y.numel():
+        grid, options = grid_and_options("embedding_forward", T, D, words)
+        _forward_kernel[grid](
+            *(ids, positions, segments, *tables, weight, shift, keys if dropout_p > 0 else None, y, mean, rstd),
+            *(table.stride(0) for table in tables),
+            *(T, *(table.shape[0] for table in tables), eps),
+            *(site, threshold(dropout_p), keep_scale(dropout_p), D),
+            **options,
+            **FUSE,
+        )
+    return y, mean, rstd
+
+
+@triton.jit(do_not_specialize=["T", "V", "P", "S", "site", "threshold"])
+def _backward_kernel(
+    dy_ptr,
+    ids_ptr,
+    positions_ptr,
+    segments_ptr,
+    words_ptr,
+    position_table_ptr,
+    segment_table_ptr,
+    weight_ptr,
+    keys_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dz_ptr,
+    shares_ptr,
+    stride_words,
+    stride_positions,
+    stride_segments,
+    T,
+    V,
+    P,
+    S,
+    site,
+    threshold,
+    scale,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    weight = load_vector(weight_ptr, D, BLOCK_D)
+    dweight, dshift = zeros(D, BLOCK_T, BLOCK_D), zeros(D, BLOCK_T, BLOCK_D)
+
+    for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
+        lo, hi = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
+        row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
+        z, _ = _load_z(
+            *(ids_ptr, positions_ptr, segments_ptr, words_ptr, position_table_ptr, segment_table_ptr),
+            *(stride_words, stride_positions, stride_segments, V, P, S, row, T, D, BLOCK_D),
+        )
+        dh = ()
+        for i in tl.static_range(len(z)):
+            column = columns(i, BLOCK_D)
+            dy = tl.load(dy_ptr + row * D + column, mask=(row < T) & (column < D), other=0.0).to(tl.float32)
+            dh += (dropout(dy, lo, hi, i, threshold, scale, BLOCK_D),)
+
+        h, dz = gradient(dh, z, weight, mean, rstd, D)
+
+        for i in tl.static_range(len(z)):
+            column = columns(i, BLOCK_D)
+            tl.store(dz_ptr + row * D + column, dz[i], mask=(row < T) & (column < D))
+        dweight, dshift = plus(dweight, times(dh, h)), plus(dshift, dh)
+
+    share_ptr = shares_ptr + tl.program_id(0) * 2 * D
+    store_share(share_ptr, dweight, D, BLOCK_D)
+    store_share(share_ptr + D, dshift, D, BLOCK_D)
+
+
+@triton.jit
+def _sum_tokens(dz_ptr, order_ptr, begin, end, column, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The dz of the sorted tokens begin to end, fp32 [1, BLOCK_D]."""
+    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for first in range(begin, end, BLOCK_T):
+        place = (first + tl.arange(0, BLOCK_T))[:, None]
+        token = tl.load(order_ptr + place, mask=place < end, other=0)
+        total += tl.load(dz_ptr + token * D + column, mask=(place < end) & (column < D), other=0.0)
+    return tl.sum(total, 0, keep_dims=True)
+
+
+@triton.jit(do_not_specialize=["T", "rows"])
+def _pieces_kernel(
+    dz_ptr, order_ptr, sorted_ptr, starts_ptr, pieces_ptr, T, rows, D, BIN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    slot = tl.program_id(0)  # two a bin: for the row of its first token; for that of its last, if that is another
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    bin_begin = slot // 2 * BIN
+    bin_end = tl.minimum(bin_begin + BIN, T)
+
+    row = tl.load(sorted_ptr + (bin_begin if slot % 2 == 0 else bin_end - 1))
+    if (row >= 0) & (row < rows):
+        begin, end = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
+        if (end - begin > BIN) & ((begin > bin_begin) == (slot % 2 == 1)):
+            piece = _sum_tokens(dz_ptr, order_ptr, tl.maximum(begin, bin_begin), tl.minimum(end, bin_end), column, D, BLOCK_T, BLOCK_D)
+            tl.store(pieces_ptr + slot.to(tl.int64) * D + column, piece, mask=column < D)
+
+
+@triton.jit
+def _rows_kernel(dz_ptr, order_ptr, starts_ptr, pieces_ptr, dtable_ptr, D, BIN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    begin, end = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
+
+    if end - begin <= BIN:
+        total = _sum_tokens(dz_ptr, order_ptr, begin, end, column, D, BLOCK_T, BLOCK_D)
+    else:
+        total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for first in range(begin // BIN, tl.cdiv(end, BIN), BLOCK_T):
+            place = (first + tl.arange(0, BLOCK_T))[:, None]
+            slot = 2 * place.to(tl.int64) + (begin > place * BIN)
+            total += tl.load(pieces_ptr + slot * D + column, mask=(place * BIN < end) & (column < D), other=0.0)
+        total = tl.sum(total, 0, keep_dims=True)
+
+    tl.store(dtable_ptr + row.to(tl.int64) * D + column, total, mask=column < D)
+
+
+def _table_gradient(dz: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+    """[rows, D], from dz [T, D] and the index of each token, int64 [T]; indices outside [0, rows) count for nothing."""
+    T, D = dz.shape
+    ordered, order = torch.sort(index, stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(rows + 1, device=index.device), out_int32=True)
+    options = tile("embedding_table", architecture(dz.device), dz.dtype, D)
+    bins, blocks = triton.cdiv(T, _BIN), triton.cdiv(D, options["BLOCK_D"])
+    pieces = dz.new_empty(2 * bins, D, dtype=torch.float32)
+    dtable = dz.new_empty(rows, D)
+    _pieces_kernel[2 * bins, blocks](dz, order, ordered, starts, pieces, T, rows, D, BIN=_BIN, **options, **FUSE)
+    _rows_kernel[rows, blocks](dz, order, starts, pieces, dtable, D, BIN=_BIN, **options, **FUSE)
+    return dtable
+
+
+def backward(dy, ids, positions, segments, words, position_table, segment_table, weight, keys, mean, rstd, dropout_p, site):
+    """Gradients of words, position_table and segment_table; dweight and dshift as the rows of [2, D]."""
+    T, D = dy.shape
+    indices, tables = (ids, positions, segments), (words, position_table, segment_table)
+    if not dy.numel():
+        return *(torch.zeros_like(table) for table in tables), dy.new_zeros(2, D)
+    grid, options = grid_and_options("embedding_backward", T, D, dy)
+    dz = dy.new_empty(T, D)
+    shares = dy.new_empty(*grid, 2, D, dtype=torch.float32)
+    _backward_kernel[grid](
+        *(dy, *indices, *tables, weight, keys if dropout_p > 0 else None, mean, rstd, dz, shares),
+        *(table.stride(0) for table in tables),
+        *(T, *(table.shape[0] for table in tables)),
+        *(site, threshold(dropout_p), keep_scale(dropout_p), D),
+        **options,
+        **FUSE,
+    )
+    dtables = (_table_gradient(dz, index, table.shape[0]) for index, table in zip(indices, tables, strict=True))
+    return *dtables, shares.sum(0).to(dy.dtype)
+
+
+def production() -> list[Production]:
+    """For the ahead-of-time gate: BERT-base and BERT-large, with dropout."""
+    found = []
+    for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        indices = dict.fromkeys(("ids_ptr", "positions_ptr", "segments_ptr", "keys_ptr"), "*i64")
+        tables = dict.fromkeys(("words_ptr", "position_table_ptr", "segment_table_ptr", "weight_ptr"), tensor)
+        aligned = ("stride_words", "stride_positions", "stride_segments")
+        sizes = dict.fromkeys((*aligned, "T", "V", "P", "S", "site", "threshold"), "i32") | {"scale": "fp32"}
+        read = indices | tables | {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"} | sizes
+        forward = read | {"shift_ptr": tensor, "y_ptr": tensor, "eps": "fp32"}
+        backward = read | {"dy_ptr": tensor, "dz_ptr": tensor, "shares_ptr": "*fp32"}
+        rows = {"dz_ptr": tensor, "order_ptr": "*i64", "starts_ptr": "*i32", "pieces_ptr": "*fp32", "D": "i32", "BIN": _BIN}
+        pieces = rows | {"sorted_ptr": "*i64", "T": "i32", "rows": "i32"}
+        wide = ("words_ptr", "position_table_ptr", "segment_table_ptr")
+        for size in (768, 1024):
+            found += [
+                Production(_forward_kernel, "embedding_forward", size, dtype, forward | {"D": size}, aligned, wide),
+                Production(_backward_kernel, "embedding_backward", size, dtype, backward | {"D": size}, aligned, (*wide, "dy_ptr")),
+                Production(_pieces_kernel, "embedding_table", size, dtype, pieces, ("D",), ("dz_ptr",)),
+                Production(_rows_kernel, "embedding_table", size, dtype, rows | {"dtable_ptr": tensor}, ("D",), ("dz_ptr", "pieces_ptr")),
+            ]
+    return found
