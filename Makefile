@@ -43,8 +43,11 @@ check: .venv/.installed-test ## lint, format and types only
 bench-step: | data/wiki/manifest.json ## one training step against transformers' BertForPreTraining, in turns
 	@$(BIN)/python -m benchmarks.bench_step data/wiki
 
-bench-kernels: .venv/.installed ## each kernel against torch, on the GPU if there is one; report in runs/kernels
+bench-kernels: .venv/.installed-test ## each kernel against torch, the bytes it moves, what compilers make of it; runs/kernels
+	@mkdir -p runs/kernels
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_kernels --out runs/kernels
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.traffic | tee runs/kernels/traffic.txt
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.ahead_of_time | tee runs/kernels/resources.txt
 
 gpu: ## all that needs a GPU, in 8 minutes, with the torch, Triton and pytest of PYTHON; report in OUT=folder
 	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --out $(OUT)

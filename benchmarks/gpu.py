@@ -11,6 +11,8 @@ share of the time that is left, so that neither a crash nor a kernel that hangs 
     kernels         benchmarks.bench_kernels: right, and how fast against torch; the goals
     training        benchmarks.bench_training: curves and tokens/s in bf16
     tuning          benchmarks.tune --check: are the tiles still good here; says so, and fails nothing
+    traffic         benchmarks.traffic: bytes moved over the least possible, counted in the interpreter
+    compilers       benchmarks.ahead_of_time: registers, spills, loads; fails nothing, as another Triton may have other figures
 
 The folder gets report.md, rewritten after each part, a log for each part, and what the parts write. `--dry-run`: tiny sizes on a CPU, a few
 tests. Exit code 0 if all is well, 1 if a part failed or ran out of time, 2 without a GPU.
@@ -96,6 +98,8 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
         Part("kernels", 130, [module("bench_kernels", *folder, *seconds)]),
         Part("training", 80, [module("bench_training", *folder, *seconds)]),
         Part("tuning", 60, [module("tune", "--check", *seconds)], may_fail=True),
+        Part("traffic", 30, [module("traffic")]),
+        Part("compilers", 30, [module("ahead_of_time")], may_fail=True),
     ]
 
 

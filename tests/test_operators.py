@@ -103,6 +103,14 @@ def test_compiled_it_gives_the_same_bits(name, shape, dtype, dynamic):
 
 
 @pytest.mark.parametrize("name", TRITON)
+def test_compiled_under_autocast_it_gives_the_same_bits(name):
+    spec, arguments = SPECS[name], inputs(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(under_autocast(spec.function), fullgraph=True, backend="aot_eager")
+    assert_same(run(with_function(spec, under_autocast(spec.function)), arguments, "triton"), run(with_function(spec, compiled), arguments, "triton"))
+
+
+@pytest.mark.parametrize("name", TRITON)
 def test_a_batch_of_another_length_is_not_compiled_again(name):
     shape = usual(name)
     longer = {axis: [*size, 2] if axis == "lengths" else size + (axis in "TM") for axis, size in shape.items()}

@@ -1,7 +1,8 @@
 """`embedding_layer_norm` on a CPU: torch's look-ups and LayerNorm with the cheap dropout mask.
 
 The gradients of the tables are sums in the order of the rows (`index_add_`, or one product for the two segments), so they
-are deterministic. Only the rows that occur are written; the rest of a table's gradient is zero.
+are deterministic. Only the rows that occur are written; the rest of a table's gradient is zero. Inputs of 16 bits are summed and
+normalised in fp32. dweight is our own product and sum: torch's LayerNorm adds it up one row after the other, and loses a digit.
 """
 
 import torch
@@ -14,13 +15,16 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, positions, segments, words, position_table, segment_table, weight, shift, eps, dropout_p, keys, site):
         z = words.index_select(0, ids)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        z = z.to(wide)
         z += position_table.index_select(0, positions)
         z += segment_table.index_select(0, segments)
-        y, mean, rstd = torch.native_layer_norm(z, (z.shape[1],), weight, shift, eps)
+        y, mean, rstd = torch.native_layer_norm(z, (z.shape[1],), weight.to(wide), shift.to(wide), eps)
         keep = None
         if dropout_p > 0:
             keep = row_keep_mask_cpu(keys, site, y.shape[1], dropout_p)
             y = torch.mul(y, keep, out=y).mul_(keep_scale(dropout_p))
+        y = y.to(words.dtype)
         ctx.save_for_backward(ids, positions, segments, z, mean, rstd, weight, shift, keep)
         ctx.dropout_p, ctx.sizes = dropout_p, (len(words), len(position_table), len(segment_table))
         return y
@@ -28,11 +32,13 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # type: ignore[override]
         *rows, z, mean, rstd, weight, shift, keep = ctx.saved_tensors
+        dy = dy.to(z.dtype)
         if keep is not None:
             dy = (dy * keep).mul_(keep_scale(ctx.dropout_p))
-        dz, dweight, dshift = torch.ops.aten.native_layer_norm_backward(
-            dy.contiguous(), z, (z.shape[1],), mean, rstd, weight, shift, [True, True, True]
+        dz, _, dshift = torch.ops.aten.native_layer_norm_backward(
+            dy.contiguous(), z, (z.shape[1],), mean, rstd, weight.to(z.dtype), shift.to(z.dtype), [True, False, True]
         )
+        dweight = (z - mean).mul_(rstd).mul_(dy).sum(0)
         tables = [dz.new_zeros(size, dz.shape[1]).index_add_(0, row, dz) for size, row in zip(ctx.sizes, rows, strict=True)]
         return None, None, None, *tables, dweight, dshift, None, None, None, None
 

@@ -15,7 +15,8 @@ zeros need to be written before. A row with more than BIN tokens ([MASK], [CLS],
 tokens are cut into bins of BIN, and `_pieces_kernel` first adds up the piece of each such row in each bin. Of the rows that a bin
 meets, only that of its first token and that of its last can be so long: a bin has two slots for pieces.
 
-dz is held in the dtype of the tables, as torch's autograd holds it. In bf16 the tables' gradients then have 0.99 ... of the error
+dz is held in the dtype of the tables, as torch's autograd holds it, for half the bytes in 16 bits: the error (RMS) of the tables'
+gradients is then 1.1 to 1.3 times what fp32 would give, torch's own 2 to 20 times (bf16 and fp16, T = 2,048, V = 100).
 """
 
 import torch
@@ -75,7 +76,7 @@ def _load_z(
     valid = is_word & is_position & is_segment
 
     z = ()
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
         column = columns(i, BLOCK_D)
         mask = (row < T) & valid & (column < D)
         word = tl.load(word_ptr + column, mask=mask, other=0.0).to(tl.float32)
@@ -280,7 +281,7 @@ def backward(dy, ids, positions, segments, words, position_table, segment_table,
     T, D = dy.shape
     indices, tables = (ids, positions, segments), (words, position_table, segment_table)
     if not dy.numel():
-        return *(torch.zeros_like(table) for table in tables), dy.new_zeros(2, D)
+        return *(dy.new_zeros(table.shape) for table in tables), dy.new_zeros(2, D)
     grid, options = grid_and_options("embedding_backward", T, D, dy)
     dz = dy.new_empty(T, D)
     shares = dy.new_empty(*grid, 2, D, dtype=torch.float32)

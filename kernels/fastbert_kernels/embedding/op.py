@@ -16,8 +16,7 @@ from fastbert_kernels._checks import (
 from fastbert_kernels._library import operator
 from fastbert_kernels.embedding.cpu import cpu
 from fastbert_kernels.embedding.reference import reference
-
-_WIDEST = 8192  # as in `norm/op.py`
+from fastbert_kernels.norm.op import WIDEST
 
 
 def embedding_layer_norm(
@@ -90,8 +89,8 @@ def _check(ids, positions, segments, words, position_table, segment_table, weigh
         check_range(name, "segments", segments, segment_table.shape[0], "S")
     if impl == "triton":
         check_triton(name, words=words, **tensors)
-        if words.shape[1] > _WIDEST:
-            raise ValueError(f'{name}: words has D = {words.shape[1]}; impl = "triton" takes up to {_WIDEST}, use impl = "reference"')
+        if words.shape[1] > WIDEST:
+            raise ValueError(f'{name}: words has D = {words.shape[1]}; impl = "triton" takes up to {WIDEST}, use impl = "reference"')
 
 
 def _forward(*arguments):

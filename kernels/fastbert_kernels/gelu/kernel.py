@@ -8,8 +8,8 @@ Saved: x and bias, which the rest of the step holds anyway; z is computed anew. 
 tile of BLOCK_T rows, so that it reads its piece of the bias once and adds up its share of dbias in registers. The shares are
 written as fp32 [n, F] and added in one order: the result is deterministic.
 
-Phi comes from the exponential of phi, in a quarter fewer instructions than libdevice's erf needs (SASS of sm_90): in bf16 they, not
-the memory, would set the pace. On fp32 its error is at most 3e-7, and that of y no larger than with erf (4.5e-7 for |z| <= 12).
+Phi comes from the exponential of phi, in a fifth fewer instructions than libdevice's erf needs (SASS of sm_90): in bf16 they, not
+the memory, would set the pace. In fp32 its error is at most 3e-7, and that of y no larger than with erf (4.5e-7 for |z| <= 12).
 
 Source: Hendrycks and Gimpel, 2016, section 2; Abramowitz and Stegun, 1964, formula 7.1.26.
 """

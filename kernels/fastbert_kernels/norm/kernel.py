@@ -47,7 +47,7 @@ def columns(i, BLOCK_D: tl.constexpr):
 def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """A [D] tensor as chunks [1, BLOCK_D]; as chunks of None if there is no such tensor."""
     chunks = ()
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
         if ptr is None:
             chunks += (None,)
         else:
@@ -59,7 +59,7 @@ def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def zeros(D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     chunks = ()
-    for _ in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for _ in tl.static_range(triton.cdiv(D, BLOCK_D)):
         chunks += (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
     return chunks
 
@@ -150,7 +150,7 @@ def store_share(ptr, chunks, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, lo, hi, threshold, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """residual + dropout(x + bias)."""
     z = ()
-    for i in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
         column = columns(i, BLOCK_D)
         mask = (row < T) & (column < D)
         chunk = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)

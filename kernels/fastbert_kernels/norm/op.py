@@ -8,7 +8,7 @@ from fastbert_kernels._library import operator
 from fastbert_kernels.norm.cpu import cpu
 from fastbert_kernels.norm.reference import reference
 
-_WIDEST = 8192  # a program of the Triton kernels holds a row, and its share of three gradients, in registers
+WIDEST = 8192  # a program of the Triton kernels holds a row, and its share of three gradients, in registers
 
 
 def dropout_add_layer_norm(
@@ -71,8 +71,8 @@ def _check(x, bias, residual, weight, shift, dropout_p, keys, impl):
     check_implementation(name, impl, tuple(_IMPLEMENTATIONS))
     if impl == "triton":
         check_triton(name, x=x, bias=bias, residual=residual, weight=weight, shift=shift, keys=keys)
-        if x.shape[1] > _WIDEST:
-            raise ValueError(f'{name}: x has D = {x.shape[1]}; impl = "triton" takes up to {_WIDEST}, use impl = "reference"')
+        if x.shape[1] > WIDEST:
+            raise ValueError(f'{name}: x has D = {x.shape[1]}; impl = "triton" takes up to {WIDEST}, use impl = "reference"')
 
 
 def _forward(*arguments):

@@ -1,0 +1,314 @@
+"""Properties of every Triton operation: drawn shapes, the order of programs, strides, 64-bit offsets, place in the pack, bad input. Walks SPECS."""
+
+import contextlib
+import itertools
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.runtime.interpreter import GridExecutor
+
+from fastbert_kernels._spec import Shape, Spec
+from fastbert_kernels.specs import SPECS
+from tests import test_kernels
+from tests.sanitizer import sanitize
+from tests.test_kernels import DTYPES, GPU, fresh_memory_is_nan, run, watched
+from tests.test_operators import DEVICE, EVERY, TRITON, assert_same, cases, inputs, kinds
+
+__all__ = ["fresh_memory_is_nan"]  # used by every test
+
+
+def tensors(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in arguments.items() if torch.is_tensor(value)}
+
+
+# Shapes
+
+
+@st.composite
+def shapes(draw: st.DrawFn, spec: Spec) -> Shape:
+    """With the axes of one of the spec's shapes, and sizes next to those that the spec lists, which lie around tiles."""
+    shape: Shape = {}
+    for axis in draw(st.sampled_from(list(kinds(spec)))):
+        listed = [other[axis] for other in spec.shapes if axis in other]
+        if axis == "lengths":
+            near = st.sampled_from(sorted({0, *itertools.chain(*listed)})).flatmap(lambda n: st.integers(max(n - 1, 0), n + 1))
+            shape[axis] = draw(st.lists(near, min_size=1, max_size=3))
+        elif axis == "K":
+            shape[axis] = draw(st.sampled_from(range(16, 129, 16)))
+        else:
+            shape[axis] = max(draw(st.sampled_from(listed)) + draw(st.integers(-1, 1)), 0 if axis in "TM" else 1)
+    for part, whole in (("M", shape.get("T", 0)), ("R", sum(shape.get("lengths", ())))):
+        if part in shape:
+            shape[part] = min(shape[part], whole)
+    return shape
+
+
+@pytest.mark.parametrize("name", TRITON)
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_shapes_around_tiles_keep_the_bound_of_test_kernels(name, data):
+    spec = SPECS[name]
+    shape, dtype = data.draw(shapes(spec)), data.draw(st.sampled_from(list(DTYPES)))
+    p = data.draw(st.sampled_from([0.0, 0.1, 0.5] if spec.dropout else [0.0]))
+    test_kernels.test_agrees_with_the_reference_in_fp64(name, "triton", shape, p, dtype)
+
+
+@pytest.mark.parametrize("impl", [impl for name, impl in EVERY if name == "attention"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_attention_of_no_query_has_zero_gradients(dtype, impl):
+    arguments = inputs("attention", dtype)
+    nothing = {"q": arguments["q"][:0], "queries": torch.empty(0, dtype=torch.int64, device=DEVICE)}
+    found = run(SPECS["attention"], {**arguments, **nothing}, impl)
+    assert len(found["result"]) == len(found["dq"]) == 0
+    assert not found["dk"].any()
+    assert not found["dv"].any()
+
+
+# The order of programs
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has an order of its own")
+@pytest.mark.parametrize(("name", "shape", "dtype"), cases("fp32", "bf16"))
+def test_the_order_of_programs_does_not_matter(name, shape, dtype, monkeypatch):
+    arguments = inputs(name, dtype, shape=shape)
+    ascending = run(SPECS[name], arguments, "triton")
+    for order in ("reversed", 1):
+        monkeypatch.setattr(test_kernels, "watched", lambda _, order=order: sanitize(order=order))
+        assert_same(ascending, run(SPECS[name], arguments, "triton"))
+
+
+# Strides. What lies between the elements is NaN, or for integers zero.
+
+
+def around(x: torch.Tensor, *size: int) -> torch.Tensor:
+    return x.new_full(size, float("nan") if x.is_floating_point() else 0)
+
+
+def in_wider_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows begin at any address: not even the first one is aligned."""
+    view = around(x, *x.shape[:-1], x.shape[-1] + 4)[..., 1:-3]
+    return view.copy_(x)
+
+
+def every_other_row(x: torch.Tensor) -> torch.Tensor:
+    return around(x, 2 * len(x), *x.shape[1:])[::2].copy_(x) if x.dim() > 1 else x
+
+
+def every_other_column(x: torch.Tensor) -> torch.Tensor:
+    return around(x, *x.shape[:-1], 2 * x.shape[-1])[..., ::2].copy_(x)
+
+
+@pytest.mark.parametrize("layout", [in_wider_rows, every_other_row])
+@pytest.mark.parametrize(("name", "shape", "dtype"), cases("fp32", "bf16"))
+def test_strided_inputs_give_the_same_bits_as_contiguous_ones(name, shape, dtype, layout):
+    arguments = inputs(name, dtype, shape=shape)
+    compact = {key: value.contiguous() for key, value in tensors(arguments).items()}
+    strided = {key: layout(value) for key, value in compact.items()}
+    one, other = run(SPECS[name], arguments | compact, "triton"), run(SPECS[name], arguments | strided, "triton")
+    if name == "mlm_loss" and (GPU or dtype == torch.float32):
+        torch.testing.assert_close(one, other)  # its backward products are torch's, which may go another way through other strides
+    else:
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype"), cases("bf16"))
+def test_columns_that_lie_apart_are_refused_by_name(name, shape, dtype):
+    arguments = inputs(name, dtype, shape=shape)
+    for key, value in tensors(arguments).items():
+        with pytest.raises(ValueError, match=rf": {key} has stride 2 along its last axis, expected 1"), watched("triton"):
+            SPECS[name].function(**{**arguments, key: every_other_column(value)}, impl="triton")
+
+
+# 64-bit offsets
+
+
+FAR = [
+    pytest.param(name, key, axis, id=f"{name}-{key}-{axis}")
+    for name in TRITON
+    for key, value in tensors(inputs(name)).items()
+    for axis in range(value.dim() - 1)
+    if value.shape[axis] > 1
+]
+
+
+def far_apart(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """The same values with the last slice along `axis` more than 2^31 elements from the first: 8 GB, of which next to nothing is touched.
+
+    An offset that wraps around finds itself in the lower half, rather than where no memory is.
+    """
+    strides = list(x.contiguous().stride())
+    strides[axis] = 2**31 // (x.shape[axis] - 1) // 16 * 16 + 16
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        storage = x.new_empty(2**31 + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)))
+    except RuntimeError as error:
+        pytest.skip(f"no room for 2^31 elements of {x.element_size()} bytes: {error}")
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    return storage.as_strided(x.shape, strides, 2**31).copy_(x)
+
+
+@pytest.mark.parametrize(("name", "key", "axis"), FAR)
+def test_offsets_beyond_32_bits(name, key, axis, monkeypatch):
+    """Without the sanitizer, whose shadow of such a tensor would be real memory; in fp16, since the stock interpreter is wrong in bf16."""
+    monkeypatch.setattr(test_kernels, "watched", lambda _: contextlib.nullcontext())
+    arguments = inputs(name, torch.float16)
+    with mock.patch.object(GridExecutor, "_restore_args_dev", lambda *_: None):  # stock, it copies storages onto themselves
+        near = run(SPECS[name], arguments, "triton")
+        far = run(SPECS[name], arguments | {key: far_apart(arguments[key], axis)}, "triton")
+    assert_same(near, far)
+
+
+# Place in the pack
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["all", "cut"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype, cut):
+    lengths, order = [40, 129 if dtype == torch.float16 else 128, 1, 0, 33, 16], [3, 4, 1, 5, 0, 2]
+    arguments = inputs("attention", dtype, shape={"lengths": lengths, "H": 2, "K": 32} | ({"R": 90} if cut else {}))
+    upstream = torch.randn(arguments["q"].shape, generator=torch.Generator().manual_seed(2)).to(arguments["q"])
+
+    def outcome(order: list[int]) -> list[dict[str, torch.Tensor]]:
+        """Results and gradients of each sequence, in the order of `lengths`, packed in another one."""
+        ends = list(itertools.accumulate(lengths, initial=0))
+        tokens = torch.cat([torch.arange(ends[i], ends[i + 1]) for i in order]).to(DEVICE)
+        rows, more = tokens, {}
+        if cut:
+            place = torch.searchsorted(arguments["queries"], tokens).clamp(max=len(upstream) - 1)
+            asked = arguments["queries"][place] == tokens
+            rows, more = place[asked], {"queries": asked.nonzero()[:, 0]}
+        bounds = list(itertools.accumulate((lengths[i] for i in order), initial=0))
+        more |= {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32, device=DEVICE), "keys": arguments["keys"][order]}
+        leaves = {"q": arguments["q"][rows], "k": arguments["k"][tokens], "v": arguments["v"][tokens]}
+        leaves = {key: value.detach().requires_grad_() for key, value in leaves.items()}
+        with watched("triton"):
+            result = SPECS["attention"].function(**arguments | more | leaves, impl="triton")
+            result.backward(upstream[rows])
+        back = {"result": rows, "q": rows, "k": tokens, "v": tokens}
+        found = {"result": result.detach()} | {key: leaf.grad for key, leaf in leaves.items()}
+        return {key: torch.empty_like(value).index_copy_(0, back[key], value) for key, value in found.items()}
+
+    assert_same(outcome(list(range(len(lengths)))), outcome(order))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(("name", "impl"), EVERY)
+def test_another_dtype_shape_or_device_is_refused_by_name(name, impl):
+    spec, arguments, leaders = SPECS[name], inputs(name), []
+    for key, value in tensors(arguments).items():
+        with pytest.raises(TypeError, match=rf": {key} is int8, expected "):
+            spec.function(**{**arguments, key: value.to(torch.int8)}, impl=impl)
+        with pytest.raises(ValueError, match=rf": {key} has shape \[1, "):
+            spec.function(**{**arguments, key: value[None]}, impl=impl)
+        with pytest.raises(ValueError, match=r": \w+ has shape \["):  # of one that sets a size the others are refused
+            spec.function(**{**arguments, key: value[..., :-1]}, impl=impl)
+        with pytest.raises(ValueError, match=rf": \w+ is on (meta|{DEVICE}).*, the other tensors on (meta|{DEVICE})") as error:
+            spec.function(**{**arguments, key: value.to("meta")}, impl=impl)
+        if f": {key} is on meta" not in str(error.value):
+            leaders.append(key)
+    assert len(leaders) == 1, "one argument sets the device; of that one it is the others that are refused"
+
+
+@pytest.mark.parametrize("name", TRITON)
+def test_fp64_is_refused_by_name(name):
+    spec = SPECS[name]
+    wide = {key: value.double() for key, value in tensors(inputs(name)).items() if value.is_floating_point()}
+    with pytest.raises(TypeError, match=rf": ({'|'.join(wide)}) is float64, which impl = \"triton\" does not compute in"):
+        spec.function(**inputs(name) | wide, impl="triton")
+
+
+@pytest.mark.skipif(GPU, reason="nothing is interpreted")
+@pytest.mark.parametrize("name", TRITON)
+def test_without_a_gpu_or_the_interpreter_triton_is_refused(name, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r": \w+ is on the CPU, where impl = \"triton\" runs in Triton's interpreter alone"):
+        SPECS[name].function(**inputs(name), impl="triton")
+
+
+@pytest.mark.parametrize(("name", "impl"), [(name, impl) for name, impl in EVERY if SPECS[name].dropout])
+def test_dropout_is_checked(name, impl):
+    spec, arguments = SPECS[name], inputs(name)
+    for p in (-0.1, 1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"dropout_p = {p}; must be at least 0 and below 1"):
+            spec.function(**{**arguments, "dropout_p": p}, impl=impl)
+    with pytest.raises(ValueError, match=r"dropout_p = 0\.1 needs keys"):
+        spec.function(**{**arguments, "keys": None}, impl=impl)
+
+
+INDICES = [
+    pytest.param(name, key, shape, id=f"{name}-{key}")
+    for name in TRITON
+    for shape in list(kinds(SPECS[name]).values())[-1:]  # attention: with queries
+    for key, value in tensors(inputs(name, shape=shape)).items()
+    if not value.is_floating_point() and key != "keys"
+]
+
+
+@pytest.mark.parametrize(("name", "key", "shape"), [case for case in INDICES if case.values[1] != "cu_seqlens"])
+def test_an_index_out_of_range_is_refused_by_name(name, key, shape):
+    spec, arguments = SPECS[name], inputs(name, shape=shape)
+    for place, value in ((0, -1), (-1, 2**40)):
+        arguments[key] = arguments[key].clone()
+        arguments[key][place] = value
+        low, high = ("-1", r"\d+") if value < 0 else (r"-?\d+", value)
+        for impl in [impl for other, impl in EVERY if other == name]:
+            with pytest.raises(ValueError, match=rf": {key} span {low} to {high}; must be in \[0, \w+ = \d+\)"):
+                spec.function(**arguments, check_values=True, impl=impl)
+
+
+@pytest.mark.parametrize(("name", "key", "shape"), INDICES)
+def test_unchecked_a_bad_index_reads_and_writes_nothing_outside(name, key, shape):
+    """And is loud where the docstring says so. Of a wrong cu_seqlens no more is asked than that."""
+    spec = SPECS[name]
+    values = (-1, -300, 300) if key == "cu_seqlens" else (-1, 10**6, 2**40, -(2**63))
+    for value, place in zip(2 * values, (0, 1, -1, 0, 1, -1), strict=False):
+        arguments = inputs(name, shape=shape)
+        arguments[key] = arguments[key].clone()
+        arguments[key][place] = value
+        found = run(spec, arguments | {"check_values": False}, "triton")
+        assert not (spec.function.__doc__ and "NaN" in spec.function.__doc__) or found["result"].isnan().any(), (place, value)
+
+
+PACK = {"lengths": [15, 16, 17, 1], "H": 2, "K": 16}  # T = 49
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_seqlens": [1, 15, 31, 48, 49]}, "cu_seqlens starts at 1, expected 0"),
+        ({"cu_seqlens": [-1, 15, 31, 48, 49]}, "cu_seqlens starts at -1, expected 0"),
+        ({"cu_seqlens": [0, 31, 15, 48, 49]}, "cu_seqlens falls from 31 to 15 at sequence 1, expected to ascend"),
+        ({"cu_seqlens": [0, 15, 31, 48, 48]}, "cu_seqlens ends at 48, expected T = 49"),
+        ({"cu_seqlens": [0, 15, 31, 48, 50]}, "cu_seqlens ends at 50, expected T = 49"),
+        ({"max_seqlen": 16}, "max_seqlen = 16, but cu_seqlens has a sequence of 17 tokens"),
+        ({"queries": [0, 5, 4]}, "queries holds 5 and then 4, expected to ascend"),
+        ({"queries": [0, 5, 5]}, "queries holds 5 and then 5, expected to ascend"),
+        ({"queries": [-1, 5, 6]}, r"queries span -1 to 6; must be in \[0, T = 49\)"),
+        ({"queries": [0, 5, 49]}, r"queries span 0 to 49; must be in \[0, T = 49\)"),
+        ({"queries": [0, 5, 2]}, "queries holds 5 and then 2, expected to ascend"),
+        ({"scale": -1.0}, "scale = -1.0; must be positive"),
+    ],
+)
+@pytest.mark.parametrize("impl", [impl for name, impl in EVERY if name == "attention"])
+def test_the_values_of_a_pack_are_checked(change, message, impl):
+    arguments = inputs("attention", shape=PACK) | {"check_values": True}
+    if "queries" in change:
+        arguments["q"] = arguments["q"][:3]
+    for key, value in change.items():
+        like = torch.int64 if key == "queries" else torch.int32
+        arguments[key] = torch.tensor(value, dtype=like, device=DEVICE) if isinstance(value, list) else value
+    with pytest.raises(ValueError, match=f"varlen_attention: {message}"):
+        SPECS["attention"].function(**arguments, impl=impl)
+
+
+@pytest.mark.parametrize("size", [8, 24, 144])
+def test_a_head_size_that_triton_does_not_have_is_refused(size):
+    with pytest.raises(ValueError, match=f'varlen_attention: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"'):
+        SPECS["attention"].function(**inputs("attention", shape=PACK | {"K": size}), impl="triton")
