@@ -48,7 +48,7 @@ def shapes(draw: st.DrawFn, spec: Spec) -> Shape:
 
 
 @pytest.mark.parametrize("name", TRITON)
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_shapes_around_tiles_keep_the_bound_of_test_kernels(name, data):
     spec = SPECS[name]
@@ -265,7 +265,7 @@ def test_an_index_out_of_range_is_refused_by_name(name, key, shape):
 
 @pytest.mark.parametrize(("name", "key", "shape"), INDICES)
 def test_unchecked_a_bad_index_reads_and_writes_nothing_outside(name, key, shape):
-    """And is loud where the docstring says so. Of a wrong cu_seqlens no more is asked than that."""
+    """And is loud where the docstring says so."""
     spec = SPECS[name]
     values = (-1, -300, 300) if key == "cu_seqlens" else (-1, 10**6, 2**40, -(2**63))
     for value, place in zip(2 * values, (0, 1, -1, 0, 1, -1), strict=False):
@@ -273,7 +273,8 @@ def test_unchecked_a_bad_index_reads_and_writes_nothing_outside(name, key, shape
         arguments[key] = arguments[key].clone()
         arguments[key][place] = value
         found = run(spec, arguments | {"check_values": False}, "triton")
-        assert not (spec.function.__doc__ and "NaN" in spec.function.__doc__) or found["result"].isnan().any(), (place, value)
+        if "NaN" in str(spec.function.__doc__):
+            assert found["result"].isnan().any(), f"{key}[{place}] = {value}"
 
 
 PACK = {"lengths": [15, 16, 17, 1], "H": 2, "K": 16}  # T = 49

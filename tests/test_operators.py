@@ -104,10 +104,10 @@ def test_compiled_it_gives_the_same_bits(name, shape, dtype, dynamic):
 
 @pytest.mark.parametrize("name", TRITON)
 def test_compiled_under_autocast_it_gives_the_same_bits(name):
-    spec, arguments = SPECS[name], inputs(name)
+    spec, arguments, function = SPECS[name], inputs(name), under_autocast(SPECS[name].function)
     torch._dynamo.reset()
-    compiled = torch.compile(under_autocast(spec.function), fullgraph=True, backend="aot_eager")
-    assert_same(run(with_function(spec, under_autocast(spec.function)), arguments, "triton"), run(with_function(spec, compiled), arguments, "triton"))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(run(with_function(spec, function), arguments, "triton"), run(with_function(spec, compiled), arguments, "triton"))
 
 
 @pytest.mark.parametrize("name", TRITON)

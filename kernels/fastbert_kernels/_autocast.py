@@ -17,7 +17,7 @@ def widened(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 
 def _cast(tensors, dtype):
     device = next(x.device.type for x in tensors if x is not None)
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = dtype or torch.get_autocast_dtype(device)
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)

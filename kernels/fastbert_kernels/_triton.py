@@ -64,7 +64,7 @@ def row_key(key, position):
 @triton.jit
 def site_keys(row, site, head):
     """As `site_keys`: uint64 row keys to two uint32 of the same shape; the first comes with its lowest bit set, as masks use it."""
-    mixed = splitmix64(row + (tl.cast(site, tl.uint64) * 65536 + head + 1) * 0x9E3779B97F4A7C15)
+    mixed = splitmix64(row + (tl.cast(site, tl.uint64) * 65536 + tl.cast(head, tl.uint64) + 1) * 0x9E3779B97F4A7C15)
     return mixed.to(tl.uint32) | 1, (mixed >> 32).to(tl.uint32)
 
 

@@ -14,6 +14,7 @@ Saved for the backward pass: the padded q, k, v, P and the mask `keep`. The same
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._dropout import keep_scale, row_keys
 from fastbert_kernels._dropout_cpu import keep_mask_cpu, site_keys_cpu
@@ -70,6 +71,7 @@ def _take(x: torch.Tensor, rows: torch.Tensor, sequences: int) -> torch.Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # the inputs are cast already
     def forward(ctx, q, k, v, cu_seqlens, dropout_p, keys, site, queries, scale):
         rows, heads, size = q.shape
         total = k.shape[0]
@@ -100,6 +102,8 @@ class _Attention(torch.autograd.Function):
         return out[:rows]
 
     @staticmethod
+    @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, dout):  # type: ignore[override]
         rows, heads, size = dout.shape
         dq = dout.new_zeros(rows + 1, heads, size)

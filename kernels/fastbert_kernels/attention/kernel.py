@@ -44,7 +44,7 @@ from fastbert_kernels._worklist import ITEM, attention_worklist, one_tile
 _LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2))
 _ITEM = tl.constexpr(ITEM)
-_VARIES = ["rows", "scale", "keep_scale", "site", "threshold"]  # not worth a compilation for each value
+_VARIES = ["sequences", "rows", "tokens", "scale", "keep_scale", "site", "threshold"]  # not worth a compilation for each value
 
 
 # ------------------------------------------------------------------------------------------------------------- shared pieces
@@ -74,12 +74,22 @@ def _store(ptr, row, valid, stride, values, K: tl.constexpr):
 
 
 @triton.jit
-def _item(work_ptr, BLOCK: tl.constexpr):
+def _item(work_ptr, sequences, BLOCK: tl.constexpr):
     """Sequence of this program's item (-1: none), and its first row within the sequence; ITEM // BLOCK programs share an item."""
     SHARE: tl.constexpr = _ITEM // BLOCK
     program = tl.program_id(1)
     entry = work_ptr + 2 * (program // SHARE)
-    return tl.load(entry), tl.load(entry + 1) + program % SHARE * BLOCK
+    sequence, first = tl.load(entry), tl.load(entry + 1)
+    if sequence >= sequences or first < 0:  # the list of another batch
+        sequence = -1
+    return sequence, first + program % SHARE * BLOCK
+
+
+@triton.jit
+def _span(bounds_ptr, sequence, total):
+    """First row of a sequence, and of the next; within [0, total] whatever the bounds say."""
+    first = tl.minimum(tl.maximum(tl.load(bounds_ptr + sequence), 0), total)
+    return first, tl.minimum(tl.maximum(tl.load(bounds_ptr + sequence + 1), first), total)
 
 
 @triton.constexpr_function
@@ -90,13 +100,12 @@ def _multiplied_by_fma(ptr, precision):
 
 
 @triton.jit
-def _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, BLOCK: tl.constexpr):
-    """All query rows and all tokens of a sequence, and which of the BLOCK there are."""
-    within = tl.arange(0, BLOCK)
-    first_row, first_token = tl.load(query_bounds_ptr + sequence), tl.load(cu_seqlens_ptr + sequence)
-    asked = within < tl.load(query_bounds_ptr + sequence + 1) - first_row
-    valid = within < tl.load(cu_seqlens_ptr + sequence + 1) - first_token
-    return first_row + within, first_token + within, asked, valid
+def _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, rows, tokens, BLOCK: tl.constexpr):
+    """All query rows and all tokens of a sequence, which of the BLOCK there are, and the first of each."""
+    first_row, last_row = _span(query_bounds_ptr, sequence, rows)
+    first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
+    row, token = first_row + tl.arange(0, BLOCK), first_token + tl.arange(0, BLOCK)
+    return row, token, row < last_row, token < last_token, first_row, first_token
 
 
 @triton.jit
@@ -153,19 +162,19 @@ def _attend(
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, top_ptr, share_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    rows, scale, keep_scale, site, threshold,
+    sequences, rows, tokens, scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    sequence, offset = _item(work_ptr, BLOCK_Q)
+    head = tl.program_id(0).to(tl.int64)  # meets strides
+    sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
     if sequence < 0:
         return
-    first_row, last_row = tl.load(query_bounds_ptr + sequence), tl.load(query_bounds_ptr + sequence + 1)
+    first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     if first_row + offset >= last_row:
         return
-    first_token = tl.load(cu_seqlens_ptr + sequence)
-    length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
+    first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
+    length = last_token - first_token
 
     row = first_row + offset + tl.arange(0, BLOCK_Q)
     valid = row < last_row
@@ -195,7 +204,7 @@ def _forward_kernel(
 
     share = 1.0 / total
     _store(out_ptr + head * K, row, valid, H * K, acc * (share * keep_scale)[:, None], K)
-    slot = head.to(tl.int64) * rows + row
+    slot = head * rows + row
     tl.store(top_ptr + slot, top, mask=valid)
     tl.store(share_ptr + slot, share, mask=valid)
 
@@ -212,18 +221,17 @@ def _softmax(q, k, valid, scale, PRECISION: tl.constexpr):
 def _forward_short_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    scale, keep_scale, site, threshold,
+    rows, tokens, scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head, sequence = tl.program_id(0), tl.program_id(1)
-    row, token, asked, valid = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, BLOCK)
+    head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, token, asked, valid, first_row, first_token = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, rows, tokens, BLOCK)
     q = _load(q_ptr + head * q_head, row, asked, q_row, K)
     k = _load(k_ptr + head * k_head, token, valid, k_row, K)
     v = _load(v_ptr + head * v_head, token, valid, v_row, K)
 
     weights, total = _softmax(q, k, valid, scale, PRECISION)
     if DROPOUT:
-        first_token, first_row = tl.load(cu_seqlens_ptr + sequence), tl.load(query_bounds_ptr + sequence)
         lo, hi = _mask_keys(queries_ptr, keys_ptr, row, asked, sequence, first_token, first_row, site, head, CUT)
         weights = tl.where(keep_mask(lo, hi, 0, BLOCK, threshold), weights, 0.0)
     out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / total)[:, None]
@@ -242,17 +250,17 @@ def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p,
     bounds = _query_bounds(cu_seqlens, queries)
     tables = (bounds, cu_seqlens, queries, keys)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    numbers = (scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
+    sequences, numbers = len(cu_seqlens) - 1, (rows, len(k), scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
     constants = (heads, size, queries is not None, dropout_p > 0, dot_precision(q.dtype))
     if whole:
-        grid = (heads, len(cu_seqlens) - 1)
+        grid = (heads, sequences)
         options = _short("attention_forward_short", kind, q.dtype, size, max_seqlen)
         _forward_short_kernel[grid](q, k, v, out, *tables, *strides, *numbers, *constants, **options)
     else:
         work = attention_worklist(bounds, rows) if worklist is None or queries is not None else worklist
         options = tile("attention_forward", kind, q.dtype, size)
         grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
-        _forward_kernel[grid](q, k, v, out, *statistics, work, *tables, *strides, rows, *numbers, *constants, **options, **FUSE)
+        _forward_kernel[grid](q, k, v, out, *statistics, work, *tables, *strides, sequences, *numbers, *constants, **options, **FUSE)
     return out, statistics
 
 
@@ -262,24 +270,24 @@ def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p,
 @triton.jit(do_not_specialize=_VARIES)
 def _prepare_kernel(
     out_ptr, dout_ptr, delta_ptr, lo_ptr, hi_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
-    rows, site,
+    sequences, rows, tokens, site,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """delta = dO . O of each row, and the keys of its mask, which the other two kernels would make once for each tile of keys."""
-    head = tl.program_id(0)
-    sequence, offset = _item(work_ptr, BLOCK_Q)
+    head = tl.program_id(0).to(tl.int64)  # meets strides
+    sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
     if sequence < 0:
         return
-    first_row, last_row = tl.load(query_bounds_ptr + sequence), tl.load(query_bounds_ptr + sequence + 1)
+    first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     row = first_row + offset + tl.arange(0, BLOCK_Q)
     valid = row < last_row
     out = _load(out_ptr + head * K, row, valid, H * K, K).to(tl.float32)
     dout = _load(dout_ptr + head * K, row, valid, H * K, K).to(tl.float32)
 
-    slot = head.to(tl.int64) * rows + row
+    slot = head * rows + row
     tl.store(delta_ptr + slot, tl.sum(out * dout, 1), mask=valid)
     if DROPOUT:
-        first_token = tl.load(cu_seqlens_ptr + sequence)
+        first_token, _ = _span(cu_seqlens_ptr, sequence, tokens)
         lo, hi = _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT)
         tl.store(lo_ptr + slot, lo.to(tl.int32, bitcast=True), mask=valid)
         tl.store(hi_ptr + slot, hi.to(tl.int32, bitcast=True), mask=valid)
@@ -335,17 +343,17 @@ def _dkdv_tile(
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, dk_ptr, dv_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    rows, scale, keep_scale, threshold,
+    sequences, rows, tokens, scale, keep_scale, threshold,
     H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    sequence, offset = _item(work_ptr, BLOCK_K)
+    head = tl.program_id(0).to(tl.int64)  # meets strides
+    sequence, offset = _item(work_ptr, sequences, BLOCK_K)
     if sequence < 0:
         return
-    first_token, last_token = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
+    first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
     if first_token + offset >= last_token:
         return
-    first_row, last_row = tl.load(query_bounds_ptr + sequence), tl.load(query_bounds_ptr + sequence + 1)
+    first_row, last_row = _span(query_bounds_ptr, sequence, rows)
 
     token = first_token + offset + tl.arange(0, BLOCK_K)
     inside = token < last_token
@@ -355,13 +363,16 @@ def _dkdv_kernel(
     dv = tl.zeros([BLOCK_K, triton.next_power_of_2(K)], tl.float32)
     q_ptr += first_row.to(tl.int64) * q_row + head * q_head
     dout_ptr += first_row.to(tl.int64) * H * K + head * K
-    slot = head.to(tl.int64) * rows + first_row
+    slot = head * rows + first_row
     top_ptr, share_ptr, delta_ptr = top_ptr + slot, share_ptr + slot, delta_ptr + slot
     if DROPOUT:
         lo_ptr, hi_ptr = lo_ptr + slot, hi_ptr + slot
     count = last_row - first_row
     full = count // BLOCK_Q * BLOCK_Q
     for start in range(0, full, BLOCK_Q):
+        if _multiplied_by_fma(k_ptr, PRECISION):
+            k = _load(k_ptr + head * k_head, token, inside, k_row, K)
+            v = _load(v_ptr + head * v_head, token, inside, v_row, K)
         dk, dv = _dkdv_tile(
             k, v, dk, dv, q_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, start, count, offset,
             scale, keep_scale, threshold, K, False, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
@@ -403,24 +414,24 @@ def _dq_tile(
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, dq_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    rows, scale, keep_scale, threshold,
+    sequences, rows, tokens, scale, keep_scale, threshold,
     H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
-    sequence, offset = _item(work_ptr, BLOCK_Q)
+    head = tl.program_id(0).to(tl.int64)  # meets strides
+    sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
     if sequence < 0:
         return
-    first_row, last_row = tl.load(query_bounds_ptr + sequence), tl.load(query_bounds_ptr + sequence + 1)
+    first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     if first_row + offset >= last_row:
         return
-    first_token = tl.load(cu_seqlens_ptr + sequence)
-    length = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
+    first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
+    length = last_token - first_token
 
     row = first_row + offset + tl.arange(0, BLOCK_Q)
     valid = row < last_row
     q = _load(q_ptr + head * q_head, row, valid, q_row, K)
     dout = _load(dout_ptr + head * K, row, valid, H * K, K)
-    slot = head.to(tl.int64) * rows + row
+    slot = head * rows + row
     top, share, delta, lo, hi = _row_facts(top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT)
     k_ptr += first_token.to(tl.int64) * k_row + head * k_head
     v_ptr += first_token.to(tl.int64) * v_row + head * v_head
@@ -447,11 +458,11 @@ def _dq_kernel(
 def _backward_short_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    scale, keep_scale, site, threshold,
+    rows, tokens, scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head, sequence = tl.program_id(0), tl.program_id(1)
-    row, token, asked, valid = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, BLOCK)
+    head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, token, asked, valid, first_row, first_token = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, rows, tokens, BLOCK)
     q = _load(q_ptr + head * q_head, row, asked, q_row, K)
     k = _load(k_ptr + head * k_head, token, valid, k_row, K)
     v = _load(v_ptr + head * v_head, token, valid, v_row, K)
@@ -462,7 +473,6 @@ def _backward_short_kernel(
     dropped = weights
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
-        first_token, first_row = tl.load(cu_seqlens_ptr + sequence), tl.load(query_bounds_ptr + sequence)
         lo, hi = _mask_keys(queries_ptr, keys_ptr, row, asked, sequence, first_token, first_row, site, head, CUT)
         keep = keep_mask(lo, hi, 0, BLOCK, threshold)
         dropped = tl.where(keep, weights, 0.0)
@@ -487,12 +497,12 @@ def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys
     bounds = _query_bounds(cu_seqlens, queries)
     tables = (bounds, cu_seqlens, queries, keys)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    scales = (scale * _LOG2E, keep_scale(dropout_p))
+    sequences, sizes, scales = len(cu_seqlens) - 1, (rows, len(k)), (scale * _LOG2E, keep_scale(dropout_p))
     cut, drop, precision = queries is not None, dropout_p > 0, dot_precision(q.dtype)
     if one_tile(q.dtype, max_seqlen):
-        grid = (heads, len(cu_seqlens) - 1)
+        grid = (heads, sequences)
         options = _short("attention_backward_short", kind, q.dtype, size, max_seqlen)
-        numbers, constants = (*scales, site, threshold(dropout_p)), (heads, size, cut, drop, precision)
+        numbers, constants = (*sizes, *scales, site, threshold(dropout_p)), (heads, size, cut, drop, precision)
         _backward_short_kernel[grid](q, k, v, dout, dq, dk, dv, *tables, *strides, *numbers, *constants, **options)
         return dq, dk, dv
 
@@ -502,9 +512,13 @@ def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys
     grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
     delta = torch.empty_like(statistics[0])
     lo, hi = (torch.empty_like(delta, dtype=torch.int32) if drop else None for _ in range(2))
-    _prepare_kernel[grid](out, dout, delta, lo, hi, work, *tables, rows, site, heads, size, cut, drop, **options, **FUSE)
+    _prepare_kernel[grid](out, dout, delta, lo, hi, work, *tables, sequences, *sizes, site, heads, size, cut, drop, **options, **FUSE)
 
-    facts, numbers, constants = (*statistics, delta, lo, hi), (rows, *scales, threshold(dropout_p)), (heads, size, drop, precision)
+    facts, numbers, constants = (
+        (*statistics, delta, lo, hi),
+        (sequences, *sizes, *scales, threshold(dropout_p)),
+        (heads, size, drop, precision),
+    )
     options = tile("attention_dkdv", kind, q.dtype, size)
     grid = (heads, len(key_work) * (ITEM // options["BLOCK_K"]))
     _dkdv_kernel[grid](q, k, v, dout, *facts, dk, dv, key_work, *tables[:2], *strides, *numbers, *constants, **options, **FUSE)
@@ -524,7 +538,15 @@ def production() -> list[Production]:
         bounds = dict.fromkeys(("work_ptr", "query_bounds_ptr", "cu_seqlens_ptr"), "*i32")
         strides = dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32")
         facts = dict.fromkeys(("top_ptr", "share_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(("lo_ptr", "hi_ptr"), "*i32")
-        numbers = {"rows": "i32", "scale": "fp32", "keep_scale": "fp32", "site": "i32", "threshold": "i32"}
+        numbers = {
+            "sequences": "i32",
+            "rows": "i32",
+            "tokens": "i32",
+            "scale": "fp32",
+            "keep_scale": "fp32",
+            "site": "i32",
+            "threshold": "i32",
+        }
         sizes = {"H": 12, "K": 64, "CUT": False, "PRECISION": dot_precision(dtype), "queries_ptr": None, "keys_ptr": "*i64", "BLOCK": ITEM}
         inputs = dict((q, k, v, out, dout)) | gradients | bounds | strides | facts | numbers | sizes
         walked = {  # the operands of each kernel whose loads must be wide

@@ -3,6 +3,7 @@
 import itertools
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._autocast import lowered
 from fastbert_kernels._checks import (
@@ -57,6 +58,7 @@ def varlen_attention(
         scale: positive factor of the scores; 1 / sqrt(K) if None.
         worklist: `attention_worklist(cu_seqlens, T)`, which a model makes once for all its layers; made here if None. "triton" only.
         check_values: whether to look into cu_seqlens and queries: None on a CPU alone, True on a GPU too, which waits for the device.
+            Unchecked, "triton" reads and writes nothing out of bounds whatever they hold; what then comes out means nothing.
         impl: "triton", "cpu" or "reference".
 
     Returns:
@@ -74,7 +76,7 @@ def varlen_attention(
     _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, check_values)
     check_implementation("varlen_attention", impl, tuple(_IMPLEMENTATIONS))
     if impl == "triton":
-        _check_for_triton(q, k, v, worklist)
+        _check_for_triton(q, k, v, worklist, cu_seqlens=cu_seqlens, queries=queries, keys=keys)
         return _VarlenAttention.apply(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale, worklist)
     return _IMPLEMENTATIONS[impl](q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale)
 
@@ -90,7 +92,7 @@ def _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, che
         check_tensor(name, "queries", queries, (q.shape[0],), torch.int64)
     check_dropout(name, dropout_p, keys, cu_seqlens.shape[0] - 1)
     check_device(name, k.device, q=q, v=v, cu_seqlens=cu_seqlens, keys=keys, queries=queries)
-    if scale <= 0:
+    if not scale > 0:
         raise ValueError(f"{name}: scale = {scale}; must be positive")
     if values_checked(check_values, k):
         _check_bounds(cu_seqlens.tolist(), total, max_seqlen)
@@ -119,9 +121,9 @@ def _check_queries(queries: list[int], total: int) -> None:
             raise ValueError(f"varlen_attention: queries holds {a} and then {b}, expected to ascend")
 
 
-def _check_for_triton(q, k, v, worklist) -> None:
+def _check_for_triton(q, k, v, worklist, **tables) -> None:
     name = "varlen_attention"
-    check_triton(name, q=q, k=k, v=v)
+    check_triton(name, q=q, k=k, v=v, worklist=worklist, **tables)
     size = k.shape[2]
     if size % 16 or not 16 <= size <= 128:
         raise ValueError(f'{name}: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"')
@@ -174,6 +176,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         dq, dk, dv = BACKWARD(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers)
         return dq, dk, dv, *(None,) * 8

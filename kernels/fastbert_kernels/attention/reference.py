@@ -22,4 +22,4 @@ def reference(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, s
             kept = keep_mask(lo[first:last].T, hi[first:last].T, end - start, dropout_p)
             weights = weights * kept * keep_scale(dropout_p)
         outputs.append(torch.einsum("hij,jhk->ihk", weights, v[start:end].to(wide)))
-    return torch.cat(outputs).to(q.dtype)
+    return torch.cat([q[:0].to(wide), *outputs]).to(q.dtype)

@@ -6,6 +6,7 @@ normalised in fp32. dweight is our own product and sum: torch's LayerNorm adds i
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._dropout import keep_scale
 from fastbert_kernels._dropout_cpu import row_keep_mask_cpu
@@ -30,6 +31,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         *rows, z, mean, rstd, weight, shift, keep = ctx.saved_tensors
         dy = dy.to(z.dtype)

@@ -1,6 +1,7 @@
 """`embedding_layer_norm`: the input of BERT."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._autocast import widened
 from fastbert_kernels._checks import (
@@ -140,6 +141,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         *dtables, vectors = _BACKWARD(dy.contiguous(), *ctx.saved_tensors, ctx.dropout_p, ctx.site)
         dweight, dshift = vectors.unbind()

@@ -1,6 +1,7 @@
 """`bias_gelu`: the activation between the two matrices of the feed-forward sublayer, and of the MLM head."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._autocast import lowered
 from fastbert_kernels._checks import FLOATS, check_device, check_implementation, check_tensor, check_triton
@@ -67,6 +68,7 @@ class _BiasGelu(torch.autograd.Function):
         return _FORWARD(x, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         return _BACKWARD(dy.contiguous(), *ctx.saved_tensors)
 

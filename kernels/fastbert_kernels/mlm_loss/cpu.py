@@ -9,6 +9,7 @@ gradients, which it only scales (by 1 in ordinary training). Without gradients (
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 _SLAB = 1 << 22  # logits held at once: 16 MB in fp32
 
@@ -57,6 +58,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         return losses.sum() / total, losses, hits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss, _losses, _hits):  # type: ignore[override]
         drows, dweight, dbias, positions = ctx.saved_tensors
         if dloss != 1:

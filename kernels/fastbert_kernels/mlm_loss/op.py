@@ -1,6 +1,7 @@
 """`masked_cross_entropy`: the loss of the masked tokens under the tied vocabulary projection."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._autocast import lowered
 from fastbert_kernels._checks import FLOATS, check_device, check_implementation, check_range, check_tensor, check_triton, values_checked
@@ -117,6 +118,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         return losses.sum() / total, losses, hits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss, _losses, _hits):  # type: ignore[override]
         return *_BACKWARD(dloss / ctx.total, *ctx.saved_tensors), None, None, None
 

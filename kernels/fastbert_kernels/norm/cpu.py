@@ -7,6 +7,7 @@ Saved for the backward pass: z, the mean and rstd of each row, and the mask.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._dropout import keep_scale
 from fastbert_kernels._dropout_cpu import row_keep_mask_cpu
@@ -29,6 +30,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         z, mean, rstd, weight, shift, keep = ctx.saved_tensors
         dz, dweight, dshift = torch.ops.aten.native_layer_norm_backward(

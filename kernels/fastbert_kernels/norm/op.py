@@ -1,6 +1,7 @@
 """`dropout_add_layer_norm`, the end of every sublayer of BERT, and plain `layer_norm`."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._autocast import widened
 from fastbert_kernels._checks import FLOATS, check_device, check_dropout, check_implementation, check_tensor, check_triton
@@ -119,6 +120,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         _, bias, residual, *_ = ctx.saved_tensors
         dx, dresidual, vectors = _BACKWARD(dy.contiguous(), *ctx.saved_tensors, ctx.dropout_p, ctx.site)
