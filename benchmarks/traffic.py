@@ -187,7 +187,7 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
 
     if one_tile(dtype, given["max_seqlen"]):
         block = max(16, power_of_2(given["max_seqlen"]))
-        tables = len(rows) * (16 + 16 * drop)
+        tables = len(rows) * (16 + 8 * drop)
         forward = (2 * row + place) * sum(rows) + 2 * row * sum(tokens) + tables  # q, out; k, v
         backward = (3 * row + place) * sum(rows) + 4 * row * sum(tokens) + tables  # q, dout, dq; k, v, dk, dv
         return {
@@ -222,8 +222,8 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
     of_dkdv, of_dq = blocks("attention_dkdv", "BLOCK_K", "BLOCK_Q"), blocks("attention_dq", "BLOCK_Q", "BLOCK_K")
     return {
         "_forward_kernel": work(2, rows, tokens, of_forward, 2 * row + 8 + place, 2 * row, again, tile=8 + 8 * drop),
-        "_prepare_kernel": work(0, rows, tokens, of_prepare, 2 * row + 4 + 8 * drop + place, 0, item=8 + 12 * drop, tile=0),
-        "_dkdv_kernel": work(4, tokens, rows, of_dkdv, 4 * row, 2 * row + facts),
+        "_prepare_kernel": work(0, rows, tokens, of_prepare, 2 * row + 4 + 8 * drop + place, 0, item=8 + 16 * drop, tile=0),
+        "_dkdv_kernel": work(4, tokens, rows, of_dkdv, 4 * row, 2 * row + facts, 2 * again),
         "_dq_kernel": work(3, rows, tokens, of_dq, 3 * row + facts, 2 * row, 2 * again),
     }
 

@@ -72,8 +72,8 @@ def site_keys(row, site, head):
 def keep_mask(lo, hi, first_column, COLUMNS: tl.constexpr, threshold):
     """As `keep_mask`: which elements of [ROWS, COLUMNS] are kept, from the site keys [ROWS]; `first_column` is even.
 
-    4.5 instructions an element: each half of a word is compared where it stands in the upper bits, the bits below it never matter, and
-    words are interleaved, not masks, which would travel as bytes.
+    Six instructions for two elements, and a comparison each: a half of a word is compared where it stands in the upper bits, the bits
+    below it never matter; words are interleaved, not masks, which would travel as bytes.
     """
     pair = (first_column // 2 + tl.arange(0, COLUMNS // 2)).to(tl.uint32)
     x = lo[:, None] * pair[None, :] + hi[:, None]

@@ -149,8 +149,8 @@ def _attend(
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(weights, 1)
     if DROPOUT:
-        # A product, not a selection: that the compiler would move behind the rounding to 16 bits, where pairs are packed. And a
-        # product with constants, whose masks wait in ordinary registers: 14.3 instructions an element in all, 17.3 with keep_scale here.
+        # A product, not a selection: that the compiler would move behind the rounding to 16 bits, where pairs are packed. And one with
+        # constants: with keep_scale here, masks wait for the scores as packed bits (three instructions more a score, of 17, on sm_90).
         weights *= tl.where(keep_mask(lo, hi, start, BLOCK_K, threshold), 1.0, 0.0)
 
     v = _load(v_ptr, key, valid, v_row, K)
@@ -166,7 +166,7 @@ def _forward_kernel(
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)  # meets strides
+    head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
     if sequence < 0:
         return
@@ -178,9 +178,9 @@ def _forward_kernel(
 
     row = first_row + offset + tl.arange(0, BLOCK_Q)
     valid = row < last_row
-    q = _load(q_ptr + head * q_head, row, valid, q_row, K)
-    k_ptr += first_token.to(tl.int64) * k_row + head * k_head
-    v_ptr += first_token.to(tl.int64) * v_row + head * v_head
+    q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
+    k_ptr += first_token.to(tl.int64) * k_row + head.to(tl.int64) * k_head
+    v_ptr += first_token.to(tl.int64) * v_row + head.to(tl.int64) * v_head
     lo, hi = row.to(tl.uint32), row.to(tl.uint32)
     if DROPOUT:
         lo, hi = _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT)
@@ -191,7 +191,7 @@ def _forward_kernel(
     full = length // BLOCK_K * BLOCK_K
     for start in range(0, full, BLOCK_K):
         if _multiplied_by_fma(q_ptr, PRECISION):
-            q = _load(q_ptr + head * q_head, row, valid, q_row, K)
+            q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
         acc, top, total = _attend(
             q, acc, top, total, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold,
             K, False, DROPOUT, PRECISION, BLOCK_K,
@@ -204,7 +204,7 @@ def _forward_kernel(
 
     share = 1.0 / total
     _store(out_ptr + head * K, row, valid, H * K, acc * (share * keep_scale)[:, None], K)
-    slot = head * rows + row
+    slot = head.to(tl.int64) * rows + row
     tl.store(top_ptr + slot, top, mask=valid)
     tl.store(share_ptr + slot, share, mask=valid)
 
@@ -224,11 +224,11 @@ def _forward_short_kernel(
     rows, tokens, scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, sequence = tl.program_id(0), tl.program_id(1)
     row, token, asked, valid, first_row, first_token = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, rows, tokens, BLOCK)
-    q = _load(q_ptr + head * q_head, row, asked, q_row, K)
-    k = _load(k_ptr + head * k_head, token, valid, k_row, K)
-    v = _load(v_ptr + head * v_head, token, valid, v_row, K)
+    q = _load(q_ptr + head.to(tl.int64) * q_head, row, asked, q_row, K)
+    k = _load(k_ptr + head.to(tl.int64) * k_head, token, valid, k_row, K)
+    v = _load(v_ptr + head.to(tl.int64) * v_head, token, valid, v_row, K)
 
     weights, total = _softmax(q, k, valid, scale, PRECISION)
     if DROPOUT:
@@ -274,7 +274,7 @@ def _prepare_kernel(
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """delta = dO . O of each row, and the keys of its mask, which the other two kernels would make once for each tile of keys."""
-    head = tl.program_id(0).to(tl.int64)  # meets strides
+    head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
     if sequence < 0:
         return
@@ -284,7 +284,7 @@ def _prepare_kernel(
     out = _load(out_ptr + head * K, row, valid, H * K, K).to(tl.float32)
     dout = _load(dout_ptr + head * K, row, valid, H * K, K).to(tl.float32)
 
-    slot = head * rows + row
+    slot = head.to(tl.int64) * rows + row
     tl.store(delta_ptr + slot, tl.sum(out * dout, 1), mask=valid)
     if DROPOUT:
         first_token, _ = _span(cu_seqlens_ptr, sequence, tokens)
@@ -346,7 +346,7 @@ def _dkdv_kernel(
     sequences, rows, tokens, scale, keep_scale, threshold,
     H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)  # meets strides
+    head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_K)
     if sequence < 0:
         return
@@ -357,13 +357,13 @@ def _dkdv_kernel(
 
     token = first_token + offset + tl.arange(0, BLOCK_K)
     inside = token < last_token
-    k = _load(k_ptr + head * k_head, token, inside, k_row, K)
-    v = _load(v_ptr + head * v_head, token, inside, v_row, K)
+    k = _load(k_ptr + head.to(tl.int64) * k_head, token, inside, k_row, K)
+    v = _load(v_ptr + head.to(tl.int64) * v_head, token, inside, v_row, K)
     dk = tl.zeros([BLOCK_K, triton.next_power_of_2(K)], tl.float32)
     dv = tl.zeros([BLOCK_K, triton.next_power_of_2(K)], tl.float32)
-    q_ptr += first_row.to(tl.int64) * q_row + head * q_head
+    q_ptr += first_row.to(tl.int64) * q_row + head.to(tl.int64) * q_head
     dout_ptr += first_row.to(tl.int64) * H * K + head * K
-    slot = head * rows + first_row
+    slot = head.to(tl.int64) * rows + first_row
     top_ptr, share_ptr, delta_ptr = top_ptr + slot, share_ptr + slot, delta_ptr + slot
     if DROPOUT:
         lo_ptr, hi_ptr = lo_ptr + slot, hi_ptr + slot
@@ -371,8 +371,8 @@ def _dkdv_kernel(
     full = count // BLOCK_Q * BLOCK_Q
     for start in range(0, full, BLOCK_Q):
         if _multiplied_by_fma(k_ptr, PRECISION):
-            k = _load(k_ptr + head * k_head, token, inside, k_row, K)
-            v = _load(v_ptr + head * v_head, token, inside, v_row, K)
+            k = _load(k_ptr + head.to(tl.int64) * k_head, token, inside, k_row, K)
+            v = _load(v_ptr + head.to(tl.int64) * v_head, token, inside, v_row, K)
         dk, dv = _dkdv_tile(
             k, v, dk, dv, q_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, start, count, offset,
             scale, keep_scale, threshold, K, False, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
@@ -417,7 +417,7 @@ def _dq_kernel(
     sequences, rows, tokens, scale, keep_scale, threshold,
     H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)  # meets strides
+    head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
     if sequence < 0:
         return
@@ -429,18 +429,18 @@ def _dq_kernel(
 
     row = first_row + offset + tl.arange(0, BLOCK_Q)
     valid = row < last_row
-    q = _load(q_ptr + head * q_head, row, valid, q_row, K)
+    q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
     dout = _load(dout_ptr + head * K, row, valid, H * K, K)
-    slot = head * rows + row
+    slot = head.to(tl.int64) * rows + row
     top, share, delta, lo, hi = _row_facts(top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT)
-    k_ptr += first_token.to(tl.int64) * k_row + head * k_head
-    v_ptr += first_token.to(tl.int64) * v_row + head * v_head
+    k_ptr += first_token.to(tl.int64) * k_row + head.to(tl.int64) * k_head
+    v_ptr += first_token.to(tl.int64) * v_row + head.to(tl.int64) * v_head
 
     dq = tl.zeros([BLOCK_Q, triton.next_power_of_2(K)], tl.float32)
     full = length // BLOCK_K * BLOCK_K
     for start in range(0, full, BLOCK_K):
         if _multiplied_by_fma(q_ptr, PRECISION):
-            q = _load(q_ptr + head * q_head, row, valid, q_row, K)
+            q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
             dout = _load(dout_ptr + head * K, row, valid, H * K, K)
         dq = _dq_tile(
             q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, keep_scale, threshold,
@@ -461,11 +461,11 @@ def _backward_short_kernel(
     rows, tokens, scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head, sequence = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, sequence = tl.program_id(0), tl.program_id(1)
     row, token, asked, valid, first_row, first_token = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, rows, tokens, BLOCK)
-    q = _load(q_ptr + head * q_head, row, asked, q_row, K)
-    k = _load(k_ptr + head * k_head, token, valid, k_row, K)
-    v = _load(v_ptr + head * v_head, token, valid, v_row, K)
+    q = _load(q_ptr + head.to(tl.int64) * q_head, row, asked, q_row, K)
+    k = _load(k_ptr + head.to(tl.int64) * k_head, token, valid, k_row, K)
+    v = _load(v_ptr + head.to(tl.int64) * v_head, token, valid, v_row, K)
     dout = _load(dout_ptr + head * K, row, asked, H * K, K)
 
     weights, total = _softmax(q, k, valid, scale, PRECISION)
