@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from fastbert.errors import InputError
 from fastbert.training import checkpoint
 from fastbert.training.loop import pretrain
 from fastbert.training.metrics import STEP_KEYS, read_metrics
+from tests.sanitizer import sanitize
 
 ROOT = Path(__file__).parents[1]
 CLOCK = ("seconds", "tokens_per_s", "training_seconds")  # what differs between two equal runs
@@ -99,6 +101,19 @@ def refusal(recipe: Path, *overrides: str, resume: bool = False) -> str:
         train(recipe, *overrides, resume=resume)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_the_triton_kernels_train_the_same_model(recipe, tmp_path):
+    """The recipe's own switch, dropout on: the steps and the held-out loss of the reference, to rounding."""
+    short = ("batch.sequences=3", "evaluate.sequences=2", "evaluate.every=3", "stop.steps=3")
+    for kernels in ("triton", "reference"):
+        with sanitize() if kernels == "triton" and not torch.cuda.is_available() else contextlib.nullcontext():
+            assert train(recipe, f"runtime.kernels={kernels}", f"run={tmp_path / kernels}", *short) == 0
+    for kind, keys in ((None, ("loss_mlm", "loss_nsp", "grad_norm")), ("evaluate", ("loss_mlm", "loss_nsp"))):
+        ours, reference = (lines(tmp_path / kernels, kind) for kernels in ("triton", "reference"))
+        assert len(ours) == len(reference) > 0
+        for one, other in zip(ours, reference, strict=True):
+            assert [one[key] for key in keys] == pytest.approx([other[key] for key in keys], rel=1e-4)
 
 
 def test_resumed_in_another_process_it_is_the_same_to_the_last_digit(recipe, tmp_path):
@@ -311,10 +326,11 @@ def test_what_deepspeed_refuses_is_one_line(recipe, tmp_path, values, message):
     [
         (["data=no/such"], "no/such: no such store"),
         (["runtime.deepspeed=no/such.json"], "runtime.deepspeed = 'no/such.json': no such file"),
-        (["runtime.kernels=triton"], 'runtime.kernels = "triton"'),
+        (["runtime.kernels=triton"], 'runtime.kernels = "triton" needs a GPU'),
     ],
 )
-def test_bad_input_leaves_nothing_behind(recipe, tmp_path, overrides, message):
+def test_bad_input_leaves_nothing_behind(recipe, tmp_path, overrides, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert message in refusal(recipe, *overrides)
     assert not (tmp_path / "run").exists()
 
