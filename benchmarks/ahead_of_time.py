@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -26,7 +27,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ PACKAGE = Path(fastbert_kernels.__file__).parent
 RECORD = PACKAGE / "resources.json"
 COMMAND = "python -m benchmarks.ahead_of_time"
 WIDE = 128  # bits: the widest load of sm_90; a warp then reads 512 bytes at once
-WORKERS = 2  # threads, as the compilers release Python's lock; the tests share the machine
+WORKERS = 2  # processes; the tests share the machine
 
 
 class Device(NamedTuple):
@@ -355,9 +355,20 @@ def compile_all(jobs: Iterable[tuple]) -> list[Figures]:
             message = f"Triton {triton.__version__} has no working {tool}; its wheels carry it in triton/backends/nvidia/bin"
             raise SystemExit(message) from error
 
-    with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), ThreadPoolExecutor(WORKERS) as pool:
+    _jobs[:] = jobs
+    with tempfile.TemporaryDirectory() as cache, knobs.cache.scope():
         knobs.cache.dir = cache
-        return list(pool.map(lambda job: measure(*job), jobs))
+        # A process for each, all forked from the same state: LLVM's choices depend on where its objects lie in memory, so what was
+        # compiled before, or at the same time, would move registers to and fro.
+        with multiprocessing.get_context("fork").Pool(WORKERS, maxtasksperchild=1) as pool:
+            return pool.map(_measure, range(len(_jobs)), chunksize=1)
+
+
+_jobs: list[tuple] = []  # for the forked processes: kernels cannot be sent
+
+
+def _measure(index: int) -> Figures:
+    return measure(*_jobs[index])
 
 
 def table(found: list[Figures]) -> str:
