@@ -211,7 +211,7 @@ def advise(
     """One line for each thing that is missing or slow, with what to do about it."""
     lines = [f"{name} is not installed: pip install {name}" for name in PACKAGES if not versions[name] and name != "triton"]
     if gpus and not versions["triton"]:
-        lines.append("triton is not installed: pip install triton; without it a GPU runs the plain torch definitions")
+        lines.append("triton is not installed: pip install triton; without it a GPU has runtime.kernels = reference alone")
     if tools["nvidia-smi"] and versions["torch"] and not gpus:
         lines.append("there is a GPU driver, but torch sees no GPU: install a torch built for CUDA")
     if not tools["g++"]:

@@ -11,6 +11,7 @@ Source: Devlin et al., 2019; the same function as transformers' BertForPreTraini
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any, NamedTuple
 
@@ -35,14 +36,16 @@ from fastbert_kernels import (
 
 def resolve_kernels(name: str, device: str) -> str:
     """Which implementation "auto" means on "cpu" or "cuda"; raises InputError where the asked one cannot run."""
+    if name == "cpu" and device != "cpu":
+        raise InputError(f'runtime.kernels = "cpu" cannot run on {device}; use auto, triton or reference')
     if name == "auto":
-        return "cpu" if device == "cpu" else "triton"
+        name = "cpu" if device == "cpu" else "triton"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise InputError('runtime.kernels = "triton" needs Triton: pip install triton, or use reference')
     if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError(
             'runtime.kernels = "triton" needs a GPU; use auto or cpu, or set TRITON_INTERPRET=1 to run the kernels in Triton\'s interpreter (slow)'
         )
-    if name == "cpu" and device != "cpu":
-        raise InputError(f'runtime.kernels = "cpu" cannot run on {device}; use auto, triton or reference')
     return name
 
 
