@@ -307,7 +307,9 @@ def faults(found: list[Figures]) -> list[str]:
 
 # What is on record
 
-_MARGIN = {"registers": REGISTER_UNIT, "spilled": 0, "shared": 1024, "programs": 0}  # beyond it a figure counts as changed
+# Beyond it a figure counts as changed. Compiled in processes of their own kernels came out the same every time, on one machine; side by
+# side in one process they differed by up to 28 registers and 40 bytes, and may do so on another machine.
+_MARGIN = {"registers": 4 * REGISTER_UNIT, "spilled": 64, "shared": 1024, "programs": 1}
 
 
 def changes(found: list[Figures], record: dict[str, Any]) -> tuple[list[str], list[str]]:
