@@ -12,11 +12,9 @@ Leaving the block raises SanitizerError with a line for every fault:
 - two lanes of one store that write different values to one element;
 - a `tl.device_assert`, `tl.assume` or (of a number) `tl.multiple_of` that does not hold.
 
-It also makes the interpreter compute as a GPU does where the stock one is wrong: bf16 (handles hold float32 values, rounded to
-nearest even whenever a handle is made), fp16 dot products and sums (in fp32), `fma` (rounded once), `maximum` and `minimum` of
-NaN, `umulhi` of negative numbers, the types of arguments (a Python float is fp32, so that a product with bf16 is fp32, as when
-compiled; stock it is bf16), the least size of `tl.dot` (an inner dimension of 16). What the language leaves undefined is
-poisoned: a lane masked off without `other` loads NaN or the largest integer.
+Its arithmetic is that of a GPU where the stock interpreter's is not, bf16 above all (`gpu_arithmetic.py`). The types of arguments are
+those of a compiled kernel (a Python float is fp32, so that a product with bf16 is fp32; stock it is bf16). What the language leaves
+undefined is poisoned: a lane masked off without `other` loads NaN or the largest integer.
 
 How: `sanitize` replaces the interpreter's builder by `_Builder`, and a few of its functions, for the time of the block. The
 type of a pointer carries the argument it came from through all pointer arithmetic. Every storage of a launch has shadow
@@ -51,8 +49,10 @@ import triton
 import triton.language as tl
 from triton import knobs
 from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, TensorHandle
+from triton.runtime.interpreter import GridExecutor, TensorHandle
 from triton.runtime.jit import mangle_type
+
+from tests.gpu_arithmetic import ARITHMETIC_PATCHES, GpuArithmetic, decode, encode, np_dtype, round_bf16
 
 RIVALS = {"load": ("store", "atomic"), "store": ("store", "load", "atomic"), "atomic": ("store", "load")}
 VERBS = {"load": "loads", "store": "stores", "atomic": "atomically updates"}
@@ -183,14 +183,13 @@ class _Pointer(tl.pointer_type):
         self.argument = argument
 
 
-class _Builder(InterpreterBuilder):
-    """The interpreter's operations, with memory accesses checked and arithmetic corrected."""
+class _Builder(GpuArithmetic):
+    """The interpreter's operations, with memory accesses checked."""
 
     def __init__(self, report: Report, order: str | int):
         super().__init__()
         # debug: device_assert is executed. Stock int32 arithmetic is done a second time in int64, to no effect.
         self.options = dataclasses.replace(self.options, debug=True, sanitize_overflow=False)
-        self.codegen_fns["min_dot_size"] = lambda lhs, rhs: (1, 1, 32 if lhs.scalar.primitive_bitwidth == 8 else 16)  # as CUDA
         self.report, self.order = report, order
 
     # ---- launches
@@ -228,7 +227,7 @@ class _Builder(InterpreterBuilder):
         ty: Any = tl.str_to_ty(mangle_type(value), None)
         if argument := self.arguments.get(id(value)):
             return tl.tensor(TensorHandle(np.array([argument.address], np.uint64), _Pointer(ty.element_ty, argument)), ty)
-        return tl.tensor(TensorHandle(np.array([value], _np_dtype(ty)), ty), ty)
+        return tl.tensor(TensorHandle(np.array([value], np_dtype(ty)), ty), ty)
 
     def end(self) -> None:
         for argument in self.arguments.values():
@@ -308,18 +307,18 @@ class _Builder(InterpreterBuilder):
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
         dtype, shape = ptrs.get_element_ty(), ptrs.data.shape
         argument, index, lanes = self._touch(ptrs, mask, "load")
-        values = _decode(argument.memory.take(index), dtype)
+        values = decode(argument.memory.take(index), dtype)
         if lanes is None:
             return TensorHandle(values.reshape(shape), dtype)
-        undefined = np.nan if dtype.is_floating() else np.iinfo(_np_dtype(dtype)).max
-        data = np.full(shape, undefined if other is None else other.data, _np_dtype(dtype))
+        undefined = np.nan if dtype.is_floating() else np.iinfo(np_dtype(dtype)).max
+        data = np.full(shape, undefined if other is None else other.data, np_dtype(dtype))
         data[lanes] = values
         return TensorHandle(data, dtype)
 
     def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
         argument, index, lanes = self._touch(ptrs, mask, "store")
         values = np.broadcast_to(value.data, ptrs.data.shape)
-        raw = _encode(values.ravel() if lanes is None else values[lanes], ptrs.get_element_ty())
+        raw = encode(values.ravel() if lanes is None else values[lanes], ptrs.get_element_ty())
         argument.memory[index] = raw
         differs = argument.memory.take(index) != raw
         if differs.any():
@@ -334,8 +333,8 @@ class _Builder(InterpreterBuilder):
             return super().create_atomic_rmw(rmwOp, ptr, TensorHandle(values, val.dtype), TensorHandle(lanes, tl.int1), sem, scope)
         before = np.zeros(shape, np.float32)
         for lane, i in zip(np.argwhere(lanes), index, strict=True):  # one by one: lanes may share an element
-            before[tuple(lane)] = old = _decode(argument.memory[i : i + 1], dtype).item()
-            argument.memory[i] = _encode(_round_bf16(old + values[tuple(lane)]), dtype).item()  # bf16 has no atomic but `add`
+            before[tuple(lane)] = old = decode(argument.memory[i : i + 1], dtype).item()
+            argument.memory[i] = encode(round_bf16(old + values[tuple(lane)]), dtype).item()  # bf16 has no atomic but `add`
         return TensorHandle(before, dtype)
 
     def create_atomic_cas(self, ptr, cmp, val, sem, scope):
@@ -346,7 +345,7 @@ class _Builder(InterpreterBuilder):
         dst = dst_type.scalar
         if dst.is_ptr():
             return TensorHandle(src.data.view(np.uint64), _Pointer(dst.element_ty, getattr(src.dtype.scalar, "argument", None)))
-        return TensorHandle(_decode(_encode(src.data, src.dtype.scalar), dst), dst)
+        return TensorHandle(decode(encode(src.data, src.dtype.scalar), dst), dst)
 
     create_int_to_ptr = create_ptr_to_int = create_bitcast
 
@@ -358,139 +357,16 @@ class _Builder(InterpreterBuilder):
         if not np.all(condition.data):
             self.fault("assume", "", [], "does not hold")
 
-    # ---- arithmetic
-
-    def get_bf16(self, value):
-        return TensorHandle(np.array([value], np.float32), tl.bfloat16)
-
-    def cast_impl(self, src, dst_type):
-        return TensorHandle(src.data.astype(_np_dtype(dst_type)), dst_type.scalar)
-
-    def create_fp_to_fp(self, src, dst_type, rounding_mode):
-        if src.dtype.scalar.is_bf16() or dst_type.scalar.is_bf16():
-            raise NotImplementedError("sanitize: bf16 to or from fp8, or rounded towards zero")
-        return super().create_fp_to_fp(src, dst_type, rounding_mode)
-
-    def binary_op(self, lhs, rhs, op):
-        data = op(lhs.data, rhs.data)
-        if data.dtype == bool:
-            return TensorHandle(data, tl.int1)
-        return TensorHandle(data.astype(_np_dtype(lhs.dtype), copy=False), lhs.dtype.scalar)
-
-    def create_maxnumf(self, lhs, rhs):
-        return self.binary_op(lhs, rhs, np.fmax)
-
-    def create_minnumf(self, lhs, rhs):
-        return self.binary_op(lhs, rhs, np.fmin)
-
-    def create_fma(self, x, y, z):
-        wide = x.data.astype(np.float64) * y.data + z.data  # the product of two fp32 is exact in fp64
-        return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
-
-    def create_fabs(self, arg):
-        return TensorHandle(np.fabs(arg.data), arg.dtype.scalar)
-
-    def create_erf(self, arg):
-        return TensorHandle(torch.erf(torch.from_numpy(np.array(arg.data))).numpy(), arg.dtype.scalar)
-
-    def create_umulhi(self, lhs, rhs):
-        unsigned = [TensorHandle(x.data.view(f"u{x.data.itemsize}"), x.dtype.scalar) for x in (lhs, rhs)]
-        high = super().create_umulhi(*unsigned).data
-        return TensorHandle(high.view(lhs.data.dtype), lhs.dtype.scalar)
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    def create_dot(self, a, b, *others):
         self.launch.flops += 2 * a.data.size * b.data.shape[-1]
-        if a.dtype.scalar.primitive_bitwidth == 8 or a.data.dtype == np.float64:
-            return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
-        product = np.matmul(a.data.astype(np.float32, copy=False), b.data.astype(np.float32, copy=False))
-        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
-
-
-# ---- bf16: a float32 array whose values bf16 can hold
-
-
-def _round_bf16(data: np.ndarray) -> np.ndarray:
-    """float32, rounded to nearest even; NaN stays NaN."""
-    return torch.from_numpy(np.array(data)).bfloat16().float().numpy()
-
-
-def _encode(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
-    """The values of a handle as they lie in memory, as unsigned integers."""
-    if dtype.is_bf16():
-        return (np.ascontiguousarray(data, np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    data = np.ascontiguousarray(data, _np_dtype(dtype))
-    return data.view(f"u{data.itemsize}")
-
-
-def _decode(raw: np.ndarray, dtype: tl.dtype) -> np.ndarray:
-    """The inverse of `_encode`."""
-    return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32) if dtype.is_bf16() else raw.view(_np_dtype(dtype))
-
-
-_np_dtypes: dict[str, np.dtype] = {}
-
-
-def _np_dtype(dtype: Any) -> np.dtype:
-    """The stock function builds its table anew in every call."""
-    name = dtype.scalar.name
-    if name not in _np_dtypes:
-        _np_dtypes[name] = np.dtype(np.float32) if name == "bf16" else _stock_np_dtype(dtype)
-    return _np_dtypes[name]
-
-
-def _fits(data: np.ndarray, dtype: Any) -> bool:
-    return dtype.scalar.is_bf16() or _stock_validate(data, dtype)
-
-
-def _round_new_handle(handle: TensorHandle) -> None:
-    if handle.dtype.scalar.is_bf16() and handle.data.dtype == np.float32:
-        handle.data = _round_bf16(handle.data)
-    else:
-        _stock_post_init(handle)
-
-
-# ---- reductions
-
-
-def _sum(self: ReduceOps, input: tl.tensor) -> tl.tensor:
-    """Pairwise, as a GPU does; NumPy adds one row after another unless the axis is the last."""
-    data = input.handle.data
-    if data.dtype == np.float16:
-        data = data.astype(np.float32)
-    if self.axis is None or self.axis % data.ndim == data.ndim - 1 or not np.issubdtype(data.dtype, np.floating):
-        return self.to_tensor(np.sum(data, axis=self.axis, keepdims=self.keep_dims), input.dtype)
-    data = np.moveaxis(data, self.axis, 0)
-    while len(data) > 1:
-        data = data[: len(data) // 2] + data[len(data) // 2 :]
-    return self.to_tensor(np.expand_dims(data[0], self.axis) if self.keep_dims else data[0], input.dtype)
-
-
-def _reduce(self: ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
-    """Any combine function, on whole slices in pairs; the stock interpreter goes element by element."""
-    if self.combine_fn in (tl.standard._argmax_combine_tie_break_fast, tl.standard._argmin_combine_tie_break_fast):
-        most = self.combine_fn == tl.standard._argmax_combine_tie_break_fast
-        return self.min_max(inputs[0], *((np.max, np.argmax) if most else (np.min, np.argmin)))
-    dtypes = [x.dtype for x in inputs]
-    arrays = [x.handle.data.ravel() if self.axis is None else np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
-    while len(arrays[0]) > 1:
-        pairs = zip([x[0::2] for x in arrays] + [x[1::2] for x in arrays], dtypes * 2, strict=True)
-        result = self.combine_fn.fn(*[self.to_tensor(x, dtype) for x, dtype in pairs])
-        arrays = [x.handle.data for x in (result if isinstance(result, tuple) else (result,))]
-    arrays = [x[0] for x in arrays]
-    if self.keep_dims:
-        axes = tuple(range(len(inputs[0].shape))) if self.axis is None else self.axis
-        arrays = [np.expand_dims(x, axes) for x in arrays]
-    return [self.to_tensor(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+        return super().create_dot(a, b, *others)
 
 
 # ---- the block
 
 _stock_call = GridExecutor.__call__
 _stock_implicit_cvt = interpreter._implicit_cvt
-_stock_np_dtype = interpreter._get_np_dtype
 _stock_patch_lang = interpreter._patch_lang
-_stock_post_init = TensorHandle.__post_init__
-_stock_validate = interpreter._validate_np_data_size
 
 
 @contextmanager
@@ -526,17 +402,13 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
             builder.fault("multiple_of", "", [], f"{multiples[0]} does not hold for {value.data.item()}")
 
     patches = [
+        *ARITHMETIC_PATCHES,
         (interpreter, "interpreter_builder", builder),
         (interpreter, "_implicit_cvt", builder.convert),
-        (interpreter, "_get_np_dtype", _np_dtype),
-        (interpreter, "_validate_np_data_size", _fits),
-        (TensorHandle, "__post_init__", _round_new_handle),
         (GridExecutor, "__call__", call),
         (GridExecutor, "_init_args_hst", builder.bind),
         (GridExecutor, "_restore_args_dev", lambda *_: None),  # kernels work on the tensors themselves
         (TensorHandle, "set_attr", check_hint),
-        (ReduceOps, "sum", _sum),
-        (ReduceOps, "generic_reduce", _reduce),
         # Stock, every call of a device function patches the language again, which takes most of the time. Here it is done once.
         (interpreter, "_patch_lang", lambda fn: SimpleNamespace(restore=lambda: None)),
     ]

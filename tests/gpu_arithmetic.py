@@ -1,0 +1,157 @@
+"""Triton's interpreter, computing as a GPU does where the stock one is wrong; the half of `sanitizer.py` that knows no memory.
+
+bf16: handles hold float32 values, rounded to nearest even whenever a handle is made; fp16 dot products and sums in fp32; `fma` rounded
+once; `maximum` and `minimum` of NaN; `umulhi` of negative numbers; the least size of `tl.dot` (an inner dimension of 16).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+
+_stock_np_dtype = interpreter._get_np_dtype
+_stock_post_init = TensorHandle.__post_init__
+_stock_validate = interpreter._validate_np_data_size
+
+
+class GpuArithmetic(InterpreterBuilder):
+    """The interpreter's arithmetic, corrected; `ARITHMETIC_PATCHES` must be in force beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.codegen_fns["min_dot_size"] = lambda lhs, rhs: (1, 1, 32 if lhs.scalar.primitive_bitwidth == 8 else 16)  # as CUDA
+
+    def get_bf16(self, value):
+        return TensorHandle(np.array([value], np.float32), tl.bfloat16)
+
+    def cast_impl(self, src, dst_type):
+        return TensorHandle(src.data.astype(np_dtype(dst_type)), dst_type.scalar)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if src.dtype.scalar.is_bf16() or dst_type.scalar.is_bf16():
+            raise NotImplementedError("sanitize: bf16 to or from fp8, or rounded towards zero")
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def binary_op(self, lhs, rhs, op):
+        data = op(lhs.data, rhs.data)
+        if data.dtype == bool:
+            return TensorHandle(data, tl.int1)
+        return TensorHandle(data.astype(np_dtype(lhs.dtype), copy=False), lhs.dtype.scalar)
+
+    def create_maxnumf(self, lhs, rhs):
+        return self.binary_op(lhs, rhs, np.fmax)
+
+    def create_minnumf(self, lhs, rhs):
+        return self.binary_op(lhs, rhs, np.fmin)
+
+    def create_fma(self, x, y, z):
+        wide = x.data.astype(np.float64) * y.data + z.data  # the product of two fp32 is exact in fp64
+        return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+    def create_fabs(self, arg):
+        return TensorHandle(np.fabs(arg.data), arg.dtype.scalar)
+
+    def create_erf(self, arg):
+        return TensorHandle(torch.erf(torch.from_numpy(np.array(arg.data))).numpy(), arg.dtype.scalar)
+
+    def create_umulhi(self, lhs, rhs):
+        unsigned = [TensorHandle(x.data.view(f"u{x.data.itemsize}"), x.dtype.scalar) for x in (lhs, rhs)]
+        high = super().create_umulhi(*unsigned).data
+        return TensorHandle(high.view(lhs.data.dtype), lhs.dtype.scalar)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if a.dtype.scalar.primitive_bitwidth == 8 or a.data.dtype == np.float64:
+            return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
+        product = np.matmul(a.data.astype(np.float32, copy=False), b.data.astype(np.float32, copy=False))
+        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+
+# ---- bf16: a float32 array whose values bf16 can hold
+
+
+def round_bf16(data: np.ndarray) -> np.ndarray:
+    """float32, rounded to nearest even; NaN stays NaN."""
+    return torch.from_numpy(np.array(data)).bfloat16().float().numpy()
+
+
+def encode(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
+    """The values of a handle as they lie in memory, as unsigned integers."""
+    if dtype.is_bf16():
+        return (np.ascontiguousarray(data, np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    data = np.ascontiguousarray(data, np_dtype(dtype))
+    return data.view(f"u{data.itemsize}")
+
+
+def decode(raw: np.ndarray, dtype: tl.dtype) -> np.ndarray:
+    """The inverse of `_encode`."""
+    return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32) if dtype.is_bf16() else raw.view(np_dtype(dtype))
+
+
+np_dtypes: dict[str, np.dtype] = {}
+
+
+def np_dtype(dtype: Any) -> np.dtype:
+    """The stock function builds its table anew in every call."""
+    name = dtype.scalar.name
+    if name not in np_dtypes:
+        np_dtypes[name] = np.dtype(np.float32) if name == "bf16" else _stock_np_dtype(dtype)
+    return np_dtypes[name]
+
+
+def _fits(data: np.ndarray, dtype: Any) -> bool:
+    return dtype.scalar.is_bf16() or _stock_validate(data, dtype)
+
+
+def _round_new_handle(handle: TensorHandle) -> None:
+    if handle.dtype.scalar.is_bf16() and handle.data.dtype == np.float32:
+        handle.data = round_bf16(handle.data)
+    else:
+        _stock_post_init(handle)
+
+
+# ---- reductions
+
+
+def _sum(self: ReduceOps, input: tl.tensor) -> tl.tensor:
+    """Pairwise, as a GPU does; NumPy adds one row after another unless the axis is the last."""
+    data = input.handle.data
+    if data.dtype == np.float16:
+        data = data.astype(np.float32)
+    if self.axis is None or self.axis % data.ndim == data.ndim - 1 or not np.issubdtype(data.dtype, np.floating):
+        return self.to_tensor(np.sum(data, axis=self.axis, keepdims=self.keep_dims), input.dtype)
+    data = np.moveaxis(data, self.axis, 0)
+    while len(data) > 1:
+        data = data[: len(data) // 2] + data[len(data) // 2 :]
+    return self.to_tensor(np.expand_dims(data[0], self.axis) if self.keep_dims else data[0], input.dtype)
+
+
+def _reduce(self: ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
+    """Any combine function, on whole slices in pairs; the stock interpreter goes element by element."""
+    if self.combine_fn in (tl.standard._argmax_combine_tie_break_fast, tl.standard._argmin_combine_tie_break_fast):
+        most = self.combine_fn == tl.standard._argmax_combine_tie_break_fast
+        return self.min_max(inputs[0], *((np.max, np.argmax) if most else (np.min, np.argmin)))
+    dtypes = [x.dtype for x in inputs]
+    arrays = [x.handle.data.ravel() if self.axis is None else np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+    while len(arrays[0]) > 1:
+        pairs = zip([x[0::2] for x in arrays] + [x[1::2] for x in arrays], dtypes * 2, strict=True)
+        result = self.combine_fn.fn(*[self.to_tensor(x, dtype) for x, dtype in pairs])
+        arrays = [x.handle.data for x in (result if isinstance(result, tuple) else (result,))]
+    arrays = [x[0] for x in arrays]
+    if self.keep_dims:
+        axes = tuple(range(len(inputs[0].shape))) if self.axis is None else self.axis
+        arrays = [np.expand_dims(x, axes) for x in arrays]
+    return [self.to_tensor(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+
+
+ARITHMETIC_PATCHES = [
+    (interpreter, "_get_np_dtype", np_dtype),
+    (interpreter, "_validate_np_data_size", _fits),
+    (TensorHandle, "__post_init__", _round_new_handle),
+    (ReduceOps, "sum", _sum),
+    (ReduceOps, "generic_reduce", _reduce),
+]
