@@ -93,6 +93,12 @@ def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
         assert error <= allowed, f"{name} {impl}: {key} is off by {error:.3g}, allowed {allowed:.3g}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_takes_1_and_8192_tokens_in_one_batch(dtype):
+    """Few queries, so that the reference's scores fit; not in SPECS, where others draw shapes around it."""
+    test_agrees_with_the_reference_in_fp64("attention", "triton", {"lengths": [1, 8192, 130], "H": 1, "K": 32, "R": 60}, 0.1, dtype)
+
+
 @pytest.mark.parametrize("columns", [1, 2, 7, 64, 255])
 def test_cpu_masks_are_those_of_the_definition(columns):
     rows = torch.randint(-(2**63), 2**63 - 1, (50,), generator=torch.Generator().manual_seed(1))
