@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton: kernels run on the CPU, in its interpreter
 
 import json
+import signal
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TYPE_CHECKING
@@ -20,6 +21,9 @@ import pytest
 
 if TYPE_CHECKING:
     from fastbert.data.store import Store
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores Ctrl-C for what it starts in the background
 
 PARAGRAPHS = 4  # a document
 
