@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -86,6 +87,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,  # DeepSpeed's launcher adds it; so does LOCAL_RANK
 ) -> None:
     pass
 
@@ -133,11 +135,13 @@ def pretrain(
 ) -> int:
     """Train a model from a store, as a recipe says. Exit code 75: interrupted, a checkpoint is saved."""
     from fastbert.config import load_config
+    from fastbert.training.interruption import Interruption
 
-    config = load_config(recipe, overrides or ())
-    from fastbert.training.loop import pretrain
+    with Interruption() as interruption:  # from here on a signal means: stop at the next step
+        config = load_config(recipe, overrides or ())
+        from fastbert.training.loop import pretrain  # takes seconds
 
-    return pretrain(config, str(recipe), resume)
+        return pretrain(config, str(recipe), resume, interruption)
 
 
 @app.command(epilog="Example: fastbert evaluate runs/base")
@@ -319,8 +323,9 @@ def plan(
 
 
 def _say(message: object, code: int) -> int:
-    """One line on stderr, whatever the message; returns the exit code."""
-    print("fastbert: " + " ".join(str(message).split()), file=sys.stderr)
+    """One line on stderr, whatever the message, by one process of a machine; returns the exit code."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("fastbert: " + " ".join(str(message).split()), file=sys.stderr)
     return code
 
 

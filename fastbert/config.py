@@ -129,6 +129,7 @@ class StopConfig:
     loss: float | None = number(None, 0, above=True)  # held-out loss
     patience: int | None = number(None, 1)  # evaluations without an improvement of at least min_delta
     min_delta: float = number(0.0, 0)
+    skipped: int = number(5, 0)  # steps in a row that are skipped because their loss or gradient is not finite; one more ends the run
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class RuntimeConfig:
     kernels: str = choice("auto", "auto", "triton", "cpu", "reference")
     precision: str = choice("auto", "auto", "fp32", "bf16")
     deepspeed: str = "ds_config.json"
+    timeout_s: float = number(600, 1, unit="seconds")  # a rank that does not answer for so long ends the run
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,15 @@ class Batches:
         """Epochs behind the run when this step begins."""
         return step / self.steps_per_epoch
 
+    def check(self, world: int) -> None:
+        """Raises InputError where a step has too few sequences for so many ranks: one without any would be out of step with the others."""
+        batch = self.config.batch
+        if batch.sequences < world or (batch.sequences % world and batch.micro_batch_tokens < 2 * batch.max_length):
+            raise InputError(
+                f"batch.sequences = {batch.sequences} cannot be shared by {world} ranks in packs of batch.micro_batch_tokens = "
+                f"{batch.micro_batch_tokens}; make it a multiple of {world}"
+            )
+
     def step(self, step: int, rank: int = 0, world: int = 1) -> list[PackedBatch]:
         """This rank's packs of one step: as many on every rank, none empty, each of at most `micro_batch_tokens`.
 
@@ -59,15 +68,10 @@ class Batches:
             world: ranks that share the step.
 
         Raises:
-            InputError: too few sequences a step for so many ranks.
+            InputError: as `check`.
         """
+        self.check(world)
         batch = self.config.batch
-        # A pack that is left without a sequence would leave its rank out of step with the others.
-        if batch.sequences < world or (batch.sequences % world and batch.micro_batch_tokens < 2 * batch.max_length):
-            raise InputError(
-                f"batch.sequences = {batch.sequences} cannot be shared by {world} ranks in packs of batch.micro_batch_tokens = "
-                f"{batch.micro_batch_tokens}; make it a multiple of {world}"
-            )
         epochs, indices = np.divmod(np.arange(step * batch.sequences, (step + 1) * batch.sequences), len(self._examples))
         drawn = [self._examples.draw(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)]
         spans = drawn[0] if len(drawn) == 1 else Spans.join(drawn)

@@ -1,37 +1,49 @@
 """Checkpoints: fp32 weights, optimizer slots and a manifest, by parameter name, whatever ran them.
 
-    run/checkpoints/step-00000200/manifest.json            format, step, metadata, size and SHA-256 of every other file, and its own
-                                  tensors-00000.safetensors "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", ...
+    run/checkpoints/step-00000200/manifest.json                  format, step, metadata, size and SHA-256 of every other file, and its own
+                                  tensors-00000-00000.safetensors  "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", ...: rank, number
 
-No pickle, no ZeRO stage, no world size, no precision: a checkpoint is readable by any of them. A folder is written under another name,
-fsynced and renamed, so that one called step-... is complete; what was damaged afterwards shows in the hashes.
+No pickle, no ZeRO stage, no world size, no precision: a checkpoint is readable by any of them; the ranks' files are shares of one state
+that the writing was split into. A folder is written under another name, fsynced, read back and renamed, so that one called step-... is
+complete; what was damaged afterwards shows in the hashes. A sound checkpoint is never replaced, and a folder is renamed before it is
+deleted: whenever a process dies, the newest sound checkpoint has its name.
+
+The tensor files are written here and not by safetensors, whose writer copies what it writes, holds the interpreter's lock meanwhile and
+leaves the hashing to a second pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import numpy as np
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from fastbert.durable import sha256_of, sync
 from fastbert.errors import InputError
+from fastbert.training.failpoint import reach
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-SHARD_BYTES = 2 << 30  # a shard is held in memory while it is written
+SHARD_BYTES = 2 << 30  # of a file, or one tensor
+PIECE = 1 << 20  # numbers that are checked, hashed and written at a time, 4 MiB: they stay in the cache from one to the next
 WEIGHT = "weight"
 _NAME = re.compile(r"step-(\d{8,})")
+_WRITING, _DELETED = ".writing-", ".deleted-"
 
 
 @dataclass(frozen=True)
@@ -44,48 +56,143 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any], keep: int) -> Path:
-    """Write `folder`/step-XXXXXXXX, read it back, and only then delete all but the newest `keep`.
+    """Write `folder`/step-XXXXXXXX from one process, and only then delete all but the newest `keep`; training/saving.py is for many.
 
     Args:
         folder: the run's checkpoints/; made where it is missing.
-        step: optimizer steps done; a checkpoint of the same step is replaced.
-        tensors: names ("weight/...", "exp_avg/...") and fp32 tensors, taken one at a time.
+        step: optimizer steps done; a damaged checkpoint of the same step makes room.
+        tensors: names ("weight/...", "exp_avg/...") and fp32 tensors.
         metadata: goes into the manifest as JSON.
         keep: how many checkpoints stay, this one counted.
 
     Raises:
-        OSError: the disk refused (full, read-only, ...). Nothing half-written is left, and no older checkpoint is touched.
+        OSError: the disk refused (full, read-only, ...), or another sound checkpoint of that step is there. Nothing half-written is left,
+            and no older checkpoint is touched.
+        ValueError: a number is not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}"
-    staging, replaced = folder / f".writing-{path.name}", folder / f".replaced-{path.name}"
-    # A process killed in the middle of a save leaves these.
-    for leftover in [*folder.glob(".writing-*"), *folder.glob(".replaced-*")]:
-        shutil.rmtree(leftover)
+    staging = staging_of(folder, step, secrets.token_hex(4))
     try:
-        staging.mkdir()
-        files = _write_shards(staging, tensors)
-        manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": files}
-        _write_durably(staging / MANIFEST, json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1).encode())
-        sync(staging)
-        if path.exists():
-            path.rename(replaced)
-        staging.rename(path)
-        sync(folder)
+        path = publish(folder, step, staging, write_share(staging, 0, share_of(0, 1, tensors)), metadata)
     except BaseException:
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    problem = _read(path)
-    if isinstance(problem, str):
-        raise OSError(errno.EIO, f"read back wrong right after it was written: {problem}", str(path))
-    shutil.rmtree(replaced, ignore_errors=True)
-    # Only older ones: a checkpoint of a later step is a damaged one that a resumed run has not reached again.
-    older = [old for old in _folders(folder) if _step(old) < step]
-    for old in older[: max(0, len(older) - (keep - 1))]:
-        shutil.rmtree(old, ignore_errors=True)
+    delete(retire(folder, step, keep))
     return path
+
+
+def staging_of(folder: Path, step: int, token: str) -> Path:
+    """Where step-XXXXXXXX is written before it gets that name; `token` is of one attempt to save it."""
+    return folder / f"{_WRITING}{_name(step)}-{token}"
+
+
+def share_of(rank: int, world: int, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Copies, on the CPU, of those tensors that `rank` writes: each goes to the rank that has the fewest bytes so far.
+
+    All are taken, one at a time, on every rank, since taking one may need all ranks.
+    """
+    share: dict[str, Tensor] = {}
+    held = [0] * world
+    for name, tensor in tensors:
+        owner = held.index(min(held))
+        held[owner] += tensor.numel() * tensor.element_size()
+        if owner == rank:
+            share[name] = tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return share
+
+
+def write_share(staging: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Write a rank's share into `staging` (made where it is missing), in files of at most SHARD_BYTES, on the disk and read back.
+
+    Args:
+        tensors: fp32, contiguous, on the CPU, by name ("weight/...").
+
+    Returns:
+        size and SHA-256 by file name.
+
+    Raises:
+        OSError: with the file's name; what was written of the share is deleted, to make room.
+        ValueError: a number is not finite; deleted too.
+    """
+    staging.mkdir(parents=True, exist_ok=True)
+    reach("staging-made")
+    files: dict[str, dict[str, Any]] = {}
+    try:
+        for number, shard in enumerate(_shards(tensors)):
+            file = staging / f"tensors-{rank:05d}-{number:05d}.safetensors"
+            files[file.name] = {}
+            files[file.name] = _write_durably(file, "tensors", _safetensors(shard))
+        sync(staging)
+    except BaseException:
+        for name in files:
+            with contextlib.suppress(OSError):
+                (staging / name).unlink()
+        raise
+    reach("share-written")
+    return files
+
+
+def publish(folder: Path, step: int, staging: Path, files: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, Any]) -> Path:
+    """Make the shares in `staging` the checkpoint `folder`/step-XXXXXXXX; takes milliseconds.
+
+    Args:
+        files: what write_share returned, of all ranks.
+
+    Raises:
+        OSError: the disk refused, a share is not to be seen from here, or another sound checkpoint of that step is there.
+    """
+    path = folder / _name(step)
+    for name, entry in files.items():  # a rank may write to a disk of its own machine, under the same name
+        if (staging / name).stat().st_size != entry["size"]:
+            raise OSError(errno.EIO, "does not have the size that its rank wrote", str(staging / name))
+    manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": dict(files)}
+    _write_durably(staging / MANIFEST, "manifest", [json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1).encode()])
+    sync(staging)
+    if path.exists():
+        if isinstance(_read(path), Checkpoint):
+            if _files(path) != manifest["files"]:
+                raise FileExistsError(errno.EEXIST, "another sound checkpoint of that step is there, and stays", str(path))
+            shutil.rmtree(staging, ignore_errors=True)
+            return path
+        reach("moving-aside")
+        path.rename(_deleted(path))
+        reach("moved-aside")
+    staging.rename(path)
+    reach("renamed")
+    sync(folder)
+    sync(folder.parent)  # where the folder is new
+    reach("published")
+    return path
+
+
+def retire(folder: Path, step: int, keep: int) -> list[Path]:
+    """Rename all but the newest `keep` checkpoints, that of `step` counted, and return what is to be deleted.
+
+    Renamed, since half of a checkpoint would look like a damaged one. Only older ones: one of a later step is a damaged one that a
+    resumed run has not reached again. A folder that cannot be renamed stays.
+    """
+    older = [path for path in _folders(folder) if _step(path) < step]
+    for path in older[: max(0, len(older) - (keep - 1))]:
+        with contextlib.suppress(OSError):
+            path.rename(_deleted(path))
+    return sorted(folder.glob(f"{_DELETED}*"))
+
+
+def delete(folders: Iterable[Path]) -> None:
+    """Delete retired checkpoints; what cannot be deleted stays."""
+    for folder in folders:
+        for number, file in enumerate(sorted(folder.glob("*"))):
+            with contextlib.suppress(OSError):
+                if number == 1:
+                    reach("deleting")
+                file.unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def sweep(folder: Path) -> None:
+    """Delete what processes left that died while they saved or deleted. No other process may be saving into `folder`."""
+    for leftover in [*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_DELETED}*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def newest_sound(run: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -114,23 +221,46 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The weights alone, fp32, by parameter name; `path` is that of a verified Checkpoint."""
-    return _slots(path, WEIGHT)[WEIGHT]
+    return dict(read_all(path)[WEIGHT])
 
 
-def read_all(path: Path) -> dict[str, dict[str, Tensor]]:
-    """{"weight": {name: fp32}, "exp_avg": ...}: weights and every optimizer slot; `path` is that of a verified Checkpoint."""
-    return _slots(path, None)
+def read_all(path: Path) -> dict[str, Mapping[str, Tensor]]:
+    """{"weight": {name: fp32}, "exp_avg": ...}: weights and every optimizer slot; `path` is that of a verified Checkpoint.
+
+    Tensors are mapped, not read: a page comes from the disk when it is touched, and memory that is needed otherwise may drop it
+    again, since all of them are three times the model.
+    """
+    slots: dict[str, dict[str, Any]] = {}
+    for file in _files(path):
+        shard = safe_open(path / file, framework="pt")
+        for key in shard.keys():
+            slot, _, name = key.partition("/")
+            slots.setdefault(slot, {})[name] = shard
+    return {slot: _Slot(slot, shards) for slot, shards in slots.items()}
 
 
-def _slots(path: Path, wanted: str | None) -> dict[str, dict[str, Tensor]]:
-    slots: dict[str, dict[str, Tensor]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as shard:
-            for key in shard.keys():
-                slot, _, name = key.partition("/")
-                if wanted in (None, slot):
-                    slots.setdefault(slot, {})[name] = shard.get_tensor(key)
-    return slots
+class _Slot(Mapping[str, Tensor]):
+    """Tensors by parameter name, taken from their shards one at a time."""
+
+    def __init__(self, slot: str, shards: Mapping[str, Any]):
+        self._slot, self._shards = slot, shards
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._shards[name].get_tensor(f"{self._slot}/{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -138,8 +268,14 @@ def _folders(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def _deleted(path: Path) -> Path:
+    """A name for a checkpoint that is to be deleted; another one each time, since an earlier deletion may have failed."""
+    return path.with_name(f"{_DELETED}{path.name}-{secrets.token_hex(4)}")
+
+
+def _files(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 by name, of a verified Checkpoint."""
+    return json.loads((path / MANIFEST).read_bytes())["files"]
 
 
 def _read(path: Path) -> Checkpoint | str:
@@ -173,42 +309,62 @@ def _read(path: Path) -> Checkpoint | str:
     return found
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Tensors into shards of at most SHARD_BYTES (or one tensor); returns size and SHA-256 by file name."""
-    files: dict[str, dict[str, Any]] = {}
-    shard: dict[str, Tensor] = {}
-    held = 0
-
-    def write() -> None:
-        file = folder / f"tensors-{len(files):05d}.safetensors"
-        try:
-            save_file(shard, file)
-        except SafetensorError as error:  # its text holds the system's error, such as "... (os error 28)"
-            code = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(code[1]) if code else errno.EIO, os.strerror(int(code[1])) if code else str(error), str(file)) from None
-        sync(file)
-        files[file.name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
-        shard.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard and held + size > SHARD_BYTES:
-            write()
-            held = 0
-        shard[name] = tensor.detach().cpu().contiguous()
-        held += size
-    if shard:
-        write()
-    return files
-
-
 def _own_sha256(manifest: dict[str, Any]) -> str:
     """Of everything else that the manifest says, so that a changed number in it does not pass."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _write_durably(file: Path, data: bytes) -> None:
-    with open(file, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
+def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, np.ndarray]]:
+    """Tensors by the file they go into, as arrays of the same memory."""
+    shard: dict[str, np.ndarray] = {}
+    held = 0
+    for name, tensor in tensors.items():
+        array = tensor.numpy()
+        if shard and held + array.nbytes > SHARD_BYTES:
+            yield shard
+            shard, held = {}, 0
+        shard[name] = array
+        held += array.nbytes
+    if shard:
+        yield shard
+
+
+def _safetensors(arrays: Mapping[str, np.ndarray]) -> list[bytes | memoryview]:
+    """A file of the safetensors format in pieces: the length of the header, the header, the numbers; raises ValueError if one is not finite."""
+    header, pieces, end = {}, [], 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [begin, end]}
+        flat = array.reshape(-1)
+        mine = [flat[start : start + PIECE] for start in range(0, flat.size, PIECE)]
+        if not all(np.isfinite(piece).all() for piece in mine):
+            raise ValueError(f"{name} holds numbers that are not finite")
+        pieces += [piece.data for piece in mine]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of their size
+    return [struct.pack("<Q", len(text)), text, *pieces]
+
+
+def _write_durably(file: Path, kind: str, pieces: Sequence[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file, wait for the disk, read it back from there; size and SHA-256. `kind` is for the failpoints."""
+    digest = hashlib.sha256()
+    try:
+        with open(file, "xb") as handle:
+            for number, piece in enumerate(pieces):
+                if number == len(pieces) // 2:
+                    handle.flush()
+                    reach(f"{kind}-half")
+                digest.update(piece)
+                handle.write(piece)
+            handle.flush()
+            reach(f"{kind}-written")
+            os.fsync(handle.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # or it would be read back from memory
+        reach(f"{kind}-synced")
+        if sha256_of(file) != digest.hexdigest():
+            raise OSError(errno.EIO, "read back wrong right after it was written", str(file))
+        reach(f"{kind}-read-back")
+        return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+    except OSError as error:  # of a write or an fsync it does not say the file
+        raise OSError(error.errno, error.strerror, str(file)) from None

@@ -10,9 +10,8 @@ What the loop sees is the same at every ZeRO stage, precision and world size: `s
   single rank. One core, a step of 457 tokens, models of 1M (11M) parameters: plain torch 24.9 (284) ms, stage 0 25.6 (286), stage 1
   29.6 (319), stage 2 30.0 (324), stage 3 38.3 (362). Left to itself DeepSpeed adds about 2 ms at stage 0 too; the others copy gradients.
 - Stage 0 in bf16 takes steps on zero gradients: ds_config.py refuses it.
-
-One process needs no launcher and no TCP store: it joins a group of its own by an in-process store. gloo itself still opens a port,
-which nobody is told of, on the loopback interface alone.
+- A step whose gradient is not finite is not applied, at any stage: stages 1 to 3 look at the norm themselves and drop it. A loss that is not
+  finite makes this rank's gradient NaN, so the norm, which all ranks share, is all that has to be looked at.
 """
 
 from __future__ import annotations
@@ -22,15 +21,12 @@ import gc
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 # DeepSpeed picks its accelerator while it is imported, and without a GPU complains before it settles for the CPU.
@@ -56,10 +52,12 @@ from fastbert.model import BertForPreTraining
 from fastbert.objective import losses
 from fastbert.training.checkpoint import WEIGHT
 from fastbert.training.ds_config import DeepSpeedSettings
+from fastbert.training.group import Group
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.optimizer import build_optimizer, slots
 
-GROUP_TIMEOUT = timedelta(minutes=10)
+# For sums between processes of one machine DeepSpeed would compile a shared-memory operation (33 s), which training never calls.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # DeepSpeed talks on the terminal; from here on into whatever log fastbert has (the list is shared, so later handlers count too).
 logging.getLogger("fastbert").addHandler(logging.NullHandler())  # with no handler at all, Python would print warnings after all
@@ -82,29 +80,28 @@ class StepResult:
 
 
 class NotFinite(ArithmeticError):
-    """The loss or the gradient of a step is not finite.
+    """The loss or the gradient of a step is not finite; the step was not applied, and every rank has this exception.
 
     Attributes:
         examples: indices within the epoch of those of this rank's examples whose own loss is not.
-        applied: the weights have already taken the step, so they are spoiled.
     """
 
-    def __init__(self, what: str, examples: list[int], applied: bool):
+    def __init__(self, what: str, examples: list[int]):
         super().__init__(what)
-        self.examples, self.applied = examples, applied
+        self.examples = examples
 
 
 class Engine:
-    """A model, its optimizer and DeepSpeed around them, on this process's device.
+    """A model, its optimizer and DeepSpeed around them, on this process's device. Every method is for all ranks at once.
 
     Args:
-        model: on the CPU, in fp32.
+        model: on the CPU, in fp32, the same on every rank.
         config: the recipe.
         settings: of ds_config.json.
         precision: "fp32" or "bf16".
-        device: this process's.
+        group: the run's processes.
         state: slots by name as `checkpoint.read_all` gives them, or None for a fresh start.
-        step: optimizer steps that `state` has behind it.
+        step: updates that `state` has behind it.
     """
 
     def __init__(
@@ -113,16 +110,15 @@ class Engine:
         config: RunConfig,
         settings: DeepSpeedSettings,
         precision: str,
-        device: torch.device,
+        group: Group,
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
         step: int = 0,
     ):
-        self.device = device
-        self.rank, self.world = join_group(device)
-        self.stage = settings.stage(precision=precision, world=self.world, optimizer=config.optimizer.name)
+        self.group, self.device = group, group.device
+        self.stage = settings.stage(precision=precision, world=group.world, optimizer=config.optimizer.name)
         self._clip, self._slots = config.optimizer.clip, slots(config.optimizer)
         if state:
-            model.load_state_dict(state[WEIGHT])  # before initialize: stage 3 would not refresh its working copies until a step
+            model.load_state_dict(dict(state[WEIGHT]))  # before initialize: stage 3 would not refresh its working copies until a step
         self.model = model.to(self.device)
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._parameters = dict(self.model.named_parameters())
@@ -136,16 +132,16 @@ class Engine:
         }
         values = {**handed_over, **settings.values, "zero_optimization": {**settings.values["zero_optimization"], "stage": self.stage}}
         self._engine, *_ = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=values)
-        if self.stage == 0 and self.world == 1:
+        if self.stage == 0 and group.world == 1:
             self._engine.enable_backward_allreduce = False
         if state:
             self._restore(state, step)
 
     def step(self, micro_batches: Sequence[PackedBatch], lr: float) -> StepResult:
-        """One optimizer step on this rank's part of a global batch.
+        """One optimizer step on this rank's part of a global batch, of which every rank has as many packs.
 
         Raises:
-            NotFinite: the loss is not finite (the step is then not applied), or the gradient (in stages 1 to 3 it was).
+            NotFinite: the loss or the gradient of the global batch is not finite; nothing has changed.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -155,23 +151,18 @@ class Engine:
             batch = batch.to(self.device)
             self._engine.set_gradient_accumulation_boundary(len(rows) == len(micro_batches) - 1)
             found = losses(self._engine(batch))
-            self._engine.backward(found.loss * self.world if self.world > 1 else found.loss, scale_wrt_gas=False)
+            # DeepSpeed divides by the number of ranks. 0 x loss is 0, or NaN where the loss is not finite.
+            self._engine.backward(found.loss * (self.group.world + 0 * found.loss.detach()), scale_wrt_gas=False)
             values = (found.mlm, found.nsp, found.token_hits.sum(), found.pair_hits.sum())
             rows.append(torch.stack([value.detach().double() for value in values]))
-        sums = torch.stack(rows).sum(0)
         counts = [sum(batch.tokens for batch in micro_batches), sum(batch.sequences for batch in micro_batches)]
-        sums = self._sum_over_ranks(torch.cat([sums, sums.new_tensor(counts)]))
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._clip or math.inf) if self.stage == 0 else sums.new_zeros(())
-        mlm, nsp, token_hits, pair_hits, tokens, sequences, grad_norm = [*sums.tolist(), float(norm)]
-        if not math.isfinite(mlm + nsp):
-            raise NotFinite(f"the loss is {mlm + nsp}", self._culprits(micro_batches), applied=False)
+        sums = torch.stack(rows).sum(0)
+        sums = self.group.sum(torch.cat([sums, sums.new_tensor(counts)]))
+        grad_norm = self._update()
+        mlm, nsp, token_hits, pair_hits, tokens, sequences = sums.tolist()
         if not math.isfinite(grad_norm):
-            raise NotFinite(f"the norm of the gradient is {grad_norm}", self._culprits(micro_batches), applied=False)
-        self._engine.step()
-        if self.stage:
-            grad_norm = float(self._engine.get_global_grad_norm() or 0.0)  # None only before the first step
-            if not math.isfinite(grad_norm):
-                raise NotFinite(f"the norm of the gradient is {grad_norm}", self._culprits(micro_batches), applied=True)
+            what = "the norm of the gradient" if math.isfinite(mlm + nsp) else "the loss"
+            raise NotFinite(f"{what} is not finite", self._culprits(micro_batches))
         masked, pairs = micro_batches[0].masked_total, micro_batches[0].pairs_total
         return StepResult(
             loss=mlm + nsp,
@@ -185,17 +176,29 @@ class Engine:
             sequences=int(sequences),
         )
 
+    def _update(self) -> float:
+        """Apply the gradient if its norm is finite, else drop it; returns the norm before clipping."""
+        if self.stage:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._clip or math.inf))
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._optimizer.zero_grad()
+        return norm
+
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch], mask_id: int) -> HeldOut:
         """Losses of the held-out batches without dropout, shared out over the ranks."""
         self.model.eval()
         sums = torch.zeros(9, dtype=torch.float64, device=self.device)
-        for start in range(0, len(batches), self.world):
+        for start in range(0, len(batches), self.group.world):
             # Stage 3 gathers weights in every forward, so all ranks run as many; one too many counts for nothing.
-            mine = start + self.rank
+            mine = start + self.group.rank
             batch = batches[min(mine, len(batches) - 1)].to(self.device)
             sums += heldout_sums(losses(self._engine(batch)), batch, mask_id) * (mine < len(batches))
-        return heldout_means(self._sum_over_ranks(sums))
+        return heldout_means(self.group.sum(sums))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """("weight/NAME", fp32), ("exp_avg/NAME", fp32), ...: every rank must take all of them, since stages 1 to 3 gather."""
@@ -204,33 +207,18 @@ class Engine:
             for slot in (WEIGHT, *self._slots):
                 yield f"{slot}/{name}", self._get(parameter, slot)
 
-    def agree(self, seconds: float, asked: bool) -> tuple[float, bool]:
-        """What all ranks go by: rank 0's clock, and whether any rank was asked to stop."""
-        if self.world == 1:
-            return seconds, asked
-        mine = [seconds if self.rank == 0 else 0.0, float(asked)]
-        clock, flags = self._sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=self.device)).tolist()
-        return clock, flags > 0
-
     def close(self) -> None:
-        """Leave the group. A gloo process can abort at its exit if DeepSpeed's hooks outlive the group, hence the order."""
-        if self.world > 1:
-            dist.barrier()
+        """Let go of everything. A gloo process can abort at its exit if DeepSpeed's hooks outlive the group: so this comes first."""
         self._engine.destroy()
         del self._engine, self._optimizer, self._parameters, self.model
         gc.collect()
-        deepspeed.comm.destroy_process_group()
+        deepspeed.utils.groups._release_process_group_references(group=None)  # it keeps groups of its own for the next engine
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
-        if self.world > 1:
-            dist.all_reduce(sums)
-        return sums
 
     @torch.no_grad()
     def _culprits(self, micro_batches: Sequence[PackedBatch]) -> list[int]:
@@ -291,9 +279,9 @@ class Engine:
         else:
             # This rank's slice of the padded flat tensor; the setters of full tensors fail where the size is no multiple of the world.
             size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-            flat = torch.zeros(size * self.world, device=self.device)
+            flat = torch.zeros(size * self.group.world, device=self.device)
             flat[: value.numel()] = value.flatten()
-            mine = flat[size * self.rank : size * (self.rank + 1)]
+            mine = flat[size * self.group.rank : size * (self.group.rank + 1)]
             safe_set_local_fp32_param(parameter, mine) if slot == WEIGHT else safe_set_local_optimizer_state(parameter, mine, slot)
 
 
@@ -310,30 +298,3 @@ def check_settings(settings: DeepSpeedSettings) -> None:
         raise InputError(f"{settings.path}: {place} = {first['input']!r}: {first['msg']}, says DeepSpeed{hint}") from None
     except Exception as error:  # its checks raise all kinds, AssertionError among them
         raise InputError(f"{settings.path}: DeepSpeed refuses it: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
-
-
-def local_device() -> torch.device:
-    """The GPU of this process where there is one, else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def launched_world() -> int:
-    """How many processes the launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def join_group(device: torch.device) -> tuple[int, int]:
-    """Rank and world size; joins the launcher's process group, or one of its own for a single process."""
-    rank, world = int(os.environ.get("RANK", "0")), launched_world()
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if world > 1:
-        dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
-    else:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():  # DeepSpeed reads them
-            os.environ.setdefault(name, value)
-        if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        # For sums between processes of one machine DeepSpeed would compile a shared-memory operation (33 s); one process has none.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return rank, world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -11,11 +12,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """While this context is entered, such a signal only sets `asked`; a second Ctrl-C, for those who cannot wait, ends the process."""
+    """While this context is entered, such a signal only sets `asked`; a second Ctrl-C, for those who cannot wait, ends the process.
+
+    Not under a launcher: there one Ctrl-C arrives twice, from the terminal and from the launcher.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None  # the signal's name
         self._before: dict[int, Any] = {}
+        self._launched = "WORLD_SIZE" in os.environ
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
@@ -28,5 +33,5 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and not self._launched:
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])

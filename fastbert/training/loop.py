@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from fastbert.config import RunConfig
 from fastbert.data.packing import PackedBatch
@@ -14,21 +16,30 @@ from fastbert.doctor import measure_gemm_rate
 from fastbert.flops import executed_flops
 from fastbert.training import checkpoint
 from fastbert.training.engine import Engine, NotFinite
+from fastbert.training.group import Group, Interrupted, RankLost, join
 from fastbert.training.interruption import Interruption
 from fastbert.training.monitor import Monitor
+from fastbert.training.ownership import Ownership, TakenOver
+from fastbert.training.saving import Saved, Saver
 from fastbert.training.schedule import factor
-from fastbert.training.start import Setup, prepare_folder, set_up
+from fastbert.training.start import Setup, set_up, take_folder
+from fastbert.training.watch import Watch
 
 DONE, FAILED, INTERRUPTED = 0, 1, 75  # exit codes; 75 is EX_TEMPFAIL: a scheduler may start it again
 
 
-def pretrain(config: RunConfig, recipe: str, resume: bool) -> int:
-    """Train as the recipe says, from the beginning or from the newest sound checkpoint of its run.
+class Ended(Exception):
+    """The run has failed, for a reason that is none of its code; one line for the user."""
+
+
+def pretrain(config: RunConfig, recipe: str, resume: bool, interruption: Interruption | None = None) -> int:
+    """Train as the recipe says, from the beginning or from the newest sound checkpoint of its run; every rank of the launcher calls it.
 
     Args:
         config: the resolved recipe.
         recipe: its path, for messages.
         resume: go on with the run that is in the folder.
+        interruption: one that has listened to signals already; by default a new one.
 
     Returns:
         0 when a stop condition was reached, 1 when the run failed, 75 when it was interrupted and a checkpoint saved.
@@ -36,99 +47,148 @@ def pretrain(config: RunConfig, recipe: str, resume: bool) -> int:
     Raises:
         InputError: the recipe, the store, ds_config.json or the run folder is wrong; nothing has been written then.
     """
-    setup = set_up(config, recipe, resume)
-    prepare_folder(setup.start, config, setup.store)
-    step, found = setup.progress.step, setup.start.checkpoint
-    peak = measure_gemm_rate(torch.bfloat16 if setup.precision == "bf16" else torch.float32, device=str(setup.device))
+    with interruption or Interruption() as interruption:
+        try:
+            with join(config.runtime.timeout_s, interruption) as group, Watch(group, config.runtime.timeout_s) as watch:
+                setup = set_up(config, recipe, resume, group)
+                return _run(setup, group, watch, interruption)
+        except Interrupted as signal:
+            print(f"interrupted by {signal} before the first step", file=sys.stderr)
+            return INTERRUPTED
+        except (RankLost, Ended) as end:
+            print(f"fastbert: {end}", file=sys.stderr)
+            return FAILED
+
+
+def _run(setup: Setup, group: Group, watch: Watch, interruption: Interruption) -> int:
+    """Build what trains, and train; an end that is neither a stop condition nor a signal gets one clear line."""
+    config, progress, run = setup.config, setup.progress, setup.start.run
+    owner = take_folder(setup, group)
+    saver = Saver(group, run / "checkpoints", config.checkpoint.keep, owner.token)
     try:
+        saver.sweep()
         with (
-            Engine(
-                setup.model,
-                config,
-                setup.settings,
-                setup.precision,
-                setup.device,
-                checkpoint.read_all(found.path) if found else None,  # not kept: three times the model
-                step,
-            ) as engine,
+            Engine(setup.model, config, setup.settings, setup.precision, group, _state(setup), progress.updates) as engine,
             Monitor(
-                setup.start.run,
-                step=step,
+                run,
+                step=progress.step,
                 horizon=setup.horizon,
-                peak=peak * engine.world,
+                peak=_peak(setup, group),
                 vocab_size=setup.store.vocab_size,
                 pairs=config.objective.pairs,
                 yardsticks=setup.store.yardsticks,
-                speaks=engine.rank == 0,
+                speaks=group.speaks,
             ) as monitor,
-            Interruption() as interruption,
-            Prefetch(setup.batches, step, engine.rank, engine.world) as feed,
+            Prefetch(setup.batches, progress.step, group.rank, group.world) as feed,
         ):
-            _introduce(setup, engine, monitor)
-            return _train(setup, engine, monitor, interruption, feed)
+            _introduce(setup, group, engine, monitor)
+            return _train(setup, group, watch, interruption, owner, engine, monitor, saver, feed)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"the run ended: {where}{error.strerror or error}; when that is mended, {_go_on(setup)}", file=sys.stderr)
-        return FAILED
+        line = f"the run ended: {where}{error.strerror or error}; when that is mended, {_go_on(setup)}"
+        watch.farewell(line)
+        raise Ended(line) from error
+    except TakenOver as error:
+        watch.farewell(str(error))
+        raise Ended(f"the run ended here: {error}") from error
+    except Exception as error:
+        if (gone := watch.blame(error)) is not None:
+            raise Ended(f"{gone}; {_go_on(setup)}") from error
+        watch.farewell(f"{type(error).__name__}: {error}")
+        raise
 
 
-def _train(setup: Setup, engine: Engine, monitor: Monitor, interruption: Interruption, feed: Prefetch) -> int:
-    """The loop: steps, evaluations and checkpoints until a condition, a signal or a loss that is not finite ends it."""
+def _train(
+    setup: Setup,
+    group: Group,
+    watch: Watch,
+    interruption: Interruption,
+    owner: Ownership,
+    engine: Engine,
+    monitor: Monitor,
+    saver: Saver,
+    feed: Prefetch,
+) -> int:
+    """The loop: steps, evaluations and checkpoints until a condition, a signal or too many losses that are not finite end it."""
     config, progress, horizon = setup.config, setup.progress, setup.horizon
-    began, saved = time.monotonic() - progress.seconds, progress.step
+    began, saved, asked, hopeless = time.monotonic() - progress.seconds, progress.step, False, False
 
-    def save() -> None:
-        nonlocal saved
-        if saved != progress.step:
-            path = checkpoint.save(setup.start.run / "checkpoints", progress.step, engine.tensors(), setup.metadata, config.checkpoint.keep)
-            monitor.event("save", progress.step, checkpoint=path.name)
-            saved = progress.step
+    def agree() -> tuple[bool, bool]:
+        """Go by rank 0's clock; was any rank asked to stop, and have all of them written their part of the save in flight?"""
+        mine = [time.monotonic() - began if group.speaks else 0.0, interruption.asked is not None, not saver.written]
+        progress.seconds, asked, writing = group.sum(torch.tensor(mine, dtype=torch.float64, device=group.device)).tolist()
+        return asked > 0, not writing
 
     reason = horizon.reached(progress)
-    while reason is None:
+    while not (reason or asked or hopeless):
+        watch.tick(f"step {progress.step + 1}")
         _, packs, waited = next(feed)
         started = time.perf_counter()
         lr = config.optimizer.lr * factor(config.schedule, horizon.scheduled(progress))
         try:
             result = engine.step(packs, lr)
+            progress.applied(result.tokens)
         except NotFinite as trouble:
-            if not trouble.applied:
-                save()
-            monitor.stop(
-                progress.step,
-                f"{trouble} at step {progress.step + 1}, {_blame(trouble, packs)}",
-                f"try a lower optimizer.lr; {_go_on(setup)}",
-            )
-            return FAILED
-        progress.step += 1
-        progress.tokens += result.tokens
-        progress.seconds, asked = engine.agree(time.monotonic() - began, interruption.asked is not None)
-        seconds = waited + time.perf_counter() - started
-        monitor.step(progress, result, lr=lr, seconds=seconds, waited=waited, flops=_flops(setup, packs) * engine.world)
+            result = None
+            progress.skip()
+            monitor.skip(progress.step, str(trouble), _culprits(group, trouble), config.batch.sequences)
+            hopeless = progress.skipped_in_a_row > config.stop.skipped
+        asked, written = agree()
+        if group.speaks:
+            owner.check()
+        if result:
+            seconds = waited + time.perf_counter() - started
+            monitor.step(progress, result, lr=lr, seconds=seconds, waited=waited, flops=_flops(setup, packs) * group.world)
 
         reason = horizon.reached(progress)
-        if reason or progress.step % config.evaluate.every == 0:
+        if (reason or progress.step % config.evaluate.every == 0) and not hopeless:
             found = engine.evaluate(setup.heldout, setup.store.special.mask)
             progress.judge(found.loss, config.stop.min_delta)
-            progress.seconds, _ = engine.agree(time.monotonic() - began, False)
+            agree()
             monitor.evaluate(progress, found)
             reason = horizon.reached(progress)
-        if reason or asked or progress.step % config.checkpoint.every == 0:
-            save()
-        if asked and not reason:
-            monitor.stop(progress.step, f"interrupted by {interruption.asked or 'another rank'}", _go_on(setup))
-            return INTERRUPTED
-    monitor.stop(progress.step, reason)
-    return DONE
+        if saver.busy and written:
+            monitor.saved(saver.finish())
+        if progress.step % config.checkpoint.every == 0:
+            monitor.saved(saver.wait())  # only where saving takes longer than the steps between
+            saver.begin(progress.step, engine.tensors(), setup.metadata)
+            saved = progress.step
+
+    watch.tick("the last checkpoint")
+    last = saver.wait()
+    monitor.saved(last)
+    if saved != progress.step:
+        saver.begin(progress.step, engine.tensors(), setup.metadata)
+        last = saver.wait()
+        monitor.saved(last)
+    return _conclude(setup, monitor, reason, interruption, hopeless, last)
 
 
-def _introduce(setup: Setup, engine: Engine, monitor: Monitor) -> None:
+def _conclude(setup: Setup, monitor: Monitor, reason: str | None, interruption: Interruption, hopeless: bool, last: Saved | None) -> int:
+    """Say why the run ended and what the user may do; returns the exit code."""
+    config, progress = setup.config, setup.progress
+    code, advice = DONE, ""
+    if hopeless:
+        code, advice = FAILED, f"try a lower optimizer.lr; {_go_on(setup)}"
+        reason = f"stop.skipped = {config.stop.skipped}: {progress.skipped_in_a_row} steps in a row were not finite"
+    elif reason is None:
+        code, advice = INTERRUPTED, _go_on(setup)
+        reason = f"interrupted by {interruption.asked or 'another rank'}"
+    if last and last.problem and not hopeless:
+        code, advice = FAILED, f"when that is mended, {_go_on(setup)}"
+        reason = f"{reason}, but it could not be saved: {last.problem}"
+    monitor.stop(progress.step, reason, advice)
+    return code
+
+
+def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor) -> None:
     """Say once what was resolved, and where the run begins."""
     for note in setup.start.notes:
         monitor.say(note)
     parameters = sum(p.numel() for p in setup.model.parameters())
+    ranks = f"{group.world} ranks, " if group.world > 1 else ""
     monitor.say(
-        f"{setup.start.run}: {parameters:,} parameters, {setup.batches.examples_per_epoch:,} examples an epoch, on {setup.device}, "
+        f"{setup.start.run}: {parameters:,} parameters, {setup.batches.examples_per_epoch:,} examples an epoch, on {ranks}{group.device}, "
         f"{setup.precision} ({setup.precision_why}), kernels {setup.model.impl}, ZeRO stage {engine.stage}, {torch.get_num_threads()} threads"
     )
     if (found := setup.start.checkpoint) is not None:
@@ -136,16 +196,20 @@ def _introduce(setup: Setup, engine: Engine, monitor: Monitor) -> None:
         monitor.event("resume", found.step, checkpoint=found.path.name)
 
 
-def _blame(trouble: NotFinite, packs: list[PackedBatch]) -> str:
-    """Where a loss that is not finite comes from."""
-    examples = sorted(trouble.examples)
-    if len(examples) == sum(pack.sequences for pack in packs):
-        return "for every example: it is the weights, not a text"
-    return (
-        f"for the examples {', '.join(map(str, examples[:8]))}{' ...' if len(examples) > 8 else ''} of the epoch"
-        if examples
-        else "in no single example"
-    )
+def _state(setup: Setup) -> Mapping[str, Mapping[str, Tensor]] | None:
+    """What the run goes on from, read one tensor at a time."""
+    return checkpoint.read_all(setup.start.checkpoint.path) if setup.start.checkpoint else None
+
+
+def _peak(setup: Setup, group: Group) -> float | None:
+    """FLOP/s of all ranks, by a measurement on rank 0."""
+    dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
+    return measure_gemm_rate(dtype, device=str(group.device)) * group.world if group.speaks else None
+
+
+def _culprits(group: Group, trouble: NotFinite) -> list[int]:
+    """Examples of the epoch whose loss is not finite, of all ranks."""
+    return sorted(example for examples in group.gather(trouble.examples) for example in examples)
 
 
 def _go_on(setup: Setup) -> str:

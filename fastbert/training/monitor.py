@@ -26,6 +26,7 @@ from fastbert.training.heldout import HeldOut
 from fastbert.training.metrics import STEP_KEYS, MetricsFile, read_metrics
 from fastbert.training.picture import LossHistory
 from fastbert.training.progress import Horizon, Progress
+from fastbert.training.saving import Saved
 
 LINE_EVERY_S = 5.0  # without a terminal
 BAR_EVERY_S = 0.5
@@ -76,14 +77,15 @@ class Monitor:
     ):
         self.run, self.speaks, self._horizon = run, speaks, horizon
         self._peak, self._vocab_size, self._pairs, self._yardsticks = peak, vocab_size, pairs, yardsticks
+        logging.captureWarnings(True)  # of libraries: into the log, not over the bar
         if not speaks:
+            logging.getLogger("py.warnings").addHandler(logging.NullHandler())
             return
         fresh = step == 0
         self._log_file = _LogFile(run / "log.txt", mode="w" if fresh else "a", encoding="utf-8")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.setLevel(logging.INFO)
         log.addHandler(self._log_file)
-        logging.captureWarnings(True)  # of libraries: into the log, not over the bar
         logging.getLogger("py.warnings").handlers = [self._log_file]
         self._metrics = MetricsFile(run / "metrics.jsonl", fresh)
         self._history = LossHistory()
@@ -113,7 +115,7 @@ class Monitor:
             log.info(line)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
-        """An event in metrics.jsonl: "evaluate", "save", "resume" or "stop"."""
+        """An event in metrics.jsonl: "evaluate", "save", "skip", "resume" or "stop"."""
         if self.speaks:
             self._metrics.write({"event": kind, "step": step, **values})
 
@@ -168,6 +170,25 @@ class Monitor:
         if share < 1.0 and time.perf_counter() - self._drawn >= PICTURE_EVERY_S:  # `stop` draws the last one
             self._draw()
         self._window = _Window(time.perf_counter())  # the evaluation's time is none of a step's
+
+    def skip(self, step: int, reason: str, examples: list[int], sequences: int) -> None:
+        """A step that was not applied, of so many sequences; `examples` are those of the epoch whose own loss is not finite."""
+        self.event("skip", step, reason=reason, examples=examples)
+        shown = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
+        where = "in no single example" if not examples else f"for the examples {shown} of the epoch"
+        if len(examples) == sequences:
+            where = "for every example: it is the weights, not a text"
+        self.say(f"step {step:,} is skipped: {reason}, {where}")
+
+    def saved(self, saved: Saved | None) -> None:
+        """A checkpoint is there, or could not be written."""
+        if saved is None:
+            return
+        if saved.path is not None:
+            self.event("save", saved.step, checkpoint=saved.path.name, seconds=saved.stall_s)
+        else:
+            self.event("save", saved.step, problem=saved.problem)
+            self.say(f"no checkpoint at step {saved.step:,}: {saved.problem}; the older ones are as they were")
 
     def stop(self, step: int, reason: str, advice: str = "") -> None:
         """The end of this process's part of the run; `advice` is what the user may do now."""

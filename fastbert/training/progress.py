@@ -15,12 +15,31 @@ class Progress:
     `seconds` is the time from the first step on, evaluations and saving counted, the pauses between two processes not.
     """
 
-    step: int = 0  # optimizer steps done
+    step: int = 0  # batches done: optimizer steps, and those that were skipped
     tokens: int = 0  # real tokens seen, [CLS] and [SEP] counted
     seconds: float = 0.0
     heldout_loss: float | None = None  # of the last evaluation
     best_loss: float | None = None  # the lowest, by min_delta at least (see `judge`)
     stale: int = 0  # evaluations since then
+    skipped: int = 0  # steps that were not applied, since their loss or gradient was not finite
+    skipped_in_a_row: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that were applied."""
+        return self.step - self.skipped
+
+    def applied(self, tokens: int) -> None:
+        """Count a step of so many tokens."""
+        self.step += 1
+        self.tokens += tokens
+        self.skipped_in_a_row = 0
+
+    def skip(self) -> None:
+        """Count a step that was not applied; its examples are behind the run all the same."""
+        self.step += 1
+        self.skipped += 1
+        self.skipped_in_a_row += 1
 
     def judge(self, heldout_loss: float, min_delta: float) -> None:
         """Take note of an evaluation: is it better than the best by `min_delta` nats or more (by anything, where that is 0)?"""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from fastbert.model import BertForPreTraining
 from fastbert.training import checkpoint
 from fastbert.training.checkpoint import Checkpoint
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
-from fastbert.training.engine import check_settings, launched_world, local_device
+from fastbert.training.engine import check_settings
+from fastbert.training.group import Group
+from fastbert.training.ownership import Ownership
 from fastbert.training.precision import resolve_precision
 from fastbert.training.progress import Horizon, Progress
 
@@ -26,6 +30,7 @@ from fastbert.training.progress import Horizon, Progress
 # run. A learning rate or a schedule may be changed too: it changes no example and no shape, and is noted. Anything else would make the
 # second half another experiment than the first.
 FREE = ("data", "run", "model.preset", "stop", "evaluate", "checkpoint", "runtime", "batch.micro_batch_tokens")
+SHARED_DISK_S = 20.0  # how long another machine's disk may take to show a new file
 NOTED = ("optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip", "schedule")
 
 
@@ -42,6 +47,20 @@ class Start:
     run: Path
     checkpoint: Checkpoint | None
     notes: list[str] = field(default_factory=list)
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON, for the other ranks."""
+        found = self.checkpoint
+        return {
+            "run": str(self.run),
+            "checkpoint": found and {"path": str(found.path), "step": found.step, "metadata": found.metadata},
+            "notes": self.notes,
+        }
+
+    @staticmethod
+    def load(values: dict[str, Any]) -> Start:
+        found = values["checkpoint"]
+        return Start(Path(values["run"]), found and Checkpoint(Path(found["path"]), found["step"], found["metadata"]), values["notes"])
 
 
 def open_run(config: RunConfig, recipe: str, store: Store, resume: bool) -> Start:
@@ -78,7 +97,6 @@ class Setup:
     start: Start
     batches: Batches
     heldout: list[PackedBatch]
-    device: torch.device
     precision: str
     precision_why: str
     model: BertForPreTraining
@@ -96,18 +114,35 @@ class Setup:
         }
 
 
-def set_up(config: RunConfig, recipe: str, resume: bool) -> Setup:
-    """Build and check all of it; raises InputError for whatever is wrong with the recipe or what it names. Writes nothing."""
-    store, settings = open_store(config.data), read_ds_config(config, recipe)
-    check_settings(settings)
-    start = open_run(config, recipe, store, resume)
-    if (world := launched_world()) > 1:
-        raise InputError(f"WORLD_SIZE = {world}: this version trains on one process; start it without a launcher")
-    batches, heldout = Batches(store, config), heldout_batches(store, config, config.evaluate.sequences)
-    device = local_device()
-    precision, why = resolve_precision(config.runtime.precision, device, recipe)
-    settings.stage(precision=precision, world=world, optimizer=config.optimizer.name)
-    torch.manual_seed(config.seed)
+def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
+    """Build and check all of it, on every rank; rank 0 says where to begin. Writes nothing.
+
+    Raises:
+        InputError: whatever is wrong with the recipe or what it names, on any rank: then on all.
+    """
+    start = None
+    with group.same_fate():
+        store, settings = open_store(config.data), read_ds_config(config, recipe)
+        check_settings(settings)
+        batches, heldout = Batches(store, config), heldout_batches(store, config, config.evaluate.sequences)
+        batches.check(group.world)
+        precision, why = resolve_precision(config.runtime.precision, group.device, recipe)
+        settings.stage(precision=precision, world=group.world, optimizer=config.optimizer.name)
+        torch.manual_seed(config.seed)
+        model = BertForPreTraining(config.model, store.vocab_size, config.runtime.kernels, group.device.type)
+        if group.speaks:
+            start = open_run(config, recipe, store, resume)
+    _check_same_everywhere(
+        group,
+        {
+            f"{recipe}: the recipe": hashlib.sha256(dump_config(config).encode()).hexdigest(),
+            f"data = {config.data!r}: the store's manifest": store.sha256,
+            "torch's version": torch.__version__,
+            f"runtime.precision = {config.runtime.precision!r} here means": precision,
+            f"runtime.kernels = {config.runtime.kernels!r} here means": model.impl,
+        },
+    )
+    start = Start.load(group.broadcast(start.dump() if start else None))
     return Setup(
         config=config,
         store=store,
@@ -115,27 +150,56 @@ def set_up(config: RunConfig, recipe: str, resume: bool) -> Setup:
         start=start,
         batches=batches,
         heldout=heldout,
-        device=device,
         precision=precision,
         precision_why=why,
-        model=BertForPreTraining(config.model, store.vocab_size, config.runtime.kernels, device.type),
+        model=model,
         progress=Progress(**start.checkpoint.metadata["progress"]) if start.checkpoint else Progress(),
-        horizon=Horizon(config, batches.examples_per_epoch / config.batch.sequences),
+        horizon=Horizon(config, batches.steps_per_epoch),
     )
 
 
-def prepare_folder(start: Start, config: RunConfig, store: Store) -> None:
-    """Write the resolved recipe, and a copy of the tokenizer, so that the run can be used when the store is gone.
+def take_folder(setup: Setup, group: Group) -> Ownership:
+    """Write what a run begins with, and make the folder this start's own.
 
     Raises:
-        InputError: the folder cannot be made or written.
+        InputError: the folder cannot be made or written, or a rank does not see it.
     """
+    token = None
+    with group.same_fate():
+        if group.speaks:
+            token = _prepare(setup).token
+    owner = Ownership(setup.start.run, group.broadcast(token))
+    with group.same_fate():
+        deadline = time.monotonic() + SHARED_DISK_S
+        while not owner.holds():
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"run = {setup.config.run!r}: what rank 0 wrote there does not show here; "
+                    "give a folder on a disk that all machines share"
+                )
+            time.sleep(0.1)
+    return owner
+
+
+def _prepare(setup: Setup) -> Ownership:
+    """Write the resolved recipe, and a copy of the tokenizer, so that the run can be used when the store is gone."""
+    run, config = setup.start.run, setup.config
     try:
-        start.run.mkdir(parents=True, exist_ok=True)
-        (start.run / "config.toml").write_text(dump_config(config), encoding="utf-8")
-        shutil.copytree(store.tokenizer_dir, start.run / "tokenizer", dirs_exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.toml").write_text(dump_config(config), encoding="utf-8")
+        shutil.copytree(setup.store.tokenizer_dir, run / "tokenizer", dirs_exist_ok=True)
+        return Ownership.claim(run)
     except OSError as error:
-        raise InputError(f"run = {config.run!r}: {error.filename or start.run} cannot be written: {error.strerror}") from None
+        raise InputError(f"run = {config.run!r}: {error.filename or run} cannot be written: {error.strerror}") from None
+
+
+def _check_same_everywhere(group: Group, facts: dict[str, str]) -> None:
+    """Ranks that differ in one of these would train another model each."""
+    everywhere = group.gather(facts)
+    for rank, there in enumerate(everywhere):
+        for what, value in everywhere[0].items():
+            if there.get(what) != value:
+                raise InputError(f"{what} {value[:16]} on rank 0 and {there.get(what, 'another')[:16]} on rank {rank}; make them equal")
 
 
 def _check_same_run(config: RunConfig, recipe: str, store: Store, found: Checkpoint) -> list[str]:

@@ -1,0 +1,179 @@
+"""Checkpoints while training goes on: every rank copies its share and writes it in a thread; when all have, rank 0 makes them one.
+
+begin     all ranks   take a copy of the share: what training has to wait for
+(thread)  all ranks   staging/tensors-RANK-NUMBER.safetensors: write, fsync, read back
+finish    all ranks   gather what was written; rank 0: manifest, fsync, rename, fsync
+(thread)  rank 0      delete checkpoints that are too old
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastbert.training import checkpoint
+from fastbert.training.failpoint import reach
+
+if TYPE_CHECKING:
+    from fastbert.training.group import Group
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended; the same on every rank.
+
+    Attributes:
+        step: optimizer steps done.
+        path: the checkpoint; None where there is none.
+        problem: why there is none, in one line with the rank, the file and the reason.
+        stall_s: seconds that training stood still for it.
+    """
+
+    step: int
+    path: Path | None
+    problem: str | None
+    stall_s: float
+
+
+class Saver:
+    """Writes the checkpoints of a run in the background, one at a time.
+
+    A save that fails does not raise: `Saved.problem` says why, older checkpoints are untouched, and nothing half-written is left.
+
+    Args:
+        group: all ranks of the run; they must make the same calls in the same order.
+        folder: the run's checkpoints/, on a file system that all ranks see; made where it is missing.
+        keep: how many checkpoints stay.
+        token: unique to this start of the run, and part of the staging folder's name, so that a process of an earlier start that is
+            still alive does not write into ours.
+    """
+
+    def __init__(self, group: Group, folder: Path, keep: int, token: str):
+        self._group, self._folder, self._keep, self._token = group, folder, keep, token
+        self._begun = 0
+        self._save: _Save | None = None
+        self._cleaning: threading.Thread | None = None
+
+    def sweep(self) -> None:
+        """At the start: delete what processes left that died while they saved."""
+        if self._group.speaks:
+            checkpoint.sweep(self._folder)
+
+    @property
+    def busy(self) -> bool:
+        """A save was begun and is not finished; the same on all ranks."""
+        return self._save is not None
+
+    @property
+    def written(self) -> bool:
+        """This rank's part of the save in flight is done, or has failed; True as well when nothing is in flight."""
+        return self._save is None or not self._save.is_alive()
+
+    def begin(self, step: int, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any]) -> None:
+        """Copy this rank's share, and let a thread write it; the save before must be finished.
+
+        Args:
+            step: optimizer steps done.
+            tensors: names ("weight/...", "exp_avg/...") and fp32 tensors: all of them, in the same order on every rank.
+            metadata: goes into the manifest as JSON; rank 0's counts.
+        """
+        assert not self.busy, "one save at a time"
+        started = time.perf_counter()
+        self._begun += 1  # a step that could not be saved may be tried again
+        staging = checkpoint.staging_of(self._folder, step, f"{self._token}-{self._begun}")
+        share = checkpoint.share_of(self._group.rank, self._group.world, tensors)
+        reach("copied")
+        self._save = _Save(step, copy.deepcopy(dict(metadata)), staging, self._group.rank, share)
+        self._save.stall_s = time.perf_counter() - started
+
+    def finish(self) -> Saved:
+        """Make what was begun a checkpoint. Waits for this rank's thread and for the other ranks: call it when all have `written`."""
+        save, started = self._save, time.perf_counter()
+        assert save is not None, "nothing was begun"
+        save.join()
+        shares = self._group.gather({"files": save.files, "problem": save.problem, "stall_s": save.stall_s})
+        reach("gathered")
+        path, problem = None, self._problem([share["problem"] for share in shares])
+        if self._group.speaks and problem is None:
+            try:
+                files = {name: entry for share in shares for name, entry in share["files"].items()}
+                path = str(checkpoint.publish(self._folder, save.step, save.staging, files, save.metadata))
+                self._clean_up(save.step)
+            except OSError as error:
+                problem = self._problem([_in_words(error, save.staging)])
+        stall_s = max(share["stall_s"] for share in shares) + time.perf_counter() - started
+        path, problem, stall_s = self._group.broadcast([path, problem, stall_s])
+        if problem is not None:
+            shutil.rmtree(save.staging, ignore_errors=True)
+        self._save = None
+        return Saved(save.step, path and Path(path), problem, stall_s)
+
+    def wait(self) -> Saved | None:
+        """At the end: finish what is in flight, None where nothing is, and wait until old checkpoints are deleted."""
+        saved = self.finish() if self.busy else None
+        if self._cleaning is not None:
+            self._cleaning.join()
+        return saved
+
+    def _problem(self, problems: list[str | None]) -> str | None:
+        """The first of the ranks' problems, with its rank where there are several."""
+        first, *others = [(rank, problem) for rank, problem in enumerate(problems) if problem] or [(0, None)]
+        if first[1] is None or self._group.world == 1:
+            return first[1]
+        return f"rank {first[0]}: {first[1]}" + (f" (and on {len(others)} more ranks)" if others else "")
+
+    def _clean_up(self, step: int) -> None:
+        """Rank 0 renames what is too old, and lets a thread delete it."""
+        if self._cleaning is not None:
+            self._cleaning.join()
+        retired = checkpoint.retire(self._folder, step, self._keep)
+        self._cleaning = threading.Thread(target=_delete, args=(retired,), name="old checkpoints", daemon=True)
+        self._cleaning.start()
+
+
+class _Save(threading.Thread):
+    """A save in flight: writes this rank's share. A daemon, so that a run that fails does not wait for the disk."""
+
+    def __init__(self, step: int, metadata: dict[str, Any], staging: Path, rank: int, share: dict[str, Tensor]):
+        super().__init__(name="checkpoint", daemon=True)
+        self.step, self.metadata, self.staging, self.stall_s = step, metadata, staging, 0.0
+        self.files: dict[str, dict[str, Any]] = {}
+        self.problem: str | None = None
+        self._rank, self._share = rank, share
+        self.start()
+
+    def run(self) -> None:
+        _yield_to_training()
+        try:
+            self.files = checkpoint.write_share(self.staging, self._rank, self._share)
+        except Exception as error:  # whatever it is: training goes on, and is told
+            self.problem = _in_words(error, self.staging)
+        self._share.clear()
+
+
+def _delete(folders: list[Path]) -> None:
+    _yield_to_training()
+    checkpoint.delete(folders)
+    reach("saved")
+
+
+def _yield_to_training() -> None:
+    """Let this thread take what the steps leave of the processors."""
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def _in_words(error: Exception, place: Path) -> str:
+    """One line: the file and what is wrong."""
+    if isinstance(error, OSError):
+        return f"{error.filename or place}: {error.strerror or error}"
+    return f"{place}: {' '.join(str(error).split()) or type(error).__name__}"

@@ -1,0 +1,211 @@
+"""Commands that a cluster has and a machine that runs tests has not: ssh, pdsh, sbatch, srun, scontrol, kubectl.
+
+`python stand_ins.py NAME ARGUMENTS...` does what NAME would do, as far as the documents and scripts of this project use it, on the nodes of
+namespaces.py; `install` puts them on a PATH. `python stand_ins.py sshd ADDRESS`, on every node, is what the others talk to: it runs
+commands for whoever asks, so it is for nodes that have no way to the outside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import socketserver
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+PORT = 22
+END = b"\0"  # then the exit code: after the output, which is text
+STARTS = 5  # of a job, at most
+
+
+def install(folder: Path) -> None:
+    """Make the commands, to be put on the PATH."""
+    for name in ("ssh", "pdsh", "sbatch", "srun", "scontrol", "kubectl"):
+        (folder / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(__file__)} {name} "$@"\n')
+        (folder / name).chmod(0o755)
+
+
+# ssh and pdsh: a command line on another node.
+
+
+def sshd(address: str) -> int:
+    """Serve for ever. A request is one line of JSON; the answer is the command's output, END, and the exit code."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            asked = json.loads(self.rfile.readline())
+            options: Any = {"stdin": subprocess.DEVNULL, "stdout": self.connection, "stderr": subprocess.STDOUT}
+            environment = {**os.environ, **asked["environment"]}
+            process = subprocess.Popen(["sh", "-c", asked["command"]], env=environment, start_new_session=True, **options)
+            self.connection.sendall(END + str(process.wait()).encode())
+
+    class Server(socketserver.ThreadingTCPServer):
+        allow_reuse_address = True
+
+    with Server((address, PORT), Handler) as server:
+        print("ready", flush=True)
+        server.serve_forever()
+    return 0
+
+
+def remote(host: str, command: str, environment: dict[str, str] | None = None, prefix: str = "") -> int:
+    """Run a command line on a node, with its output here; returns the exit code, 255 where the node cannot be reached, as ssh does."""
+    try:
+        with socket.create_connection((host, PORT), timeout=10) as connection, connection.makefile("rb") as answer:
+            connection.settimeout(None)
+            connection.sendall(json.dumps({"command": command, "environment": environment or {}}).encode() + b"\n")
+            for line in answer:
+                text, end, code = line.partition(END)
+                if text:
+                    sys.stdout.write(prefix + text.decode(errors="replace"))
+                    sys.stdout.flush()
+                if end:
+                    return int(code) if int(code) >= 0 else 128 - int(code)
+    except OSError as error:
+        print(f"{host}: {error}", file=sys.stderr)
+    return 255
+
+
+def ssh(arguments: list[str]) -> int:
+    """[-o OPTION] HOST COMMAND..."""
+    while arguments[0] == "-o":
+        arguments = arguments[2:]
+    host, *command = arguments
+    return remote(host, " ".join(command))
+
+
+def pdsh(arguments: list[str]) -> int:
+    """-S -f FANOUT -w HOST,HOST COMMAND...: the command on all of them, %n their number; returns the largest exit code."""
+    assert arguments[:2] == ["-S", "-f"] and arguments[3] == "-w"
+    hosts, command = arguments[4].split(","), " ".join(arguments[5:])
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return max(pool.map(lambda i: remote(hosts[i], command.replace("%n", str(i)), prefix=f"{hosts[i]}: "), range(len(hosts))))
+
+
+# Slurm: node0, node1, ... of which a job takes as many as it asks for. sbatch waits for the job, and starts it again when it was requeued.
+
+
+def sbatch(arguments: list[str]) -> int:
+    """[--OPTION=VALUE or --OPTION VALUE]... SCRIPT ARGUMENTS..."""
+    options: dict[str, str] = {}
+    given, rest = _options(arguments)
+    script, *rest = rest
+    for line in Path(script).read_text().splitlines():
+        if line.startswith("#SBATCH"):
+            options |= _options(line.partition("#SBATCH")[2].split("#")[0].split())[0]
+    options |= given
+    nodes, per_node = int(options["nodes"]), int(options["ntasks-per-node"])
+    environment = {
+        **os.environ,
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": f"node[0-{nodes - 1}]",
+        "SLURM_NTASKS": str(nodes * per_node),
+        "SLURM_NTASKS_PER_NODE": str(per_node),
+        "SLURM_CPUS_PER_TASK": options["cpus-per-task"],
+    }
+    with tempfile.TemporaryDirectory() as spool, open("slurm-7.log", "ab") as log:
+        for restart in range(STARTS):
+            if restart:
+                environment["SLURM_RESTART_COUNT"] = str(restart)
+            environment["REQUEUED"] = str(Path(spool) / f"requeued-{restart}")
+            code = subprocess.run(["bash", script, *rest], env=environment, stdout=log, stderr=log).returncode
+            if not Path(environment["REQUEUED"]).exists():
+                break
+    return code
+
+
+def srun(arguments: list[str]) -> int:
+    """The command as every task of the job; returns the highest exit code."""
+    options, command = _options(arguments)
+    assert options == {"kill-on-bad-exit": "0", "wait": "120"}
+    tasks, per_node = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
+    line = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}"
+
+    def run(task: int) -> int:
+        own = {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task % per_node), "SLURM_STEP_NUM_TASKS": str(tasks)}
+        return remote(f"node{task // per_node}", line, {**os.environ, **own})
+
+    with ThreadPoolExecutor(tasks) as pool:
+        return max(pool.map(run, range(tasks)))
+
+
+def scontrol(arguments: list[str]) -> int:
+    """show hostnames LIST, or requeue JOB."""
+    if arguments[0] == "requeue":
+        assert arguments[1:] == [os.environ["SLURM_JOB_ID"]]
+        Path(os.environ["REQUEUED"]).touch()
+        return 0
+    assert arguments[:2] == ["show", "hostnames"]
+    first, last = re.fullmatch(r"node\[(\d+)-(\d+)\]", arguments[2]).groups()  # type: ignore[union-attr]
+    print(*(f"node{i}" for i in range(int(first), int(last) + 1)), sep="\n")
+    return 0
+
+
+def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The options in front, `--name=value`, `--name value` or (only --requeue) `--name`; and what follows them."""
+    options, words = {}, list(words)
+    while words and words[0].startswith("--"):
+        name, equals, value = words.pop(0)[2:].partition("=")
+        options[name] = value if equals or name == "requeue" else words.pop(0)
+    return options, words
+
+
+# Kubernetes: an Indexed Job with one pod a node. Its controller is in `kubectl apply`, which waits for the Job to end.
+
+
+def kubectl(arguments: list[str]) -> int:
+    """apply -f FILE; returns 0 for a Job that is complete, 1 for one that has failed."""
+    import yaml
+
+    assert arguments[:2] == ["apply", "-f"]
+    kinds = {document["kind"]: document for document in yaml.safe_load_all(Path(arguments[2]).read_text())}
+    name, job = kinds["Job"]["metadata"]["name"], kinds["Job"]["spec"]
+    pod = job["template"]["spec"]
+    assert kinds["Service"]["metadata"]["name"] == pod["subdomain"] and job["completionMode"] == "Indexed"
+    assert pod["restartPolicy"] == "Never" and job["completions"] == job["parallelism"]
+    (container,) = pod["containers"]
+    count = job["completions"]
+    hosts = "".join(f"10.77.0.{i + 1} {name}-{i}.{pod['subdomain']} {name}-{i}\n" for i in range(count))
+    volume = f"mount -t tmpfs none /mnt && mkdir /mnt/work && mount --bind {shlex.quote(os.getcwd())} /mnt/work"
+    for i in range(count):
+        code = remote(f"node{i}", f"printf %s {shlex.quote(hosts)} >> /etc/hosts && {volume}")
+        assert code == 0 and container["workingDir"] == "/mnt/work" == container["volumeMounts"][0]["mountPath"]
+    environment = {item["name"]: item["value"] for item in container["env"]}
+    line = f"cd /mnt/work && exec {shlex.join(container['command'] + container['args'])}"
+
+    def index(i: int) -> bool:
+        """One pod after another, until one succeeds; whether one did."""
+        for attempt in range(min(STARTS, job["backoffLimit"])):
+            code = remote(f"node{i}", line, {**environment, "JOB_COMPLETION_INDEX": str(i)}, prefix=f"{name}-{i}: ")
+            print(f"{name}-{i}: start {attempt + 1}: exit code {code}", flush=True)
+            if code == 0:
+                return True
+            if _pod_failure(job["podFailurePolicy"], code) == "FailJob":
+                return False
+        return False
+
+    with ThreadPoolExecutor(count) as pool:
+        return 0 if all(pool.map(index, range(count))) else 1
+
+
+def _pod_failure(policy: dict[str, Any], code: int) -> str:
+    """What the first rule that matches an exit code says."""
+    for rule in policy["rules"]:
+        wanted = rule.get("onExitCodes")
+        if wanted and (code in wanted["values"]) == (wanted["operator"] == "In"):
+            return rule["action"]
+    return "Count"
+
+
+if __name__ == "__main__":
+    command, *rest = sys.argv[1:]
+    if command == "sshd":
+        sys.exit(sshd(*rest))
+    sys.exit({"ssh": ssh, "pdsh": pdsh, "sbatch": sbatch, "srun": srun, "scontrol": scontrol, "kubectl": kubectl}[command](rest))

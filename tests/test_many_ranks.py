@@ -1,0 +1,136 @@
+"""However many ranks share a step, in whatever packs and at whatever ZeRO stage, it is the same step; and a run may change all of it midway."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbert.config import load_config
+from fastbert.data.batches import Batches
+from fastbert.doctor import probe_bf16
+from fastbert.model import BertForPreTraining
+from fastbert.objective import losses
+from fastbert.training.optimizer import build_optimizer
+from fastbert.training.schedule import factor
+from tests.trials import Laboratory, Trial
+
+STEPS = 50
+COUNTS = ("step", "tokens", "masked", "sequences")  # these must be equal: every step has the same examples, with the same masks
+LOSSES = ("loss", "loss_mlm", "loss_nsp", "grad_norm")  # these to rounding
+# A pack holds at most so many tokens, and a step has about 500: one pack, about five, about ten.
+PACKS = (1000, 128, 64)
+# (ranks, stage, tokens of a pack)
+SHARED = [(1, stage, PACKS[stage % 3]) for stage in range(4)] + [(2, stage, tokens) for stage in range(4) for tokens in PACKS[:2]]
+SHARED += [(4, stage, PACKS[(stage + 1) % 2]) for stage in range(4)]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, small_store) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("ranks"), small_store.path)
+
+
+def shared(lab: Laboratory, world: int, stage: int, tokens: int) -> list[dict]:
+    """Steps of a run that so many ranks share."""
+    trial = lab.trial(f"batch.micro_batch_tokens={tokens}", "checkpoint.every=1000", "evaluate.every=1000", stage=stage, steps=STEPS)
+    trial.go_on(world)
+    return trial.steps
+
+
+@pytest.fixture(scope="module")
+def alone(lab) -> list[dict]:
+    """Of one process, in one pack a step."""
+    return shared(lab, 1, 0, PACKS[0])
+
+
+def far(steps: list[dict], others: list[dict]) -> float:
+    """The largest relative difference of a loss or a norm between two runs."""
+    assert len(steps) == len(others) > 0
+    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(steps, others, strict=True) for key in LOSSES)
+
+
+@pytest.fixture(scope="module")
+def rounding(alone, small_store, lab) -> float:
+    """How far rounding alone takes two runs apart: 50 steps by torch, in single and in double precision."""
+    return 4 * far(by_torch(lab, small_store, torch.float32), by_torch(lab, small_store, torch.float64))
+
+
+def by_torch(lab: Laboratory, store, dtype: torch.dtype, ranks: int | None = None) -> list[dict]:
+    """The same run by plain torch. With `ranks`, their means are averaged: what is often done, and wrong."""
+    config = load_config(lab.trial(steps=STEPS).recipe, [f"batch.micro_batch_tokens={PACKS[0]}"])
+    torch.manual_seed(config.seed)
+    model = BertForPreTraining(config.model, store.vocab_size, "reference").to(dtype).train()
+    optimizer, batches, steps = build_optimizer(model, config.optimizer), Batches(store, config), []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = config.optimizer.lr * factor(config.schedule, step / STEPS)
+        mlm = nsp = 0.0
+        for rank in range(ranks or 1):
+            for pack in batches.step(step, rank, ranks or 1):
+                found = losses(model(pack))
+                scale = (pack.masked_total / len(pack.labels), pack.pairs_total / pack.sequences) if ranks else (1.0, 1.0)
+                (found.mlm * scale[0] / (ranks or 1) + found.nsp * scale[1] / (ranks or 1)).backward()
+                mlm, nsp = mlm + float(found.mlm.detach()), nsp + float(found.nsp.detach())
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append({"loss": mlm + nsp, "loss_mlm": mlm, "loss_nsp": nsp, "grad_norm": norm})
+    return steps
+
+
+def test_a_run_is_what_plain_torch_makes_of_it(alone, lab, small_store, rounding):
+    assert far(alone, by_torch(lab, small_store, torch.float32)) < rounding
+
+
+def test_averaging_the_means_of_ranks_would_be_noticed(alone, lab, small_store, rounding):
+    """Ranks have other numbers of masked tokens and of pairs, so the mean of their means is not the mean."""
+    assert far(by_torch(lab, small_store, torch.float32, ranks=2), alone) > 100 * rounding
+
+
+@pytest.mark.parametrize("world, stage, tokens", SHARED)
+def test_the_step_is_that_of_the_whole_batch(lab, alone, rounding, world, stage, tokens):
+    steps = shared(lab, world, stage, tokens)
+    assert [[s[key] for key in COUNTS] for s in steps] == [[s[key] for key in COUNTS] for s in alone]
+    assert far(steps, alone) < rounding
+
+
+# What a run may change whenever it is resumed: (ranks, stage, precision) of one leg after the other.
+LEGS = {
+    "ranks": [(1, 1, "fp32"), (2, 1, "fp32"), (4, 1, "fp32"), (1, 1, "fp32")],
+    "stage": [(2, 1, "fp32"), (2, 3, "fp32"), (2, 2, "fp32"), (2, 0, "fp32")],
+    "precision": [(2, 1, "fp32"), (2, 1, "bf16"), (2, 1, "fp32")],
+    "all": [(1, 0, "fp32"), (2, 3, "bf16"), (4, 2, "fp32")],
+}
+LEG = 6  # steps
+BF16 = 2.0**-8  # its rounding, relative
+
+
+@pytest.fixture(scope="module")
+def constant(lab) -> list[dict]:
+    """One process from beginning to end, with a learning rate that does not ask how long the run will be."""
+    return leg(lab.trial(*CONSTANT, steps=LEG * 4), 1, LEG * 4).steps
+
+
+CONSTANT = ("schedule.warmup=0", "schedule.decay=constant", "evaluate.every=1000", "checkpoint.every=1000")
+
+
+def leg(trial: Trial, world: int, until: int, *overrides: str) -> Trial:
+    trial.go_on(world, f"stop.steps={until}", *overrides)
+    return trial
+
+
+@pytest.mark.parametrize("legs", LEGS)
+def test_a_run_may_change_its_ranks_stage_and_precision(lab, constant, rounding, legs):
+    if any(precision == "bf16" for *_, precision in LEGS[legs]) and not (probe := probe_bf16()).safe:
+        pytest.skip(probe.why)
+    trial, tolerance = lab.trial(*CONSTANT), rounding
+    for i, (world, stage, precision) in enumerate(LEGS[legs]):
+        trial.set_stage(stage)
+        leg(trial, world, LEG * (i + 1), f"runtime.precision={precision}")
+        ours, expected = trial.steps[LEG * i :], constant[LEG * i : LEG * (i + 1)]
+        assert [[s[key] for key in COUNTS] for s in ours] == [[s[key] for key in COUNTS] for s in expected]
+        if precision == "bf16":
+            tolerance = 16 * BF16  # and it stays: what was rounded once is another model
+        assert far(ours, expected) < tolerance

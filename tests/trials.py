@@ -1,0 +1,331 @@
+"""Runs that are disturbed, and compared with runs that were not: what the tests do a few times and torture.py does for hours.
+
+Every trial is a run of real processes (ranks.py) in a folder of its own, started with --resume as often as it takes. Each line that it has
+left in metrics.jsonl, whether a step or an evaluation, and each time that it was written, is compared with the line of the undisturbed
+run: all of it but the clock, to the last digit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastbert.training.metrics import read_metrics
+from tests.ranks import Ranks
+
+CLOCK = ("seconds", "tokens_per_s", "training_seconds")  # what differs between two equal runs
+TIMEOUT_S = 10.0  # runtime.timeout_s: long for a step that takes 50 ms, also where others share the cores
+MARGIN_S = 50.0  # beyond it: for the processes to end
+STEPS = 24
+
+# Lengths are uneven, and 10 sequences do not divide by 4; two to four packs a step.
+RECIPE = """
+data = "{store}"
+run = "{run}"
+[model]
+num_hidden_layers = 2
+hidden_size = 32
+num_attention_heads = 2
+intermediate_size = 48
+max_position_embeddings = 64
+[objective]
+segments = "single"
+[batch]
+sequences = 10
+max_length = 64
+micro_batch_tokens = 150
+[optimizer]
+lr = 3e-3
+[schedule]
+warmup = 0.2
+[stop]
+steps = {steps}
+[evaluate]
+every = 10
+sequences = 16
+[checkpoint]
+every = 3
+keep = 2
+[runtime]
+precision = "fp32"
+deepspeed = "{deepspeed}"
+timeout_s = {timeout_s}
+"""
+
+
+@dataclass
+class Tally:
+    """What a series of trials came to."""
+
+    tried: int = 0
+    survived: int = 0
+    compared: int = 0  # lines of metrics.jsonl
+    equal: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(getattr(self, name) + getattr(other, name) for name in ("tried", "survived", "compared", "equal", "problems")))
+
+    @property
+    def sound(self) -> bool:
+        return self.tried == self.survived and 0 < self.compared == self.equal and not self.problems
+
+    def __str__(self) -> str:
+        counts = f"tried {self.tried}, survived {self.survived}, losses compared {self.compared:,}, losses equal {self.equal:,}"
+        return counts + "".join(f"\n  {problem}" for problem in self.problems)
+
+
+class Trial:
+    """A run in a folder of its own.
+
+    Args:
+        folder: made new; the run is in its `run`, what the processes said in `start-00`, `start-01`, ...
+        store: that it trains on.
+        stage: of ZeRO.
+        overrides: settings that win over RECIPE's, in every start.
+    """
+
+    def __init__(self, folder: Path, store: Path, *overrides: str, stage: int = 0, steps: int = STEPS):
+        self.folder, self.run, self.store, self.overrides, self.starts = folder, folder / "run", store, overrides, 0
+        folder.mkdir(parents=True)
+        self.recipe = folder / "recipe.toml"
+        self.set_stage(stage)
+        text = RECIPE.format(store=store, run=self.run, steps=steps, deepspeed=folder / "ds_config.json", timeout_s=TIMEOUT_S)
+        self.recipe.write_text(text, encoding="utf-8")
+
+    def set_stage(self, stage: int) -> None:
+        zero = {"stage": stage, **({"reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000} if stage else {})}
+        (self.folder / "ds_config.json").write_text(json.dumps({"zero_optimization": zero}))
+
+    @property
+    def command(self) -> list[str]:
+        """Arguments of fastbert: go on with the run, wherever it is."""
+        return ["pretrain", str(self.recipe), *self.overrides, "--resume"]
+
+    def start(self, world: int = 1, *overrides: str, **more: str) -> Ranks:
+        """Its processes; what they say goes into a folder of this start."""
+        self.starts += 1
+        return Ranks([*self.command, *overrides], self.folder / f"start-{self.starts:02}", world, **more)
+
+    def go_on(self, world: int = 1, *overrides: str, **more: str) -> list[str]:
+        """Train undisturbed to the end; returns the lines that rank 0 printed."""
+        with self.start(world, *overrides, **more) as ranks:
+            if any(ranks.wait()):
+                raise AssertionError(f"{self.folder}, start {self.starts}: exit codes {ranks.codes}: {ranks.errors}")
+            return ranks[0].out.read_text().splitlines()
+
+    def records(self, *events: str | None) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl without the clock's figures: steps (None), or events of these kinds."""
+        found = (r for r in read_metrics(self.run / "metrics.jsonl") if r.get("event") in events)
+        return [{k: v for k, v in r.items() if k not in CLOCK} for r in found]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return self.records(None)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        return sorted((self.run / "checkpoints").glob("step-*"))
+
+    def copy_of(self, other: Trial) -> Trial:
+        """Take over another trial's run folder as it is now."""
+        shutil.copytree(other.run, self.run)
+        return self
+
+    def compare(self, undisturbed: Trial) -> Tally:
+        """Every line of this run against the other's; a line that is missing, or out of its turn, is a problem."""
+        expected = {(r.get("event"), r["step"]): r for r in undisturbed.records(None, "evaluate")}
+        found = self.records(None, "evaluate")
+        tally = Tally(compared=len(found), equal=sum(r == expected.get((r.get("event"), r["step"])) for r in found))
+        if missing := set(expected) - {(r.get("event"), r["step"]) for r in found}:
+            tally.problems.append(f"{self.folder}: lines are missing: {sorted(missing, key=str)}")
+        if tally.equal < tally.compared:
+            first = next(r for r in found if r != expected.get((r.get("event"), r["step"])))
+            tally.problems.append(f"{self.folder}: {first} should be {expected.get((first.get('event'), first['step']))}")
+        after = 0
+        for record in self.records(None, "resume"):
+            if "event" not in record and record["step"] != after + 1:
+                tally.problems.append(f"{self.folder}: step {record['step']} comes after step {after}")
+            after = record["step"]
+        return tally
+
+
+class Laboratory:
+    """Where trials are made, and the undisturbed runs that they are compared with.
+
+    Args:
+        folder: for all of them.
+        store: that they train on.
+    """
+
+    def __init__(self, folder: Path, store: Path, report: Callable[[str], None] = lambda line: None):
+        self.folder, self.store, self.report = folder, store, report
+        self._undisturbed: dict[tuple[int, int], tuple[Trial, float]] = {}
+        self._made = 0
+
+    def trial(self, *overrides: str, stage: int = 0, steps: int = STEPS) -> Trial:
+        self._made += 1
+        return Trial(self.folder / f"trial-{self._made:04}", self.store, *overrides, stage=stage, steps=steps)
+
+    def undisturbed(self, world: int, stage: int) -> Trial:
+        """A run from beginning to end, made once."""
+        return self._reference(world, stage)[0]
+
+    def seconds(self, world: int, stage: int) -> float:
+        """That it took, the start counted."""
+        return self._reference(world, stage)[1]
+
+    def _reference(self, world: int, stage: int) -> tuple[Trial, float]:
+        if (world, stage) not in self._undisturbed:
+            trial, began = self.trial(stage=stage), time.monotonic()
+            trial.go_on(world)
+            self._undisturbed[world, stage] = trial, time.monotonic() - began
+        return self._undisturbed[world, stage]
+
+    def finish(self, trial: Trial, world: int, stage: int) -> Tally:
+        """Let a disturbed run go on to its end, and compare; its folder goes when all is well."""
+        trial.go_on(world)
+        tally = trial.compare(self.undisturbed(world, stage))
+        if not tally.problems:
+            shutil.rmtree(trial.folder)
+        return tally
+
+
+# kill -9
+
+SHAPES = ((2, 1), (1, 0), (2, 3), (2, 0), (2, 2))  # ranks, stage
+KILLS_A_RUN = 5
+
+
+def kills(lab: Laboratory, count: int, seed: int, shapes: Sequence[tuple[int, int]] = SHAPES) -> Tally:
+    """kill -9 at random moments, of one rank or all, and going on from what is there, until `count` kills have hit."""
+    generator, tally = random.Random(seed), Tally()
+    while tally.tried < count and not tally.problems:
+        world, stage = shapes[tally.tried // KILLS_A_RUN % len(shapes)]
+        lab.undisturbed(world, stage)
+        trial, hit, wanted = lab.trial(stage=stage), 0, min(KILLS_A_RUN, count - tally.tried)
+        try:
+            while hit < wanted:
+                victim = generator.choice([None, *range(world)])
+                if not _kill_once(lab, trial, world, stage, victim, generator.random()):
+                    break  # it had come to its end
+                hit += 1
+            result = lab.finish(trial, world, stage)
+        except (AssertionError, TimeoutError) as error:
+            result = Tally(problems=[str(error)])
+        survived = 0 if result.problems else hit
+        tally += Tally(
+            hit, survived, result.compared, result.equal, [f"seed {seed}, {world} ranks, stage {stage}: {p}" for p in result.problems]
+        )
+        lab.report(f"kills: {tally}")
+    return tally
+
+
+def _kill_once(lab: Laboratory, trial: Trial, world: int, stage: int, victim: int | None, moment: float) -> bool:
+    """One start and one kill, at a share of what a whole run takes; whether it hit. Ranks that were not killed must end, and say why."""
+    with trial.start(world) as ranks:
+        time.sleep(moment * lab.seconds(world, stage))
+        targets = ranks.ranks if victim is None else [ranks[victim]]
+        for rank in targets:
+            rank.signal(signal.SIGKILL)
+        codes = ranks.wait(TIMEOUT_S + MARGIN_S)
+        where = f"{trial.folder}, start {trial.starts}, {'all' if victim is None else f'rank {victim}'} killed at {moment:.4f}"
+        assert set(codes) <= {0, 1, -9}, f"{where}: exit codes {codes}: {ranks.errors}"
+        if -9 not in codes:
+            assert set(codes) == {0}, f"{where}: exit codes {codes}: {ranks.errors}"
+            return False
+        for rank, code in zip(ranks.ranks, codes, strict=True):
+            # Exit code 0: the kill came after the last thing that they do together.
+            assert code != 1 or f"rank {victim}" in rank.err.read_text(), f"{where}: nobody is named: {rank.err.read_text()!r}"
+        return True
+
+
+# A flipped bit
+
+
+def flips(lab: Laboratory, count: int, seed: int) -> Tally:
+    """One bit, anywhere in the newest checkpoint: it is noticed and named, and the run goes on from the one before."""
+    generator, tally, undisturbed = random.Random(seed), Tally(), lab.undisturbed(1, 0)
+    before, newest = undisturbed.checkpoints[-2:]
+    while tally.tried < count and not tally.problems:
+        trial = lab.trial().copy_of(undisturbed)
+        # As many in the manifest as in the much larger tensors: it is where a reader could be led astray.
+        file = trial.run / "checkpoints" / newest.name / generator.choice(sorted(path.name for path in newest.iterdir()))
+        bit = generator.randrange(8 * file.stat().st_size)
+        flip(file, bit)
+        try:
+            said = trial.go_on()
+            result = trial.compare(undisturbed)
+            noticed = any(line.startswith(f"{file.parent}: damaged: ") and file.name in line for line in said)
+            if not (noticed and any(line.startswith(f"going on from {trial.run / 'checkpoints' / before.name}") for line in said)):
+                result.problems.append("not noticed: " + " | ".join(said[:3]))
+        except (AssertionError, TimeoutError) as error:
+            result = Tally(problems=[str(error)])
+        tally += Tally(
+            1, not result.problems, result.compared, result.equal, [f"seed {seed}, {file.name}, bit {bit}: {p}" for p in result.problems]
+        )
+        if not result.problems:
+            shutil.rmtree(trial.folder)
+        lab.report(f"flipped bits: {tally}")
+    return tally
+
+
+def flip(file: Path, bit: int) -> None:
+    """Change one bit of a file where it lies."""
+    with open(file, "rb+") as handle:
+        handle.seek(bit // 8)
+        (byte,) = handle.read(1)
+        handle.seek(bit // 8)
+        handle.write(bytes([byte ^ 1 << bit % 8]))
+
+
+# Crash points inside a save
+
+
+def crashes(lab: Laboratory, points: Sequence[str], rank: int, world: int, stage: int, times: int = 1) -> Tally:
+    """A rank dies by kill -9 at one point of a save after the other: a start each, in one and the same run."""
+    tally, trial = Tally(), lab.trial(f"stop.steps={STEPS}", stage=stage)
+    for point in points:
+        tally.tried += 1
+        with trial.start(world, FASTBERT_FAILPOINT=f"{point}:{rank}@{times}") as ranks:
+            codes = ranks.wait(TIMEOUT_S + MARGIN_S)
+            if codes[rank] != -signal.SIGKILL or {*codes} > {1, -signal.SIGKILL}:
+                tally.problems.append(f"{point}, {trial.folder}, start {trial.starts}: exit codes {codes}: {ranks.errors}")
+                break
+            tally.survived += 1
+    else:
+        tally += lab.finish(trial, world, stage)
+    lab.report(f"crash points of rank {rank}: {tally}")
+    return tally
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Poll until it is true."""
+    until = time.monotonic() + seconds
+    while not (found := what()):
+        if time.monotonic() > until:
+            raise TimeoutError("it never came to be")
+        time.sleep(0.005)
+    return found
+
+
+def steps_on_disk(trial: Trial) -> int:
+    """How many lines metrics.jsonl has; cheap enough to poll."""
+    path = trial.run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def listen_to(pids: Sequence[int]) -> Iterator[str]:
+    """Command lines of processes that are still there."""
+    for pid in pids:
+        if os.path.exists(f"/proc/{pid}"):
+            yield Path(f"/proc/{pid}/cmdline").read_text()
