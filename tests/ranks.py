@@ -43,18 +43,13 @@ def free_port() -> int:
 class Rank:
     """A process of its own; `out` and `err` are the files that it writes to."""
 
-    def __init__(self, server: _Server, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, name: str):
+    def __init__(
+        self, server: _Server, arguments: Sequence[str], variables: Mapping[str, str], folder: Path, name: str, more: dict[str, int]
+    ):
         self._server = server
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
-        self.pid = server.start(
-            {
-                "arguments": list(arguments),
-                "environment": dict(environment),
-                "folder": str(folder),
-                "out": str(self.out),
-                "err": str(self.err),
-            }
-        )
+        where = {"folder": str(folder), "out": str(self.out), "err": str(self.err)}
+        self.pid = server.start({"arguments": list(arguments), "environment": dict(variables), **where, **more})
 
     @property
     def code(self) -> int | None:
@@ -86,10 +81,11 @@ class Ranks:
         arguments: of the command line.
         folder: working directory, and where `rank0.out`, `rank0.err`, ... are written, from the start.
         world: how many; a single one is started without any launcher's variables.
+        namespaces: id of a process whose mounts they see; by default those of the tests.
         more: environment variables.
     """
 
-    def __init__(self, arguments: Sequence[str], folder: Path, world: int = 1, **more: str):
+    def __init__(self, arguments: Sequence[str], folder: Path, world: int = 1, namespaces: int | None = None, **more: str):
         folder.mkdir(parents=True, exist_ok=True)
         port = str(free_port())
         self.ranks: list[Rank] = []
@@ -97,7 +93,8 @@ class Ranks:
             for rank in range(world):
                 values = (str(rank), str(world), str(rank), str(world), "127.0.0.1", port)
                 launched = dict(zip(LAUNCHER, values, strict=True)) if world > 1 else {}
-                self.ranks.append(Rank(_server(), arguments, environment(**launched, **more), folder, f"rank{rank}"))
+                mounts = {} if namespaces is None else {"namespaces": namespaces}
+                self.ranks.append(Rank(_server(), arguments, environment(**launched, **more), folder, f"rank{rank}", mounts))
         except BaseException:
             self.kill()
             raise

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import ROOT, Ranks, environment
-from tests.trials import MARGIN_S, TIMEOUT_S, Laboratory, Trial, lines_so_far, wait_for
+from tests.trials import MARGIN_S, Laboratory, Trial, lines_so_far, wait_for
 
 WORLD, STAGE = 2, 1
 SOON_S = 8.0  # "within a few seconds", on two cores that others use too; less than TIMEOUT_S, so that no time limit can be the cause
@@ -55,7 +54,9 @@ def test_a_signal_while_training(lab, number, to):
         said = ranks[0].out.read_text().splitlines()[-1]
     done = trial.steps[-1]["step"]
     name = signal.Signals(number).name
-    assert trial.records("stop") == [{"event": "stop", "step": done, "reason": f"interrupted by {name if to != 'rank 1' else 'another rank'}"}]
+    assert trial.records("stop") == [
+        {"event": "stop", "step": done, "reason": f"interrupted by {name if to != 'rank 1' else 'another rank'}"}
+    ]
     assert said.endswith(f"go on with: fastbert pretrain {trial.run / 'config.toml'} --resume")
     assert trial.checkpoints[-1].name == f"step-{done:08}"
     assert lab.finish(trial, WORLD, STAGE).sound
@@ -178,7 +179,7 @@ def test_one_process_by_hand(lab):
         process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             if lines:
-                wait_for(lambda: lines_so_far(trial) >= 4)  # noqa: B023
+                wait_for(lambda: lines_so_far(trial) >= 4)
             else:
                 wait_for(lambda: caught(process.pid))  # noqa: B023
             process.send_signal(signal.SIGTERM)

@@ -8,12 +8,11 @@ run: all of it but the clock, to the last digit.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,10 +90,18 @@ class Trial:
         store: that it trains on.
         stage: of ZeRO.
         overrides: settings that win over RECIPE's, in every start.
+
+    Attributes:
+        run: the run folder, as its processes see it.
+        seen: the same, as the tests see it.
+        namespaces: id of a process whose mounts its processes see; None for those of the tests.
     """
 
+    namespaces: int | None = None
+
     def __init__(self, folder: Path, store: Path, *overrides: str, stage: int = 0, steps: int = STEPS):
-        self.folder, self.run, self.store, self.overrides, self.starts = folder, folder / "run", store, overrides, 0
+        self.folder, self.store, self.overrides, self.starts = folder, store, overrides, 0
+        self.run = self.seen = folder / "run"
         folder.mkdir(parents=True)
         self.recipe = folder / "recipe.toml"
         self.set_stage(stage)
@@ -113,7 +120,7 @@ class Trial:
     def start(self, world: int = 1, *overrides: str, **more: str) -> Ranks:
         """Its processes; what they say goes into a folder of this start."""
         self.starts += 1
-        return Ranks([*self.command, *overrides], self.folder / f"start-{self.starts:02}", world, **more)
+        return Ranks([*self.command, *overrides], self.folder / f"start-{self.starts:02}", world, self.namespaces, **more)
 
     def go_on(self, world: int = 1, *overrides: str, **more: str) -> list[str]:
         """Train undisturbed to the end; returns the lines that rank 0 printed."""
@@ -124,7 +131,7 @@ class Trial:
 
     def records(self, *events: str | None) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl without the clock's figures: steps (None), or events of these kinds."""
-        found = (r for r in read_metrics(self.run / "metrics.jsonl") if r.get("event") in events)
+        found = (r for r in read_metrics(self.seen / "metrics.jsonl") if r.get("event") in events)
         return [{k: v for k, v in r.items() if k not in CLOCK} for r in found]
 
     @property
@@ -134,7 +141,7 @@ class Trial:
     @property
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
-        return sorted((self.run / "checkpoints").glob("step-*"))
+        return sorted((self.seen / "checkpoints").glob("step-*"))
 
     def copy_of(self, other: Trial) -> Trial:
         """Take over another trial's run folder as it is now."""
@@ -166,6 +173,8 @@ class Laboratory:
         folder: for all of them.
         store: that they train on.
     """
+
+    steps = STEPS  # of every run that is compared
 
     def __init__(self, folder: Path, store: Path, report: Callable[[str], None] = lambda line: None):
         self.folder, self.store, self.report = folder, store, report
@@ -293,12 +302,12 @@ def flip(file: Path, bit: int) -> None:
 
 def crashes(lab: Laboratory, points: Sequence[str], rank: int, world: int, stage: int, times: int = 1) -> Tally:
     """A rank dies by kill -9 at one point of a save after the other: a start each, in one and the same run."""
-    tally, trial = Tally(), lab.trial(f"stop.steps={STEPS}", stage=stage)
+    tally, trial = Tally(), lab.trial(stage=stage)
     for point in points:
         tally.tried += 1
         with trial.start(world, FASTBERT_FAILPOINT=f"{point}:{rank}@{times}") as ranks:
             codes = ranks.wait(TIMEOUT_S + MARGIN_S)
-            if codes[rank] != -signal.SIGKILL or {*codes} > {1, -signal.SIGKILL}:
+            if codes != [-signal.SIGKILL if r == rank else 1 for r in range(world)]:
                 tally.problems.append(f"{point}, {trial.folder}, start {trial.starts}: exit codes {codes}: {ranks.errors}")
                 break
             tally.survived += 1
@@ -306,6 +315,12 @@ def crashes(lab: Laboratory, points: Sequence[str], rank: int, world: int, stage
         tally += lab.finish(trial, world, stage)
     lab.report(f"crash points of rank {rank}: {tally}")
     return tally
+
+
+def lines_so_far(trial: Trial) -> int:
+    """Of metrics.jsonl; cheap enough to poll."""
+    path = trial.seen / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> Any:
@@ -316,16 +331,3 @@ def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> Any:
             raise TimeoutError("it never came to be")
         time.sleep(0.005)
     return found
-
-
-def steps_on_disk(trial: Trial) -> int:
-    """How many lines metrics.jsonl has; cheap enough to poll."""
-    path = trial.run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def listen_to(pids: Sequence[int]) -> Iterator[str]:
-    """Command lines of processes that are still there."""
-    for pid in pids:
-        if os.path.exists(f"/proc/{pid}"):
-            yield Path(f"/proc/{pid}/cmdline").read_text()

@@ -180,7 +180,7 @@ class Engine:
         """Apply the gradient if its norm is finite, else drop it; returns the norm before clipping."""
         if self.stage:
             self._engine.step()
-            return float(self._engine.get_global_grad_norm())
+            return float(self._engine.get_global_grad_norm() or 0.0)  # None only before the first step
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._clip or math.inf))
         if math.isfinite(norm):
             self._engine.step()

@@ -155,7 +155,7 @@ class Group:
             return
         kind = next((kind.__name__ for kind in (InputError, Interrupted) if isinstance(own, kind)), "Exception")
         try:
-            fates = self._meet(own and (kind, _describe(own) if kind == "Exception" else str(own)))
+            fates = self._meet(own and (kind, describe(own) if kind == "Exception" else str(own)))
         except RankLost:
             if own is not None:
                 raise own from None
@@ -194,7 +194,7 @@ class Group:
         everybody = [str(rank) for rank in range(self.world)]
 
         def absent() -> str:
-            return f"{_listed([self.name(int(rank)) for rank in everybody if not place.check([rank])])} did not come along"
+            return f"{listed([self.name(int(rank)) for rank in everybody if not place.check([rank])])} did not come along"
 
         def work() -> list[Any]:
             place.set(str(self.rank), json.dumps(value))
@@ -250,7 +250,7 @@ def join(timeout_s: float, interruption: Interruption | None = None) -> Group:
         )
     except RuntimeError as error:
         raise RankLost(
-            f"{group.name(seat.rank)} has met the others at {seat.where}, but cannot connect to all of them: {_describe(error)}; "
+            f"{group.name(seat.rank)} has met the others at {seat.where}, but cannot connect to all of them: {describe(error)}; "
             f"look at GLOO_SOCKET_IFNAME = {os.environ.get('GLOO_SOCKET_IFNAME')} and at the firewall between the machines"
         ) from error
     return group
@@ -350,11 +350,11 @@ class Patience:
                     if time.monotonic() > end:
                         if asked:
                             raise Interrupted(asked) from None
-                        raise RankLost(f"{whose} has not answered for {self.timeout_s:g} s (runtime.timeout_s)") from None
+                        raise RankLost(f"{whose} does not answer") from None
         finally:
             self._given_up.set()
         if isinstance(error, dist.DistError):
-            raise RankLost(f"{whose} is gone: {_describe(error)}") from None
+            raise RankLost(f"{whose} has disappeared") from None
         if error is not None:
             raise error
         return value
@@ -413,7 +413,7 @@ def _enter(table: dist.Store, seat: Seat, me: Member, patience: Patience) -> tup
         return room.check(["roll"]) or (seat.rank == 0 and room.check(everybody))
 
     def absent() -> str:
-        return f"{_listed([f'rank {rank}' for rank in everybody if not room.check([rank])])} did not come to {seat.where}"
+        return f"{listed([f'rank {rank}' for rank in everybody if not room.check([rank])])} did not come to {seat.where}"
 
     try:
         patience.until(complete, absent)
@@ -561,12 +561,12 @@ def _whole(name: str, least: int, below: int | None = None, because: str = "") -
     return int(text)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     """The first few of them, and how many more there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 

@@ -9,22 +9,19 @@ finish    all ranks   gather what was written; rank 0: manifest, fsync, rename, 
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from fastbert.training import checkpoint
 from fastbert.training.failpoint import reach
-
-if TYPE_CHECKING:
-    from fastbert.training.group import Group
+from fastbert.training.group import Group
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,6 @@ class _Save(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        _yield_to_training()
         try:
             self.files = checkpoint.write_share(self.staging, self._rank, self._share)
         except Exception as error:  # whatever it is: training goes on, and is told
@@ -161,15 +157,8 @@ class _Save(threading.Thread):
 
 
 def _delete(folders: list[Path]) -> None:
-    _yield_to_training()
     checkpoint.delete(folders)
     reach("saved")
-
-
-def _yield_to_training() -> None:
-    """Let this thread take what the steps leave of the processors."""
-    if hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _in_words(error: Exception, place: Path) -> str:

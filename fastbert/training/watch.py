@@ -1,0 +1,250 @@
+"""Notices a rank that stops answering, and ends this one with its name.
+
+A rank that is stopped, cut off or stuck leaves the others inside a collective that never returns: no exception, nothing in any log, idle
+machines. So a thread of every rank writes a beat to the group's store, and another one looks whether the main thread still goes on. When
+it has not for too long, the beats show who is missing. The first rank to find out leaves its verdict in the store, where the others read it,
+and the process is ended from the thread, since nothing wakes the main one.
+
+Where a collective fails at once, because a peer has died, `blame` answers the same question: the peer that has closed the connection may
+only be another one that failed, next in a row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from fastbert.errors import InputError
+from fastbert.training.group import Group, Interrupted, Patience, RankLost, describe, listed
+
+T = TypeVar("T")
+
+BEAT_S = 1.0  # between two beats; less where the time-out is short
+LOOK_S = 3.0  # for how long a beat must stand still to count: on a busy machine a few come late
+GRACE_S = 5.0  # for the main thread to come out by itself, once it is known why all end
+HEARD_S = 3.0  # for the others to read a verdict, before the store ends with the process that holds it
+
+PACKAGE, GROUP = Path(__file__).parents[1], Path(__file__).with_name("group.py")
+
+
+class Beat(NamedTuple):
+    """What a rank says of itself; `count` stands still when its process does."""
+
+    count: int
+    ticks: int
+    what: str  # where it was when it ticked last
+    waiting: bool  # for other ranks, as far as the stack of its main thread shows
+    where: str  # that stack's innermost line of fastbert
+    left: bool = False  # it is through, and beats no more
+
+
+class Watch:
+    """Watches over the ranks of a group while this context is entered; with one rank it does nothing.
+
+    Args:
+        group: its ranks call `tick` at the same places.
+        timeout_s: how long a rank may take from one tick to the next, in seconds.
+    """
+
+    def __init__(self, group: Group, timeout_s: float):
+        self._group, self._timeout_s = group, timeout_s
+        self._every_s, self._look_s = min(BEAT_S, timeout_s / 10), min(LOOK_S, timeout_s / 2)
+        self._tick = (0, "the start", time.monotonic())  # ticks, what, when
+        self._main = threading.get_ident()
+        self._verdict: str | None = None  # why all ranks end
+        self._deaf: int | None = None  # how many will never hear it; None until it is known to be in the store
+        self._hearing = threading.Lock()
+        self._out = threading.Event()  # the main thread is out of what it was waiting for, and ends by itself
+        self._over = threading.Event()
+        self._asking = threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Watch:
+        if self._group.world > 1:
+            store = dist.PrefixStore("watch", self._group.store)
+            # Connections of their own: a call that waits on one keeps all others on it waiting.
+            self._beats, self._questions = Patience(self._timeout_s).run(lambda: (_clone(store), _clone(store)), self._group.store_name)
+            self._tick = (0, "the start", time.monotonic())
+            self._threads = [threading.Thread(target=work, daemon=True, name="fastbert-watch") for work in (self._beat, self._guard)]
+            for thread in self._threads:
+                thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, InputError | Interrupted) and not self._out.is_set():
+            self.farewell(describe(error))
+        self._out.set()
+        self._over.set()
+        for thread in self._threads:
+            thread.join(2 * self._every_s)  # not for ever: the store may not answer it
+        if self._threads and error is None:
+            last = Beat(-1, self._tick[0], self._tick[1], waiting=True, where="", left=True)
+            with suppress(RankLost):
+                self._ask(lambda store: store.set(str(self._group.rank), json.dumps(last)))
+
+    def tick(self, what: str) -> None:
+        """The main thread goes on, now at `what`, such as "step 17". Costs nothing."""
+        self._tick = (self._tick[0] + 1, what, time.monotonic())
+
+    def blame(self, error: BaseException) -> str | None:
+        """After an exception: a line that names the rank which is gone; None where all are there, so that the fault is this rank's own.
+
+        Takes a few seconds, within which the other ranks stand still or beat.
+        """
+        if self._group.world == 1 or isinstance(error, InputError | Interrupted):
+            return None
+        self._out.set()
+        if isinstance(error, RankLost):
+            self._pronounce(str(error), deaf=1)
+        elif self._verdict is None:
+            self._find_out(self._missing, "disappeared", LOOK_S)
+        self._linger()
+        return self._verdict
+
+    def farewell(self, reason: str) -> None:
+        """Before any exit that the other ranks do not share: tell them why, so that they end at once and quote it."""
+        if self._group.world > 1:
+            self._out.set()
+            if self._verdict is None:
+                self._pronounce(f"{self._group.name(self._group.rank)} has ended: {reason}", deaf=0)
+            self._linger()
+
+    def _beat(self) -> None:
+        """Thread: say that this process is alive, and hear whether a verdict is there."""
+        count, rank = 0, str(self._group.rank)
+        try:
+            while not self._over.is_set():
+                ticks, what, _ = self._tick
+                self._beats.set(rank, json.dumps(Beat(count, ticks, what, *_position(self._main))))
+                count += 1
+                if self._verdict is None and self._beats.check(["verdict"]):
+                    self._hear(self._beats)
+                self._over.wait(self._every_s)
+        except dist.DistError:
+            self._verdict = self._verdict or f"{self._group.store_name} has disappeared"
+
+    def _guard(self) -> None:
+        """Thread: end this process when its main thread does not go on."""
+        what = f"not answered for {self._timeout_s:g} s (runtime.timeout_s)"
+        while not self._out.wait(self._every_s / 2):
+            tick = self._tick
+            if self._verdict is not None:
+                if not self._out.wait(GRACE_S):
+                    self._end(self._verdict)
+            elif time.monotonic() > tick[2] + self._timeout_s - self._look_s:
+                self._find_out(lambda *beats, tick=tick: self._culprits(*beats) if self._tick is tick else None, what, self._look_s)
+                if self._verdict is not None and self._tick is tick and not self._out.is_set():
+                    self._end(self._verdict)
+
+    def _find_out(self, judge: Callable[..., tuple[str, int] | None], what: str, look_s: float) -> None:
+        """Look at all beats, and again after `look_s`; pronounce what `judge` makes of them, if anything."""
+        try:
+            before = self._ask(self._look)
+            end = time.monotonic() + look_s
+            while self._verdict is None and time.monotonic() < end:
+                time.sleep(self._every_s / 2)
+            if self._verdict is None and (found := judge(before, self._ask(self._look), what)) is not None:
+                self._pronounce(*found)
+        except RankLost:
+            self._verdict = self._verdict or f"{self._group.store_name} has {what}; this rank is at {self._tick[1]}"
+
+    def _look(self, store: dist.Store) -> list[Beat | None]:
+        ranks = [str(rank) for rank in range(self._group.world)]
+        return [Beat(*json.loads(store.get(rank))) if store.check([rank]) else None for rank in ranks]
+
+    def _missing(self, before: Sequence[Beat | None], now: Sequence[Beat | None], what: str) -> tuple[str, int] | None:
+        """Ranks whose beat stands still: what is to be said of them, and how many they are."""
+        still = [rank for rank, beat in enumerate(now) if beat is None or (beat == before[rank] and not beat.left)]
+        if not still:
+            return None
+        last = now[still[0]]
+        has = "has" if len(still) == 1 else "have"
+        return f"{self._names(still)} {has} {what}, last seen at {last.what if last else 'the start'}", len(still)
+
+    def _culprits(self, before: Sequence[Beat | None], now: Sequence[Beat | None], what: str) -> tuple[str, int] | None:
+        """What keeps this rank from going on; None where another one does go on, since then its turn will come."""
+        if (found := self._missing(before, now, what)) is not None:
+            return found
+        beats = [beat for beat in now if beat is not None]
+        if any(beat.ticks != earlier.ticks for beat, earlier in zip(beats, before, strict=True) if earlier is not None):
+            return None
+        since = f"for {self._timeout_s:g} s (runtime.timeout_s)"
+        ahead = max(beat.ticks for beat in beats)
+        slow = [rank for rank, beat in enumerate(beats) if beat.ticks < ahead] or [
+            rank for rank, beat in enumerate(beats) if not beat.waiting
+        ]
+        if not slow:
+            return f"no rank has gone on {since}: all wait for each other at {beats[0].what}; look at the network between them", 0
+        return f"{self._names(slow)} has kept the others waiting {since}: at {beats[slow[0]].what}, in {beats[slow[0]].where}", 0
+
+    def _names(self, ranks: Sequence[int]) -> str:
+        return listed([self._group.name(rank) for rank in ranks])
+
+    def _pronounce(self, verdict: str, deaf: int) -> None:
+        """Leave the verdict for the others, all but `deaf` of them; or take over the one that is there."""
+
+        def leave(store: dist.Store) -> None:
+            store.compare_set("verdict", "", json.dumps([verdict, deaf]))
+            self._hear(store)
+
+        try:
+            self._ask(leave)
+        except RankLost:
+            self._verdict = self._verdict or verdict
+
+    def _hear(self, store: dist.Store) -> None:
+        """Take over the verdict that is in the store, and count as one who knows it."""
+        verdict, deaf = json.loads(store.get("verdict"))
+        with self._hearing:
+            if self._deaf is None:
+                store.add("heard", 1)
+            self._verdict, self._deaf = verdict, deaf
+
+    def _linger(self) -> None:
+        """The process that holds the store gives the others time to hear the verdict."""
+        end = time.monotonic() + HEARD_S
+        with suppress(RankLost):
+            while self._group.holds_store and self._deaf is not None and time.monotonic() < end:
+                if self._ask(lambda store: store.add("heard", 0)) >= self._group.world - self._deaf:
+                    break
+                time.sleep(self._every_s / 10)
+
+    def _ask(self, question: Callable[[dist.Store], T]) -> T:
+        """The store's answer; RankLost where none comes within a few seconds."""
+        with self._asking:
+            return Patience(0.0).run(lambda: question(self._questions), self._group.store_name)
+
+    def _end(self, line: str) -> NoReturn:
+        """End the process from a thread, whatever its main thread waits for."""
+        self._linger()
+        os.write(2, f"fastbert: {line}; go on with --resume\n".encode())
+        os._exit(1)
+
+
+def _clone(store: Any) -> dist.Store:
+    """Another connection to the same store; torch's type hints do not know of it."""
+    return store.clone()
+
+
+def _position(thread: int) -> tuple[bool, str]:
+    """Does a thread wait for other ranks, and at which line of fastbert is it?"""
+    innermost = frame = sys._current_frames()[thread]
+    files = []
+    while frame is not None:
+        files.append(Path(frame.f_code.co_filename))
+        if files[-1].is_relative_to(PACKAGE):
+            break
+        frame = frame.f_back
+    waiting = files[-1] == GROUP or any("distributed" in file.parts or "deepspeed" in file.parts for file in files)
+    place = frame or innermost  # outside fastbert altogether: what a user's own script does
+    return waiting, f"{place.f_code.co_filename}, line {place.f_lineno}"

@@ -1,0 +1,209 @@
+"""Two nodes, the commands of a cluster, and a folder that both see, where the commands of docs/multi-node.md can be given as they stand.
+
+What is smaller here than in the documents is in SMALLER: GPUs by node. The recipe is a tiny one, under the name that the documents use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from tests import stand_ins
+from tests.namespaces import Listener, Nodes, Process
+from tests.ranks import environment
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs/multi-node.md"
+EXAMPLES = ("hostfile", "slurm.sh", "kubernetes.yaml")
+PATIENCE_S = 120.0  # a guard, never reached where all is well
+SMALLER = {
+    "--nproc-per-node 8": "--nproc-per-node {gpus}",
+    "--num_gpus 8": "--num_gpus {gpus}",
+    "slots=8": "slots={gpus}",
+    "--ntasks-per-node=8": "--ntasks-per-node={gpus}",
+    "[0, 1, 2, 3, 4, 5, 6, 7]": "[0]",
+}
+CLOCK = ("seconds", "tokens_per_s", "training_seconds")
+
+RECIPE = """
+data = "data/wiki"
+run = "runs/base"
+[model]
+num_hidden_layers = 2
+hidden_size = 32
+num_attention_heads = 2
+intermediate_size = 48
+max_position_embeddings = 64
+[batch]
+sequences = 8
+max_length = 64
+micro_batch_tokens = 200
+[optimizer]
+lr = 3e-3
+[schedule]
+warmup = 0
+decay = "constant"
+[stop]
+steps = {steps}
+[evaluate]
+every = 1000
+sequences = 16
+[checkpoint]
+every = {every}
+keep = 99
+[runtime]
+precision = "fp32"
+deepspeed = "{deepspeed}"
+timeout_s = 60
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Commands of the document that make one run.
+
+    Attributes:
+        heading: under which they stand.
+        commands: each with the numbers of the nodes where it is given.
+    """
+
+    heading: str
+    commands: list[tuple[tuple[int, ...], str]]
+
+
+def blocks() -> list[Block]:
+    """Every block of commands of the document. A comment in it says where what follows is to be given; without one it is node0."""
+    found = []
+    for section in re.split(r"^#+ ", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        for text in re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL):
+            where, commands = (0,), []
+            for line in text.replace("\\\n", " ").splitlines():
+                if comment := re.fullmatch(r"# on (every node|node(\d))", line):
+                    where = (int(comment[2]),) if comment[2] else (0, 1)
+                else:
+                    commands.append((where, line))
+            found.append(Block(section.splitlines()[0], commands))
+    return found
+
+
+def block(heading: str) -> Block:
+    (found,) = (block for block in blocks() if block.heading == heading)
+    return found
+
+
+def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """Steps, or the events of a kind, that are in metrics.jsonl by now, without the clock's figures."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in found if line.get("event") == kind]
+
+
+def until(come: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> None:
+    """Return when `come()` is true."""
+    deadline = time.monotonic() + patience_s
+    while not come():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"after {patience_s:g} s still not: {what}")
+        time.sleep(0.05)
+
+
+class Command:
+    """A command that runs on a node; what it says goes into a file."""
+
+    def __init__(self, process: Process, output: Path):
+        self.process, self._output = process, output
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    def wait(self, patience_s: float = PATIENCE_S) -> int:
+        """Its exit code."""
+        try:
+            return self.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{shlex.join(map(str, self.process.args))}: runs on; so far it said: {self.output}") from None
+
+
+class Cluster:
+    """Context manager; `nodes` are the nodes, `folder` is where commands are given, `run` the run folder there.
+
+    Args:
+        folder: empty.
+        store: of `fastbert prepare`.
+        gpus: processes a node.
+        steps: of the recipe.
+        every: steps between its checkpoints.
+    """
+
+    def __init__(self, folder: Path, store: Path, gpus: int = 1, steps: int = 20, every: int = 1000):
+        self.folder, self.run, self._gpus = folder, folder / "runs/base", gpus
+        for name in ("recipes", "data", "bin", "examples/cluster"):
+            (folder / name).mkdir(parents=True)
+        recipe = RECIPE.format(steps=steps, every=every, deepspeed=ROOT / "ds_config.json")
+        (folder / "recipes/base.toml").write_text(recipe, encoding="utf-8")
+        (folder / "data/wiki").symlink_to(store)
+        for name in EXAMPLES:
+            (folder / "examples/cluster" / name).write_text(self._smaller((ROOT / "examples/cluster" / name).read_text()))
+        stand_ins.install(folder / "bin")
+        self.environment = environment(PATH=os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]))
+        self.nodes = Nodes(2)
+        self._said = 0
+
+    def __enter__(self) -> Cluster:
+        self.nodes.__enter__()
+        for node in self.nodes:
+            sshd = [sys.executable, stand_ins.__file__, "sshd", node.address]
+            server = node.popen(sshd, env=self.environment, cwd=self.folder, stdout=subprocess.PIPE, text=True)
+            assert server.stdout and server.stdout.readline() == "ready\n"
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.nodes.__exit__(kind, error, trace)
+
+    def start(self, command: str, node: int) -> Command:
+        """Give a command line on a node."""
+        self._said += 1
+        output = self.folder / f"said-{self._said}-by-node{node}.txt"
+        with open(output, "w") as file:
+            line = ["bash", "-c", f"exec {self._smaller(command)}"]
+            options: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            return Command(self.nodes[node].popen(line, env=self.environment, cwd=self.folder, **options), output)
+
+    def start_block(self, block: Block) -> list[Command]:
+        """Give the commands of a block, each where it says."""
+        return [self.start(command, node) for where, command in block.commands for node in where]
+
+    def listening(self) -> list[tuple[int, Listener]]:
+        """Every port that a process of the run has open, with the node."""
+        return [(i, port) for i, node in enumerate(self.nodes) for port in node.listening() if stand_ins.__file__ not in port.command]
+
+    def ranks(self, node: int) -> list[psutil.Process]:
+        """The processes that train on a node; not their launchers."""
+        return [process for process in self.nodes[node].processes() if _is_rank(process.cmdline())]
+
+    def _smaller(self, text: str) -> str:
+        for of, by in SMALLER.items():
+            text = text.replace(of, by.format(gpus=self._gpus))
+        return text
+
+
+def _is_rank(words: list[str]) -> bool:
+    """`python -u -m fastbert pretrain ...` or `python .../bin/fastbert pretrain ...`, and not a launcher that has that among its arguments."""
+    before = words[: words.index("pretrain")] if "pretrain" in words else []
+    return 2 <= len(before) <= 4 and Path(before[0]).name.startswith("python") and Path(before[-1]).name in ("fastbert", "tests.recorded")

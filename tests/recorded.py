@@ -1,0 +1,51 @@
+"""fastbert, with a record of what it computes: one line of JSON for each step that a rank has finished, in the file RECORD.
+
+`python -m tests.recorded pretrain ...`. PACE_S is how long a step takes at least, so that there is time to disturb a run of tiny ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastbert.cli import main
+from fastbert.data.packing import PackedBatch
+from fastbert.data.prefetch import Prefetch
+from fastbert.training.engine import Engine
+
+
+def record() -> None:
+    """From now on."""
+    take, compute, pace_s = Prefetch.__next__, Engine.step, float(os.environ.get("PACE_S", "0"))
+    number: list[int] = [0]
+
+    def taken(feed: Prefetch) -> tuple[int, list[PackedBatch], float]:
+        found = take(feed)
+        number[0] = found[0] + 1
+        return found
+
+    def computed(engine: Engine, packs: Sequence[PackedBatch], lr: float) -> Any:
+        began = time.monotonic()
+        result = compute(engine, packs, lr)
+        line = {
+            "step": number[0],
+            "rank": int(os.environ["RANK"]),
+            "world": int(os.environ["WORLD_SIZE"]),
+            "host": socket.gethostname(),
+            "examples": [example for pack in packs for example in pack.examples.tolist()],
+        }
+        with open(os.environ["RECORD"], "ab", buffering=0) as file:  # one write, at the end of the file: ranks do not mix
+            file.write(json.dumps(line).encode() + b"\n")
+        time.sleep(max(0.0, began + pace_s - time.monotonic()))
+        return result
+
+    Prefetch.__next__, Engine.step = taken, computed  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    record()
+    main()

@@ -1,0 +1,160 @@
+"""A rank may die at any point of a save, and the disk may refuse at any point of it: the run goes on from a sound checkpoint, the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastbert.training import checkpoint
+from fastbert.training.failpoint import POINTS
+from tests.disks import SmallDisk, Unavailable
+from tests.ranks import Ranks
+from tests.trials import Laboratory, Trial, crashes, flip, wait_for
+
+WORLD, STAGE = 2, 2
+ON_EVERY_RANK = POINTS[: POINTS.index("gathered") + 1]
+BESIDE_A_DAMAGED_ONE = ("moving-aside", "moved-aside")
+REFUSING = [
+    p for p in POINTS if p not in (*BESIDE_A_DAMAGED_ONE, "copied", "gathered", "deleting", "saved")
+]  # where a disk is asked for something
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, small_store) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("crashes"), small_store.path)
+
+
+def test_there_are_enough_of_them():
+    assert len(POINTS) >= 12 and len(set(POINTS)) == len(POINTS)
+
+
+def test_the_first_rank_dies(lab):
+    tally = crashes(lab, [point for point in POINTS if point not in BESIDE_A_DAMAGED_ONE], 0, WORLD, STAGE)
+    assert tally.sound, tally
+
+
+def test_another_rank_dies(lab):
+    tally = crashes(lab, ON_EVERY_RANK, 1, WORLD, STAGE)
+    assert tally.sound, tally
+
+
+@pytest.mark.parametrize("point", BESIDE_A_DAMAGED_ONE)
+def test_it_dies_while_a_damaged_checkpoint_makes_room(lab, point):
+    trial = lab.trial().copy_of(lab.undisturbed(1, 0))
+    before, damaged = trial.checkpoints[-2:]
+    flip(damaged / checkpoint.MANIFEST, 800)
+    with trial.start(FASTBERT_FAILPOINT=point) as ranks:
+        assert ranks.wait() == [-9]
+    found, _ = checkpoint.newest_sound(trial.run)
+    assert found is not None and found.path == before
+    assert lab.finish(trial, 1, 0).sound
+
+
+@pytest.mark.parametrize("rank, point", [(0, point) for point in REFUSING] + [(1, "tensors-half"), (1, "tensors-synced")])
+def test_the_disk_refuses_at_one_point_of_a_save(lab, rank, point):
+    """Training goes on, says so, and the next save succeeds."""
+    world = rank + 1
+    trial = lab.trial(stage=STAGE if rank else 0)
+    with trial.start(world, FASTBERT_FAILPOINT=f"{point}:{rank}@2=full") as ranks:
+        assert ranks.wait() == [0] * world, ranks.errors
+    saves = trial.records("save")
+    (failed,) = [save for save in saves if "problem" in save]
+    assert "No space left on device" in failed["problem"] and (world == 1 or failed["problem"].startswith("rank 1: "))
+    assert saves.index(failed) == 1 and all(trial.run / "checkpoints" / save["checkpoint"] for save in saves if save != failed)
+    assert [path.name[0] for path in (trial.run / "checkpoints").iterdir()] == ["s", "s"]  # nothing but two step-...
+    assert trial.compare(lab.undisturbed(world, STAGE if rank else 0)).sound
+
+
+@pytest.fixture
+def disk(lab, request):
+    """A trial whose `folder` lies on a small disk."""
+    folder, size, world = request.param
+    trial = lab.trial(stage=STAGE if world > 1 else 0)
+    place = trial.run / folder
+    place.mkdir(parents=True)
+    try:
+        with SmallDisk(place, size) as disk:
+            trial.namespaces, trial.seen = disk.pid, disk.seen(trial.run)
+            yield disk, trial, world
+    except Unavailable as why:
+        pytest.skip(f"no disk of its own for this test: {why}")
+
+
+def sound_one(trial: Trial) -> int:
+    """The step of the newest checkpoint, which is sound."""
+    found, complaints = checkpoint.newest_sound(trial.seen)
+    assert found is not None and complaints == []
+    return found.step
+
+
+def pause(ranks: Ranks) -> None:
+    import signal
+
+    ranks.signal(signal.SIGSTOP)
+
+
+def saves(trial: Trial) -> list[dict]:
+    return trial.records("save")
+
+
+@pytest.mark.parametrize("disk", [("checkpoints", "1600k", 2)], indirect=True)
+def test_no_room_for_a_checkpoint(lab, disk):
+    """Two of them fill it. Training goes on; at its end the last state cannot be saved, which is an error; with room it goes on, the same."""
+    disk, trial, world = disk
+    with trial.start(world) as ranks:
+        assert ranks.wait() == [1] * world, ranks.errors
+        assert "No space left on device" in ranks[0].out.read_text().splitlines()[-1]
+    assert len(trial.steps) == lab.steps and sound_one(trial) == 6
+    problems = [save["problem"] for save in saves(trial) if "problem" in save]
+    assert problems and all("No space left on device" in problem for problem in problems)
+    disk.resize("8m")
+    trial.go_on(world)
+    assert trial.compare(lab.undisturbed(world, STAGE)).sound
+    assert sound_one(trial) == lab.steps
+
+
+@pytest.mark.parametrize("disk", [(".", "8m", 2)], indirect=True)
+def test_no_room_for_anything(lab, disk):
+    """The whole run folder is on a disk that something else fills up: an end in one line, and a sound checkpoint."""
+    disk, trial, world = disk
+    ballast = trial.seen / "ballast"
+    with trial.start(world) as ranks:
+        wait_for(lambda: len(saves(trial)) >= 2)
+        with open(ballast, "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+        assert ranks.wait() == [1] * world
+        said = ranks.errors.splitlines()
+        assert len(said) == world and all("No space left on device" in line and "--resume" in line for line in said), said
+    sound_one(trial)
+    ballast.unlink()
+    trial.go_on(world)
+    assert trial.compare(lab.undisturbed(world, STAGE)).sound
+
+
+@pytest.mark.parametrize("disk", [(".", "8m", 1)], indirect=True)
+def test_checkpoints_become_read_only(lab, disk):
+    disk, trial, world = disk
+    with trial.start(world) as ranks:
+        wait_for(lambda: len(saves(trial)) >= 1)
+        disk.write_protect(trial.run / "checkpoints")
+        assert ranks.wait() == [1], ranks.errors
+        assert "Read-only file system" in ranks[0].out.read_text().splitlines()[-1]
+    assert len(trial.steps) == lab.steps
+    sound_one(trial)
+    disk.release(trial.run / "checkpoints")
+    trial.go_on(world)
+    assert trial.compare(lab.undisturbed(world, 0)).sound
+
+
+@pytest.mark.parametrize("disk", [(".", "8m", 2)], indirect=True)
+def test_a_read_only_folder_from_the_start(lab, disk):
+    disk, trial, world = disk
+    disk.write_protect(trial.run)
+    with trial.start(world) as ranks:
+        assert ranks.wait() == [2] * world
+        (line,) = set(ranks.errors.splitlines())
+        assert "run = " in line and "Read-only file system" in line
+    assert list(trial.seen.iterdir()) == []
