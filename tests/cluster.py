@@ -85,16 +85,22 @@ class Block:
 
 def blocks() -> list[Block]:
     """Every block of commands of the document. A comment in it says where what follows is to be given; without one it is node0."""
-    found = []
-    for section in re.split(r"^#+ ", DOCUMENT.read_text(encoding="utf-8"), flags=re.MULTILINE):
-        for text in re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL):
-            where, commands = (0,), []
-            for line in text.replace("\\\n", " ").splitlines():
-                if comment := re.fullmatch(r"# on (every node|node(\d))", line):
-                    where = (int(comment[2]),) if comment[2] else (0, 1)
-                else:
-                    commands.append((where, line))
-            found.append(Block(section.splitlines()[0], commands))
+    text = DOCUMENT.read_text(encoding="utf-8").replace("\\\n", " ")
+    found, heading = [], ""
+    for title, commands in re.findall(r"^#+ ([^\n]+)$|^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        heading = title or heading
+        if not title:
+            found.append(Block(heading, _commands(commands)))
+    return found
+
+
+def _commands(text: str) -> list[tuple[tuple[int, ...], str]]:
+    where, found = (0,), []
+    for line in text.splitlines():
+        if comment := re.fullmatch(r"# on (every node|node(\d))", line):
+            where = (int(comment[2]),) if comment[2] else (0, 1)
+        else:
+            found.append((where, line))
     return found
 
 

@@ -7,11 +7,11 @@ import functools
 import json
 import os
 import random
-import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,12 +66,12 @@ class Rank:
         if self.code is None:
             os.kill(self.pid, number)
 
-    def catches(self, number: int) -> bool:
-        """Whether it has a handler for a signal, so that it would not die of it."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-        return False
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, so that it would not die of it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 class Ranks:
@@ -134,56 +134,66 @@ class Ranks:
 
 
 class _Server:
-    """The other end of fork_server.py."""
+    """The other end of fork_server.py. May be used from several threads."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.fork_server"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment(), bufsize=0)
-        self._unread = b""
-        self._started: list[int] = []
-        self._ended: dict[int, int] = {}
+        self._news = threading.Condition()
+        self._requested, self._started, self._ended = 0, [], {}  # requests made, processes in their order, exit codes by process
+        threading.Thread(target=self._listen, daemon=True, name="fork server").start()
         atexit.register(self.close)
 
     def start(self, request: dict[str, object]) -> int:
         """Returns the process's id."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        until = time.monotonic() + PATIENCE_S
-        while not self._started:
-            self._read(until)
-        return self._started.pop()
+        with self._news:
+            mine = self._requested
+            self._requested += 1
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._news.wait_for(lambda: len(self._started) > mine or self._process.poll() is not None, PATIENCE_S)
+            if len(self._started) <= mine:
+                raise RuntimeError(f"the fork server starts no process; its exit code is {self._process.poll()}")
+            return self._started[mine]
 
     def ended(self, pid: int, seconds: float) -> int | None:
         """The exit code of a process that ends within `seconds`."""
-        until = time.monotonic() + seconds
-        while pid not in self._ended and self._read(until):
-            pass
-        return self._ended.get(pid)
+        with self._news:
+            self._news.wait_for(lambda: pid in self._ended, seconds)
+            return self._ended.get(pid)
 
     def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        """Ends every process that is still there, too."""
+        assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=PATIENCE_S)
-        self._process.stdout.close()
 
-    def _read(self, until: float) -> bool:
-        """Take in what the server says; whether it said something in time."""
+    def _listen(self) -> None:
         assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
-            return False
-        read = self._process.stdout.read(1 << 16)
-        if not read:
-            raise RuntimeError(f"the fork server is gone, exit code {self._process.wait()}")
-        *lines, self._unread = (self._unread + read).split(b"\n")
-        for answer in map(json.loads, lines):
-            if "started" in answer:
-                self._started.append(answer["started"])
-            else:
-                self._ended[answer["ended"]] = answer["code"]
-        return True
+        unread = b""
+        while read := self._process.stdout.read(1 << 16):
+            *lines, unread = (unread + read).split(b"\n")
+            with self._news:
+                for answer in map(json.loads, lines):
+                    if "started" in answer:
+                        self._started.append(answer["started"])
+                    else:
+                        self._ended[answer["ended"]] = answer["code"]
+                self._news.notify_all()
+        self._process.wait()
+        with self._news:
+            self._news.notify_all()
+
+
+_BEGIN = threading.Lock()
+
+
+def _server() -> _Server:
+    """One for all tests of this process."""
+    with _BEGIN:
+        return _begin()
 
 
 @functools.cache
-def _server() -> _Server:
-    """One for all tests of this process."""
+def _begin() -> _Server:
     return _Server()

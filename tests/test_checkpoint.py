@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from fastbert.errors import InputError
 from fastbert.training import checkpoint
-from fastbert.training.checkpoint import MANIFEST, exists, newest_sound, open_checkpoint, read_all, read_weights, save
+from fastbert.training.checkpoint import (
+    MANIFEST,
+    exists,
+    newest_sound,
+    open_checkpoint,
+    publish,
+    read_all,
+    read_weights,
+    save,
+    share_of,
+    staging_of,
+    sweep,
+    write_share,
+)
 
 ROOT = Path(__file__).parents[1]
 METADATA = {"vocab_size": 7, "progress": {"seconds": 0.1 + 0.2, "best_loss": None}, "recipe": 'data = "ü"\n'}
@@ -51,11 +66,104 @@ def test_what_is_saved_is_read(tmp_path):
     assert set(weights) == set(state["weight"]) and all(torch.equal(weights[n], state["weight"][n]) for n in weights)
 
 
+def test_the_files_are_those_of_safetensors(tmp_path):
+    """Also where a tensor has no number, one number, or more than are written at a time; and other programs find them aligned."""
+    state = {"weight/a": torch.zeros(0, 4), "weight/b": torch.tensor(3.5), 'weight/ü"': torch.arange(3.0 * checkpoint.PIECE + 5)}
+    file = save(tmp_path, 1, state.items(), {}, 1) / "tensors-00000-00000.safetensors"
+    found = load_file(file)
+    assert set(found) == set(state) and all(torch.equal(found[n], t) and found[n].shape == t.shape for n, t in state.items())
+    assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 8 == 0
+
+
+def test_only_fp32_is_written_and_from_a_copy(tmp_path):
+    """Views, transposed and other types included, that training changes meanwhile."""
+    whole = torch.arange(12.0).reshape(3, 4)
+    share = share_of(0, 1, [("weight/a", whole.T), ("weight/b", whole.double()), ("weight/c", whole[1:, 2:]), ("weight/d", whole)])
+    whole.zero_()
+    publish(tmp_path, 1, tmp_path / "x", write_share(tmp_path / "x", 0, share), {})
+    found, expected = read_weights(tmp_path / "step-00000001"), torch.arange(12.0).reshape(3, 4)
+    for name, tensor in {"a": expected.T, "b": expected, "c": expected[1:, 2:], "d": expected}.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype is torch.float32
+
+
+def test_every_tensor_is_in_one_share_and_shares_are_even():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [30_000, 30_000, 30_000, *torch.randint(1, 5_000, (60,), generator=generator).tolist()]
+    state = [(f"weight/{number}", torch.zeros(size)) for number, size in enumerate(sizes)]
+    for world in (1, 2, 3, 5, 100):
+        shares = [share_of(rank, world, iter(state)) for rank in range(world)]
+        assert sorted(name for share in shares for name in share) == sorted(name for name, _ in state)
+        held = [sum(tensor.numel() for tensor in share.values()) for share in shares]
+        assert max(held) - min(held) <= max(sizes) and (world > 3 or max(held) - min(held) <= 5_000)
+
+
+def test_a_rank_takes_every_tensor_but_holds_its_share_alone():
+    """Taking one is something that all ranks do together."""
+    taken = []
+
+    def one_by_one():
+        for number in range(10):
+            taken.append(number)
+            yield f"weight/{number}", torch.zeros(1000)
+
+    assert len(share_of(1, 5, one_by_one())) == 2 and taken == list(range(10))
+
+
+def test_shares_of_several_ranks_are_one_checkpoint(tmp_path):
+    """Whatever wrote it, the tensors are the same; and files that the manifest does not name are not read."""
+    (alone,) = save_at(tmp_path / "alone", 4)
+    staging = staging_of(tmp_path / "shared/checkpoints", 4, "x")
+    files = {}
+    for rank in (2, 0, 1):
+        files |= write_share(staging, rank, share_of(rank, 3, tensors(4)))
+    path = publish(tmp_path / "shared/checkpoints", 4, staging, files, METADATA)
+    assert sorted(p.name for p in path.glob("tensors-*")) == [f"tensors-{rank:05d}-00000.safetensors" for rank in range(3)]
+    save_file({"weight/a.bias": torch.zeros(1)}, path / "tensors-00009-00000.safetensors")
+    one, other = read_all(alone), read_all(path)
+    assert one.keys() == other.keys()
+    for slot in one:
+        assert sorted(one[slot]) == sorted(other[slot]) and all(torch.equal(tensor, other[slot][n]) for n, tensor in one[slot].items())
+
+
+def test_a_share_that_is_not_to_be_seen_is_missed(tmp_path):
+    """As where a rank writes to a disk of its own machine under the same name."""
+    staging = staging_of(tmp_path, 4, "x")
+    files = write_share(staging, 0, share_of(0, 2, tensors())) | write_share(tmp_path / "elsewhere", 1, share_of(1, 2, tensors()))
+    with pytest.raises(FileNotFoundError) as error:
+        publish(tmp_path, 4, staging, files, METADATA)
+    assert str(error.value.filename).endswith("/tensors-00001-00000.safetensors") and not (tmp_path / "step-00000004").exists()
+    (staging / "tensors-00001-00000.safetensors").write_bytes(b"short")
+    with pytest.raises(OSError, match="does not have the size that its rank wrote"):
+        publish(tmp_path, 4, staging, files, METADATA)
+
+
+def test_reading_needs_no_memory_for_what_is_not_looked_at(tmp_path):
+    """64 MB of numbers: a tensor comes from the disk when it is touched."""
+    big = torch.zeros(1 << 22)
+    save(tmp_path, 1, ((f"{slot}/a", big) for slot in ("weight", "exp_avg", "exp_avg_sq", "more")), {}, 1)
+    child = subprocess.run(
+        [sys.executable, "-c", SMALL_MEMORY, str(tmp_path / "step-00000001")], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert child.returncode == 0 and int(child.stdout) < 8 << 20, child
+
+
+SMALL_MEMORY = """
+import sys
+from pathlib import Path
+from fastbert.training.checkpoint import read_all
+anonymous = lambda: next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+before = anonymous()
+state = read_all(Path(sys.argv[1]))
+assert all(float(tensor.sum()) == 0 for slot in state.values() for tensor in slot.values())
+print(anonymous() - before)
+"""
+
+
 def test_large_states_are_split_into_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 70)
     (path,) = save_at(tmp_path, 1)
     shards = sorted(path.glob("*.safetensors"))
-    assert len(shards) > 3 and shards[0].name == "tensors-00000.safetensors"
+    assert len(shards) > 3 and shards[0].name == "tensors-00000-00000.safetensors"
     assert sum(len(slot) for slot in read_all(path).values()) == len(tensors())
     shards[1].unlink()
     assert newest_sound(tmp_path) == (None, [f"{path}: damaged: {shards[1].name} cannot be read: No such file or directory"])
@@ -71,13 +179,21 @@ def test_retention_keeps_the_newest(tmp_path):
     assert names(tmp_path) == ["step-00000003", "step-00000010"]
 
 
-def test_nothing_is_deleted_before_the_newest_is_verified(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bad", ["tensors-00000-00000.safetensors", MANIFEST])
+def test_nothing_is_deleted_where_the_disk_gives_back_something_else(tmp_path, monkeypatch, bad):
     save_at(tmp_path, 1, 2)
-    read = checkpoint._read
-    monkeypatch.setattr(checkpoint, "_read", lambda path: "bad sectors" if path.name == "step-00000003" else read(path))
-    with pytest.raises(OSError, match="read back wrong right after it was written: bad sectors"):
+    sync = os.fsync
+
+    def bad_sectors(descriptor: int) -> None:
+        sync(descriptor)
+        if (file := Path(os.readlink(f"/proc/self/fd/{descriptor}"))).name == bad:
+            flip(file)
+
+    monkeypatch.setattr(os, "fsync", bad_sectors)
+    with pytest.raises(OSError, match="read back wrong right after it was written") as error:
         save_at(tmp_path, 3, keep=1)
-    assert {"step-00000001", "step-00000002"} <= set(names(tmp_path))
+    assert Path(error.value.filename).name == bad
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
 def test_retention_does_not_count_damaged_ones_of_later_steps(tmp_path):
@@ -91,11 +207,27 @@ def test_retention_does_not_count_damaged_ones_of_later_steps(tmp_path):
     assert newest_sound(tmp_path)[1] == [] and names(tmp_path) == ["step-00000030"]
 
 
-def test_a_step_that_is_saved_again_replaces_the_first(tmp_path):
+def test_a_sound_checkpoint_is_never_replaced(tmp_path):
+    """Saving the same state again is no error; another state of the same step is one, and a damaged one makes room for it."""
     save_at(tmp_path, 5)
+    save(tmp_path / "checkpoints", 5, tensors(5), METADATA, 3)
+    with pytest.raises(FileExistsError, match="another sound checkpoint of that step is there"):
+        save(tmp_path / "checkpoints", 5, tensors(99), METADATA, 3)
+    assert torch.equal(read_weights(tmp_path / "checkpoints/step-00000005")["a.bias"], dict(tensors(5))["weight/a.bias"])
+    flip(tmp_path / "checkpoints/step-00000005/tensors-00000-00000.safetensors")
     save(tmp_path / "checkpoints", 5, tensors(99), METADATA, 3)
     assert torch.equal(read_weights(tmp_path / "checkpoints/step-00000005")["a.bias"], dict(tensors(99))["weight/a.bias"])
     assert names(tmp_path) == ["step-00000005"]
+
+
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
+    save_at(tmp_path, 1)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        state = tensors()
+        state[4][1][-1:] = value
+        with pytest.raises(ValueError, match=f"^{state[4][0]} holds numbers that are not finite$"):
+            save(tmp_path / "checkpoints", 2, state, METADATA, 1)
+    assert names(tmp_path) == ["step-00000001"]
 
 
 @pytest.mark.parametrize("at", ["tensors", "rename"])
@@ -117,6 +249,7 @@ def test_a_failing_disk_leaves_nothing_half_written(tmp_path, monkeypatch, at):
     assert newest_sound(tmp_path)[0].step == 1
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
 SMALL_DISK = """
 import resource, signal, sys
 from pathlib import Path
@@ -131,22 +264,52 @@ except OSError as error:
 """
 
 
-def test_a_real_refusal_while_safetensors_writes_is_an_oserror(tmp_path):
-    """The library raises an exception of its own, whose text alone says why. No file may grow beyond 5,000 bytes here."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+def test_a_share_that_fails_makes_room_at_once(tmp_path, monkeypatch):
+    """Long before the other ranks know of it: on a full disk there is more that wants to be written."""
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 70)
+    state = dict(tensors())
+    list(state.values())[-1].fill_(float("nan"))
+    with pytest.raises(ValueError):
+        write_share(tmp_path / "staging", 0, state)
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_a_real_refusal_names_its_file(tmp_path):
+    """Which the system's error does not say. No file may grow beyond 5,000 bytes here."""
     command = [sys.executable, "-c", SMALL_DISK, str(tmp_path / "checkpoints")]
-    child = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
-    assert child.stdout.strip() == f"{errno.EFBIG} File too large tensors-00000.safetensors", child.stderr
+    child = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert child.stdout.strip() == f"{errno.EFBIG} File too large tensors-00000-00000.safetensors", child.stderr
     assert names(tmp_path) == []
 
 
-def test_what_a_killed_process_left_is_cleared_away(tmp_path):
-    leftover = tmp_path / "checkpoints/.writing-step-00000007"
-    leftover.mkdir(parents=True)
-    (leftover / "tensors-00000.safetensors").write_bytes(b"half")
+def test_what_a_killed_process_left_is_no_checkpoint_and_is_swept_away(tmp_path):
+    (whole,) = save_at(tmp_path / "whole", 7)
+    (tmp_path / "checkpoints").mkdir()
+    for leftover in (".writing-step-00000007-0", ".deleted-step-00000007-0"):
+        shutil.copytree(whole, tmp_path / "checkpoints" / leftover)
+        (tmp_path / "checkpoints" / leftover / MANIFEST).unlink()
+    shutil.copytree(whole, tmp_path / "checkpoints/.writing-step-00000007-1")
     assert not exists(tmp_path) and newest_sound(tmp_path) == (None, [])
-    save_at(tmp_path, 8)
-    assert names(tmp_path) == ["step-00000008"]
+    save_at(tmp_path, 6)
+    sweep(tmp_path / "checkpoints")
+    assert names(tmp_path) == ["step-00000006"]
+    sweep(tmp_path / "nowhere")
+
+
+def test_an_earlier_start_that_is_still_alive_cannot_spoil_what_is_saved(tmp_path):
+    """A new start has swept away what it was writing, and saves the same step."""
+    folder = tmp_path / "checkpoints"
+    stale = staging_of(folder, 3, "stale")
+    files = write_share(stale, 0, share_of(0, 1, tensors(1)))
+    sweep(folder)
+    save_at(tmp_path, 3)
+    for again in (
+        lambda: publish(folder, 3, stale, files, {}),
+        lambda: publish(folder, 3, stale, write_share(stale, 0, dict(tensors(1))), {}),
+    ):
+        with pytest.raises(OSError):
+            again()
+    assert torch.equal(read_weights(folder / "step-00000003")["a.bias"], dict(tensors(3))["weight/a.bias"])
 
 
 def flip(path: Path) -> None:
@@ -156,9 +319,12 @@ def flip(path: Path) -> None:
 
 
 DAMAGE = {
-    "a flipped bit": (lambda p: flip(p / "tensors-00000.safetensors"), "tensors-00000.safetensors does not have the SHA-256"),
-    "a short file": (lambda p: os.truncate(p / "tensors-00000.safetensors", 100), "tensors-00000.safetensors has 100 bytes in place of"),
-    "no tensors": (lambda p: (p / "tensors-00000.safetensors").unlink(), "tensors-00000.safetensors cannot be read"),
+    "a flipped bit": (lambda p: flip(p / "tensors-00000-00000.safetensors"), "tensors-00000-00000.safetensors does not have the SHA-256"),
+    "a short file": (
+        lambda p: os.truncate(p / "tensors-00000-00000.safetensors", 100),
+        "tensors-00000-00000.safetensors has 100 bytes in place of",
+    ),
+    "no tensors": (lambda p: (p / "tensors-00000-00000.safetensors").unlink(), "tensors-00000-00000.safetensors cannot be read"),
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "manifest.json is missing"),
     "half a manifest": (lambda p: os.truncate(p / MANIFEST, 40), "not the manifest of a checkpoint"),
     "a changed number": (lambda p: edit(p, lambda m: m["metadata"].update(step=6)), "manifest.json does not have its own SHA-256"),
@@ -177,6 +343,14 @@ def edit(path: Path, change, sign: bool = False) -> None:
         manifest.pop("sha256")
         manifest["sha256"] = checkpoint._own_sha256(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_whose_files_have_other_names_is_read(tmp_path):
+    """As all had before there were ranks."""
+    (path,) = save_at(tmp_path, 1)
+    edit(path, lambda manifest: manifest.update(files={"tensors-00000.safetensors": next(iter(manifest["files"].values()))}), True)
+    (path / "tensors-00000-00000.safetensors").rename(path / "tensors-00000.safetensors")
+    assert open_checkpoint(path).step == 1 and torch.equal(read_weights(path)["a.bias"], dict(tensors(1))["weight/a.bias"])
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

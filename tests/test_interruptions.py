@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, Ranks, environment
+from tests.ranks import ROOT, Ranks, catches, environment
 from tests.trials import MARGIN_S, Laboratory, Trial, lines_so_far, wait_for
 
 WORLD, STAGE = 2, 1
@@ -29,7 +31,7 @@ def lab(tmp_path_factory, small_store) -> Laboratory:
 def ready(ranks: Ranks) -> None:
     """Until every process has its handlers: before that it is Python that starts, and a signal is the system's affair."""
     for rank in ranks.ranks:
-        wait_for(lambda rank=rank: rank.catches(signal.SIGTERM))
+        wait_for(lambda rank=rank: catches(rank.pid, signal.SIGTERM))
 
 
 def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
@@ -44,9 +46,9 @@ def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
 def test_a_signal_while_training(lab, number, to):
     """At a moment that differs from case to case: within a step, an evaluation or a save."""
     generator = random.Random(f"{number} {to}")
-    trial = lab.trial(f"stop.steps={lab.steps}", stage=STAGE)
+    trial, lines = lab.trial(stage=STAGE), generator.randint(1, 12)
     with trial.start(WORLD) as ranks:
-        wait_for(lambda: lines_so_far(trial) >= generator.randrange(1, 12))
+        wait_for(lambda: lines_so_far(trial) >= lines)
         time.sleep(0.05 * generator.random())
         for rank in ranks.ranks if to == "all" else [ranks[int(to[-1])]]:
             rank.signal(number)
@@ -131,61 +133,54 @@ def test_a_frozen_first_rank_does_not_write_into_the_run_that_went_on(lab):
 # The same by the commands that users type: the processes above were forked from one that had imported everything.
 
 
-def free_of_ranks(text: str) -> str:
-    """Without what launchers put before a line."""
-    return re.sub(r"^\[[^]]*\]:", "", text, flags=re.MULTILINE)
+def torchrun(trial: Trial) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), "-m", "fastbert", *trial.command]
 
 
-def by_hand(lab: Laboratory, trial: Trial) -> list[list[str]]:
-    return [[sys.executable, "-m", "fastbert", *trial.command]]
-
-
-def torchrun(lab: Laboratory, trial: Trial) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastbert", *trial.command]
-
-
-def deepspeed(lab: Laboratory, trial: Trial) -> list[str]:
+def deepspeed(trial: Trial) -> list[str]:
     hosts = trial.folder / "hostfile"
-    hosts.write_text("localhost slots=2\n")
+    hosts.write_text(f"localhost slots={WORLD}\n")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     return [launcher, "--hostfile", str(hosts), "--no_local_rank", "--module", "fastbert", *trial.command]
 
 
-@pytest.mark.parametrize("launcher", [torchrun, deepspeed])
-def test_launchers(lab, launcher):
+def by_hand(trial: Trial) -> list[str]:
+    return [sys.executable, "-m", "fastbert", *trial.command]
+
+
+@contextmanager
+def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
+    """A command and all that it starts, in a session of its own; what it says goes into the trial's `said`."""
+    with open(trial.folder / "said", "ab") as said:
+        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize("launcher, world, stage", [(by_hand, 1, 0), (torchrun, WORLD, STAGE), (deepspeed, WORLD, STAGE)])
+def test_the_commands_that_users_type(lab, launcher, world, stage):
     """Interrupted by a signal to the launcher, resumed by the same command, equal to the last digit."""
-    trial = lab.trial(stage=STAGE)
-    command = launcher(lab, trial)
-    with open(trial.folder / "log", "wb") as log:
-        first = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-        try:
-            wait_for(lambda: lines_so_far(trial) >= 4 or first.poll() is not None)
-            first.send_signal(signal.SIGTERM)
-            first.wait(timeout=60)
-        finally:
-            os.killpg(first.pid, signal.SIGKILL) if first.poll() is None else None
-    text = (trial.folder / "log").read_text()
-    assert [r["reason"] for r in trial.records("stop")] == ["interrupted by SIGTERM"], text
-    second = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert second.returncode == 0, second.stderr
-    assert trial.compare(lab.undisturbed(WORLD, STAGE)).sound
+    trial = lab.trial(stage=stage)
+    with started(launcher(trial), trial) as process:
+        wait_for(lambda: lines_so_far(trial) >= 4 or process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+        wait_for(lambda: trial.records("stop"), SOON_S)
+    assert code == 75 or launcher is torchrun, (trial.folder / "said").read_text()  # torchrun has no exit codes but 0 and 1
+    assert [stop["reason"] for stop in trial.records("stop")] == ["interrupted by SIGTERM"]
+    with started(launcher(trial), trial) as process:
+        assert process.wait(timeout=120) == 0, (trial.folder / "said").read_text()
+    assert trial.compare(lab.undisturbed(world, stage)).sound
 
 
-def test_one_process_by_hand(lab):
-    """Also while Python still imports torch, which takes seconds."""
+def test_a_signal_while_torch_is_imported(lab):
     trial = lab.trial()
-    (command,) = by_hand(lab, trial)
-    for lines in (0, 4):
-        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        try:
-            if lines:
-                wait_for(lambda: lines_so_far(trial) >= 4)
-            else:
-                wait_for(lambda: caught(process.pid))  # noqa: B023
-            process.send_signal(signal.SIGTERM)
-            _, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-        assert process.returncode == 75, err
-    assert subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, timeout=120).returncode == 0
-    assert trial.compare(lab.undisturbed(1, 0)).sound
+    with started(by_hand(trial), trial) as process:
+        wait_for(lambda: catches(process.pid, signal.SIGTERM) or process.poll() is not None)
+        assert not any("libtorch" in line for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75, (trial.folder / "said").read_text()

@@ -57,7 +57,9 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_store, world, stage
     said = trial.go_on(world)
     expected = {step: found for step, found in examples(trial, small_store, PLACE).items() if found and step > 3}
     skips = trial.records("skip")
-    assert len(skips) > 2 and {skip["step"]: skip["examples"] for skip in skips} == {s: e for s, e in expected.items() if s <= skips[-1]["step"]}
+    assert len(skips) > 2 and {skip["step"]: skip["examples"] for skip in skips} == {
+        s: e for s, e in expected.items() if s <= skips[-1]["step"]
+    }
     assert all("not finite" in skip["reason"] for skip in skips)
     assert sorted([s["step"] for s in trial.steps] + [s["step"] for s in skips]) == list(range(1, lab.steps + 1))
     assert sum("is skipped" in line and str(skips[0]["examples"][0]) in line for line in said) >= 1
@@ -69,12 +71,16 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_store, world, stage
 def test_too_many_in_a_row_end_the_run(lab, small_store, world, stage):
     """Gradient descent at rate 100 without clipping."""
     limit = 3
-    trial = lab.trial("optimizer.name=sgd", "optimizer.lr=100", "optimizer.clip=0", f"stop.skipped={limit}", "evaluate.every=1000", stage=stage, steps=200)
+    trial = lab.trial(
+        "optimizer.name=sgd", "optimizer.lr=100", "optimizer.clip=0", f"stop.skipped={limit}", "evaluate.every=1000", stage=stage, steps=200
+    )
     with trial.start(world) as ranks:
         assert ranks.wait() == [1] * world, ranks.errors
         said = ranks[0].out.read_text().splitlines()[-1]
     skips = trial.records("skip")
-    assert len(skips) >= limit + 1 and [s["step"] for s in skips[-limit - 1 :]] == list(range(skips[-1]["step"] - limit, skips[-1]["step"] + 1))
+    assert len(skips) >= limit + 1 and [s["step"] for s in skips[-limit - 1 :]] == list(
+        range(skips[-1]["step"] - limit, skips[-1]["step"] + 1)
+    )
     everything = examples(trial, small_store)
     assert skips[-1]["examples"] == everything[skips[-1]["step"]] or skips[-1]["examples"] == []
     assert f"stop.skipped = {limit}" in said and "optimizer.lr" in said

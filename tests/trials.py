@@ -7,12 +7,15 @@ run: all of it but the clock, to the last digit.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,23 +170,27 @@ class Trial:
 
 
 class Laboratory:
-    """Where trials are made, and the undisturbed runs that they are compared with.
+    """Where trials are made, and the undisturbed runs that they are compared with. May be used from several threads.
 
     Args:
         folder: for all of them.
         store: that they train on.
+        width: series of trials have so many runs at a time.
+        report: is called with a line on each run that has come to its end.
     """
 
     steps = STEPS  # of every run that is compared
 
-    def __init__(self, folder: Path, store: Path, report: Callable[[str], None] = lambda line: None):
-        self.folder, self.store, self.report = folder, store, report
+    def __init__(self, folder: Path, store: Path, width: int = 2, report: Callable[[str], None] = lambda line: None):
+        self.folder, self.store, self.width, self._report = folder, store, width, report
+        self._lock = threading.RLock()
         self._undisturbed: dict[tuple[int, int], tuple[Trial, float]] = {}
         self._made = 0
 
     def trial(self, *overrides: str, stage: int = 0, steps: int = STEPS) -> Trial:
-        self._made += 1
-        return Trial(self.folder / f"trial-{self._made:04}", self.store, *overrides, stage=stage, steps=steps)
+        with self._lock:
+            self._made += 1
+            return Trial(self.folder / f"trial-{self._made:04}", self.store, *overrides, stage=stage, steps=steps)
 
     def undisturbed(self, world: int, stage: int) -> Trial:
         """A run from beginning to end, made once."""
@@ -193,13 +200,6 @@ class Laboratory:
         """That it took, the start counted."""
         return self._reference(world, stage)[1]
 
-    def _reference(self, world: int, stage: int) -> tuple[Trial, float]:
-        if (world, stage) not in self._undisturbed:
-            trial, began = self.trial(stage=stage), time.monotonic()
-            trial.go_on(world)
-            self._undisturbed[world, stage] = trial, time.monotonic() - began
-        return self._undisturbed[world, stage]
-
     def finish(self, trial: Trial, world: int, stage: int) -> Tally:
         """Let a disturbed run go on to its end, and compare; its folder goes when all is well."""
         trial.go_on(world)
@@ -208,52 +208,84 @@ class Laboratory:
             shutil.rmtree(trial.folder)
         return tally
 
+    def series(self, what: str, runs: Sequence[Callable[[], Tally]]) -> Tally:
+        """Make runs, several at a time; what goes wrong in one is a problem that the tally names."""
+        total = Tally()
+
+        def make(run: Callable[[], Tally]) -> None:
+            nonlocal total
+            try:
+                tally = run()
+            except (AssertionError, TimeoutError) as error:
+                tally = Tally(tried=1, problems=[str(error)])
+            with self._lock:
+                total += tally
+                self._report(f"{what}: {total}")
+
+        with ThreadPoolExecutor(self.width) as pool:
+            list(pool.map(make, runs))
+        return total
+
+    def _reference(self, world: int, stage: int) -> tuple[Trial, float]:
+        with self._lock:
+            if (world, stage) not in self._undisturbed:
+                trial, began = self.trial(stage=stage), time.monotonic()
+                trial.go_on(world)
+                self._undisturbed[world, stage] = trial, time.monotonic() - began
+            return self._undisturbed[world, stage]
+
 
 # kill -9
 
 SHAPES = ((2, 1), (1, 0), (2, 3), (2, 0), (2, 2))  # ranks, stage
-KILLS_A_RUN = 5
+KILLS = 5  # of one run
 
 
 def kills(lab: Laboratory, count: int, seed: int, shapes: Sequence[tuple[int, int]] = SHAPES) -> Tally:
-    """kill -9 at random moments, of one rank or all, and going on from what is there, until `count` kills have hit."""
+    """kill -9 at random moments, of one rank or all, until `count` of them have hit; each run goes on from what is there, to its end."""
+    runs = [
+        functools.partial(_killed, lab, *shapes[i % len(shapes)], min(KILLS, count - i * KILLS), f"{seed}/{i}")
+        for i in range(-(-count // KILLS))
+    ]
+    return lab.series("kills", runs)
+
+
+def _killed(lab: Laboratory, world: int, stage: int, wanted: int, seed: str) -> Tally:
+    """One run that is killed so many times; several, if the first comes to its end before."""
     generator, tally = random.Random(seed), Tally()
-    while tally.tried < count and not tally.problems:
-        world, stage = shapes[tally.tried // KILLS_A_RUN % len(shapes)]
-        lab.undisturbed(world, stage)
-        trial, hit, wanted = lab.trial(stage=stage), 0, min(KILLS_A_RUN, count - tally.tried)
-        try:
-            while hit < wanted:
-                victim = generator.choice([None, *range(world)])
-                if not _kill_once(lab, trial, world, stage, victim, generator.random()):
-                    break  # it had come to its end
-                hit += 1
-            result = lab.finish(trial, world, stage)
-        except (AssertionError, TimeoutError) as error:
-            result = Tally(problems=[str(error)])
-        survived = 0 if result.problems else hit
-        tally += Tally(
-            hit, survived, result.compared, result.equal, [f"seed {seed}, {world} ranks, stage {stage}: {p}" for p in result.problems]
-        )
-        lab.report(f"kills: {tally}")
+    lab.undisturbed(world, stage)  # before there is any hurry
+    while tally.tried < wanted:
+        trial, hit = lab.trial(stage=stage), 0
+        while tally.tried + hit < wanted and _kill(lab, trial, world, stage, generator):
+            hit += 1
+        result = lab.finish(trial, world, stage)
+        result.tried, result.survived = hit, 0 if result.problems else hit
+        result.problems = [f"seed {seed}, {world} ranks, stage {stage}: {problem}" for problem in result.problems]
+        tally += result
     return tally
 
 
-def _kill_once(lab: Laboratory, trial: Trial, world: int, stage: int, victim: int | None, moment: float) -> bool:
-    """One start and one kill, at a share of what a whole run takes; whether it hit. Ranks that were not killed must end, and say why."""
+def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: random.Random) -> bool:
+    """Start the ranks and kill one or all; whether it hit. Those that were not killed must end by themselves, and say why."""
+    victim = generator.choice([None, *range(world)])
+    # While it trains, or at any time from the first moment to after the last.
+    lines = generator.choice([1, 0, 1]) * generator.randint(1, STEPS // KILLS + 1)
+    seconds = generator.random() * (0.1 if lines else lab.seconds(world, stage))
+    before = lines_so_far(trial)
     with trial.start(world) as ranks:
-        time.sleep(moment * lab.seconds(world, stage))
-        targets = ranks.ranks if victim is None else [ranks[victim]]
-        for rank in targets:
+        if lines:
+            wait_for(lambda: lines_so_far(trial) >= before + lines or None not in ranks.codes)
+        time.sleep(seconds)
+        for rank in ranks.ranks if victim is None else [ranks[victim]]:
             rank.signal(signal.SIGKILL)
         codes = ranks.wait(TIMEOUT_S + MARGIN_S)
-        where = f"{trial.folder}, start {trial.starts}, {'all' if victim is None else f'rank {victim}'} killed at {moment:.4f}"
-        assert set(codes) <= {0, 1, -9}, f"{where}: exit codes {codes}: {ranks.errors}"
-        if -9 not in codes:
+        where = f"{trial.folder}, start {trial.starts}, {'all' if victim is None else f'rank {victim}'} killed after {lines} lines and {seconds:.3f} s"
+        if -signal.SIGKILL not in codes:
             assert set(codes) == {0}, f"{where}: exit codes {codes}: {ranks.errors}"
             return False
         for rank, code in zip(ranks.ranks, codes, strict=True):
-            # Exit code 0: the kill came after the last thing that they do together.
+            # 0: the kill came after the last thing that they do together.
+            assert code in (0, 1, -signal.SIGKILL), f"{where}: exit codes {codes}: {ranks.errors}"
             assert code != 1 or f"rank {victim}" in rank.err.read_text(), f"{where}: nobody is named: {rank.err.read_text()!r}"
         return True
 
@@ -263,28 +295,29 @@ def _kill_once(lab: Laboratory, trial: Trial, world: int, stage: int, victim: in
 
 def flips(lab: Laboratory, count: int, seed: int) -> Tally:
     """One bit, anywhere in the newest checkpoint: it is noticed and named, and the run goes on from the one before."""
-    generator, tally, undisturbed = random.Random(seed), Tally(), lab.undisturbed(1, 0)
-    before, newest = undisturbed.checkpoints[-2:]
-    while tally.tried < count and not tally.problems:
-        trial = lab.trial().copy_of(undisturbed)
-        # As many in the manifest as in the much larger tensors: it is where a reader could be led astray.
-        file = trial.run / "checkpoints" / newest.name / generator.choice(sorted(path.name for path in newest.iterdir()))
-        bit = generator.randrange(8 * file.stat().st_size)
-        flip(file, bit)
-        try:
-            said = trial.go_on()
-            result = trial.compare(undisturbed)
-            noticed = any(line.startswith(f"{file.parent}: damaged: ") and file.name in line for line in said)
-            if not (noticed and any(line.startswith(f"going on from {trial.run / 'checkpoints' / before.name}") for line in said)):
-                result.problems.append("not noticed: " + " | ".join(said[:3]))
-        except (AssertionError, TimeoutError) as error:
-            result = Tally(problems=[str(error)])
-        tally += Tally(
-            1, not result.problems, result.compared, result.equal, [f"seed {seed}, {file.name}, bit {bit}: {p}" for p in result.problems]
-        )
-        if not result.problems:
-            shutil.rmtree(trial.folder)
-        lab.report(f"flipped bits: {tally}")
+    lab.undisturbed(1, 0)
+    return lab.series("flipped bits", [functools.partial(_flipped, lab, f"{seed}/{i}") for i in range(count)])
+
+
+def _flipped(lab: Laboratory, seed: str) -> Tally:
+    generator, undisturbed = random.Random(seed), lab.undisturbed(1, 0)
+    trial = lab.trial().copy_of(undisturbed)
+    before, newest = trial.checkpoints[-2:]
+    # As often in the manifest as in the much larger tensors: it is where a reader could be led astray.
+    file = generator.choice(sorted(newest.iterdir()))
+    bit = generator.randrange(8 * file.stat().st_size)
+    flip(file, bit)
+    said = trial.go_on()
+    tally = trial.compare(undisturbed)
+    tally.tried = 1
+    named = any(line.startswith(f"{newest}: damaged: ") and file.name in line for line in said)
+    if not (named and any(line.startswith(f"going on from {before}") for line in said)):
+        tally.problems.append("not noticed: " + " | ".join(said[:3]))
+    if tally.problems:
+        tally.problems = [f"seed {seed}, {file}, bit {bit}: {problem}" for problem in tally.problems]
+        return tally
+    tally.survived = 1
+    shutil.rmtree(trial.folder)
     return tally
 
 
@@ -300,21 +333,23 @@ def flip(file: Path, bit: int) -> None:
 # Crash points inside a save
 
 
-def crashes(lab: Laboratory, points: Sequence[str], rank: int, world: int, stage: int, times: int = 1) -> Tally:
-    """A rank dies by kill -9 at one point of a save after the other: a start each, in one and the same run."""
+def crashes(lab: Laboratory, points: Sequence[str], rank: int, world: int, stage: int) -> Tally:
+    """A rank dies by kill -9 at one point of a save after the other: a start each, in as few runs as there are at a time."""
+    lab.undisturbed(world, stage)
+    runs = [functools.partial(_crashed, lab, points[i :: lab.width], rank, world, stage) for i in range(min(lab.width, len(points)))]
+    return lab.series(f"crash points of rank {rank}", runs)
+
+
+def _crashed(lab: Laboratory, points: Sequence[str], rank: int, world: int, stage: int) -> Tally:
     tally, trial = Tally(), lab.trial(stage=stage)
     for point in points:
         tally.tried += 1
-        with trial.start(world, FASTBERT_FAILPOINT=f"{point}:{rank}@{times}") as ranks:
+        with trial.start(world, FASTBERT_FAILPOINT=f"{point}:{rank}") as ranks:
             codes = ranks.wait(TIMEOUT_S + MARGIN_S)
-            if codes != [-signal.SIGKILL if r == rank else 1 for r in range(world)]:
-                tally.problems.append(f"{point}, {trial.folder}, start {trial.starts}: exit codes {codes}: {ranks.errors}")
-                break
+            where = f"{point}, {trial.folder}, start {trial.starts}: exit codes {codes}: {ranks.errors}"
+            assert codes == [-signal.SIGKILL if r == rank else 1 for r in range(world)], where
             tally.survived += 1
-    else:
-        tally += lab.finish(trial, world, stage)
-    lab.report(f"crash points of rank {rank}: {tally}")
-    return tally
+    return tally + lab.finish(trial, world, stage)
 
 
 def lines_so_far(trial: Trial) -> int:

@@ -8,8 +8,8 @@ that the writing was split into. A folder is written under another name, fsynced
 complete; what was damaged afterwards shows in the hashes. A sound checkpoint is never replaced, and a folder is renamed before it is
 deleted: whenever a process dies, the newest sound checkpoint has its name.
 
-The tensor files are written here and not by safetensors, whose writer copies what it writes, holds the interpreter's lock meanwhile and
-leaves the hashing to a second pass.
+The tensor files are written here and not by safetensors, so that a hash is of the numbers in memory, and what is read back from the disk
+is compared with those; and so that an error is the system's own (the library makes a text of it).
 """
 
 from __future__ import annotations
@@ -147,16 +147,16 @@ def publish(folder: Path, step: int, staging: Path, files: Mapping[str, Mapping[
     manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": dict(files)}
     _write_durably(staging / MANIFEST, "manifest", [json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1).encode()])
     sync(staging)
-    if path.exists():
-        if isinstance(_read(path), Checkpoint):
-            if _files(path) != manifest["files"]:
-                raise FileExistsError(errno.EEXIST, "another sound checkpoint of that step is there, and stays", str(path))
-            shutil.rmtree(staging, ignore_errors=True)
-            return path
-        reach("moving-aside")
-        path.rename(_deleted(path))
-        reach("moved-aside")
-    staging.rename(path)
+    if path.exists() and isinstance(_read(path), Checkpoint):
+        if _files(path) != manifest["files"]:
+            raise FileExistsError(errno.EEXIST, "another sound checkpoint of that step is there, and stays", str(path))
+        shutil.rmtree(staging, ignore_errors=True)  # an attempt before this one failed at the very end
+    else:
+        if path.exists():
+            reach("moving-aside")
+            path.rename(_deleted(path))
+            reach("moved-aside")
+        staging.rename(path)
     reach("renamed")
     sync(folder)
     sync(folder.parent)  # where the folder is new

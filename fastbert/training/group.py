@@ -24,7 +24,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -444,14 +444,45 @@ def _answer(table: dist.Store, seat: Seat, token: str, answered: set[str]) -> No
                 table.set(nonce, json.dumps([token, problem if world != seat.world else None]))
 
 
-def _hold_store(seat: Seat, address: str) -> dist.Store:
-    """A store that listens on MASTER_ADDR's own address and no other."""
-    server = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def hold_store(address: str, port: int) -> dist.TCPStore:
+    """A store that listens on one address of this machine and no other; raises OSError where it cannot. Port 0 is any that is free."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((address, port))
+        server.listen(socket.SOMAXCONN)
+        port, listener = server.getsockname()[1], server.detach()
+    return dist.TCPStore(address, port, None, True, master_listen_fd=listener, wait_for_workers=False, use_libuv=True)
+
+
+def listens(address: str, port: int) -> bool:
+    """Whether somebody does there. TCPStore would try by itself, but with a page of C++ frames on the terminal for every failure."""
     try:
-        server.bind((address, seat.port))
+        socket.create_connection((address, port), timeout=SILENCE_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def own_address(address: str) -> str | None:
+    """The address of this machine from which it reaches another one; None where there is no way."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing; any port
+            return probe.getsockname()[0]
+    except OSError:
+        return None
+
+
+def numeric(name: str, port: int) -> str:
+    """The address that a host's name stands for, IPv4 where it has both; raises OSError where it has none."""
+    found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    return str(min(found, key=lambda item: item[0] != socket.AF_INET)[4][0])
+
+
+def _hold_store(seat: Seat, address: str) -> dist.Store:
+    try:
+        return hold_store(address, seat.port)
     except OSError as error:
-        server.close()
         if error.errno == errno.EADDRINUSE:
             raise InputError(f"MASTER_PORT = {seat.port}: another process listens there on {address}; choose another port") from None
         if error.errno == errno.EADDRNOTAVAIL:
@@ -460,45 +491,31 @@ def _hold_store(seat: Seat, address: str) -> dist.Store:
                 "give the one by which the other machines reach it"
             ) from None
         raise InputError(f"MASTER_ADDR = {seat.address}, MASTER_PORT = {seat.port}: cannot listen there: {error.strerror}") from None
-    server.listen(socket.SOMAXCONN)
-    return dist.TCPStore(address, seat.port, None, True, master_listen_fd=server.detach(), wait_for_workers=False, use_libuv=True)
 
 
 def _reach_store(seat: Seat, address: str, patience: Patience) -> dist.Store:
-    """A connection to the store that another process holds, when it does."""
-
-    def listens() -> bool:
-        # TCPStore would try again by itself, but with a page of C++ frames on the terminal for every failure.
-        try:
-            socket.create_connection((address, seat.port), timeout=SILENCE_S).close()
-        except OSError:
-            return False
-        return True
-
-    patience.until(listens, lambda: f"rank 0 did not come to {seat.where}")
+    """A connection to the store that another process holds, as soon as it does."""
+    patience.until(lambda: listens(address, seat.port), lambda: f"rank 0 did not come to {seat.where}")
     return dist.TCPStore(address, seat.port, None, False, timeout=timedelta(seconds=patience.timeout_s))
 
 
 def _resolve(seat: Seat, patience: Patience) -> str:
-    """MASTER_ADDR in numbers, IPv4 where it has both; a name may come to be known only after the processes have started."""
-    found: list[tuple[Any, ...]] = []
+    """MASTER_ADDR in numbers; its name may come to be known only after the processes have started."""
+    found: list[str] = []
 
     def known() -> bool:
-        try:
-            found[:] = socket.getaddrinfo(seat.address, seat.port, type=socket.SOCK_STREAM)
-        except OSError:
-            return False
-        return True
+        with suppress(OSError):
+            found.append(numeric(seat.address, seat.port))
+        return bool(found)
 
     patience.until(known, lambda: f"MASTER_ADDR = {seat.address}: no address came to be known by that name")
-    address = min(found, key=lambda item: item[0] != socket.AF_INET)[4][0]
     several_machines = (seat.local_world or seat.world) < seat.world
-    if several_machines and ipaddress.ip_address(address).is_loopback and seat.address not in (address, "localhost"):
+    if several_machines and ipaddress.ip_address(found[0]).is_loopback and seat.address not in (found[0], "localhost"):
         raise InputError(
-            f"MASTER_ADDR = {seat.address}: on {socket.gethostname()} this name means {address}, which no other machine can reach; "
+            f"MASTER_ADDR = {seat.address}: on {socket.gethostname()} this name means {found[0]}, which no other machine can reach; "
             "give the address that the machine has in their network"
         )
-    return address
+    return found[0]
 
 
 def _device(seat: Seat) -> torch.device:
@@ -536,14 +553,9 @@ def _choose_interface(address: str) -> None:
     NCCL chooses better, since it knows of InfiniBand and of several cards, and it listens on what it uses. But it never chooses the loopback
     interface, which is enough when all processes are on one machine and were told to meet there.
     """
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # sends nothing; any port
-            own = probe.getsockname()[0]
-    except OSError:
-        return  # no way there: connecting will say it
+    own = own_address(address)
     name = next((name for name, addresses in psutil.net_if_addrs().items() if own in {item.address for item in addresses}), None)
-    if name is not None:
+    if own is not None and name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         if ipaddress.ip_address(own).is_loopback:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

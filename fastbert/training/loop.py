@@ -50,6 +50,7 @@ def pretrain(config: RunConfig, recipe: str, resume: bool, interruption: Interru
     with interruption or Interruption() as interruption:
         try:
             with join(config.runtime.timeout_s, interruption) as group, Watch(group, config.runtime.timeout_s) as watch:
+                watch.tick("the set-up")
                 setup = set_up(config, recipe, resume, group)
                 return _run(setup, group, watch, interruption)
         except Interrupted as signal:
@@ -63,10 +64,12 @@ def pretrain(config: RunConfig, recipe: str, resume: bool, interruption: Interru
 def _run(setup: Setup, group: Group, watch: Watch, interruption: Interruption) -> int:
     """Build what trains, and train; an end that is neither a stop condition nor a signal gets one clear line."""
     config, progress, run = setup.config, setup.progress, setup.start.run
+    watch.tick("the run folder")
     owner = take_folder(setup, group)
     saver = Saver(group, run / "checkpoints", config.checkpoint.keep, owner.token)
     try:
         saver.sweep()
+        watch.tick("building the engine")
         with (
             Engine(setup.model, config, setup.settings, setup.precision, group, _state(setup), progress.updates) as engine,
             Monitor(

@@ -64,6 +64,7 @@ class Saver:
         """At the start: delete what processes left that died while they saved."""
         if self._group.speaks:
             checkpoint.sweep(self._folder)
+        self._group.barrier()  # or a quick rank's first share would be swept away
 
     @property
     def busy(self) -> bool:
@@ -126,7 +127,7 @@ class Saver:
         first, *others = [(rank, problem) for rank, problem in enumerate(problems) if problem] or [(0, None)]
         if first[1] is None or self._group.world == 1:
             return first[1]
-        return f"rank {first[0]}: {first[1]}" + (f" (and on {len(others)} more ranks)" if others else "")
+        return f"rank {first[0]}: {first[1]}" + (f" (and {len(others)} more of {self._group.world})" if others else "")
 
     def _clean_up(self, step: int) -> None:
         """Rank 0 renames what is too old, and lets a thread delete it."""

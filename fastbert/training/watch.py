@@ -175,17 +175,16 @@ class Watch:
         """What keeps this rank from going on; None where another one does go on, since then its turn will come."""
         if (found := self._missing(before, now, what)) is not None:
             return found
-        beats = [beat for beat in now if beat is not None]
-        if any(beat.ticks != earlier.ticks for beat, earlier in zip(beats, before, strict=True) if earlier is not None):
+        beats = {rank: beat for rank, beat in enumerate(now) if beat is not None and not beat.left}
+        if any(earlier is not None and earlier.ticks != beats[rank].ticks for rank, earlier in enumerate(before) if rank in beats):
             return None
         since = f"for {self._timeout_s:g} s (runtime.timeout_s)"
-        ahead = max(beat.ticks for beat in beats)
-        slow = [rank for rank, beat in enumerate(beats) if beat.ticks < ahead] or [
-            rank for rank, beat in enumerate(beats) if not beat.waiting
-        ]
+        ahead = max(beat.ticks for beat in beats.values())
+        slow = [rank for rank, beat in beats.items() if beat.ticks < ahead] or [rank for rank, beat in beats.items() if not beat.waiting]
         if not slow:
-            return f"no rank has gone on {since}: all wait for each other at {beats[0].what}; look at the network between them", 0
-        return f"{self._names(slow)} has kept the others waiting {since}: at {beats[slow[0]].what}, in {beats[slow[0]].where}", 0
+            return f"no rank has gone on {since}: all wait for each other at {self._tick[1]}; look at the network between them", 0
+        has, first = "has" if len(slow) == 1 else "have", beats[slow[0]]
+        return f"{self._names(slow)} {has} kept the others waiting {since}: at {first.what}, in {first.where}", 0
 
     def _names(self, ranks: Sequence[int]) -> str:
         return listed([self._group.name(rank) for rank in ranks])

@@ -1,0 +1,91 @@
+"""`torchrun --rdzv-backend fastbert --rdzv-endpoint HOST:PORT`: torchrun's own c10d rendezvous, with other manners.
+
+- Its store listens on HOST's address alone. torch's listens on every interface of the machine, and whoever reaches a store can end the run.
+- The workers' store is made by rank 0's worker, which listens in the same way, and not by the agent: TORCH_DISABLE_SHARE_RDZV_TCP_STORE.
+- A lost node is noticed after 8 seconds instead of 15, and those that are left wait 10 seconds for others instead of 30. Each is an option of
+  `--rdzv-conf` with torch's name: keep_alive_interval, keep_alive_max_attempt, last_call_timeout.
+- A node is known by the address from which it reaches HOST, where torch asks the host's name, which often means 127.0.1.1.
+
+torchrun imports this at every start, whichever backend is asked for; so what is heavy is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+
+NAME = "fastbert"
+DEFAULTS = {"keep_alive_interval": 2, "keep_alive_max_attempt": 4, "last_call_timeout": 10}  # seconds; how often; seconds
+JOIN_TIMEOUT_S = 600  # torch's own
+READ_TIMEOUT_S = 60  # torch's own
+
+
+def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
+    """What torchrun's registry asks for: the maker of handlers."""
+    return make_handler
+
+
+def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
+    """A handler for one agent.
+
+    Raises:
+        RendezvousConnectionError: nobody listens at the endpoint, and this machine cannot.
+    """
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT, C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    from fastbert.training.group import own_address
+
+    class Backend(C10dRendezvousBackend):
+        @property
+        def name(self) -> str:  # torchrun compares it with the one that was asked for
+            return NAME
+
+    host, port = parse_rendezvous_endpoint(parameters.endpoint, DEFAULT_PORT)
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # read by torch whenever nodes have met
+    for key, value in DEFAULTS.items():
+        parameters.config.setdefault(key, value)
+    store = _store(host, port, parameters)
+    parameters.local_addr = parameters.local_addr or own_address(store.host)
+    return create_handler(store, Backend(store, parameters.run_id), parameters)
+
+
+def _store(host: str, port: int, parameters: RendezvousParameters) -> TCPStore:
+    """Hold the store where the endpoint's address is this machine's, unless another agent here does already; else reach it."""
+    from datetime import timedelta
+
+    from torch.distributed import DistError, TCPStore
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+
+    from fastbert.training.group import hold_store, listens, numeric
+
+    may_hold, timeout_s = parameters.get_as_bool("is_host"), parameters.get_as_int("join_timeout") or JOIN_TIMEOUT_S
+    read_timeout = timedelta(seconds=parameters.get_as_int("read_timeout") or READ_TIMEOUT_S)
+    end, problem = time.monotonic() + timeout_s, ""
+    while time.monotonic() < end:
+        try:
+            address = numeric(host, port)
+            if may_hold is not False:
+                try:
+                    store = hold_store(address, port)
+                    store.set_timeout(read_timeout)
+                    return store
+                except OSError as error:
+                    if may_hold or error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+                        raise RendezvousConnectionError(f"--rdzv-endpoint {host}:{port}: cannot listen on {address}: {error}") from None
+            if listens(address, port):
+                return TCPStore(address, port, None, False, timeout=read_timeout)
+            problem = f"nobody listens on {address}; is it the address of one of the nodes?"
+        except (OSError, DistError) as error:  # a name that is not known yet; a store that has just ended
+            problem = str(error)
+        time.sleep(0.2)
+    raise RendezvousConnectionError(f"--rdzv-endpoint {host}:{port}: after {timeout_s} s, {problem}")

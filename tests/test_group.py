@@ -1,0 +1,252 @@
+"""Real processes meet, agree, and part; or do not, and say why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastbert.errors import InputError
+from fastbert.training.group import Interrupted, RankLost, hold_store, join, read_seat
+from fastbert.training.interruption import Interruption
+from tests.ranks import free_port
+from tests.toy_ranks import HOST, Toys, listening, say
+
+SOON_S = 3.0  # a time-out that is meant to be reached
+NEVER_S = 60.0  # one that is not
+
+
+def member(timeout_s: float, **acts: str) -> int:
+    """Meet; do what `acts` says of this rank ("1" -> "InputError: text"), under a common fate; agree on a few things; part."""
+    with Interruption() as interruption:
+        try:
+            with join(timeout_s, interruption) as group:
+                say("joined", group.rank)
+                with group.same_fate():
+                    act(acts.get(str(group.rank), ""))
+                say("gathered", group.gather({"rank": group.rank, "text": "é" * group.rank}), group.broadcast([group.rank, None]))
+                say("sum", group.sum(torch.tensor([1.0, group.rank])).tolist(), "speaks", group.speaks, "threads", torch.get_num_threads())
+                while os.environ.get("LINGER") and not os.path.exists(os.environ["LINGER"]):
+                    time.sleep(0.02)
+                group.barrier()
+            return 0
+        except InputError as error:
+            say("InputError:", error)
+            return 2
+        except Interrupted as error:
+            say("Interrupted:", error)
+            return 75
+        except RankLost as error:
+            say("RankLost:", error)
+            return 1
+
+
+def act(what: str) -> None:
+    kind, _, text = what.partition(": ")
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind:
+        raise {"InputError": InputError, "Interrupted": Interrupted, "ValueError": ValueError}[kind](text)
+
+
+def members(folder, world: int, timeout_s: float = NEVER_S, only=None, acts=None, **more: str) -> Toys:
+    return Toys(_member, (timeout_s, acts or {}), folder, world, only, **more)
+
+
+def _member(timeout_s: float, acts: dict[str, str]) -> int:
+    return member(timeout_s, **acts)
+
+
+def test_what_they_agree_on(tmp_path):
+    with members(tmp_path, 3) as toys:
+        assert toys.wait() == [0, 0, 0]
+        for rank in range(3):
+            everybody = [{"rank": 0, "text": ""}, {"rank": 1, "text": "é"}, {"rank": 2, "text": "éé"}]
+            assert f"gathered {everybody} [0, None]\nsum [3.0, 3.0] speaks {rank == 0}" in toys.out(rank)
+
+
+def test_ports_are_open_on_the_given_address_alone(tmp_path):
+    with members(tmp_path, 2, LINGER=str(tmp_path / "go")) as toys:
+        for rank in range(2):
+            toys.until(rank, "sum")
+        ports = listening(toys.pid(0), toys.pid(1))
+        (tmp_path / "go").touch()
+        assert {address for _, address, _ in ports} == {"127.0.0.1"}
+        store = int(toys._more["MASTER_PORT"])
+        assert [pid for pid, _, port in ports if port == store] == [toys.pid(0)]
+        assert toys.wait() == [0, 0]
+
+
+def test_one_process_needs_no_launcher_and_no_store(tmp_path):
+    with members(tmp_path, 1, LINGER=str(tmp_path / "go")) as toys:
+        toys.until(0, "sum [1.0, 0.0] speaks True")
+        assert {address for _, address, _ in listening(toys.pid(0))} <= {"127.0.0.1"}
+        (tmp_path / "go").touch()
+        assert toys.wait() == [0]
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path):
+    with members(tmp_path, 4, SOON_S, only=(0, 2)) as toys:
+        assert toys.wait() == [1, 1]
+        store = f"127.0.0.1:{toys._more['MASTER_PORT']}"
+        for rank in (0, 2):
+            assert toys.out(rank) == f"RankLost: rank 1, rank 3 did not come to {store} within 3 s (runtime.timeout_s)\n"
+
+
+def test_rank_0_never_comes(tmp_path):
+    with members(tmp_path, 2, SOON_S, only=(1,)) as toys:
+        assert toys.wait() == [1]
+        assert "RankLost: rank 0 did not come to 127.0.0.1:" in toys.out(1)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_while_waiting_ends_all_who_wait(tmp_path, asked):
+    with members(tmp_path, 3, only=(0, 1)) as toys:
+        time.sleep(1.0)  # both are waiting for the third by now; if not, the signal comes even earlier
+        toys.signal(asked, signal.SIGTERM)
+        assert toys.wait() == [75, 75]
+        assert toys.out(0) == toys.out(1) == "Interrupted: SIGTERM\n"
+
+
+def test_bad_input_on_one_rank_ends_all_with_its_name(tmp_path):
+    with members(tmp_path, 3, acts={"1": "InputError: data = 'x': not there"}) as toys:
+        assert toys.wait() == [2, 2, 2]
+        for rank in range(3):
+            assert toys.out(rank).endswith(f"InputError: rank 1 ({HOST}): data = 'x': not there\n")
+
+
+def test_bad_input_on_all_ranks_is_said_plainly(tmp_path):
+    with members(tmp_path, 2, acts={"0": "InputError: bad", "1": "InputError: bad"}) as toys:
+        assert toys.wait() == [2, 2]
+        assert toys.out(0).endswith("\nInputError: bad\n") and toys.out(1).endswith("\nInputError: bad\n")
+
+
+def test_another_exception_on_one_rank_ends_all(tmp_path):
+    """The rank that holds the store, which must not be gone before the others know."""
+    with members(tmp_path, 3, acts={"0": "ValueError: a bug", "1": "InputError: less telling"}) as toys:
+        assert toys.wait() == [1, 1, 1]
+        assert "ValueError: a bug" in toys.err(0)
+        for rank in (1, 2):
+            assert toys.out(rank).endswith(f"RankLost: {toys.name(0)} failed: ValueError: a bug\n")
+
+
+def test_a_signal_noticed_by_one_rank_ends_all(tmp_path):
+    with members(tmp_path, 2, acts={"1": "Interrupted: SIGUSR1"}) as toys:
+        assert toys.wait() == [75, 75]
+        assert toys.out(0).endswith("Interrupted: SIGUSR1\n")
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_on_the_way_is_named(tmp_path, stopped):
+    """Rank 0 too, with the store: its silence would keep every call to it waiting for ever."""
+    other = 1 - stopped
+    with members(tmp_path, 2, SOON_S, acts={str(stopped): "stop"}) as toys:
+        assert toys.wait(other) == [1]
+        assert f"RankLost: {toys.name(stopped)} " in toys.out(other)
+
+
+def test_different_world_sizes(tmp_path):
+    with members(tmp_path, 2, SOON_S, only=(0,)) as toys:
+        toys._more["WORLD_SIZE"] = "3"
+        toys.start([1])
+        assert toys.wait() == [1, 2]
+        assert toys.out(1) == "InputError: WORLD_SIZE = 3 for rank 1, but 2 for rank 0; start all with the same\n"
+
+
+def test_one_rank_twice(tmp_path):
+    (tmp_path / "other").mkdir()
+    port = str(free_port())
+    with (
+        members(tmp_path, 3, only=(1,), MASTER_PORT=port) as toys,
+        members(tmp_path / "other", 3, only=(1,), MASTER_PORT=port) as others,
+    ):
+        time.sleep(0.5)
+        toys.start([0])
+        time.sleep(0.5)
+        toys.start([2])
+        codes = [toys.wait(1)[0], others.wait(1)[0]] if False else None
+        assert codes is None
+        assert toys.wait(0, 2) == [0, 0]
+
+
+def test_the_port_is_taken(tmp_path):
+    port = free_port()
+    store = hold_store("127.0.0.1", port)
+    with members(tmp_path, 2, SOON_S, only=(0,), MASTER_PORT=str(port)) as toys:
+        assert toys.wait() == [2]
+        assert toys.out(0) == f"InputError: MASTER_PORT = {port}: another process listens there on 127.0.0.1; choose another port\n"
+    del store
+
+
+def test_an_address_of_another_machine(tmp_path):
+    with members(tmp_path, 2, SOON_S, only=(0,), MASTER_ADDR="192.0.2.1") as toys:
+        assert toys.wait() == [2]
+        assert f"MASTER_ADDR = 192.0.2.1: 192.0.2.1 is not an address of {HOST}, where rank 0 runs" in toys.out(0)
+
+
+def test_a_name_that_nobody_knows(tmp_path):
+    with members(tmp_path, 2, SOON_S, only=(0,), MASTER_ADDR="nowhere.invalid") as toys:
+        assert toys.wait() == [1]
+        assert "MASTER_ADDR = nowhere.invalid: no address came to be known by that name within 3 s" in toys.out(0)
+
+
+def test_a_launchers_store_still_has_the_keys_of_earlier_attempts(tmp_path):
+    agent = hold_store("127.0.0.1", 0)
+    given = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for attempt, (world, only) in enumerate([(3, (0, 1)), (3, (1, 2)), (3, None), (2, None), (3, None)]):
+        (folder := tmp_path / str(attempt)).mkdir()
+        with members(folder, world, SOON_S if only else NEVER_S, only, **given) as toys:
+            assert toys.wait() == [1, 1] if only else [0] * world, toys.out(0)
+    del agent
+
+
+def test_the_store_of_an_attempt_that_ends_just_now(tmp_path):
+    """Rank 1 of the next attempt comes before rank 0 of the last one has gone, and their ports are the same."""
+    port = free_port()
+    old = hold_store("127.0.0.1", port)
+    with members(tmp_path, 2, only=(1,), MASTER_PORT=str(port)) as toys:
+        client = dist.TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=NEVER_S))
+        client.wait(["/fastbert/knock/1" if False else "fastbert/knock/1"]) if False else None
+        time.sleep(1.0)
+        del client, old
+        toys.start([0])
+        assert toys.wait() == [0, 0]
+
+
+WRONG = {
+    "RANK": ({"RANK": "3"}, "RANK = 3, but WORLD_SIZE is not set"),
+    "no RANK": ({"WORLD_SIZE": "2"}, "RANK is not set, but WORLD_SIZE = 2"),
+    "RANK too large": ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK = 2; must be less than 2 (WORLD_SIZE = 2)"),
+    "WORLD_SIZE": ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two'; must be a whole number of 1 or more"),
+    "no world": ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0'"),
+    "no MASTER_ADDR": ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not set, but WORLD_SIZE = 2"),
+    "no LOCAL_RANK": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "LOCAL_RANK is not set"),
+    "LOCAL_RANK": (
+        {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "x", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"},
+        "LOCAL_RANK = 2; must be less than 2 (LOCAL_WORLD_SIZE = 2)",
+    ),
+    "LOCAL_SIZE": (
+        {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "x", "LOCAL_RANK": "0", "LOCAL_SIZE": "8"},
+        "LOCAL_SIZE = 8; must be less than 5 (WORLD_SIZE = 4)",
+    ),
+    "no MASTER_PORT": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "LOCAL_RANK": "0"}, "MASTER_PORT is not set"),
+    "MASTER_PORT": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "LOCAL_RANK": "0", "MASTER_PORT": "99999"}, "MASTER_PORT = 99999"),
+    "srun": ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS = 8: srun has started several processes, but WORLD_SIZE is not set"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_variables_are_named(monkeypatch, case):
+    variables, message = WRONG[case]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError) as caught:
+        read_seat()
+    assert message in str(caught.value)
