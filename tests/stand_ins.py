@@ -124,7 +124,7 @@ def sbatch(arguments: list[str]) -> int:
 def srun(arguments: list[str]) -> int:
     """The command as every task of the job; returns the highest exit code."""
     options, command = _options(arguments)
-    assert options == {"kill-on-bad-exit": "0", "wait": "120"}
+    assert options == {"kill-on-bad-exit": "0", "wait": "600"}
     tasks, per_node = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
     line = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}"
 

@@ -1,23 +1,77 @@
-"""ds_config.json: what is taken, what is refused, and how it is said."""
+"""ds_config.json: what is taken, what is refused, how it is said, and that what is taken trains and resumes as it should."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastbert.config import OptimizerConfig, RunConfig, RuntimeConfig
+from fastbert.config import BatchConfig, OptimizerConfig, RunConfig, RuntimeConfig, ScheduleConfig, StopConfig
 from fastbert.errors import InputError
-from fastbert.training.ds_config import OWN, RECIPE, REFUSED, DeepSpeedSettings, read_ds_config
+from fastbert.training.ds_config import IDLE, NEVER, ONLY, OWN, RECIPE, SECTIONS, DeepSpeedSettings, read_ds_config
+from fastbert.training.engine import check_settings
+from tests.ranks import environment, free_port
 
 ROOT = Path(__file__).parents[1]
+# A file as people have it, which says what the recipe below says.
+AGREES = {
+    "train_batch_size": 64,
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": 1.0,
+    "prescale_gradients": False,
+    "zero_allow_untested_optimizer": True,
+    "bf16": {"enabled": True, "check_grad_overflow": True},
+    "fp16": {"enabled": False, "loss_scale": 0, "initial_scale_power": 16},
+    "amp": {"enabled": False, "opt_level": "O1"},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": 1e-3, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.01, "bias_correction": True, "torch_adam": True},
+    },
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "warmup_min_lr": 0,
+            "warmup_max_lr": 1e-3,
+            "warmup_num_steps": 200,
+            "warmup_type": "linear",
+            "total_num_steps": 2e3,
+        },
+    },
+    "zero_optimization": {
+        "stage": 2,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "allgather_bucket_size": 5e8,
+        "reduce_bucket_size": "auto",
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+    },
+    "activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False},
+    "communication_data_type": "fp32",
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "flops_profiler": {"enabled": False, "profile_step": 1, "module_depth": -1},
+    "aio": {"block_size": 1048576, "queue_depth": 8, "thread_count": 1},
+    "tensorboard": {"enabled": False},
+    "steps_per_print": 100,
+    "wall_clock_breakdown": False,
+}
+MATCHING = {
+    "batch": BatchConfig(sequences=64),
+    "optimizer": OptimizerConfig(lr=1e-3, betas=(0.9, 0.98)),
+    "schedule": ScheduleConfig(warmup=0.1),
+    "stop": StopConfig(steps=2000),
+}
 
 
-def read(tmp_path: Path, content: object, **config) -> DeepSpeedSettings:
+def read(tmp_path: Path, content: object, precision: str = "auto", **config) -> DeepSpeedSettings:
     path = tmp_path / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return read_ds_config(RunConfig(data="store", runtime=RuntimeConfig(deepspeed=str(path)), **config), "recipes/demo.toml")
+    runtime = RuntimeConfig(deepspeed=str(path), precision=precision)
+    return read_ds_config(RunConfig(data="store", runtime=runtime, **config), "recipes/demo.toml")
 
 
 def refused(tmp_path: Path, content: object, **config) -> str:
@@ -28,34 +82,108 @@ def refused(tmp_path: Path, content: object, **config) -> str:
     return message.replace(str(tmp_path) + "/", "")
 
 
-def test_a_key_of_the_recipe_names_both_places(tmp_path):
-    assert refused(tmp_path, {"train_batch_size": 64}) == (
-        "ds.json: train_batch_size = 64 belongs to the recipe: batch.sequences in recipes/demo.toml (now 256); "
-        'remove it from ds.json or write "auto"'
+def nested(place: str, value: object) -> dict:
+    """{"a": {"b": value}} for "a.b"."""
+    for key in reversed(place.split(".")):
+        value = {key: value}
+    return value  # type: ignore[return-value]
+
+
+# What repeats the recipe.
+
+
+def test_a_file_that_agrees_is_accepted(tmp_path):
+    settings = read(tmp_path, AGREES, precision="bf16", **MATCHING)
+    assert not set(settings.values) & (set(RECIPE) | IDLE)
+    assert settings.values["zero_optimization"] == {
+        "stage": 2,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "allgather_bucket_size": 5e8,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+    }
+    assert settings.stage(precision="bf16", world=2, optimizer="adamw") == 2
+    check_settings(settings)
+
+
+@pytest.mark.parametrize(
+    "place, value, there",
+    [
+        ("train_batch_size", 32, "batch.sequences = 64"),
+        ("gradient_clipping", 0.5, "optimizer.clip = 1.0"),
+        ("zero_allow_untested_optimizer", False, None),
+        ("optimizer.type", "Lamb", 'optimizer.name = "adamw"'),
+        ("optimizer.type", "OneBitAdam", 'optimizer.name = "adamw"'),
+        ("optimizer.params.lr", 2e-3, "optimizer.lr = 0.001"),
+        ("optimizer.params.betas", [0.9, 0.999], "optimizer.betas = [0.9, 0.98]"),
+        ("optimizer.params.eps", 1e-8, "optimizer.eps = 1e-06"),
+        ("optimizer.params.weight_decay", 0, "optimizer.weight_decay = 0.01"),
+        ("optimizer.params.max_grad_norm", 2, "optimizer.clip = 1.0"),
+        ("scheduler.type", "WarmupLR", 'schedule.decay = "linear"'),
+        ("scheduler.type", "OneCycle", 'schedule.decay = "linear"'),
+        ("scheduler.params.warmup_max_lr", 1, "optimizer.lr = 0.001"),
+        ("scheduler.params.warmup_num_steps", 100, "schedule.warmup = 0.1 of stop.steps = 2000, 200 steps,"),
+        ("scheduler.params.total_num_steps", 1000, "stop.steps = 2000"),
+    ],
+)
+def test_what_contradicts_the_recipe_names_both_files_keys_and_values(tmp_path, place, value, there):
+    content = nested(place, value)
+    if there is None:
+        read(tmp_path, content, **MATCHING)
+        assert 'optimizer.name = "sgd" in recipes/demo.toml' in refused(tmp_path, content, optimizer=OptimizerConfig(name="sgd"))
+        return
+    message = refused(tmp_path, content, **MATCHING)
+    expected = f'ds.json: {place} = {json.dumps(value)} contradicts {there} in recipes/demo.toml; make them equal, or write "auto"'
+    assert message == expected
+    assert place.split(".")[0] not in read(tmp_path, nested(place, "auto"), **MATCHING).values
+
+
+def test_steps_of_a_run_that_does_not_count_them_are_left_open(tmp_path):
+    config = {"schedule": ScheduleConfig(warmup=0.1, over="seconds"), "stop": StopConfig(seconds=60)}
+    assert "contradicts stop.steps = (not set)" in refused(tmp_path, nested("scheduler.params.total_num_steps", 10), **config)
+    assert "contradicts schedule.warmup = 0.1, a share of the run, in" in refused(
+        tmp_path, nested("scheduler.params.warmup_num_steps", 10), **config
     )
 
 
-@pytest.mark.parametrize("key", sorted(RECIPE))
-def test_every_key_of_the_recipe_is_refused_unless_auto(tmp_path, key):
-    assert f"ds.json: {key} = 1 belongs to the recipe: {RECIPE[key]} in recipes/demo.toml" in refused(tmp_path, {key: 1})
-    assert key not in read(tmp_path, {key: "auto"}).values
+@pytest.mark.parametrize("key", ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])
+def test_numbers_of_sequences_have_no_equal(tmp_path, key):
+    message = refused(tmp_path, {key: 1})
+    assert message.startswith(f"ds.json: {key} = 1 has no equal in fastbert")
+    assert "batch.micro_batch_tokens = 16384 in recipes/demo.toml" in message
 
 
-def test_an_unknown_key_lists_the_near_ones(tmp_path):
-    assert (
-        refused(tmp_path, {"zero_optimisation": {"stage": 1}})
-        == "ds.json: unknown key 'zero_optimisation'; did you mean zero_optimization?"
+@pytest.mark.parametrize(
+    "content, fits",
+    [
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"bfloat16": {"enabled": False}}, "fp32"),
+        ({"data_types": {"param_dtype": "bf16"}}, "bf16"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "bf16"),
+        ({"bf16": {"enabled": "auto"}, "data_types": {"grad_accum_dtype": "fp32"}}, None),
+    ],
+)
+def test_the_precision_is_the_recipes(tmp_path, content, fits):
+    """What "auto" in the recipe means is known only on the machine that trains."""
+    settings = read(tmp_path, content)
+    for precision in ("fp32", "bf16"):
+        if fits in (None, precision):
+            assert settings.stage(precision=precision, world=2, optimizer="adamw") == 1
+        else:
+            with pytest.raises(InputError) as error:
+                settings.stage(precision=precision, world=2, optimizer="adamw")
+            assert f'contradicts runtime.precision = "auto" in recipes/demo.toml, which is {precision} here' in str(error.value)
+            assert f"{tmp_path / 'ds.json'}: {next(iter(content))}." in str(error.value)
+
+
+def test_fp16_is_no_precision_of_fastbert(tmp_path):
+    assert refused(tmp_path, {"fp16": {"enabled": True}}) == (
+        'ds.json: fp16.enabled = true; must be false: fastbert trains in fp32 or bf16: runtime.precision = "bf16" in the recipe'
     )
-    assert "known: activation_checkpointing" in refused(tmp_path, {"qqq": 1})
-
-
-@pytest.mark.parametrize("key", sorted(REFUSED))
-def test_what_would_change_the_training_in_silence_is_refused(tmp_path, key):
-    assert f"ds.json: {key} = true is not for fastbert" in refused(tmp_path, {key: True})
 
 
 def test_a_file_written_for_transformers_is_accepted(tmp_path):
-    """The ZeRO-2 example of transformers' documentation, as it stands there."""
+    """The ZeRO-2 example of transformers' documentation, as it stands there: its scheduler keeps the rate after the warm-up."""
     content = {
         "fp16": {
             "enabled": "auto",
@@ -84,25 +212,74 @@ def test_a_file_written_for_transformers_is_accepted(tmp_path):
         "train_micro_batch_size_per_gpu": "auto",
         "wall_clock_breakdown": False,
     }
-    settings = read(tmp_path, content)
+    settings = read(tmp_path, content, schedule=ScheduleConfig(decay="constant"))
     assert set(settings.values) == {"zero_optimization", "steps_per_print", "wall_clock_breakdown"}
     assert "reduce_bucket_size" not in settings.values["zero_optimization"]
     assert settings.stage(precision="fp32", world=1, optimizer="adamw") == 2
+    assert 'scheduler.type = "WarmupLR" contradicts schedule.decay = "linear"' in refused(tmp_path, content)
+
+
+# Keys and values.
 
 
 @pytest.mark.parametrize(
-    "content, part",
+    "content, hint",
     [
-        ({"optimizer": {"type": "Lamb", "params": {"lr": "auto"}}}, "optimizer.name in recipes/demo.toml (now 'adamw')"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, "optimizer.name in recipes/demo.toml"),
-        ({"bf16": {"enabled": True}}, "runtime.precision in recipes/demo.toml (now 'auto')"),
+        ({"zero_optimisation": {"stage": 1}}, "unknown key 'zero_optimisation'; did you mean zero_optimization?"),
+        ({"optimizer": {"parms": {}}}, "unknown key 'optimizer.parms'; did you mean optimizer.params?"),
+        (
+            {"optimizer": {"params": {"learning_rate": 1}}},
+            "unknown key 'optimizer.params.learning_rate'; known in optimizer.params: adam_w_mode,",
+        ),
+        ({"bf16": {"enable": True}}, "unknown key 'bf16.enable'; did you mean bf16.enabled?"),
+        ({"data_types": {"grad_accum_type": "fp32"}}, "did you mean data_types.grad_accum_dtype"),
+        ({"flops_profiler": {"enabled": True, "detail": True}}, "did you mean flops_profiler.detailed?"),
+        ({"qqq": 1}, "unknown key 'qqq'; known: aio, bf16,"),
     ],
 )
-def test_a_section_that_decides_something_is_refused(tmp_path, content, part):
-    assert part in refused(tmp_path, content)
+def test_an_unknown_key_lists_the_near_ones(tmp_path, content, hint):
+    assert hint in refused(tmp_path, content)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", '{"a": ' * 100_000, ""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"zero_optimization": {"overlap_com": True}},
+        {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+        {"tensorboard": {"enable": True}},
+        {"comms_logger": {"enable": True}},
+        {"timers": {"throughput": {"enable": True}}},
+        {"zero_optimization": {"reduce_bucket_size": -1}},
+        {"zero_optimization": {"mics_shard_size": 2}},
+        {"log_level": 3},
+        {"aio": {"use_gds": True}},
+    ],
+)
+def test_other_sections_are_checked_by_deepspeed(tmp_path, content):
+    with pytest.raises(InputError) as error:
+        check_settings(read(tmp_path, content))
+    assert str(error.value).startswith(f"{tmp_path / 'ds.json'}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"zero_optimization": True}, "zero_optimization = true; must be an object"),
+        ({"bf16": True}, "bf16 = true; must be an object"),
+        ({"steps_per_print": 0}, "steps_per_print = 0; must be a whole number of 1 or more"),
+        ({"wall_clock_breakdown": "yes"}, 'wall_clock_breakdown = "yes"; must be true or false'),
+        ({"train_batch_size": 256.5}, "train_batch_size = 256.5; must be a whole number"),
+        ({"train_batch_size": True}, "train_batch_size = true; must be a whole number"),
+        ({"zero_optimization": {"allgather_bucket_size": 11}}, "zero_optimization.allgather_bucket_size = 11; must be even"),
+        ({"gradient_clipping": "1"}, 'gradient_clipping = "1"; must be a number'),
+        ({"optimizer": {"params": {"betas": 0.9}}}, "optimizer.params.betas = 0.9; must be a list"),
+    ],
+)
+def test_a_value_of_the_wrong_type(tmp_path, content, words):
+    assert refused(tmp_path, content) == f"ds.json: {words}"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"a": ' * 100_000, "", '{"bf16": {}, "bf16": {}}'])
 def test_rubbish_is_one_line(tmp_path, content):
     assert refused(tmp_path, content).startswith("ds.json: ")
 
@@ -113,7 +290,39 @@ def test_a_missing_file_names_the_recipe():
         read_ds_config(config, "demo.toml")
 
 
-@pytest.mark.parametrize("stage", [4, -1, "2", True, None])
+@pytest.mark.parametrize("key", sorted(IDLE))
+def test_what_fastbert_does_not_do_may_be_there_if_it_is_off(tmp_path, key):
+    for off in (False, None, "auto", {}, {"enabled": False, "more": 3}, {"a": False, "b": None}):
+        assert key not in read(tmp_path, {key: off}).values
+    for on in ({"enabled": True}, {"a": 1}, "on", 7):
+        assert refused(tmp_path, {key: on}).startswith(f"ds.json: {key} = {json.dumps(on)} is not for fastbert")
+
+
+def test_defaults_of_what_fastbert_does_not_do(tmp_path):
+    read(tmp_path, {"gradient_predivide_factor": 1.0, "gradient_allreduce_op": "mean", "managed_gradient_accumulation": True})
+    for on in ({"gradient_predivide_factor": 2.0}, {"gradient_allreduce_op": "sum"}, {"sequence_parallel_size": True}):
+        assert "is not for fastbert" in refused(tmp_path, on)
+
+
+@pytest.mark.parametrize("place", sorted(ONLY))
+def test_what_would_break_the_training_or_its_checkpoints(tmp_path, place):
+    good, why = ONLY[place]
+    bad = {bool: not good[0], int: 17, float: 17.0, str: "nvme"}[type(good[0])]
+    for value in (*good, "auto"):
+        read(tmp_path, nested(place, value))
+    message = refused(tmp_path, nested(place, bad))
+    assert message == f"ds.json: {place} = {json.dumps(bad)}; must be {' or '.join(map(json.dumps, good))}: {why}"
+
+
+@pytest.mark.parametrize("place", sorted(NEVER))
+def test_what_works_in_no_form(tmp_path, place):
+    assert (
+        refused(tmp_path, nested(place, {"a": 1}))
+        == f'ds.json: {place} = {{"a": 1}} does not work with fastbert: {NEVER[place]}; remove it'
+    )
+
+
+@pytest.mark.parametrize("stage", [4, -1, "2", True, {}])
 def test_a_stage_that_does_not_exist(tmp_path, stage):
     assert f"ds.json: zero_optimization.stage = {json.dumps(stage)}; must be 0, 1, 2, 3" in refused(
         tmp_path, {"zero_optimization": {"stage": stage}}
@@ -127,6 +336,7 @@ def test_a_stage_that_does_not_exist(tmp_path, stage):
         ("auto", "fp32", 2, "adamw", 1),
         ("auto", "bf16", 1, "adamw", 1),
         ("auto", "fp32", 8, "lamb", 0),
+        (None, "fp32", 2, "adamw", 1),
         (0, "fp32", 8, "adamw", 0),
         (3, "bf16", 1, "sgd", 3),
         (0, "bf16", 1, "adamw", "zero_optimization.stage = 0 does not train in bf16"),
@@ -150,7 +360,118 @@ def test_the_projects_own_file_is_sound():
     )
     assert settings.stage(precision="fp32", world=1, optimizer="adamw") == 0
     assert settings.stage(precision="bf16", world=64, optimizer="adamw") == 1
+    check_settings(settings)
 
 
-def test_the_three_kinds_of_keys_do_not_overlap():
-    assert not OWN & set(RECIPE) and not OWN & REFUSED and not set(RECIPE) & REFUSED
+def test_the_tables_fit_together_and_deepspeed():
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+    assert not set(OWN) & set(RECIPE) and not set(OWN) & IDLE and not set(RECIPE) & IDLE
+    assert set(SECTIONS["bf16"]) == set(DeepSpeedBF16Config.model_fields)
+    assert set(SECTIONS["fp16"]) == set(DeepSpeedFP16Config.model_fields)
+    models = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+    }
+    for place in (*ONLY, *NEVER):
+        section, _, key = place.rpartition(".")
+        if section in models:
+            fields = models[section].model_fields
+            known = {*fields, *(field.alias for field in fields.values())}
+        else:
+            known = set(SECTIONS[section]) if section else {*RECIPE, *OWN}
+        assert key in known or place in NEVER, place
+
+
+# What is taken, on real ranks.
+
+MEMORY = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+OTHERWISE = {  # every setting that works, set to what it is not by default
+    "overlap_comm": True,
+    "contiguous_gradients": False,
+    "reduce_scatter": False,
+    "allgather_partitions": False,
+    "use_multi_rank_bucket_allreduce": False,
+    "ignore_unused_parameters": False,
+    "elastic_checkpoint": True,
+    "load_from_fp32_weights": False,
+    "parameter_alignment": True,
+    "sub_group_size": 5000,
+    "zero_hpz_partition_size": 2,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_live_parameters": 1000,
+    "stage3_max_reuse_distance": 0,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_use_all_reduce_for_fetch_params": True,
+}
+TRY = """
+import json, os, sys, torch
+from fastbert.data.batches import Batches
+from fastbert.data.store import open_store
+from fastbert.training.ds_config import DeepSpeedSettings
+from fastbert.training.engine import Engine
+from fastbert.training.group import join
+from tests.test_engine import CONFIG, new_model, state_of
+
+store = open_store(os.environ["STORE"])
+found = {}
+with join(60) as group:
+    packs = [Batches(store, CONFIG).step(i, group.rank, group.world) for i in range(3)]
+
+    def run(zero, state, step):
+        small = {"reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000}
+        settings = DeepSpeedSettings("ds.json", {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {**small, **zero}})
+        with Engine(new_model(store), CONFIG, settings, "fp32", group, state, step) as engine:
+            losses = [engine.step(packs[i], 1e-2).loss for i in range(step, len(packs))]
+            return losses, state_of(engine)
+
+    with Engine(new_model(store), CONFIG, DeepSpeedSettings("", {"zero_optimization": {"stage": 0}}), "fp32", group) as engine:
+        engine.step(packs[0], 1e-2)
+        state = state_of(engine)
+    found["plain"] = run({"stage": 0}, state, 1)
+    for name, zero in json.loads(os.environ["CASES"]).items():
+        found[name] = run(zero, state, 1)
+    if group.rank == 0:
+        torch.save(found, "found.pt")
+"""
+
+
+def test_what_is_taken_trains_and_resumes_and_what_is_refused_would_not(small_store, tmp_path):
+    """Two gloo ranks go on from a checkpoint of stage 0 for two steps; losses and the state at the end are those of stage 0.
+
+    At once the proof that round_robin_gradients must be refused: each parameter would get another one's state.
+    """
+    cases = {
+        f"{name} {stage}": {"stage": stage, **zero} for stage in (1, 2, 3) for name, zero in (("otherwise", OTHERWISE), ("memory", MEMORY))
+    }
+    cases["round robin"] = {"stage": 1, "round_robin_gradients": True}
+    for zero in cases.values():
+        if "round_robin_gradients" not in zero:
+            check_settings(read(tmp_path, {"zero_optimization": zero}))
+    variables = {"STORE": str(small_store.path), "CASES": json.dumps(cases), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    variables["MASTER_PORT"] = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRY],
+            env=environment(**variables, RANK=rank, LOCAL_RANK=rank),
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    losses, state = found["plain"]
+    for name, (losses_there, state_there) in found.items():
+        pairs = [(tensor, state_there[slot][key]) for slot, tensors in state.items() for key, tensor in tensors.items()]
+        same = losses_there == pytest.approx(losses, rel=1e-5), all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
+        assert same == ((True, True) if name != "round robin" else (False, False)), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -12,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from fastbert.errors import InputError
-from fastbert.training.group import Interrupted, RankLost, hold_store, join, read_seat
+from fastbert.training.group import Interrupted, RankLost, hold_store, join, listens, read_seat
 from fastbert.training.interruption import Interruption
-from tests.ranks import free_port
+from tests.ranks import LAUNCHER, free_port
 from tests.toy_ranks import HOST, Toys, listening, say
 
 SOON_S = 3.0  # a time-out that is meant to be reached
@@ -62,6 +63,22 @@ def _member(timeout_s: float, acts: dict[str, str]) -> int:
     return member(timeout_s, **acts)
 
 
+def entered(toys: Toys, rank: int, pid: int) -> None:
+    """Return when a process is in the group's list as this rank; waiting for others it is, then."""
+    end = time.monotonic() + NEVER_S
+    while not listens("127.0.0.1", toys.port):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    table = dist.PrefixStore("fastbert", dist.TCPStore("127.0.0.1", toys.port, None, False, timeout=timedelta(seconds=NEVER_S)))
+    while True:
+        nonce, _ = json.loads(table.get(f"knock/{rank}"))
+        token, _ = json.loads(table.get(nonce))
+        if json.loads(table.get(f"{token}/{rank}"))["process"] == pid:
+            return
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_what_they_agree_on(tmp_path):
     with members(tmp_path, 3) as toys:
         assert toys.wait() == [0, 0, 0]
@@ -77,8 +94,7 @@ def test_ports_are_open_on_the_given_address_alone(tmp_path):
         ports = listening(toys.pid(0), toys.pid(1))
         (tmp_path / "go").touch()
         assert {address for _, address, _ in ports} == {"127.0.0.1"}
-        store = int(toys._more["MASTER_PORT"])
-        assert [pid for pid, _, port in ports if port == store] == [toys.pid(0)]
+        assert [pid for pid, _, port in ports if port == toys.port] == [toys.pid(0)]
         assert toys.wait() == [0, 0]
 
 
@@ -93,7 +109,7 @@ def test_one_process_needs_no_launcher_and_no_store(tmp_path):
 def test_a_rank_that_never_comes_is_named(tmp_path):
     with members(tmp_path, 4, SOON_S, only=(0, 2)) as toys:
         assert toys.wait() == [1, 1]
-        store = f"127.0.0.1:{toys._more['MASTER_PORT']}"
+        store = f"127.0.0.1:{toys.port}"
         for rank in (0, 2):
             assert toys.out(rank) == f"RankLost: rank 1, rank 3 did not come to {store} within 3 s (runtime.timeout_s)\n"
 
@@ -107,7 +123,7 @@ def test_rank_0_never_comes(tmp_path):
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_while_waiting_ends_all_who_wait(tmp_path, asked):
     with members(tmp_path, 3, only=(0, 1)) as toys:
-        time.sleep(1.0)  # both are waiting for the third by now; if not, the signal comes even earlier
+        entered(toys, 1, toys.pid(1))
         toys.signal(asked, signal.SIGTERM)
         assert toys.wait() == [75, 75]
         assert toys.out(0) == toys.out(1) == "Interrupted: SIGTERM\n"
@@ -152,7 +168,7 @@ def test_a_rank_that_is_stopped_on_the_way_is_named(tmp_path, stopped):
 
 def test_different_world_sizes(tmp_path):
     with members(tmp_path, 2, SOON_S, only=(0,)) as toys:
-        toys._more["WORLD_SIZE"] = "3"
+        toys.variables["WORLD_SIZE"] = "3"
         toys.start([1])
         assert toys.wait() == [1, 2]
         assert toys.out(1) == "InputError: WORLD_SIZE = 3 for rank 1, but 2 for rank 0; start all with the same\n"
@@ -160,18 +176,14 @@ def test_different_world_sizes(tmp_path):
 
 def test_one_rank_twice(tmp_path):
     (tmp_path / "other").mkdir()
-    port = str(free_port())
-    with (
-        members(tmp_path, 3, only=(1,), MASTER_PORT=port) as toys,
-        members(tmp_path / "other", 3, only=(1,), MASTER_PORT=port) as others,
-    ):
-        time.sleep(0.5)
-        toys.start([0])
-        time.sleep(0.5)
-        toys.start([2])
-        codes = [toys.wait(1)[0], others.wait(1)[0]] if False else None
-        assert codes is None
-        assert toys.wait(0, 2) == [0, 0]
+    with members(tmp_path, 3, only=(0, 1)) as toys:
+        entered(toys, 1, toys.pid(1))
+        with members(tmp_path / "other", 3, only=(1,), MASTER_PORT=str(toys.port)) as others:
+            entered(toys, 1, others.pid(1))
+            toys.start([2])
+            assert others.wait() + toys.wait() == [0, 0, 2, 0]
+        both = f"{toys.pid(1)} on {HOST}, and {others.pid(1)} on {HOST}"
+        assert toys.out(1) == f"InputError: RANK = 1 is given to two processes: {both}\n"
 
 
 def test_the_port_is_taken(tmp_path):
@@ -210,10 +222,8 @@ def test_the_store_of_an_attempt_that_ends_just_now(tmp_path):
     port = free_port()
     old = hold_store("127.0.0.1", port)
     with members(tmp_path, 2, only=(1,), MASTER_PORT=str(port)) as toys:
-        client = dist.TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=NEVER_S))
-        client.wait(["/fastbert/knock/1" if False else "fastbert/knock/1"]) if False else None
-        time.sleep(1.0)
-        del client, old
+        dist.PrefixStore("fastbert", old).wait(["knock/1"])
+        del old
         toys.start([0])
         assert toys.wait() == [0, 0]
 
@@ -243,7 +253,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_variables_are_named(monkeypatch, case):
     variables, message = WRONG[case]
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (*LAUNCHER, "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -35,16 +35,19 @@ class Toys:
     """
 
     def __init__(self, work: Callable[..., int], arguments: tuple[Any, ...], folder: Path, world: int, only: Any = None, **more: str):
-        self.folder, self.world = folder, world
-        self._work, self._arguments, self._more = work, arguments, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **more}
+        self.folder, self.world, self.variables = folder, world, more
+        self.port = int(more.get("MASTER_PORT") or free_port())
+        self._work, self._arguments = work, arguments
         self.processes: dict[int, Any] = {}
         self.start(range(world) if only is None else only)
 
     def start(self, ranks: Any) -> None:
         for rank in ranks:
-            who = {name: str(rank) for name in ("RANK", "LOCAL_RANK")} | {name: str(self.world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-            variables = {**who, **self._more} if self.world > 1 else {}
-            self.processes[rank] = FORKED.Process(target=_begin, args=(self._work, self._arguments, variables, str(self.folder / str(rank))))
+            values = (str(rank), str(self.world), str(rank), str(self.world), "127.0.0.1", str(self.port))
+            variables = {**(dict(zip(LAUNCHER, values, strict=True)) if self.world > 1 else {}), **self.variables}
+            self.processes[rank] = FORKED.Process(
+                target=_begin, args=(self._work, self._arguments, variables, str(self.folder / str(rank)))
+            )
             self.processes[rank].start()
 
     def __enter__(self) -> Toys:
@@ -66,8 +69,8 @@ class Toys:
         found = []
         for rank in ranks or sorted(self.processes):
             self.processes[rank].join(PATIENCE_S)
-            assert (code := self.processes[rank].exitcode) is not None, f"rank {rank} runs on; stderr: {self.err(rank)}"
-            found.append(code)
+            found.append(self.processes[rank].exitcode)
+            assert found[-1] is not None, f"rank {rank} runs on; stderr: {self.err(rank)}"
         return found
 
     def out(self, rank: int) -> str:

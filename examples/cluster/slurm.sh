@@ -25,9 +25,10 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over from sbatch
 
-# Ranks end within seconds of each other, and the first must not have the others killed while they save: they get two minutes.
+# Ranks end within seconds of each other, and the first must not have the others killed while they save. What is left behind by a lost node
+# has to wait until Slurm has noticed (SlurmdTimeout, 300 s unless your site says otherwise): only then is the job requeued.
 # shellcheck disable=SC2016  # the variables in quotes are those of each task
-srun --kill-on-bad-exit=0 --wait=120 bash -c '
+srun --kill-on-bad-exit=0 --wait=600 bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1}
     exec fastbert pretrain "$@" --resume' fastbert "$@"
 code=$? # the highest of all tasks

@@ -1,57 +1,191 @@
-"""ds_config.json: DeepSpeed's own settings, checked. What the recipe says is not said twice.
+"""ds_config.json: DeepSpeed's own settings, checked. What stands there is what happens, or an error.
 
-DeepSpeed takes any key in silence, so a misspelt one would do nothing; here it is an error. Files written for transformers are
-accepted: "auto" there means what it means here, from the recipe (or, for one of DeepSpeed's own numbers, its default).
+A user's own file is accepted. What it repeats of the recipe must agree with it; "auto", as files written for transformers have it, leaves
+a value to the recipe or, for one of DeepSpeed's own, to its default. DeepSpeed takes most keys and values in silence: here a misspelt key is
+an error, and so is whatever asks for something that would not happen, or would break the training or its checkpoints.
+
+The tables are those of DeepSpeed 0.19.8; sections that it checks by itself are left to it (engine.py asks it before anything is written).
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastbert.config import RunConfig
 from fastbert.errors import InputError
 
-# DeepSpeed 0.19's top-level keys. First those whose values are written in the recipe, with their place there.
-RECIPE = {
-    "train_batch_size": "batch.sequences",
-    "train_micro_batch_size_per_gpu": "batch.micro_batch_tokens",
-    "gradient_accumulation_steps": "batch.micro_batch_tokens",
-    "gradient_clipping": "optimizer.clip",
-    "optimizer": "optimizer.name",
-    "scheduler": "schedule.decay",
-    "bf16": "runtime.precision",
-    "bfloat16": "runtime.precision",
-    "fp16": "runtime.precision",
-    "amp": "runtime.precision",
-    "torch_autocast": "runtime.precision",
-    "zero_allow_untested_optimizer": "optimizer.name",
-}
-# Then those that are handed on as they are.
-OWN = {
-    "activation_checkpointing", "aio", "checkpoint", "comet", "comms_logger", "communication_data_type", "compile", "csv_monitor",
-    "data_types", "disable_allgather", "disable_python_gc", "dump_state", "flops_profiler", "log_level", "memory_breakdown",
-    "steps_per_print", "tensorboard", "timers", "wandb", "wall_clock_breakdown", "zero_force_ds_cpu_optimizer", "zero_optimization",
-}  # fmt: skip
-# And those that would change what is trained behind the recipe's back, or how gradients are summed (see engine.py).
-REFUSED = {
-    "autotuning", "compression_training", "curriculum_learning", "data_efficiency", "data_parallel_size", "dataloader_drop_last",
-    "elasticity", "expert_parallel", "gradient_allreduce_op", "gradient_predivide_factor", "hybrid_engine",
-    "managed_gradient_accumulation", "pipeline", "prescale_gradients", "seq_parallel_communication_data_type", "sequence_parallel_size",
-    "tensor_parallel", "use_data_before_expert_parallelism", "vocabulary_size", "weight_quantization",
-}  # fmt: skip
 AUTO = "auto"
+
+
+class Kind(NamedTuple):
+    """A type of value; `words` complete "must be ..."."""
+
+    words: str
+    types: tuple[type, ...]
+    least: float | None = None
+
+    def fits(self, value: Any) -> bool:
+        if isinstance(value, bool) and bool not in self.types:
+            return False
+        if self is not NUMBER and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 2e8, as people write it
+        return isinstance(value, self.types) and (self.least is None or value >= self.least)
+
+
+BOOL = Kind("true or false", (bool,))
+COUNT = Kind("a whole number of 1 or more", (int,), 1)
+WHOLE = Kind("a whole number", (int,))
+NUMBER = Kind("a number", (int, float))
+TEXT = Kind("a string", (str,))
+LIST = Kind("a list", (list,))
+OBJECT = Kind("an object", (dict,))
+ANY = Kind("", (object,))
+
+# What is written in the recipe: agrees with it, or is an error. Not handed on.
+RECIPE = {
+    "train_batch_size": WHOLE, "train_micro_batch_size_per_gpu": WHOLE, "gradient_accumulation_steps": WHOLE, "gradient_clipping": NUMBER,
+    "optimizer": OBJECT, "scheduler": OBJECT, "bf16": OBJECT, "bfloat16": OBJECT, "fp16": OBJECT,
+    "zero_allow_untested_optimizer": BOOL, "zero_force_ds_cpu_optimizer": BOOL,
+}  # fmt: skip
+# DeepSpeed's own: handed on.
+OWN = {
+    "aio": OBJECT, "checkpoint": OBJECT, "comet": OBJECT, "comms_logger": OBJECT, "communication_data_type": TEXT, "csv_monitor": OBJECT,
+    "data_types": OBJECT, "disable_python_gc": BOOL, "dump_state": BOOL, "flops_profiler": OBJECT, "log_level": TEXT,
+    "memory_breakdown": BOOL, "steps_per_print": COUNT, "tensorboard": OBJECT, "timers": OBJECT, "wall_clock_breakdown": BOOL,
+    "wandb": OBJECT, "zero_optimization": OBJECT,
+}  # fmt: skip
+# What other programs have DeepSpeed do, and older releases did. Fine as long as it asks for nothing; not handed on.
+IDLE = {
+    "activation_checkpointing", "amp", "autotuning", "compile", "compression_training", "curriculum_learning", "data_efficiency",
+    "data_parallel_size", "dataloader_drop_last", "datastates_ckpt", "disable_allgather", "eigenvalue", "elasticity", "expert_parallel",
+    "gradient_allreduce_op", "gradient_predivide_factor", "graph_harvesting", "hybrid_engine", "managed_gradient_accumulation", "nebula",
+    "pipeline", "prescale_gradients", "progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type",
+    "sequence_parallel_size", "sparse_attention", "sparse_gradients", "tensor_parallel", "torch_autocast",
+    "use_data_before_expert_parallelism", "vocabulary_size", "weight_quantization",
+}  # fmt: skip
+# How a key of IDLE asks for nothing, besides false, null, {} and {"enabled": false}.
+NOTHING: dict[str, Any] = {
+    "data_parallel_size": 1, "gradient_allreduce_op": "mean", "gradient_predivide_factor": 1, "managed_gradient_accumulation": True,
+    "sequence_parallel_size": 1,
+}  # fmt: skip
+
+# What sections hold that DeepSpeed does not check by itself.
+SECTIONS: dict[str, dict[str, Kind]] = {
+    "aio": {
+        "block_size": COUNT, "queue_depth": COUNT, "thread_count": COUNT, "intra_op_parallelism": COUNT, "single_submit": BOOL,
+        "overlap_events": BOOL, "use_gds": BOOL,
+    },
+    "bf16": dict.fromkeys(
+        ("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"), BOOL
+    ),
+    "checkpoint": {
+        "tag_validation": TEXT, "checkpoint_serialization": BOOL, "load_universal": BOOL, "use_node_local_storage": BOOL,
+        "parallel_write": OBJECT, "writer": OBJECT,
+    },
+    "data_types": {"grad_accum_dtype": TEXT, "param_dtype": TEXT, "buffer_dtype": TEXT, "keep_in_fp32_modules": LIST},
+    "flops_profiler": {
+        "enabled": BOOL, "recompute_fwd_factor": NUMBER, "profile_step": COUNT, "module_depth": WHOLE, "top_modules": COUNT,
+        "detailed": BOOL, "output_file": TEXT,
+    },
+    "fp16": {
+        "enabled": BOOL, "auto_cast": BOOL, "loss_scale": NUMBER, "initial_scale_power": WHOLE, "loss_scale_window": WHOLE,
+        "hysteresis": WHOLE, "consecutive_hysteresis": BOOL, "min_loss_scale": NUMBER, "fp16_master_weights_and_grads": BOOL,
+    },
+    "optimizer": {"type": TEXT, "params": OBJECT, "legacy_fusion": BOOL},
+    "optimizer.params": {
+        "lr": NUMBER, "betas": LIST, "eps": NUMBER, "weight_decay": NUMBER, "momentum": NUMBER, "max_grad_norm": NUMBER,
+        "adam_w_mode": BOOL, "bias_correction": BOOL, "amsgrad": BOOL, "nesterov": BOOL, "dampening": NUMBER,
+        "torch_adam": BOOL,
+    },
+    "scheduler": {"type": TEXT, "params": OBJECT},
+    "scheduler.params": {
+        "warmup_max_lr": NUMBER, "warmup_min_lr": NUMBER, "warmup_min_ratio": NUMBER, "warmup_num_steps": WHOLE, "warmup_type": TEXT,
+        "total_num_steps": WHOLE, "cos_min_ratio": NUMBER, "last_batch_iteration": WHOLE,
+    },
+    "timers": {"throughput": OBJECT},
+}  # fmt: skip
+SECTIONS["bfloat16"] = SECTIONS["bf16"]  # an older name
+
+# The only values that work here, and why. Tried on 2 ranks at every stage where a key applies, with checkpoints saved and gone on from:
+# tests/test_ds_config.py.
+PLAIN = "fastbert's optimizers do without"
+TREE = "stage 3 gathers weights by modules that own them, and the vocabulary matrix is used outside of its own"
+QUANTIZED = "fastbert has no quantised communication"
+ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "checkpoint.load_universal": ((False,), "fastbert goes on from its own checkpoints, by --resume"),
+    "communication_data_type": (("fp32", "bf16"), "in fp16 small gradients would become zero"),
+    "data_types.grad_accum_dtype": (("fp32", "bf16"), "in fp16 small gradients would become zero"),
+    "data_types.param_dtype": (("fp32", "bf16"), "fastbert trains in these"),
+    "fp16.enabled": ((False,), 'fastbert trains in fp32 or bf16: runtime.precision = "bf16" in the recipe'),
+    "fp16.fp16_master_weights_and_grads": ((False,), "checkpoints hold fp32"),
+    "optimizer.legacy_fusion": ((False,), PLAIN),
+    "optimizer.params.adam_w_mode": ((True,), "weight decay is apart from the gradient, as AdamW has it"),
+    "optimizer.params.amsgrad": ((False,), PLAIN),
+    "optimizer.params.bias_correction": ((True,), "fastbert's optimizers correct it"),
+    "optimizer.params.dampening": ((0,), PLAIN),
+    "optimizer.params.nesterov": ((False,), PLAIN),
+    "scheduler.params.cos_min_ratio": ((0,), "the decay ends at 0"),
+    "scheduler.params.last_batch_iteration": ((-1,), "fastbert's checkpoints know the step"),
+    "scheduler.params.warmup_min_lr": ((0,), "the warm-up begins at 0"),
+    "scheduler.params.warmup_min_ratio": ((0,), "the warm-up begins at 0"),
+    "scheduler.params.warmup_type": (("linear",), "the warm-up is linear"),
+    "zero_force_ds_cpu_optimizer": ((False,), "the optimizer is torch's, wherever it runs"),
+    "zero_optimization.compute_grad_norm": ((True,), "by the norm fastbert tells a step that must not be applied"),
+    "zero_optimization.legacy_stage1": ((False,), "DeepSpeed has it no more"),
+    "zero_optimization.module_granularity_threshold": ((0,), TREE),
+    "zero_optimization.offload_optimizer.device": (("none", "cpu"), "fastbert's checkpoints do not read from NVMe"),
+    "zero_optimization.offload_optimizer.ratio": ((1,), "a part would need DeepSpeed's own Adam; the optimizer is torch's"),
+    "zero_optimization.offload_optimizer.super_offload": ((False,), "it would need DeepSpeed's own Adam; the optimizer is torch's"),
+    "zero_optimization.offload_param.device": (("none", "cpu"), "fastbert's checkpoints do not read from NVMe"),
+    # It looks right while it trains. But each parameter's state is then found at another's place, and checkpoints would be wrong.
+    "zero_optimization.round_robin_gradients": ((False,), "DeepSpeed would give checkpoints the numbers of other parameters"),
+    "zero_optimization.stage3_module_granularity_threshold": ((0,), TREE),
+    "zero_optimization.zero_quantized_gradients": ((False,), QUANTIZED),
+    "zero_optimization.zero_quantized_nontrainable_weights": ((False,), QUANTIZED),
+    "zero_optimization.zero_quantized_weights": ((False,), QUANTIZED),
+} | {
+    f"{section}.{key}": ((good,), why)
+    for section in ("bf16", "bfloat16")
+    for key, good, why in (
+        ("immediate_grad_update", False, "fastbert does not hand it on"),
+        ("check_grad_overflow", True, "a step whose gradient is not finite must not be applied"),
+        ("bf16_master_weights_and_grads", False, "checkpoints hold fp32"),
+        ("bf16_optimizer_states", False, "checkpoints hold fp32"),
+    )
+}  # fmt: skip
+# What works in no form.
+NEVER = {
+    "optimizer.params.max_coeff": "its LAMB takes the ratio of norms as it is",
+    "optimizer.params.min_coeff": "its LAMB takes the ratio of norms as it is",
+    "zero_optimization.leaf_module": TREE,
+    "zero_optimization.zenflow": "it takes the model's matrices apart in another way than fastbert's kernels do",
+}
+
+# What DeepSpeed calls them.
+OPTIMIZERS = {"adamw": ("AdamW", "adamw", "Adam", "adam"), "lamb": ("Lamb", "lamb"), "sgd": ("SGD", "sgd")}  # its Adam is AdamW
+SCHEDULERS = {"linear": "WarmupDecayLR", "constant": "WarmupLR", "cosine": "WarmupCosineLR", "hold": ""}
 
 
 @dataclass(frozen=True)
 class DeepSpeedSettings:
-    """What the file says: DeepSpeed's own keys, ready to be handed on, without those that are "auto"."""
+    """What the file says.
+
+    Attributes:
+        path: the file.
+        values: DeepSpeed's own keys, ready to be handed on, without those that are "auto" or null.
+        precisions: what in the file fits one precision alone, such as {"bf16.enabled = true": "bf16"}.
+        asked: runtime.precision and the recipe that it is in, for messages.
+    """
 
     path: str
     values: dict[str, Any]
+    precisions: Mapping[str, str] = field(default_factory=dict)
+    asked: str = "runtime.precision"
 
     def stage(self, *, precision: str, world: int, optimizer: str) -> int:
         """The ZeRO stage, 0 to 3. "auto" is 0 where nothing is gained by more: in fp32 on one process, or for LAMB; else 1.
@@ -60,9 +194,14 @@ class DeepSpeedSettings:
         about 13 (see engine.py).
 
         Raises:
-            InputError: bf16 with stage 0, which DeepSpeed trains wrongly (it steps on zero gradients); LAMB with
-                stages 1 to 3, whose flat partitions hide the single matrices that LAMB takes norms of.
+            InputError: the file asks for another precision; bf16 with stage 0, which DeepSpeed trains wrongly (it steps on
+                zero gradients); LAMB with stages 1 to 3, whose flat partitions hide the single matrices that LAMB takes norms of.
         """
+        for what, needed in self.precisions.items():
+            if needed != precision:
+                raise InputError(
+                    f"{self.path}: {what} contradicts {self.asked}, which is {precision} here; make them equal, or remove it from {self.path}"
+                )
         stage = self.values["zero_optimization"].get("stage", AUTO)
         if stage == AUTO:
             stage = 0 if optimizer == "lamb" or (precision == "fp32" and world == 1) else 1
@@ -76,16 +215,77 @@ class DeepSpeedSettings:
         return stage
 
 
+class Answer(NamedTuple):
+    """What the recipe says to one of DeepSpeed's keys."""
+
+    place: str  # key in the recipe
+    shown: str  # its value there
+    values: tuple[Any, ...]  # what DeepSpeed's key may therefore be
+
+
 def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
     """Read and check the file that runtime.deepspeed names; `recipe` is the recipe's path, for messages.
 
     Raises:
-        InputError: no such file, not JSON, an unknown key (the near ones are listed), a key that belongs to the recipe
-            (both places are named), a ZeRO stage that does not exist.
+        InputError: no such file, not JSON, an unknown key (the near ones are listed), a value that contradicts the recipe (both
+            places are named), asks for what fastbert does not do, or has the wrong type; a ZeRO stage that does not exist.
     """
     path = config.runtime.deepspeed
+    values = _load(path, recipe)
+    answers = _answers(config)
+
+    def wrong(place: str, value: Any, what: str) -> InputError:
+        return InputError(f"{path}: {place} = {_shown(value)}{what}")
+
+    def check(section: str, values: dict[str, Any], known: Mapping[str, Kind] | None) -> None:
+        for key, value in values.items():
+            place = f"{section}.{key}" if section else key
+            if place in NEVER:
+                raise wrong(place, value, f" does not work with fastbert: {NEVER[place]}; remove it")
+            if known is not None and key not in known:
+                raise InputError(f"{path}: unknown key '{place}'; {_near(key, section, known)}")
+            if value is None or value == AUTO:
+                continue
+            if place in IDLE:
+                if not _asks_for_nothing(place, value):
+                    raise wrong(place, value, " is not for fastbert, which does nothing of the kind; remove it")
+                continue
+            if known is not None and not known[key].fits(value):
+                raise wrong(place, value, f"; must be {known[key].words}")
+            if place in ONLY and not any(_same(value, good) for good in ONLY[place][0]):
+                good, why = ONLY[place]
+                raise wrong(place, value, f"; must be {' or '.join(map(json.dumps, good))}: {why}")
+            if place in answers and not any(_same(value, good) for good in answers[place].values):
+                there = answers[place]
+                raise wrong(place, value, f' contradicts {there.place} = {there.shown} in {recipe}; make them equal, or write "auto"')
+            if place == "zero_optimization.allgather_bucket_size" and WHOLE.fits(value) and value % 2:
+                raise wrong(place, value, "; must be even")
+            if place in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+                tokens = config.batch.micro_batch_tokens
+                what = f"packs hold tokens, not sequences: batch.micro_batch_tokens = {tokens} in {recipe}"
+                raise wrong(place, value, f' has no equal in fastbert, whose {what}; remove it, or write "auto"')
+            if isinstance(value, dict):
+                check(place, value, SECTIONS.get(place))
+
+    check("", values, {**RECIPE, **OWN, **dict.fromkeys(IDLE, ANY)})
+    said = _said(values)
+    stage = said.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise wrong("zero_optimization.stage", stage, '; must be 0, 1, 2, 3 or "auto"')
+    own = {key: value for key, value in said.items() if key in OWN}
+    asked = f"runtime.precision = {json.dumps(config.runtime.precision)} in {recipe}"
+    return DeepSpeedSettings(path, {"zero_optimization": {}, **own}, _precisions(said), asked)
+
+
+def _load(path: str, recipe: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise InputError(f"{path}: key '{twice[0]}' is there twice; remove one")
+        return dict(pairs)
+
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise InputError(
             f"{recipe}: runtime.deepspeed = {path!r}: no such file; the one that comes with fastbert is ds_config.json"
@@ -96,48 +296,81 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
         raise InputError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must be a JSON object, such as {{}}")
-    for key, value in values.items():
-        if key in RECIPE:
-            _check_recipe_key(path, key, value, config, recipe)
-        elif key in REFUSED:
-            raise InputError(
-                f"{path}: {key} = {json.dumps(value)} is not for fastbert, whose data order and sums do not pass through it; remove it"
-            )
-        elif key not in OWN:
-            near = difflib.get_close_matches(key, [*OWN, *RECIPE], n=3, cutoff=0.6)
-            known = "did you mean " + " or ".join(near) if near else "known: " + ", ".join(sorted(OWN))
-            raise InputError(f"{path}: unknown key '{key}'; {known}?" if near else f"{path}: unknown key '{key}'; {known}")
-    zero = values.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise InputError(f"{path}: zero_optimization = {json.dumps(zero)}; must be an object")
-    if (stage := zero.get("stage", AUTO)) not in (0, 1, 2, 3, AUTO) or isinstance(stage, bool):
-        raise InputError(f'{path}: zero_optimization.stage = {json.dumps(stage)}; must be 0, 1, 2, 3 or "auto"')
-    own = {key: _without_auto(value) for key, value in values.items() if key in OWN and value != AUTO}
-    return DeepSpeedSettings(path, {"zero_optimization": {}, **own})
+    return values
 
 
-def _check_recipe_key(path: str, key: str, value: Any, config: RunConfig, recipe: str) -> None:
-    """A key of the recipe may be there as "auto", also inside its section; anything else says a thing twice."""
-    place = RECIPE[key]
-    if value == AUTO:
-        return
+def _answers(config: RunConfig) -> dict[str, Answer]:
+    """The recipe's answer to every key of DeepSpeed's that it has one for."""
+    optimizer, schedule, steps = config.optimizer, config.schedule, config.stop.steps
+
+    def answer(place: str, *values: Any) -> Answer:
+        section, _, name = place.partition(".")
+        there = getattr(getattr(config, section), name)
+        return Answer(place, "(not set)" if there is None else json.dumps(there), values or (there,))
+
+    warmup = answer("schedule.warmup", round(schedule.warmup * (steps or 0)))
+    if steps and schedule.over == "steps":
+        warmup = warmup._replace(shown=f"{warmup.shown} of stop.steps = {steps}, {warmup.values[0]} steps,")
+    else:
+        warmup = warmup._replace(shown=f"{warmup.shown}, a share of the run,", values=())
+    return {
+        "train_batch_size": answer("batch.sequences"),
+        "gradient_clipping": answer("optimizer.clip"),
+        "zero_allow_untested_optimizer": answer("optimizer.name", *((True, False) if optimizer.name == "adamw" else (True,))),
+        "optimizer.type": answer("optimizer.name", *OPTIMIZERS[optimizer.name]),
+        "optimizer.params.lr": answer("optimizer.lr"),
+        "optimizer.params.betas": answer("optimizer.betas", list(optimizer.betas)),
+        "optimizer.params.eps": answer("optimizer.eps"),
+        "optimizer.params.weight_decay": answer("optimizer.weight_decay"),
+        "optimizer.params.momentum": answer("optimizer.momentum"),
+        "optimizer.params.max_grad_norm": answer("optimizer.clip"),
+        "scheduler.type": answer("schedule.decay", SCHEDULERS[schedule.decay]),
+        "scheduler.params.warmup_max_lr": answer("optimizer.lr"),
+        "scheduler.params.warmup_num_steps": warmup,
+        "scheduler.params.total_num_steps": answer("stop.steps"),
+    }
+
+
+def _precisions(said: dict[str, Any]) -> dict[str, str]:
+    """What fits one precision alone: the switch of bf16, and types of numbers that go with it."""
+    found = {}
+    for key in ("bf16", "bfloat16"):
+        enabled = said.get(key, {}).get("enabled")
+        if enabled is not None:
+            found[f"{key}.enabled = {json.dumps(enabled)}"] = "bf16" if enabled else "fp32"
+    types = said.get("data_types", {})
+    for key in ("param_dtype", "grad_accum_dtype"):
+        if key in types and (key, types[key]) != ("grad_accum_dtype", "fp32"):  # sums may be more exact than what is summed
+            found[f"data_types.{key} = {json.dumps(types[key])}"] = types[key]
+    return found
+
+
+def _said(value: Any) -> Any:
+    """Without what is "auto" or null, at any depth."""
     if isinstance(value, dict):
-        if key in ("bf16", "bfloat16", "fp16") and (value.get("enabled") == AUTO or (key == "fp16" and value.get("enabled") is False)):
-            return
-        params = value.get("params", {})
-        left_open = isinstance(params, dict) and params and all(v == AUTO for v in params.values())
-        if key == "scheduler" and left_open:
-            return
-        if key == "optimizer" and left_open and str(value.get("type", AUTO)).lower() in (AUTO, config.optimizer.name):
-            return
-    section, _, name = place.partition(".")
-    there = getattr(getattr(config, section), name)
-    raise InputError(
-        f'{path}: {key} = {json.dumps(value)} belongs to the recipe: {place} in {recipe} (now {there!r}); remove it from {path} or write "auto"'
-    )
-
-
-def _without_auto(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_auto(v) for k, v in value.items() if v != AUTO}
+        return {key: _said(item) for key, item in value.items() if item != AUTO and item is not None}
     return value
+
+
+def _asks_for_nothing(place: str, value: Any) -> bool:
+    if isinstance(value, dict):
+        return value.get("enabled") is False or all(item in (None, False, AUTO) for item in value.values())
+    return value is False or (place in NOTHING and _same(value, NOTHING[place]))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, where true is not 1."""
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+def _near(key: str, section: str, known: Mapping[str, Any]) -> str:
+    inside = f"{section}." if section else ""
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    if near:
+        return "did you mean " + " or ".join(inside + name for name in near) + "?"
+    return f"known{f' in {section}' if section else ''}: " + ", ".join(sorted(name for name in known if section or name not in IDLE))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,174 @@
+"""Real ranks that are killed, stopped, stuck or fail: the others end, soon, and name them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from fastbert.training.group import RankLost, describe, join
+from fastbert.training.watch import LOOK_S, Watch
+from tests.toy_ranks import Toys, say
+
+TIMEOUT_S = 4.0
+NEVER_S = 60.0
+FORGIVEN_S = 20.0  # a guard against ends that come by another, longer time-out
+SINCE = f"for {TIMEOUT_S:g} s (runtime.timeout_s)"
+HINT = "; go on with --resume\n"
+
+
+def stepping(timeout_s: float, steps: int, acts: dict[tuple[int, int], str]) -> int:
+    """Count steps and add up numbers; at each (rank, step) of `acts`, do that."""
+    try:
+        with join(timeout_s) as group, Watch(group, timeout_s) as watch:
+            for step in range(1, steps + 1):
+                watch.tick(f"step {step}")
+                say("at step", step)
+                try:
+                    act(acts.get((group.rank, step), ""), watch)
+                    group.sum(torch.ones(3))
+                except Exception as error:
+                    blamed = watch.blame(error)
+                    if blamed is None:
+                        watch.farewell(describe(error))
+                        raise
+                    raise RankLost(blamed) from error
+        return 0
+    except RankLost as error:
+        print(f"fastbert: {error}{HINT}", file=sys.stderr, end="")
+        return 1
+
+
+def act(what: str, watch: Watch) -> None:
+    if what == "look away":  # long enough for every rank to have beaten at this step, and not too long
+        time.sleep(TIMEOUT_S / 4)
+    elif what == "be stuck":
+        time.sleep(NEVER_S)
+    elif what == "be slow":
+        for part in range(int(2 * TIMEOUT_S)):
+            watch.tick(f"part {part}")
+            time.sleep(1)
+    elif what == "fail":
+        raise OSError("no space")
+    elif what:
+        os.kill(os.getpid(), getattr(signal, what))
+
+
+def at_step_3(folder: Any, rank: int, what: str, world: int = 3, timeout_s: float = TIMEOUT_S) -> Toys:
+    """Ranks that look away at step 2, so that step 3 comes after a beat, and one of which does `what` there."""
+    acts = {(other, 2): "look away" for other in range(world)} | {(rank, 3): what}
+    return Toys(stepping, (timeout_s, 200, acts), folder, world)
+
+
+def line(text: str) -> str:
+    """The one line of fastbert in what a rank wrote on stderr."""
+    (found,) = [line for line in text.splitlines(keepends=True) if line.startswith("fastbert: ")]
+    return found.removeprefix("fastbert: ")
+
+
+def test_nothing_happens(tmp_path):
+    with Toys(stepping, (TIMEOUT_S, 50, {}), tmp_path, 3) as toys:
+        assert toys.wait() == [0, 0, 0]
+        assert toys.out(0) == toys.out(1) == toys.out(2) and toys.out(0).endswith("at step 50\n")
+        assert [toys.err(rank) for rank in range(3)] == [""] * 3
+
+
+def test_one_rank_has_nobody_to_watch(tmp_path):
+    with Toys(stepping, (0.1, 3, {(0, 2): "look away"}), tmp_path, 1) as toys:
+        assert toys.wait() == [0]
+
+
+@pytest.mark.parametrize("timeout_s", [TIMEOUT_S, NEVER_S])
+def test_a_rank_is_killed(tmp_path, timeout_s):
+    """Whatever the time-out: the connections break."""
+    with at_step_3(tmp_path, 1, "SIGKILL", timeout_s=timeout_s) as toys:
+        assert toys.wait(1) == [-signal.SIGKILL]
+        killed = time.monotonic()
+        assert toys.wait(0, 2) == [1, 1]
+        assert time.monotonic() - killed < FORGIVEN_S
+        for rank in (0, 2):
+            assert re.fullmatch(
+                re.escape(f"{toys.name(1)} has disappeared, last seen at step ") + "[123]" + re.escape(HINT), line(toys.err(rank))
+            )
+
+
+def test_the_rank_that_holds_the_store_is_killed(tmp_path):
+    with at_step_3(tmp_path, 0, "SIGKILL") as toys:
+        assert toys.wait() == [-signal.SIGKILL, 1, 1]
+        for rank in (1, 2):
+            assert line(toys.err(rank)).startswith(f"{toys.name(0)} at 127.0.0.1:{toys.port} has disappeared")
+
+
+def test_all_others_are_killed(tmp_path):
+    with Toys(stepping, (TIMEOUT_S, 100_000, {}), tmp_path, 3) as toys:
+        toys.until(0, "at step 2\n")
+        for rank in (1, 2):
+            toys.signal(rank, signal.SIGKILL)
+        assert toys.wait() == [1, -signal.SIGKILL, -signal.SIGKILL]
+        assert line(toys.err(0)).startswith(f"{toys.name(1)}, {toys.name(2)} have disappeared")
+
+
+def test_a_rank_is_stopped_and_goes_on_later(tmp_path):
+    with at_step_3(tmp_path, 1, "SIGSTOP") as toys:
+        assert toys.wait(0, 2) == [1, 1]
+        for rank in (0, 2):
+            assert re.fullmatch(
+                re.escape(f"{toys.name(1)} has not answered {SINCE}, last seen at step ") + "[123]" + re.escape(HINT), line(toys.err(rank))
+            )
+        toys.signal(1, signal.SIGCONT)
+        assert toys.wait(1) == [1]  # it does not train on alone
+
+
+def test_the_rank_that_holds_the_store_is_stopped_and_goes_on_later(tmp_path):
+    with at_step_3(tmp_path, 0, "SIGSTOP") as toys:
+        assert toys.wait(1, 2) == [1, 1]
+        for rank in (1, 2):
+            assert line(toys.err(rank)) == f"{toys.name(0)} at 127.0.0.1:{toys.port} has not answered {SINCE}; this rank is at step 3{HINT}"
+        toys.signal(0, signal.SIGCONT)
+        assert toys.wait(0) == [1]
+
+
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_a_rank_is_stuck(tmp_path, stuck):
+    """Its process lives and its beat goes on; it does not come along."""
+    with at_step_3(tmp_path, stuck, "be stuck") as toys:
+        assert toys.wait() == [1, 1, 1]
+        for rank in range(3):
+            assert line(toys.err(rank)).startswith(
+                f"{toys.name(stuck)} has kept the others waiting {SINCE}: at step 3, in {__file__}, line "
+            )
+
+
+def test_a_rank_that_is_slow_but_goes_on_is_left_alone(tmp_path):
+    """The others wait for it inside a collective, for twice the time-out."""
+    with at_step_3(tmp_path, 1, "be slow") as toys:
+        assert toys.wait() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_fails(tmp_path, failing):
+    """The others quote it: also when the store ends with it."""
+    with at_step_3(tmp_path, failing, "fail", timeout_s=NEVER_S) as toys:
+        assert toys.wait() == [1, 1, 1]
+        assert "OSError: no space" in toys.err(failing)
+        for rank in {0, 1, 2} - {failing}:
+            assert line(toys.err(rank)) == f"{toys.name(failing)} has ended: OSError: no space{HINT}"
+
+
+def test_how_long_it_takes(tmp_path):
+    """From the last tick to the end of the others: the time-out, and not much more."""
+    with at_step_3(tmp_path, 1, "SIGSTOP", world=2) as toys:
+        stat = f"/proc/{toys.pid(1)}/stat"
+        end = time.monotonic() + NEVER_S
+        while open(stat).read().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        stopped = time.monotonic()
+        assert toys.wait(0) == [1]
+        assert TIMEOUT_S - 1 < time.monotonic() - stopped < TIMEOUT_S + LOOK_S + FORGIVEN_S
