@@ -1,6 +1,7 @@
 """fastbert, with a record of what it computes: one line of JSON for each step that a rank has finished, in the file RECORD.
 
-`python -m tests.recorded pretrain ...`. PACE_S is how long a step takes at least, so that there is time to disturb a run of tiny ones.
+`python -m tests.recorded pretrain ...`. The file PACE says how many seconds a step takes at least, so that there is time to disturb a run
+of tiny ones, and none is lost otherwise.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastbert.cli import main
@@ -20,7 +22,7 @@ from fastbert.training.engine import Engine
 
 def record() -> None:
     """From now on."""
-    take, compute, pace_s = Prefetch.__next__, Engine.step, float(os.environ.get("PACE_S", "0"))
+    take, compute = Prefetch.__next__, Engine.step
     number: list[int] = [0]
 
     def taken(feed: Prefetch) -> tuple[int, list[PackedBatch], float]:
@@ -40,7 +42,7 @@ def record() -> None:
         }
         with open(os.environ["RECORD"], "ab", buffering=0) as file:  # one write, at the end of the file: ranks do not mix
             file.write(json.dumps(line).encode() + b"\n")
-        time.sleep(max(0.0, began + pace_s - time.monotonic()))
+        time.sleep(max(0.0, began + float(Path(os.environ["PACE"]).read_text()) - time.monotonic()))
         return result
 
     Prefetch.__next__, Engine.step = taken, computed  # type: ignore[method-assign]

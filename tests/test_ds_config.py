@@ -354,6 +354,14 @@ def test_the_stage(tmp_path, stage, precision, world, optimizer, expected):
         assert expected in str(error.value)
 
 
+def test_groups_of_ranks_come_out_even(tmp_path):
+    settings = read(tmp_path, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}})
+    for world in (1, 2, 4, 8):
+        assert settings.stage(precision="fp32", world=world, optimizer="adamw") == 3
+    with pytest.raises(InputError, match=r"zero_optimization.zero_hpz_partition_size = 4 does not divide the number of ranks, 6"):
+        settings.stage(precision="fp32", world=6, optimizer="adamw")
+
+
 def test_the_projects_own_file_is_sound():
     settings = read_ds_config(
         RunConfig(data="store", optimizer=OptimizerConfig(), runtime=RuntimeConfig(deepspeed=str(ROOT / "ds_config.json"))), "r"

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 from fastbert.errors import InputError
-from fastbert.training.group import Interrupted, RankLost, hold_store, join, listens, read_seat
+from fastbert.training.group import join
 from fastbert.training.interruption import Interruption
+from fastbert.training.launcher import read_seat
+from fastbert.training.meeting import Interrupted, RankLost, hold_store, listens
 from tests.ranks import LAUNCHER, free_port
 from tests.toy_ranks import HOST, Toys, listening, say
 

@@ -14,7 +14,8 @@ from tests.namespaces import why_not
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 ONE_MACHINE = "One machine, several GPUs"
-APART = ("One process", "Slurm", "Kubernetes")  # what stands under these headings is run below, and more is done with it
+# What stands under these headings is run as well, and more is done with it: here, and in test_lost_node.py.
+APART = ("One process", "Slurm", "Kubernetes", "Nodes may come and go")
 ROUNDING = 1e-4  # relative: sums of another order, over 20 steps
 
 

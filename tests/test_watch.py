@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert.training.group import RankLost, describe, join
+from fastbert.training.group import join
+from fastbert.training.meeting import RankLost, describe
 from fastbert.training.watch import LOOK_S, Watch
 from tests.toy_ranks import Toys, say
 
@@ -123,6 +124,7 @@ def test_a_rank_is_stopped_and_goes_on_later(tmp_path):
             )
         toys.signal(1, signal.SIGCONT)
         assert toys.wait(1) == [1]  # it does not train on alone
+        assert f"{toys.name(1)} was stopped for " in line(toys.err(1)) or f"{toys.name(0)} at " in line(toys.err(1))
 
 
 def test_the_rank_that_holds_the_store_is_stopped_and_goes_on_later(tmp_path):
@@ -132,6 +134,7 @@ def test_the_rank_that_holds_the_store_is_stopped_and_goes_on_later(tmp_path):
             assert line(toys.err(rank)) == f"{toys.name(0)} at 127.0.0.1:{toys.port} has not answered {SINCE}; this rank is at step 3{HINT}"
         toys.signal(0, signal.SIGCONT)
         assert toys.wait(0) == [1]
+        assert f"{toys.name(0)} was stopped for " in line(toys.err(0)) or f"{toys.name(1)}, " in line(toys.err(0))
 
 
 @pytest.mark.parametrize("stuck", [0, 1])

@@ -24,7 +24,7 @@ from fastbert.training.metrics import read_metrics
 from tests.ranks import Ranks
 
 CLOCK = ("seconds", "tokens_per_s", "training_seconds")  # what differs between two equal runs
-TIMEOUT_S = 10.0  # runtime.timeout_s: long for a step that takes 50 ms, also where others share the cores
+TIMEOUT_S = 15.0  # runtime.timeout_s: long for a step that takes 50 ms, also where others share the cores
 MARGIN_S = 50.0  # beyond it: for the processes to end
 STEPS = 24
 
@@ -184,7 +184,7 @@ class Laboratory:
     def __init__(self, folder: Path, store: Path, width: int = 2, report: Callable[[str], None] = lambda line: None):
         self.folder, self.store, self.width, self._report = folder, store, width, report
         self._lock = threading.RLock()
-        self._undisturbed: dict[tuple[int, int], tuple[Trial, float]] = {}
+        self._undisturbed: dict[tuple[int, int], tuple[Trial, tuple[float, float]]] = {}
         self._made = 0
 
     def trial(self, *overrides: str, stage: int = 0, steps: int = STEPS) -> Trial:
@@ -196,8 +196,8 @@ class Laboratory:
         """A run from beginning to end, made once."""
         return self._reference(world, stage)[0]
 
-    def seconds(self, world: int, stage: int) -> float:
-        """That it took, the start counted."""
+    def seconds(self, world: int, stage: int) -> tuple[float, float]:
+        """That it took to the first step, and to the end."""
         return self._reference(world, stage)[1]
 
     def finish(self, trial: Trial, world: int, stage: int) -> Tally:
@@ -226,12 +226,16 @@ class Laboratory:
             list(pool.map(make, runs))
         return total
 
-    def _reference(self, world: int, stage: int) -> tuple[Trial, float]:
+    def _reference(self, world: int, stage: int) -> tuple[Trial, tuple[float, float]]:
         with self._lock:
             if (world, stage) not in self._undisturbed:
-                trial, began = self.trial(stage=stage), time.monotonic()
-                trial.go_on(world)
-                self._undisturbed[world, stage] = trial, time.monotonic() - began
+                trial = self.trial(stage=stage)
+                with trial.start(world) as ranks:
+                    began = time.monotonic()
+                    wait_for(lambda: lines_so_far(trial) or None not in ranks.codes)
+                    first = time.monotonic() - began
+                    assert ranks.wait() == [0] * world, ranks.errors
+                self._undisturbed[world, stage] = trial, (first, time.monotonic() - began)
             return self._undisturbed[world, stage]
 
 
@@ -270,7 +274,7 @@ def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: rand
     victim = generator.choice([None, *range(world)])
     # While it trains, or at any time from the first moment to after the last.
     lines = generator.choice([1, 0, 1]) * generator.randint(1, STEPS // KILLS + 1)
-    seconds = generator.random() * (0.1 if lines else lab.seconds(world, stage))
+    seconds = generator.random() * (0.1 if lines else lab.seconds(world, stage)[1])
     before = lines_so_far(trial)
     with trial.start(world) as ranks:
         if lines:

@@ -195,7 +195,8 @@ class DeepSpeedSettings:
 
         Raises:
             InputError: the file asks for another precision; bf16 with stage 0, which DeepSpeed trains wrongly (it steps on
-                zero gradients); LAMB with stages 1 to 3, whose flat partitions hide the single matrices that LAMB takes norms of.
+                zero gradients); LAMB with stages 1 to 3, whose flat partitions hide the single matrices that LAMB takes norms of; groups
+                of ranks, within which weights are gathered, that do not come out even.
         """
         for what, needed in self.precisions.items():
             if needed != precision:
@@ -211,6 +212,11 @@ class DeepSpeedSettings:
         if stage > 0 and optimizer == "lamb":
             raise InputError(
                 f'{self.path}: zero_optimization.stage = {stage} does not go with optimizer.name = "lamb"; set it to 0 or auto'
+            )
+        near = self.values["zero_optimization"].get("zero_hpz_partition_size", 1)
+        if stage == 3 and COUNT.fits(near) and world % min(near, world):
+            raise InputError(
+                f"{self.path}: zero_optimization.zero_hpz_partition_size = {near} does not divide the number of ranks, {world}"
             )
         return stage
 

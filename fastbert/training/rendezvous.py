@@ -2,8 +2,10 @@
 
 - Its store listens on HOST's address alone. torch's listens on every interface of the machine, and whoever reaches a store can end the run.
 - The workers' store is made by rank 0's worker, which listens in the same way, and not by the agent: TORCH_DISABLE_SHARE_RDZV_TCP_STORE.
-- A lost node is noticed after 8 seconds instead of 15, and those that are left wait 10 seconds for others instead of 30. Each is an option of
-  `--rdzv-conf` with torch's name: keep_alive_interval, keep_alive_max_attempt, last_call_timeout.
+- A lost node is noticed after 10 seconds instead of 15, and those that are left wait 10 seconds for others instead of 30. Each is an option of
+  `--rdzv-conf` with torch's name: keep_alive_interval, keep_alive_max_attempt, last_call_timeout. Not much less: the nodes' clocks are
+  compared, and a machine that is too busy to answer looks like a lost one.
+- An agent that is cut off from the store gives up after 15 seconds. torch's waits for an answer until TCP gives up, a quarter of an hour.
 - A node is known by the address from which it reaches HOST, where torch asks the host's name, which often means 127.0.1.1.
 
 torchrun imports this at every start, whichever backend is asked for; so what is heavy is imported when it is used.
@@ -14,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,9 +25,10 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 
 NAME = "fastbert"
-DEFAULTS = {"keep_alive_interval": 2, "keep_alive_max_attempt": 4, "last_call_timeout": 10}  # seconds; how often; seconds
+DEFAULTS = {"keep_alive_interval": 2, "keep_alive_max_attempt": 5, "last_call_timeout": 10}  # seconds; how often; seconds
 JOIN_TIMEOUT_S = 600  # torch's own
 READ_TIMEOUT_S = 60  # torch's own
+ANSWER_S = 10.0  # and SILENCE_S of meeting.py on top
 
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
@@ -39,16 +42,26 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     Raises:
         RendezvousConnectionError: nobody listens at the endpoint, and this machine cannot.
     """
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT, C10dRendezvousBackend
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-    from fastbert.training.group import own_address
+    from fastbert.training.meeting import Patience, RankLost, own_address
 
     class Backend(C10dRendezvousBackend):
         @property
         def name(self) -> str:  # torchrun compares it with the one that was asked for
             return NAME
+
+        def _call_store(self, store_op: str, *args: Any, **kwargs: Any) -> Any:
+            call = super()._call_store
+            try:
+                return Patience(ANSWER_S).run(
+                    lambda: call(store_op, *args, **kwargs), f"the store of --rdzv-endpoint {parameters.endpoint}"
+                )
+            except RankLost as error:
+                raise RendezvousConnectionError(str(error)) from None
 
     host, port = parse_rendezvous_endpoint(parameters.endpoint, DEFAULT_PORT)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # read by torch whenever nodes have met
@@ -66,7 +79,7 @@ def _store(host: str, port: int, parameters: RendezvousParameters) -> TCPStore:
     from torch.distributed import DistError, TCPStore
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-    from fastbert.training.group import hold_store, listens, numeric
+    from fastbert.training.meeting import hold_store, listens, numeric
 
     may_hold, timeout_s = parameters.get_as_bool("is_host"), parameters.get_as_int("join_timeout") or JOIN_TIMEOUT_S
     read_timeout = timedelta(seconds=parameters.get_as_int("read_timeout") or READ_TIMEOUT_S)

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch.distributed as dist
 
 from fastbert.errors import InputError
-from fastbert.training.group import Group, Interrupted, Patience, RankLost, describe, listed
+from fastbert.training.group import Group
+from fastbert.training.meeting import Interrupted, Patience, RankLost, describe, listed
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ LOOK_S = 3.0  # for how long a beat must stand still to count: on a busy machine
 GRACE_S = 5.0  # for the main thread to come out by itself, once it is known why all end
 HEARD_S = 3.0  # for the others to read a verdict, before the store ends with the process that holds it
 
-PACKAGE, GROUP = Path(__file__).parents[1], Path(__file__).with_name("group.py")
+PACKAGE, MEETING = Path(__file__).parents[1], Path(__file__).with_name("meeting.py")
 
 
 class Beat(NamedTuple):
@@ -64,6 +65,7 @@ class Watch:
         self._verdict: str | None = None  # why all ranks end
         self._deaf: int | None = None  # how many will never hear it; None until it is known to be in the store
         self._hearing = threading.Lock()
+        self._stopped: tuple[float, Any] = 0.0, None  # for how long this process did not run, and the tick that was the last one then
         self._out = threading.Event()  # the main thread is out of what it was waiting for, and ends by itself
         self._over = threading.Event()
         self._asking = threading.Lock()
@@ -109,7 +111,7 @@ class Watch:
         elif self._verdict is None:
             self._find_out(self._missing, "disappeared", LOOK_S)
         self._linger()
-        return self._verdict
+        return self._reason
 
     def farewell(self, reason: str) -> None:
         """Before any exit that the other ranks do not share: tell them why, so that they end at once and quote it."""
@@ -136,15 +138,31 @@ class Watch:
     def _guard(self) -> None:
         """Thread: end this process when its main thread does not go on."""
         what = f"not answered for {self._timeout_s:g} s (runtime.timeout_s)"
-        while not self._out.wait(self._every_s / 2):
+        while not self._rest(self._every_s / 2):
             tick = self._tick
             if self._verdict is not None:
                 if not self._out.wait(GRACE_S):
-                    self._end(self._verdict)
+                    self._end()
             elif time.monotonic() > tick[2] + self._timeout_s - self._look_s:
                 self._find_out(lambda *beats, tick=tick: self._culprits(*beats) if self._tick is tick else None, what, self._look_s)
                 if self._verdict is not None and self._tick is tick and not self._out.is_set():
-                    self._end(self._verdict)
+                    self._end()
+
+    def _rest(self, seconds: float) -> bool:
+        """Wait for the main thread to be out; is it? Such a wait is long only when the process was stopped meanwhile."""
+        before = time.monotonic()
+        out = self._out.wait(seconds)
+        if (stopped_s := time.monotonic() - before) > self._timeout_s:
+            self._stopped = stopped_s, self._tick
+        return out
+
+    @property
+    def _reason(self) -> str | None:
+        """The verdict in this rank's eyes: who was stopped himself need not wonder where the others are."""
+        stopped_s, tick = self._stopped
+        if self._verdict is not None and tick is self._tick:
+            return f"{self._group.name(self._group.rank)} was stopped for {stopped_s:.0f} s, and the others have not waited"
+        return self._verdict
 
     def _find_out(self, judge: Callable[..., tuple[str, int] | None], what: str, look_s: float) -> None:
         """Look at all beats, and again after `look_s`; pronounce what `judge` makes of them, if anything."""
@@ -223,10 +241,10 @@ class Watch:
         with self._asking:
             return Patience(0.0).run(lambda: question(self._questions), self._group.store_name)
 
-    def _end(self, line: str) -> NoReturn:
+    def _end(self) -> NoReturn:
         """End the process from a thread, whatever its main thread waits for."""
         self._linger()
-        os.write(2, f"fastbert: {line}; go on with --resume\n".encode())
+        os.write(2, f"fastbert: {self._reason}; go on with --resume\n".encode())
         os._exit(1)
 
 
@@ -244,6 +262,6 @@ def _position(thread: int) -> tuple[bool, str]:
         if files[-1].is_relative_to(PACKAGE):
             break
         frame = frame.f_back
-    waiting = files[-1] == GROUP or any("distributed" in file.parts or "deepspeed" in file.parts for file in files)
+    waiting = files[-1] == MEETING or any("distributed" in file.parts or "deepspeed" in file.parts for file in files)
     place = frame or innermost  # outside fastbert altogether: what a user's own script does
     return waiting, f"{place.f_code.co_filename}, line {place.f_lineno}"

@@ -1,0 +1,76 @@
+"""What a launcher (torchrun, deepspeed, srun) tells each process that it starts: environment variables that say who it is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from fastbert.errors import InputError
+
+# How starters that know nothing of torch say how many processes there are; without WORLD_SIZE each would train alone, on the same folder.
+OTHER_STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What the launcher said to this process; `local_world` is None where it did not say how many there are on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int | None = 1
+    address: str = ""
+    port: int = 0
+    agent_store: bool = False  # the launcher holds a store at that address
+
+    @property
+    def holds_store(self) -> bool:
+        return self.rank == 0 and not self.agent_store
+
+    @property
+    def where(self) -> str:
+        return f"{self.address}:{self.port}"
+
+
+def read_seat() -> Seat:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; raises InputError naming the one that is missing or wrong."""
+    given = os.environ.get
+    if not given("WORLD_SIZE"):
+        if given("RANK", "0") != "0":
+            raise InputError(f"RANK = {given('RANK')}, but WORLD_SIZE is not set; a launcher such as torchrun sets both")
+        for name, starter in OTHER_STARTERS.items():
+            if given(name, "1") != "1":
+                raise InputError(
+                    f"{name} = {given(name)}: {starter} has started several processes, but WORLD_SIZE is not set, so each would train alone; "
+                    "set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start one torchrun a machine: see docs/multi-node.md"
+                )
+        return Seat()
+    world = _whole("WORLD_SIZE", 1)
+    rank = _whole("RANK", 0, world, f"WORLD_SIZE = {world}")
+    if world == 1:
+        return Seat(local_rank=_whole("LOCAL_RANK", 0) if given("LOCAL_RANK") else 0)
+    local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if given(name)), None)  # torchrun's name, DeepSpeed's name
+    local_world = _whole(local, 1, world + 1, f"WORLD_SIZE = {world}") if local else None
+    if not given("MASTER_ADDR"):
+        raise InputError(f"MASTER_ADDR is not set, but WORLD_SIZE = {world}; give the address of rank 0's machine")
+    return Seat(
+        rank=rank,
+        world=world,
+        local_rank=_whole("LOCAL_RANK", 0, local_world or world, f"{local or 'WORLD_SIZE'} = {local_world or world}"),
+        local_world=local_world,
+        address=given("MASTER_ADDR", ""),
+        port=_whole("MASTER_PORT", 1, 65536, "the number of ports"),
+        agent_store=given("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def _whole(name: str, least: int, below: int | None = None, because: str = "") -> int:
+    """An environment variable as a whole number of at least `least`, and less than `below`."""
+    text = os.environ.get(name, "")
+    if not text:
+        raise InputError(f"{name} is not set, but WORLD_SIZE = {os.environ.get('WORLD_SIZE')}; a launcher such as torchrun sets it")
+    if not text.isascii() or not text.isdecimal() or int(text) < least:
+        raise InputError(f"{name} = {text!r}; must be a whole number of {least} or more; a launcher such as torchrun sets it")
+    if below is not None and int(text) >= below:
+        raise InputError(f"{name} = {text}; must be less than {below} ({because})")
+    return int(text)

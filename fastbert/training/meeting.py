@@ -1,0 +1,305 @@
+"""How the processes of a run find each other: at a store, a small table that one process holds and the others reach over TCP.
+
+torchrun's agent holds it where it offers to, else rank 0, which listens on MASTER_ADDR's own address alone (torch would listen on every
+interface).
+
+- A store that torchrun keeps over restarts still has the keys of earlier attempts, and no variable tells attempts apart when nodes come
+  and go. So every process knocks with a number drawn at random, rank 0 answers those who knock now with a token of its own, and
+  everything else is written under that token.
+- The store's calls wait in C++ for ever when its holder is stopped, deaf to signals and time-outs. So they are made on a thread, while
+  the main thread keeps the time and looks for signals.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import json
+import os
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from fastbert.errors import InputError
+from fastbert.training.interruption import Interruption
+from fastbert.training.launcher import Seat
+
+T = TypeVar("T")
+
+SILENCE_S = 5.0  # what the store gets to answer beyond the time-out, before it is given up
+POLL_S = (0.01, 0.25)  # the first pause between two looks at the store, and the longest: hundreds of ranks look
+
+
+class Interrupted(Exception):
+    """A signal asked this process, or another one of the run, to end while it was waiting for others; the message is its name."""
+
+
+class RankLost(RuntimeError):
+    """Another rank did not come, does not answer, or has failed: one line that names it."""
+
+
+class _GivenUp(Exception):
+    """Ends a thread that nobody waits for any more."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process of the run; `nonce` is of this one attempt to join."""
+
+    host: str
+    process: int
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What comes of it.
+
+    Attributes:
+        members: the processes, by rank.
+        room: the part of the store that is this attempt's alone.
+        address: the store's, in numbers.
+    """
+
+    members: list[Member]
+    room: dist.Store
+    address: str
+
+
+class Patience:
+    """How long to wait for other processes, and what to look at meanwhile."""
+
+    def __init__(self, timeout_s: float):
+        self.timeout_s = timeout_s
+        self._end, self._given_up = 0.0, threading.Event()
+        self._interruption: Interruption | None = None
+
+    def run(self, work: Callable[[], T], whose: str, interruption: Interruption | None = None) -> T:
+        """Return what `work` returns, or raise what it raises. It runs on a thread: a store that is silent keeps nobody here.
+
+        Args:
+            work: waits by `until` and in no other way.
+            whose: the holder of the store that it talks to, for messages.
+            interruption: when a signal is noted in it, `until` raises Interrupted.
+
+        Raises:
+            RankLost: the store is gone or does not answer.
+        """
+        found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self._end, self._given_up, self._interruption = time.monotonic() + self.timeout_s, threading.Event(), interruption
+
+        def run() -> None:
+            try:
+                found.put((work(), None))
+            except BaseException as error:
+                found.put((None, error))
+
+        threading.Thread(target=run, daemon=True, name="fastbert-meeting").start()
+        end, asked = self._end + SILENCE_S, None
+        try:
+            while True:
+                try:
+                    value, error = found.get(timeout=0.05)
+                    break
+                except queue.Empty:
+                    if asked is None and (asked := self._asked()):
+                        end = time.monotonic() + SILENCE_S
+                    if time.monotonic() > end:
+                        if asked:
+                            raise Interrupted(asked) from None
+                        raise RankLost(f"{whose} does not answer") from None
+        finally:
+            self._given_up.set()
+        if isinstance(error, dist.DistError):
+            raise RankLost(f"{whose} has disappeared") from None
+        if error is not None:
+            raise error
+        return value
+
+    def until(self, come: Callable[[], bool], absent: Callable[[], str]) -> None:
+        """Within `run`: return when `come()`, raise RankLost with `absent()` when the time is over."""
+        pause = POLL_S[0]
+        while not come():
+            self.rest(pause, absent)
+            pause = min(1.5 * pause, POLL_S[1])
+
+    def rest(self, seconds: float, absent: Callable[[], str]) -> None:
+        """Within `run`: wait for so long, if there is still time."""
+        if asked := self._asked():
+            raise Interrupted(asked)
+        if time.monotonic() > self._end:
+            raise RankLost(f"{absent()} within {self.timeout_s:g} s (runtime.timeout_s)")
+        if self._given_up.wait(seconds):
+            raise _GivenUp
+
+    def _asked(self) -> str | None:
+        return self._interruption.asked if self._interruption is not None else None
+
+
+def meet(seat: Seat, patience: Patience) -> Meeting:
+    """Come to the store, and return when all ranks have come. To be called within `Patience.run`.
+
+    Raises:
+        InputError: MASTER_ADDR, MASTER_PORT or RANK cannot be what was meant.
+        Interrupted: a signal asked for it, here or on another rank that was waiting already.
+        RankLost: not all ranks have come in time.
+    """
+    me = Member(socket.gethostname(), os.getpid(), secrets.token_hex(8))
+    address = _resolve(seat, patience)
+    while True:
+        try:
+            store = _hold_store(seat, address) if seat.holds_store else _reach_store(seat, address, patience)
+            room, roll = _enter(dist.PrefixStore("fastbert", store), seat, me, patience)
+            break
+        except dist.DistError:
+            if seat.holds_store:
+                raise
+            # That was the store of an attempt that has just ended. The next one comes to the same port.
+            patience.rest(POLL_S[1], lambda: f"rank 0 did not come to {seat.where}")
+    if isinstance(roll, dict):
+        if seat.holds_store:
+            time.sleep(2 * POLL_S[1])  # so that the others can read why, before the store ends with this process
+        raise {"Interrupted": Interrupted, "RankLost": RankLost}[roll["end"]](roll["why"])
+    members = [Member(**member) for member in roll]
+    if (other := members[seat.rank]) != me:
+        raise InputError(f"RANK = {seat.rank} is given to two processes: {me.process} on {me.host}, and {other.process} on {other.host}")
+    return Meeting(members, room, address)
+
+
+def _enter(table: dist.Store, seat: Seat, me: Member, patience: Patience) -> tuple[dist.Store, Any]:
+    """The part of the table that is this attempt's alone; and the members by rank, or {"end", "why"} where one of them left again.
+
+    Which of the two it is, is settled by one write: nobody can leave a group whose other members believe that he is in.
+    """
+    token, answered = secrets.token_hex(8) if seat.rank == 0 else _knock(table, seat, me, patience), set()
+    room, everybody = dist.PrefixStore(token, table), [str(rank) for rank in range(seat.world)]
+    room.set(str(seat.rank), json.dumps(asdict(me)))
+
+    def complete() -> bool:
+        if seat.rank == 0:
+            _answer(table, seat, token, answered)
+        return room.check(["roll"]) or (seat.rank == 0 and room.check(everybody))
+
+    def absent() -> str:
+        return f"{listed([f'rank {rank}' for rank in everybody if not room.check([rank])])} did not come to {seat.where}"
+
+    try:
+        patience.until(complete, absent)
+        roll = [json.loads(text) for text in room.multi_get(everybody)] if room.check(everybody) else None
+    except (Interrupted, RankLost) as end:
+        roll = {"end": type(end).__name__, "why": str(end)}
+    return room, json.loads(room.compare_set("roll", "", json.dumps(roll)))  # writes only the first time; returns what is there
+
+
+def _knock(table: dist.Store, seat: Seat, me: Member, patience: Patience) -> str:
+    """The token that rank 0 answers to this process."""
+    table.set(f"knock/{seat.rank}", json.dumps([me.nonce, seat.world]))
+    patience.until(lambda: table.check([me.nonce]), lambda: f"rank 0 did not answer rank {seat.rank} at {seat.where}")
+    token, problem = json.loads(table.get(me.nonce))
+    if problem:
+        raise InputError(problem)
+    return token
+
+
+def _answer(table: dist.Store, seat: Seat, token: str, answered: set[str]) -> None:
+    """Rank 0: tell the token to all who have knocked; one who did so in an earlier attempt reads nothing any more."""
+    for rank in range(1, seat.world):
+        if table.check([f"knock/{rank}"]):
+            nonce, world = json.loads(table.get(f"knock/{rank}"))
+            if nonce not in answered:
+                answered.add(nonce)
+                problem = f"WORLD_SIZE = {world} for rank {rank}, but {seat.world} for rank 0; start all with the same"
+                table.set(nonce, json.dumps([token, problem if world != seat.world else None]))
+
+
+def hold_store(address: str, port: int) -> dist.TCPStore:
+    """A store that listens on one address of this machine and no other; raises OSError where it cannot. Port 0 is any that is free."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((address, port))
+        server.listen(socket.SOMAXCONN)
+        port, listener = server.getsockname()[1], server.detach()
+    return dist.TCPStore(address, port, None, True, master_listen_fd=listener, wait_for_workers=False, use_libuv=True)
+
+
+def listens(address: str, port: int) -> bool:
+    """Whether somebody does there. TCPStore would try by itself, but with a page of C++ frames on the terminal for every failure."""
+    try:
+        socket.create_connection((address, port), timeout=SILENCE_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def own_address(address: str) -> str | None:
+    """The address of this machine from which it reaches another one; None where there is no way."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing; any port
+            return probe.getsockname()[0]
+    except OSError:
+        return None
+
+
+def numeric(name: str, port: int) -> str:
+    """The address that a host's name stands for, IPv4 where it has both; raises OSError where it has none."""
+    found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    return str(min(found, key=lambda item: item[0] != socket.AF_INET)[4][0])
+
+
+def _hold_store(seat: Seat, address: str) -> dist.Store:
+    try:
+        return hold_store(address, seat.port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(f"MASTER_PORT = {seat.port}: another process listens there on {address}; choose another port") from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise InputError(
+                f"MASTER_ADDR = {seat.address}: {address} is not an address of {socket.gethostname()}, where rank 0 runs; "
+                "give the one by which the other machines reach it"
+            ) from None
+        raise InputError(f"MASTER_ADDR = {seat.address}, MASTER_PORT = {seat.port}: cannot listen there: {error.strerror}") from None
+
+
+def _reach_store(seat: Seat, address: str, patience: Patience) -> dist.Store:
+    """A connection to the store that another process holds, as soon as it does."""
+    patience.until(lambda: listens(address, seat.port), lambda: f"rank 0 did not come to {seat.where}")
+    return dist.TCPStore(address, seat.port, None, False, timeout=timedelta(seconds=patience.timeout_s))
+
+
+def _resolve(seat: Seat, patience: Patience) -> str:
+    """MASTER_ADDR in numbers; its name may come to be known only after the processes have started."""
+    found: list[str] = []
+
+    def known() -> bool:
+        with suppress(OSError):
+            found.append(numeric(seat.address, seat.port))
+        return bool(found)
+
+    patience.until(known, lambda: f"MASTER_ADDR = {seat.address}: no address came to be known by that name")
+    several_machines = (seat.local_world or seat.world) < seat.world
+    if several_machines and ipaddress.ip_address(found[0]).is_loopback and seat.address not in (found[0], "localhost"):
+        raise InputError(
+            f"MASTER_ADDR = {seat.address}: on {socket.gethostname()} this name means {found[0]}, which no other machine can reach; "
+            "give the address that the machine has in their network"
+        )
+    return found[0]
+
+
+def listed(names: list[str]) -> str:
+    """The first few of them, and how many more there are."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
