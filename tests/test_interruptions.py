@@ -167,7 +167,7 @@ def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
     [(by_hand, 1, 0, 75), (torchrun, WORLD, STAGE, 1), (deepspeed, WORLD, STAGE, 75)],  # torchrun itself knows 0 and 1 alone
 )
 def test_the_commands_that_users_type(lab, launcher, world, stage, code):
-    """Interrupted, resumed by the same command, equal to the last digit."""
+    """Interrupted, and resumed by processes that were started in another way: equal to the last digit."""
     trial = lab.trial(stage=stage)
     with started(launcher(trial), trial) as process:
         wait_for(lambda: lines_so_far(trial) >= 4 or process.poll() is not None)
@@ -176,10 +176,8 @@ def test_the_commands_that_users_type(lab, launcher, world, stage, code):
         assert len(ranks) == world
         ranks[0].send_signal(signal.SIGUSR1)
         assert process.wait(timeout=60) == code, (trial.folder / "said").read_text()
-    assert len(trial.records("stop")) == 1
-    with started(launcher(trial), trial) as process:
-        assert process.wait(timeout=120) == 0, (trial.folder / "said").read_text()
-    assert trial.compare(lab.undisturbed(world, stage)).sound
+    assert [stop["reason"] for stop in trial.records("stop")] in (["interrupted by SIGUSR1"], ["interrupted by another rank"])
+    assert lab.finish(trial, world, stage).sound
 
 
 def test_a_signal_while_torch_is_imported(lab):

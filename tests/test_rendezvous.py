@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,9 +17,10 @@ import pytest
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from fastbert.training import rendezvous
 from fastbert.training.meeting import hold_store
 from tests.ranks import PATIENCE_S, environment, free_port
-from tests.toy_ranks import listening
+from tests.toy_ranks import FORKED, listening
 
 QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 8, "last_call_timeout": 1}  # fewer, and a busy machine looks like a lost one
 
@@ -112,6 +114,32 @@ def test_a_host_that_cannot_listen():
     store = hold_store("127.0.0.1", 0)
     with pytest.raises(RendezvousConnectionError, match=f"127.0.0.1:{store.port}: cannot listen on 127.0.0.1: .*in use"):
         get_rendezvous_handler(parameters(store.port, is_host="1"))
+
+
+def hold(connection) -> None:
+    """A process that holds a store, and is stopped when it is told to."""
+    store = hold_store("127.0.0.1", 0)
+    connection.send(store.port)
+    connection.recv()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_store_that_falls_silent(monkeypatch):
+    """torch's own would wait until TCP gives up, a quarter of an hour, and with it the agent of a node that is cut off."""
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 0.0)
+    ours, theirs = FORKED.Pipe()
+    holder = FORKED.Process(target=hold, args=(theirs,))
+    holder.start()
+    try:
+        handler = get_rendezvous_handler(parameters(ours.recv(), is_host="0"))
+        assert handler.num_nodes_waiting() == 0
+        ours.send("stop")
+        with pytest.raises(RendezvousConnectionError, match=r"the store of --rdzv-endpoint 127\.0\.0\.1:\d+ does not answer"):
+            while True:
+                handler.num_nodes_waiting()
+    finally:
+        holder.kill()
+        holder.join()
 
 
 WORKER = """

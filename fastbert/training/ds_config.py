@@ -10,8 +10,9 @@ The tables are those of DeepSpeed 0.19.8; sections that it checks by itself are 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,6 @@ NUMBER = Kind("a number", (int, float))
 TEXT = Kind("a string", (str,))
 LIST = Kind("a list", (list,))
 OBJECT = Kind("an object", (dict,))
-ANY = Kind("", (object,))
 
 # What is written in the recipe: agrees with it, or is an error. Not handed on.
 RECIPE = {
@@ -54,19 +54,19 @@ RECIPE = {
 }  # fmt: skip
 # DeepSpeed's own: handed on.
 OWN = {
-    "aio": OBJECT, "checkpoint": OBJECT, "comet": OBJECT, "comms_logger": OBJECT, "communication_data_type": TEXT, "csv_monitor": OBJECT,
+    "aio": OBJECT, "comet": OBJECT, "comms_logger": OBJECT, "communication_data_type": TEXT, "csv_monitor": OBJECT,
     "data_types": OBJECT, "disable_python_gc": BOOL, "dump_state": BOOL, "flops_profiler": OBJECT, "log_level": TEXT,
     "memory_breakdown": BOOL, "steps_per_print": COUNT, "tensorboard": OBJECT, "timers": OBJECT, "wall_clock_breakdown": BOOL,
     "wandb": OBJECT, "zero_optimization": OBJECT,
 }  # fmt: skip
 # What other programs have DeepSpeed do, and older releases did. Fine as long as it asks for nothing; not handed on.
 IDLE = {
-    "activation_checkpointing", "amp", "autotuning", "compile", "compression_training", "curriculum_learning", "data_efficiency",
-    "data_parallel_size", "dataloader_drop_last", "datastates_ckpt", "disable_allgather", "eigenvalue", "elasticity", "expert_parallel",
-    "gradient_allreduce_op", "gradient_predivide_factor", "graph_harvesting", "hybrid_engine", "managed_gradient_accumulation", "nebula",
-    "pipeline", "prescale_gradients", "progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type",
-    "sequence_parallel_size", "sparse_attention", "sparse_gradients", "tensor_parallel", "torch_autocast",
-    "use_data_before_expert_parallelism", "vocabulary_size", "weight_quantization",
+    "activation_checkpointing", "amp", "autotuning", "checkpoint", "compile", "compression_training", "curriculum_learning",
+    "data_efficiency", "data_parallel_size", "dataloader_drop_last", "datastates_ckpt", "disable_allgather", "eigenvalue", "elasticity",
+    "expert_parallel", "gradient_allreduce_op", "gradient_predivide_factor", "graph_harvesting", "hybrid_engine",
+    "managed_gradient_accumulation", "nebula", "pipeline", "prescale_gradients", "progressive_layer_drop", "quantize_training",
+    "seq_parallel_communication_data_type", "sequence_parallel_size", "sparse_attention", "sparse_gradients", "tensor_parallel",
+    "torch_autocast", "use_data_before_expert_parallelism", "vocabulary_size", "weight_quantization",
 }  # fmt: skip
 # How a key of IDLE asks for nothing, besides false, null, {} and {"enabled": false}.
 NOTHING: dict[str, Any] = {
@@ -83,10 +83,6 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "bf16": dict.fromkeys(
         ("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"), BOOL
     ),
-    "checkpoint": {
-        "tag_validation": TEXT, "checkpoint_serialization": BOOL, "load_universal": BOOL, "use_node_local_storage": BOOL,
-        "parallel_write": OBJECT, "writer": OBJECT,
-    },
     "data_types": {"grad_accum_dtype": TEXT, "param_dtype": TEXT, "buffer_dtype": TEXT, "keep_in_fp32_modules": LIST},
     "flops_profiler": {
         "enabled": BOOL, "recompute_fwd_factor": NUMBER, "profile_step": COUNT, "module_depth": WHOLE, "top_modules": COUNT,
@@ -100,7 +96,7 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "optimizer.params": {
         "lr": NUMBER, "betas": LIST, "eps": NUMBER, "weight_decay": NUMBER, "momentum": NUMBER, "max_grad_norm": NUMBER,
         "adam_w_mode": BOOL, "bias_correction": BOOL, "amsgrad": BOOL, "nesterov": BOOL, "dampening": NUMBER,
-        "torch_adam": BOOL,
+        "torch_adam": BOOL, "max_coeff": NUMBER, "min_coeff": NUMBER,
     },
     "scheduler": {"type": TEXT, "params": OBJECT},
     "scheduler.params": {
@@ -117,12 +113,12 @@ PLAIN = "fastbert's optimizers do without"
 TREE = "stage 3 gathers weights by modules that own them, and the vocabulary matrix is used outside of its own"
 QUANTIZED = "fastbert has no quantised communication"
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "checkpoint.load_universal": ((False,), "fastbert goes on from its own checkpoints, by --resume"),
     "communication_data_type": (("fp32", "bf16"), "in fp16 small gradients would become zero"),
     "data_types.grad_accum_dtype": (("fp32", "bf16"), "in fp16 small gradients would become zero"),
     "data_types.param_dtype": (("fp32", "bf16"), "fastbert trains in these"),
     "fp16.enabled": ((False,), 'fastbert trains in fp32 or bf16: runtime.precision = "bf16" in the recipe'),
     "fp16.fp16_master_weights_and_grads": ((False,), "checkpoints hold fp32"),
+    "log_level": (("debug", "info", "warning", "error", "critical"), "DeepSpeed knows these"),
     "optimizer.legacy_fusion": ((False,), PLAIN),
     "optimizer.params.adam_w_mode": ((True,), "weight decay is apart from the gradient, as AdamW has it"),
     "optimizer.params.amsgrad": ((False,), PLAIN),
@@ -160,11 +156,14 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 }  # fmt: skip
 # What works in no form.
 NEVER = {
-    "optimizer.params.max_coeff": "its LAMB takes the ratio of norms as it is",
-    "optimizer.params.min_coeff": "its LAMB takes the ratio of norms as it is",
+    "optimizer.params.max_coeff": "fastbert's LAMB takes the ratio of norms as it is",
+    "optimizer.params.min_coeff": "fastbert's LAMB takes the ratio of norms as it is",
     "zero_optimization.leaf_module": TREE,
     "zero_optimization.zenflow": "it takes the model's matrices apart in another way than fastbert's kernels do",
 }
+
+# Switches that need a package which fastbert does not bring.
+NEEDS = {"comet.enabled": "comet_ml", "wandb.enabled": "wandb"}
 
 # What DeepSpeed calls them.
 OPTIMIZERS = {"adamw": ("AdamW", "adamw", "Adam", "adam"), "lamb": ("Lamb", "lamb"), "sgd": ("SGD", "sgd")}  # its Adam is AdamW
@@ -226,7 +225,7 @@ class Answer(NamedTuple):
 
     place: str  # key in the recipe
     shown: str  # its value there
-    values: tuple[Any, ...]  # what DeepSpeed's key may therefore be
+    values: tuple[Any, ...]  # what DeepSpeed's key may therefore be; none where the two cannot be compared
 
 
 def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
@@ -237,50 +236,50 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
             places are named), asks for what fastbert does not do, or has the wrong type; a ZeRO stage that does not exist.
     """
     path = config.runtime.deepspeed
-    values = _load(path, recipe)
-    answers = _answers(config)
+    values, answers = _load(path, recipe), _answers(config)
 
-    def wrong(place: str, value: Any, what: str) -> InputError:
-        return InputError(f"{path}: {place} = {_shown(value)}{what}")
-
-    def check(section: str, values: dict[str, Any], known: Mapping[str, Kind] | None) -> None:
+    def check(section: str, values: dict[str, Any], known: Mapping[str, Kind | None] | None) -> None:
         for key, value in values.items():
             place = f"{section}.{key}" if section else key
-            if place in NEVER:
-                raise wrong(place, value, f" does not work with fastbert: {NEVER[place]}; remove it")
             if known is not None and key not in known:
                 raise InputError(f"{path}: unknown key '{place}'; {_near(key, section, known)}")
             if value is None or value == AUTO:
                 continue
-            if place in IDLE:
-                if not _asks_for_nothing(place, value):
-                    raise wrong(place, value, " is not for fastbert, which does nothing of the kind; remove it")
-                continue
-            if known is not None and not known[key].fits(value):
-                raise wrong(place, value, f"; must be {known[key].words}")
-            if place in ONLY and not any(_same(value, good) for good in ONLY[place][0]):
-                good, why = ONLY[place]
-                raise wrong(place, value, f"; must be {' or '.join(map(json.dumps, good))}: {why}")
-            if place in answers and not any(_same(value, good) for good in answers[place].values):
-                there = answers[place]
-                raise wrong(place, value, f' contradicts {there.place} = {there.shown} in {recipe}; make them equal, or write "auto"')
-            if place == "zero_optimization.allgather_bucket_size" and WHOLE.fits(value) and value % 2:
-                raise wrong(place, value, "; must be even")
-            if place in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-                tokens = config.batch.micro_batch_tokens
-                what = f"packs hold tokens, not sequences: batch.micro_batch_tokens = {tokens} in {recipe}"
-                raise wrong(place, value, f' has no equal in fastbert, whose {what}; remove it, or write "auto"')
-            if isinstance(value, dict):
+            if what := _objection(place, value, known[key] if known else None, answers, recipe):
+                raise InputError(f"{path}: {place} = {_shown(value)}{what}")
+            if isinstance(value, dict) and place not in IDLE:
                 check(place, value, SECTIONS.get(place))
 
-    check("", values, {**RECIPE, **OWN, **dict.fromkeys(IDLE, ANY)})
+    check("", values, {**RECIPE, **OWN, **dict.fromkeys(IDLE)})
     said = _said(values)
-    stage = said.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise wrong("zero_optimization.stage", stage, '; must be 0, 1, 2, 3 or "auto"')
     own = {key: value for key, value in said.items() if key in OWN}
     asked = f"runtime.precision = {json.dumps(config.runtime.precision)} in {recipe}"
     return DeepSpeedSettings(path, {"zero_optimization": {}, **own}, _precisions(said), asked)
+
+
+def _objection(place: str, value: Any, kind: Kind | None, answers: Mapping[str, Answer], recipe: str) -> str | None:
+    """What is wrong with the value of a key that is known, in words that go on after both."""
+    if place in IDLE:
+        return None if _asks_for_nothing(place, value) else " is not for fastbert, which does nothing of the kind; remove it"
+    if place in NEVER:
+        return f" does not work with fastbert: {NEVER[place]}; remove it"
+    if kind is not None and not kind.fits(value):
+        return f"; must be {kind.words}"
+    if place in ONLY and not _among(value, ONLY[place][0]):
+        good, why = ONLY[place]
+        return f"; must be {' or '.join(map(json.dumps, good))}: {why}"
+    if place in answers and not _among(value, answers[place].values):
+        there = answers[place]
+        if there.values:
+            return f' contradicts {there.place} = {there.shown} in {recipe}; make them equal, or write "auto"'
+        return f' has no equal in {recipe}, where {there.place} = {there.shown}; remove it, or write "auto"'
+    if place in NEEDS and value is True and importlib.util.find_spec(NEEDS[place]) is None:
+        return f" needs a package: pip install {NEEDS[place]}, or remove it"
+    if place == "zero_optimization.allgather_bucket_size" and WHOLE.fits(value) and value % 2:
+        return "; must be even"
+    if place == "zero_optimization.stage" and not _among(value, (0, 1, 2, 3)):
+        return '; must be 0, 1, 2, 3 or "auto"'
+    return None
 
 
 def _load(path: str, recipe: str) -> dict[str, Any]:
@@ -307,20 +306,25 @@ def _load(path: str, recipe: str) -> dict[str, Any]:
 
 def _answers(config: RunConfig) -> dict[str, Answer]:
     """The recipe's answer to every key of DeepSpeed's that it has one for."""
-    optimizer, schedule, steps = config.optimizer, config.schedule, config.stop.steps
+    optimizer, schedule = config.optimizer, config.schedule
 
     def answer(place: str, *values: Any) -> Answer:
         section, _, name = place.partition(".")
         there = getattr(getattr(config, section), name)
         return Answer(place, "(not set)" if there is None else json.dumps(there), values or (there,))
 
+    steps = config.stop.steps if schedule.over == "steps" else None
     warmup = answer("schedule.warmup", round(schedule.warmup * (steps or 0)))
-    if steps and schedule.over == "steps":
+    if steps:
         warmup = warmup._replace(shown=f"{warmup.shown} of stop.steps = {steps}, {warmup.values[0]} steps,")
     else:
-        warmup = warmup._replace(shown=f"{warmup.shown}, a share of the run,", values=())
+        warmup = warmup._replace(shown=f"{warmup.shown} of the run", values=())
+    packs = answer("batch.micro_batch_tokens")
+    packs = packs._replace(shown=f"{packs.shown}, tokens instead of sequences", values=())
     return {
         "train_batch_size": answer("batch.sequences"),
+        "train_micro_batch_size_per_gpu": packs,
+        "gradient_accumulation_steps": packs,
         "gradient_clipping": answer("optimizer.clip"),
         "zero_allow_untested_optimizer": answer("optimizer.name", *((True, False) if optimizer.name == "adamw" else (True,))),
         "optimizer.type": answer("optimizer.name", *OPTIMIZERS[optimizer.name]),
@@ -361,12 +365,12 @@ def _said(value: Any) -> Any:
 def _asks_for_nothing(place: str, value: Any) -> bool:
     if isinstance(value, dict):
         return value.get("enabled") is False or all(item in (None, False, AUTO) for item in value.values())
-    return value is False or (place in NOTHING and _same(value, NOTHING[place]))
+    return value is False or (place in NOTHING and _among(value, (NOTHING[place],)))
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Equal, where true is not 1."""
-    return isinstance(a, bool) == isinstance(b, bool) and a == b
+def _among(value: Any, values: Sequence[Any]) -> bool:
+    """Equal to one of them, where true is not 1."""
+    return any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in values)
 
 
 def _near(key: str, section: str, known: Mapping[str, Any]) -> str:
