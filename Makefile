@@ -17,7 +17,7 @@ test: export OMP_NUM_THREADS := 1
 
 heading = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: help install demo test check bench-step bench-kernels gpu clean
+.PHONY: help install demo test torture check bench-step bench-kernels gpu clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,9 @@ demo: $(RUN)/export/config.json ## from text to a trained model that transformer
 
 test: .venv/.installed-test ## every test, on all cores
 	@$(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+torture: .venv/.installed-test ## 200 kills, 500 flipped bits, lost nodes: runs must go on with the same losses; takes an hour
+	@$(BIN)/python -m tests.torture
 
 check: .venv/.installed-test ## lint, format and types only
 	@$(BIN)/ruff check .

@@ -7,12 +7,9 @@ import pytest
 from fastbert.training import checkpoint
 from fastbert.training.failpoint import POINTS
 from tests.disks import SmallDisk, Unavailable
-from tests.ranks import Ranks
-from tests.trials import Laboratory, Trial, crashes, flip, wait_for
+from tests.trials import BESIDE_A_DAMAGED_ONE, ON_EVERY_RANK, Laboratory, Trial, crashes, flip, wait_for
 
 WORLD, STAGE = 2, 2
-ON_EVERY_RANK = POINTS[: POINTS.index("gathered") + 1]
-BESIDE_A_DAMAGED_ONE = ("moving-aside", "moved-aside")
 REFUSING = [
     p for p in POINTS if p not in (*BESIDE_A_DAMAGED_ONE, "copied", "gathered", "deleting", "saved")
 ]  # where a disk is asked for something
@@ -84,12 +81,6 @@ def sound_one(trial: Trial) -> int:
     found, complaints = checkpoint.newest_sound(trial.seen)
     assert found is not None and complaints == []
     return found.step
-
-
-def pause(ranks: Ranks) -> None:
-    import signal
-
-    ranks.signal(signal.SIGSTOP)
 
 
 def saves(trial: Trial) -> list[dict]:

@@ -21,6 +21,7 @@ import gc
 import logging
 import math
 import os
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -33,7 +34,10 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.monitor.config import DeepSpeedMonitorConfig
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -43,6 +47,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import ValidationError  # DeepSpeed's own dependency, for what it refuses
 
 from fastbert.config import RunConfig
@@ -128,6 +133,7 @@ class Engine:
             "gradient_clipping": config.optimizer.clip if self.stage else 0.0,
             "bf16": {"enabled": precision == "bf16"},
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # offloaded or not, the optimizer is torch's
             "steps_per_print": None,
         }
         values = {**handed_over, **settings.values, "zero_optimization": {**settings.values["zero_optimization"], "stage": self.stage}}
@@ -285,16 +291,37 @@ class Engine:
             safe_set_local_fp32_param(parameter, mine) if slot == WEIGHT else safe_set_local_optimizer_state(parameter, mine, slot)
 
 
+# DeepSpeed's own checks, by section.
+MODELS: dict[str, type[DeepSpeedConfigModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "comms_logger": CommsLoggerConfig,
+    "timers.throughput": DeepSpeedThroughputTimerConfig,
+    "": DeepSpeedMonitorConfig,  # tensorboard, csv_monitor, wandb, comet
+}
+
+
 def check_settings(settings: DeepSpeedSettings) -> None:
     """Let DeepSpeed look at its own part of ds_config.json before anything is written; raises InputError with its first objection."""
     try:
         DeepSpeedConfig({**settings.values, "train_micro_batch_size_per_gpu": 1})
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        known = list(DeepSpeedZeroConfig.model_fields) if first["type"] == "extra_forbidden" and len(first["loc"]) == 1 else []
-        near = " or ".join(difflib.get_close_matches(place, known, n=3, cutoff=0.6))
-        hint = f"; did you mean {near}?" if near else ""
-        raise InputError(f"{settings.path}: {place} = {first['input']!r}: {first['msg']}, says DeepSpeed{hint}") from None
+        section, model = next((section, model) for section, model in MODELS.items() if model.__name__ == error.title)
+        inside = [str(part) for part in first["loc"]]
+        place = ".".join(filter(None, [section, *inside]))
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(inside[-1], _keys(model, inside[:-1]), n=3, cutoff=0.6)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise InputError(f"{settings.path}: unknown key '{place}'{hint}") from None
+        value = f" = {first['input']!r}" if inside else ""  # without a key it is of the whole section
+        raise InputError(f"{settings.path}: {place}{value}: {first['msg']}, says DeepSpeed") from None
     except Exception as error:  # its checks raise all kinds, AssertionError among them
         raise InputError(f"{settings.path}: DeepSpeed refuses it: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
+
+
+def _keys(model: Any, inside: list[str]) -> list[str]:
+    """What a section, or one inside it, may hold."""
+    for key in inside:
+        kinds = model.model_fields[key].annotation
+        model = next(kind for kind in (kinds, *typing.get_args(kinds)) if hasattr(kind, "model_fields"))
+    return [field.alias or name for name, field in model.model_fields.items()]
