@@ -48,6 +48,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     keep_heap()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a connection that breaks shows a page of C++ frames before our own line
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

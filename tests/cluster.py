@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -143,7 +142,7 @@ class Command:
         try:
             return self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"{shlex.join(map(str, self.process.args))}: runs on; so far it said: {self.output}") from None
+            raise TimeoutError(f"{self.process.args}: runs on; so far it said: {self.output}") from None
 
 
 class Cluster:

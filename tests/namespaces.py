@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,8 +33,7 @@ TOOLS = ("ip", "unshare", "nsenter", "mount", "sh")
 PATIENCE_S = 20.0  # with what should take milliseconds
 T = TypeVar("T")
 
-# A node's first process: names itself, makes the names of all nodes resolve (the bind mount keeps the file that it was made of), says that it
-# is ready, and waits. The kernel reaps orphans for it, since it ignores SIGCHLD.
+# What a node does first: it names itself, makes the names of all nodes resolve (the bind mount keeps the file that it was made of), and waits.
 NODE = """
 set -e
 hostname {name} 2>/dev/null || echo {name} > /proc/sys/kernel/hostname
@@ -47,7 +46,6 @@ exec {wait}
 
 # The first process of a namespace inherits its orphans; as it ignores SIGCHLD, the kernel buries them at once. (dash cannot ignore it.)
 WAIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('ready', flush=True); sys.stdin.read()"
-
 
 # Prints what has a port open, as seen from where it runs: a list of [address, port, command].
 LISTENING = """
@@ -195,8 +193,8 @@ class Nodes:
     def __getitem__(self, i: int) -> Node:
         return self._nodes[i]
 
-    def __len__(self) -> int:
-        return len(self._nodes)
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes)
 
     def cut(self, i: int) -> None:
         """Pull node i's cable: nothing reaches it or leaves it, and nobody is told."""
@@ -210,9 +208,7 @@ class Nodes:
         # Only root may make namespaces without a user namespace around them, in which anybody is root.
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         wait = [sys.executable, "-ISc", WAIT]
-        switch = self._wait_in(
-            ["unshare", *user, "--net", "--pid", "--mount", "--mount-proc", "--fork", "sh", "-c", "echo ready; exec cat"]
-        )
+        switch = self._wait_in(["unshare", *user, "--net", "--pid", "--mount", "--mount-proc", "--fork", *wait])
         enter = ["nsenter", "--target", str(switch.pid), *(["--user", "--preserve-credentials"] if user else [])]
         self._ip_command = [*enter, "--net", "ip"]
         self._ip("link", "add", "switch", "type", "bridge")

@@ -103,7 +103,7 @@ def _lost(lab: Laboratory, seed: str) -> Tally:
     cut = lost == 1 and generator.random() < 0.5  # a node 0 that is only cut off leaves two that both go on: one of them in vain
     comes_back = cut and generator.random() < 0.5
     with Nodes(2) as nodes:
-        started = [_torchrun(trial, nodes[i], "node0", generator) for i in (0, 1)]
+        started = [_torchrun(trial, nodes[i], "node0") for i in (0, 1)]
         wait_for(lambda: lines_so_far(trial) > lines, PATIENCE_S)
         time.sleep(0.1 * generator.random())
         if cut:
@@ -115,7 +115,7 @@ def _lost(lab: Laboratory, seed: str) -> Tally:
             nodes.mend(lost)
         code = started[1 - lost].wait(PATIENCE_S)
         if lost == 0 and code:  # nowhere left to meet
-            code = _torchrun(trial, nodes[1], "node1", generator).wait(PATIENCE_S)
+            code = _torchrun(trial, nodes[1], "node1").wait(PATIENCE_S)
     where = f"seed {seed}, {trial.folder}, node {lost} {'cut off' if cut else 'killed'} after {lines} lines"
     assert code == 0, f"{where}: exit code {code}: {(trial.folder / 'said').read_text()[-2000:]}"
     tally = trial.compare(undisturbed, ROUNDING)
@@ -124,12 +124,9 @@ def _lost(lab: Laboratory, seed: str) -> Tally:
     return tally
 
 
-def _torchrun(trial: Trial, node: Node, endpoint: str, generator: random.Random) -> Process:
-    port = 29500 + generator.randrange(100)
-    launcher = (
-        f"--nnodes 1:2 --max-restarts 100 --nproc-per-node 1 --rdzv-backend fastbert --rdzv-endpoint {endpoint}:{port} --rdzv-conf {QUICK}"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher.split(), "-m", "fastbert", *trial.command]
+def _torchrun(trial: Trial, node: Node, endpoint: str) -> Process:
+    meet = f"--nnodes 1:2 --max-restarts 100 --rdzv-backend fastbert --rdzv-endpoint {endpoint}:29500 --rdzv-conf {QUICK}"
+    command = [sys.executable, "-m", "torch.distributed.run", *meet.split(), "--nproc-per-node", "1", "-m", "fastbert", *trial.command]
     with open(trial.folder / "said", "ab") as said:
         return node.popen(command, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
 

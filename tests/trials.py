@@ -12,6 +12,7 @@ import json
 import random
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -235,7 +236,7 @@ class Laboratory:
             nonlocal total
             try:
                 tally = run()
-            except (AssertionError, TimeoutError) as error:
+            except (AssertionError, TimeoutError, subprocess.TimeoutExpired) as error:
                 tally = Tally(tried=1, problems=[str(error)])
             with self._lock:
                 total += tally
