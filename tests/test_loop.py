@@ -229,6 +229,27 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe, tmp_path, capsys):
     assert len(lines(run)) == done + 1
 
 
+def test_a_reader_that_leaves_does_not_end_the_run(recipe, tmp_path):
+    """As `fastbert pretrain ... | head -1` does."""
+    process = start(recipe)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=90) == 0 and process.stderr.read() == ""
+    process.stderr.close()
+    assert checkpoint.newest_sound(tmp_path / "run")[0].step == 6
+    assert "stopped at step 6" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_a_terminal_that_is_closed_saves(recipe, tmp_path):
+    process = start(recipe, "stop.steps=100000")
+    while not (tmp_path / "run/metrics.jsonl").exists() or not lines(tmp_path / "run"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert finish(process)[0] == 75
+    assert checkpoint.newest_sound(tmp_path / "run")[0].step == len(lines(tmp_path / "run"))
+
+
 def test_a_damaged_checkpoint_is_named_and_its_steps_are_redone_with_the_same_values(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     assert train(recipe, "checkpoint.every=2") == 0

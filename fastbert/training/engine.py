@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch._dynamo  # torch's optimizers load it when the first one is made, which takes seconds: now, when no rank waits for another
 from torch import Tensor
 
 # DeepSpeed picks its accelerator while it is imported, and without a GPU complains before it settles for the CPU.

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1 as a wish that the loop grants at its next step."""
+"""SIGINT, SIGTERM, SIGUSR1 and SIGHUP as a wish that the loop grants at its next step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SIGHUP: the terminal was closed
 
 
 class Interruption:
@@ -24,7 +24,8 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS if number != signal.SIGHUP or not ignored}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -111,8 +112,9 @@ class Monitor:
     def say(self, line: str) -> None:
         """One line for the user, also in log.txt."""
         if self.speaks:
-            self._console.print(line, markup=False)
             log.info(line)
+            with self._printing():
+                self._console.print(line, markup=False)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """An event in metrics.jsonl: "evaluate", "save", "skip", "resume" or "stop"."""
@@ -194,7 +196,8 @@ class Monitor:
         """The end of this process's part of the run; `advice` is what the user may do now."""
         self.event("stop", step, reason=reason)
         if self.speaks:
-            self._bar.update(self._task, completed=1.0 if not advice else None, refresh=self._console.is_terminal)
+            with self._printing():
+                self._bar.update(self._task, completed=1.0 if not advice else None, refresh=self._console.is_terminal)
             self._draw()
             self.say(f"stopped at step {step:,}: {reason}" + (f"; {advice}" if advice else ""))
 
@@ -203,7 +206,8 @@ class Monitor:
         if not self.speaks:
             return
         if self._console.is_terminal:
-            self._bar.stop()
+            with self._printing():
+                self._bar.stop()
         for close in (self._tensorboard.close, self._metrics.close, self._log_file.close):
             with contextlib.suppress(OSError):
                 close()
@@ -228,7 +232,8 @@ class Monitor:
         if (left := self._horizon.seconds_left(done)) is not None:
             parts.append(f"{_clock(left)} left")
         if self._console.is_terminal:
-            self._bar.update(self._task, completed=share, description="  ".join(parts), refresh=True)
+            with self._printing():
+                self._bar.update(self._task, completed=share, description="  ".join(parts), refresh=True)
         else:
             self.say(", ".join([f"{share:.0%}", *parts]))
         self._window = _Window(now)
@@ -243,6 +248,18 @@ class Monitor:
         for name, value in values.items():
             if value is not None:
                 self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+
+    @contextlib.contextmanager
+    def _printing(self) -> Iterator[None]:
+        """When the reader of the pipe is gone, or the terminal: train on, and print no more. log.txt has every line."""
+        try:
+            yield
+        except SystemExit:  # how rich answers a broken pipe; it is quiet from then on
+            pass
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self._console.quiet = True
 
     def _draw(self) -> None:
         self._history.draw(self.run / "loss.png", self.run.name, self._yardsticks)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,9 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         {
             f"{recipe}: the recipe": hashlib.sha256(dump_config(config).encode()).hexdigest(),
             f"data = {config.data!r}: the store's manifest": store.sha256,
+            f"{config.runtime.deepspeed}: the file": hashlib.sha256(json.dumps(settings.values, sort_keys=True).encode()).hexdigest(),
             "torch's version": torch.__version__,
+            "DeepSpeed's version": version("deepspeed"),
             f"runtime.precision = {config.runtime.precision!r} here means": precision,
             f"runtime.kernels = {config.runtime.kernels!r} here means": model.impl,
         },
