@@ -26,6 +26,7 @@ HEAVY = (
     "fastbert.training.loop",
     "torch._dynamo",
     "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which stages 1 to 3 ask for: it compiles, at least its decorators
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",

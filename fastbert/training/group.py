@@ -49,6 +49,7 @@ class Group:
         self.members, self.store, self.holds_store = list(members), store, seat.holds_store
         self.store_name = f"torchrun's store at {seat.where}" if seat.agent_store else f"{self.name(0)} at {seat.where}"
         self._patience, self._meetings = patience, 0
+        self._variables: list[str] = []  # of the environment, that `join` has set for torch and DeepSpeed
 
     @property
     def speaks(self) -> bool:
@@ -87,6 +88,12 @@ class Group:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def set_default(self, name: str, value: str) -> None:
+        """Give an environment variable a value for as long as the group lasts, unless it has one."""
+        if name not in os.environ:
+            os.environ[name] = value
+            self._variables.append(name)
 
     def barrier(self) -> None:
         """Go on when all ranks have come here."""
@@ -138,6 +145,8 @@ class Group:
         if self.world > 1:
             self._meet(None)
         dist.destroy_process_group()
+        for name in self._variables:
+            os.environ.pop(name, None)
 
     def __enter__(self) -> Group:
         return self
@@ -186,7 +195,7 @@ def join(timeout_s: float, interruption: Interruption | None = None) -> Group:
     if seat.world == 1:
         group = Group(seat, [Member(socket.gethostname(), os.getpid(), "")], dist.HashStore(), patience)
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():  # DeepSpeed reads them
-            os.environ.setdefault(name, value)
+            group.set_default(name, value)
         address = "127.0.0.1"
     else:
         meeting = patience.run(lambda: meet(seat, patience), f"rank 0 at {seat.where}", interruption)
@@ -197,7 +206,7 @@ def join(timeout_s: float, interruption: Interruption | None = None) -> Group:
         group.device = _device(seat)
     _check_alike(group)
     _share_cores(seat, group.device)
-    _choose_interface(address)
+    _choose_interface(group, address)
     if group.device.type == "cuda":
         torch.cuda.set_device(group.device)
     try:
@@ -245,7 +254,7 @@ def _share_cores(seat: Seat, device: torch.device) -> None:
         torch.set_num_threads(max(1, cores // seat.local_world))
 
 
-def _choose_interface(address: str) -> None:
+def _choose_interface(group: Group, address: str) -> None:
     """Let gloo listen on the interface that leads to `address`; it would take the one that the host's name means, or none that works.
 
     NCCL chooses better, since it knows of InfiniBand and of several cards, and it listens on what it uses. But it never chooses the loopback
@@ -254,9 +263,9 @@ def _choose_interface(address: str) -> None:
     own = own_address(address)
     name = next((name for name, addresses in psutil.net_if_addrs().items() if own in {item.address for item in addresses}), None)
     if own is not None and name is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        group.set_default("GLOO_SOCKET_IFNAME", name)
         if ipaddress.ip_address(own).is_loopback:
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            group.set_default("NCCL_SOCKET_IFNAME", name)
 
 
 def _to_bytes(value: Any, device: torch.device) -> Tensor:

@@ -36,6 +36,7 @@ from fastbert.training.launcher import Seat
 T = TypeVar("T")
 
 SILENCE_S = 5.0  # what the store gets to answer beyond the time-out, before it is given up
+COMPANY_S = 5.0  # after a signal: what the others get to come, so that they learn of it and end with the same code
 POLL_S = (0.01, 0.25)  # the first pause between two looks at the store, and the longest: hundreds of ranks look
 
 
@@ -89,7 +90,7 @@ class Patience:
         Args:
             work: waits by `until` and in no other way.
             whose: the holder of the store that it talks to, for messages.
-            interruption: when a signal is noted in it, `until` raises Interrupted.
+            interruption: when a signal is noted in it, the time is over soon, and `until` then raises Interrupted.
 
         Raises:
             RankLost: the store is gone or does not answer.
@@ -112,7 +113,8 @@ class Patience:
                     break
                 except queue.Empty:
                     if asked is None and (asked := self._asked()):
-                        end = time.monotonic() + SILENCE_S
+                        self._end = min(self._end, time.monotonic() + COMPANY_S)
+                        end = self._end + SILENCE_S
                     if time.monotonic() > end:
                         if asked:
                             raise Interrupted(asked) from None
@@ -134,9 +136,9 @@ class Patience:
 
     def rest(self, seconds: float, absent: Callable[[], str]) -> None:
         """Within `run`: wait for so long, if there is still time."""
-        if asked := self._asked():
-            raise Interrupted(asked)
         if time.monotonic() > self._end:
+            if asked := self._asked():
+                raise Interrupted(asked)
             raise RankLost(f"{absent()} within {self.timeout_s:g} s (runtime.timeout_s)")
         if self._given_up.wait(seconds):
             raise _GivenUp
