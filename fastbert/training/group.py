@@ -161,8 +161,8 @@ class Group:
         place = dist.PrefixStore(f"meeting/{self._meetings}", self.store)
         everybody = [str(rank) for rank in range(self.world)]
 
-        def absent() -> str:
-            return f"{listed([self.name(int(rank)) for rank in everybody if not place.check([rank])])} did not come along"
+        def absent(prefix: str = "") -> str:
+            return f"{listed([self.name(int(rank)) for rank in everybody if not place.check([prefix + rank])])} did not come along"
 
         def work() -> list[Any]:
             place.set(str(self.rank), json.dumps(value))
@@ -170,10 +170,9 @@ class Group:
                 place.set("all", "")
             self._patience.until(lambda: place.check(["all"]), absent)
             values = [json.loads(text) for text in place.multi_get(everybody)]
-            if place.add("read", 1) == self.world:
-                place.set("done", "")
+            place.set(f"read/{self.rank}", "")
             if self.holds_store:
-                self._patience.until(lambda: place.check(["done"]), lambda: "not all ranks have read what the others wrote")
+                self._patience.until(lambda: place.check([f"read/{rank}" for rank in everybody]), lambda: absent("read/"))
             return values
 
         return self._patience.run(work, self.store_name)
