@@ -242,7 +242,8 @@ def test_a_reader_that_leaves_does_not_end_the_run(recipe, tmp_path):
 
 
 def test_a_terminal_that_is_closed_saves(recipe, tmp_path):
-    process = start(recipe, "stop.steps=100000")
+    not_ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # as it is where nohup has started the tests
+    process = start(recipe, "stop.steps=100000", **not_ignored)
     while not (tmp_path / "run/metrics.jsonl").exists() or not lines(tmp_path / "run"):
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
