@@ -52,6 +52,11 @@ class Rank:
         self.pid = server.start({"arguments": list(arguments), "environment": dict(variables), **where, **more})
 
     @property
+    def parent(self) -> int:
+        """The fork server's id."""
+        return self._server.pid
+
+    @property
     def code(self) -> int | None:
         """Its exit code; -9 for a kill -9; None while it runs."""
         return self._server.ended(self.pid, 0)
@@ -139,6 +144,7 @@ class _Server:
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.fork_server"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment(), bufsize=0)
+        self.pid = self._process.pid
         self._news = threading.Condition()
         self._requested, self._started, self._ended = 0, [], {}  # requests made, processes in their order, exit codes by process
         threading.Thread(target=self._listen, daemon=True, name="fork server").start()
@@ -177,6 +183,7 @@ class _Server:
                 for answer in map(json.loads, lines):
                     if "started" in answer:
                         self._started.append(answer["started"])
+                        self._ended.pop(answer["started"], None)  # the system gives a number out again, after some 30,000 others
                     else:
                         self._ended[answer["ended"]] = answer["code"]
                 self._news.notify_all()

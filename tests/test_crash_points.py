@@ -24,12 +24,12 @@ def test_there_are_enough_of_them():
 
 def test_the_first_rank_dies(lab):
     tally = crashes(lab, [point for point in POINTS if point not in BESIDE_A_DAMAGED_ONE], 0, WORLD, STAGE)
-    assert tally.sound, tally
+    assert tally.sound, str(tally)
 
 
 def test_another_rank_dies(lab):
     tally = crashes(lab, ON_EVERY_RANK, 1, WORLD, STAGE)
-    assert tally.sound, tally
+    assert tally.sound, str(tally)
 
 
 @pytest.mark.parametrize("point", BESIDE_A_DAMAGED_ONE)

@@ -1,4 +1,4 @@
-"""Signals, at any moment and to any rank: a checkpoint, exit code 75, and the same run afterwards. Ranks that stop answering are named."""
+"""Signals, at any moment and to any rank: a checkpoint, exit code 75, and the same run afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.ranks import ROOT, Ranks, catches, environment, free_port
-from tests.trials import MARGIN_S, Laboratory, Trial, lines_so_far, wait_for
+from tests.trials import Laboratory, Trial, lines_so_far, wait_for, wait_until_ready
 
 WORLD, STAGE = 2, 1
 SOON_S = 25.0  # "within a few seconds", on cores that others use too
@@ -28,12 +28,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, small_store) -> Laboratory:
     return Laboratory(tmp_path_factory.mktemp("interruptions"), small_store.path)
-
-
-def ready(ranks: Ranks) -> None:
-    """Until every process has its handlers: before that it is Python that starts, and a signal is the system's affair."""
-    for rank in ranks.ranks:
-        wait_for(lambda rank=rank: catches(rank.pid, signal.SIGTERM))
 
 
 def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
@@ -82,7 +76,7 @@ def test_a_signal_while_starting(lab, to, share):
     trial, seconds = lab.trial(LONG, stage=STAGE), share * lab.seconds(WORLD, STAGE)[0]
     number = SIGNALS[int(share * 4) % 3]
     with trial.start(WORLD) as ranks:
-        ready(ranks)
+        wait_until_ready(ranks)
         time.sleep(seconds)
         for rank in ranks.ranks if to == "all" else [ranks[int(to[-1])]]:
             rank.signal(number)
@@ -99,45 +93,6 @@ def test_signals_one_after_the_other(lab):
             ranks.signal(number)
         interrupted(ranks, trial)
     assert lab.finish(trial, WORLD, STAGE).sound
-
-
-@pytest.mark.parametrize("when, frozen", [("starting", 0), ("starting", 1), ("training", 0), ("training", 1), ("saving", 1)])
-def test_a_rank_that_stops_answering_is_named(lab, when, frozen):
-    """SIGSTOP. Within the recipe's limit all others end; the frozen one ends too, should it ever wake up."""
-    trial, limit = lab.trial(stage=STAGE), 5.0
-    failpoint = {"FASTBERT_FAILPOINT": f"tensors-half:{frozen}=stop"} if when == "saving" else {}
-    with trial.start(WORLD, f"runtime.timeout_s={limit:g}", **failpoint) as ranks:
-        if when == "starting":
-            ready(ranks)
-        elif when == "training":
-            wait_for(lambda: lines_so_far(trial) >= 4)
-        if when != "saving":
-            ranks[frozen].signal(signal.SIGSTOP)
-        other = ranks[1 - frozen]
-        assert other.wait(limit + MARGIN_S) == 1
-        said = other.err.read_text()
-        assert f"rank {frozen}" in said and (when == "starting" or "runtime.timeout_s" in said), said
-        assert len(said.splitlines()) == 1, said
-        assert ranks[frozen].code is None
-        ranks[frozen].signal(signal.SIGCONT)
-        assert ranks[frozen].wait(limit + MARGIN_S) == 1, ranks[frozen].err.read_text()
-    if when != "starting":
-        assert lab.finish(trial, WORLD, STAGE).sound
-
-
-def test_a_frozen_first_rank_does_not_write_into_the_run_that_went_on(lab):
-    """Rank 0 sleeps, the run is resumed without it; when it wakes up in the middle of that, it must leave it alone."""
-    trial = lab.trial("runtime.timeout_s=60")
-    with trial.start(1) as old:
-        wait_for(lambda: lines_so_far(trial) >= 4)
-        old[0].signal(signal.SIGSTOP)
-        with trial.start(1) as new:
-            wait_for(lambda: len(trial.records("resume")) or lines_so_far(trial) < 4)
-            old[0].signal(signal.SIGCONT)
-            assert new.wait() == [0]
-        assert old.wait() == [1]
-        assert "taken" in old.errors and str(new[0].pid) in old.errors
-    assert trial.compare(lab.undisturbed(1, 0)).sound
 
 
 # The same by the commands that users type: the processes above were forked from one that had imported everything.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.trials import Laboratory, flips, kills
+from fastbert.training import checkpoint
+from tests.trials import Laboratory, flip, flips, kills
 
 SEED = 1
 
@@ -18,10 +20,25 @@ def test_kill_9_at_any_moment(lab):
     """Of one rank or of all, on one rank and on two, at every stage; every later loss is that of the run that was left alone."""
     tally = kills(lab, 30, SEED)
     print(tally)
-    assert tally.sound and tally.tried == 30, tally
+    assert tally.sound and tally.tried == 30, str(tally)
 
 
 def test_one_flipped_bit_anywhere(lab):
     tally = flips(lab, 10, SEED)
     print(tally)
-    assert tally.sound and tally.tried == 10, tally
+    assert tally.sound and tally.tried == 10, str(tally)
+
+
+def test_every_bit_of_a_small_checkpoint(tmp_path):
+    """One after the other, with all that JSON can write in two ways: a letter beyond ASCII, an exponent, a number's seventeenth digit."""
+    metadata = {"recipe": 'run = "ü"', "progress": {"seconds": 0.1 + 0.2, "best_loss": 1e-12}}
+    path = checkpoint.save(tmp_path / "checkpoints", 1, [("weight/a", torch.ones(3))], metadata, 1)
+    missed = []
+    for file in path.iterdir():
+        for bit in range(8 * file.stat().st_size):
+            flip(file, bit)
+            if checkpoint.newest_sound(tmp_path)[0] is not None:
+                missed.append((file.name, bit))
+            flip(file, bit)
+    assert checkpoint.newest_sound(tmp_path)[0] is not None
+    assert missed == []

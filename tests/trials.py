@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastbert.training import checkpoint
 from fastbert.training.failpoint import POINTS
 from fastbert.training.metrics import read_metrics
-from tests.ranks import Ranks
+from tests.ranks import PATIENCE_S, Ranks, catches
 
 CLOCK = ("seconds", "tokens_per_s", "training_seconds")  # what differs between two equal runs
 TIMEOUT_S = 15.0  # runtime.timeout_s: long for a step that takes 50 ms, also where others share the cores
@@ -311,7 +312,8 @@ def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: rand
             # 0: the kill came after the last thing that they do together.
             assert code in (0, 1, -signal.SIGKILL), f"{where}: exit codes {codes}: {ranks.errors}"
             assert code != 1 or f"rank {victim}" in rank.err.read_text(), f"{where}: nobody is named: {rank.err.read_text()!r}"
-        return True
+    check_nothing_is_damaged(trial)
+    return True
 
 
 # A flipped bit
@@ -376,7 +378,14 @@ def _crashed(lab: Laboratory, points: Sequence[str], rank: int, world: int, stag
             where = f"{point}, {trial.folder}, start {trial.starts}: exit codes {codes}: {ranks.errors}"
             assert codes == [-signal.SIGKILL if r == rank else 1 for r in range(world)], where
             tally.survived += 1
+        check_nothing_is_damaged(trial)
     return tally + lab.finish(trial, world, stage)
+
+
+def check_nothing_is_damaged(trial: Trial) -> None:
+    """What is called a checkpoint is one, whole and sound: `--resume` would also get over one that is not."""
+    _, complaints = checkpoint.newest_sound(trial.seen)
+    assert not complaints, f"{trial.folder}, after start {trial.starts}: {complaints}"
 
 
 def lines_so_far(trial: Trial) -> int:
@@ -385,7 +394,7 @@ def lines_so_far(trial: Trial) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
     """Poll until it is true."""
     until = time.monotonic() + seconds
     while not (found := what()):
@@ -393,3 +402,9 @@ def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> Any:
             raise TimeoutError("it never came to be")
         time.sleep(0.005)
     return found
+
+
+def wait_until_ready(ranks: Ranks) -> None:
+    """Until every process has its handlers: before that it is Python that starts, and a signal is the system's affair."""
+    for rank in ranks.ranks:
+        wait_for(lambda rank=rank: catches(rank.pid, signal.SIGTERM))

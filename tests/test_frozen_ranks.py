@@ -1,0 +1,55 @@
+"""SIGSTOP: a rank that stops answering is named, all others end, and should it ever wake up it harms nobody."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.trials import MARGIN_S, Laboratory, lines_so_far, wait_for, wait_until_ready
+
+WORLD, STAGE = 2, 1
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, small_store) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("frozen"), small_store.path)
+
+
+@pytest.mark.parametrize("when, frozen", [("starting", 0), ("starting", 1), ("training", 0), ("training", 1), ("saving", 1)])
+def test_a_rank_that_stops_answering_is_named(lab, when, frozen):
+    """SIGSTOP. Within the recipe's limit all others end; the frozen one ends too, should it ever wake up."""
+    trial, limit = lab.trial(stage=STAGE), 8.0
+    failpoint = {"FASTBERT_FAILPOINT": f"tensors-half:{frozen}=stop"} if when == "saving" else {}
+    with trial.start(WORLD, f"runtime.timeout_s={limit:g}", **failpoint) as ranks:
+        if when == "starting":
+            wait_until_ready(ranks)
+        elif when == "training":
+            wait_for(lambda: lines_so_far(trial) >= 4)
+        if when != "saving":
+            ranks[frozen].signal(signal.SIGSTOP)
+        other = ranks[1 - frozen]
+        assert other.wait(limit + MARGIN_S) == 1
+        said = other.err.read_text()
+        assert f"rank {frozen}" in said and (when == "starting" or "runtime.timeout_s" in said), said
+        assert len(said.splitlines()) == 1, said
+        assert ranks[frozen].code is None
+        ranks[frozen].signal(signal.SIGCONT)
+        assert ranks[frozen].wait(limit + MARGIN_S) == 1, ranks[frozen].err.read_text()
+    if when != "starting":
+        assert lab.finish(trial, WORLD, STAGE).sound
+
+
+def test_a_frozen_first_rank_does_not_write_into_the_run_that_went_on(lab):
+    """Rank 0 sleeps, the run is resumed without it; when it wakes up in the middle of that, it must leave it alone."""
+    trial = lab.trial("runtime.timeout_s=60")
+    with trial.start(1) as old:
+        wait_for(lambda: lines_so_far(trial) >= 4)
+        old[0].signal(signal.SIGSTOP)
+        with trial.start(1) as new:
+            wait_for(lambda: len(trial.records("resume")) or lines_so_far(trial) < 4)
+            old[0].signal(signal.SIGCONT)
+            assert new.wait() == [0]
+        assert old.wait() == [1]
+        assert "taken" in old.errors and str(new[0].pid) in old.errors
+    assert trial.compare(lab.undisturbed(1, 0)).sound

@@ -1,0 +1,46 @@
+"""Processes that the tests start are real ones, and none outlives them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+from tests.ranks import ROOT, Ranks, environment
+from tests.trials import wait_for
+
+# A process like that of the tests: it has two ranks, one of them stopped, and waits for its end.
+TESTS = """
+import signal, sys, time
+from pathlib import Path
+from tests.ranks import Ranks
+with Ranks(["pretrain", "no-such.toml"], Path(sys.argv[1]), 2) as ranks:
+    ranks[1].signal(signal.SIGSTOP)
+    print(ranks[1].parent, ranks[1].pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_exit_codes_and_what_was_said(tmp_path):
+    with Ranks(["pretrain", "no-such.toml"], tmp_path / "bad", 2) as ranks:
+        assert ranks.wait() == [2, 2]
+        assert ranks.errors.startswith("fastbert: no-such.toml: no such recipe")
+    with Ranks(["--version"], tmp_path / "good") as ranks:
+        assert ranks.wait() == [0]
+        assert ranks[0].out.read_text().startswith("fastbert ")
+    with Ranks(["--version"], tmp_path / "killed") as ranks:
+        ranks.signal(signal.SIGSTOP)
+        assert ranks.codes in ([None], [0])
+    assert ranks.codes in ([-9], [0])
+
+
+def test_no_rank_outlives_the_tests(tmp_path):
+    """Not even one that is stopped, when they die by kill -9."""
+    command = [sys.executable, "-c", TESTS, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as tests:
+        assert tests.stdout is not None
+        pids = [int(pid) for pid in tests.stdout.readline().split()]
+        assert all(os.path.exists(f"/proc/{pid}") for pid in pids) and len(pids) == 2
+        tests.kill()
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
