@@ -342,7 +342,7 @@ def edit(path: Path, change, sign: bool = False) -> None:
     if sign:
         manifest.pop("sha256")
         manifest["sha256"] = checkpoint._own_sha256(manifest)
-    (path / MANIFEST).write_text(json.dumps(manifest))
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def test_a_checkpoint_whose_files_have_other_names_is_read(tmp_path):

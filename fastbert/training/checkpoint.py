@@ -145,7 +145,7 @@ def publish(folder: Path, step: int, staging: Path, files: Mapping[str, Mapping[
         if (staging / name).stat().st_size != entry["size"]:
             raise OSError(errno.EIO, "does not have the size that its rank wrote", str(staging / name))
     manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": dict(files)}
-    _write_durably(staging / MANIFEST, "manifest", [json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1).encode()])
+    _write_durably(staging / MANIFEST, "manifest", [_manifest_bytes(manifest)])
     sync(staging)
     if path.exists() and isinstance(_read(path), Checkpoint):
         if _files(path) != manifest["files"]:
@@ -281,10 +281,12 @@ def _files(path: Path) -> dict[str, dict[str, Any]]:
 def _read(path: Path) -> Checkpoint | str:
     """Verify a checkpoint; a string says what is wrong with it."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        text = (path / MANIFEST).read_bytes()
+        manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             return f"{MANIFEST}: format = {manifest['format']!r}, this fastbert reads format {FORMAT}"
-        if manifest.pop("sha256") != _own_sha256(manifest):
+        del manifest["sha256"]
+        if text != _manifest_bytes(manifest):
             return f"{MANIFEST} does not have its own SHA-256"
         found = Checkpoint(path, manifest["step"], manifest["metadata"])
         entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
@@ -307,6 +309,11 @@ def _read(path: Path) -> Checkpoint | str:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return found
+
+
+def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """As it is written. Compared byte by byte: JSON has two ways to write some letters and numbers, and a flipped bit may choose the other."""
+    return json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1).encode()
 
 
 def _own_sha256(manifest: dict[str, Any]) -> str:
