@@ -22,6 +22,7 @@ import psutil
 from tests import stand_ins
 from tests.namespaces import Listener, Nodes, Process
 from tests.ranks import environment
+from tests.trials import CLOCK
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/multi-node.md"
@@ -34,7 +35,6 @@ SMALLER = {
     "--ntasks-per-node=8": "--ntasks-per-node={gpus}",
     "[0, 1, 2, 3, 4, 5, 6, 7]": "[0]",
 }
-CLOCK = ("seconds", "tokens_per_s", "training_seconds")
 
 RECIPE = """
 data = "data/wiki"

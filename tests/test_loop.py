@@ -25,10 +25,11 @@ from fastbert.errors import InputError
 from fastbert.training import checkpoint
 from fastbert.training.loop import pretrain
 from fastbert.training.metrics import STEP_KEYS, read_metrics
+from tests.ranks import environment
 from tests.sanitizer import sanitize
+from tests.trials import CLOCK
 
 ROOT = Path(__file__).parents[1]
-CLOCK = ("seconds", "tokens_per_s", "training_seconds")  # what differs between two equal runs
 
 RECIPE = """
 data = "{store}"
@@ -76,10 +77,8 @@ def train(recipe: Path, *overrides: str, resume: bool = False) -> int:
 
 def start(recipe: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     """In a process of its own, through the command line."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fastbert", "pretrain", str(recipe), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
