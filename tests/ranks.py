@@ -72,6 +72,15 @@ class Rank:
             os.kill(self.pid, number)
 
 
+def runs(pid: int) -> bool:
+    """Whether a process is there and has not ended: in a container without an init, nobody takes away what an orphan leaves."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return not any(line.startswith("State:") and line.split()[1] in "ZX" for line in status.splitlines())
+
+
 def catches(pid: int, number: int) -> bool:
     """Whether a process has a handler for a signal, so that it would not die of it."""
     status = Path(f"/proc/{pid}/status").read_text()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 
-from tests.ranks import ROOT, Ranks, environment
+from tests.ranks import ROOT, Ranks, environment, runs
 from tests.trials import wait_for
 
 # A process like that of the tests: it has two ranks, one of them stopped, and waits for its end.
@@ -41,6 +40,6 @@ def test_no_rank_outlives_the_tests(tmp_path):
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as tests:
         assert tests.stdout is not None
         pids = [int(pid) for pid in tests.stdout.readline().split()]
-        assert all(os.path.exists(f"/proc/{pid}") for pid in pids) and len(pids) == 2
+        assert all(runs(pid) for pid in pids) and len(pids) == 2
         tests.kill()
-    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+    wait_for(lambda: not any(runs(pid) for pid in pids))
