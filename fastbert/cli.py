@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import faulthandler
 import json
 import math
 import os
@@ -48,6 +49,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     keep_heap()
+    if sys.stderr is not None:
+        faulthandler.enable(all_threads=False)  # a mapped file that is cut short while it is read: the line of Python that read it
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a connection that breaks shows a page of C++ frames before our own line
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 

@@ -12,7 +12,8 @@ import torch
 
 from fastbert.config import BatchConfig, OptimizerConfig, RunConfig, RuntimeConfig, ScheduleConfig, StopConfig
 from fastbert.errors import InputError
-from fastbert.training.ds_config import IDLE, NEVER, ONLY, OWN, RECIPE, SECTIONS, DeepSpeedSettings, read_ds_config
+from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
+from fastbert.training.ds_keys import IDLE, NEVER, ONLY, OWN, RECIPE, SECTIONS
 from fastbert.training.engine import check_settings
 from tests.ranks import environment, free_port
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+
 import pytest
 import torch
 
 from fastbert.training import checkpoint
-from tests.trials import Laboratory, flip, flips, kills
+from tests.trials import Laboratory, flip, flips, kills, wait_for
 
 SEED = 1
 
@@ -21,6 +24,20 @@ def test_kill_9_at_any_moment(lab):
     tally = kills(lab, 30, SEED)
     print(tally)
     assert tally.sound and tally.tried == 30, str(tally)
+
+
+def test_rank_0_dies_as_the_run_begins(lab):
+    """It has just taken the run folder, and the other rank waits to hear of it: the first time that ranks meet without a store."""
+    trial = lab.trial(stage=1)
+    with trial.start(2) as ranks:
+        wait_for(lambda: (trial.run / ".owner").exists() or None not in ranks.codes)
+        ranks[0].signal(signal.SIGKILL)
+        assert ranks.wait() == [-signal.SIGKILL, 1]
+        said = ranks[1].err.read_text()
+    assert "Traceback" not in said, said  # before our line torch may have one on the store
+    (line,) = [line for line in said.splitlines() if line.startswith("fastbert: ")]
+    assert f"rank 0 ({socket.gethostname()}, process {ranks[0].pid})" in line and line.endswith("; go on with --resume")
+    assert lab.finish(trial, 2, 1).sound
 
 
 def test_one_flipped_bit_anywhere(lab):

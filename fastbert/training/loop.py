@@ -56,7 +56,10 @@ def pretrain(config: RunConfig, recipe: str, resume: bool, interruption: Interru
         except Interrupted as signal:
             print(f"interrupted by {signal} before the first step", file=sys.stderr)
             return INTERRUPTED
-        except (RankLost, Ended) as end:
+        except RankLost as end:
+            print(f"fastbert: {end}; go on with --resume", file=sys.stderr)
+            return FAILED
+        except Ended as end:
             print(f"fastbert: {end}", file=sys.stderr)
             return FAILED
 
@@ -94,11 +97,6 @@ def _run(setup: Setup, group: Group, watch: Watch, interruption: Interruption) -
     except TakenOver as error:
         watch.farewell(str(error))
         raise Ended(f"the run ended here: {error}") from error
-    except Exception as error:
-        if (gone := watch.blame(error)) is not None:
-            raise Ended(f"{gone}; {_go_on(setup)}") from error
-        watch.farewell(f"{type(error).__name__}: {error}")
-        raise
 
 
 def _train(

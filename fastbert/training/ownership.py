@@ -43,8 +43,8 @@ class Ownership:
 
     def check(self) -> None:
         """Raises TakenOver, with the other's machine and process, where somebody has."""
-        newest = self._newest()
-        if newest[:1] != [self.token]:
+        if not self.holds():
+            newest = self._newest()
             where = f"on {newest[1]}, process {newest[2]}" if len(newest) == 3 else "elsewhere"
             raise TakenOver(f"another start of this run ({where}) has taken {self.run} over")
 

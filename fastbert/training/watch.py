@@ -5,8 +5,8 @@ machines. So a thread of every rank writes a beat to the group's store, and anot
 it has not for too long, the beats show who is missing. The first rank to find out leaves its verdict in the store, where the others read it,
 and the process is ended from the thread, since nothing wakes the main one.
 
-Where a collective fails at once, because a peer has died, `blame` answers the same question: the peer that has closed the connection may
-only be another one that failed, next in a row.
+Where a collective fails at once, because a peer has died, the beats answer the same question: the peer that has closed the connection may
+only be another one that failed, next in a row. So an exception that leaves the context comes out as RankLost where another rank is its cause.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class Watch:
     Args:
         group: its ranks call `tick` at the same places.
         timeout_s: how long a rank may take from one tick to the next, in seconds.
+
+    Raises:
+        RankLost: at the end of the context, in place of an exception inside it that came of another rank's end; it names that rank.
     """
 
     def __init__(self, group: Group, timeout_s: float):
@@ -83,8 +86,11 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        lost = None
         if error is not None and not isinstance(error, InputError | Interrupted) and not self._out.is_set():
-            self.farewell(describe(error))
+            lost = self._blame(error)
+            if lost is None:
+                self.farewell(describe(error))
         self._out.set()
         self._over.set()
         for thread in self._threads:
@@ -93,25 +99,12 @@ class Watch:
             last = Beat(-1, self._tick[0], self._tick[1], waiting=True, where="", left=True)
             with suppress(RankLost):
                 self._ask(lambda store: store.set(str(self._group.rank), json.dumps(last)))
+        if lost is not None:
+            raise RankLost(lost) from error
 
     def tick(self, what: str) -> None:
         """The main thread goes on, now at `what`, such as "step 17". Costs nothing."""
         self._tick = (self._tick[0] + 1, what, time.monotonic())
-
-    def blame(self, error: BaseException) -> str | None:
-        """After an exception: a line that names the rank which is gone; None where all are there, so that the fault is this rank's own.
-
-        Takes a few seconds, within which the other ranks stand still or beat.
-        """
-        if self._group.world == 1 or isinstance(error, InputError | Interrupted):
-            return None
-        self._out.set()
-        if isinstance(error, RankLost):
-            self._pronounce(str(error), deaf=1)
-        elif self._verdict is None:
-            self._find_out(self._missing, "disappeared", LOOK_S)
-        self._linger()
-        return self._reason
 
     def farewell(self, reason: str) -> None:
         """Before any exit that the other ranks do not share: tell them why, so that they end at once and quote it."""
@@ -120,6 +113,21 @@ class Watch:
             if self._verdict is None:
                 self._pronounce(f"{self._group.name(self._group.rank)} has ended: {reason}", deaf=0)
             self._linger()
+
+    def _blame(self, error: BaseException) -> str | None:
+        """A line that names the rank which is gone; None where all are there, so that the fault is this rank's own.
+
+        Takes a few seconds, within which the other ranks stand still or beat.
+        """
+        if self._group.world == 1 or not isinstance(error, Exception):
+            return None
+        self._out.set()
+        if isinstance(error, RankLost):
+            self._pronounce(str(error), deaf=1)
+        elif self._verdict is None:
+            self._find_out(self._missing, "disappeared", LOOK_S)
+        self._linger()
+        return self._reason
 
     def _beat(self) -> None:
         """Thread: say that this process is alive, and hear whether a verdict is there."""
