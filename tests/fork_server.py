@@ -56,6 +56,7 @@ def serve() -> dict[str, Any] | None:
                 server = os.getpid()
                 pid = os.fork()
                 if pid == 0:
+                    watched.close()  # now: it is in a cycle, and a late collection would close whatever has its number by then
                     _die_with(server)
                     return json.loads(line)
                 watched.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)

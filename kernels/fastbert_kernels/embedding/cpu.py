@@ -2,7 +2,7 @@
 
 The gradients of the tables are sums in the order of the rows (`index_add_`, or one product for the two segments), so they
 are deterministic. Only the rows that occur are written; the rest of a table's gradient is zero. Inputs of 16 bits are summed and
-normalised in fp32. dweight is our own product and sum: torch's LayerNorm adds it up one row after the other, and loses a digit.
+normalised in fp32. dweight and dshift are sums of our own: torch's LayerNorm adds them up one row after the other, and loses a digit.
 """
 
 import torch
@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._dropout import keep_scale
 from fastbert_kernels._dropout_cpu import row_keep_mask_cpu
+
+PRODUCT_ROWS = 16  # a table of so few rows at the most: each of them is the sum of many, which a product rounds less
 
 
 class _EmbeddingLayerNorm(torch.autograd.Function):
@@ -37,12 +39,19 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         dy = dy.to(z.dtype)
         if keep is not None:
             dy = (dy * keep).mul_(keep_scale(ctx.dropout_p))
-        dz, _, dshift = torch.ops.aten.native_layer_norm_backward(
-            dy.contiguous(), z, (z.shape[1],), mean, rstd, weight.to(z.dtype), shift.to(z.dtype), [True, False, True]
+        dz, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dy.contiguous(), z, (z.shape[1],), mean, rstd, weight.to(z.dtype), shift.to(z.dtype), [True, False, False]
         )
-        dweight = (z - mean).mul_(rstd).mul_(dy).sum(0)
-        tables = [dz.new_zeros(size, dz.shape[1]).index_add_(0, row, dz) for size, row in zip(ctx.sizes, rows, strict=True)]
+        dweight, dshift = (z - mean).mul_(rstd).mul_(dy).sum(0), dy.sum(0)
+        tables = [_scatter(dz, row, size) for size, row in zip(ctx.sizes, rows, strict=True)]
         return None, None, None, *tables, dweight, dshift, None, None, None, None
+
+
+def _scatter(dz, rows, size):
+    """[size, D]: sums of the rows of dz that go to each row of a table."""
+    if size > PRODUCT_ROWS:
+        return dz.new_zeros(size, dz.shape[1]).index_add_(0, rows, dz)
+    return torch.nn.functional.one_hot(rows, size).T.to(dz.dtype) @ dz
 
 
 def cpu(*arguments):
