@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert.training.group import join
+from fastbert.training.group import meet_others
 from fastbert.training.meeting import RankLost
 from fastbert.training.watch import LOOK_S, Watch
 from tests.toy_ranks import Toys, say
@@ -28,7 +28,9 @@ SEEN = "(the start|step [123])"  # by the last beat
 def stepping(timeout_s: float, steps: int, acts: dict[tuple[int, int], str]) -> int:
     """Count steps and add up numbers; at each (rank, step) of `acts`, do that."""
     try:
-        with join(timeout_s) as group, Watch(group, timeout_s) as watch:
+        with meet_others(timeout_s) as group, Watch(group, timeout_s) as watch:
+            act(acts.get((group.rank, 0), ""), watch)
+            group.connect()
             for step in range(1, steps + 1):
                 watch.tick(f"step {step}")
                 say("at step", step)
@@ -96,6 +98,24 @@ def test_the_rank_that_holds_the_store_is_killed(tmp_path):
         assert toys.wait() == [-signal.SIGKILL, 1, 1]
         for rank in (1, 2):
             assert line(toys.err(rank)).startswith(f"{toys.name(0)} at 127.0.0.1:{toys.port} has disappeared")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_is_killed_while_they_connect(tmp_path, lost):
+    with Toys(stepping, (TIMEOUT_S, 3, {(lost, 0): "SIGKILL"}), tmp_path, 3) as toys:
+        others = [rank for rank in range(3) if rank != lost]
+        assert toys.wait(*others) == [1, 1]
+        for rank in others:
+            assert line(toys.err(rank)).startswith(toys.name(lost)), toys.err(rank)
+
+
+def test_ranks_that_cannot_connect_say_so(tmp_path):
+    """All are there; only gloo has no way from one to the other."""
+    with Toys(stepping, (TIMEOUT_S, 3, {}), tmp_path, 2, GLOO_SOCKET_IFNAME="nowhere") as toys:
+        assert toys.wait() == [1, 1]
+        for rank in range(2):
+            said = line(toys.err(rank))
+            assert "has met the others, but cannot connect to all of them" in said and "GLOO_SOCKET_IFNAME = nowhere" in said
 
 
 def test_all_others_are_killed(tmp_path):

@@ -29,8 +29,12 @@ from fastbert.training.meeting import Interrupted, Member, Patience, RankLost, d
 MARGIN_S = 60.0  # by which a collective outlasts runtime.timeout_s: watch.py speaks first, and with a name
 
 
+class Unconnected(RankLost):
+    """All ranks have met, but this one cannot connect to all others; it does not know whose fault it is."""
+
+
 class Group:
-    """The processes of a run, as one of them sees it; made by `join`. A context manager.
+    """The processes of a run, as one of them sees it; made by `join` or `meet_others`. A context manager.
 
     Attributes:
         rank, world: this process's number, and how many there are.
@@ -50,6 +54,24 @@ class Group:
         self.store_name = f"torchrun's store at {seat.where}" if seat.agent_store else f"{self.name(0)} at {seat.where}"
         self._patience, self._meetings = patience, 0
         self._variables: list[str] = []  # of the environment, that `join` has set for torch and DeepSpeed
+
+    def connect(self) -> None:
+        """Open torch's process group; raises Unconnected where it cannot be."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        try:
+            dist.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo",
+                store=self.store,
+                rank=self.rank,
+                world_size=self.world,
+                timeout=timedelta(seconds=self._patience.timeout_s + MARGIN_S),
+            )
+        except RuntimeError as error:
+            raise Unconnected(
+                f"{self.name(self.rank)} has met the others, but cannot connect to all of them: {describe(error)}; "
+                f"look at GLOO_SOCKET_IFNAME = {os.environ.get('GLOO_SOCKET_IFNAME')} and at the firewall between the machines"
+            ) from error
 
     @property
     def speaks(self) -> bool:
@@ -144,7 +166,8 @@ class Group:
         """Leave together with the others; the one that holds the store is the last to go."""
         if self.world > 1:
             self._meet(None)
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         for name in self._variables:
             os.environ.pop(name, None)
 
@@ -179,7 +202,18 @@ class Group:
 
 
 def join(timeout_s: float, interruption: Interruption | None = None) -> Group:
-    """Meet the other processes that the launcher has started.
+    """Meet the other processes that the launcher has started, and connect to them: `meet_others` and `Group.connect`.
+
+    Raises:
+        InputError, Interrupted, RankLost: as those.
+    """
+    group = meet_others(timeout_s, interruption)
+    group.connect()
+    return group
+
+
+def meet_others(timeout_s: float, interruption: Interruption | None = None) -> Group:
+    """Meet the other processes that the launcher has started; collectives need `Group.connect` besides, which a Watch can look after.
 
     Args:
         timeout_s: how long to wait for the others, now and at every later meeting, in seconds.
@@ -206,21 +240,6 @@ def join(timeout_s: float, interruption: Interruption | None = None) -> Group:
     _check_alike(group)
     _share_cores(seat, group.device)
     _choose_interface(group, address)
-    if group.device.type == "cuda":
-        torch.cuda.set_device(group.device)
-    try:
-        dist.init_process_group(
-            "nccl" if group.device.type == "cuda" else "gloo",
-            store=group.store,
-            rank=seat.rank,
-            world_size=seat.world,
-            timeout=timedelta(seconds=timeout_s + MARGIN_S),
-        )
-    except RuntimeError as error:
-        raise RankLost(
-            f"{group.name(seat.rank)} has met the others at {seat.where}, but cannot connect to all of them: {describe(error)}; "
-            f"look at GLOO_SOCKET_IFNAME = {os.environ.get('GLOO_SOCKET_IFNAME')} and at the firewall between the machines"
-        ) from error
     return group
 
 

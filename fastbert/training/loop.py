@@ -16,7 +16,7 @@ from fastbert.doctor import measure_gemm_rate
 from fastbert.flops import executed_flops
 from fastbert.training import checkpoint
 from fastbert.training.engine import Engine, NotFinite
-from fastbert.training.group import Group, Interrupted, RankLost, join
+from fastbert.training.group import Group, Interrupted, RankLost, meet_others
 from fastbert.training.interruption import Interruption
 from fastbert.training.monitor import Monitor
 from fastbert.training.ownership import Ownership, TakenOver
@@ -49,7 +49,8 @@ def pretrain(config: RunConfig, recipe: str, resume: bool, interruption: Interru
     """
     with interruption or Interruption() as interruption:
         try:
-            with join(config.runtime.timeout_s, interruption) as group, Watch(group, config.runtime.timeout_s) as watch:
+            with meet_others(config.runtime.timeout_s, interruption) as group, Watch(group, config.runtime.timeout_s) as watch:
+                group.connect()
                 watch.tick("the set-up")
                 setup = set_up(config, recipe, resume, group)
                 return _run(setup, group, watch, interruption)

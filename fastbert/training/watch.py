@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch.distributed as dist
 
 from fastbert.errors import InputError
-from fastbert.training.group import Group
+from fastbert.training.group import Group, Unconnected
 from fastbert.training.meeting import Interrupted, Patience, RankLost, describe, listed
 
 T = TypeVar("T")
@@ -122,10 +122,12 @@ class Watch:
         if self._group.world == 1 or not isinstance(error, Exception):
             return None
         self._out.set()
-        if isinstance(error, RankLost):
+        if isinstance(error, RankLost) and not isinstance(error, Unconnected):
             self._pronounce(str(error), deaf=1)
         elif self._verdict is None:
             self._find_out(self._missing, "disappeared", LOOK_S)
+        if isinstance(error, Unconnected) and self._verdict is None:
+            self._pronounce(str(error), deaf=0)
         self._linger()
         return self._reason
 
