@@ -10,14 +10,15 @@ BIN := .venv/bin
 FASTBERT := $(BIN)/fastbert
 PIP := $(BIN)/pip --disable-pip-version-check install -qq
 RUN := runs/demo
-OUT ?= runs/gpu-$(shell date +%Y%m%d-%H%M%S)
+OUT := $(or $(OUT),runs/bench-$(shell date +%Y%m%d-%H%M%S))
+RUN_BENCHMARKS = PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.run
 
 # One thread for each worker of pytest, which has one worker for each core.
 test: export OMP_NUM_THREADS := 1
 
 heading = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: help install demo test torture check bench-step bench-kernels gpu clean
+.PHONY: help install demo test torture check bench bench-check bench-step bench-quality gpu clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -43,17 +44,21 @@ check: .venv/.installed-test ## lint, format and types only
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench-step: | data/wiki/manifest.json ## one training step against transformers' BertForPreTraining, in turns
-	@$(BIN)/python -m benchmarks.bench_step data/wiki
+bench: .venv/.installed-test | data/wiki/manifest.json ## all benchmarks that need no GPU, in 15 minutes; report in OUT=folder
+	@$(RUN_BENCHMARKS) --on cpu --out $(OUT)
 
-bench-kernels: .venv/.installed-test ## each kernel against torch, the bytes it moves, what compilers make of it; runs/kernels
-	@mkdir -p runs/kernels
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_kernels --out runs/kernels
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.traffic | tee runs/kernels/traffic.txt
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.ahead_of_time | tee runs/kernels/resources.txt
+bench-check: .venv/.installed-test | data/wiki/manifest.json ## the same, and whether a ratio fell below 0.85 of what is on record for such a machine
+	@$(RUN_BENCHMARKS) --on cpu --out $(OUT)
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(OUT) --on cpu
 
-gpu: ## all that needs a GPU, in 8 minutes, with the torch, Triton and pytest of PYTHON; report in OUT=folder
-	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --out $(OUT)
+bench-step: .venv/.installed-test | data/wiki/manifest.json ## of these, one: a training step against transformers' BertForPreTraining
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_step data/wiki
+
+bench-quality: .venv/.installed-test | data/wiki/manifest.json ## time to quality against transformers' Trainer; takes 40 minutes on 2 cores
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_quality data/wiki --out $(OUT)
+
+gpu: ## all that needs a GPU, in 8 minutes, with the torch, Triton, pytest and pytest-benchmark of PYTHON; report in OUT=folder
+	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.run --on gpu --out $(OUT)
 
 clean: ## remove .venv and caches; data/ and runs/ stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

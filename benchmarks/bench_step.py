@@ -1,6 +1,6 @@
 """A training step, side by side with transformers' BertForPreTraining doing the same work.
 
-    python -m benchmarks.bench_step data/wiki [--steps 13] [--lengths single fill full] [--out report.json]
+    python -m benchmarks.bench_step data/wiki [--steps 13] [--lengths single fill full] [--out folder]
 
 Both sides: the same weights, examples, masks and optimizer (AdamW, fused), fp32, dropout 0.1, forward + backward + update, the
 same heap setting (`fastbert.heap`; without it transformers' large temporaries would cost it up to twice as much, which would be
@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -26,6 +24,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.machine import header, header_line
+from benchmarks.record import Record, table
 from fastbert.config import ObjectiveConfig, RunConfig, parse_config
 from fastbert.data.batches import Batches, PackedBatch
 from fastbert.data.store import Store, open_store
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument(
         "--lengths", nargs="+", choices=["single", "fill", "full"], default=["single", "full"], help="which lengths to time"
     )
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--out", type=Path, help="folder for step.json and step.md")
     arguments = parser.parse_args()
     keep_heap()
     transformers.logging.set_verbosity_error()
@@ -159,8 +159,8 @@ def main() -> None:
     batches = {"single": draw(store, "single", arguments.steps), "fill": draw(store, "fill", arguments.steps)}
     batches["full"] = [fill_up(batch) for batch in batches["fill"]]
 
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"{SEQUENCES} sequences a step, fp32, dropout 0.1, {machine}, torch {torch.__version__}, transformers {transformers.__version__}")
+    facts = header(torch.device("cpu")) | {"transformers": transformers.__version__}
+    print(f"{SEQUENCES} sequences a step, fp32, dropout 0.1; {header_line(facts)}")
     print(
         f"{'lengths':>7} {'model':>6} {'V':>6} {'fill':>5} {'transformers':>13} {'fastbert':>9} {'ratio':>6} {'quartiles':>12} {'of ideal':>9}"
     )
@@ -176,8 +176,29 @@ def main() -> None:
                 flush=True,
             )
     if arguments.out:
-        header = {"machine": machine, "torch": torch.__version__, "transformers": transformers.__version__}
-        arguments.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+        ratios = {f"{r['model']}, V = {r['vocab_size']:,}, lengths {r['lengths']}, transformers' time over ours": r["ratio"] for r in rows}
+        Record(facts, rows, ratios).write(arguments.out, "step", "A training step against transformers\n\n" + step_table(rows))
+
+
+def step_table(rows: list[dict]) -> str:
+    """Markdown."""
+    words = {"single": "of the demo's pairs", "fill": "pairs that fill up", "full": f"all {MAX_LENGTH}"}
+    return table(
+        ("lengths", "model", "V", "fill", "transformers", "fastbert", "ratio (quartiles)", "of the ideal"),
+        [
+            (
+                words[row["lengths"]],
+                row["model"],
+                f"{row['vocab_size']:,}",
+                f"{row['fill']:.2f}",
+                f"{row['transformers_ms']:,.0f} ms",
+                f"{row['fastbert_ms']:,.0f} ms",
+                f"**{row['ratio']:.2f}x** ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})",
+                f"{100 * row['share_of_ideal']:.0f} %",
+            )
+            for row in rows
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ kernels. Exit code 1 if the loss does not fall or the curves do not agree.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from benchmarks.cases import VOCABULARY, mixed_lengths
 from benchmarks.machine import PEAKS, device_name, header, header_line
 from benchmarks.padded_bert import PaddedBert, pad
+from benchmarks.record import Record
 from fastbert.config import PRESETS, ModelConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.flops import training_flops
@@ -58,6 +58,7 @@ CURVES = Sizes("mini", 8192, 4096, 256)  # lengths on both sides of 128, where a
 SPEED = [Sizes("base", VOCABULARY, 16384, 128), Sizes("base", VOCABULARY, 16384, 512)]
 DRY_CURVES, DRY_SPEED, DRY_STEPS = Sizes("tiny", 200, 256, 32), [Sizes("tiny", 200, 256, 32)], 24
 STEPS = 100
+PADDED = "torch.nn, padded, SDPA"
 
 
 def model_config(preset: str, dropout: float) -> ModelConfig:
@@ -188,7 +189,7 @@ def speed(sizes: Sizes, impl: str, device: torch.device, seconds: float) -> list
     contenders = {
         impl: (ours(sizes, impl, 0.1, device, torch.bfloat16), batch),
         "reference": (ours(sizes, "reference", 0.1, device, torch.bfloat16), batch),
-        "torch.nn, padded, SDPA": (padded(sizes, 0.1, device, torch.bfloat16), padding),
+        PADDED: (padded(sizes, 0.1, device, torch.bfloat16), padding),
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.monotonic() + seconds
@@ -217,7 +218,7 @@ def speed(sizes: Sizes, impl: str, device: torch.device, seconds: float) -> list
                 "ms": median,
                 "quartiles": [low, high],
                 "tokens_per_s": 1e3 * batch.tokens / median,
-                "mfu": 1e3 * useful / median / peak.bf16 if peak else None,
+                "mfu": 1e3 * useful / median / peak.flops if peak else None,
             }
         )
     return rows
@@ -226,9 +227,20 @@ def speed(sizes: Sizes, impl: str, device: torch.device, seconds: float) -> list
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-def report(facts: dict[str, str], curves: list[Curves], rows: list[dict], impl: str) -> str:
-    lines = ["# Training", "", header_line(facts), ""]
-    lines += [
+def ratios(rows: list[dict], impl: str) -> dict[str, float]:
+    """Tokens a second of ours over the padded model's."""
+    rate = {(row["preset"], row["longest"], row["model"]): row["tokens_per_s"] for row in rows}
+    return {
+        f"{preset} up to {longest}, tokens/s over {PADDED}": value / rate[preset, longest, PADDED]
+        for (preset, longest, model), value in rate.items()
+        if model == impl
+    }
+
+
+def report(curves: list[Curves], rows: list[dict], impl: str) -> str:
+    lines = [
+        "Training",
+        "",
         f"| dropout | steps | first loss | last loss | falls | {impl} from fp32, nats | reference in bf16 from fp32, nats | agree |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -267,9 +279,8 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
 
     def write() -> None:
-        found = {"header": facts, "curves": [c._asdict() for c in curves], "speed": rows}
-        (options.out / "training.json").write_text(json.dumps(found, indent=1) + "\n")
-        (options.out / "training.md").write_text(report(facts, curves, rows, impl))
+        found = [{"what": "curve", **c._asdict()} for c in curves] + [{"what": "speed", **row} for row in rows]
+        Record(facts, found, ratios(rows, impl)).write(options.out, "training", report(curves, rows, impl))
 
     print(header_line(facts), flush=True)
     # The dry run's work is fixed, so that its outcome does not depend on how busy the machine is.

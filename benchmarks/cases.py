@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ class Case(NamedTuple):
     label: str
     shape: Shape
     dropout_p: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.shape["lengths"]) if "lengths" in self.shape else self.shape["T"]
 
     def __str__(self) -> str:
         return f"{self.operation} {self.label}" + (f" p={self.dropout_p:g}" if SPECS[self.operation].dropout else "")
@@ -53,6 +58,20 @@ def production(tokens: int = TOKENS) -> list[Case]:
         *itertools.chain(*of_length.values()),
         *rows(1024),
     ]
+
+
+def sweep(sizes: Sequence[int], length: int = 128) -> list[Case]:
+    """Each operation of BERT-base on packs of so many tokens, sequences of `length`; dropout where there is any."""
+    found = []
+    for T in sizes:
+        found += [
+            Case("attention", f"n={length} T={T}", {"lengths": [length] * (T // length), "H": 12, "K": 64}, 0.1),
+            Case("mlm_loss", f"D=768 T={T}", {"T": T, "M": round(0.15 * T), "D": 768, "V": VOCABULARY}),
+            Case("norm", f"D=768 T={T}", {"T": T, "D": 768}, 0.1),
+            Case("gelu", f"F=3072 T={T}", {"T": T, "F": 3072}),
+            Case("embedding", f"D=768 T={T}", {"T": T, "V": VOCABULARY, "P": 512, "D": 768}, 0.1),
+        ]
+    return sorted(found, key=lambda case: case.operation)
 
 
 def mixed_lengths(tokens: int, longest: int = 512, seed: int = 0) -> list[int]:
@@ -115,13 +134,13 @@ def outcome(case: Case, arguments: dict[str, Any], impl: str, upstream: Tensor) 
     return [result.detach(), *torch.autograd.grad(result, leaves(case, arguments), upstream.to(result.dtype))]
 
 
-def truth(case: Case, arguments: dict[str, Any], upstream: Tensor) -> Truth:
+def truth(case: Case, arguments: dict[str, Any], upstream: Tensor, wide: torch.dtype | None = None) -> Truth:
     """As the tests have it: 2 err(reference in this dtype) + 1 ulp, err the largest difference, 1 ulp eps * max|truth|.
 
-    In fp64 for fp32 inputs; in fp32, where the large cases fit, for the others.
+    In `wide`; by default in fp64 for fp32 inputs, and in fp32, where the large cases fit, for the others.
     """
     dtype = leaves(case, arguments)[0].dtype
-    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    wide = wide or (torch.float64 if dtype == torch.float32 else torch.float32)
     promoted = {
         name: value.detach().to(wide).requires_grad_() if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in arguments.items()

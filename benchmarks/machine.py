@@ -5,38 +5,79 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from fastbert.doctor import measure_gemm_rate
 from fastbert.plan import GPUS
 
 ROOT = Path(__file__).parents[1]
 
 
 class Peak(NamedTuple):
-    bf16: float  # dense matrix products, FLOP/s
+    flops: float  # dense matrix products, FLOP/s: bf16 on a GPU, fp32 on a CPU
     bandwidth: float  # bytes/s
+    source: str
 
 
-# By the name that the driver gives. Source of the bandwidths: NVIDIA's data sheets, SXM parts.
+# By the name that the driver gives.
 PEAKS = {
-    "NVIDIA A100-SXM4-40GB": Peak(GPUS["a100"].bf16, 1.555e12),
-    "NVIDIA A100-SXM4-80GB": Peak(GPUS["a100"].bf16, 2.039e12),
-    "NVIDIA H100 80GB HBM3": Peak(GPUS["h100"].bf16, 3.35e12),
-    "NVIDIA H200": Peak(GPUS["h200"].bf16, 4.8e12),
+    name: Peak(GPUS[kind].bf16, bandwidth, "NVIDIA's data sheets, SXM parts, bf16")
+    for name, kind, bandwidth in (
+        ("NVIDIA A100-SXM4-40GB", "a100", 1.555e12),
+        ("NVIDIA A100-SXM4-80GB", "a100", 2.039e12),
+        ("NVIDIA H100 80GB HBM3", "h100", 3.35e12),
+        ("NVIDIA H200", "h200", 4.8e12),
+    )
 }
+COPY_BYTES = 256 * 1024**2  # larger than any cache
+
+
+def peak_of(device: torch.device) -> Peak:
+    """Of the data sheet where the GPU is known; else measured, by a product of matrices and by a copy."""
+    known = PEAKS.get(device_name(device))
+    return known or Peak(measure_gemm_rate(device=str(device)), _copy_rate(device), "measured: a matrix product in fp32, a copy")
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of the fastest of a few copies."""
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    target, rates = torch.empty_like(source), []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        rates.append(2 * COPY_BYTES / (time.perf_counter() - start))
+    return max(rates)
 
 
 def device_name(device: torch.device) -> str:
+    """As the driver or the system calls it: "NVIDIA H200", "AMD EPYC 9B14, 2 cores, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+
+
+def folder_name(device: torch.device) -> str:
+    """Where results of such a machine are kept: "nvidia-h200", "amd-epyc-2-cores"."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {len(os.sched_getaffinity(0))} cores"
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def header(device: torch.device) -> dict[str, str]:

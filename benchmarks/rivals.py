@@ -17,6 +17,14 @@ from torch.nn import functional
 from benchmarks.cases import Case, leaves
 
 EPS = 1e-12
+# By operation.
+NAMES = {
+    "attention": ("eager", "SDPA", "varlen_attn"),
+    "mlm_loss": ("eager", "linear_cross_entropy"),
+    "norm": ("eager",),
+    "gelu": ("eager",),
+    "embedding": ("eager",),
+}
 Rival = tuple[Callable[[], Tensor], list[Tensor]]  # the forward pass and what has a gradient
 
 

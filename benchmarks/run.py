@@ -1,21 +1,35 @@
-"""Everything that needs a GPU, in one command and in a given time; `make gpu OUT=folder` runs it.
+"""All benchmarks in one command and in a given time: `make bench` on a CPU, `make gpu OUT=folder` on a GPU.
 
-    python -m benchmarks.gpu --out folder [--seconds 480] [--dry-run]
+    python -m benchmarks.run --out folder [--on cpu|gpu] [--store data/wiki] [--seconds 480] [--dry-run]
 
-Needs the repository, torch, Triton and pytest; no network, no installation. Parts in order of worth, each in processes of its own with its
-share of the time that is left, so that neither a crash nor a kernel that hangs keeps the others from running:
+Needs the repository, torch, Triton, pytest and pytest-benchmark, on a CPU all that `pip install .[test]` brings; no network. Parts in order
+of worth, each in processes of its own with its share of the time that is left, so that neither a crash nor a kernel that hangs keeps the
+others from running. On a GPU:
 
     environment     device, driver, versions, commit
     tests           all kernel tests on the device, side by side in several processes
     gpu-tests       tests marked gpu, by themselves
-    kernels         benchmarks.bench_kernels: right, and how fast against torch; the goals
+    kernels         benchmarks/bench_kernels.py: right, and how fast against what people would use; the goals
     training        benchmarks.bench_training: curves and tokens/s in bf16
+    plan            benchmarks.bench_plan: `fastbert plan` against what torch reports
     tuning          benchmarks.tune --check: are the tiles still good here; says so, and fails nothing
     traffic         benchmarks.traffic: bytes moved over the least possible, counted in the interpreter
     compilers       benchmarks.ahead_of_time: registers, spills, loads; fails nothing, as another Triton may have other figures
 
-The folder gets report.md, rewritten after each part, a log for each part, and what the parts write. `--dry-run`: tiny sizes on a CPU, a few
-tests. Exit code 0 if all is well, 1 if a part failed or ran out of time, 2 without a GPU.
+On a CPU, with a store that `fastbert prepare` made:
+
+    step            benchmarks.bench_step: a training step against transformers
+    parts           benchmarks.bench_parts: where our step's time goes, against its floating-point operations
+    kernels         as above, ours for CPUs
+    data            benchmarks.bench_data: prepare and the loader
+    startup         benchmarks.bench_startup: --help, import, the first step
+    plan            benchmarks.bench_plan: `fastbert plan` against counted tensors
+    side_by_side    benchmarks.side_by_side: our kernels for GPUs and other people's, in the interpreter
+    traffic, compilers
+
+The folder gets report.md, rewritten after each part, a log for each part, and what the parts write; `--record` copies that to
+benchmarks/results/ for this kind of machine. `--dry-run`: tiny sizes on a CPU, a few tests. Exit code 0 if all is well, 1 if a part failed or
+ran out of time, 2 without a GPU or without a store.
 """
 
 from __future__ import annotations
@@ -23,6 +37,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +48,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from benchmarks import pytest_shard
+from benchmarks.machine import folder_name
 
 ROOT = Path(__file__).parents[1]
 RESERVE_S = 8  # for killing what hangs, and for the report
@@ -67,6 +85,10 @@ def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
 
 
+def suite(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"benchmarks/{name}.py", *arguments]
+
+
 def tests(name: str, weight: float, out: Path, processes: int, *arguments: str) -> Part:
     """A part that runs pytest in several processes, each on its share of the tests."""
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "benchmarks.pytest_shard", "-o", "faulthandler_timeout=90"]
@@ -76,17 +98,9 @@ def tests(name: str, weight: float, out: Path, processes: int, *arguments: str) 
     return Part(name, weight, [[sys.executable, "-m", "pytest", *options, *shard, *arguments] for shard in shards], results=results)
 
 
-def parts(out: Path, dry_run: bool) -> list[Part]:
-    """All of them, in order. The tests: files on kernels, but not that of these benchmarks, which is for CPUs; and what is marked gpu."""
+def parts_on_a_gpu(out: Path) -> list[Part]:
+    """In order. The tests: files on kernels, but not that of these benchmarks, which is for CPUs; and what is marked gpu."""
     folder, seconds = ["--out", str(out)], ["--seconds", "{seconds}"]
-    if dry_run:
-        tiny = ["--device", "cpu", "--tokens", "64", "--compile", "none", "--only", "gelu"]
-        return [
-            tests("tests", 30, out, 2, "-k", "gelu and fp32", "tests/test_kernels.py"),
-            Part("kernels", 20, [module("bench_kernels", *folder, *seconds, *tiny)]),
-            Part("training", 30, [module("bench_training", *folder, *seconds, "--dry-run")]),
-            Part("tuning", 30, [module("tune", "--check", *seconds, "--dry-run", "--kernels", "gelu_forward")], may_fail=True),
-        ]
     kernels = [*sorted(ROOT.glob("tests/test_*kernel*.py")), *ROOT.glob("tests/test_operators.py")]
     kernels.remove(ROOT / "tests/test_bench_kernels.py")
     marked = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
@@ -95,11 +109,39 @@ def parts(out: Path, dry_run: bool) -> list[Part]:
         Part("environment", 15, [module("machine")]),
         tests("tests", 150, out, processes, "-m", "not gpu", *map(str, kernels)),
         *([tests("gpu-tests", 25, out, 1, "-m", "gpu", *map(str, marked))] if marked else []),
-        Part("kernels", 130, [module("bench_kernels", *folder, *seconds)]),
+        Part("kernels", 130, [suite("bench_kernels", *folder, *seconds)]),
         Part("training", 80, [module("bench_training", *folder, *seconds)]),
+        Part("plan", 30, [module("bench_plan", *folder)]),
         Part("tuning", 60, [module("tune", "--check", *seconds)], may_fail=True),
         Part("traffic", 30, [module("traffic")]),
         Part("compilers", 30, [module("ahead_of_time")], may_fail=True),
+    ]
+
+
+def parts_on_a_cpu(out: Path, store: Path) -> list[Part]:
+    folder, seconds = ["--out", str(out)], ["--seconds", "{seconds}"]
+    return [
+        Part("step", 300, [module("bench_step", str(store), *folder)]),
+        Part("parts", 60, [module("bench_parts", str(store), *folder)]),
+        Part("kernels", 200, [suite("bench_kernels", *folder, *seconds)]),
+        Part("data", 120, [module("bench_data", str(store.with_suffix(".jsonl")), str(store), *folder)]),
+        Part("startup", 60, [module("bench_startup", str(store), *folder)]),
+        Part("plan", 60, [module("bench_plan", *folder)]),
+        Part("side_by_side", 20, [module("side_by_side", *folder)]),
+        Part("traffic", 50, [module("traffic")]),
+        Part("compilers", 30, [module("ahead_of_time")]),
+    ]
+
+
+def dry_parts(out: Path) -> list[Part]:
+    """A little of everything, at tiny sizes on a CPU."""
+    folder, seconds = ["--out", str(out)], ["--seconds", "{seconds}"]
+    tiny = ["--device", "cpu", "--tokens", "64", "--compile", "none", "-k", "gelu"]
+    return [
+        tests("tests", 30, out, 2, "-k", "gelu and fp32", "tests/test_kernels.py"),
+        Part("kernels", 20, [suite("bench_kernels", *folder, *seconds, *tiny)]),
+        Part("training", 30, [module("bench_training", *folder, *seconds, "--dry-run")]),
+        Part("tuning", 30, [module("tune", "--check", *seconds, "--dry-run", "--kernels", "gelu_forward")], may_fail=True),
     ]
 
 
@@ -188,7 +230,7 @@ def test_results(out: Path, part: Part) -> list[dict]:
 
 
 def report(out: Path, outcomes: list[Outcome], waiting: list[Part]) -> str:
-    lines = ["# GPU report", "", "| part | outcome | seconds |", "|---|---|---|"]
+    lines = ["# Benchmarks", "", "| part | outcome | seconds |", "|---|---|---|"]
     lines += [f"| {o.part.name} | {o.verdict if o.verdict == 'passed' else f'**{o.verdict}**'} | {o.seconds:.0f} |" for o in outcomes]
     lines += [f"| {part.name} | not yet run | |" for part in waiting]
     for outcome in outcomes:
@@ -211,22 +253,48 @@ def summary_of_tests(results: list[dict]) -> list[str]:
     return lines + ([f"- and {len(bad) - SHOWN_FAILURES} more, in the log"] if len(bad) > SHOWN_FAILURES else [])
 
 
+def record(out: Path, device: torch.device) -> Path:
+    """Copy what the parts wrote to the results of such machines; pytest-benchmark's own file, with every round, is too large for that."""
+    target = ROOT / "benchmarks/results" / folder_name(device)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in out.iterdir():
+        if path.suffix in (".json", ".md", ".png") and path.name not in ("report.md", "pytest-benchmark.json"):
+            shutil.copy(path, target / path.name)
+    for name in ("traffic", "compilers"):
+        if (out / f"{name}.log").exists():
+            shutil.copy(out / f"{name}.log", target / f"{name}.txt")
+    return target
+
+
 def main() -> int:
+    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the report; new or empty")
-    parser.add_argument("--seconds", type=float, default=480, help="when it must have ended (480)")
+    parser.add_argument("--on", choices=["gpu", "cpu"], default="gpu" if gpu else "cpu", help="by default the GPU where there is one")
+    parser.add_argument(
+        "--store", type=Path, default=Path("data/wiki"), help="made by `fastbert prepare`; for the parts on a CPU (data/wiki)"
+    )
+    parser.add_argument("--seconds", type=float, help="when it must have ended (480; on a CPU 900)")
+    parser.add_argument("--record", action="store_true", help="copy the results to benchmarks/results/")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     options = parser.parse_args()
-    end = time.monotonic() + options.seconds - RESERVE_S
+    end = time.monotonic() + (options.seconds or {"gpu": 480, "cpu": 900}[options.on]) - RESERVE_S
     out: Path = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        print(f"gpu: --out {options.out} is not empty; name a new folder, so that a report is of one run")
+    if out.exists() and any(out.iterdir()):
+        print(f"run: --out {options.out} is not empty; name a new folder, so that a report is of one run")
         return 2
+    if options.on == "cpu" and not options.dry_run and not (options.store / "manifest.json").exists():
+        print(f"run: --store {options.store}: no such store; make data/wiki/manifest.json makes one")
+        return 2
+    if options.on == "gpu" and not gpu and not options.dry_run:
+        print("run: no GPU that torch can use; --on cpu is for a CPU, --dry-run shows the way of working on a GPU without one")
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     outcomes: list[Outcome] = []
-    waiting = parts(out, options.dry_run)
+    on_a_cpu = options.on == "cpu"
+    waiting = dry_parts(out) if options.dry_run else parts_on_a_cpu(out, options.store) if on_a_cpu else parts_on_a_gpu(out)
     while waiting:
         left = max(0.0, end - time.monotonic())
         outcome = run(waiting[0], out, left * waiting[0].weight / sum(part.weight for part in waiting))
@@ -234,10 +302,9 @@ def main() -> int:
         print(f"==> {outcome.part.name}: {outcome.verdict}, {outcome.seconds:.0f} s", flush=True)
         waiting = waiting[1:]
         (out / "report.md").write_text(report(out, outcomes, waiting), encoding="utf-8")
-        if outcome.part.name == "environment" and not outcome.good:
-            print("gpu: no GPU that torch can use, see above; --dry-run shows the way of working without one")
-            return 2
     print("\n" + (out / "report.md").read_text(encoding="utf-8"))
+    if options.record:
+        print(f"recorded in {record(out, torch.device('cpu' if on_a_cpu else 'cuda')).relative_to(ROOT)}")
     return 0 if all(outcome.good for outcome in outcomes) else 1
 
 

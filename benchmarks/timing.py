@@ -45,9 +45,12 @@ class Times(NamedTuple):
 
     def spread(self, which: str) -> Spread:
         """Of "forward", "backward" or "both"."""
-        rounds = [f + b for f, b in zip(*self, strict=True)] if which == "both" else getattr(self, which)
-        low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")
+        low, median, high = statistics.quantiles(self.rounds(which), n=4, method="inclusive")
         return Spread(median, low, high)
+
+    def rounds(self, which: str) -> list[float]:
+        """Milliseconds of each, of "forward", "backward" or "both"."""
+        return [f + b for f, b in zip(*self, strict=True)] if which == "both" else getattr(self, which)
 
 
 def in_turns(contenders: dict[str, Contender], device: torch.device, seconds: float) -> dict[str, Times]:

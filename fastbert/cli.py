@@ -305,25 +305,48 @@ def doctor(as_json: Json = False) -> None:
 def plan(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that win over the recipe's.")] = None,
-    gpus: Annotated[int, typer.Option(help="How many GPUs; 8 a node.")] = 8,
-    gpu: Annotated[str, typer.Option(help="a100, a100-40gb, l4, l40s, h100, h200, b200 or mi300x.")] = "h100",
+    gpus: Annotated[int | None, typer.Option(help="How many, 8 a node.  [default: 8, or 1 for cpu]")] = None,
+    gpu: Annotated[str, typer.Option(help="a100, a100-40gb, l4, l40s, h100, h200, b200, mi300x; or cpu: this machine.")] = "h100",
     stage: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3; by default that of the recipe's DeepSpeed file.")] = None,
-    efficiency: Annotated[float, typer.Option(help="Share of the peak that the computation is assumed to reach.")] = 0.35,
+    efficiency: Annotated[float | None, typer.Option(help="Share of the peak that matrix products reach.  [default: 0.5]")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="By default the store's, or 30522 where there is no store.")] = None,
     mean_length: Annotated[float | None, typer.Option(min=4, help="Tokens of an example; by default measured in the store.")] = None,
+    price: Annotated[float | None, typer.Option(help="US dollars for a GPU and hour; by default a listed one, where known.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate memory, step time, communication and the time to the end of a run, from formulas."""
+    """Estimate memory, step time, communication, and time and cost to the end of a run, from formulas."""
     from fastbert.config import load_config
-    from fastbert.plan import describe, plan
+    from fastbert.plan import CPU, describe, plan
 
-    config = load_config(recipe, overrides or ())
-    p = plan(config, str(recipe), gpus, gpu, stage=stage, efficiency=efficiency, vocab_size=vocab_size, mean_length=mean_length)
+    config, on_cpu = load_config(recipe, overrides or ()), gpu.lower() == CPU
+    p = plan(
+        config,
+        str(recipe),
+        gpus if gpus is not None else 1 if on_cpu else 8,
+        gpu,
+        stage=stage,
+        efficiency=efficiency,
+        vocab_size=vocab_size,
+        mean_length=mean_length,
+        price=price,
+        device=_this_machine() if on_cpu else None,
+    )
     if as_json:
         return _print_json(dataclasses.asdict(p))
     _print_table(f"{p.gpus} x {p.gpu}, {p.precision}, ZeRO stage {p.zero_stage}: an estimate", ("", ""), describe(p))
     for line in p.assumptions:
         print(f"- assumed: {line}")
+
+
+def _this_machine() -> Any:
+    """A plan.Device: the CPU's rates, measured; no network."""
+    import psutil
+
+    from fastbert.doctor import measure_bandwidth, measure_gemm_rate
+    from fastbert.plan import Device
+
+    rate = measure_gemm_rate()
+    return Device(rate, rate, psutil.virtual_memory().total, measure_bandwidth(), math.inf, math.inf)
 
 
 def _say(message: object, code: int) -> int:

@@ -1,61 +1,79 @@
-"""What a run will need on given GPUs, before anybody rents them: memory, step time, communication, time to the end, what limits it.
+"""What a run will need on given GPUs, before anybody rents them: memory, step time, communication, time and cost to the end, what limits it.
 
-An estimate from formulas, no measurement: peak rates come from data sheets and the share of the peak that a step reaches is assumed. Every
-assumption is in the answer. Letters as everywhere: T tokens of a micro-batch, M masked, D hidden, F feed-forward, V vocabulary, H heads;
-P parameters, N GPUs.
+Formulas, no measurement; every assumption is in the answer. docs/plan.md compares them with counted tensors, with what ranks have really
+sent, and with published runs. Letters as in memory.py; m micro-batches a step.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from fastbert.config import ModelConfig, RunConfig
+from fastbert.data.batches import share_out
+from fastbert.data.masking import selected_counts
 from fastbert.errors import InputError
 from fastbert.flops import executed_flops, training_flops
+from fastbert.memory import Pack, count_parameters, memory_by_part, stay_gathered
 from fastbert.training.ds_config import read_ds_config
-
-GIB = 1024**3
 
 
 @dataclass(frozen=True)
-class GpuKind:
-    """From the vendor's data sheet: dense (not sparse) peaks in FLOP/s, memory in bytes, link within a node in bytes/s and direction."""
+class Device:
+    """Rates and sizes of one GPU: FLOP/s of dense (not sparse) products, bytes, bytes/s; `link` and `network` are of one direction.
+
+    `link` joins the GPUs of a node, `network` all adapters of a node to the other nodes; `price` is US dollars an hour, None: not known.
+    """
 
     bf16: float
     fp32: float
     memory: float
+    bandwidth: float
     link: float
+    network: float
+    price: float | None = None
 
 
 GPUS = {
-    # NVIDIA data sheets: A100 80GB (2021), L4 and L40S (2023), H100 SXM and H200 SXM (2023, 2024), HGX B200 (2025; GB of one GPU);
-    # AMD data sheet: Instinct MI300X (2023). Memory as sold, in units of 10^9 bytes. fp32 is the rate without tensor cores.
-    # A PCIe 4.0 x16 link where there is no NVLink.
-    "a100": GpuKind(312e12, 19.5e12, 80e9, 300e9),
-    "a100-40gb": GpuKind(312e12, 19.5e12, 40e9, 300e9),
-    "l4": GpuKind(121e12, 30.3e12, 24e9, 32e9),
-    "l40s": GpuKind(362e12, 91.6e12, 48e9, 32e9),
-    "h100": GpuKind(989e12, 67e12, 80e9, 450e9),
-    "h200": GpuKind(989e12, 67e12, 141e9, 450e9),
-    "b200": GpuKind(2250e12, 75e12, 180e9, 900e9),
-    "mi300x": GpuKind(1307e12, 163.4e12, 192e9, 448e9),
+    # NVIDIA data sheets: A100 40GB and 80GB (2020, 2021), L4 and L40S (2023), H100 and H200 SXM (2023, 2024), DGX B200 (2025; of one GPU);
+    # AMD data sheet: Instinct MI300X (2023). Memory as sold, in units of 10^9 bytes. fp32 is the rate without tensor cores. The link is
+    # NVLink or Infinity Fabric, else PCIe 4.0 x16. The network is that of a DGX (8 adapters of 200 or 400 Gbit/s), else 4 of 100 Gbit/s.
+    # Prices change by the month: on demand, eight in a machine, at Lambda (lambda.ai/instances), the H200 at Akash
+    # (akash.network/pricing/gpus), both as listed on 2026-09-20.
+    "a100": Device(312e12, 19.5e12, 80e9, 2039e9, 300e9, 200e9, 2.79),
+    "a100-40gb": Device(312e12, 19.5e12, 40e9, 1555e9, 300e9, 200e9, 1.99),
+    "l4": Device(121e12, 30.3e12, 24e9, 300e9, 32e9, 50e9),
+    "l40s": Device(362e12, 91.6e12, 48e9, 864e9, 32e9, 50e9),
+    "h100": Device(989e12, 67e12, 80e9, 3350e9, 450e9, 400e9, 3.99),
+    "h200": Device(989e12, 67e12, 141e9, 4800e9, 450e9, 400e9, 4.45),
+    "b200": Device(2250e12, 75e12, 180e9, 8000e9, 900e9, 400e9, 6.69),
+    "mi300x": Device(1307e12, 163.4e12, 192e9, 5300e9, 448e9, 400e9),
 }
+CPU = "cpu"  # as a name: this machine, whose rates the caller has measured
 GPUS_PER_NODE = 8
-# Bytes/s and direction between nodes: 8 adapters of 400 Gbit/s, as in a DGX H100. Rings cross a node's border once, so that all of its
-# adapters carry the traffic of each of its GPUs together.
-NETWORK = 8 * 50e9
-RESERVED = 1.5 * GIB  # CUDA context, NCCL's buffers, what the allocator holds back
-BUCKET = 500_000_000  # elements; DeepSpeed's default for zero_optimization.reduce_bucket_size
-SAMPLE = 4096  # examples drawn to learn their mean length
+
+# The share of the peak that matrix products reach, set such that one published run comes out right (docs/plan.md: the first row).
+EFFICIENCY = 0.5
+BANDWIDTH_SHARE = 0.75  # of the memory's, by what is not a product; a usual one for kernels of one pass
+LAYER_S = 0.5e-3  # the host needs this long to launch a layer's operations forward and backward: about 50 of 10 microseconds; not measured
+CPU_PASSES = (
+    6.0  # times the bytes of the fused kernels that the CPU's take, one operation after the other; fitted on the steps in docs/plan.md
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimate. Bytes, seconds, FLOPs and tokens, as the names say; memory and communication are those of one GPU.
+    """The estimate. Bytes, seconds, FLOPs, tokens and US dollars, as the names say; memory, communication and seconds are those of one GPU.
 
     `flops_per_token` is useful work, all layers whole; the step's time counts what is computed, the last layer cut to the rows that matter.
+    A step's seconds are those of the products, of what only moves memory, and of the update; or those that the host needs to launch it
+    all, where these are more. Communication comes on top, or hides behind them at stage 3. None: not known.
     """
 
     parameters: int
@@ -63,6 +81,7 @@ class Plan:
     gpus: int
     gpu: str
     precision: str
+    kernels: str
     zero_stage: int
     memory: dict[str, float]
     memory_total: float
@@ -71,72 +90,94 @@ class Plan:
     micro_batches: int
     flops_per_token: float
     communication_bytes: float
-    compute_s: float
+    communication_least_bytes: float
+    products_s: float
+    traffic_s: float
+    launch_s: float
     communication_s: float
     step_s: float
     tokens_per_s: float
+    mfu: float
     steps: int | None
     total_s: float | None
+    price_per_gpu_hour: float | None
+    cost: float | None
     limit: str
     assumptions: list[str]
 
 
-def count_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters of BertForPreTraining, the decoder tied.
+# ------------------------------------------------------------------------------------------------------------- communication
 
-    Embeddings: (V + positions + 2 segments) D and a LayerNorm of 2D. A layer: qkv and output 4 (D^2 + D), up F (D + 1), down D (F + 1),
-    two LayerNorms 4D. MLM head: D^2 + D, a LayerNorm of 2D, V biases. NSP head: D^2 + D, and 2 (D + 1).
+
+def communication_per_step(
+    parameters: int, gpus: int, stage: int, micro_batches: int, width: int, zero: Mapping[str, Any] | None = None
+) -> tuple[float, float]:
+    """Bytes that one GPU sends in one step, by rings: what DeepSpeed asks for, and the least that the stage needs.
+
+    A reduce-scatter or an all-gather of P values is a pass, P (N - 1) / N of them; an all-reduce is two.
+
+    | stage | least | asked for |
+    |---|---|---|
+    | 0 | 2 | 2 |
+    | 1 | 2 | 3: buckets are all-reduced, though a GPU needs its share alone; 2 with use_multi_rank_bucket_allreduce = false |
+    | 2 | m + 1 | 2 m + 1, for the same reason; m + 1 with it |
+    | 3 | 3 m | 2 m: weights that were gathered for the forward pass stay for the backward pass; 3 m where they do not |
+
+    Source: Rajbhandari et al., 2020, section 7, for the least; benchmarks/results/communication.txt, measured, for the other.
+    """
+    zero, m = zero or {}, micro_batches
+    reduced = 2 if zero.get("use_multi_rank_bucket_allreduce", True) else 1
+    gathered = 1 if stay_gathered(zero, parameters) else 2
+    least = (2, 2, m + 1, 3 * m)[stage]
+    asked = (2, reduced + 1, reduced * m + 1, (1 + gathered) * m)[stage]
+    one_pass = parameters * width * (gpus - 1) / gpus
+    return asked * one_pass, least * one_pass
+
+
+# ------------------------------------------------------------------------------------------------------------- time
+
+
+def traffic_bytes(model: ModelConfig, vocab_size: int, pack: Pack, w: int) -> float:
+    """What is not a matrix product reads and writes in a forward and backward pass, in fused kernels.
+
+    A token of a layer, in values: two LayerNorms 6 D forward (x and the residual in, y out) and 10 D backward, GELU 2 F and 3 F, attention 4 D
+    and 10 D, the gradients of the two residuals 6 D. The embedding 10 D a token. The logits' slabs are written once and read twice.
     """
     D, F = model.hidden_size, model.intermediate_size
-    embeddings = (vocab_size + model.max_position_embeddings + 2) * D + 2 * D
-    layer = 4 * (D * D + D) + F * (D + 1) + D * (F + 1) + 4 * D
-    mlm = D * D + D + 2 * D + vocab_size
-    nsp = D * D + D + 2 * (D + 1)
-    return embeddings + model.num_hidden_layers * layer + mlm + nsp
+    layer = 36 * D + 5 * F
+    tokens = (model.num_hidden_layers - 1) * pack.tokens + pack.rows  # the last layer has R rows
+    return float(w * (tokens * layer + 10 * D * pack.tokens + 3 * pack.masked * vocab_size))
 
 
-def memory_by_part(config: RunConfig, vocab_size: int, gpus: int, stage: int, bf16: bool, bucket: int = BUCKET) -> dict[str, float]:
-    """Bytes on one GPU.
-
-    With P parameters: weights 2P in bf16 (4P in fp32), gradients the same, and in bf16 a master copy of 4P; AdamW and LAMB have two moments
-    (8P), SGD one (4P). Stage 1 divides moments and masters by N, stage 2 the gradients too, stage 3 also the weights.
-
-    Activations kept for the backward pass: T (L (8 D + 2 F) + D) values and the 4 H bytes of the attention's log-sum-exp. A layer keeps
-    query, key, value (3D), the attention's output (D), the input and the output of both LayerNorms (4D), the input and the output of
-    the GELU (2F). That is what fused kernels keep: attention that stores its weights, as the CPU's does, needs more.
-
-    Workspace: what CUDA, NCCL and the allocator take, and two buckets of gradients under way where there is more than one GPU.
-
-    Source: Rajbhandari et al., 2020, "ZeRO", section 3.1 and figure 1; Korthikanti et al., 2022, section 4.1, for the activations.
-    """
-    model, P, width = config.model, count_parameters(config.model, vocab_size), 2 if bf16 else 4
-    D, F, T = model.hidden_size, model.intermediate_size, config.batch.micro_batch_tokens
-    kept = model.num_hidden_layers * ((8 * D + 2 * F) * width + 4 * model.num_attention_heads) + D * width
-    moments = 4 if config.optimizer.name == "sgd" else 8
-
-    def share(first_stage: int) -> int:
-        return gpus if stage >= first_stage else 1
-
-    return {
-        "weights": P * width / share(3),
-        "gradients": P * width / share(2),
-        "master weights": P * 4 / share(1) if bf16 else 0.0,
-        "moments": P * moments / share(1),
-        "activations": float(T * kept),
-        "workspace": RESERVED + (2.0 * min(bucket, P) * width if gpus > 1 else 0.0),
-    }
+def update_bytes(parameters: int, gpus: int, stage: int, w: int) -> float:
+    """Gradients into buckets (2 w), to fp32, clipped (2 w + 12), four tensors of AdamW in and three out (28), weights out (4 + w)."""
+    share = parameters / gpus if stage else parameters
+    return 2.0 * w * parameters + share * (3 * w + 44)
 
 
-def communication_per_step(parameters: int, gpus: int, stage: int, micro_batches: int, width: int) -> float:
-    """Bytes that one GPU sends in one step, by rings.
+def compute_seconds(
+    model: ModelConfig,
+    vocab_size: int,
+    packs: Sequence[Pack],
+    device: Device,
+    *,
+    gpus: int = 1,
+    stage: int = 1,
+    bf16: bool = True,
+    on_cpu: bool = False,
+    efficiency: float | None = None,
+) -> tuple[float, float, float]:
+    """A step without communication: seconds of matrix products, of what only moves memory, and of the host that launches both."""
+    w, share = 2 if bf16 else 4, 1.0 if on_cpu else BANDWIDTH_SHARE
+    rate = (device.bf16 if bf16 else device.fp32) * (efficiency or (1.0 if on_cpu else EFFICIENCY))
+    products = sum(executed_flops(model, vocab_size, *pack) for pack in packs)
+    moved = sum(traffic_bytes(model, vocab_size, pack, w) for pack in packs) * (CPU_PASSES if on_cpu else 1)
+    moved += update_bytes(count_parameters(model, vocab_size), gpus, stage, w)
+    launches = 0.0 if on_cpu else len(packs) * model.num_hidden_layers * LAYER_S
+    return products / rate, moved / (device.bandwidth * share), launches
 
-    A reduce-scatter or an all-gather of P values sends P (N - 1) / N of them. Stages 0 and 1 reduce and gather once a step; stage 2
-    reduces for every micro-batch, since no GPU keeps all gradients; stage 3 also gathers the weights twice for every micro-batch.
 
-    Source: Rajbhandari et al., 2020, section 7.
-    """
-    passes = {0: 2, 1: 2, 2: micro_batches + 1, 3: 3 * micro_batches}[stage]
-    return passes * parameters * width * (gpus - 1) / gpus
+# ------------------------------------------------------------------------------------------------------------- the plan
 
 
 def plan(
@@ -146,79 +187,115 @@ def plan(
     gpu: str,
     *,
     stage: int | None = None,
-    efficiency: float = 0.35,
+    efficiency: float | None = None,
     vocab_size: int | None = None,
     mean_length: float | None = None,
+    price: float | None = None,
+    device: Device | None = None,
 ) -> Plan:
     """Estimate a run of `config` on `gpus` GPUs of the kind `gpu`.
 
     Args:
         recipe: the file that `config` came from, named in errors.
-        stage: of ZeRO; by default the one in the recipe's DeepSpeed file.
-        efficiency: share of the peak that the computation reaches.
+        stage: of ZeRO; by default the one in the recipe's DeepSpeed file, which need not be there if this is given.
+        efficiency: share of the peak that matrix products reach; by default EFFICIENCY, and 1 for a CPU, whose rate is a measured one.
         vocab_size, mean_length: V, and tokens of an example; by default those of the recipe's store, if it is there.
+        price: US dollars for a GPU and hour; by default the one in GPUS.
+        device: a kind that GPUS does not hold, by the name `gpu`; "cpu" is this machine, as the caller has measured it.
 
     Raises:
-        InputError: an unknown GPU, a number out of range, a DeepSpeed file or a store that is wrong.
+        InputError: an unknown GPU, a number out of range, more GPUs than sequences, a DeepSpeed file or a store that is wrong.
     """
-    if gpu.lower() not in GPUS:
-        raise InputError(f"--gpu {gpu}: unknown; known: {', '.join(GPUS)}")
-    if gpus < 1:
-        raise InputError(f"--gpus {gpus}: must be 1 or more")
-    if not 0 < efficiency <= 1:
-        raise InputError(f"--efficiency {efficiency}: must be above 0 and 1 at most; 0.35 is usual")
-    if stage not in (None, 0, 1, 2, 3):
-        raise InputError(f"--stage {stage}: must be 0, 1, 2 or 3")
-    kind, bf16 = GPUS[gpu.lower()], config.runtime.precision != "fp32"
-    precision = "bf16" if bf16 else "fp32"
-    bucket = BUCKET
-    if stage is None:
+    name = gpu.lower()
+    device = device or GPUS.get(name)
+    if device is None:
+        known = [*GPUS, CPU]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise InputError(f"--gpu {gpu}: unknown; {hint}known: {', '.join(known)}")
+    on_cpu = name == CPU
+    _check(config, recipe, gpus, on_cpu, efficiency, stage, price)
+    bf16 = config.runtime.precision == "bf16" or (config.runtime.precision == "auto" and not on_cpu)
+    kernels = "cpu" if on_cpu else "triton"
+    precision, w = ("bf16", 2) if bf16 else ("fp32", 4)
+    efficiency = efficiency or (1.0 if on_cpu else EFFICIENCY)
+    zero: dict[str, Any] = {}
+    if stage is None or Path(config.runtime.deepspeed).exists():
         settings = read_ds_config(config, recipe)
-        stage = settings.stage(precision=precision, world=gpus, optimizer=config.optimizer.name)
-        named = settings.values["zero_optimization"].get("reduce_bucket_size")
-        bucket = int(named) if isinstance(named, (int, float)) else BUCKET
-    vocab_size, length, epoch, assumptions = _examples(config, vocab_size, mean_length)
+        zero = settings.values["zero_optimization"]
+        stage = settings.stage(precision=precision, world=gpus, optimizer=config.optimizer.name) if stage is None else stage
+    vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length)
 
     P = count_parameters(config.model, vocab_size)
-    tokens = config.batch.sequences * length
-    micro_batches = max(1, math.ceil(tokens / gpus / config.batch.micro_batch_tokens))
-    masked = round(config.objective.mask_rate * (length - 3) * config.batch.sequences)
-    pairs = config.batch.sequences if config.objective.pairs else 0
-    step = (config.model, vocab_size, [round(length)] * config.batch.sequences, masked, pairs)
-    peak = kind.bf16 if bf16 else kind.fp32
-    compute_s = executed_flops(*step) / gpus / (peak * efficiency)
-    link = kind.link if gpus <= GPUS_PER_NODE else min(kind.link, NETWORK)
-    sent = communication_per_step(P, gpus, stage, micro_batches, 2 if bf16 else 4)
+    packs = _packs(config, lengths, gpus)
+    memory = memory_by_part(
+        config, vocab_size, packs[0], micro_batches=len(packs), gpus=gpus, stage=stage, bf16=bf16, kernels=kernels, zero=zero
+    )
+    tokens = float(lengths.sum())
+    peak = device.bf16 if bf16 else device.fp32
+    products_s, traffic_s, launch_s = compute_seconds(
+        config.model, vocab_size, packs, device, gpus=gpus, stage=stage, bf16=bf16, on_cpu=on_cpu, efficiency=efficiency
+    )
+    sent, least = communication_per_step(P, gpus, stage, len(packs), w, zero)
+    link = device.link if gpus <= GPUS_PER_NODE else min(device.link, device.network)
     communication_s = sent / link
-    step_s = max(compute_s, communication_s)
-    memory = memory_by_part(config, vocab_size, gpus, stage, bf16, bucket)
+    busy_s = max(products_s + traffic_s, launch_s)
+    hidden = bool(zero.get("overlap_comm", stage == 3))
+    step_s = max(busy_s, communication_s) if hidden else busy_s + communication_s
     steps = _steps(config, tokens, epoch, step_s)
+    total_s = None if steps is None else steps * step_s
+    price = device.price if price is None else price
+    flops = training_flops(config.model, vocab_size, lengths.tolist(), *_counts(config, lengths))
     assumptions += [
-        f"the computation reaches {efficiency:.0%} of the peak of {peak / 1e12:,.0f} TFLOP/s",
-        f"communication at {link / 1e9:,.0f} GB/s a GPU, hidden behind the computation where it is shorter",
-        "memory: Triton kernels that keep no attention weights",
+        f"matrix products at {efficiency:.0%} of {peak / 1e12:,.{2 if on_cpu else 0}f} TFLOP/s, the rest at "
+        f"{1 if on_cpu else BANDWIDTH_SHARE:.0%} of {device.bandwidth / 1e9:,.0f} GB/s of memory",
     ]
+    if gpus > 1:
+        assumptions.append(
+            f"{link / 1e9:,.0f} GB/s between GPUs, {'behind' if hidden else 'after'} the computation, as DeepSpeed does at this stage"
+        )
+    if config.runtime.kernels not in ("auto", kernels):
+        assumptions.append(f"kernels = {kernels}, not {config.runtime.kernels}, whose memory and time are not known")
+    if price is not None:
+        assumptions.append(
+            f"{price:,.2f} dollars for a GPU and hour{'; listed 2026-09-20, see docs/plan.md' if price == device.price else ''}"
+        )
     return Plan(
         parameters=P,
         vocab_size=vocab_size,
         gpus=gpus,
-        gpu=gpu.lower(),
+        gpu=name,
         precision=precision,
+        kernels=kernels,
         zero_stage=stage,
         memory=memory,
         memory_total=sum(memory.values()),
-        memory_of_gpu=kind.memory,
+        memory_of_gpu=device.memory,
         tokens_per_step=tokens,
-        micro_batches=micro_batches,
-        flops_per_token=training_flops(*step) / tokens,
+        micro_batches=len(packs),
+        flops_per_token=flops / tokens,
         communication_bytes=sent,
-        compute_s=compute_s,
+        communication_least_bytes=least,
+        products_s=products_s,
+        traffic_s=traffic_s,
+        launch_s=launch_s,
         communication_s=communication_s,
         step_s=step_s,
         tokens_per_s=tokens / step_s,
+        mfu=flops / gpus / (peak * step_s),
         steps=steps,
-        total_s=None if steps is None else steps * step_s,
-        limit=_limit(config, memory, kind, tokens / gpus, compute_s, communication_s),
+        total_s=total_s,
+        price_per_gpu_hour=price,
+        cost=None if total_s is None or price is None else total_s / 3600 * gpus * price,
+        limit=_limit(
+            memory,
+            device,
+            packs[0].tokens,
+            products_s,
+            traffic_s,
+            launch_s,
+            0.0 if hidden and communication_s < busy_s else communication_s,
+        ),
         assumptions=assumptions,
     )
 
@@ -226,22 +303,34 @@ def plan(
 def describe(p: Plan) -> list[tuple[str, str]]:
     """The rows of the table that a person reads."""
     rows = [("parameters", f"{p.parameters / 1e6:,.1f} M, {p.vocab_size:,} tokens of vocabulary")]
-    rows += [(f"memory: {part}", f"{size / 1e9:,.2f} GB") for part, size in p.memory.items()]
+    rows += [(f"memory: {part}", _size(size)) for part, size in p.memory.items() if size]
+    rows += [
+        ("memory: sum", f"{_size(p.memory_total)} of {_size(p.memory_of_gpu)}, at the fullest moment of a step"),
+        ("step", f"{_time(p.step_s)}: {p.tokens_per_step:,.0f} tokens, {p.micro_batches} micro-batch{'es' * (p.micro_batches > 1)} a GPU"),
+        ("  matrix products", f"{_time(p.products_s)}, {p.flops_per_token / 1e9:.3f} GFLOPs a token"),
+        ("  other kernels", f"{_time(p.traffic_s)}, moving memory"),
+    ]
+    if p.launch_s:
+        rows.append(("  launching them", f"{_time(p.launch_s)}, meanwhile"))
+    if p.gpus > 1:
+        sent = f"{p.communication_bytes / 1e9:,.3f} GB sent by each GPU ({p.communication_least_bytes / 1e9:,.3f} in the ZeRO paper)"
+        rows.append(("  communication", f"{_time(p.communication_s)}, {sent}"))
+    unknown = "unknown: its end is in epochs, and the store is not here"
+    cost = "" if p.cost is None else f", {p.cost:,.{0 if p.cost >= 100 else 2}f} dollars"
     return [
         *rows,
-        ("memory: sum", f"{p.memory_total / 1e9:,.2f} of {p.memory_of_gpu / 1e9:,.0f} GB a GPU"),
-        ("step", f"{p.tokens_per_step:,.0f} tokens, {p.micro_batches} micro-batches a GPU, {p.flops_per_token / 1e9:.3f} GFLOPs a token"),
-        ("  computation", f"{1e3 * p.compute_s:,.2f} ms"),
-        ("  communication", f"{1e3 * p.communication_s:,.2f} ms, {p.communication_bytes / 1e9:,.3f} GB sent by each GPU"),
-        ("tokens/s", f"{p.tokens_per_s:,.0f}"),
-        (
-            "the run",
-            "unknown: its end is in epochs, and the store is not here"
-            if p.total_s is None
-            else f"{p.steps:,} steps, {_duration(p.total_s)}",
-        ),
+        ("tokens/s", f"{p.tokens_per_s:,.0f}, {p.mfu:.0%} of the peak"),
+        ("the run", unknown if p.total_s is None else f"{p.steps:,} steps, {_duration(p.total_s)}{cost}"),
         ("limited by", p.limit),
     ]
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{1e3 * seconds:,.1f} ms"
 
 
 def _duration(seconds: float) -> str:
@@ -251,17 +340,50 @@ def _duration(seconds: float) -> str:
     return f"{seconds:,.0f} seconds"
 
 
-def _limit(config: RunConfig, memory: dict[str, float], kind: GpuKind, tokens: float, compute_s: float, communication_s: float) -> str:
-    total = sum(memory.values())
-    if total > kind.memory:
+def _check(
+    config: RunConfig, recipe: str, gpus: int, on_cpu: bool, efficiency: float | None, stage: int | None, price: float | None
+) -> None:
+    if gpus < 1:
+        raise InputError(f"--gpus {gpus}: must be 1 or more")
+    if on_cpu and gpus > 1:
+        raise InputError(f"--gpus {gpus}: --gpu cpu is this machine alone; leave --gpus out")
+    batch = config.batch
+    if batch.sequences < gpus or (batch.sequences % gpus and batch.micro_batch_tokens < 2 * batch.max_length):  # as training has it
+        raise InputError(
+            f"--gpus {gpus}: the batch.sequences = {batch.sequences} of {recipe} cannot be shared by so many in packs of "
+            f"batch.micro_batch_tokens = {batch.micro_batch_tokens}; make it a multiple of {gpus}"
+        )
+    if efficiency is not None and not 0 < efficiency <= 1:
+        raise InputError(f"--efficiency {efficiency}: must be above 0 and 1 at most; {EFFICIENCY} is the default")
+    if stage not in (None, 0, 1, 2, 3):
+        raise InputError(f"--stage {stage}: must be 0, 1, 2 or 3")
+    if price is not None and not price >= 0:
+        raise InputError(f"--price {price}: must be 0 or more, in dollars for a GPU and hour")
+
+
+def _limit(
+    memory: Mapping[str, float], device: Device, tokens: int, products_s: float, traffic_s: float, launch_s: float, communication_s: float
+) -> str:
+    """What sets the pace, or forbids the run, and what to change; `tokens` of the fullest micro-batch."""
+    over = sum(memory.values()) - device.memory
+    if over > 0:
         part = max(memory, key=lambda name: memory[name])
-        cure = "lower batch.micro_batch_tokens" if part == "activations" else "raise the ZeRO stage"
-        return f"memory: {total / 1e9:.0f} GB do not fit into {kind.memory / 1e9:.0f} GB; most of it is {part}: {cure}"
-    if communication_s > compute_s:
-        return f"communication: {communication_s / compute_s:.1f} times the computation; raise batch.sequences, or use fewer GPUs"
-    if tokens < config.batch.micro_batch_tokens / 2:
-        return f"too little work: {tokens:,.0f} tokens a GPU and step are less than half a micro-batch; fewer GPUs, or more batch.sequences"
-    return "computation"
+        cure = "raise the ZeRO stage, or use more GPUs"
+        if part in ("activations", "temporaries"):
+            growing = memory["activations"] + memory["temporaries"]
+            cure = f"lower batch.micro_batch_tokens to {int(tokens * max(growing - over, 0) / growing):,}, or below"
+        size = f"{sum(memory.values()) / 1e9:,.1f} GB do not fit into {device.memory / 1e9:,.0f} GB"
+        return f"memory: {size}; most of it is {part}: {cure}"
+    busy_s = products_s + traffic_s
+    if communication_s > max(busy_s, launch_s):
+        return (
+            f"communication: {communication_s / max(busy_s, launch_s):.1f} times the computation; raise batch.sequences, or use fewer GPUs"
+        )
+    if launch_s > busy_s:
+        return f"too little work: {tokens:,} tokens a micro-batch take the GPU less time than the host; fewer GPUs, or more batch.sequences"
+    if traffic_s > products_s:
+        return "memory bandwidth: LayerNorms, GELUs and the update take longer than the products; a wider model loses less"
+    return "computation: a faster device, or more of them, shortens the run"
 
 
 def _steps(config: RunConfig, tokens: float, epoch: int | None, step_s: float) -> int | None:
@@ -277,23 +399,38 @@ def _steps(config: RunConfig, tokens: float, epoch: int | None, step_s: float) -
     return min((end for end in ends if end), default=None)
 
 
-def _examples(config: RunConfig, vocab_size: int | None, mean_length: float | None) -> tuple[int, float, int | None, list[str]]:
-    """V, mean tokens of an example and examples of an epoch (None: unknown), and what had to be assumed."""
-    epoch, assumptions = None, []
-    if Path(config.data).exists():
-        import numpy as np
+def _counts(config: RunConfig, lengths: np.ndarray) -> tuple[int, int]:
+    """Masked tokens, and pairs, of sequences of these lengths."""
+    special = 3 if config.objective.pairs else 2
+    masked = selected_counts(np.maximum(lengths - special, 1), config.objective).sum()
+    return int(masked), len(lengths) if config.objective.pairs else 0
 
+
+def _packs(config: RunConfig, lengths: np.ndarray, gpus: int) -> list[Pack]:
+    """The micro-batches of rank 0, which has no fewer tokens than the others; the one with the most tokens first."""
+    shared = share_out(lengths, gpus, config.batch.micro_batch_tokens)[::gpus]
+    packs = [Pack(lengths[members].tolist(), *_counts(config, lengths[members])) for members in shared]
+    return sorted(packs, key=lambda pack: -pack.tokens)
+
+
+def _examples(config: RunConfig, vocab_size: int | None, mean_length: float | None) -> tuple[int, np.ndarray, int | None, list[str]]:
+    """V, tokens of each example of a step, examples of an epoch (None: unknown), and what had to be assumed."""
+    epoch, assumptions, wanted = None, [], config.batch.sequences
+    lengths = None if mean_length is None else np.full(wanted, round(min(mean_length, config.batch.max_length)))
+    if Path(config.data).exists():
         from fastbert.data.examples import Examples
         from fastbert.data.store import open_store
 
         store = open_store(config.data)
         examples = Examples(store.split("train"), config.objective, config.batch.max_length, config.seed, config.data)
         epoch, vocab_size = len(examples), vocab_size or store.vocab_size
-        mean_length = mean_length or float(examples.draw(0, np.arange(min(SAMPLE, epoch))).lengths.mean())
+        if lengths is None:
+            lengths = examples.draw(0, np.arange(wanted) % epoch).lengths
     if not vocab_size:
         vocab_size = 30522
         assumptions.append(f"{config.data} is not here: a vocabulary of {vocab_size:,}, as BERT's")
-    if not mean_length:
-        mean_length = (0.95 if config.objective.segments == "fill" else 0.5) * config.batch.max_length
-        assumptions.append(f"{config.data} is not here: {mean_length:.0f} tokens an example")
-    return vocab_size, mean_length, epoch, assumptions
+    if lengths is None:
+        mean = (0.95 if config.objective.segments == "fill" else 0.5) * config.batch.max_length
+        lengths = np.full(wanted, round(mean))
+        assumptions.append(f"{config.data} is not here: {mean:.0f} tokens an example")
+    return vocab_size, lengths, epoch, assumptions

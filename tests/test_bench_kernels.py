@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bench_kernels import goals, reached
+from benchmarks.kernel_report import goals, reached
 from benchmarks.cases import Case, arguments, outcome, production, truth
 from benchmarks.tune import BLOCKS, table_text
 from fastbert_kernels._tiles import TABLE, chosen_by, tile
@@ -36,7 +36,7 @@ def test_everything_runs_dry_and_is_reported(tmp_path):
     report = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     for part in ("tests", "kernels", "training", "tuning"):
         assert f"| {part} | passed |" in report
-    assert " 0 failed" in report and "| gelu F=3072 | forward |" in report and "| tiny | 32 |" in report
+    assert " 0 failed" in report and "| gelu F=3072 | forward |" in report and "kernels.png" in report and "| tiny | 32 |" in report
     rows = json.loads((tmp_path / "report" / "kernels.json").read_text())["rows"]
     assert {row["implementation"] for row in rows} == {"cpu", "eager"}
     assert all(row["error_over_allowed"] <= 1 for row in rows if row["implementation"] == "cpu")

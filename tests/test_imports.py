@@ -51,7 +51,15 @@ MAY_IMPORT = {
         "fastbert.weights",
     },
     "fastbert.doctor": {"fastbert.config", "fastbert.errors", "fastbert.flops", "fastbert_kernels"},
-    "fastbert.plan": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert.flops", "fastbert.training.ds_config"},
+    "fastbert.memory": {"fastbert.config"},
+    "fastbert.plan": {
+        "fastbert.config",
+        "fastbert.data",
+        "fastbert.errors",
+        "fastbert.flops",
+        "fastbert.memory",
+        "fastbert.training.ds_config",
+    },
     "fastbert.cli": {"fastbert"},
     "fastbert.__main__": {"fastbert.cli"},
     "fastbert": {"fastbert.tasks.load"},  # fastbert/__init__.py itself: `fastbert.load`, on first use

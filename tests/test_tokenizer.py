@@ -97,6 +97,7 @@ PIECES = list(
     " \t\n\r\x00\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u0345\u1680\u180e\u200b\u2003\u2028\u2029\u3000\ufeff\ufffdaAzZ09.,!-_'#[]İßΣςǅﬁ中ｱ한́é😀"
 )
 PIECES += ["[MASK]", "[CLS]", "##a", " \x00 ", "x" * 101, "X" * 100, "the", "The", "don't", "中文", "e\u0301\u0323"]
+PIECES += ["abcdefgh", "abcdefghi", "abcdefghijklmnop", "abcdefghijklmnopq", "abcdefghijklmnopr"]  # around the two numbers of a key
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -109,6 +110,8 @@ def test_encoder_on_any_text(tokenizer: Tokenizer, sentences: list[str]) -> None
 def test_encoder_with_a_small_memory(tokenizer: Tokenizer, english_documents: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_KEPT_WORDS", 50)
     monkeypatch.setattr(module, "_KEPT_LENGTH", 4)
+    monkeypatch.setattr(module, "_SLOT_BITS", 3)  # nearly all words want a slot that another one has
+    monkeypatch.setattr(module, "_SLOTS", 1 << 3)
     encoder = Encoder(tokenizer)
     for document in english_documents[:50]:
         ids, lengths = encoder([document])

@@ -41,7 +41,7 @@ VOCABULARY_BYTES = 64 << 20  # text that the vocabulary is trained on, spread ev
 # documents than these make it worthless.
 HELDOUT_BYTES = 64 << 20
 LEAST_HELDOUT = 16
-BYTES_PER_WORKER = 4 << 20  # a process takes as long to start as this takes to encode
+BYTES_PER_WORKER = 16 << 20  # for less another process does not pay: it has to start, and to meet every word for the first time
 
 
 def prepare(
@@ -231,21 +231,27 @@ class _Bar:
     """Progress on stderr, by bytes of the sources read."""
 
     def __init__(self, size: int, show: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        self._size, self._progress = size, None
+        if show:
+            from rich.console import Console  # with what it needs 0.1 s: not where nobody looks
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        self._size = size
-        self._progress = Progress(*columns, console=Console(stderr=True), disable=not show)
+            columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+            self._progress = Progress(*columns, console=Console(stderr=True))
 
     def __enter__(self) -> _Bar:
-        self._progress.start()
+        if self._progress:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._progress:
+            self._progress.stop()
 
     def follow(self, name: str, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        if not self._progress:
+            yield from chunks
+            return
         task = self._progress.add_task(name, total=self._size)
         for chunk in chunks:
             yield chunk
@@ -255,6 +261,7 @@ class _Bar:
     @contextmanager
     def wait(self, name: str) -> Iterator[None]:
         """For work of unknown length: a bar that moves to and fro."""
-        task = self._progress.add_task(name, total=None)
+        task = self._progress.add_task(name, total=None) if self._progress else None
         yield
-        self._progress.update(task, total=1, completed=1)
+        if self._progress and task is not None:
+            self._progress.update(task, total=1, completed=1)

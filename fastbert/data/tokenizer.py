@@ -7,11 +7,12 @@ vocabulary every time, and `Encoder`, which asks Rust once for each distinct wor
 from __future__ import annotations
 
 import json
-import re
+import string
 import sys
 import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +140,20 @@ def special_ids(tokenizer: Tokenizer, source: str | Path) -> SpecialIds:
 class Encoder:
     """Ids of many sentences, equal to `tokenizer.encode(sentence, add_special_tokens=False).ids` of each.
 
-    BERT's normalizer and pre-tokenizer never look across whitespace, so the ids of a text are those of its
-    whitespace-separated words, end to end. Few of them are distinct: Rust sees each once, the rest is a dictionary.
+    BERT's normalizer and pre-tokenizer never look across ASCII whitespace or punctuation, so the ids of a text are those of
+    its words, cut there, end to end. Few of them are distinct: Rust sees each once, and a dictionary knows it from then on.
+    Before the dictionary stands a table for words of up to 16 bytes, taken as two numbers: numpy looks up all of a text at once.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._words = _Words(tokenizer)
+        self._lowercase: bool = tokenizer.normalizer.lowercase
+        self._forget()
+
+    def _forget(self) -> None:
+        self._words = _Words(self._tokenizer)
+        self._keys = np.zeros((2, _SLOTS), np.uint64)  # of the word that was last seen in each slot,
+        self._index = np.zeros(_SLOTS, np.int32)  # and its index
 
     def __call__(self, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encode.
@@ -154,80 +162,97 @@ class Encoder:
             ids: int32 [T], of all sentences, end to end.
             lengths: int64 [len(sentences)], tokens of each; 0 for one without text.
         """
-        text = _SEPARATOR.join([*sentences, ""])
-        if _REMOVED.search(text) or text.count("\0") > len(sentences):
-            text = _SEPARATOR.join([*(_REMOVED.sub("", sentence).replace("\0", "") for sentence in sentences), ""])
-        if self._words.full():
-            self._words = _Words(self._tokenizer)
-        words = np.fromiter(map(self._words.__getitem__, text.split()), np.int64)
-        starts, counts = self._words.starts()[words], self._words.lengths()[words]
+        if len(self._words) > _KEPT_WORDS or len(self._words.ids) > _KEPT_TOKENS:
+            self._forget()
+        text = _END.join([*map(str.encode, sentences), b""])
+        text = b" " + (text.lower() if self._lowercase else text) + b" " * (_KEY_BYTES + 8)  # lower: of bytes, ASCII alone
+        words = self._look_up(text)
+        bounds = np.frombuffer(self._words.bounds, np.int64)
+        starts = bounds[words]
+        counts = bounds[words + 1] - starts
         ends = np.cumsum(counts)
         total = int(ends[-1]) if len(ends) else 0
-        ids = self._words.ids()[np.arange(total) + np.repeat(starts - (ends - counts), counts)]
-        return ids, np.diff(ends[words == 0], prepend=0)
+        ids = np.frombuffer(self._words.ids, np.int32)[np.arange(total) + np.repeat(starts - (ends - counts), counts)]
+        return ids, np.diff(ends[words == _END_INDEX], prepend=0)
+
+    def _look_up(self, text: bytes) -> np.ndarray:
+        """int64 [words of the text]: the index of each; `text` begins with a space and ends with as many as a key is long."""
+        kind = np.frombuffer(text.translate(_KINDS), np.uint8)
+        inside = (kind == _INSIDE).view(np.uint8)
+        starts = np.flatnonzero(kind[1:] > inside[:-1]) + 1
+        ends = np.flatnonzero(kind[:-1] > inside[1:]) + 1
+        lengths = ends - starts
+        eight = np.ndarray(len(text) - 7, "<u8", text, strides=(1,))  # at each byte, it and the seven behind it
+        first = np.take(eight, starts) & _MASKS[np.minimum(lengths, 8)]
+        second = np.take(eight, starts + 8) & _MASKS[np.clip(lengths - 8, 0, 8)]
+        mixed = first * _MIX_1 ^ second * _MIX_2
+        slots = ((mixed ^ mixed >> np.uint64(32)) * _MIX_1 >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
+        words = np.empty(len(starts), np.int64)
+        long = np.flatnonzero(lengths > _KEY_BYTES)
+        words[long] = self._ask(text, starts[long], ends[long])
+        left = np.flatnonzero(lengths <= _KEY_BYTES)
+        while True:
+            at = slots[left]
+            words[left] = self._index[at]
+            left = left[(self._keys[0][at] != first[left]) | (self._keys[1][at] != second[left])]
+            if not len(left):
+                return words
+            # Of the words that are not in the slot that they want one is put there, and the others look again.
+            at = slots[left]
+            self._index[at] = left
+            chosen = left[self._index[at] == left]
+            at = slots[chosen]
+            self._keys[0][at], self._keys[1][at] = first[chosen], second[chosen]
+            self._index[at] = self._ask(text, starts[chosen], ends[chosen])
+
+    def _ask(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> list[int]:
+        return list(map(self._words.__getitem__, [text[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]))
 
 
-# A word of its own behind each sentence. The tokenizer removes control characters, so none is lost.
-_SEPARATOR = " \0 "
-# Control characters at which str.split breaks a word, while BERT's normalizer removes them and leaves it whole.
-_REMOVED = re.compile("[\x0b\x0c\x1c-\x1f\x85]")
+_END = b"\xff"  # a word of its own behind each sentence; no byte of UTF-8
+_END_INDEX = 1
+_SPACE, _INSIDE, _ALONE = range(3)
+_ISOLATED = string.punctuation.encode() + _END
+# Control characters stay inside a word: the tokenizer removes them, and joins what stands around.
+_KINDS = bytes(_SPACE if byte in b" \t\n\r" else _ALONE if byte in _ISOLATED else _INSIDE for byte in range(256))
+_KEY_BYTES = 16
+_MASKS = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
+_MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd, of mixed bits
+_SLOT_BITS = 20
+_SLOTS = 1 << _SLOT_BITS
 _KEPT_WORDS = 1 << 20  # about 150 MB of a worker's memory
 _KEPT_TOKENS = 1 << 22
-_KEPT_LENGTH = 40  # characters; text without spaces has "words" as long as sentences, which never come again
+_KEPT_LENGTH = 64  # bytes; text without spaces has "words" as long as sentences, which never come again
+_ID = attrgetter("id")
 
 
-class _Words(dict[str, int]):
-    """Word -> its index; a word that is asked for and not there is encoded. Index 0 is the separator, of no tokens."""
+class _Words(dict[bytes, int]):
+    """Word -> its index; a word that is asked for and not there is encoded.
+
+    Index 0 has no tokens, like the word whose key is that of an empty slot: one of NUL bytes. _END_INDEX is the end of a sentence.
+
+    Attributes:
+        ids: of all words, end to end. Views of it and of `bounds` must be dropped before the next word is asked for: neither
+            array grows while its memory is shared.
+        bounds: where the ids of each word begin, and behind them all how many there are.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
-        self["\0"] = 0
-        self._tokenizer = tokenizer
-        self._parts = _Parts(tokenizer)
-        self._ids, self._starts, self._lengths = array("i"), array("q", [0]), array("q", [0])
+        self[_END] = _END_INDEX
+        self._encode, self._tokenize = tokenizer.encode, tokenizer.model.tokenize
+        self.ids, self.bounds = array("i"), array("q", [0, 0, 0])
 
-    def __missing__(self, word: str) -> int:
-        index, start = len(self._starts), len(self._ids)
-        if word.isascii() and word.isprintable():
-            for part in _ASCII_PARTS.findall(word.lower() if self._parts.lowercase else word):
-                self._ids.extend(self._parts[part])
+    def __missing__(self, word: bytes) -> int:
+        ids, bounds = self.ids, self.bounds
+        if word.isalnum():  # of bytes: ASCII alone; the model without the tokenizer around it takes a third of the time
+            ids.extend(map(_ID, self._tokenize(word.decode())))
         else:
-            self._ids.extend(self._tokenizer.encode(word, add_special_tokens=False).ids)
-        self._starts.append(start)
-        self._lengths.append(len(self._ids) - start)
+            ids.extend(self._encode(word.decode(), add_special_tokens=False).ids)
+        bounds.append(len(ids))
+        index = len(bounds) - 2
         if len(word) <= _KEPT_LENGTH:
             self[word] = index
         return index
-
-    def full(self) -> bool:
-        return len(self) > _KEPT_WORDS or len(self._ids) > _KEPT_TOKENS
-
-    # Views, to be dropped before the next word is added: an array does not grow while its memory is shared.
-    def ids(self) -> np.ndarray:
-        return np.frombuffer(self._ids, np.int32)
-
-    def starts(self) -> np.ndarray:
-        return np.frombuffer(self._starts, np.int64)
-
-    def lengths(self) -> np.ndarray:
-        return np.frombuffer(self._lengths, np.int64)
-
-
-# What BERT's normalizer and pre-tokenizer make of ASCII: words, and each other character alone.
-_ASCII_PARTS = re.compile("[A-Za-z0-9]+|[^A-Za-z0-9]")
-
-
-class _Parts(dict[str, list[int]]):
-    """Part of an ASCII word -> its ids. "Paris," and "(Paris)" are new words of old parts, and cost a third."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._model = tokenizer.model
-        self.lowercase: bool = tokenizer.normalizer.lowercase
-
-    def __missing__(self, part: str) -> list[int]:
-        ids = [token.id for token in self._model.tokenize(part)]
-        if len(part) <= _KEPT_LENGTH:
-            self[part] = ids
-        return ids
 
 
 def _assemble(tokens: Sequence[str], lowercase: bool, strip_accents: bool | None = None, chinese: bool = True) -> Tokenizer:

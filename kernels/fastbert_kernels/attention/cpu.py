@@ -3,12 +3,12 @@
 A pack is cut into a few groups (see `_groups`); each is padded to its own longest sequence, so that next to nothing is computed
 on padding, and the four products of a group are single calls. With G a group, everything below is [H * B_G, n, ...]:
 
-    S = q k' * scale + mask      P = softmax(S)      O = c (P * keep) v         c = 1 / probability to be kept
-    dV = c (P * keep)' dO        dP = c (dO v') * keep        dS = P * (dP - rowsum(P * dP))
+    S = q k' * scale + mask      P = softmax(S)      D = P * keep      O = c D v         c = 1 / probability to be kept
+    dV = c D' dO                 P * dP = c D * (dO v')                dS = P * dP - P rowsum(P * dP)
     dQ = scale dS k              dK = scale dS' q
 
 Half-precision inputs are promoted group by group: the products here are a small part of a step, the rounding of P would not be.
-Saved for the backward pass: the padded q, k, v, P and the mask `keep`. The same masks as `reference.py`.
+Saved for the backward pass: the padded q, k, v, P and D, which spares the mask. The same masks as `reference.py`.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from fastbert_kernels._dropout import keep_scale, row_keys
 from fastbert_kernels._dropout_cpu import keep_mask_cpu, site_keys_cpu
 
-_SHRINK = 0.72  # a group ends where a sequence is shorter than this share of its longest: 4 to 6 groups for usual text
+_SHRINK = 0.85  # a group ends where a sequence is shorter than this share of its longest: about seven groups for usual text
 
 
 class _Group(NamedTuple):
@@ -90,12 +90,12 @@ class _Attention(torch.autograd.Function):
                 own = group.query_rows.clamp(max=rows - 1)
                 shape = (heads * group.sequences, qg.shape[1])
                 kept = keep_mask_cpu(lo.T[:, own].view(shape), hi.T[:, own].view(shape), kg.shape[1], dropout_p)
-                torch.mul(weights, kept, out=scores)
-                og = torch.bmm(scores, vg).mul_(keep_scale(dropout_p))
-                saved += [qg, kg, vg, weights, kept]
+                dropped = torch.mul(weights, kept, out=scores)
+                og = torch.bmm(dropped, vg).mul_(keep_scale(dropout_p))
             else:
+                dropped = weights
                 og = torch.bmm(weights, vg)
-                saved += [qg, kg, vg, weights, None]
+            saved += [qg, kg, vg, weights, dropped]
             out.transpose(0, 1).index_copy_(1, group.query_rows, og.view(heads, -1, size).to(out.dtype))
         ctx.save_for_backward(*saved)
         ctx.groups, ctx.dropout_p, ctx.scale, ctx.total = groups, dropout_p, scale, total
@@ -108,21 +108,16 @@ class _Attention(torch.autograd.Function):
         rows, heads, size = dout.shape
         dq = dout.new_zeros(rows + 1, heads, size)
         dk, dv = dout.new_zeros(2, ctx.total + 1, heads, size)
-        kept_scale = keep_scale(ctx.dropout_p)
         for index, group in enumerate(ctx.groups):
-            qg, kg, vg, weights, kept = ctx.saved_tensors[5 * index : 5 * index + 5]
+            qg, kg, vg, weights, dropped = ctx.saved_tensors[5 * index : 5 * index + 5]
             dog = _take(dout, group.query_rows, group.sequences)
             if group.query_padding.numel():  # it repeats the last row of dout, and would add to dK and dV
                 dog.view(heads, -1, size).index_fill_(1, group.query_padding, 0)
-            dweights = torch.bmm(dog, vg.transpose(1, 2))
-            if kept is None:
-                dropped = weights
-            else:
-                dropped = weights * kept
-                dog = dog * kept_scale
-                dweights.mul_(kept).mul_(kept_scale)
+            if ctx.dropout_p > 0:
+                dog *= keep_scale(ctx.dropout_p)
             dvg = torch.bmm(dropped.transpose(1, 2), dog)
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            dscores = torch.bmm(dog, vg.transpose(1, 2)).mul_(dropped)
+            dscores.addcmul_(weights, dscores.sum(-1, keepdim=True), value=-1)
             dqg = torch.bmm(dscores, kg).mul_(ctx.scale)
             dkg = torch.bmm(dscores.transpose(1, 2), qg).mul_(ctx.scale)
             for whole, rows_of, part in ((dq, group.query_rows, dqg), (dk, group.key_rows, dkg), (dv, group.key_rows, dvg)):

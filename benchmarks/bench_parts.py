@@ -1,0 +1,232 @@
+"""Where our training step's time goes, part by part, against the time that each part needs at this machine's measured rates.
+
+    python -m benchmarks.bench_parts data/wiki --out FOLDER [--steps 12] [--quick]
+
+The step is the one of `fastbert pretrain`: a batch is drawn and `training.engine.Engine`, with DeepSpeed in it, takes it forward, backward
+and through the update; fp32, dropout 0.1, 32 of the demo's pairs, the heap setting of `fastbert.heap`. Every batch is taken twice: once
+plainly, which gives the step's time, and once under torch.profiler, which gives the parts; medians. Forward operations belong to the module
+that they run in, backward ones to the part of the forward operation with the same sequence number, and each moment is counted once. What the
+parts do not add up to is the row "rest"; below 0 it is the profiler's own time.
+
+The ideal of a part with matrix products is its FLOPs, as executed, over the GEMM rate; of one without, the bytes that it must read and write
+over the bandwidth of memory (so it can be passed where a cache holds them). Both rates are measured in the same process, and both are
+the machine's best while the steps are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.bench_step import CASES, MAX_LENGTH, SEQUENCES
+from benchmarks.machine import header
+from benchmarks.record import Record, Row, table
+from fastbert.config import ModelConfig, RunConfig, parse_config
+from fastbert.data.batches import Batches, PackedBatch
+from fastbert.data.store import Store, open_store
+from fastbert.doctor import measure_bandwidth, measure_gemm_rate
+from fastbert.flops import BACKWARD
+from fastbert.heap import keep_heap
+from fastbert.model import Attention, BertForPreTraining, Embeddings, FeedForward
+from fastbert.training.ds_config import read_ds_config
+from fastbert.training.engine import Engine
+from fastbert.training.group import join
+
+DATA, EMBEDDING, PROJECTIONS, SCORES = "data", "embedding", "attention: q, k, v, output", "attention: scores, dropout"
+PRODUCTS, GELU, NORM, LOSS, OPTIMIZER, ENGINE = (
+    "feed-forward: products",
+    "feed-forward: GELU",
+    "norm",
+    "loss",
+    "optimizer",
+    "engine, DeepSpeed",
+)
+PARTS = (DATA, EMBEDDING, PROJECTIONS, SCORES, PRODUCTS, GELU, NORM, LOSS, OPTIMIZER, ENGINE)
+
+MODULES: dict[type, str] = {Embeddings: EMBEDDING, Attention: PROJECTIONS, FeedForward: PRODUCTS, BertForPreTraining: LOSS}  # heads: loss
+# An operation that has a part of its own within a module's, or anywhere.
+OPERATIONS = {
+    (PROJECTIONS, "_Attention"): SCORES,
+    (PRODUCTS, "aten::gelu"): GELU,
+    (PRODUCTS, "aten::add"): GELU,  # its bias
+    (PROJECTIONS, "_DropoutAddLayerNorm"): NORM,
+    (PRODUCTS, "_DropoutAddLayerNorm"): NORM,
+    (ENGINE, "aten::_foreach_norm"): OPTIMIZER,  # clipping
+    (ENGINE, "aten::_foreach_mul_"): OPTIMIZER,
+}
+BACKWARD_NODE, STEP, MARK, WORD = "autograd::engine::evaluate_function: ", "step", "part ", 4
+
+
+def mark(model: torch.nn.Module) -> None:
+    """Let the profiler see when the forward pass is in a module of MODULES."""
+    for module in model.modules():
+        if (part := MODULES.get(type(module))) is not None:
+            ranges: list[Any] = []
+
+            def enter(_module: Any, _inputs: Any, ranges: list = ranges, part: str = part) -> None:
+                ranges.append(record_function(MARK + part))
+                ranges[-1].__enter__()
+
+            def leave(_module: Any, _inputs: Any, _output: Any, ranges: list = ranges) -> None:
+                ranges.pop().__exit__(None, None, None)
+
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+
+
+def split(events: Iterable[Any]) -> dict[str, float]:
+    """Milliseconds of each part, from the profiler's events of one step."""
+    times: dict[str, float] = defaultdict(float)
+    part_of: dict[int, str] = {}  # by sequence number of the forward operation
+
+    def walk(event: Any, part: str, backward: bool) -> None:
+        name = event.name
+        if name.startswith(MARK):
+            part = name.removeprefix(MARK)
+        elif name.startswith("Optimizer."):
+            part = OPTIMIZER
+        elif name.startswith(BACKWARD_NODE):
+            part, backward = part_of.get(event.sequence_nr, part), True
+        elif not backward:
+            part = OPERATIONS.get((part, name), part)
+            if event.sequence_nr >= 0:
+                part_of[event.sequence_nr] = part
+        times[part] += event.self_cpu_time_total / 1e3
+        inside = part
+        for child in sorted(event.cpu_children, key=lambda child: child.time_range.start):
+            # A weight's gradient is handed over right after the node that made it.
+            node = child.name.startswith(BACKWARD_NODE)
+            walk(child, inside if node and child.sequence_nr < 0 else part, backward)
+            if node and child.sequence_nr >= 0:
+                inside = part_of.get(child.sequence_nr, part)
+
+    (root,) = (event for event in events if event.name == STEP)
+    walk(root, ENGINE, False)
+    return dict(times)
+
+
+def flops(model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int) -> dict[str, float]:
+    """`fastbert.flops.executed_flops`, by part."""
+    D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    tokens, rows = sum(lengths), masked + pairs  # the last layer's
+    squares = sum(n * n for n in lengths)
+    scores = sum(n * (1 + masked * n / tokens) for n in lengths)
+    forward = {
+        PROJECTIONS: 2.0 * ((L - 1) * tokens * 4 * D * D + tokens * 2 * D * D + rows * 2 * D * D),
+        SCORES: 2.0 * ((L - 1) * squares + scores) * 2 * D,
+        PRODUCTS: 2.0 * ((L - 1) * tokens + rows) * 2 * D * F,
+        LOSS: 2.0 * (masked * (D * D + D * vocab_size) + pairs * (D * D + 2 * D)),
+    }
+    return {part: (1 + BACKWARD) * count for part, count in forward.items()}
+
+
+def least_bytes(model: ModelConfig, vocab_size: int, parameters: int, tokens: int, rows: int) -> dict[str, float]:
+    """What the parts without matrix products must read and write, forward and backward."""
+    D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    # A layer's two norms; the last one's are on `rows` alone. Forward: x, residual, z, y; backward: dy, z, dx, dresidual.
+    norm = 8 * 2 * D * ((L - 1) * tokens + rows)
+    gelu = 5 * F * ((L - 1) * tokens + rows)  # x, y; dy, x, dx
+    embedding = 7 * D * tokens + D * vocab_size  # row, z, y; dy, z, and the row of the gradient twice; the gradient of the table
+    update = 7 * parameters  # weight, gradient and two moments; three of them written
+    return {EMBEDDING: WORD * embedding, GELU: WORD * gelu, NORM: WORD * norm, OPTIMIZER: WORD * update}
+
+
+def measure(store: Store, preset: str, vocab_size: int, steps: int) -> tuple[float, dict[str, float], dict[str, float], dict[str, float]]:
+    """Milliseconds of a step and of its parts, medians; FLOPs and least bytes of a step by part, means."""
+    config: RunConfig = parse_config(
+        f'data = "{store.path}"\n[model]\npreset = "{preset}"\n[objective]\nsegments = "single"\n'
+        f"[batch]\nsequences = {SEQUENCES}\nmax_length = {MAX_LENGTH}",
+        "bench_parts",
+    )
+    batches, batch_of = Batches(store, config), list[PackedBatch]()
+    torch.manual_seed(0)
+    model = BertForPreTraining(config.model, vocab_size)
+    parameters = sum(p.numel() for p in model.parameters())
+    mark(model)
+    walls, splits = [], []
+    with join(60.0) as group, Engine(model, config, read_ds_config(config, "bench_parts"), "fp32", group) as engine:
+
+        def step(index: int) -> None:
+            with record_function(STEP):
+                with record_function(MARK + DATA):
+                    packs = batches.step(index)
+                engine.step(packs, lr=1e-4)
+
+        for index in range(steps + 2):
+            wall = _milliseconds(lambda index=index: step(index))
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                step(index)
+            if index >= 2:  # the first ones warm the heap up
+                walls.append(wall)
+                splits.append(split(profiler.events() or []))
+                batch_of += batches.step(index)
+    shapes = [(b.cu_seqlens.diff().tolist(), len(b.labels), b.sequences) for b in batch_of]
+    work = [flops(config.model, vocab_size, *shape) for shape in shapes]
+    traffic = [least_bytes(config.model, vocab_size, parameters, sum(n), masked + pairs) for n, masked, pairs in shapes]
+    parts = {part: statistics.median(found.get(part, 0.0) for found in splits) for part in PARTS}
+    mean = {key: sum(w.get(key, 0.0) for w in work) / steps for key in PARTS}
+    moved = {key: sum(t.get(key, 0.0) for t in traffic) / steps for key in PARTS}
+    return statistics.median(walls), parts, mean, moved
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def rows_of(
+    case: str, wall: float, parts: dict[str, float], work: dict[str, float], moved: dict[str, float], rate: float, bandwidth: float
+) -> list[Row]:
+    """A row for each part, one for what is left, and the whole step's."""
+    rows = []
+    for part in PARTS:
+        ideal = 1e3 * (work[part] / rate or moved[part] / bandwidth)
+        rows.append({"case": case, "part": part, "ms": parts[part], "gflop": work[part] / 1e9, "ideal_ms": ideal})
+    rest = {"case": case, "part": "rest", "ms": wall - sum(parts.values()), "gflop": 0.0, "ideal_ms": 0.0}
+    whole = {"case": case, "part": "step", "ms": wall, "gflop": sum(work.values()) / 1e9, "ideal_ms": sum(r["ideal_ms"] for r in rows)}
+    return [row | {"share_of_step": row["ms"] / wall} for row in (*rows, rest, whole)]
+
+
+def cells(row: Row) -> list[str]:
+    ideal = [f"{row['ideal_ms']:.1f}", f"{row['ideal_ms'] / row['ms']:.0%}"] if row["ideal_ms"] and row["ms"] > 0 else ["-", "-"]
+    return [row["part"], f"{row['ms']:.1f}", f"{row['share_of_step']:.1%}", f"{row['gflop']:.1f}" if row["gflop"] else "-", *ideal]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", help="a folder that `fastbert prepare` made; its lengths are what is timed")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=12, help="of each model (12)")
+    parser.add_argument("--quick", action="store_true", help="two steps of the smallest model")
+    given = parser.parse_args()
+    keep_heap()
+    store, facts = open_store(given.store), header(torch.device("cpu"))
+    cases, steps = (CASES[:1], 2) if given.quick else (CASES, given.steps)
+    columns = ["part", "ms", "share of the step", "GFLOP", "ideal ms", "share of the ideal"]
+    rows, sections = [], []
+    bandwidth = measure_bandwidth()
+    for preset, vocab_size in cases:
+        before = measure_gemm_rate()
+        found = measure(store, preset, vocab_size, steps)
+        rate = max(before, measure_gemm_rate())
+        case = f"{preset}, V = {vocab_size:,}"
+        new = rows_of(case, *found, rate, bandwidth)
+        rows += new
+        title = f"## {case}: {rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"
+        sections.append(f"{title}\n\n{table(columns, [cells(row) for row in new])}")
+        print(f"\n{sections[-1]}", flush=True)
+    intro = f"Where a training step's time goes\n\n{SEQUENCES} of the demo's pairs a step, fp32, dropout 0.1; medians of {steps} steps."
+    Record(facts, rows).write(given.out, "parts", "\n\n".join([intro, *sections]))
+
+
+if __name__ == "__main__":
+    main()

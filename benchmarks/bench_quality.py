@@ -1,0 +1,313 @@
+"""Time to quality: `fastbert pretrain` against transformers' Trainer, for the same time on the same processor.
+
+    python -m benchmarks.bench_quality data/wiki --out FOLDER [--seconds 240] [--seeds 1 2 3] [--quick]
+
+Both sides: the same store, so the same text, tokenizer and split, the same sizes of the model, fp32, the same heap setting, one thread on a
+core of its own. Two runs go side by side, so what else the machine does falls on both. Ours is the demo's recipe (docs/demo.md) with its
+time changed; `trainer_rival.py` says how the Trainer is set up. Batch and learning rate of the Trainer are the best of GRID, by the
+held-out loss after a third of the time, with a seed that is not measured later; its defaults run once too. A third side is the Trainer with
+our recipe and the very weights that ours begins with: what then remains is the speed of the step alone.
+
+Held-out loss and NSP accuracy come from the same examples with the same frozen masks; before anything is timed both sides must find
+the same for the same weights. Time begins with the first step. Evaluations are not counted for the Trainer; for ours they are, but for the
+last one, since `stop.seconds` counts them.
+
+How many times sooner ours reaches a Trainer's final MLM loss is told twice, by seed: on the curve of our run of the same length, straight
+between two evaluations; and by the shortest of our runs with a 2nd, 3rd, 5th ... of the time that ends at or below that loss. The
+second is the time that one would really save, since the learning rate of the first is still high when it passes there.
+
+With the defaults it takes about 40 minutes on two cores. A finished run is kept in FOLDER/quality-runs and not made again, so a call that was
+cut off goes on; remove that folder after a change to the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.machine import ROOT, header
+from benchmarks.pictures import INK, MUTED, colour, figure_of, save
+from benchmarks.record import Record, Row, table
+from benchmarks.trainer_rival import build_model, evaluate, heldout
+from fastbert.config import load_config
+from fastbert.data.store import Store, open_store
+from fastbert.model import BertForPreTraining
+from fastbert.objective import losses
+from fastbert.training.heldout import heldout_means, heldout_sums
+from fastbert.training.metrics import read_metrics
+
+RECIPE = ROOT / "recipes/demo.toml"
+OURS, TRAINER, SAME = "fastbert", "Trainer", "Trainer, our recipe"
+POINTS = 12  # evaluations of a run
+SHORTER = (2, 3, 5, 8, 12, 20)  # our other runs have such a part of the time
+DEFAULTS = (8, 5e-5)  # batch and learning rate, of TrainingArguments
+GRID = [DEFAULTS, (8, 5e-4), (8, 1e-3), (32, 5e-5), (32, 5e-4), (32, 1e-3)]
+SEARCH_SEED, SEARCH_SHARE = 0, 3
+FIGURES = ("sooner_on_the_curve", "sooner_by_a_shorter_run")
+COLORS = (colour(OURS), colour("transformers"), "#7c3aed", MUTED)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training; `batch` and `lr` are the Trainer's, where it does not have our recipe."""
+
+    side: str
+    seconds: float
+    seed: int
+    batch: int | None = None
+    lr: float | None = None
+
+    @property
+    def name(self) -> str:
+        settings = f"-batch{self.batch}-lr{self.lr:g}" if self.batch else ""
+        return f"{self.side.lower().replace(', ', '-').replace(' ', '-')}-{self.seconds:g}s{settings}-seed{self.seed}"
+
+
+def ours(seconds: float, seed: int) -> Run:
+    return Run(OURS, seconds, seed)
+
+
+Curve = list[dict[str, Any]]  # evaluations, as metrics.jsonl has them
+
+
+class Bench:
+    """Makes runs, two at a time, and keeps their curves.
+
+    Args:
+        store: of the text.
+        folder: where curves are kept, a file for each finished run.
+    """
+
+    def __init__(self, store: Store, folder: Path):
+        self.store, self.folder = store, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def curve(self, run: Run) -> Curve:
+        return list(read_metrics(self._file(run)))
+
+    def make(self, runs: Sequence[Run], every: int = 10**9) -> None:
+        """Make those that are not there yet, each on a core of its own; `every` so many steps ours evaluates, and at its end."""
+        cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+        chosen = sorted(os.sched_getaffinity(0))[-2:]
+        for core in chosen:
+            cores.put(core)
+        # Linux pins the calling thread alone, and what it starts inherits that.
+        with ThreadPoolExecutor(len(chosen), initializer=lambda: os.sched_setaffinity(0, {cores.get()})) as pool:
+            for run in pool.map(lambda run: self._make(run, every), runs):
+                row = summary(run, self.curve(run))
+                print(
+                    f"{run.name:40} MLM {row['loss_mlm']:.3f}  NSP {row['accuracy_nsp']:.1%}  {row['tokens_per_s']:,.0f} tokens/s",
+                    flush=True,
+                )
+
+    def _file(self, run: Run) -> Path:
+        return self.folder / f"{run.name}.jsonl"
+
+    def _make(self, run: Run, every: int) -> Run:
+        if not self._file(run).exists():
+            with tempfile.TemporaryDirectory() as folder:
+                where = [RECIPE, self.store.path, folder]
+                if run.side == OURS:
+                    values = {"data": where[1], "run": where[2], "seed": run.seed, "stop.seconds": run.seconds}
+                    values |= {"evaluate.every": every, "checkpoint.every": 10**9}
+                    command = ["fastbert", "pretrain", RECIPE, *(f"{key}={value}" for key, value in values.items())]
+                else:
+                    values = {"seconds": run.seconds, "points": POINTS, "seed": run.seed}
+                    values |= {"batch": run.batch, "lr": run.lr} if run.batch else {}
+                    command = ["benchmarks.trainer_rival", *where, *(f"--{key}={value}" for key, value in values.items())]
+                environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+                arguments = [sys.executable, "-m", *map(str, command)]
+                ended = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+                if ended.returncode:
+                    raise SystemExit(f"{run.name}: {ended.stderr[-2000:]}")
+                evaluations = [record for record in read_metrics(Path(folder) / "metrics.jsonl") if record.get("event") == "evaluate"]
+            if run.side == OURS:  # the last evaluation comes when the time is up
+                evaluations[-1]["training_seconds"] = run.seconds
+            partial = self._file(run).with_suffix(".partial")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in evaluations), encoding="utf-8")
+            partial.replace(self._file(run))
+        return run
+
+
+def check_that_both_measure_the_same(store: Store) -> None:
+    """SystemExit where the two sides' evaluations of the same weights differ."""
+    config = load_config(RECIPE, [f"data={store.path}"])
+    torch.manual_seed(0)
+    mine = BertForPreTraining(config.model, store.vocab_size).eval()
+    theirs = build_model(config, store.vocab_size, mine)
+    batches = heldout(store, config)
+    with torch.no_grad():
+        a = heldout_means(torch.stack([heldout_sums(losses(mine(batch)), batch, store.special.mask) for batch in batches]).sum(0))
+    b = evaluate(theirs, batches, store.special.mask)
+    same_size = sum(p.numel() for p in mine.parameters()) == sum(p.numel() for p in theirs.parameters())
+    if not same_size or abs(a.loss_mlm - b.loss_mlm) > 1e-4 or a.accuracy_nsp != b.accuracy_nsp:
+        raise SystemExit(f"the two sides do not measure the same: {a} against {b}")
+
+
+def summary(run: Run, curve: Curve) -> Row:
+    """The end of a run; losses in nats."""
+    last = curve[-1]
+    return {
+        "side": run.side,
+        "seed": run.seed,
+        "budget_s": run.seconds,
+        "batch": run.batch,
+        "lr": run.lr,
+        **{key: last[key] for key in ("loss_mlm", "loss_mask_token", "accuracy_mlm", "accuracy_nsp")},
+        "steps": last["step"],
+        "tokens": last["training_tokens"],
+        "tokens_per_s": last["training_tokens"] / last["training_seconds"],
+    }
+
+
+def first_reached(curve: Curve, loss: float) -> float | None:
+    """Seconds until the held-out MLM loss is at or below `loss`, straight between two evaluations; None where it never is."""
+    before = None
+    for point in curve:
+        if point["loss_mlm"] <= loss:
+            if before is None:
+                return point["training_seconds"]
+            share = (before["loss_mlm"] - loss) / (before["loss_mlm"] - point["loss_mlm"])
+            return before["training_seconds"] + share * (point["training_seconds"] - before["training_seconds"])
+        before = point
+    return None
+
+
+def sooner(bench: Bench, rival: Run, shorter: Sequence[int]) -> Row:
+    """How many times sooner ours has a Trainer's final loss: on its curve, and by the shortest run that ends there; 0 for never."""
+    goal = bench.curve(rival)[-1]["loss_mlm"]
+    reached = first_reached(bench.curve(ours(rival.seconds, rival.seed)), goal)
+    enough = [part for part in (1, *shorter) if bench.curve(ours(rival.seconds / part, rival.seed))[-1]["loss_mlm"] <= goal]
+    return {
+        "against": rival.side,
+        "seed": rival.seed,
+        "goal_loss_mlm": goal,
+        "sooner_on_the_curve": rival.seconds / reached if reached else 0.0,
+        "sooner_by_a_shorter_run": float(max(enough, default=0)),
+    }
+
+
+def draw(bench: Bench, sides: dict[str, list[Run]], brief: Sequence[Run], path: Path) -> None:
+    """All sides over the seconds, a thin line a seed and their mean; dots are the ends of our shorter runs."""
+    figure, axes_of = figure_of(1, 2)
+    panels = axes_of[0]
+    measures = (("loss_mlm", 1, "held-out MLM loss, nats per token"), ("accuracy_nsp", 100, "held-out NSP accuracy, %"))
+    for axes, (key, scale, label) in zip(panels, measures, strict=True):
+        for (name, runs), color in zip(sides.items(), COLORS, strict=True):
+            curves = [bench.curve(run) for run in runs]
+            lines = [([p["training_seconds"] for p in curve], [scale * p[key] for p in curve]) for curve in curves]
+            for x, y in lines:
+                axes.plot(x, y, color=color, linewidth=0.7, alpha=0.6)
+            common = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines), 200)
+            axes.plot(common, np.mean([np.interp(common, x, y) for x, y in lines], 0), color=color, linewidth=2.2, label=name)
+        ends = [bench.curve(run)[-1] for run in brief]
+        dots = {"marker": "o", "s": 14, "facecolor": "white", "edgecolor": COLORS[0], "linewidth": 1.0, "zorder": 3}
+        axes.scatter([p["training_seconds"] for p in ends], [scale * p[key] for p in ends], label="ends of fastbert's shorter runs", **dots)
+        axes.set_ylabel(label, color=MUTED)
+        axes.set_xlabel("seconds of training", color=MUTED)
+        axes.set_xlim(left=0)
+    panels[1].set_ylim(bottom=45)  # a coin gives 50
+    unigram = bench.store.yardsticks["unigram"]
+    panels[0].axhline(unigram, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    panels[0].annotate(f"word frequencies {unigram:.2f}", (1, unigram), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                       textcoords="offset points", ha="right", color=MUTED, fontsize=8)  # fmt: skip
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=9)
+    save(figure, path)
+
+
+def report(
+    bench: Bench, sides: dict[str, list[Run]], brief: Sequence[Run], search: Sequence[Run], figures: Sequence[Row], seconds: float
+) -> str:
+    """The text of quality.md."""
+
+    def line(run: Run) -> list[str]:
+        row = summary(run, bench.curve(run))
+        found = [f"{row['loss_mlm']:.3f}", f"{row['loss_mask_token']:.3f}", f"{row['accuracy_nsp']:.1%}"]
+        return [*found, f"{row['tokens'] / 1e6:.2f} M", f"{row['tokens_per_s']:,.0f}"]
+
+    def times(values: Sequence[float]) -> list[str]:
+        low, middle, high = (f"{value:.1f}x" if value else "never" for value in (min(values), statistics.median(values), max(values)))
+        return [f"**{middle}**", f"{low} to {high}"]
+
+    columns = ["MLM loss", "on [MASK]", "NSP accuracy", "tokens seen", "tokens/s"]
+    compared = []
+    for side in (TRAINER, SAME):
+        of = [figure for figure in figures if figure["against"] == side]
+        goal = statistics.median(figure["goal_loss_mlm"] for figure in of)
+        compared.append([side, f"{goal:.3f}", *(cell for key in FIGURES for cell in times([figure[key] for figure in of]))])
+    ended = [[str(run.seed), name, *line(run)] for name, runs in sides.items() for run in runs]
+    shorter = [[f"{run.seconds:g} s", str(run.seed), *line(run)] for run in sorted(brief, key=lambda run: -run.seconds)]
+    tried = [[str(run.batch), f"{run.lr:g}", *line(run)] for run in search]
+    how = f"{seconds:g} seconds of training, one thread each on a core of its own; losses on held-out text, in nats"
+    return "\n\n".join(
+        [
+            "Time to quality: fastbert against transformers' Trainer",
+            f"{how}; word frequencies alone give {bench.store.yardsticks['unigram']:.2f}.",
+            "How many times sooner fastbert has the final MLM loss of the other side, medians and ranges over seeds:",
+            table(["against", "its loss", "on our curve", "range", "by a shorter run of ours", "range"], compared),
+            table(["seed", "side", *columns], ended),
+            "![all sides over the seconds](quality.png)",
+            "Our runs with less time:",
+            table(["time", "seed", *columns], shorter),
+            f"Batch and learning rate of the Trainer, tried for {search[0].seconds:g} seconds:",
+            table(["batch", "learning rate", *columns], tried),
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path, help="a folder that `fastbert prepare` made")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=240.0, help="of training, each run (240)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help=f"not {SEARCH_SEED}, which the search has (1 2 3)")
+    parser.add_argument("--quick", action="store_true", help="three seconds, one seed, no search: only to see that it works")
+    given = parser.parse_args()
+    seconds, seeds, grid, shorter = (3.0, [1], GRID[:1], SHORTER[:1]) if given.quick else (given.seconds, given.seeds, GRID, SHORTER)
+    if SEARCH_SEED in seeds:
+        parser.error(f"--seeds {SEARCH_SEED}: that is the seed of the search; take others")
+
+    store = open_store(given.store.resolve())
+    check_that_both_measure_the_same(store)
+    bench = Bench(store, given.out / "quality-runs" / store.sha256[:8])
+    search = [Run(TRAINER, seconds / SEARCH_SHARE, SEARCH_SEED, *settings) for settings in grid]
+    brief = [ours(seconds / part, seed) for seed in seeds for part in shorter]
+    bench.make([*search, *brief])
+    best = min(search, key=lambda run: bench.curve(run)[-1]["loss_mlm"])
+    print(f"the Trainer goes on with batch {best.batch}, learning rate {best.lr:g}", flush=True)
+    pace = bench.curve(brief[0])[-1]
+    every = max(1, round(pace["step"] / pace["training_seconds"] * seconds / POINTS))
+    sides = {
+        OURS: [ours(seconds, seed) for seed in seeds],
+        TRAINER: [Run(TRAINER, seconds, seed, best.batch, best.lr) for seed in seeds],
+        SAME: [Run(SAME, seconds, seed) for seed in seeds],
+        "Trainer, defaults": [Run(TRAINER, seconds, seeds[0], *DEFAULTS)],
+    }
+    full = list(dict.fromkeys(run for runs in sides.values() for run in runs))
+    bench.make(sorted(full, key=lambda run: run.seed), every)  # by seed: ours beside the Trainer's
+
+    figures = [sooner(bench, run, shorter) for side in (TRAINER, SAME) for run in sides[side]]
+    text = report(bench, sides, brief, search, figures, seconds)
+    draw(bench, sides, brief, given.out / "quality.png")
+    ratios = {key: statistics.median(f[key] for f in figures if f["against"] == TRAINER) for key in FIGURES}
+    rows = [summary(run, bench.curve(run)) for run in (*full, *brief, *search)]
+    Record(header(torch.device("cpu")), [*rows, *figures], ratios).write(given.out, "quality", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

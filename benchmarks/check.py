@@ -1,0 +1,64 @@
+"""Have we become slower? Compares a fresh run with the results on record for this kind of machine; `make bench-check`.
+
+    python -m benchmarks.check FOLDER [--on cpu|gpu]
+
+FOLDER is what benchmarks.run wrote. Only ratios are compared, each measured side by side in one run: a slow machine slows both sides.
+Exit code 1 where one has fallen below 0.85 of what is on record; 2 where nothing is on record for such a machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.machine import folder_name
+from benchmarks.record import read_record
+
+RESULTS = Path(__file__).with_name("results")
+LEAST = 0.85  # of the ratio on record
+
+
+class Compared(NamedTuple):
+    name: str
+    before: float
+    now: float | None  # None where the fresh run has no such figure
+
+    @property
+    def fell(self) -> bool:
+        return self.now is None or not self.now >= LEAST * self.before
+
+
+def compare(before: Path, now: Path) -> Iterator[Compared]:
+    """Every ratio on record, with that of the fresh run."""
+    for path in sorted(before.glob("*.json")):
+        ratios: Mapping[str, float] = read_record(now / path.name).ratios if (now / path.name).exists() else {}
+        for name, value in read_record(path).ratios.items():
+            yield Compared(f"{path.stem}: {name}", value, ratios.get(name))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what benchmarks.run wrote")
+    parser.add_argument("--on", choices=["gpu", "cpu"], default="gpu" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    on_record = RESULTS / folder_name(torch.device("cuda" if options.on == "gpu" else "cpu"))
+    if not on_record.is_dir():
+        known = ", ".join(sorted(path.name for path in RESULTS.iterdir() if path.is_dir()))
+        print(f"check: nothing is on record for {on_record.name}, only for {known}; benchmarks.run --record puts it there")
+        return 2
+    found = list(compare(on_record, options.folder))
+    for one in found:
+        now = "missing" if one.now is None else f"{one.now:.2f}"
+        print(f"{'FELL ' if one.fell else '     '} {one.before:8.2f} {now:>8}  {one.name}")
+    fallen = sum(one.fell for one in found)
+    print(f"{len(found)} ratios, on record and now; {fallen} have fallen by more than {1 - LEAST:.0%}")
+    return 1 if fallen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

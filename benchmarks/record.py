@@ -1,0 +1,45 @@
+"""What a benchmark leaves in a folder: NAME.json with rows and ratios, and NAME.md with the same for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import header_line
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The outcome of one benchmark on one machine.
+
+    Attributes:
+        header: device, versions and commit, of `machine.header`.
+        rows: flat, as JSON has them; units in the names.
+        ratios: what must not fall from one commit to the next, the higher the better; compared by `benchmarks.check`.
+    """
+
+    header: Mapping[str, str]
+    rows: Sequence[Row]
+    ratios: Mapping[str, float] = field(default_factory=dict)
+
+    def write(self, folder: Path, name: str, text: str) -> None:
+        """Write NAME.json, and NAME.md: a title, the header, and `text`, which begins below them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        title, _, rest = text.partition("\n")
+        (folder / f"{name}.md").write_text(f"# {title}\n\n{header_line(dict(self.header))}\n{rest.rstrip()}\n", encoding="utf-8")
+
+
+def read_record(path: Path) -> Record:
+    return Record(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [list(columns), ["---"] * len(columns), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

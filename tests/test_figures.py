@@ -1,0 +1,40 @@
+"""The README quotes what is on record, and a fall of the ratios is noticed."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.check import LEAST, RESULTS, compare
+from benchmarks.figures import FIGURES, MACHINE, PLACE, README, renewed
+from benchmarks.record import read_record
+
+
+def test_the_readme_quotes_the_record():
+    text = README.read_text(encoding="utf-8")
+    assert {match[2] for match in PLACE.finditer(text)} == set(FIGURES)
+    assert renewed(text) == text, "run python -m benchmarks.figures"
+    assert renewed(text.replace("1", "2")) != text.replace("1", "2")
+
+
+@pytest.mark.parametrize("folder", sorted(path for path in RESULTS.iterdir() if path.is_dir()), ids=lambda path: path.name)
+def test_records_can_be_read_and_say_where_they_come_from(folder):
+    records = [read_record(path) for path in folder.glob("*.json")]
+    assert records
+    for record in records:
+        assert record.header["commit"] and record.header["device"] and record.header["torch"] and record.rows
+
+
+def test_a_ratio_that_falls_is_noticed(tmp_path):
+    before, now = RESULTS / MACHINE, tmp_path / "now"
+    shutil.copytree(before, now)
+    assert not any(one.fell for one in compare(before, now))
+    record = read_record(now / "step.json")
+    name = next(iter(record.ratios))
+    for share, fell in ((LEAST + 0.01, False), (LEAST - 0.01, True), (float("nan"), True)):
+        replace(record, ratios={**record.ratios, name: share * record.ratios[name]}).write(now, "step", "A step")
+        assert [one.name for one in compare(before, now) if one.fell] == ([f"step: {name}"] if fell else [])
+    (now / "step.json").unlink()
+    assert {one.name for one in compare(before, now) if one.fell} == {f"step: {name}" for name in record.ratios}
