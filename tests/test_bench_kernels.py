@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernel_report import goals, reached
 from benchmarks.cases import Case, arguments, outcome, production, truth
+from benchmarks.kernel_report import goals, reached
 from benchmarks.tune import BLOCKS, table_text
 from fastbert_kernels._tiles import TABLE, chosen_by, tile
 from fastbert_kernels.specs import SPECS
