@@ -10,14 +10,13 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from fastbert.doctor import measure_gemm_rate
+from fastbert.doctor import measure_bandwidth, measure_gemm_rate
 from fastbert.plan import GPUS
 
 ROOT = Path(__file__).parents[1]
@@ -31,34 +30,20 @@ class Peak(NamedTuple):
 
 # By the name that the driver gives.
 PEAKS = {
-    name: Peak(GPUS[kind].bf16, bandwidth, "NVIDIA's data sheets, SXM parts, bf16")
-    for name, kind, bandwidth in (
-        ("NVIDIA A100-SXM4-40GB", "a100", 1.555e12),
-        ("NVIDIA A100-SXM4-80GB", "a100", 2.039e12),
-        ("NVIDIA H100 80GB HBM3", "h100", 3.35e12),
-        ("NVIDIA H200", "h200", 4.8e12),
+    name: Peak(GPUS[kind].bf16, GPUS[kind].bandwidth, "data sheet, bf16")
+    for name, kind in (
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
     )
 }
-COPY_BYTES = 256 * 1024**2  # larger than any cache
 
 
 def peak_of(device: torch.device) -> Peak:
-    """Of the data sheet where the GPU is known; else measured, by a product of matrices and by a copy."""
+    """Of the data sheet where the GPU is known; else measured."""
     known = PEAKS.get(device_name(device))
-    return known or Peak(measure_gemm_rate(device=str(device)), _copy_rate(device), "measured: a matrix product in fp32, a copy")
-
-
-def _copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of the fastest of a few copies."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
-    target, rates = torch.empty_like(source), []
-    for _ in range(5):
-        start = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        rates.append(2 * COPY_BYTES / (time.perf_counter() - start))
-    return max(rates)
+    return known or Peak(measure_gemm_rate(device=str(device)), measure_bandwidth(device=str(device)), "measured: products in fp32, a copy")
 
 
 def device_name(device: torch.device) -> str:
