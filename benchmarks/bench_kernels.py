@@ -123,9 +123,10 @@ clock = Clock()
 
 
 def cases_for(device: torch.device, tokens: int | None) -> list[Case]:
-    """The sizes of training, and those of the pictures."""
-    tokens = tokens or (TOKENS if device.type == "cuda" else CPU_TOKENS)
-    return [*production(tokens), *sweep(SIZES[device.type])]
+    """The sizes of training, or packs of `tokens` tokens; and those of the pictures."""
+    if tokens is not None:
+        return [*production(tokens), *sweep((128, 256))]
+    return [*production(TOKENS if device.type == "cuda" else CPU_TOKENS), *sweep(SIZES[device.type])]
 
 
 def to_compile(cases: list[Case], which: str) -> set[str]:

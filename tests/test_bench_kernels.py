@@ -31,7 +31,7 @@ def run(module: str, *arguments: str | Path, **environment: str) -> subprocess.C
 
 def test_everything_runs_dry_and_is_reported(tmp_path):
     pytest.importorskip("triton")
-    result = run("gpu", "--out", tmp_path / "report", "--dry-run", "--seconds", "600", CUDA_VISIBLE_DEVICES="")
+    result = run("run", "--out", tmp_path / "report", "--dry-run", "--seconds", "600", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stdout + result.stderr
     report = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     for part in ("tests", "kernels", "training", "tuning"):
@@ -44,12 +44,16 @@ def test_everything_runs_dry_and_is_reported(tmp_path):
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "report.md").touch()
-    result = run("gpu", "--out", tmp_path, "--dry-run")
+    result = run("run", "--out", tmp_path, "--dry-run")
     assert result.returncode == 2 and "is not empty" in result.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize("command", [("tune",), ("bench_training", "--out", "nowhere"), ("machine",)], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command",
+    [("tune",), ("bench_training", "--out", "nowhere"), ("machine",), ("run", "--on", "gpu", "--out", "nowhere")],
+    ids=lambda c: c[0],
+)
 def test_without_a_gpu_one_line_says_so(command):
     result = run(*command)
     assert result.returncode == 2 and not result.stderr
