@@ -36,7 +36,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -46,12 +45,11 @@ from benchmarks.machine import header, header_line
 from benchmarks.record import Record, Row, table
 from fastbert.config import BatchConfig, RunConfig, parse_config
 from fastbert.data.packing import PackedBatch
-from fastbert.doctor import measure_bandwidth, measure_gemm_rate
 from fastbert.heap import keep_heap
 from fastbert.memory import Pack, activation_bytes, memory_by_part
 from fastbert.model import BertForPreTraining
 from fastbert.objective import losses
-from fastbert.plan import Device, communication_per_step, compute_seconds, plan
+from fastbert.plan import Device, communication_per_step, compute_seconds, plan, this_machine
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine
 from fastbert.training.group import Group, join
@@ -290,12 +288,6 @@ def communication_rows() -> list[Row]:
 
 
 # ------------------------------------------------------------------------------------------------------------- step time
-
-
-def this_machine(seconds: float) -> Device:
-    """The rates of the CPU, as of now; no network."""
-    rate = measure_gemm_rate(seconds=seconds)
-    return Device(rate, rate, psutil.virtual_memory().total, measure_bandwidth(seconds=seconds), float("inf"), float("inf"))
 
 
 def step_row(case: Case, steps: int) -> Row:

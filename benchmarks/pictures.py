@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
-OURS = "#1d4ed8"
+from fastbert.training.picture import GRID, HELDOUT, MUTED
+
+OURS = HELDOUT
 COLOURS = {  # everybody else, the same in every picture
     "eager": "#9ca3af",
     "torch.compile": "#b45309",

@@ -316,7 +316,7 @@ def plan(
 ) -> None:
     """Estimate memory, step time, communication, and time and cost to the end of a run, from formulas."""
     from fastbert.config import load_config
-    from fastbert.plan import CPU, describe, plan
+    from fastbert.plan import CPU, describe, plan, this_machine
 
     config, on_cpu = load_config(recipe, overrides or ()), gpu.lower() == CPU
     p = plan(
@@ -329,24 +329,13 @@ def plan(
         vocab_size=vocab_size,
         mean_length=mean_length,
         price=price,
-        device=_this_machine() if on_cpu else None,
+        device=this_machine() if on_cpu else None,
     )
     if as_json:
         return _print_json(dataclasses.asdict(p))
     _print_table(f"{p.gpus} x {p.gpu}, {p.precision}, ZeRO stage {p.zero_stage}: an estimate", ("", ""), describe(p))
     for line in p.assumptions:
         print(f"- assumed: {line}")
-
-
-def _this_machine() -> Any:
-    """A plan.Device: the CPU's rates, measured; no network."""
-    import psutil
-
-    from fastbert.doctor import measure_bandwidth, measure_gemm_rate
-    from fastbert.plan import Device
-
-    rate = measure_gemm_rate()
-    return Device(rate, rate, psutil.virtual_memory().total, measure_bandwidth(), math.inf, math.inf)
 
 
 def _say(message: object, code: int) -> int:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.batches import share_out
 from fastbert.data.masking import selected_counts
+from fastbert.doctor import measure_bandwidth, measure_gemm_rate
 from fastbert.errors import InputError
 from fastbert.flops import executed_flops, training_flops
 from fastbert.memory import Pack, count_parameters, memory_by_part, stay_gathered
@@ -55,7 +57,7 @@ GPUS = {
     "b200": Device(2250e12, 75e12, 180e9, 8000e9, 900e9, 400e9, 6.69),
     "mi300x": Device(1307e12, 163.4e12, 192e9, 5300e9, 448e9, 400e9),
 }
-CPU = "cpu"  # as a name: this machine, whose rates the caller has measured
+CPU = "cpu"  # as a name: this machine, see `this_machine`
 GPUS_PER_NODE = 8
 
 # The share of the peak that matrix products reach, set such that one published run comes out right (docs/plan.md: the first row).
@@ -65,6 +67,12 @@ LAYER_S = 0.5e-3  # the host needs this long to launch a layer's operations forw
 CPU_PASSES = (
     6.0  # times the bytes of the fused kernels that the CPU's take, one operation after the other; fitted on the steps in docs/plan.md
 )
+
+
+def this_machine(seconds: float = 0.3) -> Device:
+    """The CPU's rates as of now, each measured for so long; no network."""
+    rate, bandwidth = measure_gemm_rate(seconds=seconds), measure_bandwidth(seconds=seconds)
+    return Device(rate, rate, psutil.virtual_memory().total, bandwidth, math.inf, math.inf)
 
 
 @dataclass(frozen=True)

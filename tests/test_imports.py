@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "fastbert.plan": {
         "fastbert.config",
         "fastbert.data",
+        "fastbert.doctor",
         "fastbert.errors",
         "fastbert.flops",
         "fastbert.memory",
