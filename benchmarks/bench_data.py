@@ -40,13 +40,14 @@ import numpy as np
 import torch
 
 from benchmarks.machine import ROOT, header
-from benchmarks.pictures import INK, MUTED, OURS, colour, figure_of, save
+from benchmarks.pictures import OURS, colour, figure_of, save
 from benchmarks.record import Record, Row, table
 from fastbert.config import parse_config
 from fastbert.data.batches import Batches
 from fastbert.data.prefetch import Prefetch
 from fastbert.data.store import Store, open_store
 from fastbert.data.tokenizer import train_tokenizer
+from fastbert.training.picture import INK, MUTED
 
 SEQUENCES, DEMO_SEQUENCES = 256, 28  # of a step: the default, and that of recipes/demo.toml
 LENGTHS = (128, 512)

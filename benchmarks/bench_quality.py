@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import ROOT, header
-from benchmarks.pictures import INK, MUTED, colour, figure_of, save
+from benchmarks.pictures import colour, figure_of, save
 from benchmarks.record import Record, Row, table
 from benchmarks.trainer_rival import build_model, evaluate, heldout
 from fastbert.config import load_config
@@ -49,6 +49,7 @@ from fastbert.model import BertForPreTraining
 from fastbert.objective import losses
 from fastbert.training.heldout import heldout_means, heldout_sums
 from fastbert.training.metrics import read_metrics
+from fastbert.training.picture import INK, MUTED
 
 RECIPE = ROOT / "recipes/demo.toml"
 OURS, TRAINER, SAME = "fastbert", "Trainer", "Trainer, our recipe"

@@ -12,8 +12,9 @@ from statistics import quantiles
 
 from benchmarks.cases import Case
 from benchmarks.machine import Peak
-from benchmarks.pictures import INK, MUTED, colour, figure_of, save
+from benchmarks.pictures import colour, figure_of, save
 from benchmarks.record import Row, table
+from fastbert.training.picture import INK, MUTED
 from fastbert_kernels.specs import SPECS
 
 PASSES = ("forward", "backward", "both")

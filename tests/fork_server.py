@@ -54,11 +54,16 @@ def serve() -> dict[str, Any] | None:
             *lines, unread = (unread + read).split(b"\n")
             for line in lines:
                 server = os.getpid()
+                bound, binds = os.pipe()
                 pid = os.fork()
                 if pid == 0:
                     watched.close()  # now: it is in a cycle, and a late collection would close whatever has its number by then
                     _die_with(server)
+                    os.close(binds)
                     return json.loads(line)
+                os.close(binds)
+                os.read(bound, 1)  # until it has: nobody knows its number before, to stop it when it would still outlive the server
+                os.close(bound)
                 watched.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
                 _answer({"started": pid})
 
