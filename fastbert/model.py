@@ -28,6 +28,7 @@ from fastbert_kernels import (
     dropout_add_layer_norm,
     embedding_layer_norm,
     layer_norm,
+    linear,
     masked_cross_entropy,
     row_keys,
     varlen_attention,
@@ -116,7 +117,7 @@ class SublayerOutput(nn.Module):
 
     def forward(self, inner: Tensor, residual: Tensor, keys: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
         return dropout_add_layer_norm(
-            inner @ self.weight.T,
+            linear(inner, self.weight, impl=impl),
             self.bias,
             residual,
             self.norm_weight,
@@ -139,7 +140,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
         """Every token attends; with `rows` (int64 [R], ascending) only their outputs are computed, [R, D]."""
-        q, k, v = self.project(x, rows)
+        q, k, v = self.project(x, rows, impl)
         context = varlen_attention(
             q,
             k,
@@ -155,14 +156,14 @@ class Attention(nn.Module):
         )
         return self.output(context.flatten(1), select(x, rows), select(pack.token_keys, rows), site + 1, dropout, impl)
 
-    def project(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rows: Tensor | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
         """q of the wanted rows, k and v of all: [R or T, H, K]."""
-        linear, heads = nn.functional.linear, (self.heads, self.head_size)
+        heads = (self.heads, self.head_size)
         if rows is None:
-            return linear(x, self.qkv_weight, self.qkv_bias).view(-1, 3, *heads).unbind(1)  # type: ignore[return-value]
+            return linear(x, self.qkv_weight, self.qkv_bias, impl=impl).view(-1, 3, *heads).unbind(1)  # type: ignore[return-value]
         size = x.shape[1]
-        q = linear(x[rows], self.qkv_weight[:size], self.qkv_bias[:size]).view(-1, *heads)
-        k, v = linear(x, self.qkv_weight[size:], self.qkv_bias[size:]).view(-1, 2, *heads).unbind(1)
+        q = linear(x[rows], self.qkv_weight[:size], self.qkv_bias[:size], impl=impl).view(-1, *heads)
+        k, v = linear(x, self.qkv_weight[size:], self.qkv_bias[size:], impl=impl).view(-1, 2, *heads).unbind(1)
         return q, k, v
 
 
@@ -173,7 +174,7 @@ class FeedForward(nn.Module):
         self.output = SublayerOutput(config, config.intermediate_size)
 
     def forward(self, x: Tensor, keys: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
-        inner = bias_gelu(x @ self.weight.T, self.bias, impl=impl)
+        inner = bias_gelu(linear(x, self.weight, impl=impl), self.bias, impl=impl)
         return self.output(inner, x, keys, site, dropout, impl)
 
 
@@ -205,7 +206,7 @@ class MaskedTokenHead(nn.Module):
         return masked_cross_entropy(self.transform(hidden, impl), words, self.vocabulary_bias, None, labels, total=total, impl=impl)
 
     def transform(self, hidden: Tensor, impl: str) -> Tensor:
-        inner = bias_gelu(hidden @ self.weight.T, self.bias, impl=impl)
+        inner = bias_gelu(linear(hidden, self.weight, impl=impl), self.bias, impl=impl)
         return layer_norm(inner, self.norm_weight, self.norm_bias, eps=self.eps, impl=impl)
 
 

@@ -180,7 +180,7 @@ def test_neighbouring_heads_look_at_the_token_before_and_after():
     x = model.hidden_states(batch)[0]
     attention = model.get_submodule("layers.0.attention")
     assert isinstance(attention, Attention)
-    q, k, _ = attention.project(x, None)
+    q, k, _ = attention.project(x, None, "cpu")
     scores = torch.einsum("ihk,jhk->hij", q, k) / config.head_size**0.5
     best = scores.argmax(-1)
     place = torch.arange(60)

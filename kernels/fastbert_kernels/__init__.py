@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastbert_kernels._dropout import row_keys
+    from fastbert_kernels._linear import linear
     from fastbert_kernels._worklist import attention_worklist
     from fastbert_kernels.attention import varlen_attention
     from fastbert_kernels.embedding import embedding_layer_norm
@@ -21,6 +22,7 @@ __all__ = [
     "dropout_add_layer_norm",
     "embedding_layer_norm",
     "layer_norm",
+    "linear",
     "masked_cross_entropy",
     "row_keys",
     "varlen_attention",
@@ -32,6 +34,7 @@ _MODULES = {
     "dropout_add_layer_norm": "norm",
     "embedding_layer_norm": "embedding",
     "layer_norm": "norm",
+    "linear": "_linear",
     "masked_cross_entropy": "mlm_loss",
     "row_keys": "_dropout",
     "varlen_attention": "attention",

@@ -1,0 +1,81 @@
+"""`fastbert_kernels.linear`: whichever library computes it, it is `x W' + b`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastbert_kernels import _linear, linear
+
+SHAPES = [(1, 1, 1), (0, 64, 128), (37, 256, 100), (300, 128, 4096), (1900, 256, 1024), (1900, 1024, 256), (300, 2048, 512)]
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """On every processor, not only where it is the faster library."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch is built without oneDNN")
+    monkeypatch.setattr(_linear, "_onednn_is_faster", lambda: True)
+
+
+def results(function, x, weight, bias, dy, dtype=torch.float32):
+    """y, dx, dW, db in fp64."""
+    x, weight, bias = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight, bias))
+    y = function(x, weight, bias)
+    return [tensor.detach().double() for tensor in (y, *torch.autograd.grad(y, (x, weight, bias), dy.to(dtype)))]
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+def test_result_and_gradients_are_half_as_near_to_fp64_as_torchs_at_least(onednn, rows, inputs, outputs):
+    draw = torch.Generator().manual_seed(rows)
+    x, weight, bias, dy = (torch.randn(s, generator=draw) for s in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs)))
+    exact = results(torch.nn.functional.linear, x, weight, bias, dy, torch.float64)
+    plain = results(torch.nn.functional.linear, x, weight, bias, dy)
+    ours = results(lambda *arguments: linear(*arguments, impl="cpu"), x, weight, bias, dy)
+    for name, wanted, torchs, found in zip(("y", "dx", "dW", "db"), exact, plain, ours, strict=True):
+        assert found.shape == wanted.shape
+        # The root of the mean square: the largest of a million differences is luck.
+        assert (found - wanted).norm() <= 2 * (torchs - wanted).norm(), name
+
+
+def test_strides_do_not_matter(onednn):
+    """A slice of a weight, columns of a wider x, and the gradient of a sum, which has no strides at all."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(50, 192, generator=draw)[:, 64:128], torch.randn(96, 64, generator=draw)
+    for part in (weight[:32], weight[32:], weight[::3]):
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        ours, plain = linear(a[:, :], part, impl="cpu"), b @ part.T
+        torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(linear(x, part, impl="cpu"), plain)
+        ours.sum().backward(), plain.sum().backward()
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_nothing_is_computed_for_what_is_frozen(onednn):
+    x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16)
+    (y := linear(x, weight, impl="cpu")).sum().backward()
+    assert x.grad is not None and y.grad_fn.needs_input_grad == (True, False, False)
+
+
+def test_the_same_twice(onednn):
+    """Bit for bit, or a resumed run would leave the path of the one that was never interrupted."""
+    x, weight = torch.randn(1234, 256), torch.randn(1024, 256)
+    assert torch.equal(linear(x, weight, impl="cpu"), linear(x.clone(), weight.clone(), impl="cpu"))
+
+
+def test_other_dtypes_and_implementations_are_torchs_own(onednn, monkeypatch):
+    monkeypatch.setattr(_linear, "_product", None)
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+    assert torch.equal(linear(x, weight, impl="reference"), x @ weight.T)
+    assert torch.equal(linear(x.double(), weight.double(), impl="cpu"), x.double() @ weight.double().T)
+    with pytest.raises(TypeError, match="NoneType"):
+        linear(x, weight, impl="cpu")
+
+
+def test_the_maker_of_the_processor_decides(monkeypatch, tmp_path):
+    for maker, wanted in (("GenuineIntel", False), ("AuthenticAMD", torch.backends.mkldnn.is_available())):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        monkeypatch.setattr(_linear, "Path", lambda _: tmp_path / "cpuinfo")
+        assert _linear._onednn_is_faster.__wrapped__() == wanted
+    (tmp_path / "cpuinfo").unlink()
+    assert not _linear._onednn_is_faster.__wrapped__()
