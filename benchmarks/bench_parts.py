@@ -1,6 +1,6 @@
 """Where our training step's time goes, part by part, against the time that each part needs at this machine's measured rates.
 
-    python -m benchmarks.bench_parts data/wiki --out FOLDER [--steps 12] [--quick]
+    python -m benchmarks.bench_parts data/wiki --out FOLDER [--steps 12] [--seconds 90] [--quick]
 
 The step is the one of `fastbert pretrain`: a batch is drawn and `training.engine.Engine`, with DeepSpeed in it, takes it forward, backward
 and through the update; fp32, dropout 0.1, 32 of the demo's pairs, the heap setting of `fastbert.heap`. Every batch is taken twice: once
@@ -16,6 +16,8 @@ the machine's best while the steps are medians.
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -23,10 +25,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says twice a step that it is at work
+
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.bench_step import CASES, MAX_LENGTH, SEQUENCES
+from benchmarks.bench_step import CASES, LEAST, MAX_LENGTH, SEQUENCES, WARM_UP
 from benchmarks.machine import header
 from benchmarks.record import Record, Row, table
 from fastbert.config import ModelConfig, RunConfig, parse_config
@@ -139,8 +143,11 @@ def least_bytes(model: ModelConfig, vocab_size: int, parameters: int, tokens: in
     return {EMBEDDING: WORD * embedding, GELU: WORD * gelu, NORM: WORD * norm, OPTIMIZER: WORD * update}
 
 
-def measure(store: Store, preset: str, vocab_size: int, steps: int) -> tuple[float, dict[str, float], dict[str, float], dict[str, float]]:
-    """Milliseconds of a step and of its parts, medians; FLOPs and least bytes of a step by part, means."""
+def measure(
+    store: Store, preset: str, vocab_size: int, steps: int, seconds: float = math.inf
+) -> tuple[float, dict[str, float], dict[str, float], dict[str, float]]:
+    """Milliseconds of a step and of its parts, medians; FLOPs and least bytes of a step by part, means. Fewer steps where `seconds` are over."""
+    end = time.monotonic() + seconds
     config: RunConfig = parse_config(
         f'data = "{store.path}"\n[model]\npreset = "{preset}"\n[objective]\nsegments = "single"\n'
         f"[batch]\nsequences = {SEQUENCES}\nmax_length = {MAX_LENGTH}",
@@ -160,20 +167,22 @@ def measure(store: Store, preset: str, vocab_size: int, steps: int) -> tuple[flo
                     packs = batches.step(index)
                 engine.step(packs, lr=1e-4)
 
-        for index in range(steps + 2):
+        for index in range(steps + WARM_UP):
             wall = _milliseconds(lambda index=index: step(index))
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 step(index)
-            if index >= 2:  # the first ones warm the heap up
+            if index >= WARM_UP:  # the first ones warm the heap up
                 walls.append(wall)
                 splits.append(split(profiler.events() or []))
                 batch_of += batches.step(index)
+            if len(walls) >= LEAST and time.monotonic() > end:
+                break
     shapes = [(b.cu_seqlens.diff().tolist(), len(b.labels), b.sequences) for b in batch_of]
     work = [flops(config.model, vocab_size, *shape) for shape in shapes]
     traffic = [least_bytes(config.model, vocab_size, parameters, sum(n), masked + pairs) for n, masked, pairs in shapes]
     parts = {part: statistics.median(found.get(part, 0.0) for found in splits) for part in PARTS}
-    mean = {key: sum(w.get(key, 0.0) for w in work) / steps for key in PARTS}
-    moved = {key: sum(t.get(key, 0.0) for t in traffic) / steps for key in PARTS}
+    mean = {key: sum(w.get(key, 0.0) for w in work) / len(walls) for key in PARTS}
+    moved = {key: sum(t.get(key, 0.0) for t in traffic) / len(walls) for key in PARTS}
     return statistics.median(walls), parts, mean, moved
 
 
@@ -206,17 +215,19 @@ def main() -> None:
     parser.add_argument("store", help="a folder that `fastbert prepare` made; its lengths are what is timed")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12, help="of each model (12)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="about how long; models then have fewer steps")
     parser.add_argument("--quick", action="store_true", help="two steps of the smallest model")
     given = parser.parse_args()
     keep_heap()
+    end = time.monotonic() + given.seconds
     store, facts = open_store(given.store), header(torch.device("cpu"))
     cases, steps = (CASES[:1], 2) if given.quick else (CASES, given.steps)
     columns = ["part", "ms", "share of the step", "GFLOP", "ideal ms", "share of the ideal"]
     rows, sections = [], []
     bandwidth = measure_bandwidth()
-    for preset, vocab_size in cases:
+    for index, (preset, vocab_size) in enumerate(cases):
         before = measure_gemm_rate()
-        found = measure(store, preset, vocab_size, steps)
+        found = measure(store, preset, vocab_size, steps, (end - time.monotonic()) / (len(cases) - index))
         rate = max(before, measure_gemm_rate())
         case = f"{preset}, V = {vocab_size:,}"
         new = rows_of(case, *found, rate, bandwidth)
@@ -224,7 +235,9 @@ def main() -> None:
         title = f"## {case}: {rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"
         sections.append(f"{title}\n\n{table(columns, [cells(row) for row in new])}")
         print(f"\n{sections[-1]}", flush=True)
-    intro = f"Where a training step's time goes\n\n{SEQUENCES} of the demo's pairs a step, fp32, dropout 0.1; medians of {steps} steps."
+    intro = (
+        f"Where a training step's time goes\n\n{SEQUENCES} of the demo's pairs a step, fp32, dropout 0.1; medians of at most {steps} steps."
+    )
     Record(facts, rows).write(given.out, "parts", "\n\n".join([intro, *sections]))
 
 

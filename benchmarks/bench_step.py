@@ -1,6 +1,6 @@
 """A training step, side by side with transformers' BertForPreTraining doing the same work.
 
-    python -m benchmarks.bench_step data/wiki [--steps 13] [--lengths single fill full] [--out folder]
+    python -m benchmarks.bench_step data/wiki [--steps 13] [--seconds 300] [--lengths single fill full] [--out folder]
 
 Both sides: the same weights, examples, masks and optimizer (AdamW, fused), fp32, dropout 0.1, forward + backward + update, the
 same heap setting (`fastbert.heap`; without it transformers' large temporaries would cost it up to twice as much, which would be
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import time
 from pathlib import Path
@@ -38,6 +39,7 @@ from fastbert.weights import to_hugging_face
 
 CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary
 SEQUENCES, MAX_LENGTH = 32, 128
+WARM_UP, LEAST = 2, 5  # pairs of steps that do not count, and that do however slow they are
 
 
 def draw(store: Store, segments: str, steps: int) -> list[PackedBatch]:
@@ -85,8 +87,9 @@ def fill_up(batch: PackedBatch) -> PackedBatch:
     )
 
 
-def compare(preset: str, vocab_size: int, batches: list[PackedBatch]) -> dict:
-    """Time both sides on the same batches in turns."""
+def compare(preset: str, vocab_size: int, batches: list[PackedBatch], seconds: float) -> dict:
+    """Time both sides on the same batches in turns, on fewer of them where `seconds` are over."""
+    end = time.monotonic() + seconds
     torch.manual_seed(0)
     config = parse_config(f'data = "none"\n[model]\npreset = "{preset}"', "bench_step").model
     ours = BertForPreTraining(config, vocab_size)
@@ -122,11 +125,14 @@ def compare(preset: str, vocab_size: int, batches: list[PackedBatch]) -> dict:
     pairs = []
     for index, (batch, padding) in enumerate(zip(batches, padded, strict=True)):
         pair = (timed(theirs, their_step, padding), timed(ours, our_step, batch))
-        if index >= 2:
+        if index >= WARM_UP:
             pairs.append(pair)
+        if len(pairs) >= LEAST and time.monotonic() > end:
+            break
     rate = measure_gemm_rate(seconds=1.0)
     useful = statistics.mean(
-        training_flops(config, vocab_size, b.cu_seqlens.diff().tolist(), len(b.labels), b.sequences) for b in batches[2:]
+        training_flops(config, vocab_size, b.cu_seqlens.diff().tolist(), len(b.labels), b.sequences)
+        for b in batches[WARM_UP : WARM_UP + len(pairs)]
     )
     ratios = sorted(t / o for t, o in pairs)
     quartiles = statistics.quantiles(ratios, n=4)
@@ -135,6 +141,7 @@ def compare(preset: str, vocab_size: int, batches: list[PackedBatch]) -> dict:
         "model": preset,
         "vocab_size": vocab_size,
         "fill": sum(b.tokens for b in batches) / sum(p["input_ids"].numel() for p in padded),
+        "pairs": len(pairs),
         "transformers_ms": 1e3 * statistics.median(t for t, _ in pairs),
         "fastbert_ms": 1e3 * our_time,
         "ratio": statistics.median(ratios),
@@ -152,8 +159,10 @@ def main() -> None:
         "--lengths", nargs="+", choices=["single", "fill", "full"], default=["single", "full"], help="which lengths to time"
     )
     parser.add_argument("--out", type=Path, help="folder for step.json and step.md")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="about how long; rows then have fewer steps")
     arguments = parser.parse_args()
     keep_heap()
+    end = time.monotonic() + arguments.seconds
     transformers.logging.set_verbosity_error()
     store = open_store(arguments.store)
     batches = {"single": draw(store, "single", arguments.steps), "fill": draw(store, "fill", arguments.steps)}
@@ -165,16 +174,17 @@ def main() -> None:
         f"{'lengths':>7} {'model':>6} {'V':>6} {'fill':>5} {'transformers':>13} {'fastbert':>9} {'ratio':>6} {'quartiles':>12} {'of ideal':>9}"
     )
     rows = []
-    for lengths in arguments.lengths:
-        for preset, vocab_size in CASES:
-            row = {"lengths": lengths, **compare(preset, vocab_size, batches[lengths])}
-            rows.append(row)
-            low, high = row["quartiles"]
-            print(
-                f"{lengths:>7} {preset:>6} {vocab_size:>6} {row['fill']:>5.2f} {row['transformers_ms']:>10.0f} ms {row['fastbert_ms']:>6.0f} ms "
-                f"{row['ratio']:>5.2f}x {low:>5.2f}-{high:<5.2f} {100 * row['share_of_ideal']:>7.0f} %",
-                flush=True,
-            )
+    cases = [(lengths, *case) for lengths in arguments.lengths for case in CASES]
+    for lengths, preset, vocab_size in cases:
+        seconds = (end - time.monotonic()) / (len(cases) - len(rows))
+        row = {"lengths": lengths, **compare(preset, vocab_size, batches[lengths], seconds)}
+        rows.append(row)
+        low, high = row["quartiles"]
+        print(
+            f"{lengths:>7} {preset:>6} {vocab_size:>6} {row['fill']:>5.2f} {row['transformers_ms']:>10.0f} ms {row['fastbert_ms']:>6.0f} ms "
+            f"{row['ratio']:>5.2f}x {low:>5.2f}-{high:<5.2f} {100 * row['share_of_ideal']:>7.0f} %",
+            flush=True,
+        )
     if arguments.out:
         ratios = {f"{r['model']}, V = {r['vocab_size']:,}, lengths {r['lengths']}, transformers' time over ours": r["ratio"] for r in rows}
         Record(facts, rows, ratios).write(arguments.out, "step", "A training step against transformers\n\n" + step_table(rows))

@@ -23,7 +23,7 @@ On a CPU, with a store that `fastbert prepare` made:
     kernels         as above, ours for CPUs
     data            benchmarks.bench_data: prepare and the loader
     startup         benchmarks.bench_startup: --help, import, the first step
-    plan            benchmarks.bench_plan: `fastbert plan` against counted tensors
+    plan            benchmarks.bench_plan --quick: `fastbert plan` against counted tensors
     side_by_side    benchmarks.side_by_side: our kernels for GPUs and other people's, in the interpreter
     traffic, compilers
 
@@ -121,15 +121,15 @@ def parts_on_a_gpu(out: Path) -> list[Part]:
 def parts_on_a_cpu(out: Path, store: Path) -> list[Part]:
     folder, seconds = ["--out", str(out)], ["--seconds", "{seconds}"]
     return [
-        Part("step", 300, [module("bench_step", str(store), *folder)]),
-        Part("parts", 60, [module("bench_parts", str(store), *folder)]),
-        Part("kernels", 200, [suite("bench_kernels", *folder, *seconds)]),
-        Part("data", 120, [module("bench_data", str(store.with_suffix(".jsonl")), str(store), *folder)]),
-        Part("startup", 60, [module("bench_startup", str(store), *folder)]),
-        Part("plan", 60, [module("bench_plan", *folder)]),
-        Part("side_by_side", 20, [module("side_by_side", *folder)]),
-        Part("traffic", 50, [module("traffic")]),
-        Part("compilers", 30, [module("ahead_of_time")]),
+        Part("step", 230, [module("bench_step", str(store), *folder, *seconds)]),
+        Part("parts", 70, [module("bench_parts", str(store), *folder, *seconds)]),
+        Part("kernels", 110, [suite("bench_kernels", *folder, *seconds)]),
+        Part("data", 190, [module("bench_data", str(store.with_suffix(".jsonl")), str(store), *folder)]),
+        Part("startup", 90, [module("bench_startup", str(store), *folder)]),
+        Part("plan", 40, [module("bench_plan", *folder, "--quick")]),
+        Part("side_by_side", 40, [module("side_by_side", *folder)]),
+        Part("traffic", 45, [module("traffic")]),
+        Part("compilers", 60, [module("ahead_of_time")]),
     ]
 
 

@@ -16,7 +16,7 @@ from fastbert.config import ModelConfig, RunConfig
 CONTEXT = 1.5 * 1024**3  # bytes: CUDA's context, NCCL's buffers, what the allocator holds back; not measured
 BUCKET = 500_000_000  # elements; DeepSpeed's default for zero_optimization.reduce_bucket_size
 KEPT = 1_000_000_000  # parameters; its default for stage3_max_live_parameters and stage3_max_reuse_distance
-CPU_SLAB = 1 << 22  # logits that mlm_loss/cpu.py holds at once
+CPU_SLAB = 1 << 24  # logits that mlm_loss/cpu.py holds at once
 CPU_SHRINK = 0.85  # where attention/cpu.py ends a group of sequences
 TRITON_SLAB = 4096  # words, of mlm_loss/kernel.py
 TRITON_ROWS = 64  # tokens of a program there, about

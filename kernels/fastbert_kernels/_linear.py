@@ -1,9 +1,10 @@
 """`x W' + b`, by the faster of the two libraries that torch brings for a CPU.
 
 torch gives fp32 products to MKL, which on a processor of another maker than Intel keeps to AVX2. oneDNN, which torch has for convolutions and
-bf16, uses what the processor has: on an AMD EPYC with AVX-512 it is 5 to 20 % faster for y and dx, and a half for the vocabulary's logits.
-MKL keeps two kinds of products: dW = dy' x, for which oneDNN would copy both factors, and sums of more than `_LONGEST` terms, whose rounding
-errors would be three times as large. The maker and the sizes alone decide, no measurement: two runs on one machine must round alike.
+bf16, uses what the processor has: on an AMD EPYC with AVX-512 it is 5 to 20 % faster for y and dx. MKL keeps dW = dy' x, for which oneDNN
+would copy both factors; sums of more than `_LONGEST` terms, whose rounding errors would be three times as large; and the logits of the
+vocabulary, where even 1.5 times the error shows in the loss. The maker and the sizes alone decide, no measurement: two runs on one machine
+must round alike.
 """
 
 import functools
