@@ -54,7 +54,7 @@ bench-check: .venv/.installed-test | data/wiki/manifest.json ## the same, and wh
 bench-step: .venv/.installed-test | data/wiki/manifest.json ## of these, one: a training step against transformers' BertForPreTraining
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_step data/wiki
 
-bench-quality: .venv/.installed-test | data/wiki/manifest.json ## time to quality against transformers' Trainer; takes 40 minutes on 2 cores
+bench-quality: .venv/.installed-test | data/wiki/manifest.json ## time to quality against transformers' Trainer; takes half an hour on 2 cores
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_quality data/wiki --out $(OUT)
 
 gpu: ## all that needs a GPU, in 8 minutes, with the torch, Triton, pytest and pytest-benchmark of PYTHON; report in OUT=folder

@@ -329,7 +329,7 @@ def main() -> None:
     given = parser.parse_args()
     store = open_store(given.store)
     tokenizer = store.tokenizer_dir.resolve()
-    documents, sides, rounds, sizes, slice_s = (None, SIDES, {1: 4, 4: 2}, (1, 4, 16), 0.5)
+    documents, sides, rounds, sizes, slice_s = (None, SIDES, {1: 3, 4: 2}, (1, 4, 16), 0.5)
     if given.quick:
         documents, sides, rounds, sizes, slice_s = (300, SIDES[:2], {1: 2}, (1, 2), 0.05)
     rows: list[Row] = []

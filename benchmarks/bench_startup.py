@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for startup.json and startup.md")
     parser.add_argument("--quick", action="store_true", help="two rounds of each: shows that it works")
     given = parser.parse_args()
-    light, heavy = (2, 2) if given.quick else (5, 3)
+    light, heavy = (2, 2) if given.quick else (4, 2)
     rows, seconds = time_commands(COMMANDS, light)
     steps, sooner = time_first_steps(given.store.resolve(), heavy)
 

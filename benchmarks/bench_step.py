@@ -39,7 +39,7 @@ from fastbert.weights import to_hugging_face
 
 CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary
 SEQUENCES, MAX_LENGTH = 32, 128
-WARM_UP, LEAST = 2, 5  # pairs of steps that do not count, and that do however slow they are
+WARM_UP, LEAST = 2, 3  # pairs of steps that do not count, and that do however slow they are
 
 
 def draw(store: Store, segments: str, steps: int) -> list[PackedBatch]:

@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.bench_quality import sooner_table
 from benchmarks.bench_step import step_table
-from benchmarks.record import Record, read_record
+from benchmarks.record import Record, read_record, table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -19,13 +20,53 @@ MACHINE = "amd-epyc-2-cores"  # whose results the README quotes
 PLACE = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 
 
-def _step(record: Record) -> str:
+def _machine(record: Record, *libraries: str) -> str:
     facts = record.header
-    line = f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}, commit {facts['commit']}:"
-    return f"{line}\n\n{step_table(list(record.rows))}\n"
+    versions = "".join(f", {name} {facts[name]}" for name in ("torch", *libraries))
+    return f"{facts['device']}{versions}, commit {facts['commit']}:"
 
 
-FIGURES: dict[str, Callable[[Record], str]] = {"step": _step}  # by the name of the record
+def _step(record: Record) -> str:
+    return f"{_machine(record, 'transformers')}\n\n{step_table(list(record.rows))}\n"
+
+
+def _quality(record: Record) -> str:
+    return f"{_machine(record)}\n\n{sooner_table(list(record.rows))}\n"
+
+
+def _data(record: Record) -> str:
+    ours = [row for row in record.rows if row["part"] == "prepare" and "ratio" in row]
+    prepare = [
+        [
+            f"{row['mb']:.0f} MB",
+            f"{row['cores']}",
+            f"{row['mb_per_s']:.1f} MB/s",
+            f"{row['tokens_per_s'] / 1e6:.1f} M",
+            f"**{row['ratio']:.1f}x** ({row['ratio_low']:.1f} to {row['ratio_high']:.1f})",
+        ]
+        for row in ours
+    ]
+    loaders = [row for row in record.rows if row["part"] == "loader"]
+    loader = [[row["loader"], f"{row['tokens_per_s'] / 1e6:.1f} M ({row['low'] / 1e6:.1f} to {row['high'] / 1e6:.1f})"] for row in loaders]
+    columns = ("text", "workers", "", "tokens/s", "datasets + tokenizers' time over ours (quartiles)")
+    return f"{_machine(record)}\n\n{table(columns, prepare)}\n\n{table(('loader, one core', 'tokens/s (quartiles)'), loader)}\n"
+
+
+def _startup(record: Record) -> str:
+    shown = ("fastbert --help", "import fastbert", "import torch", "from transformers import BertForPreTraining")
+    commands = [[f"`{row['name']}`", f"{row['seconds']:.2f} s"] for row in record.rows if row["part"] == "command" and row["name"] in shown]
+    steps = [
+        [f"{row['name']}, to the end of the first step", f"{row['step_s']:.1f} s"] for row in record.rows if row["part"] == "first step"
+    ]
+    return f"{_machine(record)}\n\n{table(('a process from its start', ''), [*commands, *steps])}\n"
+
+
+FIGURES: dict[str, Callable[[Record], str]] = {
+    "step": _step,
+    "quality": _quality,
+    "data": _data,
+    "startup": _startup,
+}  # by the record's name
 
 
 def renewed(text: str) -> str:

@@ -121,13 +121,13 @@ def parts_on_a_gpu(out: Path) -> list[Part]:
 def parts_on_a_cpu(out: Path, store: Path) -> list[Part]:
     folder, seconds = ["--out", str(out)], ["--seconds", "{seconds}"]
     return [
-        Part("step", 230, [module("bench_step", str(store), *folder, *seconds)]),
-        Part("parts", 70, [module("bench_parts", str(store), *folder, *seconds)]),
-        Part("kernels", 110, [suite("bench_kernels", *folder, *seconds)]),
-        Part("data", 190, [module("bench_data", str(store.with_suffix(".jsonl")), str(store), *folder)]),
-        Part("startup", 90, [module("bench_startup", str(store), *folder)]),
-        Part("plan", 40, [module("bench_plan", *folder, "--quick")]),
-        Part("side_by_side", 40, [module("side_by_side", *folder)]),
+        Part("step", 225, [module("bench_step", str(store), *folder, *seconds)]),
+        Part("parts", 80, [module("bench_parts", str(store), *folder, *seconds)]),
+        Part("kernels", 100, [suite("bench_kernels", *folder, *seconds)]),
+        Part("data", 225, [module("bench_data", str(store.with_suffix(".jsonl")), str(store), *folder)]),
+        Part("startup", 110, [module("bench_startup", str(store), *folder)]),
+        Part("plan", 25, [module("bench_plan", *folder, "--quick")]),
+        Part("side_by_side", 30, [module("side_by_side", *folder)]),
         Part("traffic", 45, [module("traffic")]),
         Part("compilers", 60, [module("ahead_of_time")]),
     ]
