@@ -3,6 +3,7 @@
     python -m benchmarks.ahead_of_time            a table of registers, spills, shared memory, programs side by side, width of loads
     python -m benchmarks.ahead_of_time --json     the same, one JSON object a line
     python -m benchmarks.ahead_of_time --write    puts the figures on record, in kernels/fastbert_kernels/resources.json
+    python -m benchmarks.ahead_of_time --on-record    shows those, and compiles nothing
 
 Compiles all that the `production()` of each `kernel.py` lists, with the tiles of `tiles.json`, and ends with 1 and a line for each
 fault: a kernel that does not compile or does not fit the device; on sm_90, a spilled register or a load of a big operand that is
@@ -392,11 +393,29 @@ def table(found: list[Figures]) -> str:
     return "\n".join(lines)
 
 
+def recorded_table(record: dict[str, Any]) -> str:
+    """As `table`, of what is on record."""
+    lines = [f"Triton {record['triton']}; shared memory in KB; programs side by side on a multiprocessor", ""]
+    for architecture in DEVICES:
+        rows = record.get(architecture, {})
+        width = max(map(len, rows), default=0)
+        lines.append(f"{architecture:{width}} {'registers':>9} {'spilled':>7} {'shared':>7} {'programs':>8}")
+        lines += [
+            f"{name:{width}} {r['registers']:9} {r['spilled']:7} {r['shared'] / 1024:4.0f} KB {r['programs']:8}" for name, r in rows.items()
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="What the compilers make of every Triton kernel; needs no GPU.")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     parser.add_argument("--write", action="store_true", help=f"put the figures on record, in {RECORD.name}")
+    parser.add_argument("--on-record", action="store_true", help="show what is there, and compile nothing")
     arguments = parser.parse_args()
+    if arguments.on_record:
+        print(recorded_table(json.loads(RECORD.read_text(encoding="utf-8"))))
+        return 0
 
     found = compile_all((name, production, device) for name, production in production_kernels().items() for device in DEVICES)
     print("\n".join(json.dumps(dataclasses.asdict(figures)) for figures in found) if arguments.json else table(found))

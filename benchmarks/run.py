@@ -25,7 +25,8 @@ On a CPU, with a store that `fastbert prepare` made:
     startup         benchmarks.bench_startup: --help, import, the first step
     plan            benchmarks.bench_plan --quick: `fastbert plan` against counted tensors
     side_by_side    benchmarks.side_by_side: our kernels for GPUs and other people's, in the interpreter
-    traffic, compilers
+    traffic         as above
+    compilers       benchmarks.ahead_of_time --on-record: as above, without compiling again, which a test does
 
 The folder gets report.md, rewritten after each part, a log for each part, and what the parts write; `--record` copies that to
 benchmarks/results/ for this kind of machine. `--dry-run`: tiny sizes on a CPU, a few tests. Exit code 0 if all is well, 1 if a part failed or
@@ -121,15 +122,15 @@ def parts_on_a_gpu(out: Path) -> list[Part]:
 def parts_on_a_cpu(out: Path, store: Path) -> list[Part]:
     folder, seconds = ["--out", str(out)], ["--seconds", "{seconds}"]
     return [
-        Part("step", 225, [module("bench_step", str(store), *folder, *seconds)]),
-        Part("parts", 80, [module("bench_parts", str(store), *folder, *seconds)]),
-        Part("kernels", 100, [suite("bench_kernels", *folder, *seconds)]),
-        Part("data", 225, [module("bench_data", str(store.with_suffix(".jsonl")), str(store), *folder)]),
-        Part("startup", 110, [module("bench_startup", str(store), *folder)]),
+        Part("step", 250, [module("bench_step", str(store), *folder, *seconds)]),
+        Part("parts", 90, [module("bench_parts", str(store), *folder, *seconds)]),
+        Part("kernels", 105, [suite("bench_kernels", *folder, *seconds)]),
+        Part("data", 230, [module("bench_data", str(store.with_suffix(".jsonl")), str(store), *folder)]),
+        Part("startup", 115, [module("bench_startup", str(store), *folder)]),
         Part("plan", 25, [module("bench_plan", *folder, "--quick")]),
         Part("side_by_side", 30, [module("side_by_side", *folder)]),
         Part("traffic", 45, [module("traffic")]),
-        Part("compilers", 60, [module("ahead_of_time")]),
+        Part("compilers", 5, [module("ahead_of_time", "--on-record")]),
     ]
 
 

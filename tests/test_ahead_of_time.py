@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.ahead_of_time import DEVICES, UNTRACED, Figures, changes, faults, global_loads, programs
+from benchmarks import ahead_of_time
+from benchmarks.ahead_of_time import DEVICES, UNTRACED, Figures, changes, faults, global_loads, programs, recorded_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +45,14 @@ def test_every_kernel_fits_its_devices_and_is_no_worse_than_on_record():
     result = run("benchmarks.ahead_of_time")
     print(result.stdout, result.stderr, sep="\n")
     assert result.returncode == 0, result.stderr
+
+
+def test_the_record_can_be_shown_without_compiling():
+    record = json.loads(ahead_of_time.RECORD.read_text(encoding="utf-8"))
+    shown = recorded_table(record).splitlines()
+    for architecture in DEVICES:
+        for name, figures in record[architecture].items():
+            assert any(line.startswith(name) and line.split()[-1] == str(figures["programs"]) for line in shown)
 
 
 def test_planted_faults_are_found():
