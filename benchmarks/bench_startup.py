@@ -5,8 +5,7 @@
 The first table has commands that answer and end. `python -c pass` is the floor that every one of them stands on; `import torch` and `import
 transformers` are what a command would cost that loads them. The second has the time to the first optimizer step of the demo's recipe: until the
 first line of metrics.jsonl is there. What happened before is told apart by the files that a run leaves on its way: config.toml is written when all
-imports are done and everything is checked, log.txt when DeepSpeed's engine is built; imports are also timed alone, in a process that does nothing
-else. Beside it a minimal script with transformers' Trainer: a model of the same size, made-up tokens that are in memory already, until its first
+imports are done and everything is checked, log.txt when DeepSpeed's engine is built. Beside it a minimal script with transformers' Trainer: a model of the same size, made-up tokens that are in memory already, until its first
 step has ended. Every process finds the disk's cache warm: a first round is not counted.
 """
 
@@ -37,14 +36,12 @@ COMMANDS: dict[str, Sequence[str]] = {
     "import torch": ("-c", "import torch"),
     "from transformers import BertForPreTraining": ("-c", "from transformers import BertForPreTraining"),
 }
-IMPORTS = ("-c", "import fastbert.training.loop")
 
 # Phases are printed with the time, which both processes read off the same clock.
 TRAINER = """
 import sys, time
 from transformers import (AutoTokenizer, BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer, TrainerCallback,
                           TrainingArguments)
-print("imports", time.time(), flush=True)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 config = BertConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,
                     max_position_embeddings=128)
@@ -60,7 +57,7 @@ trainer = Trainer(BertForMaskedLM(config), arguments, DataCollatorForLanguageMod
 print("setup", time.time(), flush=True)
 trainer.train()
 """
-PHASES = ("imports", "setup", "engine", "step")
+PHASES = ("setup", "engine", "step")
 
 
 def whole(arguments: Sequence[str]) -> float:
@@ -85,7 +82,7 @@ def first_step(store: Path, folder: Path) -> dict[str, float]:
                 found[name] = time.perf_counter() - began
     if process.wait() or len(found) < len(marks):
         raise SystemExit(f"bench_startup: fastbert pretrain ended with code {process.returncode} behind {list(found)}")
-    return {"imports": whole(IMPORTS), **found}
+    return found
 
 
 def trainer_first_step(store: Path, folder: Path) -> dict[str, float]:
@@ -151,7 +148,7 @@ def report(rows: Sequence[Row]) -> str:
         for r in rows
         if r["part"] == "first step"
     ]
-    columns = ("", "imports done", "checked and set up", "engine built", "first step done", "quartiles")
+    columns = ("", "imported, checked, set up", "engine built", "first step done", "quartiles")
     return "\n\n".join(
         [
             "Start-up\n",
