@@ -3,10 +3,11 @@
     python -m benchmarks.bench_startup data/wiki --out FOLDER [--quick]
 
 The first table has commands that answer and end. `python -c pass` is the floor that every one of them stands on; `import torch` and `import
-transformers` are what a command would cost that loads them. The second has the time to the first optimizer step of the demo's recipe: until the
-first line of metrics.jsonl is there. What happened before is told apart by the files that a run leaves on its way: config.toml is written when all
-imports are done and everything is checked, log.txt when DeepSpeed's engine is built. Beside it a minimal script with transformers' Trainer: a model of the same size, made-up tokens that are in memory already, until its first
-step has ended. Every process finds the disk's cache warm: a first round is not counted.
+transformers` are what a command would cost that loads them. The second has the time to the first optimizer step of the demo's recipe: until
+the first line of metrics.jsonl is there. What happened before is told apart by the files that a run leaves on its way: config.toml is
+written when all imports are done and everything is checked, log.txt when DeepSpeed's engine is built. Beside it a minimal script with
+transformers' Trainer: a model of the same size, made-up tokens that are in memory already, until its first step has ended. Every process
+finds the disk's cache warm: a first round is not counted.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         hits = torch.empty(len(rows), dtype=torch.bool)
         if with_gradient:
             drows = torch.empty_like(rows)
-            dweight = torch.zeros_like(weight, dtype=wide)
+            dweight = None  # begins as the first slab's share: zeros would cost a pass over [V, D]
             dbias = torch.zeros_like(bias, dtype=wide)
         for first in range(0, len(rows), size):
             slab = slice(first, first + size)
@@ -47,11 +47,14 @@ class _MaskedCrossEntropy(torch.autograd.Function):
                 dbias += dz.sum(0)
                 dz = dz.to(rows.dtype)
                 torch.mm(dz, weight, out=drows[slab])
-                if wide == rows.dtype:
+                if dweight is None:
+                    dweight = torch.mm(dz.T, rows[slab]).to(wide)
+                elif wide == rows.dtype:
                     dweight.addmm_(dz.T, rows[slab])
                 else:
                     dweight += dz.T @ rows[slab]
         if with_gradient:
+            dweight = torch.zeros_like(weight) if dweight is None else dweight
             ctx.save_for_backward(drows, dweight.to(weight.dtype), dbias.to(bias.dtype), positions)
             ctx.tokens = len(hidden)
         ctx.mark_non_differentiable(losses, hits)
