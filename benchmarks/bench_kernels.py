@@ -123,10 +123,11 @@ clock = Clock()
 
 
 def cases_for(device: torch.device, tokens: int | None) -> list[Case]:
-    """The sizes of training, or packs of `tokens` tokens; and those of the pictures."""
+    """The sizes of training, or packs of `tokens` tokens; and those of the pictures. Nobody trains BERT-large on a CPU."""
     if tokens is not None:
         return [*production(tokens), *sweep((128, 256))]
-    return [*production(TOKENS if device.type == "cuda" else CPU_TOKENS), *sweep(SIZES[device.type])]
+    gpu = device.type == "cuda"
+    return [*production(TOKENS if gpu else CPU_TOKENS, large=gpu), *sweep(SIZES[device.type])]
 
 
 def to_compile(cases: list[Case], which: str) -> set[str]:

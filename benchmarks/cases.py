@@ -33,8 +33,8 @@ class Case(NamedTuple):
         return f"{self.operation} {self.label}" + (f" p={self.dropout_p:g}" if SPECS[self.operation].dropout else "")
 
 
-def production(tokens: int = TOKENS) -> list[Case]:
-    """BERT-base and large on packs of `tokens` tokens, most wanted first. Attention's lengths are those up to `tokens`."""
+def production(tokens: int = TOKENS, large: bool = True) -> list[Case]:
+    """BERT-base, and large, on packs of `tokens` tokens, most wanted first. Attention's lengths are those up to `tokens`."""
 
     def attention(label: str, lengths: list[int]) -> list[Case]:
         return [Case("attention", label, {"lengths": lengths, "H": 12, "K": 64}, p) for p in (0.0, 0.1)]
@@ -56,7 +56,7 @@ def production(tokens: int = TOKENS) -> list[Case]:
         *rows(768),
         *attention("mixed", mixed_lengths(tokens, min(512, tokens))),
         *itertools.chain(*of_length.values()),
-        *rows(1024),
+        *(rows(1024) if large else []),
     ]
 
 

@@ -124,7 +124,7 @@ def parts_on_a_cpu(out: Path, store: Path) -> list[Part]:
     return [
         Part("step", 250, [module("bench_step", str(store), *folder, *seconds)]),
         Part("parts", 90, [module("bench_parts", str(store), *folder, *seconds)]),
-        Part("kernels", 105, [suite("bench_kernels", *folder, *seconds)]),
+        Part("kernels", 160, [suite("bench_kernels", *folder, *seconds)]),
         Part("data", 230, [module("bench_data", str(store.with_suffix(".jsonl")), str(store), *folder)]),
         Part("startup", 115, [module("bench_startup", str(store), *folder)]),
         Part("plan", 25, [module("bench_plan", *folder, "--quick")]),

@@ -36,5 +36,7 @@ def test_a_ratio_that_falls_is_noticed(tmp_path):
     for share, fell in ((LEAST + 0.01, False), (LEAST - 0.01, True), (float("nan"), True)):
         replace(record, ratios={**record.ratios, name: share * record.ratios[name]}).write(now, "step", "A step")
         assert [one.name for one in compare(before, now) if one.fell] == ([f"step: {name}"] if fell else [])
+    replace(record, ratios={key: value for key, value in record.ratios.items() if key != name}).write(now, "step", "A step")
+    assert [(one.name, one.fell) for one in compare(before, now) if one.now is None] == [(f"step: {name}", False)]  # no time was left
     (now / "step.json").unlink()
     assert {one.name for one in compare(before, now) if one.fell} == {f"step: {name}" for name in record.ratios}
