@@ -18,10 +18,10 @@ test: export OMP_NUM_THREADS := 1
 
 heading = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: help install demo test torture check bench bench-check bench-step bench-quality gpu clean
+.PHONY: help install demo test torture check bench bench-check bench-step bench-quality bench-downstream gpu clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## make .venv with fastbert in it
 
@@ -56,6 +56,9 @@ bench-step: .venv/.installed-test | data/wiki/manifest.json ## of these, one: a 
 
 bench-quality: .venv/.installed-test | data/wiki/manifest.json ## time to quality against transformers' Trainer; takes half an hour on 2 cores
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_quality data/wiki --out $(OUT)
+
+bench-downstream: .venv/.installed-test | data/labelled/pretrain.jsonl ## whether pre-training pays, on two tasks; takes half an hour on 2 cores
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_downstream data/labelled --out $(OUT)
 
 gpu: ## all that needs a GPU, in 8 minutes, with the torch, Triton, pytest and pytest-benchmark of PYTHON; report in OUT=folder
 	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.run --on gpu --out $(OUT)
@@ -93,6 +96,10 @@ data/wiki.jsonl: | .venv/.installed
 data/wiki/manifest.json: | data/wiki.jsonl
 	$(call heading,Prepare: text to a vocabulary and token ids)
 	@$(FASTBERT) prepare data/wiki.jsonl --out data/wiki --vocab-size 4096 --heldout 0.05
+
+data/labelled/pretrain.jsonl: | data/wiki.jsonl
+	$(call heading,Labelled texts: topics of these articles$(comma) and film reviews)
+	@$(BIN)/python examples/labelled_texts.py data/wiki.jsonl data/labelled
 
 $(RUN)/finished: | data/wiki/manifest.json
 	$(call heading,Pretrain: about four minutes; Ctrl-C saves$(comma) and make demo goes on from there)

@@ -22,7 +22,10 @@ from benchmarks.record import read_record
 
 RESULTS = Path(__file__).with_name("results")
 LEAST = 0.85  # of the ratio on record
-APART = {"quality"}  # records of benchmarks that benchmarks.run leaves out, since they take longer; compared where FOLDER has them
+APART = {
+    "quality",
+    "downstream",
+}  # records of benchmarks that benchmarks.run leaves out, since they take longer; compared where FOLDER has them
 
 
 class Compared(NamedTuple):

@@ -1,4 +1,4 @@
-"""The README's figures, taken from the results on record: `python -m benchmarks.figures` rewrites them.
+"""The figures in the README and in docs/results.md, taken from the results on record: `python -m benchmarks.figures` rewrites them.
 
 What stands between `<!-- figures: NAME -->` and `<!-- end of figures -->` is made here, of the records in benchmarks/results/; tests/test_figures.py
 fails where it differs.
@@ -10,13 +10,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.bench_downstream import downstream_table
 from benchmarks.bench_quality import sooner_table
 from benchmarks.bench_step import step_table
 from benchmarks.record import Record, read_record, table
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-MACHINE = "amd-epyc-2-cores"  # whose results the README quotes
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
+MACHINE = "amd-epyc-2-cores"  # whose results they quote
 PLACE = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -61,11 +62,17 @@ def _startup(record: Record) -> str:
     return f"{_machine(record)}\n\n{table(('a process from its start', ''), [*commands, *steps])}\n"
 
 
+def _downstream(record: Record) -> str:
+    picture = f"![accuracy over labelled examples](../benchmarks/results/{MACHINE}/downstream.png)"
+    return f"{_machine(record)}\n\n{downstream_table(list(record.rows))}\n\n{picture}\n"
+
+
 FIGURES: dict[str, Callable[[Record], str]] = {
     "step": _step,
     "quality": _quality,
     "data": _data,
     "startup": _startup,
+    "downstream": _downstream,
 }  # by the record's name
 
 
@@ -80,7 +87,8 @@ def renewed(text: str) -> str:
 
 
 def main() -> None:
-    README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

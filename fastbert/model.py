@@ -192,18 +192,20 @@ class Layer(nn.Module):
 
 
 class MaskedTokenHead(nn.Module):
-    """Dense, GELU, LayerNorm, and the vocabulary matrix, which is the table of word embeddings and comes as an argument."""
+    """Dense, GELU, LayerNorm, and the vocabulary matrix: the table of word embeddings, which comes as an argument, or `decoder`."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    def __init__(self, config: ModelConfig, vocab_size: int, tied: bool):
         super().__init__()
         self.eps = config.layer_norm_eps
         self.weight, self.bias = matrix(config.hidden_size, config.hidden_size), vector(config.hidden_size)
         self.norm_weight, self.norm_bias = vector(config.hidden_size), vector(config.hidden_size)
         self.vocabulary_bias = vector(vocab_size)
+        self.decoder = None if tied else matrix(vocab_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, words: Tensor, labels: Tensor, total: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states of the masked tokens [M, D] and their labels [M] to loss (divided by `total`), losses and hits."""
-        return masked_cross_entropy(self.transform(hidden, impl), words, self.vocabulary_bias, None, labels, total=total, impl=impl)
+        table = words if self.decoder is None else self.decoder
+        return masked_cross_entropy(self.transform(hidden, impl), table, self.vocabulary_bias, None, labels, total=total, impl=impl)
 
     def transform(self, hidden: Tensor, impl: str) -> Tensor:
         inner = bias_gelu(linear(hidden, self.weight, impl=impl), self.bias, impl=impl)
@@ -229,14 +231,15 @@ class BertForPreTraining(nn.Module):
         vocab_size: V, the tokenizer's.
         kernels: "auto", "triton", "cpu" or "reference".
         device: "cpu" or "cuda", where the model will run; decides what "auto" means.
+        tied: the vocabulary matrix is the table of word embeddings, as in BERT; only models that others made may differ.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, kernels: str = "auto", device: str = "cpu"):
+    def __init__(self, config: ModelConfig, vocab_size: int, kernels: str = "auto", device: str = "cpu", tied: bool = True):
         super().__init__()
         self.config, self.vocab_size, self.impl = config, vocab_size, resolve_kernels(kernels, device)
         self.embeddings = Embeddings(config, vocab_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.mlm_head = MaskedTokenHead(config, vocab_size)
+        self.mlm_head = MaskedTokenHead(config, vocab_size, tied)
         self.nsp_head = NextSentenceHead(config)
         initialise(dict(self.named_parameters()), config)
 
@@ -249,12 +252,21 @@ class BertForPreTraining(nn.Module):
         return Pack(batch.cu_seqlens, batch.max_seqlen, batch.dropout_keys, keys, worklist), dropout
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Both losses in one pass; the last layer computes only the rows that a loss reads (exact, not approximate).
+        """Both losses in one pass, of the rows that they read (exact, not approximate).
 
         Returns a plain tuple (ZeRO stage 3 rebuilds containers), read by `objective.losses`:
             mlm, nsp: scalars with gradient, this batch's share of the means over the whole global batch.
             token_losses fp32 [M], token_hits bool [M], pair_losses fp32 [B], pair_hits bool [B]: detached.
         """
+        masked, first = self.loss_rows(batch)
+        mlm, token_losses, token_hits = self.mlm_head(masked, self.embeddings.words, batch.labels, max(batch.masked_total, 1), self.impl)
+        pair_logits = self.nsp_head(first).float()
+        pair_losses = nn.functional.cross_entropy(pair_logits, batch.next_sentence_labels, reduction="none", ignore_index=-100)
+        pair_hits = pair_logits.argmax(-1) == batch.next_sentence_labels
+        return mlm, pair_losses.sum() / max(batch.pairs_total, 1), token_losses, token_hits, pair_losses.detach(), pair_hits
+
+    def loss_rows(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """What the last layer gives for the masked tokens [M, D] and for the first tokens [B, D]; its other rows are not computed."""
         pack, dropout = self._pack(batch)
         first_tokens = batch.cu_seqlens[:-1].long()
         rows = torch.cat((batch.masked_positions, first_tokens)).sort().values
@@ -263,12 +275,8 @@ class BertForPreTraining(nn.Module):
             wanted = rows if index == len(self.layers) - 1 else None
             x = layer(x, pack, wanted, 1 + Layer.SITES * index, dropout, self.impl)
 
-        masked = x.index_select(0, torch.searchsorted(rows, batch.masked_positions))
-        mlm, token_losses, token_hits = self.mlm_head(masked, self.embeddings.words, batch.labels, max(batch.masked_total, 1), self.impl)
-        pair_logits = self.nsp_head(x.index_select(0, torch.searchsorted(rows, first_tokens))).float()
-        pair_losses = nn.functional.cross_entropy(pair_logits, batch.next_sentence_labels, reduction="none", ignore_index=-100)
-        pair_hits = pair_logits.argmax(-1) == batch.next_sentence_labels
-        return mlm, pair_losses.sum() / max(batch.pairs_total, 1), token_losses, token_hits, pair_losses.detach(), pair_hits
+        masked, first = (x.index_select(0, torch.searchsorted(rows, wanted)) for wanted in (batch.masked_positions, first_tokens))
+        return masked, first
 
     def hidden_states(self, batch: PackedBatch) -> list[Tensor]:
         """L + 1 tensors [T, D]: what the embeddings give, then what each layer gives."""
@@ -280,7 +288,8 @@ class BertForPreTraining(nn.Module):
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits [N, V] of last-layer rows [N, D]."""
-        return self.mlm_head.transform(hidden, self.impl) @ self.embeddings.words.T + self.mlm_head.vocabulary_bias
+        table = self.embeddings.words if self.mlm_head.decoder is None else self.mlm_head.decoder
+        return linear(self.mlm_head.transform(hidden, self.impl), table, self.mlm_head.vocabulary_bias, impl=self.impl)
 
     def pair_logits(self, hidden: Tensor) -> Tensor:
         """IsNext and NotNext logits [B, 2] of the last layer's [CLS] rows [B, D]."""

@@ -1,7 +1,7 @@
 """The names of the weights, ours and those of Hugging Face's BertForPreTraining, both ways.
 
 Two differences, otherwise only names: our `qkv` is their query over key over value, joined along the rows, and their
-decoder is our word embedding (tied), so that it is stored once.
+decoder is our word embedding (tied), so that it is stored once. A folder may hold a decoder of its own; then it is `DECODER`.
 
 Source: transformers, `models/bert/modeling_bert.py`; the `gamma` and `beta` of LayerNorm are the names of the first
 checkpoints, converted from TensorFlow.
@@ -21,6 +21,7 @@ from fastbert.errors import InputError
 SEGMENTS = 2  # rows of the segment embedding, BertConfig's type_vocab_size
 MLM, NSP = "mlm", "nsp"
 HEADS = {MLM: "mlm_head.", NSP: "nsp_head."}
+DECODER = "mlm_head.decoder"  # the vocabulary matrix [V, D] where it is not the word embedding; no model of ours is trained with one
 
 _OUTSIDE = {  # our name: Hugging Face's, and the shape; P positions, S segments, C classes of a pair
     "embeddings.words": ("bert.embeddings.word_embeddings.weight", "VD"),
@@ -52,7 +53,7 @@ _LAYER = {  # below "layers.i." and "bert.encoder.layer.i."; "query" stands for 
     "feed_forward.output.norm_weight": ("output.LayerNorm.weight", "D"),
     "feed_forward.output.norm_bias": ("output.LayerNorm.bias", "D"),
 }
-_DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
+THEIR_DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 _BIAS = _OUTSIDE["mlm_head.vocabulary_bias"][0]
 _OTHER_TASKS = ("classifier.", "qa_outputs.")  # heads that a fine-tuned folder brings along; the encoder below them is a BERT
 
@@ -108,31 +109,40 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         Contiguous tensors of the same dtype that share no memory with each other, as safetensors wants them.
     """
     table = entries(len({name.split(".")[1] for name in state if name.startswith("layers.")}))
+    if DECODER in state:
+        table[DECODER] = Entry((THEIR_DECODER,), "VD")
     assert set(state) <= set(table), sorted(set(state) - set(table))
     result: dict[str, Tensor] = {}
     for ours, tensor in state.items():
         theirs = table[ours].theirs
         for name, part in zip(theirs, tensor.detach().chunk(len(theirs)), strict=True):
             result[name] = part.clone()
+    if DECODER in state:
+        result[_DECODER_BIAS] = result[_BIAS].clone()  # an untied decoder's bias is its own; the other one is then read by nobody
     return result
 
 
-def from_hugging_face(state: Mapping[str, Tensor], model: ModelConfig, vocab_size: int, source: str) -> dict[str, Tensor]:
+def from_hugging_face(
+    state: Mapping[str, Tensor], model: ModelConfig, vocab_size: int, source: str, tied: bool = True
+) -> dict[str, Tensor]:
     """The weights of a Hugging Face BERT under our names, in fp32.
 
     Taken: with or without the prefix `bert.`, `gamma`/`beta` for a LayerNorm's weight and bias, the decoder missing or equal to the
     word embedding, a head that is missing (see `heads`), the heads of other tasks (they are left out).
 
+    Args:
+        tied: config.json's tie_word_embeddings; without it the decoder is a weight of its own, `DECODER`.
+
     Raises:
         InputError: a weight of the encoder that is missing, a name that no BERT has, a shape other than the one that config.json
-            asks for, or a decoder that is not tied to the word embedding. `source` is the file that the message names.
+            asks for, or a decoder that should be the word embedding and is not. `source` is the file that the message names.
     """
     given = {_canonical(name): tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
     given = {name: tensor for name, tensor in given.items() if not name.startswith(_OTHER_TASKS)}
     if _DECODER_BIAS in given:
         bias = given.pop(_DECODER_BIAS)
-        given.setdefault(_BIAS, bias)
-    decoder = given.pop(_DECODER, None)
+        given[_BIAS] = given.get(_BIAS, bias) if tied else bias
+    decoder = given.pop(THEIR_DECODER, None)
 
     result: dict[str, Tensor] = {}
     missing: list[str] = []
@@ -151,8 +161,15 @@ def from_hugging_face(state: Mapping[str, Tensor], model: ModelConfig, vocab_siz
         raise InputError(f"{source}: {_some(missing)} missing; config.json describes a BERT of {model.num_hidden_layers} layers")
     if given:
         raise InputError(f"{source}: {_some(sorted(given))} unknown; this is not the BERT that config.json describes")
-    if decoder is not None and not torch.equal(decoder.float(), result["embeddings.words"]):
-        raise InputError(f"{source}: {_DECODER} differs from the word embeddings; only a decoder tied to the word embedding can be loaded")
+    if decoder is None or MLM not in heads(result):
+        return result
+    words = result["embeddings.words"]
+    if decoder.shape != words.shape:
+        raise InputError(f"{source}: {THEIR_DECODER} has the shape {list(decoder.shape)}; config.json asks for {list(words.shape)}")
+    if not torch.equal(decoder.float(), words):
+        if tied:
+            raise InputError(f"{source}: {THEIR_DECODER} differs from the word embeddings; set tie_word_embeddings to false in config.json")
+        result[DECODER] = decoder.float()
     return result
 
 

@@ -17,7 +17,7 @@ from fastbert import __version__
 from fastbert.cli import run as run_inside
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["prepare", "pretrain", "evaluate", "export", "fill", "nsp", "embed", "finetune", "doctor", "plan"]
+VERBS = ["prepare", "pretrain", "evaluate", "export", "fill", "nsp", "embed", "finetune", "report", "doctor", "plan"]
 
 
 def fastbert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -97,8 +97,9 @@ BAD = {
     "export": (["export", "half", "--out", "new"], ["half: a run without a sound checkpoint"]),
     "fill": (["fill", "hf", "No gap here."], ["No gap here.", "[MASK]"]),
     "nsp": (["nsp", "hf", "only one"], ["SECOND", "fastbert nsp --help"]),
-    "embed": (["embed", "hf", "no.txt", "--out", "x.npy"], ["'no.txt' does not exist"]),
-    "finetune": (["finetune", "hf", "--train", "bad.csv", "--eval", "train.csv", "--out", "new"], ["bad.csv:2"]),
+    "embed": (["embed", "hf", "no.txt", "--out", "x.npy"], ["no.txt: no such file"]),
+    "finetune": (["finetune", "hf", "--train", "bad.csv", "--eval", "train.csv", "--out", "new"], ["bad.csv: 1 bad row: line 2"]),
+    "report": (["report", "hf"], ["hf: no config.toml; give the folder of a run"]),
     "doctor": (["doctor", "please"], ["please"]),
     "plan": (["plan", "recipe.toml", "--gpu", "h1000", "--stage", "1"], ["--gpu h1000", "a100"]),
 }
@@ -115,7 +116,7 @@ MORE = {
     "export: taken": (["export", "run", "--out", "hf"], ["--out hf: is there already"]),
     "fill: k": (["fill", "hf", "[MASK]", "--k", "0"], ["k = 0"]),
     "embed: pool": (["embed", "hf", "texts.txt", "--out", "x.npy", "--pool", "sum"], ["pool = 'sum'", "mean, max, cls"]),
-    "embed: not UTF-8": (["embed", "hf", "latin.txt", "--out", "x.npy"], ["latin.txt:1: not UTF-8"]),
+    "embed: not UTF-8": (["embed", "hf", "latin.txt", "--out", "x.npy"], ["latin.txt: line 1", "is not UTF-8"]),
     "embed: out": (["embed", "hf", "texts.txt", "--out", "x.txt"], ["--out x.txt", ".npy"]),
     "export: no permission": (["export", "hf", "--out", "/sys/new"], ["/sys/", "choose another place"]),
     "finetune: settings": (["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--lr", "0"], ["--lr 0.0"]),
@@ -165,7 +166,7 @@ def test_export_says_nothing_but_its_result(place, inside, tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     first, second = result.stdout.splitlines()
     assert first == f"{tmp_path / 'out'}: BertForPreTraining, loaded by transformers without complaint"
-    assert re.fullmatch(r"largest difference of [\d,]+ logits: \d\.\de-0\d", second)
+    assert re.fullmatch(r"largest difference of [\d,]+ logits: \d\.\de-0\d; of every layer: \d\.\de-0\d", second)
     code, out, _ = inside("export", "hf", "--out", str(tmp_path / "again"), "--text", "A list.", "--json")
     assert code == 0 and json.loads(out)["difference"] < 1e-4 and (tmp_path / "again/config.json").exists()
 
@@ -185,7 +186,14 @@ def test_fill_and_nsp(place, inside):
 def test_embed_warns_once_and_keeps_stdout_clean(inside, tmp_path):
     code, out, err = inside("embed", "run", "texts.txt", "--pool", "cls", "--layer", "1", "--out", str(tmp_path / "x.npy"), "--json")
     assert code == 0
-    assert json.loads(out) == {"out": str(tmp_path / "x.npy"), "rows": 2, "hidden_size": 32, "pool": "cls", "layer": 1}
+    assert json.loads(out) == {
+        "out": str(tmp_path / "x.npy"),
+        "rows": 2,
+        "hidden_size": 32,
+        "pool": "cls",
+        "layer": [1],
+        "normalize": False,
+    }
     assert err == "fastbert: 1 of 2 texts are longer than the 30 tokens that the model takes; the rest is cut off\n"
     assert np.load(tmp_path / "x.npy").shape == (2, 32)
 
@@ -194,8 +202,8 @@ def test_finetune(inside, tmp_path):
     arguments = ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--epochs", "2", "--out", str(tmp_path / "out"), "--json"]
     code, out, err = inside(*arguments)
     found = json.loads(out)
-    assert code == 0 and found["labels"] == ["x", "y"] and found["majority"] == 0.5 and len(found["epochs"]) == 2
-    assert [line.split(":")[0] for line in err.splitlines()] == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert code == 0 and found["labels"] == ["x", "y"] and found["majority"] == 0.5 and len(found["trials"][0]["epochs"]) == 2
+    assert [line.split(":")[0] for line in err.splitlines()] == ["seed 1, epoch 1 of 2", "seed 1, epoch 2 of 2"]
     assert (tmp_path / "out/model.safetensors").exists()
 
 

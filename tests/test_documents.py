@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
 from collections.abc import Callable
@@ -34,6 +36,12 @@ def table(path: Path, column: pyarrow.Array, name: str = "text", row_group_size:
     return path
 
 
+def csv_rows(texts: list[str], name: str = "text") -> bytes:
+    out = io.StringIO()
+    csv.writer(out).writerows([["id", name], *enumerate(texts)])
+    return out.getvalue().encode()
+
+
 def write(path: Path, data: bytes | str) -> Path:
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     return path
@@ -53,6 +61,8 @@ def write(path: Path, data: bytes | str) -> Path:
         ("a.jsonl", json_lines(DOCUMENTS), None, DOCUMENTS),
         ("a.ndjson", b"\n" + json_lines(DOCUMENTS).replace(b"\n", b"\r\n\r\n"), None, DOCUMENTS),
         ("a.json", json_lines(DOCUMENTS), "jsonl", DOCUMENTS),
+        ("a.csv", csv_rows(DOCUMENTS), None, DOCUMENTS),
+        ("a.csv", '\ufeffid,text\n\n1,one\n2,\n3,"a\n\nb"', None, ["one", "", "a\n\nb"]),
         ("a.jsonl", '{"text": null}\n{"text": "a\\ud800b"}\n{"text": "a\u2028b \\ud83d\\ude00"}', None, ["", "a\ufffdb", "a\u2028b 😀"]),
     ],
 )
@@ -97,6 +107,16 @@ def test_where_a_chunk_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.
         assert chunk.line == 1 + data.count(b"\n", 0, chunk.offset)
         assert data[chunk.offset :].startswith(chunk.data)
     assert sum(chunk.read_bytes for chunk in chunks) == len(data)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
+def test_where_a_chunk_of_csv_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    path = write(tmp_path / "a.csv", csv_rows(DOCUMENTS * 30))
+    monkeypatch.setattr(documents, "CHUNK_BYTES", size)
+    chunks = list(read_chunks(find_sources([path])[0]))
+    assert [document for chunk in chunks for document in parse(chunk)] == DOCUMENTS * 30
+    assert sum(chunk.read_bytes for chunk in chunks) == path.stat().st_size
+    assert len(chunks) == 1 or size < 1 << 20
 
 
 def test_folders(tmp_path: Path) -> None:
@@ -147,6 +167,11 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "json deep": (write(tmp_path / "h.jsonl", "[" * 100_000), {}, ["line 1", "not JSON"]),
         "field": (write(tmp_path / "f.jsonl", '{"body": 1, "title": 2}'), {}, ["line 1", "no field 'text'", "--text-field", "body, title"]),
         "field kind": (write(tmp_path / "k.jsonl", '\n{"text": 5}'), {}, ["line 2", "'text' is a number"]),
+        "column of csv": (write(tmp_path / "p.csv", "id,body\n1,a\n"), {}, ["p.csv", "no column 'text'", "id, body"]),
+        "fields of csv": (write(tmp_path / "s.csv", "id,text\n1,a\n2,b,c\n"), {}, ["s.csv", "line 3", "3 fields", "2"]),
+        "quote of csv": (write(tmp_path / "t.csv", 'text\n"a" b\n'), {}, ["t.csv", "line 2", "not valid csv"]),
+        "only a header": (write(tmp_path / "v.csv", "text\n"), {}, ["v.csv", "no row below the header"]),
+        "empty csv": (write(tmp_path / "w.csv", ""), {}, ["w.csv", "empty"]),
         "no parquet": (write(tmp_path / "x.parquet", "plain text"), {}, ["x.parquet", "not a sound Parquet"]),
         "cut parquet": (write(tmp_path / "y.parquet", good[: len(good) // 2]), {}, ["y.parquet", "not a sound Parquet"]),
         "empty parquet": (write(tmp_path / "z.parquet", b""), {}, ["z.parquet", "empty"]),
@@ -157,7 +182,7 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "packed parquet": (write(tmp_path / "g.parquet.gz", gzip.compress(good)), {}, ["g.parquet.gz", "unpack"]),
         "suffix": (write(tmp_path / "a.doc", "x"), {}, ["a.doc", "--format"]),
         "json suffix": (write(tmp_path / "a.json", "{}"), {}, ["a.json", "--format"]),
-        "format": (write(tmp_path / "a.txt", "x"), {"text_format": "pdf"}, ["pdf", "txt, lines, jsonl, parquet"]),
+        "format": (write(tmp_path / "a.txt", "x"), {"text_format": "pdf"}, ["pdf", "txt, lines, jsonl, csv, parquet"]),
         "folder": (folder, {}, ["folder", ".jsonl", ".parquet"]),
         "device": (Path(os.devnull), {"text_format": "txt"}, [os.devnull, "not a regular file"]),
     }
@@ -188,7 +213,7 @@ def test_a_document_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 rubbish = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet", ".txt.gz", ".jsonl.zst"])
 @rubbish
 @given(
     data=st.one_of(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_bert import make_hugging_face_folder, make_run
@@ -14,7 +16,8 @@ from transformers import BertForPreTraining, BertModel
 import fastbert
 from fastbert.data.batches import heldout_batches
 from fastbert.errors import InputError
-from fastbert.tasks.evaluate import evaluate
+from fastbert.tasks.evaluate import KEPT, REPLACED, SHOWN, evaluate
+from tests.ranks import Ranks
 
 SEQUENCES = 24
 
@@ -33,7 +36,7 @@ def test_figures_are_those_of_transformers(small_store, folder, run):
     stock = BertForPreTraining.from_pretrained(folder).eval()
     model = fastbert.load(run)
     assert model.recipe is not None
-    token_losses, token_hits, shown, pair_losses, pair_hits = [], [], [], [], []
+    token_losses, token_hits, hits_of_5, shown, kept, lengths, targets, pair_losses, pair_hits = [], [], [], [], [], [], [], [], []
     for batch in heldout_batches(small_store, model.recipe, SEQUENCES):
         for i, (start, end) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)):
             ids = batch.input_ids[start:end]
@@ -44,7 +47,11 @@ def test_figures_are_those_of_transformers(small_store, folder, run):
             logits, label = found.prediction_logits[0, where], batch.next_sentence_labels[i]
             token_losses += torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
             token_hits += (logits.argmax(-1) == labels).tolist()
+            hits_of_5 += (logits.topk(5).indices == labels[:, None]).any(-1).tolist()
             shown += (ids[where] == small_store.special.mask).tolist()
+            kept += (ids[where] == labels).tolist()
+            lengths += [end - start] * len(labels)
+            targets += labels.tolist()
             pair_losses.append(torch.nn.functional.cross_entropy(found.seq_relationship_logits, label[None]).item())
             pair_hits.append(found.seq_relationship_logits.argmax().item() == label.item())
 
@@ -52,13 +59,19 @@ def test_figures_are_those_of_transformers(small_store, folder, run):
         values = list(values)
         return sum(values) / len(values)
 
+    def of(chosen, values) -> float:
+        return mean(x for x, wanted in zip(values, chosen, strict=True) if wanted)
+
     result = evaluate(model, sequences=SEQUENCES)
-    assert result.flat() == {
+    flat = result.flat()
+    groups = {name: flat.pop(f"by_{name}") for name in ("input", "length", "frequency")}
+    assert flat == {
         "loss": pytest.approx(mean(token_losses) + mean(pair_losses), rel=1e-5),
         "loss_mlm": pytest.approx(mean(token_losses), rel=1e-5),
         "accuracy_mlm": pytest.approx(mean(token_hits)),
-        "loss_mask_token": pytest.approx(mean(x for x, s in zip(token_losses, shown, strict=True) if s), rel=1e-5),
-        "accuracy_mask_token": pytest.approx(mean(x for x, s in zip(token_hits, shown, strict=True) if s)),
+        "accuracy_of_5_mlm": pytest.approx(mean(hits_of_5)),
+        "loss_mask_token": pytest.approx(of(shown, token_losses), rel=1e-5),
+        "accuracy_mask_token": pytest.approx(of(shown, token_hits)),
         "loss_nsp": pytest.approx(mean(pair_losses), rel=1e-4),
         "accuracy_nsp": pytest.approx(mean(pair_hits)),
         "perplexity": pytest.approx(math.exp(mean(token_losses)), rel=1e-4),
@@ -69,27 +82,86 @@ def test_figures_are_those_of_transformers(small_store, folder, run):
     }
     assert 0.7 < mean(shown) < 0.9
 
+    split = small_store.split("train")
+    counts = np.bincount(split.gather(np.array([0]), np.array([split.tokens])), minlength=small_store.vocab_size)
+    frequency = [1e6 * counts[label] / split.tokens for label in targets]
+    classes = {
+        "input": {
+            SHOWN: shown,
+            REPLACED: [not a and not b for a, b in zip(shown, kept, strict=True)],
+            KEPT: [b and not a for a, b in zip(shown, kept, strict=True)],
+        },
+        "length": {"1 to 32": [n <= 32 for n in lengths], "33 to 64": [32 < n <= 64 for n in lengths]},
+        "frequency": {
+            "1,000 or more": [f >= 1000 for f in frequency],
+            "100 to 1,000": [100 <= f < 1000 for f in frequency],
+            "10 to 100": [10 <= f < 100 for f in frequency],
+            "less than 10": [f < 10 for f in frequency],
+        },
+    }
+    for kind, members in classes.items():
+        assert set(groups[kind]) == {name for name, chosen in members.items() if any(chosen)}
+        for name, found in groups[kind].items():
+            chosen = members[name]
+            assert found["count"] == sum(chosen)
+            assert found["loss"] == pytest.approx(of(chosen, token_losses), rel=1e-5)
+            assert (found["accuracy"], found["accuracy_of_5"]) == (
+                pytest.approx(of(chosen, token_hits)),
+                pytest.approx(of(chosen, hits_of_5)),
+            )
+    assert len(groups["frequency"]) > 1 and {SHOWN, KEPT} <= set(groups["input"])
+
+
+def test_count_models_know_frequencies_and_the_token_before(small_store, run):
+    """Both are those of `prepare`, here on the places that the model is asked about."""
+    found = evaluate(fastbert.load(run)).masked
+    assert found.unigram == pytest.approx(small_store.yardsticks["unigram"], rel=0.05)
+    assert found.left_bigram == pytest.approx(small_store.yardsticks["left_bigram"], rel=0.05)
+
+
+@pytest.mark.parametrize("tokens", [32, 100, 4096])
+def test_the_size_of_a_batch_changes_nothing(run, tokens):
+    model = fastbert.load(run)
+    assert model.recipe is not None
+    other = replace(model, recipe=replace(model.recipe, batch=replace(model.recipe.batch, micro_batch_tokens=tokens)))
+    a, b = evaluate(model, sequences=SEQUENCES).flat(), evaluate(other, sequences=SEQUENCES).flat()
+    assert numbers(b) == pytest.approx(numbers(a), rel=2e-6)
+
+
+def test_ranks_share_the_work(run, tmp_path):
+    """Two print what one prints, once."""
+    results = []
+    for world in (1, 2):
+        with Ranks(["evaluate", str(run), "--sequences", "24", "--json"], tmp_path / str(world), world) as ranks:
+            assert ranks.wait() == [0] * world, ranks.errors
+            results.append(json.loads(ranks[0].out.read_text()))
+            assert world == 1 or ranks[1].out.read_text() == ""
+    assert numbers(results[1]) == pytest.approx(numbers(results[0]), rel=2e-6)
+
+
+def numbers(value) -> list[float]:
+    if isinstance(value, dict):
+        return [x for key in sorted(value) for x in numbers(value[key])]
+    return [] if value is None else [value]
+
 
 def test_a_folder_and_another_store_with_the_same_tokenizer(small_store, folder, run):
-    of_run, of_folder = (
-        evaluate(fastbert.load(run), small_store.path, SEQUENCES),
-        evaluate(fastbert.load(folder), small_store.path, SEQUENCES),
-    )
-    # The folder has no recipe: the default's max_length is cut to the model's 32 positions, which is the run's.
-    assert of_folder == of_run
+    of_run, of_folder = (numbers(evaluate(fastbert.load(x), small_store.path, SEQUENCES).flat()) for x in (run, folder))
+    # The folder has no recipe: the default's max_length is cut to the model's 32 positions, which is the run's. Packs may differ.
+    assert of_folder == pytest.approx(of_run, rel=2e-6)
 
 
 def test_without_pairs_there_are_no_pair_figures(small_store, folder, tmp_path):
     found = evaluate(fastbert.load(make_run(tmp_path, folder, str(small_store.path), kind="mlm")), sequences=SEQUENCES)
-    assert found.heldout.loss_nsp is None and found.heldout.accuracy_nsp is None
-    assert found.heldout.loss == found.heldout.loss_mlm
+    assert found.pairs is None and found.flat()["accuracy_nsp"] is None
+    assert found.loss == found.masked.loss
 
 
 def test_an_endless_perplexity_is_no_crash(small_store, run):
     model = fastbert.load(run)
     with torch.no_grad():
         model.model.embeddings.words.mul_(1e4)
-    assert evaluate(model, sequences=4).perplexity == math.inf
+    assert evaluate(model, sequences=4).masked.perplexity == math.inf
 
 
 def test_what_cannot_be_evaluated(small_store, folder, run, tmp_path):

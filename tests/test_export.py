@@ -50,6 +50,7 @@ def test_the_folder_is_whole_and_checked_on_held_out_text(exported):
     assert result.architecture == "BertForPreTraining" and result.out == str(out)
     # 8 pairs of sentences of about 20 tokens, 1,000 logits for each: more than the built-in sentences have.
     assert 0 < result.difference < 5e-5 and result.compared > 100_000
+    assert 0 < result.hidden_difference < 1e-5
 
 
 def test_stock_transformers_gives_our_logits_on_padded_text(exported, run):
@@ -114,6 +115,14 @@ def test_the_card_has_the_figures_of_the_checkpoint(run):
     assert 'from_pretrained("my-bert")' in card and "max_position_embeddings = 32" in card
 
 
+def test_the_card_says_what_text_it_was(run, original, small_store, tmp_path):
+    card, training = model_card(fastbert.load(run), "BertForPreTraining", "my-bert"), small_store.split("train")
+    assert f"| train | {training.documents:,} | {training.sentences:,} | {training.tokens:,} |" in card
+    assert f"The store `{small_store.path}` (manifest SHA-256 `{small_store.sha256}`)" in card
+    gone = model_card(fastbert.load(make_run(tmp_path, original)), "BertForPreTraining", "my-bert")
+    assert "The store `nowhere`" in gone and "not there any more" in gone and "| train |" not in gone
+
+
 def swap_query_and_key(state):
     return {name.replace("query", "QUERY").replace("key", "query").replace("QUERY", "key"): tensor for name, tensor in state.items()}
 
@@ -124,6 +133,10 @@ def swap_query_and_key(state):
         (swap_query_and_key, None),  # the scores of attention are the same then but for the transposition
         (lambda s: {**s, "cls.seq_relationship.bias": s["cls.seq_relationship.bias"] + 1e-3}, "differ by 0.001"),
         (lambda s: {**s, "bert.embeddings.LayerNorm.bias": s["bert.embeddings.LayerNorm.bias"] * torch.nan}, "differ by nan"),
+        (
+            lambda s: {**s, "bert.encoder.layer.1.output.LayerNorm.bias": s["bert.encoder.layer.1.output.LayerNorm.bias"] + 2e-4},
+            "differ by",
+        ),
         (lambda s: {name: t for name, t in s.items() if "pooler" not in name}, "missing_keys.*pooler"),
         (lambda s: {**s, "bert.extra": torch.zeros(1)}, "unexpected_keys.*extra"),
     ],

@@ -1,4 +1,4 @@
-"""The README quotes what is on record, and a fall of the ratios is noticed."""
+"""The README and docs/results.md quote what is on record, and a fall of the ratios is noticed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.check import LEAST, RESULTS, compare
-from benchmarks.figures import FIGURES, MACHINE, PLACE, README, renewed
+from benchmarks.figures import FIGURES, MACHINE, PAGES, PLACE, renewed
 from benchmarks.record import read_record
 
 
-def test_the_readme_quotes_the_record():
-    text = README.read_text(encoding="utf-8")
-    assert {match[2] for match in PLACE.finditer(text)} == set(FIGURES)
-    assert renewed(text) == text, "run python -m benchmarks.figures"
-    assert renewed(text.replace("1", "2")) != text.replace("1", "2")
+def test_the_pages_quote_the_record():
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    assert {match[2] for text in texts for match in PLACE.finditer(text)} == set(FIGURES)
+    for text in texts:
+        assert renewed(text) == text, "run python -m benchmarks.figures"
+        assert renewed(text.replace("1", "2")) != text.replace("1", "2")
 
 
 @pytest.mark.parametrize("folder", sorted(path for path in RESULTS.iterdir() if path.is_dir()), ids=lambda path: path.name)

@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_bert import TEXTS, VOCABULARY, make_hugging_face_folder, make_run
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import BertForPreTraining as TheirModel
 
 import fastbert
 from fastbert.errors import InputError
 from fastbert.tasks import hugging_face
+from fastbert.tasks.export import export
 from fastbert.tasks.load import CheckpointWarning
 from fastbert.tasks.pretrained import TextCutWarning
 from fastbert.weights import shapes
@@ -58,6 +60,42 @@ def test_run_checkpoint_and_folder_are_the_same_model(original, run):
         found = fastbert.load(path)
         assert np.array_equal(found.encode(TEXTS), expected)
         assert found.metadata["step"] == 7 and found.recipe is not None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_decoder_of_its_own_goes_both_ways(original, hf, tmp_path, bias):
+    """With its bias under its own name, too, as transformers writes it today, or only the shared one, as it used to."""
+    config = BertConfig.from_pretrained(original, tie_word_embeddings=False)
+    theirs = TheirModel.from_pretrained(original, config=config).eval()
+    decoder = theirs.cls.predictions.decoder
+    torch.nn.init.normal_(decoder.weight, std=0.3)
+    torch.nn.init.normal_(decoder.bias)
+    theirs.cls.predictions.bias.data.copy_(decoder.bias)
+    theirs.save_pretrained(hf)
+    if not bias:
+        rewrite(lambda s: s.pop("cls.predictions.decoder.bias", None))(hf)
+    ours, inputs = fastbert.load(hf), AutoTokenizer.from_pretrained(hf)(TEXTS[0], return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs(**inputs).prediction_logits[0]
+    np.testing.assert_allclose(ours.model.token_logits(torch.tensor(ours.hidden_states(TEXTS[:1])[0][-1])), expected, rtol=0, atol=2e-5)
+    exported = export(ours, tmp_path / "again")
+    assert exported.difference < 2e-5
+    assert not json.loads((tmp_path / "again/config.json").read_text())["tie_word_embeddings"]
+    with torch.no_grad():
+        again = TheirModel.from_pretrained(tmp_path / "again").eval()(**inputs).prediction_logits[0]
+    np.testing.assert_allclose(again, expected, rtol=0, atol=2e-5)
+
+
+def test_weights_in_an_empty_index(original, tmp_path):
+    TheirModel.from_pretrained(original).save_pretrained(tmp_path, max_shard_size="20KB")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copy(original / name, tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    found, expected = fastbert.load(tmp_path).model.state_dict(), fastbert.load(original).model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    replace("model.safetensors.index.json", b'{"weight_map": {"x": "../x"}}')(tmp_path)
+    with pytest.raises(InputError, match=r"model.safetensors.index.json: weight_map names '../x', which is no file of this folder"):
+        fastbert.load(tmp_path)
 
 
 def test_vocab_txt_alone_is_enough(original, hf):
@@ -126,11 +164,12 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def several_files(folder: Path) -> None:
+def an_empty_index(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text("{}")
 
 
+DECODER, WORDS = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
 POOLER = "bert.pooler.dense.weight"
 
 
@@ -150,12 +189,14 @@ POOLER = "bert.pooler.dense.weight"
         (edit("config.json", hidden_size="32"), ["hidden_size = '32'", "whole number"]),
         (edit("config.json", num_hidden_layers=0), ["num_hidden_layers = 0", "1 or more"]),
         (edit("config.json", num_attention_heads=5), ["num_attention_heads = 5", "hidden_size = 32"]),
+        (edit("config.json", tie_word_embeddings="no"), ["tie_word_embeddings = 'no'"]),
+        (rewrite(lambda s: s.update({DECODER: s[WORDS] + 1})), ["model.safetensors", DECODER, "differs", "tie_word_embeddings"]),
         (edit("config.json", layer_norm_eps="tiny"), ["layer_norm_eps = 'tiny'"]),
         (edit("config.json", vocab_size=VOCABULARY + 1), ["model.safetensors", "word_embeddings", f"[{VOCABULARY + 1}, 32]"]),
         (edit("config.json", num_hidden_layers=3), ["model.safetensors", "encoder.layer.2", "missing", "3 layers"]),
         (edit("config.json", num_hidden_layers=1), ["model.safetensors", "encoder.layer.1", "unknown"]),
         (only_a_pickle, ["pytorch_model.bin", "pickle", "save_pretrained"]),
-        (several_files, ["model.safetensors.index.json", "several files"]),
+        (an_empty_index, ["model.safetensors.index.json", "weight_map"]),
         (remove("model.safetensors"), ["no model.safetensors"]),
         (replace("model.safetensors", b"not tensors"), ["model.safetensors", "cannot be read as safetensors"]),
         (replace("model.safetensors", b""), ["model.safetensors", "cannot be read as safetensors"]),
@@ -189,11 +230,11 @@ def test_a_rubbish_config_is_read_or_refused(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "config.json"
     file.write_bytes(data)
     try:
-        config, vocab_size = hugging_face.read_config(file)
+        config, vocab_size, tied = hugging_face.read_config(file)
     except InputError as error:
         assert str(error).startswith(str(file)) and len(str(error).splitlines()) == 1
     else:
-        assert config.hidden_size % config.num_attention_heads == 0 and vocab_size > 0
+        assert config.hidden_size % config.num_attention_heads == 0 and vocab_size > 0 and tied in (True, False)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -206,9 +247,9 @@ def test_rubbish_weights_are_refused(original, tmp_path_factory, data):
     for _ in range(data.draw(st.integers(0, 3))):
         sound[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
     (folder / "model.safetensors").write_bytes(sound[: data.draw(st.integers(0, len(sound)) | st.just(len(sound)))])
-    config, vocab_size = hugging_face.read_config(original / "config.json")
+    config, vocab_size, tied = hugging_face.read_config(original / "config.json")
     try:
-        weights = hugging_face.read_weights(folder, config, vocab_size)
+        weights = hugging_face.read_weights(folder, config, vocab_size, tied)
     except InputError as error:
         assert str(folder) in str(error) and len(str(error).splitlines()) == 1
     else:

@@ -66,7 +66,7 @@ def test_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
 
 def test_held_out_losses_are_set_against_the_yardsticks(tmp_path, capsys):
     with monitor(tmp_path) as to:
-        to.evaluate(Progress(step=20), heldout())
+        to.evaluate(Progress(step=20), heldout(), 0.5)
     assert capsys.readouterr().out.strip() == (
         "held-out at step 20: MLM loss 5.900, accuracy 10.0%; NSP loss 0.600, accuracy 70.0%; "
         "on [MASK] 6.000, below word frequencies (6.70), above the left neighbour (5.10)"
@@ -79,7 +79,7 @@ def test_advice_is_given_once(tmp_path, capsys):
     with monitor(tmp_path) as to:
         take_step(to, 1, loss=30.0)
         for step in (150, 160, 170):
-            to.evaluate(Progress(step=step), heldout(mask=6.69, nsp=0.693))
+            to.evaluate(Progress(step=step), heldout(mask=6.69, nsp=0.693), 0.5)
         for step in range(2, 103):
             take_step(to, step)
         for step in range(103, 110):
@@ -96,14 +96,14 @@ def test_a_normal_run_gets_no_advice(tmp_path, capsys):
     with monitor(tmp_path) as to:
         for step in range(1, 150):
             take_step(to, step, loss=FIRST - step / 100)
-        to.evaluate(Progress(step=150), heldout(mask=4.5, nsp=0.5))
+        to.evaluate(Progress(step=150), heldout(mask=4.5, nsp=0.5), 0.5)
     assert "note: " not in capsys.readouterr().out
 
 
 def test_only_rank_0_speaks(tmp_path, capsys):
     with monitor(tmp_path, speaks=False) as to:
         take_step(to, 1, loss=99.0)
-        to.evaluate(Progress(step=1), heldout())
+        to.evaluate(Progress(step=1), heldout(), 0.5)
         to.say("hello")
         to.stop(1, "stop.steps = 1")
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
@@ -113,7 +113,7 @@ def test_tensorboard_has_the_curves(tmp_path):
     with monitor(tmp_path) as to:
         for step in range(1, 31):
             take_step(to, step, loss=10.0 - step)
-        to.evaluate(Progress(step=30), heldout())
+        to.evaluate(Progress(step=30), heldout(), 0.5)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 0.0), (20, -10.0), (30, -20.0)]
     assert events.Scalars("heldout/loss_mask_token")[0].value == 6.0
@@ -123,7 +123,7 @@ def test_the_picture_shows_the_run(tmp_path):
     with monitor(tmp_path) as to:
         for step in range(1, 101):
             take_step(to, step, loss=FIRST - step / 50)
-        to.evaluate(Progress(step=100), heldout())
+        to.evaluate(Progress(step=100), heldout(), 0.5)
         to.stop(100, "stop.steps = 100")
     pixels = matplotlib.image.imread(tmp_path / "loss.png")
     assert pixels.shape[0] > 500 and pixels.shape[1] > 800

@@ -120,7 +120,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query.weight"
         (lambda s: s.update({QUERY: torch.zeros(24, 23)}), [QUERY, "[24, 23]", "[24, 24]"]),
         (lambda s: s.update({"bert.embeddings.word_embeddings.weight": torch.zeros(51, 24)}), ["word_embeddings", "[51, 24]", "[50, 24]"]),
         (lambda s: s.update({"bert.encoder.layer.2.output.dense.bias": torch.zeros(24)}), ["layer.2.output.dense.bias is unknown"]),
-        (lambda s: s.update({"cls.predictions.decoder.weight": torch.zeros(50, 24)}), ["decoder.weight differs", "tied"]),
+        (lambda s: s.update({"cls.predictions.decoder.weight": torch.zeros(50, 24)}), ["decoder.weight differs", "tie_word_embeddings"]),
     ],
     ids=["one missing", "a layer missing", "wrong shape", "wrong vocabulary", "unknown", "untied"],
 )

@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertForPreTraining
 
 from fastbert.config import dump_config, parse_config
+from fastbert.data.store import open_store
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from fastbert.tasks import hugging_face
 from fastbert.training import checkpoint
@@ -62,9 +63,11 @@ def make_hugging_face_folder(folder: Path, tokenizer: Path | None = None) -> Pat
 def make_run(folder: Path, hf_folder: Path, data: str = "nowhere", kind: str = "mlm+nsp", step: int = 7) -> Path:
     """A run folder whose one checkpoint holds the weights of `hf_folder`."""
     recipe = parse_config(RECIPE.format(data=data, kind=kind), "test")
-    model, vocab_size = hugging_face.read_config(hf_folder / "config.json")
-    weights = hugging_face.read_weights(hf_folder, model, vocab_size)
-    metadata = {"recipe": dump_config(recipe), "vocab_size": vocab_size}
+    model, vocab_size, tied = hugging_face.read_config(hf_folder / "config.json")
+    weights = hugging_face.read_weights(hf_folder, model, vocab_size, tied)
+    metadata = {"recipe": dump_config(recipe), "vocab_size": vocab_size, "store_sha256": "0" * 64}
+    if data != "nowhere":
+        metadata["store_sha256"] = open_store(data).sha256
     checkpoint.save(folder / "checkpoints", step, ((f"weight/{name}", tensor) for name, tensor in weights.items()), metadata, keep=3)
     save_tokenizer(load_tokenizer(hf_folder), folder / "tokenizer")
     (folder / "config.toml").write_text(dump_config(recipe), encoding="utf-8")

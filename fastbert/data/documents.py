@@ -1,4 +1,4 @@
-"""Documents out of files: plain text, one document a line, JSON lines, Parquet; gzip and zstd; files and folders.
+"""Documents out of files: plain text, one document a line, JSON lines, csv, Parquet; gzip and zstd; files and folders.
 
 Reading has two halves, so that all cores can share the second. `read_chunks` runs through the files in order and only
 cuts: pieces of about a MiB that end where a document ends. `parse` turns one chunk into documents and is where text
@@ -7,7 +7,10 @@ is decoded and checked. Memory holds a few chunks, whatever the size of the file
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
+import itertools
 import json
 import os
 import re
@@ -20,7 +23,7 @@ from typing import BinaryIO
 
 from fastbert.errors import InputError
 
-FORMATS = {"txt": (".txt",), "lines": (".txt",), "jsonl": (".jsonl", ".ndjson", ".json"), "parquet": (".parquet",)}
+FORMATS = {"txt": (".txt",), "lines": (".txt",), "jsonl": (".jsonl", ".ndjson", ".json"), "csv": (".csv",), "parquet": (".parquet",)}
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
 # A longer document is a file in another format than it is said to be, and would not fit the promise of flat memory.
@@ -45,7 +48,7 @@ class Chunk:
     """Some whole documents of one file, not yet decoded."""
 
     source: Source
-    data: bytes  # text; for Parquet one record batch, serialised
+    data: bytes  # text; for csv the field alone, a JSON string a line; for Parquet one record batch, serialised
     line: int  # the first line's number in the file, from 1; for Parquet the first row's, from 0
     offset: int  # of the first byte in the (unpacked) file
     read_bytes: int  # how far the file on disk had been read, less the chunk before: what a progress bar advances by
@@ -94,12 +97,15 @@ def read_chunks(sources: Iterable[Source], text_field: str = "text") -> Iterator
     """Cut the files into chunks, in order.
 
     Raises:
-        InputError: a file that is empty, cannot be read, is packed wrongly or cut short, or a document too long.
+        InputError: a file that is empty, cannot be read, is packed wrongly or cut short, has no `text_field`, or a document too long.
     """
     for source in sources:
         try:
             with open(source.path, "rb") as file:
-                yield from _parquet_chunks(source, file, text_field) if source.format == "parquet" else _text_chunks(source, file)
+                if source.format in _BY_COLUMN:
+                    yield from _BY_COLUMN[source.format](source, file, text_field)
+                else:
+                    yield from _text_chunks(source, file)
         except OSError as error:
             raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
 
@@ -112,6 +118,8 @@ def parse(chunk: Chunk, text_field: str = "text") -> list[str]:
     """
     if chunk.source.format == "parquet":
         return _parse_parquet(chunk)
+    if chunk.source.format == "csv":
+        return [json.loads(line) for line in chunk.data.splitlines()]
     if chunk.source.format == "jsonl":
         return _parse_json_lines(chunk, text_field)
     text = _decode(chunk.data, chunk.source.path, chunk.line, chunk.offset)
@@ -149,7 +157,7 @@ def _source(path: Path, text_format: str | None, in_folder: bool) -> Source | No
 
 
 def _suffixes(text_format: str | None) -> str:
-    endings = FORMATS[text_format] if text_format else (".txt", ".jsonl", ".ndjson", ".parquet")
+    endings = FORMATS[text_format] if text_format else (".txt", ".jsonl", ".ndjson", ".csv", ".parquet")
     return ", ".join(endings) + " (or these with .gz or .zst)"
 
 
@@ -293,6 +301,56 @@ def _fields(names: Iterable[str]) -> str:
     return f"choose with --text-field among: {', '.join(shown[:20])}{more}" if shown else "the object is empty"
 
 
+def _csv_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chunk]:
+    """Read here and not in `parse`: a quoted field may hold line ends, so only who has read all before knows where a row begins."""
+    csv.field_size_limit(LONGEST_DOCUMENT_BYTES)
+    reader = csv.reader(_lines(source, file), strict=True)
+    reported, texts, held = 0, list[bytes](), 0
+
+    def chunk() -> Chunk:
+        nonlocal reported
+        made = Chunk(source, b"\n".join(texts), reader.line_num, 0, file.tell() - reported)
+        reported = file.tell()
+        return made
+
+    try:
+        columns = next(reader, None)
+        if columns is None:
+            raise _empty(source)
+        if text_field not in columns:
+            raise InputError(f"{source.path}: no column '{text_field}' in the header; {_fields(columns)}")
+        column = columns.index(text_field)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(columns):
+                raise InputError(
+                    f"{source.path}: line {reader.line_num}: {len(row)} fields, and the header has {len(columns)}; put texts with commas in quotes"
+                )
+            texts.append(json.dumps(row[column]).encode())
+            held += len(texts[-1])
+            if held >= CHUNK_BYTES:
+                yield chunk()
+                texts, held = [], 0
+    except csv.Error as error:
+        raise InputError(f"{source.path}: line {reader.line_num}: not valid csv: {error}") from None
+    if texts:
+        yield chunk()
+    elif reported == 0:
+        raise InputError(f"{source.path}: no row below the header; remove it from the sources")
+
+
+def _lines(source: Source, file: BinaryIO) -> Iterator[str]:
+    """Decoded, each with its end."""
+    waiting, line, offset = b"", 1, 0
+    for piece in itertools.chain(_UNPACK[source.compression](source.path, file), [b""]):
+        waiting += piece
+        end = waiting.rfind(b"\n") + 1 if piece else len(waiting)
+        whole, waiting = waiting[:end], waiting[end:]
+        yield from io.StringIO(_decode(whole, source.path, line, offset), newline="\n")
+        line, offset = line + whole.count(b"\n"), offset + len(whole)
+
+
 def _parquet_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chunk]:
     import pyarrow
     import pyarrow.parquet
@@ -342,3 +400,7 @@ def _parse_parquet(chunk: Chunk) -> list[str]:
                 f"{chunk.source.path}: row {row}: byte {error.start} of the string is not UTF-8; write the table again"
             ) from None
     return documents
+
+
+# Formats whose text is a column: what else a row holds is never handed on.
+_BY_COLUMN: dict[str, Callable[[Source, BinaryIO, str], Iterator[Chunk]]] = {"csv": _csv_chunks, "parquet": _parquet_chunks}

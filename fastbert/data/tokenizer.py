@@ -67,6 +67,11 @@ def check_vocab_size(vocab_size: int) -> None:
         raise InputError(f"--vocab-size {vocab_size}: must be from {low} to {high:,} (BERT's is 30522)")
 
 
+def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether ids mean the same tokens, made from text in the same way."""
+    return a.get_vocab() == b.get_vocab() and json.loads(a.to_str())["normalizer"] == json.loads(b.to_str())["normalizer"]
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a BERT tokenizer: a Hugging Face folder with tokenizer.json or vocab.txt, or a vocab.txt file.
 

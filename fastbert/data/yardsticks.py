@@ -38,15 +38,38 @@ def measure(train: Split, heldout: Split, vocab_size: int) -> dict[str, float]:
     cut = len(counted) - min(len(counted) // 20, TUNE_TOKENS)
     models = _Models(counted[:cut], vocab_size)
     tune, test = models.predict(counted[cut:], seed=1), models.predict(tested, seed=2)
-    nats = {
+    probabilities = {
         "unigram": test.unigram,
         "left_bigram": test.left,
         "two_sided_bigram": test.mix(tune.fit("left", "right", "unigram")),
         "two_sided_trigram": test.back_off(tune.fit("left", "right", "unigram", "product")),
     }
     # Rounded, since the last digits of a long sum differ between processors.
-    result = {name: round(float(-np.log(p).mean()), 4) for name, p in nats.items()}
+    result = {name: round(float(-np.log(p).mean()), 4) for name, p in probabilities.items()}
     return result | {"train_tokens": int((counted[:cut] != vocab_size).sum()), "heldout_tokens": len(test.unigram)}
+
+
+def nats(train: Split, vocab_size: int, left: np.ndarray, word: np.ndarray) -> dict[str, np.ndarray]:
+    """What unigram and left_bigram, counted as in `measure`, give for chosen places of a text.
+
+    Args:
+        train: the split that is counted.
+        left: int64 [N], the token before each place; `vocab_size` for a boundary, -1 where it is hidden.
+        word: int64 [N], the token that is hidden there.
+
+    Returns:
+        Nats [N] of each, float64.
+    """
+    counted = _sample(train, TRAIN_TOKENS, vocab_size)
+    before, here, _ = _neighbours(counted, vocab_size)
+    unigram = _unigram(here, vocab_size)[word]
+    part, rest = _Conditional(before, here, vocab_size + 1).look_up(np.maximum(left, 0), word)
+    return {"unigram": -np.log(unigram), "left_bigram": -np.log(np.where(left < 0, unigram, part + rest * unigram))}
+
+
+def _unigram(words: np.ndarray, vocab_size: int) -> np.ndarray:
+    counts = np.bincount(words, minlength=vocab_size) + 0.5
+    return counts / counts.sum()
 
 
 def _sample(split: Split, most: int, boundary: int) -> np.ndarray:
@@ -104,8 +127,7 @@ class _Models:
     def __init__(self, tokens: np.ndarray, vocab_size: int):
         self.size = vocab_size + 1  # the boundary is a neighbour too
         left, word, right = _neighbours(tokens, vocab_size)
-        counts = np.bincount(word, minlength=vocab_size) + 0.5
-        self.unigram = counts / counts.sum()
+        self.unigram = _unigram(word, vocab_size)
         self.after = _Conditional(left, word, self.size)
         self.before = _Conditional(right, word, self.size)
         self.between = _Conditional(left * self.size + right, word, self.size)

@@ -1,37 +1,114 @@
-"""The files of `fastbert embed`: lines of text in, vectors out; what lies between is `Pretrained.encode`."""
+"""The files of `fastbert embed`: texts in, vectors out; what lies between is `Pretrained.encode`.
+
+A chunk of about a MiB of text goes through at a time, so that memory does not grow with the file.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 
+from fastbert.data.documents import Source, find_sources, parse, read_chunks
 from fastbert.errors import InputError
 
+if TYPE_CHECKING:
+    from fastbert.tasks.pretrained import Pretrained  # torch: what is wrong with the arguments is said before that is imported
 
-def read_lines(file: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file, without their ends; raises InputError for a file that is missing, empty or not UTF-8."""
+
+class Writer(Protocol):
+    """Takes the vectors float32 [n, D] of n texts at a time."""
+
+    def write(self, texts: Sequence[str], vectors: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NpyWriter:
+    """The vectors alone, as `numpy.load` reads them."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file, self._rows, self._size = file, 0, size
+        self._header()
+
+    def write(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(vectors, "<f4").tobytes())
+        self._rows += len(vectors)
+
+    def close(self) -> None:
+        end = self._file.tell()
+        self._file.seek(0)
+        self._header()
+        self._file.seek(end)
+
+    def _header(self) -> None:
+        # NumPy leaves room in the header for the first axis to grow, so that it has the same length for any number of rows.
+        shape = (self._rows, self._size)
+        np.lib.format.write_array_header_1_0(self._file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+
+
+class JsonLinesWriter:
+    """One object a line: text, vector."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file = file
+
+    def write(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+        for text, vector in zip(texts, vectors.tolist(), strict=True):
+            self._file.write(json.dumps({"text": text, "vector": vector}, ensure_ascii=False).encode() + b"\n")
+
+    def close(self) -> None:
+        pass
+
+
+class ParquetWriter:
+    """Columns text and vector, the latter lists of D float32."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        import pyarrow
+        import pyarrow.parquet
+
+        self._arrow = pyarrow
+        self._schema = pyarrow.schema([("text", pyarrow.string()), ("vector", pyarrow.list_(pyarrow.float32(), size))])
+        self._writer = pyarrow.parquet.ParquetWriter(file, self._schema)
+
+    def write(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+        flat = self._arrow.array(vectors.reshape(-1))
+        lists = self._arrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+        self._writer.write_table(self._arrow.table([self._arrow.array(list(texts)), lists], schema=self._schema))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+WRITERS: dict[str, Any] = {".npy": NpyWriter, ".jsonl": JsonLinesWriter, ".parquet": ParquetWriter}
+
+
+def source_of(file: str | Path, text_format: str | None = None) -> Source:
+    """The file to read; a .txt holds a text on each line.
+
+    Raises:
+        InputError: no such file, a folder, or a suffix that does not tell the format.
+    """
     file = Path(file)
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    if not data:
-        raise InputError(f"{file}: empty; a text on each line is expected")
-    try:
-        # Split at line ends alone: str.splitlines would also break at characters that may stand in a text.
-        lines = data.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}:{data.count(10, 0, error.start) + 1}: not UTF-8; convert it first") from None
-    return lines
+    if file.is_dir():
+        raise InputError(f"{file}: a folder; give one file of texts")
+    if text_format is None and ".txt" in file.suffixes:
+        text_format = "lines"
+    ((source,), _) = find_sources([file], text_format)
+    return source
 
 
 def check_out(out: str | Path) -> Path:
-    """`out` as a path that a .npy file can be written to; raises InputError otherwise. An older file is replaced."""
+    """`out` as a path that vectors can be written to; raises InputError otherwise. An older file is replaced."""
     out = Path(out)
-    if out.suffix != ".npy":
-        raise InputError(f"--out {out}: must end in .npy")
+    if out.suffix not in WRITERS:
+        raise InputError(f"--out {out}: must end in {', '.join(WRITERS)}")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     if out.is_dir():
@@ -39,12 +116,61 @@ def check_out(out: str | Path) -> Path:
     return out
 
 
-def write_vectors(out: Path, vectors: np.ndarray) -> None:
-    """Save [N, D] as .npy, whole or not at all."""
+def embed(
+    pretrained: Pretrained,
+    source: Source,
+    text_field: str,
+    out: Path,
+    pool: str,
+    layers: Sequence[int],
+    normalize: bool,
+    progress: bool = False,
+) -> tuple[int, int]:
+    """Write a vector for each text of `source` to `out`; returns their number and size.
+
+    Args:
+        source: from `source_of`; text_field: as in `fastbert.data.documents`.
+        out: from `check_out`; written whole or not at all.
+        pool, layers, normalize: as in `Pretrained.encode`.
+        progress: show a bar on stderr.
+
+    Raises:
+        InputError: what cannot be read, with file and line, or a setting that the model does not have.
+    """
+    size, rows = pretrained.config.hidden_size, 0
+    pretrained.encode([], pool, layers)  # what is wrong with the settings is said before anything is written
+    with _writer(out, size) as writer, _bar(source.path.stat().st_size, progress) as advance:
+        for chunk in read_chunks([source], text_field):
+            texts = parse(chunk, text_field)
+            writer.write(texts, pretrained.encode(texts, pool, layers, normalize))
+            rows += len(texts)
+            advance(chunk.read_bytes)
+    return rows, size
+
+
+@contextmanager
+def _writer(out: Path, size: int) -> Iterator[Writer]:
+    """Into a file beside `out` that takes its name at the end, or is removed where the block fails."""
     staging = out.with_name(f".writing-{out.name}")
     try:
-        with open(staging, "wb") as handle:
-            np.save(handle, vectors)
+        with open(staging, "wb") as file:
+            writer: Writer = WRITERS[out.suffix](file, size)
+            yield writer
+            writer.close()
         os.replace(staging, out)
     finally:
         staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def _bar(total: int, show: bool) -> Iterator[Any]:
+    """A function that moves a progress bar on by bytes of the source, or does nothing."""
+    if not show:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("vectors", total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,60 +1,114 @@
-"""How good a model is on held-out text: the loss, and what it is compared with.
+"""How good a model is on held-out text: losses and accuracies, by what a position shows, by length and by frequency, beside count models.
 
-The positions that show `[MASK]` are reported apart: a token that was left in place can be copied, which alone is worth 0.6 nats, so
-only they compare with the count models (yardsticks) that `prepare` stored, which never see the token in question.
+The positions that show `[MASK]` are reported apart: a token that was left in place can be copied, which alone is worth 0.6 nats. Every
+figure is a sum over positions divided by their number, so that it does not depend on batches or ranks.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from tokenizers import Tokenizer
+from torch import Tensor
 
 from fastbert.config import BatchConfig, RunConfig
-from fastbert.data.batches import heldout_batches
+from fastbert.data import yardsticks
+from fastbert.data.batches import PackedBatch, heldout_batches
 from fastbert.data.store import Store, open_store
-from fastbert.data.tokenizer import load_tokenizer
+from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import InputError
-from fastbert.objective import losses
 from fastbert.tasks.pretrained import Pretrained
-from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
+from fastbert.training.group import Group
 from fastbert.weights import MLM, NSP
+
+SHOWN, REPLACED, KEPT = "shows [MASK]", "shows another token", "shows itself"
+LENGTHS = (32, 64, 128, 256)  # tokens of the sequence: the upper ends of classes
+FREQUENCIES = (1000, 100, 10)  # in a million tokens of the training text: the lower ends of classes
+LOGITS = 1 << 24  # at most at a time: 64 MB
+_SUMS = ("count", "loss", "hits", "hits_of_5", "unigram", "left_bigram")
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Masked positions of one kind: how many, means in nats, and shares where the model's first or first five guesses hold the token."""
+
+    count: int
+    loss: float
+    accuracy: float
+    accuracy_of_5: float
+    unigram: float  # nats that the token's frequency alone gives,
+    left_bigram: float  # and the token before it, where that is seen
+
+    @property
+    def perplexity(self) -> float:
+        """e to the power of the loss; infinite where that is no number any more."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Pairs:
+    count: int
+    loss: float  # nats
+    accuracy: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found, and on how much: `masked` counts the selected tokens among `tokens`."""
+    """What was found, and on how much. The groups hold those classes that there is a position of, in order."""
 
-    heldout: HeldOut
+    masked: Masked
+    pairs: Pairs | None  # None for a model that learned none
+    by_input: dict[str, Masked]
+    by_length: dict[str, Masked]
+    by_frequency: dict[str, Masked]
     sequences: int
     tokens: int
-    masked: int
     yardsticks: dict[str, float]  # the store's, nats per token
 
     @property
-    def perplexity(self) -> float:
-        """e to the power of the MLM loss; infinite where that is no number any more."""
-        return math.exp(self.heldout.loss_mlm) if self.heldout.loss_mlm < 700 else math.inf
+    def loss(self) -> float:
+        """MLM + NSP, as training reports it."""
+        return self.masked.loss + (self.pairs.loss if self.pairs else 0.0)
 
     def flat(self) -> dict[str, Any]:
-        """Everything side by side, for JSON."""
-        counts = {"sequences": self.sequences, "tokens": self.tokens, "masked": self.masked}
-        return {**asdict(self.heldout), "perplexity": self.perplexity, **counts, "yardsticks": self.yardsticks}
+        """For JSON; the first keys are those of the "evaluate" lines in metrics.jsonl."""
+        shown, pairs = self.by_input.get(SHOWN), self.pairs
+        return {
+            "loss": self.loss,
+            "loss_mlm": self.masked.loss,
+            "accuracy_mlm": self.masked.accuracy,
+            "loss_mask_token": shown and shown.loss,
+            "accuracy_mask_token": shown and shown.accuracy,
+            "loss_nsp": pairs and pairs.loss,
+            "accuracy_nsp": pairs and pairs.accuracy,
+            "accuracy_of_5_mlm": self.masked.accuracy_of_5,
+            "perplexity": self.masked.perplexity,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "masked": self.masked.count,
+            "by_input": {name: asdict(found) for name, found in self.by_input.items()},
+            "by_length": {name: asdict(found) for name, found in self.by_length.items()},
+            "by_frequency": {name: asdict(found) for name, found in self.by_frequency.items()},
+            "yardsticks": self.yardsticks,
+        }
 
 
-@torch.inference_mode()
-def evaluate(pretrained: Pretrained, data: str | Path | None = None, sequences: int | None = None) -> Evaluation:
+def evaluate(
+    pretrained: Pretrained, data: str | Path | None = None, sequences: int | None = None, group: Group | None = None
+) -> Evaluation:
     """Evaluate on the held-out part of a store, with the masks that are the same for every model.
 
     Args:
         pretrained: a run's model is measured under its own recipe, a Hugging Face folder's under the default objective.
         data: the store; by default the run's own.
         sequences: how many held-out examples; by default the recipe's `evaluate.sequences`.
+        group: ranks that share the work; all of them get the result.
 
     Raises:
         InputError: no store named, a store that is missing or broken or made with another vocabulary, a model without an MLM head.
@@ -70,18 +124,116 @@ def evaluate(pretrained: Pretrained, data: str | Path | None = None, sequences: 
     if NSP not in pretrained.heads:
         recipe = replace(recipe, objective=replace(recipe.objective, kind="mlm"))
     batches = heldout_batches(store, recipe, sequences or recipe.evaluate.sequences)
-    device = pretrained.model.embeddings.words.device
-    sums = torch.zeros(9, dtype=torch.float64)
-    for batch in batches:
-        batch = batch.to(device)
-        sums += heldout_sums(losses(pretrained.model(batch)), batch, store.special.mask).cpu()
-    return Evaluation(
-        heldout=heldout_means(sums),
-        sequences=sum(batch.sequences for batch in batches),
-        tokens=sum(batch.tokens for batch in batches),
-        masked=sum(len(batch.labels) for batch in batches),
-        yardsticks=store.yardsticks,
-    )
+    mine = batches[group.rank :: group.world] if group else batches
+    classes = _Classes(store)
+    sums = classes.sums(pretrained, mine)
+    if group:
+        sums = group.sum(sums.to(group.device)).cpu()
+    return classes.evaluation(sums, batches)
+
+
+class _Classes:
+    """The classes that positions are counted in, each a row of sums; the last row is that of the pairs."""
+
+    def __init__(self, store: Store):
+        self.store = store
+        self.per_million = _per_million(store)
+        between = [f"{low + 1} to {high}" for low, high in itertools.pairwise(LENGTHS)]
+        self.lengths = [f"1 to {LENGTHS[0]}", *between, f"more than {LENGTHS[-1]}"]
+        between = [f"{low:,} to {high:,}" for high, low in itertools.pairwise(FREQUENCIES)]
+        self.frequencies = [f"{FREQUENCIES[0]:,} or more", *between, f"less than {FREQUENCIES[-1]}"]
+        self.names = ["all", SHOWN, REPLACED, KEPT, *self.lengths, *self.frequencies]
+
+    def sums(self, pretrained: Pretrained, batches: Sequence[PackedBatch]) -> Tensor:
+        """float64 [classes + 1, 6], in the order of _SUMS; of the pairs count, loss and hits."""
+        sums = torch.zeros(len(self.names) + 1, len(_SUMS), dtype=torch.float64)
+        if not batches:
+            return sums
+        simple = self._count_models(batches)
+        for batch, unigram, left_bigram in zip(batches, *simple, strict=True):
+            found, pairs = _measure(pretrained, batch)
+            values = torch.stack([torch.ones(len(unigram), dtype=torch.float64), *found, unigram, left_bigram], 1)
+            for row, members in enumerate(self._members(batch)):
+                sums[row] += values[members].sum(0)
+            sums[-1, :3] += pairs
+        return sums
+
+    def evaluation(self, sums: Tensor, batches: Sequence[PackedBatch]) -> Evaluation:
+        rows = {name: row for name, row in zip(self.names, sums[:-1].tolist(), strict=True) if row[0]}
+        found = {name: Masked(round(count), *(value / count for value in values)) for name, (count, *values) in rows.items()}
+        count, loss, hits = sums[-1, :3].tolist()
+
+        def some(names: Sequence[str]) -> dict[str, Masked]:
+            return {name: found[name] for name in names if name in found}
+
+        return Evaluation(
+            masked=found["all"],
+            pairs=Pairs(round(count), loss / count, hits / count) if count else None,
+            by_input=some([SHOWN, REPLACED, KEPT]),
+            by_length=some(self.lengths),
+            by_frequency=some(self.frequencies),
+            sequences=sum(batch.sequences for batch in batches),
+            tokens=sum(batch.tokens for batch in batches),
+            yardsticks=self.store.yardsticks,
+        )
+
+    def _members(self, batch: PackedBatch) -> list[Tensor]:
+        """For each class which of the batch's masked positions are in it, bool [M]."""
+        seen, labels = batch.input_ids[batch.masked_positions], batch.labels
+        shown, kept = seen == self.store.special.mask, seen == labels
+        bounds = batch.cu_seqlens.long()
+        lengths = bounds.diff()[torch.searchsorted(bounds, batch.masked_positions, right=True) - 1]
+        length = torch.bucketize(lengths, torch.tensor(LENGTHS))
+        ends = torch.tensor(FREQUENCIES[::-1], dtype=torch.float64)
+        frequency = len(FREQUENCIES) - torch.bucketize(self.per_million[labels], ends, right=True)
+        of_length = [length == i for i in range(len(self.lengths))]
+        of_frequency = [frequency == i for i in range(len(self.frequencies))]
+        return [torch.ones_like(shown), shown, ~shown & ~kept, kept, *of_length, *of_frequency]
+
+    def _count_models(self, batches: Sequence[PackedBatch]) -> list[tuple[Tensor, ...]]:
+        """Nats of the masked tokens under the unigram and the left bigram, a tensor a batch; a neighbour that shows [MASK] is hidden."""
+        special, boundary = self.store.special, self.store.vocab_size
+        left = torch.cat([batch.input_ids[batch.masked_positions - 1] for batch in batches])
+        left[(left == special.cls) | (left == special.sep)] = boundary
+        left[left == special.mask] = -1
+        labels = torch.cat([batch.labels for batch in batches])
+        found = yardsticks.nats(self.store.split("train"), boundary, left.numpy(), labels.numpy())
+        counts = [len(batch.labels) for batch in batches]
+        return [torch.from_numpy(found[name]).split(counts) for name in ("unigram", "left_bigram")]
+
+
+@torch.inference_mode()
+def _measure(pretrained: Pretrained, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
+    """Loss, hit and hit among the first five of each masked position, float64 [M]; count, loss and hits of the pairs [3]."""
+    model = pretrained.model
+    batch = batch.to(model.embeddings.words.device)
+    masked, first = model.loss_rows(batch)
+    parts = []
+    for hidden, labels in zip(*(x.split(max(1, LOGITS // model.vocab_size)) for x in (masked, batch.labels)), strict=True):
+        logits = model.token_logits(hidden).float()
+        of_label = logits.gather(1, labels[:, None])
+        better = (~(logits <= of_label)).sum(1)  # NaN is better than anything: no hit
+        parts.append(
+            torch.stack([(torch.logsumexp(logits, 1) - of_label[:, 0]).double(), (better < 1).double(), (better < 5).double()]).cpu()
+        )
+    pairs = torch.zeros(3, dtype=torch.float64)
+    labels = batch.next_sentence_labels
+    if (labels >= 0).any():
+        logits = model.pair_logits(first).float()
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+        hits = logits.argmax(1) == labels
+        pairs = torch.stack([(labels >= 0).double().sum(), losses.double().sum(), hits.double().sum()]).cpu()
+    return list(torch.cat(parts, 1)), pairs
+
+
+def _per_million(store: Store) -> Tensor:
+    """How often each token stands in a million of the training text, float64 [V]."""
+    split, counts = store.split("train"), np.zeros(store.vocab_size, np.int64)
+    step = 1 << 20
+    for start in range(0, split.tokens, step):
+        some = split.gather(np.array([start]), np.array([min(step, split.tokens - start)]))
+        counts += np.bincount(some, minlength=store.vocab_size)
+    return torch.from_numpy(counts * (1e6 / max(1, counts.sum())))
 
 
 def _recipe_for(pretrained: Pretrained) -> RunConfig:
@@ -93,12 +245,8 @@ def _recipe_for(pretrained: Pretrained) -> RunConfig:
 def _check_vocabulary(pretrained: Pretrained, store: Store) -> None:
     """The store's ids must mean the same tokens, made from text in the same way, as those of the model."""
     theirs = load_tokenizer(store.tokenizer_dir)
-    if _identity(theirs) != _identity(pretrained.tokenizer):
+    if not same_tokens(theirs, pretrained.tokenizer):
         raise InputError(
             f"{store.path}: made with another tokenizer ({theirs.get_vocab_size():,} tokens) than {pretrained.path} "
             f"({pretrained.tokenizer.get_vocab_size():,}); prepare the text with --tokenizer {pretrained.path}"
         )
-
-
-def _identity(tokenizer: Tokenizer) -> tuple:
-    return tokenizer.get_vocab(), json.loads(tokenizer.to_str())["normalizer"]

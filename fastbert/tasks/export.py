@@ -1,7 +1,7 @@
 """A run as a folder that transformers and sentence-transformers load, and the proof that it is the same model.
 
 The folder is written under a temporary name and gets its own only after stock transformers has loaded it without a missing or
-unexpected weight and given the logits that our model gives, on real text.
+unexpected weight and given the logits that our model gives, and the hidden states of every layer, on real text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastbert.training.heldout import HeldOut
 from fastbert.training.metrics import read_metrics
 from fastbert.weights import HEADS, NSP, to_hugging_face
 
-TOLERANCE = 1e-4  # largest difference of a logit; rounding in fp32 gives about 1e-6 for a tiny model and 2e-5 for BERT-base
+TOLERANCE = 1e-4  # largest difference of a logit or hidden state; rounding in fp32 gives 1e-6 for a tiny model and 2e-5 for BERT-base
 PAIRS = 8  # pairs of sentences that the check reads from the held-out text
 SENTENCE_TOKENS = 60  # at most, of a sentence that is read for the check
 
@@ -43,11 +43,13 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Exported:
-    """`difference`: the largest between a logit of ours and one of transformers; `compared`: how many logits there were."""
+    """`difference`: the largest between a logit of ours and one of transformers; `hidden_difference`: the same of the hidden states of all
+    layers; `compared`: how many logits there were."""
 
     out: str
     architecture: str
     difference: float
+    hidden_difference: float
     compared: int
 
 
@@ -71,15 +73,17 @@ def export(pretrained: Pretrained, out: str | Path, texts: list[str] | None = No
     with new_folder(out) as folder:
         write_folder(folder, architecture, to_hugging_face(state), pretrained.config, pretrained.model.vocab_size, pretrained.tokenizer)
         (folder / "README.md").write_text(model_card(pretrained, architecture, Path(out).name), encoding="utf-8")
-        difference, compared = compare(folder, architecture, pretrained, pairs)
-        if not difference <= TOLERANCE:  # NaN is a failure too
-            raise ExportError(f"{out}: not written: transformers' logits differ by {difference:.3g}, more than {TOLERANCE:g}")
-    return Exported(str(out), architecture, difference, compared)
+        logits, hidden, compared = compare(folder, architecture, pretrained, pairs)
+        for what, difference in (("logits", logits), ("hidden states", hidden)):
+            if not difference <= TOLERANCE:  # NaN is a failure too
+                raise ExportError(f"{out}: not written: transformers' {what} differ by {difference:.3g}, more than {TOLERANCE:g}")
+    return Exported(str(out), architecture, logits, hidden, compared)
 
 
 @torch.inference_mode()
-def compare(folder: Path, architecture: str, pretrained: Pretrained, pairs: list[tuple[str, str]]) -> tuple[float, int]:
-    """The largest difference of a logit between ours and stock transformers on pairs of texts (the second may be ""), and their number.
+def compare(folder: Path, architecture: str, pretrained: Pretrained, pairs: list[tuple[str, str]]) -> tuple[float, float, int]:
+    """The largest difference between ours and stock transformers on pairs of texts (the second may be ""): of a logit, and of a hidden
+    state of any layer; and the number of logits.
 
     transformers gets the texts padded, as people use it.
 
@@ -99,7 +103,8 @@ def compare(folder: Path, architecture: str, pretrained: Pretrained, pairs: list
         b.append(second)
     single = not any(b)
     batch = pack_texts(a, None if single else b, pretrained.special)
-    last = pretrained.model.hidden_states(batch)[-1]
+    states = pretrained.model.hidden_states(batch)
+    last = states[-1]
     token_logits = pretrained.model.token_logits(last)
     pair_logits = pretrained.model.pair_logits(last[batch.cu_seqlens[:-1].long()])
 
@@ -108,12 +113,17 @@ def compare(folder: Path, architecture: str, pretrained: Pretrained, pairs: list
     ids = torch.full(real.shape, pretrained.special.pad)
     segments = torch.zeros_like(ids)
     ids[real], segments[real] = batch.input_ids, batch.token_type_ids
-    outputs = model(input_ids=ids, token_type_ids=segments, attention_mask=real.long())
+    outputs = model(input_ids=ids, token_type_ids=segments, attention_mask=real.long(), output_hidden_states=True)
+    hidden = [(theirs[real] - ours).abs() for theirs, ours in zip(outputs["hidden_states"], states, strict=True)]
     differences = [(outputs["prediction_logits" if NSP in pretrained.heads else "logits"][real] - token_logits).abs()]
     if NSP in pretrained.heads:
         differences.append((outputs["seq_relationship_logits"] - pair_logits).abs())
+    return _largest(differences), _largest(hidden), sum(d.numel() for d in differences)
+
+
+def _largest(differences: list[torch.Tensor]) -> float:
     # max() of a tensor with a NaN is NaN, max() of Python might lose it.
-    return float(torch.stack([d.max() for d in differences]).max()), sum(d.numel() for d in differences)
+    return float(torch.stack([d.max() for d in differences]).max())
 
 
 def _open_with_transformers(folder: Path, architecture: str) -> tuple[Any, Any]:
@@ -129,13 +139,21 @@ def _open_with_transformers(folder: Path, architecture: str) -> tuple[Any, Any]:
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def _heldout_pairs(pretrained: Pretrained) -> list[tuple[str, str]]:
-    """The first two sentences of some held-out documents, as text; empty where the run's store is gone."""
+def _store(pretrained: Pretrained) -> Store | None:
+    """What the run was trained on, where it is still there and still the same."""
     if pretrained.recipe is None:
-        return []
+        return None
     try:
         store = open_store(pretrained.recipe.data)
     except InputError:
+        return None
+    return store if store.sha256 == pretrained.metadata.get("store_sha256") else None
+
+
+def _heldout_pairs(pretrained: Pretrained) -> list[tuple[str, str]]:
+    """The first two sentences of some held-out documents, as text; empty where the run's store is gone."""
+    store = _store(pretrained)
+    if store is None:
         return []
     split = store.split("heldout")
     documents = np.linspace(0, split.documents - 1, min(PAIRS, split.documents)).astype(np.int64)
@@ -171,8 +189,23 @@ def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
         "```",
     ]
     if recipe is not None:
-        lines += ["", "## Training", "", *_figures(pretrained), "", "The whole recipe:", "", "```toml", dump_config(recipe).rstrip(), "```"]
+        lines += ["", "## Data", "", *_data(pretrained), "", "## Training", "", *_figures(pretrained)]
+        lines += ["", "The whole recipe:", "", "```toml", dump_config(recipe).rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _data(pretrained: Pretrained) -> list[str]:
+    """How much text there was, and which: the digest is that of the store's manifest, which names every file."""
+    assert pretrained.recipe is not None
+    digest = pretrained.metadata.get("store_sha256", "")
+    said = f"The store `{pretrained.recipe.data}` (manifest SHA-256 `{digest}`)"
+    store = _store(pretrained)
+    if store is None:
+        return [f"{said}; it was not there any more when this folder was written."]
+    names = ("train", "heldout")
+    rows = [(name, *(f"{getattr(store.split(name), of):,}" for of in ("documents", "sentences", "tokens"))) for name in names]
+    table = ["| split | documents | sentences | tokens |", "| --- | --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+    return [f"{said}:", "", *table]
 
 
 def _figures(pretrained: Pretrained) -> list[str]:

@@ -1,24 +1,27 @@
-"""Classification of texts or pairs of texts on top of a pre-trained encoder: csv in, accuracy and a Hugging Face folder out.
+"""Classification of texts or pairs of texts, or regression, on top of a pre-trained encoder: files in, scores and a Hugging Face folder out.
 
-As in BERT: [CLS] through the pooler, dropout, one matrix; everything is trained.
+As in BERT: [CLS] through the pooler, dropout, one matrix; everything is trained unless layers are frozen.
 Source: Devlin et al., 2019, section 4.1 and appendix A.3 (learning rates of 2e-5 to 5e-5, batches of 16 or 32, 2 to 4 epochs).
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import InputError
+from fastbert.tasks import scores
 from fastbert.tasks.hugging_face import check_new, new_folder, write_folder
+from fastbert.tasks.labelled import Examples, read_examples
 from fastbert.tasks.pretrained import Pretrained, fit_pair
 from fastbert.weights import HEADS, MLM, to_hugging_face
 
@@ -27,150 +30,286 @@ WEIGHT_DECAY = 0.01
 CLIP = 1.0
 EVALUATION_BATCH = 64
 MAX_LENGTH = 128
+SCORE_COLUMN = "score"  # of a layout whose labels are numbers: STS-B
 
 
 @dataclass(frozen=True)
-class Examples:
-    """The rows of a csv file: `second` is empty where there is no column text_b; `lines` are their first lines in the file."""
+class Settings:
+    """How to train. The defaults are those of the paper.
 
-    file: Path
-    first: list[str]
-    second: list[str]
-    labels: list[str]
-    lines: list[int]
+    Attributes:
+        epochs, lr, batch: passes over the file, highest learning rate, examples of a step.
+        max_length: tokens of an example, special ones counted; the end of a longer one (of its longer half) is cut. By default 128, or the
+            model's positions where they are fewer.
+        seed, seeds: the first seed, of order, dropout and the new layer, and how many there are; the split is the first one's.
+        patience: stop when this many epochs in a row are no better on the held-out part, and take the best one; None trains to the end.
+        heldout: share of the training file that is held out where there is `patience`.
+        metric: what is better: accuracy, f1 or matthews of classes, spearman or pearson of numbers; by default the first.
+        regression: labels are numbers; None asks the file (STS-B's column "score").
+        layer_decay: learning rate of a layer as a share of the one above (Sun et al., 2019, equation 2); the embeddings' is the lowest.
+        freeze: the embeddings and so many layers stay as they are; 0 trains all.
+    """
+
+    epochs: int = 3
+    lr: float = 5e-5
+    batch: int = 32
+    max_length: int | None = None
+    seed: int = 1
+    seeds: int = 1
+    patience: int | None = None
+    heldout: float = 0.1
+    metric: str | None = None
+    regression: bool | None = None
+    layer_decay: float = 1.0
+    freeze: int = 0
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """Mean training loss in nats, and accuracy on the evaluation file."""
+    """Mean training loss (nats, or squared error), and the metric, on the held-out part where there is one, else on the evaluation file."""
 
+    seed: int
     epoch: int
     loss: float
-    accuracy: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One seed: every score on the evaluation file, with the weights of `best_epoch`."""
+
+    seed: int
+    best_epoch: int
+    scores: dict[str, float]
+    epochs: list[Epoch]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over the seeds; the standard deviation of one is 0."""
+
+    mean: float
+    std: float
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """`majority` is the accuracy of always answering the most frequent label of the evaluation file: what there is to beat."""
+    """`labels` is empty for numbers; `majority`: accuracy of always answering the most frequent label of the evaluation file."""
 
-    accuracy: float
-    majority: float
+    metric: str
+    scores: dict[str, Spread]
     labels: list[str]
-    epochs: list[Epoch]
+    majority: float | None
+    trials: list[Trial]
+    confusion: list[list[int]]  # of the trial that is saved; rows are true
     out: str | None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is learned: classes, or numbers where there are none."""
+
+    labels: list[str]
+    metric: str
+
+    @property
+    def scores(self) -> dict[str, scores.Score]:
+        return scores.OF_CLASSES if self.labels else scores.OF_NUMBERS
+
+    def targets(self, examples: Examples) -> Tensor:
+        """int64 [N] classes, or float32 [N]."""
+        if not self.labels:
+            return torch.tensor(examples.numbers())
+        places = {label: i for i, label in enumerate(self.labels)}
+        return torch.tensor([places[label] for label in examples.labels])
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.labels:
+            return nn.functional.cross_entropy(logits, targets)
+        return nn.functional.mse_loss(logits[:, 0], targets)
+
+    def measure(self, model: Classifier, data: _Encoded) -> dict[str, float]:
+        answers, truth = self.answers(model, data), data.targets.numpy()
+        return {name: score(answers, truth) for name, score in self.scores.items()}
+
+    @torch.no_grad()
+    def answers(self, model: Classifier, data: _Encoded) -> np.ndarray:
+        """int64 or float32 [N]."""
+        model.eval()
+        logits = torch.cat([model(pack).cpu() for pack, _ in data.in_order(EVALUATION_BATCH)])
+        return (logits.argmax(-1) if self.labels else logits[:, 0]).numpy()
 
 
 def finetune(
     pretrained: Pretrained,
-    train: str | Path,
-    evaluation: str | Path,
+    train: Examples | str | Path,
+    evaluation: Examples | str | Path,
     out: str | Path | None = None,
+    settings: Settings | None = None,
     *,
-    epochs: int = 3,
-    lr: float = 5e-5,
-    batch: int = 32,
-    max_length: int | None = None,
-    seed: int = 1,
     report: Callable[[Epoch], None] = lambda _: None,
+    follow: Callable[[Iterable, str], Iterable] = lambda batches, _: batches,
 ) -> Finetuned:
-    """Train on one csv file, measure on another. The weights of `pretrained` are trained in place.
+    """Train on one file, measure on another, which nothing is chosen by. The weights of `pretrained` are trained in place.
 
     Args:
-        train, evaluation: UTF-8 csv with a header and the columns text and label, and text_b where texts come in pairs.
-        out: a new folder for a BertForSequenceClassification; None saves nothing.
-        epochs, lr, batch: passes over the file, highest learning rate, examples of a step.
-        max_length: tokens of an example, special ones counted; the end of a longer one (of its longer half) is cut. By default 128, or the
-            model's positions where they are fewer.
-        report: called after every epoch.
+        train, evaluation: files as `read_examples` reads them, or what it has read.
+        out: a new folder for a BertForSequenceClassification and confusion.png; None saves nothing. Of several seeds the best on the
+            held-out part, or the first where nothing is held out.
+        report: called after every epoch; follow: wraps the batches of an epoch, named by the second argument, to show progress.
 
     Raises:
-        InputError: a number out of range, a file that is missing or wrong (with its line), labels that do not fit, `out` taken.
+        InputError: a setting out of range, a file that is missing or wrong (with its lines), labels that do not fit, `out` taken.
     """
-    longest = pretrained.config.max_position_embeddings
-    max_length = min(MAX_LENGTH, longest) if max_length is None else max_length
-    if epochs < 1 or batch < 1 or lr <= 0:
-        raise InputError(f"--epochs {epochs} --batch {batch} --lr {lr}: all must be above 0")
-    if not 8 <= max_length <= longest:
-        raise InputError(f"--max-length {max_length}: must be from 8 to the model's {longest} positions")
+    settings = settings or Settings()
+    max_length = _check(settings, pretrained)
     if out is not None:
         check_new(out)
-    training, held_out = read_csv(train), read_csv(evaluation)
-    labels = sorted(set(training.labels))
-    if len(labels) < 2:
-        raise InputError(f"{train}: every label is {labels[0]!r}; two or more are needed")
-    for label, line in zip(held_out.labels, held_out.lines, strict=True):
-        if label not in labels:
-            raise InputError(f"{evaluation}:{line}: label {label!r} does not occur in {train}")
-    if bool(training.second) != bool(held_out.second):
-        raise InputError(f"{evaluation}: only one of this file and {train} has the column text_b; give both or none")
+    training, test = (x if isinstance(x, Examples) else read_examples(x) for x in (train, evaluation))
+    task = _task(training, test, settings)
+    held_out = None
+    if settings.patience is not None:
+        training, held_out = _split(training, settings)
+    data, test_data = (_Encoded(pretrained, task, part, max_length) for part in (training, test))
+    dev_data = _Encoded(pretrained, task, held_out, max_length) if held_out else None
 
-    torch.manual_seed(seed)
-    model = Classifier(pretrained, len(labels))
-    data, data_held_out = (_Encoded(pretrained, e, labels, max_length) for e in (training, held_out))
-    optimizer, schedule = _optimizer(model, lr, epochs * -(-len(data) // batch))
+    start = {name: tensor.clone() for name, tensor in pretrained.model.state_dict().items()}
+    trials: list[Trial] = []
+    best, saved = -float("inf"), dict[str, Tensor]()
+    table = np.zeros((0, 0), np.int64)
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        pretrained.model.load_state_dict(start)
+        torch.manual_seed(seed)
+        model = Classifier(pretrained, max(1, len(task.labels)))
+        epochs, kept = _train(model, task, data, dev_data or test_data, settings, seed, dev_data is not None, report, follow)
+        model.load_state_dict(kept)
+        answers = task.answers(model, test_data)
+        found = {name: score(answers, test_data.targets.numpy()) for name, score in task.scores.items()}
+        chosen = max(epochs, key=lambda e: e.score) if dev_data else epochs[-1]
+        trials.append(Trial(seed, chosen.epoch, found, epochs))
+        if not saved or (dev_data and chosen.score > best):
+            best, saved = chosen.score, kept
+            table = scores.confusion(answers, test_data.targets.numpy(), len(task.labels)) if task.labels else table
+    if out is not None:
+        model.load_state_dict(saved)
+        _save(out, model, pretrained, task, table)
+    return Finetuned(
+        metric=task.metric,
+        scores={name: _spread([trial.scores[name] for trial in trials]) for name in task.scores},
+        labels=task.labels,
+        majority=max(Counter(test.labels).values()) / len(test) if task.labels else None,
+        trials=trials,
+        confusion=table.tolist(),
+        out=None if out is None else str(out),
+    )
+
+
+def _train(
+    model: Classifier,
+    task: _Task,
+    data: _Encoded,
+    watched: _Encoded,
+    settings: Settings,
+    seed: int,
+    stop_early: bool,
+    report: Callable[[Epoch], None],
+    follow: Callable[[Iterable, str], Iterable],
+) -> tuple[list[Epoch], dict[str, Tensor]]:
+    """The epochs, and the weights of the best one, or of the last where nothing is held out."""
+    optimizer, schedule = _optimizer(model, settings, settings.epochs * -(-len(data) // settings.batch))
     done: list[Epoch] = []
-    for epoch in range(1, epochs + 1):
+    kept: dict[str, Tensor] = {}
+    for epoch in range(1, settings.epochs + 1):
         total = 0.0
         model.train()
-        for rows in torch.randperm(len(data)).split(batch):
+        batches = torch.randperm(len(data)).split(settings.batch)
+        for rows in follow(batches, f"seed {seed}, epoch {epoch} of {settings.epochs}"):
             pack, target = data.batch(rows)
-            loss = nn.functional.cross_entropy(model(pack), target)
+            loss = task.loss(model(pack), target)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
             optimizer.step()
             schedule.step()
             total += loss.item() * len(rows)
-        done.append(Epoch(epoch, total / len(data), accuracy(model, data_held_out)))
+        done.append(Epoch(seed, epoch, total / len(data), task.measure(model, watched)[task.metric]))
         report(done[-1])
-    if out is not None:
-        _save(out, model, pretrained, labels)
-    majority = max(Counter(held_out.labels).values()) / len(held_out.labels)
-    return Finetuned(done[-1].accuracy, majority, labels, done, None if out is None else str(out))
+        best = max(done, key=lambda e: e.score)  # the first of equals
+        if not stop_early or best.epoch == epoch:
+            kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if stop_early and settings.patience is not None and epoch - best.epoch >= settings.patience:
+            break
+    return done, kept
 
 
-def read_csv(file: str | Path) -> Examples:
-    """Read and check a csv file of examples; raises InputError with file and line for anything that is not as `finetune` says."""
-    file = Path(file)
-    found = Examples(file, [], [], [], [])
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as handle:
-            reader = csv.reader(handle, strict=True)
-            columns = next(reader, [])
-            if sorted(columns) not in (["label", "text"], ["label", "text", "text_b"]):
-                raise InputError(f"{file}:1: the columns are {columns}; must be text,label or text,text_b,label")
-            line = reader.line_num + 1
-            for row in reader:
-                if row:
-                    _add(found, dict(zip(columns, row, strict=False)), len(row) - len(columns), line)
-                line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{file}:{reader.line_num}: not valid csv: {error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 ({error.reason}); convert it first") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    if not found.labels:
-        raise InputError(f"{file}: no examples below the header")
-    return found
+def _check(settings: Settings, pretrained: Pretrained) -> int:
+    """The length of an example; raises InputError for a setting that is out of range."""
+    longest, layers = pretrained.config.max_position_embeddings, pretrained.config.num_hidden_layers
+    s = settings
+    if s.epochs < 1 or s.batch < 1 or s.lr <= 0 or s.seeds < 1:
+        raise InputError(f"--epochs {s.epochs} --batch {s.batch} --lr {s.lr} --seeds {s.seeds}: all must be above 0")
+    if s.patience is not None and (s.patience < 1 or not 0 < s.heldout < 1):
+        raise InputError(f"--patience {s.patience} --heldout {s.heldout}: epochs, 1 or more, and a share between 0 and 1")
+    if not 0 < s.layer_decay <= 1:
+        raise InputError(f"--layer-decay {s.layer_decay}: must be above 0 and 1 at most")
+    if not 0 <= s.freeze <= layers:
+        raise InputError(f"--freeze {s.freeze}: must be from 0 to the model's {layers} layers")
+    max_length = min(MAX_LENGTH, longest) if s.max_length is None else s.max_length
+    if not 8 <= max_length <= longest:
+        raise InputError(f"--max-length {max_length}: must be from 8 to the model's {longest} positions")
+    return max_length
 
 
-def _add(found: Examples, row: dict[str, str], surplus: int, line: int) -> None:
-    if surplus:
-        what = f"{abs(surplus)} {'more' if surplus > 0 else 'fewer'} fields than the header has columns"
-        raise InputError(f"{found.file}:{line}: {what}; put texts with commas in quotes")
-    empty = next((name for name, value in row.items() if not value.strip()), None)
-    if empty:
-        raise InputError(f"{found.file}:{line}: {empty} is empty; fill it in or delete the line")
-    found.first.append(row["text"])
-    found.labels.append(row["label"])
-    found.lines.append(line)
-    if "text_b" in row:
-        found.second.append(row["text_b"])
+def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
+    regression = training.columns.label == SCORE_COLUMN if settings.regression is None else settings.regression
+    known = list(scores.OF_NUMBERS if regression else scores.OF_CLASSES)
+    metric = settings.metric or known[0]
+    if metric not in known:
+        raise InputError(f"--metric {metric}: of {'numbers' if regression else 'classes'} it can be {', '.join(known)}")
+    if bool(training.second) != bool(test.second):
+        pairs, alone = (training, test) if training.second else (test, training)
+        raise InputError(
+            f"{alone.file}: texts stand alone here, and in {pairs.file} they are pairs ({pairs.columns.second}); give both or none"
+        )
+    if regression:
+        for examples in (training, test):
+            examples.numbers()  # raises with the lines of those that are none
+        return _Task([], metric)
+    labels = sorted(set(training.labels))
+    if len(labels) < 2:
+        raise InputError(f"{training.file}: every label is {labels[0]!r}; two or more are needed")
+    strange = [(label, line) for label, line in zip(test.labels, test.lines, strict=True) if label not in labels]
+    if strange:
+        label, line = strange[0]
+        more = f" (and {len(strange) - 1:,} rows more)" if strange[1:] else ""
+        raise InputError(f"{test.file}:{line}: label {label!r} does not occur in {training.file}{more}")
+    return _Task(labels, metric)
+
+
+def _split(training: Examples, settings: Settings) -> tuple[Examples, Examples]:
+    """What is trained on, and what is held out; every label stays in the first."""
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    count = round(settings.heldout * len(training))
+    if not 0 < count < len(training):
+        raise InputError(
+            f"{training.file}: {len(training)} examples are too few to hold out --heldout {settings.heldout}; leave --patience out"
+        )
+    left = Counter(training.labels)
+    held_out: list[int] = []
+    for row in order:
+        if len(held_out) < count and left[training.labels[row]] > 1:
+            left[training.labels[row]] -= 1
+            held_out.append(row)
+    chosen = set(held_out)
+    return training.take([row for row in range(len(training)) if row not in chosen]), training.take(sorted(held_out))
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.mean(values), statistics.stdev(values) if values[1:] else 0.0)
 
 
 class Classifier(nn.Module):
-    """[CLS] of the encoder, pooler, dropout, one logit a class; [B, classes]."""
+    """[CLS] of the encoder, pooler, dropout, one logit a class (or one number); [B, classes]."""
 
     def __init__(self, pretrained: Pretrained, classes: int):
         super().__init__()
@@ -190,7 +329,7 @@ class Classifier(nn.Module):
 class _Encoded:
     """Examples as token ids on the CPU, and batches of them on the model's device."""
 
-    def __init__(self, pretrained: Pretrained, examples: Examples, labels: list[str], max_length: int):
+    def __init__(self, pretrained: Pretrained, task: _Task, examples: Examples, max_length: int):
         def ids(texts: list[str]) -> list[list[int]]:
             return [encoding.ids for encoding in pretrained.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
@@ -199,7 +338,7 @@ class _Encoded:
             pairs = [fit_pair(a, b, max_length - 3) for a, b in zip(first, second, strict=True)]
             first, second = [a for a, _ in pairs], [b for _, b in pairs]
         self.first, self.second = [a[: max_length - 2] for a in first], second
-        self.targets = torch.tensor([labels.index(label) for label in examples.labels])
+        self.targets = task.targets(examples)
         self.special = pretrained.special
         self.device = pretrained.model.embeddings.words.device
 
@@ -219,32 +358,43 @@ class _Encoded:
             yield self.batch(rows)
 
 
-@torch.no_grad()
-def accuracy(model: Classifier, data: _Encoded) -> float:
-    """Share of the examples whose label has the largest logit."""
-    model.eval()
-    hits = sum(int((model(pack).argmax(-1) == target).sum()) for pack, target in data.in_order(EVALUATION_BATCH))
-    return hits / len(data)
-
-
-def _optimizer(model: Classifier, lr: float, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, no decay on biases and LayerNorms; linear warm-up, then linear to zero."""
-    unused = ("encoder.mlm_head.", "encoder.nsp_head.classifier.")
-    used = [p for name, p in model.named_parameters() if not name.startswith(unused)]
-    groups = [
-        {"params": [p for p in used if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in used if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=lr)
+def _optimizer(model: Classifier, settings: Settings, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, no decay on biases and LayerNorms; linear warm-up, then linear to zero; lower layers slower, the lowest not at all if frozen."""
+    layers = len(model.encoder.layers)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        depth = _depth(name, layers)
+        parameter.requires_grad_(depth is not None and (settings.freeze == 0 or depth > settings.freeze))
+        if depth is not None and parameter.requires_grad:
+            groups.setdefault((depth, parameter.ndim > 1), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": settings.lr * settings.layer_decay ** max(0, layers - depth),
+                "weight_decay": WEIGHT_DECAY if decays else 0.0,
+            }
+            for (depth, decays), parameters in groups.items()
+        ]
+    )
     warmup = max(1, round(WARMUP * steps))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, (steps - i) / max(1, steps - warmup)))
 
 
-def _save(out: str | Path, model: Classifier, pretrained: Pretrained, labels: list[str]) -> None:
+def _depth(name: str, layers: int) -> int | None:
+    """0 for the embeddings, 1 for the first layer, `layers` + 1 for what stands on the last; None for what a classifier does not use."""
+    if name.startswith(("encoder.mlm_head.", "encoder.nsp_head.classifier.")):
+        return None
+    if name.startswith("encoder.embeddings."):
+        return 0
+    return int(name.split(".")[2]) + 1 if name.startswith("encoder.layers.") else layers + 1
+
+
+def _save(out: str | Path, model: Classifier, pretrained: Pretrained, task: _Task, table: np.ndarray) -> None:
     left_out = (HEADS[MLM], "nsp_head.classifier.")
     state = to_hugging_face({name: t for name, t in model.encoder.state_dict().items() if not name.startswith(left_out)})
     state |= {f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()}
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    labels = task.labels or ["LABEL_0"]
     with new_folder(out) as folder:
         write_folder(
             folder,
@@ -253,6 +403,9 @@ def _save(out: str | Path, model: Classifier, pretrained: Pretrained, labels: li
             pretrained.config,
             pretrained.model.vocab_size,
             pretrained.tokenizer,
-            problem_type="single_label_classification",
-            **names,
+            problem_type="single_label_classification" if task.labels else "regression",
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
         )
+        if task.labels:
+            scores.draw_confusion(table, labels, folder / "confusion.png")

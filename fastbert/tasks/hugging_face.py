@@ -18,9 +18,9 @@ from torch import Tensor
 from fastbert.config import ModelConfig
 from fastbert.data.tokenizer import save_tokenizer, special_ids
 from fastbert.errors import InputError
-from fastbert.weights import SEGMENTS, from_hugging_face
+from fastbert.weights import SEGMENTS, THEIR_DECODER, from_hugging_face
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 # What config.json must say, where it says anything: the one encoder that is written here.
 _ENCODER = {
@@ -29,14 +29,13 @@ _ENCODER = {
     "type_vocab_size": SEGMENTS,
     "is_decoder": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
 }
 # The keys of ModelConfig that BertConfig has too: its numbers. Its words (a preset, how weights begin) matter before training only.
 _SHARED = [item for item in fields(ModelConfig) if not isinstance(item.default, str)]
 
 
-def read_config(file: Path) -> tuple[ModelConfig, int]:
-    """ModelConfig and the size of the vocabulary from a config.json; what it leaves out is BertConfig's default, which is ours.
+def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
+    """ModelConfig, the vocabulary's size, and whether the decoder is tied; what config.json leaves out is BertConfig's default, and ours.
 
     Raises:
         InputError: not JSON, another architecture than BERT, a variant that is not written here, a value that cannot be.
@@ -59,30 +58,51 @@ def read_config(file: Path) -> tuple[ModelConfig, int]:
     if config.hidden_size % config.num_attention_heads:
         heads, size = config.num_attention_heads, config.hidden_size
         raise InputError(f"{file}: num_attention_heads = {heads} does not divide hidden_size = {size}")
-    return config, _number(values.get("vocab_size", 30522), True, f"{file}: vocab_size")
+    tied = values.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        raise InputError(f"{file}: tie_word_embeddings = {tied!r}; must be true or false")
+    return config, _number(values.get("vocab_size", 30522), True, f"{file}: vocab_size"), tied
 
 
-def read_weights(folder: Path, config: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
+def read_weights(folder: Path, config: ModelConfig, vocab_size: int, tied: bool) -> dict[str, Tensor]:
     """The weights by our names, fp32.
 
     Raises:
         InputError: no safetensors file, one that cannot be read, or weights that are not those of `config`.
     """
-    file = folder / WEIGHTS
-    if not file.is_file():
-        if (folder / "pytorch_model.bin").is_file():
-            raise InputError(
-                f"{folder / 'pytorch_model.bin'}: a pickle, which may run any code when it is opened; convert it where you trust it: "
-                f"transformers.AutoModelForPreTraining.from_pretrained(DIR).save_pretrained(DIR) writes {WEIGHTS}"
-            )
-        if (index := folder / f"{WEIGHTS}.index.json").is_file():
-            raise InputError(f"{index}: weights in several files; save them as one, with max_shard_size='50GB'")
-        raise InputError(f"{folder}: no {WEIGHTS} in this folder; give a folder that holds a model")
+    file, index = folder / WEIGHTS, folder / INDEX
+    if file.is_file():
+        return from_hugging_face(_load(file), config, vocab_size, str(file), tied)
+    if index.is_file():
+        state: dict[str, Tensor] = {}
+        for name in _shards(index):
+            state |= _load(folder / name)
+        return from_hugging_face(state, config, vocab_size, str(index), tied)
+    if (folder / "pytorch_model.bin").is_file():
+        raise InputError(
+            f"{folder / 'pytorch_model.bin'}: a pickle, which may run any code when it is opened; convert it where you trust it: "
+            f"transformers.AutoModelForPreTraining.from_pretrained(DIR).save_pretrained(DIR) writes {WEIGHTS}"
+        )
+    raise InputError(f"{folder}: no {WEIGHTS} in this folder; give a folder that holds a model")
+
+
+def _load(file: Path) -> dict[str, Tensor]:
     try:
-        state = load_file(file)
+        return load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read as safetensors ({error}); download or export it again") from None
-    return from_hugging_face(state, config, vocab_size, str(file))
+
+
+def _shards(index: Path) -> list[str]:
+    """The files beside the index that hold the weights, as a large model comes."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{index}: no JSON with a weight_map of file names; download or save the model again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index}: weight_map names {name!r}, which is no file of this folder; download or save the model again")
+    return names
 
 
 @contextmanager
@@ -137,6 +157,7 @@ def write_folder(
         "type_vocab_size": SEGMENTS,
         "pad_token_id": special_ids(tokenizer, folder).pad,
         "torch_dtype": "float32",
+        **({"tie_word_embeddings": False} if THEIR_DECODER in state else {}),
         **more,
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -18,7 +18,8 @@ from fastbert.model import BertForPreTraining
 from fastbert.tasks import hugging_face
 from fastbert.tasks.pretrained import Pretrained
 from fastbert.training import checkpoint
-from fastbert.weights import MLM, NSP, heads, shapes
+from fastbert.training.initial import Initial
+from fastbert.weights import DECODER, MLM, NSP, heads, shapes
 
 
 class CheckpointWarning(UserWarning):
@@ -56,7 +57,7 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
     if tokens > parts.vocab_size:
         raise InputError(f"{parts.tokenizer_path}: {tokens:,} tokens for {parts.vocab_size:,} embeddings; the tokenizer is another model's")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = BertForPreTraining(parts.config, parts.vocab_size, device=device)
+    model = BertForPreTraining(parts.config, parts.vocab_size, device=device, tied=DECODER not in parts.weights)
     result = model.load_state_dict(parts.weights, strict=False)
     # A head that the folder does not hold keeps its random start; `Pretrained.heads` has it refused wherever it would be used.
     assert not result.unexpected_keys and all("_head." in name for name in result.missing_keys), result
@@ -70,6 +71,14 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
         recipe=parts.recipe,
         metadata=parts.metadata,
     )
+
+
+def read_initial(path: str) -> Initial:
+    """What pre-training may start from: any folder that `load` opens; raises InputError as it does."""
+    parts = _read(Path(path))
+    if DECODER in parts.weights:
+        raise InputError(f"{parts.path}: its decoder is not tied to the word embeddings; only a model with a tied one can be trained on")
+    return Initial(path, parts.config, parts.weights, parts.tokenizer)
 
 
 def _read(path: Path) -> _Parts:
@@ -125,8 +134,8 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> _Parts:
 
 
 def _from_hugging_face(path: Path) -> _Parts:
-    config, vocab_size = hugging_face.read_config(path / hugging_face.CONFIG)
-    weights = hugging_face.read_weights(path, config, vocab_size)
+    config, vocab_size, tied = hugging_face.read_config(path / hugging_face.CONFIG)
+    weights = hugging_face.read_weights(path, config, vocab_size, tied)
     return _Parts(
         path=path,
         weights=weights,

@@ -55,13 +55,14 @@ class Pretrained:
         """Tokens of a text that fit between [CLS] and [SEP]."""
         return self.config.max_position_embeddings - 2
 
-    def encode(self, texts: Sequence[str], pool: str = "mean", layer: int = -1) -> np.ndarray:
+    def encode(self, texts: Sequence[str], pool: str = "mean", layer: int | Sequence[int] = -1, normalize: bool = False) -> np.ndarray:
         """One vector for each text.
 
         Args:
             texts: any number; a text without a token is `[CLS] [SEP]`; one that is too long is cut, with a warning.
             pool: "mean" or "max" over all tokens, [CLS] and [SEP] counted, as sentence-transformers does; or "cls".
-            layer: 0 is what the embeddings give, 1 the first layer; -1 the last.
+            layer: 0 is what the embeddings give, 1 the first layer; -1 the last. Of several the mean is taken, token by token.
+            normalize: divide each vector by its length.
 
         Returns:
             float32 [N, D], in the order of `texts`.
@@ -70,18 +71,21 @@ class Pretrained:
             InputError: an unknown pool, a layer that is not there, a single string in place of a list.
         """
         count = self.config.num_hidden_layers + 1
+        layers = [layer] if isinstance(layer, int) else list(layer)
         if pool not in POOLS:
             raise InputError(f"pool = {pool!r}; must be one of {', '.join(POOLS)}")
-        if not -count <= layer < count:
-            raise InputError(f"layer = {layer}; the model has 0 (embeddings) to {count - 1}, or -1 (last) to {-count}")
+        wrong = [index for index in layers if not -count <= index < count]
+        if wrong or not layers:
+            raise InputError(f"layer = {wrong[0] if wrong else []}; the model has 0 (embeddings) to {count - 1}, or -1 (last) to {-count}")
         result = np.empty((len(texts), self.config.hidden_size), np.float32)
         for chosen, batch in self._packs(self._ids(texts)):
-            hidden = self._hidden(batch)[layer].float()
+            states = self._hidden(batch)
+            hidden = torch.stack([states[index].float() for index in layers]).mean(0) if layers[1:] else states[layers[0]].float()
             if pool == "cls":
                 vectors = hidden[batch.cu_seqlens[:-1].long()]
             else:
                 vectors = torch.segment_reduce(hidden, pool, lengths=batch.cu_seqlens.diff().long())
-            result[chosen] = vectors.cpu().numpy()
+            result[chosen] = (torch.nn.functional.normalize(vectors) if normalize else vectors).cpu().numpy()
         return result
 
     def hidden_states(self, texts: Sequence[str]) -> list[list[np.ndarray]]:

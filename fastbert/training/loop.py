@@ -17,6 +17,7 @@ from fastbert.flops import executed_flops
 from fastbert.training import checkpoint
 from fastbert.training.engine import Engine, NotFinite
 from fastbert.training.group import Group, Interrupted, RankLost, meet_others
+from fastbert.training.initial import Read
 from fastbert.training.interruption import Interruption
 from fastbert.training.monitor import Monitor
 from fastbert.training.ownership import Ownership, TakenOver
@@ -32,7 +33,7 @@ class Ended(Exception):
     """The run has failed, for a reason that is none of its code; one line for the user."""
 
 
-def pretrain(config: RunConfig, recipe: str, resume: bool, interruption: Interruption | None = None) -> int:
+def pretrain(config: RunConfig, recipe: str, resume: bool, interruption: Interruption | None = None, read: Read | None = None) -> int:
     """Train as the recipe says, from the beginning or from the newest sound checkpoint of its run; every rank of the launcher calls it.
 
     Args:
@@ -40,6 +41,7 @@ def pretrain(config: RunConfig, recipe: str, resume: bool, interruption: Interru
         recipe: its path, for messages.
         resume: go on with the run that is in the folder.
         interruption: one that has listened to signals already; by default a new one.
+        read: opens the model that the recipe's `init` names, where it names one.
 
     Returns:
         0 when a stop condition was reached, 1 when the run failed, 75 when it was interrupted and a checkpoint saved.
@@ -52,7 +54,7 @@ def pretrain(config: RunConfig, recipe: str, resume: bool, interruption: Interru
             with meet_others(config.runtime.timeout_s, interruption) as group, Watch(group, config.runtime.timeout_s) as watch:
                 group.connect()
                 watch.tick("the set-up")
-                setup = set_up(config, recipe, resume, group)
+                setup = set_up(config, recipe, resume, group, read)
                 return _run(setup, group, watch, interruption)
         except Interrupted as signal:
             print(f"interrupted by {signal} before the first step", file=sys.stderr)
@@ -144,10 +146,12 @@ def _train(
 
         reason = horizon.reached(progress)
         if (reason or progress.step % config.evaluate.every == 0) and not hopeless:
+            started = time.perf_counter()
             found = engine.evaluate(setup.heldout, setup.store.special.mask)
+            seconds = time.perf_counter() - started
             progress.judge(found.loss, config.stop.min_delta)
             agree()
-            monitor.evaluate(progress, found)
+            monitor.evaluate(progress, found, seconds)
             reason = horizon.reached(progress)
         if saver.busy and written:
             monitor.saved(saver.finish())

@@ -151,11 +151,12 @@ class Monitor:
         if time.perf_counter() - window.began >= (BAR_EVERY_S if self._console.is_terminal else LINE_EVERY_S):
             self._show(done)
 
-    def evaluate(self, done: Progress, found: HeldOut) -> None:
-        """A held-out evaluation, and what it says about the run."""
+    def evaluate(self, done: Progress, found: HeldOut, seconds: float) -> None:
+        """A held-out evaluation that took so long, and what it says about the run."""
         if not self.speaks:
             return
-        record = {"event": "evaluate", "step": done.step, **asdict(found), "training_tokens": done.tokens, "training_seconds": done.seconds}
+        record = {"event": "evaluate", "step": done.step, **asdict(found), "seconds": seconds}
+        record |= {"training_tokens": done.tokens, "training_seconds": done.seconds}
         self._metrics.write(record)
         self._history.add(record)
         self._scalars("heldout", done.step, asdict(found))

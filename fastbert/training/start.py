@@ -7,14 +7,16 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastbert.config import RunConfig, dump_config, parse_config
+from fastbert.config import RunConfig, dump_config, load_config, parse_config
 from fastbert.data.batches import Batches, PackedBatch, heldout_batches
 from fastbert.data.store import Store, open_store
 from fastbert.errors import InputError
@@ -24,6 +26,7 @@ from fastbert.training.checkpoint import Checkpoint
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
 from fastbert.training.group import Group
+from fastbert.training.initial import Initial, Read, put, with_sizes
 from fastbert.training.ownership import Ownership
 from fastbert.training.precision import resolve_precision
 from fastbert.training.progress import Horizon, Progress
@@ -116,14 +119,19 @@ class Setup:
         }
 
 
-def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
+def set_up(config: RunConfig, recipe: str, resume: bool, group: Group, read: Read | None = None) -> Setup:
     """Build and check all of it, on every rank; rank 0 says where to begin. Writes nothing.
+
+    Args:
+        read: opens the model that `init` names.
 
     Raises:
         InputError: whatever is wrong with the recipe or what it names, on any rank: then on all.
     """
-    start = None
+    start = initial = None
     with group.same_fate():
+        if config.init is not None:
+            config, initial = _start_from(config, recipe, resume, read)
         store, settings = open_store(config.data), read_ds_config(config, recipe)
         check_settings(settings)
         batches, heldout = Batches(store, config), heldout_batches(store, config, config.evaluate.sequences)
@@ -132,6 +140,8 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         settings.stage(precision=precision, world=group.world, optimizer=config.optimizer.name)
         torch.manual_seed(config.seed)
         model = BertForPreTraining(config.model, store.vocab_size, config.runtime.kernels, group.device.type)
+        if initial is not None:
+            put(initial, model, store, recipe)
         if group.speaks:
             start = open_run(config, recipe, store, resume)
     _check_same_everywhere(
@@ -144,6 +154,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
             "DeepSpeed's version": version("deepspeed"),
             f"runtime.precision = {config.runtime.precision!r} here means": precision,
             f"runtime.kernels = {config.runtime.kernels!r} here means": model.impl,
+            f"init = {config.init!r}: the weights": _digest(initial.weights) if initial else "",
         },
     )
     start = Start.load(group.broadcast(start.dump() if start else None))
@@ -160,6 +171,23 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         progress=Progress(**start.checkpoint.metadata["progress"]) if start.checkpoint else Progress(),
         horizon=Horizon(config, batches.steps_per_epoch),
     )
+
+
+def _start_from(config: RunConfig, recipe: str, resume: bool, read: Read | None) -> tuple[RunConfig, Initial | None]:
+    """The recipe with the sizes of the model that it starts from, and that model; None where a checkpoint has been trained on from it."""
+    assert config.init is not None and read is not None, "init needs somebody who can read it"
+    resolved = Path(config.run) / "config.toml"
+    if resume and checkpoint.exists(Path(config.run)) and resolved.is_file():
+        return with_sizes(config, load_config(resolved).model, recipe), None
+    initial = read(config.init)
+    return with_sizes(config, initial.config, recipe), initial
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(weights):
+        sha.update(weights[name].contiguous().view(-1).numpy().data)
+    return sha.hexdigest()
 
 
 def take_folder(setup: Setup, group: Group) -> Ownership:

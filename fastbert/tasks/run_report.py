@@ -1,0 +1,348 @@
+"""`fastbert report RUN`: a run as one HTML page that needs nothing else: curves, where the time went, held-out results, samples, recipe.
+
+Curves are SVG inside the page, each narrow enough for a phone; on a wide screen they stand side by side.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastbert.data.store import open_store
+from fastbert.errors import InputError
+from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
+from fastbert.tasks.load import load
+from fastbert.tasks.pretrained import Pretrained
+from fastbert.training.diagnosis import NAMES
+from fastbert.training.metrics import read_metrics
+from fastbert.training.picture import GRID, HELDOUT, INK, MASKED, MUTED, NSP, TRAIN
+
+POINTS = 200  # of a curve: blocks of steps, each drawn as its mean
+SAMPLES = 8  # held-out sentences with a word to guess
+SAMPLE_TOKENS = (8, 32)  # of such a sentence
+LOG_LINES = 12  # of the end of log.txt
+
+Steps = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class History:
+    """metrics.jsonl: each step and evaluation once, the last time it was made, and every other event."""
+
+    steps: Steps
+    evaluations: Steps
+    events: Steps
+
+
+def read_history(run: Path) -> History:
+    """Raises InputError where there is no step to report on."""
+    steps: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
+    events: Steps = []
+    for record in read_metrics(run / "metrics.jsonl"):
+        if "event" not in record:
+            steps[record["step"]] = record
+        elif record["event"] == "evaluate":
+            evaluations[record["step"]] = record
+        else:
+            events.append(record)
+    if not steps:
+        raise InputError(f"{run}: no step in metrics.jsonl; give the folder of a run that has begun")
+    return History([steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)], events)
+
+
+def report(run: str | Path, out: str | Path | None = None, sequences: int | None = None) -> Path:
+    """Write the page; returns its path.
+
+    Args:
+        run: the folder of a run, finished or not.
+        out: the file, by default RUN/report.html. An older one is replaced.
+        sequences: how many held-out examples are evaluated; by default the recipe's.
+
+    Raises:
+        InputError: no run, one without a step, or a file that cannot be written.
+    """
+    run = Path(run)
+    if not (run / "config.toml").is_file():
+        raise InputError(f"{run}: no config.toml; give the folder of a run")
+    out = Path(out) if out else run / "report.html"
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    history = read_history(run)
+    page = _page(run, history, *_results(run, sequences))
+    staging = out.with_name(f".writing-{out.name}")
+    try:
+        staging.write_text(page, encoding="utf-8")
+        os.replace(staging, out)
+    finally:
+        staging.unlink(missing_ok=True)
+    return out
+
+
+def _results(run: Path, sequences: int | None) -> tuple[Pretrained | None, Evaluation | None, str]:
+    """The model of the newest checkpoint and what it reaches, or why there is none."""
+    try:
+        pretrained = load(run, "cpu")
+        return pretrained, evaluate(pretrained, sequences=sequences), ""
+    except InputError as error:
+        return None, None, str(error)
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+_STYLE = f"""
+:root {{ color: {INK}; font: 16px/1.5 system-ui, sans-serif; }}
+body {{ margin: 0 auto; max-width: 72rem; padding: 1rem; }}
+h1 {{ font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem; }}
+p.note {{ color: {MUTED}; margin: .25rem 0; }}
+.cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }}
+.cards div {{ border: 1px solid {GRID}; border-radius: .5rem; padding: .5rem .75rem; }}
+.cards b {{ display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }}
+.cards span {{ color: {MUTED}; font-size: .85rem; }}
+.curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }}
+.curves svg {{ width: 100%; height: auto; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .25rem .75rem .25rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid {GRID}; }}
+th:first-child, td:first-child {{ text-align: left; }}
+th {{ color: {MUTED}; font-weight: 500; }}
+.bar {{ display: flex; height: 1.25rem; border-radius: .25rem; overflow: hidden; }}
+.sample {{ margin: .75rem 0; }}
+.sample p {{ margin: 0; }}
+.right {{ color: #15803d; font-weight: 600; }}
+pre {{ background: #f9fafb; border: 1px solid {GRID}; border-radius: .5rem; padding: .75rem; overflow-x: auto; font-size: .8rem; }}
+"""
+
+
+def _page(run: Path, history: History, pretrained: Pretrained | None, found: Evaluation | None, why_not: str) -> str:
+    sections = [
+        f"<h1>{_text(run.resolve().name)}</h1>",
+        _cards(history, pretrained, found),
+        f'<h2>Curves</h2><div class="curves">{"".join(_curves(history, found))}</div>',
+        "<h2>Where the time went</h2>" + _times(history),
+        "<h2>Held-out results</h2>" + (_held_out(found) if found else f'<p class="note">None: {_text(why_not)}</p>'),
+    ]
+    if pretrained is not None:
+        sections.append("<h2>What it guesses</h2>" + _samples(pretrained))
+    sections += [
+        "<h2>Recipe</h2><pre>" + _text((run / "config.toml").read_text(encoding="utf-8").strip()) + "</pre>",
+        "<h2>Machine and log</h2>" + _log(run),
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{_text(run.resolve().name)}</title>'
+    body = "\n".join(sections)
+    return f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_text(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cards(history: History, pretrained: Pretrained | None, found: Evaluation | None) -> str:
+    steps = history.steps
+    seconds = sum(step["seconds"] for step in steps)
+    cards = [
+        (f"{steps[-1]['step']:,}", "steps"),
+        (f"{sum(step['tokens'] for step in steps) / 1e6:,.1f} M", "tokens seen"),
+        (_clock(seconds), "hours of steps" if seconds >= 3600 else "of steps"),
+        (f"{statistics.median(step['tokens_per_s'] for step in steps):,.0f}", "tokens/s, median"),
+    ]
+    if pretrained is not None:
+        cards.insert(0, (f"{sum(p.numel() for p in pretrained.model.parameters()) / 1e6:,.1f} M", "parameters"))
+    if found is not None:
+        cards += [(f"{found.masked.loss:.3f}", "held-out MLM loss"), (f"{found.masked.accuracy:.1%}", "masked tokens right")]
+        cards += [(f"{found.pairs.accuracy:.1%}", "next sentences right")] if found.pairs else []
+    stops = [event["reason"] for event in history.events if event["event"] == "stop"]
+    note = f'<p class="note">Ended by: {_text(stops[-1])}</p>' if stops else '<p class="note">Not ended yet.</p>'
+    return (
+        note + '<div class="cards">' + "".join(f"<div><b>{_text(value)}</b><span>{name}</span></div>" for value, name in cards) + "</div>"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _held_out(found: Evaluation) -> str:
+    def row(name: str, masked: Masked) -> list[str]:
+        losses = (f"{value:.3f}" for value in (masked.loss, masked.unigram, masked.left_bigram))
+        return [name, f"{masked.count:,}", *losses, f"{masked.accuracy:.1%}", f"{masked.accuracy_of_5:.1%}"]
+
+    rows = [row("all masked tokens", found.masked), *(row(name, masked) for name, masked in found.by_input.items())]
+    rows += [row(f"sequences of {name} tokens", masked) for name, masked in found.by_length.items()]
+    rows += [row(f"tokens {name} times in a million", masked) for name, masked in found.by_frequency.items()]
+    columns = ("", "positions", "loss (nats)", "frequencies alone", "left neighbour", "right", "in first 5")
+    text = f"{found.sequences:,} sequences, {found.tokens:,} tokens; perplexity {found.masked.perplexity:,.1f}"
+    if (pairs := found.pairs) is not None:
+        text += f"; next sentence: loss {pairs.loss:.3f}, {pairs.accuracy:.1%} of {pairs.count:,} right"
+    return f'<p class="note">{_text(text)}</p>' + _table(columns, rows)
+
+
+def _times(history: History) -> str:
+    """Of the run's clock, what went into steps, evaluations and saves, and the rest: pictures, starts."""
+    steps = sum(step["seconds"] for step in history.steps)
+    evaluations = sum(found.get("seconds") or 0.0 for found in history.evaluations)
+    saves = sum(event.get("seconds") or 0.0 for event in history.events if event["event"] == "save")
+    known = steps + evaluations + saves
+    whole = max([known, *(found["training_seconds"] for found in history.evaluations[-1:])])
+    parts = [
+        ("steps", steps, HELDOUT),
+        ("evaluations", evaluations, NSP),
+        ("waiting for saves", saves, MASKED),
+        ("the rest", whole - known, TRAIN),
+    ]
+    bar = "".join(f'<div style="width:{100 * value / whole:.2f}%;background:{colour}"></div>' for _, value, colour in parts)
+    rows = [(name, _clock(value), f"{value / whole:.2%}") for name, value, _ in parts]
+    return f'<div class="bar">{bar}</div>' + _table(("", "time", "share"), rows)
+
+
+def _log(run: Path) -> str:
+    lines = (run / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines() if (run / "log.txt").is_file() else []
+    shown = lines if len(lines) <= 2 * LOG_LINES else [*lines[:LOG_LINES], "...", *lines[-LOG_LINES:]]
+    made = f"This page: fastbert {version('fastbert-pretrain')}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return "<pre>" + _text("\n".join(shown)) + f'</pre><p class="note">{_text(made)}</p>'
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def _samples(pretrained: Pretrained) -> str:
+    """Held-out sentences, a whole word of each hidden, and the model's first guesses."""
+    parts = []
+    for before, word, after in _hidden_words(pretrained):
+        (guesses,) = pretrained.fill(f"{before}[MASK]{after}", 5)
+        shown = ", ".join(
+            f'<span class="right">{_text(token)} {share:.0%}</span>' if token == word else f"{_text(token)} {share:.0%}"
+            for token, share in guesses
+        )
+        sentence = f"{_text(before)}<b>[{_text(word)}]</b>{_text(after)}"
+        parts.append(f'<div class="sample"><p>{sentence}</p><p class="note">{shown}</p></div>')
+    return "".join(parts) or '<p class="note">No store at hand to take sentences from.</p>'
+
+
+def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
+    """Sentences spread evenly over the held-out part, and the longest word of each that is a single token."""
+    if pretrained.recipe is None:
+        return []
+    try:
+        store = open_store(pretrained.recipe.data)
+    except InputError:
+        return []
+    split, tokenizer = store.split("heldout"), pretrained.tokenizer
+    low, high = SAMPLE_TOKENS
+    bounds = split.first_token(np.arange(split.sentences + 1))
+    lengths = np.diff(bounds)
+    right = np.flatnonzero((lengths >= low) & (lengths <= min(high, pretrained.max_tokens)))
+    found = []
+    for sentence in right[np.linspace(0, len(right) - 1, min(SAMPLES, len(right))).astype(np.int64)] if len(right) else ():
+        tokens = [tokenizer.id_to_token(int(i)) or "" for i in split.gather(bounds[[sentence]], lengths[[sentence]])]
+        whole = [i for i, t in enumerate(tokens) if t.isalpha() and (i + 1 == len(tokens) or not tokens[i + 1].startswith("##"))]
+        if whole:
+            at = max(whole, key=lambda i: len(tokens[i]))
+            before, after = (" ".join(part).replace(" ##", "") for part in (tokens[:at], tokens[at + 1 :]))
+            found.append((before + " " * bool(before), tokens[at], " " * bool(after) + after))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
+
+def _curves(history: History, found: Evaluation | None) -> Iterable[str]:
+    steps, evaluations = history.steps, history.evaluations
+    pairs = any(step["loss_nsp"] is not None for step in steps)
+    yardsticks = {NAMES[name]: value for name, value in (found.yardsticks if found else {}).items() if name in NAMES}
+
+    def mlm(ax: Any) -> None:
+        ax.plot(*_smooth(steps, "loss_mlm"), color=TRAIN, label="training")
+        ax.plot(*_column(evaluations, "loss_mlm"), color=HELDOUT, label="held-out")
+        ax.plot(*_column(evaluations, "loss_mask_token"), color=MASKED, label="held-out, [MASK] alone")
+        for name, value in yardsticks.items():
+            ax.axhline(value, color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
+            ax.annotate(f"{name} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+                        ha="right", color=MUTED, fontsize=7)  # fmt: skip
+        ax.legend(frameon=False, fontsize=7, labelcolor=INK)
+
+    def nsp(ax: Any) -> None:
+        ax.plot(*_smooth(steps, "loss_nsp"), color=TRAIN, label="training")
+        ax.plot(*_column(evaluations, "loss_nsp"), color=NSP, label="held-out")
+        ax.axhline(math.log(2), color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
+        ax.legend(frameon=False, fontsize=7, labelcolor=INK)
+
+    def right(ax: Any) -> None:
+        for key, colour, name in (("accuracy_mlm", HELDOUT, "masked tokens"), ("accuracy_nsp", NSP, "next sentences")):
+            x, y = _column(evaluations, key)
+            if x:
+                ax.plot(x, [100 * value for value in y], color=colour, label=name)
+        ax.set_ylim(0, 100)
+        ax.legend(frameon=False, fontsize=7, labelcolor=INK)
+
+    def plain(key: str) -> Callable[[Any], None]:
+        return lambda ax: ax.plot(*_smooth(steps, key), color=HELDOUT)
+
+    yield _curve("MLM loss, nats", mlm)
+    if pairs:
+        yield _curve("NSP loss, nats", nsp)
+    yield _curve("held-out accuracy, %", right)
+    yield _curve("tokens a second", plain("tokens_per_s"))
+    yield _curve("norm of the gradient", plain("grad_norm"))
+    yield _curve("learning rate", plain("lr"))
+
+
+def _curve(title: str, draw: Callable[[Any], None]) -> str:
+    """An SVG that takes the width it is given."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.0, 2.6), layout="constrained")
+    FigureCanvasSVG(figure)
+    ax = figure.subplots()
+    draw(ax)
+    ax.set_title(title, loc="left", color=INK, fontsize=9, fontweight="bold")
+    ax.set_xlabel("steps", color=MUTED, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(GRID)
+    ax.tick_params(colors=MUTED, length=0, labelsize=8)
+    ax.grid(axis="y", color=GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    buffer = io.StringIO()
+    # Text stays text, in the reader's own font; ids come from the title, so that those of two curves differ and a page can be made again.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{_text(title)}"', 1)
+
+
+def _column(records: Steps, key: str) -> tuple[list[float], list[float]]:
+    chosen = [record for record in records if record.get(key) is not None]
+    return [record["step"] for record in chosen], [record[key] for record in chosen]
+
+
+def _smooth(steps: Steps, key: str) -> tuple[list[float], list[float]]:
+    """Means over blocks of steps, POINTS of them at most, each at its middle."""
+    x, y = _column(steps, key)
+    block = max(1, -(-len(x) // POINTS))
+    starts = range(0, len(x), block)
+    return [statistics.fmean(x[i : i + block]) for i in starts], [statistics.fmean(y[i : i + block]) for i in starts]

@@ -1,0 +1,82 @@
+"""How good answers are: accuracy, F1, Matthews' correlation, Pearson's and Spearman's, and the table and picture of what is taken for what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def accuracy(answers: np.ndarray, truth: np.ndarray) -> float:
+    """Share of right answers; int [N] both."""
+    return float((answers == truth).mean())
+
+
+def confusion(answers: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
+    """int64 [classes, classes]: how often each class (row) was taken for each (column)."""
+    return np.bincount(truth * classes + answers, minlength=classes * classes).reshape(classes, classes)
+
+
+def f1(answers: np.ndarray, truth: np.ndarray) -> float:
+    """Of the second of two classes, as GLUE has it (1 among 0 and 1); of more, the mean over those that occur."""
+    table = confusion(answers, truth, int(max(answers.max(), truth.max(), 1)) + 1)
+    right, either = np.diag(table), table.sum(0) + table.sum(1)
+    scores = 2 * right / np.maximum(either, 1)
+    return float(scores[1]) if len(table) == 2 else float(scores[either > 0].mean())
+
+
+def matthews(answers: np.ndarray, truth: np.ndarray) -> float:
+    """Matthews' correlation; 0 where all answers, or all truths, are alike.
+
+    Source: Gorodkin, 2004, for any number of classes.
+    """
+    table = confusion(answers, truth, int(max(answers.max(), truth.max())) + 1).astype(np.float64)
+    n, given, true = table.sum(), table.sum(0), table.sum(1)
+    spread = (n * n - given @ given) * (n * n - true @ true)
+    return float((np.trace(table) * n - given @ true) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def pearson(answers: np.ndarray, truth: np.ndarray) -> float:
+    """Of numbers, float [N]; 0 where either does not vary."""
+    a, b = answers - answers.mean(), truth - truth.mean()
+    spread = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / spread) if spread > 0 else 0.0
+
+
+def spearman(answers: np.ndarray, truth: np.ndarray) -> float:
+    """Pearson's of the ranks; equal values share the mean of theirs."""
+    return pearson(_ranks(answers), _ranks(truth))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return ((2 * ends - counts - 1) / 2)[inverse]
+
+
+Score = Callable[[np.ndarray, np.ndarray], float]
+OF_CLASSES: dict[str, Score] = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
+OF_NUMBERS: dict[str, Score] = {"spearman": spearman, "pearson": pearson}
+
+
+def draw_confusion(table: np.ndarray, labels: Sequence[str], path: Path) -> None:
+    """A picture of the table: rows are what is true, columns what was answered, shades the share of a row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = 2.0 + 0.55 * len(labels)
+    figure = Figure(figsize=(size + 1.2, size), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(table):
+        ax.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, color="white" if shares[row, column] > 0.6 else "#1f2430")
+    names = [label if len(label) <= 24 else label[:23] + "…" for label in labels]
+    ax.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set(xlabel="answered", ylabel="true")
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    figure.savefig(path)

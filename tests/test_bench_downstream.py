@@ -1,0 +1,58 @@
+"""The benchmark of fine-tuning runs to its end on small files, chooses by the held-out part, and splits its texts by title."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_bert import make_hugging_face_folder, make_run
+
+from benchmarks.bench_downstream import PRETRAINED, SCRATCH, SEARCH_SEED, WORDS, Job, searched
+from benchmarks.record import read_record
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def texts(english_documents, tmp_path_factory) -> Path:
+    """Two tasks out of the Python language reference: does a text speak of strings, of classes."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for task, word in (("topics", "string"), ("films", "class")):
+        rows = [{"text": text[:200], "label": str(word in text)} for text in english_documents if len(text) > 80]
+        for part, some in (("train", rows[:240]), ("test", rows[240:300])):
+            (folder / f"{task}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    return folder
+
+
+def test_it_runs_to_its_end(texts, small_store, tmp_path):
+    model = make_run(tmp_path / "run", make_hugging_face_folder(tmp_path / "hf", small_store.tokenizer_dir), str(small_store.path))
+    command = [sys.executable, "-m", "benchmarks.bench_downstream", texts, "--out", tmp_path, "--model", model, "--quick"]
+    shown = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    record, page = read_record(tmp_path / "downstream.json"), (tmp_path / "downstream.md").read_text()
+    trials = [row for row in record.rows if row["part"] == "trial"]
+    measured = [row for row in trials if row["seed"] != SEARCH_SEED]
+    assert {(row["task"], row["side"]) for row in measured} == {(t, s) for t in ("topics", "films") for s in (WORDS, SCRATCH, PRETRAINED)}
+    assert all(0 <= row["test_accuracy"] <= 1 and 0 <= row["heldout"] <= 1 for row in trials)
+    assert (tmp_path / "downstream.png").stat().st_size > 10_000 and "| encyclopedia topics | 200 |" in page
+
+
+def test_the_rate_is_the_one_that_was_best_on_the_held_out_part():
+    jobs = [Job(Path(), Path(), "topics", side, None, 0, lr) for side in (SCRATCH, PRETRAINED) for lr in (1e-3, 1e-4)]
+    rows = [{"lr": job.lr, "heldout": score, "test_accuracy": 1 - score} for job, score in zip(jobs, (0.5, 0.6, 0.9, 0.2), strict=True)]
+    assert searched(jobs, rows) == {("topics", SCRATCH): 1e-4, ("topics", PRETRAINED): 1e-3}
+
+
+def test_a_fifth_of_the_titles_is_for_testing(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    spec = importlib.util.find_spec("labelled_texts")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    chosen = [module.is_test(f"title {i}") for i in range(5000)]
+    assert 0.18 < sum(chosen) / len(chosen) < 0.22
+    assert chosen[:3] == [module.is_test(f"title {i}") for i in range(3)]

@@ -1,0 +1,161 @@
+"""The page of a run: whole, self-contained, and readable in a real browser, on a phone's screen too."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tiny_bert import make_hugging_face_folder, make_run
+
+from fastbert.errors import InputError
+from fastbert.tasks.run_report import read_history, report
+from fastbert.training.metrics import STEP_KEYS
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def run(small_store, tmp_path_factory) -> Path:
+    """A run folder with a history of its own, whose recipe holds what HTML would take for a tag."""
+    folder = make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_store.tokenizer_dir)
+    run = make_run(tmp_path_factory.mktemp("runs") / "a <b> run", folder, str(small_store.path))
+    lines = []
+    for step in [1, 2, 3, *range(2, STEPS + 1)]:  # two steps were made again after a resume
+        values = {"loss_nsp": 0.69, "loss_mlm": 7.0 / step, "loss": 0.69 + 7.0 / step, "lr": 1e-3, "tokens": 100, "seconds": 2.0}
+        lines.append({key: values.get(key, 1.0) for key in STEP_KEYS} | {"step": step, "tokens_per_s": 50.0})
+    found = {"loss": 3.0, "loss_mlm": 2.3, "accuracy_mlm": 0.4, "loss_mask_token": 2.5, "loss_nsp": 0.6, "accuracy_nsp": 0.7}
+    lines += [
+        {
+            "event": "evaluate",
+            "step": STEPS,
+            **found,
+            "accuracy_mask_token": 0.3,
+            "training_tokens": 700,
+            "training_seconds": 20.0,
+            "seconds": 2.0,
+        },
+        {"event": "save", "step": STEPS, "checkpoint": "step-00000007", "seconds": 1.0},
+        {"event": "stop", "step": STEPS, "reason": "stop.steps = 7 <done>"},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "log.txt").write_text("12:00 INFO a & b\n")
+    return run
+
+
+class Page(HTMLParser):
+    """Tags that are opened and closed in order, and the text between them."""
+
+    VOID = frozenset({"meta", "br", "use", "path", "image", "img"})
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_holds_everything_and_needs_nothing(run, tmp_path):
+    before = {path.name for path in run.iterdir()}
+    assert report(run) == run / "report.html" and {path.name for path in run.iterdir()} == before | {"report.html"}
+    text = (run / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    words = " ".join(" ".join(page.words).split())
+    for wanted in (
+        "a <b> run",
+        "stop.steps = 7 <done>",
+        "max_position_embeddings = 32",
+        "a & b",
+        "shows [MASK]",
+        "sequences of 1 to 32 tokens",
+    ):
+        assert wanted in words, wanted
+    for curve in ("MLM loss, nats", "NSP loss, nats", "held-out accuracy, %", "tokens a second", "norm of the gradient", "learning rate"):
+        assert f'aria-label="{curve}"' in text
+    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", text) and "<script" not in text and "@import" not in text
+    assert all(link.startswith("#") for link in page.links)
+    assert 4 <= text.count('class="sample"') <= 8
+    for part in ("steps</td><td>0:14", "evaluations</td><td>0:02", "waiting for saves</td><td>0:01", "the rest</td><td>0:03"):
+        assert part in text
+    report(run, tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
+
+
+def test_a_step_that_was_made_again_counts_once(run):
+    history = read_history(run)
+    assert [step["step"] for step in history.steps] == list(range(1, STEPS + 1))
+
+
+def test_without_a_checkpoint_or_a_store_the_rest_is_there(run, small_store, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints")
+    words = report(copy).read_text(encoding="utf-8")
+    assert "without a sound checkpoint" in words and "Recipe" in words and 'class="sample"' not in words
+
+
+def test_what_is_no_run_is_one_line(run, tmp_path):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.toml").write_text("")
+    for arguments, words in (
+        ((tmp_path,), "no config.toml; give the folder of a run"),
+        ((tmp_path / "begun",), "no step in metrics.jsonl"),
+        ((run, tmp_path / "no/x.html"), "--out .*x.html: the folder .* does not exist"),
+    ):
+        with pytest.raises(InputError, match=words):
+            report(*arguments)
+
+
+PROBE = """<script>
+addEventListener("load", () => {
+  const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".wide, pre, svg") && e.getBoundingClientRect().right > innerWidth + 1);
+  const small = [...document.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height);
+  const svg = [...document.querySelectorAll(".curves svg")].map(e => e.getBoundingClientRect().width);
+  document.body.innerHTML = "<pre id=found>" + JSON.stringify({inner: innerWidth, page: document.documentElement.scrollWidth,
+    wide: wide.map(e => e.tagName), text: Math.min(...small), svg: Math.min(...svg)}) + "</pre>";
+});
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_scrolling_sideways(run, tmp_path, width):
+    """On a phone's screen and on a desk's: nothing sticks out, and the letters of the curves can be read."""
+    page = report(run, tmp_path / "page.html").read_text(encoding="utf-8")
+    # A frame as wide as the screen: a headless window has a least width of its own.
+    (tmp_path / "probe.html").write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    (tmp_path / "frame.html").write_text(
+        f'<iframe src="probe.html" style="width:{width}px;height:2000px;border:0"></iframe><pre id=out></pre><script>'
+        'addEventListener("load", () => setTimeout(() => { document.getElementById("out").textContent = '
+        'document.querySelector("iframe").contentDocument.getElementById("found").textContent }, 200))</script>',
+        encoding="utf-8",
+    )
+    assert BROWSER is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [BROWSER, *flags, "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = json.loads(re.search(r'<pre id="out">(\{.*?\})</pre>', shown.stdout)[1])  # type: ignore[index]
+    assert found["inner"] == width and found["page"] <= width and found["wide"] == []
+    assert found["svg"] >= min(300, width - 40) and found["text"] >= 7
