@@ -211,6 +211,9 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="The Hugging Face folder, new.")],
     text: Annotated[list[str] | None, typer.Option(help="Text for the check; may be repeated. By default held-out sentences.")] = None,
+    encoder: Annotated[
+        bool, typer.Option("--encoder", help="Without the heads: AutoModel and SentenceTransformer then list none as unexpected.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Write a folder that transformers and sentence-transformers load, and check that it gives the same hidden states and logits."""
@@ -221,14 +224,15 @@ def export(
     from fastbert.tasks.load import load
 
     try:
-        result = export(load(model, "cpu"), out, text)
+        result = export(load(model, "cpu"), out, text, encoder)
     except ExportError as error:
         return _say(error, FAILED)
     if as_json:
         _print_json(dataclasses.asdict(result))
     else:
         print(f"{result.out}: {result.architecture}, loaded by transformers without complaint")
-        print(f"largest difference of {result.compared:,} logits: {result.difference:.1e}; of every layer: {result.hidden_difference:.1e}")
+        what = "pooled values" if encoder else "logits"
+        print(f"largest difference of {result.compared:,} {what}: {result.difference:.1e}; of every layer: {result.hidden_difference:.1e}")
     return DONE
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from tiny_bert import TEXTS, make_hugging_face_folder, make_run
-from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, BertModel
 
 import fastbert
 from fastbert.errors import InputError
@@ -106,6 +107,24 @@ def test_a_run_without_pairs_becomes_a_masked_lm(original, tmp_path):
     _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
     assert fastbert.load(tmp_path / "out").heads == {"mlm"}
+
+
+def test_without_heads_nobody_complains(run, tmp_path, caplog):
+    """transformers lists the heads of a whole folder as unexpected wherever the class in use has no place for them."""
+    found = export(fastbert.load(run), tmp_path / "encoder", encoder=True)
+    assert found.architecture == "BertModel" and 0 < found.hidden_difference < 1e-5 and found.difference < 1e-5
+    caplog.clear()
+    model, sentences = AutoModel.from_pretrained(tmp_path / "encoder"), SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+    assert "LOAD REPORT" not in caplog.text and isinstance(model, BertModel)
+    np.testing.assert_allclose(sentences.encode(TEXTS), fastbert.load(run).encode(TEXTS), rtol=0, atol=1e-5)
+    assert fastbert.load(tmp_path / "encoder").heads == frozenset()
+    AutoModel.from_pretrained(export(fastbert.load(run), tmp_path / "whole").out)
+    assert "LOAD REPORT" in caplog.text
+
+
+def test_an_encoder_needs_a_pooler(original, tmp_path):
+    with pytest.raises(InputError, match="trained without pairs, so it has no pooler"):
+        export(fastbert.load(make_run(tmp_path / "run", original, kind="mlm")), tmp_path / "out", encoder=True)
 
 
 def test_the_card_has_the_figures_of_the_checkpoint(run):

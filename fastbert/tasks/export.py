@@ -6,7 +6,9 @@ unexpected weight and given the logits that our model gives, and the hidden stat
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from fastbert.tasks.hugging_face import new_folder, write_folder
 from fastbert.tasks.pretrained import Pretrained, fit_pair
 from fastbert.training.heldout import HeldOut
 from fastbert.training.metrics import read_metrics
-from fastbert.weights import HEADS, NSP, to_hugging_face
+from fastbert.weights import HEADS, MLM, NSP, to_hugging_face
 
 TOLERANCE = 1e-4  # largest difference of a logit or hidden state; rounding in fp32 gives 1e-6 for a tiny model and 2e-5 for BERT-base
 PAIRS = 8  # pairs of sentences that the check reads from the held-out text
@@ -37,14 +39,17 @@ SENTENCES = [
 ]  # fmt: skip
 
 
+_LEFT_OUT = {"BertForPreTraining": (), "BertForMaskedLM": (HEADS[NSP],), "BertModel": (HEADS[MLM], "nsp_head.classifier.")}
+
+
 class ExportError(RuntimeError):
     """The exported folder is not the model that was trained."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """`difference`: the largest between a logit of ours and one of transformers; `hidden_difference`: the same of the hidden states of all
-    layers; `compared`: how many logits there were."""
+    """`difference`: the largest between a logit of ours and one of transformers (an encoder's pooled vector); `hidden_difference`: the same
+    of the hidden states of all layers; `compared`: how many logits there were."""
 
     out: str
     architecture: str
@@ -53,27 +58,32 @@ class Exported:
     compared: int
 
 
-def export(pretrained: Pretrained, out: str | Path, texts: list[str] | None = None) -> Exported:
+def export(pretrained: Pretrained, out: str | Path, texts: list[str] | None = None, encoder: bool = False) -> Exported:
     """Write the folder `out` and check it.
 
     Args:
         pretrained: on the CPU, where the check computes.
         out: the new folder.
         texts: what the check reads; by default held-out sentences of the run's store, where that is still there.
+        encoder: leave out the heads of pre-training. transformers lists weights that the class in use has no place for, as it does for
+            Google's own BERTs; AutoModel and SentenceTransformer load such a folder without a word. Needs a pooler, so a trained NSP head.
 
     Raises:
-        InputError: `out` is there already.
+        InputError: `out` is there already; `encoder` of a model without a pooler.
         ExportError: transformers does not load the folder cleanly, tokenizes differently, or gives other logits. `out` is not made.
     """
     # A head that was not trained is left out: BertForMaskedLM is BertForPreTraining without pooler and NSP head.
     paired = NSP in pretrained.heads
-    architecture = "BertForPreTraining" if paired else "BertForMaskedLM"
-    state = {name: tensor for name, tensor in pretrained.model.state_dict().items() if paired or not name.startswith(HEADS[NSP])}
+    if encoder and not paired:
+        raise InputError(f"{pretrained.path}: trained without pairs, so it has no pooler, which AutoModel looks for; leave --encoder out")
+    architecture = "BertModel" if encoder else "BertForPreTraining" if paired else "BertForMaskedLM"
+    state = {name: tensor for name, tensor in pretrained.model.state_dict().items() if not name.startswith(_LEFT_OUT[architecture])}
     pairs = [(text, "") for text in texts] if texts else _heldout_pairs(pretrained) or SENTENCES
     with new_folder(out) as folder:
         write_folder(folder, architecture, to_hugging_face(state), pretrained.config, pretrained.model.vocab_size, pretrained.tokenizer)
         (folder / "README.md").write_text(model_card(pretrained, architecture, Path(out).name), encoding="utf-8")
-        logits, hidden, compared = compare(folder, architecture, pretrained, pairs)
+        with _quiet():
+            logits, hidden, compared = compare(folder, architecture, pretrained, pairs)
         for what, difference in (("logits", logits), ("hidden states", hidden)):
             if not difference <= TOLERANCE:  # NaN is a failure too
                 raise ExportError(f"{out}: not written: transformers' {what} differ by {difference:.3g}, more than {TOLERANCE:g}")
@@ -105,8 +115,8 @@ def compare(folder: Path, architecture: str, pretrained: Pretrained, pairs: list
     batch = pack_texts(a, None if single else b, pretrained.special)
     states = pretrained.model.hidden_states(batch)
     last = states[-1]
-    token_logits = pretrained.model.token_logits(last)
-    pair_logits = pretrained.model.pair_logits(last[batch.cu_seqlens[:-1].long()])
+    first = last[batch.cu_seqlens[:-1].long()]
+    token_logits, pair_logits = pretrained.model.token_logits(last), pretrained.model.pair_logits(first)
 
     lengths = batch.cu_seqlens.diff().tolist()
     real = torch.arange(batch.max_seqlen) < torch.tensor(lengths)[:, None]
@@ -115,9 +125,10 @@ def compare(folder: Path, architecture: str, pretrained: Pretrained, pairs: list
     ids[real], segments[real] = batch.input_ids, batch.token_type_ids
     outputs = model(input_ids=ids, token_type_ids=segments, attention_mask=real.long(), output_hidden_states=True)
     hidden = [(theirs[real] - ours).abs() for theirs, ours in zip(outputs["hidden_states"], states, strict=True)]
-    differences = [(outputs["prediction_logits" if NSP in pretrained.heads else "logits"][real] - token_logits).abs()]
-    if NSP in pretrained.heads:
-        differences.append((outputs["seq_relationship_logits"] - pair_logits).abs())
+    ours = {"prediction_logits": token_logits, "logits": token_logits, "seq_relationship_logits": pair_logits}
+    differences = [((theirs[real] if theirs.ndim == 3 else theirs) - ours[name]).abs() for name, theirs in outputs.items() if name in ours]
+    if architecture == "BertModel":  # what a classifier is put on
+        differences = [(outputs["pooler_output"] - torch.tanh(pretrained.model.nsp_head.pooler(first))).abs()]
     return _largest(differences), _largest(hidden), sum(d.numel() for d in differences)
 
 
@@ -126,12 +137,26 @@ def _largest(differences: list[torch.Tensor]) -> float:
     return float(torch.stack([d.max() for d in differences]).max())
 
 
-def _open_with_transformers(folder: Path, architecture: str) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No words and bars of transformers; what matters is in its loading report, which is read."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: everything that is needed lies in the folder
     import transformers
 
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _open_with_transformers(folder: Path, architecture: str) -> tuple[Any, Any]:
+    import transformers
+
     model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
@@ -171,11 +196,11 @@ def _text(pretrained: Pretrained, store: Store, sentence: int) -> str:
 def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
     """README.md of the folder: what it is, how to use it, and how it was trained and measured."""
     config, recipe = pretrained.config, pretrained.recipe
-    parameters = sum(p.numel() for p in pretrained.model.parameters())
+    parameters = sum(p.numel() for n, p in pretrained.model.named_parameters() if not n.startswith(_LEFT_OUT[architecture]))
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: fill-mask",
+        f"pipeline_tag: {'feature-extraction' if architecture == 'BertModel' else 'fill-mask'}",
         "tags: [bert, fastbert]",
         "---",
         f"# {name}",

@@ -24,7 +24,7 @@ from fastbert.data.store import open_store
 from fastbert.errors import InputError
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
 from fastbert.tasks.load import load
-from fastbert.tasks.pretrained import Pretrained
+from fastbert.tasks.pretrained import MASK, Pretrained
 from fastbert.training.diagnosis import NAMES
 from fastbert.training.metrics import read_metrics
 from fastbert.training.picture import GRID, HELDOUT, INK, MASKED, MUTED, NSP, TRAIN
@@ -230,7 +230,7 @@ def _samples(pretrained: Pretrained) -> str:
     """Held-out sentences, a whole word of each hidden, and the model's first guesses."""
     parts = []
     for before, word, after in _hidden_words(pretrained):
-        (guesses,) = pretrained.fill(f"{before}[MASK]{after}", 5)
+        (guesses,) = pretrained.fill(f"{before}{MASK}{after}", 5)
         shown = ", ".join(
             f'<span class="right">{_text(token)} {share:.0%}</span>' if token == word else f"{_text(token)} {share:.0%}"
             for token, share in guesses
@@ -259,9 +259,15 @@ def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
         whole = [i for i, t in enumerate(tokens) if t.isalpha() and (i + 1 == len(tokens) or not tokens[i + 1].startswith("##"))]
         if whole:
             at = max(whole, key=lambda i: len(tokens[i]))
-            before, after = (" ".join(part).replace(" ##", "") for part in (tokens[:at], tokens[at + 1 :]))
-            found.append((before + " " * bool(before), tokens[at], " " * bool(after) + after))
+            before, after = _words([*tokens[:at], MASK, *tokens[at + 1 :]]).split(MASK)
+            found.append((before, tokens[at], after))
     return found
+
+
+def _words(tokens: Sequence[str]) -> str:
+    """Text of tokens, punctuation where one expects it."""
+    text = " ".join(tokens).replace(" ##", "")
+    return re.sub(r" ([.,;:?!)\]])", r"\1", re.sub(r"([(\[]) ", r"\1", re.sub(r" (['’\-]) ", r"\1", text)))
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
