@@ -57,7 +57,7 @@ bench-step: .venv/.installed-test | data/wiki/manifest.json ## of these, one: a 
 bench-quality: .venv/.installed-test | data/wiki/manifest.json ## time to quality against transformers' Trainer; takes half an hour on 2 cores
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_quality data/wiki --out $(OUT)
 
-bench-downstream: .venv/.installed-test | data/labelled/pretrain.jsonl ## whether pre-training pays, on two tasks; takes half an hour on 2 cores
+bench-downstream: .venv/.installed-test | data/labelled/pretrain.jsonl ## whether pre-training pays, on two tasks; takes up to an hour on 2 cores
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_downstream data/labelled --out $(OUT)
 
 gpu: ## all that needs a GPU, in 8 minutes, with the torch, Triton, pytest and pytest-benchmark of PYTHON; report in OUT=folder

@@ -12,7 +12,7 @@ never read anything like. Three sides learn from the same examples, 500, 2,000 a
 A tenth of the training examples is held out. By it, with a seed that is not measured later and all examples, each side gets its learning
 rate (the bag of words its C, for every seed); and by it the best epoch is chosen. The test file is looked at once, by the model that came
 out. Five seeds: other examples (where not all are taken), another new layer, other dropout and order; from scratch all weights. Both
-models get the same number of steps. Two runs go side by side, on a core each. Half an hour on two cores.
+models get the same number of steps. Two runs go side by side, on a core each. 30 to 60 minutes on two cores.
 """
 
 from __future__ import annotations
