@@ -256,6 +256,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a run or an exported folder; it must not have read the tests' texts")
     parser.add_argument("--quick", action="store_true", help="200 examples, one seed, no search: only to see that it works")
     given = parser.parse_args()
+    if not (given.texts / "pretrain.jsonl").is_file():
+        parser.error(f"{given.texts}: not a folder that examples/labelled_texts.py made; make data/labelled/pretrain.jsonl makes one")
+    if given.model and not given.model.is_dir():
+        parser.error(f"--model {given.model}: no such folder")
     sizes, seeds, rates = ((200,), SEEDS[:1], RATES[:1]) if given.quick else (EXAMPLES, SEEDS, RATES)
     given.out.mkdir(parents=True, exist_ok=True)
     model = given.model or pretrain(given.texts, given.out / "downstream-model")

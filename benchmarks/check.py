@@ -3,7 +3,7 @@
     python -m benchmarks.check FOLDER [--on cpu|gpu]
 
 FOLDER is what benchmarks.run wrote. Only ratios are compared, each measured side by side in one run: a slow machine slows both sides.
-Exit code 1 where one has fallen below 0.85 of what is on record; 2 where nothing is on record for such a machine.
+Exit code 1 where one has fallen below 0.85 of what is on record; 2 where nothing is on record for such a machine, or there is no such folder.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ def main() -> int:
     if not on_record.is_dir():
         known = ", ".join(sorted(path.name for path in RESULTS.iterdir() if path.is_dir()))
         print(f"check: nothing is on record for {on_record.name}, only for {known}; benchmarks.run --record puts it there")
+        return 2
+    if not options.folder.is_dir():
+        print(f"check: {options.folder}: no such folder; make bench OUT=folder makes one")
         return 2
     found = list(compare(on_record, options.folder))
     for one in found:

@@ -25,6 +25,7 @@ def texts(english_documents, tmp_path_factory) -> Path:
         rows = [{"text": text[:200], "label": str(word in text)} for text in english_documents if len(text) > 80]
         for part, some in (("train", rows[:240]), ("test", rows[240:300])):
             (folder / f"{task}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    (folder / "pretrain.jsonl").touch()  # the model is given
     return folder
 
 
