@@ -22,7 +22,6 @@ import itertools
 import math
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -39,7 +38,7 @@ from benchmarks.pictures import OURS, figure_of, save
 from benchmarks.record import Record, Row, table
 from fastbert import load
 from fastbert.initial_weights import initialise
-from fastbert.tasks.finetune import Settings, finetune
+from fastbert.tasks.finetune import Settings, finetune, spread
 from fastbert.tasks.labelled import Examples, read_examples
 from fastbert.tasks.scores import accuracy, f1
 from fastbert.training.picture import INK, MUTED
@@ -161,26 +160,21 @@ def groups(rows: Iterable[Row]) -> Iterator[tuple[str, int | None, dict[str, lis
         yield task, examples, {s: [r for r in measured if (r["task"], r["examples"], r["side"]) == (task, examples, s)] for s in COLORS}
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation."""
-    return statistics.mean(values), statistics.stdev(values) if values[1:] else 0.0
-
-
 def downstream_table(rows: Sequence[Row]) -> str:
     """Markdown: accuracy on the test by task, number of examples and side."""
     counts = {row["task"]: row for row in rows if row["part"] == "task"}
     lines = []
     for task, examples, sides in groups(rows):
         cells = {side: spread([row["test_accuracy"] for row in trials]) for side, trials in sides.items()}
-        gain, error = spread([a["test_accuracy"] - b["test_accuracy"] for a, b in zip(sides[PRETRAINED], sides[SCRATCH], strict=True)])
+        gain = spread([a["test_accuracy"] - b["test_accuracy"] for a, b in zip(sides[PRETRAINED], sides[SCRATCH], strict=True)])
         facts = counts[task]
         lines.append(
             [
                 TASKS[task],
                 f"{examples or facts['training']:,}",
                 f"{facts['majority']:.1%}",
-                *(f"{mean:.1%} ± {std:.1%}" for mean, std in cells.values()),
-                f"**{100 * gain:+.1f}** ± {100 * error:.1f}",
+                *(f"{cell.mean:.1%} ± {cell.std:.1%}" for cell in cells.values()),
+                f"**{100 * gain.mean:+.1f}** ± {100 * gain.std:.1f}",
             ]
         )
     return table(["task", "examples", "most frequent label", *COLORS, "pre-training's gain, points"], lines)
@@ -193,8 +187,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for ax, (task, title) in zip(axes[0], TASKS.items(), strict=True):
         found = [(examples or counts[task]["training"], sides) for of, examples, sides in groups(rows) if of == task]
         for side, color in COLORS.items():
-            means, stds = zip(*(spread([100 * row["test_accuracy"] for row in sides[side]]) for _, sides in found), strict=True)
+            cells = [spread([100 * row["test_accuracy"] for row in sides[side]]) for _, sides in found]
             sizes = [size for size, _ in found]
+            means, stds = [cell.mean for cell in cells], [cell.std for cell in cells]
             ax.errorbar(sizes, means, stds, color=color, label=side, linewidth=2, marker="o", markersize=4, capsize=3)
         most = 100 * counts[task]["majority"]
         ax.axhline(most, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)

@@ -81,9 +81,8 @@ def wordnet(folder: Path) -> Iterator[str]:
             if line.startswith(" "):  # the licence
                 continue
             fields, _, gloss = line.partition(" | ")
-            first, count = fields.split()[4], gloss.count('"') // 2
-            meaning = gloss.partition('; "')[0].strip(" ;")
-            examples = re.findall(r'"([^"]+)"', gloss)[:count]
+            first, meaning = fields.split()[4], gloss.partition('; "')[0].strip(" ;")
+            examples = re.findall(r'"([^"]+)"', gloss)
             yield " ".join([f"{first.replace('_', ' ')}: {meaning}.", *(f"{x[0].upper()}{x[1:].rstrip('.!?')}." for x in examples)])
 
 

@@ -195,7 +195,7 @@ def finetune(
         _save(out, model, pretrained, task, table)
     return Finetuned(
         metric=task.metric,
-        scores={name: _spread([trial.scores[name] for trial in trials]) for name in task.scores},
+        scores={name: spread([trial.scores[name] for trial in trials]) for name in task.scores},
         labels=task.labels,
         majority=max(Counter(test.labels).values()) / len(test) if task.labels else None,
         trials=trials,
@@ -304,7 +304,8 @@ def _split(training: Examples, settings: Settings) -> tuple[Examples, Examples]:
     return training.take([row for row in range(len(training)) if row not in chosen]), training.take(sorted(held_out))
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation."""
     return Spread(statistics.mean(values), statistics.stdev(values) if values[1:] else 0.0)
 
 
