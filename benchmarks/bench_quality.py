@@ -24,14 +24,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import queue
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.cores import one_on_each, run_module
 from benchmarks.machine import ROOT, header
 from benchmarks.pictures import colour, figure_of, save
 from benchmarks.record import Record, Row, table
@@ -102,18 +98,12 @@ class Bench:
 
     def make(self, runs: Sequence[Run], every: int = 10**9) -> None:
         """Make those that are not there yet, each on a core of its own; `every` so many steps ours evaluates, and at its end."""
-        cores: queue.SimpleQueue[int] = queue.SimpleQueue()
-        chosen = sorted(os.sched_getaffinity(0))[-2:]
-        for core in chosen:
-            cores.put(core)
-        # Linux pins the calling thread alone, and what it starts inherits that.
-        with ThreadPoolExecutor(len(chosen), initializer=lambda: os.sched_setaffinity(0, {cores.get()})) as pool:
-            for run in pool.map(lambda run: self._make(run, every), runs):
-                row = summary(run, self.curve(run))
-                print(
-                    f"{run.name:40} MLM {row['loss_mlm']:.3f}  NSP {row['accuracy_nsp']:.1%}  {row['tokens_per_s']:,.0f} tokens/s",
-                    flush=True,
-                )
+        for run in one_on_each(lambda run: self._make(run, every), runs, cores=2):
+            row = summary(run, self.curve(run))
+            print(
+                f"{run.name:40} MLM {row['loss_mlm']:.3f}  NSP {row['accuracy_nsp']:.1%}  {row['tokens_per_s']:,.0f} tokens/s",
+                flush=True,
+            )
 
     def _file(self, run: Run) -> Path:
         return self.folder / f"{run.name}.jsonl"
@@ -125,16 +115,12 @@ class Bench:
                 if run.side == OURS:
                     values = {"data": where[1], "run": where[2], "seed": run.seed, "stop.seconds": run.seconds}
                     values |= {"evaluate.every": every, "checkpoint.every": 10**9}
-                    command = ["fastbert", "pretrain", RECIPE, *(f"{key}={value}" for key, value in values.items())]
+                    run_module("fastbert", ["pretrain", RECIPE, *(f"{key}={value}" for key, value in values.items())], run.name)
                 else:
                     values = {"seconds": run.seconds, "points": POINTS, "seed": run.seed}
                     values |= {"batch": run.batch, "lr": run.lr} if run.batch else {}
-                    command = ["benchmarks.trainer_rival", *where, *(f"--{key}={value}" for key, value in values.items())]
-                environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-                arguments = [sys.executable, "-m", *map(str, command)]
-                ended = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
-                if ended.returncode:
-                    raise SystemExit(f"{run.name}: {ended.stderr[-2000:]}")
+                    settings = [f"--{key}={value}" for key, value in values.items()]
+                    run_module("benchmarks.trainer_rival", [*where, *settings], run.name)
                 evaluations = [record for record in read_metrics(Path(folder) / "metrics.jsonl") if record.get("event") == "evaluate"]
             if run.side == OURS:  # the last evaluation comes when the time is up
                 evaluations[-1]["training_seconds"] = run.seconds

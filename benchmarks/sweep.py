@@ -1,0 +1,97 @@
+"""Which recipe makes the best model in a given time? A run of `fastbert pretrain` for each set of settings, one on each core, one table.
+
+    python -m benchmarks.sweep RECIPE.toml --out FOLDER --seconds 480 --try "model.hidden_size=256 optimizer.lr=1e-3" --try "..."
+
+`--try` holds what differs from the recipe, "" the recipe itself. Vocabularies can be compared, by `data`: a larger one has fewer tokens, each
+of which is harder to guess, so the table has the loss by word, too. A finished run is kept in FOLDER/sweep-runs and not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.cores import one_on_each, run_module
+from benchmarks.machine import header
+from benchmarks.record import Record, Row, table
+from fastbert import load
+from fastbert.data.store import Store, open_store
+from fastbert.training.metrics import read_metrics
+
+
+def measured(recipe: Path, folder: Path, settings: str, seconds: float) -> Row:
+    """Train for so long with one thread, and evaluate; losses in nats."""
+    name = hashlib.sha256(f"{recipe.read_text()} {settings} {seconds}".encode()).hexdigest()[:12]
+    done = folder / f"{name}.json"
+    if not done.exists():
+        run = folder / name
+        shutil.rmtree(run, ignore_errors=True)
+        given = {"stop.seconds": seconds, "evaluate.every": 10**9, "checkpoint.every": 10**9}
+        overrides = [f"run={run}", *(f"{key}={value}" for key, value in given.items()), *settings.split()]
+        run_module("fastbert", ["pretrain", recipe, *overrides], settings)
+        pretrained = load(run, "cpu")
+        assert pretrained.recipe is not None
+        [last] = [record for record in read_metrics(run / "metrics.jsonl") if record.get("event") == "evaluate"][-1:]
+        row = {
+            "settings": settings,
+            "parameters": sum(p.numel() for p in pretrained.model.parameters()),
+            "steps": last["step"],
+            "tokens": last["training_tokens"],
+            "tokens_per_word": tokens_per_word(open_store(pretrained.recipe.data)),
+            **{key: last[key] for key in ("loss_mlm", "loss_mask_token", "accuracy_mlm", "accuracy_nsp")},
+        }
+        done.write_text(json.dumps(row), encoding="utf-8")
+        shutil.rmtree(run)
+    row = json.loads(done.read_text(encoding="utf-8"))
+    print(f"{row['loss_mlm']:.3f}  on [MASK] {row['loss_mask_token']:.3f}  {row['tokens'] / 1e6:5.1f} M tokens  {settings}", flush=True)
+    return row
+
+
+def tokens_per_word(store: Store) -> float:
+    """Of the held-out text; a word, or a mark of punctuation, is a token and those that go on with it."""
+    split = store.split("heldout")
+    tokens = split.gather(np.array([0]), np.array([split.tokens]))
+    return len(tokens) / int((~store.continues_word[tokens]).sum())
+
+
+def sweep_table(rows: list[Row]) -> str:
+    """Markdown, the best first."""
+    cells = [
+        [
+            f"`{row['settings']}`" if row["settings"] else "the recipe",
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['tokens'] / 1e6:.1f} M",
+            f"{row['loss_mlm'] * row['tokens_per_word']:.3f}",
+            f"{row['loss_mlm']:.3f}",
+            f"{row['loss_mask_token']:.3f}",
+            f"{row['accuracy_mlm']:.1%}",
+            f"{row['accuracy_nsp']:.1%}",
+        ]
+        for row in sorted(rows, key=lambda row: row["loss_mlm"] * row["tokens_per_word"])
+    ]
+    return table(["settings", "parameters", "tokens seen", "nats a word", "held-out loss", "on [MASK]", "accuracy", "NSP"], cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=480.0, help="of training, each run (480)")
+    parser.add_argument("--try", dest="tries", action="append", required=True, metavar="KEY=VALUE ...", help="may be repeated")
+    given = parser.parse_args()
+    folder = (given.out / "sweep-runs").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = list(one_on_each(lambda settings: measured(given.recipe, folder, settings, given.seconds), given.tries))
+    text = f"A sweep: {given.seconds:g} seconds of training, one thread each\n\n{sweep_table(rows)}"
+    Record(header(torch.device("cpu")), rows).write(given.out, "sweep", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
