@@ -9,7 +9,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 FASTBERT := $(BIN)/fastbert
 PIP := $(BIN)/pip --disable-pip-version-check install -qq
-RUN := runs/demo
 OUT := $(or $(OUT),runs/bench-$(shell date +%Y%m%d-%H%M%S))
 RUN_BENCHMARKS = PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.run
 
@@ -18,20 +17,27 @@ test: export OMP_NUM_THREADS := 1
 
 heading = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: help install demo test torture check bench bench-check bench-step bench-quality bench-downstream gpu clean
+define finished
+$(call heading,Done. What is there to see:)
+@echo "  picture of the loss    $(1)/loss.png"
+@echo "  held-out loss          $(1)/evaluate.txt"
+@echo "  filled-in sentences    $(1)/samples.txt"
+@echo "  model for transformers $(1)/export"
+@echo "To start afresh: rm -r $(1)"
+endef
+
+.PHONY: help install demo library test torture check bench bench-check bench-step bench-quality bench-downstream gpu clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## make .venv with fastbert in it
 
-demo: $(RUN)/export/config.json ## from text to a trained model that transformers loads, under 8 minutes on 2 cores
-	$(call heading,Done. What is there to see:)
-	@echo "  picture of the loss    $(RUN)/loss.png"
-	@echo "  held-out loss          $(RUN)/evaluate.txt"
-	@echo "  filled-in sentences    $(RUN)/samples.txt"
-	@echo "  model for transformers $(RUN)/export"
-	@echo "To start afresh: rm -r $(RUN)"
+demo: runs/demo/export/config.json ## from text to a trained model that transformers loads, under 8 minutes on 2 cores
+	$(call finished,runs/demo)
+
+library: runs/library/export/config.json ## the same with all the prose that packages carry, and a larger model: two hours on 2 cores
+	$(call finished,runs/library)
 
 test: .venv/.installed-test ## every test, on all cores
 	@$(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -57,8 +63,9 @@ bench-step: .venv/.installed-test | data/wiki/manifest.json ## of these, one: a 
 bench-quality: .venv/.installed-test | data/wiki/manifest.json ## time to quality against transformers' Trainer; takes half an hour on 2 cores
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_quality data/wiki --out $(OUT)
 
-bench-downstream: .venv/.installed-test | data/labelled/pretrain.jsonl ## whether pre-training pays, on two tasks; takes up to an hour on 2 cores
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_downstream data/labelled --out $(OUT)
+bench-downstream: .venv/.installed-test | data/library/manifest.json ## whether pre-training pays, on two tasks, also that of runs/library if it is there; takes hours
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_downstream data/labelled --data data/library --out $(OUT) \
+	    $(if $(wildcard runs/library/finished),--beside runs/library)
 
 gpu: ## all that needs a GPU, in 8 minutes, with the torch, Triton, pytest and pytest-benchmark of PYTHON; report in OUT=folder
 	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.run --on gpu --out $(OUT)
@@ -87,7 +94,8 @@ clean: ## remove .venv and caches; data/ and runs/ stay
 	@$(PIP) --editable '.[test]'
 	@touch $@
 
-# The demo. Each file is the proof that its step is finished, and so the reason to skip it; `|` asks only whether it is there.
+# The runs, each by the recipe of its name. A file is the proof that its step is finished, and so the reason to skip it; `|` asks only
+# whether it is there.
 
 data/wiki.jsonl: | .venv/.installed
 	$(call heading,Text: 10$(comma)033 articles of English Wikipedia$(comma) pinned and checked$(comma) CC BY-SA 4.0)
@@ -101,20 +109,31 @@ data/labelled/pretrain.jsonl: | data/wiki.jsonl
 	$(call heading,Labelled texts: topics of these articles$(comma) and film reviews)
 	@$(BIN)/python examples/labelled_texts.py data/wiki.jsonl data/labelled
 
-$(RUN)/finished: | data/wiki/manifest.json
-	$(call heading,Pretrain: about four minutes; Ctrl-C saves$(comma) and make demo goes on from there)
-	@resume=; if compgen -G '$(RUN)/checkpoints/step-*' >/dev/null; then resume=--resume; fi; \
-	$(FASTBERT) pretrain recipes/demo.toml $$resume
+data/library.jsonl: | data/labelled/pretrain.jsonl
+	$(call heading,Text: 39 MB of prose: articles$(comma) speeches$(comma) the Brown corpus$(comma) the Bible$(comma) a dictionary; pinned and checked)
+	@$(BIN)/python examples/library.py data/labelled $@
+
+data/library/manifest.json: | data/library.jsonl
+	$(call heading,Prepare: text to a vocabulary and token ids)
+	@$(FASTBERT) prepare data/library.jsonl --out data/library --vocab-size 8192 --heldout 0.02
+
+runs/demo/finished: | data/wiki/manifest.json
+runs/library/finished: | data/library/manifest.json
+
+runs/%/finished:
+	$(call heading,Pretrain by recipes/$*.toml; Ctrl-C saves$(comma) and make $* goes on from there)
+	@resume=; if compgen -G 'runs/$*/checkpoints/step-*' >/dev/null; then resume=--resume; fi; \
+	$(FASTBERT) pretrain recipes/$*.toml $$resume
 	@touch $@
 
-$(RUN)/evaluate.txt: | $(RUN)/finished
-	$(call heading,Evaluate: on articles that were held out)
-	@$(FASTBERT) evaluate $(RUN) | tee $@
+runs/%/evaluate.txt: | runs/%/finished
+	$(call heading,Evaluate: on text that was held out)
+	@$(FASTBERT) evaluate runs/$* | tee $@
 
-$(RUN)/samples.txt: | $(RUN)/evaluate.txt
+runs/%/samples.txt: | runs/%/evaluate.txt
 	$(call heading,Fill and nsp: sentences chosen before the model was there)
-	@fill() { $(FASTBERT) fill $(RUN) "$$1"; }; \
-	pair() { $(FASTBERT) nsp $(RUN) "$$1" "$$2"; echo; }; \
+	@fill() { $(FASTBERT) fill runs/$* "$$1"; }; \
+	pair() { $(FASTBERT) nsp runs/$* "$$1" "$$2"; echo; }; \
 	{ fill "The United [MASK] of America is a country in North America."; \
 	  fill "She was born [MASK] 1867 in Warsaw, the capital of Poland."; \
 	  fill "It is one of the [MASK] important works of the 19th century."; \
@@ -125,8 +144,10 @@ $(RUN)/samples.txt: | $(RUN)/evaluate.txt
 	  pair "The Danube is a river in Central Europe." "She released her first studio album in 1994."; \
 	} | tee $@
 
-$(RUN)/export/config.json: | $(RUN)/samples.txt
+runs/%/export/config.json: | runs/%/samples.txt
 	$(call heading,Export: a Hugging Face folder$(comma) compared with our own logits)
-	@$(FASTBERT) export $(RUN) --out $(RUN)/export
+	@$(FASTBERT) export runs/$* --out runs/$*/export
+
+.SECONDARY: # keeps what stands between the steps
 
 comma := ,

@@ -1,23 +1,25 @@
 """Does pre-training pay? Fine-tuning our model against the same model from scratch, and against a bag of words.
 
-    python -m benchmarks.bench_downstream data/labelled --out FOLDER [--model RUN] [--quick]
+    python -m benchmarks.bench_downstream data/labelled --data data/library --out FOLDER [--beside RUN] [--quick]
 
-`examples/labelled_texts.py` made the folder of texts: topics of encyclopedia articles, and verdicts of film reviews, which the model has
-never read anything like. Three sides learn from the same examples, 500, 2,000 and all of them:
+`examples/labelled_texts.py` made the folder of texts: topics of encyclopedia articles, and verdicts of film reviews. The store holds
+nothing of their tests. Three sides learn from the same examples, 500, 2,000 and all of them:
 
     bag of words    logistic regression on TF-IDF of words and pairs of words (scikit-learn), which needs seconds
-    from scratch    our model with the weights that its pre-training began with
-    pre-trained     the model itself: that of `--model`, or one made here by the demo's recipe from pretrain.jsonl, in four minutes
+    from scratch    the demo's model with the weights that its pre-training began with
+    pre-trained     the model itself: that of `--model`, or one made here by the demo's recipe from the store, in half an hour
+    (any other)     each model of `--beside`, called by its folder's name
 
 A tenth of the training examples is held out. By it, with a seed that is not measured later and all examples, each side gets its learning
 rate (the bag of words its C, for every seed); and by it the best epoch is chosen. The test file is looked at once, by the model that came
-out. Five seeds: other examples (where not all are taken), another new layer, other dropout and order; from scratch all weights. Both
-models get the same number of steps. Two runs go side by side, on a core each. 30 to 60 minutes on two cores.
+out. Five seeds: other examples (where not all are taken), another new layer, other dropout and order; from scratch all weights. All models
+get the same number of steps. Two trials go side by side, on a core each; a finished one is kept in FOLDER/downstream-trials.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import math
 import multiprocessing
@@ -35,7 +37,7 @@ import torch
 
 from benchmarks.machine import ROOT, header
 from benchmarks.pictures import OURS, figure_of, save
-from benchmarks.record import Record, Row, table
+from benchmarks.record import Record, Row, once, table
 from fastbert import load
 from fastbert.initial_weights import initialise
 from fastbert.tasks.finetune import Settings, finetune, spread
@@ -44,23 +46,25 @@ from fastbert.tasks.scores import accuracy, f1
 from fastbert.training.picture import INK, MUTED
 
 RECIPE = ROOT / "recipes/demo.toml"
+PRETRAINING_TOKENS = 40_000_000  # half an hour on two cores; counted in tokens, so that a slow machine makes the same model
 WORDS, SCRATCH, PRETRAINED = "bag of words", "from scratch", "pre-trained"
 COLORS = {WORDS: "#9ca3af", SCRATCH: "#d97706", PRETRAINED: OURS}
+BESIDE_COLORS = ("#059669", "#7c3aed", "#db2777")
 TASKS = {"topics": "encyclopedia topics", "films": "film reviews"}
 EXAMPLES = (500, 2000, None)  # None for all
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 STRENGTHS = (1.0, 10.0, 100.0)  # C of the logistic regression
 SEARCH_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
 BATCH, MAX_LENGTH, HELD_OUT = 32, 64, 0.1
-STEPS, LEAST_EPOCHS = 600, 4
+STEPS, LEAST_EPOCHS = 1000, 5
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training: `task` out of `texts`, on `examples` of it (None for all), by `side`, with the model at `model`."""
+    """One training: `task` out of `texts`, on `examples` of it (None for all), by `side`, with the model at `model` (None: no model)."""
 
     texts: Path
-    model: Path
+    model: Path | None
     task: str
     side: str
     examples: int | None
@@ -80,18 +84,23 @@ def read(job: Job) -> tuple[Examples, Examples]:
     return training.take(order[: job.examples]), test
 
 
-def run(job: Job) -> Row:
+def run(job: Job, folder: Path) -> Row:
+    """The trial, which is kept in the folder."""
+    return once(folder / f"{hashlib.sha256(repr(job).encode()).hexdigest()[:12]}.json", lambda: trial(job))
+
+
+def trial(job: Job) -> Row:
     """Train; scores on the held-out part, by which things are chosen, and on the test."""
     began = time.perf_counter()
-    found = bag_of_words(job) if job.side == WORDS else fine_tuned(job)
+    found = fine_tuned(job, job.model) if job.model else bag_of_words(job)
     facts = {key: value for key, value in asdict(job).items() if key not in ("texts", "model")}
     return {"part": "trial", **facts, **found, "seconds": time.perf_counter() - began}
 
 
-def fine_tuned(job: Job) -> Row:
+def fine_tuned(job: Job, model: Path) -> Row:
     torch.set_num_threads(1)
     training, test = read(job)
-    pretrained = load(job.model, device="cpu")
+    pretrained = load(model, device="cpu")
     if job.side == SCRATCH:
         torch.manual_seed(job.seed)
         begun = pretrained.config if pretrained.recipe is None else pretrained.recipe.model
@@ -129,16 +138,14 @@ def test_scores(right: float, mean_f1: float) -> Row:
     return {"test_accuracy": right, "test_f1": mean_f1}
 
 
-def pretrain(texts: Path, folder: Path) -> Path:
-    """The run of the demo's recipe on the text without that of the tests; not made again where it is finished."""
-    store, made, finished = folder / "store", folder / "run", folder / "finished"
-    fastbert = [sys.executable, "-m", "fastbert"]
-    if not (store / "manifest.json").exists():
-        prepare = ["prepare", texts / "pretrain.jsonl", "--out", store, "--vocab-size", 4096, "--heldout", 0.05]
-        subprocess.run([*fastbert, *map(str, prepare)], check=True)
+def pretrain(store: Path, folder: Path) -> Path:
+    """The run of the demo's recipe on the store, for longer; not made again where it is finished."""
+    made, finished = folder / "run", folder / "finished"
     if not finished.exists():
         resume = ["--resume"] if (made / "checkpoints").exists() else []
-        subprocess.run([*fastbert, "pretrain", str(RECIPE), f"data={store}", f"run={made}", *resume], check=True)
+        settings = {"data": store, "run": made, "schedule.over": "tokens", "stop.tokens": PRETRAINING_TOKENS, "stop.seconds": 1e6}
+        command = [sys.executable, "-m", "fastbert", "pretrain", RECIPE, *(f"{key}={value}" for key, value in settings.items()), *resume]
+        subprocess.run(list(map(str, command)), check=True)
         finished.touch()
     return made
 
@@ -153,55 +160,65 @@ def searched(jobs: Sequence[Job], rows: Sequence[Row]) -> dict[tuple[str, str], 
     return {key: row["lr"] for key, row in best.items()}
 
 
-def groups(rows: Iterable[Row]) -> Iterator[tuple[str, int | None, dict[str, list[Row]]]]:
+def sides(rows: Iterable[Row]) -> list[str]:
+    """In the order of the table: what they are compared with, the models beside each other."""
+    return [WORDS, *dict.fromkeys(row["side"] for row in rows if row["part"] == "model")]
+
+
+def groups(rows: Sequence[Row]) -> Iterator[tuple[str, int | None, dict[str, list[Row]]]]:
     """Measured trials by task, number of examples and side."""
     measured = [row for row in rows if row["part"] == "trial" and row["seed"] != SEARCH_SEED]
     for task, examples in dict.fromkeys((row["task"], row["examples"]) for row in measured):
-        yield task, examples, {s: [r for r in measured if (r["task"], r["examples"], r["side"]) == (task, examples, s)] for s in COLORS}
+        yield (
+            task,
+            examples,
+            {s: [r for r in measured if (r["task"], r["examples"], r["side"]) == (task, examples, s)] for s in sides(rows)},
+        )
 
 
 def downstream_table(rows: Sequence[Row]) -> str:
     """Markdown: accuracy on the test by task, number of examples and side."""
-    counts = {row["task"]: row for row in rows if row["part"] == "task"}
+    facts = {row["task"]: row for row in rows if row["part"] == "task"}
     lines = []
-    for task, examples, sides in groups(rows):
-        cells = {side: spread([row["test_accuracy"] for row in trials]) for side, trials in sides.items()}
-        gain = spread([a["test_accuracy"] - b["test_accuracy"] for a, b in zip(sides[PRETRAINED], sides[SCRATCH], strict=True)])
-        facts = counts[task]
+    for task, examples, trials in groups(rows):
+        cells = [spread([row["test_accuracy"] for row in of]) for of in trials.values()]
+        gain = spread([a["test_accuracy"] - b["test_accuracy"] for a, b in zip(trials[PRETRAINED], trials[SCRATCH], strict=True)])
         lines.append(
             [
                 TASKS[task],
-                f"{examples or facts['training']:,}",
-                f"{facts['majority']:.1%}",
-                *(f"{cell.mean:.1%} ± {cell.std:.1%}" for cell in cells.values()),
+                f"{examples or facts[task]['training']:,}",
+                f"{facts[task]['majority']:.1%}",
+                *(f"{cell.mean:.1%} ± {cell.std:.1%}" for cell in cells),
                 f"**{100 * gain.mean:+.1f}** ± {100 * gain.std:.1f}",
             ]
         )
-    return table(["task", "examples", "most frequent label", *COLORS, "pre-training's gain, points"], lines)
+    return table(["task", "examples", "most frequent label", *sides(rows), "pre-trained - from scratch, points"], lines)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Accuracy over the number of labelled examples, a panel a task."""
-    counts = {row["task"]: row for row in rows if row["part"] == "task"}
+    facts = {row["task"]: row for row in rows if row["part"] == "task"}
+    names = sides(rows)
+    colors = dict(zip(names, (*COLORS.values(), *BESIDE_COLORS), strict=False))
     figure, axes = figure_of(1, len(TASKS))
     for ax, (task, title) in zip(axes[0], TASKS.items(), strict=True):
-        found = [(examples or counts[task]["training"], sides) for of, examples, sides in groups(rows) if of == task]
-        for side, color in COLORS.items():
-            cells = [spread([100 * row["test_accuracy"] for row in sides[side]]) for _, sides in found]
-            sizes = [size for size, _ in found]
+        found = [(examples or facts[task]["training"], trials) for of, examples, trials in groups(rows) if of == task]
+        sizes = [size for size, _ in found]
+        for side in names:
+            cells = [spread([100 * row["test_accuracy"] for row in trials[side]]) for _, trials in found]
             means, stds = [cell.mean for cell in cells], [cell.std for cell in cells]
-            ax.errorbar(sizes, means, stds, color=color, label=side, linewidth=2, marker="o", markersize=4, capsize=3)
-        most = 100 * counts[task]["majority"]
+            ax.errorbar(sizes, means, stds, color=colors[side], label=side, linewidth=2, marker="o", markersize=4, capsize=3)
+        most = 100 * facts[task]["majority"]
         ax.axhline(most, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.annotate("most frequent label", (1, most), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
                     ha="right", color=MUTED, fontsize=8)  # fmt: skip
         ax.set_xscale("log")
-        ax.set_xticks([size for size, _ in found], [f"{size:,}" for size, _ in found])
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
         ax.minorticks_off()
         ax.set_title(title, color=INK, fontsize=10, loc="left")
         ax.set_xlabel("labelled examples", color=MUTED)
     axes[0][0].set_ylabel("accuracy on the test, %", color=MUTED)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=9)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=9)
     save(figure, path)
 
 
@@ -218,55 +235,79 @@ def describe_task(job: Job) -> Row:
     }
 
 
-def describe_model(path: Path) -> Row:
+def describe_model(side: str, path: Path) -> Row:
     model = load(path, device="cpu")
     sizes = {name: getattr(model.config, name) for name in ("num_hidden_layers", "hidden_size")}
-    return {"part": "model", "parameters": sum(p.numel() for p in model.model.parameters()), **sizes, "vocab_size": model.model.vocab_size}
+    parameters = sum(p.numel() for p in model.model.parameters())
+    return {"part": "model", "side": side, "parameters": parameters, **sizes, "vocab_size": model.model.vocab_size}
 
 
 def report(rows: Sequence[Row]) -> str:
     """The text of downstream.md."""
-    [model] = (row for row in rows if row["part"] == "model")
+    models = [
+        [row["side"], str(row["num_hidden_layers"]), str(row["hidden_size"]), f"{row['vocab_size']:,}", f"{row['parameters'] / 1e6:.2f} M"]
+        for row in rows
+        if row["part"] == "model"
+    ]
     rates = {(row["task"], row["side"]): row["lr"] for row in rows if row["part"] == "trial" and row["side"] != WORDS}
-    size = f"{model['num_hidden_layers']} layers of {model['hidden_size']}, {model['parameters'] / 1e6:.2f} M parameters"
     tasks = "; ".join(
         f"{TASKS[row['task']]}: {row['labels']} labels, {row['test']:,} examples in the test" for row in rows if row["part"] == "task"
     )
     return "\n\n".join(
         [
             "Does pre-training pay? Fine-tuning against a start from scratch",
-            f"{size}, V = {model['vocab_size']:,}. Accuracy on the test, mean and standard deviation of seeds; {tasks}.",
+            f"Accuracy on the test, mean and standard deviation of seeds; {tasks}.",
             downstream_table(rows),
             "![accuracy over labelled examples](downstream.png)",
+            table(["model", "layers", "hidden size", "vocabulary", "parameters"], models),
             "Learning rates, chosen on a held-out part of the training examples:",
             table(["task", "side", "learning rate"], [[TASKS[task], side, f"{lr:g}"] for (task, side), lr in rates.items()]),
         ]
     )
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path, help="the folder that examples/labelled_texts.py made")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", type=Path, help="a run or an exported folder; it must not have read the tests' texts")
+    parser.add_argument("--data", type=Path, help="the store to pre-train on")
+    parser.add_argument("--model", type=Path, help="a run or an exported folder in place of that; it must not have read the tests' texts")
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="the same, as one more side; may be repeated")
     parser.add_argument("--quick", action="store_true", help="200 examples, one seed, no search: only to see that it works")
     given = parser.parse_args()
     if not (given.texts / "pretrain.jsonl").is_file():
         parser.error(f"{given.texts}: not a folder that examples/labelled_texts.py made; make data/labelled/pretrain.jsonl makes one")
-    if given.model and not given.model.is_dir():
-        parser.error(f"--model {given.model}: no such folder")
+    for path in filter(None, (given.model, *given.beside)):
+        if not path.is_dir():
+            parser.error(f"{path}: no such model")
+    if not given.model and not (given.data and (given.data / "manifest.json").is_file()):
+        parser.error(
+            f"--data {given.data}: no store to pre-train on; make data/library/manifest.json makes one, --model takes another model"
+        )
+    if taken := [path.name for path in given.beside if path.name in COLORS]:
+        parser.error(f"--beside {taken[0]}: a side is called so already; rename the folder")
+    return given
+
+
+def main() -> None:
+    given = arguments()
     sizes, seeds, rates = ((200,), SEEDS[:1], RATES[:1]) if given.quick else (EXAMPLES, SEEDS, RATES)
-    given.out.mkdir(parents=True, exist_ok=True)
-    model = given.model or pretrain(given.texts, given.out / "downstream-model")
+    kept = given.out / "downstream-trials"
+    kept.mkdir(parents=True, exist_ok=True)
+    model = given.model or pretrain(given.data, given.out / "downstream-model")
+    models = {SCRATCH: model, PRETRAINED: model} | {path.name: path for path in given.beside}
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below
 
-    first = Job(given.texts, model, "topics", PRETRAINED, sizes[-1], SEARCH_SEED, steps=STEPS // 20 if given.quick else STEPS)
-    search = [replace(first, task=task, side=side, lr=lr) for task, side, lr in itertools.product(TASKS, (SCRATCH, PRETRAINED), rates)]
+    first = Job(given.texts, None, "topics", WORDS, sizes[-1], SEARCH_SEED, steps=STEPS // 20 if given.quick else STEPS)
+    search = [
+        replace(first, task=task, side=side, model=model, lr=lr)
+        for task, (side, model), lr in itertools.product(TASKS, models.items(), rates)
+    ]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
 
         def every(jobs: Sequence[Job]) -> list[Row]:
             rows = []
-            for job, row in zip(jobs, pool.map(run, jobs), strict=True):
+            for job, row in zip(jobs, pool.map(run, jobs, itertools.repeat(kept)), strict=False):
                 print(f"{job.name}  lr {job.lr:g}  held out {row['heldout']:.1%}  {row['seconds']:.0f} s", flush=True)
                 rows.append(row)
             return rows
@@ -275,11 +316,12 @@ def main() -> None:
         best = searched(search, tried)
         measured = every(
             [
-                replace(first, task=task, side=side, examples=examples, seed=seed, lr=best.get((task, side), 0.0))
-                for task, examples, side, seed in itertools.product(TASKS, sizes, COLORS, seeds)
+                replace(first, task=task, side=side, model=models.get(side), examples=examples, seed=seed, lr=best.get((task, side), 0.0))
+                for task, examples, side, seed in itertools.product(TASKS, sizes, (WORDS, *models), seeds)
             ]
         )
-    rows = [describe_model(model), *(describe_task(replace(first, task=task)) for task in TASKS), *tried, *measured]
+    described = [describe_model(side, path) for side, path in models.items()]
+    rows = [*described, *(describe_task(replace(first, task=task)) for task in TASKS), *tried, *measured]
     text = report(rows)
     draw(rows, given.out / "downstream.png")
     Record(header(torch.device("cpu")), rows).write(given.out, "downstream", text)

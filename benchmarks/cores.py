@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from benchmarks.machine import ROOT
 
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def one_on_each(work: Callable[[Job], Result], jobs: Iterable[Job], cores: int | None = None) -> Iterator[Result]:
@@ -36,5 +37,5 @@ def run_module(name: str, arguments: Sequence[object], what: str) -> str:
     command = [sys.executable, "-m", name, *map(str, arguments)]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if ended.returncode:
-        raise SystemExit(f"{what}: {ended.stderr[-2000:]}")
+        raise SystemExit(f"{what}: {ended.stderr.strip()[-2000:]}")
     return ended.stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,15 @@ class Record:
 
 def read_record(path: Path) -> Record:
     return Record(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def once(path: Path, make: Callable[[], Row]) -> Row:
+    """The row that is kept at `path`; made and kept there the first time, so that a long benchmark goes on where it was cut off."""
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(make()), encoding="utf-8")
+        partial.replace(path)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -19,38 +18,36 @@ import torch
 
 from benchmarks.cores import one_on_each, run_module
 from benchmarks.machine import header
-from benchmarks.record import Record, Row, table
+from benchmarks.record import Record, Row, once, table
 from fastbert import load
 from fastbert.data.store import Store, open_store
 from fastbert.training.metrics import read_metrics
 
 
 def measured(recipe: Path, folder: Path, settings: str, seconds: float) -> Row:
-    """Train for so long with one thread, and evaluate; losses in nats."""
     name = hashlib.sha256(f"{recipe.read_text()} {settings} {seconds}".encode()).hexdigest()[:12]
-    done = folder / f"{name}.json"
-    if not done.exists():
-        run = folder / name
-        shutil.rmtree(run, ignore_errors=True)
-        given = {"stop.seconds": seconds, "evaluate.every": 10**9, "checkpoint.every": 10**9}
-        overrides = [f"run={run}", *(f"{key}={value}" for key, value in given.items()), *settings.split()]
-        run_module("fastbert", ["pretrain", recipe, *overrides], settings)
-        pretrained = load(run, "cpu")
-        assert pretrained.recipe is not None
-        [last] = [record for record in read_metrics(run / "metrics.jsonl") if record.get("event") == "evaluate"][-1:]
-        row = {
-            "settings": settings,
-            "parameters": sum(p.numel() for p in pretrained.model.parameters()),
-            "steps": last["step"],
-            "tokens": last["training_tokens"],
-            "tokens_per_word": tokens_per_word(open_store(pretrained.recipe.data)),
-            **{key: last[key] for key in ("loss_mlm", "loss_mask_token", "accuracy_mlm", "accuracy_nsp")},
-        }
-        done.write_text(json.dumps(row), encoding="utf-8")
-        shutil.rmtree(run)
-    row = json.loads(done.read_text(encoding="utf-8"))
+    row = once(folder / f"{name}.json", lambda: trained(recipe, folder / name, settings, seconds))
     print(f"{row['loss_mlm']:.3f}  on [MASK] {row['loss_mask_token']:.3f}  {row['tokens'] / 1e6:5.1f} M tokens  {settings}", flush=True)
     return row
+
+
+def trained(recipe: Path, run: Path, settings: str, seconds: float) -> Row:
+    """Train for so long with one thread, and evaluate; losses in nats. Nothing stays at `run`."""
+    shutil.rmtree(run, ignore_errors=True)
+    given = {"run": run, "stop.seconds": seconds, "evaluate.every": 10**9, "checkpoint.every": 10**9}
+    run_module("fastbert", ["pretrain", recipe, *(f"{key}={value}" for key, value in given.items()), *settings.split()], settings)
+    pretrained = load(run, "cpu")
+    assert pretrained.recipe is not None
+    last = [record for record in read_metrics(run / "metrics.jsonl") if record.get("event") == "evaluate"][-1]
+    shutil.rmtree(run)
+    return {
+        "settings": settings,
+        "parameters": sum(p.numel() for p in pretrained.model.parameters()),
+        "steps": last["step"],
+        "tokens": last["training_tokens"],
+        "tokens_per_word": tokens_per_word(open_store(pretrained.recipe.data)),
+        **{key: last[key] for key in ("loss_mlm", "loss_mask_token", "accuracy_mlm", "accuracy_nsp")},
+    }
 
 
 def tokens_per_word(store: Store) -> float:
@@ -85,6 +82,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480.0, help="of training, each run (480)")
     parser.add_argument("--try", dest="tries", action="append", required=True, metavar="KEY=VALUE ...", help="may be repeated")
     given = parser.parse_args()
+    if not given.recipe.is_file():
+        parser.error(f"{given.recipe}: no such recipe")
     folder = (given.out / "sweep-runs").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(one_on_each(lambda settings: measured(given.recipe, folder, settings, given.seconds), given.tries))

@@ -57,6 +57,8 @@ def main() -> None:
     if len(sys.argv) != 3:
         raise SystemExit("usage: python examples/labelled_texts.py WIKI.jsonl OUT")
     source, out = map(Path, sys.argv[1:])
+    if out.exists():
+        raise SystemExit(f"{out}: is there already; remove it or name another folder")
     articles = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     topics = [{"text": a["text"], "label": a["topic"], "title": a["title"]} for a in articles if a["topic"] != NO_TOPIC]
     tested = {row["title"] for row in topics if is_test(row["title"])}

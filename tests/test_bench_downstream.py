@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_bert import make_hugging_face_folder, make_run
 
-from benchmarks.bench_downstream import PRETRAINED, SCRATCH, SEARCH_SEED, WORDS, Job, searched
+from benchmarks.bench_downstream import PRETRAINED, SCRATCH, SEARCH_SEED, WORDS, Job, searched, sides
 from benchmarks.record import read_record
 
 ROOT = Path(__file__).parents[1]
@@ -29,21 +30,42 @@ def texts(english_documents, tmp_path_factory) -> Path:
     return folder
 
 
+def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.bench_downstream", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "none"], "none: no such model"),
+        (["--data", "none"], "--data none: no store to pre-train on"),
+        (["--model", ".", "--beside", "docs", "--beside", "from scratch"], "from scratch: no such model"),
+    ],
+)
+def test_bad_input(arguments, message, texts, tmp_path):
+    shown = bench(texts, "--out", tmp_path / "out", *arguments)
+    assert shown.returncode == 2 and message in shown.stderr and not (tmp_path / "out").exists()
+
+
 def test_it_runs_to_its_end(texts, small_store, tmp_path):
     model = make_run(tmp_path / "run", make_hugging_face_folder(tmp_path / "hf", small_store.tokenizer_dir), str(small_store.path))
-    command = [sys.executable, "-m", "benchmarks.bench_downstream", texts, "--out", tmp_path, "--model", model, "--quick"]
-    shown = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    shutil.copytree(model, tmp_path / "another")
+    shown = bench(texts, "--out", tmp_path, "--model", model, "--beside", tmp_path / "another", "--quick")
     assert shown.returncode == 0, shown.stderr
     record, page = read_record(tmp_path / "downstream.json"), (tmp_path / "downstream.md").read_text()
     trials = [row for row in record.rows if row["part"] == "trial"]
     measured = [row for row in trials if row["seed"] != SEARCH_SEED]
-    assert {(row["task"], row["side"]) for row in measured} == {(t, s) for t in ("topics", "films") for s in (WORDS, SCRATCH, PRETRAINED)}
+    assert {(row["task"], row["side"]) for row in measured} == {(t, s) for t in ("topics", "films") for s in sides(record.rows)}
+    assert sides(record.rows) == [WORDS, SCRATCH, PRETRAINED, "another"]
     assert all(0 <= row["test_accuracy"] <= 1 and 0 <= row["heldout"] <= 1 for row in trials)
+    pretrained, another = ([(r["task"], r["test_accuracy"]) for r in measured if r["side"] == side] for side in (PRETRAINED, "another"))
+    assert pretrained == another  # the same model, examples and seed
     assert (tmp_path / "downstream.png").stat().st_size > 10_000 and "| encyclopedia topics | 200 |" in page
 
 
 def test_the_rate_is_the_one_that_was_best_on_the_held_out_part():
-    jobs = [Job(Path(), Path(), "topics", side, None, 0, lr) for side in (SCRATCH, PRETRAINED) for lr in (1e-3, 1e-4)]
+    jobs = [Job(Path(), None, "topics", side, None, 0, lr) for side in (SCRATCH, PRETRAINED) for lr in (1e-3, 1e-4)]
     rows = [{"lr": job.lr, "heldout": score, "test_accuracy": 1 - score} for job, score in zip(jobs, (0.5, 0.6, 0.9, 0.2), strict=True)]
     assert searched(jobs, rows) == {("topics", SCRATCH): 1e-4, ("topics", PRETRAINED): 1e-3}
 

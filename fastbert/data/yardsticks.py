@@ -67,6 +67,11 @@ def nats(train: Split, vocab_size: int, left: np.ndarray, word: np.ndarray) -> d
     return {"unigram": -np.log(unigram), "left_bigram": -np.log(np.where(left < 0, unigram, part + rest * unigram))}
 
 
+def counts(train: Split, vocab_size: int) -> np.ndarray:
+    """How often each token stands in the text that is counted for `measure`, int64 [V]."""
+    return np.bincount(_sample(train, TRAIN_TOKENS, vocab_size), minlength=vocab_size + 1)[:vocab_size]
+
+
 def _unigram(words: np.ndarray, vocab_size: int) -> np.ndarray:
     counts = np.bincount(words, minlength=vocab_size) + 0.5
     return counts / counts.sum()

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -228,11 +227,7 @@ def _measure(pretrained: Pretrained, batch: PackedBatch) -> tuple[list[Tensor], 
 
 def _per_million(store: Store) -> Tensor:
     """How often each token stands in a million of the training text, float64 [V]."""
-    split, counts = store.split("train"), np.zeros(store.vocab_size, np.int64)
-    step = 1 << 20
-    for start in range(0, split.tokens, step):
-        some = split.gather(np.array([start]), np.array([min(step, split.tokens - start)]))
-        counts += np.bincount(some, minlength=store.vocab_size)
+    counts = yardsticks.counts(store.split("train"), store.vocab_size)
     return torch.from_numpy(counts * (1e6 / max(1, counts.sum())))
 
 
