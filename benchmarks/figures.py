@@ -14,6 +14,7 @@ from benchmarks.bench_downstream import downstream_table
 from benchmarks.bench_quality import sooner_table
 from benchmarks.bench_step import step_table
 from benchmarks.record import Record, read_record, table
+from benchmarks.sweep import sweep_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
@@ -67,12 +68,17 @@ def _downstream(record: Record) -> str:
     return f"{_machine(record)}\n\n{downstream_table(list(record.rows))}\n\n{picture}\n"
 
 
+def _sweep(record: Record) -> str:
+    return f"{_machine(record)}\n\n{sweep_table(list(record.rows))}\n"
+
+
 FIGURES: dict[str, Callable[[Record], str]] = {
     "step": _step,
     "quality": _quality,
     "data": _data,
     "startup": _startup,
     "downstream": _downstream,
+    "sweep": _sweep,
 }  # by the record's name
 
 

@@ -322,8 +322,8 @@ class Classifier(nn.Module):
         self.to(self.encoder.embeddings.words.device)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        hidden = self.encoder.hidden_states(batch)[-1]
-        pooled = torch.tanh(self.encoder.nsp_head.pooler(hidden[batch.cu_seqlens[:-1].long()]))
+        _, first = self.encoder.loss_rows(batch)
+        pooled = torch.tanh(self.encoder.nsp_head.pooler(first))
         return self.classifier(self.dropout(pooled))
 
 
