@@ -63,8 +63,8 @@ bench-step: .venv/.installed-test | data/wiki/manifest.json ## of these, one: a 
 bench-quality: .venv/.installed-test | data/wiki/manifest.json ## time to quality against transformers' Trainer; takes half an hour on 2 cores
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_quality data/wiki --out $(OUT)
 
-bench-downstream: .venv/.installed-test | data/library/manifest.json ## whether pre-training pays, on two tasks, also that of runs/library if it is there; takes hours
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_downstream data/labelled --data data/library --out $(OUT) \
+bench-downstream: .venv/.installed-test | data/library-8192/manifest.json ## whether pre-training pays, on two tasks, also that of runs/library if it is there; takes hours
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_downstream data/labelled --data data/library-8192 --out $(OUT) \
 	    $(if $(wildcard runs/library/finished),--beside runs/library)
 
 gpu: ## all that needs a GPU, in 8 minutes, with the torch, Triton, pytest and pytest-benchmark of PYTHON; report in OUT=folder
@@ -113,12 +113,12 @@ data/library.jsonl: | data/labelled/pretrain.jsonl
 	$(call heading,Text: 39 MB of prose: articles$(comma) speeches$(comma) the Brown corpus$(comma) the Bible$(comma) a dictionary; pinned and checked)
 	@$(BIN)/python examples/library.py data/labelled $@
 
-data/library/manifest.json: | data/library.jsonl
-	$(call heading,Prepare: text to a vocabulary and token ids)
-	@$(FASTBERT) prepare data/library.jsonl --out data/library --vocab-size 8192 --heldout 0.02
+data/library-%/manifest.json: | data/library.jsonl
+	$(call heading,Prepare: text to a vocabulary of $* and token ids)
+	@$(FASTBERT) prepare data/library.jsonl --out data/library-$* --vocab-size $* --heldout 0.02
 
 runs/demo/finished: | data/wiki/manifest.json
-runs/library/finished: | data/library/manifest.json
+runs/library/finished: | data/library-16384/manifest.json
 
 runs/%/finished:
 	$(call heading,Pretrain by recipes/$*.toml; Ctrl-C saves$(comma) and make $* goes on from there)

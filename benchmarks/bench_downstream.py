@@ -1,6 +1,6 @@
 """Does pre-training pay? Fine-tuning our model against the same model from scratch, and against a bag of words.
 
-    python -m benchmarks.bench_downstream data/labelled --data data/library --out FOLDER [--beside RUN] [--quick]
+    python -m benchmarks.bench_downstream data/labelled --data data/library-8192 --out FOLDER [--beside RUN] [--quick]
 
 `examples/labelled_texts.py` made the folder of texts: topics of encyclopedia articles, and verdicts of film reviews. The store holds
 nothing of their tests. Three sides learn from the same examples, 500, 2,000 and all of them:
@@ -282,7 +282,7 @@ def arguments() -> argparse.Namespace:
             parser.error(f"{path}: no such model")
     if not given.model and not (given.data and (given.data / "manifest.json").is_file()):
         parser.error(
-            f"--data {given.data}: no store to pre-train on; make data/library/manifest.json makes one, --model takes another model"
+            f"--data {given.data}: no store to pre-train on; make data/library-8192/manifest.json makes one, --model takes another model"
         )
     if taken := [path.name for path in given.beside if path.name in COLORS]:
         parser.error(f"--beside {taken[0]}: a side is called so already; rename the folder")
