@@ -27,7 +27,6 @@ import argparse
 import gc
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.bench_training import Sizes, made_up_batch, model_config
 from benchmarks.machine import header, header_line
+from benchmarks.pages import filled
 from benchmarks.record import Record, Row, table
 from fastbert.config import BatchConfig, RunConfig, parse_config
 from fastbert.data.packing import PackedBatch
@@ -474,17 +474,6 @@ def worst(rows: Iterable[Row], key: str = "difference") -> float:
     return max(abs(row[key]) for row in rows)
 
 
-def replace_tables(page: str, sections: dict[str, str]) -> str:
-    """The page with the text between `<!-- NAME -->` and `<!-- end -->` replaced, for each name."""
-    for name, text in sections.items():
-        page, times = re.subn(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page, flags=re.S
-        )
-        if times != 1:
-            raise SystemExit(f"<!-- {name} --> ... <!-- end --> is there {times} times, must be once")
-    return page
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(), help="folder for plan.json and plan.md")
@@ -528,7 +517,7 @@ def main() -> int:
     Record(facts, [{"table": name, **row} for name, found in rows.items() for row in found], ratios).write(options.out, "plan", text)
     if options.docs:
         page = options.docs.read_text(encoding="utf-8")
-        page = replace_tables(page, {"machine": header_line(facts), "summary": summary, **sections})
+        page = filled(page, {"machine": header_line(facts), "summary": summary, **sections})
         options.docs.write_text(page, encoding="utf-8")
     return 0
 

@@ -1,25 +1,23 @@
 """The figures in the README and in docs/results.md, taken from the results on record: `python -m benchmarks.figures` rewrites them.
 
-What stands between `<!-- figures: NAME -->` and `<!-- end of figures -->` is made here, of the records in benchmarks/results/; tests/test_figures.py
-fails where it differs.
+The places that a page has for a record in benchmarks/results/ are filled here; tests/test_figures.py fails where it differs.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.bench_downstream import downstream_table
 from benchmarks.bench_quality import sooner_table
 from benchmarks.bench_step import step_table
+from benchmarks.pages import filled, places
 from benchmarks.record import Record, read_record, table
 from benchmarks.sweep import sweep_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
 MACHINE = "amd-epyc-2-cores"  # whose results they quote
-PLACE = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end of figures -->)", re.DOTALL)
 
 
 def _machine(record: Record, *libraries: str) -> str:
@@ -29,11 +27,11 @@ def _machine(record: Record, *libraries: str) -> str:
 
 
 def _step(record: Record) -> str:
-    return f"{_machine(record, 'transformers')}\n\n{step_table(list(record.rows))}\n"
+    return f"{_machine(record, 'transformers')}\n\n{step_table(list(record.rows))}"
 
 
 def _quality(record: Record) -> str:
-    return f"{_machine(record)}\n\n{sooner_table(list(record.rows))}\n"
+    return f"{_machine(record)}\n\n{sooner_table(list(record.rows))}"
 
 
 def _data(record: Record) -> str:
@@ -51,7 +49,7 @@ def _data(record: Record) -> str:
     loaders = [row for row in record.rows if row["part"] == "loader"]
     loader = [[row["loader"], f"{row['tokens_per_s'] / 1e6:.1f} M ({row['low'] / 1e6:.1f} to {row['high'] / 1e6:.1f})"] for row in loaders]
     columns = ("text", "workers", "", "tokens/s", "datasets + tokenizers' time over ours (quartiles)")
-    return f"{_machine(record)}\n\n{table(columns, prepare)}\n\n{table(('loader, one core', 'tokens/s (quartiles)'), loader)}\n"
+    return f"{_machine(record)}\n\n{table(columns, prepare)}\n\n{table(('loader, one core', 'tokens/s (quartiles)'), loader)}"
 
 
 def _startup(record: Record) -> str:
@@ -60,16 +58,16 @@ def _startup(record: Record) -> str:
     steps = [
         [f"{row['name']}, to the end of the first step", f"{row['step_s']:.1f} s"] for row in record.rows if row["part"] == "first step"
     ]
-    return f"{_machine(record)}\n\n{table(('a process from its start', ''), [*commands, *steps])}\n"
+    return f"{_machine(record)}\n\n{table(('a process from its start', ''), [*commands, *steps])}"
 
 
 def _downstream(record: Record) -> str:
     picture = f"![accuracy over labelled examples](../benchmarks/results/{MACHINE}/downstream.png)"
-    return f"{_machine(record)}\n\n{downstream_table(list(record.rows))}\n\n{picture}\n"
+    return f"{_machine(record)}\n\n{downstream_table(list(record.rows))}\n\n{picture}"
 
 
 def _sweep(record: Record) -> str:
-    return f"{_machine(record)}\n\n{sweep_table(list(record.rows))}\n"
+    return f"{_machine(record)}\n\n{sweep_table(list(record.rows))}"
 
 
 FIGURES: dict[str, Callable[[Record], str]] = {
@@ -84,12 +82,7 @@ FIGURES: dict[str, Callable[[Record], str]] = {
 
 def renewed(text: str) -> str:
     """The page with the figures on record."""
-
-    def replace(match: re.Match[str]) -> str:
-        name = match[2]
-        return match[1] + FIGURES[name](read_record(ROOT / "benchmarks/results" / MACHINE / f"{name}.json")) + match[4]
-
-    return PLACE.sub(replace, text)
+    return filled(text, {name: FIGURES[name](read_record(ROOT / f"benchmarks/results/{MACHINE}/{name}.json")) for name in places(text)})
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_plan
-from benchmarks.bench_plan import FUSED, QUICK, UNFUSED, VARIANTS, memory_row, published_row, recorded_communication, replace_tables
+from benchmarks.bench_plan import FUSED, QUICK, UNFUSED, VARIANTS, memory_row, published_row, recorded_communication
 from fastbert.plan import communication_per_step
 
 
@@ -50,18 +50,13 @@ def test_what_it_writes(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_plan, "QUICK", QUICK[:1])
     page = tmp_path / "page.md"
     names = ("machine", "summary", "memory", "communication", "fused", "unfused")
-    page.write_text("".join(f"{name}:\n<!-- {name} -->\nold\n<!-- end -->\n" for name in names))
+    page.write_text("".join(f"{name}:\n<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names))
     monkeypatch.setattr("sys.argv", ["bench_plan", "--quick", "--out", str(tmp_path), "--docs", str(page)])
     assert bench_plan.main() == 0
     record = json.loads((tmp_path / "plan.json").read_text())
     assert {row["table"] for row in record["rows"]} == set(names) - {"machine", "summary"}
     assert all(0 < ratio <= 1 for ratio in record["ratios"].values())
     assert "old" not in page.read_text() and "| MPT-125M" in page.read_text() and "| MPT-125M" in capsys.readouterr().out
-
-
-def test_a_page_without_a_place_for_a_table():
-    with pytest.raises(SystemExit, match="memory"):
-        replace_tables("no marks", {"memory": "rows"})
 
 
 def test_the_page_promises_what_is_tested():

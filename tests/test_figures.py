@@ -8,16 +8,23 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.check import LEAST, RESULTS, compare
-from benchmarks.figures import FIGURES, MACHINE, PAGES, PLACE, renewed
+from benchmarks.figures import FIGURES, MACHINE, PAGES, renewed
+from benchmarks.pages import filled, places
 from benchmarks.record import read_record
 
 
 def test_the_pages_quote_the_record():
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
-    assert {match[2] for text in texts for match in PLACE.finditer(text)} == set(FIGURES)
+    assert sorted(name for text in texts for name in places(text)) == sorted(FIGURES)
     for text in texts:
         assert renewed(text) == text, "run python -m benchmarks.figures"
         assert renewed(text.replace("1", "2")) != text.replace("1", "2")
+
+
+@pytest.mark.parametrize(("page", "times"), [("no place", 0), (2 * "<!-- step -->\nold\n<!-- end of step -->\n", 2)])
+def test_a_part_has_one_place(page, times):
+    with pytest.raises(SystemExit, match=f"<!-- step --> .* is there {times} times"):
+        filled(page, {"step": "new"})
 
 
 @pytest.mark.parametrize("folder", sorted(path for path in RESULTS.iterdir() if path.is_dir()), ids=lambda path: path.name)

@@ -1,10 +1,12 @@
-"""The heap keeps what a step gives back: touching a large block again faults no page in."""
+"""The heap keeps what a step gives back, so touching a large block again faults no page in; and oneDNN forgets shapes of long ago."""
 
+import os
 import resource
 import subprocess
 import sys
 
 import pytest
+import torch
 
 FAULTS = """
 import resource, sys
@@ -33,3 +35,29 @@ def test_a_large_block_is_faulted_in_once():
     kept, default = faults("keep"), faults("default")
     assert kept < pages / 100
     assert default > 10 * kept, (default, kept, pages)
+
+
+SHAPES = """
+import sys
+from fastbert.heap import keep_heap
+if sys.argv[1] == "keep":
+    keep_heap()
+import torch
+def product(rows):
+    torch.ops.mkldnn._linear_pointwise(torch.ones(rows, 64), torch.ones(64, 64), None, "none", [], "")
+for rows in range(100, 200):
+    product(rows)
+with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+    product(100)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_a_shape_of_long_ago_is_built_anew():
+    def said(how: str, **environment: str) -> str:
+        command = [sys.executable, "-c", SHAPES, how]
+        return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True).stdout
+
+    assert "create:cache_miss" in said("keep")
+    assert "create:cache_hit" in said("default")
+    assert "create:cache_hit" in said("keep", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")  # the user's own word

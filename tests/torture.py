@@ -15,7 +15,6 @@ import functools
 import os
 import platform
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from datetime import date
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from benchmarks.pages import filled
+from benchmarks.record import table
 from fastbert.training.failpoint import POINTS
 from tests.namespaces import Node, Nodes, Process, why_not
 from tests.ranks import ROOT, environment
@@ -33,7 +34,6 @@ NODE_TIMEOUT_S = 8  # runtime.timeout_s: how long a node that is cut off goes un
 QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=5"  # torchrun's own patience, in seconds
 ROUNDING = 1e-4  # relative, of losses: with a node less the sums have another order
 PATIENCE_S = 300.0
-PLACE = re.compile(r"(<!-- torture -->\n).*?(<!-- end of torture -->)", re.DOTALL)
 
 
 def main() -> int:
@@ -136,18 +136,15 @@ def _torchrun(trial: Trial, node: Node, endpoint: str) -> Process:
 
 def record(page: Path, found: dict[str, Tally], total: Tally, seed: int, minutes: float) -> None:
     """Put the result where the page has a place for it."""
-    rows = [(name, tally.tried, tally.survived, tally.compared, tally.equal) for name, tally in [*found.items(), ("all", total)]]
-    table = "\n".join(f"| {name} | " + " | ".join(f"{count:,}" for count in counts) + " |" for name, *counts in rows)
+    counts = {name: (tally.tried, tally.survived, tally.compared, tally.equal) for name, tally in {**found, "all": total}.items()}
+    rows = [[name, *(f"{count:,}" for count in of)] for name, of in counts.items()]
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     result = (
         f"`python -m tests.torture`, commit {git.stdout.strip() or 'unknown'}, {date.today()}, seed {seed}: {minutes:.0f} minutes on "
         f"{os.cpu_count()} cores, {platform.system()}.\n\n"
-        f"| | tried | survived | losses compared | losses equal |\n|---|---|---|---|---|\n{table}\n"
+        f"{table(['', 'tried', 'survived', 'losses compared', 'losses equal'], rows)}"
     )
-    text = page.read_text(encoding="utf-8")
-    if not PLACE.search(text):
-        raise SystemExit(f"{page}: has no place for the result: <!-- torture --> ... <!-- end of torture -->")
-    page.write_text(PLACE.sub(lambda match: match[1] + result + match[2], text), encoding="utf-8")
+    page.write_text(filled(page.read_text(encoding="utf-8"), {"torture": result}), encoding="utf-8")
 
 
 if __name__ == "__main__":
