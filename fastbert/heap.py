@@ -15,7 +15,7 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEEP = (1 << 31) - 1  # bytes; the largest that mallopt takes
 _OPERATIONS = "32"  # a step has about a dozen
-_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's before it
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's before it
 
 
 def keep_heap() -> None:
@@ -23,7 +23,7 @@ def keep_heap() -> None:
 
     The heap is glibc's on Linux; elsewhere it is left alone.
     """
-    for cache in _CACHES:
+    for cache in CACHES:
         os.environ.setdefault(cache, _OPERATIONS)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
