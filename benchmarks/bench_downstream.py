@@ -39,6 +39,7 @@ from benchmarks.machine import ROOT, header
 from benchmarks.pictures import OURS, figure_of, save
 from benchmarks.record import Record, Row, once, table
 from fastbert import load
+from fastbert.heap import keep_heap
 from fastbert.initial_weights import initialise
 from fastbert.tasks.finetune import Settings, finetune, spread
 from fastbert.tasks.labelled import Examples, read_examples
@@ -291,6 +292,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
+    keep_heap()
     sizes, seeds, rates = ((200,), SEEDS[:1], RATES[:1]) if given.quick else (EXAMPLES, SEEDS, RATES)
     kept = given.out / "downstream-trials"
     kept.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,9 @@ CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's o
 
 
 def keep_heap() -> None:
-    """For this process and those that it starts, before torch computes anything. What the environment says of oneDNN's caches wins.
+    """For this process, before torch computes anything; elsewhere than with glibc on Linux the heap is left alone.
 
-    The heap is glibc's on Linux; elsewhere it is left alone.
+    oneDNN is told by environment variables, which a user's own win over, and which processes started from here inherit.
     """
     for cache in CACHES:
         os.environ.setdefault(cache, _OPERATIONS)
