@@ -1,6 +1,7 @@
 """Does pre-training pay? Fine-tuning our model against the same model from scratch, and against a bag of words.
 
     python -m benchmarks.bench_downstream data/labelled --data data/library-8192 --out FOLDER [--beside RUN] [--quick]
+    python -m benchmarks.bench_downstream data/labelled --record downstream.json --beside RUN --out FOLDER
 
 `examples/labelled_texts.py` made the folder of texts: topics of encyclopedia articles, and verdicts of film reviews. The store holds
 nothing of their tests. Three sides learn from the same examples, 500, 2,000 and all of them:
@@ -8,7 +9,7 @@ nothing of their tests. Three sides learn from the same examples, 500, 2,000 and
     bag of words    logistic regression on TF-IDF of words and pairs of words (scikit-learn), which needs seconds
     from scratch    the demo's model with the weights that its pre-training began with
     pre-trained     the model itself: that of `--model`, or one made here by the demo's recipe from the store, in half an hour
-    (any other)     each model of `--beside`, called by its folder's name
+    (any other)     each model of `--beside`, called by its folder's name; with `--record` only these are measured, as sides of that record
 
 A tenth of the training examples is held out. By it, with a seed that is not measured later and all examples, each side gets its learning
 rate (the bag of words its C, for every seed); and by it the best epoch is chosen. The test file is looked at once, by the model that came
@@ -37,7 +38,7 @@ import torch
 
 from benchmarks.machine import ROOT, header
 from benchmarks.pictures import OURS, figure_of, save
-from benchmarks.record import Record, Row, once, table
+from benchmarks.record import Record, Row, once, read_record, table
 from fastbert import load
 from fastbert.heap import keep_heap
 from fastbert.initial_weights import initialise
@@ -52,12 +53,24 @@ WORDS, SCRATCH, PRETRAINED = "bag of words", "from scratch", "pre-trained"
 COLORS = {WORDS: "#9ca3af", SCRATCH: "#d97706", PRETRAINED: OURS}
 BESIDE_COLORS = ("#059669", "#7c3aed", "#db2777")
 TASKS = {"topics": "encyclopedia topics", "films": "film reviews"}
-EXAMPLES = (500, 2000, None)  # None for all
-RATES = (5e-4, 1e-3, 2e-3)
 STRENGTHS = (1.0, 10.0, 100.0)  # C of the logistic regression
-SEARCH_SEED, SEEDS = 0, (1, 2, 3, 4, 5)
+SEARCH_SEED = 0
 BATCH, MAX_LENGTH, HELD_OUT = 32, 64, 0.1
-STEPS, LEAST_EPOCHS = 1000, 5
+LEAST_EPOCHS = 5
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured: numbers of training examples (None for all), seeds, learning rates that are tried, steps of a training."""
+
+    examples: tuple[int | None, ...]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    steps: int
+
+
+FULL = Extent((500, 2000, None), (1, 2, 3, 4, 5), (5e-4, 1e-3, 2e-3), 1000)
+QUICK = Extent((200,), (1,), (5e-4,), 50)
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class Job:
     examples: int | None
     seed: int
     lr: float = 0.0
-    steps: int = STEPS
+    steps: int = FULL.steps
 
     @property
     def name(self) -> str:
@@ -223,12 +236,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     save(figure, path)
 
 
-def describe_task(job: Job) -> Row:
-    training, test = read(replace(job, examples=None))
+def describe_task(texts: Path, task: str) -> Row:
+    training, test = read(Job(texts, None, task, WORDS, None, SEARCH_SEED))
     most = max(Counter(test.labels).values()) / len(test)
     return {
         "part": "task",
-        "task": job.task,
+        "task": task,
         "training": len(training),
         "test": len(test),
         "labels": len(set(test.labels)),
@@ -236,17 +249,33 @@ def describe_task(job: Job) -> Row:
     }
 
 
-def describe_model(side: str, path: Path) -> Row:
+def describe_model(side: str, path: Path, commit: str) -> Row:
     model = load(path, device="cpu")
     sizes = {name: getattr(model.config, name) for name in ("num_hidden_layers", "hidden_size")}
     parameters = sum(p.numel() for p in model.model.parameters())
-    return {"part": "model", "side": side, "parameters": parameters, **sizes, "vocab_size": model.model.vocab_size}
+    return {"part": "model", "side": side, "parameters": parameters, **sizes, "vocab_size": model.model.vocab_size, "commit": commit}
+
+
+def recorded_rows(path: Path) -> list[Row]:
+    """Of a record, each model with the commit at which it was measured."""
+    record = read_record(path)
+    return [{"commit": record.header["commit"], **row} if row["part"] == "model" else row for row in record.rows]
+
+
+def comparable(recorded: Sequence[Row], texts: Path, extent: Extent) -> bool:
+    """Whether the record's trials are those that would be measured now."""
+    trials = {(row["examples"], row["seed"], row["steps"]) for row in recorded if row["part"] == "trial" and row["seed"] != SEARCH_SEED}
+    tasks = [row for row in recorded if row["part"] == "task"]
+    return trials == set(itertools.product(extent.examples, extent.seeds, (extent.steps,))) and tasks == [
+        describe_task(texts, task) for task in TASKS
+    ]
 
 
 def report(rows: Sequence[Row]) -> str:
     """The text of downstream.md."""
+    sizes = ("num_hidden_layers", "hidden_size", "vocab_size")
     models = [
-        [row["side"], str(row["num_hidden_layers"]), str(row["hidden_size"]), f"{row['vocab_size']:,}", f"{row['parameters'] / 1e6:.2f} M"]
+        [row["side"], *(f"{row[size]:,}" for size in sizes), f"{row['parameters'] / 1e6:.2f} M", row["commit"]]
         for row in rows
         if row["part"] == "model"
     ]
@@ -260,7 +289,7 @@ def report(rows: Sequence[Row]) -> str:
             f"Accuracy on the test, mean and standard deviation of seeds; {tasks}.",
             downstream_table(rows),
             "![accuracy over labelled examples](downstream.png)",
-            table(["model", "layers", "hidden size", "vocabulary", "parameters"], models),
+            table(["model", "layers", "hidden size", "vocabulary", "parameters", "measured at commit"], models),
             "Learning rates, chosen on a held-out part of the training examples:",
             table(["task", "side", "learning rate"], [[TASKS[task], side, f"{lr:g}"] for (task, side), lr in rates.items()]),
         ]
@@ -274,6 +303,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="the store to pre-train on")
     parser.add_argument("--model", type=Path, help="a run or an exported folder in place of that; it must not have read the tests' texts")
     parser.add_argument("--beside", type=Path, action="append", default=[], help="the same, as one more side; may be repeated")
+    parser.add_argument(
+        "--record", type=Path, help="a downstream.json that is there: the models of --beside become sides of it, by its settings"
+    )
     parser.add_argument("--quick", action="store_true", help="200 examples, one seed, no search: only to see that it works")
     given = parser.parse_args()
     if not (given.texts / "pretrain.jsonl").is_file():
@@ -281,29 +313,50 @@ def arguments() -> argparse.Namespace:
     for path in filter(None, (given.model, *given.beside)):
         if not path.is_dir():
             parser.error(f"{path}: no such model")
-    if not given.model and not (given.data and (given.data / "manifest.json").is_file()):
+    if given.record and (given.model or given.data or not given.beside):
+        parser.error("--record goes with --beside, whose models alone are measured, and without --data and --model")
+    if given.record and not given.record.is_file():
+        parser.error(f"--record {given.record}: no such file; benchmarks/results/ has those of this project")
+    if not given.record and not given.model and not (given.data and (given.data / "manifest.json").is_file()):
         parser.error(
             f"--data {given.data}: no store to pre-train on; make data/library-8192/manifest.json makes one, --model takes another model"
         )
-    if taken := [path.name for path in given.beside if path.name in COLORS]:
-        parser.error(f"--beside {taken[0]}: a side is called so already; rename the folder")
+    names = list(COLORS)
+    if given.record:
+        try:
+            recorded = recorded_rows(given.record)
+            same = comparable(recorded, given.texts, QUICK if given.quick else FULL)
+        except (ValueError, TypeError, KeyError):  # not JSON, or the JSON of something else
+            parser.error(f"--record {given.record}: not a downstream.json that this benchmark wrote")
+        if not same:
+            parser.error(
+                f"--record {given.record}: measured with other settings, or other texts than {given.texts}; a new side would not compare"
+            )
+        names = sides(recorded)
+    for path in given.beside:
+        if path.name in names:
+            parser.error(f"--beside {path}: a side is called {path.name!r} already; rename the folder")
+        names.append(path.name)
     return given
 
 
 def main() -> None:
     given = arguments()
     keep_heap()
-    sizes, seeds, rates = ((200,), SEEDS[:1], RATES[:1]) if given.quick else (EXAMPLES, SEEDS, RATES)
+    extent = QUICK if given.quick else FULL
     kept = given.out / "downstream-trials"
     kept.mkdir(parents=True, exist_ok=True)
-    model = given.model or pretrain(given.data, given.out / "downstream-model")
-    models = {SCRATCH: model, PRETRAINED: model} | {path.name: path for path in given.beside}
+    recorded, words = (recorded_rows(given.record), ()) if given.record else ([], (WORDS,))
+    models = {path.name: path for path in given.beside}
+    if not recorded:
+        model = given.model or pretrain(given.data, given.out / "downstream-model")
+        models = {SCRATCH: model, PRETRAINED: model} | models
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below
 
-    first = Job(given.texts, None, "topics", WORDS, sizes[-1], SEARCH_SEED, steps=STEPS // 20 if given.quick else STEPS)
+    first = Job(given.texts, None, "topics", WORDS, extent.examples[-1], SEARCH_SEED, steps=extent.steps)
     search = [
         replace(first, task=task, side=side, model=model, lr=lr)
-        for task, (side, model), lr in itertools.product(TASKS, models.items(), rates)
+        for task, (side, model), lr in itertools.product(TASKS, models.items(), extent.rates)
     ]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
 
@@ -319,14 +372,16 @@ def main() -> None:
         measured = every(
             [
                 replace(first, task=task, side=side, model=models.get(side), examples=examples, seed=seed, lr=best.get((task, side), 0.0))
-                for task, examples, side, seed in itertools.product(TASKS, sizes, (WORDS, *models), seeds)
+                for task, examples, side, seed in itertools.product(TASKS, extent.examples, (*words, *models), extent.seeds)
             ]
         )
-    described = [describe_model(side, path) for side, path in models.items()]
-    rows = [*described, *(describe_task(replace(first, task=task)) for task in TASKS), *tried, *measured]
+    machine = header(torch.device("cpu"))
+    described = [describe_model(side, path, machine["commit"]) for side, path in models.items()]
+    tasks = [] if recorded else [describe_task(given.texts, task) for task in TASKS]
+    rows = [*recorded, *described, *tasks, *tried, *measured]
     text = report(rows)
     draw(rows, given.out / "downstream.png")
-    Record(header(torch.device("cpu")), rows).write(given.out, "downstream", text)
+    Record(machine, rows).write(given.out, "downstream", text)
     print(text)
 
 

@@ -16,6 +16,7 @@ from benchmarks.bench_downstream import PRETRAINED, SCRATCH, SEARCH_SEED, WORDS,
 from benchmarks.record import read_record
 
 ROOT = Path(__file__).parents[1]
+RECORDED = "benchmarks/results/amd-epyc-2-cores/downstream.json"
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,15 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
         (["--model", "none"], "none: no such model"),
         (["--data", "none"], "--data none: no store to pre-train on"),
         (["--model", ".", "--beside", "docs", "--beside", "from scratch"], "from scratch: no such model"),
+        (["--record", "downstream.json"], "--record goes with --beside"),
+        (["--record", "none.json", "--beside", "docs"], "--record none.json: no such file"),
+        (["--record", "README.md", "--beside", "docs"], "--record README.md: not a downstream.json"),
+        (["--record", str(Path(RECORDED).with_name("kernels.json")), "--beside", "docs"], "kernels.json: not a downstream.json"),
+        (
+            ["--model", ".", "--beside", "docs", "--beside", "fastbert/../docs"],
+            "--beside fastbert/../docs: a side is called 'docs' already",
+        ),
+        (["--record", RECORDED, "--beside", "docs"], f"--record {RECORDED}: measured with other settings, or other texts than"),
     ],
 )
 def test_bad_input(arguments, message, texts, tmp_path):
@@ -62,6 +72,17 @@ def test_it_runs_to_its_end(texts, small_store, tmp_path):
     pretrained, another = ([(r["task"], r["test_accuracy"]) for r in measured if r["side"] == side] for side in (PRETRAINED, "another"))
     assert pretrained == another  # the same model, examples and seed
     assert (tmp_path / "downstream.png").stat().st_size > 10_000 and "| encyclopedia topics | 200 |" in page
+
+    shutil.copytree(model, tmp_path / "later")
+    shown = bench(texts, "--out", tmp_path / "more", "--record", tmp_path / "downstream.json", "--beside", tmp_path / "later", "--quick")
+    assert shown.returncode == 0, shown.stderr
+    more = read_record(tmp_path / "more/downstream.json").rows
+    assert sides(more) == [*sides(record.rows), "later"]
+    assert [row for row in more if row.get("side") != "later"] == list(record.rows)  # not measured again
+    later = [(r["task"], r["test_accuracy"]) for r in more if r["part"] == "trial" and r["side"] == "later" and r["seed"] != SEARCH_SEED]
+    assert later == another
+    shown = bench(texts, "--out", tmp_path / "not", "--record", tmp_path / "downstream.json", "--beside", tmp_path / "later")
+    assert shown.returncode == 2 and "measured with other settings" in shown.stderr and not (tmp_path / "not").exists()
 
 
 def test_the_rate_is_the_one_that_was_best_on_the_held_out_part():
