@@ -47,6 +47,7 @@ def exported(run, tmp_path_factory):
 def test_the_folder_is_whole_and_checked_on_held_out_text(exported):
     result, out = exported
     assert sorted(p.name for p in out.iterdir()) == FILES
+    assert len({p.stat().st_mode for p in out.iterdir()}) == 1  # whoever may read one may read all
     assert list(out.parent.iterdir()) == [out]
     assert result.architecture == "BertForPreTraining" and result.out == str(out)
     # 8 pairs of sentences of about 20 tokens, 1,000 logits for each: more than the built-in sentences have.

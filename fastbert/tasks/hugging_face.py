@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -162,7 +162,8 @@ def write_folder(
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     cpu = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    save_file(cpu, folder / WEIGHTS, metadata={"format": "pt"})  # transformers refuses a file without this mark
+    # transformers refuses a file without this mark. Not by save_file, which makes a file that only its owner may read.
+    (folder / WEIGHTS).write_bytes(save(cpu, metadata={"format": "pt"}))
     save_tokenizer(tokenizer, folder)
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
