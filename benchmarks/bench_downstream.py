@@ -271,14 +271,16 @@ def comparable(recorded: Sequence[Row], texts: Path, extent: Extent) -> bool:
     ]
 
 
+def models_table(rows: Sequence[Row]) -> str:
+    """Markdown: what each side is, and the commit at which it was measured; the bag of words was with the first."""
+    sizes = ("num_hidden_layers", "hidden_size", "vocab_size")
+    models = [row for row in rows if row["part"] == "model"]
+    lines = [[row["side"], *(f"{row[size]:,}" for size in sizes), f"{row['parameters'] / 1e6:.2f} M", row["commit"]] for row in models]
+    return table(["model", "layers", "hidden size", "vocabulary", "parameters", "measured at commit"], lines)
+
+
 def report(rows: Sequence[Row]) -> str:
     """The text of downstream.md."""
-    sizes = ("num_hidden_layers", "hidden_size", "vocab_size")
-    models = [
-        [row["side"], *(f"{row[size]:,}" for size in sizes), f"{row['parameters'] / 1e6:.2f} M", row["commit"]]
-        for row in rows
-        if row["part"] == "model"
-    ]
     rates = {(row["task"], row["side"]): row["lr"] for row in rows if row["part"] == "trial" and row["side"] != WORDS}
     tasks = "; ".join(
         f"{TASKS[row['task']]}: {row['labels']} labels, {row['test']:,} examples in the test" for row in rows if row["part"] == "task"
@@ -289,7 +291,7 @@ def report(rows: Sequence[Row]) -> str:
             f"Accuracy on the test, mean and standard deviation of seeds; {tasks}.",
             downstream_table(rows),
             "![accuracy over labelled examples](downstream.png)",
-            table(["model", "layers", "hidden size", "vocabulary", "parameters", "measured at commit"], models),
+            models_table(rows),
             "Learning rates, chosen on a held-out part of the training examples:",
             table(["task", "side", "learning rate"], [[TASKS[task], side, f"{lr:g}"] for (task, side), lr in rates.items()]),
         ]

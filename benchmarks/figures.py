@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.bench_downstream import downstream_table
+from benchmarks.bench_downstream import downstream_table, models_table
 from benchmarks.bench_quality import sooner_table
 from benchmarks.bench_step import step_table
 from benchmarks.pages import filled, places
@@ -63,7 +63,7 @@ def _startup(record: Record) -> str:
 
 def _downstream(record: Record) -> str:
     picture = f"![accuracy over labelled examples](../benchmarks/results/{MACHINE}/downstream.png)"
-    return f"{_machine(record)}\n\n{downstream_table(list(record.rows))}\n\n{picture}"
+    return f"{_machine(record)}\n\n{downstream_table(record.rows)}\n\n{models_table(record.rows)}\n\n{picture}"
 
 
 def _sweep(record: Record) -> str:
