@@ -36,7 +36,7 @@ install: .venv/.installed ## make .venv with fastbert in it
 demo: runs/demo/export/config.json ## from text to a trained model that transformers loads, under 8 minutes on 2 cores
 	$(call finished,runs/demo)
 
-library: runs/library/export/config.json ## the same with all the prose that packages carry, and a larger model: two hours on 2 cores
+library: runs/library/export/config.json ## the same with all the prose that packages carry, and a larger model, in 95 minutes on 2 cores
 	$(call finished,runs/library)
 
 test: .venv/.installed-test ## every test, on all cores
