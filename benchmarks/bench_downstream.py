@@ -298,7 +298,8 @@ def report(rows: Sequence[Row]) -> str:
     )
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> tuple[argparse.Namespace, list[Row]]:
+    """What was asked, and the rows of `--record`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path, help="the folder that examples/labelled_texts.py made")
     parser.add_argument("--out", type=Path, required=True)
@@ -323,7 +324,7 @@ def arguments() -> argparse.Namespace:
         parser.error(
             f"--data {given.data}: no store to pre-train on; make data/library-8192/manifest.json makes one, --model takes another model"
         )
-    names = list(COLORS)
+    names, recorded = list(COLORS), []
     if given.record:
         try:
             recorded = recorded_rows(given.record)
@@ -339,16 +340,18 @@ def arguments() -> argparse.Namespace:
         if path.name in names:
             parser.error(f"--beside {path}: a side is called {path.name!r} already; rename the folder")
         names.append(path.name)
-    return given
+    if len(names) > (most := len(COLORS) + len(BESIDE_COLORS)):
+        parser.error(f"--beside {given.beside[-1]}: {len(names)} sides, of which the picture can show {most}; leave some out")
+    return given, recorded
 
 
 def main() -> None:
-    given = arguments()
+    given, recorded = arguments()
     keep_heap()
     extent = QUICK if given.quick else FULL
     kept = given.out / "downstream-trials"
     kept.mkdir(parents=True, exist_ok=True)
-    recorded, words = (recorded_rows(given.record), ()) if given.record else ([], (WORDS,))
+    words = () if recorded else (WORDS,)
     models = {path.name: path for path in given.beside}
     if not recorded:
         model = given.model or pretrain(given.data, given.out / "downstream-model")

@@ -50,6 +50,10 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
             ["--model", ".", "--beside", "docs", "--beside", "fastbert/../docs"],
             "--beside fastbert/../docs: a side is called 'docs' already",
         ),
+        (
+            ["--model", ".", *(x for name in ("docs", "recipes", "kernels", "fastbert") for x in ("--beside", name))],
+            "--beside fastbert: 7 sides, of which the picture can show 6",
+        ),
         (["--record", RECORDED, "--beside", "docs"], f"--record {RECORDED}: measured with other settings, or other texts than"),
     ],
 )
