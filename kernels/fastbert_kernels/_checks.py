@@ -1,7 +1,6 @@
 """Checks that the public functions share; each message names the function, the argument, its value and what is expected."""
 
 import importlib.util
-import os
 
 import torch
 
@@ -46,6 +45,8 @@ def check_implementation(function: str, name: str, offered: tuple[str, ...]) -> 
 
 def check_triton(function: str, **inputs: torch.Tensor | None) -> None:
     """What the Triton implementations need beyond the rest: a device that runs them, and rows that lie in one piece, in at most 32 bits."""
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError(f'{function}: impl = "triton" needs Triton 3.6 or newer: pip install triton')
     for name, x in inputs.items():
         if x is None:
             continue
@@ -53,12 +54,16 @@ def check_triton(function: str, **inputs: torch.Tensor | None) -> None:
             raise TypeError(f'{function}: {name} is float64, which impl = "triton" does not compute in; use impl = "reference"')
         if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"{function}: {name} has stride {x.stride(-1)} along its last axis, expected 1; call .contiguous()")
-        if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        if x.device.type == "cpu" and not _takes_cpu_tensors():
             raise ValueError(
                 f'{function}: {name} is on the CPU, where impl = "triton" runs in Triton\'s interpreter alone (TRITON_INTERPRET=1, slow); use impl = "cpu"'
             )
-    if importlib.util.find_spec("triton") is None:
-        raise ImportError(f'{function}: impl = "triton" needs Triton 3.6 or newer: pip install triton')
+
+
+def _takes_cpu_tensors() -> bool:
+    from fastbert_kernels._triton import takes_cpu_tensors
+
+    return takes_cpu_tensors()
 
 
 def values_checked(asked: bool | None, x: torch.Tensor) -> bool:

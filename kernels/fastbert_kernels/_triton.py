@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in NumPy
 
@@ -30,16 +31,26 @@ def architecture(device: torch.device) -> str:
     """ "sm_90", "gfx942", ...: the first key of `tiles.json`. The interpreter runs the tiles of sm_90."""
     if INTERPRETED:
         return "sm_90"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    target = driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at the least; under the interpreter, as many as an H100 has."""
-    return 132 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    if INTERPRETED:
+        return 132
+    return driver.active.utils.get_device_properties(driver.active.get_current_device())["multiprocessor_count"]
+
+
+def takes_cpu_tensors() -> bool:
+    """Whether kernels run on tensors of the CPU: in the interpreter, or by a driver that says so."""
+    if INTERPRETED:
+        return True
+    try:
+        return driver.active.get_active_torch_device().type == "cpu"
+    except RuntimeError:  # no GPU, hence no active driver
+        return False
 
 
 def dot_precision(dtype: torch.dtype) -> str:

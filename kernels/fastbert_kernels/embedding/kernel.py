@@ -119,7 +119,7 @@ def _forward_kernel(
     shift = load_vector(shift_ptr, D, BLOCK_D)
 
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
-        lo, hi = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
+        keys = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         z, valid = _load_z(
             *(ids_ptr, positions_ptr, segments_ptr, words_ptr, position_table_ptr, segment_table_ptr),
@@ -131,7 +131,7 @@ def _forward_kernel(
 
         for i in tl.static_range(len(z)):
             column = columns(i, BLOCK_D)
-            y = dropout((z[i] - mean) * rstd * weight[i] + shift[i], lo, hi, i, threshold, scale, BLOCK_D)
+            y = dropout((z[i] - mean) * rstd * weight[i] + shift[i], keys, i, threshold, scale, BLOCK_D)
             tl.store(y_ptr + row * D + column, y, mask=(row < T) & (column < D))
         tl.store(mean_ptr + row, mean, mask=row < T)
         tl.store(rstd_ptr + row, rstd, mask=row < T)
@@ -189,7 +189,7 @@ def _backward_kernel(
     dweight, dshift = zeros(D, BLOCK_T, BLOCK_D), zeros(D, BLOCK_T, BLOCK_D)
 
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
-        lo, hi = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
+        keys = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
@@ -201,7 +201,7 @@ def _backward_kernel(
         for i in tl.static_range(len(z)):
             column = columns(i, BLOCK_D)
             dy = tl.load(dy_ptr + row * D + column, mask=(row < T) & (column < D), other=0.0).to(tl.float32)
-            dh += (dropout(dy, lo, hi, i, threshold, scale, BLOCK_D),)
+            dh += (dropout(dy, keys, i, threshold, scale, BLOCK_D),)
 
         h, dz = gradient(dh, z, weight, mean, rstd, D)
 

@@ -45,12 +45,10 @@ def columns(i, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A [D] tensor as chunks [1, BLOCK_D]; as chunks of None if there is no such tensor."""
+    """A [D] tensor as chunks [1, BLOCK_D]; an empty tuple if there is no such tensor (the compiler takes no None inside a tuple)."""
     chunks = ()
-    for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
-        if ptr is None:
-            chunks += (None,)
-        else:
+    if ptr is not None:
+        for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
             column = columns(i, BLOCK_D)
             chunks += (tl.load(ptr + column, mask=column < D, other=0.0).to(tl.float32),)
     return chunks
@@ -91,20 +89,20 @@ def row_sum(chunks):
 
 @triton.jit
 def mask_keys(keys_ptr, row, T, site):
-    """The two keys of the dropout mask of each row [BLOCK_T]; None without dropout."""
+    """The two keys of the dropout mask of each row [BLOCK_T]; an empty tuple without dropout."""
     if keys_ptr is None:
-        return None, None
+        return ()
     else:
         return site_keys(tl.load(keys_ptr + row, mask=row < T, other=0).to(tl.uint64, bitcast=True), site, 0)
 
 
 @triton.jit
-def dropout(x, lo, hi, i, threshold, scale, BLOCK_D: tl.constexpr):
-    """Of chunk i; x itself without dropout."""
-    if lo is None:
+def dropout(x, keys, i, threshold, scale, BLOCK_D: tl.constexpr):
+    """Of chunk i, by the keys that `mask_keys` gives; x itself without dropout."""
+    if len(keys) == 0:
         return x
     else:
-        return tl.where(keep_mask(lo, hi, i * BLOCK_D, BLOCK_D, threshold), x * scale, 0.0)
+        return tl.where(keep_mask(keys[0], keys[1], i * BLOCK_D, BLOCK_D, threshold), x * scale, 0.0)
 
 
 @triton.jit
@@ -147,16 +145,16 @@ def store_share(ptr, chunks, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, lo, hi, threshold, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, keys, threshold, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """residual + dropout(x + bias)."""
     z = ()
     for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
         column = columns(i, BLOCK_D)
         mask = (row < T) & (column < D)
         chunk = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
-        if bias[i] is not None:
+        if len(bias) > 0:
             chunk += bias[i]
-        chunk = dropout(chunk, lo, hi, i, threshold, scale, BLOCK_D)
+        chunk = dropout(chunk, keys, i, threshold, scale, BLOCK_D)
         if residual_ptr is not None:
             chunk += tl.load(residual_ptr + row * stride_residual + column, mask=mask, other=0.0).to(tl.float32)
         z += (chunk,)
@@ -190,9 +188,9 @@ def _forward_kernel(
     shift = load_vector(shift_ptr, D, BLOCK_D)
 
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
-        lo, hi = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
+        keys = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        z = _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, lo, hi, threshold, scale, D, BLOCK_D)
+        z = _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, keys, threshold, scale, D, BLOCK_D)
 
         mean, rstd = statistics(z, eps, D, BLOCK_D)
 
@@ -249,11 +247,11 @@ def _backward_kernel(
     dweight, dshift, dbias = zeros(D, BLOCK_T, BLOCK_D), zeros(D, BLOCK_T, BLOCK_D), zeros(D, BLOCK_T, BLOCK_D)
 
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
-        lo, hi = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
+        keys = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
-        z = _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, lo, hi, threshold, scale, D, BLOCK_D)
+        z = _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, keys, threshold, scale, D, BLOCK_D)
         dy = ()
         for i in tl.static_range(len(weight)):
             column = columns(i, BLOCK_D)
@@ -265,7 +263,7 @@ def _backward_kernel(
         for i in tl.static_range(len(dz)):
             column = columns(i, BLOCK_D)
             mask = (row < T) & (column < D)
-            dx += (dropout(dz[i], lo, hi, i, threshold, scale, BLOCK_D),)
+            dx += (dropout(dz[i], keys, i, threshold, scale, BLOCK_D),)
             tl.store(dx_ptr + row * D + column, dx[i], mask=mask)
             if dresidual_ptr is not None:
                 tl.store(dresidual_ptr + row * D + column, dz[i], mask=mask)

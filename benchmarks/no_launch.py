@@ -1,0 +1,128 @@
+"""Triton's real launcher with a driver that launches nothing: kernels are compiled for a GPU that is not there.
+
+    with no_launch("sm_90") as seen:
+        varlen_attention(q, k, v, cu_seqlens, max_seqlen, impl="triton")     # on the CPU; the result holds what was in memory
+    seen.launches                                                            # every launch, with its grid
+
+Argument binding, specialisation, compilation down to machine code, and the limits of shared memory, threads and grid are those of a real
+launch. Only the call to the GPU's driver is left out. Triton's interpreter accepts code that the compiler rejects, so this is what shows that a
+kernel will run. Memory of results is not written, so values mean nothing: whatever looks at them must not depend on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import ty_to_cpp
+from triton.runtime import driver
+
+from fastbert_kernels import _triton
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": bytes of shared memory that one program may have.
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 and a B200
+GRID_LIMITS = (2**31 - 1, 65535, 65535)  # programs along each axis of a grid; the same guide
+MOST_THREADS = 1024  # of one program
+
+
+class Launch(NamedTuple):
+    """One launch of one kernel."""
+
+    name: str
+    grid: tuple[int, int, int]
+    threads: int
+
+
+@dataclass
+class Seen:
+    """What was launched, in order, and the names of the kernels that were loaded for it, one for each specialisation."""
+
+    launches: list[Launch] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def no_launch(architecture: str) -> Iterator[Seen]:
+    """Inside, Triton's active driver is one for `architecture` ("sm_80", "sm_90", "sm_100") that takes tensors on the CPU.
+
+    Raises, from within: whatever Triton raises where a kernel does not compile or does not fit the device, ValueError for a grid beyond its limits.
+    """
+    if _triton.INTERPRETED:
+        raise RuntimeError("no_launch: TRITON_INTERPRET is set, under which nothing is compiled; unset it")
+    seen = Seen()
+    before = driver._active  # not `active`, which would look for a GPU
+    driver.set_active(_Driver(int(architecture.removeprefix("sm_")), seen))
+    _forget_device()
+    try:
+        yield seen
+    finally:
+        driver._active = before
+        _forget_device()
+
+
+def _forget_device() -> None:
+    _triton.architecture.cache_clear()
+    _triton.multiprocessors.cache_clear()
+
+
+class _Driver:
+    """The part of `triton.backends.driver.GPUDriver` that a launch uses."""
+
+    def __init__(self, capability: int, seen: Seen):
+        self.capability = capability
+        self.utils = _Utilities(capability)
+        self.launcher_cls = _Launcher
+        self.seen = seen
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # a device for each architecture: Triton keeps compiled kernels by device
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return ty_to_cpp(kind)
+
+
+def _active() -> _Driver:
+    """Looked up at each launch: a compiled kernel outlives the `no_launch` that it was compiled in."""
+    return driver.active  # type: ignore[return-value]
+
+
+class _Utilities:
+    """Of a device: its properties, and how machine code is loaded."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_device_properties(self, _device: int) -> dict[str, int]:
+        capability = self.capability
+        return {"max_shared_mem": SHARED_MEMORY[capability], "multiprocessor_count": MULTIPROCESSORS[capability], "warpSize": 32}
+
+    def load_binary(self, name: str, _binary: bytes, _shared: int, _device: int) -> tuple[int, int, int, int, int]:
+        _active().seen.loaded.append(name)
+        return 1, 1, 0, 0, MOST_THREADS  # module, function, registers, spills, threads
+
+
+class _Launcher:
+    """Of one compiled kernel."""
+
+    def __init__(self, _source: Any, metadata: Any):
+        self.name, self.threads = metadata.name, 32 * metadata.num_warps
+
+    def __call__(self, x: int, y: int, z: int, *_arguments: Any) -> None:
+        for axis, programs, limit in zip("xyz", (x, y, z), GRID_LIMITS, strict=True):
+            if not 0 < programs <= limit:
+                raise ValueError(f"{self.name}: a grid of {x} x {y} x {z} programs; along {axis} there must be 1 to {limit}")
+        _active().seen.launches.append(Launch(self.name, (x, y, z), self.threads))
