@@ -92,6 +92,7 @@ clean: ## remove .venv and caches; data/ and runs/ stay
 .venv/.installed-test: .venv/.installed
 	$(call heading,Environment: what the tests need)
 	@$(PIP) --editable '.[test]'
+	@$(PIP) --upgrade --no-deps --target .venv/triton-oldest triton==3.6.0 # a test compiles every kernel with it, too
 	@touch $@
 
 # The runs, each by the recipe of its name. A file is the proof that its step is finished, and so the reason to skip it; `|` asks only
