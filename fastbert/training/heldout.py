@@ -32,12 +32,13 @@ def heldout_sums(losses: Losses, batch: PackedBatch, mask_id: int) -> Tensor:
     shown = batch.input_ids[batch.masked_positions] == mask_id
     paired = batch.next_sentence_labels >= 0
     parts = []
-    for values, hits in (
-        (losses.token_losses, losses.token_hits),
-        (losses.token_losses[shown], losses.token_hits[shown]),
-        (losses.pair_losses[paired], losses.pair_hits[paired]),
+    for values, hits, counted in (
+        (losses.token_losses, losses.token_hits, torch.ones_like(shown)),
+        (losses.token_losses, losses.token_hits, shown),
+        (losses.pair_losses, losses.pair_hits, paired),
     ):
-        parts += [values.double().sum(), hits.double().sum(), values.new_tensor(len(values), dtype=torch.float64)]
+        # Not `values[counted]`, whose size the host would wait for.
+        parts += [torch.where(counted, values.double(), 0.0).sum(), (hits & counted).sum().double(), counted.sum().double()]
     return torch.stack(parts)
 
 

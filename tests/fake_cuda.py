@@ -1,0 +1,132 @@
+"""The path of a step on CUDA tensors that hold no data: `python -m tests.fake_cuda`, in a process that does not interpret kernels.
+
+torch's fake tensors know their device, dtype and shape. An operation that mixes devices fails, and so does one that needs a value on the host (`.item()`,
+`.tolist()`, a mask as an index), which on a GPU would wait for the device. Launches go through `no_launch`, so kernels are compiled for them. A torch
+without CUDA lacks the device guard that fake tensors want, so it gets one that does nothing. Its autograd engine has no CUDA at all: the backward
+launchers of the kernels are called directly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from benchmarks.cases import Case, arguments
+from benchmarks.launches import HALF_A_TILE, MANY_TILES
+from benchmarks.no_launch import no_launch
+from fastbert.config import ModelConfig
+from fastbert.data.packing import PackedBatch
+from fastbert.model import BertForPreTraining
+from fastbert.training.heldout import heldout_sums
+from fastbert.objective import losses
+from fastbert_kernels.specs import SPECS
+from tests.random_batch import VOCAB, make_batch
+
+CUDA = torch.device("cuda", 0)
+RESULTS = {  # what the forward launcher of each operation returns, by the names that its backward launcher uses
+    "attention": ("out", "statistics"),
+    "mlm_loss": ("losses", "hits", "lse"),
+    "norm": ("y", "mean", "rstd"),
+    "gelu": ("y",),
+    "embedding": ("y", "mean", "rstd"),
+}
+
+
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+static c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
+static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
+"""
+
+
+def load_guard() -> None:
+    torch_folder = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
+        source.write_text(GUARD, encoding="utf-8")
+        flags = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-lc10"]
+        subprocess.run(["g++", str(source), *flags, "-o", str(library)], check=True)
+        ctypes.CDLL(str(library))
+
+
+def on_cuda(x: Any) -> Any:
+    """A fake CUDA tensor with the strides of x, whose address is aligned as an allocator would."""
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=CUDA) if torch.is_tensor(x) else x
+
+
+def launchers(operation: str, shape: dict, dtype: torch.dtype, p: float) -> None:
+    """Both launchers of an operation, as its operators call them."""
+    kernel = importlib.import_module(f"fastbert_kernels.{operation}.kernel")
+    real = arguments(Case(operation, "", shape, p), dtype, torch.device("cpu"))
+    given = {"eps": 1e-12, "scale": 0.125, "site": 0, "queries": None, **real}
+    with FakeTensorMode(), torch.no_grad():
+        given = {name: on_cuda(value) for name, value in given.items()}
+        results = call(kernel.forward, given)
+        named = dict(zip(RESULTS[operation], results if isinstance(results, tuple) else (results,), strict=True))
+        upstream = next(iter(inspect.signature(kernel.backward).parameters))
+        first = torch.empty((), device=CUDA) if operation == "mlm_loss" else torch.empty_like(named[RESULTS[operation][0]])
+        gradients = call(kernel.backward, {**given, **named, upstream: first})
+    for value in (*named.values(), *gradients):
+        assert value.device == CUDA, (operation, value.device)
+
+
+def call(launcher: Callable, given: dict[str, Any]) -> Any:
+    return launcher(**{name: given[name] for name in inspect.signature(launcher).parameters})
+
+
+def model(lengths: list[int], dtype: torch.dtype) -> None:
+    """Forward of a training step and of an evaluation, and the sums that are kept of each."""
+    config = ModelConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512, max_position_embeddings=512)
+    batch = make_batch(lengths)
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device(CUDA):
+            torch.set_default_dtype(dtype)
+            encoder = BertForPreTraining(config, VOCAB, "triton", "cuda")
+            torch.set_default_dtype(torch.float32)
+        batch: PackedBatch = dataclasses.replace(
+            batch, **{field.name: on_cuda(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
+        )
+        found = losses(encoder(batch))
+        assert found.loss.device == CUDA
+        assert heldout_sums(losses(encoder.eval()(batch)), batch, 4).device == CUDA
+        for state in encoder.hidden_states(batch):
+            assert state.device == CUDA
+            assert state.dtype == dtype
+
+
+def main() -> int:
+    load_guard()
+    FakeTensor.data_ptr = lambda self: (
+        0 if self.numel() == 0 else 4096 + self.storage_offset() * self.element_size()
+    )  # Triton asks whether it is aligned
+    with no_launch("sm_90") as seen:
+        for operation, dtype in ((o, d) for o in SPECS for d in (torch.bfloat16, torch.float32)):
+            for p in (0.0, 0.1) if SPECS[operation].dropout else (0.0,):
+                shapes = (
+                    SPECS[operation].shapes
+                    if operation != "attention"
+                    else [{"lengths": n, "H": 2, "K": 64, "R": R} for n in (HALF_A_TILE, MANY_TILES) for R in (0, 9)]
+                )
+                for shape in shapes[-2:] if operation != "attention" else shapes:
+                    launchers(operation, shape, dtype, p)
+    assert seen.launches
+    for lengths in (HALF_A_TILE, MANY_TILES):
+        for dtype in (torch.bfloat16, torch.float32):
+            model(lengths, dtype)
+    print(f"{len(seen.launches)} launches on fake CUDA tensors")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
