@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import importlib
 import inspect
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -28,8 +29,8 @@ from benchmarks.no_launch import no_launch
 from fastbert.config import ModelConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.model import BertForPreTraining
-from fastbert.training.heldout import heldout_sums
 from fastbert.objective import losses
+from fastbert.training.heldout import heldout_sums
 from fastbert_kernels.specs import SPECS
 from tests.random_batch import VOCAB, make_batch
 
@@ -110,15 +111,11 @@ def main() -> int:
     FakeTensor.data_ptr = lambda self: (
         0 if self.numel() == 0 else 4096 + self.storage_offset() * self.element_size()
     )  # Triton asks whether it is aligned
+    cut_and_whole = [{"lengths": lengths, "H": 2, "K": 64, "R": R} for lengths in (HALF_A_TILE, MANY_TILES) for R in (0, 9)]
     with no_launch("sm_90") as seen:
-        for operation, dtype in ((o, d) for o in SPECS for d in (torch.bfloat16, torch.float32)):
-            for p in (0.0, 0.1) if SPECS[operation].dropout else (0.0,):
-                shapes = (
-                    SPECS[operation].shapes
-                    if operation != "attention"
-                    else [{"lengths": n, "H": 2, "K": 64, "R": R} for n in (HALF_A_TILE, MANY_TILES) for R in (0, 9)]
-                )
-                for shape in shapes[-2:] if operation != "attention" else shapes:
+        for operation, spec in SPECS.items():
+            for shape in cut_and_whole if operation == "attention" else spec.shapes[-2:]:
+                for dtype, p in itertools.product((torch.bfloat16, torch.float32), (0.0, 0.1) if spec.dropout else (0.0,)):
                     launchers(operation, shape, dtype, p)
     assert seen.launches
     for lengths in (HALF_A_TILE, MANY_TILES):
