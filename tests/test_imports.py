@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "fastbert_kernels": set(),
     "fastbert.errors": set(),
     "fastbert.heap": set(),
+    "fastbert.child": set(),
     "fastbert.durable": set(),
     "fastbert.config": {"fastbert.errors"},
     # The data know neither the model nor the run; what is read while training knows nothing of how a store is made.
-    "fastbert.data": {"fastbert.config", "fastbert.durable", "fastbert.errors"},
+    "fastbert.data": {"fastbert.child", "fastbert.config", "fastbert.durable", "fastbert.errors"},
     "fastbert.objective": {"fastbert.config", "fastbert.data", "fastbert_kernels"},
     "fastbert.initial_weights": {"fastbert.config"},
     "fastbert.model": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert.initial_weights", "fastbert_kernels"},
@@ -54,7 +55,7 @@ MAY_IMPORT = {
         "fastbert.training.picture",
         "fastbert.weights",
     },
-    "fastbert.doctor": {"fastbert.config", "fastbert.errors", "fastbert.flops", "fastbert_kernels"},
+    "fastbert.doctor": {"fastbert.child", "fastbert.config", "fastbert.errors", "fastbert.flops", "fastbert_kernels"},
     "fastbert.memory": {"fastbert.config"},
     "fastbert.plan": {
         "fastbert.config",
