@@ -63,7 +63,13 @@ def test_doctor(hostile, script):
 
 
 def test_pretrain_in_bf16(hostile, script, small_store):
-    settings = [f"data={small_store.path}", "run=run", "runtime.precision=bf16", f"runtime.deepspeed={ROOT / 'ds_config.json'}", "stop.steps=1"]
+    settings = [
+        f"data={small_store.path}",
+        "run=run",
+        "runtime.precision=bf16",
+        f"runtime.deepspeed={ROOT / 'ds_config.json'}",
+        "stop.steps=1",
+    ]
     done = run(hostile, script, "pretrain", ROOT / "recipes/demo.toml", *settings)
     if done.returncode == 2 and "bf16" in done.stderr:  # a processor that cannot; the probe has found out, and nothing was run
         done.returncode = 0
