@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "fastbert.model",
         "fastbert.objective",
         "fastbert.training.checkpoint",
+        "fastbert.training.dataset",
         "fastbert.training.diagnosis",
         "fastbert.training.group",
         "fastbert.training.heldout",

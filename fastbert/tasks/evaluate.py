@@ -19,10 +19,11 @@ from torch import Tensor
 from fastbert.config import BatchConfig, RunConfig
 from fastbert.data import yardsticks
 from fastbert.data.batches import PackedBatch, heldout_batches
-from fastbert.data.store import Store, open_store
+from fastbert.data.store import Store
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import InputError
 from fastbert.tasks.pretrained import Pretrained
+from fastbert.training.dataset import open_verified
 from fastbert.training.group import Group
 from fastbert.weights import MLM, NSP
 
@@ -118,7 +119,7 @@ def evaluate(
     data = data or recipe.data
     if not data:
         raise InputError(f"{pretrained.path}: not a run, so it names no store; give one with --data")
-    store = open_store(data)
+    store = open_verified(data, group)
     _check_vocabulary(pretrained, store)
     if NSP not in pretrained.heads:
         recipe = replace(recipe, objective=replace(recipe.objective, kind="mlm"))
