@@ -31,6 +31,8 @@ def open_verified(path: str | Path, group: Group | None = None) -> Store:
         while more:
             more, end = False, time.monotonic() + round_s
             with group.same_fate() if group else nullcontext():
+                if group:
+                    group.heed()
                 for done, total in work if group is None or group.local_rank == 0 else ():
                     if group:
                         group.heed()
