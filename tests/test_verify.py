@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -66,7 +67,7 @@ def numbers(kind: str, place: int, value: int) -> Callable[[bytes], bytes]:
 def test_offsets_are_taken_or_not_as_by_their_definition(offsets, place, value, piece):
     total = offsets[-1]
     offsets[place % len(offsets)] = value
-    valid = offsets[0] == 0 and offsets[-1] == total and all(a < b for a, b in zip(offsets, offsets[1:], strict=False))
+    valid = offsets[0] == 0 and offsets[-1] == total and all(a < b for a, b in itertools.pairwise(offsets))
     look, array = offsets_to(total, len(offsets)), np.array(offsets, "<i8")
     found = [look(array[i : i + piece]) for i in range(0, len(array), piece)]
     assert (found == [None] * len(found)) == valid
@@ -166,8 +167,9 @@ def test_a_note_serves_a_day_and_its_owner_and_one_manifest(copy, settled, monke
     assert pieces(copy) > 0 and pieces(copy) == 0
     shutil.copytree(copy, copy.parent / "again")
     assert pieces(copy.parent / "again") > 0
-    monkeypatch.setattr(os, "geteuid", lambda me=os.geteuid(): me + 1)  # whoever that is, the note is not his
-    note.rename(note.with_name(f".verified-{os.geteuid()}"))
+    other = os.geteuid() + 1  # whoever that is, the note is not theirs
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    note.rename(note.with_name(f".verified-{other}"))
     assert pieces(copy) > 0
 
 
@@ -207,7 +209,12 @@ def a_yardstick(path: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(
     "damage, words",
-    [(a_bit, f"{TOKENS}: its SHA-256"), (an_id, f"{TOKENS}: holds the token id 16,457"), (an_offset, SENTENCES), (a_yardstick, "yardsticks")],
+    [
+        (a_bit, f"{TOKENS}: its SHA-256"),
+        (an_id, f"{TOKENS}: holds the token id 16,457"),
+        (an_offset, SENTENCES),
+        (a_yardstick, "yardsticks"),
+    ],
 )
 def test_a_damaged_dataset_is_refused_at_the_start(lab, copy, world, damage, words):
     """By all ranks in the same words, of which one process shows them; the run folder is not made, and a model is not measured."""
