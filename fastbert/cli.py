@@ -365,7 +365,7 @@ def finetune(
         rows.append(("accuracy of the most frequent label", f"{result.majority:.4f}", ""))
     _print_table(f"{evaluation}: {len(test):,} examples{spread}", ("", "mean" if spread else "", "std" if spread else ""), rows)
     if out is not None:
-        print(f"{out}: BertForSequenceClassification" + (", confusion.png" if result.labels else ""))
+        print(f"{out}: BertForSequenceClassification" + (", confusion.png" if (out / "confusion.png").exists() else ""))
 
 
 @app.command(epilog="Example: fastbert report runs/base")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ CLIP = 1.0
 EVALUATION_BATCH = 64
 MAX_LENGTH = 128
 SCORE_COLUMN = "score"  # of a layout whose labels are numbers: STS-B
+
+
+class PictureWarning(UserWarning):
+    """A picture could not be drawn."""
 
 
 @dataclass(frozen=True)
@@ -408,5 +413,6 @@ def _save(out: str | Path, model: Classifier, pretrained: Pretrained, task: _Tas
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
         )
-        if task.labels:
-            scores.draw_confusion(table, labels, folder / "confusion.png")
+    # When the model is safe: a picture may fail.
+    if task.labels and (problem := scores.draw_confusion(table, labels, Path(out) / "confusion.png")) is not None:
+        warnings.warn(f"{problem}; the model is saved all the same", PictureWarning, stacklevel=3)
