@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "fastbert.errors": set(),
     "fastbert.heap": set(),
     "fastbert.child": set(),
+    "fastbert.strict_json": set(),
     "fastbert.durable": set(),
     "fastbert.config": {"fastbert.errors"},
     # The data know neither the model nor the run; what is read while training knows nothing of how a store is made.
@@ -39,6 +40,7 @@ MAY_IMPORT = {
         "fastbert.heap",
         "fastbert.model",
         "fastbert.objective",
+        "fastbert.strict_json",
     },
     "fastbert.tasks": {
         "fastbert.config",

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -179,7 +179,7 @@ class Store:
             raise InputError(f'{file}: not an object of numbers, "unigram" among them; {AGAIN}')
         return values
 
-    def verify(self) -> Iterator[tuple[int, int]]:
+    def verify(self) -> Generator[tuple[int, int]]:
         """Check every byte of the store, and yield now and then how many are done, and how many there are; see verify.py.
 
         Raises:

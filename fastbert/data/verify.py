@@ -13,7 +13,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def offsets_to(total: int, count: int) -> Look:
     return look
 
 
-def verify_files(folder: Path, identity: str, claims: Sequence[Claim]) -> Iterator[tuple[int, int]]:
+def verify_files(folder: Path, identity: str, claims: Sequence[Claim]) -> Generator[tuple[int, int]]:
     """Check every file; yields bytes done and in all every REPORT_S or so, and nothing where all was checked within a day.
 
     Files are read on several threads, about 1.5 GB/s each. What was verified is noted in the folder, for this user alone, if it may be

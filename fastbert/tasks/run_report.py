@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fastbert.data.store import open_store
-from fastbert.errors import InputError
+from fastbert.errors import Diverged, InputError
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
 from fastbert.tasks.load import load
 from fastbert.tasks.pretrained import MASK, Pretrained
@@ -96,7 +96,7 @@ def _results(run: Path, sequences: int | None) -> tuple[Pretrained | None, Evalu
     try:
         pretrained = load(run, "cpu")
         return pretrained, evaluate(pretrained, sequences=sequences), ""
-    except InputError as error:
+    except (Diverged, InputError) as error:
         return None, None, str(error)
 
 

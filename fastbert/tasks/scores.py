@@ -44,6 +44,7 @@ def matthews(answers: np.ndarray, truth: np.ndarray) -> float:
 
 def pearson(answers: np.ndarray, truth: np.ndarray) -> float:
     """Of numbers, float [N]; 0 where either does not vary."""
+    answers, truth = answers.astype(np.float64), truth.astype(np.float64)  # squares of large numbers do not fit fp32
     a, b = answers - answers.mean(), truth - truth.mean()
     spread = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / spread) if spread > 0 else 0.0
@@ -115,4 +116,4 @@ def _most_frequent(table: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray
     places[kept] = np.arange(SHOWN)
     small = np.zeros((SHOWN + 1, SHOWN + 1), table.dtype)
     np.add.at(small, (places[:, None], places[None, :]), table)
-    return small, [*(labels[i] for i in kept), f"{len(labels) - SHOWN:,} others"]
+    return small, [*(labels[int(i)] for i in kept), f"{len(labels) - SHOWN:,} others"]

@@ -52,7 +52,9 @@ class LossHistory:
     def add(self, record: Mapping[str, Any]) -> None:
         """Take an object of metrics.jsonl; events other than evaluations are passed over."""
         if record.get("event") == "evaluate":
-            self._evaluations = [e for e in self._evaluations if e["step"] < record["step"]] + [dict(record)]
+            losses = {key: record.get(key) for key in ("loss_mlm", "loss_mask_token", "loss_nsp")}
+            drawn = {"step": record["step"], **{key: math.nan if value is None else value for key, value in losses.items()}}
+            self._evaluations = [e for e in self._evaluations if e["step"] < record["step"]] + [drawn]
         elif "event" not in record:
             steps = self._steps["step"]
             while steps and steps[-1] >= record["step"]:
