@@ -130,6 +130,14 @@ def write(name: str, text: str) -> Callable[[Path], None]:
     return damage
 
 
+def more_tokens(path: Path) -> None:
+    """A vocabulary that the tokenizer does not have; a model that does, has embeddings for its own tokens alone."""
+    words = (path / "tokenizer/vocab.txt").read_text(encoding="utf-8")
+    write("tokenizer/vocab.txt", words + "".join(f"more{i}\n" for i in range(4000)))(path)
+    edit(lambda manifest: manifest.update(vocab_size=5000))(path)
+    forge("heldout/shard-00000.tokens", put(3, 4999), "<u2")(path)
+
+
 def put(place: int, value: int) -> Callable[[np.ndarray], object]:
     return lambda numbers: numbers.__setitem__(place, value)
 
@@ -198,6 +206,8 @@ TRAIN = "train/shard-00000."
         (forge(f"{TRAIN}sentences", lambda numbers: numbers.__setitem__(5, numbers[4])), ["train/shard-00000.sentences: offset number 5"]),
         (forge("heldout/shard-00000.documents", put(1, 1 << 40)), ["heldout/shard-00000.documents: offset number 1"]),
         (write("tokenizer/vocab.txt", "[PAD]\n"), ["vocab.txt: 1 tokens, the manifest says 1,000"]),
+        (edit(lambda manifest: manifest["special"].update(mask=3, sep=4)), ["tokenizer", "sep=3, mask=4", "sep=4, mask=3"]),
+        (more_tokens, ["tokenizer: 1,000 tokens, the manifest says 5,000"]),
         (write("yardsticks.json", "[1]"), ["yardsticks.json", '"unigram"', "fastbert prepare"]),
         (write("yardsticks.json", '{"left_bigram": 1.0}'), ["yardsticks.json", '"unigram"']),
         (write("yardsticks.json", '{"unigram": "words"}'), ["yardsticks.json", '"unigram"']),

@@ -6,6 +6,7 @@
                         shard-00000.sentences   int64 [sentences + 1], token offsets within the shard
                         shard-00000.documents   int64 [documents + 1], sentence offsets within the shard
     DIR/yardsticks.json  DIR/report.json  DIR/report.md
+    DIR/.verified-UID            not part of it: when this user has verified it last; see verify.py
 
 Numbers are little-endian. Every document has a sentence and every sentence a token; a document never crosses a shard.
 """
@@ -185,8 +186,20 @@ class Store:
         Raises:
             InputError: a file that is damaged or changed, or holds numbers that no dataset can have.
         """
-        yield from verify_files(self.path, self.sha256, self._claims())
-        assert self.yardsticks and len(self.continues_word)  # they raise what is wrong with them
+        if (yield from verify_files(self.path, self.sha256, self._claims())):
+            self._check_tokenizer()
+        for _ in (self.yardsticks, self.continues_word):  # they raise what is wrong with them
+            pass
+
+    def _check_tokenizer(self) -> None:
+        """Its ids must be those that the manifest speaks of: a model has as many embeddings as it has tokens."""
+        from fastbert.data.tokenizer import load_tokenizer, special_ids
+
+        tokenizer = load_tokenizer(self.tokenizer_dir)
+        if (size := tokenizer.get_vocab_size()) != self.vocab_size:
+            raise InputError(f"{self.tokenizer_dir}: {size:,} tokens, the manifest says {self.vocab_size:,}; {AGAIN}")
+        if (special := special_ids(tokenizer, self.tokenizer_dir)) != self.special:
+            raise InputError(f"{self.tokenizer_dir}: {special}, the manifest says {self.special}; {AGAIN}")
 
     def _claims(self) -> list[Claim]:
         """What the manifest says of its files."""

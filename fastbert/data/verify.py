@@ -74,8 +74,8 @@ def offsets_to(total: int, count: int) -> Look:
     return look
 
 
-def verify_files(folder: Path, identity: str, claims: Sequence[Claim]) -> Generator[tuple[int, int]]:
-    """Check every file; yields bytes done and in all every REPORT_S or so, and nothing where all was checked within a day.
+def verify_files(folder: Path, identity: str, claims: Sequence[Claim]) -> Generator[tuple[int, int], None, bool]:
+    """Check every file; yields bytes done and bytes in all every REPORT_S or so, and nothing where all was checked within a day.
 
     Files are read on several threads, about 1.5 GB/s each. What was verified is noted in the folder, for this user alone, if it may be
     written to: names, sizes, times and inodes, which a file cannot keep when it is written to.
@@ -83,13 +83,16 @@ def verify_files(folder: Path, identity: str, claims: Sequence[Claim]) -> Genera
     Args:
         identity: of the manifest; a note belongs to one manifest.
 
+    Returns:
+        Whether the files were read.
+
     Raises:
         InputError: a file that cannot be read or is not as claimed.
     """
     began, facts = time.monotonic(), _facts(folder, identity, claims)
     note = folder / f".verified-{os.geteuid()}"
     if _noted(note, facts):
-        return
+        return False
     progress, total = _Progress(), sum(claim.size for claim in claims)
     with ThreadPoolExecutor(min(THREADS, _cores(), len(claims))) as pool:
         try:
@@ -104,6 +107,7 @@ def verify_files(folder: Path, identity: str, claims: Sequence[Claim]) -> Genera
             progress.over = True
             pool.shutdown(cancel_futures=True)
     _note(note, facts, folder, claims, time.monotonic() - began)
+    return True
 
 
 class _Progress:

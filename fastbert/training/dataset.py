@@ -22,7 +22,8 @@ def open_verified(path: str | Path, group: Group | None = None) -> Store:
         Interrupted: a signal came meanwhile, to any rank.
         RankLost: another rank did not come along.
     """
-    with group.same_fate() if group else nullcontext():
+    fate, heed = (group.same_fate, group.heed) if group else (nullcontext, lambda: None)
+    with fate():
         store = open_store(path, verify=False)
     # It may take longer than the ranks are willing to wait for each other, so they meet every now and then.
     round_s = group.timeout_s / 4 if group else math.inf
@@ -30,12 +31,10 @@ def open_verified(path: str | Path, group: Group | None = None) -> Store:
     with closing(store.verify()) as work:
         while more:
             more, end = False, time.monotonic() + round_s
-            with group.same_fate() if group else nullcontext():
-                if group:
-                    group.heed()
+            with fate():
+                heed()
                 for done, total in work if group is None or group.local_rank == 0 else ():
-                    if group:
-                        group.heed()
+                    heed()
                     now = time.monotonic()
                     if now > said + LINE_EVERY_S and (group is None or group.speaks):
                         said = now
