@@ -19,6 +19,7 @@ from fastbert.tasks.run_report import report
 from fastbert.training import checkpoint
 from fastbert.training.metrics import MetricsFile, read_metrics
 from fastbert.training.picture import LossHistory
+from tests.ranks import Ranks
 
 HUGE = 3e38  # finite, though no sum of two such numbers is
 VALUES = "bert.encoder.layer.1.attention.self.value.weight"
@@ -121,6 +122,15 @@ def test_a_model_that_gives_no_finite_numbers_has_diverged(folder, small_store, 
     spoil_all(folder / "model.safetensors", "bert.encoder.layer.1.output.LayerNorm.bias", HUGE)
     line = refused(verbs(folder, tmp_path, small_store.path)[verb], 1, tmp_path, capsys)
     assert "diverged" in line
+
+
+def test_ranks_that_evaluate_such_a_model_end_alike(folder, small_store, tmp_path):
+    spoil_all(folder / "model.safetensors", "bert.embeddings.word_embeddings.weight", HUGE)
+    command = ["evaluate", str(folder), "--data", str(small_store.path), "--sequences", "8"]
+    with Ranks(command, tmp_path / "ranks", 2) as ranks:
+        assert ranks.wait() == [1, 1], ranks.errors
+        (line,) = ranks.errors.splitlines()
+    assert line == f"fastbert: {folder}: the held-out loss is nan: the model has diverged; take another one"
 
 
 # Fine-tuning
