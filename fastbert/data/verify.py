@@ -77,7 +77,7 @@ def offsets_to(total: int, count: int) -> Look:
 def verify_files(folder: Path, identity: str, claims: Sequence[Claim]) -> Generator[tuple[int, int], None, bool]:
     """Check every file; yields bytes done and bytes in all every REPORT_S or so, and nothing where all was checked within a day.
 
-    Files are read on several threads, about 1.5 GB/s each. What was verified is noted in the folder, for this user alone, if it may be
+    Files are read on several threads, about 1 GB/s each. What was verified is noted in the folder, for this user alone, if it may be
     written to: names, sizes, times and inodes, which a file cannot keep when it is written to.
 
     Args:

@@ -10,7 +10,7 @@ import dataclasses
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,7 +143,7 @@ class _Task:
         """int64 or float32 [N]."""
         model.eval()
         logits = torch.cat([model(pack).cpu() for pack, _ in data.in_order(EVALUATION_BATCH)])
-        _check_finite(self, "the evaluation", **{"an answer": logits})
+        _check_finite(self, "the evaluation", {"an answer": logits})
         return (logits.argmax(-1) if self.labels else logits[:, 0]).numpy()
 
 
@@ -237,11 +237,11 @@ def _train(
             optimizer.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
-            _check_finite(task, f"seed {seed}, epoch {epoch}", **{"the loss": loss, "the gradient": norm})
+            _check_finite(task, f"seed {seed}, epoch {epoch}", {"the loss": loss, "the gradient": norm})
             optimizer.step()
             schedule.step()
             total += loss.item() * len(rows)
-        _check_finite(task, f"seed {seed}, epoch {epoch}", **{f"the weight {name}": tensor for name, tensor in model.named_parameters()})
+        _check_finite(task, f"seed {seed}, epoch {epoch}", {f"the weight {name}": tensor for name, tensor in model.named_parameters()})
         done.append(Epoch(seed, epoch, total / len(data), task.measure(model, watched)[task.metric]))
         report(done[-1])
         best = max(done, key=lambda e: e.score)  # the first of equals
@@ -252,7 +252,7 @@ def _train(
     return done, kept
 
 
-def _check_finite(task: _Task, where: str, **values: Tensor) -> None:
+def _check_finite(task: _Task, where: str, values: Mapping[str, Tensor]) -> None:
     """Raise Diverged where one of these is not finite."""
     for name, value in values.items():
         if not value.isfinite().all():
