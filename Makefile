@@ -42,7 +42,7 @@ library: runs/library/export/config.json ## the same with all the prose that pac
 test: .venv/.installed-test ## every test, on all cores
 	@$(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-torture: .venv/.installed-test ## 200 kills, 500 flipped bits, lost nodes: runs must go on with the same losses; takes an hour
+torture: .venv/.installed-test ## 200 kills, 1,000 flipped bits, lost nodes: runs must resume with the same losses; takes an hour
 	@$(BIN)/python -m tests.torture
 
 check: .venv/.installed-test ## lint, format and types only

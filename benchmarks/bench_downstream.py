@@ -232,7 +232,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         ax.set_title(title, color=INK, fontsize=10, loc="left")
         ax.set_xlabel("labelled examples", color=MUTED)
     axes[0][0].set_ylabel("accuracy on the test, %", color=MUTED)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=9)
+    legend = figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=9
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a side is called by its folder's name
     save(figure, path)
 
 

@@ -1,7 +1,8 @@
 """The command line: `fastbert VERB ...`.
 
 Every verb imports its work when it is called, so that `--help` and a wrong argument answer at once. Bad input is one line on stderr
-and exit code 2; what a verb prints with --json is one JSON object on stdout, and nothing else goes there.
+and exit code 2, a model that gives numbers that are not finite one line and exit code 1; what a verb prints with --json is one JSON
+object on stdout, and nothing else goes there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import dataclasses
 import errno
 import faulthandler
-import json
 import math
 import os
 import sys
@@ -21,8 +21,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fastbert import __version__
-from fastbert.errors import InputError
+from fastbert import __version__, strict_json
+from fastbert.errors import Diverged, InputError
 from fastbert.heap import keep_heap
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -69,6 +69,8 @@ def run(arguments: Sequence[str]) -> int:
         return result if isinstance(result, int) else DONE
     except InputError as error:
         return _say(error, BAD_INPUT)
+    except Diverged as error:
+        return _say(error, FAILED)
     except OSError as error:
         if error.errno not in SYSTEM_ERRORS:
             raise
@@ -365,7 +367,7 @@ def finetune(
         rows.append(("accuracy of the most frequent label", f"{result.majority:.4f}", ""))
     _print_table(f"{evaluation}: {len(test):,} examples{spread}", ("", "mean" if spread else "", "std" if spread else ""), rows)
     if out is not None:
-        print(f"{out}: BertForSequenceClassification" + (", confusion.png" if result.labels else ""))
+        print(f"{out}: BertForSequenceClassification" + (", confusion.png" if (out / "confusion.png").exists() else ""))
 
 
 @app.command(epilog="Example: fastbert report runs/base")
@@ -467,16 +469,7 @@ def _show_warning(
 
 
 def _print_json(value: Any) -> None:
-    """NaN becomes null: JSON has no NaN."""
-
-    def clean(v: Any) -> Any:
-        if isinstance(v, dict):
-            return {k: clean(x) for k, x in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [clean(x) for x in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-
-    print(json.dumps(clean(value), ensure_ascii=False, indent=2))
+    print(strict_json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

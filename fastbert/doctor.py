@@ -12,12 +12,13 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastbert import child
 
 if TYPE_CHECKING:
     import torch
@@ -132,17 +133,13 @@ def probe_bf16() -> Bf16Probe:
         return Bf16Probe(True, False, "the processor has no bf16 instructions")
     import torch
 
-    root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    command = [sys.executable, "-c", "from fastbert.doctor import print_rates; print_rates()"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = child.command("from fastbert.doctor import print_rates; print_rates()")
     try:
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return Bf16Probe(False, False, f"the probe gave no answer in {PROBE_TIMEOUT_S} s")
-    return judge_bf16(child.returncode, child.stdout, child.stderr)
+    return judge_bf16(ended.returncode, ended.stdout, ended.stderr)
 
 
 def print_rates() -> None:

@@ -1,8 +1,10 @@
-"""Files that must survive a power cut, and be known again: waiting for the disk, and SHA-256."""
+"""Files that must survive a power cut, and be known again: waiting for the disk, SHA-256, and manifests that hold their own."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def sync(path: Path) -> None:
@@ -21,3 +23,22 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """JSON of a manifest with its own SHA-256 as the last entry, `sha256`."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1).encode() + b"\n"
+
+
+def unsealed(data: bytes) -> dict[str, Any] | None:
+    """The manifest that `sealed` wrote, or None where any bit of it is another now.
+
+    Compared byte by byte: JSON has two ways to write some letters and numbers, and a flipped bit may choose the other.
+
+    Raises:
+        ValueError, TypeError, KeyError, RecursionError: not a JSON object that has a `sha256`.
+    """
+    manifest = json.loads(data)
+    del manifest["sha256"]
+    return manifest if sealed(manifest) == data else None

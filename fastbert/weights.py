@@ -173,6 +173,18 @@ def from_hugging_face(
     return result
 
 
+def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
+    """Raise InputError with the first weight that holds NaN or infinity; `source` is what the message calls the file or folder."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.numel():
+            # Smallest and largest: one pass without a temporary, and NaN comes through.
+            low, high = tensor.float().aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise InputError(
+                    f"{source}: {name} holds numbers that are not finite (NaN or infinity): the model has diverged; take another"
+                )
+
+
 def _canonical(name: str) -> str:
     """The name as transformers writes it today."""
     if name.startswith(("embeddings.", "encoder.", "pooler.")):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
 import fastbert
 from fastbert.errors import InputError
-from fastbert.tasks.finetune import Epoch, Settings, Spread, finetune
+from fastbert.tasks.finetune import Epoch, PictureWarning, Settings, Spread, finetune
 from fastbert.tasks.labelled import read_examples
+from tests.ranks import ROOT, environment
 
 SUBJECTS = ["list", "name", "class", "module", "value"]
 
@@ -213,3 +217,47 @@ def test_the_saved_folder_is_plain_json_and_safetensors(folder, files: tuple[Pat
     finetune(fastbert.load(folder), *files, tmp_path / "out", Settings(epochs=1))
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"] and config["problem_type"] == "single_label_classification"
+
+
+MANY = """
+import resource, sys
+from fastbert.tasks.finetune import Settings, finetune
+from fastbert.tasks.load import load
+
+resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, 6 << 30))  # so that a fault does not take the machine's memory
+folder, file, out = sys.argv[1:]
+finetune(load(folder, "cpu"), file, file, out, Settings(epochs=1, max_length=8))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_many_classes_need_little_more_memory_than_few(folder, tmp_path):
+    """The picture of 200 classes took over 9 GB, before the model was saved; it may take no more than the whole of a run with three."""
+    peaks = []
+    for classes in (3, 200, 600):
+        file, out = tmp_path / f"{classes}.csv", tmp_path / str(classes)
+        file.write_text("text,label\n" + "".join(f"the list {i},label {i}\n" for i in range(classes)))
+        command = [sys.executable, "-c", MANY, str(folder), str(file), str(out)]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (out / "confusion.png").exists() and len(json.loads((out / "config.json").read_text())["id2label"]) == classes
+        peaks.append(int(done.stdout))
+    print(peaks)
+    assert max(peaks) < 2 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("label", [r"$\frac{$", "$5 or $6", "a\nb", "\ud800"])
+def test_no_label_costs_the_model(folder, tmp_path, label):
+    """The last one, half a character, cannot be drawn."""
+    file = tmp_path / "x.jsonl"
+    rows = [{"text": f"the {word}", "label": label if i % 2 else "b"} for i, word in enumerate(SUBJECTS)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", PictureWarning)
+        finetune(fastbert.load(folder), file, file, tmp_path / "out", Settings(epochs=1))
+    assert BertForSequenceClassification.from_pretrained(tmp_path / "out").config.id2label == dict(enumerate(sorted({label, "b"})))
+    drawn = (tmp_path / "out/confusion.png").exists()
+    assert drawn == (label != "\ud800")
+    messages = [str(warning.message) for warning in said if warning.category is PictureWarning]
+    assert drawn == (messages == []) and all("the model is saved all the same" in message for message in messages)
+    assert sorted(path.name for path in (tmp_path / "out").glob(".*")) == []

@@ -19,10 +19,12 @@ MAY_IMPORT = {
     "fastbert_kernels": set(),
     "fastbert.errors": set(),
     "fastbert.heap": set(),
+    "fastbert.child": set(),
+    "fastbert.strict_json": set(),
     "fastbert.durable": set(),
     "fastbert.config": {"fastbert.errors"},
     # The data know neither the model nor the run; what is read while training knows nothing of how a store is made.
-    "fastbert.data": {"fastbert.config", "fastbert.durable", "fastbert.errors"},
+    "fastbert.data": {"fastbert.child", "fastbert.config", "fastbert.durable", "fastbert.errors"},
     "fastbert.objective": {"fastbert.config", "fastbert.data", "fastbert_kernels"},
     "fastbert.initial_weights": {"fastbert.config"},
     "fastbert.model": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert.initial_weights", "fastbert_kernels"},
@@ -38,6 +40,7 @@ MAY_IMPORT = {
         "fastbert.heap",
         "fastbert.model",
         "fastbert.objective",
+        "fastbert.strict_json",
     },
     "fastbert.tasks": {
         "fastbert.config",
@@ -46,6 +49,7 @@ MAY_IMPORT = {
         "fastbert.model",
         "fastbert.objective",
         "fastbert.training.checkpoint",
+        "fastbert.training.dataset",
         "fastbert.training.diagnosis",
         "fastbert.training.group",
         "fastbert.training.heldout",
@@ -54,7 +58,7 @@ MAY_IMPORT = {
         "fastbert.training.picture",
         "fastbert.weights",
     },
-    "fastbert.doctor": {"fastbert.config", "fastbert.errors", "fastbert.flops", "fastbert_kernels"},
+    "fastbert.doctor": {"fastbert.child", "fastbert.config", "fastbert.errors", "fastbert.flops", "fastbert_kernels"},
     "fastbert.memory": {"fastbert.config"},
     "fastbert.plan": {
         "fastbert.config",

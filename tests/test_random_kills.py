@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastbert.training import checkpoint
-from tests.trials import Laboratory, flip, flips, kills, wait_for
+from tests.trials import Laboratory, dataset_flips, flip, flips, kills, wait_for
 
 SEED = 1
 
@@ -42,6 +42,12 @@ def test_rank_0_dies_as_the_run_begins(lab):
 
 def test_one_flipped_bit_anywhere(lab):
     tally = flips(lab, 10, SEED)
+    print(tally)
+    assert tally.sound and tally.tried == 10, str(tally)
+
+
+def test_one_flipped_bit_anywhere_in_a_dataset(lab):
+    tally = dataset_flips(lab, 10, SEED)
     print(tally)
     assert tally.sound and tally.tried == 10, str(tally)
 

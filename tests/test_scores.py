@@ -43,3 +43,25 @@ def test_answers_that_are_all_alike_correlate_with_nothing():
 def test_the_picture_of_a_table(tmp_path):
     scores.draw_confusion(np.array([[3, 1], [0, 0]]), ["a label with a very long name indeed", "b"], tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_classes_are_counted_together(tmp_path):
+    """Beyond 30 classes the most frequent ones keep their rows and columns, and nothing is lost of the others."""
+    draw = np.random.default_rng(0)
+    table, labels = draw.integers(0, 9, (75, 75)), [f"c{i}" for i in range(75)]
+    table[40] += 100
+    small, names = scores._most_frequent(table, labels)
+    assert small.shape == (31, 31) and names[-1] == "45 others" and small.sum() == table.sum()
+    kept = [int(name[1:]) for name in names[:-1]]
+    assert kept == sorted(kept) and 40 in kept and min(table.sum(1)[kept]) >= max(np.delete(table.sum(1), kept))
+    rest = np.setdiff1d(np.arange(75), kept)
+    assert np.array_equal(small[:-1, :-1], table[np.ix_(kept, kept)])
+    assert np.array_equal(small[-1, :-1], table[np.ix_(rest, kept)].sum(0))
+    assert np.array_equal(small[:-1, -1], table[np.ix_(kept, rest)].sum(1))
+    assert scores.draw_confusion(table, labels, tmp_path / "x.png") is None
+
+
+@pytest.mark.parametrize("classes, texts", [(30, 900), (31, 0)])
+def test_cells_have_numbers_while_there_is_room(classes, texts):
+    figure = scores._confusion_figure(np.ones((classes, classes), np.int64), [f"c{i}" for i in range(classes)])
+    assert len(figure.axes[0].texts) == texts

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastbert.data.store import ShardWriter, Split, Store, open_store, token_dtype
+from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
 
 documents_of_sentences = st.lists(
@@ -96,14 +97,49 @@ def test_store(small_store: Store) -> None:
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Damage that is a change of the manifest."""
+    """Damage that is a change of the manifest, its own SHA-256 made anew."""
 
     def damage(path: Path) -> None:
         manifest = json.loads((path / "manifest.json").read_text())
+        del manifest["sha256"]
         change(manifest)
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        (path / "manifest.json").write_bytes(sealed(manifest))
 
     return damage
+
+
+def forge(name: str, change: Callable[[np.ndarray], object], dtype: str = "<i8") -> Callable[[Path], None]:
+    """Damage by somebody who makes every SHA-256 anew: a change of the numbers in a file."""
+
+    def damage(path: Path) -> None:
+        numbers = np.fromfile(path / name, dtype)
+        change(numbers)
+        numbers.tofile(path / name)
+        edit(lambda manifest: manifest["files"][name].update(sha256=sha256_of(path / name)))(path)
+
+    return damage
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    """The same for a whole file of text."""
+
+    def damage(path: Path) -> None:
+        (path / name).write_text(text, encoding="utf-8")
+        edit(lambda manifest: manifest["files"][name].update(sha256=sha256_of(path / name), size=len(text.encode())))(path)
+
+    return damage
+
+
+def more_tokens(path: Path) -> None:
+    """A vocabulary that the tokenizer does not have; a model that does, has embeddings for its own tokens alone."""
+    words = (path / "tokenizer/vocab.txt").read_text(encoding="utf-8")
+    write("tokenizer/vocab.txt", words + "".join(f"more{i}\n" for i in range(4000)))(path)
+    edit(lambda manifest: manifest.update(vocab_size=5000))(path)
+    forge("heldout/shard-00000.tokens", put(3, 4999), "<u2")(path)
+
+
+def put(place: int, value: int) -> Callable[[np.ndarray], object]:
+    return lambda numbers: numbers.__setitem__(place, value)
 
 
 def cut(name: str) -> Callable[[Path], None]:
@@ -113,10 +149,16 @@ def cut(name: str) -> Callable[[Path], None]:
     return damage
 
 
-def flip(path: Path) -> None:
-    data = bytearray((path / "train/shard-00000.tokens").read_bytes())
-    data[100] ^= 1
-    (path / "train/shard-00000.tokens").write_bytes(data)
+def flip(name: str, byte: int = 100) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = bytearray((path / name).read_bytes())
+        data[byte] ^= 1
+        (path / name).write_bytes(data)
+
+    return damage
+
+
+TRAIN = "train/shard-00000."
 
 
 @pytest.mark.parametrize(
@@ -127,7 +169,7 @@ def flip(path: Path) -> None:
         (lambda path: (path / "manifest.json").write_text('{"format": 1'), ["not the manifest"]),
         (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"), ["not the manifest"]),
         (lambda path: (path / "manifest.json").write_text("[]"), ["not the manifest"]),
-        (edit(lambda manifest: manifest.update(format=2)), ["format = 2", "reads format 1"]),
+        (edit(lambda manifest: manifest.update(format=1)), ["format = 1", "reads format 2", "fastbert prepare"]),
         (edit(lambda manifest: manifest.pop("splits")), ["a part is missing", "splits"]),
         (edit(lambda manifest: manifest["special"].update(mask=1000)), ["special ids"]),
         (edit(lambda manifest: manifest.update(vocab_size=True)), ["vocab_size"]),
@@ -139,7 +181,38 @@ def flip(path: Path) -> None:
         (lambda path: (path / "heldout/shard-00000.sentences").unlink(), ["shard-00000.sentences", "cannot be read"]),
         (cut("train/shard-00000.tokens"), ["shard-00000.tokens", "cut short"]),
         (cut("tokenizer/vocab.txt"), ["vocab.txt", "cut short"]),
-        (flip, ["shard-00000.tokens", "SHA-256"]),
+        (flip(f"{TRAIN}tokens"), ["train/shard-00000.tokens", "SHA-256", "copy it again", "fastbert prepare"]),
+        (flip(f"{TRAIN}sentences"), ["train/shard-00000.sentences", "SHA-256"]),
+        (flip("heldout/shard-00000.documents"), ["heldout/shard-00000.documents", "SHA-256"]),
+        (flip("tokenizer/tokenizer.json"), ["tokenizer/tokenizer.json", "SHA-256"]),
+        (flip("yardsticks.json", 5), ["yardsticks.json", "SHA-256"]),
+        (flip("manifest.json", -5), ["manifest.json", "its own SHA-256"]),
+        # Whoever changes a file may change its SHA-256 too.
+        (forge(f"{TRAIN}tokens", put(7, 1000), "<u2"), ["train/shard-00000.tokens: holds the token id 1,000", "has 1,000 tokens"]),
+        (forge(f"{TRAIN}tokens", put(-1, 16457), "<u2"), ["train/shard-00000.tokens: holds the token id 16,457"]),
+        (forge("heldout/shard-00000.tokens", put(0, 65535), "<u2"), ["heldout/shard-00000.tokens: holds the token id 65,535"]),
+        (forge(f"{TRAIN}sentences", put(0, 1)), ["train/shard-00000.sentences: offset number 0 is 1;"]),
+        (forge(f"{TRAIN}sentences", put(5, 0)), ["offset number 5 is 0; they must rise from 0 to"]),
+        (forge(f"{TRAIN}sentences", put(5, 1 << 40)), ["offset number 5 is 1,099,511,627,776"]),
+        (forge(f"{TRAIN}sentences", put(5, -(1 << 63))), ["offset number 5 is -9,223,372,036,854,775,808"]),
+        (
+            forge(f"{TRAIN}sentences", lambda numbers: numbers.__setitem__(-1, numbers[-1] + 1)),
+            ["train/shard-00000.sentences: offset number"],
+        ),
+        (
+            forge(f"{TRAIN}sentences", lambda numbers: numbers.__setitem__(-1, numbers[-1] - 1)),
+            ["train/shard-00000.sentences: offset number"],
+        ),
+        (forge(f"{TRAIN}sentences", lambda numbers: numbers.__setitem__(5, numbers[4])), ["train/shard-00000.sentences: offset number 5"]),
+        (forge("heldout/shard-00000.documents", put(1, 1 << 40)), ["heldout/shard-00000.documents: offset number 1"]),
+        (write("tokenizer/vocab.txt", "[PAD]\n"), ["vocab.txt: 1 tokens, the manifest says 1,000"]),
+        (edit(lambda manifest: manifest["special"].update(mask=3, sep=4)), ["tokenizer", "sep=3, mask=4", "sep=4, mask=3"]),
+        (more_tokens, ["tokenizer: 1,000 tokens, the manifest says 5,000"]),
+        (write("yardsticks.json", "[1]"), ["yardsticks.json", '"unigram"', "fastbert prepare"]),
+        (write("yardsticks.json", '{"left_bigram": 1.0}'), ["yardsticks.json", '"unigram"']),
+        (write("yardsticks.json", '{"unigram": "words"}'), ["yardsticks.json", '"unigram"']),
+        (write("yardsticks.json", '{"unigram": NaN}'), ["yardsticks.json", '"unigram"']),
+        (write("yardsticks.json", "not JSON"), ["yardsticks.json", '"unigram"']),
     ],
 )
 def test_broken_store(small_store: Store, tmp_path: Path, damage: Callable[[Path], Any], words: list[str]) -> None:
@@ -165,6 +238,7 @@ json_values = st.recursive(
 def test_rubbish_in_the_manifest(small_store: Store, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Any value of the manifest is replaced by another; the store opens or says why not."""
     manifest = json.loads((small_store.path / "manifest.json").read_text())
+    del manifest["sha256"]
     place: Any = manifest
     while True:
         key = data.draw(st.sampled_from(sorted(place))) if isinstance(place, dict) else data.draw(st.integers(0, len(place) - 1))
@@ -175,7 +249,7 @@ def test_rubbish_in_the_manifest(small_store: Store, tmp_path_factory: pytest.Te
     path = tmp_path_factory.mktemp("rubbish")
     for name in ("train", "heldout", "tokenizer", "yardsticks.json", "report.json", "report.md"):
         (path / name).symlink_to(small_store.path / name)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_bytes(sealed(manifest))
     try:
         open_store(path).split("train")
     except InputError as error:

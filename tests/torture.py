@@ -1,7 +1,7 @@
 """`python -m tests.torture`: the trials of the tests, hundreds of times. Prints a line on each run that has ended, and at last one with the counts.
 
-    python -m tests.torture                                         200 kills, 500 flipped bits, every crash point, 12 lost nodes
-    python -m tests.torture --kills 1000 --flips 0 --crashes 0 --nodes 0 --seed 7
+    python -m tests.torture          200 kills, 500 flipped bits of checkpoints and 500 of datasets, every crash point, 12 lost nodes
+    python -m tests.torture --kills 1000 --flips 0 --dataset-flips 0 --crashes 0 --nodes 0 --seed 7
     python -m tests.torture --record docs/reliability.md            writes what it found, with the commit, where the page has a place for it
 
 The seed makes the choices: which rank, which bit, after how many steps. When exactly a signal hits is up to the machine, so a run that failed
@@ -28,7 +28,19 @@ from benchmarks.record import table
 from fastbert.training.failpoint import POINTS
 from tests.namespaces import Node, Nodes, Process, why_not
 from tests.ranks import ROOT, environment
-from tests.trials import BESIDE_A_DAMAGED_ONE, ON_EVERY_RANK, Laboratory, Tally, Trial, crashes, flips, kills, lines_so_far, wait_for
+from tests.trials import (
+    BESIDE_A_DAMAGED_ONE,
+    ON_EVERY_RANK,
+    Laboratory,
+    Tally,
+    Trial,
+    crashes,
+    dataset_flips,
+    flips,
+    kills,
+    lines_so_far,
+    wait_for,
+)
 
 NODE_TIMEOUT_S = 8  # runtime.timeout_s: how long a node that is cut off goes unnoticed
 QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=5"  # torchrun's own patience, in seconds
@@ -43,6 +55,7 @@ def main() -> int:
     for name, default, what in (
         ("kills", 200, "kill -9 of one rank or of all, at random moments"),
         ("flips", 500, "one bit of the newest checkpoint, at random places"),
+        ("dataset-flips", 500, "one bit of the dataset, at random places"),
         ("crashes", 1, "rounds of kill -9 at every point of a save"),
         ("nodes", 12, "one of two nodes cut off or killed, at random moments"),
         ("seed", 1, "of all random choices"),
@@ -61,6 +74,7 @@ def main() -> int:
         folder, make_store(folder), options.width, lambda line: print(f"{time.monotonic() - began:6.0f} s  {line}", flush=True)
     )
     found = {"kill -9": kills(lab, options.kills, options.seed), "flipped bits": flips(lab, options.flips, options.seed)}
+    found["flipped bits of a dataset"] = dataset_flips(lab, options.dataset_flips, options.seed)
     found["crash points"] = Tally()
     for _ in range(options.crashes):
         for rank, points in enumerate(([p for p in POINTS if p not in BESIDE_A_DAMAGED_ONE], ON_EVERY_RANK)):

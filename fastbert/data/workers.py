@@ -6,11 +6,9 @@ tokenizer do not survive, or imports the user's script again, which then must be
 
 from __future__ import annotations
 
-import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -18,13 +16,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, TypeVar
 
+from fastbert import child
 from fastbert.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _END = object()
-_WORKER = "import sys; from multiprocessing.connection import Connection; from fastbert.data.workers import serve; serve(Connection(int(sys.argv[1])))"
+_WORKER = "from multiprocessing.connection import Connection; from fastbert.data.workers import serve; serve(Connection(int(sys.argv[1])))"
 
 
 def map_in_order(
@@ -95,9 +94,8 @@ def _start(pool: list[_Worker], count: int) -> None:
     try:
         for _ in range(count):
             ours, theirs = Pipe()
-            command = [sys.executable, "-c", _WORKER, str(theirs.fileno())]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+            command = child.command(_WORKER, str(theirs.fileno()))
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
             theirs.close()
             pool.append(_Worker(process, ours, deque()))
     finally:

@@ -19,10 +19,11 @@ from torch import Tensor
 from fastbert.config import BatchConfig, RunConfig
 from fastbert.data import yardsticks
 from fastbert.data.batches import PackedBatch, heldout_batches
-from fastbert.data.store import Store, open_store
+from fastbert.data.store import Store
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
-from fastbert.errors import InputError
+from fastbert.errors import Diverged, InputError
 from fastbert.tasks.pretrained import Pretrained
+from fastbert.training.dataset import open_verified
 from fastbert.training.group import Group
 from fastbert.weights import MLM, NSP
 
@@ -111,6 +112,7 @@ def evaluate(
 
     Raises:
         InputError: no store named, a store that is missing or broken or made with another vocabulary, a model without an MLM head.
+        Diverged: the loss is not finite.
     """
     if MLM not in pretrained.heads:
         raise InputError(f"{pretrained.path}: no weights of an MLM head; there is no loss to measure")
@@ -118,7 +120,7 @@ def evaluate(
     data = data or recipe.data
     if not data:
         raise InputError(f"{pretrained.path}: not a run, so it names no store; give one with --data")
-    store = open_store(data)
+    store = open_verified(data, group)
     _check_vocabulary(pretrained, store)
     if NSP not in pretrained.heads:
         recipe = replace(recipe, objective=replace(recipe.objective, kind="mlm"))
@@ -128,7 +130,10 @@ def evaluate(
     sums = classes.sums(pretrained, mine)
     if group:
         sums = group.sum(sums.to(group.device)).cpu()
-    return classes.evaluation(sums, batches)
+    found = classes.evaluation(sums, batches)
+    if not math.isfinite(found.loss):
+        raise Diverged(f"{pretrained.path}: the held-out loss is {found.loss}: the model has diverged; take another one")
+    return found
 
 
 class _Classes:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.data.packing import PackedBatch, pack_texts
-from fastbert.errors import InputError
+from fastbert.errors import Diverged, InputError
 from fastbert.tasks import scores
 from fastbert.tasks.hugging_face import check_new, new_folder, write_folder
 from fastbert.tasks.labelled import Examples, read_examples
@@ -29,8 +30,13 @@ WARMUP = 0.1  # of the steps; then linear to zero
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
 EVALUATION_BATCH = 64
+LARGEST_LR = 1e30  # the optimizer multiplies by it in fp32, which ends at 3.4e38
 MAX_LENGTH = 128
 SCORE_COLUMN = "score"  # of a layout whose labels are numbers: STS-B
+
+
+class PictureWarning(UserWarning):
+    """A picture could not be drawn."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,7 @@ class _Task:
         """int64 or float32 [N]."""
         model.eval()
         logits = torch.cat([model(pack).cpu() for pack, _ in data.in_order(EVALUATION_BATCH)])
+        _check_finite(self, "the evaluation", {"an answer": logits})
         return (logits.argmax(-1) if self.labels else logits[:, 0]).numpy()
 
 
@@ -160,6 +167,7 @@ def finetune(
 
     Raises:
         InputError: a setting out of range, a file that is missing or wrong (with its lines), labels that do not fit, `out` taken.
+        Diverged: a loss, a gradient, a weight or an answer is not finite; nothing is saved.
     """
     settings = settings or Settings()
     max_length = _check(settings, pretrained)
@@ -228,10 +236,12 @@ def _train(
             loss = task.loss(model(pack), target)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
+            norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
+            _check_finite(task, f"seed {seed}, epoch {epoch}", {"the loss": loss, "the gradient": norm})
             optimizer.step()
             schedule.step()
             total += loss.item() * len(rows)
+        _check_finite(task, f"seed {seed}, epoch {epoch}", {f"the weight {name}": tensor for name, tensor in model.named_parameters()})
         done.append(Epoch(seed, epoch, total / len(data), task.measure(model, watched)[task.metric]))
         report(done[-1])
         best = max(done, key=lambda e: e.score)  # the first of equals
@@ -242,12 +252,22 @@ def _train(
     return done, kept
 
 
+def _check_finite(task: _Task, where: str, values: Mapping[str, Tensor]) -> None:
+    """Raise Diverged where one of these is not finite."""
+    for name, value in values.items():
+        if not value.isfinite().all():
+            labels = "" if task.labels else ", or labels that are smaller numbers"
+            raise Diverged(f"the training has diverged: {name} is not finite in {where}; nothing is saved; try a lower --lr{labels}")
+
+
 def _check(settings: Settings, pretrained: Pretrained) -> int:
     """The length of an example; raises InputError for a setting that is out of range."""
     longest, layers = pretrained.config.max_position_embeddings, pretrained.config.num_hidden_layers
     s = settings
-    if s.epochs < 1 or s.batch < 1 or s.lr <= 0 or s.seeds < 1:
-        raise InputError(f"--epochs {s.epochs} --batch {s.batch} --lr {s.lr} --seeds {s.seeds}: all must be above 0")
+    if s.epochs < 1 or s.batch < 1 or not 0 < s.lr <= LARGEST_LR or s.seeds < 1:
+        raise InputError(
+            f"--epochs {s.epochs} --batch {s.batch} --lr {s.lr} --seeds {s.seeds}: all must be above 0, and --lr {LARGEST_LR:g} at most"
+        )
     if s.patience is not None and (s.patience < 1 or not 0 < s.heldout < 1):
         raise InputError(f"--patience {s.patience} --heldout {s.heldout}: epochs, 1 or more, and a share between 0 and 1")
     if not 0 < s.layer_decay <= 1:
@@ -408,5 +428,6 @@ def _save(out: str | Path, model: Classifier, pretrained: Pretrained, task: _Tas
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
         )
-        if task.labels:
-            scores.draw_confusion(table, labels, folder / "confusion.png")
+    # When the model is safe: a picture may fail.
+    if task.labels and (problem := scores.draw_confusion(table, labels, Path(out) / "confusion.png")) is not None:
+        warnings.warn(f"{problem}; the model is saved all the same", PictureWarning, stacklevel=3)

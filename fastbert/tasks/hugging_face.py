@@ -18,7 +18,7 @@ from torch import Tensor
 from fastbert.config import ModelConfig
 from fastbert.data.tokenizer import save_tokenizer, special_ids
 from fastbert.errors import InputError
-from fastbert.weights import SEGMENTS, THEIR_DECODER, from_hugging_face
+from fastbert.weights import SEGMENTS, THEIR_DECODER, check_finite, from_hugging_face
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -68,7 +68,7 @@ def read_weights(folder: Path, config: ModelConfig, vocab_size: int, tied: bool)
     """The weights by our names, fp32.
 
     Raises:
-        InputError: no safetensors file, one that cannot be read, or weights that are not those of `config`.
+        InputError: no safetensors file, one that cannot be read, or weights that are not finite, or not those of `config`.
     """
     file, index = folder / WEIGHTS, folder / INDEX
     if file.is_file():
@@ -88,9 +88,11 @@ def read_weights(folder: Path, config: ModelConfig, vocab_size: int, tied: bool)
 
 def _load(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        weights = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read as safetensors ({error}); download or export it again") from None
+    check_finite(weights, file)
+    return weights
 
 
 def _shards(index: Path) -> list[str]:

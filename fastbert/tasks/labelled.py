@@ -14,6 +14,7 @@ from fastbert.errors import InputError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 SHOWN = 5  # bad rows that the message quotes
+LARGEST = 1e15  # of labels that are numbers: the squares of a batch's errors are added up in fp32, which ends at 3.4e38
 
 
 class Columns(NamedTuple):
@@ -65,7 +66,10 @@ class Examples:
         for label, line in zip(self.labels, self.lines, strict=True):
             try:
                 values.append(float(label))
-                bad += [] if math.isfinite(values[-1]) else [f"line {line}: {label!r} is no finite number"]
+                if not math.isfinite(values[-1]):
+                    bad.append(f"line {line}: {label!r} is no finite number")
+                elif abs(values[-1]) > LARGEST:
+                    bad.append(f"line {line}: {self.columns.label} {label!r} is beyond {LARGEST:g}, too large to train on")
             except ValueError:
                 bad.append(f"line {line}: {self.columns.label} {label!r} is no number")
         _refuse(self.file, bad)

@@ -19,7 +19,7 @@ from fastbert.tasks import hugging_face
 from fastbert.tasks.pretrained import Pretrained
 from fastbert.training import checkpoint
 from fastbert.training.initial import Initial
-from fastbert.weights import DECODER, MLM, NSP, heads, shapes
+from fastbert.weights import DECODER, MLM, NSP, check_finite, heads, shapes
 
 
 class CheckpointWarning(UserWarning):
@@ -117,6 +117,7 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> _Parts:
     wrong = [name for name in weights.keys() | wanted.keys() if name not in weights or tuple(weights[name].shape) != wanted.get(name)]
     if wrong:
         raise InputError(f"{found.path}: {min(wrong)} is missing or does not have the shape that the recipe in {checkpoint.MANIFEST} gives")
+    check_finite(weights, found.path)
     tokenizer_path = found.path.resolve().parents[1] / "tokenizer"
     if not tokenizer_path.is_dir():
         raise InputError(f"{tokenizer_path}: no such folder; use a checkpoint where its run wrote it, beside the run's tokenizer")

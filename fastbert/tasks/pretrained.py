@@ -20,7 +20,7 @@ from torch import Tensor
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.data.store import SpecialIds
-from fastbert.errors import InputError
+from fastbert.errors import Diverged, InputError
 from fastbert.model import BertForPreTraining
 from fastbert.weights import MLM, NSP
 
@@ -69,6 +69,7 @@ class Pretrained:
 
         Raises:
             InputError: an unknown pool, a layer that is not there, a single string in place of a list.
+            Diverged: the model gives vectors that are not finite; so do the other methods.
         """
         count = self.config.num_hidden_layers + 1
         layers = [layer] if isinstance(layer, int) else list(layer)
@@ -85,7 +86,7 @@ class Pretrained:
                 vectors = hidden[batch.cu_seqlens[:-1].long()]
             else:
                 vectors = torch.segment_reduce(hidden, pool, lengths=batch.cu_seqlens.diff().long())
-            result[chosen] = (torch.nn.functional.normalize(vectors) if normalize else vectors).cpu().numpy()
+            result[chosen] = self._finite(torch.nn.functional.normalize(vectors) if normalize else vectors).cpu().numpy()
         return result
 
     def hidden_states(self, texts: Sequence[str]) -> list[list[np.ndarray]]:
@@ -93,7 +94,7 @@ class Pretrained:
         result: list[list[np.ndarray]] = [[] for _ in texts]
         for chosen, batch in self._packs(self._ids(texts)):
             for state in self._hidden(batch):
-                parts = np.split(state.float().cpu().numpy(), batch.cu_seqlens[1:-1].cpu().numpy())
+                parts = np.split(self._finite(state.float()).cpu().numpy(), batch.cu_seqlens[1:-1].cpu().numpy())
                 for i, part in zip(chosen, parts, strict=True):
                     result[i].append(part)
         return result
@@ -119,7 +120,7 @@ class Pretrained:
         with torch.inference_mode():
             logits = self.model.token_logits(self._hidden(batch)[-1][batch.input_ids == self.special.mask])
             # Rows past the tokenizer's vocabulary (some models pad theirs) stand for no token.
-            best = logits[:, : self.tokenizer.get_vocab_size()].float().softmax(-1).topk(k)
+            best = self._finite(logits[:, : self.tokenizer.get_vocab_size()].float()).softmax(-1).topk(k)
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [[(self.tokenizer.id_to_token(i) or "", p) for i, p in zip(*row, strict=True)] for row in rows]
 
@@ -138,7 +139,7 @@ class Pretrained:
         batch = self._batch([a], [b])
         with torch.inference_mode():
             logits = self.model.pair_logits(self._hidden(batch)[-1][:1])
-        return float(logits.float().softmax(-1)[0, 0])
+        return float(self._finite(logits.float()).softmax(-1)[0, 0])
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if isinstance(texts, str):
@@ -170,6 +171,13 @@ class Pretrained:
     @torch.inference_mode()
     def _hidden(self, batch: PackedBatch) -> list[Tensor]:
         return self.model.hidden_states(batch)
+
+    def _finite(self, values: Tensor) -> Tensor:
+        if not values.isfinite().all():
+            raise Diverged(
+                f"{self.path}: the model gives numbers that are not finite, as after a training that has diverged; take another one"
+            )
+        return values
 
     def _need(self, head: str) -> None:
         if head not in self.heads:

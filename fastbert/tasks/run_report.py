@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fastbert.data.store import open_store
-from fastbert.errors import InputError
+from fastbert.errors import Diverged, InputError
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
 from fastbert.tasks.load import load
 from fastbert.tasks.pretrained import MASK, Pretrained
@@ -96,7 +96,7 @@ def _results(run: Path, sequences: int | None) -> tuple[Pretrained | None, Evalu
     try:
         pretrained = load(run, "cpu")
         return pretrained, evaluate(pretrained, sequences=sequences), ""
-    except InputError as error:
+    except (Diverged, InputError) as error:
         return None, None, str(error)
 
 
@@ -245,7 +245,7 @@ def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
     if pretrained.recipe is None:
         return []
     try:
-        store = open_store(pretrained.recipe.data)
+        store = open_store(pretrained.recipe.data, verify=False)  # the evaluation has just done so
     except InputError:
         return []
     split, tokenizer = store.split("heldout"), pretrained.tokenizer

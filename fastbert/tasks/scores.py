@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from fastbert.training.picture import INK, write_picture
+
+SHOWN = 30  # classes of the picture
 
 
 def accuracy(answers: np.ndarray, truth: np.ndarray) -> float:
@@ -39,6 +44,7 @@ def matthews(answers: np.ndarray, truth: np.ndarray) -> float:
 
 def pearson(answers: np.ndarray, truth: np.ndarray) -> float:
     """Of numbers, float [N]; 0 where either does not vary."""
+    answers, truth = answers.astype(np.float64), truth.astype(np.float64)  # squares of large numbers do not fit fp32
     a, b = answers - answers.mean(), truth - truth.mean()
     spread = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / spread) if spread > 0 else 0.0
@@ -60,23 +66,54 @@ OF_CLASSES: dict[str, Score] = {"accuracy": accuracy, "f1": f1, "matthews": matt
 OF_NUMBERS: dict[str, Score] = {"spearman": spearman, "pearson": pearson}
 
 
-def draw_confusion(table: np.ndarray, labels: Sequence[str], path: Path) -> None:
-    """A picture of the table: rows are what is true, columns what was answered, shades the share of a row."""
+def draw_confusion(table: np.ndarray, labels: Sequence[str], path: Path) -> str | None:
+    """A picture of the table: rows are what is true, columns what was answered, shades the share of a row.
+
+    Of more than SHOWN classes the most frequent ones are drawn, and the rest as one, by shades alone: the time and the memory that a picture
+    takes grow with the square of the classes.
+
+    Returns:
+        Why it could not be drawn, in a line, or None.
+    """
+    return write_picture(path, lambda: _confusion_figure(table, labels))
+
+
+def _confusion_figure(table: np.ndarray, labels: Sequence[str]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    size = 2.0 + 0.55 * len(labels)
+    whole, classes = len(labels) <= SHOWN, len(labels)
+    if not whole:
+        table, labels = _most_frequent(table, labels)
+    size = 2.0 + (0.55 if whole else 0.3) * len(labels)
     figure = Figure(figsize=(size + 1.2, size), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(table):
-        ax.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, color="white" if shares[row, column] > 0.6 else "#1f2430")
+    picture = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if whole:
+        for (row, column), count in np.ndenumerate(table):
+            shade = "white" if shares[row, column] > 0.6 else INK
+            ax.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, color=shade).set_in_layout(False)
+    else:
+        figure.colorbar(picture, label="share of the row", shrink=0.5)
+        ax.set_title(f"the {SHOWN} most frequent of {classes:,} classes", loc="left", color=INK, fontsize=10)
     names = [label if len(label) <= 24 else label[:23] + "…" for label in labels]
-    ax.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
-    ax.set_yticks(range(len(names)), names, fontsize=8)
+    places = range(len(names))
+    # The labels are the user's: "$" in them begins no formula.
+    ax.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False)
+    ax.set_yticks(places, names, fontsize=8, parse_math=False)
     ax.set(xlabel="answered", ylabel="true")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    figure.savefig(path)
+    return figure
+
+
+def _most_frequent(table: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """The table of the SHOWN most frequent classes, in their order, and of all others together."""
+    kept = np.sort(np.argsort(-table.sum(1), kind="stable")[:SHOWN])
+    places = np.full(len(labels), SHOWN)
+    places[kept] = np.arange(SHOWN)
+    small = np.zeros((SHOWN + 1, SHOWN + 1), table.dtype)
+    np.add.at(small, (places[:, None], places[None, :]), table)
+    return small, [*(labels[int(i)] for i in kept), f"{len(labels) - SHOWN:,} others"]

@@ -10,7 +10,7 @@ import ipaddress
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -44,14 +44,18 @@ class Group:
         store: a table for small things, under keys that no other attempt uses. What may block: see `Patience`.
         holds_store: the store lives in this process, and ends with it.
         store_name: how messages call the store's holder.
+        interruption: what notes signals, where somebody does.
+        tick: tells the Watch that looks after the group, if one does, that this process goes on, and at what.
     """
 
     device = torch.device("cpu")
+    interruption: Interruption | None = None
 
     def __init__(self, seat: Seat, members: Sequence[Member], store: dist.Store, patience: Patience):
         self.rank, self.world, self.local_rank = seat.rank, seat.world, seat.local_rank
         self.members, self.store, self.holds_store = list(members), store, seat.holds_store
         self.store_name = f"torchrun's store at {seat.where}" if seat.agent_store else f"{self.name(0)} at {seat.where}"
+        self.tick: Callable[[str], None] = lambda what: None
         self._patience, self._meetings = patience, 0
         self._variables: list[str] = []  # of the environment, that `join` has set for torch and DeepSpeed
 
@@ -72,6 +76,11 @@ class Group:
                 f"{self.name(self.rank)} has met the others, but cannot connect to all of them: {describe(error)}; "
                 f"look at GLOO_SOCKET_IFNAME = {os.environ.get('GLOO_SOCKET_IFNAME')} and at the firewall between the machines"
             ) from error
+
+    @property
+    def timeout_s(self) -> float:
+        """How long the ranks wait for each other."""
+        return self._patience.timeout_s
 
     @property
     def speaks(self) -> bool:
@@ -110,6 +119,11 @@ class Group:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def heed(self) -> None:
+        """Raises Interrupted where a signal has asked this process to end; for `same_fate`, which tells the others."""
+        if self.interruption is not None and self.interruption.asked:
+            raise Interrupted(self.interruption.asked)
 
     def set_default(self, name: str, value: str) -> None:
         """Give an environment variable a value for as long as the group lasts, unless it has one."""
@@ -233,9 +247,9 @@ def meet_others(timeout_s: float, interruption: Interruption | None = None) -> G
     else:
         meeting = patience.run(lambda: meet(seat, patience), f"rank 0 at {seat.where}", interruption)
         group, address = Group(seat, meeting.members, meeting.room, patience), meeting.address
+    group.interruption = interruption
     with group.same_fate():
-        if interruption is not None and interruption.asked:
-            raise Interrupted(interruption.asked)
+        group.heed()
         group.device = _device(seat)
     _check_alike(group)
     _share_cores(seat, group.device)

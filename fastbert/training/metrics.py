@@ -1,6 +1,7 @@
 """metrics.jsonl: one JSON object a line, an optimizer step or an event; it is only ever appended to.
 
-A step has exactly the keys STEP_KEYS; what counts is that step's own. An event has "event" instead of a loss. Floats round-trip. After a
+A step has exactly the keys STEP_KEYS; what counts is that step's own. An event has "event" instead of a loss. Floats round-trip; NaN and
+infinity, which JSON does not have, are null. After a
 resume the file goes on; steps that the run had made after its checkpoint appear once more, with the same values.
 """
 
@@ -11,6 +12,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from fastbert import strict_json
 
 STEP_KEYS = (
     "step",  # optimizer steps done, this one counted
@@ -45,7 +48,7 @@ class MetricsFile:
         self._file = open(path, "ab", buffering=0)  # unbuffered: one write is one line, and a full disk shows at once
 
     def write(self, record: dict[str, Any]) -> None:
-        line = (json.dumps(record) + "\n").encode()
+        line = (strict_json.dumps(record) + "\n").encode()
         written = self._file.write(line)
         if written != len(line):  # the disk took a part; the rest will say why not
             self._file.write(line[written:])

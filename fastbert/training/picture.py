@@ -1,19 +1,45 @@
-"""loss.png: the losses of a run against the corpus's yardsticks."""
+"""loss.png: the losses of a run against the corpus's yardsticks; and how any picture is written."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import warnings
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastbert.training.diagnosis import NAMES
 
+log = logging.getLogger("fastbert")
+
 POINTS = 150  # of the smoothed line: blocks of steps, each drawn as its mean
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 TRAIN, HELDOUT, MASKED, NSP = "#93b4e8", "#1d4ed8", "#d97706", "#7c3aed"
+
+
+def write_picture(path: Path, draw: Callable[[], Any]) -> str | None:
+    """Write the figure that `draw` makes as a PNG, under another name first so that a viewer never reads half of it.
+
+    Nothing is raised, whatever fails, since no picture is worth a run or a model.
+
+    Returns:
+        One line on what went wrong, or None.
+    """
+    partial = path.with_name(f".{path.name}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that the font does not have: they are drawn as boxes
+            draw().savefig(partial, format="png")
+        os.replace(partial, path)
+    except Exception as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        return f"{path} could not be drawn: " + " ".join(f"{type(error).__name__}: {error}".split())
+    return None
 
 
 class LossHistory:
@@ -26,7 +52,9 @@ class LossHistory:
     def add(self, record: Mapping[str, Any]) -> None:
         """Take an object of metrics.jsonl; events other than evaluations are passed over."""
         if record.get("event") == "evaluate":
-            self._evaluations = [e for e in self._evaluations if e["step"] < record["step"]] + [dict(record)]
+            losses = {key: record.get(key) for key in ("loss_mlm", "loss_mask_token", "loss_nsp")}
+            drawn = {"step": record["step"], **{key: math.nan if value is None else value for key, value in losses.items()}}
+            self._evaluations = [e for e in self._evaluations if e["step"] < record["step"]] + [drawn]
         elif "event" not in record:
             steps = self._steps["step"]
             while steps and steps[-1] >= record["step"]:
@@ -40,7 +68,11 @@ class LossHistory:
             self.add(record)
 
     def draw(self, path: Path, title: str, yardsticks: Mapping[str, float]) -> None:
-        """Write the picture, under another name first so that a viewer never reads half of it."""
+        """Write the picture; where that fails the log says why."""
+        if (problem := write_picture(path, lambda: self._figure(title, yardsticks))) is not None:
+            log.warning(problem)
+
+    def _figure(self, title: str, yardsticks: Mapping[str, float]) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.9 s: at the first picture, not at the start
         from matplotlib.figure import Figure
 
@@ -51,7 +83,8 @@ class LossHistory:
         self._draw_mlm(axes[0], yardsticks)
         if pairs:
             self._draw_nsp(axes[1])
-        axes[0].set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold")
+        # The name of the run is the user's: "$" in it begins no formula.
+        axes[0].set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", parse_math=False)
         axes[-1].set_xlabel("optimizer steps", color=MUTED)
         last = max([*self._steps["step"][-1:], *(e["step"] for e in self._evaluations[-1:])], default=1)
         axes[0].set_xlim(0, last)
@@ -61,9 +94,7 @@ class LossHistory:
             ax.tick_params(colors=MUTED, length=0)
             ax.grid(axis="y", color=GRID, linewidth=0.6)
             ax.set_axisbelow(True)
-        partial = path.with_name(f".{path.name}")
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
+        return figure
 
     def _draw_mlm(self, ax: Any, yardsticks: Mapping[str, float]) -> None:
         ax.plot(*self._smooth("loss_mlm"), color=TRAIN, linewidth=1.6, label="training batches")

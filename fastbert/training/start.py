@@ -18,11 +18,12 @@ from torch import Tensor
 
 from fastbert.config import RunConfig, dump_config, load_config, parse_config
 from fastbert.data.batches import Batches, PackedBatch, heldout_batches
-from fastbert.data.store import Store, open_store
+from fastbert.data.store import Store
 from fastbert.errors import InputError
 from fastbert.model import BertForPreTraining
 from fastbert.training import checkpoint
 from fastbert.training.checkpoint import Checkpoint
+from fastbert.training.dataset import open_verified
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
 from fastbert.training.group import Group
@@ -132,8 +133,10 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group, read: Rea
     with group.same_fate():
         if config.init is not None:
             config, initial = _start_from(config, recipe, resume, read)
-        store, settings = open_store(config.data), read_ds_config(config, recipe)
+        settings = read_ds_config(config, recipe)
         check_settings(settings)
+    store = open_verified(config.data, group)
+    with group.same_fate():
         batches, heldout = Batches(store, config), heldout_batches(store, config, config.evaluate.sequences)
         batches.check(group.world)
         precision, why = resolve_precision(config.runtime.precision, group.device, recipe)

@@ -75,6 +75,7 @@ class Watch:
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Watch:
+        self._group.tick = self.tick
         if self._group.world > 1:
             store = dist.PrefixStore("watch", self._group.store)
             # Connections of their own: a call that waits on one keeps all others on it waiting.

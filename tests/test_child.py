@@ -1,0 +1,104 @@
+"""A folder that holds a `random.py`, a `json.py`, a `numpy.py`: none of them is run, whatever fastbert starts in that folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastbert import child
+from tests.ranks import ROOT, environment
+
+OTHERS = ("numpy", "torch", "tokenizers", "pyarrow", "rich", "typer", "psutil", "deepspeed", "triton", "matplotlib", "fastbert", "kernels")
+# What Python itself imports for -m, before it comes to fastbert, depends on its version; these are never among it.
+LATER = ("random", "json", "numpy", "struct", "torch", "queue", "subprocess", "socket", "csv", "multiprocessing", "typer", "rich")
+
+
+@pytest.fixture
+def hostile(tmp_path) -> Path:
+    """A folder with a module for every name that a program may import; each leaves its name in the file `ran` beside it."""
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for name in {*sys.stdlib_module_names, *OTHERS}:
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name + ' '!r})\n")
+    return folder
+
+
+@pytest.fixture
+def script(tmp_path) -> Path:
+    """What pip installs as `fastbert`."""
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin/fastbert"
+    script.write_text("import sys\nfrom fastbert.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
+    return script
+
+
+def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def check(done: subprocess.CompletedProcess[str], hostile: Path) -> None:
+    ran = hostile.parent / "ran"
+    assert not ran.exists(), f"ran: {ran.read_text()}\n{done.stderr}"
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_folder_is_hostile(hostile):
+    """Or the tests below show nothing."""
+    assert run(hostile, "-c", "import random, json, numpy").returncode == 0
+    assert {"random", "json", "numpy"} <= set((hostile.parent / "ran").read_text().split())
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_prepare(hostile, script, english_jsonl, workers):
+    done = run(hostile, script, "prepare", english_jsonl, "--out", hostile.parent / "store", "--vocab-size", "500", "--workers", workers)
+    check(done, hostile)
+
+
+def test_doctor(hostile, script):
+    check(run(hostile, script, "doctor"), hostile)
+
+
+def test_pretrain_in_bf16(hostile, script, small_store):
+    settings = [
+        f"data={small_store.path}",
+        "run=run",
+        "runtime.precision=bf16",
+        f"runtime.deepspeed={ROOT / 'ds_config.json'}",
+        "stop.steps=1",
+    ]
+    done = run(hostile, script, "pretrain", ROOT / "recipes/demo.toml", *settings)
+    if done.returncode == 2 and "bf16" in done.stderr:  # a processor that cannot; the probe has found out, and nothing was run
+        done.returncode = 0
+    check(done, hostile)
+
+
+def test_as_a_module(tmp_path, english_jsonl):
+    """`python -m fastbert`, as torchrun and deepspeed start it: Python puts the current folder first, and fastbert takes it off again."""
+    for name in LATER:
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the current folder')\n")
+    done = run(tmp_path, "-m", "fastbert", "prepare", english_jsonl, "--out", "store", "--vocab-size", "500", "--workers", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_child_imports_what_this_process_imports(hostile, monkeypatch):
+    """Also where an empty entry of the search path means the current folder, as in a notebook or behind a stray colon in PYTHONPATH."""
+    extra = hostile.parent / "extra folder 'quoted'"
+    extra.mkdir()
+    (extra / "only_here.py").write_text("found = True\n")
+    monkeypatch.setattr(sys, "path", ["", *sys.path, str(extra), ""])
+    code = "import json, random, numpy, only_here, fastbert; print(json.dumps([sys.path, sys.argv[1:]]))"
+    done = subprocess.run(child.command(code, "a", "b c"), cwd=hostile, capture_output=True, text=True)
+    check(done, hostile)
+    path, arguments = json.loads(done.stdout)
+    assert path == [*filter(None, sys.path), str(ROOT)] and arguments == ["a", "b c"]
+
+
+def test_a_child_finds_fastbert_where_this_process_found_it(tmp_path, monkeypatch):
+    """Through the empty entry alone, in a clone that is not installed."""
+    monkeypatch.setattr(sys, "path", ["", *(entry for entry in sys.path if Path(entry).resolve() != ROOT)])
+    done = subprocess.run(child.command("import fastbert; print(fastbert.__file__)"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(ROOT / "fastbert/__init__.py")

@@ -1,0 +1,216 @@
+"""NaN and infinity are an error of every verb: weights that hold them are bad input, a model that gives them has diverged; never exit code 0."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_bert import make_hugging_face_folder, make_run
+
+from fastbert.cli import run as command_line
+from fastbert.durable import sha256_of
+from fastbert.strict_json import dumps
+from fastbert.tasks.run_report import report
+from fastbert.training import checkpoint
+from fastbert.training.metrics import MetricsFile, read_metrics
+from fastbert.training.picture import LossHistory
+from tests.ranks import Ranks
+
+HUGE = 3e38  # finite, though no sum of two such numbers is
+VALUES = "bert.encoder.layer.1.attention.self.value.weight"
+
+
+@pytest.fixture(scope="module")
+def sound(small_store, tmp_path_factory) -> Path:
+    return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_store.tokenizer_dir)
+
+
+@pytest.fixture
+def folder(sound, small_store, tmp_path) -> Path:
+    """A copy that a test may spoil; and what the verbs read."""
+    (tmp_path / "texts.txt").write_text("the list\nthe name of the module\n")
+    (tmp_path / "x.csv").write_text("text,label\n" + "".join(f"the list {i},{i % 2}\n" for i in range(12)))
+    return make_hugging_face_folder(tmp_path / "hf", small_store.tokenizer_dir)
+
+
+def spoil(file: Path, name: str, value: float) -> None:
+    weights = load_file(file)
+    weights[name].view(-1)[-1] = value
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def spoil_all(file: Path, name: str, value: float) -> None:
+    weights = load_file(file)
+    weights[name] = torch.full_like(weights[name], value)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def verbs(model: Path, files: Path, data: Path) -> dict[str, list[str]]:
+    return {
+        "fill": ["fill", str(model), "the [MASK]"],
+        "nsp": ["nsp", str(model), "the list", "the name"],
+        "embed": ["embed", str(model), str(files / "texts.txt"), "--out", str(files / "out.npy")],
+        "embed cls": ["embed", str(model), str(files / "texts.txt"), "--out", str(files / "out.jsonl"), "--pool", "cls", "--normalize"],
+        "evaluate": ["evaluate", str(model), "--data", str(data), "--sequences", "8"],
+        "finetune": ["finetune", str(model), "--train", str(files / "x.csv"), "--eval", str(files / "x.csv"), "--out", str(files / "out")],
+        "export": ["export", str(model), "--out", str(files / "out")],
+    }
+
+
+def refused(command: list[str], code: int, files: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a verb says; nothing is on stdout, and nothing is written."""
+    before = sorted(files.rglob("*"))
+    assert command_line(command) == code, capsys.readouterr()
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("seed ")]
+    assert out == "" and len(lines) == 1 and lines[0].startswith("fastbert: "), (out, err)
+    assert sorted(files.rglob("*")) == before
+    return lines[0]
+
+
+@pytest.mark.parametrize("verb", verbs(Path(), Path(), Path()))
+def test_a_folder_with_one_nan_is_bad_input(folder, small_store, tmp_path, capsys, verb):
+    spoil(folder / "model.safetensors", VALUES, math.nan)
+    line = refused(verbs(folder, tmp_path, small_store.path)[verb], 2, tmp_path, capsys)
+    assert f"{folder / 'model.safetensors'}: {VALUES} holds numbers that are not finite" in line
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["bert.embeddings.position_embeddings.weight", "cls.predictions.bias", "cls.seq_relationship.weight"])
+def test_any_weight_and_either_infinity(folder, tmp_path, capsys, name, value):
+    spoil(folder / "model.safetensors", name, value)
+    assert f"{name} holds numbers" in refused(["fill", str(folder), "the [MASK]"], 2, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_type_of_number(folder, tmp_path, capsys, dtype):
+    """A number that single precision does not have is none of ours, too."""
+    file = folder / "model.safetensors"
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    weights[VALUES][0, 0] = 1e300 if dtype == torch.float64 else math.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    assert f"{VALUES} holds numbers" in refused(["fill", str(folder), "the [MASK]"], 2, tmp_path, capsys)
+
+
+def test_a_checkpoint_and_a_run(folder, small_store, tmp_path, capsys):
+    """Whose hashes are right: somebody else wrote it. The page of such a run says so, and is made all the same."""
+    run = make_run(tmp_path / "run", folder, str(small_store.path))
+    path = run / "checkpoints/step-00000007"
+    (file,) = path.glob("*.safetensors")
+    spoil(file, "weight/layers.0.feed_forward.weight", math.nan)
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    del manifest["sha256"]
+    manifest["files"][file.name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
+    (path / "manifest.json").write_bytes(checkpoint._manifest_bytes(manifest))
+    for model in (run, path):
+        line = refused(["fill", str(model), "the [MASK]"], 2, tmp_path, capsys)
+        assert f"{path}: layers.0.feed_forward.weight holds numbers that are not finite" in line
+    (run / "metrics.jsonl").write_text(json.dumps(STEP) + "\n")
+    assert "layers.0.feed_forward.weight holds numbers that are not finite" in report(run).read_text()
+
+
+@pytest.mark.parametrize("verb", [verb for verb in verbs(Path(), Path(), Path()) if verb != "export"])
+def test_a_model_that_gives_no_finite_numbers_has_diverged(folder, small_store, tmp_path, capsys, verb):
+    """Every weight is finite, and nothing that comes out is."""
+    spoil_all(folder / "model.safetensors", "bert.embeddings.word_embeddings.weight", HUGE)
+    spoil_all(folder / "model.safetensors", "bert.encoder.layer.1.output.LayerNorm.weight", HUGE)
+    spoil_all(folder / "model.safetensors", "bert.encoder.layer.1.output.LayerNorm.bias", HUGE)
+    line = refused(verbs(folder, tmp_path, small_store.path)[verb], 1, tmp_path, capsys)
+    assert "diverged" in line
+
+
+def test_ranks_that_evaluate_such_a_model_end_alike(folder, small_store, tmp_path):
+    spoil_all(folder / "model.safetensors", "bert.embeddings.word_embeddings.weight", HUGE)
+    command = ["evaluate", str(folder), "--data", str(small_store.path), "--sequences", "8"]
+    with Ranks(command, tmp_path / "ranks", 2) as ranks:
+        assert ranks.wait() == [1, 1], ranks.errors
+        (line,) = ranks.errors.splitlines()
+    assert line == f"fastbert: {folder}: the held-out loss is nan: the model has diverged; take another one"
+
+
+# Fine-tuning
+
+
+def finetuned(folder: Path, files: Path, *more: str) -> list[str]:
+    file = str(files / "x.csv")
+    return ["finetune", str(folder), "--train", file, "--eval", file, "--out", str(files / "out"), *more]
+
+
+@pytest.mark.parametrize("lr", ["5e5", "1e10", "1e30"])
+def test_a_learning_rate_that_is_too_high(folder, tmp_path, capsys, lr):
+    line = refused(finetuned(folder, tmp_path, "--lr", lr), 1, tmp_path, capsys)
+    assert "the training has diverged" in line and "nothing is saved; try a lower --lr" in line
+
+
+@pytest.mark.parametrize("more", [["--epochs", "1", "--batch", "12"], ["--patience", "1", "--heldout", "0.3"], ["--seeds", "2"]])
+def test_also_at_the_last_step_and_on_what_is_held_out(folder, tmp_path, capsys, more):
+    """One step alone: its loss is finite, and the weights that it leaves are what diverges."""
+    assert "the training has diverged" in refused(finetuned(folder, tmp_path, "--lr", "1e30", *more), 1, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("lr", ["nan", "inf", "-inf", "0", "3e38"])
+def test_a_learning_rate_that_is_none(folder, tmp_path, capsys, lr):
+    assert f"--lr {float(lr)}" in refused(finetuned(folder, tmp_path, "--lr", lr), 2, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("label", ["1e31", "-1e31", "1e20", "3e38", "1e300"])
+def test_numbers_whose_squares_do_not_fit(folder, tmp_path, capsys, label):
+    (tmp_path / "x.csv").write_text("text,label\nthe list,1\nthe name," + label + "\n")
+    line = refused(finetuned(folder, tmp_path, "--regression"), 2, tmp_path, capsys)
+    assert f"x.csv: 1 bad row: line 3: label '{label}' is beyond 1e+15" in line
+
+
+def test_the_largest_numbers_have_scores(folder, tmp_path, capsys):
+    """Their squares do not fit single precision either where they are many."""
+    (tmp_path / "x.csv").write_text("text,label\n" + "".join(f"the list {i},{i}e14\n" for i in range(10)))
+    assert command_line([*finetuned(folder, tmp_path, "--regression", "--epochs", "1"), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert all(math.isfinite(score["mean"]) for score in scores.values())
+
+
+# JSON
+
+STEP = {"step": 1, "loss": 7.0, "loss_mlm": 6.3, "loss_nsp": 0.7, "accuracy_mlm": 0.1, "accuracy_nsp": 0.5, "lr": 1e-3, "grad_norm": 1.0}
+STEP |= {"tokens": 100, "masked": 15, "sequences": 4, "seconds": 0.1, "tokens_per_s": 1000.0}
+EVALUATION = {"event": "evaluate", "step": 1, "loss": math.nan, "loss_mlm": math.nan, "accuracy_mlm": 0.0, "loss_mask_token": math.nan}
+EVALUATION |= {"accuracy_mask_token": 0.0, "loss_nsp": math.inf, "accuracy_nsp": 0.0, "seconds": 1.0}
+EVALUATION |= {"training_tokens": 100, "training_seconds": 1.0}
+
+
+def constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_metrics_are_json_and_read_again(folder, small_store, tmp_path):
+    """By the picture, the page and the model card; a run may have had one evaluation, and that one was NaN."""
+    run = make_run(tmp_path / "run", folder, str(small_store.path))
+    file = MetricsFile(run / "metrics.jsonl", fresh=True)
+    for record in (STEP, EVALUATION):
+        file.write(record)
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=constant)
+    step, evaluation = read_metrics(run / "metrics.jsonl")
+    assert step == STEP and evaluation == {k: None if v in (math.nan, math.inf) else v for k, v in EVALUATION.items()}
+    for records in ([STEP, EVALUATION], [step, evaluation]):
+        history = LossHistory()
+        history.read(records)
+        history.draw(run / "loss.png", "run", {"unigram": 6.7})
+        assert (run / "loss.png").exists()
+        (run / "loss.png").unlink()
+    assert "<svg" in report(run, sequences=8).read_text()
+    assert command_line(["export", str(run), "--out", str(tmp_path / "export")]) == 0
+
+
+def test_strict_json():
+    values = {"a": [math.nan, (math.inf, 1.5, None)], "b": {"c": -math.inf, "d": "NaN"}, "e": True, "f": np.float64("nan")}
+    assert json.loads(dumps(values), parse_constant=constant) == {
+        "a": [None, [None, 1.5, None]],
+        "b": {"c": None, "d": "NaN"},
+        "e": True,
+        "f": None,
+    }

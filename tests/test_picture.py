@@ -1,0 +1,111 @@
+"""Pictures show what users wrote as they wrote it, and one that cannot be drawn ends nothing."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import xml.etree.ElementTree as tree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from fastbert.config import load_config
+from fastbert.tasks import scores
+from fastbert.tasks.run_report import report
+from fastbert.training.loop import pretrain
+from fastbert.training.picture import LossHistory, write_picture
+from tests.trials import Laboratory
+
+NAMES = [r"cost_$5_vs_$6", r"$\frac{$", "$", r"\$a$b$", "a_{b}^c", r"$x^2$", "中文 हिन्दी 🙂", "two\nlines"]
+UNREADABLE = "\ud800"  # half a character, as JSON can hold it
+
+
+def history() -> LossHistory:
+    found = LossHistory()
+    found.read([{"step": step, "loss_mlm": 7.0 / step, "loss_nsp": None} for step in (1, 2, 3)])
+    return found
+
+
+def words(figure: Any) -> set[str]:
+    """The texts of a figure, as they stand in it when it is drawn as an SVG whose text is text."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks
+        figure.savefig(buffer, format="svg")
+    return {"".join(element.itertext()) for element in tree.fromstring(buffer.getvalue()).iter("{http://www.w3.org/2000/svg}text")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_stand_there_as_they_are(tmp_path, name):
+    table, labels = np.array([[3, 1], [0, 2]]), [name, "b"]
+    history().draw(tmp_path / "loss.png", name, {"unigram": 6.7})
+    assert scores.draw_confusion(table, labels, tmp_path / "confusion.png") is None
+    for picture in ("loss.png", "confusion.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    if "\n" not in name:
+        assert name in words(history()._figure(name, {})) and name in words(scores._confusion_figure(table, labels))
+
+
+def test_no_text_of_users_is_read_as_a_formula():
+    """Whatever a figure of fastbert draws: its texts without a formula of its own may not be taken for one."""
+    for figure in (history()._figure("a", {"unigram": 6.7}), scores._confusion_figure(np.eye(2, dtype=int), ["a", "b"])):
+        shown = [text for text in figure.findobj(Text) if text.get_text() in ("a", "b")]
+        assert shown and not any(text.get_parse_math() for text in shown)
+
+
+def directory(path: Path) -> None:
+    (path / "x.png").mkdir()
+
+
+def gone(path: Path) -> None:
+    path.rmdir()
+
+
+@pytest.mark.parametrize("obstacle", [directory, gone])
+def test_what_cannot_be_written_is_told(tmp_path, obstacle: Callable[[Path], None]):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    obstacle(folder)
+    before = sorted(tmp_path.rglob("*"))
+    problem = write_picture(folder / "x.png", lambda: history()._figure("run", {}))
+    assert problem is not None and problem.startswith(f"{folder / 'x.png'} could not be drawn: ") and "\n" not in problem
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_cannot_be_drawn_is_told(tmp_path):
+    problem = scores.draw_confusion(np.eye(2, dtype=int), [UNREADABLE, "b"], tmp_path / "x.png")
+    assert problem is not None and problem.startswith(f"{tmp_path / 'x.png'} could not be drawn: ") and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, small_store) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("pictures"), small_store.path)
+
+
+def test_a_run_with_two_dollar_signs_in_its_name(lab, capsys):
+    """It is trained, resumed and reported."""
+    trial = lab.trial(steps=3)
+    run = trial.folder / "cost_$5_vs_$6"
+    for more in ([], ["stop.steps=5"]):
+        config = load_config(trial.recipe, [f"run={run}", *more])
+        assert pretrain(config, str(trial.recipe), resume=bool(more)) == 0
+        assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+        (run / "loss.png").unlink()
+    assert "could not be drawn" not in (run / "log.txt").read_text()
+    assert "cost_$5_vs_$6" in report(run).read_text()
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(lab):
+    trial = lab.trial(steps=3)
+    trial.go_on(1, "stop.steps=2")
+    (trial.run / "loss.png").unlink()
+    (trial.run / "loss.png").mkdir()
+    trial.go_on()
+    assert trial.records("stop")[-1]["reason"] == "stop.steps = 3"
+    (line,) = [line for line in (trial.run / "log.txt").read_text().splitlines() if "could not be drawn" in line]
+    assert "loss.png could not be drawn: IsADirectoryError" in line and "WARNING" in line
