@@ -191,8 +191,7 @@ def forgeries(stranger: Any, trap: Path) -> dict[str, bytes]:
     state, pickled, key = stranger.get(STATE), pickle.dumps(Trap(trap)), find_key()
     content = key.verify(STATE, state)
     assert content is not None
-    start, count, _ = content[:16], content[16:24], content[24:]
-    later = (int.from_bytes(count, "big") + 1).to_bytes(8, "big")
+    start, later = content[:16], (2**40).to_bytes(8, "big")  # the nodes go on counting
     return {
         "a pickle as torch would have it": b64encode(pickled),
         "a pickle": pickled,

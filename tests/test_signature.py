@@ -259,6 +259,7 @@ def test_values_of_strangers_are_not_read(store):
     table = SignedStore(dist.PrefixStore("a", ours), Key(SECRET, ""), "a")
     other = SignedStore(dist.PrefixStore("a", stranger), Key(SECRET[::-1], ""), "a")
     table.part("here").write("1", ["a value"])
+    assert table.part("here").read("1") == ["a value"] and table.part("here").read_all(["1"]) == [["a value"]]
     copy = stranger.get("a/here/1")
     forged = {
         "JSON": b'["bye", 0]',

@@ -285,6 +285,7 @@ def test_a_slow_rank_is_left_alone_whatever_a_stranger_writes(tmp_path, whose):
             for rank in whose:
                 stranger.put(str(rank), b'[-1, 0, "the start", false, "", false]')
         assert toys.wait() == [0, 0, 0], [toys.err(rank) for rank in range(3)]
+        assert [toys.err(rank) for rank in range(3)] == [""] * 3
 
 
 def test_a_verdict_is_heard_past_a_strangers(tmp_path):
