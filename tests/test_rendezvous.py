@@ -20,14 +20,16 @@ from typing import Any
 
 import psutil
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import DistStoreError, PrefixStore, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _BackendRendezvousStateHolder
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.utils.store import barrier
 
 from fastbert.training import rendezvous
 from fastbert.training.meeting import hold_store, listens
+from fastbert.training.rendezvous_rounds import SignedRounds
 from fastbert.training.signature import SIGNATURE, Key, find_key
 from tests.ranks import PATIENCE_S, environment, free_port
 from tests.toy_ranks import FORKED, listening
@@ -266,6 +268,101 @@ def test_a_write_meets_a_strangers(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
+# What agents tell each other in a round, with what somebody may have written there before.
+ROUND = {
+    "MASTER_ADDR": b"192.0.2.1",
+    "MASTER_PORT": b"1",
+    "torchelastic/role_info/0": b"[",
+    "torchelastic/role_info/1": b'{"role": "default", "rank": 1, "local_world_size": 1000000}',
+    "torchelastic/assigned_ranks/0": b"[1, 2, 1, 2]",
+    "torchelastic/assigned_ranks/1": b"no JSON",
+    "torchelastic/agent/terminal_state/num_members": b"no number",
+    "torchelastic/agent/terminal_state/last_member": b"",
+}
+
+
+def poison_rounds(port: int) -> None:
+    """Take the places of all rounds to come, as a stranger who was quicker than the nodes."""
+    stranger = stranger_at(port)
+    for i in range(10):
+        for name, value in ROUND.items():
+            put(stranger, value, f"{STATE}.{i}/{name}")
+
+
+def test_nodes_believe_no_stranger_about_a_round():
+    port = free_port()
+    handlers = [get_rendezvous_handler(parameters(port, least=2)) for _ in range(2)]
+    poison_rounds(port)
+    found = meet(*handlers)
+    assert {(rank, world, address) for rank, world, address, _ in found} == {(0, 2, "127.0.0.1"), (1, 2, "127.0.0.1")}
+    assert found[0][3] == found[1][3] != 1
+    for handler in handlers:
+        handler.shutdown()
+
+
+@pytest.fixture
+def signed_rounds() -> Callable[[Any], PrefixStore]:
+    """What torch's handler makes of a store; it keeps the one below alive, as this fixture does."""
+    kept = []
+
+    def make(store: Any) -> PrefixStore:
+        kept.append(SignedRounds(store, find_key(), "a start"))
+        return PrefixStore("a-round", kept[-1])
+
+    return make
+
+
+def test_the_values_of_a_round(signed_rounds):
+    """As torch's agent reads and writes them, through a prefix."""
+    store = hold_store("127.0.0.1", 0)
+    ours, theirs = signed_rounds(store), signed_rounds(stranger_at(store.port))
+    ours.set("text", "a value")
+    ours.multi_set(["bytes", "é"], [b"\xff\0", "é"])
+    assert theirs.multi_get(["text", "bytes", "é"]) == [b"a value", b"\xff\0", "é".encode()]
+    assert theirs.check(["text", "é"]) and not theirs.check(["text", "absent"])
+    late = threading.Timer(0.3, lambda: ours.set("late", "come"))
+    late.start()
+    assert theirs.get("late") == b"come"
+    theirs.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(DistStoreError, match=r"after 0\.2 s no node with the run's key has written a-round/absent$"):
+        theirs.multi_get(["text", "absent"])
+    stranger = stranger_at(store.port)
+    for name, value in {
+        "unsigned": b"a value",
+        "moved": stranger.get("a-round/text"),
+        "of another start": SignedRounds(store, find_key(), "another start")._sign("a-round/of another start", "a value"),
+    }.items():
+        put(stranger, value, f"a-round/{name}")
+        assert not ours.check([name])
+        with pytest.raises(DistStoreError):
+            theirs.wait([name], timedelta(seconds=0.1))
+
+
+def test_agents_count_each_other_whatever_a_stranger_writes(signed_rounds):
+    store = hold_store("127.0.0.1", 0)
+    stranger = stranger_at(store.port)
+    put(stranger, b"no number", "a-round/x/num_members")
+    put(stranger, b"", "a-round/x/last_member")
+    through, lock = [], threading.Lock()
+
+    agents = [signed_rounds(stranger_at(store.port)) for _ in range(8)]
+
+    def run(i: int) -> None:
+        barrier(agents[i], 8, "x", barrier_timeout=PATIENCE_S)
+        with lock:
+            through.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(8)]
+    for thread in threads[:-1]:
+        thread.start()
+    time.sleep(0.5)
+    assert through == []
+    threads[-1].start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert sorted(through) == list(range(8))
+
+
 WORKER = """
 import sys, time
 import torch
@@ -370,6 +467,7 @@ def test_no_code_of_a_stranger_is_run_while_it_trains(tmp_path):
     with Node(tmp_path, port, "first") as first:
         first.until(1)
         spring(port, trap)
+        poison_rounds(port)
         assert not trap.exists()
         with Node(tmp_path, port, "second") as second:
             second.until(2)

@@ -7,7 +7,9 @@
   compared, and a machine that is too busy to answer looks like a lost one.
 - An agent that is cut off from the store gives up after 15 seconds. torch's waits for an answer until TCP gives up, a quarter of an hour.
 - A node is known by the address from which it reaches HOST, where torch asks the host's name, which often means 127.0.1.1.
-- The state of the rendezvous is signed with the run's key (signature.py), since torch unpickles it: rendezvous_state.py.
+- All that agents read from the store is signed with the run's key (signature.py). One value is unpickled by torch, the state of the
+  rendezvous (rendezvous_state.py): without a signature, whoever reaches the port runs code here. The others are text, JSON and counts
+  (rendezvous_rounds.py).
 
 torchrun imports this at every start, whichever backend is asked for; so what is heavy is imported when it is used.
 """
@@ -54,6 +56,7 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
     from fastbert.training.meeting import Patience, RankLost, own_address
+    from fastbert.training.rendezvous_rounds import SignedRounds
     from fastbert.training.rendezvous_state import SignedState
     from fastbert.training.signature import find_key
 
@@ -75,7 +78,7 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
         print(f"fastbert: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     parameters.local_addr = parameters.local_addr or own_address(store.host)
-    return create_handler(store, state, parameters)
+    return create_handler(SignedRounds(store, key, state.start), state, parameters)
 
 
 def _store(host: str, port: int, parameters: RendezvousParameters) -> tuple[TCPStore, bool]:

@@ -9,11 +9,6 @@ written meanwhile. Here each is signed for that key, which contains the run id, 
 What does not pass is never unpickled. An agent that has seen a sound state puts it back, also where the key was deleted, and the run goes
 on. One that has just come waits a little for the others to do so, then it takes the difference for what it mostly is, that of two keys; it
 writes nothing, so a node with the wrong key does not disturb those that train.
-
-What else torch's agents read from the store is not unpickled, and not signed: MASTER_ADDR and MASTER_PORT of a round are text,
-torchelastic/role_info/N and torchelastic/assigned_ranks/N are JSON, and the barrier at the end of a run only counts. They are read while the
-agents meet and when all is over. Who writes there may spoil that meeting, or send the workers to a store of his, where they meet nobody
-who knows their key.
 """
 
 from __future__ import annotations
@@ -57,6 +52,9 @@ class SignedState(RendezvousBackend):
         begins: this agent has just made the store, so no state can be in it.
         where: the endpoint, for messages.
 
+    Attributes:
+        start: what tells this rendezvous from earlier ones with the same id, as text.
+
     Raises:
         InputError: there is a state, and it stays one that is not signed with this key.
     """
@@ -66,6 +64,7 @@ class SignedState(RendezvousBackend):
         self._place = f"torch.rendezvous.{run_id}"  # torch's own name
         self._reported = False
         self._known = self._find(begins)
+        self.start = self._known.start.hex()
 
     @property
     def name(self) -> str:  # torchrun compares it with the one that was asked for
