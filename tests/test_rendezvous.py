@@ -516,6 +516,21 @@ def test_a_node_with_another_key_is_turned_away(tmp_path):
         assert "somebody without the key" not in first.said
 
 
+def test_one_machine_needs_no_set_up(tmp_path):
+    """The agent or a worker makes the key, and all have the same; so has a second node that sees this home directory."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "enough").touch()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "fastbert"]
+    command += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-conf", "last_call_timeout=1", "worker.py"]
+    variables = environment(HOME=str(tmp_path))
+    variables.pop("FASTBERT_RENDEZVOUS_KEY", None)
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    nodes = [subprocess.Popen(command, cwd=tmp_path, env=variables, **pipes) for _ in range(2)]
+    said = [node.communicate(timeout=PATIENCE_S)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0] and all(f"rank {rank} of 4\n" in "".join(said) for rank in range(4)), said
+    assert (tmp_path / ".fastbert/rendezvous.key").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_node_without_a_place_for_its_key_says_so(tmp_path):
     variables = {"HOME": str(tmp_path / "nowhere")}
     command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "fastbert", "--rdzv-endpoint", "127.0.0.1:0", "worker.py"]
