@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton: kernels run on the CPU, in its interpreter
 
 import json
+import secrets
 import signal
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -21,6 +22,8 @@ import pytest
 
 if TYPE_CHECKING:
     from fastbert.data.store import Store
+
+os.environ.setdefault("FASTBERT_RENDEZVOUS_KEY", secrets.token_hex(32))  # or runs of the tests would make a file in the home directory
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores Ctrl-C for what it starts in the background

@@ -28,6 +28,7 @@ class SmallDisk:
 
     Attributes:
         pid: of a process in that namespace.
+        enter: what to put in front of a command, so that it runs there.
 
     Raises:
         Unavailable: on entering.
@@ -49,7 +50,7 @@ class SmallDisk:
         if self._process.stdout.readline() != b"ready\n":
             raise Unavailable(self._process.stderr.read().decode(errors="replace").strip() or "no answer")
         self.pid = self._process.pid  # unshare, sh and cat are one process after the other
-        self._enter = ["nsenter", "--target", str(self.pid), "--mount", *(["--user", "--preserve-credentials"] if user else [])]
+        self.enter = ["nsenter", "--target", str(self.pid), "--mount", *(["--user", "--preserve-credentials"] if user else [])]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -75,4 +76,4 @@ class SmallDisk:
         self._run("mount", *arguments)
 
     def _run(self, *command: str) -> None:
-        subprocess.run([*self._enter, *command], check=True, capture_output=True, timeout=PATIENCE_S)
+        subprocess.run([*self.enter, *command], check=True, capture_output=True, timeout=PATIENCE_S)

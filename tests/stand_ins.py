@@ -161,9 +161,15 @@ def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def kubectl(arguments: list[str]) -> int:
-    """apply -f FILE; returns 0 for a Job that is complete, 1 for one that has failed."""
+    """create secret generic NAME --from-literal=KEY=VALUE, into a file here; or apply -f FILE: 0 for a Job that is complete, 1 for a failed one."""
     import yaml
 
+    if arguments[:3] == ["create", "secret", "generic"]:
+        name, literal = arguments[3:]
+        option, key, value = literal.split("=", 2)
+        assert option == "--from-literal"
+        Path(f"secret-{name}.json").write_text(json.dumps({key: value}))
+        return 0
     assert arguments[:2] == ["apply", "-f"]
     kinds = {document["kind"]: document for document in yaml.safe_load_all(Path(arguments[2]).read_text())}
     name, job = kinds["Job"]["metadata"]["name"], kinds["Job"]["spec"]
@@ -177,7 +183,9 @@ def kubectl(arguments: list[str]) -> int:
     for i in range(count):
         code = remote(f"node{i}", f"printf %s {shlex.quote(hosts)} >> /etc/hosts && {volume}")
         assert code == 0 and container["workingDir"] == "/mnt/work" == container["volumeMounts"][0]["mountPath"]
-    environment = {item["name"]: item["value"] for item in container["env"]}
+    environment = {
+        item["name"]: item["value"] if "value" in item else _secret(**item["valueFrom"]["secretKeyRef"]) for item in container["env"]
+    }
     line = f"cd /mnt/work && exec {shlex.join(container['command'] + container['args'])}"
 
     def index(i: int) -> bool:
@@ -193,6 +201,10 @@ def kubectl(arguments: list[str]) -> int:
 
     with ThreadPoolExecutor(count) as pool:
         return 0 if all(pool.map(index, range(count))) else 1
+
+
+def _secret(name: str, key: str) -> str:
+    return json.loads(Path(f"secret-{name}.json").read_text())[key]
 
 
 def _pod_failure(policy: dict[str, Any], code: int) -> str:

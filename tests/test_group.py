@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from fastbert.training.group import join
 from fastbert.training.interruption import Interruption
 from fastbert.training.launcher import read_seat
 from fastbert.training.meeting import Interrupted, RankLost, hold_store, listens
+from fastbert.training.signature import Key, find_key
+from fastbert.training.signed_store import No, SignedStore
 from tests.ranks import LAUNCHER, free_port
 from tests.toy_ranks import HOST, Toys, listening, say
 
@@ -71,14 +73,21 @@ def entered(toys: Toys, rank: int, pid: int) -> None:
     while not listens("127.0.0.1", toys.port):
         assert time.monotonic() < end
         time.sleep(0.02)
-    table = dist.PrefixStore("fastbert", dist.TCPStore("127.0.0.1", toys.port, None, False, timeout=timedelta(seconds=NEVER_S)))
+    table = table_of(toys)
     while True:
-        nonce, _ = json.loads(table.get(f"knock/{rank}"))
-        token, _ = json.loads(table.get(nonce))
-        if json.loads(table.get(f"{token}/{rank}"))["process"] == pid:
+        knock = table.read(f"knock/{rank}")
+        answer = knock if isinstance(knock, No) else table.read(knock[0])
+        member = answer if isinstance(answer, No) else table.part(answer[0]).read(str(rank))
+        if not isinstance(member, No) and member["process"] == pid:
             return
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def table_of(toys: Toys, key: Key | None = None) -> SignedStore:
+    """What the ranks read and write, over a connection of its own."""
+    store = dist.TCPStore("127.0.0.1", toys.port, None, False, timeout=timedelta(seconds=NEVER_S))
+    return SignedStore(dist.PrefixStore("fastbert", store), key or find_key(), "fastbert")
 
 
 def test_what_they_agree_on(tmp_path):
@@ -228,6 +237,99 @@ def test_the_store_of_an_attempt_that_ends_just_now(tmp_path):
         del old
         toys.start([0])
         assert toys.wait() == [0, 0]
+
+
+OTHER_KEY = "another key, with 32 characters or more"
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
+    """As where home directories are not shared; not only after the time-out, and no rank goes on without the others."""
+    with members(tmp_path, 3, 10 * NEVER_S, only=[rank for rank in range(3) if rank != odd]) as toys:
+        toys.variables |= {"FASTBERT_RENDEZVOUS_KEY": OTHER_KEY}
+        toys.start([odd])
+        assert toys.wait() == [2, 2, 2]
+        said = [toys.out(rank) for rank in range(3)]
+        todo = (
+            "and this process (FASTBERT_RENDEZVOUS_KEY) do not have the same key, which every process of a run needs; where the nodes do not "
+            "share home directories, set FASTBERT_RENDEZVOUS_KEY to the same value on each of them, or copy ~/.fastbert/rendezvous.key to each"
+        )
+        stranger_to_0 = f"InputError: rank 0 at 127.0.0.1:{toys.port} {todo}\n"
+        if odd == 0:
+            assert said[1] == said[2] == stranger_to_0
+            assert said[0] in [f"InputError: {whom} {todo}\n" for whom in ("rank 1", "rank 2", "rank 1, rank 2")]
+        else:
+            assert said[1] == stranger_to_0 and said[0] == said[2] == f"InputError: rank 1 {todo}\n"
+
+
+def test_a_rank_without_a_key_says_so(tmp_path):
+    with members(tmp_path, 2, SOON_S, only=(0,), FASTBERT_RENDEZVOUS_KEY="short") as toys:
+        assert toys.wait() == [2]
+        assert toys.out(0).startswith("InputError: FASTBERT_RENDEZVOUS_KEY has 5 characters; must have at least 32")
+
+
+STRANGE = [b'["bye", 0]', b'["gone", "\x1b[2J", 7]', b"\xff\x00", b"", b"{", b"[" * (7 << 20)]
+
+
+def test_a_stranger_does_not_keep_ranks_from_meeting(tmp_path):
+    """Every place that can be known is taken before the ranks come, and some again while they wait."""
+    agent: Any = hold_store("127.0.0.1", 0)
+    stranger: Any = dist.PrefixStore("fastbert", dist.TCPStore("127.0.0.1", agent.port, None, False, timeout=timedelta(seconds=NEVER_S)))
+
+    def scribble(value: bytes) -> None:
+        for place in ("knock/0", "knock/1", "knock/2", "0", "1", "roll", "meeting/1/all", "watch/verdict"):
+            stranger.set(place, value)
+        stranger.check(["roll"])
+
+    given: Any = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    scribble(STRANGE[0])
+    with members(tmp_path, 3, only=(0, 1), **given) as toys:
+        entered(toys, 1, toys.pid(1))
+        (room,) = {key.split("/")[1] for key in agent.list_keys() if key.endswith("/1") and key.count("/") == 2 and "/knock/" not in key}
+        for value in STRANGE:
+            scribble(value)
+            for place in ("roll", "2", "meeting/1/all", "meeting/1/2", "meeting/1/read/1", "meeting/2/all", "watch/verdict", "watch/1"):
+                stranger.set(f"{room}/{place}", value)
+        stranger.check(["roll"])
+        toys.start([2])
+        assert toys.wait() == [0, 0, 0], [toys.err(rank) + toys.out(rank) for rank in range(3)]
+    del agent
+
+
+def test_a_knock_that_is_written_over_is_repeated(tmp_path):
+    """Rank 1 waits for rank 0, who does not come yet; what is there when he comes is a stranger's."""
+    agent: Any = hold_store("127.0.0.1", 0)
+    given: Any = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with members(tmp_path, 2, only=(1,), **given) as toys:
+        agent.wait(["fastbert/knock/1"])
+        agent.set("fastbert/knock/1", b'["bye", 0]')
+        toys.start([0])
+        assert toys.wait() == [0, 0]
+    del agent
+
+
+def test_what_was_signed_for_an_earlier_attempt_is_refused(tmp_path):
+    """A stranger copies a whole attempt, and puts it in the way of the next one."""
+    agent: Any = hold_store("127.0.0.1", 0)
+    given: Any = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    (tmp_path / "first").mkdir()
+    with members(tmp_path / "first", 2, **given) as toys:
+        assert toys.wait() == [0, 0]
+    (old,) = {key.split("/")[1] for key in agent.list_keys() if key.endswith("/roll")}
+    copies = {key.split("/", 2)[2]: agent.get(key) for key in agent.list_keys() if key.startswith(f"fastbert/{old}/")}
+    assert {"roll", "0", "1", "meeting/1/all"} <= set(copies)
+    with members(tmp_path, 3, only=(0, 1), **given) as toys:
+        entered(toys, 1, toys.pid(1))
+        rooms = {key.split("/")[1] for key in agent.list_keys() if key.endswith("/0") and key.count("/") == 2}
+        (room,) = rooms - {old, "knock"}
+        for place, value in copies.items():
+            if place not in ("0", "1"):
+                agent.set(f"fastbert/{room}/{place}", value)
+        agent.check(["fastbert"])
+        toys.start([2])
+        assert toys.wait() == [0, 0, 0], [toys.err(rank) + toys.out(rank) for rank in range(3)]
+        assert "gathered [{'rank': 0, 'text': ''}, {'rank': 1, 'text': 'é'}, {'rank': 2, 'text': 'éé'}]" in toys.out(0)
+    del agent
 
 
 WRONG = {

@@ -103,9 +103,16 @@ def test_slurm_does_not_requeue_bad_input(cluster):
     assert "requeued" not in log and "optimizer.lr = -1" in log
 
 
+def start_kubernetes(cluster: Cluster) -> Command:
+    """The key, then the Job."""
+    (_, create), (_, apply) = block("Kubernetes").commands
+    assert cluster.start(create, node=0).wait() == 0
+    return cluster.start(apply, node=0)
+
+
 def test_kubernetes_replaces_an_evicted_pod(cluster, alone):
     """SIGTERM to the first process of a pod: both pods save and end, both are started again, and the Job completes."""
-    (apply,) = cluster.start_block(block("Kubernetes"))
+    apply = start_kubernetes(cluster)
     until(lambda: len(metrics(cluster.run)) >= 5, "five steps")
     check_ports(cluster, True)
     (rank,) = cluster.ranks(1)
@@ -121,6 +128,6 @@ def test_kubernetes_replaces_an_evicted_pod(cluster, alone):
 def test_kubernetes_fails_the_job_for_bad_input(cluster):
     path = cluster.folder / "examples/cluster/kubernetes.yaml"
     path.write_text(path.read_text().replace(" --resume", " optimizer.lr=-1 --resume"))
-    (apply,) = cluster.start_block(block("Kubernetes"))
+    apply = start_kubernetes(cluster)
     assert apply.wait() == 1
     assert apply.output.count("exit code 2") == 2 and "start 2" not in apply.output

@@ -7,10 +7,13 @@ import re
 import signal
 import sys
 import time
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastbert.training.group import meet_others
 from fastbert.training.meeting import RankLost
@@ -45,6 +48,9 @@ def stepping(timeout_s: float, steps: int, acts: dict[tuple[int, int], str]) -> 
 def act(what: str, watch: Watch) -> None:
     if what == "look away":
         time.sleep(TIMEOUT_S / 4)
+    elif what == "wait":
+        while not Path(os.environ["GO"]).exists():
+            time.sleep(0.02)
     elif what == "be stuck":
         time.sleep(NEVER_S)
     elif what == "be slow":
@@ -53,6 +59,8 @@ def act(what: str, watch: Watch) -> None:
             time.sleep(TIMEOUT_S / 4)
     elif what == "fail":
         raise OSError("no space")
+    elif what == "fail in colour":
+        raise OSError("\x1b[31mno space\x9b0m\x07")
     elif what:
         os.kill(os.getpid(), getattr(signal, what))
 
@@ -174,6 +182,127 @@ def test_a_rank_fails(tmp_path, failing):
         assert "OSError: no space" in toys.err(failing)
         for rank in {0, 1, 2} - {failing}:
             assert line(toys.err(rank)) == f"{toys.name(failing)} has ended: OSError: no space{HINT}"
+
+
+def test_what_a_rank_says_commands_no_terminal(tmp_path):
+    with at_step_3(tmp_path, 1, "fail in colour", timeout_s=NEVER_S) as toys:
+        assert toys.wait() == [1, 1, 1]
+        for rank in (0, 2):
+            assert line(toys.err(rank)) == rf"{toys.name(1)} has ended: OSError: \x1b[31mno space\x9b0m\x07{HINT}"
+
+
+def going_on(timeout_s: float, enough: str) -> int:
+    """Step until a file is there."""
+    try:
+        with meet_others(timeout_s) as group, Watch(group, timeout_s) as watch:
+            group.connect()
+            say("begins")
+            while not group.sum(torch.tensor([1.0 * Path(enough).exists()])):
+                watch.tick("a step")
+                time.sleep(0.02)
+        return 0
+    except RankLost as error:
+        print(f"fastbert: {error}{HINT}", file=sys.stderr, end="")
+        return 1
+
+
+class Stranger:
+    """Somebody who reaches the store that rank 0 holds, but has no key."""
+
+    def __init__(self, toys: Toys):
+        self.store: Any = dist.TCPStore("127.0.0.1", toys.port, None, False, timeout=timedelta(seconds=NEVER_S))
+        (self.room,) = {key.split("/")[1] for key in self.store.list_keys() if "/watch/" in key}
+
+    def put(self, place: str, value: bytes) -> None:
+        self.store.set(f"fastbert/{self.room}/watch/{place}", value)
+
+    def copy(self, place: str) -> bytes:
+        return self.store.get(f"fastbert/{self.room}/watch/{place}")
+
+    def see_beats(self, ranks: int) -> None:
+        """Return when every rank has written twice more: it has read the verdict in between."""
+        for rank in range(ranks):
+            for _ in range(2):
+                before, end = self.copy(str(rank)), time.monotonic() + NEVER_S
+                while self.copy(str(rank)) == before:
+                    assert time.monotonic() < end
+                    time.sleep(0.02)
+
+
+PLACES = ("verdict", "0", "1", "heard", "heard/0", "heard/1", "heard/2")
+STRANGE = {
+    "a verdict": b'["bye", 0]',
+    "another": b'["gone, \x1b[2J", 7]',
+    "a number": b"1",
+    "a beat": b'[-1, 3, "the end", true, "", true]',
+    "no JSON": b"[",
+    "no text": b"\xff\x00\x9b2J",
+    "nothing": b"",
+    "a signature of zeros": b"0" * 64 + b'["bye", 0]',
+    "as large as it can be": b"[" * (8 * 2**20 - 1000),
+}
+
+
+@pytest.mark.parametrize("value", STRANGE)
+def test_a_stranger_ends_no_run(tmp_path, value):
+    with Toys(going_on, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
+        for rank in range(3):
+            toys.until(rank, "begins")
+        stranger = Stranger(toys)
+        for place in PLACES:
+            stranger.put(place, STRANGE[value])
+            stranger.store.set(f"watch/{place}", STRANGE[value])
+        stranger.see_beats(3)
+        (tmp_path / "enough").touch()
+        assert toys.wait() == [0, 0, 0], [toys.err(rank) for rank in range(3)]
+        assert [toys.err(rank) for rank in range(3)] == [""] * 3
+
+
+def test_what_a_rank_has_signed_counts_at_its_own_place_alone(tmp_path):
+    """A stranger moves beats: to other ranks, to the verdict, and to where they stood before."""
+    with Toys(going_on, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
+        for rank in range(3):
+            toys.until(rank, "begins")
+        stranger = Stranger(toys)
+        old = stranger.copy("1")
+        stranger.see_beats(3)
+        for place in ("verdict", "0", "1", "2", "heard/0"):
+            stranger.put(place, old)
+        stranger.see_beats(3)
+        (tmp_path / "enough").touch()
+        assert toys.wait() == [0, 0, 0], [toys.err(rank) for rank in range(3)]
+
+
+@pytest.mark.parametrize("whose", [(1,), (0, 1, 2)])
+def test_a_slow_rank_is_left_alone_whatever_a_stranger_writes(tmp_path, whose):
+    """For as long as the others wait for it, beyond the time-out, somebody writes over its beats, or over everybody's."""
+    with Toys(stepping, (TIMEOUT_S, 5, {(1, 3): "be slow"}), tmp_path, 3) as toys:
+        toys.until(1, "at step 3")
+        stranger = Stranger(toys)
+        end = time.monotonic() + NEVER_S
+        while "at step 4" not in toys.out(1):
+            assert time.monotonic() < end
+            for rank in whose:
+                stranger.put(str(rank), b'[-1, 0, "the start", false, "", false]')
+        assert toys.wait() == [0, 0, 0], [toys.err(rank) for rank in range(3)]
+        assert [toys.err(rank) for rank in range(3)] == [""] * 3
+
+
+def test_a_verdict_is_heard_past_a_strangers(tmp_path):
+    """What he has left at its place does not keep the ranks from knowing who has failed."""
+    acts = {(1, 3): "fail"}
+    with Toys(
+        stepping, (NEVER_S, 200, {(0, 2): "wait", (1, 2): "wait", (2, 2): "wait", **acts}), tmp_path, 3, GO=str(tmp_path / "go")
+    ) as toys:
+        for rank in range(3):
+            toys.until(rank, "at step 2")
+        stranger = Stranger(toys)
+        stranger.put("verdict", b'["bye", 0]')
+        stranger.store.check(["x"])
+        (tmp_path / "go").touch()
+        assert toys.wait() == [1, 1, 1]
+        for rank in (0, 2):
+            assert line(toys.err(rank)) == f"{toys.name(1)} has ended: OSError: no space{HINT}"
 
 
 def test_how_long_it_takes(tmp_path):

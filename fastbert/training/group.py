@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from fastbert.errors import InputError
 from fastbert.training.interruption import Interruption
 from fastbert.training.launcher import Seat, read_seat
 from fastbert.training.meeting import Interrupted, Member, Patience, RankLost, describe, listed, meet, own_address
+from fastbert.training.signature import Key
+from fastbert.training.signed_store import No, SignedStore
 
 MARGIN_S = 60.0  # by which a collective outlasts runtime.timeout_s: watch.py speaks first, and with a name
 
@@ -41,7 +44,7 @@ class Group:
         local_rank: its number on this machine.
         device: the GPU of that number where there is one, else the CPU.
         members: the processes, by rank.
-        store: a table for small things, under keys that no other attempt uses. What may block: see `Patience`.
+        room: a table for small things, signed, and under keys that no other attempt uses. What may block: see `Patience`.
         holds_store: the store lives in this process, and ends with it.
         store_name: how messages call the store's holder.
         interruption: what notes signals, where somebody does.
@@ -51,9 +54,9 @@ class Group:
     device = torch.device("cpu")
     interruption: Interruption | None = None
 
-    def __init__(self, seat: Seat, members: Sequence[Member], store: dist.Store, patience: Patience):
+    def __init__(self, seat: Seat, members: Sequence[Member], room: SignedStore, patience: Patience):
         self.rank, self.world, self.local_rank = seat.rank, seat.world, seat.local_rank
-        self.members, self.store, self.holds_store = list(members), store, seat.holds_store
+        self.members, self.room, self.holds_store = list(members), room, seat.holds_store
         self.store_name = f"torchrun's store at {seat.where}" if seat.agent_store else f"{self.name(0)} at {seat.where}"
         self.tick: Callable[[str], None] = lambda what: None
         self._patience, self._meetings = patience, 0
@@ -66,7 +69,7 @@ class Group:
         try:
             dist.init_process_group(
                 "nccl" if self.device.type == "cuda" else "gloo",
-                store=self.store,
+                store=self.room.raw,
                 rank=self.rank,
                 world_size=self.world,
                 timeout=timedelta(seconds=self._patience.timeout_s + MARGIN_S),
@@ -195,21 +198,30 @@ class Group:
     def _meet(self, value: Any) -> list[Any]:
         """As `gather`, by the store alone, and within the time-out. The process that holds the store stays until all have read."""
         self._meetings += 1
-        place = dist.PrefixStore(f"meeting/{self._meetings}", self.store)
+        place = self.room.part(f"meeting/{self._meetings}")
         everybody = [str(rank) for rank in range(self.world)]
+        values: list[Any] | None = None
 
         def absent(prefix: str = "") -> str:
-            return f"{listed([self.name(int(rank)) for rank in everybody if not place.check([prefix + rank])])} did not come along"
+            missing = [rank for rank in range(self.world) if isinstance(place.read(f"{prefix}{rank}"), No)]
+            return f"{listed([self.name(rank) for rank in missing or [0]])} did not come along"
+
+        def complete() -> bool:
+            nonlocal values
+            if self.rank == 0 and (values := place.read_all(everybody)) is not None:
+                place.write("all", values)  # so that hundreds of ranks read one value each
+            elif self.rank != 0 and not isinstance(found := place.read("all"), No):
+                values = found
+            return values is not None
 
         def work() -> list[Any]:
-            place.set(str(self.rank), json.dumps(value))
-            if place.add("come", 1) == self.world:
-                place.set("all", "")
-            self._patience.until(lambda: place.check(["all"]), absent)
-            values = [json.loads(text) for text in place.multi_get(everybody)]
-            place.set(f"read/{self.rank}", "")
+            place.write(str(self.rank), value)
+            self._patience.until(complete, absent)
+            assert values is not None
+            place.write(f"read/{self.rank}", None)
             if self.holds_store:
-                self._patience.until(lambda: place.check([f"read/{rank}" for rank in everybody]), lambda: absent("read/"))
+                read = [f"read/{rank}" for rank in everybody]
+                self._patience.until(lambda: place.read_all(read) is not None, lambda: absent("read/"))
             return values
 
         return self._patience.run(work, self.store_name)
@@ -240,7 +252,8 @@ def meet_others(timeout_s: float, interruption: Interruption | None = None) -> G
     """
     seat, patience = read_seat(), Patience(timeout_s)
     if seat.world == 1:
-        group = Group(seat, [Member(socket.gethostname(), os.getpid(), "")], dist.HashStore(), patience)
+        room = SignedStore(dist.HashStore(), Key(secrets.token_bytes(), "this process"), "alone")
+        group = Group(seat, [Member(socket.gethostname(), os.getpid(), "")], room, patience)
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():  # DeepSpeed reads them
             group.set_default(name, value)
         address = "127.0.0.1"
@@ -254,6 +267,7 @@ def meet_others(timeout_s: float, interruption: Interruption | None = None) -> G
     _check_alike(group)
     _share_cores(seat, group.device)
     _choose_interface(group, address)
+    _close_to_strangers(group)
     return group
 
 
@@ -298,6 +312,16 @@ def _choose_interface(group: Group, address: str) -> None:
         group.set_default("GLOO_SOCKET_IFNAME", name)
         if ipaddress.ip_address(own).is_loopback:
             group.set_default("NCCL_SOCKET_IFNAME", name)
+
+
+def _close_to_strangers(group: Group) -> None:
+    """NCCL's monitor ends the process, minutes later, when anybody has written `exception_dump` into the store, which nobody signs.
+
+    It does so to have all ranks write down what their collectives did when one of them has waited too long; by then watch.py has said who is
+    missing. Whoever wants that more sets the variable.
+    """
+    if group.world > 1:
+        group.set_default("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
 
 
 def _to_bytes(value: Any, device: torch.device) -> Tensor:

@@ -6,6 +6,8 @@ interface).
 - A store that torchrun keeps over restarts still has the keys of earlier attempts, and no variable tells attempts apart when nodes come
   and go. So every process knocks with a number drawn at random, rank 0 answers those who knock now with a token of its own, and
   everything else is written under that token.
+- Strangers may reach the store too. So all that the processes write is signed with the run's key (signature.py); what is not is taken for
+  absent. Two keys in one run look like a stranger, but one who knocks again and again: that is said within seconds.
 - The store's calls wait in C++ for ever when its holder is stopped, deaf to signals and time-outs. So they are made on a thread, while
   the main thread keeps the time and looks for signals.
 """
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import json
 import os
 import queue
 import secrets
@@ -32,12 +33,16 @@ import torch.distributed as dist
 from fastbert.errors import InputError
 from fastbert.training.interruption import Interruption
 from fastbert.training.launcher import Seat
+from fastbert.training.signature import Key, find_key
+from fastbert.training.signed_store import No, SignedStore
 
 T = TypeVar("T")
 
 SILENCE_S = 5.0  # what the store gets to answer beyond the time-out, before it is given up
 COMPANY_S = 5.0  # after a signal: what the others get to come, so that they learn of it and end with the same code
 POLL_S = (0.01, 0.25)  # the first pause between two looks at the store, and the longest: hundreds of ranks look
+DOUBT_S = 5.0  # for how long a process sees nothing but forged knocks of another one before it is sure that there are two keys
+QUIET_S = 2.0  # without another one: whoever it was has gone
 
 
 class Interrupted(Exception):
@@ -72,7 +77,7 @@ class Meeting:
     """
 
     members: list[Member]
-    room: dist.Store
+    room: SignedStore
     address: str
 
 
@@ -151,16 +156,17 @@ def meet(seat: Seat, patience: Patience) -> Meeting:
     """Come to the store, and return when all ranks have come. To be called within `Patience.run`.
 
     Raises:
-        InputError: MASTER_ADDR, MASTER_PORT or RANK cannot be what was meant.
+        InputError: MASTER_ADDR, MASTER_PORT or RANK cannot be what was meant; or this process has no key, or another one than the others.
         Interrupted: a signal asked for it, here or on another rank that was waiting already.
         RankLost: not all ranks have come in time.
     """
-    me = Member(socket.gethostname(), os.getpid(), secrets.token_hex(8))
+    me, key = Member(socket.gethostname(), os.getpid(), secrets.token_hex(8)), find_key()
     address = _resolve(seat, patience)
     while True:
         try:
             store = _hold_store(seat, address) if seat.holds_store else _reach_store(seat, address, patience)
-            room, roll = _enter(dist.PrefixStore("fastbert", store), seat, me, patience)
+            table = SignedStore(dist.PrefixStore("fastbert", store), key, "fastbert")
+            room, roll = _enter(table, seat, me, key, patience)
             break
         except dist.DistError:
             if seat.holds_store:
@@ -170,57 +176,122 @@ def meet(seat: Seat, patience: Patience) -> Meeting:
     if isinstance(roll, dict):
         if seat.holds_store:
             time.sleep(2 * POLL_S[1])  # so that the others can read why, before the store ends with this process
-        raise {"Interrupted": Interrupted, "RankLost": RankLost}[roll["end"]](roll["why"])
+        raise {"InputError": InputError, "Interrupted": Interrupted, "RankLost": RankLost}[roll["end"]](roll["why"])
     members = [Member(**member) for member in roll]
     if (other := members[seat.rank]) != me:
         raise InputError(f"RANK = {seat.rank} is given to two processes: {me.process} on {me.host}, and {other.process} on {other.host}")
     return Meeting(members, room, address)
 
 
-def _enter(table: dist.Store, seat: Seat, me: Member, patience: Patience) -> tuple[dist.Store, Any]:
+def _enter(table: SignedStore, seat: Seat, me: Member, key: Key, patience: Patience) -> tuple[SignedStore, Any]:
     """The part of the table that is this attempt's alone; and the members by rank, or {"end", "why"} where one of them left again.
 
     Which of the two it is, is settled by one write: nobody can leave a group whose other members believe that he is in.
     """
-    token, answered = secrets.token_hex(8) if seat.rank == 0 else _knock(table, seat, me, patience), set()
-    room, everybody = dist.PrefixStore(token, table), [str(rank) for rank in range(seat.world)]
-    room.set(str(seat.rank), json.dumps(asdict(me)))
+    everybody = [str(rank) for rank in range(seat.world)]
+    reception = _Reception(table, seat, me, key) if seat.rank == 0 else None
+    room = table.part(reception.token if reception is not None else _knock(table, seat, me, key, patience))
+    room.write(str(seat.rank), asdict(me))
+    proposed = settled = None
 
     def complete() -> bool:
-        if seat.rank == 0:
-            _answer(table, seat, token, answered)
-        return room.check(["roll"]) or (seat.rank == 0 and room.check(everybody))
+        nonlocal proposed, settled
+        if reception is not None:
+            reception.answer()
+            proposed = room.read_all(everybody)
+        if not isinstance(found := room.read("roll"), No):
+            settled = found
+        return proposed is not None or settled is not None
 
     def absent() -> str:
-        return f"{listed([f'rank {rank}' for rank in everybody if not room.check([rank])])} did not come to {seat.where}"
+        missing = [f"rank {rank}" for rank in everybody if isinstance(room.read(rank), No)]
+        return f"{listed(missing) or 'rank 0'} did not come to {seat.where}"
 
     try:
         patience.until(complete, absent)
-        roll = [json.loads(text) for text in room.multi_get(everybody)] if room.check(everybody) else None
-    except (Interrupted, RankLost) as end:
-        roll = {"end": type(end).__name__, "why": str(end)}
-    return room, json.loads(room.compare_set("roll", "", json.dumps(roll)))  # writes only the first time; returns what is there
+    except (InputError, Interrupted, RankLost) as end:
+        proposed = {"end": type(end).__name__, "why": str(end)}
+    return room, room.settle("roll", proposed) if settled is None else settled
 
 
-def _knock(table: dist.Store, seat: Seat, me: Member, patience: Patience) -> str:
+def _knock(table: SignedStore, seat: Seat, me: Member, key: Key, patience: Patience) -> str:
     """The token that rank 0 answers to this process."""
-    table.set(f"knock/{seat.rank}", json.dumps([me.nonce, seat.world]))
-    patience.until(lambda: table.check([me.nonce]), lambda: f"rank 0 did not answer rank {seat.rank} at {seat.where}")
-    token, problem = json.loads(table.get(me.nonce))
+    answer: Any = No.ABSENT
+    doubt, other_key = _Doubt(), InputError(key.mismatch(f"rank 0 at {seat.where}"))
+
+    def answered() -> bool:
+        nonlocal answer
+        table.write(f"knock/{seat.rank}", [me.nonce, seat.world])  # again, should somebody have written over it
+        answer = table.read(me.nonce)
+        if isinstance(answer, No):
+            doubt.look(table, 0)
+            if doubt.for_s > DOUBT_S:
+                raise other_key
+        return not isinstance(answer, No)
+
+    try:
+        patience.until(answered, lambda: f"rank 0 did not answer rank {seat.rank} at {seat.where}")
+    except dist.DistError:  # rank 0 is gone, with the store
+        if doubt.for_s > DOUBT_S / 5:
+            raise other_key from None
+        raise
+    token, problem = answer
     if problem:
         raise InputError(problem)
     return token
 
 
-def _answer(table: dist.Store, seat: Seat, token: str, answered: set[str]) -> None:
-    """Rank 0: tell the token to all who have knocked; one who did so in an earlier attempt reads nothing any more."""
-    for rank in range(1, seat.world):
-        if table.check([f"knock/{rank}"]):
-            nonce, world = json.loads(table.get(f"knock/{rank}"))
-            if nonce not in answered:
-                answered.add(nonce)
-                problem = f"WORLD_SIZE = {world} for rank {rank}, but {seat.world} for rank 0; start all with the same"
-                table.set(nonce, json.dumps([token, problem if world != seat.world else None]))
+class _Reception:
+    """Rank 0's: tells the token to all who knock; one who did so in an earlier attempt reads nothing any more."""
+
+    def __init__(self, table: SignedStore, seat: Seat, me: Member, key: Key):
+        self.token = secrets.token_hex(8)
+        self._table, self._seat, self._me, self._key = table, seat, me, key
+        self._doubts = {rank: _Doubt() for rank in range(1, seat.world)}
+
+    def answer(self) -> None:
+        """To be called again and again; raises InputError when it is sure that another rank has another key."""
+        self._table.write("knock/0", [self._me.nonce, self._seat.world])  # nobody needs it, but who cannot read it learns why
+        for rank, doubt in self._doubts.items():
+            doubt.look(self._table, rank)
+            if not isinstance(doubt.knock, No):
+                nonce, world = doubt.knock
+                problem = f"WORLD_SIZE = {world} for rank {rank}, but {self._seat.world} for rank 0; start all with the same"
+                self._table.write(nonce, [self.token, problem if world != self._seat.world else None])
+        # Those with another key cannot read what rank 0 would tell them, so they are given the time to find out for themselves.
+        odd = [rank for rank, doubt in self._doubts.items() if doubt.for_s > DOUBT_S / 2]
+        gone = all(doubt.quiet_s > QUIET_S for doubt in self._doubts.values())
+        if odd and (gone or max(doubt.for_s for doubt in self._doubts.values()) > 2 * DOUBT_S):
+            raise InputError(self._key.mismatch(listed([f"rank {rank}" for rank in odd])))
+
+
+class _Doubt:
+    """Whether a rank has another key. A single knock that is forged may be a stranger's; from a process they come again and again."""
+
+    def __init__(self) -> None:
+        self.knock: Any = No.ABSENT
+        self._first = self._last = 0.0
+
+    @property
+    def for_s(self) -> float:
+        """Between the first and the last forged one of a series."""
+        return self._last - self._first
+
+    @property
+    def quiet_s(self) -> float:
+        """Since the last forged one."""
+        return time.monotonic() - self._last
+
+    def look(self, table: SignedStore, rank: int) -> None:
+        """Read a rank's knock, and sweep it away where it is forged."""
+        self.knock, now = table.read(f"knock/{rank}"), time.monotonic()
+        if self.knock is No.FORGED:
+            table.sweep(f"knock/{rank}")
+            if now - self._last > QUIET_S:
+                self._first = now
+            self._last = now
+        elif self.knock is not No.ABSENT:
+            self._first = self._last
 
 
 def hold_store(address: str, port: int) -> dist.TCPStore:

@@ -7,6 +7,9 @@
   compared, and a machine that is too busy to answer looks like a lost one.
 - An agent that is cut off from the store gives up after 15 seconds. torch's waits for an answer until TCP gives up, a quarter of an hour.
 - A node is known by the address from which it reaches HOST, where torch asks the host's name, which often means 127.0.1.1.
+- All that agents read from the store is signed with the run's key (signature.py). One value is unpickled by torch, the state of the
+  rendezvous (rendezvous_state.py): without a signature, whoever reaches the port runs code here. The others are text, JSON and counts
+  (rendezvous_rounds.py).
 
 torchrun imports this at every start, whichever backend is asked for; so what is heavy is imported when it is used.
 """
@@ -15,8 +18,11 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any
+
+from fastbert.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,39 +47,46 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
 
     Raises:
         RendezvousConnectionError: nobody listens at the endpoint, and this machine cannot.
+        SystemExit: with 2, after one line on stderr, where the key cannot be used or is not that of the other nodes. torchrun would show
+            30 lines for any other exception.
     """
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
-    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT, C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
     from fastbert.training.meeting import Patience, RankLost, own_address
+    from fastbert.training.rendezvous_rounds import SignedRounds
+    from fastbert.training.rendezvous_state import SignedState
+    from fastbert.training.signature import find_key
 
-    class Backend(C10dRendezvousBackend):
-        @property
-        def name(self) -> str:  # torchrun compares it with the one that was asked for
-            return NAME
-
-        def _call_store(self, store_op: str, *args: Any, **kwargs: Any) -> Any:
-            call = super()._call_store
-            try:
-                return Patience(ANSWER_S).run(
-                    lambda: call(store_op, *args, **kwargs), f"the store of --rdzv-endpoint {parameters.endpoint}"
-                )
-            except RankLost as error:
-                raise RendezvousConnectionError(str(error)) from None
+    def ask(work: Callable[[Any], Any]) -> Any:
+        try:
+            return Patience(ANSWER_S).run(lambda: work(store), f"the store of --rdzv-endpoint {parameters.endpoint}")
+        except (RankLost, ValueError, RuntimeError, TimeoutError) as error:
+            raise RendezvousConnectionError(str(error)) from None
 
     host, port = parse_rendezvous_endpoint(parameters.endpoint, DEFAULT_PORT)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # read by torch whenever nodes have met
-    for key, value in DEFAULTS.items():
-        parameters.config.setdefault(key, value)
-    store = _store(host, port, parameters)
+    for name, value in DEFAULTS.items():
+        parameters.config.setdefault(name, value)
+    try:
+        key = find_key()
+        store, made = _store(host, port, parameters)
+        state = SignedState(NAME, ask, parameters.run_id, key, made, parameters.endpoint)
+    except InputError as error:
+        print(f"fastbert: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
     parameters.local_addr = parameters.local_addr or own_address(store.host)
-    return create_handler(store, Backend(store, parameters.run_id), parameters)
+    return create_handler(SignedRounds(store, key, state.start), state, parameters)
 
 
-def _store(host: str, port: int, parameters: RendezvousParameters) -> TCPStore:
-    """Hold the store where the endpoint's address is this machine's, unless another agent here does already; else reach it."""
+def _store(host: str, port: int, parameters: RendezvousParameters) -> tuple[TCPStore, bool]:
+    """Hold the store where the endpoint's address is this machine's, unless another agent here does already; else reach it.
+
+    Returns:
+        The store, and whether this agent holds it.
+    """
     from datetime import timedelta
 
     from torch.distributed import DistError, TCPStore
@@ -91,12 +104,12 @@ def _store(host: str, port: int, parameters: RendezvousParameters) -> TCPStore:
                 try:
                     store = hold_store(address, port)
                     store.set_timeout(read_timeout)
-                    return store
+                    return store, True
                 except OSError as error:
                     if may_hold or error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
                         raise RendezvousConnectionError(f"--rdzv-endpoint {host}:{port}: cannot listen on {address}: {error}") from None
             if listens(address, port):
-                return TCPStore(address, port, None, False, timeout=read_timeout)
+                return TCPStore(address, port, None, False, timeout=read_timeout), False
             problem = f"nobody listens on {address}; is it the address of one of the nodes?"
         except (OSError, DistError) as error:  # a name that is not known yet; a store that has just ended
             problem = str(error)

@@ -7,11 +7,14 @@ and the process is ended from the thread, since nothing wakes the main one.
 
 Where a collective fails at once, because a peer has died, the beats answer the same question: the peer that has closed the connection may
 only be another one that failed, next in a row. So an exception that leaves the context comes out as RankLost where another rank is its cause.
+
+Beats and verdicts are signed. A verdict that is not is swept away, and nobody ends because of it. A forged beat tells nothing: its rank is
+neither alive nor missing, so that no rank is blamed, and no run ended, by what a stranger writes; who really waits in vain then ends by the
+time-out of the collective, MARGIN_S later.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -27,6 +30,7 @@ import torch.distributed as dist
 from fastbert.errors import InputError
 from fastbert.training.group import Group, Unconnected
 from fastbert.training.meeting import Interrupted, Patience, RankLost, describe, listed
+from fastbert.training.signed_store import No, SignedStore, printable
 
 T = TypeVar("T")
 
@@ -77,9 +81,9 @@ class Watch:
     def __enter__(self) -> Watch:
         self._group.tick = self.tick
         if self._group.world > 1:
-            store = dist.PrefixStore("watch", self._group.store)
+            store = self._group.room.part("watch")
             # Connections of their own: a call that waits on one keeps all others on it waiting.
-            self._beats, self._questions = Patience(self._timeout_s).run(lambda: (_clone(store), _clone(store)), self._group.store_name)
+            self._beats, self._questions = Patience(self._timeout_s).run(lambda: (store.clone(), store.clone()), self._group.store_name)
             self._tick = (0, "the start", time.monotonic())
             self._threads = [threading.Thread(target=work, daemon=True, name="fastbert-watch") for work in (self._beat, self._guard)]
             for thread in self._threads:
@@ -99,7 +103,7 @@ class Watch:
         if self._threads and error is None:
             last = Beat(-1, self._tick[0], self._tick[1], waiting=True, where="", left=True)
             with suppress(RankLost):
-                self._ask(lambda store: store.set(str(self._group.rank), json.dumps(last)))
+                self._ask(lambda store: store.write(str(self._group.rank), last))
         if lost is not None:
             raise RankLost(lost) from error
 
@@ -133,18 +137,26 @@ class Watch:
         return self._reason
 
     def _beat(self) -> None:
-        """Thread: say that this process is alive, and hear whether a verdict is there."""
+        """Thread: say that this process is alive, and listen for a verdict."""
         count, rank = 0, str(self._group.rank)
         try:
             while not self._over.is_set():
                 ticks, what, _ = self._tick
-                self._beats.set(rank, json.dumps(Beat(count, ticks, what, *_position(self._main))))
+                self._beats.write(rank, Beat(count, ticks, what, *_position(self._main)))
                 count += 1
-                if self._verdict is None and self._beats.check(["verdict"]):
-                    self._hear(self._beats)
+                if self._verdict is None:
+                    self._listen()
                 self._over.wait(self._every_s)
         except dist.DistError:
             self._verdict = self._verdict or f"{self._group.store_name} has disappeared"
+
+    def _listen(self) -> None:
+        """Hear the verdict, if there is one."""
+        found = self._beats.read("verdict")
+        if found is No.FORGED:
+            self._beats.sweep("verdict")  # or all ranks would read it again every second, however large it is
+        elif found is not No.ABSENT:
+            self._hear(self._beats, *found)
 
     def _guard(self) -> None:
         """Thread: end this process when its main thread does not go on."""
@@ -187,25 +199,31 @@ class Watch:
         except RankLost:
             self._verdict = self._verdict or f"{self._group.store_name} has {what}; this rank is at {self._tick[1]}"
 
-    def _look(self, store: dist.Store) -> list[Beat | None]:
-        ranks = [str(rank) for rank in range(self._group.world)]
-        return [Beat(*json.loads(store.get(rank))) if store.check([rank]) else None for rank in ranks]
+    def _look(self, store: SignedStore) -> list[Beat | No]:
+        found = [store.read(str(rank)) for rank in range(self._group.world)]
+        return [beat if isinstance(beat, No) else Beat(*beat) for beat in found]
 
-    def _missing(self, before: Sequence[Beat | None], now: Sequence[Beat | None], what: str) -> tuple[str, int] | None:
-        """Ranks whose beat stands still: what is to be said of them, and how many they are."""
-        still = [rank for rank, beat in enumerate(now) if beat is None or (beat == before[rank] and not beat.left)]
+    def _missing(self, before: Sequence[Beat | No], now: Sequence[Beat | No], what: str) -> tuple[str, int] | None:
+        """Ranks whose beat stands still, or was never there: what is to be said of them, and how many they are."""
+        still = [
+            rank for rank, beat in enumerate(now) if beat == before[rank] and beat is not No.FORGED and not getattr(beat, "left", False)
+        ]
         if not still:
             return None
         last = now[still[0]]
         has = "has" if len(still) == 1 else "have"
-        return f"{self._names(still)} {has} {what}, last seen at {last.what if last else 'the start'}", len(still)
+        return f"{self._names(still)} {has} {what}, last seen at {'the start' if isinstance(last, No) else last.what}", len(still)
 
-    def _culprits(self, before: Sequence[Beat | None], now: Sequence[Beat | None], what: str) -> tuple[str, int] | None:
-        """What keeps this rank from going on; None where another one does go on, since then its turn will come."""
+    def _culprits(self, before: Sequence[Beat | No], now: Sequence[Beat | No], what: str) -> tuple[str, int] | None:
+        """What keeps this rank from going on; None where another one goes on, since then its turn will come, or may do so unseen."""
         if (found := self._missing(before, now, what)) is not None:
             return found
-        beats = {rank: beat for rank, beat in enumerate(now) if beat is not None and not beat.left}
-        if any(earlier is not None and earlier.ticks != beats[rank].ticks for rank, earlier in enumerate(before) if rank in beats):
+        earlier = [beat for beat in before if not isinstance(beat, No)]
+        beats = {rank: beat for rank, beat in enumerate(now) if not isinstance(beat, No)}
+        if len(earlier) < len(before) or len(beats) < len(now):
+            return None
+        beats = {rank: beat for rank, beat in beats.items() if not beat.left}
+        if any(earlier[rank].ticks != beat.ticks for rank, beat in beats.items()):
             return None
         since = f"for {self._timeout_s:g} s (runtime.timeout_s)"
         ahead = max(beat.ticks for beat in beats.values())
@@ -221,33 +239,32 @@ class Watch:
     def _pronounce(self, verdict: str, deaf: int) -> None:
         """Leave the verdict for the others, all but `deaf` of them; or take over the one that is there."""
 
-        def leave(store: dist.Store) -> None:
-            store.compare_set("verdict", "", json.dumps([verdict, deaf]))
-            self._hear(store)
+        def leave(store: SignedStore) -> None:
+            self._hear(store, *store.settle("verdict", [verdict, deaf]))
 
         try:
             self._ask(leave)
         except RankLost:
             self._verdict = self._verdict or verdict
 
-    def _hear(self, store: dist.Store) -> None:
-        """Take over the verdict that is in the store, and count as one who knows it."""
-        verdict, deaf = json.loads(store.get("verdict"))
+    def _hear(self, store: SignedStore, verdict: str, deaf: int) -> None:
+        """Take over the verdict that is in the store, and note there that this rank knows it."""
         with self._hearing:
             if self._deaf is None:
-                store.add("heard", 1)
+                store.write(f"heard/{self._group.rank}", None)
             self._verdict, self._deaf = verdict, deaf
 
     def _linger(self) -> None:
         """The process that holds the store gives the others time to hear the verdict."""
-        end = time.monotonic() + HEARD_S
+        end, not_yet = time.monotonic() + HEARD_S, list(range(self._group.world))
         with suppress(RankLost):
             while self._group.holds_store and self._deaf is not None and time.monotonic() < end:
-                if self._ask(lambda store: store.add("heard", 0)) >= self._group.world - self._deaf:
+                not_yet = self._ask(lambda store, ranks=not_yet: [rank for rank in ranks if isinstance(store.read(f"heard/{rank}"), No)])
+                if len(not_yet) <= self._deaf:
                     break
                 time.sleep(self._every_s / 10)
 
-    def _ask(self, question: Callable[[dist.Store], T]) -> T:
+    def _ask(self, question: Callable[[SignedStore], T]) -> T:
         """The store's answer; RankLost where none comes within a few seconds."""
         with self._asking:
             return Patience(0.0).run(lambda: question(self._questions), self._group.store_name)
@@ -255,13 +272,8 @@ class Watch:
     def _end(self) -> NoReturn:
         """End the process from a thread, whatever its main thread waits for."""
         self._linger()
-        os.write(2, f"fastbert: {self._reason}; go on with --resume\n".encode())
+        os.write(2, f"fastbert: {printable(self._reason or '')}; go on with --resume\n".encode())
         os._exit(1)
-
-
-def _clone(store: Any) -> dist.Store:
-    """Another connection to the same store; torch's type hints do not know of it."""
-    return store.clone()
 
 
 def _position(thread: int) -> tuple[bool, str]:
