@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "fastbert.errors": set(),
     "fastbert.heap": set(),
     "fastbert.durable": set(),
+    "fastbert.presence": {"fastbert.errors"},
     "fastbert.config": {"fastbert.errors"},
     # The data know neither the model nor the run; what is read while training knows nothing of how a store is made.
     "fastbert.data": {"fastbert.config", "fastbert.durable", "fastbert.errors"},
@@ -38,6 +39,7 @@ MAY_IMPORT = {
         "fastbert.heap",
         "fastbert.model",
         "fastbert.objective",
+        "fastbert.presence",
     },
     "fastbert.tasks": {
         "fastbert.config",
@@ -45,6 +47,7 @@ MAY_IMPORT = {
         "fastbert.errors",
         "fastbert.model",
         "fastbert.objective",
+        "fastbert.presence",
         "fastbert.training.checkpoint",
         "fastbert.training.diagnosis",
         "fastbert.training.group",
