@@ -254,7 +254,7 @@ class Watch:
     def _end(self) -> NoReturn:
         """End the process from a thread, whatever its main thread waits for."""
         self._linger()
-        os.write(2, f"fastbert: {self._reason}; go on with --resume\n".encode())
+        os.write(2, f"fastbert: {self._reason}; resume with --resume\n".encode())
         os._exit(1)
 
 
