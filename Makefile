@@ -122,8 +122,8 @@ runs/demo/finished: | data/wiki/manifest.json
 runs/library/finished: | data/library-16384/manifest.json
 
 runs/%/finished:
-	$(call heading,Pretrain by recipes/$*.toml; Ctrl-C saves$(comma) and make $* goes on from there)
-	@resume=; if compgen -G 'runs/$*/checkpoints/step-*' >/dev/null; then resume=--resume; fi; \
+	$(call heading,Pretrain by recipes/$*.toml; Ctrl-C saves$(comma) and make $* resumes from there)
+	@resume=; if [ -e runs/$*/.owner ]; then resume=--resume; fi; \
 	$(FASTBERT) pretrain recipes/$*.toml $$resume
 	@touch $@
 

@@ -156,7 +156,7 @@ def pretrain(store: Path, folder: Path) -> Path:
     """The run of the demo's recipe on the store, for longer; not made again where it is finished."""
     made, finished = folder / "run", folder / "finished"
     if not finished.exists():
-        resume = ["--resume"] if (made / "checkpoints").exists() else []
+        resume = ["--resume"] if made.exists() else []
         settings = {"data": store, "run": made, "schedule.over": "tokens", "stop.tokens": PRETRAINING_TOKENS, "stop.seconds": 1e6}
         command = [sys.executable, "-m", "fastbert", "pretrain", RECIPE, *(f"{key}={value}" for key, value in settings.items()), *resume]
         subprocess.run(list(map(str, command)), check=True)

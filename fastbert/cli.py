@@ -141,7 +141,7 @@ def prepare(
 def pretrain(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that win over the recipe's.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest sound checkpoint of the run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest sound checkpoint of the run.")] = False,
 ) -> int:
     """Train a model from a store, as a recipe says. Exit code 75: interrupted, a checkpoint is saved."""
     from fastbert.config import load_config

@@ -1,5 +1,6 @@
-"""Files that must survive a power cut, and be known again: waiting for the disk, SHA-256, and manifests that hold their own."""
+"""Files that must survive a power cut, and be known again: waiting for the disk, whole files, SHA-256, manifests that hold their own."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,6 +15,26 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: what was there stays until then. A link at `path` is replaced; what it points to is not touched.
+
+    Raises:
+        OSError: the disk refused; nothing is left of the attempt.
+    """
+    new = path.with_name(f".writing-{path.name}")
+    try:
+        new.unlink(missing_ok=True)  # of a process that died here
+        with open(new, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sha256_of(path: Path) -> str:

@@ -312,6 +312,119 @@ def test_an_earlier_start_that_is_still_alive_cannot_spoil_what_is_saved(tmp_pat
     assert torch.equal(read_weights(folder / "step-00000003")["a.bias"], dict(tensors(3))["weight/a.bias"])
 
 
+def filled(folder: Path) -> Path:
+    """A folder of somebody else's."""
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("theirs")
+    (folder / "thesis.txt").write_text("theirs")
+    return folder
+
+
+def is_whole(folder: Path) -> bool:
+    return all((folder / name).read_text() == "theirs" for name in ("manifest.json", "thesis.txt"))
+
+
+@pytest.mark.parametrize("name", [".deleted-x", ".deleted-step-00000001-0", ".writing-step-00000009-0"])
+@pytest.mark.parametrize("what", ["folder", "file", "nothing"])
+def test_of_a_link_only_the_link_is_deleted(tmp_path, name, what):
+    theirs, folder = filled(tmp_path / "theirs"), tmp_path / "run/checkpoints"
+    save_at(tmp_path / "run", 1)
+    (folder / name).symlink_to({"folder": theirs, "file": theirs / "thesis.txt", "nothing": tmp_path / "nowhere"}[what])
+    save_at(tmp_path / "run", 2, keep=1)
+    assert is_whole(theirs) and (name.startswith(".writing") or not os.path.lexists(folder / name))
+    if not os.path.lexists(folder / name):
+        (folder / name).symlink_to(theirs)
+    sweep(folder)
+    assert is_whole(theirs) and names(tmp_path / "run") == ["step-00000002"]
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_not_deleted_where_it_lies(tmp_path):
+    """As where a disk was full: `mv step-00000001 /archive; ln -s /archive/step-00000001`."""
+    (first,) = save_at(tmp_path, 1)
+    archive = tmp_path / "archive"
+    first.rename(archive)
+    first.symlink_to(archive)
+    save_at(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["step-00000002"] and open_checkpoint(archive).step == 1
+    archive.rename(tmp_path / "checkpoints/step-00000003")
+    (tmp_path / "checkpoints/step-00000003").rename(archive)
+    (tmp_path / "checkpoints/step-00000003").symlink_to(archive)
+    (archive / MANIFEST).write_text("{")
+    save_at(tmp_path, 3)  # a damaged one makes room
+    assert (archive / MANIFEST).read_text() == "{" and not (tmp_path / "checkpoints/step-00000003").is_symlink()
+
+
+def test_sweep_takes_files_and_folders_in_folders(tmp_path):
+    (tmp_path / ".deleted-step-00000001-0/deep/er").mkdir(parents=True)
+    (tmp_path / ".writing-step-00000001-0").touch()
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+UNREADABLE = {
+    "checkpoints/ on a disk that is not mounted": lambda run: moved(run / "checkpoints").symlink_to("/not/mounted"),
+    "a run on a disk that is not mounted": lambda run: moved(run).symlink_to("/not/mounted"),
+    "a loop of links": lambda run: moved(run / "checkpoints").symlink_to("checkpoints"),
+    "a file in its place": lambda run: moved(run / "checkpoints").write_text(""),
+    "the newest on a disk that is not mounted": lambda run: moved(run / "checkpoints/step-00000002").symlink_to("/not/mounted"),
+    "the newest a loop of links": lambda run: moved(run / "checkpoints/step-00000002").symlink_to("step-00000002"),
+    "its manifest a loop of links": lambda run: moved(run / "checkpoints/step-00000002" / MANIFEST).symlink_to(MANIFEST),
+    "its tensors on a disk that is not mounted": lambda run: moved(
+        run / "checkpoints/step-00000002/tensors-00000-00000.safetensors"
+    ).symlink_to("/not/mounted"),
+}
+
+
+def moved(path: Path) -> Path:
+    path.rename(path.with_name("elsewhere"))
+    return path
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_what_cannot_be_read_is_neither_missing_nor_damaged(tmp_path, how):
+    """An older one would be taken, and what was there would make room for it."""
+    run = tmp_path / "run"
+    save_at(run, 1, 2)
+    UNREADABLE[how](run)
+    with pytest.raises(InputError) as error:
+        newest_sound(run)
+    assert "\n" not in str(error.value) and str(run) in str(error.value)
+    if "newest" not in how and "its" not in how:
+        with pytest.raises(InputError):
+            exists(run)
+        with pytest.raises(InputError):
+            sweep(run / "checkpoints")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_replaced(tmp_path):
+    run = tmp_path / "run"
+    save_at(run, 1, 2)
+    UNREADABLE["its manifest a loop of links"](run)
+    with pytest.raises(InputError, match="Too many levels"):
+        save_at(run, 2)
+    assert names(run) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: path.write_text(""), "manifest.json cannot be read: Not a directory"),
+        (lambda path: path.mkdir(), "manifest.json is missing"),
+        (lambda path: (path / MANIFEST).mkdir(parents=True), "manifest.json is not a file"),
+        (lambda path: (path.mkdir(), os.mkfifo(path / MANIFEST)), "manifest.json is not a file"),  # which would keep its reader waiting
+    ],
+)
+def test_something_else_with_the_name_of_a_checkpoint_is_damaged(tmp_path, make, message):
+    (good,) = save_at(tmp_path, 1)
+    bad = tmp_path / "checkpoints/step-00000002"
+    make(bad)
+    assert newest_sound(tmp_path)[0].path == good and newest_sound(tmp_path)[1] == [f"{bad}: damaged: {message}"]
+    save_at(tmp_path, 2)
+    assert newest_sound(tmp_path)[0].path == bad and newest_sound(tmp_path)[1] == []
+    sweep(tmp_path / "checkpoints")
+    assert names(tmp_path) == [good.name, bad.name]
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from fastbert.training import diagnosis
-from fastbert.training.diagnosis import GradientNorm, compare, expected_first_loss, first_loss, plateau, stuck_pairs
+from fastbert.training.diagnosis import GradientNorm, compare, diverged, expected_first_loss, first_loss, plateau, stuck_pairs
 
 YARDSTICKS = {"unigram": 6.7, "left_bigram": 5.1, "two_sided_bigram": 4.3, "two_sided_trigram": 3.7, "tokens": 1e6}
 
@@ -41,6 +41,20 @@ def test_stuck_pairs():
     assert stuck_pairs(0.3, 0.692, 0.51) is None
     assert stuck_pairs(0.6, 0.62, 0.66) is None
     assert stuck_pairs(0.6, None, None) is None  # trained without pairs
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 7.65e10, 30.0])
+def test_a_run_that_has_diverged_is_told_that_and_nothing_else(loss):
+    line = diverged(loss, 1000, True)
+    assert line is not None and "training has diverged" in line and "optimizer.lr" in line and "7.60" in line and "\n" not in line
+    assert ("not finite" in line) != math.isfinite(loss)
+    if not math.isfinite(loss):
+        assert plateau(1.0, loss, YARDSTICKS) is None and stuck_pairs(1.0, loss, 0.4) is None
+
+
+@pytest.mark.parametrize("loss", [0.1, 6.9, 7.6, 9.0])
+def test_a_loss_that_any_run_may_have_is_no_divergence(loss):
+    assert diverged(loss, 1000, True) is None
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,20 @@ def go_on(small_store, packs, stage: int, precision: str) -> dict[str, dict[str,
     return state
 
 
+@pytest.mark.parametrize("optimizer, stage", [("lamb", 0), *((name, stage) for name in ("adamw", "sgd") for stage in STAGES)])
+def test_a_state_from_before_the_first_step(small_store, packs, stage, optimizer):
+    """As where every step was skipped so far: moments of zero, from which training is the same as from none."""
+    config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name=optimizer))
+    with engine(small_store, stage, config) as built:
+        state = state_of(built)
+        expected = [built.step(packs[i], lr=1e-2) for i in (0, 1)]
+    assert len(state) == (2 if optimizer == "sgd" else 3)
+    assert all(state[slot].keys() == state["weight"].keys() for slot in state)
+    assert all(not tensor.any() for slot, named in state.items() if slot != "weight" for tensor in named.values())
+    with engine(small_store, stage, config, state=state, step=0) as built:
+        assert [built.step(packs[i], lr=1e-2) for i in (0, 1)] == expected
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "lamb"])
 def test_the_other_optimizers_go_on_too(small_store, packs, optimizer):
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name=optimizer))

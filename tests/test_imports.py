@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "fastbert.child": set(),
     "fastbert.strict_json": set(),
     "fastbert.durable": set(),
+    "fastbert.presence": {"fastbert.errors"},
     "fastbert.config": {"fastbert.errors"},
     # The data know neither the model nor the run; what is read while training knows nothing of how a store is made.
     "fastbert.data": {"fastbert.child", "fastbert.config", "fastbert.durable", "fastbert.errors"},
@@ -40,6 +41,7 @@ MAY_IMPORT = {
         "fastbert.heap",
         "fastbert.model",
         "fastbert.objective",
+        "fastbert.presence",
         "fastbert.strict_json",
     },
     "fastbert.tasks": {
@@ -48,6 +50,7 @@ MAY_IMPORT = {
         "fastbert.errors",
         "fastbert.model",
         "fastbert.objective",
+        "fastbert.presence",
         "fastbert.training.checkpoint",
         "fastbert.training.dataset",
         "fastbert.training.diagnosis",

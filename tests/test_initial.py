@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_bert import TEXTS, make_hugging_face_folder
 from transformers import BertConfig, BertModel
 
@@ -132,6 +133,44 @@ def test_other_tokens_are_refused(recipe, folder, tmp_path):
     save_tokenizer(load_tokenizer(tmp_path / "vocab.txt"), folder)
     message = refusal(recipe)
     assert "tokens that are not those of" in message and f"--tokenizer {folder}" in message
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert.embeddings.word_embeddings.weight",
+        "bert.encoder.layer.1.attention.self.key.weight",  # one of three that are one of ours
+        "bert.encoder.layer.0.output.LayerNorm.bias",
+        "cls.predictions.bias",
+        "cls.seq_relationship.weight",
+    ],
+)
+def test_weights_that_are_not_finite_are_refused(recipe, folder, tmp_path, name, bad):
+    """By the name that the folder gives them; one number is enough. Every step from there would be skipped."""
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[7 % weights[name].numel()] = bad
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(recipe)
+    assert f"init = '{folder}': " in message and name in message and "holds 1 numbers that are not finite" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_beyond_single_precision_are_not_finite(recipe, folder):
+    weights = load_file(folder / "model.safetensors")
+    name = "bert.pooler.dense.bias"
+    weights[name] = weights[name].double() + 1e300
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert f"{name} holds 32 numbers that are not finite" in refusal(recipe)
+
+
+def test_rows_for_no_token_may_hold_anything(recipe, folder, original, tmp_path):
+    """They pad the table to a round size, and are left out."""
+    encoder = BertModel.from_pretrained(original, add_pooling_layer=False)
+    encoder.resize_token_embeddings(1024)
+    encoder.embeddings.word_embeddings.weight.data[1000:] = float("nan")
+    encoder.save_pretrained(folder)
+    assert train(recipe) == 0 and bool(fastbert.load(tmp_path / "run").model.embeddings.words.isfinite().all())
 
 
 def test_a_decoder_of_its_own_is_refused(recipe, folder):

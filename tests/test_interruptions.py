@@ -62,7 +62,7 @@ def test_a_signal_while_training(lab, number, to):
     assert trial.records("stop") == [
         {"event": "stop", "step": done, "reason": f"interrupted by {name if to != 'rank 1' else 'another rank'}"}
     ]
-    assert said.endswith(f"go on with: fastbert pretrain {trial.run / 'config.toml'} --resume")
+    assert said.endswith(f"resume with: fastbert pretrain {trial.run / 'config.toml'} --resume")
     assert trial.checkpoints[-1].name == f"step-{done:08}"
     assert lab.finish(trial, WORLD, STAGE).sound
 

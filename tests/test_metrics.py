@@ -31,18 +31,51 @@ def test_a_fresh_start_begins_anew_and_a_resume_goes_on(tmp_path):
     assert list(read_metrics(path)) == []
 
 
-@given(st.lists(st.integers(0, 10**6), max_size=5), st.text(st.characters(exclude_characters="\n"), max_size=9000))
+WITHOUT_NEWLINE = st.binary(max_size=9000).map(lambda data: data.replace(b"\n", b""))
+
+
+@given(st.lists(st.integers(0, 10**6), max_size=5), WITHOUT_NEWLINE)
 def test_a_torn_last_line_is_dropped(tmp_path_factory, whole, torn):
     path = tmp_path_factory.mktemp("torn") / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in whole) + torn, encoding="utf-8", newline="\n")
+    path.write_bytes(b"".join(json.dumps({"step": n}).encode() + b"\n" for n in whole) + torn)
     file = MetricsFile(path, fresh=False)
     file.write({"step": -1})
     file.close()
     assert [r["step"] for r in read_metrics(path)] == [*whole, -1]
 
 
+@given(st.lists(st.one_of(
+    st.integers(0, 10**6),
+    WITHOUT_NEWLINE,
+    st.sampled_from([b'{"step": 5, "lo{"step": 6}', b"6, 1.5]", b"1.5", b"null", b'"step"', b"[1]", b"{}", b'{"step": "7"}', b'{"step": true}',
+                     b'{"step": 7, "event": 1}', b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"\0" * 4096 + b'{"step": 7}', b"\xff", b""]),
+), max_size=12))  # fmt: skip
+def test_a_bad_line_is_passed_over_and_counted(tmp_path_factory, parts):
+    """Torn where two machines append over a network disk, or with the zeros of a hole; what is whole around it is kept."""
+    path, bad = tmp_path_factory.mktemp("bad") / "metrics.jsonl", []
+    path.write_bytes(b"".join((part if isinstance(part, bytes) else json.dumps({"step": part}).encode()) + b"\n" for part in parts))
+    assert list(read_metrics(path, bad)) == [{"step": part} for part in parts if isinstance(part, int)]
+    assert bad == [number for number, part in enumerate(parts, 1) if isinstance(part, bytes)]
+
+
+def test_what_is_not_finite_is_json_all_the_same(tmp_path):
+    """NaN is no JSON: other programs refuse the whole line."""
+    MetricsFile(tmp_path / "metrics.jsonl", fresh=True).write({"step": 1, "loss": math.nan, "lr": math.inf, "grad_norm": 2.0})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "lr": None, "grad_norm": 2.0}
+
+
 def test_a_missing_file_has_nothing(tmp_path):
     assert list(read_metrics(tmp_path / "none.jsonl")) == []
+
+
+def test_a_file_that_cannot_be_read_is_not_a_missing_one(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to(tmp_path / "not mounted" / "metrics.jsonl")
+    (tmp_path / "folder").mkdir()
+    for name, error in {"loop": "Too many levels", "gone": "No such file", "folder": "Is a directory"}.items():
+        with pytest.raises(OSError, match=error):
+            list(read_metrics(tmp_path / name))
 
 
 def test_a_full_disk_is_an_oserror_at_once(tmp_path):

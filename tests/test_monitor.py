@@ -92,6 +92,45 @@ def test_advice_is_given_once(tmp_path, capsys):
         assert part in note
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e10])
+def test_a_loss_that_is_not_finite_is_not_taken_for_a_plateau(tmp_path, capsys, loss):
+    with monitor(tmp_path) as to:
+        to.evaluate(Progress(step=190), HeldOut(loss, loss, 0.0, loss, 0.0, loss, 0.4), 0.5)
+        to.stop(190, "stop.steps = 190")
+    said = capsys.readouterr().out
+    (note,) = (line for line in said.splitlines() if line.startswith("note: "))
+    assert "training has diverged" in note and "neighbours yet" not in said and "nan" not in said
+    records = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["loss"] == (loss if math.isfinite(loss) else None)
+    assert matplotlib.image.imread(tmp_path / "loss.png").shape[0] > 500
+
+
+def test_a_bad_line_of_metrics_is_passed_over(tmp_path, capsys):
+    """It is said, and the run goes on in the same file."""
+    with monitor(tmp_path) as to:
+        take_step(to, 1)
+        take_step(to, 2)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"\n", b'\n{"step": 2, "lo{"step": 2, "loss": 7.1}\n', 1))
+    with monitor(tmp_path, step=2) as to:
+        take_step(to, 3)
+    assert f"{path}: 1 of its lines cannot be read and are left out; the first is line 2" in capsys.readouterr().out
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
+
+
+def test_a_fresh_start_does_not_write_through_links(tmp_path):
+    """What the user has put in the place of a file of the run stays as it is."""
+    notes = tmp_path / "my notes.txt"
+    notes.write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("log.txt", "metrics.jsonl"):
+        (run / name).symlink_to(notes)
+    with monitor(run) as to:
+        take_step(to, 1)
+    assert notes.read_text() == "mine" and not (run / "log.txt").is_symlink()
+
+
 def test_a_normal_run_gets_no_advice(tmp_path, capsys):
     with monitor(tmp_path) as to:
         for step in range(1, 150):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
 from fastbert.config import load_config
-from fastbert.data.batches import Batches
+from fastbert.data.batches import Batches, heldout_batches
+from fastbert.data.packing import PackedBatch
 from fastbert.training import checkpoint
-from tests.trials import Laboratory, Trial
+from tests.trials import Laboratory, Trial, wait_for
 
 PLACE = 62  # of a token within its sequence: one sequence in four is longer, so about a third of the steps have none
-FEW = ("batch.sequences=4", "schedule.warmup=0", "schedule.decay=constant", "evaluate.every=1000")
+SUDDEN = ("schedule.warmup=0", "schedule.decay=constant", "evaluate.every=1000")
+FEW = ("batch.sequences=4", *SUDDEN)
 HUGE = 3e38  # finite in single precision, though no sum of two such numbers is
 
 
@@ -21,12 +26,12 @@ def lab(tmp_path_factory, small_store) -> Laboratory:
     return Laboratory(tmp_path_factory.mktemp("not-finite"), small_store.path)
 
 
-def damage(trial: Trial) -> None:
+def damage(trial: Trial, place: int = PLACE) -> None:
     """Make one position's embedding huge, in a checkpoint that is sound otherwise, hashes and all."""
     found, _ = checkpoint.newest_sound(trial.run)
     assert found is not None
     state = {slot: dict(tensors) for slot, tensors in checkpoint.read_all(found.path).items()}
-    state["weight"]["embeddings.positions"][PLACE] = HUGE
+    state["weight"]["embeddings.positions"][place] = HUGE
     for path in trial.checkpoints:
         checkpoint.delete([path])
     tensors = [(f"{slot}/{name}", tensor) for slot, named in state.items() for name, tensor in named.items()]
@@ -49,13 +54,23 @@ def all_finite(trial: Trial) -> bool:
     return all(bool(tensor.isfinite().all()) for slot in checkpoint.read_all(found.path).values() for tensor in slot.values())
 
 
+def fails(trial: Trial, world: int, *overrides: str) -> list[str]:
+    """Let it train to an end with exit code 1; returns the lines that rank 0 printed."""
+    with trial.start(world, *overrides) as ranks:
+        assert ranks.wait() == [1] * world and "Traceback" not in ranks.errors, ranks.errors
+        return ranks[0].out.read_text().splitlines()
+
+
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 0), (2, 1), (2, 3)])
 def test_examples_that_break_the_loss_are_skipped(lab, small_store, world, stage):
-    """A damaged embedding that only long sequences meet. Every other step is made as if nothing were, on any number of ranks."""
+    """A damaged embedding that only long sequences meet. Every other step is made as if nothing were, on any number of ranks.
+
+    The held-out text meets it too, so the run does not end well, though it is saved: its weights give finite losses elsewhere.
+    """
     trial = lab.trial(*FEW, "stop.skipped=20", stage=stage)
     trial.go_on(world, "stop.steps=3")
     damage(trial)
-    said = trial.go_on(world)
+    said = fails(trial, world)
     expected = {step: found for step, found in examples(trial, small_store, PLACE).items() if found and step > 3}
     skips = trial.records("skip")
     assert len(skips) > 2 and {skip["step"]: skip["examples"] for skip in skips} == {
@@ -65,7 +80,11 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_store, world, stage
     assert sorted([s["step"] for s in trial.steps] + [s["step"] for s in skips]) == list(range(1, lab.steps + 1))
     assert sum("is skipped" in line and str(skips[0]["examples"][0]) in line for line in said) >= 1
     assert all_finite(trial)
-    assert trial.records("save")[-1]["step"] == lab.steps
+    assert trial.records("save")[-1]["step"] == lab.steps and "checkpoint" in trial.records("save")[-1]
+    assert said[-1].startswith(f"stopped at step {lab.steps}: stop.steps = {lab.steps}, but the held-out loss is not finite; ")
+    assert trial.records("evaluate")[-1]["loss"] is None
+    if world == 1:
+        assert fails(trial, world)[-1] == said[-1]  # there is nothing left to do, which does not make it a success
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 0)])
@@ -75,9 +94,7 @@ def test_too_many_in_a_row_end_the_run(lab, small_store, world, stage):
     trial = lab.trial(
         "optimizer.name=sgd", "optimizer.lr=100", "optimizer.clip=0", f"stop.skipped={limit}", "evaluate.every=1000", stage=stage, steps=200
     )
-    with trial.start(world) as ranks:
-        assert ranks.wait() == [1] * world, ranks.errors
-        said = ranks[0].out.read_text().splitlines()[-1]
+    said = fails(trial, world)[-1]
     skips = trial.records("skip")
     assert len(skips) >= limit + 1 and [s["step"] for s in skips[-limit - 1 :]] == list(
         range(skips[-1]["step"] - limit, skips[-1]["step"] + 1)
@@ -95,8 +112,125 @@ def test_a_loss_is_never_averaged_away(lab):
     trial.go_on(2, "stop.steps=3")
     damage(trial)
     alone = lab.trial(*FEW, "stop.skipped=20").copy_of(trial)
-    trial.go_on(2)
-    alone.go_on(1)
+    fails(trial, 2)
+    fails(alone, 1)
     assert [s["step"] for s in trial.records("skip")] == [s["step"] for s in alone.records("skip")]
     ours, theirs = (torch.tensor([s["loss"] for s in t.steps[3:]]) for t in (trial, alone))
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=0)
+
+
+# Weights that a step has broken: the step's own loss was finite, and every step after it is skipped.
+
+BREAKS = ("optimizer.name=sgd", "optimizer.lr=100", "optimizer.clip=0", *SUDDEN)
+
+
+@pytest.fixture(scope="module")
+def last(lab) -> int:
+    """The step that breaks them: the last one that is applied."""
+    trial = lab.trial(*BREAKS, "stop.skipped=0", steps=200)
+    fails(trial, 1)
+    assert trial.steps[-1]["step"] > 2
+    return trial.steps[-1]["step"]
+
+
+def hopeless(trial: Trial, last: int) -> list[str]:
+    return fails(trial, 1)
+
+
+def stopped_while_skipping(trial: Trial, last: int) -> list[str]:
+    return fails(trial, 1, f"stop.steps={last + 4}")
+
+
+def stopped_at_the_step_that_breaks(trial: Trial, last: int) -> list[str]:
+    return fails(trial, 1, f"stop.steps={last}")
+
+
+def interrupted(trial: Trial, last: int) -> list[str]:
+    with trial.start(1, "stop.skipped=100000") as ranks:
+        wait_for(lambda: len(trial.records("skip")) > 3)
+        ranks.signal(signal.SIGTERM)
+        assert ranks.wait() == [1], ranks.errors
+        return ranks[0].out.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "end, every, keep",
+    [(hopeless, 2, 2), (hopeless, 1, 1), (stopped_while_skipping, 1, 1), (stopped_at_the_step_that_breaks, 1, 1), (interrupted, 1, 1)],
+)
+def test_broken_weights_push_out_no_checkpoint(lab, last, end, every, keep):
+    """However the run ends, what is left is what came before, and the last line says how to resume from it; that works."""
+    trial = lab.trial(*BREAKS, f"checkpoint.every={every}", f"checkpoint.keep={keep}", steps=200)
+    said = end(trial, last)
+    sound = list(range(every, last, every))[-keep:]
+    assert [path.name for path in trial.checkpoints] == [f"step-{step:08}" for step in sound]
+    assert [path.name for path in (trial.run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert said[-1].endswith(
+        f"; the newest checkpoint with finite losses is {trial.checkpoints[-1]}; resume from it with a lower rate: "
+        f"fastbert pretrain {trial.run / 'config.toml'} --resume optimizer.lr=10"
+    )
+    assert all_finite(trial) and trial.steps[-1]["step"] == last
+    before = len(trial.records("skip"))
+    trial.go_on(1, "optimizer.lr=1e-6", f"stop.steps={last + 4}", "stop.skipped=0")
+    assert trial.steps[-1]["step"] == last + 4 and len(trial.records("skip")) == before
+
+
+def test_a_process_that_is_killed_while_it_skips(lab, last):
+    """The checkpoint of the broken weights never gets its name."""
+    trial = lab.trial(*BREAKS, "checkpoint.every=1", "checkpoint.keep=1", "stop.skipped=100000", steps=200000)
+    with trial.start(1) as ranks:
+        wait_for(lambda: len(trial.records("skip")) > 3)
+        ranks.signal(signal.SIGKILL)
+        assert ranks.wait() == [-9]
+    assert [path.name for path in trial.checkpoints] == [f"step-{last - 1:08}"]
+    trial.go_on(1, "optimizer.lr=1e-6", f"stop.steps={last + 2}")
+    assert [path.name for path in trial.checkpoints] == [f"step-{last + 2:08}"]
+
+
+@pytest.mark.parametrize("world, stage", [(2, 1), (2, 3)])
+def test_the_same_on_many_ranks(lab, world, stage):
+    trial = lab.trial(*BREAKS, "checkpoint.every=1", "checkpoint.keep=1", stage=stage, steps=200)
+    said = fails(trial, world)
+    broke = trial.steps[-1]["step"]
+    assert [path.name for path in trial.checkpoints] == [f"step-{broke - 1:08}"] and str(trial.checkpoints[0]) in said[-1]
+    assert len(list((trial.run / "checkpoints").iterdir())) == 1
+
+
+def test_a_bad_text_in_the_last_steps_does_not_lose_the_run(lab, small_store):
+    """The weights are not broken: the run ends well, and its end is saved."""
+    trial = lab.trial(*FEW, "objective.kind=mlm", "evaluate.sequences=1", "stop.skipped=20", "checkpoint.keep=1")
+    config = load_config(trial.recipe, trial.overrides)
+    batches = Batches(small_store, config)
+    assert longest(heldout_batches(small_store, config, 1)) <= PLACE
+    trial.go_on(1, "stop.steps=3")
+    damage(trial)
+    long = [longest(batches.step(step)) > PLACE for step in range(lab.steps)]
+    end = next(step for step in range(6, lab.steps) if long[step] and not all(long[3:step])) + 1
+    trial.go_on(1, f"stop.steps={end}")
+    assert trial.records("skip")[-1]["step"] == end and trial.records("save")[-1]["checkpoint"] == f"step-{end:08}"
+    assert [path.name for path in trial.checkpoints] == [f"step-{end:08}"] and all_finite(trial)
+
+
+def longest(packs: Sequence[PackedBatch]) -> int:
+    return max(int(pack.cu_seqlens.diff().max()) for pack in packs)
+
+
+@pytest.mark.parametrize("stage, more", [(0, ()), (3, ()), (0, ("optimizer.name=lamb",))])
+def test_no_step_was_finite(lab, stage, more):
+    """The weights that it begins with are finite, and give no finite loss: not one step is applied, so there is nothing to save."""
+    start = lab.trial()
+    start.go_on(1, "stop.steps=3")
+    damage(start, 0)
+    trial = lab.trial(*more, f"init={start.run}", "checkpoint.every=1", stage=stage)
+    said = fails(trial, 1)
+    assert trial.steps == [] and trial.checkpoints == []
+    assert "stop.skipped = 5: 6 steps in a row were not finite; no step was finite since the start" in said[-1]
+
+
+def test_no_step_was_finite_since_a_checkpoint(lab):
+    """No rate helps there; the checkpoint before it does."""
+    trial = lab.trial("stop.skipped=2")
+    trial.go_on(1, "stop.steps=3")
+    (sound,) = trial.checkpoints
+    damage(trial, 0)
+    said = fails(trial, 1)
+    assert f"no step was finite since {sound}; move that away" in said[-1] and trial.checkpoints == [sound]

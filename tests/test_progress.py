@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from fastbert.config import RunConfig, ScheduleConfig, StopConfig
@@ -47,6 +49,33 @@ def test_an_equal_loss_is_no_better_without_min_delta():
     done.judge(5.0, 0.0)
     done.judge(5.0, 0.0)
     assert done.stale == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_never_the_best(bad):
+    """Not even as the first one, after which no other would be better."""
+    done, limits = Progress(step=1), horizon(steps=99, loss=3.0, patience=3)
+    for loss, best, stale in [(bad, None, 1), (5.0, 5.0, 0), (bad, 5.0, 1), (4.0, 4.0, 0), (bad, 4.0, 1), (bad, 4.0, 2)]:
+        done.judge(loss, 0.0)
+        assert (done.best_loss, done.stale, done.heldout_loss) == (best, stale, None if loss is bad else loss)
+        assert limits.reached(done) is None
+    done.judge(bad, 0.0)
+    assert limits.reached(done) == "stop.patience = 3: no better than 4.0000 for 3 evaluations"
+    never = Progress(step=1)
+    for _ in range(3):
+        never.judge(bad, 0.0)
+    assert limits.reached(never) == "stop.patience = 3: none has been finite for 3 evaluations"
+
+
+def test_weights_are_proven_by_a_later_step_that_was_applied():
+    done = Progress()
+    done.applied(10)
+    assert done.applied_since(0) and not done.applied_since(1)
+    done.skip()
+    done.skip()
+    assert not done.applied_since(1)
+    done.applied(10)
+    assert done.applied_since(1) and done.applied_since(3) and not done.applied_since(4)
 
 
 def test_the_schedule_follows_its_own_unit_and_the_nearest_limit():

@@ -24,7 +24,7 @@ TIMEOUT_S = 3.0
 NEVER_S = 60.0
 FORGIVEN_S = 20.0  # a guard against ends that come by another, longer time-out
 SINCE = f"for {TIMEOUT_S:g} s (runtime.timeout_s)"
-HINT = "; go on with --resume\n"
+HINT = "; resume with --resume\n"
 SEEN = "(the start|step [123])"  # by the last beat
 
 

@@ -337,7 +337,7 @@ def _flipped(lab: Laboratory, seed: str) -> Tally:
     tally = trial.compare(undisturbed)
     tally.tried = 1
     named = any(line.startswith(f"{newest}: damaged: ") and file.name in line for line in said)
-    if not (named and any(line.startswith(f"going on from {before}") for line in said)):
+    if not (named and any(line.startswith(f"resuming from {before}") for line in said)):
         tally.problems.append("not noticed: " + " | ".join(said[:3]))
     if tally.problems:
         tally.problems = [f"seed {seed}, {file}, bit {bit}: {problem}" for problem in tally.problems]

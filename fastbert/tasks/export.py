@@ -20,6 +20,7 @@ from fastbert.config import dump_config
 from fastbert.data.packing import pack_texts
 from fastbert.data.store import Store, open_store
 from fastbert.errors import InputError
+from fastbert.presence import unreadable
 from fastbert.tasks.hugging_face import new_folder, write_folder
 from fastbert.tasks.pretrained import Pretrained, fit_pair
 from fastbert.training.heldout import HeldOut
@@ -239,8 +240,11 @@ def _figures(pretrained: Pretrained) -> list[str]:
     rows = [("steps", f"{step:,}")]
     rows += [("tokens seen", f"{progress['tokens']:,}")] if "tokens" in progress else []
     rows += [("hours", f"{progress['seconds'] / 3600:.2f}")] if "seconds" in progress else []
-    records = read_metrics(pretrained.path.resolve().parents[1] / "metrics.jsonl")
-    evaluations = [record for record in records if record.get("event") == "evaluate" and record["step"] <= step]
+    file = pretrained.path.resolve().parents[1] / "metrics.jsonl"
+    try:
+        evaluations = [record for record in read_metrics(file) if record.get("event") == "evaluate" and record["step"] <= step]
+    except OSError as error:
+        raise unreadable(file, error) from None
     for key in [f.name for f in fields(HeldOut)] if evaluations else []:
         value = evaluations[-1].get(key)
         rows += [] if value is None else [(f"held-out {key}", f"{value:.4f}")]

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastbert.config import ModelConfig
 from fastbert.data.tokenizer import save_tokenizer, special_ids
 from fastbert.errors import InputError
+from fastbert.presence import is_file, is_folder, names_in, status
 from fastbert.weights import SEGMENTS, THEIR_DECODER, check_finite, from_hugging_face
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -71,14 +72,14 @@ def read_weights(folder: Path, config: ModelConfig, vocab_size: int, tied: bool)
         InputError: no safetensors file, one that cannot be read, or weights that are not finite, or not those of `config`.
     """
     file, index = folder / WEIGHTS, folder / INDEX
-    if file.is_file():
+    if is_file(file):
         return from_hugging_face(_load(file), config, vocab_size, str(file), tied)
-    if index.is_file():
+    if is_file(index):
         state: dict[str, Tensor] = {}
         for name in _shards(index):
             state |= _load(folder / name)
         return from_hugging_face(state, config, vocab_size, str(index), tied)
-    if (folder / "pytorch_model.bin").is_file():
+    if is_file(folder / "pytorch_model.bin"):
         raise InputError(
             f"{folder / 'pytorch_model.bin'}: a pickle, which may run any code when it is opened; convert it where you trust it: "
             f"transformers.AutoModelForPreTraining.from_pretrained(DIR).save_pretrained(DIR) writes {WEIGHTS}"
@@ -130,7 +131,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 def check_new(out: str | Path) -> None:
     """Raise InputError where `out` cannot become a new folder: said before the work, not after it."""
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if status(out) is not None and not (is_folder(out) and not names_in(out)):
         raise InputError(f"--out {out}: is there already; remove it or choose another name")
 
 

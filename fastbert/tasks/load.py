@@ -15,11 +15,12 @@ from fastbert.config import ModelConfig, RunConfig, parse_config
 from fastbert.data.tokenizer import load_tokenizer, special_ids
 from fastbert.errors import InputError
 from fastbert.model import BertForPreTraining
+from fastbert.presence import is_file, is_folder, status
 from fastbert.tasks import hugging_face
 from fastbert.tasks.pretrained import Pretrained
 from fastbert.training import checkpoint
 from fastbert.training.initial import Initial
-from fastbert.weights import DECODER, MLM, NSP, check_finite, heads, shapes
+from fastbert.weights import DECODER, MLM, NSP, check_finite, entries, heads, shapes
 
 
 class CheckpointWarning(UserWarning):
@@ -78,21 +79,22 @@ def read_initial(path: str) -> Initial:
     parts = _read(Path(path))
     if DECODER in parts.weights:
         raise InputError(f"{parts.path}: its decoder is not tied to the word embeddings; only a model with a tied one can be trained on")
-    return Initial(path, parts.config, parts.weights, parts.tokenizer)
+    table = {} if parts.recipe else entries(parts.config.num_hidden_layers)  # a run of ours has our names
+    return Initial(path, parts.config, parts.weights, parts.tokenizer, {ours: ", ".join(entry.theirs) for ours, entry in table.items()})
 
 
 def _read(path: Path) -> _Parts:
-    if not path.exists():
+    if status(path) is None:
         raise InputError(f"{path}: no such folder; give a run, a checkpoint of a run, or a Hugging Face BERT folder")
-    if not path.is_dir():
+    if not is_folder(path):
         raise InputError(f"{path}: a file; give the folder of a run or of a Hugging Face BERT")
-    if (path / "checkpoints").is_dir() or (path / "config.toml").is_file():
+    if is_folder(path / "checkpoints") or is_file(path / "config.toml"):
         return _from_run(path)
-    if (path / "train").is_dir() and (path / "heldout").is_dir():
+    if is_folder(path / "train") and is_folder(path / "heldout"):
         raise InputError(f"{path}: a store of text, not a model; train one with `fastbert pretrain`")
-    if (path / checkpoint.MANIFEST).is_file() or path.parent.name == "checkpoints":
+    if is_file(path / checkpoint.MANIFEST) or path.parent.name == "checkpoints":
         return _from_checkpoint(checkpoint.open_checkpoint(path))
-    if (path / hugging_face.CONFIG).is_file():
+    if is_file(path / hugging_face.CONFIG):
         return _from_hugging_face(path)
     raise InputError(f"{path}: neither a run (checkpoints/) nor a checkpoint (manifest.json) nor a Hugging Face folder (config.json)")
 
@@ -119,7 +121,7 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> _Parts:
         raise InputError(f"{found.path}: {min(wrong)} is missing or does not have the shape that the recipe in {checkpoint.MANIFEST} gives")
     check_finite(weights, found.path)
     tokenizer_path = found.path.resolve().parents[1] / "tokenizer"
-    if not tokenizer_path.is_dir():
+    if not is_folder(tokenizer_path):
         raise InputError(f"{tokenizer_path}: no such folder; use a checkpoint where its run wrote it, beside the run's tokenizer")
     return _Parts(
         path=found.path,

@@ -22,6 +22,7 @@ import numpy as np
 
 from fastbert.data.store import open_store
 from fastbert.errors import Diverged, InputError
+from fastbert.presence import is_file, is_folder, unreadable
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
 from fastbert.tasks.load import load
 from fastbert.tasks.pretrained import MASK, Pretrained
@@ -39,28 +40,33 @@ Steps = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class History:
-    """metrics.jsonl: each step and evaluation once, the last time it was made, and every other event."""
+    """metrics.jsonl: each step and evaluation once, the last time it was made, and every other event; `bad` lines cannot be read."""
 
     steps: Steps
     evaluations: Steps
     events: Steps
+    bad: int = 0
 
 
 def read_history(run: Path) -> History:
-    """Raises InputError where there is no step to report on."""
+    """Raises InputError where metrics.jsonl cannot be read, or there is no step to report on."""
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     events: Steps = []
-    for record in read_metrics(run / "metrics.jsonl"):
-        if "event" not in record:
-            steps[record["step"]] = record
-        elif record["event"] == "evaluate":
-            evaluations[record["step"]] = record
-        else:
-            events.append(record)
+    bad: list[int] = []
+    try:
+        for record in read_metrics(run / "metrics.jsonl", bad):
+            if "event" not in record:
+                steps[record["step"]] = record
+            elif record["event"] == "evaluate":
+                evaluations[record["step"]] = record
+            else:
+                events.append(record)
+    except OSError as error:
+        raise unreadable(run / "metrics.jsonl", error) from None
     if not steps:
         raise InputError(f"{run}: no step in metrics.jsonl; give the folder of a run that has begun")
-    return History([steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)], events)
+    return History([steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)], events, len(bad))
 
 
 def report(run: str | Path, out: str | Path | None = None, sequences: int | None = None) -> Path:
@@ -75,10 +81,10 @@ def report(run: str | Path, out: str | Path | None = None, sequences: int | None
         InputError: no run, one without a step, or a file that cannot be written.
     """
     run = Path(run)
-    if not (run / "config.toml").is_file():
+    if not is_file(run / "config.toml"):
         raise InputError(f"{run}: no config.toml; give the folder of a run")
     out = Path(out) if out else run / "report.html"
-    if not out.parent.is_dir():
+    if not is_folder(out.parent):
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     history = read_history(run)
     page = _page(run, history, *_results(run, sequences))
@@ -172,6 +178,7 @@ def _cards(history: History, pretrained: Pretrained | None, found: Evaluation | 
         cards += [(f"{found.pairs.accuracy:.1%}", "next sentences right")] if found.pairs else []
     stops = [event["reason"] for event in history.events if event["event"] == "stop"]
     note = f'<p class="note">Ended by: {_text(stops[-1])}</p>' if stops else '<p class="note">Not ended yet.</p>'
+    note += f'<p class="note">{history.bad:,} lines of metrics.jsonl cannot be read and are left out.</p>' if history.bad else ""
     return (
         note + '<div class="cards">' + "".join(f"<div><b>{_text(value)}</b><span>{name}</span></div>" for value, name in cards) + "</div>"
     )
@@ -217,7 +224,7 @@ def _times(history: History) -> str:
 
 
 def _log(run: Path) -> str:
-    lines = (run / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines() if (run / "log.txt").is_file() else []
+    lines = (run / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines() if is_file(run / "log.txt") else []
     shown = lines if len(lines) <= 2 * LOG_LINES else [*lines[:LOG_LINES], "...", *lines[-LOG_LINES:]]
     made = f"This page: fastbert {version('fastbert-pretrain')}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     return "<pre>" + _text("\n".join(shown)) + f'</pre><p class="note">{_text(made)}</p>'

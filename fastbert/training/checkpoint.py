@@ -22,6 +22,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from fastbert.durable import sha256_of, sync
 from fastbert.errors import InputError
+from fastbert.presence import names_in, status, unreadable
 from fastbert.training.failpoint import reach
 
 FORMAT = 1
@@ -44,6 +46,8 @@ PIECE = 1 << 20  # numbers that are checked, hashed and written at a time, 4 MiB
 WEIGHT = "weight"
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING, _DELETED = ".writing-", ".deleted-"
+_OURS = re.compile(rf"({re.escape(_WRITING)}|{re.escape(_DELETED)})?step-\d{{8,}}(-.*)?")  # what is written into checkpoints/
+_DAMAGE = {errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR}  # of a checkpoint; another error says nothing about what lies there
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ def publish(folder: Path, step: int, staging: Path, files: Mapping[str, Mapping[
 
     Raises:
         OSError: the disk refused, a share is not to be seen from here, or another sound checkpoint of that step is there.
+        InputError: a checkpoint of that step is there that cannot be read, so that it may be a sound one.
     """
     path = folder / _name(step)
     for name, entry in files.items():  # a rank may write to a disk of its own machine, under the same name
@@ -147,12 +152,12 @@ def publish(folder: Path, step: int, staging: Path, files: Mapping[str, Mapping[
     manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": dict(files)}
     _write_durably(staging / MANIFEST, "manifest", [_manifest_bytes(manifest)])
     sync(staging)
-    if path.exists() and isinstance(_read(path), Checkpoint):
+    if os.path.lexists(path) and isinstance(_read(path), Checkpoint):
         if _files(path) != manifest["files"]:
             raise FileExistsError(errno.EEXIST, "another sound checkpoint of that step is there, and stays", str(path))
         shutil.rmtree(staging, ignore_errors=True)  # an attempt before this one failed at the very end
     else:
-        if path.exists():
+        if os.path.lexists(path):
             reach("moving-aside")
             path.rename(_deleted(path))
             reach("moved-aside")
@@ -168,35 +173,53 @@ def retire(folder: Path, step: int, keep: int) -> list[Path]:
     """Rename all but the newest `keep` checkpoints, that of `step` counted, and return what is to be deleted.
 
     Renamed, since half of a checkpoint would look like a damaged one. Only older ones: one of a later step is a damaged one that a
-    resumed run has not reached again. A folder that cannot be renamed stays.
+    resumed run has not reached again. What cannot be read or renamed stays.
     """
-    older = [path for path in _folders(folder) if _step(path) < step]
-    for path in older[: max(0, len(older) - (keep - 1))]:
-        with contextlib.suppress(OSError):
-            path.rename(_deleted(path))
-    return sorted(folder.glob(f"{_DELETED}*"))
+    try:
+        older = [path for path in _folders(folder) if _step(path) < step]
+        for path in older[: max(0, len(older) - (keep - 1))]:
+            with contextlib.suppress(OSError):
+                path.rename(_deleted(path))
+        return [folder / name for name in names_in(folder) if name.startswith(_DELETED)]
+    except InputError:
+        return []
 
 
 def delete(folders: Iterable[Path]) -> None:
-    """Delete retired checkpoints; what cannot be deleted stays."""
+    """Delete retired checkpoints; of a link only the link, since what it points to is not ours. What cannot be deleted stays."""
     for folder in folders:
-        for number, file in enumerate(sorted(folder.glob("*"))):
-            with contextlib.suppress(OSError):
-                if number == 1:
-                    reach("deleting")
-                file.unlink()
         with contextlib.suppress(OSError):
+            if not stat.S_ISDIR(folder.lstat().st_mode):
+                folder.unlink()
+                continue
+            for number, name in enumerate(sorted(os.listdir(folder))):
+                with contextlib.suppress(OSError):
+                    if number == 1:
+                        reach("deleting")
+                    (folder / name).unlink()
             folder.rmdir()
 
 
 def sweep(folder: Path) -> None:
-    """Delete what processes left that died while they saved or deleted. No other process may be saving into `folder`."""
-    for leftover in [*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_DELETED}*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Delete what processes left that died while they saved or deleted. No other process may be saving into `folder`.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    for leftover in [folder / name for name in names_in(folder) if name.startswith((_WRITING, _DELETED))]:
+        with contextlib.suppress(OSError):
+            if stat.S_ISDIR(leftover.lstat().st_mode):
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:  # of a link only the link
+                leftover.unlink()
 
 
 def newest_sound(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run that passes verification, and a line on each newer one that does not."""
+    """The newest checkpoint of a run that passes verification, and a line on each newer one that does not.
+
+    Raises:
+        InputError: checkpoints/ or a newer checkpoint cannot be read, so that nobody can say what is there.
+    """
     complaints = []
     for path in reversed(_folders(run / "checkpoints")):
         found = _read(path)
@@ -207,8 +230,13 @@ def newest_sound(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def exists(run: Path) -> bool:
-    """Whether a run has any checkpoint, sound or not."""
+    """Whether a run has any checkpoint, sound or not; raises InputError where that cannot be seen."""
     return bool(_folders(run / "checkpoints"))
+
+
+def has_written(run: Path) -> bool:
+    """Whether a run's checkpoints/ holds what a save leaves there, be it whole or not; raises InputError where that cannot be seen."""
+    return any(_OURS.fullmatch(name) for name in names_in(run / "checkpoints"))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -264,8 +292,8 @@ def _step(path: Path) -> int:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Folders named as checkpoints, oldest first."""
-    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
+    """What is named as a checkpoint, oldest first."""
+    return sorted((folder / name for name in names_in(folder) if _NAME.fullmatch(name)), key=_step)
 
 
 def _deleted(path: Path) -> Path:
@@ -279,7 +307,9 @@ def _files(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read(path: Path) -> Checkpoint | str:
-    """Verify a checkpoint; a string says what is wrong with it."""
+    """Verify a checkpoint; a string says what is wrong with it, an InputError that it cannot be read."""
+    if not _may_be_read(path / MANIFEST):
+        return f"{MANIFEST} is not a file"
     try:
         text = (path / MANIFEST).read_bytes()
         manifest = json.loads(text)
@@ -295,20 +325,35 @@ def _read(path: Path) -> Checkpoint | str:
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
-        return f"{MANIFEST} cannot be read: {error.strerror}"
+        return _in_words(path / MANIFEST, error)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST}: not the manifest of a checkpoint"
     for name, (size, digest) in entries.items():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            return f"{MANIFEST} names a file that is none of a checkpoint: {name!r}"
+        if not _may_be_read(path / name):
+            return f"{name} is not a file"
         try:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                return f"{MANIFEST} names a file that is none of a checkpoint: {name!r}"
             if (there := (path / name).stat().st_size) != size:
                 return f"{name} has {there:,} bytes in place of {size:,}"
             if sha256_of(path / name) != digest:
                 return f"{name} does not have the SHA-256 of the manifest"
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            return _in_words(path / name, error)
     return found
+
+
+def _may_be_read(file: Path) -> bool:
+    """Whether what lies there is a file, or nothing; a pipe would keep its reader waiting."""
+    found = status(file)
+    return found is None or stat.S_ISREG(found.st_mode)
+
+
+def _in_words(file: Path, error: OSError) -> str:
+    """That a file of a checkpoint is damaged; raises InputError where the error says nothing about that."""
+    if error.errno in _DAMAGE:
+        return f"{file.name} cannot be read: {error.strerror}"
+    raise unreadable(file, error)
 
 
 def _manifest_bytes(manifest: dict[str, Any]) -> bytes:

@@ -15,6 +15,7 @@ from statistics import median
 FIRST_LOSS_TOLERANCE = 0.06  # of the expected loss; wide models start higher, by half the variance of their first logits
 PLATEAU_SHARE = 0.3  # of the run: by then the plateau should be behind
 PLATEAU_MARGIN = 0.2  # nats below the unigram that count as having left it
+DIVERGED = 2.0  # times the loss of a model that knows nothing
 NSP_SHARE = 0.5
 NSP_MARGIN = 0.02  # nats below ln 2
 NORM_WINDOW = 100  # steps
@@ -38,10 +39,22 @@ def first_loss(loss: float, vocab_size: int, pairs: bool) -> str | None:
     return f"{what}: labels may be visible in the input; check objective.mask_token and that the text does not repeat one sentence"
 
 
+def diverged(loss: float, vocab_size: int, pairs: bool) -> str | None:
+    """The held-out loss against that of a model that knows nothing. Where this speaks, the rules below have nothing to add."""
+    expected = expected_first_loss(vocab_size, pairs)
+    if loss <= DIVERGED * expected:
+        return None
+    what = f"the held-out loss is {loss:.3g}" if math.isfinite(loss) else "the held-out loss is not finite"
+    return (
+        f"{what}, a model that knows nothing has {expected:.2f}: training has diverged; "
+        "try a lower optimizer.lr, a longer schedule.warmup, or optimizer.clip = 1.0 where it is 0"
+    )
+
+
 def plateau(share: float, loss_on_mask: float, yardsticks: Mapping[str, float]) -> str | None:
     """Held-out loss on [MASK] positions against the unigram, after a share of the run."""
     unigram = yardsticks["unigram"]
-    if share < PLATEAU_SHARE or loss_on_mask < unigram - PLATEAU_MARGIN:
+    if share < PLATEAU_SHARE or not math.isfinite(loss_on_mask) or loss_on_mask < unigram - PLATEAU_MARGIN:
         return None
     return (
         f"after {share:.0%} of the run the held-out loss on [MASK] is {loss_on_mask:.2f}, no better than word frequencies ({unigram:.2f}): "
@@ -52,7 +65,7 @@ def plateau(share: float, loss_on_mask: float, yardsticks: Mapping[str, float]) 
 
 def stuck_pairs(share: float, loss_nsp: float | None, accuracy_nsp: float | None) -> str | None:
     """Held-out NSP loss against a coin, after a share of the run."""
-    if loss_nsp is None or accuracy_nsp is None or share < NSP_SHARE or loss_nsp < math.log(2) - NSP_MARGIN:
+    if loss_nsp is None or accuracy_nsp is None or not math.isfinite(loss_nsp) or share < NSP_SHARE or loss_nsp < math.log(2) - NSP_MARGIN:
         return None
     return (
         f"after {share:.0%} of the run the held-out NSP loss is {loss_nsp:.3f}, that of a coin (ln 2 = 0.693), accuracy {accuracy_nsp:.0%}: "

@@ -141,8 +141,9 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=values)
         if self.stage == 0 and group.world == 1:
             self._engine.enable_backward_allreduce = False
+        self._allocate_slots(step)
         if state:
-            self._restore(state, step)
+            self._restore(state)
 
     def step(self, micro_batches: Sequence[PackedBatch], lr: float) -> StepResult:
         """One optimizer step on this rank's part of a global batch, of which every rank has as many packs.
@@ -258,14 +259,17 @@ class Engine:
                     flat = self._optimizer.param_groups[link.param_group_index]["params"][0]
                     link.set_optim_state_fragment(flat, self._optimizer.state[flat])
 
-    @torch.no_grad()
-    def _restore(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-        """Put fp32 weights and slots where the stage keeps them; the working copies already have the weights, rounded the same way."""
+    def _allocate_slots(self, step: int) -> None:
+        """Zeros, as torch's optimizers would make them at their first step: a run may have to be saved before it has made one."""
         updated = self._flat_tensors() if self.stage else list(self._parameters.values())
         for tensor in updated:
             self._optimizer.state[tensor] = {slot: torch.zeros_like(tensor) for slot in self._slots}
             if "exp_avg" in self._slots:
                 self._optimizer.state[tensor]["step"] = torch.tensor(float(step), device=tensor.device)
+
+    @torch.no_grad()
+    def _restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Put fp32 weights and slots where the stage keeps them; the working copies already have the weights, rounded the same way."""
         self._link_slots()
         for name, parameter in self._parameters.items():
             for slot in (WEIGHT, *self._slots):

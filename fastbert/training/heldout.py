@@ -5,6 +5,7 @@ The positions that show [MASK] are counted apart: a token that was left in place
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,10 @@ class HeldOut:
     accuracy_mask_token: float | None
     loss_nsp: float | None
     accuracy_nsp: float | None
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss)
 
 
 def heldout_sums(losses: Losses, batch: PackedBatch, mask_id: int) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from fastbert.flops import executed_flops
 from fastbert.training import checkpoint
 from fastbert.training.engine import Engine, NotFinite
 from fastbert.training.group import Group, Interrupted, RankLost, meet_others
+from fastbert.training.heldout import HeldOut
 from fastbert.training.initial import Read
 from fastbert.training.interruption import Interruption
 from fastbert.training.monitor import Monitor
@@ -27,6 +30,7 @@ from fastbert.training.start import Setup, set_up, take_folder
 from fastbert.training.watch import Watch
 
 DONE, FAILED, INTERRUPTED = 0, 1, 75  # exit codes; 75 is EX_TEMPFAIL: a scheduler may start it again
+LOWER = 10  # a run that diverged is to be resumed with its rate by this
 
 
 class Ended(Exception):
@@ -39,7 +43,7 @@ def pretrain(config: RunConfig, recipe: str, resume: bool, interruption: Interru
     Args:
         config: the resolved recipe.
         recipe: its path, for messages.
-        resume: go on with the run that is in the folder.
+        resume: resume the run that is in the folder.
         interruption: one that has listened to signals already; by default a new one.
         read: opens the model that the recipe's `init` names, where it names one.
 
@@ -60,7 +64,7 @@ def pretrain(config: RunConfig, recipe: str, resume: bool, interruption: Interru
             print(f"interrupted by {signal} before the first step", file=sys.stderr)
             return INTERRUPTED
         except RankLost as end:
-            print(f"fastbert: {end}; go on with --resume", file=sys.stderr)
+            print(f"fastbert: {end}; resume with --resume", file=sys.stderr)
             return FAILED
         except Ended as end:
             print(f"fastbert: {end}", file=sys.stderr)
@@ -94,7 +98,7 @@ def _run(setup: Setup, group: Group, watch: Watch, interruption: Interruption) -
             return _train(setup, group, watch, interruption, owner, engine, monitor, saver, feed)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        line = f"the run ended: {where}{error.strerror or error}; when that is mended, {_go_on(setup)}"
+        line = f"the run failed: {where}{error.strerror or error}; fix this, then {_resume(setup)}"
         watch.farewell(line)
         raise Ended(line) from error
     except TakenOver as error:
@@ -113,15 +117,53 @@ def _train(
     saver: Saver,
     feed: Prefetch,
 ) -> int:
-    """The loop: steps, evaluations and checkpoints until a condition, a signal or too many losses that are not finite end it."""
+    """The loop: steps, evaluations and checkpoints until a condition, a signal or too many losses that are not finite end it.
+
+    A checkpoint gets its name, and older ones make room for it, only after its weights have given a finite loss and gradient: one step can
+    break weights that look sound, so that every step after it is skipped.
+    """
     config, progress, horizon = setup.config, setup.progress, setup.horizon
-    began, saved, asked, hopeless = time.monotonic() - progress.seconds, progress.step, False, False
+    began, saved, due, asked, hopeless = time.monotonic() - progress.seconds, progress.step, False, False, False
+    newest = setup.start.checkpoint.path if setup.start.checkpoint else None
+    found: HeldOut | None = None  # what the weights give as they are now, where that was measured
+    last_applied: list[PackedBatch] | None = None  # this rank's packs of the last step that was applied
 
     def agree() -> tuple[bool, bool]:
         """Go by rank 0's clock; was any rank asked to stop, and have all of them written their part of the save in flight?"""
         mine = [time.monotonic() - began if group.speaks else 0.0, interruption.asked is not None, not saver.written]
         progress.seconds, asked, writing = group.sum(torch.tensor(mine, dtype=torch.float64, device=group.device)).tolist()
         return asked > 0, not writing
+
+    def measure() -> HeldOut:
+        started = time.perf_counter()
+        found = engine.evaluate(setup.heldout, setup.store.special.mask)
+        seconds = time.perf_counter() - started
+        progress.judge(found.loss, config.stop.min_delta)
+        agree()
+        monitor.evaluate(progress, found, seconds)
+        return found
+
+    def note(save: Saved | None) -> None:
+        nonlocal newest
+        monitor.saved(save)
+        newest = save.path if save and save.path else newest
+
+    def begin() -> None:
+        nonlocal saved, due
+        saver.begin(progress.step, engine.tensors(), setup.metadata)
+        saved, due = progress.step, False
+
+    def proven() -> bool:
+        """Do the weights give a finite loss? Where the last evaluation does not say so, the batch of the last applied step does, once more."""
+        if found is not None and found.finite and (not progress.skipped_in_a_row or last_applied is None):
+            return True
+        assert last_applied is not None
+        watch.tick("the step that the last checkpoint waits for")
+        try:
+            engine.step(last_applied, lr=0.0)  # the state is copied: what becomes of it here is lost
+            return True
+        except NotFinite:
+            return False
 
     reason = horizon.reached(progress)
     while not (reason or asked or hopeless):
@@ -132,6 +174,7 @@ def _train(
         try:
             result = engine.step(packs, lr)
             progress.applied(result.tokens)
+            found, last_applied = None, packs
         except NotFinite as trouble:
             result = None
             progress.skip()
@@ -146,45 +189,92 @@ def _train(
 
         reason = horizon.reached(progress)
         if (reason or progress.step % config.evaluate.every == 0) and not hopeless:
-            started = time.perf_counter()
-            found = engine.evaluate(setup.heldout, setup.store.special.mask)
-            seconds = time.perf_counter() - started
-            progress.judge(found.loss, config.stop.min_delta)
-            agree()
-            monitor.evaluate(progress, found, seconds)
+            found = measure()
             reason = horizon.reached(progress)
-        if saver.busy and written:
-            monitor.saved(saver.finish())
-        if progress.step % config.checkpoint.every == 0:
-            monitor.saved(saver.wait())  # only where saving takes longer than the steps between
-            saver.begin(progress.step, engine.tensors(), setup.metadata)
-            saved = progress.step
+        if saver.busy and written and progress.applied_since(saved):
+            note(saver.finish())
+        due = due or progress.step % config.checkpoint.every == 0
+        if due and not progress.skipped_in_a_row:
+            note(saver.wait())  # only where saving takes longer than the steps between
+            begin()
 
     watch.tick("the last checkpoint")
-    last = saver.wait()
-    monitor.saved(last)
-    if saved != progress.step:
-        saver.begin(progress.step, engine.tensors(), setup.metadata)
+    if reason and found is None and progress.heldout_loss is None:
+        found = measure()  # a finished run that was started again: its end is judged as before
+    if saver.busy and progress.applied_since(saved):
+        note(saver.wait())
+    last, learned = None, last_applied is not None
+    if not hopeless and saved != progress.step and (learned or (found is not None and found.finite)):
+        if saver.busy:
+            saver.discard("")  # of the same weights, before steps that were skipped
+        begin()
+    if saver.busy and proven():
         last = saver.wait()
-        monitor.saved(last)
-    return _conclude(setup, monitor, reason, interruption, hopeless, last)
+        note(last)
+    elif saver.busy:
+        note(saver.discard("its weights give no finite loss"))
+        hopeless = True
+    saver.wait()
+    return _conclude(setup, monitor, reason, interruption, last, newest, hopeless, learned)
 
 
-def _conclude(setup: Setup, monitor: Monitor, reason: str | None, interruption: Interruption, hopeless: bool, last: Saved | None) -> int:
-    """Say why the run ended and what the user may do; returns the exit code."""
+def _conclude(
+    setup: Setup,
+    monitor: Monitor,
+    reason: str | None,
+    interruption: Interruption,
+    last: Saved | None,
+    newest: Path | None,
+    hopeless: bool,
+    learned: bool,
+) -> int:
+    """Say why the run ended and what the user may do; returns the exit code.
+
+    Args:
+        reason: the stop condition that was reached.
+        last: how the last save ended.
+        newest: the newest checkpoint.
+        hopeless: the weights give no finite loss.
+        learned: a step of this process was applied.
+    """
     config, progress = setup.config, setup.progress
     code, advice = DONE, ""
     if hopeless:
-        code, advice = FAILED, f"try a lower optimizer.lr; {_go_on(setup)}"
-        reason = f"stop.skipped = {config.stop.skipped}: {progress.skipped_in_a_row} steps in a row were not finite"
+        code, advice = FAILED, _after_divergence(setup, newest, learned)
+        if progress.skipped_in_a_row > config.stop.skipped:
+            reason = f"stop.skipped = {config.stop.skipped}: {progress.skipped_in_a_row} steps in a row were not finite"
+        else:
+            reason = f"{reason or _signal(interruption)}, but the weights give no finite loss any more"
     elif reason is None:
-        code, advice = INTERRUPTED, _go_on(setup)
-        reason = f"interrupted by {interruption.asked or 'another rank'}"
+        code, advice = INTERRUPTED, _resume(setup)
+        reason = _signal(interruption)
+    elif progress.heldout_loss is None:
+        code, advice = (
+            FAILED,
+            f"the training losses of the newest checkpoint, {newest}, are finite; resume from an earlier one with a lower optimizer.lr",
+        )
+        reason = f"{reason}, but the held-out loss is not finite"
     if last and last.problem and not hopeless:
-        code, advice = FAILED, f"when that is mended, {_go_on(setup)}"
+        code, advice = FAILED, f"fix this, then {_resume(setup)}"
         reason = f"{reason}, but it could not be saved: {last.problem}"
     monitor.stop(progress.step, reason, advice)
     return code
+
+
+def _signal(interruption: Interruption) -> str:
+    return f"interrupted by {interruption.asked or 'another rank'}"
+
+
+def _after_divergence(setup: Setup, newest: Path | None, learned: bool) -> str:
+    """What the user may do when the weights give no finite loss any more."""
+    lower = f"{_command(setup)} optimizer.lr={setup.config.optimizer.lr / LOWER:g}"
+    if learned and newest is not None:
+        return f"the newest checkpoint with finite losses is {newest}; resume from it with a lower rate: {lower}"
+    if learned:
+        return f"there is no checkpoint yet; start from the beginning with a lower rate: {lower}"
+    if newest is not None:
+        return f"no step was finite since {newest}; move that away, and --resume takes the checkpoint before it: {_command(setup)}"
+    return "no step was finite since the start; look at init, model.initializer_range and the text"
 
 
 def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor) -> None:
@@ -203,7 +293,7 @@ def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor) -> 
 
 
 def _state(setup: Setup) -> Mapping[str, Mapping[str, Tensor]] | None:
-    """What the run goes on from, read one tensor at a time."""
+    """What the run resumes from, read one tensor at a time."""
     return checkpoint.read_all(setup.start.checkpoint.path) if setup.start.checkpoint else None
 
 
@@ -218,8 +308,12 @@ def _culprits(group: Group, trouble: NotFinite) -> list[int]:
     return sorted(example for examples in group.gather(trouble.examples) for example in examples)
 
 
-def _go_on(setup: Setup) -> str:
-    return f"go on with: fastbert pretrain {setup.start.run / 'config.toml'} --resume"
+def _resume(setup: Setup) -> str:
+    return f"resume with: {_command(setup)}"
+
+
+def _command(setup: Setup) -> str:
+    return f"fastbert pretrain {shlex.quote(str(setup.start.run / 'config.toml'))} --resume"
 
 
 def _flops(setup: Setup, packs: list[PackedBatch]) -> float:

@@ -1,12 +1,13 @@
 """metrics.jsonl: one JSON object a line, an optimizer step or an event; it is only ever appended to.
 
 A step has exactly the keys STEP_KEYS; what counts is that step's own. An event has "event" instead of a loss. Floats round-trip; NaN and
-infinity, which JSON does not have, are null. After a
-resume the file goes on; steps that the run had made after its checkpoint appear once more, with the same values.
+infinity, which JSON does not have, are null. After a resume the file goes on; steps that the run had made after its checkpoint appear once
+more, with the same values.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -43,8 +44,9 @@ class MetricsFile:
     def __init__(self, path: Path, fresh: bool):
         if fresh:
             path.unlink(missing_ok=True)
-        elif path.exists():
-            _drop_torn_line(path)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                _drop_torn_line(path)
         self._file = open(path, "ab", buffering=0)  # unbuffered: one write is one line, and a full disk shows at once
 
     def write(self, record: dict[str, Any]) -> None:
@@ -57,13 +59,35 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Every object of a metrics.jsonl, in the order of the file; nothing where there is no file."""
-    if path.exists():
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+def read_metrics(path: Path, bad: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """Every object of a metrics.jsonl, in the order of the file; nothing where there is no file.
+
+    Lines that are no object with a step are passed over: on a network disk that two processes have written to, a line may be torn.
+
+    Args:
+        bad: gets the numbers of those lines, from 1.
+
+    Raises:
+        OSError: the file cannot be read, or is a link to nothing.
+    """
+    try:
+        file = open(path, "rb")
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise
+        return
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break  # a process died in the middle of it, or is just writing it
+            try:
+                record = json.loads(line.decode())
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("event", ""), str):
+                yield record
+            elif bad is not None:
+                bad.append(number)
 
 
 def _drop_torn_line(path: Path) -> None:

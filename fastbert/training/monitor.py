@@ -83,14 +83,17 @@ class Monitor:
             logging.getLogger("py.warnings").addHandler(logging.NullHandler())
             return
         fresh = step == 0
-        self._log_file = _LogFile(run / "log.txt", mode="w" if fresh else "a", encoding="utf-8")
+        if fresh:
+            (run / "log.txt").unlink(missing_ok=True)  # not mode "w", which would empty what a link points to
+        self._log_file = _LogFile(run / "log.txt", encoding="utf-8")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.setLevel(logging.INFO)
         log.addHandler(self._log_file)
         logging.getLogger("py.warnings").handlers = [self._log_file]
         self._metrics = MetricsFile(run / "metrics.jsonl", fresh)
         self._history = LossHistory()
-        self._history.read(read_metrics(run / "metrics.jsonl"))
+        bad: list[int] = []
+        self._history.read(read_metrics(run / "metrics.jsonl", bad))
         if fresh:
             shutil.rmtree(run / "tensorboard", ignore_errors=True)
         self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=None if fresh else step + 1)
@@ -108,6 +111,8 @@ class Monitor:
         self._drawn = -math.inf
         self._norms = diagnosis.GradientNorm()
         self._advised: set[str] = set()
+        if bad:
+            self.say(f"{run / 'metrics.jsonl'}: {len(bad):,} of its lines cannot be read and are left out; the first is line {bad[0]:,}")
 
     def say(self, line: str) -> None:
         """One line for the user, also in log.txt."""
@@ -161,15 +166,13 @@ class Monitor:
         self._history.add(record)
         self._scalars("heldout", done.step, asdict(found))
         share = self._horizon.share(done)
-        parts = [f"held-out at step {done.step:,}: MLM loss {found.loss_mlm:.3f}, accuracy {found.accuracy_mlm:.1%}"]
-        if found.loss_nsp is not None and found.accuracy_nsp is not None:
-            parts.append(f"NSP loss {found.loss_nsp:.3f}, accuracy {found.accuracy_nsp:.1%}")
-        if found.loss_mask_token is not None:
-            parts.append(f"on [MASK] {found.loss_mask_token:.3f}, {diagnosis.compare(found.loss_mask_token, self._yardsticks)}")
-        self.say("; ".join(parts))
-        if found.loss_mask_token is not None:
-            self._advise("plateau", diagnosis.plateau(share, found.loss_mask_token, self._yardsticks))
-        self._advise("pairs", diagnosis.stuck_pairs(share, found.loss_nsp, found.accuracy_nsp))
+        self.say(f"held-out at step {done.step:,}: {self._in_words(found) if found.finite else 'the loss is not finite'}")
+        lost = diagnosis.diverged(found.loss, self._vocab_size, self._pairs)
+        self._advise("diverged", lost)
+        if lost is None:
+            if found.loss_mask_token is not None:
+                self._advise("plateau", diagnosis.plateau(share, found.loss_mask_token, self._yardsticks))
+            self._advise("pairs", diagnosis.stuck_pairs(share, found.loss_nsp, found.accuracy_nsp))
         if share < 1.0 and time.perf_counter() - self._drawn >= PICTURE_EVERY_S:  # `stop` draws the last one
             self._draw()
         self._window = _Window(time.perf_counter())  # the evaluation's time is none of a step's
@@ -239,6 +242,14 @@ class Monitor:
             self.say(", ".join([f"{share:.0%}", *parts]))
         self._window = _Window(now)
 
+    def _in_words(self, found: HeldOut) -> str:
+        parts = [f"MLM loss {found.loss_mlm:.3f}, accuracy {found.accuracy_mlm:.1%}"]
+        if found.loss_nsp is not None and found.accuracy_nsp is not None:
+            parts.append(f"NSP loss {found.loss_nsp:.3f}, accuracy {found.accuracy_nsp:.1%}")
+        if found.loss_mask_token is not None:
+            parts.append(f"on [MASK] {found.loss_mask_token:.3f}, {diagnosis.compare(found.loss_mask_token, self._yardsticks)}")
+        return "; ".join(parts)
+
     def _advise(self, rule: str, line: str | None) -> None:
         """Each rule speaks once."""
         if line is not None and rule not in self._advised:
@@ -247,7 +258,7 @@ class Monitor:
 
     def _scalars(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
         for name, value in values.items():
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 self._tensorboard.add_scalar(f"{group}/{name}", value, step)
 
     @contextlib.contextmanager

@@ -3,18 +3,25 @@
 A rank 0 that was taken for dead (its node cut off, or the process stopped) may come back while another goes on with its run. Each start leaves
 a token in the folder; who finds another's there has lost the run, and ends before it writes. A lock would need a file system that has
 locks across machines.
+
+The token is the first thing that a run writes, so a folder that has one is a run of ours, however early its process died.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import secrets
 import socket
 from pathlib import Path
 
 from fastbert.durable import sync
+from fastbert.presence import is_file, unreadable
 
 FILE = ".owner"
+CLAIM = f"{FILE}-"  # begins the name that the token is written under
+_CONTENT = re.compile(rb"[0-9a-f]{16} \S* \d+\n")  # token, machine, process
 
 
 class TakenOver(Exception):
@@ -31,11 +38,30 @@ class Ownership:
     def claim(cls, run: Path) -> Ownership:
         """Take the folder over."""
         token = secrets.token_hex(8)
-        new = run / f"{FILE}-{token}"
-        new.write_text(f"{token} {socket.gethostname()} {os.getpid()}\n", encoding="utf-8")
-        sync(new)
-        new.replace(run / FILE)
+        new = run / f"{CLAIM}{token}"
+        try:
+            new.write_text(f"{token} {socket.gethostname()} {os.getpid()}\n", encoding="utf-8")
+            sync(new)
+            new.replace(run / FILE)
+        except OSError:
+            with contextlib.suppress(OSError):
+                new.unlink()
+            raise
         return cls(run, token)
+
+    @staticmethod
+    def was_claimed(run: Path) -> bool:
+        """Whether the folder is a run: some start has left its token there.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        if not is_file(run / FILE):
+            return False
+        try:
+            return _CONTENT.fullmatch((run / FILE).read_bytes()) is not None
+        except OSError as error:
+            raise unreadable(run / FILE, error) from None
 
     def holds(self) -> bool:
         """Whether nobody has started this run since. A small read, no lock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,9 +19,9 @@ class Progress:
     step: int = 0  # batches done: optimizer steps, and those that were skipped
     tokens: int = 0  # real tokens seen, [CLS] and [SEP] counted
     seconds: float = 0.0
-    heldout_loss: float | None = None  # of the last evaluation
+    heldout_loss: float | None = None  # of the last evaluation; None before the first one, and where it was not finite
     best_loss: float | None = None  # the lowest, by min_delta at least (see `judge`)
-    stale: int = 0  # evaluations since then
+    stale: int = 0  # evaluations since then, or all of them
     skipped: int = 0  # steps that were not applied, since their loss or gradient was not finite
     skipped_in_a_row: int = 0
 
@@ -28,6 +29,10 @@ class Progress:
     def updates(self) -> int:
         """Optimizer steps that were applied."""
         return self.step - self.skipped
+
+    def applied_since(self, step: int) -> bool:
+        """Whether a step after `step` was applied: then the weights of that time have given a finite loss and gradient."""
+        return self.step - self.skipped_in_a_row > step
 
     def applied(self, tokens: int) -> None:
         """Count a step of so many tokens."""
@@ -42,7 +47,13 @@ class Progress:
         self.skipped_in_a_row += 1
 
     def judge(self, heldout_loss: float, min_delta: float) -> None:
-        """Take note of an evaluation: is it better than the best by `min_delta` nats or more (by anything, where that is 0)?"""
+        """Take note of an evaluation: is it better than the best by `min_delta` nats or more (by anything, where that is 0)?
+
+        One that is not finite is no better than anything.
+        """
+        if not math.isfinite(heldout_loss):
+            self.heldout_loss, self.stale = None, self.stale + 1
+            return
         self.heldout_loss = heldout_loss
         better = self.best_loss is None or (heldout_loss < self.best_loss and self.best_loss - heldout_loss >= min_delta)
         self.best_loss, self.stale = (heldout_loss, 0) if better else (self.best_loss, self.stale + 1)
@@ -92,5 +103,6 @@ class Horizon:
         if self._stop.loss and done.heldout_loss is not None and done.heldout_loss <= self._stop.loss:
             return f"stop.loss = {self._stop.loss}: the held-out loss is {done.heldout_loss:.4f}"
         if self._stop.patience and done.stale >= self._stop.patience:
-            return f"stop.patience = {self._stop.patience}: no better than {done.best_loss:.4f} for {done.stale} evaluations"
+            found = "none has been finite" if done.best_loss is None else f"no better than {done.best_loss:.4f}"
+            return f"stop.patience = {self._stop.patience}: {found} for {done.stale} evaluations"
         return None

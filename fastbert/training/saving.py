@@ -4,6 +4,10 @@ begin     all ranks   take a copy of the share: what training has to wait for
 (thread)  all ranks   staging/tensors-RANK-NUMBER.safetensors: write, fsync, read back
 finish    all ranks   gather what was written; rank 0: manifest, fsync, rename, fsync
 (thread)  rank 0      delete checkpoints that are too old
+
+or, where the copy turns out to be of weights that give no finite loss:
+
+discard   all ranks   delete what was written; no older checkpoint makes room for it
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastbert.errors import InputError
 from fastbert.training import checkpoint
 from fastbert.training.failpoint import reach
 from fastbert.training.group import Group
@@ -61,10 +66,10 @@ class Saver:
         self._cleaning: threading.Thread | None = None
 
     def sweep(self) -> None:
-        """At the start: delete what processes left that died while they saved."""
-        if self._group.speaks:
-            checkpoint.sweep(self._folder)
-        self._group.barrier()  # or a quick rank's first share would be swept away
+        """At the start: delete what processes left that died while they saved; raises InputError where the folder cannot be read."""
+        with self._group.same_fate():  # together: or a quick rank's first share would be swept away
+            if self._group.speaks:
+                checkpoint.sweep(self._folder)
 
     @property
     def busy(self) -> bool:
@@ -106,7 +111,7 @@ class Saver:
                 files = {name: entry for share in shares for name, entry in share["files"].items()}
                 path = str(checkpoint.publish(self._folder, save.step, save.staging, files, save.metadata))
                 self._clean_up(save.step)
-            except OSError as error:
+            except (OSError, InputError) as error:
                 problem = self._problem([_in_words(error, save.staging)])
         stall_s = max(share["stall_s"] for share in shares) + time.perf_counter() - started
         path, problem, stall_s = self._group.broadcast([path, problem, stall_s])
@@ -114,6 +119,16 @@ class Saver:
             shutil.rmtree(save.staging, ignore_errors=True)
         self._save = None
         return Saved(save.step, path and Path(path), problem, stall_s)
+
+    def discard(self, problem: str) -> Saved:
+        """Give up what was begun, because of `problem`, and delete what is written of it. All ranks call it."""
+        save = self._save
+        assert save is not None, "nothing was begun"
+        save.join()
+        self._group.barrier()  # a thread that still writes would make the folder again
+        shutil.rmtree(save.staging, ignore_errors=True)
+        self._save = None
+        return Saved(save.step, None, problem, save.stall_s)
 
     def wait(self) -> Saved | None:
         """At the end: finish what is in flight, None where nothing is, and wait until old checkpoints are deleted."""
@@ -166,4 +181,6 @@ def _in_words(error: Exception, place: Path) -> str:
     """One line: the file and what is wrong."""
     if isinstance(error, OSError):
         return f"{error.filename or place}: {error.strerror or error}"
+    if isinstance(error, InputError):
+        return str(error)
     return f"{place}: {' '.join(str(error).split()) or type(error).__name__}"

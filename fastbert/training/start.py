@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
-import shutil
+import os
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from fastbert.config import RunConfig, dump_config, load_config, parse_config
 from fastbert.data.batches import Batches, PackedBatch, heldout_batches
-from fastbert.data.store import Store
+from fastbert.data.store import OTHER_FILES, Store
+from fastbert.durable import write_whole
 from fastbert.errors import InputError
 from fastbert.model import BertForPreTraining
+from fastbert.presence import is_file, is_folder, names_in, status, unreadable
 from fastbert.training import checkpoint
 from fastbert.training.checkpoint import Checkpoint
 from fastbert.training.dataset import open_verified
@@ -28,7 +32,8 @@ from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
 from fastbert.training.group import Group
 from fastbert.training.initial import Initial, Read, put, with_sizes
-from fastbert.training.ownership import Ownership
+from fastbert.training.metrics import read_metrics
+from fastbert.training.ownership import CLAIM, Ownership
 from fastbert.training.precision import resolve_precision
 from fastbert.training.progress import Horizon, Progress
 
@@ -36,6 +41,7 @@ from fastbert.training.progress import Horizon, Progress
 # run. A learning rate or a schedule may be changed too: it changes no example and no shape, and is noted. Anything else would make the
 # second half another experiment than the first.
 FREE = ("data", "run", "model.preset", "stop", "evaluate", "checkpoint", "runtime", "batch.micro_batch_tokens")
+DISK = "lost+found"  # what a new disk holds
 SHARED_DISK_S = 20.0  # how long another machine's disk may take to show a new file
 NOTED = ("optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip", "schedule")
 
@@ -46,7 +52,7 @@ class Start:
 
     Attributes:
         run: the folder.
-        checkpoint: what to go on from; None for a start from the beginning.
+        checkpoint: what to resume from; None for a start from the beginning.
         notes: lines for the user, such as damaged checkpoints that were passed over.
     """
 
@@ -73,24 +79,60 @@ def open_run(config: RunConfig, recipe: str, store: Store, resume: bool) -> Star
     """Find out where to begin; writes nothing yet.
 
     Raises:
-        InputError: a run is there and --resume was not given, or all its checkpoints are damaged, or the recipe or the store
-            is another than the checkpoint's.
+        InputError: the folder is something else than a run; a run is there and --resume was not given; its checkpoints are gone, cannot be
+            read, or are all damaged; or the recipe or the store is another than the checkpoint's.
     """
-    run = Path(config.run)
-    if run.exists() and not run.is_dir():
-        raise InputError(f"{recipe}: run = {config.run!r}: a file; give a folder")
+    run, place = Path(config.run), f"{recipe}: run = {config.run!r}"
+    _check_folder(run, place)
     if not checkpoint.exists(run):
+        _check_nothing_is_lost(run, place, resume)
         return Start(run, None, [f"{run}: no checkpoint to resume from; starting from the beginning"] if resume else [])
     if not resume:
-        raise InputError(
-            f"{recipe}: run = {config.run!r}: holds a run with checkpoints; go on with it by --resume, or give another folder by run=..."
-        )
+        raise InputError(f"{place}: holds a run with checkpoints; resume with --resume, or give another folder by run=...")
     found, notes = checkpoint.newest_sound(run)
     if found is None:
         raise InputError(f"{notes[0]}; no sound checkpoint is left there; give another folder by run=... to start anew")
     if notes:
-        notes = [*notes, f"going on from {found.path}, the newest sound one"]
+        notes = [*notes, f"resuming from {found.path}, the newest sound one"]
     return Start(run, found, [*notes, *_check_same_run(config, recipe, store, found)])
+
+
+def _check_folder(run: Path, place: str) -> None:
+    """A run begins in a folder that is new or empty; one that holds anything else must be a run already."""
+    try:
+        if status(run) is None:
+            return
+        if not is_folder(run):
+            raise InputError("a file; give a folder")
+        # A start that died before it had claimed the folder leaves CLAIM...; checkpoints/ and the folder itself may be disks of their own.
+        others = [name for name in names_in(run) if not name.startswith(CLAIM) and name not in (DISK, "checkpoints")]
+        others += [f"checkpoints/{name}" for name in names_in(run / "checkpoints") if name != DISK]
+        if others and not Ownership.was_claimed(run) and not checkpoint.has_written(run):
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            raise InputError(f"holds {', '.join(others[:3])}{more}, and is no run; give a new or an empty folder by run=...")
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+
+
+def _check_nothing_is_lost(run: Path, place: str, resume: bool) -> None:
+    """Raise where a start from the beginning would wipe the records of a run whose checkpoints are elsewhere, or that is still going on."""
+    step, saved, metrics = 0, None, run / "metrics.jsonl"
+    try:
+        for record in read_metrics(metrics):
+            step = max(step, record["step"])
+            saved = record["checkpoint"] if isinstance(record.get("checkpoint"), str) else saved  # of an event "save" or "resume"
+    except OSError as error:
+        raise InputError(f"{place}: {unreadable(metrics, error)}") from None
+    if saved is not None:
+        raise InputError(
+            f"{place}: metrics.jsonl has {step:,} steps and a checkpoint {saved}, but {run / 'checkpoints'} holds none; mount its disk or put "
+            "the checkpoints back, and resume with --resume; or give another folder by run=... to start anew"
+        )
+    if step and not resume:
+        raise InputError(
+            f"{place}: holds a run of {step:,} steps without a checkpoint, which may be going on; if it has ended, --resume starts it from the "
+            "beginning; or give another folder by run=..."
+        )
 
 
 @dataclass(frozen=True)
@@ -180,7 +222,7 @@ def _start_from(config: RunConfig, recipe: str, resume: bool, read: Read | None)
     """The recipe with the sizes of the model that it starts from, and that model; None where a checkpoint has been trained on from it."""
     assert config.init is not None and read is not None, "init needs somebody who can read it"
     resolved = Path(config.run) / "config.toml"
-    if resume and checkpoint.exists(Path(config.run)) and resolved.is_file():
+    if resume and checkpoint.exists(Path(config.run)) and is_file(resolved):
         return with_sizes(config, load_config(resolved).model, recipe), None
     initial = read(config.init)
     return with_sizes(config, initial.config, recipe), initial
@@ -217,15 +259,33 @@ def take_folder(setup: Setup, group: Group) -> Ownership:
 
 
 def _prepare(setup: Setup) -> Ownership:
-    """Write the resolved recipe, and a copy of the tokenizer, so that the run can be used when the store is gone."""
+    """Claim the folder; then the resolved recipe, and a copy of the tokenizer, so that the run can be used when the store is gone."""
     run, config = setup.start.run, setup.config
+    tokenizer = {Path(name).name: _read_plain(setup.store.path / name) for name in OTHER_FILES if name.startswith("tokenizer/")}
     try:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.toml").write_text(dump_config(config), encoding="utf-8")
-        shutil.copytree(setup.store.tokenizer_dir, run / "tokenizer", dirs_exist_ok=True)
-        return Ownership.claim(run)
+        owner = Ownership.claim(run)
+        write_whole(run / "config.toml", dump_config(config).encode())
+        (run / "tokenizer").mkdir(exist_ok=True)
+        for name, data in tokenizer.items():
+            write_whole(run / "tokenizer" / name, data)
+        return owner
     except OSError as error:
         raise InputError(f"run = {config.run!r}: {error.filename or run} cannot be written: {error.strerror}") from None
+
+
+def _read_plain(file: Path) -> bytes:
+    """A file that goes into the run, to be published with it; a link might name any file of this machine."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as opened:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InputError(f"{file}: not a file; make the store again with `fastbert prepare`")
+            return opened.read()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InputError(f"{file}: a link, which is not followed; put the file itself there") from None
+        raise unreadable(file, error) from None
 
 
 def _check_same_everywhere(group: Group, facts: dict[str, str]) -> None:

@@ -272,7 +272,7 @@ class Watch:
     def _end(self) -> NoReturn:
         """End the process from a thread, whatever its main thread waits for."""
         self._linger()
-        os.write(2, f"fastbert: {printable(self._reason or '')}; go on with --resume\n".encode())
+        os.write(2, f"fastbert: {printable(self._reason or '')}; resume with --resume\n".encode())
         os._exit(1)
 
 

@@ -1,0 +1,54 @@
+"""Only what the system says in so many words is "not there"."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fastbert.errors import InputError
+from fastbert.presence import is_file, is_folder, names_in, status
+
+
+def test_an_honest_answer(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/b").touch()
+    (tmp_path / "folder/a").touch()
+    (tmp_path / "link").symlink_to("folder")
+    os.mkfifo(tmp_path / "pipe")
+    assert is_file(tmp_path / "file") and not is_folder(tmp_path / "file")
+    assert is_folder(tmp_path / "link") and names_in(tmp_path / "link") == ["a", "b"]
+    assert status(tmp_path / "pipe") is not None and not is_file(tmp_path / "pipe")
+    for absent in ("none", "none/none", "file/none"):
+        assert status(tmp_path / absent) is None and names_in(tmp_path / absent) == []
+
+
+@pytest.mark.parametrize("inside", ["", "/checkpoints", "/a/b"])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda path: path.symlink_to("/not/mounted"), ["a link to /not/mounted, which is not there", "mount its disk"]),
+        (lambda path: path.symlink_to(path.name), ["Too many levels of symbolic links"]),
+    ],
+)
+def test_what_cannot_be_said_is_an_error(tmp_path, make, words, inside):
+    """Also for what would lie behind it. (Rights, which do not stop root: test_run_folder.py.)"""
+    make(tmp_path / "here")
+    for look in (status, is_file, is_folder, names_in):
+        with pytest.raises(InputError) as error:
+            look(tmp_path / f"here{inside}")
+        assert "\n" not in str(error.value) and str(tmp_path / "here") in str(error.value)
+        assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300])
+def test_names_that_cannot_be(tmp_path, name):
+    with pytest.raises(InputError):
+        status(tmp_path / name)
+
+
+def test_a_file_in_the_place_of_a_folder_has_no_list(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(InputError, match="checkpoints: cannot be read: Not a directory"):
+        names_in(tmp_path / "checkpoints")
