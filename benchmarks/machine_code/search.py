@@ -1,0 +1,216 @@
+"""Better tiles by the model, for sm_90 in 16 bits: every block size, number of warps and of stages that the tuner may try, and limits on registers.
+
+A row of the table is tried in two steps. First every tile with dropout at one launch; what does not compile, does not fit or spills drops out. Then the
+best few of them, each also with the limits on registers under which one more program would fit, with and without dropout, at all launches and at both
+ends of what is known of the L2 cache's rate: small tiles read more from it. They are ranked by the geometric mean of the times.
+
+The answer is a prediction: `benchmarks/proposed_tiles.json` keeps the rows that were replaced, for a GPU to time both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from benchmarks.ahead_of_time import DEVICES, REGISTERS, SCHEDULERS, faults, measure, production_kernels, short
+from benchmarks.forked import forked
+from benchmarks.machine_code import ours
+from benchmarks.machine_code.duration import seconds
+from benchmarks.machine_code.examine import Built, build
+from benchmarks.machine_code.multiprocessor import L2, Memory
+from fastbert_kernels._tiles import TABLE, Row
+from fastbert_kernels._triton import Production
+
+ARCHITECTURE, BITS = "sm_90", 16
+SLOW_L2 = L2._replace(rate=24.0)  # bytes a cycle and multiprocessor; devices give 25 to 36
+_FINALISTS = 4
+_ROUNDS = 3  # of programs; fewer than a table takes, as only ratios count
+_PROGRAMS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # of a persistent kernel, side by side on a multiprocessor
+_SQUEEZE = 0.6  # a limit on registers below this share of what the compiler wants would only spill
+_SAME = 1.02  # of two rows with the same blocks whose times differ by less the one with fewer stages, and no limit on registers, is better
+_EVEN = 1.005  # of two numbers of programs whose times differ by less the smaller is better: fewer shares to add up
+
+
+class Judged(NamedTuple):
+    row: Row
+    seconds: tuple[float, ...]  # for each form of the kernel and each launch
+    registers: tuple[int, ...]  # of each form
+    programs: tuple[int, ...]  # that fit side by side
+
+    def over(self, other: Judged) -> float:
+        """This one's time over the other's."""
+        return statistics.geometric_mean(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
+
+
+@dataclasses.dataclass
+class Proposal:
+    kernel: str
+    present: Row
+    best: Row
+    ratio: float  # predicted time of the best over that of the present row
+    others: list[tuple[Row, float]]  # further good rows with other blocks or warps, with theirs
+    tried: int
+    dropped: int
+
+
+def forms(table: str, row: Row) -> list[Production]:
+    """What a row serves: the kernels of `production()` that would look it up, or the largest of them, resized, where none does."""
+    alike = [p for p in production_kernels().values() if p.table == table and short(p) == "bf16"]
+    sizes = sorted({p.size for p in alike})
+    rows = sorted(r["size"] for r in _rows(table))
+    served = [size for size in sizes if next((r for r in rows if r >= size), rows[-1]) == row["size"]]
+    if served:
+        return [p for p in alike if p.size in served]
+    axis = "K" if "K" in alike[0].arguments else "D"
+    return [p._replace(size=row["size"], arguments=p.arguments | {axis: row["size"]}) for p in alike if p.size == sizes[-1]]
+
+
+def timed_forms(table: str, row: Row) -> list[Production]:
+    """Those that count for its time, dropout first: a layer of the encoder, not its head's LayerNorm; gathered rows of the MLM loss."""
+    found = [p for p in forms(table, row) if p.arguments.get("bias_ptr", "") is not None and p.arguments.get("GATHER", True)]
+    return sorted(found, key=lambda p: (not p.arguments.get("DROPOUT", True), p.arguments.get("keys_ptr", "") is None, p.size))
+
+
+def candidates(table: str, row: Row, blocks: Mapping[str, tuple[int, ...]], common: Mapping[str, tuple[int, ...]]) -> list[Row]:
+    """The present row, then all others that are worth a compilation."""
+    walks, rows = ours.WALKS.get(table), table in (*ours.ROWS, *ours.GELU)
+    warps = common["num_warps"] if rows else (4, 8)
+    stages = (3, 4) if walks or table in ours.MLM else (1,)  # with 2 nothing is loaded ahead of a wgmma (docs/kernels.md)
+    found = [row]
+    for values in itertools.product(*blocks.values(), warps, stages):
+        trial = {**row, **dict(zip((*blocks, "num_warps", "num_stages"), values, strict=True))}
+        trial.pop("maxnreg", None)
+        threads = 32 * trial["num_warps"]
+        if walks and trial[walks[0]] < 16 * trial["num_warps"]:
+            continue  # a wgmma's 64 rows are those of four warps: some would have none of their own
+        if rows:
+            width = trial.get("BLOCK_D") or trial["BLOCK_F"]
+            chunk, whole = trial["BLOCK_T"] * width / threads, trial["BLOCK_T"] * (row["size"] if "BLOCK_D" in trial else width) / threads
+            if not 8 <= chunk <= 64 or whole > 96 or width > max(row["size"], 128):
+                continue  # loads of less than 128 bits, or more elements of a row than there are registers
+        if trial not in found:
+            found.append(trial)
+    return found
+
+
+def judge(table: str, row: Row, productions: list[Production], thorough: bool, as_it_stands: bool = False) -> Judged | None:
+    """The model's time for each form and launch; None if one does not compile, does not fit or spills.
+
+    Args:
+        thorough: all launches and both rates of the L2 cache, rather than one of each.
+        as_it_stands: with the row's own number of programs, rather than the best one.
+    """
+    options = _options(row)
+    built: list[Built] = []
+    for production in productions:
+        try:
+            one = build(ours.case(table, production, options))
+        except Exception:  # the compilers have no common class for what they cannot do
+            return None
+        if one.spilled or not one.programs or one.shared > DEVICES[ARCHITECTURE].shared:
+            return None
+        built.append(one)
+    if "programs" in row and not as_it_stands:
+        row, times = _best_programs(row, options, productions, built)
+    else:
+        times = _times(options, productions, built, thorough)
+    return Judged(row, tuple(times), tuple(one.registers for one in built), tuple(one.programs for one in built))
+
+
+def _best_programs(row: Row, options: dict[str, Any], productions: list[Production], built: list[Built]) -> tuple[Row, list[float]]:
+    """Of a persistent kernel: as many programs on a multiprocessor as are fastest."""
+    fit = min(one.programs for one in built)
+    trials = []
+    for programs in [n for n in _PROGRAMS if fit / 3 <= n <= fit] or [fit]:
+        times = _times(options | {"programs": programs}, productions, built, True)
+        trials.append((math.prod(times) ** (1 / len(times)), programs, times))
+    least = min(trials)[0]
+    _, programs, times = next(trial for trial in trials if trial[0] <= _EVEN * least)
+    return {**row, "programs": programs}, times
+
+
+def _times(options: dict[str, Any], productions: list[Production], built: list[Built], thorough: bool) -> list[float]:
+    found = []
+    for production, one in zip(productions, built, strict=True):
+        launches = ours.launches(production, options)
+        for launch in launches if thorough else launches[:1]:
+            memories: tuple[Memory, ...] = (L2, SLOW_L2) if launch.memory == L2 and thorough else (launch.memory,)
+            found += [seconds(one, launch._replace(memory=memory), _ROUNDS) for memory in memories]
+    return found
+
+
+def limited(judged: Judged) -> Iterator[Row]:
+    """The row with the limits on registers under which one program more would fit."""
+    warps = judged.row["num_warps"]
+    for registers, programs in {*zip(judged.registers, judged.programs, strict=True)}:
+        limit = REGISTERS * SCHEDULERS // (warps * (programs + 1)) // 8 * 8
+        if _SQUEEZE * registers <= limit < registers:
+            yield {**judged.row, "maxnreg": limit}
+
+
+def is_faultless(table: str, row: Row) -> bool:
+    """By the rules of `ahead_of_time`, for every form that the row serves."""
+    return not faults([measure(table, production, ARCHITECTURE, _options(row)) for production in forms(table, row)])
+
+
+def propose(table: str, present: Row, blocks: Mapping[str, tuple[int, ...]], common: Mapping[str, tuple[int, ...]], end: float) -> Proposal:
+    """The best row that is found until `end` (of time.monotonic).
+
+    Args:
+        blocks, common: the values that each option may have, those of the kernel and those that all kernels share.
+    """
+    productions = timed_forms(table, present)
+    trials = candidates(table, present, blocks, common)
+    first = [found for found in _each(judge, [(table, row, productions[:1], False) for row in trials], end) if found]
+    first.sort(key=lambda found: math.prod(found.seconds))
+    finalists = [found.row for found in first[:_FINALISTS]]
+    finalists += [row for found in first[:_FINALISTS] for row in limited(found)]
+    jobs = [(table, present, productions, True, True), *((table, row, productions, True) for row in finalists if row != present)]
+    base, *judged = _each(judge, jobs, end)
+    proposal = Proposal(table, present, present, 1.0, [], len(trials), len(trials) - len(first))
+    if base is None:
+        return proposal  # there is nothing to compare with
+    ranked = sorted((found for found in judged if found), key=lambda found: found.over(base))
+    if not ranked or ranked[0].over(base) >= 1:
+        return proposal
+    same = [found for found in ranked if _shape(found.row) == _shape(ranked[0].row) and found.over(ranked[0]) < _SAME]
+    same.sort(key=lambda found: (found.row["num_stages"], "maxnreg" in found.row))
+    for found in [*same, *(found for found in ranked if found not in same)]:
+        ratio = found.over(base)
+        if ratio >= 1 or not next(forked(is_faultless, [(table, found.row)])):
+            continue
+        if proposal.best == present:
+            proposal.best, proposal.ratio = found.row, ratio
+        elif _shape(found.row) not in (_shape(proposal.best), _shape(present)) and ratio < 1.15 * proposal.ratio:
+            proposal.others = [(found.row, ratio)]
+            break
+    return proposal
+
+
+def _each(function: Callable[..., Any], jobs: list[tuple], end: float) -> list[Any]:
+    """Results until the time is up, of the first job at least."""
+    found = []
+    for result in forked(function, jobs):
+        found.append(result)
+        if time.monotonic() > end:
+            break
+    return found
+
+
+def _options(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("bits", "size")}
+
+
+def _shape(row: Row) -> tuple:
+    """What makes a tile another one, rather than a variant."""
+    return tuple(value for name, value in row.items() if name.startswith("BLOCK") or name == "num_warps")
+
+
+def _rows(table: str) -> list[Row]:
+    return [row for row in json.loads(TABLE.read_text(encoding="utf-8"))[ARCHITECTURE][table] if row["bits"] == BITS]
