@@ -126,6 +126,7 @@ def code_of(text: str) -> Code:
         ("f ?>3 f f E", 1, 1, [0, 1, 2, 3, 4]),  # a conditional branch is not taken
         ("f >3 f f E", 1, 1, [0, 1, 3, 4]),  # one without a condition is
         ("f p ?<1 ?>5 p f E", 1, 1, [0, 1, 2, 3, 5, 6]),  # nor is the tail's product made
+        ("?>3 f >5 p ?<3 E", 2, 1, [0, 3, 4, 3, 4, 5]),  # but one that leads to the main loop, where all else leads past it
         ("?>3 f ?<1 p ?<3 E", 2, 1, [0, 3, 4, 3, 4, 5]),  # a loop for a sum of no terms
         ("p ?>4 f f f ?<0 E", 4, 2, [0, 1, 4, 5, 0, 1, 2, 3, 4, 5] * 2 + [6]),  # the end of a turn in every second pass
         ("f E <2", 1, 1, [0, 1]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 from benchmarks.machine_code.counts import matrix_flops
@@ -39,8 +39,9 @@ def main_loop(code: Code, which: str = "products") -> tuple[int, int] | None:
 def way_through(code: Code, passes: int, which: str = "products", inner: int = 1) -> list[Instruction]:
     """All that a warp executes whose main loop is passed `passes` times, and that has no tail.
 
-    Other loops are passed once. A conditional branch forward is not taken, but for three kinds:
+    Other loops are passed once. A conditional branch forward is not taken, but for four kinds:
 
+    - one that must be, or the main loop would be missed;
     - one behind the main loop that jumps over matrix products: they are those of the tail;
     - one before a main loop with matrix products that jumps over a loop without any: that is for a sum of no terms;
     - with `inner` above 1, one within the main loop, in all but every `inner`-th pass: two nested loops were made one, and it jumps over the end of a turn
@@ -50,14 +51,35 @@ def way_through(code: Code, passes: int, which: str = "products", inner: int = 1
     if main is None:
         return walk(code, {})
     first, last = main
+    reached = leading_to(code, first)
     forward = {at: to for at in range(len(code.instructions)) if (to := code.target(at)) is not None and to > at}
-    taken = {at: 0 for at, to in forward.items() if at > last and flops_between(code, at, to - 1)}
+    taken = {at: 0 for at, to in forward.items() if at < first and to in reached and at + 1 not in reached}
+    taken |= {at: 0 for at, to in forward.items() if at > last and flops_between(code, at, to - 1)}
     if flops_between(code, *main):
         empty = [span for span in loops(code) if span[1] < first and not flops_between(code, *span)]
         taken |= {at: 0 for at, to in forward.items() if to <= first and any(at < start and end < to for start, end in empty)}
     if inner > 1:
         taken |= {at: inner for at, to in forward.items() if first <= at and to <= last and not flops_between(code, at, to - 1)}
-    return walk(code, {last: passes}, taken)
+    found = walk(code, {last: passes}, taken)
+    assert found.count(code.instructions[last]) == passes, "the way through the kernel misses its main loop"
+    return found
+
+
+def leading_to(code: Code, goal: int) -> set[int]:
+    """Numbers of the instructions from which instruction `goal` can be reached."""
+    before: dict[int, list[int]] = defaultdict(list)
+    for at, instruction in enumerate(code.instructions):
+        to, always = code.target(at), not instruction.predicate
+        if to is not None:
+            before[to].append(at)
+        if not (always and (to is not None or instruction.base == "EXIT")):
+            before[at + 1].append(at)
+    found, ahead = set(), [goal]
+    while ahead:
+        if (at := ahead.pop()) not in found:
+            found.add(at)
+            ahead.extend(before[at])
+    return found
 
 
 def walk(code: Code, passes: Mapping[int, int], taken: Mapping[int, int] | None = None) -> list[Instruction]:

@@ -22,8 +22,9 @@ from benchmarks.ahead_of_time import DEVICES, REGISTERS, SCHEDULERS, faults, mea
 from benchmarks.forked import forked
 from benchmarks.machine_code import ours
 from benchmarks.machine_code.duration import seconds
-from benchmarks.machine_code.examine import Built, build
-from benchmarks.machine_code.multiprocessor import L2, Memory
+from benchmarks.machine_code.examine import Built, build, examine
+from benchmarks.machine_code.h100 import DRAM_RATE
+from benchmarks.machine_code.multiprocessor import DRAM, L2, Memory
 from fastbert_kernels._tiles import TABLE, Row
 from fastbert_kernels._triton import Production
 
@@ -33,6 +34,7 @@ _FINALISTS = 4
 _ROUNDS = 3  # of programs; fewer than a table takes, as only ratios count
 _PROGRAMS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # of a persistent kernel, side by side on a multiprocessor
 _SQUEEZE = 0.6  # a limit on registers below this share of what the compiler wants would only spill
+_FULL = 0.97  # of the memory's rate
 _SAME = 1.02  # of two rows with the same blocks whose times differ by less the one with fewer stages, and no limit on registers, is better
 _EVEN = 1.005  # of two numbers of programs whose times differ by less the smaller is better: fewer shares to add up
 
@@ -86,17 +88,31 @@ def candidates(table: str, row: Row, blocks: Mapping[str, tuple[int, ...]], comm
     for values in itertools.product(*blocks.values(), warps, stages):
         trial = {**row, **dict(zip((*blocks, "num_warps", "num_stages"), values, strict=True))}
         trial.pop("maxnreg", None)
-        threads = 32 * trial["num_warps"]
-        if walks and trial[walks[0]] < 16 * trial["num_warps"]:
-            continue  # a wgmma's 64 rows are those of four warps: some would have none of their own
-        if rows:
-            width = trial.get("BLOCK_D") or trial["BLOCK_F"]
-            chunk, whole = trial["BLOCK_T"] * width / threads, trial["BLOCK_T"] * (row["size"] if "BLOCK_D" in trial else width) / threads
-            if not 8 <= chunk <= 64 or whole > 96 or width > max(row["size"], 128):
-                continue  # loads of less than 128 bits, or more elements of a row than there are registers
+        if (walks and _is_hopeless(table, trial)) or (rows and _is_hopeless_for_rows(table, trial)):
+            continue
         if trial not in found:
             found.append(trial)
     return found
+
+
+def _is_hopeless(table: str, row: Row) -> bool:
+    """Of attention: more numbers at a time than a thread has registers, which takes the compilers longest; or warps without rows of their own."""
+    own, walk, products = ours.WALKS[table]
+    threads = 32 * row["num_warps"]
+    sums = {2: 1, 3: 1, 4: 2}[products] * row[own] * row["size"]  # O; dQ; dK and dV
+    scores = {2: 1, 3: 2, 4: 2}[products] * row[own] * row[walk]  # S; backward also dP
+    return sums + scores > 192 * threads or row[own] < 16 * row["num_warps"]  # the 64 rows of a wgmma are those of four warps
+
+
+def _is_hopeless_for_rows(table: str, row: Row) -> bool:
+    """Of kernels over rows: loads of less than 128 bits, or more numbers at a time than a thread has registers."""
+    threads, width = 32 * row["num_warps"], row.get("BLOCK_D") or row["BLOCK_F"]
+    chunk = row["BLOCK_T"] * width / threads
+    if table in ours.GELU:
+        return not 8 <= chunk <= 64
+    whole = row["BLOCK_T"] * row["size"] / threads
+    registers = (9 if "backward" in table else 5) * whole  # as many an element as today's kernels have
+    return not 8 <= chunk or registers > 255 or width > row["size"]
 
 
 def judge(table: str, row: Row, productions: list[Production], thorough: bool, as_it_stands: bool = False) -> Judged | None:
@@ -154,6 +170,12 @@ def limited(judged: Judged) -> Iterator[Row]:
             yield {**judged.row, "maxnreg": limit}
 
 
+def runs_at_the_memory_rate(table: str, row: Row, productions: list[Production]) -> bool:
+    """Whether nothing is to be gained, as memory sets the pace of every form."""
+    cases = [ours.case(table, production, _options(row)) for production in productions]
+    return all(case.memory == DRAM and examine(case).gigabytes > _FULL * DRAM_RATE / 1e9 for case in cases)
+
+
 def is_faultless(table: str, row: Row) -> bool:
     """By the rules of `ahead_of_time`, for every form that the row serves."""
     return not faults([measure(table, production, ARCHITECTURE, _options(row)) for production in forms(table, row)])
@@ -166,6 +188,8 @@ def propose(table: str, present: Row, blocks: Mapping[str, tuple[int, ...]], com
         blocks, common: the values that each option may have, those of the kernel and those that all kernels share.
     """
     productions = timed_forms(table, present)
+    if next(forked(runs_at_the_memory_rate, [(table, present, productions)])):
+        return Proposal(table, present, present, 1.0, [], 0, 0)
     trials = candidates(table, present, blocks, common)
     first = [found for found in _each(judge, [(table, row, productions[:1], False) for row in trials], end) if found]
     first.sort(key=lambda found: math.prod(found.seconds))
