@@ -1,6 +1,6 @@
 """Whether a launch hands all options of its row in tiles.json to the compiler. `python -m tests.launched_options`; silent if it does.
 
-By Triton's real launcher, with a driver that launches nothing: attention in bf16, forward and backward, with and without dropout.
+By Triton's real launcher, with a driver that launches nothing: attention in bf16, heads of 64, forward and backward, with dropout.
 """
 
 from __future__ import annotations
@@ -23,24 +23,18 @@ TABLES = {
 
 
 def main() -> int:
-    wrong, sizes = [], (32, 64, 128)
+    wrong, size = [], 64
+    case = Case("attention", "", {"lengths": [300, 40], "H": 2, "K": size}, 0.1)
     with no_launch(ARCHITECTURE):
-        for size in sizes:
-            for p in (0.0, 0.1):
-                case = Case("attention", "", {"lengths": [300, 40], "H": 2, "K": size}, p)
-                given = arguments(case, torch.bfloat16, torch.device("cpu"))
-                result = call(case, given, "triton")
-                torch.autograd.grad(result, leaves(case, given), torch.zeros_like(result))
+        given = arguments(case, torch.bfloat16, torch.device("cpu"))
+        result = call(case, given, "triton")
+        torch.autograd.grad(result, leaves(case, given), torch.zeros_like(result))
     for function, table in TABLES.items():
-        compiled = [one for cache in function.device_caches.values() for one in cache[0].values()]
-        if len(compiled) != 2 * len(sizes):
-            wrong.append(f"{table}: {len(compiled)} kernels compiled, expected {2 * len(sizes)}")
-        options = [tile(table, ARCHITECTURE, torch.bfloat16, size) for size in sizes]
-        names = ("num_warps", "num_stages", "maxnreg")
-        asked = sorted(str([row.get(name) for name in names]) for row in options for _ in range(2))
-        given_to = sorted(str([getattr(one.metadata, name) for name in names]) for one in compiled)
-        if asked != given_to:
-            wrong.append(f"{table}: asked for {asked}, compiled with {given_to}")
+        (compiled,) = (one for cache in function.device_caches.values() for one in cache[0].values())
+        options = tile(table, ARCHITECTURE, torch.bfloat16, size)
+        for name in ("num_warps", "num_stages", "maxnreg"):
+            if options.get(name) != getattr(compiled.metadata, name):
+                wrong.append(f"{table}: {name} = {options.get(name)} in tiles.json, compiled with {getattr(compiled.metadata, name)}")
     print("\n".join(wrong))
     return 1 if wrong else 0
 

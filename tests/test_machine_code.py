@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ahead_of_time import RECORD as RESOURCES
-from benchmarks.machine_code import h100
+from benchmarks.machine_code import h100, ours, search
 from benchmarks.machine_code.counts import class_of, least_cycles, operand_bytes, per_element, shared_cycles, tensor_cycles
 from benchmarks.machine_code.decode import Code, Instruction, decode
 from benchmarks.machine_code.multiprocessor import L2, Memory, run
 from benchmarks.machine_code.path import loops, main_loop, way_through
 from benchmarks.machine_code.report import PAGE, PROPOSED, RECORD, RECORDED, factor, parts, read
 from benchmarks.pages import filled, places
+from benchmarks.tune import BLOCKS, COMMON
 from fastbert_kernels._tiles import TABLE
 
 ROOT = Path(__file__).parents[1]
@@ -215,6 +216,63 @@ def test_programs_follow_each_other_in_a_place():
     assert run([FFMA] * 10, 1, 1, rounds=3).cycles == 3 * 9 + 2 * h100.LAUNCH
     result = run([FFMA, *[FFMA._replace(address=16)] * 3], 1, 1, L2, mark=16)
     assert result.passes == [1, 2, 3]
+
+
+# The search for tiles
+
+
+def test_a_row_is_judged_by_the_kernels_that_it_serves():
+    def served(table: str, size: int) -> set[tuple]:
+        return {(p.size, p.arguments.get("K", 0) or p.arguments.get("D", 0)) for p in search.forms(table, {"bits": 16, "size": size})}
+
+    assert served("gelu_forward", 4096) == {(3072, 0), (4096, 0)}
+    assert served("norm_backward", 768) == {(768, 768)}
+    assert served("norm_backward", 4096) == {(4096, 4096)}  # no production kernel is so wide: the widest one, resized
+    assert served("attention_dq", 64) == {(64, 64)} and served("attention_dq", 128) == {(128, 128)}
+    timed = search.timed_forms("norm_forward", {"bits": 16, "size": 768})
+    assert [p.arguments["keys_ptr"] for p in timed] == ["*i64", None]  # with dropout and without; not the head's LayerNorm
+
+
+def test_candidates_are_rows_of_the_same_kind():
+    for table, rows in read(TABLE)["sm_90"].items():
+        for row in [row for row in rows if row["bits"] == 16 and table in ours.JUDGED]:
+            found = search.candidates(table, row, BLOCKS.get(table, {}), COMMON)
+            assert found[0] == row and len({str(trial) for trial in found}) == len(found)
+            assert all(trial.keys() == row.keys() - {"maxnreg"} and trial["size"] == row["size"] for trial in found[1:])
+
+
+def judged(seconds: float, traffic: float = 1.0, registers: int = 128, programs: int = 2, **row: int) -> search.Judged:
+    tile = {"bits": 16, "size": 64, "BLOCK_Q": 64, "num_warps": 8, "num_stages": 3, **row}
+    return search.Judged(tile, (seconds, seconds), traffic, (registers,), (programs,))
+
+
+def test_limits_on_registers_are_those_that_let_one_more_program_in():
+    """512 registers for each lane of a scheduler: 8 warps are two on each, 4 warps one."""
+    assert [row["maxnreg"] for row in search.limited(judged(1, registers=167, programs=1))] == [128]
+    assert [row["maxnreg"] for row in search.limited(judged(1, registers=242, programs=2, num_warps=4))] == [168]
+    assert list(search.limited(judged(1, registers=255, programs=1))) == []  # half as many would spill
+    assert list(search.limited(judged(1, registers=76, programs=2))) == []  # shared memory is what keeps a third one out
+
+
+def test_the_larger_tile_is_preferred_where_the_model_cannot_tell():
+    small, large = judged(1.00, traffic=2.0, BLOCK_Q=32), judged(1.04, traffic=1.0, BLOCK_Q=128)
+    assert search.preferred([small, large]) == [large, small]
+    far = judged(1.06, traffic=1.0, BLOCK_Q=128)
+    assert search.preferred([small, far]) == [small, far]
+    more_stages, fewer_stages = judged(1.0, num_stages=4), judged(1.01)
+    assert search.preferred([more_stages, fewer_stages]) == [fewer_stages, more_stages]
+
+
+def test_the_search_runs_and_says_what_it_found(tmp_path):
+    """One small row for real, and a table of its own: the project's is left alone."""
+    table = tmp_path / "tiles.json"
+    result = by_itself(f"benchmarks.tune --model --kernels attention_prepare --seconds 6 --table {table}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("attention_prepare 16-bit 32") and "tried" in lines[0]
+    proposed = sum("of the time by the model" in line for line in lines)
+    rows = read(tmp_path / "proposed_tiles.json")["sm_90"]["attention_prepare"] if proposed else []
+    assert len({row["size"] for row in rows}) == proposed and all(row["predicted_ratio"] > 1 for row in rows)
 
 
 # What is on record

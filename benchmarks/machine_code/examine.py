@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -46,8 +47,8 @@ class Built:
     programs: int  # that a multiprocessor runs side by side
 
     def on_a_scheduler(self, resident: int) -> tuple[int, int]:
-        """Warps of a program, and programs, on one of the four, of `resident` programs on the multiprocessor."""
-        return max(1, self.warps // SCHEDULERS), max(1, resident * min(self.warps, SCHEDULERS) // SCHEDULERS)
+        """Warps of a program, and programs, on the fullest of the four, of `resident` programs on the multiprocessor."""
+        return max(1, self.warps // SCHEDULERS), math.ceil(resident * min(self.warps, SCHEDULERS) / SCHEDULERS)
 
     @property
     def loop(self) -> list[Instruction]:

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from benchmarks.ahead_of_time import DEVICES, REGISTERS, SCHEDULERS, faults, measure, production_kernels, short
 from benchmarks.forked import forked
 from benchmarks.machine_code import ours
-from benchmarks.machine_code.duration import seconds
+from benchmarks.machine_code.counts import moved_bytes
+from benchmarks.machine_code.duration import Launch, seconds
 from benchmarks.machine_code.examine import Built, build, examine
 from benchmarks.machine_code.h100 import DRAM_RATE
 from benchmarks.machine_code.multiprocessor import DRAM, L2, Memory
@@ -34,7 +35,10 @@ _FINALISTS = 4
 _ROUNDS = 3  # of programs; fewer than a table takes, as only ratios count
 _PROGRAMS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # of a persistent kernel, side by side on a multiprocessor
 _SQUEEZE = 0.6  # a limit on registers below this share of what the compiler wants would only spill
+_OTHERS = 2  # rows of other shapes that are kept beside the best one, if their time is at most the next number times its own
+_WORTH_TIMING = 1.15
 _FULL = 0.97  # of the memory's rate
+_NEAR = 1.05  # of two tiles whose times differ by less the one that reads less from the L2 cache is better
 _SAME = 1.02  # of two rows with the same blocks whose times differ by less the one with fewer stages, and no limit on registers, is better
 _EVEN = 1.005  # of two numbers of programs whose times differ by less the smaller is better: fewer shares to add up
 
@@ -42,6 +46,7 @@ _EVEN = 1.005  # of two numbers of programs whose times differ by less the small
 class Judged(NamedTuple):
     row: Row
     seconds: tuple[float, ...]  # for each form of the kernel and each launch
+    traffic: float  # bytes that a launch reads from the L2 cache, where its tiles come from there
     registers: tuple[int, ...]  # of each form
     programs: tuple[int, ...]  # that fit side by side
 
@@ -120,7 +125,7 @@ def judge(table: str, row: Row, productions: list[Production], thorough: bool, a
 
     Args:
         thorough: all launches and both rates of the L2 cache, rather than one of each.
-        as_it_stands: with the row's own number of programs, rather than the best one.
+        as_it_stands: with the row's own number of programs, rather than the best one, and even if it spills.
     """
     options = _options(row)
     built: list[Built] = []
@@ -129,14 +134,19 @@ def judge(table: str, row: Row, productions: list[Production], thorough: bool, a
             one = build(ours.case(table, production, options))
         except Exception:  # the compilers have no common class for what they cannot do
             return None
-        if one.spilled or not one.programs or one.shared > DEVICES[ARCHITECTURE].shared:
+        if (one.spilled and not as_it_stands) or not one.programs or one.shared > DEVICES[ARCHITECTURE].shared:
             return None
         built.append(one)
     if "programs" in row and not as_it_stands:
         row, times = _best_programs(row, options, productions, built)
     else:
         times = _times(options, productions, built, thorough)
-    return Judged(row, tuple(times), tuple(one.registers for one in built), tuple(one.programs for one in built))
+    traffic = sum(_traffic(one, ours.launches(production, _options(row))[0]) for production, one in zip(productions, built, strict=True))
+    return Judged(row, tuple(times), traffic, tuple(one.registers for one in built), tuple(one.programs for one in built))
+
+
+def _traffic(built: Built, launch: Launch) -> float:
+    return sum(map(moved_bytes, built.loop)) * built.warps * launch.passes * launch.programs if launch.memory == L2 else 0.0
 
 
 def _best_programs(row: Row, options: dict[str, Any], productions: list[Production], built: list[Built]) -> tuple[Row, list[float]]:
@@ -203,18 +213,28 @@ def propose(table: str, present: Row, blocks: Mapping[str, tuple[int, ...]], com
     ranked = sorted((found for found in judged if found), key=lambda found: found.over(base))
     if not ranked or ranked[0].over(base) >= 1:
         return proposal
-    same = [found for found in ranked if _shape(found.row) == _shape(ranked[0].row) and found.over(ranked[0]) < _SAME]
-    same.sort(key=lambda found: (found.row["num_stages"], "maxnreg" in found.row))
-    for found in [*same, *(found for found in ranked if found not in same)]:
-        ratio = found.over(base)
-        if ratio >= 1 or not next(forked(is_faultless, [(table, found.row)])):
+    shapes: set[tuple] = set()  # of the best and the others
+    for found in preferred(ranked):
+        ratio, shape = found.over(base), _shape(found.row)
+        if len(shapes) > _OTHERS or shape in shapes or ratio > min(1.0, _WORTH_TIMING * (proposal.ratio if shapes else 1.0)):
             continue
-        if proposal.best == present:
+        if not next(forked(is_faultless, [(table, found.row)])):
+            continue
+        if shapes:
+            proposal.others.append((found.row, ratio))
+        else:
             proposal.best, proposal.ratio = found.row, ratio
-        elif _shape(found.row) not in (_shape(proposal.best), _shape(present)) and ratio < 1.15 * proposal.ratio:
-            proposal.others = [(found.row, ratio)]
-            break
+        shapes.add(shape)
     return proposal
+
+
+def preferred(ranked: list[Judged]) -> list[Judged]:
+    """From the fastest on, but before it what is as fast by the model's lights and asks less of what it knows least: the L2 cache, registers, stages."""
+    near = [found for found in ranked if found.over(ranked[0]) < _NEAR]
+    least = min(near, key=lambda found: (found.traffic, found.over(ranked[0])))
+    same = [found for found in near if _shape(found.row) == _shape(least.row) and found.over(least) < _SAME]
+    same.sort(key=lambda found: (found.row["num_stages"], "maxnreg" in found.row))
+    return [*same, *(found for found in ranked if found not in same)]
 
 
 def _each(function: Callable[..., Any], jobs: list[tuple], end: float) -> list[Any]:
