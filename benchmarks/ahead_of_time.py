@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import multiprocessing
 import re
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastbert_kernels
+from benchmarks.forked import forked
 from fastbert_kernels._tiles import tile
 from fastbert_kernels._triton import FUSE, INTERPRETED, Production
 
@@ -44,7 +44,6 @@ PACKAGE = Path(fastbert_kernels.__file__).parent
 RECORD = PACKAGE / "resources.json"
 COMMAND = "python -m benchmarks.ahead_of_time"
 WIDE = 128  # bits: the widest load of sm_90; a warp then reads 512 bytes at once
-WORKERS = 2  # processes; the tests share the machine
 
 
 class Device(NamedTuple):
@@ -102,7 +101,8 @@ class Figures:
 
 
 def production_kernels() -> dict[str, Production]:
-    """All that the `kernel.py` files list, each under a name of its own: operation, function, dtype, size and what else tells it apart."""
+    """All that the `kernel.py` files list, each under a name of its own: operation, function, dtype, size, and what else tells it apart, of tensors
+    which are missing."""
     alike = defaultdict(list)
     for path in sorted(PACKAGE.glob("*/kernel.py")):
         module = importlib.import_module(f"fastbert_kernels.{path.parent.name}.kernel")
@@ -113,7 +113,8 @@ def production_kernels() -> dict[str, Production]:
     for name, productions in alike.items():
         telling = [key for key in productions[0].arguments if len({str(p.arguments[key]) for p in productions}) > 1]
         for production in productions:
-            full = " ".join([name, *(f"{key}={production.arguments[key]}" for key in telling)])
+            told = {key: production.arguments[key] for key in telling if not str(production.arguments[key]).startswith("*")}
+            full = " ".join([name, *(f"{key}={value}" for key, value in told.items())])
             if full in named:
                 raise ValueError(f"production() lists {full} twice")
             named[full] = production
@@ -347,8 +348,8 @@ def write(found: list[Figures]) -> None:
 # The command
 
 
-def compile_all(jobs: Iterable[tuple]) -> list[Figures]:
-    """`measure` for each of these lists of its arguments, compiled afresh."""
+def check_tools() -> None:
+    """Ends the program with a line where nothing can be compiled or disassembled."""
     if INTERPRETED:
         raise SystemExit("TRITON_INTERPRET is set, under which nothing is compiled: unset it")
     for tool in ("ptxas", "cuobjdump", "nvdisasm"):
@@ -358,20 +359,13 @@ def compile_all(jobs: Iterable[tuple]) -> list[Figures]:
             message = f"Triton {triton.__version__} has no working {tool}; its wheels carry it in triton/backends/nvidia/bin"
             raise SystemExit(message) from error
 
-    _jobs[:] = jobs
+
+def compile_all(jobs: Iterable[tuple]) -> list[Figures]:
+    """`measure` for each of these lists of its arguments, compiled afresh."""
+    check_tools()
     with tempfile.TemporaryDirectory() as cache, knobs.cache.scope():
         knobs.cache.dir = cache
-        # A process for each, all forked from the same state: LLVM's choices depend on where its objects lie in memory, so what was
-        # compiled before, or at the same time, would move registers to and fro.
-        with multiprocessing.get_context("fork").Pool(WORKERS, maxtasksperchild=1) as pool:
-            return pool.map(_measure, range(len(_jobs)), chunksize=1)
-
-
-_jobs: list[tuple] = []  # for the forked processes: kernels cannot be sent
-
-
-def _measure(index: int) -> Figures:
-    return measure(*_jobs[index])
+        return list(forked(measure, jobs))
 
 
 def table(found: list[Figures]) -> str:

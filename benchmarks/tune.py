@@ -2,11 +2,15 @@
 
     python -m benchmarks.tune [--kernels attention_forward gelu_backward] [--seconds 600]     writes the table, prints what changed
     python -m benchmarks.tune --check [--seconds 60]                                          prints, and changes nothing
+    python -m benchmarks.tune --model [--check]                                               by the model of an H100, without a GPU
 
 Each operation is run at the sizes of training to see which rows of the table it asks for. Each of these is searched one option at a
 time: the values next to the present one, among those that BLOCKS and COMMON offer, are timed in turns with it, and the best stays if
 the gain is more than noise. What does not compile or fit drops out; so does, with a report, what misses the bound of the tests, result
 or gradients. The other kernels of a pass keep their tiles, but their time counts, since it is the pass that is timed.
+
+`--model` searches the rows of sm_90 in 16 bits by the machine code that the compilers make (`machine_code/search.py`), and prints what the model predicts. Rows
+that it replaces, and the next best of another shape, go to `proposed_tiles.json`, for the first run on a GPU to time.
 
 `--check` goes through bf16 once until the time is up, and says whether the table is within 10 % of the best it found. `--dry-run` works in
 Triton's interpreter, on a CPU and tiny shapes: all is real but the times, which mean nothing. Exit code 1 if a present tile gives a
@@ -23,7 +27,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +37,9 @@ from benchmarks.machine import header, header_line
 from benchmarks.timing import Contender, in_turns
 from fastbert_kernels._tiles import TABLE, Row, chosen_by, known_architecture
 from fastbert_kernels.specs import SPECS
+
+if TYPE_CHECKING:
+    from benchmarks.machine_code.search import Proposal
 
 # What may be tried, in ascending order. Blocks stay within what each kernel is written for (items of attention's worklist have 128
 # tokens, for one); a kernel that is not named here keeps its blocks.
@@ -44,15 +51,17 @@ BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
     "mlm_loss_forward": {"BLOCK_M": (64, 128), "BLOCK_V": (64, 128, 256), "BLOCK_D": (32, 64, 128)},
     "mlm_loss_combine": {"BLOCK_M": (32, 64, 128, 256)},
     "mlm_loss_backward": {"BLOCK_M": (64, 128), "BLOCK_V": (64, 128, 256), "BLOCK_D": (32, 64, 128)},
-    "norm_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024)},
-    "norm_backward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024)},
-    "embedding_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024)},
-    "embedding_backward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024)},
+    "norm_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
+    "norm_backward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
+    "embedding_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
+    "embedding_backward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
     "embedding_table": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_D": (256, 512, 1024)},
     "gelu_forward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
     "gelu_backward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
 }
 COMMON = {"programs": (1, 2, 3, 4, 6, 8, 12), "num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4)}
+
+PROPOSED = Path(__file__).with_name("proposed_tiles.json")
 
 SWEEPS = 4  # over all options at the most: the best warps depend on the blocks
 NOISE = 0.97  # a tile is better if it takes less than this share of the other's time
@@ -270,6 +279,41 @@ def tune(cases: list[Case], dtypes: list[torch.dtype], options: argparse.Namespa
     return broken
 
 
+def tune_by_model(kernels: list[str] | None, seconds: float, path: Path | None) -> None:
+    """Search all rows of sm_90 in 16 bits that the model can judge; what it replaces in the table at `path` goes to `proposed_tiles.json` beside."""
+    from benchmarks.machine_code import ours, search  # they compile, so not in the interpreter
+
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    wanted = [
+        (kernel, row)
+        for kernel in kernels or ours.JUDGED
+        for row in table[search.ARCHITECTURE].get(kernel, ())
+        if row["bits"] == search.BITS
+    ]
+    end = time.monotonic() + seconds
+    for number, (kernel, row) in enumerate(wanted):
+        if time.monotonic() > end:
+            print(f"time is up: {len(wanted) - number} of {len(wanted)} rows not searched", flush=True)
+            break
+        key = Key(kernel, row["bits"], row["size"])
+        found = search.propose(kernel, row, BLOCKS.get(kernel, {}), COMMON, share_of_time(end, len(wanted) - number))
+        verdict = f"-> {shown(found.best)}, {found.ratio:.2f} of the time by the model" if found.ratio < NOISE else "stays"
+        print(f"{key!s:34} {shown(row)} {verdict} ({found.tried} tried, {found.dropped} do not fit or spill)", flush=True)
+        if found.ratio < NOISE and path:
+            put(table, search.ARCHITECTURE, key, found.best)
+            path.write_text(table_text(table), encoding="utf-8")
+            keep_replaced(path.with_name(PROPOSED.name) if path != TABLE else PROPOSED, search.ARCHITECTURE, key, found)
+
+
+def keep_replaced(path: Path, architecture: str, key: Key, found: Proposal) -> None:
+    """Put the row that was replaced, and the others that were found, on record, with their predicted time over that of the row that is now in the table."""
+    proposed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = proposed.setdefault(architecture, {}).setdefault(key.kernel, [])
+    rows[:] = [row for row in rows if (row["bits"], row["size"]) != key[1:]]
+    rows += [{**row, "predicted_ratio": round(ratio / found.ratio, 3)} for row, ratio in [(found.present, 1.0), *found.others]]
+    path.write_text(table_text(proposed), encoding="utf-8")
+
+
 def share_of_time(end: float, parts: int) -> float:
     now = time.monotonic()
     return now + (end - now) / parts
@@ -281,13 +325,20 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1800, help="begin no further trial after this time (1800)")
     parser.add_argument("--table", type=Path, help="write here instead of to the package's own table")
     parser.add_argument("--check", action="store_true", help="only say how good the present table is")
+    parser.add_argument("--model", action="store_true", help="by the model of an H100, which needs no GPU: sm_90, 16 bits")
     parser.add_argument("--dry-run", action="store_true", help="in the interpreter; writes only where --table says")
     options = parser.parse_args()
+    if options.model:
+        from benchmarks.ahead_of_time import check_tools  # needs Triton
+
+        check_tools()
+        tune_by_model(options.kernels, options.seconds, None if options.check else options.table or TABLE)
+        return 0
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
         broken = tune(tiny_cases(), [torch.float32], options, torch.device("cpu"), options.table)
     elif not torch.cuda.is_available():
-        print("tune: no GPU here; tiles are timed on the GPU that they are for (--dry-run shows the way of working without one)")
+        print("tune: no GPU here; tiles are timed on the GPU that they are for (--model predicts without one)")
         return 2
     elif options.check:
         broken = tune(checked_cases(), [torch.bfloat16], options, torch.device("cuda"), None)

@@ -298,7 +298,7 @@ def backward(dy, ids, positions, segments, words, position_table, segment_table,
 
 
 def production() -> list[Production]:
-    """For the ahead-of-time gate: BERT-base and BERT-large, with dropout."""
+    """For the ahead-of-time gate: BERT-base and BERT-large, with dropout and without."""
     found = []
     for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
         indices = dict.fromkeys(("ids_ptr", "positions_ptr", "segments_ptr", "keys_ptr"), "*i64")
@@ -312,9 +312,13 @@ def production() -> list[Production]:
         pieces = rows | {"sorted_ptr": "*i64", "T": "i32", "rows": "i32"}
         wide = ("words_ptr", "position_table_ptr", "segment_table_ptr")
         for size in (768, 1024):
+            for keys in ({}, {"keys_ptr": None}):
+                lacks = keys | {"D": size}
+                found += [
+                    Production(_forward_kernel, "embedding_forward", size, dtype, forward | lacks, aligned, wide),
+                    Production(_backward_kernel, "embedding_backward", size, dtype, backward | lacks, aligned, (*wide, "dy_ptr")),
+                ]
             found += [
-                Production(_forward_kernel, "embedding_forward", size, dtype, forward | {"D": size}, aligned, wide),
-                Production(_backward_kernel, "embedding_backward", size, dtype, backward | {"D": size}, aligned, (*wide, "dy_ptr")),
                 Production(_pieces_kernel, "embedding_table", size, dtype, pieces, ("D",), ("dz_ptr",)),
                 Production(_rows_kernel, "embedding_table", size, dtype, rows | {"dtable_ptr": tensor}, ("D",), ("dz_ptr", "pieces_ptr")),
             ]

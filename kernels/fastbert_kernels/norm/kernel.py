@@ -18,6 +18,8 @@ their gradients in registers, written as fp32 [n, 3, D] and added in one order: 
 Source: Ba et al., 2016, equation 4.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -296,7 +298,7 @@ def backward(dy, x, bias, residual, weight, keys, mean, rstd, dropout_p, site):
 
 
 def production() -> list[Production]:
-    """For the ahead-of-time gate: the sublayers of BERT-base and BERT-large, with dropout."""
+    """For the ahead-of-time gate: the sublayers of BERT-base and BERT-large, with dropout and without, and a LayerNorm alone."""
     found = []
     for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
         read = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "weight_ptr"), tensor) | {"keys_ptr": "*i64"}
@@ -305,8 +307,13 @@ def production() -> list[Production]:
         forward = read | dict.fromkeys(("shift_ptr", "y_ptr"), tensor) | rows | sizes | {"eps": "fp32"}
         backward = read | dict.fromkeys(("dy_ptr", "dx_ptr", "dresidual_ptr"), tensor) | {"shares_ptr": "*fp32"} | rows | sizes
         aligned = ("stride_x", "stride_residual")
-        wide = ("x_ptr", "residual_ptr")
-        for size in (768, 1024):
-            found.append(Production(_forward_kernel, "norm_forward", size, dtype, forward | {"D": size}, aligned, wide))
-            found.append(Production(_backward_kernel, "norm_backward", size, dtype, backward | {"D": size}, aligned, (*wide, "dy_ptr")))
+        forms: tuple[tuple[str, ...], ...] = ((), ("keys_ptr",), ("keys_ptr", "bias_ptr", "residual_ptr"))  # which tensors are missing
+        for size, missing in itertools.product((768, 1024), forms):
+            lacks = dict.fromkeys(missing) | {"D": size}
+            lacks_backward = lacks | ({"dresidual_ptr": None} if missing else {})  # without dropout it is dx
+            wide = tuple(name for name in ("x_ptr", "residual_ptr") if name not in missing)
+            found += [
+                Production(_forward_kernel, "norm_forward", size, dtype, forward | lacks, aligned, wide),
+                Production(_backward_kernel, "norm_backward", size, dtype, backward | lacks_backward, aligned, (*wide, "dy_ptr")),
+            ]
     return found

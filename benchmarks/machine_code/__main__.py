@@ -1,0 +1,109 @@
+"""What the machine code of our kernels, and of other people's, says about their speed on an H100. No GPU is needed; two minutes on two cores.
+
+    python -m benchmarks.machine_code [--only WORD ...]     a line for each kernel
+    python -m benchmarks.machine_code --write               all of them; puts the figures on record and fills docs/kernels.md
+    python -m benchmarks.machine_code --on-record           fills the page from what is on record, and compiles nothing
+
+On record: benchmarks/results/machine_code.json. Other people's kernels that are not installed keep their row there, with the version that it was made with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import triton
+
+from benchmarks.ahead_of_time import check_tools
+from benchmarks.forked import forked
+from benchmarks.machine_code import ours, peers
+from benchmarks.machine_code.duration import Launch, seconds
+from benchmarks.machine_code.examine import Case, build, examine
+from benchmarks.machine_code.report import LENGTHS, PAGE, RECORD, parts, read, text
+from benchmarks.pages import filled
+from fastbert_kernels._triton import Production
+
+
+def row(case: Case, launches: list[Launch]) -> dict[str, Any]:
+    """Of one kernel, as it stands on record."""
+    seen = examine(case)
+    built = build(case)
+    return {
+        **{name: getattr(seen, name) for name in ("registers", "spilled", "shared", "warps", "stages", "programs")},
+        "instructions": {word: round(count, 3) for word, count in seen.instructions.items()},
+        "cycles": round(seen.cycles, 1),
+        "cycles_per_score": round(seen.cycles / (max(case.elements, 1) * seen.programs), 5),
+        "teraflops": round(seen.teraflops, 1),
+        "gigabytes": round(seen.gigabytes, 1),
+        "issue": round(seen.busy.get("issue", 0.0), 3),
+        "waits": round(seen.waits.get("result", 0.0), 3),
+        "launches": [round(seconds(built, launch), 8) for launch in launches],
+        "tile": {name: value for name, value in case.options.items() if isinstance(value, int)},
+    }
+
+
+def examined(words: list[str]) -> dict[str, Any]:
+    """The record."""
+    kernels = ours.kernels(words)
+    jobs = [(ours.case(*one), ours.launches(*one[1:], LENGTHS[1:])) for one in ((name, *about) for name, about in kernels.items())]
+    others = [(case, version) for case, version in peers.cases(lambda line: print(line, file=sys.stderr)) if _wanted(case.name, words)]
+    rows = list(forked(row, [*jobs, *((case, []) for case, _ in others)]))
+    mine = dict(zip(kernels, rows, strict=False))
+    for name, (production, _) in kernels.items():
+        if production.table in ours.MLM:
+            mine[name]["useful"] = 2 * ours.MASKED * ours.VOCABULARY * production.size  # FLOPs of the product
+    theirs = {case.name: found | {"version": version} for (case, version), found in zip(others, rows[len(jobs) :], strict=True)}
+    return {"triton": triton.__version__, "attention": _layers(kernels, mine), "kernels": mine, "peers": theirs}
+
+
+def _wanted(name: str, words: list[str]) -> bool:
+    return not words or any(word in name for word in words)
+
+
+def _layers(kernels: dict[str, tuple[Production, dict[str, Any]]], rows: dict[str, Any]) -> dict[str, Any]:
+    """Time of all kernels of a pass of the attention, by pass, dropout and length."""
+    found: dict[str, Any] = {}
+    for name, (production, options) in kernels.items():
+        if not production.table.startswith("attention"):
+            continue
+        which = "forward" if "forward" in production.table else "backward"
+        for n in LENGTHS:
+            short = production.table in ours.SHORT
+            if short != (n == LENGTHS[0]) or (short and ours.tokens_of_tile(production, options) != n):
+                continue
+            times = rows[name]["launches"]
+            took = times[0] if len(times) == 1 else times[LENGTHS.index(n) - 1]
+            key = f"{which} dropout={production.arguments['DROPOUT']} n={n}"
+            found.setdefault(key, {"seconds": 0.0})["seconds"] += took
+    return found
+
+
+def write_page() -> None:
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), parts()), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="kernels whose name has one of these words")
+    parser.add_argument("--write", action="store_true", help=f"put the figures on record, in {RECORD.name}, and fill {PAGE.name}")
+    parser.add_argument("--on-record", action="store_true", help="fill the page from the record, and compile nothing")
+    options = parser.parse_args()
+    if options.write and options.only:
+        parser.error("--write puts all kernels on record: leave out --only")
+    if options.on_record:
+        write_page()
+        return
+    check_tools()
+    record = examined(options.only)
+    print("\n".join(text(record)))
+    if options.write:
+        kept = read(RECORD)["peers"] if RECORD.exists() else {}
+        record["peers"] = kept | record["peers"]
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_page()
+
+
+if __name__ == "__main__":
+    main()

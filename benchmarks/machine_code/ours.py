@@ -1,0 +1,101 @@
+"""Our kernels as the model sees them: what a pass through the main loop makes, and how many passes and programs a launch has in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.ahead_of_time import production_kernels, short, source
+from benchmarks.cases import TOKENS, VOCABULARY
+from benchmarks.machine_code.duration import Launch
+from benchmarks.machine_code.examine import Case
+from benchmarks.machine_code.h100 import MULTIPROCESSORS
+from benchmarks.machine_code.multiprocessor import DRAM, L2
+from fastbert_kernels._tiles import tile
+from fastbert_kernels._triton import Production
+from fastbert_kernels._worklist import ITEM
+
+LENGTHS = (512, 4096)  # of sequences, where attention walks over tiles
+MASKED = TOKENS // 2  # of a micro-batch, as in the benchmarks
+_SLAB = 4096  # words in a launch of the MLM loss' backward pass
+
+# What each table's programs own, walk over and multiply, in the words of its tile; products: of one score.
+WALKS = {
+    "attention_forward": ("BLOCK_Q", "BLOCK_K", 2),
+    "attention_dq": ("BLOCK_Q", "BLOCK_K", 3),
+    "attention_dkdv": ("BLOCK_K", "BLOCK_Q", 4),
+}
+SHORT = ("attention_forward_short", "attention_backward_short")
+ROWS = ("norm_forward", "norm_backward", "embedding_forward", "embedding_backward")
+GELU = ("gelu_forward", "gelu_backward")
+MLM = ("mlm_loss_forward", "mlm_loss_backward")
+# Not judged: `embedding_table` and `mlm_loss_combine`, whose work depends on the data or is next to nothing.
+JUDGED = (*WALKS, *SHORT, "attention_prepare", *ROWS, *GELU, *MLM)
+
+
+def kernels(words: list[str] | None = None) -> dict[str, tuple[Production, dict[str, Any]]]:
+    """Those of `production()` in bf16 that the model can judge, with their tiles for sm_90; `words`: only names that hold one of them."""
+    found = {}
+    for name, production in production_kernels().items():
+        if short(production) == "bf16" and production.table in JUDGED and (not words or any(word in name for word in words)):
+            found[name] = production, tile(production.table, "sm_90", production.dtype, production.size)
+    return found
+
+
+def case(name: str, production: Production, options: dict[str, Any]) -> Case:
+    """With a tile that may be another than the table's."""
+    table, elements, loop, memory = production.table, 0.0, "products", L2
+    if table in WALKS:
+        elements = options["BLOCK_Q"] * options["BLOCK_K"]
+    elif table in SHORT:
+        elements, memory = tokens_of_tile(production, options) ** 2, DRAM
+    elif table in MLM:
+        elements = options["BLOCK_M"] * options["BLOCK_V"]
+    elif table == "attention_prepare":
+        elements, memory = options["BLOCK_Q"] * production.arguments["K"], DRAM
+    else:
+        loop, memory = "longest", DRAM
+        elements = options["BLOCK_T"] * options.get("BLOCK_F", production.size)
+    return Case(name, source(production, options), options, elements, loop, memory)
+
+
+def launches(production: Production, options: dict[str, Any], lengths: Sequence[int] = LENGTHS) -> list[Launch]:
+    """Of one micro-batch of BERT-base or -large in training; `lengths`: of the sequences, where attention walks over tiles."""
+    table, size = production.table, production.size
+    if table in WALKS:
+        own, walk, _ = WALKS[table]
+        return [Launch(f"n={n}", _heads(production) * TOKENS / options[own], n / options[walk]) for n in lengths]
+    if table in SHORT:
+        block = tokens_of_tile(production, options)
+        return [Launch(f"n={block}", _heads(production) * TOKENS / block, 1, DRAM)]
+    if table == "attention_prepare":
+        return [Launch("", _heads(production) * TOKENS / options["BLOCK_Q"], 1, DRAM)]
+    if table in ROWS:
+        programs = options["programs"] * MULTIPROCESSORS
+        shares = {"norm_backward": 3, "embedding_backward": 2}.get(table, 0)
+        return [Launch("", programs, TOKENS / (programs * options["BLOCK_T"]), DRAM, sums=programs * shares * size * 4)]
+    if table in GELU:
+        blocks = math.ceil(size / options["BLOCK_F"])
+        shares = math.ceil(options["programs"] * MULTIPROCESSORS / blocks)
+        sums = shares * size * 4 if table == "gelu_backward" else 0
+        return [Launch("", blocks * shares, TOKENS / (shares * options["BLOCK_T"]), DRAM, sums=sums)]
+    # The MLM loss.
+    steps = math.ceil(size / options["BLOCK_D"])
+    row_tiles, word_tiles = math.ceil(MASKED / options["BLOCK_M"]), math.ceil(VOCABULARY / options["BLOCK_V"])
+    if table == "mlm_loss_backward":
+        return [Launch("", row_tiles * word_tiles, steps)]
+    from fastbert_kernels.mlm_loss.kernel import _run
+
+    run = _run(row_tiles, word_tiles, MULTIPROCESSORS)
+    return [Launch("", row_tiles * math.ceil(word_tiles / run), run * steps, inner=steps)]
+
+
+def _heads(production: Production) -> float:
+    """Of BERT-base, where heads are of another size as many as give the same hidden size."""
+    return 768 / production.arguments["K"]
+
+
+def tokens_of_tile(production: Production, options: dict[str, Any]) -> int:
+    """Tokens of a tile that holds a whole sequence."""
+    return options.get("BLOCK") or production.arguments.get("BLOCK") or ITEM

@@ -1,0 +1,260 @@
+"""Better tiles by the model, for sm_90 in 16 bits: every block size, number of warps and of stages that the tuner may try, and limits on registers.
+
+A row of the table is tried in two steps. First every tile with dropout at one launch; what does not compile, does not fit or spills drops out. Then the
+best few of them, each also with the limits on registers under which one more program would fit, with and without dropout, at all launches and at both
+ends of what is known of the L2 cache's rate: small tiles read more from it. They are ranked by the geometric mean of the times.
+
+The answer is a prediction: `benchmarks/proposed_tiles.json` keeps the rows that were replaced, for a GPU to time both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from benchmarks.ahead_of_time import DEVICES, REGISTERS, SCHEDULERS, faults, measure, production_kernels, short
+from benchmarks.forked import forked
+from benchmarks.machine_code import ours
+from benchmarks.machine_code.counts import moved_bytes
+from benchmarks.machine_code.duration import Launch, seconds
+from benchmarks.machine_code.examine import Built, build, examine
+from benchmarks.machine_code.h100 import DRAM_RATE
+from benchmarks.machine_code.multiprocessor import DRAM, L2, Memory
+from fastbert_kernels._tiles import TABLE, Row
+from fastbert_kernels._triton import Production
+
+ARCHITECTURE, BITS = "sm_90", 16
+SLOW_L2 = L2._replace(rate=24.0)  # bytes a cycle and multiprocessor; devices give 25 to 36
+_FINALISTS = 4
+_ROUNDS = 3  # of programs; fewer than a table takes, as only ratios count
+_PROGRAMS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # of a persistent kernel, side by side on a multiprocessor
+_SQUEEZE = 0.6  # a limit on registers below this share of what the compiler wants would only spill
+_OTHERS = 2  # rows of other shapes that are kept beside the best one, if their time is at most the next number times its own
+_WORTH_TIMING = 1.15
+_FULL = 0.97  # of the memory's rate
+_NEAR = 1.05  # of two tiles whose times differ by less the one that reads less from the L2 cache is better
+_SAME = 1.02  # of two rows with the same blocks whose times differ by less the one with fewer stages, and no limit on registers, is better
+_EVEN = 1.005  # of two numbers of programs whose times differ by less the smaller is better: fewer shares to add up
+
+
+class Judged(NamedTuple):
+    row: Row
+    seconds: tuple[float, ...]  # for each form of the kernel and each launch
+    traffic: float  # bytes that a launch reads from the L2 cache, where its tiles come from there
+    registers: tuple[int, ...]  # of each form
+    programs: tuple[int, ...]  # that fit side by side
+
+    def over(self, other: Judged) -> float:
+        """This one's time over the other's."""
+        return statistics.geometric_mean(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
+
+
+@dataclasses.dataclass
+class Proposal:
+    kernel: str
+    present: Row
+    best: Row
+    ratio: float  # predicted time of the best over that of the present row
+    others: list[tuple[Row, float]]  # further good rows with other blocks or warps, with theirs
+    tried: int
+    dropped: int
+
+
+def forms(table: str, row: Row) -> list[Production]:
+    """What a row serves: the kernels of `production()` that would look it up, or the largest of them, resized, where none does."""
+    alike = [p for p in production_kernels().values() if p.table == table and short(p) == "bf16"]
+    sizes = sorted({p.size for p in alike})
+    rows = sorted(r["size"] for r in _rows(table))
+    served = [size for size in sizes if next((r for r in rows if r >= size), rows[-1]) == row["size"]]
+    if served:
+        return [p for p in alike if p.size in served]
+    axis = "K" if "K" in alike[0].arguments else "D"
+    return [p._replace(size=row["size"], arguments=p.arguments | {axis: row["size"]}) for p in alike if p.size == sizes[-1]]
+
+
+def timed_forms(table: str, row: Row) -> list[Production]:
+    """Those that count for its time, dropout first: a layer of the encoder, not its head's LayerNorm; gathered rows of the MLM loss."""
+    found = [p for p in forms(table, row) if p.arguments.get("bias_ptr", "") is not None and p.arguments.get("GATHER", True)]
+    return sorted(found, key=lambda p: (not p.arguments.get("DROPOUT", True), p.arguments.get("keys_ptr", "") is None, p.size))
+
+
+def candidates(table: str, row: Row, blocks: Mapping[str, tuple[int, ...]], common: Mapping[str, tuple[int, ...]]) -> list[Row]:
+    """The present row, then all others that are worth a compilation."""
+    walks, rows = ours.WALKS.get(table), table in (*ours.ROWS, *ours.GELU)
+    warps = common["num_warps"] if rows else (4, 8)
+    stages = (3, 4) if walks or table in ours.MLM else (1,)  # with 2 nothing is loaded ahead of a wgmma (docs/kernels.md)
+    found = [row]
+    for values in itertools.product(*blocks.values(), warps, stages):
+        trial = {**row, **dict(zip((*blocks, "num_warps", "num_stages"), values, strict=True))}
+        trial.pop("maxnreg", None)
+        if (walks and _is_hopeless(table, trial)) or (rows and _is_hopeless_for_rows(table, trial)):
+            continue
+        if trial not in found:
+            found.append(trial)
+    return found
+
+
+def _is_hopeless(table: str, row: Row) -> bool:
+    """Of attention: more numbers at a time than a thread has registers, which takes the compilers longest; or warps without rows of their own."""
+    own, walk, products = ours.WALKS[table]
+    threads = 32 * row["num_warps"]
+    sums = {2: 1, 3: 1, 4: 2}[products] * row[own] * row["size"]  # O; dQ; dK and dV
+    scores = {2: 1, 3: 2, 4: 2}[products] * row[own] * row[walk]  # S; backward also dP
+    return sums + scores > 192 * threads or row[own] < 16 * row["num_warps"]  # the 64 rows of a wgmma are those of four warps
+
+
+def _is_hopeless_for_rows(table: str, row: Row) -> bool:
+    """Of kernels over rows: loads of less than 128 bits, or more numbers at a time than a thread has registers."""
+    threads, width = 32 * row["num_warps"], row.get("BLOCK_D") or row["BLOCK_F"]
+    chunk = row["BLOCK_T"] * width / threads
+    if table in ours.GELU:
+        return not 8 <= chunk <= 64
+    whole = row["BLOCK_T"] * row["size"] / threads
+    registers = (9 if "backward" in table else 5) * whole  # as many an element as today's kernels have
+    return not 8 <= chunk or registers > 255 or width > row["size"]
+
+
+def judge(table: str, row: Row, productions: list[Production], thorough: bool, as_it_stands: bool = False) -> Judged | None:
+    """The model's time for each form and launch; None if one does not compile, does not fit or spills.
+
+    Args:
+        thorough: all launches and both rates of the L2 cache, rather than one of each.
+        as_it_stands: with the row's own number of programs, rather than the best one, and even if it spills.
+    """
+    options = _options(row)
+    built: list[Built] = []
+    for production in productions:
+        try:
+            one = build(ours.case(table, production, options))
+        except Exception:  # the compilers have no common class for what they cannot do
+            return None
+        if (one.spilled and not as_it_stands) or not one.programs or one.shared > DEVICES[ARCHITECTURE].shared:
+            return None
+        built.append(one)
+    if "programs" in row and not as_it_stands:
+        row, times = _best_programs(row, options, productions, built)
+    else:
+        times = _times(options, productions, built, thorough)
+    traffic = sum(_traffic(one, ours.launches(production, _options(row))[0]) for production, one in zip(productions, built, strict=True))
+    return Judged(row, tuple(times), traffic, tuple(one.registers for one in built), tuple(one.programs for one in built))
+
+
+def _traffic(built: Built, launch: Launch) -> float:
+    return sum(map(moved_bytes, built.loop)) * built.warps * launch.passes * launch.programs if launch.memory == L2 else 0.0
+
+
+def _best_programs(row: Row, options: dict[str, Any], productions: list[Production], built: list[Built]) -> tuple[Row, list[float]]:
+    """Of a persistent kernel: as many programs on a multiprocessor as are fastest."""
+    fit = min(one.programs for one in built)
+    trials = []
+    for programs in [n for n in _PROGRAMS if fit / 3 <= n <= fit] or [fit]:
+        times = _times(options | {"programs": programs}, productions, built, True)
+        trials.append((math.prod(times) ** (1 / len(times)), programs, times))
+    least = min(trials)[0]
+    _, programs, times = next(trial for trial in trials if trial[0] <= _EVEN * least)
+    return {**row, "programs": programs}, times
+
+
+def _times(options: dict[str, Any], productions: list[Production], built: list[Built], thorough: bool) -> list[float]:
+    found = []
+    for production, one in zip(productions, built, strict=True):
+        launches = ours.launches(production, options)
+        for launch in launches if thorough else launches[:1]:
+            memories: tuple[Memory, ...] = (L2, SLOW_L2) if launch.memory == L2 and thorough else (launch.memory,)
+            found += [seconds(one, launch._replace(memory=memory), _ROUNDS) for memory in memories]
+    return found
+
+
+def limited(judged: Judged) -> Iterator[Row]:
+    """The row with the limits on registers under which one program more would fit."""
+    warps = judged.row["num_warps"]
+    for registers, programs in {*zip(judged.registers, judged.programs, strict=True)}:
+        limit = REGISTERS * SCHEDULERS // (warps * (programs + 1)) // 8 * 8
+        if _SQUEEZE * registers <= limit < registers:
+            yield {**judged.row, "maxnreg": limit}
+
+
+def runs_at_the_memory_rate(table: str, row: Row, productions: list[Production]) -> bool:
+    """Whether nothing is to be gained, as memory sets the pace of every form."""
+    cases = [ours.case(table, production, _options(row)) for production in productions]
+    return all(case.memory == DRAM and examine(case).gigabytes > _FULL * DRAM_RATE / 1e9 for case in cases)
+
+
+def is_faultless(table: str, row: Row) -> bool:
+    """By the rules of `ahead_of_time`, for every form that the row serves."""
+    return not faults([measure(table, production, ARCHITECTURE, _options(row)) for production in forms(table, row)])
+
+
+def propose(table: str, present: Row, blocks: Mapping[str, tuple[int, ...]], common: Mapping[str, tuple[int, ...]], end: float) -> Proposal:
+    """The best row that is found until `end` (of time.monotonic).
+
+    Args:
+        blocks, common: the values that each option may have, those of the kernel and those that all kernels share.
+    """
+    productions = timed_forms(table, present)
+    if next(forked(runs_at_the_memory_rate, [(table, present, productions)])):
+        return Proposal(table, present, present, 1.0, [], 0, 0)
+    trials = candidates(table, present, blocks, common)
+    first = [found for found in _each(judge, [(table, row, productions[:1], False) for row in trials], end) if found]
+    first.sort(key=lambda found: math.prod(found.seconds))
+    finalists = [found.row for found in first[:_FINALISTS]]
+    finalists += [row for found in first[:_FINALISTS] for row in limited(found)]
+    jobs = [(table, present, productions, True, True), *((table, row, productions, True) for row in finalists if row != present)]
+    base, *judged = _each(judge, jobs, end)
+    proposal = Proposal(table, present, present, 1.0, [], len(trials), len(trials) - len(first))
+    if base is None:
+        return proposal  # there is nothing to compare with
+    ranked = sorted((found for found in judged if found), key=lambda found: found.over(base))
+    if not ranked or ranked[0].over(base) >= 1:
+        return proposal
+    shapes: set[tuple] = set()  # of the best and the others
+    for found in preferred(ranked):
+        ratio, shape = found.over(base), _shape(found.row)
+        if len(shapes) > _OTHERS or shape in shapes or ratio > min(1.0, _WORTH_TIMING * (proposal.ratio if shapes else 1.0)):
+            continue
+        if not next(forked(is_faultless, [(table, found.row)])):
+            continue
+        if shapes:
+            proposal.others.append((found.row, ratio))
+        else:
+            proposal.best, proposal.ratio = found.row, ratio
+        shapes.add(shape)
+    return proposal
+
+
+def preferred(ranked: list[Judged]) -> list[Judged]:
+    """From the fastest on, but before it what is as fast by the model's lights and asks less of what it knows least: the L2 cache, registers, stages."""
+    near = [found for found in ranked if found.over(ranked[0]) < _NEAR]
+    least = min(near, key=lambda found: (found.traffic, found.over(ranked[0])))
+    same = [found for found in near if _shape(found.row) == _shape(least.row) and found.over(least) < _SAME]
+    same.sort(key=lambda found: (found.row["num_stages"], "maxnreg" in found.row))
+    return [*same, *(found for found in ranked if found not in same)]
+
+
+def _each(function: Callable[..., Any], jobs: list[tuple], end: float) -> list[Any]:
+    """Results until the time is up, of the first job at least."""
+    found = []
+    for result in forked(function, jobs):
+        found.append(result)
+        if time.monotonic() > end:
+            break
+    return found
+
+
+def _options(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("bits", "size")}
+
+
+def _shape(row: Row) -> tuple:
+    """What makes a tile another one, rather than a variant."""
+    return tuple(value for name, value in row.items() if name.startswith("BLOCK") or name == "num_warps")
+
+
+def _rows(table: str) -> list[Row]:
+    return [row for row in json.loads(TABLE.read_text(encoding="utf-8"))[ARCHITECTURE][table] if row["bits"] == BITS]

@@ -1,0 +1,75 @@
+"""Our own kernels, compiled and decoded: does the decoded code hold to what the hardware demands? `python -m tests.decoded_kernels`; silent if it does.
+
+The hardware does not check. An instruction that reads a register too early gets the old value, so in what ptxas has written
+
+- the stall counts between an fp32 operation and the first one that reads its result add up to its latency of four cycles at least,
+- a barrier that is waited for has been set by an instruction before.
+
+A field that is decoded from other bits than the right ones breaks these rules at once.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from benchmarks.ahead_of_time import disassemble
+from benchmarks.machine_code import ours
+from benchmarks.machine_code.decode import NO_BARRIER, Code
+from benchmarks.machine_code.examine import DEVICE, build
+from benchmarks.machine_code.path import loops
+from fastbert_kernels._triton import FUSE
+
+FP32 = ("FADD", "FMUL", "FFMA")
+LATENCY = 4
+
+
+def faults(code: Code) -> list[str]:
+    found = []
+    ends = {at for at in range(len(code.instructions)) if code.target(at) is not None} | set(code.labels.values())
+    checked = 0
+    for at, one in enumerate(code.instructions):
+        written = re.match(r"(R\d+)\b", one.operands)
+        if one.base not in FP32 or one.predicate or not written:
+            continue
+        cycles = one.stall
+        for later in range(at + 1, len(code.instructions)):
+            if later in ends or cycles >= LATENCY:
+                break
+            operands = code.instructions[later].operands
+            if re.search(rf"\b{written[1]}\b", operands.partition(",")[2]):
+                found.append(f"{operands} reads {written[1]} {cycles} cycles after it was written")
+            cycles += code.instructions[later].stall
+        checked += 1
+    if not checked:
+        found.append("no fp32 operation found")
+    set_before: set[int] = set()
+    for one in code.instructions:
+        waited = {barrier for barrier in range(6) if one.waits >> barrier & 1}
+        if not waited <= set_before:
+            found.append(f"{one.opcode} {one.operands} waits for barriers that nobody has set: {waited - set_before}")
+        set_before |= {one.write_barrier, one.read_barrier} - {NO_BARRIER}
+    return found
+
+
+def main() -> int:
+    wrong = []
+    for name, (production, options) in ours.kernels(["gelu._backward_kernel bf16 3072", "attention._forward_kernel"]).items():
+        import triton
+
+        case = ours.case(name, production, options)
+        compiled = triton.compile(case.source, target=DEVICE.target, options={**options, **FUSE})
+        text = disassemble("nvdisasm", "--print-code", "-hex", cubin=compiled.asm["cubin"])
+        code = build(case).code
+        addresses = [int(address, 16) for address in re.findall(r"^\s+/\*([0-9a-f]{4})\*/", text, re.MULTILINE)]
+        if [one.address for one in code.instructions] != addresses:
+            wrong.append(f"{name}: {len(code.instructions)} of {len(addresses)} instructions decoded")
+        if not loops(code):
+            wrong.append(f"{name}: no loop found")
+        wrong += [f"{name}: {fault}" for fault in faults(code)]
+    print("\n".join(wrong))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
