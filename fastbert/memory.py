@@ -18,8 +18,9 @@ BUCKET = 500_000_000  # elements; DeepSpeed's default for zero_optimization.redu
 KEPT = 1_000_000_000  # parameters; its default for stage3_max_live_parameters and stage3_max_reuse_distance
 CPU_SLAB = 1 << 24  # logits that mlm_loss/cpu.py holds at once
 CPU_SHRINK = 0.85  # where attention/cpu.py ends a group of sequences
-TRITON_SLAB = 4096  # words, of mlm_loss/kernel.py
-TRITON_ROWS = 64  # tokens of a program there, about
+TRITON_SLAB = 1 << 26  # dlogits that mlm_loss/kernel.py holds at once, in slabs of at most so many words:
+TRITON_WORDS = 1 << 14
+TRITON_ROWS = 128  # tokens of a program there, at the least
 
 
 class Pack(NamedTuple):
@@ -192,5 +193,5 @@ def _loss_workspace(model: ModelConfig, vocab_size: int, pack: Pack, w: int, ker
     if kernels == "cpu":
         logits = min(M, 2 * max(1, CPU_SLAB // V)) * V
         return 4.0 * logits if w == 4 else 6.0 * logits + 8.0 * V * D
-    width = min(TRITON_SLAB, V)
+    width = min(TRITON_SLAB // max(M, 1), TRITON_WORDS, V)
     return float(M * width * w + (M + width) * D * 4 + math.ceil(M / TRITON_ROWS) * V * 4 + (V + 2 * M) * D * w)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastbert_kernels import masked_cross_entropy
-from fastbert_kernels.mlm_loss import cpu
+from fastbert_kernels.mlm_loss import cpu, kernel
 from fastbert_kernels.mlm_loss.kernel import _run
 from fastbert_kernels.specs import SPECS
 from tests.test_kernels import GPU, place, watched
@@ -120,6 +120,42 @@ def test_the_first_of_equal_logits_is_the_arg_max():
     assert outcome(arguments)["hits"].tolist() == [False, True, False, False, False, False]
 
 
+def first_of(chosen: torch.Tensor) -> torch.Tensor:
+    """Column of the first that is true, in each row."""
+    return (chosen & (chosen.int().cumsum(1) == 1)).int().argmax(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_word_is_found_as_the_label_and_as_the_first_of_equals(dtype):
+    """Logits are small whole numbers: sums are exact, and many are equal."""
+    V, D = 600, 16  # three tiles of 256 words in 16 bits, the last of which is cut
+    draw = torch.Generator().manual_seed(3)
+    weight = torch.randint(-1, 2, (V, D), generator=draw).to(dtype)
+    bias = torch.randint(0, 3, (V,), generator=draw).to(dtype)
+    hidden = torch.randint(-1, 2, (3 * V, D), generator=draw).to(dtype)
+    logits = hidden.float() @ weight.float().T + bias.float()
+    equal = logits == logits.amax(1, keepdim=True)
+    first, last = first_of(equal), V - 1 - first_of(equal.flip(1))
+    labels = torch.cat([torch.arange(V), first[V : 2 * V], last[2 * V :]])
+    assert (first != last)[2 * V :].any()  # or ties would not be seen
+
+    arguments = place({"hidden": hidden, "weight": weight, "bias": bias, "positions": None, "labels": labels}, "cuda" if GPU else "cpu")
+    _, losses, hits = masked_cross_entropy(**arguments, impl="triton")
+    torch.testing.assert_close(losses.cpu(), torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+    assert torch.equal(hits.cpu(), first == labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_certain_token_has_no_gradient(dtype):
+    """Its label's logit is ahead by so much that 1 is the probability of the label and 0 that of all others, if both passes round alike."""
+    arguments = inputs(dtype, D=96)
+    arguments["bias"] -= 500 * torch.arange(300, device=arguments["bias"].device).ne(7)
+    arguments["labels"].fill_(7)
+    found = outcome(arguments)
+    assert found["hits"].all()
+    assert not any(found[name].any() for name in SPEC.differentiable)
+
+
 def test_words_of_bias_minus_infinity_have_no_probability():
     """A whole tile of them comes before any other word."""
     arguments = inputs(torch.float32, V=700)
@@ -129,6 +165,33 @@ def test_words_of_bias_minus_infinity_have_no_probability():
     for key in found:
         torch.testing.assert_close(found[key], truth[key])
     assert not found["weight"][:400].any()
+
+
+@pytest.mark.parametrize(("words", "numbers"), [(256, 1 << 26), (1 << 14, 20 * 384), (128, 1 << 26), (1, 1)])
+def test_slabs_of_the_triton_implementation_add_up(monkeypatch, words, numbers):
+    """Several whole ones and a cut one; a slab is never narrower than a tile."""
+    arguments = inputs(torch.float32, V=1000)
+    whole = outcome(arguments)
+    launches = []
+    launch = kernel._product
+    monkeypatch.setattr(kernel, "_product", lambda *rest, **more: (launches.append(0), launch(*rest, **more)))
+    monkeypatch.setattr(kernel, "_SLAB_WORDS", words)
+    monkeypatch.setattr(kernel, "_SLAB_NUMBERS", numbers)
+    parts = outcome(arguments)
+    assert len(launches) >= 2 * 3
+    for key in whole:
+        torch.testing.assert_close(parts[key], whole[key])
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 5])
+def test_programs_that_walk_many_tiles_give_the_same(monkeypatch, multiprocessors):
+    """Over the end of the tokens to the next words, and with fewer tiles for the last program."""
+    arguments = inputs(T=600, M=600, V=700)
+    many = outcome(arguments)
+    monkeypatch.setattr(kernel, "multiprocessors", lambda _: multiprocessors)
+    few = outcome(arguments)
+    for key in many:
+        torch.testing.assert_close(few[key], many[key])
 
 
 def test_slabs_of_the_cpu_implementation_add_up(monkeypatch):

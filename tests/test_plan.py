@@ -159,7 +159,8 @@ def test_activations_are_what_autograd_keeps(kernels, longest, dtype, dropout):
 def test_constants_are_those_of_the_kernels():
     attention, loss = (importlib.import_module(f"fastbert_kernels.{name}.cpu") for name in ("attention", "mlm_loss"))
     triton = importlib.import_module("fastbert_kernels.mlm_loss.kernel")
-    assert (memory.CPU_SHRINK, memory.CPU_SLAB, memory.TRITON_SLAB) == (attention._SHRINK, loss._SLAB, triton._SLAB)
+    assert (memory.CPU_SHRINK, memory.CPU_SLAB) == (attention._SHRINK, loss._SLAB)
+    assert (memory.TRITON_SLAB, memory.TRITON_WORDS) == (triton._SLAB_NUMBERS, triton._SLAB_WORDS)
 
 
 def test_activations_grow_with_the_square_of_the_length_on_a_cpu_alone():

@@ -24,7 +24,7 @@ def masked_cross_entropy(
     """Softmax cross-entropy of z = hidden[positions] @ weight.T + bias: the sum of log(sum(exp(z))) - z[label], divided by `total`.
 
     Under autocast hidden is cast to the autocast dtype, as for a matrix product. Only "reference" ever holds [M, V] logits: "triton"
-    needs 139 MB beside its results at M = 8,192, D = 768, V = 30,522 in bf16, above all a workspace of M x 4,096; "cpu" 64 MB of logits.
+    needs 214 MB beside its results at M = 8,192, D = 768, V = 30,522 in bf16, above all a workspace of 2^26 numbers; "cpu" 64 MB of logits.
     Saved for the backward pass by "triton": the inputs and one fp32 number for each token; by "cpu": the gradients.
 
     Args:

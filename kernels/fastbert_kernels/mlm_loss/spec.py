@@ -22,12 +22,19 @@ def _inputs(shape, dtype, _dropout_p):
 def _least_bytes(shape, size):
     """Of the Triton kernels with the tiles of sm_90: logits once forward and once, by slabs, backward. The products dW and dh are torch's."""
     M, D, V = shape["M"], shape["D"], shape["V"]
-    options = tile("mlm_loss_forward", "sm_90", torch.bfloat16 if size == 2 else torch.float32, D)
-    row_tiles, word_tiles = -(-M // options["BLOCK_M"]), -(-V // options["BLOCK_V"])
-    logits = M * D * size * word_tiles  # the rows once for each tile of words
-    logits += V * (D + 1) * size * row_tiles  # the matrix and the bias once for each tile of rows
-    forward = logits + M * (8 + 8) + M * (4 + 1 + 4)  # positions and labels in; losses, hits and lse out
-    backward = logits + M * (8 + 4) * word_tiles  # labels and lse, with the rows
+
+    def tiles(kernel):
+        options = tile(kernel, "sm_90", torch.bfloat16 if size == 2 else torch.float32, D)
+        return -(-M // options["BLOCK_M"]), -(-V // options["BLOCK_V"])
+
+    def logits(row_tiles, word_tiles):
+        rows = M * D * size * word_tiles  # once for each tile of words
+        return rows + V * (D + 1) * size * row_tiles  # the matrix and the bias once for each tile of rows
+
+    row_tiles, word_tiles = tiles("mlm_loss_forward")
+    forward = logits(row_tiles, word_tiles) + M * (8 + 8) + M * (4 + 1 + 4)  # positions and labels in; losses, hits and lse out
+    row_tiles, word_tiles = tiles("mlm_loss_backward")
+    backward = logits(row_tiles, word_tiles) + M * (8 + 4) * word_tiles  # labels and lse, with the rows
     backward += M * V * size + V * 4 * row_tiles  # the slabs, and the shares of dbias
     return forward + backward
 
@@ -39,10 +46,12 @@ SPEC = Spec(
         {"T": 5, "M": 0, "D": 16, "V": 30},
         {"T": 1, "M": 1, "D": 16, "V": 2},
         {"T": 100, "M": 15, "D": 64, "V": 1000},
-        {"T": 127, "M": 127, "D": 63, "V": 255},  # around the tiles: one below, at, one above
+        {"T": 127, "M": 127, "D": 63, "V": 255},  # around the tiles of the forward pass: one below, at, one above
         {"T": 140, "M": 128, "D": 64, "V": 256},
         {"T": 140, "M": 129, "D": 65, "V": 257},
-        {"T": 130, "M": 65, "D": 48, "V": 4097},  # more than one slab of the vocabulary
+        {"T": 260, "M": 255, "D": 64, "V": 129},  # and of the backward pass
+        {"T": 260, "M": 257, "D": 31, "V": 127},
+        {"T": 130, "M": 65, "D": 48, "V": 4097},  # many tiles of words
     ),
     inputs=_inputs,
     differentiable=("hidden", "weight", "bias"),
