@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastbert.config import ModelConfig
 from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
+from fastbert.fused_layer import Call, Parameters, fused_layer
 from fastbert.initial_weights import initialise
 from fastbert_kernels import (
     attention_worklist,
@@ -33,6 +34,7 @@ from fastbert_kernels import (
     row_keys,
     varlen_attention,
 )
+from fastbert_kernels._worklist import ITEM
 
 
 def resolve_kernels(name: str, device: str) -> str:
@@ -63,8 +65,8 @@ class Pack(NamedTuple):
 class Dropout(NamedTuple):
     """Probabilities in force: those of the config in training, zero otherwise."""
 
-    hidden: float
     attention: float
+    hidden: float
 
 
 def matrix(rows: int, columns: int) -> nn.Parameter:
@@ -78,6 +80,11 @@ def vector(size: int) -> nn.Parameter:
 def select(x: Tensor | None, rows: Tensor | None) -> Any:
     """The named rows of x, or all of it."""
     return x if x is None or rows is None else x[rows]
+
+
+def fused(x: Tensor, impl: str) -> bool:
+    """Whether a layer runs as one function (fused_layer.py): on the Triton kernels, but not under autocast, nor where torch.compile looks in."""
+    return impl == "triton" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
 
 
 class Embeddings(nn.Module):
@@ -187,8 +194,29 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
+        if fused(x, impl):
+            call = Call(
+                self.attention.heads,
+                pack.cu_seqlens,
+                pack.max_seqlen,
+                pack.worklist,
+                pack.sequence_keys,
+                select(pack.token_keys, rows),
+                rows,
+                dropout.attention,
+                dropout.hidden,
+                site,
+                self.attention.output.eps,
+            )
+            return fused_layer(x, self.fused_parameters(), call)
         x = self.attention(x, pack, rows, site, dropout, impl)
         return self.feed_forward(x, select(pack.token_keys, rows), site + 2, dropout, impl)
+
+    def fused_parameters(self) -> Parameters:
+        """From the modules' own tables, in the order in which their constructors filled them: an attribute of a module costs 1 us."""
+        attention, feed_forward = self.attention, self.feed_forward
+        modules = (attention, attention.output, feed_forward, feed_forward.output)
+        return Parameters(*(parameter for module in modules for parameter in module._parameters.values()))  # type: ignore[arg-type]
 
 
 class MaskedTokenHead(nn.Module):
@@ -244,8 +272,10 @@ class BertForPreTraining(nn.Module):
         initialise(dict(self.named_parameters()), config)
 
     def _pack(self, batch: PackedBatch) -> tuple[Pack, Dropout]:
-        dropout = Dropout(self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob) if self.training else Dropout(0.0, 0.0)
-        worklist = attention_worklist(batch.cu_seqlens, len(batch.input_ids)) if self.impl == "triton" else None
+        dropout = Dropout(self.config.attention_probs_dropout_prob, self.config.hidden_dropout_prob) if self.training else Dropout(0.0, 0.0)
+        # Shorter sequences need no list, but for fp32, where each layer then makes its own.
+        long = self.impl == "triton" and batch.max_seqlen > ITEM
+        worklist = attention_worklist(batch.cu_seqlens, len(batch.input_ids)) if long else None
         if not any(dropout):
             return Pack(batch.cu_seqlens, batch.max_seqlen, None, None, worklist), dropout
         keys = row_keys(batch.dropout_keys, batch.cu_seqlens, len(batch.input_ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.config import BatchConfig, ObjectiveConfig, RunConfig
 from fastbert.data.batches import Batches, PackedBatch, heldout_batches, pack_texts, share_out
@@ -186,6 +188,48 @@ def test_without_pairs_there_is_no_b_and_nothing_to_say_of_it(store):
 def test_moves_to_another_device(store):
     moved = Batches(store, recipe()).step(0)[0].to("meta")
     assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def copies(pack: PackedBatch) -> int:
+    with Copies() as found:
+        moved = pack.to("meta")
+    for name, value in vars(pack).items():
+        if torch.is_tensor(value):
+            there = getattr(moved, name)
+            assert (there.device.type, there.dtype, there.shape) == ("meta", value.dtype, value.shape)
+    return found.count
+
+
+@pytest.mark.parametrize("sequences", [12, 13])  # an odd and an even number of 32-bit bounds
+def test_a_batch_in_one_piece_is_the_same_and_moves_at_once(store, sequences):
+    """Without a GPU there is no page-locked memory; the layout is the same."""
+    for pack in (*Batches(store, recipe(sequences=sequences)).step(0), pack_texts([[1], [2, 3]], None, store.special)):
+        joined = pack.pinned(page_locked=False)
+        for name, value in vars(pack).items():
+            assert torch.equal(getattr(joined, name), value) if torch.is_tensor(value) else getattr(joined, name) == value
+        tensors = [value for value in vars(pack).values() if torch.is_tensor(value)]
+        assert copies(pack) == len(tensors) and copies(joined) == 1
+
+
+def test_what_was_replaced_in_a_batch_in_one_piece_moves_as_it_is(store):
+    joined = Batches(store, recipe()).step(0)[0].pinned(page_locked=False)
+    keys = joined.dropout_keys + 1
+    changed = dataclasses.replace(joined, dropout_keys=keys)
+    assert copies(changed) > 1 and torch.equal(changed.to("cpu").dropout_keys, keys)
+    swapped = dataclasses.replace(joined, labels=joined.masked_positions, masked_positions=joined.labels)  # other parts of the same memory
+    assert copies(swapped) > 1 and torch.equal(swapped.to("cpu").labels, joined.masked_positions)
 
 
 def test_every_token_id_may_be_a_label_also_0(store):

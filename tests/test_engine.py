@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.config import BatchConfig, ModelConfig, OptimizerConfig, RunConfig
 from fastbert.data.batches import Batches, heldout_batches
@@ -23,7 +25,7 @@ from fastbert.doctor import probe_bf16
 from fastbert.model import BertForPreTraining
 from fastbert.objective import losses
 from fastbert.training.ds_config import DeepSpeedSettings
-from fastbert.training.engine import Engine, NotFinite
+from fastbert.training.engine import Engine, NotFinite, deepspeed
 from fastbert.training.group import join
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +104,26 @@ def test_a_step_is_the_gradient_of_the_whole_batch(small_store, packs, gradient,
     assert result.grad_norm == pytest.approx(math.sqrt(sum(float(g.double().square().sum()) for g in expected.values())), rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_so_is_a_step_on_the_triton_kernels(small_store, stage, monkeypatch):
+    """Where a layer is one function (fused_layer.py), of its own parameters and of those of the modules inside it."""
+    config = dataclasses.replace(sgd(), batch=BatchConfig(sequences=2, max_length=16, micro_batch_tokens=40))
+    (pack,) = Batches(small_store, config).step(0)
+    model = new_model(small_store).train()
+    losses(model(pack)).loss.backward()
+    monkeypatch.setattr(BertForPreTraining.__init__, "__defaults__", ("triton", "cpu", True))
+    with engine(small_store, stage, config) as built:
+        assert built.model.impl == "triton"
+        before = state_of(built)["weight"]
+        built.step([pack], lr=1.0)
+        built.step([pack], lr=0.0)  # by then DeepSpeed gathers parameters ahead, in the order that it has seen
+        after = state_of(built)["weight"]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            before[name] - after[name], parameter.grad, rtol=1e-3, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
 def test_what_a_step_reports(small_store, packs, gradient):
     _, found = gradient
     with engine(small_store, 0) as built:
@@ -113,6 +135,37 @@ def test_what_a_step_reports(small_store, packs, gradient):
     assert result.loss_nsp == pytest.approx(float(torch.cat([f.pair_losses for f in found]).sum()) / pairs, rel=1e-5)
     assert result.accuracy_mlm == int(torch.cat([f.token_hits for f in found]).sum()) / masked
     assert result.accuracy_nsp == int(torch.cat([f.pair_hits for f in found]).sum()) / pairs
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is called, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_does_not_wait_for_all_that_is_queued(small_store, packs, stage, monkeypatch):
+    """DeepSpeed does so from the third step on, before each micro-batch and after the update, unless its throughput timer is off."""
+    waits: list[int] = []
+    monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "synchronize", lambda *_: waits.append(1))
+    with engine(small_store, stage) as built:
+        for pack in packs:
+            built.step(pack, lr=1e-3)
+        assert not waits
+
+
+def test_gradients_are_not_searched_for_nan_one_by_one(small_store, packs, bf16):
+    """Their norm is not finite if one of them is not."""
+    with engine(small_store, 1, precision=bf16) as built, Operations() as seen:
+        built.step(packs[0], lr=1e-3)
+        parameters = len(list(built.model.parameters()))
+    assert seen.count["aten::linalg_vector_norm"] >= parameters and not seen.count["aten::amax"]
 
 
 def test_without_pairs_their_figures_are_none(small_store):
@@ -281,6 +334,20 @@ def test_a_gradient_that_is_not_finite_is_dropped_too(small_store, packs, stage)
             built.step(packs[1], lr=1e-2)
         poison.remove()
         assert trouble.value.examples == []
+        after = state_of(built)
+        assert all(torch.equal(tensor, after[slot][name]) for slot, tensors in before.items() for name, tensor in tensors.items())
+        assert math.isfinite(built.step(packs[2], lr=1e-2).grad_norm)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_so_it_is_in_bf16(small_store, packs, stage, bf16):
+    with engine(small_store, stage, precision=bf16) as built:
+        built.step(packs[0], lr=1e-2)
+        before = state_of(built)
+        poison = built.model.embeddings.norm_weight.register_hook(lambda grad: grad * math.inf)
+        with pytest.raises(NotFinite, match="the norm of the gradient is not finite"):
+            built.step(packs[1], lr=1e-2)
+        poison.remove()
         after = state_of(built)
         assert all(torch.equal(tensor, after[slot][name]) for slot, tensors in before.items() for name, tensor in tensors.items())
         assert math.isfinite(built.step(packs[2], lr=1e-2).grad_norm)

@@ -227,7 +227,7 @@ def test_fp64_is_refused_by_name(name):
 @pytest.mark.skipif(GPU, reason="nothing is interpreted")
 @pytest.mark.parametrize("name", TRITON)
 def test_without_a_gpu_or_the_interpreter_triton_is_refused(name, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr("fastbert_kernels._triton.INTERPRETED", False)
     with pytest.raises(ValueError, match=r": \w+ is on the CPU, where impl = \"triton\" runs in Triton's interpreter alone"):
         SPECS[name].function(**inputs(name), impl="triton")
 

@@ -31,17 +31,23 @@ def test_programs_that_own_many_tiles(name, shape, monkeypatch):
     agrees(name, "triton", shape, 0.1, "fp32")
 
 
-def test_table_gradient_of_long_rows():
-    """Rows that end a token before, at and after the end of a bin, one of many bins, one without tokens, and indices outside the table."""
-    counts = torch.tensor([BIN - 1, BIN, BIN + 1, 0, 3 * BIN, 1, BIN + 2])
-    index = torch.repeat_interleave(torch.arange(-1, 6), counts)  # the first and, below, the last are outside
+def test_table_gradients_of_long_rows():
+    """Rows that end a use before, at and after the end of a bin, one of many bins, one without uses, and uses of no row at all.
+
+    The three tables have 5, 2 and 4 rows, one below the other.
+    """
+    counts = torch.tensor([BIN - 1, BIN, BIN + 1, 0, 3 * BIN, 2 * BIN + 3])
+    words = torch.repeat_interleave(torch.tensor([0, 1, 2, 3, 4, 11]), counts)  # 11 is nowhere
     draw = torch.Generator().manual_seed(3)
-    index = index[torch.randperm(len(index), generator=draw)].to(DEVICE)
-    dz = torch.randint(-9, 10, (len(index), 20), generator=draw).float().to(DEVICE)  # whole numbers: sums are exact
+    words = words[torch.randperm(len(words), generator=draw)]
+    positions, segments = (torch.randint(first, last, (len(words),), generator=draw) for first, last in ((5, 7), (7, 12)))
+    uses = torch.cat((words, positions, segments)).int().to(DEVICE)
+    dz = torch.randint(-9, 10, (len(words), 20), generator=draw).float().to(DEVICE)  # whole numbers: sums are exact
     with watched("triton"):
-        found = embedding_kernel._table_gradient(dz, index, 5)
-    inside = (index >= 0) & (index < 5)
-    assert torch.equal(found, torch.zeros(5, 20, device=DEVICE).index_add_(0, index[inside], dz[inside]))
+        found = embedding_kernel._table_gradients(dz, uses, 11)
+    inside = uses < 11
+    expected = torch.zeros(11, 20, device=DEVICE).index_add_(0, uses[inside].long(), dz.repeat(3, 1)[inside])
+    assert torch.equal(found, expected)
 
 
 def test_one_gradient_for_two_inputs_is_still_two():

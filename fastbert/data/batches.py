@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
+import torch
 
 from fastbert.config import ObjectiveConfig, RunConfig
 from fastbert.data.examples import Examples, Spans
@@ -119,7 +120,7 @@ class _Packer:
         starts, lengths = (np.stack(pair, 1).ravel() for pair in ((spans.a_start, spans.b_start), (spans.a_length, spans.b_length)))
         tokens = self.split.gather(starts, lengths)
         seen, chosen = self.masking(tokens, spans.ordinary, spans.keys)
-        return pack(
+        packed = pack(
             seen,
             spans.a_length,
             spans.b_length,
@@ -132,6 +133,7 @@ class _Packer:
             masked_total=masked_total,
             pairs_total=pairs_total,
         )
+        return packed.pinned() if torch.cuda.is_available() else packed
 
 
 def share_out(lengths: np.ndarray, world: int, limit: int) -> list[np.ndarray]:

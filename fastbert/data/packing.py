@@ -55,9 +55,54 @@ class PackedBatch:
         return len(self.examples)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
+        """The same batch on another device; nothing is waited for if it is `pinned`."""
+        whole = self._whole()
+        if whole is not None:
+            return self._cut(whole.to(device, non_blocking=True))
+        return replace(self, **{name: x.to(device) for name, x in self._tensors().items()})
+
+    def pinned(self, page_locked: bool = True) -> PackedBatch:
+        """The same batch in one piece of page-locked memory, from which `to` copies it to a GPU in one go.
+
+        A copy from ordinary memory waits for all that is queued on the GPU, and there would be nine of them. This one is queued like a kernel,
+        on the current stream, and takes the GPU some 20 us for 16,384 tokens. Torch keeps the memory until the copy is done, also if the
+        batch is gone by then.
+        """
+        tensors = self._tensors()
+        words = sum(_words(x) for x in tensors.values())
+        joined = self._cut(torch.empty(words, dtype=torch.int64, pin_memory=page_locked))
+        for name, x in tensors.items():
+            getattr(joined, name).copy_(x)
+        return joined
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+
+    def _whole(self) -> Tensor | None:
+        """What all tensors lie in, as `_cut` cuts it; None if they do not, since one of them was replaced, say."""
+        whole, place = self.input_ids._base, 0
+        if whole is None:
+            return None
+        for x in self._tensors().values():
+            apart = x.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
+            if apart or x.storage_offset() * x.element_size() != 8 * place:
+                return None
+            place += _words(x)
+        return whole if place == whole.numel() else None
+
+    def _cut(self, whole: Tensor) -> PackedBatch:
+        """With tensors of these sizes that lie end to end in `whole`, int64."""
+        tensors = self._tensors()
+        pieces = whole.split([_words(x) for x in tensors.values()])
+        cut = {}
+        for (name, x), piece in zip(tensors.items(), pieces, strict=True):
+            cut[name] = piece if x.dtype == whole.dtype else piece.view(x.dtype)[: len(x)]
+        return replace(self, **cut)
+
+
+def _words(x: Tensor) -> int:
+    """Of 8 bytes, that it needs."""
+    return -(-x.numel() * x.element_size() // 8)
 
 
 def pack(

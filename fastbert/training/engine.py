@@ -25,7 +25,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo  # torch's optimizers load it when the first one is made, which takes seconds: now, when no rank waits for another
@@ -54,7 +54,7 @@ from pydantic import ValidationError  # DeepSpeed's own dependency, for what it 
 from fastbert.config import RunConfig
 from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
-from fastbert.model import BertForPreTraining
+from fastbert.model import BertForPreTraining, Layer
 from fastbert.objective import losses
 from fastbert.training.checkpoint import WEIGHT
 from fastbert.training.ds_config import DeepSpeedSettings
@@ -136,11 +136,22 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # offloaded or not, the optimizer is torch's
             "steps_per_print": None,
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU at every micro-batch and after every step
         }
         values = {**handed_over, **settings.values, "zero_optimization": {**settings.values["zero_optimization"], "stage": self.stage}}
+        if self.stage == 3 and self.model.impl == "triton":
+            # There a layer reads the parameters of the modules inside it, whose own forward is never called: gather them with the layer.
+            for layer in self.model.layers:
+                for parameter in cast(Layer, layer).fused_parameters():
+                    deepspeed.zero.register_external_parameter(layer, parameter)
         self._engine, *_ = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=values)
         if self.stage == 0 and group.world == 1:
             self._engine.enable_backward_allreduce = False
+        if self.stage in (1, 2):
+            # In bf16 DeepSpeed looks for NaN and infinity in every gradient, by 13 operations for each, and then in their norm, which says the same.
+            cast(Any, self._engine.optimizer).check_overflow = lambda **_: None
+        self._norm: float | None = None  # of the gradient that the optimizer is about to apply
+        self._optimizer.register_step_pre_hook(self._read_norm)
         self._allocate_slots(step)
         if state:
             self._restore(state)
@@ -153,21 +164,21 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        rows = []
+        means, hits = [], []
         self.model.train()
         for batch in micro_batches:
             batch = batch.to(self.device)
-            self._engine.set_gradient_accumulation_boundary(len(rows) == len(micro_batches) - 1)
+            self._engine.set_gradient_accumulation_boundary(len(means) == len(micro_batches) - 1)
             found = losses(self._engine(batch))
             # DeepSpeed divides by the number of ranks. 0 x loss is 0, or NaN where the loss is not finite.
             self._engine.backward(found.loss * (self.group.world + 0 * found.loss.detach()), scale_wrt_gas=False)
-            values = (found.mlm, found.nsp, found.token_hits.sum(), found.pair_hits.sum())
-            rows.append(torch.stack([value.detach().double() for value in values]))
-        counts = [sum(batch.tokens for batch in micro_batches), sum(batch.sequences for batch in micro_batches)]
-        sums = torch.stack(rows).sum(0)
-        sums = self.group.sum(torch.cat([sums, sums.new_tensor(counts)]))
+            means.append(torch.stack((found.mlm.detach(), found.nsp.detach())))
+            hits.append(torch.stack((found.token_hits.sum(), found.pair_hits.sum())))
+        counts = torch.tensor([sum(batch.tokens for batch in micro_batches), sum(batch.sequences for batch in micro_batches)])
+        parts = (torch.stack(means).double().sum(0), torch.stack(hits).sum(0), counts.to(self.device))
+        # Read before the update is queued: who applies a gradient has to wait for its norm anyway, but not for the update.
+        mlm, nsp, token_hits, pair_hits, tokens, sequences = self.group.sum(torch.cat([part.double() for part in parts])).tolist()
         grad_norm = self._update()
-        mlm, nsp, token_hits, pair_hits, tokens, sequences = sums.tolist()
         if not math.isfinite(grad_norm):
             what = "the norm of the gradient" if math.isfinite(mlm + nsp) else "the loss"
             raise NotFinite(f"{what} is not finite", self._culprits(micro_batches))
@@ -187,14 +198,20 @@ class Engine:
     def _update(self) -> float:
         """Apply the gradient if its norm is finite, else drop it; returns the norm before clipping."""
         if self.stage:
+            self._norm = None
             self._engine.step()
-            return float(self._engine.get_global_grad_norm() or 0.0)  # None only before the first step
+            return float(self._engine.get_global_grad_norm() or 0.0) if self._norm is None else self._norm  # None: it was dropped
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._clip or math.inf))
         if math.isfinite(norm):
             self._engine.step()
         else:
             self._optimizer.zero_grad()
         return norm
+
+    def _read_norm(self, *_: object) -> None:
+        """Called by torch before the optimizer takes a step. Later, it would be waited for until the step is done."""
+        if self.stage and self._norm is None:
+            self._norm = float(cast(Any, self._engine.optimizer)._global_grad_norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch], mask_id: int) -> HeldOut:

@@ -131,7 +131,8 @@ def _train(
     def agree() -> tuple[bool, bool]:
         """Go by rank 0's clock; was any rank asked to stop, and have all of them written their part of the save in flight?"""
         mine = [time.monotonic() - began if group.speaks else 0.0, interruption.asked is not None, not saver.written]
-        progress.seconds, asked, writing = group.sum(torch.tensor(mine, dtype=torch.float64, device=group.device)).tolist()
+        where = group.device if group.world > 1 else "cpu"  # alone there is nobody to send it to, and no GPU to wait for
+        progress.seconds, asked, writing = group.sum(torch.tensor(mine, dtype=torch.float64, device=where)).tolist()
         return asked > 0, not writing
 
     def measure() -> HeldOut:

@@ -1,22 +1,25 @@
-"""What autocast means for a fused operation: its inputs are cast as torch casts those of its own op of that kind."""
+"""What autocast means for a fused operation: its inputs are cast as torch casts those of its own op of that kind.
+
+The first of the tensors says on which device they are; of the others some may be None.
+"""
 
 from typing import Any
 
 import torch
 
 
-def lowered(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+def lowered(*tensors: Any) -> tuple[Any, ...]:
     """As matrix products and attention: to the autocast dtype, where autocast is on for the tensors' device."""
     return _cast(tensors, None)
 
 
-def widened(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+def widened(*tensors: Any) -> tuple[Any, ...]:
     """As LayerNorm and losses: to fp32, where autocast is on for the tensors' device."""
     return _cast(tensors, torch.float32)
 
 
 def _cast(tensors, dtype):
-    device = next(x.device.type for x in tensors if x is not None)
+    device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = dtype or torch.get_autocast_dtype(device)

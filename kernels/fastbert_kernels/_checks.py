@@ -1,63 +1,80 @@
-"""Checks that the public functions share; each message names the function, the argument, its value and what is expected."""
+"""Checks that the public functions share; each message names the function, the argument, its value and what is expected.
+
+They run in every call of every layer, where a GPU may be waiting, so they are written to be fast: a check of a tensor is three comparisons.
+"""
 
 import importlib.util
 
 import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INT32, INT64 = (torch.int32,), (torch.int64,)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# A name, the tensor (None is always right), its shape, the dtypes that it may have.
+Expected = tuple[str, torch.Tensor | None, tuple, tuple[torch.dtype, ...]]
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_tensor(
-    function: str, name: str, x: torch.Tensor, shape: tuple, dtype: torch.dtype | tuple[torch.dtype, ...] | None = None
-) -> None:
-    """`shape` holds sizes, or a letter where any size will do."""
-    if x.dim() != len(shape) or any(isinstance(want, int) and want != have for want, have in zip(shape, x.shape, strict=True)):
-        raise ValueError(f"{function}: {name} has shape {list(x.shape)}, expected [{', '.join(map(str, shape))}]")
-    if dtype is not None:
-        allowed = dtype if isinstance(dtype, tuple) else (dtype,)
-        if x.dtype not in allowed:
-            raise TypeError(f"{function}: {name} is {_name(x.dtype)}, expected {' or '.join(map(_name, allowed))}")
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(map(_name, dtypes))
 
 
-def check_device(function: str, device: torch.device, **others: torch.Tensor | None) -> None:
-    for name, x in others.items():
-        if x is not None and x.device != device:
+def check_leader(function: str, name: str, x: torch.Tensor, axes: tuple[str, ...], dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Of a tensor that sizes are taken from: any will do, along so many axes."""
+    if x.dim() != len(axes):
+        raise ValueError(f"{function}: {name} has shape {list(x.shape)}, expected [{', '.join(axes)}]")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{function}: {name} is {_name(x.dtype)}, expected {_names(dtypes)}")
+
+
+def check_tensors(function: str, device: torch.device, *tensors: Expected) -> None:
+    """That each is as expected, and on `device`."""
+    for name, x, shape, dtypes in tensors:
+        if x is None:
+            continue
+        if x.shape != shape:
+            raise ValueError(f"{function}: {name} has shape {list(x.shape)}, expected [{', '.join(map(str, shape))}]")
+        if x.dtype not in dtypes:
+            raise TypeError(f"{function}: {name} is {_name(x.dtype)}, expected {_names(dtypes)}")
+        if x.device != device:
             raise ValueError(f"{function}: {name} is on {x.device}, the other tensors on {device}; move it there")
 
 
 def check_dropout(function: str, p: float, keys: torch.Tensor | None, length: int) -> None:
+    """That there are keys where they are needed; what kind of tensor they are is for `check_tensors`."""
     if not 0 <= p < 1 - 2**-17:  # beyond, it rounds to 1
         raise ValueError(f"{function}: dropout_p = {p}; must be at least 0 and below 1, to a multiple of 2**-16")
-    if p > 0:
-        if keys is None:
-            raise ValueError(f"{function}: dropout_p = {p} needs keys, int64 [{length}]: masks are a function of them")
-        check_tensor(function, "keys", keys, (length,), torch.int64)
+    if p > 0 and keys is None:
+        raise ValueError(f"{function}: dropout_p = {p} needs keys, int64 [{length}]: masks are a function of them")
 
 
-def check_implementation(function: str, name: str, offered: tuple[str, ...]) -> None:
+def check_implementation(function: str, name: str, offered: dict) -> None:
     if name not in offered:
         raise ValueError(f"{function}: impl = {name!r}; this operation has {', '.join(offered)}")
 
 
-def check_triton(function: str, **inputs: torch.Tensor | None) -> None:
-    """What the Triton implementations need beyond the rest: a device that runs them, and rows that lie in one piece, in at most 32 bits."""
-    if importlib.util.find_spec("triton") is None:
+def check_triton(function: str, *tensors: Expected) -> None:
+    """What the Triton implementations need beyond the rest: a device that runs them, and rows that lie in one piece, in at most 32 bits.
+
+    The tensors have passed `check_tensors`: all are on one device, and if any is float64, the first is.
+    """
+    if not _HAS_TRITON:
         raise ImportError(f'{function}: impl = "triton" needs Triton 3.6 or newer: pip install triton')
-    for name, x in inputs.items():
-        if x is None:
-            continue
-        if x.dtype == torch.float64:
-            raise TypeError(f'{function}: {name} is float64, which impl = "triton" does not compute in; use impl = "reference"')
-        if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
+    for name, x, *_ in tensors:
+        if x is not None and not x.is_contiguous() and x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"{function}: {name} has stride {x.stride(-1)} along its last axis, expected 1; call .contiguous()")
-        if x.device.type == "cpu" and not _takes_cpu_tensors():
-            raise ValueError(
-                f'{function}: {name} is on the CPU, where impl = "triton" runs in Triton\'s interpreter alone (TRITON_INTERPRET=1, slow); use impl = "cpu"'
-            )
+    name, first, *_ = tensors[0]
+    assert first is not None
+    if first.dtype == torch.float64:
+        raise TypeError(f'{function}: {name} is float64, which impl = "triton" does not compute in; use impl = "reference"')
+    if first.is_cpu and not _takes_cpu_tensors():
+        raise ValueError(
+            f'{function}: {name} is on the CPU, where impl = "triton" runs in Triton\'s interpreter alone (TRITON_INTERPRET=1, slow); use impl = "cpu"'
+        )
 
 
 def _takes_cpu_tensors() -> bool:
@@ -68,7 +85,7 @@ def _takes_cpu_tensors() -> bool:
 
 def values_checked(asked: bool | None, x: torch.Tensor) -> bool:
     """Whether to look into an index tensor: if asked to, by default on a CPU alone (a GPU would be waited for), never while compiling."""
-    return (x.device.type == "cpu" if asked is None else asked) and not torch.compiler.is_compiling()
+    return (x.is_cpu if asked is None else asked) and not torch.compiler.is_compiling()
 
 
 def check_range(function: str, name: str, x: torch.Tensor, bound: int, axis: str) -> None:

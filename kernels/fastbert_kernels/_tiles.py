@@ -59,6 +59,11 @@ def _row(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> Row:
     return row or max(fitting, key=lambda row: row["size"])
 
 
+def being_tuned() -> bool:
+    """Whether the code is inside `chosen_by`, where a tile may differ from one look-up to the next."""
+    return bool(_choosers)
+
+
 @contextlib.contextmanager
 def chosen_by(choose: Callable[[str, Row], Row]) -> Iterator[None]:
     """For the tuner: inside, `choose(kernel, row of the table)` says which row serves, in the thread of a backward pass too."""

@@ -43,6 +43,11 @@ def multiprocessors(device: torch.device) -> int:
     return driver.active.utils.get_device_properties(driver.active.get_current_device())["multiprocessor_count"]
 
 
+def current_device() -> int:
+    """The device that a launch goes to, by Triton's number for it."""
+    return 0 if INTERPRETED else driver.active.get_current_device()
+
+
 def takes_cpu_tensors() -> bool:
     """Whether kernels run on tensors of the CPU: in the interpreter, or by a driver that says so."""
     if INTERPRETED:

@@ -28,11 +28,9 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels._dropout import keep_scale, threshold
-from fastbert_kernels._tiles import tile
+from fastbert_kernels._launch import Kernel
 from fastbert_kernels._triton import (
-    FUSE,
     Production,
-    architecture,
     dot_precision,
     keep_mask,
     keep_mask_transposed,
@@ -118,9 +116,14 @@ def _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_r
     return site_keys(row_key(tl.load(keys_ptr + sequence), position), site, head)
 
 
-def _short(kernel, architecture, dtype, size, max_seqlen):
-    """Launch options of a kernel that holds a whole sequence in one tile: the smallest that does."""
-    return {**tile(kernel, architecture, dtype, size), **FUSE, "BLOCK": max(16, triton.next_power_of_2(max_seqlen))}
+def _block(max_seqlen):
+    """Of a kernel that holds a whole sequence in one tile: the smallest that does."""
+    return max(16, 1 << (max_seqlen - 1).bit_length())
+
+
+def _kind(q, k, v, cut, keys):
+    """What Triton compiles for besides constants: strides, which come first, and which of queries and keys there are."""
+    return (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]), cut, keys is None
 
 
 def _query_bounds(cu_seqlens, queries):
@@ -239,28 +242,30 @@ def _forward_short_kernel(
     _store(out_ptr + head * K, row, asked, H * K, out, K)
 
 
+_FORWARD = Kernel(_forward_kernel, "attention_forward")
+_FORWARD_SHORT = Kernel(_forward_short_kernel, "attention_forward_short")
+
+
 def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
     """Out [R, H, K] in q's dtype, and top and share, fp32 [2, H, R]; those are empty where sequences fit one tile."""
-    (rows, heads, size), kind = q.shape, architecture(q.device)
-    out = torch.empty((rows, heads, size), dtype=q.dtype, device=q.device)
-    whole = one_tile(q.dtype, max_seqlen)
-    statistics = torch.empty((2, heads, 0 if whole else rows), dtype=torch.float32, device=q.device)
+    rows, heads, size = q.shape
+    whole, cut = one_tile(q.dtype, max_seqlen), queries is not None
+    out = q.new_empty(rows, heads, size)
+    statistics = q.new_empty(2, heads, 0 if whole else rows, dtype=torch.float32)
     if rows == 0:
         return out, statistics
-    bounds = _query_bounds(cu_seqlens, queries)
-    tables = (bounds, cu_seqlens, queries, keys)
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    sequences, numbers = len(cu_seqlens) - 1, (rows, len(k), scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
-    constants = (heads, size, queries is not None, dropout_p > 0, dot_precision(q.dtype))
+    tables = (_query_bounds(cu_seqlens, queries), cu_seqlens, queries, keys)
+    kind = _kind(q, k, v, cut, keys)
+    sequences, numbers = cu_seqlens.shape[0] - 1, (rows, k.shape[0], scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
+    constants = (heads, size, cut, dropout_p > 0, dot_precision(q.dtype))
     if whole:
-        grid = (heads, sequences)
-        options = _short("attention_forward_short", kind, q.dtype, size, max_seqlen)
-        _forward_short_kernel[grid](q, k, v, out, *tables, *strides, *numbers, *constants, **options)
+        kernel = _FORWARD_SHORT.prepare(q, size, constants, kind, BLOCK=_block(max_seqlen))
+        kernel((heads, sequences), (q, k, v, out, *tables), (*kind[0], *numbers))
     else:
-        work = attention_worklist(bounds, rows) if worklist is None or queries is not None else worklist
-        options = tile("attention_forward", kind, q.dtype, size)
-        grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
-        _forward_kernel[grid](q, k, v, out, *statistics, work, *tables, *strides, sequences, *numbers, *constants, **options, **FUSE)
+        work = attention_worklist(tables[0], rows) if worklist is None or cut else worklist
+        kernel = _FORWARD.prepare(q, size, constants, kind)
+        grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
+        kernel(grid, (q, k, v, out, *statistics.unbind(), work, *tables), (*kind[0], sequences, *numbers))
     return out, statistics
 
 
@@ -487,45 +492,44 @@ def _backward_short_kernel(
     _store(dk_ptr + head * K, token, valid, H * K, tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * natural, K)
 
 
+_BACKWARD_SHORT = Kernel(_backward_short_kernel, "attention_backward_short")
+_PREPARE = Kernel(_prepare_kernel, "attention_prepare")
+_DKDV = Kernel(_dkdv_kernel, "attention_dkdv")
+_DQ = Kernel(_dq_kernel, "attention_dq")
+
+
 def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
     """dq [R, H, K], dk and dv [T, H, K], contiguous, in q's dtype; dout contiguous."""
-    (rows, heads, size), kind = q.shape, architecture(q.device)
-    dq = torch.empty((rows, heads, size), dtype=q.dtype, device=q.device)
-    dk, dv = (torch.empty(k.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-    if len(k) == 0:
+    (rows, heads, size), tokens = q.shape, k.shape[0]
+    dq, dk, dv = q.new_empty(rows, heads, size), q.new_empty(tokens, heads, size), q.new_empty(tokens, heads, size)
+    if tokens == 0:
         return dq, dk, dv
-    bounds = _query_bounds(cu_seqlens, queries)
-    tables = (bounds, cu_seqlens, queries, keys)
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    sequences, sizes, scales = len(cu_seqlens) - 1, (rows, len(k)), (scale * _LOG2E, keep_scale(dropout_p))
     cut, drop, precision = queries is not None, dropout_p > 0, dot_precision(q.dtype)
+    tables = (_query_bounds(cu_seqlens, queries), cu_seqlens, queries, keys)
+    kind = _kind(q, k, v, cut, keys)
+    sequences, sizes, scales = cu_seqlens.shape[0] - 1, (rows, tokens), (scale * _LOG2E, keep_scale(dropout_p))
     if one_tile(q.dtype, max_seqlen):
-        grid = (heads, sequences)
-        options = _short("attention_backward_short", kind, q.dtype, size, max_seqlen)
-        numbers, constants = (*sizes, *scales, site, threshold(dropout_p)), (heads, size, cut, drop, precision)
-        _backward_short_kernel[grid](q, k, v, dout, dq, dk, dv, *tables, *strides, *numbers, *constants, **options)
+        kernel = _BACKWARD_SHORT.prepare(q, size, (heads, size, cut, drop, precision), kind, BLOCK=_block(max_seqlen))
+        kernel((heads, sequences), (q, k, v, dout, dq, dk, dv, *tables), (*kind[0], *sizes, *scales, site, threshold(dropout_p)))
         return dq, dk, dv
 
-    key_work = attention_worklist(cu_seqlens, len(k)) if worklist is None else worklist
-    work = attention_worklist(bounds, rows) if cut else key_work
-    options = tile("attention_prepare", kind, q.dtype, size)
-    grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
-    delta = torch.empty_like(statistics[0])
-    lo, hi = (torch.empty_like(delta, dtype=torch.int32) if drop else None for _ in range(2))
-    _prepare_kernel[grid](out, dout, delta, lo, hi, work, *tables, sequences, *sizes, site, heads, size, cut, drop, **options, **FUSE)
+    key_work = attention_worklist(cu_seqlens, tokens) if worklist is None else worklist
+    work = attention_worklist(tables[0], rows) if cut else key_work
+    delta = statistics.new_empty(heads, rows)
+    lo, hi = (delta.new_empty(heads, rows, dtype=torch.int32) if drop else None for _ in range(2))
+    kernel = _PREPARE.prepare(q, size, (heads, size, cut, drop), kind)
+    grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
+    kernel(grid, (out, dout, delta, lo, hi, work, *tables), (sequences, *sizes, site))
 
-    facts, numbers, constants = (
-        (*statistics, delta, lo, hi),
-        (sequences, *sizes, *scales, threshold(dropout_p)),
-        (heads, size, drop, precision),
-    )
-    options = tile("attention_dkdv", kind, q.dtype, size)
-    grid = (heads, len(key_work) * (ITEM // options["BLOCK_K"]))
-    _dkdv_kernel[grid](q, k, v, dout, *facts, dk, dv, key_work, *tables[:2], *strides, *numbers, *constants, **options, **FUSE)
+    pointers, facts = (q, k, v, dout), (*statistics.unbind(), delta, lo, hi)
+    numbers = (*kind[0], sequences, *sizes, *scales, threshold(dropout_p))
+    kernel = _DKDV.prepare(q, size, (heads, size, drop, precision), kind)
+    grid = (heads, key_work.shape[0] * (ITEM // kernel.tile["BLOCK_K"]))
+    kernel(grid, (*pointers, *facts, dk, dv, key_work, *tables[:2]), numbers)
 
-    options = tile("attention_dq", kind, q.dtype, size)
-    grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
-    _dq_kernel[grid](q, k, v, dout, *facts, dq, work, *tables[:2], *strides, *numbers, *constants, **options, **FUSE)
+    kernel = _DQ.prepare(q, size, (heads, size, drop, precision), kind)
+    grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
+    kernel(grid, (*pointers, *facts, dq, work, *tables[:2]), numbers)
     return dq, dk, dv
 
 

@@ -3,22 +3,24 @@
 import itertools
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._autocast import lowered
 from fastbert_kernels._checks import (
-    FLOATS,
-    check_device,
+    INT32,
+    INT64,
     check_dropout,
     check_implementation,
-    check_tensor,
+    check_leader,
+    check_tensors,
     check_triton,
     values_checked,
 )
-from fastbert_kernels._library import operator
+from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels._worklist import one_tile
 from fastbert_kernels.attention.cpu import cpu
 from fastbert_kernels.attention.reference import reference
+
+NAME = "varlen_attention"
 
 
 def varlen_attention(
@@ -73,31 +75,55 @@ def varlen_attention(
     """
     q, k, v = lowered(q, k, v)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, check_values)
-    check_implementation("varlen_attention", impl, tuple(_IMPLEMENTATIONS))
+    check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, worklist, check_values, impl)
     if impl == "triton":
-        _check_for_triton(q, k, v, worklist, cu_seqlens=cu_seqlens, queries=queries, keys=keys)
         return _VarlenAttention.apply(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale, worklist)
     return _IMPLEMENTATIONS[impl](q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale)
 
 
-def _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, check_values) -> None:
-    name = "varlen_attention"
-    check_tensor(name, "k", k, ("T", "H", "K"), FLOATS)
-    total, heads, size = k.shape
-    check_tensor(name, "q", q, ("R" if queries is not None else total, heads, size), k.dtype)
-    check_tensor(name, "v", v, (total, heads, size), k.dtype)
-    check_tensor(name, "cu_seqlens", cu_seqlens, ("B + 1",), torch.int32)
+def check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, worklist, check_values, impl) -> None:
+    check_leader(NAME, "k", k, ("T", "H", "K"))
     if queries is not None:
-        check_tensor(name, "queries", queries, (q.shape[0],), torch.int64)
-    check_dropout(name, dropout_p, keys, cu_seqlens.shape[0] - 1)
-    check_device(name, k.device, q=q, v=v, cu_seqlens=cu_seqlens, keys=keys, queries=queries)
+        check_leader(NAME, "queries", queries, ("R",), INT64)
+    (total, heads, size), floats = k.shape, (k.dtype,)
+    rows = total if queries is None else queries.shape[0]
+    tensors = (("k", k, (total, heads, size), floats), ("q", q, (rows, heads, size), floats), ("v", v, (total, heads, size), floats))
+    check_tensors(NAME, k.device, *tensors)
     if not scale > 0:
-        raise ValueError(f"{name}: scale = {scale}; must be positive")
-    if values_checked(check_values, k):
-        _check_bounds(cu_seqlens.tolist(), total, max_seqlen)
+        raise ValueError(f"{NAME}: scale = {scale}; must be positive")
+    check_implementation(NAME, impl, _IMPLEMENTATIONS)
+    if impl == "triton":
+        check_triton(NAME, *tensors)
+        check_head_size(size)
+    check_tables(k, cu_seqlens, max_seqlen, dropout_p, keys, queries, worklist, check_values, impl)
+
+
+def check_tables(like, cu_seqlens, max_seqlen, dropout_p, keys, queries, worklist, check_values, impl) -> None:
+    """All but q, k and v, of which `like` has as many rows as k, and their device."""
+    check_leader(NAME, "cu_seqlens", cu_seqlens, ("B + 1",), INT32)
+    sequences = cu_seqlens.shape[0] - 1
+    check_dropout(NAME, dropout_p, keys, sequences)
+    tables = (
+        ("cu_seqlens", cu_seqlens, (sequences + 1,), INT32),
+        ("queries", queries, queries if queries is None else (queries.shape[0],), INT64),
+        ("keys", keys if dropout_p > 0 else None, (sequences,), INT64),
+    )
+    check_tensors(NAME, like.device, *tables)
+    if values_checked(check_values, like):
+        _check_bounds(cu_seqlens.tolist(), like.shape[0], max_seqlen)
         if queries is not None and len(queries):
-            _check_queries(queries.tolist(), total)
+            _check_queries(queries.tolist(), like.shape[0])
+    if impl == "triton":
+        if worklist is not None:
+            check_leader(NAME, "worklist", worklist, ("items", "2"), INT32)
+            tables += (("worklist", worklist, (worklist.shape[0], 2), INT32),)
+            check_tensors(NAME, like.device, tables[-1])
+        check_triton(NAME, *tables)
+
+
+def check_head_size(size: int) -> None:
+    if size % 16 or not 16 <= size <= 128:
+        raise ValueError(f'{NAME}: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"')
 
 
 def _check_bounds(bounds: list[int], total: int, max_seqlen: int) -> None:
@@ -119,17 +145,6 @@ def _check_queries(queries: list[int], total: int) -> None:
     for a, b in itertools.pairwise(queries):
         if b <= a:
             raise ValueError(f"varlen_attention: queries holds {a} and then {b}, expected to ascend")
-
-
-def _check_for_triton(q, k, v, worklist, **tables) -> None:
-    name = "varlen_attention"
-    check_triton(name, q=q, k=k, v=v, worklist=worklist, **tables)
-    size = k.shape[2]
-    if size % 16 or not 16 <= size <= 128:
-        raise ValueError(f'{name}: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"')
-    if worklist is not None:
-        check_tensor(name, "worklist", worklist, ("items", 2), torch.int32)
-        check_device(name, k.device, worklist=worklist)
 
 
 # The Triton implementation as torch operators. Arguments as above, `scale` resolved.
@@ -176,7 +191,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx, dout):  # type: ignore[override]
         dq, dk, dv = BACKWARD(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers)
         return dq, dk, dv, *(None,) * 8

@@ -9,11 +9,12 @@
 Saved: the indices, and mean and rstd of each row; rows are looked up again. Tiles, chunks and shares are those of `norm/kernel.py`.
 An index outside its table reads nothing and makes its token's mean NaN, thus y, and in the backward pass every sum it is part of.
 
-The gradient of a table, the same for all three, is made without atomics, so that it is deterministic: the tokens are sorted by index,
-stably, and each program of `_rows_kernel` owns a row of the table. It adds up, in fp32, the dz of the row's tokens, or none, so that no
-zeros need to be written before. A row with more than BIN tokens ([MASK], [CLS], each segment) would keep the others waiting: the sorted
-tokens are cut into bins of BIN, and `_pieces_kernel` first adds up the piece of each such row in each bin. Of the rows that a bin
-meets, only that of its first token and that of its last can be so long: a bin has two slots for pieces.
+The gradients of the tables are made without atomics, so that they are deterministic. For this the three tables count as one, words above
+positions above segments, in which every token has three rows: its uses. `_backward_kernel` writes down the row of each use, int32 [3 T].
+The uses are sorted by row, stably, and each program of `_rows_kernel` owns a row of the table. It adds up, in fp32, the dz of the row's
+uses, or none, so that no zeros need to be written before. A row with more than BIN uses ([MASK], [CLS], each segment) would keep the others
+waiting: the sorted uses are cut into bins of BIN, and `_pieces_kernel` first adds up the piece of each such row in each bin. Of the rows
+that a bin meets, only that of its first use and that of its last can be so long: a bin has two slots for pieces.
 
 dz is held in the dtype of the tables, as torch's autograd holds it, for half the bytes in 16 bits: the error (RMS) of the tables'
 gradients is then 1.1 to 1.3 times what fp32 would give, torch's own 2 to 20 times (bf16 and fp16, T = 2,048, V = 100).
@@ -24,23 +25,23 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels._dropout import keep_scale, threshold
-from fastbert_kernels._tiles import tile
-from fastbert_kernels._triton import FUSE, Production, architecture
+from fastbert_kernels._launch import Kernel
+from fastbert_kernels._triton import Production
 from fastbert_kernels.norm.kernel import (
     columns,
     dropout,
     gradient,
-    grid_and_options,
     load_vector,
     mask_keys,
     plus,
+    row_programs,
     statistics,
     store_share,
     times,
     zeros,
 )
 
-_BIN = 64  # tokens that one program adds up in turn; at 128 the two segments alone would not fill the device at T = 16,384
+_BIN = 64  # uses that one program adds up in turn; at 128 the two segments alone would not fill the device at T = 16,384
 
 
 @triton.jit
@@ -137,23 +138,32 @@ def _forward_kernel(
         tl.store(rstd_ptr + row, rstd, mask=row < T)
 
 
+_FORWARD = Kernel(_forward_kernel, "embedding_forward")
+
+
 def forward(ids, positions, segments, words, position_table, segment_table, weight, shift, keys, eps, dropout_p, site):
     """y, and mean and rstd, fp32 [T]."""
     T, D = ids.shape[0], words.shape[1]
     tables = (words, position_table, segment_table)
     y = words.new_empty(T, D)
-    mean, rstd = (words.new_empty(T, dtype=torch.float32) for _ in range(2))
-    if y.numel():
-        grid, options = grid_and_options("embedding_forward", T, D, words)
-        _forward_kernel[grid](
-            *(ids, positions, segments, *tables, weight, shift, keys if dropout_p > 0 else None, y, mean, rstd),
-            *(table.stride(0) for table in tables),
-            *(T, *(table.shape[0] for table in tables), eps),
-            *(site, threshold(dropout_p), keep_scale(dropout_p), D),
-            **options,
-            **FUSE,
+    mean, rstd = words.new_empty(T, dtype=torch.float32), words.new_empty(T, dtype=torch.float32)
+    if T and D:
+        keys = keys if dropout_p > 0 else None
+        strides = [table.stride(0) for table in tables]
+        kernel = _FORWARD.prepare(words, D, (D,), *strides, keys is None)
+        kernel(
+            (row_programs(kernel.tile, T, words.device),),
+            (ids, positions, segments, *tables, weight, shift, keys, y, mean, rstd),
+            (*strides, T, *(len(table) for table in tables), eps, site, threshold(dropout_p), keep_scale(dropout_p)),
         )
     return y, mean, rstd
+
+
+@triton.jit
+def _note_use(uses_ptr, index_ptr, first, size, nowhere, row, T):
+    """The row that each token uses of a table of so many rows, counted in all tables; `nowhere` if its index is outside."""
+    index = tl.load(index_ptr + row, mask=row < T, other=0)
+    tl.store(uses_ptr + row, tl.where((index >= 0) & (index < size), index + first, nowhere).to(tl.int32), mask=row < T)
 
 
 @triton.jit(do_not_specialize=["T", "V", "P", "S", "site", "threshold"])
@@ -170,6 +180,7 @@ def _backward_kernel(
     mean_ptr,
     rstd_ptr,
     dz_ptr,
+    uses_ptr,
     shares_ptr,
     stride_words,
     stride_positions,
@@ -208,6 +219,9 @@ def _backward_kernel(
         for i in tl.static_range(len(z)):
             column = columns(i, BLOCK_D)
             tl.store(dz_ptr + row * D + column, dz[i], mask=(row < T) & (column < D))
+        _note_use(uses_ptr, ids_ptr, 0, V, V + P + S, row, T)
+        _note_use(uses_ptr + T, positions_ptr, V, P, V + P + S, row, T)
+        _note_use(uses_ptr + 2 * T.to(tl.int64), segments_ptr, V + P, S, V + P + S, row, T)
         dweight, dshift = plus(dweight, times(dh, h)), plus(dshift, dh)
 
     share_ptr = shares_ptr + tl.program_id(0) * 2 * D
@@ -216,12 +230,13 @@ def _backward_kernel(
 
 
 @triton.jit
-def _sum_tokens(dz_ptr, order_ptr, begin, end, column, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The dz of the sorted tokens begin to end, fp32 [1, BLOCK_D]."""
+def _sum_uses(dz_ptr, order_ptr, begin, end, column, T, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The dz of the sorted uses begin to end, fp32 [1, BLOCK_D]."""
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for first in range(begin, end, BLOCK_T):
         place = (first + tl.arange(0, BLOCK_T))[:, None]
-        token = tl.load(order_ptr + place, mask=place < end, other=0)
+        use = tl.load(order_ptr + place, mask=place < end, other=0)
+        token = use - tl.where(use < T, 0, tl.where(use < 2 * T.to(tl.int64), T, 2 * T.to(tl.int64)))
         total += tl.load(dz_ptr + token * D + column, mask=(place < end) & (column < D), other=0.0)
     return tl.sum(total, 0, keep_dims=True)
 
@@ -230,27 +245,29 @@ def _sum_tokens(dz_ptr, order_ptr, begin, end, column, D, BLOCK_T: tl.constexpr,
 def _pieces_kernel(
     dz_ptr, order_ptr, sorted_ptr, starts_ptr, pieces_ptr, T, rows, D, BIN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    slot = tl.program_id(0)  # two a bin: for the row of its first token; for that of its last, if that is another
+    slot = tl.program_id(0)  # two a bin: for the row of its first use; for that of its last, if that is another
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     bin_begin = slot // 2 * BIN
-    bin_end = tl.minimum(bin_begin + BIN, T)
+    bin_end = tl.minimum(bin_begin + BIN, 3 * T)
 
     row = tl.load(sorted_ptr + (bin_begin if slot % 2 == 0 else bin_end - 1))
-    if (row >= 0) & (row < rows):
+    if row < rows:
         begin, end = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
         if (end - begin > BIN) & ((begin > bin_begin) == (slot % 2 == 1)):
-            piece = _sum_tokens(dz_ptr, order_ptr, tl.maximum(begin, bin_begin), tl.minimum(end, bin_end), column, D, BLOCK_T, BLOCK_D)
+            piece = _sum_uses(dz_ptr, order_ptr, tl.maximum(begin, bin_begin), tl.minimum(end, bin_end), column, T, D, BLOCK_T, BLOCK_D)
             tl.store(pieces_ptr + slot.to(tl.int64) * D + column, piece, mask=column < D)
 
 
-@triton.jit
-def _rows_kernel(dz_ptr, order_ptr, starts_ptr, pieces_ptr, dtable_ptr, D, BIN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=["T"])
+def _rows_kernel(
+    dz_ptr, order_ptr, starts_ptr, pieces_ptr, dtables_ptr, T, D, BIN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     begin, end = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
 
     if end - begin <= BIN:
-        total = _sum_tokens(dz_ptr, order_ptr, begin, end, column, D, BLOCK_T, BLOCK_D)
+        total = _sum_uses(dz_ptr, order_ptr, begin, end, column, T, D, BLOCK_T, BLOCK_D)
     else:
         total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         for first in range(begin // BIN, tl.cdiv(end, BIN), BLOCK_T):
@@ -259,42 +276,48 @@ def _rows_kernel(dz_ptr, order_ptr, starts_ptr, pieces_ptr, dtable_ptr, D, BIN: 
             total += tl.load(pieces_ptr + slot * D + column, mask=(place * BIN < end) & (column < D), other=0.0)
         total = tl.sum(total, 0, keep_dims=True)
 
-    tl.store(dtable_ptr + row.to(tl.int64) * D + column, total, mask=column < D)
+    tl.store(dtables_ptr + row.to(tl.int64) * D + column, total, mask=column < D)
 
 
-def _table_gradient(dz: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
-    """[rows, D], from dz [T, D] and the index of each token, int64 [T]; indices outside [0, rows) count for nothing."""
+_BACKWARD = Kernel(_backward_kernel, "embedding_backward")
+_PIECES = Kernel(_pieces_kernel, "embedding_table")
+_ROWS = Kernel(_rows_kernel, "embedding_table")
+
+
+def _table_gradients(dz: torch.Tensor, uses: torch.Tensor, rows: int) -> torch.Tensor:
+    """[rows, D], from dz [T, D] and the rows that tokens use, int32 [3 T] in [0, rows]; a use of row `rows` counts for nothing."""
     T, D = dz.shape
-    ordered, order = torch.sort(index, stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(rows + 1, device=index.device), out_int32=True)
-    options = tile("embedding_table", architecture(dz.device), dz.dtype, D)
-    bins, blocks = triton.cdiv(T, _BIN), triton.cdiv(D, options["BLOCK_D"])
+    ordered, order = torch.sort(uses, stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(rows + 1, dtype=torch.int32, device=dz.device), out_int32=True)
+    pieces_kernel, rows_kernel = (kernel.prepare(dz, D, (_BIN,), D) for kernel in (_PIECES, _ROWS))
+    bins, blocks = -(-3 * T // _BIN), -(-D // rows_kernel.tile["BLOCK_D"])
     pieces = dz.new_empty(2 * bins, D, dtype=torch.float32)
-    dtable = dz.new_empty(rows, D)
-    _pieces_kernel[2 * bins, blocks](dz, order, ordered, starts, pieces, T, rows, D, BIN=_BIN, **options, **FUSE)
-    _rows_kernel[rows, blocks](dz, order, starts, pieces, dtable, D, BIN=_BIN, **options, **FUSE)
-    return dtable
+    dtables = dz.new_empty(rows, D)
+    pieces_kernel((2 * bins, blocks), (dz, order, ordered, starts, pieces), (T, rows, D))
+    rows_kernel((rows, blocks), (dz, order, starts, pieces, dtables), (T, D))
+    return dtables
 
 
 def backward(dy, ids, positions, segments, words, position_table, segment_table, weight, keys, mean, rstd, dropout_p, site):
-    """Gradients of words, position_table and segment_table; dweight and dshift as the rows of [2, D]."""
+    """Gradients of words, position_table and segment_table, one below the other; dweight and dshift as the rows of [2, D]."""
     T, D = dy.shape
     indices, tables = (ids, positions, segments), (words, position_table, segment_table)
-    if not dy.numel():
-        return *(dy.new_zeros(table.shape) for table in tables), dy.new_zeros(2, D)
-    grid, options = grid_and_options("embedding_backward", T, D, dy)
+    sizes = [len(table) for table in tables]
+    if not (T and D):
+        return dy.new_zeros(sum(sizes), D), dy.new_zeros(2, D)
+    keys = keys if dropout_p > 0 else None
+    strides = [table.stride(0) for table in tables]
+    kernel = _BACKWARD.prepare(dy, D, (D,), *strides, keys is None)
+    programs = row_programs(kernel.tile, T, dy.device)
     dz = dy.new_empty(T, D)
-    shares = dy.new_empty(*grid, 2, D, dtype=torch.float32)
-    _backward_kernel[grid](
-        *(dy, *indices, *tables, weight, keys if dropout_p > 0 else None, mean, rstd, dz, shares),
-        *(table.stride(0) for table in tables),
-        *(T, *(table.shape[0] for table in tables)),
-        *(site, threshold(dropout_p), keep_scale(dropout_p), D),
-        **options,
-        **FUSE,
+    uses = dy.new_empty(3 * T, dtype=torch.int32)
+    shares = dy.new_empty(programs, 2, D, dtype=torch.float32)
+    kernel(
+        (programs,),
+        (dy, *indices, *tables, weight, keys, mean, rstd, dz, uses, shares),
+        (*strides, T, *sizes, site, threshold(dropout_p), keep_scale(dropout_p)),
     )
-    dtables = (_table_gradient(dz, index, table.shape[0]) for index, table in zip(indices, tables, strict=True))
-    return *dtables, shares.sum(0).to(dy.dtype)
+    return _table_gradients(dz, uses, sum(sizes)), shares.sum(0).to(dy.dtype)
 
 
 def production() -> list[Production]:
@@ -307,9 +330,9 @@ def production() -> list[Production]:
         sizes = dict.fromkeys((*aligned, "T", "V", "P", "S", "site", "threshold"), "i32") | {"scale": "fp32"}
         read = indices | tables | {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"} | sizes
         forward = read | {"shift_ptr": tensor, "y_ptr": tensor, "eps": "fp32"}
-        backward = read | {"dy_ptr": tensor, "dz_ptr": tensor, "shares_ptr": "*fp32"}
-        rows = {"dz_ptr": tensor, "order_ptr": "*i64", "starts_ptr": "*i32", "pieces_ptr": "*fp32", "D": "i32", "BIN": _BIN}
-        pieces = rows | {"sorted_ptr": "*i64", "T": "i32", "rows": "i32"}
+        backward = read | {"dy_ptr": tensor, "dz_ptr": tensor, "uses_ptr": "*i32", "shares_ptr": "*fp32"}
+        rows = {"dz_ptr": tensor, "order_ptr": "*i64", "starts_ptr": "*i32", "pieces_ptr": "*fp32", "T": "i32", "D": "i32", "BIN": _BIN}
+        pieces = rows | {"sorted_ptr": "*i32", "rows": "i32"}
         wide = ("words_ptr", "position_table_ptr", "segment_table_ptr")
         for size in (768, 1024):
             for keys in ({}, {"keys_ptr": None}):
@@ -320,6 +343,6 @@ def production() -> list[Production]:
                 ]
             found += [
                 Production(_pieces_kernel, "embedding_table", size, dtype, pieces, ("D",), ("dz_ptr",)),
-                Production(_rows_kernel, "embedding_table", size, dtype, rows | {"dtable_ptr": tensor}, ("D",), ("dz_ptr", "pieces_ptr")),
+                Production(_rows_kernel, "embedding_table", size, dtype, rows | {"dtables_ptr": tensor}, ("D",), ("dz_ptr", "pieces_ptr")),
             ]
     return found

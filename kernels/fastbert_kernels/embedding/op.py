@@ -1,20 +1,19 @@
 """`embedding_layer_norm`: the input of BERT."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._autocast import widened
 from fastbert_kernels._checks import (
-    FLOATS,
-    check_device,
+    INT64,
     check_dropout,
     check_implementation,
+    check_leader,
     check_range,
-    check_tensor,
+    check_tensors,
     check_triton,
     values_checked,
 )
-from fastbert_kernels._library import operator
+from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.embedding.cpu import cpu
 from fastbert_kernels.embedding.reference import reference
 from fastbert_kernels.norm.op import WIDEST
@@ -64,34 +63,40 @@ def embedding_layer_norm(
     Source: Devlin et al., 2019, section 3 and figure 2.
     """
     words, position_table, segment_table, weight, shift = widened(words, position_table, segment_table, weight, shift)
-    _check(ids, positions, segments, words, position_table, segment_table, weight, shift, dropout_p, keys, check_values, impl)
+    check(ids, positions, segments, words, position_table, segment_table, weight, shift, dropout_p, keys, check_values, impl)
     arguments = (ids, positions, segments, words, position_table, segment_table, weight, shift, eps, dropout_p, keys, site)
     return _IMPLEMENTATIONS[impl](*arguments)
 
 
-def _check(ids, positions, segments, words, position_table, segment_table, weight, shift, dropout_p, keys, check_values, impl):
+def check(ids, positions, segments, words, position_table, segment_table, weight, shift, dropout_p, keys, check_values, impl):
     name = "embedding_layer_norm"
-    check_tensor(name, "ids", ids, ("T",), torch.int64)
-    for label, index in (("positions", positions), ("segments", segments)):
-        check_tensor(name, label, index, (ids.shape[0],), torch.int64)
-    check_tensor(name, "words", words, ("V", "D"), FLOATS)
-    check_tensor(name, "position_table", position_table, ("P", words.shape[1]), words.dtype)
-    check_tensor(name, "segment_table", segment_table, ("S", words.shape[1]), words.dtype)
-    for label, row in (("weight", weight), ("shift", shift)):
-        check_tensor(name, label, row, (words.shape[1],), words.dtype)
-    check_dropout(name, dropout_p, keys, ids.shape[0])
-    tensors = {"ids": ids, "positions": positions, "segments": segments, "position_table": position_table}
-    tensors |= {"segment_table": segment_table, "weight": weight, "shift": shift, "keys": keys}
-    check_device(name, words.device, **tensors)
-    check_implementation(name, impl, tuple(_IMPLEMENTATIONS))
+    check_leader(name, "ids", ids, ("T",), INT64)
+    check_leader(name, "words", words, ("V", "D"))
+    check_leader(name, "position_table", position_table, ("P", "D"), (words.dtype,))
+    check_leader(name, "segment_table", segment_table, ("S", "D"), (words.dtype,))
+    T, (V, D), P, S, floats = ids.shape[0], words.shape, position_table.shape[0], segment_table.shape[0], (words.dtype,)
+    check_dropout(name, dropout_p, keys, T)
+    tensors = (
+        ("words", words, (V, D), floats),
+        ("ids", ids, (T,), INT64),
+        ("positions", positions, (T,), INT64),
+        ("segments", segments, (T,), INT64),
+        ("position_table", position_table, (P, D), floats),
+        ("segment_table", segment_table, (S, D), floats),
+        ("weight", weight, (D,), floats),
+        ("shift", shift, (D,), floats),
+        ("keys", keys if dropout_p > 0 else None, (T,), INT64),
+    )
+    check_tensors(name, words.device, *tensors)
+    check_implementation(name, impl, _IMPLEMENTATIONS)
     if values_checked(check_values, ids):
-        check_range(name, "ids", ids, words.shape[0], "V")
-        check_range(name, "positions", positions, position_table.shape[0], "P")
-        check_range(name, "segments", segments, segment_table.shape[0], "S")
+        check_range(name, "ids", ids, V, "V")
+        check_range(name, "positions", positions, P, "P")
+        check_range(name, "segments", segments, S, "S")
     if impl == "triton":
-        check_triton(name, words=words, **tensors)
-        if words.shape[1] > WIDEST:
-            raise ValueError(f'{name}: words has D = {words.shape[1]}; impl = "triton" takes up to {WIDEST}, use impl = "reference"')
+        check_triton(name, *tensors)
+        if D > WIDEST:
+            raise ValueError(f'{name}: words has D = {D}; impl = "triton" takes up to {WIDEST}, use impl = "reference"')
 
 
 def _forward(*arguments):
@@ -112,20 +117,21 @@ def _backward(*arguments):
 
 
 def _backward_fake(dy, ids, positions, segments, words, position_table, segment_table, *_):
-    return *(dy.new_empty(table.shape) for table in (words, position_table, segment_table)), dy.new_empty(2, dy.shape[1])
+    rows = words.shape[0] + position_table.shape[0] + segment_table.shape[0]
+    return dy.new_empty(rows, dy.shape[1]), dy.new_empty(2, dy.shape[1])
 
 
 _INDICES = "Tensor ids, Tensor positions, Tensor segments"
 _TABLES = "Tensor words, Tensor position_table, Tensor segment_table"
-_FORWARD = operator(
+FORWARD = operator(
     f"embedding_layer_norm_forward({_INDICES}, {_TABLES}, Tensor weight, Tensor shift, Tensor? keys, "
     "float eps, float dropout_p, int site) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-_BACKWARD = operator(
+BACKWARD = operator(
     f"embedding_layer_norm_backward(Tensor dy, {_INDICES}, {_TABLES}, Tensor weight, Tensor? keys, Tensor mean, Tensor rstd, "
-    "float dropout_p, int site) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float dropout_p, int site) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -135,17 +141,19 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids, positions, segments, words, position_table, segment_table, weight, shift, eps, dropout_p, keys, site):
         read = (ids, positions, segments, words, position_table, segment_table, weight)
-        y, mean, rstd = _FORWARD(*read, shift, keys, eps, dropout_p, site)
+        y, mean, rstd = FORWARD(*read, shift, keys, eps, dropout_p, site)
         ctx.save_for_backward(*read, keys, mean, rstd)
         ctx.dropout_p, ctx.site = dropout_p, site
         return y
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx, dy):  # type: ignore[override]
-        *dtables, vectors = _BACKWARD(dy.contiguous(), *ctx.saved_tensors, ctx.dropout_p, ctx.site)
+        saved = ctx.saved_tensors
+        dtables, vectors = BACKWARD(dy.contiguous(), *saved, ctx.dropout_p, ctx.site)
+        dwords, dpositions, dsegments = dtables.split([table.shape[0] for table in saved[3:6]])
         dweight, dshift = vectors.unbind()
-        return None, None, None, *dtables, dweight, dshift, None, None, None, None
+        return None, None, None, dwords, dpositions, dsegments, dweight, dshift, None, None, None, None
 
 
 def _triton(*arguments):

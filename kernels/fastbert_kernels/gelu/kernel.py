@@ -18,16 +18,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert_kernels._tiles import tile
-from fastbert_kernels._triton import FUSE, Production, architecture, multiprocessors
+from fastbert_kernels._launch import Kernel
+from fastbert_kernels._triton import Production, multiprocessors
 
 
-def _tile(kernel: str, x: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and launch options: blocks of columns by shares of the rows, as many as run side by side, for more would only add shares."""
-    options = tile(kernel, architecture(x.device), x.dtype, x.shape[1])
-    blocks = triton.cdiv(x.shape[1], options["BLOCK_F"])
-    shares = triton.cdiv(options.pop("programs") * multiprocessors(x.device), blocks)
-    return (blocks, min(shares, triton.cdiv(x.shape[0], options["BLOCK_T"]))), options
+def _grid(tile: dict[str, int], x: torch.Tensor) -> tuple[int, int]:
+    """Blocks of columns by shares of the rows, as many as run side by side, for more would only add shares."""
+    T, F = x.shape
+    blocks = -(-F // tile["BLOCK_F"])
+    shares = -(-tile["programs"] * multiprocessors(x.device) // blocks)
+    return blocks, min(shares, -(-T // tile["BLOCK_T"]))
 
 
 @triton.jit
@@ -54,11 +54,15 @@ def _forward_kernel(x_ptr, bias_ptr, y_ptr, stride_x, T, F, BLOCK_T: tl.constexp
         tl.store(y_ptr + row * F + column, z * cdf, mask=mask)
 
 
+_FORWARD = Kernel(_forward_kernel, "gelu_forward")
+
+
 def forward(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    y = x.new_empty(x.shape)
-    if x.numel():
-        grid, options = _tile("gelu_forward", x)
-        _forward_kernel[grid](x, bias, y, x.stride(0), *x.shape, **options, **FUSE)
+    (T, F), stride = x.shape, x.stride(0)
+    y = x.new_empty(T, F)
+    if T and F:
+        kernel = _FORWARD.prepare(x, F, (), stride)
+        kernel(_grid(kernel.tile, x), (x, bias, y), (stride, T, F))
     return y
 
 
@@ -85,13 +89,18 @@ def _backward_kernel(dy_ptr, x_ptr, bias_ptr, dx_ptr, shares_ptr, stride_x, T, F
     tl.store(shares_ptr + share, tl.sum(dbias, 0, keep_dims=True), mask=column < F)
 
 
+_BACKWARD = Kernel(_backward_kernel, "gelu_backward")
+
+
 def backward(dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    dx = x.new_empty(x.shape)
-    if not x.numel():
+    (T, F), stride = x.shape, x.stride(0)
+    dx = x.new_empty(T, F)
+    if not (T and F):
         return dx, torch.zeros_like(bias)
-    grid, options = _tile("gelu_backward", x)
-    shares = x.new_empty(grid[1], x.shape[1], dtype=torch.float32)
-    _backward_kernel[grid](dy, x, bias, dx, shares, x.stride(0), *x.shape, **options, **FUSE)
+    kernel = _BACKWARD.prepare(x, F, (), stride)
+    grid = _grid(kernel.tile, x)
+    shares = x.new_empty(grid[1], F, dtype=torch.float32)
+    kernel(grid, (dy, x, bias, dx, shares), (stride, T, F))
     return dx, shares.sum(0).to(bias.dtype)
 
 

@@ -1,11 +1,10 @@
 """`bias_gelu`: the activation between the two matrices of the feed-forward sublayer, and of the MLM head."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._autocast import lowered
-from fastbert_kernels._checks import FLOATS, check_device, check_implementation, check_tensor, check_triton
-from fastbert_kernels._library import operator
+from fastbert_kernels._checks import check_implementation, check_leader, check_tensors, check_triton
+from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.gelu.reference import reference
 
 
@@ -28,17 +27,17 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, impl: str = "reference") -
     Source: Hendrycks and Gimpel, 2016, section 2.
     """
     x, bias = lowered(x, bias)
-    _check(x, bias, impl)
+    check(x, bias, impl)
     return _IMPLEMENTATIONS[impl](x, bias)
 
 
-def _check(x, bias, impl):
-    check_tensor("bias_gelu", "x", x, ("T", "F"), FLOATS)
-    check_tensor("bias_gelu", "bias", bias, (x.shape[1],), x.dtype)
-    check_device("bias_gelu", x.device, bias=bias)
-    check_implementation("bias_gelu", impl, tuple(_IMPLEMENTATIONS))
+def check(x, bias, impl):
+    check_leader("bias_gelu", "x", x, ("T", "F"))
+    tensors = (("x", x, x.shape, (x.dtype,)), ("bias", bias, (x.shape[1],), (x.dtype,)))
+    check_tensors("bias_gelu", x.device, *tensors)
+    check_implementation("bias_gelu", impl, _IMPLEMENTATIONS)
     if impl == "triton":
-        check_triton("bias_gelu", x=x, bias=bias)
+        check_triton("bias_gelu", *tensors)
 
 
 def _forward(x, bias):
@@ -53,8 +52,8 @@ def _backward(dy, x, bias):
     return kernel.backward(dy, x, bias)
 
 
-_FORWARD = operator("bias_gelu_forward(Tensor x, Tensor bias) -> Tensor", _forward, lambda x, bias: x.new_empty(x.shape))
-_BACKWARD = operator(
+FORWARD = operator("bias_gelu_forward(Tensor x, Tensor bias) -> Tensor", _forward, lambda x, bias: x.new_empty(x.shape))
+BACKWARD = operator(
     "bias_gelu_backward(Tensor dy, Tensor x, Tensor bias) -> (Tensor, Tensor)",
     _backward,
     lambda dy, x, bias: (x.new_empty(x.shape), bias.new_empty(bias.shape)),
@@ -65,12 +64,12 @@ class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias):
         ctx.save_for_backward(x, bias)
-        return _FORWARD(x, bias)
+        return FORWARD(x, bias)
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx, dy):  # type: ignore[override]
-        return _BACKWARD(dy.contiguous(), *ctx.saved_tensors)
+        return BACKWARD(dy.contiguous(), *ctx.saved_tensors)
 
 
 def _triton(x, bias):

@@ -1,11 +1,10 @@
 """`masked_cross_entropy`: the loss of the masked tokens under the tied vocabulary projection."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._autocast import lowered
-from fastbert_kernels._checks import FLOATS, check_device, check_implementation, check_range, check_tensor, check_triton, values_checked
-from fastbert_kernels._library import operator
+from fastbert_kernels._checks import INT64, check_implementation, check_leader, check_range, check_tensors, check_triton, values_checked
+from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.mlm_loss.cpu import cpu
 from fastbert_kernels.mlm_loss.reference import reference
 
@@ -59,25 +58,31 @@ def masked_cross_entropy(
 
 def _check(hidden, weight, bias, positions, labels, total, check_values, impl):
     name = "masked_cross_entropy"
-    check_tensor(name, "hidden", hidden, ("T", "D"), FLOATS)
+    check_leader(name, "hidden", hidden, ("T", "D"))
     (T, D), floats = hidden.shape, (hidden.dtype, torch.float32)
-    check_tensor(name, "weight", weight, ("V", D), floats)
-    check_tensor(name, "bias", bias, (weight.shape[0],), floats)
+    check_leader(name, "weight", weight, ("V", "D"), floats)
     if positions is not None:
-        check_tensor(name, "positions", positions, ("M",), torch.int64)
-    check_tensor(name, "labels", labels, (T if positions is None else positions.shape[0],), torch.int64)
-    check_device(name, hidden.device, weight=weight, bias=bias, positions=positions, labels=labels)
-    if T == 0 and labels.shape[0] > 0:
-        raise ValueError(f"{name}: positions has {labels.shape[0]} entries, but hidden has no rows")
+        check_leader(name, "positions", positions, ("M",), INT64)
+    V, M = weight.shape[0], T if positions is None else positions.shape[0]
+    tensors = (
+        ("hidden", hidden, (T, D), floats),
+        ("weight", weight, (V, D), floats),
+        ("bias", bias, (V,), floats),
+        ("positions", positions, (M,), INT64),
+        ("labels", labels, (M,), INT64),
+    )
+    check_tensors(name, hidden.device, *tensors)
+    if T == 0 and M > 0:
+        raise ValueError(f"{name}: positions has {M} entries, but hidden has no rows")
     if not total > 0:
         raise ValueError(f"{name}: total = {total}; must be above 0")
     if values_checked(check_values, labels):
-        check_range(name, "labels", labels, weight.shape[0], "V")
+        check_range(name, "labels", labels, V, "V")
         if positions is not None:
             check_range(name, "positions", positions, T, "T")
-    check_implementation(name, impl, tuple(_IMPLEMENTATIONS))
+    check_implementation(name, impl, _IMPLEMENTATIONS)
     if impl == "triton":
-        check_triton(name, hidden=hidden, weight=weight, bias=bias, positions=positions, labels=labels)
+        check_triton(name, *tensors)
 
 
 def _forward(hidden, weight, bias, positions, labels):
@@ -118,7 +123,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         return losses.sum() / total, losses, hits
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx, dloss, _losses, _hits):  # type: ignore[override]
         return *_BACKWARD(dloss / ctx.total, *ctx.saved_tensors), None, None, None
 

@@ -25,15 +25,13 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels._dropout import keep_scale, threshold
-from fastbert_kernels._tiles import tile
-from fastbert_kernels._triton import FUSE, Production, architecture, keep_mask, multiprocessors, site_keys
+from fastbert_kernels._launch import Kernel
+from fastbert_kernels._triton import Production, keep_mask, multiprocessors, site_keys
 
 
-def grid_and_options(kernel: str, rows: int, size: int, like: torch.Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """As many programs as run side by side, for more would only add shares, or one a tile of rows; and the launch options."""
-    options = tile(kernel, architecture(like.device), like.dtype, size)
-    programs = options.pop("programs") * multiprocessors(like.device)
-    return (min(programs, triton.cdiv(rows, options["BLOCK_T"])),), options
+def row_programs(tile: dict[str, int], rows: int, device: torch.device) -> int:
+    """As many programs as run side by side, for more would only add shares, or one a tile of rows."""
+    return min(tile["programs"] * multiprocessors(device), -(-rows // tile["BLOCK_T"]))
 
 
 # Rows in registers: each a tuple of fp32 chunks [BLOCK_T, BLOCK_D], the last padded with zeros.
@@ -204,19 +202,22 @@ def _forward_kernel(
         tl.store(rstd_ptr + row, rstd, mask=row < T)
 
 
+_FORWARD = Kernel(_forward_kernel, "norm_forward")
+
+
 def forward(x, bias, residual, weight, shift, keys, eps, dropout_p, site):
     """y, and mean and rstd, fp32 [T]."""
     T, D = x.shape
     y = x.new_empty(T, D)
-    mean, rstd = (x.new_empty(T, dtype=torch.float32) for _ in range(2))
-    if x.numel():
-        grid, options = grid_and_options("norm_forward", T, D, x)
-        _forward_kernel[grid](
-            *(x, bias, residual, weight, shift, keys if dropout_p > 0 else None, y, mean, rstd),
-            *(x.stride(0), 0 if residual is None else residual.stride(0), T, eps),
-            *(site, threshold(dropout_p), keep_scale(dropout_p), D),
-            **options,
-            **FUSE,
+    mean, rstd = x.new_empty(T, dtype=torch.float32), x.new_empty(T, dtype=torch.float32)
+    if T and D:
+        keys = keys if dropout_p > 0 else None
+        strides = x.stride(0), 0 if residual is None else residual.stride(0)
+        kernel = _FORWARD.prepare(x, D, (D,), strides, bias is None, residual is None, keys is None)
+        kernel(
+            (row_programs(kernel.tile, T, x.device),),
+            (x, bias, residual, weight, shift, keys, y, mean, rstd),
+            (*strides, T, eps, site, threshold(dropout_p), keep_scale(dropout_p)),
         )
     return y, mean, rstd
 
@@ -277,22 +278,26 @@ def _backward_kernel(
     store_share(share_ptr + 2 * D, dbias, D, BLOCK_D)
 
 
+_BACKWARD = Kernel(_backward_kernel, "norm_backward")
+
+
 def backward(dy, x, bias, residual, weight, keys, mean, rstd, dropout_p, site):
     """dx; dresidual where it differs from dx, else an empty tensor; dweight, dshift and dbias as the rows of [3, D]."""
     T, D = x.shape
     dx = x.new_empty(T, D)
-    dresidual = x.new_empty((T, D) if residual is not None and dropout_p > 0 else 0)
-    if not x.numel():
+    differ = residual is not None and dropout_p > 0
+    dresidual = x.new_empty((T, D) if differ else 0)
+    if not (T and D):
         return dx, dresidual, x.new_zeros(3, D)
-    grid, options = grid_and_options("norm_backward", T, D, x)
-    shares = x.new_empty(*grid, 3, D, dtype=torch.float32)
-    _backward_kernel[grid](
-        *(dy, x, bias, residual, weight, keys if dropout_p > 0 else None, mean, rstd),
-        *(dx, dresidual if dresidual.numel() else None, shares),
-        *(x.stride(0), 0 if residual is None else residual.stride(0), T),
-        *(site, threshold(dropout_p), keep_scale(dropout_p), D),
-        **options,
-        **FUSE,
+    keys = keys if dropout_p > 0 else None
+    strides = x.stride(0), 0 if residual is None else residual.stride(0)
+    kernel = _BACKWARD.prepare(x, D, (D,), strides, bias is None, residual is None, keys is None)
+    programs = row_programs(kernel.tile, T, x.device)
+    shares = x.new_empty(programs, 3, D, dtype=torch.float32)
+    kernel(
+        (programs,),
+        (dy, x, bias, residual, weight, keys, mean, rstd, dx, dresidual if differ else None, shares),
+        (*strides, T, site, threshold(dropout_p), keep_scale(dropout_p)),
     )
     return dx, dresidual, shares.sum(0).to(x.dtype)
 

@@ -1,11 +1,10 @@
 """`dropout_add_layer_norm`, the end of every sublayer of BERT, and plain `layer_norm`."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._autocast import widened
-from fastbert_kernels._checks import FLOATS, check_device, check_dropout, check_implementation, check_tensor, check_triton
-from fastbert_kernels._library import operator
+from fastbert_kernels._checks import INT64, check_dropout, check_implementation, check_leader, check_tensors, check_triton
+from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.norm.cpu import cpu
 from fastbert_kernels.norm.reference import reference
 
@@ -50,7 +49,7 @@ def dropout_add_layer_norm(
     Source: Ba et al., 2016, equation 4; post-norm sublayer of Vaswani et al., 2017, section 3.1.
     """
     x, bias, residual, weight, shift = widened(x, bias, residual, weight, shift)
-    _check(x, bias, residual, weight, shift, dropout_p, keys, impl)
+    check(x, bias, residual, weight, shift, dropout_p, keys, impl)
     return _IMPLEMENTATIONS[impl](x, bias, residual, weight, shift, eps, dropout_p, keys, site)
 
 
@@ -59,21 +58,25 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, *, ep
     return dropout_add_layer_norm(x, None, None, weight, shift, eps=eps, impl=impl)
 
 
-def _check(x, bias, residual, weight, shift, dropout_p, keys, impl):
+def check(x, bias, residual, weight, shift, dropout_p, keys, impl):
     name = "dropout_add_layer_norm"
-    check_tensor(name, "x", x, ("T", "D"), FLOATS)
-    for label, row in (("bias", bias), ("weight", weight), ("shift", shift)):
-        if row is not None:
-            check_tensor(name, label, row, (x.shape[1],), x.dtype)
-    if residual is not None:
-        check_tensor(name, "residual", residual, tuple(x.shape), x.dtype)
-    check_dropout(name, dropout_p, keys, x.shape[0])
-    check_device(name, x.device, bias=bias, residual=residual, weight=weight, shift=shift, keys=keys)
-    check_implementation(name, impl, tuple(_IMPLEMENTATIONS))
+    check_leader(name, "x", x, ("T", "D"))
+    (T, D), floats = x.shape, (x.dtype,)
+    check_dropout(name, dropout_p, keys, T)
+    tensors = (
+        ("x", x, (T, D), floats),
+        ("bias", bias, (D,), floats),
+        ("residual", residual, (T, D), floats),
+        ("weight", weight, (D,), floats),
+        ("shift", shift, (D,), floats),
+        ("keys", keys if dropout_p > 0 else None, (T,), INT64),
+    )
+    check_tensors(name, x.device, *tensors)
+    check_implementation(name, impl, _IMPLEMENTATIONS)
     if impl == "triton":
-        check_triton(name, x=x, bias=bias, residual=residual, weight=weight, shift=shift, keys=keys)
-        if x.shape[1] > WIDEST:
-            raise ValueError(f'{name}: x has D = {x.shape[1]}; impl = "triton" takes up to {WIDEST}, use impl = "reference"')
+        check_triton(name, *tensors)
+        if D > WIDEST:
+            raise ValueError(f'{name}: x has D = {D}; impl = "triton" takes up to {WIDEST}, use impl = "reference"')
 
 
 def _forward(*arguments):
@@ -97,13 +100,13 @@ def _backward_fake(dy, x, bias, residual, weight, keys, mean, rstd, dropout_p, s
     return x.new_empty(x.shape), x.new_empty(x.shape if differ else 0), x.new_empty(3, x.shape[1])
 
 
-_FORWARD = operator(
+FORWARD = operator(
     "dropout_add_layer_norm_forward(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor shift, Tensor? keys, "
     "float eps, float dropout_p, int site) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-_BACKWARD = operator(
+BACKWARD = operator(
     "dropout_add_layer_norm_backward(Tensor dy, Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor? keys, "
     "Tensor mean, Tensor rstd, float dropout_p, int site) -> (Tensor, Tensor, Tensor)",
     _backward,
@@ -114,17 +117,18 @@ _BACKWARD = operator(
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, residual, weight, shift, eps, dropout_p, keys, site):
-        y, mean, rstd = _FORWARD(x, bias, residual, weight, shift, keys, eps, dropout_p, site)
+        y, mean, rstd = FORWARD(x, bias, residual, weight, shift, keys, eps, dropout_p, site)
         ctx.save_for_backward(x, bias, residual, weight, keys, mean, rstd)
         ctx.dropout_p, ctx.site = dropout_p, site
         return y
 
     @staticmethod
-    @once_differentiable
+    @backward_once
     def backward(ctx, dy):  # type: ignore[override]
-        _, bias, residual, *_ = ctx.saved_tensors
-        dx, dresidual, vectors = _BACKWARD(dy.contiguous(), *ctx.saved_tensors, ctx.dropout_p, ctx.site)
+        saved = ctx.saved_tensors
+        dx, dresidual, vectors = BACKWARD(dy.contiguous(), *saved, ctx.dropout_p, ctx.site)
         dweight, dshift, dbias = vectors.unbind()
+        bias, residual = saved[1:3]
         if residual is None:
             dresidual = None
         elif ctx.dropout_p == 0:

@@ -1,0 +1,88 @@
+"""Launch a compiled Triton kernel again without another look-up in Triton.
+
+`kernel[grid](...)` examines every argument, forms a key from what it finds and looks the compiled kernel up: 8 us, of which the launch
+itself is 2. What it examines hardly ever changes. A `Kernel` therefore keeps what Triton has compiled for each kind of arguments, and
+launches it as Triton's own documentation does, by `compiled[grid](*arguments)`.
+
+Triton compiles a kernel for the device, the options, the constants and, of each argument, the following:
+
+- a tensor: its dtype, and whether its address is a multiple of 16;
+- None: that it is None;
+- an integer: whether it fits 32 bits and, unless the kernel's `do_not_specialize` names it, whether it is 1 or a multiple of 16;
+- a float: nothing.
+
+Addresses and the size of integers are looked at in every launch (`Prepared.__call__`). The rest must follow from the key of `prepare`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastbert_kernels import _tiles
+from fastbert_kernels._triton import FUSE, architecture, current_device
+
+_MOST = 256  # kinds of arguments that a kernel keeps; a model has a few
+_INT32 = 2**31 - 1
+
+
+class Kernel:
+    """A Triton kernel with all that has been compiled of it.
+
+    Args:
+        function: the @triton.jit function. Its parameters are pointers, then numbers, then constants, then what the table gives.
+        table: its name in tiles.json.
+    """
+
+    def __init__(self, function: Any, table: str):
+        self.function, self.table = function, table
+        self._prepared: dict[tuple, Prepared] = {}
+
+    def prepare(self, like: torch.Tensor, size: int, constants: tuple, *kind: Any, **options: int) -> Prepared:
+        """The kernel for one kind of arguments.
+
+        Args:
+            like: the tensor whose device and dtype choose the tile, and decide the dtype of every pointer.
+            size: as in `tile`.
+            constants: values of the first tl.constexpr parameters, hashable.
+            kind: which pointers are None, and the integers that Triton specialises on, such as strides.
+            options: launch options beside those of the table.
+        """
+        key = (architecture(like.device), like.dtype, size, constants, kind, *options.items())
+        found = self._prepared.get(key)
+        if found is None or _tiles.being_tuned():
+            found = Prepared(self.function, constants, {**_tiles.tile(self.table, key[0], like.dtype, size), **FUSE, **options})
+            if not _tiles.being_tuned():
+                if len(self._prepared) >= _MOST:
+                    self._prepared.clear()
+                self._prepared[key] = found
+        return found
+
+
+class Prepared:
+    """A kernel for one kind of arguments; `tile` holds its launch options, and "programs" where the table has it."""
+
+    def __init__(self, function: Any, constants: tuple, tile: dict[str, int]):
+        self.tile = tile
+        self._function, self._constants = function, constants
+        self._options = {name: value for name, value in tile.items() if name != "programs"}
+        self._compiled: dict[int, tuple[Any, tuple]] = {}  # by device: the compiled kernel, and the values of all its constants
+
+    def __call__(self, grid: tuple[int, ...], pointers: Sequence[torch.Tensor | None], numbers: Sequence[float]) -> None:
+        """Run `grid` programs on the current device and stream."""
+        address = 0
+        for pointer in pointers:
+            if pointer is not None:
+                address |= pointer.data_ptr()
+        usual = not address % 16 and max(numbers) <= _INT32
+        device = current_device()
+        if usual and (known := self._compiled.get(device)) is not None:
+            compiled, constants = known
+            compiled[(*grid, 1, 1)](*pointers, *numbers, *constants)
+            return
+        compiled = self._function[grid](*pointers, *numbers, *self._constants, **self._options)
+        if usual and compiled is not None:  # the interpreter compiles nothing
+            rest = self._function.arg_names[len(pointers) + len(numbers) + len(self._constants) :]
+            self._compiled[device] = compiled, (*self._constants, *(self._options[name] for name in rest))
