@@ -40,10 +40,11 @@ class Launch(NamedTuple):
 
 @dataclass
 class Seen:
-    """What was launched, in order, and the names of the kernels that were loaded for it, one for each specialisation."""
+    """What was launched, in order, and the kernels that were loaded for it, one for each specialisation: their names, sources and metadata."""
 
     launches: list[Launch] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
+    compiled: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def no_launch(architecture: str) -> Iterator[Seen]:
         raise RuntimeError("no_launch: TRITON_INTERPRET is set, under which nothing is compiled; unset it")
     seen = Seen()
     before = driver._active  # not `active`, which would look for a GPU
-    driver.set_active(_Driver(int(architecture.removeprefix("sm_")), seen))
+    driver.set_active(_Driver(int(architecture.removeprefix("sm_")), seen))  # type: ignore[arg-type]
     _forget_device()
     try:
         yield seen
@@ -118,8 +119,9 @@ class _Utilities:
 class _Launcher:
     """Of one compiled kernel."""
 
-    def __init__(self, _source: Any, metadata: Any):
+    def __init__(self, source: Any, metadata: Any):
         self.name, self.threads = metadata.name, 32 * metadata.num_warps
+        _active().seen.compiled.append((source, metadata))
 
     def __call__(self, x: int, y: int, z: int, *_arguments: Any) -> None:
         for axis, programs, limit in zip("xyz", (x, y, z), GRID_LIMITS, strict=True):
