@@ -51,11 +51,11 @@ check: .venv/.installed-test ## lint, format and types only
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/.installed-test | data/wiki/manifest.json ## all benchmarks that need no GPU, in 15 minutes; report in OUT=folder
-	@$(RUN_BENCHMARKS) --on cpu --out $(OUT)
+	@$(RUN_BENCHMARKS) --out $(OUT)
 
 bench-check: .venv/.installed-test | data/wiki/manifest.json ## the same, and whether a ratio fell below 0.85 of what is on record for such a machine
-	@$(RUN_BENCHMARKS) --on cpu --out $(OUT)
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(OUT) --on cpu
+	@$(RUN_BENCHMARKS) --out $(OUT)
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(OUT)
 
 bench-step: .venv/.installed-test | data/wiki/manifest.json ## of these, one: a training step against transformers' BertForPreTraining
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_step data/wiki
@@ -67,8 +67,8 @@ bench-downstream: .venv/.installed-test | data/library-8192/manifest.json ## whe
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_downstream data/labelled --data data/library-8192 --out $(OUT) \
 	    $(if $(wildcard runs/library/finished),--beside runs/library)
 
-gpu: ## all that needs a GPU, in 8 minutes, with the torch, Triton, pytest and pytest-benchmark of PYTHON; report in OUT=folder
-	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.run --on gpu --out $(OUT)
+gpu: ## all that needs a GPU, in 10 minutes, with the torch, Triton and pytest of PYTHON; every result is on disk at once; report in OUT=folder
+	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 clean: ## remove .venv and caches; data/ and runs/ stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -28,6 +28,7 @@ import torch
 
 from benchmarks import peers, rivals
 from benchmarks.cases import TOKENS, Case, arguments, call, leaves, outcome, production, sweep, truth, upstream_of
+from benchmarks.contenders import that_run
 from benchmarks.kernel_report import PASSES
 from benchmarks.timing import Contender, Times, differentiated, extra_memory, in_turns
 
@@ -83,26 +84,12 @@ class Bench:
 
     def _others(self, case: Case, given: dict[str, Any]) -> tuple[dict[str, Contender], dict[str, str]]:
         """Those that ran once, forward and backward, and why each of the others did not."""
-        found: dict[str, Contender] = {}
-        notes: dict[str, str] = {}
         offered = {**rivals.rivals(case, given), **peers.peers(case, given)}
         eager = offered["eager"]
         if str(case) in self.compiled and not isinstance(eager, str):
             torch.compiler.reset()
             offered["torch.compile"] = torch.compile(eager[0], fullgraph=True, dynamic=False), eager[1]
-        for name, rival in offered.items():
-            if isinstance(rival, str):
-                notes[name] = rival
-                continue
-            try:
-                forward, gradients = rival
-                result = forward()
-                contender = differentiated(forward, gradients, torch.randn_like(result))
-                contender.backward(result)
-                found[name] = contender
-            except Exception as failure:  # whatever a rival may raise, the others are measured
-                notes[name] = f"failed: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:200]}"
-        return found, notes
+        return that_run(offered)
 
 
 class Clock:

@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.bench_training import Sizes, made_up_batch, model_config
 from benchmarks.machine import header, header_line
+from benchmarks.made_up_training import Sizes, made_up_batch, model_config
 from benchmarks.pages import filled
 from benchmarks.record import Record, Row, table
 from fastbert.config import BatchConfig, RunConfig, parse_config

@@ -120,7 +120,9 @@ class Truth(NamedTuple):
     def share(self, values: list[Tensor]) -> float:
         """The largest error of a result or gradient as a share of what is allowed: at most 1 is right, and NaN never is."""
         errors = [_largest(ours.to(truth) - truth) for ours, truth in zip(values, self.values, strict=True)]
-        return max((e / a if e == e else float("inf")) for e, a in zip(errors, self.allowed, strict=True))
+        shares = [error / allowed for error, allowed in zip(errors, self.allowed, strict=True) if math.isfinite(allowed)]
+        comparable = len(shares) == len(errors) and not any(math.isnan(share) for share in shares)
+        return max(shares) if comparable else math.inf
 
 
 def upstream_of(result: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Have we become slower? Compares a fresh run with the results on record for this kind of machine; `make bench-check`.
 
-    python -m benchmarks.check FOLDER [--on cpu|gpu]
+    python -m benchmarks.check FOLDER
 
 FOLDER is what benchmarks.run wrote. Only ratios are compared, each measured side by side in one run: a slow machine slows both sides.
 Exit code 1 where one has fallen below 0.85 of what is on record; 2 where nothing is on record for such a machine, or there is no such folder.
@@ -52,9 +52,8 @@ def compare(before: Path, now: Path) -> Iterator[Compared]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what benchmarks.run wrote")
-    parser.add_argument("--on", choices=["gpu", "cpu"], default="gpu" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    on_record = RESULTS / folder_name(torch.device("cuda" if options.on == "gpu" else "cpu"))
+    on_record = RESULTS / folder_name(torch.device("cpu"))
     if not on_record.is_dir():
         known = ", ".join(sorted(path.name for path in RESULTS.iterdir() if path.is_dir()))
         print(f"check: nothing is on record for {on_record.name}, only for {known}; benchmarks.run --record puts it there")

@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.bench_training import Sizes, made_up_batch, model_config
 from benchmarks.machine import header, header_line
+from benchmarks.made_up_training import Sizes, made_up_batch, model_config
 from fastbert.config import RunConfig, RuntimeConfig
 from fastbert.model import BertForPreTraining
 from fastbert.plan import count_parameters

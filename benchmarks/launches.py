@@ -222,11 +222,13 @@ def innermost(error: BaseException) -> str:
 
 
 def switches(seen: Seen) -> dict[str, dict[str, set]]:
+    """The values of each compile-time constant, by kernel: {"norm._forward_kernel": {"D": {768, 1024}, ...}}."""
     reached: dict[str, dict[str, set]] = {}
-    for kernel, constants in seen.specialisations:
-        mine = reached.setdefault(kernel, {})
-        for name, value in constants.items():
-            mine.setdefault(name, set()).add(value)
+    for source, metadata in seen.compiled:
+        operation = source.fn.fn.__module__.split(".")[-2]
+        mine = reached.setdefault(f"{operation}.{metadata.name}", {})
+        for index, value in source.constants.items():
+            mine.setdefault(source.fn.arg_names[index[0]], set()).add(value)
     return reached
 
 

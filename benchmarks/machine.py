@@ -1,7 +1,4 @@
-"""What a benchmark ran on: the lines at the head of each report, and the peaks that shares are taken of.
-
-`python -m benchmarks.machine` prints it; exit code 2 without a GPU.
-"""
+"""What a benchmark ran on: the lines at the head of each report, and the peaks that shares are taken of."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -97,10 +93,3 @@ def _said_by(*command: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-if __name__ == "__main__":
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name, value in header(here).items():
-        print(f"{name:12} {value}")
-    sys.exit(0 if here.type == "cuda" else 2)

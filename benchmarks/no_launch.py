@@ -40,14 +40,14 @@ class Launch(NamedTuple):
 
 @dataclass
 class Seen:
-    """What was launched, in order; the names of the kernels that were loaded for it; and each with its compile-time constants.
+    """What was launched, in order; and the kernels that were loaded for it, one for each specialisation: their names, sources and metadata.
 
-    A kernel is loaded once in a process for each specialisation, so a second `no_launch` sees its launches, but no loading.
+    A kernel is loaded once in a process, so a second `no_launch` sees its launches, but no loading.
     """
 
     launches: list[Launch] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
-    specialisations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # "norm._forward_kernel", {"D": 768, ...}
+    compiled: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -124,9 +124,7 @@ class _Launcher:
 
     def __init__(self, source: Any, metadata: Any):
         self.name, self.threads = metadata.name, 32 * metadata.num_warps
-        names, folder = source.fn.arg_names, source.fn.fn.__module__.split(".")[-2]
-        constants = {names[index[0]]: value for index, value in source.constants.items()}
-        _active().seen.specialisations.append((f"{folder}.{self.name}", constants))
+        _active().seen.compiled.append((source, metadata))
 
     def __call__(self, x: int, y: int, z: int, *_arguments: Any) -> None:
         for axis, programs, limit in zip("xyz", (x, y, z), GRID_LIMITS, strict=True):

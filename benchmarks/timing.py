@@ -14,7 +14,7 @@ from torch import Tensor
 WARM_UP = 2  # passes that are not counted: compilation, and the allocator's first blocks
 ROUNDS = (5, 100)  # at the least and at the most
 FLUSH_BYTES = 256 * 1024**2  # several times the L2 of any GPU so far
-SLEEP_CYCLES = 2_000_000  # about a millisecond, in which the processor queues what is to be timed
+SLEEP_CYCLES = 4_000_000  # about two milliseconds, in which the processor queues what is to be timed
 
 
 class Contender(NamedTuple):

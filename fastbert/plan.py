@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.batches import share_out
@@ -71,6 +70,8 @@ CPU_PASSES = (
 
 def this_machine(seconds: float = 0.3) -> Device:
     """The CPU's rates as of now, each measured for so long; no network."""
+    import psutil  # here, since the benchmarks on a GPU read GPUS where psutil is not installed
+
     rate, bandwidth = measure_gemm_rate(seconds=seconds), measure_bandwidth(seconds=seconds)
     return Device(rate, rate, psutil.virtual_memory().total, bandwidth, math.inf, math.inf)
 

@@ -1,4 +1,4 @@
-"""What `make gpu` runs, as far as a CPU can show it: every part in its dry run, and the tuner on the interpreter."""
+"""The benchmarks of kernels, as far as a CPU can show them: the run of all that needs no GPU in its dry run, the tuner on the interpreter."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ def run(module: str, *arguments: str | Path, **environment: str) -> subprocess.C
 
 
 def test_everything_runs_dry_and_is_reported(tmp_path):
-    pytest.importorskip("triton")
     result = run("run", "--out", tmp_path / "report", "--dry-run", "--seconds", "600", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stdout + result.stderr
     report = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
-    for part in ("tests", "kernels", "training", "tuning"):
+    for part in ("kernels", "compilers"):
         assert f"| {part} | passed |" in report
-    assert " 0 failed" in report and "| gelu F=3072 | forward |" in report and "kernels.png" in report and "| tiny | 32 |" in report
+    assert "| gelu F=3072 | forward |" in report and "kernels.png" in report and "norm._forward_kernel" in report
     rows = json.loads((tmp_path / "report" / "kernels.json").read_text())["rows"]
     assert {row["implementation"] for row in rows} == {"cpu", "eager"}
     assert all(row["error_over_allowed"] <= 1 for row in rows if row["implementation"] == "cpu")
@@ -49,13 +48,8 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize(
-    "command",
-    [("tune",), ("bench_training", "--out", "nowhere"), ("machine",), ("run", "--on", "gpu", "--out", "nowhere")],
-    ids=lambda c: c[0],
-)
-def test_without_a_gpu_one_line_says_so(command):
-    result = run(*command)
+def test_without_a_gpu_one_line_says_so():
+    result = run("tune")
     assert result.returncode == 2 and not result.stderr
 
 

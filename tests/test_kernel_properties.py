@@ -7,6 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")  # a machine with a GPU may have pytest alone
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import GridExecutor

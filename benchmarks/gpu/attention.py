@@ -1,0 +1,64 @@
+"""Attention at the lengths of training, beside torch's SDPA (by FlashAttention and by cuDNN), its varlen attention, and FlashAttention if installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases import Case
+from benchmarks.gpu import measure
+from benchmarks.gpu.items import Item, Part, program
+from benchmarks.gpu.place import Place
+from benchmarks.gpu.proposals import Proposal
+from benchmarks.peers import peers
+from benchmarks.rivals import Rival, rivals
+
+LENGTHS, DRY_LENGTHS = (512, 128, 2048, 4096), (512, 128)  # most wanted first
+HEAD_SIZE, HIDDEN_SIZE = 64, 768
+BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+
+
+def cases(where: Place, proposals: Sequence[Proposal] = ()) -> list[Case]:
+    """At each length with and without dropout; at other head sizes where a proposed tile is for them."""
+
+    def case(n: int, size: int, p: float) -> Case:
+        label = f"n={n}" if size == HEAD_SIZE else f"n={n} K={size}"
+        return Case("attention", label, {"lengths": [n] * (where.tokens // n), "H": HIDDEN_SIZE // size, "K": size}, p)
+
+    asked_for = {proposal.key.size for proposal in proposals if proposal.key.kernel.startswith("attention")}
+    lengths = DRY_LENGTHS if where.dry else LENGTHS
+    return [case(n, HEAD_SIZE, p) for n in lengths for p in (0.1, 0.0)] + [
+        case(n, size, 0.1) for size in (32, 128) if size in asked_for for n in lengths[:2]
+    ]
+
+
+def offered(case: Case, given: dict[str, Any]) -> dict[str, Rival | str]:
+    """Without the eager one, which takes too long at these lengths."""
+    by_torch = rivals(case, given)
+    sdpa = by_torch["SDPA"]
+    assert not isinstance(sdpa, str)
+    forward, leaves = sdpa
+    chosen: Mapping[str, Rival | str] = {name: (by(backend, forward), leaves) for name, backend in BACKENDS.items()}
+    return {**chosen, "varlen_attn": by_torch["varlen_attn"], **peers(case, given)}
+
+
+def by(backend: SDPBackend, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The backward pass follows the forward pass's choice."""
+
+    def run() -> Tensor:
+        with sdpa_kernel(backend):
+            return forward()
+
+    return run
+
+
+def items(part: Part) -> list[Item]:
+    proposals = measure.proposals_for(part)
+    return measure.items(part, cases(part.place, proposals), proposals, offered)
+
+
+if __name__ == "__main__":
+    program("attention", items)

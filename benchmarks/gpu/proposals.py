@@ -1,0 +1,131 @@
+"""Tiles that somebody proposes: benchmarks/proposed_tiles.json, rows as in tiles.json, timed beside the present ones.
+
+    {"sm_90": {"attention_dkdv": [{"bits": 16, "size": 64, "BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3, "predicted_us": 182}]}}
+
+A row takes the place of the present one of the same kernel, bits and size. "predicted_us" is optional, and any text beside it ("note") is for readers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.cases import Case, call, leaves
+from benchmarks.gpu.results import Line
+from benchmarks.tune import NOISE, Key
+from fastbert_kernels._tiles import TABLE, Row, chosen_by, known_architecture
+
+FILE = Path(__file__).parents[1] / "proposed_tiles.json"
+PREDICTED = "predicted_us"
+
+
+class Proposal(NamedTuple):
+    key: Key
+    row: Row  # complete, as tiles.json would have it
+    predicted_us: float | None = None
+
+    @property
+    def tile(self) -> dict[str, Any]:
+        """For results.jsonl."""
+        return {"kernel": self.key.kernel, **self.row}
+
+
+def read_proposals(architecture: str, path: Path = FILE) -> list[Proposal]:
+    """Those for an architecture; none if there is no file, or nothing in it.
+
+    Raises:
+        ValueError: a row that could not stand in tiles.json; one line.
+    """
+    if not path.exists() or not path.read_text(encoding="utf-8").strip():
+        return []
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        kernels = table.get(architecture) or {}
+        found = [_proposal(kernel, row) for kernel, rows in kernels.items() for row in rows]
+    except (json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(
+            f'{path.name}: {type(error).__name__}: {error}; expected {{architecture: {{kernel: [row, ...]}}}}, rows with "bits" and "size"'
+        ) from error
+    present = json.loads(TABLE.read_text(encoding="utf-8"))[known_architecture(architecture)]
+    for proposal in found:
+        if proposal.key.kernel not in present:
+            raise ValueError(
+                f"{path.name}: {architecture}: {proposal.key.kernel} is no kernel of tiles.json, which has {', '.join(present)}"
+            )
+    return [proposal for proposal in found if proposal.row not in present[proposal.key.kernel]]
+
+
+def _proposal(kernel: str, row: dict[str, Any]) -> Proposal:
+    options = {name: value for name, value in row.items() if isinstance(value, int) and not isinstance(value, bool) and name != PREDICTED}
+    return Proposal(Key(kernel, row["bits"], row["size"]), options, row.get(PREDICTED))
+
+
+class Asked(NamedTuple):
+    """A row of the table that a case asks for, and the pass ("forward" or "backward") that does."""
+
+    which: str
+    row: Row
+
+
+def asked(case: Case, given: dict[str, Any]) -> dict[Key, Asked]:
+    """All of them, found by running the case."""
+    found: dict[Key, Asked] = {}
+    which = "forward"
+
+    def note(kernel: str, row: Row) -> Row:
+        found.setdefault(Key(kernel, row["bits"], row["size"]), Asked(which, row))
+        return row
+
+    with chosen_by(note):
+        result = call(case, given, "triton")
+        which = "backward"
+        torch.autograd.grad(result, leaves(case, given), torch.ones_like(result))
+    return found
+
+
+def replacing(proposals: Sequence[Proposal]) -> contextlib.AbstractContextManager[None]:
+    """A context in which these rows serve."""
+    rows = {proposal.key: proposal.row for proposal in proposals}
+    return chosen_by(lambda kernel, row: rows.get(Key(kernel, row["bits"], row["size"]), row))
+
+
+class Winner(NamedTuple):
+    """How the proposed rows for one row of the table did, over all cases that ask for it."""
+
+    key: Key
+    row: Row | None  # the best of them; None: the present one stays
+    ratio: float  # time of the pass with the best one over that with the present one, geometric mean over the cases
+    cases: int
+
+
+def winners(lines: Sequence[Line]) -> list[Winner]:
+    """Of the lines on tiles in results.jsonl. A row that was wrong or did not run in one case wins nothing."""
+    ratios: dict[Key, dict[str, list[float]]] = {}
+    rows: dict[str, Row] = {}
+    failed: set[str] = set()
+    for line in lines:
+        if line["what"] != "tile":
+            continue
+        row = {name: value for name, value in line["tile"].items() if name != "kernel"}
+        name = json.dumps(line["tile"], sort_keys=True)
+        rows[name] = row
+        found = ratios.setdefault(Key(line["tile"]["kernel"], row["bits"], row["size"]), {}).setdefault(name, [])
+        if "ratio" in line:
+            found.append(line["ratio"])
+        else:
+            failed.add(name)
+    result = []
+    for key, trials in ratios.items():
+        means = {name: statistics.geometric_mean(values) for name, values in trials.items() if values and name not in failed}
+        best = min(means, key=lambda name: means[name], default=None)
+        if best is None:
+            result.append(Winner(key, None, 1.0, 0))
+        else:
+            result.append(Winner(key, rows[best] if means[best] < NOISE else None, means[best], len(trials[best])))
+    return result
