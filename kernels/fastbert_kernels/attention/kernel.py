@@ -21,6 +21,7 @@ pass then has whole rows of scores before it, makes them once, and needs nothing
 Source: Dao, 2023 (FlashAttention-2), algorithms 1 and 2.
 """
 
+import itertools
 import math
 
 import torch
@@ -44,7 +45,9 @@ from fastbert_kernels._worklist import ITEM, attention_worklist, one_tile
 _LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2))
 _ITEM = tl.constexpr(ITEM)
-_VARIES = ["sequences", "rows", "tokens", "scale", "keep_scale", "site", "threshold"]  # not worth a compilation for each value
+_SMALL = ITEM // 2  # tokens: sequences of more take a tile of ITEM, where one tile holds a whole sequence
+_REST = 8  # programs of a head that fill the rows behind the last sequence, where no list of work has them
+_VARIES = ["sequences", "rows", "tokens", "over", "scale", "keep_scale", "site", "threshold"]  # not worth a compilation for each value
 
 
 # ------------------------------------------------------------------------------------------------------------- shared pieces
@@ -75,12 +78,15 @@ def _store(ptr, row, valid, stride, values, K: tl.constexpr):
 
 @triton.jit
 def _item(work_ptr, sequences, BLOCK: tl.constexpr):
-    """Sequence of this program's item (-1: none), and its first row within the sequence; ITEM // BLOCK programs share an item."""
+    """Sequence of this program's item (-1: none, `sequences`: the rows behind the last one), and its first row within the sequence.
+
+    ITEM // BLOCK programs share an item.
+    """
     SHARE: tl.constexpr = _ITEM // BLOCK
     program = tl.program_id(1)
     entry = work_ptr + 2 * (program // SHARE)
     sequence, first = tl.load(entry), tl.load(entry + 1)
-    if sequence >= sequences or first < 0:  # the list of another batch
+    if sequence > sequences or first < 0:  # the list of another batch
         sequence = -1
     return sequence, first + program % SHARE * BLOCK
 
@@ -92,20 +98,24 @@ def _span(bounds_ptr, sequence, total):
     return first, tl.minimum(tl.maximum(tl.load(bounds_ptr + sequence + 1), first), total)
 
 
+@triton.jit
+def _rest(bounds_ptr, sequences, total):
+    """The first row behind the last sequence, within [0, total]."""
+    return tl.minimum(tl.maximum(tl.load(bounds_ptr + sequences), 0), total)
+
+
+@triton.jit
+def _fill(ptr, first, total, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros to BLOCK rows."""
+    row = first + tl.arange(0, BLOCK)
+    _store(ptr, row, row < total, H * K, tl.zeros([BLOCK, triton.next_power_of_2(K)], tl.float32), K)
+
+
 @triton.constexpr_function
 def _multiplied_by_fma(ptr, precision):
     """Whether dot products run outside the matrix units. Operands are then rows of registers: one that is kept through a loop spills
     (2 KB a thread at K = 64), so it is loaded anew for each tile, from the L1 cache."""
     return ptr.dtype.element_ty == tl.float32 and precision == "ieee"
-
-
-@triton.jit
-def _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, rows, tokens, BLOCK: tl.constexpr):
-    """All query rows and all tokens of a sequence, which of the BLOCK there are, and the first of each."""
-    first_row, last_row = _span(query_bounds_ptr, sequence, rows)
-    first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
-    row, token = first_row + tl.arange(0, BLOCK), first_token + tl.arange(0, BLOCK)
-    return row, token, row < last_row, token < last_token, first_row, first_token
 
 
 @triton.jit
@@ -118,9 +128,18 @@ def _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_r
     return site_keys(row_key(tl.load(keys_ptr + sequence), position), site, head)
 
 
-def _short(kernel, architecture, dtype, size, max_seqlen):
-    """Launch options of a kernel that holds a whole sequence in one tile: the smallest that does."""
-    return {**tile(kernel, architecture, dtype, size), **FUSE, "BLOCK": max(16, triton.next_power_of_2(max_seqlen))}
+def _short(kernel, architecture, dtype, size, sequences, max_seqlen):
+    """The launches of a kernel that holds a whole sequence in one tile: programs of a head, `over`, options.
+
+    How many sequences are long and how many are short only the device knows. So each launch has a program for every sequence, and those
+    whose sequence belongs to the other launch end at once. Long ones have the whole device busy first.
+    """
+    launches = []
+    if max_seqlen > _SMALL and sequences:
+        launches.append((sequences, _SMALL, {**tile(kernel, architecture, dtype, size), **FUSE, "BLOCK": ITEM}))
+    block = max(16, triton.next_power_of_2(min(max_seqlen, _SMALL)))
+    launches.append((sequences + _REST, 0, {**tile(f"{kernel}_{_SMALL}", architecture, dtype, size), **FUSE, "BLOCK": block}))
+    return launches
 
 
 def _query_bounds(cu_seqlens, queries):
@@ -169,6 +188,9 @@ def _forward_kernel(
     head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
     if sequence < 0:
+        return
+    if sequence == sequences:
+        _fill(out_ptr + head * K, _rest(query_bounds_ptr, sequences, rows) + offset, rows, H, K, BLOCK_Q)
         return
     first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     if first_row + offset >= last_row:
@@ -221,11 +243,22 @@ def _softmax(q, k, valid, scale, PRECISION: tl.constexpr):
 def _forward_short_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    rows, tokens, scale, keep_scale, site, threshold,
+    sequences, rows, tokens, over, scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
-    row, token, asked, valid, first_row, first_token = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, rows, tokens, BLOCK)
+    if sequence >= sequences:
+        first, step = (sequence - sequences) * BLOCK, (tl.num_programs(1) - sequences) * BLOCK
+        for start in range(_rest(query_bounds_ptr, sequences, rows) + first, rows, step):
+            _fill(out_ptr + head * K, start, rows, H, K, BLOCK)
+        return
+    first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
+    first_row, last_row = _span(query_bounds_ptr, sequence, rows)
+    length = last_token - first_token
+    if (length <= over) | (length > BLOCK) | (first_row == last_row):
+        return
+    row, token = first_row + tl.arange(0, BLOCK), first_token + tl.arange(0, BLOCK)
+    asked, valid = row < last_row, token < last_token
     q = _load(q_ptr + head.to(tl.int64) * q_head, row, asked, q_row, K)
     k = _load(k_ptr + head.to(tl.int64) * k_head, token, valid, k_row, K)
     v = _load(v_ptr + head.to(tl.int64) * v_head, token, valid, v_row, K)
@@ -250,17 +283,19 @@ def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p,
     bounds = _query_bounds(cu_seqlens, queries)
     tables = (bounds, cu_seqlens, queries, keys)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    sequences, numbers = len(cu_seqlens) - 1, (rows, len(k), scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
+    sequences, sizes, numbers = len(cu_seqlens) - 1, (rows, len(k)), (scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
     constants = (heads, size, queries is not None, dropout_p > 0, dot_precision(q.dtype))
     if whole:
-        grid = (heads, sequences)
-        options = _short("attention_forward_short", kind, q.dtype, size, max_seqlen)
-        _forward_short_kernel[grid](q, k, v, out, *tables, *strides, *numbers, *constants, **options)
+        for programs, over, options in _short("attention_forward_short", kind, q.dtype, size, sequences, max_seqlen):
+            grid = (heads, programs)
+            _forward_short_kernel[grid](
+                q, k, v, out, *tables, *strides, sequences, *sizes, over, *numbers, *constants, **options
+            )  # fmt: skip
     else:
         work = attention_worklist(bounds, rows) if worklist is None or queries is not None else worklist
         options = tile("attention_forward", kind, q.dtype, size)
         grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
-        _forward_kernel[grid](q, k, v, out, *statistics, work, *tables, *strides, sequences, *numbers, *constants, **options, **FUSE)
+        _forward_kernel[grid](q, k, v, out, *statistics, work, *tables, *strides, sequences, *sizes, *numbers, *constants, **options, **FUSE)
     return out, statistics
 
 
@@ -270,13 +305,13 @@ def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p,
 @triton.jit(do_not_specialize=_VARIES)
 def _prepare_kernel(
     out_ptr, dout_ptr, delta_ptr, lo_ptr, hi_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
-    sequences, rows, tokens, site,
+    sequences, rows, tokens, keep_scale, site,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta = dO . O of each row, and the keys of its mask, which the other two kernels would make once for each tile of keys."""
+    """delta = dO . O / keep_scale of each row, and the keys of its mask, which the other two kernels would make once for each tile of keys."""
     head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
-    if sequence < 0:
+    if (sequence < 0) | (sequence == sequences):
         return
     first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     row = first_row + offset + tl.arange(0, BLOCK_Q)
@@ -285,7 +320,7 @@ def _prepare_kernel(
     dout = _load(dout_ptr + head * K, row, valid, H * K, K).to(tl.float32)
 
     slot = head.to(tl.int64) * rows + row
-    tl.store(delta_ptr + slot, tl.sum(out * dout, 1), mask=valid)
+    tl.store(delta_ptr + slot, tl.sum(out * dout, 1) / keep_scale, mask=valid)
     if DROPOUT:
         first_token, _ = _span(cu_seqlens_ptr, sequence, tokens)
         lo, hi = _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT)
@@ -315,7 +350,7 @@ def _row_facts(top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPO
 @triton.jit
 def _dkdv_tile(
     k, v, dk, dv, q_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, dout_row, start, end, first_key,
-    scale, keep_scale, threshold,
+    scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to dV, and to dK but for scale."""
@@ -329,7 +364,7 @@ def _dkdv_tile(
     weights = tl.exp2(tl.fma(scores, scale, -top[None, :])) * share[None, :]
     dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     if DROPOUT:
-        drop = tl.where(keep_mask_transposed(lo, hi, first_key, BLOCK_K, threshold), keep_scale, 0.0)
+        drop = tl.where(keep_mask_transposed(lo, hi, first_key, BLOCK_K, threshold), 1.0, 0.0)
         dv = tl.dot((weights * drop).to(dout.dtype), dout, dv, input_precision=PRECISION)
         dscores = weights * tl.fma(dweights, drop, -delta[None, :])
     else:
@@ -349,6 +384,11 @@ def _dkdv_kernel(
     head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_K)
     if sequence < 0:
+        return
+    if sequence == sequences:
+        first = _rest(cu_seqlens_ptr, sequences, tokens) + offset
+        _fill(dk_ptr + head * K, first, tokens, H, K, BLOCK_K)
+        _fill(dv_ptr + head * K, first, tokens, H, K, BLOCK_K)
         return
     first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
     if first_token + offset >= last_token:
@@ -375,21 +415,21 @@ def _dkdv_kernel(
             v = _load(v_ptr + head.to(tl.int64) * v_head, token, inside, v_row, K)
         dk, dv = _dkdv_tile(
             k, v, dk, dv, q_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, start, count, offset,
-            scale, keep_scale, threshold, K, False, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
+            scale, threshold, K, False, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     if full < count:
         dk, dv = _dkdv_tile(
             k, v, dk, dv, q_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, full, count, offset,
-            scale, keep_scale, threshold, K, True, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
+            scale, threshold, K, True, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
-    _store(dk_ptr + head * K, token, inside, H * K, dk * (scale * _LN2), K)  # scale holds log2(e): ln 2 takes it out
-    _store(dv_ptr + head * K, token, inside, H * K, dv, K)
+    _store(dk_ptr + head * K, token, inside, H * K, dk * (scale * keep_scale * _LN2), K)  # scale holds log2(e): ln 2 takes it out
+    _store(dv_ptr + head * K, token, inside, H * K, dv * keep_scale, K)
 
 
 @triton.jit
 def _dq_tile(
-    q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, keep_scale, threshold,
+    q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys adds to dQ, but for the factor scale * share of each row."""
@@ -397,16 +437,14 @@ def _dq_tile(
     valid = key < length if TAIL else None
     k = _load(k_ptr, key, valid, k_row, K)
     v = _load(v_ptr, key, valid, v_row, K)
+    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if TAIL:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     weights = tl.exp2(tl.fma(scores, scale, -top[:, None]))
-    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
-        drop = tl.where(keep_mask(lo, hi, start, BLOCK_K, threshold), keep_scale, 0.0)
-        dscores = weights * tl.fma(dweights, drop, -delta[:, None])
-    else:
-        dscores = weights * (dweights - delta[:, None])
+        dweights = tl.where(keep_mask(lo, hi, start, BLOCK_K, threshold), dweights, 0.0)
+    dscores = weights * (dweights - delta[:, None])
     return tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -420,6 +458,9 @@ def _dq_kernel(
     head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
     if sequence < 0:
+        return
+    if sequence == sequences:
+        _fill(dq_ptr + head * K, _rest(query_bounds_ptr, sequences, rows) + offset, rows, H, K, BLOCK_Q)
         return
     first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     if first_row + offset >= last_row:
@@ -443,26 +484,40 @@ def _dq_kernel(
             q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
             dout = _load(dout_ptr + head * K, row, valid, H * K, K)
         dq = _dq_tile(
-            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, keep_scale, threshold,
+            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, threshold,
             K, False, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
     if full < length:
         dq = _dq_tile(
-            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale, keep_scale, threshold,
+            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale, threshold,
             K, True, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
-    _store(dq_ptr + head * K, row, valid, H * K, dq * (share * scale * _LN2)[:, None], K)
+    _store(dq_ptr + head * K, row, valid, H * K, dq * (share * (scale * keep_scale * _LN2))[:, None], K)
 
 
 @triton.jit(do_not_specialize=_VARIES)
 def _backward_short_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    rows, tokens, scale, keep_scale, site, threshold,
+    sequences, rows, tokens, over, scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
-    row, token, asked, valid, first_row, first_token = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, rows, tokens, BLOCK)
+    if sequence >= sequences:
+        first, step = (sequence - sequences) * BLOCK, (tl.num_programs(1) - sequences) * BLOCK
+        for start in range(_rest(query_bounds_ptr, sequences, rows) + first, rows, step):
+            _fill(dq_ptr + head * K, start, rows, H, K, BLOCK)
+        for start in range(_rest(cu_seqlens_ptr, sequences, tokens) + first, tokens, step):
+            _fill(dk_ptr + head * K, start, tokens, H, K, BLOCK)
+            _fill(dv_ptr + head * K, start, tokens, H, K, BLOCK)
+        return
+    first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
+    first_row, last_row = _span(query_bounds_ptr, sequence, rows)
+    length = last_token - first_token
+    if (length <= over) | (length > BLOCK):
+        return
+    row, token = first_row + tl.arange(0, BLOCK), first_token + tl.arange(0, BLOCK)
+    asked, valid = row < last_row, token < last_token
     q = _load(q_ptr + head.to(tl.int64) * q_head, row, asked, q_row, K)
     k = _load(k_ptr + head.to(tl.int64) * k_head, token, valid, k_row, K)
     v = _load(v_ptr + head.to(tl.int64) * v_head, token, valid, v_row, K)
@@ -500,10 +555,12 @@ def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys
     sequences, sizes, scales = len(cu_seqlens) - 1, (rows, len(k)), (scale * _LOG2E, keep_scale(dropout_p))
     cut, drop, precision = queries is not None, dropout_p > 0, dot_precision(q.dtype)
     if one_tile(q.dtype, max_seqlen):
-        grid = (heads, sequences)
-        options = _short("attention_backward_short", kind, q.dtype, size, max_seqlen)
-        numbers, constants = (*sizes, *scales, site, threshold(dropout_p)), (heads, size, cut, drop, precision)
-        _backward_short_kernel[grid](q, k, v, dout, dq, dk, dv, *tables, *strides, *numbers, *constants, **options)
+        numbers, constants = (*scales, site, threshold(dropout_p)), (heads, size, cut, drop, precision)
+        for programs, over, options in _short("attention_backward_short", kind, q.dtype, size, sequences, max_seqlen):
+            grid = (heads, programs)
+            _backward_short_kernel[grid](
+                q, k, v, dout, dq, dk, dv, *tables, *strides, sequences, *sizes, over, *numbers, *constants, **options
+            )  # fmt: skip
         return dq, dk, dv
 
     key_work = attention_worklist(cu_seqlens, len(k)) if worklist is None else worklist
@@ -512,7 +569,7 @@ def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys
     grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
     delta = torch.empty_like(statistics[0])
     lo, hi = (torch.empty_like(delta, dtype=torch.int32) if drop else None for _ in range(2))
-    _prepare_kernel[grid](out, dout, delta, lo, hi, work, *tables, sequences, *sizes, site, heads, size, cut, drop, **options, **FUSE)
+    _prepare_kernel[grid](out, dout, delta, lo, hi, work, *tables, sequences, *sizes, scales[1], site, heads, size, cut, drop, **options, **FUSE)
 
     facts, numbers, constants = (
         (*statistics, delta, lo, hi),
@@ -542,12 +599,13 @@ def production() -> list[Production]:
             "sequences": "i32",
             "rows": "i32",
             "tokens": "i32",
+            "over": "i32",
             "scale": "fp32",
             "keep_scale": "fp32",
             "site": "i32",
             "threshold": "i32",
         }
-        sizes = {"H": 12, "K": 64, "CUT": False, "PRECISION": dot_precision(dtype), "queries_ptr": None, "keys_ptr": "*i64", "BLOCK": ITEM}
+        sizes = {"H": 12, "K": 64, "CUT": False, "PRECISION": dot_precision(dtype), "queries_ptr": None, "keys_ptr": "*i64"}
         inputs = dict((q, k, v, out, dout)) | gradients | bounds | strides | facts | numbers | sizes
         walked = {  # the operands of each kernel whose loads must be wide
             _forward_short_kernel: ("attention_forward_short", "q_ptr", "k_ptr", "v_ptr"),
@@ -558,8 +616,11 @@ def production() -> list[Production]:
             _dq_kernel: ("attention_dq", "q_ptr", "k_ptr", "v_ptr", "dout_ptr"),
         }
         for kernel, (table, *wide) in walked.items():
-            for drop in (False, True) if dtype.itemsize == 2 or "short" not in table else ():
-                mine = {name: value for name, value in inputs.items() if name in kernel.arg_names} | {"DROPOUT": drop}
-                aligned = tuple(name for name in strides if name in mine)
-                found.append(Production(kernel, table, 64, dtype, mine, aligned, tuple(wide)))
+            # (table, BLOCK) of each size class: two, where one tile holds a whole sequence; BLOCK is not in the table then.
+            classes = ((table, ITEM), (f"{table}_{_SMALL}", _SMALL)) if "short" in table else ((table, None),)
+            for (name, block), drop in itertools.product(classes, (False, True)) if dtype.itemsize == 2 or "short" not in table else ():
+                mine = {key: value for key, value in inputs.items() if key in kernel.arg_names} | {"DROPOUT": drop}
+                mine |= {"BLOCK": block} if block else {}
+                aligned = tuple(key for key in strides if key in mine)
+                found.append(Production(kernel, name, 64, dtype, mine, aligned, tuple(wide)))
     return found

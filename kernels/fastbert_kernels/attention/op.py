@@ -16,7 +16,7 @@ from fastbert_kernels._checks import (
     values_checked,
 )
 from fastbert_kernels._library import operator
-from fastbert_kernels._worklist import one_tile
+from fastbert_kernels._worklist import ITEM, one_tile
 from fastbert_kernels.attention.cpu import cpu
 from fastbert_kernels.attention.reference import reference
 
@@ -48,7 +48,8 @@ def varlen_attention(
         q: [R, H, K], fp32, fp16 or bf16 (fp64 too, but for "triton"); R = T unless `queries` is given. May be strided, as a slice of
             a joint projection is; "triton" wants a last stride of 1, and K a multiple of 16 up to 128.
         k, v: [T, H, K], as q.
-        cu_seqlens: int32 [B + 1], first token of each sequence, then T.
+        cu_seqlens: int32 [B + 1], first token of each sequence, then the end of the last, at most T: a pack may be padded. Sequences
+            may be empty, so that B may be padded too.
         max_seqlen: length of the longest sequence, in tokens.
         dropout_p: probability to drop an attention weight, rounded to a multiple of 2**-16.
         keys: int64 [B], one key a sequence; masks are a function of (key, site, head, position of q, position of k).
@@ -62,11 +63,11 @@ def varlen_attention(
         impl: "triton", "cpu" or "reference".
 
     Returns:
-        [R, H, K], in the dtype of q.
+        [R, H, K], in the dtype of q. Rows behind the last sequence are zero, and so are the gradients of q, k and v there.
 
     Raises:
-        ValueError: a shape, device or stride that does not fit, cu_seqlens that do not ascend from 0 to T or have a sequence longer
-            than max_seqlen, queries that do not ascend within [0, T), dropout without keys, an unknown `impl`.
+        ValueError: a shape, device or stride that does not fit, cu_seqlens that do not ascend from 0 to at most T or have a sequence
+            longer than max_seqlen, queries that do not ascend within [0, T), dropout without keys, an unknown `impl`.
         TypeError: a dtype that does not fit.
 
     Source: Vaswani et al., 2017, section 3.2.1; packed layout as in FlashAttention's `flash_attn_varlen_func`.
@@ -76,7 +77,7 @@ def varlen_attention(
     _check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, check_values)
     check_implementation("varlen_attention", impl, tuple(_IMPLEMENTATIONS))
     if impl == "triton":
-        _check_for_triton(q, k, v, worklist, cu_seqlens=cu_seqlens, queries=queries, keys=keys)
+        _check_for_triton(q, k, v, worklist, cu_seqlens, queries=queries, keys=keys)
         return _VarlenAttention.apply(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale, worklist)
     return _IMPLEMENTATIONS[impl](q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale)
 
@@ -107,8 +108,8 @@ def _check_bounds(bounds: list[int], total: int, max_seqlen: int) -> None:
     if lengths and min(lengths) < 0:
         i = next(i for i, length in enumerate(lengths) if length < 0)
         raise ValueError(f"varlen_attention: cu_seqlens falls from {bounds[i]} to {bounds[i + 1]} at sequence {i}, expected to ascend")
-    if bounds[-1] != total:
-        raise ValueError(f"varlen_attention: cu_seqlens ends at {bounds[-1]}, expected T = {total}")
+    if bounds[-1] > total:
+        raise ValueError(f"varlen_attention: cu_seqlens ends at {bounds[-1]}, expected at most T = {total}")
     if lengths and max(lengths) > max_seqlen:
         raise ValueError(f"varlen_attention: max_seqlen = {max_seqlen}, but cu_seqlens has a sequence of {max(lengths)} tokens")
 
@@ -121,14 +122,14 @@ def _check_queries(queries: list[int], total: int) -> None:
             raise ValueError(f"varlen_attention: queries holds {a} and then {b}, expected to ascend")
 
 
-def _check_for_triton(q, k, v, worklist, **tables) -> None:
+def _check_for_triton(q, k, v, worklist, cu_seqlens, **tables) -> None:
     name = "varlen_attention"
-    check_triton(name, q=q, k=k, v=v, worklist=worklist, **tables)
-    size = k.shape[2]
+    check_triton(name, q=q, k=k, v=v, worklist=worklist, cu_seqlens=cu_seqlens, **tables)
+    total, _, size = k.shape
     if size % 16 or not 16 <= size <= 128:
         raise ValueError(f'{name}: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"')
     if worklist is not None:
-        check_tensor(name, "worklist", worklist, ("items", 2), torch.int32)
+        check_tensor(name, "worklist", worklist, (total // ITEM + len(cu_seqlens), 2), torch.int32)
         check_device(name, k.device, worklist=worklist)
 
 
