@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import GridExecutor
 
+from fastbert_kernels import attention_worklist
 from fastbert_kernels._spec import Shape, Spec
 from fastbert_kernels.specs import SPECS
 from tests import test_kernels
 from tests.sanitizer import sanitize
-from tests.test_kernels import DTYPES, GPU, fresh_memory_is_nan, run, watched
+from tests.test_kernels import DTYPES, GPU, fresh_memory_is_nan, place, run, watched
 from tests.test_operators import DEVICE, EVERY, TRITON, assert_same, cases, inputs, kinds
 
 __all__ = ["fresh_memory_is_nan"]  # used by every test
@@ -199,6 +200,98 @@ def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype,
     assert_same(outcome(list(range(len(lengths)))), outcome(order))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("cut", [False, True], ids=["all", "cut"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("size", [48, 64])
+def test_attention_of_a_sequence_does_not_depend_on_the_longest_of_the_pack(size, dtype, cut, p):
+    """Up to 64 tokens it goes through the same tile whether longer ones are in the pack, which take another launch, or not."""
+    lengths = [64, 128, 1, 65, 33, 0]
+    arguments = inputs("attention", DTYPES[dtype], p, {"lengths": lengths, "H": 2, "K": size} | ({"R": 100} if cut else {}))
+    together = run(SPECS["attention"], arguments, "triton")
+    ends = arguments["cu_seqlens"].tolist()
+    # The same upstream gradients as in `run`, of which each sequence takes its own.
+    upstream = torch.randn(arguments["q"].shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(arguments["q"])
+    for i, length in enumerate(lengths):
+        tokens = rows = slice(ends[i], ends[i + 1])
+        alone = {"cu_seqlens": torch.tensor([0, length], dtype=torch.int32), "max_seqlen": length}
+        if p:
+            alone["keys"] = arguments["keys"][i : i + 1]
+        if cut:
+            first, last = torch.searchsorted(arguments["queries"], torch.tensor(ends[i : i + 2])).tolist()
+            rows, alone["queries"] = slice(first, last), arguments["queries"][first:last] - ends[i]
+        if rows.start == rows.stop:
+            continue
+        leaves = {key: arguments[key][rows if key == "q" else tokens].detach().requires_grad_() for key in "qkv"}
+        with watched("triton"):
+            result = SPECS["attention"].function(**arguments | place(alone | leaves, DEVICE), impl="triton")
+            result.backward(upstream[rows].to(DEVICE))
+        assert torch.equal(result.cpu(), together["result"][rows]), f"{length} tokens"
+        for key, leaf in leaves.items():
+            assert torch.equal(leaf.grad.cpu(), together[f"d{key}"][rows if key == "q" else tokens]), f"d{key} of {length} tokens"
+
+
+# Padding: rows behind the last sequence, and empty sequences at the end
+
+PADDED = [
+    pytest.param({"lengths": lengths, "H": 2, "K": 32, "rest": rest} | cut, id=f"{label}-{'cut' if cut else 'all'}")
+    for label, lengths, rest in (
+        ("one tile", [40, 9, 100, 0, 0], 200),
+        ("small tile", [40, 9, 64], 17),
+        ("several tiles", [200, 3, 0], 129),
+        ("nothing else", [], 5),
+    )
+    for cut in ({}, {"R": 30})
+    if sum(lengths) or not cut
+]
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["", "listed"])
+@pytest.mark.parametrize("shape", PADDED)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("impl", [impl for name, impl in EVERY if name == "attention"])
+def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, shape, listed):
+    """Whatever is in them: here NaN, in the upstream gradient too. The others are as without padding, bit for bit."""
+    spec = SPECS["attention"]
+    arguments = inputs("attention", DTYPES[dtype], 0.1, shape)
+    end = int(arguments["cu_seqlens"][-1])
+    kept = {"q": end, "k": end, "v": end}
+    if "queries" in arguments:
+        kept["q"] = int((arguments["queries"] < end).sum())
+        assert 0 < kept["q"] < len(arguments["queries"])
+    arguments |= {key: arguments[key].clone() for key in kept}  # apart, not slices of one projection
+    for key, rows in kept.items():
+        arguments[key][rows:] = float("nan")
+    real = next(i for i in range(len(shape["lengths"]) + 1) if not any(shape["lengths"][i:]))  # sequences but for empty ones at the end
+    bare = arguments | {key: arguments[key][:rows] for key, rows in kept.items()}
+    bare |= {"cu_seqlens": arguments["cu_seqlens"][: real + 1], "keys": arguments["keys"][:real]}
+    if "queries" in arguments:
+        bare["queries"] = arguments["queries"][: kept["q"]]
+    found = []
+    for pack in (arguments, bare):
+        if listed and impl == "triton":
+            pack["worklist"] = attention_worklist(pack["cu_seqlens"], len(pack["k"]))
+        leaves = {key: pack[key].detach().requires_grad_() for key in kept}
+        with watched(impl):
+            result = spec.function(**pack | leaves, impl=impl)
+            upstream = torch.ones_like(result)
+            upstream[kept["q"] :] = float("nan")
+            result.backward(upstream)
+        found.append({"result": result.detach(), **{f"d{key}": leaf.grad for key, leaf in leaves.items()}})
+    padded, plain = found
+    for key, value in padded.items():
+        rows = kept["q" if key == "result" else key[1:]]
+        assert not value[rows:].any(), f"{key} behind the last sequence"
+        assert torch.equal(value[:rows], plain[key]), key
+
+
+def test_a_list_of_work_for_another_batch_is_refused():
+    arguments = inputs("attention", shape=PACK)
+    other = attention_worklist(arguments["cu_seqlens"][:-1], len(arguments["k"]))
+    with pytest.raises(ValueError, match=r"varlen_attention: worklist has shape \[4, 2\], expected \[5, 2\]"):
+        SPECS["attention"].function(**arguments, worklist=other, impl="triton")
+
+
 # Bad input
 
 
@@ -257,9 +350,9 @@ INDICES = [
 @pytest.mark.parametrize(("name", "key", "shape"), [case for case in INDICES if case.values[1] != "cu_seqlens"])
 def test_an_index_out_of_range_is_refused_by_name(name, key, shape):
     spec, arguments = SPECS[name], inputs(name, shape=shape)
-    for place, value in ((0, -1), (-1, 2**40)):
+    for where, value in ((0, -1), (-1, 2**40)):
         arguments[key] = arguments[key].clone()
-        arguments[key][place] = value
+        arguments[key][where] = value
         low, high = ("-1", r"\d+") if value < 0 else (r"-?\d+", value)
         for impl in [impl for other, impl in EVERY if other == name]:
             with pytest.raises(ValueError, match=rf": {key} span {low} to {high}; must be in \[0, \w+ = \d+\)"):
@@ -271,13 +364,13 @@ def test_unchecked_a_bad_index_reads_and_writes_nothing_outside(name, key, shape
     """And is loud where the docstring says so."""
     spec = SPECS[name]
     values = (-1, -300, 300) if key == "cu_seqlens" else (-1, 10**6, 2**40, -(2**63))
-    for value, place in zip(2 * values, (0, 1, -1, 0, 1, -1), strict=False):
+    for value, where in zip(2 * values, (0, 1, -1, 0, 1, -1), strict=False):
         arguments = inputs(name, shape=shape)
         arguments[key] = arguments[key].clone()
-        arguments[key][place] = value
+        arguments[key][where] = value
         found = run(spec, arguments | {"check_values": False}, "triton")
         if "NaN" in str(spec.function.__doc__):
-            assert found["result"].isnan().any(), f"{key}[{place}] = {value}"
+            assert found["result"].isnan().any(), f"{key}[{where}] = {value}"
 
 
 PACK = {"lengths": [15, 16, 17, 1], "H": 2, "K": 16}  # T = 49
@@ -289,8 +382,7 @@ PACK = {"lengths": [15, 16, 17, 1], "H": 2, "K": 16}  # T = 49
         ({"cu_seqlens": [1, 15, 31, 48, 49]}, "cu_seqlens starts at 1, expected 0"),
         ({"cu_seqlens": [-1, 15, 31, 48, 49]}, "cu_seqlens starts at -1, expected 0"),
         ({"cu_seqlens": [0, 31, 15, 48, 49]}, "cu_seqlens falls from 31 to 15 at sequence 1, expected to ascend"),
-        ({"cu_seqlens": [0, 15, 31, 48, 48]}, "cu_seqlens ends at 48, expected T = 49"),
-        ({"cu_seqlens": [0, 15, 31, 48, 50]}, "cu_seqlens ends at 50, expected T = 49"),
+        ({"cu_seqlens": [0, 15, 31, 48, 50]}, "cu_seqlens ends at 50, expected at most T = 49"),
         ({"max_seqlen": 16}, "max_seqlen = 16, but cu_seqlens has a sequence of 17 tokens"),
         ({"queries": [0, 5, 4]}, "queries holds 5 and then 4, expected to ascend"),
         ({"queries": [0, 5, 5]}, "queries holds 5 and then 5, expected to ascend"),

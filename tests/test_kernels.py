@@ -99,7 +99,7 @@ def test_attention_takes_1_and_8192_tokens_in_one_batch(dtype):
     test_agrees_with_the_reference_in_fp64("attention", "triton", {"lengths": [1, 8192, 130], "H": 1, "K": 32, "R": 60}, 0.1, dtype)
 
 
-@pytest.mark.parametrize("columns", [1, 2, 7, 64, 255])
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 15, 16, 17, 64, 255])
 def test_cpu_masks_are_those_of_the_definition(columns):
     rows = torch.randint(-(2**63), 2**63 - 1, (50,), generator=torch.Generator().manual_seed(1))
     lo, hi = site_keys(rows, 12, heads=3)

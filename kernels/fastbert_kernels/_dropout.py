@@ -5,15 +5,17 @@ rank that holds an example, on the place of the example in the pack, or on what 
 
     row    = splitmix64(key + (position + 1) * GOLDEN)                      one 64-bit key a token, `row_keys`
     lo, hi = halves of splitmix64(row + (site * 2**16 + head + 1) * GOLDEN) two 32-bit keys a row of one operation
-    x      = (lo | 1) * (column // 2) + hi
-    x      = (x ^ x >> 15) * 0x735A2D97                                     32 bits, 16 for each of two columns
-    keep   = (column even ? low 16 bits : high 16 bits) >= threshold(p)
+    x      = (lo | 1) * (column // 16 * 8 + column % 8) + hi
+    x      = (x ^ x >> 15) * 0x735A2D97                                     32 bits: a word, 16 for each of two columns
+    half   = low 16 bits if column % 16 < 8, else high 16 bits              as a signed number
+    keep   = half >= threshold(p) - 2**15
 
 A row costs a good hash, an element only two multiplications, a shift and an XOR for two columns: attention hashes every score, and on
 a GPU its integer units, not its matrix units, would set the pace. Two keys a row, because with a single one rows whose keys lie near
 each other would hold shifted copies of one mask; with random `lo` and `hi` the words of a row are pairwise independent before the last
-line, which breaks up the arithmetic progression. Probabilities are multiples of 2**-16, so p = 0.1 acts as 0.10000610; kept values
-are scaled by exactly its inverse.
+line, which breaks up the arithmetic progression. Columns c and c + 8 share a word, because the matrix units of a GPU leave both to one
+thread, in the scores as in the transposed scores of the backward pass; neighbours would lie apart in the latter. Signed halves are what a
+CPU compares fastest. Probabilities are multiples of 2**-16, so p = 0.1 acts as 0.10000610; kept values are scaled by exactly its inverse.
 
 Source: SplitMix64 (Steele, Lea, Flood, 2014); multiply-add as in the universal hashing of Dietzfelbinger (1996), section 2; the last
 line is a half of lowbias32 (Wellons, "Prospecting for hash functions").
@@ -46,9 +48,13 @@ def _splitmix64(x: torch.Tensor) -> torch.Tensor:
 
 
 def row_keys(keys: torch.Tensor, cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
-    """One key a packed token, int64 [T], from one key a sequence, `keys` int64 [B]; `cu_seqlens` int32 [B + 1], T = `total`."""
+    """One key a packed token, int64 [T], from one key a sequence, `keys` int64 [B]; `cu_seqlens` int32 [B + 1], T = `total`.
+
+    Tokens behind the last sequence count as one more sequence, of the key 0.
+    """
     tokens = torch.arange(total, device=keys.device)
     sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
+    keys = torch.nn.functional.pad(keys, (0, 1))
     return _splitmix64(keys[sequence] + (tokens - cu_seqlens[sequence] + 1) * GOLDEN)
 
 
@@ -61,11 +67,11 @@ def site_keys(rows: torch.Tensor, site: int, heads: int = 1) -> tuple[torch.Tens
 
 def keep_mask(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> torch.Tensor:
     """Which elements are kept: bool [*lo.shape, columns], from the two keys of each row."""
-    pairs = torch.arange((columns + 1) // 2, device=lo.device)
-    x = ((lo[..., None] | 1) * pairs + hi[..., None]) & _WORD
+    column = torch.arange(columns, device=lo.device)
+    x = ((lo[..., None] | 1) * (column // 16 * 8 + column % 8) + hi[..., None]) & _WORD
     x = ((x ^ x >> 15) * 0x735A2D97) & _WORD
-    halves = torch.stack((x & 0xFFFF, x >> 16), dim=-1).flatten(-2)[..., :columns]
-    return halves >= threshold(p)
+    half = torch.where(column % 16 < 8, x, x >> 16) & 0xFFFF
+    return (half ^ 2**15) >= threshold(p)  # the same as signed, less 2**15
 
 
 def row_multiplier(keys: torch.Tensor, site: int, columns: int, p: float, dtype: torch.dtype) -> torch.Tensor:

@@ -1,31 +1,39 @@
-"""The masks of `_dropout.py` at the speed a CPU needs: int32 in place, two columns a word, no temporary larger than the mask.
+"""The masks of `_dropout.py` at the speed a CPU needs: int32 in place, each word made once for its two columns.
 
-`bernoulli_` takes 8.9 ns an element, a fifth of an eager step of a small model; this takes about a twentieth of that.
+`bernoulli_` takes 8.9 ns an element, a fifth of an eager step of a small model; this takes less than a tenth of that.
 """
 
 import torch
 
 from fastbert_kernels._dropout import site_keys, threshold
 
+_PER_COLUMN = 0x735A2D97  # what brings the half of a column into the upper 16 bits: of columns 8 to 15 of 16,
+_PER_COLUMN_LOW = 0x2D970000  # and of columns 0 to 7, by a shift of 16 bits more
+
 
 def keep_mask_cpu(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> torch.Tensor:
-    """As `keep_mask`; `lo`, `hi` int32 of one shape [...]; uint8 [..., columns], 0 or 1: to multiply by bool takes four times as long."""
-    pairs = torch.arange((columns + 1) // 2, dtype=torch.int32)
-    x = torch.addcmul(hi[..., None], lo[..., None] | 1, pairs)
-    folded = torch.bitwise_right_shift(x, 15)
-    folded &= (1 << 17) - 1  # logical: int32's own shift copies the sign
-    x ^= folded
-    x *= 0x735A2D97
-    x ^= -0x7FFF8000  # the sign bits of both halves: turns the unsigned compare into a signed one
-    # Little-endian: the low half of a word is its first int16.
-    keep = torch.empty((*lo.shape, columns), dtype=torch.uint8)
-    return torch.ge(x.view(torch.int16)[..., :columns], threshold(p) - 32768, out=keep)
+    """As `keep_mask`; `lo`, `hi` int32 of one shape [...], from `site_keys_cpu`; uint8 [..., columns], 0 or 1: bool multiplies slower."""
+    groups = (columns + 15) // 16
+    # Not addcmul, which is not vectorised where it broadcasts and takes six times as long as these two.
+    x = lo[..., None] * torch.arange(8 * groups, dtype=torch.int32)
+    x += hi[..., None]
+    other = torch.bitwise_right_shift(x, 15)
+    other &= (1 << 17) - 1  # logical: int32's own shift copies the sign
+    x ^= other
+    torch.mul(x, _PER_COLUMN_LOW, out=other)
+    x *= _PER_COLUMN
+    keep = torch.empty((2, *x.shape), dtype=torch.uint8)
+    for half, kept in zip((other, x), keep, strict=True):
+        torch.ge(half, (threshold(p) - 2**15) << 16, out=kept)
+    # Eight columns of the low halves, eight of the high ones, and so on: eight of uint8 are one int64.
+    woven = torch.stack(keep.view(torch.int64).unbind(), dim=-1)
+    return woven.view(torch.uint8).view(*lo.shape, 16 * groups)[..., :columns]
 
 
 def site_keys_cpu(rows: torch.Tensor, site: int, heads: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `site_keys`, in int32."""
+    """As `site_keys`, in int32; the first comes with its lowest bit set, as masks use it."""
     lo, hi = site_keys(rows, site, heads)
-    return lo.to(torch.int32), hi.to(torch.int32)
+    return lo.to(torch.int32) | 1, hi.to(torch.int32)
 
 
 def row_keep_mask_cpu(keys: torch.Tensor, site: int, columns: int, p: float) -> torch.Tensor:

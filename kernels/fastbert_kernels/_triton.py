@@ -85,22 +85,31 @@ def site_keys(row, site, head):
 
 
 @triton.jit
-def keep_mask(lo, hi, first_column, COLUMNS: tl.constexpr, threshold):
-    """As `keep_mask`: which elements of [ROWS, COLUMNS] are kept, from the site keys [ROWS]; `first_column` is even.
+def _kept(lo, hi, first_column, column, threshold):
+    """Of [ROWS, COLUMNS] or [COLUMNS, ROWS]: keys and columns come as vectors along their axis, with an axis of 1 for the other.
 
-    Six instructions for two elements, and a comparison each: a half of a word is compared where it stands in the upper bits, the bits
-    below it never matter; words are interleaved, not masks, which would travel as bytes.
+    Five instructions for two elements, and a comparison each. In the layouts of the matrix units both columns of a word lie in one thread,
+    whichever axis they run along, so the compiler finds that the word is the same and makes it once. A half of a word is compared
+    where it stands in the upper bits: the bits below it never matter.
     """
-    pair = (first_column // 2 + tl.arange(0, COLUMNS // 2)).to(tl.uint32)
-    x = lo[:, None] * pair[None, :] + hi[:, None]
+    # The mask of 28 bits changes no number. Without it, the compiler sees that words of successive tiles differ by a constant, and keeps
+    # all of them in registers to add it: 20 registers a thread in the forward pass, which cost it one of two programs on a multiprocessor.
+    pair = (first_column // 2 + (column // 16 * 8 + column % 8)) & 0xFFFFFFF
+    x = pair.to(tl.uint32) * lo + hi
     x = (x ^ (x >> 15)) * 0x735A2D97
-    return tl.interleave(x << 16, x) >= threshold.to(tl.uint32) << 16
+    return tl.where(column % 16 < 8, x << 16, x).to(tl.int32, bitcast=True) >= (threshold - 32768) << 16
+
+
+@triton.jit
+def keep_mask(lo, hi, first_column, COLUMNS: tl.constexpr, threshold):
+    """As `keep_mask` of `_dropout.py`: which elements of [ROWS, COLUMNS] are kept, from the site keys [ROWS].
+
+    `first_column` and COLUMNS are multiples of 16, the first of the second too.
+    """
+    return _kept(lo[:, None], hi[:, None], first_column, tl.arange(0, COLUMNS)[None, :], threshold)
 
 
 @triton.jit
 def keep_mask_transposed(lo, hi, first_column, COLUMNS: tl.constexpr, threshold):
-    """The same as [COLUMNS, ROWS]. Here the two columns of a word lie in different threads, so each makes the word for itself."""
-    column = (first_column + tl.arange(0, COLUMNS)).to(tl.uint32)
-    x = (column // 2)[:, None] * lo[None, :] + hi[None, :]
-    x = (x ^ (x >> 15)) * 0x735A2D97
-    return x << (16 - column % 2 * 16)[:, None] >= threshold.to(tl.uint32) << 16
+    """The same as [COLUMNS, ROWS]."""
+    return _kept(lo[None, :], hi[None, :], first_column, tl.arange(0, COLUMNS)[:, None], threshold)

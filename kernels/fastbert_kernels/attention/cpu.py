@@ -61,10 +61,11 @@ def _groups(cu_seqlens: torch.Tensor, query_bounds: torch.Tensor, rows: int, tot
     return groups
 
 
-def _take(x: torch.Tensor, rows: torch.Tensor, sequences: int) -> torch.Tensor:
-    """Rows of [T, H, K] as contiguous [H * B_G, n, K]; the spare row is read as the last one (its values are masked)."""
+def _take(x: torch.Tensor, rows: torch.Tensor, sequences: int, end: int) -> torch.Tensor:
+    """Rows of [T, H, K] as contiguous [H * B_G, n, K]; the spare row is read as that before `end`, the last of a sequence: it is masked,
+    but must be finite, which rows behind the last sequence need not be."""
     # Rows first, heads second: selecting from the transposed view would copy all of x for each group.
-    taken = x.index_select(0, rows.clamp(max=x.shape[0] - 1)).transpose(0, 1).contiguous()
+    taken = x.index_select(0, rows.clamp(max=end - 1)).transpose(0, 1).contiguous()
     taken = taken.to(torch.promote_types(x.dtype, torch.float32))
     return taken.view(x.shape[1] * sequences, -1, x.shape[2])
 
@@ -77,17 +78,19 @@ class _Attention(torch.autograd.Function):
         total = k.shape[0]
         query_bounds = cu_seqlens if queries is None else torch.searchsorted(queries, cu_seqlens.to(queries.dtype))
         groups = _groups(cu_seqlens, query_bounds, rows, total)
+        query_end, end = int(query_bounds[-1]), int(cu_seqlens[-1])
         if dropout_p > 0:
             token_keys = row_keys(keys, cu_seqlens, total)
             lo, hi = site_keys_cpu(token_keys if queries is None else token_keys[queries], site, heads)
         out = q.new_empty(rows + 1, heads, size)  # one spare row takes what padding writes
         saved = []
         for group in groups:
-            qg, kg, vg = (_take(q, group.query_rows, group.sequences), *(_take(x, group.key_rows, group.sequences) for x in (k, v)))
+            qg = _take(q, group.query_rows, group.sequences, query_end)
+            kg, vg = (_take(x, group.key_rows, group.sequences, end) for x in (k, v))
             scores = torch.baddbmm(group.mask.to(qg.dtype).repeat(heads, 1, 1), qg, kg.transpose(1, 2), alpha=scale)
             weights = torch.softmax(scores, -1)
             if dropout_p > 0:
-                own = group.query_rows.clamp(max=rows - 1)
+                own = group.query_rows.clamp(max=query_end - 1)
                 shape = (heads * group.sequences, qg.shape[1])
                 kept = keep_mask_cpu(lo.T[:, own].view(shape), hi.T[:, own].view(shape), kg.shape[1], dropout_p)
                 dropped = torch.mul(weights, kept, out=scores)
@@ -98,7 +101,8 @@ class _Attention(torch.autograd.Function):
             saved += [qg, kg, vg, weights, dropped]
             out.transpose(0, 1).index_copy_(1, group.query_rows, og.view(heads, -1, size).to(out.dtype))
         ctx.save_for_backward(*saved)
-        ctx.groups, ctx.dropout_p, ctx.scale, ctx.total = groups, dropout_p, scale, total
+        ctx.groups, ctx.dropout_p, ctx.scale, ctx.total, ctx.query_end = groups, dropout_p, scale, total, query_end
+        out[query_end:] = 0
         return out[:rows]
 
     @staticmethod
@@ -110,7 +114,7 @@ class _Attention(torch.autograd.Function):
         dk, dv = dout.new_zeros(2, ctx.total + 1, heads, size)
         for index, group in enumerate(ctx.groups):
             qg, kg, vg, weights, dropped = ctx.saved_tensors[5 * index : 5 * index + 5]
-            dog = _take(dout, group.query_rows, group.sequences)
+            dog = _take(dout, group.query_rows, group.sequences, ctx.query_end)
             if group.query_padding.numel():  # it repeats the last row of dout, and would add to dK and dV
                 dog.view(heads, -1, size).index_fill_(1, group.query_padding, 0)
             if ctx.dropout_p > 0:

@@ -21,6 +21,7 @@ pass then has whole rows of scores before it, makes them once, and needs nothing
 Source: Dao, 2023 (FlashAttention-2), algorithms 1 and 2.
 """
 
+import itertools
 import math
 
 import torch
@@ -42,7 +43,9 @@ from fastbert_kernels._worklist import ITEM, attention_worklist, one_tile
 _LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2))
 _ITEM = tl.constexpr(ITEM)
-_VARIES = ["sequences", "rows", "tokens", "scale", "keep_scale", "site", "threshold"]  # not worth a compilation for each value
+_SMALL = ITEM // 2  # tokens: sequences of more take a tile of ITEM, where one tile holds a whole sequence
+_REST = 8  # programs of a head that fill the rows behind the last sequence, where no list of work has them
+_VARIES = ["sequences", "rows", "tokens", "over", "scale", "keep_scale", "site", "threshold"]  # not worth a compilation for each value
 
 
 # ------------------------------------------------------------------------------------------------------------- shared pieces
@@ -73,12 +76,15 @@ def _store(ptr, row, valid, stride, values, K: tl.constexpr):
 
 @triton.jit
 def _item(work_ptr, sequences, BLOCK: tl.constexpr):
-    """Sequence of this program's item (-1: none), and its first row within the sequence; ITEM // BLOCK programs share an item."""
+    """Sequence of this program's item (-1: none, `sequences`: the rows behind the last one), and its first row within the sequence.
+
+    ITEM // BLOCK programs share an item.
+    """
     SHARE: tl.constexpr = _ITEM // BLOCK
     program = tl.program_id(1)
     entry = work_ptr + 2 * (program // SHARE)
     sequence, first = tl.load(entry), tl.load(entry + 1)
-    if sequence >= sequences or first < 0:  # the list of another batch
+    if sequence > sequences or first < 0:  # the list of another batch
         sequence = -1
     return sequence, first + program % SHARE * BLOCK
 
@@ -90,20 +96,24 @@ def _span(bounds_ptr, sequence, total):
     return first, tl.minimum(tl.maximum(tl.load(bounds_ptr + sequence + 1), first), total)
 
 
+@triton.jit
+def _rest(bounds_ptr, sequences, total):
+    """The first row behind the last sequence, within [0, total]."""
+    return tl.minimum(tl.maximum(tl.load(bounds_ptr + sequences), 0), total)
+
+
+@triton.jit
+def _fill(ptr, first, total, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros to BLOCK rows."""
+    row = first + tl.arange(0, BLOCK)
+    _store(ptr, row, row < total, H * K, tl.zeros([BLOCK, triton.next_power_of_2(K)], tl.float32), K)
+
+
 @triton.constexpr_function
 def _multiplied_by_fma(ptr, precision):
     """Whether dot products run outside the matrix units. Operands are then rows of registers: one that is kept through a loop spills
     (2 KB a thread at K = 64), so it is loaded anew for each tile, from the L1 cache."""
     return ptr.dtype.element_ty == tl.float32 and precision == "ieee"
-
-
-@triton.jit
-def _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, rows, tokens, BLOCK: tl.constexpr):
-    """All query rows and all tokens of a sequence, which of the BLOCK there are, and the first of each."""
-    first_row, last_row = _span(query_bounds_ptr, sequence, rows)
-    first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
-    row, token = first_row + tl.arange(0, BLOCK), first_token + tl.arange(0, BLOCK)
-    return row, token, row < last_row, token < last_token, first_row, first_token
 
 
 @triton.jit
@@ -116,9 +126,15 @@ def _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_r
     return site_keys(row_key(tl.load(keys_ptr + sequence), position), site, head)
 
 
-def _block(max_seqlen):
-    """Of a kernel that holds a whole sequence in one tile: the smallest that does."""
-    return max(16, 1 << (max_seqlen - 1).bit_length())
+def _short(long, short, sequences, max_seqlen):
+    """The launches of a kernel that holds a whole sequence in one tile: the `Kernel`, programs of a head, `over`, BLOCK.
+
+    How many sequences are long and how many are short only the device knows. So each launch has a program for every sequence, and those
+    whose sequence belongs to the other launch end at once. Long ones have the whole device busy first.
+    """
+    if max_seqlen > _SMALL and sequences:
+        yield long, sequences, _SMALL, ITEM
+    yield short, sequences + _REST, 0, max(16, 1 << (min(max_seqlen, _SMALL) - 1).bit_length())
 
 
 def _kind(q, k, v, cut, keys):
@@ -173,6 +189,9 @@ def _forward_kernel(
     sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
     if sequence < 0:
         return
+    if sequence == sequences:
+        _fill(out_ptr + head * K, _rest(query_bounds_ptr, sequences, rows) + offset, rows, H, K, BLOCK_Q)
+        return
     first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     if first_row + offset >= last_row:
         return
@@ -224,11 +243,22 @@ def _softmax(q, k, valid, scale, PRECISION: tl.constexpr):
 def _forward_short_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    rows, tokens, scale, keep_scale, site, threshold,
+    sequences, rows, tokens, over, scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
-    row, token, asked, valid, first_row, first_token = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, rows, tokens, BLOCK)
+    if sequence >= sequences:
+        first, step = (sequence - sequences) * BLOCK, (tl.num_programs(1) - sequences) * BLOCK
+        for start in range(_rest(query_bounds_ptr, sequences, rows) + first, rows, step):
+            _fill(out_ptr + head * K, start, rows, H, K, BLOCK)
+        return
+    first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
+    first_row, last_row = _span(query_bounds_ptr, sequence, rows)
+    length = last_token - first_token
+    if (length <= over) | (length > BLOCK) | (first_row == last_row):
+        return
+    row, token = first_row + tl.arange(0, BLOCK), first_token + tl.arange(0, BLOCK)
+    asked, valid = row < last_row, token < last_token
     q = _load(q_ptr + head.to(tl.int64) * q_head, row, asked, q_row, K)
     k = _load(k_ptr + head.to(tl.int64) * k_head, token, valid, k_row, K)
     v = _load(v_ptr + head.to(tl.int64) * v_head, token, valid, v_row, K)
@@ -244,6 +274,7 @@ def _forward_short_kernel(
 
 _FORWARD = Kernel(_forward_kernel, "attention_forward")
 _FORWARD_SHORT = Kernel(_forward_short_kernel, "attention_forward_short")
+_FORWARD_SMALL = Kernel(_forward_short_kernel, f"attention_forward_short_{_SMALL}")
 
 
 def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
@@ -256,16 +287,18 @@ def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p,
         return out, statistics
     tables = (_query_bounds(cu_seqlens, queries), cu_seqlens, queries, keys)
     kind = _kind(q, k, v, cut, keys)
-    sequences, numbers = cu_seqlens.shape[0] - 1, (rows, k.shape[0], scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
+    sequences, sizes = cu_seqlens.shape[0] - 1, (rows, k.shape[0])
+    numbers = (scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
     constants = (heads, size, cut, dropout_p > 0, dot_precision(q.dtype))
     if whole:
-        kernel = _FORWARD_SHORT.prepare(q, size, constants, kind, BLOCK=_block(max_seqlen))
-        kernel((heads, sequences), (q, k, v, out, *tables), (*kind[0], *numbers))
+        for one, programs, over, block in _short(_FORWARD_SHORT, _FORWARD_SMALL, sequences, max_seqlen):
+            kernel = one.prepare(q, size, constants, kind, BLOCK=block)
+            kernel((heads, programs), (q, k, v, out, *tables), (*kind[0], sequences, *sizes, over, *numbers))
     else:
         work = attention_worklist(tables[0], rows) if worklist is None or cut else worklist
         kernel = _FORWARD.prepare(q, size, constants, kind)
         grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
-        kernel(grid, (q, k, v, out, *statistics.unbind(), work, *tables), (*kind[0], sequences, *numbers))
+        kernel(grid, (q, k, v, out, *statistics.unbind(), work, *tables), (*kind[0], sequences, *sizes, *numbers))
     return out, statistics
 
 
@@ -275,13 +308,13 @@ def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p,
 @triton.jit(do_not_specialize=_VARIES)
 def _prepare_kernel(
     out_ptr, dout_ptr, delta_ptr, lo_ptr, hi_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
-    sequences, rows, tokens, site,
+    sequences, rows, tokens, keep_scale, site,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta = dO . O of each row, and the keys of its mask, which the other two kernels would make once for each tile of keys."""
+    """delta = dO . O / keep_scale of each row, and the keys of its mask, which the other two kernels would make once for each tile of keys."""
     head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
-    if sequence < 0:
+    if (sequence < 0) | (sequence == sequences):
         return
     first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     row = first_row + offset + tl.arange(0, BLOCK_Q)
@@ -290,7 +323,7 @@ def _prepare_kernel(
     dout = _load(dout_ptr + head * K, row, valid, H * K, K).to(tl.float32)
 
     slot = head.to(tl.int64) * rows + row
-    tl.store(delta_ptr + slot, tl.sum(out * dout, 1), mask=valid)
+    tl.store(delta_ptr + slot, tl.sum(out * dout, 1) / keep_scale, mask=valid)
     if DROPOUT:
         first_token, _ = _span(cu_seqlens_ptr, sequence, tokens)
         lo, hi = _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT)
@@ -320,7 +353,7 @@ def _row_facts(top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPO
 @triton.jit
 def _dkdv_tile(
     k, v, dk, dv, q_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, dout_row, start, end, first_key,
-    scale, keep_scale, threshold,
+    scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to dV, and to dK but for scale."""
@@ -334,7 +367,7 @@ def _dkdv_tile(
     weights = tl.exp2(tl.fma(scores, scale, -top[None, :])) * share[None, :]
     dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     if DROPOUT:
-        drop = tl.where(keep_mask_transposed(lo, hi, first_key, BLOCK_K, threshold), keep_scale, 0.0)
+        drop = tl.where(keep_mask_transposed(lo, hi, first_key, BLOCK_K, threshold), 1.0, 0.0)
         dv = tl.dot((weights * drop).to(dout.dtype), dout, dv, input_precision=PRECISION)
         dscores = weights * tl.fma(dweights, drop, -delta[None, :])
     else:
@@ -354,6 +387,11 @@ def _dkdv_kernel(
     head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_K)
     if sequence < 0:
+        return
+    if sequence == sequences:
+        first = _rest(cu_seqlens_ptr, sequences, tokens) + offset
+        _fill(dk_ptr + head * K, first, tokens, H, K, BLOCK_K)
+        _fill(dv_ptr + head * K, first, tokens, H, K, BLOCK_K)
         return
     first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
     if first_token + offset >= last_token:
@@ -380,21 +418,21 @@ def _dkdv_kernel(
             v = _load(v_ptr + head.to(tl.int64) * v_head, token, inside, v_row, K)
         dk, dv = _dkdv_tile(
             k, v, dk, dv, q_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, start, count, offset,
-            scale, keep_scale, threshold, K, False, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
+            scale, threshold, K, False, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     if full < count:
         dk, dv = _dkdv_tile(
             k, v, dk, dv, q_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, full, count, offset,
-            scale, keep_scale, threshold, K, True, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
+            scale, threshold, K, True, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
-    _store(dk_ptr + head * K, token, inside, H * K, dk * (scale * _LN2), K)  # scale holds log2(e): ln 2 takes it out
-    _store(dv_ptr + head * K, token, inside, H * K, dv, K)
+    _store(dk_ptr + head * K, token, inside, H * K, dk * (scale * keep_scale * _LN2), K)  # scale holds log2(e): ln 2 takes it out
+    _store(dv_ptr + head * K, token, inside, H * K, dv * keep_scale, K)
 
 
 @triton.jit
 def _dq_tile(
-    q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, keep_scale, threshold,
+    q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys adds to dQ, but for the factor scale * share of each row."""
@@ -402,16 +440,14 @@ def _dq_tile(
     valid = key < length if TAIL else None
     k = _load(k_ptr, key, valid, k_row, K)
     v = _load(v_ptr, key, valid, v_row, K)
+    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if TAIL:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     weights = tl.exp2(tl.fma(scores, scale, -top[:, None]))
-    dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
-        drop = tl.where(keep_mask(lo, hi, start, BLOCK_K, threshold), keep_scale, 0.0)
-        dscores = weights * tl.fma(dweights, drop, -delta[:, None])
-    else:
-        dscores = weights * (dweights - delta[:, None])
+        dweights = tl.where(keep_mask(lo, hi, start, BLOCK_K, threshold), dweights, 0.0)
+    dscores = weights * (dweights - delta[:, None])
     return tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -425,6 +461,9 @@ def _dq_kernel(
     head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
     if sequence < 0:
+        return
+    if sequence == sequences:
+        _fill(dq_ptr + head * K, _rest(query_bounds_ptr, sequences, rows) + offset, rows, H, K, BLOCK_Q)
         return
     first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     if first_row + offset >= last_row:
@@ -448,26 +487,40 @@ def _dq_kernel(
             q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
             dout = _load(dout_ptr + head * K, row, valid, H * K, K)
         dq = _dq_tile(
-            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, keep_scale, threshold,
+            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, threshold,
             K, False, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
     if full < length:
         dq = _dq_tile(
-            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale, keep_scale, threshold,
+            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale, threshold,
             K, True, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
-    _store(dq_ptr + head * K, row, valid, H * K, dq * (share * scale * _LN2)[:, None], K)
+    _store(dq_ptr + head * K, row, valid, H * K, dq * (share * (scale * keep_scale * _LN2))[:, None], K)
 
 
 @triton.jit(do_not_specialize=_VARIES)
 def _backward_short_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    rows, tokens, scale, keep_scale, site, threshold,
+    sequences, rows, tokens, over, scale, keep_scale, site, threshold,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
-    row, token, asked, valid, first_row, first_token = _whole(query_bounds_ptr, cu_seqlens_ptr, sequence, rows, tokens, BLOCK)
+    if sequence >= sequences:
+        first, step = (sequence - sequences) * BLOCK, (tl.num_programs(1) - sequences) * BLOCK
+        for start in range(_rest(query_bounds_ptr, sequences, rows) + first, rows, step):
+            _fill(dq_ptr + head * K, start, rows, H, K, BLOCK)
+        for start in range(_rest(cu_seqlens_ptr, sequences, tokens) + first, tokens, step):
+            _fill(dk_ptr + head * K, start, tokens, H, K, BLOCK)
+            _fill(dv_ptr + head * K, start, tokens, H, K, BLOCK)
+        return
+    first_token, last_token = _span(cu_seqlens_ptr, sequence, tokens)
+    first_row, last_row = _span(query_bounds_ptr, sequence, rows)
+    length = last_token - first_token
+    if (length <= over) | (length > BLOCK):
+        return
+    row, token = first_row + tl.arange(0, BLOCK), first_token + tl.arange(0, BLOCK)
+    asked, valid = row < last_row, token < last_token
     q = _load(q_ptr + head.to(tl.int64) * q_head, row, asked, q_row, K)
     k = _load(k_ptr + head.to(tl.int64) * k_head, token, valid, k_row, K)
     v = _load(v_ptr + head.to(tl.int64) * v_head, token, valid, v_row, K)
@@ -493,6 +546,7 @@ def _backward_short_kernel(
 
 
 _BACKWARD_SHORT = Kernel(_backward_short_kernel, "attention_backward_short")
+_BACKWARD_SMALL = Kernel(_backward_short_kernel, f"attention_backward_short_{_SMALL}")
 _PREPARE = Kernel(_prepare_kernel, "attention_prepare")
 _DKDV = Kernel(_dkdv_kernel, "attention_dkdv")
 _DQ = Kernel(_dq_kernel, "attention_dq")
@@ -509,8 +563,10 @@ def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys
     kind = _kind(q, k, v, cut, keys)
     sequences, sizes, scales = cu_seqlens.shape[0] - 1, (rows, tokens), (scale * _LOG2E, keep_scale(dropout_p))
     if one_tile(q.dtype, max_seqlen):
-        kernel = _BACKWARD_SHORT.prepare(q, size, (heads, size, cut, drop, precision), kind, BLOCK=_block(max_seqlen))
-        kernel((heads, sequences), (q, k, v, dout, dq, dk, dv, *tables), (*kind[0], *sizes, *scales, site, threshold(dropout_p)))
+        numbers, constants = (*scales, site, threshold(dropout_p)), (heads, size, cut, drop, precision)
+        for one, programs, over, block in _short(_BACKWARD_SHORT, _BACKWARD_SMALL, sequences, max_seqlen):
+            kernel = one.prepare(q, size, constants, kind, BLOCK=block)
+            kernel((heads, programs), (q, k, v, dout, dq, dk, dv, *tables), (*kind[0], sequences, *sizes, over, *numbers))
         return dq, dk, dv
 
     key_work = attention_worklist(cu_seqlens, tokens) if worklist is None else worklist
@@ -519,7 +575,7 @@ def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys
     lo, hi = (delta.new_empty(heads, rows, dtype=torch.int32) if drop else None for _ in range(2))
     kernel = _PREPARE.prepare(q, size, (heads, size, cut, drop), kind)
     grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
-    kernel(grid, (out, dout, delta, lo, hi, work, *tables), (sequences, *sizes, site))
+    kernel(grid, (out, dout, delta, lo, hi, work, *tables), (sequences, *sizes, scales[1], site))
 
     pointers, facts = (q, k, v, dout), (*statistics.unbind(), delta, lo, hi)
     numbers = (*kind[0], sequences, *sizes, *scales, threshold(dropout_p))
@@ -546,12 +602,13 @@ def production() -> list[Production]:
             "sequences": "i32",
             "rows": "i32",
             "tokens": "i32",
+            "over": "i32",
             "scale": "fp32",
             "keep_scale": "fp32",
             "site": "i32",
             "threshold": "i32",
         }
-        sizes = {"H": 12, "K": 64, "CUT": False, "PRECISION": dot_precision(dtype), "queries_ptr": None, "keys_ptr": "*i64", "BLOCK": ITEM}
+        sizes = {"H": 12, "K": 64, "CUT": False, "PRECISION": dot_precision(dtype), "queries_ptr": None, "keys_ptr": "*i64"}
         inputs = dict((q, k, v, out, dout)) | gradients | bounds | strides | facts | numbers | sizes
         walked = {  # the operands of each kernel whose loads must be wide
             _forward_short_kernel: ("attention_forward_short", "q_ptr", "k_ptr", "v_ptr"),
@@ -562,8 +619,11 @@ def production() -> list[Production]:
             _dq_kernel: ("attention_dq", "q_ptr", "k_ptr", "v_ptr", "dout_ptr"),
         }
         for kernel, (table, *wide) in walked.items():
-            for drop in (False, True) if dtype.itemsize == 2 or "short" not in table else ():
-                mine = {name: value for name, value in inputs.items() if name in kernel.arg_names} | {"DROPOUT": drop}
-                aligned = tuple(name for name in strides if name in mine)
-                found.append(Production(kernel, table, 64, dtype, mine, aligned, tuple(wide)))
+            # (table, BLOCK) of each size class: two, where one tile holds a whole sequence; BLOCK is not in the table then.
+            classes = ((table, ITEM), (f"{table}_{_SMALL}", _SMALL)) if "short" in table else ((table, None),)
+            for (name, block), drop in itertools.product(classes, (False, True)) if dtype.itemsize == 2 or "short" not in table else ():
+                mine = {key: value for key, value in inputs.items() if key in kernel.arg_names} | {"DROPOUT": drop}
+                mine |= {"BLOCK": block} if block else {}
+                aligned = tuple(key for key in strides if key in mine)
+                found.append(Production(kernel, name, 64, dtype, mine, aligned, tuple(wide)))
     return found

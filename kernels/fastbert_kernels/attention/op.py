@@ -16,7 +16,7 @@ from fastbert_kernels._checks import (
     values_checked,
 )
 from fastbert_kernels._library import backward_once, operator
-from fastbert_kernels._worklist import one_tile
+from fastbert_kernels._worklist import ITEM, one_tile
 from fastbert_kernels.attention.cpu import cpu
 from fastbert_kernels.attention.reference import reference
 
@@ -50,7 +50,8 @@ def varlen_attention(
         q: [R, H, K], fp32, fp16 or bf16 (fp64 too, but for "triton"); R = T unless `queries` is given. May be strided, as a slice of
             a joint projection is; "triton" wants a last stride of 1, and K a multiple of 16 up to 128.
         k, v: [T, H, K], as q.
-        cu_seqlens: int32 [B + 1], first token of each sequence, then T.
+        cu_seqlens: int32 [B + 1], first token of each sequence, then the end of the last, at most T: a pack may be padded. Sequences
+            may be empty, so that B may be padded too.
         max_seqlen: length of the longest sequence, in tokens.
         dropout_p: probability to drop an attention weight, rounded to a multiple of 2**-16.
         keys: int64 [B], one key a sequence; masks are a function of (key, site, head, position of q, position of k).
@@ -64,11 +65,11 @@ def varlen_attention(
         impl: "triton", "cpu" or "reference".
 
     Returns:
-        [R, H, K], in the dtype of q.
+        [R, H, K], in the dtype of q. Rows behind the last sequence are zero, and so are the gradients of q, k and v there.
 
     Raises:
-        ValueError: a shape, device or stride that does not fit, cu_seqlens that do not ascend from 0 to T or have a sequence longer
-            than max_seqlen, queries that do not ascend within [0, T), dropout without keys, an unknown `impl`.
+        ValueError: a shape, device or stride that does not fit, cu_seqlens that do not ascend from 0 to at most T or have a sequence
+            longer than max_seqlen, queries that do not ascend within [0, T), dropout without keys, an unknown `impl`.
         TypeError: a dtype that does not fit.
 
     Source: Vaswani et al., 2017, section 3.2.1; packed layout as in FlashAttention's `flash_attn_varlen_func`.
@@ -105,7 +106,7 @@ def check_tables(like, cu_seqlens, max_seqlen, dropout_p, keys, queries, worklis
     check_dropout(NAME, dropout_p, keys, sequences)
     tables = (
         ("cu_seqlens", cu_seqlens, (sequences + 1,), INT32),
-        ("queries", queries, queries if queries is None else (queries.shape[0],), INT64),
+        ("queries", queries, () if queries is None else (queries.shape[0],), INT64),
         ("keys", keys if dropout_p > 0 else None, (sequences,), INT64),
     )
     check_tensors(NAME, like.device, *tables)
@@ -115,8 +116,7 @@ def check_tables(like, cu_seqlens, max_seqlen, dropout_p, keys, queries, worklis
             _check_queries(queries.tolist(), like.shape[0])
     if impl == "triton":
         if worklist is not None:
-            check_leader(NAME, "worklist", worklist, ("items", "2"), INT32)
-            tables += (("worklist", worklist, (worklist.shape[0], 2), INT32),)
+            tables += (("worklist", worklist, (like.shape[0] // ITEM + sequences + 1, 2), INT32),)
             check_tensors(NAME, like.device, tables[-1])
         check_triton(NAME, *tables)
 
@@ -133,8 +133,8 @@ def _check_bounds(bounds: list[int], total: int, max_seqlen: int) -> None:
     if lengths and min(lengths) < 0:
         i = next(i for i, length in enumerate(lengths) if length < 0)
         raise ValueError(f"varlen_attention: cu_seqlens falls from {bounds[i]} to {bounds[i + 1]} at sequence {i}, expected to ascend")
-    if bounds[-1] != total:
-        raise ValueError(f"varlen_attention: cu_seqlens ends at {bounds[-1]}, expected T = {total}")
+    if bounds[-1] > total:
+        raise ValueError(f"varlen_attention: cu_seqlens ends at {bounds[-1]}, expected at most T = {total}")
     if lengths and max(lengths) > max_seqlen:
         raise ValueError(f"varlen_attention: max_seqlen = {max_seqlen}, but cu_seqlens has a sequence of {max(lengths)} tokens")
 

@@ -6,7 +6,7 @@ from fastbert_kernels._dropout import keep_mask, keep_scale, row_keys, site_keys
 
 
 def reference(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale):
-    """softmax(q k' * scale), dropped, times v, within each sequence; arguments and result as in `op.py`."""
+    """softmax(q k' * scale), dropped, times v, within each sequence, and zeros behind the last; arguments and result as in `op.py`."""
     heads = q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     if dropout_p > 0:
@@ -22,4 +22,6 @@ def reference(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, s
             kept = keep_mask(lo[first:last].T, hi[first:last].T, end - start, dropout_p)
             weights = weights * kept * keep_scale(dropout_p)
         outputs.append(torch.einsum("hij,jhk->ihk", weights, v[start:end].to(wide)))
-    return torch.cat([q[:0].to(wide), *outputs]).to(q.dtype)
+    nothing = [x[:0].to(wide) for x in (q, k, v)]  # so that each has a gradient, if only of zeros, where there is no sequence
+    rest = torch.zeros_like(q[query_bounds[-1] :], dtype=wide)
+    return torch.cat([*nothing, *outputs, rest]).to(q.dtype)

@@ -11,7 +11,7 @@ from fastbert_kernels.attention.op import varlen_attention
 
 def _inputs(shape, dtype, dropout_p):
     draw = generator(shape)
-    total = sum(shape["lengths"])
+    total = sum(shape["lengths"]) + shape.get("rest", 0)
     # One joint projection, sliced: the strided layout in which the encoder calls it.
     q, k, v = normal(draw, dtype, total, 3, shape["H"], shape["K"]).unbind(1)
     arguments = {
@@ -19,7 +19,7 @@ def _inputs(shape, dtype, dropout_p):
         "k": k,
         "v": v,
         "cu_seqlens": torch.tensor([0, *itertools.accumulate(shape["lengths"])], dtype=torch.int32),
-        "max_seqlen": max(shape["lengths"]),
+        "max_seqlen": max(shape["lengths"], default=0),
         "dropout_p": dropout_p,
         "keys": random_keys(draw, len(shape["lengths"])),
         "site": 3,
@@ -34,12 +34,16 @@ def _least_bytes(shape, size):
     """Everything once, whatever the tiles. What is saved for the backward pass depends on whether each sequence fits one tile."""
     lengths, heads = shape["lengths"], shape["H"]
     tokens, row = sum(lengths), heads * shape["K"] * size
-    cut = shape.get("R", 0)
+    cut, rest = shape.get("R", 0), shape.get("rest", 0)
     rows = cut or tokens
     tables = 4 * (len(lengths) + 1) + 8 * len(lengths) + 8 * cut  # cu_seqlens, keys and queries
     forward = 2 * rows * row + 2 * tokens * row + tables  # q in, out out; k and v in
     backward = 3 * rows * row + 4 * tokens * row + tables  # q and dout in, dq out; k and v in, dk and dv out
-    if not one_tile(torch.bfloat16 if size == 2 else torch.float32, max(lengths)):
+    if not cut:
+        forward += rest * row  # zeros; of cut queries only the inputs tell how many are behind the last sequence
+        backward += rest * row
+    backward += 2 * rest * row
+    if not one_tile(torch.bfloat16 if size == 2 else torch.float32, max(lengths, default=0)):
         forward += 2 * 4 * rows * heads  # top and total out, fp32
         backward += rows * row + 2 * 4 * rows * heads  # out, top and total in
     return forward + backward
@@ -57,6 +61,11 @@ SPEC = Spec(
         {"lengths": [40, 7, 90, 33], "H": 2, "K": 64, "R": 31},
         {"lengths": [40, 1, 90, 33], "H": 2, "K": 64, "R": 2},
         {"lengths": [300], "H": 1, "K": 128},
+        {"lengths": [], "H": 2, "K": 16, "rest": 3},
+        {"lengths": [33, 0, 64, 65, 0, 0], "H": 2, "K": 64, "rest": 11},
+        {"lengths": [140, 5, 0], "H": 2, "K": 32, "rest": 150},
+        {"lengths": [40, 100, 0], "H": 2, "K": 64, "R": 50, "rest": 60},
+        {"lengths": [129, 2], "H": 2, "K": 48, "R": 40, "rest": 30},
     ),
     inputs=_inputs,
     differentiable=("q", "k", "v"),
