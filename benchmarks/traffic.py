@@ -50,6 +50,9 @@ ROWS = TOKENS // PART
 PARTLY = f"1/{PART} of T={TOKENS}"
 
 
+SMALL = ITEM // 2  # tokens: the tile that holds a whole sequence of no more than that
+
+
 class Gate(NamedTuple):
     """What is run, and how many times the least bytes it may move (None: no more and no less than predicted)."""
 
@@ -76,8 +79,11 @@ GATES = (
     Gate(Case("mlm_loss", "M=256 D=64 V=4096", {"T": 300, "M": 256, "D": 64, "V": 4096}), torch.bfloat16, 1.10),
     attention("one tile", [128] * 6, 0.1, limit=1.01),
     attention("one tile, cut", [90, 7, 128, 33, 1, 60], 0.1, R=50),
+    attention("one tile, mixed", [40, 128, 64, 65, 17, 100, 33, 0], 0.1),
+    attention("one tile, padded", [40, 128, 17], 0.1, rest=100),
     attention("general", [512, 300, 40], 0.1),
     attention("general, cut", [300, 129, 7], 0.1, R=70),
+    attention("general, padded", [300, 129, 0], 0.1, rest=200),
     attention("general K=48", [200, 33, 1], 0.0, K=48),
     attention("general K=32, cut", [130, 5, 64], 0.1, torch.float32, K=32, R=90),
 )
@@ -172,12 +178,15 @@ def power_of_2(n: int) -> int:
 def attention_work(given: dict[str, Any]) -> dict[str, Work]:
     """Every row of a matrix once for the tile that owns it, and once for each tile that walks over it.
 
-    Small, but counted: first rows of sequences and work lists (int32) once a program, the key of a sequence (int64) where a mask is made.
+    Where one tile holds a sequence, the tile is one of 64 for up to 64 tokens, and of 128 for more. Rows behind the last sequence are zeros
+    in every result. Small, but counted: first rows of sequences and work lists (int32) once a program, the key of a sequence (int64)
+    where a mask is made.
     """
     q, bounds, queries = given["q"], given["cu_seqlens"], given.get("queries")
     (_, heads, size), dtype = q.shape, q.dtype
     first_rows = bounds if queries is None else torch.searchsorted(queries, bounds.long())
     rows, tokens = first_rows.diff().tolist(), bounds.diff().tolist()  # of each sequence: outputs wanted, length
+    rest_rows, rest_tokens = len(q) - int(first_rows[-1]), len(given["k"]) - int(bounds[-1])  # behind the last one
     drop = int(given["dropout_p"] > 0)
     place = 8 if drop and queries is not None else 0  # the entry of a row in `queries`
     row = size * dtype.itemsize
@@ -186,13 +195,22 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         return products * 2 * a * b * power_of_2(size)
 
     if one_tile(dtype, given["max_seqlen"]):
-        block = max(16, power_of_2(given["max_seqlen"]))
-        tables = len(rows) * (16 + 8 * drop)
-        forward = (2 * row + place) * sum(rows) + 2 * row * sum(tokens) + tables  # q, out; k, v
-        backward = (3 * row + place) * sum(rows) + 4 * row * sum(tokens) + tables  # q, dout, dq; k, v, dk, dv
+        longest = given["max_seqlen"]
+        small = max(16, power_of_2(min(longest, SMALL)))
+        # Every launch has a program for each sequence, which looks at its bounds, and the last one eight for the rest.
+        looks = 16 * len(rows) * (2 if longest > SMALL else 1)
+        forward, backward, flops = looks + 8 * 4 + row * rest_rows, looks + 8 * 8 + row * (rest_rows + 2 * rest_tokens), [0, 0]
+        for mine, others in zip(rows, tokens, strict=True):
+            block = ITEM if others > SMALL else small
+            if mine:  # q, out; k, v
+                forward += (2 * row + place) * mine + 2 * row * others + 8 * drop
+                flops[0] += multiplied(2, block, block)
+            if others:  # q, dout, dq; k, v, dk, dv
+                backward += (3 * row + place) * mine + 4 * row * others + 8 * drop
+                flops[1] += multiplied(5, block, block)
         return {
-            "_forward_short_kernel": Work(heads * forward, heads * len(rows) * multiplied(2, block, block)),
-            "_backward_short_kernel": Work(heads * backward, heads * len(rows) * multiplied(5, block, block)),
+            "_forward_short_kernel": Work(heads * forward, heads * flops[0]),
+            "_backward_short_kernel": Work(heads * backward, heads * flops[1]),
         }
 
     def work(
@@ -200,10 +218,13 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
     ) -> Work:
         """Of a kernel whose programs own `block[0]` rows and walk over all others of the sequence, `block[1]` at a time.
 
-        `owned` and `walked` are the bytes of such a row, `again` those loaded once more for each full tile that is walked over.
+        `owned` and `walked` are the bytes of such a row, `again` those loaded once more for each full tile that is walked over, `filled` those
+        stored of a row behind the last sequence.
         """
         shares = ITEM // block[0]  # programs of an item of the work list
-        total = 8 * shares * (sum(own) // ITEM + len(own))  # the list, which has room for more items than there are
+        rest, filled = rest_rows if own is rows else rest_tokens, tables.get("filled", 0)
+        total = 8 * shares * ((sum(own) + rest) // ITEM + len(own) + 1)  # the list, which has room for more items than there are
+        total += filled * rest + (4 * shares * cdiv(rest, ITEM) if filled else 0)
         flops = 0
         for mine, others in zip(own, over, strict=True):
             tiles = cdiv(mine, block[0])
@@ -221,10 +242,10 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
     of_forward, of_prepare = blocks("attention_forward", "BLOCK_Q", "BLOCK_K"), blocks("attention_prepare", "BLOCK_Q", "BLOCK_Q")
     of_dkdv, of_dq = blocks("attention_dkdv", "BLOCK_K", "BLOCK_Q"), blocks("attention_dq", "BLOCK_Q", "BLOCK_K")
     return {
-        "_forward_kernel": work(2, rows, tokens, of_forward, 2 * row + 8 + place, 2 * row, again, tile=8 + 8 * drop),
+        "_forward_kernel": work(2, rows, tokens, of_forward, 2 * row + 8 + place, 2 * row, again, tile=8 + 8 * drop, filled=row),
         "_prepare_kernel": work(0, rows, tokens, of_prepare, 2 * row + 4 + 8 * drop + place, 0, item=8 + 16 * drop, tile=0),
-        "_dkdv_kernel": work(4, tokens, rows, of_dkdv, 4 * row, 2 * row + facts, 2 * again),
-        "_dq_kernel": work(3, rows, tokens, of_dq, 3 * row + facts, 2 * row, 2 * again),
+        "_dkdv_kernel": work(4, tokens, rows, of_dkdv, 4 * row, 2 * row + facts, 2 * again, filled=2 * row),
+        "_dq_kernel": work(3, rows, tokens, of_dq, 3 * row + facts, 2 * row, 2 * again, filled=row),
     }
 
 

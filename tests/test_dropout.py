@@ -212,6 +212,17 @@ def test_attention_does_not_depend_on_the_place_in_the_pack():
     assert all(torch.equal(part, found[1][name]) for name, part in found[0].items())
 
 
+def test_padding_of_a_pack_leaves_the_keys_of_its_tokens_as_they_are():
+    """Tokens behind the last sequence, and empty sequences at the end; those tokens have keys of their own."""
+    keys, cu = torch.tensor(HARD_KEYS[1:4]), bounds([5, 1, 7])
+    bare = row_keys(keys, cu, 13)
+    assert torch.equal(row_keys(keys, cu, 20)[:13], bare)
+    more = torch.cat((keys, torch.tensor([8, 9])))
+    assert torch.equal(row_keys(more, bounds([5, 1, 7, 0, 0]), 20)[:13], bare)
+    assert len(row_keys(keys, cu, 20).unique()) == 20
+    assert len(row_keys(keys[:0], bounds([]), 4).unique()) == 4
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_masks_do_not_depend_on_the_number_of_ranks(tmp_path, world):
     config = RunConfig(data="store", seed=1, batch=BatchConfig(16, 32, 128), objective=ObjectiveConfig())

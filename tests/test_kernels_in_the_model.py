@@ -84,6 +84,24 @@ def test_the_same_masks_with_dropout(impl):
         )
 
 
+def padded(batch, rest):
+    """The same pack with `rest` tokens behind the last sequence, which belong to none."""
+    rows = {name: torch.nn.functional.pad(getattr(batch, name), (0, rest)) for name in ("input_ids", "token_type_ids", "position_ids")}
+    return dataclasses.replace(batch, **rows)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [33, 8, 100]], ids=["several tiles", "up to 128 tokens"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_padded_pack_has_the_loss_and_gradients_of_the_bare_one(impl, lengths):
+    """With dropout: the masks stay, too."""
+    batch = make_batch(lengths)
+    want, have = (step(build(0.2), name, pack) for name, pack in (("reference", batch), (impl, padded(batch, 37))))
+    for name, value in want.items():
+        torch.testing.assert_close(
+            have[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()), msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
 def curve(impl, steps=20):
     """Losses of a short run of a smaller model, on four batches over and over."""
     model = build(layers=2, heads=2)

@@ -39,7 +39,7 @@ def test_programs_that_each_read_the_vectors_for_a_few_rows_are_found():
 
 
 def test_what_is_a_fault():
-    gate = traffic.attention("", [20, 7], 0.1, limit=1.01, K=16, H=1)
+    gate = traffic.attention("", [40, 27], 0.1, limit=1.01, H=1)
     sound = measure(gate)
     assert faults(sound) == []
     forward, backward = sound.counts

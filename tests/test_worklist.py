@@ -10,15 +10,18 @@ from fastbert_kernels._worklist import ITEM, attention_worklist
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
-@given(st.lists(st.integers(0, 5 * ITEM), max_size=20))
-def test_each_tile_once_and_the_longest_first(lengths):
+@given(st.lists(st.integers(0, 5 * ITEM), max_size=20), st.integers(0, 3 * ITEM))
+def test_each_tile_once_the_longest_first_and_the_rest_last(lengths, rest):
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    work = attention_worklist(bounds, sum(lengths))
-    assert work.dtype == torch.int32
+    total = sum(lengths) + rest
+    work = attention_worklist(bounds, total)
+    assert work.dtype == torch.int32 and len(work) == total // ITEM + len(lengths) + 1
     items = [tuple(item) for item in work.tolist() if item[0] >= 0]
-    assert sorted(items) == [(i, first) for i, length in enumerate(lengths) for first in range(0, length, ITEM)]
-    order = [lengths[sequence] for sequence, _ in items]
+    assert sorted(items) == [(i, first) for i, length in enumerate([*lengths, rest]) for first in range(0, length, ITEM)]
+    sequences = [sequence for sequence, _ in items]
+    order = [lengths[sequence] for sequence in sequences if sequence < len(lengths)]
     assert order == sorted(order, reverse=True)
+    assert all(sequence == len(lengths) for sequence in sequences[len(order) :])
 
 
 def test_an_uneven_batch():
