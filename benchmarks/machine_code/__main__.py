@@ -39,6 +39,7 @@ def row(case: Case, launches: list[Launch]) -> dict[str, Any]:
         "gigabytes": round(seen.gigabytes, 1),
         "issue": round(seen.busy.get("issue", 0.0), 3),
         "waits": round(seen.waits.get("result", 0.0), 3),
+        "nested": any(launch.inner > 1 for launch in launches),  # its loop holds the end of a turn of another one, which is rare
         "launches": [round(seconds(built, launch), 8) for launch in launches],
         "tile": {name: value for name, value in case.options.items() if isinstance(value, int)},
     }

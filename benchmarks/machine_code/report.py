@@ -163,7 +163,14 @@ def _mlm(record: Row) -> str:
                 [f"{row['launches'][0] * 1e6:.0f}", f"{row['useful'] / row['launches'][0] / 1e12:.0f}"] if row.get("launches") else ["", ""]
             )
             cells = [f"{row['registers']}", f"{row['spilled']}", f"{row['programs']}"]
-            rows.append([f"**{_titled(name, row)}**" if name in record["kernels"] else name, *cells, f"{row['teraflops']:.0f}", *whole])
+            rows.append(
+                [
+                    f"**{_titled(name, row)}**" if name in record["kernels"] else name,
+                    *cells,
+                    "" if row["nested"] else f"{row['teraflops']:.0f}",
+                    *whole,
+                ]
+            )
     return table(("kernel", "registers", "spilled", "programs", "TFLOP/s in the loop, model", "µs, model", "TFLOP/s, model"), rows)
 
 
