@@ -16,7 +16,11 @@ twice in the backward pass; in return no program adds to what another one writes
 of a sequence, where columns must be masked, is a tile of its own after the loop; full tiles are not masked at all.
 
 Sequences that all fit one tile (`one_tile`): a program owns a whole head of a sequence, forward and backward. The backward
-pass then has whole rows of scores before it, makes them once, and needs nothing saved but q, k and v.
+pass then has whole rows of scores before it, makes them once, and needs nothing saved but q, k and v. The tile is one of 64 for a sequence
+of up to 64 tokens and one of 128 for a longer one, each in a launch of its own: a 40-token sequence does not pay for the longest of
+its pack.
+
+Rows behind the last sequence of a padded pack are filled with zeros by programs that have nothing else to do.
 
 Source: Dao, 2023 (FlashAttention-2), algorithms 1 and 2.
 """
@@ -295,10 +299,19 @@ def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p,
             kernel = one.prepare(q, size, constants, kind, BLOCK=block)
             kernel((heads, programs), (q, k, v, out, *tables), (*kind[0], sequences, *sizes, over, *numbers))
     else:
+<<<<<<< HEAD
         work = attention_worklist(tables[0], rows) if worklist is None or cut else worklist
         kernel = _FORWARD.prepare(q, size, constants, kind)
         grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
         kernel(grid, (q, k, v, out, *statistics.unbind(), work, *tables), (*kind[0], sequences, *sizes, *numbers))
+=======
+        work = attention_worklist(bounds, rows) if worklist is None or queries is not None else worklist
+        options = tile("attention_forward", kind, q.dtype, size)
+        grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
+        _forward_kernel[grid](
+            q, k, v, out, *statistics, work, *tables, *strides, sequences, *sizes, *numbers, *constants, **options, **FUSE
+        )  # fmt: skip
+>>>>>>> attention
     return out, statistics
 
 
@@ -311,7 +324,10 @@ def _prepare_kernel(
     sequences, rows, tokens, keep_scale, site,
     H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta = dO . O / keep_scale of each row, and the keys of its mask, which the other two kernels would make once for each tile of keys."""
+    """delta = dO . O / keep_scale of each row, and the keys of its mask, which the other kernels would make once for each tile of keys.
+
+    Without keep_scale in it, D is 0 or 1 in the loops, and the factor comes once, at their end.
+    """
     head = tl.program_id(0)
     sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
     if (sequence < 0) | (sequence == sequences):
@@ -356,7 +372,7 @@ def _dkdv_tile(
     scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of queries adds to dV, and to dK but for scale."""
+    """What one tile of queries adds to dV but for keep_scale, and to dK but for keep_scale and scale. delta is divided by keep_scale."""
     row = start + tl.arange(0, BLOCK_Q)
     valid = row < end if TAIL else None
     q = _load(q_ptr, row, valid, q_row, K)
@@ -435,7 +451,7 @@ def _dq_tile(
     q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of keys adds to dQ, but for the factor scale * share of each row."""
+    """What one tile of keys adds to dQ, but for the factor scale * keep_scale * share of each row. delta is divided by keep_scale."""
     key = start + tl.arange(0, BLOCK_K)
     valid = key < length if TAIL else None
     k = _load(k_ptr, key, valid, k_row, K)
@@ -569,6 +585,7 @@ def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys
             kernel((heads, programs), (q, k, v, dout, dq, dk, dv, *tables), (*kind[0], sequences, *sizes, over, *numbers))
         return dq, dk, dv
 
+<<<<<<< HEAD
     key_work = attention_worklist(cu_seqlens, tokens) if worklist is None else worklist
     work = attention_worklist(tables[0], rows) if cut else key_work
     delta = statistics.new_empty(heads, rows)
@@ -576,6 +593,17 @@ def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys
     kernel = _PREPARE.prepare(q, size, (heads, size, cut, drop), kind)
     grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
     kernel(grid, (out, dout, delta, lo, hi, work, *tables), (sequences, *sizes, scales[1], site))
+=======
+    key_work = attention_worklist(cu_seqlens, len(k)) if worklist is None else worklist
+    work = attention_worklist(bounds, rows) if cut else key_work
+    options = tile("attention_prepare", kind, q.dtype, size)
+    grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
+    delta = torch.empty_like(statistics[0])
+    lo, hi = (torch.empty_like(delta, dtype=torch.int32) if drop else None for _ in range(2))
+    _prepare_kernel[grid](
+        out, dout, delta, lo, hi, work, *tables, sequences, *sizes, scales[1], site, heads, size, cut, drop, **options, **FUSE
+    )  # fmt: skip
+>>>>>>> attention
 
     pointers, facts = (q, k, v, dout), (*statistics.unbind(), delta, lo, hi)
     numbers = (*kind[0], sequences, *sizes, *scales, threshold(dropout_p))
