@@ -299,19 +299,10 @@ def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p,
             kernel = one.prepare(q, size, constants, kind, BLOCK=block)
             kernel((heads, programs), (q, k, v, out, *tables), (*kind[0], sequences, *sizes, over, *numbers))
     else:
-<<<<<<< HEAD
         work = attention_worklist(tables[0], rows) if worklist is None or cut else worklist
         kernel = _FORWARD.prepare(q, size, constants, kind)
         grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
         kernel(grid, (q, k, v, out, *statistics.unbind(), work, *tables), (*kind[0], sequences, *sizes, *numbers))
-=======
-        work = attention_worklist(bounds, rows) if worklist is None or queries is not None else worklist
-        options = tile("attention_forward", kind, q.dtype, size)
-        grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
-        _forward_kernel[grid](
-            q, k, v, out, *statistics, work, *tables, *strides, sequences, *sizes, *numbers, *constants, **options, **FUSE
-        )  # fmt: skip
->>>>>>> attention
     return out, statistics
 
 
@@ -585,7 +576,6 @@ def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys
             kernel((heads, programs), (q, k, v, dout, dq, dk, dv, *tables), (*kind[0], sequences, *sizes, over, *numbers))
         return dq, dk, dv
 
-<<<<<<< HEAD
     key_work = attention_worklist(cu_seqlens, tokens) if worklist is None else worklist
     work = attention_worklist(tables[0], rows) if cut else key_work
     delta = statistics.new_empty(heads, rows)
@@ -593,17 +583,6 @@ def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys
     kernel = _PREPARE.prepare(q, size, (heads, size, cut, drop), kind)
     grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
     kernel(grid, (out, dout, delta, lo, hi, work, *tables), (sequences, *sizes, scales[1], site))
-=======
-    key_work = attention_worklist(cu_seqlens, len(k)) if worklist is None else worklist
-    work = attention_worklist(bounds, rows) if cut else key_work
-    options = tile("attention_prepare", kind, q.dtype, size)
-    grid = (heads, len(work) * (ITEM // options["BLOCK_Q"]))
-    delta = torch.empty_like(statistics[0])
-    lo, hi = (torch.empty_like(delta, dtype=torch.int32) if drop else None for _ in range(2))
-    _prepare_kernel[grid](
-        out, dout, delta, lo, hi, work, *tables, sequences, *sizes, scales[1], site, heads, size, cut, drop, **options, **FUSE
-    )  # fmt: skip
->>>>>>> attention
 
     pointers, facts = (q, k, v, dout), (*statistics.unbind(), delta, lo, hi)
     numbers = (*kind[0], sequences, *sizes, *scales, threshold(dropout_p))
