@@ -24,6 +24,7 @@ On a CPU, with a store that `fastbert prepare` made:
     data            benchmarks.bench_data: prepare and the loader
     startup         benchmarks.bench_startup: --help, import, the first step
     plan            benchmarks.bench_plan --quick: `fastbert plan` against counted tensors
+    launch          benchmarks.bench_launch: CPU time of launching the Triton kernels, nothing launched
     side_by_side    benchmarks.side_by_side: our kernels for GPUs and other people's, in the interpreter
     traffic         as above
     compilers       benchmarks.ahead_of_time --on-record: as above, without compiling again, which a test does
@@ -128,6 +129,7 @@ def parts_on_a_cpu(out: Path, store: Path) -> list[Part]:
         Part("data", 230, [module("bench_data", str(store.with_suffix(".jsonl")), str(store), *folder)]),
         Part("startup", 115, [module("bench_startup", str(store), *folder)]),
         Part("plan", 25, [module("bench_plan", *folder, "--quick")]),
+        Part("launch", 30, [module("bench_launch", *folder, *seconds)]),
         Part("side_by_side", 30, [module("side_by_side", *folder)]),
         Part("traffic", 45, [module("traffic")]),
         Part("compilers", 5, [module("ahead_of_time", "--on-record")]),

@@ -25,7 +25,15 @@ MAY_IMPORT = {
     "fastbert.data": {"fastbert.config", "fastbert.durable", "fastbert.errors"},
     "fastbert.objective": {"fastbert.config", "fastbert.data", "fastbert_kernels"},
     "fastbert.initial_weights": {"fastbert.config"},
-    "fastbert.model": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert.initial_weights", "fastbert_kernels"},
+    "fastbert.fused_layer": {"fastbert_kernels"},
+    "fastbert.model": {
+        "fastbert.config",
+        "fastbert.data",
+        "fastbert.errors",
+        "fastbert.fused_layer",
+        "fastbert.initial_weights",
+        "fastbert_kernels",
+    },
     "fastbert.weights": {"fastbert.config", "fastbert.errors"},
     "fastbert.flops": {"fastbert.config"},
     "fastbert.training": {
