@@ -11,6 +11,7 @@ its own with its share of the time that is left, so that neither a crash nor a h
     data            benchmarks.bench_data: prepare and the loader
     startup         benchmarks.bench_startup: --help, import, the first step
     plan            benchmarks.bench_plan --quick: `fastbert plan` against counted tensors
+    launch          benchmarks.bench_launch: CPU time of launching the Triton kernels, nothing launched
     side_by_side    benchmarks.side_by_side: our kernels for GPUs and other people's, in the interpreter
     traffic         benchmarks.traffic: bytes moved over the least possible, counted in the interpreter
     compilers       benchmarks.ahead_of_time --on-record: registers, spills, loads, without compiling again, which a test does
@@ -68,6 +69,7 @@ def all_parts(out: Path, store: Path) -> list[Part]:
         Part("data", 230, module("bench_data", str(store.with_suffix(".jsonl")), str(store), *folder)),
         Part("startup", 115, module("bench_startup", str(store), *folder)),
         Part("plan", 25, module("bench_plan", *folder, "--quick")),
+        Part("launch", 30, module("bench_launch", *folder, *seconds)),
         Part("side_by_side", 30, module("side_by_side", *folder)),
         Part("traffic", 45, module("traffic")),
         Part("compilers", 5, module("ahead_of_time", "--on-record")),

@@ -1,10 +1,10 @@
 """A layer on the Triton kernels as one function of autograd.
 
 On a GPU it is Python that sets the pace of small models and small batches. `model.py` composes a layer of some 25 operations, each of which
-passes Python's wrappers and autograd both ways. Here the same kernels and the same products follow each other directly, which takes a
-fifth of the CPU time (benchmarks/bench_launch.py).
+passes Python's wrappers and autograd both ways. Here the same kernels and the same products follow each other directly: 0.45 ms of
+CPU time a layer instead of 0.7, forward and backward, on a busy machine (benchmarks/bench_launch.py).
 
-The results are those of the composed layer, to the last bit, and gradients agree to rounding: the gradient that comes through a residual
+The results are those of the composed layer, and gradients agree to rounding: the gradient that comes through a residual
 connection is added inside the product, which is one rounding less and spares a pass over [T, D]. Where only some rows are asked for,
 their gradients are added to those of x in one go, as no row occurs twice; autograd would sort them.
 

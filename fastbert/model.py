@@ -1,6 +1,6 @@
 """BERT: embeddings, L post-norm blocks over packed sequences, and the two heads that pre-training needs.
 
-The only caller of the kernels. Axes: B sequences, T packed tokens, M masked tokens, R rows that a loss reads (M + B),
+With fused_layer.py the only caller of the kernels. Axes: B sequences, T packed tokens, M masked tokens, R rows that a loss reads (M + B),
 H heads, K head size, D hidden, F feed-forward, V vocabulary.
 
 Each module owns the parameters that its own forward reads, since ZeRO stage 3 gathers weights module by module; the one exception,

@@ -65,7 +65,7 @@ class PackedBatch:
         """The same batch in one piece of page-locked memory, from which `to` copies it to a GPU in one go.
 
         A copy from ordinary memory waits for all that is queued on the GPU, and there would be nine of them. This one is queued like a kernel,
-        on the current stream, and takes the GPU some 20 us for 16,384 tokens. Torch keeps the memory until the copy is done, also if the
+        on the current stream, and should take the GPU some 20 us for 16,384 tokens (an estimate). Torch keeps the memory until the copy is done, also if the
         batch is gone by then.
         """
         tensors = self._tensors()

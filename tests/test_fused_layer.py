@@ -1,0 +1,114 @@
+"""A layer as one function is the layer that model.py composes of the same kernels: results to the bit, gradients to rounding."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import fastbert.model as model_file
+from fastbert.config import ModelConfig
+from fastbert.fused_layer import Call, fused_layer
+from fastbert.model import BertForPreTraining, Layer
+from fastbert.objective import losses
+from tests.random_batch import VOCAB, make_batch
+from tests.test_kernels import GPU, watched
+
+DEVICE = "cuda" if GPU else "cpu"
+LENGTHS = [9, 1 + 4, 20]
+
+
+def build(p: float, dtype: torch.dtype) -> BertForPreTraining:
+    """Two layers, of which the last computes some rows only; biases and norms away from 0 and 1."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        hidden_dropout_prob=p,
+        attention_probs_dropout_prob=p,
+    )
+    model = BertForPreTraining(config, VOCAB)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(DEVICE, dtype).train()
+
+
+def step(model: BertForPreTraining, impl: str, longest: int) -> dict[str, torch.Tensor]:
+    """Losses of the tokens and every gradient."""
+    model = copy.deepcopy(model)
+    model.impl = impl
+    batch = make_batch(LENGTHS).to(DEVICE)
+    object.__setattr__(batch, "max_seqlen", longest)  # above 128 the general kernels of the attention run
+    with watched(impl):
+        found = losses(model(batch))
+        found.loss.backward()
+    return {"losses": found.token_losses} | {f"d{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("dtype", "longest"), [(torch.bfloat16, 20), (torch.bfloat16, 200), (torch.float32, 20)])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_it_is_the_composed_layer(p, dtype, longest, monkeypatch):
+    model = build(p, dtype)
+    fused = step(model, "triton", longest)
+    monkeypatch.setattr(model_file, "fused", lambda *_: False)
+    composed, exact = step(model, "triton", longest), step(model.double(), "reference", longest)
+    assert fused.keys() == composed.keys() == exact.keys()
+    assert torch.equal(fused["losses"], composed["losses"])
+    for name, truth in exact.items():
+        errors = [float((x[name].double() - truth).abs().max()) for x in (fused, composed)]
+        assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps * float(truth.abs().max()), name
+
+
+def test_under_autocast_the_layer_is_composed():
+    """Which casts between its operations."""
+    model = build(0.1, torch.float32)
+    model.impl = "triton"
+    with watched("triton"), torch.autocast(DEVICE, torch.bfloat16):
+        losses(model(make_batch(LENGTHS).to(DEVICE))).loss.backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def arguments(**changes: Any) -> tuple[torch.Tensor, Any, Call]:
+    layer = build(0.1, torch.float32).layers[0]
+    assert isinstance(layer, Layer)
+    batch = make_batch(LENGTHS).to(DEVICE)
+    x = torch.ones(batch.tokens, 32, device=DEVICE)
+    keys = torch.arange(batch.tokens, device=DEVICE)
+    call = Call(2, batch.cu_seqlens, 20, None, batch.dropout_keys, keys, None, 0.1, 0.1, 1, 1e-12)
+    return x, layer.fused_parameters(), call._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 34])}, TypeError, "cu_seqlens is int64, expected int32"),
+        ({"cu_seqlens": torch.tensor([0, 30], dtype=torch.int32)}, ValueError, "cu_seqlens ends at 30, expected T = 34"),
+        ({"sequence_keys": None}, ValueError, "dropout_p = 0.1 needs keys"),
+        ({"token_keys": torch.arange(3)}, ValueError, r"token_keys has shape \[3\], expected \[34\]"),
+        ({"token_keys": torch.arange(34).int()}, TypeError, "token_keys is int32, expected int64"),
+        ({"rows": torch.tensor([3, 2]), "token_keys": torch.arange(2)}, ValueError, "queries holds 3 and then 2, expected to ascend"),
+        ({"heads": 4}, ValueError, "K = 8, expected a multiple of 16"),
+    ],
+)
+@pytest.mark.skipif(GPU, reason="values are looked at on a CPU")
+def test_what_does_not_fit_is_refused_also_after_a_good_call(changes, error, message):
+    with watched("triton"):
+        fused_layer(*arguments())
+        with pytest.raises(error, match=message):
+            fused_layer(*arguments(**changes))
+
+
+@pytest.mark.parametrize("name", ["qkv_weight", "output_bias", "norm_weight", "inner_weight"])
+def test_a_parameter_of_another_dtype_or_shape_is_refused_by_name(name):
+    x, parameters, call = arguments()
+    parameter = getattr(parameters, name)
+    with pytest.raises(TypeError, match=f"fused_layer: {name} is float16, expected float32"):
+        fused_layer(x, parameters._replace(**{name: parameter.half()}), call)
+    with pytest.raises(ValueError, match=rf": {name} has shape"):
+        fused_layer(x, parameters._replace(**{name: parameter[..., :-1]}), call)
