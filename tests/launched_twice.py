@@ -7,6 +7,7 @@ first launch of each kind asks Triton. Prints how many launches were compared, a
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from typing import Any
 
 import torch
@@ -15,20 +16,19 @@ from benchmarks.no_launch import no_launch
 from fastbert_kernels._launch import Prepared
 from fastbert_kernels.specs import SPECS
 
-compared, direct = 0, 0
+seen: Counter[str] = Counter()
 launch = Prepared.__call__
 
 
 def both(self: Prepared, grid: tuple, pointers: Any, numbers: Any) -> None:
-    global compared, direct
     known = self._compiled.get(device := 90)
     launch(self, grid, pointers, numbers)
     asked = self._function[grid](*pointers, *numbers, *self._constants, **self._options)
     aligned = all(pointer is None or pointer.data_ptr() % 16 == 0 for pointer in pointers)
-    compared += 1
+    seen["compared"] += 1
     if aligned:
         assert self._compiled[device][0] is asked, f"{asked.name}: another kernel than Triton's"
-        direct += known is not None
+        seen["direct"] += known is not None
     elif known is not None:
         assert known[0] is not asked, f"{asked.name}: a kernel for aligned tensors serves misaligned ones"
 
@@ -62,4 +62,4 @@ with no_launch("sm_90"):
             for p in (0.0, 0.1) if spec.dropout else (0.0,):
                 for move in (lambda x: x, misaligned, lambda x: x):
                     run(spec, shape, torch.bfloat16, p, move)
-print(compared, direct)
+print(seen["compared"], seen["direct"])
