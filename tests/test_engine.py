@@ -165,7 +165,8 @@ def test_gradients_are_not_searched_for_nan_one_by_one(small_store, packs, bf16)
     with engine(small_store, 1, precision=bf16) as built, Operations() as seen:
         built.step(packs[0], lr=1e-3)
         parameters = len(list(built.model.parameters()))
-    assert seen.count["aten::linalg_vector_norm"] >= parameters and not seen.count["aten::amax"]
+    assert seen.count["aten::linalg_vector_norm"] >= parameters
+    assert seen.count["aten::amax"] < parameters  # DeepSpeed's search makes one for each; the MLM loss makes one for each slab
 
 
 def test_without_pairs_their_figures_are_none(small_store):

@@ -24,7 +24,8 @@ def main_loop(code: Code, which: str = "products") -> tuple[int, int] | None:
     """First and last instruction of the loop that does the work; None where there is no loop.
 
     Args:
-        which: "products" for the loop with most matrix products, "longest", or "0", "1", ... for one of those with products, in the code's order.
+        which: "products" for the loop with most matrix products (None where all products are outside of loops), "longest", or "0", "1", ... for
+            one of those with products, in the code's order.
     """
     spans = loops(code)
     if not spans:
@@ -32,7 +33,8 @@ def main_loop(code: Code, which: str = "products") -> tuple[int, int] | None:
     if which.isdigit():
         return [span for span in spans if flops_between(code, *span)][int(which)]
     if which == "products":
-        return max(spans, key=lambda span: (flops_between(code, *span), span[1] - span[0]))
+        most = max(spans, key=lambda span: (flops_between(code, *span), span[1] - span[0]))
+        return most if flops_between(code, *most) or not any(map(matrix_flops, code.instructions)) else None
     return max(spans, key=lambda span: span[1] - span[0])
 
 
@@ -48,12 +50,12 @@ def way_through(code: Code, passes: int, which: str = "products", inner: int = 1
       of the outer one.
     """
     main = main_loop(code, which)
-    if main is None:
-        return walk(code, {})
-    first, last = main
-    reached = leading_to(code, first)
     forward = {at: to for at in range(len(code.instructions)) if (to := code.target(at)) is not None and to > at}
-    taken = {at: 0 for at, to in forward.items() if at < first and to in reached and at + 1 not in reached}
+    if main is None:
+        products = [at for at, instruction in enumerate(code.instructions) if matrix_flops(instruction)]
+        return walk(code, {}, _needed(code, forward, products[0]) if products else None)
+    first, last = main
+    taken = _needed(code, forward, first)
     taken |= {at: 0 for at, to in forward.items() if at > last and flops_between(code, at, to - 1)}
     if flops_between(code, *main):
         empty = [span for span in loops(code) if span[1] < first and not flops_between(code, *span)]
@@ -63,6 +65,12 @@ def way_through(code: Code, passes: int, which: str = "products", inner: int = 1
     found = walk(code, {last: passes}, taken)
     assert found.count(code.instructions[last]) == passes, "the way through the kernel misses its main loop"
     return found
+
+
+def _needed(code: Code, forward: Mapping[int, int], goal: int) -> dict[int, int]:
+    """The branches forward that must be taken, or instruction `goal` would be missed."""
+    reached = leading_to(code, goal)
+    return {at: 0 for at, to in forward.items() if at < goal and to in reached and at + 1 not in reached}
 
 
 def leading_to(code: Code, goal: int) -> set[int]:
