@@ -88,7 +88,7 @@ def arguments(**changes: Any) -> tuple[torch.Tensor, Any, Call]:
     ("changes", "error", "message"),
     [
         ({"cu_seqlens": torch.tensor([0, 34])}, TypeError, "cu_seqlens is int64, expected int32"),
-        ({"cu_seqlens": torch.tensor([0, 40], dtype=torch.int32)}, ValueError, "cu_seqlens ends at 40, expected at most T = 34"),
+        ({"cu_seqlens": torch.tensor([0, 10, 20, 40], dtype=torch.int32)}, ValueError, "cu_seqlens ends at 40, expected at most T = 34"),
         ({"sequence_keys": None}, ValueError, "dropout_p = 0.1 needs keys"),
         ({"token_keys": torch.arange(3)}, ValueError, r"token_keys has shape \[3\], expected \[34\]"),
         ({"token_keys": torch.arange(34).int()}, TypeError, "token_keys is int32, expected int64"),
