@@ -102,16 +102,18 @@ class _Layer(torch.autograd.Function):
         z, *outer_moments = _end(outer, p.outer_bias, y, p.norm_weight, p.norm_bias, call, 2)
 
         saved = (x, residual, q, k, v, context, statistics, projected, *moments, y, inner, active, outer, *outer_moments)
-        ctx.save_for_backward(*saved, *parameters)
+        tables = (call.cu_seqlens, call.worklist, call.sequence_keys, call.token_keys, call.rows)
+        ctx.save_for_backward(*saved, *parameters, *tables)
         ctx.call = call
         return z
 
     @staticmethod
     @backward_once
     def backward(ctx, dz):  # type: ignore[override]
-        x, residual, q, k, v, context, statistics, projected, mean, rstd, y, inner, active, outer, outer_mean, outer_rstd, *parameters = (
+        x, residual, q, k, v, context, statistics, projected, mean, rstd, y, inner, active, outer, outer_mean, outer_rstd, *rest = (
             ctx.saved_tensors
         )
+        parameters = rest[: len(Parameters._fields)]  # behind them are the tables of the call, saved for autograd to know of them
         p, call, rows, size = Parameters(*parameters), ctx.call, ctx.call.rows, x.shape[1]
 
         douter, dy, outer_vectors = _end_backward(dz, outer, p.outer_bias, y, p.norm_weight, outer_mean, outer_rstd, call, 2)

@@ -156,8 +156,9 @@ def activation_bytes(model: ModelConfig, vocab_size: int, pack: Pack, bf16: bool
     if kernels != "cpu":
         tile = bf16 and max(pack.lengths) <= 128
         each = w * (5 * D + 2 * F) + 16 + (0 if tile else 8 * H)  # without x, k and v
-        full, last = T * (each + 3 * w * D), R * (each + 2 * w * D + 24) + 3 * T * w * D
-        return (L - 1) * full + last + 24 * T + head
+        tables = 24 if model.hidden_dropout_prob + model.attention_probs_dropout_prob > 0 else 16  # bytes a row: dropout needs a key
+        full, last = T * (each + 3 * w * D), R * (each + 2 * w * D + tables) + 3 * T * w * D
+        return (L - 1) * full + last + tables * T + head
     hidden, attention = model.hidden_dropout_prob > 0, model.attention_probs_dropout_prob > 0
     score = 4 * H * (1 + attention)
     each = w * (4 * D + 2 * F) + 2 * D * hidden + 16  # without x, q, k and v
