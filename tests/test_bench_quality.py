@@ -72,7 +72,10 @@ def test_a_pair_is_two_neighbours_or_has_b_from_another_document(tmp_path):
 
 
 def points(*pairs: tuple[float, float]) -> list[dict[str, float]]:
-    return [{"event": "evaluate", "training_seconds": seconds, "loss_mlm": loss} for seconds, loss in pairs]
+    return [
+        {"event": "evaluate", "step": step, "training_seconds": seconds, "loss_mlm": loss}
+        for step, (seconds, loss) in enumerate(pairs, 1)
+    ]
 
 
 def test_when_a_loss_is_first_reached():

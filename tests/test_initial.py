@@ -147,12 +147,12 @@ def test_other_tokens_are_refused(recipe, folder, tmp_path):
     ],
 )
 def test_weights_that_are_not_finite_are_refused(recipe, folder, tmp_path, name, bad):
-    """By the name that the folder gives them; one number is enough. Every step from there would be skipped."""
+    """One number is enough: every step from there would be skipped. The message has the name that the folder gives the weight."""
     weights = load_file(folder / "model.safetensors")
     weights[name].view(-1)[7 % weights[name].numel()] = bad
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     message = refusal(recipe)
-    assert f"init = '{folder}': " in message and name in message and "holds 1 numbers that are not finite" in message
+    assert f"{folder / 'model.safetensors'}: {name} holds numbers that are not finite" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -161,16 +161,7 @@ def test_numbers_beyond_single_precision_are_not_finite(recipe, folder):
     name = "bert.pooler.dense.bias"
     weights[name] = weights[name].double() + 1e300
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert f"{name} holds 32 numbers that are not finite" in refusal(recipe)
-
-
-def test_rows_for_no_token_may_hold_anything(recipe, folder, original, tmp_path):
-    """They pad the table to a round size, and are left out."""
-    encoder = BertModel.from_pretrained(original, add_pooling_layer=False)
-    encoder.resize_token_embeddings(1024)
-    encoder.embeddings.word_embeddings.weight.data[1000:] = float("nan")
-    encoder.save_pretrained(folder)
-    assert train(recipe) == 0 and bool(fastbert.load(tmp_path / "run").model.embeddings.words.isfinite().all())
+    assert f"{name} holds numbers that are not finite" in refusal(recipe)
 
 
 def test_a_decoder_of_its_own_is_refused(recipe, folder):

@@ -29,7 +29,8 @@ TOKENS, SENTENCES = "train/shard-00000.tokens", "train/shard-00000.sentences"
 
 @pytest.fixture
 def copy(small_store, tmp_path) -> Path:
-    return shutil.copytree(small_store.path, tmp_path / "copy")
+    """Without the notes that other tests left there."""
+    return shutil.copytree(small_store.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".verified-*"))
 
 
 @pytest.fixture(scope="module")

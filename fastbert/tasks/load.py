@@ -20,7 +20,7 @@ from fastbert.tasks import hugging_face
 from fastbert.tasks.pretrained import Pretrained
 from fastbert.training import checkpoint
 from fastbert.training.initial import Initial
-from fastbert.weights import DECODER, MLM, NSP, check_finite, entries, heads, shapes
+from fastbert.weights import DECODER, MLM, NSP, check_finite, heads, shapes
 
 
 class CheckpointWarning(UserWarning):
@@ -79,8 +79,7 @@ def read_initial(path: str) -> Initial:
     parts = _read(Path(path))
     if DECODER in parts.weights:
         raise InputError(f"{parts.path}: its decoder is not tied to the word embeddings; only a model with a tied one can be trained on")
-    table = {} if parts.recipe else entries(parts.config.num_hidden_layers)  # a run of ours has our names
-    return Initial(path, parts.config, parts.weights, parts.tokenizer, {ours: ", ".join(entry.theirs) for ours, entry in table.items()})
+    return Initial(path, parts.config, parts.weights, parts.tokenizer)
 
 
 def _read(path: Path) -> _Parts:

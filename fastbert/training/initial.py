@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -21,14 +21,12 @@ PER_TOKEN = ("embeddings.words", "mlm_head.vocabulary_bias")  # weights with a r
 
 @dataclass(frozen=True)
 class Initial:
-    """A model as it was found: `weights` fp32 by our names, heads may be missing; `source` is what messages call it, and `names` what they
-    call a weight that has another name there."""
+    """A model as it was found: `weights` are fp32 by our names, heads may be missing; `source` is what messages call it."""
 
     source: str
     config: ModelConfig
     weights: Mapping[str, Tensor]
     tokenizer: Tokenizer
-    names: Mapping[str, str] = field(default_factory=dict)
 
 
 Read = Callable[[str], Initial]  # opens a folder; raises InputError
@@ -56,7 +54,7 @@ def put(initial: Initial, model: BertForPreTraining, store: Store, recipe: str) 
     """Copy the weights into a new model; a head that is missing keeps its random start.
 
     Raises:
-        InputError: the store was made with other tokens, or a weight is not finite: no step from there could be applied.
+        InputError: the store was made with other tokens.
     """
     theirs = load_tokenizer(store.tokenizer_dir)
     if not same_tokens(theirs, initial.tokenizer):
@@ -66,11 +64,5 @@ def put(initial: Initial, model: BertForPreTraining, store: Store, recipe: str) 
         )
     # Some models pad their tables: rows past the last token stand for nothing.
     weights = {name: tensor[: store.vocab_size] if name in PER_TOKEN else tensor for name, tensor in initial.weights.items()}
-    for name, tensor in weights.items():
-        if bad := tensor.numel() - int(tensor.isfinite().sum()):
-            raise InputError(
-                f"{recipe}: init = {initial.source!r}: {initial.names.get(name, name)} holds {bad:,} numbers that are not finite; "
-                "no step could be made from there; give a model without them"
-            )
     result = model.load_state_dict(weights, strict=False)
     assert not result.unexpected_keys and all("_head." in name for name in result.missing_keys), result

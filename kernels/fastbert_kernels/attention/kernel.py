@@ -194,7 +194,12 @@ def _forward_kernel(
     if sequence < 0:
         return
     if sequence == sequences:
-        _fill(out_ptr + head * K, _rest(query_bounds_ptr, sequences, rows) + offset, rows, H, K, BLOCK_Q)
+        start = _rest(query_bounds_ptr, sequences, rows) + offset
+        _fill(out_ptr + head * K, start, rows, H, K, BLOCK_Q)
+        row = start + tl.arange(0, BLOCK_Q)
+        slot, nothing = head.to(tl.int64) * rows + row, tl.zeros([BLOCK_Q], tl.float32)
+        tl.store(top_ptr + slot, nothing, mask=row < rows)
+        tl.store(share_ptr + slot, nothing, mask=row < rows)
         return
     first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     if first_row + offset >= last_row:
