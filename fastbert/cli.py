@@ -24,6 +24,7 @@ import typer
 from fastbert import __version__, strict_json
 from fastbert.errors import Diverged, InputError
 from fastbert.heap import keep_heap
+from fastbert.out_of_memory import shortage
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 EVALUATE_S = 600.0  # how long ranks wait for each other
@@ -79,6 +80,8 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:
+        if lacking := shortage(error):
+            return _say(f"{lacking}; use smaller batches, shorter texts or a smaller model", FAILED)
         # typer's usage errors: their class is private, and an older typer takes them from click.
         message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
         if message is None:

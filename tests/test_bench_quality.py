@@ -73,8 +73,7 @@ def test_a_pair_is_two_neighbours_or_has_b_from_another_document(tmp_path):
 
 def points(*pairs: tuple[float, float]) -> list[dict[str, float]]:
     return [
-        {"event": "evaluate", "step": step, "training_seconds": seconds, "loss_mlm": loss}
-        for step, (seconds, loss) in enumerate(pairs, 1)
+        {"event": "evaluate", "step": step, "training_seconds": seconds, "loss_mlm": loss} for step, (seconds, loss) in enumerate(pairs, 1)
     ]
 
 

@@ -16,6 +16,7 @@ from fastbert.data.packing import PackedBatch
 from fastbert.data.prefetch import Prefetch
 from fastbert.doctor import measure_gemm_rate
 from fastbert.flops import executed_flops
+from fastbert.out_of_memory import shortage
 from fastbert.training import checkpoint
 from fastbert.training.engine import Engine, NotFinite
 from fastbert.training.group import Group, Interrupted, RankLost, meet_others
@@ -104,6 +105,12 @@ def _run(setup: Setup, group: Group, watch: Watch, interruption: Interruption) -
     except TakenOver as error:
         watch.farewell(str(error))
         raise Ended(f"the run ended here: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        if (lacking := shortage(error)) is None:
+            raise
+        line = f"{lacking}; lower batch.micro_batch_tokens (now {config.batch.micro_batch_tokens:,}), then {_resume(setup)}"
+        watch.farewell(line)
+        raise Ended(f"{group.name(group.rank)}: {line}" if group.world > 1 else line) from error
 
 
 def _train(
