@@ -44,8 +44,8 @@ from benchmarks.pictures import OURS, colour, figure_of, save
 from benchmarks.record import Record, Row, table
 from fastbert.config import parse_config
 from fastbert.data.batches import Batches
+from fastbert.data.dataset import Store, open_store
 from fastbert.data.prefetch import Prefetch
-from fastbert.data.store import Store, open_store
 from fastbert.data.tokenizer import train_tokenizer
 from fastbert.training.picture import INK, MUTED
 

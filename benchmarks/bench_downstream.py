@@ -41,7 +41,7 @@ from benchmarks.pictures import OURS, figure_of, save
 from benchmarks.record import Record, Row, once, read_record, table
 from fastbert import load
 from fastbert.heap import keep_heap
-from fastbert.initial_weights import initialise
+from fastbert.models.initial_weights import initialise
 from fastbert.tasks.finetune import Settings, finetune, spread
 from fastbert.tasks.labelled import Examples, read_examples
 from fastbert.tasks.scores import accuracy, f1

@@ -33,14 +33,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import fastbert.model
+import fastbert.models.bert
 from benchmarks.machine import header, header_line
 from benchmarks.no_launch import no_launch
 from benchmarks.record import Record, Row, table
 from fastbert.config import PRESETS, ModelConfig
 from fastbert.data.packing import PackedBatch
-from fastbert.model import BertForPreTraining
-from fastbert.objective import losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.bert import losses
 from fastbert_kernels._spec import Shape
 from fastbert_kernels.specs import SPECS
 
@@ -216,7 +216,7 @@ def measure(seconds: float) -> list[Row]:
             note((name, "backward"), cpu_time(functools.partial(backward, forward()), CALLS))
         for name, run in steps.items():
             note((*name, "all"), cpu_time(run))
-            with mock.patch.multiple(fastbert.model, **NOTHING):
+            with mock.patch.multiple(fastbert.models.bert, **NOTHING):
                 note((*name, "bare"), cpu_time(run))
         if number < 0:
             times = {}

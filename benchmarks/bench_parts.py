@@ -33,16 +33,16 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.bench_step import CASES, LEAST, MAX_LENGTH, SEQUENCES, WARM_UP
 from benchmarks.machine import header
 from benchmarks.record import Record, Row, table
+from fastbert.cluster.group import join
 from fastbert.config import ModelConfig, RunConfig, parse_config
 from fastbert.data.batches import Batches, PackedBatch
-from fastbert.data.store import Store, open_store
-from fastbert.doctor import measure_bandwidth, measure_gemm_rate
-from fastbert.flops import BACKWARD
+from fastbert.data.dataset import Store, open_store
+from fastbert.machine import (measure_bandwidth, measure_gemm_rate)
 from fastbert.heap import keep_heap
-from fastbert.model import Attention, BertForPreTraining, Embeddings, FeedForward
+from fastbert.models.bert import Attention, BertForPreTraining, Embeddings, FeedForward
+from fastbert.planning.flops import BACKWARD
 from fastbert.training.ds_config import read_ds_config
 from fastbert.training.engine import Engine
-from fastbert.training.group import join
 
 DATA, EMBEDDING, PROJECTIONS, SCORES = "data", "embedding", "attention: q, k, v, output", "attention: scores, dropout"
 PRODUCTS, GELU, NORM, LOSS, OPTIMIZER, ENGINE = (
@@ -118,7 +118,7 @@ def split(events: Iterable[Any]) -> dict[str, float]:
 
 
 def flops(model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int) -> dict[str, float]:
-    """`fastbert.flops.executed_flops`, by part."""
+    """`fastbert.planning.flops.executed_flops`, by part."""
     D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     tokens, rows = sum(lengths), masked + pairs  # the last layer's
     squares = sum(n * n for n in lengths)

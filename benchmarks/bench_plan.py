@@ -43,16 +43,16 @@ from benchmarks.machine import header, header_line
 from benchmarks.made_up_training import Sizes, made_up_batch, model_config
 from benchmarks.pages import filled
 from benchmarks.record import Record, Row, table
+from fastbert.cluster.group import Group, join
 from fastbert.config import BatchConfig, RunConfig, parse_config
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
-from fastbert.memory import Pack, activation_bytes, memory_by_part
-from fastbert.model import BertForPreTraining
-from fastbert.objective import losses
-from fastbert.plan import Device, communication_per_step, compute_seconds, plan, this_machine
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.bert import losses
+from fastbert.planning.memory import Pack, activation_bytes, memory_by_part
+from fastbert.planning.plan import Device, communication_per_step, compute_seconds, plan, this_machine
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine
-from fastbert.training.group import Group, join
 
 ROOT = Path(__file__).parents[1]
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")

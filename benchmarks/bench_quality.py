@@ -40,9 +40,9 @@ from benchmarks.pictures import colour, figure_of, save
 from benchmarks.record import Record, Row, table
 from benchmarks.trainer_rival import build_model, evaluate, heldout
 from fastbert.config import load_config
-from fastbert.data.store import Store, open_store
-from fastbert.model import BertForPreTraining
-from fastbert.objective import losses
+from fastbert.data.dataset import Store, open_store
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.bert import losses
 from fastbert.training.heldout import heldout_means, heldout_sums
 from fastbert.training.metrics import read_metrics
 from fastbert.training.picture import INK, MUTED

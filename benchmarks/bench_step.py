@@ -27,15 +27,15 @@ import transformers
 
 from benchmarks.machine import header, header_line
 from benchmarks.record import Record, table
+from fastbert.checkpoints.weight_names import to_hugging_face
 from fastbert.config import ObjectiveConfig, RunConfig, parse_config
 from fastbert.data.batches import Batches, PackedBatch
-from fastbert.data.store import Store, open_store
-from fastbert.doctor import measure_gemm_rate
-from fastbert.flops import training_flops
+from fastbert.data.dataset import Store, open_store
+from fastbert.machine import measure_gemm_rate
 from fastbert.heap import keep_heap
-from fastbert.model import BertForPreTraining
-from fastbert.objective import losses
-from fastbert.weights import to_hugging_face
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.bert import losses
+from fastbert.planning.flops import training_flops
 
 CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary
 SEQUENCES, MAX_LENGTH = 32, 128

@@ -38,8 +38,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.machine import header, header_line
 from benchmarks.made_up_training import Sizes, made_up_batch, model_config
 from fastbert.config import RunConfig, RuntimeConfig
-from fastbert.model import BertForPreTraining
-from fastbert.plan import count_parameters
+from fastbert.models.bert import BertForPreTraining
+from fastbert.planning.plan import count_parameters
 from tests.namespaces import Nodes, Unavailable
 
 ROOT = Path(__file__).parents[1]
@@ -183,9 +183,9 @@ def sent_bytes(interface: str = "eth0") -> int:
 
 def train(wanted: Sequence[Case], ds_config: str) -> None:
     """What a rank does: prints a line of JSON for each case."""
+    from fastbert.cluster.group import join
     from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
     from fastbert.training.engine import Engine
-    from fastbert.training.group import join
 
     config = RunConfig(data="none", model=model_config(SIZES.preset, 0.1), runtime=RuntimeConfig(deepspeed=ds_config))
     own = read_ds_config(config, "benchmarks.communication").values

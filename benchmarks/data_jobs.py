@@ -23,7 +23,8 @@ LOADER_STEPS = 200
 def by_fastbert(text: str, tokenizer: str, out: str, workers: int) -> dict[str, float]:
     """As `fastbert prepare` does it. What the rival leaves out, the n-gram yardsticks, is timed and weighed apart."""
     began = time.perf_counter()
-    from fastbert.data import prepare, yardsticks
+    from fastbert.data import baselines as yardsticks
+    from fastbert.data import prepare
 
     measure, found = yardsticks.measure, {}
 
@@ -71,7 +72,7 @@ def loader(store: str) -> dict[str, float]:
     """Memory of a loader that has drawn batches from all over a store: its own, and the pages of the store that are mapped at the moment."""
     from fastbert.config import RunConfig
     from fastbert.data.batches import Batches
-    from fastbert.data.store import open_store
+    from fastbert.data.dataset import open_store
 
     batches = Batches(open_store(store, verify=False), RunConfig(data=store))
     for step in range(LOADER_STEPS):

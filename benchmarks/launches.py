@@ -161,10 +161,10 @@ def model_calls() -> Iterator[Call]:
 
 def model_step(lengths: list[int], precision: str, dropout: float) -> None:
     from fastbert.config import ModelConfig
+    from fastbert.data.dataset import SpecialIds
     from fastbert.data.packing import pack_texts
-    from fastbert.data.store import SpecialIds
-    from fastbert.model import BertForPreTraining
-    from fastbert.objective import losses
+    from fastbert.models.bert import BertForPreTraining
+    from fastbert.models.bert import losses
 
     config = ModelConfig(
         hidden_size=128,

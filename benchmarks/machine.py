@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastbert.doctor import measure_bandwidth, measure_gemm_rate
-from fastbert.plan import GPUS
+from fastbert.machine import (measure_bandwidth, measure_gemm_rate)
+from fastbert.planning.plan import GPUS
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,7 +20,7 @@ from benchmarks.cores import one_on_each, run_module
 from benchmarks.machine import header
 from benchmarks.record import Record, Row, once, table
 from fastbert import load
-from fastbert.data.store import Store, open_store
+from fastbert.data.dataset import Store, open_store
 from fastbert.training.metrics import read_metrics
 
 

@@ -30,16 +30,16 @@ import torch
 import transformers
 
 from benchmarks.bench_step import pad
+from fastbert.checkpoints.weight_names import to_hugging_face
 from fastbert.config import RunConfig, ScheduleConfig, load_config
 from fastbert.data.batches import PackedBatch, heldout_batches
-from fastbert.data.store import Store, open_store
+from fastbert.data.dataset import Store, open_store
 from fastbert.heap import keep_heap
-from fastbert.model import BertForPreTraining
-from fastbert.objective import Losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.bert import Losses
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.metrics import MetricsFile
 from fastbert.training.schedule import factor
-from fastbert.weights import to_hugging_face
 
 EVALUATION_TOKENS = 2048  # at once: the logits of all positions are held
 

@@ -147,8 +147,8 @@ def pretrain(
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest sound checkpoint of the run.")] = False,
 ) -> int:
     """Train a model from a store, as a recipe says. Exit code 75: interrupted, a checkpoint is saved."""
+    from fastbert.cluster.signals import Interruption
     from fastbert.config import load_config
-    from fastbert.training.interruption import Interruption
 
     with Interruption() as interruption:  # from here on a signal means: stop at the next step
         config = load_config(recipe, overrides or ())
@@ -166,10 +166,10 @@ def evaluate(
     as_json: Json = False,
 ) -> int:
     """Held-out losses and accuracies, next to what simple count models reach on the same text. Ranks of a launcher share the work."""
+    from fastbert.cluster.group import RankLost, join
     from fastbert.tasks.evaluate import SHOWN, evaluate
     from fastbert.tasks.load import load
     from fastbert.training.diagnosis import compare
-    from fastbert.training.group import RankLost, join
 
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
@@ -222,7 +222,7 @@ def export(
     as_json: Json = False,
 ) -> int:
     """Write a folder that transformers and sentence-transformers load, and check that it gives the same hidden states and logits."""
-    from fastbert.tasks.hugging_face import check_new
+    from fastbert.checkpoints.hugging_face import check_new
 
     check_new(out)
     from fastbert.tasks.export import ExportError, export
@@ -388,7 +388,7 @@ def report(
 @app.command(epilog="Example: fastbert doctor")
 def doctor(as_json: Json = False) -> None:
     """What this machine can do, and what to do where something is missing. Takes about five seconds."""
-    from fastbert.doctor import describe, diagnose
+    from fastbert.doctor import (describe, diagnose)
 
     found = diagnose()
     if as_json:
@@ -413,7 +413,7 @@ def plan(
 ) -> None:
     """Estimate memory, step time, communication, and time and cost to the end of a run, from formulas."""
     from fastbert.config import load_config
-    from fastbert.plan import CPU, describe, plan, this_machine
+    from fastbert.planning.plan import CPU, describe, plan, this_machine
 
     config, on_cpu = load_config(recipe, overrides or ()), gpu.lower() == CPU
     if config.init is not None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from fastbert.data.store import Store
+    from fastbert.data.dataset import Store
 
 os.environ.setdefault("FASTBERT_RENDEZVOUS_KEY", secrets.token_hex(32))  # or runs of the tests would make a file in the home directory
 
@@ -52,8 +52,8 @@ def english_jsonl(english_documents: list[str], tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="session")
 def small_store(english_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store of that text, with a vocabulary of 1,000 and a twentieth of the documents held out."""
+    from fastbert.data.dataset import open_store
     from fastbert.data.prepare import prepare  # here, so that the tests of the kernels need torch alone
-    from fastbert.data.store import open_store
 
     out = tmp_path_factory.mktemp("small") / "store"
     prepare([english_jsonl], out, vocab_size=1000, workers=1, heldout=0.05, progress=False)

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.config import BatchConfig, ObjectiveConfig, RunConfig
 from fastbert.data.batches import Batches, PackedBatch, heldout_batches, pack_texts, share_out
+from fastbert.data.dataset import SpecialIds, Store
 from fastbert.data.examples import Examples
 from fastbert.data.masking import selected_counts
 from fastbert.data.prefetch import STEPS_AHEAD, Prefetch
-from fastbert.data.store import SpecialIds, Store
 from fastbert.errors import InputError
-from tests.tiny_store import tiny_store
+from tests.tiny_dataset import tiny_dataset
 
 TRAIN = [[5, 9, 4], [7], [3, 3, 3, 3, 3, 3, 3], [12, 15, 9, 20, 11, 8], [30, 31, 2, 29], [6, 6, 6, 6], [1, 1]] * 6
 HELDOUT = [[5, 6, 7], [8, 4], [30, 9, 12, 7], [2], [6, 6]]
@@ -29,7 +29,7 @@ HELDOUT = [[5, 6, 7], [8, 4], [30, 9, 12, 7], [2], [6, 6]]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return tiny_store(tmp_path_factory.mktemp("store") / "store", TRAIN, HELDOUT)
+    return tiny_dataset(tmp_path_factory.mktemp("store") / "store", TRAIN, HELDOUT)
 
 
 def recipe(sequences: int = 12, max_length: int = 32, micro_batch_tokens: int = 256, seed: int = 1, **objective) -> RunConfig:
@@ -87,7 +87,7 @@ def test_an_epoch_gives_every_example_once_even_where_it_ends_within_a_step(stor
 
 
 def test_a_step_larger_than_several_epochs(tmp_path):
-    small = tiny_store(tmp_path / "small", [[5, 5], [6, 6], [7, 7]])
+    small = tiny_dataset(tmp_path / "small", [[5, 5], [6, 6], [7, 7]])
     packs = Batches(small, recipe(sequences=10)).step(1)  # examples 10 to 19 of epochs of 3
     examples = np.sort(np.concatenate([p.examples for p in packs]))
     assert np.bincount(examples).tolist() == [3, 4, 3]
@@ -95,7 +95,7 @@ def test_a_step_larger_than_several_epochs(tmp_path):
 
 
 def test_masks_and_partners_differ_between_epochs(tmp_path):
-    two = tiny_store(tmp_path / "two", [[20, 20], [20, 20]])
+    two = tiny_dataset(tmp_path / "two", [[20, 20], [20, 20]])
     batches = Batches(two, recipe(sequences=2, max_length=64, segments="single"))
     steps = [contents(batches.step(epoch)) for epoch in range(20)]
     masked = {tuple(labels) for step in steps for *_, labels in step.values()}
@@ -285,7 +285,7 @@ def test_too_few_sequences_for_the_ranks(store):
 
 
 def test_a_store_without_an_example(tmp_path: Path):
-    lonely = tiny_store(tmp_path / "lonely", [[5], [6]], [[7, 7], [8]])
+    lonely = tiny_dataset(tmp_path / "lonely", [[5], [6]], [[7, 7], [8]])
     with pytest.raises(
         InputError, match=r"lonely: split train: none of its 2 documents has two sentences, and objective.kind = \"mlm\+nsp\""
     ):

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.bench_data import check_same_ids, job, repeat
 from benchmarks.record import read_record
+from fastbert.data.dataset import Store, open_store
 from fastbert.data.documents import read_documents
-from fastbert.data.store import Store, open_store
 
 pytest.importorskip("datasets", reason="the rival: pip install fastbert-pretrain[bench]")
 ROOT = Path(__file__).parents[1]

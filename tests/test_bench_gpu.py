@@ -26,7 +26,7 @@ from benchmarks.made_up_training import Sizes, made_up_batch
 from benchmarks.record import read_record
 from benchmarks.tune import Key
 from fastbert.config import ModelConfig
-from fastbert.model import BertForPreTraining
+from fastbert.models.bert import BertForPreTraining
 from fastbert_kernels._tiles import TABLE
 from tests.sanitizer import sanitize
 

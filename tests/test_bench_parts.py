@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.bench_parts import EMBEDDING, LOSS, NORM, OPTIMIZER, PARTS, PRODUCTS, PROJECTIONS, SCORES, STEP, flops, mark, split
 from fastbert.config import ModelConfig
-from fastbert.flops import executed_flops
-from fastbert.model import BertForPreTraining
-from fastbert.objective import losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.bert import losses
+from fastbert.planning.flops import executed_flops
 from tests.random_batch import VOCAB, make_batch
 
 ROOT = Path(__file__).parents[1]

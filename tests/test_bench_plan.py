@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import bench_plan
 from benchmarks.bench_plan import FUSED, QUICK, UNFUSED, VARIANTS, memory_row, published_row, recorded_communication
-from fastbert.plan import communication_per_step
+from fastbert.planning.plan import communication_per_step
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)

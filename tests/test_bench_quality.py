@@ -14,10 +14,10 @@ import torch
 from benchmarks.bench_quality import FIGURES, OURS, RECIPE, SAME, TRAINER, Bench, Run, first_reached, ours, sooner
 from benchmarks.trainer_rival import build_model, evaluate, heldout, sentence_pairs
 from fastbert.config import load_config
-from fastbert.model import BertForPreTraining
-from fastbert.objective import losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.bert import losses
 from fastbert.training.heldout import heldout_means, heldout_sums
-from tests.tiny_store import tiny_store
+from tests.tiny_dataset import tiny_dataset
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +43,7 @@ def test_the_same_weights_measure_the_same_on_both_sides(small_store):
 
 def test_a_pair_is_two_neighbours_or_has_b_from_another_document(tmp_path):
     lengths = [[4, 3, 6], [5, 5], [7], [2, 9, 1, 30]] * 30
-    store = tiny_store(tmp_path / "store", lengths)
+    store = tiny_dataset(tmp_path / "store", lengths)
     split = store.split("train")
     starts, begin = {}, 0
     for number, document in enumerate(lengths):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench_startup import COMMANDS, PHASES, first_step, report, time_commands, trainer_first_step, whole
-from fastbert.data.store import Store
+from fastbert.data.dataset import Store
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fastbert.errors import InputError
-from fastbert.training import checkpoint
-from fastbert.training.checkpoint import (
+from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints.checkpoint import (
     MANIFEST,
     exists,
     newest_sound,
@@ -32,6 +31,7 @@ from fastbert.training.checkpoint import (
     sweep,
     write_share,
 )
+from fastbert.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 METADATA = {"vocab_size": 7, "progress": {"seconds": 0.1 + 0.2, "best_loss": None}, "recipe": 'data = "ü"\n'}
@@ -150,7 +150,7 @@ def test_reading_needs_no_memory_for_what_is_not_looked_at(tmp_path):
 SMALL_MEMORY = """
 import sys
 from pathlib import Path
-from fastbert.training.checkpoint import read_all
+from fastbert.checkpoints.checkpoint import read_all
 anonymous = lambda: next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 before = anonymous()
 state = read_all(Path(sys.argv[1]))
@@ -254,7 +254,7 @@ SMALL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from fastbert.training.checkpoint import save
+from fastbert.checkpoints.checkpoint import save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastbert.training import checkpoint
-from fastbert.training.failpoint import POINTS
+from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints.failpoint import POINTS
 from tests.disks import SmallDisk, Unavailable
 from tests.trials import BESIDE_A_DAMAGED_ONE, ON_EVERY_RANK, Laboratory, Trial, crashes, flip, wait_for
 

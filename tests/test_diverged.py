@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_bert import make_hugging_face_folder, make_run
 
+from fastbert.checkpoints import checkpoint
 from fastbert.cli import run as command_line
 from fastbert.durable import sha256_of
 from fastbert.strict_json import dumps
 from fastbert.tasks.run_report import report
-from fastbert.training import checkpoint
 from fastbert.training.metrics import MetricsFile, read_metrics
 from fastbert.training.picture import LossHistory
 from tests.ranks import Ranks

@@ -24,7 +24,7 @@ from fastbert_kernels import dropout_add_layer_norm, embedding_layer_norm, varle
 from fastbert_kernels._dropout import keep_mask, keep_scale, row_keys, site_keys, threshold
 from fastbert_kernels.specs import SPECS
 from tests.test_kernels import GPU, place, watched
-from tests.tiny_store import tiny_split, tiny_store
+from tests.tiny_dataset import tiny_dataset, tiny_split
 
 DEVICE = "cuda" if GPU else "cpu"
 HARD_KEYS = [0, -1, 2**63 - 1, -(2**63), 1, 2]  # the ends of int64, and neighbours
@@ -226,7 +226,7 @@ def test_padding_of_a_pack_leaves_the_keys_of_its_tokens_as_they_are():
 @pytest.mark.parametrize("world", [2, 4])
 def test_masks_do_not_depend_on_the_number_of_ranks(tmp_path, world):
     config = RunConfig(data="store", seed=1, batch=BatchConfig(16, 32, 128), objective=ObjectiveConfig())
-    batches = Batches(tiny_store(tmp_path / "store", DOCUMENTS), config)
+    batches = Batches(tiny_dataset(tmp_path / "store", DOCUMENTS), config)
 
     def drawn(step: int, world: int) -> dict[int, list[int]]:
         """Row keys by example."""

@@ -429,10 +429,10 @@ OTHERWISE = {  # every setting that works, set to what it is not by default
 TRY = """
 import json, os, sys, torch
 from fastbert.data.batches import Batches
-from fastbert.data.store import open_store
+from fastbert.data.dataset import open_store
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine
-from fastbert.training.group import join
+from fastbert.cluster.group import join
 from tests.test_engine import CONFIG, new_model, state_of
 
 store = open_store(os.environ["STORE"])

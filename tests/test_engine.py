@@ -18,15 +18,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastbert.cluster.group import join
 from fastbert.config import BatchConfig, ModelConfig, OptimizerConfig, RunConfig
 from fastbert.data.batches import Batches, heldout_batches
-from fastbert.data.store import Store
-from fastbert.doctor import probe_bf16
-from fastbert.model import BertForPreTraining
-from fastbert.objective import losses
+from fastbert.data.dataset import Store
+from fastbert.machine import probe_bf16
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.bert import losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine, NotFinite, deepspeed
-from fastbert.training.group import join
 
 ROOT = Path(__file__).parents[1]
 STAGES = [0, 1, 2, 3]
@@ -368,7 +368,7 @@ TWO_RANKS = """
 import os, sys, torch
 sys.path[:0] = [os.environ["TESTS"]]
 from fastbert.data.batches import Batches
-from fastbert.data.store import open_store
+from fastbert.data.dataset import open_store
 from test_engine import CONFIG, engine, sgd, state_of
 store = open_store(os.environ["STORE"])
 with engine(store, int(os.environ["STAGE"]), sgd()) as built:

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from fastbert.config import ObjectiveConfig
 from fastbert.data import examples as module
+from fastbert.data.dataset import Split
 from fastbert.data.examples import Examples, Spans
-from fastbert.data.store import Split
 from fastbert.errors import InputError
-from tests.tiny_store import tiny_split
+from tests.tiny_dataset import tiny_split
 
 ROOT = Path(__file__).parents[1]
 # Documents of one sentence, of one token, of very long sentences, of many short ones.
@@ -260,7 +260,7 @@ def test_another_process_draws_the_same(tmp_path):
 import sys
 from pathlib import Path
 from tests.test_examples import DOCUMENTS, digest, epoch_of, make
-from tests.tiny_store import tiny_split
+from tests.tiny_dataset import tiny_split
 split = tiny_split(Path(sys.argv[1]), DOCUMENTS)
 print(digest(epoch_of(make(split, seed={2**63 - 1}), 2**32 - 1)), end="")
 """

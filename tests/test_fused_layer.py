@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-import fastbert.model as model_file
+import fastbert.models.bert as model_file
 from fastbert.config import ModelConfig
-from fastbert.fused_layer import Call, fused_layer
-from fastbert.model import BertForPreTraining, Layer
-from fastbert.objective import losses
+from fastbert.models.bert import BertForPreTraining, Layer
+from fastbert.models.fused_layer import Call, fused_layer
+from fastbert.models.bert import losses
 from tests.random_batch import VOCAB, make_batch
 from tests.test_kernels import GPU, watched
 

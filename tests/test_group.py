@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fastbert.cluster.group import join
+from fastbert.cluster.launch_env import read_seat
+from fastbert.cluster.rendezvous import Interrupted, RankLost, hold_store, listens
+from fastbert.cluster.signals import Interruption
+from fastbert.cluster.signature import Key, find_key
+from fastbert.cluster.signed_store import No, SignedStore
 from fastbert.errors import InputError
-from fastbert.training.group import join
-from fastbert.training.interruption import Interruption
-from fastbert.training.launcher import read_seat
-from fastbert.training.meeting import Interrupted, RankLost, hold_store, listens
-from fastbert.training.signature import Key, find_key
-from fastbert.training.signed_store import No, SignedStore
 from tests.ranks import LAUNCHER, free_port
 from tests.toy_ranks import HOST, Toys, listening, say
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastbert.config import ModelConfig
-from fastbert.model import BertForPreTraining
-from fastbert.objective import losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.bert import losses
 from tests.random_batch import VOCAB, make_batch
 from tests.sanitizer import sanitize
 

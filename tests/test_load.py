@@ -18,12 +18,12 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from transformers import BertForPreTraining as TheirModel
 
 import fastbert
+from fastbert.checkpoints import hugging_face
+from fastbert.checkpoints.weight_names import shapes
 from fastbert.errors import InputError
-from fastbert.tasks import hugging_face
 from fastbert.tasks.export import export
 from fastbert.tasks.load import CheckpointWarning
 from fastbert.tasks.pretrained import TextCutWarning
-from fastbert.weights import shapes
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 
+from fastbert.checkpoints import checkpoint
 from fastbert.config import load_config
 from fastbert.data.batches import Batches
-from fastbert.data.store import open_store
+from fastbert.data.dataset import open_store
 from fastbert.durable import sealed
 from fastbert.errors import InputError
-from fastbert.training import checkpoint
 from fastbert.training.loop import pretrain
 from fastbert.training.metrics import STEP_KEYS, read_metrics
 from tests.ranks import environment

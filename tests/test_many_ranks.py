@@ -7,9 +7,9 @@ import torch
 
 from fastbert.config import load_config
 from fastbert.data.batches import Batches
-from fastbert.doctor import probe_bf16
-from fastbert.model import BertForPreTraining
-from fastbert.objective import losses
+from fastbert.machine import probe_bf16
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.bert import losses
 from fastbert.training.optimizer import build_optimizer
 from fastbert.training.schedule import factor
 from tests.trials import Laboratory, Trial

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastbert.config import ObjectiveConfig
+from fastbert.data.dataset import Store
 from fastbert.data.masking import Masking, replaced_counts, selected_counts
-from fastbert.data.store import Store
 from fastbert.errors import InputError
-from tests.tiny_store import tiny_store
+from tests.tiny_dataset import tiny_dataset
 
 VOCAB = 45  # ids 0 to 39 are ordinary, of which every fourth continues a word; then [PAD], [UNK], [CLS], [SEP], [MASK]
 UNK, MASK = 41, 44
@@ -25,7 +25,7 @@ DEFAULT = ObjectiveConfig()
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     words = [f"##w{i}" if i % 4 == 3 else f"w{i}" for i in range(VOCAB - 5)]
-    return tiny_store(tmp_path_factory.mktemp("store") / "store", [[50]], vocab_size=VOCAB, words=words)
+    return tiny_dataset(tmp_path_factory.mktemp("store") / "store", [[50]], vocab_size=VOCAB, words=words)
 
 
 def text(n: int, seed: int = 0) -> np.ndarray:
@@ -178,6 +178,6 @@ def test_an_empty_pack(store):
 
 
 def test_a_vocabulary_without_ordinary_tokens(tmp_path: Path):
-    bare = tiny_store(tmp_path / "bare", [[3]], vocab_size=6)
+    bare = tiny_dataset(tmp_path / "bare", [[3]], vocab_size=6)
     with pytest.raises(InputError, match=r"bare: its vocabulary has 1 ordinary tokens"):
         Masking(bare, DEFAULT)

@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 
+from fastbert.checkpoints.weight_names import from_hugging_face, to_hugging_face
 from fastbert.config import ModelConfig
 from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
-from fastbert.model import Attention, BertForPreTraining, resolve_kernels
-from fastbert.objective import losses
-from fastbert.weights import from_hugging_face, to_hugging_face
+from fastbert.models.bert import Attention, BertForPreTraining, resolve_kernels
+from fastbert.models.bert import losses
 from tests.random_batch import VOCAB, make_batch
 
 CONFIG = ModelConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, max_position_embeddings=64)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastbert.cluster.signals import Interruption
 from fastbert.config import RunConfig, StopConfig
 from fastbert.training import monitor as module
 from fastbert.training import picture
 from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
-from fastbert.training.interruption import Interruption
 from fastbert.training.metrics import STEP_KEYS, read_metrics
 from fastbert.training.monitor import Monitor
 from fastbert.training.picture import LossHistory

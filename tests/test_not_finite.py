@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastbert.checkpoints import checkpoint
 from fastbert.config import load_config
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.packing import PackedBatch
-from fastbert.training import checkpoint
 from tests.trials import Laboratory, Trial, wait_for
 
 PLACE = 62  # of a token within its sequence: one sequence in four is longer, so about a third of the steps have none

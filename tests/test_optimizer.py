@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastbert.config import ModelConfig, OptimizerConfig
-from fastbert.model import BertForPreTraining
+from fastbert.models.bert import BertForPreTraining
 from fastbert.training.optimizer import Lamb, build_optimizer, decay_groups, slots
 
 

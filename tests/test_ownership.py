@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
+from fastbert.checkpoints.ownership import Ownership, TakenOver
 from fastbert.errors import InputError
-from fastbert.training.ownership import Ownership, TakenOver
 
 
 def test_the_newest_start_owns_the_run(tmp_path):

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbert import memory
 from fastbert.config import ModelConfig, RunConfig, load_config, parse_config
+from fastbert.data.dataset import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
-from fastbert.data.store import SpecialIds
 from fastbert.errors import InputError
-from fastbert.flops import executed_flops, training_flops
-from fastbert.memory import Pack, activation_bytes, count_parameters, memory_by_part
-from fastbert.model import BertForPreTraining
-from fastbert.plan import EFFICIENCY, GPUS, Device, Plan, communication_per_step, compute_seconds, describe, plan
+from fastbert.models.bert import BertForPreTraining
+from fastbert.planning import memory
+from fastbert.planning.flops import executed_flops, training_flops
+from fastbert.planning.memory import Pack, activation_bytes, count_parameters, memory_by_part
+from fastbert.planning.plan import EFFICIENCY, GPUS, Device, Plan, communication_per_step, compute_seconds, describe, plan
 
 MODEL = ModelConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, max_position_embeddings=40)
 VOCABULARY = 90

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert.doctor import Bf16Probe, probe_bf16
+from fastbert.machine import (Bf16Probe, probe_bf16)
 from fastbert.errors import InputError
 from fastbert.training.precision import resolve_precision
 

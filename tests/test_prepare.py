@@ -18,11 +18,11 @@ import psutil
 import pytest
 
 from fastbert.data import prepare as module
+from fastbert.data.dataset import Split, Store, open_store
 from fastbert.data.documents import Chunk, Source, read_documents
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, hash_text
 from fastbert.data.prepare import prepare
 from fastbert.data.sentences import split_sentences
-from fastbert.data.store import Split, Store, open_store
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
 

@@ -8,7 +8,7 @@ import socket
 import pytest
 import torch
 
-from fastbert.training import checkpoint
+from fastbert.checkpoints import checkpoint
 from tests.trials import Laboratory, dataset_flips, flip, flips, kills, wait_for
 
 SEED = 1

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastbert.data.dataset import Store, open_store
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, EncodedChunk, Part
 from fastbert.data.prepare import prepare
 from fastbert.data.report import Distinct, Report, Tally, make_report
-from fastbert.data.store import Store, open_store
 
 YARDSTICKS = {"unigram": 6.0, "train_tokens": 10}
 

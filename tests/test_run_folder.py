@@ -18,11 +18,11 @@ import pytest
 from tiny_bert import make_hugging_face_folder
 
 import fastbert
+from fastbert.checkpoints.ownership import Ownership
 from fastbert.config import load_config
 from fastbert.errors import InputError
 from fastbert.tasks.run_report import report
 from fastbert.training.loop import pretrain
-from fastbert.training.ownership import Ownership
 from tests.ranks import ROOT, environment
 from tests.trials import Laboratory, Trial, lines_so_far, wait_for
 

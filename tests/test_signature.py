@@ -17,10 +17,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastbert.cluster.rendezvous import hold_store
+from fastbert.cluster.signature import LEAST, SIGNATURE, VARIABLE, Key, find_key
+from fastbert.cluster.signed_store import No, SignedStore, look, printable
 from fastbert.errors import InputError
-from fastbert.training.meeting import hold_store
-from fastbert.training.signature import LEAST, SIGNATURE, VARIABLE, Key, find_key
-from fastbert.training.signed_store import No, SignedStore, look, printable
 from tests.disks import SmallDisk, Unavailable
 from tests.ranks import PATIENCE_S, environment
 
@@ -115,7 +115,7 @@ def test_the_file_may_be_a_copy_of_another_nodes(home):
 
 READY = """
 import sys
-from fastbert.training.signature import find_key
+from fastbert.cluster.signature import find_key
 print(flush=True)
 sys.stdin.read()
 print(find_key().sign("a", b"").decode())
@@ -214,7 +214,7 @@ def test_no_place_for_a_file(home, monkeypatch):
 
 def test_a_home_that_is_read_only(home):
     """A disk that is, since permissions do not stop root."""
-    code = "from fastbert.training.signature import find_key\ntry: find_key()\nexcept ValueError as error: print(error)"
+    code = "from fastbert.cluster.signature import find_key\ntry: find_key()\nexcept ValueError as error: print(error)"
     try:
         with SmallDisk(home, "1m") as disk:
             disk.write_protect(home)

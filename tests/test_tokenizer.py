@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from fastbert.data import tokenizer as module
-from fastbert.data.store import SpecialIds, Store
+from fastbert.data.dataset import SpecialIds, Store
 from fastbert.data.tokenizer import Encoder, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.errors import InputError
 

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from fastbert.training import checkpoint
+from fastbert.checkpoints import checkpoint
 from tests.trials import Laboratory, Trial, lines_so_far, wait_for
 
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbert.data import verify
-from fastbert.data.store import open_store
+from fastbert.data.dataset import open_store
 from fastbert.data.verify import ids_below, offsets_to
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError

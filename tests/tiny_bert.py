@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForPreTraining
 
+from fastbert.checkpoints import checkpoint, hugging_face
 from fastbert.config import dump_config, parse_config
-from fastbert.data.store import open_store
+from fastbert.data.dataset import open_store
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-from fastbert.tasks import hugging_face
-from fastbert.training import checkpoint
 
 POSITIONS = 32
 VOCABULARY = 400

@@ -25,7 +25,7 @@ from pydoc_data.topics import topics
 
 from benchmarks.pages import filled
 from benchmarks.record import table
-from fastbert.training.failpoint import POINTS
+from fastbert.checkpoints.failpoint import POINTS
 from tests.namespaces import Node, Nodes, Process, why_not
 from tests.ranks import ROOT, environment
 from tests.trials import (

@@ -18,7 +18,7 @@ from typing import Any
 from tests.ranks import LAUNCHER, PATIENCE_S, free_port
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["fastbert.training.watch", "tests.toy_ranks"])
+FORKED.set_forkserver_preload(["fastbert.cluster.watchdog", "tests.toy_ranks"])
 HOST = os.uname().nodename
 
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastbert.training import checkpoint
-from fastbert.training.failpoint import POINTS
+from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints.failpoint import POINTS
 from fastbert.training.metrics import read_metrics
 from tests.ranks import PATIENCE_S, Ranks, catches
 

@@ -26,7 +26,7 @@ from benchmarks.gpu.smoke import base
 from benchmarks.made_up_training import Sizes, Trainer, made_up_batch, ours, padded
 from benchmarks.padded_bert import pad
 from fastbert.data.packing import PackedBatch
-from fastbert.flops import training_flops
+from fastbert.planning.flops import training_flops
 
 TOKENS, DRY_TOKENS = (16384, 4096), (256,)
 LENGTH = 128

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from fastbert.config import ObjectiveConfig, RunConfig
+from fastbert.data.dataset import Split, Store
 from fastbert.data.examples import Examples, Spans
 from fastbert.data.masking import Masking, selected_counts
 from fastbert.data.packing import PackedBatch, pack, pack_texts
-from fastbert.data.store import Split, Store
 from fastbert.errors import InputError
 
 __all__ = ["Batches", "PackedBatch", "heldout_batches", "pack_texts"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
+from fastbert.data.dataset import token_dtype
 from fastbert.data.documents import Chunk, parse
 from fastbert.data.sentences import split_sentences
-from fastbert.data.store import token_dtype
 from fastbert.data.tokenizer import Encoder, special_ids
 
 LONGEST_SENTENCE = 254  # tokens; a longer one is cut: two of them and three special tokens still fit 512

@@ -24,9 +24,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from fastbert.config import ObjectiveConfig
+from fastbert.data.dataset import Split
 from fastbert.data.permutation import permute
 from fastbert.data.philox import Purpose, random_words, unit
-from fastbert.data.store import Split
 from fastbert.errors import InputError
 
 DOCUMENTS_AT_ONCE = 1 << 20  # while examples are counted, so that memory does not grow with temporaries

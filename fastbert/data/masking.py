@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from fastbert.config import ObjectiveConfig
+from fastbert.data.dataset import Store
 from fastbert.data.philox import Purpose, below, random_words
-from fastbert.data.store import Store
 from fastbert.errors import InputError
 
 # A token's place in the sort: its example's place in the pack, 28 random bits, its place in the example. Fixed widths: with widths that

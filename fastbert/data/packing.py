@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.data.store import SpecialIds
+from fastbert.data.dataset import SpecialIds
 
 
 @dataclass(frozen=True)

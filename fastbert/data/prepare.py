@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from fastbert.data import yardsticks
+from fastbert.data import baselines as yardsticks
+from fastbert.data.dataset import FORMAT, MANIFEST, OTHER_FILES, SPLITS, ShardWriter, Split, token_dtype
 from fastbert.data.documents import Chunk, find_sources, parse, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
 from fastbert.data.report import Report, Tally, make_report
-from fastbert.data.store import FORMAT, MANIFEST, OTHER_FILES, SPLITS, ShardWriter, Split, token_dtype
 from fastbert.data.tokenizer import check_vocab_size, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.workers import map_in_order
 from fastbert.durable import sealed, sha256_of, sync

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert.checkpoints.weight_names import MLM, NSP
+from fastbert.cluster.group import Group
 from fastbert.config import BatchConfig, RunConfig
-from fastbert.data import yardsticks
+from fastbert.data import baselines as yardsticks
 from fastbert.data.batches import PackedBatch, heldout_batches
-from fastbert.data.store import Store
+from fastbert.data.dataset import Store
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import Diverged, InputError
 from fastbert.tasks.pretrained import Pretrained
-from fastbert.training.dataset import open_verified
-from fastbert.training.group import Group
-from fastbert.weights import MLM, NSP
+from fastbert.training.verified_dataset import open_verified
 
 SHOWN, REPLACED, KEPT = "shows [MASK]", "shows another token", "shows itself"
 LENGTHS = (32, 64, 128, 256)  # tokens of the sequence: the upper ends of classes

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastbert.checkpoints.hugging_face import new_folder, write_folder
+from fastbert.checkpoints.weight_names import HEADS, MLM, NSP, to_hugging_face
 from fastbert.config import dump_config
+from fastbert.data.dataset import Store, open_store
 from fastbert.data.packing import pack_texts
-from fastbert.data.store import Store, open_store
 from fastbert.errors import InputError
 from fastbert.presence import unreadable
-from fastbert.tasks.hugging_face import new_folder, write_folder
 from fastbert.tasks.pretrained import Pretrained, fit_pair
 from fastbert.training.heldout import HeldOut
 from fastbert.training.metrics import read_metrics
-from fastbert.weights import HEADS, MLM, NSP, to_hugging_face
 
 TOLERANCE = 1e-4  # largest difference of a logit or hidden state; rounding in fp32 gives 1e-6 for a tiny model and 2e-5 for BERT-base
 PAIRS = 8  # pairs of sentences that the check reads from the held-out text

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbert.checkpoints.hugging_face import check_new, new_folder, write_folder
+from fastbert.checkpoints.weight_names import HEADS, MLM, to_hugging_face
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import Diverged, InputError
 from fastbert.tasks import scores
-from fastbert.tasks.hugging_face import check_new, new_folder, write_folder
 from fastbert.tasks.labelled import Examples, read_examples
 from fastbert.tasks.pretrained import Pretrained, fit_pair
-from fastbert.weights import HEADS, MLM, to_hugging_face
 
 WARMUP = 0.1  # of the steps; then linear to zero
 WEIGHT_DECAY = 0.01

@@ -11,16 +11,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fastbert.checkpoints import checkpoint, hugging_face
+from fastbert.checkpoints.weight_names import DECODER, MLM, NSP, check_finite, heads, shapes
 from fastbert.config import ModelConfig, RunConfig, parse_config
 from fastbert.data.tokenizer import load_tokenizer, special_ids
 from fastbert.errors import InputError
-from fastbert.model import BertForPreTraining
+from fastbert.models.bert import BertForPreTraining
 from fastbert.presence import is_file, is_folder, status
-from fastbert.tasks import hugging_face
 from fastbert.tasks.pretrained import Pretrained
-from fastbert.training import checkpoint
 from fastbert.training.initial import Initial
-from fastbert.weights import DECODER, MLM, NSP, check_finite, heads, shapes
 
 
 class CheckpointWarning(UserWarning):

@@ -17,12 +17,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fastbert.checkpoints.weight_names import MLM, NSP
 from fastbert.config import ModelConfig, RunConfig
+from fastbert.data.dataset import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
-from fastbert.data.store import SpecialIds
 from fastbert.errors import Diverged, InputError
-from fastbert.model import BertForPreTraining
-from fastbert.weights import MLM, NSP
+from fastbert.models.bert import BertForPreTraining
 
 PACK_TOKENS = 4096  # tokens of one forward pass; all hidden states of BERT-base for them are 160 MB
 MASK = "[MASK]"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.data.store import open_store
+from fastbert.data.dataset import open_store
 from fastbert.errors import Diverged, InputError
 from fastbert.presence import is_file, is_folder, unreadable
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate

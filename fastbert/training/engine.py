@@ -51,14 +51,14 @@ from deepspeed.utils import (
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import ValidationError  # DeepSpeed's own dependency, for what it refuses
 
+from fastbert.checkpoints.checkpoint import WEIGHT
+from fastbert.cluster.group import Group
 from fastbert.config import RunConfig
 from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
-from fastbert.model import BertForPreTraining, Layer
-from fastbert.objective import losses
-from fastbert.training.checkpoint import WEIGHT
+from fastbert.models.bert import BertForPreTraining, Layer
+from fastbert.models.bert import losses
 from fastbert.training.ds_config import DeepSpeedSettings
-from fastbert.training.group import Group
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.optimizer import build_optimizer, slots
 

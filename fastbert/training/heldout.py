@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastbert.data.batches import PackedBatch
-from fastbert.objective import Losses
+from fastbert.models.bert import Losses
 
 
 @dataclass(frozen=True)

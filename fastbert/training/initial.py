@@ -9,10 +9,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fastbert.config import ModelConfig, RunConfig, check_config
-from fastbert.data.store import Store
+from fastbert.data.dataset import Store
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import InputError
-from fastbert.model import BertForPreTraining
+from fastbert.models.bert import BertForPreTraining
 
 # What a model is; everything else of [model] is how it is trained, and the recipe's own.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "layer_norm_eps")

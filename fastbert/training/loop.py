@@ -11,24 +11,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints.ownership import Ownership, TakenOver
+from fastbert.checkpoints.saver import Saved, Saver
+from fastbert.cluster.group import Group, Interrupted, RankLost, meet_others
+from fastbert.cluster.signals import Interruption
+from fastbert.cluster.watchdog import Watch
 from fastbert.config import RunConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.data.prefetch import Prefetch
-from fastbert.doctor import measure_gemm_rate
-from fastbert.flops import executed_flops
+from fastbert.machine import measure_gemm_rate
 from fastbert.out_of_memory import shortage
-from fastbert.training import checkpoint
+from fastbert.planning.flops import executed_flops
 from fastbert.training.engine import Engine, NotFinite
-from fastbert.training.group import Group, Interrupted, RankLost, meet_others
 from fastbert.training.heldout import HeldOut
 from fastbert.training.initial import Read
-from fastbert.training.interruption import Interruption
 from fastbert.training.monitor import Monitor
-from fastbert.training.ownership import Ownership, TakenOver
-from fastbert.training.saving import Saved, Saver
 from fastbert.training.schedule import factor
-from fastbert.training.start import Setup, set_up, take_folder
-from fastbert.training.watch import Watch
+from fastbert.training.setup import Setup, set_up, take_folder
 
 DONE, FAILED, INTERRUPTED = 0, 1, 75  # exit codes; 75 is EX_TEMPFAIL: a scheduler may start it again
 LOWER = 10  # a run that diverged is to be resumed with its rate by this

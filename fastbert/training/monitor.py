@@ -21,13 +21,13 @@ from rich.progress import Progress as Bar
 from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
+from fastbert.checkpoints.saver import Saved
 from fastbert.training import diagnosis
 from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
 from fastbert.training.metrics import STEP_KEYS, MetricsFile, read_metrics
 from fastbert.training.picture import LossHistory
 from fastbert.training.progress import Horizon, Progress
-from fastbert.training.saving import Saved
 
 LINE_EVERY_S = 5.0  # without a terminal
 BAR_EVERY_S = 0.5

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastbert.doctor import Bf16Probe, probe_bf16
+from fastbert.machine import (Bf16Probe, probe_bf16)
 from fastbert.errors import InputError
 
 

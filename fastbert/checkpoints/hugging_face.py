@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fastbert.checkpoints.weight_names import SEGMENTS, THEIR_DECODER, check_finite, from_hugging_face
 from fastbert.config import ModelConfig
 from fastbert.data.tokenizer import save_tokenizer, special_ids
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder, names_in, status
-from fastbert.weights import SEGMENTS, THEIR_DECODER, check_finite, from_hugging_face
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

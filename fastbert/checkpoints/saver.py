@@ -23,10 +23,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints.failpoint import reach
+from fastbert.cluster.group import Group
 from fastbert.errors import InputError
-from fastbert.training import checkpoint
-from fastbert.training.failpoint import reach
-from fastbert.training.group import Group
 
 
 @dataclass(frozen=True)

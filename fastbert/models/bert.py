@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from fastbert.config import ModelConfig
 from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
-from fastbert.fused_layer import Call, Parameters, fused_layer
-from fastbert.initial_weights import initialise
+from fastbert.models.fused_layer import Call, Parameters, fused_layer
+from fastbert.models.initial_weights import initialise
 from fastbert_kernels import (
     attention_worklist,
     bias_gelu,
@@ -251,6 +252,30 @@ class NextSentenceHead(nn.Module):
         return self.classifier(torch.tanh(self.pooler(hidden)))
 
 
+@dataclass(frozen=True)
+class Losses:
+    """Loss = MLM + NSP: the mean over the masked tokens of the global batch plus the mean over its pairs, from one forward pass.
+
+    These are what one packed batch adds to the step. Summed over the step's batches, `mlm` and `nsp` are the means of the whole.
+    """
+
+    mlm: Tensor  # scalar, fp32, nats, with gradient
+    nsp: Tensor  # scalar, fp32, nats, with gradient; 0 where the objective has no pairs
+    token_losses: Tensor  # fp32 [M], nats, detached
+    token_hits: Tensor  # bool [M]
+    pair_losses: Tensor  # fp32 [B], nats, detached; 0 where an example has no pair
+    pair_hits: Tensor  # bool [B]
+
+    @property
+    def loss(self) -> Tensor:
+        return self.mlm + self.nsp
+
+
+def losses(outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]) -> Losses:
+    """Name what `BertForPreTraining.forward` returns."""
+    return Losses(*outputs)
+
+
 class BertForPreTraining(nn.Module):
     """The encoder with the MLM and NSP heads.
 
@@ -284,7 +309,7 @@ class BertForPreTraining(nn.Module):
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Both losses in one pass, of the rows that they read (exact, not approximate).
 
-        Returns a plain tuple (ZeRO stage 3 rebuilds containers), read by `objective.losses`:
+        Returns a plain tuple (ZeRO stage 3 rebuilds containers), which `losses` names:
             mlm, nsp: scalars with gradient, this batch's share of the means over the whole global batch.
             token_losses fp32 [M], token_hits bool [M], pair_losses fp32 [B], pair_hits bool [B]: detached.
         """

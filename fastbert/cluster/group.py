@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastbert.cluster.launch_env import Seat, read_seat
+from fastbert.cluster.rendezvous import Interrupted, Member, Patience, RankLost, describe, listed, meet, own_address
+from fastbert.cluster.signals import Interruption
+from fastbert.cluster.signature import Key
+from fastbert.cluster.signed_store import No, SignedStore
 from fastbert.errors import InputError
-from fastbert.training.interruption import Interruption
-from fastbert.training.launcher import Seat, read_seat
-from fastbert.training.meeting import Interrupted, Member, Patience, RankLost, describe, listed, meet, own_address
-from fastbert.training.signature import Key
-from fastbert.training.signed_store import No, SignedStore
 
 MARGIN_S = 60.0  # by which a collective outlasts runtime.timeout_s: watch.py speaks first, and with a name
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastbert.training.signature import Key
+from fastbert.cluster.signature import Key
 
 _NOTHING = secrets.token_hex(16)  # what the store answers where there is no value; drawn, so that nobody can write it
 

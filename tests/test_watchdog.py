@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastbert.training.group import meet_others
-from fastbert.training.meeting import RankLost
-from fastbert.training.watch import LOOK_S, Watch
+from fastbert.cluster.group import meet_others
+from fastbert.cluster.rendezvous import RankLost
+from fastbert.cluster.watchdog import LOOK_S, Watch
 from tests.toy_ranks import Toys, say
 
 TIMEOUT_S = 3.0

@@ -27,10 +27,10 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch.distributed as dist
 
+from fastbert.cluster.group import Group, Unconnected
+from fastbert.cluster.rendezvous import Interrupted, Patience, RankLost, describe, listed
+from fastbert.cluster.signed_store import No, SignedStore, printable
 from fastbert.errors import InputError
-from fastbert.training.group import Group, Unconnected
-from fastbert.training.meeting import Interrupted, Patience, RankLost, describe, listed
-from fastbert.training.signed_store import No, SignedStore, printable
 
 T = TypeVar("T")
 

@@ -30,11 +30,11 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from fastbert.cluster.launch_env import Seat
+from fastbert.cluster.signals import Interruption
+from fastbert.cluster.signature import Key, find_key
+from fastbert.cluster.signed_store import No, SignedStore
 from fastbert.errors import InputError
-from fastbert.training.interruption import Interruption
-from fastbert.training.launcher import Seat
-from fastbert.training.signature import Key, find_key
-from fastbert.training.signed_store import No, SignedStore
 
 T = TypeVar("T")
 

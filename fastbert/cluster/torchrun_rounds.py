@@ -16,8 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastbert.training.signature import Key
-from fastbert.training.signed_store import look
+from fastbert.cluster.signature import Key
+from fastbert.cluster.signed_store import look
 
 LOOK_S = 0.05  # between two looks
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbert.data import yardsticks
-from fastbert.data.store import ShardWriter, Split, Store, token_dtype
-from fastbert.data.yardsticks import measure
+from fastbert.data import baselines as yardsticks
+from fastbert.data.baselines import measure
+from fastbert.data.dataset import ShardWriter, Split, Store, token_dtype
 
 
 def split_of(folder: Path, documents: np.ndarray) -> Split:

@@ -11,10 +11,10 @@ from transformers import BertForMaskedLM as StockMaskedLM
 from transformers import BertForPreTraining as StockModel
 from transformers import BertModel as StockEncoder
 
+from fastbert.checkpoints.weight_names import from_hugging_face, heads, shapes, to_hugging_face
 from fastbert.config import ModelConfig
 from fastbert.errors import InputError
-from fastbert.model import BertForPreTraining
-from fastbert.weights import from_hugging_face, heads, shapes, to_hugging_face
+from fastbert.models.bert import BertForPreTraining
 
 MODEL = ModelConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, max_position_embeddings=16)
 VOCABULARY = 50

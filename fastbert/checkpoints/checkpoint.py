@@ -34,10 +34,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fastbert.checkpoints.failpoint import reach
 from fastbert.durable import sha256_of, sync
 from fastbert.errors import InputError
 from fastbert.presence import names_in, status, unreadable
-from fastbert.training.failpoint import reach
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -8,8 +8,8 @@ import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from fastbert.data.store import Store, open_store
-from fastbert.training.group import Group
+from fastbert.cluster.group import Group
+from fastbert.data.dataset import Store, open_store
 
 LINE_EVERY_S = 5.0  # most datasets are verified within that time, without a word
 

@@ -18,24 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints.checkpoint import Checkpoint
+from fastbert.checkpoints.ownership import CLAIM, Ownership
+from fastbert.cluster.group import Group
 from fastbert.config import RunConfig, dump_config, load_config, parse_config
 from fastbert.data.batches import Batches, PackedBatch, heldout_batches
-from fastbert.data.store import OTHER_FILES, Store
+from fastbert.data.dataset import OTHER_FILES, Store
 from fastbert.durable import write_whole
 from fastbert.errors import InputError
-from fastbert.model import BertForPreTraining
+from fastbert.models.bert import BertForPreTraining
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
-from fastbert.training import checkpoint
-from fastbert.training.checkpoint import Checkpoint
-from fastbert.training.dataset import open_verified
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
-from fastbert.training.group import Group
 from fastbert.training.initial import Initial, Read, put, with_sizes
 from fastbert.training.metrics import read_metrics
-from fastbert.training.ownership import CLAIM, Ownership
 from fastbert.training.precision import resolve_precision
 from fastbert.training.progress import Horizon, Progress
+from fastbert.training.verified_dataset import open_verified
 
 # What may differ between a checkpoint and the recipe that goes on from it: where things lie, when it ends, what it reports and how it is
 # run. A learning rate or a schedule may be changed too: it changes no example and no shape, and is noted. Anything else would make the

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbert.data.store import ShardWriter, Split, Store, open_store, token_dtype
+from fastbert.data.dataset import ShardWriter, Split, Store, open_store, token_dtype
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
 
@@ -71,7 +71,7 @@ def test_bytes_on_disk(tmp_path: Path) -> None:
     assert token_dtype((1 << 16) + 1) == np.dtype("<u4")
 
 
-def test_store(small_store: Store) -> None:
+def test_dataset(small_store: Store) -> None:
     vocabulary = (small_store.tokenizer_dir / "vocab.txt").read_text(encoding="utf-8").split("\n")
     special = small_store.special
     assert [vocabulary[i] for i in (special.pad, special.unk, special.cls, special.sep, special.mask)] == [

@@ -27,10 +27,10 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _BackendRend
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.elastic.utils.store import barrier
 
-from fastbert.training import rendezvous
-from fastbert.training.meeting import hold_store, listens
-from fastbert.training.rendezvous_rounds import SignedRounds
-from fastbert.training.signature import SIGNATURE, Key, find_key
+from fastbert.cluster import torchrun_backend as rendezvous
+from fastbert.cluster.rendezvous import hold_store, listens
+from fastbert.cluster.signature import SIGNATURE, Key, find_key
+from fastbert.cluster.torchrun_rounds import SignedRounds
 from tests.ranks import PATIENCE_S, environment, free_port
 from tests.toy_ranks import FORKED, listening
 
@@ -48,14 +48,14 @@ def _variables(monkeypatch):
 
 def test_torchrun_finds_it():
     (entry,) = [entry for entry in entry_points(group="torchrun.handlers") if entry.name == "fastbert"]
-    assert entry.value == "fastbert.training.rendezvous:handler"
+    assert entry.value == "fastbert.cluster.torchrun_backend:handler"
     handler = get_rendezvous_handler(parameters(free_port()))
     assert handler.get_backend() == "fastbert" and not handler.use_agent_store
 
 
 def test_its_import_is_light():
     """torchrun makes it at every start, also where another backend is asked for."""
-    code = "import sys, fastbert.training.rendezvous; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'psutil')))"
+    code = "import sys, fastbert.cluster.torchrun_backend; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'psutil')))"
     assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=PATIENCE_S).returncode == 0
 
 
@@ -367,9 +367,9 @@ WORKER = """
 import sys, time
 import torch
 from pathlib import Path
-from fastbert.training.group import join
-from fastbert.training.meeting import RankLost
-from fastbert.training.watch import Watch
+from fastbert.cluster.group import join
+from fastbert.cluster.rendezvous import RankLost
+from fastbert.cluster.watchdog import Watch
 from tests.toy_ranks import say
 try:
     with join(60) as group, Watch(group, 60) as watch:

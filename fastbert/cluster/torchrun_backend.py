@@ -55,10 +55,10 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-    from fastbert.training.meeting import Patience, RankLost, own_address
-    from fastbert.training.rendezvous_rounds import SignedRounds
-    from fastbert.training.rendezvous_state import SignedState
-    from fastbert.training.signature import find_key
+    from fastbert.cluster.rendezvous import Patience, RankLost, own_address
+    from fastbert.cluster.signature import find_key
+    from fastbert.cluster.torchrun_rounds import SignedRounds
+    from fastbert.cluster.torchrun_state import SignedState
 
     def ask(work: Callable[[Any], Any]) -> Any:
         try:
@@ -92,7 +92,7 @@ def _store(host: str, port: int, parameters: RendezvousParameters) -> tuple[TCPS
     from torch.distributed import DistError, TCPStore
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-    from fastbert.training.meeting import hold_store, listens, numeric
+    from fastbert.cluster.rendezvous import hold_store, listens, numeric
 
     may_hold, timeout_s = parameters.get_as_bool("is_host"), parameters.get_as_int("join_timeout") or JOIN_TIMEOUT_S
     read_timeout = timedelta(seconds=parameters.get_as_int("read_timeout") or READ_TIMEOUT_S)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbert.data.store import Counts, ShardWriter, Split, Store, token_dtype
+from fastbert.data.dataset import Counts, ShardWriter, Split, Store, token_dtype
 
 SHARD_TOKENS = 200  # so that a few documents already make several shards
 
@@ -31,7 +31,7 @@ def tiny_split(folder: Path, documents: list[list[int]], vocab_size: int = 1 << 
     return Split(folder, write_split(folder, documents, vocab_size), token_dtype(vocab_size))
 
 
-def tiny_store(
+def tiny_dataset(
     folder: Path,
     train: list[list[int]],
     heldout: list[list[int]] | None = None,

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousBackend, Token
 
+from fastbert.cluster.signature import Key
+from fastbert.cluster.signed_store import look
 from fastbert.errors import InputError
-from fastbert.training.signature import Key
-from fastbert.training.signed_store import look
 
 PATIENCE_S = 10.0  # for the agents that are there already to put a sound state back
 BEGIN_S = 2.0  # for the agent that holds the store to begin; only in a store that no agent holds does another one

@@ -18,10 +18,10 @@ import numpy as np
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.batches import share_out
 from fastbert.data.masking import selected_counts
-from fastbert.doctor import measure_bandwidth, measure_gemm_rate
+from fastbert.machine import (measure_bandwidth, measure_gemm_rate)
 from fastbert.errors import InputError
-from fastbert.flops import executed_flops, training_flops
-from fastbert.memory import Pack, count_parameters, memory_by_part, stay_gathered
+from fastbert.planning.flops import executed_flops, training_flops
+from fastbert.planning.memory import Pack, count_parameters, memory_by_part, stay_gathered
 from fastbert.training.ds_config import read_ds_config
 
 
@@ -427,8 +427,8 @@ def _examples(config: RunConfig, vocab_size: int | None, mean_length: float | No
     epoch, assumptions, wanted = None, [], config.batch.sequences
     lengths = None if mean_length is None else np.full(wanted, round(min(mean_length, config.batch.max_length)))
     if Path(config.data).exists():
+        from fastbert.data.dataset import open_store
         from fastbert.data.examples import Examples
-        from fastbert.data.store import open_store
 
         store = open_store(config.data)
         examples = Examples(store.split("train"), config.objective, config.batch.max_length, config.seed, config.data)

@@ -1,6 +1,6 @@
 """Saving in the background, by real processes: the same end on every rank, whatever happens to one of them.
 
-Run as a program (`python -m tests.test_saving`) this file is what forks those processes, having imported torch once: see `main`.
+Run as a program (`python -m tests.test_saver`) this file is what forks those processes, having imported torch once: see `main`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert.training import checkpoint
-from fastbert.training.checkpoint import MANIFEST, newest_sound, read_all, save
-from fastbert.training.failpoint import POINTS, reach
-from fastbert.training.group import join
-from fastbert.training.saving import Saver
+from fastbert.checkpoints import checkpoint
+from fastbert.checkpoints.checkpoint import MANIFEST, newest_sound, read_all, save
+from fastbert.checkpoints.failpoint import POINTS, reach
+from fastbert.checkpoints.saver import Saver
+from fastbert.cluster.group import join
 from tests.ranks import LAUNCHER, ROOT, environment, free_port
 
 TIMEOUT_S = 60.0  # a guard
@@ -152,7 +152,7 @@ class Server:
     """The other end of `main`."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "tests.test_saving"]
+        command = [sys.executable, "-m", "tests.test_saver"]
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(
