@@ -2,12 +2,12 @@
 
     python -m benchmarks.bench_data data/wiki.jsonl data/wiki --out FOLDER [--quick]
 
-The second path is a store of that text: its tokenizer is given to both sides, and the loader reads it.
+The second path is a dataset of that text: its tokenizer is given to both sides, and the loader reads it.
 
 Prepare. Each run is a process of its own (`data_jobs`), and the sides take turns. Both read the text, split it into sentences by the same
 rules, encode them with the same WordPiece vocabulary and save the ids; before anything is timed every document must have the same ids on both
 sides. Time runs from when the libraries are imported to when the ids are saved, flushed to the disk in our case alone. `fastbert prepare`
-also computes n-gram yardsticks, which the rival does not: a row has the seconds without them, and with them; hashes, manifest and report are
+also computes n-gram baselines, which the rival does not: a row has the seconds without them, and with them; hashes, manifest and report are
 counted in both. On one core, one process each; on two cores, two processes each, and for the rival also one process whose tokenizer has two
 threads. The ratio of two cores is taken against the faster of the rival's two.
 
@@ -17,7 +17,7 @@ has many. Training a vocabulary is the same Rust code for everybody, and timed a
 Loader. One core, one thread, in one process, in turns: packed batches with pairs and masks, real tokens per second. Beside it, for reference,
 datasets + DataLoader + transformers' DataCollatorForLanguageModeling, which does less: no pairs, and it pads (padding is not counted).
 
-Memory. The largest process of `prepare`, with and without yardsticks, which count 8 million tokens at the most; the loader's own memory.
+Memory. The largest process of `prepare`, with and without baselines, which count 8 million tokens at the most; the loader's own memory.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from benchmarks.pictures import OURS, colour, figure_of, save
 from benchmarks.record import Record, Row, table
 from fastbert.config import parse_config
 from fastbert.data.batches import Batches
-from fastbert.data.dataset import Store, open_store
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.prefetch import Prefetch
 from fastbert.data.tokenizer import train_tokenizer
 from fastbert.training.picture import INK, MUTED
@@ -91,11 +91,11 @@ def repeat(text: Path, target: Path, times: int, documents: int | None) -> Path:
     return target
 
 
-def check_same_ids(store: Store, rival: Path) -> int:
+def check_same_ids(dataset: TokenDataset, rival: Path) -> int:
     """Compare document by document, our two splits with the rival's one; returns how many there are."""
     import datasets
 
-    waiting = [_documents(store, name) for name in ("train", "heldout")]
+    waiting = [_documents(dataset, name) for name in ("train", "heldout")]
     heads = [next(split, None) for split in waiting]
     documents = 0
     rows: Any = datasets.load_from_disk(str(rival))
@@ -105,16 +105,16 @@ def check_same_ids(store: Store, rival: Path) -> int:
             continue
         place = next((i for i, head in enumerate(heads) if head == ids), None)
         if place is None:
-            raise SystemExit(f"bench_data: document {documents} of {rival} has other ids in {store.path}: nothing to compare")
+            raise SystemExit(f"bench_data: document {documents} of {rival} has other ids in {dataset.path}: nothing to compare")
         heads[place] = next(waiting[place], None)
         documents += 1
     if any(head is not None for head in heads):
-        raise SystemExit(f"bench_data: {store.path} has documents that {rival} has not: nothing to compare")
+        raise SystemExit(f"bench_data: {dataset.path} has documents that {rival} has not: nothing to compare")
     return documents
 
 
-def _documents(store: Store, name: str) -> Iterator[list[int]]:
-    split = store.split(name)
+def _documents(dataset: TokenDataset, name: str) -> Iterator[list[int]]:
+    split = dataset.split(name)
     bounds = split.first_token(split.first_sentence(np.arange(split.documents + 1)))
     for begin, end in itertools.pairwise(bounds):
         yield split.gather(np.array([begin]), np.array([end - begin])).tolist()
@@ -133,27 +133,27 @@ def bench_prepare(
             if number:  # the first round fills the disk's cache, and is what is compared
                 runs[side].append(found)
         if number == 0:
-            ours = [open_store(out) for side, out in folders.items() if side.job == "fastbert"]
+            ours = [open_dataset(out) for side, out in folders.items() if side.job == "fastbert"]
             documents = check_same_ids(ours[0], folders[sides[1]])
-            if len({store.sha256 for store in ours}) > 1:
-                raise SystemExit("bench_data: the store depends on the number of workers")
+            if len({dataset.sha256 for dataset in ours}) > 1:
+                raise SystemExit("bench_data: the dataset depends on the number of workers")
             print(f"{label}: {size:.1f} MB, {documents:,} documents, the same ids on both sides", flush=True)
     tokens = runs[sides[0]][0]["tokens"]
     whole = {side: [run["seconds"] for run in runs[side]] for side in sides}
-    same = {side: [run["seconds"] - run.get("yardsticks_s", 0.0) for run in runs[side]] for side in sides}
+    same = {side: [run["seconds"] - run.get("baselines_s", 0.0) for run in runs[side]] for side in sides}
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     for side in sides:
         seconds = statistics.median(same[side])
         row: Row = {"part": "prepare", "text": label, "mb": size, "side": side.name, "cores": side.cores, "seconds": seconds}
-        row |= {"mb_per_s": size / seconds, "tokens_per_s": tokens / seconds, "with_yardsticks_s": statistics.median(whole[side])}
+        row |= {"mb_per_s": size / seconds, "tokens_per_s": tokens / seconds, "with_baselines_s": statistics.median(whole[side])}
         row |= {"imports_s": statistics.median(run["imports_s"] for run in runs[side])}
         if side.job == "fastbert":
             rivals = [other for other in sides if other.job != side.job and other.cores == side.cores]
             rival = min(rivals, key=lambda other: statistics.median(whole[other]))
             quotients = [b / a for a, b in zip(same[side], whole[rival], strict=True)]
             row["ratio_low"], row["ratio"], row["ratio_high"] = statistics.quantiles(quotients, n=4, method="inclusive")
-            row["ratio_with_yardsticks"] = statistics.median(b / a for a, b in zip(whole[side], whole[rival], strict=True))
+            row["ratio_with_baselines"] = statistics.median(b / a for a, b in zip(whole[side], whole[rival], strict=True))
             ratios[f"prepare, {label}, {side.processes} of {side.cores}"] = row["ratio"]
         rows.append(row)
         print(_prepare_line(row), flush=True)
@@ -199,11 +199,11 @@ def one_core() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def bench_loader(store: Store, rounds: int, slice_s: float) -> tuple[list[Row], dict[str, float]]:
+def bench_loader(dataset: TokenDataset, rounds: int, slice_s: float) -> tuple[list[Row], dict[str, float]]:
     """Real tokens a second of each loader, in turns on one core, `slice_s` seconds each in every round."""
-    cases = [("fastbert, pairs of single sentences", _packed(store, "single", 128, DEMO_SEQUENCES))]
-    cases += [(f"fastbert, pairs that fill {length}", _packed(store, "fill", length, SEQUENCES)) for length in LENGTHS]
-    cases += [(f"datasets + collator, windows of {length}", _collated(store, length, SEQUENCES)) for length in LENGTHS]
+    cases = [("fastbert, pairs of single sentences", _packed(dataset, "single", 128, DEMO_SEQUENCES))]
+    cases += [(f"fastbert, pairs that fill {length}", _packed(dataset, "fill", length, SEQUENCES)) for length in LENGTHS]
+    cases += [(f"datasets + collator, windows of {length}", _collated(dataset, length, SEQUENCES)) for length in LENGTHS]
     speeds: dict[str, list[float]] = {name: [] for name, _ in cases}
     with one_core():
         for number in range(rounds + 1):
@@ -224,11 +224,11 @@ def bench_loader(store: Store, rounds: int, slice_s: float) -> tuple[list[Row], 
     return rows, {f"loader, {n} tokens": ratio for n, ratio in fill.items()}
 
 
-def _packed(store: Store, segments: str, length: int, sequences: int) -> Callable[[int], Generator[int]]:
+def _packed(dataset: TokenDataset, segments: str, length: int, sequences: int) -> Callable[[int], Generator[int]]:
     """Our loader with its thread, from nothing at each call; yields real tokens of a step."""
     keys = f'[objective]\nsegments = "{segments}"\n[batch]\nmax_length = {length}\nsequences = {sequences}\n'
-    config = parse_config(f'data = "{store.path}"\n{keys}[model]\nmax_position_embeddings = 512\n', "bench_data")
-    batches = Batches(store, config)
+    config = parse_config(f'data = "{dataset.path}"\n{keys}[model]\nmax_position_embeddings = 512\n', "bench_data")
+    batches = Batches(dataset, config)
 
     def draw(number: int) -> Generator[int]:
         with Prefetch(batches, number * 1000) as steps:
@@ -238,15 +238,15 @@ def _packed(store: Store, segments: str, length: int, sequences: int) -> Callabl
     return draw
 
 
-def _collated(store: Store, length: int, sequences: int) -> Callable[[int], Generator[int]]:
+def _collated(dataset: TokenDataset, length: int, sequences: int) -> Callable[[int], Generator[int]]:
     """Windows of each document, cut before the clock starts, shuffled, masked and padded; yields real tokens of a batch."""
     import datasets
     from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-    cls, sep, room = store.special.cls, store.special.sep, length - 2
-    windows = [[cls, *ids[i : i + room], sep] for ids in _documents(store, "train") for i in range(0, len(ids), room)]
+    cls, sep, room = dataset.special.cls, dataset.special.sep, length - 2
+    windows = [[cls, *ids[i : i + room], sep] for ids in _documents(dataset, "train") for i in range(0, len(ids), room)]
     rows: Any = datasets.Dataset.from_dict({"input_ids": windows})
-    collate = DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(store.tokenizer_dir), mlm_probability=0.15)
+    collate = DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(dataset.tokenizer_dir), mlm_probability=0.15)
 
     def draw(number: int) -> Generator[int]:
         order = torch.Generator().manual_seed(number)
@@ -258,13 +258,13 @@ def _collated(store: Store, length: int, sequences: int) -> Callable[[int], Gene
 
 
 def bench_memory(text: Path, tokenizer: Path, sizes: tuple[int, ...], documents: int | None, work: Path) -> list[Row]:
-    """Megabytes of `prepare` with one worker, and of a loader of the store, by the size of the text."""
+    """Megabytes of `prepare` with one worker, and of a loader of the dataset, by the size of the text."""
     rows: list[Row] = []
     for times in sizes:
         source, out = repeat(text, work / "grown.jsonl", times, documents), work / f"grown-{times}"
         made = job("fastbert", source, tokenizer, out, 1, 1)
         row: Row = {"part": "memory", "text": f"x {times}", "mb": source.stat().st_size / 1e6, "tokens": made["tokens"]}
-        row |= {"prepare_mb": made["peak_before_yardsticks_mb"], "with_yardsticks_mb": made["peak_mb"]}
+        row |= {"prepare_mb": made["peak_before_baselines_mb"], "with_baselines_mb": made["peak_mb"]}
         rows.append(row | {f"loader_{name}": value for name, value in job("loader", out).items()})
         print(
             f"  {row['text']:5} {row['mb']:7.1f} MB of text: " + ", ".join(f"{k} {v:.0f}" for k, v in rows[-1].items() if k[-3:] == "_mb")
@@ -277,7 +277,7 @@ def draw_memory(rows: list[Row], path: Path) -> None:
     ax = axes[0, 0]
     x = [row["mb"] for row in rows]
     lines = [
-        ("prepare, with yardsticks (of 8 M tokens at most)", "with_yardsticks_mb", colour("transformers"), "o"),
+        ("prepare, with baselines (of 8 M tokens at most)", "with_baselines_mb", colour("transformers"), "o"),
         ("prepare, text to ids", "prepare_mb", OURS, "o"),
     ]
     for name, key, shade, marker in [*lines, ("loader (its own memory)", "loader_own_mb", MUTED, "s")]:
@@ -300,15 +300,15 @@ def report(rows: list[Row]) -> str:
     prepare = [
         [r["text"], r["side"], f"{r['cores']}", f"{r['seconds']:.2f}", f"{r['mb_per_s']:.2f}", f"{r['tokens_per_s'] / 1e6:.2f}"]
         + ([f"**{r['ratio']:.2f}x** ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"] if "ratio" in r else [""])
-        + ([f"{r['with_yardsticks_s']:.2f} s, {r['ratio_with_yardsticks']:.2f}x"] if "ratio" in r else [""])
+        + ([f"{r['with_baselines_s']:.2f} s, {r['ratio_with_baselines']:.2f}x"] if "ratio" in r else [""])
         for r in parts["prepare"]
     ]
     loaders = [[r["loader"], f"{r['tokens_per_s'] / 1e6:.2f} ({r['low'] / 1e6:.2f} to {r['high'] / 1e6:.2f})"] for r in parts["loader"]]
-    keys = ("mb", "prepare_mb", "with_yardsticks_mb", "loader_own_mb", "loader_mapped_mb")
+    keys = ("mb", "prepare_mb", "with_baselines_mb", "loader_own_mb", "loader_mapped_mb")
     memory = [[r["text"], *(f"{r[key]:.0f}" for key in keys)] for r in parts["memory"]]
     vocabulary = parts["vocabulary"][0]
-    columns = ("text", "side", "cores", "s", "MB/s", "M tokens/s", "ratio (quartiles)", "with yardsticks")
-    grown = ("text", "MB", "prepare (MB)", "with yardsticks (MB)", "loader, its own (MB)", "loader, mapped pages (MB)")
+    columns = ("text", "side", "cores", "s", "MB/s", "M tokens/s", "ratio (quartiles)", "with baselines")
+    grown = ("text", "MB", "prepare (MB)", "with baselines (MB)", "loader, its own (MB)", "loader, mapped pages (MB)")
     return "\n\n".join(
         [
             "Data: text to ids, the loader, memory\n",
@@ -323,12 +323,12 @@ def report(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="JSON lines with a field text, such as data/wiki.jsonl")
-    parser.add_argument("store", type=Path, help="a store made of it by fastbert prepare")
+    parser.add_argument("dataset", type=Path, help="a dataset made of it by fastbert prepare")
     parser.add_argument("--out", type=Path, required=True, help="folder for data.json, data.md and data.png")
     parser.add_argument("--quick", action="store_true", help="few documents, few rounds: shows that it works")
     given = parser.parse_args()
-    store = open_store(given.store)
-    tokenizer = store.tokenizer_dir.resolve()
+    dataset = open_dataset(given.dataset)
+    tokenizer = dataset.tokenizer_dir.resolve()
     documents, sides, rounds, sizes, slice_s = (None, SIDES, {1: 3, 4: 2}, (1, 4, 16), 0.5)
     if given.quick:
         documents, sides, rounds, sizes, slice_s = (300, SIDES[:2], {1: 2}, (1, 2), 0.05)
@@ -343,7 +343,7 @@ def main() -> None:
         rows.append(bench_vocabulary(work / "1.jsonl", 2))
         print(f"vocabulary of 8,192: {rows[-1]['seconds']:.2f} s, by tokenizers alone {rows[-1]['tokenizers_s']:.2f} s", flush=True)
         print("loader, on one core:", flush=True)
-        found, gained = bench_loader(store, rounds[1], slice_s)
+        found, gained = bench_loader(dataset, rounds[1], slice_s)
         rows, ratios = rows + found, ratios | gained
         print("memory:", flush=True)
         rows += bench_memory(given.text, tokenizer, sizes, documents, work)

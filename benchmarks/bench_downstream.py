@@ -3,12 +3,12 @@
     python -m benchmarks.bench_downstream data/labelled --data data/library-8192 --out FOLDER [--beside RUN] [--quick]
     python -m benchmarks.bench_downstream data/labelled --record downstream.json --beside RUN --out FOLDER
 
-`examples/labelled_texts.py` made the folder of texts: topics of encyclopedia articles, and verdicts of film reviews. The store holds
+`examples/labelled_texts.py` made the folder of texts: topics of encyclopedia articles, and verdicts of film reviews. The dataset holds
 nothing of their tests. Three sides learn from the same examples, 500, 2,000 and all of them:
 
     bag of words    logistic regression on TF-IDF of words and pairs of words (scikit-learn), which needs seconds
     from scratch    the demo's model with the weights that its pre-training began with
-    pre-trained     the model itself: that of `--model`, or one made here by the demo's recipe from the store, in half an hour
+    pre-trained     the model itself: that of `--model`, or one made here by the demo's recipe from the dataset, in half an hour
     (any other)     each model of `--beside`, called by its folder's name; with `--record` only these are measured, as sides of that record
 
 A tenth of the training examples is held out. By it, with a seed that is not measured later and all examples, each side gets its learning
@@ -152,12 +152,12 @@ def test_scores(right: float, mean_f1: float) -> Row:
     return {"test_accuracy": right, "test_f1": mean_f1}
 
 
-def pretrain(store: Path, folder: Path) -> Path:
-    """The run of the demo's recipe on the store, for longer; not made again where it is finished."""
+def pretrain(dataset: Path, folder: Path) -> Path:
+    """The run of the demo's recipe on the dataset, for longer; not made again where it is finished."""
     made, finished = folder / "run", folder / "finished"
     if not finished.exists():
         resume = ["--resume"] if made.exists() else []
-        settings = {"data": store, "run": made, "schedule.over": "tokens", "stop.tokens": PRETRAINING_TOKENS, "stop.seconds": 1e6}
+        settings = {"data": dataset, "run": made, "schedule.over": "tokens", "stop.tokens": PRETRAINING_TOKENS, "stop.seconds": 1e6}
         command = [sys.executable, "-m", "fastbert", "pretrain", RECIPE, *(f"{key}={value}" for key, value in settings.items()), *resume]
         subprocess.run(list(map(str, command)), check=True)
         finished.touch()
@@ -307,7 +307,7 @@ def arguments() -> tuple[argparse.Namespace, list[Row]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path, help="the folder that examples/labelled_texts.py made")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path, help="the store to pre-train on")
+    parser.add_argument("--data", type=Path, help="the dataset to pre-train on")
     parser.add_argument("--model", type=Path, help="a run or an exported folder in place of that; it must not have read the tests' texts")
     parser.add_argument("--beside", type=Path, action="append", default=[], help="the same, as one more side; may be repeated")
     parser.add_argument(
@@ -326,7 +326,7 @@ def arguments() -> tuple[argparse.Namespace, list[Row]]:
         parser.error(f"--record {given.record}: no such file; benchmarks/results/ has those of this project")
     if not given.record and not given.model and not (given.data and (given.data / "manifest.json").is_file()):
         parser.error(
-            f"--data {given.data}: no store to pre-train on; make data/library-8192/manifest.json makes one, --model takes another model"
+            f"--data {given.data}: no dataset to pre-train on; make data/library-8192/manifest.json makes one, --model takes another model"
         )
     names, recorded = list(COLORS), []
     if given.record:

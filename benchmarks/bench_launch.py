@@ -39,8 +39,7 @@ from benchmarks.no_launch import no_launch
 from benchmarks.record import Record, Row, table
 from fastbert.config import PRESETS, ModelConfig
 from fastbert.data.packing import PackedBatch
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, losses
 from fastbert_kernels._spec import Shape
 from fastbert_kernels.specs import SPECS
 

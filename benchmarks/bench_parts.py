@@ -36,9 +36,9 @@ from benchmarks.record import Record, Row, table
 from fastbert.cluster.group import join
 from fastbert.config import ModelConfig, RunConfig, parse_config
 from fastbert.data.batches import Batches, PackedBatch
-from fastbert.data.dataset import Store, open_store
-from fastbert.machine import (measure_bandwidth, measure_gemm_rate)
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.heap import keep_heap
+from fastbert.machine import measure_bandwidth, measure_gemm_rate
 from fastbert.models.bert import Attention, BertForPreTraining, Embeddings, FeedForward
 from fastbert.planning.flops import BACKWARD
 from fastbert.training.ds_config import read_ds_config
@@ -144,16 +144,16 @@ def least_bytes(model: ModelConfig, vocab_size: int, parameters: int, tokens: in
 
 
 def measure(
-    store: Store, preset: str, vocab_size: int, steps: int, seconds: float = math.inf
+    dataset: TokenDataset, preset: str, vocab_size: int, steps: int, seconds: float = math.inf
 ) -> tuple[float, dict[str, float], dict[str, float], dict[str, float]]:
     """Milliseconds of a step and of its parts, medians; FLOPs and least bytes of a step by part, means. Fewer steps where `seconds` are over."""
     end = time.monotonic() + seconds
     config: RunConfig = parse_config(
-        f'data = "{store.path}"\n[model]\npreset = "{preset}"\n[objective]\nsegments = "single"\n'
+        f'data = "{dataset.path}"\n[model]\npreset = "{preset}"\n[objective]\nsegments = "single"\n'
         f"[batch]\nsequences = {SEQUENCES}\nmax_length = {MAX_LENGTH}",
         "bench_parts",
     )
-    batches, batch_of = Batches(store, config), list[PackedBatch]()
+    batches, batch_of = Batches(dataset, config), list[PackedBatch]()
     torch.manual_seed(0)
     model = BertForPreTraining(config.model, vocab_size)
     parameters = sum(p.numel() for p in model.parameters())
@@ -212,7 +212,7 @@ def cells(row: Row) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", help="a folder that `fastbert prepare` made; its lengths are what is timed")
+    parser.add_argument("dataset", help="a folder that `fastbert prepare` made; its lengths are what is timed")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12, help="of each model (12)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="about how long; models then have fewer steps")
@@ -220,14 +220,14 @@ def main() -> None:
     given = parser.parse_args()
     keep_heap()
     end = time.monotonic() + given.seconds
-    store, facts = open_store(given.store), header(torch.device("cpu"))
+    dataset, facts = open_dataset(given.dataset), header(torch.device("cpu"))
     cases, steps = (CASES[:1], 2) if given.quick else (CASES, given.steps)
     columns = ["part", "ms", "share of the step", "GFLOP", "ideal ms", "share of the ideal"]
     rows, sections = [], []
     bandwidth = measure_bandwidth()
     for index, (preset, vocab_size) in enumerate(cases):
         before = measure_gemm_rate()
-        found = measure(store, preset, vocab_size, steps, (end - time.monotonic()) / (len(cases) - index))
+        found = measure(dataset, preset, vocab_size, steps, (end - time.monotonic()) / (len(cases) - index))
         rate = max(before, measure_gemm_rate())
         case = f"{preset}, V = {vocab_size:,}"
         new = rows_of(case, *found, rate, bandwidth)

@@ -47,8 +47,7 @@ from fastbert.cluster.group import Group, join
 from fastbert.config import BatchConfig, RunConfig, parse_config
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.planning.memory import Pack, activation_bytes, memory_by_part
 from fastbert.planning.plan import Device, communication_per_step, compute_seconds, plan, this_machine
 from fastbert.training.ds_config import DeepSpeedSettings

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_quality data/wiki --out FOLDER [--seconds 180] [--seeds 1 2 3] [--quick]
 
-Both sides: the same store, so the same text, tokenizer and split, the same sizes of the model, fp32, the same heap setting, one thread on a
+Both sides: the same dataset, so the same text, tokenizer and split, the same sizes of the model, fp32, the same heap setting, one thread on a
 core of its own. Two runs go side by side, so what else the machine does falls on both. Ours is the demo's recipe (docs/demo.md) with its
 time changed; `trainer_rival.py` says how the Trainer is set up. Batch and learning rate of the Trainer are the best of GRID, by the
 held-out loss after a third of the time, with a seed that is not measured later; its defaults run once too. A third side is the Trainer with
@@ -40,9 +40,8 @@ from benchmarks.pictures import colour, figure_of, save
 from benchmarks.record import Record, Row, table
 from benchmarks.trainer_rival import build_model, evaluate, heldout
 from fastbert.config import load_config
-from fastbert.data.dataset import Store, open_store
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.training.heldout import heldout_means, heldout_sums
 from fastbert.training.metrics import read_metrics
 from fastbert.training.picture import INK, MUTED
@@ -85,12 +84,12 @@ class Bench:
     """Makes runs, two at a time, and keeps their curves.
 
     Args:
-        store: of the text.
+        dataset: of the text.
         folder: where curves are kept, a file for each finished run.
     """
 
-    def __init__(self, store: Store, folder: Path):
-        self.store, self.folder = store, folder
+    def __init__(self, dataset: TokenDataset, folder: Path):
+        self.dataset, self.folder = dataset, folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def curve(self, run: Run) -> Curve:
@@ -111,7 +110,7 @@ class Bench:
     def _make(self, run: Run, every: int) -> Run:
         if not self._file(run).exists():
             with tempfile.TemporaryDirectory() as folder:
-                where = [RECIPE, self.store.path, folder]
+                where = [RECIPE, self.dataset.path, folder]
                 if run.side == OURS:
                     values = {"data": where[1], "run": where[2], "seed": run.seed, "stop.seconds": run.seconds}
                     values |= {"evaluate.every": every, "checkpoint.every": 10**9}
@@ -130,16 +129,16 @@ class Bench:
         return run
 
 
-def check_that_both_measure_the_same(store: Store) -> None:
+def check_that_both_measure_the_same(dataset: TokenDataset) -> None:
     """SystemExit where the two sides' evaluations of the same weights differ."""
-    config = load_config(RECIPE, [f"data={store.path}"])
+    config = load_config(RECIPE, [f"data={dataset.path}"])
     torch.manual_seed(0)
-    mine = BertForPreTraining(config.model, store.vocab_size).eval()
-    theirs = build_model(config, store.vocab_size, mine)
-    batches = heldout(store, config)
+    mine = BertForPreTraining(config.model, dataset.vocab_size).eval()
+    theirs = build_model(config, dataset.vocab_size, mine)
+    batches = heldout(dataset, config)
     with torch.no_grad():
-        a = heldout_means(torch.stack([heldout_sums(losses(mine(batch)), batch, store.special.mask) for batch in batches]).sum(0))
-    b = evaluate(theirs, batches, store.special.mask)
+        a = heldout_means(torch.stack([heldout_sums(losses(mine(batch)), batch, dataset.special.mask) for batch in batches]).sum(0))
+    b = evaluate(theirs, batches, dataset.special.mask)
     same_size = sum(p.numel() for p in mine.parameters()) == sum(p.numel() for p in theirs.parameters())
     if not same_size or abs(a.loss_mlm - b.loss_mlm) > 1e-4 or a.accuracy_nsp != b.accuracy_nsp:
         raise SystemExit(f"the two sides do not measure the same: {a} against {b}")
@@ -208,7 +207,7 @@ def draw(bench: Bench, sides: dict[str, list[Run]], brief: Sequence[Run], path: 
         axes.set_xlabel("seconds of training", color=MUTED)
         axes.set_xlim(left=0)
     panels[1].set_ylim(bottom=45)  # a coin gives 50
-    unigram = bench.store.yardsticks["unigram"]
+    unigram = bench.dataset.baselines["unigram"]
     panels[0].axhline(unigram, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     panels[0].annotate(f"word frequencies {unigram:.2f}", (1, unigram), xycoords=("axes fraction", "data"), xytext=(0, 3),
                        textcoords="offset points", ha="right", color=MUTED, fontsize=8)  # fmt: skip
@@ -249,7 +248,7 @@ def report(
     return "\n\n".join(
         [
             "Time to quality: fastbert against transformers' Trainer",
-            f"{how}; word frequencies alone give {bench.store.yardsticks['unigram']:.2f}.",
+            f"{how}; word frequencies alone give {bench.dataset.baselines['unigram']:.2f}.",
             "How many times sooner fastbert has the final MLM loss of the other side, medians and ranges over seeds:",
             sooner_table(figures),
             table(["seed", "side", *columns], ended),
@@ -264,7 +263,7 @@ def report(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, help="a folder that `fastbert prepare` made")
+    parser.add_argument("dataset", type=Path, help="a folder that `fastbert prepare` made")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=180.0, help="of training, each run (180)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help=f"not {SEARCH_SEED}, which the search has (1 2 3)")
@@ -274,9 +273,9 @@ def main() -> None:
     if SEARCH_SEED in seeds:
         parser.error(f"--seeds {SEARCH_SEED}: that is the seed of the search; take others")
 
-    store = open_store(given.store.resolve())
-    check_that_both_measure_the_same(store)
-    bench = Bench(store, given.out / "quality-runs" / store.sha256[:8])
+    dataset = open_dataset(given.dataset.resolve())
+    check_that_both_measure_the_same(dataset)
+    bench = Bench(dataset, given.out / "quality-runs" / dataset.sha256[:8])
     search = [Run(TRAINER, seconds / SEARCH_SHARE, SEARCH_SEED, *settings) for settings in grid]
     brief = [ours(seconds / part, seed) for seed in seeds for part in shorter]
     bench.make([*search, *brief])

@@ -52,7 +52,7 @@ def saves(records: list[dict[str, Any]]) -> tuple[float, list[Save]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a store made by fastbert prepare")
+    parser.add_argument("data", type=Path, help="a dataset made by fastbert prepare")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--saves", type=int, default=4)
     given = parser.parse_args()

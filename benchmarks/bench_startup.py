@@ -68,11 +68,11 @@ def whole(arguments: Sequence[str]) -> float:
     return time.perf_counter() - began
 
 
-def first_step(store: Path, folder: Path) -> dict[str, float]:
+def first_step(dataset: Path, folder: Path) -> dict[str, float]:
     """Seconds from the start of `fastbert pretrain` to the end of each phase."""
     run = folder / "run"
     marks = {"setup": run / "config.toml", "engine": run / "log.txt", "step": run / "metrics.jsonl"}
-    settings = (f"data={store}", f"run={run}", "stop.steps=1", "evaluate.sequences=1")
+    settings = (f"data={dataset}", f"run={run}", "stop.steps=1", "evaluate.sequences=1")
     began, found = time.perf_counter(), {}
     command = [sys.executable, "-m", "fastbert", "pretrain", ROOT / "recipes/demo.toml", *settings]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -86,10 +86,10 @@ def first_step(store: Path, folder: Path) -> dict[str, float]:
     return found
 
 
-def trainer_first_step(store: Path, folder: Path) -> dict[str, float]:
+def trainer_first_step(dataset: Path, folder: Path) -> dict[str, float]:
     """The same of the Trainer's script."""
     began = time.time()
-    command = [sys.executable, "-c", TRAINER, store / "tokenizer", folder]
+    command = [sys.executable, "-c", TRAINER, dataset / "tokenizer", folder]
     result = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     lines = (line.split() for line in result.stdout.splitlines())
     return {line[0]: float(line[1]) - began for line in lines if line[:1] and line[0] in PHASES}
@@ -117,7 +117,7 @@ def time_commands(commands: Mapping[str, Sequence[str]], rounds: int) -> tuple[l
     return rows, seconds
 
 
-def time_first_steps(store: Path, rounds: int) -> tuple[list[Row], float]:
+def time_first_steps(dataset: Path, rounds: int) -> tuple[list[Row], float]:
     """A row for each side, and how many times sooner ours is at its first step."""
     sides: dict[str, Callable[[Path, Path], dict[str, float]]] = {
         "fastbert pretrain": first_step,
@@ -127,7 +127,7 @@ def time_first_steps(store: Path, rounds: int) -> tuple[list[Row], float]:
     for number in range(rounds + 1):
         for name, side in sides.items():
             with tempfile.TemporaryDirectory() as folder:
-                marks = side(store, Path(folder))
+                marks = side(dataset, Path(folder))
             if number:
                 found[name].append(marks)
     rows: list[Row] = []
@@ -161,13 +161,13 @@ def report(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, help="a store made by fastbert prepare")
+    parser.add_argument("dataset", type=Path, help="a dataset made by fastbert prepare")
     parser.add_argument("--out", type=Path, required=True, help="folder for startup.json and startup.md")
     parser.add_argument("--quick", action="store_true", help="two rounds of each: shows that it works")
     given = parser.parse_args()
     light, heavy = (2, 2) if given.quick else (4, 2)
     rows, seconds = time_commands(COMMANDS, light)
-    steps, sooner = time_first_steps(given.store.resolve(), heavy)
+    steps, sooner = time_first_steps(given.dataset.resolve(), heavy)
 
     def ratio(slow: str, fast: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))

@@ -30,11 +30,10 @@ from benchmarks.record import Record, table
 from fastbert.checkpoints.weight_names import to_hugging_face
 from fastbert.config import ObjectiveConfig, RunConfig, parse_config
 from fastbert.data.batches import Batches, PackedBatch
-from fastbert.data.dataset import Store, open_store
-from fastbert.machine import measure_gemm_rate
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.heap import keep_heap
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.machine import measure_gemm_rate
+from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.planning.flops import training_flops
 
 CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary
@@ -42,11 +41,11 @@ SEQUENCES, MAX_LENGTH = 32, 128
 WARM_UP, LEAST = 2, 3  # pairs of steps that do not count, and that do however slow they are
 
 
-def draw(store: Store, segments: str, steps: int) -> list[PackedBatch]:
+def draw(dataset: TokenDataset, segments: str, steps: int) -> list[PackedBatch]:
     """Real batches, at least four: two warm the heap and the optimizers up."""
-    config = RunConfig(data=str(store.path), objective=ObjectiveConfig(segments=segments))
+    config = RunConfig(data=str(dataset.path), objective=ObjectiveConfig(segments=segments))
     config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, sequences=SEQUENCES, max_length=MAX_LENGTH))
-    source = Batches(store, config)
+    source = Batches(dataset, config)
     return [source.step(step)[0] for step in range(max(steps, 4))]
 
 
@@ -153,7 +152,7 @@ def compare(preset: str, vocab_size: int, batches: list[PackedBatch], seconds: f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", help="a folder that `fastbert prepare` made; its lengths are what is timed")
+    parser.add_argument("dataset", help="a folder that `fastbert prepare` made; its lengths are what is timed")
     parser.add_argument("--steps", type=int, default=13, help="pairs of steps a row, two of them to warm up (13)")
     parser.add_argument(
         "--lengths", nargs="+", choices=["single", "fill", "full"], default=["single", "full"], help="which lengths to time"
@@ -164,8 +163,8 @@ def main() -> None:
     keep_heap()
     end = time.monotonic() + arguments.seconds
     transformers.logging.set_verbosity_error()
-    store = open_store(arguments.store)
-    batches = {"single": draw(store, "single", arguments.steps), "fill": draw(store, "fill", arguments.steps)}
+    dataset = open_dataset(arguments.dataset)
+    batches = {"single": draw(dataset, "single", arguments.steps), "fill": draw(dataset, "fill", arguments.steps)}
     batches["full"] = [fill_up(batch) for batch in batches["fill"]]
 
     facts = header(torch.device("cpu")) | {"transformers": transformers.__version__}

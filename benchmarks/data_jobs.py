@@ -21,21 +21,21 @@ LOADER_STEPS = 200
 
 
 def by_fastbert(text: str, tokenizer: str, out: str, workers: int) -> dict[str, float]:
-    """As `fastbert prepare` does it. What the rival leaves out, the n-gram yardsticks, is timed and weighed apart."""
+    """As `fastbert prepare` does it. What the rival leaves out, the n-gram baselines, is timed and weighed apart."""
     began = time.perf_counter()
-    from fastbert.data import baselines as yardsticks
+    from fastbert.data import baselines as baselines
     from fastbert.data import prepare
 
-    measure, found = yardsticks.measure, {}
+    measure, found = baselines.measure, {}
 
     def timed(*arguments: Any) -> dict[str, float]:
-        found["peak_before_yardsticks_mb"] = _status_mb("VmHWM")
+        found["peak_before_baselines_mb"] = _status_mb("VmHWM")
         start = time.perf_counter()
         result = measure(*arguments)
-        found["yardsticks_s"] = time.perf_counter() - start
+        found["baselines_s"] = time.perf_counter() - start
         return result
 
-    yardsticks.measure = timed
+    baselines.measure = timed
     ready = time.perf_counter()
     report = prepare.prepare([text], out, tokenizer=tokenizer, workers=workers, progress=False)
     seconds = time.perf_counter() - ready
@@ -68,13 +68,13 @@ def by_datasets(text: str, tokenizer: str, out: str, processes: int) -> dict[str
     return {"imports_s": ready - began, "seconds": time.perf_counter() - ready}
 
 
-def loader(store: str) -> dict[str, float]:
-    """Memory of a loader that has drawn batches from all over a store: its own, and the pages of the store that are mapped at the moment."""
+def loader(dataset: str) -> dict[str, float]:
+    """Memory of a loader that has drawn batches from all over a dataset: its own, and the pages of the dataset that are mapped at the moment."""
     from fastbert.config import RunConfig
     from fastbert.data.batches import Batches
-    from fastbert.data.dataset import open_store
+    from fastbert.data.dataset import open_dataset
 
-    batches = Batches(open_store(store, verify=False), RunConfig(data=store))
+    batches = Batches(open_dataset(dataset, verify=False), RunConfig(data=dataset))
     for step in range(LOADER_STEPS):
         batches.step(step)
     return {"own_mb": _status_mb("RssAnon"), "mapped_mb": _status_mb("RssFile")}

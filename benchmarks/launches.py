@@ -163,8 +163,7 @@ def model_step(lengths: list[int], precision: str, dropout: float) -> None:
     from fastbert.config import ModelConfig
     from fastbert.data.dataset import SpecialIds
     from fastbert.data.packing import pack_texts
-    from fastbert.models.bert import BertForPreTraining
-    from fastbert.models.bert import losses
+    from fastbert.models.bert import BertForPreTraining, losses
 
     config = ModelConfig(
         hidden_size=128,

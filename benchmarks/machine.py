@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastbert.machine import (measure_bandwidth, measure_gemm_rate)
+from fastbert.machine import measure_bandwidth, measure_gemm_rate
 from fastbert.planning.plan import GPUS
 
 ROOT = Path(__file__).parents[1]

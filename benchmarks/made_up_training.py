@@ -15,8 +15,7 @@ from benchmarks.cases import mixed_lengths
 from benchmarks.padded_bert import PaddedBert
 from fastbert.config import PRESETS, ModelConfig
 from fastbert.data.packing import PackedBatch
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, losses
 
 CLS, SEP, MASK, ORDINARY = 2, 3, 4, 5  # ids; ordinary words begin at the last
 

@@ -1,8 +1,8 @@
 """All benchmarks that need no GPU in one command and in a given time: `make bench`. Those on a GPU are `benchmarks.gpu`.
 
-    python -m benchmarks.run --out folder [--store data/wiki] [--seconds 900] [--record] [--dry-run]
+    python -m benchmarks.run --out folder [--dataset data/wiki] [--seconds 900] [--record] [--dry-run]
 
-Needs all that `pip install .[test]` brings, and a store that `fastbert prepare` made; no network. Parts in order of worth, each in a process of
+Needs all that `pip install .[test]` brings, and a dataset that `fastbert prepare` made; no network. Parts in order of worth, each in a process of
 its own with its share of the time that is left, so that neither a crash nor a hang keeps the others from running:
 
     step            benchmarks.bench_step: a training step against transformers
@@ -18,7 +18,7 @@ its own with its share of the time that is left, so that neither a crash nor a h
 
 The folder gets report.md, rewritten after each part, a log for each part, and what the parts write; `--record` copies that to
 benchmarks/results/ for this kind of machine. `--dry-run`: one kernel at a tiny size. Exit code 0 if all is well, 1 if a part failed or
-ran out of time, 2 without a store.
+ran out of time, 2 without a dataset.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def suite(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"benchmarks/{name}.py", *arguments]
 
 
-def all_parts(out: Path, store: Path) -> list[Part]:
+def all_parts(out: Path, dataset: Path) -> list[Part]:
     folder, seconds = ["--out", str(out)], ["--seconds", "{seconds}"]
     return [
-        Part("step", 250, module("bench_step", str(store), *folder, *seconds)),
-        Part("parts", 90, module("bench_parts", str(store), *folder, *seconds)),
+        Part("step", 250, module("bench_step", str(dataset), *folder, *seconds)),
+        Part("parts", 90, module("bench_parts", str(dataset), *folder, *seconds)),
         Part("kernels", 160, suite("bench_kernels", *folder, *seconds)),
-        Part("data", 230, module("bench_data", str(store.with_suffix(".jsonl")), str(store), *folder)),
-        Part("startup", 115, module("bench_startup", str(store), *folder)),
+        Part("data", 230, module("bench_data", str(dataset.with_suffix(".jsonl")), str(dataset), *folder)),
+        Part("startup", 115, module("bench_startup", str(dataset), *folder)),
         Part("plan", 25, module("bench_plan", *folder, "--quick")),
         Part("launch", 30, module("bench_launch", *folder, *seconds)),
         Part("side_by_side", 30, module("side_by_side", *folder)),
@@ -130,7 +130,7 @@ def record(out: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the report; new or empty")
-    parser.add_argument("--store", type=Path, default=Path("data/wiki"), help="made by `fastbert prepare` (data/wiki)")
+    parser.add_argument("--dataset", type=Path, default=Path("data/wiki"), help="made by `fastbert prepare` (data/wiki)")
     parser.add_argument("--seconds", type=float, default=900, help="when it must have ended (900)")
     parser.add_argument("--record", action="store_true", help="copy the results to benchmarks/results/")
     parser.add_argument("--dry-run", action="store_true", help="one kernel at a tiny size")
@@ -140,14 +140,14 @@ def main() -> int:
     if out.exists() and any(out.iterdir()):
         print(f"run: --out {options.out} is not empty; name a new folder, so that a report is of one run")
         return 2
-    if not options.dry_run and not (options.store / "manifest.json").exists():
-        print(f"run: --store {options.store}: no such store; make data/wiki/manifest.json makes one")
+    if not options.dry_run and not (options.dataset / "manifest.json").exists():
+        print(f"run: --dataset {options.dataset}: no such dataset; make data/wiki/manifest.json makes one")
         return 2
     out.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupted)
     outcomes: list[Outcome] = []
-    waiting = dry_parts(out) if options.dry_run else all_parts(out, options.store)
+    waiting = dry_parts(out) if options.dry_run else all_parts(out, options.dataset)
     while waiting:
         left = max(0.0, end - time.monotonic())
         outcome = run(waiting[0], out, left * waiting[0].weight / sum(part.weight for part in waiting))

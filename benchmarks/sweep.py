@@ -20,7 +20,7 @@ from benchmarks.cores import one_on_each, run_module
 from benchmarks.machine import header
 from benchmarks.record import Record, Row, once, table
 from fastbert import load
-from fastbert.data.dataset import Store, open_store
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.training.metrics import read_metrics
 
 
@@ -45,16 +45,16 @@ def trained(recipe: Path, run: Path, settings: str, seconds: float) -> Row:
         "parameters": sum(p.numel() for p in pretrained.model.parameters()),
         "steps": last["step"],
         "tokens": last["training_tokens"],
-        "tokens_per_word": tokens_per_word(open_store(pretrained.recipe.data)),
+        "tokens_per_word": tokens_per_word(open_dataset(pretrained.recipe.data)),
         **{key: last[key] for key in ("loss_mlm", "loss_mask_token", "accuracy_mlm", "accuracy_nsp")},
     }
 
 
-def tokens_per_word(store: Store) -> float:
+def tokens_per_word(dataset: TokenDataset) -> float:
     """Of the held-out text; a word, or a mark of punctuation, is a token and those that go on with it."""
-    split = store.split("heldout")
+    split = dataset.split("heldout")
     tokens = split.gather(np.array([0]), np.array([split.tokens]))
-    return len(tokens) / int((~store.continues_word[tokens]).sum())
+    return len(tokens) / int((~dataset.continues_word[tokens]).sum())
 
 
 def sweep_table(rows: list[Row]) -> str:

@@ -8,7 +8,7 @@ each use, and padding to the longest of a batch; TrainingArguments' defaults bes
 
 - A pair is two neighbouring sentences, and a wrong B one that could be a true B: distributed like the held-out pairs.
 - The linear decay is one over the clock, so that it ends with the time and not before or after it.
-- What the store holds already, sentences and their token ids, costs no time; nor do evaluations.
+- What the dataset holds already, sentences and their token ids, costs no time; nor do evaluations.
 
 Without --batch and --lr it gets our recipe: batch, AdamW's settings, schedule, dropout and the very weights that ours begins with.
 
@@ -33,10 +33,9 @@ from benchmarks.bench_step import pad
 from fastbert.checkpoints.weight_names import to_hugging_face
 from fastbert.config import RunConfig, ScheduleConfig, load_config
 from fastbert.data.batches import PackedBatch, heldout_batches
-from fastbert.data.dataset import Store, open_store
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.heap import keep_heap
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import Losses
+from fastbert.models.bert import BertForPreTraining, Losses
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.metrics import MetricsFile
 from fastbert.training.schedule import factor
@@ -59,9 +58,9 @@ def build_model(config: RunConfig, vocab_size: int, weights: BertForPreTraining 
     return model
 
 
-def sentence_pairs(store: Store, max_length: int, seed: int) -> list[dict[str, Any]]:
+def sentence_pairs(dataset: TokenDataset, max_length: int, seed: int) -> list[dict[str, Any]]:
     """Each sentence that has a next one, with it (label 0) or with one from another document (label 1), as the collator takes them."""
-    split, draw = store.split("train"), random.Random(seed)
+    split, draw = dataset.split("train"), random.Random(seed)
     bounds = split.first_token(torch.arange(split.sentences + 1).numpy())
     tokens = split.gather(bounds[:1], bounds[-1:] - bounds[:1]).tolist()
     sentences = [tokens[a:b] for a, b in itertools.pairwise(bounds.tolist())]
@@ -74,14 +73,14 @@ def sentence_pairs(store: Store, max_length: int, seed: int) -> list[dict[str, A
             if label:
                 other = draw.randrange(len(documents) - 1)
                 b = draw.choice(documents[other + (other >= number)][1:])
-            pairs.append(_pair(a[:], b[:], label, store, max_length))
+            pairs.append(_pair(a[:], b[:], label, dataset, max_length))
     return pairs
 
 
-def _pair(a: list[int], b: list[int], label: int, store: Store, max_length: int) -> dict[str, Any]:
+def _pair(a: list[int], b: list[int], label: int, dataset: TokenDataset, max_length: int) -> dict[str, Any]:
     while len(a) + len(b) > max_length - 3:
         (a if len(a) > len(b) else b).pop()
-    cls, sep = store.special.cls, store.special.sep
+    cls, sep = dataset.special.cls, dataset.special.sep
     return {
         "input_ids": [cls, *a, sep, *b, sep],
         "token_type_ids": [0] * (len(a) + 2) + [1] * (len(b) + 1),
@@ -108,11 +107,11 @@ def evaluate(model: transformers.BertForPreTraining, batches: list[PackedBatch],
     return heldout_means(sums)
 
 
-def heldout(store: Store, config: RunConfig) -> list[PackedBatch]:
+def heldout(dataset: TokenDataset, config: RunConfig) -> list[PackedBatch]:
     """The recipe's held-out set, in packs of a size for padded logits."""
     limit = max(EVALUATION_TOKENS, config.batch.max_length)
     config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro_batch_tokens=limit))
-    return heldout_batches(store, config, config.evaluate.sequences)
+    return heldout_batches(dataset, config, config.evaluate.sequences)
 
 
 class Clock:
@@ -170,26 +169,26 @@ class Evaluations(transformers.TrainerCallback):
         self.clock.go()
 
 
-def train(config: RunConfig, store: Store, run: Path, seconds: float, points: int, settings: tuple[int, float] | None) -> None:
+def train(config: RunConfig, dataset: TokenDataset, run: Path, seconds: float, points: int, settings: tuple[int, float] | None) -> None:
     """Train for so many seconds and write RUN/metrics.jsonl; `settings` are batch and learning rate, None for our recipe."""
     transformers.set_seed(config.seed)
     if settings:
-        model, schedule = build_model(config, store.vocab_size), ScheduleConfig(warmup=0.0, decay="linear")
+        model, schedule = build_model(config, dataset.vocab_size), ScheduleConfig(warmup=0.0, decay="linear")
         optimizer: dict[str, Any] = {"per_device_train_batch_size": settings[0], "learning_rate": settings[1]}
     else:
         torch.manual_seed(config.seed)
-        model, schedule = build_model(config, store.vocab_size, BertForPreTraining(config.model, store.vocab_size)), config.schedule
+        model, schedule = build_model(config, dataset.vocab_size, BertForPreTraining(config.model, dataset.vocab_size)), config.schedule
         given = config.optimizer
-        optimizer = {"per_device_train_batch_size": config.batch.sequences, "learning_rate": given.lr, "max_grad_norm": given.clip}
+        optimizer = {"per_device_train_batch_size": config.batch.sequences, "learning_rate": given.lr, "max_grad_norm": given.max_grad_norm}
         optimizer |= {
             "adam_beta1": given.betas[0],
             "adam_beta2": given.betas[1],
             "adam_epsilon": given.eps,
             "weight_decay": given.weight_decay,
         }
-    clock, batches = Clock(), heldout(store, config)
+    clock, batches = Clock(), heldout(dataset, config)
     metrics = MetricsFile(run / "metrics.jsonl", fresh=True)
-    evaluations = Evaluations(clock, seconds, points, lambda: evaluate(model, batches, store.special.mask), metrics)
+    evaluations = Evaluations(clock, seconds, points, lambda: evaluate(model, batches, dataset.special.mask), metrics)
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
@@ -209,9 +208,9 @@ def train(config: RunConfig, store: Store, run: Path, seconds: float, points: in
             schedule,
             model=model,
             args=arguments,
-            train_dataset=sentence_pairs(store, config.batch.max_length, config.seed),  # type: ignore[arg-type]  # a list will do
+            train_dataset=sentence_pairs(dataset, config.batch.max_length, config.seed),  # type: ignore[arg-type]  # a list will do
             data_collator=transformers.DataCollatorForLanguageModeling(
-                transformers.AutoTokenizer.from_pretrained(store.tokenizer_dir), mlm_probability=0.15
+                transformers.AutoTokenizer.from_pretrained(dataset.tokenizer_dir), mlm_probability=0.15
             ),
             callbacks=[evaluations],
         )
@@ -222,7 +221,7 @@ def train(config: RunConfig, store: Store, run: Path, seconds: float, points: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="sizes of the model, max_length and the held-out set")
-    parser.add_argument("store", help="a folder that `fastbert prepare` made")
+    parser.add_argument("dataset", help="a folder that `fastbert prepare` made")
     parser.add_argument("run", type=Path, help="an existing folder, for metrics.jsonl")
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
@@ -231,9 +230,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float)
     given = parser.parse_args()
     keep_heap()
-    config = load_config(given.recipe, [f"data={given.store}", f"seed={given.seed}"])
+    config = load_config(given.recipe, [f"data={given.dataset}", f"seed={given.seed}"])
     settings = (given.batch, given.lr) if given.batch and given.lr else None
-    train(config, open_store(given.store), given.run, given.seconds, given.points, settings)
+    train(config, open_dataset(given.dataset), given.run, given.seconds, given.points, settings)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def prepare(
     sources: Annotated[
         list[Path], typer.Argument(metavar="SOURCE", help="Text files or folders: txt, jsonl, csv, parquet; also .gz, .zst.")
     ],
-    out: Annotated[Path, typer.Option(help="The store, a new folder.")],
+    out: Annotated[Path, typer.Option(help="The dataset, a new folder.")],
     vocab_size: Annotated[int, typer.Option(help="Tokens of the WordPiece vocabulary to train.")] = 30522,
     cased: Annotated[bool, typer.Option("--cased", help="Train a vocabulary that keeps capital letters.")] = False,
     tokenizer: Annotated[Path | None, typer.Option(help="Use this BERT tokenizer (folder or vocab.txt) and train none.")] = None,
@@ -118,7 +118,7 @@ def prepare(
     text_field: Annotated[str, typer.Option(help="Field of jsonl, or column of csv or parquet, that holds the text.")] = "text",
     as_json: Json = False,
 ) -> None:
-    """Turn text into a store: tokenizer, token ids, a held-out part, and a report on the data."""
+    """Turn text into a dataset: tokenizer, token ids, a held-out part, and a report on the data."""
     from fastbert.data.prepare import prepare
 
     report = prepare(
@@ -146,22 +146,21 @@ def pretrain(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that win over the recipe's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest sound checkpoint of the run.")] = False,
 ) -> int:
-    """Train a model from a store, as a recipe says. Exit code 75: interrupted, a checkpoint is saved."""
-    from fastbert.cluster.signals import Interruption
+    """Train a model from a dataset, as a recipe says. Exit code 75: interrupted, a checkpoint is saved."""
+    from fastbert.cluster.signals import StopRequest
     from fastbert.config import load_config
 
-    with Interruption() as interruption:  # from here on a signal means: stop at the next step
+    with StopRequest() as stop_request:  # from here on a signal means: stop at the next step
         config = load_config(recipe, overrides or ())
-        from fastbert.tasks.load import read_initial
         from fastbert.training.loop import pretrain  # takes seconds
 
-        return pretrain(config, str(recipe), resume, interruption, read_initial)
+        return pretrain(config, str(recipe), resume, stop_request)
 
 
 @app.command(epilog="Example: fastbert evaluate runs/base")
 def evaluate(
     model: Model,
-    data: Annotated[Path | None, typer.Option(help="Another store made with the same tokenizer; by default the run's own.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Another dataset made with the same tokenizer; by default the run's own.")] = None,
     sequences: Annotated[int | None, typer.Option(min=1, help="Held-out examples; by default the recipe's evaluate.sequences.")] = None,
     as_json: Json = False,
 ) -> int:
@@ -175,7 +174,7 @@ def evaluate(
     try:
         with join(EVALUATE_S) if launched else contextlib.nullcontext() as group:
             result = evaluate(load(model), data, sequences, group)
-            if group is not None and not group.speaks:
+            if group is not None and not group.is_main:
                 return DONE
     except RankLost as end:
         return _say(end, FAILED)
@@ -207,7 +206,7 @@ def evaluate(
     columns = ("", "positions", "loss (nats)", "accuracy", "in first 5", "frequencies alone", "left neighbour")
     _print_table(title, columns, cells)
     if (shown := result.by_input.get(SHOWN)) is not None:
-        print(f"where [MASK] shows: {compare(shown.loss, result.yardsticks)}")
+        print(f"where [MASK] shows: {compare(shown.loss, result.baselines)}")
     return DONE
 
 
@@ -388,7 +387,7 @@ def report(
 @app.command(epilog="Example: fastbert doctor")
 def doctor(as_json: Json = False) -> None:
     """What this machine can do, and what to do where something is missing. Takes about five seconds."""
-    from fastbert.doctor import (describe, diagnose)
+    from fastbert.doctor import describe, diagnose
 
     found = diagnose()
     if as_json:
@@ -406,8 +405,8 @@ def plan(
     gpu: Annotated[str, typer.Option(help="a100, a100-40gb, l4, l40s, h100, h200, b200, mi300x; or cpu: this machine.")] = "h100",
     stage: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3; by default that of the recipe's DeepSpeed file.")] = None,
     efficiency: Annotated[float | None, typer.Option(help="Share of the peak that matrix products reach.  [default: 0.5]")] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="By default the store's, or 30522 where there is no store.")] = None,
-    mean_length: Annotated[float | None, typer.Option(min=4, help="Tokens of an example; by default measured in the store.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="By default the dataset's, or 30522 where there is no dataset.")] = None,
+    mean_length: Annotated[float | None, typer.Option(min=4, help="Tokens of an example; by default measured in the dataset.")] = None,
     price: Annotated[float | None, typer.Option(help="US dollars for a GPU and hour; by default a listed one, where known.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -417,10 +416,9 @@ def plan(
 
     config, on_cpu = load_config(recipe, overrides or ()), gpu.lower() == CPU
     if config.init is not None:
-        from fastbert.tasks.load import read_initial
-        from fastbert.training.initial import with_sizes
+        from fastbert.training.initial import open_initial, with_sizes
 
-        config = with_sizes(config, read_initial(config.init).config, str(recipe))
+        config = with_sizes(config, open_initial(config.init).config, str(recipe))
     p = plan(
         config,
         str(recipe),

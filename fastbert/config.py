@@ -53,7 +53,7 @@ def choice(default: str, *options: str) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder, in the words of transformers' BertConfig; the vocabulary's size comes from the store."""
+    """The encoder, in the words of transformers' BertConfig; the vocabulary's size comes from the dataset."""
 
     preset: str = choice("base", *PRESETS)
     hidden_size: int = number(768, 16)
@@ -65,7 +65,7 @@ class ModelConfig:
     max_position_embeddings: int = number(512, 8, unit="tokens")
     layer_norm_eps: float = number(1e-12, 0, 0.1)
     initializer_range: float = number(0.02, 0, 1, above=True)
-    initial_attention: str = choice("uniform", "uniform", "neighbours")  # see initial_weights.py
+    initial_attention: str = choice("uniform", "uniform", "adjacent")  # see initial_weights.py
 
     @property
     def head_size(self) -> int:
@@ -105,7 +105,7 @@ class OptimizerConfig:
     eps: float = number(1e-6, 0, 1, above=True)
     weight_decay: float = number(0.01, 0, 1)
     momentum: float = number(0.9, 0, 1)  # sgd only
-    clip: float = number(1.0, 0)  # largest norm of the gradient; 0 does not clip
+    max_grad_norm: float = number(1.0, 0)  # largest norm of the gradient; 0 does not clip
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class ScheduleConfig:
     """The learning rate over the run, as a share of its horizon: `stop.steps` (or epochs), `stop.tokens` or `stop.seconds`."""
 
     warmup: float = number(0.1, 0, 1)
-    decay: str = choice("linear", "linear", "constant", "cosine", "hold")
-    cooldown: float = number(0.25, 0, 1)  # decay = "hold" only: the last share of the run, linear to zero
+    decay: str = choice("linear", "linear", "constant", "cosine", "wsd")
+    cooldown: float = number(0.25, 0, 1)  # decay = "wsd" only: the last share of the run, linear to zero
     over: str = choice("steps", "steps", "tokens", "seconds")
 
 
@@ -358,7 +358,7 @@ def check_config(config: RunConfig, source: str, sources: typing.Mapping[str, st
         raise InputError(
             f'{where("schedule.over")}: schedule.over = "{config.schedule.over}" needs {key}: the learning rate follows it to the end of the run'
         )
-    if config.schedule.decay == "hold" and config.schedule.warmup + config.schedule.cooldown > 1:
+    if config.schedule.decay == "wsd" and config.schedule.warmup + config.schedule.cooldown > 1:
         raise InputError(
             f"{where('schedule.cooldown')}: schedule.warmup + schedule.cooldown = "
             f"{config.schedule.warmup + config.schedule.cooldown:g}; must be 1 at most"

@@ -5,17 +5,12 @@ It takes about two seconds. torch is imported inside the functions, so that a ma
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import shutil
-import signal
-import subprocess
-import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastbert.machine import Bf16Probe, cpu_info, measure_bandwidth, measure_gemm_rate, probe_bf16, usable_cores
 

@@ -1,4 +1,4 @@
-"""Real English text that every Python has, and a store made of it."""
+"""Real English text that every Python has, and a dataset made of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from fastbert.data.dataset import Store
+    from fastbert.data.dataset import TokenDataset
 
 os.environ.setdefault("FASTBERT_RENDEZVOUS_KEY", secrets.token_hex(32))  # or runs of the tests would make a file in the home directory
 
@@ -50,11 +50,11 @@ def english_jsonl(english_documents: list[str], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session")
-def small_store(english_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A store of that text, with a vocabulary of 1,000 and a twentieth of the documents held out."""
-    from fastbert.data.dataset import open_store
+def small_dataset(english_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+    """A dataset of that text, with a vocabulary of 1,000 and a twentieth of the documents held out."""
+    from fastbert.data.dataset import open_dataset
     from fastbert.data.prepare import prepare  # here, so that the tests of the kernels need torch alone
 
-    out = tmp_path_factory.mktemp("small") / "store"
+    out = tmp_path_factory.mktemp("small") / "dataset"
     prepare([english_jsonl], out, vocab_size=1000, workers=1, heldout=0.05, progress=False)
-    return open_store(out, verify=True)
+    return open_dataset(out, verify=True)

@@ -28,8 +28,7 @@ from benchmarks.launches import HALF_A_TILE, MANY_TILES
 from benchmarks.no_launch import no_launch
 from fastbert.config import ModelConfig
 from fastbert.data.packing import PackedBatch
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.training.heldout import heldout_sums
 from fastbert_kernels.specs import SPECS
 from tests.random_batch import VOCAB, make_batch

@@ -1,4 +1,4 @@
-"""Yardsticks are what they claim to be: proper distributions, close to the entropy where it is known, and in order."""
+"""Baselines are what they claim to be: proper distributions, close to the entropy where it is known, and in order."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbert.data import baselines as yardsticks
+from fastbert.data import baselines as baselines
 from fastbert.data.baselines import measure
-from fastbert.data.dataset import ShardWriter, Split, Store, token_dtype
+from fastbert.data.dataset import ShardWriter, Split, TokenDataset, token_dtype
 
 
 def split_of(folder: Path, documents: np.ndarray) -> Split:
@@ -21,10 +21,10 @@ def split_of(folder: Path, documents: np.ndarray) -> Split:
     return Split(folder, writer.shards, token_dtype(1000))
 
 
-def test_real_text(small_store: Store) -> None:
-    found = small_store.yardsticks
+def test_real_text(small_dataset: TokenDataset) -> None:
+    found = small_dataset.baselines
     assert found["unigram"] > found["left_bigram"] + 0.5 > found["two_sided_bigram"] + 0.5 > found["two_sided_trigram"] + 0.5
-    train, heldout = small_store.split("train"), small_store.split("heldout")
+    train, heldout = small_dataset.split("train"), small_dataset.split("heldout")
     assert found == measure(train, heldout, 1000)
     assert found["heldout_tokens"] == heldout.tokens
     assert 0.94 * train.tokens < found["train_tokens"] < 0.96 * train.tokens
@@ -53,7 +53,7 @@ def test_a_known_process(tmp_path: Path) -> None:
     for i in range(1, 60):
         documents[:, i] = np.where(draw.random(count) < 0.8, (documents[:, i - 1] + 1) % size, documents[:, i])
     found = measure(split_of(tmp_path / "train", documents[300:]), split_of(tmp_path / "heldout", documents[:300]), size)
-    hidden, rest = yardsticks.HIDDEN, 0.2 / size
+    hidden, rest = baselines.HIDDEN, 0.2 / size
     follows, other = 0.8 + rest, rest
     bigram = -(follows * np.log(follows) + (1 - follows) * np.log(other))
     seen = (1 - hidden) * 59 / 60  # the first token of a document has no left neighbour
@@ -71,11 +71,11 @@ def test_a_known_process(tmp_path: Path) -> None:
     assert found["two_sided_bigram"] > found["two_sided_trigram"] + 0.03
 
 
-def test_distributions_sum_to_one(small_store: Store) -> None:
+def test_distributions_sum_to_one(small_dataset: TokenDataset) -> None:
     """For some pairs of neighbours, seen and unseen: over the whole vocabulary each model has the mass 1."""
-    size = small_store.vocab_size
-    tokens = yardsticks._sample(small_store.split("train"), 20_000, size)
-    models = yardsticks._Models(tokens, size)
+    size = small_dataset.vocab_size
+    tokens = baselines._sample(small_dataset.split("train"), 20_000, size)
+    models = baselines._Models(tokens, size)
     for left, right in [(tokens[1], tokens[3]), (size, tokens[1]), (tokens[-2], size), (0, 0), (0, tokens[5])]:
         words = np.arange(size)
         lefts, rights = np.full(size, left), np.full(size, right)
@@ -98,7 +98,7 @@ def test_tiny_splits(tmp_path: Path, shape: tuple[int, int]) -> None:
 
 def test_a_sample_is_spread_over_the_split(tmp_path: Path) -> None:
     split = split_of(tmp_path / "train", np.repeat(np.arange(100), 10).reshape(100, 10))
-    tokens = yardsticks._sample(split, 200, 100)
+    tokens = baselines._sample(split, 200, 100)
     assert tokens.tolist() == [100, *(x for i in range(0, 100, 5) for x in [*[i] * 10, 100])]
-    whole = yardsticks._sample(split, 10_000, 100)
+    whole = baselines._sample(split, 10_000, 100)
     assert (whole != 100).sum() == 1000 and (whole == 100).sum() == 101

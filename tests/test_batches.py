@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.config import BatchConfig, ObjectiveConfig, RunConfig
 from fastbert.data.batches import Batches, PackedBatch, heldout_batches, pack_texts, share_out
-from fastbert.data.dataset import SpecialIds, Store
+from fastbert.data.dataset import SpecialIds, TokenDataset
 from fastbert.data.examples import Examples
 from fastbert.data.masking import selected_counts
 from fastbert.data.prefetch import STEPS_AHEAD, Prefetch
@@ -28,13 +28,13 @@ HELDOUT = [[5, 6, 7], [8, 4], [30, 9, 12, 7], [2], [6, 6]]
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return tiny_dataset(tmp_path_factory.mktemp("store") / "store", TRAIN, HELDOUT)
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+    return tiny_dataset(tmp_path_factory.mktemp("dataset") / "dataset", TRAIN, HELDOUT)
 
 
 def recipe(sequences: int = 12, max_length: int = 32, micro_batch_tokens: int = 256, seed: int = 1, **objective) -> RunConfig:
     batch = BatchConfig(sequences, max_length, micro_batch_tokens)
-    return RunConfig(data="store", seed=seed, batch=batch, objective=ObjectiveConfig(**objective))
+    return RunConfig(data="dataset", seed=seed, batch=batch, objective=ObjectiveConfig(**objective))
 
 
 def contents(packs: list[PackedBatch]) -> dict[int, tuple]:
@@ -59,8 +59,8 @@ def contents(packs: list[PackedBatch]) -> dict[int, tuple]:
 
 
 @pytest.mark.parametrize("objective", [{}, {"segments": "single"}, {"kind": "mlm"}, {"whole_word": True}])
-def test_ranks_share_the_same_examples(store, objective):
-    batches = Batches(store, recipe(sequences=16, micro_batch_tokens=128, **objective))
+def test_ranks_share_the_same_examples(dataset, objective):
+    batches = Batches(dataset, recipe(sequences=16, micro_batch_tokens=128, **objective))
     for step in (0, 7, 123_456_789):
         whole = batches.step(step)
         expected = contents(whole)
@@ -75,8 +75,8 @@ def test_ranks_share_the_same_examples(store, objective):
                 assert pack.pairs_total == sum(int((p.next_sentence_labels >= 0).sum()) for p in whole)
 
 
-def test_an_epoch_gives_every_example_once_even_where_it_ends_within_a_step(store):
-    batches = Batches(store, recipe(sequences=32))
+def test_an_epoch_gives_every_example_once_even_where_it_ends_within_a_step(dataset):
+    batches = Batches(dataset, recipe(sequences=32))
     n = batches.examples_per_epoch
     assert n % 32
     drawn = np.concatenate([np.sort(np.concatenate([p.examples for p in batches.step(step)])) for step in range(2 * n // 32 + 1)])
@@ -104,13 +104,13 @@ def test_masks_and_partners_differ_between_epochs(tmp_path):
 
 
 @pytest.mark.parametrize(("segments", "fill"), [("fill", 0.9), ("single", 0.75)])
-def test_real_text(small_store, segments, fill):
+def test_real_text(small_dataset, segments, fill):
     config = recipe(sequences=64, max_length=64, micro_batch_tokens=2048, segments=segments)
-    batches = Batches(small_store, config)
+    batches = Batches(small_dataset, config)
     packs = [pack for step in range(batches.examples_per_epoch // 64) for pack in batches.step(step)]
     tokens, selected = sum(p.tokens for p in packs), sum(len(p.labels) for p in packs)
     sequences = sum(p.sequences for p in packs)
-    shown = sum(int((p.input_ids[p.masked_positions] == small_store.special.mask).sum()) for p in packs)
+    shown = sum(int((p.input_ids[p.masked_positions] == small_dataset.special.mask).sum()) for p in packs)
     assert tokens / sequences > fill * 64
     assert selected / (tokens - 3 * sequences) == pytest.approx(0.15, abs=0.005) and shown / selected == pytest.approx(0.8, abs=0.02)
     assert np.mean(np.concatenate([p.next_sentence_labels for p in packs])) == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(sequences))
@@ -134,20 +134,20 @@ def test_sequences_are_shared_out_evenly_and_fit(data, world, limit):
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_packs_fit_and_are_balanced(store, world):
-    batches = Batches(store, recipe(sequences=64, micro_batch_tokens=128))
+def test_packs_fit_and_are_balanced(dataset, world):
+    batches = Batches(dataset, recipe(sequences=64, micro_batch_tokens=128))
     ranks = [batches.step(3, rank, world) for rank in range(world)]
     tokens = [[pack.tokens for pack in packs] for packs in ranks]
     assert len(tokens[0]) > 1 and np.max(tokens) <= 128 and np.ptp(tokens) <= 32
-    assert max(pack.tokens for pack in heldout_batches(store, recipe(micro_batch_tokens=40), 99)) <= 40
+    assert max(pack.tokens for pack in heldout_batches(dataset, recipe(micro_batch_tokens=40), 99)) <= 40
 
 
-def test_layout(store):
+def test_layout(dataset):
     """Token ids are positions in the split here, so that each sequence can be read back."""
     config = recipe(sequences=40, micro_batch_tokens=512)
-    special = store.special
-    examples = Examples(store.split("train"), config.objective, 32, config.seed, "")
-    for pack in Batches(store, config).step(0):
+    special = dataset.special
+    examples = Examples(dataset.split("train"), config.objective, 32, config.seed, "")
+    for pack in Batches(dataset, config).step(0):
         spans = examples.draw(0, pack.examples.numpy())
         original = pack.input_ids.clone()
         original[pack.masked_positions] = pack.labels
@@ -170,8 +170,8 @@ def test_layout(store):
         assert not set(original[pack.masked_positions].tolist()) & {special.cls, special.sep}
 
 
-def test_dtypes(store):
-    for pack in (Batches(store, recipe()).step(0)[0], pack_texts([[1]], None, store.special)):
+def test_dtypes(dataset):
+    for pack in (Batches(dataset, recipe()).step(0)[0], pack_texts([[1]], None, dataset.special)):
         for name, value in vars(pack).items():
             expected = (
                 int if name in ("max_seqlen", "masked_total", "pairs_total") else torch.int32 if name == "cu_seqlens" else torch.int64
@@ -179,14 +179,14 @@ def test_dtypes(store):
             assert (type(value) if expected is int else value.dtype) is expected, name
 
 
-def test_without_pairs_there_is_no_b_and_nothing_to_say_of_it(store):
-    (pack,) = Batches(store, recipe(kind="mlm", micro_batch_tokens=4096)).step(0)
+def test_without_pairs_there_is_no_b_and_nothing_to_say_of_it(dataset):
+    (pack,) = Batches(dataset, recipe(kind="mlm", micro_batch_tokens=4096)).step(0)
     assert set(pack.next_sentence_labels.tolist()) == {-100} and pack.pairs_total == 0 and not pack.token_type_ids.any()
-    assert (pack.input_ids == store.special.sep).sum() == 12
+    assert (pack.input_ids == dataset.special.sep).sum() == 12
 
 
-def test_moves_to_another_device(store):
-    moved = Batches(store, recipe()).step(0)[0].to("meta")
+def test_moves_to_another_device(dataset):
+    moved = Batches(dataset, recipe()).step(0)[0].to("meta")
     assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
 
 
@@ -213,9 +213,9 @@ def copies(pack: PackedBatch) -> int:
 
 
 @pytest.mark.parametrize("sequences", [12, 13])  # an odd and an even number of 32-bit bounds
-def test_a_batch_in_one_piece_is_the_same_and_moves_at_once(store, sequences):
+def test_a_batch_in_one_piece_is_the_same_and_moves_at_once(dataset, sequences):
     """Without a GPU there is no page-locked memory; the layout is the same."""
-    for pack in (*Batches(store, recipe(sequences=sequences)).step(0), pack_texts([[1], [2, 3]], None, store.special)):
+    for pack in (*Batches(dataset, recipe(sequences=sequences)).step(0), pack_texts([[1], [2, 3]], None, dataset.special)):
         joined = pack.pinned(page_locked=False)
         for name, value in vars(pack).items():
             assert torch.equal(getattr(joined, name), value) if torch.is_tensor(value) else getattr(joined, name) == value
@@ -223,8 +223,8 @@ def test_a_batch_in_one_piece_is_the_same_and_moves_at_once(store, sequences):
         assert copies(pack) == len(tensors) and copies(joined) == 1
 
 
-def test_what_was_replaced_in_a_batch_in_one_piece_moves_as_it_is(store):
-    joined = Batches(store, recipe()).step(0)[0].pinned(page_locked=False)
+def test_what_was_replaced_in_a_batch_in_one_piece_moves_as_it_is(dataset):
+    joined = Batches(dataset, recipe()).step(0)[0].pinned(page_locked=False)
     keys = joined.dropout_keys + 1
     changed = dataclasses.replace(joined, dropout_keys=keys)
     assert copies(changed) > 1 and torch.equal(changed.to("cpu").dropout_keys, keys)
@@ -232,24 +232,24 @@ def test_what_was_replaced_in_a_batch_in_one_piece_moves_as_it_is(store):
     assert copies(swapped) > 1 and torch.equal(swapped.to("cpu").labels, joined.masked_positions)
 
 
-def test_every_token_id_may_be_a_label_also_0(store):
-    batches = Batches(store, recipe(sequences=64, max_length=64, micro_batch_tokens=8192, kind="mlm"))
+def test_every_token_id_may_be_a_label_also_0(dataset):
+    batches = Batches(dataset, recipe(sequences=64, max_length=64, micro_batch_tokens=8192, kind="mlm"))
     labels = {label for step in range(60) for pack in batches.step(step) for label in pack.labels.tolist()}
-    assert labels == set(range(store.vocab_size - 5))
+    assert labels == set(range(dataset.vocab_size - 5))
 
 
 # Held-out
 
 
-def test_heldout_batches_are_the_same_for_every_run(store):
-    one, other = (heldout_batches(store, recipe(seed=seed, micro_batch_tokens=limit), 4) for seed, limit in ((1, 64), (99, 4096)))
+def test_heldout_batches_are_the_same_for_every_run(dataset):
+    one, other = (heldout_batches(dataset, recipe(seed=seed, micro_batch_tokens=limit), 4) for seed, limit in ((1, 64), (99, 4096)))
     assert contents(one) == contents(other) and len(one) > len(other) == 1
     assert all(p.masked_total == sum(len(q.labels) for q in one) and p.pairs_total == 4 for p in one)
 
 
-def test_heldout_batches_are_of_the_heldout_split_and_no_more_than_it_has(store):
-    packs = heldout_batches(store, recipe(kind="mlm", segments="single", max_length=64), 1000)
-    examples = Examples(store.split("heldout"), ObjectiveConfig(kind="mlm", segments="single"), 64, 0, "")
+def test_heldout_batches_are_of_the_heldout_split_and_no_more_than_it_has(dataset):
+    packs = heldout_batches(dataset, recipe(kind="mlm", segments="single", max_length=64), 1000)
+    examples = Examples(dataset.split("heldout"), ObjectiveConfig(kind="mlm", segments="single"), 64, 0, "")
     assert sorted(np.concatenate([p.examples for p in packs])) == list(range(len(examples))) == list(range(12))
     assert max(p.labels.max() for p in packs) < sum(map(sum, HELDOUT))
 
@@ -275,12 +275,12 @@ def test_pack_texts():
 # What cannot be done
 
 
-def test_too_few_sequences_for_the_ranks(store):
+def test_too_few_sequences_for_the_ranks(dataset):
     with pytest.raises(InputError, match=r"batch.sequences = 3 cannot be shared by 4 ranks"):
-        Batches(store, recipe(sequences=3)).step(0, 0, 4)
+        Batches(dataset, recipe(sequences=3)).step(0, 0, 4)
     with pytest.raises(InputError, match=r"batch.sequences = 5 .* batch.micro_batch_tokens = 40; make it a multiple of 4"):
-        Batches(store, recipe(sequences=5, micro_batch_tokens=40)).step(0, 0, 4)
-    batches = Batches(store, recipe(sequences=5, micro_batch_tokens=64))
+        Batches(dataset, recipe(sequences=5, micro_batch_tokens=40)).step(0, 0, 4)
+    batches = Batches(dataset, recipe(sequences=5, micro_batch_tokens=64))
     assert all(pack.sequences for rank in range(4) for step in range(20) for pack in batches.step(step, rank, 4))
 
 
@@ -302,8 +302,8 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
-def test_prefetch_gives_the_steps_in_order_from_any_one(store):
-    batches = Batches(store, recipe())
+def test_prefetch_gives_the_steps_in_order_from_any_one(dataset):
+    batches = Batches(dataset, recipe())
     with Prefetch(batches, 5) as ahead:
         for expected in (5, 6, 7, 8, 9, 10):
             step, packs, waited = next(ahead)
@@ -314,8 +314,8 @@ def test_prefetch_gives_the_steps_in_order_from_any_one(store):
 class Slow(Batches):
     """Counts what was asked of it, takes its time, and fails at step 2 if it is to."""
 
-    def __init__(self, store: Store, seconds: float = 0.0, fails: bool = False):
-        super().__init__(store, recipe())
+    def __init__(self, dataset: TokenDataset, seconds: float = 0.0, fails: bool = False):
+        super().__init__(dataset, recipe())
         self.asked, self.seconds, self.fails = [], seconds, fails
 
     def step(self, step: int, rank: int = 0, world: int = 1) -> list[PackedBatch]:
@@ -326,8 +326,8 @@ class Slow(Batches):
         return super().step(step, rank, world)
 
 
-def test_prefetch_runs_no_further_ahead_than_it_should_and_ends(store):
-    batches = Slow(store)
+def test_prefetch_runs_no_further_ahead_than_it_should_and_ends(dataset):
+    batches = Slow(dataset)
     ahead = Prefetch(batches, 0, rank=1, world=2)
     next(ahead)
     deadline = time.monotonic() + 30
@@ -342,13 +342,13 @@ def test_prefetch_runs_no_further_ahead_than_it_should_and_ends(store):
         next(ahead)
 
 
-def test_prefetch_measures_the_wait(store):
-    with Prefetch(Slow(store, seconds=0.15), 0) as ahead:
+def test_prefetch_measures_the_wait(dataset):
+    with Prefetch(Slow(dataset, seconds=0.15), 0) as ahead:
         assert next(ahead)[2] > 0.1
 
 
-def test_an_exception_in_the_thread_belongs_to_its_step(store):
-    with Prefetch(Slow(store, fails=True), 0) as ahead:
+def test_an_exception_in_the_thread_belongs_to_its_step(dataset):
+    with Prefetch(Slow(dataset, fails=True), 0) as ahead:
         assert [next(ahead)[0] for _ in range(2)] == [0, 1]
         with pytest.raises(OSError, match="the disk is gone"):
             next(ahead)

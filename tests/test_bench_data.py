@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.bench_data import check_same_ids, job, repeat
 from benchmarks.record import read_record
-from fastbert.data.dataset import Store, open_store
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.documents import read_documents
 
 pytest.importorskip("datasets", reason="the rival: pip install fastbert-pretrain[bench]")
@@ -20,29 +20,29 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def both(english_jsonl: Path, small_store: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
-    """A store, and what the rival makes of the same 40 documents."""
+def both(english_jsonl: Path, small_dataset: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenDataset, Path]:
+    """A dataset, and what the rival makes of the same 40 documents."""
     folder = tmp_path_factory.mktemp("both")
     text = repeat(english_jsonl, folder / "text.jsonl", 1, 40)
     for side in ("fastbert", "datasets"):
-        found = job(side, text, small_store.tokenizer_dir, folder / side, 1, 1)
+        found = job(side, text, small_dataset.tokenizer_dir, folder / side, 1, 1)
         assert found["seconds"] > 0
-    return open_store(folder / "fastbert"), folder / "datasets"
+    return open_dataset(folder / "fastbert"), folder / "datasets"
 
 
-def test_both_sides_have_the_same_ids(both: tuple[Store, Path]) -> None:
+def test_both_sides_have_the_same_ids(both: tuple[TokenDataset, Path]) -> None:
     assert check_same_ids(*both) == 40
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_other_ids_are_noticed(both: tuple[Store, Path], split: str, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(both[0].path, tmp_path / "store"))
-    tokens = store / split / "shard-00000.tokens"
+def test_other_ids_are_noticed(both: tuple[TokenDataset, Path], split: str, tmp_path: Path) -> None:
+    dataset = Path(shutil.copytree(both[0].path, tmp_path / "dataset"))
+    tokens = dataset / split / "shard-00000.tokens"
     data = bytearray(tokens.read_bytes())
     data[-2] ^= 1  # the last token of the last document
     tokens.write_bytes(data)
     with pytest.raises(SystemExit, match="has other ids"):
-        check_same_ids(open_store(store, verify=False), both[1])
+        check_same_ids(open_dataset(dataset, verify=False), both[1])
 
 
 def test_a_repeated_text_has_other_documents(english_jsonl: Path, tmp_path: Path) -> None:
@@ -50,8 +50,8 @@ def test_a_repeated_text_has_other_documents(english_jsonl: Path, tmp_path: Path
     assert len(documents) == len(set(documents)) == 60 and documents[:20] == list(read_documents([english_jsonl]))[:20]
 
 
-def test_short_form(english_jsonl: Path, small_store: Store, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.bench_data", english_jsonl, small_store.path, "--out", tmp_path, "--quick"]
+def test_short_form(english_jsonl: Path, small_dataset: TokenDataset, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.bench_data", english_jsonl, small_dataset.path, "--out", tmp_path, "--quick"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -59,7 +59,7 @@ def test_short_form(english_jsonl: Path, small_store: Store, tmp_path: Path) -> 
     assert {row["part"] for row in record.rows} == {"prepare", "vocabulary", "loader", "memory"}
     assert all(ratio > 0 for ratio in record.ratios.values()) and len(record.ratios) == 3
     prepared = [row for row in record.rows if row["part"] == "prepare"]
-    assert all(row["seconds"] < row["with_yardsticks_s"] for row in prepared if row["side"].startswith("fastbert"))
+    assert all(row["seconds"] < row["with_baselines_s"] for row in prepared if row["side"].startswith("fastbert"))
     report = (tmp_path / "data.md").read_text(encoding="utf-8")
     assert report.startswith("# Data") and all(row["side"] in report for row in prepared)
     assert (tmp_path / "data.png").stat().st_size > 10_000

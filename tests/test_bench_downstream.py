@@ -40,7 +40,7 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
     ("arguments", "message"),
     [
         (["--model", "none"], "none: no such model"),
-        (["--data", "none"], "--data none: no store to pre-train on"),
+        (["--data", "none"], "--data none: no dataset to pre-train on"),
         (["--model", ".", "--beside", "docs", "--beside", "from scratch"], "from scratch: no such model"),
         (["--record", "downstream.json"], "--record goes with --beside"),
         (["--record", "none.json", "--beside", "docs"], "--record none.json: no such file"),
@@ -62,8 +62,8 @@ def test_bad_input(arguments, message, texts, tmp_path):
     assert shown.returncode == 2 and message in shown.stderr and not (tmp_path / "out").exists()
 
 
-def test_it_runs_to_its_end(texts, small_store, tmp_path):
-    model = make_run(tmp_path / "run", make_hugging_face_folder(tmp_path / "hf", small_store.tokenizer_dir), str(small_store.path))
+def test_it_runs_to_its_end(texts, small_dataset, tmp_path):
+    model = make_run(tmp_path / "run", make_hugging_face_folder(tmp_path / "hf", small_dataset.tokenizer_dir), str(small_dataset.path))
     shutil.copytree(model, tmp_path / "another")
     shown = bench(texts, "--out", tmp_path, "--model", model, "--beside", tmp_path / "another", "--quick")
     assert shown.returncode == 0, shown.stderr

@@ -16,8 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.bench_parts import EMBEDDING, LOSS, NORM, OPTIMIZER, PARTS, PRODUCTS, PROJECTIONS, SCORES, STEP, flops, mark, split
 from fastbert.config import ModelConfig
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.planning.flops import executed_flops
 from tests.random_batch import VOCAB, make_batch
 
@@ -81,9 +80,9 @@ def test_the_parts_add_up_to_what_is_executed():
     assert set(parts) == {PROJECTIONS, SCORES, PRODUCTS, LOSS}
 
 
-def test_a_short_one_runs_and_is_reported(small_store, tmp_path):
+def test_a_short_one_runs_and_is_reported(small_dataset, tmp_path):
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "benchmarks.bench_parts", str(small_store.path), "--out", str(tmp_path), "--quick"]
+    command = [sys.executable, "-m", "benchmarks.bench_parts", str(small_dataset.path), "--out", str(tmp_path), "--quick"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = {row["part"]: row for row in json.loads((tmp_path / "parts.json").read_text(encoding="utf-8"))["rows"]}

@@ -14,50 +14,49 @@ import torch
 from benchmarks.bench_quality import FIGURES, OURS, RECIPE, SAME, TRAINER, Bench, Run, first_reached, ours, sooner
 from benchmarks.trainer_rival import build_model, evaluate, heldout, sentence_pairs
 from fastbert.config import load_config
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.training.heldout import heldout_means, heldout_sums
 from tests.tiny_dataset import tiny_dataset
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_same_weights_measure_the_same_on_both_sides(small_store):
-    config = load_config(RECIPE, [f"data={small_store.path}", "evaluate.sequences=64"])
+def test_the_same_weights_measure_the_same_on_both_sides(small_dataset):
+    config = load_config(RECIPE, [f"data={small_dataset.path}", "evaluate.sequences=64"])
     torch.manual_seed(0)
-    mine = BertForPreTraining(config.model, small_store.vocab_size).eval()
+    mine = BertForPreTraining(config.model, small_dataset.vocab_size).eval()
     with torch.no_grad():  # away from the start, where every token is as likely and every pair the same
         for parameter in mine.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    theirs = build_model(config, small_store.vocab_size, mine)
-    batches = heldout(small_store, config)
+    theirs = build_model(config, small_dataset.vocab_size, mine)
+    batches = heldout(small_dataset, config)
     with torch.no_grad():
-        sums = [heldout_sums(losses(mine(batch)), batch, small_store.special.mask) for batch in batches]
-    a, b = heldout_means(torch.stack(sums).sum(0)), evaluate(theirs, batches, small_store.special.mask)
+        sums = [heldout_sums(losses(mine(batch)), batch, small_dataset.special.mask) for batch in batches]
+    a, b = heldout_means(torch.stack(sums).sum(0)), evaluate(theirs, batches, small_dataset.special.mask)
     assert len(batches) > 1
     assert vars(b) == pytest.approx(vars(a), rel=1e-4)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in mine.parameters())
-    theirs.cls.predictions.bias.data[small_store.special.cls] += 10
-    assert evaluate(theirs, batches, small_store.special.mask).loss_mlm > a.loss_mlm + 0.1
+    theirs.cls.predictions.bias.data[small_dataset.special.cls] += 10
+    assert evaluate(theirs, batches, small_dataset.special.mask).loss_mlm > a.loss_mlm + 0.1
 
 
 def test_a_pair_is_two_neighbours_or_has_b_from_another_document(tmp_path):
     lengths = [[4, 3, 6], [5, 5], [7], [2, 9, 1, 30]] * 30
-    store = tiny_dataset(tmp_path / "store", lengths)
-    split = store.split("train")
+    dataset = tiny_dataset(tmp_path / "dataset", lengths)
+    split = dataset.split("train")
     starts, begin = {}, 0
     for number, document in enumerate(lengths):
         for index, length in enumerate(document):
             starts[begin] = (number, index, length)  # every token is its own position
             begin += length
-    pairs = sentence_pairs(store, max_length=24, seed=1)
+    pairs = sentence_pairs(dataset, max_length=24, seed=1)
     assert len(pairs) == split.sentences - split.documents
     seen = []
     for pair in pairs:
         ids, mask = pair["input_ids"], pair["special_tokens_mask"]
         first, second, third = (i for i, special in enumerate(mask) if special)
         a, b = ids[1:second], ids[second + 1 : third]
-        assert first == 0 and [ids[i] for i in (first, second, third)] == [store.special.cls, store.special.sep, store.special.sep]
+        assert first == 0 and [ids[i] for i in (first, second, third)] == [dataset.special.cls, dataset.special.sep, dataset.special.sep]
         assert pair["token_type_ids"] == [0] * (second + 1) + [1] * (third - second)
         assert len(ids) <= 24
         (a_document, a_index, a_length), (b_document, b_index, b_length) = starts[a[0]], starts[b[0]]
@@ -85,8 +84,8 @@ def test_when_a_loss_is_first_reached():
     assert first_reached(curve, 4.9) is None
 
 
-def test_how_many_times_sooner(small_store, tmp_path):
-    bench = Bench(small_store, tmp_path)
+def test_how_many_times_sooner(small_dataset, tmp_path):
+    bench = Bench(small_dataset, tmp_path)
 
     def keep(run: Run, curve: list[dict[str, float]]) -> None:
         (tmp_path / f"{run.name}.jsonl").write_text("".join(json.dumps(point) + "\n" for point in curve))
@@ -104,15 +103,15 @@ def test_how_many_times_sooner(small_store, tmp_path):
     assert found["sooner_on_the_curve"] == found["sooner_by_a_shorter_run"] == 0
 
 
-def test_a_short_one_runs_and_what_is_finished_is_not_made_again(small_store, tmp_path):
-    runs = tmp_path / "quality-runs" / small_store.sha256[:8]
+def test_a_short_one_runs_and_what_is_finished_is_not_made_again(small_dataset, tmp_path):
+    runs = tmp_path / "quality-runs" / small_dataset.sha256[:8]
     runs.mkdir(parents=True)
     finished = runs / f"{Run(SAME, 3.0, 1).name}.jsonl"
     curve = [{"event": "evaluate", "step": 9, "training_tokens": 6000, "training_seconds": 3.0, "loss_mlm": 2.125}]
     curve[0] |= {"loss_mask_token": 2.25, "accuracy_mlm": 0.5, "accuracy_nsp": 0.5}
     finished.write_text("".join(json.dumps(point) + "\n" for point in curve))
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "benchmarks.bench_quality", str(small_store.path), "--out", str(tmp_path), "--quick"]
+    command = [sys.executable, "-m", "benchmarks.bench_quality", str(small_dataset.path), "--out", str(tmp_path), "--quick"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     text = (tmp_path / "quality.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench_startup import COMMANDS, PHASES, first_step, report, time_commands, trainer_first_step, whole
-from fastbert.data.dataset import Store
+from fastbert.data.dataset import TokenDataset
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,19 +24,19 @@ def check_order(marks: dict[str, float]) -> None:
     assert marks["setup"] <= marks["engine"] <= marks["step"]
 
 
-def test_first_step_of_a_run(small_store: Store, tmp_path: Path) -> None:
-    check_order(first_step(small_store.path, tmp_path))
+def test_first_step_of_a_run(small_dataset: TokenDataset, tmp_path: Path) -> None:
+    check_order(first_step(small_dataset.path, tmp_path))
     assert (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").startswith('{"step": 1, ')
 
 
-def test_first_step_of_the_trainer(small_store: Store, tmp_path: Path) -> None:
+def test_first_step_of_the_trainer(small_dataset: TokenDataset, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="the rival: pip install fastbert-pretrain[bench]")
-    check_order(trainer_first_step(small_store.path, tmp_path))
+    check_order(trainer_first_step(small_dataset.path, tmp_path))
 
 
 def test_a_run_that_fails_is_no_figure(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="ended with code 2"):
-        first_step(tmp_path / "no store", tmp_path)
+        first_step(tmp_path / "no dataset", tmp_path)
 
 
 def test_commands_and_report() -> None:

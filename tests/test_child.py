@@ -54,7 +54,7 @@ def test_the_folder_is_hostile(hostile):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_prepare(hostile, script, english_jsonl, workers):
-    done = run(hostile, script, "prepare", english_jsonl, "--out", hostile.parent / "store", "--vocab-size", "500", "--workers", workers)
+    done = run(hostile, script, "prepare", english_jsonl, "--out", hostile.parent / "dataset", "--vocab-size", "500", "--workers", workers)
     check(done, hostile)
 
 
@@ -62,9 +62,9 @@ def test_doctor(hostile, script):
     check(run(hostile, script, "doctor"), hostile)
 
 
-def test_pretrain_in_bf16(hostile, script, small_store):
+def test_pretrain_in_bf16(hostile, script, small_dataset):
     settings = [
-        f"data={small_store.path}",
+        f"data={small_dataset.path}",
         "run=run",
         "runtime.precision=bf16",
         f"runtime.deepspeed={ROOT / 'ds_config.json'}",
@@ -80,7 +80,7 @@ def test_as_a_module(tmp_path, english_jsonl):
     """`python -m fastbert`, as torchrun and deepspeed start it: Python puts the current folder first, and fastbert takes it off again."""
     for name in LATER:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the current folder')\n")
-    done = run(tmp_path, "-m", "fastbert", "prepare", english_jsonl, "--out", "store", "--vocab-size", "500", "--workers", "2")
+    done = run(tmp_path, "-m", "fastbert", "prepare", english_jsonl, "--out", "dataset", "--vocab-size", "500", "--workers", "2")
     assert (done.returncode, done.stderr) == (0, "")
 
 

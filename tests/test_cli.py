@@ -29,16 +29,16 @@ def fastbert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def place(small_store, tmp_path_factory) -> Path:
+def place(small_dataset, tmp_path_factory) -> Path:
     """A folder with everything that the verbs take: hf, run, texts.txt, train.csv, recipe.toml."""
     folder = tmp_path_factory.mktemp("place")
-    hf = make_hugging_face_folder(folder / "hf", small_store.tokenizer_dir)
-    make_run(folder / "run", hf, str(small_store.path))
+    hf = make_hugging_face_folder(folder / "hf", small_dataset.tokenizer_dir)
+    make_run(folder / "run", hf, str(small_dataset.path))
     (folder / "texts.txt").write_text("A list.\n" + "list " * 99 + "\n", encoding="utf-8")
     (folder / "train.csv").write_text("text,label\na list,x\na name,y\n", encoding="utf-8")
     (folder / "bad.csv").write_text("text,label\na list\n", encoding="utf-8")
     (folder / "latin.txt").write_bytes(b"caf\xe9\n")
-    (folder / "recipe.toml").write_text(f'data = "{small_store.path}"\n[stop]\nsteps = 10\n', encoding="utf-8")
+    (folder / "recipe.toml").write_text(f'data = "{small_dataset.path}"\n[stop]\nsteps = 10\n', encoding="utf-8")
     (folder / "typo.toml").write_text('data = "x"\n[batch]\nsequence = 8\n', encoding="utf-8")
     (folder / "half").mkdir()
     (folder / "half/config.toml").write_text('data = "x"\n', encoding="utf-8")
@@ -111,7 +111,7 @@ MORE = {
     "prepare: taken": (["prepare", "texts.txt", "--out", "hf"], ["hf"]),
     "pretrain: no recipe": (["pretrain", "no.toml"], ["no.toml", "no such recipe"]),
     "pretrain: override": (["pretrain", "recipe.toml", "batch.sequences=0"], ["command line", "batch.sequences = 0"]),
-    "evaluate: no store": (["evaluate", "hf"], ["hf", "--data"]),
+    "evaluate: no dataset": (["evaluate", "hf"], ["hf", "--data"]),
     "evaluate: a file": (["evaluate", "texts.txt"], ["'texts.txt' is a file"]),
     "export: taken": (["export", "run", "--out", "hf"], ["--out hf: is there already"]),
     "fill: k": (["fill", "hf", "[MASK]", "--k", "0"], ["k = 0"]),
@@ -122,7 +122,7 @@ MORE = {
     "finetune: settings": (["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--lr", "0"], ["--lr 0.0"]),
     "fill: not UTF-8": (["fill", "hf", "caf\udce9 [MASK]"], ["is not UTF-8"]),
     "finetune: seed": (["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--seed", "-1"], ["--seed"]),
-    "plan: store": (["plan", "recipe.toml", "data=hf", "--stage", "1"], ["hf", "manifest.json"]),
+    "plan: dataset": (["plan", "recipe.toml", "data=hf", "--stage", "1"], ["hf", "manifest.json"]),
 }
 
 
@@ -207,10 +207,10 @@ def test_finetune(inside, tmp_path):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-def test_plan_reads_the_store(inside, small_store):
+def test_plan_reads_the_store(inside, small_dataset):
     code, out, _ = inside("plan", "recipe.toml", "--gpus", "2", "--gpu", "a100", "--stage", "1", "--json")
     found = json.loads(out)
-    assert code == 0 and found["vocab_size"] == small_store.vocab_size and found["steps"] == 10
+    assert code == 0 and found["vocab_size"] == small_dataset.vocab_size and found["steps"] == 10
     assert not any("is not here" in line for line in found["assumptions"])
     assert 8 < found["tokens_per_step"] / 256 <= 128
     _, shown, _ = inside("plan", "recipe.toml", "--stage", "1")
@@ -219,10 +219,10 @@ def test_plan_reads_the_store(inside, small_store):
 
 def test_prepare_reports(place, inside, english_jsonl, tmp_path):
     code, out, err = inside(
-        "prepare", str(english_jsonl), "--out", str(tmp_path / "store"), "--vocab-size", "500", "--workers", "1", "--json"
+        "prepare", str(english_jsonl), "--out", str(tmp_path / "dataset"), "--vocab-size", "500", "--workers", "1", "--json"
     )
     assert (code, err) == (0, "")
-    assert json.loads(out)["vocab_size"] == 500 and (tmp_path / "store/manifest.json").exists()
+    assert json.loads(out)["vocab_size"] == 500 and (tmp_path / "dataset/manifest.json").exists()
 
 
 def test_a_bug_is_no_bad_input(monkeypatch):

@@ -64,7 +64,7 @@ WRONG = [
     ('data = "x"\n[schedule]\nover = "seconds"', 'schedule.over = "seconds" needs stop.seconds'),
     ('data = "x"\n[stop]\nseconds = 60', 'schedule.over = "steps" needs stop.steps or stop.epochs'),
     ('data = "x"\n[stop]\nmin_delta = 0.1', "stop.min_delta = 0.1 needs stop.patience"),
-    ('data = "x"\n[schedule]\ndecay = "hold"\nwarmup = 0.9\ncooldown = 0.3', "schedule.warmup \\+ schedule.cooldown = 1.2"),
+    ('data = "x"\n[schedule]\ndecay = "wsd"\nwarmup = 0.9\ncooldown = 0.3', "schedule.warmup \\+ schedule.cooldown = 1.2"),
     ('data = "x', "not valid TOML"),
 ]
 

@@ -14,8 +14,8 @@ REFUSING = ("staging-made", "tensors-half", "tensors-read-back", "manifest-half"
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_store) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("crashes"), small_store.path)
+def lab(tmp_path_factory, small_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("crashes"), small_dataset.path)
 
 
 def test_there_are_enough_of_them():

@@ -1,4 +1,4 @@
-"""The store reads back what was written, over any number of shards, and refuses one that is not whole."""
+"""The dataset reads back what was written, over any number of shards, and refuses one that is not whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbert.data.dataset import ShardWriter, Split, Store, open_store, token_dtype
+from fastbert.data.dataset import ShardWriter, Split, TokenDataset, open_dataset, token_dtype
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
 
@@ -71,9 +71,9 @@ def test_bytes_on_disk(tmp_path: Path) -> None:
     assert token_dtype((1 << 16) + 1) == np.dtype("<u4")
 
 
-def test_dataset(small_store: Store) -> None:
-    vocabulary = (small_store.tokenizer_dir / "vocab.txt").read_text(encoding="utf-8").split("\n")
-    special = small_store.special
+def test_dataset(small_dataset: TokenDataset) -> None:
+    vocabulary = (small_dataset.tokenizer_dir / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    special = small_dataset.special
     assert [vocabulary[i] for i in (special.pad, special.unk, special.cls, special.sep, special.mask)] == [
         "[PAD]",
         "[UNK]",
@@ -81,13 +81,15 @@ def test_dataset(small_store: Store) -> None:
         "[SEP]",
         "[MASK]",
     ]
-    assert small_store.vocab_size == len(vocabulary) - 1 == 1000
-    assert sorted([*small_store.ordinary_ids, special.pad, special.unk, special.cls, special.sep, special.mask]) == list(range(1000))
-    assert [vocabulary[i] for i in np.flatnonzero(small_store.continues_word)] == [token for token in vocabulary if token.startswith("##")]
-    assert small_store.continues_word.shape == (1000,)
-    assert len(small_store.sha256) == 64
+    assert small_dataset.vocab_size == len(vocabulary) - 1 == 1000
+    assert sorted([*small_dataset.ordinary_ids, special.pad, special.unk, special.cls, special.sep, special.mask]) == list(range(1000))
+    assert [vocabulary[i] for i in np.flatnonzero(small_dataset.continues_word)] == [
+        token for token in vocabulary if token.startswith("##")
+    ]
+    assert small_dataset.continues_word.shape == (1000,)
+    assert len(small_dataset.sha256) == 64
     for name in ("train", "heldout"):
-        split, counts = small_store.split(name), small_store.manifest["splits"][name]
+        split, counts = small_dataset.split(name), small_dataset.manifest["splits"][name]
         assert (split.documents, split.sentences, split.tokens) == (counts["documents"], counts["sentences"], counts["tokens"])
         tokens = split.gather(np.zeros(1, np.int64), np.array([split.tokens]))
         assert tokens.min() >= 0 and tokens.max() < 1000
@@ -164,8 +166,8 @@ TRAIN = "train/shard-00000."
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (shutil.rmtree, ["no such store", "fastbert prepare"]),
-        (lambda path: (path / "manifest.json").unlink(), ["not a complete store", "manifest.json"]),
+        (shutil.rmtree, ["no such dataset", "fastbert prepare"]),
+        (lambda path: (path / "manifest.json").unlink(), ["not a complete dataset", "manifest.json"]),
         (lambda path: (path / "manifest.json").write_text('{"format": 1'), ["not the manifest"]),
         (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"), ["not the manifest"]),
         (lambda path: (path / "manifest.json").write_text("[]"), ["not the manifest"]),
@@ -175,7 +177,7 @@ TRAIN = "train/shard-00000."
         (edit(lambda manifest: manifest.update(vocab_size=True)), ["vocab_size"]),
         (edit(lambda manifest: manifest["splits"]["train"].update(tokens=1)), ["'train'", "sum of its shards"]),
         (edit(lambda manifest: manifest["splits"]["heldout"].update(shards=[], documents=0)), ["'heldout'", "above 0"]),
-        (edit(lambda manifest: manifest["files"].pop("yardsticks.json")), ["list of files", "yardsticks.json"]),
+        (edit(lambda manifest: manifest["files"].pop("baselines.json")), ["list of files", "baselines.json"]),
         (edit(lambda manifest: manifest["files"].update({"../x": {"size": 1, "sha256": ""}})), ["list of files", "../x"]),
         (edit(lambda manifest: manifest["files"]["train/shard-00000.tokens"].update(size=4)), ["shard-00000.tokens", "contradicts"]),
         (lambda path: (path / "heldout/shard-00000.sentences").unlink(), ["shard-00000.sentences", "cannot be read"]),
@@ -185,7 +187,7 @@ TRAIN = "train/shard-00000."
         (flip(f"{TRAIN}sentences"), ["train/shard-00000.sentences", "SHA-256"]),
         (flip("heldout/shard-00000.documents"), ["heldout/shard-00000.documents", "SHA-256"]),
         (flip("tokenizer/tokenizer.json"), ["tokenizer/tokenizer.json", "SHA-256"]),
-        (flip("yardsticks.json", 5), ["yardsticks.json", "SHA-256"]),
+        (flip("baselines.json", 5), ["baselines.json", "SHA-256"]),
         (flip("manifest.json", -5), ["manifest.json", "its own SHA-256"]),
         # Whoever changes a file may change its SHA-256 too.
         (forge(f"{TRAIN}tokens", put(7, 1000), "<u2"), ["train/shard-00000.tokens: holds the token id 1,000", "has 1,000 tokens"]),
@@ -208,20 +210,20 @@ TRAIN = "train/shard-00000."
         (write("tokenizer/vocab.txt", "[PAD]\n"), ["vocab.txt: 1 tokens, the manifest says 1,000"]),
         (edit(lambda manifest: manifest["special"].update(mask=3, sep=4)), ["tokenizer", "sep=3, mask=4", "sep=4, mask=3"]),
         (more_tokens, ["tokenizer: 1,000 tokens, the manifest says 5,000"]),
-        (write("yardsticks.json", "[1]"), ["yardsticks.json", '"unigram"', "fastbert prepare"]),
-        (write("yardsticks.json", '{"left_bigram": 1.0}'), ["yardsticks.json", '"unigram"']),
-        (write("yardsticks.json", '{"unigram": "words"}'), ["yardsticks.json", '"unigram"']),
-        (write("yardsticks.json", '{"unigram": NaN}'), ["yardsticks.json", '"unigram"']),
-        (write("yardsticks.json", "not JSON"), ["yardsticks.json", '"unigram"']),
+        (write("baselines.json", "[1]"), ["baselines.json", '"unigram"', "fastbert prepare"]),
+        (write("baselines.json", '{"left_bigram": 1.0}'), ["baselines.json", '"unigram"']),
+        (write("baselines.json", '{"unigram": "words"}'), ["baselines.json", '"unigram"']),
+        (write("baselines.json", '{"unigram": NaN}'), ["baselines.json", '"unigram"']),
+        (write("baselines.json", "not JSON"), ["baselines.json", '"unigram"']),
     ],
 )
-def test_broken_store(small_store: Store, tmp_path: Path, damage: Callable[[Path], Any], words: list[str]) -> None:
+def test_broken_store(small_dataset: TokenDataset, tmp_path: Path, damage: Callable[[Path], Any], words: list[str]) -> None:
     path = tmp_path / "copy"
-    shutil.copytree(small_store.path, path)
-    assert open_store(path, verify=True).sha256 == small_store.sha256
+    shutil.copytree(small_dataset.path, path)
+    assert open_dataset(path, verify=True).sha256 == small_dataset.sha256
     damage(path)
     with pytest.raises(InputError) as raised:
-        open_store(path, verify=True)
+        open_dataset(path, verify=True)
     message = str(raised.value)
     assert all(word in message for word in [str(path), *words]) and "\n" not in message, message
 
@@ -235,9 +237,9 @@ json_values = st.recursive(
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_rubbish_in_the_manifest(small_store: Store, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Any value of the manifest is replaced by another; the store opens or says why not."""
-    manifest = json.loads((small_store.path / "manifest.json").read_text())
+def test_rubbish_in_the_manifest(small_dataset: TokenDataset, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Any value of the manifest is replaced by another; the dataset opens or says why not."""
+    manifest = json.loads((small_dataset.path / "manifest.json").read_text())
     del manifest["sha256"]
     place: Any = manifest
     while True:
@@ -247,10 +249,10 @@ def test_rubbish_in_the_manifest(small_store: Store, tmp_path_factory: pytest.Te
         place = place[key]
     place[key] = data.draw(json_values)
     path = tmp_path_factory.mktemp("rubbish")
-    for name in ("train", "heldout", "tokenizer", "yardsticks.json", "report.json", "report.md"):
-        (path / name).symlink_to(small_store.path / name)
+    for name in ("train", "heldout", "tokenizer", "baselines.json", "report.json", "report.md"):
+        (path / name).symlink_to(small_dataset.path / name)
     (path / "manifest.json").write_bytes(sealed(manifest))
     try:
-        open_store(path).split("train")
+        open_dataset(path).split("train")
     except InputError as error:
         assert str(path) in str(error) and "\n" not in str(error)

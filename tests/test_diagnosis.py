@@ -9,7 +9,7 @@ import pytest
 from fastbert.training import diagnosis
 from fastbert.training.diagnosis import GradientNorm, compare, diverged, expected_first_loss, first_loss, plateau, stuck_pairs
 
-YARDSTICKS = {"unigram": 6.7, "left_bigram": 5.1, "two_sided_bigram": 4.3, "two_sided_trigram": 3.7, "tokens": 1e6}
+BASELINES = {"unigram": 6.7, "left_bigram": 5.1, "two_sided_bigram": 4.3, "two_sided_trigram": 3.7, "tokens": 1e6}
 
 
 @pytest.mark.parametrize("vocab_size, pairs, loss", [(30522, True, 11.02), (30522, True, 11.3), (4096, True, 9.1), (4096, False, 8.32)])
@@ -29,10 +29,10 @@ def test_a_first_loss_that_is_too_high_or_too_low():
 
 
 def test_plateau():
-    line = plateau(0.4, 6.65, YARDSTICKS)
+    line = plateau(0.4, 6.65, BASELINES)
     assert line is not None and "6.65" in line and "6.70" in line and "optimizer.lr" in line and "\n" not in line
-    assert plateau(0.1, 6.65, YARDSTICKS) is None  # too early to say
-    assert plateau(0.4, 6.2, YARDSTICKS) is None  # it has left it
+    assert plateau(0.1, 6.65, BASELINES) is None  # too early to say
+    assert plateau(0.4, 6.2, BASELINES) is None  # it has left it
 
 
 def test_stuck_pairs():
@@ -49,7 +49,7 @@ def test_a_run_that_has_diverged_is_told_that_and_nothing_else(loss):
     assert line is not None and "training has diverged" in line and "optimizer.lr" in line and "7.60" in line and "\n" not in line
     assert ("not finite" in line) != math.isfinite(loss)
     if not math.isfinite(loss):
-        assert plateau(1.0, loss, YARDSTICKS) is None and stuck_pairs(1.0, loss, 0.4) is None
+        assert plateau(1.0, loss, BASELINES) is None and stuck_pairs(1.0, loss, 0.4) is None
 
 
 @pytest.mark.parametrize("loss", [0.1, 6.9, 7.6, 9.0])
@@ -67,7 +67,7 @@ def test_a_loss_that_any_run_may_have_is_no_divergence(loss):
     ],
 )
 def test_compare(loss, expected):
-    assert compare(loss, YARDSTICKS) == expected
+    assert compare(loss, BASELINES) == expected
 
 
 def norms(*values: float) -> list[tuple[int, str]]:

@@ -26,16 +26,16 @@ VALUES = "bert.encoder.layer.1.attention.self.value.weight"
 
 
 @pytest.fixture(scope="module")
-def sound(small_store, tmp_path_factory) -> Path:
-    return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_store.tokenizer_dir)
+def sound(small_dataset, tmp_path_factory) -> Path:
+    return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_dataset.tokenizer_dir)
 
 
 @pytest.fixture
-def folder(sound, small_store, tmp_path) -> Path:
+def folder(sound, small_dataset, tmp_path) -> Path:
     """A copy that a test may spoil; and what the verbs read."""
     (tmp_path / "texts.txt").write_text("the list\nthe name of the module\n")
     (tmp_path / "x.csv").write_text("text,label\n" + "".join(f"the list {i},{i % 2}\n" for i in range(12)))
-    return make_hugging_face_folder(tmp_path / "hf", small_store.tokenizer_dir)
+    return make_hugging_face_folder(tmp_path / "hf", small_dataset.tokenizer_dir)
 
 
 def spoil(file: Path, name: str, value: float) -> None:
@@ -74,9 +74,9 @@ def refused(command: list[str], code: int, files: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("verb", verbs(Path(), Path(), Path()))
-def test_a_folder_with_one_nan_is_bad_input(folder, small_store, tmp_path, capsys, verb):
+def test_a_folder_with_one_nan_is_bad_input(folder, small_dataset, tmp_path, capsys, verb):
     spoil(folder / "model.safetensors", VALUES, math.nan)
-    line = refused(verbs(folder, tmp_path, small_store.path)[verb], 2, tmp_path, capsys)
+    line = refused(verbs(folder, tmp_path, small_dataset.path)[verb], 2, tmp_path, capsys)
     assert f"{folder / 'model.safetensors'}: {VALUES} holds numbers that are not finite" in line
 
 
@@ -97,9 +97,9 @@ def test_any_type_of_number(folder, tmp_path, capsys, dtype):
     assert f"{VALUES} holds numbers" in refused(["fill", str(folder), "the [MASK]"], 2, tmp_path, capsys)
 
 
-def test_a_checkpoint_and_a_run(folder, small_store, tmp_path, capsys):
+def test_a_checkpoint_and_a_run(folder, small_dataset, tmp_path, capsys):
     """Whose hashes are right: somebody else wrote it. The page of such a run says so, and is made all the same."""
-    run = make_run(tmp_path / "run", folder, str(small_store.path))
+    run = make_run(tmp_path / "run", folder, str(small_dataset.path))
     path = run / "checkpoints/step-00000007"
     (file,) = path.glob("*.safetensors")
     spoil(file, "weight/layers.0.feed_forward.weight", math.nan)
@@ -115,18 +115,18 @@ def test_a_checkpoint_and_a_run(folder, small_store, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("verb", [verb for verb in verbs(Path(), Path(), Path()) if verb != "export"])
-def test_a_model_that_gives_no_finite_numbers_has_diverged(folder, small_store, tmp_path, capsys, verb):
+def test_a_model_that_gives_no_finite_numbers_has_diverged(folder, small_dataset, tmp_path, capsys, verb):
     """Every weight is finite, and nothing that comes out is."""
     spoil_all(folder / "model.safetensors", "bert.embeddings.word_embeddings.weight", HUGE)
     spoil_all(folder / "model.safetensors", "bert.encoder.layer.1.output.LayerNorm.weight", HUGE)
     spoil_all(folder / "model.safetensors", "bert.encoder.layer.1.output.LayerNorm.bias", HUGE)
-    line = refused(verbs(folder, tmp_path, small_store.path)[verb], 1, tmp_path, capsys)
+    line = refused(verbs(folder, tmp_path, small_dataset.path)[verb], 1, tmp_path, capsys)
     assert "diverged" in line
 
 
-def test_ranks_that_evaluate_such_a_model_end_alike(folder, small_store, tmp_path):
+def test_ranks_that_evaluate_such_a_model_end_alike(folder, small_dataset, tmp_path):
     spoil_all(folder / "model.safetensors", "bert.embeddings.word_embeddings.weight", HUGE)
-    command = ["evaluate", str(folder), "--data", str(small_store.path), "--sequences", "8"]
+    command = ["evaluate", str(folder), "--data", str(small_dataset.path), "--sequences", "8"]
     with Ranks(command, tmp_path / "ranks", 2) as ranks:
         assert ranks.wait() == [1, 1], ranks.errors
         (line,) = ranks.errors.splitlines()
@@ -186,9 +186,9 @@ def constant(name: str) -> None:
     raise AssertionError(f"{name} is no JSON")
 
 
-def test_metrics_are_json_and_read_again(folder, small_store, tmp_path):
+def test_metrics_are_json_and_read_again(folder, small_dataset, tmp_path):
     """By the picture, the page and the model card; a run may have had one evaluation, and that one was NaN."""
-    run = make_run(tmp_path / "run", folder, str(small_store.path))
+    run = make_run(tmp_path / "run", folder, str(small_dataset.path))
     file = MetricsFile(run / "metrics.jsonl", fresh=True)
     for record in (STEP, EVALUATION):
         file.write(record)

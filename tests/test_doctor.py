@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbert.doctor import (PACKAGES, Diagnosis, Gpu, advise, describe)
-from fastbert.machine import (Bf16Probe, judge_bf16, measure_bandwidth, measure_gemm_rate)
+from fastbert.doctor import PACKAGES, Diagnosis, Gpu, advise, describe
+from fastbert.machine import Bf16Probe, judge_bf16, measure_bandwidth, measure_gemm_rate
 
 ROOT = Path(__file__).parents[1]
 HEALTHY = {

@@ -225,8 +225,8 @@ def test_padding_of_a_pack_leaves_the_keys_of_its_tokens_as_they_are():
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_masks_do_not_depend_on_the_number_of_ranks(tmp_path, world):
-    config = RunConfig(data="store", seed=1, batch=BatchConfig(16, 32, 128), objective=ObjectiveConfig())
-    batches = Batches(tiny_dataset(tmp_path / "store", DOCUMENTS), config)
+    config = RunConfig(data="dataset", seed=1, batch=BatchConfig(16, 32, 128), objective=ObjectiveConfig())
+    batches = Batches(tiny_dataset(tmp_path / "dataset", DOCUMENTS), config)
 
     def drawn(step: int, world: int) -> dict[int, list[int]]:
         """Row keys by example."""

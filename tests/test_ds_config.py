@@ -72,7 +72,7 @@ def read(tmp_path: Path, content: object, precision: str = "auto", **config) -> 
     path = tmp_path / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     runtime = RuntimeConfig(deepspeed=str(path), precision=precision)
-    return read_ds_config(RunConfig(data="store", runtime=runtime, **config), "recipes/demo.toml")
+    return read_ds_config(RunConfig(data="dataset", runtime=runtime, **config), "recipes/demo.toml")
 
 
 def refused(tmp_path: Path, content: object, **config) -> str:
@@ -111,7 +111,7 @@ def test_a_file_that_agrees_is_accepted(tmp_path):
     "place, value, there",
     [
         ("train_batch_size", 32, "batch.sequences = 64"),
-        ("gradient_clipping", 0.5, "optimizer.clip = 1.0"),
+        ("gradient_clipping", 0.5, "optimizer.max_grad_norm = 1.0"),
         ("zero_allow_untested_optimizer", False, None),
         ("optimizer.type", "Lamb", 'optimizer.name = "adamw"'),
         ("optimizer.type", "OneBitAdam", 'optimizer.name = "adamw"'),
@@ -119,7 +119,7 @@ def test_a_file_that_agrees_is_accepted(tmp_path):
         ("optimizer.params.betas", [0.9, 0.999], "optimizer.betas = [0.9, 0.98]"),
         ("optimizer.params.eps", 1e-8, "optimizer.eps = 1e-06"),
         ("optimizer.params.weight_decay", 0, "optimizer.weight_decay = 0.01"),
-        ("optimizer.params.max_grad_norm", 2, "optimizer.clip = 1.0"),
+        ("optimizer.params.max_grad_norm", 2, "optimizer.max_grad_norm = 1.0"),
         ("scheduler.type", "WarmupLR", 'schedule.decay = "linear"'),
         ("scheduler.type", "OneCycle", 'schedule.decay = "linear"'),
         ("scheduler.params.warmup_max_lr", 1, "optimizer.lr = 0.001"),
@@ -286,7 +286,7 @@ def test_rubbish_is_one_line(tmp_path, content):
 
 
 def test_a_missing_file_names_the_recipe():
-    config = RunConfig(data="store", runtime=RuntimeConfig(deepspeed="no/such.json"))
+    config = RunConfig(data="dataset", runtime=RuntimeConfig(deepspeed="no/such.json"))
     with pytest.raises(InputError, match=r"^demo.toml: runtime.deepspeed = 'no/such.json': no such file"):
         read_ds_config(config, "demo.toml")
 
@@ -375,7 +375,7 @@ def test_groups_of_ranks_come_out_even(tmp_path):
 
 def test_the_projects_own_file_is_sound():
     settings = read_ds_config(
-        RunConfig(data="store", optimizer=OptimizerConfig(), runtime=RuntimeConfig(deepspeed=str(ROOT / "ds_config.json"))), "r"
+        RunConfig(data="dataset", optimizer=OptimizerConfig(), runtime=RuntimeConfig(deepspeed=str(ROOT / "ds_config.json"))), "r"
     )
     assert settings.stage(precision="fp32", world=1, optimizer="adamw") == 0
     assert settings.stage(precision="bf16", world=64, optimizer="adamw") == 1
@@ -429,25 +429,25 @@ OTHERWISE = {  # every setting that works, set to what it is not by default
 TRY = """
 import json, os, sys, torch
 from fastbert.data.batches import Batches
-from fastbert.data.dataset import open_store
+from fastbert.data.dataset import open_dataset
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine
 from fastbert.cluster.group import join
 from tests.test_engine import CONFIG, new_model, state_of
 
-store = open_store(os.environ["STORE"])
+dataset = open_dataset(os.environ["STORE"])
 found = {}
 with join(60) as group:
-    packs = [Batches(store, CONFIG).step(i, group.rank, group.world) for i in range(3)]
+    packs = [Batches(dataset, CONFIG).step(i, group.rank, group.world) for i in range(3)]
 
     def run(zero, state, step):
         small = {"reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000}
         settings = DeepSpeedSettings("ds.json", {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {**small, **zero}})
-        with Engine(new_model(store), CONFIG, settings, "fp32", group, state, step) as engine:
+        with Engine(new_model(dataset), CONFIG, settings, "fp32", group, state, step) as engine:
             losses = [engine.step(packs[i], 1e-2).loss for i in range(step, len(packs))]
             return losses, state_of(engine)
 
-    with Engine(new_model(store), CONFIG, DeepSpeedSettings("", {"zero_optimization": {"stage": 0}}), "fp32", group) as engine:
+    with Engine(new_model(dataset), CONFIG, DeepSpeedSettings("", {"zero_optimization": {"stage": 0}}), "fp32", group) as engine:
         engine.step(packs[0], 1e-2)
         state = state_of(engine)
     found["plain"] = run({"stage": 0}, state, 1)
@@ -458,7 +458,7 @@ with join(60) as group:
 """
 
 
-def test_what_is_taken_trains_and_resumes_and_what_is_refused_would_not(small_store, tmp_path):
+def test_what_is_taken_trains_and_resumes_and_what_is_refused_would_not(small_dataset, tmp_path):
     """Two gloo ranks go on from a checkpoint of stage 0 for two steps; losses and the state at the end are those of stage 0.
 
     At once the proof that round_robin_gradients must be refused: each parameter would get another one's state.
@@ -470,7 +470,7 @@ def test_what_is_taken_trains_and_resumes_and_what_is_refused_would_not(small_st
     for zero in cases.values():
         if "round_robin_gradients" not in zero:
             check_settings(read(tmp_path, {"zero_optimization": zero}))
-    variables = {"STORE": str(small_store.path), "CASES": json.dumps(cases), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    variables = {"STORE": str(small_dataset.path), "CASES": json.dumps(cases), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     variables["MASTER_PORT"] = str(free_port())
     ranks = [
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The whole way in real processes: text, store, training that is interrupted and goes on, and a model that transformers loads."""
+"""The whole way in real processes: text, dataset, training that is interrupted and goes on, and a model that transformers loads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 48
 VOCABULARY = 1500
 
 RECIPE = f"""
-data = "store"
+data = "dataset"
 run = "runs/whole"
 seed = 3
 [model]
@@ -96,12 +96,12 @@ def steps(run: Path) -> dict[int, dict]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with the help pages of Python in `text.jsonl`, the store made of them, and a recipe."""
+    """A folder with the help pages of Python in `text.jsonl`, the dataset made of them, and a recipe."""
     folder = tmp_path_factory.mktemp("end_to_end")
     texts = pydoc_data.topics.topics.values()
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
-    finish(start(folder, "prepare", "text.jsonl", "--out", "store", "--vocab-size", str(VOCABULARY), "--workers", "1"))
+    finish(start(folder, "prepare", "text.jsonl", "--out", "dataset", "--vocab-size", str(VOCABULARY), "--workers", "1"))
     return folder
 
 

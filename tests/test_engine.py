@@ -21,10 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastbert.cluster.group import join
 from fastbert.config import BatchConfig, ModelConfig, OptimizerConfig, RunConfig
 from fastbert.data.batches import Batches, heldout_batches
-from fastbert.data.dataset import Store
+from fastbert.data.dataset import TokenDataset
 from fastbert.machine import probe_bf16
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine, NotFinite, deepspeed
 
@@ -35,7 +34,7 @@ MODEL = ModelConfig(
 )
 # Two packs a step, so that sums over them are seen.
 CONFIG = RunConfig(
-    data="store",
+    data="dataset",
     model=MODEL,
     batch=BatchConfig(sequences=8, max_length=64, micro_batch_tokens=200),
     optimizer=OptimizerConfig(lr=1e-2, betas=(0.9, 0.98)),
@@ -48,16 +47,16 @@ def settings(stage: int) -> DeepSpeedSettings:
     )
 
 
-def new_model(store: Store, config: RunConfig = CONFIG) -> BertForPreTraining:
+def new_model(dataset: TokenDataset, config: RunConfig = CONFIG) -> BertForPreTraining:
     torch.manual_seed(0)
-    return BertForPreTraining(config.model, store.vocab_size)
+    return BertForPreTraining(config.model, dataset.vocab_size)
 
 
 @contextmanager
 def engine(
-    store: Store, stage: int, config: RunConfig = CONFIG, precision: str = "fp32", state: Any = None, step: int = 0
+    dataset: TokenDataset, stage: int, config: RunConfig = CONFIG, precision: str = "fp32", state: Any = None, step: int = 0
 ) -> Iterator[Engine]:
-    with join(60.0) as group, Engine(new_model(store, config), config, settings(stage), precision, group, state, step) as built:
+    with join(60.0) as group, Engine(new_model(dataset, config), config, settings(stage), precision, group, state, step) as built:
         yield built
 
 
@@ -71,30 +70,30 @@ def state_of(built: Engine) -> dict[str, dict[str, torch.Tensor]]:
 
 def sgd(**changes: Any) -> RunConfig:
     """Plain gradient descent with rate 1: the step is the gradient."""
-    optimizer = OptimizerConfig(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, **{"clip": 0.0, **changes})
+    optimizer = OptimizerConfig(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, **{"max_grad_norm": 0.0, **changes})
     return dataclasses.replace(CONFIG, optimizer=optimizer)
 
 
 @pytest.fixture(scope="module")
-def packs(small_store):
-    batches = Batches(small_store, CONFIG)
+def packs(small_dataset):
+    batches = Batches(small_dataset, CONFIG)
     return [batches.step(i) for i in range(5)]
 
 
 @pytest.fixture(scope="module")
-def gradient(small_store, packs):
+def gradient(small_dataset, packs):
     """Of the first step's whole loss, by plain torch, with dropout."""
-    model = new_model(small_store).train()
+    model = new_model(small_dataset).train()
     found = [losses(model(pack)) for pack in packs[0]]
     sum(f.loss for f in found).backward()
     return {name: p.grad for name, p in model.named_parameters()}, found
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_step_is_the_gradient_of_the_whole_batch(small_store, packs, gradient, stage):
+def test_a_step_is_the_gradient_of_the_whole_batch(small_dataset, packs, gradient, stage):
     assert len(packs[0]) > 1
     expected, found = gradient
-    with engine(small_store, stage, sgd()) as built:
+    with engine(small_dataset, stage, sgd()) as built:
         before = state_of(built)["weight"]
         result = built.step(packs[0], lr=1.0)
         after = state_of(built)["weight"]
@@ -105,14 +104,14 @@ def test_a_step_is_the_gradient_of_the_whole_batch(small_store, packs, gradient,
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_so_is_a_step_on_the_triton_kernels(small_store, stage, monkeypatch):
+def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
     """Where a layer is one function (fused_layer.py), of its own parameters and of those of the modules inside it."""
     config = dataclasses.replace(sgd(), batch=BatchConfig(sequences=2, max_length=16, micro_batch_tokens=40))
-    (pack,) = Batches(small_store, config).step(0)
-    model = new_model(small_store).train()
+    (pack,) = Batches(small_dataset, config).step(0)
+    model = new_model(small_dataset).train()
     losses(model(pack)).loss.backward()
     monkeypatch.setattr(BertForPreTraining.__init__, "__defaults__", ("triton", "cpu", True))
-    with engine(small_store, stage, config) as built:
+    with engine(small_dataset, stage, config) as built:
         assert built.model.impl == "triton"
         before = state_of(built)["weight"]
         built.step([pack], lr=1.0)
@@ -124,9 +123,9 @@ def test_so_is_a_step_on_the_triton_kernels(small_store, stage, monkeypatch):
         )
 
 
-def test_what_a_step_reports(small_store, packs, gradient):
+def test_what_a_step_reports(small_dataset, packs, gradient):
     _, found = gradient
-    with engine(small_store, 0) as built:
+    with engine(small_dataset, 0) as built:
         result = built.step(packs[0], lr=0.0)
     masked, pairs = packs[0][0].masked_total, packs[0][0].pairs_total
     assert (result.tokens, result.sequences) == (sum(p.tokens for p in packs[0]), CONFIG.batch.sequences)
@@ -150,38 +149,38 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_step_does_not_wait_for_all_that_is_queued(small_store, packs, stage, monkeypatch):
+def test_a_step_does_not_wait_for_all_that_is_queued(small_dataset, packs, stage, monkeypatch):
     """DeepSpeed does so from the third step on, before each micro-batch and after the update, unless its throughput timer is off."""
     waits: list[int] = []
     monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "synchronize", lambda *_: waits.append(1))
-    with engine(small_store, stage) as built:
+    with engine(small_dataset, stage) as built:
         for pack in packs:
             built.step(pack, lr=1e-3)
         assert not waits
 
 
-def test_gradients_are_not_searched_for_nan_one_by_one(small_store, packs, bf16):
+def test_gradients_are_not_searched_for_nan_one_by_one(small_dataset, packs, bf16):
     """Their norm is not finite if one of them is not."""
-    with engine(small_store, 1, precision=bf16) as built, Operations() as seen:
+    with engine(small_dataset, 1, precision=bf16) as built, Operations() as seen:
         built.step(packs[0], lr=1e-3)
         parameters = len(list(built.model.parameters()))
     assert seen.count["aten::linalg_vector_norm"] >= parameters
     assert seen.count["aten::amax"] < parameters  # DeepSpeed's search makes one for each; the MLM loss makes one for each slab
 
 
-def test_without_pairs_their_figures_are_none(small_store):
+def test_without_pairs_their_figures_are_none(small_dataset):
     config = dataclasses.replace(CONFIG, objective=dataclasses.replace(CONFIG.objective, kind="mlm"))
-    with engine(small_store, 0, config) as built:
-        result = built.step(Batches(small_store, config).step(0), lr=0.0)
-        heldout = built.evaluate(heldout_batches(small_store, config, 8), small_store.special.mask)
+    with engine(small_dataset, 0, config) as built:
+        result = built.step(Batches(small_dataset, config).step(0), lr=0.0)
+        heldout = built.evaluate(heldout_batches(small_dataset, config, 8), small_dataset.special.mask)
     assert result.loss_nsp is None and result.accuracy_nsp is None and result.loss == result.loss_mlm
     assert heldout.loss_nsp is None and heldout.accuracy_nsp is None and heldout.loss == heldout.loss_mlm
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_clipping(small_store, packs, gradient, stage):
+def test_clipping(small_dataset, packs, gradient, stage):
     clip = 0.05
-    with engine(small_store, stage, sgd(clip=clip)) as built:
+    with engine(small_dataset, stage, sgd(max_grad_norm=clip)) as built:
         before = state_of(built)["weight"]
         result = built.step(packs[0], lr=1.0)
         after = state_of(built)["weight"]
@@ -198,82 +197,82 @@ def bf16() -> str:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_going_on_from_a_state_gives_the_same_to_the_last_digit(small_store, packs, stage):
-    go_on(small_store, packs, stage, "fp32")
+def test_going_on_from_a_state_gives_the_same_to_the_last_digit(small_dataset, packs, stage):
+    go_on(small_dataset, packs, stage, "fp32")
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_going_on_in_bf16(small_store, packs, stage, bf16):
+def test_going_on_in_bf16(small_dataset, packs, stage, bf16):
     """The state is in fp32 all the same: more than the working copies could give."""
-    state = go_on(small_store, packs, stage, bf16)
+    state = go_on(small_dataset, packs, stage, bf16)
     assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in state["weight"].values())
 
 
-def go_on(small_store, packs, stage: int, precision: str) -> dict[str, dict[str, torch.Tensor]]:
-    with engine(small_store, stage, precision=precision) as built:
+def go_on(small_dataset, packs, stage: int, precision: str) -> dict[str, dict[str, torch.Tensor]]:
+    with engine(small_dataset, stage, precision=precision) as built:
         for i in range(3):
             built.step(packs[i], lr=1e-2)
         state = state_of(built)
         expected = [built.step(packs[i], lr=1e-2) for i in (3, 4)]
     assert set(state) == {"weight", "exp_avg", "exp_avg_sq"}
     assert all(t.dtype == torch.float32 for slot in state.values() for t in slot.values())
-    with engine(small_store, stage, precision=precision, state=state, step=3) as built:
+    with engine(small_dataset, stage, precision=precision, state=state, step=3) as built:
         assert [built.step(packs[i], lr=1e-2) for i in (3, 4)] == expected
     return state
 
 
 @pytest.mark.parametrize("optimizer, stage", [("lamb", 0), *((name, stage) for name in ("adamw", "sgd") for stage in STAGES)])
-def test_a_state_from_before_the_first_step(small_store, packs, stage, optimizer):
+def test_a_state_from_before_the_first_step(small_dataset, packs, stage, optimizer):
     """As where every step was skipped so far: moments of zero, from which training is the same as from none."""
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name=optimizer))
-    with engine(small_store, stage, config) as built:
+    with engine(small_dataset, stage, config) as built:
         state = state_of(built)
         expected = [built.step(packs[i], lr=1e-2) for i in (0, 1)]
     assert len(state) == (2 if optimizer == "sgd" else 3)
     assert all(state[slot].keys() == state["weight"].keys() for slot in state)
     assert all(not tensor.any() for slot, named in state.items() if slot != "weight" for tensor in named.values())
-    with engine(small_store, stage, config, state=state, step=0) as built:
+    with engine(small_dataset, stage, config, state=state, step=0) as built:
         assert [built.step(packs[i], lr=1e-2) for i in (0, 1)] == expected
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lamb"])
-def test_the_other_optimizers_go_on_too(small_store, packs, optimizer):
+def test_the_other_optimizers_go_on_too(small_dataset, packs, optimizer):
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name=optimizer))
-    with engine(small_store, 0, config) as built:
+    with engine(small_dataset, 0, config) as built:
         for i in range(3):
             built.step(packs[i], lr=1e-2)
         state = state_of(built)
         expected = built.step(packs[3], lr=1e-2)
-    with engine(small_store, 0, config, state=state, step=3) as built:
+    with engine(small_dataset, 0, config, state=state, step=3) as built:
         assert built.step(packs[3], lr=1e-2) == expected
 
 
 @pytest.mark.parametrize("there", [1, 3])
-def test_a_state_is_the_same_at_another_stage(small_store, packs, there):
-    with engine(small_store, 0) as built:
+def test_a_state_is_the_same_at_another_stage(small_dataset, packs, there):
+    with engine(small_dataset, 0) as built:
         for i in range(3):
             built.step(packs[i], lr=1e-2)
         state = state_of(built)
         expected = [built.step(packs[i], lr=1e-2).loss for i in (3, 4)]
-    with engine(small_store, there, state=state, step=3) as built:
+    with engine(small_dataset, there, state=state, step=3) as built:
         loaded = state_of(built)
         for slot, tensors in state.items():
             assert all(torch.equal(tensor, loaded[slot][name]) for name, tensor in tensors.items())
         assert [built.step(packs[i], lr=1e-2).loss for i in (3, 4)] == pytest.approx(expected, rel=1e-5)
 
 
-def test_evaluation_is_without_dropout_and_changes_nothing(small_store, packs):
-    heldout = heldout_batches(small_store, CONFIG, 24)
-    with engine(small_store, 0) as built:
+def test_evaluation_is_without_dropout_and_changes_nothing(small_dataset, packs):
+    heldout = heldout_batches(small_dataset, CONFIG, 24)
+    with engine(small_dataset, 0) as built:
         before = state_of(built)["weight"] if built.step(packs[0], lr=1e-2) else {}
-        found = built.evaluate(heldout, small_store.special.mask)
-        assert built.evaluate(heldout, small_store.special.mask) == found
+        found = built.evaluate(heldout, small_dataset.special.mask)
+        assert built.evaluate(heldout, small_dataset.special.mask) == found
         assert all(torch.equal(t, state_of(built)["weight"][n]) for n, t in before.items())
         model = built.model.eval()
         with torch.no_grad():
             outputs = [losses(model(pack)) for pack in heldout]
         token_losses = torch.cat([o.token_losses for o in outputs]).double()
-        shown = torch.cat([p.input_ids[p.masked_positions] == small_store.special.mask for p in heldout])
+        shown = torch.cat([p.input_ids[p.masked_positions] == small_dataset.special.mask for p in heldout])
     assert 0.5 < float(shown.double().mean()) < 0.95
     assert found.loss_mlm == pytest.approx(float(token_losses.mean()), rel=1e-9)
     assert found.loss_mask_token == pytest.approx(float(token_losses[shown].mean()), rel=1e-9)
@@ -282,15 +281,15 @@ def test_evaluation_is_without_dropout_and_changes_nothing(small_store, packs):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(small_store, packs, stage):
+def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(small_dataset, packs, stage):
     """Only the longest sequences reach the last positions, whose embedding is broken for one step; the next steps are as if it had not been."""
     longest = max(pack.max_seqlen for pack in packs[1])
     culprits = [int(e) for pack in packs[1] for e, n in zip(pack.examples, pack.cu_seqlens.diff(), strict=True) if n == longest]
     assert 0 < len(culprits) < CONFIG.batch.sequences
-    with engine(small_store, stage) as built:
+    with engine(small_dataset, stage) as built:
         built.step(packs[0], lr=1e-2)
         expected = built.step(packs[2], lr=1e-2)
-    with engine(small_store, stage) as built:
+    with engine(small_dataset, stage) as built:
         built.step(packs[0], lr=1e-2)
         before = state_of(built)
         with broken_position(built, longest - 1), pytest.raises(NotFinite) as trouble:
@@ -325,9 +324,9 @@ def broken_position(built: Engine, position: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_not_finite_is_dropped_too(small_store, packs, stage):
+def test_a_gradient_that_is_not_finite_is_dropped_too(small_dataset, packs, stage):
     """The loss is finite, its gradient overflows on the way back."""
-    with engine(small_store, stage) as built:
+    with engine(small_dataset, stage) as built:
         built.step(packs[0], lr=1e-2)
         before = state_of(built)
         poison = built.model.embeddings.norm_weight.register_hook(lambda grad: grad * math.inf)
@@ -341,8 +340,8 @@ def test_a_gradient_that_is_not_finite_is_dropped_too(small_store, packs, stage)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_so_it_is_in_bf16(small_store, packs, stage, bf16):
-    with engine(small_store, stage, precision=bf16) as built:
+def test_so_it_is_in_bf16(small_dataset, packs, stage, bf16):
+    with engine(small_dataset, stage, precision=bf16) as built:
         built.step(packs[0], lr=1e-2)
         before = state_of(built)
         poison = built.model.embeddings.norm_weight.register_hook(lambda grad: grad * math.inf)
@@ -355,8 +354,8 @@ def test_so_it_is_in_bf16(small_store, packs, stage, bf16):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_single_process_listens_to_nobody_outside(small_store):
-    with engine(small_store, 0):
+def test_a_single_process_listens_to_nobody_outside(small_dataset):
+    with engine(small_dataset, 0):
         sockets = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
         rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]]
         listening = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
@@ -368,11 +367,11 @@ TWO_RANKS = """
 import os, sys, torch
 sys.path[:0] = [os.environ["TESTS"]]
 from fastbert.data.batches import Batches
-from fastbert.data.dataset import open_store
+from fastbert.data.dataset import open_dataset
 from test_engine import CONFIG, engine, sgd, state_of
-store = open_store(os.environ["STORE"])
-with engine(store, int(os.environ["STAGE"]), sgd()) as built:
-    packs = Batches(store, CONFIG).step(0, built.group.rank, built.group.world)
+dataset = open_dataset(os.environ["STORE"])
+with engine(dataset, int(os.environ["STAGE"]), sgd()) as built:
+    packs = Batches(dataset, CONFIG).step(0, built.group.rank, built.group.world)
     before = state_of(built)["weight"]
     result = built.step(packs, lr=1.0)
     after = state_of(built)["weight"]
@@ -382,13 +381,13 @@ with engine(store, int(os.environ["STAGE"]), sgd()) as built:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_two_ranks_make_the_same_step(small_store, packs, gradient, tmp_path, stage):
+def test_two_ranks_make_the_same_step(small_dataset, packs, gradient, tmp_path, stage):
     """Real processes with gloo. Each has its own share of the examples, and other numbers of masked tokens."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         "TESTS": str(ROOT / "tests"),
-        "STORE": str(small_store.path),
+        "STORE": str(small_dataset.path),
         "STAGE": str(stage),
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",

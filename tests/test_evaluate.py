@@ -23,21 +23,21 @@ SEQUENCES = 24
 
 
 @pytest.fixture(scope="module")
-def folder(small_store, tmp_path_factory) -> Path:
-    return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_store.tokenizer_dir)
+def folder(small_dataset, tmp_path_factory) -> Path:
+    return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_dataset.tokenizer_dir)
 
 
 @pytest.fixture(scope="module")
-def run(small_store, folder, tmp_path_factory) -> Path:
-    return make_run(tmp_path_factory.mktemp("run"), folder, str(small_store.path))
+def run(small_dataset, folder, tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), folder, str(small_dataset.path))
 
 
-def test_figures_are_those_of_transformers(small_store, folder, run):
+def test_figures_are_those_of_transformers(small_dataset, folder, run):
     stock = BertForPreTraining.from_pretrained(folder).eval()
     model = fastbert.load(run)
     assert model.recipe is not None
     token_losses, token_hits, hits_of_5, shown, kept, lengths, targets, pair_losses, pair_hits = [], [], [], [], [], [], [], [], []
-    for batch in heldout_batches(small_store, model.recipe, SEQUENCES):
+    for batch in heldout_batches(small_dataset, model.recipe, SEQUENCES):
         for i, (start, end) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)):
             ids = batch.input_ids[start:end]
             chosen = (batch.masked_positions >= start) & (batch.masked_positions < end)
@@ -48,7 +48,7 @@ def test_figures_are_those_of_transformers(small_store, folder, run):
             token_losses += torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
             token_hits += (logits.argmax(-1) == labels).tolist()
             hits_of_5 += (logits.topk(5).indices == labels[:, None]).any(-1).tolist()
-            shown += (ids[where] == small_store.special.mask).tolist()
+            shown += (ids[where] == small_dataset.special.mask).tolist()
             kept += (ids[where] == labels).tolist()
             lengths += [end - start] * len(labels)
             targets += labels.tolist()
@@ -76,14 +76,14 @@ def test_figures_are_those_of_transformers(small_store, folder, run):
         "accuracy_nsp": pytest.approx(mean(pair_hits)),
         "perplexity": pytest.approx(math.exp(mean(token_losses)), rel=1e-4),
         "sequences": SEQUENCES,
-        "tokens": sum(batch.tokens for batch in heldout_batches(small_store, model.recipe, SEQUENCES)),
+        "tokens": sum(batch.tokens for batch in heldout_batches(small_dataset, model.recipe, SEQUENCES)),
         "masked": len(token_losses),
-        "yardsticks": small_store.yardsticks,
+        "baselines": small_dataset.baselines,
     }
     assert 0.7 < mean(shown) < 0.9
 
-    split = small_store.split("train")
-    counts = np.bincount(split.gather(np.array([0]), np.array([split.tokens])), minlength=small_store.vocab_size)
+    split = small_dataset.split("train")
+    counts = np.bincount(split.gather(np.array([0]), np.array([split.tokens])), minlength=small_dataset.vocab_size)
     frequency = [1e6 * counts[label] / split.tokens for label in targets]
     classes = {
         "input": {
@@ -112,11 +112,11 @@ def test_figures_are_those_of_transformers(small_store, folder, run):
     assert len(groups["frequency"]) > 1 and {SHOWN, KEPT} <= set(groups["input"])
 
 
-def test_count_models_know_frequencies_and_the_token_before(small_store, run):
+def test_count_models_know_frequencies_and_the_token_before(small_dataset, run):
     """Both are those of `prepare`, here on the places that the model is asked about."""
     found = evaluate(fastbert.load(run)).masked
-    assert found.unigram == pytest.approx(small_store.yardsticks["unigram"], rel=0.05)
-    assert found.left_bigram == pytest.approx(small_store.yardsticks["left_bigram"], rel=0.05)
+    assert found.unigram == pytest.approx(small_dataset.baselines["unigram"], rel=0.05)
+    assert found.left_bigram == pytest.approx(small_dataset.baselines["left_bigram"], rel=0.05)
 
 
 @pytest.mark.parametrize("tokens", [32, 100, 4096])
@@ -145,44 +145,44 @@ def numbers(value) -> list[float]:
     return [] if value is None else [value]
 
 
-def test_a_folder_and_another_store_with_the_same_tokenizer(small_store, folder, run):
-    of_run, of_folder = (numbers(evaluate(fastbert.load(x), small_store.path, SEQUENCES).flat()) for x in (run, folder))
+def test_a_folder_and_another_store_with_the_same_tokenizer(small_dataset, folder, run):
+    of_run, of_folder = (numbers(evaluate(fastbert.load(x), small_dataset.path, SEQUENCES).flat()) for x in (run, folder))
     # The folder has no recipe: the default's max_length is cut to the model's 32 positions, which is the run's. Packs may differ.
     assert of_folder == pytest.approx(of_run, rel=2e-6)
 
 
-def test_without_pairs_there_are_no_pair_figures(small_store, folder, tmp_path):
-    found = evaluate(fastbert.load(make_run(tmp_path, folder, str(small_store.path), kind="mlm")), sequences=SEQUENCES)
+def test_without_pairs_there_are_no_pair_figures(small_dataset, folder, tmp_path):
+    found = evaluate(fastbert.load(make_run(tmp_path, folder, str(small_dataset.path), kind="mlm")), sequences=SEQUENCES)
     assert found.pairs is None and found.flat()["accuracy_nsp"] is None
     assert found.loss == found.masked.loss
 
 
-def test_an_endless_perplexity_is_no_crash(small_store, run):
+def test_an_endless_perplexity_is_no_crash(small_dataset, run):
     model = fastbert.load(run)
     with torch.no_grad():
         model.model.embeddings.words.mul_(1e4)
     assert evaluate(model, sequences=4).masked.perplexity == math.inf
 
 
-def test_what_cannot_be_evaluated(small_store, folder, run, tmp_path):
-    with pytest.raises(InputError, match="not a run, so it names no store; give one with --data"):
+def test_what_cannot_be_evaluated(small_dataset, folder, run, tmp_path):
+    with pytest.raises(InputError, match="not a run, so it names no dataset; give one with --data"):
         evaluate(fastbert.load(folder))
-    with pytest.raises(InputError, match="gone: no such store"):
+    with pytest.raises(InputError, match="gone: no such dataset"):
         evaluate(fastbert.load(make_run(tmp_path / "run", folder, str(tmp_path / "gone"))))
     BertModel.from_pretrained(folder).save_pretrained(tmp_path / "encoder")
     (tmp_path / "encoder/vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
     with pytest.raises(InputError, match="no weights of an MLM head"):
-        evaluate(fastbert.load(tmp_path / "encoder"), small_store.path)
+        evaluate(fastbert.load(tmp_path / "encoder"), small_dataset.path)
 
 
-def test_a_store_of_another_tokenizer(small_store, run, tmp_path):
+def test_a_store_of_another_tokenizer(small_dataset, run, tmp_path):
     other = make_hugging_face_folder(tmp_path / "other")
     with pytest.raises(InputError, match=r"made with another tokenizer \(1,000 tokens\).*\(400\); prepare the text with --tokenizer"):
-        evaluate(fastbert.load(other), small_store.path)
+        evaluate(fastbert.load(other), small_dataset.path)
     # The same tokens, but capital letters kept: other ids from the same text.
-    cased = make_hugging_face_folder(tmp_path / "cased", small_store.tokenizer_dir)
+    cased = make_hugging_face_folder(tmp_path / "cased", small_dataset.tokenizer_dir)
     settings = json.loads((cased / "tokenizer.json").read_text())
     settings["normalizer"]["lowercase"] = False
     (cased / "tokenizer.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="made with another tokenizer"):
-        evaluate(fastbert.load(cased), small_store.path)
+        evaluate(fastbert.load(cased), small_dataset.path)

@@ -22,13 +22,13 @@ FILES = ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tok
 
 
 @pytest.fixture(scope="module")
-def original(small_store, tmp_path_factory) -> Path:
-    return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_store.tokenizer_dir)
+def original(small_dataset, tmp_path_factory) -> Path:
+    return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_dataset.tokenizer_dir)
 
 
 @pytest.fixture(scope="module")
-def run(small_store, original, tmp_path_factory) -> Path:
-    folder = make_run(tmp_path_factory.mktemp("run"), original, str(small_store.path))
+def run(small_dataset, original, tmp_path_factory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("run"), original, str(small_dataset.path))
     records = [
         {"event": "evaluate", "step": 5, "loss": 9.5, "loss_mlm": 9.0},
         {"event": "evaluate", "step": 7, "loss": 7.25, "loss_mlm": 6.5, "loss_nsp": None},
@@ -82,7 +82,7 @@ def test_config_is_that_of_transformers(exported, original):
     assert ours == theirs
 
 
-def test_the_tokenizer_cuts_at_the_models_positions(exported, small_store):
+def test_the_tokenizer_cuts_at_the_models_positions(exported, small_dataset):
     tokenizer = AutoTokenizer.from_pretrained(exported[1])
     assert len(tokenizer("names " * 99, truncation=True)["input_ids"]) == 32
     assert tokenizer("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
@@ -103,7 +103,7 @@ def test_exporting_the_export_changes_nothing(exported, tmp_path):
 
 
 def test_a_run_without_pairs_becomes_a_masked_lm(original, tmp_path):
-    run = make_run(tmp_path / "run", original, kind="mlm")  # its store is gone: the check reads built-in sentences
+    run = make_run(tmp_path / "run", original, kind="mlm")  # its dataset is gone: the check reads built-in sentences
     assert export(fastbert.load(run), tmp_path / "out").architecture == "BertForMaskedLM"
     _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
@@ -135,12 +135,12 @@ def test_the_card_has_the_figures_of_the_checkpoint(run):
     assert 'from_pretrained("my-bert")' in card and "max_position_embeddings = 32" in card
 
 
-def test_the_card_says_what_text_it_was(run, original, small_store, tmp_path):
-    card, training = model_card(fastbert.load(run), "BertForPreTraining", "my-bert"), small_store.split("train")
+def test_the_card_says_what_text_it_was(run, original, small_dataset, tmp_path):
+    card, training = model_card(fastbert.load(run), "BertForPreTraining", "my-bert"), small_dataset.split("train")
     assert f"| train | {training.documents:,} | {training.sentences:,} | {training.tokens:,} |" in card
-    assert f"The store `{small_store.path}` (manifest SHA-256 `{small_store.sha256}`)" in card
+    assert f"The dataset `{small_dataset.path}` (manifest SHA-256 `{small_dataset.sha256}`)" in card
     gone = model_card(fastbert.load(make_run(tmp_path, original)), "BertForPreTraining", "my-bert")
-    assert "The store `nowhere`" in gone and "not there any more" in gone and "| train |" not in gone
+    assert "The dataset `nowhere`" in gone and "not there any more" in gone and "| train |" not in gone
 
 
 def swap_query_and_key(state):

@@ -12,8 +12,8 @@ WORLD, STAGE = 2, 1
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_store) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("frozen"), small_store.path)
+def lab(tmp_path_factory, small_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("frozen"), small_dataset.path)
 
 
 @pytest.mark.parametrize("when, frozen", [("starting", 0), ("starting", 1), ("training", 0), ("training", 1), ("saving", 1)])

@@ -10,9 +10,8 @@ import torch
 
 import fastbert.models.bert as model_file
 from fastbert.config import ModelConfig
-from fastbert.models.bert import BertForPreTraining, Layer
+from fastbert.models.bert import BertForPreTraining, Layer, losses
 from fastbert.models.fused_layer import Call, fused_layer
-from fastbert.models.bert import losses
 from tests.random_batch import VOCAB, make_batch
 from tests.test_kernels import GPU, watched
 

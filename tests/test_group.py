@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from fastbert.cluster.group import join
-from fastbert.cluster.launch_env import read_seat
+from fastbert.cluster.launch_env import read_launch_env
 from fastbert.cluster.rendezvous import Interrupted, RankLost, hold_store, listens
-from fastbert.cluster.signals import Interruption
+from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.signature import Key, find_key
 from fastbert.cluster.signed_store import No, SignedStore
 from fastbert.errors import InputError
@@ -28,14 +28,16 @@ NEVER_S = 60.0  # one that is not
 
 def member(timeout_s: float, **acts: str) -> int:
     """Meet; do what `acts` says of this rank ("1" -> "InputError: text"), under a common fate; agree on a few things; part."""
-    with Interruption() as interruption:
+    with StopRequest() as interruption:
         try:
             with join(timeout_s, interruption) as group:
                 say("joined", group.rank)
-                with group.same_fate():
+                with group.raise_on_all_ranks():
                     act(acts.get(str(group.rank), ""))
                 say("gathered", group.gather({"rank": group.rank, "text": "é" * group.rank}), group.broadcast([group.rank, None]))
-                say("sum", group.sum(torch.tensor([1.0, group.rank])).tolist(), "speaks", group.speaks, "threads", torch.get_num_threads())
+                say(
+                    "sum", group.sum(torch.tensor([1.0, group.rank])).tolist(), "is_main", group.is_main, "threads", torch.get_num_threads()
+                )
                 while os.environ.get("LINGER") and not os.path.exists(os.environ["LINGER"]):
                     time.sleep(0.02)
                 group.barrier()
@@ -75,8 +77,8 @@ def entered(toys: Toys, rank: int, pid: int) -> None:
         time.sleep(0.02)
     table = table_of(toys)
     while True:
-        knock = table.read(f"knock/{rank}")
-        answer = knock if isinstance(knock, No) else table.read(knock[0])
+        register = table.read(f"register/{rank}")
+        answer = register if isinstance(register, No) else table.read(register[0])
         member = answer if isinstance(answer, No) else table.part(answer[0]).read(str(rank))
         if not isinstance(member, No) and member["process"] == pid:
             return
@@ -95,7 +97,7 @@ def test_what_they_agree_on(tmp_path):
         assert toys.wait() == [0, 0, 0]
         for rank in range(3):
             everybody = [{"rank": 0, "text": ""}, {"rank": 1, "text": "é"}, {"rank": 2, "text": "éé"}]
-            assert f"gathered {everybody} [0, None]\nsum [3.0, 3.0] speaks {rank == 0}" in toys.out(rank)
+            assert f"gathered {everybody} [0, None]\nsum [3.0, 3.0] is_main {rank == 0}" in toys.out(rank)
 
 
 def test_ports_are_open_on_the_given_address_alone(tmp_path):
@@ -111,7 +113,7 @@ def test_ports_are_open_on_the_given_address_alone(tmp_path):
 
 def test_one_process_needs_no_launcher_and_no_store(tmp_path):
     with members(tmp_path, 1, LINGER=str(tmp_path / "go")) as toys:
-        toys.until(0, "sum [1.0, 0.0] speaks True")
+        toys.until(0, "sum [1.0, 0.0] is_main True")
         assert {address for _, address, _ in listening(toys.pid(0))} <= {"127.0.0.1"}
         (tmp_path / "go").touch()
         assert toys.wait() == [0]
@@ -233,7 +235,7 @@ def test_the_store_of_an_attempt_that_ends_just_now(tmp_path):
     port = free_port()
     old = hold_store("127.0.0.1", port)
     with members(tmp_path, 2, only=(1,), MASTER_PORT=str(port)) as toys:
-        dist.PrefixStore("fastbert", old).wait(["knock/1"])
+        dist.PrefixStore("fastbert", old).wait(["register/1"])
         del old
         toys.start([0])
         assert toys.wait() == [0, 0]
@@ -277,20 +279,22 @@ def test_a_stranger_does_not_keep_ranks_from_meeting(tmp_path):
     stranger: Any = dist.PrefixStore("fastbert", dist.TCPStore("127.0.0.1", agent.port, None, False, timeout=timedelta(seconds=NEVER_S)))
 
     def scribble(value: bytes) -> None:
-        for place in ("knock/0", "knock/1", "knock/2", "0", "1", "roll", "meeting/1/all", "watch/verdict"):
+        for place in ("register/0", "register/1", "register/2", "0", "1", "roster", "meeting/1/all", "watch/failure"):
             stranger.set(place, value)
-        stranger.check(["roll"])
+        stranger.check(["roster"])
 
     given: Any = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     scribble(STRANGE[0])
     with members(tmp_path, 3, only=(0, 1), **given) as toys:
         entered(toys, 1, toys.pid(1))
-        (room,) = {key.split("/")[1] for key in agent.list_keys() if key.endswith("/1") and key.count("/") == 2 and "/knock/" not in key}
+        (prefix,) = {
+            key.split("/")[1] for key in agent.list_keys() if key.endswith("/1") and key.count("/") == 2 and "/register/" not in key
+        }
         for value in STRANGE:
             scribble(value)
-            for place in ("roll", "2", "meeting/1/all", "meeting/1/2", "meeting/1/read/1", "meeting/2/all", "watch/verdict", "watch/1"):
-                stranger.set(f"{room}/{place}", value)
-        stranger.check(["roll"])
+            for place in ("roster", "2", "meeting/1/all", "meeting/1/2", "meeting/1/read/1", "meeting/2/all", "watch/failure", "watch/1"):
+                stranger.set(f"{prefix}/{place}", value)
+        stranger.check(["roster"])
         toys.start([2])
         assert toys.wait() == [0, 0, 0], [toys.err(rank) + toys.out(rank) for rank in range(3)]
     del agent
@@ -301,8 +305,8 @@ def test_a_knock_that_is_written_over_is_repeated(tmp_path):
     agent: Any = hold_store("127.0.0.1", 0)
     given: Any = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with members(tmp_path, 2, only=(1,), **given) as toys:
-        agent.wait(["fastbert/knock/1"])
-        agent.set("fastbert/knock/1", b'["bye", 0]')
+        agent.wait(["fastbert/register/1"])
+        agent.set("fastbert/register/1", b'["bye", 0]')
         toys.start([0])
         assert toys.wait() == [0, 0]
     del agent
@@ -315,16 +319,16 @@ def test_what_was_signed_for_an_earlier_attempt_is_refused(tmp_path):
     (tmp_path / "first").mkdir()
     with members(tmp_path / "first", 2, **given) as toys:
         assert toys.wait() == [0, 0]
-    (old,) = {key.split("/")[1] for key in agent.list_keys() if key.endswith("/roll")}
+    (old,) = {key.split("/")[1] for key in agent.list_keys() if key.endswith("/roster")}
     places = [key.split("/", 2)[2] for key in agent.list_keys() if key.startswith(f"fastbert/{old}/")]
-    copies = {place: agent.get(f"fastbert/{old}/{place}") for place in places if place.split("/")[0] in ("roll", "meeting")}
-    assert {"roll", "meeting/1/0", "meeting/1/all"} <= set(copies)
+    copies = {place: agent.get(f"fastbert/{old}/{place}") for place in places if place.split("/")[0] in ("roster", "meeting")}
+    assert {"roster", "meeting/1/0", "meeting/1/all"} <= set(copies)
     with members(tmp_path, 3, only=(0, 1), **given) as toys:
         entered(toys, 1, toys.pid(1))
-        rooms = {key.split("/")[1] for key in agent.list_keys() if key.endswith("/0") and key.count("/") == 2}
-        (room,) = rooms - {old, "knock"}
+        prefixes = {key.split("/")[1] for key in agent.list_keys() if key.endswith("/0") and key.count("/") == 2}
+        (prefix,) = prefixes - {old, "register"}
         for place, value in copies.items():
-            agent.set(f"fastbert/{room}/{place}", value)
+            agent.set(f"fastbert/{prefix}/{place}", value)
         agent.check(["fastbert"])
         toys.start([2])
         assert toys.wait() == [0, 0, 0], [toys.err(rank) + toys.out(rank) for rank in range(3)]
@@ -362,5 +366,5 @@ def test_wrong_variables_are_named(monkeypatch, case):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError) as caught:
-        read_seat()
+        read_launch_env()
     assert message in str(caught.value)

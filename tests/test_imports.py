@@ -25,62 +25,58 @@ MAY_IMPORT = {
     "fastbert.durable": set(),
     "fastbert.presence": {"fastbert.errors"},
     "fastbert.config": {"fastbert.errors"},
-    # The data know neither the model nor the run; what is read while training knows nothing of how a store is made.
-    "fastbert.data": {"fastbert.child", "fastbert.config", "fastbert.durable", "fastbert.errors"},
-    "fastbert.models.objective": {"fastbert.config", "fastbert.data", "fastbert_kernels"},
-    "fastbert.models.initial_weights": {"fastbert.config"},
-    "fastbert.models.fused_layer": {"fastbert_kernels"},
-    "fastbert.models.bert": {
+    "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
+    "fastbert.doctor": {"fastbert.machine"},
+    # Who takes part in a run, whatever it computes.
+    "fastbert.cluster": {"fastbert.errors"},
+    # The data know neither the model nor the run; what is read while training knows nothing of how a dataset is made.
+    "fastbert.data": {"fastbert.child", "fastbert.config", "fastbert.durable", "fastbert.errors", "fastbert.machine"},
+    # How a model lies on disk.
+    "fastbert.checkpoints": {
+        "fastbert.cluster",
         "fastbert.config",
         "fastbert.data",
-        "fastbert.errors",
-        "fastbert.models.fused_layer",
-        "fastbert.models.initial_weights",
-        "fastbert_kernels",
-    },
-    "fastbert.checkpoints.weight_names": {"fastbert.config", "fastbert.errors"},
-    "fastbert.planning.flops": {"fastbert.config"},
-    "fastbert.training": {
-        "fastbert.config",
-        "fastbert.data",
-        "fastbert.doctor",
         "fastbert.durable",
         "fastbert.errors",
-        "fastbert.planning.flops",
-        "fastbert.heap",
-        "fastbert.models.bert",
-        "fastbert.models.objective",
+        "fastbert.presence",
+    },
+    "fastbert.models": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert_kernels"},
+    "fastbert.training": {
+        "fastbert.checkpoints",
+        "fastbert.cluster",
+        "fastbert.config",
+        "fastbert.data",
+        "fastbert.durable",
+        "fastbert.errors",
+        "fastbert.machine",
+        "fastbert.models",
         "fastbert.out_of_memory",
+        "fastbert.planning.flops",
         "fastbert.presence",
         "fastbert.strict_json",
     },
-    "fastbert.tasks": {
+    "fastbert.planning": {
         "fastbert.config",
         "fastbert.data",
         "fastbert.errors",
-        "fastbert.models.bert",
-        "fastbert.models.objective",
-        "fastbert.presence",
-        "fastbert.checkpoints.checkpoint",
-        "fastbert.training.verified_dataset",
-        "fastbert.training.diagnosis",
+        "fastbert.machine",
+        "fastbert.training.ds_config",
+    },
+    "fastbert.planning.flops": {"fastbert.config"},
+    "fastbert.tasks": {
+        "fastbert.checkpoints",
         "fastbert.cluster.group",
+        "fastbert.config",
+        "fastbert.data",
+        "fastbert.errors",
+        "fastbert.models",
+        "fastbert.presence",
+        "fastbert.training.diagnosis",
         "fastbert.training.heldout",
         "fastbert.training.initial",
         "fastbert.training.metrics",
         "fastbert.training.picture",
-        "fastbert.checkpoints.weight_names",
-    },
-    "fastbert.doctor": {"fastbert.child", "fastbert.config", "fastbert.errors", "fastbert.planning.flops", "fastbert_kernels"},
-    "fastbert.planning.memory": {"fastbert.config"},
-    "fastbert.planning.plan": {
-        "fastbert.config",
-        "fastbert.data",
-        "fastbert.doctor",
-        "fastbert.errors",
-        "fastbert.planning.flops",
-        "fastbert.planning.memory",
-        "fastbert.training.ds_config",
+        "fastbert.training.verified_dataset",
     },
     "fastbert.cli": {"fastbert"},
     "fastbert.__main__": {"fastbert.cli"},
@@ -156,7 +152,7 @@ def test_imports_point_one_way():
 
 
 def test_what_reads_the_store_does_not_know_how_it_is_made():
-    makers = {f"fastbert.data.{name}" for name in ("prepare", "documents", "sentences", "encode", "workers", "report", "yardsticks")}
+    makers = {f"fastbert.data.{name}" for name in ("prepare", "documents", "sentences", "encode", "workers", "report", "baselines")}
     readers = [name for name in MODULES if below(name, "fastbert.data") and name not in makers]
     wrong = [
         f"{MODULES[name].relative_to(ROOT)}:{line} imports {t}" for name in readers for line, t in imports(MODULES[name]) if t in makers

@@ -16,12 +16,11 @@ import fastbert
 from fastbert.config import load_config
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.errors import InputError
-from fastbert.tasks.load import read_initial
 from fastbert.training.loop import pretrain
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
-data = "{store}"
+data = "{dataset}"
 run = "{run}"
 init = "{init}"
 [batch]
@@ -46,8 +45,8 @@ deepspeed = "{deepspeed}"
 
 
 @pytest.fixture(scope="module")
-def original(small_store, tmp_path_factory) -> Path:
-    return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_store.tokenizer_dir)
+def original(small_dataset, tmp_path_factory) -> Path:
+    return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_dataset.tokenizer_dir)
 
 
 @pytest.fixture
@@ -57,15 +56,15 @@ def folder(original, tmp_path) -> Path:
 
 
 @pytest.fixture
-def recipe(tmp_path, small_store, folder) -> Path:
+def recipe(tmp_path, small_dataset, folder) -> Path:
     path = tmp_path / "recipe.toml"
     deepspeed = ROOT / "ds_config.json"
-    path.write_text(RECIPE.format(store=small_store.path, run=tmp_path / "run", init=folder, deepspeed=deepspeed), encoding="utf-8")
+    path.write_text(RECIPE.format(dataset=small_dataset.path, run=tmp_path / "run", init=folder, deepspeed=deepspeed), encoding="utf-8")
     return path
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> int:
-    return pretrain(load_config(recipe, overrides), str(recipe), resume, read=read_initial)
+    return pretrain(load_config(recipe, overrides), str(recipe), resume)
 
 
 def refusal(recipe: Path, *overrides: str) -> str:
@@ -116,7 +115,7 @@ def test_heads_that_are_missing_begin_anew(recipe, folder, original, tmp_path):
     [
         ("model.num_hidden_layers=4", ["recipe.toml: model.num_hidden_layers = 4", "init = ", "has 2", "leave it out"]),
         ("model.preset=mini", ["model.hidden_size = 256", "has 32"]),
-        ("model.initial_attention=neighbours", ["model.initial_attention", "choose one"]),
+        ("model.initial_attention=adjacent", ["model.initial_attention", "choose one"]),
         ("batch.max_length=128", ["batch.max_length = 128", "max_position_embeddings = 32"]),
         ("init=nowhere", ["nowhere: no such folder"]),
     ],

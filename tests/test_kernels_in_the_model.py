@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fastbert.config import ModelConfig
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, losses
 from tests.random_batch import VOCAB, make_batch
 from tests.sanitizer import sanitize
 

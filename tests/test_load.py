@@ -19,10 +19,10 @@ from transformers import BertForPreTraining as TheirModel
 
 import fastbert
 from fastbert.checkpoints import hugging_face
+from fastbert.checkpoints.model_folder import CheckpointWarning
 from fastbert.checkpoints.weight_names import shapes
 from fastbert.errors import InputError
 from fastbert.tasks.export import export
-from fastbert.tasks.load import CheckpointWarning
 from fastbert.tasks.pretrained import TextCutWarning
 
 
@@ -290,10 +290,10 @@ def test_a_half_written_run_is_one_clear_line(run, breakage, words):
 
 def test_what_is_no_model_at_all(tmp_path):
     for name in ("train", "heldout"):
-        (tmp_path / "store" / name).mkdir(parents=True)
+        (tmp_path / "dataset" / name).mkdir(parents=True)
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    for path, words in [("nothing", "no such folder"), ("file", "a file"), ("empty", "neither a run"), ("store", "a store of text")]:
+    for path, words in [("nothing", "no such folder"), ("file", "a file"), ("empty", "neither a run"), ("dataset", "a dataset of text")]:
         with pytest.raises(InputError, match=f"{path}: .*{words}"):
             fastbert.load(tmp_path / path)
 

@@ -21,7 +21,7 @@ import torch
 from fastbert.checkpoints import checkpoint
 from fastbert.config import load_config
 from fastbert.data.batches import Batches
-from fastbert.data.dataset import open_store
+from fastbert.data.dataset import open_dataset
 from fastbert.durable import sealed
 from fastbert.errors import InputError
 from fastbert.training.loop import pretrain
@@ -33,7 +33,7 @@ from tests.trials import CLOCK
 ROOT = Path(__file__).parents[1]
 
 RECIPE = """
-data = "{store}"
+data = "{dataset}"
 run = "{run}"
 [model]
 num_hidden_layers = 2
@@ -65,9 +65,9 @@ deepspeed = "{deepspeed}"
 
 
 @pytest.fixture
-def recipe(tmp_path, small_store) -> Path:
+def recipe(tmp_path, small_dataset) -> Path:
     path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE.format(store=small_store.path, run=tmp_path / "run", deepspeed=ROOT / "ds_config.json"), encoding="utf-8")
+    path.write_text(RECIPE.format(dataset=small_dataset.path, run=tmp_path / "run", deepspeed=ROOT / "ds_config.json"), encoding="utf-8")
     return path
 
 
@@ -117,7 +117,7 @@ def test_the_triton_kernels_train_the_same_model(recipe, tmp_path):
 
 
 def test_resumed_in_another_process_it_is_the_same_to_the_last_digit(recipe, tmp_path):
-    """20 steps against 10 and 10, in real processes, with dropout; and nothing but fastbert speaks on the terminal."""
+    """20 steps against 10 and 10, in real processes, with dropout; and nothing but fastbert is_main on the terminal."""
     whole, first = (start(recipe, f"run={tmp_path / name}", f"stop.steps={steps}") for name, steps in (("whole", 20), ("parts", 10)))
     code, out, err = finish(whole)
     assert (code, err) == (0, "")
@@ -147,7 +147,7 @@ def test_resumed_at_stage_1_too(recipe, tmp_path):
     assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 4, 5] and steps[3:5] == steps[5:]
 
 
-def test_what_a_run_leaves(recipe, tmp_path, small_store):
+def test_what_a_run_leaves(recipe, tmp_path, small_dataset):
     assert train(recipe, "checkpoint.every=2", "checkpoint.keep=2") == 0
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
@@ -162,7 +162,7 @@ def test_what_a_run_leaves(recipe, tmp_path, small_store):
     }
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-00000004", "step-00000006"}
     assert load_config(run / "config.toml") == load_config(recipe, ["checkpoint.every=2", "checkpoint.keep=2"])
-    assert (run / "tokenizer/vocab.txt").read_bytes() == (small_store.tokenizer_dir / "vocab.txt").read_bytes()
+    assert (run / "tokenizer/vocab.txt").read_bytes() == (small_dataset.tokenizer_dir / "vocab.txt").read_bytes()
     steps = [r for r in read_metrics(run / "metrics.jsonl") if "event" not in r]
     assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6] and all(tuple(s) == STEP_KEYS for s in steps)
     events = [(e["event"], e["step"]) for e in read_metrics(run / "metrics.jsonl") if "event" in e]
@@ -170,7 +170,7 @@ def test_what_a_run_leaves(recipe, tmp_path, small_store):
     assert [event for event in events if event[0] != "save"] == [("evaluate", 4), ("evaluate", 6), ("stop", 6)] and events[-1][0] == "stop"
     found, _ = checkpoint.newest_sound(run)
     assert found is not None
-    assert found.metadata["store_sha256"] == small_store.sha256 and found.metadata["vocab_size"] == 1000
+    assert found.metadata["dataset_sha256"] == small_dataset.sha256 and found.metadata["vocab_size"] == 1000
     assert found.metadata["progress"]["tokens"] == sum(s["tokens"] for s in steps)
     assert set(checkpoint.read_weights(found.path)) == {key.partition("/")[2] for key in keys(found.path, "weight/")}
 
@@ -285,7 +285,7 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(recipe, tmp_path,
     assert [s["step"] for s in lines(tmp_path / "run")] == [1, 2] and lines(tmp_path / "run")[0]["loss"] != 99.0
 
 
-def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_store, capsys):
+def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_dataset, capsys):
     assert train(recipe, "stop.steps=1") == 0
     for override, key, now, before in [
         ("model.hidden_size=64", "model.hidden_size", 64, 32),
@@ -297,15 +297,15 @@ def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_store, capsys)
         message = refusal(recipe, override, resume=True)
         assert f"{key} = {now}, but the checkpoint {tmp_path / 'run/checkpoints/step-00000001'} was trained with {before}" in message
     other = tmp_path / "other"
-    shutil.copytree(small_store.path, other)
+    shutil.copytree(small_dataset.path, other)
     manifest = json.loads((other / "manifest.json").read_text())
     del manifest["sha256"]
     (other / "manifest.json").write_bytes(sealed({**manifest, "options": {}}))
-    assert open_store(other).sha256 != small_store.sha256
-    assert f"data = '{other}': not the store that" in refusal(recipe, f"data={other}", resume=True)
-    # What may change: where the store lies, how long, how often, how it is packed; a learning rate is noted.
+    assert open_dataset(other).sha256 != small_dataset.sha256
+    assert f"data = '{other}': not the dataset that" in refusal(recipe, f"data={other}", resume=True)
+    # What may change: where the dataset lies, how long, how often, how it is packed; a learning rate is noted.
     moved = tmp_path / "moved"
-    shutil.copytree(small_store.path, moved)
+    shutil.copytree(small_dataset.path, moved)
     changes = [
         f"data={moved}",
         "stop.steps=2",
@@ -344,7 +344,7 @@ def test_what_deepspeed_refuses_is_one_line(recipe, tmp_path, values, message):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["data=no/such"], "no/such: no such store"),
+        (["data=no/such"], "no/such: no such dataset"),
         (["runtime.deepspeed=no/such.json"], "runtime.deepspeed = 'no/such.json': no such file"),
         (["runtime.kernels=triton"], 'runtime.kernels = "triton" needs a GPU'),
     ],
@@ -363,7 +363,7 @@ def test_a_run_folder_that_cannot_be(recipe, tmp_path):
 
 def test_losses_that_are_never_finite_again_end_the_run(recipe, tmp_path, capsys):
     """Gradient descent at rate 100 without clipping: it takes a few steps to overflow."""
-    overflow = ("optimizer.name=sgd", "optimizer.lr=100", "optimizer.clip=0", "stop.steps=200", "evaluate.every=1000")
+    overflow = ("optimizer.name=sgd", "optimizer.lr=100", "optimizer.max_grad_norm=0", "stop.steps=200", "evaluate.every=1000")
     assert train(recipe, *overflow, "stop.skipped=2") == 1
     run = tmp_path / "run"
     skips = lines(run, "skip")
@@ -395,9 +395,9 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp
     skips, steps = lines(run, "skip"), lines(run)
     assert sorted(line["step"] for line in skips + steps) == list(range(1, 13)) and len(skips) > 0 and len(steps) > 1
     config = load_config(recipe, short)
-    store = open_store(config.data)
+    dataset = open_dataset(config.data)
     for skip in skips:
-        packs = Batches(store, config).step(skip["step"] - 1)
+        packs = Batches(dataset, config).step(skip["step"] - 1)
         long = [int(e) for p in packs for e, n in zip(p.examples, p.cu_seqlens.diff(), strict=True) if n == 64]
         assert skip["examples"] == sorted(long)
     found, _ = checkpoint.newest_sound(run)

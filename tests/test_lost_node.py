@@ -44,9 +44,9 @@ def pace(cluster: Cluster, seconds: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_store, tmp_path_factory) -> Path:
+def undisturbed(small_dataset, tmp_path_factory) -> Path:
     """The folder of a run of one process that nothing has disturbed."""
-    cluster = make(tmp_path_factory.mktemp("undisturbed"), small_store.path)
+    cluster = make(tmp_path_factory.mktemp("undisturbed"), small_dataset.path)
     command = ["python", "-m", "tests.recorded", "pretrain", "recipes/base.toml"]
     environment = {**cluster.environment, "RANK": "0", "WORLD_SIZE": "1"}
     done = subprocess.run(command, cwd=cluster.folder, env=environment, capture_output=True, text=True, timeout=120)
@@ -55,8 +55,8 @@ def undisturbed(small_store, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def cluster(small_store, tmp_path) -> Iterator[Cluster]:
-    with make(tmp_path, small_store.path) as cluster:
+def cluster(small_dataset, tmp_path) -> Iterator[Cluster]:
+    with make(tmp_path, small_dataset.path) as cluster:
         yield cluster
 
 

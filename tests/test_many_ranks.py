@@ -8,8 +8,7 @@ import torch
 from fastbert.config import load_config
 from fastbert.data.batches import Batches
 from fastbert.machine import probe_bf16
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.training.optimizer import build_optimizer
 from fastbert.training.schedule import factor
 from tests.trials import Laboratory, Trial
@@ -26,8 +25,8 @@ SHARED += [(4, 0, PACKS[0]), (4, 1, PACKS[1]), (4, 2, PACKS[0]), (4, 3, PACKS[1]
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_store) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("ranks"), small_store.path)
+def lab(tmp_path_factory, small_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("ranks"), small_dataset.path)
 
 
 def shared(lab: Laboratory, world: int, stage: int, tokens: int) -> list[dict]:
@@ -50,17 +49,17 @@ def far(steps: list[dict], others: list[dict]) -> float:
 
 
 @pytest.fixture(scope="module")
-def rounding(alone, small_store, lab) -> float:
+def rounding(alone, small_dataset, lab) -> float:
     """How far rounding alone takes two runs apart: 50 steps by torch, in single and in double precision."""
-    return 4 * far(by_torch(lab, small_store, torch.float32), by_torch(lab, small_store, torch.float64))
+    return 4 * far(by_torch(lab, small_dataset, torch.float32), by_torch(lab, small_dataset, torch.float64))
 
 
-def by_torch(lab: Laboratory, store, dtype: torch.dtype, ranks: int | None = None) -> list[dict]:
+def by_torch(lab: Laboratory, dataset, dtype: torch.dtype, ranks: int | None = None) -> list[dict]:
     """The same run by plain torch. With `ranks`, their means are averaged: what is often done, and wrong."""
     config = load_config(lab.trial(steps=STEPS).recipe, [f"batch.micro_batch_tokens={PACKS[0]}"])
     torch.manual_seed(config.seed)
-    model = BertForPreTraining(config.model, store.vocab_size, "reference").to(dtype).train()
-    optimizer, batches, steps = build_optimizer(model, config.optimizer), Batches(store, config), []
+    model = BertForPreTraining(config.model, dataset.vocab_size, "reference").to(dtype).train()
+    optimizer, batches, steps = build_optimizer(model, config.optimizer), Batches(dataset, config), []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = config.optimizer.lr * factor(config.schedule, step / STEPS)
@@ -71,20 +70,20 @@ def by_torch(lab: Laboratory, store, dtype: torch.dtype, ranks: int | None = Non
                 scale = (pack.masked_total / len(pack.labels), pack.pairs_total / pack.sequences) if ranks else (1.0, 1.0)
                 (found.mlm * scale[0] / (ranks or 1) + found.nsp * scale[1] / (ranks or 1)).backward()
                 mlm, nsp = mlm + float(found.mlm.detach()), nsp + float(found.nsp.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm))
         optimizer.step()
         optimizer.zero_grad()
         steps.append({"loss": mlm + nsp, "loss_mlm": mlm, "loss_nsp": nsp, "grad_norm": norm})
     return steps
 
 
-def test_a_run_is_what_plain_torch_makes_of_it(alone, lab, small_store, rounding):
-    assert far(alone, by_torch(lab, small_store, torch.float32)) < rounding
+def test_a_run_is_what_plain_torch_makes_of_it(alone, lab, small_dataset, rounding):
+    assert far(alone, by_torch(lab, small_dataset, torch.float32)) < rounding
 
 
-def test_averaging_the_means_of_ranks_would_be_noticed(alone, lab, small_store, rounding):
+def test_averaging_the_means_of_ranks_would_be_noticed(alone, lab, small_dataset, rounding):
     """Ranks have other numbers of masked tokens and of pairs, so the mean of their means is not the mean."""
-    assert far(by_torch(lab, small_store, torch.float32, ranks=2), alone) > 100 * rounding
+    assert far(by_torch(lab, small_dataset, torch.float32, ranks=2), alone) > 100 * rounding
 
 
 @pytest.mark.parametrize("world, stage, tokens", SHARED)

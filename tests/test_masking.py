@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastbert.config import ObjectiveConfig
-from fastbert.data.dataset import Store
+from fastbert.data.dataset import TokenDataset
 from fastbert.data.masking import Masking, replaced_counts, selected_counts
 from fastbert.errors import InputError
 from tests.tiny_dataset import tiny_dataset
@@ -23,9 +23,9 @@ DEFAULT = ObjectiveConfig()
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     words = [f"##w{i}" if i % 4 == 3 else f"w{i}" for i in range(VOCAB - 5)]
-    return tiny_dataset(tmp_path_factory.mktemp("store") / "store", [[50]], vocab_size=VOCAB, words=words)
+    return tiny_dataset(tmp_path_factory.mktemp("dataset") / "dataset", [[50]], vocab_size=VOCAB, words=words)
 
 
 def text(n: int, seed: int = 0) -> np.ndarray:
@@ -59,9 +59,9 @@ def test_counts_are_rounded_exactly_for_every_length(objective):
         assert r == min(rounded(random_token * s), s - m)
 
 
-def test_200_tokens_are_30_selected_24_masked_3_random_3_kept(store):
+def test_200_tokens_are_30_selected_24_masked_3_random_3_kept(dataset):
     tokens = text(200 * 50)
-    seen, chosen = Masking(store, DEFAULT)(tokens, np.full(50, 200), keys(50))
+    seen, chosen = Masking(dataset, DEFAULT)(tokens, np.full(50, 200), keys(50))
     for i in range(50):
         of = chosen[(chosen >= 200 * i) & (chosen < 200 * (i + 1))]
         masked = seen[of] == MASK
@@ -77,11 +77,11 @@ def test_200_tokens_are_30_selected_24_masked_3_random_3_kept(store):
     whole_word=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_pack_has_exact_counts_and_nothing_else_changes(store, lengths, rate, shares, whole_word, seed):
+def test_any_pack_has_exact_counts_and_nothing_else_changes(dataset, lengths, rate, shares, whole_word, seed):
     objective = ObjectiveConfig(mask_rate=rate, mask_token=shares[0], random_token=shares[1], whole_word=whole_word)
     lengths = np.array(lengths)
     tokens = text(lengths.sum(), seed)
-    seen, chosen = Masking(store, objective)(tokens, lengths, keys(len(lengths), seed))
+    seen, chosen = Masking(dataset, objective)(tokens, lengths, keys(len(lengths), seed))
     selected = selected_counts(lengths, objective)
     masked, other = replaced_counts(selected, objective)
     example = np.repeat(np.arange(len(lengths)), lengths)
@@ -99,19 +99,19 @@ def test_any_pack_has_exact_counts_and_nothing_else_changes(store, lengths, rate
 # Which tokens, and what is put in their place
 
 
-def test_every_token_of_an_example_is_selected_equally_often(store):
+def test_every_token_of_an_example_is_selected_equally_often(dataset):
     n, length = 8000, 20
-    _, chosen = Masking(store, DEFAULT)(text(n * length), np.full(n, length), keys(n))
+    _, chosen = Masking(dataset, DEFAULT)(text(n * length), np.full(n, length), keys(n))
     counts = np.bincount(chosen % length, minlength=length)
     expected = n * 3 / length
     assert ((counts - expected) ** 2 / expected).sum() < 45  # 19 degrees of freedom: 1 in 1,400 lies above
 
 
 @pytest.mark.parametrize("original", [0, 7, 39, UNK])
-def test_random_tokens_are_uniform_over_all_other_ordinary_ones(store, original):
+def test_random_tokens_are_uniform_over_all_other_ordinary_ones(dataset, original):
     n = 400
     objective = ObjectiveConfig(mask_rate=1.0, mask_token=0.0, random_token=1.0)
-    seen, _ = Masking(store, objective)(np.full(n * 100, original), np.full(n, 100), keys(n))
+    seen, _ = Masking(dataset, objective)(np.full(n * 100, original), np.full(n, 100), keys(n))
     counts = np.bincount(seen, minlength=VOCAB)
     others = [i for i in range(40) if i != original]
     assert counts[others].sum() == n * 100
@@ -119,9 +119,9 @@ def test_random_tokens_are_uniform_over_all_other_ordinary_ones(store, original)
     assert ((counts[others] - expected) ** 2 / expected).sum() < 78  # 38 or 39 degrees of freedom: 1 in 5,000 lies above
 
 
-def test_an_unknown_word_and_token_0_are_selected_like_any_other(store):
+def test_an_unknown_word_and_token_0_are_selected_like_any_other(dataset):
     tokens = np.tile([0, UNK, 5, 6], 10_000)
-    seen, chosen = Masking(store, DEFAULT)(tokens, np.full(1000, 40), keys(1000))
+    seen, chosen = Masking(dataset, DEFAULT)(tokens, np.full(1000, 40), keys(1000))
     share = np.bincount(chosen % 4, minlength=4) / len(chosen)
     np.testing.assert_allclose(share, 0.25, atol=0.02)
     np.testing.assert_allclose([(seen[chosen[chosen % 4 == i]] == MASK).mean() for i in range(4)], 5 / 6, atol=0.03)  # 6 selected, 5 masked
@@ -130,12 +130,12 @@ def test_an_unknown_word_and_token_0_are_selected_like_any_other(store):
 # Whole words
 
 
-def test_whole_words_are_selected_together(store):
+def test_whole_words_are_selected_together(dataset):
     lengths = np.full(500, 60)
     tokens = text(lengths.sum())
-    _, chosen = Masking(store, ObjectiveConfig(whole_word=True))(tokens, lengths, keys(500))
+    _, chosen = Masking(dataset, ObjectiveConfig(whole_word=True))(tokens, lengths, keys(500))
     place = np.arange(len(tokens)) % 60
-    begins = (place == 0) | ~store.continues_word[tokens]
+    begins = (place == 0) | ~dataset.continues_word[tokens]
     word = np.cumsum(begins) - 1
     size, hit = np.bincount(word), np.bincount(word[chosen], minlength=word[-1] + 1)
     broken = np.flatnonzero((hit > 0) & (hit < size))
@@ -151,8 +151,8 @@ def test_whole_words_are_selected_together(store):
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10), whole_word=st.booleans(), seed=st.integers(0, 1000))
-def test_an_example_is_masked_alike_in_every_pack(store, lengths, whole_word, seed):
-    masking = Masking(store, ObjectiveConfig(mask_rate=0.5, mask_token=0.4, random_token=0.4, whole_word=whole_word))
+def test_an_example_is_masked_alike_in_every_pack(dataset, lengths, whole_word, seed):
+    masking = Masking(dataset, ObjectiveConfig(mask_rate=0.5, mask_token=0.4, random_token=0.4, whole_word=whole_word))
     lengths, all_keys = np.array(lengths), keys(len(lengths), seed)
     tokens = text(lengths.sum(), seed)
     seen, chosen = masking(tokens, lengths, all_keys)
@@ -163,17 +163,17 @@ def test_an_example_is_masked_alike_in_every_pack(store, lengths, whole_word, se
         np.testing.assert_array_equal(alone_chosen + start, chosen[(chosen >= start) & (chosen < end)])
 
 
-def test_other_keys_give_other_masks(store):
+def test_other_keys_give_other_masks(dataset):
     tokens = np.tile(text(100), 200)
-    _, chosen = Masking(store, DEFAULT)(tokens, np.full(200, 100), np.arange(200))  # neighbouring keys
+    _, chosen = Masking(dataset, DEFAULT)(tokens, np.full(200, 100), np.arange(200))  # neighbouring keys
     sets = [frozenset(row) for row in (chosen % 100).reshape(200, 15)]
     assert len(set(sets)) == 200
     overlap = np.mean([len(a & b) for a, b in pairwise(sets)])
     assert abs(overlap - 15 * 0.15) < 0.4
 
 
-def test_an_empty_pack(store):
-    seen, chosen = Masking(store, DEFAULT)(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
+def test_an_empty_pack(dataset):
+    seen, chosen = Masking(dataset, DEFAULT)(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
     assert len(seen) == len(chosen) == 0
 
 

@@ -12,8 +12,7 @@ from fastbert.checkpoints.weight_names import from_hugging_face, to_hugging_face
 from fastbert.config import ModelConfig
 from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
-from fastbert.models.bert import Attention, BertForPreTraining, resolve_kernels
-from fastbert.models.bert import losses
+from fastbert.models.bert import Attention, BertForPreTraining, losses, resolve_kernels
 from tests.random_batch import VOCAB, make_batch
 
 CONFIG = ModelConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, max_position_embeddings=64)
@@ -146,7 +145,7 @@ def test_examples_without_a_pair_add_nothing(model):
     assert losses(model(without)).nsp.item() == 0
 
 
-@pytest.mark.parametrize(("initial_attention", "slack"), [("uniform", 0.02), ("neighbours", 0.2)])
+@pytest.mark.parametrize(("initial_attention", "slack"), [("uniform", 0.02), ("adjacent", 0.2)])
 def test_first_loss_of_a_fresh_model_is_that_of_guessing(initial_attention, slack):
     torch.manual_seed(3)
     fresh = BertForPreTraining(dataclasses.replace(CONFIG, initial_attention=initial_attention), VOCAB).eval()
@@ -174,7 +173,7 @@ def test_triton_on_a_cpu_is_for_the_interpreter_alone(monkeypatch):
 def test_neighbouring_heads_look_at_the_token_before_and_after():
     """At the start, head 0 of the first layer looks at the previous token and head 1 at the next, give or take one, whatever the words."""
     torch.manual_seed(0)
-    config = ModelConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, initial_attention="neighbours")
+    config = ModelConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, initial_attention="adjacent")
     model = BertForPreTraining(config, VOCAB).eval()
     batch = make_batch([60])
     x = model.hidden_states(batch)[0]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastbert.cluster.signals import Interruption
+from fastbert.cluster.signals import StopRequest
 from fastbert.config import RunConfig, StopConfig
 from fastbert.training import monitor as module
 from fastbert.training import picture
@@ -21,9 +21,9 @@ from fastbert.training.heldout import HeldOut
 from fastbert.training.metrics import STEP_KEYS, read_metrics
 from fastbert.training.monitor import Monitor
 from fastbert.training.picture import LossHistory
-from fastbert.training.progress import Horizon, Progress
+from fastbert.training.train_state import StopCriteria, TrainState
 
-YARDSTICKS = {"unigram": 6.7, "left_bigram": 5.1, "two_sided_bigram": 4.3, "two_sided_trigram": 3.7, "tokens": 1e6}
+BASELINES = {"unigram": 6.7, "left_bigram": 5.1, "two_sided_bigram": 4.3, "two_sided_trigram": 3.7, "tokens": 1e6}
 FIRST = math.log(1000) + math.log(2)
 
 
@@ -35,13 +35,13 @@ def heldout(mask: float = 6.0, nsp: float = 0.6) -> HeldOut:
     return HeldOut(6.5, 5.9, 0.1, mask, 0.08, nsp, 0.7)
 
 
-def monitor(run, step: int = 0, speaks: bool = True) -> Monitor:
-    horizon = Horizon(RunConfig(data="store", stop=StopConfig(steps=200)), 50)
-    return Monitor(run, step=step, horizon=horizon, peak=1e9, vocab_size=1000, pairs=True, yardsticks=YARDSTICKS, speaks=speaks)
+def monitor(run, step: int = 0, is_main: bool = True) -> Monitor:
+    criteria = StopCriteria(RunConfig(data="dataset", stop=StopConfig(steps=200)), 50)
+    return Monitor(run, step=step, criteria=criteria, peak=1e9, vocab_size=1000, pairs=True, baselines=BASELINES, is_main=is_main)
 
 
 def take_step(to: Monitor, step: int, loss: float = FIRST, **changes) -> None:
-    to.step(Progress(step=step, seconds=step * 0.1), result(loss, **changes), lr=1e-3, seconds=0.1, waited=0.01, flops=5e7)
+    to.step(TrainState(step=step, seconds=step * 0.1), result(loss, **changes), lr=1e-3, seconds=0.1, waited=0.01, flops=5e7)
 
 
 def test_a_step_has_exactly_the_keys_that_others_script_against(tmp_path):
@@ -64,9 +64,9 @@ def test_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
     assert line in (tmp_path / "log.txt").read_text()
 
 
-def test_held_out_losses_are_set_against_the_yardsticks(tmp_path, capsys):
+def test_held_out_losses_are_set_against_the_baselines(tmp_path, capsys):
     with monitor(tmp_path) as to:
-        to.evaluate(Progress(step=20), heldout(), 0.5)
+        to.evaluate(TrainState(step=20), heldout(), 0.5)
     assert capsys.readouterr().out.strip() == (
         "held-out at step 20: MLM loss 5.900, accuracy 10.0%; NSP loss 0.600, accuracy 70.0%; "
         "on [MASK] 6.000, below word frequencies (6.70), above the left neighbour (5.10)"
@@ -79,7 +79,7 @@ def test_advice_is_given_once(tmp_path, capsys):
     with monitor(tmp_path) as to:
         take_step(to, 1, loss=30.0)
         for step in (150, 160, 170):
-            to.evaluate(Progress(step=step), heldout(mask=6.69, nsp=0.693), 0.5)
+            to.evaluate(TrainState(step=step), heldout(mask=6.69, nsp=0.693), 0.5)
         for step in range(2, 103):
             take_step(to, step)
         for step in range(103, 110):
@@ -95,7 +95,7 @@ def test_advice_is_given_once(tmp_path, capsys):
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1e10])
 def test_a_loss_that_is_not_finite_is_not_taken_for_a_plateau(tmp_path, capsys, loss):
     with monitor(tmp_path) as to:
-        to.evaluate(Progress(step=190), HeldOut(loss, loss, 0.0, loss, 0.0, loss, 0.4), 0.5)
+        to.evaluate(TrainState(step=190), HeldOut(loss, loss, 0.0, loss, 0.0, loss, 0.4), 0.5)
         to.stop(190, "stop.steps = 190")
     said = capsys.readouterr().out
     (note,) = (line for line in said.splitlines() if line.startswith("note: "))
@@ -135,14 +135,14 @@ def test_a_normal_run_gets_no_advice(tmp_path, capsys):
     with monitor(tmp_path) as to:
         for step in range(1, 150):
             take_step(to, step, loss=FIRST - step / 100)
-        to.evaluate(Progress(step=150), heldout(mask=4.5, nsp=0.5), 0.5)
+        to.evaluate(TrainState(step=150), heldout(mask=4.5, nsp=0.5), 0.5)
     assert "note: " not in capsys.readouterr().out
 
 
 def test_only_rank_0_speaks(tmp_path, capsys):
-    with monitor(tmp_path, speaks=False) as to:
+    with monitor(tmp_path, is_main=False) as to:
         take_step(to, 1, loss=99.0)
-        to.evaluate(Progress(step=1), heldout(), 0.5)
+        to.evaluate(TrainState(step=1), heldout(), 0.5)
         to.say("hello")
         to.stop(1, "stop.steps = 1")
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
@@ -152,7 +152,7 @@ def test_tensorboard_has_the_curves(tmp_path):
     with monitor(tmp_path) as to:
         for step in range(1, 31):
             take_step(to, step, loss=10.0 - step)
-        to.evaluate(Progress(step=30), heldout(), 0.5)
+        to.evaluate(TrainState(step=30), heldout(), 0.5)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 0.0), (20, -10.0), (30, -20.0)]
     assert events.Scalars("heldout/loss_mask_token")[0].value == 6.0
@@ -162,7 +162,7 @@ def test_the_picture_shows_the_run(tmp_path):
     with monitor(tmp_path) as to:
         for step in range(1, 101):
             take_step(to, step, loss=FIRST - step / 50)
-        to.evaluate(Progress(step=100), heldout(), 0.5)
+        to.evaluate(TrainState(step=100), heldout(), 0.5)
         to.stop(100, "stop.steps = 100")
     pixels = matplotlib.image.imread(tmp_path / "loss.png")
     assert pixels.shape[0] > 500 and pixels.shape[1] > 800
@@ -175,7 +175,7 @@ def test_the_picture_shows_the_run(tmp_path):
 def test_the_picture_does_without_pairs_and_evaluations(tmp_path):
     history = LossHistory()
     history.add({"step": 1, "loss_mlm": 7.0, "loss_nsp": None})
-    history.draw(tmp_path / "loss.png", "run", YARDSTICKS)
+    history.draw(tmp_path / "loss.png", "run", BASELINES)
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
 
@@ -212,7 +212,7 @@ def test_every_line_is_json(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_a_wish(number):
     before = signal.getsignal(number)
-    with Interruption() as interruption:
+    with StopRequest() as interruption:
         assert interruption.asked is None
         os.kill(os.getpid(), number)
         assert interruption.asked == signal.Signals(number).name
@@ -220,6 +220,6 @@ def test_a_signal_is_a_wish(number):
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    with Interruption(), pytest.raises(KeyboardInterrupt):
+    with StopRequest(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

@@ -20,9 +20,9 @@ ROUNDING = 1e-4  # relative: sums of another order, over 20 steps
 
 
 @pytest.fixture(scope="module")
-def alone(small_store, tmp_path_factory) -> Path:
+def alone(small_dataset, tmp_path_factory) -> Path:
     """The run folder of the page's first command: a single process that no launcher has started."""
-    with Cluster(tmp_path_factory.mktemp("alone"), small_store.path) as cluster:
+    with Cluster(tmp_path_factory.mktemp("alone"), small_dataset.path) as cluster:
         (command,) = cluster.start_block(block("One process"))
         until(lambda: metrics(cluster.run) or command.process.poll() is not None, "the first step")
         check_ports(cluster, several_machines=False)
@@ -32,8 +32,8 @@ def alone(small_store, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def cluster(request, small_store, tmp_path) -> Iterator[Cluster]:
-    with Cluster(tmp_path, small_store.path, gpus=getattr(request, "param", 1)) as cluster:
+def cluster(request, small_dataset, tmp_path) -> Iterator[Cluster]:
+    with Cluster(tmp_path, small_dataset.path, gpus=getattr(request, "param", 1)) as cluster:
         yield cluster
 
 

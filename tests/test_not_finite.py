@@ -22,8 +22,8 @@ HUGE = 3e38  # finite in single precision, though no sum of two such numbers is
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_store) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("not-finite"), small_store.path)
+def lab(tmp_path_factory, small_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("not-finite"), small_dataset.path)
 
 
 def damage(trial: Trial, place: int = PLACE) -> None:
@@ -38,9 +38,9 @@ def damage(trial: Trial, place: int = PLACE) -> None:
     checkpoint.save(found.path.parent, found.step, tensors, found.metadata, 1)
 
 
-def examples(trial: Trial, store, longer_than: int = 0) -> dict[int, list[int]]:
+def examples(trial: Trial, dataset, longer_than: int = 0) -> dict[int, list[int]]:
     """By step, those of its examples that have more tokens."""
-    batches, found = Batches(store, load_config(trial.recipe, trial.overrides)), {}
+    batches, found = Batches(dataset, load_config(trial.recipe, trial.overrides)), {}
     for step in range(trial.records(None, "skip")[-1]["step"]):
         packs = batches.step(step)
         indices = np.concatenate([pack.examples[pack.cu_seqlens.diff() > longer_than] for pack in packs])
@@ -62,7 +62,7 @@ def fails(trial: Trial, world: int, *overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 0), (2, 1), (2, 3)])
-def test_examples_that_break_the_loss_are_skipped(lab, small_store, world, stage):
+def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, stage):
     """A damaged embedding that only long sequences meet. Every other step is made as if nothing were, on any number of ranks.
 
     The held-out text meets it too, so the run does not end well, though it is saved: its weights give finite losses elsewhere.
@@ -71,7 +71,7 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_store, world, stage
     trial.go_on(world, "stop.steps=3")
     damage(trial)
     said = fails(trial, world)
-    expected = {step: found for step, found in examples(trial, small_store, PLACE).items() if found and step > 3}
+    expected = {step: found for step, found in examples(trial, small_dataset, PLACE).items() if found and step > 3}
     skips = trial.records("skip")
     assert len(skips) > 2 and {skip["step"]: skip["examples"] for skip in skips} == {
         s: e for s, e in expected.items() if s <= skips[-1]["step"]
@@ -88,18 +88,24 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_store, world, stage
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 0)])
-def test_too_many_in_a_row_end_the_run(lab, small_store, world, stage):
+def test_too_many_in_a_row_end_the_run(lab, small_dataset, world, stage):
     """Gradient descent at rate 100 without clipping."""
     limit = 3
     trial = lab.trial(
-        "optimizer.name=sgd", "optimizer.lr=100", "optimizer.clip=0", f"stop.skipped={limit}", "evaluate.every=1000", stage=stage, steps=200
+        "optimizer.name=sgd",
+        "optimizer.lr=100",
+        "optimizer.max_grad_norm=0",
+        f"stop.skipped={limit}",
+        "evaluate.every=1000",
+        stage=stage,
+        steps=200,
     )
     said = fails(trial, world)[-1]
     skips = trial.records("skip")
     assert len(skips) >= limit + 1 and [s["step"] for s in skips[-limit - 1 :]] == list(
         range(skips[-1]["step"] - limit, skips[-1]["step"] + 1)
     )
-    everything = examples(trial, small_store)
+    everything = examples(trial, small_dataset)
     assert skips[-1]["examples"] == everything[skips[-1]["step"]] or skips[-1]["examples"] == []
     assert f"stop.skipped = {limit}" in said and "optimizer.lr" in said
     assert all_finite(trial)
@@ -121,7 +127,7 @@ def test_a_loss_is_never_averaged_away(lab):
 
 # Weights that a step has broken: the step's own loss was finite, and every step after it is skipped.
 
-BREAKS = ("optimizer.name=sgd", "optimizer.lr=100", "optimizer.clip=0", *SUDDEN)
+BREAKS = ("optimizer.name=sgd", "optimizer.lr=100", "optimizer.max_grad_norm=0", *SUDDEN)
 
 
 @pytest.fixture(scope="module")
@@ -195,12 +201,12 @@ def test_the_same_on_many_ranks(lab, world, stage):
     assert len(list((trial.run / "checkpoints").iterdir())) == 1
 
 
-def test_a_bad_text_in_the_last_steps_does_not_lose_the_run(lab, small_store):
+def test_a_bad_text_in_the_last_steps_does_not_lose_the_run(lab, small_dataset):
     """The weights are not broken: the run ends well, and its end is saved."""
     trial = lab.trial(*FEW, "objective.kind=mlm", "evaluate.sequences=1", "stop.skipped=20", "checkpoint.keep=1")
     config = load_config(trial.recipe, trial.overrides)
-    batches = Batches(small_store, config)
-    assert longest(heldout_batches(small_store, config, 1)) <= PLACE
+    batches = Batches(small_dataset, config)
+    assert longest(heldout_batches(small_dataset, config, 1)) <= PLACE
     trial.go_on(1, "stop.steps=3")
     damage(trial)
     long = [longest(batches.step(step)) > PLACE for step in range(lab.steps)]

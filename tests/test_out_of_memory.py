@@ -71,8 +71,8 @@ def bound_memory(ranks: Ranks, rank: int, more: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_store) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("memory"), small_store.path)
+def lab(tmp_path_factory, small_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("memory"), small_dataset.path)
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -83,8 +83,8 @@ def test_what_cannot_be_drawn_is_told(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_store) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("pictures"), small_store.path)
+def lab(tmp_path_factory, small_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("pictures"), small_dataset.path)
 
 
 def test_a_run_with_two_dollar_signs_in_its_name(lab, capsys):

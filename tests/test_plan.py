@@ -28,7 +28,7 @@ GB = 1e9
 
 
 def recipe(text: str = "", preset: str = "base") -> RunConfig:
-    return parse_config(f'data = "no store here"\n{text}\n[model]\npreset = "{preset}"\n', "test.toml")
+    return parse_config(f'data = "no dataset here"\n{text}\n[model]\npreset = "{preset}"\n', "test.toml")
 
 
 def batch(lengths: list[int], masked_each: int) -> PackedBatch:
@@ -245,7 +245,7 @@ def test_flops_per_token_of_bert_base_are_six_times_its_matrices():
     ],
 )
 def test_what_limits_a_run(text, gpus, gpu, stage, limit):
-    config = parse_config(f'data = "no store here"\n{text}', "test.toml")
+    config = parse_config(f'data = "no dataset here"\n{text}', "test.toml")
     assert re.match(limit, plan(config, "test.toml", gpus, gpu, stage=stage).limit)
 
 
@@ -266,7 +266,7 @@ def test_the_end_of_the_run_is_the_first_condition_reached():
     assert steps("steps = 500\ntokens = 2560000") == 100
     assert steps("tokens = 2560001", "tokens") == 101
     assert steps("steps = 50\ntokens = 2560000") == 50
-    assert steps("epochs = 3") is None  # nobody knows how long an epoch is without the store
+    assert steps("epochs = 3") is None  # nobody knows how long an epoch is without the dataset
     assert (steps("seconds = 100", "seconds") or 0) > 1
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert.machine import (Bf16Probe, probe_bf16)
 from fastbert.errors import InputError
+from fastbert.machine import Bf16Probe, probe_bf16
 from fastbert.training.precision import resolve_precision
 
 CPU = torch.device("cpu")

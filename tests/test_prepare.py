@@ -1,4 +1,4 @@
-"""From text to a store: nothing lost, nothing left to chance, nothing half-written."""
+"""From text to a dataset: nothing lost, nothing left to chance, nothing half-written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from fastbert.data import prepare as module
-from fastbert.data.dataset import Split, Store, open_store
+from fastbert.data.dataset import Split, TokenDataset, open_dataset
 from fastbert.data.documents import Chunk, Source, read_documents
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, hash_text
 from fastbert.data.prepare import prepare
@@ -44,13 +44,13 @@ def texts_of(split: Split) -> list[list[list[int]]]:
     return [cut[a:b] for a, b in itertools.pairwise(documents)]
 
 
-def files_of(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+def files_of(dataset: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(dataset)): path.read_bytes() for path in sorted(dataset.rglob("*")) if path.is_file()}
 
 
-def test_every_sentence_is_there(small_store: Store, english_documents: list[str]) -> None:
-    """The store against the plain way: split, encode one by one, choose by hash."""
-    tokenizer = load_tokenizer(small_store.tokenizer_dir)
+def test_every_sentence_is_there(small_dataset: TokenDataset, english_documents: list[str]) -> None:
+    """The dataset against the plain way: split, encode one by one, choose by hash."""
+    tokenizer = load_tokenizer(small_dataset.tokenizer_dir)
     expected: dict[str, list[list[list[int]]]] = {"train": [], "heldout": []}
     for document in english_documents:
         ids = [tokenizer.encode(sentence, add_special_tokens=False).ids for sentence in split_sentences(document)]
@@ -59,19 +59,19 @@ def test_every_sentence_is_there(small_store: Store, english_documents: list[str
             expected["heldout" if hash_text(document) < 0.05 * 2**64 else "train"].append(pieces)
     assert len(expected["heldout"]) >= module.LEAST_HELDOUT  # otherwise the share alone would not decide
     for name, documents in expected.items():
-        assert texts_of(small_store.split(name)) == documents
+        assert texts_of(small_dataset.split(name)) == documents
 
 
 def test_the_same_bytes_whatever_the_workers(several_chunks: Path, tmp_path: Path) -> None:
     made = []
     for workers in (1, 3, 1):
-        out = tmp_path / f"store{len(made)}"
+        out = tmp_path / f"dataset{len(made)}"
         prepare([several_chunks], out, vocab_size=2000, workers=workers, progress=False)
         made.append(files_of(out))
     assert made[0] == made[1] == made[2]
-    store = open_store(tmp_path / "store1", verify=True)
-    assert sum(split["documents"] for split in store.manifest["splits"].values()) > 4000
-    text = json.dumps(store.manifest)
+    dataset = open_dataset(tmp_path / "store1", verify=True)
+    assert sum(split["documents"] for split in dataset.manifest["splits"].values()) > 4000
+    text = json.dumps(dataset.manifest)
     assert str(tmp_path) not in text and str(several_chunks) not in text
 
 
@@ -83,19 +83,19 @@ def test_formats_make_the_same_store(english_documents: list[str], tmp_path: Pat
     assert files_of(tmp_path / "txt") == files_of(tmp_path / "jsonl")
 
 
-def test_given_tokenizer(small_store: Store, english_jsonl: Path, tmp_path: Path) -> None:
-    report = prepare([english_jsonl], tmp_path / "store", tokenizer=small_store.tokenizer_dir, heldout=0.05, workers=1, progress=False)
-    store = open_store(tmp_path / "store", verify=True)
+def test_given_tokenizer(small_dataset: TokenDataset, english_jsonl: Path, tmp_path: Path) -> None:
+    report = prepare([english_jsonl], tmp_path / "dataset", tokenizer=small_dataset.tokenizer_dir, heldout=0.05, workers=1, progress=False)
+    dataset = open_dataset(tmp_path / "dataset", verify=True)
     for name in ("train", "heldout"):
-        assert store.manifest["splits"][name] == small_store.manifest["splits"][name]
-        assert store.manifest["files"][f"{name}/shard-00000.tokens"] == small_store.manifest["files"][f"{name}/shard-00000.tokens"]
+        assert dataset.manifest["splits"][name] == small_dataset.manifest["splits"][name]
+        assert dataset.manifest["files"][f"{name}/shard-00000.tokens"] == small_dataset.manifest["files"][f"{name}/shard-00000.tokens"]
     assert report.figures["vocab_size"] == 1000
-    assert "lowercase" not in store.manifest["options"]
+    assert "lowercase" not in dataset.manifest["options"]
 
 
-def test_long_sentences_are_cut_and_nothing_is_lost(small_store: Store) -> None:
+def test_long_sentences_are_cut_and_nothing_is_lost(small_dataset: TokenDataset) -> None:
     lengths = [1, 253, 254, 255, 508, 509, 1000]
-    tokenizer = (small_store.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = (small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
     data = "\n".join("a " * length for length in lengths).encode() + b"\n\n\x00\x01\n\n."
     encoded = ChunkEncoder(tokenizer, "text", 0)(Chunk(Source(Path("x"), "txt", ""), data, 1, 0, 0))
     assert encoded.train.sentences.tolist() == [1, 253, 254, 254, 1, 254, 254, 254, 254, 1, 254, 254, 254, 238, 1]
@@ -108,9 +108,9 @@ def test_long_sentences_are_cut_and_nothing_is_lost(small_store: Store) -> None:
 def test_copies_are_on_one_side(english_documents: list[str], tmp_path: Path) -> None:
     documents = [*english_documents, *reversed(english_documents), *english_documents[::2]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    report = prepare([tmp_path / "a.jsonl"], tmp_path / "store", vocab_size=500, heldout=0.3, workers=1, progress=False)
-    store = open_store(tmp_path / "store")
-    sides = [{json.dumps(document) for document in texts_of(store.split(name))} for name in ("train", "heldout")]
+    report = prepare([tmp_path / "a.jsonl"], tmp_path / "dataset", vocab_size=500, heldout=0.3, workers=1, progress=False)
+    dataset = open_dataset(tmp_path / "dataset")
+    sides = [{json.dumps(document) for document in texts_of(dataset.split(name))} for name in ("train", "heldout")]
     assert sides[1] and not sides[0] & sides[1]
     distinct = len(set(map(str.strip, english_documents)))
     assert report.figures["duplicate_document_share"] == pytest.approx(1 - distinct / len(documents), abs=1e-6)
@@ -120,10 +120,12 @@ def test_copies_are_on_one_side(english_documents: list[str], tmp_path: Path) ->
 @pytest.mark.parametrize(("count", "heldout"), [(2, 1), (3, 1), (8, 2), (63, 15), (200, 16)])
 def test_little_text_is_held_out_too(tmp_path: Path, count: int, heldout: int) -> None:
     (tmp_path / "a.txt").write_text("\n".join(f"This is the document number {i}. It is short." for i in range(count)))
-    report = prepare([tmp_path / "a.txt"], tmp_path / "store", vocab_size=120, text_format="lines", heldout=1e-9, workers=1, progress=False)
+    report = prepare(
+        [tmp_path / "a.txt"], tmp_path / "dataset", vocab_size=120, text_format="lines", heldout=1e-9, workers=1, progress=False
+    )
     assert (report.figures["heldout_documents"], report.figures["documents"]) == (heldout, count)
     prepare([tmp_path / "a.txt"], tmp_path / "half", vocab_size=120, text_format="lines", heldout=0.5, workers=1, progress=False)
-    assert all(open_store(tmp_path / "half").split(name).documents for name in ("train", "heldout"))
+    assert all(open_dataset(tmp_path / "half").split(name).documents for name in ("train", "heldout"))
 
 
 def test_sample_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,12 +154,12 @@ def test_sample_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"good\n\n\xff", {"tokenizer": True, "workers": 2}, ["a.txt", "line 3", "not UTF-8"]),
     ],
 )
-def test_bad_calls(small_store: Store, tmp_path: Path, text: str | bytes, options: dict[str, Any], words: list[str]) -> None:
+def test_bad_calls(small_dataset: TokenDataset, tmp_path: Path, text: str | bytes, options: dict[str, Any], words: list[str]) -> None:
     (tmp_path / "a.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     if options.get("tokenizer") is True:
-        options = {**options, "tokenizer": small_store.tokenizer_dir}
+        options = {**options, "tokenizer": small_dataset.tokenizer_dir}
     with pytest.raises(InputError) as raised:
-        prepare([tmp_path / "a.txt"], tmp_path / "store", **{"progress": False, **options})
+        prepare([tmp_path / "a.txt"], tmp_path / "dataset", **{"progress": False, **options})
     message = str(raised.value)
     assert all(word in message for word in words) and "\n" not in message, message
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
@@ -168,8 +170,8 @@ def test_existing_target(english_jsonl: Path, tmp_path: Path) -> None:
         make(tmp_path / name)
         with pytest.raises(InputError, match=f"{name}: exists already; remove it or choose another --out"):
             prepare([english_jsonl], tmp_path / name, progress=False)
-    with pytest.raises(InputError, match="file/store: cannot be written"):
-        prepare([english_jsonl], tmp_path / "file" / "store", progress=False)
+    with pytest.raises(InputError, match="file/dataset: cannot be written"):
+        prepare([english_jsonl], tmp_path / "file" / "dataset", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
 
 
@@ -179,8 +181,8 @@ def test_no_space(english_jsonl: Path, tmp_path: Path, limit: int) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(InputError, match="store: no space left") as raised:
-            prepare([english_jsonl], tmp_path / "store", vocab_size=1000, workers=1, progress=False)
+        with pytest.raises(InputError, match="dataset: no space left") as raised:
+            prepare([english_jsonl], tmp_path / "dataset", vocab_size=1000, workers=1, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(raised.value)
@@ -192,13 +194,13 @@ RUN = "import sys; from fastbert.data.prepare import prepare; prepare([sys.argv[
 
 @pytest.mark.parametrize("end", ["interrupt", "terminate", "worker killed"])
 def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> None:
-    """Ctrl-C, SIGTERM, or the system kills a worker: no store, nothing half-written, no process left."""
+    """Ctrl-C, SIGTERM, or the system kills a worker: no dataset, nothing half-written, no process left."""
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, several_chunks, tmp_path / "store"], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     workers: list[psutil.Process] = []
     deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline and not any((tmp_path).glob(".store.*/train")):
+    while process.poll() is None and time.monotonic() < deadline and not any((tmp_path).glob(".dataset.*/train")):
         time.sleep(0.002)
     while process.poll() is None and time.monotonic() < deadline and not workers:
         workers = [child for child in psutil.Process(process.pid).children() if "data.workers" in " ".join(child.cmdline())]
@@ -220,7 +222,7 @@ def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> N
 
 def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
     """Killed without a chance to clean up, it leaves only a hidden folder, and a second call is not in its way."""
-    process = subprocess.Popen([sys.executable, "-c", RUN, several_chunks, tmp_path / "store"], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"], stderr=subprocess.DEVNULL)
     workers: list[psutil.Process] = []
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and len(workers) < 2:
@@ -230,9 +232,9 @@ def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
     process.wait()
     assert len(workers) == 2
     assert not psutil.wait_procs(workers, timeout=20)[1]
-    assert all(path.name.startswith(".store.") for path in tmp_path.iterdir())
-    prepare([several_chunks], tmp_path / "store", vocab_size=500, workers=1, progress=False)
-    open_store(tmp_path / "store", verify=True)
+    assert all(path.name.startswith(".dataset.") for path in tmp_path.iterdir())
+    prepare([several_chunks], tmp_path / "dataset", vocab_size=500, workers=1, progress=False)
+    open_dataset(tmp_path / "dataset", verify=True)
 
 
 def test_progress_and_left_out_files(english_jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,9 +242,9 @@ def test_progress_and_left_out_files(english_jsonl: Path, tmp_path: Path, capsys
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(english_jsonl.read_bytes())
     (folder / "b.md").write_text("x")
-    prepare([folder], tmp_path / "store", vocab_size=500, workers=1)
+    prepare([folder], tmp_path / "dataset", vocab_size=500, workers=1)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "1 files left out" in captured.err and "b.md" in captured.err
     assert "documents, sentences, tokens" in captured.err
-    assert sum(1 for _ in read_documents([folder])) == open_store(tmp_path / "store").manifest["splits"]["train"]["documents"] + 16
+    assert sum(1 for _ in read_documents([folder])) == open_dataset(tmp_path / "dataset").manifest["splits"]["train"]["documents"] + 16

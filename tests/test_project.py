@@ -59,7 +59,7 @@ def test_no_machine_path_or_package_host():
 
 def test_no_large_file():
     large = [f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes" for path in FILES if path.stat().st_size > 500_000]
-    assert not large, f"texts, stores and models are downloaded or made, never committed: {large}"
+    assert not large, f"texts, datasets and models are downloaded or made, never committed: {large}"
 
 
 def test_files_are_named_for_an_idea():
@@ -99,7 +99,7 @@ def test_documented_commands_exist(document):
     wrong += [f"fastbert {name}" for name in re.findall(r"(?m)(?:^|[`;&$/] ?)fastbert ([a-z]+)\b", code) if name not in verbs]
     folders = "fastbert|kernels|recipes|tests|benchmarks|examples|docs"
     wrong += [name for name in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/.-]*\w\.\w+", code) if not (ROOT / name).exists()]
-    assert not wrong, f"{document} speaks of what is not there: {wrong}"
+    assert not wrong, f"{document} is_main of what is not there: {wrong}"
 
 
 def test_demo_and_tests_are_on_the_first_screen():

@@ -15,8 +15,8 @@ SEED = 1
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_store) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("kills"), small_store.path)
+def lab(tmp_path_factory, small_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("kills"), small_dataset.path)
 
 
 def test_kill_9_at_any_moment(lab):
@@ -27,7 +27,7 @@ def test_kill_9_at_any_moment(lab):
 
 
 def test_rank_0_dies_as_the_run_begins(lab):
-    """It has just taken the run folder, and the other rank waits to hear of it: the first time that ranks meet without a store."""
+    """It has just taken the run folder, and the other rank waits to hear of it: the first time that ranks meet without a dataset."""
     trial = lab.trial(stage=1)
     with trial.start(2) as ranks:
         wait_for(lambda: (trial.run / ".owner").exists() or None not in ranks.codes)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbert.data.dataset import Store, open_store
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, EncodedChunk, Part
 from fastbert.data.prepare import prepare
-from fastbert.data.report import Distinct, Report, Tally, make_report
+from fastbert.data.report import CorpusStats, DuplicateEstimator, Report, make_report
 
-YARDSTICKS = {"unigram": 6.0, "train_tokens": 10}
+BASELINES = {"unigram": 6.0, "train_tokens": 10}
 
 
 def chunk(documents: list[list[int]], heldout: list[list[int]] | None = None, **options: object) -> EncodedChunk:
@@ -36,10 +36,10 @@ def chunk(documents: list[list[int]], heldout: list[list[int]] | None = None, **
 
 
 def report_of(*chunks: EncodedChunk, vocab_size: int = 1000, asked: int | None = 1000) -> Report:
-    tally = Tally()
+    stats = CorpusStats()
     for one in chunks:
-        tally.add(one)
-    return make_report(tally, vocab_size, asked, YARDSTICKS)
+        stats.add(one)
+    return make_report(stats, vocab_size, asked, BASELINES)
 
 
 def test_figures() -> None:
@@ -61,7 +61,7 @@ def test_figures() -> None:
     # 125 tokens of text in a sequence of 128: 1 + 1 + 2 + 5 sequences; 509 in 512: 1 + 1 + 1 + 2.
     assert figures["padding_share"]["128"] == pytest.approx(1 - (860 + 3 * 9) / (9 * 128), abs=1e-6)
     assert figures["padding_share"]["512"] == pytest.approx(1 - (860 + 3 * 5) / (5 * 512), abs=1e-6)
-    assert figures["yardsticks"] == YARDSTICKS
+    assert figures["baselines"] == BASELINES
 
 
 def test_a_chunk_without_text_changes_nothing() -> None:
@@ -92,20 +92,20 @@ def test_advice(row: str, made: object, words: str) -> None:
     assert not any(line.advice for line in report_of(HEALTHY).rows)
 
 
-def test_what_is_stored_and_shown(small_store: Store, english_jsonl: Path, tmp_path: Path) -> None:
-    report = prepare([english_jsonl], tmp_path / "store", vocab_size=5000, workers=1, progress=False)
-    stored = json.loads((tmp_path / "store" / "report.json").read_text(encoding="utf-8"))
+def test_what_is_stored_and_shown(small_dataset: TokenDataset, english_jsonl: Path, tmp_path: Path) -> None:
+    report = prepare([english_jsonl], tmp_path / "dataset", vocab_size=5000, workers=1, progress=False)
+    stored = json.loads((tmp_path / "dataset" / "report.json").read_text(encoding="utf-8"))
     advice = stored.pop("advice")
     assert stored == json.loads(json.dumps(report.figures))
     assert "100 million" in advice["tokens"]
-    markdown = (tmp_path / "store" / "report.md").read_text(encoding="utf-8")
+    markdown = (tmp_path / "dataset" / "report.md").read_text(encoding="utf-8")
     assert markdown == report.markdown() and f"| tokens | {report.figures['tokens']:,} |" in markdown
     assert report.table().row_count == len(report.rows)
-    store = open_store(tmp_path / "store")
-    counts = store.manifest["splits"]
+    dataset = open_dataset(tmp_path / "dataset")
+    counts = dataset.manifest["splits"]
     for kind in ("documents", "sentences", "tokens"):
         assert report.figures[kind] == counts["train"][kind] + counts["heldout"][kind]
-    assert report.figures["yardsticks"] == store.yardsticks
+    assert report.figures["baselines"] == dataset.baselines
 
 
 @pytest.mark.parametrize("most", [100, 1000, 10**6])
@@ -115,19 +115,19 @@ def test_distinct(most: int) -> None:
     things = draw.integers(0, 2**64, 10_000, np.uint64)
     stream = np.concatenate([things, things[:5000], *[things[:100]] * 10])
     share = 1 - 10_000 / len(stream)
-    distinct = Distinct(most)
+    estimator = DuplicateEstimator(most)
     for part in np.array_split(draw.permutation(stream), 37):
-        distinct.add(part)
-    assert distinct.sampled == (most < len(stream))
-    assert sum(map(len, distinct._kept)) <= most
-    assert distinct.duplicates() == pytest.approx(share, abs=3 / most**0.5 if distinct.sampled else 1e-12)
+        estimator.add(part)
+    assert estimator.sampled == (most < len(stream))
+    assert sum(map(len, estimator._kept)) <= most
+    assert estimator.duplicates() == pytest.approx(share, abs=3 / most**0.5 if estimator.sampled else 1e-12)
 
 
-def test_sentence_hashes(small_store: Store) -> None:
+def test_sentence_hashes(small_dataset: TokenDataset) -> None:
     """Equal for the same sentence, anywhere and in any chunk; different for any other, also of the same words."""
     from fastbert.data.documents import Chunk, Source
 
-    tokenizer = (small_store.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = (small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
     encoder = ChunkEncoder(tokenizer, "text", 0)
 
     def hashes(text: str) -> list[int]:

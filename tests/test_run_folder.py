@@ -18,7 +18,7 @@ import pytest
 from tiny_bert import make_hugging_face_folder
 
 import fastbert
-from fastbert.checkpoints.ownership import Ownership
+from fastbert.checkpoints.ownership import RunLock
 from fastbert.config import load_config
 from fastbert.errors import InputError
 from fastbert.tasks.run_report import report
@@ -32,8 +32,8 @@ SHORT = ("stop.steps=4", "checkpoint.every=2", "evaluate.every=4")
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_store) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("run-folder"), small_store.path)
+def lab(tmp_path_factory, small_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("run-folder"), small_dataset.path)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def contents(folder: Path) -> dict[str, object]:
 # Folders of something else
 
 
-def project(folder: Path, store: Path) -> None:
+def project(folder: Path, dataset: Path) -> None:
     """With the very names that a run has."""
     for name in ("config.toml", "log.txt", "metrics.jsonl", "loss.png", "train.py"):
         (folder / name).write_text(f"my {name}")
@@ -91,45 +91,45 @@ def project(folder: Path, store: Path) -> None:
         (folder / name / "events.out.tfevents.1").write_text("months of work")
 
 
-def config_alone(folder: Path, store: Path) -> None:
+def config_alone(folder: Path, dataset: Path) -> None:
     (folder / "config.toml").write_text("[database]\nport = 5432\n")
 
 
-def dataset(folder: Path, store: Path) -> None:
-    shutil.copytree(store, folder, dirs_exist_ok=True)
+def dataset(folder: Path, dataset: Path) -> None:
+    shutil.copytree(dataset, folder, dirs_exist_ok=True)
 
 
-def exported(folder: Path, store: Path) -> None:
+def exported(folder: Path, dataset: Path) -> None:
     shutil.copytree(make_hugging_face_folder(folder.with_name("model")), folder, dirs_exist_ok=True)
 
 
-def a_trainer_of_others(folder: Path, store: Path) -> None:
+def a_trainer_of_others(folder: Path, dataset: Path) -> None:
     (folder / "checkpoints/epoch=3-step=400.ckpt").mkdir(parents=True)
     (folder / "checkpoint-500").mkdir()
     (folder / "trainer_state.json").write_text("{}")
 
 
-def hidden_files(folder: Path, store: Path) -> None:
+def hidden_files(folder: Path, dataset: Path) -> None:
     (folder / ".git").mkdir()
     (folder / ".git/HEAD").write_text("ref: refs/heads/main")
 
 
-def an_owner_of_others(folder: Path, store: Path) -> None:
+def an_owner_of_others(folder: Path, dataset: Path) -> None:
     (folder / ".owner").write_text("alice@example.com\n")
     (folder / "log.txt").write_text("hers")
 
 
-def records_alone(folder: Path, store: Path) -> None:
+def records_alone(folder: Path, dataset: Path) -> None:
     """As somebody keeps them who has thrown the run away."""
     (folder / "metrics.jsonl").write_text('{"step": 7, "loss": 3.0}\n')
 
 
-def a_folder_of_runs(folder: Path, store: Path) -> None:
+def a_folder_of_runs(folder: Path, dataset: Path) -> None:
     (folder / "base/checkpoints/step-00000004").mkdir(parents=True)
-    Ownership.claim(folder / "base")
+    RunLock.claim(folder / "base")
 
 
-def a_checkpoints_folder(folder: Path, store: Path) -> None:
+def a_checkpoints_folder(folder: Path, dataset: Path) -> None:
     (folder / "step-00000004").mkdir()
     (folder / ".writing-step-00000006-x-1").mkdir()
 
@@ -150,9 +150,9 @@ def a_checkpoints_folder(folder: Path, store: Path) -> None:
         a_checkpoints_folder,
     ],
 )
-def test_a_folder_of_something_else_is_refused(trial, small_store, make, resume):
+def test_a_folder_of_something_else_is_refused(trial, small_dataset, make, resume):
     trial.run.mkdir()
-    make(trial.run, small_store.path)
+    make(trial.run, small_dataset.path)
     before = contents(trial.run)
     message = refusal(trial, resume=resume)
     assert f"{trial.recipe}: run = '{trial.run}': holds {sorted(os.listdir(trial.run))[0]}" in message
@@ -163,10 +163,10 @@ def test_a_folder_of_something_else_is_refused(trial, small_store, make, resume)
     assert contents(trial.run) == before
 
 
-def test_the_folder_that_one_stands_in(lab, small_store):
+def test_the_folder_that_one_stands_in(lab, small_dataset):
     """`run=.` in a project, by the command line."""
     trial = lab.trial(*SHORT)
-    project(trial.folder, small_store.path)
+    project(trial.folder, small_dataset.path)
     before = contents(trial.folder)
     command = [sys.executable, "-m", "fastbert", "pretrain", "recipe.toml", *SHORT, "run=."]
     done = subprocess.run(command, cwd=trial.folder, env=environment(), capture_output=True, text=True, timeout=120)
@@ -224,7 +224,7 @@ def dead_before_the_claim(folder: Path, elsewhere: Path) -> None:
 
 def dead_after_the_claim(folder: Path, elsewhere: Path) -> None:
     folder.mkdir()
-    Ownership.claim(folder)
+    RunLock.claim(folder)
 
 
 def dead_in_the_middle_of_a_file(folder: Path, elsewhere: Path) -> None:
@@ -338,11 +338,11 @@ main(sys.argv[1:])
 @pytest.mark.parametrize(
     "place", ["checkpoints", "checkpoints/step-00000004", "checkpoints/step-00000004/manifest.json", ".", "metrics.jsonl"]
 )
-def test_no_right_to_read_is_no_reason_to_start_anew(finished, small_store, place):
+def test_no_right_to_read_is_no_reason_to_start_anew(finished, small_dataset, place):
     """By a user whom rights do stop, in a folder that is not inside one of root's own."""
     folder = Path(tempfile.mkdtemp())
     try:
-        trial = Trial(folder / "trial", shutil.copytree(small_store.path, folder / "store"), *SHORT)
+        trial = Trial(folder / "trial", shutil.copytree(small_dataset.path, folder / "dataset"), *SHORT)
         trial.copy_of(finished)
         if place == "metrics.jsonl":
             shutil.rmtree(trial.run / "checkpoints")
@@ -399,35 +399,35 @@ def test_a_run_that_died_before_its_first_checkpoint_is_started_again_by_resume(
 
 
 @pytest.fixture
-def store(small_store, tmp_path) -> Path:
+def dataset(small_dataset, tmp_path) -> Path:
     """A copy to change."""
-    return shutil.copytree(small_store.path, tmp_path / "store")
+    return shutil.copytree(small_dataset.path, tmp_path / "dataset")
 
 
-def test_a_link_beside_the_tokenizer_is_not_copied(trial, store, tmp_path):
+def test_a_link_beside_the_tokenizer_is_not_copied(trial, dataset, tmp_path):
     (tmp_path / "shadow").write_text(SECRET)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/shadow").write_text(SECRET)
-    (store / "tokenizer/x").symlink_to(tmp_path / "shadow")
-    (store / "tokenizer/y").symlink_to(tmp_path / "folder")
-    (store / "tokenizer/notes.txt").write_text("not part of a tokenizer")
-    assert train(trial, f"data={store}") == 0
+    (dataset / "tokenizer/x").symlink_to(tmp_path / "shadow")
+    (dataset / "tokenizer/y").symlink_to(tmp_path / "folder")
+    (dataset / "tokenizer/notes.txt").write_text("not part of a tokenizer")
+    assert train(trial, f"data={dataset}") == 0
     assert sorted(os.listdir(trial.run / "tokenizer")) == ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
     assert not any(SECRET.encode() in data for data in contents(trial.run).values() if isinstance(data, bytes))
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "tokenizer_config.json"])
-def test_a_file_of_the_tokenizer_that_is_a_link_is_refused(trial, store, tmp_path, name):
+def test_a_file_of_the_tokenizer_that_is_a_link_is_refused(trial, dataset, tmp_path, name):
     """Even to a file of the right size."""
-    shutil.move(store / "tokenizer" / name, tmp_path / "private")
-    (store / "tokenizer" / name).symlink_to(tmp_path / "private")
-    message = refusal(trial, f"data={store}")
-    assert f"{store / 'tokenizer' / name}: a link, which is not followed" in message
+    shutil.move(dataset / "tokenizer" / name, tmp_path / "private")
+    (dataset / "tokenizer" / name).symlink_to(tmp_path / "private")
+    message = refusal(trial, f"data={dataset}")
+    assert f"{dataset / 'tokenizer' / name}: a link, which is not followed" in message
     assert not trial.run.exists()
 
 
-def test_a_store_that_is_a_link_is_none_of_that(trial, store, tmp_path):
-    (tmp_path / "link").symlink_to(store)
+def test_a_store_that_is_a_link_is_none_of_that(trial, dataset, tmp_path):
+    (tmp_path / "link").symlink_to(dataset)
     assert train(trial, f"data={tmp_path / 'link'}") == 0
 
 
@@ -468,7 +468,7 @@ def test_bad_lines_of_metrics_forbid_neither_resume_nor_report(trial, run, capsy
 
 
 def test_every_line_of_metrics_is_json_also_where_a_loss_is_not_finite(lab):
-    trial = lab.trial("optimizer.name=sgd", "optimizer.lr=100", "optimizer.clip=0", "schedule.warmup=0", "schedule.decay=constant")
+    trial = lab.trial("optimizer.name=sgd", "optimizer.lr=100", "optimizer.max_grad_norm=0", "schedule.warmup=0", "schedule.decay=constant")
     assert train(trial, "stop.steps=14", "evaluate.every=1", "stop.skipped=100") == 1
     for line in (trial.run / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)

@@ -21,10 +21,10 @@ STEPS = 7
 
 
 @pytest.fixture(scope="module")
-def run(small_store, tmp_path_factory) -> Path:
+def run(small_dataset, tmp_path_factory) -> Path:
     """A run folder with a history of its own, whose recipe holds what HTML would take for a tag."""
-    folder = make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_store.tokenizer_dir)
-    run = make_run(tmp_path_factory.mktemp("runs") / "a <b> run", folder, str(small_store.path))
+    folder = make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_dataset.tokenizer_dir)
+    run = make_run(tmp_path_factory.mktemp("runs") / "a <b> run", folder, str(small_dataset.path))
     lines = []
     for step in [1, 2, 3, *range(2, STEPS + 1)]:  # two steps were made again after a resume
         values = {"loss_nsp": 0.69, "loss_mlm": 7.0 / step, "loss": 0.69 + 7.0 / step, "lr": 1e-3, "tokens": 100, "seconds": 2.0}
@@ -108,7 +108,7 @@ def test_a_step_that_was_made_again_counts_once(run):
     assert [step["step"] for step in history.steps] == list(range(1, STEPS + 1))
 
 
-def test_without_a_checkpoint_or_a_store_the_rest_is_there(run, small_store, tmp_path):
+def test_without_a_checkpoint_or_a_store_the_rest_is_there(run, small_dataset, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints")
     words = report(copy).read_text(encoding="utf-8")

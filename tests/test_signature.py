@@ -290,10 +290,10 @@ def test_values_of_strangers_are_not_read(store):
 def test_the_first_signed_value_is_settled(store):
     _, stranger = store
     one, other = (SignedStore(dist.PrefixStore("a", connection), Key(SECRET, ""), "a") for connection in store)
-    put(stranger, "a/roll", b'["bye", 0]\xff')
-    assert one.settle("roll", [1]) == [1] == other.settle("roll", [2]) == one.read("roll")
-    put(stranger, "a/roll", b"[3]")
-    assert other.settle("roll", [2]) == [2] == one.read("roll")
+    put(stranger, "a/roster", b'["bye", 0]\xff')
+    assert one.settle("roster", [1]) == [1] == other.settle("roster", [2]) == one.read("roster")
+    put(stranger, "a/roster", b"[3]")
+    assert other.settle("roster", [2]) == [2] == one.read("roster")
 
 
 def test_only_what_is_forged_is_swept_away(store):

@@ -21,8 +21,8 @@ def sweep(out: Path, *tries: str, recipe: str = "recipes/demo.toml") -> subproce
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_the_best_comes_first_and_what_is_finished_is_not_made_again(small_store, tmp_path):
-    wide, rate = (f"data={small_store.path} {setting}" for setting in ("batch.sequences=4", "optimizer.lr=1e-5"))
+def test_the_best_comes_first_and_what_is_finished_is_not_made_again(small_dataset, tmp_path):
+    wide, rate = (f"data={small_dataset.path} {setting}" for setting in ("batch.sequences=4", "optimizer.lr=1e-5"))
     shown = sweep(tmp_path, wide, rate)
     assert shown.returncode == 0, shown.stderr
     kept = {json.loads(path.read_text())["settings"]: path for path in (tmp_path / "sweep-runs").glob("*.json")}

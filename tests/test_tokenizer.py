@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from fastbert.data import tokenizer as module
-from fastbert.data.dataset import SpecialIds, Store
+from fastbert.data.dataset import SpecialIds, TokenDataset
 from fastbert.data.tokenizer import Encoder, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.errors import InputError
 
@@ -264,9 +264,9 @@ def test_rubbish(tmp_path: Path, name: str, data: bytes) -> None:
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_rubbish_in_the_json(small_store: Store, tmp_path: Path, data: st.DataObject) -> None:
+def test_rubbish_in_the_json(small_dataset: TokenDataset, tmp_path: Path, data: st.DataObject) -> None:
     """Any setting of a sound tokenizer.json is replaced by another."""
-    place = settings_of = json.loads((small_store.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    place = settings_of = json.loads((small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
     while True:
         key = data.draw(st.sampled_from(sorted(place)[:50])) if isinstance(place, dict) else data.draw(st.integers(0, len(place) - 1))
         if not place[key] or not isinstance(place[key], (dict, list)) or data.draw(st.booleans()):
@@ -286,10 +286,10 @@ def test_rubbish_in_the_json(small_store: Store, tmp_path: Path, data: st.DataOb
         assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, sentences)
 
 
-def test_files_of_a_store_are_those_of_its_tokenizer(small_store: Store, tmp_path: Path) -> None:
-    save_tokenizer(load_tokenizer(small_store.tokenizer_dir), tmp_path)
+def test_files_of_a_store_are_those_of_its_tokenizer(small_dataset: TokenDataset, tmp_path: Path) -> None:
+    save_tokenizer(load_tokenizer(small_dataset.tokenizer_dir), tmp_path)
     for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
         assert (
             hashlib.sha256((tmp_path / name).read_bytes()).digest()
-            == hashlib.sha256((small_store.tokenizer_dir / name).read_bytes()).digest()
+            == hashlib.sha256((small_dataset.tokenizer_dir / name).read_bytes()).digest()
         )

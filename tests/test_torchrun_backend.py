@@ -200,7 +200,7 @@ def forgeries(stranger: Any, trap: Path) -> dict[str, bytes]:
         "one behind the signature of a state": state[:SIGNATURE] + start + later + pickled,
         "one signed by another key": Key(b"another key, with 32 characters or more", "").sign(STATE, start + later + pickled),
         "one signed for another run": key.sign("torch.rendezvous.another-run", start + later + pickled),
-        "one signed for another place": key.sign("fastbert/roll", start + later + pickled),
+        "one signed for another place": key.sign("fastbert/roster", start + later + pickled),
         "one of an earlier run with this id": key.sign(STATE, b"x" * 16 + later + pickled),
         "one that is older": key.sign(STATE, start + (0).to_bytes(8, "big") + pickled),
         "a signed value that is too short": key.sign(STATE, start),
@@ -369,10 +369,10 @@ import torch
 from pathlib import Path
 from fastbert.cluster.group import join
 from fastbert.cluster.rendezvous import RankLost
-from fastbert.cluster.watchdog import Watch
+from fastbert.cluster.watchdog import Watchdog
 from tests.toy_ranks import say
 try:
-    with join(60) as group, Watch(group, 60) as watch:
+    with join(60) as group, Watchdog(group, 60) as watch:
         say("rank", group.rank, "of", group.world)
         while not group.sum(torch.tensor([1.0 * Path("enough").exists()])):
             watch.tick("a step")

@@ -1,4 +1,4 @@
-"""A store that goes away, or is cut short, while a run trains on it."""
+"""A dataset that goes away, or is cut short, while a run trains on it."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ from tests.trials import Laboratory, Trial, lines_so_far, wait_for
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_store) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("vanished"), small_store.path)
+def lab(tmp_path_factory, small_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("vanished"), small_dataset.path)
 
 
-def on_a_copy(lab: Laboratory, small_store, stage: int = 0) -> Trial:
-    """A trial on a store of its own."""
+def on_a_copy(lab: Laboratory, small_dataset, stage: int = 0) -> Trial:
+    """A trial on a dataset of its own."""
     trial = lab.trial(stage=stage)
-    copy = shutil.copytree(small_store.path, trial.folder / "store")
-    trial.recipe.write_text(trial.recipe.read_text().replace(str(small_store.path), str(copy)))
-    trial.store = copy
+    copy = shutil.copytree(small_dataset.path, trial.folder / "dataset")
+    trial.recipe.write_text(trial.recipe.read_text().replace(str(small_dataset.path), str(copy)))
+    trial.dataset = copy
     return trial
 
 
-def test_a_store_deleted_while_training(lab, small_store):
+def test_a_store_deleted_while_training(lab, small_dataset):
     """What is mapped stays readable. The run ends well; it cannot go on from there."""
-    trial = on_a_copy(lab, small_store)
+    trial = on_a_copy(lab, small_dataset)
     with trial.start() as ranks:
         wait_for(lambda: lines_so_far(trial) >= 4 or ranks.codes != [None])
-        shutil.rmtree(trial.store)
+        shutil.rmtree(trial.dataset)
         assert ranks.wait() == [0], ranks.errors
     tally = trial.compare(lab.undisturbed(1, 0))
     assert tally.compared == tally.equal > 0 and not tally.problems
     with trial.start(1, "stop.steps=30") as ranks:
         assert ranks.wait() == [2]
-    assert f"{trial.store}: no such store" in ranks.errors
+    assert f"{trial.dataset}: no such dataset" in ranks.errors
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 1)])
-def test_a_store_cut_short_while_training(lab, small_store, world, stage):
+def test_a_store_cut_short_while_training(lab, small_dataset, world, stage):
     """Reading it ends the process: it says where, the others name it, and what was saved is sound. With the file back, all is as before."""
-    trial = on_a_copy(lab, small_store, stage)
-    file = trial.store / "train" / "shard-00000.tokens"
+    trial = on_a_copy(lab, small_dataset, stage)
+    file = trial.dataset / "train" / "shard-00000.tokens"
     with trial.start(world) as ranks:
         wait_for(lambda: trial.checkpoints or None not in ranks.codes)
         os.truncate(file, 0)
         codes = ranks.wait()
     assert -signal.SIGBUS in codes and set(codes) <= {1, -signal.SIGBUS}
-    assert "Fatal Python error: Bus error" in ranks.errors and "store.py" in ranks.errors
+    assert "Fatal Python error: Bus error" in ranks.errors and "dataset.py" in ranks.errors
     found, complaints = checkpoint.newest_sound(trial.run)
     assert found is not None and complaints == []
     with trial.start(world) as ranks:
         assert ranks.wait() == [2] * world
-    assert f"{file}: 0 bytes, the manifest says {(small_store.path / 'train' / file.name).stat().st_size:,}: cut short" in ranks.errors
-    shutil.copy(small_store.path / "train" / file.name, file)
+    assert f"{file}: 0 bytes, the manifest says {(small_dataset.path / 'train' / file.name).stat().st_size:,}: cut short" in ranks.errors
+    shutil.copy(small_dataset.path / "train" / file.name, file)
     trial.go_on(world)
     tally = trial.compare(lab.undisturbed(world, stage))
     assert tally.compared == tally.equal > 0 and not tally.problems

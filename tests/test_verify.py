@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastbert.data import verify
-from fastbert.data.dataset import open_store
+from fastbert.data.dataset import open_dataset
 from fastbert.data.verify import ids_below, offsets_to
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
@@ -28,14 +28,14 @@ TOKENS, SENTENCES = "train/shard-00000.tokens", "train/shard-00000.sentences"
 
 
 @pytest.fixture
-def copy(small_store, tmp_path) -> Path:
+def copy(small_dataset, tmp_path) -> Path:
     """Without the notes that other tests left there."""
-    return shutil.copytree(small_store.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".verified-*"))
+    return shutil.copytree(small_dataset.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".verified-*"))
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_store) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("verify"), small_store.path)
+def lab(tmp_path_factory, small_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("verify"), small_dataset.path)
 
 
 def forge(path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
@@ -83,16 +83,16 @@ def test_ids_end_below_the_vocabulary(kind):
 def test_damage_is_found_in_any_piece_of_a_file(copy, monkeypatch):
     """Far more pieces than threads; the last number of a file, too."""
     monkeypatch.setattr(verify, "PIECE", 64)
-    assert [done == total for done, total in open_store(copy, verify=False).verify()][-1]
+    assert [done == total for done, total in open_dataset(copy, verify=False).verify()][-1]
     count = (copy / TOKENS).stat().st_size // 2
     for place in (0, 31, 32, count // 2, count - 1):
         shutil.copy(copy / TOKENS, copy / "whole")
         forge(copy, TOKENS, numbers("<u2", place, 1000))
         with pytest.raises(InputError, match=f"{TOKENS}: holds the token id 1,000"):
-            open_store(copy)
+            open_dataset(copy)
         (copy / "whole").replace(copy / TOKENS)
         forge(copy, TOKENS, bytes)
-    open_store(copy)
+    open_dataset(copy)
 
 
 def test_every_bit_of_a_manifest(copy):
@@ -100,19 +100,19 @@ def test_every_bit_of_a_manifest(copy):
     for bit in range(8 * (copy / "manifest.json").stat().st_size):
         flip(copy / "manifest.json", bit)
         try:
-            open_store(copy, verify=False)
+            open_dataset(copy, verify=False)
             missed.append(bit)
         except InputError as error:
             assert str(copy / "manifest.json") in str(error)
         flip(copy / "manifest.json", bit)
     assert missed == []
-    open_store(copy)
+    open_dataset(copy)
 
 
 def test_a_file_that_cannot_be_read(copy):
     (copy / TOKENS).rename(copy / "elsewhere")
     with pytest.raises(InputError, match=f"{TOKENS}: part of the dataset, but cannot be read"):
-        open_store(copy)
+        open_dataset(copy)
 
 
 # What a note spares
@@ -120,7 +120,7 @@ def test_a_file_that_cannot_be_read(copy):
 
 def pieces(path: Path) -> int:
     """How much a verification has to say; 0 where it reads nothing."""
-    return len(list(open_store(path, verify=False).verify()))
+    return len(list(open_dataset(path, verify=False).verify()))
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_who_writes_to_a_file_ends_the_note(copy, settled, name):
     flip(copy / name, 80)
     os.utime(copy / name, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(InputError, match=f"{name}: its SHA-256 differs"):
-        open_store(copy)
+        open_dataset(copy)
 
 
 def test_a_note_serves_a_day_and_its_owner_and_one_manifest(copy, settled, monkeypatch):
@@ -184,7 +184,7 @@ def test_damage_leaves_no_note(copy, settled):
     flip(copy / TOKENS, 80)
     for _ in range(2):
         with pytest.raises(InputError, match="SHA-256"):
-            open_store(copy)
+            open_dataset(copy)
     assert notes(copy) == []
 
 
@@ -203,8 +203,8 @@ def an_offset(path: Path) -> None:
     forge(path, SENTENCES, numbers("<i8", 7, 1))
 
 
-def a_yardstick(path: Path) -> None:
-    forge(path, "yardsticks.json", lambda data: data.replace(b"unigram", b"unicorn"))
+def a_baseline(path: Path) -> None:
+    forge(path, "baselines.json", lambda data: data.replace(b"unigram", b"unicorn"))
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -214,7 +214,7 @@ def a_yardstick(path: Path) -> None:
         (a_bit, f"{TOKENS}: its SHA-256"),
         (an_id, f"{TOKENS}: holds the token id 16,457"),
         (an_offset, SENTENCES),
-        (a_yardstick, "yardsticks"),
+        (a_baseline, "baselines"),
     ],
 )
 def test_a_damaged_dataset_is_refused_at_the_start(lab, copy, world, damage, words):

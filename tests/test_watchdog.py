@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastbert.cluster.group import meet_others
+from fastbert.cluster.group import form_group
 from fastbert.cluster.rendezvous import RankLost
-from fastbert.cluster.watchdog import LOOK_S, Watch
+from fastbert.cluster.watchdog import LOOK_S, Watchdog
 from tests.toy_ranks import Toys, say
 
 TIMEOUT_S = 3.0
@@ -31,7 +31,7 @@ SEEN = "(the start|step [123])"  # by the last beat
 def stepping(timeout_s: float, steps: int, acts: dict[tuple[int, int], str]) -> int:
     """Count steps and add up numbers; at each (rank, step) of `acts`, do that."""
     try:
-        with meet_others(timeout_s) as group, Watch(group, timeout_s) as watch:
+        with form_group(timeout_s) as group, Watchdog(group, timeout_s) as watch:
             act(acts.get((group.rank, 0), ""), watch)
             group.connect()
             for step in range(1, steps + 1):
@@ -45,7 +45,7 @@ def stepping(timeout_s: float, steps: int, acts: dict[tuple[int, int], str]) -> 
         return 1
 
 
-def act(what: str, watch: Watch) -> None:
+def act(what: str, watch: Watchdog) -> None:
     if what == "look away":
         time.sleep(TIMEOUT_S / 4)
     elif what == "wait":
@@ -194,7 +194,7 @@ def test_what_a_rank_says_commands_no_terminal(tmp_path):
 def going_on(timeout_s: float, enough: str) -> int:
     """Step until a file is there."""
     try:
-        with meet_others(timeout_s) as group, Watch(group, timeout_s) as watch:
+        with form_group(timeout_s) as group, Watchdog(group, timeout_s) as watch:
             group.connect()
             say("begins")
             while not group.sum(torch.tensor([1.0 * Path(enough).exists()])):
@@ -211,16 +211,16 @@ class Stranger:
 
     def __init__(self, toys: Toys):
         self.store: Any = dist.TCPStore("127.0.0.1", toys.port, None, False, timeout=timedelta(seconds=NEVER_S))
-        (self.room,) = {key.split("/")[1] for key in self.store.list_keys() if "/watch/" in key}
+        (self.prefix,) = {key.split("/")[1] for key in self.store.list_keys() if "/watch/" in key}
 
     def put(self, place: str, value: bytes) -> None:
-        self.store.set(f"fastbert/{self.room}/watch/{place}", value)
+        self.store.set(f"fastbert/{self.prefix}/watch/{place}", value)
 
     def copy(self, place: str) -> bytes:
-        return self.store.get(f"fastbert/{self.room}/watch/{place}")
+        return self.store.get(f"fastbert/{self.prefix}/watch/{place}")
 
     def see_beats(self, ranks: int) -> None:
-        """Return when every rank has written twice more: it has read the verdict in between."""
+        """Return when every rank has written twice more: it has read the failure in between."""
         for rank in range(ranks):
             for _ in range(2):
                 before, end = self.copy(str(rank)), time.monotonic() + NEVER_S
@@ -229,9 +229,9 @@ class Stranger:
                     time.sleep(0.02)
 
 
-PLACES = ("verdict", "0", "1", "heard", "heard/0", "heard/1", "heard/2")
+PLACES = ("failure", "0", "1", "heard", "heard/0", "heard/1", "heard/2")
 STRANGE = {
-    "a verdict": b'["bye", 0]',
+    "a failure": b'["bye", 0]',
     "another": b'["gone, \x1b[2J", 7]',
     "a number": b"1",
     "a beat": b'[-1, 3, "the end", true, "", true]',
@@ -259,14 +259,14 @@ def test_a_stranger_ends_no_run(tmp_path, value):
 
 
 def test_what_a_rank_has_signed_counts_at_its_own_place_alone(tmp_path):
-    """A stranger moves beats: to other ranks, to the verdict, and to where they stood before."""
+    """A stranger moves beats: to other ranks, to the failure, and to where they stood before."""
     with Toys(going_on, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
         for rank in range(3):
             toys.until(rank, "begins")
         stranger = Stranger(toys)
         old = stranger.copy("1")
         stranger.see_beats(3)
-        for place in ("verdict", "0", "1", "2", "heard/0"):
+        for place in ("failure", "0", "1", "2", "heard/0"):
             stranger.put(place, old)
         stranger.see_beats(3)
         (tmp_path / "enough").touch()
@@ -297,7 +297,7 @@ def test_a_verdict_is_heard_past_a_strangers(tmp_path):
         for rank in range(3):
             toys.until(rank, "at step 2")
         stranger = Stranger(toys)
-        stranger.put("verdict", b'["bye", 0]')
+        stranger.put("failure", b'["bye", 0]')
         stranger.store.check(["x"])
         (tmp_path / "go").touch()
         assert toys.wait() == [1, 1, 1]

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForPreTraining
 
 from fastbert.checkpoints import checkpoint, hugging_face
 from fastbert.config import dump_config, parse_config
-from fastbert.data.dataset import open_store
+from fastbert.data.dataset import open_dataset
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 POSITIONS = 32
@@ -64,9 +64,9 @@ def make_run(folder: Path, hf_folder: Path, data: str = "nowhere", kind: str = "
     recipe = parse_config(RECIPE.format(data=data, kind=kind), "test")
     model, vocab_size, tied = hugging_face.read_config(hf_folder / "config.json")
     weights = hugging_face.read_weights(hf_folder, model, vocab_size, tied)
-    metadata = {"recipe": dump_config(recipe), "vocab_size": vocab_size, "store_sha256": "0" * 64}
+    metadata = {"recipe": dump_config(recipe), "vocab_size": vocab_size, "dataset_sha256": "0" * 64}
     if data != "nowhere":
-        metadata["store_sha256"] = open_store(data).sha256
+        metadata["dataset_sha256"] = open_dataset(data).sha256
     checkpoint.save(folder / "checkpoints", step, ((f"weight/{name}", tensor) for name, tensor in weights.items()), metadata, keep=3)
     save_tokenizer(load_tokenizer(hf_folder), folder / "tokenizer")
     (folder / "config.toml").write_text(dump_config(recipe), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A real store on disk, of documents whose sentence lengths the test chooses, and whose every token is its own position.
+"""A real dataset on disk, of documents whose sentence lengths the test chooses, and whose every token is its own position.
 
 So a test can tell from a token where in the split it comes from. Token id 0 is an ordinary token: the special ones are the last five.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbert.data.dataset import Counts, ShardWriter, Split, Store, token_dtype
+from fastbert.data.dataset import Counts, ShardWriter, Split, TokenDataset, token_dtype
 
 SHARD_TOKENS = 200  # so that a few documents already make several shards
 
@@ -37,8 +37,8 @@ def tiny_dataset(
     heldout: list[list[int]] | None = None,
     vocab_size: int | None = None,
     words: list[str] | None = None,
-) -> Store:
-    """A store; without `vocab_size` every token of its larger split has an id of its own."""
+) -> TokenDataset:
+    """A dataset; without `vocab_size` every token of its larger split has an id of its own."""
     splits = {"train": train, "heldout": heldout or train}
     vocab_size = vocab_size or 5 + max(sum(map(sum, documents)) for documents in splits.values())
     (folder / "tokenizer").mkdir(parents=True)
@@ -53,4 +53,4 @@ def tiny_dataset(
         "special": special,
         "splits": {name: {"shards": [vars(counts) for counts in of]} for name, of in shards.items()},
     }
-    return Store(folder, manifest, "0" * 64)
+    return TokenDataset(folder, manifest, "0" * 64)

@@ -99,8 +99,8 @@ def make_store(folder: Path) -> Path:
     documents = ["\n".join(paragraphs[i : i + 4]) for i in range(0, len(paragraphs), 4)]
     text = folder / "english.txt"
     text.write_text("\n\n".join(documents), encoding="utf-8")
-    prepare([text], folder / "store", vocab_size=1000, workers=1, heldout=0.05, progress=False)
-    return folder / "store"
+    prepare([text], folder / "dataset", vocab_size=1000, workers=1, heldout=0.05, progress=False)
+    return folder / "dataset"
 
 
 # Two nodes, of which one is lost

@@ -33,7 +33,7 @@ STEPS = 24
 
 # Lengths are uneven, and 10 sequences do not divide by 4; two to four packs a step.
 RECIPE = """
-data = "{store}"
+data = "{dataset}"
 run = "{run}"
 [model]
 num_hidden_layers = 2
@@ -93,7 +93,7 @@ class Trial:
 
     Args:
         folder: made new; the run is in its `run`, what the processes said in `start-00`, `start-01`, ...
-        store: that it trains on.
+        dataset: that it trains on.
         stage: of ZeRO.
         overrides: settings that win over RECIPE's, in every start.
 
@@ -105,13 +105,13 @@ class Trial:
 
     namespaces: int | None = None
 
-    def __init__(self, folder: Path, store: Path, *overrides: str, stage: int = 0, steps: int = STEPS):
-        self.folder, self.store, self.overrides, self.starts = folder, store, overrides, 0
+    def __init__(self, folder: Path, dataset: Path, *overrides: str, stage: int = 0, steps: int = STEPS):
+        self.folder, self.dataset, self.overrides, self.starts = folder, dataset, overrides, 0
         self.run = self.seen = folder / "run"
         folder.mkdir(parents=True)
         self.recipe = folder / "recipe.toml"
         self.set_stage(stage)
-        text = RECIPE.format(store=store, run=self.run, steps=steps, deepspeed=folder / "ds_config.json", timeout_s=TIMEOUT_S)
+        text = RECIPE.format(dataset=dataset, run=self.run, steps=steps, deepspeed=folder / "ds_config.json", timeout_s=TIMEOUT_S)
         self.recipe.write_text(text, encoding="utf-8")
 
     def set_stage(self, stage: int) -> None:
@@ -195,15 +195,15 @@ class Laboratory:
 
     Args:
         folder: for all of them.
-        store: that they train on.
+        dataset: that they train on.
         width: series of trials have so many runs at a time.
         report: is called with a line on each run that has come to its end.
     """
 
     steps = STEPS  # of every run that is compared
 
-    def __init__(self, folder: Path, store: Path, width: int = 2, report: Callable[[str], None] = lambda line: None):
-        self.folder, self.store, self.width, self._report = folder, store, width, report
+    def __init__(self, folder: Path, dataset: Path, width: int = 2, report: Callable[[str], None] = lambda line: None):
+        self.folder, self.dataset, self.width, self._report = folder, dataset, width, report
         self._lock = threading.RLock()
         self._undisturbed: dict[tuple[int, int], tuple[Trial, tuple[float, float]]] = {}
         self._made = 0
@@ -211,7 +211,7 @@ class Laboratory:
     def trial(self, *overrides: str, stage: int = 0, steps: int = STEPS) -> Trial:
         with self._lock:
             self._made += 1
-            return Trial(self.folder / f"trial-{self._made:04}", self.store, *overrides, stage=stage, steps=steps)
+            return Trial(self.folder / f"trial-{self._made:04}", self.dataset, *overrides, stage=stage, steps=steps)
 
     def undisturbed(self, world: int, stage: int) -> Trial:
         """A run from beginning to end, made once."""
@@ -355,7 +355,7 @@ def dataset_flips(lab: Laboratory, count: int, seed: int) -> Tally:
 
 def _flipped_dataset(lab: Laboratory, seed: str) -> Tally:
     generator, trial = random.Random(seed), lab.trial()
-    copy = shutil.copytree(lab.store, trial.folder / "dataset", ignore=shutil.ignore_patterns(".*"))
+    copy = shutil.copytree(lab.dataset, trial.folder / "dataset", ignore=shutil.ignore_patterns(".*"))
     file = generator.choice(sorted(path for path in copy.rglob("*") if path.is_file()))
     bit = generator.randrange(8 * file.stat().st_size)
     flip(file, bit)

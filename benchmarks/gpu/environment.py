@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu.items import Item, Part, in_one_line, program
 from benchmarks.machine import header
-from fastbert.machine import (measure_bandwidth, measure_gemm_rate)
+from fastbert.machine import measure_bandwidth, measure_gemm_rate
 
 OPTIONAL = ("pytest", "pytest_benchmark", "liger_kernel", "cut_cross_entropy", "flash_attn", "matplotlib")
 ASKED = ("clocks.max.sm", "clocks.max.mem", "power.limit", "persistence_mode", "mig.mode.current", "compute_mode")

@@ -21,8 +21,7 @@ from benchmarks.gpu.measure import DTYPE, compare
 from benchmarks.made_up_training import Sizes, made_up_batch, model_config
 from fastbert.config import ModelConfig
 from fastbert.data.packing import PackedBatch
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, losses
 
 STEP_TOKENS = 4096
 PATIENCE_S = 90  # a hang is a fault, and ends everything; a slow compiler is none

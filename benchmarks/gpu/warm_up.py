@@ -33,8 +33,7 @@ from benchmarks.gpu.proposals import Proposal, asked, read_proposals, replacing
 from benchmarks.gpu.results import Results
 from benchmarks.made_up_training import Sizes, made_up_batch
 from benchmarks.no_launch import SHARED_MEMORY, no_launch
-from fastbert.models.bert import BertForPreTraining
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, losses
 
 CPU = torch.device("cpu")
 

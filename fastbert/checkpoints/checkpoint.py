@@ -56,11 +56,11 @@ class Checkpoint:
 
     path: Path
     step: int  # optimizer steps done
-    metadata: dict[str, Any]  # what the run knew: recipe, store_sha256, vocab_size, progress
+    metadata: dict[str, Any]  # what the run knew: recipe, dataset_sha256, vocab_size, progress
 
 
 def save(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any], keep: int) -> Path:
-    """Write `folder`/step-XXXXXXXX from one process, and only then delete all but the newest `keep`; training/saving.py is for many.
+    """Write `folder`/step-XXXXXXXX from one process, and only then delete all but the newest `keep`; saver.py is for many.
 
     Args:
         folder: the run's checkpoints/; made where it is missing.

@@ -24,18 +24,18 @@ CLAIM = f"{FILE}-"  # begins the name that the token is written under
 _CONTENT = re.compile(rb"[0-9a-f]{16} \S* \d+\n")  # token, machine, process
 
 
-class TakenOver(Exception):
+class LostOwnership(Exception):
     """Another process has gone on with this run."""
 
 
-class Ownership:
+class RunLock:
     """Of a run folder, by a start whose `token` (letters and digits) lies in it."""
 
     def __init__(self, run: Path, token: str):
         self.run, self.token = run, token
 
     @classmethod
-    def claim(cls, run: Path) -> Ownership:
+    def claim(cls, run: Path) -> RunLock:
         """Take the folder over."""
         token = secrets.token_hex(8)
         new = run / f"{CLAIM}{token}"
@@ -68,11 +68,11 @@ class Ownership:
         return self._newest()[:1] == [self.token]
 
     def check(self) -> None:
-        """Raises TakenOver, with the other's machine and process, where somebody has."""
+        """Raises LostOwnership, with the other's machine and process, where somebody has."""
         if not self.holds():
             newest = self._newest()
             where = f"on {newest[1]}, process {newest[2]}" if len(newest) == 3 else "elsewhere"
-            raise TakenOver(f"another start of this run ({where}) has taken {self.run} over")
+            raise LostOwnership(f"another start of this run ({where}) has taken {self.run} over")
 
     def _newest(self) -> list[str]:
         try:

@@ -67,8 +67,8 @@ class Saver:
 
     def sweep(self) -> None:
         """At the start: delete what processes left that died while they saved; raises InputError where the folder cannot be read."""
-        with self._group.same_fate():  # together: or a quick rank's first share would be swept away
-            if self._group.speaks:
+        with self._group.raise_on_all_ranks():  # together: or a quick rank's first share would be swept away
+            if self._group.is_main:
                 checkpoint.sweep(self._folder)
 
     @property
@@ -106,7 +106,7 @@ class Saver:
         shares = self._group.gather({"files": save.files, "problem": save.problem, "stall_s": save.stall_s})
         reach("gathered")
         path, problem = None, self._problem([share["problem"] for share in shares])
-        if self._group.speaks and problem is None:
+        if self._group.is_main and problem is None:
             try:
                 files = {name: entry for share in shares for name, entry in share["files"].items()}
                 path = str(checkpoint.publish(self._folder, save.step, save.staging, files, save.metadata))

@@ -22,14 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastbert.cluster.launch_env import Seat, read_seat
-from fastbert.cluster.rendezvous import Interrupted, Member, Patience, RankLost, describe, listed, meet, own_address
-from fastbert.cluster.signals import Interruption
+from fastbert.cluster.launch_env import LaunchEnv, read_launch_env
+from fastbert.cluster.rendezvous import Deadline, Interrupted, Member, RankLost, describe, listed, own_address, rendezvous
+from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.signature import Key
 from fastbert.cluster.signed_store import No, SignedStore
 from fastbert.errors import InputError
 
-MARGIN_S = 60.0  # by which a collective outlasts runtime.timeout_s: watch.py speaks first, and with a name
+MARGIN_S = 60.0  # by which a collective outlasts runtime.timeout_s: watchdog.py speaks first, and with a name
 
 
 class Unconnected(RankLost):
@@ -37,29 +37,29 @@ class Unconnected(RankLost):
 
 
 class Group:
-    """The processes of a run, as one of them sees it; made by `join` or `meet_others`. A context manager.
+    """The processes of a run, as one of them sees it; made by `join` or `form_group`. A context manager.
 
     Attributes:
         rank, world: this process's number, and how many there are.
         local_rank: its number on this machine.
         device: the GPU of that number where there is one, else the CPU.
         members: the processes, by rank.
-        room: a table for small things, signed, and under keys that no other attempt uses. What may block: see `Patience`.
+        prefix: a table for small things, signed, and under keys that no other attempt uses. What may block: see `Deadline`.
         holds_store: the store lives in this process, and ends with it.
         store_name: how messages call the store's holder.
         interruption: what notes signals, where somebody does.
-        tick: tells the Watch that looks after the group, if one does, that this process goes on, and at what.
+        tick: tells the Watchdog that looks after the group, if one does, that this process goes on, and at what.
     """
 
     device = torch.device("cpu")
-    interruption: Interruption | None = None
+    interruption: StopRequest | None = None
 
-    def __init__(self, seat: Seat, members: Sequence[Member], room: SignedStore, patience: Patience):
-        self.rank, self.world, self.local_rank = seat.rank, seat.world, seat.local_rank
-        self.members, self.room, self.holds_store = list(members), room, seat.holds_store
-        self.store_name = f"torchrun's store at {seat.where}" if seat.agent_store else f"{self.name(0)} at {seat.where}"
+    def __init__(self, launch: LaunchEnv, members: Sequence[Member], prefix: SignedStore, deadline: Deadline):
+        self.rank, self.world, self.local_rank = launch.rank, launch.world, launch.local_rank
+        self.members, self.prefix, self.holds_store = list(members), prefix, launch.holds_store
+        self.store_name = f"torchrun's store at {launch.where}" if launch.agent_store else f"{self.name(0)} at {launch.where}"
         self.tick: Callable[[str], None] = lambda what: None
-        self._patience, self._meetings = patience, 0
+        self._deadline, self._meetings = deadline, 0
         self._variables: list[str] = []  # of the environment, that `join` has set for torch and DeepSpeed
 
     def connect(self) -> None:
@@ -69,10 +69,10 @@ class Group:
         try:
             dist.init_process_group(
                 "nccl" if self.device.type == "cuda" else "gloo",
-                store=self.room.raw,
+                store=self.prefix.raw,
                 rank=self.rank,
                 world_size=self.world,
-                timeout=timedelta(seconds=self._patience.timeout_s + MARGIN_S),
+                timeout=timedelta(seconds=self._deadline.timeout_s + MARGIN_S),
             )
         except RuntimeError as error:
             raise Unconnected(
@@ -83,10 +83,10 @@ class Group:
     @property
     def timeout_s(self) -> float:
         """How long the ranks wait for each other."""
-        return self._patience.timeout_s
+        return self._deadline.timeout_s
 
     @property
-    def speaks(self) -> bool:
+    def is_main(self) -> bool:
         """This process is the one that writes to the terminal and to the run folder."""
         return self.rank == 0
 
@@ -124,7 +124,7 @@ class Group:
         return values
 
     def heed(self) -> None:
-        """Raises Interrupted where a signal has asked this process to end; for `same_fate`, which tells the others."""
+        """Raises Interrupted where a signal has asked this process to end; for `raise_on_all_ranks`, which tells the others."""
         if self.interruption is not None and self.interruption.asked:
             raise Interrupted(self.interruption.asked)
 
@@ -140,7 +140,7 @@ class Group:
             dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
 
     @contextmanager
-    def same_fate(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """What ends one rank inside this `with` ends every rank at the end of it, in the same words.
 
         It needs nothing but the store, so it serves before the devices are set up, and ranks may differ in what they do inside.
@@ -160,7 +160,7 @@ class Group:
             own = error
         kind = next((kind.__name__ for kind in (InputError, Interrupted) if isinstance(own, kind)), "Exception")
         try:
-            fates = self._meet(own and (kind, describe(own) if kind == "Exception" else str(own)))
+            fates = self._exchange(own and (kind, describe(own) if kind == "Exception" else str(own)))
         except RankLost:
             if own is not None:
                 raise own from None
@@ -182,7 +182,7 @@ class Group:
     def close(self) -> None:
         """Leave together with the others; the one that holds the store is the last to go."""
         if self.world > 1:
-            self._meet(None)
+            self._exchange(None)
         if dist.is_initialized():
             dist.destroy_process_group()
         for name in self._variables:
@@ -195,10 +195,10 @@ class Group:
         if error is None or self.world == 1:
             self.close()  # after an error the others may never come, and a group with a lost member may not let go
 
-    def _meet(self, value: Any) -> list[Any]:
+    def _exchange(self, value: Any) -> list[Any]:
         """As `gather`, by the store alone, and within the time-out. The process that holds the store stays until all have read."""
         self._meetings += 1
-        place = self.room.part(f"meeting/{self._meetings}")
+        place = self.prefix.part(f"meeting/{self._meetings}")
         everybody = [str(rank) for rank in range(self.world)]
         values: list[Any] | None = None
 
@@ -216,30 +216,30 @@ class Group:
 
         def work() -> list[Any]:
             place.write(str(self.rank), value)
-            self._patience.until(complete, absent)
+            self._deadline.until(complete, absent)
             assert values is not None
             place.write(f"read/{self.rank}", None)
             if self.holds_store:
                 read = [f"read/{rank}" for rank in everybody]
-                self._patience.until(lambda: place.read_all(read) is not None, lambda: absent("read/"))
+                self._deadline.until(lambda: place.read_all(read) is not None, lambda: absent("read/"))
             return values
 
-        return self._patience.run(work, self.store_name)
+        return self._deadline.run(work, self.store_name)
 
 
-def join(timeout_s: float, interruption: Interruption | None = None) -> Group:
-    """Meet the other processes that the launcher has started, and connect to them: `meet_others` and `Group.connect`.
+def join(timeout_s: float, interruption: StopRequest | None = None) -> Group:
+    """Meet the other processes that the launcher has started, and connect to them: `form_group` and `Group.connect`.
 
     Raises:
         InputError, Interrupted, RankLost: as those.
     """
-    group = meet_others(timeout_s, interruption)
+    group = form_group(timeout_s, interruption)
     group.connect()
     return group
 
 
-def meet_others(timeout_s: float, interruption: Interruption | None = None) -> Group:
-    """Meet the other processes that the launcher has started; collectives need `Group.connect` besides, which a Watch can look after.
+def form_group(timeout_s: float, interruption: StopRequest | None = None) -> Group:
+    """Meet the other processes that the launcher has started; collectives need `Group.connect` besides, which a Watchdog can look after.
 
     Args:
         timeout_s: how long to wait for the others, now and at every later meeting, in seconds.
@@ -250,54 +250,54 @@ def meet_others(timeout_s: float, interruption: Interruption | None = None) -> G
         Interrupted: a signal asked for it.
         RankLost: not all ranks have come in time; the message says which.
     """
-    seat, patience = read_seat(), Patience(timeout_s)
-    if seat.world == 1:
-        room = SignedStore(dist.HashStore(), Key(secrets.token_bytes(), "this process"), "alone")
-        group = Group(seat, [Member(socket.gethostname(), os.getpid(), "")], room, patience)
+    launch, deadline = read_launch_env(), Deadline(timeout_s)
+    if launch.world == 1:
+        prefix = SignedStore(dist.HashStore(), Key(secrets.token_bytes(), "this process"), "alone")
+        group = Group(launch, [Member(socket.gethostname(), os.getpid(), "")], prefix, deadline)
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():  # DeepSpeed reads them
             group.set_default(name, value)
         address = "127.0.0.1"
     else:
-        meeting = patience.run(lambda: meet(seat, patience), f"rank 0 at {seat.where}", interruption)
-        group, address = Group(seat, meeting.members, meeting.room, patience), meeting.address
+        meeting = deadline.run(lambda: rendezvous(launch, deadline), f"rank 0 at {launch.where}", interruption)
+        group, address = Group(launch, meeting.members, meeting.prefix, deadline), meeting.address
     group.interruption = interruption
-    with group.same_fate():
+    with group.raise_on_all_ranks():
         group.heed()
-        group.device = _device(seat)
+        group.device = _device(launch)
     _check_alike(group)
-    _share_cores(seat, group.device)
+    _share_cores(launch, group.device)
     _choose_interface(group, address)
     _close_to_strangers(group)
     return group
 
 
-def _device(seat: Seat) -> torch.device:
+def _device(launch: LaunchEnv) -> torch.device:
     """The GPU with this process's local number, where the machine has GPUs, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if seat.local_rank >= (count := torch.cuda.device_count()):
+    if launch.local_rank >= (count := torch.cuda.device_count()):
         raise InputError(
-            f"LOCAL_RANK = {seat.local_rank}, but this process sees {count} GPU{'s' if count > 1 else ''}; start one process a GPU, and let "
+            f"LOCAL_RANK = {launch.local_rank}, but this process sees {count} GPU{'s' if count > 1 else ''}; start one process a GPU, and let "
             "each of them see all GPUs of its machine"
         )
-    return torch.device("cuda", seat.local_rank)
+    return torch.device("cuda", launch.local_rank)
 
 
 def _check_alike(group: Group) -> None:
     """A machine whose driver has failed has no GPU; the others would wait for it in another backend for ever."""
     if group.world > 1:
-        kinds = group._meet(group.device.type)
+        kinds = group._exchange(group.device.type)
         if len(set(kinds)) > 1:
             raise InputError(
                 f"{group.name(kinds.index('cpu'))} sees no GPU, but {group.name(kinds.index('cuda'))} does; ask fastbert doctor"
             )
 
 
-def _share_cores(seat: Seat, device: torch.device) -> None:
+def _share_cores(launch: LaunchEnv, device: torch.device) -> None:
     """Several processes that compute on one machine's cores would each start a thread for every core."""
-    if device.type == "cpu" and seat.local_world and seat.local_world > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if device.type == "cpu" and launch.local_world and launch.local_world > 1 and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // seat.local_world))
+        torch.set_num_threads(max(1, cores // launch.local_world))
 
 
 def _choose_interface(group: Group, address: str) -> None:
@@ -317,7 +317,7 @@ def _choose_interface(group: Group, address: str) -> None:
 def _close_to_strangers(group: Group) -> None:
     """NCCL's monitor ends the process, minutes later, when anybody has written `exception_dump` into the store, which nobody signs.
 
-    It does so to have all ranks write down what their collectives did when one of them has waited too long; by then watch.py has said who is
+    It does so to have all ranks write down what their collectives did when one of them has waited too long; by then watchdog.py has said who is
     missing. Whoever wants that more sets the variable.
     """
     if group.world > 1:

@@ -12,7 +12,7 @@ OTHER_STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpiru
 
 
 @dataclass(frozen=True)
-class Seat:
+class LaunchEnv:
     """What the launcher said to this process; `local_world` is None where it did not say how many there are on this machine."""
 
     rank: int = 0
@@ -32,7 +32,7 @@ class Seat:
         return f"{self.address}:{self.port}"
 
 
-def read_seat() -> Seat:
+def read_launch_env() -> LaunchEnv:
     """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; raises InputError naming the one that is missing or wrong."""
     given = os.environ.get
     if not given("WORLD_SIZE"):
@@ -44,16 +44,16 @@ def read_seat() -> Seat:
                     f"{name} = {given(name)}: {starter} has started several processes, but WORLD_SIZE is not set, so each would train alone; "
                     "set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start one torchrun a machine: see docs/multi-node.md"
                 )
-        return Seat()
+        return LaunchEnv()
     world = _whole("WORLD_SIZE", 1)
     rank = _whole("RANK", 0, world, f"WORLD_SIZE = {world}")
     if world == 1:
-        return Seat(local_rank=_whole("LOCAL_RANK", 0) if given("LOCAL_RANK") else 0)
+        return LaunchEnv(local_rank=_whole("LOCAL_RANK", 0) if given("LOCAL_RANK") else 0)
     local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if given(name)), None)  # torchrun's name, DeepSpeed's name
     local_world = _whole(local, 1, world + 1, f"WORLD_SIZE = {world}") if local else None
     if not given("MASTER_ADDR"):
         raise InputError(f"MASTER_ADDR is not set, but WORLD_SIZE = {world}; give the address of rank 0's machine")
-    return Seat(
+    return LaunchEnv(
         rank=rank,
         world=world,
         local_rank=_whole("LOCAL_RANK", 0, local_world or world, f"{local or 'WORLD_SIZE'} = {local_world or world}"),

@@ -4,7 +4,7 @@ torchrun's agent holds it where it offers to, else rank 0, which listens on MAST
 interface).
 
 - A store that torchrun keeps over restarts still has the keys of earlier attempts, and no variable tells attempts apart when nodes come
-  and go. So every process knocks with a number drawn at random, rank 0 answers those who knock now with a token of its own, and
+  and go. So every process registers with a number drawn at random, rank 0 answers those who register now with a token of its own, and
   everything else is written under that token.
 - Strangers may reach the store too. So all that the processes write is signed with the run's key (signature.py); what is not is taken for
   absent. Two keys in one run look like a stranger, but one who knocks again and again: that is said within seconds.
@@ -30,8 +30,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from fastbert.cluster.launch_env import Seat
-from fastbert.cluster.signals import Interruption
+from fastbert.cluster.launch_env import LaunchEnv
+from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.signature import Key, find_key
 from fastbert.cluster.signed_store import No, SignedStore
 from fastbert.errors import InputError
@@ -67,29 +67,29 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """What comes of it.
 
     Attributes:
         members: the processes, by rank.
-        room: the part of the store that is this attempt's alone.
+        prefix: the part of the store that is this attempt's alone.
         address: the store's, in numbers.
     """
 
     members: list[Member]
-    room: SignedStore
+    prefix: SignedStore
     address: str
 
 
-class Patience:
+class Deadline:
     """How long to wait for other processes, and what to look at meanwhile."""
 
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
         self._end, self._given_up = 0.0, threading.Event()
-        self._interruption: Interruption | None = None
+        self._interruption: StopRequest | None = None
 
-    def run(self, work: Callable[[], T], whose: str, interruption: Interruption | None = None) -> T:
+    def run(self, work: Callable[[], T], whose: str, interruption: StopRequest | None = None) -> T:
         """Return what `work` returns, or raise what it raises. It runs on a thread: a store that is silent keeps nobody here.
 
         Args:
@@ -152,8 +152,8 @@ class Patience:
         return self._interruption.asked if self._interruption is not None else None
 
 
-def meet(seat: Seat, patience: Patience) -> Meeting:
-    """Come to the store, and return when all ranks have come. To be called within `Patience.run`.
+def rendezvous(launch: LaunchEnv, deadline: Deadline) -> Rendezvous:
+    """Come to the store, and return when all ranks have come. To be called within `Deadline.run`.
 
     Raises:
         InputError: MASTER_ADDR, MASTER_PORT or RANK cannot be what was meant; or this process has no key, or another one than the others.
@@ -161,67 +161,67 @@ def meet(seat: Seat, patience: Patience) -> Meeting:
         RankLost: not all ranks have come in time.
     """
     me, key = Member(socket.gethostname(), os.getpid(), secrets.token_hex(8)), find_key()
-    address = _resolve(seat, patience)
+    address = _resolve(launch, deadline)
     while True:
         try:
-            store = _hold_store(seat, address) if seat.holds_store else _reach_store(seat, address, patience)
+            store = _hold_store(launch, address) if launch.holds_store else _reach_store(launch, address, deadline)
             table = SignedStore(dist.PrefixStore("fastbert", store), key, "fastbert")
-            room, roll = _enter(table, seat, me, key, patience)
+            prefix, roster = _enter(table, launch, me, key, deadline)
             break
         except dist.DistError:
-            if seat.holds_store:
+            if launch.holds_store:
                 raise
             # That was the store of an attempt that has just ended. The next one comes to the same port.
-            patience.rest(POLL_S[1], lambda: f"rank 0 did not come to {seat.where}")
-    if isinstance(roll, dict):
-        if seat.holds_store:
+            deadline.rest(POLL_S[1], lambda: f"rank 0 did not come to {launch.where}")
+    if isinstance(roster, dict):
+        if launch.holds_store:
             time.sleep(2 * POLL_S[1])  # so that the others can read why, before the store ends with this process
-        raise {"InputError": InputError, "Interrupted": Interrupted, "RankLost": RankLost}[roll["end"]](roll["why"])
-    members = [Member(**member) for member in roll]
-    if (other := members[seat.rank]) != me:
-        raise InputError(f"RANK = {seat.rank} is given to two processes: {me.process} on {me.host}, and {other.process} on {other.host}")
-    return Meeting(members, room, address)
+        raise {"InputError": InputError, "Interrupted": Interrupted, "RankLost": RankLost}[roster["end"]](roster["why"])
+    members = [Member(**member) for member in roster]
+    if (other := members[launch.rank]) != me:
+        raise InputError(f"RANK = {launch.rank} is given to two processes: {me.process} on {me.host}, and {other.process} on {other.host}")
+    return Rendezvous(members, prefix, address)
 
 
-def _enter(table: SignedStore, seat: Seat, me: Member, key: Key, patience: Patience) -> tuple[SignedStore, Any]:
+def _enter(table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadline: Deadline) -> tuple[SignedStore, Any]:
     """The part of the table that is this attempt's alone; and the members by rank, or {"end", "why"} where one of them left again.
 
     Which of the two it is, is settled by one write: nobody can leave a group whose other members believe that he is in.
     """
-    everybody = [str(rank) for rank in range(seat.world)]
-    reception = _Reception(table, seat, me, key) if seat.rank == 0 else None
-    room = table.part(reception.token if reception is not None else _knock(table, seat, me, key, patience))
-    room.write(str(seat.rank), asdict(me))
+    everybody = [str(rank) for rank in range(launch.world)]
+    reception = _Reception(table, launch, me, key) if launch.rank == 0 else None
+    prefix = table.part(reception.token if reception is not None else _register(table, launch, me, key, deadline))
+    prefix.write(str(launch.rank), asdict(me))
     proposed = settled = None
 
     def complete() -> bool:
         nonlocal proposed, settled
         if reception is not None:
             reception.answer()
-            proposed = room.read_all(everybody)
-        if not isinstance(found := room.read("roll"), No):
+            proposed = prefix.read_all(everybody)
+        if not isinstance(found := prefix.read("roster"), No):
             settled = found
         return proposed is not None or settled is not None
 
     def absent() -> str:
-        missing = [f"rank {rank}" for rank in everybody if isinstance(room.read(rank), No)]
-        return f"{listed(missing) or 'rank 0'} did not come to {seat.where}"
+        missing = [f"rank {rank}" for rank in everybody if isinstance(prefix.read(rank), No)]
+        return f"{listed(missing) or 'rank 0'} did not come to {launch.where}"
 
     try:
-        patience.until(complete, absent)
+        deadline.until(complete, absent)
     except (InputError, Interrupted, RankLost) as end:
         proposed = {"end": type(end).__name__, "why": str(end)}
-    return room, room.settle("roll", proposed) if settled is None else settled
+    return prefix, prefix.settle("roster", proposed) if settled is None else settled
 
 
-def _knock(table: SignedStore, seat: Seat, me: Member, key: Key, patience: Patience) -> str:
+def _register(table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadline: Deadline) -> str:
     """The token that rank 0 answers to this process."""
     answer: Any = No.ABSENT
-    doubt, other_key = _Doubt(), InputError(key.mismatch(f"rank 0 at {seat.where}"))
+    doubt, other_key = _Doubt(), InputError(key.mismatch(f"rank 0 at {launch.where}"))
 
     def answered() -> bool:
         nonlocal answer
-        table.write(f"knock/{seat.rank}", [me.nonce, seat.world])  # again, should somebody have written over it
+        table.write(f"register/{launch.rank}", [me.nonce, launch.world])  # again, should somebody have written over it
         answer = table.read(me.nonce)
         if isinstance(answer, No):
             doubt.look(table, 0)
@@ -230,7 +230,7 @@ def _knock(table: SignedStore, seat: Seat, me: Member, key: Key, patience: Patie
         return not isinstance(answer, No)
 
     try:
-        patience.until(answered, lambda: f"rank 0 did not answer rank {seat.rank} at {seat.where}")
+        deadline.until(answered, lambda: f"rank 0 did not answer rank {launch.rank} at {launch.where}")
     except dist.DistError:  # rank 0 is gone, with the store
         if doubt.for_s > DOUBT_S / 5:
             raise other_key from None
@@ -242,22 +242,22 @@ def _knock(table: SignedStore, seat: Seat, me: Member, key: Key, patience: Patie
 
 
 class _Reception:
-    """Rank 0's: tells the token to all who knock; one who did so in an earlier attempt reads nothing any more."""
+    """Rank 0's: tells the token to all who register; one who did so in an earlier attempt reads nothing any more."""
 
-    def __init__(self, table: SignedStore, seat: Seat, me: Member, key: Key):
+    def __init__(self, table: SignedStore, launch: LaunchEnv, me: Member, key: Key):
         self.token = secrets.token_hex(8)
-        self._table, self._seat, self._me, self._key = table, seat, me, key
-        self._doubts = {rank: _Doubt() for rank in range(1, seat.world)}
+        self._table, self._launch, self._me, self._key = table, launch, me, key
+        self._doubts = {rank: _Doubt() for rank in range(1, launch.world)}
 
     def answer(self) -> None:
         """To be called again and again; raises InputError when it is sure that another rank has another key."""
-        self._table.write("knock/0", [self._me.nonce, self._seat.world])  # nobody needs it, but who cannot read it learns why
+        self._table.write("register/0", [self._me.nonce, self._launch.world])  # nobody needs it, but who cannot read it learns why
         for rank, doubt in self._doubts.items():
             doubt.look(self._table, rank)
-            if not isinstance(doubt.knock, No):
-                nonce, world = doubt.knock
-                problem = f"WORLD_SIZE = {world} for rank {rank}, but {self._seat.world} for rank 0; start all with the same"
-                self._table.write(nonce, [self.token, problem if world != self._seat.world else None])
+            if not isinstance(doubt.register, No):
+                nonce, world = doubt.register
+                problem = f"WORLD_SIZE = {world} for rank {rank}, but {self._launch.world} for rank 0; start all with the same"
+                self._table.write(nonce, [self.token, problem if world != self._launch.world else None])
         # Those with another key cannot read what rank 0 would tell them, so they are given the time to find out for themselves.
         odd = [rank for rank, doubt in self._doubts.items() if doubt.for_s > DOUBT_S / 2]
         gone = all(doubt.quiet_s > QUIET_S for doubt in self._doubts.values())
@@ -266,10 +266,10 @@ class _Reception:
 
 
 class _Doubt:
-    """Whether a rank has another key. A single knock that is forged may be a stranger's; from a process they come again and again."""
+    """Whether a rank has another key. A single registration that is forged may be a stranger's; from a process they come again and again."""
 
     def __init__(self) -> None:
-        self.knock: Any = No.ABSENT
+        self.register: Any = No.ABSENT
         self._first = self._last = 0.0
 
     @property
@@ -283,14 +283,14 @@ class _Doubt:
         return time.monotonic() - self._last
 
     def look(self, table: SignedStore, rank: int) -> None:
-        """Read a rank's knock, and sweep it away where it is forged."""
-        self.knock, now = table.read(f"knock/{rank}"), time.monotonic()
-        if self.knock is No.FORGED:
-            table.sweep(f"knock/{rank}")
+        """Read the registration of a rank, and sweep it away where it is forged."""
+        self.register, now = table.read(f"register/{rank}"), time.monotonic()
+        if self.register is No.FORGED:
+            table.sweep(f"register/{rank}")
             if now - self._last > QUIET_S:
                 self._first = now
             self._last = now
-        elif self.knock is not No.ABSENT:
+        elif self.register is not No.ABSENT:
             self._first = self._last
 
 
@@ -329,40 +329,40 @@ def numeric(name: str, port: int) -> str:
     return str(min(found, key=lambda item: item[0] != socket.AF_INET)[4][0])
 
 
-def _hold_store(seat: Seat, address: str) -> dist.Store:
+def _hold_store(launch: LaunchEnv, address: str) -> dist.Store:
     try:
-        return hold_store(address, seat.port)
+        return hold_store(address, launch.port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise InputError(f"MASTER_PORT = {seat.port}: another process listens there on {address}; choose another port") from None
+            raise InputError(f"MASTER_PORT = {launch.port}: another process listens there on {address}; choose another port") from None
         if error.errno == errno.EADDRNOTAVAIL:
             raise InputError(
-                f"MASTER_ADDR = {seat.address}: {address} is not an address of {socket.gethostname()}, where rank 0 runs; "
+                f"MASTER_ADDR = {launch.address}: {address} is not an address of {socket.gethostname()}, where rank 0 runs; "
                 "give the one by which the other machines reach it"
             ) from None
-        raise InputError(f"MASTER_ADDR = {seat.address}, MASTER_PORT = {seat.port}: cannot listen there: {error.strerror}") from None
+        raise InputError(f"MASTER_ADDR = {launch.address}, MASTER_PORT = {launch.port}: cannot listen there: {error.strerror}") from None
 
 
-def _reach_store(seat: Seat, address: str, patience: Patience) -> dist.Store:
+def _reach_store(launch: LaunchEnv, address: str, deadline: Deadline) -> dist.Store:
     """A connection to the store that another process holds, as soon as it does."""
-    patience.until(lambda: listens(address, seat.port), lambda: f"rank 0 did not come to {seat.where}")
-    return dist.TCPStore(address, seat.port, None, False, timeout=timedelta(seconds=patience.timeout_s))
+    deadline.until(lambda: listens(address, launch.port), lambda: f"rank 0 did not come to {launch.where}")
+    return dist.TCPStore(address, launch.port, None, False, timeout=timedelta(seconds=deadline.timeout_s))
 
 
-def _resolve(seat: Seat, patience: Patience) -> str:
+def _resolve(launch: LaunchEnv, deadline: Deadline) -> str:
     """MASTER_ADDR in numbers; its name may come to be known only after the processes have started."""
     found: list[str] = []
 
     def known() -> bool:
         with suppress(OSError):
-            found.append(numeric(seat.address, seat.port))
+            found.append(numeric(launch.address, launch.port))
         return bool(found)
 
-    patience.until(known, lambda: f"MASTER_ADDR = {seat.address}: no address came to be known by that name")
-    several_machines = (seat.local_world or seat.world) < seat.world
-    if several_machines and ipaddress.ip_address(found[0]).is_loopback and seat.address not in (found[0], "localhost"):
+    deadline.until(known, lambda: f"MASTER_ADDR = {launch.address}: no address came to be known by that name")
+    several_machines = (launch.local_world or launch.world) < launch.world
+    if several_machines and ipaddress.ip_address(found[0]).is_loopback and launch.address not in (found[0], "localhost"):
         raise InputError(
-            f"MASTER_ADDR = {seat.address}: on {socket.gethostname()} this name means {found[0]}, which no other machine can reach; "
+            f"MASTER_ADDR = {launch.address}: on {socket.gethostname()} this name means {found[0]}, which no other machine can reach; "
             "give the address that the machine has in their network"
         )
     return found[0]

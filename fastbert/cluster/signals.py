@@ -11,7 +11,7 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SIGHUP: the terminal was closed
 
 
-class Interruption:
+class StopRequest:
     """While this context is entered, such a signal only sets `asked`; a second Ctrl-C, for those who cannot wait, ends the process.
 
     Not under a launcher: there one Ctrl-C arrives twice, from the terminal and from the launcher.
@@ -22,7 +22,7 @@ class Interruption:
         self._before: dict[int, Any] = {}
         self._launched = "WORLD_SIZE" in os.environ
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
             ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS if number != signal.SIGHUP or not ignored}

@@ -34,7 +34,7 @@ NAME = "fastbert"
 DEFAULTS = {"keep_alive_interval": 2, "keep_alive_max_attempt": 5, "last_call_timeout": 10}  # seconds; how often; seconds
 JOIN_TIMEOUT_S = 600  # torch's own
 READ_TIMEOUT_S = 60  # torch's own
-ANSWER_S = 10.0  # and SILENCE_S of meeting.py on top
+ANSWER_S = 10.0  # and SILENCE_S of rendezvous.py on top
 
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
@@ -55,14 +55,14 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-    from fastbert.cluster.rendezvous import Patience, RankLost, own_address
+    from fastbert.cluster.rendezvous import Deadline, RankLost, own_address
     from fastbert.cluster.signature import find_key
     from fastbert.cluster.torchrun_rounds import SignedRounds
     from fastbert.cluster.torchrun_state import SignedState
 
     def ask(work: Callable[[Any], Any]) -> Any:
         try:
-            return Patience(ANSWER_S).run(lambda: work(store), f"the store of --rdzv-endpoint {parameters.endpoint}")
+            return Deadline(ANSWER_S).run(lambda: work(store), f"the store of --rdzv-endpoint {parameters.endpoint}")
         except (RankLost, ValueError, RuntimeError, TimeoutError) as error:
             raise RendezvousConnectionError(str(error)) from None
 

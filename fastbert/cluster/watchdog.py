@@ -2,13 +2,13 @@
 
 A rank that is stopped, cut off or stuck leaves the others inside a collective that never returns: no exception, nothing in any log, idle
 machines. So a thread of every rank writes a beat to the group's store, and another one looks whether the main thread still goes on. When
-it has not for too long, the beats show who is missing. The first rank to find out leaves its verdict in the store, where the others read it,
+it has not for too long, the beats show who is missing. The first rank to find out leaves its failure in the store, where the others read it,
 and the process is ended from the thread, since nothing wakes the main one.
 
 Where a collective fails at once, because a peer has died, the beats answer the same question: the peer that has closed the connection may
 only be another one that failed, next in a row. So an exception that leaves the context comes out as RankLost where another rank is its cause.
 
-Beats and verdicts are signed. A verdict that is not is swept away, and nobody ends because of it. A forged beat tells nothing: its rank is
+Heartbeats and failures are signed. A failure that is not is swept away, and nobody ends because of it. A forged beat tells nothing: its rank is
 neither alive nor missing, so that no rank is blamed, and no run ended, by what a stranger writes; who really waits in vain then ends by the
 time-out of the collective, MARGIN_S later.
 """
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch.distributed as dist
 
 from fastbert.cluster.group import Group, Unconnected
-from fastbert.cluster.rendezvous import Interrupted, Patience, RankLost, describe, listed
+from fastbert.cluster.rendezvous import Deadline, Interrupted, RankLost, describe, listed
 from fastbert.cluster.signed_store import No, SignedStore, printable
 from fastbert.errors import InputError
 
@@ -37,12 +37,12 @@ T = TypeVar("T")
 BEAT_S = 1.0  # between two beats; less where the time-out is short
 LOOK_S = 3.0  # for how long a beat must stand still to count: on a busy machine a few come late
 GRACE_S = 5.0  # for the main thread to come out by itself, once it is known why all end
-HEARD_S = 3.0  # for the others to read a verdict, before the store ends with the process that holds it
+HEARD_S = 3.0  # for the others to read a failure, before the store ends with the process that holds it
 
-PACKAGE, MEETING = Path(__file__).parents[1], Path(__file__).with_name("meeting.py")
+PACKAGE, RENDEZVOUS = Path(__file__).parents[1], Path(__file__).with_name("rendezvous.py")
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """What a rank says of itself; `count` stands still when its process does."""
 
     count: int
@@ -53,7 +53,7 @@ class Beat(NamedTuple):
     left: bool = False  # it is through, and beats no more
 
 
-class Watch:
+class Watchdog:
     """Watches over the ranks of a group while this context is entered; with one rank it does nothing.
 
     Args:
@@ -69,8 +69,8 @@ class Watch:
         self._every_s, self._look_s = min(BEAT_S, timeout_s / 10), min(LOOK_S, timeout_s / 2)
         self._tick = (0, "the start", time.monotonic())  # ticks, what, when
         self._main = threading.get_ident()
-        self._verdict: str | None = None  # why all ranks end
-        self._deaf: int | None = None  # how many will never hear it; None until it is known to be in the store
+        self._failure: str | None = None  # why all ranks end
+        self._unaware: int | None = None  # how many will never hear it; None until it is known to be in the store
         self._hearing = threading.Lock()
         self._stopped: tuple[float, Any] = 0.0, None  # for how long this process did not run, and the tick that was the last one then
         self._out = threading.Event()  # the main thread is out of what it was waiting for, and ends by itself
@@ -78,14 +78,16 @@ class Watch:
         self._asking = threading.Lock()
         self._threads: list[threading.Thread] = []
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._group.tick = self.tick
         if self._group.world > 1:
-            store = self._group.room.part("watch")
+            store = self._group.prefix.part("watch")
             # Connections of their own: a call that waits on one keeps all others on it waiting.
-            self._beats, self._questions = Patience(self._timeout_s).run(lambda: (store.clone(), store.clone()), self._group.store_name)
+            self._beats, self._questions = Deadline(self._timeout_s).run(lambda: (store.clone(), store.clone()), self._group.store_name)
             self._tick = (0, "the start", time.monotonic())
-            self._threads = [threading.Thread(target=work, daemon=True, name="fastbert-watch") for work in (self._beat, self._guard)]
+            self._threads = [
+                threading.Thread(target=work, daemon=True, name="fastbert-watch") for work in (self._send_heartbeats, self._guard)
+            ]
             for thread in self._threads:
                 thread.start()
         return self
@@ -95,13 +97,13 @@ class Watch:
         if error is not None and not isinstance(error, InputError | Interrupted) and not self._out.is_set():
             lost = self._blame(error)
             if lost is None:
-                self.farewell(describe(error))
+                self.report_exit(describe(error))
         self._out.set()
         self._over.set()
         for thread in self._threads:
             thread.join(2 * self._every_s)  # not for ever: the store may not answer it
         if self._threads and error is None:
-            last = Beat(-1, self._tick[0], self._tick[1], waiting=True, where="", left=True)
+            last = Heartbeat(-1, self._tick[0], self._tick[1], waiting=True, where="", left=True)
             with suppress(RankLost):
                 self._ask(lambda store: store.write(str(self._group.rank), last))
         if lost is not None:
@@ -111,13 +113,13 @@ class Watch:
         """The main thread goes on, now at `what`, such as "step 17". Costs nothing."""
         self._tick = (self._tick[0] + 1, what, time.monotonic())
 
-    def farewell(self, reason: str) -> None:
+    def report_exit(self, reason: str) -> None:
         """Before any exit that the other ranks do not share: tell them why, so that they end at once and quote it."""
         if self._group.world > 1:
             self._out.set()
-            if self._verdict is None:
-                self._pronounce(f"{self._group.name(self._group.rank)} has ended: {reason}", deaf=0)
-            self._linger()
+            if self._failure is None:
+                self._publish(f"{self._group.name(self._group.rank)} has ended: {reason}", unaware=0)
+            self._wait_for_readers()
 
     def _blame(self, error: BaseException) -> str | None:
         """A line that names the rank which is gone; None where all are there, so that the fault is this rank's own.
@@ -128,47 +130,47 @@ class Watch:
             return None
         self._out.set()
         if isinstance(error, RankLost) and not isinstance(error, Unconnected):
-            self._pronounce(str(error), deaf=1)
-        elif self._verdict is None:
+            self._publish(str(error), unaware=1)
+        elif self._failure is None:
             self._find_out(self._missing, "disappeared", LOOK_S)
-        if isinstance(error, Unconnected) and self._verdict is None:
-            self._pronounce(str(error), deaf=0)
-        self._linger()
+        if isinstance(error, Unconnected) and self._failure is None:
+            self._publish(str(error), unaware=0)
+        self._wait_for_readers()
         return self._reason
 
-    def _beat(self) -> None:
-        """Thread: say that this process is alive, and listen for a verdict."""
+    def _send_heartbeats(self) -> None:
+        """Thread: say that this process is alive, and listen for a failure."""
         count, rank = 0, str(self._group.rank)
         try:
             while not self._over.is_set():
                 ticks, what, _ = self._tick
-                self._beats.write(rank, Beat(count, ticks, what, *_position(self._main)))
+                self._beats.write(rank, Heartbeat(count, ticks, what, *_position(self._main)))
                 count += 1
-                if self._verdict is None:
+                if self._failure is None:
                     self._listen()
                 self._over.wait(self._every_s)
         except dist.DistError:
-            self._verdict = self._verdict or f"{self._group.store_name} has disappeared"
+            self._failure = self._failure or f"{self._group.store_name} has disappeared"
 
     def _listen(self) -> None:
-        """Hear the verdict, if there is one."""
-        found = self._beats.read("verdict")
+        """Hear the failure, if there is one."""
+        found = self._beats.read("failure")
         if found is No.FORGED:
-            self._beats.sweep("verdict")  # or all ranks would read it again every second, however large it is
+            self._beats.sweep("failure")  # or all ranks would read it again every second, however large it is
         elif found is not No.ABSENT:
-            self._hear(self._beats, *found)
+            self._receive(self._beats, *found)
 
     def _guard(self) -> None:
         """Thread: end this process when its main thread does not go on."""
         what = f"not answered for {self._timeout_s:g} s (runtime.timeout_s)"
         while not self._rest(self._every_s / 2):
             tick = self._tick
-            if self._verdict is not None:
+            if self._failure is not None:
                 if not self._out.wait(GRACE_S):
                     self._end()
             elif time.monotonic() > tick[2] + self._timeout_s - self._look_s:
-                self._find_out(lambda *beats, tick=tick: self._culprits(*beats) if self._tick is tick else None, what, self._look_s)
-                if self._verdict is not None and self._tick is tick and not self._out.is_set():
+                self._find_out(lambda *beats, tick=tick: self._blamed(*beats) if self._tick is tick else None, what, self._look_s)
+                if self._failure is not None and self._tick is tick and not self._out.is_set():
                     self._end()
 
     def _rest(self, seconds: float) -> bool:
@@ -181,29 +183,29 @@ class Watch:
 
     @property
     def _reason(self) -> str | None:
-        """The verdict in this rank's eyes: who was stopped himself need not wonder where the others are."""
+        """The failure in this rank's eyes: who was stopped himself need not wonder where the others are."""
         stopped_s, tick = self._stopped
-        if self._verdict is not None and tick is self._tick:
+        if self._failure is not None and tick is self._tick:
             return f"{self._group.name(self._group.rank)} was stopped for {stopped_s:.0f} s, and the others have not waited"
-        return self._verdict
+        return self._failure
 
     def _find_out(self, judge: Callable[..., tuple[str, int] | None], what: str, look_s: float) -> None:
         """Look at all beats, and again after `look_s`; pronounce what `judge` makes of them, if anything."""
         try:
             before = self._ask(self._look)
             end = time.monotonic() + look_s
-            while self._verdict is None and time.monotonic() < end:
+            while self._failure is None and time.monotonic() < end:
                 time.sleep(self._every_s / 2)
-            if self._verdict is None and (found := judge(before, self._ask(self._look), what)) is not None:
-                self._pronounce(*found)
+            if self._failure is None and (found := judge(before, self._ask(self._look), what)) is not None:
+                self._publish(*found)
         except RankLost:
-            self._verdict = self._verdict or f"{self._group.store_name} has {what}; this rank is at {self._tick[1]}"
+            self._failure = self._failure or f"{self._group.store_name} has {what}; this rank is at {self._tick[1]}"
 
-    def _look(self, store: SignedStore) -> list[Beat | No]:
+    def _look(self, store: SignedStore) -> list[Heartbeat | No]:
         found = [store.read(str(rank)) for rank in range(self._group.world)]
-        return [beat if isinstance(beat, No) else Beat(*beat) for beat in found]
+        return [beat if isinstance(beat, No) else Heartbeat(*beat) for beat in found]
 
-    def _missing(self, before: Sequence[Beat | No], now: Sequence[Beat | No], what: str) -> tuple[str, int] | None:
+    def _missing(self, before: Sequence[Heartbeat | No], now: Sequence[Heartbeat | No], what: str) -> tuple[str, int] | None:
         """Ranks whose beat stands still, or was never there: what is to be said of them, and how many they are."""
         still = [
             rank for rank, beat in enumerate(now) if beat == before[rank] and beat is not No.FORGED and not getattr(beat, "left", False)
@@ -214,7 +216,7 @@ class Watch:
         has = "has" if len(still) == 1 else "have"
         return f"{self._names(still)} {has} {what}, last seen at {'the start' if isinstance(last, No) else last.what}", len(still)
 
-    def _culprits(self, before: Sequence[Beat | No], now: Sequence[Beat | No], what: str) -> tuple[str, int] | None:
+    def _blamed(self, before: Sequence[Heartbeat | No], now: Sequence[Heartbeat | No], what: str) -> tuple[str, int] | None:
         """What keeps this rank from going on; None where another one goes on, since then its turn will come, or may do so unseen."""
         if (found := self._missing(before, now, what)) is not None:
             return found
@@ -236,42 +238,42 @@ class Watch:
     def _names(self, ranks: Sequence[int]) -> str:
         return listed([self._group.name(rank) for rank in ranks])
 
-    def _pronounce(self, verdict: str, deaf: int) -> None:
-        """Leave the verdict for the others, all but `deaf` of them; or take over the one that is there."""
+    def _publish(self, failure: str, unaware: int) -> None:
+        """Leave the failure for the others, all but `unaware` of them; or take over the one that is there."""
 
         def leave(store: SignedStore) -> None:
-            self._hear(store, *store.settle("verdict", [verdict, deaf]))
+            self._receive(store, *store.settle("failure", [failure, unaware]))
 
         try:
             self._ask(leave)
         except RankLost:
-            self._verdict = self._verdict or verdict
+            self._failure = self._failure or failure
 
-    def _hear(self, store: SignedStore, verdict: str, deaf: int) -> None:
-        """Take over the verdict that is in the store, and note there that this rank knows it."""
+    def _receive(self, store: SignedStore, failure: str, unaware: int) -> None:
+        """Take over the failure that is in the store, and note there that this rank knows it."""
         with self._hearing:
-            if self._deaf is None:
+            if self._unaware is None:
                 store.write(f"heard/{self._group.rank}", None)
-            self._verdict, self._deaf = verdict, deaf
+            self._failure, self._unaware = failure, unaware
 
-    def _linger(self) -> None:
-        """The process that holds the store gives the others time to hear the verdict."""
+    def _wait_for_readers(self) -> None:
+        """The process that holds the store gives the others time to hear the failure."""
         end, not_yet = time.monotonic() + HEARD_S, list(range(self._group.world))
         with suppress(RankLost):
-            while self._group.holds_store and self._deaf is not None and time.monotonic() < end:
+            while self._group.holds_store and self._unaware is not None and time.monotonic() < end:
                 not_yet = self._ask(lambda store, ranks=not_yet: [rank for rank in ranks if isinstance(store.read(f"heard/{rank}"), No)])
-                if len(not_yet) <= self._deaf:
+                if len(not_yet) <= self._unaware:
                     break
                 time.sleep(self._every_s / 10)
 
     def _ask(self, question: Callable[[SignedStore], T]) -> T:
         """The store's answer; RankLost where none comes within a few seconds."""
         with self._asking:
-            return Patience(0.0).run(lambda: question(self._questions), self._group.store_name)
+            return Deadline(0.0).run(lambda: question(self._questions), self._group.store_name)
 
     def _end(self) -> NoReturn:
         """End the process from a thread, whatever its main thread waits for."""
-        self._linger()
+        self._wait_for_readers()
         os.write(2, f"fastbert: {printable(self._reason or '')}; resume with --resume\n".encode())
         os._exit(1)
 
@@ -285,6 +287,6 @@ def _position(thread: int) -> tuple[bool, str]:
         if files[-1].is_relative_to(PACKAGE):
             break
         frame = frame.f_back
-    waiting = files[-1] == MEETING or any("distributed" in file.parts or "deepspeed" in file.parts for file in files)
+    waiting = files[-1] == RENDEZVOUS or any("distributed" in file.parts or "deepspeed" in file.parts for file in files)
     place = frame or innermost  # outside fastbert altogether: what a user's own script does
     return waiting, f"{place.f_code.co_filename}, line {place.f_lineno}"

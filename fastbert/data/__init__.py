@@ -1,1 +1,1 @@
-"""From raw text to packed batches: documents, sentences, tokens, a store on disk, examples, masks. Knows no model."""
+"""From raw text to packed batches: documents, sentences, tokens, a dataset on disk, examples, masks. Knows no model."""

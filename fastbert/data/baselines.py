@@ -33,7 +33,7 @@ _STEPS = 30  # of expectation maximisation; the weights stand still after ten
 
 
 def measure(train: Split, heldout: Split, vocab_size: int) -> dict[str, float]:
-    """The yardsticks, and how many tokens they rest on; the same for the same splits."""
+    """The baselines, and how many tokens they rest on; the same for the same splits."""
     counted, tested = _sample(train, TRAIN_TOKENS, vocab_size), _sample(heldout, HELDOUT_TOKENS, vocab_size)
     cut = len(counted) - min(len(counted) // 20, TUNE_TOKENS)
     models = _Models(counted[:cut], vocab_size)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastbert.config import ObjectiveConfig, RunConfig
-from fastbert.data.dataset import Split, Store
+from fastbert.data.dataset import Split, TokenDataset
 from fastbert.data.examples import Examples, Spans
 from fastbert.data.masking import Masking, selected_counts
 from fastbert.data.packing import PackedBatch, pack, pack_texts
@@ -19,24 +19,26 @@ from fastbert.errors import InputError
 
 __all__ = ["Batches", "PackedBatch", "heldout_batches", "pack_texts"]
 
-HELDOUT_SEED = 0  # not the run's: all runs on a store are measured on the same examples and masks
+HELDOUT_SEED = 0  # not the run's: all runs on a dataset are measured on the same examples and masks
 
 
 class Batches:
     """Training batches.
 
     Args:
-        store: its split "train" is read.
+        dataset: its split "train" is read.
         config: objective, batch and seed matter here.
 
     Raises:
-        InputError: the store gives no example for this objective, or its vocabulary no token to mask with.
+        InputError: the dataset gives no example for this objective, or its vocabulary no token to mask with.
     """
 
-    def __init__(self, store: Store, config: RunConfig):
+    def __init__(self, dataset: TokenDataset, config: RunConfig):
         self.config = config
-        self._packer = _Packer(store, "train", config.objective)
-        self._examples = Examples(self._packer.split, config.objective, config.batch.max_length, config.seed, f"{store.path}: split train")
+        self._packer = _Packer(dataset, "train", config.objective)
+        self._examples = Examples(
+            self._packer.split, config.objective, config.batch.max_length, config.seed, f"{dataset.path}: split train"
+        )
 
     @property
     def examples_per_epoch(self) -> int:
@@ -80,11 +82,11 @@ class Batches:
         return self._packer.packs(spans, indices, packs)
 
 
-def heldout_batches(store: Store, config: RunConfig, sequences: int) -> list[PackedBatch]:
+def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) -> list[PackedBatch]:
     """A fixed set of held-out examples with frozen masks, the same for every run with this objective and length.
 
     Args:
-        store: its split "heldout" is read.
+        dataset: its split "heldout" is read.
         config: objective, max_length and micro_batch_tokens matter here.
         sequences: how many examples; all where the split has fewer.
 
@@ -94,8 +96,8 @@ def heldout_batches(store: Store, config: RunConfig, sequences: int) -> list[Pac
     Raises:
         InputError: the held-out split gives no example for this objective.
     """
-    packer = _Packer(store, "heldout", config.objective)
-    examples = Examples(packer.split, config.objective, config.batch.max_length, HELDOUT_SEED, f"{store.path}: split heldout")
+    packer = _Packer(dataset, "heldout", config.objective)
+    examples = Examples(packer.split, config.objective, config.batch.max_length, HELDOUT_SEED, f"{dataset.path}: split heldout")
     indices = np.arange(min(sequences, len(examples)))
     spans = examples.draw(0, indices)
     return packer.packs(spans, indices, share_out(spans.lengths, 1, config.batch.micro_batch_tokens))
@@ -104,11 +106,11 @@ def heldout_batches(store: Store, config: RunConfig, sequences: int) -> list[Pac
 class _Packer:
     """Reads the tokens of examples, masks them and lays them out."""
 
-    def __init__(self, store: Store, split: str, objective: ObjectiveConfig):
-        self.special = store.special
+    def __init__(self, dataset: TokenDataset, split: str, objective: ObjectiveConfig):
+        self.special = dataset.special
         self.objective = objective
-        self.masking = Masking(store, objective)
-        self.split: Split = store.split(split)
+        self.masking = Masking(dataset, objective)
+        self.split: Split = dataset.split(split)
 
     def packs(self, spans: Spans, indices: np.ndarray, packs: list[np.ndarray]) -> list[PackedBatch]:
         """One batch for each array of positions in `spans`, which hold the whole step; `indices` are the examples' within their epoch."""

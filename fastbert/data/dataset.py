@@ -1,11 +1,11 @@
-"""The store: what `fastbert prepare` writes and everything else reads.
+"""The dataset: what `fastbert prepare` writes and everything else reads.
 
     DIR/manifest.json            counts, sizes and SHA-256 of every file and of itself, special ids, options; written last
     DIR/tokenizer/               tokenizer.json, vocab.txt, tokenizer_config.json
     DIR/{train,heldout}/shard-00000.tokens      token ids, uint16 where the vocabulary allows, else uint32
                         shard-00000.sentences   int64 [sentences + 1], token offsets within the shard
                         shard-00000.documents   int64 [documents + 1], sentence offsets within the shard
-    DIR/yardsticks.json  DIR/report.json  DIR/report.md
+    DIR/baselines.json  DIR/report.json  DIR/report.md
     DIR/.verified-UID            not part of it: when this user has verified it last; see verify.py
 
 Numbers are little-endian. Every document has a sentence and every sentence a token; a document never crosses a shard.
@@ -36,7 +36,7 @@ OTHER_FILES = (
     "tokenizer/tokenizer.json",
     "tokenizer/vocab.txt",
     "tokenizer/tokenizer_config.json",
-    "yardsticks.json",
+    "baselines.json",
     "report.json",
     "report.md",
 )
@@ -137,13 +137,13 @@ class Split:
         return result
 
 
-class Store:
-    """A complete store, open for reading; made by `open_store`."""
+class TokenDataset:
+    """A complete dataset, open for reading; made by `open_dataset`."""
 
     def __init__(self, path: Path, manifest: dict[str, Any], sha256: str):
         self.path = path
         self.manifest = manifest
-        self.sha256 = sha256  # of manifest.json, which holds the SHA-256 of all other files: it identifies the store
+        self.sha256 = sha256  # of manifest.json, which holds the SHA-256 of all other files: it identifies the dataset
         self.vocab_size: int = manifest["vocab_size"]
         self.special = SpecialIds(**manifest["special"])
         self.tokenizer_dir = path / "tokenizer"
@@ -168,9 +168,9 @@ class Store:
         return np.array([token.startswith("##") for token in tokens])
 
     @cached_property
-    def yardsticks(self) -> dict[str, float]:
-        """What simple count models reach on the held-out text, nats per token; see yardsticks.py."""
-        file = self.path / "yardsticks.json"
+    def baselines(self) -> dict[str, float]:
+        """What simple count models reach on the held-out text, nats per token; see baselines.py."""
+        file = self.path / "baselines.json"
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             sound = all(type(value) in (int, float) and math.isfinite(value) for value in values.values()) and "unigram" in values
@@ -181,18 +181,18 @@ class Store:
         return values
 
     def verify(self) -> Generator[tuple[int, int]]:
-        """Check every byte of the store, and yield now and then how many are done, and how many there are; see verify.py.
+        """Check every byte of the dataset, and yield now and then how many are done, and how many there are; see verify.py.
 
         Raises:
             InputError: a file that is damaged or changed, or holds numbers that no dataset can have.
         """
         if (yield from verify_files(self.path, self.sha256, self._claims())):
             self._check_tokenizer()
-        for _ in (self.yardsticks, self.continues_word):  # they raise what is wrong with them
+        for _ in (self.baselines, self.continues_word):  # they raise what is wrong with them
             pass
 
     def _check_tokenizer(self) -> None:
-        """Its ids must be those that the manifest speaks of: a model has as many embeddings as it has tokens."""
+        """Its ids must be those that the manifest is_main of: a model has as many embeddings as it has tokens."""
         from fastbert.data.tokenizer import load_tokenizer, special_ids
 
         tokenizer = load_tokenizer(self.tokenizer_dir)
@@ -214,11 +214,11 @@ class Store:
         return [Claim(name, entry["size"], entry["sha256"], *looks.get(name, text)) for name, entry in self.manifest["files"].items()]
 
 
-def open_store(path: str | Path, verify: bool = True) -> Store:
-    """Open the store at `path`.
+def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
+    """Open the dataset at `path`.
 
     Args:
-        verify: read every byte of it, as `Store.verify` does. Without, sizes alone are looked at: for who calls that himself.
+        verify: read every byte of it, as `TokenDataset.verify` does. Without, sizes alone are looked at: for who calls that himself.
 
     Raises:
         InputError: no such folder, no manifest, another format, or a file that is missing, cut short or changed.
@@ -226,18 +226,18 @@ def open_store(path: str | Path, verify: bool = True) -> Store:
     path = Path(path)
     again = "make it again with `fastbert prepare`"
     if not path.is_dir():
-        raise InputError(f"{path}: no such store; make one with `fastbert prepare SOURCE --out {path}`")
+        raise InputError(f"{path}: no such dataset; make one with `fastbert prepare SOURCE --out {path}`")
     try:
         data = (path / MANIFEST).read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{path}: not a complete store: it has no {MANIFEST}; {again}") from None
+        raise InputError(f"{path}: not a complete dataset: it has no {MANIFEST}; {again}") from None
     except OSError as error:
         raise InputError(f"{path / MANIFEST}: cannot be read: {error.strerror}") from None
     try:
         version = json.loads(data)["format"]
         manifest = unsealed(data) if version == FORMAT else {}
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise InputError(f"{path / MANIFEST}: not the manifest of a store; {again}") from None
+        raise InputError(f"{path / MANIFEST}: not the manifest of a dataset; {again}") from None
     if version != FORMAT:
         raise InputError(f"{path / MANIFEST}: format = {version!r}, this fastbert reads format {FORMAT}; {again}")
     if manifest is None:
@@ -252,11 +252,11 @@ def open_store(path: str | Path, verify: bool = True) -> Store:
             raise InputError(f"{file}: part of the dataset, but cannot be read ({error.strerror}); {AGAIN}") from None
         if size != entry["size"]:
             raise InputError(f"{file}: {size:,} bytes, the manifest says {entry['size']:,}: cut short or changed; {AGAIN}")
-    store = Store(path, manifest, hashlib.sha256(data).hexdigest())
+    dataset = TokenDataset(path, manifest, hashlib.sha256(data).hexdigest())
     if verify:
-        for _ in store.verify():
+        for _ in dataset.verify():
             pass
-    return store
+    return dataset
 
 
 class ShardWriter:
@@ -272,7 +272,7 @@ class ShardWriter:
         folder.mkdir()
         self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
         self.shards: list[Counts] = []
-        self.files: dict[str, dict[str, Any]] = {}  # name within the store: {"size", "sha256"}
+        self.files: dict[str, dict[str, Any]] = {}  # name within the dataset: {"size", "sha256"}
         self._open: dict[str, _HashedFile] = {}
 
     def add(self, tokens: np.ndarray, sentences: np.ndarray, documents: np.ndarray) -> None:
@@ -385,7 +385,7 @@ def _problem(manifest: Any) -> str | None:
                 sizes[f"{name}.documents"] = (shard.documents + 1) * 8
         files = manifest["files"]
         if set(files) != set(sizes):
-            return f"its list of files is not that of a store: {', '.join(sorted(set(files) ^ set(sizes))[:3])}"
+            return f"its list of files is not that of a dataset: {', '.join(sorted(set(files) ^ set(sizes))[:3])}"
         for name, entry in files.items():
             if not _count(entry["size"]) or not isinstance(entry["sha256"], str) or sizes[name] not in (None, entry["size"]):
                 return f"the entry of {name} contradicts the counts"

@@ -77,7 +77,7 @@ class Examples:
     """The examples of one split.
 
     Args:
-        split: of the store.
+        split: of the dataset.
         objective: its kind and segments matter here.
         max_length: tokens of the longest example, [CLS] and [SEP] counted; at least 8.
         seed: in [0, 2**63).

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastbert.config import ObjectiveConfig
-from fastbert.data.dataset import Store
+from fastbert.data.dataset import TokenDataset
 from fastbert.data.philox import Purpose, below, random_words
 from fastbert.errors import InputError
 
@@ -34,26 +34,26 @@ class Masking:
     """Selects and replaces tokens.
 
     Args:
-        store: its vocabulary and special ids.
+        dataset: its vocabulary and special ids.
         objective: rates, and whether whole words are selected.
 
     Raises:
         InputError: the vocabulary has no ordinary token to put in another's place.
     """
 
-    def __init__(self, store: Store, objective: ObjectiveConfig):
+    def __init__(self, dataset: TokenDataset, objective: ObjectiveConfig):
         self.objective = objective
-        self.mask_id = store.special.mask
-        self.ordinary_ids = store.ordinary_ids
+        self.mask_id = dataset.special.mask
+        self.ordinary_ids = dataset.ordinary_ids
         if len(self.ordinary_ids) < 2:
             raise InputError(
-                f"{store.path}: its vocabulary has {len(self.ordinary_ids)} ordinary tokens, and masking puts another one in place of some; "
+                f"{dataset.path}: its vocabulary has {len(self.ordinary_ids)} ordinary tokens, and masking puts another one in place of some; "
                 f"prepare the text again with a larger vocabulary"
             )
         # Place of each id among the ordinary ones; their number for the special ones, of which only [UNK] occurs in text.
-        self._place = np.full(store.vocab_size, len(self.ordinary_ids))
+        self._place = np.full(dataset.vocab_size, len(self.ordinary_ids))
         self._place[self.ordinary_ids] = np.arange(len(self.ordinary_ids))
-        self._continues_word = store.continues_word if objective.whole_word else None
+        self._continues_word = dataset.continues_word if objective.whole_word else None
 
     def __call__(self, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mask a pack of examples.

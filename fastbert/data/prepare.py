@@ -1,10 +1,10 @@
-"""`fastbert prepare`: from raw text to a store.
+"""`fastbert prepare`: from raw text to a dataset.
 
     sources ── read_chunks ──► chunks ── ChunkEncoder, one in each worker ──► ids ── ShardWriter ──► shards
                this process              documents, sentences, ids, hashes          this process, in order
 
 The result depends on the text and the options alone: chunks are cut the same way and written in order however many
-workers there are, and nothing in the store is a time or a path. It is written into a hidden folder beside the target,
+workers there are, and nothing in the dataset is a time or a path. It is written into a hidden folder beside the target,
 and renamed when every byte is on the disk.
 """
 
@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from fastbert.data import baselines as yardsticks
+from fastbert.data import baselines as baselines
 from fastbert.data.dataset import FORMAT, MANIFEST, OTHER_FILES, SPLITS, ShardWriter, Split, token_dtype
 from fastbert.data.documents import Chunk, find_sources, parse, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
-from fastbert.data.report import Report, Tally, make_report
+from fastbert.data.report import CorpusStats, Report, make_report
 from fastbert.data.tokenizer import check_vocab_size, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
 from fastbert.data.workers import map_in_order
 from fastbert.durable import sealed, sha256_of, sync
@@ -57,11 +57,11 @@ def prepare(
     text_field: str = "text",
     progress: bool = True,
 ) -> Report:
-    """Make the store `out` from text files and folders.
+    """Make the dataset `out` from text files and folders.
 
     Args:
         sources: files and folders; documents.py says which formats.
-        out: the store's folder; must not exist yet.
+        out: the dataset's folder; must not exist yet.
         vocab_size: of the WordPiece vocabulary that is trained on the text.
         tokenizer: a Hugging Face folder or vocab.txt to use instead; then vocab_size and lowercase are not looked at.
         lowercase: whether a trained vocabulary turns capitals into small letters.
@@ -114,11 +114,11 @@ def prepare(
             for split in SPLITS:
                 shutil.rmtree(folder / split)
             written = write(below)
-        with bar.wait("yardsticks"):
+        with bar.wait("baselines"):
             train, held = (Split(folder / name, written.writers[name].shards, dtype) for name in SPLITS)
-            measured = yardsticks.measure(train, held, vocabulary.get_vocab_size())
-        report = make_report(written.tally, vocabulary.get_vocab_size(), options.get("vocab_size"), measured)
-        _write_text(folder / "yardsticks.json", _json(measured))
+            measured = baselines.measure(train, held, vocabulary.get_vocab_size())
+        report = make_report(written.stats, vocabulary.get_vocab_size(), options.get("vocab_size"), measured)
+        _write_text(folder / "baselines.json", _json(measured))
         _write_text(folder / "report.json", report.json())
         _write_text(folder / "report.md", report.markdown())
         (folder / MANIFEST).write_bytes(sealed(_manifest(folder, vocabulary, options, written)))
@@ -128,7 +128,7 @@ def prepare(
 @dataclass(frozen=True)
 class _Written:
     writers: dict[str, ShardWriter]
-    tally: Tally
+    stats: CorpusStats
     smallest: np.ndarray  # uint64, ascending: the smallest distinct hashes of documents
     heldout_below: int
 
@@ -136,15 +136,15 @@ class _Written:
 def _write(chunks: Iterable[EncodedChunk], folder: Path, dtype: np.dtype, heldout_below: int) -> _Written:
     """Write both splits and count."""
     writers = {name: ShardWriter(folder / name, dtype) for name in SPLITS}
-    tally, smallest = Tally(), np.zeros(0, np.uint64)
+    stats, smallest = CorpusStats(), np.zeros(0, np.uint64)
     for chunk in chunks:
         for name, part in zip(SPLITS, (chunk.train, chunk.heldout), strict=True):
             writers[name].add(part.tokens, part.sentences, part.documents)
-        tally.add(chunk)
+        stats.add(chunk)
         smallest = np.unique(np.concatenate([smallest, chunk.document_hashes]))[: 4 * LEAST_HELDOUT]
     for writer in writers.values():
         writer.close()
-    return _Written(writers, tally, smallest, heldout_below)
+    return _Written(writers, stats, smallest, heldout_below)
 
 
 def _better_bound(written: _Written, sources: Sequence[str | Path]) -> int | None:
@@ -152,7 +152,7 @@ def _better_bound(written: _Written, sources: Sequence[str | Path]) -> int | Non
     distinct = len(written.smallest)  # as far as it matters
     if distinct < 2:
         found = "one distinct document" if distinct else "no document with text"
-        raise InputError(f"{', '.join(map(str, sources))}: {found}; a store needs two at least, one to train on and one to hold out")
+        raise InputError(f"{', '.join(map(str, sources))}: {found}; a dataset needs two at least, one to train on and one to hold out")
     wanted = min(LEAST_HELDOUT, max(distinct // 4, 1))
     if written.smallest[wanted - 1] < written.heldout_below and written.writers["train"].shards:
         return None

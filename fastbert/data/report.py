@@ -19,7 +19,7 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _HASHES = 1 << 22  # kept at most: 32 MiB
 
 
-class Tally:
+class CorpusStats:
     """What is counted while the text goes by; its size does not depend on the text's."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Tally:
         self.sentence_lengths = np.zeros(LONGEST_SENTENCE + 1, np.int64)
         self.sequences = dict.fromkeys(LENGTHS, 0)
         self.kept_tokens = dict.fromkeys(LENGTHS, 0)
-        self.document_hashes, self.sentence_hashes = Distinct(), Distinct()
+        self.document_hashes, self.sentence_hashes = DuplicateEstimator(), DuplicateEstimator()
 
     def add(self, chunk: EncodedChunk) -> None:
         for part in (chunk.train, chunk.heldout):
@@ -53,7 +53,7 @@ class Tally:
         self.sentence_hashes.add(chunk.sentence_hashes)
 
 
-class Distinct:
+class DuplicateEstimator:
     """The share of copies in a stream of hashes, from those that end in a growing number of zero bits.
 
     All copies of a thing share its hash, so they are kept or left out together and the share is not biased.
@@ -120,30 +120,30 @@ class Report:
         return table
 
 
-def make_report(tally: Tally, vocab_size: int, asked_vocab_size: int | None, yardsticks: dict[str, float]) -> Report:
+def make_report(stats: CorpusStats, vocab_size: int, asked_vocab_size: int | None, baselines: dict[str, float]) -> Report:
     """Put the counts into figures and words; `asked_vocab_size` is None where the tokenizer was given."""
-    documents, sentences, tokens = tally.documents, tally.sentences, tally.tokens
-    document_lengths, sentence_lengths = _quantiles(tally.document_lengths), _quantiles(tally.sentence_lengths)
-    fill = {n: (tokens + 3 * count) / (n * count) for n, count in tally.sequences.items()}
+    documents, sentences, tokens = stats.documents, stats.sentences, stats.tokens
+    document_lengths, sentence_lengths = _quantiles(stats.document_lengths), _quantiles(stats.sentence_lengths)
+    fill = {n: (tokens + 3 * count) / (n * count) for n, count in stats.sequences.items()}
     figures: dict[str, Any] = {
         "documents": documents,
         "sentences": sentences,
         "tokens": tokens,
-        "heldout_documents": tally.heldout_documents,
-        "heldout_tokens": tally.heldout_tokens,
+        "heldout_documents": stats.heldout_documents,
+        "heldout_tokens": stats.heldout_tokens,
         "vocab_size": vocab_size,
-        "unknown_share": _round(tally.unknown_tokens / tokens),
-        "empty_documents": tally.empty_documents,
-        "single_sentence_share": _round(tally.single_sentence_documents / documents),
-        "duplicate_document_share": _round(tally.document_hashes.duplicates()),
-        "duplicate_sentence_share": _round(tally.sentence_hashes.duplicates()),
-        "duplicates_sampled": tally.document_hashes.sampled or tally.sentence_hashes.sampled,
-        "cut_sentences": tally.cut_sentences,
+        "unknown_share": _round(stats.unknown_tokens / tokens),
+        "empty_documents": stats.empty_documents,
+        "single_sentence_share": _round(stats.single_sentence_documents / documents),
+        "duplicate_document_share": _round(stats.document_hashes.duplicates()),
+        "duplicate_sentence_share": _round(stats.sentence_hashes.duplicates()),
+        "duplicates_sampled": stats.document_hashes.sampled or stats.sentence_hashes.sampled,
+        "cut_sentences": stats.cut_sentences,
         "document_tokens": document_lengths,
         "sentence_tokens": sentence_lengths,
-        "truncated_share": {str(n): _round(1 - kept / tokens) for n, kept in tally.kept_tokens.items()},
+        "truncated_share": {str(n): _round(1 - kept / tokens) for n, kept in stats.kept_tokens.items()},
         "padding_share": {str(n): _round(1 - share) for n, share in fill.items()},
-        "yardsticks": yardsticks,
+        "baselines": baselines,
     }
     sampled = " (sampled)" if figures["duplicates_sampled"] else ""
 
@@ -157,7 +157,7 @@ def make_report(tally: Tally, vocab_size: int, asked_vocab_size: int | None, yar
             documents < 1000 and tokens / documents > 10_000,
             "few and very long: if these are whole files, put a blank line between documents, or use --format lines",
         ),
-        row("empty documents, left out", f"{tally.empty_documents:,}"),
+        row("empty documents, left out", f"{stats.empty_documents:,}"),
         row("sentences", f"{sentences:,}"),
         row("tokens", f"{tokens:,}", tokens < 1_000_000, "enough to try things; a useful model wants 100 million and more"),
         row(
@@ -193,8 +193,8 @@ def make_report(tally: Tally, vocab_size: int, asked_vocab_size: int | None, yar
         ),
         row(
             f"sentences cut at {LONGEST_SENTENCE} tokens",
-            f"{tally.cut_sentences:,}",
-            tally.cut_sentences > 0.01 * sentences,
+            f"{stats.cut_sentences:,}",
+            stats.cut_sentences > 0.01 * sentences,
             "text without sentence marks, such as tables? nothing is lost, but their parts count as sentences",
         ),
         row("tokens in a sentence, " + _NAMES, _spread(sentence_lengths)),
@@ -203,13 +203,13 @@ def make_report(tally: Tally, vocab_size: int, asked_vocab_size: int | None, yar
         *(row(f"padding at {n} tokens", _percent(figures["padding_share"][str(n)]) + "; packed: none") for n in LENGTHS),
         row(
             "held out for evaluation",
-            f"{tally.heldout_documents:,} documents, {tally.heldout_tokens:,} tokens",
-            tally.heldout_tokens < 20_000,
+            f"{stats.heldout_documents:,} documents, {stats.heldout_tokens:,} tokens",
+            stats.heldout_tokens < 20_000,
             "the held-out loss will be known to a tenth of a nat only; raise --heldout or add text",
         ),
         *(
-            row(f"yardstick: {name.replace('_', ' ')}", f"{value:.2f} nats")
-            for name, value in yardsticks.items()
+            row(f"baseline: {name.replace('_', ' ')}", f"{value:.2f} nats")
+            for name, value in baselines.items()
             if not name.endswith("tokens")
         ),
     ]

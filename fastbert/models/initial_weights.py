@@ -1,7 +1,7 @@
 """Where the weights start: as in BERT's own code, or with heads that already look at the neighbouring tokens.
 
 A small BERT sits on the unigram for its first thousands of steps, until some head has found the previous and the next token
-(docs/demo.md). `initial_attention = "neighbours"` starts it behind that plateau: the position embeddings are sinusoids, and head h
+(docs/demo.md). `initial_attention = "adjacent"` starts it behind that plateau: the position embeddings are sinusoids, and head h
 of the first layer compares positions only, turned by a shift d = -1, 1, -2, 2, ... so that it peaks at the token d places on. With
 frequencies w, and a pair of rows of a head for each w,
 
@@ -40,7 +40,7 @@ def initialise(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
             torch.nn.init.normal_(parameter, std=config.initializer_range)
         else:
             torch.nn.init.constant_(parameter, 1.0 if name.endswith("norm_weight") else 0.0)
-    if config.initial_attention == "neighbours":
+    if config.initial_attention == "adjacent":
         full = config.hidden_size**-0.5  # what goes through a matrix of this spread keeps its size
         table = parameters["embeddings.positions"]
         table.copy_(sinusoids(*table.shape) * (math.sqrt(2) * _POSITIONS_OVER_WORDS * config.initializer_range))

@@ -18,8 +18,8 @@ import numpy as np
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.batches import share_out
 from fastbert.data.masking import selected_counts
-from fastbert.machine import (measure_bandwidth, measure_gemm_rate)
 from fastbert.errors import InputError
+from fastbert.machine import measure_bandwidth, measure_gemm_rate
 from fastbert.planning.flops import executed_flops, training_flops
 from fastbert.planning.memory import Pack, count_parameters, memory_by_part, stay_gathered
 from fastbert.training.ds_config import read_ds_config
@@ -208,12 +208,12 @@ def plan(
         recipe: the file that `config` came from, named in errors.
         stage: of ZeRO; by default the one in the recipe's DeepSpeed file, which need not be there if this is given.
         efficiency: share of the peak that matrix products reach; by default EFFICIENCY, and 1 for a CPU, whose rate is a measured one.
-        vocab_size, mean_length: V, and tokens of an example; by default those of the recipe's store, if it is there.
+        vocab_size, mean_length: V, and tokens of an example; by default those of the recipe's dataset, if it is there.
         price: US dollars for a GPU and hour; by default the one in GPUS.
         device: a kind that GPUS does not hold, by the name `gpu`; "cpu" is this machine, as the caller has measured it.
 
     Raises:
-        InputError: an unknown GPU, a number out of range, more GPUs than sequences, a DeepSpeed file or a store that is wrong.
+        InputError: an unknown GPU, a number out of range, more GPUs than sequences, a DeepSpeed file or a dataset that is wrong.
     """
     name = gpu.lower()
     device = device or GPUS.get(name)
@@ -324,7 +324,7 @@ def describe(p: Plan) -> list[tuple[str, str]]:
     if p.gpus > 1:
         sent = f"{p.communication_bytes / 1e9:,.3f} GB sent by each GPU ({p.communication_least_bytes / 1e9:,.3f} in the ZeRO paper)"
         rows.append(("  communication", f"{_time(p.communication_s)}, {sent}"))
-    unknown = "unknown: its end is in epochs, and the store is not here"
+    unknown = "unknown: its end is in epochs, and the dataset is not here"
     cost = "" if p.cost is None else f", {p.cost:,.{0 if p.cost >= 100 else 2}f} dollars"
     return [
         *rows,
@@ -427,12 +427,12 @@ def _examples(config: RunConfig, vocab_size: int | None, mean_length: float | No
     epoch, assumptions, wanted = None, [], config.batch.sequences
     lengths = None if mean_length is None else np.full(wanted, round(min(mean_length, config.batch.max_length)))
     if Path(config.data).exists():
-        from fastbert.data.dataset import open_store
+        from fastbert.data.dataset import open_dataset
         from fastbert.data.examples import Examples
 
-        store = open_store(config.data)
-        examples = Examples(store.split("train"), config.objective, config.batch.max_length, config.seed, config.data)
-        epoch, vocab_size = len(examples), vocab_size or store.vocab_size
+        dataset = open_dataset(config.data)
+        examples = Examples(dataset.split("train"), config.objective, config.batch.max_length, config.seed, config.data)
+        epoch, vocab_size = len(examples), vocab_size or dataset.vocab_size
         if lengths is None:
             lengths = examples.draw(0, np.arange(wanted) % epoch).lengths
     if not vocab_size:

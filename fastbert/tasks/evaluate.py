@@ -19,9 +19,9 @@ from torch import Tensor
 from fastbert.checkpoints.weight_names import MLM, NSP
 from fastbert.cluster.group import Group
 from fastbert.config import BatchConfig, RunConfig
-from fastbert.data import baselines as yardsticks
+from fastbert.data import baselines as baselines
 from fastbert.data.batches import PackedBatch, heldout_batches
-from fastbert.data.dataset import Store
+from fastbert.data.dataset import TokenDataset
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import Diverged, InputError
 from fastbert.tasks.pretrained import Pretrained
@@ -69,7 +69,7 @@ class Evaluation:
     by_frequency: dict[str, Masked]
     sequences: int
     tokens: int
-    yardsticks: dict[str, float]  # the store's, nats per token
+    baselines: dict[str, float]  # the dataset's, nats per token
 
     @property
     def loss(self) -> float:
@@ -95,23 +95,23 @@ class Evaluation:
             "by_input": {name: asdict(found) for name, found in self.by_input.items()},
             "by_length": {name: asdict(found) for name, found in self.by_length.items()},
             "by_frequency": {name: asdict(found) for name, found in self.by_frequency.items()},
-            "yardsticks": self.yardsticks,
+            "baselines": self.baselines,
         }
 
 
 def evaluate(
     pretrained: Pretrained, data: str | Path | None = None, sequences: int | None = None, group: Group | None = None
 ) -> Evaluation:
-    """Evaluate on the held-out part of a store, with the masks that are the same for every model.
+    """Evaluate on the held-out part of a dataset, with the masks that are the same for every model.
 
     Args:
         pretrained: a run's model is measured under its own recipe, a Hugging Face folder's under the default objective.
-        data: the store; by default the run's own.
+        data: the dataset; by default the run's own.
         sequences: how many held-out examples; by default the recipe's `evaluate.sequences`.
         group: ranks that share the work; all of them get the result.
 
     Raises:
-        InputError: no store named, a store that is missing or broken or made with another vocabulary, a model without an MLM head.
+        InputError: no dataset named, a dataset that is missing or broken or made with another vocabulary, a model without an MLM head.
         Diverged: the loss is not finite.
     """
     if MLM not in pretrained.heads:
@@ -119,14 +119,14 @@ def evaluate(
     recipe = pretrained.recipe or _recipe_for(pretrained)
     data = data or recipe.data
     if not data:
-        raise InputError(f"{pretrained.path}: not a run, so it names no store; give one with --data")
-    store = open_verified(data, group)
-    _check_vocabulary(pretrained, store)
+        raise InputError(f"{pretrained.path}: not a run, so it names no dataset; give one with --data")
+    dataset = open_verified(data, group)
+    _check_vocabulary(pretrained, dataset)
     if NSP not in pretrained.heads:
         recipe = replace(recipe, objective=replace(recipe.objective, kind="mlm"))
-    batches = heldout_batches(store, recipe, sequences or recipe.evaluate.sequences)
+    batches = heldout_batches(dataset, recipe, sequences or recipe.evaluate.sequences)
     mine = batches[group.rank :: group.world] if group else batches
-    classes = _Classes(store)
+    classes = _Classes(dataset)
     sums = classes.sums(pretrained, mine)
     if group:
         sums = group.sum(sums.to(group.device)).cpu()
@@ -139,9 +139,9 @@ def evaluate(
 class _Classes:
     """The classes that positions are counted in, each a row of sums; the last row is that of the pairs."""
 
-    def __init__(self, store: Store):
-        self.store = store
-        self.per_million = _per_million(store)
+    def __init__(self, dataset: TokenDataset):
+        self.dataset = dataset
+        self.per_million = _per_million(dataset)
         between = [f"{low + 1} to {high}" for low, high in itertools.pairwise(LENGTHS)]
         self.lengths = [f"1 to {LENGTHS[0]}", *between, f"more than {LENGTHS[-1]}"]
         between = [f"{low:,} to {high:,}" for high, low in itertools.pairwise(FREQUENCIES)]
@@ -178,13 +178,13 @@ class _Classes:
             by_frequency=some(self.frequencies),
             sequences=sum(batch.sequences for batch in batches),
             tokens=sum(batch.tokens for batch in batches),
-            yardsticks=self.store.yardsticks,
+            baselines=self.dataset.baselines,
         )
 
     def _members(self, batch: PackedBatch) -> list[Tensor]:
         """For each class which of the batch's masked positions are in it, bool [M]."""
         seen, labels = batch.input_ids[batch.masked_positions], batch.labels
-        shown, kept = seen == self.store.special.mask, seen == labels
+        shown, kept = seen == self.dataset.special.mask, seen == labels
         bounds = batch.cu_seqlens.long()
         lengths = bounds.diff()[torch.searchsorted(bounds, batch.masked_positions, right=True) - 1]
         length = torch.bucketize(lengths, torch.tensor(LENGTHS))
@@ -196,12 +196,12 @@ class _Classes:
 
     def _count_models(self, batches: Sequence[PackedBatch]) -> list[tuple[Tensor, ...]]:
         """Nats of the masked tokens under the unigram and the left bigram, a tensor a batch; a neighbour that shows [MASK] is hidden."""
-        special, boundary = self.store.special, self.store.vocab_size
+        special, boundary = self.dataset.special, self.dataset.vocab_size
         left = torch.cat([batch.input_ids[batch.masked_positions - 1] for batch in batches])
         left[(left == special.cls) | (left == special.sep)] = boundary
         left[left == special.mask] = -1
         labels = torch.cat([batch.labels for batch in batches])
-        found = yardsticks.nats(self.store.split("train"), boundary, left.numpy(), labels.numpy())
+        found = baselines.nats(self.dataset.split("train"), boundary, left.numpy(), labels.numpy())
         counts = [len(batch.labels) for batch in batches]
         return [torch.from_numpy(found[name]).split(counts) for name in ("unigram", "left_bigram")]
 
@@ -230,9 +230,9 @@ def _measure(pretrained: Pretrained, batch: PackedBatch) -> tuple[list[Tensor], 
     return list(torch.cat(parts, 1)), pairs
 
 
-def _per_million(store: Store) -> Tensor:
+def _per_million(dataset: TokenDataset) -> Tensor:
     """How often each token stands in a million of the training text, float64 [V]."""
-    counts = yardsticks.counts(store.split("train"), store.vocab_size)
+    counts = baselines.counts(dataset.split("train"), dataset.vocab_size)
     return torch.from_numpy(counts * (1e6 / max(1, counts.sum())))
 
 
@@ -242,11 +242,11 @@ def _recipe_for(pretrained: Pretrained) -> RunConfig:
     return RunConfig(data="", model=pretrained.config, batch=batch)
 
 
-def _check_vocabulary(pretrained: Pretrained, store: Store) -> None:
-    """The store's ids must mean the same tokens, made from text in the same way, as those of the model."""
-    theirs = load_tokenizer(store.tokenizer_dir)
+def _check_vocabulary(pretrained: Pretrained, dataset: TokenDataset) -> None:
+    """The dataset's ids must mean the same tokens, made from text in the same way, as those of the model."""
+    theirs = load_tokenizer(dataset.tokenizer_dir)
     if not same_tokens(theirs, pretrained.tokenizer):
         raise InputError(
-            f"{store.path}: made with another tokenizer ({theirs.get_vocab_size():,} tokens) than {pretrained.path} "
+            f"{dataset.path}: made with another tokenizer ({theirs.get_vocab_size():,} tokens) than {pretrained.path} "
             f"({pretrained.tokenizer.get_vocab_size():,}); prepare the text with --tokenizer {pretrained.path}"
         )

@@ -19,7 +19,7 @@ import torch
 from fastbert.checkpoints.hugging_face import new_folder, write_folder
 from fastbert.checkpoints.weight_names import HEADS, MLM, NSP, to_hugging_face
 from fastbert.config import dump_config
-from fastbert.data.dataset import Store, open_store
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import pack_texts
 from fastbert.errors import InputError
 from fastbert.presence import unreadable
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4  # largest difference of a logit or hidden state; rounding in f
 PAIRS = 8  # pairs of sentences that the check reads from the held-out text
 SENTENCE_TOKENS = 60  # at most, of a sentence that is read for the check
 
-# Read where no store is at hand.
+# Read where no dataset is at hand.
 SENTENCES = [
     ("The river rises in the mountains, flows north for 120 kilometres, and joins the sea near the old harbour.", "It is not navigable."),
     ("She asked: \"Who wrote this?\"", "Nobody in the room knew the answer."),
@@ -65,7 +65,7 @@ def export(pretrained: Pretrained, out: str | Path, texts: list[str] | None = No
     Args:
         pretrained: on the CPU, where the check computes.
         out: the new folder.
-        texts: what the check reads; by default held-out sentences of the run's store, where that is still there.
+        texts: what the check reads; by default held-out sentences of the run's dataset, where that is still there.
         encoder: leave out the heads of pre-training. transformers lists weights that the class in use has no place for, as it does for
             Google's own BERTs; AutoModel and SentenceTransformer load such a folder without a word. Needs a pooler, so a trained NSP head.
 
@@ -165,31 +165,31 @@ def _open_with_transformers(folder: Path, architecture: str) -> tuple[Any, Any]:
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def _store(pretrained: Pretrained, verify: bool) -> Store | None:
+def _store(pretrained: Pretrained, verify: bool) -> TokenDataset | None:
     """What the run was trained on, where it is still there and still the same; what is to be read of it must be verified."""
     if pretrained.recipe is None:
         return None
     try:
-        store = open_store(pretrained.recipe.data, verify)
+        dataset = open_dataset(pretrained.recipe.data, verify)
     except InputError:
         return None
-    return store if store.sha256 == pretrained.metadata.get("store_sha256") else None
+    return dataset if dataset.sha256 == pretrained.metadata.get("dataset_sha256") else None
 
 
 def _heldout_pairs(pretrained: Pretrained) -> list[tuple[str, str]]:
-    """The first two sentences of some held-out documents, as text; empty where the run's store is gone."""
-    store = _store(pretrained, verify=True)
-    if store is None:
+    """The first two sentences of some held-out documents, as text; empty where the run's dataset is gone."""
+    dataset = _store(pretrained, verify=True)
+    if dataset is None:
         return []
-    split = store.split("heldout")
+    split = dataset.split("heldout")
     documents = np.linspace(0, split.documents - 1, min(PAIRS, split.documents)).astype(np.int64)
     first, end = split.first_sentence(documents), split.first_sentence(documents + 1)
     second = np.minimum(first + 1, end - 1)  # a document of one sentence is its own second
-    return [(_text(pretrained, store, a), _text(pretrained, store, b)) for a, b in zip(first.tolist(), second.tolist(), strict=True)]
+    return [(_text(pretrained, dataset, a), _text(pretrained, dataset, b)) for a, b in zip(first.tolist(), second.tolist(), strict=True)]
 
 
-def _text(pretrained: Pretrained, store: Store, sentence: int) -> str:
-    split = store.split("heldout")
+def _text(pretrained: Pretrained, dataset: TokenDataset, sentence: int) -> str:
+    split = dataset.split("heldout")
     start, end = split.first_token(np.array([sentence, sentence + 1]))
     return pretrained.tokenizer.decode(split.gather(np.array([start]), np.array([min(end - start, SENTENCE_TOKENS)])).tolist())
 
@@ -221,15 +221,15 @@ def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
 
 
 def _data(pretrained: Pretrained) -> list[str]:
-    """How much text there was, and which: the digest is that of the store's manifest, which names every file."""
+    """How much text there was, and which: the digest is that of the dataset's manifest, which names every file."""
     assert pretrained.recipe is not None
-    digest = pretrained.metadata.get("store_sha256", "")
-    said = f"The store `{pretrained.recipe.data}` (manifest SHA-256 `{digest}`)"
-    store = _store(pretrained, verify=False)
-    if store is None:
+    digest = pretrained.metadata.get("dataset_sha256", "")
+    said = f"The dataset `{pretrained.recipe.data}` (manifest SHA-256 `{digest}`)"
+    dataset = _store(pretrained, verify=False)
+    if dataset is None:
         return [f"{said}; it was not there any more when this folder was written."]
     names = ("train", "heldout")
-    rows = [(name, *(f"{getattr(store.split(name), of):,}" for of in ("documents", "sentences", "tokens"))) for name in names]
+    rows = [(name, *(f"{getattr(dataset.split(name), of):,}" for of in ("documents", "sentences", "tokens"))) for name in names]
     table = ["| split | documents | sentences | tokens |", "| --- | --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
     return [f"{said}:", "", *table]
 

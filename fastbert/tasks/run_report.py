@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.data.dataset import open_store
+from fastbert.data.dataset import open_dataset
 from fastbert.errors import Diverged, InputError
 from fastbert.presence import is_file, is_folder, unreadable
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
@@ -244,7 +244,7 @@ def _samples(pretrained: Pretrained) -> str:
         )
         sentence = f"{_text(before)}<b>[{_text(word)}]</b>{_text(after)}"
         parts.append(f'<div class="sample"><p>{sentence}</p><p class="note">{shown}</p></div>')
-    return "".join(parts) or '<p class="note">No store at hand to take sentences from.</p>'
+    return "".join(parts) or '<p class="note">No dataset at hand to take sentences from.</p>'
 
 
 def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
@@ -252,10 +252,10 @@ def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
     if pretrained.recipe is None:
         return []
     try:
-        store = open_store(pretrained.recipe.data, verify=False)  # the evaluation has just done so
+        dataset = open_dataset(pretrained.recipe.data, verify=False)  # the evaluation has just done so
     except InputError:
         return []
-    split, tokenizer = store.split("heldout"), pretrained.tokenizer
+    split, tokenizer = dataset.split("heldout"), pretrained.tokenizer
     low, high = SAMPLE_TOKENS
     bounds = split.first_token(np.arange(split.sentences + 1))
     lengths = np.diff(bounds)
@@ -283,13 +283,13 @@ def _words(tokens: Sequence[str]) -> str:
 def _curves(history: History, found: Evaluation | None) -> Iterable[str]:
     steps, evaluations = history.steps, history.evaluations
     pairs = any(step["loss_nsp"] is not None for step in steps)
-    yardsticks = {NAMES[name]: value for name, value in (found.yardsticks if found else {}).items() if name in NAMES}
+    baselines = {NAMES[name]: value for name, value in (found.baselines if found else {}).items() if name in NAMES}
 
     def mlm(ax: Any) -> None:
         ax.plot(*_smooth(steps, "loss_mlm"), color=TRAIN, label="training")
         ax.plot(*_column(evaluations, "loss_mlm"), color=HELDOUT, label="held-out")
         ax.plot(*_column(evaluations, "loss_mask_token"), color=MASKED, label="held-out, [MASK] alone")
-        for name, value in yardsticks.items():
+        for name, value in baselines.items():
             ax.axhline(value, color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
             ax.annotate(f"{name} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
                         ha="right", color=MUTED, fontsize=7)  # fmt: skip

@@ -2,7 +2,7 @@
 
 A masked-language model first learns how frequent tokens are and sits there, on the plateau of the unigram, until its attention has found
 the neighbouring tokens. The loss over all selected positions hides that, since a tenth of them are left in place and can be copied;
-the loss on [MASK] positions alone does not. Hence the second is what is compared with the corpus's own yardsticks.
+the loss on [MASK] positions alone does not. Hence the second is what is compared with the corpus's own baselines.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ def first_loss(loss: float, vocab_size: int, pairs: bool) -> str | None:
 
 
 def diverged(loss: float, vocab_size: int, pairs: bool) -> str | None:
-    """The held-out loss against that of a model that knows nothing. Where this speaks, the rules below have nothing to add."""
+    """The held-out loss against that of a model that knows nothing. Where this is_main, the rules below have nothing to add."""
     expected = expected_first_loss(vocab_size, pairs)
     if loss <= DIVERGED * expected:
         return None
     what = f"the held-out loss is {loss:.3g}" if math.isfinite(loss) else "the held-out loss is not finite"
     return (
         f"{what}, a model that knows nothing has {expected:.2f}: training has diverged; "
-        "try a lower optimizer.lr, a longer schedule.warmup, or optimizer.clip = 1.0 where it is 0"
+        "try a lower optimizer.lr, a longer schedule.warmup, or optimizer.max_grad_norm = 1.0 where it is 0"
     )
 
 
-def plateau(share: float, loss_on_mask: float, yardsticks: Mapping[str, float]) -> str | None:
+def plateau(share: float, loss_on_mask: float, baselines: Mapping[str, float]) -> str | None:
     """Held-out loss on [MASK] positions against the unigram, after a share of the run."""
-    unigram = yardsticks["unigram"]
+    unigram = baselines["unigram"]
     if share < PLATEAU_SHARE or not math.isfinite(loss_on_mask) or loss_on_mask < unigram - PLATEAU_MARGIN:
         return None
     return (
         f"after {share:.0%} of the run the held-out loss on [MASK] is {loss_on_mask:.2f}, no better than word frequencies ({unigram:.2f}): "
         "the model has not found its neighbours yet; try a longer run, a longer warm-up or another optimizer.lr (half, then double), "
-        'model.initial_attention = "neighbours", fewer layers, or a smaller batch (more steps)'
+        'model.initial_attention = "adjacent", fewer layers, or a smaller batch (more steps)'
     )
 
 
@@ -74,9 +74,9 @@ def stuck_pairs(share: float, loss_nsp: float | None, accuracy_nsp: float | None
     )
 
 
-def compare(loss_on_mask: float, yardsticks: Mapping[str, float]) -> str:
-    """Where a held-out loss on [MASK] stands among the corpus's yardsticks: the lowest that it is below, and the next."""
-    order = sorted(((value, name) for name, value in yardsticks.items() if name in NAMES), reverse=True)
+def compare(loss_on_mask: float, baselines: Mapping[str, float]) -> str:
+    """Where a held-out loss on [MASK] stands among the corpus's baselines: the lowest that it is below, and the next."""
+    order = sorted(((value, name) for name, value in baselines.items() if name in NAMES), reverse=True)
     beaten = [(value, name) for value, name in order if loss_on_mask < value]
     ahead = [(value, name) for value, name in order if loss_on_mask >= value]
     parts = []
@@ -114,5 +114,5 @@ class GradientNorm:
             return None
         return (
             f"the gradient norm is {norm:.3g} at step {step}, {norm / usual:.0f} times its running median: training is coming apart; "
-            "try a lower optimizer.lr, a longer schedule.warmup, or optimizer.clip = 1.0 where it is 0"
+            "try a lower optimizer.lr, a longer schedule.warmup, or optimizer.max_grad_norm = 1.0 where it is 0"
         )

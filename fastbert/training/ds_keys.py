@@ -152,4 +152,4 @@ NEEDS = {"comet.enabled": "comet_ml", "wandb.enabled": "wandb"}
 
 # What DeepSpeed calls them.
 OPTIMIZERS = {"adamw": ("AdamW", "adamw", "Adam", "adam"), "lamb": ("Lamb", "lamb"), "sgd": ("SGD", "sgd")}  # its Adam is AdamW
-SCHEDULERS = {"linear": "WarmupDecayLR", "constant": "WarmupLR", "cosine": "WarmupCosineLR", "hold": ""}
+SCHEDULERS = {"linear": "WarmupDecayLR", "constant": "WarmupLR", "cosine": "WarmupCosineLR", "wsd": ""}

@@ -3,7 +3,7 @@
 What the loop sees is the same at every ZeRO stage, precision and world size: `step` applies the gradient of the whole global batch,
 `tensors` gives weights and optimizer slots in fp32 by parameter name, and the constructor takes them back.
 
-- The losses are divided by global counts (objective.py), so gradients add up over micro-batches and ranks. DeepSpeed would divide them
+- The losses are divided by global counts (models/bert.py), so gradients add up over micro-batches and ranks. DeepSpeed would divide them
   by the number of micro-batches (`scale_wrt_gas=False` stops it) and by that of ranks (undone by a factor on the loss). The step's end
   is said by `set_gradient_accumulation_boundary`, since the number of micro-batches differs from step to step.
 - Stage 0: DeepSpeed clips without telling the norm, one parameter at a time. Here torch does it in one go, and nothing is reduced on a
@@ -56,8 +56,7 @@ from fastbert.cluster.group import Group
 from fastbert.config import RunConfig
 from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
-from fastbert.models.bert import BertForPreTraining, Layer
-from fastbert.models.bert import losses
+from fastbert.models.bert import BertForPreTraining, Layer, losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.optimizer import build_optimizer, slots
@@ -122,7 +121,7 @@ class Engine:
     ):
         self.group, self.device = group, group.device
         self.stage = settings.stage(precision=precision, world=group.world, optimizer=config.optimizer.name)
-        self._clip, self._slots = config.optimizer.clip, slots(config.optimizer)
+        self._clip, self._slots = config.optimizer.max_grad_norm, slots(config.optimizer)
         if state:
             model.load_state_dict(dict(state[WEIGHT]))  # before initialize: stage 3 would not refresh its working copies until a step
         self.model = model.to(self.device)
@@ -131,7 +130,7 @@ class Engine:
         handed_over = {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only multiplies with it; batches are made by data/batches.py
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": config.optimizer.clip if self.stage else 0.0,
+            "gradient_clipping": config.optimizer.max_grad_norm if self.stage else 0.0,
             "bf16": {"enabled": precision == "bf16"},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # offloaded or not, the optimizer is torch's

@@ -1,15 +1,14 @@
-"""A model that a run starts from (`init = "folder"`): its sizes become the recipe's, its weights the first ones, and its tokens must be the store's."""
+"""A model that a run starts from (`init = "folder"`): its sizes become the recipe's, its weights the first ones, and its tokens must be the dataset's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
+from pathlib import Path
 
-from tokenizers import Tokenizer
-from torch import Tensor
-
+from fastbert.checkpoints.model_folder import ModelParts, open_model
+from fastbert.checkpoints.weight_names import DECODER
 from fastbert.config import ModelConfig, RunConfig, check_config
-from fastbert.data.dataset import Store
+from fastbert.data.dataset import TokenDataset
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
@@ -19,17 +18,18 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 PER_TOKEN = ("embeddings.words", "mlm_head.vocabulary_bias")  # weights with a row for each token
 
 
-@dataclass(frozen=True)
-class Initial:
-    """A model as it was found: `weights` are fp32 by our names, heads may be missing; `source` is what messages call it."""
+def open_initial(path: str) -> ModelParts:
+    """The model at `path`: any folder that `fastbert.load` opens, with a tied decoder.
 
-    source: str
-    config: ModelConfig
-    weights: Mapping[str, Tensor]
-    tokenizer: Tokenizer
-
-
-Read = Callable[[str], Initial]  # opens a folder; raises InputError
+    Raises:
+        InputError: it cannot be opened, or its decoder is a matrix of its own.
+    """
+    parts = open_model(Path(path))
+    if DECODER in parts.weights:
+        raise InputError(
+            f"{parts.path}: its decoder is not tied to the word embeddings; only a model with a tied one can be trained further"
+        )
+    return parts
 
 
 def with_sizes(config: RunConfig, found: ModelConfig, recipe: str) -> RunConfig:
@@ -50,19 +50,19 @@ def with_sizes(config: RunConfig, found: ModelConfig, recipe: str) -> RunConfig:
     return resolved
 
 
-def put(initial: Initial, model: BertForPreTraining, store: Store, recipe: str) -> None:
+def put(source: str, initial: ModelParts, model: BertForPreTraining, dataset: TokenDataset, recipe: str) -> None:
     """Copy the weights into a new model; a head that is missing keeps its random start.
 
     Raises:
-        InputError: the store was made with other tokens.
+        InputError: the dataset was made with other tokens.
     """
-    theirs = load_tokenizer(store.tokenizer_dir)
+    theirs = load_tokenizer(dataset.tokenizer_dir)
     if not same_tokens(theirs, initial.tokenizer):
         raise InputError(
-            f"{recipe}: init = {initial.source!r} has {initial.tokenizer.get_vocab_size():,} tokens that are not those of {store.path} "
-            f"({theirs.get_vocab_size():,}); prepare the text with --tokenizer {initial.source}"
+            f"{recipe}: init = {source!r} has {initial.tokenizer.get_vocab_size():,} tokens that are not those of {dataset.path} "
+            f"({theirs.get_vocab_size():,}); prepare the text with --tokenizer {source}"
         )
     # Some models pad their tables: rows past the last token stand for nothing.
-    weights = {name: tensor[: store.vocab_size] if name in PER_TOKEN else tensor for name, tensor in initial.weights.items()}
+    weights = {name: tensor[: dataset.vocab_size] if name in PER_TOKEN else tensor for name, tensor in initial.weights.items()}
     result = model.load_state_dict(weights, strict=False)
     assert not result.unexpected_keys and all("_head." in name for name in result.missing_keys), result

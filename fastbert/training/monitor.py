@@ -1,4 +1,4 @@
-"""What a user sees of a run: the terminal, log.txt, metrics.jsonl, TensorBoard and loss.png. Only rank 0 has one that speaks."""
+"""What a user sees of a run: the terminal, log.txt, metrics.jsonl, TensorBoard and loss.png. Only rank 0 has one that is_main."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
 from fastbert.training.metrics import STEP_KEYS, MetricsFile, read_metrics
 from fastbert.training.picture import LossHistory
-from fastbert.training.progress import Horizon, Progress
+from fastbert.training.train_state import StopCriteria, TrainState
 
 LINE_EVERY_S = 5.0  # without a terminal
 BAR_EVERY_S = 0.5
@@ -55,10 +55,10 @@ class Monitor:
     Args:
         run: its folder, which exists.
         step: optimizer steps behind it; at 0 what an unfinished run left there goes, otherwise everything is continued.
-        horizon: the recipe's limits, for the bar and the time left.
+        criteria: the recipe's limits, for the bar and the time left.
         peak: FLOP/s that the machine can do, for the share of it that is used; None leaves it out.
-        vocab_size, pairs, yardsticks: of the store and the objective, for the diagnosis.
-        speaks: False on every rank but the first: nothing is written, nothing is said.
+        vocab_size, pairs, baselines: of the dataset and the objective, for the diagnosis.
+        is_main: False on every rank but the first: nothing is written, nothing is said.
 
     Raises:
         OSError: from any method, when the disk refuses.
@@ -69,17 +69,17 @@ class Monitor:
         run: Path,
         *,
         step: int,
-        horizon: Horizon,
+        criteria: StopCriteria,
         peak: float | None,
         vocab_size: int,
         pairs: bool,
-        yardsticks: Mapping[str, float],
-        speaks: bool = True,
+        baselines: Mapping[str, float],
+        is_main: bool = True,
     ):
-        self.run, self.speaks, self._horizon = run, speaks, horizon
-        self._peak, self._vocab_size, self._pairs, self._yardsticks = peak, vocab_size, pairs, yardsticks
+        self.run, self.is_main, self._criteria = run, is_main, criteria
+        self._peak, self._vocab_size, self._pairs, self._baselines = peak, vocab_size, pairs, baselines
         logging.captureWarnings(True)  # of libraries: into the log, not over the bar
-        if not speaks:
+        if not is_main:
             logging.getLogger("py.warnings").addHandler(logging.NullHandler())
             return
         fresh = step == 0
@@ -116,17 +116,17 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """One line for the user, also in log.txt."""
-        if self.speaks:
+        if self.is_main:
             log.info(line)
             with self._printing():
                 self._console.print(line, markup=False)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """An event in metrics.jsonl: "evaluate", "save", "skip", "resume" or "stop"."""
-        if self.speaks:
+        if self.is_main:
             self._metrics.write({"event": kind, "step": step, **values})
 
-    def step(self, done: Progress, result: StepResult, *, lr: float, seconds: float, waited: float, flops: float) -> None:
+    def step(self, done: TrainState, result: StepResult, *, lr: float, seconds: float, waited: float, flops: float) -> None:
         """An optimizer step.
 
         Args:
@@ -136,7 +136,7 @@ class Monitor:
             seconds: it took, `waited` of them for its data.
             flops: useful operations of it, over all ranks.
         """
-        if not self.speaks:
+        if not self.is_main:
             return
         values = {"step": done.step, **asdict(result), "lr": lr, "seconds": seconds, "tokens_per_s": result.tokens / seconds}
         record = {key: values[key] for key in STEP_KEYS}
@@ -156,22 +156,22 @@ class Monitor:
         if time.perf_counter() - window.began >= (BAR_EVERY_S if self._console.is_terminal else LINE_EVERY_S):
             self._show(done)
 
-    def evaluate(self, done: Progress, found: HeldOut, seconds: float) -> None:
+    def evaluate(self, done: TrainState, found: HeldOut, seconds: float) -> None:
         """A held-out evaluation that took so long, and what it says about the run."""
-        if not self.speaks:
+        if not self.is_main:
             return
         record = {"event": "evaluate", "step": done.step, **asdict(found), "seconds": seconds}
         record |= {"training_tokens": done.tokens, "training_seconds": done.seconds}
         self._metrics.write(record)
         self._history.add(record)
         self._scalars("heldout", done.step, asdict(found))
-        share = self._horizon.share(done)
+        share = self._criteria.share(done)
         self.say(f"held-out at step {done.step:,}: {self._in_words(found) if found.finite else 'the loss is not finite'}")
         lost = diagnosis.diverged(found.loss, self._vocab_size, self._pairs)
         self._advise("diverged", lost)
         if lost is None:
             if found.loss_mask_token is not None:
-                self._advise("plateau", diagnosis.plateau(share, found.loss_mask_token, self._yardsticks))
+                self._advise("plateau", diagnosis.plateau(share, found.loss_mask_token, self._baselines))
             self._advise("pairs", diagnosis.stuck_pairs(share, found.loss_nsp, found.accuracy_nsp))
         if share < 1.0 and time.perf_counter() - self._drawn >= PICTURE_EVERY_S:  # `stop` draws the last one
             self._draw()
@@ -199,7 +199,7 @@ class Monitor:
     def stop(self, step: int, reason: str, advice: str = "") -> None:
         """The end of this process's part of the run; `advice` is what the user may do now."""
         self.event("stop", step, reason=reason)
-        if self.speaks:
+        if self.is_main:
             with self._printing():
                 self._bar.update(self._task, completed=1.0 if not advice else None, refresh=self._console.is_terminal)
             self._draw()
@@ -207,7 +207,7 @@ class Monitor:
 
     def close(self) -> None:
         """Close every file; a disk that refuses has been reported by then."""
-        if not self.speaks:
+        if not self.is_main:
             return
         if self._console.is_terminal:
             with self._printing():
@@ -225,15 +225,15 @@ class Monitor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _show(self, done: Progress) -> None:
+    def _show(self, done: TrainState) -> None:
         window, now = self._window, time.perf_counter()
         elapsed = now - window.began
         parts = [f"step {done.step:,}", f"loss {window.loss / window.steps:.3f}", f"{window.tokens / elapsed:,.0f} tok/s"]
         if self._peak:
             parts.append(f"{window.flops / elapsed / self._peak:.0%} of peak")
         parts.append(f"{window.waited / elapsed:.1%} wait")
-        share = self._horizon.share(done)
-        if (left := self._horizon.seconds_left(done)) is not None:
+        share = self._criteria.share(done)
+        if (left := self._criteria.seconds_left(done)) is not None:
             parts.append(f"{_clock(left)} left")
         if self._console.is_terminal:
             with self._printing():
@@ -247,11 +247,11 @@ class Monitor:
         if found.loss_nsp is not None and found.accuracy_nsp is not None:
             parts.append(f"NSP loss {found.loss_nsp:.3f}, accuracy {found.accuracy_nsp:.1%}")
         if found.loss_mask_token is not None:
-            parts.append(f"on [MASK] {found.loss_mask_token:.3f}, {diagnosis.compare(found.loss_mask_token, self._yardsticks)}")
+            parts.append(f"on [MASK] {found.loss_mask_token:.3f}, {diagnosis.compare(found.loss_mask_token, self._baselines)}")
         return "; ".join(parts)
 
     def _advise(self, rule: str, line: str | None) -> None:
-        """Each rule speaks once."""
+        """Each rule is_main once."""
         if line is not None and rule not in self._advised:
             self._advised.add(rule)
             self.say(f"note: {line}")
@@ -274,7 +274,7 @@ class Monitor:
             self._console.quiet = True
 
     def _draw(self) -> None:
-        self._history.draw(self.run / "loss.png", self.run.name, self._yardsticks)
+        self._history.draw(self.run / "loss.png", self.run.name, self._baselines)
         self._drawn = time.perf_counter()
 
 

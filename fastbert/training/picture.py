@@ -1,4 +1,4 @@
-"""loss.png: the losses of a run against the corpus's yardsticks; and how any picture is written."""
+"""loss.png: the losses of a run against the corpus's baselines; and how any picture is written."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class LossHistory:
         for record in records:
             self.add(record)
 
-    def draw(self, path: Path, title: str, yardsticks: Mapping[str, float]) -> None:
+    def draw(self, path: Path, title: str, baselines: Mapping[str, float]) -> None:
         """Write the picture; where that fails the log says why."""
-        if (problem := write_picture(path, lambda: self._figure(title, yardsticks))) is not None:
+        if (problem := write_picture(path, lambda: self._figure(title, baselines))) is not None:
             log.warning(problem)
 
-    def _figure(self, title: str, yardsticks: Mapping[str, float]) -> Any:
+    def _figure(self, title: str, baselines: Mapping[str, float]) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.9 s: at the first picture, not at the start
         from matplotlib.figure import Figure
 
@@ -80,7 +80,7 @@ class LossHistory:
         figure = Figure(figsize=(9, 6.4 if pairs else 4.8), dpi=130, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(2 if pairs else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1] if pairs else [1])[:, 0]
-        self._draw_mlm(axes[0], yardsticks)
+        self._draw_mlm(axes[0], baselines)
         if pairs:
             self._draw_nsp(axes[1])
         # The name of the run is the user's: "$" in it begins no formula.
@@ -96,13 +96,13 @@ class LossHistory:
             ax.set_axisbelow(True)
         return figure
 
-    def _draw_mlm(self, ax: Any, yardsticks: Mapping[str, float]) -> None:
+    def _draw_mlm(self, ax: Any, baselines: Mapping[str, float]) -> None:
         ax.plot(*self._smooth("loss_mlm"), color=TRAIN, linewidth=1.6, label="training batches")
         steps = [e["step"] for e in self._evaluations]
         dots = {"marker": "o", "markersize": 3.2, "linewidth": 1.4}
         ax.plot(steps, [e["loss_mlm"] for e in self._evaluations], color=HELDOUT, label="held-out", **dots)
         ax.plot(steps, [e["loss_mask_token"] for e in self._evaluations], color=MASKED, label="held-out, [MASK] alone", **dots)
-        for value, name in sorted((value, name) for name, value in yardsticks.items() if name in NAMES):
+        for value, name in sorted((value, name) for name, value in baselines.items() if name in NAMES):
             ax.axhline(value, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
             ax.annotate(f"{NAMES[name]} {value:.2f}", (1.0, value), xycoords=("axes fraction", "data"), xytext=(4, 0),
                         textcoords="offset points", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip

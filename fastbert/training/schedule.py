@@ -10,7 +10,7 @@ from fastbert.config import ScheduleConfig
 def factor(schedule: ScheduleConfig, share: float) -> float:
     """What the peak learning rate is multiplied with.
 
-    Warm-up is linear from 0; then `linear` falls to 0 at the end, `cosine` does so along half a wave, `constant` stays, and `hold`
+    Warm-up is linear from 0; then `linear` falls to 0 at the end, `cosine` does so along half a wave, `constant` stays, and `wsd` (warm-up, stable, decay)
     stays until the last `cooldown` of the run, which is linear to 0.
 
     Args:
@@ -26,7 +26,7 @@ def factor(schedule: ScheduleConfig, share: float) -> float:
         return share / schedule.warmup
     if schedule.decay == "constant":
         return 1.0
-    falling = schedule.cooldown if schedule.decay == "hold" else 1.0 - schedule.warmup
+    falling = schedule.cooldown if schedule.decay == "wsd" else 1.0 - schedule.warmup
     if falling == 0.0:
         return 1.0
     left = min((1.0 - share) / falling, 1.0)

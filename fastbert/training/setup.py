@@ -20,21 +20,22 @@ from torch import Tensor
 
 from fastbert.checkpoints import checkpoint
 from fastbert.checkpoints.checkpoint import Checkpoint
-from fastbert.checkpoints.ownership import CLAIM, Ownership
+from fastbert.checkpoints.model_folder import ModelParts
+from fastbert.checkpoints.ownership import CLAIM, RunLock
 from fastbert.cluster.group import Group
 from fastbert.config import RunConfig, dump_config, load_config, parse_config
 from fastbert.data.batches import Batches, PackedBatch, heldout_batches
-from fastbert.data.dataset import OTHER_FILES, Store
+from fastbert.data.dataset import OTHER_FILES, TokenDataset
 from fastbert.durable import write_whole
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
-from fastbert.training.initial import Initial, Read, put, with_sizes
+from fastbert.training.initial import open_initial, put, with_sizes
 from fastbert.training.metrics import read_metrics
 from fastbert.training.precision import resolve_precision
-from fastbert.training.progress import Horizon, Progress
+from fastbert.training.train_state import StopCriteria, TrainState
 from fastbert.training.verified_dataset import open_verified
 
 # What may differ between a checkpoint and the recipe that goes on from it: where things lie, when it ends, what it reports and how it is
@@ -43,7 +44,7 @@ from fastbert.training.verified_dataset import open_verified
 FREE = ("data", "run", "model.preset", "stop", "evaluate", "checkpoint", "runtime", "batch.micro_batch_tokens")
 DISK = "lost+found"  # what a new disk holds
 SHARED_DISK_S = 20.0  # how long another machine's disk may take to show a new file
-NOTED = ("optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip", "schedule")
+NOTED = ("optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.max_grad_norm", "schedule")
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ class Start:
         return Start(Path(values["run"]), found and Checkpoint(Path(found["path"]), found["step"], found["metadata"]), values["notes"])
 
 
-def open_run(config: RunConfig, recipe: str, store: Store, resume: bool) -> Start:
+def open_run(config: RunConfig, recipe: str, dataset: TokenDataset, resume: bool) -> Start:
     """Find out where to begin; writes nothing yet.
 
     Raises:
         InputError: the folder is something else than a run; a run is there and --resume was not given; its checkpoints are gone, cannot be
-            read, or are all damaged; or the recipe or the store is another than the checkpoint's.
+            read, or are all damaged; or the recipe or the dataset is another than the checkpoint's.
     """
     run, place = Path(config.run), f"{recipe}: run = {config.run!r}"
     _check_folder(run, place)
@@ -94,7 +95,7 @@ def open_run(config: RunConfig, recipe: str, store: Store, resume: bool) -> Star
         raise InputError(f"{notes[0]}; no sound checkpoint is left there; give another folder by run=... to start anew")
     if notes:
         notes = [*notes, f"resuming from {found.path}, the newest sound one"]
-    return Start(run, found, [*notes, *_check_same_run(config, recipe, store, found)])
+    return Start(run, found, [*notes, *_check_same_run(config, recipe, dataset, found)])
 
 
 def _check_folder(run: Path, place: str) -> None:
@@ -107,7 +108,7 @@ def _check_folder(run: Path, place: str) -> None:
         # A start that died before it had claimed the folder leaves CLAIM...; checkpoints/ and the folder itself may be disks of their own.
         others = [name for name in names_in(run) if not name.startswith(CLAIM) and name not in (DISK, "checkpoints")]
         others += [f"checkpoints/{name}" for name in names_in(run / "checkpoints") if name != DISK]
-        if others and not Ownership.was_claimed(run) and not checkpoint.has_written(run):
+        if others and not RunLock.was_claimed(run) and not checkpoint.has_written(run):
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
             raise InputError(f"holds {', '.join(others[:3])}{more}, and is no run; give a new or an empty folder by run=...")
     except InputError as error:
@@ -140,7 +141,7 @@ class Setup:
     """Everything that a run is made of, before DeepSpeed."""
 
     config: RunConfig
-    store: Store
+    dataset: TokenDataset
     settings: DeepSpeedSettings
     start: Start
     batches: Batches
@@ -148,52 +149,49 @@ class Setup:
     precision: str
     precision_why: str
     model: BertForPreTraining
-    progress: Progress
-    horizon: Horizon
+    state: TrainState
+    criteria: StopCriteria
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint knows besides tensors."""
         return {
             "recipe": dump_config(self.config),
-            "store_sha256": self.store.sha256,
-            "vocab_size": self.store.vocab_size,
-            "progress": dataclasses.asdict(self.progress),
+            "dataset_sha256": self.dataset.sha256,
+            "vocab_size": self.dataset.vocab_size,
+            "progress": dataclasses.asdict(self.state),
         }
 
 
-def set_up(config: RunConfig, recipe: str, resume: bool, group: Group, read: Read | None = None) -> Setup:
+def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
     """Build and check all of it, on every rank; rank 0 says where to begin. Writes nothing.
-
-    Args:
-        read: opens the model that `init` names.
 
     Raises:
         InputError: whatever is wrong with the recipe or what it names, on any rank: then on all.
     """
     start = initial = None
-    with group.same_fate():
+    with group.raise_on_all_ranks():
         if config.init is not None:
-            config, initial = _start_from(config, recipe, resume, read)
+            config, initial = _start_from(config, recipe, resume)
         settings = read_ds_config(config, recipe)
         check_settings(settings)
-    store = open_verified(config.data, group)
-    with group.same_fate():
-        batches, heldout = Batches(store, config), heldout_batches(store, config, config.evaluate.sequences)
+    dataset = open_verified(config.data, group)
+    with group.raise_on_all_ranks():
+        batches, heldout = Batches(dataset, config), heldout_batches(dataset, config, config.evaluate.sequences)
         batches.check(group.world)
         precision, why = resolve_precision(config.runtime.precision, group.device, recipe)
         settings.stage(precision=precision, world=group.world, optimizer=config.optimizer.name)
         torch.manual_seed(config.seed)
-        model = BertForPreTraining(config.model, store.vocab_size, config.runtime.kernels, group.device.type)
-        if initial is not None:
-            put(initial, model, store, recipe)
-        if group.speaks:
-            start = open_run(config, recipe, store, resume)
+        model = BertForPreTraining(config.model, dataset.vocab_size, config.runtime.kernels, group.device.type)
+        if config.init is not None and initial is not None:
+            put(config.init, initial, model, dataset, recipe)
+        if group.is_main:
+            start = open_run(config, recipe, dataset, resume)
     _check_same_everywhere(
         group,
         {
             f"{recipe}: the recipe": hashlib.sha256(dump_config(config).encode()).hexdigest(),
-            f"data = {config.data!r}: the store's manifest": store.sha256,
+            f"data = {config.data!r}: the dataset's manifest": dataset.sha256,
             f"{config.runtime.deepspeed}: the file": hashlib.sha256(json.dumps(settings.values, sort_keys=True).encode()).hexdigest(),
             "torch's version": torch.__version__,
             "DeepSpeed's version": version("deepspeed"),
@@ -205,7 +203,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group, read: Rea
     start = Start.load(group.broadcast(start.dump() if start else None))
     return Setup(
         config=config,
-        store=store,
+        dataset=dataset,
         settings=settings,
         start=start,
         batches=batches,
@@ -213,18 +211,18 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group, read: Rea
         precision=precision,
         precision_why=why,
         model=model,
-        progress=Progress(**start.checkpoint.metadata["progress"]) if start.checkpoint else Progress(),
-        horizon=Horizon(config, batches.steps_per_epoch),
+        state=TrainState(**start.checkpoint.metadata["progress"]) if start.checkpoint else TrainState(),
+        criteria=StopCriteria(config, batches.steps_per_epoch),
     )
 
 
-def _start_from(config: RunConfig, recipe: str, resume: bool, read: Read | None) -> tuple[RunConfig, Initial | None]:
+def _start_from(config: RunConfig, recipe: str, resume: bool) -> tuple[RunConfig, ModelParts | None]:
     """The recipe with the sizes of the model that it starts from, and that model; None where a checkpoint has been trained on from it."""
-    assert config.init is not None and read is not None, "init needs somebody who can read it"
+    assert config.init is not None
     resolved = Path(config.run) / "config.toml"
     if resume and checkpoint.exists(Path(config.run)) and is_file(resolved):
         return with_sizes(config, load_config(resolved).model, recipe), None
-    initial = read(config.init)
+    initial = open_initial(config.init)
     return with_sizes(config, initial.config, recipe), initial
 
 
@@ -235,18 +233,18 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def take_folder(setup: Setup, group: Group) -> Ownership:
+def take_folder(setup: Setup, group: Group) -> RunLock:
     """Write what a run begins with, and make the folder this start's own.
 
     Raises:
         InputError: the folder cannot be made or written, or a rank does not see it.
     """
     token = None
-    with group.same_fate():
-        if group.speaks:
+    with group.raise_on_all_ranks():
+        if group.is_main:
             token = _prepare(setup).token
-    owner = Ownership(setup.start.run, group.broadcast(token))
-    with group.same_fate():
+    owner = RunLock(setup.start.run, group.broadcast(token))
+    with group.raise_on_all_ranks():
         deadline = time.monotonic() + SHARED_DISK_S
         while not owner.holds():
             if time.monotonic() > deadline:
@@ -258,13 +256,13 @@ def take_folder(setup: Setup, group: Group) -> Ownership:
     return owner
 
 
-def _prepare(setup: Setup) -> Ownership:
-    """Claim the folder; then the resolved recipe, and a copy of the tokenizer, so that the run can be used when the store is gone."""
+def _prepare(setup: Setup) -> RunLock:
+    """Claim the folder; then the resolved recipe, and a copy of the tokenizer, so that the run can be used when the dataset is gone."""
     run, config = setup.start.run, setup.config
-    tokenizer = {Path(name).name: _read_plain(setup.store.path / name) for name in OTHER_FILES if name.startswith("tokenizer/")}
+    tokenizer = {Path(name).name: _read_plain(setup.dataset.path / name) for name in OTHER_FILES if name.startswith("tokenizer/")}
     try:
         run.mkdir(parents=True, exist_ok=True)
-        owner = Ownership.claim(run)
+        owner = RunLock.claim(run)
         write_whole(run / "config.toml", dump_config(config).encode())
         (run / "tokenizer").mkdir(exist_ok=True)
         for name, data in tokenizer.items():
@@ -280,7 +278,7 @@ def _read_plain(file: Path) -> bytes:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as opened:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InputError(f"{file}: not a file; make the store again with `fastbert prepare`")
+                raise InputError(f"{file}: not a file; make the dataset again with `fastbert prepare`")
             return opened.read()
     except OSError as error:
         if error.errno == errno.ELOOP:
@@ -297,8 +295,8 @@ def _check_same_everywhere(group: Group, facts: dict[str, str]) -> None:
                 raise InputError(f"{what} {value[:16]} on rank 0 and {there.get(what, 'another')[:16]} on rank {rank}; make them equal")
 
 
-def _check_same_run(config: RunConfig, recipe: str, store: Store, found: Checkpoint) -> list[str]:
-    """Raise where the recipe or the store is not that of the checkpoint; return a line on each change that is allowed but matters."""
+def _check_same_run(config: RunConfig, recipe: str, dataset: TokenDataset, found: Checkpoint) -> list[str]:
+    """Raise where the recipe or the dataset is not that of the checkpoint; return a line on each change that is allowed but matters."""
     before = _flat(parse_config(found.metadata["recipe"], str(found.path)))
     now = _flat(config)
     changed = [key for key in now if now[key] != before[key] and not _among(key, FREE)]
@@ -308,9 +306,9 @@ def _check_same_run(config: RunConfig, recipe: str, store: Store, found: Checkpo
                 f"{recipe}: {key} = {now[key]!r}, but the checkpoint {found.path} was trained with {before[key]!r}; "
                 "set it back, or start another run by run=..."
             )
-    if store.sha256 != found.metadata["store_sha256"]:
+    if dataset.sha256 != found.metadata["dataset_sha256"]:
         raise InputError(
-            f"{recipe}: data = {config.data!r}: not the store that {found.path} was trained on; give that one, or start another run by run=..."
+            f"{recipe}: data = {config.data!r}: not the dataset that {found.path} was trained on; give that one, or start another run by run=..."
         )
     return [f"changed since the checkpoint: {key} was {before[key]!r}, now {now[key]!r}" for key in changed]
 

@@ -9,12 +9,12 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 
 from fastbert.cluster.group import Group
-from fastbert.data.dataset import Store, open_store
+from fastbert.data.dataset import TokenDataset, open_dataset
 
 LINE_EVERY_S = 5.0  # most datasets are verified within that time, without a word
 
 
-def open_verified(path: str | Path, group: Group | None = None) -> Store:
+def open_verified(path: str | Path, group: Group | None = None) -> TokenDataset:
     """Open the dataset at `path`; every rank of the group calls it.
 
     Raises:
@@ -22,13 +22,13 @@ def open_verified(path: str | Path, group: Group | None = None) -> Store:
         Interrupted: a signal came meanwhile, to any rank.
         RankLost: another rank did not come along.
     """
-    fate, heed = (group.same_fate, group.heed) if group else (nullcontext, lambda: None)
+    fate, heed = (group.raise_on_all_ranks, group.heed) if group else (nullcontext, lambda: None)
     with fate():
-        store = open_store(path, verify=False)
+        dataset = open_dataset(path, verify=False)
     # It may take longer than the ranks are willing to wait for each other, so they meet every now and then.
     round_s = group.timeout_s / 4 if group else math.inf
     said, more = time.monotonic(), True
-    with closing(store.verify()) as work:
+    with closing(dataset.verify()) as work:
         while more:
             more, end = False, time.monotonic() + round_s
             with fate():
@@ -36,7 +36,7 @@ def open_verified(path: str | Path, group: Group | None = None) -> Store:
                 for done, total in work if group is None or group.local_rank == 0 else ():
                     heed()
                     now = time.monotonic()
-                    if now > said + LINE_EVERY_S and (group is None or group.speaks):
+                    if now > said + LINE_EVERY_S and (group is None or group.is_main):
                         said = now
                         print(f"verifying {path}: {done / total:.0%} of {total / 1e9:,.1f} GB", file=sys.stderr)
                     if now > end:
@@ -45,4 +45,4 @@ def open_verified(path: str | Path, group: Group | None = None) -> Store:
             if group:
                 more = any(group.gather(more))
                 group.tick("verifying the dataset")
-    return store
+    return dataset

@@ -1,0 +1,126 @@
+"""Opens a model folder: a run, a checkpoint of a run, or a Hugging Face BERT folder, all as the same checked parts."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fastbert.checkpoints import checkpoint, hugging_face
+from fastbert.checkpoints.weight_names import MLM, NSP, check_finite, heads, shapes
+from fastbert.config import ModelConfig, RunConfig, parse_config
+from fastbert.data.tokenizer import load_tokenizer
+from fastbert.errors import InputError
+from fastbert.presence import is_file, is_folder, status
+
+
+class CheckpointWarning(UserWarning):
+    """The newest checkpoint of a run is damaged, and an older one was taken."""
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What a model is made of.
+
+    Attributes:
+        path: the folder of the weights; of a run, that of its checkpoint.
+        weights: fp32, by our names (weight_names.py); a head may be missing.
+        config: sizes of the encoder.
+        vocab_size: V, rows of the word embeddings.
+        heads: which of "mlm" and "nsp" the weights hold.
+        tokenizer, tokenizer_path: and where it was found.
+        recipe: of the run; None for a Hugging Face folder.
+        metadata: of the checkpoint, with its "step"; empty for a Hugging Face folder.
+    """
+
+    path: Path
+    weights: dict[str, Tensor]
+    config: ModelConfig
+    vocab_size: int
+    heads: frozenset[str]
+    tokenizer: Tokenizer
+    tokenizer_path: Path
+    recipe: RunConfig | None
+    metadata: dict[str, Any]
+
+
+def open_model(path: Path) -> ModelParts:
+    """Read and check a model, wherever it comes from.
+
+    Args:
+        path: a run folder (its newest valid checkpoint is taken), a checkpoint folder of a run, or a Hugging Face BERT folder
+            (config.json, model.safetensors, tokenizer.json or vocab.txt).
+
+    Raises:
+        InputError: one line on what is missing or wrong there, and what to do.
+    """
+    if status(path) is None:
+        raise InputError(f"{path}: no such folder; give a run, a checkpoint of a run, or a Hugging Face BERT folder")
+    if not is_folder(path):
+        raise InputError(f"{path}: a file; give the folder of a run or of a Hugging Face BERT")
+    if is_folder(path / "checkpoints") or is_file(path / "config.toml"):
+        return _from_run(path)
+    if is_folder(path / "train") and is_folder(path / "heldout"):
+        raise InputError(f"{path}: a dataset of text, not a model; train one with `fastbert pretrain`")
+    if is_file(path / checkpoint.MANIFEST) or path.parent.name == "checkpoints":
+        return _from_checkpoint(checkpoint.open_checkpoint(path))
+    if is_file(path / hugging_face.CONFIG):
+        return _from_hugging_face(path)
+    raise InputError(f"{path}: neither a run (checkpoints/) nor a checkpoint (manifest.json) nor a Hugging Face folder (config.json)")
+
+
+def _from_run(path: Path) -> ModelParts:
+    newest, complaints = checkpoint.newest_sound(path)
+    for complaint in complaints if newest else ():
+        warnings.warn(f"{complaint}; an older checkpoint is taken", CheckpointWarning, stacklevel=4)
+    if newest is None:
+        why = f" ({complaints[0]})" if complaints else ""
+        raise InputError(f"{path}: a run without a sound checkpoint{why}; train it: fastbert pretrain {path / 'config.toml'} --resume")
+    return _from_checkpoint(newest)
+
+
+def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
+    manifest = found.path / checkpoint.MANIFEST
+    text, vocab_size = found.metadata.get("recipe"), found.metadata.get("vocab_size")
+    if not isinstance(text, str) or not isinstance(vocab_size, int):
+        raise InputError(f"{manifest}: recipe or vocab_size is missing from its metadata; take another checkpoint")
+    recipe = parse_config(text, str(manifest))
+    weights, wanted = checkpoint.read_weights(found.path), shapes(recipe.model, vocab_size)
+    wrong = [name for name in weights.keys() | wanted.keys() if name not in weights or tuple(weights[name].shape) != wanted.get(name)]
+    if wrong:
+        raise InputError(f"{found.path}: {min(wrong)} is missing or does not have the shape that the recipe in {checkpoint.MANIFEST} gives")
+    check_finite(weights, found.path)
+    tokenizer_path = found.path.resolve().parents[1] / "tokenizer"
+    if not is_folder(tokenizer_path):
+        raise InputError(f"{tokenizer_path}: no such folder; use a checkpoint where its run wrote it, beside the run's tokenizer")
+    return ModelParts(
+        path=found.path,
+        weights=weights,
+        config=recipe.model,
+        vocab_size=vocab_size,
+        heads=frozenset({MLM, NSP} if recipe.objective.pairs else {MLM}),
+        tokenizer=load_tokenizer(tokenizer_path),
+        tokenizer_path=tokenizer_path,
+        recipe=recipe,
+        metadata={"step": found.step, **found.metadata},
+    )
+
+
+def _from_hugging_face(path: Path) -> ModelParts:
+    config, vocab_size, tied = hugging_face.read_config(path / hugging_face.CONFIG)
+    weights = hugging_face.read_weights(path, config, vocab_size, tied)
+    return ModelParts(
+        path=path,
+        weights=weights,
+        config=config,
+        vocab_size=vocab_size,
+        heads=heads(weights),
+        tokenizer=load_tokenizer(path),
+        tokenizer_path=path,
+        recipe=None,
+        metadata={},
+    )

@@ -1,0 +1,67 @@
+"""How a run ended: its exit code, the reason in words, and what the user may do next."""
+
+from __future__ import annotations
+
+import shlex
+
+from fastbert.checkpoints.saver import Saved
+from fastbert.training.run import Run
+from fastbert.training.setup import Setup
+
+DONE, FAILED, INTERRUPTED = 0, 1, 75  # exit codes; 75 is EX_TEMPFAIL: a scheduler may start it again
+LOWER = 10  # a run that diverged is to be resumed with its rate divided by this
+
+
+def conclude(run: Run, reason: str | None, last: Saved | None) -> int:
+    """Say why the run ended and what the user may do; returns the exit code.
+
+    Args:
+        reason: the stop condition that was reached; None where a signal or diverged weights ended the run.
+        last: how the last save went.
+    """
+    config, state = run.setup.config, run.state
+    code, advice = DONE, ""
+    if run.diverged:
+        code, advice = FAILED, _after_divergence(run)
+        if state.skipped_in_a_row > config.stop.skipped:
+            reason = f"stop.skipped = {config.stop.skipped}: {state.skipped_in_a_row} steps in a row were not finite"
+        else:
+            reason = f"{reason or _signal(run)}, but the weights give no finite loss any more"
+    elif reason is None:
+        code, advice, reason = INTERRUPTED, how_to_resume(run.setup), _signal(run)
+    elif state.heldout_loss is None:
+        code = FAILED
+        advice = (
+            f"the training losses of the newest checkpoint, {run.newest}, are finite; resume from an earlier one with a lower optimizer.lr"
+        )
+        reason = f"{reason}, but the held-out loss is not finite"
+    if last and last.problem and not run.diverged:
+        code, advice = FAILED, f"fix this, then {how_to_resume(run.setup)}"
+        reason = f"{reason}, but it could not be saved: {last.problem}"
+    run.monitor.stop(state.step, reason, advice)
+    return code
+
+
+def how_to_resume(setup: Setup) -> str:
+    return f"resume with: {_command(setup)}"
+
+
+def _command(setup: Setup) -> str:
+    return f"fastbert pretrain {shlex.quote(str(setup.start.run / 'config.toml'))} --resume"
+
+
+def _signal(run: Run) -> str:
+    return f"interrupted by {run.consensus.stop_request.asked or 'another rank'}"
+
+
+def _after_divergence(run: Run) -> str:
+    """What the user may do when the weights give no finite loss any more."""
+    command, newest = _command(run.setup), run.newest
+    lower = f"{command} optimizer.lr={run.setup.config.optimizer.lr / LOWER:g}"
+    if run.learned and newest is not None:
+        return f"the newest checkpoint with finite losses is {newest}; resume from it with a lower rate: {lower}"
+    if run.learned:
+        return f"there is no checkpoint yet; start from the beginning with a lower rate: {lower}"
+    if newest is not None:
+        return f"no step was finite since {newest}; move that away, and --resume takes the checkpoint before it: {command}"
+    return "no step was finite since the start; look at init, model.initializer_range and the text"

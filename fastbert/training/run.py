@@ -1,0 +1,214 @@
+"""A training run: what every rank holds while it trains, and what the ranks agree on after each step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastbert.checkpoints.ownership import RunLock
+from fastbert.checkpoints.saver import Saved, Saver
+from fastbert.cluster.group import Group
+from fastbert.cluster.signals import StopRequest
+from fastbert.cluster.watchdog import Watchdog
+from fastbert.data.packing import PackedBatch
+from fastbert.data.prefetch import Prefetch
+from fastbert.planning.flops import executed_flops
+from fastbert.training.engine import Engine, NotFinite
+from fastbert.training.heldout import HeldOut
+from fastbert.training.monitor import Monitor
+from fastbert.training.schedule import factor
+from fastbert.training.setup import Setup
+from fastbert.training.train_state import StopCriteria, TrainState
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What one sum over all ranks settles after each step."""
+
+    seconds: float  # of training, by rank 0's clock
+    stop: bool  # some rank was asked to stop
+    written: bool  # every rank has written its part of the save in flight
+
+
+class Consensus:
+    """How the ranks stay together: rank 0's clock, stop requests, hang detection and the lock of the run folder.
+
+    Args:
+        began: when the first step would have begun without interruptions, as `time.monotonic()`.
+    """
+
+    def __init__(self, group: Group, watchdog: Watchdog, stop_request: StopRequest, lock: RunLock, began: float):
+        self.watchdog, self.stop_request, self.lock = watchdog, stop_request, lock
+        self._group, self._began = group, began
+        # A single process sends the sum to nobody, so there is no GPU to wait for.
+        self._device = group.device if group.world > 1 else torch.device("cpu")
+
+    def agree(self, written: bool) -> Agreement:
+        """One collective; `written`: this rank has written its part of the save in flight."""
+        clock = time.monotonic() - self._began if self._group.is_main else 0.0
+        mine = [clock, self.stop_request.asked is not None, not written]
+        total = torch.tensor(mine, dtype=torch.float64, device=self._device)
+        seconds, stop, writing = self._group.sum(total).tolist()
+        return Agreement(seconds, stop > 0, writing == 0)
+
+    def tick(self, what: str) -> None:
+        """This rank goes on, now with `what`."""
+        self.watchdog.tick(what)
+
+    def check_lock(self) -> None:
+        """Raises LostOwnership where a newer start has taken over the run folder."""
+        if self._group.is_main:
+            self.lock.check()
+
+
+class Run:
+    """One training run. The loop calls its methods in turn; every rank calls the same ones.
+
+    A checkpoint gets its name, and older ones make room for it, only after its weights have given a finite loss and
+    gradient: one step can break weights that look valid, so that every step after it is skipped.
+
+    Attributes:
+        stop: a rank was asked to stop.
+        diverged: the weights give no finite loss any more.
+        learned: this process has applied a step.
+        newest: the newest checkpoint that was published.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        group: Group,
+        consensus: Consensus,
+        engine: Engine,
+        monitor: Monitor,
+        saver: Saver,
+        feed: Prefetch,
+    ):
+        self.setup, self.group, self.consensus = setup, group, consensus
+        self.engine, self.monitor, self.saver, self.feed = engine, monitor, saver, feed
+        self.stop = self.diverged = False
+        self.newest: Path | None = setup.start.checkpoint.path if setup.start.checkpoint else None
+        self._saved, self._due, self._written = self.state.step, False, True
+        self._found: HeldOut | None = None  # of the weights as they are now, where that was measured
+        self._last_applied: list[PackedBatch] | None = None  # this rank's packs of the last applied step
+
+    @property
+    def state(self) -> TrainState:
+        return self.setup.state
+
+    @property
+    def criteria(self) -> StopCriteria:
+        return self.setup.criteria
+
+    @property
+    def learned(self) -> bool:
+        return self._last_applied is not None
+
+    def step(self) -> None:
+        """Take the next batch, and apply its gradient if that is finite."""
+        config, state, result = self.setup.config, self.state, None
+        self.consensus.tick(f"step {state.step + 1}")
+        _, packs, waited = next(self.feed)
+        started = time.perf_counter()
+        lr = config.optimizer.lr * factor(config.schedule, self.criteria.scheduled(state))
+        try:
+            result = self.engine.step(packs, lr)
+            state.applied(result.tokens)
+            self._found, self._last_applied = None, packs
+        except NotFinite as error:
+            self._skip(error)
+        self._written = self._agree()
+        self.consensus.check_lock()
+        if result is not None:
+            seconds = waited + time.perf_counter() - started
+            flops = _flops(self.setup, packs) * self.group.world
+            self.monitor.step(state, result, lr=lr, seconds=seconds, waited=waited, flops=flops)
+
+    def evaluate(self) -> None:
+        """Measure the held-out losses."""
+        started = time.perf_counter()
+        self._found = self.engine.evaluate(self.setup.heldout, self.setup.dataset.special.mask)
+        seconds = time.perf_counter() - started
+        self.state.update_best(self._found.loss, self.setup.config.stop.min_delta)
+        self._agree()
+        self.monitor.evaluate(self.state, self._found, seconds)
+
+    def save_when_due(self) -> None:
+        """Publish the save in flight if it is written and proven, and begin the next one if its step has come."""
+        if self.saver.busy and self._written and self.state.applied_since(self._saved):
+            self._note(self.saver.finish())
+        self._due = self._due or self.state.step % self.setup.config.checkpoint.every == 0
+        if self._due and not self.state.skipped_in_a_row:
+            self._note(self.saver.wait())  # waits only where saving takes longer than the steps between
+            self._begin_save()
+
+    def save_at_the_end(self, finished: bool) -> Saved | None:
+        """Save the last weights if they are proven; returns how that went, None where nothing was left to save.
+
+        Args:
+            finished: a stop condition was reached, so that the end is judged by the held-out loss.
+        """
+        self.consensus.tick("the last checkpoint")
+        if finished and self._found is None and self.state.heldout_loss is None:
+            self.evaluate()  # a finished run that was started again: its end is judged as before
+        if self.saver.busy and self.state.applied_since(self._saved):
+            self._note(self.saver.wait())
+        last = None
+        finite = self._found is not None and self._found.finite
+        if not self.diverged and self._saved != self.state.step and (self.learned or finite):
+            if self.saver.busy:
+                self.saver.discard("")  # of the same weights, before steps that were skipped
+            self._begin_save()
+        if self.saver.busy and self._is_proven():
+            last = self.saver.wait()
+            self._note(last)
+        elif self.saver.busy:
+            self._note(self.saver.discard("its weights give no finite loss"))
+            self.diverged = True
+        self.saver.wait()
+        return last
+
+    def _skip(self, error: NotFinite) -> None:
+        """Count a step that was not applied, and name the examples to blame."""
+        self.state.skip()
+        bad_examples = sorted(example for examples in self.group.gather(error.examples) for example in examples)
+        self.monitor.skip(self.state.step, str(error), bad_examples, self.setup.config.batch.sequences)
+        self.diverged = self.state.skipped_in_a_row > self.setup.config.stop.skipped
+
+    def _agree(self) -> bool:
+        """Take over what the ranks agree on; returns whether all have written their part of the save in flight."""
+        agreement = self.consensus.agree(self.saver.written)
+        self.state.seconds, self.stop = agreement.seconds, agreement.stop
+        return agreement.written
+
+    def _begin_save(self) -> None:
+        self.saver.begin(self.state.step, self.engine.tensors(), self.setup.metadata)
+        self._saved, self._due = self.state.step, False
+
+    def _note(self, save: Saved | None) -> None:
+        self.monitor.saved(save)
+        self.newest = save.path if save and save.path else self.newest
+
+    def _is_proven(self) -> bool:
+        """Do the weights give a finite loss? If the last evaluation does not tell, the batch of the last applied step does."""
+        finite = self._found is not None and self._found.finite
+        if finite and (not self.state.skipped_in_a_row or self._last_applied is None):
+            return True
+        assert self._last_applied is not None
+        self.consensus.tick("the step that the last checkpoint waits for")
+        try:
+            self.engine.step(self._last_applied, lr=0.0)  # the state is copied: what becomes of it here is lost
+            return True
+        except NotFinite:
+            return False
+
+
+def _flops(setup: Setup, packs: list[PackedBatch]) -> float:
+    """Operations of this rank's part of a step, as they are computed: their share of the peak says how busy the processor is."""
+    lengths = [n for pack in packs for n in pack.cu_seqlens.diff().tolist()]
+    masked, pairs = (sum(map(len, tensors)) for tensors in zip(*((p.labels, p.examples) for p in packs), strict=True))
+    pairs = pairs if setup.config.objective.pairs else 0
+    return executed_flops(setup.config.model, setup.dataset.vocab_size, lengths, masked, pairs)
