@@ -88,7 +88,9 @@ class Figures:
     spilled: int = 0  # bytes a thread that live in memory for want of registers
     shared: int = 0  # bytes a program
     programs: int = 0  # that one multiprocessor runs side by side
-    widths: dict[str, int] = dataclasses.field(default_factory=dict)  # sm_90: bits of the narrowest load, by pointer
+    widths: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # sm_90: bits of the narrowest load, by pointer
     conversions: int = 0  # `convert_layout` in the IR: mostly a way through shared memory and back
     seconds: float = 0.0  # to compile
 
@@ -107,13 +109,23 @@ def production_kernels() -> dict[str, Production]:
     for path in sorted(PACKAGE.glob("*/kernel.py")):
         module = importlib.import_module(f"fastbert_kernels.{path.parent.name}.kernel")
         for production in module.production():
-            alike[f"{path.parent.name}.{production.kernel.__name__} {short(production)} {production.size}"].append(production)
+            alike[
+                f"{path.parent.name}.{production.kernel.__name__} {short(production)} {production.size}"
+            ].append(production)
 
     named = {}
     for name, productions in alike.items():
-        telling = [key for key in productions[0].arguments if len({str(p.arguments[key]) for p in productions}) > 1]
+        telling = [
+            key
+            for key in productions[0].arguments
+            if len({str(p.arguments[key]) for p in productions}) > 1
+        ]
         for production in productions:
-            told = {key: production.arguments[key] for key in telling if not str(production.arguments[key]).startswith("*")}
+            told = {
+                key: production.arguments[key]
+                for key in telling
+                if not str(production.arguments[key]).startswith("*")
+            }
             full = " ".join([name, *(f"{key}={value}" for key, value in told.items())])
             if full in named:
                 raise ValueError(f"production() lists {full} twice")
@@ -123,12 +135,16 @@ def production_kernels() -> dict[str, Production]:
 
 def short(production: Production) -> str:
     """ "bf16", "fp32"."""
-    return str(production.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    return (
+        str(production.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    )
 
 
 def source(production: Production, options: dict[str, Any]) -> ASTSource:
     """The kernel with its types, its compile-time values (its own and those of the tile) and the multiples of 16 it may count on."""
-    given = production.arguments | {key: value for key, value in options.items() if key in production.kernel.arg_names}
+    given = production.arguments | {
+        key: value for key, value in options.items() if key in production.kernel.arg_names
+    }
     signature, constexprs, divisible = {}, {}, {}
     for index, parameter in enumerate(production.kernel.params):
         value = given.pop(parameter.name)
@@ -137,7 +153,9 @@ def source(production: Production, options: dict[str, Any]) -> ASTSource:
             continue
         signature[parameter.name] = value
         if parameter.name in production.aligned and parameter.do_not_specialize:
-            raise ValueError(f"aligned names {parameter.name}, which the kernel does not specialise: a launch would not know")
+            raise ValueError(
+                f"aligned names {parameter.name}, which the kernel does not specialise: a launch would not know"
+            )
         if value.startswith("*") or parameter.name in production.aligned:
             divisible[(index,)] = [["tt.divisibility", 16]]
     if given:
@@ -148,9 +166,19 @@ def source(production: Production, options: dict[str, Any]) -> ASTSource:
 # What comes of it
 
 
-def measure(name: str, production: Production, architecture: str, options: dict[str, int] | None = None) -> Figures:
+def measure(
+    name: str, production: Production, architecture: str, options: dict[str, int] | None = None
+) -> Figures:
     """Compiles one kernel for one architecture, with the tile of the table or with `options` in its place."""
-    figures = Figures(name, architecture, production.kernel.__name__, production.table, short(production), production.size, production.wide)
+    figures = Figures(
+        name,
+        architecture,
+        production.kernel.__name__,
+        production.table,
+        short(production),
+        production.size,
+        production.wide,
+    )
     device = DEVICES[architecture]
     start = time.perf_counter()
     try:
@@ -161,7 +189,9 @@ def measure(name: str, production: Production, architecture: str, options: dict[
         return dataclasses.replace(figures, error=f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - start
 
-    registers, spilled = (cuda_registers if device.target.backend == "cuda" else amd_registers)(compiled.asm)
+    registers, spilled = (cuda_registers if device.target.backend == "cuda" else amd_registers)(
+        compiled.asm
+    )
     return dataclasses.replace(
         figures,
         tile=options,
@@ -169,7 +199,11 @@ def measure(name: str, production: Production, architecture: str, options: dict[
         spilled=spilled,
         shared=compiled.metadata.shared,
         programs=programs(
-            device, registers, compiled.metadata.shared, compiled.metadata.num_warps, getattr(compiled.metadata, "tmem_size", 0)
+            device,
+            registers,
+            compiled.metadata.shared,
+            compiled.metadata.num_warps,
+            getattr(compiled.metadata, "tmem_size", 0),
         ),
         widths=load_widths(compiled.asm, built.signature) if architecture == "sm_90" else {},
         conversions=compiled.asm["ttgir"].count("ttg.convert_layout"),
@@ -181,7 +215,9 @@ def programs(device: Device, registers: int, shared: int, warps: int, tensor_col
     """How many programs of these needs one multiprocessor runs side by side."""
     given = max(-(-registers // REGISTER_UNIT), 1) * REGISTER_UNIT
     by_registers = SCHEDULERS * min(device.warps, REGISTERS // given) // warps
-    by_shared = device.shared_total // max(-(-shared // device.granule) * device.granule + device.reserved, 1)
+    by_shared = device.shared_total // max(
+        -(-shared // device.granule) * device.granule + device.reserved, 1
+    )
     by_tensor_memory = TENSOR_COLUMNS // max(tensor_columns, 1)
     return min(by_registers, by_shared, by_tensor_memory, MOST_PROGRAMS)
 
@@ -195,7 +231,9 @@ def cuda_registers(asm: dict[str, Any]) -> tuple[int, int]:
 def amd_registers(asm: dict[str, Any]) -> tuple[int, int]:
     """The same of AMD's assembly text; the accumulation registers share the file and are counted."""
     text = asm["amdgcn"]
-    return number(r"\.vgpr_count: +(\d+)", text), number(r"\.private_segment_fixed_size: +(\d+)", text)
+    return number(r"\.vgpr_count: +(\d+)", text), number(
+        r"\.private_segment_fixed_size: +(\d+)", text
+    )
 
 
 def number(pattern: str, text: str) -> int:
@@ -228,11 +266,15 @@ _SASS_BITS = re.compile(r"[SU]?(8|16|32|64|128|256)")
 
 def load_widths(asm: dict[str, Any], signature: dict[str, str]) -> dict[str, int]:
     """Bits of the narrowest load from global memory through each pointer that is loaded through."""
-    arguments = [key for key, value in signature.items() if value != "constexpr"]  # Triton adds its own scratch memory behind them
+    arguments = [
+        key for key, value in signature.items() if value != "constexpr"
+    ]  # Triton adds its own scratch memory behind them
     loads = global_loads(asm["ptx"])
     widths = {}
     line = 0
-    for text in disassemble("nvdisasm", "--print-code", "--print-line-info-ptx", cubin=asm["cubin"]).splitlines():
+    for text in disassemble(
+        "nvdisasm", "--print-code", "--print-line-info-ptx", cubin=asm["cubin"]
+    ).splitlines():
         if found := _SASS_LINE.search(text):
             line = int(found[1])
         elif found := _SASS_LOAD.search(text):
@@ -262,7 +304,9 @@ def global_loads(ptx: str) -> dict[int, set[int]]:
             if found := _ADDRESS.match(operands):
                 addresses[number] = found[1]
         elif not opcode.startswith(("ld.", "st.", "atom.", "red.")):
-            written, read = operands.split("}", 1) if operands.startswith("{") else operands.partition(",")[::2]
+            written, read = (
+                operands.split("}", 1) if operands.startswith("{") else operands.partition(",")[::2]
+            )
             for register in _REGISTER.findall(written):
                 origins[register].update(_REGISTER.findall(read))
 
@@ -289,21 +333,31 @@ def faults(found: list[Figures]) -> list[str]:
             lines.append(f"{where}: does not compile: {figures.error}")
             continue
         if figures.shared > device.shared:
-            lines.append(f"{where}: {figures.shared} bytes of shared memory; a program may have {device.shared}")
+            lines.append(
+                f"{where}: {figures.shared} bytes of shared memory; a program may have {device.shared}"
+            )
         elif not figures.programs:
             lines.append(f"{where}: not one program fits: {figures.registers} registers a thread")
         if figures.architecture != "sm_90":
             continue
         if figures.spilled:
-            lines.append(f"{where}: {figures.spilled} bytes of spilled registers a thread; must be 0")
+            lines.append(
+                f"{where}: {figures.spilled} bytes of spilled registers a thread; must be 0"
+            )
         if figures.wide and figures.widths.get(UNTRACED, WIDE) < WIDE:
-            lines.append(f"{where}: a load of {figures.widths[UNTRACED]} bits cannot be traced to its argument, which may be a wide one")
+            lines.append(
+                f"{where}: a load of {figures.widths[UNTRACED]} bits cannot be traced to its argument, which may be a wide one"
+            )
         for pointer in figures.wide:
             bits = figures.widths.get(pointer)
             if bits is None:
-                lines.append(f"{where}: no load through {pointer} found, which production() calls wide")
+                lines.append(
+                    f"{where}: no load through {pointer} found, which production() calls wide"
+                )
             elif bits < WIDE:
-                lines.append(f"{where}: a load through {pointer} is {bits} bits wide; must be {WIDE}")
+                lines.append(
+                    f"{where}: a load through {pointer} is {bits} bits wide; must be {WIDE}"
+                )
     return lines
 
 
@@ -317,7 +371,12 @@ _MARGIN = {"registers": 4 * REGISTER_UNIT, "spilled": 64, "shared": 1024, "progr
 def changes(found: list[Figures], record: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What has become worse than the record, and what better; a kernel missing on either side is worse."""
     worse, better = [], []
-    ahead = {(architecture, name) for architecture, rows in record.items() if architecture in DEVICES for name in rows}
+    ahead = {
+        (architecture, name)
+        for architecture, rows in record.items()
+        if architecture in DEVICES
+        for name in rows
+    }
     for figures in found:
         where = f"{figures.architecture} {figures.name}"
         ahead.discard((figures.architecture, figures.name))
@@ -332,7 +391,10 @@ def changes(found: list[Figures], record: dict[str, Any]) -> tuple[list[str], li
             if abs(grown) > _MARGIN[key]:
                 line = f"{where}: {key} {row[key]} on record, now {now} ({grown:+d})"
                 (worse if (grown > 0) != (key == "programs") else better).append(line)
-    worse += [f"{architecture} {name}: on record, but no production() lists it" for architecture, name in sorted(ahead)]
+    worse += [
+        f"{architecture} {name}: on record, but no production() lists it"
+        for architecture, name in sorted(ahead)
+    ]
     return worse, better
 
 
@@ -340,7 +402,11 @@ def write(found: list[Figures]) -> None:
     """A line for each kernel, so that a change shows as a change of its line."""
     blocks = [f'  "triton": {json.dumps(triton.__version__)}']
     for architecture in DEVICES:
-        rows = [f"    {json.dumps(f.name)}: {json.dumps(f.recorded)}" for f in found if f.architecture == architecture]
+        rows = [
+            f"    {json.dumps(f.name)}: {json.dumps(f.recorded)}"
+            for f in found
+            if f.architecture == architecture
+        ]
         blocks.append(f'  "{architecture}": {{\n' + ",\n".join(rows) + "\n  }")
     RECORD.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
 
@@ -377,10 +443,10 @@ def table(found: list[Figures]) -> str:
         width = max((len(f.name) for f in mine), default=0)
         lines += [f"{architecture:{width}} {head}"]
         for f in mine:
-            loads = min((f.widths[pointer] for pointer in f.wide if pointer in f.widths), default="")
-            row = (
-                f"{f.registers:9} {f.spilled:7} {f.shared / 1024:4.0f} KB {f.programs:8} {loads:>5} {f.conversions:11} {f.seconds:6.2f} s  "
+            loads = min(
+                (f.widths[pointer] for pointer in f.wide if pointer in f.widths), default=""
             )
+            row = f"{f.registers:9} {f.spilled:7} {f.shared / 1024:4.0f} KB {f.programs:8} {loads:>5} {f.conversions:11} {f.seconds:6.2f} s  "
             row += " ".join(f"{key}={value}" for key, value in f.tile.items())
             lines.append(f"{f.name:{width}} {' does not compile' if f.error else row}")
         lines.append("")
@@ -389,42 +455,68 @@ def table(found: list[Figures]) -> str:
 
 def recorded_table(record: dict[str, Any]) -> str:
     """As `table`, of what is on record."""
-    lines = [f"Triton {record['triton']}; shared memory in KB; programs side by side on a multiprocessor", ""]
+    lines = [
+        f"Triton {record['triton']}; shared memory in KB; programs side by side on a multiprocessor",
+        "",
+    ]
     for architecture in DEVICES:
         rows = record.get(architecture, {})
         width = max(map(len, rows), default=0)
-        lines.append(f"{architecture:{width}} {'registers':>9} {'spilled':>7} {'shared':>7} {'programs':>8}")
+        lines.append(
+            f"{architecture:{width}} {'registers':>9} {'spilled':>7} {'shared':>7} {'programs':>8}"
+        )
         lines += [
-            f"{name:{width}} {r['registers']:9} {r['spilled']:7} {r['shared'] / 1024:4.0f} KB {r['programs']:8}" for name, r in rows.items()
+            f"{name:{width}} {r['registers']:9} {r['spilled']:7} {r['shared'] / 1024:4.0f} KB {r['programs']:8}"
+            for name, r in rows.items()
         ]
         lines.append("")
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What the compilers make of every Triton kernel; needs no GPU.")
+    parser = argparse.ArgumentParser(
+        description="What the compilers make of every Triton kernel; needs no GPU."
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("--write", action="store_true", help=f"put the figures on record, in {RECORD.name}")
-    parser.add_argument("--on-record", action="store_true", help="show what is there, and compile nothing")
+    parser.add_argument(
+        "--write", action="store_true", help=f"put the figures on record, in {RECORD.name}"
+    )
+    parser.add_argument(
+        "--on-record", action="store_true", help="show what is there, and compile nothing"
+    )
     arguments = parser.parse_args()
     if arguments.on_record:
         print(recorded_table(json.loads(RECORD.read_text(encoding="utf-8"))))
         return 0
 
-    found = compile_all((name, production, device) for name, production in production_kernels().items() for device in DEVICES)
-    print("\n".join(json.dumps(dataclasses.asdict(figures)) for figures in found) if arguments.json else table(found))
+    found = compile_all(
+        (name, production, device)
+        for name, production in production_kernels().items()
+        for device in DEVICES
+    )
+    print(
+        "\n".join(json.dumps(dataclasses.asdict(figures)) for figures in found)
+        if arguments.json
+        else table(found)
+    )
 
     wrong, hints = faults(found), []
     if arguments.write and not wrong:
         write(found)
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"triton": triton.__version__}
+    record = (
+        json.loads(RECORD.read_text(encoding="utf-8"))
+        if RECORD.exists()
+        else {"triton": triton.__version__}
+    )
     if record["triton"] == triton.__version__:
         worse, hints = changes(found, record)
         wrong += worse
         if worse or hints:
             hints.append(f"To put these figures on record: {COMMAND} --write")
     else:
-        hints.append(f"{RECORD.name} holds figures of Triton {record['triton']}, this is {triton.__version__}: not compared")
+        hints.append(
+            f"{RECORD.name} holds figures of Triton {record['triton']}, this is {triton.__version__}: not compared"
+        )
     for line in [*(f"FAULT {line}" for line in wrong), *hints]:
         print(line, file=sys.stderr)
     return 1 if wrong else 0

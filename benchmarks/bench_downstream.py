@@ -93,14 +93,20 @@ class Job:
 
 def read(job: Job) -> tuple[Examples, Examples]:
     """What is trained on, the held-out part with it, and the test."""
-    training, test = (read_examples(job.texts / f"{job.task}-{part}.jsonl") for part in ("train", "test"))
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(job.seed)).tolist()
+    training, test = (
+        read_examples(job.texts / f"{job.task}-{part}.jsonl") for part in ("train", "test")
+    )
+    order = torch.randperm(
+        len(training), generator=torch.Generator().manual_seed(job.seed)
+    ).tolist()
     return training.take(order[: job.examples]), test
 
 
 def run(job: Job, folder: Path) -> Row:
     """The trial, which is kept in the folder."""
-    return once(folder / f"{hashlib.sha256(repr(job).encode()).hexdigest()[:12]}.json", lambda: trial(job))
+    return once(
+        folder / f"{hashlib.sha256(repr(job).encode()).hexdigest()[:12]}.json", lambda: trial(job)
+    )
 
 
 def trial(job: Job) -> Row:
@@ -121,10 +127,23 @@ def fine_tuned(job: Job, model: Path) -> Row:
         initialise(dict(pretrained.model.named_parameters()), begun)
     epochs = max(LEAST_EPOCHS, math.ceil(job.steps * BATCH / len(training)))
     max_length = min(MAX_LENGTH, pretrained.config.max_position_embeddings)
-    settings = Settings(epochs=epochs, lr=job.lr, batch=BATCH, max_length=max_length, seed=job.seed, patience=epochs, heldout=HELD_OUT)
+    settings = Settings(
+        epochs=epochs,
+        lr=job.lr,
+        batch=BATCH,
+        max_length=max_length,
+        seed=job.seed,
+        patience=epochs,
+        heldout=HELD_OUT,
+    )
     [trial] = finetune(pretrained, training, test, settings=settings).trials
     kept = max(trial.epochs, key=lambda epoch: epoch.score)
-    return {"heldout": kept.score, "epoch": kept.epoch, "epochs": epochs, **test_scores(trial.scores["accuracy"], trial.scores["f1"])}
+    return {
+        "heldout": kept.score,
+        "epoch": kept.epoch,
+        "epochs": epochs,
+        **test_scores(trial.scores["accuracy"], trial.scores["f1"]),
+    }
 
 
 def bag_of_words(job: Job) -> Row:
@@ -138,14 +157,25 @@ def bag_of_words(job: Job) -> Row:
 
     def fit(strength: float):
         words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2)
-        return make_pipeline(words, LogisticRegression(C=strength, max_iter=1000)).fit(rest.first, rest.labels)
+        return make_pipeline(words, LogisticRegression(C=strength, max_iter=1000)).fit(
+            rest.first, rest.labels
+        )
 
     fitted = {strength: fit(strength) for strength in STRENGTHS}
-    scores = {strength: model.score(held_out.first, held_out.labels) for strength, model in fitted.items()}
+    scores = {
+        strength: model.score(held_out.first, held_out.labels) for strength, model in fitted.items()
+    }
     best = max(scores, key=lambda strength: scores[strength])
     places = {label: i for i, label in enumerate(sorted(set(training.labels)))}
-    answers, truth = (torch.tensor([places[x] for x in of]).numpy() for of in (fitted[best].predict(test.first), test.labels))
-    return {"heldout": scores[best], "C": best, **test_scores(accuracy(answers, truth), f1(answers, truth))}
+    answers, truth = (
+        torch.tensor([places[x] for x in of]).numpy()
+        for of in (fitted[best].predict(test.first), test.labels)
+    )
+    return {
+        "heldout": scores[best],
+        "C": best,
+        **test_scores(accuracy(answers, truth), f1(answers, truth)),
+    }
 
 
 def test_scores(right: float, mean_f1: float) -> Row:
@@ -157,8 +187,22 @@ def pretrain(dataset: Path, folder: Path) -> Path:
     made, finished = folder / "run", folder / "finished"
     if not finished.exists():
         resume = ["--resume"] if made.exists() else []
-        settings = {"data": dataset, "run": made, "schedule.over": "tokens", "stop.tokens": PRETRAINING_TOKENS, "stop.seconds": 1e6}
-        command = [sys.executable, "-m", "fastbert", "pretrain", RECIPE, *(f"{key}={value}" for key, value in settings.items()), *resume]
+        settings = {
+            "data": dataset,
+            "run": made,
+            "schedule.over": "tokens",
+            "stop.tokens": PRETRAINING_TOKENS,
+            "stop.seconds": 1e6,
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "fastbert",
+            "pretrain",
+            RECIPE,
+            *(f"{key}={value}" for key, value in settings.items()),
+            *resume,
+        ]
         subprocess.run(list(map(str, command)), check=True)
         finished.touch()
     return made
@@ -186,7 +230,14 @@ def groups(rows: Sequence[Row]) -> Iterator[tuple[str, int | None, dict[str, lis
         yield (
             task,
             examples,
-            {s: [r for r in measured if (r["task"], r["examples"], r["side"]) == (task, examples, s)] for s in sides(rows)},
+            {
+                s: [
+                    r
+                    for r in measured
+                    if (r["task"], r["examples"], r["side"]) == (task, examples, s)
+                ]
+                for s in sides(rows)
+            },
         )
 
 
@@ -196,7 +247,12 @@ def downstream_table(rows: Sequence[Row]) -> str:
     lines = []
     for task, examples, trials in groups(rows):
         cells = [spread([row["test_accuracy"] for row in of]) for of in trials.values()]
-        gain = spread([a["test_accuracy"] - b["test_accuracy"] for a, b in zip(trials[PRETRAINED], trials[SCRATCH], strict=True)])
+        gain = spread(
+            [
+                a["test_accuracy"] - b["test_accuracy"]
+                for a, b in zip(trials[PRETRAINED], trials[SCRATCH], strict=True)
+            ]
+        )
         lines.append(
             [
                 TASKS[task],
@@ -206,7 +262,16 @@ def downstream_table(rows: Sequence[Row]) -> str:
                 f"**{100 * gain.mean:+.1f}** ± {100 * gain.std:.1f}",
             ]
         )
-    return table(["task", "examples", "most frequent label", *sides(rows), "pre-trained - from scratch, points"], lines)
+    return table(
+        [
+            "task",
+            "examples",
+            "most frequent label",
+            *sides(rows),
+            "pre-trained - from scratch, points",
+        ],
+        lines,
+    )
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -216,12 +281,28 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     colors = dict(zip(names, (*COLORS.values(), *BESIDE_COLORS), strict=False))
     figure, axes = figure_of(1, len(TASKS))
     for ax, (task, title) in zip(axes[0], TASKS.items(), strict=True):
-        found = [(examples or facts[task]["training"], trials) for of, examples, trials in groups(rows) if of == task]
+        found = [
+            (examples or facts[task]["training"], trials)
+            for of, examples, trials in groups(rows)
+            if of == task
+        ]
         sizes = [size for size, _ in found]
         for side in names:
-            cells = [spread([100 * row["test_accuracy"] for row in trials[side]]) for _, trials in found]
+            cells = [
+                spread([100 * row["test_accuracy"] for row in trials[side]]) for _, trials in found
+            ]
             means, stds = [cell.mean for cell in cells], [cell.std for cell in cells]
-            ax.errorbar(sizes, means, stds, color=colors[side], label=side, linewidth=2, marker="o", markersize=4, capsize=3)
+            ax.errorbar(
+                sizes,
+                means,
+                stds,
+                color=colors[side],
+                label=side,
+                linewidth=2,
+                marker="o",
+                markersize=4,
+                capsize=3,
+            )
         most = 100 * facts[task]["majority"]
         ax.axhline(most, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.annotate("most frequent label", (1, most), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
@@ -233,7 +314,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         ax.set_xlabel("labelled examples", color=MUTED)
     axes[0][0].set_ylabel("accuracy on the test, %", color=MUTED)
     legend = figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=9
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=9,
     )
     for text in legend.get_texts():
         text.set_parse_math(False)  # a side is called by its folder's name
@@ -257,37 +343,67 @@ def describe_model(side: str, path: Path, commit: str) -> Row:
     model = load(path, device="cpu")
     sizes = {name: getattr(model.config, name) for name in ("num_hidden_layers", "hidden_size")}
     parameters = sum(p.numel() for p in model.model.parameters())
-    return {"part": "model", "side": side, "parameters": parameters, **sizes, "vocab_size": model.model.vocab_size, "commit": commit}
+    return {
+        "part": "model",
+        "side": side,
+        "parameters": parameters,
+        **sizes,
+        "vocab_size": model.model.vocab_size,
+        "commit": commit,
+    }
 
 
 def recorded_rows(path: Path) -> list[Row]:
     """Of a record, each model with the commit at which it was measured."""
     record = read_record(path)
-    return [{"commit": record.header["commit"], **row} if row["part"] == "model" else row for row in record.rows]
+    return [
+        {"commit": record.header["commit"], **row} if row["part"] == "model" else row
+        for row in record.rows
+    ]
 
 
 def comparable(recorded: Sequence[Row], texts: Path, extent: Extent) -> bool:
     """Whether the record's trials are those that would be measured now."""
-    trials = {(row["examples"], row["seed"], row["steps"]) for row in recorded if row["part"] == "trial" and row["seed"] != SEARCH_SEED}
+    trials = {
+        (row["examples"], row["seed"], row["steps"])
+        for row in recorded
+        if row["part"] == "trial" and row["seed"] != SEARCH_SEED
+    }
     tasks = [row for row in recorded if row["part"] == "task"]
-    return trials == set(itertools.product(extent.examples, extent.seeds, (extent.steps,))) and tasks == [
-        describe_task(texts, task) for task in TASKS
-    ]
+    return trials == set(
+        itertools.product(extent.examples, extent.seeds, (extent.steps,))
+    ) and tasks == [describe_task(texts, task) for task in TASKS]
 
 
 def models_table(rows: Sequence[Row]) -> str:
     """Markdown: what each side is, and the commit at which it was measured; the bag of words was with the first."""
     sizes = ("num_hidden_layers", "hidden_size", "vocab_size")
     models = [row for row in rows if row["part"] == "model"]
-    lines = [[row["side"], *(f"{row[size]:,}" for size in sizes), f"{row['parameters'] / 1e6:.2f} M", row["commit"]] for row in models]
-    return table(["model", "layers", "hidden size", "vocabulary", "parameters", "measured at commit"], lines)
+    lines = [
+        [
+            row["side"],
+            *(f"{row[size]:,}" for size in sizes),
+            f"{row['parameters'] / 1e6:.2f} M",
+            row["commit"],
+        ]
+        for row in models
+    ]
+    return table(
+        ["model", "layers", "hidden size", "vocabulary", "parameters", "measured at commit"], lines
+    )
 
 
 def report(rows: Sequence[Row]) -> str:
     """The text of downstream.md."""
-    rates = {(row["task"], row["side"]): row["lr"] for row in rows if row["part"] == "trial" and row["side"] != WORDS}
+    rates = {
+        (row["task"], row["side"]): row["lr"]
+        for row in rows
+        if row["part"] == "trial" and row["side"] != WORDS
+    }
     tasks = "; ".join(
-        f"{TASKS[row['task']]}: {row['labels']} labels, {row['test']:,} examples in the test" for row in rows if row["part"] == "task"
+        f"{TASKS[row['task']]}: {row['labels']} labels, {row['test']:,} examples in the test"
+        for row in rows
+        if row["part"] == "task"
     )
     return "\n\n".join(
         [
@@ -297,34 +413,65 @@ def report(rows: Sequence[Row]) -> str:
             "![accuracy over labelled examples](downstream.png)",
             models_table(rows),
             "Learning rates, chosen on a held-out part of the training examples:",
-            table(["task", "side", "learning rate"], [[TASKS[task], side, f"{lr:g}"] for (task, side), lr in rates.items()]),
+            table(
+                ["task", "side", "learning rate"],
+                [[TASKS[task], side, f"{lr:g}"] for (task, side), lr in rates.items()],
+            ),
         ]
     )
 
 
 def arguments() -> tuple[argparse.Namespace, list[Row]]:
     """What was asked, and the rows of `--record`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("texts", type=Path, help="the folder that examples/labelled_texts.py made")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="the dataset to pre-train on")
-    parser.add_argument("--model", type=Path, help="a run or an exported folder in place of that; it must not have read the tests' texts")
-    parser.add_argument("--beside", type=Path, action="append", default=[], help="the same, as one more side; may be repeated")
     parser.add_argument(
-        "--record", type=Path, help="a downstream.json that is there: the models of --beside become sides of it, by its settings"
+        "--model",
+        type=Path,
+        help="a run or an exported folder in place of that; it must not have read the tests' texts",
     )
-    parser.add_argument("--quick", action="store_true", help="200 examples, one seed, no search: only to see that it works")
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        action="append",
+        default=[],
+        help="the same, as one more side; may be repeated",
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        help="a downstream.json that is there: the models of --beside become sides of it, by its settings",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="200 examples, one seed, no search: only to see that it works",
+    )
     given = parser.parse_args()
     if not (given.texts / "pretrain.jsonl").is_file():
-        parser.error(f"{given.texts}: not a folder that examples/labelled_texts.py made; make data/labelled/pretrain.jsonl makes one")
+        parser.error(
+            f"{given.texts}: not a folder that examples/labelled_texts.py made; make data/labelled/pretrain.jsonl makes one"
+        )
     for path in filter(None, (given.model, *given.beside)):
         if not path.is_dir():
             parser.error(f"{path}: no such model")
     if given.record and (given.model or given.data or not given.beside):
-        parser.error("--record goes with --beside, whose models alone are measured, and without --data and --model")
+        parser.error(
+            "--record goes with --beside, whose models alone are measured, and without --data and --model"
+        )
     if given.record and not given.record.is_file():
-        parser.error(f"--record {given.record}: no such file; benchmarks/results/ has those of this project")
-    if not given.record and not given.model and not (given.data and (given.data / "manifest.json").is_file()):
+        parser.error(
+            f"--record {given.record}: no such file; benchmarks/results/ has those of this project"
+        )
+    if (
+        not given.record
+        and not given.model
+        and not (given.data and (given.data / "manifest.json").is_file())
+    ):
         parser.error(
             f"--data {given.data}: no dataset to pre-train on; make data/library-8192/manifest.json makes one, --model takes another model"
         )
@@ -334,7 +481,9 @@ def arguments() -> tuple[argparse.Namespace, list[Row]]:
             recorded = recorded_rows(given.record)
             same = comparable(recorded, given.texts, QUICK if given.quick else FULL)
         except (ValueError, TypeError, KeyError):  # not JSON, or the JSON of something else
-            parser.error(f"--record {given.record}: not a downstream.json that this benchmark wrote")
+            parser.error(
+                f"--record {given.record}: not a downstream.json that this benchmark wrote"
+            )
         if not same:
             parser.error(
                 f"--record {given.record}: measured with other settings, or other texts than {given.texts}; a new side would not compare"
@@ -342,10 +491,14 @@ def arguments() -> tuple[argparse.Namespace, list[Row]]:
         names = sides(recorded)
     for path in given.beside:
         if path.name in names:
-            parser.error(f"--beside {path}: a side is called {path.name!r} already; rename the folder")
+            parser.error(
+                f"--beside {path}: a side is called {path.name!r} already; rename the folder"
+            )
         names.append(path.name)
     if len(names) > (most := len(COLORS) + len(BESIDE_COLORS)):
-        parser.error(f"--beside {given.beside[-1]}: {len(names)} sides, of which the picture can show {most}; leave some out")
+        parser.error(
+            f"--beside {given.beside[-1]}: {len(names)} sides, of which the picture can show {most}; leave some out"
+        )
     return given, recorded
 
 
@@ -362,17 +515,24 @@ def main() -> None:
         models = {SCRATCH: model, PRETRAINED: model} | models
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below
 
-    first = Job(given.texts, None, "topics", WORDS, extent.examples[-1], SEARCH_SEED, steps=extent.steps)
+    first = Job(
+        given.texts, None, "topics", WORDS, extent.examples[-1], SEARCH_SEED, steps=extent.steps
+    )
     search = [
         replace(first, task=task, side=side, model=model, lr=lr)
         for task, (side, model), lr in itertools.product(TASKS, models.items(), extent.rates)
     ]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
+    ) as pool:
 
         def every(jobs: Sequence[Job]) -> list[Row]:
             rows = []
             for job, row in zip(jobs, pool.map(run, jobs, itertools.repeat(kept)), strict=False):
-                print(f"{job.name}  lr {job.lr:g}  held out {row['heldout']:.1%}  {row['seconds']:.0f} s", flush=True)
+                print(
+                    f"{job.name}  lr {job.lr:g}  held out {row['heldout']:.1%}  {row['seconds']:.0f} s",
+                    flush=True,
+                )
                 rows.append(row)
             return rows
 
@@ -380,8 +540,18 @@ def main() -> None:
         best = searched(search, tried)
         measured = every(
             [
-                replace(first, task=task, side=side, model=models.get(side), examples=examples, seed=seed, lr=best.get((task, side), 0.0))
-                for task, examples, side, seed in itertools.product(TASKS, extent.examples, (*words, *models), extent.seeds)
+                replace(
+                    first,
+                    task=task,
+                    side=side,
+                    model=models.get(side),
+                    examples=examples,
+                    seed=seed,
+                    lr=best.get((task, side), 0.0),
+                )
+                for task, examples, side, seed in itertools.product(
+                    TASKS, extent.examples, (*words, *models), extent.seeds
+                )
             ]
         )
     machine = header(torch.device("cpu"))

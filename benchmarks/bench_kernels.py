@@ -27,13 +27,27 @@ import pytest
 import torch
 
 from benchmarks import peers, rivals
-from benchmarks.cases import TOKENS, Case, arguments, call, leaves, outcome, production, sweep, truth, upstream_of
+from benchmarks.cases import (
+    TOKENS,
+    Case,
+    arguments,
+    call,
+    leaves,
+    outcome,
+    production,
+    sweep,
+    truth,
+    upstream_of,
+)
 from benchmarks.contenders import that_run
 from benchmarks.kernel_report import PASSES
 from benchmarks.timing import Contender, Times, differentiated, extra_memory, in_turns
 
 CPU_TOKENS = 512
-SIZES = {"cuda": (1024, 4096, 16384, 65536), "cpu": (128, 512, 2048)}  # of the pictures: tokens of a pack
+SIZES = {
+    "cuda": (1024, 4096, 16384, 65536),
+    "cpu": (128, 512, 2048),
+}  # of the pictures: tokens of a pack
 TIMING_SHARE = 0.5  # of a case's time; the rest is left to compiling and checking
 
 
@@ -73,22 +87,40 @@ class Bench:
         return self._found[name]
 
     def _measure(self, case: Case) -> Found:
-        given = arguments(case, torch.bfloat16 if self.device.type == "cuda" else torch.float32, self.device)
+        given = arguments(
+            case, torch.bfloat16 if self.device.type == "cuda" else torch.float32, self.device
+        )
         upstream = upstream_of(call(case, given, self.ours))
         error = truth(case, given, upstream).share(outcome(case, given, self.ours, upstream))
-        contenders = {self.ours: differentiated(lambda: call(case, given, self.ours), leaves(case, given), upstream)}
+        contenders = {
+            self.ours: differentiated(
+                lambda: call(case, given, self.ours), leaves(case, given), upstream
+            )
+        }
         others, notes = self._others(case, given)
         contenders |= others
-        memory = {name: extra_memory(contender, self.device) for name, contender in contenders.items()}
-        return Found(in_turns(contenders, self.device, TIMING_SHARE * self.seconds / self.count), notes, error, memory)
+        memory = {
+            name: extra_memory(contender, self.device) for name, contender in contenders.items()
+        }
+        return Found(
+            in_turns(contenders, self.device, TIMING_SHARE * self.seconds / self.count),
+            notes,
+            error,
+            memory,
+        )
 
-    def _others(self, case: Case, given: dict[str, Any]) -> tuple[dict[str, Contender], dict[str, str]]:
+    def _others(
+        self, case: Case, given: dict[str, Any]
+    ) -> tuple[dict[str, Contender], dict[str, str]]:
         """Those that ran once, forward and backward, and why each of the others did not."""
         offered = {**rivals.rivals(case, given), **peers.peers(case, given)}
         eager = offered["eager"]
         if str(case) in self.compiled and not isinstance(eager, str):
             torch.compiler.reset()
-            offered["torch.compile"] = torch.compile(eager[0], fullgraph=True, dynamic=False), eager[1]
+            offered["torch.compile"] = (
+                torch.compile(eager[0], fullgraph=True, dynamic=False),
+                eager[1],
+            )
         return that_run(offered)
 
 
@@ -137,15 +169,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = cases_for(device, options.tokens)
     compiled = to_compile(cases, options.compile)
     bench = Bench(device, options.seconds, len(cases), compiled)
-    tests = [(bench, case, name, which) for case in cases for name in contenders_of(case, bench.ours, compiled) for which in PASSES]
-    metafunc.parametrize("bench, case, contender, which", tests, ids=[f"{case}-{name}-{which}" for _, case, name, which in tests])
+    tests = [
+        (bench, case, name, which)
+        for case in cases
+        for name in contenders_of(case, bench.ours, compiled)
+        for which in PASSES
+    ]
+    metafunc.parametrize(
+        "bench, case, contender, which",
+        tests,
+        ids=[f"{case}-{name}-{which}" for _, case, name, which in tests],
+    )
 
 
 @pytest.mark.benchmark(timer=clock)
 def test_kernel(benchmark, bench: Bench, case: Case, contender: str, which: str) -> None:
     found = bench(case)
     benchmark.group = f"{case}, {which}"
-    benchmark.extra_info.update(case=case._asdict(), **{"pass": which}, implementation=contender, element=bench.element)
+    benchmark.extra_info.update(
+        case=case._asdict(), **{"pass": which}, implementation=contender, element=bench.element
+    )
     if found is None:
         pytest.skip("no time was left")
     if contender in found.notes:
@@ -156,4 +199,6 @@ def test_kernel(benchmark, bench: Bench, case: Case, contender: str, which: str)
         benchmark.extra_info.update(error_over_allowed=found.error_over_allowed)
     clock.rewind(rounds)
     benchmark.pedantic(lambda: None, rounds=len(rounds))
-    assert contender != bench.ours or found.error_over_allowed <= 1, "the result or a gradient is wrong"
+    assert contender != bench.ours or found.error_over_allowed <= 1, (
+        "the result or a gradient is wrong"
+    )

@@ -46,7 +46,10 @@ from fastbert_kernels.specs import SPECS
 DROPOUT = 0.1
 VOCABULARY = 64
 SEQUENCES, LENGTH = 2, 2  # sequences of the micro-batch, tokens of each
-LONGEST = {"one tile": 128, "general": 512}  # what the attention kernels are told of the lengths decides which of them run
+LONGEST = {
+    "one tile": 128,
+    "general": 512,
+}  # what the attention kernels are told of the lengths decides which of them run
 MODELS = ("base", "mini")
 CALLS = 20  # of an operation between two looks at the clock
 ROUNDS = (5, 200)  # at the least and at the most
@@ -74,14 +77,19 @@ class _Nothing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _dy: Tensor) -> Any:  # type: ignore[override]
-        return None, *(torch.empty_like(x) if x is not None and x.is_floating_point() else None for x in ctx.saved_tensors)
+        return None, *(
+            torch.empty_like(x) if x is not None and x.is_floating_point() else None
+            for x in ctx.saved_tensors
+        )
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     return _Nothing.apply(q.shape, q, k, v)  # type: ignore[no-any-return]
 
 
-def _norm(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, **_: Any) -> Tensor:
+def _norm(
+    x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, **_: Any
+) -> Tensor:
     return _Nothing.apply(x.shape, x, bias, residual, weight, shift)  # type: ignore[no-any-return]
 
 
@@ -93,12 +101,20 @@ def _gelu(x: Tensor, bias: Tensor, **_: Any) -> Tensor:
     return _Nothing.apply(x.shape, x, bias)  # type: ignore[no-any-return]
 
 
-def _embedding(ids: Tensor, _positions: Tensor, _segments: Tensor, *tables: Tensor, **_: Any) -> Tensor:
+def _embedding(
+    ids: Tensor, _positions: Tensor, _segments: Tensor, *tables: Tensor, **_: Any
+) -> Tensor:
     return _Nothing.apply((len(ids), tables[0].shape[1]), *tables)  # type: ignore[no-any-return]
 
 
-def _loss(hidden: Tensor, weight: Tensor, bias: Tensor, _positions: Any, labels: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _Nothing.apply((), hidden, weight, bias), hidden.new_empty(labels.shape), labels.new_empty(labels.shape, dtype=torch.bool)
+def _loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor, _positions: Any, labels: Tensor, **_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _Nothing.apply((), hidden, weight, bias),
+        hidden.new_empty(labels.shape),
+        labels.new_empty(labels.shape, dtype=torch.bool),
+    )
 
 
 NOTHING = {
@@ -125,7 +141,9 @@ def twin(preset: str) -> BertForPreTraining:
         "intermediate_size": 16,
         "num_hidden_layers": PRESETS[preset]["num_hidden_layers"],
     }
-    config = ModelConfig(preset=preset, **narrow, hidden_dropout_prob=DROPOUT, attention_probs_dropout_prob=DROPOUT)  # type: ignore[arg-type]
+    config = ModelConfig(
+        preset=preset, **narrow, hidden_dropout_prob=DROPOUT, attention_probs_dropout_prob=DROPOUT
+    )  # type: ignore[arg-type]
     model = BertForPreTraining(config, VOCABULARY, "reference").to(torch.bfloat16)
     model.impl = "triton"  # which the constructor would refuse on a CPU
     return model
@@ -162,7 +180,11 @@ def operation(name: str, shape: Shape) -> tuple[Callable[[], Tensor], Callable[[
     spec = SPECS[name]
     arguments = spec.inputs(shape, torch.bfloat16, DROPOUT)
     leaves = [arguments[key].detach().requires_grad_() for key in spec.differentiable]
-    call = functools.partial(spec.function, **{**arguments, **dict(zip(spec.differentiable, leaves, strict=True))}, impl="triton")
+    call = functools.partial(
+        spec.function,
+        **{**arguments, **dict(zip(spec.differentiable, leaves, strict=True))},
+        impl="triton",
+    )
 
     def forward() -> Tensor:
         result = call()
@@ -197,7 +219,9 @@ def measure(seconds: float) -> list[Row]:
     operations = {name: operation(*what) for name, what in OPERATIONS.items()}
     models = {preset: twin(preset) for preset in MODELS}
     steps = {
-        (preset, kind): functools.partial(step, model, list(model.parameters()), micro_batch(longest))
+        (preset, kind): functools.partial(
+            step, model, list(model.parameters()), micro_batch(longest)
+        )
         for preset, model in models.items()
         for kind, longest in LONGEST.items()
     }
@@ -221,11 +245,18 @@ def measure(seconds: float) -> list[Row]:
             times = {}
     least = {key: min(found) for key, found in times.items()}
     rows: list[Row] = [
-        {"what": "operation", "name": name, **{f"{way}_us": 1e6 * least[name, way] for way in ("forward", "backward")}}
+        {
+            "what": "operation",
+            "name": name,
+            **{f"{way}_us": 1e6 * least[name, way] for way in ("forward", "backward")},
+        }
         for name in operations
     ]
     for preset, kind in steps:
-        milliseconds = {"ms": 1e3 * least[preset, kind, "all"], "bare_ms": 1e3 * least[preset, kind, "bare"]}
+        milliseconds = {
+            "ms": 1e3 * least[preset, kind, "all"],
+            "bare_ms": 1e3 * least[preset, kind, "bare"],
+        }
         rows.append({"what": "micro-batch", "model": preset, "attention": kind, **milliseconds})
     return rows
 
@@ -239,11 +270,22 @@ def report(rows: list[Row]) -> str:
             "Time of the process, nothing launched; see benchmarks/bench_launch.py for what is counted.",
             table(
                 ["operation", "forward, us", "backward, us"],
-                [[row["name"], f"{row['forward_us']:.0f}", f"{row['backward_us']:.0f}"] for row in operations],
+                [
+                    [row["name"], f"{row['forward_us']:.0f}", f"{row['backward_us']:.0f}"]
+                    for row in operations
+                ],
             ),
             table(
                 ["micro-batch", "attention", "ms", "bare, ms"],
-                [[f"BERT-{row['model']}", row["attention"], f"{row['ms']:.2f}", f"{row['bare_ms']:.2f}"] for row in batches],
+                [
+                    [
+                        f"BERT-{row['model']}",
+                        row["attention"],
+                        f"{row['ms']:.2f}",
+                        f"{row['bare_ms']:.2f}",
+                    ]
+                    for row in batches
+                ],
             ),
         ]
     )
@@ -259,7 +301,9 @@ def ratios(rows: list[Row]) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder for launch.json and launch.md")
     parser.add_argument("--seconds", type=float, default=60, help="what it may take, about (60)")
     options = parser.parse_args()

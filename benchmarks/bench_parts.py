@@ -25,7 +25,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says twice a step that it is at work
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # or the profiler says twice a step that it is at work
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -44,7 +46,12 @@ from fastbert.planning.flops import BACKWARD
 from fastbert.training.ds_config import read_ds_config
 from fastbert.training.engine import Engine
 
-DATA, EMBEDDING, PROJECTIONS, SCORES = "data", "embedding", "attention: q, k, v, output", "attention: scores, dropout"
+DATA, EMBEDDING, PROJECTIONS, SCORES = (
+    "data",
+    "embedding",
+    "attention: q, k, v, output",
+    "attention: scores, dropout",
+)
 PRODUCTS, GELU, NORM, LOSS, OPTIMIZER, ENGINE = (
     "feed-forward: products",
     "feed-forward: GELU",
@@ -55,7 +62,12 @@ PRODUCTS, GELU, NORM, LOSS, OPTIMIZER, ENGINE = (
 )
 PARTS = (DATA, EMBEDDING, PROJECTIONS, SCORES, PRODUCTS, GELU, NORM, LOSS, OPTIMIZER, ENGINE)
 
-MODULES: dict[type, str] = {Embeddings: EMBEDDING, Attention: PROJECTIONS, FeedForward: PRODUCTS, BertForPreTraining: LOSS}  # heads: loss
+MODULES: dict[type, str] = {
+    Embeddings: EMBEDDING,
+    Attention: PROJECTIONS,
+    FeedForward: PRODUCTS,
+    BertForPreTraining: LOSS,
+}  # heads: loss
 # An operation that has a part of its own within a module's, or anywhere.
 OPERATIONS = {
     (PROJECTIONS, "_Attention"): SCORES,
@@ -117,7 +129,9 @@ def split(events: Iterable[Any]) -> dict[str, float]:
     return dict(times)
 
 
-def flops(model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int) -> dict[str, float]:
+def flops(
+    model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int
+) -> dict[str, float]:
     """`fastbert.planning.flops.executed_flops`, by part."""
     D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     tokens, rows = sum(lengths), masked + pairs  # the last layer's
@@ -132,15 +146,24 @@ def flops(model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: i
     return {part: (1 + BACKWARD) * count for part, count in forward.items()}
 
 
-def least_bytes(model: ModelConfig, vocab_size: int, parameters: int, tokens: int, rows: int) -> dict[str, float]:
+def least_bytes(
+    model: ModelConfig, vocab_size: int, parameters: int, tokens: int, rows: int
+) -> dict[str, float]:
     """What the parts without matrix products must read and write, forward and backward."""
     D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     # A layer's two norms; the last one's are on `rows` alone. Forward: x, residual, z, y; backward: dy, z, dx, dresidual.
     norm = 8 * 2 * D * ((L - 1) * tokens + rows)
     gelu = 5 * F * ((L - 1) * tokens + rows)  # x, y; dy, x, dx
-    embedding = 7 * D * tokens + D * vocab_size  # row, z, y; dy, z, and the row of the gradient twice; the gradient of the table
+    embedding = (
+        7 * D * tokens + D * vocab_size
+    )  # row, z, y; dy, z, and the row of the gradient twice; the gradient of the table
     update = 7 * parameters  # weight, gradient and two moments; three of them written
-    return {EMBEDDING: WORD * embedding, GELU: WORD * gelu, NORM: WORD * norm, OPTIMIZER: WORD * update}
+    return {
+        EMBEDDING: WORD * embedding,
+        GELU: WORD * gelu,
+        NORM: WORD * norm,
+        OPTIMIZER: WORD * update,
+    }
 
 
 def measure(
@@ -159,7 +182,10 @@ def measure(
     parameters = sum(p.numel() for p in model.parameters())
     mark(model)
     walls, splits = [], []
-    with join(60.0) as group, Engine(model, config, read_ds_config(config, "bench_parts"), "fp32", group) as engine:
+    with (
+        join(60.0) as group,
+        Engine(model, config, read_ds_config(config, "bench_parts"), "fp32", group) as engine,
+    ):
 
         def step(index: int) -> None:
             with record_function(STEP):
@@ -179,7 +205,10 @@ def measure(
                 break
     shapes = [(b.cu_seqlens.diff().tolist(), len(b.labels), b.sequences) for b in batch_of]
     work = [flops(config.model, vocab_size, *shape) for shape in shapes]
-    traffic = [least_bytes(config.model, vocab_size, parameters, sum(n), masked + pairs) for n, masked, pairs in shapes]
+    traffic = [
+        least_bytes(config.model, vocab_size, parameters, sum(n), masked + pairs)
+        for n, masked, pairs in shapes
+    ]
     parts = {part: statistics.median(found.get(part, 0.0) for found in splits) for part in PARTS}
     mean = {key: sum(w.get(key, 0.0) for w in work) / len(walls) for key in PARTS}
     moved = {key: sum(t.get(key, 0.0) for t in traffic) / len(walls) for key in PARTS}
@@ -193,29 +222,74 @@ def _milliseconds(run: Callable[[], None]) -> float:
 
 
 def rows_of(
-    case: str, wall: float, parts: dict[str, float], work: dict[str, float], moved: dict[str, float], rate: float, bandwidth: float
+    case: str,
+    wall: float,
+    parts: dict[str, float],
+    work: dict[str, float],
+    moved: dict[str, float],
+    rate: float,
+    bandwidth: float,
 ) -> list[Row]:
     """A row for each part, one for what is left, and the whole step's."""
     rows = []
     for part in PARTS:
         ideal = 1e3 * (work[part] / rate or moved[part] / bandwidth)
-        rows.append({"case": case, "part": part, "ms": parts[part], "gflop": work[part] / 1e9, "ideal_ms": ideal})
-    rest = {"case": case, "part": "rest", "ms": wall - sum(parts.values()), "gflop": 0.0, "ideal_ms": 0.0}
-    whole = {"case": case, "part": "step", "ms": wall, "gflop": sum(work.values()) / 1e9, "ideal_ms": sum(r["ideal_ms"] for r in rows)}
+        rows.append(
+            {
+                "case": case,
+                "part": part,
+                "ms": parts[part],
+                "gflop": work[part] / 1e9,
+                "ideal_ms": ideal,
+            }
+        )
+    rest = {
+        "case": case,
+        "part": "rest",
+        "ms": wall - sum(parts.values()),
+        "gflop": 0.0,
+        "ideal_ms": 0.0,
+    }
+    whole = {
+        "case": case,
+        "part": "step",
+        "ms": wall,
+        "gflop": sum(work.values()) / 1e9,
+        "ideal_ms": sum(r["ideal_ms"] for r in rows),
+    }
     return [row | {"share_of_step": row["ms"] / wall} for row in (*rows, rest, whole)]
 
 
 def cells(row: Row) -> list[str]:
-    ideal = [f"{row['ideal_ms']:.1f}", f"{row['ideal_ms'] / row['ms']:.0%}"] if row["ideal_ms"] and row["ms"] > 0 else ["-", "-"]
-    return [row["part"], f"{row['ms']:.1f}", f"{row['share_of_step']:.1%}", f"{row['gflop']:.1f}" if row["gflop"] else "-", *ideal]
+    ideal = (
+        [f"{row['ideal_ms']:.1f}", f"{row['ideal_ms'] / row['ms']:.0%}"]
+        if row["ideal_ms"] and row["ms"] > 0
+        else ["-", "-"]
+    )
+    return [
+        row["part"],
+        f"{row['ms']:.1f}",
+        f"{row['share_of_step']:.1%}",
+        f"{row['gflop']:.1f}" if row["gflop"] else "-",
+        *ideal,
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="a folder that `fastbert prepare` made; its lengths are what is timed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "dataset", help="a folder that `fastbert prepare` made; its lengths are what is timed"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=12, help="of each model (12)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="about how long; models then have fewer steps")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="about how long; models then have fewer steps",
+    )
     parser.add_argument("--quick", action="store_true", help="two steps of the smallest model")
     given = parser.parse_args()
     keep_heap()
@@ -227,7 +301,9 @@ def main() -> None:
     bandwidth = measure_bandwidth()
     for index, (preset, vocab_size) in enumerate(cases):
         before = measure_gemm_rate()
-        found = measure(dataset, preset, vocab_size, steps, (end - time.monotonic()) / (len(cases) - index))
+        found = measure(
+            dataset, preset, vocab_size, steps, (end - time.monotonic()) / (len(cases) - index)
+        )
         rate = max(before, measure_gemm_rate())
         case = f"{preset}, V = {vocab_size:,}"
         new = rows_of(case, *found, rate, bandwidth)
@@ -235,9 +311,7 @@ def main() -> None:
         title = f"## {case}: {rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"
         sections.append(f"{title}\n\n{table(columns, [cells(row) for row in new])}")
         print(f"\n{sections[-1]}", flush=True)
-    intro = (
-        f"Where a training step's time goes\n\n{SEQUENCES} of the demo's pairs a step, fp32, dropout 0.1; medians of at most {steps} steps."
-    )
+    intro = f"Where a training step's time goes\n\n{SEQUENCES} of the demo's pairs a step, fp32, dropout 0.1; medians of at most {steps} steps."
     Record(facts, rows).write(given.out, "parts", "\n\n".join([intro, *sections]))
 
 

@@ -49,7 +49,13 @@ from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.planning.memory import Pack, activation_bytes, memory_by_part
-from fastbert.planning.plan import Device, communication_per_step, compute_seconds, plan, this_machine
+from fastbert.planning.plan import (
+    Device,
+    communication_per_step,
+    compute_seconds,
+    plan,
+    this_machine,
+)
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine
 
@@ -78,7 +84,11 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> RunConfig:
-        return RunConfig(data="none", model=model_config(self.sizes.preset, 0.1), batch=BatchConfig(micro_batch_tokens=self.sizes.tokens))
+        return RunConfig(
+            data="none",
+            model=model_config(self.sizes.preset, 0.1),
+            batch=BatchConfig(micro_batch_tokens=self.sizes.tokens),
+        )
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -86,7 +96,9 @@ class Case(NamedTuple):
 
     def engine(self, group: Group) -> Engine:
         torch.manual_seed(0)
-        model = BertForPreTraining(self.config.model, self.sizes.vocab_size, device=group.device.type)
+        model = BertForPreTraining(
+            self.config.model, self.sizes.vocab_size, device=group.device.type
+        )
         settings = DeepSpeedSettings("ds_config.json", {"zero_optimization": self.zero})
         return Engine(model, self.config, settings, self.precision, group)
 
@@ -156,7 +168,9 @@ def storage_bytes(tensors: Iterable[Tensor], but: Iterable[Tensor] = ()) -> floa
     return float(sum(found.values()))
 
 
-def saved_bytes(forward: Callable[[PackedBatch], Any], batch: PackedBatch, parameters: Iterable[Tensor]) -> float:
+def saved_bytes(
+    forward: Callable[[PackedBatch], Any], batch: PackedBatch, parameters: Iterable[Tensor]
+) -> float:
     """What autograd keeps of a forward pass."""
     kept: list[Tensor] = []  # they stay alive meanwhile, so that no storage's address is used twice
 
@@ -212,15 +226,26 @@ def count_memory(case: Case, device: torch.device) -> tuple[dict[str, float], Pa
         if not gpu:
             profiler.stop()
         weights: list[Tensor] = [getattr(p, "ds_tensor", p) for p in engine.model.parameters()]
-        slots = [value for state in engine._optimizer.state.values() for value in state.values() if value.numel() > 1]
+        slots = [
+            value
+            for state in engine._optimizer.state.values()
+            for value in state.values()
+            if value.numel() > 1
+        ]
         biggest = max(batches, key=lambda batch: batch.tokens)
         call = engine._engine
         counted = {
             "weights": storage_bytes(weights),
-            "master weights": storage_bytes(engine._flat_tensors() if case.stage else [], but=weights),
+            "master weights": storage_bytes(
+                engine._flat_tensors() if case.stage else [], but=weights
+            ),
             "moments": storage_bytes(slots),
-            "activations": saved_bytes(lambda batch: losses(call(batch)), biggest, [*engine.model.parameters(), *weights]),
-            "all": float(torch.cuda.max_memory_allocated(device) - before) if gpu else alive - before + growth(profiler),
+            "activations": saved_bytes(
+                lambda batch: losses(call(batch)), biggest, [*engine.model.parameters(), *weights]
+            ),
+            "all": float(torch.cuda.max_memory_allocated(device) - before)
+            if gpu
+            else alive - before + growth(profiler),
         }
     return counted, pack_of(biggest), group.world
 
@@ -233,13 +258,20 @@ def memory_row(case: Case, device: torch.device) -> Row:
     settings = {"stage": case.stage, "bf16": case.bf16, "kernels": kernels, "zero": case.zero}
     said = memory_by_part(config, V, pack, micro_batches=case.micro_batches, gpus=world, **settings)
     said["context"] = 0.0
-    kept = min(said["activations"], counted["activations"])  # at the fullest moment, which need not be one with all of them
+    kept = min(
+        said["activations"], counted["activations"]
+    )  # at the fullest moment, which need not be one with all of them
     rest = [
-        sum(parts) - sum(states[part] for part in always) - kept for parts, states in ((said.values(), said), ([counted["all"]], counted))
+        sum(parts) - sum(states[part] for part in always) - kept
+        for parts, states in ((said.values(), said), ([counted["all"]], counted))
     ]
     whole = activation_bytes(config.model, V, pack, case.bf16, kernels)
     pairs = {part: (said[part], counted[part]) for part in always}
-    pairs |= {"activations": (whole, counted["activations"]), "rest": (rest[0], rest[1]), "all": (sum(said.values()), counted["all"])}
+    pairs |= {
+        "activations": (whole, counted["activations"]),
+        "rest": (rest[0], rest[1]),
+        "all": (sum(said.values()), counted["all"]),
+    }
     row: Row = {"case": case.name}
     for part, (predicted, measured) in pairs.items():
         row |= {f"{part}_predicted_mb": predicted / 1e6, f"{part}_measured_mb": measured / 1e6}
@@ -249,9 +281,18 @@ def memory_row(case: Case, device: torch.device) -> Row:
 
 def two_ranks(number: int) -> Row:
     """The row of RANK_CASES[number], of the first of two ranks, by torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command += ["-m", "benchmarks.bench_plan", "--rank-case", f"{number}"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=ROOT).stdout
+    said = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=300, cwd=ROOT
+    ).stdout
     return json.loads(next(line for line in said.splitlines() if line.startswith("{")))
 
 
@@ -260,7 +301,11 @@ def two_ranks(number: int) -> Row:
 VARIANTS: dict[str, dict[str, Any]] = {  # of benchmarks/communication.py
     "": {},
     "owners": {"use_multi_rank_bucket_allreduce": False},
-    "dropped": {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0, "stage3_param_persistence_threshold": 0},
+    "dropped": {
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_param_persistence_threshold": 0,
+    },
 }
 
 
@@ -270,7 +315,12 @@ def recorded_communication(path: Path = ROOT / "benchmarks/results/communication
     for line in path.read_text(encoding="utf-8").splitlines():
         name, counts = line[:17].split(), line[17:].split()
         if name and name[0] in "0123" and len(counts) > 6:
-            row = {"stage": int(name[0]), "variant": " ".join(name[1:]), "ranks": int(counts[0]), "micro_batches": int(counts[1])}
+            row = {
+                "stage": int(name[0]),
+                "variant": " ".join(name[1:]),
+                "ranks": int(counts[0]),
+                "micro_batches": int(counts[1]),
+            }
             rows.append({**row, "asked": float(counts[5])})
     return rows
 
@@ -280,9 +330,18 @@ def communication_rows() -> list[Row]:
     rows = []
     for found in recorded_communication():
         P, N = 1_000_000, found["ranks"]
-        sent = communication_per_step(P, N, found["stage"], found["micro_batches"], 1, VARIANTS[found["variant"]])
+        sent = communication_per_step(
+            P, N, found["stage"], found["micro_batches"], 1, VARIANTS[found["variant"]]
+        )
         predicted, least = (count / (P * (N - 1) / N) for count in sent)
-        rows.append({**found, "least": least, "predicted": predicted, "difference": predicted / found["asked"] - 1})
+        rows.append(
+            {
+                **found,
+                "least": least,
+                "predicted": predicted,
+                "difference": predicted / found["asked"] - 1,
+            }
+        )
     return rows
 
 
@@ -302,11 +361,21 @@ def step_row(case: Case, steps: int) -> Row:
             if number >= 2:
                 times.append(time.perf_counter() - start)
                 parts = compute_seconds(
-                    case.config.model, case.sizes.vocab_size, packs, machine, stage=case.stage, bf16=case.bf16, on_cpu=True
+                    case.config.model,
+                    case.sizes.vocab_size,
+                    packs,
+                    machine,
+                    stage=case.stage,
+                    bf16=case.bf16,
+                    on_cpu=True,
                 )
                 said.append(sum(parts))
     low, median, high = statistics.quantiles([a / b for a, b in zip(said, times, strict=True)], n=4)
-    row: Row = {"case": case.name, "predicted_ms": 1e3 * statistics.median(said), "measured_ms": 1e3 * statistics.median(times)}
+    row: Row = {
+        "case": case.name,
+        "predicted_ms": 1e3 * statistics.median(said),
+        "measured_ms": 1e3 * statistics.median(times),
+    }
     return row | {"difference": median - 1, "quartiles": [low - 1, high - 1]}
 
 
@@ -346,12 +415,20 @@ BASE = 'preset = "base"'
 WIDE = 'preset = "large"\nhidden_size = 1536\nintermediate_size = 6144'
 
 FUSED = [  # programs whose operations are fused, as plan takes them to be
-    Published("BERT-large, TorchScript and fused kernels", NVIDIA_2022, "a100", 1, 8192, 256, (128,), 580),
+    Published(
+        "BERT-large, TorchScript and fused kernels", NVIDIA_2022, "a100", 1, 8192, 256, (128,), 580
+    ),
     Published("BERT-large, the same", NVIDIA_2022, "a100", 8, 65536, 256, (128,), 4591),
-    Published("BERT-large, the same, 32 nodes", NVIDIA_2022, "a100", 256, 65536, 256, (128,), 138294),
+    Published(
+        "BERT-large, the same, 32 nodes", NVIDIA_2022, "a100", 256, 65536, 256, (128,), 138294
+    ),
     Published("BERT-large, the same", NVIDIA_2022, "v100", 1, 4096, 64, (128,), 224),
-    Published("BERT-large, DeepSpeed's transformer kernels", DEEPSPEED, "v100", 1, 640, 64, (128,), 272),
-    Published("BERT-large, DeepSpeed's transformer kernels", DEEPSPEED, "v100", 1, 80, 8, (512,), 52),
+    Published(
+        "BERT-large, DeepSpeed's transformer kernels", DEEPSPEED, "v100", 1, 640, 64, (128,), 272
+    ),
+    Published(
+        "BERT-large, DeepSpeed's transformer kernels", DEEPSPEED, "v100", 1, 80, 8, (512,), 52
+    ),
     Published(
         "MPT-125M, a decoder of BERT-base's size",
         FOUNDRY,
@@ -380,7 +457,18 @@ FUSED = [  # programs whose operations are fused, as plan takes them to be
         stage=3,
     ),
     Published(
-        "MPT-760M, a wider decoder", FOUNDRY, "h100", 8, 1536, 96, (512,), 1308, model=WIDE, vocab_size=50368, mask_rate=1.0, stage=3
+        "MPT-760M, a wider decoder",
+        FOUNDRY,
+        "h100",
+        8,
+        1536,
+        96,
+        (512,),
+        1308,
+        model=WIDE,
+        vocab_size=50368,
+        mask_rate=1.0,
+        stage=3,
     ),
 ]
 UNFUSED = [
@@ -407,15 +495,37 @@ def published_row(run: Published) -> Row:
             run.what,
         )
         device = V100 if run.gpu == "v100" else None
-        found = plan(config, run.what, run.gpus, run.gpu, stage=run.stage, vocab_size=run.vocab_size, mean_length=length, device=device)
+        found = plan(
+            config,
+            run.what,
+            run.gpus,
+            run.gpu,
+            stage=run.stage,
+            vocab_size=run.vocab_size,
+            mean_length=length,
+            device=device,
+        )
         return sequences / run.sequences * found.step_s
 
-    row: Row = {"run": run.what, "source": run.source, "gpus": f"{run.gpus} x {run.gpu}", "tokens": ", then ".join(map(str, run.lengths))}
+    row: Row = {
+        "run": run.what,
+        "source": run.source,
+        "gpus": f"{run.gpus} x {run.gpu}",
+        "tokens": ", then ".join(map(str, run.lengths)),
+    }
     if run.hours:
         hours = sum(map(seconds, run.lengths, run.amounts)) / 3600
-        return row | {"predicted_hours": hours, "published_hours": run.hours, "difference": hours / run.hours - 1}
+        return row | {
+            "predicted_hours": hours,
+            "published_hours": run.hours,
+            "difference": hours / run.hours - 1,
+        }
     rate = 1 / seconds(run.lengths[0], 1)
-    return row | {"predicted_per_s": rate, "published_per_s": run.per_second, "difference": run.per_second / rate - 1}
+    return row | {
+        "predicted_per_s": rate,
+        "published_per_s": run.per_second,
+        "difference": run.per_second / rate - 1,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -425,10 +535,18 @@ PARTS = ("weights", "master weights", "moments", "activations", "rest", "all")
 
 def memory_table(rows: list[Row]) -> str:
     def cell(row: Row, part: str) -> str:
-        predicted, measured, difference = (row[f"{part}_{key}"] for key in ("predicted_mb", "measured_mb", "difference"))
-        return "-" if predicted == measured == 0 else f"{predicted:,.1f} / {measured:,.1f} ({difference:+.1%})"
+        predicted, measured, difference = (
+            row[f"{part}_{key}"] for key in ("predicted_mb", "measured_mb", "difference")
+        )
+        return (
+            "-"
+            if predicted == measured == 0
+            else f"{predicted:,.1f} / {measured:,.1f} ({difference:+.1%})"
+        )
 
-    return table(["case", *PARTS], [[row["case"], *(cell(row, part) for part in PARTS)] for row in rows])
+    return table(
+        ["case", *PARTS], [[row["case"], *(cell(row, part) for part in PARTS)] for row in rows]
+    )
 
 
 def communication_table(rows: list[Row]) -> str:
@@ -436,9 +554,26 @@ def communication_table(rows: list[Row]) -> str:
     for row in rows:
         passes = [f"{row[key]:.2f}" for key in ("least", "predicted", "asked")]
         lines.append(
-            [f"{row['stage']} {row['variant']}".strip(), f"{row['ranks']}", f"{row['micro_batches']}", *passes, f"{row['difference']:+.1%}"]
+            [
+                f"{row['stage']} {row['variant']}".strip(),
+                f"{row['ranks']}",
+                f"{row['micro_batches']}",
+                *passes,
+                f"{row['difference']:+.1%}",
+            ]
         )
-    return table(["stage", "ranks", "micro-batches", "least, passes", "predicted", "asked for", "difference"], lines)
+    return table(
+        [
+            "stage",
+            "ranks",
+            "micro-batches",
+            "least, passes",
+            "predicted",
+            "asked for",
+            "difference",
+        ],
+        lines,
+    )
 
 
 def step_table(rows: list[Row]) -> str:
@@ -446,7 +581,9 @@ def step_table(rows: list[Row]) -> str:
     for row in rows:
         low, high = row["quartiles"]
         difference = f"{row['difference']:+.0%} ({low:+.0%} to {high:+.0%})"
-        lines.append([row["case"], f"{row['predicted_ms']:,.0f}", f"{row['measured_ms']:,.0f}", difference])
+        lines.append(
+            [row["case"], f"{row['predicted_ms']:,.0f}", f"{row['measured_ms']:,.0f}", difference]
+        )
     return table(["case", "predicted, ms", "measured, ms", "difference (quartiles)"], lines)
 
 
@@ -455,8 +592,19 @@ def published_table(rows: list[Row]) -> str:
     for row in rows:
         form, kind = ("{:,.1f} h", "hours") if "published_hours" in row else ("{:,.0f}/s", "per_s")
         figures = [form.format(row[f"{key}_{kind}"]) for key in ("predicted", "published")]
-        lines.append([row["run"], row["gpus"], row["tokens"], *figures, f"{row['difference']:+.0%}", row["source"]])
-    return table(["run", "GPUs", "tokens", "predicted", "published", "difference in time", "source"], lines)
+        lines.append(
+            [
+                row["run"],
+                row["gpus"],
+                row["tokens"],
+                *figures,
+                f"{row['difference']:+.0%}",
+                row["source"],
+            ]
+        )
+    return table(
+        ["run", "GPUs", "tokens", "predicted", "published", "difference in time", "source"], lines
+    )
 
 
 DRAW = {
@@ -474,10 +622,14 @@ def worst(rows: Iterable[Row], key: str = "difference") -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(), help="folder for plan.json and plan.md")
     parser.add_argument("--docs", type=Path, help="a page whose tables are to be replaced")
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, no step times")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer and smaller cases, no step times"
+    )
     parser.add_argument("--rank-case", type=int, help=argparse.SUPPRESS)  # be a rank: of RANK_CASES
     parser.add_argument("--steps", type=int, default=9, help="timed steps of a case (9)")
     options = parser.parse_args()
@@ -497,7 +649,9 @@ def main() -> int:
         rows["ranks"] = [two_ranks(number) for number in range(len(RANK_CASES))]
         rows["steps"] = [step_row(case, options.steps) for case in STEP_CASES]
     rows["communication"] = communication_rows()
-    rows["fused"], rows["unfused"] = ([published_row(run) for run in runs] for runs in (FUSED, UNFUSED))
+    rows["fused"], rows["unfused"] = (
+        [published_row(run) for run in runs] for runs in (FUSED, UNFUSED)
+    )
     counted = rows["memory"] + rows.get("ranks", [])
     errors = {
         "memory": worst(counted, "all_difference"),
@@ -507,13 +661,25 @@ def main() -> int:
     }
     sections = {name: DRAW[name](found) for name, found in rows.items()}
     facts = header(device)
-    summary = "Largest differences: " + ", ".join(f"{name} {error:.1%}" for name, error in errors.items()) + "."
+    summary = (
+        "Largest differences: "
+        + ", ".join(f"{name} {error:.1%}" for name, error in errors.items())
+        + "."
+    )
     for name, text in sections.items():
         print(f"\n{name}\n\n{text}")
     print(f"\n{summary}")
-    text = "\n\n".join(["`fastbert plan` against what is real", summary, *(f"## {name}\n\n{text}" for name, text in sections.items())])
+    text = "\n\n".join(
+        [
+            "`fastbert plan` against what is real",
+            summary,
+            *(f"## {name}\n\n{text}" for name, text in sections.items()),
+        ]
+    )
     ratios = {f"{name}, 1 - difference": 1 - error for name, error in errors.items()}
-    Record(facts, [{"table": name, **row} for name, found in rows.items() for row in found], ratios).write(options.out, "plan", text)
+    Record(
+        facts, [{"table": name, **row} for name, found in rows.items() for row in found], ratios
+    ).write(options.out, "plan", text)
     if options.docs:
         page = options.docs.read_text(encoding="utf-8")
         page = filled(page, {"machine": header_line(facts), "summary": summary, **sections})

@@ -112,19 +112,34 @@ class Bench:
             with tempfile.TemporaryDirectory() as folder:
                 where = [RECIPE, self.dataset.path, folder]
                 if run.side == OURS:
-                    values = {"data": where[1], "run": where[2], "seed": run.seed, "stop.seconds": run.seconds}
+                    values = {
+                        "data": where[1],
+                        "run": where[2],
+                        "seed": run.seed,
+                        "stop.seconds": run.seconds,
+                    }
                     values |= {"evaluate.every": every, "checkpoint.every": 10**9}
-                    run_module("fastbert", ["pretrain", RECIPE, *(f"{key}={value}" for key, value in values.items())], run.name)
+                    run_module(
+                        "fastbert",
+                        ["pretrain", RECIPE, *(f"{key}={value}" for key, value in values.items())],
+                        run.name,
+                    )
                 else:
                     values = {"seconds": run.seconds, "points": POINTS, "seed": run.seed}
                     values |= {"batch": run.batch, "lr": run.lr} if run.batch else {}
                     settings = [f"--{key}={value}" for key, value in values.items()]
                     run_module("benchmarks.trainer_rival", [*where, *settings], run.name)
-                evaluations = [record for record in read_metrics(Path(folder) / "metrics.jsonl") if record.get("event") == "evaluate"]
+                evaluations = [
+                    record
+                    for record in read_metrics(Path(folder) / "metrics.jsonl")
+                    if record.get("event") == "evaluate"
+                ]
             if run.side == OURS:  # the last evaluation comes when the time is up
                 evaluations[-1]["training_seconds"] = run.seconds
             partial = self._file(run).with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in evaluations), encoding="utf-8")
+            partial.write_text(
+                "".join(json.dumps(record) + "\n" for record in evaluations), encoding="utf-8"
+            )
             partial.replace(self._file(run))
         return run
 
@@ -137,9 +152,18 @@ def check_that_both_measure_the_same(dataset: TokenDataset) -> None:
     theirs = build_model(config, dataset.vocab_size, mine)
     batches = heldout(dataset, config)
     with torch.no_grad():
-        a = heldout_means(torch.stack([heldout_sums(losses(mine(batch)), batch, dataset.special.mask) for batch in batches]).sum(0))
+        a = heldout_means(
+            torch.stack(
+                [
+                    heldout_sums(losses(mine(batch)), batch, dataset.special.mask)
+                    for batch in batches
+                ]
+            ).sum(0)
+        )
     b = evaluate(theirs, batches, dataset.special.mask)
-    same_size = sum(p.numel() for p in mine.parameters()) == sum(p.numel() for p in theirs.parameters())
+    same_size = sum(p.numel() for p in mine.parameters()) == sum(
+        p.numel() for p in theirs.parameters()
+    )
     if not same_size or abs(a.loss_mlm - b.loss_mlm) > 1e-4 or a.accuracy_nsp != b.accuracy_nsp:
         raise SystemExit(f"the two sides do not measure the same: {a} against {b}")
 
@@ -153,7 +177,10 @@ def summary(run: Run, curve: Curve) -> Row:
         "budget_s": run.seconds,
         "batch": run.batch,
         "lr": run.lr,
-        **{key: last[key] for key in ("loss_mlm", "loss_mask_token", "accuracy_mlm", "accuracy_nsp")},
+        **{
+            key: last[key]
+            for key in ("loss_mlm", "loss_mask_token", "accuracy_mlm", "accuracy_nsp")
+        },
         "steps": last["step"],
         "tokens": last["training_tokens"],
         "tokens_per_s": last["training_tokens"] / last["training_seconds"],
@@ -168,7 +195,9 @@ def first_reached(curve: Curve, loss: float) -> float | None:
             if before is None:
                 return point["training_seconds"]
             share = (before["loss_mlm"] - loss) / (before["loss_mlm"] - point["loss_mlm"])
-            return before["training_seconds"] + share * (point["training_seconds"] - before["training_seconds"])
+            return before["training_seconds"] + share * (
+                point["training_seconds"] - before["training_seconds"]
+            )
         before = point
     return None
 
@@ -177,7 +206,11 @@ def sooner(bench: Bench, rival: Run, shorter: Sequence[int]) -> Row:
     """How many times sooner ours has a Trainer's final loss: on its curve, and by the shortest run that ends there; 0 for never."""
     goal = bench.curve(rival)[-1]["loss_mlm"]
     reached = first_reached(bench.curve(ours(rival.seconds, rival.seed)), goal)
-    enough = [part for part in (1, *shorter) if bench.curve(ours(rival.seconds / part, rival.seed))[-1]["loss_mlm"] <= goal]
+    enough = [
+        part
+        for part in (1, *shorter)
+        if bench.curve(ours(rival.seconds / part, rival.seed))[-1]["loss_mlm"] <= goal
+    ]
     return {
         "against": rival.side,
         "seed": rival.seed,
@@ -191,18 +224,42 @@ def draw(bench: Bench, sides: dict[str, list[Run]], brief: Sequence[Run], path: 
     """All sides over the seconds, a thin line a seed and their mean; dots are the ends of our shorter runs."""
     figure, axes_of = figure_of(1, 2)
     panels = axes_of[0]
-    measures = (("loss_mlm", 1, "held-out MLM loss, nats per token"), ("accuracy_nsp", 100, "held-out NSP accuracy, %"))
+    measures = (
+        ("loss_mlm", 1, "held-out MLM loss, nats per token"),
+        ("accuracy_nsp", 100, "held-out NSP accuracy, %"),
+    )
     for axes, (key, scale, label) in zip(panels, measures, strict=True):
         for (name, runs), color in zip(sides.items(), COLORS, strict=True):
             curves = [bench.curve(run) for run in runs]
-            lines = [([p["training_seconds"] for p in curve], [scale * p[key] for p in curve]) for curve in curves]
+            lines = [
+                ([p["training_seconds"] for p in curve], [scale * p[key] for p in curve])
+                for curve in curves
+            ]
             for x, y in lines:
                 axes.plot(x, y, color=color, linewidth=0.7, alpha=0.6)
             common = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines), 200)
-            axes.plot(common, np.mean([np.interp(common, x, y) for x, y in lines], 0), color=color, linewidth=2.2, label=name)
+            axes.plot(
+                common,
+                np.mean([np.interp(common, x, y) for x, y in lines], 0),
+                color=color,
+                linewidth=2.2,
+                label=name,
+            )
         ends = [bench.curve(run)[-1] for run in brief]
-        dots = {"marker": "o", "s": 14, "facecolor": "white", "edgecolor": COLORS[0], "linewidth": 1.0, "zorder": 3}
-        axes.scatter([p["training_seconds"] for p in ends], [scale * p[key] for p in ends], label="ends of fastbert's shorter runs", **dots)
+        dots = {
+            "marker": "o",
+            "s": 14,
+            "facecolor": "white",
+            "edgecolor": COLORS[0],
+            "linewidth": 1.0,
+            "zorder": 3,
+        }
+        axes.scatter(
+            [p["training_seconds"] for p in ends],
+            [scale * p[key] for p in ends],
+            label="ends of fastbert's shorter runs",
+            **dots,
+        )
         axes.set_ylabel(label, color=MUTED)
         axes.set_xlabel("seconds of training", color=MUTED)
         axes.set_xlim(left=0)
@@ -211,7 +268,14 @@ def draw(bench: Bench, sides: dict[str, list[Run]], brief: Sequence[Run], path: 
     panels[0].axhline(unigram, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     panels[0].annotate(f"word frequencies {unigram:.2f}", (1, unigram), xycoords=("axes fraction", "data"), xytext=(0, 3),
                        textcoords="offset points", ha="right", color=MUTED, fontsize=8)  # fmt: skip
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=9)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=9,
+    )
     save(figure, path)
 
 
@@ -219,30 +283,54 @@ def sooner_table(figures: Sequence[Row]) -> str:
     """Markdown: how many times sooner ours has the final loss of each other side."""
 
     def times(values: Sequence[float]) -> list[str]:
-        low, middle, high = (f"{value:.1f}x" if value else "never" for value in (min(values), statistics.median(values), max(values)))
+        low, middle, high = (
+            f"{value:.1f}x" if value else "never"
+            for value in (min(values), statistics.median(values), max(values))
+        )
         return [f"**{middle}**", f"{low} to {high}"]
 
     compared = []
     for side in (TRAINER, SAME):
         of = [figure for figure in figures if figure.get("against") == side]
         goal = statistics.median(figure["goal_loss_mlm"] for figure in of)
-        compared.append([side, f"{goal:.3f}", *(cell for key in FIGURES for cell in times([figure[key] for figure in of]))])
-    return table(["against", "its final loss", "on our curve", "range", "by a shorter run of ours", "range"], compared)
+        compared.append(
+            [
+                side,
+                f"{goal:.3f}",
+                *(cell for key in FIGURES for cell in times([figure[key] for figure in of])),
+            ]
+        )
+    return table(
+        ["against", "its final loss", "on our curve", "range", "by a shorter run of ours", "range"],
+        compared,
+    )
 
 
 def report(
-    bench: Bench, sides: dict[str, list[Run]], brief: Sequence[Run], search: Sequence[Run], figures: Sequence[Row], seconds: float
+    bench: Bench,
+    sides: dict[str, list[Run]],
+    brief: Sequence[Run],
+    search: Sequence[Run],
+    figures: Sequence[Row],
+    seconds: float,
 ) -> str:
     """The text of quality.md."""
 
     def line(run: Run) -> list[str]:
         row = summary(run, bench.curve(run))
-        found = [f"{row['loss_mlm']:.3f}", f"{row['loss_mask_token']:.3f}", f"{row['accuracy_nsp']:.1%}"]
+        found = [
+            f"{row['loss_mlm']:.3f}",
+            f"{row['loss_mask_token']:.3f}",
+            f"{row['accuracy_nsp']:.1%}",
+        ]
         return [*found, f"{row['tokens'] / 1e6:.2f} M", f"{row['tokens_per_s']:,.0f}"]
 
     columns = ["MLM loss", "on [MASK]", "NSP accuracy", "tokens seen", "tokens/s"]
     ended = [[str(run.seed), name, *line(run)] for name, runs in sides.items() for run in runs]
-    shorter = [[f"{run.seconds:g} s", str(run.seed), *line(run)] for run in sorted(brief, key=lambda run: -run.seconds)]
+    shorter = [
+        [f"{run.seconds:g} s", str(run.seed), *line(run)]
+        for run in sorted(brief, key=lambda run: -run.seconds)
+    ]
     tried = [[str(run.batch), f"{run.lr:g}", *line(run)] for run in search]
     how = f"{seconds:g} seconds of training, one thread each on a core of its own; losses on held-out text, in nats"
     return "\n\n".join(
@@ -262,14 +350,30 @@ def report(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", type=Path, help="a folder that `fastbert prepare` made")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=180.0, help="of training, each run (180)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help=f"not {SEARCH_SEED}, which the search has (1 2 3)")
-    parser.add_argument("--quick", action="store_true", help="three seconds, one seed, no search: only to see that it works")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        help=f"not {SEARCH_SEED}, which the search has (1 2 3)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="three seconds, one seed, no search: only to see that it works",
+    )
     given = parser.parse_args()
-    seconds, seeds, grid, shorter = (3.0, [1], GRID[:1], SHORTER[:1]) if given.quick else (given.seconds, given.seeds, GRID, SHORTER)
+    seconds, seeds, grid, shorter = (
+        (3.0, [1], GRID[:1], SHORTER[:1])
+        if given.quick
+        else (given.seconds, given.seeds, GRID, SHORTER)
+    )
     if SEARCH_SEED in seeds:
         parser.error(f"--seeds {SEARCH_SEED}: that is the seed of the search; take others")
 
@@ -295,7 +399,9 @@ def main() -> None:
     figures = [sooner(bench, run, shorter) for side in (TRAINER, SAME) for run in sides[side]]
     text = report(bench, sides, brief, search, figures, seconds)
     draw(bench, sides, brief, given.out / "quality.png")
-    ratios = {FIGURES[0]: statistics.median(f[FIGURES[0]] for f in figures if f["against"] == TRAINER)}  # the other one moves in leaps
+    ratios = {
+        FIGURES[0]: statistics.median(f[FIGURES[0]] for f in figures if f["against"] == TRAINER)
+    }  # the other one moves in leaps
     rows = [summary(run, bench.curve(run)) for run in (*full, *brief, *search)]
     Record(header(torch.device("cpu")), [*rows, *figures], ratios).write(given.out, "quality", text)
     print(text)

@@ -47,29 +47,57 @@ def saves(records: list[dict[str, Any]]) -> tuple[float, list[Save]]:
             found.append((record["step"], record["seconds"], during))
             begun, during = None, []
     usual = median(undisturbed[2:])  # the first ones warm up
-    return usual, [Save(step, stall, len(slow), sum(slow) - usual * len(slow)) for step, stall, slow in found[:-1]]
+    return usual, [
+        Save(step, stall, len(slow), sum(slow) - usual * len(slow))
+        for step, stall, slow in found[:-1]
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path, help="a dataset made by fastbert prepare")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--saves", type=int, default=4)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        settings = (f"data={given.data}", f"run={run}", f"stop.steps={EVERY * (given.saves + 1)}", f"checkpoint.every={EVERY}")
-        launcher = ["-m"] if given.ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(given.ranks), "-m"]
-        command = [sys.executable, *launcher, "fastbert", "pretrain", str(ROOT / "recipes/mini.toml"), *settings, "evaluate.sequences=64"]
+        settings = (
+            f"data={given.data}",
+            f"run={run}",
+            f"stop.steps={EVERY * (given.saves + 1)}",
+            f"checkpoint.every={EVERY}",
+        )
+        launcher = (
+            ["-m"]
+            if given.ranks == 1
+            else ["-m", "torch.distributed.run", "--nproc-per-node", str(given.ranks), "-m"]
+        )
+        command = [
+            sys.executable,
+            *launcher,
+            "fastbert",
+            "pretrain",
+            str(ROOT / "recipes/mini.toml"),
+            *settings,
+            "evaluate.sequences=64",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.PIPE)
         usual, found = saves(list(read_metrics(run / "metrics.jsonl")))
-        size = sum(file.stat().st_size for file in sorted((run / "checkpoints").iterdir())[-1].iterdir())
-    print(f"mini, {given.ranks} rank(s), a checkpoint of {size / 1e6:,.0f} MB; a step that no save disturbs takes {usual:.3f} s\n")
+        size = sum(
+            file.stat().st_size for file in sorted((run / "checkpoints").iterdir())[-1].iterdir()
+        )
+    print(
+        f"mini, {given.ranks} rank(s), a checkpoint of {size / 1e6:,.0f} MB; a step that no save disturbs takes {usual:.3f} s\n"
+    )
     print("| step | stood still (s) | steps meanwhile | slower by (s) | share of five minutes |")
     print("|---|---|---|---|---|")
     for save in found:
         share = (save.stall + max(save.slower, 0.0)) / INTERVAL_S
-        print(f"| {save.step} | {save.stall:.3f} | {save.steps} | {save.slower:+.3f} | {share:.2%} |")
+        print(
+            f"| {save.step} | {save.stall:.3f} | {save.steps} | {save.slower:+.3f} | {share:.2%} |"
+        )
 
 
 if __name__ == "__main__":

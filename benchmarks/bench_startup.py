@@ -35,7 +35,10 @@ COMMANDS: dict[str, Sequence[str]] = {
     "import fastbert": ("-c", "import fastbert"),
     "import fastbert; fastbert.load": ("-c", "import fastbert; fastbert.load"),
     "import torch": ("-c", "import torch"),
-    "from transformers import BertForPreTraining": ("-c", "from transformers import BertForPreTraining"),
+    "from transformers import BertForPreTraining": (
+        "-c",
+        "from transformers import BertForPreTraining",
+    ),
 }
 
 # Phases are printed with the time, which both processes read off the same clock.
@@ -64,7 +67,13 @@ PHASES = ("setup", "engine", "step")
 def whole(arguments: Sequence[str]) -> float:
     """Seconds of `python arguments`, from its start to its end."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
     return time.perf_counter() - began
 
 
@@ -75,14 +84,18 @@ def first_step(dataset: Path, folder: Path) -> dict[str, float]:
     settings = (f"data={dataset}", f"run={run}", "stop.steps=1", "evaluate.sequences=1")
     began, found = time.perf_counter(), {}
     command = [sys.executable, "-m", "fastbert", "pretrain", ROOT / "recipes/demo.toml", *settings]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while len(found) < len(marks) and process.poll() is None:
         time.sleep(POLL_S)
         for name, file in marks.items():
             if name not in found and file.exists() and file.stat().st_size:
                 found[name] = time.perf_counter() - began
     if process.wait() or len(found) < len(marks):
-        raise SystemExit(f"bench_startup: fastbert pretrain ended with code {process.returncode} behind {list(found)}")
+        raise SystemExit(
+            f"bench_startup: fastbert pretrain ended with code {process.returncode} behind {list(found)}"
+        )
     return found
 
 
@@ -90,7 +103,14 @@ def trainer_first_step(dataset: Path, folder: Path) -> dict[str, float]:
     """The same of the Trainer's script."""
     began = time.time()
     command = [sys.executable, "-c", TRAINER, dataset / "tokenizer", folder]
-    result = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+    )
     lines = (line.split() for line in result.stdout.splitlines())
     return {line[0]: float(line[1]) - began for line in lines if line[:1] and line[0] in PHASES}
 
@@ -101,7 +121,9 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def time_commands(commands: Mapping[str, Sequence[str]], rounds: int) -> tuple[list[Row], dict[str, list[float]]]:
+def time_commands(
+    commands: Mapping[str, Sequence[str]], rounds: int
+) -> tuple[list[Row], dict[str, list[float]]]:
     """A row for each command, and its seconds in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for number in range(rounds + 1):
@@ -112,7 +134,9 @@ def time_commands(commands: Mapping[str, Sequence[str]], rounds: int) -> tuple[l
     rows: list[Row] = []
     for name, values in seconds.items():
         low, middle, high = spread(values)
-        rows.append({"part": "command", "name": name, "seconds": middle, "low_s": low, "high_s": high})
+        rows.append(
+            {"part": "command", "name": name, "seconds": middle, "low_s": low, "high_s": high}
+        )
         print(f"{name:46} {middle:6.3f} s ({low:.3f} to {high:.3f})", flush=True)
     return rows, seconds
 
@@ -136,16 +160,27 @@ def time_first_steps(dataset: Path, rounds: int) -> tuple[list[Row], float]:
         row |= {f"{phase}_s": statistics.median(run[phase] for run in runs) for phase in PHASES}
         row["low_s"], _, row["high_s"] = spread([run["step"] for run in runs])
         rows.append(row)
-        print(f"{name:22} " + ", ".join(f"{phase} {row[f'{phase}_s']:.2f} s" for phase in PHASES), flush=True)
+        print(
+            f"{name:22} " + ", ".join(f"{phase} {row[f'{phase}_s']:.2f} s" for phase in PHASES),
+            flush=True,
+        )
     ours, theirs = found.values()
     return rows, statistics.median(b["step"] / a["step"] for a, b in zip(ours, theirs, strict=True))
 
 
 def report(rows: Sequence[Row]) -> str:
     """Markdown, from the title on."""
-    commands = [[f"`{r['name']}`", f"{r['seconds']:.3f}", f"{r['low_s']:.3f} to {r['high_s']:.3f}"] for r in rows if r["part"] == "command"]
+    commands = [
+        [f"`{r['name']}`", f"{r['seconds']:.3f}", f"{r['low_s']:.3f} to {r['high_s']:.3f}"]
+        for r in rows
+        if r["part"] == "command"
+    ]
     first = [
-        [r["name"], *(f"{r[f'{phase}_s']:.2f}" for phase in PHASES), f"{r['low_s']:.2f} to {r['high_s']:.2f}"]
+        [
+            r["name"],
+            *(f"{r[f'{phase}_s']:.2f}" for phase in PHASES),
+            f"{r['low_s']:.2f} to {r['high_s']:.2f}",
+        ]
         for r in rows
         if r["part"] == "first step"
     ]
@@ -153,17 +188,25 @@ def report(rows: Sequence[Row]) -> str:
     return "\n\n".join(
         [
             "Start-up\n",
-            "Whole processes, seconds, median.\n\n" + table(("command", "s", "quartiles"), commands),
-            "Seconds from the start of the process, median; the demo's recipe.\n\n" + table(columns, first),
+            "Whole processes, seconds, median.\n\n"
+            + table(("command", "s", "quartiles"), commands),
+            "Seconds from the start of the process, median; the demo's recipe.\n\n"
+            + table(columns, first),
         ]
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", type=Path, help="a dataset made by fastbert prepare")
-    parser.add_argument("--out", type=Path, required=True, help="folder for startup.json and startup.md")
-    parser.add_argument("--quick", action="store_true", help="two rounds of each: shows that it works")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for startup.json and startup.md"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two rounds of each: shows that it works"
+    )
     given = parser.parse_args()
     light, heavy = (2, 2) if given.quick else (4, 2)
     rows, seconds = time_commands(COMMANDS, light)
@@ -174,10 +217,14 @@ def main() -> None:
 
     ratios = {
         "fastbert --help, against import torch": ratio("import torch", "fastbert --help"),
-        "fastbert.load, against transformers": ratio("from transformers import BertForPreTraining", "import fastbert; fastbert.load"),
+        "fastbert.load, against transformers": ratio(
+            "from transformers import BertForPreTraining", "import fastbert; fastbert.load"
+        ),
         "first step, against the Trainer": sooner,
     }
-    Record(header(torch.device("cpu")), [*rows, *steps], ratios).write(given.out, "startup", report([*rows, *steps]))
+    Record(header(torch.device("cpu")), [*rows, *steps], ratios).write(
+        given.out, "startup", report([*rows, *steps])
+    )
 
 
 if __name__ == "__main__":

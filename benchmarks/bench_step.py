@@ -44,7 +44,9 @@ WARM_UP, LEAST = 2, 3  # pairs of steps that do not count, and that do however s
 def draw(dataset: TokenDataset, segments: str, steps: int) -> list[PackedBatch]:
     """Real batches, at least four: two warm the heap and the optimizers up."""
     config = RunConfig(data=str(dataset.path), objective=ObjectiveConfig(segments=segments))
-    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, sequences=SEQUENCES, max_length=MAX_LENGTH))
+    config = dataclasses.replace(
+        config, batch=dataclasses.replace(config.batch, sequences=SEQUENCES, max_length=MAX_LENGTH)
+    )
     source = Batches(dataset, config)
     return [source.step(step)[0] for step in range(max(steps, 4))]
 
@@ -54,9 +56,13 @@ def pad(batch: PackedBatch) -> dict[str, torch.Tensor]:
     lengths = batch.cu_seqlens.diff().tolist()
 
     def rows(x: torch.Tensor, fill: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True, padding_value=fill)
+        return torch.nn.utils.rnn.pad_sequence(
+            list(x.split(lengths)), batch_first=True, padding_value=fill
+        )
 
-    labels = torch.full_like(batch.input_ids, -100).index_copy_(0, batch.masked_positions, batch.labels)
+    labels = torch.full_like(batch.input_ids, -100).index_copy_(
+        0, batch.masked_positions, batch.labels
+    )
     return {
         "input_ids": rows(batch.input_ids, 0),
         "token_type_ids": rows(batch.token_type_ids, 0),
@@ -71,7 +77,12 @@ def fill_up(batch: PackedBatch) -> PackedBatch:
     draw = torch.Generator().manual_seed(int(batch.examples[0]))
     sequences, length = batch.sequences, MAX_LENGTH
     ids = batch.input_ids[torch.randint(batch.tokens, (sequences * length,), generator=draw)]
-    chosen = torch.rand(sequences, length - 2, generator=draw).argsort(1)[:, : round(0.15 * (length - 3))] + 1
+    chosen = (
+        torch.rand(sequences, length - 2, generator=draw).argsort(1)[
+            :, : round(0.15 * (length - 3))
+        ]
+        + 1
+    )
     positions = (chosen.sort(1).values + torch.arange(sequences)[:, None] * length).flatten()
     return dataclasses.replace(
         batch,
@@ -93,7 +104,9 @@ def compare(preset: str, vocab_size: int, batches: list[PackedBatch], seconds: f
     config = parse_config(f'data = "none"\n[model]\npreset = "{preset}"', "bench_step").model
     ours = BertForPreTraining(config, vocab_size)
     words = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    theirs = transformers.BertForPreTraining(transformers.BertConfig(vocab_size=vocab_size, **{w: getattr(config, w) for w in words}))
+    theirs = transformers.BertForPreTraining(
+        transformers.BertConfig(vocab_size=vocab_size, **{w: getattr(config, w) for w in words})
+    )
     missing, unexpected = theirs.load_state_dict(to_hugging_face(ours.state_dict()), strict=False)
     assert not unexpected and all("decoder" in name for name in missing), (missing, unexpected)
 
@@ -109,10 +122,15 @@ def compare(preset: str, vocab_size: int, batches: list[PackedBatch], seconds: f
     with torch.no_grad():
         a, b = float(our_step(batches[0])), float(their_step(padded[0]))
     if abs(a - b) > 1e-4:
-        raise SystemExit(f"{preset}, V = {vocab_size}: losses differ before timing: {a} against {b}")
+        raise SystemExit(
+            f"{preset}, V = {vocab_size}: losses differ before timing: {a} against {b}"
+        )
     for model in (ours, theirs):
         model.train()
-    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-4, weight_decay=0.01, fused=True) for m in (ours, theirs)}
+    optimizers = {
+        m: torch.optim.AdamW(m.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+        for m in (ours, theirs)
+    }
 
     def timed(model, step, batch) -> float:
         start = time.perf_counter()
@@ -128,7 +146,9 @@ def compare(preset: str, vocab_size: int, batches: list[PackedBatch], seconds: f
             pairs.append(pair)
         if len(pairs) >= LEAST and time.monotonic() > end:
             break
-    rate = max(rate, measure_gemm_rate(seconds=1.0))  # twice: what else runs on the machine may have had one of them
+    rate = max(
+        rate, measure_gemm_rate(seconds=1.0)
+    )  # twice: what else runs on the machine may have had one of them
     useful = statistics.mean(
         training_flops(config, vocab_size, b.cu_seqlens.diff().tolist(), len(b.labels), b.sequences)
         for b in batches[WARM_UP : WARM_UP + len(pairs)]
@@ -151,20 +171,35 @@ def compare(preset: str, vocab_size: int, batches: list[PackedBatch], seconds: f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="a folder that `fastbert prepare` made; its lengths are what is timed")
-    parser.add_argument("--steps", type=int, default=13, help="pairs of steps a row, two of them to warm up (13)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--lengths", nargs="+", choices=["single", "fill", "full"], default=["single", "full"], help="which lengths to time"
+        "dataset", help="a folder that `fastbert prepare` made; its lengths are what is timed"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=13, help="pairs of steps a row, two of them to warm up (13)"
+    )
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        choices=["single", "fill", "full"],
+        default=["single", "full"],
+        help="which lengths to time",
     )
     parser.add_argument("--out", type=Path, help="folder for step.json and step.md")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="about how long; rows then have fewer steps")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="about how long; rows then have fewer steps"
+    )
     arguments = parser.parse_args()
     keep_heap()
     end = time.monotonic() + arguments.seconds
     transformers.logging.set_verbosity_error()
     dataset = open_dataset(arguments.dataset)
-    batches = {"single": draw(dataset, "single", arguments.steps), "fill": draw(dataset, "fill", arguments.steps)}
+    batches = {
+        "single": draw(dataset, "single", arguments.steps),
+        "fill": draw(dataset, "fill", arguments.steps),
+    }
     batches["full"] = [fill_up(batch) for batch in batches["fill"]]
 
     facts = header(torch.device("cpu")) | {"transformers": transformers.__version__}
@@ -185,15 +220,35 @@ def main() -> None:
             flush=True,
         )
     if arguments.out:
-        ratios = {f"{r['model']}, V = {r['vocab_size']:,}, lengths {r['lengths']}, transformers' time over ours": r["ratio"] for r in rows}
-        Record(facts, rows, ratios).write(arguments.out, "step", "A training step against transformers\n\n" + step_table(rows))
+        ratios = {
+            f"{r['model']}, V = {r['vocab_size']:,}, lengths {r['lengths']}, transformers' time over ours": r[
+                "ratio"
+            ]
+            for r in rows
+        }
+        Record(facts, rows, ratios).write(
+            arguments.out, "step", "A training step against transformers\n\n" + step_table(rows)
+        )
 
 
 def step_table(rows: list[dict]) -> str:
     """Markdown."""
-    words = {"single": "of the demo's pairs", "fill": "pairs that fill up", "full": f"all {MAX_LENGTH}"}
+    words = {
+        "single": "of the demo's pairs",
+        "fill": "pairs that fill up",
+        "full": f"all {MAX_LENGTH}",
+    }
     return table(
-        ("lengths", "model", "V", "fill", "transformers", "fastbert", "ratio (quartiles)", "of the ideal"),
+        (
+            "lengths",
+            "model",
+            "V",
+            "fill",
+            "transformers",
+            "fastbert",
+            "ratio (quartiles)",
+            "of the ideal",
+        ),
         [
             (
                 words[row["lengths"]],

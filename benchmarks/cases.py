@@ -30,14 +30,18 @@ class Case(NamedTuple):
         return sum(self.shape["lengths"]) if "lengths" in self.shape else self.shape["T"]
 
     def __str__(self) -> str:
-        return f"{self.operation} {self.label}" + (f" p={self.dropout_p:g}" if SPECS[self.operation].dropout else "")
+        return f"{self.operation} {self.label}" + (
+            f" p={self.dropout_p:g}" if SPECS[self.operation].dropout else ""
+        )
 
 
 def production(tokens: int = TOKENS, large: bool = True) -> list[Case]:
     """BERT-base, and large, on packs of `tokens` tokens, most wanted first. Attention's lengths are those up to `tokens`."""
 
     def attention(label: str, lengths: list[int]) -> list[Case]:
-        return [Case("attention", label, {"lengths": lengths, "H": 12, "K": 64}, p) for p in (0.0, 0.1)]
+        return [
+            Case("attention", label, {"lengths": lengths, "H": 12, "K": 64}, p) for p in (0.0, 0.1)
+        ]
 
     def rows(hidden_size: int) -> list[Case]:
         size = f"D={hidden_size}"
@@ -46,10 +50,16 @@ def production(tokens: int = TOKENS, large: bool = True) -> list[Case]:
             Case("norm", size, {"T": tokens, "D": hidden_size}, 0.0),
             Case("norm", size, {"T": tokens, "D": hidden_size}, 0.1),
             Case("gelu", f"F={4 * hidden_size}", {"T": tokens, "F": 4 * hidden_size}),
-            Case("embedding", size, {"T": tokens, "V": VOCABULARY, "P": 512, "D": hidden_size}, 0.1),
+            Case(
+                "embedding", size, {"T": tokens, "V": VOCABULARY, "P": 512, "D": hidden_size}, 0.1
+            ),
         ]
 
-    of_length = {n: attention(f"n={n}", [n] * (tokens // n)) for n in (512, 128, 1024, 2048, 4096) if n <= tokens}
+    of_length = {
+        n: attention(f"n={n}", [n] * (tokens // n))
+        for n in (512, 128, 1024, 2048, 4096)
+        if n <= tokens
+    }
     return [
         Case("mlm_loss", "D=768", {"T": tokens, "M": tokens // 2, "D": 768, "V": VOCABULARY}),
         *of_length.pop(512, []),
@@ -65,8 +75,17 @@ def sweep(sizes: Sequence[int], length: int = 128) -> list[Case]:
     found = []
     for T in sizes:
         found += [
-            Case("attention", f"n={length} T={T}", {"lengths": [length] * (T // length), "H": 12, "K": 64}, 0.1),
-            Case("mlm_loss", f"D=768 T={T}", {"T": T, "M": round(0.15 * T), "D": 768, "V": VOCABULARY}),
+            Case(
+                "attention",
+                f"n={length} T={T}",
+                {"lengths": [length] * (T // length), "H": 12, "K": 64},
+                0.1,
+            ),
+            Case(
+                "mlm_loss",
+                f"D=768 T={T}",
+                {"T": T, "M": round(0.15 * T), "D": 768, "V": VOCABULARY},
+            ),
             Case("norm", f"D=768 T={T}", {"T": T, "D": 768}, 0.1),
             Case("gelu", f"F=3072 T={T}", {"T": T, "F": 3072}),
             Case("embedding", f"D=768 T={T}", {"T": T, "V": VOCABULARY, "P": 512, "D": 768}, 0.1),
@@ -89,10 +108,18 @@ def arguments(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str,
     """The spec's inputs on a device; those with a gradient are leaves."""
     spec = SPECS[case.operation]
     drawn = spec.inputs(case.shape, dtype, case.dropout_p)
-    placed = {name: _place(value, device) if torch.is_tensor(value) else value for name, value in drawn.items()}
-    if case.operation == "attention":  # made once a batch for all layers, and so no part of what is timed
+    placed = {
+        name: _place(value, device) if torch.is_tensor(value) else value
+        for name, value in drawn.items()
+    }
+    if (
+        case.operation == "attention"
+    ):  # made once a batch for all layers, and so no part of what is timed
         placed["worklist"] = attention_worklist(placed["cu_seqlens"], len(placed["k"]))
-    return {name: value.requires_grad_() if name in spec.differentiable and value is not None else value for name, value in placed.items()}
+    return {
+        name: value.requires_grad_() if name in spec.differentiable and value is not None else value
+        for name, value in placed.items()
+    }
 
 
 def _place(x: Tensor, device: torch.device) -> Tensor:
@@ -102,7 +129,11 @@ def _place(x: Tensor, device: torch.device) -> Tensor:
 
 
 def leaves(case: Case, arguments: dict[str, Any]) -> list[Tensor]:
-    return [arguments[name] for name in SPECS[case.operation].differentiable if arguments[name] is not None]
+    return [
+        arguments[name]
+        for name in SPECS[case.operation].differentiable
+        if arguments[name] is not None
+    ]
 
 
 def call(case: Case, arguments: dict[str, Any], impl: str) -> Tensor:
@@ -119,8 +150,15 @@ class Truth(NamedTuple):
 
     def share(self, values: list[Tensor]) -> float:
         """The largest error of a result or gradient as a share of what is allowed: at most 1 is right, and NaN never is."""
-        errors = [_largest(ours.to(truth) - truth) for ours, truth in zip(values, self.values, strict=True)]
-        shares = [error / allowed for error, allowed in zip(errors, self.allowed, strict=True) if math.isfinite(allowed)]
+        errors = [
+            _largest(ours.to(truth) - truth)
+            for ours, truth in zip(values, self.values, strict=True)
+        ]
+        shares = [
+            error / allowed
+            for error, allowed in zip(errors, self.allowed, strict=True)
+            if math.isfinite(allowed)
+        ]
         comparable = len(shares) == len(errors) and not any(math.isnan(share) for share in shares)
         return max(shares) if comparable else math.inf
 
@@ -133,10 +171,15 @@ def upstream_of(result: Tensor) -> Tensor:
 def outcome(case: Case, arguments: dict[str, Any], impl: str, upstream: Tensor) -> list[Tensor]:
     """The result and every gradient."""
     result = call(case, arguments, impl)
-    return [result.detach(), *torch.autograd.grad(result, leaves(case, arguments), upstream.to(result.dtype))]
+    return [
+        result.detach(),
+        *torch.autograd.grad(result, leaves(case, arguments), upstream.to(result.dtype)),
+    ]
 
 
-def truth(case: Case, arguments: dict[str, Any], upstream: Tensor, wide: torch.dtype | None = None) -> Truth:
+def truth(
+    case: Case, arguments: dict[str, Any], upstream: Tensor, wide: torch.dtype | None = None
+) -> Truth:
     """As the tests have it: 2 err(reference in this dtype) + 1 ulp, err the largest difference, 1 ulp eps * max|truth|.
 
     In `wide`; by default in fp64 for fp32 inputs, and in fp32, where the large cases fit, for the others.
@@ -144,13 +187,21 @@ def truth(case: Case, arguments: dict[str, Any], upstream: Tensor, wide: torch.d
     dtype = leaves(case, arguments)[0].dtype
     wide = wide or (torch.float64 if dtype == torch.float32 else torch.float32)
     promoted = {
-        name: value.detach().to(wide).requires_grad_() if torch.is_tensor(value) and value.is_floating_point() else value
+        name: value.detach().to(wide).requires_grad_()
+        if torch.is_tensor(value) and value.is_floating_point()
+        else value
         for name, value in arguments.items()
     }
     exact = outcome(case, promoted, "reference", upstream)
     plain = outcome(case, arguments, "reference", upstream)
     eps = torch.finfo(dtype).eps
-    return Truth(exact, [2 * _largest(p.to(e) - e) + eps * max(_largest(e), 1e-3) for p, e in zip(plain, exact, strict=True)])
+    return Truth(
+        exact,
+        [
+            2 * _largest(p.to(e) - e) + eps * max(_largest(e), 1e-3)
+            for p, e in zip(plain, exact, strict=True)
+        ],
+    )
 
 
 def _largest(x: Tensor) -> float:

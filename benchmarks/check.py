@@ -31,7 +31,9 @@ APART = {
 class Compared(NamedTuple):
     name: str
     before: float
-    now: float | None  # NaN where the fresh run has no such record, None where the record is there and has no such figure: no time was left
+    now: (
+        float | None
+    )  # NaN where the fresh run has no such record, None where the record is there and has no such figure: no time was left
 
     @property
     def fell(self) -> bool:
@@ -44,26 +46,34 @@ def compare(before: Path, now: Path) -> Iterator[Compared]:
         if path.stem in APART and not (now / path.name).exists():
             continue
         on_record, there = read_record(path).ratios, (now / path.name).exists()
-        ratios: Mapping[str, float] = read_record(now / path.name).ratios if there else dict.fromkeys(on_record, math.nan)
+        ratios: Mapping[str, float] = (
+            read_record(now / path.name).ratios if there else dict.fromkeys(on_record, math.nan)
+        )
         for name, value in on_record.items():
             yield Compared(f"{path.stem}: {name}", value, ratios.get(name))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="what benchmarks.run wrote")
     options = parser.parse_args()
     on_record = RESULTS / folder_name(torch.device("cpu"))
     if not on_record.is_dir():
         known = ", ".join(sorted(path.name for path in RESULTS.iterdir() if path.is_dir()))
-        print(f"check: nothing is on record for {on_record.name}, only for {known}; benchmarks.run --record puts it there")
+        print(
+            f"check: nothing is on record for {on_record.name}, only for {known}; benchmarks.run --record puts it there"
+        )
         return 2
     if not options.folder.is_dir():
         print(f"check: {options.folder}: no such folder; make bench OUT=folder makes one")
         return 2
     found = list(compare(on_record, options.folder))
     for one in found:
-        now = "no time" if one.now is None else "missing" if math.isnan(one.now) else f"{one.now:.2f}"
+        now = (
+            "no time" if one.now is None else "missing" if math.isnan(one.now) else f"{one.now:.2f}"
+        )
         print(f"{'FELL ' if one.fell else '     '} {one.before:8.2f} {now:>8}  {one.name}")
     fallen, unmeasured = sum(one.fell for one in found), sum(one.now is None for one in found)
     print(

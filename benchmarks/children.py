@@ -31,10 +31,16 @@ def environment() -> dict[str, str]:
 
     A pytest that runs this program would make one in a child believe that it is a worker, and pytest-benchmark measures nothing there.
     """
-    found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_")}
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_")
+    }
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     found |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
-    found.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # some virtual CPUs claim an AMX whose use kills the process
+    found.setdefault(
+        "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
+    )  # some virtual CPUs claim an AMX whose use kills the process
     return found
 
 
@@ -48,7 +54,9 @@ def run(command: list[str], log: Path, env: Mapping[str, str], seconds: float) -
 
     Its output is appended to the log and copied to the terminal. Whatever it started ends with it.
     """
-    process = start(command, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    process = start(
+        command, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     copying = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
     copying.start()
     try:

@@ -114,7 +114,14 @@ class Case(NamedTuple):
 VARIANTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "": ((0, 1, 2, 3), {}),
     "owners": ((1, 2), {"use_multi_rank_bucket_allreduce": False}),
-    "dropped": ((3,), {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0, "stage3_param_persistence_threshold": 0}),
+    "dropped": (
+        (3,),
+        {
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_param_persistence_threshold": 0,
+        },
+    ),
 }
 
 
@@ -136,7 +143,13 @@ class Measured(NamedTuple):
 def cases(stages: Sequence[int], world: int) -> list[Case]:
     if world == 1:  # nothing to send
         return [Case(stage, 1) for stage in stages]
-    return [Case(stage, m, name) for stage in stages for name, (fitting, _) in VARIANTS.items() if stage in fitting for m in (1, 2)]
+    return [
+        Case(stage, m, name)
+        for stage in stages
+        for name, (fitting, _) in VARIANTS.items()
+        if stage in fitting
+        for m in (1, 2)
+    ]
 
 
 def parameters() -> int:
@@ -158,7 +171,13 @@ class Asked(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[str, int]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "c10d" and name != "barrier":
             self.calls.append((name, max(map(size, args))))
@@ -187,15 +206,24 @@ def train(wanted: Sequence[Case], ds_config: str) -> None:
     from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
     from fastbert.training.engine import Engine
 
-    config = RunConfig(data="none", model=model_config(SIZES.preset, 0.1), runtime=RuntimeConfig(deepspeed=ds_config))
+    config = RunConfig(
+        data="none",
+        model=model_config(SIZES.preset, 0.1),
+        runtime=RuntimeConfig(deepspeed=ds_config),
+    )
     own = read_ds_config(config, "benchmarks.communication").values
     with join(PATIENCE_S) as group:
         for case in wanted:
             zero = {**own["zero_optimization"], "stage": case.stage, **VARIANTS[case.variant][1]}
             settings = DeepSpeedSettings(ds_config, {**own, "zero_optimization": zero})
-            batches = [made_up_batch(SIZES, case.micro_batches * group.rank + i, group.device) for i in range(case.micro_batches)]
+            batches = [
+                made_up_batch(SIZES, case.micro_batches * group.rank + i, group.device)
+                for i in range(case.micro_batches)
+            ]
             torch.manual_seed(0)
-            with Engine(BertForPreTraining(config.model, SIZES.vocab_size), config, settings, "fp32", group) as engine:
+            with Engine(
+                BertForPreTraining(config.model, SIZES.vocab_size), config, settings, "fp32", group
+            ) as engine:
                 for _ in range(WARM_UP):
                     engine.step(batches, 1e-3)
                 group.barrier()
@@ -211,23 +239,50 @@ def train(wanted: Sequence[Case], ds_config: str) -> None:
 # All of them
 
 
-def measure(world: int, wanted: Sequence[Case], ds_config: str = str(ROOT / "ds_config.json")) -> list[Measured]:
+def measure(
+    world: int, wanted: Sequence[Case], ds_config: str = str(ROOT / "ds_config.json")
+) -> list[Measured]:
     """Train on `world` ranks, each in a network of its own.
 
     Raises:
         Unavailable: this machine, or this user's rights, do not allow such networks.
     """
     with Nodes(world) as nodes:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-        environment |= {"WORLD_SIZE": str(world), "LOCAL_RANK": "0", "MASTER_ADDR": nodes[0].address, "MASTER_PORT": "29500"}
-        command = [sys.executable, "-m", "benchmarks.communication", "--rank", json.dumps([ds_config, *wanted])]
-        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-        ranks = [nodes[rank].popen(command, env={**environment, "RANK": str(rank)}, **pipes) for rank in range(world)]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+            "OMP_NUM_THREADS": "1",
+        }
+        environment |= {
+            "WORLD_SIZE": str(world),
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": nodes[0].address,
+            "MASTER_PORT": "29500",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.communication",
+            "--rank",
+            json.dumps([ds_config, *wanted]),
+        ]
+        pipes: Any = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "cwd": ROOT,
+        }
+        ranks = [
+            nodes[rank].popen(command, env={**environment, "RANK": str(rank)}, **pipes)
+            for rank in range(world)
+        ]
         said = [rank.communicate(timeout=PATIENCE_S) for rank in ranks]
     for rank, (process, (_, errors)) in enumerate(zip(ranks, said, strict=True)):
         if process.returncode:
             raise RuntimeError(f"rank {rank} of {world} ended with {process.returncode}: {errors}")
-    rows = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, _ in said]
+    rows = [
+        [json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, _ in said
+    ]
     return [counted(world, case, of_ranks) for case, *of_ranks in zip(wanted, *rows, strict=True)]
 
 
@@ -237,10 +292,20 @@ def counted(world: int, case: Case, of_ranks: Sequence[Mapping[str, Any]]) -> Me
     gloo = 0.0
     for name, whole in of_ranks[0]["calls"]:
         operation = OPERATIONS[name]
-        asked[operation.name] = asked.get(operation.name, 0.0) + operation.ring(whole, world) / STEPS
+        asked[operation.name] = (
+            asked.get(operation.name, 0.0) + operation.ring(whole, world) / STEPS
+        )
         gloo += operation.gloo(whole, world) / STEPS
     sent = [rank["sent"] / STEPS for rank in of_ranks]
-    return Measured(world, case, least_bytes(world, case.stage, case.micro_batches), asked, gloo, sum(sent) / world, sent)
+    return Measured(
+        world,
+        case,
+        least_bytes(world, case.stage, case.micro_batches),
+        asked,
+        gloo,
+        sum(sent) / world,
+        sent,
+    )
 
 
 def fault(row: Measured) -> str | None:
@@ -261,8 +326,15 @@ def table(rows: Iterable[Measured]) -> str:
         case = row.case
         line = f"{case.stage} {case.variant:15}{row.world:>8}{case.micro_batches:>8}{row.least / 1e6:>11.2f}{row.sent / 1e6:>11.2f}"
         if row.world > 1:
-            counts = [row.passes(count) for count in (row.least, sum(row.asked.values()), row.gloo, row.sent)]
-            operations = [f"{name} {row.passes(count):.2f}" for name, count in row.asked.items() if row.passes(count) > 0.005]
+            counts = [
+                row.passes(count)
+                for count in (row.least, sum(row.asked.values()), row.gloo, row.sent)
+            ]
+            operations = [
+                f"{name} {row.passes(count):.2f}"
+                for name, count in row.asked.items()
+                if row.passes(count) > 0.005
+            ]
             line += "".join(f"{count:>9.2f}" for count in counts) + "   " + ", ".join(operations)
         lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
@@ -274,11 +346,26 @@ def record(row: Measured) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("--stages", type=int, nargs="+", choices=range(4), default=list(range(4)), help="ZeRO stages (all)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (1 2 4)")
-    parser.add_argument("--ds-config", default=str(ROOT / "ds_config.json"), help="DeepSpeed's settings (the project's ds_config.json)")
+    parser.add_argument(
+        "--stages",
+        type=int,
+        nargs="+",
+        choices=range(4),
+        default=list(range(4)),
+        help="ZeRO stages (all)",
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (1 2 4)"
+    )
+    parser.add_argument(
+        "--ds-config",
+        default=str(ROOT / "ds_config.json"),
+        help="DeepSpeed's settings (the project's ds_config.json)",
+    )
     parser.add_argument("--rank", help=argparse.SUPPRESS)  # be one: the file, and the cases
     options = parser.parse_args()
     if options.rank:
@@ -286,7 +373,11 @@ def main() -> int:
         train([Case(*case) for case in wanted], ds_config)
         return 0
     try:
-        rows = [row for world in options.ranks for row in measure(world, cases(options.stages, world), options.ds_config)]
+        rows = [
+            row
+            for world in options.ranks
+            for row in measure(world, cases(options.stages, world), options.ds_config)
+        ]
     except Unavailable as error:
         print(f"communication: {error}", file=sys.stderr)
         return 2
@@ -294,7 +385,9 @@ def main() -> int:
         print("\n".join(json.dumps(record(row)) for row in rows))
     else:
         model = f"BERT-{SIZES.preset}, {parameters():,} parameters, fp32: {parameters() * WIDTH / 1e6:.2f} MB of gradients, as of weights"
-        print(f"{header_line(header(torch.device('cpu')))}\n{model}; a pass is (N - 1) / N of that\n\n{table(rows)}\n\n{CAUSES}")
+        print(
+            f"{header_line(header(torch.device('cpu')))}\n{model}; a pass is (N - 1) / N of that\n\n{table(rows)}\n\n{CAUSES}"
+        )
     wrong = [line for line in map(fault, rows) if line]
     for line in wrong:
         print(f"FAULT {line}", file=sys.stderr)

@@ -19,10 +19,17 @@ NOTES: list[Row] = []  # contenders that are missing
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastbert")
     group.addoption("--out", type=Path, help="folder for the report")
-    group.addoption("--seconds", type=float, default=240, help="what all cases together may take, about (240)")
+    group.addoption(
+        "--seconds", type=float, default=240, help="what all cases together may take, about (240)"
+    )
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--tokens", type=int, help="tokens of a pack (16,384; on a CPU 512)")
-    group.addoption("--compile", choices=["one", "all", "none"], default="one", help="torch.compile for which cases of an operation (one)")
+    group.addoption(
+        "--compile",
+        choices=["one", "all", "none"],
+        default="one",
+        help="torch.compile for which cases of an operation (one)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,10 +43,18 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Any:
     report = (yield).get_result()
     if report.when == "call" and report.skipped and "contender" in item.callspec.params:
         note = report.longrepr[2].removeprefix("Skipped: ")
-        NOTES.append({"case": str(item.callspec.params["case"]), "implementation": item.callspec.params["contender"], "note": note})
+        NOTES.append(
+            {
+                "case": str(item.callspec.params["case"]),
+                "implementation": item.callspec.params["contender"],
+                "note": note,
+            }
+        )
 
 
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]
+) -> None:
     if config.option.out:
         write(config.option.out, torch.device(config.option.device), output_json["benchmarks"])
 
@@ -57,7 +72,13 @@ def write(out: Path, device: torch.device, benchmarks: list[dict[str, Any]]) -> 
         seconds = {info["implementation"]: info["rounds"] for info in infos}
         found = kernel_report.rows_of(case, which, seconds, peak, element)
         for row, info in zip(found, infos, strict=True):
-            rows.append(row | {"extra_bytes": info["extra_bytes"], "error_over_allowed": info.get("error_over_allowed")})
+            rows.append(
+                row
+                | {
+                    "extra_bytes": info["extra_bytes"],
+                    "error_over_allowed": info.get("error_over_allowed"),
+                }
+            )
     rows += [dict(row) for row in {tuple(note.items()): note for note in NOTES}.values()]
     kernel_report.draw(rows, out / "kernels.png")
     record = Record(header(device), rows, kernel_report.ratios(rows))

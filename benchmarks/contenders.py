@@ -25,5 +25,7 @@ def that_run(offered: Mapping[str, Rival | str]) -> tuple[dict[str, Contender], 
             contender.backward(result)
             found[name] = contender
         except Exception as failure:  # whatever a rival may raise, the others are measured
-            notes[name] = f"failed: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:200]}"
+            notes[name] = (
+                f"failed: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:200]}"
+            )
     return found, notes

@@ -16,7 +16,9 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def one_on_each(work: Callable[[Job], Result], jobs: Iterable[Job], cores: int | None = None) -> Iterator[Result]:
+def one_on_each(
+    work: Callable[[Job], Result], jobs: Iterable[Job], cores: int | None = None
+) -> Iterator[Result]:
     """The results in the order of the jobs; each runs in a thread that is pinned to a core of its own, and so do the processes it starts.
 
     Args:
@@ -27,13 +29,19 @@ def one_on_each(work: Callable[[Job], Result], jobs: Iterable[Job], cores: int |
     for core in chosen:
         free.put(core)
     # Linux pins the calling thread alone, and what it starts inherits that.
-    with ThreadPoolExecutor(len(chosen), initializer=lambda: os.sched_setaffinity(0, {free.get()})) as pool:
+    with ThreadPoolExecutor(
+        len(chosen), initializer=lambda: os.sched_setaffinity(0, {free.get()})
+    ) as pool:
         yield from pool.map(work, jobs)
 
 
 def run_module(name: str, arguments: Sequence[object], what: str) -> str:
     """`python -m name` with one thread; its standard output. SystemExit with the end of its errors, and `what` it was, where it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    }
     command = [sys.executable, "-m", name, *map(str, arguments)]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if ended.returncode:

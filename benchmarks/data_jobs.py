@@ -40,7 +40,13 @@ def by_fastbert(text: str, tokenizer: str, out: str, workers: int) -> dict[str, 
     report = prepare.prepare([text], out, tokenizer=tokenizer, workers=workers, progress=False)
     seconds = time.perf_counter() - ready
     tokens = report.figures["tokens"]
-    return {"imports_s": ready - began, "seconds": seconds, "tokens": tokens, "peak_mb": _status_mb("VmHWM"), **found}
+    return {
+        "imports_s": ready - began,
+        "seconds": seconds,
+        "tokens": tokens,
+        "peak_mb": _status_mb("VmHWM"),
+        **found,
+    }
 
 
 def by_datasets(text: str, tokenizer: str, out: str, processes: int) -> dict[str, float]:
@@ -62,8 +68,15 @@ def by_datasets(text: str, tokenizer: str, out: str, processes: int) -> dict[str
         encoded = iter(wordpiece.encode_batch_fast(sentences, add_special_tokens=False))
         return {"input_ids": [[next(encoded).ids for _ in document] for document in documents]}
 
-    raw: Any = datasets.load_dataset("json", data_files=text, split="train", cache_dir=f"{out}.cache")
-    made = raw.map(encode, batched=True, num_proc=processes if processes > 1 else None, remove_columns=raw.column_names)
+    raw: Any = datasets.load_dataset(
+        "json", data_files=text, split="train", cache_dir=f"{out}.cache"
+    )
+    made = raw.map(
+        encode,
+        batched=True,
+        num_proc=processes if processes > 1 else None,
+        remove_columns=raw.column_names,
+    )
     made.save_to_disk(out)
     return {"imports_s": ready - began, "seconds": time.perf_counter() - ready}
 
@@ -93,7 +106,9 @@ def main() -> None:
     else:
         text, tokenizer, out, workers, cores = arguments
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
-        found = {"fastbert": by_fastbert, "datasets": by_datasets}[job](text, tokenizer, out, int(workers))
+        found = {"fastbert": by_fastbert, "datasets": by_datasets}[job](
+            text, tokenizer, out, int(workers)
+        )
     print(json.dumps(found))
 
 

@@ -47,16 +47,39 @@ def _data(record: Record) -> str:
         for row in ours
     ]
     loaders = [row for row in record.rows if row["part"] == "loader"]
-    loader = [[row["loader"], f"{row['tokens_per_s'] / 1e6:.1f} M ({row['low'] / 1e6:.1f} to {row['high'] / 1e6:.1f})"] for row in loaders]
-    columns = ("text", "workers", "", "tokens/s", "datasets + tokenizers' time over ours (quartiles)")
+    loader = [
+        [
+            row["loader"],
+            f"{row['tokens_per_s'] / 1e6:.1f} M ({row['low'] / 1e6:.1f} to {row['high'] / 1e6:.1f})",
+        ]
+        for row in loaders
+    ]
+    columns = (
+        "text",
+        "workers",
+        "",
+        "tokens/s",
+        "datasets + tokenizers' time over ours (quartiles)",
+    )
     return f"{_machine(record)}\n\n{table(columns, prepare)}\n\n{table(('loader, one core', 'tokens/s (quartiles)'), loader)}"
 
 
 def _startup(record: Record) -> str:
-    shown = ("fastbert --help", "import fastbert", "import torch", "from transformers import BertForPreTraining")
-    commands = [[f"`{row['name']}`", f"{row['seconds']:.2f} s"] for row in record.rows if row["part"] == "command" and row["name"] in shown]
+    shown = (
+        "fastbert --help",
+        "import fastbert",
+        "import torch",
+        "from transformers import BertForPreTraining",
+    )
+    commands = [
+        [f"`{row['name']}`", f"{row['seconds']:.2f} s"]
+        for row in record.rows
+        if row["part"] == "command" and row["name"] in shown
+    ]
     steps = [
-        [f"{row['name']}, to the end of the first step", f"{row['step_s']:.1f} s"] for row in record.rows if row["part"] == "first step"
+        [f"{row['name']}, to the end of the first step", f"{row['step_s']:.1f} s"]
+        for row in record.rows
+        if row["part"] == "first step"
     ]
     return f"{_machine(record)}\n\n{table(('a process from its start', ''), [*commands, *steps])}"
 
@@ -82,7 +105,13 @@ FIGURES: dict[str, Callable[[Record], str]] = {
 
 def renewed(text: str) -> str:
     """The page with the figures on record."""
-    return filled(text, {name: FIGURES[name](read_record(ROOT / f"benchmarks/results/{MACHINE}/{name}.json")) for name in places(text)})
+    return filled(
+        text,
+        {
+            name: FIGURES[name](read_record(ROOT / f"benchmarks/results/{MACHINE}/{name}.json"))
+            for name in places(text)
+        },
+    )
 
 
 def main() -> None:

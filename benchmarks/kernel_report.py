@@ -38,7 +38,9 @@ FLASH_ATTENTION_2 = {512: (282, 198), 1024: (306, 238), 2048: (318, 264), 4096: 
 GOALS_ARE_FOR = ("H100", "H200")
 
 
-def rows_of(case: Case, which: str, seconds: Mapping[str, Sequence[float]], peak: Peak, element: int) -> list[Row]:
+def rows_of(
+    case: Case, which: str, seconds: Mapping[str, Sequence[float]], peak: Peak, element: int
+) -> list[Row]:
     """One for each implementation.
 
     Args:
@@ -82,8 +84,16 @@ def rows_of(case: Case, which: str, seconds: Mapping[str, Sequence[float]], peak
 def ratios(rows: Sequence[Row]) -> dict[str, float]:
     """Of each case at a size of training, both passes: the fastest rival's time over ours. The small packs of the pictures take too little time
     to be held to it."""
-    ours = [row for row in rows if row.get("pass") == "both" and row["implementation"] in OURS and SIZE not in row["case"]]
-    return {f"{row['case']}, fastest rival over ours": row["fastest_rival_over_this"] for row in ours if row["fastest_rival_over_this"]}
+    ours = [
+        row
+        for row in rows
+        if row.get("pass") == "both" and row["implementation"] in OURS and SIZE not in row["case"]
+    ]
+    return {
+        f"{row['case']}, fastest rival over ours": row["fastest_rival_over_this"]
+        for row in ours
+        if row["fastest_rival_over_this"]
+    }
 
 
 def goals(rows: Sequence[Row]) -> list[tuple[str, float | None, str, float]]:
@@ -91,7 +101,14 @@ def goals(rows: Sequence[Row]) -> list[tuple[str, float | None, str, float]]:
 
     def get(key: str, case: str, which: str, implementation: str = "triton") -> float | None:
         wanted = (case, which, implementation)
-        return next((row[key] for row in rows if "note" not in row and (row["case"], row["pass"], row["implementation"]) == wanted), None)
+        return next(
+            (
+                row[key]
+                for row in rows
+                if "note" not in row and (row["case"], row["pass"], row["implementation"]) == wanted
+            ),
+            None,
+        )
 
     def over(a: float | None, b: float | None) -> float | None:
         return a / b if a is not None and b else None
@@ -101,23 +118,58 @@ def goals(rows: Sequence[Row]) -> list[tuple[str, float | None, str, float]]:
         case = f"attention n={n}"
         for which, published, factor in (("forward", forward, 1.15), ("backward", backward, 0.95)):
             rate = get("rate", f"{case} p=0", which)
-            found.append((f"{case} {which}, over FlashAttention-2's {published} TFLOP/s", over(rate, published * 1e12), ">=", factor))
+            found.append(
+                (
+                    f"{case} {which}, over FlashAttention-2's {published} TFLOP/s",
+                    over(rate, published * 1e12),
+                    ">=",
+                    factor,
+                )
+            )
         slower = over(get("ms", f"{case} p=0.1", "forward"), get("ms", f"{case} p=0", "forward"))
         found.append((f"{case} forward, time with dropout over without", slower, "<=", 1.12))
     case = "mlm_loss D=768"
     ms = get("ms", case, "both")
-    best = [t for name in ("torch.compile", "linear_cross_entropy") if (t := get("ms", case, "both", name)) is not None]
+    best = [
+        t
+        for name in ("torch.compile", "linear_cross_entropy")
+        if (t := get("ms", case, "both", name)) is not None
+    ]
     memory = over(get("extra_bytes", case, "both"), get("extra_bytes", case, "both", "eager"))
     found += [
         (f"{case}, eager's time over ours", over(get("ms", case, "both", "eager"), ms), ">=", 1.4),
-        (f"{case}, our time over the best of torch.compile and linear_cross_entropy", over(ms, min(best, default=None)), "<=", 1.05),
+        (
+            f"{case}, our time over the best of torch.compile and linear_cross_entropy",
+            over(ms, min(best, default=None)),
+            "<=",
+            1.05,
+        ),
         (f"{case}, our extra memory over eager's", memory, "<=", 0.1),
     ]
-    for case in [f"norm {label}" for size in ("D=768", "D=1024") for label in (f"alone {size} p=0", f"{size} p=0.1")]:
+    for case in [
+        f"norm {label}"
+        for size in ("D=768", "D=1024")
+        for label in (f"alone {size} p=0", f"{size} p=0.1")
+    ]:
         found += [
-            (f"{case} forward, share of the memory bandwidth", get("share_of_peak", case, "forward"), ">=", 0.75),
-            (f"{case} backward, share of the memory bandwidth", get("share_of_peak", case, "backward"), ">=", 0.65),
-            (f"{case}, eager's time over ours", over(get("ms", case, "both", "eager"), get("ms", case, "both")), ">=", 1.6),
+            (
+                f"{case} forward, share of the memory bandwidth",
+                get("share_of_peak", case, "forward"),
+                ">=",
+                0.75,
+            ),
+            (
+                f"{case} backward, share of the memory bandwidth",
+                get("share_of_peak", case, "backward"),
+                ">=",
+                0.65,
+            ),
+            (
+                f"{case}, eager's time over ours",
+                over(get("ms", case, "both", "eager"), get("ms", case, "both")),
+                ">=",
+                1.6,
+            ),
         ]
     return found
 
@@ -126,7 +178,11 @@ def reached(goal: tuple[str, float | None, str, float]) -> str:
     _, value, direction, bound = goal
     if value is None:
         return "not measured"
-    return "reached" if (value >= bound if direction == ">=" else value <= bound) else "**not reached**"
+    return (
+        "reached"
+        if (value >= bound if direction == ">=" else value <= bound)
+        else "**not reached**"
+    )
 
 
 def page(device: str, rows: Sequence[Row], peak: Peak) -> str:
@@ -136,7 +192,9 @@ def page(device: str, rows: Sequence[Row], peak: Peak) -> str:
         lines += ["| goal on an H100 or H200 | wanted | measured | |", "|---|---|---|---|"]
         for goal in goals(rows):
             what, value, direction, bound = goal
-            lines.append(f"| {what} | {direction} {bound:g} | {'-' if value is None else f'{value:.2f}'} | {reached(goal)} |")
+            lines.append(
+                f"| {what} | {direction} {bound:g} | {'-' if value is None else f'{value:.2f}'} | {reached(goal)} |"
+            )
         lines.append("")
     lines += [
         f"Peaks: {peak.flops / 1e12:,.3g} TFLOP/s, {peak.bandwidth / 1e9:,.0f} GB/s, {peak.source}. A rate is the least work of the "
@@ -151,12 +209,20 @@ def page(device: str, rows: Sequence[Row], peak: Peak) -> str:
     )  # fmt: skip
     body = []
     for row in (row for row in measured if row["implementation"] in OURS):
-        others = [r for r in measured if (r["case"], r["pass"]) == (row["case"], row["pass"]) and r is not row]
+        others = [
+            r
+            for r in measured
+            if (r["case"], r["pass"]) == (row["case"], row["pass"]) and r is not row
+        ]
         low, high = row["quartiles"]
         unit, scale, digits = ("TFLOP/s", 1e12, 1) if row["unit"] == "FLOP/s" else ("GB/s", 1e9, 0)
         if row["unit"] == "FLOP/s" and (row["rate"] or 0) < 1e12:
             unit, scale, digits = "GFLOP/s", 1e9, 0
-        share, ratio, memory = row["share_of_peak"], row["fastest_rival_over_this"], row["extra_bytes"]
+        share, ratio, memory = (
+            row["share_of_peak"],
+            row["fastest_rival_over_this"],
+            row["extra_bytes"],
+        )
         body.append(
             [
                 row["case"],
@@ -167,11 +233,18 @@ def page(device: str, rows: Sequence[Row], peak: Peak) -> str:
                 "-" if memory is None else f"{memory / 1e6:,.0f}",
                 ", ".join(f"{r['implementation']} {r['ms']:.3f}" for r in others) or "-",
                 "-" if ratio is None else f"{ratio:.2f}",
-                f"{row['error_over_allowed']:.2f}" + ("" if row["error_over_allowed"] <= 1 else " **WRONG**"),
+                f"{row['error_over_allowed']:.2f}"
+                + ("" if row["error_over_allowed"] <= 1 else " **WRONG**"),
             ]
         )
     lines.append(table(columns, body))
-    notes = sorted({f"- {row['case']}: {row['implementation']}: {row['note']}" for row in rows if "note" in row})
+    notes = sorted(
+        {
+            f"- {row['case']}: {row['implementation']}: {row['note']}"
+            for row in rows
+            if "note" in row
+        }
+    )
     return "\n".join([*lines, *(["", "Not measured:", "", *notes] if notes else [])])
 
 
@@ -187,9 +260,20 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for contenders, (time, share) in zip(lines.values(), axes, strict=True):
         for name, found in contenders.items():
             tokens = [row["tokens"] for row in found]
-            style = {"color": colour(name), "marker": "o", "markersize": 3.5, "linewidth": 2.0 if name in OURS else 1.2}
+            style = {
+                "color": colour(name),
+                "marker": "o",
+                "markersize": 3.5,
+                "linewidth": 2.0 if name in OURS else 1.2,
+            }
             time.plot(tokens, [row["ms"] for row in found], label=name, **style)
-            time.fill_between(tokens, *zip(*(row["quartiles"] for row in found), strict=True), color=colour(name), alpha=0.15, linewidth=0)
+            time.fill_between(
+                tokens,
+                *zip(*(row["quartiles"] for row in found), strict=True),
+                color=colour(name),
+                alpha=0.15,
+                linewidth=0,
+            )
             share.plot(tokens, [100 * row["share_of_peak"] for row in found], **style)
         one = next(iter(contenders.values()))
         time.set(xscale="log", yscale="log")
@@ -197,7 +281,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         share.set_ylim(bottom=0)
         time.set_ylabel("ms, forward + backward", color=MUTED)
         share.set_ylabel(f"share of the peak in {one[0]['unit']}, %", color=MUTED)
-        label = " ".join(word for word in one[0]["case"].split() if not word.startswith(SIZE.strip()))
+        label = " ".join(
+            word for word in one[0]["case"].split() if not word.startswith(SIZE.strip())
+        )
         time.set_title(label, loc="left", color=INK, fontsize=10, fontweight="bold")
         for ax in (time, share):
             ax.set_xticks([row["tokens"] for row in one], [f"{row['tokens']:,}" for row in one])

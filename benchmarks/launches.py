@@ -43,7 +43,11 @@ from fastbert_kernels.specs import SPECS
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 PROCESSES = 2
 WIDEST_BY_DEFAULT = 1024
-HALF_A_TILE, ONE_TILE, MANY_TILES = [40, 60], [40, 128], [200, 30]  # lengths of sequences, for attention
+HALF_A_TILE, ONE_TILE, MANY_TILES = (
+    [40, 60],
+    [40, 128],
+    [200, 30],
+)  # lengths of sequences, for attention
 
 
 class Call(NamedTuple):
@@ -78,11 +82,28 @@ def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
     dtypes = DTYPES if everything else DTYPES[:2]
     if operation == "attention":
         head_sizes, usual = range(16, 129, 16), (16, 48, 64, 128)
-        fitting = [(K, dtype) for K in head_sizes for dtype in dtypes if everything or dtype.itemsize == 2 or K in usual]
-        return [({"lengths": lengths, "H": 2, "K": K}, dtype) for K, dtype in fitting for lengths in (ONE_TILE, MANY_TILES)]
+        fitting = [
+            (K, dtype)
+            for K in head_sizes
+            for dtype in dtypes
+            if everything or dtype.itemsize == 2 or K in usual
+        ]
+        return [
+            ({"lengths": lengths, "H": 2, "K": K}, dtype)
+            for K, dtype in fitting
+            for lengths in (ONE_TILE, MANY_TILES)
+        ]
     table = json.loads(TABLE.read_text(encoding="utf-8"))
-    rows = {row["size"] for kernels in table.values() for kernel, found in kernels.items() if kernel.startswith(operation) for row in found}
-    wanted = sorted({1000, *rows} if everything else {1000, *(row for row in rows if row <= WIDEST_BY_DEFAULT)})
+    rows = {
+        row["size"]
+        for kernels in table.values()
+        for kernel, found in kernels.items()
+        if kernel.startswith(operation)
+        for row in found
+    }
+    wanted = sorted(
+        {1000, *rows} if everything else {1000, *(row for row in rows if row <= WIDEST_BY_DEFAULT)}
+    )
     of_size = {
         "mlm_loss": lambda D: {"T": 10, "M": 5, "D": D, "V": 300},
         "norm": lambda D: {"T": 5, "D": D},
@@ -95,7 +116,11 @@ def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
 def smallest(operation: str) -> list[Shape]:
     """Where all choices of tensors are tried: attention in one tile and beyond, for some queries and for all; all tokens masked, and some."""
     if operation == "attention":
-        return [{"lengths": lengths, "H": 2, "K": 64, "R": R} for lengths in (HALF_A_TILE, MANY_TILES) for R in (0, 9)]
+        return [
+            {"lengths": lengths, "H": 2, "K": 64, "R": R}
+            for lengths in (HALF_A_TILE, MANY_TILES)
+            for R in (0, 9)
+        ]
     if operation == "mlm_loss":
         return [{"T": 10, "M": M, "D": 64, "V": 300} for M in (5, 10)]
     return [next(shape for shape in SPECS[operation].shapes if shape["T"] > 1)]
@@ -103,7 +128,9 @@ def smallest(operation: str) -> list[Shape]:
 
 def optional_tensors(function: Callable) -> list[str]:
     return [
-        name for name, parameter in inspect.signature(function, eval_str=True).parameters.items() if parameter.annotation == Tensor | None
+        name
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
+        if parameter.annotation == Tensor | None
     ]
 
 
@@ -129,9 +156,16 @@ def operation_call(
 
     def run() -> None:
         case = Case(operation, label, shape, p)
-        given = {name: None if name in omitted else value for name, value in arguments(case, dtype, torch.device("cpu")).items()}
+        given = {
+            name: None if name in omitted else value
+            for name, value in arguments(case, dtype, torch.device("cpu")).items()
+        }
         called = function or SPECS[operation].function
-        given = {name: value for name, value in given.items() if name in inspect.signature(called).parameters}
+        given = {
+            name: value
+            for name, value in given.items()
+            if name in inspect.signature(called).parameters
+        }
         if omitted:
             try:
                 called(**given, impl="reference")
@@ -141,7 +175,11 @@ def operation_call(
         try:
             result = called(**given, impl="triton")
             first = result[0] if isinstance(result, tuple) else result
-            wanted = [x for x in leaves(case, {**dict.fromkeys(SPECS[operation].differentiable), **given}) if x is not None]
+            wanted = [
+                x
+                for x in leaves(case, {**dict.fromkeys(SPECS[operation].differentiable), **given})
+                if x is not None
+            ]
             torch.autograd.grad(first, wanted, torch.ones_like(first), allow_unused=True)
         finally:
             torch.set_float32_matmul_precision("highest")
@@ -154,9 +192,13 @@ def operation_call(
 
 def model_calls() -> Iterator[Call]:
     """Training and evaluation steps, and what `embed` and `fill` compute, in each precision that a GPU trains in."""
-    for lengths, precision, dropout in itertools.product((ONE_TILE, MANY_TILES), ("bf16", "fp32", "autocast"), (0.1, 0.0)):
+    for lengths, precision, dropout in itertools.product(
+        (ONE_TILE, MANY_TILES), ("bf16", "fp32", "autocast"), (0.1, 0.0)
+    ):
         label = f"step lengths={lengths} {precision} dropout={dropout:g}"
-        yield Call("model", precision, label, lambda args=(lengths, precision, dropout): model_step(*args))
+        yield Call(
+            "model", precision, label, lambda args=(lengths, precision, dropout): model_step(*args)
+        )
 
 
 def model_step(lengths: list[int], precision: str, dropout: float) -> None:
@@ -177,9 +219,14 @@ def model_step(lengths: list[int], precision: str, dropout: float) -> None:
     model = BertForPreTraining(config, vocab_size=300, kernels="triton", device="cuda")
     if precision == "bf16":
         model.bfloat16()
-    first, second = [[7] * (length // 2) for length in lengths], [[8] * (length - length // 2 - 3) for length in lengths]
+    first, second = (
+        [[7] * (length // 2) for length in lengths],
+        [[8] * (length - length // 2 - 3) for length in lengths],
+    )
     batch = pack_texts(first, second, SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4))
-    batch = dataclasses.replace(batch, masked_positions=torch.tensor([3, 50]), labels=torch.tensor([7, 8]), masked_total=2)
+    batch = dataclasses.replace(
+        batch, masked_positions=torch.tensor([3, 50]), labels=torch.tensor([7, 8]), masked_total=2
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         losses(model(batch)).loss.backward()
         model.eval()
@@ -257,7 +304,11 @@ def check(architecture: str, parts: list[str], everything: bool) -> tuple[Found,
             groups[call.part, call.size].append(call)
     _groups[:] = groups.values()
     with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
-        found = list(pool.imap_unordered(_compile_group, [(architecture, number) for number in range(len(_groups))]))
+        found = list(
+            pool.imap_unordered(
+                _compile_group, [(architecture, number) for number in range(len(_groups))]
+            )
+        )
     failures: dict[str, list[str]] = defaultdict(list)
     reached: dict[str, dict[str, set]] = {}
     for one in found:
@@ -266,9 +317,14 @@ def check(architecture: str, parts: list[str], everything: bool) -> tuple[Found,
         for kernel, values in one.reached.items():
             for name, seen in values.items():
                 reached.setdefault(kernel, {}).setdefault(name, set()).update(seen)
-    lines = [f"{architecture} {error}: {len(labels)} calls, such as {labels[0]}" for error, labels in failures.items()]
+    lines = [
+        f"{architecture} {error}: {len(labels)} calls, such as {labels[0]}"
+        for error, labels in failures.items()
+    ]
     lines += [f"{architecture} {line}" for line in unreached(reached, parts)]
-    return Found(sum(one.calls for one in found), sum(one.loaded for one in found), dict(failures), reached), lines
+    return Found(
+        sum(one.calls for one in found), sum(one.loaded for one in found), dict(failures), reached
+    ), lines
 
 
 _groups: list[list[Call]] = []  # for the forked processes: calls cannot be sent
@@ -281,11 +337,23 @@ def _compile_group(job: tuple[str, int]) -> Found:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     architectures = [f"sm_{capability}" for capability in SHARED_MEMORY]
     parser.add_argument("--architecture", nargs="+", choices=architectures, default=architectures)
-    parser.add_argument("--only", nargs="+", choices=[*SPECS, "model"], default=[*SPECS, "model"], help="these parts alone")
-    parser.add_argument("--everything", action="store_true", help="all combinations and the widest rows; takes minutes")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*SPECS, "model"],
+        default=[*SPECS, "model"],
+        help="these parts alone",
+    )
+    parser.add_argument(
+        "--everything",
+        action="store_true",
+        help="all combinations and the widest rows; takes minutes",
+    )
     options = parser.parse_args()
     wrong = []
     for architecture in options.architecture:
@@ -294,7 +362,10 @@ def main() -> int:
         wrong += lines
         bad = sum(map(len, found.failures.values()))
         seconds = time.monotonic() - start
-        print(f"{architecture}: {found.calls} calls, {bad} fail; {found.loaded} kernels compiled and loaded in {seconds:.0f} s", flush=True)
+        print(
+            f"{architecture}: {found.calls} calls, {bad} fail; {found.loaded} kernels compiled and loaded in {seconds:.0f} s",
+            flush=True,
+        )
     for line in wrong:
         print(f"FAULT {line}", file=sys.stderr)
     print(f"kernels of {Path(fastbert_kernels.__file__).parent}")

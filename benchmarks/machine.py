@@ -39,24 +39,38 @@ PEAKS = {
 def peak_of(device: torch.device) -> Peak:
     """Of the data sheet where the GPU is known; else measured."""
     known = PEAKS.get(device_name(device))
-    return known or Peak(measure_gemm_rate(device=str(device)), measure_bandwidth(device=str(device)), "measured: products in fp32, a copy")
+    return known or Peak(
+        measure_gemm_rate(device=str(device)),
+        measure_bandwidth(device=str(device)),
+        "measured: products in fp32, a copy",
+    )
 
 
 def device_name(device: torch.device) -> str:
     """As the driver or the system calls it: "NVIDIA H200", "AMD EPYC 9B14, 2 cores, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+    return (
+        f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+    )
 
 
 def folder_name(device: torch.device) -> str:
     """Where results of such a machine are kept: "nvidia-h200", "amd-epyc-2-cores"."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {len(os.sched_getaffinity(0))} cores"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{_processor()} {len(os.sched_getaffinity(0))} cores"
+    )
     return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -64,7 +78,11 @@ def _processor() -> str:
 def header(device: torch.device) -> dict[str, str]:
     """Device, driver, versions and commit, in the order in which reports print them."""
     gpu = device.type == "cuda"
-    driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None
+    driver = (
+        _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if gpu
+        else None
+    )
     changed = _said_by("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "device": device_name(device),
@@ -73,12 +91,15 @@ def header(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "Triton": _version("triton"),
         "Python": platform.python_version(),
-        "commit": (_said_by("git", "rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else ""),
+        "commit": (_said_by("git", "rev-parse", "--short", "HEAD") or "unknown")
+        + (" with changes" if changed else ""),
     }
 
 
 def header_line(facts: dict[str, str]) -> str:
-    return ", ".join(value if name == "device" else f"{name} {value}" for name, value in facts.items())
+    return ", ".join(
+        value if name == "device" else f"{name} {value}" for name, value in facts.items()
+    )
 
 
 def _version(package: str) -> str:
@@ -90,6 +111,8 @@ def _version(package: str) -> str:
 
 def _said_by(*command: str) -> str | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=30).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=30
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -30,10 +30,17 @@ class Sizes(NamedTuple):
 
 
 def model_config(preset: str, dropout: float) -> ModelConfig:
-    return ModelConfig(preset=preset, **PRESETS[preset], hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)  # type: ignore[arg-type]
+    return ModelConfig(
+        preset=preset,
+        **PRESETS[preset],
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )  # type: ignore[arg-type]
 
 
-def made_up_batch(sizes: Sizes, seed: int, device: torch.device, lengths: Sequence[int] | None = None) -> PackedBatch:
+def made_up_batch(
+    sizes: Sizes, seed: int, device: torch.device, lengths: Sequence[int] | None = None
+) -> PackedBatch:
     """Words drawn after Zipf, 15 % of them selected, 80 % of these replaced by [MASK]; pairs with labels by chance.
 
     Sequences have the given lengths; by default mixed ones up to the longest.
@@ -68,7 +75,13 @@ def made_up_batch(sizes: Sizes, seed: int, device: torch.device, lengths: Sequen
 class Trainer:
     """A model in `dtype` with fp32 masters under AdamW and clipping at norm 1."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, PackedBatch], Tensor], dtype: torch.dtype, lr: float = 1e-3):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, PackedBatch], Tensor],
+        dtype: torch.dtype,
+        lr: float = 1e-3,
+    ):
         self.model, self.loss = model, loss
         self.masters = [p.detach().clone() for p in model.parameters()]
         self.model.to(dtype)
@@ -89,14 +102,22 @@ class Trainer:
         return loss.detach()
 
 
-def ours(config: ModelConfig, vocab_size: int, impl: str, device: torch.device, dtype: torch.dtype) -> Trainer:
+def ours(
+    config: ModelConfig, vocab_size: int, impl: str, device: torch.device, dtype: torch.dtype
+) -> Trainer:
     torch.manual_seed(0)
     # "cuda" says that "triton" may be asked for: the benchmarks' dry run compiles the kernels, and launches none, on a CPU.
-    model = BertForPreTraining(config, vocab_size, impl, "cuda" if impl == "triton" else device.type).to(device)
+    model = BertForPreTraining(
+        config, vocab_size, impl, "cuda" if impl == "triton" else device.type
+    ).to(device)
     return Trainer(model, lambda model, batch: losses(model(batch)).loss, dtype)
 
 
-def padded(config: ModelConfig, vocab_size: int, device: torch.device, dtype: torch.dtype) -> Trainer:
+def padded(
+    config: ModelConfig, vocab_size: int, device: torch.device, dtype: torch.dtype
+) -> Trainer:
     """The same model of torch's own parts; its batches are `padded_bert.pad`'s."""
     torch.manual_seed(0)
-    return Trainer(PaddedBert(config, vocab_size).to(device), lambda model, batch: model(batch), dtype)
+    return Trainer(
+        PaddedBert(config, vocab_size).to(device), lambda model, batch: model(batch), dtype
+    )

@@ -57,7 +57,9 @@ def no_launch(architecture: str) -> Iterator[Seen]:
     Raises, from within: whatever Triton raises where a kernel does not compile or does not fit the device, ValueError for a grid beyond its limits.
     """
     if _triton.INTERPRETED:
-        raise RuntimeError("no_launch: TRITON_INTERPRET is set, under which nothing is compiled; unset it")
+        raise RuntimeError(
+            "no_launch: TRITON_INTERPRET is set, under which nothing is compiled; unset it"
+        )
     seen = Seen()
     before = driver._active  # not `active`, which would look for a GPU
     driver.set_active(_Driver(int(architecture.removeprefix("sm_")), seen))  # type: ignore[arg-type]
@@ -87,7 +89,9 @@ class _Driver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # a device for each architecture: Triton keeps compiled kernels by device
+        return (
+            self.capability
+        )  # a device for each architecture: Triton keeps compiled kernels by device
 
     def get_current_stream(self, _device: int) -> int:
         return 0
@@ -112,9 +116,15 @@ class _Utilities:
 
     def get_device_properties(self, _device: int) -> dict[str, int]:
         capability = self.capability
-        return {"max_shared_mem": SHARED_MEMORY[capability], "multiprocessor_count": MULTIPROCESSORS[capability], "warpSize": 32}
+        return {
+            "max_shared_mem": SHARED_MEMORY[capability],
+            "multiprocessor_count": MULTIPROCESSORS[capability],
+            "warpSize": 32,
+        }
 
-    def load_binary(self, name: str, _binary: bytes, _shared: int, _device: int) -> tuple[int, int, int, int, int]:
+    def load_binary(
+        self, name: str, _binary: bytes, _shared: int, _device: int
+    ) -> tuple[int, int, int, int, int]:
         _active().seen.loaded.append(name)
         return 1, 1, 0, 0, MOST_THREADS  # module, function, registers, spills, threads
 
@@ -129,5 +139,7 @@ class _Launcher:
     def __call__(self, x: int, y: int, z: int, *_arguments: Any) -> None:
         for axis, programs, limit in zip("xyz", (x, y, z), GRID_LIMITS, strict=True):
             if not 0 < programs <= limit:
-                raise ValueError(f"{self.name}: a grid of {x} x {y} x {z} programs; along {axis} there must be 1 to {limit}")
+                raise ValueError(
+                    f"{self.name}: a grid of {x} x {y} x {z} programs; along {axis} there must be 1 to {limit}"
+                )
         _active().seen.launches.append(Launch(self.name, (x, y, z), self.threads))

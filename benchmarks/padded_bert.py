@@ -35,23 +35,35 @@ def pad(batch: PackedBatch) -> PaddedBatch:
     places = mask.flatten().nonzero()[:, 0]  # of the packed tokens
     positions = places[batch.masked_positions]
     ids, types = rows(batch.input_ids), rows(batch.token_type_ids)
-    return PaddedBatch(ids, types, mask[:, None, None, :], positions, batch.labels, batch.next_sentence_labels)
+    return PaddedBatch(
+        ids, types, mask[:, None, None, :], positions, batch.labels, batch.next_sentence_labels
+    )
 
 
 class PaddedLayer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         size = config.hidden_size
-        self.heads, self.attention_dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.heads, self.attention_dropout = (
+            config.num_attention_heads,
+            config.attention_probs_dropout_prob,
+        )
         self.qkv, self.context = nn.Linear(size, 3 * size), nn.Linear(size, size)
-        self.inner, self.outer = nn.Linear(size, config.intermediate_size), nn.Linear(config.intermediate_size, size)
+        self.inner, self.outer = (
+            nn.Linear(size, config.intermediate_size),
+            nn.Linear(config.intermediate_size, size),
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(size, config.layer_norm_eps) for _ in range(2))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         p = self.attention_dropout if self.training else 0.0
-        context = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p).transpose(1, 2).flatten(2)
+        context = (
+            functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         x = self.norms[0](x + self.dropout(self.context(context)))
         return self.norms[1](x + self.dropout(self.outer(functional.gelu(self.inner(x)))))
 
@@ -62,9 +74,14 @@ class PaddedBert(nn.Module):
         size = config.hidden_size
         self.words, self.segments = nn.Embedding(vocab_size, size), nn.Embedding(2, size)
         self.positions = nn.Embedding(config.max_position_embeddings, size)
-        self.norm, self.dropout = nn.LayerNorm(size, config.layer_norm_eps), nn.Dropout(config.hidden_dropout_prob)
+        self.norm, self.dropout = (
+            nn.LayerNorm(size, config.layer_norm_eps),
+            nn.Dropout(config.hidden_dropout_prob),
+        )
         self.layers = nn.ModuleList(PaddedLayer(config) for _ in range(config.num_hidden_layers))
-        self.head = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.LayerNorm(size, config.layer_norm_eps))
+        self.head = nn.Sequential(
+            nn.Linear(size, size), nn.GELU(), nn.LayerNorm(size, config.layer_norm_eps)
+        )
         self.vocabulary_bias = nn.Parameter(torch.zeros(vocab_size))
         self.next_sentence = nn.Sequential(nn.Linear(size, size), nn.Tanh(), nn.Linear(size, 2))
         for table in (self.words, self.positions, self.segments):
@@ -73,7 +90,11 @@ class PaddedBert(nn.Module):
     def forward(self, batch: PaddedBatch) -> Tensor:
         """MLM + NSP loss, scalar fp32."""
         positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
-        x = self.words(batch.input_ids) + self.positions(positions) + self.segments(batch.token_type_ids)
+        x = (
+            self.words(batch.input_ids)
+            + self.positions(positions)
+            + self.segments(batch.token_type_ids)
+        )
         x = self.dropout(self.norm(x))
         for layer in self.layers:
             x = layer(x, batch.attention_mask)
@@ -81,4 +102,6 @@ class PaddedBert(nn.Module):
         logits = functional.linear(masked, self.words.weight, self.vocabulary_bias)
         pairs = self.next_sentence(x[:, 0])
         cross_entropy = functional.cross_entropy
-        return cross_entropy(logits.float(), batch.labels) + cross_entropy(pairs.float(), batch.next_sentence_labels)
+        return cross_entropy(logits.float(), batch.labels) + cross_entropy(
+            pairs.float(), batch.next_sentence_labels
+        )

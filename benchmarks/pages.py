@@ -22,5 +22,12 @@ def filled(page: str, parts: Mapping[str, str]) -> str:
     there = places(page)
     for name in parts:
         if (times := there.count(name)) != 1:
-            raise SystemExit(f"<!-- {name} --> ... <!-- end of {name} --> is there {times} times, must be once")
-    return PLACE.sub(lambda match: f"{match[1]}{parts[match['name']]}\n{match[3]}" if match["name"] in parts else match[0], page)
+            raise SystemExit(
+                f"<!-- {name} --> ... <!-- end of {name} --> is there {times} times, must be once"
+            )
+    return PLACE.sub(
+        lambda match: (
+            f"{match[1]}{parts[match['name']]}\n{match[3]}" if match["name"] in parts else match[0]
+        ),
+        page,
+    )

@@ -17,10 +17,18 @@ from benchmarks.cases import Case, leaves
 from benchmarks.rivals import EPS, Rival
 
 # What each operation is compared with.
-NAMES = {"attention": ("FlashAttention",), "mlm_loss": ("Liger", "CCE"), "norm": ("Liger",), "gelu": (), "embedding": ()}
+NAMES = {
+    "attention": ("FlashAttention",),
+    "mlm_loss": ("Liger", "CCE"),
+    "norm": ("Liger",),
+    "gelu": (),
+    "embedding": (),
+}
 
 
-def peers(case: Case, arguments: dict[str, Any], interpreted: bool = False) -> dict[str, Rival | str]:
+def peers(
+    case: Case, arguments: dict[str, Any], interpreted: bool = False
+) -> dict[str, Rival | str]:
     """Those of a case by name; a string says why one is missing.
 
     Args:
@@ -45,12 +53,16 @@ def _liger(case: Case, arguments: dict[str, Any]) -> Rival | str:
     return functools.partial(forward, **arguments), leaves(case, arguments)
 
 
-def _norm_by(layer_norm: Callable[..., Tensor], *, x, bias, residual, weight, shift, dropout_p, **_) -> Tensor:
+def _norm_by(
+    layer_norm: Callable[..., Tensor], *, x, bias, residual, weight, shift, dropout_p, **_
+) -> Tensor:
     x = functional.dropout(x if bias is None else x + bias, dropout_p)
     return layer_norm(x if residual is None else residual + x, weight, shift, EPS)
 
 
-def _liger_loss(loss: Callable[..., Any], *, hidden, weight, bias, positions, labels, total) -> Tensor:
+def _liger_loss(
+    loss: Callable[..., Any], *, hidden, weight, bias, positions, labels, total
+) -> Tensor:
     return loss(hidden[positions], weight, labels, bias, reduction="sum") / total
 
 
@@ -63,7 +75,10 @@ def _cut_cross_entropy(case: Case, arguments: dict[str, Any]) -> Rival | str:
         return "not for fp32"
 
     def forward(*, hidden, weight, bias, positions, labels, total) -> Tensor:
-        return linear_cross_entropy(hidden[positions], weight, labels, reduction="sum", impl="cce") / total
+        return (
+            linear_cross_entropy(hidden[positions], weight, labels, reduction="sum", impl="cce")
+            / total
+        )
 
     # Its released version has no bias: the comparison is a little kinder to it.
     return functools.partial(forward, **arguments), [arguments["hidden"], arguments["weight"]]
@@ -76,7 +91,9 @@ def _flash_attention(case: Case, arguments: dict[str, Any]) -> Rival | str:
         return "not installed"
     bounds, longest = arguments["cu_seqlens"], max(case.shape["lengths"])
     packed = [arguments[name] for name in "qkv"]
-    forward = functools.partial(flash_attn_varlen_func, *packed, bounds, bounds, longest, longest, dropout_p=case.dropout_p)
+    forward = functools.partial(
+        flash_attn_varlen_func, *packed, bounds, bounds, longest, longest, dropout_p=case.dropout_p
+    )
     return forward, packed
 
 

@@ -32,7 +32,9 @@ def figure_of(rows: int, columns: int) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8 * columns, 3.2 * rows), dpi=130, facecolor="white", layout="constrained")
+    figure = Figure(
+        figsize=(4.8 * columns, 3.2 * rows), dpi=130, facecolor="white", layout="constrained"
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:

@@ -14,7 +14,12 @@ from pathlib import Path
 
 import pytest
 
-BROKEN = ("illegal memory access", "unspecified launch failure", "device-side assert", "misaligned address")  # CUDA's words
+BROKEN = (
+    "illegal memory access",
+    "unspecified launch failure",
+    "device-side assert",
+    "misaligned address",
+)  # CUDA's words
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +41,9 @@ class Results:
         self.session = session
 
     @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
         done = read(self.path)
         mine = [item for item in items[self.index :: self.count] if item.nodeid not in done]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
@@ -48,7 +55,12 @@ class Results:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             text = "" if report.passed else report.longreprtext.strip()
-            self.write(test=report.nodeid, outcome=report.outcome, seconds=report.duration, message=text[-2000:])
+            self.write(
+                test=report.nodeid,
+                outcome=report.outcome,
+                seconds=report.duration,
+                message=text[-2000:],
+            )
             if report.failed and self.session and any(words in text for words in BROKEN):
                 self.session.shouldstop = "the GPU is of no more use to this process"
 
@@ -60,5 +72,7 @@ class Results:
 def read(path: Path) -> dict[str, dict]:
     """The last result of each test."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the process may have been killed in the middle of one
+    whole = [
+        json.loads(line) for line in lines if line.endswith("\n")
+    ]  # the process may have been killed in the middle of one
     return {result["test"]: result for result in whole}

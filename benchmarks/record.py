@@ -30,9 +30,13 @@ class Record:
     def write(self, folder: Path, name: str, text: str) -> None:
         """Write NAME.json, and NAME.md: a title, the header, and `text`, which begins below them."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / f"{name}.json").write_text(
+            json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8"
+        )
         title, _, rest = text.partition("\n")
-        (folder / f"{name}.md").write_text(f"# {title}\n\n{header_line(dict(self.header))}\n{rest.rstrip()}\n", encoding="utf-8")
+        (folder / f"{name}.md").write_text(
+            f"# {title}\n\n{header_line(dict(self.header))}\n{rest.rstrip()}\n", encoding="utf-8"
+        )
 
 
 def read_record(path: Path) -> Record:

@@ -33,10 +33,14 @@ def rivals(case: Case, arguments: dict[str, Any]) -> dict[str, Rival | str]:
     if case.operation == "attention":
         return _attention(case, arguments)
     gradients = leaves(case, arguments)
-    found: dict[str, Rival | str] = {"eager": (functools.partial(_EAGER[case.operation], **arguments), gradients)}
+    found: dict[str, Rival | str] = {
+        "eager": (functools.partial(_EAGER[case.operation], **arguments), gradients)
+    }
     if case.operation == "mlm_loss":
         fused = (functools.partial(linear_cross_entropy, **arguments), gradients)
-        found["linear_cross_entropy"] = fused if hasattr(functional, "linear_cross_entropy") else "not in this torch"
+        found["linear_cross_entropy"] = (
+            fused if hasattr(functional, "linear_cross_entropy") else "not in this torch"
+        )
     return found
 
 
@@ -46,26 +50,46 @@ def eager_mlm_loss(*, hidden, weight, bias, positions, labels, total):
 
 
 def linear_cross_entropy(*, hidden, weight, bias, positions, labels, total):
-    options = torch.nn.LinearCrossEntropyOptions()  # in chunks; without options it is what eager does
+    options = (
+        torch.nn.LinearCrossEntropyOptions()
+    )  # in chunks; without options it is what eager does
     rows = hidden[positions]
-    return functional.linear_cross_entropy(rows, weight, labels, linear_bias=bias, reduction="sum", options=options) / total
+    return (
+        functional.linear_cross_entropy(
+            rows, weight, labels, linear_bias=bias, reduction="sum", options=options
+        )
+        / total
+    )
 
 
 def eager_norm(*, x, bias, residual, weight, shift, dropout_p, **_):
     x = functional.dropout(x if bias is None else x + bias, dropout_p)
-    return functional.layer_norm(x if residual is None else residual + x, weight.shape, weight, shift, EPS)
+    return functional.layer_norm(
+        x if residual is None else residual + x, weight.shape, weight, shift, EPS
+    )
 
 
 def eager_gelu(*, x, bias):
     return functional.gelu(x + bias)
 
 
-def eager_embedding(*, ids, positions, segments, words, position_table, segment_table, weight, shift, dropout_p, **_):
-    z = functional.embedding(ids, words) + functional.embedding(positions, position_table) + functional.embedding(segments, segment_table)
+def eager_embedding(
+    *, ids, positions, segments, words, position_table, segment_table, weight, shift, dropout_p, **_
+):
+    z = (
+        functional.embedding(ids, words)
+        + functional.embedding(positions, position_table)
+        + functional.embedding(segments, segment_table)
+    )
     return functional.dropout(functional.layer_norm(z, weight.shape, weight, shift, EPS), dropout_p)
 
 
-_EAGER = {"mlm_loss": eager_mlm_loss, "norm": eager_norm, "gelu": eager_gelu, "embedding": eager_embedding}
+_EAGER = {
+    "mlm_loss": eager_mlm_loss,
+    "norm": eager_norm,
+    "gelu": eager_gelu,
+    "embedding": eager_embedding,
+}
 
 
 def eager_attention(q, k, v, mask, dropout_p):
@@ -84,7 +108,9 @@ def _attention(case: Case, arguments: dict[str, Any]) -> dict[str, Rival | str]:
     if len(set(lengths)) > 1:
         columns = torch.arange(max(lengths), device=padded[0].device)
         mask = (columns < torch.tensor(lengths, device=columns.device)[:, None])[:, None, None, :]
-    sdpa = functools.partial(functional.scaled_dot_product_attention, *padded, attn_mask=mask, dropout_p=case.dropout_p)
+    sdpa = functools.partial(
+        functional.scaled_dot_product_attention, *padded, attn_mask=mask, dropout_p=case.dropout_p
+    )
     return {
         "eager": (functools.partial(eager_attention, *padded, mask, case.dropout_p), padded),
         "SDPA": (sdpa, padded),

@@ -57,7 +57,16 @@ class Outcome(NamedTuple):
 
 
 def suite(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"benchmarks/{name}.py", *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"benchmarks/{name}.py",
+        *arguments,
+    ]
 
 
 def all_parts(out: Path, dataset: Path) -> list[Part]:
@@ -66,7 +75,11 @@ def all_parts(out: Path, dataset: Path) -> list[Part]:
         Part("step", 250, module("bench_step", str(dataset), *folder, *seconds)),
         Part("parts", 90, module("bench_parts", str(dataset), *folder, *seconds)),
         Part("kernels", 160, suite("bench_kernels", *folder, *seconds)),
-        Part("data", 230, module("bench_data", str(dataset.with_suffix(".jsonl")), str(dataset), *folder)),
+        Part(
+            "data",
+            230,
+            module("bench_data", str(dataset.with_suffix(".jsonl")), str(dataset), *folder),
+        ),
         Part("startup", 115, module("bench_startup", str(dataset), *folder)),
         Part("plan", 25, module("bench_plan", *folder, "--quick")),
         Part("launch", 30, module("bench_launch", *folder, *seconds)),
@@ -79,7 +92,11 @@ def all_parts(out: Path, dataset: Path) -> list[Part]:
 def dry_parts(out: Path) -> list[Part]:
     tiny = ["--device", "cpu", "--tokens", "64", "--compile", "none", "-k", "gelu"]
     return [
-        Part("kernels", 20, suite("bench_kernels", "--out", str(out), "--seconds", "{seconds}", *tiny)),
+        Part(
+            "kernels",
+            20,
+            suite("bench_kernels", "--out", str(out), "--seconds", "{seconds}", *tiny),
+        ),
         Part("compilers", 10, module("ahead_of_time", "--on-record")),
     ]
 
@@ -96,13 +113,22 @@ def run(part: Part, out: Path, limit: float) -> Outcome:
     command = [word.replace("{seconds}", seconds) for word in part.command]
     print(f"\n==> {part.name} ({limit:.0f} s at the most)", flush=True)
     code = children.run(command, out / f"{part.name}.log", children.environment(), limit)
-    verdict = f"stopped after {limit:.0f} s" if code is None else f"failed (exit code {code})" if code else "passed"
+    verdict = (
+        f"stopped after {limit:.0f} s"
+        if code is None
+        else f"failed (exit code {code})"
+        if code
+        else "passed"
+    )
     return Outcome(part, verdict, time.monotonic() - start)
 
 
 def report(out: Path, outcomes: list[Outcome], waiting: list[Part]) -> str:
     lines = ["# Benchmarks", "", "| part | outcome | seconds |", "|---|---|---|"]
-    lines += [f"| {o.part.name} | {o.verdict if o.verdict == 'passed' else f'**{o.verdict}**'} | {o.seconds:.0f} |" for o in outcomes]
+    lines += [
+        f"| {o.part.name} | {o.verdict if o.verdict == 'passed' else f'**{o.verdict}**'} | {o.seconds:.0f} |"
+        for o in outcomes
+    ]
     lines += [f"| {part.name} | not yet run | |" for part in waiting]
     for outcome in outcomes:
         part, log = outcome.part, out / f"{outcome.part.name}.log"
@@ -110,7 +136,14 @@ def report(out: Path, outcomes: list[Outcome], waiting: list[Part]) -> str:
         if written.exists():
             lines += ["", written.read_text(encoding="utf-8").replace("# ", "## ", 1)]
         else:
-            lines += ["", f"## {part.name}", "", "```", *log.read_text(encoding="utf-8").splitlines()[-SHOWN_LINES:], "```"]
+            lines += [
+                "",
+                f"## {part.name}",
+                "",
+                "```",
+                *log.read_text(encoding="utf-8").splitlines()[-SHOWN_LINES:],
+                "```",
+            ]
     return "\n".join([*lines, ""])
 
 
@@ -119,7 +152,10 @@ def record(out: Path) -> Path:
     target = ROOT / "benchmarks/results" / folder_name(torch.device("cpu"))
     target.mkdir(parents=True, exist_ok=True)
     for path in out.iterdir():
-        if path.suffix in (".json", ".md", ".png") and path.name not in ("report.md", "pytest-benchmark.json"):
+        if path.suffix in (".json", ".md", ".png") and path.name not in (
+            "report.md",
+            "pytest-benchmark.json",
+        ):
             shutil.copy(path, target / path.name)
     for name in ("traffic", "compilers"):
         if (out / f"{name}.log").exists():
@@ -128,20 +164,35 @@ def record(out: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the report; new or empty")
-    parser.add_argument("--dataset", type=Path, default=Path("data/wiki"), help="made by `fastbert prepare` (data/wiki)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the report; new or empty"
+    )
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        default=Path("data/wiki"),
+        help="made by `fastbert prepare` (data/wiki)",
+    )
     parser.add_argument("--seconds", type=float, default=900, help="when it must have ended (900)")
-    parser.add_argument("--record", action="store_true", help="copy the results to benchmarks/results/")
+    parser.add_argument(
+        "--record", action="store_true", help="copy the results to benchmarks/results/"
+    )
     parser.add_argument("--dry-run", action="store_true", help="one kernel at a tiny size")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds - RESERVE_S
     out: Path = options.out.resolve()
     if out.exists() and any(out.iterdir()):
-        print(f"run: --out {options.out} is not empty; name a new folder, so that a report is of one run")
+        print(
+            f"run: --out {options.out} is not empty; name a new folder, so that a report is of one run"
+        )
         return 2
     if not options.dry_run and not (options.dataset / "manifest.json").exists():
-        print(f"run: --dataset {options.dataset}: no such dataset; make data/wiki/manifest.json makes one")
+        print(
+            f"run: --dataset {options.dataset}: no such dataset; make data/wiki/manifest.json makes one"
+        )
         return 2
     out.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -150,7 +201,9 @@ def main() -> int:
     waiting = dry_parts(out) if options.dry_run else all_parts(out, options.dataset)
     while waiting:
         left = max(0.0, end - time.monotonic())
-        outcome = run(waiting[0], out, left * waiting[0].weight / sum(part.weight for part in waiting))
+        outcome = run(
+            waiting[0], out, left * waiting[0].weight / sum(part.weight for part in waiting)
+        )
         outcomes.append(outcome)
         print(f"==> {outcome.part.name}: {outcome.verdict}, {outcome.seconds:.0f} s", flush=True)
         waiting = waiting[1:]

@@ -56,7 +56,15 @@ CASES = (
     Case("norm", "D=768", {"T": 96, "D": 768}, 0.1),
     Case("mlm_loss", "M=128 D=128 V=4096", {"T": 160, "M": 128, "D": 128, "V": 4096}),
 )
-NO_MEMORY = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "_local_scalar_dense", "is_pinned"}
+NO_MEMORY = {
+    "detach",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "_local_scalar_dense",
+    "is_pinned",
+}
 
 
 class TorchTraffic(TorchDispatchMode):
@@ -69,7 +77,9 @@ class TorchTraffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not (self._paused or func.is_view or func.overloadpacket.__name__ in NO_MEMORY):
-            moved = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            moved = [
+                leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)
+            ]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in moved)
         return result
 
@@ -92,7 +102,11 @@ class TorchTraffic(TorchDispatchMode):
             finally:
                 self._paused = False
 
-        with mock.patch.object(GridExecutor, "__call__", quietly), mock.patch.object(mlm_loss, "_product", self.product), self:
+        with (
+            mock.patch.object(GridExecutor, "__call__", quietly),
+            mock.patch.object(mlm_loss, "_product", self.product),
+            self,
+        ):
             yield
 
 
@@ -104,7 +118,9 @@ def measure(case: Case) -> list[Row]:
             given["bias"].zero_()  # one of the peers has none
     upstream = upstream_of(call(case, given, "reference"))
     right = truth(case, given, upstream, torch.float64)
-    contenders: dict[str, Any] = {"triton": (lambda: call(case, given, "triton"), leaves(case, given))}
+    contenders: dict[str, Any] = {
+        "triton": (lambda: call(case, given, "triton"), leaves(case, given))
+    }
     contenders |= peers(case, given, interpreted=True)
     names = [name for name in SPECS[case.operation].differentiable if given[name] is not None]
     rows = []
@@ -117,27 +133,56 @@ def measure(case: Case) -> list[Row]:
         try:
             kernels, by_torch, values = count(forward, wanted, upstream)
         except Exception as failure:  # whatever a peer may raise, the others are measured
-            rows.append(row | {"note": f"does not run in the interpreter: {type(failure).__name__}: {str(failure).splitlines()[0][:120]}"})
+            rows.append(
+                row
+                | {
+                    "note": f"does not run in the interpreter: {type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
+                }
+            )
             continue
         least = SPECS[case.operation].least_bytes(case.shape, 2)
-        there = [0, *(1 + names.index(n) for n, leaf in zip(names, leaves(case, given), strict=True) if any(leaf is w for w in wanted))]
-        part = right._replace(values=[right.values[i] for i in there], allowed=[right.allowed[i] for i in there])
+        there = [
+            0,
+            *(
+                1 + names.index(n)
+                for n, leaf in zip(names, leaves(case, given), strict=True)
+                if any(leaf is w for w in wanted)
+            ),
+        ]
+        part = right._replace(
+            values=[right.values[i] for i in there], allowed=[right.allowed[i] for i in there]
+        )
         rows.append(
             row
-            | {"kernel_bytes": kernels, "torch_bytes": by_torch, "least_bytes": least, "ratio": (kernels + by_torch) / least}
-            | ({"error_over_allowed": part.share(values)} if case.dropout_p == 0 or name == "triton" else {})
+            | {
+                "kernel_bytes": kernels,
+                "torch_bytes": by_torch,
+                "least_bytes": least,
+                "ratio": (kernels + by_torch) / least,
+            }
+            | (
+                {"error_over_allowed": part.share(values)}
+                if case.dropout_p == 0 or name == "triton"
+                else {}
+            )
         )
     return rows
 
 
-def count(forward: Callable[[], Tensor], wanted: list[Tensor], upstream: Tensor) -> tuple[int, int, list[Tensor]]:
+def count(
+    forward: Callable[[], Tensor], wanted: list[Tensor], upstream: Tensor
+) -> tuple[int, int, list[Tensor]]:
     """Bytes of kernels and of torch's operators in both passes, and the result with its gradients."""
     by_torch = TorchTraffic()
     # Locks between programs look like races to the sanitizer; nothing runs at the same time here.
     with sanitize(raise_on_fault=False) as report, by_torch.outside_of_kernels():
         result = forward()
         gradients = torch.autograd.grad(result, wanted, upstream.to(result.dtype))
-    return sum(launch.loaded + launch.stored for launch in report.launches), by_torch.bytes, [result.detach(), *gradients]
+    return (
+        sum(launch.loaded + launch.stored for launch in report.launches),
+        by_torch.bytes,
+        [result.detach(), *gradients],
+    )
 
 
 def page(rows: list[Row]) -> str:
@@ -149,13 +194,25 @@ def page(rows: list[Row]) -> str:
         figures = [f"{row[key]:,}" for key in ("kernel_bytes", "torch_bytes", "least_bytes")]
         error = f"{row['error_over_allowed']:.2f}" if "error_over_allowed" in row else "other masks"
         body.append([row["case"], row["implementation"], *figures, f"{row['ratio']:.2f}", error])
-    columns = ("case", "implementation", "bytes of kernels", "bytes of torch", "least", "moved over least", "error of allowed")
+    columns = (
+        "case",
+        "implementation",
+        "bytes of kernels",
+        "bytes of torch",
+        "least",
+        "moved over least",
+        "error of allowed",
+    )
     return "Kernels side by side, without a GPU\n\n" + table(columns, body)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for side_by_side.json and side_by_side.md")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for side_by_side.json and side_by_side.md"
+    )
     options = parser.parse_args()
     rows = [row for case in CASES for row in measure(case)]
     text = page(rows)
@@ -164,7 +221,9 @@ def main() -> None:
     for row in rows:
         ours = next(r for r in rows if (r["case"], r["implementation"]) == (row["case"], "triton"))
         if "ratio" in row and row is not ours:
-            ratios[f"{row['case']}, bytes of {row['implementation']} over ours"] = row["ratio"] / ours["ratio"]
+            ratios[f"{row['case']}, bytes of {row['implementation']} over ours"] = (
+                row["ratio"] / ours["ratio"]
+            )
     Record(header(CPU), rows, ratios).write(options.out, "side_by_side", text)
 
 

@@ -27,18 +27,39 @@ from fastbert.training.metrics import read_metrics
 def measured(recipe: Path, folder: Path, settings: str, seconds: float) -> Row:
     name = hashlib.sha256(f"{recipe.read_text()} {settings} {seconds}".encode()).hexdigest()[:12]
     row = once(folder / f"{name}.json", lambda: trained(recipe, folder / name, settings, seconds))
-    print(f"{row['loss_mlm']:.3f}  on [MASK] {row['loss_mask_token']:.3f}  {row['tokens'] / 1e6:5.1f} M tokens  {settings}", flush=True)
+    print(
+        f"{row['loss_mlm']:.3f}  on [MASK] {row['loss_mask_token']:.3f}  {row['tokens'] / 1e6:5.1f} M tokens  {settings}",
+        flush=True,
+    )
     return row
 
 
 def trained(recipe: Path, run: Path, settings: str, seconds: float) -> Row:
     """Train for so long with one thread, and evaluate; losses in nats. Nothing stays at `run`."""
     shutil.rmtree(run, ignore_errors=True)
-    given = {"run": run, "stop.seconds": seconds, "evaluate.every": 10**9, "checkpoint.every": 10**9}
-    run_module("fastbert", ["pretrain", recipe, *(f"{key}={value}" for key, value in given.items()), *settings.split()], settings)
+    given = {
+        "run": run,
+        "stop.seconds": seconds,
+        "evaluate.every": 10**9,
+        "checkpoint.every": 10**9,
+    }
+    run_module(
+        "fastbert",
+        [
+            "pretrain",
+            recipe,
+            *(f"{key}={value}" for key, value in given.items()),
+            *settings.split(),
+        ],
+        settings,
+    )
     pretrained = load(run, "cpu")
     assert pretrained.recipe is not None
-    last = [record for record in read_metrics(run / "metrics.jsonl") if record.get("event") == "evaluate"][-1]
+    last = [
+        record
+        for record in read_metrics(run / "metrics.jsonl")
+        if record.get("event") == "evaluate"
+    ][-1]
     shutil.rmtree(run)
     return {
         "settings": settings,
@@ -46,7 +67,10 @@ def trained(recipe: Path, run: Path, settings: str, seconds: float) -> Row:
         "steps": last["step"],
         "tokens": last["training_tokens"],
         "tokens_per_word": tokens_per_word(open_dataset(pretrained.recipe.data)),
-        **{key: last[key] for key in ("loss_mlm", "loss_mask_token", "accuracy_mlm", "accuracy_nsp")},
+        **{
+            key: last[key]
+            for key in ("loss_mlm", "loss_mask_token", "accuracy_mlm", "accuracy_nsp")
+        },
     }
 
 
@@ -72,21 +96,46 @@ def sweep_table(rows: list[Row]) -> str:
         ]
         for row in sorted(rows, key=lambda row: row["loss_mlm"] * row["tokens_per_word"])
     ]
-    return table(["settings", "parameters", "tokens seen", "nats a word", "held-out loss", "on [MASK]", "accuracy", "NSP"], cells)
+    return table(
+        [
+            "settings",
+            "parameters",
+            "tokens seen",
+            "nats a word",
+            "held-out loss",
+            "on [MASK]",
+            "accuracy",
+            "NSP",
+        ],
+        cells,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=480.0, help="of training, each run (480)")
-    parser.add_argument("--try", dest="tries", action="append", required=True, metavar="KEY=VALUE ...", help="may be repeated")
+    parser.add_argument(
+        "--try",
+        dest="tries",
+        action="append",
+        required=True,
+        metavar="KEY=VALUE ...",
+        help="may be repeated",
+    )
     given = parser.parse_args()
     if not given.recipe.is_file():
         parser.error(f"{given.recipe}: no such recipe")
     folder = (given.out / "sweep-runs").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(one_on_each(lambda settings: measured(given.recipe, folder, settings, given.seconds), given.tries))
+    rows = list(
+        one_on_each(
+            lambda settings: measured(given.recipe, folder, settings, given.seconds), given.tries
+        )
+    )
     text = f"A sweep: {given.seconds:g} seconds of training, one thread each\n\n{sweep_table(rows)}"
     Record(header(torch.device("cpu")), rows).write(given.out, "sweep", text)
     print(text)

@@ -14,7 +14,9 @@ from torch import Tensor
 WARM_UP = 2  # passes that are not counted: compilation, and the allocator's first blocks
 ROUNDS = (5, 100)  # at the least and at the most
 FLUSH_BYTES = 256 * 1024**2  # several times the L2 of any GPU so far
-SLEEP_CYCLES = 4_000_000  # about two milliseconds, in which the processor queues what is to be timed
+SLEEP_CYCLES = (
+    4_000_000  # about two milliseconds, in which the processor queues what is to be timed
+)
 
 
 class Contender(NamedTuple):
@@ -24,7 +26,9 @@ class Contender(NamedTuple):
     backward: Callable[[Tensor], object]
 
 
-def differentiated(forward: Callable[[], Tensor], leaves: Sequence[Tensor], upstream: Tensor) -> Contender:
+def differentiated(
+    forward: Callable[[], Tensor], leaves: Sequence[Tensor], upstream: Tensor
+) -> Contender:
     """By autograd, back to `leaves` from `upstream`, which is shaped as the result."""
     return Contender(forward, lambda result: torch.autograd.grad(result, leaves, upstream))
 
@@ -50,10 +54,14 @@ class Times(NamedTuple):
 
     def rounds(self, which: str) -> list[float]:
         """Milliseconds of each, of "forward", "backward" or "both"."""
-        return [f + b for f, b in zip(*self, strict=True)] if which == "both" else getattr(self, which)
+        return (
+            [f + b for f, b in zip(*self, strict=True)] if which == "both" else getattr(self, which)
+        )
 
 
-def in_turns(contenders: dict[str, Contender], device: torch.device, seconds: float) -> dict[str, Times]:
+def in_turns(
+    contenders: dict[str, Contender], device: torch.device, seconds: float
+) -> dict[str, Times]:
     """Time all of them, one after the other in every round, for about `seconds` seconds (and five rounds at the least).
 
     On a GPU: device time between two events, while the processor is ahead, after a write of 256 MB that empties the L2. On a CPU: the

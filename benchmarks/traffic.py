@@ -65,18 +65,36 @@ class Gate(NamedTuple):
 
 
 def attention(
-    label: str, lengths: list[int], p: float, dtype: torch.dtype = torch.bfloat16, limit: float | None = None, **more: int
+    label: str,
+    lengths: list[int],
+    p: float,
+    dtype: torch.dtype = torch.bfloat16,
+    limit: float | None = None,
+    **more: int,
 ) -> Gate:
-    return Gate(Case("attention", label, {"lengths": lengths, "H": 2, "K": 64, **more}, p), dtype, limit)
+    return Gate(
+        Case("attention", label, {"lengths": lengths, "H": 2, "K": 64, **more}, p), dtype, limit
+    )
 
 
 GATES = (
     Gate(Case("norm", f"D=768, {PARTLY}", {"T": ROWS, "D": 768}, 0.1), torch.bfloat16, 1.05),
     Gate(Case("gelu", f"F=3072, {PARTLY}", {"T": ROWS, "F": 3072}), torch.bfloat16, 1.05),
     Gate(
-        Case("embedding", f"D=768, {PARTLY}", {"T": ROWS, "V": VOCABULARY // PART, "P": 512 // PART, "D": 768}, 0.1), torch.bfloat16, 1.05
+        Case(
+            "embedding",
+            f"D=768, {PARTLY}",
+            {"T": ROWS, "V": VOCABULARY // PART, "P": 512 // PART, "D": 768},
+            0.1,
+        ),
+        torch.bfloat16,
+        1.05,
     ),
-    Gate(Case("mlm_loss", "M=256 D=64 V=4096", {"T": 300, "M": 256, "D": 64, "V": 4096}), torch.bfloat16, 1.10),
+    Gate(
+        Case("mlm_loss", "M=256 D=64 V=4096", {"T": 300, "M": 256, "D": 64, "V": 4096}),
+        torch.bfloat16,
+        1.10,
+    ),
     attention("one tile", [128] * 6, 0.1, limit=1.01),
     attention("one tile, cut", [90, 7, 128, 33, 1, 60], 0.1, R=50),
     attention("one tile, mixed", [40, 128, 64, 65, 17, 100, 33, 0], 0.1),
@@ -146,10 +164,18 @@ def measure(gate: Gate) -> Result:
         count = counts.setdefault(launch.kernel, Count(launch.kernel))
         count.loaded += launch.loaded
         count.stored += launch.stored
-        count.distinct += sum(t.distinct_loaded + t.distinct_stored for t in launch.tensors.values())
+        count.distinct += sum(
+            t.distinct_loaded + t.distinct_stored for t in launch.tensors.values()
+        )
         count.flops += launch.flops
     predicted = PREDICTIONS[case.operation](given) if case.operation in PREDICTIONS else {}
-    return Result(gate, list(counts.values()), predicted, spec.least_bytes(case.shape, gate.dtype.itemsize), spec.flops(case.shape))
+    return Result(
+        gate,
+        list(counts.values()),
+        predicted,
+        spec.least_bytes(case.shape, gate.dtype.itemsize),
+        spec.flops(case.shape),
+    )
 
 
 def part_of_the_device() -> ExitStack:
@@ -185,8 +211,14 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
     q, bounds, queries = given["q"], given["cu_seqlens"], given.get("queries")
     (_, heads, size), dtype = q.shape, q.dtype
     first_rows = bounds if queries is None else torch.searchsorted(queries, bounds.long())
-    rows, tokens = first_rows.diff().tolist(), bounds.diff().tolist()  # of each sequence: outputs wanted, length
-    rest_rows, rest_tokens = len(q) - int(first_rows[-1]), len(given["k"]) - int(bounds[-1])  # behind the last one
+    rows, tokens = (
+        first_rows.diff().tolist(),
+        bounds.diff().tolist(),
+    )  # of each sequence: outputs wanted, length
+    rest_rows, rest_tokens = (
+        len(q) - int(first_rows[-1]),
+        len(given["k"]) - int(bounds[-1]),
+    )  # behind the last one
     drop = int(given["dropout_p"] > 0)
     place = 8 if drop and queries is not None else 0  # the entry of a row in `queries`
     row = size * dtype.itemsize
@@ -199,7 +231,11 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         small = max(16, power_of_2(min(longest, SMALL)))
         # Every launch has a program for each sequence, which looks at its bounds, and the last one eight for the rest.
         looks = 16 * len(rows) * (2 if longest > SMALL else 1)
-        forward, backward, flops = looks + 8 * 4 + row * rest_rows, looks + 8 * 8 + row * (rest_rows + 2 * rest_tokens), [0, 0]
+        forward, backward, flops = (
+            looks + 8 * 4 + row * rest_rows,
+            looks + 8 * 8 + row * (rest_rows + 2 * rest_tokens),
+            [0, 0],
+        )
         for mine, others in zip(rows, tokens, strict=True):
             block = ITEM if others > SMALL else small
             if mine:  # q, out; k, v
@@ -214,7 +250,14 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         }
 
     def work(
-        products: int, own: list[int], over: list[int], block: tuple[int, int], owned: int, walked: int, again: int = 0, **tables: int
+        products: int,
+        own: list[int],
+        over: list[int],
+        block: tuple[int, int],
+        owned: int,
+        walked: int,
+        again: int = 0,
+        **tables: int,
     ) -> Work:
         """Of a kernel whose programs own `block[0]` rows and walk over all others of the sequence, `block[1]` at a time.
 
@@ -223,12 +266,16 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         """
         shares = ITEM // block[0]  # programs of an item of the work list
         rest, filled = rest_rows if own is rows else rest_tokens, tables.get("filled", 0)
-        total = 8 * shares * ((sum(own) + rest) // ITEM + len(own) + 1)  # the list, which has room for more items than there are
+        total = (
+            8 * shares * ((sum(own) + rest) // ITEM + len(own) + 1)
+        )  # the list, which has room for more items than there are
         total += filled * rest + (4 * shares * cdiv(rest, ITEM) if filled else 0)
         flops = 0
         for mine, others in zip(own, over, strict=True):
             tiles = cdiv(mine, block[0])
-            total += tables.get("item", 8) * shares * cdiv(mine, ITEM) + tables.get("tile", 8) * tiles
+            total += (
+                tables.get("item", 8) * shares * cdiv(mine, ITEM) + tables.get("tile", 8) * tiles
+            )
             total += (owned + again * (others // block[1])) * mine + walked * others * tiles
             flops += multiplied(products * tiles * cdiv(others, block[1]), *block)
         return Work(heads * total, heads * flops)
@@ -238,13 +285,42 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         return options[own], options[over]
 
     facts = 12 + 8 * drop  # top, total and delta of a row; the two keys of its mask
-    again = row if dtype == torch.float32 and dot_precision(dtype) == "ieee" else 0  # where operands do not stay in registers
-    of_forward, of_prepare = blocks("attention_forward", "BLOCK_Q", "BLOCK_K"), blocks("attention_prepare", "BLOCK_Q", "BLOCK_Q")
-    of_dkdv, of_dq = blocks("attention_dkdv", "BLOCK_K", "BLOCK_Q"), blocks("attention_dq", "BLOCK_Q", "BLOCK_K")
+    again = (
+        row if dtype == torch.float32 and dot_precision(dtype) == "ieee" else 0
+    )  # where operands do not stay in registers
+    of_forward, of_prepare = (
+        blocks("attention_forward", "BLOCK_Q", "BLOCK_K"),
+        blocks("attention_prepare", "BLOCK_Q", "BLOCK_Q"),
+    )
+    of_dkdv, of_dq = (
+        blocks("attention_dkdv", "BLOCK_K", "BLOCK_Q"),
+        blocks("attention_dq", "BLOCK_Q", "BLOCK_K"),
+    )
     return {
-        "_forward_kernel": work(2, rows, tokens, of_forward, 2 * row + 8 + place, 2 * row, again, tile=8 + 8 * drop, filled=row),
-        "_prepare_kernel": work(0, rows, tokens, of_prepare, 2 * row + 4 + 8 * drop + place, 0, item=8 + 16 * drop, tile=0),
-        "_dkdv_kernel": work(4, tokens, rows, of_dkdv, 4 * row, 2 * row + facts, 2 * again, filled=2 * row),
+        "_forward_kernel": work(
+            2,
+            rows,
+            tokens,
+            of_forward,
+            2 * row + 8 + place,
+            2 * row,
+            again,
+            tile=8 + 8 * drop,
+            filled=row,
+        ),
+        "_prepare_kernel": work(
+            0,
+            rows,
+            tokens,
+            of_prepare,
+            2 * row + 4 + 8 * drop + place,
+            0,
+            item=8 + 16 * drop,
+            tile=0,
+        ),
+        "_dkdv_kernel": work(
+            4, tokens, rows, of_dkdv, 4 * row, 2 * row + facts, 2 * again, filled=2 * row
+        ),
         "_dq_kernel": work(3, rows, tokens, of_dq, 3 * row + facts, 2 * row, 2 * again, filled=row),
     }
 
@@ -255,10 +331,16 @@ def mlm_loss_work(given: dict[str, Any]) -> dict[str, Work]:
 
     def logits(kernel: str) -> Work:
         options = tile(kernel, architecture(CPU), dtype, D)
-        padded = [cdiv(n, options[block]) * options[block] for n, block in ((M, "BLOCK_M"), (V, "BLOCK_V"), (D, "BLOCK_D"))]
+        padded = [
+            cdiv(n, options[block]) * options[block]
+            for n, block in ((M, "BLOCK_M"), (V, "BLOCK_V"), (D, "BLOCK_D"))
+        ]
         return Work(None, 2 * math.prod(padded))
 
-    return {"_forward_kernel": logits("mlm_loss_forward"), "_backward_kernel": logits("mlm_loss_backward")}
+    return {
+        "_forward_kernel": logits("mlm_loss_forward"),
+        "_backward_kernel": logits("mlm_loss_backward"),
+    }
 
 
 PREDICTIONS = {"attention": attention_work, "mlm_loss": mlm_loss_work}
@@ -271,9 +353,13 @@ def faults(result: Result) -> list[str]:
     lines = []
     gate, ratio = result.gate, result.ratio
     if ratio < 1:
-        lines.append(f"{gate}: {ratio:.4f} times the least bytes of its spec, which are not the least")
+        lines.append(
+            f"{gate}: {ratio:.4f} times the least bytes of its spec, which are not the least"
+        )
     if gate.limit and ratio > gate.limit:
-        lines.append(f"{gate}: {ratio:.4f} times the least bytes of its spec; must be at most {gate.limit}")
+        lines.append(
+            f"{gate}: {ratio:.4f} times the least bytes of its spec; must be at most {gate.limit}"
+        )
     counts = {count.kernel: count for count in result.counts}
     for kernel, work in result.predicted.items():
         count = counts.get(kernel, Count(kernel))
@@ -282,10 +368,15 @@ def faults(result: Result) -> list[str]:
                 f"{gate}: {kernel} moves {count.bytes:,} bytes ({count.bytes / work.bytes:.4f} times); its tiles need {work.bytes:,}"
             )
         if work.flops != count.flops:
-            lines.append(f"{gate}: {kernel} multiplies {count.flops:,} FLOP; its tiles have {work.flops:,}")
+            lines.append(
+                f"{gate}: {kernel} multiplies {count.flops:,} FLOP; its tiles have {work.flops:,}"
+            )
     if gate.case.operation == "attention":
         unforeseen = [count for count in result.counts if count.kernel not in result.predicted]
-        lines += [f"{gate}: {count.kernel} moves {count.bytes:,} bytes, which nothing predicts" for count in unforeseen]
+        lines += [
+            f"{gate}: {count.kernel} moves {count.bytes:,} bytes, which nothing predicts"
+            for count in unforeseen
+        ]
     return lines
 
 
@@ -294,18 +385,29 @@ def faults(result: Result) -> list[str]:
 
 def table(results: Iterable[Result]) -> str:
     """For people."""
-    lines = [f"{'':52}{'loaded':>14}{'stored':>14}{'distinct':>14}{'predicted':>14}{'FLOP':>16}{'predicted':>16}"]
+    lines = [
+        f"{'':52}{'loaded':>14}{'stored':>14}{'distinct':>14}{'predicted':>14}{'FLOP':>16}{'predicted':>16}"
+    ]
     for result in results:
         lines.append(str(result.gate))
         for count in result.counts:
             work = result.predicted.get(count.kernel, Work(None, 0))
             expected = "" if work.bytes is None else f"{work.bytes:,}"
             figures = f"{count.loaded:14,}{count.stored:14,}{count.distinct:14,}{expected:>14}"
-            lines.append(f"    {count.kernel:48}{figures}" + (f"{count.flops:16,}{work.flops:16,}" if count.flops else ""))
+            lines.append(
+                f"    {count.kernel:48}{figures}"
+                + (f"{count.flops:16,}{work.flops:16,}" if count.flops else "")
+            )
         limit = f", limit {result.gate.limit:.2f}" if result.gate.limit else ""
-        total, distinct = sum(count.bytes for count in result.counts), sum(count.distinct for count in result.counts)
+        total, distinct = (
+            sum(count.bytes for count in result.counts),
+            sum(count.distinct for count in result.counts),
+        )
         line = f"    {total:,} bytes of at least {result.least:,}: {result.ratio:.4f}{limit}; distinct {distinct / result.least:.4f}"
-        lines += [line + (f"; FLOP {result.flop_ratio:.3f} of the spec's" if result.predicted else ""), ""]
+        lines += [
+            line + (f"; FLOP {result.flop_ratio:.3f} of the spec's" if result.predicted else ""),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -325,11 +427,17 @@ def record(result: Result) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Bytes that the Triton kernels move, against the least; needs no GPU.")
+    parser = argparse.ArgumentParser(
+        description="Bytes that the Triton kernels move, against the least; needs no GPU."
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     options = parser.parse_args()
     results = [measure(gate) for gate in GATES]
-    print("\n".join(json.dumps(record(result)) for result in results) if options.json else table(results))
+    print(
+        "\n".join(json.dumps(record(result)) for result in results)
+        if options.json
+        else table(results)
+    )
     wrong = [line for result in results for line in faults(result)]
     for line in wrong:
         print(f"FAULT {line}", file=sys.stderr)

@@ -43,18 +43,33 @@ from fastbert.training.schedule import factor
 EVALUATION_TOKENS = 2048  # at once: the logits of all positions are held
 
 
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
 DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
-def build_model(config: RunConfig, vocab_size: int, weights: BertForPreTraining | None = None) -> transformers.BertForPreTraining:
+def build_model(
+    config: RunConfig, vocab_size: int, weights: BertForPreTraining | None = None
+) -> transformers.BertForPreTraining:
     """As many weights as ours, initialised and with dropout as transformers does it; given `weights`, with these and the recipe's dropout."""
     names = SIZES if weights is None else (*SIZES, *DROPOUT, "layer_norm_eps")
-    settings = transformers.BertConfig(vocab_size=vocab_size, **{name: getattr(config.model, name) for name in names})
+    settings = transformers.BertConfig(
+        vocab_size=vocab_size, **{name: getattr(config.model, name) for name in names}
+    )
     model = transformers.BertForPreTraining(settings)
     if weights is not None:
-        missing, unexpected = model.load_state_dict(to_hugging_face(weights.state_dict()), strict=False)
-        assert not unexpected and all("decoder" in name for name in missing), (missing, unexpected)  # the decoder is tied
+        missing, unexpected = model.load_state_dict(
+            to_hugging_face(weights.state_dict()), strict=False
+        )
+        assert not unexpected and all("decoder" in name for name in missing), (
+            missing,
+            unexpected,
+        )  # the decoder is tied
     return model
 
 
@@ -77,7 +92,9 @@ def sentence_pairs(dataset: TokenDataset, max_length: int, seed: int) -> list[di
     return pairs
 
 
-def _pair(a: list[int], b: list[int], label: int, dataset: TokenDataset, max_length: int) -> dict[str, Any]:
+def _pair(
+    a: list[int], b: list[int], label: int, dataset: TokenDataset, max_length: int
+) -> dict[str, Any]:
     while len(a) + len(b) > max_length - 3:
         (a if len(a) > len(b) else b).pop()
     cls, sep = dataset.special.cls, dataset.special.sep
@@ -90,7 +107,9 @@ def _pair(a: list[int], b: list[int], label: int, dataset: TokenDataset, max_len
 
 
 @torch.no_grad()
-def evaluate(model: transformers.BertForPreTraining, batches: list[PackedBatch], mask_id: int) -> HeldOut:
+def evaluate(
+    model: transformers.BertForPreTraining, batches: list[PackedBatch], mask_id: int
+) -> HeldOut:
     """What `Engine.evaluate` finds of our model, of theirs: the same examples, masks and sums."""
     model.eval()
     sums = torch.zeros(9, dtype=torch.float64)
@@ -98,19 +117,33 @@ def evaluate(model: transformers.BertForPreTraining, batches: list[PackedBatch],
         padded = pad(batch)
         labels, pair_labels = padded.pop("labels"), padded.pop("next_sentence_label")
         found = model(**padded)
-        token_logits = found.prediction_logits[labels != -100]  # row by row: in the order of the pack
+        token_logits = found.prediction_logits[
+            labels != -100
+        ]  # row by row: in the order of the pack
         pair_logits = found.seq_relationship_logits
-        token_losses = torch.nn.functional.cross_entropy(token_logits, batch.labels, reduction="none")
-        pair_losses = torch.nn.functional.cross_entropy(pair_logits, pair_labels, reduction="none", ignore_index=-100)
+        token_losses = torch.nn.functional.cross_entropy(
+            token_logits, batch.labels, reduction="none"
+        )
+        pair_losses = torch.nn.functional.cross_entropy(
+            pair_logits, pair_labels, reduction="none", ignore_index=-100
+        )
         hits = (token_logits.argmax(-1) == batch.labels, pair_logits.argmax(-1) == pair_labels)
-        sums += heldout_sums(Losses(token_losses.sum(), pair_losses.sum(), token_losses, hits[0], pair_losses, hits[1]), batch, mask_id)
+        sums += heldout_sums(
+            Losses(
+                token_losses.sum(), pair_losses.sum(), token_losses, hits[0], pair_losses, hits[1]
+            ),
+            batch,
+            mask_id,
+        )
     return heldout_means(sums)
 
 
 def heldout(dataset: TokenDataset, config: RunConfig) -> list[PackedBatch]:
     """The recipe's held-out set, in packs of a size for padded logits."""
     limit = max(EVALUATION_TOKENS, config.batch.max_length)
-    config = dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro_batch_tokens=limit))
+    config = dataclasses.replace(
+        config, batch=dataclasses.replace(config.batch, micro_batch_tokens=limit)
+    )
     return heldout_batches(dataset, config, config.evaluate.sequences)
 
 
@@ -123,7 +156,9 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        return self._before + (time.perf_counter() - self._began if self._began is not None else 0.0)
+        return self._before + (
+            time.perf_counter() - self._began if self._began is not None else 0.0
+        )
 
     def go(self) -> None:
         self._began = time.perf_counter()
@@ -141,7 +176,9 @@ class TimedTrainer(transformers.Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         updated: Any = optimizer or self.optimizer
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(updated, lambda _: factor(self._schedule, self._clock.seconds / self._limit))
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            updated, lambda _: factor(self._schedule, self._clock.seconds / self._limit)
+        )
         return self.lr_scheduler
 
 
@@ -163,23 +200,49 @@ class Evaluations(transformers.TrainerCallback):
         while self.marks and self.clock.seconds >= self.marks[0]:
             del self.marks[0]
         found = dataclasses.asdict(self.measure())
-        done = {"step": state.global_step, "training_tokens": state.num_input_tokens_seen, "training_seconds": self.clock.seconds}
+        done = {
+            "step": state.global_step,
+            "training_tokens": state.num_input_tokens_seen,
+            "training_seconds": self.clock.seconds,
+        }
         self.metrics.write({"event": "evaluate", **done, **found})
         control.should_training_stop = not self.marks
         self.clock.go()
 
 
-def train(config: RunConfig, dataset: TokenDataset, run: Path, seconds: float, points: int, settings: tuple[int, float] | None) -> None:
+def train(
+    config: RunConfig,
+    dataset: TokenDataset,
+    run: Path,
+    seconds: float,
+    points: int,
+    settings: tuple[int, float] | None,
+) -> None:
     """Train for so many seconds and write RUN/metrics.jsonl; `settings` are batch and learning rate, None for our recipe."""
     transformers.set_seed(config.seed)
     if settings:
-        model, schedule = build_model(config, dataset.vocab_size), ScheduleConfig(warmup=0.0, decay="linear")
-        optimizer: dict[str, Any] = {"per_device_train_batch_size": settings[0], "learning_rate": settings[1]}
+        model, schedule = (
+            build_model(config, dataset.vocab_size),
+            ScheduleConfig(warmup=0.0, decay="linear"),
+        )
+        optimizer: dict[str, Any] = {
+            "per_device_train_batch_size": settings[0],
+            "learning_rate": settings[1],
+        }
     else:
         torch.manual_seed(config.seed)
-        model, schedule = build_model(config, dataset.vocab_size, BertForPreTraining(config.model, dataset.vocab_size)), config.schedule
+        model, schedule = (
+            build_model(
+                config, dataset.vocab_size, BertForPreTraining(config.model, dataset.vocab_size)
+            ),
+            config.schedule,
+        )
         given = config.optimizer
-        optimizer = {"per_device_train_batch_size": config.batch.sequences, "learning_rate": given.lr, "max_grad_norm": given.max_grad_norm}
+        optimizer = {
+            "per_device_train_batch_size": config.batch.sequences,
+            "learning_rate": given.lr,
+            "max_grad_norm": given.max_grad_norm,
+        }
         optimizer |= {
             "adam_beta1": given.betas[0],
             "adam_beta2": given.betas[1],
@@ -188,7 +251,9 @@ def train(config: RunConfig, dataset: TokenDataset, run: Path, seconds: float, p
         }
     clock, batches = Clock(), heldout(dataset, config)
     metrics = MetricsFile(run / "metrics.jsonl", fresh=True)
-    evaluations = Evaluations(clock, seconds, points, lambda: evaluate(model, batches, dataset.special.mask), metrics)
+    evaluations = Evaluations(
+        clock, seconds, points, lambda: evaluate(model, batches, dataset.special.mask), metrics
+    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
@@ -210,7 +275,8 @@ def train(config: RunConfig, dataset: TokenDataset, run: Path, seconds: float, p
             args=arguments,
             train_dataset=sentence_pairs(dataset, config.batch.max_length, config.seed),  # type: ignore[arg-type]  # a list will do
             data_collator=transformers.DataCollatorForLanguageModeling(
-                transformers.AutoTokenizer.from_pretrained(dataset.tokenizer_dir), mlm_probability=0.15
+                transformers.AutoTokenizer.from_pretrained(dataset.tokenizer_dir),
+                mlm_probability=0.15,
             ),
             callbacks=[evaluations],
         )
@@ -219,7 +285,9 @@ def train(config: RunConfig, dataset: TokenDataset, run: Path, seconds: float, p
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="sizes of the model, max_length and the held-out set")
     parser.add_argument("dataset", help="a folder that `fastbert prepare` made")
     parser.add_argument("run", type=Path, help="an existing folder, for metrics.jsonl")

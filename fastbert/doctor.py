@@ -12,7 +12,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastbert.machine import Bf16Probe, cpu_info, measure_bandwidth, measure_gemm_rate, probe_bf16, usable_cores
+from fastbert.machine import (
+    Bf16Probe,
+    cpu_info,
+    measure_bandwidth,
+    measure_gemm_rate,
+    probe_bf16,
+    usable_cores,
+)
 
 PACKAGES = ("torch", "triton", "deepspeed", "tokenizers", "safetensors", "transformers")
 
@@ -95,23 +102,41 @@ def advise(
     **_: Any,
 ) -> list[str]:
     """One line for each thing that is missing or slow, with what to do about it."""
-    lines = [f"{name} is not installed: pip install {name}" for name in PACKAGES if not versions[name] and name != "triton"]
+    lines = [
+        f"{name} is not installed: pip install {name}"
+        for name in PACKAGES
+        if not versions[name] and name != "triton"
+    ]
     if gpus and not versions["triton"]:
-        lines.append("triton is not installed: pip install triton; without it a GPU has runtime.kernels = reference alone")
+        lines.append(
+            "triton is not installed: pip install triton; without it a GPU has runtime.kernels = reference alone"
+        )
     if tools["nvidia-smi"] and versions["torch"] and not gpus:
         lines.append("there is a GPU driver, but torch sees no GPU: install a torch built for CUDA")
     if not tools["g++"]:
-        lines.append("g++ is missing: apt-get install g++ (DeepSpeed compiles its CPU communication at first use)")
+        lines.append(
+            "g++ is missing: apt-get install g++ (DeepSpeed compiles its CPU communication at first use)"
+        )
     elif not tools["ninja"]:
-        lines.append("ninja is missing: pip install ninja (DeepSpeed compiles its CPU communication at first use)")
+        lines.append(
+            "ninja is missing: pip install ninja (DeepSpeed compiles its CPU communication at first use)"
+        )
     if threads and not gpus and threads < cores:
-        lines.append(f"torch uses {threads} of {cores} cores: unset OMP_NUM_THREADS, or set it to {cores}")
+        lines.append(
+            f"torch uses {threads} of {cores} cores: unset OMP_NUM_THREADS, or set it to {cores}"
+        )
     if bf16 and not bf16.safe and not gpus:
-        lines.append(f'bf16 is not safe here: {bf16.why}; keep runtime.precision = "auto" or "fp32"')
+        lines.append(
+            f'bf16 is not safe here: {bf16.why}; keep runtime.precision = "auto" or "fp32"'
+        )
     if memory_free < 2 * 1024**3:
-        lines.append(f"{_gib(memory_free)} of memory are free: lower batch.micro_batch_tokens, or close something")
+        lines.append(
+            f"{_gib(memory_free)} of memory are free: lower batch.micro_batch_tokens, or close something"
+        )
     if disk_free < 5 * 1024**3:
-        lines.append(f"{_gib(disk_free)} of disk are free: a checkpoint takes 12 bytes a parameter; lower checkpoint.keep")
+        lines.append(
+            f"{_gib(disk_free)} of disk are free: a checkpoint takes 12 bytes a parameter; lower checkpoint.keep"
+        )
     return lines
 
 
@@ -119,18 +144,32 @@ def describe(found: Diagnosis) -> list[tuple[str, str]]:
     """The rows of the table that a person reads."""
     versions = {"Python": found.python, **found.versions}
     rows = [
-        ("processor", f"{found.processor}, {found.cores} cores" + (f", torch uses {found.threads}" if found.threads else "")),
+        (
+            "processor",
+            f"{found.processor}, {found.cores} cores"
+            + (f", torch uses {found.threads}" if found.threads else ""),
+        ),
         ("memory", f"{_gib(found.memory)}, {_gib(found.memory_free)} free"),
         ("disk", f"{_gib(found.disk_free)} free here"),
         ("versions", ", ".join(f"{name} {version or '-'}" for name, version in versions.items())),
     ]
     if found.gemm_fp32 and found.bandwidth and found.bf16:
-        safe, faster = "safe" if found.bf16.safe else "NOT safe", "faster" if found.bf16.faster else "not faster"
-        rows.append(("matrix products", f"{found.gemm_fp32 / 1e9:,.0f} GFLOP/s in fp32; memory {found.bandwidth / 1e9:,.0f} GB/s"))
+        safe, faster = (
+            "safe" if found.bf16.safe else "NOT safe",
+            "faster" if found.bf16.faster else "not faster",
+        )
+        rows.append(
+            (
+                "matrix products",
+                f"{found.gemm_fp32 / 1e9:,.0f} GFLOP/s in fp32; memory {found.bandwidth / 1e9:,.0f} GB/s",
+            )
+        )
         rows.append(("bf16", f"{safe}, {faster}: {found.bf16.why}"))
     for gpu in found.gpus:
         rates = f"{gpu.gemm_bf16 / 1e12:,.0f} TFLOP/s in bf16, {gpu.gemm_fp32 / 1e12:,.0f} in fp32; memory {gpu.bandwidth / 1e9:,.0f} GB/s"
-        rows.append(("GPU", f"{gpu.name}, compute capability {gpu.capability}, {_gib(gpu.memory)}; {rates}"))
+        rows.append(
+            ("GPU", f"{gpu.name}, compute capability {gpu.capability}, {_gib(gpu.memory)}; {rates}")
+        )
     return rows
 
 
@@ -144,8 +183,17 @@ def _gpu(index: int) -> Gpu:
     device = f"cuda:{index}"
     facts = torch.cuda.get_device_properties(index)
     with torch.cuda.device(index):
-        fp32, bf16 = (measure_gemm_rate(dtype, 0.3, device) for dtype in (torch.float32, torch.bfloat16))
-        return Gpu(facts.name, f"{facts.major}.{facts.minor}", facts.total_memory, fp32, bf16, measure_bandwidth(0.3, device))
+        fp32, bf16 = (
+            measure_gemm_rate(dtype, 0.3, device) for dtype in (torch.float32, torch.bfloat16)
+        )
+        return Gpu(
+            facts.name,
+            f"{facts.major}.{facts.minor}",
+            facts.total_memory,
+            fp32,
+            bf16,
+            measure_bandwidth(0.3, device),
+        )
 
 
 def _version(package: str) -> str | None:

@@ -15,7 +15,10 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEEP = (1 << 31) - 1  # bytes; the largest that mallopt takes
 _OPERATIONS = "32"  # a step has about a dozen
-CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and torch's before it
+CACHES = (
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+    "LRU_CACHE_CAPACITY",
+)  # oneDNN's own, and torch's before it
 
 
 def keep_heap() -> None:

@@ -41,7 +41,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure_gemm_rate(dtype: torch.dtype | None = None, seconds: float = 0.3, device: str = "cpu") -> float:
+def measure_gemm_rate(
+    dtype: torch.dtype | None = None, seconds: float = 0.3, device: str = "cpu"
+) -> float:
     """FLOP/s of the three products that a linear layer needs for a forward and a backward pass, with the threads that torch has now.
 
     The best round counts: whatever else runs on the machine can only make a round slower, so the best is nearest to its peak.
@@ -55,11 +57,16 @@ def measure_gemm_rate(dtype: torch.dtype | None = None, seconds: float = 0.3, de
     from fastbert_kernels import linear
 
     T, D, F = GEMM_SHAPE
-    x, weight, dy = (torch.randn(shape, device=device).to(dtype or torch.float32) for shape in ((T, D), (F, D), (T, F)))
+    x, weight, dy = (
+        torch.randn(shape, device=device).to(dtype or torch.float32)
+        for shape in ((T, D), (F, D), (T, F))
+    )
     leaves = x.requires_grad_(), weight.requires_grad_()
 
     def layer() -> None:
-        torch.autograd.grad(linear(x, weight, impl="cpu" if device == "cpu" else "reference"), leaves, dy)
+        torch.autograd.grad(
+            linear(x, weight, impl="cpu" if device == "cpu" else "reference"), leaves, dy
+        )
 
     return 6.0 * T * D * F / _best(layer, seconds, device)
 
@@ -104,7 +111,9 @@ def probe_bf16() -> Bf16Probe:
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = child.command("from fastbert.machine import print_rates; print_rates()")
     try:
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         return Bf16Probe(False, False, f"the probe gave no answer in {PROBE_TIMEOUT_S} s")
     return judge_bf16(ended.returncode, ended.stdout, ended.stderr)
@@ -114,20 +123,32 @@ def print_rates() -> None:
     """What the child of `probe_bf16` does: print the rates in fp32 and bf16 as JSON."""
     import torch
 
-    print(json.dumps([measure_gemm_rate(torch.float32, 0.15), measure_gemm_rate(torch.bfloat16, 0.15)]))
+    print(
+        json.dumps(
+            [measure_gemm_rate(torch.float32, 0.15), measure_gemm_rate(torch.bfloat16, 0.15)]
+        )
+    )
 
 
 def judge_bf16(returncode: int, stdout: str, stderr: str) -> Bf16Probe:
     """The answer from how the child ended and what it printed."""
     if returncode == -signal.SIGILL:
         cure = "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, set before the start, cures it"
-        return Bf16Probe(False, False, f"a bf16 product kills the process (SIGILL): AMX is advertised but not there; {cure}")
+        return Bf16Probe(
+            False,
+            False,
+            f"a bf16 product kills the process (SIGILL): AMX is advertised but not there; {cure}",
+        )
     if returncode:
         last = (stderr.strip().splitlines() or ["no message"])[-1]
         return Bf16Probe(False, False, f"the probe ended with {returncode}: {last}")
     fp32, bf16 = json.loads(stdout.strip().splitlines()[-1])
     ratio = bf16 / fp32
-    return Bf16Probe(True, ratio >= WORTH_IT, f"bf16 products run at {ratio:.1f} times the fp32 rate ({WORTH_IT} pays)")
+    return Bf16Probe(
+        True,
+        ratio >= WORTH_IT,
+        f"bf16 products run at {ratio:.1f} times the fp32 rate ({WORTH_IT} pays)",
+    )
 
 
 def _cpu_flags() -> set[str]:

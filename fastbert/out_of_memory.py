@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 
 # torch raises the last two on a CPU and in cuBLAS as plain RuntimeErrors, which only their texts tell from bugs.
-_TEXTS = re.compile(r"out of memory|can't allocate memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED")
-_GPU = re.compile(r"Tried to allocate ([\d.]+ \w+)\.(?: GPU (\d+) has a total capacity of ([\d.]+ \w+))?")
+_TEXTS = re.compile(
+    r"out of memory|can't allocate memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED"
+)
+_GPU = re.compile(
+    r"Tried to allocate ([\d.]+ \w+)\.(?: GPU (\d+) has a total capacity of ([\d.]+ \w+))?"
+)
 _CPU = re.compile(r"tried to allocate (\d+) bytes")
 
 
@@ -17,11 +21,15 @@ def shortage(error: BaseException) -> str | None:
         error: from torch (CPU, CUDA or cuBLAS), numpy or Python.
     """
     text = str(error)
-    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and _TEXTS.search(text)):
+    if not isinstance(error, MemoryError) and not (
+        isinstance(error, RuntimeError) and _TEXTS.search(text)
+    ):
         return None
     if found := _GPU.search(text):
         size, gpu, capacity = found.groups()
-        return f"out of GPU memory: {size} more are needed" + (f"; GPU {gpu} has {capacity}" if gpu else "")
+        return f"out of GPU memory: {size} more are needed" + (
+            f"; GPU {gpu} has {capacity}" if gpu else ""
+        )
     if "CUBLAS" in text or "CUDA" in text:
         return "out of GPU memory"
     if found := _CPU.search(text):

@@ -86,7 +86,9 @@ def blocks() -> list[Block]:
     """Every block of commands of the document. A comment in it says where what follows is to be given; without one it is node0."""
     text = DOCUMENT.read_text(encoding="utf-8").replace("\\\n", " ")
     found, heading = [], ""
-    for title, commands in re.findall(r"^#+ ([^\n]+)$|^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+    for title, commands in re.findall(
+        r"^#+ ([^\n]+)$|^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL
+    ):
         heading = title or heading
         if not title:
             found.append(Block(heading, _commands(commands)))
@@ -115,7 +117,11 @@ def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in found if line.get("event") == kind]
+    return [
+        {k: v for k, v in line.items() if k not in CLOCK}
+        for line in found
+        if line.get("event") == kind
+    ]
 
 
 def until(come: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> None:
@@ -142,7 +148,9 @@ class Command:
         try:
             return self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"{self.process.args}: runs on; so far it said: {self.output}") from None
+            raise TimeoutError(
+                f"{self.process.args}: runs on; so far it said: {self.output}"
+            ) from None
 
 
 class Cluster:
@@ -156,7 +164,9 @@ class Cluster:
         every: steps between its checkpoints.
     """
 
-    def __init__(self, folder: Path, store: Path, gpus: int = 1, steps: int = 20, every: int = 1000):
+    def __init__(
+        self, folder: Path, store: Path, gpus: int = 1, steps: int = 20, every: int = 1000
+    ):
         self.folder, self.run, self._gpus = folder, folder / "runs/base", gpus
         for name in ("recipes", "data", "bin", "examples/cluster"):
             (folder / name).mkdir(parents=True)
@@ -164,9 +174,15 @@ class Cluster:
         (folder / "recipes/base.toml").write_text(recipe, encoding="utf-8")
         (folder / "data/wiki").symlink_to(store)
         for name in EXAMPLES:
-            (folder / "examples/cluster" / name).write_text(self._smaller((ROOT / "examples/cluster" / name).read_text()))
+            (folder / "examples/cluster" / name).write_text(
+                self._smaller((ROOT / "examples/cluster" / name).read_text())
+            )
         stand_ins.install(folder / "bin")
-        self.environment = environment(PATH=os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]))
+        self.environment = environment(
+            PATH=os.pathsep.join(
+                [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+            )
+        )
         self.nodes = Nodes(2)
         self._said = 0
 
@@ -174,11 +190,18 @@ class Cluster:
         self.nodes.__enter__()
         for node in self.nodes:
             sshd = [sys.executable, stand_ins.__file__, "sshd", node.address]
-            server = node.popen(sshd, env=self.environment, cwd=self.folder, stdout=subprocess.PIPE, text=True)
+            server = node.popen(
+                sshd, env=self.environment, cwd=self.folder, stdout=subprocess.PIPE, text=True
+            )
             assert server.stdout and server.stdout.readline() == "ready\n"
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.nodes.__exit__(kind, error, trace)
 
     def start(self, command: str, node: int) -> Command:
@@ -187,8 +210,15 @@ class Cluster:
         output = self.folder / f"said-{self._said}-by-node{node}.txt"
         with open(output, "w") as file:
             line = ["bash", "-c", f"exec {self._smaller(command)}"]
-            options: Any = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-            return Command(self.nodes[node].popen(line, env=self.environment, cwd=self.folder, **options), output)
+            options: Any = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": file,
+                "stderr": subprocess.STDOUT,
+            }
+            return Command(
+                self.nodes[node].popen(line, env=self.environment, cwd=self.folder, **options),
+                output,
+            )
 
     def start_block(self, block: Block) -> list[Command]:
         """Give the commands of a block, each where it says."""
@@ -196,7 +226,12 @@ class Cluster:
 
     def listening(self) -> list[tuple[int, Listener]]:
         """Every port that a process of the run has open, with the node."""
-        return [(i, port) for i, node in enumerate(self.nodes) for port in node.listening() if stand_ins.__file__ not in port.command]
+        return [
+            (i, port)
+            for i, node in enumerate(self.nodes)
+            for port in node.listening()
+            if stand_ins.__file__ not in port.command
+        ]
 
     def ranks(self, node: int) -> list[psutil.Process]:
         """The processes that train on a node; not their launchers."""
@@ -211,4 +246,8 @@ class Cluster:
 def _is_rank(words: list[str]) -> bool:
     """`python -u -m fastbert pretrain ...` or `python .../bin/fastbert pretrain ...`, and not a launcher that has that among its arguments."""
     before = words[: words.index("pretrain")] if "pretrain" in words else []
-    return 2 <= len(before) <= 4 and Path(before[0]).name.startswith("python") and Path(before[-1]).name in ("fastbert", "tests.recorded")
+    return (
+        2 <= len(before) <= 4
+        and Path(before[0]).name.startswith("python")
+        and Path(before[-1]).name in ("fastbert", "tests.recorded")
+    )

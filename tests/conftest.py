@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch: small inputs, and others share the cores
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before numpy and torch: small inputs, and others share the cores
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton: kernels run on the CPU, in its interpreter
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before Triton: kernels run on the CPU, in its interpreter
 
 import json
 import secrets
@@ -23,10 +27,14 @@ import pytest
 if TYPE_CHECKING:
     from fastbert.data.dataset import TokenDataset
 
-os.environ.setdefault("FASTBERT_RENDEZVOUS_KEY", secrets.token_hex(32))  # or runs of the tests would make a file in the home directory
+os.environ.setdefault(
+    "FASTBERT_RENDEZVOUS_KEY", secrets.token_hex(32)
+)  # or runs of the tests would make a file in the home directory
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores Ctrl-C for what it starts in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell ignores Ctrl-C for what it starts in the background
 
 PARAGRAPHS = 4  # a document
 
@@ -36,8 +44,14 @@ def english_documents() -> list[str]:
     """The Python language reference, in about 700 documents of a few paragraphs, a line each."""
     documents = []
     for name in sorted(topics):
-        paragraphs = [" ".join(paragraph.split()) for paragraph in topics[name].split("\n\n") if paragraph.strip()]
-        documents += ["\n".join(paragraphs[i : i + PARAGRAPHS]) for i in range(0, len(paragraphs), PARAGRAPHS)]
+        paragraphs = [
+            " ".join(paragraph.split())
+            for paragraph in topics[name].split("\n\n")
+            if paragraph.strip()
+        ]
+        documents += [
+            "\n".join(paragraphs[i : i + PARAGRAPHS]) for i in range(0, len(paragraphs), PARAGRAPHS)
+        ]
     return documents
 
 
@@ -45,7 +59,10 @@ def english_documents() -> list[str]:
 def english_jsonl(english_documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as JSON lines."""
     path = tmp_path_factory.mktemp("english") / "english.jsonl"
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in english_documents), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": document}) + "\n" for document in english_documents),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -53,7 +70,9 @@ def english_jsonl(english_documents: list[str], tmp_path_factory: pytest.TempPat
 def small_dataset(english_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     """A dataset of that text, with a vocabulary of 1,000 and a twentieth of the documents held out."""
     from fastbert.data.dataset import open_dataset
-    from fastbert.data.prepare import prepare  # here, so that the tests of the kernels need torch alone
+    from fastbert.data.prepare import (
+        prepare,
+    )  # here, so that the tests of the kernels need torch alone
 
     out = tmp_path_factory.mktemp("small") / "dataset"
     prepare([english_jsonl], out, vocab_size=1000, workers=1, heldout=0.05, progress=False)

@@ -27,7 +27,9 @@ KERNELS = ["gelu._backward_kernel bf16 3072", "attention._forward_kernel bf16 64
 
 def faults(code: Code) -> list[str]:
     found = []
-    ends = {at for at in range(len(code.instructions)) if code.target(at) is not None} | set(code.labels.values())
+    ends = {at for at in range(len(code.instructions)) if code.target(at) is not None} | set(
+        code.labels.values()
+    )
     checked = 0
     for at, one in enumerate(code.instructions):
         written = re.match(r"(R\d+)\b", one.operands)
@@ -48,7 +50,9 @@ def faults(code: Code) -> list[str]:
     for one in code.instructions:
         waited = {barrier for barrier in range(6) if one.waits >> barrier & 1}
         if not waited <= set_before:
-            found.append(f"{one.opcode} {one.operands} waits for barriers that nobody has set: {waited - set_before}")
+            found.append(
+                f"{one.opcode} {one.operands} waits for barriers that nobody has set: {waited - set_before}"
+            )
         set_before |= {one.write_barrier, one.read_barrier} - {NO_BARRIER}
     return found
 
@@ -62,9 +66,14 @@ def main() -> int:
         compiled = triton.compile(case.source, target=DEVICE.target, options={**options, **FUSE})
         text = disassemble("nvdisasm", "--print-code", "-hex", cubin=compiled.asm["cubin"])
         code = build(case).code
-        addresses = [int(address, 16) for address in re.findall(r"^\s+/\*([0-9a-f]{4})\*/", text, re.MULTILINE)]
+        addresses = [
+            int(address, 16)
+            for address in re.findall(r"^\s+/\*([0-9a-f]{4})\*/", text, re.MULTILINE)
+        ]
         if [one.address for one in code.instructions] != addresses:
-            wrong.append(f"{name}: {len(code.instructions)} of {len(addresses)} instructions decoded")
+            wrong.append(
+                f"{name}: {len(code.instructions)} of {len(addresses)} instructions decoded"
+            )
         if not loops(code):
             wrong.append(f"{name}: no loop found")
         wrong += [f"{name}: {fault}" for fault in faults(code)]

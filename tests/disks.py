@@ -38,7 +38,9 @@ class SmallDisk:
         self.folder, self._size = folder, size
 
     def __enter__(self) -> SmallDisk:
-        if missing := [tool for tool in ("unshare", "nsenter", "mount") if shutil.which(tool) is None]:
+        if missing := [
+            tool for tool in ("unshare", "nsenter", "mount") if shutil.which(tool) is None
+        ]:
             raise Unavailable(f"{missing[0]} is not installed")
         # Only root may make such a namespace without one of users around it, in which anybody is root.
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
@@ -48,12 +50,25 @@ class SmallDisk:
         self._process = subprocess.Popen(command, start_new_session=True, **pipes)
         assert self._process.stdout and self._process.stderr
         if self._process.stdout.readline() != b"ready\n":
-            raise Unavailable(self._process.stderr.read().decode(errors="replace").strip() or "no answer")
+            raise Unavailable(
+                self._process.stderr.read().decode(errors="replace").strip() or "no answer"
+            )
         self.pid = self._process.pid  # unshare, sh and cat are one process after the other
-        self.enter = ["nsenter", "--target", str(self.pid), "--mount", *(["--user", "--preserve-credentials"] if user else [])]
+        self.enter = [
+            "nsenter",
+            "--target",
+            str(self.pid),
+            "--mount",
+            *(["--user", "--preserve-credentials"] if user else []),
+        ]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._process.communicate(timeout=PATIENCE_S)
 
     def seen(self, path: Path) -> Path:

@@ -55,14 +55,25 @@ def load_guard() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
         source.write_text(GUARD, encoding="utf-8")
-        flags = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-lc10"]
+        flags = [
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            f"-I{torch_folder / 'include'}",
+            f"-L{torch_folder / 'lib'}",
+            "-lc10",
+        ]
         subprocess.run(["g++", str(source), *flags, "-o", str(library)], check=True)
         ctypes.CDLL(str(library))
 
 
 def on_cuda(x: Any) -> Any:
     """A fake CUDA tensor with the strides of x, whose address is aligned as an allocator would."""
-    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=CUDA) if torch.is_tensor(x) else x
+    return (
+        torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=CUDA)
+        if torch.is_tensor(x)
+        else x
+    )
 
 
 def launchers(operation: str, shape: dict, dtype: torch.dtype, p: float) -> None:
@@ -73,9 +84,19 @@ def launchers(operation: str, shape: dict, dtype: torch.dtype, p: float) -> None
     with FakeTensorMode(), torch.no_grad():
         given = {name: on_cuda(value) for name, value in given.items()}
         results = call(kernel.forward, given)
-        named = dict(zip(RESULTS[operation], results if isinstance(results, tuple) else (results,), strict=True))
+        named = dict(
+            zip(
+                RESULTS[operation],
+                results if isinstance(results, tuple) else (results,),
+                strict=True,
+            )
+        )
         upstream = next(iter(inspect.signature(kernel.backward).parameters))
-        first = torch.empty((), device=CUDA) if operation == "mlm_loss" else torch.empty_like(named[RESULTS[operation][0]])
+        first = (
+            torch.empty((), device=CUDA)
+            if operation == "mlm_loss"
+            else torch.empty_like(named[RESULTS[operation][0]])
+        )
         gradients = call(kernel.backward, {**given, **named, upstream: first})
     for value in (*named.values(), *gradients):
         assert value.device == CUDA, (operation, value.device)
@@ -87,7 +108,13 @@ def call(launcher: Callable, given: dict[str, Any]) -> Any:
 
 def model(lengths: list[int], dtype: torch.dtype) -> None:
     """Forward of a training step and of an evaluation, and the sums that are kept of each."""
-    config = ModelConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512, max_position_embeddings=512)
+    config = ModelConfig(
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=512,
+        max_position_embeddings=512,
+    )
     batch = make_batch(lengths)
     with FakeTensorMode(), torch.no_grad():
         with torch.device(CUDA):
@@ -95,7 +122,11 @@ def model(lengths: list[int], dtype: torch.dtype) -> None:
             encoder = BertForPreTraining(config, VOCAB, "triton", "cuda")
             torch.set_default_dtype(torch.float32)
         batch: PackedBatch = dataclasses.replace(
-            batch, **{field.name: on_cuda(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
+            batch,
+            **{
+                field.name: on_cuda(getattr(batch, field.name))
+                for field in dataclasses.fields(batch)
+            },
         )
         found = losses(encoder(batch))
         assert found.loss.device == CUDA
@@ -110,11 +141,17 @@ def main() -> int:
     FakeTensor.data_ptr = lambda self: (
         0 if self.numel() == 0 else 4096 + self.storage_offset() * self.element_size()
     )  # Triton asks whether it is aligned
-    cut_and_whole = [{"lengths": lengths, "H": 2, "K": 64, "R": R} for lengths in (HALF_A_TILE, MANY_TILES) for R in (0, 9)]
+    cut_and_whole = [
+        {"lengths": lengths, "H": 2, "K": 64, "R": R}
+        for lengths in (HALF_A_TILE, MANY_TILES)
+        for R in (0, 9)
+    ]
     with no_launch("sm_90") as seen:
         for operation, spec in SPECS.items():
             for shape in cut_and_whole if operation == "attention" else spec.shapes[-2:]:
-                for dtype, p in itertools.product((torch.bfloat16, torch.float32), (0.0, 0.1) if spec.dropout else (0.0,)):
+                for dtype, p in itertools.product(
+                    (torch.bfloat16, torch.float32), (0.0, 0.1) if spec.dropout else (0.0,)
+                ):
                     launchers(operation, shape, dtype, p)
     assert seen.launches
     for lengths in (HALF_A_TILE, MANY_TILES):

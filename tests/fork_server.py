@@ -36,7 +36,9 @@ PR_SET_PDEATHSIG = 1  # prctl.h
 
 def serve() -> dict[str, Any] | None:
     """Answer requests. Returns one in the process that is to become its rank, and None in the server, at the end."""
-    assert (threads := len(os.listdir("/proc/self/task"))) == 1, f"{threads} threads: forking is not sound"
+    assert (threads := len(os.listdir("/proc/self/task"))) == 1, (
+        f"{threads} threads: forking is not sound"
+    )
     watched = selectors.DefaultSelector()
     watched.register(0, selectors.EVENT_READ, None)
     unread = b""
@@ -62,7 +64,9 @@ def serve() -> dict[str, Any] | None:
                     os.close(binds)
                     return json.loads(line)
                 os.close(binds)
-                os.read(bound, 1)  # until it has: nobody knows its number before, to stop it when it would still outlive the server
+                os.read(
+                    bound, 1
+                )  # until it has: nobody knows its number before, to stop it when it would still outlive the server
                 os.close(bound)
                 watched.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
                 _answer({"started": pid})
@@ -75,7 +79,10 @@ def become(request: dict[str, Any]) -> None:
         _enter_namespaces(request["namespaces"])
     files = [
         os.open(os.devnull, os.O_RDONLY),
-        *(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for name in ("out", "err")),
+        *(
+            os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            for name in ("out", "err")
+        ),
     ]
     for number, file in enumerate(files):
         os.dup2(file, number)
@@ -95,7 +102,9 @@ def _enter_namespaces(pid: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     for kind in ("user", "mnt"):
         path = f"/proc/{pid}/ns/{kind}"
-        if os.readlink(path) != os.readlink(f"/proc/self/ns/{kind}") and libc.setns(os.open(path, os.O_RDONLY), 0):
+        if os.readlink(path) != os.readlink(f"/proc/self/ns/{kind}") and libc.setns(
+            os.open(path, os.O_RDONLY), 0
+        ):
             raise OSError(ctypes.get_errno(), f"setns {path}")
 
 

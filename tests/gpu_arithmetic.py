@@ -24,7 +24,11 @@ class GpuArithmetic(InterpreterBuilder):
 
     def __init__(self):
         super().__init__()
-        self.codegen_fns["min_dot_size"] = lambda lhs, rhs: (1, 1, 32 if lhs.scalar.primitive_bitwidth == 8 else 16)  # as CUDA
+        self.codegen_fns["min_dot_size"] = lambda lhs, rhs: (
+            1,
+            1,
+            32 if lhs.scalar.primitive_bitwidth == 8 else 16,
+        )  # as CUDA
 
     def get_bf16(self, value):
         return TensorHandle(np.array([value], np.float32), tl.bfloat16)
@@ -50,24 +54,32 @@ class GpuArithmetic(InterpreterBuilder):
         return self.binary_op(lhs, rhs, np.fmin)
 
     def create_fma(self, x, y, z):
-        wide = x.data.astype(np.float64) * y.data + z.data  # the product of two fp32 is exact in fp64
+        wide = (
+            x.data.astype(np.float64) * y.data + z.data
+        )  # the product of two fp32 is exact in fp64
         return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
 
     def create_fabs(self, arg):
         return TensorHandle(np.fabs(arg.data), arg.dtype.scalar)
 
     def create_erf(self, arg):
-        return TensorHandle(torch.erf(torch.from_numpy(np.array(arg.data))).numpy(), arg.dtype.scalar)
+        return TensorHandle(
+            torch.erf(torch.from_numpy(np.array(arg.data))).numpy(), arg.dtype.scalar
+        )
 
     def create_umulhi(self, lhs, rhs):
-        unsigned = [TensorHandle(x.data.view(f"u{x.data.itemsize}"), x.dtype.scalar) for x in (lhs, rhs)]
+        unsigned = [
+            TensorHandle(x.data.view(f"u{x.data.itemsize}"), x.dtype.scalar) for x in (lhs, rhs)
+        ]
         high = super().create_umulhi(*unsigned).data
         return TensorHandle(high.view(lhs.data.dtype), lhs.dtype.scalar)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         if a.dtype.scalar.primitive_bitwidth == 8 or a.data.dtype == np.float64:
             return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
-        product = np.matmul(a.data.astype(np.float32, copy=False), b.data.astype(np.float32, copy=False))
+        product = np.matmul(
+            a.data.astype(np.float32, copy=False), b.data.astype(np.float32, copy=False)
+        )
         return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
 
@@ -82,14 +94,20 @@ def round_bf16(data: np.ndarray) -> np.ndarray:
 def encode(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
     """The values of a handle as they lie in memory, as unsigned integers."""
     if dtype.is_bf16():
-        return (np.ascontiguousarray(data, np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+        return (np.ascontiguousarray(data, np.float32).view(np.uint32) >> np.uint32(16)).astype(
+            np.uint16
+        )
     data = np.ascontiguousarray(data, np_dtype(dtype))
     return data.view(f"u{data.itemsize}")
 
 
 def decode(raw: np.ndarray, dtype: tl.dtype) -> np.ndarray:
     """The inverse of `_encode`."""
-    return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32) if dtype.is_bf16() else raw.view(np_dtype(dtype))
+    return (
+        (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if dtype.is_bf16()
+        else raw.view(np_dtype(dtype))
+    )
 
 
 np_dtypes: dict[str, np.dtype] = {}
@@ -122,21 +140,33 @@ def _sum(self: ReduceOps, input: tl.tensor) -> tl.tensor:
     data = input.handle.data
     if data.dtype == np.float16:
         data = data.astype(np.float32)
-    if self.axis is None or self.axis % data.ndim == data.ndim - 1 or not np.issubdtype(data.dtype, np.floating):
+    if (
+        self.axis is None
+        or self.axis % data.ndim == data.ndim - 1
+        or not np.issubdtype(data.dtype, np.floating)
+    ):
         return self.to_tensor(np.sum(data, axis=self.axis, keepdims=self.keep_dims), input.dtype)
     data = np.moveaxis(data, self.axis, 0)
     while len(data) > 1:
         data = data[: len(data) // 2] + data[len(data) // 2 :]
-    return self.to_tensor(np.expand_dims(data[0], self.axis) if self.keep_dims else data[0], input.dtype)
+    return self.to_tensor(
+        np.expand_dims(data[0], self.axis) if self.keep_dims else data[0], input.dtype
+    )
 
 
 def _reduce(self: ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
     """Any combine function, on whole slices in pairs; the stock interpreter goes element by element."""
-    if self.combine_fn in (tl.standard._argmax_combine_tie_break_fast, tl.standard._argmin_combine_tie_break_fast):
+    if self.combine_fn in (
+        tl.standard._argmax_combine_tie_break_fast,
+        tl.standard._argmin_combine_tie_break_fast,
+    ):
         most = self.combine_fn == tl.standard._argmax_combine_tie_break_fast
         return self.min_max(inputs[0], *((np.max, np.argmax) if most else (np.min, np.argmin)))
     dtypes = [x.dtype for x in inputs]
-    arrays = [x.handle.data.ravel() if self.axis is None else np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+    arrays = [
+        x.handle.data.ravel() if self.axis is None else np.moveaxis(x.handle.data, self.axis, 0)
+        for x in inputs
+    ]
     while len(arrays[0]) > 1:
         pairs = zip([x[0::2] for x in arrays] + [x[1::2] for x in arrays], dtypes * 2, strict=True)
         result = self.combine_fn.fn(*[self.to_tensor(x, dtype) for x, dtype in pairs])

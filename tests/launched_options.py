@@ -30,11 +30,15 @@ def main() -> int:
         result = call(case, given, "triton")
         torch.autograd.grad(result, leaves(case, given), torch.zeros_like(result))
     for function, table in TABLES.items():
-        (compiled,) = (one for cache in function.device_caches.values() for one in cache[0].values())
+        (compiled,) = (
+            one for cache in function.device_caches.values() for one in cache[0].values()
+        )
         options = tile(table, ARCHITECTURE, torch.bfloat16, size)
         for name in ("num_warps", "num_stages", "maxnreg"):
             if options.get(name) != getattr(compiled.metadata, name):
-                wrong.append(f"{table}: {name} = {options.get(name)} in tiles.json, compiled with {getattr(compiled.metadata, name)}")
+                wrong.append(
+                    f"{table}: {name} = {options.get(name)} in tiles.json, compiled with {getattr(compiled.metadata, name)}"
+                )
     print("\n".join(wrong))
     return 1 if wrong else 0
 

@@ -30,7 +30,9 @@ def both(self: Prepared, grid: tuple, pointers: Any, numbers: Any) -> None:
         assert self._compiled[device][0] is asked, f"{asked.name}: another kernel than Triton's"
         seen["direct"] += known is not None
     elif known is not None:
-        assert known[0] is not asked, f"{asked.name}: a kernel for aligned tensors serves misaligned ones"
+        assert known[0] is not asked, (
+            f"{asked.name}: a kernel for aligned tensors serves misaligned ones"
+        )
 
 
 def misaligned(x: torch.Tensor) -> torch.Tensor:
@@ -41,7 +43,10 @@ def misaligned(x: torch.Tensor) -> torch.Tensor:
 
 
 def run(spec: Any, shape: Any, dtype: torch.dtype, p: float, move: Any) -> None:
-    arguments = {name: move(x) if torch.is_tensor(x) else x for name, x in spec.inputs(shape, dtype, p).items()}
+    arguments = {
+        name: move(x) if torch.is_tensor(x) else x
+        for name, x in spec.inputs(shape, dtype, p).items()
+    }
     if not spec.dropout:
         arguments = {name: x for name, x in arguments.items() if name not in ("dropout_p", "keys")}
     if "check_values" in inspect.signature(spec.function).parameters:

@@ -92,7 +92,9 @@ class Process(subprocess.Popen):
 
         def find() -> list[psutil.Process] | None:
             try:
-                return psutil.Process(self.pid).children() or ([] if self.poll() is not None else None)
+                return psutil.Process(self.pid).children() or (
+                    [] if self.poll() is not None else None
+                )
             except psutil.NoSuchProcess:
                 return []
 
@@ -113,7 +115,12 @@ class Node:
         self._pid_namespace = os.readlink(f"/proc/{first.pid}/ns/pid")
         self._started: list[Process] = []
 
-    def popen(self, command: Sequence[str | os.PathLike[str]], env: Mapping[str, str] | None = None, **options: Any) -> Process:
+    def popen(
+        self,
+        command: Sequence[str | os.PathLike[str]],
+        env: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> Process:
         """Start a command on this node, as subprocess.Popen does; it ends with the context at the latest."""
         # To enter another mount namespace is to be at its root.
         at = os.path.abspath(options.pop("cwd", None) or os.getcwd())
@@ -123,9 +130,13 @@ class Node:
         process.inside()  # so that what comes next, a kill of the node perhaps, finds it there
         return process
 
-    def run(self, command: Sequence[str | os.PathLike[str]], timeout: float = PATIENCE_S, **options: Any) -> str:
+    def run(
+        self, command: Sequence[str | os.PathLike[str]], timeout: float = PATIENCE_S, **options: Any
+    ) -> str:
         """Standard output of a command that must succeed."""
-        with self.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        with self.popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        ) as process:
             try:
                 out, err = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
@@ -140,7 +151,10 @@ class Node:
         found = []
         for process in psutil.process_iter():
             try:
-                if os.readlink(f"/proc/{process.pid}/ns/pid") == self._pid_namespace and process.pid != self._first.pid:
+                if (
+                    os.readlink(f"/proc/{process.pid}/ns/pid") == self._pid_namespace
+                    and process.pid != self._first.pid
+                ):
                     found.append((process.create_time(), process.pid, process))
             except (OSError, psutil.Error):
                 continue  # it has ended meanwhile
@@ -152,16 +166,22 @@ class Node:
         subprocess.run([*self._enter, "sh", "-c", "kill -9 -1"], check=True, timeout=PATIENCE_S)
         for process in self._started:
             process.wake()
-        _until(lambda: None if self.processes() else True, f"{self.name}: processes outlive kill -9")
+        _until(
+            lambda: None if self.processes() else True, f"{self.name}: processes outlive kill -9"
+        )
 
     def listening(self) -> list[Listener]:
         """Every TCP port that is listened on, and every UDP port that takes datagrams from anybody, of every process of this node."""
-        return sorted(Listener(*found) for found in json.loads(self.run([sys.executable, "-c", LISTENING])))
+        return sorted(
+            Listener(*found) for found in json.loads(self.run([sys.executable, "-c", LISTENING]))
+        )
 
     def sent_bytes(self) -> int:
         """Bytes that have left through the cable since the node was made, headers counted."""
         with open(f"/proc/{self._first.pid}/net/dev") as file:
-            (counts,) = (line.split(":")[1].split() for line in file if line.strip().startswith("eth0:"))
+            (counts,) = (
+                line.split(":")[1].split() for line in file if line.strip().startswith("eth0:")
+            )
         return int(counts[8])
 
 
@@ -187,7 +207,12 @@ class Nodes:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._tear_down()
 
     def __getitem__(self, i: int) -> Node:
@@ -208,26 +233,52 @@ class Nodes:
         # Only root may make namespaces without a user namespace around them, in which anybody is root.
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         wait = [sys.executable, "-ISc", WAIT]
-        switch = self._wait_in(["unshare", *user, "--net", "--pid", "--mount", "--mount-proc", "--fork", *wait])
-        enter = ["nsenter", "--target", str(switch.pid), *(["--user", "--preserve-credentials"] if user else [])]
+        switch = self._wait_in(
+            ["unshare", *user, "--net", "--pid", "--mount", "--mount-proc", "--fork", *wait]
+        )
+        enter = [
+            "nsenter",
+            "--target",
+            str(switch.pid),
+            *(["--user", "--preserve-credentials"] if user else []),
+        ]
         self._ip_command = [*enter, "--net", "ip"]
         self._ip("link", "add", "switch", "type", "bridge")
         self._ip("link", "set", "switch", "up")
 
         addresses = [f"{NETWORK}.{i + 1}" for i in range(len(self._names))]
-        hosts = ["127.0.0.1 localhost", "::1 localhost", *map(" ".join, zip(addresses, self._names, strict=True))]
+        hosts = [
+            "127.0.0.1 localhost",
+            "::1 localhost",
+            *map(" ".join, zip(addresses, self._names, strict=True)),
+        ]
         unshare = ["unshare", "--net", "--pid", "--uts", "--mount", "--mount-proc", "--fork"]
         for name, address in zip(self._names, addresses, strict=True):
             script = NODE.format(name=name, hosts=shlex.join(hosts), wait=shlex.join(wait))
             # Below the switch's process namespace: they end with it.
-            first = self._wait_in([*enter, "--net", "--pid", "--mount", *unshare, "sh", "-c", script])
-            enter_node = ["nsenter", "--target", str(first.pid), *enter[3:], "--net", "--pid", "--uts", "--mount"]
-            self._ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(first.pid))
+            first = self._wait_in(
+                [*enter, "--net", "--pid", "--mount", *unshare, "sh", "-c", script]
+            )
+            enter_node = [
+                "nsenter",
+                "--target",
+                str(first.pid),
+                *enter[3:],
+                "--net",
+                "--pid",
+                "--uts",
+                "--mount",
+            ]
+            self._ip(
+                "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(first.pid)
+            )
             self._ip("link", "set", name, "master", "switch", "up")
             node = Node(name, address, first, enter_node)
             self._nodes.append(node)
             node.run(["ip", "link", "set", "lo", "up"])
-            node.run(["ip", "link", "set", "eth0", "addrgenmode", "none"])  # no IPv6 of its own accord: silence on the cable
+            node.run(
+                ["ip", "link", "set", "eth0", "addrgenmode", "none"]
+            )  # no IPv6 of its own accord: silence on the cable
             node.run(["ip", "address", "add", f"{address}/24", "dev", "eth0"])
             node.run(["ip", "link", "set", "eth0", "up"])
         self._until_connected()
@@ -235,20 +286,28 @@ class Nodes:
     def _wait_in(self, command: list[str]) -> psutil.Process:
         """Start a chain of commands that ends in WAIT; returns that last process, the first of its namespace."""
         # In a session of its own, so that Ctrl-C is the test's alone.
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes: Any = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
         process = subprocess.Popen(command, start_new_session=True, **pipes)
         self._waiting.append(process)
         assert process.stdout and process.stderr
         if process.stdout.readline() != b"ready\n":
             process.kill()
-            raise Unavailable(f"{shlex.join(command[:4])} ...: {process.stderr.read().decode(errors='replace').strip() or 'no answer'}")
+            raise Unavailable(
+                f"{shlex.join(command[:4])} ...: {process.stderr.read().decode(errors='replace').strip() or 'no answer'}"
+            )
         last = psutil.Process(process.pid)
         while below := last.children():
             (last,) = below
         return last
 
     def _ip(self, *arguments: str) -> None:
-        done = subprocess.run([*self._ip_command, *arguments], capture_output=True, text=True, timeout=PATIENCE_S)
+        done = subprocess.run(
+            [*self._ip_command, *arguments], capture_output=True, text=True, timeout=PATIENCE_S
+        )
         if done.returncode:
             raise Unavailable(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
@@ -257,7 +316,10 @@ class Nodes:
         command = [*self._ip_command, "-json", "link", "show", "master", "switch"]
 
         def connected() -> bool | None:
-            links = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE_S).stdout or "[]")
+            links = json.loads(
+                subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE_S).stdout
+                or "[]"
+            )
             return all(link["operstate"] == "UP" for link in links) or None
 
         _until(connected, f"{self._names}: their cables stay down")

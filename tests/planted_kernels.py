@@ -19,7 +19,9 @@ def spilling(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def narrow(ids_ptr, table_ptr, x_ptr, y_ptr, table_stride, shift, T, D: tl.constexpr, BLOCK_T: tl.constexpr):
+def narrow(
+    ids_ptr, table_ptr, x_ptr, y_ptr, table_stride, shift, T, D: tl.constexpr, BLOCK_T: tl.constexpr
+):
     """Rows of a table by their indices, which is as it should be, and of x from a column on that may be odd."""
     column = tl.arange(0, D)[None, :]
     for first in range(0, T, BLOCK_T):
@@ -30,10 +32,25 @@ def narrow(ids_ptr, table_ptr, x_ptr, y_ptr, table_stride, shift, T, D: tl.const
         tl.store(y_ptr + row * D + column, table + x)
 
 
-SPILLING = Production(spilling, "", 16384, torch.float32, {"x_ptr": "*fp32", "y_ptr": "*fp32", "BLOCK": 16384}, wide=("x_ptr",))
+SPILLING = Production(
+    spilling,
+    "",
+    16384,
+    torch.float32,
+    {"x_ptr": "*fp32", "y_ptr": "*fp32", "BLOCK": 16384},
+    wide=("x_ptr",),
+)
 POINTERS = {"ids_ptr": "*i64", "table_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*bf16"}
 NUMBERS = {"table_stride": "i64", "shift": "i32", "T": "i32", "D": 256, "BLOCK_T": 16}
-NARROW = Production(narrow, "", 256, torch.bfloat16, POINTERS | NUMBERS, aligned=("table_stride",), wide=("table_ptr", "x_ptr"))
+NARROW = Production(
+    narrow,
+    "",
+    256,
+    torch.bfloat16,
+    POINTERS | NUMBERS,
+    aligned=("table_stride",),
+    wide=("table_ptr", "x_ptr"),
+)
 UNREAD = NARROW._replace(wide=("y_ptr",))
 MISNAMED = NARROW._replace(arguments=NARROW.arguments | {"stride": "i32"})
 
@@ -41,7 +58,10 @@ MISNAMED = NARROW._replace(arguments=NARROW.arguments | {"stride": "i32"})
 def main() -> None:
     planted = {"spilling": SPILLING, "narrow": NARROW, "unread": UNREAD, "misnamed": MISNAMED}
     options = {"spilling": {"num_warps": 1}}
-    found = compile_all((name, production, "sm_90", options.get(name, {"num_warps": 4})) for name, production in planted.items())
+    found = compile_all(
+        (name, production, "sm_90", options.get(name, {"num_warps": 4}))
+        for name, production in planted.items()
+    )
     print("\n".join(faults(found)))
 
 

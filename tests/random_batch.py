@@ -15,7 +15,10 @@ def make_batch(lengths: list[int], seed: int = 0) -> PackedBatch:
     starts = [0, *itertools.accumulate(lengths)]
     ids = torch.randint(5, VOCAB, (starts[-1],), generator=draw)
     masked = torch.cat(
-        [s + 1 + torch.randperm(n - 2, generator=draw)[: min(3, n - 2)].sort().values for s, n in zip(starts, lengths, strict=False)]
+        [
+            s + 1 + torch.randperm(n - 2, generator=draw)[: min(3, n - 2)].sort().values
+            for s, n in zip(starts, lengths, strict=False)
+        ]
     )
     labels = ids[masked].clone()
     ids[masked[::2]] = 4

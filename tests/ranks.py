@@ -25,7 +25,12 @@ PATIENCE_S = 120.0  # a guard, never reached where all is well
 def environment(**more: str) -> dict[str, str]:
     """What a process of fastbert runs in, wherever it is started from."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return {**{k: v for k, v in os.environ.items() if k not in LAUNCHER}, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+    return {
+        **{k: v for k, v in os.environ.items() if k not in LAUNCHER},
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
 
 
 def free_port() -> int:
@@ -44,12 +49,20 @@ class Rank:
     """A process of its own; `out` and `err` are the files that it writes to."""
 
     def __init__(
-        self, server: _Server, arguments: Sequence[str], variables: Mapping[str, str], folder: Path, name: str, more: dict[str, int]
+        self,
+        server: _Server,
+        arguments: Sequence[str],
+        variables: Mapping[str, str],
+        folder: Path,
+        name: str,
+        more: dict[str, int],
     ):
         self._server = server
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
         where = {"folder": str(folder), "out": str(self.out), "err": str(self.err)}
-        self.pid = server.start({"arguments": list(arguments), "environment": dict(variables), **where, **more})
+        self.pid = server.start(
+            {"arguments": list(arguments), "environment": dict(variables), **where, **more}
+        )
 
     @property
     def parent(self) -> int:
@@ -64,7 +77,9 @@ class Rank:
     def wait(self, seconds: float = PATIENCE_S) -> int:
         code = self._server.ended(self.pid, seconds)
         if code is None:
-            raise TimeoutError(f"process {self.pid} runs on after {seconds:g} s; its stderr: {self.err.read_text()!r}")
+            raise TimeoutError(
+                f"process {self.pid} runs on after {seconds:g} s; its stderr: {self.err.read_text()!r}"
+            )
         return code
 
     def signal(self, number: int) -> None:
@@ -78,7 +93,9 @@ def runs(pid: int) -> bool:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return not any(line.startswith("State:") and line.split()[1] in "ZX" for line in status.splitlines())
+    return not any(
+        line.startswith("State:") and line.split()[1] in "ZX" for line in status.splitlines()
+    )
 
 
 def catches(pid: int, number: int) -> bool:
@@ -99,7 +116,14 @@ class Ranks:
         more: environment variables.
     """
 
-    def __init__(self, arguments: Sequence[str], folder: Path, world: int = 1, namespaces: int | None = None, **more: str):
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        world: int = 1,
+        namespaces: int | None = None,
+        **more: str,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         port = str(free_port())
         self.ranks: list[Rank] = []
@@ -108,7 +132,16 @@ class Ranks:
                 values = (str(rank), str(world), str(rank), str(world), "127.0.0.1", port)
                 launched = dict(zip(LAUNCHER, values, strict=True)) if world > 1 else {}
                 mounts = {} if namespaces is None else {"namespaces": namespaces}
-                self.ranks.append(Rank(_server(), arguments, environment(**launched, **more), folder, f"rank{rank}", mounts))
+                self.ranks.append(
+                    Rank(
+                        _server(),
+                        arguments,
+                        environment(**launched, **more),
+                        folder,
+                        f"rank{rank}",
+                        mounts,
+                    )
+                )
         except BaseException:
             self.kill()
             raise
@@ -116,7 +149,12 @@ class Ranks:
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.kill()
         for rank in self.ranks:
             rank.wait()
@@ -152,10 +190,21 @@ class _Server:
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.fork_server"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment(), bufsize=0)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env=environment(),
+            bufsize=0,
+        )
         self.pid = self._process.pid
         self._news = threading.Condition()
-        self._requested, self._started, self._ended = 0, [], {}  # requests made, processes in their order, exit codes by process
+        self._requested, self._started, self._ended = (
+            0,
+            [],
+            {},
+        )  # requests made, processes in their order, exit codes by process
         threading.Thread(target=self._listen, daemon=True, name="fork server").start()
         atexit.register(self.close)
 
@@ -166,9 +215,13 @@ class _Server:
             mine = self._requested
             self._requested += 1
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._news.wait_for(lambda: len(self._started) > mine or self._process.poll() is not None, PATIENCE_S)
+            self._news.wait_for(
+                lambda: len(self._started) > mine or self._process.poll() is not None, PATIENCE_S
+            )
             if len(self._started) <= mine:
-                raise RuntimeError(f"the fork server starts no process; its exit code is {self._process.poll()}")
+                raise RuntimeError(
+                    f"the fork server starts no process; its exit code is {self._process.poll()}"
+                )
             return self._started[mine]
 
     def ended(self, pid: int, seconds: float) -> int | None:
@@ -192,7 +245,9 @@ class _Server:
                 for answer in map(json.loads, lines):
                     if "started" in answer:
                         self._started.append(answer["started"])
-                        self._ended.pop(answer["started"], None)  # the system gives a number out again, after some 30,000 others
+                        self._ended.pop(
+                            answer["started"], None
+                        )  # the system gives a number out again, after some 30,000 others
                     else:
                         self._ended[answer["ended"]] = answer["code"]
                 self._news.notify_all()

@@ -40,7 +40,9 @@ def record() -> None:
             "host": socket.gethostname(),
             "examples": [example for pack in packs for example in pack.examples.tolist()],
         }
-        with open(os.environ["RECORD"], "ab", buffering=0) as file:  # one write, at the end of the file: ranks do not mix
+        with open(
+            os.environ["RECORD"], "ab", buffering=0
+        ) as file:  # one write, at the end of the file: ranks do not mix
             file.write(json.dumps(line).encode() + b"\n")
         time.sleep(max(0.0, began + float(Path(os.environ["PACE"]).read_text()) - time.monotonic()))
         return result

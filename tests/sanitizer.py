@@ -52,9 +52,20 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, TensorHandle
 from triton.runtime.jit import mangle_type
 
-from tests.gpu_arithmetic import ARITHMETIC_PATCHES, GpuArithmetic, decode, encode, np_dtype, round_bf16
+from tests.gpu_arithmetic import (
+    ARITHMETIC_PATCHES,
+    GpuArithmetic,
+    decode,
+    encode,
+    np_dtype,
+    round_bf16,
+)
 
-RIVALS = {"load": ("store", "atomic"), "store": ("store", "load", "atomic"), "atomic": ("store", "load")}
+RIVALS = {
+    "load": ("store", "atomic"),
+    "store": ("store", "load", "atomic"),
+    "atomic": ("store", "load"),
+}
 VERBS = {"load": "loads", "store": "stores", "atomic": "atomically updates"}
 PAST = {"load": "loaded", "store": "stored", "atomic": "atomically updated"}
 _HERE = (__file__, str(Path(triton.__file__).parent))
@@ -77,7 +88,9 @@ class Fault:
     repeats: int = 0  # how many more times in this launch, by any program
 
     def __str__(self) -> str:
-        offsets = ", ".join(map(str, self.offsets[:4])) + (f", ... {self.offsets[-1]}" if len(self.offsets) > 4 else "")
+        offsets = ", ".join(map(str, self.offsets[:4])) + (
+            f", ... {self.offsets[-1]}" if len(self.offsets) > 4 else ""
+        )
         again = f", and {self.repeats} times more" if self.repeats else ""
         return f"{self.line}: {self.kernel}, program {self.program}: {self.argument}[{offsets}] {self.what}{again}"
 
@@ -131,7 +144,9 @@ class _Shadow:
         self.size = size
         self.owners: dict[str, np.ndarray] = {}
 
-    def claim(self, action: str, index: np.ndarray, program: int) -> tuple[str, int, np.ndarray] | None:
+    def claim(
+        self, action: str, index: np.ndarray, program: int
+    ) -> tuple[str, int, np.ndarray] | None:
         """Notes that `program` touches the elements; tells (which rival access, its program, where) if that is a race."""
         race = None
         for rival in RIVALS[action]:
@@ -144,7 +159,11 @@ class _Shadow:
             self.owners[action] = np.zeros(self.size, np.int32)
         mine = self.owners[action]
         before = mine.take(index)
-        mine[index] = np.where((before == 0) | (before == program), np.int32(program), -np.abs(before)) if before.any() else program
+        mine[index] = (
+            np.where((before == 0) | (before == program), np.int32(program), -np.abs(before))
+            if before.any()
+            else program
+        )
         return race
 
 
@@ -153,19 +172,34 @@ class _Argument:
 
     def __init__(self, name: str, tensor: torch.Tensor, shadow: _Shadow, traffic: Traffic):
         self.name, self.shadow, self.traffic = name, shadow, traffic
-        self.shape, self.strides, self.size = tuple(tensor.shape), tensor.stride(), tensor.element_size()
+        self.shape, self.strides, self.size = (
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.element_size(),
+        )
         self.address, self.origin = tensor.data_ptr(), tensor.storage_offset()
-        self.span = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)) if tensor.numel() else 0
+        self.span = (
+            1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+            if tensor.numel()
+            else 0
+        )
         bits = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[self.size]
         self.memory = tensor.as_strided((self.span,), (1,)).view(bits).numpy()
         member = np.zeros(self.span, bool)
         self.own(member)[...] = True
-        self.member = None if member.all() else member  # which elements of the span belong to the view; None if all do
+        self.member = (
+            None if member.all() else member
+        )  # which elements of the span belong to the view; None if all do
 
     def own(self, span: np.ndarray) -> np.ndarray:
         """The elements of the view, each once, in an array that has an entry for every element of its span."""
-        sizes = [min(n, 1) if stride == 0 else n for n, stride in zip(self.shape, self.strides, strict=True)]
-        return np.lib.stride_tricks.as_strided(span, sizes, [stride * span.itemsize for stride in self.strides])
+        sizes = [
+            min(n, 1) if stride == 0 else n
+            for n, stride in zip(self.shape, self.strides, strict=True)
+        ]
+        return np.lib.stride_tricks.as_strided(
+            span, sizes, [stride * span.itemsize for stride in self.strides]
+        )
 
     def distinct(self, *actions: str) -> int:
         """Bytes of the elements that any of the actions touched."""
@@ -209,7 +243,9 @@ class _Builder(GpuArithmetic):
             if not isinstance(value, torch.Tensor):
                 return value
             if value.device.type != "cpu":
-                raise ValueError(f"sanitize: {self.launch.kernel}: {name} is on {value.device}; the interpreter works on CPU tensors")
+                raise ValueError(
+                    f"sanitize: {self.launch.kernel}: {name} is on {value.device}; the interpreter works on CPU tensors"
+                )
             storage, value = value.untyped_storage(), value.detach()
             size = storage.nbytes() // value.element_size()
             shadow = shadows.setdefault((storage.data_ptr(), value.element_size()), _Shadow(size))
@@ -217,7 +253,9 @@ class _Builder(GpuArithmetic):
             self.arguments[id(value)] = _Argument(name, value, shadow, traffic)
             return value
 
-        positional = [alias(name, value) for name, value in zip(self.names, args, strict=False)]  # the others come by name
+        positional = [
+            alias(name, value) for name, value in zip(self.names, args, strict=False)
+        ]  # the others come by name
         return positional, {name: alias(name, value) for name, value in kwargs.items()}
 
     def convert(self, value: Any) -> Any:
@@ -226,7 +264,12 @@ class _Builder(GpuArithmetic):
             return _stock_implicit_cvt(value)
         ty: Any = tl.str_to_ty(mangle_type(value), None)
         if argument := self.arguments.get(id(value)):
-            return tl.tensor(TensorHandle(np.array([argument.address], np.uint64), _Pointer(ty.element_ty, argument)), ty)
+            return tl.tensor(
+                TensorHandle(
+                    np.array([argument.address], np.uint64), _Pointer(ty.element_ty, argument)
+                ),
+                ty,
+            )
         return tl.tensor(TensorHandle(np.array([value], np_dtype(ty)), ty), ty)
 
     def end(self) -> None:
@@ -263,19 +306,29 @@ class _Builder(GpuArithmetic):
             self.faults[key].repeats += 1
             return
         where = np.unique(offsets).tolist()
-        self.faults[key] = Fault(self.launch.kernel, self._index(self.program), argument, where, what, line)
+        self.faults[key] = Fault(
+            self.launch.kernel, self._index(self.program), argument, where, what, line
+        )
         self.report.faults.append(self.faults[key])
 
     # ---- memory
 
-    def _touch(self, pointers: TensorHandle, mask: TensorHandle | None, action: str) -> tuple[_Argument, np.ndarray, np.ndarray | None]:
+    def _touch(
+        self, pointers: TensorHandle, mask: TensorHandle | None, action: str
+    ) -> tuple[_Argument, np.ndarray, np.ndarray | None]:
         """Checks and counts an access. Returns the argument, the elements that may be touched, and by which lanes (None: by all)."""
         argument = getattr(pointers.dtype.scalar, "argument", None)
         if argument is None:
-            raise TypeError(f"sanitize: {self.launch.kernel} {VERBS[action]} through a pointer that comes from no tensor argument")
+            raise TypeError(
+                f"sanitize: {self.launch.kernel} {VERBS[action]} through a pointer that comes from no tensor argument"
+            )
         if argument.size != max(1, pointers.get_element_ty().primitive_bitwidth // 8):
-            raise TypeError(f"sanitize: {self.launch.kernel} casts {argument.name} to a pointer to elements of another size")
-        index = (pointers.data - np.uint64(argument.address)).view(np.int64) >> (argument.size.bit_length() - 1)
+            raise TypeError(
+                f"sanitize: {self.launch.kernel} casts {argument.name} to a pointer to elements of another size"
+            )
+        index = (pointers.data - np.uint64(argument.address)).view(np.int64) >> (
+            argument.size.bit_length() - 1
+        )
         inside = index.view(np.uint64) < argument.span  # unsigned: negative ones are large
         if argument.member is not None:
             inside[inside] = argument.member[index[inside]]
@@ -291,8 +344,17 @@ class _Builder(GpuArithmetic):
         argument.traffic.stored += index.size * argument.size if action != "load" else 0
         if race := argument.shadow.claim(action, index + argument.origin, self.program):
             rival, owner, where = race
-            whom = f"program {self._index(abs(owner))}" if abs(owner) != self.program else "other programs"
-            self.fault(argument.name, f"{action} {rival}", where - argument.origin, f"race: {VERBS[action]} what {whom} {PAST[rival]}")
+            whom = (
+                f"program {self._index(abs(owner))}"
+                if abs(owner) != self.program
+                else "other programs"
+            )
+            self.fault(
+                argument.name,
+                f"{action} {rival}",
+                where - argument.origin,
+                f"race: {VERBS[action]} what {whom} {PAST[rival]}",
+            )
         return argument, index, lanes
 
     def _outside(self, argument: _Argument, action: str, offsets: np.ndarray) -> None:
@@ -302,7 +364,12 @@ class _Builder(GpuArithmetic):
             where = f"past the end: the tensor spans {argument.span} elements"
         else:
             where = f"between those of the view, of shape {argument.shape} and strides {argument.strides}"
-        self.fault(argument.name, f"{action} {where}", offsets, f"out of bounds: {VERBS[action]} {len(offsets)} elements {where}")
+        self.fault(
+            argument.name,
+            f"{action} {where}",
+            offsets,
+            f"out of bounds: {VERBS[action]} {len(offsets)} elements {where}",
+        )
 
     def create_masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
         dtype, shape = ptrs.get_element_ty(), ptrs.data.shape
@@ -322,7 +389,12 @@ class _Builder(GpuArithmetic):
         argument.memory[index] = raw
         differs = argument.memory.take(index) != raw
         if differs.any():
-            self.fault(argument.name, "lanes", index[differs], "race: lanes of one store write different values")
+            self.fault(
+                argument.name,
+                "lanes",
+                index[differs],
+                "race: lanes of one store write different values",
+            )
 
     def create_atomic_rmw(self, rmwOp, ptr, val, mask, sem, scope):
         argument, index, lanes = self._touch(ptr, mask, "atomic")
@@ -330,21 +402,37 @@ class _Builder(GpuArithmetic):
         lanes = np.ones(shape, bool) if lanes is None else lanes
         values = np.array(np.broadcast_to(val.data, shape))
         if not dtype.is_bf16():
-            return super().create_atomic_rmw(rmwOp, ptr, TensorHandle(values, val.dtype), TensorHandle(lanes, tl.int1), sem, scope)
+            return super().create_atomic_rmw(
+                rmwOp,
+                ptr,
+                TensorHandle(values, val.dtype),
+                TensorHandle(lanes, tl.int1),
+                sem,
+                scope,
+            )
         before = np.zeros(shape, np.float32)
-        for lane, i in zip(np.argwhere(lanes), index, strict=True):  # one by one: lanes may share an element
+        for lane, i in zip(
+            np.argwhere(lanes), index, strict=True
+        ):  # one by one: lanes may share an element
             before[tuple(lane)] = old = decode(argument.memory[i : i + 1], dtype).item()
-            argument.memory[i] = encode(round_bf16(old + values[tuple(lane)]), dtype).item()  # bf16 has no atomic but `add`
+            argument.memory[i] = encode(
+                round_bf16(old + values[tuple(lane)]), dtype
+            ).item()  # bf16 has no atomic but `add`
         return TensorHandle(before, dtype)
 
     def create_atomic_cas(self, ptr, cmp, val, sem, scope):
         _, _, lanes = self._touch(ptr, None, "atomic")
-        return super().create_atomic_cas(ptr, cmp, val, sem, scope) if lanes is None else cmp  # else out of bounds, and reported
+        return (
+            super().create_atomic_cas(ptr, cmp, val, sem, scope) if lanes is None else cmp
+        )  # else out of bounds, and reported
 
     def create_bitcast(self, src, dst_type):
         dst = dst_type.scalar
         if dst.is_ptr():
-            return TensorHandle(src.data.view(np.uint64), _Pointer(dst.element_ty, getattr(src.dtype.scalar, "argument", None)))
+            return TensorHandle(
+                src.data.view(np.uint64),
+                _Pointer(dst.element_ty, getattr(src.dtype.scalar, "argument", None)),
+            )
         return TensorHandle(decode(encode(src.data, src.dtype.scalar), dst), dst)
 
     create_int_to_ptr = create_ptr_to_int = create_bitcast
@@ -383,11 +471,17 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
         ValueError: on an unknown order, or a tensor that is not on the CPU.
     """
     if GridExecutor.__call__ is not _stock_call:
-        raise RuntimeError("sanitize: already inside a sanitize block; launches would be reported to only one of them")
+        raise RuntimeError(
+            "sanitize: already inside a sanitize block; launches would be reported to only one of them"
+        )
     if not knobs.runtime.interpret:
-        raise RuntimeError("sanitize needs Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
+        raise RuntimeError(
+            "sanitize needs Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported"
+        )
     if not isinstance(order, int) and order not in ("ascending", "reversed"):
-        raise ValueError(f"sanitize: order = {order!r}; known are 'ascending', 'reversed' and the integer seed of a shuffle")
+        raise ValueError(
+            f"sanitize: order = {order!r}; known are 'ascending', 'reversed' and the integer seed of a shuffle"
+        )
     report = Report()
     builder = _Builder(report, order)
 
@@ -399,7 +493,9 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
 
     def check_hint(value: TensorHandle, name: str, multiples: list[int]) -> None:
         if name == "tt.divisibility" and value.data.size == 1 and value.data.item() % multiples[0]:
-            builder.fault("multiple_of", "", [], f"{multiples[0]} does not hold for {value.data.item()}")
+            builder.fault(
+                "multiple_of", "", [], f"{multiples[0]} does not hold for {value.data.item()}"
+            )
 
     patches = [
         *ARITHMETIC_PATCHES,
@@ -407,7 +503,11 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
         (interpreter, "_implicit_cvt", builder.convert),
         (GridExecutor, "__call__", call),
         (GridExecutor, "_init_args_hst", builder.bind),
-        (GridExecutor, "_restore_args_dev", lambda *_: None),  # kernels work on the tensors themselves
+        (
+            GridExecutor,
+            "_restore_args_dev",
+            lambda *_: None,
+        ),  # kernels work on the tensors themselves
         (TensorHandle, "set_attr", check_hint),
         # Stock, every call of a device function patches the language again, which takes most of the time. Here it is done once.
         (interpreter, "_patch_lang", lambda fn: SimpleNamespace(restore=lambda: None)),
@@ -416,10 +516,23 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         if hasattr(interpreter, "interpreter_semantic"):
-            stack.enter_context(mock.patch.object(interpreter.interpreter_semantic, "builder", builder))
-        stack.callback(_stock_patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core})).restore)
+            stack.enter_context(
+                mock.patch.object(interpreter.interpreter_semantic, "builder", builder)
+            )
+        stack.callback(
+            _stock_patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core})).restore
+        )
         # Triton 3.6 leaves this to int(), which NumPy 2.4 refuses.
-        stack.enter_context(mock.patch.object(tl.tensor, "__index__", lambda number: number.handle.data.item()))
+        stack.enter_context(
+            mock.patch.object(tl.tensor, "__index__", lambda number: number.handle.data.item())
+        )
         yield report
     if raise_on_fault and report.faults:
-        raise SanitizerError("\n".join([f"{len(report.faults)} faults in {len(report.launches)} launches:", *map(str, report.faults)]))
+        raise SanitizerError(
+            "\n".join(
+                [
+                    f"{len(report.faults)} faults in {len(report.launches)} launches:",
+                    *map(str, report.faults),
+                ]
+            )
+        )

@@ -28,7 +28,9 @@ STARTS = 5  # of a job, at most
 def install(folder: Path) -> None:
     """Make the commands, to be put on the PATH."""
     for name in ("ssh", "pdsh", "sbatch", "srun", "scontrol", "kubectl"):
-        (folder / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(__file__)} {name} "$@"\n')
+        (folder / name).write_text(
+            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(__file__)} {name} "$@"\n'
+        )
         (folder / name).chmod(0o755)
 
 
@@ -41,9 +43,15 @@ def sshd(address: str) -> int:
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             asked = json.loads(self.rfile.readline())
-            options: Any = {"stdin": subprocess.DEVNULL, "stdout": self.connection, "stderr": subprocess.STDOUT}
+            options: Any = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": self.connection,
+                "stderr": subprocess.STDOUT,
+            }
             environment = {**os.environ, **asked["environment"]}
-            process = subprocess.Popen(["sh", "-c", asked["command"]], env=environment, start_new_session=True, **options)
+            process = subprocess.Popen(
+                ["sh", "-c", asked["command"]], env=environment, start_new_session=True, **options
+            )
             self.connection.sendall(END + str(process.wait()).encode())
 
     class Server(socketserver.ThreadingTCPServer):
@@ -55,12 +63,19 @@ def sshd(address: str) -> int:
     return 0
 
 
-def remote(host: str, command: str, environment: dict[str, str] | None = None, prefix: str = "") -> int:
+def remote(
+    host: str, command: str, environment: dict[str, str] | None = None, prefix: str = ""
+) -> int:
     """Run a command line on a node, with its output here; returns the exit code, 255 where the node cannot be reached, as ssh does."""
     try:
-        with socket.create_connection((host, PORT), timeout=10) as connection, connection.makefile("rb") as answer:
+        with (
+            socket.create_connection((host, PORT), timeout=10) as connection,
+            connection.makefile("rb") as answer,
+        ):
             connection.settimeout(None)
-            connection.sendall(json.dumps({"command": command, "environment": environment or {}}).encode() + b"\n")
+            connection.sendall(
+                json.dumps({"command": command, "environment": environment or {}}).encode() + b"\n"
+            )
             for line in answer:
                 text, end, code = line.partition(END)
                 if text:
@@ -86,7 +101,12 @@ def pdsh(arguments: list[str]) -> int:
     assert arguments[:2] == ["-S", "-f"] and arguments[3] == "-w"
     hosts, command = arguments[4].split(","), " ".join(arguments[5:])
     with ThreadPoolExecutor(len(hosts)) as pool:
-        return max(pool.map(lambda i: remote(hosts[i], command.replace("%n", str(i)), prefix=f"{hosts[i]}: "), range(len(hosts))))
+        return max(
+            pool.map(
+                lambda i: remote(hosts[i], command.replace("%n", str(i)), prefix=f"{hosts[i]}: "),
+                range(len(hosts)),
+            )
+        )
 
 
 # Slurm: node0, node1, ... of which a job takes as many as it asks for. sbatch waits for the job, and starts it again when it was requeued.
@@ -115,7 +135,9 @@ def sbatch(arguments: list[str]) -> int:
             if restart:
                 environment["SLURM_RESTART_COUNT"] = str(restart)
             environment["REQUEUED"] = str(Path(spool) / f"requeued-{restart}")
-            code = subprocess.run(["bash", script, *rest], env=environment, stdout=log, stderr=log).returncode
+            code = subprocess.run(
+                ["bash", script, *rest], env=environment, stdout=log, stderr=log
+            ).returncode
             if not Path(environment["REQUEUED"]).exists():
                 break
     return code
@@ -129,7 +151,11 @@ def srun(arguments: list[str]) -> int:
     line = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}"
 
     def run(task: int) -> int:
-        own = {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task % per_node), "SLURM_STEP_NUM_TASKS": str(tasks)}
+        own = {
+            "SLURM_PROCID": str(task),
+            "SLURM_LOCALID": str(task % per_node),
+            "SLURM_STEP_NUM_TASKS": str(tasks),
+        }
         return remote(f"node{task // per_node}", line, {**os.environ, **own})
 
     with ThreadPoolExecutor(tasks) as pool:
@@ -171,27 +197,46 @@ def kubectl(arguments: list[str]) -> int:
         Path(f"secret-{name}.json").write_text(json.dumps({key: value}))
         return 0
     assert arguments[:2] == ["apply", "-f"]
-    kinds = {document["kind"]: document for document in yaml.safe_load_all(Path(arguments[2]).read_text())}
+    kinds = {
+        document["kind"]: document
+        for document in yaml.safe_load_all(Path(arguments[2]).read_text())
+    }
     name, job = kinds["Job"]["metadata"]["name"], kinds["Job"]["spec"]
     pod = job["template"]["spec"]
-    assert kinds["Service"]["metadata"]["name"] == pod["subdomain"] and job["completionMode"] == "Indexed"
+    assert (
+        kinds["Service"]["metadata"]["name"] == pod["subdomain"]
+        and job["completionMode"] == "Indexed"
+    )
     assert pod["restartPolicy"] == "Never" and job["completions"] == job["parallelism"]
     (container,) = pod["containers"]
     count = job["completions"]
-    hosts = "".join(f"10.77.0.{i + 1} {name}-{i}.{pod['subdomain']} {name}-{i}\n" for i in range(count))
+    hosts = "".join(
+        f"10.77.0.{i + 1} {name}-{i}.{pod['subdomain']} {name}-{i}\n" for i in range(count)
+    )
     volume = f"mount -t tmpfs none /mnt && mkdir /mnt/work && mount --bind {shlex.quote(os.getcwd())} /mnt/work"
     for i in range(count):
         code = remote(f"node{i}", f"printf %s {shlex.quote(hosts)} >> /etc/hosts && {volume}")
-        assert code == 0 and container["workingDir"] == "/mnt/work" == container["volumeMounts"][0]["mountPath"]
+        assert (
+            code == 0
+            and container["workingDir"] == "/mnt/work" == container["volumeMounts"][0]["mountPath"]
+        )
     environment = {
-        item["name"]: item["value"] if "value" in item else _secret(**item["valueFrom"]["secretKeyRef"]) for item in container["env"]
+        item["name"]: item["value"]
+        if "value" in item
+        else _secret(**item["valueFrom"]["secretKeyRef"])
+        for item in container["env"]
     }
     line = f"cd /mnt/work && exec {shlex.join(container['command'] + container['args'])}"
 
     def index(i: int) -> bool:
         """One pod after another, until one succeeds; whether one did."""
         for attempt in range(min(STARTS, job["backoffLimit"])):
-            code = remote(f"node{i}", line, {**environment, "JOB_COMPLETION_INDEX": str(i)}, prefix=f"{name}-{i}: ")
+            code = remote(
+                f"node{i}",
+                line,
+                {**environment, "JOB_COMPLETION_INDEX": str(i)},
+                prefix=f"{name}-{i}: ",
+            )
             print(f"{name}-{i}: start {attempt + 1}: exit code {code}", flush=True)
             if code == 0:
                 return True
@@ -220,4 +265,13 @@ if __name__ == "__main__":
     command, *rest = sys.argv[1:]
     if command == "sshd":
         sys.exit(sshd(*rest))
-    sys.exit({"ssh": ssh, "pdsh": pdsh, "sbatch": sbatch, "srun": srun, "scontrol": scontrol, "kubectl": kubectl}[command](rest))
+    sys.exit(
+        {
+            "ssh": ssh,
+            "pdsh": pdsh,
+            "sbatch": sbatch,
+            "srun": srun,
+            "scontrol": scontrol,
+            "kubectl": kubectl,
+        }[command](rest)
+    )

@@ -10,7 +10,16 @@ import sys
 from pathlib import Path
 
 from benchmarks import ahead_of_time
-from benchmarks.ahead_of_time import DEVICES, UNTRACED, Figures, changes, faults, global_loads, programs, recorded_table
+from benchmarks.ahead_of_time import (
+    DEVICES,
+    UNTRACED,
+    Figures,
+    changes,
+    faults,
+    global_loads,
+    programs,
+    recorded_table,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +43,9 @@ def run(module: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: this one interprets its kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, cwd=ROOT, env=environment)
+    return subprocess.run(
+        [sys.executable, "-m", module], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
 
 
 def with_figures(**figures) -> list[Figures]:
@@ -52,25 +63,37 @@ def test_the_record_can_be_shown_without_compiling():
     shown = recorded_table(record).splitlines()
     for architecture in DEVICES:
         for name, figures in record[architecture].items():
-            assert any(line.startswith(name) and line.split()[-1] == str(figures["programs"]) for line in shown)
+            assert any(
+                line.startswith(name) and line.split()[-1] == str(figures["programs"])
+                for line in shown
+            )
 
 
 def test_planted_faults_are_found():
     result = run("tests.planted_kernels")
     assert result.returncode == 0, result.stderr
     spilling, *rest = result.stdout.splitlines()
-    assert spilling.startswith("sm_90 spilling: ") and spilling.endswith(" bytes of spilled registers a thread; must be 0")
-    assert rest == [
-        "sm_90 narrow: a load through x_ptr is 16 bits wide; must be 128",  # and nothing on the table, nor on the indices
-        "sm_90 unread: no load through y_ptr found, which production() calls wide",
-        "sm_90 misnamed: does not compile: ValueError: the kernel has no argument stride",
-    ]
+    assert spilling.startswith("sm_90 spilling: ") and spilling.endswith(
+        " bytes of spilled registers a thread; must be 0"
+    )
+    assert (
+        rest
+        == [
+            "sm_90 narrow: a load through x_ptr is 16 bits wide; must be 128",  # and nothing on the table, nor on the indices
+            "sm_90 unread: no load through y_ptr found, which production() calls wide",
+            "sm_90 misnamed: does not compile: ValueError: the kernel has no argument stride",
+        ]
+    )
 
 
 def test_hard_rules():
     assert faults([SOUND]) == []
-    assert faults(with_figures(shared=233_000)) == [f"sm_90 {SOUND.name}: 233000 bytes of shared memory; a program may have 232448"]
-    assert faults(with_figures(programs=0)) == [f"sm_90 {SOUND.name}: not one program fits: 64 registers a thread"]
+    assert faults(with_figures(shared=233_000)) == [
+        f"sm_90 {SOUND.name}: 233000 bytes of shared memory; a program may have 232448"
+    ]
+    assert faults(with_figures(programs=0)) == [
+        f"sm_90 {SOUND.name}: not one program fits: 64 registers a thread"
+    ]
     assert faults(with_figures(widths={"x_ptr": 128, UNTRACED: 32})) == [
         f"sm_90 {SOUND.name}: a load of 32 bits cannot be traced to its argument, which may be a wide one"
     ]
@@ -80,7 +103,10 @@ def test_hard_rules():
 
 def test_changes_against_the_record():
     assert changes([SOUND], RECORD) == ([], [])
-    assert changes(with_figures(registers=96, spilled=64, shared=5120, programs=7), RECORD) == ([], [])  # within the margin
+    assert changes(with_figures(registers=96, spilled=64, shared=5120, programs=7), RECORD) == (
+        [],
+        [],
+    )  # within the margin
     where = f"sm_90 {SOUND.name}"
     assert changes(with_figures(registers=100, spilled=72, shared=9000, programs=5), RECORD) == (
         [
@@ -93,7 +119,10 @@ def test_changes_against_the_record():
     )
     assert changes(with_figures(registers=24, programs=12), RECORD) == (
         [],
-        [f"{where}: registers 64 on record, now 24 (-40)", f"{where}: programs 8 on record, now 12 (+4)"],
+        [
+            f"{where}: registers 64 on record, now 24 (-40)",
+            f"{where}: programs 8 on record, now 12 (+4)",
+        ],
     )
     assert changes(with_figures(name="norm._new"), RECORD) == (
         ["sm_90 norm._new: not on record", f"{where}: on record, but no production() lists it"],
@@ -105,7 +134,9 @@ def test_programs_side_by_side():
     """NVIDIA's occupancy calculator, and the occupancy in waves a SIMD that AMD's compiler writes (92 registers: 5)."""
     h100, mi300 = DEVICES["sm_90"], DEVICES["gfx942"]
     assert programs(h100, registers=32, shared=0, warps=4, tensor_columns=0) == 16  # of 64 warps
-    assert programs(h100, registers=168, shared=0, warps=4, tensor_columns=0) == 3  # 512 // 168 = 3 warps on each scheduler
+    assert (
+        programs(h100, registers=168, shared=0, warps=4, tensor_columns=0) == 3
+    )  # 512 // 168 = 3 warps on each scheduler
     assert programs(h100, registers=255, shared=0, warps=16, tensor_columns=0) == 0
     assert programs(h100, registers=32, shared=100 << 10, warps=4, tensor_columns=0) == 2
     assert programs(h100, registers=16, shared=0, warps=1, tensor_columns=0) == 32

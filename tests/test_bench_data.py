@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def both(english_jsonl: Path, small_dataset: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenDataset, Path]:
+def both(
+    english_jsonl: Path, small_dataset: TokenDataset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TokenDataset, Path]:
     """A dataset, and what the rival makes of the same 40 documents."""
     folder = tmp_path_factory.mktemp("both")
     text = repeat(english_jsonl, folder / "text.jsonl", 1, 40)
@@ -47,19 +49,41 @@ def test_other_ids_are_noticed(both: tuple[TokenDataset, Path], split: str, tmp_
 
 def test_a_repeated_text_has_other_documents(english_jsonl: Path, tmp_path: Path) -> None:
     documents = list(read_documents([repeat(english_jsonl, tmp_path / "text.jsonl", 3, 20)]))
-    assert len(documents) == len(set(documents)) == 60 and documents[:20] == list(read_documents([english_jsonl]))[:20]
+    assert (
+        len(documents) == len(set(documents)) == 60
+        and documents[:20] == list(read_documents([english_jsonl]))[:20]
+    )
 
 
 def test_short_form(english_jsonl: Path, small_dataset: TokenDataset, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.bench_data", english_jsonl, small_dataset.path, "--out", tmp_path, "--quick"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_data",
+        english_jsonl,
+        small_dataset.path,
+        "--out",
+        tmp_path,
+        "--quick",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     record = read_record(tmp_path / "data.json")
     assert {row["part"] for row in record.rows} == {"prepare", "vocabulary", "loader", "memory"}
     assert all(ratio > 0 for ratio in record.ratios.values()) and len(record.ratios) == 3
     prepared = [row for row in record.rows if row["part"] == "prepare"]
-    assert all(row["seconds"] < row["with_baselines_s"] for row in prepared if row["side"].startswith("fastbert"))
+    assert all(
+        row["seconds"] < row["with_baselines_s"]
+        for row in prepared
+        if row["side"].startswith("fastbert")
+    )
     report = (tmp_path / "data.md").read_text(encoding="utf-8")
     assert report.startswith("# Data") and all(row["side"] in report for row in prepared)
     assert (tmp_path / "data.png").stat().st_size > 10_000

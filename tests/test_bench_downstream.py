@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 from tiny_bert import make_hugging_face_folder, make_run
 
-from benchmarks.bench_downstream import PRETRAINED, SCRATCH, SEARCH_SEED, WORDS, Job, searched, sides
+from benchmarks.bench_downstream import (
+    PRETRAINED,
+    SCRATCH,
+    SEARCH_SEED,
+    WORDS,
+    Job,
+    searched,
+    sides,
+)
 from benchmarks.record import read_record
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +32,15 @@ def texts(english_documents, tmp_path_factory) -> Path:
     """Two tasks out of the Python language reference: does a text speak of strings, of classes."""
     folder = tmp_path_factory.mktemp("labelled")
     for task, word in (("topics", "string"), ("films", "class")):
-        rows = [{"text": text[:200], "label": str(word in text)} for text in english_documents if len(text) > 80]
+        rows = [
+            {"text": text[:200], "label": str(word in text)}
+            for text in english_documents
+            if len(text) > 80
+        ]
         for part, some in (("train", rows[:240]), ("test", rows[240:300])):
-            (folder / f"{task}-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+            (folder / f"{task}-{part}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in some)
+            )
     (folder / "pretrain.jsonl").touch()  # the model is given
     return folder
 
@@ -41,20 +55,40 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
     [
         (["--model", "none"], "none: no such model"),
         (["--data", "none"], "--data none: no dataset to pre-train on"),
-        (["--model", ".", "--beside", "docs", "--beside", "from scratch"], "from scratch: no such model"),
+        (
+            ["--model", ".", "--beside", "docs", "--beside", "from scratch"],
+            "from scratch: no such model",
+        ),
         (["--record", "downstream.json"], "--record goes with --beside"),
         (["--record", "none.json", "--beside", "docs"], "--record none.json: no such file"),
-        (["--record", "README.md", "--beside", "docs"], "--record README.md: not a downstream.json"),
-        (["--record", str(Path(RECORDED).with_name("kernels.json")), "--beside", "docs"], "kernels.json: not a downstream.json"),
+        (
+            ["--record", "README.md", "--beside", "docs"],
+            "--record README.md: not a downstream.json",
+        ),
+        (
+            ["--record", str(Path(RECORDED).with_name("kernels.json")), "--beside", "docs"],
+            "kernels.json: not a downstream.json",
+        ),
         (
             ["--model", ".", "--beside", "docs", "--beside", "fastbert/../docs"],
             "--beside fastbert/../docs: a side is called 'docs' already",
         ),
         (
-            ["--model", ".", *(x for name in ("docs", "recipes", "kernels", "fastbert") for x in ("--beside", name))],
+            [
+                "--model",
+                ".",
+                *(
+                    x
+                    for name in ("docs", "recipes", "kernels", "fastbert")
+                    for x in ("--beside", name)
+                ),
+            ],
             "--beside fastbert: 7 sides, of which the picture can show 6",
         ),
-        (["--record", RECORDED, "--beside", "docs"], f"--record {RECORDED}: measured with other settings, or other texts than"),
+        (
+            ["--record", RECORDED, "--beside", "docs"],
+            f"--record {RECORDED}: measured with other settings, or other texts than",
+        ),
     ],
 )
 def test_bad_input(arguments, message, texts, tmp_path):
@@ -63,35 +97,85 @@ def test_bad_input(arguments, message, texts, tmp_path):
 
 
 def test_it_runs_to_its_end(texts, small_dataset, tmp_path):
-    model = make_run(tmp_path / "run", make_hugging_face_folder(tmp_path / "hf", small_dataset.tokenizer_dir), str(small_dataset.path))
+    model = make_run(
+        tmp_path / "run",
+        make_hugging_face_folder(tmp_path / "hf", small_dataset.tokenizer_dir),
+        str(small_dataset.path),
+    )
     shutil.copytree(model, tmp_path / "another")
-    shown = bench(texts, "--out", tmp_path, "--model", model, "--beside", tmp_path / "another", "--quick")
+    shown = bench(
+        texts, "--out", tmp_path, "--model", model, "--beside", tmp_path / "another", "--quick"
+    )
     assert shown.returncode == 0, shown.stderr
-    record, page = read_record(tmp_path / "downstream.json"), (tmp_path / "downstream.md").read_text()
+    record, page = (
+        read_record(tmp_path / "downstream.json"),
+        (tmp_path / "downstream.md").read_text(),
+    )
     trials = [row for row in record.rows if row["part"] == "trial"]
     measured = [row for row in trials if row["seed"] != SEARCH_SEED]
-    assert {(row["task"], row["side"]) for row in measured} == {(t, s) for t in ("topics", "films") for s in sides(record.rows)}
+    assert {(row["task"], row["side"]) for row in measured} == {
+        (t, s) for t in ("topics", "films") for s in sides(record.rows)
+    }
     assert sides(record.rows) == [WORDS, SCRATCH, PRETRAINED, "another"]
     assert all(0 <= row["test_accuracy"] <= 1 and 0 <= row["heldout"] <= 1 for row in trials)
-    pretrained, another = ([(r["task"], r["test_accuracy"]) for r in measured if r["side"] == side] for side in (PRETRAINED, "another"))
+    pretrained, another = (
+        [(r["task"], r["test_accuracy"]) for r in measured if r["side"] == side]
+        for side in (PRETRAINED, "another")
+    )
     assert pretrained == another  # the same model, examples and seed
-    assert (tmp_path / "downstream.png").stat().st_size > 10_000 and "| encyclopedia topics | 200 |" in page
+    assert (
+        tmp_path / "downstream.png"
+    ).stat().st_size > 10_000 and "| encyclopedia topics | 200 |" in page
 
     shutil.copytree(model, tmp_path / "later")
-    shown = bench(texts, "--out", tmp_path / "more", "--record", tmp_path / "downstream.json", "--beside", tmp_path / "later", "--quick")
+    shown = bench(
+        texts,
+        "--out",
+        tmp_path / "more",
+        "--record",
+        tmp_path / "downstream.json",
+        "--beside",
+        tmp_path / "later",
+        "--quick",
+    )
     assert shown.returncode == 0, shown.stderr
     more = read_record(tmp_path / "more/downstream.json").rows
     assert sides(more) == [*sides(record.rows), "later"]
-    assert [row for row in more if row.get("side") != "later"] == list(record.rows)  # not measured again
-    later = [(r["task"], r["test_accuracy"]) for r in more if r["part"] == "trial" and r["side"] == "later" and r["seed"] != SEARCH_SEED]
+    assert [row for row in more if row.get("side") != "later"] == list(
+        record.rows
+    )  # not measured again
+    later = [
+        (r["task"], r["test_accuracy"])
+        for r in more
+        if r["part"] == "trial" and r["side"] == "later" and r["seed"] != SEARCH_SEED
+    ]
     assert later == another
-    shown = bench(texts, "--out", tmp_path / "not", "--record", tmp_path / "downstream.json", "--beside", tmp_path / "later")
-    assert shown.returncode == 2 and "measured with other settings" in shown.stderr and not (tmp_path / "not").exists()
+    shown = bench(
+        texts,
+        "--out",
+        tmp_path / "not",
+        "--record",
+        tmp_path / "downstream.json",
+        "--beside",
+        tmp_path / "later",
+    )
+    assert (
+        shown.returncode == 2
+        and "measured with other settings" in shown.stderr
+        and not (tmp_path / "not").exists()
+    )
 
 
 def test_the_rate_is_the_one_that_was_best_on_the_held_out_part():
-    jobs = [Job(Path(), None, "topics", side, None, 0, lr) for side in (SCRATCH, PRETRAINED) for lr in (1e-3, 1e-4)]
-    rows = [{"lr": job.lr, "heldout": score, "test_accuracy": 1 - score} for job, score in zip(jobs, (0.5, 0.6, 0.9, 0.2), strict=True)]
+    jobs = [
+        Job(Path(), None, "topics", side, None, 0, lr)
+        for side in (SCRATCH, PRETRAINED)
+        for lr in (1e-3, 1e-4)
+    ]
+    rows = [
+        {"lr": job.lr, "heldout": score, "test_accuracy": 1 - score}
+        for job, score in zip(jobs, (0.5, 0.6, 0.9, 0.2), strict=True)
+    ]
     assert searched(jobs, rows) == {("topics", SCRATCH): 1e-4, ("topics", PRETRAINED): 1e-3}
 
 

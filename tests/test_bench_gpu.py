@@ -35,8 +35,29 @@ PATIENCE_S = 300  # for what a busy machine does late
 
 # An image with torch, Triton, numpy, pytest and pytest-benchmark has none of these.
 ABSENT = (
-    *("deepspeed", "matplotlib", "transformers", "tokenizers", "pyarrow", "typer", "rich", "psutil", "safetensors", "tensorboard"),
-    *("zstandard", "hypothesis", "liger_kernel", "cut_cross_entropy", "datasets", "sklearn", "scipy", "pandas", "tomli"),
+    *(
+        "deepspeed",
+        "matplotlib",
+        "transformers",
+        "tokenizers",
+        "pyarrow",
+        "typer",
+        "rich",
+        "psutil",
+        "safetensors",
+        "tensorboard",
+    ),
+    *(
+        "zstandard",
+        "hypothesis",
+        "liger_kernel",
+        "cut_cross_entropy",
+        "datasets",
+        "sklearn",
+        "scipy",
+        "pandas",
+        "tomli",
+    ),
 )
 BLOCKER = f"""
 import sys
@@ -60,18 +81,26 @@ def image(tmp_path_factory) -> dict[str, str]:
     """The environment of a process, and of all that it starts, in which only what the image has can be imported."""
     folder = tmp_path_factory.mktemp("image")
     (folder / "sitecustomize.py").write_text(BLOCKER, encoding="utf-8")
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_")
+    }
     path = os.pathsep.join([str(folder), str(ROOT), str(ROOT / "kernels")])
     return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def python(environment: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=PATIENCE_S)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=PATIENCE_S
+    )
 
 
 def lines_of(out: Path, **wanted) -> list[dict]:
-    return [line for line in read(out) if all(line.get(name) == value for name, value in wanted.items())]
+    return [
+        line for line in read(out) if all(line.get(name) == value for name, value in wanted.items())
+    ]
 
 
 def until(true, what: str) -> None:
@@ -85,16 +114,26 @@ def until(true, what: str) -> None:
 
 
 def test_every_part_can_be_loaded_in_the_image(image):
-    names = sorted(f"benchmarks.gpu.{path.stem}" for path in (ROOT / "benchmarks/gpu").glob("*.py") if path.stem != "__init__")
+    names = sorted(
+        f"benchmarks.gpu.{path.stem}"
+        for path in (ROOT / "benchmarks/gpu").glob("*.py")
+        if path.stem != "__init__"
+    )
     assert {f"benchmarks.gpu.{part.name}" for part in PARTS} - {"benchmarks.gpu.tests"} < set(names)
-    blocked = f"import importlib.util, sys; assert not any(map(importlib.util.find_spec, {ABSENT!r}))"
+    blocked = (
+        f"import importlib.util, sys; assert not any(map(importlib.util.find_spec, {ABSENT!r}))"
+    )
     code = f"{blocked}\nfor name in sys.argv[1:]: importlib.import_module(name)"
     result = python(image, "-c", code, *names)
     assert result.returncode == 0, result.stderr
 
 
 def children_of(pid: int) -> list[int]:
-    return [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+    return [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in task.read_text().split()
+    ]
 
 
 def ended(pid: int) -> bool:
@@ -108,13 +147,34 @@ def ended(pid: int) -> bool:
 def test_a_dry_run_keeps_what_it_has_when_it_is_killed(image, tmp_path):
     """First one process of a part is killed, and the next item runs; then the whole run is."""
     out = tmp_path / "out"
-    arguments = ["-m", "benchmarks.gpu", "--out", str(out), "--dry-run", "--parts", "curves", "tuning", "--seconds", "3000"]
+    arguments = [
+        "-m",
+        "benchmarks.gpu",
+        "--out",
+        str(out),
+        "--dry-run",
+        "--parts",
+        "curves",
+        "tuning",
+        "--seconds",
+        "3000",
+    ]
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=image, stdout=log, stderr=log, start_new_session=True)
+        run = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=image,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
             until(lambda: lines_of(out, what="begin", item="dropout 0"), "the first curve")
             os.kill(children_of(run.pid)[0], signal.SIGKILL)
-            until(lambda: lines_of(out, what="curve", dropout_p=0.1, implementation="reference"), "the second item of the part")
+            until(
+                lambda: lines_of(out, what="curve", dropout_p=0.1, implementation="reference"),
+                "the second item of the part",
+            )
             (child,) = children_of(run.pid)
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
@@ -126,7 +186,10 @@ def test_a_dry_run_keeps_what_it_has_when_it_is_killed(image, tmp_path):
     for text in (out / FILE).read_text(encoding="utf-8").splitlines()[:-1]:
         assert json.loads(text)["part"]
     (crash,) = lines_of(out, what="crashed")
-    assert (crash["part"], crash["item"]) == ("curves", "dropout 0") and f"with {-signal.SIGKILL}" in crash["why"]
+    assert (crash["part"], crash["item"]) == (
+        "curves",
+        "dropout 0",
+    ) and f"with {-signal.SIGKILL}" in crash["why"]
     assert not lines_of(out, what="part")  # none came to its end
     result = python(image, "-m", "benchmarks.gpu.report", out)
     assert result.returncode == 0, result.stderr
@@ -153,11 +216,15 @@ class Scripted(Session):
         results = Results(out, {part.name!r}, False)
         add = results.add
         """
-        return [[sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(self.scripts[part.name])]]
+        return [
+            [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(self.scripts[part.name])]
+        ]
 
 
 def run_scripts(out: Path, scripts: dict[str, str], seconds: float = PATIENCE_S) -> bool:
-    return Scripted(out, scripts).run([Part(name, 1) for name in scripts], time.monotonic() + seconds)
+    return Scripted(out, scripts).run(
+        [Part(name, 1) for name in scripts], time.monotonic() + seconds
+    )
 
 
 FINE = "add('begin', item='a'); add('end', item='a')"
@@ -165,7 +232,10 @@ FINE = "add('begin', item='a'); add('end', item='a')"
 
 def test_all_is_well(tmp_path):
     assert run_scripts(tmp_path, {"smoke": FINE, "attention": FINE})
-    assert [line["part"] for line in lines_of(tmp_path, what="part", outcome="passed")] == ["smoke", "attention"]
+    assert [line["part"] for line in lines_of(tmp_path, what="part", outcome="passed")] == [
+        "smoke",
+        "attention",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -179,9 +249,17 @@ def test_all_is_well(tmp_path):
     ids=["wrong", "failed", "segmentation fault", "cannot begin"],
 )
 def test_nothing_is_measured_where_something_is_wrong(tmp_path, script):
-    assert not run_scripts(tmp_path, {"smoke": f"if not results.has('begin'): {script}" if "11" in script else script, "attention": FINE})
+    assert not run_scripts(
+        tmp_path,
+        {
+            "smoke": f"if not results.has('begin'): {script}" if "11" in script else script,
+            "attention": FINE,
+        },
+    )
     assert [line["part"] for line in lines_of(tmp_path, what="part")] == ["smoke"]
-    assert lines_of(tmp_path, what="stopped") and "**Stopped: smoke found something wrong" in report.page(tmp_path)
+    assert lines_of(
+        tmp_path, what="stopped"
+    ) and "**Stopped: smoke found something wrong" in report.page(tmp_path)
 
 
 def test_a_part_goes_on_behind_what_broke_it_and_the_next_part_runs(tmp_path):
@@ -194,9 +272,19 @@ def test_a_part_goes_on_behind_what_broke_it_and_the_next_part_runs(tmp_path):
                 add("end", item=item)
         """
     assert not run_scripts(tmp_path, {"attention": items, "operations": FINE})
-    assert [line["item"] for line in lines_of(tmp_path, part="attention", what="begin")] == ["a", "b", "c"]
-    assert {line["item"] for line in lines_of(tmp_path, part="attention", what="crashed")} == {"b", "c"}
-    assert [line["outcome"] for line in lines_of(tmp_path, what="part")] == ["crashed once or more", "passed"]
+    assert [line["item"] for line in lines_of(tmp_path, part="attention", what="begin")] == [
+        "a",
+        "b",
+        "c",
+    ]
+    assert {line["item"] for line in lines_of(tmp_path, part="attention", what="crashed")} == {
+        "b",
+        "c",
+    }
+    assert [line["outcome"] for line in lines_of(tmp_path, what="part")] == [
+        "crashed once or more",
+        "passed",
+    ]
 
 
 def test_a_part_that_does_not_end_is_stopped_and_keeps_what_it_has(tmp_path):
@@ -204,8 +292,13 @@ def test_a_part_that_does_not_end_is_stopped_and_keeps_what_it_has(tmp_path):
     begin = time.monotonic()
     assert not run_scripts(tmp_path, {"attention": hangs, "operations": FINE}, seconds=8)
     assert time.monotonic() - begin < PATIENCE_S
-    assert lines_of(tmp_path, what="bound", case="kept") and lines_of(tmp_path, what="cut off", item="a")
-    assert [line["outcome"] for line in lines_of(tmp_path, what="part")] == ["stopped at its limit", "passed"]
+    assert lines_of(tmp_path, what="bound", case="kept") and lines_of(
+        tmp_path, what="cut off", item="a"
+    )
+    assert [line["outcome"] for line in lines_of(tmp_path, what="part")] == [
+        "stopped at its limit",
+        "passed",
+    ]
 
 
 def test_an_item_that_hangs_ends_its_process_and_one_that_fails_does_not(image, tmp_path):
@@ -223,7 +316,9 @@ def test_an_item_that_hangs_ends_its_process_and_one_that_fails_does_not(image, 
     second = python(image, "-c", textwrap.dedent(code))
     assert second.returncode == 0, second.stderr  # what failed is on disk
     assert [line["item"] for line in lines_of(tmp_path, what="begin")] == ["fails", "hangs", "fine"]
-    assert [line["why"] for line in lines_of(tmp_path, what="failed")] == ["ZeroDivisionError: division by zero"]
+    assert [line["why"] for line in lines_of(tmp_path, what="failed")] == [
+        "ZeroDivisionError: division by zero"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- right or wrong
@@ -247,14 +342,32 @@ def test_a_wrong_step_of_the_model_is_seen():
     exact, plain = (smoke.outcome_of(one, "reference", batch, True) for one in (wide, model))
 
     def worst(values: dict[str, torch.Tensor]) -> float:
-        return max(smoke.share_of_allowed(values[name], plain[name], value) for name, value in exact.items())
+        return max(
+            smoke.share_of_allowed(values[name], plain[name], value)
+            for name, value in exact.items()
+        )
 
     assert worst(plain) <= 0.5 and worst(exact) == 0
-    assert worst(smoke.outcome_of(model, "reference", dataclasses.replace(batch, dropout_keys=batch.dropout_keys + 1), True)) > 1
+    assert (
+        worst(
+            smoke.outcome_of(
+                model,
+                "reference",
+                dataclasses.replace(batch, dropout_keys=batch.dropout_keys + 1),
+                True,
+            )
+        )
+        > 1
+    )
     with torch.no_grad():
         model.layers[1].feed_forward.bias[3] += 1
     assert worst(smoke.outcome_of(model, "reference", batch, True)) > 1
-    assert worst(plain | {"embeddings.words": torch.full_like(plain["embeddings.words"], float("nan"))}) == math.inf
+    assert (
+        worst(
+            plain | {"embeddings.words": torch.full_like(plain["embeddings.words"], float("nan"))}
+        )
+        == math.inf
+    )
     assert worst(plain | {"loss": torch.tensor(float("inf"))}) == math.inf
 
 
@@ -276,17 +389,26 @@ def test_what_is_right_is_called_right_and_a_nan_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "outcome", with_nan)
     with sanitize():
         measure.compare(part, cases[0], arguments(cases[0], torch.bfloat16, part.place.device))
-    assert part.wrong and (read(tmp_path)[-1]["verdict"], read(tmp_path)[-1]["error_over_allowed"]) == ("wrong", "inf")
+    assert part.wrong and (
+        read(tmp_path)[-1]["verdict"],
+        read(tmp_path)[-1]["error_over_allowed"],
+    ) == ("wrong", "inf")
 
 
 def test_smoke_has_every_kernel_and_every_way_to_call_it():
     cases = smoke.cases(2048, 5000)
     assert len({str(case) for case in cases}) == len(cases)
     attention = [case for case in cases if case.operation == "attention"]
-    assert {(max(case.shape["lengths"]) <= 128, "R" in case.shape, case.dropout_p) for case in attention} == {
-        (short, cut, p) for short in (True, False) for cut in (True, False) for p in (0.0, 0.1)
+    assert {
+        (max(case.shape["lengths"]) <= 128, "R" in case.shape, case.dropout_p) for case in attention
+    } == {(short, cut, p) for short in (True, False) for cut in (True, False) for p in (0.0, 0.1)}
+    assert {case.operation for case in cases} == {
+        "attention",
+        "mlm_loss",
+        "norm",
+        "gelu",
+        "embedding",
     }
-    assert {case.operation for case in cases} == {"attention", "mlm_loss", "norm", "gelu", "embedding"}
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -319,7 +441,12 @@ def test_many_processes_write_whole_lines(tmp_path):
 def test_the_report_has_every_section_and_goes_on_record(tmp_path, monkeypatch):
     """Of lines as the parts write them."""
     add = Results(tmp_path, "attention", dry=False).add
-    add("machine", facts={"device": "NVIDIA H100 80GB HBM3", "commit": "abc"}, installed=[], tools=["ncu"])
+    add(
+        "machine",
+        facts={"device": "NVIDIA H100 80GB HBM3", "commit": "abc"},
+        installed=[],
+        tools=["ncu"],
+    )
     case = {
         "case": "attention n=512 p=0",
         "operation": "attention",
@@ -338,9 +465,34 @@ def test_the_report_has_every_section_and_goes_on_record(tmp_path, monkeypatch):
         "extra_bytes": 10,
     }
     add("check", **case, error_over_allowed=0.5, verdict="right")
-    add("time", **case, **{"pass": "forward"}, implementation="triton", tile={}, predicted_ms=2.0, **spread | {"ms": 4.0}, alone=True)
-    add("time", **case, **{"pass": "forward"}, implementation="triton", tile={}, predicted_ms=2.0, **spread)
-    add("time", **case, **{"pass": "forward"}, implementation="SDPA flash", tile=None, predicted_ms=None, **spread | {"ms": 1.5})
+    add(
+        "time",
+        **case,
+        **{"pass": "forward"},
+        implementation="triton",
+        tile={},
+        predicted_ms=2.0,
+        **spread | {"ms": 4.0},
+        alone=True,
+    )
+    add(
+        "time",
+        **case,
+        **{"pass": "forward"},
+        implementation="triton",
+        tile={},
+        predicted_ms=2.0,
+        **spread,
+    )
+    add(
+        "time",
+        **case,
+        **{"pass": "forward"},
+        implementation="SDPA flash",
+        tile=None,
+        predicted_ms=None,
+        **spread | {"ms": 1.5},
+    )
     add("missing", **case, implementation="SDPA cuDNN", why="failed: no kernel")
     row = {"bits": 16, "size": 64, "num_warps": 4}
     add(
@@ -355,7 +507,13 @@ def test_the_report_has_every_section_and_goes_on_record(tmp_path, monkeypatch):
         verdict="better",
     )
     add("counters", case=case["case"], kernel="_forward_kernel", us=3.0, waits="barrier 1.00")
-    step = {"case": "step T=4096 n=128", "pass": "gpu", "implementation": "triton", "tokens_per_s": 1e6, "predicted_ms": 20}
+    step = {
+        "case": "step T=4096 n=128",
+        "pass": "gpu",
+        "implementation": "triton",
+        "tokens_per_s": 1e6,
+        "predicted_ms": 20,
+    }
     add("step", shape={}, **step, **{name: spread[name] for name in ("ms", "low_ms", "high_ms")})
     add("bound", case="step T=4096 n=128", submit_over_gpu=1.3, verdict="bound by the processor")
     add(
@@ -369,8 +527,18 @@ def test_the_report_has_every_section_and_goes_on_record(tmp_path, monkeypatch):
         last=6.0,
         verdict="wrong",
     )
-    add("tuned", kernel="attention_dq", case=case["case"], first=row, best=row | {"num_warps": 8}, ratio=0.9, tried=3)
-    (tmp_path / report.CLOCKS).write_text("2026/01/01 10:00:00, 1980, 500.1, 60, 99\n2026/01/01 10:00:01, 345, 90.0, 40, 0\nbroken")
+    add(
+        "tuned",
+        kernel="attention_dq",
+        case=case["case"],
+        first=row,
+        best=row | {"num_warps": 8},
+        ratio=0.9,
+        tried=3,
+    )
+    (tmp_path / report.CLOCKS).write_text(
+        "2026/01/01 10:00:00, 1980, 500.1, 60, 99\n2026/01/01 10:00:01, 345, 90.0, 40, 0\nbroken"
+    )
     page = report.page(tmp_path)
     for words in (
         "**1 results are wrong or failed**",
@@ -393,7 +561,9 @@ def test_the_report_has_every_section_and_goes_on_record(tmp_path, monkeypatch):
     assert folder == tmp_path / "benchmarks/results/nvidia-h100-80gb-hbm3"
     written = read_record(folder / "gpu.json")
     assert (
-        written.ratios == {} and written.header["commit"] == "abc" and len(written.rows) == len(read(tmp_path))
+        written.ratios == {}
+        and written.header["commit"] == "abc"
+        and len(written.rows) == len(read(tmp_path))
     )  # no pass was timed whole
 
 
@@ -413,7 +583,9 @@ def test_commands_that_cannot_run_say_so_in_one_line(image, tmp_path):
         ("has no results.jsonl", "benchmarks.gpu.report", tmp_path / "new"),
     ):
         result = python(image, "-m", *command)
-        assert result.returncode == 2 and words in result.stdout and not result.stderr, result.stderr
+        assert result.returncode == 2 and words in result.stdout and not result.stderr, (
+            result.stderr
+        )
     assert not (tmp_path / "new").exists()
 
 
@@ -427,9 +599,18 @@ def test_proposed_tiles_are_read(tmp_path):
     assert proposals.read_proposals("sm_90", path) == []
     present = json.loads(TABLE.read_text(encoding="utf-8"))["sm_90"]["gelu_forward"][0]
     new = present | {"num_warps": 2 * present["num_warps"]}
-    path.write_text(json.dumps({"about": "text", "sm_90": {"gelu_forward": [present, new | {"predicted_us": 12.5, "note": "why"}]}}))
+    path.write_text(
+        json.dumps(
+            {
+                "about": "text",
+                "sm_90": {"gelu_forward": [present, new | {"predicted_us": 12.5, "note": "why"}]},
+            }
+        )
+    )
     key = Key("gelu_forward", present["bits"], present["size"])
-    assert proposals.read_proposals("sm_90", path) == [proposals.Proposal(key, new, 12.5)]  # not the present one
+    assert proposals.read_proposals("sm_90", path) == [
+        proposals.Proposal(key, new, 12.5)
+    ]  # not the present one
     assert proposals.read_proposals("sm_80", path) == []
 
 
@@ -456,11 +637,20 @@ def test_the_best_proposal_wins_over_all_its_cases():
         return {"what": "tile", "tile": tile} | ({} if ratio is None else {"ratio": ratio}) | more
 
     found = proposals.winners(
-        [line(2, 0.9), line(2, 0.9), line(4, 0.5), line(4, 1.3), line(8, 0.1), line(8, None, verdict="wrong"), line(1, 1.5)]
+        [
+            line(2, 0.9),
+            line(2, 0.9),
+            line(4, 0.5),
+            line(4, 1.3),
+            line(8, 0.1),
+            line(8, None, verdict="wrong"),
+            line(1, 1.5),
+        ]
     )
-    assert [(winner.key, winner.row and winner.row["num_warps"], round(winner.ratio, 2), winner.cases) for winner in found] == [
-        (Key("norm_backward", 16, 768), 4, 0.81, 2)
-    ]
+    assert [
+        (winner.key, winner.row and winner.row["num_warps"], round(winner.ratio, 2), winner.cases)
+        for winner in found
+    ] == [(Key("norm_backward", 16, 768), 4, 0.81, 2)]
     assert proposals.winners([line(2, 0.99)])[0].row is None  # no more than noise
     assert proposals.winners([line(2, None, verdict="does not run")])[0].row is None
 
@@ -470,11 +660,18 @@ def test_a_prediction_holds_for_its_device_and_tiles():
     case = ("attention n=512 p=0", "backward")
 
     def tflops(device: str, row: dict) -> float | None:
-        ms = predicted.predicted_ms(device, *case, {"attention_dkdv": row, "attention_dq": row}, work=1e12)
+        ms = predicted.predicted_ms(
+            device, *case, {"attention_dkdv": row, "attention_dq": row}, work=1e12
+        )
         return ms and round(1 / (ms / 1e3))
 
     h100 = "NVIDIA H100 80GB HBM3"
-    assert (tflops(h100, old), tflops(h100, new), tflops(h100, {"num_stages": 1}), tflops("NVIDIA A100", old)) == (215, 265, None, None)
+    assert (
+        tflops(h100, old),
+        tflops(h100, new),
+        tflops(h100, {"num_stages": 1}),
+        tflops("NVIDIA A100", old),
+    ) == (215, 265, None, None)
     assert predicted.predicted_ms(h100, "step T=16384 n=128", "gpu") == 20
 
 
@@ -511,7 +708,11 @@ def test_both_forms_of_the_profilers_csv_are_read():
     ]
     kernels = (("0", "_forward_kernel"), ("1", "_dq_kernel(args)"))
     long = [csv_line("ID", "Kernel Name", "Metric Name", "Metric Unit", "Metric Value")]
-    long += [csv_line(*kernel, metric, "unit", value) for kernel in kernels for metric, value in METRICS.items()]
+    long += [
+        csv_line(*kernel, metric, "unit", value)
+        for kernel in kernels
+        for metric, value in METRICS.items()
+    ]
     for form in (wide, long):
         kernels = counters.parse("\n".join(head + form))
         assert [name for name, _ in kernels] == ["_forward_kernel", "_dq_kernel"]
@@ -522,4 +723,6 @@ def test_both_forms_of_the_profilers_csv_are_read():
 
 def test_every_part_has_its_file():
     for part in PARTS:
-        assert importlib.util.find_spec(f"benchmarks.gpu.{'kernel_tests' if part.name == 'tests' else part.name}")
+        assert importlib.util.find_spec(
+            f"benchmarks.gpu.{'kernel_tests' if part.name == 'tests' else part.name}"
+        )

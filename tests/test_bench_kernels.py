@@ -21,21 +21,40 @@ ROOT = Path(__file__).parents[1]
 TABLES = json.loads(TABLE.read_text(encoding="utf-8"))
 
 
-def run(module: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    module: str, *arguments: str | Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment}, timeout=600
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        timeout=600,
     )
 
 
 def test_everything_runs_dry_and_is_reported(tmp_path):
-    result = run("run", "--out", tmp_path / "report", "--dry-run", "--seconds", "600", CUDA_VISIBLE_DEVICES="")
+    result = run(
+        "run",
+        "--out",
+        tmp_path / "report",
+        "--dry-run",
+        "--seconds",
+        "600",
+        CUDA_VISIBLE_DEVICES="",
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     report = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
     for part in ("kernels", "compilers"):
         assert f"| {part} | passed |" in report
-    assert "| gelu F=3072 | forward |" in report and "kernels.png" in report and "norm._forward_kernel" in report
+    assert (
+        "| gelu F=3072 | forward |" in report
+        and "kernels.png" in report
+        and "norm._forward_kernel" in report
+    )
     rows = json.loads((tmp_path / "report" / "kernels.json").read_text())["rows"]
     assert {row["implementation"] for row in rows} == {"cpu", "eager"}
     assert all(row["error_over_allowed"] <= 1 for row in rows if row["implementation"] == "cpu")
@@ -58,11 +77,22 @@ def test_tests_go_on_behind_one_that_ends_the_process(tmp_path):
         "import os\ndef test_a(): pass\ndef test_b(): os._exit(3)\ndef test_c(): assert 0\ndef test_d(): pass\n"
     )
     results = tmp_path / "results.jsonl"
-    options = ("-q", "-p", "benchmarks.pytest_shard", "--results", results, "--rootdir", tmp_path, tmp_path / "test_it.py")
+    options = (
+        "-q",
+        "-p",
+        "benchmarks.pytest_shard",
+        "--results",
+        results,
+        "--rootdir",
+        tmp_path,
+        tmp_path / "test_it.py",
+    )
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     codes = [
         subprocess.run(
-            [sys.executable, "-m", "pytest", *map(str, options)], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
+            [sys.executable, "-m", "pytest", *map(str, options)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
         ).returncode
         for _ in range(3)
     ]
@@ -75,7 +105,17 @@ def test_tests_go_on_behind_one_that_ends_the_process(tmp_path):
 def test_the_tuner_writes_the_table_with_what_it_found(tmp_path):
     pytest.importorskip("triton")
     path = tmp_path / "tiles.json"
-    result = run("tune", "--dry-run", "--kernels", "gelu_forward", "--table", path, "--seconds", "60", CUDA_VISIBLE_DEVICES="")
+    result = run(
+        "tune",
+        "--dry-run",
+        "--kernels",
+        "gelu_forward",
+        "--table",
+        path,
+        "--seconds",
+        "60",
+        CUDA_VISIBLE_DEVICES="",
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "gelu_forward 32-bit" in result.stdout and "tried)" in result.stdout
     text = path.read_text(encoding="utf-8")
@@ -87,7 +127,10 @@ def test_the_tuner_writes_the_table_with_what_it_found(tmp_path):
             if kernel not in searched.get(architecture, ()):
                 assert written[architecture][kernel] == rows
             for before, after in zip(rows, written[architecture][kernel], strict=True):
-                assert before.keys() == after.keys() and (before["bits"], before["size"]) == (after["bits"], after["size"])
+                assert before.keys() == after.keys() and (before["bits"], before["size"]) == (
+                    after["bits"],
+                    after["size"],
+                )
 
 
 def test_the_table_is_as_the_tuner_would_write_it():
@@ -136,7 +179,14 @@ def test_cases_cover_every_operation_and_fit_their_tokens():
 def test_goals_are_read_off_the_rows():
     def row(case, which, implementation, ms, **rest):
         defaults = {"rate": 0.0, "share_of_peak": None, "extra_bytes": 10}
-        return {"case": case, "pass": which, "implementation": implementation, "ms": ms, **defaults, **rest}
+        return {
+            "case": case,
+            "pass": which,
+            "implementation": implementation,
+            "ms": ms,
+            **defaults,
+            **rest,
+        }
 
     rows = [
         row("attention n=512 p=0", "forward", "triton", 1.0, rate=330e12),
@@ -144,7 +194,11 @@ def test_goals_are_read_off_the_rows():
         row("mlm_loss D=768", "both", "triton", 1.0, extra_bytes=1),
         row("mlm_loss D=768", "both", "eager", 1.5),
         row("mlm_loss D=768", "both", "torch.compile", 0.99),
-        {"case": "mlm_loss D=768", "implementation": "linear_cross_entropy", "note": "not in this torch"},
+        {
+            "case": "mlm_loss D=768",
+            "implementation": "linear_cross_entropy",
+            "note": "not in this torch",
+        },
     ]
     verdicts = {goal[0]: (goal[1], reached(goal)) for goal in goals(rows) if goal[1] is not None}
     assert [(round(value, 2), verdict) for value, verdict in verdicts.values()] == [

@@ -14,14 +14,33 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.bench_parts import EMBEDDING, LOSS, NORM, OPTIMIZER, PARTS, PRODUCTS, PROJECTIONS, SCORES, STEP, flops, mark, split
+from benchmarks.bench_parts import (
+    EMBEDDING,
+    LOSS,
+    NORM,
+    OPTIMIZER,
+    PARTS,
+    PRODUCTS,
+    PROJECTIONS,
+    SCORES,
+    STEP,
+    flops,
+    mark,
+    split,
+)
 from fastbert.config import ModelConfig
 from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.planning.flops import executed_flops
 from tests.random_batch import VOCAB, make_batch
 
 ROOT = Path(__file__).parents[1]
-MODEL = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64)
+MODEL = ModelConfig(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=64,
+)
 PAUSE = 0.5  # seconds: far more than a step of so small a model takes
 
 
@@ -41,14 +60,20 @@ def test_every_moment_is_counted_once():
     mark(model)
     parts, whole = profiled(model)
     assert sum(parts.values()) == pytest.approx(whole, rel=1e-3)
-    assert set(parts) <= set(PARTS) and all(parts[part] > 0 for part in PARTS[1:])  # the first is the data, of which there are none
+    assert set(parts) <= set(PARTS) and all(
+        parts[part] > 0 for part in PARTS[1:]
+    )  # the first is the data, of which there are none
 
 
-def pause_forward(module: Callable[[BertForPreTraining], torch.nn.Module]) -> Callable[[BertForPreTraining], None]:
+def pause_forward(
+    module: Callable[[BertForPreTraining], torch.nn.Module],
+) -> Callable[[BertForPreTraining], None]:
     return lambda model: module(model).register_forward_hook(lambda *_: time.sleep(PAUSE)) and None
 
 
-def pause_backward(parameter: Callable[[BertForPreTraining], torch.Tensor]) -> Callable[[BertForPreTraining], None]:
+def pause_backward(
+    parameter: Callable[[BertForPreTraining], torch.Tensor],
+) -> Callable[[BertForPreTraining], None]:
     return lambda model: parameter(model).register_hook(lambda _: time.sleep(PAUSE)) and None
 
 
@@ -76,16 +101,36 @@ def test_a_pause_is_found_where_it_was_put(plant, part):
 def test_the_parts_add_up_to_what_is_executed():
     lengths, masked = [128, 70, 33, 12], 36
     parts = flops(MODEL, 4096, lengths, masked, len(lengths))
-    assert sum(parts.values()) == pytest.approx(executed_flops(MODEL, 4096, lengths, masked, len(lengths)), rel=1e-12)
+    assert sum(parts.values()) == pytest.approx(
+        executed_flops(MODEL, 4096, lengths, masked, len(lengths)), rel=1e-12
+    )
     assert set(parts) == {PROJECTIONS, SCORES, PRODUCTS, LOSS}
 
 
 def test_a_short_one_runs_and_is_reported(small_dataset, tmp_path):
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "benchmarks.bench_parts", str(small_dataset.path), "--out", str(tmp_path), "--quick"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_parts",
+        str(small_dataset.path),
+        "--out",
+        str(tmp_path),
+        "--quick",
+    ]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = {row["part"]: row for row in json.loads((tmp_path / "parts.json").read_text(encoding="utf-8"))["rows"]}
+    rows = {
+        row["part"]: row
+        for row in json.loads((tmp_path / "parts.json").read_text(encoding="utf-8"))["rows"]
+    }
     assert list(rows) == [*PARTS, "rest", "step"]
     assert sum(rows[part]["ms"] for part in (*PARTS, "rest")) == pytest.approx(rows["step"]["ms"])
     assert all(rows[part]["ms"] > 0 for part in PARTS) and rows[OPTIMIZER]["ideal_ms"] > 0

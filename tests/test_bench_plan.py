@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from benchmarks import bench_plan
-from benchmarks.bench_plan import FUSED, QUICK, UNFUSED, VARIANTS, memory_row, published_row, recorded_communication
+from benchmarks.bench_plan import (
+    FUSED,
+    QUICK,
+    UNFUSED,
+    VARIANTS,
+    memory_row,
+    published_row,
+    recorded_communication,
+)
 from fastbert.planning.plan import communication_per_step
 
 
@@ -20,28 +28,42 @@ def test_memory_is_within_a_tenth_of_counted_tensors(case):
         assert row[f"{part}_predicted_mb"] == pytest.approx(row[f"{part}_measured_mb"], rel=0.01)
     assert abs(row["activations_difference"]) < 0.02
     assert abs(row["all_difference"]) < 0.1
-    assert row["all_measured_mb"] > sum(row[f"{part}_measured_mb"] for part in ("weights", "moments"))
+    assert row["all_measured_mb"] > sum(
+        row[f"{part}_measured_mb"] for part in ("weights", "moments")
+    )
 
 
-@pytest.mark.parametrize("row", recorded_communication(), ids=lambda row: "-".join(str(value) for value in row.values()))
+@pytest.mark.parametrize(
+    "row", recorded_communication(), ids=lambda row: "-".join(str(value) for value in row.values())
+)
 def test_communication_is_what_deepspeed_was_seen_to_ask_for(row):
     P, N = 1000, row["ranks"]
-    sent, least = communication_per_step(P, N, row["stage"], row["micro_batches"], 4, VARIANTS[row["variant"]])
+    sent, least = communication_per_step(
+        P, N, row["stage"], row["micro_batches"], 4, VARIANTS[row["variant"]]
+    )
     one_pass = P * 4 * (N - 1) / N
     assert sent / one_pass == pytest.approx(row["asked"], rel=0.03)
-    assert least / one_pass == pytest.approx((2, 2, row["micro_batches"] + 1, 3 * row["micro_batches"])[row["stage"]])
+    assert least / one_pass == pytest.approx(
+        (2, 2, row["micro_batches"] + 1, 3 * row["micro_batches"])[row["stage"]]
+    )
 
 
 def test_the_record_has_every_stage():
-    assert {row["stage"] for row in recorded_communication()} == {0, 1, 2, 3} and len(recorded_communication()) == 28
+    assert {row["stage"] for row in recorded_communication()} == {0, 1, 2, 3} and len(
+        recorded_communication()
+    ) == 28
 
 
-@pytest.mark.parametrize("run", FUSED, ids=lambda run: f"{run.what}, {run.gpus} x {run.gpu}, {run.lengths}")
+@pytest.mark.parametrize(
+    "run", FUSED, ids=lambda run: f"{run.what}, {run.gpus} x {run.gpu}, {run.lengths}"
+)
 def test_published_runs_of_fused_programs(run):
     assert abs(published_row(run)["difference"]) < 0.2
 
 
-@pytest.mark.parametrize("run", UNFUSED, ids=lambda run: f"{run.what}, {run.gpus} x {run.gpu}, {run.lengths}")
+@pytest.mark.parametrize(
+    "run", UNFUSED, ids=lambda run: f"{run.what}, {run.gpus} x {run.gpu}, {run.lengths}"
+)
 def test_programs_that_do_not_fuse_take_longer_than_planned(run):
     assert -0.5 < published_row(run)["difference"] < -0.2
 
@@ -50,13 +72,21 @@ def test_what_it_writes(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_plan, "QUICK", QUICK[:1])
     page = tmp_path / "page.md"
     names = ("machine", "summary", "memory", "communication", "fused", "unfused")
-    page.write_text("".join(f"{name}:\n<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names))
-    monkeypatch.setattr("sys.argv", ["bench_plan", "--quick", "--out", str(tmp_path), "--docs", str(page)])
+    page.write_text(
+        "".join(f"{name}:\n<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in names)
+    )
+    monkeypatch.setattr(
+        "sys.argv", ["bench_plan", "--quick", "--out", str(tmp_path), "--docs", str(page)]
+    )
     assert bench_plan.main() == 0
     record = json.loads((tmp_path / "plan.json").read_text())
     assert {row["table"] for row in record["rows"]} == set(names) - {"machine", "summary"}
     assert all(0 < ratio <= 1 for ratio in record["ratios"].values())
-    assert "old" not in page.read_text() and "| MPT-125M" in page.read_text() and "| MPT-125M" in capsys.readouterr().out
+    assert (
+        "old" not in page.read_text()
+        and "| MPT-125M" in page.read_text()
+        and "| MPT-125M" in capsys.readouterr().out
+    )
 
 
 def test_the_page_promises_what_is_tested():

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bench_quality import FIGURES, OURS, RECIPE, SAME, TRAINER, Bench, Run, first_reached, ours, sooner
+from benchmarks.bench_quality import (
+    FIGURES,
+    OURS,
+    RECIPE,
+    SAME,
+    TRAINER,
+    Bench,
+    Run,
+    first_reached,
+    ours,
+    sooner,
+)
 from benchmarks.trainer_rival import build_model, evaluate, heldout, sentence_pairs
 from fastbert.config import load_config
 from fastbert.models.bert import BertForPreTraining, losses
@@ -25,14 +36,22 @@ def test_the_same_weights_measure_the_same_on_both_sides(small_dataset):
     config = load_config(RECIPE, [f"data={small_dataset.path}", "evaluate.sequences=64"])
     torch.manual_seed(0)
     mine = BertForPreTraining(config.model, small_dataset.vocab_size).eval()
-    with torch.no_grad():  # away from the start, where every token is as likely and every pair the same
+    with (
+        torch.no_grad()
+    ):  # away from the start, where every token is as likely and every pair the same
         for parameter in mine.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     theirs = build_model(config, small_dataset.vocab_size, mine)
     batches = heldout(small_dataset, config)
     with torch.no_grad():
-        sums = [heldout_sums(losses(mine(batch)), batch, small_dataset.special.mask) for batch in batches]
-    a, b = heldout_means(torch.stack(sums).sum(0)), evaluate(theirs, batches, small_dataset.special.mask)
+        sums = [
+            heldout_sums(losses(mine(batch)), batch, small_dataset.special.mask)
+            for batch in batches
+        ]
+    a, b = (
+        heldout_means(torch.stack(sums).sum(0)),
+        evaluate(theirs, batches, small_dataset.special.mask),
+    )
     assert len(batches) > 1
     assert vars(b) == pytest.approx(vars(a), rel=1e-4)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in mine.parameters())
@@ -56,10 +75,17 @@ def test_a_pair_is_two_neighbours_or_has_b_from_another_document(tmp_path):
         ids, mask = pair["input_ids"], pair["special_tokens_mask"]
         first, second, third = (i for i, special in enumerate(mask) if special)
         a, b = ids[1:second], ids[second + 1 : third]
-        assert first == 0 and [ids[i] for i in (first, second, third)] == [dataset.special.cls, dataset.special.sep, dataset.special.sep]
+        assert first == 0 and [ids[i] for i in (first, second, third)] == [
+            dataset.special.cls,
+            dataset.special.sep,
+            dataset.special.sep,
+        ]
         assert pair["token_type_ids"] == [0] * (second + 1) + [1] * (third - second)
         assert len(ids) <= 24
-        (a_document, a_index, a_length), (b_document, b_index, b_length) = starts[a[0]], starts[b[0]]
+        (a_document, a_index, a_length), (b_document, b_index, b_length) = (
+            starts[a[0]],
+            starts[b[0]],
+        )
         assert len(ids) == min(24, a_length + b_length + 3)
         assert a == list(range(a[0], a[0] + len(a))) and b == list(range(b[0], b[0] + len(b)))
         if pair["next_sentence_label"] == 0:
@@ -72,7 +98,8 @@ def test_a_pair_is_two_neighbours_or_has_b_from_another_document(tmp_path):
 
 def points(*pairs: tuple[float, float]) -> list[dict[str, float]]:
     return [
-        {"event": "evaluate", "step": step, "training_seconds": seconds, "loss_mlm": loss} for step, (seconds, loss) in enumerate(pairs, 1)
+        {"event": "evaluate", "step": step, "training_seconds": seconds, "loss_mlm": loss}
+        for step, (seconds, loss) in enumerate(pairs, 1)
     ]
 
 
@@ -88,7 +115,9 @@ def test_how_many_times_sooner(small_dataset, tmp_path):
     bench = Bench(small_dataset, tmp_path)
 
     def keep(run: Run, curve: list[dict[str, float]]) -> None:
-        (tmp_path / f"{run.name}.jsonl").write_text("".join(json.dumps(point) + "\n" for point in curve))
+        (tmp_path / f"{run.name}.jsonl").write_text(
+            "".join(json.dumps(point) + "\n" for point in curve)
+        )
 
     rival = Run(TRAINER, 60.0, 1, 8, 1e-3)
     keep(rival, points((30, 7.0), (60, 6.0)))
@@ -107,18 +136,49 @@ def test_a_short_one_runs_and_what_is_finished_is_not_made_again(small_dataset, 
     runs = tmp_path / "quality-runs" / small_dataset.sha256[:8]
     runs.mkdir(parents=True)
     finished = runs / f"{Run(SAME, 3.0, 1).name}.jsonl"
-    curve = [{"event": "evaluate", "step": 9, "training_tokens": 6000, "training_seconds": 3.0, "loss_mlm": 2.125}]
+    curve = [
+        {
+            "event": "evaluate",
+            "step": 9,
+            "training_tokens": 6000,
+            "training_seconds": 3.0,
+            "loss_mlm": 2.125,
+        }
+    ]
     curve[0] |= {"loss_mask_token": 2.25, "accuracy_mlm": 0.5, "accuracy_nsp": 0.5}
     finished.write_text("".join(json.dumps(point) + "\n" for point in curve))
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "benchmarks.bench_quality", str(small_dataset.path), "--out", str(tmp_path), "--quick"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, timeout=600)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.bench_quality",
+        str(small_dataset.path),
+        "--out",
+        str(tmp_path),
+        "--quick",
+    ]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=600,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     text = (tmp_path / "quality.md").read_text(encoding="utf-8")
-    assert "| 1 | Trainer, our recipe | 2.125 | 2.250 | 50.0% | 0.01 M | 2,000 |" in text  # as it was kept
-    assert "| 1 | fastbert |" in text and "| 1 | Trainer |" in text and (tmp_path / "quality.png").stat().st_size > 10_000
+    assert (
+        "| 1 | Trainer, our recipe | 2.125 | 2.250 | 50.0% | 0.01 M | 2,000 |" in text
+    )  # as it was kept
+    assert (
+        "| 1 | fastbert |" in text
+        and "| 1 | Trainer |" in text
+        and (tmp_path / "quality.png").stat().st_size > 10_000
+    )
     record = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
     assert set(record["ratios"]) == {FIGURES[0]}
     ends = [row for row in record["rows"] if row.get("side") == OURS]
-    assert {row["budget_s"] for row in ends} == {3.0, 1.5} and all(row["tokens"] > 0 for row in ends)
+    assert {row["budget_s"] for row in ends} == {3.0, 1.5} and all(
+        row["tokens"] > 0 for row in ends
+    )
     assert len(list(runs.iterdir())) == 5

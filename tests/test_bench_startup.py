@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_startup import COMMANDS, PHASES, first_step, report, time_commands, trainer_first_step, whole
+from benchmarks.bench_startup import (
+    COMMANDS,
+    PHASES,
+    first_step,
+    report,
+    time_commands,
+    trainer_first_step,
+    whole,
+)
 from fastbert.data.dataset import TokenDataset
 
 ROOT = Path(__file__).parents[1]
@@ -40,15 +48,36 @@ def test_a_run_that_fails_is_no_figure(tmp_path: Path) -> None:
 
 
 def test_commands_and_report() -> None:
-    light = {name: COMMANDS[name] for name in ("python -c pass", "fastbert --help", "import fastbert")}
+    light = {
+        name: COMMANDS[name] for name in ("python -c pass", "fastbert --help", "import fastbert")
+    }
     rows, seconds = time_commands(light, 2)
-    assert [row["name"] for row in rows] == list(light) and all(len(values) == 2 for values in seconds.values())
+    assert [row["name"] for row in rows] == list(light) and all(
+        len(values) == 2 for values in seconds.values()
+    )
     assert min(seconds["python -c pass"]) < min(seconds["fastbert --help"])
     phases = {f"{phase}_s": 1.0 for phase in PHASES}
-    text = report([*rows, {"part": "first step", "name": "fastbert pretrain", "low_s": 0.5, "high_s": 2.0, **phases}])
-    assert text.startswith("Start-up\n") and all(f"`{name}`" in text for name in light) and "fastbert pretrain" in text
+    text = report(
+        [
+            *rows,
+            {
+                "part": "first step",
+                "name": "fastbert pretrain",
+                "low_s": 0.5,
+                "high_s": 2.0,
+                **phases,
+            },
+        ]
+    )
+    assert (
+        text.startswith("Start-up\n")
+        and all(f"`{name}`" in text for name in light)
+        and "fastbert pretrain" in text
+    )
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if "torch" not in name and "transformers" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if "torch" not in name and "transformers" not in name]
+)
 def test_every_command_runs(name: str) -> None:
     assert whole(COMMANDS[name]) > 0

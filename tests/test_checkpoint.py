@@ -34,17 +34,28 @@ from fastbert.checkpoints.checkpoint import (
 from fastbert.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-METADATA = {"vocab_size": 7, "progress": {"seconds": 0.1 + 0.2, "best_loss": None}, "recipe": 'data = "ü"\n'}
+METADATA = {
+    "vocab_size": 7,
+    "progress": {"seconds": 0.1 + 0.2, "best_loss": None},
+    "recipe": 'data = "ü"\n',
+}
 
 
 def tensors(seed: int = 0) -> list[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"a.weight": (5, 3), "a.bias": (5,), "scalar": ()}
-    return [(f"{slot}/{n}", torch.randn(s, generator=generator)) for n, s in shapes.items() for slot in ("weight", "exp_avg", "exp_avg_sq")]
+    return [
+        (f"{slot}/{n}", torch.randn(s, generator=generator))
+        for n, s in shapes.items()
+        for slot in ("weight", "exp_avg", "exp_avg_sq")
+    ]
 
 
 def save_at(run: Path, *steps: int, keep: int = 10) -> list[Path]:
-    return [save(run / "checkpoints", step, tensors(step), {**METADATA, "step": step}, keep) for step in steps]
+    return [
+        save(run / "checkpoints", step, tensors(step), {**METADATA, "step": step}, keep)
+        for step in steps
+    ]
 
 
 def names(run: Path) -> list[str]:
@@ -63,26 +74,48 @@ def test_what_is_saved_is_read(tmp_path):
         slot, _, name = key.partition("/")
         assert torch.equal(state[slot][name], tensor) and state[slot][name].shape == tensor.shape
     weights = read_weights(path)
-    assert set(weights) == set(state["weight"]) and all(torch.equal(weights[n], state["weight"][n]) for n in weights)
+    assert set(weights) == set(state["weight"]) and all(
+        torch.equal(weights[n], state["weight"][n]) for n in weights
+    )
 
 
 def test_the_files_are_those_of_safetensors(tmp_path):
     """Also where a tensor has no number, one number, or more than are written at a time; and other programs find them aligned."""
-    state = {"weight/a": torch.zeros(0, 4), "weight/b": torch.tensor(3.5), 'weight/ü"': torch.arange(3.0 * checkpoint.PIECE + 5)}
+    state = {
+        "weight/a": torch.zeros(0, 4),
+        "weight/b": torch.tensor(3.5),
+        'weight/ü"': torch.arange(3.0 * checkpoint.PIECE + 5),
+    }
     file = save(tmp_path, 1, state.items(), {}, 1) / "tensors-00000-00000.safetensors"
     found = load_file(file)
-    assert set(found) == set(state) and all(torch.equal(found[n], t) and found[n].shape == t.shape for n, t in state.items())
+    assert set(found) == set(state) and all(
+        torch.equal(found[n], t) and found[n].shape == t.shape for n, t in state.items()
+    )
     assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 8 == 0
 
 
 def test_only_fp32_is_written_and_from_a_copy(tmp_path):
     """Views, transposed and other types included, that training changes meanwhile."""
     whole = torch.arange(12.0).reshape(3, 4)
-    share = share_of(0, 1, [("weight/a", whole.T), ("weight/b", whole.double()), ("weight/c", whole[1:, 2:]), ("weight/d", whole)])
+    share = share_of(
+        0,
+        1,
+        [
+            ("weight/a", whole.T),
+            ("weight/b", whole.double()),
+            ("weight/c", whole[1:, 2:]),
+            ("weight/d", whole),
+        ],
+    )
     whole.zero_()
     publish(tmp_path, 1, tmp_path / "x", write_share(tmp_path / "x", 0, share), {})
     found, expected = read_weights(tmp_path / "step-00000001"), torch.arange(12.0).reshape(3, 4)
-    for name, tensor in {"a": expected.T, "b": expected, "c": expected[1:, 2:], "d": expected}.items():
+    for name, tensor in {
+        "a": expected.T,
+        "b": expected,
+        "c": expected[1:, 2:],
+        "d": expected,
+    }.items():
         assert torch.equal(found[name], tensor) and found[name].dtype is torch.float32
 
 
@@ -92,7 +125,9 @@ def test_every_tensor_is_in_one_share_and_shares_are_even():
     state = [(f"weight/{number}", torch.zeros(size)) for number, size in enumerate(sizes)]
     for world in (1, 2, 3, 5, 100):
         shares = [share_of(rank, world, iter(state)) for rank in range(world)]
-        assert sorted(name for share in shares for name in share) == sorted(name for name, _ in state)
+        assert sorted(name for share in shares for name in share) == sorted(
+            name for name, _ in state
+        )
         held = [sum(tensor.numel() for tensor in share.values()) for share in shares]
         assert max(held) - min(held) <= max(sizes) and (world > 3 or max(held) - min(held) <= 5_000)
 
@@ -117,21 +152,30 @@ def test_shares_of_several_ranks_are_one_checkpoint(tmp_path):
     for rank in (2, 0, 1):
         files |= write_share(staging, rank, share_of(rank, 3, tensors(4)))
     path = publish(tmp_path / "shared/checkpoints", 4, staging, files, METADATA)
-    assert sorted(p.name for p in path.glob("tensors-*")) == [f"tensors-{rank:05d}-00000.safetensors" for rank in range(3)]
+    assert sorted(p.name for p in path.glob("tensors-*")) == [
+        f"tensors-{rank:05d}-00000.safetensors" for rank in range(3)
+    ]
     save_file({"weight/a.bias": torch.zeros(1)}, path / "tensors-00009-00000.safetensors")
     one, other = read_all(alone), read_all(path)
     assert one.keys() == other.keys()
     for slot in one:
-        assert sorted(one[slot]) == sorted(other[slot]) and all(torch.equal(tensor, other[slot][n]) for n, tensor in one[slot].items())
+        assert sorted(one[slot]) == sorted(other[slot]) and all(
+            torch.equal(tensor, other[slot][n]) for n, tensor in one[slot].items()
+        )
 
 
 def test_a_share_that_is_not_to_be_seen_is_missed(tmp_path):
     """As where a rank writes to a disk of its own machine under the same name."""
     staging = staging_of(tmp_path, 4, "x")
-    files = write_share(staging, 0, share_of(0, 2, tensors())) | write_share(tmp_path / "elsewhere", 1, share_of(1, 2, tensors()))
+    files = write_share(staging, 0, share_of(0, 2, tensors())) | write_share(
+        tmp_path / "elsewhere", 1, share_of(1, 2, tensors())
+    )
     with pytest.raises(FileNotFoundError) as error:
         publish(tmp_path, 4, staging, files, METADATA)
-    assert str(error.value.filename).endswith("/tensors-00001-00000.safetensors") and not (tmp_path / "step-00000004").exists()
+    assert (
+        str(error.value.filename).endswith("/tensors-00001-00000.safetensors")
+        and not (tmp_path / "step-00000004").exists()
+    )
     (staging / "tensors-00001-00000.safetensors").write_bytes(b"short")
     with pytest.raises(OSError, match="does not have the size that its rank wrote"):
         publish(tmp_path, 4, staging, files, METADATA)
@@ -140,9 +184,18 @@ def test_a_share_that_is_not_to_be_seen_is_missed(tmp_path):
 def test_reading_needs_no_memory_for_what_is_not_looked_at(tmp_path):
     """64 MB of numbers: a tensor comes from the disk when it is touched."""
     big = torch.zeros(1 << 22)
-    save(tmp_path, 1, ((f"{slot}/a", big) for slot in ("weight", "exp_avg", "exp_avg_sq", "more")), {}, 1)
+    save(
+        tmp_path,
+        1,
+        ((f"{slot}/a", big) for slot in ("weight", "exp_avg", "exp_avg_sq", "more")),
+        {},
+        1,
+    )
     child = subprocess.run(
-        [sys.executable, "-c", SMALL_MEMORY, str(tmp_path / "step-00000001")], env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-c", SMALL_MEMORY, str(tmp_path / "step-00000001")],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert child.returncode == 0 and int(child.stdout) < 8 << 20, child
 
@@ -166,12 +219,17 @@ def test_large_states_are_split_into_shards(tmp_path, monkeypatch):
     assert len(shards) > 3 and shards[0].name == "tensors-00000-00000.safetensors"
     assert sum(len(slot) for slot in read_all(path).values()) == len(tensors())
     shards[1].unlink()
-    assert newest_sound(tmp_path) == (None, [f"{path}: damaged: {shards[1].name} cannot be read: No such file or directory"])
+    assert newest_sound(tmp_path) == (
+        None,
+        [f"{path}: damaged: {shards[1].name} cannot be read: No such file or directory"],
+    )
 
 
 def test_two_equal_saves_are_the_same_bytes(tmp_path):
     (one,), (two,) = save_at(tmp_path / "a", 3), save_at(tmp_path / "b", 3)
-    assert [(p.name, p.read_bytes()) for p in sorted(one.iterdir())] == [(p.name, p.read_bytes()) for p in sorted(two.iterdir())]
+    assert [(p.name, p.read_bytes()) for p in sorted(one.iterdir())] == [
+        (p.name, p.read_bytes()) for p in sorted(two.iterdir())
+    ]
 
 
 def test_retention_keeps_the_newest(tmp_path):
@@ -213,10 +271,16 @@ def test_a_sound_checkpoint_is_never_replaced(tmp_path):
     save(tmp_path / "checkpoints", 5, tensors(5), METADATA, 3)
     with pytest.raises(FileExistsError, match="another sound checkpoint of that step is there"):
         save(tmp_path / "checkpoints", 5, tensors(99), METADATA, 3)
-    assert torch.equal(read_weights(tmp_path / "checkpoints/step-00000005")["a.bias"], dict(tensors(5))["weight/a.bias"])
+    assert torch.equal(
+        read_weights(tmp_path / "checkpoints/step-00000005")["a.bias"],
+        dict(tensors(5))["weight/a.bias"],
+    )
     flip(tmp_path / "checkpoints/step-00000005/tensors-00000-00000.safetensors")
     save(tmp_path / "checkpoints", 5, tensors(99), METADATA, 3)
-    assert torch.equal(read_weights(tmp_path / "checkpoints/step-00000005")["a.bias"], dict(tensors(99))["weight/a.bias"])
+    assert torch.equal(
+        read_weights(tmp_path / "checkpoints/step-00000005")["a.bias"],
+        dict(tensors(99))["weight/a.bias"],
+    )
     assert names(tmp_path) == ["step-00000005"]
 
 
@@ -244,7 +308,13 @@ def test_a_failing_disk_leaves_nothing_half_written(tmp_path, monkeypatch, at):
     if at == "rename":
         monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match="No space left"):
-        save(tmp_path / "checkpoints", 2, running_out() if at == "tensors" else tensors(), METADATA, 1)
+        save(
+            tmp_path / "checkpoints",
+            2,
+            running_out() if at == "tensors" else tensors(),
+            METADATA,
+            1,
+        )
     assert names(tmp_path) == ["step-00000001"]
     assert newest_sound(tmp_path)[0].step == 1
 
@@ -278,7 +348,9 @@ def test_a_real_refusal_names_its_file(tmp_path):
     """Which the system's error does not say. No file may grow beyond 5,000 bytes here."""
     command = [sys.executable, "-c", SMALL_DISK, str(tmp_path / "checkpoints")]
     child = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert child.stdout.strip() == f"{errno.EFBIG} File too large tensors-00000-00000.safetensors", child.stderr
+    assert (
+        child.stdout.strip() == f"{errno.EFBIG} File too large tensors-00000-00000.safetensors"
+    ), child.stderr
     assert names(tmp_path) == []
 
 
@@ -309,7 +381,9 @@ def test_an_earlier_start_that_is_still_alive_cannot_spoil_what_is_saved(tmp_pat
     ):
         with pytest.raises(OSError):
             again()
-    assert torch.equal(read_weights(folder / "step-00000003")["a.bias"], dict(tensors(3))["weight/a.bias"])
+    assert torch.equal(
+        read_weights(folder / "step-00000003")["a.bias"], dict(tensors(3))["weight/a.bias"]
+    )
 
 
 def filled(folder: Path) -> Path:
@@ -324,12 +398,16 @@ def is_whole(folder: Path) -> bool:
     return all((folder / name).read_text() == "theirs" for name in ("manifest.json", "thesis.txt"))
 
 
-@pytest.mark.parametrize("name", [".deleted-x", ".deleted-step-00000001-0", ".writing-step-00000009-0"])
+@pytest.mark.parametrize(
+    "name", [".deleted-x", ".deleted-step-00000001-0", ".writing-step-00000009-0"]
+)
 @pytest.mark.parametrize("what", ["folder", "file", "nothing"])
 def test_of_a_link_only_the_link_is_deleted(tmp_path, name, what):
     theirs, folder = filled(tmp_path / "theirs"), tmp_path / "run/checkpoints"
     save_at(tmp_path / "run", 1)
-    (folder / name).symlink_to({"folder": theirs, "file": theirs / "thesis.txt", "nothing": tmp_path / "nowhere"}[what])
+    (folder / name).symlink_to(
+        {"folder": theirs, "file": theirs / "thesis.txt", "nothing": tmp_path / "nowhere"}[what]
+    )
     save_at(tmp_path / "run", 2, keep=1)
     assert is_whole(theirs) and (name.startswith(".writing") or not os.path.lexists(folder / name))
     if not os.path.lexists(folder / name):
@@ -351,7 +429,9 @@ def test_a_checkpoint_that_was_moved_and_linked_is_not_deleted_where_it_lies(tmp
     (tmp_path / "checkpoints/step-00000003").symlink_to(archive)
     (archive / MANIFEST).write_text("{")
     save_at(tmp_path, 3)  # a damaged one makes room
-    assert (archive / MANIFEST).read_text() == "{" and not (tmp_path / "checkpoints/step-00000003").is_symlink()
+    assert (archive / MANIFEST).read_text() == "{" and not (
+        tmp_path / "checkpoints/step-00000003"
+    ).is_symlink()
 
 
 def test_sweep_takes_files_and_folders_in_folders(tmp_path):
@@ -362,13 +442,21 @@ def test_sweep_takes_files_and_folders_in_folders(tmp_path):
 
 
 UNREADABLE = {
-    "checkpoints/ on a disk that is not mounted": lambda run: moved(run / "checkpoints").symlink_to("/not/mounted"),
+    "checkpoints/ on a disk that is not mounted": lambda run: moved(run / "checkpoints").symlink_to(
+        "/not/mounted"
+    ),
     "a run on a disk that is not mounted": lambda run: moved(run).symlink_to("/not/mounted"),
     "a loop of links": lambda run: moved(run / "checkpoints").symlink_to("checkpoints"),
     "a file in its place": lambda run: moved(run / "checkpoints").write_text(""),
-    "the newest on a disk that is not mounted": lambda run: moved(run / "checkpoints/step-00000002").symlink_to("/not/mounted"),
-    "the newest a loop of links": lambda run: moved(run / "checkpoints/step-00000002").symlink_to("step-00000002"),
-    "its manifest a loop of links": lambda run: moved(run / "checkpoints/step-00000002" / MANIFEST).symlink_to(MANIFEST),
+    "the newest on a disk that is not mounted": lambda run: moved(
+        run / "checkpoints/step-00000002"
+    ).symlink_to("/not/mounted"),
+    "the newest a loop of links": lambda run: moved(run / "checkpoints/step-00000002").symlink_to(
+        "step-00000002"
+    ),
+    "its manifest a loop of links": lambda run: moved(
+        run / "checkpoints/step-00000002" / MANIFEST
+    ).symlink_to(MANIFEST),
     "its tensors on a disk that is not mounted": lambda run: moved(
         run / "checkpoints/step-00000002/tensors-00000-00000.safetensors"
     ).symlink_to("/not/mounted"),
@@ -411,14 +499,19 @@ def test_a_checkpoint_that_cannot_be_read_is_not_replaced(tmp_path):
         (lambda path: path.write_text(""), "manifest.json cannot be read: Not a directory"),
         (lambda path: path.mkdir(), "manifest.json is missing"),
         (lambda path: (path / MANIFEST).mkdir(parents=True), "manifest.json is not a file"),
-        (lambda path: (path.mkdir(), os.mkfifo(path / MANIFEST)), "manifest.json is not a file"),  # which would keep its reader waiting
+        (
+            lambda path: (path.mkdir(), os.mkfifo(path / MANIFEST)),
+            "manifest.json is not a file",
+        ),  # which would keep its reader waiting
     ],
 )
 def test_something_else_with_the_name_of_a_checkpoint_is_damaged(tmp_path, make, message):
     (good,) = save_at(tmp_path, 1)
     bad = tmp_path / "checkpoints/step-00000002"
     make(bad)
-    assert newest_sound(tmp_path)[0].path == good and newest_sound(tmp_path)[1] == [f"{bad}: damaged: {message}"]
+    assert newest_sound(tmp_path)[0].path == good and newest_sound(tmp_path)[1] == [
+        f"{bad}: damaged: {message}"
+    ]
     save_at(tmp_path, 2)
     assert newest_sound(tmp_path)[0].path == bad and newest_sound(tmp_path)[1] == []
     sweep(tmp_path / "checkpoints")
@@ -432,18 +525,35 @@ def flip(path: Path) -> None:
 
 
 DAMAGE = {
-    "a flipped bit": (lambda p: flip(p / "tensors-00000-00000.safetensors"), "tensors-00000-00000.safetensors does not have the SHA-256"),
+    "a flipped bit": (
+        lambda p: flip(p / "tensors-00000-00000.safetensors"),
+        "tensors-00000-00000.safetensors does not have the SHA-256",
+    ),
     "a short file": (
         lambda p: os.truncate(p / "tensors-00000-00000.safetensors", 100),
         "tensors-00000-00000.safetensors has 100 bytes in place of",
     ),
-    "no tensors": (lambda p: (p / "tensors-00000-00000.safetensors").unlink(), "tensors-00000-00000.safetensors cannot be read"),
+    "no tensors": (
+        lambda p: (p / "tensors-00000-00000.safetensors").unlink(),
+        "tensors-00000-00000.safetensors cannot be read",
+    ),
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "manifest.json is missing"),
-    "half a manifest": (lambda p: os.truncate(p / MANIFEST, 40), "not the manifest of a checkpoint"),
-    "a changed number": (lambda p: edit(p, lambda m: m["metadata"].update(step=6)), "manifest.json does not have its own SHA-256"),
-    "a newer format": (lambda p: edit(p, lambda m: m.update(format=2)), "format = 2, this fastbert reads format 1"),
+    "half a manifest": (
+        lambda p: os.truncate(p / MANIFEST, 40),
+        "not the manifest of a checkpoint",
+    ),
+    "a changed number": (
+        lambda p: edit(p, lambda m: m["metadata"].update(step=6)),
+        "manifest.json does not have its own SHA-256",
+    ),
+    "a newer format": (
+        lambda p: edit(p, lambda m: m.update(format=2)),
+        "format = 2, this fastbert reads format 1",
+    ),
     "a path": (
-        lambda p: edit(p, lambda m: m.update(files={"../x.safetensors": {"size": 1, "sha256": ""}}), True),
+        lambda p: edit(
+            p, lambda m: m.update(files={"../x.safetensors": {"size": 1, "sha256": ""}}), True
+        ),
         "names a file that is none",
     ),
 }
@@ -461,9 +571,17 @@ def edit(path: Path, change, sign: bool = False) -> None:
 def test_a_checkpoint_whose_files_have_other_names_is_read(tmp_path):
     """As all had before there were ranks."""
     (path,) = save_at(tmp_path, 1)
-    edit(path, lambda manifest: manifest.update(files={"tensors-00000.safetensors": next(iter(manifest["files"].values()))}), True)
+    edit(
+        path,
+        lambda manifest: manifest.update(
+            files={"tensors-00000.safetensors": next(iter(manifest["files"].values()))}
+        ),
+        True,
+    )
     (path / "tensors-00000-00000.safetensors").rename(path / "tensors-00000.safetensors")
-    assert open_checkpoint(path).step == 1 and torch.equal(read_weights(path)["a.bias"], dict(tensors(1))["weight/a.bias"])
+    assert open_checkpoint(path).step == 1 and torch.equal(
+        read_weights(path)["a.bias"], dict(tensors(1))["weight/a.bias"]
+    )
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -473,7 +591,12 @@ def test_a_damaged_checkpoint_is_named_and_the_next_sound_one_is_taken(tmp_path,
     change(bad)
     found, complaints = newest_sound(tmp_path)
     assert found is not None and found.path == good
-    assert len(complaints) == 1 and complaints[0].startswith(f"{bad}: damaged: ") and message in complaints[0] and "\n" not in complaints[0]
+    assert (
+        len(complaints) == 1
+        and complaints[0].startswith(f"{bad}: damaged: ")
+        and message in complaints[0]
+        and "\n" not in complaints[0]
+    )
     with pytest.raises(InputError, match="not a sound checkpoint") as error:
         open_checkpoint(bad)
     assert message in str(error.value)

@@ -12,9 +12,35 @@ import pytest
 from fastbert import child
 from tests.ranks import ROOT, environment
 
-OTHERS = ("numpy", "torch", "tokenizers", "pyarrow", "rich", "typer", "psutil", "deepspeed", "triton", "matplotlib", "fastbert", "kernels")
+OTHERS = (
+    "numpy",
+    "torch",
+    "tokenizers",
+    "pyarrow",
+    "rich",
+    "typer",
+    "psutil",
+    "deepspeed",
+    "triton",
+    "matplotlib",
+    "fastbert",
+    "kernels",
+)
 # What Python itself imports for -m, before it comes to fastbert, depends on its version; these are never among it.
-LATER = ("random", "json", "numpy", "struct", "torch", "queue", "subprocess", "socket", "csv", "multiprocessing", "typer", "rich")
+LATER = (
+    "random",
+    "json",
+    "numpy",
+    "struct",
+    "torch",
+    "queue",
+    "subprocess",
+    "socket",
+    "csv",
+    "multiprocessing",
+    "typer",
+    "rich",
+)
 
 
 @pytest.fixture
@@ -23,7 +49,9 @@ def hostile(tmp_path) -> Path:
     folder = tmp_path / "hostile"
     folder.mkdir()
     for name in {*sys.stdlib_module_names, *OTHERS}:
-        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name + ' '!r})\n")
+        (folder / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'a').write({name + ' '!r})\n"
+        )
     return folder
 
 
@@ -32,12 +60,21 @@ def script(tmp_path) -> Path:
     """What pip installs as `fastbert`."""
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin/fastbert"
-    script.write_text("import sys\nfrom fastbert.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n")
+    script.write_text(
+        "import sys\nfrom fastbert.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    )
     return script
 
 
 def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def check(done: subprocess.CompletedProcess[str], hostile: Path) -> None:
@@ -54,7 +91,18 @@ def test_the_folder_is_hostile(hostile):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_prepare(hostile, script, english_jsonl, workers):
-    done = run(hostile, script, "prepare", english_jsonl, "--out", hostile.parent / "dataset", "--vocab-size", "500", "--workers", workers)
+    done = run(
+        hostile,
+        script,
+        "prepare",
+        english_jsonl,
+        "--out",
+        hostile.parent / "dataset",
+        "--vocab-size",
+        "500",
+        "--workers",
+        workers,
+    )
     check(done, hostile)
 
 
@@ -71,7 +119,9 @@ def test_pretrain_in_bf16(hostile, script, small_dataset):
         "stop.steps=1",
     ]
     done = run(hostile, script, "pretrain", ROOT / "recipes/demo.toml", *settings)
-    if done.returncode == 2 and "bf16" in done.stderr:  # a processor that cannot; the probe has found out, and nothing was run
+    if (
+        done.returncode == 2 and "bf16" in done.stderr
+    ):  # a processor that cannot; the probe has found out, and nothing was run
         done.returncode = 0
     check(done, hostile)
 
@@ -80,7 +130,19 @@ def test_as_a_module(tmp_path, english_jsonl):
     """`python -m fastbert`, as torchrun and deepspeed start it: Python puts the current folder first, and fastbert takes it off again."""
     for name in LATER:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the current folder')\n")
-    done = run(tmp_path, "-m", "fastbert", "prepare", english_jsonl, "--out", "dataset", "--vocab-size", "500", "--workers", "2")
+    done = run(
+        tmp_path,
+        "-m",
+        "fastbert",
+        "prepare",
+        english_jsonl,
+        "--out",
+        "dataset",
+        "--vocab-size",
+        "500",
+        "--workers",
+        "2",
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -91,7 +153,9 @@ def test_a_child_imports_what_this_process_imports(hostile, monkeypatch):
     (extra / "only_here.py").write_text("found = True\n")
     monkeypatch.setattr(sys, "path", ["", *sys.path, str(extra), ""])
     code = "import json, random, numpy, only_here, fastbert; print(json.dumps([sys.path, sys.argv[1:]]))"
-    done = subprocess.run(child.command(code, "a", "b c"), cwd=hostile, capture_output=True, text=True)
+    done = subprocess.run(
+        child.command(code, "a", "b c"), cwd=hostile, capture_output=True, text=True
+    )
     check(done, hostile)
     path, arguments = json.loads(done.stdout)
     assert path == [*filter(None, sys.path), str(ROOT)] and arguments == ["a", "b c"]
@@ -99,6 +163,13 @@ def test_a_child_imports_what_this_process_imports(hostile, monkeypatch):
 
 def test_a_child_finds_fastbert_where_this_process_found_it(tmp_path, monkeypatch):
     """Through the empty entry alone, in a clone that is not installed."""
-    monkeypatch.setattr(sys, "path", ["", *(entry for entry in sys.path if Path(entry).resolve() != ROOT)])
-    done = subprocess.run(child.command("import fastbert; print(fastbert.__file__)"), cwd=tmp_path, capture_output=True, text=True)
+    monkeypatch.setattr(
+        sys, "path", ["", *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
+    )
+    done = subprocess.run(
+        child.command("import fastbert; print(fastbert.__file__)"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == str(ROOT / "fastbert/__init__.py")

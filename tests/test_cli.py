@@ -17,7 +17,19 @@ from fastbert import __version__
 from fastbert.cli import run as run_inside
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["prepare", "pretrain", "evaluate", "export", "fill", "nsp", "embed", "finetune", "report", "doctor", "plan"]
+VERBS = [
+    "prepare",
+    "pretrain",
+    "evaluate",
+    "export",
+    "fill",
+    "nsp",
+    "embed",
+    "finetune",
+    "report",
+    "doctor",
+    "plan",
+]
 
 
 def fastbert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +37,9 @@ def fastbert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, "-m", "fastbert", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +52,9 @@ def place(small_dataset, tmp_path_factory) -> Path:
     (folder / "train.csv").write_text("text,label\na list,x\na name,y\n", encoding="utf-8")
     (folder / "bad.csv").write_text("text,label\na list\n", encoding="utf-8")
     (folder / "latin.txt").write_bytes(b"caf\xe9\n")
-    (folder / "recipe.toml").write_text(f'data = "{small_dataset.path}"\n[stop]\nsteps = 10\n', encoding="utf-8")
+    (folder / "recipe.toml").write_text(
+        f'data = "{small_dataset.path}"\n[stop]\nsteps = 10\n', encoding="utf-8"
+    )
     (folder / "typo.toml").write_text('data = "x"\n[batch]\nsequence = 8\n', encoding="utf-8")
     (folder / "half").mkdir()
     (folder / "half/config.toml").write_text('data = "x"\n', encoding="utf-8")
@@ -98,7 +114,10 @@ BAD = {
     "fill": (["fill", "hf", "No gap here."], ["No gap here.", "[MASK]"]),
     "nsp": (["nsp", "hf", "only one"], ["SECOND", "fastbert nsp --help"]),
     "embed": (["embed", "hf", "no.txt", "--out", "x.npy"], ["no.txt: no such file"]),
-    "finetune": (["finetune", "hf", "--train", "bad.csv", "--eval", "train.csv", "--out", "new"], ["bad.csv: 1 bad row: line 2"]),
+    "finetune": (
+        ["finetune", "hf", "--train", "bad.csv", "--eval", "train.csv", "--out", "new"],
+        ["bad.csv: 1 bad row: line 2"],
+    ),
     "report": (["report", "hf"], ["hf: no config.toml; give the folder of a run"]),
     "doctor": (["doctor", "please"], ["please"]),
     "plan": (["plan", "recipe.toml", "--gpu", "h1000", "--stage", "1"], ["--gpu h1000", "a100"]),
@@ -110,18 +129,36 @@ MORE = {
     "prepare: not UTF-8": (["prepare", "latin.txt", "--out", "new"], ["latin.txt", "UTF-8"]),
     "prepare: taken": (["prepare", "texts.txt", "--out", "hf"], ["hf"]),
     "pretrain: no recipe": (["pretrain", "no.toml"], ["no.toml", "no such recipe"]),
-    "pretrain: override": (["pretrain", "recipe.toml", "batch.sequences=0"], ["command line", "batch.sequences = 0"]),
+    "pretrain: override": (
+        ["pretrain", "recipe.toml", "batch.sequences=0"],
+        ["command line", "batch.sequences = 0"],
+    ),
     "evaluate: no dataset": (["evaluate", "hf"], ["hf", "--data"]),
     "evaluate: a file": (["evaluate", "texts.txt"], ["'texts.txt' is a file"]),
     "export: taken": (["export", "run", "--out", "hf"], ["--out hf: is there already"]),
     "fill: k": (["fill", "hf", "[MASK]", "--k", "0"], ["k = 0"]),
-    "embed: pool": (["embed", "hf", "texts.txt", "--out", "x.npy", "--pool", "sum"], ["pool = 'sum'", "mean, max, cls"]),
-    "embed: not UTF-8": (["embed", "hf", "latin.txt", "--out", "x.npy"], ["latin.txt: line 1", "is not UTF-8"]),
+    "embed: pool": (
+        ["embed", "hf", "texts.txt", "--out", "x.npy", "--pool", "sum"],
+        ["pool = 'sum'", "mean, max, cls"],
+    ),
+    "embed: not UTF-8": (
+        ["embed", "hf", "latin.txt", "--out", "x.npy"],
+        ["latin.txt: line 1", "is not UTF-8"],
+    ),
     "embed: out": (["embed", "hf", "texts.txt", "--out", "x.txt"], ["--out x.txt", ".npy"]),
-    "export: no permission": (["export", "hf", "--out", "/sys/new"], ["/sys/", "choose another place"]),
-    "finetune: settings": (["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--lr", "0"], ["--lr 0.0"]),
+    "export: no permission": (
+        ["export", "hf", "--out", "/sys/new"],
+        ["/sys/", "choose another place"],
+    ),
+    "finetune: settings": (
+        ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--lr", "0"],
+        ["--lr 0.0"],
+    ),
     "fill: not UTF-8": (["fill", "hf", "caf\udce9 [MASK]"], ["is not UTF-8"]),
-    "finetune: seed": (["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--seed", "-1"], ["--seed"]),
+    "finetune: seed": (
+        ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--seed", "-1"],
+        ["--seed"],
+    ),
     "plan: dataset": (["plan", "recipe.toml", "data=hf", "--stage", "1"], ["hf", "manifest.json"]),
 }
 
@@ -147,17 +184,29 @@ def test_more_bad_input(place, inside, case):
 def test_a_path_that_is_not_there_is_refused_before_anything_heavy_loads():
     code = "import sys; from fastbert.cli import run; print(run(['fill', 'nowhere', '[MASK]']), 'torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "2 False\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        ).stdout
+        == "2 False\n"
+    )
 
 
 def test_evaluate(place, inside):
     result = fastbert(place, "evaluate", "run", "--sequences", "8", "--json")
     assert (result.returncode, result.stderr) == (0, "")
     found = json.loads(result.stdout)
-    assert found["sequences"] == 8 and found["loss"] == pytest.approx(found["loss_mlm"] + found["loss_nsp"])
+    assert found["sequences"] == 8 and found["loss"] == pytest.approx(
+        found["loss_mlm"] + found["loss_nsp"]
+    )
     code, out, err = inside("evaluate", "run", "--sequences", "8")
     assert (code, err) == (0, "")
-    for text in ("8 held-out sequences", f"{found['loss_mask_token']:.3f}", "next sentence", "word frequencies"):
+    for text in (
+        "8 held-out sequences",
+        f"{found['loss_mask_token']:.3f}",
+        "next sentence",
+        "word frequencies",
+    ):
         assert text in out
 
 
@@ -165,26 +214,58 @@ def test_export_says_nothing_but_its_result(place, inside, tmp_path):
     result = fastbert(place, "export", "run", "--out", str(tmp_path / "out"))
     assert (result.returncode, result.stderr) == (0, "")
     first, second = result.stdout.splitlines()
-    assert first == f"{tmp_path / 'out'}: BertForPreTraining, loaded by transformers without complaint"
-    assert re.fullmatch(r"largest difference of [\d,]+ logits: \d\.\de-0\d; of every layer: \d\.\de-0\d", second)
-    code, out, _ = inside("export", "hf", "--out", str(tmp_path / "again"), "--text", "A list.", "--json")
-    assert code == 0 and json.loads(out)["difference"] < 1e-4 and (tmp_path / "again/config.json").exists()
+    assert (
+        first == f"{tmp_path / 'out'}: BertForPreTraining, loaded by transformers without complaint"
+    )
+    assert re.fullmatch(
+        r"largest difference of [\d,]+ logits: \d\.\de-0\d; of every layer: \d\.\de-0\d", second
+    )
+    code, out, _ = inside(
+        "export", "hf", "--out", str(tmp_path / "again"), "--text", "A list.", "--json"
+    )
+    assert (
+        code == 0
+        and json.loads(out)["difference"] < 1e-4
+        and (tmp_path / "again/config.json").exists()
+    )
 
 
 def test_fill_and_nsp(place, inside):
     result = fastbert(place, "fill", "hf", "A [MASK] is a [MASK].", "--k", "3", "--json")
     assert (result.returncode, result.stderr) == (0, "")
     found = json.loads(result.stdout)
-    assert found["text"] == "A [MASK] is a [MASK]." and [len(best) for best in found["masks"]] == [3, 3]
+    assert found["text"] == "A [MASK] is a [MASK]." and [len(best) for best in found["masks"]] == [
+        3,
+        3,
+    ]
     best = found["masks"][0][0]
     _, shown, _ = inside("fill", "run", "A [MASK] is a [MASK].")
-    assert best["token"] in shown and f"{100 * best['probability']:.1f} %" in shown and "[MASK] 2 of 2" in shown
+    assert (
+        best["token"] in shown
+        and f"{100 * best['probability']:.1f} %" in shown
+        and "[MASK] 2 of 2" in shown
+    )
     probability = json.loads(inside("nsp", "hf", "A list.", "A name.", "--json")[1])["probability"]
-    assert inside("nsp", "run", "A list.", "A name.") == (0, f"A  A list.\nB  A name.\n   {100 * probability:.1f} % that B follows A\n", "")
+    assert inside("nsp", "run", "A list.", "A name.") == (
+        0,
+        f"A  A list.\nB  A name.\n   {100 * probability:.1f} % that B follows A\n",
+        "",
+    )
 
 
 def test_embed_warns_once_and_keeps_stdout_clean(inside, tmp_path):
-    code, out, err = inside("embed", "run", "texts.txt", "--pool", "cls", "--layer", "1", "--out", str(tmp_path / "x.npy"), "--json")
+    code, out, err = inside(
+        "embed",
+        "run",
+        "texts.txt",
+        "--pool",
+        "cls",
+        "--layer",
+        "1",
+        "--out",
+        str(tmp_path / "x.npy"),
+        "--json",
+    )
     assert code == 0
     assert json.loads(out) == {
         "out": str(tmp_path / "x.npy"),
@@ -194,21 +275,46 @@ def test_embed_warns_once_and_keeps_stdout_clean(inside, tmp_path):
         "layer": [1],
         "normalize": False,
     }
-    assert err == "fastbert: 1 of 2 texts are longer than the 30 tokens that the model takes; the rest is cut off\n"
+    assert (
+        err
+        == "fastbert: 1 of 2 texts are longer than the 30 tokens that the model takes; the rest is cut off\n"
+    )
     assert np.load(tmp_path / "x.npy").shape == (2, 32)
 
 
 def test_finetune(inside, tmp_path):
-    arguments = ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--epochs", "2", "--out", str(tmp_path / "out"), "--json"]
+    arguments = [
+        "finetune",
+        "hf",
+        "--train",
+        "train.csv",
+        "--eval",
+        "train.csv",
+        "--epochs",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ]
     code, out, err = inside(*arguments)
     found = json.loads(out)
-    assert code == 0 and found["labels"] == ["x", "y"] and found["majority"] == 0.5 and len(found["trials"][0]["epochs"]) == 2
-    assert [line.split(":")[0] for line in err.splitlines()] == ["seed 1, epoch 1 of 2", "seed 1, epoch 2 of 2"]
+    assert (
+        code == 0
+        and found["labels"] == ["x", "y"]
+        and found["majority"] == 0.5
+        and len(found["trials"][0]["epochs"]) == 2
+    )
+    assert [line.split(":")[0] for line in err.splitlines()] == [
+        "seed 1, epoch 1 of 2",
+        "seed 1, epoch 2 of 2",
+    ]
     assert (tmp_path / "out/model.safetensors").exists()
 
 
 def test_plan_reads_the_store(inside, small_dataset):
-    code, out, _ = inside("plan", "recipe.toml", "--gpus", "2", "--gpu", "a100", "--stage", "1", "--json")
+    code, out, _ = inside(
+        "plan", "recipe.toml", "--gpus", "2", "--gpu", "a100", "--stage", "1", "--json"
+    )
     found = json.loads(out)
     assert code == 0 and found["vocab_size"] == small_dataset.vocab_size and found["steps"] == 10
     assert not any("is not here" in line for line in found["assumptions"])
@@ -219,7 +325,15 @@ def test_plan_reads_the_store(inside, small_dataset):
 
 def test_prepare_reports(place, inside, english_jsonl, tmp_path):
     code, out, err = inside(
-        "prepare", str(english_jsonl), "--out", str(tmp_path / "dataset"), "--vocab-size", "500", "--workers", "1", "--json"
+        "prepare",
+        str(english_jsonl),
+        "--out",
+        str(tmp_path / "dataset"),
+        "--vocab-size",
+        "500",
+        "--workers",
+        "1",
+        "--json",
     )
     assert (code, err) == (0, "")
     assert json.loads(out)["vocab_size"] == 500 and (tmp_path / "dataset/manifest.json").exists()

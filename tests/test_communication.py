@@ -6,11 +6,26 @@ import json
 
 import pytest
 
-from benchmarks.communication import WIDTH, Case, Measured, cases, fault, gloo_reduce, least_bytes, measure, parameters, record, table
+from benchmarks.communication import (
+    WIDTH,
+    Case,
+    Measured,
+    cases,
+    fault,
+    gloo_reduce,
+    least_bytes,
+    measure,
+    parameters,
+    record,
+    table,
+)
 from tests import namespaces
 
 
-@pytest.mark.parametrize("stage, micro_batches, passes", [(0, 1, 2), (0, 3, 2), (1, 3, 2), (2, 1, 2), (2, 3, 4), (3, 1, 3), (3, 3, 9)])
+@pytest.mark.parametrize(
+    "stage, micro_batches, passes",
+    [(0, 1, 2), (0, 3, 2), (1, 3, 2), (2, 1, 2), (2, 3, 4), (3, 1, 3), (3, 3, 9)],
+)
 def test_the_least_is_what_rings_send(stage, micro_batches, passes):
     """An all-reduce of the gradients, 2 (N - 1) / N of their bytes; at stage 3 3 (N - 1) / N for each micro-batch."""
     for world in (1, 2, 4):
@@ -33,7 +48,10 @@ def test_what_is_measured_for_one_rank_is_one_line_a_stage():
 def test_what_is_not_explained_is_a_fault():
     row = Measured(2, Case(1, 1), 100.0, {"all-reduce": 100.0}, 100.0, 101.0, [100.0, 102.0])
     assert fault(row) is None
-    assert fault(row._replace(sent=103.0)) == "stage 1, 2 ranks, 1 micro-batches: 103 bytes a rank and step; gloo should send 100"
+    assert (
+        fault(row._replace(sent=103.0))
+        == "stage 1, 2 ranks, 1 micro-batches: 103 bytes a rank and step; gloo should send 100"
+    )
     assert fault(row._replace(sent=0.0))
 
 
@@ -44,11 +62,17 @@ def test_two_ranks_send_what_they_are_asked_for():
     rows = measure(2, [Case(1, 1, "owners"), Case(3, 2, "dropped")])
     assert [fault(row) for row in rows] == [None, None]
     owners, dropped = rows
-    counts = [{name: round(row.passes(count), 2) for name, count in row.asked.items()} for row in rows]
+    counts = [
+        {name: round(row.passes(count), 2) for name, count in row.asked.items()} for row in rows
+    ]
     assert counts[0]["reduce"] == counts[0]["all-gather"] == 1.0
-    assert counts[1]["all-gather"] == 4.0 and sum(counts[1].values()) == pytest.approx(6.0, abs=0.01)
+    assert counts[1]["all-gather"] == 4.0 and sum(counts[1].values()) == pytest.approx(
+        6.0, abs=0.01
+    )
     for row in rows:
-        assert sum(row.asked.values()) == pytest.approx(row.least, rel=0.01)  # these two ask for no more than the least
+        assert sum(row.asked.values()) == pytest.approx(
+            row.least, rel=0.01
+        )  # these two ask for no more than the least
         assert row.sent > row.least
         assert json.loads(json.dumps(record(row)))["sent"] == row.sent
     line = next(line for line in table(rows).splitlines() if line.startswith("1 owners"))

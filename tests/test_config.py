@@ -35,7 +35,12 @@ def test_preset_fills_in_what_is_not_said():
 def test_overrides_win_and_are_named_in_errors(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text('data = "x"\n[batch]\nsequences = 8\n')
-    assert load_config(recipe, ["batch.sequences=64", "run=runs/a b", "optimizer.betas=[0.9, 0.95]"]).batch.sequences == 64
+    assert (
+        load_config(
+            recipe, ["batch.sequences=64", "run=runs/a b", "optimizer.betas=[0.9, 0.95]"]
+        ).batch.sequences
+        == 64
+    )
     with pytest.raises(InputError, match=r"^command line: batch\.sequences = 0; must be 1 or more"):
         load_config(recipe, ["batch.sequences=0"])
     with pytest.raises(InputError, match=r"^command line: 'steps' is not key=value"):
@@ -47,24 +52,48 @@ WRONG = [
     ("data = 3", "data = 3; must be a string"),
     ('data = ""', "data = ''; must be a string that is not empty"),
     ('data = "x"\nbatch = 3', "batch = 3; must be a section"),
-    ('data = "x"\n[batch]\nsequence = 3', "unknown key 'batch.sequence'; did you mean batch.sequences"),
-    ('data = "x"\n[batch]\nzzz = 3', "unknown key 'batch.zzz'; known in \\[batch\\]: sequences, max_length"),
+    (
+        'data = "x"\n[batch]\nsequence = 3',
+        "unknown key 'batch.sequence'; did you mean batch.sequences",
+    ),
+    (
+        'data = "x"\n[batch]\nzzz = 3',
+        "unknown key 'batch.zzz'; known in \\[batch\\]: sequences, max_length",
+    ),
     ('data = "x"\n[batch]\nsequences = 1.5', "batch.sequences = 1.5; must be a whole number"),
     ('data = "x"\n[batch]\nsequences = true', "batch.sequences = True; must be a whole number"),
-    ('data = "x"\n[batch]\nmax_length = 600', "batch.max_length = 600 is more than model.max_position_embeddings = 512"),
-    ('data = "x"\n[batch]\nmicro_batch_tokens = 64', "batch.micro_batch_tokens = 64 is less than batch.max_length = 128"),
-    ('data = "x"\n[optimizer]\nname = "adam"', "optimizer.name = 'adam'; must be one of adamw, lamb, sgd"),
+    (
+        'data = "x"\n[batch]\nmax_length = 600',
+        "batch.max_length = 600 is more than model.max_position_embeddings = 512",
+    ),
+    (
+        'data = "x"\n[batch]\nmicro_batch_tokens = 64',
+        "batch.micro_batch_tokens = 64 is less than batch.max_length = 128",
+    ),
+    (
+        'data = "x"\n[optimizer]\nname = "adam"',
+        "optimizer.name = 'adam'; must be one of adamw, lamb, sgd",
+    ),
     ('data = "x"\n[optimizer]\nlr = 0', "optimizer.lr = 0; must be above 0"),
     ('data = "x"\n[optimizer]\nlr = nan', "optimizer.lr = nan; must be a number"),
     ('data = "x"\n[optimizer]\nbetas = [0.9]', "must be two numbers"),
     ('data = "x"\n[model]\npreset = "huge"', "model.preset = 'huge'; must be one of tiny, mini"),
-    ('data = "x"\n[model]\nnum_attention_heads = 7', "model.num_attention_heads = 7 does not divide model.hidden_size = 768"),
-    ('data = "x"\n[objective]\nmask_token = 0.95', "objective.mask_token \\+ objective.random_token = 1.05"),
+    (
+        'data = "x"\n[model]\nnum_attention_heads = 7',
+        "model.num_attention_heads = 7 does not divide model.hidden_size = 768",
+    ),
+    (
+        'data = "x"\n[objective]\nmask_token = 0.95',
+        "objective.mask_token \\+ objective.random_token = 1.05",
+    ),
     ('data = "x"\n[objective]\nwhole_word = 1', "objective.whole_word = 1; must be true or false"),
     ('data = "x"\n[schedule]\nover = "seconds"', 'schedule.over = "seconds" needs stop.seconds'),
     ('data = "x"\n[stop]\nseconds = 60', 'schedule.over = "steps" needs stop.steps or stop.epochs'),
     ('data = "x"\n[stop]\nmin_delta = 0.1', "stop.min_delta = 0.1 needs stop.patience"),
-    ('data = "x"\n[schedule]\ndecay = "wsd"\nwarmup = 0.9\ncooldown = 0.3', "schedule.warmup \\+ schedule.cooldown = 1.2"),
+    (
+        'data = "x"\n[schedule]\ndecay = "wsd"\nwarmup = 0.9\ncooldown = 0.3',
+        "schedule.warmup \\+ schedule.cooldown = 1.2",
+    ),
     ('data = "x', "not valid TOML"),
 ]
 

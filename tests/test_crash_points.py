@@ -7,10 +7,24 @@ import pytest
 from fastbert.checkpoints import checkpoint
 from fastbert.checkpoints.failpoint import POINTS
 from tests.disks import SmallDisk, Unavailable
-from tests.trials import BESIDE_A_DAMAGED_ONE, ON_EVERY_RANK, Laboratory, Trial, crashes, flip, wait_for
+from tests.trials import (
+    BESIDE_A_DAMAGED_ONE,
+    ON_EVERY_RANK,
+    Laboratory,
+    Trial,
+    crashes,
+    flip,
+    wait_for,
+)
 
 WORLD, STAGE = 2, 2
-REFUSING = ("staging-made", "tensors-half", "tensors-read-back", "manifest-half", "renamed")  # where the disk is asked for something
+REFUSING = (
+    "staging-made",
+    "tensors-half",
+    "tensors-read-back",
+    "manifest-half",
+    "renamed",
+)  # where the disk is asked for something
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +37,9 @@ def test_there_are_enough_of_them():
 
 
 def test_the_first_rank_dies(lab):
-    tally = crashes(lab, [point for point in POINTS if point not in BESIDE_A_DAMAGED_ONE], 0, WORLD, STAGE)
+    tally = crashes(
+        lab, [point for point in POINTS if point not in BESIDE_A_DAMAGED_ONE], 0, WORLD, STAGE
+    )
     assert tally.sound, str(tally)
 
 
@@ -44,7 +60,9 @@ def test_it_dies_while_a_damaged_checkpoint_makes_room(lab, point):
     assert lab.finish(trial, 1, 0).sound
 
 
-@pytest.mark.parametrize("rank, point", [(0, point) for point in REFUSING] + [(1, "tensors-synced")])
+@pytest.mark.parametrize(
+    "rank, point", [(0, point) for point in REFUSING] + [(1, "tensors-synced")]
+)
 def test_the_disk_refuses_at_one_point_of_a_save(lab, rank, point):
     """Training goes on, says so, and the next save succeeds."""
     world = rank + 1
@@ -53,9 +71,16 @@ def test_the_disk_refuses_at_one_point_of_a_save(lab, rank, point):
         assert ranks.wait() == [0] * world, ranks.errors
     saves = trial.records("save")
     (failed,) = [save for save in saves if "problem" in save]
-    assert "No space left on device" in failed["problem"] and (world == 1 or failed["problem"].startswith("rank 1: "))
-    assert saves.index(failed) == 1 and all(trial.run / "checkpoints" / save["checkpoint"] for save in saves if save != failed)
-    assert [path.name[0] for path in (trial.run / "checkpoints").iterdir()] == ["s", "s"]  # nothing but two step-...
+    assert "No space left on device" in failed["problem"] and (
+        world == 1 or failed["problem"].startswith("rank 1: ")
+    )
+    assert saves.index(failed) == 1 and all(
+        trial.run / "checkpoints" / save["checkpoint"] for save in saves if save != failed
+    )
+    assert [path.name[0] for path in (trial.run / "checkpoints").iterdir()] == [
+        "s",
+        "s",
+    ]  # nothing but two step-...
     assert trial.compare(lab.undisturbed(world, STAGE if rank else 0)).sound
 
 
@@ -116,7 +141,9 @@ def test_no_room_for_anything(lab, disk):
                 pass
         assert ranks.wait() == [1] * world
         said = ranks.errors.splitlines()
-        assert len(said) == world and all("No space left on device" in line and "--resume" in line for line in said), said
+        assert len(said) == world and all(
+            "No space left on device" in line and "--resume" in line for line in said
+        ), said
     sound_one(trial)
     ballast.unlink()
     trial.go_on(world)

@@ -7,12 +7,29 @@ import math
 import pytest
 
 from fastbert.training import diagnosis
-from fastbert.training.diagnosis import GradientNorm, compare, diverged, expected_first_loss, first_loss, plateau, stuck_pairs
+from fastbert.training.diagnosis import (
+    GradientNorm,
+    compare,
+    diverged,
+    expected_first_loss,
+    first_loss,
+    plateau,
+    stuck_pairs,
+)
 
-BASELINES = {"unigram": 6.7, "left_bigram": 5.1, "two_sided_bigram": 4.3, "two_sided_trigram": 3.7, "tokens": 1e6}
+BASELINES = {
+    "unigram": 6.7,
+    "left_bigram": 5.1,
+    "two_sided_bigram": 4.3,
+    "two_sided_trigram": 3.7,
+    "tokens": 1e6,
+}
 
 
-@pytest.mark.parametrize("vocab_size, pairs, loss", [(30522, True, 11.02), (30522, True, 11.3), (4096, True, 9.1), (4096, False, 8.32)])
+@pytest.mark.parametrize(
+    "vocab_size, pairs, loss",
+    [(30522, True, 11.02), (30522, True, 11.3), (4096, True, 9.1), (4096, False, 8.32)],
+)
 def test_a_normal_first_loss(vocab_size, pairs, loss):
     assert first_loss(loss, vocab_size, pairs) is None
 
@@ -24,13 +41,23 @@ def test_first_loss_is_ln_v_plus_ln_2():
 
 def test_a_first_loss_that_is_too_high_or_too_low():
     high, low = first_loss(40.0, 30522, True), first_loss(7.0, 30522, True)
-    assert high is not None and "the first loss is 40.00, expected is 11.02 (ln 30522 + ln 2)" in high and "initializer_range" in high
+    assert (
+        high is not None
+        and "the first loss is 40.00, expected is 11.02 (ln 30522 + ln 2)" in high
+        and "initializer_range" in high
+    )
     assert low is not None and "the first loss is 7.00" in low and "labels" in low
 
 
 def test_plateau():
     line = plateau(0.4, 6.65, BASELINES)
-    assert line is not None and "6.65" in line and "6.70" in line and "optimizer.lr" in line and "\n" not in line
+    assert (
+        line is not None
+        and "6.65" in line
+        and "6.70" in line
+        and "optimizer.lr" in line
+        and "\n" not in line
+    )
     assert plateau(0.1, 6.65, BASELINES) is None  # too early to say
     assert plateau(0.4, 6.2, BASELINES) is None  # it has left it
 
@@ -46,7 +73,13 @@ def test_stuck_pairs():
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 7.65e10, 30.0])
 def test_a_run_that_has_diverged_is_told_that_and_nothing_else(loss):
     line = diverged(loss, 1000, True)
-    assert line is not None and "training has diverged" in line and "optimizer.lr" in line and "7.60" in line and "\n" not in line
+    assert (
+        line is not None
+        and "training has diverged" in line
+        and "optimizer.lr" in line
+        and "7.60" in line
+        and "\n" not in line
+    )
     assert ("not finite" in line) != math.isfinite(loss)
     if not math.isfinite(loss):
         assert plateau(1.0, loss, BASELINES) is None and stuck_pairs(1.0, loss, 0.4) is None
@@ -79,7 +112,10 @@ def test_an_exploding_gradient():
     usual = [1.0 + 0.3 * math.sin(i) for i in range(150)]
     found = norms(*usual, 20.0, 40.0, 80.0, 160.0)
     assert [step for step, _ in found] == [152, 153]
-    assert "the gradient norm is 80 at step 152, 80 times its running median" in found[0][1] and "optimizer.lr" in found[0][1]
+    assert (
+        "the gradient norm is 80 at step 152, 80 times its running median" in found[0][1]
+        and "optimizer.lr" in found[0][1]
+    )
     assert norms(*usual, float("inf"), float("inf"), float("inf"))
 
 
@@ -87,5 +123,9 @@ def test_a_gradient_that_does_not_explode():
     usual = [1.0 + 0.3 * math.sin(i) for i in range(150)]
     assert norms(*usual, 50.0, 1.0, 50.0, 60.0, 1.0) == []  # single bad batches
     assert norms(*[50.0 * 0.97**i for i in range(300)]) == []  # the fall from a high start
-    assert norms(*usual, *[1.02**i for i in range(150)]) == []  # a slow drift moves the median along
-    assert norms(*[1.0] * (diagnosis.NORM_WINDOW - 1), 99.0, 99.0, 99.0) == []  # too early to know what is usual
+    assert (
+        norms(*usual, *[1.02**i for i in range(150)]) == []
+    )  # a slow drift moves the median along
+    assert (
+        norms(*[1.0] * (diagnosis.NORM_WINDOW - 1), 99.0, 99.0, 99.0) == []
+    )  # too early to know what is usual

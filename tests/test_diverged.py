@@ -34,7 +34,9 @@ def sound(small_dataset, tmp_path_factory) -> Path:
 def folder(sound, small_dataset, tmp_path) -> Path:
     """A copy that a test may spoil; and what the verbs read."""
     (tmp_path / "texts.txt").write_text("the list\nthe name of the module\n")
-    (tmp_path / "x.csv").write_text("text,label\n" + "".join(f"the list {i},{i % 2}\n" for i in range(12)))
+    (tmp_path / "x.csv").write_text(
+        "text,label\n" + "".join(f"the list {i},{i % 2}\n" for i in range(12))
+    )
     return make_hugging_face_folder(tmp_path / "hf", small_dataset.tokenizer_dir)
 
 
@@ -55,9 +57,27 @@ def verbs(model: Path, files: Path, data: Path) -> dict[str, list[str]]:
         "fill": ["fill", str(model), "the [MASK]"],
         "nsp": ["nsp", str(model), "the list", "the name"],
         "embed": ["embed", str(model), str(files / "texts.txt"), "--out", str(files / "out.npy")],
-        "embed cls": ["embed", str(model), str(files / "texts.txt"), "--out", str(files / "out.jsonl"), "--pool", "cls", "--normalize"],
+        "embed cls": [
+            "embed",
+            str(model),
+            str(files / "texts.txt"),
+            "--out",
+            str(files / "out.jsonl"),
+            "--pool",
+            "cls",
+            "--normalize",
+        ],
         "evaluate": ["evaluate", str(model), "--data", str(data), "--sequences", "8"],
-        "finetune": ["finetune", str(model), "--train", str(files / "x.csv"), "--eval", str(files / "x.csv"), "--out", str(files / "out")],
+        "finetune": [
+            "finetune",
+            str(model),
+            "--train",
+            str(files / "x.csv"),
+            "--eval",
+            str(files / "x.csv"),
+            "--out",
+            str(files / "out"),
+        ],
         "export": ["export", str(model), "--out", str(files / "out")],
     }
 
@@ -81,10 +101,19 @@ def test_a_folder_with_one_nan_is_bad_input(folder, small_dataset, tmp_path, cap
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["bert.embeddings.position_embeddings.weight", "cls.predictions.bias", "cls.seq_relationship.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert.embeddings.position_embeddings.weight",
+        "cls.predictions.bias",
+        "cls.seq_relationship.weight",
+    ],
+)
 def test_any_weight_and_either_infinity(folder, tmp_path, capsys, name, value):
     spoil(folder / "model.safetensors", name, value)
-    assert f"{name} holds numbers" in refused(["fill", str(folder), "the [MASK]"], 2, tmp_path, capsys)
+    assert f"{name} holds numbers" in refused(
+        ["fill", str(folder), "the [MASK]"], 2, tmp_path, capsys
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -94,7 +123,9 @@ def test_any_type_of_number(folder, tmp_path, capsys, dtype):
     weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     weights[VALUES][0, 0] = 1e300 if dtype == torch.float64 else math.nan
     save_file(weights, file, metadata={"format": "pt"})
-    assert f"{VALUES} holds numbers" in refused(["fill", str(folder), "the [MASK]"], 2, tmp_path, capsys)
+    assert f"{VALUES} holds numbers" in refused(
+        ["fill", str(folder), "the [MASK]"], 2, tmp_path, capsys
+    )
 
 
 def test_a_checkpoint_and_a_run(folder, small_dataset, tmp_path, capsys):
@@ -111,11 +142,17 @@ def test_a_checkpoint_and_a_run(folder, small_dataset, tmp_path, capsys):
         line = refused(["fill", str(model), "the [MASK]"], 2, tmp_path, capsys)
         assert f"{path}: layers.0.feed_forward.weight holds numbers that are not finite" in line
     (run / "metrics.jsonl").write_text(json.dumps(STEP) + "\n")
-    assert "layers.0.feed_forward.weight holds numbers that are not finite" in report(run).read_text()
+    assert (
+        "layers.0.feed_forward.weight holds numbers that are not finite" in report(run).read_text()
+    )
 
 
-@pytest.mark.parametrize("verb", [verb for verb in verbs(Path(), Path(), Path()) if verb != "export"])
-def test_a_model_that_gives_no_finite_numbers_has_diverged(folder, small_dataset, tmp_path, capsys, verb):
+@pytest.mark.parametrize(
+    "verb", [verb for verb in verbs(Path(), Path(), Path()) if verb != "export"]
+)
+def test_a_model_that_gives_no_finite_numbers_has_diverged(
+    folder, small_dataset, tmp_path, capsys, verb
+):
     """Every weight is finite, and nothing that comes out is."""
     spoil_all(folder / "model.safetensors", "bert.embeddings.word_embeddings.weight", HUGE)
     spoil_all(folder / "model.safetensors", "bert.encoder.layer.1.output.LayerNorm.weight", HUGE)
@@ -130,7 +167,10 @@ def test_ranks_that_evaluate_such_a_model_end_alike(folder, small_dataset, tmp_p
     with Ranks(command, tmp_path / "ranks", 2) as ranks:
         assert ranks.wait() == [1, 1], ranks.errors
         (line,) = ranks.errors.splitlines()
-    assert line == f"fastbert: {folder}: the held-out loss is nan: the model has diverged; take another one"
+    assert (
+        line
+        == f"fastbert: {folder}: the held-out loss is nan: the model has diverged; take another one"
+    )
 
 
 # Fine-tuning
@@ -138,7 +178,17 @@ def test_ranks_that_evaluate_such_a_model_end_alike(folder, small_dataset, tmp_p
 
 def finetuned(folder: Path, files: Path, *more: str) -> list[str]:
     file = str(files / "x.csv")
-    return ["finetune", str(folder), "--train", file, "--eval", file, "--out", str(files / "out"), *more]
+    return [
+        "finetune",
+        str(folder),
+        "--train",
+        file,
+        "--eval",
+        file,
+        "--out",
+        str(files / "out"),
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("lr", ["5e5", "1e10", "1e30"])
@@ -147,15 +197,22 @@ def test_a_learning_rate_that_is_too_high(folder, tmp_path, capsys, lr):
     assert "the training has diverged" in line and "nothing is saved; try a lower --lr" in line
 
 
-@pytest.mark.parametrize("more", [["--epochs", "1", "--batch", "12"], ["--patience", "1", "--heldout", "0.3"], ["--seeds", "2"]])
+@pytest.mark.parametrize(
+    "more",
+    [["--epochs", "1", "--batch", "12"], ["--patience", "1", "--heldout", "0.3"], ["--seeds", "2"]],
+)
 def test_also_at_the_last_step_and_on_what_is_held_out(folder, tmp_path, capsys, more):
     """One step alone: its loss is finite, and the weights that it leaves are what diverges."""
-    assert "the training has diverged" in refused(finetuned(folder, tmp_path, "--lr", "1e30", *more), 1, tmp_path, capsys)
+    assert "the training has diverged" in refused(
+        finetuned(folder, tmp_path, "--lr", "1e30", *more), 1, tmp_path, capsys
+    )
 
 
 @pytest.mark.parametrize("lr", ["nan", "inf", "-inf", "0", "3e38"])
 def test_a_learning_rate_that_is_none(folder, tmp_path, capsys, lr):
-    assert f"--lr {float(lr)}" in refused(finetuned(folder, tmp_path, "--lr", lr), 2, tmp_path, capsys)
+    assert f"--lr {float(lr)}" in refused(
+        finetuned(folder, tmp_path, "--lr", lr), 2, tmp_path, capsys
+    )
 
 
 @pytest.mark.parametrize("label", ["1e31", "-1e31", "1e20", "3e38", "1e300"])
@@ -167,18 +224,43 @@ def test_numbers_whose_squares_do_not_fit(folder, tmp_path, capsys, label):
 
 def test_the_largest_numbers_have_scores(folder, tmp_path, capsys):
     """Their squares do not fit single precision either where they are many."""
-    (tmp_path / "x.csv").write_text("text,label\n" + "".join(f"the list {i},{i}e14\n" for i in range(10)))
-    assert command_line([*finetuned(folder, tmp_path, "--regression", "--epochs", "1"), "--json"]) == 0
+    (tmp_path / "x.csv").write_text(
+        "text,label\n" + "".join(f"the list {i},{i}e14\n" for i in range(10))
+    )
+    assert (
+        command_line([*finetuned(folder, tmp_path, "--regression", "--epochs", "1"), "--json"]) == 0
+    )
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert all(math.isfinite(score["mean"]) for score in scores.values())
 
 
 # JSON
 
-STEP = {"step": 1, "loss": 7.0, "loss_mlm": 6.3, "loss_nsp": 0.7, "accuracy_mlm": 0.1, "accuracy_nsp": 0.5, "lr": 1e-3, "grad_norm": 1.0}
+STEP = {
+    "step": 1,
+    "loss": 7.0,
+    "loss_mlm": 6.3,
+    "loss_nsp": 0.7,
+    "accuracy_mlm": 0.1,
+    "accuracy_nsp": 0.5,
+    "lr": 1e-3,
+    "grad_norm": 1.0,
+}
 STEP |= {"tokens": 100, "masked": 15, "sequences": 4, "seconds": 0.1, "tokens_per_s": 1000.0}
-EVALUATION = {"event": "evaluate", "step": 1, "loss": math.nan, "loss_mlm": math.nan, "accuracy_mlm": 0.0, "loss_mask_token": math.nan}
-EVALUATION |= {"accuracy_mask_token": 0.0, "loss_nsp": math.inf, "accuracy_nsp": 0.0, "seconds": 1.0}
+EVALUATION = {
+    "event": "evaluate",
+    "step": 1,
+    "loss": math.nan,
+    "loss_mlm": math.nan,
+    "accuracy_mlm": 0.0,
+    "loss_mask_token": math.nan,
+}
+EVALUATION |= {
+    "accuracy_mask_token": 0.0,
+    "loss_nsp": math.inf,
+    "accuracy_nsp": 0.0,
+    "seconds": 1.0,
+}
 EVALUATION |= {"training_tokens": 100, "training_seconds": 1.0}
 
 
@@ -195,7 +277,9 @@ def test_metrics_are_json_and_read_again(folder, small_dataset, tmp_path):
     for line in (run / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=constant)
     step, evaluation = read_metrics(run / "metrics.jsonl")
-    assert step == STEP and evaluation == {k: None if v in (math.nan, math.inf) else v for k, v in EVALUATION.items()}
+    assert step == STEP and evaluation == {
+        k: None if v in (math.nan, math.inf) else v for k, v in EVALUATION.items()
+    }
     for records in ([STEP, EVALUATION], [step, evaluation]):
         history = LossHistory()
         history.read(records)
@@ -207,7 +291,12 @@ def test_metrics_are_json_and_read_again(folder, small_dataset, tmp_path):
 
 
 def test_strict_json():
-    values = {"a": [math.nan, (math.inf, 1.5, None)], "b": {"c": -math.inf, "d": "NaN"}, "e": True, "f": np.float64("nan")}
+    values = {
+        "a": [math.nan, (math.inf, 1.5, None)],
+        "b": {"c": -math.inf, "d": "NaN"},
+        "e": True,
+        "f": np.float64("nan"),
+    }
     assert json.loads(dumps(values), parse_constant=constant) == {
         "a": [None, [None, 1.5, None]],
         "b": {"c": None, "d": "NaN"},

@@ -35,10 +35,18 @@ def found() -> Diagnosis:
     """What `fastbert doctor --json` says in a process of its own."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, "-m", "fastbert", "doctor", "--json"]
-    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+    )
     assert (result.returncode, result.stderr) == (0, "")
     values = json.loads(result.stdout)
-    return Diagnosis(**{**values, "bf16": Bf16Probe(**values["bf16"]), "gpus": [Gpu(**gpu) for gpu in values["gpus"]]})
+    return Diagnosis(
+        **{
+            **values,
+            "bf16": Bf16Probe(**values["bf16"]),
+            "gpus": [Gpu(**gpu) for gpu in values["gpus"]],
+        }
+    )
 
 
 def test_rates_are_those_of_a_processor():
@@ -52,7 +60,11 @@ def test_the_rate_counts_every_operation():
     def of_linear(x, weight, *_, **__):
         return 2 * x[0] * x[1] * weight[0]
 
-    onednn = {torch.ops.mkldnn._linear_pointwise: of_linear} if torch.backends.mkldnn.is_available() else {}  # torch counts MKL's alone
+    onednn = (
+        {torch.ops.mkldnn._linear_pointwise: of_linear}
+        if torch.backends.mkldnn.is_available()
+        else {}
+    )  # torch counts MKL's alone
     measure_gemm_rate(seconds=0)
     with FlopCounterMode(display=False, custom_mapping=onednn) as counter:
         start = time.perf_counter()
@@ -60,7 +72,9 @@ def test_the_rate_counts_every_operation():
         elapsed = time.perf_counter() - start
     round_of_three = 6 * 2048 * 512 * 2048
     assert counter.get_total_flops() % round_of_three == 0
-    assert rate >= (counter.get_total_flops() - round_of_three) / elapsed  # less one for the warm-up
+    assert (
+        rate >= (counter.get_total_flops() - round_of_three) / elapsed
+    )  # less one for the warm-up
 
 
 def test_the_probe_gives_an_answer_and_survives(found):
@@ -73,13 +87,17 @@ def test_how_the_child_ended_is_the_answer():
     assert judge_bf16(0, "a warning\n[1e11, 3e11]\n", "") == Bf16Probe(
         True, True, "bf16 products run at 3.0 times the fp32 rate (1.3 pays)"
     )
-    assert judge_bf16(0, "[2e11, 1e11]", "") == Bf16Probe(True, False, "bf16 products run at 0.5 times the fp32 rate (1.3 pays)")
+    assert judge_bf16(0, "[2e11, 1e11]", "") == Bf16Probe(
+        True, False, "bf16 products run at 0.5 times the fp32 rate (1.3 pays)"
+    )
     failed = judge_bf16(1, "", "Traceback\nRuntimeError: no bf16")
     assert not failed.safe and "RuntimeError: no bf16" in failed.why
 
 
 def test_a_child_killed_by_its_instruction():
-    child = subprocess.run([sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGILL)})"])
+    child = subprocess.run(
+        [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGILL)})"]
+    )
     probe = judge_bf16(child.returncode, "", "")
     assert not probe.safe and not probe.faster and "ONEDNN_MAX_CPU_ISA" in probe.why
 
@@ -90,7 +108,9 @@ def test_diagnosis_is_whole(found):
     assert found.gemm_fp32 and found.gemm_fp32 > 1e8 and found.bandwidth and found.bandwidth > 1e8
     assert len(found.gpus) == torch.cuda.device_count()
     labels = [label for label, _ in describe(found)]
-    assert {"processor", "bf16", "matrix products"} <= set(labels) and labels.count("GPU") == len(found.gpus)
+    assert {"processor", "bf16", "matrix products"} <= set(labels) and labels.count("GPU") == len(
+        found.gpus
+    )
 
 
 def test_a_healthy_machine_needs_no_advice():
@@ -100,10 +120,16 @@ def test_a_healthy_machine_needs_no_advice():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"versions": {**HEALTHY["versions"], "deepspeed": None}}, "deepspeed is not installed: pip install deepspeed"),
+        (
+            {"versions": {**HEALTHY["versions"], "deepspeed": None}},
+            "deepspeed is not installed: pip install deepspeed",
+        ),
         ({"tools": {**HEALTHY["tools"], "g++": None}}, "g++ is missing: apt-get install g++"),
         ({"tools": {**HEALTHY["tools"], "ninja": None}}, "ninja is missing: pip install ninja"),
-        ({"tools": {**HEALTHY["tools"], "nvidia-smi": "/usr/bin/nvidia-smi"}}, "install a torch built for CUDA"),
+        (
+            {"tools": {**HEALTHY["tools"], "nvidia-smi": "/usr/bin/nvidia-smi"}},
+            "install a torch built for CUDA",
+        ),
         ({"threads": 1}, "torch uses 1 of 2 cores: unset OMP_NUM_THREADS"),
         ({"bf16": Bf16Probe(False, False, "it dies")}, "bf16 is not safe here: it dies"),
         ({"memory_free": 1 << 30}, "1.0 GiB of memory are free"),

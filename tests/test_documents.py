@@ -24,15 +24,25 @@ from fastbert.errors import InputError
 DOCUMENTS = ["One.\nStill one.", "Zwei: größer.", "三。", 'Four "quoted" \\ back', "Five"]
 ONE_LINE = [document.replace("\n", " ") for document in DOCUMENTS]
 
-PACK: dict[str, Callable[[bytes], bytes]] = {"": lambda data: data, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
 
 
 def json_lines(texts: list[str], field: str = "text") -> bytes:
-    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+    return "".join(
+        json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)
+    ).encode()
 
 
-def table(path: Path, column: pyarrow.Array, name: str = "text", row_group_size: int | None = None) -> Path:
-    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(column)), name: column}), path, row_group_size=row_group_size)
+def table(
+    path: Path, column: pyarrow.Array, name: str = "text", row_group_size: int | None = None
+) -> Path:
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": range(len(column)), name: column}), path, row_group_size=row_group_size
+    )
     return path
 
 
@@ -63,15 +73,37 @@ def write(path: Path, data: bytes | str) -> Path:
         ("a.json", json_lines(DOCUMENTS), "jsonl", DOCUMENTS),
         ("a.csv", csv_rows(DOCUMENTS), None, DOCUMENTS),
         ("a.csv", '\ufeffid,text\n\n1,one\n2,\n3,"a\n\nb"', None, ["one", "", "a\n\nb"]),
-        ("a.jsonl", '{"text": null}\n{"text": "a\\ud800b"}\n{"text": "a\u2028b \\ud83d\\ude00"}', None, ["", "a\ufffdb", "a\u2028b 😀"]),
+        (
+            "a.jsonl",
+            '{"text": null}\n{"text": "a\\ud800b"}\n{"text": "a\u2028b \\ud83d\\ude00"}',
+            None,
+            ["", "a\ufffdb", "a\u2028b 😀"],
+        ),
     ],
 )
-def test_formats(tmp_path: Path, packing: str, name: str, data: bytes | str, text_format: str | None, expected: list[str]) -> None:
-    path = write(tmp_path / (name + packing), PACK[packing](data if isinstance(data, bytes) else data.encode()))
+def test_formats(
+    tmp_path: Path,
+    packing: str,
+    name: str,
+    data: bytes | str,
+    text_format: str | None,
+    expected: list[str],
+) -> None:
+    path = write(
+        tmp_path / (name + packing),
+        PACK[packing](data if isinstance(data, bytes) else data.encode()),
+    )
     assert [document.strip("\r\n") for document in read_documents([path], text_format)] == expected
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    ],
+)
 def test_parquet(tmp_path: Path, kind: pyarrow.DataType) -> None:
     column = pyarrow.array([*DOCUMENTS, None] * 500).cast(kind)
     path = table(tmp_path / "a.parquet", column, "body", row_group_size=700)
@@ -94,7 +126,9 @@ def test_several_members_and_frames(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("text_format", ["txt", "lines"])
-def test_where_a_chunk_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, text_format: str) -> None:
+def test_where_a_chunk_ends_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, text_format: str
+) -> None:
     path = write(tmp_path / "a.txt", "\n\n".join(DOCUMENTS * 3) + "\n \n\n\t\nEnd.\n")
     whole = list(read_documents([path], text_format))
     monkeypatch.setattr(documents, "CHUNK_BYTES", size)
@@ -110,7 +144,9 @@ def test_where_a_chunk_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
-def test_where_a_chunk_of_csv_ends_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def test_where_a_chunk_of_csv_ends_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
     path = write(tmp_path / "a.csv", csv_rows(DOCUMENTS * 30))
     monkeypatch.setattr(documents, "CHUNK_BYTES", size)
     chunks = list(read_chunks(find_sources([path])[0]))
@@ -120,13 +156,27 @@ def test_where_a_chunk_of_csv_ends_changes_nothing(tmp_path: Path, monkeypatch: 
 
 
 def test_folders(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "b/10.txt.gz", "a.jsonl", "notes.md", "b/picture.png", ".hidden/x.txt", "b/.x.txt"):
+    for name in (
+        "b/2.txt",
+        "b/10.txt.gz",
+        "a.jsonl",
+        "notes.md",
+        "b/picture.png",
+        ".hidden/x.txt",
+        "b/.x.txt",
+    ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        text = {"a": json_lines(["a"]), "1": gzip.compress(b"ten")}.get(path.name[0], path.name.encode())
+        text = {"a": json_lines(["a"]), "1": gzip.compress(b"ten")}.get(
+            path.name[0], path.name.encode()
+        )
         write(path, text)
     sources, ignored = find_sources([tmp_path, tmp_path / "a.jsonl", tmp_path / "b"])
-    assert [str(source.path.relative_to(tmp_path)) for source in sources] == ["a.jsonl", "b/10.txt.gz", "b/2.txt"]  # each once
+    assert [str(source.path.relative_to(tmp_path)) for source in sources] == [
+        "a.jsonl",
+        "b/10.txt.gz",
+        "b/2.txt",
+    ]  # each once
     assert {path.name for path in ignored} == {"notes.md", "picture.png"}
     assert list(read_documents([tmp_path])) == ["a", "ten", "2.txt"]
     sources, ignored = find_sources([tmp_path], "lines")
@@ -141,7 +191,9 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
     folder.mkdir()
     write(folder / "x.md", "x")
     strings = pyarrow.array(["a", "b"])
-    bad_string = pyarrow.StringArray.from_buffers(2, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff"))
+    bad_string = pyarrow.StringArray.from_buffers(
+        2, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")
+    )
     good = table(tmp_path / "good.parquet", strings).read_bytes()
     return {
         "missing": (tmp_path / "none.txt", {}, ["none.txt", "no such file"]),
@@ -149,40 +201,124 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "empty": (write(tmp_path / "e.txt", ""), {}, ["e.txt", "empty"]),
         "empty gz": (write(tmp_path / "e.txt.gz", ""), {}, ["e.txt.gz", "empty"]),
         "empty zst": (write(tmp_path / "e.txt.zst", ""), {}, ["e.txt.zst", "empty"]),
-        "nothing packed": (write(tmp_path / "n.txt.gz", gzip.compress(b"")), {}, ["n.txt.gz", "empty"]),
-        "latin-1": (write(tmp_path / "l.txt", b"a\n\nb\nc\xe9d\n"), {}, ["l.txt", "line 4", "byte 6", "0xe9", "UTF-8"]),
-        "latin-1 packed": (write(tmp_path / "l.jsonl.gz", gzip.compress(b'{"text": "a"}\n\xff')), {}, ["line 2", "byte 14", "0xff"]),
-        "utf-16": (write(tmp_path / "u.txt", "text".encode("utf-16")), {}, ["line 1", "byte 0", "UTF-8"]),
+        "nothing packed": (
+            write(tmp_path / "n.txt.gz", gzip.compress(b"")),
+            {},
+            ["n.txt.gz", "empty"],
+        ),
+        "latin-1": (
+            write(tmp_path / "l.txt", b"a\n\nb\nc\xe9d\n"),
+            {},
+            ["l.txt", "line 4", "byte 6", "0xe9", "UTF-8"],
+        ),
+        "latin-1 packed": (
+            write(tmp_path / "l.jsonl.gz", gzip.compress(b'{"text": "a"}\n\xff')),
+            {},
+            ["line 2", "byte 14", "0xff"],
+        ),
+        "utf-16": (
+            write(tmp_path / "u.txt", "text".encode("utf-16")),
+            {},
+            ["line 1", "byte 0", "UTF-8"],
+        ),
         "cut gz": (write(tmp_path / "c.txt.gz", packed[".gz"][:-9]), {}, ["c.txt.gz", "cut short"]),
-        "cut zst": (write(tmp_path / "c.txt.zst", packed[".zst"][:-3]), {}, ["c.txt.zst", "cut short"]),
-        "not gz": (write(tmp_path / "p.txt.gz", "plain text"), {}, ["p.txt.gz", "not a sound gzip"]),
-        "not zst": (write(tmp_path / "p.txt.zst", "plain text"), {}, ["p.txt.zst", "not a sound zstd"]),
+        "cut zst": (
+            write(tmp_path / "c.txt.zst", packed[".zst"][:-3]),
+            {},
+            ["c.txt.zst", "cut short"],
+        ),
+        "not gz": (
+            write(tmp_path / "p.txt.gz", "plain text"),
+            {},
+            ["p.txt.gz", "not a sound gzip"],
+        ),
+        "not zst": (
+            write(tmp_path / "p.txt.zst", "plain text"),
+            {},
+            ["p.txt.zst", "not a sound zstd"],
+        ),
         "damaged gz": (
             write(tmp_path / "d.txt.gz", packed[".gz"][:40] + b"????" + packed[".gz"][44:]),
             {},
             ["d.txt.gz", "not a sound gzip"],
         ),
-        "json": (write(tmp_path / "j.jsonl", '{"text": "a"}\n{"text": \n'), {}, ["j.jsonl", "line 2", "not JSON"]),
+        "json": (
+            write(tmp_path / "j.jsonl", '{"text": "a"}\n{"text": \n'),
+            {},
+            ["j.jsonl", "line 2", "not JSON"],
+        ),
         "json list": (write(tmp_path / "i.jsonl", '["a"]\n'), {}, ["line 1", "JSON list"]),
         "json deep": (write(tmp_path / "h.jsonl", "[" * 100_000), {}, ["line 1", "not JSON"]),
-        "field": (write(tmp_path / "f.jsonl", '{"body": 1, "title": 2}'), {}, ["line 1", "no field 'text'", "--text-field", "body, title"]),
-        "field kind": (write(tmp_path / "k.jsonl", '\n{"text": 5}'), {}, ["line 2", "'text' is a number"]),
-        "column of csv": (write(tmp_path / "p.csv", "id,body\n1,a\n"), {}, ["p.csv", "no column 'text'", "id, body"]),
-        "fields of csv": (write(tmp_path / "s.csv", "id,text\n1,a\n2,b,c\n"), {}, ["s.csv", "line 3", "3 fields", "2"]),
-        "quote of csv": (write(tmp_path / "t.csv", 'text\n"a" b\n'), {}, ["t.csv", "line 2", "not valid csv"]),
-        "only a header": (write(tmp_path / "v.csv", "text\n"), {}, ["v.csv", "no row below the header"]),
+        "field": (
+            write(tmp_path / "f.jsonl", '{"body": 1, "title": 2}'),
+            {},
+            ["line 1", "no field 'text'", "--text-field", "body, title"],
+        ),
+        "field kind": (
+            write(tmp_path / "k.jsonl", '\n{"text": 5}'),
+            {},
+            ["line 2", "'text' is a number"],
+        ),
+        "column of csv": (
+            write(tmp_path / "p.csv", "id,body\n1,a\n"),
+            {},
+            ["p.csv", "no column 'text'", "id, body"],
+        ),
+        "fields of csv": (
+            write(tmp_path / "s.csv", "id,text\n1,a\n2,b,c\n"),
+            {},
+            ["s.csv", "line 3", "3 fields", "2"],
+        ),
+        "quote of csv": (
+            write(tmp_path / "t.csv", 'text\n"a" b\n'),
+            {},
+            ["t.csv", "line 2", "not valid csv"],
+        ),
+        "only a header": (
+            write(tmp_path / "v.csv", "text\n"),
+            {},
+            ["v.csv", "no row below the header"],
+        ),
         "empty csv": (write(tmp_path / "w.csv", ""), {}, ["w.csv", "empty"]),
-        "no parquet": (write(tmp_path / "x.parquet", "plain text"), {}, ["x.parquet", "not a sound Parquet"]),
-        "cut parquet": (write(tmp_path / "y.parquet", good[: len(good) // 2]), {}, ["y.parquet", "not a sound Parquet"]),
+        "no parquet": (
+            write(tmp_path / "x.parquet", "plain text"),
+            {},
+            ["x.parquet", "not a sound Parquet"],
+        ),
+        "cut parquet": (
+            write(tmp_path / "y.parquet", good[: len(good) // 2]),
+            {},
+            ["y.parquet", "not a sound Parquet"],
+        ),
         "empty parquet": (write(tmp_path / "z.parquet", b""), {}, ["z.parquet", "empty"]),
         "no rows": (table(tmp_path / "r.parquet", strings[:0]), {}, ["r.parquet", "empty"]),
-        "column": (table(tmp_path / "q.parquet", strings, "body"), {}, ["q.parquet", "no column 'text'", "id, body"]),
-        "column kind": (table(tmp_path / "o.parquet", pyarrow.array([1, 2])), {}, ["o.parquet", "'text' holds int64"]),
-        "bad string": (table(tmp_path / "b.parquet", bad_string), {}, ["b.parquet", "row 1", "UTF-8"]),
-        "packed parquet": (write(tmp_path / "g.parquet.gz", gzip.compress(good)), {}, ["g.parquet.gz", "unpack"]),
+        "column": (
+            table(tmp_path / "q.parquet", strings, "body"),
+            {},
+            ["q.parquet", "no column 'text'", "id, body"],
+        ),
+        "column kind": (
+            table(tmp_path / "o.parquet", pyarrow.array([1, 2])),
+            {},
+            ["o.parquet", "'text' holds int64"],
+        ),
+        "bad string": (
+            table(tmp_path / "b.parquet", bad_string),
+            {},
+            ["b.parquet", "row 1", "UTF-8"],
+        ),
+        "packed parquet": (
+            write(tmp_path / "g.parquet.gz", gzip.compress(good)),
+            {},
+            ["g.parquet.gz", "unpack"],
+        ),
         "suffix": (write(tmp_path / "a.doc", "x"), {}, ["a.doc", "--format"]),
         "json suffix": (write(tmp_path / "a.json", "{}"), {}, ["a.json", "--format"]),
-        "format": (write(tmp_path / "a.txt", "x"), {"text_format": "pdf"}, ["pdf", "txt, lines, jsonl, csv, parquet"]),
+        "format": (
+            write(tmp_path / "a.txt", "x"),
+            {"text_format": "pdf"},
+            ["pdf", "txt, lines, jsonl, csv, parquet"],
+        ),
         "folder": (folder, {}, ["folder", ".jsonl", ".parquet"]),
         "device": (Path(os.devnull), {"text_format": "txt"}, [os.devnull, "not a regular file"]),
     }
@@ -210,7 +346,12 @@ def test_a_document_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sum(1 for _ in read_documents([path], "lines")) == (1 << 20) + 2
 
 
-rubbish = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+rubbish = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet", ".txt.gz", ".jsonl.zst"])
@@ -218,7 +359,11 @@ rubbish = settings(max_examples=150, deadline=None, derandomize=True, suppress_h
 @given(
     data=st.one_of(
         st.binary(max_size=200),
-        st.lists(st.sampled_from([b"{", b"}", b'"', b"text", b":", b"\n", b"\xff", b"\xc3", b"1", b"\\ud8"])).map(b"".join),
+        st.lists(
+            st.sampled_from(
+                [b"{", b"}", b'"', b"text", b":", b"\n", b"\xff", b"\xc3", b"1", b"\\ud8"]
+            )
+        ).map(b"".join),
     )
 )
 def test_rubbish(tmp_path: Path, suffix: str, data: bytes) -> None:
@@ -228,7 +373,9 @@ def test_rubbish(tmp_path: Path, suffix: str, data: bytes) -> None:
     except InputError as error:
         assert str(path) in str(error) and "\n" not in str(error)
     else:
-        assert all(isinstance(document, str) and document.encode() is not None for document in found)
+        assert all(
+            isinstance(document, str) and document.encode() is not None for document in found
+        )
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".txt.gz", ".jsonl.zst"])
@@ -242,7 +389,10 @@ def test_damage(tmp_path: Path, suffix: str, place: int, value: int, cut: bool) 
         if suffix == ".parquet":
             table(sound, pyarrow.array(DOCUMENTS))
         else:
-            write(sound, PACK[suffix[-4:] if suffix.endswith(".zst") else ".gz"](json_lines(DOCUMENTS)))
+            write(
+                sound,
+                PACK[suffix[-4:] if suffix.endswith(".zst") else ".gz"](json_lines(DOCUMENTS)),
+            )
     data = bytearray(sound.read_bytes())
     place %= len(data)
     data[place] = value

@@ -39,14 +39,23 @@ def bounds(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def run(impl: str, function: Callable[..., Tensor], leaves: dict[str, Tensor], upstream: Tensor, **others) -> dict[str, Tensor]:
+def run(
+    impl: str,
+    function: Callable[..., Tensor],
+    leaves: dict[str, Tensor],
+    upstream: Tensor,
+    **others,
+) -> dict[str, Tensor]:
     """The result and the gradients of `leaves`, on the CPU."""
     device = DEVICE if impl == "triton" else "cpu"
     leaves = {name: leaf.detach().to(device).requires_grad_() for name, leaf in leaves.items()}
     with watched(impl):
         result = function(**leaves, **place(others, device), impl=impl)
         result.backward(upstream.to(result))
-    return {"result": result.detach().cpu(), **{f"d{name}": leaf.grad.cpu() for name, leaf in leaves.items() if leaf.grad is not None}}
+    return {
+        "result": result.detach().cpu(),
+        **{f"d{name}": leaf.grad.cpu() for name, leaf in leaves.items() if leaf.grad is not None},
+    }
 
 
 # Attention. With q or k zero all weights of a sequence of n are 1 / n. Where row i of a matrix is zero but for 2^(i // K) in column
@@ -56,7 +65,9 @@ def run(impl: str, function: Callable[..., Tensor], leaves: dict[str, Tensor], u
 def coded(lengths: list[int], heads: int, size: int, dtype: torch.dtype) -> Tensor:
     """[sum of lengths, heads, size], rows numbered within each sequence."""
     index = torch.cat([torch.arange(length) for length in lengths])
-    code = torch.zeros(len(index), size).scatter_(1, (index % size)[:, None], 2.0 ** (index // size)[:, None])
+    code = torch.zeros(len(index), size).scatter_(
+        1, (index % size)[:, None], 2.0 ** (index // size)[:, None]
+    )
     return code[:, None].expand(-1, heads, -1).to(dtype).contiguous()
 
 
@@ -68,27 +79,45 @@ def decoded(sums: Tensor, count: int) -> Tensor:
     return (whole.long()[..., index % sums.shape[-1]] >> index // sums.shape[-1] & 1).bool()
 
 
-def seen_in_attention(impl, lengths, size, dtype, queries, heads, p, keys, site) -> dict[str, list[Tensor]]:
+def seen_in_attention(
+    impl, lengths, size, dtype, queries, heads, p, keys, site
+) -> dict[str, list[Tensor]]:
     """Of each sequence, the mask [heads, rows, tokens] that the result shows, and those that the gradients of v, q and k show."""
     cu, scale = bounds(lengths), keep_scale(p)
     first_rows = cu if queries is None else torch.searchsorted(queries, cu.long())
     rows = first_rows.diff().tolist()
     tokens_code, rows_code = coded(lengths, heads, size, dtype), coded(rows, heads, size, dtype)
     no_tokens, no_rows = torch.zeros_like(tokens_code), torch.zeros_like(rows_code)
-    first_of_tokens, first_of_rows = coded([1] * sum(lengths), heads, size, dtype), coded([1] * sum(rows), heads, size, dtype)
-    others = {"cu_seqlens": cu, "max_seqlen": max(lengths), "dropout_p": p, "keys": keys, "site": site, "queries": queries, "scale": 1.0}
+    first_of_tokens, first_of_rows = (
+        coded([1] * sum(lengths), heads, size, dtype),
+        coded([1] * sum(rows), heads, size, dtype),
+    )
+    others = {
+        "cu_seqlens": cu,
+        "max_seqlen": max(lengths),
+        "dropout_p": p,
+        "keys": keys,
+        "site": site,
+        "queries": queries,
+        "scale": 1.0,
+    }
 
     def attention(q, k, v, dout):
         outcome = run(impl, varlen_attention, {"q": q, "k": k, "v": v}, dout, **others)
         return {name: value.double() / scale for name, value in outcome.items()}
 
-    values = attention(no_rows, no_tokens, tokens_code, rows_code)  # out_i sums v_j over kept j, dv_j sums dout_i over kept i
+    values = attention(
+        no_rows, no_tokens, tokens_code, rows_code
+    )  # out_i sums v_j over kept j, dv_j sums dout_i over kept i
     # With dout_i . v_j = 1: dq_i sums (keep - share kept) k_j, dk_j sums (keep - share kept) q_i, and out is the share kept.
     by_query = attention(no_rows, tokens_code, first_of_tokens, first_of_rows)
     by_key = attention(rows_code, no_tokens, first_of_tokens, first_of_rows)
     found = {"result": [], "dv": [], "dq": [], "dk": []}
     for b, (n, r) in enumerate(zip(lengths, rows, strict=True)):
-        mine, own = slice(int(first_rows[b]), int(first_rows[b + 1])), slice(int(cu[b]), int(cu[b + 1]))
+        mine, own = (
+            slice(int(first_rows[b]), int(first_rows[b + 1])),
+            slice(int(cu[b]), int(cu[b + 1])),
+        )
         share = by_query["result"][mine, :, :1] * n
         sums = {
             "result": values["result"][mine] * n,
@@ -116,13 +145,23 @@ def seen_in_attention(impl, lengths, size, dtype, queries, heads, p, keys, site)
 def test_attention_draws_the_defined_masks(impl, cut, dtype, lengths, size, p):
     heads, site, total = 3, 40, sum(lengths)
     keys = torch.tensor(HARD_KEYS[: len(lengths)])
-    queries = torch.randperm(total, generator=torch.Generator().manual_seed(3))[: total // 3].sort().values if cut else None
+    queries = (
+        torch.randperm(total, generator=torch.Generator().manual_seed(3))[: total // 3]
+        .sort()
+        .values
+        if cut
+        else None
+    )
     found = seen_in_attention(impl, lengths, size, dtype, queries, heads, p, keys, site)
 
     rows = row_keys(keys, bounds(lengths), total)
     lo, hi = site_keys(rows, site, heads)
     for b, (start, end) in enumerate(itertools.pairwise(bounds(lengths).tolist())):
-        mine = torch.arange(start, end) if queries is None else queries[(queries >= start) & (queries < end)]
+        mine = (
+            torch.arange(start, end)
+            if queries is None
+            else queries[(queries >= start) & (queries < end)]
+        )
         truth = keep_mask(lo[mine].T, hi[mine].T, end - start, p)
         for name, masks in found.items():
             assert torch.equal(masks[b], truth), f"{name}, sequence {b} of {end - start} tokens"
@@ -134,9 +173,21 @@ def test_norm_draws_the_defined_masks(impl, size):
     """Kept elements of x = 1 on a residual of 0 lie above the mean; the gradient of a dropped one is 0."""
     rows, p, site = 37, 0.5, 7
     keys = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(2))
-    leaves = {"x": torch.ones(rows, size), "bias": torch.zeros(size), "residual": torch.zeros(rows, size)}
+    leaves = {
+        "x": torch.ones(rows, size),
+        "bias": torch.zeros(size),
+        "residual": torch.zeros(rows, size),
+    }
     vectors = {"weight": torch.ones(size), "shift": torch.zeros(size)}
-    seen = run(impl, dropout_add_layer_norm, leaves | vectors, draw(rows, size), dropout_p=p, keys=keys, site=site)
+    seen = run(
+        impl,
+        dropout_add_layer_norm,
+        leaves | vectors,
+        draw(rows, size),
+        dropout_p=p,
+        keys=keys,
+        site=site,
+    )
     lo, hi = site_keys(keys, site)
     truth = keep_mask(lo[:, 0], hi[:, 0], size, p)
     assert torch.equal(seen["result"] > 0, truth)
@@ -144,17 +195,30 @@ def test_norm_draws_the_defined_masks(impl, size):
     assert (seen["dresidual"] != 0).all()
 
 
-@pytest.mark.parametrize("impl", [impl for impl in SPECS["embedding"].implementations if impl != "reference"])
+@pytest.mark.parametrize(
+    "impl", [impl for impl in SPECS["embedding"].implementations if impl != "reference"]
+)
 @pytest.mark.parametrize("size", [16, 255, 768])
 def test_embedding_draws_the_defined_masks(impl, size):
     """A shift keeps every result but the dropped ones from 0; in the shift's gradient, dy = 2^row makes the rows readable."""
     rows, p, site = 20, 0.5, 7  # sums below 2^24 are exact in fp32
     keys = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(2))
-    leaves = {"words": draw(9, size), "position_table": draw(5, size), "segment_table": draw(2, size), "weight": torch.ones(size)}
-    index = {"ids": torch.arange(rows) % 9, "positions": torch.arange(rows) % 5, "segments": torch.arange(rows) % 2}
+    leaves = {
+        "words": draw(9, size),
+        "position_table": draw(5, size),
+        "segment_table": draw(2, size),
+        "weight": torch.ones(size),
+    }
+    index = {
+        "ids": torch.arange(rows) % 9,
+        "positions": torch.arange(rows) % 5,
+        "segments": torch.arange(rows) % 2,
+    }
     upstream = (2.0 ** torch.arange(rows))[:, None].expand(rows, size)
     leaves["shift"] = torch.full((size,), 50.0)
-    seen = run(impl, embedding_layer_norm, leaves, upstream, **index, dropout_p=p, keys=keys, site=site)
+    seen = run(
+        impl, embedding_layer_norm, leaves, upstream, **index, dropout_p=p, keys=keys, site=site
+    )
     lo, hi = site_keys(keys, site)
     truth = keep_mask(lo[:, 0], hi[:, 0], size, p)
     assert torch.equal(seen["result"] != 0, truth)
@@ -164,7 +228,16 @@ def test_embedding_draws_the_defined_masks(impl, size):
 
 @triton.jit(do_not_specialize=["site", "head", "first_column", "threshold"])
 def masks_kernel(
-    keys_ptr, positions_ptr, mask_ptr, transposed_ptr, site, head, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    keys_ptr,
+    positions_ptr,
+    mask_ptr,
+    transposed_ptr,
+    site,
+    head,
+    first_column,
+    threshold,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     key = device_functions.row_key(tl.load(keys_ptr + row), tl.load(positions_ptr + row))
@@ -182,10 +255,24 @@ def test_device_functions_are_the_definition(first_column, p):
     keys = torch.tensor((HARD_KEYS * 3)[:rows])
     lengths = [1, 2, 3, 128, 129, 8192, 50, 7] * 2  # the rows are the last tokens of sequences
     positions = torch.tensor(lengths, dtype=torch.int32) - 1
-    mask, transposed = (torch.empty(shape, dtype=torch.int8, device=DEVICE) for shape in ((rows, columns), (columns, rows)))
+    mask, transposed = (
+        torch.empty(shape, dtype=torch.int8, device=DEVICE)
+        for shape in ((rows, columns), (columns, rows))
+    )
     with watched("triton"):
         masks_kernel[(1,)](
-            *(keys.to(DEVICE), positions.to(DEVICE), mask, transposed, site, head, first_column, threshold(p)), ROWS=rows, COLUMNS=columns
+            *(
+                keys.to(DEVICE),
+                positions.to(DEVICE),
+                mask,
+                transposed,
+                site,
+                head,
+                first_column,
+                threshold(p),
+            ),
+            ROWS=rows,
+            COLUMNS=columns,
         )
 
     last = bounds(lengths)[1:].long() - 1
@@ -206,9 +293,21 @@ def test_attention_does_not_depend_on_the_place_in_the_pack():
     for order in ([0, 1, 2, 3], [3, 0, 2, 1]):
         q, k, v = torch.cat([parts[i] for i in order]).unbind(1)
         own = [lengths[i] for i in order]
-        others = {"cu_seqlens": bounds(own), "max_seqlen": 150, "dropout_p": 0.3, "keys": keys[order], "site": 2}
+        others = {
+            "cu_seqlens": bounds(own),
+            "max_seqlen": 150,
+            "dropout_p": 0.3,
+            "keys": keys[order],
+            "site": 2,
+        }
         outcome = run("triton", varlen_attention, {"q": q, "k": k, "v": v}, q, **others)
-        found.append({(name, i): part for name, x in outcome.items() for i, part in zip(order, x.split(own), strict=True)})
+        found.append(
+            {
+                (name, i): part
+                for name, x in outcome.items()
+                for i, part in zip(order, x.split(own), strict=True)
+            }
+        )
     assert all(torch.equal(part, found[1][name]) for name, part in found[0].items())
 
 
@@ -225,15 +324,22 @@ def test_padding_of_a_pack_leaves_the_keys_of_its_tokens_as_they_are():
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_masks_do_not_depend_on_the_number_of_ranks(tmp_path, world):
-    config = RunConfig(data="dataset", seed=1, batch=BatchConfig(16, 32, 128), objective=ObjectiveConfig())
+    config = RunConfig(
+        data="dataset", seed=1, batch=BatchConfig(16, 32, 128), objective=ObjectiveConfig()
+    )
     batches = Batches(tiny_dataset(tmp_path / "dataset", DOCUMENTS), config)
 
     def drawn(step: int, world: int) -> dict[int, list[int]]:
         """Row keys by example."""
         found = {}
         for pack in (pack for rank in range(world) for pack in batches.step(step, rank, world)):
-            rows = row_keys(pack.dropout_keys, pack.cu_seqlens, pack.tokens).split(pack.cu_seqlens.diff().tolist())
-            found |= {int(example): keys.tolist() for example, keys in zip(pack.examples, rows, strict=True)}
+            rows = row_keys(pack.dropout_keys, pack.cu_seqlens, pack.tokens).split(
+                pack.cu_seqlens.diff().tolist()
+            )
+            found |= {
+                int(example): keys.tolist()
+                for example, keys in zip(pack.examples, rows, strict=True)
+            }
         return found
 
     for step in (0, 9):
@@ -254,7 +360,9 @@ def scaled(kept: Tensor, p: float) -> Tensor:
     return (kept.float() - mean) / (mean * (1 - mean)) ** 0.5
 
 
-def masks_of(keys: Tensor, p: float, positions: int = 32, sites: int = 3, heads: int = 4, columns: int = 512) -> Tensor:
+def masks_of(
+    keys: Tensor, p: float, positions: int = 32, sites: int = 3, heads: int = 4, columns: int = 512
+) -> Tensor:
     """Scaled masks [example, position, site, head, column] of sequences of one length."""
     rows = row_keys(keys, bounds([positions] * len(keys)), positions * len(keys))
     words = [site_keys(rows, site, heads) for site in range(sites)]
@@ -276,11 +384,20 @@ def deviations(x: Tensor) -> dict[str, float]:
     found = {"share": float(x.mean()) * x.numel() ** 0.5}
     for what, counts in (("row", x.sum(-1).flatten()), ("column", x.flatten(0, 3).sum(0))):
         terms = x.numel() // len(counts)
-        excess = float((x.square() - 1).square().mean()) - 2  # of x's fourth moment over that of a normal distribution
-        found[f"spread of counts in a {what}"] = float((counts.square() / terms).mean() - 1) * (len(counts) / (2 + excess / terms)) ** 0.5
-    pairs: list[dict[str, int]] = [{"column": 2**i} for i in range(int(math.log2(x.shape[-1])))] + [{"column": 3}]
+        excess = (
+            float((x.square() - 1).square().mean()) - 2
+        )  # of x's fourth moment over that of a normal distribution
+        found[f"spread of counts in a {what}"] = (
+            float((counts.square() / terms).mean() - 1)
+            * (len(counts) / (2 + excess / terms)) ** 0.5
+        )
+    pairs: list[dict[str, int]] = [{"column": 2**i} for i in range(int(math.log2(x.shape[-1])))] + [
+        {"column": 3}
+    ]
     for axis in AXES[:-1]:
-        pairs += [{axis: lag, "column": column} for lag in (1, 2) for column in (-8, -2, -1, 0, 1, 2, 8)]
+        pairs += [
+            {axis: lag, "column": column} for lag in (1, 2) for column in (-8, -2, -1, 0, 1, 2, 8)
+        ]
     for lags in pairs:
         a, b = moved(x, lags)
         found[f"pairs {lags} apart"] = float((a * b).mean()) * a.numel() ** 0.5
@@ -288,8 +405,13 @@ def deviations(x: Tensor) -> dict[str, float]:
         product = x[..., : -2 * lag] * x[..., lag:-lag] * x[..., 2 * lag :]
         found[f"triples of columns {lag} apart"] = float(product.mean()) * product.numel() ** 0.5
     halves = x.unflatten(-1, (-1, 2, 8))  # columns c and c + 8 of 16 share a word
-    for what, other in (("mirrored columns", x.flip(-1)), ("halves of a word swapped", halves.flip(-2).flatten(-3))):
-        found[f"next position, {what}"] = float((x[:, 1:] * other[:, :-1]).mean()) * x[:, 1:].numel() ** 0.5
+    for what, other in (
+        ("mirrored columns", x.flip(-1)),
+        ("halves of a word swapped", halves.flip(-2).flatten(-3)),
+    ):
+        found[f"next position, {what}"] = (
+            float((x[:, 1:] * other[:, :-1]).mean()) * x[:, 1:].numel() ** 0.5
+        )
     both = halves.prod(-2)
     found["halves of a word"] = float(both.mean()) * both.numel() ** 0.5
     shares = x.flatten(0, 3).mean(0) * x[..., 0].numel() ** 0.5
@@ -323,17 +445,33 @@ def test_masks_of_epochs_and_seeds_are_random(tmp_path):
     split = tiny_split(tmp_path / "train", DOCUMENTS)
     indices, epochs, seeds = np.arange(16), range(4), range(4)
     keys = torch.tensor(
-        np.stack([[Examples(split, ObjectiveConfig(), 32, seed, "test").draw(epoch, indices).keys for seed in seeds] for epoch in epochs])
+        np.stack(
+            [
+                [
+                    Examples(split, ObjectiveConfig(), 32, seed, "test").draw(epoch, indices).keys
+                    for seed in seeds
+                ]
+                for epoch in epochs
+            ]
+        )
     )
     assert len(keys.unique()) == keys.numel()
-    x = masks_of(keys.flatten(), 0.1, sites=1, heads=1).view(4, 4, 16, 32, 512).permute(2, 3, 0, 1, 4)
+    x = (
+        masks_of(keys.flatten(), 0.1, sites=1, heads=1)
+        .view(4, 4, 16, 32, 512)
+        .permute(2, 3, 0, 1, 4)
+    )
     assert_random(x)
 
 
 def rows_of(words: Callable[[Tensor, Tensor], Tensor], p: float) -> Tensor:
     """Scaled masks as `masks_of` has them, from a generator of 32-bit words by row and pair of columns."""
-    x = (words(torch.arange(16 * 32 * 3 * 4)[:, None], torch.arange(256)) & 0xFFFFFFFF).unflatten(-1, (-1, 8))
-    return scaled((torch.stack((x & 0xFFFF, x >> 16), -2) >= threshold(p)).view(16, 32, 3, 4, 512), p)
+    x = (words(torch.arange(16 * 32 * 3 * 4)[:, None], torch.arange(256)) & 0xFFFFFFFF).unflatten(
+        -1, (-1, 8)
+    )
+    return scaled(
+        (torch.stack((x & 0xFFFF, x >> 16), -2) >= threshold(p)).view(16, 32, 3, 4, 512), p
+    )
 
 
 def mixed(x: Tensor) -> Tensor:
@@ -353,7 +491,10 @@ def same_half_twice(row: Tensor, pair: Tensor) -> Tensor:
 
 BAD_GENERATORS = {
     "the same half for both columns of a word": (same_half_twice, "halves of a word"),
-    "one key a row: neighbours are shifted": (lambda row, pair: mixed(pair + row), "pairs {'head': 1, 'column': -1} apart"),
+    "one key a row: neighbours are shifted": (
+        lambda row, pair: mixed(pair + row),
+        "pairs {'head': 1, 'column': -1} apart",
+    ),
     "a factor without an addend: the first word is 0": (
         lambda row, pair: mixed((random_words(row)[0] | 1) * pair),
         "spread of counts in a column",
@@ -377,4 +518,8 @@ def test_bad_generators_are_found(name):
 
 
 def test_a_sound_generator_in_the_place_of_the_bad_ones_passes():
-    assert_random(rows_of(lambda row, pair: mixed((random_words(row)[0] | 1) * pair + random_words(row)[1]), 0.1))
+    assert_random(
+        rows_of(
+            lambda row, pair: mixed((random_words(row)[0] | 1) * pair + random_words(row)[1]), 0.1
+        )
+    )

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert.config import BatchConfig, OptimizerConfig, RunConfig, RuntimeConfig, ScheduleConfig, StopConfig
+from fastbert.config import (
+    BatchConfig,
+    OptimizerConfig,
+    RunConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    StopConfig,
+)
 from fastbert.errors import InputError
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.ds_keys import IDLE, NEVER, ONLY, OWN, RECIPE, SECTIONS
@@ -31,7 +38,14 @@ AGREES = {
     "amp": {"enabled": False, "opt_level": "O1"},
     "optimizer": {
         "type": "AdamW",
-        "params": {"lr": 1e-3, "betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 0.01, "bias_correction": True, "torch_adam": True},
+        "params": {
+            "lr": 1e-3,
+            "betas": [0.9, 0.98],
+            "eps": 1e-6,
+            "weight_decay": 0.01,
+            "bias_correction": True,
+            "torch_adam": True,
+        },
     },
     "scheduler": {
         "type": "WarmupDecayLR",
@@ -123,15 +137,23 @@ def test_a_file_that_agrees_is_accepted(tmp_path):
         ("scheduler.type", "WarmupLR", 'schedule.decay = "linear"'),
         ("scheduler.type", "OneCycle", 'schedule.decay = "linear"'),
         ("scheduler.params.warmup_max_lr", 1, "optimizer.lr = 0.001"),
-        ("scheduler.params.warmup_num_steps", 100, "schedule.warmup = 0.1 of stop.steps = 2000, 200 steps,"),
+        (
+            "scheduler.params.warmup_num_steps",
+            100,
+            "schedule.warmup = 0.1 of stop.steps = 2000, 200 steps,",
+        ),
         ("scheduler.params.total_num_steps", 1000, "stop.steps = 2000"),
     ],
 )
-def test_what_contradicts_the_recipe_names_both_files_keys_and_values(tmp_path, place, value, there):
+def test_what_contradicts_the_recipe_names_both_files_keys_and_values(
+    tmp_path, place, value, there
+):
     content = nested(place, value)
     if there is None:
         read(tmp_path, content, **MATCHING)
-        assert 'optimizer.name = "sgd" in recipes/demo.toml' in refused(tmp_path, content, optimizer=OptimizerConfig(name="sgd"))
+        assert 'optimizer.name = "sgd" in recipes/demo.toml' in refused(
+            tmp_path, content, optimizer=OptimizerConfig(name="sgd")
+        )
         return
     message = refused(tmp_path, content, **MATCHING)
     expected = f'ds.json: {place} = {json.dumps(value)} contradicts {there} in recipes/demo.toml; make them equal, or write "auto"'
@@ -140,10 +162,18 @@ def test_what_contradicts_the_recipe_names_both_files_keys_and_values(tmp_path, 
 
 
 def test_steps_of_a_run_that_does_not_count_them_are_left_open(tmp_path):
-    config = {"schedule": ScheduleConfig(warmup=0.1, over="seconds"), "stop": StopConfig(seconds=60)}
-    assert "contradicts stop.steps = (not set)" in refused(tmp_path, nested("scheduler.params.total_num_steps", 10), **config)
+    config = {
+        "schedule": ScheduleConfig(warmup=0.1, over="seconds"),
+        "stop": StopConfig(seconds=60),
+    }
+    assert "contradicts stop.steps = (not set)" in refused(
+        tmp_path, nested("scheduler.params.total_num_steps", 10), **config
+    )
     message = refused(tmp_path, nested("scheduler.params.warmup_num_steps", 10), **config)
-    assert "warmup_num_steps = 10 has no equal in recipes/demo.toml, where schedule.warmup = 0.1 of the run; remove it" in message
+    assert (
+        "warmup_num_steps = 10 has no equal in recipes/demo.toml, where schedule.warmup = 0.1 of the run; remove it"
+        in message
+    )
 
 
 @pytest.mark.parametrize("key", ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])
@@ -173,7 +203,10 @@ def test_the_precision_is_the_recipes(tmp_path, content, fits):
         else:
             with pytest.raises(InputError) as error:
                 settings.stage(precision=precision, world=2, optimizer="adamw")
-            assert f'contradicts runtime.precision = "auto" in recipes/demo.toml, which is {precision} here' in str(error.value)
+            assert (
+                f'contradicts runtime.precision = "auto" in recipes/demo.toml, which is {precision} here'
+                in str(error.value)
+            )
             assert f"{tmp_path / 'ds.json'}: {next(iter(content))}." in str(error.value)
 
 
@@ -195,8 +228,18 @@ def test_a_file_written_for_transformers_is_accepted(tmp_path):
             "min_loss_scale": 1,
         },
         "bf16": {"enabled": "auto"},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {
+                "warmup_min_lr": "auto",
+                "warmup_max_lr": "auto",
+                "warmup_num_steps": "auto",
+            },
+        },
         "zero_optimization": {
             "stage": 2,
             "allgather_partitions": True,
@@ -217,7 +260,9 @@ def test_a_file_written_for_transformers_is_accepted(tmp_path):
     assert set(settings.values) == {"zero_optimization", "steps_per_print", "wall_clock_breakdown"}
     assert "reduce_bucket_size" not in settings.values["zero_optimization"]
     assert settings.stage(precision="fp32", world=1, optimizer="adamw") == 2
-    assert 'scheduler.type = "WarmupLR" contradicts schedule.decay = "linear"' in refused(tmp_path, content)
+    assert 'scheduler.type = "WarmupLR" contradicts schedule.decay = "linear"' in refused(
+        tmp_path, content
+    )
 
 
 # Keys and values.
@@ -226,15 +271,24 @@ def test_a_file_written_for_transformers_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     "content, hint",
     [
-        ({"zero_optimisation": {"stage": 1}}, "unknown key 'zero_optimisation'; did you mean zero_optimization?"),
-        ({"optimizer": {"parms": {}}}, "unknown key 'optimizer.parms'; did you mean optimizer.params?"),
+        (
+            {"zero_optimisation": {"stage": 1}},
+            "unknown key 'zero_optimisation'; did you mean zero_optimization?",
+        ),
+        (
+            {"optimizer": {"parms": {}}},
+            "unknown key 'optimizer.parms'; did you mean optimizer.params?",
+        ),
         (
             {"optimizer": {"params": {"learning_rate": 1}}},
             "unknown key 'optimizer.params.learning_rate'; known in optimizer.params: adam_w_mode,",
         ),
         ({"bf16": {"enable": True}}, "unknown key 'bf16.enable'; did you mean bf16.enabled?"),
         ({"data_types": {"grad_accum_type": "fp32"}}, "did you mean data_types.grad_accum_dtype"),
-        ({"flops_profiler": {"enabled": True, "detail": True}}, "did you mean flops_profiler.detailed?"),
+        (
+            {"flops_profiler": {"enabled": True, "detail": True}},
+            "did you mean flops_profiler.detailed?",
+        ),
         ({"qqq": 1}, "unknown key 'qqq'; known: aio, bf16,"),
     ],
 )
@@ -271,7 +325,10 @@ def test_other_sections_are_checked_by_deepspeed(tmp_path, content):
         ({"wall_clock_breakdown": "yes"}, 'wall_clock_breakdown = "yes"; must be true or false'),
         ({"train_batch_size": 256.5}, "train_batch_size = 256.5; must be a whole number"),
         ({"train_batch_size": True}, "train_batch_size = true; must be a whole number"),
-        ({"zero_optimization": {"allgather_bucket_size": 11}}, "zero_optimization.allgather_bucket_size = 11; must be even"),
+        (
+            {"zero_optimization": {"allgather_bucket_size": 11}},
+            "zero_optimization.allgather_bucket_size = 11; must be even",
+        ),
         ({"gradient_clipping": "1"}, 'gradient_clipping = "1"; must be a number'),
         ({"optimizer": {"params": {"betas": 0.9}}}, "optimizer.params.betas = 0.9; must be a list"),
     ],
@@ -280,14 +337,18 @@ def test_a_value_of_the_wrong_type(tmp_path, content, words):
     assert refused(tmp_path, content) == f"ds.json: {words}"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", '{"a": ' * 100_000, "", '{"bf16": {}, "bf16": {}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "3", '{"a": ' * 100_000, "", '{"bf16": {}, "bf16": {}}']
+)
 def test_rubbish_is_one_line(tmp_path, content):
     assert refused(tmp_path, content).startswith("ds.json: ")
 
 
 def test_a_missing_file_names_the_recipe():
     config = RunConfig(data="dataset", runtime=RuntimeConfig(deepspeed="no/such.json"))
-    with pytest.raises(InputError, match=r"^demo.toml: runtime.deepspeed = 'no/such.json': no such file"):
+    with pytest.raises(
+        InputError, match=r"^demo.toml: runtime.deepspeed = 'no/such.json': no such file"
+    ):
         read_ds_config(config, "demo.toml")
 
 
@@ -296,12 +357,25 @@ def test_what_fastbert_does_not_do_may_be_there_if_it_is_off(tmp_path, key):
     for off in (False, None, "auto", {}, {"enabled": False, "more": 3}, {"a": False, "b": None}):
         assert key not in read(tmp_path, {key: off}).values
     for on in ({"enabled": True}, {"a": 1}, "on", 7):
-        assert refused(tmp_path, {key: on}).startswith(f"ds.json: {key} = {json.dumps(on)} is not for fastbert")
+        assert refused(tmp_path, {key: on}).startswith(
+            f"ds.json: {key} = {json.dumps(on)} is not for fastbert"
+        )
 
 
 def test_defaults_of_what_fastbert_does_not_do(tmp_path):
-    read(tmp_path, {"gradient_predivide_factor": 1.0, "gradient_allreduce_op": "mean", "managed_gradient_accumulation": True})
-    for on in ({"gradient_predivide_factor": 2.0}, {"gradient_allreduce_op": "sum"}, {"sequence_parallel_size": True}):
+    read(
+        tmp_path,
+        {
+            "gradient_predivide_factor": 1.0,
+            "gradient_allreduce_op": "mean",
+            "managed_gradient_accumulation": True,
+        },
+    )
+    for on in (
+        {"gradient_predivide_factor": 2.0},
+        {"gradient_allreduce_op": "sum"},
+        {"sequence_parallel_size": True},
+    ):
         assert "is not for fastbert" in refused(tmp_path, on)
 
 
@@ -312,13 +386,17 @@ def test_what_would_break_the_training_or_its_checkpoints(tmp_path, place):
     for value in (*good, "auto"):
         read(tmp_path, nested(place, value))
     message = refused(tmp_path, nested(place, bad))
-    assert message == f"ds.json: {place} = {json.dumps(bad)}; must be {' or '.join(map(json.dumps, good))}: {why}"
+    assert (
+        message
+        == f"ds.json: {place} = {json.dumps(bad)}; must be {' or '.join(map(json.dumps, good))}: {why}"
+    )
 
 
 def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert (
-        refused(tmp_path, {"wandb": {"enabled": True}}) == "ds.json: wandb.enabled = true needs a package: pip install wandb, or remove it"
+        refused(tmp_path, {"wandb": {"enabled": True}})
+        == "ds.json: wandb.enabled = true needs a package: pip install wandb, or remove it"
     )
     read(tmp_path, {"wandb": {"enabled": False}})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
@@ -352,7 +430,13 @@ def test_a_stage_that_does_not_exist(tmp_path, stage):
         (3, "bf16", 1, "sgd", 3),
         (0, "bf16", 1, "adamw", "zero_optimization.stage = 0 does not train in bf16"),
         ("auto", "bf16", 1, "lamb", 'optimizer.name = "lamb" needs it'),
-        (2, "fp32", 1, "lamb", 'zero_optimization.stage = 2 does not go with optimizer.name = "lamb"'),
+        (
+            2,
+            "fp32",
+            1,
+            "lamb",
+            'zero_optimization.stage = 2 does not go with optimizer.name = "lamb"',
+        ),
     ],
 )
 def test_the_stage(tmp_path, stage, precision, world, optimizer, expected):
@@ -369,13 +453,21 @@ def test_groups_of_ranks_come_out_even(tmp_path):
     settings = read(tmp_path, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}})
     for world in (1, 2, 4, 8):
         assert settings.stage(precision="fp32", world=world, optimizer="adamw") == 3
-    with pytest.raises(InputError, match=r"zero_optimization.zero_hpz_partition_size = 4 does not divide the number of ranks, 6"):
+    with pytest.raises(
+        InputError,
+        match=r"zero_optimization.zero_hpz_partition_size = 4 does not divide the number of ranks, 6",
+    ):
         settings.stage(precision="fp32", world=6, optimizer="adamw")
 
 
 def test_the_projects_own_file_is_sound():
     settings = read_ds_config(
-        RunConfig(data="dataset", optimizer=OptimizerConfig(), runtime=RuntimeConfig(deepspeed=str(ROOT / "ds_config.json"))), "r"
+        RunConfig(
+            data="dataset",
+            optimizer=OptimizerConfig(),
+            runtime=RuntimeConfig(deepspeed=str(ROOT / "ds_config.json")),
+        ),
+        "r",
     )
     assert settings.stage(precision="fp32", world=1, optimizer="adamw") == 0
     assert settings.stage(precision="bf16", world=64, optimizer="adamw") == 1
@@ -385,7 +477,10 @@ def test_the_projects_own_file_is_sound():
 def test_the_tables_fit_together_and_deepspeed():
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     assert not set(OWN) & set(RECIPE) and not set(OWN) & IDLE and not set(RECIPE) & IDLE
     assert set(SECTIONS["bf16"]) == set(DeepSpeedBF16Config.model_fields)
@@ -464,13 +559,20 @@ def test_what_is_taken_trains_and_resumes_and_what_is_refused_would_not(small_da
     At once the proof that round_robin_gradients must be refused: each parameter would get another one's state.
     """
     cases = {
-        f"{name} {stage}": {"stage": stage, **zero} for stage in (1, 2, 3) for name, zero in (("otherwise", OTHERWISE), ("memory", MEMORY))
+        f"{name} {stage}": {"stage": stage, **zero}
+        for stage in (1, 2, 3)
+        for name, zero in (("otherwise", OTHERWISE), ("memory", MEMORY))
     }
     cases["round robin"] = {"stage": 1, "round_robin_gradients": True}
     for zero in cases.values():
         if "round_robin_gradients" not in zero:
             check_settings(read(tmp_path, {"zero_optimization": zero}))
-    variables = {"STORE": str(small_dataset.path), "CASES": json.dumps(cases), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    variables = {
+        "STORE": str(small_dataset.path),
+        "CASES": json.dumps(cases),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+    }
     variables["MASTER_PORT"] = str(free_port())
     ranks = [
         subprocess.Popen(
@@ -491,6 +593,13 @@ def test_what_is_taken_trains_and_resumes_and_what_is_refused_would_not(small_da
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     losses, state = found["plain"]
     for name, (losses_there, state_there) in found.items():
-        pairs = [(tensor, state_there[slot][key]) for slot, tensors in state.items() for key, tensor in tensors.items()]
-        same = losses_there == pytest.approx(losses, rel=1e-5), all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
+        pairs = [
+            (tensor, state_there[slot][key])
+            for slot, tensors in state.items()
+            for key, tensor in tensors.items()
+        ]
+        same = (
+            losses_there == pytest.approx(losses, rel=1e-5),
+            all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs),
+        )
         assert same == ((True, True) if name != "round robin" else (False, False)), name

@@ -38,7 +38,11 @@ def model(folder):
 def test_pools_are_those_of_the_padded_hidden_states_of_transformers(folder, model, pool, layer):
     inputs = AutoTokenizer.from_pretrained(folder)(TEXTS, return_tensors="pt", padding=True)
     with torch.no_grad():
-        hidden = BertModel.from_pretrained(folder).eval()(**inputs, output_hidden_states=True).hidden_states[layer]
+        hidden = (
+            BertModel.from_pretrained(folder)
+            .eval()(**inputs, output_hidden_states=True)
+            .hidden_states[layer]
+        )
     real = inputs["attention_mask"][..., None].bool()
     expected = {
         "mean": (hidden * real).sum(1) / real.sum(1),
@@ -53,7 +57,12 @@ def test_pools_are_those_of_the_padded_hidden_states_of_transformers(folder, mod
 def test_sentence_transformers_means_the_same(folder, model):
     from sentence_transformers import SentenceTransformer
 
-    np.testing.assert_allclose(model.encode(TEXTS), SentenceTransformer(str(folder), device="cpu").encode(TEXTS), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        model.encode(TEXTS),
+        SentenceTransformer(str(folder), device="cpu").encode(TEXTS),
+        rtol=0,
+        atol=2e-5,
+    )
 
 
 def test_neither_company_nor_packs_change_a_vector(model, monkeypatch):
@@ -90,7 +99,9 @@ def test_the_mean_of_layers_and_vectors_of_length_one(model):
     both = model.encode(TEXTS, "mean", (1, -1))
     np.testing.assert_allclose(both, np.mean(layers, 0), rtol=0, atol=1e-5)
     unit = model.encode(TEXTS, "mean", (1, -1), normalize=True)
-    np.testing.assert_allclose(unit, both / np.linalg.norm(both, axis=1, keepdims=True), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        unit, both / np.linalg.norm(both, axis=1, keepdims=True), rtol=0, atol=1e-6
+    )
 
 
 LINES = ["first line", "", "third\u2028still third", 'a, "quoted" one', "last"]
@@ -141,19 +152,39 @@ def test_nothing_half_written(model, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "CHUNK_BYTES", 16)
     (tmp_path / "t.jsonl").write_text('{"text": "a text of some length"}\n' * 3 + '{"txt": "b"}\n')
     (tmp_path / "x.npy").write_text("older")
-    with pytest.raises(InputError, match=r"t\.jsonl: line 4: no field 'text'; choose with --text-field among: txt"):
-        embed(model, source_of(tmp_path / "t.jsonl"), "text", tmp_path / "x.npy", "mean", [-1], False)
+    with pytest.raises(
+        InputError, match=r"t\.jsonl: line 4: no field 'text'; choose with --text-field among: txt"
+    ):
+        embed(
+            model, source_of(tmp_path / "t.jsonl"), "text", tmp_path / "x.npy", "mean", [-1], False
+        )
     with pytest.raises(InputError, match="layer = 9"):
-        embed(model, source_of(tmp_path / "t.jsonl"), "text", tmp_path / "x.npy", "mean", [-1, 9], False)
+        embed(
+            model,
+            source_of(tmp_path / "t.jsonl"),
+            "text",
+            tmp_path / "x.npy",
+            "mean",
+            [-1, 9],
+            False,
+        )
     assert (tmp_path / "x.npy").read_text() == "older" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_wrong_files(tmp_path):
     (tmp_path / "a.doc").touch()
-    for name, words in [("a.doc", "suffix does not tell the format"), ("gone.txt", "no such file"), (".", "a folder")]:
+    for name, words in [
+        ("a.doc", "suffix does not tell the format"),
+        ("gone.txt", "no such file"),
+        (".", "a folder"),
+    ]:
         with pytest.raises(InputError, match=words):
             source_of(tmp_path / name)
     (tmp_path / "folder.npy").mkdir()
-    for name, words in [("x.txt", "must end in .npy, .jsonl, .parquet"), ("no/x.npy", "no does not exist"), ("folder.npy", "is a folder")]:
+    for name, words in [
+        ("x.txt", "must end in .npy, .jsonl, .parquet"),
+        ("no/x.npy", "no does not exist"),
+        ("folder.npy", "is a folder"),
+    ]:
         with pytest.raises(InputError, match=words):
             check_out(tmp_path / name)

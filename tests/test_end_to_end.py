@@ -58,7 +58,14 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     command = [sys.executable, "-m", "fastbert", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -68,7 +75,9 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     except subprocess.TimeoutExpired:
         process.kill()
         raise
-    assert process.returncode == code, f"{process.args} ended with {process.returncode}, not {code}:\n{out}\n{err}"
+    assert process.returncode == code, (
+        f"{process.args} ended with {process.returncode}, not {code}:\n{out}\n{err}"
+    )
     return out
 
 
@@ -99,9 +108,23 @@ def place(tmp_path_factory) -> Path:
     """A folder with the help pages of Python in `text.jsonl`, the dataset made of them, and a recipe."""
     folder = tmp_path_factory.mktemp("end_to_end")
     texts = pydoc_data.topics.topics.values()
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+    )
     (folder / "recipe.toml").write_text(RECIPE, encoding="utf-8")
-    finish(start(folder, "prepare", "text.jsonl", "--out", "dataset", "--vocab-size", str(VOCABULARY), "--workers", "1"))
+    finish(
+        start(
+            folder,
+            "prepare",
+            "text.jsonl",
+            "--out",
+            "dataset",
+            "--vocab-size",
+            str(VOCABULARY),
+            "--workers",
+            "1",
+        )
+    )
     return folder
 
 
@@ -157,9 +180,13 @@ def test_fill_and_nsp(place, run, exported):
     theirs = fastbert.load(exported)
     text = "The [MASK] statement is used to define a [MASK]."
     masks = fastbert_json(place, "fill", str(run), text)["masks"]
-    assert [[(guess["token"], guess["probability"]) for guess in mask] for mask in masks] == theirs.fill(text, k=5)
+    assert [
+        [(guess["token"], guess["probability"]) for guess in mask] for mask in masks
+    ] == theirs.fill(text, k=5)
     pair = ("The class body is executed.", "A new local namespace is made.")
-    assert fastbert_json(place, "nsp", str(run), *pair)["probability"] == theirs.next_sentence(*pair)
+    assert fastbert_json(place, "nsp", str(run), *pair)["probability"] == theirs.next_sentence(
+        *pair
+    )
 
 
 def test_embed(place, run):
@@ -168,7 +195,9 @@ def test_embed(place, run):
     finish(start(place, "embed", str(run), "texts.txt", "--pool", "mean", "--out", "texts.npy"))
     vectors = np.load(place / "texts.npy")
     assert vectors.shape == (len(texts), 64)
-    np.testing.assert_allclose(vectors, fastbert.load(run).encode(texts, pool="mean"), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        vectors, fastbert.load(run).encode(texts, pool="mean"), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_transformers_gives_the_same(run, exported):
@@ -181,7 +210,10 @@ def test_transformers_gives_the_same(run, exported):
     with torch.no_grad():
         theirs = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
         states = [torch.from_numpy(state) for state in ours.hidden_states([text])[0]]
-        token_logits, pair_logits = ours.model.token_logits(states[-1]), ours.model.pair_logits(states[-1][:1])
+        token_logits, pair_logits = (
+            ours.model.token_logits(states[-1]),
+            ours.model.pair_logits(states[-1][:1]),
+        )
     for state, expected in zip(states, theirs.hidden_states, strict=True):
         torch.testing.assert_close(state, expected[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(token_logits, theirs.prediction_logits[0], rtol=0, atol=1e-4)
@@ -189,12 +221,23 @@ def test_transformers_gives_the_same(run, exported):
 
     inputs = tokenizer("The [MASK] statement is simple.", return_tensors="pt")
     with torch.no_grad():
-        expected = model(**inputs).prediction_logits[inputs["input_ids"] == tokenizer.mask_token_id].softmax(-1).topk(3)
+        expected = (
+            model(**inputs)
+            .prediction_logits[inputs["input_ids"] == tokenizer.mask_token_id]
+            .softmax(-1)
+            .topk(3)
+        )
     ((*best,),) = ours.fill("The [MASK] statement is simple.", k=3)
-    assert [token for token, _ in best] == tokenizer.convert_ids_to_tokens(expected.indices[0].tolist())
+    assert [token for token, _ in best] == tokenizer.convert_ids_to_tokens(
+        expected.indices[0].tolist()
+    )
     assert [p for _, p in best] == pytest.approx(expected.values[0].tolist(), rel=1e-3)
 
     pair = ("The class body is executed.", "A new local namespace is made.")
     with torch.no_grad():
-        expected = model(**tokenizer(*pair, return_tensors="pt")).seq_relationship_logits.softmax(-1)[0, 0].item()
+        expected = (
+            model(**tokenizer(*pair, return_tensors="pt"))
+            .seq_relationship_logits.softmax(-1)[0, 0]
+            .item()
+        )
     assert ours.next_sentence(*pair) == pytest.approx(expected, rel=1e-3)

@@ -30,7 +30,12 @@ from fastbert.training.engine import Engine, NotFinite, deepspeed
 ROOT = Path(__file__).parents[1]
 STAGES = [0, 1, 2, 3]
 MODEL = ModelConfig(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64, initializer_range=0.1
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    initializer_range=0.1,
 )
 # Two packs a step, so that sums over them are seen.
 CONFIG = RunConfig(
@@ -43,7 +48,14 @@ CONFIG = RunConfig(
 
 def settings(stage: int) -> DeepSpeedSettings:
     return DeepSpeedSettings(
-        "ds_config.json", {"zero_optimization": {"stage": stage, "reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000}}
+        "ds_config.json",
+        {
+            "zero_optimization": {
+                "stage": stage,
+                "reduce_bucket_size": 20_000,
+                "allgather_bucket_size": 20_000,
+            }
+        },
     )
 
 
@@ -54,9 +66,19 @@ def new_model(dataset: TokenDataset, config: RunConfig = CONFIG) -> BertForPreTr
 
 @contextmanager
 def engine(
-    dataset: TokenDataset, stage: int, config: RunConfig = CONFIG, precision: str = "fp32", state: Any = None, step: int = 0
+    dataset: TokenDataset,
+    stage: int,
+    config: RunConfig = CONFIG,
+    precision: str = "fp32",
+    state: Any = None,
+    step: int = 0,
 ) -> Iterator[Engine]:
-    with join(60.0) as group, Engine(new_model(dataset, config), config, settings(stage), precision, group, state, step) as built:
+    with (
+        join(60.0) as group,
+        Engine(
+            new_model(dataset, config), config, settings(stage), precision, group, state, step
+        ) as built,
+    ):
         yield built
 
 
@@ -70,7 +92,9 @@ def state_of(built: Engine) -> dict[str, dict[str, torch.Tensor]]:
 
 def sgd(**changes: Any) -> RunConfig:
     """Plain gradient descent with rate 1: the step is the gradient."""
-    optimizer = OptimizerConfig(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, **{"max_grad_norm": 0.0, **changes})
+    optimizer = OptimizerConfig(
+        name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, **{"max_grad_norm": 0.0, **changes}
+    )
     return dataclasses.replace(CONFIG, optimizer=optimizer)
 
 
@@ -98,15 +122,25 @@ def test_a_step_is_the_gradient_of_the_whole_batch(small_dataset, packs, gradien
         result = built.step(packs[0], lr=1.0)
         after = state_of(built)["weight"]
     for name, grad in expected.items():
-        torch.testing.assert_close(before[name] - after[name], grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            before[name] - after[name],
+            grad,
+            rtol=1e-3,
+            atol=1e-6,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
     assert result.loss == pytest.approx(float(sum(f.loss.detach() for f in found)), rel=1e-6)
-    assert result.grad_norm == pytest.approx(math.sqrt(sum(float(g.double().square().sum()) for g in expected.values())), rel=1e-4)
+    assert result.grad_norm == pytest.approx(
+        math.sqrt(sum(float(g.double().square().sum()) for g in expected.values())), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
     """Where a layer is one function (fused_layer.py), of its own parameters and of those of the modules inside it."""
-    config = dataclasses.replace(sgd(), batch=BatchConfig(sequences=2, max_length=16, micro_batch_tokens=40))
+    config = dataclasses.replace(
+        sgd(), batch=BatchConfig(sequences=2, max_length=16, micro_batch_tokens=40)
+    )
     (pack,) = Batches(small_dataset, config).step(0)
     model = new_model(small_dataset).train()
     losses(model(pack)).loss.backward()
@@ -115,11 +149,17 @@ def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
         assert built.model.impl == "triton"
         before = state_of(built)["weight"]
         built.step([pack], lr=1.0)
-        built.step([pack], lr=0.0)  # by then DeepSpeed gathers parameters ahead, in the order that it has seen
+        built.step(
+            [pack], lr=0.0
+        )  # by then DeepSpeed gathers parameters ahead, in the order that it has seen
         after = state_of(built)["weight"]
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
-            before[name] - after[name], parameter.grad, rtol=1e-3, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
+            before[name] - after[name],
+            parameter.grad,
+            rtol=1e-3,
+            atol=2e-6,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 
@@ -128,10 +168,17 @@ def test_what_a_step_reports(small_dataset, packs, gradient):
     with engine(small_dataset, 0) as built:
         result = built.step(packs[0], lr=0.0)
     masked, pairs = packs[0][0].masked_total, packs[0][0].pairs_total
-    assert (result.tokens, result.sequences) == (sum(p.tokens for p in packs[0]), CONFIG.batch.sequences)
+    assert (result.tokens, result.sequences) == (
+        sum(p.tokens for p in packs[0]),
+        CONFIG.batch.sequences,
+    )
     assert result.masked == masked == sum(len(p.labels) for p in packs[0])
-    assert result.loss_mlm == pytest.approx(float(torch.cat([f.token_losses for f in found]).sum()) / masked, rel=1e-5)
-    assert result.loss_nsp == pytest.approx(float(torch.cat([f.pair_losses for f in found]).sum()) / pairs, rel=1e-5)
+    assert result.loss_mlm == pytest.approx(
+        float(torch.cat([f.token_losses for f in found]).sum()) / masked, rel=1e-5
+    )
+    assert result.loss_nsp == pytest.approx(
+        float(torch.cat([f.pair_losses for f in found]).sum()) / pairs, rel=1e-5
+    )
     assert result.accuracy_mlm == int(torch.cat([f.token_hits for f in found]).sum()) / masked
     assert result.accuracy_nsp == int(torch.cat([f.pair_hits for f in found]).sum()) / pairs
 
@@ -152,7 +199,9 @@ class Operations(TorchDispatchMode):
 def test_a_step_does_not_wait_for_all_that_is_queued(small_dataset, packs, stage, monkeypatch):
     """DeepSpeed does so from the third step on, before each micro-batch and after the update, unless its throughput timer is off."""
     waits: list[int] = []
-    monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "synchronize", lambda *_: waits.append(1))
+    monkeypatch.setattr(
+        deepspeed.accelerator.get_accelerator(), "synchronize", lambda *_: waits.append(1)
+    )
     with engine(small_dataset, stage) as built:
         for pack in packs:
             built.step(pack, lr=1e-3)
@@ -165,16 +214,28 @@ def test_gradients_are_not_searched_for_nan_one_by_one(small_dataset, packs, bf1
         built.step(packs[0], lr=1e-3)
         parameters = len(list(built.model.parameters()))
     assert seen.count["aten::linalg_vector_norm"] >= parameters
-    assert seen.count["aten::amax"] < parameters  # DeepSpeed's search makes one for each; the MLM loss makes one for each slab
+    assert (
+        seen.count["aten::amax"] < parameters
+    )  # DeepSpeed's search makes one for each; the MLM loss makes one for each slab
 
 
 def test_without_pairs_their_figures_are_none(small_dataset):
-    config = dataclasses.replace(CONFIG, objective=dataclasses.replace(CONFIG.objective, kind="mlm"))
+    config = dataclasses.replace(
+        CONFIG, objective=dataclasses.replace(CONFIG.objective, kind="mlm")
+    )
     with engine(small_dataset, 0, config) as built:
         result = built.step(Batches(small_dataset, config).step(0), lr=0.0)
-        heldout = built.evaluate(heldout_batches(small_dataset, config, 8), small_dataset.special.mask)
-    assert result.loss_nsp is None and result.accuracy_nsp is None and result.loss == result.loss_mlm
-    assert heldout.loss_nsp is None and heldout.accuracy_nsp is None and heldout.loss == heldout.loss_mlm
+        heldout = built.evaluate(
+            heldout_batches(small_dataset, config, 8), small_dataset.special.mask
+        )
+    assert (
+        result.loss_nsp is None and result.accuracy_nsp is None and result.loss == result.loss_mlm
+    )
+    assert (
+        heldout.loss_nsp is None
+        and heldout.accuracy_nsp is None
+        and heldout.loss == heldout.loss_mlm
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -205,7 +266,9 @@ def test_going_on_from_a_state_gives_the_same_to_the_last_digit(small_dataset, p
 def test_going_on_in_bf16(small_dataset, packs, stage, bf16):
     """The state is in fp32 all the same: more than the working copies could give."""
     state = go_on(small_dataset, packs, stage, bf16)
-    assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in state["weight"].values())
+    assert not all(
+        torch.equal(tensor, tensor.bfloat16().float()) for tensor in state["weight"].values()
+    )
 
 
 def go_on(small_dataset, packs, stage: int, precision: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -221,7 +284,10 @@ def go_on(small_dataset, packs, stage: int, precision: str) -> dict[str, dict[st
     return state
 
 
-@pytest.mark.parametrize("optimizer, stage", [("lamb", 0), *((name, stage) for name in ("adamw", "sgd") for stage in STAGES)])
+@pytest.mark.parametrize(
+    "optimizer, stage",
+    [("lamb", 0), *((name, stage) for name in ("adamw", "sgd") for stage in STAGES)],
+)
 def test_a_state_from_before_the_first_step(small_dataset, packs, stage, optimizer):
     """As where every step was skipped so far: moments of zero, from which training is the same as from none."""
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name=optimizer))
@@ -230,7 +296,12 @@ def test_a_state_from_before_the_first_step(small_dataset, packs, stage, optimiz
         expected = [built.step(packs[i], lr=1e-2) for i in (0, 1)]
     assert len(state) == (2 if optimizer == "sgd" else 3)
     assert all(state[slot].keys() == state["weight"].keys() for slot in state)
-    assert all(not tensor.any() for slot, named in state.items() if slot != "weight" for tensor in named.values())
+    assert all(
+        not tensor.any()
+        for slot, named in state.items()
+        if slot != "weight"
+        for tensor in named.values()
+    )
     with engine(small_dataset, stage, config, state=state, step=0) as built:
         assert [built.step(packs[i], lr=1e-2) for i in (0, 1)] == expected
 
@@ -258,7 +329,9 @@ def test_a_state_is_the_same_at_another_stage(small_dataset, packs, there):
         loaded = state_of(built)
         for slot, tensors in state.items():
             assert all(torch.equal(tensor, loaded[slot][name]) for name, tensor in tensors.items())
-        assert [built.step(packs[i], lr=1e-2).loss for i in (3, 4)] == pytest.approx(expected, rel=1e-5)
+        assert [built.step(packs[i], lr=1e-2).loss for i in (3, 4)] == pytest.approx(
+            expected, rel=1e-5
+        )
 
 
 def test_evaluation_is_without_dropout_and_changes_nothing(small_dataset, packs):
@@ -272,19 +345,30 @@ def test_evaluation_is_without_dropout_and_changes_nothing(small_dataset, packs)
         with torch.no_grad():
             outputs = [losses(model(pack)) for pack in heldout]
         token_losses = torch.cat([o.token_losses for o in outputs]).double()
-        shown = torch.cat([p.input_ids[p.masked_positions] == small_dataset.special.mask for p in heldout])
+        shown = torch.cat(
+            [p.input_ids[p.masked_positions] == small_dataset.special.mask for p in heldout]
+        )
     assert 0.5 < float(shown.double().mean()) < 0.95
     assert found.loss_mlm == pytest.approx(float(token_losses.mean()), rel=1e-9)
     assert found.loss_mask_token == pytest.approx(float(token_losses[shown].mean()), rel=1e-9)
-    assert found.loss_nsp == pytest.approx(float(torch.cat([o.pair_losses for o in outputs]).double().mean()), rel=1e-9)
+    assert found.loss_nsp == pytest.approx(
+        float(torch.cat([o.pair_losses for o in outputs]).double().mean()), rel=1e-9
+    )
     assert found.loss == found.loss_mlm + found.loss_nsp
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(small_dataset, packs, stage):
+def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(
+    small_dataset, packs, stage
+):
     """Only the longest sequences reach the last positions, whose embedding is broken for one step; the next steps are as if it had not been."""
     longest = max(pack.max_seqlen for pack in packs[1])
-    culprits = [int(e) for pack in packs[1] for e, n in zip(pack.examples, pack.cu_seqlens.diff(), strict=True) if n == longest]
+    culprits = [
+        int(e)
+        for pack in packs[1]
+        for e, n in zip(pack.examples, pack.cu_seqlens.diff(), strict=True)
+        if n == longest
+    ]
     assert 0 < len(culprits) < CONFIG.batch.sequences
     with engine(small_dataset, stage) as built:
         built.step(packs[0], lr=1e-2)
@@ -315,7 +399,10 @@ def broken_position(built: Engine, position: int) -> Iterator[None]:
         module.positions.data[position] = kept.pop()
 
     kept: list[torch.Tensor] = []
-    hooks = [module.register_forward_pre_hook(spoil), module.register_forward_hook(restore, prepend=True)]
+    hooks = [
+        module.register_forward_pre_hook(spoil),
+        module.register_forward_hook(restore, prepend=True),
+    ]
     try:
         yield
     finally:
@@ -335,7 +422,11 @@ def test_a_gradient_that_is_not_finite_is_dropped_too(small_dataset, packs, stag
         poison.remove()
         assert trouble.value.examples == []
         after = state_of(built)
-        assert all(torch.equal(tensor, after[slot][name]) for slot, tensors in before.items() for name, tensor in tensors.items())
+        assert all(
+            torch.equal(tensor, after[slot][name])
+            for slot, tensors in before.items()
+            for name, tensor in tensors.items()
+        )
         assert math.isfinite(built.step(packs[2], lr=1e-2).grad_norm)
 
 
@@ -349,15 +440,25 @@ def test_so_it_is_in_bf16(small_dataset, packs, stage, bf16):
             built.step(packs[1], lr=1e-2)
         poison.remove()
         after = state_of(built)
-        assert all(torch.equal(tensor, after[slot][name]) for slot, tensors in before.items() for name, tensor in tensors.items())
+        assert all(
+            torch.equal(tensor, after[slot][name])
+            for slot, tensors in before.items()
+            for name, tensor in tensors.items()
+        )
         assert math.isfinite(built.step(packs[2], lr=1e-2).grad_norm)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_single_process_listens_to_nobody_outside(small_dataset):
     with engine(small_dataset, 0):
-        sockets = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
-        rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]]
+        sockets = {
+            os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()
+        }
+        rows = [
+            line.split()
+            for name in ("tcp", "tcp6")
+            for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
+        ]
         listening = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
     loopback = ("0100007F:", "00000000000000000000000001000000:")  # 127.0.0.1, ::1
     assert all(address.startswith(loopback) for address in listening)
@@ -395,7 +496,13 @@ def test_two_ranks_make_the_same_step(small_dataset, packs, gradient, tmp_path, 
     }
     command = [sys.executable, "-c", TWO_RANKS]
     ranks = [
-        subprocess.Popen(command, env={**environment, "RANK": r, "LOCAL_RANK": r}, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command,
+            env={**environment, "RANK": r, "LOCAL_RANK": r},
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for r in "01"
     ]
     try:
@@ -407,10 +514,14 @@ def test_two_ranks_make_the_same_step(small_dataset, packs, gradient, tmp_path, 
     step, loss, tokens, norm = torch.load(tmp_path / "out.pt", weights_only=True)
     expected, found = gradient
     for name, grad in expected.items():
-        torch.testing.assert_close(step[name], grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            step[name], grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
     assert loss == pytest.approx(float(sum(f.loss.detach() for f in found)), rel=1e-6)
     assert tokens == sum(p.tokens for p in packs[0])
-    assert norm == pytest.approx(math.sqrt(sum(float(g.double().square().sum()) for g in expected.values())), rel=1e-4)
+    assert norm == pytest.approx(
+        math.sqrt(sum(float(g.double().square().sum()) for g in expected.values())), rel=1e-4
+    )
 
 
 def free_port() -> int:

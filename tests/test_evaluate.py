@@ -36,23 +36,41 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
     stock = BertForPreTraining.from_pretrained(folder).eval()
     model = fastbert.load(run)
     assert model.recipe is not None
-    token_losses, token_hits, hits_of_5, shown, kept, lengths, targets, pair_losses, pair_hits = [], [], [], [], [], [], [], [], []
+    token_losses, token_hits, hits_of_5, shown, kept, lengths, targets, pair_losses, pair_hits = (
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+    )
     for batch in heldout_batches(small_dataset, model.recipe, SEQUENCES):
-        for i, (start, end) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)):
+        for i, (start, end) in enumerate(
+            zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)
+        ):
             ids = batch.input_ids[start:end]
             chosen = (batch.masked_positions >= start) & (batch.masked_positions < end)
             where, labels = batch.masked_positions[chosen] - start, batch.labels[chosen]
             with torch.no_grad():
-                found = stock(input_ids=ids[None], token_type_ids=batch.token_type_ids[None, start:end])
+                found = stock(
+                    input_ids=ids[None], token_type_ids=batch.token_type_ids[None, start:end]
+                )
             logits, label = found.prediction_logits[0, where], batch.next_sentence_labels[i]
-            token_losses += torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
+            token_losses += torch.nn.functional.cross_entropy(
+                logits, labels, reduction="none"
+            ).tolist()
             token_hits += (logits.argmax(-1) == labels).tolist()
             hits_of_5 += (logits.topk(5).indices == labels[:, None]).any(-1).tolist()
             shown += (ids[where] == small_dataset.special.mask).tolist()
             kept += (ids[where] == labels).tolist()
             lengths += [end - start] * len(labels)
             targets += labels.tolist()
-            pair_losses.append(torch.nn.functional.cross_entropy(found.seq_relationship_logits, label[None]).item())
+            pair_losses.append(
+                torch.nn.functional.cross_entropy(found.seq_relationship_logits, label[None]).item()
+            )
             pair_hits.append(found.seq_relationship_logits.argmax().item() == label.item())
 
     def mean(values) -> float:
@@ -76,14 +94,18 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
         "accuracy_nsp": pytest.approx(mean(pair_hits)),
         "perplexity": pytest.approx(math.exp(mean(token_losses)), rel=1e-4),
         "sequences": SEQUENCES,
-        "tokens": sum(batch.tokens for batch in heldout_batches(small_dataset, model.recipe, SEQUENCES)),
+        "tokens": sum(
+            batch.tokens for batch in heldout_batches(small_dataset, model.recipe, SEQUENCES)
+        ),
         "masked": len(token_losses),
         "baselines": small_dataset.baselines,
     }
     assert 0.7 < mean(shown) < 0.9
 
     split = small_dataset.split("train")
-    counts = np.bincount(split.gather(np.array([0]), np.array([split.tokens])), minlength=small_dataset.vocab_size)
+    counts = np.bincount(
+        split.gather(np.array([0]), np.array([split.tokens])), minlength=small_dataset.vocab_size
+    )
     frequency = [1e6 * counts[label] / split.tokens for label in targets]
     classes = {
         "input": {
@@ -91,7 +113,10 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
             REPLACED: [not a and not b for a, b in zip(shown, kept, strict=True)],
             KEPT: [b and not a for a, b in zip(shown, kept, strict=True)],
         },
-        "length": {"1 to 32": [n <= 32 for n in lengths], "33 to 64": [32 < n <= 64 for n in lengths]},
+        "length": {
+            "1 to 32": [n <= 32 for n in lengths],
+            "33 to 64": [32 < n <= 64 for n in lengths],
+        },
         "frequency": {
             "1,000 or more": [f >= 1000 for f in frequency],
             "100 to 1,000": [100 <= f < 1000 for f in frequency],
@@ -123,7 +148,10 @@ def test_count_models_know_frequencies_and_the_token_before(small_dataset, run):
 def test_the_size_of_a_batch_changes_nothing(run, tokens):
     model = fastbert.load(run)
     assert model.recipe is not None
-    other = replace(model, recipe=replace(model.recipe, batch=replace(model.recipe.batch, micro_batch_tokens=tokens)))
+    other = replace(
+        model,
+        recipe=replace(model.recipe, batch=replace(model.recipe.batch, micro_batch_tokens=tokens)),
+    )
     a, b = evaluate(model, sequences=SEQUENCES).flat(), evaluate(other, sequences=SEQUENCES).flat()
     assert numbers(b) == pytest.approx(numbers(a), rel=2e-6)
 
@@ -132,7 +160,9 @@ def test_ranks_share_the_work(run, tmp_path):
     """Two print what one prints, once."""
     results = []
     for world in (1, 2):
-        with Ranks(["evaluate", str(run), "--sequences", "24", "--json"], tmp_path / str(world), world) as ranks:
+        with Ranks(
+            ["evaluate", str(run), "--sequences", "24", "--json"], tmp_path / str(world), world
+        ) as ranks:
             assert ranks.wait() == [0] * world, ranks.errors
             results.append(json.loads(ranks[0].out.read_text()))
             assert world == 1 or ranks[1].out.read_text() == ""
@@ -146,13 +176,19 @@ def numbers(value) -> list[float]:
 
 
 def test_a_folder_and_another_store_with_the_same_tokenizer(small_dataset, folder, run):
-    of_run, of_folder = (numbers(evaluate(fastbert.load(x), small_dataset.path, SEQUENCES).flat()) for x in (run, folder))
+    of_run, of_folder = (
+        numbers(evaluate(fastbert.load(x), small_dataset.path, SEQUENCES).flat())
+        for x in (run, folder)
+    )
     # The folder has no recipe: the default's max_length is cut to the model's 32 positions, which is the run's. Packs may differ.
     assert of_folder == pytest.approx(of_run, rel=2e-6)
 
 
 def test_without_pairs_there_are_no_pair_figures(small_dataset, folder, tmp_path):
-    found = evaluate(fastbert.load(make_run(tmp_path, folder, str(small_dataset.path), kind="mlm")), sequences=SEQUENCES)
+    found = evaluate(
+        fastbert.load(make_run(tmp_path, folder, str(small_dataset.path), kind="mlm")),
+        sequences=SEQUENCES,
+    )
     assert found.pairs is None and found.flat()["accuracy_nsp"] is None
     assert found.loss == found.masked.loss
 
@@ -177,7 +213,10 @@ def test_what_cannot_be_evaluated(small_dataset, folder, run, tmp_path):
 
 def test_a_store_of_another_tokenizer(small_dataset, run, tmp_path):
     other = make_hugging_face_folder(tmp_path / "other")
-    with pytest.raises(InputError, match=r"made with another tokenizer \(1,000 tokens\).*\(400\); prepare the text with --tokenizer"):
+    with pytest.raises(
+        InputError,
+        match=r"made with another tokenizer \(1,000 tokens\).*\(400\); prepare the text with --tokenizer",
+    ):
         evaluate(fastbert.load(other), small_dataset.path)
     # The same tokens, but capital letters kept: other ids from the same text.
     cased = make_hugging_face_folder(tmp_path / "cased", small_dataset.tokenizer_dir)

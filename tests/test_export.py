@@ -11,14 +11,27 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tiny_bert import TEXTS, make_hugging_face_folder, make_run
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer, BertModel
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    BertModel,
+)
 
 import fastbert
 from fastbert.errors import InputError
 from fastbert.tasks import export as export_file
 from fastbert.tasks.export import ExportError, export, model_card
 
-FILES = ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+FILES = [
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +78,39 @@ def test_stock_transformers_gives_our_logits_on_padded_text(exported, run):
     ours = fastbert.load(run)
     for i, states in enumerate(ours.hidden_states(TEXTS)):
         last = torch.from_numpy(states[-1])
-        torch.testing.assert_close(ours.model.token_logits(last), theirs.prediction_logits[i, : len(last)], rtol=0, atol=1e-4)
-        torch.testing.assert_close(ours.model.pair_logits(last[:1])[0], theirs.seq_relationship_logits[i], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            ours.model.token_logits(last),
+            theirs.prediction_logits[i, : len(last)],
+            rtol=0,
+            atol=1e-4,
+        )
+        torch.testing.assert_close(
+            ours.model.pair_logits(last[:1])[0],
+            theirs.seq_relationship_logits[i],
+            rtol=0,
+            atol=1e-4,
+        )
 
 
 def test_weights_are_those_that_transformers_saved_first(exported, original):
-    ours, theirs = load_file(exported[1] / "model.safetensors"), load_file(original / "model.safetensors")
+    ours, theirs = (
+        load_file(exported[1] / "model.safetensors"),
+        load_file(original / "model.safetensors"),
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_config_is_that_of_transformers(exported, original):
-    ours, theirs = (AutoModelForPreTraining.from_pretrained(path).config.to_dict() for path in (exported[1], original))
-    for key in ("_name_or_path", "transformers_version", "initializer_range"):  # the run's recipe has its own initializer_range
+    ours, theirs = (
+        AutoModelForPreTraining.from_pretrained(path).config.to_dict()
+        for path in (exported[1], original)
+    )
+    for key in (
+        "_name_or_path",
+        "transformers_version",
+        "initializer_range",
+    ):  # the run's recipe has its own initializer_range
         ours[key] = theirs[key]
     assert ours == theirs
 
@@ -96,14 +129,22 @@ def test_sentence_transformers_loads_it(exported, run):
 
 
 def test_exporting_the_export_changes_nothing(exported, tmp_path):
-    export(fastbert.load(exported[1]), tmp_path / "again", ["One sentence.", "Another, longer than the first."])
+    export(
+        fastbert.load(exported[1]),
+        tmp_path / "again",
+        ["One sentence.", "Another, longer than the first."],
+    )
     for name in FILES:
         if name != "README.md":
-            assert (tmp_path / "again" / name).read_bytes() == (exported[1] / name).read_bytes(), name
+            assert (tmp_path / "again" / name).read_bytes() == (exported[1] / name).read_bytes(), (
+                name
+            )
 
 
 def test_a_run_without_pairs_becomes_a_masked_lm(original, tmp_path):
-    run = make_run(tmp_path / "run", original, kind="mlm")  # its dataset is gone: the check reads built-in sentences
+    run = make_run(
+        tmp_path / "run", original, kind="mlm"
+    )  # its dataset is gone: the check reads built-in sentences
     assert export(fastbert.load(run), tmp_path / "out").architecture == "BertForMaskedLM"
     _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
@@ -113,11 +154,20 @@ def test_a_run_without_pairs_becomes_a_masked_lm(original, tmp_path):
 def test_without_heads_nobody_complains(run, tmp_path, caplog):
     """transformers lists the heads of a whole folder as unexpected wherever the class in use has no place for them."""
     found = export(fastbert.load(run), tmp_path / "encoder", encoder=True)
-    assert found.architecture == "BertModel" and 0 < found.hidden_difference < 1e-5 and found.difference < 1e-5
+    assert (
+        found.architecture == "BertModel"
+        and 0 < found.hidden_difference < 1e-5
+        and found.difference < 1e-5
+    )
     caplog.clear()
-    model, sentences = AutoModel.from_pretrained(tmp_path / "encoder"), SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+    model, sentences = (
+        AutoModel.from_pretrained(tmp_path / "encoder"),
+        SentenceTransformer(str(tmp_path / "encoder"), device="cpu"),
+    )
     assert "LOAD REPORT" not in caplog.text and isinstance(model, BertModel)
-    np.testing.assert_allclose(sentences.encode(TEXTS), fastbert.load(run).encode(TEXTS), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        sentences.encode(TEXTS), fastbert.load(run).encode(TEXTS), rtol=0, atol=1e-5
+    )
     assert fastbert.load(tmp_path / "encoder").heads == frozenset()
     AutoModel.from_pretrained(export(fastbert.load(run), tmp_path / "whole").out)
     assert "LOAD REPORT" in caplog.text
@@ -125,7 +175,11 @@ def test_without_heads_nobody_complains(run, tmp_path, caplog):
 
 def test_an_encoder_needs_a_pooler(original, tmp_path):
     with pytest.raises(InputError, match="trained without pairs, so it has no pooler"):
-        export(fastbert.load(make_run(tmp_path / "run", original, kind="mlm")), tmp_path / "out", encoder=True)
+        export(
+            fastbert.load(make_run(tmp_path / "run", original, kind="mlm")),
+            tmp_path / "out",
+            encoder=True,
+        )
 
 
 def test_the_card_has_the_figures_of_the_checkpoint(run):
@@ -136,28 +190,59 @@ def test_the_card_has_the_figures_of_the_checkpoint(run):
 
 
 def test_the_card_says_what_text_it_was(run, original, small_dataset, tmp_path):
-    card, training = model_card(fastbert.load(run), "BertForPreTraining", "my-bert"), small_dataset.split("train")
-    assert f"| train | {training.documents:,} | {training.sentences:,} | {training.tokens:,} |" in card
+    card, training = (
+        model_card(fastbert.load(run), "BertForPreTraining", "my-bert"),
+        small_dataset.split("train"),
+    )
+    assert (
+        f"| train | {training.documents:,} | {training.sentences:,} | {training.tokens:,} |" in card
+    )
     assert f"The dataset `{small_dataset.path}` (manifest SHA-256 `{small_dataset.sha256}`)" in card
     gone = model_card(fastbert.load(make_run(tmp_path, original)), "BertForPreTraining", "my-bert")
-    assert "The dataset `nowhere`" in gone and "not there any more" in gone and "| train |" not in gone
+    assert (
+        "The dataset `nowhere`" in gone and "not there any more" in gone and "| train |" not in gone
+    )
 
 
 def swap_query_and_key(state):
-    return {name.replace("query", "QUERY").replace("key", "query").replace("QUERY", "key"): tensor for name, tensor in state.items()}
+    return {
+        name.replace("query", "QUERY").replace("key", "query").replace("QUERY", "key"): tensor
+        for name, tensor in state.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (swap_query_and_key, None),  # the scores of attention are the same then but for the transposition
-        (lambda s: {**s, "cls.seq_relationship.bias": s["cls.seq_relationship.bias"] + 1e-3}, "differ by 0.001"),
-        (lambda s: {**s, "bert.embeddings.LayerNorm.bias": s["bert.embeddings.LayerNorm.bias"] * torch.nan}, "differ by nan"),
         (
-            lambda s: {**s, "bert.encoder.layer.1.output.LayerNorm.bias": s["bert.encoder.layer.1.output.LayerNorm.bias"] + 2e-4},
+            swap_query_and_key,
+            None,
+        ),  # the scores of attention are the same then but for the transposition
+        (
+            lambda s: {**s, "cls.seq_relationship.bias": s["cls.seq_relationship.bias"] + 1e-3},
+            "differ by 0.001",
+        ),
+        (
+            lambda s: {
+                **s,
+                "bert.embeddings.LayerNorm.bias": s["bert.embeddings.LayerNorm.bias"] * torch.nan,
+            },
+            "differ by nan",
+        ),
+        (
+            lambda s: {
+                **s,
+                "bert.encoder.layer.1.output.LayerNorm.bias": s[
+                    "bert.encoder.layer.1.output.LayerNorm.bias"
+                ]
+                + 2e-4,
+            },
             "differ by",
         ),
-        (lambda s: {name: t for name, t in s.items() if "pooler" not in name}, "missing_keys.*pooler"),
+        (
+            lambda s: {name: t for name, t in s.items() if "pooler" not in name},
+            "missing_keys.*pooler",
+        ),
         (lambda s: {**s, "bert.extra": torch.zeros(1)}, "unexpected_keys.*extra"),
     ],
 )
@@ -173,7 +258,9 @@ def test_another_tokenizer_is_found(run, tmp_path, monkeypatch):
     def write(folder, *arguments, **more):
         export_folder(folder, *arguments, **more)
         settings = json.loads((folder / "tokenizer_config.json").read_text())
-        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "do_lower_case": False}))
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({**settings, "do_lower_case": False})
+        )
 
     export_folder = export_file.write_folder
     monkeypatch.setattr(export_file, "write_folder", write)

@@ -21,18 +21,29 @@ def test_the_pages_quote_the_record():
         assert renewed(text.replace("1", "2")) != text.replace("1", "2")
 
 
-@pytest.mark.parametrize(("page", "times"), [("no place", 0), (2 * "<!-- step -->\nold\n<!-- end of step -->\n", 2)])
+@pytest.mark.parametrize(
+    ("page", "times"), [("no place", 0), (2 * "<!-- step -->\nold\n<!-- end of step -->\n", 2)]
+)
 def test_a_part_has_one_place(page, times):
     with pytest.raises(SystemExit, match=f"<!-- step --> .* is there {times} times"):
         filled(page, {"step": "new"})
 
 
-@pytest.mark.parametrize("folder", sorted(path for path in RESULTS.iterdir() if path.is_dir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "folder",
+    sorted(path for path in RESULTS.iterdir() if path.is_dir()),
+    ids=lambda path: path.name,
+)
 def test_records_can_be_read_and_say_where_they_come_from(folder):
     records = [read_record(path) for path in folder.glob("*.json")]
     assert records
     for record in records:
-        assert record.header["commit"] and record.header["device"] and record.header["torch"] and record.rows
+        assert (
+            record.header["commit"]
+            and record.header["device"]
+            and record.header["torch"]
+            and record.rows
+        )
 
 
 def test_a_ratio_that_falls_is_noticed(tmp_path):
@@ -42,9 +53,19 @@ def test_a_ratio_that_falls_is_noticed(tmp_path):
     record = read_record(now / "step.json")
     name = next(iter(record.ratios))
     for share, fell in ((LEAST + 0.01, False), (LEAST - 0.01, True), (float("nan"), True)):
-        replace(record, ratios={**record.ratios, name: share * record.ratios[name]}).write(now, "step", "A step")
-        assert [one.name for one in compare(before, now) if one.fell] == ([f"step: {name}"] if fell else [])
-    replace(record, ratios={key: value for key, value in record.ratios.items() if key != name}).write(now, "step", "A step")
-    assert [(one.name, one.fell) for one in compare(before, now) if one.now is None] == [(f"step: {name}", False)]  # no time was left
+        replace(record, ratios={**record.ratios, name: share * record.ratios[name]}).write(
+            now, "step", "A step"
+        )
+        assert [one.name for one in compare(before, now) if one.fell] == (
+            [f"step: {name}"] if fell else []
+        )
+    replace(
+        record, ratios={key: value for key, value in record.ratios.items() if key != name}
+    ).write(now, "step", "A step")
+    assert [(one.name, one.fell) for one in compare(before, now) if one.now is None] == [
+        (f"step: {name}", False)
+    ]  # no time was left
     (now / "step.json").unlink()
-    assert {one.name for one in compare(before, now) if one.fell} == {f"step: {name}" for name in record.ratios}
+    assert {one.name for one in compare(before, now) if one.fell} == {
+        f"step: {name}" for name in record.ratios
+    }

@@ -33,8 +33,15 @@ def test_fill_is_that_of_transformers(folder, stock, text):
     expected = logits.softmax(-1).topk(4)
     found = fastbert.load(folder).fill(text, k=4)
     assert len(found) == text.count("[MASK]")
-    assert [[token for token, _ in best] for best in found] == [tokenizer.convert_ids_to_tokens(row) for row in expected.indices.tolist()]
-    torch.testing.assert_close(torch.tensor([[p for _, p in best] for best in found]), expected.values, rtol=1e-4, atol=1e-6)
+    assert [[token for token, _ in best] for best in found] == [
+        tokenizer.convert_ids_to_tokens(row) for row in expected.indices.tolist()
+    ]
+    torch.testing.assert_close(
+        torch.tensor([[p for _, p in best] for best in found]),
+        expected.values,
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_all_probabilities_are_one(folder):
@@ -43,7 +50,14 @@ def test_all_probabilities_are_one(folder):
     assert len({token for token, _ in everything}) == VOCABULARY
 
 
-@pytest.mark.parametrize("pair", [("A list.", "Names refer to objects."), ("A list is a sequence " * 9, "Objects."), ("A", "list " * 40)])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("A list.", "Names refer to objects."),
+        ("A list is a sequence " * 9, "Objects."),
+        ("A", "list " * 40),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::fastbert.tasks.pretrained.TextCutWarning")
 def test_next_sentence_is_that_of_transformers_cut_in_the_same_way(folder, stock, pair):
     model, tokenizer = stock
@@ -59,7 +73,15 @@ def test_a_long_pair_is_cut_aloud(folder):
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "kept"), [(3, 4, (3, 4)), (20, 3, (7, 3)), (3, 20, (3, 7)), (20, 20, (5, 5)), (6, 5, (5, 5)), (0, 20, (0, 10))]
+    ("a", "b", "kept"),
+    [
+        (3, 4, (3, 4)),
+        (20, 3, (7, 3)),
+        (3, 20, (3, 7)),
+        (20, 20, (5, 5)),
+        (6, 5, (5, 5)),
+        (0, 20, (0, 10)),
+    ],
 )
 def test_fit_pair_takes_from_the_longer(a, b, kept):
     first, second = fit_pair(list(range(a)), list(range(b)), 10)
@@ -84,5 +106,7 @@ def test_wrong_input(folder, arguments, words):
 def test_an_encoder_alone_fills_nothing(folder, tmp_path):
     BertModel.from_pretrained(folder).save_pretrained(tmp_path)
     (tmp_path / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
-    with pytest.raises(InputError, match="not trained on masked tokens, or its weights for them are missing"):
+    with pytest.raises(
+        InputError, match="not trained on masked tokens, or its weights for them are missing"
+    ):
         fastbert.load(tmp_path).fill("[MASK]")

@@ -34,25 +34,50 @@ def folder(tmp_path_factory) -> Path:
 def files(tmp_path_factory) -> tuple[Path, Path]:
     """Whether a sentence has the word "not"; the evaluation file has other sentences than the training file."""
     folder = tmp_path_factory.mktemp("csv")
-    rows = [(f"the {s} is {n}the same as the {t}", "no" if n else "yes") for s in SUBJECTS for t in SUBJECTS for n in ("", "not ")]
+    rows = [
+        (f"the {s} is {n}the same as the {t}", "no" if n else "yes")
+        for s in SUBJECTS
+        for t in SUBJECTS
+        for n in ("", "not ")
+    ]
     for name, part in (("train", rows[10:]), ("test", rows[:10])):
-        (folder / f"{name}.csv").write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in part), encoding="utf-8")
+        (folder / f"{name}.csv").write_text(
+            "text,label\n" + "".join(f'"{text}",{label}\n' for text, label in part),
+            encoding="utf-8",
+        )
     return folder / "train.csv", folder / "test.csv"
 
 
 def test_it_learns_and_transformers_agrees(folder, files: tuple[Path, Path], tmp_path):
     seen: list[Epoch] = []
-    result = finetune(fastbert.load(folder), *files, tmp_path / "out", Settings(epochs=12, lr=3e-3, batch=8), report=seen.append)
-    assert result.scores["accuracy"] == Spread(1.0, 0.0) and result.majority == 0.5 and result.labels == ["no", "yes"]
+    result = finetune(
+        fastbert.load(folder),
+        *files,
+        tmp_path / "out",
+        Settings(epochs=12, lr=3e-3, batch=8),
+        report=seen.append,
+    )
+    assert (
+        result.scores["accuracy"] == Spread(1.0, 0.0)
+        and result.majority == 0.5
+        and result.labels == ["no", "yes"]
+    )
     assert result.confusion == [[5, 0], [0, 5]]
     assert seen == result.trials[0].epochs and len(seen) == 12 and seen[-1].loss < seen[0].loss / 2
 
     model: Any
-    model, report = BertForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)  # type: ignore[misc]
+    model, report = BertForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )  # type: ignore[misc]
     assert not any(report.values()), report
-    assert model.config.id2label == {0: "no", 1: "yes"} and model.config.label2id == {"no": 0, "yes": 1}
+    assert model.config.id2label == {0: "no", 1: "yes"} and model.config.label2id == {
+        "no": 0,
+        "yes": 1,
+    }
     held_out = read_examples(files[1])
-    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")(held_out.first, return_tensors="pt", padding=True)
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "out")(
+        held_out.first, return_tensors="pt", padding=True
+    )
     with torch.no_grad():
         answers = model.eval()(**inputs).logits.argmax(-1).tolist()
     assert [model.config.id2label[i] for i in answers] == held_out.labels
@@ -68,7 +93,8 @@ def test_it_learns_and_transformers_agrees(folder, files: tuple[Path, Path], tmp
 
 def test_same_seed_same_weights(folder, files: tuple[Path, Path], tmp_path):
     results = [
-        finetune(fastbert.load(folder), *files, tmp_path / str(i), Settings(epochs=2, seed=seed)) for i, seed in enumerate([1, 1, 2])
+        finetune(fastbert.load(folder), *files, tmp_path / str(i), Settings(epochs=2, seed=seed))
+        for i, seed in enumerate([1, 1, 2])
     ]
     same, again, other = ((tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(3))
     assert same == again != other
@@ -77,36 +103,70 @@ def test_same_seed_same_weights(folder, files: tuple[Path, Path], tmp_path):
 
 def test_pairs_are_two_segments(folder, tmp_path):
     """Which of the two texts has the word "not"; the words of both together are the same under either label."""
-    rows = [(f"{n}{a}", f"{m}{b}", "ab"[bool(m)]) for a in SUBJECTS for b in SUBJECTS for n, m in (("not ", ""), ("", "not "))]
-    (tmp_path / "x.csv").write_text("label,text_b,text\n" + "".join(f"{label},{b},{a}\n" for a, b, label in rows))
+    rows = [
+        (f"{n}{a}", f"{m}{b}", "ab"[bool(m)])
+        for a in SUBJECTS
+        for b in SUBJECTS
+        for n, m in (("not ", ""), ("", "not "))
+    ]
+    (tmp_path / "x.csv").write_text(
+        "label,text_b,text\n" + "".join(f"{label},{b},{a}\n" for a, b, label in rows)
+    )
     found = read_examples(tmp_path / "x.csv")
     assert (found.first[1], found.second[1], found.labels[1]) == ("list", "not list", "b")
-    result = finetune(fastbert.load(folder), tmp_path / "x.csv", tmp_path / "x.csv", None, Settings(epochs=10, lr=3e-3, batch=8))
+    result = finetune(
+        fastbert.load(folder),
+        tmp_path / "x.csv",
+        tmp_path / "x.csv",
+        None,
+        Settings(epochs=10, lr=3e-3, batch=8),
+    )
     assert result.scores["accuracy"].mean == 1.0 and result.out is None
 
 
 def test_long_texts_are_cut(folder, tmp_path):
-    (tmp_path / "x.csv").write_text("text,label\n" + "list " * 200 + ",a\n" + "name " * 200 + ",b\n")
-    result = finetune(fastbert.load(folder), tmp_path / "x.csv", tmp_path / "x.csv", None, Settings(epochs=1, max_length=16))
+    (tmp_path / "x.csv").write_text(
+        "text,label\n" + "list " * 200 + ",a\n" + "name " * 200 + ",b\n"
+    )
+    result = finetune(
+        fastbert.load(folder),
+        tmp_path / "x.csv",
+        tmp_path / "x.csv",
+        None,
+        Settings(epochs=1, max_length=16),
+    )
     assert result.trials[0].epochs[0].loss > 0
 
 
 def test_an_encoder_without_a_pooler(folder, files: tuple[Path, Path], tmp_path):
     BertModel.from_pretrained(folder, add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
     (tmp_path / "encoder/vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
-    assert finetune(fastbert.load(tmp_path / "encoder"), *files, None, Settings(epochs=1)).scores["accuracy"].mean >= 0
+    assert (
+        finetune(fastbert.load(tmp_path / "encoder"), *files, None, Settings(epochs=1))
+        .scores["accuracy"]
+        .mean
+        >= 0
+    )
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
         (b"text,label\na,x\nb,x\n", "every label is 'x'; two or more"),
-        (b"text,label\na,x\nb,y\n", r"test.csv:2: label '(yes|no)' does not occur in .*bad.csv \(and 9 rows more\)"),
-        (b"text,text_b,label\na,a,no\nb,b,yes\n", r"test.csv: texts stand alone here, and in .*bad.csv they are pairs \(text_b\)"),
+        (
+            b"text,label\na,x\nb,y\n",
+            r"test.csv:2: label '(yes|no)' does not occur in .*bad.csv \(and 9 rows more\)",
+        ),
+        (
+            b"text,text_b,label\na,a,no\nb,b,yes\n",
+            r"test.csv: texts stand alone here, and in .*bad.csv they are pairs \(text_b\)",
+        ),
         (b"text,label\na,no\nb,\n", "bad.csv: 1 bad row: line 3: label is empty"),
     ],
 )
-def test_files_that_do_not_fit_are_one_line(folder, files: tuple[Path, Path], tmp_path, data, words):
+def test_files_that_do_not_fit_are_one_line(
+    folder, files: tuple[Path, Path], tmp_path, data, words
+):
     (tmp_path / "bad.csv").write_bytes(data)
     with pytest.raises(InputError, match=words) as caught:
         finetune(fastbert.load(folder), tmp_path / "bad.csv", files[1], tmp_path / "out")
@@ -127,7 +187,10 @@ def test_files_that_do_not_fit_are_one_line(folder, files: tuple[Path, Path], tm
         ({"layer_decay": 1.5}, "--layer-decay 1.5"),
         ({"freeze": 3}, "--freeze 3: must be from 0 to the model's 2 layers"),
         ({"metric": "spearman"}, "--metric spearman: of classes it can be accuracy, f1, matthews"),
-        ({"metric": "f1", "regression": True}, "--metric f1: of numbers it can be spearman, pearson"),
+        (
+            {"metric": "f1", "regression": True},
+            "--metric f1: of numbers it can be spearman, pearson",
+        ),
         (
             {"regression": True},
             "train.csv: 40 bad rows: line 2: label 'no' is no number|train.csv: 40 bad rows: line 2: label 'yes' is no number",
@@ -147,36 +210,60 @@ def test_an_output_that_is_taken(folder, files: tuple[Path, Path]):
 def test_numbers_are_learned_and_transformers_agrees(folder, tmp_path):
     """How many times a sentence says "not", in a file of STS-B's layout."""
     rows = [(f"{'not ' * n}{a} {b}", b, n) for a in SUBJECTS for b in SUBJECTS for n in (0, 2, 5)]
-    (tmp_path / "train.tsv").write_text("index\tsentence1\tsentence2\tscore\n" + "".join(f"0\t{a}\t{b}\t{n}\n" for a, b, n in rows))
+    (tmp_path / "train.tsv").write_text(
+        "index\tsentence1\tsentence2\tscore\n" + "".join(f"0\t{a}\t{b}\t{n}\n" for a, b, n in rows)
+    )
     file = tmp_path / "train.tsv"
-    result = finetune(fastbert.load(folder), file, file, tmp_path / "out", Settings(epochs=12, lr=3e-3, batch=8))
-    assert result.metric == "spearman" and result.scores["spearman"].mean > 0.9 and result.labels == [] and result.majority is None
+    result = finetune(
+        fastbert.load(folder), file, file, tmp_path / "out", Settings(epochs=12, lr=3e-3, batch=8)
+    )
+    assert (
+        result.metric == "spearman"
+        and result.scores["spearman"].mean > 0.9
+        and result.labels == []
+        and result.majority is None
+    )
     model = pipeline("text-classification", model=str(tmp_path / "out"), function_to_apply="none")
     held_out = read_examples(file)
-    answers: Any = model([{"text": a, "text_pair": b} for a, b in zip(held_out.first, held_out.second, strict=True)])
-    assert spearmanr([answer["score"] for answer in answers], held_out.numbers())[0] == pytest.approx(
-        result.scores["spearman"].mean, abs=1e-6
+    answers: Any = model(
+        [{"text": a, "text_pair": b} for a, b in zip(held_out.first, held_out.second, strict=True)]
     )
+    assert spearmanr([answer["score"] for answer in answers], held_out.numbers())[
+        0
+    ] == pytest.approx(result.scores["spearman"].mean, abs=1e-6)
     assert not (tmp_path / "out/confusion.png").exists()
 
 
-def test_the_pipeline_answers_with_the_names_of_the_labels(folder, files: tuple[Path, Path], tmp_path):
-    result = finetune(fastbert.load(folder), *files, tmp_path / "out", Settings(epochs=12, lr=3e-3, batch=8))
+def test_the_pipeline_answers_with_the_names_of_the_labels(
+    folder, files: tuple[Path, Path], tmp_path
+):
+    result = finetune(
+        fastbert.load(folder), *files, tmp_path / "out", Settings(epochs=12, lr=3e-3, batch=8)
+    )
     assert result.scores["accuracy"].mean == 1.0
     classify = pipeline("text-classification", model=str(tmp_path / "out"))
-    answers: Any = classify(["the list is not the same as the name", "the list is the same as the name"])
+    answers: Any = classify(
+        ["the list is not the same as the name", "the list is the same as the name"]
+    )
     assert [answer["label"] for answer in answers] == ["no", "yes"]
     assert (tmp_path / "out/confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_several_seeds_begin_alike_and_have_a_mean_and_a_spread(folder, files: tuple[Path, Path], tmp_path):
+def test_several_seeds_begin_alike_and_have_a_mean_and_a_spread(
+    folder, files: tuple[Path, Path], tmp_path
+):
     several = finetune(fastbert.load(folder), *files, None, Settings(epochs=2, seeds=3, lr=1e-3))
-    alone = [finetune(fastbert.load(folder), *files, None, Settings(epochs=2, seed=seed, lr=1e-3)).trials[0] for seed in (1, 2, 3)]
+    alone = [
+        finetune(
+            fastbert.load(folder), *files, None, Settings(epochs=2, seed=seed, lr=1e-3)
+        ).trials[0]
+        for seed in (1, 2, 3)
+    ]
     assert several.trials == alone
     found = [trial.scores["matthews"] for trial in alone]
-    assert several.scores["matthews"].mean == pytest.approx(np.mean(found)) and several.scores["matthews"].std == pytest.approx(
-        np.std(found, ddof=1)
-    )
+    assert several.scores["matthews"].mean == pytest.approx(np.mean(found)) and several.scores[
+        "matthews"
+    ].std == pytest.approx(np.std(found, ddof=1))
 
 
 def test_it_stops_early_and_takes_the_best_epoch(folder, files: tuple[Path, Path], tmp_path):
@@ -184,10 +271,15 @@ def test_it_stops_early_and_takes_the_best_epoch(folder, files: tuple[Path, Path
     turned = {"no": "yes", "yes": "no"}
     test = read_examples(files[1])
     (tmp_path / "turned.csv").write_text(
-        "text,label\n" + "".join(f"{text},{turned[label]}\n" for text, label in zip(test.first, test.labels, strict=True))
+        "text,label\n"
+        + "".join(
+            f"{text},{turned[label]}\n" for text, label in zip(test.first, test.labels, strict=True)
+        )
     )
     chosen = Settings(epochs=30, lr=3e-3, batch=8, patience=2, heldout=0.25)
-    result = finetune(fastbert.load(folder), files[0], tmp_path / "turned.csv", tmp_path / "out", chosen)
+    result = finetune(
+        fastbert.load(folder), files[0], tmp_path / "turned.csv", tmp_path / "out", chosen
+    )
     (trial,) = result.trials
     scores = [epoch.score for epoch in trial.epochs]
     assert trial.best_epoch == scores.index(max(scores)) + 1 == len(scores) - 2 < 28
@@ -210,13 +302,18 @@ def test_layers_that_are_frozen_stay_and_lower_ones_move_less(folder, files: tup
     for layer, share in ((0, 0.1), (1, 1.0)):
         name = f"layers.{layer}.feed_forward.weight"
         assert decayed[name] == pytest.approx(share * plain[name], rel=0.3)
-    assert decayed["embeddings.positions"] == pytest.approx(0.01 * plain["embeddings.positions"], rel=0.3)
+    assert decayed["embeddings.positions"] == pytest.approx(
+        0.01 * plain["embeddings.positions"], rel=0.3
+    )
 
 
 def test_the_saved_folder_is_plain_json_and_safetensors(folder, files: tuple[Path, Path], tmp_path):
     finetune(fastbert.load(folder), *files, tmp_path / "out", Settings(epochs=1))
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["architectures"] == ["BertForSequenceClassification"] and config["problem_type"] == "single_label_classification"
+    assert (
+        config["architectures"] == ["BertForSequenceClassification"]
+        and config["problem_type"] == "single_label_classification"
+    )
 
 
 MANY = """
@@ -236,11 +333,15 @@ def test_many_classes_need_little_more_memory_than_few(folder, tmp_path):
     peaks = []
     for classes in (3, 200, 600):
         file, out = tmp_path / f"{classes}.csv", tmp_path / str(classes)
-        file.write_text("text,label\n" + "".join(f"the list {i},label {i}\n" for i in range(classes)))
+        file.write_text(
+            "text,label\n" + "".join(f"the list {i},label {i}\n" for i in range(classes))
+        )
         command = [sys.executable, "-c", MANY, str(folder), str(file), str(out)]
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert (out / "confusion.png").exists() and len(json.loads((out / "config.json").read_text())["id2label"]) == classes
+        assert (out / "confusion.png").exists() and len(
+            json.loads((out / "config.json").read_text())["id2label"]
+        ) == classes
         peaks.append(int(done.stdout))
     print(peaks)
     assert max(peaks) < 2 * peaks[0], peaks
@@ -250,14 +351,20 @@ def test_many_classes_need_little_more_memory_than_few(folder, tmp_path):
 def test_no_label_costs_the_model(folder, tmp_path, label):
     """The last one, half a character, cannot be drawn."""
     file = tmp_path / "x.jsonl"
-    rows = [{"text": f"the {word}", "label": label if i % 2 else "b"} for i, word in enumerate(SUBJECTS)]
+    rows = [
+        {"text": f"the {word}", "label": label if i % 2 else "b"} for i, word in enumerate(SUBJECTS)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", PictureWarning)
         finetune(fastbert.load(folder), file, file, tmp_path / "out", Settings(epochs=1))
-    assert BertForSequenceClassification.from_pretrained(tmp_path / "out").config.id2label == dict(enumerate(sorted({label, "b"})))
+    assert BertForSequenceClassification.from_pretrained(tmp_path / "out").config.id2label == dict(
+        enumerate(sorted({label, "b"}))
+    )
     drawn = (tmp_path / "out/confusion.png").exists()
     assert drawn == (label != "\ud800")
     messages = [str(warning.message) for warning in said if warning.category is PictureWarning]
-    assert drawn == (messages == []) and all("the model is saved all the same" in message for message in messages)
+    assert drawn == (messages == []) and all(
+        "the model is saved all the same" in message for message in messages
+    )
     assert sorted(path.name for path in (tmp_path / "out").glob(".*")) == []

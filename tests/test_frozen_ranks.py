@@ -16,7 +16,10 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
     return Laboratory(tmp_path_factory.mktemp("frozen"), small_dataset.path)
 
 
-@pytest.mark.parametrize("when, frozen", [("starting", 0), ("starting", 1), ("training", 0), ("training", 1), ("saving", 1)])
+@pytest.mark.parametrize(
+    "when, frozen",
+    [("starting", 0), ("starting", 1), ("training", 0), ("training", 1), ("saving", 1)],
+)
 def test_a_rank_that_stops_answering_is_named(lab, when, frozen):
     """SIGSTOP. Within the recipe's limit all others end; the frozen one ends too, should it ever wake up."""
     trial, limit = lab.trial(stage=STAGE), 8.0
@@ -31,7 +34,9 @@ def test_a_rank_that_stops_answering_is_named(lab, when, frozen):
         other = ranks[1 - frozen]
         assert other.wait(limit + MARGIN_S) == 1
         said = other.err.read_text()
-        assert f"rank {frozen}" in said and (when == "starting" or "runtime.timeout_s" in said), said
+        assert f"rank {frozen}" in said and (when == "starting" or "runtime.timeout_s" in said), (
+            said
+        )
         assert len(said.splitlines()) == 1, said
         assert ranks[frozen].code is None
         ranks[frozen].signal(signal.SIGCONT)

@@ -43,14 +43,20 @@ def step(model: BertForPreTraining, impl: str, longest: int) -> dict[str, torch.
     model = copy.deepcopy(model)
     model.impl = impl
     batch = make_batch(LENGTHS).to(DEVICE)
-    object.__setattr__(batch, "max_seqlen", longest)  # above 128 the general kernels of the attention run
+    object.__setattr__(
+        batch, "max_seqlen", longest
+    )  # above 128 the general kernels of the attention run
     with watched(impl):
         found = losses(model(batch))
         found.loss.backward()
-    return {"losses": found.token_losses} | {f"d{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"losses": found.token_losses} | {
+        f"d{name}": p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
-@pytest.mark.parametrize(("dtype", "longest"), [(torch.bfloat16, 20), (torch.bfloat16, 200), (torch.float32, 20)])
+@pytest.mark.parametrize(
+    ("dtype", "longest"), [(torch.bfloat16, 20), (torch.bfloat16, 200), (torch.float32, 20)]
+)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_it_is_the_composed_layer(p, dtype, longest, monkeypatch):
     model = build(p, dtype)
@@ -87,11 +93,23 @@ def arguments(**changes: Any) -> tuple[torch.Tensor, Any, Call]:
     ("changes", "error", "message"),
     [
         ({"cu_seqlens": torch.tensor([0, 34])}, TypeError, "cu_seqlens is int64, expected int32"),
-        ({"cu_seqlens": torch.tensor([0, 10, 20, 40], dtype=torch.int32)}, ValueError, "cu_seqlens ends at 40, expected at most T = 34"),
+        (
+            {"cu_seqlens": torch.tensor([0, 10, 20, 40], dtype=torch.int32)},
+            ValueError,
+            "cu_seqlens ends at 40, expected at most T = 34",
+        ),
         ({"sequence_keys": None}, ValueError, "dropout_p = 0.1 needs keys"),
-        ({"token_keys": torch.arange(3)}, ValueError, r"token_keys has shape \[3\], expected \[34\]"),
+        (
+            {"token_keys": torch.arange(3)},
+            ValueError,
+            r"token_keys has shape \[3\], expected \[34\]",
+        ),
         ({"token_keys": torch.arange(34).int()}, TypeError, "token_keys is int32, expected int64"),
-        ({"rows": torch.tensor([3, 2]), "token_keys": torch.arange(2)}, ValueError, "queries holds 3 and then 2, expected to ascend"),
+        (
+            {"rows": torch.tensor([3, 2]), "token_keys": torch.arange(2)},
+            ValueError,
+            "queries holds 3 and then 2, expected to ascend",
+        ),
         ({"heads": 4}, ValueError, "K = 8, expected a multiple of 16"),
     ],
 )

@@ -34,9 +34,18 @@ def member(timeout_s: float, **acts: str) -> int:
                 say("joined", group.rank)
                 with group.raise_on_all_ranks():
                     act(acts.get(str(group.rank), ""))
-                say("gathered", group.gather({"rank": group.rank, "text": "é" * group.rank}), group.broadcast([group.rank, None]))
                 say(
-                    "sum", group.sum(torch.tensor([1.0, group.rank])).tolist(), "is_main", group.is_main, "threads", torch.get_num_threads()
+                    "gathered",
+                    group.gather({"rank": group.rank, "text": "é" * group.rank}),
+                    group.broadcast([group.rank, None]),
+                )
+                say(
+                    "sum",
+                    group.sum(torch.tensor([1.0, group.rank])).tolist(),
+                    "is_main",
+                    group.is_main,
+                    "threads",
+                    torch.get_num_threads(),
                 )
                 while os.environ.get("LINGER") and not os.path.exists(os.environ["LINGER"]):
                     time.sleep(0.02)
@@ -58,10 +67,14 @@ def act(what: str) -> None:
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif kind:
-        raise {"InputError": InputError, "Interrupted": Interrupted, "ValueError": ValueError}[kind](text)
+        raise {"InputError": InputError, "Interrupted": Interrupted, "ValueError": ValueError}[
+            kind
+        ](text)
 
 
-def members(folder, world: int, timeout_s: float = NEVER_S, only=None, acts=None, **more: str) -> Toys:
+def members(
+    folder, world: int, timeout_s: float = NEVER_S, only=None, acts=None, **more: str
+) -> Toys:
     return Toys(_member, (timeout_s, acts or {}), folder, world, only, **more)
 
 
@@ -96,8 +109,15 @@ def test_what_they_agree_on(tmp_path):
     with members(tmp_path, 3) as toys:
         assert toys.wait() == [0, 0, 0]
         for rank in range(3):
-            everybody = [{"rank": 0, "text": ""}, {"rank": 1, "text": "é"}, {"rank": 2, "text": "éé"}]
-            assert f"gathered {everybody} [0, None]\nsum [3.0, 3.0] is_main {rank == 0}" in toys.out(rank)
+            everybody = [
+                {"rank": 0, "text": ""},
+                {"rank": 1, "text": "é"},
+                {"rank": 2, "text": "éé"},
+            ]
+            assert (
+                f"gathered {everybody} [0, None]\nsum [3.0, 3.0] is_main {rank == 0}"
+                in toys.out(rank)
+            )
 
 
 def test_ports_are_open_on_the_given_address_alone(tmp_path):
@@ -124,7 +144,10 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
         assert toys.wait() == [1, 1]
         store = f"127.0.0.1:{toys.port}"
         for rank in (0, 2):
-            assert toys.out(rank) == f"RankLost: rank 1, rank 3 did not come to {store} within 3 s (runtime.timeout_s)\n"
+            assert (
+                toys.out(rank)
+                == f"RankLost: rank 1, rank 3 did not come to {store} within 3 s (runtime.timeout_s)\n"
+            )
 
 
 def test_rank_0_never_comes(tmp_path):
@@ -152,12 +175,16 @@ def test_bad_input_on_one_rank_ends_all_with_its_name(tmp_path):
 def test_bad_input_on_all_ranks_is_said_plainly(tmp_path):
     with members(tmp_path, 2, acts={"0": "InputError: bad", "1": "InputError: bad"}) as toys:
         assert toys.wait() == [2, 2]
-        assert toys.out(0).endswith("\nInputError: bad\n") and toys.out(1).endswith("\nInputError: bad\n")
+        assert toys.out(0).endswith("\nInputError: bad\n") and toys.out(1).endswith(
+            "\nInputError: bad\n"
+        )
 
 
 def test_another_exception_on_one_rank_ends_all(tmp_path):
     """The rank that holds the store, which must not be gone before the others know."""
-    with members(tmp_path, 3, acts={"0": "ValueError: a bug", "1": "InputError: less telling"}) as toys:
+    with members(
+        tmp_path, 3, acts={"0": "ValueError: a bug", "1": "InputError: less telling"}
+    ) as toys:
         assert toys.wait() == [1, 1, 1]
         assert "ValueError: a bug" in toys.err(0)
         for rank in (1, 2):
@@ -184,7 +211,10 @@ def test_different_world_sizes(tmp_path):
         toys.variables["WORLD_SIZE"] = "3"
         toys.start([1])
         assert toys.wait() == [1, 2]
-        assert toys.out(1) == "InputError: WORLD_SIZE = 3 for rank 1, but 2 for rank 0; start all with the same\n"
+        assert (
+            toys.out(1)
+            == "InputError: WORLD_SIZE = 3 for rank 1, but 2 for rank 0; start all with the same\n"
+        )
 
 
 def test_one_rank_twice(tmp_path):
@@ -204,26 +234,37 @@ def test_the_port_is_taken(tmp_path):
     store = hold_store("127.0.0.1", port)
     with members(tmp_path, 2, SOON_S, only=(0,), MASTER_PORT=str(port)) as toys:
         assert toys.wait() == [2]
-        assert toys.out(0) == f"InputError: MASTER_PORT = {port}: another process listens there on 127.0.0.1; choose another port\n"
+        assert (
+            toys.out(0)
+            == f"InputError: MASTER_PORT = {port}: another process listens there on 127.0.0.1; choose another port\n"
+        )
     del store
 
 
 def test_an_address_of_another_machine(tmp_path):
     with members(tmp_path, 2, SOON_S, only=(0,), MASTER_ADDR="192.0.2.1") as toys:
         assert toys.wait() == [2]
-        assert f"MASTER_ADDR = 192.0.2.1: 192.0.2.1 is not an address of {HOST}, where rank 0 runs" in toys.out(0)
+        assert (
+            f"MASTER_ADDR = 192.0.2.1: 192.0.2.1 is not an address of {HOST}, where rank 0 runs"
+            in toys.out(0)
+        )
 
 
 def test_a_name_that_nobody_knows(tmp_path):
     with members(tmp_path, 2, SOON_S, only=(0,), MASTER_ADDR="nowhere.invalid") as toys:
         assert toys.wait() == [1]
-        assert "MASTER_ADDR = nowhere.invalid: no address came to be known by that name within 3 s" in toys.out(0)
+        assert (
+            "MASTER_ADDR = nowhere.invalid: no address came to be known by that name within 3 s"
+            in toys.out(0)
+        )
 
 
 def test_a_launchers_store_still_has_the_keys_of_earlier_attempts(tmp_path):
     agent = hold_store("127.0.0.1", 0)
     given = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    for attempt, (world, only) in enumerate([(3, (0, 1)), (3, (1, 2)), (3, None), (2, None), (3, None)]):
+    for attempt, (world, only) in enumerate(
+        [(3, (0, 1)), (3, (1, 2)), (3, None), (2, None), (3, None)]
+    ):
         (folder := tmp_path / str(attempt)).mkdir()
         with members(folder, world, SOON_S if only else NEVER_S, only, **given) as toys:
             assert toys.wait() == [1, 1] if only else [0] * world, toys.out(0)
@@ -247,7 +288,9 @@ OTHER_KEY = "another key, with 32 characters or more"
 @pytest.mark.parametrize("odd", [0, 1])
 def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
     """As where home directories are not shared; not only after the time-out, and no rank goes on without the others."""
-    with members(tmp_path, 3, 10 * NEVER_S, only=[rank for rank in range(3) if rank != odd]) as toys:
+    with members(
+        tmp_path, 3, 10 * NEVER_S, only=[rank for rank in range(3) if rank != odd]
+    ) as toys:
         toys.variables |= {"FASTBERT_RENDEZVOUS_KEY": OTHER_KEY}
         toys.start([odd])
         assert toys.wait() == [2, 2, 2]
@@ -259,7 +302,9 @@ def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
         stranger_to_0 = f"InputError: rank 0 at 127.0.0.1:{toys.port} {todo}\n"
         if odd == 0:
             assert said[1] == said[2] == stranger_to_0
-            assert said[0] in [f"InputError: {whom} {todo}\n" for whom in ("rank 1", "rank 2", "rank 1, rank 2")]
+            assert said[0] in [
+                f"InputError: {whom} {todo}\n" for whom in ("rank 1", "rank 2", "rank 1, rank 2")
+            ]
         else:
             assert said[1] == stranger_to_0 and said[0] == said[2] == f"InputError: rank 1 {todo}\n"
 
@@ -267,7 +312,9 @@ def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
 def test_a_rank_without_a_key_says_so(tmp_path):
     with members(tmp_path, 2, SOON_S, only=(0,), FASTBERT_RENDEZVOUS_KEY="short") as toys:
         assert toys.wait() == [2]
-        assert toys.out(0).startswith("InputError: FASTBERT_RENDEZVOUS_KEY has 5 characters; must have at least 32")
+        assert toys.out(0).startswith(
+            "InputError: FASTBERT_RENDEZVOUS_KEY has 5 characters; must have at least 32"
+        )
 
 
 STRANGE = [b'["bye", 0]', b'["gone", "\x1b[2J", 7]', b"\xff\x00", b"", b"{", b"[" * (7 << 20)]
@@ -276,10 +323,22 @@ STRANGE = [b'["bye", 0]', b'["gone", "\x1b[2J", 7]', b"\xff\x00", b"", b"{", b"[
 def test_a_stranger_does_not_keep_ranks_from_meeting(tmp_path):
     """Every place that can be known is taken before the ranks come, and some again while they wait."""
     agent: Any = hold_store("127.0.0.1", 0)
-    stranger: Any = dist.PrefixStore("fastbert", dist.TCPStore("127.0.0.1", agent.port, None, False, timeout=timedelta(seconds=NEVER_S)))
+    stranger: Any = dist.PrefixStore(
+        "fastbert",
+        dist.TCPStore("127.0.0.1", agent.port, None, False, timeout=timedelta(seconds=NEVER_S)),
+    )
 
     def scribble(value: bytes) -> None:
-        for place in ("register/0", "register/1", "register/2", "0", "1", "roster", "meeting/1/all", "watch/failure"):
+        for place in (
+            "register/0",
+            "register/1",
+            "register/2",
+            "0",
+            "1",
+            "roster",
+            "meeting/1/all",
+            "watch/failure",
+        ):
             stranger.set(place, value)
         stranger.check(["roster"])
 
@@ -288,11 +347,22 @@ def test_a_stranger_does_not_keep_ranks_from_meeting(tmp_path):
     with members(tmp_path, 3, only=(0, 1), **given) as toys:
         entered(toys, 1, toys.pid(1))
         (prefix,) = {
-            key.split("/")[1] for key in agent.list_keys() if key.endswith("/1") and key.count("/") == 2 and "/register/" not in key
+            key.split("/")[1]
+            for key in agent.list_keys()
+            if key.endswith("/1") and key.count("/") == 2 and "/register/" not in key
         }
         for value in STRANGE:
             scribble(value)
-            for place in ("roster", "2", "meeting/1/all", "meeting/1/2", "meeting/1/read/1", "meeting/2/all", "watch/failure", "watch/1"):
+            for place in (
+                "roster",
+                "2",
+                "meeting/1/all",
+                "meeting/1/2",
+                "meeting/1/read/1",
+                "meeting/2/all",
+                "watch/failure",
+                "watch/1",
+            ):
                 stranger.set(f"{prefix}/{place}", value)
         stranger.check(["roster"])
         toys.start([2])
@@ -320,41 +390,87 @@ def test_what_was_signed_for_an_earlier_attempt_is_refused(tmp_path):
     with members(tmp_path / "first", 2, **given) as toys:
         assert toys.wait() == [0, 0]
     (old,) = {key.split("/")[1] for key in agent.list_keys() if key.endswith("/roster")}
-    places = [key.split("/", 2)[2] for key in agent.list_keys() if key.startswith(f"fastbert/{old}/")]
-    copies = {place: agent.get(f"fastbert/{old}/{place}") for place in places if place.split("/")[0] in ("roster", "meeting")}
+    places = [
+        key.split("/", 2)[2] for key in agent.list_keys() if key.startswith(f"fastbert/{old}/")
+    ]
+    copies = {
+        place: agent.get(f"fastbert/{old}/{place}")
+        for place in places
+        if place.split("/")[0] in ("roster", "meeting")
+    }
     assert {"roster", "meeting/1/0", "meeting/1/all"} <= set(copies)
     with members(tmp_path, 3, only=(0, 1), **given) as toys:
         entered(toys, 1, toys.pid(1))
-        prefixes = {key.split("/")[1] for key in agent.list_keys() if key.endswith("/0") and key.count("/") == 2}
+        prefixes = {
+            key.split("/")[1]
+            for key in agent.list_keys()
+            if key.endswith("/0") and key.count("/") == 2
+        }
         (prefix,) = prefixes - {old, "register"}
         for place, value in copies.items():
             agent.set(f"fastbert/{prefix}/{place}", value)
         agent.check(["fastbert"])
         toys.start([2])
         assert toys.wait() == [0, 0, 0], [toys.err(rank) + toys.out(rank) for rank in range(3)]
-        assert "gathered [{'rank': 0, 'text': ''}, {'rank': 1, 'text': 'é'}, {'rank': 2, 'text': 'éé'}]" in toys.out(0)
+        assert (
+            "gathered [{'rank': 0, 'text': ''}, {'rank': 1, 'text': 'é'}, {'rank': 2, 'text': 'éé'}]"
+            in toys.out(0)
+        )
     del agent
 
 
 WRONG = {
     "RANK": ({"RANK": "3"}, "RANK = 3, but WORLD_SIZE is not set"),
     "no RANK": ({"WORLD_SIZE": "2"}, "RANK is not set, but WORLD_SIZE = 2"),
-    "RANK too large": ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK = 2; must be less than 2 (WORLD_SIZE = 2)"),
-    "WORLD_SIZE": ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two'; must be a whole number of 1 or more"),
+    "RANK too large": (
+        {"WORLD_SIZE": "2", "RANK": "2"},
+        "RANK = 2; must be less than 2 (WORLD_SIZE = 2)",
+    ),
+    "WORLD_SIZE": (
+        {"WORLD_SIZE": "two"},
+        "WORLD_SIZE = 'two'; must be a whole number of 1 or more",
+    ),
     "no world": ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0'"),
-    "no MASTER_ADDR": ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not set, but WORLD_SIZE = 2"),
-    "no LOCAL_RANK": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "LOCAL_RANK is not set"),
+    "no MASTER_ADDR": (
+        {"WORLD_SIZE": "2", "RANK": "0"},
+        "MASTER_ADDR is not set, but WORLD_SIZE = 2",
+    ),
+    "no LOCAL_RANK": (
+        {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"},
+        "LOCAL_RANK is not set",
+    ),
     "LOCAL_RANK": (
-        {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "x", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"},
+        {
+            "WORLD_SIZE": "4",
+            "RANK": "3",
+            "MASTER_ADDR": "x",
+            "LOCAL_RANK": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        },
         "LOCAL_RANK = 2; must be less than 2 (LOCAL_WORLD_SIZE = 2)",
     ),
     "LOCAL_SIZE": (
         {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "x", "LOCAL_RANK": "0", "LOCAL_SIZE": "8"},
         "LOCAL_SIZE = 8; must be less than 5 (WORLD_SIZE = 4)",
     ),
-    "no MASTER_PORT": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "LOCAL_RANK": "0"}, "MASTER_PORT is not set"),
-    "MASTER_PORT": ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "LOCAL_RANK": "0", "MASTER_PORT": "99999"}, "MASTER_PORT = 99999"),
-    "srun": ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS = 8: srun has started several processes, but WORLD_SIZE is not set"),
+    "no MASTER_PORT": (
+        {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "LOCAL_RANK": "0"},
+        "MASTER_PORT is not set",
+    ),
+    "MASTER_PORT": (
+        {
+            "WORLD_SIZE": "2",
+            "RANK": "0",
+            "MASTER_ADDR": "x",
+            "LOCAL_RANK": "0",
+            "MASTER_PORT": "99999",
+        },
+        "MASTER_PORT = 99999",
+    ),
+    "srun": (
+        {"SLURM_STEP_NUM_TASKS": "8"},
+        "SLURM_STEP_NUM_TASKS = 8: srun has started several processes, but WORLD_SIZE is not set",
+    ),
 }
 
 

@@ -31,7 +31,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc has this heap")
 def test_a_large_block_is_faulted_in_once():
     def faults(how: str) -> int:
-        return int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        return int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True
+            ).stdout
+        )
 
     pages = 5 * (1 << 26) // resource.getpagesize()
     kept, default = faults("keep"), faults("default")
@@ -54,14 +58,24 @@ with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
 """
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
+)
 def test_a_shape_of_long_ago_is_built_anew():
     def said(how: str, **environment: str) -> str:
-        bare = {name: value for name, value in os.environ.items() if name not in CACHES}  # another test may have set them
+        bare = {
+            name: value for name, value in os.environ.items() if name not in CACHES
+        }  # another test may have set them
         return subprocess.run(
-            [sys.executable, "-c", SHAPES, how], env={**bare, **environment}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", SHAPES, how],
+            env={**bare, **environment},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
 
     assert "create:cache_miss" in said("keep")
     assert "create:cache_hit" in said("default")
-    assert "create:cache_hit" in said("keep", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")  # the user's own word
+    assert "create:cache_hit" in said(
+        "keep", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024"
+    )  # the user's own word

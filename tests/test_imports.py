@@ -30,7 +30,13 @@ MAY_IMPORT = {
     # Who takes part in a run, whatever it computes.
     "fastbert.cluster": {"fastbert.errors"},
     # The data know neither the model nor the run; what is read while training knows nothing of how a dataset is made.
-    "fastbert.data": {"fastbert.child", "fastbert.config", "fastbert.durable", "fastbert.errors", "fastbert.machine"},
+    "fastbert.data": {
+        "fastbert.child",
+        "fastbert.config",
+        "fastbert.durable",
+        "fastbert.errors",
+        "fastbert.machine",
+    },
     # How a model lies on disk.
     "fastbert.checkpoints": {
         "fastbert.cluster",
@@ -80,7 +86,9 @@ MAY_IMPORT = {
     },
     "fastbert.cli": {"fastbert"},
     "fastbert.__main__": {"fastbert.cli"},
-    "fastbert": {"fastbert.tasks.load"},  # fastbert/__init__.py itself: `fastbert.load`, on first use
+    "fastbert": {
+        "fastbert.tasks.load"
+    },  # fastbert/__init__.py itself: `fastbert.load`, on first use
 }
 
 # A library and the only modules that may import it; a name that ends in a dot stands for a room, `*` for one part of a name.
@@ -93,8 +101,23 @@ ONLY_IN = {
 
 BLOCKED = ["triton", "deepspeed", "transformers"]
 NEED_TRITON = ["fastbert_kernels._launch"]  # it launches for kernel.py files, which alone import it
-NEED_THE_ENGINE = ["fastbert.training.engine", "fastbert.training.setup", "fastbert.training.monitor", "fastbert.training.loop"]
-HEAVY = ["torch", "numpy", "deepspeed", "transformers", "triton", "tokenizers", "pyarrow", "matplotlib", "tensorboard"]
+NEED_THE_ENGINE = [
+    "fastbert.training.engine",
+    "fastbert.training.setup",
+    "fastbert.training.monitor",
+    "fastbert.training.loop",
+]
+HEAVY = [
+    "torch",
+    "numpy",
+    "deepspeed",
+    "transformers",
+    "triton",
+    "tokenizers",
+    "pyarrow",
+    "matplotlib",
+    "tensorboard",
+]
 
 
 def module_name(path: Path) -> str:
@@ -117,9 +140,14 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             if node.level:
                 package = module_name(path).split(".")
                 package = package if path.name == "__init__.py" else package[:-1]
-                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+                base = ".".join(
+                    [*package[: len(package) - node.level + 1], *([base] if base else [])]
+                )
             for alias in node.names:
-                yield node.lineno, f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
+                yield (
+                    node.lineno,
+                    f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base,
+                )
 
 
 def below(name: str, room: str) -> bool:
@@ -128,13 +156,21 @@ def below(name: str, room: str) -> bool:
 
 def matches(name: str, pattern: str) -> bool:
     parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(w in ("*", p) for p, w in zip(parts, wanted, strict=True))
+    return len(parts) == len(wanted) and all(
+        w in ("*", p) for p, w in zip(parts, wanted, strict=True)
+    )
 
 
 def test_every_module_has_a_place_in_the_table():
     rooms = set(MAY_IMPORT) - {"fastbert"}
-    homeless = [name for name in MODULES if name != "fastbert" and not any(below(name, room) for room in rooms)]
-    assert not homeless, f"say in MAY_IMPORT of tests/test_imports.py what these may import: {homeless}"
+    homeless = [
+        name
+        for name in MODULES
+        if name != "fastbert" and not any(below(name, room) for room in rooms)
+    ]
+    assert not homeless, (
+        f"say in MAY_IMPORT of tests/test_imports.py what these may import: {homeless}"
+    )
     gone = [room for room in MAY_IMPORT if room not in MODULES]
     assert not gone, f"MAY_IMPORT of tests/test_imports.py names modules that are not there: {gone}"
 
@@ -152,10 +188,24 @@ def test_imports_point_one_way():
 
 
 def test_what_reads_the_store_does_not_know_how_it_is_made():
-    makers = {f"fastbert.data.{name}" for name in ("prepare", "documents", "sentences", "encode", "workers", "report", "baselines")}
+    makers = {
+        f"fastbert.data.{name}"
+        for name in (
+            "prepare",
+            "documents",
+            "sentences",
+            "encode",
+            "workers",
+            "report",
+            "baselines",
+        )
+    }
     readers = [name for name in MODULES if below(name, "fastbert.data") and name not in makers]
     wrong = [
-        f"{MODULES[name].relative_to(ROOT)}:{line} imports {t}" for name in readers for line, t in imports(MODULES[name]) if t in makers
+        f"{MODULES[name].relative_to(ROOT)}:{line} imports {t}"
+        for name in readers
+        for line, t in imports(MODULES[name])
+        if t in makers
     ]
     assert makers < set(MODULES) and not wrong, "\n".join(wrong)
 
@@ -166,18 +216,32 @@ def test_heavy_library_only_where_it_belongs(library):
         f"{path.relative_to(ROOT)}:{line}"
         for name, path in MODULES.items()
         for line, target in imports(path)
-        if below(target, library) and not any(matches(name, pattern) for pattern in ONLY_IN[library])
+        if below(target, library)
+        and not any(matches(name, pattern) for pattern in ONLY_IN[library])
     ]
-    assert not wrong, f"{library} may be imported only in {ONLY_IN[library]}, but is in:\n" + "\n".join(wrong)
+    assert not wrong, (
+        f"{library} may be imported only in {ONLY_IN[library]}, but is in:\n" + "\n".join(wrong)
+    )
 
 
 def fresh(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in a Python that has loaded nothing yet."""
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
 
 
 def test_modules_do_without_triton_deepspeed_and_transformers():
-    exempt = ["fastbert.__main__", *NEED_TRITON, *NEED_THE_ENGINE, *(pattern for library in BLOCKED for pattern in ONLY_IN[library])]
+    exempt = [
+        "fastbert.__main__",
+        *NEED_TRITON,
+        *NEED_THE_ENGINE,
+        *(pattern for library in BLOCKED for pattern in ONLY_IN[library]),
+    ]
     names = [name for name in MODULES if not any(matches(name, pattern) for pattern in exempt)]
     # None in sys.modules makes `import triton` raise ModuleNotFoundError, and importlib.util.find_spec say that it is not there.
     code = f"""

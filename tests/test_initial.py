@@ -59,7 +59,12 @@ def folder(original, tmp_path) -> Path:
 def recipe(tmp_path, small_dataset, folder) -> Path:
     path = tmp_path / "recipe.toml"
     deepspeed = ROOT / "ds_config.json"
-    path.write_text(RECIPE.format(dataset=small_dataset.path, run=tmp_path / "run", init=folder, deepspeed=deepspeed), encoding="utf-8")
+    path.write_text(
+        RECIPE.format(
+            dataset=small_dataset.path, run=tmp_path / "run", init=folder, deepspeed=deepspeed
+        ),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -80,7 +85,9 @@ def test_training_begins_with_its_weights_and_its_sizes(recipe, folder, tmp_path
     before, after = fastbert.load(folder), fastbert.load(tmp_path / "run")
     assert after.config.hidden_size == 32 and after.config.max_position_embeddings == 32
     for name, tensor in before.model.state_dict().items():
-        torch.testing.assert_close(after.model.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            after.model.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name
+        )
     np.testing.assert_allclose(after.encode(TEXTS), before.encode(TEXTS), rtol=0, atol=1e-5)
 
 
@@ -113,7 +120,10 @@ def test_heads_that_are_missing_begin_anew(recipe, folder, original, tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.num_hidden_layers=4", ["recipe.toml: model.num_hidden_layers = 4", "init = ", "has 2", "leave it out"]),
+        (
+            "model.num_hidden_layers=4",
+            ["recipe.toml: model.num_hidden_layers = 4", "init = ", "has 2", "leave it out"],
+        ),
         ("model.preset=mini", ["model.hidden_size = 256", "has 32"]),
         ("model.initial_attention=adjacent", ["model.initial_attention", "choose one"]),
         ("batch.max_length=128", ["batch.max_length = 128", "max_position_embeddings = 32"]),
@@ -121,13 +131,17 @@ def test_heads_that_are_missing_begin_anew(recipe, folder, original, tmp_path):
     ],
 )
 def test_what_contradicts_it_is_one_line(recipe, override, words):
-    message = refusal(recipe, override, *(["batch.micro_batch_tokens=512"] if "max_length" in override else []))
+    message = refusal(
+        recipe, override, *(["batch.micro_batch_tokens=512"] if "max_length" in override else [])
+    )
     assert all(word in message for word in words), message
 
 
 def test_other_tokens_are_refused(recipe, folder, tmp_path):
     words = list(load_tokenizer(folder).get_vocab())
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", *(w for w in words if w != "[PAD]")]) + "\n", encoding="utf-8")
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", *(w for w in words if w != "[PAD]")]) + "\n", encoding="utf-8"
+    )
     (folder / "tokenizer.json").unlink()
     save_tokenizer(load_tokenizer(tmp_path / "vocab.txt"), folder)
     message = refusal(recipe)
@@ -166,7 +180,9 @@ def test_numbers_beyond_single_precision_are_not_finite(recipe, folder):
 def test_a_decoder_of_its_own_is_refused(recipe, folder):
     from transformers import BertForPreTraining
 
-    model = BertForPreTraining.from_pretrained(folder, config=BertConfig.from_pretrained(folder, tie_word_embeddings=False))
+    model = BertForPreTraining.from_pretrained(
+        folder, config=BertConfig.from_pretrained(folder, tie_word_embeddings=False)
+    )
     torch.nn.init.normal_(model.cls.predictions.decoder.weight)
     model.save_pretrained(folder)
     assert "decoder is not tied" in refusal(recipe)

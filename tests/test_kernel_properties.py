@@ -39,12 +39,16 @@ def shapes(draw: st.DrawFn, spec: Spec) -> Shape:
     for axis in draw(st.sampled_from(list(kinds(spec)))):
         listed = [other[axis] for other in spec.shapes if axis in other]
         if axis == "lengths":
-            near = st.sampled_from(sorted({0, *itertools.chain(*listed)})).flatmap(lambda n: st.integers(max(n - 1, 0), n + 1))
+            near = st.sampled_from(sorted({0, *itertools.chain(*listed)})).flatmap(
+                lambda n: st.integers(max(n - 1, 0), n + 1)
+            )
             shape[axis] = draw(st.lists(near, min_size=1, max_size=3))
         elif axis == "K":
             shape[axis] = draw(st.sampled_from(range(16, 129, 16)))
         else:
-            shape[axis] = max(draw(st.sampled_from(listed)) + draw(st.integers(-1, 1)), 0 if axis in "TM" else 1)
+            shape[axis] = max(
+                draw(st.sampled_from(listed)) + draw(st.integers(-1, 1)), 0 if axis in "TM" else 1
+            )
     for part, whole in (("M", shape.get("T", 0)), ("R", sum(shape.get("lengths", ())))):
         if part in shape:
             shape[part] = min(shape[part], whole)
@@ -112,9 +116,14 @@ def test_strided_inputs_give_the_same_bits_as_contiguous_ones(name, shape, dtype
     arguments = inputs(name, dtype, shape=shape)
     compact = {key: value.contiguous() for key, value in tensors(arguments).items()}
     strided = {key: layout(value) for key, value in compact.items()}
-    one, other = run(SPECS[name], arguments | compact, "triton"), run(SPECS[name], arguments | strided, "triton")
+    one, other = (
+        run(SPECS[name], arguments | compact, "triton"),
+        run(SPECS[name], arguments | strided, "triton"),
+    )
     if name == "mlm_loss" and (GPU or dtype == torch.float32):
-        torch.testing.assert_close(one, other)  # its backward products are torch's, which may go another way through other strides
+        torch.testing.assert_close(
+            one, other
+        )  # its backward products are torch's, which may go another way through other strides
     else:
         assert_same(one, other)
 
@@ -123,7 +132,12 @@ def test_strided_inputs_give_the_same_bits_as_contiguous_ones(name, shape, dtype
 def test_columns_that_lie_apart_are_refused_by_name(name, shape, dtype):
     arguments = inputs(name, dtype, shape=shape)
     for key, value in tensors(arguments).items():
-        with pytest.raises(ValueError, match=rf": {key} has stride 2 along its last axis, expected 1"), watched("triton"):
+        with (
+            pytest.raises(
+                ValueError, match=rf": {key} has stride 2 along its last axis, expected 1"
+            ),
+            watched("triton"),
+        ):
             SPECS[name].function(**{**arguments, key: every_other_column(value)}, impl="triton")
 
 
@@ -148,7 +162,11 @@ def far_apart(x: torch.Tensor, axis: int) -> torch.Tensor:
     strides[axis] = 2**31 // (x.shape[axis] - 1) // 16 * 16 + 16
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
-        storage = x.new_empty(2**31 + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)))
+        storage = x.new_empty(
+            2**31
+            + 1
+            + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+        )
     except RuntimeError as error:
         pytest.skip(f"no room for 2^31 elements of {x.element_size()} bytes: {error}")
     finally:
@@ -161,7 +179,9 @@ def test_offsets_beyond_32_bits(name, key, axis, monkeypatch):
     """Without the sanitizer, whose shadow of such a tensor would be real memory; in fp16, since the stock interpreter is wrong in bf16."""
     monkeypatch.setattr(test_kernels, "watched", lambda _: contextlib.nullcontext())
     arguments = inputs(name, torch.float16)
-    with mock.patch.object(GridExecutor, "_restore_args_dev", lambda *_: None):  # stock, it copies storages onto themselves
+    with mock.patch.object(
+        GridExecutor, "_restore_args_dev", lambda *_: None
+    ):  # stock, it copies storages onto themselves
         near = run(SPECS[name], arguments, "triton")
         far = run(SPECS[name], arguments | {key: far_apart(arguments[key], axis)}, "triton")
     assert_same(near, far)
@@ -174,8 +194,12 @@ def test_offsets_beyond_32_bits(name, key, axis, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype, cut):
     lengths, order = [40, 129 if dtype == torch.float16 else 128, 1, 0, 33, 16], [3, 4, 1, 5, 0, 2]
-    arguments = inputs("attention", dtype, shape={"lengths": lengths, "H": 2, "K": 32} | ({"R": 90} if cut else {}))
-    upstream = torch.randn(arguments["q"].shape, generator=torch.Generator().manual_seed(2)).to(arguments["q"])
+    arguments = inputs(
+        "attention", dtype, shape={"lengths": lengths, "H": 2, "K": 32} | ({"R": 90} if cut else {})
+    )
+    upstream = torch.randn(arguments["q"].shape, generator=torch.Generator().manual_seed(2)).to(
+        arguments["q"]
+    )
 
     def outcome(order: list[int]) -> list[dict[str, torch.Tensor]]:
         """Results and gradients of each sequence, in the order of `lengths`, packed in another one."""
@@ -187,15 +211,25 @@ def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype,
             asked = arguments["queries"][place] == tokens
             rows, more = place[asked], {"queries": asked.nonzero()[:, 0]}
         bounds = list(itertools.accumulate((lengths[i] for i in order), initial=0))
-        more |= {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32, device=DEVICE), "keys": arguments["keys"][order]}
-        leaves = {"q": arguments["q"][rows], "k": arguments["k"][tokens], "v": arguments["v"][tokens]}
+        more |= {
+            "cu_seqlens": torch.tensor(bounds, dtype=torch.int32, device=DEVICE),
+            "keys": arguments["keys"][order],
+        }
+        leaves = {
+            "q": arguments["q"][rows],
+            "k": arguments["k"][tokens],
+            "v": arguments["v"][tokens],
+        }
         leaves = {key: value.detach().requires_grad_() for key, value in leaves.items()}
         with watched("triton"):
             result = SPECS["attention"].function(**arguments | more | leaves, impl="triton")
             result.backward(upstream[rows])
         back = {"result": rows, "q": rows, "k": tokens, "v": tokens}
         found = {"result": result.detach()} | {key: leaf.grad for key, leaf in leaves.items()}
-        return {key: torch.empty_like(value).index_copy_(0, back[key], value) for key, value in found.items()}
+        return {
+            key: torch.empty_like(value).index_copy_(0, back[key], value)
+            for key, value in found.items()
+        }
 
     assert_same(outcome(list(range(len(lengths)))), outcome(order))
 
@@ -207,34 +241,53 @@ def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype,
 def test_attention_of_a_sequence_does_not_depend_on_the_longest_of_the_pack(size, dtype, cut, p):
     """Up to 64 tokens it goes through the same tile whether longer ones are in the pack, which take another launch, or not."""
     lengths = [64, 128, 1, 65, 33, 0]
-    arguments = inputs("attention", DTYPES[dtype], p, {"lengths": lengths, "H": 2, "K": size} | ({"R": 100} if cut else {}))
+    arguments = inputs(
+        "attention",
+        DTYPES[dtype],
+        p,
+        {"lengths": lengths, "H": 2, "K": size} | ({"R": 100} if cut else {}),
+    )
     together = run(SPECS["attention"], arguments, "triton")
     ends = arguments["cu_seqlens"].tolist()
     # The same upstream gradients as in `run`, of which each sequence takes its own.
-    upstream = torch.randn(arguments["q"].shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(arguments["q"])
+    upstream = torch.randn(
+        arguments["q"].shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    ).to(arguments["q"])
     for i, length in enumerate(lengths):
         tokens = rows = slice(ends[i], ends[i + 1])
         alone = {"cu_seqlens": torch.tensor([0, length], dtype=torch.int32), "max_seqlen": length}
         if p:
             alone["keys"] = arguments["keys"][i : i + 1]
         if cut:
-            first, last = torch.searchsorted(arguments["queries"], torch.tensor(ends[i : i + 2])).tolist()
+            first, last = torch.searchsorted(
+                arguments["queries"], torch.tensor(ends[i : i + 2])
+            ).tolist()
             rows, alone["queries"] = slice(first, last), arguments["queries"][first:last] - ends[i]
         if rows.start == rows.stop:
             continue
-        leaves = {key: arguments[key][rows if key == "q" else tokens].detach().requires_grad_() for key in "qkv"}
+        leaves = {
+            key: arguments[key][rows if key == "q" else tokens].detach().requires_grad_()
+            for key in "qkv"
+        }
         with watched("triton"):
-            result = SPECS["attention"].function(**arguments | place(alone | leaves, DEVICE), impl="triton")
+            result = SPECS["attention"].function(
+                **arguments | place(alone | leaves, DEVICE), impl="triton"
+            )
             result.backward(upstream[rows].to(DEVICE))
         assert torch.equal(result.cpu(), together["result"][rows]), f"{length} tokens"
         for key, leaf in leaves.items():
-            assert torch.equal(leaf.grad.cpu(), together[f"d{key}"][rows if key == "q" else tokens]), f"d{key} of {length} tokens"
+            assert torch.equal(
+                leaf.grad.cpu(), together[f"d{key}"][rows if key == "q" else tokens]
+            ), f"d{key} of {length} tokens"
 
 
 # Padding: rows behind the last sequence, and empty sequences at the end
 
 PADDED = [
-    pytest.param({"lengths": lengths, "H": 2, "K": 32, "rest": rest} | cut, id=f"{label}-{'cut' if cut else 'all'}")
+    pytest.param(
+        {"lengths": lengths, "H": 2, "K": 32, "rest": rest} | cut,
+        id=f"{label}-{'cut' if cut else 'all'}",
+    )
     for label, lengths, rest in (
         ("one tile", [40, 9, 100, 0, 0], 200),
         ("small tile", [40, 9, 64], 17),
@@ -259,10 +312,14 @@ def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, 
     if "queries" in arguments:
         kept["q"] = int((arguments["queries"] < end).sum())
         assert 0 < kept["q"] < len(arguments["queries"])
-    arguments |= {key: arguments[key].clone() for key in kept}  # apart, not slices of one projection
+    arguments |= {
+        key: arguments[key].clone() for key in kept
+    }  # apart, not slices of one projection
     for key, rows in kept.items():
         arguments[key][rows:] = float("nan")
-    real = next(i for i in range(len(shape["lengths"]) + 1) if not any(shape["lengths"][i:]))  # sequences but for empty ones at the end
+    real = next(
+        i for i in range(len(shape["lengths"]) + 1) if not any(shape["lengths"][i:])
+    )  # sequences but for empty ones at the end
     bare = arguments | {key: arguments[key][:rows] for key, rows in kept.items()}
     bare |= {"cu_seqlens": arguments["cu_seqlens"][: real + 1], "keys": arguments["keys"][:real]}
     if "queries" in arguments:
@@ -277,7 +334,9 @@ def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, 
             upstream = torch.ones_like(result)
             upstream[kept["q"] :] = float("nan")
             result.backward(upstream)
-        found.append({"result": result.detach(), **{f"d{key}": leaf.grad for key, leaf in leaves.items()}})
+        found.append(
+            {"result": result.detach(), **{f"d{key}": leaf.grad for key, leaf in leaves.items()}}
+        )
     padded, plain = found
     for key, value in padded.items():
         rows = kept["q" if key == "result" else key[1:]]
@@ -288,7 +347,9 @@ def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, 
 def test_a_list_of_work_for_another_batch_is_refused():
     arguments = inputs("attention", shape=PACK)
     other = attention_worklist(arguments["cu_seqlens"][:-1], len(arguments["k"]))
-    with pytest.raises(ValueError, match=r"varlen_attention: worklist has shape \[4, 2\], expected \[5, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"varlen_attention: worklist has shape \[4, 2\], expected \[5, 2\]"
+    ):
         SPECS["attention"].function(**arguments, worklist=other, impl="triton")
 
 
@@ -303,20 +364,34 @@ def test_another_dtype_shape_or_device_is_refused_by_name(name, impl):
             spec.function(**{**arguments, key: value.to(torch.int8)}, impl=impl)
         with pytest.raises(ValueError, match=rf": {key} has shape \[1, "):
             spec.function(**{**arguments, key: value[None]}, impl=impl)
-        with pytest.raises(ValueError, match=r": \w+ has shape \["):  # of one that sets a size the others are refused
+        with pytest.raises(
+            ValueError, match=r": \w+ has shape \["
+        ):  # of one that sets a size the others are refused
             spec.function(**{**arguments, key: value[..., :-1]}, impl=impl)
-        with pytest.raises(ValueError, match=rf": \w+ is on (meta|{DEVICE}).*, the other tensors on (meta|{DEVICE})") as error:
+        with pytest.raises(
+            ValueError,
+            match=rf": \w+ is on (meta|{DEVICE}).*, the other tensors on (meta|{DEVICE})",
+        ) as error:
             spec.function(**{**arguments, key: value.to("meta")}, impl=impl)
         if f": {key} is on meta" not in str(error.value):
             leaders.append(key)
-    assert len(leaders) == 1, "one argument sets the device; of that one it is the others that are refused"
+    assert len(leaders) == 1, (
+        "one argument sets the device; of that one it is the others that are refused"
+    )
 
 
 @pytest.mark.parametrize("name", TRITON)
 def test_fp64_is_refused_by_name(name):
     spec = SPECS[name]
-    wide = {key: value.double() for key, value in tensors(inputs(name)).items() if value.is_floating_point()}
-    with pytest.raises(TypeError, match=rf": ({'|'.join(wide)}) is float64, which impl = \"triton\" does not compute in"):
+    wide = {
+        key: value.double()
+        for key, value in tensors(inputs(name)).items()
+        if value.is_floating_point()
+    }
+    with pytest.raises(
+        TypeError,
+        match=rf": ({'|'.join(wide)}) is float64, which impl = \"triton\" does not compute in",
+    ):
         spec.function(**inputs(name) | wide, impl="triton")
 
 
@@ -324,11 +399,16 @@ def test_fp64_is_refused_by_name(name):
 @pytest.mark.parametrize("name", TRITON)
 def test_without_a_gpu_or_the_interpreter_triton_is_refused(name, monkeypatch):
     monkeypatch.setattr("fastbert_kernels._triton.INTERPRETED", False)
-    with pytest.raises(ValueError, match=r": \w+ is on the CPU, where impl = \"triton\" runs in Triton's interpreter alone"):
+    with pytest.raises(
+        ValueError,
+        match=r": \w+ is on the CPU, where impl = \"triton\" runs in Triton's interpreter alone",
+    ):
         SPECS[name].function(**inputs(name), impl="triton")
 
 
-@pytest.mark.parametrize(("name", "impl"), [(name, impl) for name, impl in EVERY if SPECS[name].dropout])
+@pytest.mark.parametrize(
+    ("name", "impl"), [(name, impl) for name, impl in EVERY if SPECS[name].dropout]
+)
 def test_dropout_is_checked(name, impl):
     spec, arguments = SPECS[name], inputs(name)
     for p in (-0.1, 1.0, 1.5, float("nan")):
@@ -347,7 +427,9 @@ INDICES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "key", "shape"), [case for case in INDICES if case.values[1] != "cu_seqlens"])
+@pytest.mark.parametrize(
+    ("name", "key", "shape"), [case for case in INDICES if case.values[1] != "cu_seqlens"]
+)
 def test_an_index_out_of_range_is_refused_by_name(name, key, shape):
     spec, arguments = SPECS[name], inputs(name, shape=shape)
     for where, value in ((0, -1), (-1, 2**40)):
@@ -355,7 +437,9 @@ def test_an_index_out_of_range_is_refused_by_name(name, key, shape):
         arguments[key][where] = value
         low, high = ("-1", r"\d+") if value < 0 else (r"-?\d+", value)
         for impl in [impl for other, impl in EVERY if other == name]:
-            with pytest.raises(ValueError, match=rf": {key} span {low} to {high}; must be in \[0, \w+ = \d+\)"):
+            with pytest.raises(
+                ValueError, match=rf": {key} span {low} to {high}; must be in \[0, \w+ = \d+\)"
+            ):
                 spec.function(**arguments, check_values=True, impl=impl)
 
 
@@ -381,7 +465,10 @@ PACK = {"lengths": [15, 16, 17, 1], "H": 2, "K": 16}  # T = 49
     [
         ({"cu_seqlens": [1, 15, 31, 48, 49]}, "cu_seqlens starts at 1, expected 0"),
         ({"cu_seqlens": [-1, 15, 31, 48, 49]}, "cu_seqlens starts at -1, expected 0"),
-        ({"cu_seqlens": [0, 31, 15, 48, 49]}, "cu_seqlens falls from 31 to 15 at sequence 1, expected to ascend"),
+        (
+            {"cu_seqlens": [0, 31, 15, 48, 49]},
+            "cu_seqlens falls from 31 to 15 at sequence 1, expected to ascend",
+        ),
         ({"cu_seqlens": [0, 15, 31, 48, 50]}, "cu_seqlens ends at 50, expected at most T = 49"),
         ({"max_seqlen": 16}, "max_seqlen = 16, but cu_seqlens has a sequence of 17 tokens"),
         ({"queries": [0, 5, 4]}, "queries holds 5 and then 4, expected to ascend"),
@@ -399,12 +486,17 @@ def test_the_values_of_a_pack_are_checked(change, message, impl):
         arguments["q"] = arguments["q"][:3]
     for key, value in change.items():
         like = torch.int64 if key == "queries" else torch.int32
-        arguments[key] = torch.tensor(value, dtype=like, device=DEVICE) if isinstance(value, list) else value
+        arguments[key] = (
+            torch.tensor(value, dtype=like, device=DEVICE) if isinstance(value, list) else value
+        )
     with pytest.raises(ValueError, match=f"varlen_attention: {message}"):
         SPECS["attention"].function(**arguments, impl=impl)
 
 
 @pytest.mark.parametrize("size", [8, 24, 144])
 def test_a_head_size_that_triton_does_not_have_is_refused(size):
-    with pytest.raises(ValueError, match=f'varlen_attention: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"'):
+    with pytest.raises(
+        ValueError,
+        match=f'varlen_attention: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"',
+    ):
         SPECS["attention"].function(**inputs("attention", shape=PACK | {"K": size}), impl="triton")

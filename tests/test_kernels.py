@@ -25,7 +25,9 @@ def cases():
                     size = "-".join(str(value).replace(" ", "") for value in shape.values())
                     for dtype in DTYPES:
                         if (impl, dtype) != ("cpu", "fp16"):  # nobody trains in fp16 on a CPU
-                            yield pytest.param(name, impl, shape, p, dtype, id=f"{name}-{impl}-{size}-p{p}-{dtype}")
+                            yield pytest.param(
+                                name, impl, shape, p, dtype, id=f"{name}-{impl}-{size}-p{p}-{dtype}"
+                            )
 
 
 def place(arguments, device):
@@ -35,7 +37,9 @@ def place(arguments, device):
         whole = x if x._base is None else x._base
         return whole.to(device).as_strided(x.size(), x.stride(), x.storage_offset())
 
-    return {name: moved(value) if torch.is_tensor(value) else value for name, value in arguments.items()}
+    return {
+        name: moved(value) if torch.is_tensor(value) else value for name, value in arguments.items()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -55,20 +59,31 @@ def run(spec, arguments, impl, dtype=None):
     """The result and every gradient, on the CPU, under upstream gradients that a seed fixes."""
     arguments = place(arguments, "cuda" if GPU and impl == "triton" else "cpu")
     arguments = {
-        name: (value.to(dtype) if dtype and torch.is_tensor(value) and value.is_floating_point() else value)
+        name: (
+            value.to(dtype)
+            if dtype and torch.is_tensor(value) and value.is_floating_point()
+            else value
+        )
         for name, value in arguments.items()
     }
     if not spec.dropout:
-        arguments = {name: value for name, value in arguments.items() if name not in ("dropout_p", "keys")}
+        arguments = {
+            name: value for name, value in arguments.items() if name not in ("dropout_p", "keys")
+        }
     leaves = [name for name in spec.differentiable if arguments[name] is not None]
     for name in leaves:
         arguments[name] = arguments[name].detach().requires_grad_()
     with watched(impl):
         result = spec.function(**arguments, impl=impl)
         result = result[0] if isinstance(result, tuple) else result
-        upstream = torch.randn(result.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        upstream = torch.randn(
+            result.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+        )
         result.backward(upstream.to(result))
-    return {"result": result.detach().cpu(), **{f"d{name}": arguments[name].grad.cpu() for name in leaves}}
+    return {
+        "result": result.detach().cpu(),
+        **{f"d{name}": arguments[name].grad.cpu() for name in leaves},
+    }
 
 
 @pytest.mark.parametrize(("name", "impl", "shape", "p", "dtype"), list(cases()))
@@ -87,16 +102,24 @@ def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
         assert ours[key].dtype == plain[key].dtype, key
         if not truth.numel():
             continue
-        scale = float(truth.abs().max()) or 8 * max(float(other.abs().max()) for other in exact.values() if other.numel())
-        allowed = 2 * float((plain[key] - truth).abs().max()) + torch.finfo(DTYPES[dtype]).eps * scale
+        scale = float(truth.abs().max()) or 8 * max(
+            float(other.abs().max()) for other in exact.values() if other.numel()
+        )
+        allowed = (
+            2 * float((plain[key] - truth).abs().max()) + torch.finfo(DTYPES[dtype]).eps * scale
+        )
         error = float((ours[key] - truth).abs().max())
-        assert error <= allowed, f"{name} {impl}: {key} is off by {error:.3g}, allowed {allowed:.3g}"
+        assert error <= allowed, (
+            f"{name} {impl}: {key} is off by {error:.3g}, allowed {allowed:.3g}"
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_takes_1_and_8192_tokens_in_one_batch(dtype):
     """Few queries, so that the reference's scores fit; not in SPECS, where others draw shapes around it."""
-    test_agrees_with_the_reference_in_fp64("attention", "triton", {"lengths": [1, 8192, 130], "H": 1, "K": 32, "R": 60}, 0.1, dtype)
+    test_agrees_with_the_reference_in_fp64(
+        "attention", "triton", {"lengths": [1, 8192, 130], "H": 1, "K": 32, "R": 60}, 0.1, dtype
+    )
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 15, 16, 17, 64, 255])
@@ -104,7 +127,9 @@ def test_cpu_masks_are_those_of_the_definition(columns):
     rows = torch.randint(-(2**63), 2**63 - 1, (50,), generator=torch.Generator().manual_seed(1))
     lo, hi = site_keys(rows, 12, heads=3)
     fast_lo, fast_hi = site_keys_cpu(rows, 12, heads=3)
-    assert torch.equal(keep_mask(lo, hi, columns, 0.1), keep_mask_cpu(fast_lo, fast_hi, columns, 0.1).bool())
+    assert torch.equal(
+        keep_mask(lo, hi, columns, 0.1), keep_mask_cpu(fast_lo, fast_hi, columns, 0.1).bool()
+    )
 
 
 def test_cut_queries_leave_the_other_outputs_as_they_are():
@@ -113,7 +138,9 @@ def test_cut_queries_leave_the_other_outputs_as_they_are():
     queries = torch.tensor([0, 3, 11, 12, 40])
     for impl in spec.implementations:
         whole = spec.function(**arguments, impl=impl)
-        cut = spec.function(**{**arguments, "q": arguments["q"][queries], "queries": queries}, impl=impl)
+        cut = spec.function(
+            **{**arguments, "q": arguments["q"][queries], "queries": queries}, impl=impl
+        )
         torch.testing.assert_close(cut, whole[queries], rtol=0, atol=1e-6)
 
 
@@ -126,7 +153,12 @@ def test_masked_cross_entropy_without_tokens_is_zero():
 
 
 ERRORS = [
-    ("attention", {"cu_seqlens": torch.zeros(3, dtype=torch.int64)}, TypeError, "cu_seqlens is int64, expected int32"),
+    (
+        "attention",
+        {"cu_seqlens": torch.zeros(3, dtype=torch.int64)},
+        TypeError,
+        "cu_seqlens is int64, expected int32",
+    ),
     ("attention", {"k": torch.zeros(2, 2)}, ValueError, "k has shape"),
     ("attention", {"keys": None}, ValueError, "dropout_p = 0.1 needs keys"),
     ("attention", {"dropout_p": 1.0}, ValueError, "dropout_p = 1.0"),
@@ -134,9 +166,24 @@ ERRORS = [
     ("norm", {"weight": torch.zeros(3)}, ValueError, "weight has shape"),
     ("norm", {"x": torch.zeros(2, 2, dtype=torch.int32)}, TypeError, "x is int32"),
     ("gelu", {"bias": torch.zeros(3)}, ValueError, "bias has shape"),
-    ("embedding", {"segments": torch.zeros(2, dtype=torch.int32)}, ValueError, "segments has shape"),
-    ("mlm_loss", {"labels": torch.full((15,), 1000), "check_values": True}, ValueError, "labels span 1000 to 1000"),
-    ("mlm_loss", {"labels": torch.full((15,), -1), "check_values": True}, ValueError, "labels span -1 to -1"),
+    (
+        "embedding",
+        {"segments": torch.zeros(2, dtype=torch.int32)},
+        ValueError,
+        "segments has shape",
+    ),
+    (
+        "mlm_loss",
+        {"labels": torch.full((15,), 1000), "check_values": True},
+        ValueError,
+        "labels span 1000 to 1000",
+    ),
+    (
+        "mlm_loss",
+        {"labels": torch.full((15,), -1), "check_values": True},
+        ValueError,
+        "labels span -1 to -1",
+    ),
 ]
 
 

@@ -50,7 +50,9 @@ def step(model, impl, batch):
     with watched(impl):
         loss = losses(model(batch)).loss
         loss.backward()
-    return {"loss": loss.detach().cpu()} | {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+    return {"loss": loss.detach().cpu()} | {
+        name: parameter.grad.cpu() for name, parameter in model.named_parameters()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -75,29 +77,47 @@ def test_the_same_masks_with_dropout(impl):
     """A single element dropped otherwise would show in the third digit."""
     batch = make_batch(LENGTHS)
     want, have = (step(build(0.2), name, batch) for name in ("reference", impl))
-    other = step(build(0.2), "reference", dataclasses.replace(batch, dropout_keys=batch.dropout_keys + 1))
+    other = step(
+        build(0.2), "reference", dataclasses.replace(batch, dropout_keys=batch.dropout_keys + 1)
+    )
     assert abs(want["loss"] - other["loss"]) > 1e-3
     for name, value in want.items():
         torch.testing.assert_close(
-            have[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()), msg=lambda m, name=name: f"{name}: {m}"
+            have[name],
+            value,
+            rtol=1e-4,
+            atol=1e-4 * float(value.abs().max()),
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 
 def padded(batch, rest):
     """The same pack with `rest` tokens behind the last sequence, which belong to none."""
-    rows = {name: torch.nn.functional.pad(getattr(batch, name), (0, rest)) for name in ("input_ids", "token_type_ids", "position_ids")}
+    rows = {
+        name: torch.nn.functional.pad(getattr(batch, name), (0, rest))
+        for name in ("input_ids", "token_type_ids", "position_ids")
+    }
     return dataclasses.replace(batch, **rows)
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, [33, 8, 100]], ids=["several tiles", "up to 128 tokens"])
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, [33, 8, 100]], ids=["several tiles", "up to 128 tokens"]
+)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_padded_pack_has_the_loss_and_gradients_of_the_bare_one(impl, lengths):
     """With dropout: the masks stay, too."""
     batch = make_batch(lengths)
-    want, have = (step(build(0.2), name, pack) for name, pack in (("reference", batch), (impl, padded(batch, 37))))
+    want, have = (
+        step(build(0.2), name, pack)
+        for name, pack in (("reference", batch), (impl, padded(batch, 37)))
+    )
     for name, value in want.items():
         torch.testing.assert_close(
-            have[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()), msg=lambda m, name=name: f"{name}: {m}"
+            have[name],
+            value,
+            rtol=1e-4,
+            atol=1e-4 * float(value.abs().max()),
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 
@@ -124,4 +144,6 @@ def test_twenty_steps_give_the_same_curve():
     want = curves["reference"]
     assert want[-4:].mean() < want[:4].mean() - 0.5  # it learns
     for impl, have in curves.items():
-        torch.testing.assert_close(have, want, rtol=1e-3, atol=0, msg=lambda m, impl=impl: f"{impl}: {m}")
+        torch.testing.assert_close(
+            have, want, rtol=1e-3, atol=0, msg=lambda m, impl=impl: f"{impl}: {m}"
+        )

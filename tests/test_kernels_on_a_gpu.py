@@ -7,7 +7,10 @@ from fastbert_kernels import layer_norm, masked_cross_entropy
 from fastbert_kernels.specs import SPECS
 from tests.test_kernels import run
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -23,7 +26,11 @@ def test_the_same_bits_at_every_run(name):
 def test_the_loss_needs_a_tenth_of_the_memory_at_the_most():
     """At M = 8,192, D = 768, V = 30,522, forward and backward, gradients left out of the count on both sides."""
     draw = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
-    leaves = [torch.randn(8192, 768, **draw), torch.randn(30522, 768, **draw), torch.randn(30522, **draw)]
+    leaves = [
+        torch.randn(8192, 768, **draw),
+        torch.randn(30522, 768, **draw),
+        torch.randn(30522, **draw),
+    ]
     labels = torch.randint(30522, (8192,), device="cuda")
     peaks = {}
     for impl in ("triton", "reference"):
@@ -34,7 +41,9 @@ def test_the_loss_needs_a_tenth_of_the_memory_at_the_most():
         before = torch.cuda.memory_allocated()
         masked_cross_entropy(*leaves, None, labels, total=8192, impl=impl)[0].backward()
         torch.cuda.synchronize()
-        gradients = sum(leaf.nbytes for leaf in leaves)  # those of this pass, before they are added to .grad
+        gradients = sum(
+            leaf.nbytes for leaf in leaves
+        )  # those of this pass, before they are added to .grad
         peaks[impl] = torch.cuda.max_memory_allocated() - before - gradients
     assert peaks["triton"] <= peaks["reference"] / 10, peaks
 
@@ -52,4 +61,6 @@ def test_more_than_2_to_the_31_elements():
     want = torch.nn.functional.layer_norm(last, (size,), weight.float(), shift.float(), 1e-12)
     want.backward(y.detach()[-500:].float())
     torch.testing.assert_close(y[-500:].float(), want, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(x.grad[-500:].float(), last.grad, rtol=0.02, atol=0.02 * float(last.grad.abs().max()))
+    torch.testing.assert_close(
+        x.grad[-500:].float(), last.grad, rtol=0.02, atol=0.02 * float(last.grad.abs().max())
+    )

@@ -19,21 +19,62 @@ def write(path: Path, data: str | bytes) -> Path:
 
 
 def test_csv_with_quotes_newlines_and_a_byte_order_mark(tmp_path):
-    found = read_examples(write(tmp_path / "x.csv", '\ufefftext,label\n"a, ""b""\nsecond line",x\n\nplain,y\n'))
-    assert found.first == ['a, "b"\nsecond line', "plain"] and found.labels == ["x", "y"] and found.second == []
+    found = read_examples(
+        write(tmp_path / "x.csv", '\ufefftext,label\n"a, ""b""\nsecond line",x\n\nplain,y\n')
+    )
+    assert (
+        found.first == ['a, "b"\nsecond line', "plain"]
+        and found.labels == ["x", "y"]
+        and found.second == []
+    )
     assert found.lines == [2, 5]
 
 
 # The first lines of GLUE's files, shortened.
 GLUE = {
-    "CoLA": ("gj04\t1\t\tOur friends won't buy this.\ngj04\t0\t*\tThey \"drank the pub.\n", "Our friends won't buy this.", "", "1"),
+    "CoLA": (
+        "gj04\t1\t\tOur friends won't buy this.\ngj04\t0\t*\tThey \"drank the pub.\n",
+        "Our friends won't buy this.",
+        "",
+        "1",
+    ),
     "SST-2": ("sentence\tlabel\nhide new secretions \t0\n", "hide new secretions ", "", "0"),
-    "MRPC": ('Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t702\t703\tAmrozi "a\tReferring\n', 'Amrozi "a', "Referring", "1"),
-    "QQP": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tHow?\tWhy?\t0\n", "How?", "Why?", "0"),
-    "STS-B": ("index\tgenre\tsentence1\tsentence2\tscore\n0\tmain\tA plane.\tAn air plane.\t5.000\n", "A plane.", "An air plane.", "5.000"),
-    "MNLI": ("index\tsentence1\tsentence2\tlabel1\tgold_label\n0\tOne.\tTwo.\tneutral\tentailment\n", "One.", "Two.", "entailment"),
-    "QNLI": ("index\tquestion\tsentence\tlabel\n0\tWhen?\tThen.\tnot_entailment\n", "When?", "Then.", "not_entailment"),
-    "RTE": ("index\tsentence1\tsentence2\tlabel\n0\tNo.\tYes.\tentailment\n", "No.", "Yes.", "entailment"),
+    "MRPC": (
+        'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t702\t703\tAmrozi "a\tReferring\n',
+        'Amrozi "a',
+        "Referring",
+        "1",
+    ),
+    "QQP": (
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tHow?\tWhy?\t0\n",
+        "How?",
+        "Why?",
+        "0",
+    ),
+    "STS-B": (
+        "index\tgenre\tsentence1\tsentence2\tscore\n0\tmain\tA plane.\tAn air plane.\t5.000\n",
+        "A plane.",
+        "An air plane.",
+        "5.000",
+    ),
+    "MNLI": (
+        "index\tsentence1\tsentence2\tlabel1\tgold_label\n0\tOne.\tTwo.\tneutral\tentailment\n",
+        "One.",
+        "Two.",
+        "entailment",
+    ),
+    "QNLI": (
+        "index\tquestion\tsentence\tlabel\n0\tWhen?\tThen.\tnot_entailment\n",
+        "When?",
+        "Then.",
+        "not_entailment",
+    ),
+    "RTE": (
+        "index\tsentence1\tsentence2\tlabel\n0\tNo.\tYes.\tentailment\n",
+        "No.",
+        "Yes.",
+        "entailment",
+    ),
 }
 
 
@@ -41,18 +82,31 @@ GLUE = {
 def test_files_of_glue_are_read_as_they_come(tmp_path, task):
     text, first, second, label = GLUE[task]
     found = read_examples(write(tmp_path / "train.tsv", text))
-    assert (found.first[0], found.second[:1], found.labels[0]) == (first, [second] if second else [], label)
+    assert (found.first[0], found.second[:1], found.labels[0]) == (
+        first,
+        [second] if second else [],
+        label,
+    )
     assert found.lines[0] == (1 if task == "CoLA" else 2)
 
 
 def test_json_lines_and_named_columns(tmp_path):
-    rows = [{"title": "a", "body": "b", "stars": 4}, {"title": "c", "body": "d\u2028", "stars": 1.5}]
+    rows = [
+        {"title": "a", "body": "b", "stars": 4},
+        {"title": "c", "body": "d\u2028", "stars": 1.5},
+    ]
     file = write(tmp_path / "x.jsonl", "".join(json.dumps(row) + "\n\n" for row in rows))
     found = read_examples(file, "title", "body", "stars")
-    assert (found.columns, found.first, found.second) == (Columns("title", "body", "stars"), ["a", "c"], ["b", "d\u2028"])
+    assert (found.columns, found.first, found.second) == (
+        Columns("title", "body", "stars"),
+        ["a", "c"],
+        ["b", "d\u2028"],
+    )
     assert found.numbers() == [4.0, 1.5] and found.lines == [1, 3]
     assert read_examples(file, "body", None, "stars").second == []
-    assert read_examples(write(tmp_path / "y.csv", "text,title,label\na,b,x\n"), second="title").second == ["b"]
+    assert read_examples(
+        write(tmp_path / "y.csv", "text,title,label\na,b,x\n"), second="title"
+    ).second == ["b"]
     assert found.take([1]).first == ["c"] and len(found.take([1, 0])) == 2
 
 
@@ -61,10 +115,18 @@ def test_json_lines_and_named_columns(tmp_path):
     [
         ("x.csv", b"", "no examples"),
         ("x.csv", b"text,label\n", "no examples"),
-        ("x.csv", b"body,label\na,b\n", "the columns do not say which is the text.*there are body, label.*--text, --pair and --label"),
+        (
+            "x.csv",
+            b"body,label\na,b\n",
+            "the columns do not say which is the text.*there are body, label.*--text, --pair and --label",
+        ),
         ("x.csv", b"text,label\na,x\nb\n", "1 bad row: line 3: 1 fewer fields"),
         ("x.csv", b"text,label\na,x\nb, and c,y\n", "line 3: 1 more fields.*quotes"),
-        ("x.csv", b"text,label\na,x\n ,y\n,z\n", "2 bad rows: line 3: text is empty; line 4: text is empty; mend or delete them"),
+        (
+            "x.csv",
+            b"text,label\na,x\n ,y\n,z\n",
+            "2 bad rows: line 3: text is empty; line 4: text is empty; mend or delete them",
+        ),
         ("x.csv", b"text,label\na,x\nb,\n", "line 3: label is empty"),
         ("x.csv", b'text,label\n"a,x\n', "line 2: not valid csv"),
         ("x.csv", b'text,label\n"a"b,x\n', "line 2: not valid csv"),
@@ -88,14 +150,20 @@ def test_a_wrong_file_is_one_line_that_names_its_bad_rows(tmp_path, name, data, 
 
 def test_labels_that_are_no_numbers(tmp_path):
     found = read_examples(write(tmp_path / "x.csv", "text,label\na,1\nb,two\nc,inf\n"))
-    with pytest.raises(InputError, match="2 bad rows: line 3: label 'two' is no number; line 4: 'inf' is no finite number"):
+    with pytest.raises(
+        InputError,
+        match="2 bad rows: line 3: label 'two' is no number; line 4: 'inf' is no finite number",
+    ):
         found.numbers()
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.sampled_from([".csv", ".tsv", ".jsonl"]),
-    st.binary(max_size=60) | st.text('text_blabe,"\t\r\n\x00 é{}:', max_size=60).map(lambda rows: b"text,label\n" + rows.encode()),
+    st.binary(max_size=60)
+    | st.text('text_blabe,"\t\r\n\x00 é{}:', max_size=60).map(
+        lambda rows: b"text,label\n" + rows.encode()
+    ),
 )
 def test_rubbish_is_read_or_refused(tmp_path_factory, suffix, data):
     file = write(tmp_path_factory.getbasetemp() / f"rubbish{suffix}", data)

@@ -26,8 +26,16 @@ X = torch.ones(3, 32, device="cuda" if GPU else "cpu")
 def test_a_prepared_kernel_is_the_one_that_triton_finds():
     """In a process without the interpreter, under which nothing is compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
-    result = subprocess.run([sys.executable, "-m", "tests.launched_twice"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.launched_twice"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     compared, direct = map(int, result.stdout.split())
     assert direct > compared / 4

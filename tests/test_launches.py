@@ -15,22 +15,32 @@ import pytest
 from benchmarks.launches import unreached
 
 ROOT = Path(__file__).parents[1]
-OLDEST = Path(sys.prefix) / "triton-oldest"  # `make test` puts the oldest Triton there that pyproject.toml allows
+OLDEST = (
+    Path(sys.prefix) / "triton-oldest"
+)  # `make test` puts the oldest Triton there that pyproject.toml allows
 
 
-def launches(*arguments: str, kernels: Path = ROOT / "kernels", triton: Path | None = None) -> subprocess.CompletedProcess[str]:
+def launches(
+    *arguments: str, kernels: Path = ROOT / "kernels", triton: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """`python -m benchmarks.launches` in a process of its own: this one interprets its kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, [*([triton] if triton else []), ROOT, kernels]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        map(str, [*([triton] if triton else []), ROOT, kernels])
+    )
     command = [sys.executable, "-m", "benchmarks.launches", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 @pytest.fixture(scope="module")
 def oldest() -> Path:
-    [allowed] = re.findall(r'"triton>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    [allowed] = re.findall(
+        r'"triton>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    )
     found = [path.name for path in OLDEST.glob("triton-*.dist-info")]
-    assert found == [f"triton-{allowed}.0.dist-info"], f"{OLDEST} holds {found}: remove it, and .venv/.installed-test, and run make test"
+    assert found == [f"triton-{allowed}.0.dist-info"], (
+        f"{OLDEST} holds {found}: remove it, and .venv/.installed-test, and run make test"
+    )
     return OLDEST
 
 
@@ -55,7 +65,11 @@ def test_the_model_compiles_with_the_oldest_triton(architecture, oldest):
 @pytest.fixture
 def kernels(tmp_path: Path) -> Path:
     """A copy of the kernels, to plant a fault in."""
-    return Path(shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")))
+    return Path(
+        shutil.copytree(
+            ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")
+        )
+    )
 
 
 def replace(path: Path, *changes: tuple[str, str]) -> None:
@@ -69,17 +83,29 @@ def replace(path: Path, *changes: tuple[str, str]) -> None:
 def test_none_inside_a_tuple_is_found(kernels):
     """The interpreter accepts it; no compiler does."""
     none = "    chunks = ()\n    if ptr is None:\n        chunks += (None,)\n    else:"
-    replace(kernels / "fastbert_kernels/norm/kernel.py", ("    chunks = ()\n    if ptr is not None:", none))
+    replace(
+        kernels / "fastbert_kernels/norm/kernel.py",
+        ("    chunks = ()\n    if ptr is not None:", none),
+    )
     result = launches("--architecture", "sm_90", "--only", "norm", kernels=kernels)
     assert f"kernels of {kernels}" in result.stdout
     assert result.returncode == 1
-    assert re.search(r"FAULT sm_90 AttributeError: .*: \d+ calls, such as ", result.stderr), result.stderr
+    assert re.search(r"FAULT sm_90 AttributeError: .*: \d+ calls, such as ", result.stderr), (
+        result.stderr
+    )
 
 
 def test_results_of_two_types_are_found_by_the_oldest_triton(kernels, oldest):
     """Triton 3.7 accepts it; Triton 3.6 does not."""
-    none = ("    if keys_ptr is None:\n        return ()", "    if keys_ptr is None:\n        return None, None")
-    replace(kernels / "fastbert_kernels/norm/kernel.py", none, ("if len(keys) == 0:", "if keys[0] is None:"))
+    none = (
+        "    if keys_ptr is None:\n        return ()",
+        "    if keys_ptr is None:\n        return None, None",
+    )
+    replace(
+        kernels / "fastbert_kernels/norm/kernel.py",
+        none,
+        ("if len(keys) == 0:", "if keys[0] is None:"),
+    )
     result = launches("--architecture", "sm_90", "--only", "norm", kernels=kernels, triton=oldest)
     assert result.returncode == 1
     assert re.search(r"FAULT sm_90 .*: \d+ calls, such as ", result.stderr), result.stderr
@@ -89,7 +115,9 @@ def test_a_tile_that_does_not_fit_the_device_is_found(kernels):
     """Shared memory is limited as by the launcher of a GPU."""
     path = kernels / "fastbert_kernels/tiles.json"
     tiles = json.loads(path.read_text(encoding="utf-8"))
-    tiles["sm_80"]["mlm_loss_forward"] = [{**row, "num_stages": 8} for row in tiles["sm_90"]["mlm_loss_forward"]]
+    tiles["sm_80"]["mlm_loss_forward"] = [
+        {**row, "num_stages": 8} for row in tiles["sm_90"]["mlm_loss_forward"]
+    ]
     path.write_text(json.dumps(tiles), encoding="utf-8")
     result = launches("--architecture", "sm_80", "--only", "mlm_loss", kernels=kernels)
     assert result.returncode == 1
@@ -98,4 +126,7 @@ def test_a_tile_that_does_not_fit_the_device_is_found(kernels):
 
 def test_a_kernel_that_no_call_reaches_is_found():
     reached = {"gelu._forward_kernel": {"GATED": {True}}}
-    assert unreached(reached, ["gelu"]) == ["gelu._forward_kernel: GATED is always True", "gelu._backward_kernel: no call launches it"]
+    assert unreached(reached, ["gelu"]) == [
+        "gelu._forward_kernel: GATED is always True",
+        "gelu._backward_kernel: no call launches it",
+    ]

@@ -7,7 +7,15 @@ import torch
 
 from fastbert_kernels import _linear, linear
 
-SHAPES = [(1, 1, 1), (0, 64, 128), (37, 256, 100), (300, 128, 4096), (1900, 256, 1024), (1900, 1024, 256), (300, 2048, 512)]
+SHAPES = [
+    (1, 1, 1),
+    (0, 64, 128),
+    (37, 256, 100),
+    (300, 128, 4096),
+    (1900, 256, 1024),
+    (1900, 1024, 256),
+    (300, 2048, 512),
+]
 
 
 @pytest.fixture
@@ -22,17 +30,27 @@ def results(function, x, weight, bias, dy, dtype=torch.float32):
     """y, dx, dW, db in fp64."""
     x, weight, bias = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight, bias))
     y = function(x, weight, bias)
-    return [tensor.detach().double() for tensor in (y, *torch.autograd.grad(y, (x, weight, bias), dy.to(dtype)))]
+    return [
+        tensor.detach().double()
+        for tensor in (y, *torch.autograd.grad(y, (x, weight, bias), dy.to(dtype)))
+    ]
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
-def test_result_and_gradients_are_half_as_near_to_fp64_as_torchs_at_least(onednn, rows, inputs, outputs):
+def test_result_and_gradients_are_half_as_near_to_fp64_as_torchs_at_least(
+    onednn, rows, inputs, outputs
+):
     draw = torch.Generator().manual_seed(rows)
-    x, weight, bias, dy = (torch.randn(s, generator=draw) for s in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs)))
+    x, weight, bias, dy = (
+        torch.randn(s, generator=draw)
+        for s in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
+    )
     exact = results(torch.nn.functional.linear, x, weight, bias, dy, torch.float64)
     plain = results(torch.nn.functional.linear, x, weight, bias, dy)
     ours = results(lambda *arguments: linear(*arguments, impl="cpu"), x, weight, bias, dy)
-    for name, wanted, torchs, found in zip(("y", "dx", "dW", "db"), exact, plain, ours, strict=True):
+    for name, wanted, torchs, found in zip(
+        ("y", "dx", "dW", "db"), exact, plain, ours, strict=True
+    ):
         assert found.shape == wanted.shape
         # The root of the mean square: the largest of a million differences is luck.
         assert (found - wanted).norm() <= 2 * (torchs - wanted).norm(), name
@@ -67,13 +85,18 @@ def test_other_dtypes_and_implementations_are_torchs_own(onednn, monkeypatch):
     monkeypatch.setattr(_linear, "_product", None)
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
     assert torch.equal(linear(x, weight, impl="reference"), x @ weight.T)
-    assert torch.equal(linear(x.double(), weight.double(), impl="cpu"), x.double() @ weight.double().T)
+    assert torch.equal(
+        linear(x.double(), weight.double(), impl="cpu"), x.double() @ weight.double().T
+    )
     with pytest.raises(TypeError, match="NoneType"):
         linear(x, weight, impl="cpu")
 
 
 def test_the_maker_of_the_processor_decides(monkeypatch, tmp_path):
-    for maker, wanted in (("GenuineIntel", False), ("AuthenticAMD", torch.backends.mkldnn.is_available())):
+    for maker, wanted in (
+        ("GenuineIntel", False),
+        ("AuthenticAMD", torch.backends.mkldnn.is_available()),
+    ):
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
         monkeypatch.setattr(_linear, "Path", lambda _: tmp_path / "cpuinfo")
         assert _linear._onednn_is_faster.__wrapped__() == wanted

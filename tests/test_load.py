@@ -43,11 +43,16 @@ def run(original, tmp_path) -> Path:
 
 
 def test_every_layer_of_every_text_is_that_of_transformers(original):
-    model, tokenizer = BertModel.from_pretrained(original).eval(), AutoTokenizer.from_pretrained(original)
+    model, tokenizer = (
+        BertModel.from_pretrained(original).eval(),
+        AutoTokenizer.from_pretrained(original),
+    )
     texts = TEXTS[:4]
     for text, states in zip(texts, fastbert.load(original).hidden_states(texts), strict=True):
         with torch.no_grad():
-            expected = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
+            expected = model(
+                **tokenizer(text, return_tensors="pt"), output_hidden_states=True
+            ).hidden_states
         assert len(states) == len(expected) == 3
         for ours, theirs in zip(states, expected, strict=True):
             assert ours.dtype == np.float32
@@ -74,10 +79,18 @@ def test_a_decoder_of_its_own_goes_both_ways(original, hf, tmp_path, bias):
     theirs.save_pretrained(hf)
     if not bias:
         rewrite(lambda s: s.pop("cls.predictions.decoder.bias", None))(hf)
-    ours, inputs = fastbert.load(hf), AutoTokenizer.from_pretrained(hf)(TEXTS[0], return_tensors="pt")
+    ours, inputs = (
+        fastbert.load(hf),
+        AutoTokenizer.from_pretrained(hf)(TEXTS[0], return_tensors="pt"),
+    )
     with torch.no_grad():
         expected = theirs(**inputs).prediction_logits[0]
-    np.testing.assert_allclose(ours.model.token_logits(torch.tensor(ours.hidden_states(TEXTS[:1])[0][-1])), expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        ours.model.token_logits(torch.tensor(ours.hidden_states(TEXTS[:1])[0][-1])),
+        expected,
+        rtol=0,
+        atol=2e-5,
+    )
     exported = export(ours, tmp_path / "again")
     assert exported.difference < 2e-5
     assert not json.loads((tmp_path / "again/config.json").read_text())["tie_word_embeddings"]
@@ -91,10 +104,16 @@ def test_weights_in_an_empty_index(original, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         shutil.copy(original / name, tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    found, expected = fastbert.load(tmp_path).model.state_dict(), fastbert.load(original).model.state_dict()
+    found, expected = (
+        fastbert.load(tmp_path).model.state_dict(),
+        fastbert.load(original).model.state_dict(),
+    )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     replace("model.safetensors.index.json", b'{"weight_map": {"x": "../x"}}')(tmp_path)
-    with pytest.raises(InputError, match=r"model.safetensors.index.json: weight_map names '../x', which is no file of this folder"):
+    with pytest.raises(
+        InputError,
+        match=r"model.safetensors.index.json: weight_map names '../x', which is no file of this folder",
+    ):
         fastbert.load(tmp_path)
 
 
@@ -129,7 +148,9 @@ def test_long_texts_are_cut_and_said_so_once(original):
     assert np.array_equal(vectors[0], vectors[2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kept = model.tokenizer.decode(model.tokenizer.encode(long, add_special_tokens=False).ids[:30])
+        kept = model.tokenizer.decode(
+            model.tokenizer.encode(long, add_special_tokens=False).ids[:30]
+        )
         np.testing.assert_allclose(model.encode([kept]), vectors[:1], atol=1e-5)
 
 
@@ -176,31 +197,58 @@ POOLER = "bert.pooler.dense.weight"
 @pytest.mark.parametrize(
     ("breakage", "words"),
     [
-        (edit("config.json", model_type="roberta"), ["config.json", "model_type = 'roberta'", '"bert"']),
+        (
+            edit("config.json", model_type="roberta"),
+            ["config.json", "model_type = 'roberta'", '"bert"'],
+        ),
         (edit("config.json", model_type=None), ["config.json", "model_type = None"]),
         (replace("config.json", b"{"), ["config.json", "JSON"]),
         (replace("config.json", b"\xff\xfe"), ["config.json", "JSON"]),
         (replace("config.json", b"[]"), ["config.json", "model_type = None"]),
         (edit("config.json", hidden_act="relu"), ["hidden_act = 'relu'", "'gelu'"]),
         (edit("config.json", hidden_act="gelu_new"), ["hidden_act = 'gelu_new'"]),
-        (edit("config.json", position_embedding_type="relative_key"), ["position_embedding_type = 'relative_key'"]),
+        (
+            edit("config.json", position_embedding_type="relative_key"),
+            ["position_embedding_type = 'relative_key'"],
+        ),
         (edit("config.json", type_vocab_size=1), ["type_vocab_size = 1"]),
         (edit("config.json", is_decoder=True), ["is_decoder = True"]),
         (edit("config.json", hidden_size="32"), ["hidden_size = '32'", "whole number"]),
         (edit("config.json", num_hidden_layers=0), ["num_hidden_layers = 0", "1 or more"]),
-        (edit("config.json", num_attention_heads=5), ["num_attention_heads = 5", "hidden_size = 32"]),
+        (
+            edit("config.json", num_attention_heads=5),
+            ["num_attention_heads = 5", "hidden_size = 32"],
+        ),
         (edit("config.json", tie_word_embeddings="no"), ["tie_word_embeddings = 'no'"]),
-        (rewrite(lambda s: s.update({DECODER: s[WORDS] + 1})), ["model.safetensors", DECODER, "differs", "tie_word_embeddings"]),
+        (
+            rewrite(lambda s: s.update({DECODER: s[WORDS] + 1})),
+            ["model.safetensors", DECODER, "differs", "tie_word_embeddings"],
+        ),
         (edit("config.json", layer_norm_eps="tiny"), ["layer_norm_eps = 'tiny'"]),
-        (edit("config.json", vocab_size=VOCABULARY + 1), ["model.safetensors", "word_embeddings", f"[{VOCABULARY + 1}, 32]"]),
-        (edit("config.json", num_hidden_layers=3), ["model.safetensors", "encoder.layer.2", "missing", "3 layers"]),
-        (edit("config.json", num_hidden_layers=1), ["model.safetensors", "encoder.layer.1", "unknown"]),
+        (
+            edit("config.json", vocab_size=VOCABULARY + 1),
+            ["model.safetensors", "word_embeddings", f"[{VOCABULARY + 1}, 32]"],
+        ),
+        (
+            edit("config.json", num_hidden_layers=3),
+            ["model.safetensors", "encoder.layer.2", "missing", "3 layers"],
+        ),
+        (
+            edit("config.json", num_hidden_layers=1),
+            ["model.safetensors", "encoder.layer.1", "unknown"],
+        ),
         (only_a_pickle, ["pytorch_model.bin", "pickle", "save_pretrained"]),
         (an_empty_index, ["model.safetensors.index.json", "weight_map"]),
         (remove("model.safetensors"), ["no model.safetensors"]),
-        (replace("model.safetensors", b"not tensors"), ["model.safetensors", "cannot be read as safetensors"]),
+        (
+            replace("model.safetensors", b"not tensors"),
+            ["model.safetensors", "cannot be read as safetensors"],
+        ),
         (replace("model.safetensors", b""), ["model.safetensors", "cannot be read as safetensors"]),
-        (rewrite(lambda s: s.update({POOLER: s[POOLER][:-1].clone()})), ["model.safetensors", POOLER, "[31, 32]"]),
+        (
+            rewrite(lambda s: s.update({POOLER: s[POOLER][:-1].clone()})),
+            ["model.safetensors", POOLER, "[31, 32]"],
+        ),
         (remove("tokenizer.json", "vocab.txt"), ["no tokenizer.json and no vocab.txt"]),
         (replace("tokenizer.json", b"{}"), ["tokenizer.json"]),
         (remove("config.json"), ["neither a run", "config.json"]),
@@ -216,15 +264,27 @@ def test_a_broken_hugging_face_folder_is_one_clear_line(hf, breakage, words):
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda v: st.lists(v, max_size=2), max_leaves=3
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda v: st.lists(v, max_size=2),
+    max_leaves=3,
 )
-CONFIG_KEYS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "vocab_size", "is_decoder"]
+CONFIG_KEYS = [
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "vocab_size",
+    "is_decoder",
+]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.binary(max_size=40)
-    | st.dictionaries(st.sampled_from(CONFIG_KEYS), JSON_VALUES).map(lambda v: json.dumps({"model_type": "bert", **v}).encode())
+    | st.dictionaries(st.sampled_from(CONFIG_KEYS), JSON_VALUES).map(
+        lambda v: json.dumps({"model_type": "bert", **v}).encode()
+    )
 )
 def test_a_rubbish_config_is_read_or_refused(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "config.json"
@@ -234,7 +294,11 @@ def test_a_rubbish_config_is_read_or_refused(tmp_path_factory, data):
     except InputError as error:
         assert str(error).startswith(str(file)) and len(str(error).splitlines()) == 1
     else:
-        assert config.hidden_size % config.num_attention_heads == 0 and vocab_size > 0 and tied in (True, False)
+        assert (
+            config.hidden_size % config.num_attention_heads == 0
+            and vocab_size > 0
+            and tied in (True, False)
+        )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -246,7 +310,9 @@ def test_rubbish_weights_are_refused(original, tmp_path_factory, data):
     sound = bytearray((original / "model.safetensors").read_bytes())
     for _ in range(data.draw(st.integers(0, 3))):
         sound[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
-    (folder / "model.safetensors").write_bytes(sound[: data.draw(st.integers(0, len(sound)) | st.just(len(sound)))])
+    (folder / "model.safetensors").write_bytes(
+        sound[: data.draw(st.integers(0, len(sound)) | st.just(len(sound)))]
+    )
     config, vocab_size, tied = hugging_face.read_config(original / "config.json")
     try:
         weights = hugging_face.read_weights(folder, config, vocab_size, tied)
@@ -272,7 +338,10 @@ def test_a_tokenizer_with_more_tokens_than_embeddings(hf):
 @pytest.mark.parametrize(
     ("breakage", "words"),
     [
-        (lambda run: shutil.rmtree(run / "checkpoints"), ["without a sound checkpoint", "config.toml --resume"]),
+        (
+            lambda run: shutil.rmtree(run / "checkpoints"),
+            ["without a sound checkpoint", "config.toml --resume"],
+        ),
         (
             lambda run: (run / "checkpoints/step-00000007/manifest.json").unlink(),
             ["without a sound checkpoint", "manifest.json is missing"],
@@ -293,7 +362,12 @@ def test_what_is_no_model_at_all(tmp_path):
         (tmp_path / "dataset" / name).mkdir(parents=True)
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    for path, words in [("nothing", "no such folder"), ("file", "a file"), ("empty", "neither a run"), ("dataset", "a dataset of text")]:
+    for path, words in [
+        ("nothing", "no such folder"),
+        ("file", "a file"),
+        ("empty", "neither a run"),
+        ("dataset", "a dataset of text"),
+    ]:
         with pytest.raises(InputError, match=f"{path}: .*{words}"):
             fastbert.load(tmp_path / path)
 

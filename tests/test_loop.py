@@ -67,7 +67,12 @@ deepspeed = "{deepspeed}"
 @pytest.fixture
 def recipe(tmp_path, small_dataset) -> Path:
     path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE.format(dataset=small_dataset.path, run=tmp_path / "run", deepspeed=ROOT / "ds_config.json"), encoding="utf-8")
+    path.write_text(
+        RECIPE.format(
+            dataset=small_dataset.path, run=tmp_path / "run", deepspeed=ROOT / "ds_config.json"
+        ),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -79,7 +84,14 @@ def train(recipe: Path, *overrides: str, resume: bool = False) -> int:
 def start(recipe: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     """In a process of its own, through the command line."""
     command = [sys.executable, "-m", "fastbert", "pretrain", str(recipe), *arguments]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -107,22 +119,40 @@ def test_the_triton_kernels_train_the_same_model(recipe, tmp_path):
     """The recipe's own switch, dropout on: the steps and the held-out loss of the reference, to rounding."""
     short = ("batch.sequences=3", "evaluate.sequences=2", "evaluate.every=3", "stop.steps=3")
     for kernels in ("triton", "reference"):
-        with sanitize() if kernels == "triton" and not torch.cuda.is_available() else contextlib.nullcontext():
-            assert train(recipe, f"runtime.kernels={kernels}", f"run={tmp_path / kernels}", *short) == 0
-    for kind, keys in ((None, ("loss_mlm", "loss_nsp", "grad_norm")), ("evaluate", ("loss_mlm", "loss_nsp"))):
+        with (
+            sanitize()
+            if kernels == "triton" and not torch.cuda.is_available()
+            else contextlib.nullcontext()
+        ):
+            assert (
+                train(recipe, f"runtime.kernels={kernels}", f"run={tmp_path / kernels}", *short)
+                == 0
+            )
+    for kind, keys in (
+        (None, ("loss_mlm", "loss_nsp", "grad_norm")),
+        ("evaluate", ("loss_mlm", "loss_nsp")),
+    ):
         ours, reference = (lines(tmp_path / kernels, kind) for kernels in ("triton", "reference"))
         assert len(ours) == len(reference) > 0
         for one, other in zip(ours, reference, strict=True):
-            assert [one[key] for key in keys] == pytest.approx([other[key] for key in keys], rel=1e-4)
+            assert [one[key] for key in keys] == pytest.approx(
+                [other[key] for key in keys], rel=1e-4
+            )
 
 
 def test_resumed_in_another_process_it_is_the_same_to_the_last_digit(recipe, tmp_path):
     """20 steps against 10 and 10, in real processes, with dropout; and nothing but fastbert is_main on the terminal."""
-    whole, first = (start(recipe, f"run={tmp_path / name}", f"stop.steps={steps}") for name, steps in (("whole", 20), ("parts", 10)))
+    whole, first = (
+        start(recipe, f"run={tmp_path / name}", f"stop.steps={steps}")
+        for name, steps in (("whole", 20), ("parts", 10))
+    )
     code, out, err = finish(whole)
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "stopped at step 20: stop.steps = 20"
-    assert all(line.startswith((str(tmp_path), "held-out", "note: ", "stopped")) or "%, step " in line for line in out.splitlines())
+    assert all(
+        line.startswith((str(tmp_path), "held-out", "note: ", "stopped")) or "%, step " in line
+        for line in out.splitlines()
+    )
     assert finish(first)[0] == 0
     code, out, err = finish(start(recipe, f"run={tmp_path / 'parts'}", "stop.steps=20", "--resume"))
     assert (code, err) == (0, "")
@@ -132,14 +162,27 @@ def test_resumed_in_another_process_it_is_the_same_to_the_last_digit(recipe, tmp
     assert lines(tmp_path / "parts") == steps
     last = [lines(tmp_path / name, "evaluate")[-1] for name in ("whole", "parts")]
     assert last[0] == last[1] and last[0]["step"] == 20
-    states = [checkpoint.read_all(tmp_path / name / "checkpoints/step-00000020") for name in ("whole", "parts")]
+    states = [
+        checkpoint.read_all(tmp_path / name / "checkpoints/step-00000020")
+        for name in ("whole", "parts")
+    ]
     for slot, tensors in states[0].items():
         assert all(torch.equal(tensor, states[1][slot][name]) for name, tensor in tensors.items())
 
 
 def test_resumed_at_stage_1_too(recipe, tmp_path):
     settings = tmp_path / "ds.json"
-    settings.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000}}))
+    settings.write_text(
+        json.dumps(
+            {
+                "zero_optimization": {
+                    "stage": 1,
+                    "reduce_bucket_size": 20_000,
+                    "allgather_bucket_size": 20_000,
+                }
+            }
+        )
+    )
     assert train(recipe, f"runtime.deepspeed={settings}", "stop.steps=5", "checkpoint.every=3") == 0
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000005")
     assert train(recipe, f"runtime.deepspeed={settings}", "stop.steps=5", resume=True) == 0
@@ -161,18 +204,37 @@ def test_what_a_run_leaves(recipe, tmp_path, small_dataset):
         ".owner",
     }
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-00000004", "step-00000006"}
-    assert load_config(run / "config.toml") == load_config(recipe, ["checkpoint.every=2", "checkpoint.keep=2"])
-    assert (run / "tokenizer/vocab.txt").read_bytes() == (small_dataset.tokenizer_dir / "vocab.txt").read_bytes()
+    assert load_config(run / "config.toml") == load_config(
+        recipe, ["checkpoint.every=2", "checkpoint.keep=2"]
+    )
+    assert (run / "tokenizer/vocab.txt").read_bytes() == (
+        small_dataset.tokenizer_dir / "vocab.txt"
+    ).read_bytes()
     steps = [r for r in read_metrics(run / "metrics.jsonl") if "event" not in r]
-    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6] and all(tuple(s) == STEP_KEYS for s in steps)
+    assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6] and all(
+        tuple(s) == STEP_KEYS for s in steps
+    )
     events = [(e["event"], e["step"]) for e in read_metrics(run / "metrics.jsonl") if "event" in e]
-    assert [step for kind, step in events if kind == "save"] == [2, 4, 6]  # each when it is on the disk, some steps later
-    assert [event for event in events if event[0] != "save"] == [("evaluate", 4), ("evaluate", 6), ("stop", 6)] and events[-1][0] == "stop"
+    assert [step for kind, step in events if kind == "save"] == [
+        2,
+        4,
+        6,
+    ]  # each when it is on the disk, some steps later
+    assert [event for event in events if event[0] != "save"] == [
+        ("evaluate", 4),
+        ("evaluate", 6),
+        ("stop", 6),
+    ] and events[-1][0] == "stop"
     found, _ = checkpoint.newest_sound(run)
     assert found is not None
-    assert found.metadata["dataset_sha256"] == small_dataset.sha256 and found.metadata["vocab_size"] == 1000
+    assert (
+        found.metadata["dataset_sha256"] == small_dataset.sha256
+        and found.metadata["vocab_size"] == 1000
+    )
     assert found.metadata["progress"]["tokens"] == sum(s["tokens"] for s in steps)
-    assert set(checkpoint.read_weights(found.path)) == {key.partition("/")[2] for key in keys(found.path, "weight/")}
+    assert set(checkpoint.read_weights(found.path)) == {
+        key.partition("/")[2] for key in keys(found.path, "weight/")
+    }
 
 
 def keys(path: Path, prefix: str) -> list[str]:
@@ -187,11 +249,17 @@ def keys(path: Path, prefix: str) -> list[str]:
     [
         (["stop.steps=9", "stop.tokens=600"], 2, "stop.tokens = 600"),
         (["stop.steps=9", "stop.loss=20"], 4, "stop.loss = 20.0: the held-out loss is "),
-        (["stop.steps=90", "stop.patience=2", "optimizer.lr=1e-30", "evaluate.every=1"], 3, "stop.patience = 2: no better than "),
+        (
+            ["stop.steps=90", "stop.patience=2", "optimizer.lr=1e-30", "evaluate.every=1"],
+            3,
+            "stop.patience = 2: no better than ",
+        ),
         (["stop.steps=900", "stop.seconds=1e-3"], 1, "stop.seconds = 0.001"),
     ],
 )
-def test_the_condition_that_ended_the_run_is_reported(recipe, tmp_path, capsys, overrides, steps, reason):
+def test_the_condition_that_ended_the_run_is_reported(
+    recipe, tmp_path, capsys, overrides, steps, reason
+):
     assert train(recipe, *overrides) == 0
     assert len(lines(tmp_path / "run")) == steps
     (stop,) = lines(tmp_path / "run", "stop")
@@ -212,7 +280,10 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe, tmp_path, capsys):
     run = tmp_path / "run"
 
     def send() -> None:
-        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
+        while (
+            not (run / "metrics.jsonl").exists()
+            or (run / "metrics.jsonl").read_text().count("\n") < 3
+        ):
             time.sleep(0.002)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -221,9 +292,14 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe, tmp_path, capsys):
     assert train(recipe, "stop.steps=100000") == 75
     sender.join()
     done = len(lines(run))
-    assert lines(run, "stop") == [{"event": "stop", "step": done, "reason": "interrupted by SIGTERM"}]
+    assert lines(run, "stop") == [
+        {"event": "stop", "step": done, "reason": "interrupted by SIGTERM"}
+    ]
     out = capsys.readouterr().out.splitlines()[-1]
-    assert out == f"stopped at step {done}: interrupted by SIGTERM; resume with: fastbert pretrain {run / 'config.toml'} --resume"
+    assert (
+        out
+        == f"stopped at step {done}: interrupted by SIGTERM; resume with: fastbert pretrain {run / 'config.toml'} --resume"
+    )
     assert checkpoint.newest_sound(run)[0].step == done
     assert train(run / "config.toml", f"stop.steps={done + 1}", resume=True) == 0
     assert len(lines(run)) == done + 1
@@ -242,7 +318,9 @@ def test_a_reader_that_leaves_does_not_end_the_run(recipe, tmp_path):
 
 
 def test_a_terminal_that_is_closed_saves(recipe, tmp_path):
-    not_ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # as it is where nohup has started the tests
+    not_ignored = {
+        "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    }  # as it is where nohup has started the tests
     process = start(recipe, "stop.steps=100000", **not_ignored)
     while not (tmp_path / "run/metrics.jsonl").exists() or not lines(tmp_path / "run"):
         time.sleep(0.01)
@@ -251,7 +329,9 @@ def test_a_terminal_that_is_closed_saves(recipe, tmp_path):
     assert checkpoint.newest_sound(tmp_path / "run")[0].step == len(lines(tmp_path / "run"))
 
 
-def test_a_damaged_checkpoint_is_named_and_its_steps_are_redone_with_the_same_values(recipe, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_its_steps_are_redone_with_the_same_values(
+    recipe, tmp_path, capsys
+):
     run = tmp_path / "run"
     assert train(recipe, "checkpoint.every=2") == 0
     bad = run / "checkpoints/step-00000006"
@@ -266,7 +346,9 @@ def test_a_damaged_checkpoint_is_named_and_its_steps_are_redone_with_the_same_va
     assert steps[4:6] == steps[6:8]
     for path in (run / "checkpoints").iterdir():
         (path / "manifest.json").unlink()
-    assert "damaged: manifest.json is missing; no sound checkpoint is left there" in refusal(recipe, resume=True)
+    assert "damaged: manifest.json is missing; no sound checkpoint is left there" in refusal(
+        recipe, resume=True
+    )
 
 
 def test_a_run_that_is_there_is_not_overwritten(recipe, tmp_path):
@@ -281,8 +363,13 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(recipe, tmp_path,
     (tmp_path / "run/checkpoints/.writing-step-00000004").mkdir(parents=True)
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 99.0}\n{"step": 2, "lo')
     assert train(recipe, "stop.steps=2", resume=True) == 0
-    assert f"{tmp_path / 'run'}: no checkpoint to resume from; starting from the beginning" in capsys.readouterr().out
-    assert [s["step"] for s in lines(tmp_path / "run")] == [1, 2] and lines(tmp_path / "run")[0]["loss"] != 99.0
+    assert (
+        f"{tmp_path / 'run'}: no checkpoint to resume from; starting from the beginning"
+        in capsys.readouterr().out
+    )
+    assert [s["step"] for s in lines(tmp_path / "run")] == [1, 2] and lines(tmp_path / "run")[0][
+        "loss"
+    ] != 99.0
 
 
 def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_dataset, capsys):
@@ -295,14 +382,19 @@ def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_dataset, capsy
         ("optimizer.name=sgd", "optimizer.name", "'sgd'", "'adamw'"),
     ]:
         message = refusal(recipe, override, resume=True)
-        assert f"{key} = {now}, but the checkpoint {tmp_path / 'run/checkpoints/step-00000001'} was trained with {before}" in message
+        assert (
+            f"{key} = {now}, but the checkpoint {tmp_path / 'run/checkpoints/step-00000001'} was trained with {before}"
+            in message
+        )
     other = tmp_path / "other"
     shutil.copytree(small_dataset.path, other)
     manifest = json.loads((other / "manifest.json").read_text())
     del manifest["sha256"]
     (other / "manifest.json").write_bytes(sealed({**manifest, "options": {}}))
     assert open_dataset(other).sha256 != small_dataset.sha256
-    assert f"data = '{other}': not the dataset that" in refusal(recipe, f"data={other}", resume=True)
+    assert f"data = '{other}': not the dataset that" in refusal(
+        recipe, f"data={other}", resume=True
+    )
     # What may change: where the dataset lies, how long, how often, how it is packed; a learning rate is noted.
     moved = tmp_path / "moved"
     shutil.copytree(small_dataset.path, moved)
@@ -317,7 +409,10 @@ def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_dataset, capsy
     capsys.readouterr()
     assert train(recipe, *changes, resume=True) == 0
     out = capsys.readouterr().out
-    assert "changed since the checkpoint: optimizer.lr was 0.003, now 0.0001" in out and out.count("changed since") == 1
+    assert (
+        "changed since the checkpoint: optimizer.lr was 0.003, now 0.0001" in out
+        and out.count("changed since") == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -327,12 +422,18 @@ def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_dataset, capsy
             {"zero_optimization": {"reduce_buket_size": 5}},
             "unknown key 'zero_optimization.reduce_buket_size'; did you mean reduce_bucket_size",
         ),
-        ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "unknown key 'zero_optimization.offload_optimizer.devise'"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "unknown key 'zero_optimization.offload_optimizer.devise'",
+        ),
         (
             {"zero_optimization": {"reduce_bucket_size": "big"}},
             "zero_optimization.reduce_bucket_size = 'big': Input should be a valid integer",
         ),
-        ({"communication_data_type": "fp99"}, 'communication_data_type = "fp99"; must be "fp32" or "bf16"'),
+        (
+            {"communication_data_type": "fp99"},
+            'communication_data_type = "fp99"; must be "fp32" or "bf16"',
+        ),
     ],
 )
 def test_what_deepspeed_refuses_is_one_line(recipe, tmp_path, values, message):
@@ -357,48 +458,87 @@ def test_bad_input_leaves_nothing_behind(recipe, tmp_path, overrides, message, m
 
 def test_a_run_folder_that_cannot_be(recipe, tmp_path):
     (tmp_path / "file").write_text("")
-    assert f"run = '{tmp_path / 'file'}': a file; give a folder" in refusal(recipe, f"run={tmp_path / 'file'}")
+    assert f"run = '{tmp_path / 'file'}': a file; give a folder" in refusal(
+        recipe, f"run={tmp_path / 'file'}"
+    )
     assert "cannot be written: Not a directory" in refusal(recipe, f"run={tmp_path / 'file/run'}")
 
 
 def test_losses_that_are_never_finite_again_end_the_run(recipe, tmp_path, capsys):
     """Gradient descent at rate 100 without clipping: it takes a few steps to overflow."""
-    overflow = ("optimizer.name=sgd", "optimizer.lr=100", "optimizer.max_grad_norm=0", "stop.steps=200", "evaluate.every=1000")
+    overflow = (
+        "optimizer.name=sgd",
+        "optimizer.lr=100",
+        "optimizer.max_grad_norm=0",
+        "stop.steps=200",
+        "evaluate.every=1000",
+    )
     assert train(recipe, *overflow, "stop.skipped=2") == 1
     run = tmp_path / "run"
     skips = lines(run, "skip")
     last = skips[-1]["step"]
-    assert [skip["step"] for skip in skips][-3:] == [last - 2, last - 1, last] and len(lines(run)) + len(skips) == last < 200
-    assert len(skips[-1]["examples"]) == 8 and skips[-1]["reason"] in ("the loss is not finite", "the norm of the gradient is not finite")
-    assert lines(run, "stop") == [{"event": "stop", "step": last, "reason": "stop.skipped = 2: 3 steps in a row were not finite"}]
+    assert [skip["step"] for skip in skips][-3:] == [last - 2, last - 1, last] and len(
+        lines(run)
+    ) + len(skips) == last < 200
+    assert len(skips[-1]["examples"]) == 8 and skips[-1]["reason"] in (
+        "the loss is not finite",
+        "the norm of the gradient is not finite",
+    )
+    assert lines(run, "stop") == [
+        {
+            "event": "stop",
+            "step": last,
+            "reason": "stop.skipped = 2: 3 steps in a row were not finite",
+        }
+    ]
     out = capsys.readouterr().out
     assert "for every example: it is the weights, not a text" in out
     said = out.splitlines()[-1]
     command = f"fastbert pretrain {run / 'config.toml'} --resume optimizer.lr=10"
-    assert said.endswith(f"; there is no checkpoint yet; start from the beginning with a lower rate: {command}")
+    assert said.endswith(
+        f"; there is no checkpoint yet; start from the beginning with a lower rate: {command}"
+    )
     assert checkpoint.newest_sound(run) == (None, [])
     assert train(run / "config.toml", "optimizer.lr=1e-3", "stop.steps=2", resume=True) == 0
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp_path):
     """A checkpoint whose embedding of the last position overflows: only examples that long meet it."""
-    run, short = tmp_path / "run", ("objective.segments=single", "batch.sequences=4", "evaluate.every=1000")
+    run, short = (
+        tmp_path / "run",
+        ("objective.segments=single", "batch.sequences=4", "evaluate.every=1000"),
+    )
     assert train(recipe, "stop.steps=1", *short) == 0
     found, _ = checkpoint.newest_sound(run)
     assert found is not None
     state = {slot: dict(named) for slot, named in checkpoint.read_all(found.path).items()}
     state["weight"]["embeddings.positions"][-1] = 3e38
-    tensors = [(f"{slot}/{name}", tensor) for slot, named in state.items() for name, tensor in named.items()]
+    tensors = [
+        (f"{slot}/{name}", tensor)
+        for slot, named in state.items()
+        for name, tensor in named.items()
+    ]
     shutil.rmtree(found.path)
     checkpoint.save(run / "checkpoints", 1, tensors, found.metadata, 1)
-    assert train(recipe, "stop.steps=12", *short, resume=True) == 1  # the held-out text meets it too
+    assert (
+        train(recipe, "stop.steps=12", *short, resume=True) == 1
+    )  # the held-out text meets it too
     skips, steps = lines(run, "skip"), lines(run)
-    assert sorted(line["step"] for line in skips + steps) == list(range(1, 13)) and len(skips) > 0 and len(steps) > 1
+    assert (
+        sorted(line["step"] for line in skips + steps) == list(range(1, 13))
+        and len(skips) > 0
+        and len(steps) > 1
+    )
     config = load_config(recipe, short)
     dataset = open_dataset(config.data)
     for skip in skips:
         packs = Batches(dataset, config).step(skip["step"] - 1)
-        long = [int(e) for p in packs for e, n in zip(p.examples, p.cu_seqlens.diff(), strict=True) if n == 64]
+        long = [
+            int(e)
+            for p in packs
+            for e, n in zip(p.examples, p.cu_seqlens.diff(), strict=True)
+            if n == 64
+        ]
         assert skip["examples"] == sorted(long)
     found, _ = checkpoint.newest_sound(run)
     assert found is not None and found.metadata["progress"]["skipped"] == len(skips)
@@ -411,11 +551,15 @@ def test_a_disk_that_refuses_a_checkpoint_lets_training_go_on_to_its_end(recipe,
     assert (code, err) == (1, "")
     problem = "tensors-00000-00000.safetensors: File too large"
     said = [line for line in out.splitlines() if line.startswith("no checkpoint at step")]
-    assert [line.split(":")[0] for line in said] == [f"no checkpoint at step {step}" for step in (2, 4, 6)] and all(
-        problem in line for line in said
-    )
+    assert [line.split(":")[0] for line in said] == [
+        f"no checkpoint at step {step}" for step in (2, 4, 6)
+    ] and all(problem in line for line in said)
     last = out.splitlines()[-1]
-    assert last.startswith("stopped at step 6: stop.steps = 6, but it could not be saved: ") and problem in last and "--resume" in last
+    assert (
+        last.startswith("stopped at step 6: stop.steps = 6, but it could not be saved: ")
+        and problem in last
+        and "--resume" in last
+    )
     assert [s["step"] for s in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert [s["step"] for s in lines(tmp_path / "run", "save")] == [2, 4, 6] and all(
         "problem" in s for s in lines(tmp_path / "run", "save")

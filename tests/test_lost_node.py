@@ -20,7 +20,9 @@ STEPS, EVERY = 60, 5
 TIMEOUT_S = 15  # to build an engine on a busy machine takes several seconds
 ALONE_S = 1.5  # a step, while one node is away: there must be some left when it is back
 ROUNDING = 1e-3  # relative: sums of another order, over STEPS steps at a high learning rate
-QUICK = "--rdzv-conf last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=5"
+QUICK = (
+    "--rdzv-conf last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=5"
+)
 
 
 def notes(folder: Path) -> list[dict[str, Any]]:
@@ -49,7 +51,9 @@ def undisturbed(small_dataset, tmp_path_factory) -> Path:
     cluster = make(tmp_path_factory.mktemp("undisturbed"), small_dataset.path)
     command = ["python", "-m", "tests.recorded", "pretrain", "recipes/base.toml"]
     environment = {**cluster.environment, "RANK": "0", "WORLD_SIZE": "1"}
-    done = subprocess.run(command, cwd=cluster.folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=cluster.folder, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return cluster.folder
 
@@ -91,7 +95,10 @@ def until_noted(cluster: Cluster, commands: list[Command], world: int, step: int
     def come() -> bool:
         for command in commands:
             assert command.process.poll() is None, command.output
-        return any(note["step"] >= step and note["world"] == world for note in notes(cluster.folder)[before:])
+        return any(
+            note["step"] >= step and note["world"] == world
+            for note in notes(cluster.folder)[before:]
+        )
 
     until(come, f"step {step} in a world of {world}")
 
@@ -110,11 +117,17 @@ def check_as_undisturbed(cluster: Cluster, undisturbed: Path) -> None:
     assert {step["step"] for step in done} == set(steps)
     for step in done:
         for key in ("loss_mlm", "loss_nsp"):
-            assert step[key] == pytest.approx(steps[step["step"]][key], rel=ROUNDING), (key, step["step"])
+            assert step[key] == pytest.approx(steps[step["step"]][key], rel=ROUNDING), (
+                key,
+                step["step"],
+            )
 
 
 def by_step(found: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    return {step: [note for note in found if note["step"] == step] for step in {note["step"] for note in found}}
+    return {
+        step: [note for note in found if note["step"] == step]
+        for step in {note["step"] for note in found}
+    }
 
 
 def resumes(cluster: Cluster) -> list[int]:
@@ -125,12 +138,19 @@ def both_again(cluster: Cluster, commands: list[Command], undisturbed: Path) -> 
     """When the lost node is back: the one that trains alone saves at once, they go on together from there, and finish."""
     until_noted(cluster, commands, world=2)
     pace(cluster, 0)
-    assert [command.wait() for command in commands] == [0, 0], "\n".join(command.output for command in commands)
+    assert [command.wait() for command in commands] == [0, 0], "\n".join(
+        command.output for command in commands
+    )
     alone, together = resumes(cluster)
-    assert alone in (EVERY, 2 * EVERY) and together > alone  # a save in the background may be lost with the node
+    assert (
+        alone in (EVERY, 2 * EVERY) and together > alone
+    )  # a save in the background may be lost with the node
     assert f"stopped at step {together}: interrupted by SIGTERM" in commands[0].output
     check_as_undisturbed(cluster, undisturbed)
-    assert {note["host"] for note in notes(cluster.folder) if note["step"] == STEPS} == {"node0", "node1"}
+    assert {note["host"] for note in notes(cluster.folder) if note["step"] == STEPS} == {
+        "node0",
+        "node1",
+    }
 
 
 def test_a_node_is_killed_and_started_again(cluster, undisturbed):

@@ -13,7 +13,14 @@ import pytest
 
 from benchmarks.ahead_of_time import RECORD as RESOURCES
 from benchmarks.machine_code import h100, ours, search
-from benchmarks.machine_code.counts import class_of, least_cycles, operand_bytes, per_element, shared_cycles, tensor_cycles
+from benchmarks.machine_code.counts import (
+    class_of,
+    least_cycles,
+    operand_bytes,
+    per_element,
+    shared_cycles,
+    tensor_cycles,
+)
 from benchmarks.machine_code.decode import Code, Instruction, decode
 from benchmarks.machine_code.multiprocessor import L2, Memory, run
 from benchmarks.machine_code.path import loops, main_loop, way_through
@@ -30,7 +37,9 @@ def one(opcode: str, operands: str = "", **control: int) -> Instruction:
 
 
 FFMA = one("FFMA", "R1, R2, R3, R4")
-PRODUCT = one("HGMMA.64x64x16.F32.BF16", "R24, gdesc[UR8], R24, gsb0")  # 32 cycles of the tensor cores
+PRODUCT = one(
+    "HGMMA.64x64x16.F32.BF16", "R24, gdesc[UR8], R24, gsb0"
+)  # 32 cycles of the tensor cores
 LOAD = one("LDG.E.128", "R4, desc[UR4][R2.64]", write_barrier=0)
 COPY = one("LDGSTS.E.BYPASS.128", "[R3], desc[UR4][R2.64]")
 
@@ -39,7 +48,13 @@ def by_itself(name: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: this one interprets its kernels."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return subprocess.run([sys.executable, "-m", *name.split()], capture_output=True, text=True, cwd=ROOT, env=environment)
+    return subprocess.run(
+        [sys.executable, "-m", *name.split()],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
 
 
 # Decoding
@@ -59,7 +74,9 @@ def test_an_instruction_is_decoded_with_what_it_waits_for():
                                                                      /* 0x000fea0003800000 */
 """
     code = decode(text)
-    assert code.instructions[0] == Instruction(0x10, "@!P0", "LDG.E.128", "R4, desc[UR4][R2.64]", 5, 2, 7, 0b001010)
+    assert code.instructions[0] == Instruction(
+        0x10, "@!P0", "LDG.E.128", "R4, desc[UR4][R2.64]", 5, 2, 7, 0b001010
+    )
     assert len(code.instructions) == 2 and code.target(1) == 0
     with pytest.raises(ValueError, match="nvdisasm"):
         decode("nothing")
@@ -90,17 +107,29 @@ def test_classes_and_counts():
     ]
     assert [class_of(each) for each in body[:5]] == ["fp32", "fp32", "exp2", "move", "uniform"]
     assert per_element(body, 2) == {"exp2": 0.5, "fp32": 1.0, "move": 0.5, "uniform": 0.5}
-    assert least_cycles([FFMA, FFMA, one("MUFU.EX2", "R1, R2")], warps=4) == {"issue": 12, "fma": 8, "xu": 32}
+    assert least_cycles([FFMA, FFMA, one("MUFU.EX2", "R1, R2")], warps=4) == {
+        "issue": 12,
+        "fma": 8,
+        "xu": 32,
+    }
 
 
 def test_bytes_and_cycles_of_single_instructions():
-    assert operand_bytes(LOAD) == 512 and operand_bytes(one("LDG.E.U16", "R1")) == 64 and operand_bytes(one("LDG.E", "R1")) == 128
+    assert (
+        operand_bytes(LOAD) == 512
+        and operand_bytes(one("LDG.E.U16", "R1")) == 64
+        and operand_bytes(one("LDG.E", "R1")) == 128
+    )
     assert operand_bytes(COPY) == 512  # and not what "LTC128B" or the like says
     four_matrices = one("LDSM.16.M88.4", "R4, [R3]")  # of 8 rows of 16 bytes
     assert operand_bytes(four_matrices) == 512 and shared_cycles(four_matrices) == 4 * 4
     assert tensor_cycles(PRODUCT) == 32  # 2 x 64 x 64 x 16 FLOPs at 4,096 a cycle
-    assert tensor_cycles(one("HGMMA.64x16x16.F32.BF16", "R24, gdesc[UR8], R24")) == 20  # A (16 cycles) and B (4) come through shared memory
-    assert tensor_cycles(one("HGMMA.64x16x16.F32.BF16", "R24, R4, gdesc[UR8], R24")) == 8  # A is in registers
+    assert (
+        tensor_cycles(one("HGMMA.64x16x16.F32.BF16", "R24, gdesc[UR8], R24")) == 20
+    )  # A (16 cycles) and B (4) come through shared memory
+    assert (
+        tensor_cycles(one("HGMMA.64x16x16.F32.BF16", "R24, R4, gdesc[UR8], R24")) == 8
+    )  # A is in registers
 
 
 # The way through a kernel
@@ -115,7 +144,11 @@ def code_of(text: str) -> Code:
         if word[0] in "<>":
             found.append(Instruction(len(found), predicate, "BRA", f"`(.L{word[1:]})"))
         else:
-            opcode, operands = {"f": ("FFMA", "R1"), "p": (PRODUCT.opcode, PRODUCT.operands), "E": ("EXIT", "")}[word]
+            opcode, operands = {
+                "f": ("FFMA", "R1"),
+                "p": (PRODUCT.opcode, PRODUCT.operands),
+                "E": ("EXIT", ""),
+            }[word]
             found.append(Instruction(len(found), predicate, opcode, operands))
     return Code(found, {f".L{number}": number for number in range(len(found))})
 
@@ -127,20 +160,36 @@ def code_of(text: str) -> Code:
         ("f ?>3 f f E", 1, 1, [0, 1, 2, 3, 4]),  # a conditional branch is not taken
         ("f >3 f f E", 1, 1, [0, 1, 3, 4]),  # one without a condition is
         ("f p ?<1 ?>5 p f E", 1, 1, [0, 1, 2, 3, 5, 6]),  # nor is the tail's product made
-        ("?>3 f >5 p ?<3 E", 2, 1, [0, 3, 4, 3, 4, 5]),  # but one that leads to the main loop, where all else leads past it
+        (
+            "?>3 f >5 p ?<3 E",
+            2,
+            1,
+            [0, 3, 4, 3, 4, 5],
+        ),  # but one that leads to the main loop, where all else leads past it
         ("?>3 f ?<1 p ?<3 E", 2, 1, [0, 3, 4, 3, 4, 5]),  # a loop for a sum of no terms
-        ("p ?>4 f f f ?<0 E", 4, 2, [0, 1, 4, 5, 0, 1, 2, 3, 4, 5] * 2 + [6]),  # the end of a turn in every second pass
+        (
+            "p ?>4 f f f ?<0 E",
+            4,
+            2,
+            [0, 1, 4, 5, 0, 1, 2, 3, 4, 5] * 2 + [6],
+        ),  # the end of a turn in every second pass
         ("f E <2", 1, 1, [0, 1]),
     ],
 )
 def test_the_way_of_a_warp(text, passes, inner, way):
-    assert [instruction.address for instruction in way_through(code_of(text), passes, inner=inner)] == way
+    assert [
+        instruction.address for instruction in way_through(code_of(text), passes, inner=inner)
+    ] == way
 
 
 def test_loops_are_the_innermost_ones():
     code = code_of("f p f ?<1 f f f ?<4 f ?<0 E <11")
     assert loops(code) == [(1, 3), (4, 7)]
-    assert main_loop(code) == (1, 3) and main_loop(code, "longest") == (4, 7) and main_loop(code, "0") == (1, 3)
+    assert (
+        main_loop(code) == (1, 3)
+        and main_loop(code, "longest") == (4, 7)
+        and main_loop(code, "0") == (1, 3)
+    )
     assert main_loop(code_of("f f E")) is None
 
 
@@ -159,7 +208,9 @@ def test_pipes_work_side_by_side():
     body = [one("MUFU.EX2", "R1"), *[FFMA] * 7]
     result = run(body * 50, warps=1, programs=1)
     assert result.cycles == 8 * 50 - 1
-    assert result.busy["issue"] == pytest.approx(1, abs=0.01) and result.busy["xu"] == pytest.approx(1, abs=0.01)
+    assert result.busy["issue"] == pytest.approx(1, abs=0.01) and result.busy[
+        "xu"
+    ] == pytest.approx(1, abs=0.01)
 
 
 def test_a_dependent_chain_takes_its_stall_counts_and_other_warps_fill_them():
@@ -173,7 +224,9 @@ def test_a_load_is_waited_for():
     alone = run([LOAD, use], 1, 1).cycles
     assert alone == pytest.approx(h100.L2 + 4 * 512 / h100.L2_BYTES)
     # Six at once share one latency, and come at the memory's rate.
-    assert run([*[LOAD] * 6, use], 1, 1).cycles == pytest.approx(h100.L2 + 6 * 4 * 512 / h100.L2_BYTES)
+    assert run([*[LOAD] * 6, use], 1, 1).cycles == pytest.approx(
+        h100.L2 + 6 * 4 * 512 / h100.L2_BYTES
+    )
     assert run([LOAD, use], 1, 1, Memory(1000, 4)).cycles == 1000 + 512
 
 
@@ -182,7 +235,10 @@ def test_products_queue_behind_each_other_while_the_warp_goes_on():
     assert run([*[PRODUCT] * 4, await_all], 1, 1).cycles == 8 + 4 * 32 + h100.WGMMA
     assert run([*[PRODUCT] * 4, *[FFMA] * 50], 1, 1).cycles == 53
     # All but the last group: what follows overlaps with that.
-    assert run([*[PRODUCT] * 4, one("WARPGROUP.DEPBAR.LE", "gsb0, 0x1")], 1, 1).cycles == 8 + 3 * 32 + h100.WGMMA
+    assert (
+        run([*[PRODUCT] * 4, one("WARPGROUP.DEPBAR.LE", "gsb0, 0x1")], 1, 1).cycles
+        == 8 + 3 * 32 + h100.WGMMA
+    )
     # Two warps take turns at the tensor cores: 16 products, not one after the other with their latency.
     assert run([*[PRODUCT] * 8, await_all], 2, 1).cycles == 8 + 16 * 32 + h100.WGMMA
 
@@ -190,8 +246,12 @@ def test_products_queue_behind_each_other_while_the_warp_goes_on():
 def test_copies_are_waited_for_by_groups():
     commit = one("LDGDEPBAR")
     first, second = h100.L2 + 4 * 512 / h100.L2_BYTES, h100.L2 + 2 * 4 * 512 / h100.L2_BYTES
-    assert run([COPY, commit, COPY, commit, one("DEPBAR.LE", "SB0, 0x1")], 1, 1).cycles == pytest.approx(first)
-    assert run([COPY, commit, COPY, commit, one("DEPBAR.LE", "SB0, 0x0")], 1, 1).cycles == pytest.approx(second)
+    assert run(
+        [COPY, commit, COPY, commit, one("DEPBAR.LE", "SB0, 0x1")], 1, 1
+    ).cycles == pytest.approx(first)
+    assert run(
+        [COPY, commit, COPY, commit, one("DEPBAR.LE", "SB0, 0x0")], 1, 1
+    ).cycles == pytest.approx(second)
 
 
 def test_a_loop_without_prefetch_shows_the_latency_in_every_pass():
@@ -223,14 +283,22 @@ def test_programs_follow_each_other_in_a_place():
 
 def test_a_row_is_judged_by_the_kernels_that_it_serves():
     def served(table: str, size: int) -> set[tuple]:
-        return {(p.size, p.arguments.get("K", 0) or p.arguments.get("D", 0)) for p in search.forms(table, {"bits": 16, "size": size})}
+        return {
+            (p.size, p.arguments.get("K", 0) or p.arguments.get("D", 0))
+            for p in search.forms(table, {"bits": 16, "size": size})
+        }
 
     assert served("gelu_forward", 4096) == {(3072, 0), (4096, 0)}
     assert served("norm_backward", 768) == {(768, 768)}
-    assert served("norm_backward", 4096) == {(4096, 4096)}  # no production kernel is so wide: the widest one, resized
+    assert served("norm_backward", 4096) == {
+        (4096, 4096)
+    }  # no production kernel is so wide: the widest one, resized
     assert served("attention_dq", 64) == {(64, 64)} and served("attention_dq", 128) == {(128, 128)}
     timed = search.timed_forms("norm_forward", {"bits": 16, "size": 768})
-    assert [p.arguments["keys_ptr"] for p in timed] == ["*i64", None]  # with dropout and without; not the head's LayerNorm
+    assert [p.arguments["keys_ptr"] for p in timed] == [
+        "*i64",
+        None,
+    ]  # with dropout and without; not the head's LayerNorm
 
 
 def test_candidates_are_rows_of_the_same_kind():
@@ -238,10 +306,15 @@ def test_candidates_are_rows_of_the_same_kind():
         for row in [row for row in rows if row["bits"] == 16 and table in ours.JUDGED]:
             found = search.candidates(table, row, BLOCKS.get(table, {}), COMMON)
             assert found[0] == row and len({str(trial) for trial in found}) == len(found)
-            assert all(trial.keys() == row.keys() - {"maxnreg"} and trial["size"] == row["size"] for trial in found[1:])
+            assert all(
+                trial.keys() == row.keys() - {"maxnreg"} and trial["size"] == row["size"]
+                for trial in found[1:]
+            )
 
 
-def judged(seconds: float, traffic: float = 1.0, registers: int = 128, programs: int = 2, **row: int) -> search.Judged:
+def judged(
+    seconds: float, traffic: float = 1.0, registers: int = 128, programs: int = 2, **row: int
+) -> search.Judged:
     tile = {"bits": 16, "size": 64, "BLOCK_Q": 64, "num_warps": 8, "num_stages": 3, **row}
     return search.Judged(tile, (seconds, seconds), traffic, (registers,), (programs,))
 
@@ -249,9 +322,15 @@ def judged(seconds: float, traffic: float = 1.0, registers: int = 128, programs:
 def test_limits_on_registers_are_those_that_let_one_more_program_in():
     """512 registers for each lane of a scheduler: 8 warps are two on each, 4 warps one."""
     assert [row["maxnreg"] for row in search.limited(judged(1, registers=167, programs=1))] == [128]
-    assert [row["maxnreg"] for row in search.limited(judged(1, registers=242, programs=2, num_warps=4))] == [168]
-    assert list(search.limited(judged(1, registers=255, programs=1))) == []  # half as many would spill
-    assert list(search.limited(judged(1, registers=76, programs=2))) == []  # shared memory is what keeps a third one out
+    assert [
+        row["maxnreg"] for row in search.limited(judged(1, registers=242, programs=2, num_warps=4))
+    ] == [168]
+    assert (
+        list(search.limited(judged(1, registers=255, programs=1))) == []
+    )  # half as many would spill
+    assert (
+        list(search.limited(judged(1, registers=76, programs=2))) == []
+    )  # shared memory is what keeps a third one out
 
 
 def test_the_larger_tile_is_preferred_where_the_model_cannot_tell():
@@ -266,13 +345,17 @@ def test_the_larger_tile_is_preferred_where_the_model_cannot_tell():
 def test_the_search_runs_and_says_what_it_found(tmp_path):
     """One small row for real, and a table of its own: the project's is left alone."""
     table = tmp_path / "tiles.json"
-    result = by_itself(f"benchmarks.tune --model --kernels attention_prepare --seconds 6 --table {table}")
+    result = by_itself(
+        f"benchmarks.tune --model --kernels attention_prepare --seconds 6 --table {table}"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("attention_prepare 16-bit 32") and "tried" in lines[0]
     proposed = sum("of the time by the model" in line for line in lines)
     rows = read(tmp_path / "proposed_tiles.json")["sm_90"]["attention_prepare"] if proposed else []
-    assert len({row["size"] for row in rows}) == proposed and all(row["predicted_ratio"] > 1 for row in rows)
+    assert len({row["size"] for row in rows}) == proposed and all(
+        row["predicted_ratio"] > 1 for row in rows
+    )
 
 
 # What is on record
@@ -298,13 +381,19 @@ def test_the_page_shows_the_record():
 
 def test_the_record_is_of_these_kernels():
     """Their tiles, and registers as in resources.json. If not: python -m benchmarks.machine_code --write."""
-    resources, table, record = (json.loads(path.read_text(encoding="utf-8")) for path in (RESOURCES, TABLE, RECORD))
+    resources, table, record = (
+        json.loads(path.read_text(encoding="utf-8")) for path in (RESOURCES, TABLE, RECORD)
+    )
     assert record["triton"] == resources["triton"]
     for name, row in record["kernels"].items():
         assert name in resources["sm_90"], name
         for figure in ("registers", "spilled", "shared", "programs"):
             assert row[figure] == resources["sm_90"][name][figure], (name, figure)
-    tiles = [{key: value for key, value in row.items() if key not in ("bits", "size")} for rows in table["sm_90"].values() for row in rows]
+    tiles = [
+        {key: value for key, value in row.items() if key not in ("bits", "size")}
+        for rows in table["sm_90"].values()
+        for row in rows
+    ]
     assert all(row["tile"] in tiles for row in record["kernels"].values())
 
 
@@ -314,7 +403,9 @@ def test_proposed_rows_are_rows_of_the_table_with_other_options():
         for kernel, rows in kernels.items():
             for row in rows:
                 present = next(
-                    known for known in table[architecture][kernel] if (known["bits"], known["size"]) == (row["bits"], row["size"])
+                    known
+                    for known in table[architecture][kernel]
+                    if (known["bits"], known["size"]) == (row["bits"], row["size"])
                 )
                 options = {key: value for key, value in row.items() if key != "predicted_ratio"}
                 assert options != present and row["predicted_ratio"] > 0

@@ -14,7 +14,12 @@ from fastbert.training.schedule import factor
 from tests.trials import Laboratory, Trial
 
 STEPS = 50
-COUNTS = ("step", "tokens", "masked", "sequences")  # these must be equal: every step has the same examples, with the same masks
+COUNTS = (
+    "step",
+    "tokens",
+    "masked",
+    "sequences",
+)  # these must be equal: every step has the same examples, with the same masks
 LOSSES = ("loss", "loss_mlm", "loss_nsp", "grad_norm")  # these to rounding
 # A pack holds at most so many tokens, and a step has about 500: one pack, about five, about ten.
 PACKS = (1000, 128, 64)
@@ -31,7 +36,13 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 def shared(lab: Laboratory, world: int, stage: int, tokens: int) -> list[dict]:
     """Steps of a run that so many ranks share."""
-    trial = lab.trial(f"batch.micro_batch_tokens={tokens}", "checkpoint.every=1000", "evaluate.every=1000", stage=stage, steps=STEPS)
+    trial = lab.trial(
+        f"batch.micro_batch_tokens={tokens}",
+        "checkpoint.every=1000",
+        "evaluate.every=1000",
+        stage=stage,
+        steps=STEPS,
+    )
     trial.go_on(world)
     return trial.steps
 
@@ -45,13 +56,19 @@ def alone(lab) -> list[dict]:
 def far(steps: list[dict], others: list[dict]) -> float:
     """The largest relative difference of a loss or a norm between two runs."""
     assert len(steps) == len(others) > 0
-    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(steps, others, strict=True) for key in LOSSES)
+    return max(
+        abs(a[key] - b[key]) / abs(b[key])
+        for a, b in zip(steps, others, strict=True)
+        for key in LOSSES
+    )
 
 
 @pytest.fixture(scope="module")
 def rounding(alone, small_dataset, lab) -> float:
     """How far rounding alone takes two runs apart: 50 steps by torch, in single and in double precision."""
-    return 4 * far(by_torch(lab, small_dataset, torch.float32), by_torch(lab, small_dataset, torch.float64))
+    return 4 * far(
+        by_torch(lab, small_dataset, torch.float32), by_torch(lab, small_dataset, torch.float64)
+    )
 
 
 def by_torch(lab: Laboratory, dataset, dtype: torch.dtype, ranks: int | None = None) -> list[dict]:
@@ -59,7 +76,11 @@ def by_torch(lab: Laboratory, dataset, dtype: torch.dtype, ranks: int | None = N
     config = load_config(lab.trial(steps=STEPS).recipe, [f"batch.micro_batch_tokens={PACKS[0]}"])
     torch.manual_seed(config.seed)
     model = BertForPreTraining(config.model, dataset.vocab_size, "reference").to(dtype).train()
-    optimizer, batches, steps = build_optimizer(model, config.optimizer), Batches(dataset, config), []
+    optimizer, batches, steps = (
+        build_optimizer(model, config.optimizer),
+        Batches(dataset, config),
+        [],
+    )
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = config.optimizer.lr * factor(config.schedule, step / STEPS)
@@ -67,10 +88,18 @@ def by_torch(lab: Laboratory, dataset, dtype: torch.dtype, ranks: int | None = N
         for rank in range(ranks or 1):
             for pack in batches.step(step, rank, ranks or 1):
                 found = losses(model(pack))
-                scale = (pack.masked_total / len(pack.labels), pack.pairs_total / pack.sequences) if ranks else (1.0, 1.0)
-                (found.mlm * scale[0] / (ranks or 1) + found.nsp * scale[1] / (ranks or 1)).backward()
+                scale = (
+                    (pack.masked_total / len(pack.labels), pack.pairs_total / pack.sequences)
+                    if ranks
+                    else (1.0, 1.0)
+                )
+                (
+                    found.mlm * scale[0] / (ranks or 1) + found.nsp * scale[1] / (ranks or 1)
+                ).backward()
                 mlm, nsp = mlm + float(found.mlm.detach()), nsp + float(found.nsp.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm))
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+        )
         optimizer.step()
         optimizer.zero_grad()
         steps.append({"loss": mlm + nsp, "loss_mlm": mlm, "loss_nsp": nsp, "grad_norm": norm})
@@ -89,7 +118,9 @@ def test_averaging_the_means_of_ranks_would_be_noticed(alone, lab, small_dataset
 @pytest.mark.parametrize("world, stage, tokens", SHARED)
 def test_the_step_is_that_of_the_whole_batch(lab, alone, rounding, world, stage, tokens):
     steps = shared(lab, world, stage, tokens)
-    assert [[s[key] for key in COUNTS] for s in steps] == [[s[key] for key in COUNTS] for s in alone]
+    assert [[s[key] for key in COUNTS] for s in steps] == [
+        [s[key] for key in COUNTS] for s in alone
+    ]
     assert far(steps, alone) < rounding
 
 
@@ -110,7 +141,12 @@ def constant(lab) -> list[dict]:
     return leg(lab.trial(*CONSTANT, steps=LEG * 4), 1, LEG * 4).steps
 
 
-CONSTANT = ("schedule.warmup=0", "schedule.decay=constant", "evaluate.every=1000", "checkpoint.every=1000")
+CONSTANT = (
+    "schedule.warmup=0",
+    "schedule.decay=constant",
+    "evaluate.every=1000",
+    "checkpoint.every=1000",
+)
 
 
 def leg(trial: Trial, world: int, until: int, *overrides: str) -> Trial:
@@ -120,14 +156,19 @@ def leg(trial: Trial, world: int, until: int, *overrides: str) -> Trial:
 
 @pytest.mark.parametrize("legs", LEGS)
 def test_a_run_may_change_its_ranks_stage_and_precision(lab, constant, rounding, legs):
-    if any(precision == "bf16" for *_, precision in LEGS[legs]) and not (probe := probe_bf16()).safe:
+    if (
+        any(precision == "bf16" for *_, precision in LEGS[legs])
+        and not (probe := probe_bf16()).safe
+    ):
         pytest.skip(probe.why)
     trial, tolerance = lab.trial(*CONSTANT), rounding
     for i, (world, stage, precision) in enumerate(LEGS[legs]):
         trial.set_stage(stage)
         leg(trial, world, LEG * (i + 1), f"runtime.precision={precision}")
         ours, expected = trial.steps[LEG * i :], constant[LEG * i : LEG * (i + 1)]
-        assert [[s[key] for key in COUNTS] for s in ours] == [[s[key] for key in COUNTS] for s in expected]
+        assert [[s[key] for key in COUNTS] for s in ours] == [
+            [s[key] for key in COUNTS] for s in expected
+        ]
         if precision == "bf16":
             tolerance = 16 * BF16  # and it stays: what was rounded once is another model
         assert far(ours, expected) < tolerance

@@ -25,7 +25,9 @@ DEFAULT = ObjectiveConfig()
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     words = [f"##w{i}" if i % 4 == 3 else f"w{i}" for i in range(VOCAB - 5)]
-    return tiny_dataset(tmp_path_factory.mktemp("dataset") / "dataset", [[50]], vocab_size=VOCAB, words=words)
+    return tiny_dataset(
+        tmp_path_factory.mktemp("dataset") / "dataset", [[50]], vocab_size=VOCAB, words=words
+    )
 
 
 def text(n: int, seed: int = 0) -> np.ndarray:
@@ -46,14 +48,24 @@ def rounded(number: Fraction) -> int:
 
 
 @pytest.mark.parametrize(
-    "objective", [DEFAULT, ObjectiveConfig(mask_rate=0.3, mask_token=0.5, random_token=0.5), ObjectiveConfig(mask_rate=1.0)]
+    "objective",
+    [
+        DEFAULT,
+        ObjectiveConfig(mask_rate=0.3, mask_token=0.5, random_token=0.5),
+        ObjectiveConfig(mask_rate=1.0),
+    ],
 )
 def test_counts_are_rounded_exactly_for_every_length(objective):
     lengths = np.arange(1, 1025)
     selected = selected_counts(lengths, objective)
     masked, other = replaced_counts(selected, objective)
-    rate, mask_token, random_token = (Fraction(str(getattr(objective, name))) for name in ("mask_rate", "mask_token", "random_token"))
-    for n, s, m, r in zip(lengths.tolist(), selected.tolist(), masked.tolist(), other.tolist(), strict=True):
+    rate, mask_token, random_token = (
+        Fraction(str(getattr(objective, name)))
+        for name in ("mask_rate", "mask_token", "random_token")
+    )
+    for n, s, m, r in zip(
+        lengths.tolist(), selected.tolist(), masked.tolist(), other.tolist(), strict=True
+    ):
         assert s == max(1, rounded(rate * n)) <= n
         assert m == rounded(mask_token * s)
         assert r == min(rounded(random_token * s), s - m)
@@ -77,8 +89,12 @@ def test_200_tokens_are_30_selected_24_masked_3_random_3_kept(dataset):
     whole_word=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_pack_has_exact_counts_and_nothing_else_changes(dataset, lengths, rate, shares, whole_word, seed):
-    objective = ObjectiveConfig(mask_rate=rate, mask_token=shares[0], random_token=shares[1], whole_word=whole_word)
+def test_any_pack_has_exact_counts_and_nothing_else_changes(
+    dataset, lengths, rate, shares, whole_word, seed
+):
+    objective = ObjectiveConfig(
+        mask_rate=rate, mask_token=shares[0], random_token=shares[1], whole_word=whole_word
+    )
     lengths = np.array(lengths)
     tokens = text(lengths.sum(), seed)
     seen, chosen = Masking(dataset, objective)(tokens, lengths, keys(len(lengths), seed))
@@ -104,7 +120,9 @@ def test_every_token_of_an_example_is_selected_equally_often(dataset):
     _, chosen = Masking(dataset, DEFAULT)(text(n * length), np.full(n, length), keys(n))
     counts = np.bincount(chosen % length, minlength=length)
     expected = n * 3 / length
-    assert ((counts - expected) ** 2 / expected).sum() < 45  # 19 degrees of freedom: 1 in 1,400 lies above
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 45  # 19 degrees of freedom: 1 in 1,400 lies above
 
 
 @pytest.mark.parametrize("original", [0, 7, 39, UNK])
@@ -116,7 +134,9 @@ def test_random_tokens_are_uniform_over_all_other_ordinary_ones(dataset, origina
     others = [i for i in range(40) if i != original]
     assert counts[others].sum() == n * 100
     expected = n * 100 / len(others)
-    assert ((counts[others] - expected) ** 2 / expected).sum() < 78  # 38 or 39 degrees of freedom: 1 in 5,000 lies above
+    assert (
+        (counts[others] - expected) ** 2 / expected
+    ).sum() < 78  # 38 or 39 degrees of freedom: 1 in 5,000 lies above
 
 
 def test_an_unknown_word_and_token_0_are_selected_like_any_other(dataset):
@@ -124,7 +144,9 @@ def test_an_unknown_word_and_token_0_are_selected_like_any_other(dataset):
     seen, chosen = Masking(dataset, DEFAULT)(tokens, np.full(1000, 40), keys(1000))
     share = np.bincount(chosen % 4, minlength=4) / len(chosen)
     np.testing.assert_allclose(share, 0.25, atol=0.02)
-    np.testing.assert_allclose([(seen[chosen[chosen % 4 == i]] == MASK).mean() for i in range(4)], 5 / 6, atol=0.03)  # 6 selected, 5 masked
+    np.testing.assert_allclose(
+        [(seen[chosen[chosen % 4 == i]] == MASK).mean() for i in range(4)], 5 / 6, atol=0.03
+    )  # 6 selected, 5 masked
 
 
 # Whole words
@@ -140,32 +162,50 @@ def test_whole_words_are_selected_together(dataset):
     size, hit = np.bincount(word), np.bincount(word[chosen], minlength=word[-1] + 1)
     broken = np.flatnonzero((hit > 0) & (hit < size))
     example_of_word = np.flatnonzero(begins) // 60
-    assert np.bincount(example_of_word[broken], minlength=500).max() == 1  # only the last one taken may be cut to fit the count
+    assert (
+        np.bincount(example_of_word[broken], minlength=500).max() == 1
+    )  # only the last one taken may be cut to fit the count
     assert len(broken) < 0.6 * 500 and (hit[size > 1] == size[size > 1]).sum() > 500
     several = size >= 2
-    assert abs(hit[several].sum() / size[several].sum() - 0.15) < 0.01 and abs(hit[~several].sum() / size[~several].sum() - 0.15) < 0.01
+    assert (
+        abs(hit[several].sum() / size[several].sum() - 0.15) < 0.01
+        and abs(hit[~several].sum() / size[~several].sum() - 0.15) < 0.01
+    )
 
 
 # Functions of the key alone
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10), whole_word=st.booleans(), seed=st.integers(0, 1000))
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=10),
+    whole_word=st.booleans(),
+    seed=st.integers(0, 1000),
+)
 def test_an_example_is_masked_alike_in_every_pack(dataset, lengths, whole_word, seed):
-    masking = Masking(dataset, ObjectiveConfig(mask_rate=0.5, mask_token=0.4, random_token=0.4, whole_word=whole_word))
+    masking = Masking(
+        dataset,
+        ObjectiveConfig(mask_rate=0.5, mask_token=0.4, random_token=0.4, whole_word=whole_word),
+    )
     lengths, all_keys = np.array(lengths), keys(len(lengths), seed)
     tokens = text(lengths.sum(), seed)
     seen, chosen = masking(tokens, lengths, all_keys)
     for i, start in enumerate(np.cumsum(lengths) - lengths):
         end = start + lengths[i]
-        alone_seen, alone_chosen = masking(tokens[start:end], lengths[i : i + 1], all_keys[i : i + 1])
+        alone_seen, alone_chosen = masking(
+            tokens[start:end], lengths[i : i + 1], all_keys[i : i + 1]
+        )
         np.testing.assert_array_equal(alone_seen, seen[start:end])
-        np.testing.assert_array_equal(alone_chosen + start, chosen[(chosen >= start) & (chosen < end)])
+        np.testing.assert_array_equal(
+            alone_chosen + start, chosen[(chosen >= start) & (chosen < end)]
+        )
 
 
 def test_other_keys_give_other_masks(dataset):
     tokens = np.tile(text(100), 200)
-    _, chosen = Masking(dataset, DEFAULT)(tokens, np.full(200, 100), np.arange(200))  # neighbouring keys
+    _, chosen = Masking(dataset, DEFAULT)(
+        tokens, np.full(200, 100), np.arange(200)
+    )  # neighbouring keys
     sets = [frozenset(row) for row in (chosen % 100).reshape(200, 15)]
     assert len(set(sets)) == 200
     overlap = np.mean([len(a & b) for a, b in pairwise(sets)])
@@ -173,7 +213,9 @@ def test_other_keys_give_other_masks(dataset):
 
 
 def test_an_empty_pack(dataset):
-    seen, chosen = Masking(dataset, DEFAULT)(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
+    seen, chosen = Masking(dataset, DEFAULT)(
+        np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
+    )
     assert len(seen) == len(chosen) == 0
 
 

@@ -17,7 +17,9 @@ def test_floats_round_trip(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", fresh=True)
     for step, value in enumerate(values):
         file.write({"step": step, "loss": value})
-        assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == values[: step + 1]  # without a close
+        assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == values[
+            : step + 1
+        ]  # without a close
 
 
 def test_a_fresh_start_begins_anew_and_a_resume_goes_on(tmp_path):
@@ -53,16 +55,30 @@ def test_a_torn_last_line_is_dropped(tmp_path_factory, whole, torn):
 def test_a_bad_line_is_passed_over_and_counted(tmp_path_factory, parts):
     """Torn where two machines append over a network disk, or with the zeros of a hole; what is whole around it is kept."""
     path, bad = tmp_path_factory.mktemp("bad") / "metrics.jsonl", []
-    path.write_bytes(b"".join((part if isinstance(part, bytes) else json.dumps({"step": part}).encode()) + b"\n" for part in parts))
-    assert list(read_metrics(path, bad)) == [{"step": part} for part in parts if isinstance(part, int)]
+    path.write_bytes(
+        b"".join(
+            (part if isinstance(part, bytes) else json.dumps({"step": part}).encode()) + b"\n"
+            for part in parts
+        )
+    )
+    assert list(read_metrics(path, bad)) == [
+        {"step": part} for part in parts if isinstance(part, int)
+    ]
     assert bad == [number for number, part in enumerate(parts, 1) if isinstance(part, bytes)]
 
 
 def test_what_is_not_finite_is_json_all_the_same(tmp_path):
     """NaN is no JSON: other programs refuse the whole line."""
-    MetricsFile(tmp_path / "metrics.jsonl", fresh=True).write({"step": 1, "loss": math.nan, "lr": math.inf, "grad_norm": 2.0})
+    MetricsFile(tmp_path / "metrics.jsonl", fresh=True).write(
+        {"step": 1, "loss": math.nan, "lr": math.inf, "grad_norm": 2.0}
+    )
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "lr": None, "grad_norm": 2.0}
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": None,
+        "lr": None,
+        "grad_norm": 2.0,
+    }
 
 
 def test_a_missing_file_has_nothing(tmp_path):
@@ -73,7 +89,11 @@ def test_a_file_that_cannot_be_read_is_not_a_missing_one(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "gone").symlink_to(tmp_path / "not mounted" / "metrics.jsonl")
     (tmp_path / "folder").mkdir()
-    for name, error in {"loop": "Too many levels", "gone": "No such file", "folder": "Is a directory"}.items():
+    for name, error in {
+        "loop": "Too many levels",
+        "gone": "No such file",
+        "folder": "Is a directory",
+    }.items():
         with pytest.raises(OSError, match=error):
             list(read_metrics(tmp_path / name))
 

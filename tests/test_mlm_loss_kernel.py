@@ -15,7 +15,10 @@ SPEC = SPECS["mlm_loss"]
 
 
 def inputs(dtype: torch.dtype = torch.bfloat16, **shape: int) -> dict[str, Any]:
-    return place(SPEC.inputs({"T": 40, "M": 20, "D": 32, "V": 300} | shape, dtype, 0.0), "cuda" if GPU else "cpu")
+    return place(
+        SPEC.inputs({"T": 40, "M": 20, "D": 32, "V": 300} | shape, dtype, 0.0),
+        "cuda" if GPU else "cpu",
+    )
 
 
 def outcome(arguments: dict[str, Any], impl: str = "triton", **more: Any) -> dict[str, Any]:
@@ -24,7 +27,9 @@ def outcome(arguments: dict[str, Any], impl: str = "triton", **more: Any) -> dic
     with watched(impl):
         results = masked_cross_entropy(**{**arguments, **leaves, **more}, impl=impl)
         results[0].backward()
-    return dict(zip(("loss", "losses", "hits"), results, strict=True)) | {name: leaf.grad for name, leaf in leaves.items()}
+    return dict(zip(("loss", "losses", "hits"), results, strict=True)) | {
+        name: leaf.grad for name, leaf in leaves.items()
+    }
 
 
 def assert_same(one, other):
@@ -43,10 +48,15 @@ def test_no_positions_are_all_positions(impl):
 
 def test_strided_rows_give_the_same_as_contiguous_ones():
     arguments = inputs()
-    strided = {name: torch.nn.functional.pad(arguments[name], (0, 8))[:, :32] for name in ("hidden", "weight")}
+    strided = {
+        name: torch.nn.functional.pad(arguments[name], (0, 8))[:, :32]
+        for name in ("hidden", "weight")
+    }
     one, other = outcome(arguments), outcome({**arguments, **strided})
     for key in one:
-        torch.testing.assert_close(one[key], other[key])  # torch's products may take another way through other strides
+        torch.testing.assert_close(
+            one[key], other[key]
+        )  # torch's products may take another way through other strides
 
 
 def test_repeated_positions_add_up():
@@ -102,7 +112,10 @@ def test_a_bad_label_or_position_reads_nothing_and_is_loud():
     ("change", "message"),
     [
         ({"labels": torch.full((20,), 300)}, "labels span 300 to 300; must be in \\[0, V = 300\\)"),
-        ({"positions": torch.full((20,), -1)}, "positions span -1 to -1; must be in \\[0, T = 40\\)"),
+        (
+            {"positions": torch.full((20,), -1)},
+            "positions span -1 to -1; must be in \\[0, T = 40\\)",
+        ),
         ({"positions": None}, "labels has shape \\[20\\], expected \\[40\\]"),
         ({"total": 0}, "total = 0; must be above 0"),
     ],
@@ -131,7 +144,9 @@ def test_every_word_is_found_as_the_label_and_as_the_first_of_equals(dtype):
     V, D = 600, 16  # three tiles of 256 words in 16 bits, the last of which is cut
     draw = torch.Generator().manual_seed(3)
     weight = torch.randint(-1, 2, (V, D), generator=draw).to(dtype)
-    bias = torch.zeros(V, dtype=dtype)  # logits and biases are scaled apart, which would break ties by rounding
+    bias = torch.zeros(
+        V, dtype=dtype
+    )  # logits and biases are scaled apart, which would break ties by rounding
     hidden = torch.randint(-1, 2, (3 * V, D), generator=draw).to(dtype)
     logits = hidden.float() @ weight.float().T + bias.float()
     equal = logits == logits.amax(1, keepdim=True)
@@ -139,10 +154,15 @@ def test_every_word_is_found_as_the_label_and_as_the_first_of_equals(dtype):
     labels = torch.cat([torch.arange(V), first[V : 2 * V], last[2 * V :]])
     assert (first != last)[2 * V :].any()  # or ties would not be seen
 
-    arguments = place({"hidden": hidden, "weight": weight, "bias": bias, "positions": None, "labels": labels}, "cuda" if GPU else "cpu")
+    arguments = place(
+        {"hidden": hidden, "weight": weight, "bias": bias, "positions": None, "labels": labels},
+        "cuda" if GPU else "cpu",
+    )
     with watched("triton"):
         _, losses, hits = masked_cross_entropy(**arguments, impl="triton")
-    torch.testing.assert_close(losses.cpu(), torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+    torch.testing.assert_close(
+        losses.cpu(), torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    )
     assert torch.equal(hits.cpu(), first == labels)
 
 
@@ -168,14 +188,18 @@ def test_words_of_bias_minus_infinity_have_no_probability():
     assert not found["weight"][:400].any()
 
 
-@pytest.mark.parametrize(("words", "numbers"), [(256, 1 << 26), (1 << 14, 20 * 384), (128, 1 << 26), (1, 1)])
+@pytest.mark.parametrize(
+    ("words", "numbers"), [(256, 1 << 26), (1 << 14, 20 * 384), (128, 1 << 26), (1, 1)]
+)
 def test_slabs_of_the_triton_implementation_add_up(monkeypatch, words, numbers):
     """Several whole ones and a cut one; a slab is never narrower than a tile."""
     arguments = inputs(torch.float32, V=1000)
     whole = outcome(arguments)
     launches = []
     launch = kernel._product
-    monkeypatch.setattr(kernel, "_product", lambda *rest, **more: (launches.append(0), launch(*rest, **more)))
+    monkeypatch.setattr(
+        kernel, "_product", lambda *rest, **more: (launches.append(0), launch(*rest, **more))
+    )
     monkeypatch.setattr(kernel, "_SLAB_WORDS", words)
     monkeypatch.setattr(kernel, "_SLAB_NUMBERS", numbers)
     parts = outcome(arguments)
@@ -204,6 +228,9 @@ def test_slabs_of_the_cpu_implementation_add_up(monkeypatch):
         torch.testing.assert_close(parts[key], whole[key])
 
 
-@pytest.mark.parametrize(("row_tiles", "vocabulary_tiles", "run"), [(64, 120, 60), (1, 120, 1), (100, 120, 24), (128, 120, 120), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("row_tiles", "vocabulary_tiles", "run"),
+    [(64, 120, 60), (1, 120, 1), (100, 120, 24), (128, 120, 120), (1, 1, 1)],
+)
 def test_runs_of_vocabulary_tiles_fill_the_device(row_tiles, vocabulary_tiles, run):
     assert _run(row_tiles, vocabulary_tiles, 132) == run

@@ -15,7 +15,13 @@ from fastbert.errors import InputError
 from fastbert.models.bert import Attention, BertForPreTraining, losses, resolve_kernels
 from tests.random_batch import VOCAB, make_batch
 
-CONFIG = ModelConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, max_position_embeddings=64)
+CONFIG = ModelConfig(
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    intermediate_size=96,
+    max_position_embeddings=64,
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +29,22 @@ def model():
     torch.manual_seed(0)
     model = BertForPreTraining(CONFIG, VOCAB)
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms away from 0 and 1, so that a swapped one shows
+        for (
+            parameter
+        ) in model.parameters():  # biases and norms away from 0 and 1, so that a swapped one shows
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
 
 @pytest.fixture(scope="module")
 def twin(model):
-    words = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+    words = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+    )
     config = transformers.BertConfig(vocab_size=VOCAB, **{w: getattr(CONFIG, w) for w in words})
     twin = transformers.BertForPreTraining(config).eval()
     missing, unexpected = twin.load_state_dict(to_hugging_face(model.state_dict()), strict=False)
@@ -41,22 +55,37 @@ def twin(model):
 def test_states_and_losses_are_those_of_transformers(model, twin):
     batch = make_batch([9, 30, 17])
     mask = torch.zeros(3, 30, dtype=torch.long)
-    padded = {name: torch.zeros(3, 30, dtype=torch.long) for name in ("input_ids", "token_type_ids")}
+    padded = {
+        name: torch.zeros(3, 30, dtype=torch.long) for name in ("input_ids", "token_type_ids")
+    }
     labels = torch.full((3, 30), -100)
-    flat_labels = torch.full_like(batch.input_ids, -100).index_copy_(0, batch.masked_positions, batch.labels)
+    flat_labels = torch.full_like(batch.input_ids, -100).index_copy_(
+        0, batch.masked_positions, batch.labels
+    )
     for row, (start, end) in enumerate(itertools.pairwise(batch.cu_seqlens.tolist())):
         mask[row, : end - start] = 1
         labels[row, : end - start] = flat_labels[start:end]
         for name, rows in padded.items():
             rows[row, : end - start] = getattr(batch, name)[start:end]
-    theirs = twin(**padded, attention_mask=mask, labels=labels, next_sentence_label=batch.next_sentence_labels, output_hidden_states=True)
+    theirs = twin(
+        **padded,
+        attention_mask=mask,
+        labels=labels,
+        next_sentence_label=batch.next_sentence_labels,
+        output_hidden_states=True,
+    )
     states = model.hidden_states(batch)
     assert len(states) == CONFIG.num_hidden_layers + 1
     for ours, other in zip(states, theirs.hidden_states, strict=True):
         torch.testing.assert_close(ours, other[mask.bool()], rtol=0, atol=1e-5)
-    torch.testing.assert_close(model.token_logits(states[-1]), theirs.prediction_logits[mask.bool()], rtol=0, atol=1e-5)
     torch.testing.assert_close(
-        model.pair_logits(states[-1][batch.cu_seqlens[:-1].long()]), theirs.seq_relationship_logits, rtol=0, atol=1e-5
+        model.token_logits(states[-1]), theirs.prediction_logits[mask.bool()], rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        model.pair_logits(states[-1][batch.cu_seqlens[:-1].long()]),
+        theirs.seq_relationship_logits,
+        rtol=0,
+        atol=1e-5,
     )
 
     model.zero_grad()
@@ -64,9 +93,20 @@ def test_states_and_losses_are_those_of_transformers(model, twin):
     torch.testing.assert_close(loss, theirs.loss, rtol=0, atol=1e-5)
     loss.backward()
     theirs.loss.backward()
-    reference = from_hugging_face({name: p.grad for name, p in twin.named_parameters()}, CONFIG, VOCAB, "the gradients of transformers")
+    reference = from_hugging_face(
+        {name: p.grad for name, p in twin.named_parameters()},
+        CONFIG,
+        VOCAB,
+        "the gradients of transformers",
+    )
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, reference[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            parameter.grad,
+            reference[name],
+            rtol=1e-4,
+            atol=1e-5,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
@@ -77,9 +117,13 @@ def test_cutting_the_last_layer_changes_nothing(model, impl):
     model.impl = impl
     cut = losses(model(batch))
     hidden = model.hidden_states(batch)[-1]
-    tokens = torch.nn.functional.cross_entropy(model.token_logits(hidden[batch.masked_positions]), batch.labels, reduction="none")
+    tokens = torch.nn.functional.cross_entropy(
+        model.token_logits(hidden[batch.masked_positions]), batch.labels, reduction="none"
+    )
     pairs = torch.nn.functional.cross_entropy(
-        model.pair_logits(hidden[batch.cu_seqlens[:-1].long()]), batch.next_sentence_labels, reduction="none"
+        model.pair_logits(hidden[batch.cu_seqlens[:-1].long()]),
+        batch.next_sentence_labels,
+        reduction="none",
     )
     model.eval()
     torch.testing.assert_close(cut.token_losses, tokens, rtol=0, atol=1e-5)
@@ -114,10 +158,26 @@ def test_packs_add_up_to_the_step(model):
         kept = positions >= 0
         by_place = positions[kept].argsort()
         cut = torch.tensor([0, *itertools.accumulate(lengths[i] for i in order)], dtype=torch.int32)
-        rows = {name: getattr(whole, name)[tokens] for name in ("input_ids", "token_type_ids", "position_ids")}
-        heads = {name: getattr(whole, name)[torch.tensor(order)] for name in ("next_sentence_labels", "dropout_keys", "examples")}
-        masks = {"masked_positions": positions[kept][by_place], "labels": whole.labels[kept][by_place]}
-        return dataclasses.replace(whole, cu_seqlens=cut, max_seqlen=max(lengths[i] for i in order), **rows, **heads, **masks)
+        rows = {
+            name: getattr(whole, name)[tokens]
+            for name in ("input_ids", "token_type_ids", "position_ids")
+        }
+        heads = {
+            name: getattr(whole, name)[torch.tensor(order)]
+            for name in ("next_sentence_labels", "dropout_keys", "examples")
+        }
+        masks = {
+            "masked_positions": positions[kept][by_place],
+            "labels": whole.labels[kept][by_place],
+        }
+        return dataclasses.replace(
+            whole,
+            cu_seqlens=cut,
+            max_seqlen=max(lengths[i] for i in order),
+            **rows,
+            **heads,
+            **masks,
+        )
 
     model.train()
     outcome = []
@@ -126,7 +186,12 @@ def test_packs_add_up_to_the_step(model):
         parts = [losses(model(pack)).loss for pack in packs]
         for loss in parts:
             loss.backward()
-        outcome.append((sum(float(loss.detach()) for loss in parts), [p.grad.clone() for p in model.parameters()]))
+        outcome.append(
+            (
+                sum(float(loss.detach()) for loss in parts),
+                [p.grad.clone() for p in model.parameters()],
+            )
+        )
     model.eval()
     assert outcome[0][0] == pytest.approx(outcome[1][0], abs=1e-5)
     torch.testing.assert_close(outcome[0][1], outcome[1][1], rtol=1e-4, atol=1e-6)
@@ -148,7 +213,9 @@ def test_examples_without_a_pair_add_nothing(model):
 @pytest.mark.parametrize(("initial_attention", "slack"), [("uniform", 0.02), ("adjacent", 0.2)])
 def test_first_loss_of_a_fresh_model_is_that_of_guessing(initial_attention, slack):
     torch.manual_seed(3)
-    fresh = BertForPreTraining(dataclasses.replace(CONFIG, initial_attention=initial_attention), VOCAB).eval()
+    fresh = BertForPreTraining(
+        dataclasses.replace(CONFIG, initial_attention=initial_attention), VOCAB
+    ).eval()
     found = losses(fresh(make_batch([30] * 20)))
     assert found.mlm.item() == pytest.approx(math.log(VOCAB), abs=slack)
     assert found.nsp.item() == pytest.approx(math.log(2), abs=slack)
@@ -166,14 +233,22 @@ def test_triton_on_a_cpu_is_for_the_interpreter_alone(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert resolve_kernels("triton", "cpu") == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(InputError, match=r'runtime.kernels = "triton" needs a GPU; .*TRITON_INTERPRET=1'):
+    with pytest.raises(
+        InputError, match=r'runtime.kernels = "triton" needs a GPU; .*TRITON_INTERPRET=1'
+    ):
         resolve_kernels("triton", "cpu")
 
 
 def test_neighbouring_heads_look_at_the_token_before_and_after():
     """At the start, head 0 of the first layer looks at the previous token and head 1 at the next, give or take one, whatever the words."""
     torch.manual_seed(0)
-    config = ModelConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, initial_attention="adjacent")
+    config = ModelConfig(
+        hidden_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initial_attention="adjacent",
+    )
     model = BertForPreTraining(config, VOCAB).eval()
     batch = make_batch([60])
     x = model.hidden_states(batch)[0]

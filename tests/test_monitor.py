@@ -23,12 +23,20 @@ from fastbert.training.monitor import Monitor
 from fastbert.training.picture import LossHistory
 from fastbert.training.train_state import StopCriteria, TrainState
 
-BASELINES = {"unigram": 6.7, "left_bigram": 5.1, "two_sided_bigram": 4.3, "two_sided_trigram": 3.7, "tokens": 1e6}
+BASELINES = {
+    "unigram": 6.7,
+    "left_bigram": 5.1,
+    "two_sided_bigram": 4.3,
+    "two_sided_trigram": 3.7,
+    "tokens": 1e6,
+}
 FIRST = math.log(1000) + math.log(2)
 
 
 def result(loss: float = FIRST, norm: float = 1.0, pairs: bool = True) -> StepResult:
-    return StepResult(loss, loss - 0.7, 0.7 if pairs else None, 0.05, 0.5 if pairs else None, norm, 1000, 150, 16)
+    return StepResult(
+        loss, loss - 0.7, 0.7 if pairs else None, 0.05, 0.5 if pairs else None, norm, 1000, 150, 16
+    )
 
 
 def heldout(mask: float = 6.0, nsp: float = 0.6) -> HeldOut:
@@ -37,11 +45,27 @@ def heldout(mask: float = 6.0, nsp: float = 0.6) -> HeldOut:
 
 def monitor(run, step: int = 0, is_main: bool = True) -> Monitor:
     criteria = StopCriteria(RunConfig(data="dataset", stop=StopConfig(steps=200)), 50)
-    return Monitor(run, step=step, criteria=criteria, peak=1e9, vocab_size=1000, pairs=True, baselines=BASELINES, is_main=is_main)
+    return Monitor(
+        run,
+        step=step,
+        criteria=criteria,
+        peak=1e9,
+        vocab_size=1000,
+        pairs=True,
+        baselines=BASELINES,
+        is_main=is_main,
+    )
 
 
 def take_step(to: Monitor, step: int, loss: float = FIRST, **changes) -> None:
-    to.step(TrainState(step=step, seconds=step * 0.1), result(loss, **changes), lr=1e-3, seconds=0.1, waited=0.01, flops=5e7)
+    to.step(
+        TrainState(step=step, seconds=step * 0.1),
+        result(loss, **changes),
+        lr=1e-3,
+        seconds=0.1,
+        waited=0.01,
+        flops=5e7,
+    )
 
 
 def test_a_step_has_exactly_the_keys_that_others_script_against(tmp_path):
@@ -72,7 +96,9 @@ def test_held_out_losses_are_set_against_the_baselines(tmp_path, capsys):
         "on [MASK] 6.000, below word frequencies (6.70), above the left neighbour (5.10)"
     )
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert record["event"] == "evaluate" and record["step"] == 20 and record["loss_mask_token"] == 6.0
+    assert (
+        record["event"] == "evaluate" and record["step"] == 20 and record["loss_mask_token"] == 6.0
+    )
 
 
 def test_advice_is_given_once(tmp_path, capsys):
@@ -87,7 +113,14 @@ def test_advice_is_given_once(tmp_path, capsys):
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert len(notes) == 4
     for note, part in zip(
-        notes, ["the first loss is 30.00", "on [MASK] is 6.69", "NSP loss is 0.693", "gradient norm is 500"], strict=True
+        notes,
+        [
+            "the first loss is 30.00",
+            "on [MASK] is 6.69",
+            "NSP loss is 0.693",
+            "gradient norm is 500",
+        ],
+        strict=True,
     ):
         assert part in note
 
@@ -100,7 +133,10 @@ def test_a_loss_that_is_not_finite_is_not_taken_for_a_plateau(tmp_path, capsys, 
     said = capsys.readouterr().out
     (note,) = (line for line in said.splitlines() if line.startswith("note: "))
     assert "training has diverged" in note and "neighbours yet" not in said and "nan" not in said
-    records = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert records[0]["loss"] == (loss if math.isfinite(loss) else None)
     assert matplotlib.image.imread(tmp_path / "loss.png").shape[0] > 500
 
@@ -111,10 +147,15 @@ def test_a_bad_line_of_metrics_is_passed_over(tmp_path, capsys):
         take_step(to, 1)
         take_step(to, 2)
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"\n", b'\n{"step": 2, "lo{"step": 2, "loss": 7.1}\n', 1))
+    path.write_bytes(
+        path.read_bytes().replace(b"\n", b'\n{"step": 2, "lo{"step": 2, "loss": 7.1}\n', 1)
+    )
     with monitor(tmp_path, step=2) as to:
         take_step(to, 3)
-    assert f"{path}: 1 of its lines cannot be read and are left out; the first is line 2" in capsys.readouterr().out
+    assert (
+        f"{path}: 1 of its lines cannot be read and are left out; the first is line 2"
+        in capsys.readouterr().out
+    )
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
 
 
@@ -154,7 +195,11 @@ def test_tensorboard_has_the_curves(tmp_path):
             take_step(to, step, loss=10.0 - step)
         to.evaluate(TrainState(step=30), heldout(), 0.5)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 0.0), (20, -10.0), (30, -20.0)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (10, 0.0),
+        (20, -10.0),
+        (30, -20.0),
+    ]
     assert events.Scalars("heldout/loss_mask_token")[0].value == 6.0
 
 
@@ -166,7 +211,10 @@ def test_the_picture_shows_the_run(tmp_path):
         to.stop(100, "stop.steps = 100")
     pixels = matplotlib.image.imread(tmp_path / "loss.png")
     assert pixels.shape[0] > 500 and pixels.shape[1] > 800
-    colours = {tuple(c) for c in np.unique((pixels[..., :3] * 255).round().astype(int).reshape(-1, 3), axis=0)}
+    colours = {
+        tuple(c)
+        for c in np.unique((pixels[..., :3] * 255).round().astype(int).reshape(-1, 3), axis=0)
+    }
     for name in ("TRAIN", "HELDOUT", "MASKED", "NSP", "INK"):
         colour = getattr(picture, name)
         assert tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) in colours, name
@@ -181,7 +229,9 @@ def test_the_picture_does_without_pairs_and_evaluations(tmp_path):
 
 def test_a_redone_step_replaces_the_first_in_the_picture():
     history = LossHistory()
-    history.read([{"step": step, "loss_mlm": float(step), "loss_nsp": 0.0} for step in (1, 2, 3, 4)])
+    history.read(
+        [{"step": step, "loss_mlm": float(step), "loss_nsp": 0.0} for step in (1, 2, 3, 4)]
+    )
     history.read([{"event": "resume", "step": 2}, {"step": 3, "loss_mlm": 30.0, "loss_nsp": 0.0}])
     assert history._smooth("loss_mlm") == ([1.0, 2.0, 3.0], [1.0, 2.0, 30.0])
 
@@ -197,7 +247,9 @@ def test_a_resume_goes_on_in_every_file(tmp_path, capsys):
     assert "first part" in (tmp_path / "log.txt").read_text()
     with monitor(tmp_path):
         pass
-    assert (tmp_path / "metrics.jsonl").read_text() == "" and "first part" not in (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "metrics.jsonl").read_text() == "" and "first part" not in (
+        tmp_path / "log.txt"
+    ).read_text()
 
 
 def test_every_line_is_json(tmp_path):
@@ -205,7 +257,10 @@ def test_every_line_is_json(tmp_path):
         take_step(to, 1)
         to.event("save", 1, checkpoint="x")
         to.stop(1, 'a "reason"')
-    kinds = [json.loads(line).get("event") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kinds = [
+        json.loads(line).get("event")
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert kinds == [None, "save", "stop"]
 
 

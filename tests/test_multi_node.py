@@ -53,7 +53,9 @@ def check_ports(cluster: Cluster, several_machines: bool) -> None:
     """No process listens where nobody of the run has to reach it."""
     found = cluster.listening()
     for i, port in found:
-        assert port.address in ("127.0.0.1", "::1") or (several_machines and port.address == cluster.nodes[i].address), port
+        assert port.address in ("127.0.0.1", "::1") or (
+            several_machines and port.address == cluster.nodes[i].address
+        ), port
 
 
 def finish(commands: list[Command]) -> None:
@@ -65,7 +67,11 @@ def cases() -> list:
     found = []
     for number, one in enumerate(blocks()):
         if one.heading not in APART:
-            found.append(pytest.param(2 if one.heading == ONE_MACHINE else 1, one, id=f"{number} {one.heading}"))
+            found.append(
+                pytest.param(
+                    2 if one.heading == ONE_MACHINE else 1, one, id=f"{number} {one.heading}"
+                )
+            )
     return found
 
 
@@ -73,7 +79,10 @@ def cases() -> list:
 def test_a_command_trains_the_same_model(commands: Block, cluster, alone):
     started = cluster.start_block(commands)
     several = commands.heading != ONE_MACHINE
-    until(lambda: metrics(cluster.run) or any(c.process.poll() is not None for c in started), "the first step")
+    until(
+        lambda: metrics(cluster.run) or any(c.process.poll() is not None for c in started),
+        "the first step",
+    )
     check_ports(cluster, several)
     assert [len(cluster.ranks(0)), len(cluster.ranks(1))] == ([1, 1] if several else [2, 0])
     finish(started)

@@ -36,7 +36,9 @@ with socket.create_connection(("node1", 7000), timeout=2) as connection:
 def gone(marker: str) -> bool:
     """Whether no process has this word in its command line, within a generous time."""
     deadline = time.monotonic() + 20
-    while any(marker in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])):
+    while any(
+        marker in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])
+    ):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
@@ -45,15 +47,31 @@ def gone(marker: str) -> bool:
 
 def test_nodes_have_names_and_reach_each_other_through_their_cables():
     with Nodes(2) as nodes:
-        assert [node.run(["hostname"]).strip() for node in (nodes[0], nodes[1])] == ["node0", "node1"]
-        server = nodes[1].popen([sys.executable, "-c", SERVE, nodes[1].address, "100000"], stdout=subprocess.PIPE, text=True)
+        assert [node.run(["hostname"]).strip() for node in (nodes[0], nodes[1])] == [
+            "node0",
+            "node1",
+        ]
+        server = nodes[1].popen(
+            [sys.executable, "-c", SERVE, nodes[1].address, "100000"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert server.stdout and server.stdout.readline() == "listening\n"
         (listener,) = nodes[1].listening()
-        assert (listener.address, listener.port) == (nodes[1].address, 7000) and "-c" in listener.command
+        assert (listener.address, listener.port) == (
+            nodes[1].address,
+            7000,
+        ) and "-c" in listener.command
         assert nodes[0].listening() == []
         before = nodes[0].sent_bytes(), nodes[1].sent_bytes()
         assert nodes[0].run([sys.executable, "-c", FETCH]) == "100000\n"
-        assert 0 < nodes[0].sent_bytes() - before[0] < 100_000 <= nodes[1].sent_bytes() - before[1] < 120_000
+        assert (
+            0
+            < nodes[0].sent_bytes() - before[0]
+            < 100_000
+            <= nodes[1].sent_bytes() - before[1]
+            < 120_000
+        )
         nodes.cut(1)
         with pytest.raises(subprocess.CalledProcessError) as refused:
             nodes[0].run([sys.executable, "-c", FETCH])
@@ -103,10 +121,18 @@ with Nodes(2) as nodes:
     if {end!r} == "raise": raise SystemExit(3)
     if {end!r} == "kill": os.kill(os.getpid(), signal.SIGKILL)
 """
-    test = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    test = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert test.stdin and test.stdout and test.stdout.readline() == "there\n"
     below = psutil.Process(test.pid).children(recursive=True)
-    assert len(below) >= 3 + 3  # what waits in the switch and the nodes, and what was started in one
+    assert (
+        len(below) >= 3 + 3
+    )  # what waits in the switch and the nodes, and what was started in one
     test.stdin.close()
     assert test.wait(60) == {"leave": 0, "raise": 3, "kill": -signal.SIGKILL}[end]
     test.stdout.close()

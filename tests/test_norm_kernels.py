@@ -9,7 +9,9 @@ from fastbert_kernels.gelu import kernel as gelu_kernel
 from fastbert_kernels.norm import kernel as norm_kernel
 from fastbert_kernels.specs import SPECS
 from tests.test_kernels import GPU, place, run, watched
-from tests.test_kernels import test_agrees_with_the_reference_in_fp64 as agrees  # by another name, not to be collected again
+from tests.test_kernels import (
+    test_agrees_with_the_reference_in_fp64 as agrees,
+)  # by another name, not to be collected again
 
 DEVICE = "cuda" if GPU else "cpu"
 BIN = embedding_kernel._BIN
@@ -22,7 +24,11 @@ def inputs(name, shape, p=0.0):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("norm", {"T": 61, "D": 300}), ("gelu", {"T": 150, "F": 150}), ("embedding", {"T": 61, "V": 9, "P": 61, "D": 300})],
+    [
+        ("norm", {"T": 61, "D": 300}),
+        ("gelu", {"T": 150, "F": 150}),
+        ("embedding", {"T": 61, "V": 9, "P": 61, "D": 300}),
+    ],
 )
 def test_programs_that_own_many_tiles(name, shape, monkeypatch):
     """The devices of the tests run more programs side by side than small inputs have tiles."""
@@ -40,13 +46,20 @@ def test_table_gradients_of_long_rows():
     words = torch.repeat_interleave(torch.tensor([0, 1, 2, 3, 4, 11]), counts)  # 11 is nowhere
     draw = torch.Generator().manual_seed(3)
     words = words[torch.randperm(len(words), generator=draw)]
-    positions, segments = (torch.randint(first, last, (len(words),), generator=draw) for first, last in ((5, 7), (7, 12)))
+    positions, segments = (
+        torch.randint(first, last, (len(words),), generator=draw)
+        for first, last in ((5, 7), (7, 12))
+    )
     uses = torch.cat((words, positions, segments)).int().to(DEVICE)
-    dz = torch.randint(-9, 10, (len(words), 20), generator=draw).float().to(DEVICE)  # whole numbers: sums are exact
+    dz = (
+        torch.randint(-9, 10, (len(words), 20), generator=draw).float().to(DEVICE)
+    )  # whole numbers: sums are exact
     with watched("triton"):
         found = embedding_kernel._table_gradients(dz, uses, 11)
     inside = uses < 11
-    expected = torch.zeros(11, 20, device=DEVICE).index_add_(0, uses[inside].long(), dz.repeat(3, 1)[inside])
+    expected = torch.zeros(11, 20, device=DEVICE).index_add_(
+        0, uses[inside].long(), dz.repeat(3, 1)[inside]
+    )
     assert torch.equal(found, expected)
 
 
@@ -69,7 +82,11 @@ def test_strided_rows_make_no_difference(name):
         else value
         for key, value in arguments.items()
     }
-    assert not any(value.is_contiguous() for value in strided.values() if torch.is_tensor(value) and value.dim() == 2)
+    assert not any(
+        value.is_contiguous()
+        for value in strided.values()
+        if torch.is_tensor(value) and value.dim() == 2
+    )
     for key, value in run(spec, arguments, "triton").items():
         assert torch.equal(value, run(spec, strided, "triton")[key]), key
 
@@ -92,18 +109,42 @@ def test_an_index_outside_its_table(name, bad):
 @pytest.mark.parametrize(
     ("function", "arguments", "error", "message"),
     [
-        (bias_gelu, {"x": torch.ones(4, 3).T, "bias": torch.ones(4)}, ValueError, "bias_gelu: x has stride 3 along its last axis"),
-        (bias_gelu, {"x": torch.ones(2, 4).double(), "bias": torch.ones(4).double()}, TypeError, "bias_gelu: x is float64"),
-        (bias_gelu, {"x": torch.ones(2, 4), "bias": torch.ones(4, device="meta")}, ValueError, "bias_gelu: bias is on meta"),
+        (
+            bias_gelu,
+            {"x": torch.ones(4, 3).T, "bias": torch.ones(4)},
+            ValueError,
+            "bias_gelu: x has stride 3 along its last axis",
+        ),
+        (
+            bias_gelu,
+            {"x": torch.ones(2, 4).double(), "bias": torch.ones(4).double()},
+            TypeError,
+            "bias_gelu: x is float64",
+        ),
+        (
+            bias_gelu,
+            {"x": torch.ones(2, 4), "bias": torch.ones(4, device="meta")},
+            ValueError,
+            "bias_gelu: bias is on meta",
+        ),
         (
             dropout_add_layer_norm,
-            {"x": torch.ones(2, 8193), "bias": None, "residual": None, "weight": torch.ones(8193), "shift": torch.ones(8193)},
+            {
+                "x": torch.ones(2, 8193),
+                "bias": None,
+                "residual": None,
+                "weight": torch.ones(8193),
+                "shift": torch.ones(8193),
+            },
             ValueError,
             "dropout_add_layer_norm: x has D = 8193",
         ),
     ],
 )
 def test_what_the_kernels_refuse(function, arguments, error, message):
-    arguments = {key: value.to(DEVICE) if torch.is_tensor(value) and not value.is_meta else value for key, value in arguments.items()}
+    arguments = {
+        key: value.to(DEVICE) if torch.is_tensor(value) and not value.is_meta else value
+        for key, value in arguments.items()
+    }
     with pytest.raises(error, match=message):
         function(**arguments, impl="triton")

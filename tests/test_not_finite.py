@@ -34,7 +34,11 @@ def damage(trial: Trial, place: int = PLACE) -> None:
     state["weight"]["embeddings.positions"][place] = HUGE
     for path in trial.checkpoints:
         checkpoint.delete([path])
-    tensors = [(f"{slot}/{name}", tensor) for slot, named in state.items() for name, tensor in named.items()]
+    tensors = [
+        (f"{slot}/{name}", tensor)
+        for slot, named in state.items()
+        for name, tensor in named.items()
+    ]
     checkpoint.save(found.path.parent, found.step, tensors, found.metadata, 1)
 
 
@@ -43,7 +47,9 @@ def examples(trial: Trial, dataset, longer_than: int = 0) -> dict[int, list[int]
     batches, found = Batches(dataset, load_config(trial.recipe, trial.overrides)), {}
     for step in range(trial.records(None, "skip")[-1]["step"]):
         packs = batches.step(step)
-        indices = np.concatenate([pack.examples[pack.cu_seqlens.diff() > longer_than] for pack in packs])
+        indices = np.concatenate(
+            [pack.examples[pack.cu_seqlens.diff() > longer_than] for pack in packs]
+        )
         found[step + 1] = sorted(int(i) for i in indices)
     return found
 
@@ -51,7 +57,11 @@ def examples(trial: Trial, dataset, longer_than: int = 0) -> dict[int, list[int]
 def all_finite(trial: Trial) -> bool:
     found, complaints = checkpoint.newest_sound(trial.run)
     assert found is not None and complaints == []
-    return all(bool(tensor.isfinite().all()) for slot in checkpoint.read_all(found.path).values() for tensor in slot.values())
+    return all(
+        bool(tensor.isfinite().all())
+        for slot in checkpoint.read_all(found.path).values()
+        for tensor in slot.values()
+    )
 
 
 def fails(trial: Trial, world: int, *overrides: str) -> list[str]:
@@ -71,20 +81,32 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, sta
     trial.go_on(world, "stop.steps=3")
     damage(trial)
     said = fails(trial, world)
-    expected = {step: found for step, found in examples(trial, small_dataset, PLACE).items() if found and step > 3}
+    expected = {
+        step: found
+        for step, found in examples(trial, small_dataset, PLACE).items()
+        if found and step > 3
+    }
     skips = trial.records("skip")
     assert len(skips) > 2 and {skip["step"]: skip["examples"] for skip in skips} == {
         s: e for s, e in expected.items() if s <= skips[-1]["step"]
     }
     assert all("not finite" in skip["reason"] for skip in skips)
-    assert sorted([s["step"] for s in trial.steps] + [s["step"] for s in skips]) == list(range(1, lab.steps + 1))
+    assert sorted([s["step"] for s in trial.steps] + [s["step"] for s in skips]) == list(
+        range(1, lab.steps + 1)
+    )
     assert sum("is skipped" in line and str(skips[0]["examples"][0]) in line for line in said) >= 1
     assert all_finite(trial)
-    assert trial.records("save")[-1]["step"] == lab.steps and "checkpoint" in trial.records("save")[-1]
-    assert said[-1].startswith(f"stopped at step {lab.steps}: stop.steps = {lab.steps}, but the held-out loss is not finite; ")
+    assert (
+        trial.records("save")[-1]["step"] == lab.steps and "checkpoint" in trial.records("save")[-1]
+    )
+    assert said[-1].startswith(
+        f"stopped at step {lab.steps}: stop.steps = {lab.steps}, but the held-out loss is not finite; "
+    )
     assert trial.records("evaluate")[-1]["loss"] is None
     if world == 1:
-        assert fails(trial, world)[-1] == said[-1]  # there is nothing left to do, which does not make it a success
+        assert (
+            fails(trial, world)[-1] == said[-1]
+        )  # there is nothing left to do, which does not make it a success
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 0)])
@@ -161,7 +183,13 @@ def interrupted(trial: Trial, last: int) -> list[str]:
 
 @pytest.mark.parametrize(
     "end, every, keep",
-    [(hopeless, 2, 2), (hopeless, 1, 1), (stopped_while_skipping, 1, 1), (stopped_at_the_step_that_breaks, 1, 1), (interrupted, 1, 1)],
+    [
+        (hopeless, 2, 2),
+        (hopeless, 1, 1),
+        (stopped_while_skipping, 1, 1),
+        (stopped_at_the_step_that_breaks, 1, 1),
+        (interrupted, 1, 1),
+    ],
 )
 def test_broken_weights_push_out_no_checkpoint(lab, last, end, every, keep):
     """However the run ends, what is left is what came before, and the last line says how to resume from it; that works."""
@@ -169,7 +197,9 @@ def test_broken_weights_push_out_no_checkpoint(lab, last, end, every, keep):
     said = end(trial, last)
     sound = list(range(every, last, every))[-keep:]
     assert [path.name for path in trial.checkpoints] == [f"step-{step:08}" for step in sound]
-    assert [path.name for path in (trial.run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert [
+        path.name for path in (trial.run / "checkpoints").iterdir() if path.name.startswith(".")
+    ] == []
     assert said[-1].endswith(
         f"; the newest checkpoint with finite losses is {trial.checkpoints[-1]}; resume from it with a lower rate: "
         f"fastbert pretrain {trial.run / 'config.toml'} --resume optimizer.lr=10"
@@ -182,7 +212,9 @@ def test_broken_weights_push_out_no_checkpoint(lab, last, end, every, keep):
 
 def test_a_process_that_is_killed_while_it_skips(lab, last):
     """The checkpoint of the broken weights never gets its name."""
-    trial = lab.trial(*BREAKS, "checkpoint.every=1", "checkpoint.keep=1", "stop.skipped=100000", steps=200000)
+    trial = lab.trial(
+        *BREAKS, "checkpoint.every=1", "checkpoint.keep=1", "stop.skipped=100000", steps=200000
+    )
     with trial.start(1) as ranks:
         wait_for(lambda: len(trial.records("skip")) > 3)
         ranks.signal(signal.SIGKILL)
@@ -197,13 +229,17 @@ def test_the_same_on_many_ranks(lab, world, stage):
     trial = lab.trial(*BREAKS, "checkpoint.every=1", "checkpoint.keep=1", stage=stage, steps=200)
     said = fails(trial, world)
     broke = trial.steps[-1]["step"]
-    assert [path.name for path in trial.checkpoints] == [f"step-{broke - 1:08}"] and str(trial.checkpoints[0]) in said[-1]
+    assert [path.name for path in trial.checkpoints] == [f"step-{broke - 1:08}"] and str(
+        trial.checkpoints[0]
+    ) in said[-1]
     assert len(list((trial.run / "checkpoints").iterdir())) == 1
 
 
 def test_a_bad_text_in_the_last_steps_does_not_lose_the_run(lab, small_dataset):
     """The weights are not broken: the run ends well, and its end is saved."""
-    trial = lab.trial(*FEW, "objective.kind=mlm", "evaluate.sequences=1", "stop.skipped=20", "checkpoint.keep=1")
+    trial = lab.trial(
+        *FEW, "objective.kind=mlm", "evaluate.sequences=1", "stop.skipped=20", "checkpoint.keep=1"
+    )
     config = load_config(trial.recipe, trial.overrides)
     batches = Batches(small_dataset, config)
     assert longest(heldout_batches(small_dataset, config, 1)) <= PLACE
@@ -212,7 +248,10 @@ def test_a_bad_text_in_the_last_steps_does_not_lose_the_run(lab, small_dataset):
     long = [longest(batches.step(step)) > PLACE for step in range(lab.steps)]
     end = next(step for step in range(6, lab.steps) if long[step] and not all(long[3:step])) + 1
     trial.go_on(1, f"stop.steps={end}")
-    assert trial.records("skip")[-1]["step"] == end and trial.records("save")[-1]["checkpoint"] == f"step-{end:08}"
+    assert (
+        trial.records("skip")[-1]["step"] == end
+        and trial.records("save")[-1]["checkpoint"] == f"step-{end:08}"
+    )
     assert [path.name for path in trial.checkpoints] == [f"step-{end:08}"] and all_finite(trial)
 
 
@@ -229,7 +268,10 @@ def test_no_step_was_finite(lab, stage, more):
     trial = lab.trial(*more, f"init={start.run}", "checkpoint.every=1", stage=stage)
     said = fails(trial, 1)
     assert trial.steps == [] and trial.checkpoints == []
-    assert "stop.skipped = 5: 6 steps in a row were not finite; no step was finite since the start" in said[-1]
+    assert (
+        "stop.skipped = 5: 6 steps in a row were not finite; no step was finite since the start"
+        in said[-1]
+    )
 
 
 def test_no_step_was_finite_since_a_checkpoint(lab):
@@ -239,4 +281,6 @@ def test_no_step_was_finite_since_a_checkpoint(lab):
     (sound,) = trial.checkpoints
     damage(trial, 0)
     said = fails(trial, 1)
-    assert f"no step was finite since {sound}; move that away" in said[-1] and trial.checkpoints == [sound]
+    assert f"no step was finite since {sound}; move that away" in said[
+        -1
+    ] and trial.checkpoints == [sound]

@@ -16,7 +16,12 @@ __all__ = ["fresh_memory_is_nan"]  # used by every test
 
 DEVICE = "cuda" if GPU else "cpu"
 TRITON = [name for name, spec in SPECS.items() if "triton" in spec.implementations]
-EVERY = [(name, impl) for name, spec in SPECS.items() for impl in spec.implementations if not (GPU and impl == "cpu")]
+EVERY = [
+    (name, impl)
+    for name, spec in SPECS.items()
+    for impl in spec.implementations
+    if not (GPU and impl == "cpu")
+]
 
 
 def kinds(spec: Spec) -> dict[tuple[str, ...], Shape]:
@@ -41,14 +46,22 @@ def cases(*dtypes: str) -> list[Any]:
     ]
 
 
-def inputs(name: str, dtype: torch.dtype = torch.float32, p: float = 0.1, shape: Shape | None = None) -> dict[str, Any]:
+def inputs(
+    name: str, dtype: torch.dtype = torch.float32, p: float = 0.1, shape: Shape | None = None
+) -> dict[str, Any]:
     return place(SPECS[name].inputs(shape or usual(name), dtype, p), DEVICE)
 
 
-def forward(name: str, impl: str, arguments: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def forward(
+    name: str, impl: str, arguments: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The result, and the leaves that it is differentiable in."""
     spec = SPECS[name]
-    leaves = {key: arguments[key].detach().requires_grad_() for key in spec.differentiable if arguments[key] is not None}
+    leaves = {
+        key: arguments[key].detach().requires_grad_()
+        for key in spec.differentiable
+        if arguments[key] is not None
+    }
     result = spec.function(**{**arguments, **leaves}, impl=impl)
     return result[0] if isinstance(result, tuple) else result, leaves
 
@@ -87,7 +100,9 @@ def test_opcheck(name, shape, dtype):
     with watched("triton"), Recorder() as recorder:
         result, _ = forward(name, "triton", inputs(name, dtype, shape=shape))
         result.sum().backward()
-    assert len({func for func, *_ in recorder.calls}) >= 2, "a forward and a backward operator at the least"
+    assert len({func for func, *_ in recorder.calls}) >= 2, (
+        "a forward and a backward operator at the least"
+    )
     for func, args, kwargs in recorder.calls:
         with watched("triton"):
             torch.library.opcheck(func, args, kwargs)
@@ -97,9 +112,14 @@ def test_opcheck(name, shape, dtype):
 @pytest.mark.parametrize(("name", "shape", "dtype"), cases("bf16"))
 def test_compiled_it_gives_the_same_bits(name, shape, dtype, dynamic):
     torch._dynamo.reset()
-    compiled = torch.compile(SPECS[name].function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(
+        SPECS[name].function, fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
     arguments = inputs(name, dtype, shape=shape)
-    assert_same(run(SPECS[name], arguments, "triton"), run(with_function(SPECS[name], compiled), arguments, "triton"))
+    assert_same(
+        run(SPECS[name], arguments, "triton"),
+        run(with_function(SPECS[name], compiled), arguments, "triton"),
+    )
 
 
 @pytest.mark.parametrize("name", TRITON)
@@ -107,15 +127,23 @@ def test_compiled_under_autocast_it_gives_the_same_bits(name):
     spec, arguments, function = SPECS[name], inputs(name), under_autocast(SPECS[name].function)
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert_same(run(with_function(spec, function), arguments, "triton"), run(with_function(spec, compiled), arguments, "triton"))
+    assert_same(
+        run(with_function(spec, function), arguments, "triton"),
+        run(with_function(spec, compiled), arguments, "triton"),
+    )
 
 
 @pytest.mark.parametrize("name", TRITON)
 def test_a_batch_of_another_length_is_not_compiled_again(name):
     shape = usual(name)
-    longer = {axis: [*size, 2] if axis == "lengths" else size + (axis in "TM") for axis, size in shape.items()}
+    longer = {
+        axis: [*size, 2] if axis == "lengths" else size + (axis in "TM")
+        for axis, size in shape.items()
+    }
     torch._dynamo.reset()
-    compiled = torch.compile(SPECS[name].function, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(
+        SPECS[name].function, fullgraph=True, backend="aot_eager", dynamic=True
+    )
     run(with_function(SPECS[name], compiled), inputs(name, shape=shape), "triton")
     with torch._dynamo.config.patch(error_on_recompile=True):
         run(with_function(SPECS[name], compiled), inputs(name, shape=longer), "triton")
@@ -126,10 +154,14 @@ def test_a_batch_of_another_length_is_not_compiled_again(name):
 X, ROW = torch.ones(4, 8), torch.ones(8)
 AS_TORCH = {  # what each operation stands for, in torch's own words
     "attention": lambda: functional.scaled_dot_product_attention(X[None], X[None], X[None]),
-    "mlm_loss": lambda: functional.cross_entropy(functional.linear(X, X), torch.zeros(4, dtype=torch.int64)),
+    "mlm_loss": lambda: functional.cross_entropy(
+        functional.linear(X, X), torch.zeros(4, dtype=torch.int64)
+    ),
     "norm": lambda: functional.layer_norm(X, (8,), ROW, ROW),
     "gelu": lambda: functional.gelu(functional.linear(X, torch.ones(8, 8), ROW)),
-    "embedding": lambda: functional.layer_norm(functional.embedding(torch.zeros(4, dtype=torch.int64), X), (8,), ROW, ROW),
+    "embedding": lambda: functional.layer_norm(
+        functional.embedding(torch.zeros(4, dtype=torch.int64), X), (8,), ROW, ROW
+    ),
 }
 
 
@@ -147,13 +179,17 @@ def under_autocast(function: Any, **options: Any) -> Any:
 def test_autocast_gives_the_dtype_that_torch_gives(name, impl):
     with torch.autocast("cpu", torch.bfloat16):
         expected = AS_TORCH[name]().dtype
-    found = run(with_function(SPECS[name], under_autocast(SPECS[name].function)), inputs(name), impl)
+    found = run(
+        with_function(SPECS[name], under_autocast(SPECS[name].function)), inputs(name), impl
+    )
     assert found.pop("result").dtype == expected
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("backward", ["after", "inside"])
-@pytest.mark.parametrize(("name", "impl"), [(name, impl) for name, impl in EVERY if impl != "reference"])
+@pytest.mark.parametrize(
+    ("name", "impl"), [(name, impl) for name, impl in EVERY if impl != "reference"]
+)
 def test_autocast_costs_no_more_than_its_dtype_does(name, impl, backward):
     """err(ours) <= 2 err(reference) + 1 ulp of bf16, both under autocast, errors from the reference in fp64.
 
@@ -166,7 +202,9 @@ def test_autocast_costs_no_more_than_its_dtype_does(name, impl, backward):
     with torch.autocast(DEVICE, torch.bfloat16, enabled=backward == "inside"):
         ours = run(lowered, arguments, impl)
     for key, truth in exact.items():
-        allowed = 2 * float((plain[key] - truth).abs().max()) + torch.finfo(torch.bfloat16).eps * float(truth.abs().max())
+        allowed = 2 * float((plain[key] - truth).abs().max()) + torch.finfo(
+            torch.bfloat16
+        ).eps * float(truth.abs().max())
         error = float((ours[key] - truth).abs().max())
         assert error <= allowed, f"{key} is off by {error:.3g}, allowed {allowed:.3g}"
 
@@ -176,7 +214,10 @@ def test_nothing_is_cast_outside_autocast(name, impl):
     spec, arguments = SPECS[name], inputs(name)
     plain = run(spec, arguments, impl)
     assert {x.dtype for x in plain.values()} == {torch.float32}
-    assert_same(plain, run(with_function(spec, under_autocast(spec.function, enabled=False)), arguments, impl))
+    assert_same(
+        plain,
+        run(with_function(spec, under_autocast(spec.function, enabled=False)), arguments, impl),
+    )
     elsewhere = "cpu" if GPU else "cuda"
     torch.set_autocast_enabled(elsewhere, True)
     try:
@@ -188,7 +229,9 @@ def test_nothing_is_cast_outside_autocast(name, impl):
 def test_under_autocast_the_gradient_of_the_vocabulary_is_a_sum_in_fp32():
     """Not one in bf16, of which the optimizer would get 8 bits."""
     spec = SPECS["mlm_loss"]
-    gradients = run(with_function(spec, under_autocast(spec.function)), inputs("mlm_loss"), "triton")
+    gradients = run(
+        with_function(spec, under_autocast(spec.function)), inputs("mlm_loss"), "triton"
+    )
     for key in ("dweight", "dbias"):
         assert (gradients[key] != gradients[key].bfloat16()).float().mean() > 0.9
 
@@ -200,7 +243,9 @@ def test_outside_autocast_mixed_dtypes_are_refused_by_name(name, impl):
     for changed in spec.differentiable:
         arguments = inputs(name, torch.bfloat16)
         arguments[changed] = arguments[changed].half()
-        with pytest.raises(TypeError, match=r": \w+ is (float16|bfloat16), expected (float16|bfloat16)") as error:
+        with pytest.raises(
+            TypeError, match=r": \w+ is (float16|bfloat16), expected (float16|bfloat16)"
+        ) as error:
             spec.function(**arguments, impl=impl)
         if f": {changed} is float16, expected bfloat16" not in str(error.value):
             leaders.append(changed)
@@ -240,13 +285,17 @@ def test_a_second_backward_pass_gives_the_same_gradients(name, impl):
     assert_same(dict(zip(leaves, first, strict=True)), dict(zip(leaves, second, strict=True)))
 
 
-@pytest.mark.parametrize(("name", "impl"), [(name, impl) for name, impl in EVERY if impl != "reference"])
+@pytest.mark.parametrize(
+    ("name", "impl"), [(name, impl) for name, impl in EVERY if impl != "reference"]
+)
 def test_gradients_of_gradients_are_right_or_refused(name, impl):
     """A gradient penalty must not silently lack what went through the tensors that the forward pass had saved."""
 
     def penalise(impl: str) -> dict[str, torch.Tensor]:
         result, leaves = forward(name, impl, inputs(name))
-        gradients = torch.autograd.grad(result.square().sum(), list(leaves.values()), create_graph=True)
+        gradients = torch.autograd.grad(
+            result.square().sum(), list(leaves.values()), create_graph=True
+        )
         torch.stack([gradient.square().sum() for gradient in gradients]).sum().backward()
         return {key: leaf.grad for key, leaf in leaves.items()}
 

@@ -20,7 +20,10 @@ def two_parameters() -> nn.Module:
 
 def gradients(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(4, 3, generator=generator), torch.randn(4, generator=generator)) for _ in range(steps)]
+    return [
+        (torch.randn(4, 3, generator=generator), torch.randn(4, generator=generator))
+        for _ in range(steps)
+    ]
 
 
 def train(config: OptimizerConfig, steps: int = 5) -> nn.Module:
@@ -33,7 +36,12 @@ def train(config: OptimizerConfig, steps: int = 5) -> nn.Module:
 
 
 def test_only_matrices_decay():
-    model = BertForPreTraining(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32), 50)
+    model = BertForPreTraining(
+        ModelConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        ),
+        50,
+    )
     decaying, others = decay_groups(model, 0.01)
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert decaying["weight_decay"] == 0.01 and others["weight_decay"] == 0.0
@@ -72,13 +80,17 @@ def sgd(x, grads, config, decay):
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
 def test_five_steps_follow_the_formula(name):
-    config = OptimizerConfig(name=name, lr=0.02, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3, momentum=0.7)
+    config = OptimizerConfig(
+        name=name, lr=0.02, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.3, momentum=0.7
+    )
     start, end = two_parameters(), train(config)
     weights, biases = zip(*gradients(5), strict=True)
     formula = {"adamw": adamw, "lamb": lamb, "sgd": sgd}[name]
     adapt = {"lamb": [(True,), (False,)]}.get(name, [(), ()])
     weight = formula(start.weight.detach().double(), weights, config, 0.3, *adapt[0])
-    bias = formula(start.bias.detach().double(), biases, config, 0.0, *adapt[1])  # no decay, and for LAMB no ratio
+    bias = formula(
+        start.bias.detach().double(), biases, config, 0.0, *adapt[1]
+    )  # no decay, and for LAMB no ratio
     torch.testing.assert_close(end.weight.double(), weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(end.bias.double(), bias, rtol=1e-5, atol=1e-6)
 
@@ -89,11 +101,15 @@ def test_lamb_takes_a_ratio_of_one_where_a_norm_is_zero():
     optimizer = Lamb([zero, still], lr=0.5, weight_decay=0.0)
     zero.grad, still.grad = torch.full((2, 2), 3.0), torch.zeros(2, 2)
     optimizer.step()
-    torch.testing.assert_close(zero.detach(), torch.full((2, 2), -0.5))  # Adam's first step: the sign of the gradient
+    torch.testing.assert_close(
+        zero.detach(), torch.full((2, 2), -0.5)
+    )  # Adam's first step: the sign of the gradient
     assert torch.equal(still.detach(), torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("name, momentum", [("adamw", 0.9), ("lamb", 0.9), ("sgd", 0.9), ("sgd", 0.0)])
+@pytest.mark.parametrize(
+    "name, momentum", [("adamw", 0.9), ("lamb", 0.9), ("sgd", 0.9), ("sgd", 0.0)]
+)
 def test_slots_are_what_the_optimizer_keeps(name, momentum):
     config = OptimizerConfig(name=name, momentum=momentum)
     module = two_parameters()
@@ -101,5 +117,9 @@ def test_slots_are_what_the_optimizer_keeps(name, momentum):
     module.weight.grad, module.bias.grad = gradients(1)[0]
     optimizer.step()
     for parameter in module.parameters():
-        kept = {k for k, v in optimizer.state[parameter].items() if isinstance(v, torch.Tensor) and v.shape == parameter.shape}
+        kept = {
+            k
+            for k, v in optimizer.state[parameter].items()
+            if isinstance(v, torch.Tensor) and v.shape == parameter.shape
+        }
         assert kept == set(slots(config))

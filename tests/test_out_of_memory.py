@@ -26,7 +26,9 @@ def error_of(action) -> BaseException:
 
 def test_a_real_failure_of_torch_and_of_numpy():
     """More than any machine's address space holds."""
-    assert shortage(error_of(lambda: torch.empty(1 << 50))) == (f"out of memory: {1 << 22:.2f} GiB more are needed")
+    assert shortage(error_of(lambda: torch.empty(1 << 50))) == (
+        f"out of memory: {1 << 22:.2f} GiB more are needed"
+    )
     assert shortage(error_of(lambda: np.empty(1 << 50))) == "out of memory"
 
 
@@ -38,7 +40,10 @@ def test_a_real_failure_of_torch_and_of_numpy():
             "of which 1.20 GiB is free. Process 7 has 77.9 GiB memory in use.",
             "out of GPU memory: 20.00 GiB more are needed; GPU 3 has 79.11 GiB",
         ),
-        ("CUDA out of memory. Tried to allocate 2.00 MiB.", "out of GPU memory: 2.00 MiB more are needed"),
+        (
+            "CUDA out of memory. Tried to allocate 2.00 MiB.",
+            "out of GPU memory: 2.00 MiB more are needed",
+        ),
         ("CUDA out of memory.", "out of GPU memory"),
     ],
 )
@@ -47,11 +52,15 @@ def test_what_torch_says_of_a_gpu(text, line):
 
 
 def test_cublas_has_an_error_of_its_own():
-    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    error = RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    )
     assert shortage(error) == "out of GPU memory"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), ValueError("out of memory")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: an illegal memory access"), ValueError("out of memory")]
+)
 def test_other_errors_are_not_about_memory(error):
     assert shortage(error) is None
 
@@ -79,7 +88,11 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 def test_a_step_that_does_not_fit(lab, world):
     """One rank has no room for [tokens, intermediate_size]: every rank ends, and the line names that one and the key."""
     tokens = 16384
-    trial = lab.trial("model.intermediate_size=65536", f"batch.sequences={2 * tokens // 32 * world}", f"batch.micro_batch_tokens={tokens}")
+    trial = lab.trial(
+        "model.intermediate_size=65536",
+        f"batch.sequences={2 * tokens // 32 * world}",
+        f"batch.micro_batch_tokens={tokens}",
+    )
     with trial.start(world) as ranks:
         bound_memory(ranks, world - 1, 2 * GIB)
         assert ranks.wait() == [1] * world, ranks.errors
@@ -88,7 +101,15 @@ def test_a_step_that_does_not_fit(lab, world):
     for line in lines:
         named = re.search(r"rank (\d) \(\S+, process \d+\)", line)
         assert world == 1 or (named and int(named[1]) == world - 1), line
-        assert re.search(r"out of memory: [\d.]+ GiB more are needed; lower batch.micro_batch_tokens", line), line
-        assert f"(now {tokens:,}), then resume with: fastbert pretrain {trial.run}/config.toml --resume" in line
-    events = [json.loads(text).get("event") for text in (trial.run / "metrics.jsonl").read_text().splitlines()]
+        assert re.search(
+            r"out of memory: [\d.]+ GiB more are needed; lower batch.micro_batch_tokens", line
+        ), line
+        assert (
+            f"(now {tokens:,}), then resume with: fastbert pretrain {trial.run}/config.toml --resume"
+            in line
+        )
+    events = [
+        json.loads(text).get("event")
+        for text in (trial.run / "metrics.jsonl").read_text().splitlines()
+    ]
     assert "save" not in events

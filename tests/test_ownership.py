@@ -20,7 +20,9 @@ def test_the_newest_start_owns_the_run(tmp_path):
     second.check()
     with pytest.raises(LostOwnership) as error:
         first.check()
-    assert f"({socket.gethostname() or 'localhost'}, process {os.getpid()})" in str(error.value).replace("on ", "", 1)
+    assert f"({socket.gethostname() or 'localhost'}, process {os.getpid()})" in str(
+        error.value
+    ).replace("on ", "", 1)
     assert [path.name for path in tmp_path.iterdir()] == [".owner"]
 
 

@@ -38,7 +38,9 @@ def test_every_index_goes_everywhere_equally_often_over_the_epochs():
     places = np.stack([permute(np.arange(n), n, 1, epoch) for epoch in range(epochs)])
     counts = np.stack([np.bincount(places[:, i], minlength=n) for i in range(n)])
     expected = epochs / n
-    assert ((counts - expected) ** 2 / expected).sum() < 190  # (n - 1)**2 = 121 degrees of freedom: 1 in 10,000 lies above
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 190  # (n - 1)**2 = 121 degrees of freedom: 1 in 10,000 lies above
 
 
 def test_neighbours_do_not_stay_together():

@@ -21,7 +21,16 @@ from fastbert.training.loop import pretrain
 from fastbert.training.picture import LossHistory, write_picture
 from tests.trials import Laboratory
 
-NAMES = [r"cost_$5_vs_$6", r"$\frac{$", "$", r"\$a$b$", "a_{b}^c", r"$x^2$", "中文 हिन्दी 🙂", "two\nlines"]
+NAMES = [
+    r"cost_$5_vs_$6",
+    r"$\frac{$",
+    "$",
+    r"\$a$b$",
+    "a_{b}^c",
+    r"$x^2$",
+    "中文 हिन्दी 🙂",
+    "two\nlines",
+]
 UNREADABLE = "\ud800"  # half a character, as JSON can hold it
 
 
@@ -37,7 +46,10 @@ def words(figure: Any) -> set[str]:
     with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks
         figure.savefig(buffer, format="svg")
-    return {"".join(element.itertext()) for element in tree.fromstring(buffer.getvalue()).iter("{http://www.w3.org/2000/svg}text")}
+    return {
+        "".join(element.itertext())
+        for element in tree.fromstring(buffer.getvalue()).iter("{http://www.w3.org/2000/svg}text")
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,12 +60,17 @@ def test_names_stand_there_as_they_are(tmp_path, name):
     for picture in ("loss.png", "confusion.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     if "\n" not in name:
-        assert name in words(history()._figure(name, {})) and name in words(scores._confusion_figure(table, labels))
+        assert name in words(history()._figure(name, {})) and name in words(
+            scores._confusion_figure(table, labels)
+        )
 
 
 def test_no_text_of_users_is_read_as_a_formula():
     """Whatever a figure of fastbert draws: its texts without a formula of its own may not be taken for one."""
-    for figure in (history()._figure("a", {"unigram": 6.7}), scores._confusion_figure(np.eye(2, dtype=int), ["a", "b"])):
+    for figure in (
+        history()._figure("a", {"unigram": 6.7}),
+        scores._confusion_figure(np.eye(2, dtype=int), ["a", "b"]),
+    ):
         shown = [text for text in figure.findobj(Text) if text.get_text() in ("a", "b")]
         assert shown and not any(text.get_parse_math() for text in shown)
 
@@ -73,13 +90,21 @@ def test_what_cannot_be_written_is_told(tmp_path, obstacle: Callable[[Path], Non
     obstacle(folder)
     before = sorted(tmp_path.rglob("*"))
     problem = write_picture(folder / "x.png", lambda: history()._figure("run", {}))
-    assert problem is not None and problem.startswith(f"{folder / 'x.png'} could not be drawn: ") and "\n" not in problem
+    assert (
+        problem is not None
+        and problem.startswith(f"{folder / 'x.png'} could not be drawn: ")
+        and "\n" not in problem
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_cannot_be_drawn_is_told(tmp_path):
     problem = scores.draw_confusion(np.eye(2, dtype=int), [UNREADABLE, "b"], tmp_path / "x.png")
-    assert problem is not None and problem.startswith(f"{tmp_path / 'x.png'} could not be drawn: ") and list(tmp_path.iterdir()) == []
+    assert (
+        problem is not None
+        and problem.startswith(f"{tmp_path / 'x.png'} could not be drawn: ")
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,5 +132,9 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(lab):
     (trial.run / "loss.png").mkdir()
     trial.go_on()
     assert trial.records("stop")[-1]["reason"] == "stop.steps = 3"
-    (line,) = [line for line in (trial.run / "log.txt").read_text().splitlines() if "could not be drawn" in line]
+    (line,) = [
+        line
+        for line in (trial.run / "log.txt").read_text().splitlines()
+        if "could not be drawn" in line
+    ]
     assert "loss.png could not be drawn: IsADirectoryError" in line and "WARNING" in line

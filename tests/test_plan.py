@@ -20,15 +20,32 @@ from fastbert.models.bert import BertForPreTraining
 from fastbert.planning import memory
 from fastbert.planning.flops import executed_flops, training_flops
 from fastbert.planning.memory import Pack, activation_bytes, count_parameters, memory_by_part
-from fastbert.planning.plan import EFFICIENCY, GPUS, Device, Plan, communication_per_step, compute_seconds, describe, plan
+from fastbert.planning.plan import (
+    EFFICIENCY,
+    GPUS,
+    Device,
+    Plan,
+    communication_per_step,
+    compute_seconds,
+    describe,
+    plan,
+)
 
-MODEL = ModelConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, max_position_embeddings=40)
+MODEL = ModelConfig(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=40,
+)
 VOCABULARY = 90
 GB = 1e9
 
 
 def recipe(text: str = "", preset: str = "base") -> RunConfig:
-    return parse_config(f'data = "no dataset here"\n{text}\n[model]\npreset = "{preset}"\n', "test.toml")
+    return parse_config(
+        f'data = "no dataset here"\n{text}\n[model]\npreset = "{preset}"\n', "test.toml"
+    )
 
 
 def batch(lengths: list[int], masked_each: int) -> PackedBatch:
@@ -37,7 +54,13 @@ def batch(lengths: list[int], masked_each: int) -> PackedBatch:
     positions = (pack.cu_seqlens[:-1, None].long() + torch.arange(1, masked_each + 1)).flatten()
     zeros = torch.zeros(len(lengths), dtype=torch.int64)
     totals = {"masked_total": len(positions), "pairs_total": len(lengths)}
-    return replace(pack, masked_positions=positions, labels=torch.zeros_like(positions), next_sentence_labels=zeros, **totals)
+    return replace(
+        pack,
+        masked_positions=positions,
+        labels=torch.zeros_like(positions),
+        next_sentence_labels=zeros,
+        **totals,
+    )
 
 
 def model() -> BertForPreTraining:
@@ -53,7 +76,9 @@ def test_parameters_are_those_of_the_model(preset):
 
 
 def test_bert_base_has_110_million():
-    assert count_parameters(recipe().model, 30522) == 110_106_428  # transformers' BertForPreTraining
+    assert (
+        count_parameters(recipe().model, 30522) == 110_106_428
+    )  # transformers' BertForPreTraining
 
 
 def test_useful_flops_are_what_torch_counts():
@@ -64,17 +89,24 @@ def test_useful_flops_are_what_torch_counts():
         last = m.hidden_states(pack)[-1]
         m.token_logits(last[pack.masked_positions])
         m.pair_logits(last[pack.cu_seqlens[:-1].long()])
-    assert training_flops(MODEL, VOCABULARY, lengths, masked * 3, 3) == 3 * counter.get_total_flops()
+    assert (
+        training_flops(MODEL, VOCABULARY, lengths, masked * 3, 3) == 3 * counter.get_total_flops()
+    )
 
 
 def test_executed_flops_are_what_torch_counts_in_a_step():
-    lengths, masked = [24] * 4, 5  # of one length: then the masked tokens are spread as the formula takes them to be
+    lengths, masked = (
+        [24] * 4,
+        5,
+    )  # of one length: then the masked tokens are spread as the formula takes them to be
     pack = batch(lengths, masked)
     with FlopCounterMode(display=False) as counter:
         mlm, nsp, *_ = model()(pack)
         (mlm + nsp).backward()
     assert executed_flops(MODEL, VOCABULARY, lengths, masked * 4, 4) == counter.get_total_flops()
-    assert executed_flops(MODEL, VOCABULARY, lengths, masked * 4, 4) < training_flops(MODEL, VOCABULARY, lengths, masked * 4, 4)
+    assert executed_flops(MODEL, VOCABULARY, lengths, masked * 4, 4) < training_flops(
+        MODEL, VOCABULARY, lengths, masked * 4, 4
+    )
 
 
 SHORT = Pack([100] * 10, 150, 10)
@@ -89,17 +121,34 @@ def test_memory_by_stage_is_that_of_the_zero_paper():
     config = recipe()
     P = count_parameters(config.model, 30522)
     for stage, published in enumerate([120, 31.4, 16.6, 1.9]):
-        parts = memory_by_part(config, 30522, SHORT, micro_batches=4, gpus=64, stage=stage, zero={"stage3_max_live_parameters": 0})
+        parts = memory_by_part(
+            config,
+            30522,
+            SHORT,
+            micro_batches=4,
+            gpus=64,
+            stage=stage,
+            zero={"stage3_max_live_parameters": 0},
+        )
         states = sum(parts[name] for name in STATES)
         if stage == 0:
-            states += 4 * P  # of which the paper's table has masters; torch's own optimizer, which stage 0 leaves in charge, has none
+            states += (
+                4 * P
+            )  # of which the paper's table has masters; torch's own optimizer, which stage 0 leaves in charge, has none
         assert states / P * 7.5 == pytest.approx(published, abs=0.06)
 
 
 def test_stage_3_holds_all_weights_where_it_keeps_them_gathered():
     P = count_parameters(recipe().model, 30522)
-    kept, dropped = (memory_by_part(recipe(), 30522, SHORT, gpus=8, stage=3, zero=z) for z in ({}, {"stage3_max_reuse_distance": 0}))
-    assert (kept["weights"], kept["gathered weights"], dropped["gathered weights"]) == (2 * P / 8, 2 * P, 0)
+    kept, dropped = (
+        memory_by_part(recipe(), 30522, SHORT, gpus=8, stage=3, zero=z)
+        for z in ({}, {"stage3_max_reuse_distance": 0})
+    )
+    assert (kept["weights"], kept["gathered weights"], dropped["gathered weights"]) == (
+        2 * P / 8,
+        2 * P,
+        0,
+    )
     assert memory_by_part(recipe(), 30522, SHORT, gpus=1, stage=3)["gathered weights"] == 0
 
 
@@ -110,7 +159,12 @@ def test_fp32_has_no_masters_at_stage_0_and_sgd_one_moment():
 
     P = count_parameters(recipe().model, 30522)
     assert states(recipe(), 0) == [4 * P, 4 * P, 0, 8 * P]
-    assert states(recipe(), 1) == [4 * P, 4 * P, 4 * P, 8 * P]  # a flat copy of the weights, which the optimizer updates
+    assert states(recipe(), 1) == [
+        4 * P,
+        4 * P,
+        4 * P,
+        8 * P,
+    ]  # a flat copy of the weights, which the optimizer updates
     sgd = parse_config('data = "x"\n[optimizer]\nname = "sgd"\n', "x")
     assert states(sgd, 0)[3] == 4 * P
     assert states(replace(sgd, optimizer=replace(sgd.optimizer, momentum=0.0)), 0)[3] == 0
@@ -126,7 +180,10 @@ def kept_bytes(model: BertForPreTraining, pack: PackedBatch) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = model(pack)
-    not_counted = [*model.parameters(), *(t for t in vars(pack).values() if isinstance(t, torch.Tensor))]
+    not_counted = [
+        *model.parameters(),
+        *(t for t in vars(pack).values() if isinstance(t, torch.Tensor)),
+    ]
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     for t in not_counted:
         sizes.pop(t.untyped_storage().data_ptr(), None)
@@ -134,9 +191,18 @@ def kept_bytes(model: BertForPreTraining, pack: PackedBatch) -> int:
     return sum(sizes.values())
 
 
-ON_CPU = [("cpu", longest, dtype, dropout) for longest in (128, 300) for dtype in (torch.float32, torch.bfloat16) for dropout in (0.0, 0.1)]
+ON_CPU = [
+    ("cpu", longest, dtype, dropout)
+    for longest in (128, 300)
+    for dtype in (torch.float32, torch.bfloat16)
+    for dropout in (0.0, 0.1)
+]
 # Interpreted, so few: where sequences fit one tile, and where they do not.
-INTERPRETED = [("triton", 32, torch.bfloat16, 0.1), ("triton", 32, torch.float32, 0.0), ("triton", 140, torch.bfloat16, 0.1)]
+INTERPRETED = [
+    ("triton", 32, torch.bfloat16, 0.1),
+    ("triton", 32, torch.float32, 0.0),
+    ("triton", 140, torch.bfloat16, 0.1),
+]
 
 
 @pytest.mark.parametrize(("kernels", "longest", "dtype", "dropout"), [*ON_CPU, *INTERPRETED])
@@ -152,12 +218,21 @@ def test_activations_are_what_autograd_keeps(kernels, longest, dtype, dropout):
     lengths = [longest, longest - 3, 2 * longest // 3, 12] if kernels == "cpu" else [longest, 12]
     pack = batch(lengths, 4)
     model = BertForPreTraining(config, VOCABULARY, kernels).to(dtype).train()
-    predicted = activation_bytes(config, VOCABULARY, Pack(lengths, 4 * len(lengths), len(lengths)), dtype == torch.bfloat16, kernels)
+    predicted = activation_bytes(
+        config,
+        VOCABULARY,
+        Pack(lengths, 4 * len(lengths), len(lengths)),
+        dtype == torch.bfloat16,
+        kernels,
+    )
     assert predicted == pytest.approx(kept_bytes(model, pack), rel=0.02)
 
 
 def test_constants_are_those_of_the_kernels():
-    attention, loss = (importlib.import_module(f"fastbert_kernels.{name}.cpu") for name in ("attention", "mlm_loss"))
+    attention, loss = (
+        importlib.import_module(f"fastbert_kernels.{name}.cpu")
+        for name in ("attention", "mlm_loss")
+    )
     triton = importlib.import_module("fastbert_kernels.mlm_loss.kernel")
     assert (memory.CPU_SHRINK, memory.CPU_SLAB) == (attention._SHRINK, loss._SLAB)
     assert (memory.TRITON_SLAB, memory.TRITON_WORDS) == (triton._SLAB_NUMBERS, triton._SLAB_WORDS)
@@ -176,7 +251,16 @@ def test_one_gpu_sends_nothing():
 
 
 def test_a_plan_adds_up():
-    p = plan(recipe("[stop]\nsteps = 1000\n"), "test.toml", 8, "H100", stage=1, efficiency=0.5, mean_length=100, price=2.5)
+    p = plan(
+        recipe("[stop]\nsteps = 1000\n"),
+        "test.toml",
+        8,
+        "H100",
+        stage=1,
+        efficiency=0.5,
+        mean_length=100,
+        price=2.5,
+    )
     assert p.tokens_per_step == 256 * 100
     assert p.memory_total == sum(p.memory.values()) and p.memory_of_gpu == 80 * GB
     # A little less than the useful work: of the last of 12 layers only the rows of a loss are computed.
@@ -186,7 +270,9 @@ def test_a_plan_adds_up():
     assert p.cost == pytest.approx(1000 * p.step_s / 3600 * 8 * 2.5)
     assert p.tokens_per_s == pytest.approx(25600 / p.step_s)
     assert p.mfu == pytest.approx(p.tokens_per_s * p.flops_per_token / (8 * 989e12))
-    assert any("50% of 989 TFLOP/s" in line for line in p.assumptions) and any("30,522" in line for line in p.assumptions)
+    assert any("50% of 989 TFLOP/s" in line for line in p.assumptions) and any(
+        "30,522" in line for line in p.assumptions
+    )
 
 
 def test_stage_3_hides_its_communication():
@@ -210,7 +296,10 @@ def test_twice_the_machine_takes_half_the_time():
     narrow, wide = recipe(preset="small").model, recipe(preset="large").model
     products, traffic, _ = compute_seconds(narrow, 30522, [SHORT], device)
     assert compute_seconds(narrow, 30522, [SHORT], fast)[:2] == (products / 2, traffic / 2)
-    assert compute_seconds(narrow, 30522, [SHORT], device, efficiency=EFFICIENCY / 2)[0] == 2 * products
+    assert (
+        compute_seconds(narrow, 30522, [SHORT], device, efficiency=EFFICIENCY / 2)[0]
+        == 2 * products
+    )
     more_products, more_traffic, _ = compute_seconds(wide, 30522, [SHORT], device)
     assert more_products / more_traffic > products / traffic
 
@@ -251,7 +340,14 @@ def test_what_limits_a_run(text, gpus, gpu, stage, limit):
 
 def test_the_micro_batch_that_is_advised_fits():
     def at(tokens: int) -> Plan:
-        return plan(recipe(f"[batch]\nsequences = 4096\nmicro_batch_tokens = {tokens}\n"), "x", 1, "l4", stage=1, mean_length=128)
+        return plan(
+            recipe(f"[batch]\nsequences = 4096\nmicro_batch_tokens = {tokens}\n"),
+            "x",
+            1,
+            "l4",
+            stage=1,
+            mean_length=128,
+        )
 
     found = re.search(r"micro_batch_tokens to ([\d,]+),", at(400_000).limit)
     advised = int(found[1].replace(",", "")) if found else 0
@@ -271,13 +367,17 @@ def test_the_end_of_the_run_is_the_first_condition_reached():
 
 
 def test_the_stage_comes_from_the_deepspeed_file(tmp_path):
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}))
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}})
+    )
     config = recipe(f'[runtime]\ndeepspeed = "{tmp_path / "ds.json"}"\n')
     p = plan(config, "test.toml", 8, "h100")
     assert p.zero_stage == 2
     assert plan(config, "test.toml", 8, "h100", stage=3).zero_stage == 3
     assert p.memory["buckets"] == 2 * 1000
-    assert plan(recipe(), "test.toml", 8, "h100", stage=2).memory["buckets"] == 2 * 16_000_000  # of the ds_config.json that comes along
+    assert (
+        plan(recipe(), "test.toml", 8, "h100", stage=2).memory["buckets"] == 2 * 16_000_000
+    )  # of the ds_config.json that comes along
 
 
 @pytest.mark.parametrize(
@@ -287,7 +387,10 @@ def test_the_stage_comes_from_the_deepspeed_file(tmp_path):
         ({"gpu": "tpu"}, "--gpu tpu: unknown; .*known: a100, "),
         ({"gpus": 0}, "--gpus 0: must be 1 or more"),
         ({"gpus": 257}, "--gpus 257: the batch.sequences = 256 of test.toml .* multiple of 257"),
-        ({"gpus": 2, "gpu": "cpu", "device": Device(1, 1, 1, 1, 1, 1)}, "--gpus 2: .* this machine alone"),
+        (
+            {"gpus": 2, "gpu": "cpu", "device": Device(1, 1, 1, 1, 1, 1)},
+            "--gpus 2: .* this machine alone",
+        ),
         ({"efficiency": 1.5}, "--efficiency 1.5"),
         ({"efficiency": float("nan")}, "--efficiency nan"),
         ({"price": -1.0}, "--price -1.0"),
@@ -296,7 +399,9 @@ def test_the_stage_comes_from_the_deepspeed_file(tmp_path):
     ],
 )
 def test_wrong_arguments(arguments, words):
-    config = recipe('[runtime]\ndeepspeed = "nowhere.json"\n' if arguments == {"stage": None} else "")
+    config = recipe(
+        '[runtime]\ndeepspeed = "nowhere.json"\n' if arguments == {"stage": None} else ""
+    )
     with pytest.raises(InputError, match=words):
         plan(config, "test.toml", **{"gpus": 1, "gpu": "h100", "stage": 1, **arguments})
 
@@ -304,7 +409,12 @@ def test_wrong_arguments(arguments, words):
 def test_peaks_are_dense_and_in_plain_units():
     for kind in GPUS.values():
         assert 1e13 < kind.fp32 < kind.bf16 < 1e16
-        assert 1e10 < kind.memory < 1e12 and 1e10 < kind.link < 1e12 and 1e10 < kind.network < 1e12 and 1e11 < kind.bandwidth < 1e13
+        assert (
+            1e10 < kind.memory < 1e12
+            and 1e10 < kind.link < 1e12
+            and 1e10 < kind.network < 1e12
+            and 1e11 < kind.bandwidth < 1e13
+        )
 
 
 def test_a_plan_from_the_recipes_that_come_along():

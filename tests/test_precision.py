@@ -22,15 +22,25 @@ CPU = torch.device("cpu")
     ],
 )
 def test_what_a_processor_gets(asked, safe, faster, expected):
-    precision, why = resolve_precision(asked, CPU, "demo.toml", lambda: Bf16Probe(safe, faster, "the reason"))
+    precision, why = resolve_precision(
+        asked, CPU, "demo.toml", lambda: Bf16Probe(safe, faster, "the reason")
+    )
     assert precision == expected
     assert why == ("the default on a CPU" if asked == "auto" else "the recipe says so")
 
 
 def test_bf16_where_it_kills_the_process():
     with pytest.raises(InputError) as error:
-        resolve_precision("bf16", CPU, "demo.toml", lambda: Bf16Probe(False, False, "a bf16 product kills the process"))
-    assert str(error.value) == 'demo.toml: runtime.precision = "bf16": a bf16 product kills the process; use "fp32" or "auto"'
+        resolve_precision(
+            "bf16",
+            CPU,
+            "demo.toml",
+            lambda: Bf16Probe(False, False, "a bf16 product kills the process"),
+        )
+    assert (
+        str(error.value)
+        == 'demo.toml: runtime.precision = "bf16": a bf16 product kills the process; use "fp32" or "auto"'
+    )
 
 
 def test_this_processor():

@@ -31,7 +31,13 @@ from fastbert.errors import InputError
 def several_chunks(english_documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of 2.6 MB, so of several chunks."""
     path = tmp_path_factory.mktemp("large") / "large.jsonl"
-    path.write_text("".join(json.dumps({"text": f"Copy {i}. {document}"}) + "\n" for i in range(6) for document in english_documents))
+    path.write_text(
+        "".join(
+            json.dumps({"text": f"Copy {i}. {document}"}) + "\n"
+            for i in range(6)
+            for document in english_documents
+        )
+    )
     return path
 
 
@@ -45,7 +51,11 @@ def texts_of(split: Split) -> list[list[list[int]]]:
 
 
 def files_of(dataset: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(dataset)): path.read_bytes() for path in sorted(dataset.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(dataset)): path.read_bytes()
+        for path in sorted(dataset.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_every_sentence_is_there(small_dataset: TokenDataset, english_documents: list[str]) -> None:
@@ -53,11 +63,20 @@ def test_every_sentence_is_there(small_dataset: TokenDataset, english_documents:
     tokenizer = load_tokenizer(small_dataset.tokenizer_dir)
     expected: dict[str, list[list[list[int]]]] = {"train": [], "heldout": []}
     for document in english_documents:
-        ids = [tokenizer.encode(sentence, add_special_tokens=False).ids for sentence in split_sentences(document)]
-        pieces = [sentence[i : i + LONGEST_SENTENCE] for sentence in ids for i in range(0, len(sentence), LONGEST_SENTENCE)]
+        ids = [
+            tokenizer.encode(sentence, add_special_tokens=False).ids
+            for sentence in split_sentences(document)
+        ]
+        pieces = [
+            sentence[i : i + LONGEST_SENTENCE]
+            for sentence in ids
+            for i in range(0, len(sentence), LONGEST_SENTENCE)
+        ]
         if pieces:
             expected["heldout" if hash_text(document) < 0.05 * 2**64 else "train"].append(pieces)
-    assert len(expected["heldout"]) >= module.LEAST_HELDOUT  # otherwise the share alone would not decide
+    assert (
+        len(expected["heldout"]) >= module.LEAST_HELDOUT
+    )  # otherwise the share alone would not decide
     for name, documents in expected.items():
         assert texts_of(small_dataset.split(name)) == documents
 
@@ -77,18 +96,37 @@ def test_the_same_bytes_whatever_the_workers(several_chunks: Path, tmp_path: Pat
 
 def test_formats_make_the_same_store(english_documents: list[str], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(english_documents))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": document}) + "\n" for document in english_documents))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"body": document}) + "\n" for document in english_documents)
+    )
     for name in ("txt", "jsonl"):
-        prepare([tmp_path / f"a.{name}"], tmp_path / name, vocab_size=1000, text_field="body", workers=1, progress=False)
+        prepare(
+            [tmp_path / f"a.{name}"],
+            tmp_path / name,
+            vocab_size=1000,
+            text_field="body",
+            workers=1,
+            progress=False,
+        )
     assert files_of(tmp_path / "txt") == files_of(tmp_path / "jsonl")
 
 
 def test_given_tokenizer(small_dataset: TokenDataset, english_jsonl: Path, tmp_path: Path) -> None:
-    report = prepare([english_jsonl], tmp_path / "dataset", tokenizer=small_dataset.tokenizer_dir, heldout=0.05, workers=1, progress=False)
+    report = prepare(
+        [english_jsonl],
+        tmp_path / "dataset",
+        tokenizer=small_dataset.tokenizer_dir,
+        heldout=0.05,
+        workers=1,
+        progress=False,
+    )
     dataset = open_dataset(tmp_path / "dataset", verify=True)
     for name in ("train", "heldout"):
         assert dataset.manifest["splits"][name] == small_dataset.manifest["splits"][name]
-        assert dataset.manifest["files"][f"{name}/shard-00000.tokens"] == small_dataset.manifest["files"][f"{name}/shard-00000.tokens"]
+        assert (
+            dataset.manifest["files"][f"{name}/shard-00000.tokens"]
+            == small_dataset.manifest["files"][f"{name}/shard-00000.tokens"]
+        )
     assert report.figures["vocab_size"] == 1000
     assert "lowercase" not in dataset.manifest["options"]
 
@@ -98,39 +136,101 @@ def test_long_sentences_are_cut_and_nothing_is_lost(small_dataset: TokenDataset)
     tokenizer = (small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
     data = "\n".join("a " * length for length in lengths).encode() + b"\n\n\x00\x01\n\n."
     encoded = ChunkEncoder(tokenizer, "text", 0)(Chunk(Source(Path("x"), "txt", ""), data, 1, 0, 0))
-    assert encoded.train.sentences.tolist() == [1, 253, 254, 254, 1, 254, 254, 254, 254, 1, 254, 254, 254, 238, 1]
+    assert encoded.train.sentences.tolist() == [
+        1,
+        253,
+        254,
+        254,
+        1,
+        254,
+        254,
+        254,
+        254,
+        1,
+        254,
+        254,
+        254,
+        238,
+        1,
+    ]
     assert encoded.train.documents.tolist() == [14, 1]
     assert len(encoded.train.tokens) == sum(lengths) + 1
-    assert (encoded.cut_sentences, encoded.empty_documents, len(encoded.sentence_hashes)) == (4, 1, len(lengths) + 1)
-    assert len(encoded.heldout.tokens) == len(encoded.heldout.sentences) == len(encoded.heldout.documents) == 0
+    assert (encoded.cut_sentences, encoded.empty_documents, len(encoded.sentence_hashes)) == (
+        4,
+        1,
+        len(lengths) + 1,
+    )
+    assert (
+        len(encoded.heldout.tokens)
+        == len(encoded.heldout.sentences)
+        == len(encoded.heldout.documents)
+        == 0
+    )
 
 
 def test_copies_are_on_one_side(english_documents: list[str], tmp_path: Path) -> None:
     documents = [*english_documents, *reversed(english_documents), *english_documents[::2]]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    report = prepare([tmp_path / "a.jsonl"], tmp_path / "dataset", vocab_size=500, heldout=0.3, workers=1, progress=False)
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    )
+    report = prepare(
+        [tmp_path / "a.jsonl"],
+        tmp_path / "dataset",
+        vocab_size=500,
+        heldout=0.3,
+        workers=1,
+        progress=False,
+    )
     dataset = open_dataset(tmp_path / "dataset")
-    sides = [{json.dumps(document) for document in texts_of(dataset.split(name))} for name in ("train", "heldout")]
+    sides = [
+        {json.dumps(document) for document in texts_of(dataset.split(name))}
+        for name in ("train", "heldout")
+    ]
     assert sides[1] and not sides[0] & sides[1]
     distinct = len(set(map(str.strip, english_documents)))
-    assert report.figures["duplicate_document_share"] == pytest.approx(1 - distinct / len(documents), abs=1e-6)
+    assert report.figures["duplicate_document_share"] == pytest.approx(
+        1 - distinct / len(documents), abs=1e-6
+    )
     assert report.figures["heldout_documents"] / len(documents) == pytest.approx(0.3, abs=0.06)
 
 
 @pytest.mark.parametrize(("count", "heldout"), [(2, 1), (3, 1), (8, 2), (63, 15), (200, 16)])
 def test_little_text_is_held_out_too(tmp_path: Path, count: int, heldout: int) -> None:
-    (tmp_path / "a.txt").write_text("\n".join(f"This is the document number {i}. It is short." for i in range(count)))
+    (tmp_path / "a.txt").write_text(
+        "\n".join(f"This is the document number {i}. It is short." for i in range(count))
+    )
     report = prepare(
-        [tmp_path / "a.txt"], tmp_path / "dataset", vocab_size=120, text_format="lines", heldout=1e-9, workers=1, progress=False
+        [tmp_path / "a.txt"],
+        tmp_path / "dataset",
+        vocab_size=120,
+        text_format="lines",
+        heldout=1e-9,
+        workers=1,
+        progress=False,
     )
     assert (report.figures["heldout_documents"], report.figures["documents"]) == (heldout, count)
-    prepare([tmp_path / "a.txt"], tmp_path / "half", vocab_size=120, text_format="lines", heldout=0.5, workers=1, progress=False)
-    assert all(open_dataset(tmp_path / "half").split(name).documents for name in ("train", "heldout"))
+    prepare(
+        [tmp_path / "a.txt"],
+        tmp_path / "half",
+        vocab_size=120,
+        text_format="lines",
+        heldout=0.5,
+        workers=1,
+        progress=False,
+    )
+    assert all(
+        open_dataset(tmp_path / "half").split(name).documents for name in ("train", "heldout")
+    )
 
 
 def test_sample_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "VOCABULARY_BYTES", 100)
-    for count, kept in [(10, range(10)), (11, range(0, 11, 2)), (100, range(0, 100, 16)), (1, range(1))]:
+    for count, kept in [
+        (10, range(10)),
+        (11, range(0, 11, 2)),
+        (100, range(0, 100, 16)),
+        (1, range(1)),
+    ]:
         chunks = [Chunk(Source(Path("x"), "txt", ""), b"0123456789", i, 0, 0) for i in range(count)]
         assert [chunk.line for chunk in module._spread(chunks)] == list(kept)
     large = Chunk(Source(Path("x"), "txt", ""), b"0" * 1000, 1, 0, 0)
@@ -154,7 +254,13 @@ def test_sample_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"good\n\n\xff", {"tokenizer": True, "workers": 2}, ["a.txt", "line 3", "not UTF-8"]),
     ],
 )
-def test_bad_calls(small_dataset: TokenDataset, tmp_path: Path, text: str | bytes, options: dict[str, Any], words: list[str]) -> None:
+def test_bad_calls(
+    small_dataset: TokenDataset,
+    tmp_path: Path,
+    text: str | bytes,
+    options: dict[str, Any],
+    words: list[str],
+) -> None:
     (tmp_path / "a.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     if options.get("tokenizer") is True:
         options = {**options, "tokenizer": small_dataset.tokenizer_dir}
@@ -166,9 +272,15 @@ def test_bad_calls(small_dataset: TokenDataset, tmp_path: Path, text: str | byte
 
 
 def test_existing_target(english_jsonl: Path, tmp_path: Path) -> None:
-    for name, make in [("file", Path.touch), ("folder", Path.mkdir), ("link", lambda path: path.symlink_to("nowhere"))]:
+    for name, make in [
+        ("file", Path.touch),
+        ("folder", Path.mkdir),
+        ("link", lambda path: path.symlink_to("nowhere")),
+    ]:
         make(tmp_path / name)
-        with pytest.raises(InputError, match=f"{name}: exists already; remove it or choose another --out"):
+        with pytest.raises(
+            InputError, match=f"{name}: exists already; remove it or choose another --out"
+        ):
             prepare([english_jsonl], tmp_path / name, progress=False)
     with pytest.raises(InputError, match="file/dataset: cannot be written"):
         prepare([english_jsonl], tmp_path / "file" / "dataset", progress=False)
@@ -182,7 +294,9 @@ def test_no_space(english_jsonl: Path, tmp_path: Path, limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(InputError, match="dataset: no space left") as raised:
-            prepare([english_jsonl], tmp_path / "dataset", vocab_size=1000, workers=1, progress=False)
+            prepare(
+                [english_jsonl], tmp_path / "dataset", vocab_size=1000, workers=1, progress=False
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(raised.value)
@@ -196,14 +310,25 @@ RUN = "import sys; from fastbert.data.prepare import prepare; prepare([sys.argv[
 def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> None:
     """Ctrl-C, SIGTERM, or the system kills a worker: no dataset, nothing half-written, no process left."""
     process = subprocess.Popen(
-        [sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     workers: list[psutil.Process] = []
     deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline and not any((tmp_path).glob(".dataset.*/train")):
+    while (
+        process.poll() is None
+        and time.monotonic() < deadline
+        and not any((tmp_path).glob(".dataset.*/train"))
+    ):
         time.sleep(0.002)
     while process.poll() is None and time.monotonic() < deadline and not workers:
-        workers = [child for child in psutil.Process(process.pid).children() if "data.workers" in " ".join(child.cmdline())]
+        workers = [
+            child
+            for child in psutil.Process(process.pid).children()
+            if "data.workers" in " ".join(child.cmdline())
+        ]
         time.sleep(0.002)
     assert workers, "it ended before it could be stopped"
     if end == "interrupt":
@@ -216,17 +341,27 @@ def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> N
     assert process.returncode != 0
     assert list(tmp_path.iterdir()) == []
     assert not psutil.wait_procs(workers, timeout=10)[1]
-    expected = {"interrupt": "KeyboardInterrupt", "terminate": "", "worker killed": "InputError: a worker ended before its work was done"}
+    expected = {
+        "interrupt": "KeyboardInterrupt",
+        "terminate": "",
+        "worker killed": "InputError: a worker ended before its work was done",
+    }
     assert expected[end] in errors and ("Traceback" in errors) == (end != "terminate")
 
 
 def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
     """Killed without a chance to clean up, it leaves only a hidden folder, and a second call is not in its way."""
-    process = subprocess.Popen([sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"], stderr=subprocess.DEVNULL
+    )
     workers: list[psutil.Process] = []
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and len(workers) < 2:
-        workers = [child for child in psutil.Process(process.pid).children() if "data.workers" in " ".join(child.cmdline())]
+        workers = [
+            child
+            for child in psutil.Process(process.pid).children()
+            if "data.workers" in " ".join(child.cmdline())
+        ]
         time.sleep(0.002)
     process.kill()
     process.wait()
@@ -237,7 +372,9 @@ def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
     open_dataset(tmp_path / "dataset", verify=True)
 
 
-def test_progress_and_left_out_files(english_jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_and_left_out_files(
+    english_jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(english_jsonl.read_bytes())
@@ -247,4 +384,7 @@ def test_progress_and_left_out_files(english_jsonl: Path, tmp_path: Path, capsys
     assert captured.out == ""
     assert "1 files left out" in captured.err and "b.md" in captured.err
     assert "documents, sentences, tokens" in captured.err
-    assert sum(1 for _ in read_documents([folder])) == open_dataset(tmp_path / "dataset").manifest["splits"]["train"]["documents"] + 16
+    assert (
+        sum(1 for _ in read_documents([folder]))
+        == open_dataset(tmp_path / "dataset").manifest["splits"]["train"]["documents"] + 16
+    )

@@ -28,7 +28,10 @@ def test_an_honest_answer(tmp_path):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda path: path.symlink_to("/not/mounted"), ["a link to /not/mounted, which is not there", "mount its disk"]),
+        (
+            lambda path: path.symlink_to("/not/mounted"),
+            ["a link to /not/mounted, which is not there", "mount its disk"],
+        ),
         (lambda path: path.symlink_to(path.name), ["Too many levels of symbolic links"]),
     ],
 )

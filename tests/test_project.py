@@ -13,26 +13,54 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Put together from pieces, so that this file does not hold what it looks for.
-HOSTS = [".".join(parts) for parts in (["pypi", "org"], ["pythonhosted", "org"], ["download", "pytorch", "org"], ["npmjs", "org"])]
+HOSTS = [
+    ".".join(parts)
+    for parts in (
+        ["pypi", "org"],
+        ["pythonhosted", "org"],
+        ["download", "pytorch", "org"],
+        ["npmjs", "org"],
+    )
+]
 MACHINE_PATHS = [
-    "/" + "/".join(parts) + "/" for parts in (["root"], ["home"], ["work", "main"], ["work", "shared"], ["tmp", "w"], ["opt", "wheels"])
+    "/" + "/".join(parts) + "/"
+    for parts in (
+        ["root"],
+        ["home"],
+        ["work", "main"],
+        ["work", "shared"],
+        ["tmp", "w"],
+        ["opt", "wheels"],
+    )
 ]
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     # pyright would otherwise ask the package index whether there is a newer one.
     environment = {**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+    )
 
 
 def project_files() -> list[Path]:
     """What git tracks or would track; in a tree without git, every file outside hidden and made folders."""
-    listing = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard") if (ROOT / ".git").exists() else None
+    listing = (
+        run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+        if (ROOT / ".git").exists()
+        else None
+    )
     if listing and listing.returncode == 0:
         found = [ROOT / name for name in listing.stdout.split("\0") if name]
     else:
         made = {"__pycache__", "data", "runs", "build", "dist"}
-        found = [p for p in ROOT.rglob("*") if not any(part in made or part.startswith(".") for part in p.relative_to(ROOT).parts[:1])]
+        found = [
+            p
+            for p in ROOT.rglob("*")
+            if not any(
+                part in made or part.startswith(".") for part in p.relative_to(ROOT).parts[:1]
+            )
+        ]
     return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
 
 
@@ -41,7 +69,9 @@ PYTHON_FILES = [path for path in FILES if path.suffix == ".py"]
 
 
 @pytest.mark.parametrize(
-    "command", ["ruff check", "ruff format --check --diff", f"pyright --pythonpath {sys.executable}"], ids=lambda c: c.split(" -")[0]
+    "command",
+    ["ruff check", "ruff format --check --diff", f"pyright --pythonpath {sys.executable}"],
+    ids=lambda c: c.split(" -")[0],
 )
 def test_checker_finds_nothing(command):
     result = run(sys.executable, "-m", *command.split())
@@ -52,20 +82,32 @@ def test_no_machine_path_or_package_host():
     """A path of one machine, or a package index by name, breaks the project for everybody who is elsewhere."""
     found = []
     for path in FILES:
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-            found += [f"{path.relative_to(ROOT)}:{number}: {word}" for word in [*HOSTS, *MACHINE_PATHS] if word in line]
+        for number, line in enumerate(
+            path.read_text(encoding="utf-8", errors="replace").splitlines(), 1
+        ):
+            found += [
+                f"{path.relative_to(ROOT)}:{number}: {word}"
+                for word in [*HOSTS, *MACHINE_PATHS]
+                if word in line
+            ]
     assert not found, "\n".join(found)
 
 
 def test_no_large_file():
-    large = [f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes" for path in FILES if path.stat().st_size > 500_000]
+    large = [
+        f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes"
+        for path in FILES
+        if path.stat().st_size > 500_000
+    ]
     assert not large, f"texts, datasets and models are downloaded or made, never committed: {large}"
 
 
 def test_files_are_named_for_an_idea():
     vague = re.compile(r"(^|_)(utils?|helpers?|common|misc|stuff)(_|$)")
     found = [str(path.relative_to(ROOT)) for path in PYTHON_FILES if vague.search(path.stem)]
-    assert not found, f"name the idea (packing.py), or keep the function beside its one caller: {found}"
+    assert not found, (
+        f"name the idea (packing.py), or keep the function beside its one caller: {found}"
+    )
 
 
 def test_architecture_names_every_file():
@@ -75,8 +117,14 @@ def test_architecture_names_every_file():
     for path in PYTHON_FILES:
         if path.relative_to(ROOT).parts[0] not in ("fastbert", "kernels"):
             continue
-        names = [path.parent.name + "/"] if path.name == "__init__.py" else [path.name, path.parent.name + "/"]
-        if not all(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-]*\.py)", text) for name in names):
+        names = (
+            [path.parent.name + "/"]
+            if path.name == "__init__.py"
+            else [path.name, path.parent.name + "/"]
+        )
+        if not all(
+            re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-]*\.py)", text) for name in names
+        ):
             missing.append(str(path.relative_to(ROOT)))
     assert not missing, f"ARCHITECTURE.md has no line for: {missing}"
 
@@ -84,21 +132,49 @@ def test_architecture_names_every_file():
 def test_architecture_names_no_file_that_is_gone():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     present = {path.name for path in FILES}
-    kinds = {"kernel.py", "_triton.py", "config.toml"}  # what a file of this name may do, or one that a run writes
-    gone = {Path(name).name for name in re.findall(r"[\w./-]*\w\.(?:py|toml)\b", text)} - present - kinds
+    kinds = {
+        "kernel.py",
+        "_triton.py",
+        "config.toml",
+    }  # what a file of this name may do, or one that a run writes
+    gone = (
+        {Path(name).name for name in re.findall(r"[\w./-]*\w\.(?:py|toml)\b", text)}
+        - present
+        - kinds
+    )
     assert not gone, f"ARCHITECTURE.md names files that are not there: {sorted(gone)}"
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_documented_commands_exist(document):
     """Every `make TARGET`, `fastbert VERB` and path of the repository in a document's code is there."""
-    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL))
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    verbs = set(re.findall(r"^\W*([a-z]+) ", run(sys.executable, "-m", "fastbert", "--help").stdout, re.MULTILINE))
-    wrong = [f"make {name}" for name in re.findall(r"(?m)(?:^|[`;&$] ?)make ([a-z-]+)", code) if name not in targets]
-    wrong += [f"fastbert {name}" for name in re.findall(r"(?m)(?:^|[`;&$/] ?)fastbert ([a-z]+)\b", code) if name not in verbs]
+    code = "\n".join(
+        re.findall(r"```.*?```|`[^`\n]+`", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
+    )
+    targets = set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    verbs = set(
+        re.findall(
+            r"^\W*([a-z]+) ", run(sys.executable, "-m", "fastbert", "--help").stdout, re.MULTILINE
+        )
+    )
+    wrong = [
+        f"make {name}"
+        for name in re.findall(r"(?m)(?:^|[`;&$] ?)make ([a-z-]+)", code)
+        if name not in targets
+    ]
+    wrong += [
+        f"fastbert {name}"
+        for name in re.findall(r"(?m)(?:^|[`;&$/] ?)fastbert ([a-z]+)\b", code)
+        if name not in verbs
+    ]
     folders = "fastbert|kernels|recipes|tests|benchmarks|examples|docs"
-    wrong += [name for name in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/.-]*\w\.\w+", code) if not (ROOT / name).exists()]
+    wrong += [
+        name
+        for name in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/.-]*\w\.\w+", code)
+        if not (ROOT / name).exists()
+    ]
     assert not wrong, f"{document} is_main of what is not there: {wrong}"
 
 

@@ -36,7 +36,9 @@ def test_rank_0_dies_as_the_run_begins(lab):
         said = ranks[1].err.read_text()
     assert "Traceback" not in said, said  # before our line torch may have one on the store
     (line,) = [line for line in said.splitlines() if line.startswith("fastbert: ")]
-    assert f"rank 0 ({socket.gethostname()}, process {ranks[0].pid})" in line and line.endswith("; resume with --resume")
+    assert f"rank 0 ({socket.gethostname()}, process {ranks[0].pid})" in line and line.endswith(
+        "; resume with --resume"
+    )
     assert lab.finish(trial, 2, 1).sound
 
 

@@ -37,7 +37,9 @@ def test_exit_codes_and_what_was_said(tmp_path):
 def test_no_rank_outlives_the_tests(tmp_path):
     """Not even one that is stopped, when they die by kill -9."""
     command = [sys.executable, "-c", TESTS, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as tests:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as tests:
         assert tests.stdout is not None
         pids = [int(pid) for pid in tests.stdout.readline().split()]
         assert all(runs(pid) for pid in pids) and len(pids) == 2

@@ -16,12 +16,18 @@ from fastbert.data.report import CorpusStats, DuplicateEstimator, Report, make_r
 BASELINES = {"unigram": 6.0, "train_tokens": 10}
 
 
-def chunk(documents: list[list[int]], heldout: list[list[int]] | None = None, **options: object) -> EncodedChunk:
+def chunk(
+    documents: list[list[int]], heldout: list[list[int]] | None = None, **options: object
+) -> EncodedChunk:
     """Documents as lists of their sentences' lengths."""
 
     def part(documents: list[list[int]]) -> Part:
         sentences = np.array([length for document in documents for length in document], np.int64)
-        return Part(np.zeros(sentences.sum(), np.uint16), sentences, np.array([len(document) for document in documents], np.int64))
+        return Part(
+            np.zeros(sentences.sum(), np.uint16),
+            sentences,
+            np.array([len(document) for document in documents], np.int64),
+        )
 
     both = documents + (heldout or [])
     hashes = np.arange(len(both), dtype=np.uint64)
@@ -45,19 +51,38 @@ def report_of(*chunks: EncodedChunk, vocab_size: int = 1000, asked: int | None =
 def test_figures() -> None:
     report = report_of(
         chunk([[10, 20], [100]], [[130]], empty_documents=2, unknown_tokens=13),
-        chunk([[254, 254, 92]], document_hashes=np.array([0], np.uint64), sentence_hashes=np.array([7], np.uint64), cut_sentences=1),
+        chunk(
+            [[254, 254, 92]],
+            document_hashes=np.array([0], np.uint64),
+            sentence_hashes=np.array([7], np.uint64),
+            cut_sentences=1,
+        ),
     )
     figures = report.figures
     assert (figures["documents"], figures["sentences"], figures["tokens"]) == (4, 7, 860)
-    assert (figures["heldout_documents"], figures["heldout_tokens"], figures["empty_documents"]) == (1, 130, 2)
+    assert (
+        figures["heldout_documents"],
+        figures["heldout_tokens"],
+        figures["empty_documents"],
+    ) == (1, 130, 2)
     assert figures["unknown_share"] == pytest.approx(13 / 860, abs=1e-6)
     assert figures["single_sentence_share"] == 0.5
     assert figures["duplicate_document_share"] == pytest.approx(1 / 4)
     assert figures["cut_sentences"] == 1
     # Documents of 30, 100, 130 and 600 tokens.
-    assert figures["document_tokens"] == {"0.05": 30, "0.25": 30, "0.5": 100, "0.75": 130, "0.95": 600, "longest": 600}
+    assert figures["document_tokens"] == {
+        "0.05": 30,
+        "0.25": 30,
+        "0.5": 100,
+        "0.75": 130,
+        "0.95": 600,
+        "longest": 600,
+    }
     assert figures["sentence_tokens"]["longest"] == 254
-    assert figures["truncated_share"] == {"128": pytest.approx((4 + 474) / 860, abs=1e-6), "512": pytest.approx(90 / 860, abs=1e-6)}
+    assert figures["truncated_share"] == {
+        "128": pytest.approx((4 + 474) / 860, abs=1e-6),
+        "512": pytest.approx(90 / 860, abs=1e-6),
+    }
     # 125 tokens of text in a sequence of 128: 1 + 1 + 2 + 5 sequences; 509 in 512: 1 + 1 + 1 + 2.
     assert figures["padding_share"]["128"] == pytest.approx(1 - (860 + 3 * 9) / (9 * 128), abs=1e-6)
     assert figures["padding_share"]["512"] == pytest.approx(1 - (860 + 3 * 5) / (5 * 512), abs=1e-6)
@@ -65,7 +90,10 @@ def test_figures() -> None:
 
 
 def test_a_chunk_without_text_changes_nothing() -> None:
-    assert report_of(chunk([[5, 5]])).figures == report_of(chunk([]), chunk([[5, 5]]), chunk([])).figures
+    assert (
+        report_of(chunk([[5, 5]])).figures
+        == report_of(chunk([]), chunk([[5, 5]]), chunk([])).figures
+    )
 
 
 HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
@@ -74,12 +102,36 @@ HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
 @pytest.mark.parametrize(
     ("row", "made", "words"),
     [
-        ("[UNK]", lambda: report_of(chunk([[20] * 50] * 1100, unknown_tokens=12_000)), "--vocab-size"),
-        ("[UNK]", lambda: report_of(chunk([[20] * 50] * 1100, unknown_tokens=12_000), asked=None), "leave out --tokenizer"),
-        ("copies of documents", lambda: report_of(chunk([[20, 20]] * 90, document_hashes=np.zeros(90, np.uint64))), "by heart"),
-        ("copies of sentences", lambda: report_of(chunk([[20, 20]] * 90, sentence_hashes=np.zeros(180, np.uint64))), "footers"),
-        ("documents of one sentence", lambda: report_of(chunk([[20]] * 90)), 'objective.kind = "mlm"'),
-        (f"sentences cut at {LONGEST_SENTENCE} tokens", lambda: report_of(chunk([[20, 20]] * 90, cut_sentences=90)), "tables"),
+        (
+            "[UNK]",
+            lambda: report_of(chunk([[20] * 50] * 1100, unknown_tokens=12_000)),
+            "--vocab-size",
+        ),
+        (
+            "[UNK]",
+            lambda: report_of(chunk([[20] * 50] * 1100, unknown_tokens=12_000), asked=None),
+            "leave out --tokenizer",
+        ),
+        (
+            "copies of documents",
+            lambda: report_of(chunk([[20, 20]] * 90, document_hashes=np.zeros(90, np.uint64))),
+            "by heart",
+        ),
+        (
+            "copies of sentences",
+            lambda: report_of(chunk([[20, 20]] * 90, sentence_hashes=np.zeros(180, np.uint64))),
+            "footers",
+        ),
+        (
+            "documents of one sentence",
+            lambda: report_of(chunk([[20]] * 90)),
+            'objective.kind = "mlm"',
+        ),
+        (
+            f"sentences cut at {LONGEST_SENTENCE} tokens",
+            lambda: report_of(chunk([[20, 20]] * 90, cut_sentences=90)),
+            "tables",
+        ),
         ("vocabulary", lambda: report_of(HEALTHY, vocab_size=800), "1,000 asked for"),
         ("tokens", lambda: report_of(chunk([[20, 20]])), "100 million"),
         ("documents", lambda: report_of(chunk([[200] * 100])), "--format lines"),
@@ -92,14 +144,20 @@ def test_advice(row: str, made: object, words: str) -> None:
     assert not any(line.advice for line in report_of(HEALTHY).rows)
 
 
-def test_what_is_stored_and_shown(small_dataset: TokenDataset, english_jsonl: Path, tmp_path: Path) -> None:
-    report = prepare([english_jsonl], tmp_path / "dataset", vocab_size=5000, workers=1, progress=False)
+def test_what_is_stored_and_shown(
+    small_dataset: TokenDataset, english_jsonl: Path, tmp_path: Path
+) -> None:
+    report = prepare(
+        [english_jsonl], tmp_path / "dataset", vocab_size=5000, workers=1, progress=False
+    )
     stored = json.loads((tmp_path / "dataset" / "report.json").read_text(encoding="utf-8"))
     advice = stored.pop("advice")
     assert stored == json.loads(json.dumps(report.figures))
     assert "100 million" in advice["tokens"]
     markdown = (tmp_path / "dataset" / "report.md").read_text(encoding="utf-8")
-    assert markdown == report.markdown() and f"| tokens | {report.figures['tokens']:,} |" in markdown
+    assert (
+        markdown == report.markdown() and f"| tokens | {report.figures['tokens']:,} |" in markdown
+    )
     assert report.table().row_count == len(report.rows)
     dataset = open_dataset(tmp_path / "dataset")
     counts = dataset.manifest["splits"]
@@ -120,7 +178,9 @@ def test_distinct(most: int) -> None:
         estimator.add(part)
     assert estimator.sampled == (most < len(stream))
     assert sum(map(len, estimator._kept)) <= most
-    assert estimator.duplicates() == pytest.approx(share, abs=3 / most**0.5 if estimator.sampled else 1e-12)
+    assert estimator.duplicates() == pytest.approx(
+        share, abs=3 / most**0.5 if estimator.sampled else 1e-12
+    )
 
 
 def test_sentence_hashes(small_dataset: TokenDataset) -> None:
@@ -131,7 +191,9 @@ def test_sentence_hashes(small_dataset: TokenDataset) -> None:
     encoder = ChunkEncoder(tokenizer, "text", 0)
 
     def hashes(text: str) -> list[int]:
-        return encoder(Chunk(Source(Path("x"), "lines", ""), text.encode(), 1, 0, 0)).sentence_hashes.tolist()
+        return encoder(
+            Chunk(Source(Path("x"), "lines", ""), text.encode(), 1, 0, 0)
+        ).sentence_hashes.tolist()
 
     first = hashes("a b c\nc b a\na b\na b c a b c\na\na a\n")
     assert len(set(first)) == 6

@@ -57,7 +57,9 @@ def run(trial, finished) -> Path:
 
 def train(trial: Trial, *overrides: str, resume: bool = False) -> int:
     """In this process."""
-    return pretrain(load_config(trial.recipe, [*trial.overrides, *overrides]), str(trial.recipe), resume)
+    return pretrain(
+        load_config(trial.recipe, [*trial.overrides, *overrides]), str(trial.recipe), resume
+    )
 
 
 def refusal(trial: Trial, *overrides: str, resume: bool = False) -> str:
@@ -75,7 +77,9 @@ def contents(folder: Path) -> dict[str, object]:
         if stat.S_ISLNK(mode):
             found[str(path.relative_to(folder))] = os.readlink(path)
         else:
-            found[str(path.relative_to(folder))] = path.read_bytes() if stat.S_ISREG(mode) else stat.S_IFMT(mode)
+            found[str(path.relative_to(folder))] = (
+                path.read_bytes() if stat.S_ISREG(mode) else stat.S_IFMT(mode)
+            )
     return found
 
 
@@ -155,7 +159,9 @@ def test_a_folder_of_something_else_is_refused(trial, small_dataset, make, resum
     make(trial.run, small_dataset.path)
     before = contents(trial.run)
     message = refusal(trial, resume=resume)
-    assert f"{trial.recipe}: run = '{trial.run}': holds {sorted(os.listdir(trial.run))[0]}" in message
+    assert (
+        f"{trial.recipe}: run = '{trial.run}': holds {sorted(os.listdir(trial.run))[0]}" in message
+    )
     assert "is no run; give a new or an empty folder by run=" in message
     link = trial.folder / "link"
     link.symlink_to(trial.run)
@@ -169,10 +175,17 @@ def test_the_folder_that_one_stands_in(lab, small_dataset):
     project(trial.folder, small_dataset.path)
     before = contents(trial.folder)
     command = [sys.executable, "-m", "fastbert", "pretrain", "recipe.toml", *SHORT, "run=."]
-    done = subprocess.run(command, cwd=trial.folder, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=trial.folder, env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (2, "") and contents(trial.folder) == before
     (line,) = done.stderr.splitlines()
-    assert line.startswith("fastbert: recipe.toml: run = '.': holds config.toml, ds_config.json, log.txt and ") and "is no run" in line
+    assert (
+        line.startswith(
+            "fastbert: recipe.toml: run = '.': holds config.toml, ds_config.json, log.txt and "
+        )
+        and "is no run" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +193,10 @@ def test_the_folder_that_one_stands_in(lab, small_dataset):
     [
         (lambda path: path.write_text(""), "a file; give a folder"),
         (os.mkfifo, "a file; give a folder"),
-        (lambda path: path.symlink_to("/not/mounted"), "a link to /not/mounted, which is not there; mount its disk"),
+        (
+            lambda path: path.symlink_to("/not/mounted"),
+            "a link to /not/mounted, which is not there; mount its disk",
+        ),
         (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
     ],
 )
@@ -262,7 +278,9 @@ def test_a_run_begins_in_a_folder_with_nothing_in_it(trial, finished, tmp_path, 
     assert train(trial, resume=resume) == 0
     assert trial.steps == finished.steps
     config = (trial.run / "config.toml").read_text()
-    assert config.replace(str(trial.folder), "") == (finished.run / "config.toml").read_text().replace(str(finished.folder), "")
+    assert config.replace(str(trial.folder), "") == (
+        finished.run / "config.toml"
+    ).read_text().replace(str(finished.folder), "")
 
 
 # Checkpoints that cannot be seen
@@ -274,13 +292,31 @@ def moved(path: Path) -> Path:
 
 
 GONE = {
-    "a link to a disk that is not mounted": (lambda run: moved(run / "checkpoints").symlink_to("/not/mounted"), "/not/mounted"),
-    "the folder on which it would be mounted": (lambda run: moved(run / "checkpoints").mkdir(), "4 steps and a checkpoint step-00000004"),
-    "moved away": (lambda run: moved(run / "checkpoints"), "4 steps and a checkpoint step-00000004"),
-    "a loop of links": (lambda run: moved(run / "checkpoints").symlink_to("checkpoints"), "Too many levels of symbolic links"),
+    "a link to a disk that is not mounted": (
+        lambda run: moved(run / "checkpoints").symlink_to("/not/mounted"),
+        "/not/mounted",
+    ),
+    "the folder on which it would be mounted": (
+        lambda run: moved(run / "checkpoints").mkdir(),
+        "4 steps and a checkpoint step-00000004",
+    ),
+    "moved away": (
+        lambda run: moved(run / "checkpoints"),
+        "4 steps and a checkpoint step-00000004",
+    ),
+    "a loop of links": (
+        lambda run: moved(run / "checkpoints").symlink_to("checkpoints"),
+        "Too many levels of symbolic links",
+    ),
     "a file": (lambda run: moved(run / "checkpoints").write_text(""), "Not a directory"),
-    "deleted": (lambda run: shutil.rmtree(run / "checkpoints"), "4 steps and a checkpoint step-00000004"),
-    "the newest not mounted": (lambda run: moved(run / "checkpoints/step-00000004").symlink_to("/not/mounted"), "/not/mounted"),
+    "deleted": (
+        lambda run: shutil.rmtree(run / "checkpoints"),
+        "4 steps and a checkpoint step-00000004",
+    ),
+    "the newest not mounted": (
+        lambda run: moved(run / "checkpoints/step-00000004").symlink_to("/not/mounted"),
+        "/not/mounted",
+    ),
 }
 
 
@@ -289,24 +325,34 @@ def test_a_run_whose_checkpoints_cannot_be_seen_does_not_start_anew(trial, run, 
     GONE[how][0](run)
     before = contents(run)
     message = refusal(trial, resume=True)
-    assert GONE[how][1] in message and str(run) in message and any(word in message for word in ("mount its disk", "resume with --resume"))
+    assert (
+        GONE[how][1] in message
+        and str(run) in message
+        and any(word in message for word in ("mount its disk", "resume with --resume"))
+    )
     assert str(run) in refusal(trial)
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("how", ["a link to a disk that is not mounted", "a loop of links", "the newest not mounted"])
+@pytest.mark.parametrize(
+    "how", ["a link to a disk that is not mounted", "a loop of links", "the newest not mounted"]
+)
 def test_what_reads_a_run_says_so_too(trial, run, how):
     """An older checkpoint is not taken for the newest, nor the run for a folder of something else."""
     GONE[how][0](run)
     with pytest.raises(InputError, match=GONE[how][1]):
         fastbert.load(run)
-    assert GONE[how][1] in report(run, trial.folder / "page.html").read_text()  # in the place of its results
+    assert (
+        GONE[how][1] in report(run, trial.folder / "page.html").read_text()
+    )  # in the place of its results
 
 
 def test_a_resumed_run_counts_as_one_that_had_checkpoints(trial, run):
     """Whose save may have come so late that its event was lost with the process."""
     assert train(trial, "stop.steps=5", resume=True) == 0
-    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"save"' not in line]
+    lines = [
+        line for line in (run / "metrics.jsonl").read_text().splitlines() if '"save"' not in line
+    ]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     shutil.rmtree(run / "checkpoints")
     assert "5 steps and a checkpoint step-00000004, but" in refusal(trial, resume=True)
@@ -336,13 +382,22 @@ main(sys.argv[1:])
 
 
 @pytest.mark.parametrize(
-    "place", ["checkpoints", "checkpoints/step-00000004", "checkpoints/step-00000004/manifest.json", ".", "metrics.jsonl"]
+    "place",
+    [
+        "checkpoints",
+        "checkpoints/step-00000004",
+        "checkpoints/step-00000004/manifest.json",
+        ".",
+        "metrics.jsonl",
+    ],
 )
 def test_no_right_to_read_is_no_reason_to_start_anew(finished, small_dataset, place):
     """By a user whom rights do stop, in a folder that is not inside one of root's own."""
     folder = Path(tempfile.mkdtemp())
     try:
-        trial = Trial(folder / "trial", shutil.copytree(small_dataset.path, folder / "dataset"), *SHORT)
+        trial = Trial(
+            folder / "trial", shutil.copytree(small_dataset.path, folder / "dataset"), *SHORT
+        )
         trial.copy_of(finished)
         if place == "metrics.jsonl":
             shutil.rmtree(trial.run / "checkpoints")
@@ -354,11 +409,22 @@ def test_no_right_to_read_is_no_reason_to_start_anew(finished, small_dataset, pl
         (trial.run / place).chmod(0o700 if os.geteuid() == 0 else 0)
         code = AS_NOBODY.format(nobody=NOBODY)
         command = [sys.executable, "-c", code, *trial.command]
-        done = subprocess.run(command, cwd=ROOT, env=environment(HOME=str(folder)), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment(HOME=str(folder)),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         (trial.run / place).chmod(0o700)
         assert done.returncode == 2 and done.stdout == "", done
         (line,) = done.stderr.splitlines()
-        assert "Permission denied" in line and str(trial.run / place).rstrip(".") in line and "get the right to read it" in line
+        assert (
+            "Permission denied" in line
+            and str(trial.run / place).rstrip(".") in line
+            and "get the right to read it" in line
+        )
         assert contents(trial.run) == before
     finally:
         shutil.rmtree(folder)
@@ -373,7 +439,9 @@ def test_a_second_start_does_not_delete_the_records_of_a_living_run(lab):
     with trial.start() as ranks:
         wait_for(lambda: lines_so_far(trial) >= 5)
         message = refusal(trial)
-        assert "steps without a checkpoint, which may be going on" in message and "--resume" in message
+        assert (
+            "steps without a checkpoint, which may be going on" in message and "--resume" in message
+        )
         before = lines_so_far(trial)
         wait_for(lambda: lines_so_far(trial) > before + 3)
         ranks.signal(signal.SIGTERM)
@@ -412,8 +480,14 @@ def test_a_link_beside_the_tokenizer_is_not_copied(trial, dataset, tmp_path):
     (dataset / "tokenizer/y").symlink_to(tmp_path / "folder")
     (dataset / "tokenizer/notes.txt").write_text("not part of a tokenizer")
     assert train(trial, f"data={dataset}") == 0
-    assert sorted(os.listdir(trial.run / "tokenizer")) == ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
-    assert not any(SECRET.encode() in data for data in contents(trial.run).values() if isinstance(data, bytes))
+    assert sorted(os.listdir(trial.run / "tokenizer")) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    ]
+    assert not any(
+        SECRET.encode() in data for data in contents(trial.run).values() if isinstance(data, bytes)
+    )
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "tokenizer_config.json"])
@@ -445,9 +519,21 @@ def test_a_full_disk_leaves_the_recipe_that_was_there(trial, run):
     before = (run / "config.toml").read_bytes()
     limit: Callable[[], None] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))  # noqa: E731
     command = [sys.executable, "-m", "fastbert", *trial.command]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, preexec_fn=limit)
-    assert done.returncode == 2 and "config.toml cannot be written: File too large" in done.stderr, done.stderr
-    assert (run / "config.toml").read_bytes() == before and not (run / ".writing-config.toml").exists()
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=limit,
+    )
+    assert (
+        done.returncode == 2 and "config.toml cannot be written: File too large" in done.stderr
+    ), done.stderr
+    assert (run / "config.toml").read_bytes() == before and not (
+        run / ".writing-config.toml"
+    ).exists()
     assert train(trial, "stop.steps=5", resume=True) == 0
 
 
@@ -458,17 +544,35 @@ def test_bad_lines_of_metrics_forbid_neither_resume_nor_report(trial, run, capsy
     """As where two machines have appended over a network disk, or the disk had a hole."""
     path = run / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[1:1] = [b'{"step": 2, "lo{"step": 2, "loss": 6.9}\n', b"\0" * 100 + b"\n", b"1.5}\n", b"\xff\xfe\n", b"null\n"]
+    lines[1:1] = [
+        b'{"step": 2, "lo{"step": 2, "loss": 6.9}\n',
+        b"\0" * 100 + b"\n",
+        b"1.5}\n",
+        b"\xff\xfe\n",
+        b"null\n",
+    ]
     path.write_bytes(b"".join(lines))
     assert train(trial, "stop.steps=6", resume=True) == 0
-    assert f"{path}: 5 of its lines cannot be read and are left out; the first is line 2" in capsys.readouterr().out
+    assert (
+        f"{path}: 5 of its lines cannot be read and are left out; the first is line 2"
+        in capsys.readouterr().out
+    )
     assert [step["step"] for step in trial.steps] == [1, 2, 3, 4, 5, 6]
     assert path.read_bytes().startswith(b"".join(lines))  # nothing of it is changed
-    assert "5 lines of metrics.jsonl cannot be read" in report(run, trial.folder / "page.html").read_text()
+    assert (
+        "5 lines of metrics.jsonl cannot be read"
+        in report(run, trial.folder / "page.html").read_text()
+    )
 
 
 def test_every_line_of_metrics_is_json_also_where_a_loss_is_not_finite(lab):
-    trial = lab.trial("optimizer.name=sgd", "optimizer.lr=100", "optimizer.max_grad_norm=0", "schedule.warmup=0", "schedule.decay=constant")
+    trial = lab.trial(
+        "optimizer.name=sgd",
+        "optimizer.lr=100",
+        "optimizer.max_grad_norm=0",
+        "schedule.warmup=0",
+        "schedule.decay=constant",
+    )
     assert train(trial, "stop.steps=14", "evaluate.every=1", "stop.skipped=100") == 1
     for line in (trial.run / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)

@@ -16,7 +16,9 @@ from fastbert.errors import InputError
 from fastbert.tasks.run_report import read_history, report
 from fastbert.training.metrics import STEP_KEYS
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 STEPS = 7
 
 
@@ -27,9 +29,25 @@ def run(small_dataset, tmp_path_factory) -> Path:
     run = make_run(tmp_path_factory.mktemp("runs") / "a <b> run", folder, str(small_dataset.path))
     lines = []
     for step in [1, 2, 3, *range(2, STEPS + 1)]:  # two steps were made again after a resume
-        values = {"loss_nsp": 0.69, "loss_mlm": 7.0 / step, "loss": 0.69 + 7.0 / step, "lr": 1e-3, "tokens": 100, "seconds": 2.0}
-        lines.append({key: values.get(key, 1.0) for key in STEP_KEYS} | {"step": step, "tokens_per_s": 50.0})
-    found = {"loss": 3.0, "loss_mlm": 2.3, "accuracy_mlm": 0.4, "loss_mask_token": 2.5, "loss_nsp": 0.6, "accuracy_nsp": 0.7}
+        values = {
+            "loss_nsp": 0.69,
+            "loss_mlm": 7.0 / step,
+            "loss": 0.69 + 7.0 / step,
+            "lr": 1e-3,
+            "tokens": 100,
+            "seconds": 2.0,
+        }
+        lines.append(
+            {key: values.get(key, 1.0) for key in STEP_KEYS} | {"step": step, "tokens_per_s": 50.0}
+        )
+    found = {
+        "loss": 3.0,
+        "loss_mlm": 2.3,
+        "accuracy_mlm": 0.4,
+        "loss_mask_token": 2.5,
+        "loss_nsp": 0.6,
+        "accuracy_nsp": 0.7,
+    }
     lines += [
         {
             "event": "evaluate",
@@ -62,7 +80,9 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
+        self.links += [
+            value for name, value in attrs if name in ("src", "href", "xlink:href") and value
+        ]
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -79,7 +99,9 @@ class Page(HTMLParser):
 
 def test_the_page_holds_everything_and_needs_nothing(run, tmp_path):
     before = {path.name for path in run.iterdir()}
-    assert report(run) == run / "report.html" and {path.name for path in run.iterdir()} == before | {"report.html"}
+    assert report(run) == run / "report.html" and {
+        path.name for path in run.iterdir()
+    } == before | {"report.html"}
     text = (run / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     words = " ".join(" ".join(page.words).split())
@@ -92,12 +114,28 @@ def test_the_page_holds_everything_and_needs_nothing(run, tmp_path):
         "sequences of 1 to 32 tokens",
     ):
         assert wanted in words, wanted
-    for curve in ("MLM loss, nats", "NSP loss, nats", "held-out accuracy, %", "tokens a second", "norm of the gradient", "learning rate"):
+    for curve in (
+        "MLM loss, nats",
+        "NSP loss, nats",
+        "held-out accuracy, %",
+        "tokens a second",
+        "norm of the gradient",
+        "learning rate",
+    ):
         assert f'aria-label="{curve}"' in text
-    assert "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", text) and "<script" not in text and "@import" not in text
+    assert (
+        "http" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
+        and "<script" not in text
+        and "@import" not in text
+    )
     assert all(link.startswith("#") for link in page.links)
     assert 4 <= text.count('class="sample"') <= 8
-    for part in ("steps</td><td>0:14", "evaluations</td><td>0:02", "waiting for saves</td><td>0:01", "the rest</td><td>0:03"):
+    for part in (
+        "steps</td><td>0:14",
+        "evaluations</td><td>0:02",
+        "waiting for saves</td><td>0:01",
+        "the rest</td><td>0:03",
+    ):
         assert part in text
     report(run, tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
@@ -112,7 +150,11 @@ def test_without_a_checkpoint_or_a_store_the_rest_is_there(run, small_dataset, t
     copy = shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints")
     words = report(copy).read_text(encoding="utf-8")
-    assert "without a sound checkpoint" in words and "Recipe" in words and 'class="sample"' not in words
+    assert (
+        "without a sound checkpoint" in words
+        and "Recipe" in words
+        and 'class="sample"' not in words
+    )
 
 
 def test_what_is_no_run_is_one_line(run, tmp_path):
@@ -144,7 +186,9 @@ def test_a_browser_shows_it_without_scrolling_sideways(run, tmp_path, width):
     """On a phone's screen and on a desk's: nothing sticks out, and the letters of the curves can be read."""
     page = report(run, tmp_path / "page.html").read_text(encoding="utf-8")
     # A frame as wide as the screen: a headless window has a least width of its own.
-    (tmp_path / "probe.html").write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    (tmp_path / "probe.html").write_text(
+        page.replace("</body>", PROBE + "</body>"), encoding="utf-8"
+    )
     (tmp_path / "frame.html").write_text(
         f'<iframe src="probe.html" style="width:{width}px;height:2000px;border:0"></iframe><pre id=out></pre><script>'
         'addEventListener("load", () => setTimeout(() => { document.getElementById("out").textContent = '
@@ -152,9 +196,26 @@ def test_a_browser_shows_it_without_scrolling_sideways(run, tmp_path, width):
         encoding="utf-8",
     )
     assert BROWSER is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [BROWSER, *flags, "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        "--no-first-run",
+        "--disable-sync",
+    ]
+    flags += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    command = [
+        BROWSER,
+        *flags,
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        (tmp_path / "frame.html").as_uri(),
+    ]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = json.loads(re.search(r'<pre id="out">(\{.*?\})</pre>', shown.stdout)[1])  # type: ignore[index]
     assert found["inner"] == width and found["page"] <= width and found["wide"] == []

@@ -9,7 +9,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1, which tests/conftest.py sets where there is no GPU", allow_module_level=True)
+    pytest.skip(
+        "needs TRITON_INTERPRET=1, which tests/conftest.py sets where there is no GPU",
+        allow_module_level=True,
+    )
 
 import triton
 import triton.language as tl
@@ -42,7 +45,9 @@ def copy_rows_kernel(x_ptr, y_ptr, stride_x, stride_y, BLOCK_T: tl.constexpr, D:
     tl.store(y_ptr + rows * stride_y + columns, tl.load(x_ptr + rows * stride_x + columns))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int64], ids=str
+)
 def test_a_sound_copy_is_counted_exactly(dtype):
     x = torch.arange(100).to(dtype)
     y = torch.zeros(100, dtype=dtype)
@@ -51,7 +56,13 @@ def test_a_sound_copy_is_counted_exactly(dtype):
     assert torch.equal(x, y)
     (launch,) = report.launches
     size = 100 * dtype.itemsize
-    assert (launch.kernel, launch.grid, launch.loaded, launch.stored, launch.flops) == ("copy_kernel", (4, 1, 1), size, size, 0)
+    assert (launch.kernel, launch.grid, launch.loaded, launch.stored, launch.flops) == (
+        "copy_kernel",
+        (4, 1, 1),
+        size,
+        size,
+        0,
+    )
     assert (launch.tensors["x_ptr"].loaded, launch.tensors["x_ptr"].stored) == (size, 0)
     assert (launch.tensors["y_ptr"].loaded, launch.tensors["y_ptr"].stored) == (0, size)
 
@@ -66,7 +77,10 @@ OUTSIDE = {
 @pytest.mark.parametrize(("limits", "messages"), OUTSIDE.values(), ids=OUTSIDE)
 def test_accesses_out_of_bounds_are_named_and_not_performed(limits, messages):
     memory = torch.full((300,), 7.0)
-    x, y = memory[50:150], memory[160:260]  # neighbours in one storage: what lies outside one may lie inside another
+    x, y = (
+        memory[50:150],
+        memory[160:260],
+    )  # neighbours in one storage: what lies outside one may lie inside another
     faults = launch(copy_kernel, (4,), x, y, 100, *limits, BLOCK=32)
     assert len(faults) == len(messages)
     for fault, message in zip(faults, messages, strict=True):
@@ -81,11 +95,17 @@ def test_a_wrong_stride_leaves_the_tensor_or_the_view():
     assert not launch(copy_rows_kernel, (2,), x, y, 64, 64, BLOCK_T=4, D=64)
     assert torch.equal(x, y)
     (fault,) = launch(copy_rows_kernel, (2,), x, y, 80, 64, BLOCK_T=4, D=64)
-    assert "program (1, 0, 0): x_ptr[512, 513, 514, 515, ... 623] out of bounds: loads 96 elements past the end" in fault
+    assert (
+        "program (1, 0, 0): x_ptr[512, 513, 514, 515, ... 623] out of bounds: loads 96 elements past the end"
+        in fault
+    )
     view = x[:, :32]
     assert not launch(copy_rows_kernel, (2,), view, y, 64, 64, BLOCK_T=4, D=32)
     (fault,) = launch(copy_rows_kernel, (2,), view, y, 32, 64, BLOCK_T=4, D=32)
-    assert "x_ptr[32, 33, 34, 35, ... 127] out of bounds: loads 64 elements between those of the view, of shape (8, 32)" in fault
+    assert (
+        "x_ptr[32, 33, 34, 35, ... 127] out of bounds: loads 64 elements between those of the view, of shape (8, 32)"
+        in fault
+    )
 
 
 def test_an_empty_tensor_and_lanes_masked_off():
@@ -114,7 +134,8 @@ def foreign_pointer_kernel(x_ptr, address):
 
 def test_a_pointer_from_nowhere_is_refused():
     with pytest.raises(
-        interpreter.InterpreterError, match="foreign_pointer_kernel stores through a pointer that comes from no tensor argument"
+        interpreter.InterpreterError,
+        match="foreign_pointer_kernel stores through a pointer that comes from no tensor argument",
     ):
         launch(foreign_pointer_kernel, (1,), torch.zeros(1), 2**40)
 
@@ -130,11 +151,16 @@ def test_pointers_may_be_cast_to_elements_of_the_same_size():
     x, y = torch.randn(16), torch.empty(16)
     assert not launch(cast_pointer_kernel, (1,), x, y, tl.int32, BLOCK=16)
     assert torch.equal(x, y)
-    with pytest.raises(interpreter.InterpreterError, match="cast_pointer_kernel casts x_ptr to a pointer to elements of another size"):
+    with pytest.raises(
+        interpreter.InterpreterError,
+        match="cast_pointer_kernel casts x_ptr to a pointer to elements of another size",
+    ):
         launch(cast_pointer_kernel, (1,), x, y, tl.int64, BLOCK=8)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int16, torch.float64, torch.bfloat16], ids=str
+)
 def test_one_tensor_for_two_arguments_and_views_that_repeat(dtype):
     x = torch.ones(1, dtype=dtype).expand(64)
     y = torch.zeros(64, dtype=dtype)
@@ -184,10 +210,14 @@ def test_two_programs_that_store_one_element():
     assert not launch(store_kernel, (4,), torch.zeros(64), 16, BLOCK=16)
     (fault,) = launch(store_kernel, (4, 2), torch.zeros(64), 16, BLOCK=16)
     assert (
-        "store_kernel, program (0, 1, 0): y_ptr[0, 1, 2, 3, ... 15] race: stores what program (0, 0, 0) stored, and 3 times more" in fault
+        "store_kernel, program (0, 1, 0): y_ptr[0, 1, 2, 3, ... 15] race: stores what program (0, 0, 0) stored, and 3 times more"
+        in fault
     )
     (fault,) = launch(store_kernel, (4,), torch.zeros(64), 15, BLOCK=16)
-    assert "program (1, 0, 0): y_ptr[15] race: stores what program (0, 0, 0) stored, and 2 times more" in fault
+    assert (
+        "program (1, 0, 0): y_ptr[15] race: stores what program (0, 0, 0) stored, and 2 times more"
+        in fault
+    )
 
 
 @pytest.mark.parametrize("order", ["ascending", "reversed", 3])
@@ -223,7 +253,9 @@ def test_lanes_of_one_store_that_differ():
     assert "y_ptr[0, 1, 2, 3] race: lanes of one store write different values" in fault
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int32], ids=str
+)
 def test_atomic_add_with_lanes_that_share_elements(dtype):
     @triton.jit
     def histogram_kernel(index_ptr, y_ptr, n, BLOCK: tl.constexpr):
@@ -244,7 +276,16 @@ def test_atomic_add_with_lanes_that_share_elements(dtype):
 
 
 @triton.jit
-def matmul_kernel(a_ptr, b_ptr, c_ptr, K, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def matmul_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    K,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -268,7 +309,9 @@ def test_matrix_product(dtype):
     assert launch.loaded == (2 * a.numel() + 4 * b.numel()) * dtype.itemsize
     assert launch.tensors["a_ptr"].distinct_loaded == a.numel() * dtype.itemsize
     exact = a.double() @ b.double()
-    assert (c - exact).abs().max() <= 2 * ((a @ b) - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    assert (c - exact).abs().max() <= 2 * ((a @ b) - exact).abs().max() + torch.finfo(
+        dtype
+    ).eps * exact.abs().max()
 
 
 # ---- arithmetic
@@ -315,7 +358,9 @@ def special(dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("op", ["add", "sub", "mul", "truediv", "lt", "ge", "eq", "ne", "fmax", "fmin", "where", "fma"])
+@pytest.mark.parametrize(
+    "op", ["add", "sub", "mul", "truediv", "lt", "ge", "eq", "ne", "fmax", "fmin", "where", "fma"]
+)
 def test_arithmetic_is_torchs_bit_for_bit(op, dtype):
     x, y = special(dtype, 1), special(dtype, 2)
     if op == "where":
@@ -343,8 +388,12 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("of", [*FLOATS, torch.int32, torch.uint8], ids=str)
 def test_casts_round_to_nearest_even(of, to):
     bits = torch.arange(2**16, dtype=torch.int32)
-    if of == torch.float32:  # every bf16 number, plus a little less than, exactly and a little more than half its last bit
-        x = torch.cat([bits * 65536 + low for low in (0, 0x7FFF, 0x8000, 0x8001)]).view(torch.float32)
+    if (
+        of == torch.float32
+    ):  # every bf16 number, plus a little less than, exactly and a little more than half its last bit
+        x = torch.cat([bits * 65536 + low for low in (0, 0x7FFF, 0x8000, 0x8001)]).view(
+            torch.float32
+        )
     elif of.is_floating_point:
         x = bits.to(torch.int16).view(of)
     else:
@@ -367,7 +416,11 @@ def bits_kernel(x_ptr, bits_ptr, out_ptr, int_ptr, BLOCK: tl.constexpr):
 
 def test_bits_constants_and_integers_of_bf16():
     x = (torch.randn(256, generator=torch.Generator().manual_seed(1)) * 100).bfloat16()
-    bits, out, whole = torch.empty(256, dtype=torch.int16), torch.empty_like(x), torch.empty(256, dtype=torch.int32)
+    bits, out, whole = (
+        torch.empty(256, dtype=torch.int16),
+        torch.empty_like(x),
+        torch.empty(256, dtype=torch.int32),
+    )
     with sanitize():
         bits_kernel[(1,)](x, bits, out, whole, BLOCK=256)
     assert torch.equal(bits, x.view(torch.int16))
@@ -377,7 +430,16 @@ def test_bits_constants_and_integers_of_bf16():
 
 @triton.jit
 def reduce_kernel(
-    x_ptr, sum_ptr, max_ptr, argmax_ptr, argmin_ptr, xor_ptr, cumsum_ptr, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    x_ptr,
+    sum_ptr,
+    max_ptr,
+    argmax_ptr,
+    argmin_ptr,
+    xor_ptr,
+    cumsum_ptr,
+    AXIS: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
 ):
     rows, columns = tl.arange(0, R), tl.arange(0, C)
     offsets = rows[:, None] * C + columns[None, :]
@@ -394,7 +456,12 @@ def reduce_kernel(
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_reductions_and_scans(dtype, axis):
-    x = torch.randperm(32 * 64, generator=torch.Generator().manual_seed(1)).reshape(32, 64).to(dtype) / 8
+    x = (
+        torch.randperm(32 * 64, generator=torch.Generator().manual_seed(1))
+        .reshape(32, 64)
+        .to(dtype)
+        / 8
+    )
     n = 64 if axis == 0 else 32
     total, most = torch.empty(n, dtype=dtype), torch.empty(n, dtype=dtype)
     first, last, xor = (torch.empty(n, dtype=torch.int32) for _ in range(3))
@@ -435,7 +502,9 @@ def unary_kernel(x_ptr, out_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out_ptr + i, y.to(out_ptr.dtype.element_ty))
 
 
-@pytest.mark.parametrize("op", ["exp", "exp2", "log", "log2", "sqrt", "rsqrt", "erf", "abs", "sigmoid"])
+@pytest.mark.parametrize(
+    "op", ["exp", "exp2", "log", "log2", "sqrt", "rsqrt", "erf", "abs", "sigmoid"]
+)
 def test_functions_of_bf16_are_rounded_once(op):
     x = (torch.randn(512, generator=torch.Generator().manual_seed(1)) * 2).bfloat16()
     if op in ("log", "log2", "sqrt", "rsqrt"):
@@ -444,7 +513,9 @@ def test_functions_of_bf16_are_rounded_once(op):
     with sanitize():
         unary_kernel[(1,)](x, out, OP=op, BLOCK=512)
     expected = getattr(torch, op)(x.double())
-    assert ((out - expected).abs() <= 0.501 * torch.finfo(torch.bfloat16).eps * expected.abs()).all()
+    assert (
+        (out - expected).abs() <= 0.501 * torch.finfo(torch.bfloat16).eps * expected.abs()
+    ).all()
 
 
 @triton.jit
@@ -487,7 +558,9 @@ def shapes_kernel(x_ptr, y_ptr, N: tl.constexpr):
     x = tl.reshape(tl.join(even, odd), (N, N))
     x = tl.interleave(even, odd) + x
     x = tl.permute(tl.trans(x), (1, 0))
-    tl.store(y_ptr + rows * N + columns, tl.broadcast_to(tl.sum(x, 1, keep_dims=True), (N, N)) + x.T)
+    tl.store(
+        y_ptr + rows * N + columns, tl.broadcast_to(tl.sum(x, 1, keep_dims=True), (N, N)) + x.T
+    )
 
 
 def test_shapes():
@@ -543,10 +616,25 @@ def test_assertions_and_assumptions_are_checked():
 
 def stock_state():
     """Everything that the sanitizer replaces, and the language, which the interpreter patches."""
-    state = {(owner.__name__, name): value for owner in (interpreter, tl, tl.core, tl.math) for name, value in vars(owner).items()}
-    classes = (interpreter.TensorHandle, interpreter.GridExecutor, interpreter.ReduceOps, interpreter.ScanOps, tl.tensor, tl.dtype)
-    state |= {(owner.__name__, name): value for owner in classes for name, value in vars(owner).items()}
-    return state | {"builder": getattr(getattr(interpreter, "interpreter_semantic", None), "builder", None)}
+    state = {
+        (owner.__name__, name): value
+        for owner in (interpreter, tl, tl.core, tl.math)
+        for name, value in vars(owner).items()
+    }
+    classes = (
+        interpreter.TensorHandle,
+        interpreter.GridExecutor,
+        interpreter.ReduceOps,
+        interpreter.ScanOps,
+        tl.tensor,
+        tl.dtype,
+    )
+    state |= {
+        (owner.__name__, name): value for owner in classes for name, value in vars(owner).items()
+    }
+    return state | {
+        "builder": getattr(getattr(interpreter, "interpreter_semantic", None), "builder", None)
+    }
 
 
 def test_the_interpreter_is_restored():
@@ -571,14 +659,23 @@ def test_the_error_lists_every_fault_of_every_launch():
         lanes_kernel[(1,)](torch.zeros(2), BLOCK=8)
     lines = str(error.value).splitlines()
     assert lines[0] == "3 faults in 2 launches:"
-    assert ["store_kernel" in lines[1], "lanes_kernel" in lines[2], "lanes_kernel" in lines[3]] == [True] * 3
+    assert ["store_kernel" in lines[1], "lanes_kernel" in lines[2], "lanes_kernel" in lines[3]] == [
+        True
+    ] * 3
 
 
 def test_an_unknown_order_is_an_error():
-    with pytest.raises(ValueError, match="order = 'random'; known are 'ascending', 'reversed'"), sanitize(order="random"):
+    with (
+        pytest.raises(ValueError, match="order = 'random'; known are 'ascending', 'reversed'"),
+        sanitize(order="random"),
+    ):
         pass
 
 
 def test_blocks_do_not_nest():
-    with sanitize(), pytest.raises(RuntimeError, match="already inside a sanitize block"), sanitize():
+    with (
+        sanitize(),
+        pytest.raises(RuntimeError, match="already inside a sanitize block"),
+        sanitize(),
+    ):
         pass

@@ -32,23 +32,44 @@ from tests.ranks import LAUNCHER, ROOT, environment, free_port
 TIMEOUT_S = 60.0  # a guard
 BESIDE_A_DAMAGED_ONE = ("moving-aside", "moved-aside")
 ON_EVERY_RANK = POINTS[: POINTS.index("gathered") + 1]
-CRASHES = [(1, 0, point) for point in POINTS] + [(2, 0, "manifest-half"), (2, 0, "renamed")] + [(2, 1, point) for point in ON_EVERY_RANK]
+CRASHES = (
+    [(1, 0, point) for point in POINTS]
+    + [(2, 0, "manifest-half"), (2, 0, "renamed")]
+    + [(2, 1, point) for point in ON_EVERY_RANK]
+)
 # Where a save asks the disk for something.
-REFUSALS = [(1, 0, p) for p in POINTS if p not in (*BESIDE_A_DAMAGED_ONE, "copied", "gathered", "published", "deleting", "saved")]
+REFUSALS = [
+    (1, 0, p)
+    for p in POINTS
+    if p not in (*BESIDE_A_DAMAGED_ONE, "copied", "gathered", "published", "deleting", "saved")
+]
 REFUSALS += [(3, 1, "staging-made"), (3, 2, "tensors-half"), (2, 0, "manifest-half")]
 
 
 def tensors(seed: int) -> list[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    names = [f"{slot}/layer.{layer}" for layer in range(4) for slot in ("weight", "exp_avg", "exp_avg_sq")]
-    return [(name, torch.randn(20 + number, 7, generator=generator)) for number, name in enumerate(names)]
+    names = [
+        f"{slot}/layer.{layer}"
+        for layer in range(4)
+        for slot in ("weight", "exp_avg", "exp_avg_sq")
+    ]
+    return [
+        (name, torch.randn(20 + number, 7, generator=generator))
+        for number, name in enumerate(names)
+    ]
 
 
 def holds(path: Path, seed: int) -> bool:
     """Whether a checkpoint has all the tensors of a seed, and no other."""
-    state = {f"{slot}/{name}": tensor for slot, named in read_all(path).items() for name, tensor in named.items()}
+    state = {
+        f"{slot}/{name}": tensor
+        for slot, named in read_all(path).items()
+        for name, tensor in named.items()
+    }
     expected = dict(tensors(seed))
-    return state.keys() == expected.keys() and all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    return state.keys() == expected.keys() and all(
+        torch.equal(state[name], tensor) for name, tensor in expected.items()
+    )
 
 
 def names(folder: Path) -> list[str]:
@@ -79,7 +100,11 @@ def goes_on(group, folder: Path) -> bool:
     """The thread is held up at its first look at the disk, and the tensors change meanwhile."""
     gate, write = threading.Event(), checkpoint.write_share
     checkpoint.write_share = lambda *arguments: gate.wait(TIMEOUT_S) and write(*arguments)
-    saver, state, metadata = Saver(group, folder, 2, "token"), tensors(5), {"progress": {"seconds": 1.0}}
+    saver, state, metadata = (
+        Saver(group, folder, 2, "token"),
+        tensors(5),
+        {"progress": {"seconds": 1.0}},
+    )
     saver.begin(5, state, metadata)
     began = not saver.written
     for _, tensor in state:
@@ -113,7 +138,9 @@ SCENARIOS = {scenario.__name__: scenario for scenario in (saves, goes_on, not_fi
 def main() -> None:
     """For each line on stdin, fork its ranks and answer with their exit codes and what their scenario returned."""
     for line in sys.stdin:
-        assert len(os.listdir("/proc/self/task")) == 1, "forking is not sound where there are threads"
+        assert len(os.listdir("/proc/self/task")) == 1, (
+            "forking is not sound where there are threads"
+        )
         job = json.loads(line)
         children = []
         for rank, variables in enumerate(job["variables"]):
@@ -130,7 +157,15 @@ def main() -> None:
                 elif pid not in codes and time.monotonic() > until:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.002)
-        print(json.dumps([[codes[pid], json.loads(file.read_text()) if file.exists() else None] for pid, file in children]), flush=True)
+        print(
+            json.dumps(
+                [
+                    [codes[pid], json.loads(file.read_text()) if file.exists() else None]
+                    for pid, file in children
+                ]
+            ),
+            flush=True,
+        )
 
 
 def run_as_rank(job: dict[str, Any], variables: dict[str, str], result: Path) -> None:
@@ -139,7 +174,9 @@ def run_as_rank(job: dict[str, Any], variables: dict[str, str], result: Path) ->
     code = 1
     try:
         with join(TIMEOUT_S) as group:
-            value = SCENARIOS[job["scenario"]](group, Path(job["folder"]), *job["arguments"], **job["options"])
+            value = SCENARIOS[job["scenario"]](
+                group, Path(job["folder"]), *job["arguments"], **job["options"]
+            )
         result.write_text(json.dumps(value))
         code = 0
     except Exception:  # of gloo, where another rank was killed
@@ -153,17 +190,36 @@ class Server:
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.test_saver"]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def run(
-        self, scenario: str, folder: Path, world: int, *arguments: Any, failpoint: str = "", **options: Any
+        self,
+        scenario: str,
+        folder: Path,
+        world: int,
+        *arguments: Any,
+        failpoint: str = "",
+        **options: Any,
     ) -> tuple[list[int], list[Any]]:
         """Exit codes and results, by rank."""
         folder.mkdir(parents=True, exist_ok=True)
         port = str(free_port())
         variables = [
             {
-                **dict(zip(LAUNCHER, (str(rank), str(world), str(rank), str(world), "127.0.0.1", port), strict=True)),
+                **dict(
+                    zip(
+                        LAUNCHER,
+                        (str(rank), str(world), str(rank), str(world), "127.0.0.1", port),
+                        strict=True,
+                    )
+                ),
                 "FASTBERT_FAILPOINT": failpoint,
             }
             for rank in range(world)
@@ -172,9 +228,18 @@ class Server:
         results.mkdir(exist_ok=True)
         for old in results.iterdir():
             old.unlink()
-        job = {"scenario": scenario, "folder": str(folder), "arguments": arguments, "options": options}
+        job = {
+            "scenario": scenario,
+            "folder": str(folder),
+            "arguments": arguments,
+            "options": options,
+        }
         assert self.process.stdin and self.process.stdout
-        print(json.dumps({**job, "variables": variables, "results": str(results)}), file=self.process.stdin, flush=True)
+        print(
+            json.dumps({**job, "variables": variables, "results": str(results)}),
+            file=self.process.stdin,
+            flush=True,
+        )
         codes, values = zip(*json.loads(self.process.stdout.readline()), strict=True)
         return list(codes), list(values)
 
@@ -191,7 +256,9 @@ def ranks() -> Iterator[Server]:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_rank_writes_its_share_and_learns_the_same_end(ranks, tmp_path, world):
-    codes, (first, *others) = ranks.run("saves", tmp_path / "checkpoints", world, 10, 20, 30, keep=2)
+    codes, (first, *others) = ranks.run(
+        "saves", tmp_path / "checkpoints", world, 10, 20, 30, keep=2
+    )
     assert codes == [0] * world and all(other == first for other in others)
     paths = [tmp_path / f"checkpoints/step-000000{step}" for step in (10, 20, 30)]
     assert [(end["step"], end["path"], end["problem"]) for end in first] == [
@@ -200,9 +267,16 @@ def test_every_rank_writes_its_share_and_learns_the_same_end(ranks, tmp_path, wo
     assert all(end["stall_s"] > 0 for end in first)
     assert names(tmp_path / "checkpoints") == ["step-00000020", "step-00000030"]
     found, complaints = newest_sound(tmp_path)
-    assert found is not None and (found.step, found.metadata, complaints) == (30, {"by": 0, "step": 30}, [])
+    assert found is not None and (found.step, found.metadata, complaints) == (
+        30,
+        {"by": 0, "step": 30},
+        [],
+    )
     assert holds(paths[1], 20) and holds(paths[2], 30)
-    assert names(paths[2]) == [MANIFEST, *(f"tensors-{rank:05d}-00000.safetensors" for rank in range(world))]
+    assert names(paths[2]) == [
+        MANIFEST,
+        *(f"tensors-{rank:05d}-00000.safetensors" for rank in range(world)),
+    ]
     sizes = [path.stat().st_size for path in paths[2].glob("tensors-*")]
     assert max(sizes) < 1.3 * min(sizes)
 
@@ -210,7 +284,11 @@ def test_every_rank_writes_its_share_and_learns_the_same_end(ranks, tmp_path, wo
 def test_training_goes_on_while_a_copy_is_written(ranks, tmp_path):
     assert ranks.run("goes_on", tmp_path / "checkpoints", 2) == ([0, 0], [True, True])
     found, _ = newest_sound(tmp_path)
-    assert found is not None and holds(found.path, 5) and found.metadata == {"progress": {"seconds": 1.0}}
+    assert (
+        found is not None
+        and holds(found.path, 5)
+        and found.metadata == {"progress": {"seconds": 1.0}}
+    )
 
 
 def test_the_points_of_a_save_are_many():
@@ -218,7 +296,9 @@ def test_the_points_of_a_save_are_many():
 
 
 @pytest.mark.parametrize("world, rank, point", CRASHES)
-def test_a_crash_anywhere_in_a_save_leaves_the_newest_sound_checkpoint(ranks, tmp_path, world, rank, point):
+def test_a_crash_anywhere_in_a_save_leaves_the_newest_sound_checkpoint(
+    ranks, tmp_path, world, rank, point
+):
     """With as few checkpoints as can be: the one before is deleted as soon as the new one is there. And the next start saves as ever."""
     folder = tmp_path / "checkpoints"
     save(folder, 1, tensors(1), {}, 1)
@@ -228,11 +308,15 @@ def test_a_crash_anywhere_in_a_save_leaves_the_newest_sound_checkpoint(ranks, tm
     assert codes == [-signal.SIGKILL if r == rank else 1 for r in range(world)]
     found, complaints = newest_sound(tmp_path)
     published = POINTS.index(point) >= POINTS.index("renamed")
-    steps = (1, 2) if (rank, point) == (1, "gathered") else (2,) if published else (1,)  # rank 0 may publish what is complete
+    steps = (
+        (1, 2) if (rank, point) == (1, "gathered") else (2,) if published else (1,)
+    )  # rank 0 may publish what is complete
     assert found is not None and found.step in steps and holds(found.path, found.step)
     assert len(complaints) == (point == "moving-aside")
     assert all(
-        isinstance(checkpoint._read(path), checkpoint.Checkpoint) for path in folder.glob("step-*") if path.name not in str(complaints)
+        isinstance(checkpoint._read(path), checkpoint.Checkpoint)
+        for path in folder.glob("step-*")
+        if path.name not in str(complaints)
     )
     codes, (ends,) = ranks.run("saves", folder, 1, *range(found.step + 1, 4), keep=1)
     assert codes == [0] and all(end["problem"] is None for end in ends)
@@ -240,15 +324,27 @@ def test_a_crash_anywhere_in_a_save_leaves_the_newest_sound_checkpoint(ranks, tm
 
 
 @pytest.mark.parametrize("world, rank, point", REFUSALS)
-def test_a_full_disk_is_told_to_all_ranks_and_leaves_nothing_behind(ranks, tmp_path, world, rank, point):
+def test_a_full_disk_is_told_to_all_ranks_and_leaves_nothing_behind(
+    ranks, tmp_path, world, rank, point
+):
     """The same step can then be saved by a second attempt, in the same process."""
     folder = tmp_path / "checkpoints"
     save(folder, 1, tensors(1), {}, 1)
-    codes, (ends, *others) = ranks.run("saves", folder, world, 2, 2, keep=1, failpoint=f"{point}:{rank}=full")
+    codes, (ends, *others) = ranks.run(
+        "saves", folder, world, 2, 2, keep=1, failpoint=f"{point}:{rank}=full"
+    )
     assert codes == [0] * world and all(other == ends for other in others)
-    assert ends[0]["path"] is None and ends[0]["problem"].endswith(": No space left on device") and "\n" not in ends[0]["problem"]
+    assert (
+        ends[0]["path"] is None
+        and ends[0]["problem"].endswith(": No space left on device")
+        and "\n" not in ends[0]["problem"]
+    )
     assert ends[0]["problem"].startswith(f"rank {rank}: {folder}" if world > 1 else str(folder))
-    assert ends[1]["problem"] is None and names(folder) == ["step-00000002"] and holds(folder / "step-00000002", 2)
+    assert (
+        ends[1]["problem"] is None
+        and names(folder) == ["step-00000002"]
+        and holds(folder / "step-00000002", 2)
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -257,21 +353,28 @@ def test_a_disk_that_really_refuses(ranks, tmp_path, world):
     folder = tmp_path / "checkpoints"
     codes, (ends, *_) = ranks.run("saves", folder, world, 2, 3, limit=500)
     file = f"{folder}/.writing-step-00000002-token-1/tensors-{world - 1:05d}-00000.safetensors"
-    assert codes == [0] * world and ends[0]["problem"] == f"{'rank 1: ' if world > 1 else ''}{file}: File too large"
+    assert (
+        codes == [0] * world
+        and ends[0]["problem"] == f"{'rank 1: ' if world > 1 else ''}{file}: File too large"
+    )
     assert names(folder) == ["step-00000003"]
 
 
 def test_numbers_that_are_not_finite_are_not_saved(ranks, tmp_path):
     codes, problems = ranks.run("not_finite", tmp_path / "checkpoints", 2)
     assert codes == [0, 0] and problems[0] == problems[1] and names(tmp_path / "checkpoints") == []
-    assert problems[0].startswith("rank 1: ") and problems[0].endswith(": exp_avg/layer.0 holds numbers that are not finite")
+    assert problems[0].startswith("rank 1: ") and problems[0].endswith(
+        ": exp_avg/layer.0 holds numbers that are not finite"
+    )
 
 
 def test_disks_that_are_not_shared_are_noticed(ranks, tmp_path):
     """As where the run folder lies on each machine's own disk."""
     codes, problems = ranks.run("apart", tmp_path / "checkpoints", 2)
     assert codes == [0, 0] and problems[0] == problems[1]
-    assert problems[0].startswith("rank 0: ") and problems[0].endswith("tensors-00001-00000.safetensors: No such file or directory")
+    assert problems[0].startswith("rank 0: ") and problems[0].endswith(
+        "tensors-00001-00000.safetensors: No such file or directory"
+    )
     assert [names(tmp_path / "checkpoints" / disk) for disk in ("disk0", "disk1")] == [[], []]
 
 

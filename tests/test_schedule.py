@@ -13,7 +13,9 @@ from fastbert.training.schedule import factor
 @pytest.mark.parametrize("decay", ["linear", "constant", "cosine", "wsd"])
 def test_warmup_is_linear_and_ends_at_the_peak(decay):
     schedule = ScheduleConfig(warmup=0.2, decay=decay, cooldown=0.25)
-    assert [factor(schedule, s) for s in (0.0, 0.05, 0.1, 0.2)] == pytest.approx([0.0, 0.25, 0.5, 1.0])
+    assert [factor(schedule, s) for s in (0.0, 0.05, 0.1, 0.2)] == pytest.approx(
+        [0.0, 0.25, 0.5, 1.0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,9 @@ def test_past_the_end_stays_at_the_end():
     assert factor(ScheduleConfig(decay="linear"), 1.7) == 0.0
 
 
-@pytest.mark.parametrize("schedule", [ScheduleConfig(warmup=1.0), ScheduleConfig(warmup=0.0, decay="wsd", cooldown=0.0)])
+@pytest.mark.parametrize(
+    "schedule", [ScheduleConfig(warmup=1.0), ScheduleConfig(warmup=0.0, decay="wsd", cooldown=0.0)]
+)
 def test_edges_divide_by_nothing(schedule):
     assert factor(schedule, 1.0) == 1.0
 
@@ -46,4 +50,10 @@ def test_edges_divide_by_nothing(schedule):
     st.sampled_from(["linear", "constant", "cosine", "wsd"]),
 )
 def test_never_outside_0_to_1(share, warmup, cooldown, decay):
-    assert 0.0 <= factor(ScheduleConfig(warmup=warmup, cooldown=min(cooldown, 1 - warmup), decay=decay), share) <= 1.0
+    assert (
+        0.0
+        <= factor(
+            ScheduleConfig(warmup=warmup, cooldown=min(cooldown, 1 - warmup), decay=decay), share
+        )
+        <= 1.0
+    )

@@ -17,11 +17,18 @@ def test_of_classes(classes, seed):
     truth = draw.integers(0, classes, 50)
     answers = np.where(draw.random(50) < 0.6, truth, draw.integers(0, classes, 50))
     average = "binary" if classes == 2 else "macro"
-    assert scores.accuracy(answers, truth) == pytest.approx(sklearn.metrics.accuracy_score(truth, answers))
-    assert scores.f1(answers, truth) == pytest.approx(sklearn.metrics.f1_score(truth, answers, average=average))
-    assert scores.matthews(answers, truth) == pytest.approx(sklearn.metrics.matthews_corrcoef(truth, answers))
+    assert scores.accuracy(answers, truth) == pytest.approx(
+        sklearn.metrics.accuracy_score(truth, answers)
+    )
+    assert scores.f1(answers, truth) == pytest.approx(
+        sklearn.metrics.f1_score(truth, answers, average=average)
+    )
+    assert scores.matthews(answers, truth) == pytest.approx(
+        sklearn.metrics.matthews_corrcoef(truth, answers)
+    )
     assert np.array_equal(
-        scores.confusion(answers, truth, classes), sklearn.metrics.confusion_matrix(truth, answers, labels=range(classes))
+        scores.confusion(answers, truth, classes),
+        sklearn.metrics.confusion_matrix(truth, answers, labels=range(classes)),
     )
 
 
@@ -31,7 +38,9 @@ def test_of_numbers(seed):
     truth = draw.integers(0, 6, 40).astype(np.float64)  # many are equal
     answers = truth + draw.normal(size=40).round(1)
     assert scores.pearson(answers, truth) == pytest.approx(scipy.stats.pearsonr(answers, truth)[0])
-    assert scores.spearman(answers, truth) == pytest.approx(scipy.stats.spearmanr(answers, truth)[0])
+    assert scores.spearman(answers, truth) == pytest.approx(
+        scipy.stats.spearmanr(answers, truth)[0]
+    )
 
 
 def test_answers_that_are_all_alike_correlate_with_nothing():
@@ -41,7 +50,11 @@ def test_answers_that_are_all_alike_correlate_with_nothing():
 
 
 def test_the_picture_of_a_table(tmp_path):
-    scores.draw_confusion(np.array([[3, 1], [0, 0]]), ["a label with a very long name indeed", "b"], tmp_path / "x.png")
+    scores.draw_confusion(
+        np.array([[3, 1], [0, 0]]),
+        ["a label with a very long name indeed", "b"],
+        tmp_path / "x.png",
+    )
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -53,7 +66,11 @@ def test_many_classes_are_counted_together(tmp_path):
     small, names = scores._most_frequent(table, labels)
     assert small.shape == (31, 31) and names[-1] == "45 others" and small.sum() == table.sum()
     kept = [int(name[1:]) for name in names[:-1]]
-    assert kept == sorted(kept) and 40 in kept and min(table.sum(1)[kept]) >= max(np.delete(table.sum(1), kept))
+    assert (
+        kept == sorted(kept)
+        and 40 in kept
+        and min(table.sum(1)[kept]) >= max(np.delete(table.sum(1), kept))
+    )
     rest = np.setdiff1d(np.arange(75), kept)
     assert np.array_equal(small[:-1, :-1], table[np.ix_(kept, kept)])
     assert np.array_equal(small[-1, :-1], table[np.ix_(rest, kept)].sum(0))
@@ -63,5 +80,7 @@ def test_many_classes_are_counted_together(tmp_path):
 
 @pytest.mark.parametrize("classes, texts", [(30, 900), (31, 0)])
 def test_cells_have_numbers_while_there_is_room(classes, texts):
-    figure = scores._confusion_figure(np.ones((classes, classes), np.int64), [f"c{i}" for i in range(classes)])
+    figure = scores._confusion_figure(
+        np.ones((classes, classes), np.int64), [f"c{i}" for i in range(classes)]
+    )
     assert len(figure.axes[0].texts) == texts

@@ -65,23 +65,54 @@ def test_labelled(case: str) -> None:
 
 
 def test_lines_end_sentences() -> None:
-    assert split_sentences("A title\nA sentence. Another\n\n  \nlast ") == ["A title", "A sentence.", "Another", "last"]
+    assert split_sentences("A title\nA sentence. Another\n\n  \nlast ") == [
+        "A title",
+        "A sentence.",
+        "Another",
+        "last",
+    ]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.one_of(
         st.text(),
-        st.lists(st.sampled_from(["Mr", ".", " ", "A", "b", "!", "?", "\n", '"', "1", "。", "」", "U.S", "…", "\u3000"])).map("".join),
+        st.lists(
+            st.sampled_from(
+                [
+                    "Mr",
+                    ".",
+                    " ",
+                    "A",
+                    "b",
+                    "!",
+                    "?",
+                    "\n",
+                    '"',
+                    "1",
+                    "。",
+                    "」",
+                    "U.S",
+                    "…",
+                    "\u3000",
+                ]
+            )
+        ).map("".join),
     )
 )
 def test_any_text(text: str) -> None:
     sentences = split_sentences(text)
-    assert "".join("".join(sentences).split()) == "".join(text.split())  # nothing is lost, added or moved
-    assert all(sentence and sentence == sentence.strip() and "\n" not in sentence for sentence in sentences)
+    assert "".join("".join(sentences).split()) == "".join(
+        text.split()
+    )  # nothing is lost, added or moved
+    assert all(
+        sentence and sentence == sentence.strip() and "\n" not in sentence for sentence in sentences
+    )
 
 
-@pytest.mark.parametrize("piece", [".", "!)", "A.\t", ". ", "(a", "1. ", "\n\n", "。", '"', "U.S. x "])
+@pytest.mark.parametrize(
+    "piece", [".", "!)", "A.\t", ". ", "(a", "1. ", "\n\n", "。", '"', "U.S. x "]
+)
 def test_long_runs_take_no_longer(piece: str) -> None:
     """A quadratic pattern would need hours for these."""
     text = piece * 200_000

@@ -33,7 +33,9 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
     """Exit codes of ranks that were signalled, which must end soon."""
     codes = ranks.wait(SOON_S)
-    assert set(codes) == {75}, f"{trial.folder}, start {trial.starts}: exit codes {codes}: {ranks.errors}"
+    assert set(codes) == {75}, (
+        f"{trial.folder}, start {trial.starts}: exit codes {codes}: {ranks.errors}"
+    )
     return codes
 
 
@@ -60,7 +62,11 @@ def test_a_signal_while_training(lab, number, to):
     done = trial.steps[-1]["step"]
     name = signal.Signals(number).name
     assert trial.records("stop") == [
-        {"event": "stop", "step": done, "reason": f"interrupted by {name if to != 'rank 1' else 'another rank'}"}
+        {
+            "event": "stop",
+            "step": done,
+            "reason": f"interrupted by {name if to != 'rank 1' else 'another rank'}",
+        }
     ]
     assert said.endswith(f"resume with: fastbert pretrain {trial.run / 'config.toml'} --resume")
     assert trial.checkpoints[-1].name == f"step-{done:08}"
@@ -69,7 +75,16 @@ def test_a_signal_while_training(lab, number, to):
 
 @pytest.mark.parametrize(
     "share, to",
-    [(0.0, "all"), (0.0, "rank 0"), (0.0, "rank 1"), (0.25, "rank 1"), (0.25, "all"), (0.5, "rank 0"), (0.75, "rank 1"), (0.75, "all")],
+    [
+        (0.0, "all"),
+        (0.0, "rank 0"),
+        (0.0, "rank 1"),
+        (0.25, "rank 1"),
+        (0.25, "all"),
+        (0.5, "rank 0"),
+        (0.75, "rank 1"),
+        (0.75, "all"),
+    ],
 )
 def test_a_signal_while_starting(lab, to, share):
     """Before the ranks know each other, while they join, while DeepSpeed begins."""
@@ -81,7 +96,9 @@ def test_a_signal_while_starting(lab, to, share):
         for rank in ranks.ranks if to == "all" else [ranks[int(to[-1])]]:
             rank.signal(number)
         interrupted(ranks, trial)
-    assert not (trial.run / "checkpoints").exists() or all(path.name.startswith("step-") for path in (trial.run / "checkpoints").iterdir())
+    assert not (trial.run / "checkpoints").exists() or all(
+        path.name.startswith("step-") for path in (trial.run / "checkpoints").iterdir()
+    )
 
 
 def test_signals_one_after_the_other(lab):
@@ -99,14 +116,32 @@ def test_signals_one_after_the_other(lab):
 
 
 def torchrun(trial: Trial) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), "-m", "fastbert", *trial.command]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(WORLD),
+        "-m",
+        "fastbert",
+        *trial.command,
+    ]
 
 
 def deepspeed(trial: Trial) -> list[str]:
     hosts = trial.folder / "hostfile"
     hosts.write_text(f"localhost slots={WORLD}\n")
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    where = ["--hostfile", str(hosts), "--no_ssh_check", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    where = [
+        "--hostfile",
+        str(hosts),
+        "--no_ssh_check",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(free_port()),
+    ]
     return [launcher, *where, "--no_local_rank", "--module", "fastbert", *trial.command]
 
 
@@ -118,7 +153,9 @@ def by_hand(trial: Trial) -> list[str]:
 def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
     """A command and all that it starts, in a session of its own; what it says goes into the trial's `said`."""
     with open(trial.folder / "said", "ab") as said:
-        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment(), cwd=ROOT, stdout=said, stderr=said, start_new_session=True
+        )
     try:
         yield process
     finally:
@@ -129,7 +166,11 @@ def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
 
 @pytest.mark.parametrize(
     "launcher, world, stage, code",
-    [(by_hand, 1, 0, 75), (torchrun, WORLD, STAGE, 1), (deepspeed, WORLD, STAGE, 75)],  # torchrun itself knows 0 and 1 alone
+    [
+        (by_hand, 1, 0, 75),
+        (torchrun, WORLD, STAGE, 1),
+        (deepspeed, WORLD, STAGE, 75),
+    ],  # torchrun itself knows 0 and 1 alone
 )
 def test_the_commands_that_users_type(lab, launcher, world, stage, code):
     """Interrupted, and resumed by processes that were started in another way: equal to the last digit."""
@@ -137,11 +178,16 @@ def test_the_commands_that_users_type(lab, launcher, world, stage, code):
     with started(launcher(trial), trial) as process:
         wait_for(lambda: lines_so_far(trial) >= 4 or process.poll() is not None)
         assert process.poll() is None, (trial.folder / "said").read_text()
-        ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if not p.children()] or [process]
+        ranks = [
+            p for p in psutil.Process(process.pid).children(recursive=True) if not p.children()
+        ] or [process]
         assert len(ranks) == world
         ranks[0].send_signal(signal.SIGUSR1)
         assert process.wait(timeout=60) == code, (trial.folder / "said").read_text()
-    assert [stop["reason"] for stop in trial.records("stop")] in (["interrupted by SIGUSR1"], ["interrupted by another rank"])
+    assert [stop["reason"] for stop in trial.records("stop")] in (
+        ["interrupted by SIGUSR1"],
+        ["interrupted by another rank"],
+    )
     assert lab.finish(trial, world, stage).sound
 
 
@@ -149,6 +195,9 @@ def test_a_signal_while_torch_is_imported(lab):
     trial = lab.trial()
     with started(by_hand(trial), trial) as process:
         wait_for(lambda: catches(process.pid, signal.SIGTERM) or process.poll() is not None)
-        assert not any("libtorch" in line for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines())
+        assert not any(
+            "libtorch" in line
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        )
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 75, (trial.folder / "said").read_text()

@@ -36,7 +36,10 @@ def by_definition(secret: bytes, message: bytes) -> str:
 
 def test_a_signature_is_hmac_sha256_of_name_and_value():
     message = (4).to_bytes(8, "big") + "nämé"[:3].encode() + b"a value"
-    assert Key(SECRET, "").sign("näm", b"a value") == by_definition(SECRET, message).encode() + b"a value"
+    assert (
+        Key(SECRET, "").sign("näm", b"a value")
+        == by_definition(SECRET, message).encode() + b"a value"
+    )
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])), st.binary())
@@ -129,7 +132,10 @@ def test_many_processes_at_once_have_one_key(tmp_path):
         variables = environment(HOME=str(home))
         variables.pop(VARIABLE, None)
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        processes: list[Any] = [subprocess.Popen([sys.executable, "-c", READY], env=variables, **pipes) for _ in range(8)]
+        processes: list[Any] = [
+            subprocess.Popen([sys.executable, "-c", READY], env=variables, **pipes)
+            for _ in range(8)
+        ]
         for process in processes:
             process.stdout.readline()
         for process in processes:
@@ -139,7 +145,9 @@ def test_many_processes_at_once_have_one_key(tmp_path):
         assert [path.name for path in file_of(home).parent.iterdir()] == ["rendezvous.key"]
 
 
-def planted(home: Path, file_mode: int = 0o600, folder_mode: int = 0o700, content: bytes = SECRET) -> Path:
+def planted(
+    home: Path, file_mode: int = 0o600, folder_mode: int = 0o700, content: bytes = SECRET
+) -> Path:
     path = file_of(home)
     path.parent.mkdir()
     path.write_bytes(content)
@@ -153,12 +161,27 @@ WRONG = {
         {"file_mode": 0o640},
         "{path}: other users may read or change the key (mode 640); if nobody has, run: chmod 600",
     ),
-    "may be read by others": ({"file_mode": 0o604}, "{path}: other users may read or change the key (mode 604)"),
-    "may be written by others": ({"file_mode": 0o602}, "{path}: other users may read or change the key (mode 602)"),
-    "folder of the group": ({"folder_mode": 0o770}, "{path.parent}: other users may put a key of theirs there (mode 770); run: chmod 700"),
-    "folder of all": ({"folder_mode": 0o1777}, "{path.parent}: other users may put a key of theirs there (mode 1777)"),
+    "may be read by others": (
+        {"file_mode": 0o604},
+        "{path}: other users may read or change the key (mode 604)",
+    ),
+    "may be written by others": (
+        {"file_mode": 0o602},
+        "{path}: other users may read or change the key (mode 602)",
+    ),
+    "folder of the group": (
+        {"folder_mode": 0o770},
+        "{path.parent}: other users may put a key of theirs there (mode 770); run: chmod 700",
+    ),
+    "folder of all": (
+        {"folder_mode": 0o1777},
+        "{path.parent}: other users may put a key of theirs there (mode 1777)",
+    ),
     "empty": ({"content": b""}, "{path}: not a key, which has at least 32 characters; remove it"),
-    "short": ({"content": SECRET[1:] + b"\n"}, "{path}: not a key, which has at least 32 characters; remove it"),
+    "short": (
+        {"content": SECRET[1:] + b"\n"},
+        "{path}: not a key, which has at least 32 characters; remove it",
+    ),
 }
 
 
@@ -182,7 +205,9 @@ def test_a_file_of_another_user_is_refused(home, what):
     path = planted(home)
     theirs = path if what == "file" else path.parent
     os.chown(theirs, 4711, -1)
-    refused(f"{theirs}: belongs to another user (number 4711), who could read the key; remove it, or set {VARIABLE} to the same value")
+    refused(
+        f"{theirs}: belongs to another user (number 4711), who could read the key; remove it, or set {VARIABLE} to the same value"
+    )
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["FIFO", "folder"])
@@ -196,20 +221,28 @@ def test_what_is_no_file_is_refused_at_once(home, make):
 def test_a_short_variable_is_refused(monkeypatch, value):
     """Also an empty one, which would be an accident: the file would be taken instead, and every node may have another."""
     monkeypatch.setenv(VARIABLE, value)
-    refused(f"{VARIABLE} has {len(value.strip())} characters; must have at least 32; make one by: openssl rand -hex 32")
+    refused(
+        f"{VARIABLE} has {len(value.strip())} characters; must have at least 32; make one by: openssl rand -hex 32"
+    )
 
 
 def test_no_place_for_a_file(home, monkeypatch):
     monkeypatch.setenv("HOME", str(home / "nowhere"))
-    refused(f"{file_of(home / 'nowhere')}: the key of the rendezvous cannot be kept there: No such file or directory; see to that, or set")
+    refused(
+        f"{file_of(home / 'nowhere')}: the key of the rendezvous cannot be kept there: No such file or directory; see to that, or set"
+    )
     assert list(home.iterdir()) == []
     (home / "file").touch()
     monkeypatch.setenv("HOME", str(home / "file"))
-    refused(f"{file_of(home / 'file')}: the key of the rendezvous cannot be kept there: Not a directory")
+    refused(
+        f"{file_of(home / 'file')}: the key of the rendezvous cannot be kept there: Not a directory"
+    )
     monkeypatch.setenv("HOME", "")
     monkeypatch.chdir(home)
     monkeypatch.setenv("HOME", "relative")
-    refused("there is no home directory to keep the key of the rendezvous in; set HOME, or set FASTBERT_RENDEZVOUS_KEY")
+    refused(
+        "there is no home directory to keep the key of the rendezvous in; set HOME, or set FASTBERT_RENDEZVOUS_KEY"
+    )
 
 
 def test_a_home_that_is_read_only(home):
@@ -221,7 +254,11 @@ def test_a_home_that_is_read_only(home):
             variables = environment(HOME=str(home))
             variables.pop(VARIABLE, None)
             done = subprocess.run(
-                [*disk.enter, sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=PATIENCE_S
+                [*disk.enter, sys.executable, "-c", code],
+                env=variables,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE_S,
             )
     except Unavailable as why:
         pytest.skip(str(why))
@@ -233,16 +270,18 @@ def test_a_home_that_is_read_only(home):
 
 def test_the_secret_is_shown_nowhere():
     key = Key(SECRET, "FILE")
-    assert SECRET.decode() not in f"{key!r} {key} {key.mismatch('rank 1')}" and key.mismatch("rank 1").startswith(
-        "rank 1 and this process (FILE)"
-    )
+    assert SECRET.decode() not in f"{key!r} {key} {key.mismatch('rank 1')}" and key.mismatch(
+        "rank 1"
+    ).startswith("rank 1 and this process (FILE)")
 
 
 @pytest.fixture
 def store():
     """A real one, and a stranger's connection to it."""
     ours = hold_store("127.0.0.1", 0)
-    return ours, dist.TCPStore("127.0.0.1", ours.port, None, False, timeout=timedelta(seconds=PATIENCE_S))
+    return ours, dist.TCPStore(
+        "127.0.0.1", ours.port, None, False, timeout=timedelta(seconds=PATIENCE_S)
+    )
 
 
 def put(stranger: Any, key: str, value: Any) -> None:
@@ -259,7 +298,9 @@ def test_values_of_strangers_are_not_read(store):
     table = SignedStore(dist.PrefixStore("a", ours), Key(SECRET, ""), "a")
     other = SignedStore(dist.PrefixStore("a", stranger), Key(SECRET[::-1], ""), "a")
     table.part("here").write("1", ["a value"])
-    assert table.part("here").read("1") == ["a value"] and table.part("here").read_all(["1"]) == [["a value"]]
+    assert table.part("here").read("1") == ["a value"] and table.part("here").read_all(["1"]) == [
+        ["a value"]
+    ]
     copy = stranger.get("a/here/1")
     forged = {
         "JSON": b'["bye", 0]',
@@ -289,7 +330,9 @@ def test_values_of_strangers_are_not_read(store):
 
 def test_the_first_signed_value_is_settled(store):
     _, stranger = store
-    one, other = (SignedStore(dist.PrefixStore("a", connection), Key(SECRET, ""), "a") for connection in store)
+    one, other = (
+        SignedStore(dist.PrefixStore("a", connection), Key(SECRET, ""), "a") for connection in store
+    )
     put(stranger, "a/roster", b'["bye", 0]\xff')
     assert one.settle("roster", [1]) == [1] == other.settle("roster", [2]) == one.read("roster")
     put(stranger, "a/roster", b"[3]")
@@ -303,7 +346,11 @@ def test_only_what_is_forged_is_swept_away(store):
     put(stranger, "swept", "x")
     for name in ("kept", "swept", "absent"):
         table.sweep(name)
-    assert [table.read(name) for name in ("kept", "swept", "absent")] == [None, No.ABSENT, No.ABSENT]
+    assert [table.read(name) for name in ("kept", "swept", "absent")] == [
+        None,
+        No.ABSENT,
+        No.ABSENT,
+    ]
     assert not ours.check(["absent"])
 
 
@@ -318,7 +365,16 @@ def test_a_look_never_waits(store):
 def test_text_from_the_store_takes_one_line_and_commands_no_terminal(store):
     ours, _ = store
     table = SignedStore(ours, Key(SECRET, ""), "")
-    table.write("x", {"who": "\x1b]0;title\x07 \x9b2J", "what": ["é 中 \N{NO-BREAK SPACE}|", "two\nlines\r", 7, None, True]})
+    table.write(
+        "x",
+        {
+            "who": "\x1b]0;title\x07 \x9b2J",
+            "what": ["é 中 \N{NO-BREAK SPACE}|", "two\nlines\r", 7, None, True],
+        },
+    )
     found = table.read("x")
-    assert found == {"who": r"\x1b]0;title\x07 \x9b2J", "what": [r"é 中 \xa0|", r"two\nlines\r", 7, None, True]}
+    assert found == {
+        "who": r"\x1b]0;title\x07 \x9b2J",
+        "what": [r"é 中 \xa0|", r"two\nlines\r", 7, None, True],
+    }
     assert printable("\u202egnp.exe\ud800") == r"\u202egnp.exe\ud800"

@@ -15,18 +15,38 @@ from benchmarks.cores import one_on_each, run_module
 ROOT = Path(__file__).parents[1]
 
 
-def sweep(out: Path, *tries: str, recipe: str = "recipes/demo.toml") -> subprocess.CompletedProcess[str]:
+def sweep(
+    out: Path, *tries: str, recipe: str = "recipes/demo.toml"
+) -> subprocess.CompletedProcess[str]:
     settings = [argument for text in tries for argument in ("--try", text)]
-    command = [sys.executable, "-m", "benchmarks.sweep", recipe, "--out", str(out), "--seconds", "1", *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.sweep",
+        recipe,
+        "--out",
+        str(out),
+        "--seconds",
+        "1",
+        *settings,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_the_best_comes_first_and_what_is_finished_is_not_made_again(small_dataset, tmp_path):
-    wide, rate = (f"data={small_dataset.path} {setting}" for setting in ("batch.sequences=4", "optimizer.lr=1e-5"))
+    wide, rate = (
+        f"data={small_dataset.path} {setting}"
+        for setting in ("batch.sequences=4", "optimizer.lr=1e-5")
+    )
     shown = sweep(tmp_path, wide, rate)
     assert shown.returncode == 0, shown.stderr
-    kept = {json.loads(path.read_text())["settings"]: path for path in (tmp_path / "sweep-runs").glob("*.json")}
-    assert set(kept) == {wide, rate} and not [path for path in (tmp_path / "sweep-runs").iterdir() if path.is_dir()]
+    kept = {
+        json.loads(path.read_text())["settings"]: path
+        for path in (tmp_path / "sweep-runs").glob("*.json")
+    }
+    assert set(kept) == {wide, rate} and not [
+        path for path in (tmp_path / "sweep-runs").iterdir() if path.is_dir()
+    ]
     row = json.loads(kept[rate].read_text())
     assert row["tokens"] > 0 and row["steps"] > 0 and 1 < row["tokens_per_word"] < 3
     kept[rate].write_text(json.dumps(row | {"loss_mlm": 0.125}))
@@ -37,11 +57,18 @@ def test_the_best_comes_first_and_what_is_finished_is_not_made_again(small_datas
 
 @pytest.mark.parametrize(
     ("recipe", "settings", "message"),
-    [("recipes/demo.toml", "optimizer.rl=1", "optimizer.rl"), ("recipes/none.toml", "", "recipes/none.toml: no such recipe")],
+    [
+        ("recipes/demo.toml", "optimizer.rl=1", "optimizer.rl"),
+        ("recipes/none.toml", "", "recipes/none.toml: no such recipe"),
+    ],
 )
 def test_bad_input(recipe, settings, message, tmp_path):
     shown = sweep(tmp_path, settings, recipe=recipe)
-    assert shown.returncode and message in shown.stderr.splitlines()[-1] and "Traceback" not in shown.stderr
+    assert (
+        shown.returncode
+        and message in shown.stderr.splitlines()[-1]
+        and "Traceback" not in shown.stderr
+    )
     assert not list(tmp_path.rglob("*.json"))
 
 

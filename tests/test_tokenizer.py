@@ -17,7 +17,13 @@ from tokenizers import Tokenizer
 
 from fastbert.data import tokenizer as module
 from fastbert.data.dataset import SpecialIds, TokenDataset
-from fastbert.data.tokenizer import Encoder, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from fastbert.data.tokenizer import (
+    Encoder,
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    train_tokenizer,
+)
 from fastbert.errors import InputError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -51,7 +57,13 @@ def test_training_is_deterministic(english_jsonl: Path) -> None:
     found = set()
     for threads in ("1", "2", "3"):
         environment = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
-        result = subprocess.run([sys.executable, "-c", code, english_jsonl], env=environment, capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            [sys.executable, "-c", code, english_jsonl],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         found.add(result.stdout)
     assert len(found) == 1
 
@@ -96,21 +108,53 @@ def test_encoder_on_real_text(tokenizer: Tokenizer, english_documents: list[str]
 PIECES = list(
     " \t\n\r\x00\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u0345\u1680\u180e\u200b\u2003\u2028\u2029\u3000\ufeff\ufffdaAzZ09.,!-_'#[]İßΣςǅﬁ中ｱ한́é😀"
 )
-PIECES += ["[MASK]", "[CLS]", "##a", " \x00 ", "x" * 101, "X" * 100, "the", "The", "don't", "中文", "e\u0301\u0323"]
-PIECES += ["abcdefgh", "abcdefghi", "abcdefghijklmnop", "abcdefghijklmnopq", "abcdefghijklmnopr"]  # around the two numbers of a key
+PIECES += [
+    "[MASK]",
+    "[CLS]",
+    "##a",
+    " \x00 ",
+    "x" * 101,
+    "X" * 100,
+    "the",
+    "The",
+    "don't",
+    "中文",
+    "e\u0301\u0323",
+]
+PIECES += [
+    "abcdefgh",
+    "abcdefghi",
+    "abcdefghijklmnop",
+    "abcdefghijklmnopq",
+    "abcdefghijklmnopr",
+]  # around the two numbers of a key
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.one_of(st.text(max_size=20), st.lists(st.sampled_from(PIECES), max_size=8).map("".join)), max_size=5))
+@settings(
+    max_examples=400,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.lists(
+        st.one_of(st.text(max_size=20), st.lists(st.sampled_from(PIECES), max_size=8).map("".join)),
+        max_size=5,
+    )
+)
 def test_encoder_on_any_text(tokenizer: Tokenizer, sentences: list[str]) -> None:
     ids, lengths = Encoder(tokenizer)(sentences)
     assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, sentences)
 
 
-def test_encoder_with_a_small_memory(tokenizer: Tokenizer, english_documents: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoder_with_a_small_memory(
+    tokenizer: Tokenizer, english_documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_KEPT_WORDS", 50)
     monkeypatch.setattr(module, "_KEPT_LENGTH", 4)
-    monkeypatch.setattr(module, "_SLOT_BITS", 3)  # nearly all words want a slot that another one has
+    monkeypatch.setattr(
+        module, "_SLOT_BITS", 3
+    )  # nearly all words want a slot that another one has
     monkeypatch.setattr(module, "_SLOTS", 1 << 3)
     encoder = Encoder(tokenizer)
     for document in english_documents[:50]:
@@ -121,7 +165,9 @@ def test_encoder_with_a_small_memory(tokenizer: Tokenizer, english_documents: li
 def test_text_of_special_tokens_is_text(tokenizer: Tokenizer) -> None:
     special = special_ids(tokenizer, "here")
     assert special == SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
-    assert not {0, 2, 3, 4} & set(tokenizer.encode("[PAD] [CLS] [SEP] [MASK]", add_special_tokens=False).ids)
+    assert not {0, 2, 3, 4} & set(
+        tokenizer.encode("[PAD] [CLS] [SEP] [MASK]", add_special_tokens=False).ids
+    )
 
 
 def test_transformers_loads_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -130,10 +176,21 @@ def test_transformers_loads_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_tokenizer(tokenizer, tmp_path / "ours")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
     text = TEXT.replace("[MASK] [SEP] ", "")
-    assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text, add_special_tokens=False).ids
-    assert [theirs.pad_token_id, theirs.unk_token_id, theirs.cls_token_id, theirs.sep_token_id, theirs.mask_token_id] == [0, 1, 2, 3, 4]
+    assert (
+        theirs(text, add_special_tokens=False)["input_ids"]
+        == tokenizer.encode(text, add_special_tokens=False).ids
+    )
+    assert [
+        theirs.pad_token_id,
+        theirs.unk_token_id,
+        theirs.cls_token_id,
+        theirs.sep_token_id,
+        theirs.mask_token_id,
+    ] == [0, 1, 2, 3, 4]
     pair = theirs("the one", "the other")
-    a, b = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("the one", "the other"))
+    a, b = (
+        tokenizer.encode(text, add_special_tokens=False).ids for text in ("the one", "the other")
+    )
     assert pair["input_ids"] == [2, *a, 3, *b, 3]
     assert pair["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
     assert theirs.model_max_length == 512
@@ -149,16 +206,22 @@ def test_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ids = tokenizer.encode(TEXT).ids
     assert load_tokenizer(tmp_path).encode(TEXT).ids == ids
     assert load_tokenizer(tmp_path / "tokenizer.json").encode(TEXT).ids == ids
-    assert load_tokenizer(tmp_path / "vocab.txt").encode(TEXT).ids == ids  # tokenizer_config.json says whether it is cased
+    assert (
+        load_tokenizer(tmp_path / "vocab.txt").encode(TEXT).ids == ids
+    )  # tokenizer_config.json says whether it is cased
     (tmp_path / "tokenizer_config.json").unlink()
     assert load_tokenizer(tmp_path / "vocab.txt").encode(TEXT).ids == ids  # the letters in it do
     (tmp_path / "tokenizer.json").unlink()
     assert load_tokenizer(tmp_path).encode(TEXT).ids == ids
-    (tmp_path / "vocab.txt").write_bytes((tmp_path / "vocab.txt").read_bytes().replace(b"\n", b"\r\n"))
+    (tmp_path / "vocab.txt").write_bytes(
+        (tmp_path / "vocab.txt").read_bytes().replace(b"\n", b"\r\n")
+    )
     assert load_tokenizer(tmp_path).encode(TEXT).ids == ids
 
 
-def test_padding_and_truncation_that_were_saved_are_off(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_padding_and_truncation_that_were_saved_are_off(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     other = Tokenizer.from_str(tokenizer.to_str())
     other.enable_padding(length=50)
     other.enable_truncation(3)
@@ -181,7 +244,9 @@ def changed(*path: Any, value: Any) -> Any:
 
 def without(token: str) -> Any:
     def change(settings: dict[str, Any]) -> str:
-        settings["added_tokens"] = [entry for entry in settings["added_tokens"] if entry["content"] != token]
+        settings["added_tokens"] = [
+            entry for entry in settings["added_tokens"] if entry["content"] != token
+        ]
         vocabulary = [other for other in settings["model"]["vocab"] if other != token]
         settings["model"]["vocab"] = {other: i for i, other in enumerate(vocabulary)}
         return json.dumps(settings)
@@ -208,13 +273,17 @@ def without(token: str) -> Any:
         (without("[SEP]"), ["has no [SEP]"]),
     ],
 )
-def test_broken_json(english_documents: list[str], tmp_path: Path, change: Any, words: list[str]) -> None:
+def test_broken_json(
+    english_documents: list[str], tmp_path: Path, change: Any, words: list[str]
+) -> None:
     settings = json.loads(train_tokenizer(english_documents[:200], 600).to_str())
     (tmp_path / "tokenizer.json").write_text(change(settings), encoding="utf-8")
     with pytest.raises(InputError) as raised:
         load_tokenizer(tmp_path)
     message = str(raised.value)
-    assert all(word in message for word in ["tokenizer.json", *words]) and "\n" not in message, message
+    assert all(word in message for word in ["tokenizer.json", *words]) and "\n" not in message, (
+        message
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,12 +312,19 @@ def test_no_tokenizer_there(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "none")
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     name=st.sampled_from(["vocab.txt", "tokenizer.json", "tokenizer_config.json"]),
     data=st.one_of(
         st.binary(max_size=50),
-        st.lists(st.sampled_from([*SPECIAL, "\n", "a", "##", "{", "}", '"vocab"', ":", "1"])).map(lambda parts: "".join(parts).encode()),
+        st.lists(st.sampled_from([*SPECIAL, "\n", "a", "##", "{", "}", '"vocab"', ":", "1"])).map(
+            lambda parts: "".join(parts).encode()
+        ),
     ),
 )
 def test_rubbish(tmp_path: Path, name: str, data: bytes) -> None:
@@ -262,18 +338,37 @@ def test_rubbish(tmp_path: Path, name: str, data: bytes) -> None:
         assert name in str(error) and "\n" not in str(error)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
-def test_rubbish_in_the_json(small_dataset: TokenDataset, tmp_path: Path, data: st.DataObject) -> None:
+def test_rubbish_in_the_json(
+    small_dataset: TokenDataset, tmp_path: Path, data: st.DataObject
+) -> None:
     """Any setting of a sound tokenizer.json is replaced by another."""
-    place = settings_of = json.loads((small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    place = settings_of = json.loads(
+        (small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
+    )
     while True:
-        key = data.draw(st.sampled_from(sorted(place)[:50])) if isinstance(place, dict) else data.draw(st.integers(0, len(place) - 1))
+        key = (
+            data.draw(st.sampled_from(sorted(place)[:50]))
+            if isinstance(place, dict)
+            else data.draw(st.integers(0, len(place) - 1))
+        )
         if not place[key] or not isinstance(place[key], (dict, list)) or data.draw(st.booleans()):
             break
         place = place[key]
     place[key] = data.draw(
-        st.none() | st.booleans() | st.integers(-3, 2000) | st.text(max_size=3) | st.just([]) | st.just({}) | st.just({"type": "Lowercase"})
+        st.none()
+        | st.booleans()
+        | st.integers(-3, 2000)
+        | st.text(max_size=3)
+        | st.just([])
+        | st.just({})
+        | st.just({"type": "Lowercase"})
     )
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings_of), encoding="utf-8")
     try:
@@ -286,7 +381,9 @@ def test_rubbish_in_the_json(small_dataset: TokenDataset, tmp_path: Path, data: 
         assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, sentences)
 
 
-def test_files_of_a_store_are_those_of_its_tokenizer(small_dataset: TokenDataset, tmp_path: Path) -> None:
+def test_files_of_a_store_are_those_of_its_tokenizer(
+    small_dataset: TokenDataset, tmp_path: Path
+) -> None:
     save_tokenizer(load_tokenizer(small_dataset.tokenizer_dir), tmp_path)
     for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"):
         assert (

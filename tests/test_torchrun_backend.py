@@ -21,7 +21,11 @@ from typing import Any
 import psutil
 import pytest
 from torch.distributed import DistStoreError, PrefixStore, TCPStore
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousHandler, RendezvousParameters
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousParameters,
+)
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _BackendRendezvousStateHolder
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
@@ -34,20 +38,30 @@ from fastbert.cluster.torchrun_rounds import SignedRounds
 from tests.ranks import PATIENCE_S, environment, free_port
 from tests.toy_ranks import FORKED, listening
 
-QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 8, "last_call_timeout": 1}  # fewer, and a busy machine looks like a lost one
+QUICK = {
+    "keep_alive_interval": 1,
+    "keep_alive_max_attempt": 8,
+    "last_call_timeout": 1,
+}  # fewer, and a busy machine looks like a lost one
 
 
 def parameters(port: int, host: str = "127.0.0.1", least: int = 1, **more) -> RendezvousParameters:
-    return RendezvousParameters("fastbert", f"{host}:{port}", "a-run", least, 2, **{**QUICK, **more})
+    return RendezvousParameters(
+        "fastbert", f"{host}:{port}", "a-run", least, 2, **{**QUICK, **more}
+    )
 
 
 @pytest.fixture(autouse=True)
 def _variables(monkeypatch):
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0")  # which handlers set: restored afterwards
+    monkeypatch.setenv(
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0"
+    )  # which handlers set: restored afterwards
 
 
 def test_torchrun_finds_it():
-    (entry,) = [entry for entry in entry_points(group="torchrun.handlers") if entry.name == "fastbert"]
+    (entry,) = [
+        entry for entry in entry_points(group="torchrun.handlers") if entry.name == "fastbert"
+    ]
     assert entry.value == "fastbert.cluster.torchrun_backend:handler"
     handler = get_rendezvous_handler(parameters(free_port()))
     assert handler.get_backend() == "fastbert" and not handler.use_agent_store
@@ -56,11 +70,20 @@ def test_torchrun_finds_it():
 def test_its_import_is_light():
     """torchrun makes it at every start, also where another backend is asked for."""
     code = "import sys, fastbert.cluster.torchrun_backend; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'psutil')))"
-    assert subprocess.run([sys.executable, "-c", code], env=environment(), timeout=PATIENCE_S).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment(), timeout=PATIENCE_S
+        ).returncode
+        == 0
+    )
 
 
 def test_defaults_and_options():
-    handler = get_rendezvous_handler(RendezvousParameters("fastbert", f"localhost:{free_port()}", "a-run", 1, 2, keep_alive_interval="7"))
+    handler = get_rendezvous_handler(
+        RendezvousParameters(
+            "fastbert", f"localhost:{free_port()}", "a-run", 1, 2, keep_alive_interval="7"
+        )
+    )
     assert handler.settings.keep_alive_interval.seconds == 7  # as --rdzv-conf gives it
     assert handler.settings.keep_alive_max_attempt == 5
     assert handler.settings.timeout.last_call.seconds == 10
@@ -68,8 +91,12 @@ def test_defaults_and_options():
 
 def test_it_listens_on_the_endpoint_alone():
     before, port = listening(os.getpid()), free_port()
-    handlers = [get_rendezvous_handler(parameters(port)) for _ in range(2)]  # the second one reaches the first one's store
-    assert {(address, number) for _, address, number in listening(os.getpid()) - before} == {("127.0.0.1", port)}
+    handlers = [
+        get_rendezvous_handler(parameters(port)) for _ in range(2)
+    ]  # the second one reaches the first one's store
+    assert {(address, number) for _, address, number in listening(os.getpid()) - before} == {
+        ("127.0.0.1", port)
+    }
     del handlers
 
 
@@ -79,7 +106,12 @@ def meet(*handlers: RendezvousHandler) -> list[tuple[int, int, str, int]]:
 
     def run(i: int) -> None:
         info = handlers[i].next_rendezvous()
-        found[i] = info.rank, info.world_size, info.bootstrap_store_info.master_addr, info.bootstrap_store_info.master_port
+        found[i] = (
+            info.rank,
+            info.world_size,
+            info.bootstrap_store_info.master_addr,
+            info.bootstrap_store_info.master_port,
+        )
 
     threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(handlers))]
     for thread in threads:
@@ -112,19 +144,26 @@ def test_nodes_meet_again_and_again():
 
 def test_an_endpoint_where_nobody_listens():
     with pytest.raises(
-        RendezvousConnectionError, match=r"--rdzv-endpoint 192\.0\.2\.1:29400: after 1 s, nobody listens on 192\.0\.2\.1; is it"
+        RendezvousConnectionError,
+        match=r"--rdzv-endpoint 192\.0\.2\.1:29400: after 1 s, nobody listens on 192\.0\.2\.1; is it",
     ):
         get_rendezvous_handler(parameters(29400, host="192.0.2.1", join_timeout=1))
 
 
 def test_a_name_that_nobody_knows():
-    with pytest.raises(RendezvousConnectionError, match=r"--rdzv-endpoint nowhere\.invalid:29400: after 1 s, .*[Nn]ame"):
+    with pytest.raises(
+        RendezvousConnectionError,
+        match=r"--rdzv-endpoint nowhere\.invalid:29400: after 1 s, .*[Nn]ame",
+    ):
         get_rendezvous_handler(parameters(29400, host="nowhere.invalid", join_timeout=1))
 
 
 def test_a_host_that_cannot_listen():
     store = hold_store("127.0.0.1", 0)
-    with pytest.raises(RendezvousConnectionError, match=f"127.0.0.1:{store.port}: cannot listen on 127.0.0.1: .*in use"):
+    with pytest.raises(
+        RendezvousConnectionError,
+        match=f"127.0.0.1:{store.port}: cannot listen on 127.0.0.1: .*in use",
+    ):
         get_rendezvous_handler(parameters(store.port, is_host="1"))
 
 
@@ -146,7 +185,10 @@ def test_a_store_that_falls_silent(monkeypatch):
         handler = get_rendezvous_handler(parameters(ours.recv(), is_host="0"))
         assert handler.num_nodes_waiting() == 0
         ours.send("stop")
-        with pytest.raises(RendezvousConnectionError, match=r"the store of --rdzv-endpoint 127\.0\.0\.1:\d+ does not answer"):
+        with pytest.raises(
+            RendezvousConnectionError,
+            match=r"the store of --rdzv-endpoint 127\.0\.0\.1:\d+ does not answer",
+        ):
             while True:
                 handler.num_nodes_waiting()
     finally:
@@ -182,7 +224,9 @@ def test_a_trap_works(tmp_path):
     store = hold_store("127.0.0.1", 0)
     backend = C10dRendezvousBackend(store, "a-run")
     put(stranger_at(store.port), b64encode(pickle.dumps(Trap(tmp_path / "trapped"))))
-    holder = _BackendRendezvousStateHolder(backend, get_rendezvous_handler(parameters(free_port())).settings)
+    holder = _BackendRendezvousStateHolder(
+        backend, get_rendezvous_handler(parameters(free_port())).settings
+    )
     with suppress(AttributeError):  # what came out is no state
         holder.sync()
     assert (tmp_path / "trapped").exists()
@@ -198,8 +242,12 @@ def forgeries(stranger: Any, trap: Path) -> dict[str, bytes]:
         "a pickle as torch would have it": b64encode(pickled),
         "a pickle": pickled,
         "one behind the signature of a state": state[:SIGNATURE] + start + later + pickled,
-        "one signed by another key": Key(b"another key, with 32 characters or more", "").sign(STATE, start + later + pickled),
-        "one signed for another run": key.sign("torch.rendezvous.another-run", start + later + pickled),
+        "one signed by another key": Key(b"another key, with 32 characters or more", "").sign(
+            STATE, start + later + pickled
+        ),
+        "one signed for another run": key.sign(
+            "torch.rendezvous.another-run", start + later + pickled
+        ),
         "one signed for another place": key.sign("fastbert/roster", start + later + pickled),
         "one of an earlier run with this id": key.sign(STATE, b"x" * 16 + later + pickled),
         "one that is older": key.sign(STATE, start + (0).to_bytes(8, "big") + pickled),
@@ -226,8 +274,15 @@ def test_nodes_meet_whatever_a_stranger_writes(tmp_path, capfd):
             assert time.monotonic() < end, name
             time.sleep(0.05)
         assert handlers[0].num_nodes_waiting() == 0 and not handlers[1].is_closed(), name
-        content, after = (find_key().verify(STATE, state) for state in (before, stranger.get(STATE)))
-        assert content is not None and after is not None and content[:16] == after[:16] and content[16:24] <= after[16:24], name
+        content, after = (
+            find_key().verify(STATE, state) for state in (before, stranger.get(STATE))
+        )
+        assert (
+            content is not None
+            and after is not None
+            and content[:16] == after[:16]
+            and content[16:24] <= after[16:24]
+        ), name
     stranger.delete_key(STATE)
     end = time.monotonic() + PATIENCE_S
     while not stranger.check([STATE]):
@@ -261,9 +316,15 @@ def test_a_write_meets_a_strangers(tmp_path):
         found = backend.set_state(b"state %d" % (count + 1), token)
         assert found is None if count == 0 else (found[0], found[2]) == (last, False)
         known = backend.get_state()
-        assert backend.set_state(b"state %d" % (count + 1), known and known[1])[::2] == (b"state %d" % (count + 1), True)
+        assert backend.set_state(b"state %d" % (count + 1), known and known[1])[::2] == (
+            b"state %d" % (count + 1),
+            True,
+        )
         if known is not None:
-            assert backend.set_state(b"with an old token", known[1])[::2] == (b"state %d" % (count + 1), False)
+            assert backend.set_state(b"with an old token", known[1])[::2] == (
+                b"state %d" % (count + 1),
+                False,
+            )
         assert backend.set_state(b"with no token", None)[::2] == (b"state %d" % (count + 1), False)
     assert not (tmp_path / "trapped").exists()
 
@@ -294,7 +355,10 @@ def test_nodes_believe_no_stranger_about_a_round():
     handlers = [get_rendezvous_handler(parameters(port, least=2)) for _ in range(2)]
     poison_rounds(port)
     found = meet(*handlers)
-    assert {(rank, world, address) for rank, world, address, _ in found} == {(0, 2, "127.0.0.1"), (1, 2, "127.0.0.1")}
+    assert {(rank, world, address) for rank, world, address, _ in found} == {
+        (0, 2, "127.0.0.1"),
+        (1, 2, "127.0.0.1"),
+    }
     assert found[0][3] == found[1][3] != 1
     for handler in handlers:
         handler.shutdown()
@@ -324,13 +388,17 @@ def test_the_values_of_a_round(signed_rounds):
     late.start()
     assert theirs.get("late") == b"come"
     theirs.set_timeout(timedelta(seconds=0.2))
-    with pytest.raises(DistStoreError, match=r"after 0\.2 s no node with the run's key has written a-round/absent$"):
+    with pytest.raises(
+        DistStoreError, match=r"after 0\.2 s no node with the run's key has written a-round/absent$"
+    ):
         theirs.multi_get(["text", "absent"])
     stranger = stranger_at(store.port)
     for name, value in {
         "unsigned": b"a value",
         "moved": stranger.get("a-round/text"),
-        "of another start": SignedRounds(store, find_key(), "another start")._sign("a-round/of another start", "a value"),
+        "of another start": SignedRounds(store, find_key(), "another start")._sign(
+            "a-round/of another start", "a value"
+        ),
     }.items():
         put(stranger, value, f"a-round/{name}")
         assert not ours.check([name])
@@ -396,20 +464,49 @@ class Node:
     def __init__(self, folder: Path, port: int, name: str, nodes: str = "1:2", **more: str):
         self._out = folder / f"{name}.out"
         conf = ",".join(f"{key}={value}" for key, value in QUICK.items())
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--max-restarts", "3", "--rdzv-backend", "fastbert"]
-        command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "a-run", "--rdzv-conf", conf, "worker.py"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            nodes,
+            "--max-restarts",
+            "3",
+            "--rdzv-backend",
+            "fastbert",
+        ]
+        command += [
+            "--rdzv-endpoint",
+            f"127.0.0.1:{port}",
+            "--rdzv-id",
+            "a-run",
+            "--rdzv-conf",
+            conf,
+            "worker.py",
+        ]
         with open(self._out, "w") as out:
-            self._agent = subprocess.Popen(command, cwd=folder, env=environment(**more), stdout=out, stderr=subprocess.STDOUT)
+            self._agent = subprocess.Popen(
+                command, cwd=folder, env=environment(**more), stdout=out, stderr=subprocess.STDOUT
+            )
 
     def __enter__(self) -> Node:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.lose_power()
 
     @property
     def family(self) -> list[psutil.Process]:
-        return [agent := psutil.Process(self._agent.pid), *agent.children(recursive=True)] if self._agent.poll() is None else []
+        return (
+            [agent := psutil.Process(self._agent.pid), *agent.children(recursive=True)]
+            if self._agent.poll() is None
+            else []
+        )
 
     @property
     def said(self) -> str:
@@ -426,7 +523,9 @@ class Node:
     def until(self, *worlds: int) -> None:
         """Return when its worker has been in worlds of these sizes, one after the other."""
         end = time.monotonic() + PATIENCE_S
-        while [int(line.split()[-1]) for line in self.said.splitlines() if line.startswith("rank ")] != list(worlds):
+        while [
+            int(line.split()[-1]) for line in self.said.splitlines() if line.startswith("rank ")
+        ] != list(worlds):
             assert time.monotonic() < end and self._agent.poll() is None, self.said
             time.sleep(0.05)
 
@@ -501,7 +600,9 @@ def test_a_node_with_another_key_is_turned_away(tmp_path):
     port = free_port()
     with Node(tmp_path, port, "first") as first:
         first.until(1)
-        with Node(tmp_path, port, "odd", FASTBERT_RENDEZVOUS_KEY="another key, with 32 characters or more") as odd:
+        with Node(
+            tmp_path, port, "odd", FASTBERT_RENDEZVOUS_KEY="another key, with 32 characters or more"
+        ) as odd:
             assert odd.wait() == 2
             assert odd.said == (
                 f"fastbert: --rdzv-endpoint 127.0.0.1:{port}: the nodes that are there and this process (FASTBERT_RENDEZVOUS_KEY) do not have the "
@@ -520,23 +621,52 @@ def test_one_machine_needs_no_set_up(tmp_path):
     """The agent or a worker makes the key, and all have the same; so has a second node that sees this home directory."""
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "enough").touch()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "fastbert"]
-    command += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-conf", "last_call_timeout=1", "worker.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "fastbert",
+    ]
+    command += [
+        "--rdzv-endpoint",
+        f"127.0.0.1:{free_port()}",
+        "--rdzv-conf",
+        "last_call_timeout=1",
+        "worker.py",
+    ]
     variables = environment(HOME=str(tmp_path))
     variables.pop("FASTBERT_RENDEZVOUS_KEY", None)
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     nodes = [subprocess.Popen(command, cwd=tmp_path, env=variables, **pipes) for _ in range(2)]
     said = [node.communicate(timeout=PATIENCE_S)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0] and all(f"rank {rank} of 4\n" in "".join(said) for rank in range(4)), said
+    assert [node.returncode for node in nodes] == [0, 0] and all(
+        f"rank {rank} of 4\n" in "".join(said) for rank in range(4)
+    ), said
     assert (tmp_path / ".fastbert/rendezvous.key").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_node_without_a_place_for_its_key_says_so(tmp_path):
     variables = {"HOME": str(tmp_path / "nowhere")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "fastbert", "--rdzv-endpoint", "127.0.0.1:0", "worker.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--rdzv-backend",
+        "fastbert",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        "worker.py",
+    ]
     env = environment(**variables)
     env.pop("FASTBERT_RENDEZVOUS_KEY", None)
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
         f"fastbert: {tmp_path}/nowhere/.fastbert/rendezvous.key: the key of the rendezvous cannot be kept there: No such"

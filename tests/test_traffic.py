@@ -11,7 +11,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1, which tests/conftest.py sets where there is no GPU", allow_module_level=True)
+    pytest.skip(
+        "needs TRITON_INTERPRET=1, which tests/conftest.py sets where there is no GPU",
+        allow_module_level=True,
+    )
 
 from benchmarks import traffic
 from benchmarks.cases import Case
@@ -35,7 +38,9 @@ def test_programs_that_each_read_the_vectors_for_a_few_rows_are_found():
     gate = Gate(Case("norm", "", {"T": 64, "D": 256}, 0.1), torch.bfloat16, 1.05)
     with chosen_by(lambda kernel, row: {**row, "BLOCK_T": 1, "programs": 64}):
         (fault,) = faults(measure(gate))
-    assert fault.startswith(f"{gate}: 2.") and fault.endswith(" times the least bytes of its spec; must be at most 1.05")
+    assert fault.startswith(f"{gate}: 2.") and fault.endswith(
+        " times the least bytes of its spec; must be at most 1.05"
+    )
 
 
 def test_what_is_a_fault():
@@ -57,13 +62,17 @@ def test_what_is_a_fault():
     assert faults(dataclasses.replace(sound, least=2 * sound.least)) == [
         f"{gate}: {sound.ratio / 2:.4f} times the least bytes of its spec, which are not the least"
     ]
-    missing = faults(dataclasses.replace(sound, predicted={**sound.predicted, "_third": Work(1, 2)}))
+    missing = faults(
+        dataclasses.replace(sound, predicted={**sound.predicted, "_third": Work(1, 2)})
+    )
     assert missing == [
         f"{gate}: _third moves 0 bytes (0.0000 times); its tiles need 1",
         f"{gate}: _third multiplies 0 FLOP; its tiles have 2",
     ]
     unforeseen = faults(dataclasses.replace(sound, predicted={name: sound.predicted[name]}))
-    assert unforeseen == [f"{gate}: {backward.kernel} moves {backward.bytes:,} bytes, which nothing predicts"]
+    assert unforeseen == [
+        f"{gate}: {backward.kernel} moves {backward.bytes:,} bytes, which nothing predicts"
+    ]
 
 
 def test_the_command_ends_with_1_and_names_the_fault(monkeypatch, capsys):
@@ -76,4 +85,7 @@ def test_the_command_ends_with_1_and_names_the_fault(monkeypatch, capsys):
     assert [record["case"] for record in records] == ["attention small p=0.1 bfloat16"] * 2
     moved = sum(kernel["loaded"] + kernel["stored"] for kernel in records[0]["kernels"])
     assert records[0]["ratio"] == moved / records[0]["least_bytes"]
-    assert printed.err.startswith("FAULT attention small p=0.1 bfloat16: 1.") and "must be at most 0.5" in printed.err
+    assert (
+        printed.err.startswith("FAULT attention small p=0.1 bfloat16: 1.")
+        and "must be at most 0.5" in printed.err
+    )

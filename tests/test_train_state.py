@@ -11,7 +11,10 @@ from fastbert.training.train_state import StopCriteria, TrainState
 
 
 def criteria(over: str = "steps", steps_per_epoch: float = 12.5, **stop) -> StopCriteria:
-    return StopCriteria(RunConfig(data="dataset", stop=StopConfig(**stop), schedule=ScheduleConfig(over=over)), steps_per_epoch)
+    return StopCriteria(
+        RunConfig(data="dataset", stop=StopConfig(**stop), schedule=ScheduleConfig(over=over)),
+        steps_per_epoch,
+    )
 
 
 @pytest.mark.parametrize(
@@ -20,16 +23,31 @@ def criteria(over: str = "steps", steps_per_epoch: float = 12.5, **stop) -> Stop
         ({"steps": 5}, TrainState(step=4), TrainState(step=5), "stop.steps = 5"),
         ({"epochs": 2.0}, TrainState(step=24), TrainState(step=25), "stop.epochs = 2"),
         ({}, TrainState(step=12), TrainState(step=13), "stop.epochs = 1"),
-        ({"tokens": 900}, TrainState(step=3, tokens=899), TrainState(step=4, tokens=901), "stop.tokens = 900"),
+        (
+            {"tokens": 900},
+            TrainState(step=3, tokens=899),
+            TrainState(step=4, tokens=901),
+            "stop.tokens = 900",
+        ),
         ({"seconds": 1.5}, TrainState(seconds=1.4), TrainState(seconds=1.6), "stop.seconds = 1.5"),
-        ({"loss": 3.0}, TrainState(heldout_loss=3.1), TrainState(heldout_loss=3.0), "stop.loss = 3.0: the held-out loss is 3.0000"),
+        (
+            {"loss": 3.0},
+            TrainState(heldout_loss=3.1),
+            TrainState(heldout_loss=3.0),
+            "stop.loss = 3.0: the held-out loss is 3.0000",
+        ),
         (
             {"patience": 2},
             TrainState(evals_since_best=1),
             TrainState(evals_since_best=2, best_loss=4.0),
             "stop.patience = 2: no better than 4.0000 for 2 evaluations",
         ),
-        ({"steps": 9, "tokens": 5}, TrainState(step=8), TrainState(step=8, tokens=6), "stop.tokens = 5"),
+        (
+            {"steps": 9, "tokens": 5},
+            TrainState(step=8),
+            TrainState(step=8, tokens=6),
+            "stop.tokens = 5",
+        ),
     ],
 )
 def test_each_condition_ends_the_run_and_is_named(stop, before, after, reason):
@@ -39,9 +57,19 @@ def test_each_condition_ends_the_run_and_is_named(stop, before, after, reason):
 
 def test_min_delta_decides_what_is_better():
     done = TrainState()
-    for loss, best, evals_since_best in [(5.0, 5.0, 0), (4.95, 5.0, 1), (4.9, 4.9, 0), (6.0, 4.9, 1), (4.81, 4.9, 2)]:
+    for loss, best, evals_since_best in [
+        (5.0, 5.0, 0),
+        (4.95, 5.0, 1),
+        (4.9, 4.9, 0),
+        (6.0, 4.9, 1),
+        (4.81, 4.9, 2),
+    ]:
         done.update_best(loss, min_delta=0.1 - 1e-9)
-        assert (done.best_loss, done.evals_since_best, done.heldout_loss) == (best, evals_since_best, loss)
+        assert (done.best_loss, done.evals_since_best, done.heldout_loss) == (
+            best,
+            evals_since_best,
+            loss,
+        )
 
 
 def test_an_equal_loss_is_no_better_without_min_delta():
@@ -55,9 +83,20 @@ def test_an_equal_loss_is_no_better_without_min_delta():
 def test_a_loss_that_is_not_finite_is_never_the_best(bad):
     """Not even as the first one, after which no other would be better."""
     done, limits = TrainState(step=1), criteria(steps=99, loss=3.0, patience=3)
-    for loss, best, evals_since_best in [(bad, None, 1), (5.0, 5.0, 0), (bad, 5.0, 1), (4.0, 4.0, 0), (bad, 4.0, 1), (bad, 4.0, 2)]:
+    for loss, best, evals_since_best in [
+        (bad, None, 1),
+        (5.0, 5.0, 0),
+        (bad, 5.0, 1),
+        (4.0, 4.0, 0),
+        (bad, 4.0, 1),
+        (bad, 4.0, 2),
+    ]:
         done.update_best(loss, 0.0)
-        assert (done.best_loss, done.evals_since_best, done.heldout_loss) == (best, evals_since_best, None if loss is bad else loss)
+        assert (done.best_loss, done.evals_since_best, done.heldout_loss) == (
+            best,
+            evals_since_best,
+            None if loss is bad else loss,
+        )
         assert limits.reached(done) is None
     done.update_best(bad, 0.0)
     assert limits.reached(done) == "stop.patience = 3: no better than 4.0000 for 3 evaluations"
@@ -83,7 +122,9 @@ def test_the_schedule_follows_its_own_unit_and_the_nearest_limit():
     assert criteria("steps", steps=10, tokens=400).scheduled(done) == 0.5
     assert criteria("tokens", steps=10, tokens=400).scheduled(done) == 0.75
     assert criteria("seconds", steps=10, seconds=10.0).scheduled(done) == 0.8
-    assert criteria("steps", steps=10, epochs=0.5).scheduled(done) == 0.8  # half an epoch is 6.25 steps
+    assert (
+        criteria("steps", steps=10, epochs=0.5).scheduled(done) == 0.8
+    )  # half an epoch is 6.25 steps
     assert criteria("steps", tokens=400).scheduled(done) == 0.0  # a flat schedule needs no criteria
 
 

@@ -55,7 +55,10 @@ def test_a_store_cut_short_while_training(lab, small_dataset, world, stage):
     assert found is not None and complaints == []
     with trial.start(world) as ranks:
         assert ranks.wait() == [2] * world
-    assert f"{file}: 0 bytes, the manifest says {(small_dataset.path / 'train' / file.name).stat().st_size:,}: cut short" in ranks.errors
+    assert (
+        f"{file}: 0 bytes, the manifest says {(small_dataset.path / 'train' / file.name).stat().st_size:,}: cut short"
+        in ranks.errors
+    )
     shutil.copy(small_dataset.path / "train" / file.name, file)
     trial.go_on(world)
     tally = trial.compare(lab.undisturbed(world, stage))

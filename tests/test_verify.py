@@ -30,7 +30,9 @@ TOKENS, SENTENCES = "train/shard-00000.tokens", "train/shard-00000.sentences"
 @pytest.fixture
 def copy(small_dataset, tmp_path) -> Path:
     """Without the notes that other tests left there."""
-    return shutil.copytree(small_dataset.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".verified-*"))
+    return shutil.copytree(
+        small_dataset.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".verified-*")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,10 @@ def forge(path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     (path / name).write_bytes(change((path / name).read_bytes()))
     manifest = json.loads((path / "manifest.json").read_bytes())
     del manifest["sha256"]
-    manifest["files"][name] = {"size": (path / name).stat().st_size, "sha256": sha256_of(path / name)}
+    manifest["files"][name] = {
+        "size": (path / name).stat().st_size,
+        "sha256": sha256_of(path / name),
+    }
     (path / "manifest.json").write_bytes(sealed(manifest))
 
 
@@ -60,7 +65,9 @@ def numbers(kind: str, place: int, value: int) -> Callable[[bytes], bytes]:
 
 
 @given(
-    offsets=st.lists(st.integers(1, 9), min_size=1, max_size=30).map(lambda steps: [0, *np.cumsum(steps).tolist()]),
+    offsets=st.lists(st.integers(1, 9), min_size=1, max_size=30).map(
+        lambda steps: [0, *np.cumsum(steps).tolist()]
+    ),
     place=st.integers(0, 30),
     value=st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 300),
     piece=st.integers(1, 7),
@@ -68,7 +75,11 @@ def numbers(kind: str, place: int, value: int) -> Callable[[bytes], bytes]:
 def test_offsets_are_taken_or_not_as_by_their_definition(offsets, place, value, piece):
     total = offsets[-1]
     offsets[place % len(offsets)] = value
-    valid = offsets[0] == 0 and offsets[-1] == total and all(a < b for a, b in itertools.pairwise(offsets))
+    valid = (
+        offsets[0] == 0
+        and offsets[-1] == total
+        and all(a < b for a, b in itertools.pairwise(offsets))
+    )
     look, array = offsets_to(total, len(offsets)), np.array(offsets, "<i8")
     found = [look(array[i : i + piece]) for i in range(0, len(array), piece)]
     assert (found == [None] * len(found)) == valid
@@ -77,7 +88,10 @@ def test_offsets_are_taken_or_not_as_by_their_definition(offsets, place, value, 
 @pytest.mark.parametrize("kind", ["<u2", "<u4"])
 def test_ids_end_below_the_vocabulary(kind):
     assert ids_below(1000)(np.array([0, 999], kind)) is None
-    assert ids_below(1000)(np.array([1000, 0], kind)) == "holds the token id 1,000, but the vocabulary has 1,000 tokens"
+    assert (
+        ids_below(1000)(np.array([1000, 0], kind))
+        == "holds the token id 1,000, but the vocabulary has 1,000 tokens"
+    )
 
 
 def test_damage_is_found_in_any_piece_of_a_file(copy, monkeypatch):
@@ -149,7 +163,12 @@ def test_who_writes_to_a_file_ends_the_note(copy, settled, name):
     """Even one bit, with size and time as before."""
     pieces(copy)
     before = (copy / name).stat()
-    wait_for(lambda: [flip(copy / name, 80), flip(copy / name, 80)] and (copy / name).stat().st_ctime_ns != before.st_ctime_ns)
+    wait_for(
+        lambda: (
+            [flip(copy / name, 80), flip(copy / name, 80)]
+            and (copy / name).stat().st_ctime_ns != before.st_ctime_ns
+        )
+    )
     flip(copy / name, 80)
     os.utime(copy / name, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(InputError, match=f"{name}: its SHA-256 differs"):
@@ -222,7 +241,10 @@ def test_a_damaged_dataset_is_refused_at_the_start(lab, copy, world, damage, wor
     damage(copy)
     trial = lab.trial(f"data={copy}")
     of = lab.undisturbed(1, 0).run
-    for command in ([*trial.command], ["evaluate", str(of), "--data", str(copy), "--sequences", "8"]):
+    for command in (
+        [*trial.command],
+        ["evaluate", str(of), "--data", str(copy), "--sequences", "8"],
+    ):
         with Ranks(command, trial.folder / command[0], world) as ranks:
             assert ranks.wait() == [2] * world, ranks.errors
             (line,) = ranks.errors.splitlines()
@@ -260,5 +282,8 @@ def test_a_large_dataset_takes_longer_than_ranks_wait_for_each_other(lab, copy):
         assert ranks.codes == [None, None], ranks.errors
         ranks[1].signal(signal.SIGTERM)
         assert ranks.wait() == [75, 75], ranks.errors
-    assert f"verifying {copy}: 0% of 10,000." in ranks[0].err.read_text() and "verifying" not in ranks[1].err.read_text()
+    assert (
+        f"verifying {copy}: 0% of 10,000." in ranks[0].err.read_text()
+        and "verifying" not in ranks[1].err.read_text()
+    )
     assert not trial.run.exists()

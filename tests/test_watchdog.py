@@ -65,7 +65,9 @@ def act(what: str, watch: Watchdog) -> None:
         os.kill(os.getpid(), getattr(signal, what))
 
 
-def at_step_3(folder: Any, rank: int, what: str, world: int = 3, timeout_s: float = TIMEOUT_S) -> Toys:
+def at_step_3(
+    folder: Any, rank: int, what: str, world: int = 3, timeout_s: float = TIMEOUT_S
+) -> Toys:
     """Ranks that look away at step 2, so that there are beats before step 3, where one of them does `what`."""
     acts = {(other, 2): "look away" for other in range(world)} | {(rank, 3): what}
     return Toys(stepping, (timeout_s, 200, acts), folder, world)
@@ -98,14 +100,21 @@ def test_a_rank_is_killed(tmp_path, timeout_s):
         assert toys.wait(0, 2) == [1, 1]
         assert time.monotonic() - killed < FORGIVEN_S
         for rank in (0, 2):
-            assert re.fullmatch(re.escape(f"{toys.name(1)} has disappeared, last seen at ") + SEEN + re.escape(HINT), line(toys.err(rank)))
+            assert re.fullmatch(
+                re.escape(f"{toys.name(1)} has disappeared, last seen at ")
+                + SEEN
+                + re.escape(HINT),
+                line(toys.err(rank)),
+            )
 
 
 def test_the_rank_that_holds_the_store_is_killed(tmp_path):
     with at_step_3(tmp_path, 0, "SIGKILL") as toys:
         assert toys.wait() == [-signal.SIGKILL, 1, 1]
         for rank in (1, 2):
-            assert line(toys.err(rank)).startswith(f"{toys.name(0)} at 127.0.0.1:{toys.port} has disappeared")
+            assert line(toys.err(rank)).startswith(
+                f"{toys.name(0)} at 127.0.0.1:{toys.port} has disappeared"
+            )
 
 
 @pytest.mark.parametrize("lost", [0, 1])
@@ -123,7 +132,10 @@ def test_ranks_that_cannot_connect_say_so(tmp_path):
         assert toys.wait() == [1, 1]
         for rank in range(2):
             said = line(toys.err(rank))
-            assert "has met the others, but cannot connect to all of them" in said and "GLOO_SOCKET_IFNAME = nowhere" in said
+            assert (
+                "has met the others, but cannot connect to all of them" in said
+                and "GLOO_SOCKET_IFNAME = nowhere" in said
+            )
 
 
 def test_all_others_are_killed(tmp_path):
@@ -140,21 +152,31 @@ def test_a_rank_is_stopped_and_goes_on_later(tmp_path):
         assert toys.wait(0, 2) == [1, 1]
         for rank in (0, 2):
             assert re.fullmatch(
-                re.escape(f"{toys.name(1)} has not answered {SINCE}, last seen at ") + SEEN + re.escape(HINT), line(toys.err(rank))
+                re.escape(f"{toys.name(1)} has not answered {SINCE}, last seen at ")
+                + SEEN
+                + re.escape(HINT),
+                line(toys.err(rank)),
             )
         toys.signal(1, signal.SIGCONT)
         assert toys.wait(1) == [1]  # it does not train on alone
-        assert f"{toys.name(1)} was stopped for " in line(toys.err(1)) or f"{toys.name(0)} at " in line(toys.err(1))
+        assert f"{toys.name(1)} was stopped for " in line(
+            toys.err(1)
+        ) or f"{toys.name(0)} at " in line(toys.err(1))
 
 
 def test_the_rank_that_holds_the_store_is_stopped_and_goes_on_later(tmp_path):
     with at_step_3(tmp_path, 0, "SIGSTOP") as toys:
         assert toys.wait(1, 2) == [1, 1]
         for rank in (1, 2):
-            assert line(toys.err(rank)) == f"{toys.name(0)} at 127.0.0.1:{toys.port} has not answered {SINCE}; this rank is at step 3{HINT}"
+            assert (
+                line(toys.err(rank))
+                == f"{toys.name(0)} at 127.0.0.1:{toys.port} has not answered {SINCE}; this rank is at step 3{HINT}"
+            )
         toys.signal(0, signal.SIGCONT)
         assert toys.wait(0) == [1]
-        assert f"{toys.name(0)} was stopped for " in line(toys.err(0)) or f"{toys.name(1)}, " in line(toys.err(0))
+        assert f"{toys.name(0)} was stopped for " in line(
+            toys.err(0)
+        ) or f"{toys.name(1)}, " in line(toys.err(0))
 
 
 @pytest.mark.parametrize("stuck", [0, 1])
@@ -181,14 +203,19 @@ def test_a_rank_fails(tmp_path, failing):
         assert toys.wait() == [1, 1, 1]
         assert "OSError: no space" in toys.err(failing)
         for rank in {0, 1, 2} - {failing}:
-            assert line(toys.err(rank)) == f"{toys.name(failing)} has ended: OSError: no space{HINT}"
+            assert (
+                line(toys.err(rank)) == f"{toys.name(failing)} has ended: OSError: no space{HINT}"
+            )
 
 
 def test_what_a_rank_says_commands_no_terminal(tmp_path):
     with at_step_3(tmp_path, 1, "fail in colour", timeout_s=NEVER_S) as toys:
         assert toys.wait() == [1, 1, 1]
         for rank in (0, 2):
-            assert line(toys.err(rank)) == rf"{toys.name(1)} has ended: OSError: \x1b[31mno space\x9b0m\x07{HINT}"
+            assert (
+                line(toys.err(rank))
+                == rf"{toys.name(1)} has ended: OSError: \x1b[31mno space\x9b0m\x07{HINT}"
+            )
 
 
 def going_on(timeout_s: float, enough: str) -> int:
@@ -210,7 +237,9 @@ class Stranger:
     """Somebody who reaches the store that rank 0 holds, but has no key."""
 
     def __init__(self, toys: Toys):
-        self.store: Any = dist.TCPStore("127.0.0.1", toys.port, None, False, timeout=timedelta(seconds=NEVER_S))
+        self.store: Any = dist.TCPStore(
+            "127.0.0.1", toys.port, None, False, timeout=timedelta(seconds=NEVER_S)
+        )
         (self.prefix,) = {key.split("/")[1] for key in self.store.list_keys() if "/watch/" in key}
 
     def put(self, place: str, value: bytes) -> None:
@@ -292,7 +321,11 @@ def test_a_verdict_is_heard_past_a_strangers(tmp_path):
     """What he has left at its place does not keep the ranks from knowing who has failed."""
     acts = {(1, 3): "fail"}
     with Toys(
-        stepping, (NEVER_S, 200, {(0, 2): "wait", (1, 2): "wait", (2, 2): "wait", **acts}), tmp_path, 3, GO=str(tmp_path / "go")
+        stepping,
+        (NEVER_S, 200, {(0, 2): "wait", (1, 2): "wait", (2, 2): "wait", **acts}),
+        tmp_path,
+        3,
+        GO=str(tmp_path / "go"),
     ) as toys:
         for rank in range(3):
             toys.until(rank, "at step 2")

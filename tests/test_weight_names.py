@@ -16,7 +16,13 @@ from fastbert.config import ModelConfig
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 
-MODEL = ModelConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, max_position_embeddings=16)
+MODEL = ModelConfig(
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=40,
+    max_position_embeddings=16,
+)
 VOCABULARY = 50
 TIED = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
 
@@ -31,7 +37,9 @@ def stock(kind: Any = StockModel) -> dict[str, torch.Tensor]:
         "max_position_embeddings": 16,
     }
     model = kind(BertConfig(vocab_size=VOCABULARY, **sizes))
-    for parameter in model.parameters():  # biases and LayerNorms too: a swap of two zeros would not show
+    for (
+        parameter
+    ) in model.parameters():  # biases and LayerNorms too: a swap of two zeros would not show
         torch.nn.init.normal_(parameter)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -54,12 +62,22 @@ def test_there_and_back_gives_every_weight_of_transformers():
     ours = read(state)
     assert {name: tuple(t.shape) for name, t in ours.items()} == shapes(MODEL, VOCABULARY)
     assert heads(ours) == {"mlm", "nsp"}
-    assert same(to_hugging_face(ours), {name: t for name, t in state.items() if name not in TIED and not name.endswith("position_ids")})
+    assert same(
+        to_hugging_face(ours),
+        {
+            name: t
+            for name, t in state.items()
+            if name not in TIED and not name.endswith("position_ids")
+        },
+    )
 
 
 def test_query_key_and_value_are_joined_in_this_order():
     state = stock()
-    parts = [state[f"bert.encoder.layer.1.attention.self.{name}.weight"] for name in ("query", "key", "value")]
+    parts = [
+        state[f"bert.encoder.layer.1.attention.self.{name}.weight"]
+        for name in ("query", "key", "value")
+    ]
     assert torch.equal(read(state)["layers.1.attention.qkv_weight"], torch.cat(parts))
 
 
@@ -70,7 +88,10 @@ def test_exported_tensors_share_no_memory():
 
 def test_old_names_of_layer_norms():
     old = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t for name, t in stock().items()
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): t
+        for name, t in stock().items()
     }
     assert any("gamma" in name for name in old)
     assert same(read(old), read(stock()))
@@ -80,13 +101,20 @@ def test_encoder_alone_without_prefix():
     ours = read(stock(StockEncoder))
     assert heads(ours) == set()
     assert "nsp_head.pooler.weight" in ours and "mlm_head.weight" not in ours
-    assert all(name in ours for name in shapes(MODEL, VOCABULARY) if name.startswith(("embeddings.", "layers.")))
+    assert all(
+        name in ours
+        for name in shapes(MODEL, VOCABULARY)
+        if name.startswith(("embeddings.", "layers."))
+    )
 
 
 def test_masked_lm_has_one_head_and_heads_of_other_tasks_are_left_out():
     state = stock(StockMaskedLM)
     assert heads(read(state)) == {"mlm"}
-    assert same(read({**state, "classifier.weight": torch.zeros(3, 24), "classifier.bias": torch.zeros(3)}), read(state))
+    assert same(
+        read({**state, "classifier.weight": torch.zeros(3, 24), "classifier.bias": torch.zeros(3)}),
+        read(state),
+    )
 
 
 def test_decoder_may_be_missing_or_hold_the_only_bias():
@@ -118,9 +146,18 @@ QUERY = "bert.encoder.layer.0.attention.self.query.weight"
         (lambda s: s.pop(QUERY), [QUERY + " is missing", "2 layers"]),
         (lambda s: [s.pop(n) for n in list(s) if ".layer.1." in n], ["are missing", "and 13 more"]),
         (lambda s: s.update({QUERY: torch.zeros(24, 23)}), [QUERY, "[24, 23]", "[24, 24]"]),
-        (lambda s: s.update({"bert.embeddings.word_embeddings.weight": torch.zeros(51, 24)}), ["word_embeddings", "[51, 24]", "[50, 24]"]),
-        (lambda s: s.update({"bert.encoder.layer.2.output.dense.bias": torch.zeros(24)}), ["layer.2.output.dense.bias is unknown"]),
-        (lambda s: s.update({"cls.predictions.decoder.weight": torch.zeros(50, 24)}), ["decoder.weight differs", "tie_word_embeddings"]),
+        (
+            lambda s: s.update({"bert.embeddings.word_embeddings.weight": torch.zeros(51, 24)}),
+            ["word_embeddings", "[51, 24]", "[50, 24]"],
+        ),
+        (
+            lambda s: s.update({"bert.encoder.layer.2.output.dense.bias": torch.zeros(24)}),
+            ["layer.2.output.dense.bias is unknown"],
+        ),
+        (
+            lambda s: s.update({"cls.predictions.decoder.weight": torch.zeros(50, 24)}),
+            ["decoder.weight differs", "tie_word_embeddings"],
+        ),
     ],
     ids=["one missing", "a layer missing", "wrong shape", "wrong vocabulary", "unknown", "untied"],
 )

@@ -27,7 +27,9 @@ def sleeper(factor: float):
 
 @pytest.mark.parametrize("count", [0, 1, 5, 40])
 def test_order(count: int) -> None:
-    assert list(map_in_order(sleeper, (0.01,), range(count), 3)) == [item * item for item in range(count)]
+    assert list(map_in_order(sleeper, (0.01,), range(count), 3)) == [
+        item * item for item in range(count)
+    ]
 
 
 def test_large_items_and_results() -> None:
@@ -47,7 +49,9 @@ def test_errors_come_in_order_and_end_the_workers() -> None:
     children = psutil.Process().children()
     with pytest.raises(InputError, match=r"a\.jsonl: line 1: not JSON"):
         next(results)
-    assert not any("data.workers" in " ".join(child.cmdline()) for child in children if child.is_running())
+    assert not any(
+        "data.workers" in " ".join(child.cmdline()) for child in children if child.is_running()
+    )
 
 
 def test_little_is_on_its_way() -> None:

@@ -17,7 +17,9 @@ def test_each_tile_once_the_longest_first_and_the_rest_last(lengths, rest):
     work = attention_worklist(bounds, total)
     assert work.dtype == torch.int32 and len(work) == total // ITEM + len(lengths) + 1
     items = [tuple(item) for item in work.tolist() if item[0] >= 0]
-    assert sorted(items) == [(i, first) for i, length in enumerate([*lengths, rest]) for first in range(0, length, ITEM)]
+    assert sorted(items) == [
+        (i, first) for i, length in enumerate([*lengths, rest]) for first in range(0, length, ITEM)
+    ]
     sequences = [sequence for sequence, _ in items]
     order = [lengths[sequence] for sequence in sequences if sequence < len(lengths)]
     assert order == sorted(order, reverse=True)

@@ -43,7 +43,9 @@ kind = "{kind}"
 def make_hugging_face_folder(folder: Path, tokenizer: Path | None = None) -> Path:
     """BertForPreTraining with large random weights, so that no logit is near zero; saved by transformers itself."""
     texts = list(pydoc_data.topics.topics.values())[:20]
-    vocabulary = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(iter(texts), VOCABULARY)
+    vocabulary = (
+        load_tokenizer(tokenizer) if tokenizer else train_tokenizer(iter(texts), VOCABULARY)
+    )
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=vocabulary.get_vocab_size(),
@@ -59,7 +61,9 @@ def make_hugging_face_folder(folder: Path, tokenizer: Path | None = None) -> Pat
     return folder
 
 
-def make_run(folder: Path, hf_folder: Path, data: str = "nowhere", kind: str = "mlm+nsp", step: int = 7) -> Path:
+def make_run(
+    folder: Path, hf_folder: Path, data: str = "nowhere", kind: str = "mlm+nsp", step: int = 7
+) -> Path:
     """A run folder whose one checkpoint holds the weights of `hf_folder`."""
     recipe = parse_config(RECIPE.format(data=data, kind=kind), "test")
     model, vocab_size, tied = hugging_face.read_config(hf_folder / "config.json")
@@ -67,7 +71,13 @@ def make_run(folder: Path, hf_folder: Path, data: str = "nowhere", kind: str = "
     metadata = {"recipe": dump_config(recipe), "vocab_size": vocab_size, "dataset_sha256": "0" * 64}
     if data != "nowhere":
         metadata["dataset_sha256"] = open_dataset(data).sha256
-    checkpoint.save(folder / "checkpoints", step, ((f"weight/{name}", tensor) for name, tensor in weights.items()), metadata, keep=3)
+    checkpoint.save(
+        folder / "checkpoints",
+        step,
+        ((f"weight/{name}", tensor) for name, tensor in weights.items()),
+        metadata,
+        keep=3,
+    )
     save_tokenizer(load_tokenizer(hf_folder), folder / "tokenizer")
     (folder / "config.toml").write_text(dump_config(recipe), encoding="utf-8")
     return folder

@@ -20,7 +20,11 @@ def write_split(folder: Path, documents: list[list[int]], vocab_size: int) -> li
     begin = 0
     for sentences in documents:
         total = sum(sentences)
-        writer.add(np.arange(begin, begin + total) % (vocab_size - 5), np.array(sentences), np.array([len(sentences)]))
+        writer.add(
+            np.arange(begin, begin + total) % (vocab_size - 5),
+            np.array(sentences),
+            np.array([len(sentences)]),
+        )
         begin += total
     writer.close()
     return writer.shards
@@ -46,11 +50,18 @@ def tiny_dataset(
     (folder / "tokenizer" / "vocab.txt").write_text(
         "\n".join([*words, "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) + "\n", encoding="utf-8"
     )
-    special = {name: vocab_size - 5 + i for i, name in enumerate(("pad", "unk", "cls", "sep", "mask"))}
-    shards = {name: write_split(folder / name, documents, vocab_size) for name, documents in splits.items()}
+    special = {
+        name: vocab_size - 5 + i for i, name in enumerate(("pad", "unk", "cls", "sep", "mask"))
+    }
+    shards = {
+        name: write_split(folder / name, documents, vocab_size)
+        for name, documents in splits.items()
+    }
     manifest = {
         "vocab_size": vocab_size,
         "special": special,
-        "splits": {name: {"shards": [vars(counts) for counts in of]} for name, of in shards.items()},
+        "splits": {
+            name: {"shards": [vars(counts) for counts in of]} for name, of in shards.items()
+        },
     }
     return TokenDataset(folder, manifest, "0" * 64)

@@ -50,7 +50,8 @@ PATIENCE_S = 300.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.torture", description="Disturb runs, and compare every loss with undisturbed ones."
+        prog="python -m tests.torture",
+        description="Disturb runs, and compare every loss with undisturbed ones.",
     )
     for name, default, what in (
         ("kills", 200, "kill -9 of one rank or of all, at random moments"),
@@ -61,7 +62,9 @@ def main() -> int:
         ("seed", 1, "of all random choices"),
         ("width", 2, "runs at a time"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default})")
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default {default})"
+        )
     parser.add_argument("--folder", type=Path, help="where to work; by default a temporary folder")
     parser.add_argument("--record", type=Path, help="a page to write the result into")
     options = parser.parse_args()
@@ -71,13 +74,21 @@ def main() -> int:
     print(f"in {folder}", flush=True)
     began = time.monotonic()
     lab = Laboratory(
-        folder, make_store(folder), options.width, lambda line: print(f"{time.monotonic() - began:6.0f} s  {line}", flush=True)
+        folder,
+        make_store(folder),
+        options.width,
+        lambda line: print(f"{time.monotonic() - began:6.0f} s  {line}", flush=True),
     )
-    found = {"kill -9": kills(lab, options.kills, options.seed), "flipped bits": flips(lab, options.flips, options.seed)}
+    found = {
+        "kill -9": kills(lab, options.kills, options.seed),
+        "flipped bits": flips(lab, options.flips, options.seed),
+    }
     found["flipped bits of a dataset"] = dataset_flips(lab, options.dataset_flips, options.seed)
     found["crash points"] = Tally()
     for _ in range(options.crashes):
-        for rank, points in enumerate(([p for p in POINTS if p not in BESIDE_A_DAMAGED_ONE], ON_EVERY_RANK)):
+        for rank, points in enumerate(
+            ([p for p in POINTS if p not in BESIDE_A_DAMAGED_ONE], ON_EVERY_RANK)
+        ):
             found["crash points"] += crashes(lab, points, rank, 2, 1)
     if (reason := why_not()) is None or not options.nodes:
         found["lost nodes"] = lost_nodes(lab, options.nodes, options.seed)
@@ -95,7 +106,12 @@ def make_store(folder: Path) -> Path:
     """Of the Python language reference, which every Python has."""
     from fastbert.data.prepare import prepare
 
-    paragraphs = [" ".join(paragraph.split()) for name in sorted(topics) for paragraph in topics[name].split("\n\n") if paragraph.strip()]
+    paragraphs = [
+        " ".join(paragraph.split())
+        for name in sorted(topics)
+        for paragraph in topics[name].split("\n\n")
+        if paragraph.strip()
+    ]
     documents = ["\n".join(paragraphs[i : i + 4]) for i in range(0, len(paragraphs), 4)]
     text = folder / "english.txt"
     text.write_text("\n\n".join(documents), encoding="utf-8")
@@ -108,13 +124,21 @@ def make_store(folder: Path) -> Path:
 
 def lost_nodes(lab: Laboratory, count: int, seed: int) -> Tally:
     """One of two nodes is cut off or killed; the other one goes on, with the same losses to rounding, and the first may come back."""
-    return lab.series("lost nodes", [functools.partial(_lost, lab, f"{seed}/{i}") for i in range(count)])
+    return lab.series(
+        "lost nodes", [functools.partial(_lost, lab, f"{seed}/{i}") for i in range(count)]
+    )
 
 
 def _lost(lab: Laboratory, seed: str) -> Tally:
-    generator, trial, undisturbed = random.Random(seed), lab.trial(f"runtime.timeout_s={NODE_TIMEOUT_S}"), lab.undisturbed(1, 0)
+    generator, trial, undisturbed = (
+        random.Random(seed),
+        lab.trial(f"runtime.timeout_s={NODE_TIMEOUT_S}"),
+        lab.undisturbed(1, 0),
+    )
     lost, lines = generator.choice((1, 1, 0)), generator.randrange(lab.steps - 2)
-    cut = lost == 1 and generator.random() < 0.5  # a node 0 that is only cut off leaves two that both go on: one of them in vain
+    cut = (
+        lost == 1 and generator.random() < 0.5
+    )  # a node 0 that is only cut off leaves two that both go on: one of them in vain
     comes_back = cut and generator.random() < 0.5
     with Nodes(2) as nodes:
         started = [_torchrun(trial, nodes[i], "node0") for i in (0, 1)]
@@ -140,9 +164,21 @@ def _lost(lab: Laboratory, seed: str) -> Tally:
 
 def _torchrun(trial: Trial, node: Node, endpoint: str) -> Process:
     meet = f"--nnodes 1:2 --max-restarts 100 --rdzv-backend fastbert --rdzv-endpoint {endpoint}:29500 --rdzv-conf {QUICK}"
-    command = [sys.executable, "-m", "torch.distributed.run", *meet.split(), "--nproc-per-node", "1", "-m", "fastbert", *trial.command]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *meet.split(),
+        "--nproc-per-node",
+        "1",
+        "-m",
+        "fastbert",
+        *trial.command,
+    ]
     with open(trial.folder / "said", "ab") as said:
-        return node.popen(command, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        return node.popen(
+            command, env=environment(), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+        )
 
 
 # The record
@@ -150,9 +186,14 @@ def _torchrun(trial: Trial, node: Node, endpoint: str) -> Process:
 
 def record(page: Path, found: dict[str, Tally], total: Tally, seed: int, minutes: float) -> None:
     """Put the result where the page has a place for it."""
-    counts = {name: (tally.tried, tally.survived, tally.compared, tally.equal) for name, tally in {**found, "all": total}.items()}
+    counts = {
+        name: (tally.tried, tally.survived, tally.compared, tally.equal)
+        for name, tally in {**found, "all": total}.items()
+    }
     rows = [[name, *(f"{count:,}" for count in of)] for name, of in counts.items()]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
     result = (
         f"`python -m tests.torture`, commit {git.stdout.strip() or 'unknown'}, {date.today()}, seed {seed}: {minutes:.0f} minutes on "
         f"{os.cpu_count()} cores, {platform.system()}.\n\n"

@@ -34,7 +34,15 @@ class Toys:
         more: environment variables.
     """
 
-    def __init__(self, work: Callable[..., int], arguments: tuple[Any, ...], folder: Path, world: int, only: Any = None, **more: str):
+    def __init__(
+        self,
+        work: Callable[..., int],
+        arguments: tuple[Any, ...],
+        folder: Path,
+        world: int,
+        only: Any = None,
+        **more: str,
+    ):
         self.folder, self.world, self.variables = folder, world, more
         self.port = int(more.get("MASTER_PORT") or free_port())
         self._work, self._arguments = work, arguments
@@ -43,17 +51,33 @@ class Toys:
 
     def start(self, ranks: Any) -> None:
         for rank in ranks:
-            values = (str(rank), str(self.world), str(rank), str(self.world), "127.0.0.1", str(self.port))
-            variables = {**(dict(zip(LAUNCHER, values, strict=True)) if self.world > 1 else {}), **self.variables}
+            values = (
+                str(rank),
+                str(self.world),
+                str(rank),
+                str(self.world),
+                "127.0.0.1",
+                str(self.port),
+            )
+            variables = {
+                **(dict(zip(LAUNCHER, values, strict=True)) if self.world > 1 else {}),
+                **self.variables,
+            }
             self.processes[rank] = FORKED.Process(
-                target=_begin, args=(self._work, self._arguments, variables, str(self.folder / str(rank)))
+                target=_begin,
+                args=(self._work, self._arguments, variables, str(self.folder / str(rank))),
             )
             self.processes[rank].start()
 
     def __enter__(self) -> Toys:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for process in self.processes.values():
             process.kill()
             process.join()
@@ -83,7 +107,9 @@ class Toys:
         """Return when a rank has printed these words."""
         end = time.monotonic() + PATIENCE_S
         while words not in self.out(rank):
-            assert time.monotonic() < end and self.processes[rank].is_alive(), f"rank {rank}: {self.out(rank)} {self.err(rank)}"
+            assert time.monotonic() < end and self.processes[rank].is_alive(), (
+                f"rank {rank}: {self.out(rank)} {self.err(rank)}"
+            )
             time.sleep(0.02)
 
     def name(self, rank: int) -> str:
@@ -95,7 +121,9 @@ class Toys:
         return path.read_text() if path.exists() else ""
 
 
-def _begin(work: Callable[..., int], arguments: tuple[Any, ...], variables: Mapping[str, str], name: str) -> None:
+def _begin(
+    work: Callable[..., int], arguments: tuple[Any, ...], variables: Mapping[str, str], name: str
+) -> None:
     signal.alarm(int(2 * PATIENCE_S))  # should the tests be gone
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
@@ -133,4 +161,8 @@ def listening(*pids: int) -> set[tuple[int, str, int]]:
     return found
 
 
-ADDRESSES = {"0100007F": "127.0.0.1", "00000000": "0.0.0.0", "0" * 32: "::"}  # little-endian words, as this machine writes them
+ADDRESSES = {
+    "0100007F": "127.0.0.1",
+    "00000000": "0.0.0.0",
+    "0" * 32: "::",
+}  # little-endian words, as this machine writes them

@@ -27,7 +27,9 @@ from fastbert.training.metrics import read_metrics
 from tests.ranks import PATIENCE_S, Ranks, catches
 
 CLOCK = ("seconds", "tokens_per_s", "training_seconds")  # what differs between two equal runs
-TIMEOUT_S = 15.0  # runtime.timeout_s: long for a step that takes 50 ms, also where others share the cores
+TIMEOUT_S = (
+    15.0  # runtime.timeout_s: long for a step that takes 50 ms, also where others share the cores
+)
 MARGIN_S = 50.0  # beyond it: for the processes to end
 STEPS = 24
 
@@ -77,7 +79,12 @@ class Tally:
     problems: list[str] = field(default_factory=list)
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(*(getattr(self, name) + getattr(other, name) for name in ("tried", "survived", "compared", "equal", "problems")))
+        return Tally(
+            *(
+                getattr(self, name) + getattr(other, name)
+                for name in ("tried", "survived", "compared", "equal", "problems")
+            )
+        )
 
     @property
     def sound(self) -> bool:
@@ -105,17 +112,28 @@ class Trial:
 
     namespaces: int | None = None
 
-    def __init__(self, folder: Path, dataset: Path, *overrides: str, stage: int = 0, steps: int = STEPS):
+    def __init__(
+        self, folder: Path, dataset: Path, *overrides: str, stage: int = 0, steps: int = STEPS
+    ):
         self.folder, self.dataset, self.overrides, self.starts = folder, dataset, overrides, 0
         self.run = self.seen = folder / "run"
         folder.mkdir(parents=True)
         self.recipe = folder / "recipe.toml"
         self.set_stage(stage)
-        text = RECIPE.format(dataset=dataset, run=self.run, steps=steps, deepspeed=folder / "ds_config.json", timeout_s=TIMEOUT_S)
+        text = RECIPE.format(
+            dataset=dataset,
+            run=self.run,
+            steps=steps,
+            deepspeed=folder / "ds_config.json",
+            timeout_s=TIMEOUT_S,
+        )
         self.recipe.write_text(text, encoding="utf-8")
 
     def set_stage(self, stage: int) -> None:
-        zero = {"stage": stage, **({"reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000} if stage else {})}
+        zero = {
+            "stage": stage,
+            **({"reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000} if stage else {}),
+        }
         (self.folder / "ds_config.json").write_text(json.dumps({"zero_optimization": zero}))
 
     @property
@@ -126,13 +144,21 @@ class Trial:
     def start(self, world: int = 1, *overrides: str, **more: str) -> Ranks:
         """Its processes; what they say goes into a folder of this start."""
         self.starts += 1
-        return Ranks([*self.command, *overrides], self.folder / f"start-{self.starts:02}", world, self.namespaces, **more)
+        return Ranks(
+            [*self.command, *overrides],
+            self.folder / f"start-{self.starts:02}",
+            world,
+            self.namespaces,
+            **more,
+        )
 
     def go_on(self, world: int = 1, *overrides: str, **more: str) -> list[str]:
         """Train undisturbed to the end; returns the lines that rank 0 printed."""
         with self.start(world, *overrides, **more) as ranks:
             if any(ranks.wait()):
-                raise AssertionError(f"{self.folder}, start {self.starts}: exit codes {ranks.codes}: {ranks.errors}")
+                raise AssertionError(
+                    f"{self.folder}, start {self.starts}: exit codes {ranks.codes}: {ranks.errors}"
+                )
             return ranks[0].out.read_text().splitlines()
 
     def records(self, *events: str | None) -> list[dict[str, Any]]:
@@ -163,16 +189,24 @@ class Trial:
         """
         expected = {(r.get("event"), r["step"]): r for r in undisturbed.records(None, "evaluate")}
         found = self.records(None, "evaluate")
-        wrong = [r for r in found if not _equal(r, expected.get((r.get("event"), r["step"]), {}), rounding)]
+        wrong = [
+            r
+            for r in found
+            if not _equal(r, expected.get((r.get("event"), r["step"]), {}), rounding)
+        ]
         tally = Tally(compared=len(found), equal=len(found) - len(wrong))
         if missing := set(expected) - {(r.get("event"), r["step"]) for r in found}:
             tally.problems.append(f"{self.folder}: lines are missing: {sorted(missing, key=str)}")
         if wrong:
-            tally.problems.append(f"{self.folder}: {wrong[0]} should be {expected.get((wrong[0].get('event'), wrong[0]['step']))}")
+            tally.problems.append(
+                f"{self.folder}: {wrong[0]} should be {expected.get((wrong[0].get('event'), wrong[0]['step']))}"
+            )
         after = 0
         for record in self.records(None, "resume"):
             if "event" not in record and record["step"] != after + 1:
-                tally.problems.append(f"{self.folder}: step {record['step']} comes after step {after}")
+                tally.problems.append(
+                    f"{self.folder}: step {record['step']} comes after step {after}"
+                )
             after = record["step"]
         return tally
 
@@ -202,7 +236,13 @@ class Laboratory:
 
     steps = STEPS  # of every run that is compared
 
-    def __init__(self, folder: Path, dataset: Path, width: int = 2, report: Callable[[str], None] = lambda line: None):
+    def __init__(
+        self,
+        folder: Path,
+        dataset: Path,
+        width: int = 2,
+        report: Callable[[str], None] = lambda line: None,
+    ):
         self.folder, self.dataset, self.width, self._report = folder, dataset, width, report
         self._lock = threading.RLock()
         self._undisturbed: dict[tuple[int, int], tuple[Trial, tuple[float, float]]] = {}
@@ -211,7 +251,13 @@ class Laboratory:
     def trial(self, *overrides: str, stage: int = 0, steps: int = STEPS) -> Trial:
         with self._lock:
             self._made += 1
-            return Trial(self.folder / f"trial-{self._made:04}", self.dataset, *overrides, stage=stage, steps=steps)
+            return Trial(
+                self.folder / f"trial-{self._made:04}",
+                self.dataset,
+                *overrides,
+                stage=stage,
+                steps=steps,
+            )
 
     def undisturbed(self, world: int, stage: int) -> Trial:
         """A run from beginning to end, made once."""
@@ -266,10 +312,14 @@ SHAPES = ((2, 1), (1, 0), (2, 3), (2, 0), (2, 2))  # ranks, stage
 KILLS = 5  # of one run
 
 
-def kills(lab: Laboratory, count: int, seed: int, shapes: Sequence[tuple[int, int]] = SHAPES) -> Tally:
+def kills(
+    lab: Laboratory, count: int, seed: int, shapes: Sequence[tuple[int, int]] = SHAPES
+) -> Tally:
     """kill -9 at random moments, of one rank or all, until `count` of them have hit; each run goes on from what is there, to its end."""
     runs = [
-        functools.partial(_killed, lab, *shapes[i % len(shapes)], min(KILLS, count - i * KILLS), f"{seed}/{i}")
+        functools.partial(
+            _killed, lab, *shapes[i % len(shapes)], min(KILLS, count - i * KILLS), f"{seed}/{i}"
+        )
         for i in range(-(-count // KILLS))
     ]
     return lab.series("kills", runs)
@@ -285,7 +335,9 @@ def _killed(lab: Laboratory, world: int, stage: int, wanted: int, seed: str) -> 
             hit += 1
         result = lab.finish(trial, world, stage)
         result.tried, result.survived = hit, 0 if result.problems else hit
-        result.problems = [f"seed {seed}, {world} ranks, stage {stage}: {problem}" for problem in result.problems]
+        result.problems = [
+            f"seed {seed}, {world} ranks, stage {stage}: {problem}" for problem in result.problems
+        ]
         tally += result
     return tally
 
@@ -311,7 +363,9 @@ def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: rand
         for rank, code in zip(ranks.ranks, codes, strict=True):
             # 0: the kill came after the last thing that they do together.
             assert code in (0, 1, -signal.SIGKILL), f"{where}: exit codes {codes}: {ranks.errors}"
-            assert code != 1 or f"rank {victim}" in rank.err.read_text(), f"{where}: nobody is named: {rank.err.read_text()!r}"
+            assert code != 1 or f"rank {victim}" in rank.err.read_text(), (
+                f"{where}: nobody is named: {rank.err.read_text()!r}"
+            )
     check_nothing_is_damaged(trial)
     return True
 
@@ -322,7 +376,9 @@ def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: rand
 def flips(lab: Laboratory, count: int, seed: int) -> Tally:
     """One bit, anywhere in the newest checkpoint: it is noticed and named, and the run goes on from the one before."""
     lab.undisturbed(1, 0)
-    return lab.series("flipped bits", [functools.partial(_flipped, lab, f"{seed}/{i}") for i in range(count)])
+    return lab.series(
+        "flipped bits", [functools.partial(_flipped, lab, f"{seed}/{i}") for i in range(count)]
+    )
 
 
 def _flipped(lab: Laboratory, seed: str) -> Tally:
@@ -340,7 +396,9 @@ def _flipped(lab: Laboratory, seed: str) -> Tally:
     if not (named and any(line.startswith(f"resuming from {before}") for line in said)):
         tally.problems.append("not noticed: " + " | ".join(said[:3]))
     if tally.problems:
-        tally.problems = [f"seed {seed}, {file}, bit {bit}: {problem}" for problem in tally.problems]
+        tally.problems = [
+            f"seed {seed}, {file}, bit {bit}: {problem}" for problem in tally.problems
+        ]
         return tally
     tally.survived = 1
     shutil.rmtree(trial.folder)
@@ -350,24 +408,41 @@ def _flipped(lab: Laboratory, seed: str) -> Tally:
 def dataset_flips(lab: Laboratory, count: int, seed: int) -> Tally:
     """One bit, anywhere in the dataset: training and evaluation refuse it in one line that names the file, and nothing is written."""
     lab.undisturbed(1, 0)
-    return lab.series("flipped bits of a dataset", [functools.partial(_flipped_dataset, lab, f"{seed}/{i}") for i in range(count)])
+    return lab.series(
+        "flipped bits of a dataset",
+        [functools.partial(_flipped_dataset, lab, f"{seed}/{i}") for i in range(count)],
+    )
 
 
 def _flipped_dataset(lab: Laboratory, seed: str) -> Tally:
     generator, trial = random.Random(seed), lab.trial()
-    copy = shutil.copytree(lab.dataset, trial.folder / "dataset", ignore=shutil.ignore_patterns(".*"))
+    copy = shutil.copytree(
+        lab.dataset, trial.folder / "dataset", ignore=shutil.ignore_patterns(".*")
+    )
     file = generator.choice(sorted(path for path in copy.rglob("*") if path.is_file()))
     bit = generator.randrange(8 * file.stat().st_size)
     flip(file, bit)
     trained = [*trial.command, f"data={copy}"]
-    evaluated = ["evaluate", str(lab.undisturbed(1, 0).run), "--data", str(copy), "--sequences", "8"]
+    evaluated = [
+        "evaluate",
+        str(lab.undisturbed(1, 0).run),
+        "--data",
+        str(copy),
+        "--sequences",
+        "8",
+    ]
     command = generator.choice([trained, evaluated])
     with Ranks(command, trial.folder / "start") as ranks:
         codes, said = ranks.wait(), ranks.errors.splitlines()
     if codes == [2] and len(said) == 1 and str(file) in said[0] and not trial.run.exists():
         shutil.rmtree(trial.folder)
         return Tally(tried=1, survived=1)
-    return Tally(tried=1, problems=[f"seed {seed}, {file}, bit {bit}, {command[0]}: exit code {codes[0]}: {' | '.join(said)}"])
+    return Tally(
+        tried=1,
+        problems=[
+            f"seed {seed}, {file}, bit {bit}, {command[0]}: exit code {codes[0]}: {' | '.join(said)}"
+        ],
+    )
 
 
 def flip(file: Path, bit: int) -> None:
@@ -388,7 +463,10 @@ BESIDE_A_DAMAGED_ONE = ("moving-aside", "moved-aside")
 def crashes(lab: Laboratory, points: Sequence[str], rank: int, world: int, stage: int) -> Tally:
     """A rank dies by kill -9 at one point of a save after the other: a start each, in as few runs as there are at a time."""
     lab.undisturbed(world, stage)
-    runs = [functools.partial(_crashed, lab, points[i :: lab.width], rank, world, stage) for i in range(min(lab.width, len(points)))]
+    runs = [
+        functools.partial(_crashed, lab, points[i :: lab.width], rank, world, stage)
+        for i in range(min(lab.width, len(points)))
+    ]
     return lab.series(f"crash points of rank {rank}", runs)
 
 
@@ -398,7 +476,9 @@ def _crashed(lab: Laboratory, points: Sequence[str], rank: int, world: int, stag
         tally.tried += 1
         with trial.start(world, FASTBERT_FAILPOINT=f"{point}:{rank}") as ranks:
             codes = ranks.wait(TIMEOUT_S + MARGIN_S)
-            where = f"{point}, {trial.folder}, start {trial.starts}: exit codes {codes}: {ranks.errors}"
+            where = (
+                f"{point}, {trial.folder}, start {trial.starts}: exit codes {codes}: {ranks.errors}"
+            )
             assert codes == [-signal.SIGKILL if r == rank else 1 for r in range(world)], where
             tally.survived += 1
         check_nothing_is_damaged(trial)

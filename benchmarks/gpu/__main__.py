@@ -94,7 +94,9 @@ class Session:
             outcome = self.run_part(part, min(left, max(share, part.least_s)))
             well &= outcome in ("passed", LEFT_OUT) or (outcome == CUT_OFF and part.name == "tests")
             if part.name == GATE and (wrong(self.out, GATE) or outcome.startswith("crashed")):
-                self.results.add("stopped", why=f"{GATE} found something wrong; nothing else would mean anything")
+                self.results.add(
+                    "stopped", why=f"{GATE} found something wrong; nothing else would mean anything"
+                )
                 return False
             write(self.out)
         return well and not wrong(self.out)
@@ -111,11 +113,17 @@ class Session:
             with ThreadPoolExecutor(len(commands) + 1) as pool:
                 if part.name == "environment":
                     pool.submit(self.warm_up, limit)
-                outcomes = list(pool.map(lambda command: self.to_the_end(part, command, start + limit), commands))
+                outcomes = list(
+                    pool.map(
+                        lambda command: self.to_the_end(part, command, start + limit), commands
+                    )
+                )
             outcome = next((outcome for outcome in outcomes if outcome != "passed"), "passed")
         counted = kernel_tests.counts(self.out) if part.name == "tests" else {}
         seconds = time.monotonic() - start
-        Results(self.out, part.name, self.dry).add("part", outcome=outcome, seconds=round(seconds, 1), limit=round(limit, 1), **counted)
+        Results(self.out, part.name, self.dry).add(
+            "part", outcome=outcome, seconds=round(seconds, 1), limit=round(limit, 1), **counted
+        )
         print(f"==> {part.name}: {outcome}, {seconds:.0f} s", flush=True)
         return outcome
 
@@ -133,24 +141,42 @@ class Session:
         command = children.module("gpu.warm_up", "--out", str(self.out), *["--dry-run"] * self.dry)
         code = children.run(command, self.out / "warm_up.log", children.environment(), limit)
         if code != 0:
-            why = "was stopped at the limit of the part; what was compiled by then is kept" if code is None else f"ended with {code}"
+            why = (
+                "was stopped at the limit of the part; what was compiled by then is kept"
+                if code is None
+                else f"ended with {code}"
+            )
             Results(self.out, "environment", self.dry).add("warm-up", why=why)
 
     def to_the_end(self, part: Part, command: list[str], end: float) -> str:
         """How a command ended. One that breaks off is started again, behind what broke it, as long as there is progress."""
         log, results = self.out / f"{part.name}.log", Results(self.out, part.name, self.dry)
-        finished, good = (kernel_tests.FINISHED, kernel_tests.GOOD) if part.name == "tests" else ((DONE, WRONG), (DONE,))
+        finished, good = (
+            (kernel_tests.FINISHED, kernel_tests.GOOD)
+            if part.name == "tests"
+            else ((DONE, WRONG), (DONE,))
+        )
         crashed, before = False, -1
         while True:
             code = children.run(command, log, children.environment(), end - time.monotonic())
             if code is None or self.interrupted:
-                self.close_items(results, "cut off", "not finished when the time of the part was up")
+                self.close_items(
+                    results, "cut off", "not finished when the time of the part was up"
+                )
                 return CUT_OFF
             if code in finished:
-                return "crashed once or more" if crashed else "passed" if code in good else "wrong or failed"
+                return (
+                    "crashed once or more"
+                    if crashed
+                    else "passed"
+                    if code in good
+                    else "wrong or failed"
+                )
             if code != BROKEN:
                 said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-                why = f"the process ended here, with {code}" + "".join(f"; the last line of {log.name}: {line[:200]}" for line in said)
+                why = f"the process ended here, with {code}" + "".join(
+                    f"; the last line of {log.name}: {line[:200]}" for line in said
+                )
                 self.close_items(results, "crashed", why)
             progress = self.progress(part, command)
             if progress == before:
@@ -183,20 +209,38 @@ def sample_clocks(out: Path) -> subprocess.Popen | None:
         return None
     command = ["nvidia-smi", f"--query-gpu={SAMPLED}", "--format=csv,noheader,nounits", "-l", "1"]
     with (out / CLOCKS).open("wb") as file:
-        return children.start(command, children.environment(), stdout=file, stderr=subprocess.DEVNULL)
+        return children.start(
+            command, children.environment(), stdout=file, stderr=subprocess.DEVNULL
+        )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results; new or empty")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"when it must have ended ({SECONDS})")
-    parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], metavar="PART", help="only these")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU: compile every kernel, launch none")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the results; new or empty"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"when it must have ended ({SECONDS})"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=[part.name for part in PARTS],
+        metavar="PART",
+        help="only these",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on a CPU: compile every kernel, launch none"
+    )
     options = parser.parse_args()
     end = time.monotonic() + options.seconds - RESERVE_S
     out: Path = options.out.resolve()
     if out.exists() and any(out.iterdir()):
-        print(f"gpu: --out {options.out} is not empty; name a new folder, so that a report is of one run")
+        print(
+            f"gpu: --out {options.out} is not empty; name a new folder, so that a report is of one run"
+        )
         return 2
     if not options.dry_run:
         import torch
@@ -212,7 +256,9 @@ def main() -> int:
     clocks = sample_clocks(out)
     well = False
     try:
-        well = session.run([part for part in PARTS if part.name in (options.parts or part.name)], end)
+        well = session.run(
+            [part for part in PARTS if part.name in (options.parts or part.name)], end
+        )
     finally:
         if clocks:
             children.stop(clocks)

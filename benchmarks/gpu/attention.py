@@ -26,9 +26,16 @@ def cases(where: Place, proposals: Sequence[Proposal] = ()) -> list[Case]:
 
     def case(n: int, size: int, p: float) -> Case:
         label = f"n={n}" if size == HEAD_SIZE else f"n={n} K={size}"
-        return Case("attention", label, {"lengths": [n] * (where.tokens // n), "H": HIDDEN_SIZE // size, "K": size}, p)
+        return Case(
+            "attention",
+            label,
+            {"lengths": [n] * (where.tokens // n), "H": HIDDEN_SIZE // size, "K": size},
+            p,
+        )
 
-    asked_for = {proposal.key.size for proposal in proposals if proposal.key.kernel.startswith("attention")}
+    asked_for = {
+        proposal.key.size for proposal in proposals if proposal.key.kernel.startswith("attention")
+    }
     lengths = DRY_LENGTHS if where.dry else LENGTHS
     return [case(n, HEAD_SIZE, p) for n in lengths for p in (0.1, 0.0)] + [
         case(n, size, 0.1) for size in (32, 128) if size in asked_for for n in lengths[:2]
@@ -41,7 +48,9 @@ def offered(case: Case, given: dict[str, Any]) -> dict[str, Rival | str]:
     sdpa = by_torch["SDPA"]
     assert not isinstance(sdpa, str)
     forward, leaves = sdpa
-    chosen: Mapping[str, Rival | str] = {name: (by(backend, forward), leaves) for name, backend in BACKENDS.items()}
+    chosen: Mapping[str, Rival | str] = {
+        name: (by(backend, forward), leaves) for name, backend in BACKENDS.items()
+    }
     return {**chosen, "varlen_attn": by_torch["varlen_attn"], **peers(case, given)}
 
 

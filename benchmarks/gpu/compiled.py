@@ -23,10 +23,20 @@ def items(part: Part) -> list[Item]:
         if isinstance(eager, str):
             return {"torch.compile": eager}
         torch.compiler.reset()
-        backend = "eager" if part.place.dry else "inductor"  # dry: its graphs, without a compiler for the CPU
-        return {"torch.compile": (torch.compile(eager[0], fullgraph=True, dynamic=False, backend=backend), eager[1])}
+        backend = (
+            "eager" if part.place.dry else "inductor"
+        )  # dry: its graphs, without a compiler for the CPU
+        return {
+            "torch.compile": (
+                torch.compile(eager[0], fullgraph=True, dynamic=False, backend=backend),
+                eager[1],
+            )
+        }
 
-    return [item._replace(patience_s=PATIENCE_S) for item in measure.items(part, [by_name[name] for name in WANTED], [], offered)]
+    return [
+        item._replace(patience_s=PATIENCE_S)
+        for item in measure.items(part, [by_name[name] for name in WANTED], [], offered)
+    ]
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ REFUSED = "ERR_NVGPUCTRPERM"
 # What a report shows of it: name, and the first metric that is there of these patterns.
 SHOWN = {
     "us": (r"gpu__time_duration\.sum",),
-    "issue slots, %": (r"sm__inst_issued\.avg\.pct_of_peak_sustained_active", r"smsp__issue_active\.avg\.pct.*"),
+    "issue slots, %": (
+        r"sm__inst_issued\.avg\.pct_of_peak_sustained_active",
+        r"smsp__issue_active\.avg\.pct.*",
+    ),
     "matrix units, %": (
         r"sm__pipe_tensor_cycles_active\.avg\.pct_of_peak_sustained_active",
         r"sm__inst_executed_pipe_tensor.*\.avg\.pct_of_peak_sustained_active",
@@ -62,7 +65,12 @@ SHOWN = {
     "registers": (r"launch__registers_per_thread",),
     "warps, %": (r"sm__warps_active\.avg\.pct_of_peak_sustained_active",),
 }
-SCALES = {"us": 1e-3, "L2 MB": 1e-6, "memory read MB": 1e-6, "memory written MB": 1e-6}  # of nanoseconds and bytes
+SCALES = {
+    "us": 1e-3,
+    "L2 MB": 1e-6,
+    "memory read MB": 1e-6,
+    "memory written MB": 1e-6,
+}  # of nanoseconds and bytes
 STALL = re.compile(
     r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active(?:\.ratio)?|smsp__average_warp_latency_issue_stalled_(\w+)\.ratio"
 )
@@ -78,7 +86,10 @@ def items(part: Part) -> list[Item]:
     if part.place.dry:
         part.results.add("note", why="a dry run launches nothing that could be counted")
         return []
-    return [Item(name, functools.partial(count, part, name, part.out / f"counters-{number}.csv")) for number, name in enumerate(CASES)]
+    return [
+        Item(name, functools.partial(count, part, name, part.out / f"counters-{number}.csv"))
+        for number, name in enumerate(CASES)
+    ]
 
 
 def count(part: Part, case: str, raw: Path, seconds: float) -> None:
@@ -90,7 +101,9 @@ def count(part: Part, case: str, raw: Path, seconds: float) -> None:
         *(word for name in SECTIONS for word in ("--section", name)),
         sys.executable, "-m", "benchmarks.gpu.launches", case,
     ]  # fmt: skip
-    code = children.run(command, part.out / "counters.log", children.environment(), 2.2 * seconds + 5)
+    code = children.run(
+        command, part.out / "counters.log", children.environment(), 2.2 * seconds + 5
+    )
     written = raw.read_text(encoding="utf-8", errors="replace") if raw.exists() else ""
     if REFUSED in written:
         part.results.add("note", why=f"counters are not permitted here ({REFUSED})")
@@ -99,7 +112,9 @@ def count(part: Part, case: str, raw: Path, seconds: float) -> None:
     for kernel, values in kernels:
         part.results.add("counters", case=case, kernel=kernel, **shown(values))
     if not kernels:
-        said = [line for line in written.splitlines() if line.startswith("==ERROR==")] or [f"exit code {code}"]
+        said = [line for line in written.splitlines() if line.startswith("==ERROR==")] or [
+            f"exit code {code}"
+        ]
         part.results.add("note", item=case, why=f"ncu counted nothing: {said[0][:200]}")
 
 
@@ -107,7 +122,9 @@ def count(part: Part, case: str, raw: Path, seconds: float) -> None:
 def known_metrics() -> list[str]:
     """The option that asks for METRICS, without those that `ncu --query-metrics` does not list; nothing if it lists none."""
     try:
-        said = subprocess.run(["ncu", "--query-metrics"], capture_output=True, text=True, timeout=KNOWN_SECONDS).stdout
+        said = subprocess.run(
+            ["ncu", "--query-metrics"], capture_output=True, text=True, timeout=KNOWN_SECONDS
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     names = {line.split()[0] for line in said.splitlines() if line.strip()}
@@ -125,7 +142,11 @@ def parse(text: str) -> list[tuple[str, dict[str, float]]]:
         if not number or not kernel:  # the line of units
             continue
         values = kernels.setdefault(number, (kernel.partition("(")[0], {}))[1]
-        pairs = [(row.get("Metric Name"), row.get("Metric Value"))] if "Metric Name" in row else list(row.items())
+        pairs = (
+            [(row.get("Metric Name"), row.get("Metric Value"))]
+            if "Metric Name" in row
+            else list(row.items())
+        )
         for name, value in pairs:
             if name and (found := to_number(value)) is not None:
                 values[name] = found
@@ -144,7 +165,15 @@ def shown(values: Mapping[str, float]) -> dict[str, float | str]:
     """What the report has of a kernel's metrics, and what its warps waited for most, in warps for each instruction issued."""
     found: dict[str, float | str] = {}
     for label, patterns in SHOWN.items():
-        match = next((value for pattern in patterns for name, value in values.items() if re.fullmatch(pattern, name)), None)
+        match = next(
+            (
+                value
+                for pattern in patterns
+                for name, value in values.items()
+                if re.fullmatch(pattern, name)
+            ),
+            None,
+        )
         if match is not None:
             found[label] = round(match * SCALES.get(label, 1.0), 3)
     stalls = {m[1] or m[2]: value for name, value in values.items() if (m := STALL.fullmatch(name))}

@@ -32,7 +32,10 @@ EXACT, PLAIN, OURS = "reference, fp32", "reference", "triton"
 
 
 def items(part: Part) -> list[Item]:
-    return [Item(f"dropout {dropout:g}", functools.partial(train, part, dropout)) for dropout in (0.0, 0.1)]
+    return [
+        Item(f"dropout {dropout:g}", functools.partial(train, part, dropout))
+        for dropout in (0.0, 0.1)
+    ]
 
 
 def train(part: Part, dropout: float, seconds: float) -> None:
@@ -40,20 +43,47 @@ def train(part: Part, dropout: float, seconds: float) -> None:
     where = part.place
     sizes, steps = (DRY_SIZES, DRY_STEPS) if where.dry else (SIZES, STEPS)
     batches = [made_up_batch(sizes, seed, where.device) for seed in range(steps)]
-    exact = curve(part, EXACT, dropout, sizes, torch.float32, batches, float("inf") if where.dry else seconds / 3)
-    plain, kernels = (curve(part, name, dropout, sizes, torch.bfloat16, batches[: len(exact)]) for name in (PLAIN, OURS))
+    exact = curve(
+        part,
+        EXACT,
+        dropout,
+        sizes,
+        torch.float32,
+        batches,
+        float("inf") if where.dry else seconds / 3,
+    )
+    plain, kernels = (
+        curve(part, name, dropout, sizes, torch.bfloat16, batches[: len(exact)])
+        for name in (PLAIN, OURS)
+    )
     near, far = distance(kernels, exact), distance(plain, exact)
     right = falls(kernels) and near <= NOISE * far
-    facts = {"dropout_p": dropout, "steps": len(kernels), "falls": falls(kernels), "distance": near, "distance_of_reference": far}
-    part.results.add("curves agree", **facts, first=kernels[0], last=kernels[-1], verdict=part.verdict(right))
+    facts = {
+        "dropout_p": dropout,
+        "steps": len(kernels),
+        "falls": falls(kernels),
+        "distance": near,
+        "distance_of_reference": far,
+    }
+    part.results.add(
+        "curves agree", **facts, first=kernels[0], last=kernels[-1], verdict=part.verdict(right)
+    )
 
 
 def curve(
-    part: Part, name: str, dropout: float, sizes: Sizes, dtype: torch.dtype, batches: Sequence[PackedBatch], seconds: float = float("inf")
+    part: Part,
+    name: str,
+    dropout: float,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    batches: Sequence[PackedBatch],
+    seconds: float = float("inf"),
 ) -> list[float]:
     """Losses of a step on each batch, for so many seconds after the first, in which all kinds of things are loaded."""
     impl = "triton" if name == OURS else "reference"
-    trainer = ours(model_config(sizes.preset, dropout), sizes.vocab_size, impl, part.place.device, dtype)
+    trainer = ours(
+        model_config(sizes.preset, dropout), sizes.vocab_size, impl, part.place.device, dtype
+    )
     losses: list[float] = []
     end = float("inf")
     for batch in batches:
@@ -69,7 +99,9 @@ def curve(
 
 
 def write(part: Part, name: str, dropout: float, losses: list[float], first: int) -> None:
-    part.results.add("curve", implementation=name, dropout_p=dropout, first_step=first, losses=losses[first:])
+    part.results.add(
+        "curve", implementation=name, dropout_p=dropout, first_step=first, losses=losses[first:]
+    )
 
 
 def distance(curve: Sequence[float], exact: Sequence[float]) -> float:
@@ -87,7 +119,9 @@ def joined(lines: Sequence[Line]) -> dict[tuple[float, str], list[float]]:
     found: dict[tuple[float, str], list[float]] = {}
     for line in lines:
         if line["what"] == "curve":
-            found.setdefault((line["dropout_p"], line["implementation"]), []).extend(map(float, line["losses"]))
+            found.setdefault((line["dropout_p"], line["implementation"]), []).extend(
+                map(float, line["losses"])
+            )
     return found
 
 

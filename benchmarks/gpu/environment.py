@@ -14,8 +14,22 @@ from benchmarks.gpu.items import Item, Part, in_one_line, program
 from benchmarks.machine import header
 from fastbert.machine import measure_bandwidth, measure_gemm_rate
 
-OPTIONAL = ("pytest", "pytest_benchmark", "liger_kernel", "cut_cross_entropy", "flash_attn", "matplotlib")
-ASKED = ("clocks.max.sm", "clocks.max.mem", "power.limit", "persistence_mode", "mig.mode.current", "compute_mode")
+OPTIONAL = (
+    "pytest",
+    "pytest_benchmark",
+    "liger_kernel",
+    "cut_cross_entropy",
+    "flash_attn",
+    "matplotlib",
+)
+ASKED = (
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "power.limit",
+    "persistence_mode",
+    "mig.mode.current",
+    "compute_mode",
+)
 
 
 def items(part: Part) -> list[Item]:
@@ -54,7 +68,9 @@ def driver(part: Part) -> None:
         command = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader"]
         try:
             said = subprocess.run(command, capture_output=True, text=True, timeout=5)
-            answers[name] = said.stdout.splitlines()[0].strip() if said.returncode == 0 and said.stdout else "-"
+            answers[name] = (
+                said.stdout.splitlines()[0].strip() if said.returncode == 0 and said.stdout else "-"
+            )
         except subprocess.SubprocessError as failure:
             answers[name] = in_one_line(failure)
     part.results.add("driver", answers=answers)
@@ -67,7 +83,14 @@ def rates(part: Part) -> None:
     gemm = measure_gemm_rate(torch.float32 if dry else torch.bfloat16, seconds, device)
     peak = part.place.peak()
     bandwidth = measure_bandwidth(seconds, device)
-    shares = {} if dry else {"gemm_share_of_peak": gemm / peak.flops, "bandwidth_share_of_peak": bandwidth / peak.bandwidth}
+    shares = (
+        {}
+        if dry
+        else {
+            "gemm_share_of_peak": gemm / peak.flops,
+            "bandwidth_share_of_peak": bandwidth / peak.bandwidth,
+        }
+    )
     part.results.add("rates", gemm=gemm, bandwidth=bandwidth, peak=peak._asdict(), **shares)
 
 

@@ -60,9 +60,13 @@ class Part:
                 self.results.add("note", item=item.name, why="no time was left")
                 continue
             share = left * item.weight / sum(other.weight for other in waiting[index:])
-            seconds = 0.0 if self.place.dry else share  # dry, nothing is measured for longer than it must be
+            seconds = (
+                0.0 if self.place.dry else share
+            )  # dry, nothing is measured for longer than it must be
             self.results.add("begin", item=item.name)
-            patience = max(item.patience_s, PATIENCE * share) * (DRY_PATIENCE if self.place.dry else 1)
+            patience = max(item.patience_s, PATIENCE * share) * (
+                DRY_PATIENCE if self.place.dry else 1
+            )
             faulthandler.dump_traceback_later(patience, exit=True)
             try:
                 item.run(seconds)
@@ -74,7 +78,11 @@ class Part:
             try:
                 self.place.wait()
             except Exception as failure:
-                self.results.add("failed", item=item.name, why=f"the GPU cannot be used any more: {in_one_line(failure)}")
+                self.results.add(
+                    "failed",
+                    item=item.name,
+                    why=f"the GPU cannot be used any more: {in_one_line(failure)}",
+                )
                 return BROKEN
             self.results.add("end", item=item.name)
         return WRONG if self.wrong else DONE
@@ -89,8 +97,14 @@ def main(name: str, items: Callable[[Part], list[Item]]) -> int:
     children.end_with_parent()
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.gpu.{name}")
     parser.add_argument("--out", type=Path, required=True, help="folder of results.jsonl")
-    parser.add_argument("--until", type=float, help="when it should have ended, in seconds since 1970 (in two minutes)")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU: compile every kernel, launch none")
+    parser.add_argument(
+        "--until",
+        type=float,
+        help="when it should have ended, in seconds since 1970 (in two minutes)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on a CPU: compile every kernel, launch none"
+    )
     options = parser.parse_args()
     with place(options.dry_run) as where:
         part = Part(name, where, options.out)

@@ -24,7 +24,10 @@ PYTEST = [
     "faulthandler_timeout=60",
     "--continue-on-collection-errors",
 ]
-FINISHED, GOOD = (0, 1, 5), (0, 5)  # exit codes of a pytest that came to its end: all passed, some failed, nothing left to do
+FINISHED, GOOD = (
+    (0, 1, 5),
+    (0, 5),
+)  # exit codes of a pytest that came to its end: all passed, some failed, nothing left to do
 SHOWN_FAILURES = 30
 
 
@@ -38,12 +41,26 @@ def commands(out: Path, dry: bool) -> list[list[str]]:
 
     Dry, a few of them, in Triton's interpreter. Left out is the test of these benchmarks, which is for machines without a GPU.
     """
-    kernels = sorted({*ROOT.glob("tests/test_*kernel*.py"), ROOT / "tests/test_operators.py"} - {ROOT / "tests/test_bench_kernels.py"})
-    marked = [path for path in sorted(ROOT.glob("tests/test_*.py")) if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
+    kernels = sorted(
+        {*ROOT.glob("tests/test_*kernel*.py"), ROOT / "tests/test_operators.py"}
+        - {ROOT / "tests/test_bench_kernels.py"}
+    )
+    marked = [
+        path
+        for path in sorted(ROOT.glob("tests/test_*.py"))
+        if "pytest.mark.gpu" in path.read_text(encoding="utf-8")
+    ]
     (out / FOLDER).mkdir(exist_ok=True)
     count = DRY_PROCESSES if dry else max(1, min(PROCESSES, (os.cpu_count() or 2) // 2))
-    chosen = ["-k", "gelu and fp32 and triton", str(ROOT / "tests/test_kernels.py")] if dry else ["-m", "not gpu", *map(str, kernels)]
-    shards = [[*_results(out, str(number)), "--shard", f"{number}/{count}", *chosen] for number in range(count)]
+    chosen = (
+        ["-k", "gelu and fp32 and triton", str(ROOT / "tests/test_kernels.py")]
+        if dry
+        else ["-m", "not gpu", *map(str, kernels)]
+    )
+    shards = [
+        [*_results(out, str(number)), "--shard", f"{number}/{count}", *chosen]
+        for number in range(count)
+    ]
     if marked:
         shards.append([*_results(out, "gpu"), "-m", "gpu", *map(str, marked)])
     return [[sys.executable, "-m", "pytest", *PYTEST, *shard] for shard in shards]
@@ -59,12 +76,19 @@ def begun(command: list[str]) -> int:
 
 
 def results(out: Path) -> list[dict]:
-    return [result for path in sorted((out / FOLDER).glob("*.jsonl")) for result in pytest_shard.read(path).values()]
+    return [
+        result
+        for path in sorted((out / FOLDER).glob("*.jsonl"))
+        for result in pytest_shard.read(path).values()
+    ]
 
 
 def counts(out: Path) -> dict[str, int]:
     found = results(out)
-    return {word: sum(result["outcome"] == word for result in found) for word in ("passed", "failed", "skipped", "started")}
+    return {
+        word: sum(result["outcome"] == word for result in found)
+        for word in ("passed", "failed", "skipped", "started")
+    }
 
 
 def summary_of_tests(out: Path) -> str:
@@ -72,7 +96,22 @@ def summary_of_tests(out: Path) -> str:
     found = results(out)
     if not found:
         return ""
-    text = ["## Tests", "", ", ".join(f"{count} {word}" for word, count in counts(out).items()) + " but not finished.", ""]
+    text = [
+        "## Tests",
+        "",
+        ", ".join(f"{count} {word}" for word, count in counts(out).items()) + " but not finished.",
+        "",
+    ]
     bad = [result for result in found if result["outcome"] in ("failed", "started")]
-    text += [f"- `{result['test']}`: {' '.join(result['message'].splitlines()[-1:])[:300]}" for result in bad[:SHOWN_FAILURES]]
-    return "\n".join(text + ([f"- and {len(bad) - SHOWN_FAILURES} more, in the log"] if len(bad) > SHOWN_FAILURES else [])).rstrip()
+    text += [
+        f"- `{result['test']}`: {' '.join(result['message'].splitlines()[-1:])[:300]}"
+        for result in bad[:SHOWN_FAILURES]
+    ]
+    return "\n".join(
+        text
+        + (
+            [f"- and {len(bad) - SHOWN_FAILURES} more, in the log"]
+            if len(bad) > SHOWN_FAILURES
+            else []
+        )
+    ).rstrip()

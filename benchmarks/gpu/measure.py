@@ -24,19 +24,32 @@ from fastbert_kernels._tiles import Row
 
 OURS, BEST = "triton", "triton, best tiles"
 DTYPE, ELEMENT = torch.bfloat16, 2
-IN_TURNS, OF_BEST = 0.6, 0.15  # shares of a case's time; the rest is for inputs, checks and compilers
+IN_TURNS, OF_BEST = (
+    0.6,
+    0.15,
+)  # shares of a case's time; the rest is for inputs, checks and compilers
 
 
 def shape_of(case: Case) -> dict[str, Any]:
     """Short enough for a line: not the length of each sequence."""
     lengths = case.shape.get("lengths")
-    short = {} if lengths is None else {"sequences": len(lengths), "T": sum(lengths), "longest": max(lengths)}
+    short = (
+        {}
+        if lengths is None
+        else {"sequences": len(lengths), "T": sum(lengths), "longest": max(lengths)}
+    )
     return short | {axis: size for axis, size in case.shape.items() if axis != "lengths"}
 
 
 def facts(case: Case) -> dict[str, Any]:
     """What every line on a case has."""
-    return {"case": str(case), "operation": case.operation, "shape": shape_of(case), "dropout_p": case.dropout_p, "dtype": "bf16"}
+    return {
+        "case": str(case),
+        "operation": case.operation,
+        "shape": shape_of(case),
+        "dropout_p": case.dropout_p,
+        "dtype": "bf16",
+    }
 
 
 def proposals_for(part: Part) -> list[Proposal]:
@@ -60,16 +73,24 @@ def compare(part: Part, case: Case, given: dict[str, Any], **more: Any) -> Use:
     upstream = upstream_of(call(case, given, OURS))
     use = Use(case, given, upstream, truth(case, given, upstream))
     error = use.truth.share(outcome(case, given, OURS, upstream))
-    part.results.add("check", **facts(case), error_over_allowed=error, verdict=part.verdict(error <= 1), **more)
+    part.results.add(
+        "check", **facts(case), error_over_allowed=error, verdict=part.verdict(error <= 1), **more
+    )
     return use
 
 
 def items(
-    part: Part, cases: Sequence[Case], proposals: Sequence[Proposal], offered: Callable[[Case, dict[str, Any]], Mapping[str, Rival | str]]
+    part: Part,
+    cases: Sequence[Case],
+    proposals: Sequence[Proposal],
+    offered: Callable[[Case, dict[str, Any]], Mapping[str, Rival | str]],
 ) -> list[Item]:
     """An item for each case."""
     peak = functools.cache(part.place.peak)
-    return [Item(str(case), functools.partial(Measurement.make, part, case, proposals, offered, peak)) for case in cases]
+    return [
+        Item(str(case), functools.partial(Measurement.make, part, case, proposals, offered, peak))
+        for case in cases
+    ]
 
 
 class Measurement(NamedTuple):
@@ -92,17 +113,23 @@ class Measurement(NamedTuple):
         use = compare(part, case, given)
         cls(part, use, asked(case, given), peak()).time(proposals, offered(case, given), seconds)
 
-    def time(self, proposals: Sequence[Proposal], offered: Mapping[str, Rival | str], seconds: float) -> None:
+    def time(
+        self, proposals: Sequence[Proposal], offered: Mapping[str, Rival | str], seconds: float
+    ) -> None:
         """Ours alone first: a few rounds, on disk before anything that others wrote is run."""
         device = self.part.place.device
         ours = {OURS: self.ours([])}
         self.write(in_turns(ours, device, 0), alone=True)
         mine = [proposal for proposal in proposals if proposal.key in self.rows]
-        trials = {str(number): proposal for number, proposal in enumerate(mine) if self.runs(proposal)}
+        trials = {
+            str(number): proposal for number, proposal in enumerate(mine) if self.runs(proposal)
+        }
         rivals, notes = that_run(offered)
         for name, why in notes.items():
             self.part.results.add("missing", **facts(self.use.case), implementation=name, why=why)
-        contenders = ours | {number: self.ours([proposal]) for number, proposal in trials.items()} | rivals
+        contenders = (
+            ours | {number: self.ours([proposal]) for number, proposal in trials.items()} | rivals
+        )
         times = in_turns(contenders, device, IN_TURNS * seconds)
         memory = {name: extra_memory(contenders[name], device) for name in (OURS, *rivals)}
         self.write({name: times[name] for name in (OURS, *rivals)}, memory=memory)
@@ -148,16 +175,29 @@ class Measurement(NamedTuple):
             ratio = spread.median / present.median
             verdict = "dry" if self.part.place.dry else "better" if ratio < NOISE else "no better"
             self.tile(
-                proposal, ms=spread.median, low_ms=spread.low, high_ms=spread.high, present_ms=present.median, ratio=ratio, verdict=verdict
+                proposal,
+                ms=spread.median,
+                low_ms=spread.low,
+                high_ms=spread.high,
+                present_ms=present.median,
+                ratio=ratio,
+                verdict=verdict,
             )
-            if (ratio < NOISE or self.part.place.dry) and ratio < best.get(proposal.key, (float("inf"),))[0]:
+            if (ratio < NOISE or self.part.place.dry) and ratio < best.get(
+                proposal.key, (float("inf"),)
+            )[0]:
                 best[proposal.key] = ratio, proposal
         return [proposal for _, proposal in best.values()]
 
     def tile(self, proposal: Proposal, **more: Any) -> None:
         which = self.rows[proposal.key].which
         self.part.results.add(
-            "tile", **facts(self.use.case), **{"pass": which}, tile=proposal.tile, predicted_us=proposal.predicted_us, **more
+            "tile",
+            **facts(self.use.case),
+            **{"pass": which},
+            tile=proposal.tile,
+            predicted_us=proposal.predicted_us,
+            **more,
         )
 
     def write(
@@ -175,7 +215,13 @@ class Measurement(NamedTuple):
             if name == BEST:
                 rows |= {proposal.key.kernel: proposal.row for proposal in replaced}
             for which in PASSES:
-                row = rows_of(case, which, {name: [ms / 1e3 for ms in found.rounds(which)]}, self.peak, ELEMENT)[0]
+                row = rows_of(
+                    case,
+                    which,
+                    {name: [ms / 1e3 for ms in found.rounds(which)]},
+                    self.peak,
+                    ELEMENT,
+                )[0]
                 low, high = row["quartiles"]
                 work = row["rate"] and row["rate"] * row["ms"] / 1e3
                 self.part.results.add(
@@ -190,7 +236,11 @@ class Measurement(NamedTuple):
                     rate=row["rate"],
                     unit=row["unit"],
                     share_of_peak=row["share_of_peak"],
-                    predicted_ms=predicted_ms(name_of(self.part.place), str(case), which, rows, work) if mine else None,
+                    predicted_ms=predicted_ms(
+                        name_of(self.part.place), str(case), which, rows, work
+                    )
+                    if mine
+                    else None,
                     extra_bytes=(memory or {}).get(name),
                     **more,
                 )

@@ -24,15 +24,26 @@ def draw_attention(lines: list[Line], path: Path) -> None:
     """A line of panels for each dropout, forward and backward: TFLOP/s of each implementation against the length."""
     found: dict[tuple[float, str], dict[str, list[tuple[int, float]]]] = {}
     for line in latest(lines, "time"):
-        if line["operation"] == "attention" and line["shape"]["K"] == 64 and line["pass"] != "both" and line["rate"]:
+        if (
+            line["operation"] == "attention"
+            and line["shape"]["K"] == 64
+            and line["pass"] != "both"
+            and line["rate"]
+        ):
             panel = found.setdefault((line["dropout_p"], line["pass"]), {})
-            panel.setdefault(line["implementation"], []).append((line["shape"]["longest"], line["rate"] / 1e12))
+            panel.setdefault(line["implementation"], []).append(
+                (line["shape"]["longest"], line["rate"] / 1e12)
+            )
     if not found:
         return
     figure, axes = figure_of(2, 2)
-    for ax, dropout, which in ((axes[i][j], (0.0, 0.1)[i], ("forward", "backward")[j]) for i in range(2) for j in range(2)):
+    for ax, dropout, which in (
+        (axes[i][j], (0.0, 0.1)[i], ("forward", "backward")[j]) for i in range(2) for j in range(2)
+    ):
         _lines(ax, found.get((dropout, which), {}))
-        ax.set_title(f"{which}, dropout {dropout:g}", loc="left", color=INK, fontsize=10, fontweight="bold")
+        ax.set_title(
+            f"{which}, dropout {dropout:g}", loc="left", color=INK, fontsize=10, fontweight="bold"
+        )
         ax.set(xscale="log")
         ax.set_ylim(bottom=0)
         ax.set_ylabel("TFLOP/s", color=MUTED)
@@ -46,7 +57,10 @@ def draw_curves(lines: list[Line], path: Path) -> None:
     dropouts = sorted({dropout for dropout, _ in found})
     figure, axes = figure_of(1, len(dropouts))
     for ax, dropout in zip(axes[0], dropouts, strict=True):
-        _lines(ax, {name: list(enumerate(losses)) for (p, name), losses in found.items() if p == dropout})
+        _lines(
+            ax,
+            {name: list(enumerate(losses)) for (p, name), losses in found.items() if p == dropout},
+        )
         ax.set_title(f"dropout {dropout:g}", loc="left", color=INK, fontsize=10, fontweight="bold")
         ax.set_ylabel("loss, nats", color=MUTED)
     save(figure, path)
@@ -65,11 +79,15 @@ def _lines(ax, named: Mapping[str, list[tuple[int, float]]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="of results.jsonl")
     folder = parser.parse_args().folder
     if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib is not installed: no pictures here; the same command draws them elsewhere from results.jsonl")
+        print(
+            "matplotlib is not installed: no pictures here; the same command draws them elsewhere from results.jsonl"
+        )
         return 0
     lines = read(folder)
     draw_attention(lines, folder / "attention.png")

@@ -35,7 +35,10 @@ class Place(NamedTuple):
         """Those of the benchmarks by name, on packs of so many tokens."""
         found = {str(case): case for case in production(self.tokens)}
         return {
-            name: case._replace(shape=case.shape | ({"V": self.vocabulary} if "V" in case.shape else {})) for name, case in found.items()
+            name: case._replace(
+                shape=case.shape | ({"V": self.vocabulary} if "V" in case.shape else {})
+            )
+            for name, case in found.items()
         }
 
     @property

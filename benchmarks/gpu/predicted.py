@@ -14,7 +14,13 @@ FILE = Path(__file__).with_name("predicted.json")
 UNITS = {"TFLOP/s": 1e12, "GB/s": 1e9}  # of rates
 
 
-def predicted_ms(device: str, case: str, which: str, rows: Mapping[str, Row] | None = None, work: float | None = None) -> float | None:
+def predicted_ms(
+    device: str,
+    case: str,
+    which: str,
+    rows: Mapping[str, Row] | None = None,
+    work: float | None = None,
+) -> float | None:
     """Milliseconds of a pass, or None if nothing is on record for this device and these tiles.
 
     Args:
@@ -31,11 +37,20 @@ def predicted_ms(device: str, case: str, which: str, rows: Mapping[str, Row] | N
         if entry["case"] == case and entry["pass"] == which and fits:
             if "ms" in entry:
                 return entry["ms"]
-            return next((1e3 * work / (entry[unit] * scale) for unit, scale in UNITS.items() if work and unit in entry), None)
+            return next(
+                (
+                    1e3 * work / (entry[unit] * scale)
+                    for unit, scale in UNITS.items()
+                    if work and unit in entry
+                ),
+                None,
+            )
     return None
 
 
 @functools.cache
 def _entries(device: str) -> list[dict[str, Any]]:
     table = json.loads(FILE.read_text(encoding="utf-8"))
-    return next((entries for kind, entries in table.items() if kind != "source" and kind in device), [])
+    return next(
+        (entries for kind, entries in table.items() if kind != "source" and kind in device), []
+    )

@@ -62,7 +62,11 @@ def read_proposals(architecture: str, path: Path = FILE) -> list[Proposal]:
 
 
 def _proposal(kernel: str, row: dict[str, Any]) -> Proposal:
-    options = {name: value for name, value in row.items() if isinstance(value, int) and not isinstance(value, bool) and name != PREDICTED}
+    options = {
+        name: value
+        for name, value in row.items()
+        if isinstance(value, int) and not isinstance(value, bool) and name != PREDICTED
+    }
     return Proposal(Key(kernel, row["bits"], row["size"]), options, row.get(PREDICTED))
 
 
@@ -115,17 +119,27 @@ def winners(lines: Sequence[Line]) -> list[Winner]:
         row = {name: value for name, value in line["tile"].items() if name != "kernel"}
         name = json.dumps(line["tile"], sort_keys=True)
         rows[name] = row
-        found = ratios.setdefault(Key(line["tile"]["kernel"], row["bits"], row["size"]), {}).setdefault(name, [])
+        found = ratios.setdefault(
+            Key(line["tile"]["kernel"], row["bits"], row["size"]), {}
+        ).setdefault(name, [])
         if "ratio" in line:
             found.append(line["ratio"])
         else:
             failed.add(name)
     result = []
     for key, trials in ratios.items():
-        means = {name: statistics.geometric_mean(values) for name, values in trials.items() if values and name not in failed}
+        means = {
+            name: statistics.geometric_mean(values)
+            for name, values in trials.items()
+            if values and name not in failed
+        }
         best = min(means, key=lambda name: means[name], default=None)
         if best is None:
             result.append(Winner(key, None, 1.0, 0))
         else:
-            result.append(Winner(key, rows[best] if means[best] < NOISE else None, means[best], len(trials[best])))
+            result.append(
+                Winner(
+                    key, rows[best] if means[best] < NOISE else None, means[best], len(trials[best])
+                )
+            )
     return result

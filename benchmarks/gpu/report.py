@@ -32,21 +32,46 @@ SHOWN_WORDS = 160  # characters of a message
 
 def latest(lines: Sequence[Line], what: str) -> list[Line]:
     """Of each case, pass and implementation the last line: one that was timed in turns takes the place of one that was timed alone."""
-    found = {(line["part"], line["case"], line["pass"], line["implementation"]): line for line in lines if line["what"] == what}
+    found = {
+        (line["part"], line["case"], line["pass"], line["implementation"]): line
+        for line in lines
+        if line["what"] == what
+    }
     return list(found.values())
 
 
 def page(out: Path) -> str:
     """The whole report. A section that cannot be made, because a line holds what nobody foresaw, costs itself alone."""
     lines = read(out)
-    of_lines = (head, failures, parts, machine, checks, operations, missing, tiles, aims, steps, counters, curves, tuned)
-    makers = [functools.partial(make, lines) for make in of_lines] + [functools.partial(make, out) for make in (summary_of_tests, clocks)]
+    of_lines = (
+        head,
+        failures,
+        parts,
+        machine,
+        checks,
+        operations,
+        missing,
+        tiles,
+        aims,
+        steps,
+        counters,
+        curves,
+        tuned,
+    )
+    makers = [functools.partial(make, lines) for make in of_lines] + [
+        functools.partial(make, out) for make in (summary_of_tests, clocks)
+    ]
     sections = []
     for make in makers:
         try:
             sections.append(make())
         except Exception as failure:
-            sections.append(titled(make.func.__name__, f"This section cannot be made: {type(failure).__name__}: {failure}"))
+            sections.append(
+                titled(
+                    make.func.__name__,
+                    f"This section cannot be made: {type(failure).__name__}: {failure}",
+                )
+            )
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -63,7 +88,9 @@ def write(out: Path) -> Path:
 
 def head(lines: Sequence[Line]) -> str:
     dry = any(line.get("dry") for line in lines)
-    text = "# The run on a GPU" + (": DRY, nothing was launched and no number means anything" if dry else "")
+    text = "# The run on a GPU" + (
+        ": DRY, nothing was launched and no number means anything" if dry else ""
+    )
     wrong = [line for line in lines if is_wrong(line)]
     checked = [line for line in lines if line["what"] == "check"]
     stopped = [line["why"] for line in lines if line["what"] == "stopped"]
@@ -75,9 +102,15 @@ def head(lines: Sequence[Line]) -> str:
 
 
 def parts(lines: Sequence[Line]) -> str:
-    rows = [[line["part"], bold_unless(line["outcome"], "passed"), f"{line['seconds']:.0f}"] for line in lines if line["what"] == "part"]
+    rows = [
+        [line["part"], bold_unless(line["outcome"], "passed"), f"{line['seconds']:.0f}"]
+        for line in lines
+        if line["what"] == "part"
+    ]
     begun = dict.fromkeys(line["part"] for line in lines if line["what"] == "begin")
-    rows += [[name, "**not finished**", "-"] for name in begun if name not in {row[0] for row in rows}]
+    rows += [
+        [name, "**not finished**", "-"] for name in begun if name not in {row[0] for row in rows}
+    ]
     return titled("Parts", table(("part", "outcome", "seconds"), rows)) if rows else ""
 
 
@@ -86,18 +119,26 @@ def machine(lines: Sequence[Line]) -> str:
     for line in lines:
         if line["what"] == "machine":
             found += [f"- {name}: {value}" for name, value in line["facts"].items()]
-            found.append(f"- installed besides: {', '.join(line['installed']) or 'nothing'}; tools: {', '.join(line['tools']) or 'none'}")
+            found.append(
+                f"- installed besides: {', '.join(line['installed']) or 'nothing'}; tools: {', '.join(line['tools']) or 'none'}"
+            )
         elif line["what"] == "driver":
-            found.append("- " + ", ".join(f"{name} {value}" for name, value in line["answers"].items()))
+            found.append(
+                "- " + ", ".join(f"{name} {value}" for name, value in line["answers"].items())
+            )
         elif line["what"] == "rates":
             share = [
                 f" ({100 * line[key]:.0f} % of the peak)" if key in line else ""
                 for key in ("gemm_share_of_peak", "bandwidth_share_of_peak")
             ]
-            found.append(f"- products {line['gemm'] / 1e12:,.1f} TFLOP/s{share[0]}, copies {line['bandwidth'] / 1e9:,.0f} GB/s{share[1]}")
+            found.append(
+                f"- products {line['gemm'] / 1e12:,.1f} TFLOP/s{share[0]}, copies {line['bandwidth'] / 1e9:,.0f} GB/s{share[1]}"
+            )
         elif line["what"] == "warm-up" and "jobs" in line:
             jobs = f"{line['failed']} of {line['jobs']} jobs failed"
-            found.append(f"- compiled beforehand: {line['kernels']} kernels in {line['seconds']:.0f} s on {line['cores']} cores, {jobs}")
+            found.append(
+                f"- compiled beforehand: {line['kernels']} kernels in {line['seconds']:.0f} s on {line['cores']} cores, {jobs}"
+            )
         elif line["what"] == "warm-up":
             found.append(f"- compiled beforehand: {line.get('job', '')} {line['why']}")
     return titled("Environment", "\n".join(found)) if found else ""
@@ -115,7 +156,11 @@ def checks(lines: Sequence[Line]) -> str:
         for line in lines
         if line["what"] == "check" and line["part"] == "smoke"
     ]
-    return titled("Right?", table(("case", "", "error of allowed", "worst tensor", "shape"), rows)) if rows else ""
+    return (
+        titled("Right?", table(("case", "", "error of allowed", "worst tensor", "shape"), rows))
+        if rows
+        else ""
+    )
 
 
 def operations(lines: Sequence[Line]) -> str:
@@ -123,13 +168,22 @@ def operations(lines: Sequence[Line]) -> str:
     times = latest(lines, "time")
     verdicts: dict[str, str] = {}
     for line in lines:
-        if line["what"] == "check" and line["part"] != "smoke" and verdicts.get(line["case"]) != "wrong":
+        if (
+            line["what"] == "check"
+            and line["part"] != "smoke"
+            and verdicts.get(line["case"]) != "wrong"
+        ):
             verdicts[line["case"]] = line["verdict"]
     rows = []
     for line in times:
         if not line["implementation"].startswith("triton"):
             continue
-        same = [other for other in times if (other["case"], other["pass"], other["part"]) == (line["case"], line["pass"], line["part"])]
+        same = [
+            other
+            for other in times
+            if (other["case"], other["pass"], other["part"])
+            == (line["case"], line["pass"], line["part"])
+        ]
         others = [other for other in same if not other["implementation"].startswith("triton")]
         fastest = min((other["ms"] for other in others), default=None)
         rows.append(
@@ -140,21 +194,42 @@ def operations(lines: Sequence[Line]) -> str:
                 f"{line['ms']:.3f} ({line['low_ms']:.3f} to {line['high_ms']:.3f})",
                 rate(line),
                 "-" if line["share_of_peak"] is None else f"{100 * line['share_of_peak']:.0f} %",
-                "-" if line["predicted_ms"] is None else f"{line['predicted_ms']:.3f} ({line['ms'] / line['predicted_ms']:.2f}x)",
-                ", ".join(f"{other['implementation']} {other['ms']:.3f}" for other in others) or "-",
+                "-"
+                if line["predicted_ms"] is None
+                else f"{line['predicted_ms']:.3f} ({line['ms'] / line['predicted_ms']:.2f}x)",
+                ", ".join(f"{other['implementation']} {other['ms']:.3f}" for other in others)
+                or "-",
                 "-" if fastest is None else f"{fastest / line['ms']:.2f}",
                 "-" if line["extra_bytes"] is None else f"{line['extra_bytes'] / 1e6:,.0f}",
                 bold_unless(verdicts.get(line["case"], "-"), "right", "dry", "-"),
             ]
         )
-    columns = ("case", "pass", "tiles", "ms (quartiles)", "rate", "of peak", "predicted ms (measured over it)")
+    columns = (
+        "case",
+        "pass",
+        "tiles",
+        "ms (quartiles)",
+        "rate",
+        "of peak",
+        "predicted ms (measured over it)",
+    )
     columns += ("others, ms", "fastest of them over ours", "extra MB", "")
     return titled("Operations", table(columns, rows)) if rows else ""
 
 
 def missing(lines: Sequence[Line]) -> str:
-    found = sorted({f"- {line['operation']}: {line['implementation']}: {line['why']}" for line in lines if line["what"] == "missing"})
-    notes = [f"- {line['part']}: {line.get('item', '')} {line['why']}" for line in lines if line["what"] == "note"]
+    found = sorted(
+        {
+            f"- {line['operation']}: {line['implementation']}: {line['why']}"
+            for line in lines
+            if line["what"] == "missing"
+        }
+    )
+    notes = [
+        f"- {line['part']}: {line.get('item', '')} {line['why']}"
+        for line in lines
+        if line["what"] == "note"
+    ]
     return titled("Not measured", "\n".join([*found, *notes])) if found or notes else ""
 
 
@@ -173,13 +248,22 @@ def tiles(lines: Sequence[Line]) -> str:
                 "-" if "ms" not in line else f"{line['ms']:.3f} (present {line['present_ms']:.3f})",
                 number(line.get("ratio"), "{:.2f}"),
                 "-" if predicted is None else f"{predicted:g} us",
-                bold_unless(line["verdict"], "better", "no better", "dry") + (f": {line['why'][:SHOWN_WORDS]}" if "why" in line else ""),
+                bold_unless(line["verdict"], "better", "no better", "dry")
+                + (f": {line['why'][:SHOWN_WORDS]}" if "why" in line else ""),
             ]
         )
-    text = [table(("kernel", "proposed row", "case", "ms of the pass", "over present", "predicted", ""), rows), ""]
+    text = [
+        table(
+            ("kernel", "proposed row", "case", "ms of the pass", "over present", "predicted", ""),
+            rows,
+        ),
+        "",
+    ]
     for winner in [] if any(line.get("dry") for line in tried) else winners(lines):
         if winner.row:
-            text.append(f"- {winner.key}: takes {winner.ratio:.2f} of the time. For tiles.json: `{json.dumps(winner.row)}`")
+            text.append(
+                f"- {winner.key}: takes {winner.ratio:.2f} of the time. For tiles.json: `{json.dumps(winner.row)}`"
+            )
         else:
             text.append(f"- {winner.key}: the present row stays")
     return titled("Proposed tiles", "\n".join(text))
@@ -187,7 +271,11 @@ def tiles(lines: Sequence[Line]) -> str:
 
 def aims(lines: Sequence[Line]) -> str:
     """What was aimed for, against what was measured."""
-    found = [line for line in latest(lines, "time") if line["part"] in ("attention", "operations", "compiled")]
+    found = [
+        line
+        for line in latest(lines, "time")
+        if line["part"] in ("attention", "operations", "compiled")
+    ]
     if not found or any(line.get("dry") for line in found):
         return ""
     rows = [
@@ -219,7 +307,9 @@ def steps(lines: Sequence[Line]) -> str:
         for line in lines
         if line["what"] == "bound"
     ]
-    text = table(("case", "model", "time", "ms (quartiles)", "tokens/s at that", "predicted ms"), rows)
+    text = table(
+        ("case", "model", "time", "ms (quartiles)", "tokens/s at that", "predicted ms"), rows
+    )
     return titled("A training step of BERT-base, bf16", "\n".join([text, "", *bound]))
 
 
@@ -227,8 +317,18 @@ def counters(lines: Sequence[Line]) -> str:
     found = [line for line in lines if line["what"] == "counters"]
     if not found:
         return ""
-    names = list(dict.fromkeys(name for line in found for name in line if name not in ("part", "what", "at", "dry", "case", "kernel")))
-    rows = [[line["case"], line["kernel"], *(str(line.get(name, "-")) for name in names)] for line in found]
+    names = list(
+        dict.fromkeys(
+            name
+            for line in found
+            for name in line
+            if name not in ("part", "what", "at", "dry", "case", "kernel")
+        )
+    )
+    rows = [
+        [line["case"], line["kernel"], *(str(line.get(name, "-")) for name in names)]
+        for line in found
+    ]
     return titled("Counters", table(("case", "kernel", *names), rows))
 
 
@@ -247,7 +347,16 @@ def curves(lines: Sequence[Line]) -> str:
         for line in lines
         if line["what"] == "curves agree"
     ]
-    columns = ("dropout", "steps", "first loss", "last loss", "falls", "kernels from fp32, nats", "reference in bf16 from fp32, nats", "")
+    columns = (
+        "dropout",
+        "steps",
+        "first loss",
+        "last loss",
+        "falls",
+        "kernels from fp32, nats",
+        "reference in bf16 from fp32, nats",
+        "",
+    )
     return titled("Curves", table(columns, rows)) if rows else ""
 
 
@@ -256,16 +365,37 @@ def tuned(lines: Sequence[Line]) -> str:
     for line in lines:
         if line["what"] == "tuned":
             better = line["best"] != line["first"]
-            found = f"`{json.dumps(line['best'])}` takes {line['ratio']:.2f} of the time" if better else "stays"
-            rows.append([line["kernel"], line["case"], options(line["first"]), found, str(line["tried"])])
-    return titled("Tiles beside the best", table(("kernel", "case", "from", "found", "tried"), rows)) if rows else ""
+            found = (
+                f"`{json.dumps(line['best'])}` takes {line['ratio']:.2f} of the time"
+                if better
+                else "stays"
+            )
+            rows.append(
+                [line["kernel"], line["case"], options(line["first"]), found, str(line["tried"])]
+            )
+    return (
+        titled("Tiles beside the best", table(("kernel", "case", "from", "found", "tried"), rows))
+        if rows
+        else ""
+    )
 
 
 def clocks(out: Path) -> str:
     """Of the samples that nvidia-smi took every second: the clock of the multiprocessors while there was work."""
     path = out / CLOCKS
-    rows = [text.split(",") for text in path.read_text(encoding="utf-8", errors="replace").splitlines()] if path.exists() else []
-    samples = [[float(match[0]) if (match := re.search(r"[\d.]+", word)) else 0.0 for word in row[1:5]] for row in rows if len(row) >= 5]
+    rows = (
+        [
+            text.split(",")
+            for text in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        ]
+        if path.exists()
+        else []
+    )
+    samples = [
+        [float(match[0]) if (match := re.search(r"[\d.]+", word)) else 0.0 for word in row[1:5]]
+        for row in rows
+        if len(row) >= 5
+    ]
     busy = [sample for sample in samples if sample[3] > 0]
     if not busy:
         return ""
@@ -281,9 +411,13 @@ def failures(lines: Sequence[Line]) -> str:
             found.append(f"- {line['part']}: {line.get('item', '')}: {line['why']}")
         elif "case" in line:
             error = f"error {number(line.get('error_over_allowed'), '{:.3g}')} of what is allowed"
-            found.append(f"- {line['part']}: {line['case']}: wrong, {error} {line.get('worst', '')}")
+            found.append(
+                f"- {line['part']}: {line['case']}: wrong, {error} {line.get('worst', '')}"
+            )
         else:
-            found.append(f"- {line['part']}: dropout {line['dropout_p']:g}: the curves do not agree")
+            found.append(
+                f"- {line['part']}: dropout {line['dropout_p']:g}: the curves do not agree"
+            )
     return titled("Wrong or failed", "\n".join(found)) if found else ""
 
 
@@ -300,13 +434,23 @@ def bold_unless(word: str, *fine: str) -> str:
 
 def number(value: Any, form: str) -> str:
     """A word ("nan") stays a word."""
-    return form.format(value) if isinstance(value, (int, float)) else "-" if value is None else str(value)
+    return (
+        form.format(value)
+        if isinstance(value, (int, float))
+        else "-"
+        if value is None
+        else str(value)
+    )
 
 
 def rate(line: Line) -> str:
     if line["rate"] is None:
         return "-"
-    return f"{line['rate'] / 1e12:,.1f} TFLOP/s" if line["unit"] == "FLOP/s" else f"{line['rate'] / 1e9:,.0f} GB/s"
+    return (
+        f"{line['rate'] / 1e12:,.1f} TFLOP/s"
+        if line["unit"] == "FLOP/s"
+        else f"{line['rate'] / 1e9:,.0f} GB/s"
+    )
 
 
 def shape(line: Line) -> str:
@@ -327,20 +471,35 @@ def record(out: Path) -> Path:
     times = [line for line in latest(lines, "time") if line["pass"] == "both"]
     ratios = {}
     for line in times:
-        others = [o["ms"] for o in times if o["case"] == line["case"] and not o["implementation"].startswith("triton")]
+        others = [
+            o["ms"]
+            for o in times
+            if o["case"] == line["case"] and not o["implementation"].startswith("triton")
+        ]
         if line["implementation"] == "triton" and others:
             ratios[f"{line['case']}, fastest rival over ours"] = min(others) / line["ms"]
-    folder = ROOT / "benchmarks/results" / "-".join(re.findall(r"[a-z0-9]+", str(facts.get("device", "unknown")).lower()))
-    header = {name: str(facts.get(name, "-")) for name in ("device", "driver", "CUDA or HIP", "torch", "Triton", "Python", "commit")}
+    folder = (
+        ROOT
+        / "benchmarks/results"
+        / "-".join(re.findall(r"[a-z0-9]+", str(facts.get("device", "unknown")).lower()))
+    )
+    header = {
+        name: str(facts.get(name, "-"))
+        for name in ("device", "driver", "CUDA or HIP", "torch", "Triton", "Python", "commit")
+    }
     rows = [line for line in lines if line["what"] not in ("begin", "end")]
     Record(header, rows, ratios).write(folder, "gpu", page(out).removeprefix("# "))
     return folder
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help=f"of {FILE}")
-    parser.add_argument("--record", action="store_true", help="put it on record in benchmarks/results/")
+    parser.add_argument(
+        "--record", action="store_true", help="put it on record in benchmarks/results/"
+    )
     arguments = parser.parse_args()
     if not (arguments.folder / FILE).exists():
         print(f"report: {arguments.folder} has no {FILE}; make gpu OUT=folder writes one")

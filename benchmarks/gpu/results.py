@@ -27,7 +27,9 @@ class Results:
 
     def add(self, what: str, **fields: Any) -> Line:
         """Write a line and return it; what is not finite is written as a word, since JSON has no number for it."""
-        line = {"part": self.part, "what": what, **fields, "at": round(time.time(), 3)} | ({"dry": True} if self.dry else {})
+        line = {"part": self.part, "what": what, **fields, "at": round(time.time(), 3)} | (
+            {"dry": True} if self.dry else {}
+        )
         text = json.dumps(_plain(line), allow_nan=False) + "\n"
         with self.path.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process ends
@@ -40,14 +42,19 @@ class Results:
     def has(self, what: str, **fields: Any) -> bool:
         """Whether this part has such a line."""
         wanted = {"part": self.part, "what": what, **fields}
-        return any(all(line.get(name) == value for name, value in wanted.items()) for line in read(self.path.parent))
+        return any(
+            all(line.get(name) == value for name, value in wanted.items())
+            for line in read(self.path.parent)
+        )
 
 
 def read(out: Path) -> list[Line]:
     """Every whole line so far."""
     path = out / FILE
     found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    for text in (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    ):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
@@ -59,7 +66,9 @@ def read(out: Path) -> list[Line]:
 
 def is_wrong(line: Line) -> bool:
     """Whether a line says that something of ours is wrong or failed; a tile that was only proposed may be wrong."""
-    return line["what"] in ("failed", "crashed") or (line.get("verdict") == "wrong" and line["what"] != "tile")
+    return line["what"] in ("failed", "crashed") or (
+        line.get("verdict") == "wrong" and line["what"] != "tile"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -56,7 +56,10 @@ def items(part: Part) -> list[Item]:
     tokens = part.place.tokens
     steps = [(longest, training) for longest in (128, 512) for training in (True, False)]
     return [
-        *(Item(str(case), functools.partial(check, part, case), patience_s=PATIENCE_S) for case in cases(tokens, part.place.vocabulary)),
+        *(
+            Item(str(case), functools.partial(check, part, case), patience_s=PATIENCE_S)
+            for case in cases(tokens, part.place.vocabulary)
+        ),
         *(
             Item(
                 f"{'training' if training else 'evaluation'} step up to {n}",
@@ -84,10 +87,16 @@ def check_step(part: Part, longest: int, training: bool, _seconds: float) -> Non
     tokens = where.tokens if where.dry else STEP_TOKENS
     batch = made_up_batch(Sizes("base", where.vocabulary, tokens, longest), 0, where.device)
     torch.manual_seed(0)
-    model = BertForPreTraining(base(where.dry), where.vocabulary, "reference", where.device.type).to(where.device, DTYPE).train(training)
+    model = (
+        BertForPreTraining(base(where.dry), where.vocabulary, "reference", where.device.type)
+        .to(where.device, DTYPE)
+        .train(training)
+    )
     exact = outcome_of(copy.deepcopy(model).float(), "reference", batch, training)
     plain, ours = (outcome_of(model, impl, batch, training) for impl in ("reference", "triton"))
-    shares = {name: share_of_allowed(ours[name], plain[name], value) for name, value in exact.items()}
+    shares = {
+        name: share_of_allowed(ours[name], plain[name], value) for name, value in exact.items()
+    }
     worst = max(shares, key=lambda name: shares[name])
     part.results.add(
         "check",
@@ -104,16 +113,26 @@ def check_step(part: Part, longest: int, training: bool, _seconds: float) -> Non
     )
 
 
-def outcome_of(model: BertForPreTraining, impl: str, batch: PackedBatch, training: bool) -> dict[str, Tensor]:
+def outcome_of(
+    model: BertForPreTraining, impl: str, batch: PackedBatch, training: bool
+) -> dict[str, Tensor]:
     """The loss, that of each token and pair, and in training the gradient of each parameter."""
     model.impl = impl
     model.zero_grad()
     with torch.set_grad_enabled(training):
         found = losses(model(batch))
-    values = {"loss": found.loss.detach(), "token losses": found.token_losses, "pair losses": found.pair_losses}
+    values = {
+        "loss": found.loss.detach(),
+        "token losses": found.token_losses,
+        "pair losses": found.pair_losses,
+    }
     if training:
         found.loss.backward()
-        values |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        values |= {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
         model.zero_grad(set_to_none=True)
     return values
 

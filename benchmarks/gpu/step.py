@@ -36,17 +36,30 @@ BATCHES = 4  # different ones, over and over
 WARM_UP = 3  # steps
 STEPS, DRY_STEPS = 10, 1  # of a stretch that is timed as one
 ROUNDS = (3, 30)
-CYCLES_PER_MS = 1_980_000  # of the fastest clock that an H100 has: the pause is at least as long as asked for
+CYCLES_PER_MS = (
+    1_980_000  # of the fastest clock that an H100 has: the pause is at least as long as asked for
+)
 
 
 def items(part: Part) -> list[Item]:
     where = part.place
-    trainer = functools.cache(lambda: ours(base(where.dry), where.vocabulary, "triton", where.device, DTYPE))
+    trainer = functools.cache(
+        lambda: ours(base(where.dry), where.vocabulary, "triton", where.device, DTYPE)
+    )
     rival = functools.cache(lambda: padded(base(where.dry), where.vocabulary, where.device, DTYPE))
     sizes = DRY_TOKENS if where.dry else TOKENS
     return [
-        *(Item(f"T={tokens} n={LENGTH}", functools.partial(take_apart, part, trainer, tokens)) for tokens in sizes),
-        *(Item(f"T={sizes[0]} up to {n}", functools.partial(against, part, trainer, rival, sizes[0], n)) for n in MIXED),
+        *(
+            Item(f"T={tokens} n={LENGTH}", functools.partial(take_apart, part, trainer, tokens))
+            for tokens in sizes
+        ),
+        *(
+            Item(
+                f"T={sizes[0]} up to {n}",
+                functools.partial(against, part, trainer, rival, sizes[0], n),
+            )
+            for n in MIXED
+        ),
     ]
 
 
@@ -55,13 +68,19 @@ def take_apart(part: Part, trainer: Callable[[], Trainer], tokens: int, seconds:
     where, model = part.place, trainer()
     sizes, lengths = Sizes("base", where.vocabulary, tokens, LENGTH), [LENGTH] * (tokens // LENGTH)
     hosts = [made_up_batch(sizes, seed, torch.device("cpu"), lengths) for seed in range(BATCHES)]
-    pinned = [moved(batch, torch.Tensor.pin_memory) for batch in hosts] if where.device.type == "cuda" else hosts
+    pinned = (
+        [moved(batch, torch.Tensor.pin_memory) for batch in hosts]
+        if where.device.type == "cuda"
+        else hosts
+    )
     resident = hosts[0].to(where.device)
     warm_up(part, model, resident)
     where.wait()
     share = seconds / 4
     submit, cpu = submission(part, lambda: model.step(resident), share)
-    write = functools.partial(write_time, part, hosts[0], f"step T={tokens} n={LENGTH}", {"T": tokens, "longest": LENGTH})
+    write = functools.partial(
+        write_time, part, hosts[0], f"step T={tokens} n={LENGTH}", {"T": tokens, "longest": LENGTH}
+    )
     write("submit", submit)
     write("cpu", cpu)
     gpu = device_times(part, lambda: model.step(resident), statistics.median(submit), share)
@@ -70,7 +89,9 @@ def take_apart(part: Part, trainer: Callable[[], Trainer], tokens: int, seconds:
         write(f"wall, {name}", stretches(part, model, batches, wait, share))
     ratio = statistics.median(submit) / statistics.median(gpu)
     verdict = "dry" if where.dry else "bound by the processor" if ratio > 1 else "bound by the GPU"
-    part.results.add("bound", case=f"step T={tokens} n={LENGTH}", submit_over_gpu=ratio, verdict=verdict)
+    part.results.add(
+        "bound", case=f"step T={tokens} n={LENGTH}", submit_over_gpu=ratio, verdict=verdict
+    )
 
 
 def warm_up(part: Part, model: Trainer, batch: Any) -> None:
@@ -81,10 +102,14 @@ def warm_up(part: Part, model: Trainer, batch: Any) -> None:
 def moved(batch: PackedBatch, move: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
     """The same batch with each of its tensors moved."""
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return dataclasses.replace(batch, **{name: move(value) for name, value in values.items() if torch.is_tensor(value)})
+    return dataclasses.replace(
+        batch, **{name: move(value) for name, value in values.items() if torch.is_tensor(value)}
+    )
 
 
-def submission(part: Part, step: Callable[[], Any], seconds: float) -> tuple[list[float], list[float]]:
+def submission(
+    part: Part, step: Callable[[], Any], seconds: float
+) -> tuple[list[float], list[float]]:
     """Milliseconds on the wall clock until a step is queued, the device idle before, and CPU milliseconds of all threads."""
     walls, processes = [], []
     for _ in rounds(seconds):
@@ -97,7 +122,9 @@ def submission(part: Part, step: Callable[[], Any], seconds: float) -> tuple[lis
     return walls, processes
 
 
-def device_times(part: Part, step: Callable[[], Any], pause_ms: float, seconds: float) -> list[float]:
+def device_times(
+    part: Part, step: Callable[[], Any], pause_ms: float, seconds: float
+) -> list[float]:
     """Milliseconds between two events around a step, all of it queued before the first one is reached. On a CPU: the wall clock."""
     if part.place.device.type != "cuda":
         return submission(part, step, seconds)[0]
@@ -113,7 +140,9 @@ def device_times(part: Part, step: Callable[[], Any], pause_ms: float, seconds: 
     return found
 
 
-def stretches(part: Part, model: Trainer, batches: list[PackedBatch], wait: bool, seconds: float) -> list[float]:
+def stretches(
+    part: Part, model: Trainer, batches: list[PackedBatch], wait: bool, seconds: float
+) -> list[float]:
     """Milliseconds a step, of stretches of several steps without a pause."""
     where, found = part.place, []
     steps = DRY_STEPS if where.dry else STEPS
@@ -137,7 +166,14 @@ def rounds(seconds: float):
         yield number
 
 
-def against(part: Part, trainer: Callable[[], Trainer], rival: Callable[[], Trainer], tokens: int, longest: int, seconds: float) -> None:
+def against(
+    part: Part,
+    trainer: Callable[[], Trainer],
+    rival: Callable[[], Trainer],
+    tokens: int,
+    longest: int,
+    seconds: float,
+) -> None:
     """Ours and torch's own parts in turns, each step awaited."""
     where = part.place
     batch = made_up_batch(Sizes("base", where.vocabulary, tokens, longest), 0, where.device)
@@ -153,17 +189,39 @@ def against(part: Part, trainer: Callable[[], Trainer], rival: Callable[[], Trai
             model.step(examples)
             where.wait()
             times[name].append(1e3 * (time.perf_counter() - start))
-    shape = {"T": batch.tokens, "longest": longest, "fill": batch.tokens / padding.input_ids.numel()}
+    shape = {
+        "T": batch.tokens,
+        "longest": longest,
+        "fill": batch.tokens / padding.input_ids.numel(),
+    }
     for name, found in times.items():
-        write_time(part, batch, f"step T={tokens} up to {longest}", shape, "wall", found, implementation=name)
+        write_time(
+            part,
+            batch,
+            f"step T={tokens} up to {longest}",
+            shape,
+            "wall",
+            found,
+            implementation=name,
+        )
 
 
 def write_time(
-    part: Part, batch: PackedBatch, case: str, shape: dict[str, Any], which: str, times: list[float], implementation: str = "triton"
+    part: Part,
+    batch: PackedBatch,
+    case: str,
+    shape: dict[str, Any],
+    which: str,
+    times: list[float],
+    implementation: str = "triton",
 ) -> None:
     low, ms, high = statistics.quantiles(times, n=4, method="inclusive")
     flops = training_flops(
-        base(part.place.dry), part.place.vocabulary, batch.cu_seqlens.diff().tolist(), len(batch.labels), batch.sequences
+        base(part.place.dry),
+        part.place.vocabulary,
+        batch.cu_seqlens.diff().tolist(),
+        len(batch.labels),
+        batch.sequences,
     )
     part.results.add(
         "step",
@@ -178,7 +236,9 @@ def write_time(
         rate=1e3 * flops / ms,
         unit="FLOP/s",
         tokens_per_s=1e3 * batch.tokens / ms,
-        predicted_ms=predicted_ms(name_of(part.place), case, which) if implementation == "triton" else None,
+        predicted_ms=predicted_ms(name_of(part.place), case, which)
+        if implementation == "triton"
+        else None,
     )
 
 

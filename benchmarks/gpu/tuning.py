@@ -44,20 +44,36 @@ def uses_in(part: Part, name: str) -> dict[Key, list[Use]]:
     """The rows of the table that a case asks for."""
     found = uses_of([part.place.cases()[name]], DTYPE, part.place.device)
     if part.place.dry:
-        found = {key: [use._replace(truth=Unjudged(*use.truth)) for use in uses] for key, uses in found.items()}
+        found = {
+            key: [use._replace(truth=Unjudged(*use.truth)) for use in uses]
+            for key, uses in found.items()
+        }
     return found
 
 
-def climb(part: Part, kernel: str, uses_of_case: Callable[[str], dict[Key, list[Use]]], seconds: float) -> None:
+def climb(
+    part: Part, kernel: str, uses_of_case: Callable[[str], dict[Key, list[Use]]], seconds: float
+) -> None:
     """From the best of present and proposed tiles, one option at a time."""
     end = float("inf") if part.place.dry else time.monotonic() + seconds
     uses = uses_of_case(CASES[kernel])
     key = next(key for key in uses if key.kernel == kernel)
     present = asked(uses[key][0].case, uses[key][0].arguments)[key].row
-    first = next((winner.row for winner in winners(read(part.out)) if winner.key == key and winner.row), present)
+    first = next(
+        (winner.row for winner in winners(read(part.out)) if winner.key == key and winner.row),
+        present,
+    )
     found = search(key, first, uses[key], part.place.device, 1 if part.place.dry else SWEEPS, end)
-    facts = {"first": first, "best": found.best, "ratio": found.ratio, "tried": found.tried, "wrong": found.wrong}
-    part.results.add("tuned", kernel=kernel, bits=key.bits, size=key.size, case=CASES[kernel], **facts)
+    facts = {
+        "first": first,
+        "best": found.best,
+        "ratio": found.ratio,
+        "tried": found.tried,
+        "wrong": found.wrong,
+    }
+    part.results.add(
+        "tuned", kernel=kernel, bits=key.bits, size=key.size, case=CASES[kernel], **facts
+    )
 
 
 if __name__ == "__main__":

@@ -70,12 +70,19 @@ def jobs(architecture: str) -> Iterator[Job]:
     place = Place(CPU, True, architecture)
     cases = {
         str(case): case
-        for case in [*operations.cases(place), *attention.cases(place, proposals), *smoke.cases(place.tokens, place.vocabulary)]
+        for case in [
+            *operations.cases(place),
+            *attention.cases(place, proposals),
+            *smoke.cases(place.tokens, place.vocabulary),
+        ]
     }
     for name, case in cases.items():
         yield Job(name, lambda case=case: run_case(case, []))
     for number, proposal in enumerate(proposals):
-        yield Job(f"proposal {number}: {proposal.key}", lambda proposal=proposal: run_proposal(proposal, list(cases.values())))
+        yield Job(
+            f"proposal {number}: {proposal.key}",
+            lambda proposal=proposal: run_proposal(proposal, list(cases.values())),
+        )
     for longest in (128, 512):
         yield Job(f"step up to {longest}", lambda longest=longest: run_step(longest))
 
@@ -91,7 +98,9 @@ def run_proposal(proposal: Proposal, cases: list[Case]) -> None:
     """In every case that asks for the row."""
     name = proposal.key.kernel
     for case in cases:
-        if name.startswith(case.operation) and proposal.key in asked(case, arguments(case, DTYPE, CPU)):
+        if name.startswith(case.operation) and proposal.key in asked(
+            case, arguments(case, DTYPE, CPU)
+        ):
             run_case(case, [proposal])
 
 
@@ -99,7 +108,11 @@ def run_step(longest: int) -> None:
     """Training and evaluation of two layers of BERT-base."""
     batch = made_up_batch(Sizes("base", DRY_VOCABULARY, DRY_TOKENS, longest), 0, CPU)
     for training in (True, False):
-        model = BertForPreTraining(smoke.base(dry=True), DRY_VOCABULARY, "triton", "cuda").to(DTYPE).train(training)
+        model = (
+            BertForPreTraining(smoke.base(dry=True), DRY_VOCABULARY, "triton", "cuda")
+            .to(DTYPE)
+            .train(training)
+        )
         with torch.set_grad_enabled(training):
             loss = losses(model(batch)).loss
         if training:
@@ -113,7 +126,9 @@ def compile_one(index: int) -> Compiled:
     with no_launch(architecture) as seen:
         try:
             job.run()
-        except Exception as failure:  # what does not compile here fails in its part, where it counts
+        except (
+            Exception
+        ) as failure:  # what does not compile here fails in its part, where it counts
             why = in_one_line(failure)
         for source, metadata in seen.compiled:
             build_launcher(source, metadata)
@@ -150,7 +165,9 @@ def prepare_worker() -> None:
 
 def main() -> int:
     children.end_with_parent()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of results.jsonl")
     parser.add_argument("--dry-run", action="store_true", help="for sm_90, without a GPU")
     options = parser.parse_args()
@@ -159,7 +176,9 @@ def main() -> int:
     if architecture is None or int(architecture.removeprefix("sm_")) not in SHARED_MEMORY:
         results.add("warm-up", kernels=0, why=f"nothing is compiled beforehand for {architecture}")
         return 0
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that is initialised here could not be used in a forked process, and is not needed
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # a GPU that is initialised here could not be used in a forked process, and is not needed
+    )
     start = time.monotonic()
     _of_the_parent.update(architecture=architecture, jobs=list(jobs(architecture)))
     count, kernels, failed = len(_of_the_parent["jobs"]), 0, 0
@@ -167,11 +186,21 @@ def main() -> int:
     with multiprocessing.get_context("fork").Pool(cores, prepare_worker) as pool:
         for compiled in pool.imap_unordered(compile_one, range(count)):
             kernels += compiled.kernels
-            print(f"{compiled.name}: {compiled.kernels} kernels, {compiled.seconds:.1f} s {compiled.why or ''}", flush=True)
+            print(
+                f"{compiled.name}: {compiled.kernels} kernels, {compiled.seconds:.1f} s {compiled.why or ''}",
+                flush=True,
+            )
             if compiled.why:
                 failed += 1
                 results.add("warm-up", job=compiled.name, why=compiled.why)
-    results.add("warm-up", jobs=count, failed=failed, kernels=kernels, seconds=round(time.monotonic() - start, 1), cores=cores)
+    results.add(
+        "warm-up",
+        jobs=count,
+        failed=failed,
+        kernels=kernels,
+        seconds=round(time.monotonic() - start, 1),
+        cores=cores,
+    )
     return 0
 
 

@@ -31,7 +31,10 @@ def row(case: Case, launches: list[Launch]) -> dict[str, Any]:
     seen = examine(case)
     built = build(case)
     return {
-        **{name: getattr(seen, name) for name in ("registers", "spilled", "shared", "warps", "stages", "programs")},
+        **{
+            name: getattr(seen, name)
+            for name in ("registers", "spilled", "shared", "warps", "stages", "programs")
+        },
         "instructions": {word: round(count, 3) for word, count in seen.instructions.items()},
         "cycles": round(seen.cycles, 1),
         "cycles_per_score": round(seen.cycles / (max(case.elements, 1) * seen.programs), 5),
@@ -39,7 +42,9 @@ def row(case: Case, launches: list[Launch]) -> dict[str, Any]:
         "gigabytes": round(seen.gigabytes, 1),
         "issue": round(seen.busy.get("issue", 0.0), 3),
         "waits": round(seen.waits.get("result", 0.0), 3),
-        "nested": any(launch.inner > 1 for launch in launches),  # its loop holds the end of a turn of another one, which is rare
+        "nested": any(
+            launch.inner > 1 for launch in launches
+        ),  # its loop holds the end of a turn of another one, which is rare
         "launches": [round(seconds(built, launch), 8) for launch in launches],
         "tile": {name: value for name, value in case.options.items() if isinstance(value, int)},
     }
@@ -48,22 +53,41 @@ def row(case: Case, launches: list[Launch]) -> dict[str, Any]:
 def examined(words: list[str]) -> dict[str, Any]:
     """The record."""
     kernels = ours.kernels(words)
-    jobs = [(ours.case(*one), ours.launches(*one[1:], LENGTHS[1:])) for one in ((name, *about) for name, about in kernels.items())]
-    others = [(case, version) for case, version in peers.cases(lambda line: print(line, file=sys.stderr)) if _wanted(case.name, words)]
+    jobs = [
+        (ours.case(*one), ours.launches(*one[1:], LENGTHS[1:]))
+        for one in ((name, *about) for name, about in kernels.items())
+    ]
+    others = [
+        (case, version)
+        for case, version in peers.cases(lambda line: print(line, file=sys.stderr))
+        if _wanted(case.name, words)
+    ]
     rows = list(forked(row, [*jobs, *((case, []) for case, _ in others)]))
     mine = dict(zip(kernels, rows, strict=False))
     for name, (production, _) in kernels.items():
         if production.table in ours.MLM:
-            mine[name]["useful"] = 2 * ours.MASKED * ours.VOCABULARY * production.size  # FLOPs of the product
-    theirs = {case.name: found | {"version": version} for (case, version), found in zip(others, rows[len(jobs) :], strict=True)}
-    return {"triton": triton.__version__, "attention": _layers(kernels, mine), "kernels": mine, "peers": theirs}
+            mine[name]["useful"] = (
+                2 * ours.MASKED * ours.VOCABULARY * production.size
+            )  # FLOPs of the product
+    theirs = {
+        case.name: found | {"version": version}
+        for (case, version), found in zip(others, rows[len(jobs) :], strict=True)
+    }
+    return {
+        "triton": triton.__version__,
+        "attention": _layers(kernels, mine),
+        "kernels": mine,
+        "peers": theirs,
+    }
 
 
 def _wanted(name: str, words: list[str]) -> bool:
     return not words or any(word in name for word in words)
 
 
-def _layers(kernels: dict[str, tuple[Production, dict[str, Any]]], rows: dict[str, Any]) -> dict[str, Any]:
+def _layers(
+    kernels: dict[str, tuple[Production, dict[str, Any]]], rows: dict[str, Any]
+) -> dict[str, Any]:
     """Time of all kernels of a pass of the attention, by pass, dropout and length."""
     found: dict[str, Any] = {}
     for name, (production, options) in kernels.items():
@@ -72,7 +96,9 @@ def _layers(kernels: dict[str, tuple[Production, dict[str, Any]]], rows: dict[st
         which = "forward" if "forward" in production.table else "backward"
         for n in LENGTHS:
             short = production.table in ours.SHORT
-            if short != (n == LENGTHS[0]) or (short and ours.tokens_of_tile(production, options) != n):
+            if short != (n == LENGTHS[0]) or (
+                short and ours.tokens_of_tile(production, options) != n
+            ):
                 continue
             times = rows[name]["launches"]
             took = times[0] if len(times) == 1 else times[LENGTHS.index(n) - 1]
@@ -86,10 +112,26 @@ def write_page() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="kernels whose name has one of these words")
-    parser.add_argument("--write", action="store_true", help=f"put the figures on record, in {RECORD.name}, and fill {PAGE.name}")
-    parser.add_argument("--on-record", action="store_true", help="fill the page from the record, and compile nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="kernels whose name has one of these words",
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help=f"put the figures on record, in {RECORD.name}, and fill {PAGE.name}",
+    )
+    parser.add_argument(
+        "--on-record",
+        action="store_true",
+        help="fill the page from the record, and compile nothing",
+    )
     options = parser.parse_args()
     if options.write and options.only:
         parser.error("--write puts all kernels on record: leave out --only")

@@ -7,14 +7,33 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from benchmarks.machine_code.decode import Instruction
-from benchmarks.machine_code.h100 import FMA, HEAVY, L2_BYTES, PIPES, SCHEDULERS, SHARED_BYTES, TENSOR_FLOPS
+from benchmarks.machine_code.h100 import (
+    FMA,
+    HEAVY,
+    L2_BYTES,
+    PIPES,
+    SCHEDULERS,
+    SHARED_BYTES,
+    TENSOR_FLOPS,
+)
 
 # Classes as the tables name them, and the instructions in each.
 CLASSES: dict[str, tuple[str, ...]] = {
     "products": ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "IMMA", "DMMA", "UTCQMMA"),
     "exp2": ("MUFU",),
     "fp32": ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2"),
-    "compare": ("FMNMX", "FSEL", "SEL", "FSETP", "ISETP", "FSET", "PLOP3", "FMNMX3", "VIMNMX", "IMNMX"),
+    "compare": (
+        "FMNMX",
+        "FSEL",
+        "SEL",
+        "FSETP",
+        "ISETP",
+        "FSET",
+        "PLOP3",
+        "FMNMX3",
+        "VIMNMX",
+        "IMNMX",
+    ),
     "integer": (
         *("IMAD", "IADD3", "IADD", "LOP3", "SHF", "LEA", "PRMT", "SHL", "SHR", "IABS"),
         *("VIADD", "SGXT", "BMSK", "POPC", "FLO", "I2FP", "IADD64"),
@@ -22,13 +41,51 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "convert": ("F2FP", "F2F", "I2F", "F2I", "F2IP"),
     "shared": ("LDS", "STS", "LDSM", "STSM"),
     "shuffle": ("SHFL", "REDUX", "CREDUX"),
-    "global": ("LDG", "LDGSTS", "STG", "UTMALDG", "UTMASTG", "UBLKCP", "RED", "ATOMG", "LD", "ST", "UTMAREDG"),
+    "global": (
+        "LDG",
+        "LDGSTS",
+        "STG",
+        "UTMALDG",
+        "UTMASTG",
+        "UBLKCP",
+        "RED",
+        "ATOMG",
+        "LD",
+        "ST",
+        "UTMAREDG",
+    ),
     "spill": ("LDL", "STL"),
     "wait": (
-        *("BAR", "WARPSYNC", "WARPGROUP", "DEPBAR", "LDGDEPBAR", "MEMBAR", "FENCE", "SYNCS", "ARRIVES", "BSSY", "BSYNC", "NANOSLEEP"),
+        *(
+            "BAR",
+            "WARPSYNC",
+            "WARPGROUP",
+            "DEPBAR",
+            "LDGDEPBAR",
+            "MEMBAR",
+            "FENCE",
+            "SYNCS",
+            "ARRIVES",
+            "BSSY",
+            "BSYNC",
+            "NANOSLEEP",
+        ),
         *("UTCBAR", "UTMACMDFLUSH", "ERRBAR", "CCTL", "ELECT", "LDTM", "STTM"),
     ),
-    "move": ("MOV", "R2UR", "UMOV", "S2R", "CS2R", "S2UR", "P2R", "R2P", "LDC", "ULDC", "VOTE", "VOTEU"),
+    "move": (
+        "MOV",
+        "R2UR",
+        "UMOV",
+        "S2R",
+        "CS2R",
+        "S2UR",
+        "P2R",
+        "R2P",
+        "LDC",
+        "ULDC",
+        "VOTE",
+        "VOTEU",
+    ),
     "uniform": (),  # all others whose name begins with U: a warp's common values
     "branch": (),  # the rest
 }
@@ -36,12 +93,23 @@ _CLASS_OF = {name: word for word, names in CLASSES.items() for name in names}
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")
 _SIZE = re.compile(r"[SU]?(8|16|32|64|128|256)")
 _MMA_FLOPS = {"16816": 4096, "1688": 2048, "1684": 1024}  # HMMA.16816: m16 n8 k16
-_SHARED_MEMORY = ("LDS", "STS", "LDSM", "STSM", "LDGSTS", "ATOMS", "LDL", "STL")  # spills go through the same pipe to the L1 cache
+_SHARED_MEMORY = (
+    "LDS",
+    "STS",
+    "LDSM",
+    "STSM",
+    "LDGSTS",
+    "ATOMS",
+    "LDL",
+    "STL",
+)  # spills go through the same pipe to the L1 cache
 _GLOBAL_MEMORY = ("LDG", "STG", "LD", "ST", "RED", "ATOMG")
 
 
 def class_of(one: Instruction) -> str:
-    if one.opcode.startswith("IMAD.MOV") or (one.opcode.startswith("IMAD.U32") and "RZ, RZ" in one.operands):
+    if one.opcode.startswith("IMAD.MOV") or (
+        one.opcode.startswith("IMAD.U32") and "RZ, RZ" in one.operands
+    ):
         return "move"  # by the multiplier, as ptxas likes to do where that pipe is idle
     return _CLASS_OF.get(one.base) or ("uniform" if one.base.startswith("U") else "branch")
 
@@ -81,14 +149,18 @@ def operand_bytes(one: Instruction) -> int:
     """What a load or store of a warp moves: 32 lanes of the size in its suffix, else of 4 bytes."""
     suffixes = one.opcode.split(".")[1:]
     if one.base in ("LDSM", "STSM"):  # matrices of 8 x 8 in 16 bits; the suffix says how many
-        return 128 * int(next((suffix for suffix in reversed(suffixes) if suffix in ("2", "4")), "1"))
+        return 128 * int(
+            next((suffix for suffix in reversed(suffixes) if suffix in ("2", "4")), "1")
+        )
     sizes = [size for suffix in suffixes if (size := _SIZE.fullmatch(suffix))]
     return 32 * int(sizes[0][1]) // 8 if sizes else 128
 
 
 def moved_bytes(one: Instruction) -> int:
     """From or to global memory, by a warp."""
-    return operand_bytes(one) if one.base in (*_GLOBAL_MEMORY, "LDGSTS") and not one.never_runs else 0
+    return (
+        operand_bytes(one) if one.base in (*_GLOBAL_MEMORY, "LDGSTS") and not one.never_runs else 0
+    )
 
 
 def shared_cycles(one: Instruction) -> int:

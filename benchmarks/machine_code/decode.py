@@ -46,7 +46,9 @@ class Code(NamedTuple):
         return self.labels.get(found[1]) if found else None
 
 
-_LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P[T\d]+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/")
+_LINE = re.compile(
+    r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P[T\d]+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/"
+)
 _UPPER = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/")
 _LABEL = re.compile(r"(\.L\w+):")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
@@ -60,7 +62,9 @@ def decode(text: str) -> Code:
     """
     found: list[Instruction] = []
     labels: dict[str, int] = {}
-    pending: tuple[str, ...] | None = None  # an instruction whose upper 64 bits, on the next line, are still to come
+    pending: tuple[str, ...] | None = (
+        None  # an instruction whose upper 64 bits, on the next line, are still to come
+    )
     functions = 0
     for line in text.splitlines():
         if line.startswith("//--") and ".text." in line:
@@ -73,10 +77,16 @@ def decode(text: str) -> Code:
             pending = instruction.groups(default="")
         elif pending and (upper := _UPPER.match(line)):
             address, predicate, opcode, operands = pending
-            found.append(Instruction(int(address, 16), predicate, opcode, operands, *control(int(upper[1], 16))))
+            found.append(
+                Instruction(
+                    int(address, 16), predicate, opcode, operands, *control(int(upper[1], 16))
+                )
+            )
             pending = None
     if not found:
-        raise ValueError("no instruction in this text; it must come from nvdisasm --print-code -hex")
+        raise ValueError(
+            "no instruction in this text; it must come from nvdisasm --print-code -hex"
+        )
     return Code(found, labels)
 
 

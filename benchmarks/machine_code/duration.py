@@ -33,7 +33,11 @@ def seconds(built: Built, launch: Launch, rounds: int = ROUNDS) -> float:
         low, high = _STEADY // 2 * launch.inner, _STEADY * launch.inner
     cycles = _cycles(built, launch, low, rounds)
     if low != launch.passes:
-        cycles += (launch.passes - low) / max(high - low, 1) * (_cycles(built, launch, high, rounds) - cycles)
+        cycles += (
+            (launch.passes - low)
+            / max(high - low, 1)
+            * (_cycles(built, launch, high, rounds) - cycles)
+        )
     return cycles / CLOCK + launch.sums / DRAM_RATE
 
 
@@ -45,5 +49,7 @@ def _cycles(built: Built, launch: Launch, passes: int, rounds: int) -> float:
     warps, side_by_side = built.on_a_scheduler(resident)
     rounds = rounds if share > built.programs else 1
     stagger = len(trace) * warps / 2 / side_by_side / (passes if rounds == 1 else 1)
-    run = multiprocessor.run(trace, warps, side_by_side, launch.memory, rounds=rounds, stagger=stagger)
+    run = multiprocessor.run(
+        trace, warps, side_by_side, launch.memory, rounds=rounds, stagger=stagger
+    )
     return run.cycles * share / (rounds * resident)

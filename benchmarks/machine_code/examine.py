@@ -27,7 +27,9 @@ class Case(NamedTuple):
     name: str
     source: Any  # a triton ASTSource
     options: dict[str, Any]  # of the launch
-    elements: float  # of the tile that one pass through the main loop makes (of attention: scores), or 0
+    elements: (
+        float  # of the tile that one pass through the main loop makes (of attention: scores), or 0
+    )
     loop: str = "products"  # which loop is the main one: see `path.main_loop`
     memory: Memory = L2  # where the operands of that loop come from
     useful: float = 1.0  # share of the loop's products that count
@@ -48,7 +50,9 @@ class Built:
 
     def on_a_scheduler(self, resident: int) -> tuple[int, int]:
         """Warps of a program, and programs, on the fullest of the four, of `resident` programs on the multiprocessor."""
-        return max(1, self.warps // SCHEDULERS), math.ceil(resident * min(self.warps, SCHEDULERS) / SCHEDULERS)
+        return max(1, self.warps // SCHEDULERS), math.ceil(
+            resident * min(self.warps, SCHEDULERS) / SCHEDULERS
+        )
 
     @property
     def loop(self) -> list[Instruction]:
@@ -68,7 +72,9 @@ class Seen:
     warps: int
     stages: int
     programs: int
-    instructions: dict[str, float]  # by class; for one element where the case says how many there are
+    instructions: dict[
+        str, float
+    ]  # by class; for one element where the case says how many there are
     least: dict[str, float]  # cycles that each unit needs for a pass of all warps
     cycles: float  # by the model
     teraflops: float  # of the device, in the main loop; 0 for a kernel without products
@@ -123,6 +129,15 @@ def steady_cycles(built: Built) -> tuple[float, Run]:
         rounds = 6
         run = multiprocessor.run(body, warps, side_by_side, memory, rounds=rounds, stagger=600)
         return run.cycles / rounds, run
-    run = multiprocessor.run(body * _PASSES, warps, side_by_side, memory, mark=body[0].address, stagger=0.37 * len(body) * warps)
-    gaps = [later - earlier for earlier, later in zip(run.passes[4:-2], run.passes[5:-1], strict=True)]
+    run = multiprocessor.run(
+        body * _PASSES,
+        warps,
+        side_by_side,
+        memory,
+        mark=body[0].address,
+        stagger=0.37 * len(body) * warps,
+    )
+    gaps = [
+        later - earlier for earlier, later in zip(run.passes[4:-2], run.passes[5:-1], strict=True)
+    ]
     return sum(gaps) / len(gaps), run

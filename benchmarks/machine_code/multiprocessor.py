@@ -30,12 +30,16 @@ from benchmarks.machine_code.h100 import ALU, FMA, FP64, HEAVY, PIPES, SCHEDULER
 
 SHARED, TENSOR, UNIFORM = "shared", "tensor", "uniform"
 LITE = "fma lite"  # the second pipe for fp32; integer multiplications (HEAVY) run on the first, FMA
-_SHARED_QUEUE = 48  # cycles of work that may wait in front of shared memory before a warp is held up
+_SHARED_QUEUE = (
+    48  # cycles of work that may wait in front of shared memory before a warp is held up
+)
 _TENSOR_QUEUE = 160  # the same of the tensor cores
 _MMA_SYNC = 0.62  # of the tensor cores' rate is what mma.sync reaches on an H100
 
 # What an instruction does, as far as the model cares.
-_ISSUE, _FP32, _PIPE, _MEMORY, _TENSOR, _AWAIT_TENSOR, _AWAIT_COPIES, _COMMIT, _BARRIER, _FENCE = range(10)
+_ISSUE, _FP32, _PIPE, _MEMORY, _TENSOR, _AWAIT_TENSOR, _AWAIT_COPIES, _COMMIT, _BARRIER, _FENCE = (
+    range(10)
+)
 
 
 class Memory(NamedTuple):
@@ -54,9 +58,13 @@ class Run:
     """What came of it; shares are of all cycles."""
 
     cycles: float
-    passes: list[float]  # when the marked instruction was issued the first, second, ... time; the mean over the warps
+    passes: list[
+        float
+    ]  # when the marked instruction was issued the first, second, ... time; the mean over the warps
     busy: dict[str, float]  # share in which each unit worked
-    waits: dict[str, float]  # share in which no warp could issue, by what the first of them waited for
+    waits: dict[
+        str, float
+    ]  # share in which no warp could issue, by what the first of them waited for
 
 
 class _Step(NamedTuple):
@@ -75,7 +83,18 @@ class _Step(NamedTuple):
 
 
 class _Warp:
-    __slots__ = ("at", "barriers", "copies", "copying", "left", "multiplied", "products", "program", "ready", "waiting")
+    __slots__ = (
+        "at",
+        "barriers",
+        "copies",
+        "copying",
+        "left",
+        "multiplied",
+        "products",
+        "program",
+        "ready",
+        "waiting",
+    )
 
     def __init__(self, program: int, ready: float, rounds: int):
         self.program, self.ready, self.left = program, ready, rounds
@@ -108,14 +127,31 @@ def run(
         stagger: cycles between the starts of the first programs.
         mark: address of the instruction whose issues are noted in `passes`.
     """
-    return _Scheduler([_step(one) for one in trace], warps, programs, memory, rounds, stagger, mark).run()
+    return _Scheduler(
+        [_step(one) for one in trace], warps, programs, memory, rounds, stagger, mark
+    ).run()
 
 
 class _Scheduler:
-    def __init__(self, steps: list[_Step], warps: int, programs: int, memory: Memory, rounds: int, stagger: float, mark: int):
+    def __init__(
+        self,
+        steps: list[_Step],
+        warps: int,
+        programs: int,
+        memory: Memory,
+        rounds: int,
+        stagger: float,
+        mark: int,
+    ):
         self.steps, self.warps, self.memory, self.mark = steps, warps, memory, mark
-        self.active = [_Warp(program, program * stagger, rounds) for program in range(programs) for _ in range(warps)]
-        self.free: dict[str, float] = dict.fromkeys((FMA, LITE, HEAVY, ALU, XU, FP64, SHARED, TENSOR, UNIFORM), 0.0)  # when each pipe is
+        self.active = [
+            _Warp(program, program * stagger, rounds)
+            for program in range(programs)
+            for _ in range(warps)
+        ]
+        self.free: dict[str, float] = dict.fromkeys(
+            (FMA, LITE, HEAVY, ALU, XU, FP64, SHARED, TENSOR, UNIFORM), 0.0
+        )  # when each pipe is
         self.delivered = 0.0  # when the memory has delivered all that was asked for
         self.arrived: dict[int, list[_Warp]] = defaultdict(list)  # at the barrier, by program
         self.busy: dict[str, float] = defaultdict(float)
@@ -133,7 +169,9 @@ class _Scheduler:
                 if time < when or (time == when and warp is last):
                     best, when, why = warp, time, reason
             if best is None:
-                raise RuntimeError("every warp waits at a barrier that not all warps of its program reach")
+                raise RuntimeError(
+                    "every warp waits at a barrier that not all warps of its program reach"
+                )
             if when > now + 1:
                 self.waits[why] += when - now - 1
             now, last = max(when, now + 1), best
@@ -218,7 +256,9 @@ class _Scheduler:
         self.busy[SHARED] += step.cycles
         if not step.bytes:
             return start + step.cycles + step.latency
-        cycles = SCHEDULERS * step.bytes / self.memory.rate  # the other schedulers' loads come between
+        cycles = (
+            SCHEDULERS * step.bytes / self.memory.rate
+        )  # the other schedulers' loads come between
         self.delivered = max(self.delivered, start) + cycles
         self.busy["memory"] += cycles
         done = self.delivered + self.memory.latency
@@ -248,7 +288,20 @@ class _Scheduler:
 
 # Cycles until the result; of the others below, those of shared memory.
 _ANSWERS = {"SHFL": h100.SHUFFLE, "R2UR": h100.UNIFORM + 2, "LDL": h100.L1}
-_OTHER_MEMORY = {"LDS", "STS", "LDSM", "STSM", "SHFL", "LDL", "STL", "ATOMS", "LDC", "S2R", "R2UR", "REDUX"}
+_OTHER_MEMORY = {
+    "LDS",
+    "STS",
+    "LDSM",
+    "STSM",
+    "SHFL",
+    "LDL",
+    "STL",
+    "ATOMS",
+    "LDC",
+    "S2R",
+    "R2UR",
+    "REDUX",
+}
 _STORES = {"STG", "ST", "RED"}
 _LAST_NUMBER = re.compile(r"0x([0-9a-f]+)\s*$")
 
@@ -260,15 +313,36 @@ def _step(one: Instruction) -> _Step:
     groups = int(last[1], 16) if last else 0
 
     def step(
-        kind: int, pipe: str = "", cycles: float = 0.0, latency: float = 0.0, keep: int = 0, role: str = "", moved: float = 0.0
+        kind: int,
+        pipe: str = "",
+        cycles: float = 0.0,
+        latency: float = 0.0,
+        keep: int = 0,
+        role: str = "",
+        moved: float = 0.0,
     ) -> _Step:
         waits = tuple(bit for bit in range(6) if one.waits >> bit & 1)
-        return _Step(kind, pipe, cycles, latency, keep, role, moved, one.stall, one.write_barrier, one.read_barrier, waits, one.address)
+        return _Step(
+            kind,
+            pipe,
+            cycles,
+            latency,
+            keep,
+            role,
+            moved,
+            one.stall,
+            one.write_barrier,
+            one.read_barrier,
+            waits,
+            one.address,
+        )
 
     if one.never_runs:
         return step(_ISSUE, latency=4)
     if base in ("HGMMA", "QGMMA"):
-        return step(_TENSOR, TENSOR, tensor_cycles(one), role="group" if "gsb0" in one.operands else "")
+        return step(
+            _TENSOR, TENSOR, tensor_cycles(one), role="group" if "gsb0" in one.operands else ""
+        )
     if base == "HMMA":
         return step(_TENSOR, TENSOR, tensor_cycles(one) / _MMA_SYNC, role="wait")
     if base == "WARPGROUP" and "DEPBAR" in one.opcode:

@@ -38,8 +38,15 @@ def kernels(words: list[str] | None = None) -> dict[str, tuple[Production, dict[
     """Those of `production()` in bf16 that the model can judge, with their tiles for sm_90; `words`: only names that hold one of them."""
     found = {}
     for name, production in production_kernels().items():
-        if short(production) == "bf16" and production.table in JUDGED and (not words or any(word in name for word in words)):
-            found[name] = production, tile(production.table, "sm_90", production.dtype, production.size)
+        if (
+            short(production) == "bf16"
+            and production.table in JUDGED
+            and (not words or any(word in name for word in words))
+        ):
+            found[name] = (
+                production,
+                tile(production.table, "sm_90", production.dtype, production.size),
+            )
     return found
 
 
@@ -60,12 +67,17 @@ def case(name: str, production: Production, options: dict[str, Any]) -> Case:
     return Case(name, source(production, options), options, elements, loop, memory)
 
 
-def launches(production: Production, options: dict[str, Any], lengths: Sequence[int] = LENGTHS) -> list[Launch]:
+def launches(
+    production: Production, options: dict[str, Any], lengths: Sequence[int] = LENGTHS
+) -> list[Launch]:
     """Of one micro-batch of BERT-base or -large in training; `lengths`: of the sequences, where attention walks over tiles."""
     table, size = production.table, production.size
     if table in WALKS:
         own, walk, _ = WALKS[table]
-        return [Launch(f"n={n}", _heads(production) * TOKENS / options[own], n / options[walk]) for n in lengths]
+        return [
+            Launch(f"n={n}", _heads(production) * TOKENS / options[own], n / options[walk])
+            for n in lengths
+        ]
     if table in SHORT:
         block = tokens_of_tile(production, options)
         return [Launch(f"n={block}", _heads(production) * TOKENS / block, 1, DRAM)]
@@ -74,15 +86,28 @@ def launches(production: Production, options: dict[str, Any], lengths: Sequence[
     if table in ROWS:
         programs = options["programs"] * MULTIPROCESSORS
         shares = {"norm_backward": 3, "embedding_backward": 2}.get(table, 0)
-        return [Launch("", programs, TOKENS / (programs * options["BLOCK_T"]), DRAM, sums=programs * shares * size * 4)]
+        return [
+            Launch(
+                "",
+                programs,
+                TOKENS / (programs * options["BLOCK_T"]),
+                DRAM,
+                sums=programs * shares * size * 4,
+            )
+        ]
     if table in GELU:
         blocks = math.ceil(size / options["BLOCK_F"])
         shares = math.ceil(options["programs"] * MULTIPROCESSORS / blocks)
         sums = shares * size * 4 if table == "gelu_backward" else 0
-        return [Launch("", blocks * shares, TOKENS / (shares * options["BLOCK_T"]), DRAM, sums=sums)]
+        return [
+            Launch("", blocks * shares, TOKENS / (shares * options["BLOCK_T"]), DRAM, sums=sums)
+        ]
     # The MLM loss.
     steps = math.ceil(size / options["BLOCK_D"])
-    row_tiles, word_tiles = math.ceil(MASKED / options["BLOCK_M"]), math.ceil(VOCABULARY / options["BLOCK_V"])
+    row_tiles, word_tiles = (
+        math.ceil(MASKED / options["BLOCK_M"]),
+        math.ceil(VOCABULARY / options["BLOCK_V"]),
+    )
     if table == "mlm_loss_backward":
         return [Launch("", row_tiles * word_tiles, steps)]
     from fastbert_kernels.mlm_loss.kernel import _run

@@ -11,8 +11,16 @@ from benchmarks.machine_code.decode import Code, Instruction
 
 def loops(code: Code) -> list[tuple[int, int]]:
     """Numbers of the first and last instruction of each innermost loop; the trap behind the end, which jumps to itself, is none."""
-    spans = [(to, at) for at in range(len(code.instructions)) if (to := code.target(at)) is not None and to < at]
-    return [span for span in spans if not any(other != span and span[0] <= other[0] and other[1] <= span[1] for other in spans)]
+    spans = [
+        (to, at)
+        for at in range(len(code.instructions))
+        if (to := code.target(at)) is not None and to < at
+    ]
+    return [
+        span
+        for span in spans
+        if not any(other != span and span[0] <= other[0] and other[1] <= span[1] for other in spans)
+    ]
 
 
 def flops_between(code: Code, first: int, last: int) -> int:
@@ -34,11 +42,17 @@ def main_loop(code: Code, which: str = "products") -> tuple[int, int] | None:
         return [span for span in spans if flops_between(code, *span)][int(which)]
     if which == "products":
         most = max(spans, key=lambda span: (flops_between(code, *span), span[1] - span[0]))
-        return most if flops_between(code, *most) or not any(map(matrix_flops, code.instructions)) else None
+        return (
+            most
+            if flops_between(code, *most) or not any(map(matrix_flops, code.instructions))
+            else None
+        )
     return max(spans, key=lambda span: span[1] - span[0])
 
 
-def way_through(code: Code, passes: int, which: str = "products", inner: int = 1) -> list[Instruction]:
+def way_through(
+    code: Code, passes: int, which: str = "products", inner: int = 1
+) -> list[Instruction]:
     """All that a warp executes whose main loop is passed `passes` times, and that has no tail.
 
     Other loops are passed once. A conditional branch forward is not taken, but for four kinds:
@@ -50,27 +64,45 @@ def way_through(code: Code, passes: int, which: str = "products", inner: int = 1
       of the outer one.
     """
     main = main_loop(code, which)
-    forward = {at: to for at in range(len(code.instructions)) if (to := code.target(at)) is not None and to > at}
+    forward = {
+        at: to
+        for at in range(len(code.instructions))
+        if (to := code.target(at)) is not None and to > at
+    }
     if main is None:
-        products = [at for at, instruction in enumerate(code.instructions) if matrix_flops(instruction)]
+        products = [
+            at for at, instruction in enumerate(code.instructions) if matrix_flops(instruction)
+        ]
         return walk(code, {}, _needed(code, forward, products[0]) if products else None)
     first, last = main
     taken = _needed(code, forward, first)
     taken |= {at: 0 for at, to in forward.items() if at > last and flops_between(code, at, to - 1)}
     if flops_between(code, *main):
         empty = [span for span in loops(code) if span[1] < first and not flops_between(code, *span)]
-        taken |= {at: 0 for at, to in forward.items() if to <= first and any(at < start and end < to for start, end in empty)}
+        taken |= {
+            at: 0
+            for at, to in forward.items()
+            if to <= first and any(at < start and end < to for start, end in empty)
+        }
     if inner > 1:
-        taken |= {at: inner for at, to in forward.items() if first <= at and to <= last and not flops_between(code, at, to - 1)}
+        taken |= {
+            at: inner
+            for at, to in forward.items()
+            if first <= at and to <= last and not flops_between(code, at, to - 1)
+        }
     found = walk(code, {last: passes}, taken)
-    assert found.count(code.instructions[last]) == passes, "the way through the kernel misses its main loop"
+    assert found.count(code.instructions[last]) == passes, (
+        "the way through the kernel misses its main loop"
+    )
     return found
 
 
 def _needed(code: Code, forward: Mapping[int, int], goal: int) -> dict[int, int]:
     """The branches forward that must be taken, or instruction `goal` would be missed."""
     reached = leading_to(code, goal)
-    return {at: 0 for at, to in forward.items() if at < goal and to in reached and at + 1 not in reached}
+    return {
+        at: 0 for at, to in forward.items() if at < goal and to in reached and at + 1 not in reached
+    }
 
 
 def leading_to(code: Code, goal: int) -> set[int]:
@@ -90,7 +122,9 @@ def leading_to(code: Code, goal: int) -> set[int]:
     return found
 
 
-def walk(code: Code, passes: Mapping[int, int], taken: Mapping[int, int] | None = None) -> list[Instruction]:
+def walk(
+    code: Code, passes: Mapping[int, int], taken: Mapping[int, int] | None = None
+) -> list[Instruction]:
     """Instructions in the order of execution.
 
     Args:
@@ -116,6 +150,8 @@ def walk(code: Code, passes: Mapping[int, int], taken: Mapping[int, int] | None 
         if to < at:
             jumps = met[at] % passes.get(at, 1) != 0
         else:
-            jumps = not instruction.predicate or (at in taken and (not taken[at] or met[at] % taken[at] != 0))
+            jumps = not instruction.predicate or (
+                at in taken and (not taken[at] or met[at] % taken[at] != 0)
+            )
         at = to if jumps else at + 1
     return found

@@ -39,8 +39,14 @@ def cases(report: Callable[[str], None] = print) -> Iterator[tuple[Case, str]]:
             function = getattr(importlib.import_module(peer.module), peer.function)
             case = Case(peer.name, _source(function, peer), peer.options, peer.elements)
             version = f"{peer.package} {importlib.metadata.version(peer.package)}"
-        except (ImportError, AttributeError, KeyError) as failure:  # not installed, or another version with another kernel
-            report(f"{peer.name}: left out ({type(failure).__name__}: {failure}); `pip install {peer.package}`")
+        except (
+            ImportError,
+            AttributeError,
+            KeyError,
+        ) as failure:  # not installed, or another version with another kernel
+            report(
+                f"{peer.name}: left out ({type(failure).__name__}: {failure}); `pip install {peer.package}`"
+            )
             continue
         yield (case._replace(loop="longest", memory=DRAM) if peer.rows else case), version
 
@@ -65,7 +71,20 @@ def _named(kind: Any, *names: str) -> dict[str, Any]:
 
 
 # fla: varlen attention, causal, without dropout; K = 64, the tile that it takes on Hopper.
-_FLA_SIZES = {"B": 1, "H": 12, "HQ": 12, "G": 1, "K": 64, "V": 64, "BK": 64, "BV": 64, "BT": 128, "BS": 64, "T": "i32", "scale": "fp32"}
+_FLA_SIZES = {
+    "B": 1,
+    "H": 12,
+    "HQ": 12,
+    "G": 1,
+    "K": 64,
+    "V": 64,
+    "BK": 64,
+    "BV": 64,
+    "BT": 128,
+    "BS": 64,
+    "T": "i32",
+    "scale": "fp32",
+}
 _FLA = {
     **_FLA_SIZES,
     **_named("*bf16", "q", "k", "v"),
@@ -77,10 +96,27 @@ _FLA = {
     "IS_VARLEN": True,
 }
 # Liger: one row a program forward, a share of the rows backward; D = 768. GEGLU with tanh is what it has in place of GELU.
-_LIGER_STRIDES = ("Y_row_stride", "X_row_stride", "stride_x", "stride_dx", "stride_dw", "stride_db", "stride_dy", "n_cols")
+_LIGER_STRIDES = (
+    "Y_row_stride",
+    "X_row_stride",
+    "stride_x",
+    "stride_dx",
+    "stride_dw",
+    "stride_db",
+    "stride_dy",
+    "n_cols",
+)
 _LIGER = {
     **_named("i32", *_LIGER_STRIDES, "n_rows"),
-    **_named(1, "W_row_stride", "B_row_stride", "Mean_row_stride", "RSTD_row_stride", "stride_mean", "stride_rstd"),
+    **_named(
+        1,
+        "W_row_stride",
+        "B_row_stride",
+        "Mean_row_stride",
+        "RSTD_row_stride",
+        "stride_mean",
+        "stride_rstd",
+    ),
     **_named("*bf16", "Y_ptr", "X_ptr", "W_ptr", "B_ptr", "DX_ptr", "DY_ptr"),
     **_named("*fp32", "Mean_ptr", "RSTD_ptr", "DW_ptr", "DB_ptr"),
     **_named(True, "COMPUTE_DW", "COMPUTE_DB"),
@@ -88,7 +124,12 @@ _LIGER = {
     "BLOCK_SIZE": 1024,
     "rows_per_program": 125,
 }
-_GEGLU = {**_named("*bf16", "a", "b", "c", "dc"), "stride": "i32", "n_cols": 3072, "BLOCK_SIZE": 4096}
+_GEGLU = {
+    **_named("*bf16", "a", "b", "c", "dc"),
+    "stride": "i32",
+    "n_cols": 3072,
+    "BLOCK_SIZE": 4096,
+}
 # Cut Cross-Entropy: D = 768. Of the backward pass the loop that makes the logits again; its other two add to memory under locks.
 _CCE_FORWARD = {
     **_named("*bf16", "E", "C"),
@@ -121,31 +162,87 @@ _CCE_ALIGNED = ("D", "stride_eb", "stride_cv", "B")
 _FLA_OPTIONS, _FLA_PLACE = {"num_warps": 8, "num_stages": 2}, ("fla-core", "fla.ops.attn.parallel")
 
 _PEERS = (
-    Peer("fla varlen attention, forward", *_FLA_PLACE, "parallel_attn_fwd_kernel", _FLA, _FLA_OPTIONS, 128 * 64),
-    Peer("fla varlen attention, dK and dV", *_FLA_PLACE, "parallel_attn_bwd_kernel_dkv", _FLA, _FLA_OPTIONS, 128 * 64),
-    Peer("fla varlen attention, dQ", *_FLA_PLACE, "parallel_attn_bwd_kernel_dq", _FLA, _FLA_OPTIONS, 128 * 64),
     Peer(
-        *("Liger layer norm, forward, D = 768", "liger-kernel", "liger_kernel.ops.layer_norm", "_layer_norm_forward_kernel"),
+        "fla varlen attention, forward",
+        *_FLA_PLACE,
+        "parallel_attn_fwd_kernel",
+        _FLA,
+        _FLA_OPTIONS,
+        128 * 64,
+    ),
+    Peer(
+        "fla varlen attention, dK and dV",
+        *_FLA_PLACE,
+        "parallel_attn_bwd_kernel_dkv",
+        _FLA,
+        _FLA_OPTIONS,
+        128 * 64,
+    ),
+    Peer(
+        "fla varlen attention, dQ",
+        *_FLA_PLACE,
+        "parallel_attn_bwd_kernel_dq",
+        _FLA,
+        _FLA_OPTIONS,
+        128 * 64,
+    ),
+    Peer(
+        *(
+            "Liger layer norm, forward, D = 768",
+            "liger-kernel",
+            "liger_kernel.ops.layer_norm",
+            "_layer_norm_forward_kernel",
+        ),
         *(_LIGER, {"num_warps": 4}, 768, _LIGER_STRIDES, True),
     ),
     Peer(
-        *("Liger layer norm, backward, D = 768", "liger-kernel", "liger_kernel.ops.layer_norm", "_layer_norm_backward_kernel"),
+        *(
+            "Liger layer norm, backward, D = 768",
+            "liger-kernel",
+            "liger_kernel.ops.layer_norm",
+            "_layer_norm_backward_kernel",
+        ),
         *(_LIGER, {"num_warps": 4}, 768, _LIGER_STRIDES, True),
     ),
     Peer(
-        *("Liger GEGLU, forward, F = 3072", "liger-kernel", "liger_kernel.ops.geglu", "_geglu_tanh_forward_kernel"),
+        *(
+            "Liger GEGLU, forward, F = 3072",
+            "liger-kernel",
+            "liger_kernel.ops.geglu",
+            "_geglu_tanh_forward_kernel",
+        ),
         *(_GEGLU, {"num_warps": 8}, 3072, ("stride",), True),
     ),
     Peer(
-        *("Liger GEGLU, backward, F = 3072", "liger-kernel", "liger_kernel.ops.geglu", "_geglu_tanh_backward_kernel"),
+        *(
+            "Liger GEGLU, backward, F = 3072",
+            "liger-kernel",
+            "liger_kernel.ops.geglu",
+            "_geglu_tanh_backward_kernel",
+        ),
         *(_GEGLU, {"num_warps": 8}, 3072, ("stride",), True),
     ),
     Peer(
-        *("CCE logits and log-sum-exp", "cut-cross-entropy", "cut_cross_entropy.cce_lse_forward", "_cce_lse_forward_kernel"),
-        *({**_CCE_FORWARD, "BLOCK_B": 256, "BLOCK_V": 128}, {"num_warps": 8, "num_stages": 3}, 256 * 128, _CCE_ALIGNED),
+        *(
+            "CCE logits and log-sum-exp",
+            "cut-cross-entropy",
+            "cut_cross_entropy.cce_lse_forward",
+            "_cce_lse_forward_kernel",
+        ),
+        *(
+            {**_CCE_FORWARD, "BLOCK_B": 256, "BLOCK_V": 128},
+            {"num_warps": 8, "num_stages": 3},
+            256 * 128,
+            _CCE_ALIGNED,
+        ),
     ),
     Peer(
-        *("CCE logits again, backward", "cut-cross-entropy", "cut_cross_entropy.cce_backward", "_cce_backward_kernel"),
+        *(
+            "CCE logits again, backward",
+            "cut-cross-entropy",
+            "cut_cross_entropy.cce_backward",
+            "_cce_backward_kernel",
+        ),
         *(_CCE_BACKWARD, {"num_warps": 4, "num_stages": 4}, 128 * 128, _CCE_ALIGNED),
     ),
 )

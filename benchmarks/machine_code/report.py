@@ -13,14 +13,26 @@ from benchmarks.record import table
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks/results/machine_code.json"
-RECORDED = Path(__file__).with_name("recorded.json")  # what nobody can compile with the packages of today
+RECORDED = Path(__file__).with_name(
+    "recorded.json"
+)  # what nobody can compile with the packages of today
 PROPOSED = ROOT / "benchmarks/proposed_tiles.json"
 PAGE = ROOT / "docs/kernels.md"
 
 Row = dict[str, Any]
 HIDDEN = 768  # BERT-base's, whose layer the attention's figures are for
 LENGTHS = (128, 512, 1024, 4096)
-_CLASSES = ("products", "exp2", "fp32", "compare", "integer", "convert", "shared", "wait", "uniform")
+_CLASSES = (
+    "products",
+    "exp2",
+    "fp32",
+    "compare",
+    "integer",
+    "convert",
+    "shared",
+    "wait",
+    "uniform",
+)
 
 
 def read(path: Path) -> Any:
@@ -65,10 +77,31 @@ def _calibration(recorded: Row) -> str:
     for one in recorded["calibration"]:
         low, high = one["published"]
         published = f"{low}" if low == high else f"{low} to {high}"
-        ratio = f"{low / one['model']:.2f}" + ("" if low == high else f" to {high / one['model']:.2f}")
-        rows.append([one["kernel"], f"{one['n']:,}", one["what"], published, f"{one['model']}", f"**{ratio}**"])
-    columns = ("kernel", "n", "what the model ran", "published, TFLOP/s", "model, TFLOP/s", "published / model")
-    used = ", ".join(f"{which} {about['factor']} ± {about['spread']}" for which, about in recorded["factors"].items())
+        ratio = f"{low / one['model']:.2f}" + (
+            "" if low == high else f" to {high / one['model']:.2f}"
+        )
+        rows.append(
+            [
+                one["kernel"],
+                f"{one['n']:,}",
+                one["what"],
+                published,
+                f"{one['model']}",
+                f"**{ratio}**",
+            ]
+        )
+    columns = (
+        "kernel",
+        "n",
+        "what the model ran",
+        "published, TFLOP/s",
+        "model, TFLOP/s",
+        "published / model",
+    )
+    used = ", ".join(
+        f"{which} {about['factor']} ± {about['spread']}"
+        for which, about in recorded["factors"].items()
+    )
     return f"{table(columns, rows)}\n\nUsed below: {used}."
 
 
@@ -84,7 +117,12 @@ def _attention(record: Row, recorded: Row) -> str:
             rows.append([f"ours, {which}, p = {'0.1' if dropout else '0'}", *cells])
         for one in recorded["published"]:
             if one["pass"] == which:
-                rows.append([f"{one['kernel']}, p = 0, published", *(f"{one['teraflops'][str(n)]}" for n in LENGTHS[1:])])
+                rows.append(
+                    [
+                        f"{one['kernel']}, p = 0, published",
+                        *(f"{one['teraflops'][str(n)]}" for n in LENGTHS[1:]),
+                    ]
+                )
     return table(("TFLOP/s, model → predicted", *(f"n = {n:,}" for n in LENGTHS[1:])), rows)
 
 
@@ -93,17 +131,44 @@ def _short(record: Row) -> str:
     for name, found in record["attention"].items():
         if name.endswith("n=128"):
             which, dropout, _ = name.split()
-            tensors = 4 if which == "forward" else 7  # q, k, v, out; and of the backward pass dout, dq, dk, dv in place of out
+            tensors = (
+                4 if which == "forward" else 7
+            )  # q, k, v, out; and of the backward pass dout, dq, dk, dv in place of out
             least = tensors * TOKENS * HIDDEN * 2 / DRAM_RATE * 1e6
-            rows.append([f"{which}, p = {'0.1' if dropout.endswith('True') else '0'}", f"{found['seconds'] * 1e6:.0f}", f"{least:.0f}"])
-    return table(("sequences of 128 tokens", "model, µs", "reading and writing each tensor once, µs"), rows)
+            rows.append(
+                [
+                    f"{which}, p = {'0.1' if dropout.endswith('True') else '0'}",
+                    f"{found['seconds'] * 1e6:.0f}",
+                    f"{least:.0f}",
+                ]
+            )
+    return table(
+        ("sequences of 128 tokens", "model, µs", "reading and writing each tensor once, µs"), rows
+    )
 
 
 def _loops(record: Row, recorded: Row) -> str:
-    ours = [_loop(f"**{_titled(name, row)}**", row, recorded) for name, row in record["kernels"].items() if _walks(name, row)]
-    others = [_loop(name, row, recorded) for name, row in record["peers"].items() if _walks(name, row)]
-    others += [_loop(f"{row['name']} (recorded)", _as_seen(row), recorded) for row in recorded["peers"]]
-    columns = ("kernel", "registers", "spilled", "programs", *_CLASSES, "sum", "cycles", "TFLOP/s, model → predicted")
+    ours = [
+        _loop(f"**{_titled(name, row)}**", row, recorded)
+        for name, row in record["kernels"].items()
+        if _walks(name, row)
+    ]
+    others = [
+        _loop(name, row, recorded) for name, row in record["peers"].items() if _walks(name, row)
+    ]
+    others += [
+        _loop(f"{row['name']} (recorded)", _as_seen(row), recorded) for row in recorded["peers"]
+    ]
+    columns = (
+        "kernel",
+        "registers",
+        "spilled",
+        "programs",
+        *_CLASSES,
+        "sum",
+        "cycles",
+        "TFLOP/s, model → predicted",
+    )
     return table(columns, [*ours, *others])
 
 
@@ -114,21 +179,32 @@ def _walks(name: str, row: Row) -> bool:
 
 def _titled(name: str, row: Row) -> str:
     """With the tile and the warps."""
-    blocks = " x ".join(f"{value}" for option, value in row["tile"].items() if option.startswith("BLOCK"))
+    blocks = " x ".join(
+        f"{value}" for option, value in row["tile"].items() if option.startswith("BLOCK")
+    )
     return f"{name}, {blocks}, {row['warps']} warps, {row['stages']} stages" if blocks else name
 
 
 def _as_seen(row: Row) -> Row:
     """A row of `recorded.json` in the form of those of the record."""
-    counts = {word: count for word, count in row["per_score"].items() if word != "sum" and count is not None}
+    counts = {
+        word: count
+        for word, count in row["per_score"].items()
+        if word != "sum" and count is not None
+    }
     return row | {"instructions": counts, "sum": row["per_score"]["sum"]}
 
 
 def _loop(name: str, row: Row, recorded: Row) -> list[str]:
     counts = row["instructions"]
     complete = "products" in counts
-    classes = [f"{counts.get(word, 0):.2f}".rstrip("0").rstrip(".") if complete or word in counts else "" for word in _CLASSES]
-    calibrated = row["teraflops"] * factor(recorded, "forward loop" if "forward" in name else "backward")
+    classes = [
+        f"{counts.get(word, 0):.2f}".rstrip("0").rstrip(".") if complete or word in counts else ""
+        for word in _CLASSES
+    ]
+    calibrated = row["teraflops"] * factor(
+        recorded, "forward loop" if "forward" in name else "backward"
+    )
     return [
         name,
         f"{row['registers']}",
@@ -148,10 +224,24 @@ def _rows(record: Row) -> str:
             continue
         microseconds = f"{row['launches'][0] * 1e6:.0f}" if row.get("launches") else ""
         waits = f"{row['waits']:.0%}"
-        cells = [f"{row['registers']}", f"{row['programs']}", f"{sum(row['instructions'].values()):.1f}", f"{row['gigabytes'] / 1e3:.2f}"]
+        cells = [
+            f"{row['registers']}",
+            f"{row['programs']}",
+            f"{sum(row['instructions'].values()):.1f}",
+            f"{row['gigabytes'] / 1e3:.2f}",
+        ]
         shown = f"**{_titled(name, row)}**" if name in record["kernels"] else name
         rows.append([shown, *cells, f"{row['issue']:.0%}", waits, microseconds])
-    columns = ("kernel", "registers", "programs", "instructions an element", "TB/s in the loop", "issuing", "waiting for loads", "µs")
+    columns = (
+        "kernel",
+        "registers",
+        "programs",
+        "instructions an element",
+        "TB/s in the loop",
+        "issuing",
+        "waiting for loads",
+        "µs",
+    )
     return table(columns, rows)
 
 
@@ -160,7 +250,12 @@ def _mlm(record: Row) -> str:
     for name, row in [*record["kernels"].items(), *record["peers"].items()]:
         if ("mlm_loss" in name or "CCE" in name) and row["teraflops"]:
             whole = (
-                [f"{row['launches'][0] * 1e6:.0f}", f"{row['useful'] / row['launches'][0] / 1e12:.0f}"] if row.get("launches") else ["", ""]
+                [
+                    f"{row['launches'][0] * 1e6:.0f}",
+                    f"{row['useful'] / row['launches'][0] / 1e12:.0f}",
+                ]
+                if row.get("launches")
+                else ["", ""]
             )
             cells = [f"{row['registers']}", f"{row['spilled']}", f"{row['programs']}"]
             rows.append(
@@ -171,7 +266,18 @@ def _mlm(record: Row) -> str:
                     *whole,
                 ]
             )
-    return table(("kernel", "registers", "spilled", "programs", "TFLOP/s in the loop, model", "µs, model", "TFLOP/s, model"), rows)
+    return table(
+        (
+            "kernel",
+            "registers",
+            "spilled",
+            "programs",
+            "TFLOP/s in the loop, model",
+            "µs, model",
+            "TFLOP/s, model",
+        ),
+        rows,
+    )
 
 
 def _tiles() -> str:
@@ -180,11 +286,28 @@ def _tiles() -> str:
         present = read(ROOT / "kernels/fastbert_kernels/tiles.json")[architecture]
         for kernel, others in kernels.items():
             for other in others:
-                now = next(row for row in present[kernel] if (row["bits"], row["size"]) == (other["bits"], other["size"]))
-                rows.append(
-                    [f"{kernel}, {other['bits']} bits, {other['size']}", _shown(now), _shown(other), f"{other['predicted_ratio']:.2f}"]
+                now = next(
+                    row
+                    for row in present[kernel]
+                    if (row["bits"], row["size"]) == (other["bits"], other["size"])
                 )
-    return table(("row", "in the table", "to be timed beside it", "its time over that of the table's row, model"), rows)
+                rows.append(
+                    [
+                        f"{kernel}, {other['bits']} bits, {other['size']}",
+                        _shown(now),
+                        _shown(other),
+                        f"{other['predicted_ratio']:.2f}",
+                    ]
+                )
+    return table(
+        (
+            "row",
+            "in the table",
+            "to be timed beside it",
+            "its time over that of the table's row, model",
+        ),
+        rows,
+    )
 
 
 def _shown(row: Row) -> str:
@@ -195,7 +318,11 @@ def _shown(row: Row) -> str:
 def text(record: Row) -> Iterator[str]:
     """For a terminal."""
     for name, row in [*record["kernels"].items(), *record["peers"].items()]:
-        rate = f"{row['teraflops']:6.0f} TFLOP/s" if row["teraflops"] else f"{row['gigabytes']:6.0f} GB/s"
+        rate = (
+            f"{row['teraflops']:6.0f} TFLOP/s"
+            if row["teraflops"]
+            else f"{row['gigabytes']:6.0f} GB/s"
+        )
         times: Sequence[float] = row.get("launches", ())
         launches = ", ".join(f"{seconds * 1e6:.0f} µs" for seconds in times)
         yield (

@@ -18,7 +18,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.ahead_of_time import DEVICES, REGISTERS, SCHEDULERS, faults, measure, production_kernels, short
+from benchmarks.ahead_of_time import (
+    DEVICES,
+    REGISTERS,
+    SCHEDULERS,
+    faults,
+    measure,
+    production_kernels,
+    short,
+)
 from benchmarks.forked import forked
 from benchmarks.machine_code import ours
 from benchmarks.machine_code.counts import moved_bytes
@@ -33,7 +41,19 @@ ARCHITECTURE, BITS = "sm_90", 16
 SLOW_L2 = L2._replace(rate=24.0)  # bytes a cycle and multiprocessor; devices give 25 to 36
 _FINALISTS = 4
 _ROUNDS = 3  # of programs; fewer than a table takes, as only ratios count
-_PROGRAMS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # of a persistent kernel, side by side on a multiprocessor
+_PROGRAMS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    10,
+    12,
+    16,
+)  # of a persistent kernel, side by side on a multiprocessor
 _SQUEEZE = 0.6  # a limit on registers below this share of what the compiler wants would only spill
 _OTHERS = 2  # rows of other shapes that are kept beside the best one, if their time is at most the next number times its own
 _WORTH_TIMING = 1.15
@@ -52,7 +72,9 @@ class Judged(NamedTuple):
 
     def over(self, other: Judged) -> float:
         """This one's time over the other's."""
-        return statistics.geometric_mean(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
+        return statistics.geometric_mean(
+            mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)
+        )
 
 
 @dataclasses.dataclass
@@ -71,24 +93,48 @@ def forms(table: str, row: Row) -> list[Production]:
     alike = [p for p in production_kernels().values() if p.table == table and short(p) == "bf16"]
     sizes = sorted({p.size for p in alike})
     rows = sorted(r["size"] for r in _rows(table))
-    served = [size for size in sizes if next((r for r in rows if r >= size), rows[-1]) == row["size"]]
+    served = [
+        size for size in sizes if next((r for r in rows if r >= size), rows[-1]) == row["size"]
+    ]
     if served:
         return [p for p in alike if p.size in served]
     axis = "K" if "K" in alike[0].arguments else "D"
-    return [p._replace(size=row["size"], arguments=p.arguments | {axis: row["size"]}) for p in alike if p.size == sizes[-1]]
+    return [
+        p._replace(size=row["size"], arguments=p.arguments | {axis: row["size"]})
+        for p in alike
+        if p.size == sizes[-1]
+    ]
 
 
 def timed_forms(table: str, row: Row) -> list[Production]:
     """Those that count for its time, dropout first: a layer of the encoder, not its head's LayerNorm; gathered rows of the MLM loss."""
-    found = [p for p in forms(table, row) if p.arguments.get("bias_ptr", "") is not None and p.arguments.get("GATHER", True)]
-    return sorted(found, key=lambda p: (not p.arguments.get("DROPOUT", True), p.arguments.get("keys_ptr", "") is None, p.size))
+    found = [
+        p
+        for p in forms(table, row)
+        if p.arguments.get("bias_ptr", "") is not None and p.arguments.get("GATHER", True)
+    ]
+    return sorted(
+        found,
+        key=lambda p: (
+            not p.arguments.get("DROPOUT", True),
+            p.arguments.get("keys_ptr", "") is None,
+            p.size,
+        ),
+    )
 
 
-def candidates(table: str, row: Row, blocks: Mapping[str, tuple[int, ...]], common: Mapping[str, tuple[int, ...]]) -> list[Row]:
+def candidates(
+    table: str,
+    row: Row,
+    blocks: Mapping[str, tuple[int, ...]],
+    common: Mapping[str, tuple[int, ...]],
+) -> list[Row]:
     """The present row, then all others that are worth a compilation."""
     walks, rows = ours.WALKS.get(table), table in (*ours.ROWS, *ours.GELU)
     warps = common["num_warps"] if rows else (4, 8)
-    stages = (3, 4) if walks or table in ours.MLM else (1,)  # with 2 nothing is loaded ahead of a wgmma (docs/kernels.md)
+    stages = (
+        (3, 4) if walks or table in ours.MLM else (1,)
+    )  # with 2 nothing is loaded ahead of a wgmma (docs/kernels.md)
     found = [row]
     for values in itertools.product(*blocks.values(), warps, stages):
         trial = {**row, **dict(zip((*blocks, "num_warps", "num_stages"), values, strict=True))}
@@ -106,7 +152,9 @@ def _is_hopeless(table: str, row: Row) -> bool:
     threads = 32 * row["num_warps"]
     sums = {2: 1, 3: 1, 4: 2}[products] * row[own] * row["size"]  # O; dQ; dK and dV
     scores = {2: 1, 3: 2, 4: 2}[products] * row[own] * row[walk]  # S; backward also dP
-    return sums + scores > 192 * threads or row[own] < 16 * row["num_warps"]  # the 64 rows of a wgmma are those of four warps
+    return (
+        sums + scores > 192 * threads or row[own] < 16 * row["num_warps"]
+    )  # the 64 rows of a wgmma are those of four warps
 
 
 def _is_hopeless_for_rows(table: str, row: Row) -> bool:
@@ -116,11 +164,15 @@ def _is_hopeless_for_rows(table: str, row: Row) -> bool:
     if table in ours.GELU:
         return not 8 <= chunk <= 64
     whole = row["BLOCK_T"] * row["size"] / threads
-    registers = (9 if "backward" in table else 5) * whole  # as many an element as today's kernels have
+    registers = (
+        9 if "backward" in table else 5
+    ) * whole  # as many an element as today's kernels have
     return not 8 <= chunk or registers > 255 or width > row["size"]
 
 
-def judge(table: str, row: Row, productions: list[Production], thorough: bool, as_it_stands: bool = False) -> Judged | None:
+def judge(
+    table: str, row: Row, productions: list[Production], thorough: bool, as_it_stands: bool = False
+) -> Judged | None:
     """The model's time for each form and launch; None if one does not compile, does not fit or spills.
 
     Args:
@@ -134,22 +186,41 @@ def judge(table: str, row: Row, productions: list[Production], thorough: bool, a
             one = build(ours.case(table, production, options))
         except Exception:  # the compilers have no common class for what they cannot do
             return None
-        if (one.spilled and not as_it_stands) or not one.programs or one.shared > DEVICES[ARCHITECTURE].shared:
+        if (
+            (one.spilled and not as_it_stands)
+            or not one.programs
+            or one.shared > DEVICES[ARCHITECTURE].shared
+        ):
             return None
         built.append(one)
     if "programs" in row and not as_it_stands:
         row, times = _best_programs(row, options, productions, built)
     else:
         times = _times(options, productions, built, thorough)
-    traffic = sum(_traffic(one, ours.launches(production, _options(row))[0]) for production, one in zip(productions, built, strict=True))
-    return Judged(row, tuple(times), traffic, tuple(one.registers for one in built), tuple(one.programs for one in built))
+    traffic = sum(
+        _traffic(one, ours.launches(production, _options(row))[0])
+        for production, one in zip(productions, built, strict=True)
+    )
+    return Judged(
+        row,
+        tuple(times),
+        traffic,
+        tuple(one.registers for one in built),
+        tuple(one.programs for one in built),
+    )
 
 
 def _traffic(built: Built, launch: Launch) -> float:
-    return sum(map(moved_bytes, built.loop)) * built.warps * launch.passes * launch.programs if launch.memory == L2 else 0.0
+    return (
+        sum(map(moved_bytes, built.loop)) * built.warps * launch.passes * launch.programs
+        if launch.memory == L2
+        else 0.0
+    )
 
 
-def _best_programs(row: Row, options: dict[str, Any], productions: list[Production], built: list[Built]) -> tuple[Row, list[float]]:
+def _best_programs(
+    row: Row, options: dict[str, Any], productions: list[Production], built: list[Built]
+) -> tuple[Row, list[float]]:
     """Of a persistent kernel: as many programs on a multiprocessor as are fastest."""
     fit = min(one.programs for one in built)
     trials = []
@@ -161,12 +232,16 @@ def _best_programs(row: Row, options: dict[str, Any], productions: list[Producti
     return {**row, "programs": programs}, times
 
 
-def _times(options: dict[str, Any], productions: list[Production], built: list[Built], thorough: bool) -> list[float]:
+def _times(
+    options: dict[str, Any], productions: list[Production], built: list[Built], thorough: bool
+) -> list[float]:
     found = []
     for production, one in zip(productions, built, strict=True):
         launches = ours.launches(production, options)
         for launch in launches if thorough else launches[:1]:
-            memories: tuple[Memory, ...] = (L2, SLOW_L2) if launch.memory == L2 and thorough else (launch.memory,)
+            memories: tuple[Memory, ...] = (
+                (L2, SLOW_L2) if launch.memory == L2 and thorough else (launch.memory,)
+            )
             found += [seconds(one, launch._replace(memory=memory), _ROUNDS) for memory in memories]
     return found
 
@@ -183,15 +258,28 @@ def limited(judged: Judged) -> Iterator[Row]:
 def runs_at_the_memory_rate(table: str, row: Row, productions: list[Production]) -> bool:
     """Whether nothing is to be gained, as memory sets the pace of every form."""
     cases = [ours.case(table, production, _options(row)) for production in productions]
-    return all(case.memory == DRAM and examine(case).gigabytes > _FULL * DRAM_RATE / 1e9 for case in cases)
+    return all(
+        case.memory == DRAM and examine(case).gigabytes > _FULL * DRAM_RATE / 1e9 for case in cases
+    )
 
 
 def is_faultless(table: str, row: Row) -> bool:
     """By the rules of `ahead_of_time`, for every form that the row serves."""
-    return not faults([measure(table, production, ARCHITECTURE, _options(row)) for production in forms(table, row)])
+    return not faults(
+        [
+            measure(table, production, ARCHITECTURE, _options(row))
+            for production in forms(table, row)
+        ]
+    )
 
 
-def propose(table: str, present: Row, blocks: Mapping[str, tuple[int, ...]], common: Mapping[str, tuple[int, ...]], end: float) -> Proposal:
+def propose(
+    table: str,
+    present: Row,
+    blocks: Mapping[str, tuple[int, ...]],
+    common: Mapping[str, tuple[int, ...]],
+    end: float,
+) -> Proposal:
     """The best row that is found until `end` (of time.monotonic).
 
     Args:
@@ -201,11 +289,18 @@ def propose(table: str, present: Row, blocks: Mapping[str, tuple[int, ...]], com
     if next(forked(runs_at_the_memory_rate, [(table, present, productions)])):
         return Proposal(table, present, present, 1.0, [], 0, 0)
     trials = candidates(table, present, blocks, common)
-    first = [found for found in _each(judge, [(table, row, productions[:1], False) for row in trials], end) if found]
+    first = [
+        found
+        for found in _each(judge, [(table, row, productions[:1], False) for row in trials], end)
+        if found
+    ]
     first.sort(key=lambda found: math.prod(found.seconds))
     finalists = [found.row for found in first[:_FINALISTS]]
     finalists += [row for found in first[:_FINALISTS] for row in limited(found)]
-    jobs = [(table, present, productions, True, True), *((table, row, productions, True) for row in finalists if row != present)]
+    jobs = [
+        (table, present, productions, True, True),
+        *((table, row, productions, True) for row in finalists if row != present),
+    ]
     base, *judged = _each(judge, jobs, end)
     proposal = Proposal(table, present, present, 1.0, [], len(trials), len(trials) - len(first))
     if base is None:
@@ -216,7 +311,11 @@ def propose(table: str, present: Row, blocks: Mapping[str, tuple[int, ...]], com
     shapes: set[tuple] = set()  # of the best and the others
     for found in preferred(ranked):
         ratio, shape = found.over(base), _shape(found.row)
-        if len(shapes) > _OTHERS or shape in shapes or ratio > min(1.0, _WORTH_TIMING * (proposal.ratio if shapes else 1.0)):
+        if (
+            len(shapes) > _OTHERS
+            or shape in shapes
+            or ratio > min(1.0, _WORTH_TIMING * (proposal.ratio if shapes else 1.0))
+        ):
             continue
         if not next(forked(is_faultless, [(table, found.row)])):
             continue
@@ -232,7 +331,11 @@ def preferred(ranked: list[Judged]) -> list[Judged]:
     """From the fastest on, but before it what is as fast by the model's lights and asks less of what it knows least: the L2 cache, registers, stages."""
     near = [found for found in ranked if found.over(ranked[0]) < _NEAR]
     least = min(near, key=lambda found: (found.traffic, found.over(ranked[0])))
-    same = [found for found in near if _shape(found.row) == _shape(least.row) and found.over(least) < _SAME]
+    same = [
+        found
+        for found in near
+        if _shape(found.row) == _shape(least.row) and found.over(least) < _SAME
+    ]
     same.sort(key=lambda found: (found.row["num_stages"], "maxnreg" in found.row))
     return [*same, *(found for found in ranked if found not in same)]
 
@@ -253,8 +356,14 @@ def _options(row: Row) -> dict[str, Any]:
 
 def _shape(row: Row) -> tuple:
     """What makes a tile another one, rather than a variant."""
-    return tuple(value for name, value in row.items() if name.startswith("BLOCK") or name == "num_warps")
+    return tuple(
+        value for name, value in row.items() if name.startswith("BLOCK") or name == "num_warps"
+    )
 
 
 def _rows(table: str) -> list[Row]:
-    return [row for row in json.loads(TABLE.read_text(encoding="utf-8"))[ARCHITECTURE][table] if row["bits"] == BITS]
+    return [
+        row
+        for row in json.loads(TABLE.read_text(encoding="utf-8"))[ARCHITECTURE][table]
+        if row["bits"] == BITS
+    ]

@@ -42,12 +42,21 @@ from fastbert.presence import names_in, status, unreadable
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD_BYTES = 2 << 30  # of a file, or one tensor
-PIECE = 1 << 20  # numbers that are checked, hashed and written at a time, 4 MiB: they stay in the cache from one to the next
+PIECE = (
+    1 << 20
+)  # numbers that are checked, hashed and written at a time, 4 MiB: they stay in the cache from one to the next
 WEIGHT = "weight"
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING, _DELETED = ".writing-", ".deleted-"
-_OURS = re.compile(rf"({re.escape(_WRITING)}|{re.escape(_DELETED)})?step-\d{{8,}}(-.*)?")  # what is written into checkpoints/
-_DAMAGE = {errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR}  # of a checkpoint; another error says nothing about what lies there
+_OURS = re.compile(
+    rf"({re.escape(_WRITING)}|{re.escape(_DELETED)})?step-\d{{8,}}(-.*)?"
+)  # what is written into checkpoints/
+_DAMAGE = {
+    errno.ENOENT,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ENOTDIR,
+}  # of a checkpoint; another error says nothing about what lies there
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,13 @@ class Checkpoint:
     metadata: dict[str, Any]  # what the run knew: recipe, dataset_sha256, vocab_size, progress
 
 
-def save(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, Any],
+    keep: int,
+) -> Path:
     """Write `folder`/step-XXXXXXXX from one process, and only then delete all but the newest `keep`; saver.py is for many.
 
     Args:
@@ -76,7 +91,9 @@ def save(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]], metadat
     """
     staging = staging_of(folder, step, secrets.token_hex(4))
     try:
-        path = publish(folder, step, staging, write_share(staging, 0, share_of(0, 1, tensors)), metadata)
+        path = publish(
+            folder, step, staging, write_share(staging, 0, share_of(0, 1, tensors)), metadata
+        )
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -100,11 +117,15 @@ def share_of(rank: int, world: int, tensors: Iterable[tuple[str, Tensor]]) -> di
         owner = held.index(min(held))
         held[owner] += tensor.numel() * tensor.element_size()
         if owner == rank:
-            share[name] = tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+            share[name] = tensor.detach().to(
+                "cpu", torch.float32, copy=True, memory_format=torch.contiguous_format
+            )
     return share
 
 
-def write_share(staging: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def write_share(
+    staging: Path, rank: int, tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, Any]]:
     """Write a rank's share into `staging` (made where it is missing), in files of at most SHARD_BYTES, on the disk and read back.
 
     Args:
@@ -135,7 +156,13 @@ def write_share(staging: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict
     return files
 
 
-def publish(folder: Path, step: int, staging: Path, files: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, Any]) -> Path:
+def publish(
+    folder: Path,
+    step: int,
+    staging: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    metadata: Mapping[str, Any],
+) -> Path:
     """Make the shares in `staging` the checkpoint `folder`/step-XXXXXXXX; takes milliseconds.
 
     Args:
@@ -146,16 +173,25 @@ def publish(folder: Path, step: int, staging: Path, files: Mapping[str, Mapping[
         InputError: a checkpoint of that step is there that cannot be read, so that it may be a sound one.
     """
     path = folder / _name(step)
-    for name, entry in files.items():  # a rank may write to a disk of its own machine, under the same name
+    for (
+        name,
+        entry,
+    ) in files.items():  # a rank may write to a disk of its own machine, under the same name
         if (staging / name).stat().st_size != entry["size"]:
-            raise OSError(errno.EIO, "does not have the size that its rank wrote", str(staging / name))
+            raise OSError(
+                errno.EIO, "does not have the size that its rank wrote", str(staging / name)
+            )
     manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "files": dict(files)}
     _write_durably(staging / MANIFEST, "manifest", [_manifest_bytes(manifest)])
     sync(staging)
     if os.path.lexists(path) and isinstance(_read(path), Checkpoint):
         if _files(path) != manifest["files"]:
-            raise FileExistsError(errno.EEXIST, "another sound checkpoint of that step is there, and stays", str(path))
-        shutil.rmtree(staging, ignore_errors=True)  # an attempt before this one failed at the very end
+            raise FileExistsError(
+                errno.EEXIST, "another sound checkpoint of that step is there, and stays", str(path)
+            )
+        shutil.rmtree(
+            staging, ignore_errors=True
+        )  # an attempt before this one failed at the very end
     else:
         if os.path.lexists(path):
             reach("moving-aside")
@@ -206,7 +242,9 @@ def sweep(folder: Path) -> None:
     Raises:
         InputError: the folder cannot be read.
     """
-    for leftover in [folder / name for name in names_in(folder) if name.startswith((_WRITING, _DELETED))]:
+    for leftover in [
+        folder / name for name in names_in(folder) if name.startswith((_WRITING, _DELETED))
+    ]:
         with contextlib.suppress(OSError):
             if stat.S_ISDIR(leftover.lstat().st_mode):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -314,12 +352,17 @@ def _read(path: Path) -> Checkpoint | str:
         text = (path / MANIFEST).read_bytes()
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
-            return f"{MANIFEST}: format = {manifest['format']!r}, this fastbert reads format {FORMAT}"
+            return (
+                f"{MANIFEST}: format = {manifest['format']!r}, this fastbert reads format {FORMAT}"
+            )
         del manifest["sha256"]
         if text != _manifest_bytes(manifest):
             return f"{MANIFEST} does not have its own SHA-256"
         found = Checkpoint(path, manifest["step"], manifest["metadata"])
-        entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        entries = {
+            str(name): (int(entry["size"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
         if type(found.step) is not int or not isinstance(found.metadata, dict) or not entries:
             return f"{MANIFEST}: not the manifest of a checkpoint"
     except FileNotFoundError:
@@ -412,7 +455,9 @@ def _write_durably(file: Path, kind: str, pieces: Sequence[bytes | memoryview]) 
             reach(f"{kind}-written")
             os.fsync(handle.fileno())
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # or it would be read back from memory
+                os.posix_fadvise(
+                    handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+                )  # or it would be read back from memory
         reach(f"{kind}-synced")
         if sha256_of(file) != digest.hexdigest():
             raise OSError(errno.EIO, "read back wrong right after it was written", str(file))

@@ -59,7 +59,11 @@ class _Wanted:
 
 @functools.cache
 def _wanted(text: str) -> _Wanted:
-    match = re.fullmatch(rf"({'|'.join(POINTS)})(?::(\d+))?(?:@(\d+))?(?:=({'|'.join(ACTIONS)}))?", text)
+    match = re.fullmatch(
+        rf"({'|'.join(POINTS)})(?::(\d+))?(?:@(\d+))?(?:=({'|'.join(ACTIONS)}))?", text
+    )
     if match is None:  # a test with a name that is never reached would prove nothing
-        raise ValueError(f"FASTBERT_FAILPOINT = {text!r}: must be NAME[:RANK][@N][=kill|stop|full], NAME one of {', '.join(POINTS)}")
+        raise ValueError(
+            f"FASTBERT_FAILPOINT = {text!r}: must be NAME[:RANK][@N][=kill|stop|full], NAME one of {', '.join(POINTS)}"
+        )
     return _Wanted(*match.groups())

@@ -15,7 +15,12 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fastbert.checkpoints.weight_names import SEGMENTS, THEIR_DECODER, check_finite, from_hugging_face
+from fastbert.checkpoints.weight_names import (
+    SEGMENTS,
+    THEIR_DECODER,
+    check_finite,
+    from_hugging_face,
+)
 from fastbert.config import ModelConfig
 from fastbert.data.tokenizer import save_tokenizer, special_ids
 from fastbert.errors import InputError
@@ -54,18 +59,24 @@ def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
     given: dict[str, Any] = {}
     for item in _SHARED:
         if item.name in values:
-            given[item.name] = _number(values[item.name], isinstance(item.default, int), f"{file}: {item.name}")
+            given[item.name] = _number(
+                values[item.name], isinstance(item.default, int), f"{file}: {item.name}"
+            )
     config = ModelConfig(**given)
     if config.hidden_size % config.num_attention_heads:
         heads, size = config.num_attention_heads, config.hidden_size
-        raise InputError(f"{file}: num_attention_heads = {heads} does not divide hidden_size = {size}")
+        raise InputError(
+            f"{file}: num_attention_heads = {heads} does not divide hidden_size = {size}"
+        )
     tied = values.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
         raise InputError(f"{file}: tie_word_embeddings = {tied!r}; must be true or false")
     return config, _number(values.get("vocab_size", 30522), True, f"{file}: vocab_size"), tied
 
 
-def read_weights(folder: Path, config: ModelConfig, vocab_size: int, tied: bool) -> dict[str, Tensor]:
+def read_weights(
+    folder: Path, config: ModelConfig, vocab_size: int, tied: bool
+) -> dict[str, Tensor]:
     """The weights by our names, fp32.
 
     Raises:
@@ -91,7 +102,9 @@ def _load(file: Path) -> dict[str, Tensor]:
     try:
         weights = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as safetensors ({error}); download or export it again") from None
+        raise InputError(
+            f"{file}: cannot be read as safetensors ({error}); download or export it again"
+        ) from None
     check_finite(weights, file)
     return weights
 
@@ -101,10 +114,14 @@ def _shards(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{index}: no JSON with a weight_map of file names; download or save the model again") from None
+        raise InputError(
+            f"{index}: no JSON with a weight_map of file names; download or save the model again"
+        ) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"{index}: weight_map names {name!r}, which is no file of this folder; download or save the model again")
+            raise InputError(
+                f"{index}: weight_map names {name!r}, which is no file of this folder; download or save the model again"
+            )
     return names
 
 
@@ -177,5 +194,7 @@ def write_folder(
 def _number(value: Any, whole: bool, what: str) -> Any:
     low, kinds = (1, int) if whole else (0, (int, float))
     if not isinstance(value, kinds) or isinstance(value, bool) or value < low:
-        raise InputError(f"{what} = {value!r}; must be a {'whole ' if whole else ''}number, {low} or more")
+        raise InputError(
+            f"{what} = {value!r}; must be a {'whole ' if whole else ''}number, {low} or more"
+        )
     return value

@@ -59,18 +59,24 @@ def open_model(path: Path) -> ModelParts:
         InputError: one line on what is missing or wrong there, and what to do.
     """
     if status(path) is None:
-        raise InputError(f"{path}: no such folder; give a run, a checkpoint of a run, or a Hugging Face BERT folder")
+        raise InputError(
+            f"{path}: no such folder; give a run, a checkpoint of a run, or a Hugging Face BERT folder"
+        )
     if not is_folder(path):
         raise InputError(f"{path}: a file; give the folder of a run or of a Hugging Face BERT")
     if is_folder(path / "checkpoints") or is_file(path / "config.toml"):
         return _from_run(path)
     if is_folder(path / "train") and is_folder(path / "heldout"):
-        raise InputError(f"{path}: a dataset of text, not a model; train one with `fastbert pretrain`")
+        raise InputError(
+            f"{path}: a dataset of text, not a model; train one with `fastbert pretrain`"
+        )
     if is_file(path / checkpoint.MANIFEST) or path.parent.name == "checkpoints":
         return _from_checkpoint(checkpoint.open_checkpoint(path))
     if is_file(path / hugging_face.CONFIG):
         return _from_hugging_face(path)
-    raise InputError(f"{path}: neither a run (checkpoints/) nor a checkpoint (manifest.json) nor a Hugging Face folder (config.json)")
+    raise InputError(
+        f"{path}: neither a run (checkpoints/) nor a checkpoint (manifest.json) nor a Hugging Face folder (config.json)"
+    )
 
 
 def _from_run(path: Path) -> ModelParts:
@@ -79,7 +85,9 @@ def _from_run(path: Path) -> ModelParts:
         warnings.warn(f"{complaint}; an older checkpoint is taken", CheckpointWarning, stacklevel=4)
     if newest is None:
         why = f" ({complaints[0]})" if complaints else ""
-        raise InputError(f"{path}: a run without a sound checkpoint{why}; train it: fastbert pretrain {path / 'config.toml'} --resume")
+        raise InputError(
+            f"{path}: a run without a sound checkpoint{why}; train it: fastbert pretrain {path / 'config.toml'} --resume"
+        )
     return _from_checkpoint(newest)
 
 
@@ -87,16 +95,26 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
     manifest = found.path / checkpoint.MANIFEST
     text, vocab_size = found.metadata.get("recipe"), found.metadata.get("vocab_size")
     if not isinstance(text, str) or not isinstance(vocab_size, int):
-        raise InputError(f"{manifest}: recipe or vocab_size is missing from its metadata; take another checkpoint")
+        raise InputError(
+            f"{manifest}: recipe or vocab_size is missing from its metadata; take another checkpoint"
+        )
     recipe = parse_config(text, str(manifest))
     weights, wanted = checkpoint.read_weights(found.path), shapes(recipe.model, vocab_size)
-    wrong = [name for name in weights.keys() | wanted.keys() if name not in weights or tuple(weights[name].shape) != wanted.get(name)]
+    wrong = [
+        name
+        for name in weights.keys() | wanted.keys()
+        if name not in weights or tuple(weights[name].shape) != wanted.get(name)
+    ]
     if wrong:
-        raise InputError(f"{found.path}: {min(wrong)} is missing or does not have the shape that the recipe in {checkpoint.MANIFEST} gives")
+        raise InputError(
+            f"{found.path}: {min(wrong)} is missing or does not have the shape that the recipe in {checkpoint.MANIFEST} gives"
+        )
     check_finite(weights, found.path)
     tokenizer_path = found.path.resolve().parents[1] / "tokenizer"
     if not is_folder(tokenizer_path):
-        raise InputError(f"{tokenizer_path}: no such folder; use a checkpoint where its run wrote it, beside the run's tokenizer")
+        raise InputError(
+            f"{tokenizer_path}: no such folder; use a checkpoint where its run wrote it, beside the run's tokenizer"
+        )
     return ModelParts(
         path=found.path,
         weights=weights,

@@ -67,7 +67,9 @@ class Saver:
 
     def sweep(self) -> None:
         """At the start: delete what processes left that died while they saved; raises InputError where the folder cannot be read."""
-        with self._group.raise_on_all_ranks():  # together: or a quick rank's first share would be swept away
+        with (
+            self._group.raise_on_all_ranks()
+        ):  # together: or a quick rank's first share would be swept away
             if self._group.is_main:
                 checkpoint.sweep(self._folder)
 
@@ -81,7 +83,9 @@ class Saver:
         """This rank's part of the save in flight is done, or has failed; True as well when nothing is in flight."""
         return self._save is None or not self._save.is_alive()
 
-    def begin(self, step: int, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any]) -> None:
+    def begin(
+        self, step: int, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any]
+    ) -> None:
         """Copy this rank's share, and let a thread write it; the save before must be finished.
 
         Args:
@@ -103,13 +107,17 @@ class Saver:
         save, started = self._save, time.perf_counter()
         assert save is not None, "nothing was begun"
         save.join()
-        shares = self._group.gather({"files": save.files, "problem": save.problem, "stall_s": save.stall_s})
+        shares = self._group.gather(
+            {"files": save.files, "problem": save.problem, "stall_s": save.stall_s}
+        )
         reach("gathered")
         path, problem = None, self._problem([share["problem"] for share in shares])
         if self._group.is_main and problem is None:
             try:
                 files = {name: entry for share in shares for name, entry in share["files"].items()}
-                path = str(checkpoint.publish(self._folder, save.step, save.staging, files, save.metadata))
+                path = str(
+                    checkpoint.publish(self._folder, save.step, save.staging, files, save.metadata)
+                )
                 self._clean_up(save.step)
             except (OSError, InputError) as error:
                 problem = self._problem([_in_words(error, save.staging)])
@@ -139,24 +147,37 @@ class Saver:
 
     def _problem(self, problems: list[str | None]) -> str | None:
         """The first of the ranks' problems, with its rank where there are several."""
-        first, *others = [(rank, problem) for rank, problem in enumerate(problems) if problem] or [(0, None)]
+        first, *others = [(rank, problem) for rank, problem in enumerate(problems) if problem] or [
+            (0, None)
+        ]
         if first[1] is None or self._group.world == 1:
             return first[1]
-        return f"rank {first[0]}: {first[1]}" + (f" (and {len(others)} more of {self._group.world})" if others else "")
+        return f"rank {first[0]}: {first[1]}" + (
+            f" (and {len(others)} more of {self._group.world})" if others else ""
+        )
 
     def _clean_up(self, step: int) -> None:
         """Rank 0 renames what is too old, and lets a thread delete it."""
         if self._cleaning is not None:
             self._cleaning.join()
         retired = checkpoint.retire(self._folder, step, self._keep)
-        self._cleaning = threading.Thread(target=_delete, args=(retired,), name="old checkpoints", daemon=True)
+        self._cleaning = threading.Thread(
+            target=_delete, args=(retired,), name="old checkpoints", daemon=True
+        )
         self._cleaning.start()
 
 
 class _Save(threading.Thread):
     """A save in flight: writes this rank's share. A daemon, so that a run that fails does not wait for the disk."""
 
-    def __init__(self, step: int, metadata: dict[str, Any], staging: Path, rank: int, share: dict[str, Tensor]):
+    def __init__(
+        self,
+        step: int,
+        metadata: dict[str, Any],
+        staging: Path,
+        rank: int,
+        share: dict[str, Tensor],
+    ):
         super().__init__(name="checkpoint", daemon=True)
         self.step, self.metadata, self.staging, self.stall_s = step, metadata, staging, 0.0
         self.files: dict[str, dict[str, Any]] = {}

@@ -55,7 +55,10 @@ _LAYER = {  # below "layers.i." and "bert.encoder.layer.i."; "query" stands for 
 }
 THEIR_DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 _BIAS = _OUTSIDE["mlm_head.vocabulary_bias"][0]
-_OTHER_TASKS = ("classifier.", "qa_outputs.")  # heads that a fine-tuned folder brings along; the encoder below them is a BERT
+_OTHER_TASKS = (
+    "classifier.",
+    "qa_outputs.",
+)  # heads that a fine-tuned folder brings along; the encoder below them is a BERT
 
 
 class Entry(NamedTuple):
@@ -70,14 +73,23 @@ def entries(num_hidden_layers: int) -> dict[str, Entry]:
     table = {ours: Entry((theirs,), axes) for ours, (theirs, axes) in _OUTSIDE.items()}
     for i in range(num_hidden_layers):
         for ours, (theirs, axes) in _LAYER.items():
-            several = [theirs.replace("query", name) for name in ("query", "key", "value")] if "query" in theirs else [theirs]
-            table[f"layers.{i}.{ours}"] = Entry(tuple(f"bert.encoder.layer.{i}.{name}" for name in several), axes)
+            several = (
+                [theirs.replace("query", name) for name in ("query", "key", "value")]
+                if "query" in theirs
+                else [theirs]
+            )
+            table[f"layers.{i}.{ours}"] = Entry(
+                tuple(f"bert.encoder.layer.{i}.{name}" for name in several), axes
+            )
     return table
 
 
 def shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """The shape of every weight, by our name."""
-    found = {name: (_shape(entry, model, vocab_size), len(entry.theirs)) for name, entry in entries(model.num_hidden_layers).items()}
+    found = {
+        name: (_shape(entry, model, vocab_size), len(entry.theirs))
+        for name, entry in entries(model.num_hidden_layers).items()
+    }
     return {name: (rows * joined, *rest) for name, ((rows, *rest), joined) in found.items()}
 
 
@@ -96,7 +108,11 @@ def _shape(entry: Entry, model: ModelConfig, vocab_size: int) -> tuple[int, ...]
 
 def heads(state: Mapping[str, Tensor]) -> frozenset[str]:
     """Which of the heads `"mlm"` and `"nsp"` the weights, by our names, hold whole."""
-    return frozenset(head for head, prefix in HEADS.items() if all(name in state for name in _OUTSIDE if name.startswith(prefix)))
+    return frozenset(
+        head
+        for head, prefix in HEADS.items()
+        if all(name in state for name in _OUTSIDE if name.startswith(prefix))
+    )
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +134,9 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, part in zip(theirs, tensor.detach().chunk(len(theirs)), strict=True):
             result[name] = part.clone()
     if DECODER in state:
-        result[_DECODER_BIAS] = result[_BIAS].clone()  # an untied decoder's bias is its own; the other one is then read by nobody
+        result[_DECODER_BIAS] = result[
+            _BIAS
+        ].clone()  # an untied decoder's bias is its own; the other one is then read by nobody
     return result
 
 
@@ -137,7 +155,11 @@ def from_hugging_face(
         InputError: a weight of the encoder that is missing, a name that no BERT has, a shape other than the one that config.json
             asks for, or a decoder that should be the word embedding and is not. `source` is the file that the message names.
     """
-    given = {_canonical(name): tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
+    given = {
+        _canonical(name): tensor
+        for name, tensor in state.items()
+        if not name.endswith("embeddings.position_ids")
+    }
     given = {name: tensor for name, tensor in given.items() if not name.startswith(_OTHER_TASKS)}
     if _DECODER_BIAS in given:
         bias = given.pop(_DECODER_BIAS)
@@ -155,20 +177,30 @@ def from_hugging_face(
         shape = _shape(entry, model, vocab_size)
         for name, part in zip(entry.theirs, parts, strict=True):
             if tuple(part.shape) != shape:
-                raise InputError(f"{source}: {name} has the shape {list(part.shape)}; config.json asks for {list(shape)}")
+                raise InputError(
+                    f"{source}: {name} has the shape {list(part.shape)}; config.json asks for {list(shape)}"
+                )
         result[ours] = torch.cat([part.float() for part in parts])
     if missing:
-        raise InputError(f"{source}: {_some(missing)} missing; config.json describes a BERT of {model.num_hidden_layers} layers")
+        raise InputError(
+            f"{source}: {_some(missing)} missing; config.json describes a BERT of {model.num_hidden_layers} layers"
+        )
     if given:
-        raise InputError(f"{source}: {_some(sorted(given))} unknown; this is not the BERT that config.json describes")
+        raise InputError(
+            f"{source}: {_some(sorted(given))} unknown; this is not the BERT that config.json describes"
+        )
     if decoder is None or MLM not in heads(result):
         return result
     words = result["embeddings.words"]
     if decoder.shape != words.shape:
-        raise InputError(f"{source}: {THEIR_DECODER} has the shape {list(decoder.shape)}; config.json asks for {list(words.shape)}")
+        raise InputError(
+            f"{source}: {THEIR_DECODER} has the shape {list(decoder.shape)}; config.json asks for {list(words.shape)}"
+        )
     if not torch.equal(decoder.float(), words):
         if tied:
-            raise InputError(f"{source}: {THEIR_DECODER} differs from the word embeddings; set tie_word_embeddings to false in config.json")
+            raise InputError(
+                f"{source}: {THEIR_DECODER} differs from the word embeddings; set tie_word_embeddings to false in config.json"
+            )
         result[DECODER] = decoder.float()
     return result
 
@@ -190,7 +222,9 @@ def _canonical(name: str) -> str:
     if name.startswith(("embeddings.", "encoder.", "pooler.")):
         name = "bert." + name
     if "LayerNorm." in name:
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+            "LayerNorm.beta", "LayerNorm.bias"
+        )
     return name
 
 

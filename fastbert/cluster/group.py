@@ -23,7 +23,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastbert.cluster.launch_env import LaunchEnv, read_launch_env
-from fastbert.cluster.rendezvous import Deadline, Interrupted, Member, RankLost, describe, listed, own_address, rendezvous
+from fastbert.cluster.rendezvous import (
+    Deadline,
+    Interrupted,
+    Member,
+    RankLost,
+    describe,
+    listed,
+    own_address,
+    rendezvous,
+)
 from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.signature import Key
 from fastbert.cluster.signed_store import No, SignedStore
@@ -54,13 +63,21 @@ class Group:
     device = torch.device("cpu")
     interruption: StopRequest | None = None
 
-    def __init__(self, launch: LaunchEnv, members: Sequence[Member], prefix: SignedStore, deadline: Deadline):
+    def __init__(
+        self, launch: LaunchEnv, members: Sequence[Member], prefix: SignedStore, deadline: Deadline
+    ):
         self.rank, self.world, self.local_rank = launch.rank, launch.world, launch.local_rank
         self.members, self.prefix, self.holds_store = list(members), prefix, launch.holds_store
-        self.store_name = f"torchrun's store at {launch.where}" if launch.agent_store else f"{self.name(0)} at {launch.where}"
+        self.store_name = (
+            f"torchrun's store at {launch.where}"
+            if launch.agent_store
+            else f"{self.name(0)} at {launch.where}"
+        )
         self.tick: Callable[[str], None] = lambda what: None
         self._deadline, self._meetings = deadline, 0
-        self._variables: list[str] = []  # of the environment, that `join` has set for torch and DeepSpeed
+        self._variables: list[
+            str
+        ] = []  # of the environment, that `join` has set for torch and DeepSpeed
 
     def connect(self) -> None:
         """Open torch's process group; raises Unconnected where it cannot be."""
@@ -158,9 +175,14 @@ class Group:
             yield
         except Exception as error:
             own = error
-        kind = next((kind.__name__ for kind in (InputError, Interrupted) if isinstance(own, kind)), "Exception")
+        kind = next(
+            (kind.__name__ for kind in (InputError, Interrupted) if isinstance(own, kind)),
+            "Exception",
+        )
         try:
-            fates = self._exchange(own and (kind, describe(own) if kind == "Exception" else str(own)))
+            fates = self._exchange(
+                own and (kind, describe(own) if kind == "Exception" else str(own))
+            )
         except RankLost:
             if own is not None:
                 raise own from None
@@ -177,7 +199,9 @@ class Group:
                 if kind == "Interrupted":
                     raise Interrupted(text) from None
                 shared = all(fate == [kind, text] for fate in fates)
-                raise InputError(text if shared else f"rank {rank} ({self.members[rank].host}): {text}") from None
+                raise InputError(
+                    text if shared else f"rank {rank} ({self.members[rank].host}): {text}"
+                ) from None
 
     def close(self) -> None:
         """Leave together with the others; the one that holds the store is the last to go."""
@@ -191,7 +215,12 @@ class Group:
     def __enter__(self) -> Group:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if error is None or self.world == 1:
             self.close()  # after an error the others may never come, and a group with a lost member may not let go
 
@@ -203,7 +232,9 @@ class Group:
         values: list[Any] | None = None
 
         def absent(prefix: str = "") -> str:
-            missing = [rank for rank in range(self.world) if isinstance(place.read(f"{prefix}{rank}"), No)]
+            missing = [
+                rank for rank in range(self.world) if isinstance(place.read(f"{prefix}{rank}"), No)
+            ]
             return f"{listed([self.name(rank) for rank in missing or [0]])} did not come along"
 
         def complete() -> bool:
@@ -221,7 +252,9 @@ class Group:
             place.write(f"read/{self.rank}", None)
             if self.holds_store:
                 read = [f"read/{rank}" for rank in everybody]
-                self._deadline.until(lambda: place.read_all(read) is not None, lambda: absent("read/"))
+                self._deadline.until(
+                    lambda: place.read_all(read) is not None, lambda: absent("read/")
+                )
             return values
 
         return self._deadline.run(work, self.store_name)
@@ -254,11 +287,17 @@ def form_group(timeout_s: float, interruption: StopRequest | None = None) -> Gro
     if launch.world == 1:
         prefix = SignedStore(dist.HashStore(), Key(secrets.token_bytes(), "this process"), "alone")
         group = Group(launch, [Member(socket.gethostname(), os.getpid(), "")], prefix, deadline)
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():  # DeepSpeed reads them
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+        }.items():  # DeepSpeed reads them
             group.set_default(name, value)
         address = "127.0.0.1"
     else:
-        meeting = deadline.run(lambda: rendezvous(launch, deadline), f"rank 0 at {launch.where}", interruption)
+        meeting = deadline.run(
+            lambda: rendezvous(launch, deadline), f"rank 0 at {launch.where}", interruption
+        )
         group, address = Group(launch, meeting.members, meeting.prefix, deadline), meeting.address
     group.interruption = interruption
     with group.raise_on_all_ranks():
@@ -295,8 +334,17 @@ def _check_alike(group: Group) -> None:
 
 def _share_cores(launch: LaunchEnv, device: torch.device) -> None:
     """Several processes that compute on one machine's cores would each start a thread for every core."""
-    if device.type == "cpu" and launch.local_world and launch.local_world > 1 and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (
+        device.type == "cpu"
+        and launch.local_world
+        and launch.local_world > 1
+        and "OMP_NUM_THREADS" not in os.environ
+    ):
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         torch.set_num_threads(max(1, cores // launch.local_world))
 
 
@@ -307,7 +355,14 @@ def _choose_interface(group: Group, address: str) -> None:
     interface, which is enough when all processes are on one machine and were told to meet there.
     """
     own = own_address(address)
-    name = next((name for name, addresses in psutil.net_if_addrs().items() if own in {item.address for item in addresses}), None)
+    name = next(
+        (
+            name
+            for name, addresses in psutil.net_if_addrs().items()
+            if own in {item.address for item in addresses}
+        ),
+        None,
+    )
     if own is not None and name is not None:
         group.set_default("GLOO_SOCKET_IFNAME", name)
         if ipaddress.ip_address(own).is_loopback:

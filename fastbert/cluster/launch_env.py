@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from fastbert.errors import InputError
 
 # How starters that know nothing of torch say how many processes there are; without WORLD_SIZE each would train alone, on the same folder.
-OTHER_STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+OTHER_STARTERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,9 @@ def read_launch_env() -> LaunchEnv:
     given = os.environ.get
     if not given("WORLD_SIZE"):
         if given("RANK", "0") != "0":
-            raise InputError(f"RANK = {given('RANK')}, but WORLD_SIZE is not set; a launcher such as torchrun sets both")
+            raise InputError(
+                f"RANK = {given('RANK')}, but WORLD_SIZE is not set; a launcher such as torchrun sets both"
+            )
         for name, starter in OTHER_STARTERS.items():
             if given(name, "1") != "1":
                 raise InputError(
@@ -49,14 +55,23 @@ def read_launch_env() -> LaunchEnv:
     rank = _whole("RANK", 0, world, f"WORLD_SIZE = {world}")
     if world == 1:
         return LaunchEnv(local_rank=_whole("LOCAL_RANK", 0) if given("LOCAL_RANK") else 0)
-    local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if given(name)), None)  # torchrun's name, DeepSpeed's name
+    local = next(
+        (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if given(name)), None
+    )  # torchrun's name, DeepSpeed's name
     local_world = _whole(local, 1, world + 1, f"WORLD_SIZE = {world}") if local else None
     if not given("MASTER_ADDR"):
-        raise InputError(f"MASTER_ADDR is not set, but WORLD_SIZE = {world}; give the address of rank 0's machine")
+        raise InputError(
+            f"MASTER_ADDR is not set, but WORLD_SIZE = {world}; give the address of rank 0's machine"
+        )
     return LaunchEnv(
         rank=rank,
         world=world,
-        local_rank=_whole("LOCAL_RANK", 0, local_world or world, f"{local or 'WORLD_SIZE'} = {local_world or world}"),
+        local_rank=_whole(
+            "LOCAL_RANK",
+            0,
+            local_world or world,
+            f"{local or 'WORLD_SIZE'} = {local_world or world}",
+        ),
         local_world=local_world,
         address=given("MASTER_ADDR", ""),
         port=_whole("MASTER_PORT", 1, 65536, "the number of ports"),
@@ -68,9 +83,13 @@ def _whole(name: str, least: int, below: int | None = None, because: str = "") -
     """An environment variable as a whole number of at least `least`, and less than `below`."""
     text = os.environ.get(name, "")
     if not text:
-        raise InputError(f"{name} is not set, but WORLD_SIZE = {os.environ.get('WORLD_SIZE')}; a launcher such as torchrun sets it")
+        raise InputError(
+            f"{name} is not set, but WORLD_SIZE = {os.environ.get('WORLD_SIZE')}; a launcher such as torchrun sets it"
+        )
     if not text.isascii() or not text.isdecimal() or int(text) < least:
-        raise InputError(f"{name} = {text!r}; must be a whole number of {least} or more; a launcher such as torchrun sets it")
+        raise InputError(
+            f"{name} = {text!r}; must be a whole number of {least} or more; a launcher such as torchrun sets it"
+        )
     if below is not None and int(text) >= below:
         raise InputError(f"{name} = {text}; must be less than {below} ({because})")
     return int(text)

@@ -40,7 +40,10 @@ T = TypeVar("T")
 
 SILENCE_S = 5.0  # what the store gets to answer beyond the time-out, before it is given up
 COMPANY_S = 5.0  # after a signal: what the others get to come, so that they learn of it and end with the same code
-POLL_S = (0.01, 0.25)  # the first pause between two looks at the store, and the longest: hundreds of ranks look
+POLL_S = (
+    0.01,
+    0.25,
+)  # the first pause between two looks at the store, and the longest: hundreds of ranks look
 DOUBT_S = 5.0  # for how long a process sees nothing but forged knocks of another one before it is sure that there are two keys
 QUIET_S = 2.0  # without another one: whoever it was has gone
 
@@ -101,7 +104,11 @@ class Deadline:
             RankLost: the store is gone or does not answer.
         """
         found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self._end, self._given_up, self._interruption = time.monotonic() + self.timeout_s, threading.Event(), interruption
+        self._end, self._given_up, self._interruption = (
+            time.monotonic() + self.timeout_s,
+            threading.Event(),
+            interruption,
+        )
 
         def run() -> None:
             try:
@@ -164,7 +171,11 @@ def rendezvous(launch: LaunchEnv, deadline: Deadline) -> Rendezvous:
     address = _resolve(launch, deadline)
     while True:
         try:
-            store = _hold_store(launch, address) if launch.holds_store else _reach_store(launch, address, deadline)
+            store = (
+                _hold_store(launch, address)
+                if launch.holds_store
+                else _reach_store(launch, address, deadline)
+            )
             table = SignedStore(dist.PrefixStore("fastbert", store), key, "fastbert")
             prefix, roster = _enter(table, launch, me, key, deadline)
             break
@@ -175,22 +186,32 @@ def rendezvous(launch: LaunchEnv, deadline: Deadline) -> Rendezvous:
             deadline.rest(POLL_S[1], lambda: f"rank 0 did not come to {launch.where}")
     if isinstance(roster, dict):
         if launch.holds_store:
-            time.sleep(2 * POLL_S[1])  # so that the others can read why, before the store ends with this process
-        raise {"InputError": InputError, "Interrupted": Interrupted, "RankLost": RankLost}[roster["end"]](roster["why"])
+            time.sleep(
+                2 * POLL_S[1]
+            )  # so that the others can read why, before the store ends with this process
+        raise {"InputError": InputError, "Interrupted": Interrupted, "RankLost": RankLost}[
+            roster["end"]
+        ](roster["why"])
     members = [Member(**member) for member in roster]
     if (other := members[launch.rank]) != me:
-        raise InputError(f"RANK = {launch.rank} is given to two processes: {me.process} on {me.host}, and {other.process} on {other.host}")
+        raise InputError(
+            f"RANK = {launch.rank} is given to two processes: {me.process} on {me.host}, and {other.process} on {other.host}"
+        )
     return Rendezvous(members, prefix, address)
 
 
-def _enter(table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadline: Deadline) -> tuple[SignedStore, Any]:
+def _enter(
+    table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadline: Deadline
+) -> tuple[SignedStore, Any]:
     """The part of the table that is this attempt's alone; and the members by rank, or {"end", "why"} where one of them left again.
 
     Which of the two it is, is settled by one write: nobody can leave a group whose other members believe that he is in.
     """
     everybody = [str(rank) for rank in range(launch.world)]
     reception = _Reception(table, launch, me, key) if launch.rank == 0 else None
-    prefix = table.part(reception.token if reception is not None else _register(table, launch, me, key, deadline))
+    prefix = table.part(
+        reception.token if reception is not None else _register(table, launch, me, key, deadline)
+    )
     prefix.write(str(launch.rank), asdict(me))
     proposed = settled = None
 
@@ -214,14 +235,18 @@ def _enter(table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadline
     return prefix, prefix.settle("roster", proposed) if settled is None else settled
 
 
-def _register(table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadline: Deadline) -> str:
+def _register(
+    table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadline: Deadline
+) -> str:
     """The token that rank 0 answers to this process."""
     answer: Any = No.ABSENT
     doubt, other_key = _Doubt(), InputError(key.mismatch(f"rank 0 at {launch.where}"))
 
     def answered() -> bool:
         nonlocal answer
-        table.write(f"register/{launch.rank}", [me.nonce, launch.world])  # again, should somebody have written over it
+        table.write(
+            f"register/{launch.rank}", [me.nonce, launch.world]
+        )  # again, should somebody have written over it
         answer = table.read(me.nonce)
         if isinstance(answer, No):
             doubt.look(table, 0)
@@ -230,7 +255,9 @@ def _register(table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadl
         return not isinstance(answer, No)
 
     try:
-        deadline.until(answered, lambda: f"rank 0 did not answer rank {launch.rank} at {launch.where}")
+        deadline.until(
+            answered, lambda: f"rank 0 did not answer rank {launch.rank} at {launch.where}"
+        )
     except dist.DistError:  # rank 0 is gone, with the store
         if doubt.for_s > DOUBT_S / 5:
             raise other_key from None
@@ -251,13 +278,17 @@ class _Reception:
 
     def answer(self) -> None:
         """To be called again and again; raises InputError when it is sure that another rank has another key."""
-        self._table.write("register/0", [self._me.nonce, self._launch.world])  # nobody needs it, but who cannot read it learns why
+        self._table.write(
+            "register/0", [self._me.nonce, self._launch.world]
+        )  # nobody needs it, but who cannot read it learns why
         for rank, doubt in self._doubts.items():
             doubt.look(self._table, rank)
             if not isinstance(doubt.register, No):
                 nonce, world = doubt.register
                 problem = f"WORLD_SIZE = {world} for rank {rank}, but {self._launch.world} for rank 0; start all with the same"
-                self._table.write(nonce, [self.token, problem if world != self._launch.world else None])
+                self._table.write(
+                    nonce, [self.token, problem if world != self._launch.world else None]
+                )
         # Those with another key cannot read what rank 0 would tell them, so they are given the time to find out for themselves.
         odd = [rank for rank, doubt in self._doubts.items() if doubt.for_s > DOUBT_S / 2]
         gone = all(doubt.quiet_s > QUIET_S for doubt in self._doubts.values())
@@ -301,7 +332,9 @@ def hold_store(address: str, port: int) -> dist.TCPStore:
         server.bind((address, port))
         server.listen(socket.SOMAXCONN)
         port, listener = server.getsockname()[1], server.detach()
-    return dist.TCPStore(address, port, None, True, master_listen_fd=listener, wait_for_workers=False, use_libuv=True)
+    return dist.TCPStore(
+        address, port, None, True, master_listen_fd=listener, wait_for_workers=False, use_libuv=True
+    )
 
 
 def listens(address: str, port: int) -> bool:
@@ -316,7 +349,9 @@ def listens(address: str, port: int) -> bool:
 def own_address(address: str) -> str | None:
     """The address of this machine from which it reaches another one; None where there is no way."""
     try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with socket.socket(
+            socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM
+        ) as probe:
             probe.connect((address, 9))  # sends nothing; any port
             return probe.getsockname()[0]
     except OSError:
@@ -334,19 +369,27 @@ def _hold_store(launch: LaunchEnv, address: str) -> dist.Store:
         return hold_store(address, launch.port)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise InputError(f"MASTER_PORT = {launch.port}: another process listens there on {address}; choose another port") from None
+            raise InputError(
+                f"MASTER_PORT = {launch.port}: another process listens there on {address}; choose another port"
+            ) from None
         if error.errno == errno.EADDRNOTAVAIL:
             raise InputError(
                 f"MASTER_ADDR = {launch.address}: {address} is not an address of {socket.gethostname()}, where rank 0 runs; "
                 "give the one by which the other machines reach it"
             ) from None
-        raise InputError(f"MASTER_ADDR = {launch.address}, MASTER_PORT = {launch.port}: cannot listen there: {error.strerror}") from None
+        raise InputError(
+            f"MASTER_ADDR = {launch.address}, MASTER_PORT = {launch.port}: cannot listen there: {error.strerror}"
+        ) from None
 
 
 def _reach_store(launch: LaunchEnv, address: str, deadline: Deadline) -> dist.Store:
     """A connection to the store that another process holds, as soon as it does."""
-    deadline.until(lambda: listens(address, launch.port), lambda: f"rank 0 did not come to {launch.where}")
-    return dist.TCPStore(address, launch.port, None, False, timeout=timedelta(seconds=deadline.timeout_s))
+    deadline.until(
+        lambda: listens(address, launch.port), lambda: f"rank 0 did not come to {launch.where}"
+    )
+    return dist.TCPStore(
+        address, launch.port, None, False, timeout=timedelta(seconds=deadline.timeout_s)
+    )
 
 
 def _resolve(launch: LaunchEnv, deadline: Deadline) -> str:
@@ -358,9 +401,15 @@ def _resolve(launch: LaunchEnv, deadline: Deadline) -> str:
             found.append(numeric(launch.address, launch.port))
         return bool(found)
 
-    deadline.until(known, lambda: f"MASTER_ADDR = {launch.address}: no address came to be known by that name")
+    deadline.until(
+        known, lambda: f"MASTER_ADDR = {launch.address}: no address came to be known by that name"
+    )
     several_machines = (launch.local_world or launch.world) < launch.world
-    if several_machines and ipaddress.ip_address(found[0]).is_loopback and launch.address not in (found[0], "localhost"):
+    if (
+        several_machines
+        and ipaddress.ip_address(found[0]).is_loopback
+        and launch.address not in (found[0], "localhost")
+    ):
         raise InputError(
             f"MASTER_ADDR = {launch.address}: on {socket.gethostname()} this name means {found[0]}, which no other machine can reach; "
             "give the address that the machine has in their network"

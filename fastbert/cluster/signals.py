@@ -8,7 +8,12 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SIGHUP: the terminal was closed
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGHUP,
+)  # SIGHUP: the terminal was closed
 
 
 class StopRequest:
@@ -23,12 +28,23 @@ class StopRequest:
         self._launched = "WORLD_SIZE" in os.environ
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python sets handlers nowhere else
             ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS if number != signal.SIGHUP or not ignored}
+            self._before = {
+                number: signal.signal(number, self._note)
+                for number in SIGNALS
+                if number != signal.SIGHUP or not ignored
+            }
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -47,7 +47,9 @@ class Key:
     def verify(self, name: str, signed: bytes) -> bytes | None:
         """The value, or None where it was not signed with this key for this name."""
         value = signed[SIGNATURE:]
-        return value if hmac.compare_digest(signed[:SIGNATURE], self._signature(name, value)) else None
+        return (
+            value if hmac.compare_digest(signed[:SIGNATURE], self._signature(name, value)) else None
+        )
 
     def mismatch(self, whom: str) -> str:
         """What to say, and to do, where another process of the run turns out to have another key."""
@@ -58,7 +60,11 @@ class Key:
 
     def _signature(self, name: str, value: bytes) -> bytes:
         label = name.encode("utf-8", "surrogateescape")
-        return hmac.digest(self._secret, len(label).to_bytes(8, "big") + label + value, "sha256").hex().encode()
+        return (
+            hmac.digest(self._secret, len(label).to_bytes(8, "big") + label + value, "sha256")
+            .hex()
+            .encode()
+        )
 
 
 def find_key() -> Key:
@@ -70,33 +76,44 @@ def find_key() -> Key:
     if (given := os.environ.get(VARIABLE)) is not None:
         secret = os.fsencode(given.strip())
         if len(secret) < LEAST:
-            raise InputError(f"{VARIABLE} has {len(secret)} characters; must have at least {LEAST}; make one by: openssl rand -hex 32")
+            raise InputError(
+                f"{VARIABLE} has {len(secret)} characters; must have at least {LEAST}; make one by: openssl rand -hex 32"
+            )
         return Key(secret, VARIABLE)
     try:
         home = Path.home()
     except RuntimeError:  # neither HOME nor an entry in the list of users
         home = Path()
     if not home.is_absolute():
-        raise InputError(f"there is no home directory to keep the key of the rendezvous in; set HOME, {OTHERWISE}")
+        raise InputError(
+            f"there is no home directory to keep the key of the rendezvous in; set HOME, {OTHERWISE}"
+        )
     path = home / FOLDER / FILE
     try:
         secret = _read(path)
         return Key(_make(path) if secret is None else secret, str(path))
     except OSError as error:
-        raise InputError(f"{path}: the key of the rendezvous cannot be kept there: {error.strerror}; see to that, {OTHERWISE}") from None
+        raise InputError(
+            f"{path}: the key of the rendezvous cannot be kept there: {error.strerror}; see to that, {OTHERWISE}"
+        ) from None
 
 
 def _read(path: Path) -> bytes | None:
     """The key in the file; None where there is no file."""
     try:
-        folder, file = os.stat(path.parent), os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would keep us waiting
+        folder, file = (
+            os.stat(path.parent),
+            os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC),
+        )  # a FIFO would keep us waiting
     except FileNotFoundError:
         return None
     with open(file, "rb") as opened:
         found = os.fstat(file)
         for place, what in ((path.parent, folder), (path, found)):
             if what.st_uid != os.geteuid():
-                raise InputError(f"{place}: belongs to another user (number {what.st_uid}), who could read the key; remove it, {OTHERWISE}")
+                raise InputError(
+                    f"{place}: belongs to another user (number {what.st_uid}), who could read the key; remove it, {OTHERWISE}"
+                )
         if folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise InputError(
                 f"{path.parent}: other users may put a key of theirs there (mode {_mode(folder)}); run: chmod 700 {path.parent}"
@@ -108,7 +125,9 @@ def _read(path: Path) -> bytes | None:
             )
         secret = opened.read(MOST).strip() if stat.S_ISREG(found.st_mode) else b""
     if len(secret) < LEAST:
-        raise InputError(f"{path}: not a key, which has at least {LEAST} characters; remove it, and the next run makes a new one")
+        raise InputError(
+            f"{path}: not a key, which has at least {LEAST} characters; remove it, and the next run makes a new one"
+        )
     return secret
 
 

@@ -17,7 +17,9 @@ import torch.distributed as dist
 
 from fastbert.cluster.signature import Key
 
-_NOTHING = secrets.token_hex(16)  # what the store answers where there is no value; drawn, so that nobody can write it
+_NOTHING = secrets.token_hex(
+    16
+)  # what the store answers where there is no value; drawn, so that nobody can write it
 
 
 class No(Enum):
@@ -105,4 +107,8 @@ def _printable(value: Any) -> Any:
         return printable(value)
     if isinstance(value, list):
         return [_printable(item) for item in value]
-    return {_printable(key): _printable(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return (
+        {_printable(key): _printable(item) for key, item in value.items()}
+        if isinstance(value, dict)
+        else value
+    )

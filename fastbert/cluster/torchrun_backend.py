@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 
 NAME = "fastbert"
-DEFAULTS = {"keep_alive_interval": 2, "keep_alive_max_attempt": 5, "last_call_timeout": 10}  # seconds; how often; seconds
+DEFAULTS = {
+    "keep_alive_interval": 2,
+    "keep_alive_max_attempt": 5,
+    "last_call_timeout": 10,
+}  # seconds; how often; seconds
 JOIN_TIMEOUT_S = 600  # torch's own
 READ_TIMEOUT_S = 60  # torch's own
 ANSWER_S = 10.0  # and SILENCE_S of rendezvous.py on top
@@ -62,7 +66,9 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
 
     def ask(work: Callable[[Any], Any]) -> Any:
         try:
-            return Deadline(ANSWER_S).run(lambda: work(store), f"the store of --rdzv-endpoint {parameters.endpoint}")
+            return Deadline(ANSWER_S).run(
+                lambda: work(store), f"the store of --rdzv-endpoint {parameters.endpoint}"
+            )
         except (RankLost, ValueError, RuntimeError, TimeoutError) as error:
             raise RendezvousConnectionError(str(error)) from None
 
@@ -94,7 +100,10 @@ def _store(host: str, port: int, parameters: RendezvousParameters) -> tuple[TCPS
 
     from fastbert.cluster.rendezvous import hold_store, listens, numeric
 
-    may_hold, timeout_s = parameters.get_as_bool("is_host"), parameters.get_as_int("join_timeout") or JOIN_TIMEOUT_S
+    may_hold, timeout_s = (
+        parameters.get_as_bool("is_host"),
+        parameters.get_as_int("join_timeout") or JOIN_TIMEOUT_S,
+    )
     read_timeout = timedelta(seconds=parameters.get_as_int("read_timeout") or READ_TIMEOUT_S)
     end, problem = time.monotonic() + timeout_s, ""
     while time.monotonic() < end:
@@ -107,11 +116,18 @@ def _store(host: str, port: int, parameters: RendezvousParameters) -> tuple[TCPS
                     return store, True
                 except OSError as error:
                     if may_hold or error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
-                        raise RendezvousConnectionError(f"--rdzv-endpoint {host}:{port}: cannot listen on {address}: {error}") from None
+                        raise RendezvousConnectionError(
+                            f"--rdzv-endpoint {host}:{port}: cannot listen on {address}: {error}"
+                        ) from None
             if listens(address, port):
                 return TCPStore(address, port, None, False, timeout=read_timeout), False
             problem = f"nobody listens on {address}; is it the address of one of the nodes?"
-        except (OSError, DistError) as error:  # a name that is not known yet; a store that has just ended
+        except (
+            OSError,
+            DistError,
+        ) as error:  # a name that is not known yet; a store that has just ended
             problem = str(error)
         time.sleep(0.2)
-    raise RendezvousConnectionError(f"--rdzv-endpoint {host}:{port}: after {timeout_s} s, {problem}")
+    raise RendezvousConnectionError(
+        f"--rdzv-endpoint {host}:{port}: after {timeout_s} s, {problem}"
+    )

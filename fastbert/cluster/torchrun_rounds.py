@@ -88,4 +88,6 @@ class SignedRounds(dist.Store):
         return self._key.verify(f"{self._start}/{key}", there) if there else None
 
     def _sign(self, key: str, value: bytes | str) -> bytes:
-        return self._key.sign(f"{self._start}/{key}", value if isinstance(value, bytes) else value.encode())
+        return self._key.sign(
+            f"{self._start}/{key}", value if isinstance(value, bytes) else value.encode()
+        )

@@ -59,7 +59,15 @@ class SignedState(RendezvousBackend):
         InputError: there is a state, and it stays one that is not signed with this key.
     """
 
-    def __init__(self, name: str, ask: Callable[[Callable[[Any], Any]], Any], run_id: str, key: Key, begins: bool, where: str):
+    def __init__(
+        self,
+        name: str,
+        ask: Callable[[Callable[[Any], Any]], Any],
+        run_id: str,
+        key: Key,
+        begins: bool,
+        where: str,
+    ):
         self._backend_name, self._ask, self._key, self._where = name, ask, key, where
         self._place = f"torch.rendezvous.{run_id}"  # torch's own name
         self._reported = False
@@ -75,14 +83,18 @@ class SignedState(RendezvousBackend):
         self._take(self._look())
         return self._answer()
 
-    def set_state(self, state: bytes, token: Token | None = None) -> tuple[bytes, Token, bool] | None:
+    def set_state(
+        self, state: bytes, token: Token | None = None
+    ) -> tuple[bytes, Token, bool] | None:
         """Write a state in place of the one that had this token; returns the one that is there now, and whether it is this one."""
         newest = token == self._known.raw if token is not None else not self._known.state
         new = self._sign(self._known.start, self._known.count + 1, state)
         if newest:
             expected = self._known.raw
             there = self._swap(expected, new.raw)
-            self._take(None if there == expected else there)  # what the store answers, too, where the key is no more
+            self._take(
+                None if there == expected else there
+            )  # what the store answers, too, where the key is no more
         else:  # somebody has written since
             self._take(self._look())
         answer = self._answer()
@@ -113,7 +125,9 @@ class SignedState(RendezvousBackend):
             if found is not None:
                 return found
             if there is not None and waited_s > PATIENCE_S:
-                raise InputError(self._key.mismatch(f"--rdzv-endpoint {self._where}: the nodes that are there"))
+                raise InputError(
+                    self._key.mismatch(f"--rdzv-endpoint {self._where}: the nodes that are there")
+                )
             time.sleep(LOOK_S)
 
     def _report(self) -> None:
@@ -134,10 +148,20 @@ class SignedState(RendezvousBackend):
         return self._ask(lambda store: store.compare_set(self._place, expected, new))
 
     def _sign(self, start: bytes, count: int, state: bytes) -> _Signed:
-        return _Signed(self._key.sign(self._place, start + count.to_bytes(COUNT, "big") + state), start, count, state)
+        return _Signed(
+            self._key.sign(self._place, start + count.to_bytes(COUNT, "big") + state),
+            start,
+            count,
+            state,
+        )
 
     def _open(self, there: bytes | None) -> _Signed | None:
         content = self._key.verify(self._place, there) if there else None
         if there is None or content is None or len(content) < START + COUNT:
             return None
-        return _Signed(there, content[:START], int.from_bytes(content[START : START + COUNT], "big"), content[START + COUNT :])
+        return _Signed(
+            there,
+            content[:START],
+            int.from_bytes(content[START : START + COUNT], "big"),
+            content[START + COUNT :],
+        )

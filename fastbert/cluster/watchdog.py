@@ -37,7 +37,9 @@ T = TypeVar("T")
 BEAT_S = 1.0  # between two beats; less where the time-out is short
 LOOK_S = 3.0  # for how long a beat must stand still to count: on a busy machine a few come late
 GRACE_S = 5.0  # for the main thread to come out by itself, once it is known why all end
-HEARD_S = 3.0  # for the others to read a failure, before the store ends with the process that holds it
+HEARD_S = (
+    3.0  # for the others to read a failure, before the store ends with the process that holds it
+)
 
 PACKAGE, RENDEZVOUS = Path(__file__).parents[1], Path(__file__).with_name("rendezvous.py")
 
@@ -70,10 +72,17 @@ class Watchdog:
         self._tick = (0, "the start", time.monotonic())  # ticks, what, when
         self._main = threading.get_ident()
         self._failure: str | None = None  # why all ranks end
-        self._unaware: int | None = None  # how many will never hear it; None until it is known to be in the store
+        self._unaware: int | None = (
+            None  # how many will never hear it; None until it is known to be in the store
+        )
         self._hearing = threading.Lock()
-        self._stopped: tuple[float, Any] = 0.0, None  # for how long this process did not run, and the tick that was the last one then
-        self._out = threading.Event()  # the main thread is out of what it was waiting for, and ends by itself
+        self._stopped: tuple[float, Any] = (
+            0.0,
+            None,
+        )  # for how long this process did not run, and the tick that was the last one then
+        self._out = (
+            threading.Event()
+        )  # the main thread is out of what it was waiting for, and ends by itself
         self._over = threading.Event()
         self._asking = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -83,18 +92,30 @@ class Watchdog:
         if self._group.world > 1:
             store = self._group.prefix.part("watch")
             # Connections of their own: a call that waits on one keeps all others on it waiting.
-            self._beats, self._questions = Deadline(self._timeout_s).run(lambda: (store.clone(), store.clone()), self._group.store_name)
+            self._beats, self._questions = Deadline(self._timeout_s).run(
+                lambda: (store.clone(), store.clone()), self._group.store_name
+            )
             self._tick = (0, "the start", time.monotonic())
             self._threads = [
-                threading.Thread(target=work, daemon=True, name="fastbert-watch") for work in (self._send_heartbeats, self._guard)
+                threading.Thread(target=work, daemon=True, name="fastbert-watch")
+                for work in (self._send_heartbeats, self._guard)
             ]
             for thread in self._threads:
                 thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         lost = None
-        if error is not None and not isinstance(error, InputError | Interrupted) and not self._out.is_set():
+        if (
+            error is not None
+            and not isinstance(error, InputError | Interrupted)
+            and not self._out.is_set()
+        ):
             lost = self._blame(error)
             if lost is None:
                 self.report_exit(describe(error))
@@ -118,7 +139,9 @@ class Watchdog:
         if self._group.world > 1:
             self._out.set()
             if self._failure is None:
-                self._publish(f"{self._group.name(self._group.rank)} has ended: {reason}", unaware=0)
+                self._publish(
+                    f"{self._group.name(self._group.rank)} has ended: {reason}", unaware=0
+                )
             self._wait_for_readers()
 
     def _blame(self, error: BaseException) -> str | None:
@@ -156,7 +179,9 @@ class Watchdog:
         """Hear the failure, if there is one."""
         found = self._beats.read("failure")
         if found is No.FORGED:
-            self._beats.sweep("failure")  # or all ranks would read it again every second, however large it is
+            self._beats.sweep(
+                "failure"
+            )  # or all ranks would read it again every second, however large it is
         elif found is not No.ABSENT:
             self._receive(self._beats, *found)
 
@@ -169,7 +194,11 @@ class Watchdog:
                 if not self._out.wait(GRACE_S):
                     self._end()
             elif time.monotonic() > tick[2] + self._timeout_s - self._look_s:
-                self._find_out(lambda *beats, tick=tick: self._blamed(*beats) if self._tick is tick else None, what, self._look_s)
+                self._find_out(
+                    lambda *beats, tick=tick: self._blamed(*beats) if self._tick is tick else None,
+                    what,
+                    self._look_s,
+                )
                 if self._failure is not None and self._tick is tick and not self._out.is_set():
                     self._end()
 
@@ -189,34 +218,51 @@ class Watchdog:
             return f"{self._group.name(self._group.rank)} was stopped for {stopped_s:.0f} s, and the others have not waited"
         return self._failure
 
-    def _find_out(self, judge: Callable[..., tuple[str, int] | None], what: str, look_s: float) -> None:
+    def _find_out(
+        self, judge: Callable[..., tuple[str, int] | None], what: str, look_s: float
+    ) -> None:
         """Look at all beats, and again after `look_s`; pronounce what `judge` makes of them, if anything."""
         try:
             before = self._ask(self._look)
             end = time.monotonic() + look_s
             while self._failure is None and time.monotonic() < end:
                 time.sleep(self._every_s / 2)
-            if self._failure is None and (found := judge(before, self._ask(self._look), what)) is not None:
+            if (
+                self._failure is None
+                and (found := judge(before, self._ask(self._look), what)) is not None
+            ):
                 self._publish(*found)
         except RankLost:
-            self._failure = self._failure or f"{self._group.store_name} has {what}; this rank is at {self._tick[1]}"
+            self._failure = (
+                self._failure
+                or f"{self._group.store_name} has {what}; this rank is at {self._tick[1]}"
+            )
 
     def _look(self, store: SignedStore) -> list[Heartbeat | No]:
         found = [store.read(str(rank)) for rank in range(self._group.world)]
         return [beat if isinstance(beat, No) else Heartbeat(*beat) for beat in found]
 
-    def _missing(self, before: Sequence[Heartbeat | No], now: Sequence[Heartbeat | No], what: str) -> tuple[str, int] | None:
+    def _missing(
+        self, before: Sequence[Heartbeat | No], now: Sequence[Heartbeat | No], what: str
+    ) -> tuple[str, int] | None:
         """Ranks whose beat stands still, or was never there: what is to be said of them, and how many they are."""
         still = [
-            rank for rank, beat in enumerate(now) if beat == before[rank] and beat is not No.FORGED and not getattr(beat, "left", False)
+            rank
+            for rank, beat in enumerate(now)
+            if beat == before[rank] and beat is not No.FORGED and not getattr(beat, "left", False)
         ]
         if not still:
             return None
         last = now[still[0]]
         has = "has" if len(still) == 1 else "have"
-        return f"{self._names(still)} {has} {what}, last seen at {'the start' if isinstance(last, No) else last.what}", len(still)
+        return (
+            f"{self._names(still)} {has} {what}, last seen at {'the start' if isinstance(last, No) else last.what}",
+            len(still),
+        )
 
-    def _blamed(self, before: Sequence[Heartbeat | No], now: Sequence[Heartbeat | No], what: str) -> tuple[str, int] | None:
+    def _blamed(
+        self, before: Sequence[Heartbeat | No], now: Sequence[Heartbeat | No], what: str
+    ) -> tuple[str, int] | None:
         """What keeps this rank from going on; None where another one goes on, since then its turn will come, or may do so unseen."""
         if (found := self._missing(before, now, what)) is not None:
             return found
@@ -229,11 +275,19 @@ class Watchdog:
             return None
         since = f"for {self._timeout_s:g} s (runtime.timeout_s)"
         ahead = max(beat.ticks for beat in beats.values())
-        slow = [rank for rank, beat in beats.items() if beat.ticks < ahead] or [rank for rank, beat in beats.items() if not beat.waiting]
+        slow = [rank for rank, beat in beats.items() if beat.ticks < ahead] or [
+            rank for rank, beat in beats.items() if not beat.waiting
+        ]
         if not slow:
-            return f"no rank has gone on {since}: all wait for each other at {self._tick[1]}; look at the network between them", 0
+            return (
+                f"no rank has gone on {since}: all wait for each other at {self._tick[1]}; look at the network between them",
+                0,
+            )
         has, first = "has" if len(slow) == 1 else "have", beats[slow[0]]
-        return f"{self._names(slow)} {has} kept the others waiting {since}: at {first.what}, in {first.where}", 0
+        return (
+            f"{self._names(slow)} {has} kept the others waiting {since}: at {first.what}, in {first.where}",
+            0,
+        )
 
     def _names(self, ranks: Sequence[int]) -> str:
         return listed([self._group.name(rank) for rank in ranks])
@@ -261,7 +315,11 @@ class Watchdog:
         end, not_yet = time.monotonic() + HEARD_S, list(range(self._group.world))
         with suppress(RankLost):
             while self._group.holds_store and self._unaware is not None and time.monotonic() < end:
-                not_yet = self._ask(lambda store, ranks=not_yet: [rank for rank in ranks if isinstance(store.read(f"heard/{rank}"), No)])
+                not_yet = self._ask(
+                    lambda store, ranks=not_yet: [
+                        rank for rank in ranks if isinstance(store.read(f"heard/{rank}"), No)
+                    ]
+                )
                 if len(not_yet) <= self._unaware:
                     break
                 time.sleep(self._every_s / 10)
@@ -287,6 +345,8 @@ def _position(thread: int) -> tuple[bool, str]:
         if files[-1].is_relative_to(PACKAGE):
             break
         frame = frame.f_back
-    waiting = files[-1] == RENDEZVOUS or any("distributed" in file.parts or "deepspeed" in file.parts for file in files)
+    waiting = files[-1] == RENDEZVOUS or any(
+        "distributed" in file.parts or "deepspeed" in file.parts for file in files
+    )
     place = frame or innermost  # outside fastbert altogether: what a user's own script does
     return waiting, f"{place.f_code.co_filename}, line {place.f_lineno}"

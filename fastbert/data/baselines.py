@@ -34,7 +34,10 @@ _STEPS = 30  # of expectation maximisation; the weights stand still after ten
 
 def measure(train: Split, heldout: Split, vocab_size: int) -> dict[str, float]:
     """The baselines, and how many tokens they rest on; the same for the same splits."""
-    counted, tested = _sample(train, TRAIN_TOKENS, vocab_size), _sample(heldout, HELDOUT_TOKENS, vocab_size)
+    counted, tested = (
+        _sample(train, TRAIN_TOKENS, vocab_size),
+        _sample(heldout, HELDOUT_TOKENS, vocab_size),
+    )
     cut = len(counted) - min(len(counted) // 20, TUNE_TOKENS)
     models = _Models(counted[:cut], vocab_size)
     tune, test = models.predict(counted[cut:], seed=1), models.predict(tested, seed=2)
@@ -46,10 +49,15 @@ def measure(train: Split, heldout: Split, vocab_size: int) -> dict[str, float]:
     }
     # Rounded, since the last digits of a long sum differ between processors.
     result = {name: round(float(-np.log(p).mean()), 4) for name, p in probabilities.items()}
-    return result | {"train_tokens": int((counted[:cut] != vocab_size).sum()), "heldout_tokens": len(test.unigram)}
+    return result | {
+        "train_tokens": int((counted[:cut] != vocab_size).sum()),
+        "heldout_tokens": len(test.unigram),
+    }
 
 
-def nats(train: Split, vocab_size: int, left: np.ndarray, word: np.ndarray) -> dict[str, np.ndarray]:
+def nats(
+    train: Split, vocab_size: int, left: np.ndarray, word: np.ndarray
+) -> dict[str, np.ndarray]:
     """What unigram and left_bigram, counted as in `measure`, give for chosen places of a text.
 
     Args:
@@ -64,12 +72,17 @@ def nats(train: Split, vocab_size: int, left: np.ndarray, word: np.ndarray) -> d
     before, here, _ = _neighbours(counted, vocab_size)
     unigram = _unigram(here, vocab_size)[word]
     part, rest = _Conditional(before, here, vocab_size + 1).look_up(np.maximum(left, 0), word)
-    return {"unigram": -np.log(unigram), "left_bigram": -np.log(np.where(left < 0, unigram, part + rest * unigram))}
+    return {
+        "unigram": -np.log(unigram),
+        "left_bigram": -np.log(np.where(left < 0, unigram, part + rest * unigram)),
+    }
 
 
 def counts(train: Split, vocab_size: int) -> np.ndarray:
     """How often each token stands in the text that is counted for `measure`, int64 [V]."""
-    return np.bincount(_sample(train, TRAIN_TOKENS, vocab_size), minlength=vocab_size + 1)[:vocab_size]
+    return np.bincount(_sample(train, TRAIN_TOKENS, vocab_size), minlength=vocab_size + 1)[
+        :vocab_size
+    ]
 
 
 def _unigram(words: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -154,7 +167,16 @@ class _Models:
         product = np.zeros(len(word))
         product[pair] = p_left[pair] * p_right[pair] / unigram[pair] / total
         trigram, trigram_rest = self.between.look_up(left * self.size + right, word)
-        return _Predictions(unigram, p_left, p_right, np.where(hidden[0], p_right, p_left), pair, product, trigram, trigram_rest)
+        return _Predictions(
+            unigram,
+            p_left,
+            p_right,
+            np.where(hidden[0], p_right, p_left),
+            pair,
+            product,
+            trigram,
+            trigram_rest,
+        )
 
     def _overlap(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Sum over v of part_l(v) part_r(v) / u(v) for each pair of neighbours: by r, through a dense row of its words."""
@@ -170,7 +192,9 @@ class _Models:
             row[words] = parts / self.unigram[words]
             at, lengths = self.after.rows(lefts[begin:end])
             owner = np.repeat(np.arange(end - begin), lengths)
-            sums[begin:end] = np.bincount(owner, row[self.after.words[at]] * self.after.parts[at], minlength=end - begin)
+            sums[begin:end] = np.bincount(
+                owner, row[self.after.words[at]] * self.after.parts[at], minlength=end - begin
+            )
             row[words] = 0
         return sums[inverse]
 
@@ -182,7 +206,9 @@ class _Conditional:
         self._size = size
         keys = contexts * size
         keys += words
-        keys = keys.astype(np.min_scalar_type(keys.max(initial=0)), copy=False)  # sorting 32 bits takes half the time of 64
+        keys = keys.astype(
+            np.min_scalar_type(keys.max(initial=0)), copy=False
+        )  # sorting 32 bits takes half the time of 64
         keys.sort()
         pairs = _edges(keys)
         self._keys, counts = keys[pairs[:-1]].astype(np.int64), np.diff(pairs)
@@ -192,12 +218,16 @@ class _Conditional:
         discounts = _discounts(counts)[np.minimum(counts, 3)]
         totals = np.add.reduceat(counts, self._first[:-1])
         self.parts = (counts - discounts) / np.repeat(totals, np.diff(self._first))
-        self._rests = np.append(np.add.reduceat(discounts, self._first[:-1]) / totals, 1.0)  # the last one: a context never seen
+        self._rests = np.append(
+            np.add.reduceat(discounts, self._first[:-1]) / totals, 1.0
+        )  # the last one: a context never seen
 
     def look_up(self, contexts: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         keys = contexts * self._size + words
         at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where(self._keys[at] == keys, self.parts[at], 0.0), self._rests[self._index(contexts)]
+        return np.where(self._keys[at] == keys, self.parts[at], 0.0), self._rests[
+            self._index(contexts)
+        ]
 
     def row(self, context: int) -> tuple[np.ndarray, np.ndarray]:
         """Words seen in a context, and their parts."""
@@ -221,7 +251,14 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
     """What is taken off a count of 0, 1, 2 and 3 or more; kept within bounds where a text is too small to tell."""
     _, ones, twos, threes, fours = np.bincount(np.minimum(counts, 5), minlength=6)[:5].clip(1)
     share = ones / (ones + 2 * twos)
-    values = np.array([0, 1 - 2 * share * twos / ones, 2 - 3 * share * threes / twos, 3 - 4 * share * fours / threes])
+    values = np.array(
+        [
+            0,
+            1 - 2 * share * twos / ones,
+            2 - 3 * share * threes / twos,
+            3 - 4 * share * fours / threes,
+        ]
+    )
     return values.clip([0, 0.1, 0.2, 0.3], [0, 0.9, 1.8, 2.7])
 
 

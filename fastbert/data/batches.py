@@ -37,7 +37,11 @@ class Batches:
         self.config = config
         self._packer = _Packer(dataset, "train", config.objective)
         self._examples = Examples(
-            self._packer.split, config.objective, config.batch.max_length, config.seed, f"{dataset.path}: split train"
+            self._packer.split,
+            config.objective,
+            config.batch.max_length,
+            config.seed,
+            f"{dataset.path}: split train",
         )
 
     @property
@@ -56,7 +60,9 @@ class Batches:
     def check(self, world: int) -> None:
         """Raises InputError where a step has too few sequences for so many ranks: one without any would be out of step with the others."""
         batch = self.config.batch
-        if batch.sequences < world or (batch.sequences % world and batch.micro_batch_tokens < 2 * batch.max_length):
+        if batch.sequences < world or (
+            batch.sequences % world and batch.micro_batch_tokens < 2 * batch.max_length
+        ):
             raise InputError(
                 f"batch.sequences = {batch.sequences} cannot be shared by {world} ranks in packs of batch.micro_batch_tokens = "
                 f"{batch.micro_batch_tokens}; make it a multiple of {world}"
@@ -75,8 +81,12 @@ class Batches:
         """
         self.check(world)
         batch = self.config.batch
-        epochs, indices = np.divmod(np.arange(step * batch.sequences, (step + 1) * batch.sequences), len(self._examples))
-        drawn = [self._examples.draw(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)]
+        epochs, indices = np.divmod(
+            np.arange(step * batch.sequences, (step + 1) * batch.sequences), len(self._examples)
+        )
+        drawn = [
+            self._examples.draw(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)
+        ]
         spans = drawn[0] if len(drawn) == 1 else Spans.join(drawn)
         packs = share_out(spans.lengths, world, batch.micro_batch_tokens)[rank::world]
         return self._packer.packs(spans, indices, packs)
@@ -97,10 +107,18 @@ def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) ->
         InputError: the held-out split gives no example for this objective.
     """
     packer = _Packer(dataset, "heldout", config.objective)
-    examples = Examples(packer.split, config.objective, config.batch.max_length, HELDOUT_SEED, f"{dataset.path}: split heldout")
+    examples = Examples(
+        packer.split,
+        config.objective,
+        config.batch.max_length,
+        HELDOUT_SEED,
+        f"{dataset.path}: split heldout",
+    )
     indices = np.arange(min(sequences, len(examples)))
     spans = examples.draw(0, indices)
-    return packer.packs(spans, indices, share_out(spans.lengths, 1, config.batch.micro_batch_tokens))
+    return packer.packs(
+        spans, indices, share_out(spans.lengths, 1, config.batch.micro_batch_tokens)
+    )
 
 
 class _Packer:
@@ -112,14 +130,24 @@ class _Packer:
         self.masking = Masking(dataset, objective)
         self.split: Split = dataset.split(split)
 
-    def packs(self, spans: Spans, indices: np.ndarray, packs: list[np.ndarray]) -> list[PackedBatch]:
+    def packs(
+        self, spans: Spans, indices: np.ndarray, packs: list[np.ndarray]
+    ) -> list[PackedBatch]:
         """One batch for each array of positions in `spans`, which hold the whole step; `indices` are the examples' within their epoch."""
         masked_total = int(selected_counts(spans.ordinary, self.objective).sum())
         pairs_total = int((spans.labels >= 0).sum())
-        return [self._pack(spans.take(order), indices[order], masked_total, pairs_total) for order in packs]
+        return [
+            self._pack(spans.take(order), indices[order], masked_total, pairs_total)
+            for order in packs
+        ]
 
-    def _pack(self, spans: Spans, indices: np.ndarray, masked_total: int, pairs_total: int) -> PackedBatch:
-        starts, lengths = (np.stack(pair, 1).ravel() for pair in ((spans.a_start, spans.b_start), (spans.a_length, spans.b_length)))
+    def _pack(
+        self, spans: Spans, indices: np.ndarray, masked_total: int, pairs_total: int
+    ) -> PackedBatch:
+        starts, lengths = (
+            np.stack(pair, 1).ravel()
+            for pair in ((spans.a_start, spans.b_start), (spans.a_length, spans.b_length))
+        )
         tokens = self.split.gather(starts, lengths)
         seen, chosen = self.masking(tokens, spans.ordinary, spans.keys)
         packed = pack(

@@ -41,7 +41,9 @@ OTHER_FILES = (
     "report.md",
 )
 OFFSETS = np.dtype("<i8")
-SHARD_TOKENS = 1 << 28  # a new shard begins at the first chunk of text after this many tokens: 512 MiB of uint16
+SHARD_TOKENS = (
+    1 << 28
+)  # a new shard begins at the first chunk of text after this many tokens: 512 MiB of uint16
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,18 @@ class Split:
 
     def __init__(self, folder: Path, shards: Sequence[Counts], dtype: np.dtype):
         names = [folder / shard_name(i) for i in range(len(shards))]
-        self._tokens = [_memmap(f"{name}.tokens", dtype, c.tokens) for name, c in zip(names, shards, strict=True)]
-        self._sentences = [_memmap(f"{name}.sentences", OFFSETS, c.sentences + 1) for name, c in zip(names, shards, strict=True)]
-        self._documents = [_memmap(f"{name}.documents", OFFSETS, c.documents + 1) for name, c in zip(names, shards, strict=True)]
+        self._tokens = [
+            _memmap(f"{name}.tokens", dtype, c.tokens)
+            for name, c in zip(names, shards, strict=True)
+        ]
+        self._sentences = [
+            _memmap(f"{name}.sentences", OFFSETS, c.sentences + 1)
+            for name, c in zip(names, shards, strict=True)
+        ]
+        self._documents = [
+            _memmap(f"{name}.documents", OFFSETS, c.documents + 1)
+            for name, c in zip(names, shards, strict=True)
+        ]
         # Where each shard begins in the global numbering; the last entry is the total.
         self._document_base = _running_total([c.documents for c in shards])
         self._sentence_base = _running_total([c.sentences for c in shards])
@@ -108,7 +119,11 @@ class Split:
         for shard in np.unique(shards):
             chosen = shards == shard
             local = sentences[chosen] - self._sentence_base[shard]
-            result[chosen] = np.searchsorted(self._documents[shard], local, "right") - 1 + self._document_base[shard]
+            result[chosen] = (
+                np.searchsorted(self._documents[shard], local, "right")
+                - 1
+                + self._document_base[shard]
+            )
         return result
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -162,9 +177,16 @@ class TokenDataset:
     def continues_word(self) -> np.ndarray:
         """bool [V]: whether the token continues a word ("##ing")."""
         # Split at "\n" alone: a token may hold one of the other characters at which splitlines would break.
-        tokens = (self.tokenizer_dir / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        tokens = (
+            (self.tokenizer_dir / "vocab.txt")
+            .read_text(encoding="utf-8")
+            .removesuffix("\n")
+            .split("\n")
+        )
         if len(tokens) != self.vocab_size:
-            raise InputError(f"{self.tokenizer_dir / 'vocab.txt'}: {len(tokens):,} tokens, the manifest says {self.vocab_size:,}; {AGAIN}")
+            raise InputError(
+                f"{self.tokenizer_dir / 'vocab.txt'}: {len(tokens):,} tokens, the manifest says {self.vocab_size:,}; {AGAIN}"
+            )
         return np.array([token.startswith("##") for token in tokens])
 
     @cached_property
@@ -173,7 +195,13 @@ class TokenDataset:
         file = self.path / "baselines.json"
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            sound = all(type(value) in (int, float) and math.isfinite(value) for value in values.values()) and "unigram" in values
+            sound = (
+                all(
+                    type(value) in (int, float) and math.isfinite(value)
+                    for value in values.values()
+                )
+                and "unigram" in values
+            )
         except (OSError, ValueError, AttributeError, RecursionError):
             sound = False
         if not sound:
@@ -197,9 +225,13 @@ class TokenDataset:
 
         tokenizer = load_tokenizer(self.tokenizer_dir)
         if (size := tokenizer.get_vocab_size()) != self.vocab_size:
-            raise InputError(f"{self.tokenizer_dir}: {size:,} tokens, the manifest says {self.vocab_size:,}; {AGAIN}")
+            raise InputError(
+                f"{self.tokenizer_dir}: {size:,} tokens, the manifest says {self.vocab_size:,}; {AGAIN}"
+            )
         if (special := special_ids(tokenizer, self.tokenizer_dir)) != self.special:
-            raise InputError(f"{self.tokenizer_dir}: {special}, the manifest says {self.special}; {AGAIN}")
+            raise InputError(
+                f"{self.tokenizer_dir}: {special}, the manifest says {self.special}; {AGAIN}"
+            )
 
     def _claims(self) -> list[Claim]:
         """What the manifest says of its files."""
@@ -208,10 +240,19 @@ class TokenDataset:
             for i, shard in enumerate(self.manifest["splits"][split]["shards"]):
                 name, counts = f"{split}/{shard_name(i)}", Counts(**shard)
                 looks[f"{name}.tokens"] = token_dtype(self.vocab_size), ids_below(self.vocab_size)
-                looks[f"{name}.sentences"] = OFFSETS, offsets_to(counts.tokens, counts.sentences + 1)
-                looks[f"{name}.documents"] = OFFSETS, offsets_to(counts.sentences, counts.documents + 1)
+                looks[f"{name}.sentences"] = (
+                    OFFSETS,
+                    offsets_to(counts.tokens, counts.sentences + 1),
+                )
+                looks[f"{name}.documents"] = (
+                    OFFSETS,
+                    offsets_to(counts.sentences, counts.documents + 1),
+                )
         text = np.dtype("u1"), None
-        return [Claim(name, entry["size"], entry["sha256"], *looks.get(name, text)) for name, entry in self.manifest["files"].items()]
+        return [
+            Claim(name, entry["size"], entry["sha256"], *looks.get(name, text))
+            for name, entry in self.manifest["files"].items()
+        ]
 
 
 def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
@@ -226,7 +267,9 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
     path = Path(path)
     again = "make it again with `fastbert prepare`"
     if not path.is_dir():
-        raise InputError(f"{path}: no such dataset; make one with `fastbert prepare SOURCE --out {path}`")
+        raise InputError(
+            f"{path}: no such dataset; make one with `fastbert prepare SOURCE --out {path}`"
+        )
     try:
         data = (path / MANIFEST).read_bytes()
     except FileNotFoundError:
@@ -239,9 +282,13 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
     except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{path / MANIFEST}: not the manifest of a dataset; {again}") from None
     if version != FORMAT:
-        raise InputError(f"{path / MANIFEST}: format = {version!r}, this fastbert reads format {FORMAT}; {again}")
+        raise InputError(
+            f"{path / MANIFEST}: format = {version!r}, this fastbert reads format {FORMAT}; {again}"
+        )
     if manifest is None:
-        raise InputError(f"{path / MANIFEST}: it does not have its own SHA-256: damaged or changed; {AGAIN}")
+        raise InputError(
+            f"{path / MANIFEST}: it does not have its own SHA-256: damaged or changed; {AGAIN}"
+        )
     if problem := _problem(manifest):
         raise InputError(f"{path / MANIFEST}: {problem}; {again}")
     for name, entry in manifest["files"].items():
@@ -249,9 +296,13 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
         try:
             size = file.stat().st_size
         except OSError as error:
-            raise InputError(f"{file}: part of the dataset, but cannot be read ({error.strerror}); {AGAIN}") from None
+            raise InputError(
+                f"{file}: part of the dataset, but cannot be read ({error.strerror}); {AGAIN}"
+            ) from None
         if size != entry["size"]:
-            raise InputError(f"{file}: {size:,} bytes, the manifest says {entry['size']:,}: cut short or changed; {AGAIN}")
+            raise InputError(
+                f"{file}: {size:,} bytes, the manifest says {entry['size']:,}: cut short or changed; {AGAIN}"
+            )
     dataset = TokenDataset(path, manifest, hashlib.sha256(data).hexdigest())
     if verify:
         for _ in dataset.verify():
@@ -285,18 +336,33 @@ class ShardWriter:
         """
         if len(documents) == 0:
             return
-        assert sentences.min() > 0 and sentences.sum() == len(tokens) and documents.min() > 0 and documents.sum() == len(sentences)
+        assert (
+            sentences.min() > 0
+            and sentences.sum() == len(tokens)
+            and documents.min() > 0
+            and documents.sum() == len(sentences)
+        )
         if not self._open:
             name = str(self.folder / shard_name(len(self.shards)))
-            self._open = {kind: _HashedFile(f"{name}.{kind}") for kind in ("tokens", "sentences", "documents")}
+            self._open = {
+                kind: _HashedFile(f"{name}.{kind}") for kind in ("tokens", "sentences", "documents")
+            }
             self._open["sentences"].write(np.zeros(1, "<i8"))
             self._open["documents"].write(np.zeros(1, "<i8"))
             self._counts = Counts(0, 0, 0)
         done = self._counts
         self._open["tokens"].write(tokens.astype(self.dtype, copy=False))
-        self._open["sentences"].write((np.cumsum(sentences, dtype=np.int64) + done.tokens).astype("<i8", copy=False))
-        self._open["documents"].write((np.cumsum(documents, dtype=np.int64) + done.sentences).astype("<i8", copy=False))
-        self._counts = Counts(done.documents + len(documents), done.sentences + len(sentences), done.tokens + len(tokens))
+        self._open["sentences"].write(
+            (np.cumsum(sentences, dtype=np.int64) + done.tokens).astype("<i8", copy=False)
+        )
+        self._open["documents"].write(
+            (np.cumsum(documents, dtype=np.int64) + done.sentences).astype("<i8", copy=False)
+        )
+        self._counts = Counts(
+            done.documents + len(documents),
+            done.sentences + len(sentences),
+            done.tokens + len(tokens),
+        )
         if self._counts.tokens >= self.shard_tokens:
             self.close()
 
@@ -311,7 +377,10 @@ class ShardWriter:
     def summary(self) -> dict[str, Any]:
         """The split's entry in the manifest."""
         shards = [asdict(shard) for shard in self.shards]
-        return {kind: sum(shard[kind] for shard in shards) for kind in ("documents", "sentences", "tokens")} | {"shards": shards}
+        return {
+            kind: sum(shard[kind] for shard in shards)
+            for kind in ("documents", "sentences", "tokens")
+        } | {"shards": shards}
 
 
 class _HashedFile:
@@ -348,7 +417,9 @@ def _running_total(counts: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _look_up(offsets: list[np.ndarray], base: np.ndarray, target_base: np.ndarray, indices: np.ndarray) -> np.ndarray:
+def _look_up(
+    offsets: list[np.ndarray], base: np.ndarray, target_base: np.ndarray, indices: np.ndarray
+) -> np.ndarray:
     """Global offsets from those within shards; the index one past the end is the end of the last shard."""
     indices = np.asarray(indices, np.int64)
     assert indices.size == 0 or (indices.min() >= 0 and indices.max() <= base[-1])
@@ -367,16 +438,24 @@ def _problem(manifest: Any) -> str | None:
     try:
         vocab_size, special = manifest["vocab_size"], SpecialIds(**manifest["special"])
         ids = list(asdict(special).values())
-        if not _count(vocab_size) or len(set(ids)) != 5 or not all(_count(i) and i < vocab_size for i in ids):
+        if (
+            not _count(vocab_size)
+            or len(set(ids)) != 5
+            or not all(_count(i) and i < vocab_size for i in ids)
+        ):
             return "vocab_size and special ids do not agree"
         width = token_dtype(vocab_size).itemsize
         sizes: dict[str, int | None] = dict.fromkeys(OTHER_FILES)
         for split in SPLITS:
             shards = [Counts(**shard) for shard in manifest["splits"][split]["shards"]]
-            totals = Counts(*(manifest["splits"][split][k] for k in ("documents", "sentences", "tokens")))
+            totals = Counts(
+                *(manifest["splits"][split][k] for k in ("documents", "sentences", "tokens"))
+            )
             if not all(_count(c) and c > 0 for s in [*shards, totals] for c in asdict(s).values()):
                 return f"counts of the split '{split}' are not whole numbers above 0"
-            if totals != Counts(*(sum(getattr(s, k) for s in shards) for k in ("documents", "sentences", "tokens"))):
+            if totals != Counts(
+                *(sum(getattr(s, k) for s in shards) for k in ("documents", "sentences", "tokens"))
+            ):
                 return f"counts of the split '{split}' are not the sum of its shards"
             for i, shard in enumerate(shards):
                 name = f"{split}/{shard_name(i)}"
@@ -387,7 +466,11 @@ def _problem(manifest: Any) -> str | None:
         if set(files) != set(sizes):
             return f"its list of files is not that of a dataset: {', '.join(sorted(set(files) ^ set(sizes))[:3])}"
         for name, entry in files.items():
-            if not _count(entry["size"]) or not isinstance(entry["sha256"], str) or sizes[name] not in (None, entry["size"]):
+            if (
+                not _count(entry["size"])
+                or not isinstance(entry["sha256"], str)
+                or sizes[name] not in (None, entry["size"])
+            ):
                 return f"the entry of {name} contradicts the counts"
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         return f"a part is missing or of the wrong kind ({type(error).__name__}: {error})"

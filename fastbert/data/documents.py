@@ -23,7 +23,13 @@ from typing import BinaryIO
 
 from fastbert.errors import InputError
 
-FORMATS = {"txt": (".txt",), "lines": (".txt",), "jsonl": (".jsonl", ".ndjson", ".json"), "csv": (".csv",), "parquet": (".parquet",)}
+FORMATS = {
+    "txt": (".txt",),
+    "lines": (".txt",),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "csv": (".csv",),
+    "parquet": (".parquet",),
+}
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
 # A longer document is a file in another format than it is said to be, and would not fit the promise of flat memory.
@@ -54,7 +60,9 @@ class Chunk:
     read_bytes: int  # how far the file on disk had been read, less the chunk before: what a progress bar advances by
 
 
-def find_sources(paths: Sequence[str | Path], text_format: str | None = None) -> tuple[list[Source], list[Path]]:
+def find_sources(
+    paths: Sequence[str | Path], text_format: str | None = None
+) -> tuple[list[Source], list[Path]]:
     """The files to read, in order, and those in folders that are left out because their suffix says nothing.
 
     Folders are walked in sorted order, without hidden files. `text_format` overrides what the suffix says.
@@ -75,19 +83,29 @@ def find_sources(paths: Sequence[str | Path], text_format: str | None = None) ->
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
         if stat.S_ISDIR(mode):
             names = list(_walk(path))
-            found = [source for name in names if (source := _source(name, text_format, in_folder=True))]
+            found = [
+                source for name in names if (source := _source(name, text_format, in_folder=True))
+            ]
             if not found:
-                raise InputError(f"{path}: no file in this folder ends in {_suffixes(text_format)}; name a file or another folder")
+                raise InputError(
+                    f"{path}: no file in this folder ends in {_suffixes(text_format)}; name a file or another folder"
+                )
             ignored += sorted(set(names) - {source.path for source in found})
         elif stat.S_ISREG(mode):
             source = _source(path, text_format, in_folder=False)
             if source is None:
-                raise InputError(f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}")
+                raise InputError(
+                    f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}"
+                )
             found = [source]
         else:
-            raise InputError(f"{path}: not a regular file; sources are read twice, so write it to a file first")
+            raise InputError(
+                f"{path}: not a regular file; sources are read twice, so write it to a file first"
+            )
         for source in found:
-            sources.setdefault(os.path.realpath(source.path), source)  # a file that is named twice is read once
+            sources.setdefault(
+                os.path.realpath(source.path), source
+            )  # a file that is named twice is read once
     if not sources:
         raise InputError("no SOURCE given; name text files or folders")
     return list(sources.values()), ignored
@@ -125,10 +143,16 @@ def parse(chunk: Chunk, text_field: str = "text") -> list[str]:
     text = _decode(chunk.data, chunk.source.path, chunk.line, chunk.offset)
     if chunk.source.format == "lines":
         return text.removesuffix("\n").split("\n")
-    return [document for document in _BETWEEN_DOCUMENTS.split(text) if not document.isspace() and document]
+    return [
+        document
+        for document in _BETWEEN_DOCUMENTS.split(text)
+        if not document.isspace() and document
+    ]
 
 
-def read_documents(paths: Sequence[str | Path], text_format: str | None = None, text_field: str = "text") -> Iterator[str]:
+def read_documents(
+    paths: Sequence[str | Path], text_format: str | None = None, text_field: str = "text"
+) -> Iterator[str]:
     """All documents of files and folders, in order, one at a time."""
     sources, _ = find_sources(paths, text_format)
     for chunk in read_chunks(sources, text_field):
@@ -150,14 +174,19 @@ def _source(path: Path, text_format: str | None, in_folder: bool) -> Source | No
     suffix = suffixes[-1] if suffixes else ""
     if text_format is None:
         # .json is often one big object, so it is not read as JSON lines unless --format says so.
-        known = next((name for name, endings in FORMATS.items() if suffix in endings and suffix != ".json"), None)
+        known = next(
+            (name for name, endings in FORMATS.items() if suffix in endings and suffix != ".json"),
+            None,
+        )
     else:
         known = text_format if not in_folder or suffix in FORMATS[text_format] else None
     return Source(path, known, compression) if known else None
 
 
 def _suffixes(text_format: str | None) -> str:
-    endings = FORMATS[text_format] if text_format else (".txt", ".jsonl", ".ndjson", ".csv", ".parquet")
+    endings = (
+        FORMATS[text_format] if text_format else (".txt", ".jsonl", ".ndjson", ".csv", ".parquet")
+    )
     return ", ".join(endings) + " (or these with .gz or .zst)"
 
 
@@ -226,7 +255,9 @@ def _read_gzip(path: Path, file: BinaryIO) -> Iterator[bytes]:
     except EOFError:
         raise InputError(f"{path}: the gzip file is cut short; copy or download it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a sound gzip file ({error}); copy or download it again") from None
+        raise InputError(
+            f"{path}: not a sound gzip file ({error}); copy or download it again"
+        ) from None
 
 
 def _read_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
@@ -243,12 +274,18 @@ def _read_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
                 yield frame.decompress(packed)
                 packed = frame.unused_data
     except zstandard.ZstdError as error:
-        raise InputError(f"{path}: not a sound zstd file ({error}); copy or download it again") from None
+        raise InputError(
+            f"{path}: not a sound zstd file ({error}); copy or download it again"
+        ) from None
     if not frame.eof and file.tell() > 0:
         raise InputError(f"{path}: the zstd file is cut short; copy or download it again")
 
 
-_UNPACK: dict[str, Callable[[Path, BinaryIO], Iterator[bytes]]] = {"": _read_plain, ".gz": _read_gzip, ".zst": _read_zstd}
+_UNPACK: dict[str, Callable[[Path, BinaryIO], Iterator[bytes]]] = {
+    "": _read_plain,
+    ".gz": _read_gzip,
+    ".zst": _read_zstd,
+}
 
 
 def _decode(data: bytes, path: Path, line: int, offset: int) -> str:
@@ -277,14 +314,18 @@ def _parse_json_lines(chunk: Chunk, text_field: str) -> list[str]:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error}); every line holds one object") from None
         if not isinstance(value, dict):
-            raise InputError(f"{where}: a JSON {_JSON_NAMES[type(value)]}; every line holds one object with a field '{text_field}'")
+            raise InputError(
+                f"{where}: a JSON {_JSON_NAMES[type(value)]}; every line holds one object with a field '{text_field}'"
+            )
         if text_field not in value:
             raise InputError(f"{where}: no field '{text_field}'; {_fields(value)}")
         document = value[text_field]
         if document is None:
             document = ""
         if not isinstance(document, str):
-            raise InputError(f"{where}: the field '{text_field}' is a {_JSON_NAMES[type(document)]}, not a string; {_fields(value)}")
+            raise InputError(
+                f"{where}: the field '{text_field}' is a {_JSON_NAMES[type(document)]}, not a string; {_fields(value)}"
+            )
         if "\\u" in record:
             # Half of a surrogate pair can be written as an escape; it is no character, and no encoder takes it.
             document = _SURROGATE.sub("\ufffd", document)
@@ -292,13 +333,25 @@ def _parse_json_lines(chunk: Chunk, text_field: str) -> list[str]:
     return documents
 
 
-_JSON_NAMES = {dict: "object", list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
+_JSON_NAMES = {
+    dict: "object",
+    list: "list",
+    str: "string",
+    int: "number",
+    float: "number",
+    bool: "boolean",
+    type(None): "null",
+}
 
 
 def _fields(names: Iterable[str]) -> str:
     shown = [repr(name)[1:-1][:40] for name in names]
     more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
-    return f"choose with --text-field among: {', '.join(shown[:20])}{more}" if shown else "the object is empty"
+    return (
+        f"choose with --text-field among: {', '.join(shown[:20])}{more}"
+        if shown
+        else "the object is empty"
+    )
 
 
 def _csv_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chunk]:
@@ -318,7 +371,9 @@ def _csv_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chu
         if columns is None:
             raise _empty(source)
         if text_field not in columns:
-            raise InputError(f"{source.path}: no column '{text_field}' in the header; {_fields(columns)}")
+            raise InputError(
+                f"{source.path}: no column '{text_field}' in the header; {_fields(columns)}"
+            )
         column = columns.index(text_field)
         for row in reader:
             if not row:
@@ -370,21 +425,30 @@ def _parquet_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator
         kind = schema.field(text_field).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise InputError(f"{source.path}: the column '{text_field}' holds {kind}, not strings; {_fields(schema.names)}")
+            raise InputError(
+                f"{source.path}: the column '{text_field}' holds {kind}, not strings; {_fields(schema.names)}"
+            )
         if metadata.num_rows == 0:
             raise _empty(source)
-        row_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)) // metadata.num_rows
+        row_bytes = (
+            sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+            // metadata.num_rows
+        )
         chunk_rows = min(max(CHUNK_BYTES // (row_bytes + 1), 1), 1 << 16)
         for batch in table.iter_batches(chunk_rows, columns=[text_field], use_threads=False):
             sink = pyarrow.BufferOutputStream()
             with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
                 stream.write_batch(batch)
             # The file is not read from front to back: progress is the share of its rows.
-            advance = size * (row + batch.num_rows) // metadata.num_rows - size * row // metadata.num_rows
+            advance = (
+                size * (row + batch.num_rows) // metadata.num_rows - size * row // metadata.num_rows
+            )
             yield Chunk(source, sink.getvalue().to_pybytes(), row, 0, advance)
             row += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{source.path}: not a sound Parquet file ({' '.join(str(error).split())}); copy or download it again") from None
+        raise InputError(
+            f"{source.path}: not a sound Parquet file ({' '.join(str(error).split())}); copy or download it again"
+        ) from None
 
 
 def _parse_parquet(chunk: Chunk) -> list[str]:
@@ -403,4 +467,7 @@ def _parse_parquet(chunk: Chunk) -> list[str]:
 
 
 # Formats whose text is a column: what else a row holds is never handed on.
-_BY_COLUMN: dict[str, Callable[[Source, BinaryIO, str], Iterator[Chunk]]] = {"csv": _csv_chunks, "parquet": _parquet_chunks}
+_BY_COLUMN: dict[str, Callable[[Source, BinaryIO, str], Iterator[Chunk]]] = {
+    "csv": _csv_chunks,
+    "parquet": _parquet_chunks,
+}

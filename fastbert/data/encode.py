@@ -13,7 +13,9 @@ from fastbert.data.documents import Chunk, parse
 from fastbert.data.sentences import split_sentences
 from fastbert.data.tokenizer import Encoder, special_ids
 
-LONGEST_SENTENCE = 254  # tokens; a longer one is cut: two of them and three special tokens still fit 512
+LONGEST_SENTENCE = (
+    254  # tokens; a longer one is cut: two of them and three special tokens still fit 512
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class ChunkEncoder:
         hashes = np.array([hash_text(text) for text in texts], np.uint64)
         split = [split_sentences(text) for text in texts]
         tokens, lengths = self._encode([sentence for sentences in split for sentence in sentences])
-        owners = np.repeat(np.arange(len(texts)), [len(sentences) for sentences in split])[lengths > 0]
+        owners = np.repeat(np.arange(len(texts)), [len(sentences) for sentences in split])[
+            lengths > 0
+        ]
         lengths = lengths[lengths > 0]
         sentence_hashes = _hash_spans(tokens, lengths)
         pieces = -(-lengths // LONGEST_SENTENCE)

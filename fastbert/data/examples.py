@@ -29,7 +29,9 @@ from fastbert.data.permutation import permute
 from fastbert.data.philox import Purpose, random_words, unit
 from fastbert.errors import InputError
 
-DOCUMENTS_AT_ONCE = 1 << 20  # while examples are counted, so that memory does not grow with temporaries
+DOCUMENTS_AT_ONCE = (
+    1 << 20
+)  # while examples are counted, so that memory does not grow with temporaries
 # With segments = "fill":
 LEAST_SHARE, MOST_SHARE = 0.15, 0.85  # of the tokens of a pair, A's
 SHORT_SHARE = 0.1  # of the examples aim at a random, shorter length, as in google-research/bert, create_pretraining_data.py
@@ -70,7 +72,9 @@ class Spans:
     @staticmethod
     def join(parts: list[Spans]) -> Spans:
         """All examples of several, one after another."""
-        return Spans(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Spans)))
+        return Spans(
+            *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Spans))
+        )
 
 
 class Examples:
@@ -87,8 +91,15 @@ class Examples:
         InputError: the split gives no example, or one document holds so much of it that NotNext would be drawn from itself.
     """
 
-    def __init__(self, split: Split, objective: ObjectiveConfig, max_length: int, seed: int, source: str):
-        self.split, self.pairs, self.single, self.seed = split, objective.pairs, objective.segments == "single", seed
+    def __init__(
+        self, split: Split, objective: ObjectiveConfig, max_length: int, seed: int, source: str
+    ):
+        self.split, self.pairs, self.single, self.seed = (
+            split,
+            objective.pairs,
+            objective.segments == "single",
+            seed,
+        )
         self.room = max_length - (3 if self.pairs else 2)
         self._before = self._count()
         self._most = int(np.diff(self._before).max(initial=0))
@@ -121,7 +132,11 @@ class Examples:
         words = random_words(self.seed, Purpose.EXAMPLE, indices, epoch)
         keys = (words[0] >> np.uint64(1) << np.uint64(32) | words[1]).astype(np.int64)
         words = random_words(keys, Purpose.PAIR, np.zeros_like(keys))
-        return self._draw_pairs(places, keys, words) if self.pairs else self._draw_windows(places, keys, words)
+        return (
+            self._draw_pairs(places, keys, words)
+            if self.pairs
+            else self._draw_windows(places, keys, words)
+        )
 
     def _draw_pairs(self, places: np.ndarray, keys: np.ndarray, words: np.ndarray) -> Spans:
         labels = (words[0] >> np.uint64(31)).astype(np.int64)
@@ -131,11 +146,23 @@ class Examples:
         if self.single:
             fraction, target = np.full(len(places), 0.5), np.full(len(places), self.room)
         else:
-            fraction, target = LEAST_SHARE + (MOST_SHARE - LEAST_SHARE) * unit(words[2]), self._target_length(words[3], shortest=2)
-        return Spans(*self.cut_pairs(places, (places + shift) % len(self), labels, fraction, target), labels, keys)
+            fraction, target = (
+                LEAST_SHARE + (MOST_SHARE - LEAST_SHARE) * unit(words[2]),
+                self._target_length(words[3], shortest=2),
+            )
+        return Spans(
+            *self.cut_pairs(places, (places + shift) % len(self), labels, fraction, target),
+            labels,
+            keys,
+        )
 
     def cut_pairs(
-        self, places: np.ndarray, others: np.ndarray, labels: np.ndarray, fraction: np.ndarray, target: np.ndarray
+        self,
+        places: np.ndarray,
+        others: np.ndarray,
+        labels: np.ndarray,
+        fraction: np.ndarray,
+        target: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The first four fields of Spans for these examples, and the others that give B where the label is 1.
 
@@ -147,7 +174,9 @@ class Examples:
         lowest, join, highest = self._joins(np.concatenate([places, others]), np.tile(fraction, 2))
         # What neither of the two examples needs of A's budget goes to B's, and the other way. The larger need of the two is the same when
         # they change places, as they do under the other label: the budgets tell nothing of it.
-        a_need, b_need = (np.maximum(need[:count], need[count:]) for need in (join - lowest, highest - join))
+        a_need, b_need = (
+            np.maximum(need[:count], need[count:]) for need in (join - lowest, highest - join)
+        )
         a_budget = np.clip(np.rint(fraction * target).astype(np.int64), 1, target - 1)
         a_length = np.minimum((join - lowest)[:count], np.maximum(a_budget, target - b_need))
         b_start = np.where(labels == 1, join[count:], join[:count])
@@ -188,7 +217,9 @@ class Examples:
         earliest = np.maximum(begin, begin + (number + 1) * (end - begin) // count - self.room)
         target = earliest + (fraction * (latest - earliest + 1)).astype(np.int64)
         sentence = self._nearest_start(target, first, following - 1)
-        return np.stack([np.where((earliest <= sentence) & (sentence <= latest), sentence, target), end])
+        return np.stack(
+            [np.where((earliest <= sentence) & (sentence <= latest), sentence, target), end]
+        )
 
     def _target_length(self, words: np.ndarray, shortest: int) -> np.ndarray:
         """int64 [B]: ordinary tokens to aim at; `room`, or for a tenth of the examples anything from `shortest` to it."""
@@ -208,7 +239,10 @@ class Examples:
         while (bottom < top).any():  # bisection for the first sentence at or after the target
             middle = (bottom + top) >> 1
             is_before = self.split.first_token(middle) < target
-            bottom, top = np.where(is_before, np.minimum(middle + 1, top), bottom), np.where(is_before, top, middle)
+            bottom, top = (
+                np.where(is_before, np.minimum(middle + 1, top), bottom),
+                np.where(is_before, top, middle),
+            )
         before, after = self.split.first_token(np.stack([np.maximum(top - 1, low), top]))
         return np.where(np.abs(target - before) <= np.abs(after - target), before, after)
 
@@ -223,7 +257,9 @@ class Examples:
                 count = joins if self.pairs else joins + 1
             else:
                 count = -(-np.diff(self.split.first_token(first)) // self.room)
-                if self.pairs:  # no more than there are joins: a very long sentence adds none, it is cut
+                if (
+                    self.pairs
+                ):  # no more than there are joins: a very long sentence adds none, it is cut
                     count = np.minimum(count, joins)
             before[start + 1 : start + len(documents)] = count
         return np.cumsum(before)

@@ -23,7 +23,9 @@ def selected_counts(lengths: np.ndarray, objective: ObjectiveConfig) -> np.ndarr
     return np.maximum(np.floor(objective.mask_rate * lengths + 0.5).astype(np.int64), 1)
 
 
-def replaced_counts(selected: np.ndarray, objective: ObjectiveConfig) -> tuple[np.ndarray, np.ndarray]:
+def replaced_counts(
+    selected: np.ndarray, objective: ObjectiveConfig
+) -> tuple[np.ndarray, np.ndarray]:
     """How many of the selected (int64 [B]) become [MASK], and how many another token; rounded, the rest stay; int64 [B] each."""
     masked = np.floor(objective.mask_token * selected + 0.5).astype(np.int64)
     other = np.floor(objective.random_token * selected + 0.5).astype(np.int64)
@@ -55,7 +57,9 @@ class Masking:
         self._place[self.ordinary_ids] = np.arange(len(self.ordinary_ids))
         self._continues_word = dataset.continues_word if objective.whole_word else None
 
-    def __call__(self, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Mask a pack of examples.
 
         Args:
@@ -74,14 +78,18 @@ class Masking:
         # The first `selected` of each example's shuffled tokens, and each one's rank among them.
         rank = np.arange(selected.sum()) - np.repeat(_starts(selected), selected)
         chosen = order[rank + np.repeat(starts, selected)]
-        masked, other = (np.repeat(count, selected) for count in replaced_counts(selected, self.objective))
+        masked, other = (
+            np.repeat(count, selected) for count in replaced_counts(selected, self.objective)
+        )
         seen = tokens.copy()
         seen[chosen[rank < masked]] = self.mask_id
         swapped = chosen[(rank >= masked) & (rank < masked + other)]
         seen[swapped] = self._another(tokens[swapped], draws[swapped])
         return seen, np.sort(chosen)
 
-    def _shuffle(self, tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _shuffle(
+        self, tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, keys: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Positions in random order within each example, int64 [N], and a further random word for each token, uint64 [N]."""
         example = np.repeat(np.arange(len(lengths)), lengths)
         place = np.arange(len(tokens)) - starts[example]
@@ -89,14 +97,24 @@ class Masking:
         blocks = (lengths + 1) >> 1
         block_starts = _starts(blocks)
         block = np.arange(blocks.sum()) - np.repeat(block_starts, blocks)
-        words = random_words(np.repeat(keys, blocks), Purpose.MASK, block).T.reshape(-1, 2)[2 * block_starts[example] + place]
+        words = random_words(np.repeat(keys, blocks), Purpose.MASK, block).T.reshape(-1, 2)[
+            2 * block_starts[example] + place
+        ]
         random = words[:, 0] >> np.uint64(32 - RANDOM_BITS)
-        if self._continues_word is not None:  # all tokens of a word get the bits of its first one, and so come together
+        if (
+            self._continues_word is not None
+        ):  # all tokens of a word get the bits of its first one, and so come together
             begins = (place == 0) | ~self._continues_word[tokens]
             random = random[begins][np.cumsum(begins) - 1]
-        sort_key = (example << (RANDOM_BITS + PLACE_BITS)).astype(np.uint64) | random << np.uint64(PLACE_BITS) | place.astype(np.uint64)
+        sort_key = (
+            (example << (RANDOM_BITS + PLACE_BITS)).astype(np.uint64)
+            | random << np.uint64(PLACE_BITS)
+            | place.astype(np.uint64)
+        )
         sort_key.sort()
-        return starts[example] + (sort_key & np.uint64((1 << PLACE_BITS) - 1)).astype(np.int64), words[:, 1]
+        return starts[example] + (sort_key & np.uint64((1 << PLACE_BITS) - 1)).astype(
+            np.int64
+        ), words[:, 1]
 
     def _another(self, tokens: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """An ordinary token different from each of these: uniform over all others."""

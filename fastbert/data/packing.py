@@ -76,7 +76,11 @@ class PackedBatch:
         return joined
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
 
     def _whole(self) -> Tensor | None:
         """What all tensors lie in, as `_cut` cuts it; None if they do not, since one of them was replaced, say."""
@@ -135,7 +139,11 @@ def pack(
     input_ids = np.empty(total, np.int64)
     ordinary = np.ones(total, bool)
     # The second [SEP] falls on the first where there is no B.
-    for positions, token in ((starts, special.cls), (starts + a_length + 1, special.sep), (ends - 1, special.sep)):
+    for positions, token in (
+        (starts, special.cls),
+        (starts + a_length + 1, special.sep),
+        (ends - 1, special.sep),
+    ):
         input_ids[positions] = token
         ordinary[positions] = False
     slots = np.flatnonzero(ordinary)
@@ -143,7 +151,9 @@ def pack(
     position_ids = np.arange(total) - np.repeat(starts, lengths)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
-        token_type_ids=torch.from_numpy((position_ids > np.repeat(a_length + 1, lengths)).astype(np.int64)),
+        token_type_ids=torch.from_numpy(
+            (position_ids > np.repeat(a_length + 1, lengths)).astype(np.int64)
+        ),
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         max_seqlen=int(lengths.max(initial=0)),
@@ -157,7 +167,11 @@ def pack(
     )
 
 
-def pack_texts(token_ids_a: Sequence[Sequence[int]], token_ids_b: Sequence[Sequence[int]] | None, special: SpecialIds) -> PackedBatch:
+def pack_texts(
+    token_ids_a: Sequence[Sequence[int]],
+    token_ids_b: Sequence[Sequence[int]] | None,
+    special: SpecialIds,
+) -> PackedBatch:
     """A pack for inference, in the order given: nothing is selected, no pair is to be learnt from.
 
     Args:
@@ -165,8 +179,15 @@ def pack_texts(token_ids_a: Sequence[Sequence[int]], token_ids_b: Sequence[Seque
         token_ids_b: ids of each second text, or None; an empty one gives [CLS] A [SEP].
     """
     token_ids_b = token_ids_b if token_ids_b is not None else [[]] * len(token_ids_a)
-    tokens = [token for a, b in zip(token_ids_a, token_ids_b, strict=True) for ids in (a, b) for token in ids]
-    a_length, b_length = (np.array([len(ids) for ids in texts], np.int64) for texts in (token_ids_a, token_ids_b))
+    tokens = [
+        token
+        for a, b in zip(token_ids_a, token_ids_b, strict=True)
+        for ids in (a, b)
+        for token in ids
+    ]
+    a_length, b_length = (
+        np.array([len(ids) for ids in texts], np.int64) for texts in (token_ids_a, token_ids_b)
+    )
     nothing = np.empty(0, np.int64)
     return pack(
         np.array(tokens, np.int64),

@@ -48,7 +48,9 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     return words
 
 
-def random_words(key: int | np.ndarray, purpose: Purpose, counter: np.ndarray, epoch: int = 0) -> np.ndarray:
+def random_words(
+    key: int | np.ndarray, purpose: Purpose, counter: np.ndarray, epoch: int = 0
+) -> np.ndarray:
     """Four random words for each (key, purpose, epoch, counter).
 
     Args:
@@ -61,7 +63,12 @@ def random_words(key: int | np.ndarray, purpose: Purpose, counter: np.ndarray, e
     """
     counter = counter.astype(np.uint64)
     counters = np.empty((4, len(counter)), np.uint64)
-    counters[0], counters[1], counters[2], counters[3] = counter & LOW_WORD, counter >> WORD_BITS, epoch, int(purpose)
+    counters[0], counters[1], counters[2], counters[3] = (
+        counter & LOW_WORD,
+        counter >> WORD_BITS,
+        epoch,
+        int(purpose),
+    )
     keys = np.atleast_1d(np.asarray(key, np.int64)).astype(np.uint64)
     return philox4x32(counters, np.stack([keys & LOW_WORD, keys >> WORD_BITS]))
 

@@ -27,9 +27,13 @@ class Prefetch:
     """
 
     def __init__(self, batches: Batches, step: int, rank: int = 0, world: int = 1):
-        self._ready: queue.Queue[tuple[int, list[PackedBatch] | BaseException]] = queue.Queue(STEPS_AHEAD)
+        self._ready: queue.Queue[tuple[int, list[PackedBatch] | BaseException]] = queue.Queue(
+            STEPS_AHEAD
+        )
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(batches, step, rank, world), name="prefetch", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(batches, step, rank, world), name="prefetch", daemon=True
+        )
         self._thread.start()
 
     def __iter__(self) -> Iterator[tuple[int, list[PackedBatch], float]]:

@@ -27,21 +27,39 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fastbert.data import baselines as baselines
-from fastbert.data.dataset import FORMAT, MANIFEST, OTHER_FILES, SPLITS, ShardWriter, Split, token_dtype
+from fastbert.data.dataset import (
+    FORMAT,
+    MANIFEST,
+    OTHER_FILES,
+    SPLITS,
+    ShardWriter,
+    Split,
+    token_dtype,
+)
 from fastbert.data.documents import Chunk, find_sources, parse, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
 from fastbert.data.report import CorpusStats, Report, make_report
-from fastbert.data.tokenizer import check_vocab_size, load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from fastbert.data.tokenizer import (
+    check_vocab_size,
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    train_tokenizer,
+)
 from fastbert.data.workers import map_in_order
 from fastbert.durable import sealed, sha256_of, sync
 from fastbert.errors import InputError
 
-VOCABULARY_BYTES = 64 << 20  # text that the vocabulary is trained on, spread evenly over the sources
+VOCABULARY_BYTES = (
+    64 << 20
+)  # text that the vocabulary is trained on, spread evenly over the sources
 # More held-out text than comes from this much on disk (some ten thousand documents) makes evaluation no better; fewer
 # documents than these make it worthless.
 HELDOUT_BYTES = 64 << 20
 LEAST_HELDOUT = 16
-BYTES_PER_WORKER = 16 << 20  # for less another process does not pay: it has to start, and to meet every word for the first time
+BYTES_PER_WORKER = (
+    16 << 20
+)  # for less another process does not pay: it has to start, and to meet every word for the first time
 
 
 def prepare(
@@ -79,13 +97,18 @@ def prepare(
     if out.exists() or out.is_symlink():
         raise InputError(f"{out}: exists already; remove it or choose another --out")
     if not 0 < heldout <= 0.5:
-        raise InputError(f"--heldout {heldout}: must be above 0 and at most 0.5 (share of the documents)")
+        raise InputError(
+            f"--heldout {heldout}: must be above 0 and at most 0.5 (share of the documents)"
+        )
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: must be 1 or more")
     files, ignored = find_sources(sources, text_format)
     if ignored:
         more = ", ..." if len(ignored) > 5 else ""
-        print(f"{len(ignored)} files left out by their suffix: {', '.join(map(str, ignored[:5]))}{more}", file=sys.stderr)
+        print(
+            f"{len(ignored)} files left out by their suffix: {', '.join(map(str, ignored[:5]))}{more}",
+            file=sys.stderr,
+        )
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     size = sum(source.path.stat().st_size for source in files)
     options = {"heldout": heldout, "text_format": text_format, "text_field": text_field}
@@ -95,9 +118,15 @@ def prepare(
     with _staging(out) as folder, _Bar(size, progress) as bar:
         vocabulary = given
         if vocabulary is None:
-            sample = _spread(bar.follow("reading for the vocabulary", read_chunks(files, text_field)))
+            sample = _spread(
+                bar.follow("reading for the vocabulary", read_chunks(files, text_field))
+            )
             with bar.wait("training the vocabulary"):
-                vocabulary = train_tokenizer((text for chunk in sample for text in parse(chunk, text_field)), vocab_size, lowercase)
+                vocabulary = train_tokenizer(
+                    (text for chunk in sample for text in parse(chunk, text_field)),
+                    vocab_size,
+                    lowercase,
+                )
             del sample
         save_tokenizer(vocabulary, folder / "tokenizer")
         dtype = token_dtype(vocabulary.get_vocab_size())
@@ -106,7 +135,14 @@ def prepare(
             chunks = bar.follow("documents, sentences, tokens", read_chunks(files, text_field))
             processes = workers or min(_cores(), 1 + size // BYTES_PER_WORKER)
             # Closed at once after a failure, so that no process outlives this call.
-            with closing(map_in_order(ChunkEncoder, (vocabulary.to_str(), text_field, heldout_below), chunks, processes)) as encoded:
+            with closing(
+                map_in_order(
+                    ChunkEncoder,
+                    (vocabulary.to_str(), text_field, heldout_below),
+                    chunks,
+                    processes,
+                )
+            ) as encoded:
                 return _write(encoded, folder, dtype, heldout_below)
 
         written = write(int(min(heldout, HELDOUT_BYTES / max(size, 1)) * 2**64))
@@ -115,9 +151,13 @@ def prepare(
                 shutil.rmtree(folder / split)
             written = write(below)
         with bar.wait("baselines"):
-            train, held = (Split(folder / name, written.writers[name].shards, dtype) for name in SPLITS)
+            train, held = (
+                Split(folder / name, written.writers[name].shards, dtype) for name in SPLITS
+            )
             measured = baselines.measure(train, held, vocabulary.get_vocab_size())
-        report = make_report(written.stats, vocabulary.get_vocab_size(), options.get("vocab_size"), measured)
+        report = make_report(
+            written.stats, vocabulary.get_vocab_size(), options.get("vocab_size"), measured
+        )
         _write_text(folder / "baselines.json", _json(measured))
         _write_text(folder / "report.json", report.json())
         _write_text(folder / "report.md", report.markdown())
@@ -133,7 +173,9 @@ class _Written:
     heldout_below: int
 
 
-def _write(chunks: Iterable[EncodedChunk], folder: Path, dtype: np.dtype, heldout_below: int) -> _Written:
+def _write(
+    chunks: Iterable[EncodedChunk], folder: Path, dtype: np.dtype, heldout_below: int
+) -> _Written:
     """Write both splits and count."""
     writers = {name: ShardWriter(folder / name, dtype) for name in SPLITS}
     stats, smallest = CorpusStats(), np.zeros(0, np.uint64)
@@ -152,15 +194,22 @@ def _better_bound(written: _Written, sources: Sequence[str | Path]) -> int | Non
     distinct = len(written.smallest)  # as far as it matters
     if distinct < 2:
         found = "one distinct document" if distinct else "no document with text"
-        raise InputError(f"{', '.join(map(str, sources))}: {found}; a dataset needs two at least, one to train on and one to hold out")
+        raise InputError(
+            f"{', '.join(map(str, sources))}: {found}; a dataset needs two at least, one to train on and one to hold out"
+        )
     wanted = min(LEAST_HELDOUT, max(distinct // 4, 1))
     if written.smallest[wanted - 1] < written.heldout_below and written.writers["train"].shards:
         return None
     return int(written.smallest[wanted])
 
 
-def _manifest(folder: Path, vocabulary: Tokenizer, options: dict[str, Any], written: _Written) -> dict[str, Any]:
-    files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in OTHER_FILES}
+def _manifest(
+    folder: Path, vocabulary: Tokenizer, options: dict[str, Any], written: _Written
+) -> dict[str, Any]:
+    files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for name in OTHER_FILES
+    }
     for writer in written.writers.values():
         files |= writer.files
     return {
@@ -193,7 +242,9 @@ def _staging(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` if all goes well, and is removed if anything does not, a signal included."""
     folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if main else None
+    before = (
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if main else None
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
@@ -205,7 +256,9 @@ def _staging(out: Path) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(f"{out}: no space left on its disk ({error.strerror}); free some or choose another --out") from None
+            raise InputError(
+                f"{out}: no space left on its disk ({error.strerror}); free some or choose another --out"
+            ) from None
         raise InputError(f"{out}: cannot be written: {error}") from None
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -234,9 +287,22 @@ class _Bar:
         self._size, self._progress = size, None
         if show:
             from rich.console import Console  # with what it needs 0.1 s: not where nobody looks
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
 
-            columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=Console(stderr=True))
 
     def __enter__(self) -> _Bar:

@@ -23,9 +23,15 @@ class CorpusStats:
     """What is counted while the text goes by; its size does not depend on the text's."""
 
     def __init__(self) -> None:
-        self.documents = self.sentences = self.tokens = self.heldout_documents = self.heldout_tokens = 0
-        self.empty_documents = self.single_sentence_documents = self.cut_sentences = self.unknown_tokens = 0
-        self.document_lengths = np.zeros(_LONGEST_COUNTED + 1, np.int64)  # how many documents have so many tokens
+        self.documents = self.sentences = self.tokens = self.heldout_documents = (
+            self.heldout_tokens
+        ) = 0
+        self.empty_documents = self.single_sentence_documents = self.cut_sentences = (
+            self.unknown_tokens
+        ) = 0
+        self.document_lengths = np.zeros(
+            _LONGEST_COUNTED + 1, np.int64
+        )  # how many documents have so many tokens
         self.sentence_lengths = np.zeros(LONGEST_SENTENCE + 1, np.int64)
         self.sequences = dict.fromkeys(LENGTHS, 0)
         self.kept_tokens = dict.fromkeys(LENGTHS, 0)
@@ -37,10 +43,16 @@ class CorpusStats:
             self.sentences += len(part.sentences)
             self.tokens += len(part.tokens)
             self.single_sentence_documents += int((part.documents == 1).sum())
-            self.sentence_lengths += np.bincount(part.sentences, minlength=len(self.sentence_lengths))
+            self.sentence_lengths += np.bincount(
+                part.sentences, minlength=len(self.sentence_lengths)
+            )
             if len(part.documents):
-                lengths = np.add.reduceat(part.sentences, np.cumsum(part.documents) - part.documents)
-                self.document_lengths += np.bincount(lengths.clip(max=_LONGEST_COUNTED), minlength=len(self.document_lengths))
+                lengths = np.add.reduceat(
+                    part.sentences, np.cumsum(part.documents) - part.documents
+                )
+                self.document_lengths += np.bincount(
+                    lengths.clip(max=_LONGEST_COUNTED), minlength=len(self.document_lengths)
+                )
                 for length in LENGTHS:
                     self.sequences[length] += int((-(-lengths // (length - 3))).sum())
                     self.kept_tokens[length] += int(lengths.clip(max=length - 2).sum())
@@ -106,7 +118,11 @@ class Report:
         return json.dumps({**self.figures, "advice": advice}, indent=2, ensure_ascii=False) + "\n"
 
     def markdown(self) -> str:
-        lines = ["| | | what to do |", "|---|---:|---|", *(f"| {row.name} | {row.value} | {row.advice} |" for row in self.rows)]
+        lines = [
+            "| | | what to do |",
+            "|---|---:|---|",
+            *(f"| {row.name} | {row.value} | {row.advice} |" for row in self.rows),
+        ]
         return "\n".join(lines) + "\n"
 
     def table(self) -> Table:
@@ -120,10 +136,15 @@ class Report:
         return table
 
 
-def make_report(stats: CorpusStats, vocab_size: int, asked_vocab_size: int | None, baselines: dict[str, float]) -> Report:
+def make_report(
+    stats: CorpusStats, vocab_size: int, asked_vocab_size: int | None, baselines: dict[str, float]
+) -> Report:
     """Put the counts into figures and words; `asked_vocab_size` is None where the tokenizer was given."""
     documents, sentences, tokens = stats.documents, stats.sentences, stats.tokens
-    document_lengths, sentence_lengths = _quantiles(stats.document_lengths), _quantiles(stats.sentence_lengths)
+    document_lengths, sentence_lengths = (
+        _quantiles(stats.document_lengths),
+        _quantiles(stats.sentence_lengths),
+    )
     fill = {n: (tokens + 3 * count) / (n * count) for n, count in stats.sequences.items()}
     figures: dict[str, Any] = {
         "documents": documents,
@@ -141,7 +162,9 @@ def make_report(stats: CorpusStats, vocab_size: int, asked_vocab_size: int | Non
         "cut_sentences": stats.cut_sentences,
         "document_tokens": document_lengths,
         "sentence_tokens": sentence_lengths,
-        "truncated_share": {str(n): _round(1 - kept / tokens) for n, kept in stats.kept_tokens.items()},
+        "truncated_share": {
+            str(n): _round(1 - kept / tokens) for n, kept in stats.kept_tokens.items()
+        },
         "padding_share": {str(n): _round(1 - share) for n, share in fill.items()},
         "baselines": baselines,
     }
@@ -159,7 +182,12 @@ def make_report(stats: CorpusStats, vocab_size: int, asked_vocab_size: int | Non
         ),
         row("empty documents, left out", f"{stats.empty_documents:,}"),
         row("sentences", f"{sentences:,}"),
-        row("tokens", f"{tokens:,}", tokens < 1_000_000, "enough to try things; a useful model wants 100 million and more"),
+        row(
+            "tokens",
+            f"{tokens:,}",
+            tokens < 1_000_000,
+            "enough to try things; a useful model wants 100 million and more",
+        ),
         row(
             "vocabulary",
             f"{vocab_size:,}",
@@ -171,7 +199,11 @@ def make_report(stats: CorpusStats, vocab_size: int, asked_vocab_size: int | Non
             _percent(figures["unknown_share"]),
             figures["unknown_share"] > 0.01,
             "the vocabulary does not fit the text; "
-            + ("raise --vocab-size" if asked_vocab_size else "train one on the text: leave out --tokenizer"),
+            + (
+                "raise --vocab-size"
+                if asked_vocab_size
+                else "train one on the text: leave out --tokenizer"
+            ),
         ),
         row(
             "copies of documents" + sampled,
@@ -199,8 +231,20 @@ def make_report(stats: CorpusStats, vocab_size: int, asked_vocab_size: int | Non
         ),
         row("tokens in a sentence, " + _NAMES, _spread(sentence_lengths)),
         row("tokens in a document, " + _NAMES, _spread(document_lengths)),
-        *(row(f"lost if documents were cut at {n} tokens", _percent(figures["truncated_share"][str(n)]) + "; here: none") for n in LENGTHS),
-        *(row(f"padding at {n} tokens", _percent(figures["padding_share"][str(n)]) + "; packed: none") for n in LENGTHS),
+        *(
+            row(
+                f"lost if documents were cut at {n} tokens",
+                _percent(figures["truncated_share"][str(n)]) + "; here: none",
+            )
+            for n in LENGTHS
+        ),
+        *(
+            row(
+                f"padding at {n} tokens",
+                _percent(figures["padding_share"][str(n)]) + "; packed: none",
+            )
+            for n in LENGTHS
+        ),
         row(
             "held out for evaluation",
             f"{stats.heldout_documents:,} documents, {stats.heldout_tokens:,} tokens",
@@ -228,7 +272,11 @@ def _quantiles(histogram: np.ndarray) -> dict[str, int]:
 
 def _spread(quantiles: dict[str, int]) -> str:
     *values, longest = quantiles.values()
-    return ", ".join(f"{value:,}" for value in values) + f"; {longest:,}" + ("+" if longest == _LONGEST_COUNTED else "")
+    return (
+        ", ".join(f"{value:,}" for value in values)
+        + f"; {longest:,}"
+        + ("+" if longest == _LONGEST_COUNTED else "")
+    )
 
 
 def _percent(share: float) -> str:

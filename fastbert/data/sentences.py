@@ -14,7 +14,9 @@ _OPENING = r"\"'“‘«(\[¿¡„"
 # a mark is looked at in Python, about once a sentence.
 _MARKS = "[.!?…。！？।॥؟۔։።]"
 # The look behind is for speed too: of a run of marks only the first is tried, or a long one would take for ever.
-_MARK = re.compile(rf"{_MARKS}(?<!{_MARKS}{_MARKS}){_MARKS}*[{_CLOSING}]*(?:\s+|(?<=[。！？」』）》]))")
+_MARK = re.compile(
+    rf"{_MARKS}(?<!{_MARKS}{_MARKS}){_MARKS}*[{_CLOSING}]*(?:\s+|(?<=[。！？」』）》]))"
+)
 _NEXT = re.compile(rf"[{_OPENING}]*(\w*)(\.?)")
 _LIST_NUMBER = re.compile(r"\s*\(?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]+)")
 _LONGEST_WORD = 24  # characters before a mark that are looked at
@@ -85,5 +87,7 @@ def _ends(line: str, begin: int, mark: int, end: int, all_lower: bool) -> bool:
     if _LIST_NUMBER.fullmatch(line, begin, mark):
         return False
     if lower in _SOMETIMES or (len(word) == 1 and word.isupper()) or _DOTTED.fullmatch(word):
-        return (next_word.capitalize() if all_lower else next_word) in _STARTERS and not (dot and len(next_word) == 1)
+        return (next_word.capitalize() if all_lower else next_word) in _STARTERS and not (
+            dot and len(next_word) == 1
+        )
     return True

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from fastbert.data.dataset import SpecialIds
 from fastbert.errors import InputError
@@ -49,9 +57,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
         vocab_size=vocab_size,
         min_frequency=2,
         show_progress=False,
-        special_tokens=[*SPECIAL_TOKENS.values(), *first, *("##" + character for character in inner)],
+        special_tokens=[
+            *SPECIAL_TOKENS.values(),
+            *first,
+            *("##" + character for character in inner),
+        ],
         initial_alphabet=first,
-        limit_alphabet=len(first),  # exactly ours: among equally rare characters its own choice is random too
+        limit_alphabet=len(
+            first
+        ),  # exactly ours: among equally rare characters its own choice is random too
     )
     trained = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))
     trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -64,12 +78,17 @@ def check_vocab_size(vocab_size: int) -> None:
     """Raise InputError where it is out of range; to be asked before hours of reading."""
     low, high = VOCAB_SIZES
     if not low <= vocab_size <= high:
-        raise InputError(f"--vocab-size {vocab_size}: must be from {low} to {high:,} (BERT's is 30522)")
+        raise InputError(
+            f"--vocab-size {vocab_size}: must be from {low} to {high:,} (BERT's is 30522)"
+        )
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether ids mean the same tokens, made from text in the same way."""
-    return a.get_vocab() == b.get_vocab() and json.loads(a.to_str())["normalizer"] == json.loads(b.to_str())["normalizer"]
+    return (
+        a.get_vocab() == b.get_vocab()
+        and json.loads(a.to_str())["normalizer"] == json.loads(b.to_str())["normalizer"]
+    )
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -85,24 +104,37 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path
     if path.is_dir():
-        file = next((path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()), path)
+        file = next(
+            (path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()),
+            path,
+        )
         if file == path:
-            raise InputError(f"{path}: no tokenizer.json and no vocab.txt in this folder; give the folder of a BERT tokenizer")
+            raise InputError(
+                f"{path}: no tokenizer.json and no vocab.txt in this folder; give the folder of a BERT tokenizer"
+            )
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such tokenizer; give the folder of a BERT tokenizer or a vocab.txt") from None
+        raise InputError(
+            f"{path}: no such tokenizer; give the folder of a BERT tokenizer or a vocab.txt"
+        ) from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 at byte {error.start}; a vocabulary is a text file") from None
+        raise InputError(
+            f"{file}: not UTF-8 at byte {error.start}; a vocabulary is a text file"
+        ) from None
     tokenizer = _from_json(text, file) if file.suffix == ".json" else _from_vocabulary(text, file)
     special_ids(tokenizer, file)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
-        raise InputError(f"{file}: its {len(vocabulary)} tokens do not have the ids 0 to {len(vocabulary) - 1}; renumber them")
+        raise InputError(
+            f"{file}: its {len(vocabulary)} tokens do not have the ids 0 to {len(vocabulary) - 1}; renumber them"
+        )
     if any("\n" in token or "\r" in token for token in vocabulary):
-        raise InputError(f"{file}: a token holds a line break, which no vocab.txt can hold; remove it")
+        raise InputError(
+            f"{file}: a token holds a line break, which no vocab.txt can hold; remove it"
+        )
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True  # "[MASK]" in a text is five ordinary characters
@@ -123,7 +155,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
     }
     texts = {
-        "tokenizer.json": tokenizer.to_str(pretty=True),  # not tokenizer.save: it reports a full disk as a bare Exception
+        "tokenizer.json": tokenizer.to_str(
+            pretty=True
+        ),  # not tokenizer.save: it reports a full disk as a bare Exception
         "vocab.txt": "".join(token + "\n" for token in sorted(ids, key=ids.__getitem__)),
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
@@ -157,7 +191,9 @@ class Encoder:
 
     def _forget(self) -> None:
         self._words = _Words(self._tokenizer)
-        self._keys = np.zeros((2, _SLOTS), np.uint64)  # of the word that was last seen in each slot,
+        self._keys = np.zeros(
+            (2, _SLOTS), np.uint64
+        )  # of the word that was last seen in each slot,
         self._index = np.zeros(_SLOTS, np.int32)  # and its index
 
     def __call__(self, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -170,14 +206,18 @@ class Encoder:
         if len(self._words) > _KEPT_WORDS or len(self._words.ids) > _KEPT_TOKENS:
             self._forget()
         text = _END.join([*map(str.encode, sentences), b""])
-        text = b" " + (text.lower() if self._lowercase else text) + b" " * (_KEY_BYTES + 8)  # lower: of bytes, ASCII alone
+        text = (
+            b" " + (text.lower() if self._lowercase else text) + b" " * (_KEY_BYTES + 8)
+        )  # lower: of bytes, ASCII alone
         words = self._look_up(text)
         bounds = np.frombuffer(self._words.bounds, np.int64)
         starts = bounds[words]
         counts = bounds[words + 1] - starts
         ends = np.cumsum(counts)
         total = int(ends[-1]) if len(ends) else 0
-        ids = np.frombuffer(self._words.ids, np.int32)[np.arange(total) + np.repeat(starts - (ends - counts), counts)]
+        ids = np.frombuffer(self._words.ids, np.int32)[
+            np.arange(total) + np.repeat(starts - (ends - counts), counts)
+        ]
         return ids, np.diff(ends[words == _END_INDEX], prepend=0)
 
     def _look_up(self, text: bytes) -> np.ndarray:
@@ -187,11 +227,15 @@ class Encoder:
         starts = np.flatnonzero(kind[1:] > inside[:-1]) + 1
         ends = np.flatnonzero(kind[:-1] > inside[1:]) + 1
         lengths = ends - starts
-        eight = np.ndarray(len(text) - 7, "<u8", text, strides=(1,))  # at each byte, it and the seven behind it
+        eight = np.ndarray(
+            len(text) - 7, "<u8", text, strides=(1,)
+        )  # at each byte, it and the seven behind it
         first = np.take(eight, starts) & _MASKS[np.minimum(lengths, 8)]
         second = np.take(eight, starts + 8) & _MASKS[np.clip(lengths - 8, 0, 8)]
         mixed = first * _MIX_1 ^ second * _MIX_2
-        slots = ((mixed ^ mixed >> np.uint64(32)) * _MIX_1 >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
+        slots = ((mixed ^ mixed >> np.uint64(32)) * _MIX_1 >> np.uint64(64 - _SLOT_BITS)).astype(
+            np.int64
+        )
         words = np.empty(len(starts), np.int64)
         long = np.flatnonzero(lengths > _KEY_BYTES)
         words[long] = self._ask(text, starts[long], ends[long])
@@ -211,7 +255,12 @@ class Encoder:
             self._index[at] = self._ask(text, starts[chosen], ends[chosen])
 
     def _ask(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> list[int]:
-        return list(map(self._words.__getitem__, [text[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]))
+        return list(
+            map(
+                self._words.__getitem__,
+                [text[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)],
+            )
+        )
 
 
 _END = b"\xff"  # a word of its own behind each sentence; no byte of UTF-8
@@ -219,7 +268,10 @@ _END_INDEX = 1
 _SPACE, _INSIDE, _ALONE = range(3)
 _ISOLATED = string.punctuation.encode() + _END
 # Control characters stay inside a word: the tokenizer removes them, and joins what stands around.
-_KINDS = bytes(_SPACE if byte in b" \t\n\r" else _ALONE if byte in _ISOLATED else _INSIDE for byte in range(256))
+_KINDS = bytes(
+    _SPACE if byte in b" \t\n\r" else _ALONE if byte in _ISOLATED else _INSIDE
+    for byte in range(256)
+)
 _KEY_BYTES = 16
 _MASKS = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
 _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd, of mixed bits
@@ -227,7 +279,9 @@ _SLOT_BITS = 20
 _SLOTS = 1 << _SLOT_BITS
 _KEPT_WORDS = 1 << 20  # about 150 MB of a worker's memory
 _KEPT_TOKENS = 1 << 22
-_KEPT_LENGTH = 64  # bytes; text without spaces has "words" as long as sentences, which never come again
+_KEPT_LENGTH = (
+    64  # bytes; text without spaces has "words" as long as sentences, which never come again
+)
 _ID = attrgetter("id")
 
 
@@ -260,14 +314,20 @@ class _Words(dict[bytes, int]):
         return index
 
 
-def _assemble(tokens: Sequence[str], lowercase: bool, strip_accents: bool | None = None, chinese: bool = True) -> Tokenizer:
+def _assemble(
+    tokens: Sequence[str], lowercase: bool, strip_accents: bool | None = None, chinese: bool = True
+) -> Tokenizer:
     """BERT's tokenizer around a vocabulary, in the order of its ids."""
     ids = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])
+    )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     tokenizer.encode_special_tokens = True
     return tokenizer
@@ -298,7 +358,11 @@ def _alphabet(texts: list[str], most: int) -> tuple[list[str], list[str]]:
 
 def _breaks_word(character: str) -> bool:
     """Whether BERT's pre-tokenizer ends a word here: whitespace, punctuation, and ASCII symbols."""
-    return character.isspace() or unicodedata.category(character)[0] == "P" or ("!" <= character <= "~" and not character.isalnum())
+    return (
+        character.isspace()
+        or unicodedata.category(character)[0] == "P"
+        or ("!" <= character <= "~" and not character.isalnum())
+    )
 
 
 def _from_json(text: str, file: Path) -> Tokenizer:
@@ -307,7 +371,11 @@ def _from_json(text: str, file: Path) -> Tokenizer:
         settings = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
         model, normalizer = settings["model"], settings["normalizer"]
         kinds = [part and part["type"] for part in (model, normalizer, settings["pre_tokenizer"])]
-        prefix, unknown, clean = model.get("continuing_subword_prefix"), model.get("unk_token"), normalizer and normalizer.get("clean_text")
+        prefix, unknown, clean = (
+            model.get("continuing_subword_prefix"),
+            model.get("unk_token"),
+            normalizer and normalizer.get("clean_text"),
+        )
         added = [token["content"] for token in settings["added_tokens"] if not token["special"]]
     except InputError:
         raise
@@ -316,9 +384,13 @@ def _from_json(text: str, file: Path) -> Tokenizer:
             f"{file}: not the file of a BERT tokenizer ({type(error).__name__}: {error}); give one, or its vocab.txt"
         ) from None
     if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"]:
-        raise InputError(f"{file}: it is {', '.join(map(str, kinds))}; needed is WordPiece, BertNormalizer, BertPreTokenizer, as in BERT")
+        raise InputError(
+            f"{file}: it is {', '.join(map(str, kinds))}; needed is WordPiece, BertNormalizer, BertPreTokenizer, as in BERT"
+        )
     if (prefix, unknown, clean) != ("##", "[UNK]", True):
-        raise InputError(f"{file}: prefix {prefix!r}, unknown {unknown!r}, clean_text {clean}; needed is '##', '[UNK]', true, as in BERT")
+        raise InputError(
+            f"{file}: prefix {prefix!r}, unknown {unknown!r}, clean_text {clean}; needed is '##', '[UNK]', true, as in BERT"
+        )
     if added:
         raise InputError(
             f"{file}: {len(added)} added tokens ({added[0]!r}, ...) outside the WordPiece model; move them into its vocabulary"
@@ -332,7 +404,9 @@ def _from_json(text: str, file: Path) -> Tokenizer:
 def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        double = next(name for i, (name, _) in enumerate(pairs) if name in {other for other, _ in pairs[:i]})
+        double = next(
+            name for i, (name, _) in enumerate(pairs) if name in {other for other, _ in pairs[:i]}
+        )
         raise InputError(f"{file}: {double!r} is there twice; keep one")
     return values
 
@@ -345,18 +419,34 @@ def _from_vocabulary(text: str, file: Path) -> Tokenizer:
         if not token.strip():
             raise InputError(f"{file}: line {i + 1} is empty; a vocabulary has one token a line")
         if token in ids:
-            raise InputError(f"{file}: line {i + 1}: {token!r} is in line {ids[token] + 1} already; keep one")
+            raise InputError(
+                f"{file}: line {i + 1}: {token!r} is in line {ids[token] + 1} already; keep one"
+            )
         ids[token] = i
     special_ids(Tokenizer(models.WordPiece(ids, unk_token="[UNK]")), file)
     config_file = file.with_name("tokenizer_config.json")
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        lowercase, accents, chinese = config.get("do_lower_case"), config.get("strip_accents"), config.get("tokenize_chinese_chars", True)
+        config = (
+            json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        )
+        lowercase, accents, chinese = (
+            config.get("do_lower_case"),
+            config.get("strip_accents"),
+            config.get("tokenize_chinese_chars", True),
+        )
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{config_file}: cannot be read as a tokenizer's settings: {error}") from None
+        raise InputError(
+            f"{config_file}: cannot be read as a tokenizer's settings: {error}"
+        ) from None
     if lowercase is None:
-        lowercase = not any(token != token.lower() for token in tokens if not (token.startswith("[") and token.endswith("]")))
+        lowercase = not any(
+            token != token.lower()
+            for token in tokens
+            if not (token.startswith("[") and token.endswith("]"))
+        )
     try:
         return _assemble(tokens, lowercase, accents, chinese)
     except TypeError as error:
-        raise InputError(f"{config_file}: do_lower_case, strip_accents or tokenize_chinese_chars is of the wrong kind: {error}") from None
+        raise InputError(
+            f"{config_file}: do_lower_case, strip_accents or tokenize_chinese_chars is of the wrong kind: {error}"
+        ) from None

@@ -23,16 +23,22 @@ import numpy as np
 
 from fastbert.errors import InputError
 
-PIECE = 1 << 22  # bytes read at a time: they stay in the cache from the hash to the look at the numbers
+PIECE = (
+    1 << 22
+)  # bytes read at a time: they stay in the cache from the hash to the look at the numbers
 THREADS = 8  # at most: then the disk is the slower part
 REPORT_S = 0.1
 # A restarted run need not read a large dataset again, if nobody has written to it since; a disk may lose a bit all by itself, so not for ever.
 VERIFIED_FOR_S = 24 * 3600.0
-SETTLED_S = 2.0  # the coarsest time stamps of files; within that time a change might not show in them
+SETTLED_S = (
+    2.0  # the coarsest time stamps of files; within that time a change might not show in them
+)
 
 AGAIN = "copy it again from where it is whole, or make the dataset again with `fastbert prepare`"
 
-Look = Callable[[np.ndarray], str | None]  # takes the next numbers of a file, one at least; says what is wrong with them
+Look = Callable[
+    [np.ndarray], str | None
+]  # takes the next numbers of a file, one at least; says what is wrong with them
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,11 @@ def ids_below(vocab_size: int) -> Look:
 
     def look(ids: np.ndarray) -> str | None:
         largest = int(ids.max())
-        return f"holds the token id {largest:,}, but the vocabulary has {vocab_size:,} tokens" if largest >= vocab_size else None
+        return (
+            f"holds the token id {largest:,}, but the vocabulary has {vocab_size:,} tokens"
+            if largest >= vocab_size
+            else None
+        )
 
     return look
 
@@ -74,7 +84,9 @@ def offsets_to(total: int, count: int) -> Look:
     return look
 
 
-def verify_files(folder: Path, identity: str, claims: Sequence[Claim]) -> Generator[tuple[int, int], None, bool]:
+def verify_files(
+    folder: Path, identity: str, claims: Sequence[Claim]
+) -> Generator[tuple[int, int], None, bool]:
     """Check every file; yields bytes done and bytes in all every REPORT_S or so, and nothing where all was checked within a day.
 
     Files are read on several threads, about 1 GB/s each. What was verified is noted in the folder, for this user alone, if it may be
@@ -97,7 +109,10 @@ def verify_files(folder: Path, identity: str, claims: Sequence[Claim]) -> Genera
     with ThreadPoolExecutor(min(THREADS, _cores(), len(claims))) as pool:
         try:
             # The largest first, so that the last ones to end are small.
-            waiting = {pool.submit(_problem, folder, claim, progress) for claim in sorted(claims, key=lambda claim: -claim.size)}
+            waiting = {
+                pool.submit(_problem, folder, claim, progress)
+                for claim in sorted(claims, key=lambda claim: -claim.size)
+            }
             while waiting:
                 ended, waiting = wait(waiting, REPORT_S, FIRST_COMPLETED)
                 for problem in sorted(filter(None, (future.result() for future in ended))):
@@ -130,7 +145,9 @@ def _problem(folder: Path, claim: Claim, progress: _Progress) -> str | None:
             while not progress.over and (size := file.readinto(buffer)):
                 digest.update(buffer[:size])
                 if claim.look is not None and wrong is None and size >= claim.dtype.itemsize:
-                    wrong = claim.look(np.frombuffer(buffer[: size - size % claim.dtype.itemsize], claim.dtype))
+                    wrong = claim.look(
+                        np.frombuffer(buffer[: size - size % claim.dtype.itemsize], claim.dtype)
+                    )
                 progress.add(size)
     except OSError as error:
         return f"{path}: part of the dataset, but cannot be read ({error.strerror})"
@@ -155,8 +172,14 @@ def _noted(note: Path, facts: str) -> bool:
     """Whether this user has verified the same files within the last day."""
     try:
         info = note.lstat()
-        mine = stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid()  # another's note may claim anything
-        return mine and 0 <= time.time() - info.st_mtime < VERIFIED_FOR_S and note.read_text(encoding="utf-8") == facts
+        mine = (
+            stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid()
+        )  # another's note may claim anything
+        return (
+            mine
+            and 0 <= time.time() - info.st_mtime < VERIFIED_FOR_S
+            and note.read_text(encoding="utf-8") == facts
+        )
     except (OSError, ValueError):
         return False
 
@@ -166,7 +189,9 @@ def _note(note: Path, facts: str, folder: Path, claims: Sequence[Claim], seconds
     partial = note.with_name(f"{note.name}-{secrets.token_hex(4)}")
     try:
         newest = max((folder / claim.name).stat().st_ctime for claim in claims)
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        with open(
+            os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+        ) as file:
             file.write(facts)
             now = os.fstat(file.fileno()).st_ctime  # by the clock of the files
         if newest < now - seconds - SETTLED_S:

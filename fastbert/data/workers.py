@@ -27,7 +27,10 @@ _WORKER = "from multiprocessing.connection import Connection; from fastbert.data
 
 
 def map_in_order(
-    make: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...], items: Iterable[Item], workers: int
+    make: Callable[..., Callable[[Item], Result]],
+    arguments: tuple[Any, ...],
+    items: Iterable[Item],
+    workers: int,
 ) -> Generator[Result]:
     """Apply `make(*arguments)`, made once in each of `workers` processes (1: in this one), to the items.
 
@@ -40,7 +43,11 @@ def map_in_order(
         yield from map(make(*arguments), items)
         return
     source: Iterator[Any] = iter(items)
-    more, sent, given = True, 0, 0  # whether there are items left; how many went to workers; how many results came out
+    more, sent, given = (
+        True,
+        0,
+        0,
+    )  # whether there are items left; how many went to workers; how many results came out
     done: dict[int, Result | InputError] = {}
     pool: list[_Worker] = []
     try:
@@ -95,7 +102,9 @@ def _start(pool: list[_Worker], count: int) -> None:
         for _ in range(count):
             ours, theirs = Pipe()
             command = child.command(_WORKER, str(theirs.fileno()))
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
             theirs.close()
             pool.append(_Worker(process, ours, deque()))
     finally:
@@ -114,7 +123,9 @@ def _receive(pool: list[_Worker]) -> Iterator[tuple[int, Any]]:
 
 
 def _killed() -> InputError:
-    return InputError("a worker ended before its work was done, most likely killed for want of memory; try fewer --workers")
+    return InputError(
+        "a worker ended before its work was done, most likely killed for want of memory; try fewer --workers"
+    )
 
 
 def serve(connection: Connection) -> None:

@@ -41,11 +41,15 @@ from fastbert_kernels._worklist import ITEM
 def resolve_kernels(name: str, device: str) -> str:
     """Which implementation "auto" means on "cpu" or "cuda"; raises InputError where the asked one cannot run."""
     if name == "cpu" and device != "cpu":
-        raise InputError(f'runtime.kernels = "cpu" cannot run on {device}; use auto, triton or reference')
+        raise InputError(
+            f'runtime.kernels = "cpu" cannot run on {device}; use auto, triton or reference'
+        )
     if name == "auto":
         name = "cpu" if device == "cpu" else "triton"
     if name == "triton" and importlib.util.find_spec("triton") is None:
-        raise InputError('runtime.kernels = "triton" needs Triton: pip install triton, or use reference')
+        raise InputError(
+            'runtime.kernels = "triton" needs Triton: pip install triton, or use reference'
+        )
     if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError(
             'runtime.kernels = "triton" needs a GPU; use auto or cpu, or set TRITON_INTERPRET=1 to run the kernels in Triton\'s interpreter (slow)'
@@ -60,7 +64,9 @@ class Pack(NamedTuple):
     max_seqlen: int  # tokens
     sequence_keys: Tensor | None  # int64 [B]; None where nothing is dropped
     token_keys: Tensor | None  # int64 [T]
-    worklist: Tensor | None  # int32 [items, 2]; what the programs of the Triton attention do, the same in every layer
+    worklist: (
+        Tensor | None
+    )  # int32 [items, 2]; what the programs of the Triton attention do, the same in every layer
 
 
 class Dropout(NamedTuple):
@@ -85,7 +91,11 @@ def select(x: Tensor | None, rows: Tensor | None) -> Any:
 
 def fused(x: Tensor, impl: str) -> bool:
     """Whether a layer runs as one function (fused_layer.py): on the Triton kernels, but not under autocast, nor where torch.compile looks in."""
-    return impl == "triton" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+    return (
+        impl == "triton"
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 class Embeddings(nn.Module):
@@ -123,7 +133,15 @@ class SublayerOutput(nn.Module):
         self.weight, self.bias = matrix(config.hidden_size, inner_size), vector(config.hidden_size)
         self.norm_weight, self.norm_bias = vector(config.hidden_size), vector(config.hidden_size)
 
-    def forward(self, inner: Tensor, residual: Tensor, keys: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
+    def forward(
+        self,
+        inner: Tensor,
+        residual: Tensor,
+        keys: Tensor | None,
+        site: int,
+        dropout: Dropout,
+        impl: str,
+    ) -> Tensor:
         return dropout_add_layer_norm(
             linear(inner, self.weight, impl=impl),
             self.bias,
@@ -146,7 +164,9 @@ class Attention(nn.Module):
         self.qkv_bias = vector(3 * config.hidden_size)
         self.output = SublayerOutput(config, config.hidden_size)
 
-    def forward(self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
+    def forward(
+        self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str
+    ) -> Tensor:
         """Every token attends; with `rows` (int64 [R], ascending) only their outputs are computed, [R, D]."""
         q, k, v = self.project(x, rows, impl)
         context = varlen_attention(
@@ -162,39 +182,63 @@ class Attention(nn.Module):
             worklist=pack.worklist,
             impl=impl,
         )
-        return self.output(context.flatten(1), select(x, rows), select(pack.token_keys, rows), site + 1, dropout, impl)
+        return self.output(
+            context.flatten(1),
+            select(x, rows),
+            select(pack.token_keys, rows),
+            site + 1,
+            dropout,
+            impl,
+        )
 
     def project(self, x: Tensor, rows: Tensor | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
         """q of the wanted rows, k and v of all: [R or T, H, K]."""
         heads = (self.heads, self.head_size)
         if rows is None:
-            return linear(x, self.qkv_weight, self.qkv_bias, impl=impl).view(-1, 3, *heads).unbind(1)  # type: ignore[return-value]
+            return (
+                linear(x, self.qkv_weight, self.qkv_bias, impl=impl).view(-1, 3, *heads).unbind(1)
+            )  # type: ignore[return-value]
         size = x.shape[1]
-        q = linear(x[rows], self.qkv_weight[:size], self.qkv_bias[:size], impl=impl).view(-1, *heads)
-        k, v = linear(x, self.qkv_weight[size:], self.qkv_bias[size:], impl=impl).view(-1, 2, *heads).unbind(1)
+        q = linear(x[rows], self.qkv_weight[:size], self.qkv_bias[:size], impl=impl).view(
+            -1, *heads
+        )
+        k, v = (
+            linear(x, self.qkv_weight[size:], self.qkv_bias[size:], impl=impl)
+            .view(-1, 2, *heads)
+            .unbind(1)
+        )
         return q, k, v
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight, self.bias = matrix(config.intermediate_size, config.hidden_size), vector(config.intermediate_size)
+        self.weight, self.bias = (
+            matrix(config.intermediate_size, config.hidden_size),
+            vector(config.intermediate_size),
+        )
         self.output = SublayerOutput(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, keys: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
+    def forward(
+        self, x: Tensor, keys: Tensor | None, site: int, dropout: Dropout, impl: str
+    ) -> Tensor:
         inner = bias_gelu(linear(x, self.weight, impl=impl), self.bias, impl=impl)
         return self.output(inner, x, keys, site, dropout, impl)
 
 
 class Layer(nn.Module):
-    SITES = 3  # operations of a layer that drop: the attention weights, and the end of each sublayer
+    SITES = (
+        3  # operations of a layer that drop: the attention weights, and the end of each sublayer
+    )
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str) -> Tensor:
+    def forward(
+        self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str
+    ) -> Tensor:
         if fused(x, impl):
             call = Call(
                 self.attention.heads,
@@ -217,7 +261,9 @@ class Layer(nn.Module):
         """From the modules' own tables, in the order in which their constructors filled them: an attribute of a module costs 1 us."""
         attention, feed_forward = self.attention, self.feed_forward
         modules = (attention, attention.output, feed_forward, feed_forward.output)
-        return Parameters(*(parameter for module in modules for parameter in module._parameters.values()))  # type: ignore[arg-type]
+        return Parameters(
+            *(parameter for module in modules for parameter in module._parameters.values())
+        )  # type: ignore[arg-type]
 
 
 class MaskedTokenHead(nn.Module):
@@ -226,15 +272,28 @@ class MaskedTokenHead(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, tied: bool):
         super().__init__()
         self.eps = config.layer_norm_eps
-        self.weight, self.bias = matrix(config.hidden_size, config.hidden_size), vector(config.hidden_size)
+        self.weight, self.bias = (
+            matrix(config.hidden_size, config.hidden_size),
+            vector(config.hidden_size),
+        )
         self.norm_weight, self.norm_bias = vector(config.hidden_size), vector(config.hidden_size)
         self.vocabulary_bias = vector(vocab_size)
         self.decoder = None if tied else matrix(vocab_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, words: Tensor, labels: Tensor, total: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, words: Tensor, labels: Tensor, total: int, impl: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states of the masked tokens [M, D] and their labels [M] to loss (divided by `total`), losses and hits."""
         table = words if self.decoder is None else self.decoder
-        return masked_cross_entropy(self.transform(hidden, impl), table, self.vocabulary_bias, None, labels, total=total, impl=impl)
+        return masked_cross_entropy(
+            self.transform(hidden, impl),
+            table,
+            self.vocabulary_bias,
+            None,
+            labels,
+            total=total,
+            impl=impl,
+        )
 
     def transform(self, hidden: Tensor, impl: str) -> Tensor:
         inner = bias_gelu(linear(hidden, self.weight, impl=impl), self.bias, impl=impl)
@@ -287,9 +346,20 @@ class BertForPreTraining(nn.Module):
         tied: the vocabulary matrix is the table of word embeddings, as in BERT; only models that others made may differ.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, kernels: str = "auto", device: str = "cpu", tied: bool = True):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        kernels: str = "auto",
+        device: str = "cpu",
+        tied: bool = True,
+    ):
         super().__init__()
-        self.config, self.vocab_size, self.impl = config, vocab_size, resolve_kernels(kernels, device)
+        self.config, self.vocab_size, self.impl = (
+            config,
+            vocab_size,
+            resolve_kernels(kernels, device),
+        )
         self.embeddings = Embeddings(config, vocab_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.mlm_head = MaskedTokenHead(config, vocab_size, tied)
@@ -297,7 +367,11 @@ class BertForPreTraining(nn.Module):
         initialise(dict(self.named_parameters()), config)
 
     def _pack(self, batch: PackedBatch) -> tuple[Pack, Dropout]:
-        dropout = Dropout(self.config.attention_probs_dropout_prob, self.config.hidden_dropout_prob) if self.training else Dropout(0.0, 0.0)
+        dropout = (
+            Dropout(self.config.attention_probs_dropout_prob, self.config.hidden_dropout_prob)
+            if self.training
+            else Dropout(0.0, 0.0)
+        )
         # Shorter sequences need no list, but for fp32, where each layer then makes its own.
         long = self.impl == "triton" and batch.max_seqlen > ITEM
         worklist = attention_worklist(batch.cu_seqlens, len(batch.input_ids)) if long else None
@@ -314,11 +388,22 @@ class BertForPreTraining(nn.Module):
             token_losses fp32 [M], token_hits bool [M], pair_losses fp32 [B], pair_hits bool [B]: detached.
         """
         masked, first = self.loss_rows(batch)
-        mlm, token_losses, token_hits = self.mlm_head(masked, self.embeddings.words, batch.labels, max(batch.masked_total, 1), self.impl)
+        mlm, token_losses, token_hits = self.mlm_head(
+            masked, self.embeddings.words, batch.labels, max(batch.masked_total, 1), self.impl
+        )
         pair_logits = self.nsp_head(first).float()
-        pair_losses = nn.functional.cross_entropy(pair_logits, batch.next_sentence_labels, reduction="none", ignore_index=-100)
+        pair_losses = nn.functional.cross_entropy(
+            pair_logits, batch.next_sentence_labels, reduction="none", ignore_index=-100
+        )
         pair_hits = pair_logits.argmax(-1) == batch.next_sentence_labels
-        return mlm, pair_losses.sum() / max(batch.pairs_total, 1), token_losses, token_hits, pair_losses.detach(), pair_hits
+        return (
+            mlm,
+            pair_losses.sum() / max(batch.pairs_total, 1),
+            token_losses,
+            token_hits,
+            pair_losses.detach(),
+            pair_hits,
+        )
 
     def loss_rows(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """What the last layer gives for the masked tokens [M, D] and for the first tokens [B, D]; its other rows are not computed."""
@@ -330,7 +415,10 @@ class BertForPreTraining(nn.Module):
             wanted = rows if index == len(self.layers) - 1 else None
             x = layer(x, pack, wanted, 1 + Layer.SITES * index, dropout, self.impl)
 
-        masked, first = (x.index_select(0, torch.searchsorted(rows, wanted)) for wanted in (batch.masked_positions, first_tokens))
+        masked, first = (
+            x.index_select(0, torch.searchsorted(rows, wanted))
+            for wanted in (batch.masked_positions, first_tokens)
+        )
         return masked, first
 
     def hidden_states(self, batch: PackedBatch) -> list[Tensor]:
@@ -338,13 +426,20 @@ class BertForPreTraining(nn.Module):
         pack, dropout = self._pack(batch)
         states = [self.embeddings(batch, pack, dropout, self.impl)]
         for index, layer in enumerate(self.layers):
-            states.append(layer(states[-1], pack, None, 1 + Layer.SITES * index, dropout, self.impl))
+            states.append(
+                layer(states[-1], pack, None, 1 + Layer.SITES * index, dropout, self.impl)
+            )
         return states
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits [N, V] of last-layer rows [N, D]."""
         table = self.embeddings.words if self.mlm_head.decoder is None else self.mlm_head.decoder
-        return linear(self.mlm_head.transform(hidden, self.impl), table, self.mlm_head.vocabulary_bias, impl=self.impl)
+        return linear(
+            self.mlm_head.transform(hidden, self.impl),
+            table,
+            self.mlm_head.vocabulary_bias,
+            impl=self.impl,
+        )
 
     def pair_logits(self, hidden: Tensor) -> Tensor:
         """IsNext and NotNext logits [B, 2] of the last layer's [CLS] rows [B, D]."""

@@ -70,12 +70,27 @@ def fused_layer(x: Tensor, parameters: Parameters, call: Call) -> Tensor:
     """
     (T, D), F, floats = x.shape, parameters.inner_weight.shape[0], (x.dtype,)
     R = T if call.rows is None else call.rows.shape[0]
-    shapes = ((3 * D, D), (3 * D,), (D, D), (D,), (D,), (D,), (F, D), (F,), (D, F), (D,), (D,), (D,))
+    shapes = (
+        (3 * D, D),
+        (3 * D,),
+        (D, D),
+        (D,),
+        (D,),
+        (D,),
+        (F, D),
+        (F,),
+        (D, F),
+        (D,),
+        (D,),
+        (D,),
+    )
     named = zip(Parameters._fields, parameters, shapes, (floats,) * len(shapes), strict=True)
     check_tensors("fused_layer", x.device, *named, ("token_keys", call.token_keys, (R,), INT64))
     attention.check_head_size(D // call.heads)
     tables = call.sequence_keys, call.rows, call.worklist
-    attention.check_tables(x, call.cu_seqlens, call.max_seqlen, call.attention_dropout, *tables, None, "triton")
+    attention.check_tables(
+        x, call.cu_seqlens, call.max_seqlen, call.attention_dropout, *tables, None, "triton"
+    )
     return _Layer.apply(x, call, *parameters)  # type: ignore[no-any-return]
 
 
@@ -87,21 +102,52 @@ class _Layer(torch.autograd.Function):
 
         if rows is None:
             residual = x
-            q, k, v = linear(x, p.qkv_weight, p.qkv_bias).view(-1, 3, heads, size // heads).unbind(1)
+            q, k, v = (
+                linear(x, p.qkv_weight, p.qkv_bias).view(-1, 3, heads, size // heads).unbind(1)
+            )
         else:
             residual = x[rows]
-            q = linear(residual, p.qkv_weight[:size], p.qkv_bias[:size]).view(-1, heads, size // heads)
-            k, v = linear(x, p.qkv_weight[size:], p.qkv_bias[size:]).view(-1, 2, heads, size // heads).unbind(1)
+            q = linear(residual, p.qkv_weight[:size], p.qkv_bias[:size]).view(
+                -1, heads, size // heads
+            )
+            k, v = (
+                linear(x, p.qkv_weight[size:], p.qkv_bias[size:])
+                .view(-1, 2, heads, size // heads)
+                .unbind(1)
+            )
         context, statistics = attention.FORWARD(q, k, v, *_attention_arguments(call, size))
         projected = linear(context.view(-1, size), p.output_weight)
-        y, *moments = _end(projected, p.output_bias, residual, p.attention_norm_weight, p.attention_norm_bias, call, 1)
+        y, *moments = _end(
+            projected,
+            p.output_bias,
+            residual,
+            p.attention_norm_weight,
+            p.attention_norm_bias,
+            call,
+            1,
+        )
 
         inner = linear(y, p.inner_weight)
         active = gelu.FORWARD(inner, p.inner_bias)
         outer = linear(active, p.outer_weight)
         z, *outer_moments = _end(outer, p.outer_bias, y, p.norm_weight, p.norm_bias, call, 2)
 
-        saved = (x, residual, q, k, v, context, statistics, projected, *moments, y, inner, active, outer, *outer_moments)
+        saved = (
+            x,
+            residual,
+            q,
+            k,
+            v,
+            context,
+            statistics,
+            projected,
+            *moments,
+            y,
+            inner,
+            active,
+            outer,
+            *outer_moments,
+        )
         tables = (call.cu_seqlens, call.worklist, call.sequence_keys, call.token_keys, call.rows)
         ctx.save_for_backward(*saved, *parameters, *tables)
         ctx.call = call
@@ -110,36 +156,72 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @backward_once
     def backward(ctx, dz):  # type: ignore[override]
-        x, residual, q, k, v, context, statistics, projected, mean, rstd, y, inner, active, outer, outer_mean, outer_rstd, *rest = (
-            ctx.saved_tensors
-        )
-        parameters = rest[: len(Parameters._fields)]  # behind them are the tables of the call, saved for autograd to know of them
+        (
+            x,
+            residual,
+            q,
+            k,
+            v,
+            context,
+            statistics,
+            projected,
+            mean,
+            rstd,
+            y,
+            inner,
+            active,
+            outer,
+            outer_mean,
+            outer_rstd,
+            *rest,
+        ) = ctx.saved_tensors
+        parameters = rest[
+            : len(Parameters._fields)
+        ]  # behind them are the tables of the call, saved for autograd to know of them
         p, call, rows, size = Parameters(*parameters), ctx.call, ctx.call.rows, x.shape[1]
 
-        douter, dy, outer_vectors = _end_backward(dz, outer, p.outer_bias, y, p.norm_weight, outer_mean, outer_rstd, call, 2)
+        douter, dy, outer_vectors = _end_backward(
+            dz, outer, p.outer_bias, y, p.norm_weight, outer_mean, outer_rstd, call, 2
+        )
         douter_weight = mm(douter.t(), active)
         dinner, dinner_bias = gelu.BACKWARD(mm(douter, p.outer_weight), inner, p.inner_bias)
         dinner_weight = mm(dinner.t(), y)
         dy.addmm_(dinner, p.inner_weight)
 
-        dprojected, dresidual, vectors = _end_backward(dy, projected, p.output_bias, residual, p.attention_norm_weight, mean, rstd, call, 1)
+        dprojected, dresidual, vectors = _end_backward(
+            dy, projected, p.output_bias, residual, p.attention_norm_weight, mean, rstd, call, 1
+        )
         doutput_weight = mm(dprojected.t(), context.view(-1, size))
         dcontext = mm(dprojected, p.output_weight).view(q.shape)
-        dq, dk, dv = attention.BACKWARD(dcontext, q, k, v, context, statistics, *_attention_arguments(call, size))
+        dq, dk, dv = attention.BACKWARD(
+            dcontext, q, k, v, context, statistics, *_attention_arguments(call, size)
+        )
         if rows is None:
             dqkv = torch.stack((dq, dk, dv), 1).view(-1, 3 * size)
             dqkv_weight, dqkv_bias = mm(dqkv.t(), x), dqkv.sum(0)
             dx = dresidual.addmm_(dqkv, p.qkv_weight)
         else:
             dq, dkv = dq.view(-1, size), torch.stack((dk, dv), 1).view(-1, 2 * size)
-            dqkv_weight, dqkv_bias = torch.cat((mm(dq.t(), residual), mm(dkv.t(), x))), torch.cat((dq.sum(0), dkv.sum(0)))
-            dx = mm(dkv, p.qkv_weight[size:]).index_add_(0, rows, dresidual.addmm_(dq, p.qkv_weight[:size]))
+            dqkv_weight, dqkv_bias = (
+                torch.cat((mm(dq.t(), residual), mm(dkv.t(), x))),
+                torch.cat((dq.sum(0), dkv.sum(0))),
+            )
+            dx = mm(dkv, p.qkv_weight[size:]).index_add_(
+                0, rows, dresidual.addmm_(dq, p.qkv_weight[:size])
+            )
 
         dnorm_weight, dnorm_bias, doutput_bias = vectors.unbind()
         douter_norm_weight, douter_norm_bias, douter_bias = outer_vectors.unbind()
         gradients = Parameters(
             *(dqkv_weight, dqkv_bias, doutput_weight, doutput_bias, dnorm_weight, dnorm_bias),
-            *(dinner_weight, dinner_bias, douter_weight, douter_bias, douter_norm_weight, douter_norm_bias),
+            *(
+                dinner_weight,
+                dinner_bias,
+                douter_weight,
+                douter_bias,
+                douter_norm_weight,
+                douter_norm_bias,
+            ),
         )
         return dx, None, *gradients
 
@@ -152,11 +234,23 @@ def _attention_arguments(call: Call, size: int) -> tuple:
 
 def _end(x, bias, residual, weight, shift, call: Call, sublayer: int) -> Any:
     """Of a sublayer: LN(residual + dropout(x + bias)), and mean and rstd for the backward pass."""
-    return norm.FORWARD(x, bias, residual, weight, shift, call.token_keys, call.eps, call.hidden_dropout, call.site + sublayer)
+    return norm.FORWARD(
+        x,
+        bias,
+        residual,
+        weight,
+        shift,
+        call.token_keys,
+        call.eps,
+        call.hidden_dropout,
+        call.site + sublayer,
+    )
 
 
 def _end_backward(dy, x, bias, residual, weight, mean, rstd, call: Call, sublayer: int) -> Any:
     """dx and dresidual, which without dropout are one tensor, and the gradients of weight, shift and bias as rows of [3, D]."""
     p, keys = call.hidden_dropout, call.token_keys
-    dx, dresidual, vectors = norm.BACKWARD(dy.contiguous(), x, bias, residual, weight, keys, mean, rstd, p, call.site + sublayer)
+    dx, dresidual, vectors = norm.BACKWARD(
+        dy.contiguous(), x, bias, residual, weight, keys, mean, rstd, p, call.site + sublayer
+    )
     return dx, dresidual if p > 0 else dx, vectors

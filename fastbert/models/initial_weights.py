@@ -43,8 +43,13 @@ def initialise(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
     if config.initial_attention == "adjacent":
         full = config.hidden_size**-0.5  # what goes through a matrix of this spread keeps its size
         table = parameters["embeddings.positions"]
-        table.copy_(sinusoids(*table.shape) * (math.sqrt(2) * _POSITIONS_OVER_WORDS * config.initializer_range))
-        qkv = parameters["layers.0.attention.qkv_weight"].view(3, config.num_attention_heads, config.head_size, config.hidden_size)
+        table.copy_(
+            sinusoids(*table.shape)
+            * (math.sqrt(2) * _POSITIONS_OVER_WORDS * config.initializer_range)
+        )
+        qkv = parameters["layers.0.attention.qkv_weight"].view(
+            3, config.num_attention_heads, config.head_size, config.hidden_size
+        )
         for head in range(min(_SHIFTED_HEADS, config.num_attention_heads)):
             shift = (head // 2 + 1) * (1 if head % 2 else -1)
             qkv[0, head] = _GAIN * shifted_sinusoids(config.head_size, config.hidden_size, shift)
@@ -53,7 +58,9 @@ def initialise(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
         torch.nn.init.normal_(qkv[2], std=full)
         torch.nn.init.normal_(parameters["layers.0.attention.output.weight"], std=full)
         # Next to such positions the segments must be as strong to be told apart.
-        torch.nn.init.normal_(parameters["embeddings.segments"], std=_POSITIONS_OVER_WORDS * config.initializer_range)
+        torch.nn.init.normal_(
+            parameters["embeddings.segments"], std=_POSITIONS_OVER_WORDS * config.initializer_range
+        )
         for name in ("nsp_head.pooler.weight", "nsp_head.classifier.weight"):
             torch.nn.init.normal_(parameters[name], std=full)
 

@@ -15,7 +15,9 @@ from fastbert.config import ModelConfig
 BACKWARD = 2.0  # times the forward pass
 
 
-def training_flops(model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int) -> float:
+def training_flops(
+    model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int
+) -> float:
     """Useful operations of one forward and backward pass: the definition of the model on real tokens, no padding.
 
     Every layer counts all its rows, and the head the masked ones only. The training step computes less than this, since the last
@@ -29,16 +31,22 @@ def training_flops(model: ModelConfig, vocab_size: int, lengths: Sequence[int], 
         masked: M, masked positions over the whole batch.
         pairs: sequences that carry a next-sentence label.
     """
-    return (1 + BACKWARD) * (model.num_hidden_layers * _layer(model, lengths) + _heads(model, vocab_size, masked, pairs))
+    return (1 + BACKWARD) * (
+        model.num_hidden_layers * _layer(model, lengths) + _heads(model, vocab_size, masked, pairs)
+    )
 
 
-def executed_flops(model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int) -> float:
+def executed_flops(
+    model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int
+) -> float:
     """What a training step computes: as `training_flops`, the last layer's queries and feed-forward on masked and [CLS] rows only.
 
     The masked positions are taken to be spread over the sequences by length, as the masking does it.
     """
     full = (model.num_hidden_layers - 1) * _layer(model, lengths)
-    return (1 + BACKWARD) * (full + _last_layer(model, lengths, masked) + _heads(model, vocab_size, masked, pairs))
+    return (1 + BACKWARD) * (
+        full + _last_layer(model, lengths, masked) + _heads(model, vocab_size, masked, pairs)
+    )
 
 
 def _layer(model: ModelConfig, lengths: Sequence[int]) -> float:

@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 
 from fastbert.config import ModelConfig, RunConfig
 
-CONTEXT = 1.5 * 1024**3  # bytes: CUDA's context, NCCL's buffers, what the allocator holds back; not measured
+CONTEXT = (
+    1.5 * 1024**3
+)  # bytes: CUDA's context, NCCL's buffers, what the allocator holds back; not measured
 BUCKET = 500_000_000  # elements; DeepSpeed's default for zero_optimization.reduce_bucket_size
 KEPT = 1_000_000_000  # parameters; its default for stage3_max_live_parameters and stage3_max_reuse_distance
 CPU_SLAB = 1 << 24  # logits that mlm_loss/cpu.py holds at once
 CPU_SHRINK = 0.85  # where attention/cpu.py ends a group of sequences
-TRITON_SLAB = 1 << 26  # dlogits that mlm_loss/kernel.py holds at once, in slabs of at most so many words:
+TRITON_SLAB = (
+    1 << 26
+)  # dlogits that mlm_loss/kernel.py holds at once, in slabs of at most so many words:
 TRITON_WORDS = 1 << 14
 TRITON_ROWS = 128  # tokens of a program there, at the least
 
@@ -105,17 +109,46 @@ def memory_by_part(
     }
     gradients = w * P / (gpus if stage >= 2 else 1)
     earlier = gradients if micro_batches > 1 or stage == 3 else 0.0
-    bucket = float(w * int(zero.get("reduce_bucket_size", BUCKET)) * (2 if stage < 3 and zero.get("overlap_comm") else 1)) if stage else 0.0
+    bucket = (
+        float(
+            w
+            * int(zero.get("reduce_bucket_size", BUCKET))
+            * (2 if stage < 3 and zero.get("overlap_comm") else 1)
+        )
+        if stage
+        else 0.0
+    )
     in_forward = bucket if stage == 3 or (stage == 1 and micro_batches > 1) else 0.0
     flat = float(w * min(P, BUCKET)) if stage == 0 and gpus > 1 else 0.0
     kept = activation_bytes(model, vocab_size, pack, bf16, kernels)
     moments = [
-        (earlier, kept, _loss_workspace(model, vocab_size, pack, w, kernels), in_forward if kernels == "cpu" else bucket),
-        (earlier or float(w * (_layer_parameters(model) + 2 * D * D)), kept, 4.0 * w * D * pack.tokens, bucket),
+        (
+            earlier,
+            kept,
+            _loss_workspace(model, vocab_size, pack, w, kernels),
+            in_forward if kernels == "cpu" else bucket,
+        ),
+        (
+            earlier or float(w * (_layer_parameters(model) + 2 * D * D)),
+            kept,
+            4.0 * w * D * pack.tokens,
+            bucket,
+        ),
         (gradients, 5.0 * D * pack.tokens, 2.0 * w * vocab_size * D, bucket),
-        (gradients, 0.0, _update_workspace(optimizer.name, P, gpus, stage, w), bucket if stage == 3 else flat),
+        (
+            gradients,
+            0.0,
+            _update_workspace(optimizer.name, P, gpus, stage, w),
+            bucket if stage == 3 else flat,
+        ),
     ]
-    fullest = dict(zip(("gradients", "activations", "temporaries", "buckets"), max(moments, key=sum), strict=True))
+    fullest = dict(
+        zip(
+            ("gradients", "activations", "temporaries", "buckets"),
+            max(moments, key=sum),
+            strict=True,
+        )
+    )
     return always | fullest | {"context": 0.0 if kernels == "cpu" else CONTEXT}
 
 
@@ -128,10 +161,15 @@ def _update_workspace(optimizer: str, P: int, gpus: int, stage: int, w: int) -> 
 
 def stay_gathered(zero: Mapping[str, Any], P: int) -> bool:
     """Whether stage 3 keeps all P weights from the forward to the backward pass, which at BERT's sizes is what DeepSpeed's defaults do."""
-    return all(int(zero.get(key, KEPT)) >= P for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance"))
+    return all(
+        int(zero.get(key, KEPT)) >= P
+        for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+    )
 
 
-def activation_bytes(model: ModelConfig, vocab_size: int, pack: Pack, bf16: bool, kernels: str) -> float:
+def activation_bytes(
+    model: ModelConfig, vocab_size: int, pack: Pack, bf16: bool, kernels: str
+) -> float:
     """What the forward pass keeps for the backward pass, weights and the batch itself left out.
 
     For each token of a layer, in values of w bytes; the last layer keeps it for its R rows only, but for the keys and values of all T:
@@ -150,13 +188,20 @@ def activation_bytes(model: ModelConfig, vocab_size: int, pack: Pack, bf16: bool
     mask with "cpu", 5 D bytes; statistics alone with "triton". The MLM head keeps 4 M D; with "cpu" the fourth of these is a gradient, and
     the gradients of the words and their biases, V (D + 1), are there, too. The NSP head: 2 B D.
     """
-    D, F, H, L = model.hidden_size, model.intermediate_size, model.num_attention_heads, model.num_hidden_layers
+    D, F, H, L = (
+        model.hidden_size,
+        model.intermediate_size,
+        model.num_attention_heads,
+        model.num_hidden_layers,
+    )
     T, R, w = pack.tokens, pack.rows, 2 if bf16 else 4
     head = w * D * (4 * pack.masked + 2 * len(pack.lengths))
     if kernels != "cpu":
         tile = bf16 and max(pack.lengths) <= 128
         each = w * (5 * D + 2 * F) + 16 + (0 if tile else 8 * H)  # without x, k and v
-        tables = 24 if model.hidden_dropout_prob + model.attention_probs_dropout_prob > 0 else 16  # bytes a row: dropout needs a key
+        tables = (
+            24 if model.hidden_dropout_prob + model.attention_probs_dropout_prob > 0 else 16
+        )  # bytes a row: dropout needs a key
         full, last = T * (each + 3 * w * D), R * (each + 2 * w * D + tables) + 3 * T * w * D
         return (L - 1) * full + last + tables * T + head
     hidden, attention = model.hidden_dropout_prob > 0, model.attention_probs_dropout_prob > 0
@@ -195,4 +240,9 @@ def _loss_workspace(model: ModelConfig, vocab_size: int, pack: Pack, w: int, ker
         logits = min(M, 2 * max(1, CPU_SLAB // V)) * V
         return 4.0 * logits if w == 4 else 6.0 * logits + 8.0 * V * D
     width = min(TRITON_SLAB // max(M, 1), TRITON_WORDS, V)
-    return float(M * width * w + (M + width) * D * 4 + math.ceil(M / TRITON_ROWS) * V * 4 + (V + 2 * M) * D * w)
+    return float(
+        M * width * w
+        + (M + width) * D * 4
+        + math.ceil(M / TRITON_ROWS) * V * 4
+        + (V + 2 * M) * D * w
+    )

@@ -61,11 +61,11 @@ GPUS_PER_NODE = 8
 
 # The share of the peak that matrix products reach, set such that one published run comes out right (docs/plan.md: the first row).
 EFFICIENCY = 0.5
-BANDWIDTH_SHARE = 0.75  # of the memory's, by what is not a product; a usual one for kernels of one pass
-LAYER_S = 0.5e-3  # the host needs this long to launch a layer's operations forward and backward: about 50 of 10 microseconds; not measured
-CPU_PASSES = (
-    6.0  # times the bytes of the fused kernels that the CPU's take, one operation after the other; fitted on the steps in docs/plan.md
+BANDWIDTH_SHARE = (
+    0.75  # of the memory's, by what is not a product; a usual one for kernels of one pass
 )
+LAYER_S = 0.5e-3  # the host needs this long to launch a layer's operations forward and backward: about 50 of 10 microseconds; not measured
+CPU_PASSES = 6.0  # times the bytes of the fused kernels that the CPU's take, one operation after the other; fitted on the steps in docs/plan.md
 
 
 def this_machine(seconds: float = 0.3) -> Device:
@@ -119,7 +119,12 @@ class Plan:
 
 
 def communication_per_step(
-    parameters: int, gpus: int, stage: int, micro_batches: int, width: int, zero: Mapping[str, Any] | None = None
+    parameters: int,
+    gpus: int,
+    stage: int,
+    micro_batches: int,
+    width: int,
+    zero: Mapping[str, Any] | None = None,
 ) -> tuple[float, float]:
     """Bytes that one GPU sends in one step, by rings: what DeepSpeed asks for, and the least that the stage needs.
 
@@ -180,7 +185,9 @@ def compute_seconds(
     w, share = 2 if bf16 else 4, 1.0 if on_cpu else BANDWIDTH_SHARE
     rate = (device.bf16 if bf16 else device.fp32) * (efficiency or (1.0 if on_cpu else EFFICIENCY))
     products = sum(executed_flops(model, vocab_size, *pack) for pack in packs)
-    moved = sum(traffic_bytes(model, vocab_size, pack, w) for pack in packs) * (CPU_PASSES if on_cpu else 1)
+    moved = sum(traffic_bytes(model, vocab_size, pack, w) for pack in packs) * (
+        CPU_PASSES if on_cpu else 1
+    )
     moved += update_bytes(count_parameters(model, vocab_size), gpus, stage, w)
     launches = 0.0 if on_cpu else len(packs) * model.num_hidden_layers * LAYER_S
     return products / rate, moved / (device.bandwidth * share), launches
@@ -232,18 +239,38 @@ def plan(
     if stage is None or Path(config.runtime.deepspeed).exists():
         settings = read_ds_config(config, recipe)
         zero = settings.values["zero_optimization"]
-        stage = settings.stage(precision=precision, world=gpus, optimizer=config.optimizer.name) if stage is None else stage
+        stage = (
+            settings.stage(precision=precision, world=gpus, optimizer=config.optimizer.name)
+            if stage is None
+            else stage
+        )
     vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length)
 
     P = count_parameters(config.model, vocab_size)
     packs = _packs(config, lengths, gpus)
     memory = memory_by_part(
-        config, vocab_size, packs[0], micro_batches=len(packs), gpus=gpus, stage=stage, bf16=bf16, kernels=kernels, zero=zero
+        config,
+        vocab_size,
+        packs[0],
+        micro_batches=len(packs),
+        gpus=gpus,
+        stage=stage,
+        bf16=bf16,
+        kernels=kernels,
+        zero=zero,
     )
     tokens = float(lengths.sum())
     peak = device.bf16 if bf16 else device.fp32
     products_s, traffic_s, launch_s = compute_seconds(
-        config.model, vocab_size, packs, device, gpus=gpus, stage=stage, bf16=bf16, on_cpu=on_cpu, efficiency=efficiency
+        config.model,
+        vocab_size,
+        packs,
+        device,
+        gpus=gpus,
+        stage=stage,
+        bf16=bf16,
+        on_cpu=on_cpu,
+        efficiency=efficiency,
     )
     sent, least = communication_per_step(P, gpus, stage, len(packs), w, zero)
     link = device.link if gpus <= GPUS_PER_NODE else min(device.link, device.network)
@@ -264,7 +291,9 @@ def plan(
             f"{link / 1e9:,.0f} GB/s between GPUs, {'behind' if hidden else 'after'} the computation, as DeepSpeed does at this stage"
         )
     if config.runtime.kernels not in ("auto", kernels):
-        assumptions.append(f"kernels = {kernels}, not {config.runtime.kernels}, whose memory and time are not known")
+        assumptions.append(
+            f"kernels = {kernels}, not {config.runtime.kernels}, whose memory and time are not known"
+        )
     if price is not None:
         assumptions.append(
             f"{price:,.2f} dollars for a GPU and hour{'; listed 2026-09-20, see docs/plan.md' if price == device.price else ''}"
@@ -314,9 +343,18 @@ def describe(p: Plan) -> list[tuple[str, str]]:
     rows = [("parameters", f"{p.parameters / 1e6:,.1f} M, {p.vocab_size:,} tokens of vocabulary")]
     rows += [(f"memory: {part}", _size(size)) for part, size in p.memory.items() if size]
     rows += [
-        ("memory: sum", f"{_size(p.memory_total)} of {_size(p.memory_of_gpu)}, at the fullest moment of a step"),
-        ("step", f"{_time(p.step_s)}: {p.tokens_per_step:,.0f} tokens, {p.micro_batches} micro-batch{'es' * (p.micro_batches > 1)} a GPU"),
-        ("  matrix products", f"{_time(p.products_s)}, {p.flops_per_token / 1e9:.3f} GFLOPs a token"),
+        (
+            "memory: sum",
+            f"{_size(p.memory_total)} of {_size(p.memory_of_gpu)}, at the fullest moment of a step",
+        ),
+        (
+            "step",
+            f"{_time(p.step_s)}: {p.tokens_per_step:,.0f} tokens, {p.micro_batches} micro-batch{'es' * (p.micro_batches > 1)} a GPU",
+        ),
+        (
+            "  matrix products",
+            f"{_time(p.products_s)}, {p.flops_per_token / 1e9:.3f} GFLOPs a token",
+        ),
         ("  other kernels", f"{_time(p.traffic_s)}, moving memory"),
     ]
     if p.launch_s:
@@ -329,13 +367,18 @@ def describe(p: Plan) -> list[tuple[str, str]]:
     return [
         *rows,
         ("tokens/s", f"{p.tokens_per_s:,.0f}, {p.mfu:.0%} of the peak"),
-        ("the run", unknown if p.total_s is None else f"{p.steps:,} steps, {_duration(p.total_s)}{cost}"),
+        (
+            "the run",
+            unknown if p.total_s is None else f"{p.steps:,} steps, {_duration(p.total_s)}{cost}",
+        ),
         ("limited by", p.limit),
     ]
 
 
 def _size(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"
+    return (
+        f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.{0 if size >= 1e7 else 1}f} MB"
+    )
 
 
 def _time(seconds: float) -> str:
@@ -350,20 +393,30 @@ def _duration(seconds: float) -> str:
 
 
 def _check(
-    config: RunConfig, recipe: str, gpus: int, on_cpu: bool, efficiency: float | None, stage: int | None, price: float | None
+    config: RunConfig,
+    recipe: str,
+    gpus: int,
+    on_cpu: bool,
+    efficiency: float | None,
+    stage: int | None,
+    price: float | None,
 ) -> None:
     if gpus < 1:
         raise InputError(f"--gpus {gpus}: must be 1 or more")
     if on_cpu and gpus > 1:
         raise InputError(f"--gpus {gpus}: --gpu cpu is this machine alone; leave --gpus out")
     batch = config.batch
-    if batch.sequences < gpus or (batch.sequences % gpus and batch.micro_batch_tokens < 2 * batch.max_length):  # as training has it
+    if batch.sequences < gpus or (
+        batch.sequences % gpus and batch.micro_batch_tokens < 2 * batch.max_length
+    ):  # as training has it
         raise InputError(
             f"--gpus {gpus}: the batch.sequences = {batch.sequences} of {recipe} cannot be shared by so many in packs of "
             f"batch.micro_batch_tokens = {batch.micro_batch_tokens}; make it a multiple of {gpus}"
         )
     if efficiency is not None and not 0 < efficiency <= 1:
-        raise InputError(f"--efficiency {efficiency}: must be above 0 and 1 at most; {EFFICIENCY} is the default")
+        raise InputError(
+            f"--efficiency {efficiency}: must be above 0 and 1 at most; {EFFICIENCY} is the default"
+        )
     if stage not in (None, 0, 1, 2, 3):
         raise InputError(f"--stage {stage}: must be 0, 1, 2 or 3")
     if price is not None and not price >= 0:
@@ -371,7 +424,13 @@ def _check(
 
 
 def _limit(
-    memory: Mapping[str, float], device: Device, tokens: int, products_s: float, traffic_s: float, launch_s: float, communication_s: float
+    memory: Mapping[str, float],
+    device: Device,
+    tokens: int,
+    products_s: float,
+    traffic_s: float,
+    launch_s: float,
+    communication_s: float,
 ) -> str:
     """What sets the pace, or forbids the run, and what to change; `tokens` of the fullest micro-batch."""
     over = sum(memory.values()) - device.memory
@@ -385,9 +444,7 @@ def _limit(
         return f"memory: {size}; most of it is {part}: {cure}"
     busy_s = products_s + traffic_s
     if communication_s > max(busy_s, launch_s):
-        return (
-            f"communication: {communication_s / max(busy_s, launch_s):.1f} times the computation; raise batch.sequences, or use fewer GPUs"
-        )
+        return f"communication: {communication_s / max(busy_s, launch_s):.1f} times the computation; raise batch.sequences, or use fewer GPUs"
     if launch_s > busy_s:
         return f"too little work: {tokens:,} tokens a micro-batch take the GPU less time than the host; fewer GPUs, or more batch.sequences"
     if traffic_s > products_s:
@@ -418,20 +475,34 @@ def _counts(config: RunConfig, lengths: np.ndarray) -> tuple[int, int]:
 def _packs(config: RunConfig, lengths: np.ndarray, gpus: int) -> list[Pack]:
     """The micro-batches of rank 0, which has no fewer tokens than the others; the one with the most tokens first."""
     shared = share_out(lengths, gpus, config.batch.micro_batch_tokens)[::gpus]
-    packs = [Pack(lengths[members].tolist(), *_counts(config, lengths[members])) for members in shared]
+    packs = [
+        Pack(lengths[members].tolist(), *_counts(config, lengths[members])) for members in shared
+    ]
     return sorted(packs, key=lambda pack: -pack.tokens)
 
 
-def _examples(config: RunConfig, vocab_size: int | None, mean_length: float | None) -> tuple[int, np.ndarray, int | None, list[str]]:
+def _examples(
+    config: RunConfig, vocab_size: int | None, mean_length: float | None
+) -> tuple[int, np.ndarray, int | None, list[str]]:
     """V, tokens of each example of a step, examples of an epoch (None: unknown), and what had to be assumed."""
     epoch, assumptions, wanted = None, [], config.batch.sequences
-    lengths = None if mean_length is None else np.full(wanted, round(min(mean_length, config.batch.max_length)))
+    lengths = (
+        None
+        if mean_length is None
+        else np.full(wanted, round(min(mean_length, config.batch.max_length)))
+    )
     if Path(config.data).exists():
         from fastbert.data.dataset import open_dataset
         from fastbert.data.examples import Examples
 
         dataset = open_dataset(config.data)
-        examples = Examples(dataset.split("train"), config.objective, config.batch.max_length, config.seed, config.data)
+        examples = Examples(
+            dataset.split("train"),
+            config.objective,
+            config.batch.max_length,
+            config.seed,
+            config.data,
+        )
         epoch, vocab_size = len(examples), vocab_size or dataset.vocab_size
         if lengths is None:
             lengths = examples.draw(0, np.arange(wanted) % epoch).lengths

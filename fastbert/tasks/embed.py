@@ -18,7 +18,9 @@ from fastbert.data.documents import Source, find_sources, parse, read_chunks
 from fastbert.errors import InputError
 
 if TYPE_CHECKING:
-    from fastbert.tasks.pretrained import Pretrained  # torch: what is wrong with the arguments is said before that is imported
+    from fastbert.tasks.pretrained import (
+        Pretrained,
+    )  # torch: what is wrong with the arguments is said before that is imported
 
 
 class Writer(Protocol):
@@ -49,7 +51,9 @@ class NpyWriter:
     def _header(self) -> None:
         # NumPy leaves room in the header for the first axis to grow, so that it has the same length for any number of rows.
         shape = (self._rows, self._size)
-        np.lib.format.write_array_header_1_0(self._file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_1_0(
+            self._file, {"descr": "<f4", "fortran_order": False, "shape": shape}
+        )
 
 
 class JsonLinesWriter:
@@ -60,7 +64,9 @@ class JsonLinesWriter:
 
     def write(self, texts: Sequence[str], vectors: np.ndarray) -> None:
         for text, vector in zip(texts, vectors.tolist(), strict=True):
-            self._file.write(json.dumps({"text": text, "vector": vector}, ensure_ascii=False).encode() + b"\n")
+            self._file.write(
+                json.dumps({"text": text, "vector": vector}, ensure_ascii=False).encode() + b"\n"
+            )
 
     def close(self) -> None:
         pass
@@ -74,13 +80,17 @@ class ParquetWriter:
         import pyarrow.parquet
 
         self._arrow = pyarrow
-        self._schema = pyarrow.schema([("text", pyarrow.string()), ("vector", pyarrow.list_(pyarrow.float32(), size))])
+        self._schema = pyarrow.schema(
+            [("text", pyarrow.string()), ("vector", pyarrow.list_(pyarrow.float32(), size))]
+        )
         self._writer = pyarrow.parquet.ParquetWriter(file, self._schema)
 
     def write(self, texts: Sequence[str], vectors: np.ndarray) -> None:
         flat = self._arrow.array(vectors.reshape(-1))
         lists = self._arrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-        self._writer.write_table(self._arrow.table([self._arrow.array(list(texts)), lists], schema=self._schema))
+        self._writer.write_table(
+            self._arrow.table([self._arrow.array(list(texts)), lists], schema=self._schema)
+        )
 
     def close(self) -> None:
         self._writer.close()
@@ -138,7 +148,9 @@ def embed(
         InputError: what cannot be read, with file and line, or a setting that the model does not have.
     """
     size, rows = pretrained.config.hidden_size, 0
-    pretrained.encode([], pool, layers)  # what is wrong with the settings is said before anything is written
+    pretrained.encode(
+        [], pool, layers
+    )  # what is wrong with the settings is said before anything is written
     with _writer(out, size) as writer, _bar(source.path.stat().st_size, progress) as advance:
         for chunk in read_chunks([source], text_field):
             texts = parse(chunk, text_field)

@@ -100,7 +100,10 @@ class Evaluation:
 
 
 def evaluate(
-    pretrained: Pretrained, data: str | Path | None = None, sequences: int | None = None, group: Group | None = None
+    pretrained: Pretrained,
+    data: str | Path | None = None,
+    sequences: int | None = None,
+    group: Group | None = None,
 ) -> Evaluation:
     """Evaluate on the held-out part of a dataset, with the masks that are the same for every model.
 
@@ -115,11 +118,15 @@ def evaluate(
         Diverged: the loss is not finite.
     """
     if MLM not in pretrained.heads:
-        raise InputError(f"{pretrained.path}: no weights of an MLM head; there is no loss to measure")
+        raise InputError(
+            f"{pretrained.path}: no weights of an MLM head; there is no loss to measure"
+        )
     recipe = pretrained.recipe or _recipe_for(pretrained)
     data = data or recipe.data
     if not data:
-        raise InputError(f"{pretrained.path}: not a run, so it names no dataset; give one with --data")
+        raise InputError(
+            f"{pretrained.path}: not a run, so it names no dataset; give one with --data"
+        )
     dataset = open_verified(data, group)
     _check_vocabulary(pretrained, dataset)
     if NSP not in pretrained.heads:
@@ -132,7 +139,9 @@ def evaluate(
         sums = group.sum(sums.to(group.device)).cpu()
     found = classes.evaluation(sums, batches)
     if not math.isfinite(found.loss):
-        raise Diverged(f"{pretrained.path}: the held-out loss is {found.loss}: the model has diverged; take another one")
+        raise Diverged(
+            f"{pretrained.path}: the held-out loss is {found.loss}: the model has diverged; take another one"
+        )
     return found
 
 
@@ -156,15 +165,22 @@ class _Classes:
         simple = self._count_models(batches)
         for batch, unigram, left_bigram in zip(batches, *simple, strict=True):
             found, pairs = _measure(pretrained, batch)
-            values = torch.stack([torch.ones(len(unigram), dtype=torch.float64), *found, unigram, left_bigram], 1)
+            values = torch.stack(
+                [torch.ones(len(unigram), dtype=torch.float64), *found, unigram, left_bigram], 1
+            )
             for row, members in enumerate(self._members(batch)):
                 sums[row] += values[members].sum(0)
             sums[-1, :3] += pairs
         return sums
 
     def evaluation(self, sums: Tensor, batches: Sequence[PackedBatch]) -> Evaluation:
-        rows = {name: row for name, row in zip(self.names, sums[:-1].tolist(), strict=True) if row[0]}
-        found = {name: Masked(round(count), *(value / count for value in values)) for name, (count, *values) in rows.items()}
+        rows = {
+            name: row for name, row in zip(self.names, sums[:-1].tolist(), strict=True) if row[0]
+        }
+        found = {
+            name: Masked(round(count), *(value / count for value in values))
+            for name, (count, *values) in rows.items()
+        }
         count, loss, hits = sums[-1, :3].tolist()
 
         def some(names: Sequence[str]) -> dict[str, Masked]:
@@ -213,20 +229,32 @@ def _measure(pretrained: Pretrained, batch: PackedBatch) -> tuple[list[Tensor], 
     batch = batch.to(model.embeddings.words.device)
     masked, first = model.loss_rows(batch)
     parts = []
-    for hidden, labels in zip(*(x.split(max(1, LOGITS // model.vocab_size)) for x in (masked, batch.labels)), strict=True):
+    for hidden, labels in zip(
+        *(x.split(max(1, LOGITS // model.vocab_size)) for x in (masked, batch.labels)), strict=True
+    ):
         logits = model.token_logits(hidden).float()
         of_label = logits.gather(1, labels[:, None])
         better = (~(logits <= of_label)).sum(1)  # NaN is better than anything: no hit
         parts.append(
-            torch.stack([(torch.logsumexp(logits, 1) - of_label[:, 0]).double(), (better < 1).double(), (better < 5).double()]).cpu()
+            torch.stack(
+                [
+                    (torch.logsumexp(logits, 1) - of_label[:, 0]).double(),
+                    (better < 1).double(),
+                    (better < 5).double(),
+                ]
+            ).cpu()
         )
     pairs = torch.zeros(3, dtype=torch.float64)
     labels = batch.next_sentence_labels
     if (labels >= 0).any():
         logits = model.pair_logits(first).float()
-        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+        losses = torch.nn.functional.cross_entropy(
+            logits, labels, reduction="none", ignore_index=-100
+        )
         hits = logits.argmax(1) == labels
-        pairs = torch.stack([(labels >= 0).double().sum(), losses.double().sum(), hits.double().sum()]).cpu()
+        pairs = torch.stack(
+            [(labels >= 0).double().sum(), losses.double().sum(), hits.double().sum()]
+        ).cpu()
     return list(torch.cat(parts, 1)), pairs
 
 
@@ -238,7 +266,9 @@ def _per_million(dataset: TokenDataset) -> Tensor:
 
 def _recipe_for(pretrained: Pretrained) -> RunConfig:
     """The default recipe, its sequences no longer than the model's positions."""
-    batch = BatchConfig(max_length=min(BatchConfig().max_length, pretrained.config.max_position_embeddings))
+    batch = BatchConfig(
+        max_length=min(BatchConfig().max_length, pretrained.config.max_position_embeddings)
+    )
     return RunConfig(data="", model=pretrained.config, batch=batch)
 
 

@@ -40,7 +40,11 @@ SENTENCES = [
 ]  # fmt: skip
 
 
-_LEFT_OUT = {"BertForPreTraining": (), "BertForMaskedLM": (HEADS[NSP],), "BertModel": (HEADS[MLM], "nsp_head.classifier.")}
+_LEFT_OUT = {
+    "BertForPreTraining": (),
+    "BertForMaskedLM": (HEADS[NSP],),
+    "BertModel": (HEADS[MLM], "nsp_head.classifier."),
+}
 
 
 class ExportError(RuntimeError):
@@ -59,7 +63,9 @@ class Exported:
     compared: int
 
 
-def export(pretrained: Pretrained, out: str | Path, texts: list[str] | None = None, encoder: bool = False) -> Exported:
+def export(
+    pretrained: Pretrained, out: str | Path, texts: list[str] | None = None, encoder: bool = False
+) -> Exported:
     """Write the folder `out` and check it.
 
     Args:
@@ -76,23 +82,42 @@ def export(pretrained: Pretrained, out: str | Path, texts: list[str] | None = No
     # A head that was not trained is left out: BertForMaskedLM is BertForPreTraining without pooler and NSP head.
     paired = NSP in pretrained.heads
     if encoder and not paired:
-        raise InputError(f"{pretrained.path}: trained without pairs, so it has no pooler, which AutoModel looks for; leave --encoder out")
+        raise InputError(
+            f"{pretrained.path}: trained without pairs, so it has no pooler, which AutoModel looks for; leave --encoder out"
+        )
     architecture = "BertModel" if encoder else "BertForPreTraining" if paired else "BertForMaskedLM"
-    state = {name: tensor for name, tensor in pretrained.model.state_dict().items() if not name.startswith(_LEFT_OUT[architecture])}
+    state = {
+        name: tensor
+        for name, tensor in pretrained.model.state_dict().items()
+        if not name.startswith(_LEFT_OUT[architecture])
+    }
     pairs = [(text, "") for text in texts] if texts else _heldout_pairs(pretrained) or SENTENCES
     with new_folder(out) as folder:
-        write_folder(folder, architecture, to_hugging_face(state), pretrained.config, pretrained.model.vocab_size, pretrained.tokenizer)
-        (folder / "README.md").write_text(model_card(pretrained, architecture, Path(out).name), encoding="utf-8")
+        write_folder(
+            folder,
+            architecture,
+            to_hugging_face(state),
+            pretrained.config,
+            pretrained.model.vocab_size,
+            pretrained.tokenizer,
+        )
+        (folder / "README.md").write_text(
+            model_card(pretrained, architecture, Path(out).name), encoding="utf-8"
+        )
         with _quiet():
             logits, hidden, compared = compare(folder, architecture, pretrained, pairs)
         for what, difference in (("logits", logits), ("hidden states", hidden)):
             if not difference <= TOLERANCE:  # NaN is a failure too
-                raise ExportError(f"{out}: not written: transformers' {what} differ by {difference:.3g}, more than {TOLERANCE:g}")
+                raise ExportError(
+                    f"{out}: not written: transformers' {what} differ by {difference:.3g}, more than {TOLERANCE:g}"
+                )
     return Exported(str(out), architecture, logits, hidden, compared)
 
 
 @torch.inference_mode()
-def compare(folder: Path, architecture: str, pretrained: Pretrained, pairs: list[tuple[str, str]]) -> tuple[float, float, int]:
+def compare(
+    folder: Path, architecture: str, pretrained: Pretrained, pairs: list[tuple[str, str]]
+) -> tuple[float, float, int]:
     """The largest difference between ours and stock transformers on pairs of texts (the second may be ""): of a logit, and of a hidden
     state of any layer; and the number of logits.
 
@@ -117,19 +142,40 @@ def compare(folder: Path, architecture: str, pretrained: Pretrained, pairs: list
     states = pretrained.model.hidden_states(batch)
     last = states[-1]
     first = last[batch.cu_seqlens[:-1].long()]
-    token_logits, pair_logits = pretrained.model.token_logits(last), pretrained.model.pair_logits(first)
+    token_logits, pair_logits = (
+        pretrained.model.token_logits(last),
+        pretrained.model.pair_logits(first),
+    )
 
     lengths = batch.cu_seqlens.diff().tolist()
     real = torch.arange(batch.max_seqlen) < torch.tensor(lengths)[:, None]
     ids = torch.full(real.shape, pretrained.special.pad)
     segments = torch.zeros_like(ids)
     ids[real], segments[real] = batch.input_ids, batch.token_type_ids
-    outputs = model(input_ids=ids, token_type_ids=segments, attention_mask=real.long(), output_hidden_states=True)
-    hidden = [(theirs[real] - ours).abs() for theirs, ours in zip(outputs["hidden_states"], states, strict=True)]
-    ours = {"prediction_logits": token_logits, "logits": token_logits, "seq_relationship_logits": pair_logits}
-    differences = [((theirs[real] if theirs.ndim == 3 else theirs) - ours[name]).abs() for name, theirs in outputs.items() if name in ours]
+    outputs = model(
+        input_ids=ids,
+        token_type_ids=segments,
+        attention_mask=real.long(),
+        output_hidden_states=True,
+    )
+    hidden = [
+        (theirs[real] - ours).abs()
+        for theirs, ours in zip(outputs["hidden_states"], states, strict=True)
+    ]
+    ours = {
+        "prediction_logits": token_logits,
+        "logits": token_logits,
+        "seq_relationship_logits": pair_logits,
+    }
+    differences = [
+        ((theirs[real] if theirs.ndim == 3 else theirs) - ours[name]).abs()
+        for name, theirs in outputs.items()
+        if name in ours
+    ]
     if architecture == "BertModel":  # what a classifier is put on
-        differences = [(outputs["pooler_output"] - torch.tanh(pretrained.model.nsp_head.pooler(first))).abs()]
+        differences = [
+            (outputs["pooler_output"] - torch.tanh(pretrained.model.nsp_head.pooler(first))).abs()
+        ]
     return _largest(differences), _largest(hidden), sum(d.numel() for d in differences)
 
 
@@ -141,10 +187,15 @@ def _largest(differences: list[torch.Tensor]) -> float:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No words and bars of transformers; what matters is in its loading report, which is read."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: everything that is needed lies in the folder
+    os.environ["HF_HUB_OFFLINE"] = (
+        "1"  # read at import: everything that is needed lies in the folder
+    )
     import transformers
 
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    verbosity, bars = (
+        transformers.logging.get_verbosity(),
+        transformers.logging.is_progress_bar_enabled(),
+    )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -158,7 +209,9 @@ def _quiet() -> Iterator[None]:
 def _open_with_transformers(folder: Path, architecture: str) -> tuple[Any, Any]:
     import transformers
 
-    model, report = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    model, report = getattr(transformers, architecture).from_pretrained(
+        folder, output_loading_info=True
+    )
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
     if wrong:
         raise ExportError(f"transformers loads the weights with complaints: {wrong}")
@@ -185,19 +238,28 @@ def _heldout_pairs(pretrained: Pretrained) -> list[tuple[str, str]]:
     documents = np.linspace(0, split.documents - 1, min(PAIRS, split.documents)).astype(np.int64)
     first, end = split.first_sentence(documents), split.first_sentence(documents + 1)
     second = np.minimum(first + 1, end - 1)  # a document of one sentence is its own second
-    return [(_text(pretrained, dataset, a), _text(pretrained, dataset, b)) for a, b in zip(first.tolist(), second.tolist(), strict=True)]
+    return [
+        (_text(pretrained, dataset, a), _text(pretrained, dataset, b))
+        for a, b in zip(first.tolist(), second.tolist(), strict=True)
+    ]
 
 
 def _text(pretrained: Pretrained, dataset: TokenDataset, sentence: int) -> str:
     split = dataset.split("heldout")
     start, end = split.first_token(np.array([sentence, sentence + 1]))
-    return pretrained.tokenizer.decode(split.gather(np.array([start]), np.array([min(end - start, SENTENCE_TOKENS)])).tolist())
+    return pretrained.tokenizer.decode(
+        split.gather(np.array([start]), np.array([min(end - start, SENTENCE_TOKENS)])).tolist()
+    )
 
 
 def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
     """README.md of the folder: what it is, how to use it, and how it was trained and measured."""
     config, recipe = pretrained.config, pretrained.recipe
-    parameters = sum(p.numel() for n, p in pretrained.model.named_parameters() if not n.startswith(_LEFT_OUT[architecture]))
+    parameters = sum(
+        p.numel()
+        for n, p in pretrained.model.named_parameters()
+        if not n.startswith(_LEFT_OUT[architecture])
+    )
     lines = [
         "---",
         "library_name: transformers",
@@ -215,7 +277,16 @@ def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
         "```",
     ]
     if recipe is not None:
-        lines += ["", "## Data", "", *_data(pretrained), "", "## Training", "", *_figures(pretrained)]
+        lines += [
+            "",
+            "## Data",
+            "",
+            *_data(pretrained),
+            "",
+            "## Training",
+            "",
+            *_figures(pretrained),
+        ]
         lines += ["", "The whole recipe:", "", "```toml", dump_config(recipe).rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
@@ -229,8 +300,21 @@ def _data(pretrained: Pretrained) -> list[str]:
     if dataset is None:
         return [f"{said}; it was not there any more when this folder was written."]
     names = ("train", "heldout")
-    rows = [(name, *(f"{getattr(dataset.split(name), of):,}" for of in ("documents", "sentences", "tokens"))) for name in names]
-    table = ["| split | documents | sentences | tokens |", "| --- | --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+    rows = [
+        (
+            name,
+            *(
+                f"{getattr(dataset.split(name), of):,}"
+                for of in ("documents", "sentences", "tokens")
+            ),
+        )
+        for name in names
+    ]
+    table = [
+        "| split | documents | sentences | tokens |",
+        "| --- | --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
     return [f"{said}:", "", *table]
 
 
@@ -242,7 +326,11 @@ def _figures(pretrained: Pretrained) -> list[str]:
     rows += [("hours", f"{progress['seconds'] / 3600:.2f}")] if "seconds" in progress else []
     file = pretrained.path.resolve().parents[1] / "metrics.jsonl"
     try:
-        evaluations = [record for record in read_metrics(file) if record.get("event") == "evaluate" and record["step"] <= step]
+        evaluations = [
+            record
+            for record in read_metrics(file)
+            if record.get("event") == "evaluate" and record["step"] <= step
+        ]
     except OSError as error:
         raise unreadable(file, error) from None
     for key in [f.name for f in fields(HeldOut)] if evaluations else []:

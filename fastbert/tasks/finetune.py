@@ -173,7 +173,9 @@ def finetune(
     max_length = _check(settings, pretrained)
     if out is not None:
         check_new(out)
-    training, test = (x if isinstance(x, Examples) else read_examples(x) for x in (train, evaluation))
+    training, test = (
+        x if isinstance(x, Examples) else read_examples(x) for x in (train, evaluation)
+    )
     task = _task(training, test, settings)
     held_out = None
     if settings.patience is not None:
@@ -189,15 +191,31 @@ def finetune(
         pretrained.model.load_state_dict(start)
         torch.manual_seed(seed)
         model = Classifier(pretrained, max(1, len(task.labels)))
-        epochs, kept = _train(model, task, data, dev_data or test_data, settings, seed, dev_data is not None, report, follow)
+        epochs, kept = _train(
+            model,
+            task,
+            data,
+            dev_data or test_data,
+            settings,
+            seed,
+            dev_data is not None,
+            report,
+            follow,
+        )
         model.load_state_dict(kept)
         answers = task.answers(model, test_data)
-        found = {name: score(answers, test_data.targets.numpy()) for name, score in task.scores.items()}
+        found = {
+            name: score(answers, test_data.targets.numpy()) for name, score in task.scores.items()
+        }
         chosen = max(epochs, key=lambda e: e.score) if dev_data else epochs[-1]
         trials.append(Trial(seed, chosen.epoch, found, epochs))
         if not saved or (dev_data and chosen.score > best):
             best, saved = chosen.score, kept
-            table = scores.confusion(answers, test_data.targets.numpy(), len(task.labels)) if task.labels else table
+            table = (
+                scores.confusion(answers, test_data.targets.numpy(), len(task.labels))
+                if task.labels
+                else table
+            )
     if out is not None:
         model.load_state_dict(saved)
         _save(out, model, pretrained, task, table)
@@ -224,7 +242,9 @@ def _train(
     follow: Callable[[Iterable, str], Iterable],
 ) -> tuple[list[Epoch], dict[str, Tensor]]:
     """The epochs, and the weights of the best one, or of the last where nothing is held out."""
-    optimizer, schedule = _optimizer(model, settings, settings.epochs * -(-len(data) // settings.batch))
+    optimizer, schedule = _optimizer(
+        model, settings, settings.epochs * -(-len(data) // settings.batch)
+    )
     done: list[Epoch] = []
     kept: dict[str, Tensor] = {}
     for epoch in range(1, settings.epochs + 1):
@@ -236,13 +256,23 @@ def _train(
             loss = task.loss(model(pack), target)
             optimizer.zero_grad()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
-            _check_finite(task, f"seed {seed}, epoch {epoch}", {"the loss": loss, "the gradient": norm})
+            norm = nn.utils.clip_grad_norm_(
+                [p for p in model.parameters() if p.requires_grad], CLIP
+            )
+            _check_finite(
+                task, f"seed {seed}, epoch {epoch}", {"the loss": loss, "the gradient": norm}
+            )
             optimizer.step()
             schedule.step()
             total += loss.item() * len(rows)
-        _check_finite(task, f"seed {seed}, epoch {epoch}", {f"the weight {name}": tensor for name, tensor in model.named_parameters()})
-        done.append(Epoch(seed, epoch, total / len(data), task.measure(model, watched)[task.metric]))
+        _check_finite(
+            task,
+            f"seed {seed}, epoch {epoch}",
+            {f"the weight {name}": tensor for name, tensor in model.named_parameters()},
+        )
+        done.append(
+            Epoch(seed, epoch, total / len(data), task.measure(model, watched)[task.metric])
+        )
         report(done[-1])
         best = max(done, key=lambda e: e.score)  # the first of equals
         if not stop_early or best.epoch == epoch:
@@ -257,7 +287,9 @@ def _check_finite(task: _Task, where: str, values: Mapping[str, Tensor]) -> None
     for name, value in values.items():
         if not value.isfinite().all():
             labels = "" if task.labels else ", or labels that are smaller numbers"
-            raise Diverged(f"the training has diverged: {name} is not finite in {where}; nothing is saved; try a lower --lr{labels}")
+            raise Diverged(
+                f"the training has diverged: {name} is not finite in {where}; nothing is saved; try a lower --lr{labels}"
+            )
 
 
 def _check(settings: Settings, pretrained: Pretrained) -> int:
@@ -269,23 +301,33 @@ def _check(settings: Settings, pretrained: Pretrained) -> int:
             f"--epochs {s.epochs} --batch {s.batch} --lr {s.lr} --seeds {s.seeds}: all must be above 0, and --lr {LARGEST_LR:g} at most"
         )
     if s.patience is not None and (s.patience < 1 or not 0 < s.heldout < 1):
-        raise InputError(f"--patience {s.patience} --heldout {s.heldout}: epochs, 1 or more, and a share between 0 and 1")
+        raise InputError(
+            f"--patience {s.patience} --heldout {s.heldout}: epochs, 1 or more, and a share between 0 and 1"
+        )
     if not 0 < s.layer_decay <= 1:
         raise InputError(f"--layer-decay {s.layer_decay}: must be above 0 and 1 at most")
     if not 0 <= s.freeze <= layers:
         raise InputError(f"--freeze {s.freeze}: must be from 0 to the model's {layers} layers")
     max_length = min(MAX_LENGTH, longest) if s.max_length is None else s.max_length
     if not 8 <= max_length <= longest:
-        raise InputError(f"--max-length {max_length}: must be from 8 to the model's {longest} positions")
+        raise InputError(
+            f"--max-length {max_length}: must be from 8 to the model's {longest} positions"
+        )
     return max_length
 
 
 def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
-    regression = training.columns.label == SCORE_COLUMN if settings.regression is None else settings.regression
+    regression = (
+        training.columns.label == SCORE_COLUMN
+        if settings.regression is None
+        else settings.regression
+    )
     known = list(scores.OF_NUMBERS if regression else scores.OF_CLASSES)
     metric = settings.metric or known[0]
     if metric not in known:
-        raise InputError(f"--metric {metric}: of {'numbers' if regression else 'classes'} it can be {', '.join(known)}")
+        raise InputError(
+            f"--metric {metric}: of {'numbers' if regression else 'classes'} it can be {', '.join(known)}"
+        )
     if bool(training.second) != bool(test.second):
         pairs, alone = (training, test) if training.second else (test, training)
         raise InputError(
@@ -298,17 +340,25 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
     labels = sorted(set(training.labels))
     if len(labels) < 2:
         raise InputError(f"{training.file}: every label is {labels[0]!r}; two or more are needed")
-    strange = [(label, line) for label, line in zip(test.labels, test.lines, strict=True) if label not in labels]
+    strange = [
+        (label, line)
+        for label, line in zip(test.labels, test.lines, strict=True)
+        if label not in labels
+    ]
     if strange:
         label, line = strange[0]
         more = f" (and {len(strange) - 1:,} rows more)" if strange[1:] else ""
-        raise InputError(f"{test.file}:{line}: label {label!r} does not occur in {training.file}{more}")
+        raise InputError(
+            f"{test.file}:{line}: label {label!r} does not occur in {training.file}{more}"
+        )
     return _Task(labels, metric)
 
 
 def _split(training: Examples, settings: Settings) -> tuple[Examples, Examples]:
     """What is trained on, and what is held out; every label stays in the first."""
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    order = torch.randperm(
+        len(training), generator=torch.Generator().manual_seed(settings.seed)
+    ).tolist()
     count = round(settings.heldout * len(training))
     if not 0 < count < len(training):
         raise InputError(
@@ -321,7 +371,9 @@ def _split(training: Examples, settings: Settings) -> tuple[Examples, Examples]:
             left[training.labels[row]] -= 1
             held_out.append(row)
     chosen = set(held_out)
-    return training.take([row for row in range(len(training)) if row not in chosen]), training.take(sorted(held_out))
+    return training.take([row for row in range(len(training)) if row not in chosen]), training.take(
+        sorted(held_out)
+    )
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -352,7 +404,10 @@ class _Encoded:
 
     def __init__(self, pretrained: Pretrained, task: _Task, examples: Examples, max_length: int):
         def ids(texts: list[str]) -> list[list[int]]:
-            return [encoding.ids for encoding in pretrained.tokenizer.encode_batch(texts, add_special_tokens=False)]
+            return [
+                encoding.ids
+                for encoding in pretrained.tokenizer.encode_batch(texts, add_special_tokens=False)
+            ]
 
         first, second = ids(examples.first), ids(examples.second)
         if second:
@@ -379,13 +434,17 @@ class _Encoded:
             yield self.batch(rows)
 
 
-def _optimizer(model: Classifier, settings: Settings, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _optimizer(
+    model: Classifier, settings: Settings, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW, no decay on biases and LayerNorms; linear warm-up, then linear to zero; lower layers slower, the lowest not at all if frozen."""
     layers = len(model.encoder.layers)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         depth = _depth(name, layers)
-        parameter.requires_grad_(depth is not None and (settings.freeze == 0 or depth > settings.freeze))
+        parameter.requires_grad_(
+            depth is not None and (settings.freeze == 0 or depth > settings.freeze)
+        )
         if depth is not None and parameter.requires_grad:
             groups.setdefault((depth, parameter.ndim > 1), []).append(parameter)
     optimizer = torch.optim.AdamW(
@@ -399,7 +458,9 @@ def _optimizer(model: Classifier, settings: Settings, steps: int) -> tuple[torch
         ]
     )
     warmup = max(1, round(WARMUP * steps))
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, (steps - i) / max(1, steps - warmup)))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, (steps - i) / max(1, steps - warmup))
+    )
 
 
 def _depth(name: str, layers: int) -> int | None:
@@ -411,10 +472,16 @@ def _depth(name: str, layers: int) -> int | None:
     return int(name.split(".")[2]) + 1 if name.startswith("encoder.layers.") else layers + 1
 
 
-def _save(out: str | Path, model: Classifier, pretrained: Pretrained, task: _Task, table: np.ndarray) -> None:
+def _save(
+    out: str | Path, model: Classifier, pretrained: Pretrained, task: _Task, table: np.ndarray
+) -> None:
     left_out = (HEADS[MLM], "nsp_head.classifier.")
-    state = to_hugging_face({name: t for name, t in model.encoder.state_dict().items() if not name.startswith(left_out)})
-    state |= {f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()}
+    state = to_hugging_face(
+        {name: t for name, t in model.encoder.state_dict().items() if not name.startswith(left_out)}
+    )
+    state |= {
+        f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()
+    }
     labels = task.labels or ["LABEL_0"]
     with new_folder(out) as folder:
         write_folder(
@@ -429,5 +496,9 @@ def _save(out: str | Path, model: Classifier, pretrained: Pretrained, task: _Tas
             label2id={label: i for i, label in enumerate(labels)},
         )
     # When the model is safe: a picture may fail.
-    if task.labels and (problem := scores.draw_confusion(table, labels, Path(out) / "confusion.png")) is not None:
+    if (
+        task.labels
+        and (problem := scores.draw_confusion(table, labels, Path(out) / "confusion.png"))
+        is not None
+    ):
         warnings.warn(f"{problem}; the model is saved all the same", PictureWarning, stacklevel=3)

@@ -56,8 +56,13 @@ class Examples:
 
     def take(self, rows: Sequence[int]) -> Examples:
         """Some of them, in that order."""
-        first, second, labels = ([part[i] for i in rows] if part else [] for part in (self.first, self.second, self.labels))
-        return Examples(self.file, self.columns, first, second, labels, [self.lines[i] for i in rows])
+        first, second, labels = (
+            [part[i] for i in rows] if part else []
+            for part in (self.first, self.second, self.labels)
+        )
+        return Examples(
+            self.file, self.columns, first, second, labels, [self.lines[i] for i in rows]
+        )
 
     def numbers(self) -> list[float]:
         """The labels as numbers; raises InputError with the lines of those that are none."""
@@ -69,14 +74,18 @@ class Examples:
                 if not math.isfinite(values[-1]):
                     bad.append(f"line {line}: {label!r} is no finite number")
                 elif abs(values[-1]) > LARGEST:
-                    bad.append(f"line {line}: {self.columns.label} {label!r} is beyond {LARGEST:g}, too large to train on")
+                    bad.append(
+                        f"line {line}: {self.columns.label} {label!r} is beyond {LARGEST:g}, too large to train on"
+                    )
             except ValueError:
                 bad.append(f"line {line}: {self.columns.label} {label!r} is no number")
         _refuse(self.file, bad)
         return values
 
 
-def read_examples(file: str | Path, first: str | None = None, second: str | None = None, label: str | None = None) -> Examples:
+def read_examples(
+    file: str | Path, first: str | None = None, second: str | None = None, label: str | None = None
+) -> Examples:
     """Read and check a file of examples.
 
     Args:
@@ -97,7 +106,10 @@ def read_examples(file: str | Path, first: str | None = None, second: str | None
                     bad.append(f"line {line}: {row}")
                     continue
                 if found is None:
-                    found = Examples(file, _columns(file, list(row), Columns(first or "", second or "", label or "")))
+                    found = Examples(
+                        file,
+                        _columns(file, list(row), Columns(first or "", second or "", label or "")),
+                    )
                 if complaint := _add(found, row, line):
                     bad.append(f"line {line}: {complaint}")
     except UnicodeDecodeError as error:
@@ -113,7 +125,9 @@ def read_examples(file: str | Path, first: str | None = None, second: str | None
 def _refuse(file: Path, bad: Sequence[str]) -> None:
     if bad:
         more = f" and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
-        raise InputError(f"{file}: {len(bad):,} bad row{'s' * (len(bad) > 1)}: {'; '.join(bad[:SHOWN])}{more}; mend or delete them")
+        raise InputError(
+            f"{file}: {len(bad):,} bad row{'s' * (len(bad) > 1)}: {'; '.join(bad[:SHOWN])}{more}; mend or delete them"
+        )
 
 
 def _rows(file: Path, handle: Iterator[str]) -> Iterator[tuple[int, dict[str, str] | str]]:
@@ -124,7 +138,11 @@ def _rows(file: Path, handle: Iterator[str]) -> Iterator[tuple[int, dict[str, st
                 yield line, _object(text)
         return
     quoted = file.suffix == ".csv"
-    reader = csv.reader(handle, strict=True) if quoted else csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
+    reader = (
+        csv.reader(handle, strict=True)
+        if quoted
+        else csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
+    )
     columns: list[str] = []
     line = 1
     while True:
@@ -139,13 +157,18 @@ def _rows(file: Path, handle: Iterator[str]) -> Iterator[tuple[int, dict[str, st
         if not row:
             continue
         if not columns:
-            columns = list(COLA) if not quoted and len(row) == len(COLA) and row[1] in ("0", "1") else row
+            columns = (
+                list(COLA) if not quoted and len(row) == len(COLA) and row[1] in ("0", "1") else row
+            )
             if columns is row:
                 continue
         if len(row) != len(columns):
             surplus = len(row) - len(columns)
             hint = "; put texts with commas in quotes" if quoted and surplus > 0 else ""
-            yield at, f"{abs(surplus)} {'more' if surplus > 0 else 'fewer'} fields than the header has columns{hint}"
+            yield (
+                at,
+                f"{abs(surplus)} {'more' if surplus > 0 else 'fewer'} fields than the header has columns{hint}",
+            )
         else:
             yield at, dict(zip(columns, row, strict=True))
 
@@ -157,20 +180,35 @@ def _object(text: str) -> dict[str, str] | str:
         return f"not JSON ({error})"
     if not isinstance(value, dict):
         return "not a JSON object"
-    return {key: v if isinstance(v, str) else "" if v is None else json.dumps(v) for key, v in value.items()}
+    return {
+        key: v if isinstance(v, str) else "" if v is None else json.dumps(v)
+        for key, v in value.items()
+    }
 
 
 def _columns(file: Path, there: list[str], wanted: Columns) -> Columns:
     """Which columns to read, of those that are there."""
-    layout = next((layout for layout in LAYOUTS if set(layout) - {""} <= set(there)), Columns("", "", ""))
+    layout = next(
+        (layout for layout in LAYOUTS if set(layout) - {""} <= set(there)), Columns("", "", "")
+    )
     chosen = Columns(*(mine or usual for mine, usual in zip(wanted, layout, strict=True)))
     if wanted.first and not wanted.second:
         chosen = chosen._replace(second="")
-    absent = [name for name in (chosen.first, chosen.label, *filter(None, [chosen.second])) if name not in there]
+    absent = [
+        name
+        for name in (chosen.first, chosen.label, *filter(None, [chosen.second]))
+        if name not in there
+    ]
     if absent:
         shown = ", ".join(there[:12])
-        what = f"no column {absent[0]!r}" if absent[0] else "the columns do not say which is the text and which the label"
-        raise InputError(f"{file}: {what}; there are {shown}: name them text (text_b) and label, or give --text, --pair and --label")
+        what = (
+            f"no column {absent[0]!r}"
+            if absent[0]
+            else "the columns do not say which is the text and which the label"
+        )
+        raise InputError(
+            f"{file}: {what}; there are {shown}: name them text (text_b) and label, or give --text, --pair and --label"
+        )
     return chosen
 
 
@@ -178,7 +216,9 @@ def _add(found: Examples, row: dict[str, str], line: int) -> str:
     """Take a row; returns what is wrong with it, or ""."""
     names = [name for name in found.columns if name]
     values = [row.get(name, "") for name in names]
-    if empty := next((name for name, value in zip(names, values, strict=True) if not value.strip()), None):
+    if empty := next(
+        (name for name, value in zip(names, values, strict=True) if not value.strip()), None
+    ):
         return f"{empty} is empty"
     found.first.append(values[0])
     found.labels.append(values[-1])

@@ -28,12 +28,18 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
     parts = open_model(Path(path))
     tokens = parts.tokenizer.get_vocab_size()
     if tokens > parts.vocab_size:
-        raise InputError(f"{parts.tokenizer_path}: {tokens:,} tokens for {parts.vocab_size:,} embeddings; the tokenizer is another model's")
+        raise InputError(
+            f"{parts.tokenizer_path}: {tokens:,} tokens for {parts.vocab_size:,} embeddings; the tokenizer is another model's"
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = BertForPreTraining(parts.config, parts.vocab_size, device=device, tied=DECODER not in parts.weights)
+    model = BertForPreTraining(
+        parts.config, parts.vocab_size, device=device, tied=DECODER not in parts.weights
+    )
     result = model.load_state_dict(parts.weights, strict=False)
     # A head that the folder does not hold keeps its random start; `Pretrained.heads` has it refused wherever it would be used.
-    assert not result.unexpected_keys and all("_head." in name for name in result.missing_keys), result
+    assert not result.unexpected_keys and all("_head." in name for name in result.missing_keys), (
+        result
+    )
     return Pretrained(
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=parts.tokenizer,

@@ -55,7 +55,13 @@ class Pretrained:
         """Tokens of a text that fit between [CLS] and [SEP]."""
         return self.config.max_position_embeddings - 2
 
-    def encode(self, texts: Sequence[str], pool: str = "mean", layer: int | Sequence[int] = -1, normalize: bool = False) -> np.ndarray:
+    def encode(
+        self,
+        texts: Sequence[str],
+        pool: str = "mean",
+        layer: int | Sequence[int] = -1,
+        normalize: bool = False,
+    ) -> np.ndarray:
         """One vector for each text.
 
         Args:
@@ -77,16 +83,26 @@ class Pretrained:
             raise InputError(f"pool = {pool!r}; must be one of {', '.join(POOLS)}")
         wrong = [index for index in layers if not -count <= index < count]
         if wrong or not layers:
-            raise InputError(f"layer = {wrong[0] if wrong else []}; the model has 0 (embeddings) to {count - 1}, or -1 (last) to {-count}")
+            raise InputError(
+                f"layer = {wrong[0] if wrong else []}; the model has 0 (embeddings) to {count - 1}, or -1 (last) to {-count}"
+            )
         result = np.empty((len(texts), self.config.hidden_size), np.float32)
         for chosen, batch in self._packs(self._ids(texts)):
             states = self._hidden(batch)
-            hidden = torch.stack([states[index].float() for index in layers]).mean(0) if layers[1:] else states[layers[0]].float()
+            hidden = (
+                torch.stack([states[index].float() for index in layers]).mean(0)
+                if layers[1:]
+                else states[layers[0]].float()
+            )
             if pool == "cls":
                 vectors = hidden[batch.cu_seqlens[:-1].long()]
             else:
                 vectors = torch.segment_reduce(hidden, pool, lengths=batch.cu_seqlens.diff().long())
-            result[chosen] = self._finite(torch.nn.functional.normalize(vectors) if normalize else vectors).cpu().numpy()
+            result[chosen] = (
+                self._finite(torch.nn.functional.normalize(vectors) if normalize else vectors)
+                .cpu()
+                .numpy()
+            )
         return result
 
     def hidden_states(self, texts: Sequence[str]) -> list[list[np.ndarray]]:
@@ -94,7 +110,9 @@ class Pretrained:
         result: list[list[np.ndarray]] = [[] for _ in texts]
         for chosen, batch in self._packs(self._ids(texts)):
             for state in self._hidden(batch):
-                parts = np.split(self._finite(state.float()).cpu().numpy(), batch.cu_seqlens[1:-1].cpu().numpy())
+                parts = np.split(
+                    self._finite(state.float()).cpu().numpy(), batch.cu_seqlens[1:-1].cpu().numpy()
+                )
                 for i, part in zip(chosen, parts, strict=True):
                     result[i].append(part)
         return result
@@ -109,20 +127,35 @@ class Pretrained:
         if MASK not in text:
             raise InputError(f"{text!r}: no {MASK} to fill; write one where a word is missing")
         if not 1 <= k <= self.model.vocab_size:
-            raise InputError(f"k = {k}; must be from 1 to the {self.model.vocab_size:,} tokens of the vocabulary")
+            raise InputError(
+                f"k = {k}; must be from 1 to the {self.model.vocab_size:,} tokens of the vocabulary"
+            )
         # To the tokenizer "[MASK]" in a text is ordinary characters, so the text is cut there, as transformers does.
         ids: list[int] = []
         for i, part in enumerate(text.split(MASK)):
-            ids += ([self.special.mask] if i else []) + self.tokenizer.encode(part, add_special_tokens=False).ids
+            ids += ([self.special.mask] if i else []) + self.tokenizer.encode(
+                part, add_special_tokens=False
+            ).ids
         if len(ids) > self.max_tokens:
-            raise InputError(f"the text has {len(ids)} tokens, the model takes {self.max_tokens}; shorten it")
+            raise InputError(
+                f"the text has {len(ids)} tokens, the model takes {self.max_tokens}; shorten it"
+            )
         batch = self._batch([ids])
         with torch.inference_mode():
-            logits = self.model.token_logits(self._hidden(batch)[-1][batch.input_ids == self.special.mask])
+            logits = self.model.token_logits(
+                self._hidden(batch)[-1][batch.input_ids == self.special.mask]
+            )
             # Rows past the tokenizer's vocabulary (some models pad theirs) stand for no token.
-            best = self._finite(logits[:, : self.tokenizer.get_vocab_size()].float()).softmax(-1).topk(k)
+            best = (
+                self._finite(logits[:, : self.tokenizer.get_vocab_size()].float())
+                .softmax(-1)
+                .topk(k)
+            )
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [[(self.tokenizer.id_to_token(i) or "", p) for i, p in zip(*row, strict=True)] for row in rows]
+        return [
+            [(self.tokenizer.id_to_token(i) or "", p) for i, p in zip(*row, strict=True)]
+            for row in rows
+        ]
 
     def next_sentence(self, first: str, second: str) -> float:
         """The probability that `second` follows `first`. A pair that is too long loses the end of its longer half, with a warning.
@@ -131,7 +164,9 @@ class Pretrained:
             InputError: a model whose NSP head was not trained.
         """
         self._need(NSP)
-        a, b = (self.tokenizer.encode(text, add_special_tokens=False).ids for text in (first, second))
+        a, b = (
+            self.tokenizer.encode(text, add_special_tokens=False).ids for text in (first, second)
+        )
         room = self.config.max_position_embeddings - 3
         if len(a) + len(b) > room:
             _warn_cut(1, 1, room)
@@ -144,7 +179,10 @@ class Pretrained:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if isinstance(texts, str):
             raise InputError(f"a list of texts is expected, not the single text {texts[:40]!r}")
-        ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        ids = [
+            encoding.ids
+            for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        ]
         cut = sum(len(tokens) > self.max_tokens for tokens in ids)
         if cut:
             _warn_cut(cut, len(ids), self.max_tokens)
@@ -182,7 +220,9 @@ class Pretrained:
     def _need(self, head: str) -> None:
         if head not in self.heads:
             what = {MLM: "masked tokens", NSP: "next sentences"}[head]
-            raise InputError(f"{self.path}: the model was not trained on {what}, or its weights for them are missing")
+            raise InputError(
+                f"{self.path}: the model was not trained on {what}, or its weights for them are missing"
+            )
 
 
 def fit_pair(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int]]:
@@ -193,4 +233,8 @@ def fit_pair(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int
 
 def _warn_cut(cut: int, texts: int, length: int) -> None:
     of = f"{cut:,} of {texts:,} texts are" if texts > 1 else "the text is"
-    warnings.warn(f"{of} longer than the {length} tokens that the model takes; the rest is cut off", TextCutWarning, stacklevel=4)
+    warnings.warn(
+        f"{of} longer than the {length} tokens that the model takes; the rest is cut off",
+        TextCutWarning,
+        stacklevel=4,
+    )

@@ -65,8 +65,15 @@ def read_history(run: Path) -> History:
     except OSError as error:
         raise unreadable(run / "metrics.jsonl", error) from None
     if not steps:
-        raise InputError(f"{run}: no step in metrics.jsonl; give the folder of a run that has begun")
-    return History([steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)], events, len(bad))
+        raise InputError(
+            f"{run}: no step in metrics.jsonl; give the folder of a run that has begun"
+        )
+    return History(
+        [steps[step] for step in sorted(steps)],
+        [evaluations[step] for step in sorted(evaluations)],
+        events,
+        len(bad),
+    )
 
 
 def report(run: str | Path, out: str | Path | None = None, sequences: int | None = None) -> Path:
@@ -133,18 +140,27 @@ pre {{ background: #f9fafb; border: 1px solid {GRID}; border-radius: .5rem; padd
 """
 
 
-def _page(run: Path, history: History, pretrained: Pretrained | None, found: Evaluation | None, why_not: str) -> str:
+def _page(
+    run: Path,
+    history: History,
+    pretrained: Pretrained | None,
+    found: Evaluation | None,
+    why_not: str,
+) -> str:
     sections = [
         f"<h1>{_text(run.resolve().name)}</h1>",
         _cards(history, pretrained, found),
         f'<h2>Curves</h2><div class="curves">{"".join(_curves(history, found))}</div>',
         "<h2>Where the time went</h2>" + _times(history),
-        "<h2>Held-out results</h2>" + (_held_out(found) if found else f'<p class="note">None: {_text(why_not)}</p>'),
+        "<h2>Held-out results</h2>"
+        + (_held_out(found) if found else f'<p class="note">None: {_text(why_not)}</p>'),
     ]
     if pretrained is not None:
         sections.append("<h2>What it guesses</h2>" + _samples(pretrained))
     sections += [
-        "<h2>Recipe</h2><pre>" + _text((run / "config.toml").read_text(encoding="utf-8").strip()) + "</pre>",
+        "<h2>Recipe</h2><pre>"
+        + _text((run / "config.toml").read_text(encoding="utf-8").strip())
+        + "</pre>",
         "<h2>Machine and log</h2>" + _log(run),
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{_text(run.resolve().name)}</title>'
@@ -158,7 +174,9 @@ def _text(value: object) -> str:
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{_text(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -172,15 +190,32 @@ def _cards(history: History, pretrained: Pretrained | None, found: Evaluation | 
         (f"{statistics.median(step['tokens_per_s'] for step in steps):,.0f}", "tokens/s, median"),
     ]
     if pretrained is not None:
-        cards.insert(0, (f"{sum(p.numel() for p in pretrained.model.parameters()) / 1e6:,.1f} M", "parameters"))
+        cards.insert(
+            0,
+            (f"{sum(p.numel() for p in pretrained.model.parameters()) / 1e6:,.1f} M", "parameters"),
+        )
     if found is not None:
-        cards += [(f"{found.masked.loss:.3f}", "held-out MLM loss"), (f"{found.masked.accuracy:.1%}", "masked tokens right")]
+        cards += [
+            (f"{found.masked.loss:.3f}", "held-out MLM loss"),
+            (f"{found.masked.accuracy:.1%}", "masked tokens right"),
+        ]
         cards += [(f"{found.pairs.accuracy:.1%}", "next sentences right")] if found.pairs else []
     stops = [event["reason"] for event in history.events if event["event"] == "stop"]
-    note = f'<p class="note">Ended by: {_text(stops[-1])}</p>' if stops else '<p class="note">Not ended yet.</p>'
-    note += f'<p class="note">{history.bad:,} lines of metrics.jsonl cannot be read and are left out.</p>' if history.bad else ""
+    note = (
+        f'<p class="note">Ended by: {_text(stops[-1])}</p>'
+        if stops
+        else '<p class="note">Not ended yet.</p>'
+    )
+    note += (
+        f'<p class="note">{history.bad:,} lines of metrics.jsonl cannot be read and are left out.</p>'
+        if history.bad
+        else ""
+    )
     return (
-        note + '<div class="cards">' + "".join(f"<div><b>{_text(value)}</b><span>{name}</span></div>" for value, name in cards) + "</div>"
+        note
+        + '<div class="cards">'
+        + "".join(f"<div><b>{_text(value)}</b><span>{name}</span></div>" for value, name in cards)
+        + "</div>"
     )
 
 
@@ -193,15 +228,37 @@ def _clock(seconds: float) -> str:
 def _held_out(found: Evaluation) -> str:
     def row(name: str, masked: Masked) -> list[str]:
         losses = (f"{value:.3f}" for value in (masked.loss, masked.unigram, masked.left_bigram))
-        return [name, f"{masked.count:,}", *losses, f"{masked.accuracy:.1%}", f"{masked.accuracy_of_5:.1%}"]
+        return [
+            name,
+            f"{masked.count:,}",
+            *losses,
+            f"{masked.accuracy:.1%}",
+            f"{masked.accuracy_of_5:.1%}",
+        ]
 
-    rows = [row("all masked tokens", found.masked), *(row(name, masked) for name, masked in found.by_input.items())]
+    rows = [
+        row("all masked tokens", found.masked),
+        *(row(name, masked) for name, masked in found.by_input.items()),
+    ]
     rows += [row(f"sequences of {name} tokens", masked) for name, masked in found.by_length.items()]
-    rows += [row(f"tokens {name} times in a million", masked) for name, masked in found.by_frequency.items()]
-    columns = ("", "positions", "loss (nats)", "frequencies alone", "left neighbour", "right", "in first 5")
+    rows += [
+        row(f"tokens {name} times in a million", masked)
+        for name, masked in found.by_frequency.items()
+    ]
+    columns = (
+        "",
+        "positions",
+        "loss (nats)",
+        "frequencies alone",
+        "left neighbour",
+        "right",
+        "in first 5",
+    )
     text = f"{found.sequences:,} sequences, {found.tokens:,} tokens; perplexity {found.masked.perplexity:,.1f}"
     if (pairs := found.pairs) is not None:
-        text += f"; next sentence: loss {pairs.loss:.3f}, {pairs.accuracy:.1%} of {pairs.count:,} right"
+        text += (
+            f"; next sentence: loss {pairs.loss:.3f}, {pairs.accuracy:.1%} of {pairs.count:,} right"
+        )
     return f'<p class="note">{_text(text)}</p>' + _table(columns, rows)
 
 
@@ -218,14 +275,23 @@ def _times(history: History) -> str:
         ("waiting for saves", saves, MASKED),
         ("the rest", whole - known, TRAIN),
     ]
-    bar = "".join(f'<div style="width:{100 * value / whole:.2f}%;background:{colour}"></div>' for _, value, colour in parts)
+    bar = "".join(
+        f'<div style="width:{100 * value / whole:.2f}%;background:{colour}"></div>'
+        for _, value, colour in parts
+    )
     rows = [(name, _clock(value), f"{value / whole:.2%}") for name, value, _ in parts]
     return f'<div class="bar">{bar}</div>' + _table(("", "time", "share"), rows)
 
 
 def _log(run: Path) -> str:
-    lines = (run / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines() if is_file(run / "log.txt") else []
-    shown = lines if len(lines) <= 2 * LOG_LINES else [*lines[:LOG_LINES], "...", *lines[-LOG_LINES:]]
+    lines = (
+        (run / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        if is_file(run / "log.txt")
+        else []
+    )
+    shown = (
+        lines if len(lines) <= 2 * LOG_LINES else [*lines[:LOG_LINES], "...", *lines[-LOG_LINES:]]
+    )
     made = f"This page: fastbert {version('fastbert-pretrain')}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     return "<pre>" + _text("\n".join(shown)) + f'</pre><p class="note">{_text(made)}</p>'
 
@@ -239,7 +305,9 @@ def _samples(pretrained: Pretrained) -> str:
     for before, word, after in _hidden_words(pretrained):
         (guesses,) = pretrained.fill(f"{before}{MASK}{after}", 5)
         shown = ", ".join(
-            f'<span class="right">{_text(token)} {share:.0%}</span>' if token == word else f"{_text(token)} {share:.0%}"
+            f'<span class="right">{_text(token)} {share:.0%}</span>'
+            if token == word
+            else f"{_text(token)} {share:.0%}"
             for token, share in guesses
         )
         sentence = f"{_text(before)}<b>[{_text(word)}]</b>{_text(after)}"
@@ -252,7 +320,9 @@ def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
     if pretrained.recipe is None:
         return []
     try:
-        dataset = open_dataset(pretrained.recipe.data, verify=False)  # the evaluation has just done so
+        dataset = open_dataset(
+            pretrained.recipe.data, verify=False
+        )  # the evaluation has just done so
     except InputError:
         return []
     split, tokenizer = dataset.split("heldout"), pretrained.tokenizer
@@ -261,9 +331,20 @@ def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
     lengths = np.diff(bounds)
     right = np.flatnonzero((lengths >= low) & (lengths <= min(high, pretrained.max_tokens)))
     found = []
-    for sentence in right[np.linspace(0, len(right) - 1, min(SAMPLES, len(right))).astype(np.int64)] if len(right) else ():
-        tokens = [tokenizer.id_to_token(int(i)) or "" for i in split.gather(bounds[[sentence]], lengths[[sentence]])]
-        whole = [i for i, t in enumerate(tokens) if t.isalpha() and (i + 1 == len(tokens) or not tokens[i + 1].startswith("##"))]
+    for sentence in (
+        right[np.linspace(0, len(right) - 1, min(SAMPLES, len(right))).astype(np.int64)]
+        if len(right)
+        else ()
+    ):
+        tokens = [
+            tokenizer.id_to_token(int(i)) or ""
+            for i in split.gather(bounds[[sentence]], lengths[[sentence]])
+        ]
+        whole = [
+            i
+            for i, t in enumerate(tokens)
+            if t.isalpha() and (i + 1 == len(tokens) or not tokens[i + 1].startswith("##"))
+        ]
         if whole:
             at = max(whole, key=lambda i: len(tokens[i]))
             before, after = _words([*tokens[:at], MASK, *tokens[at + 1 :]]).split(MASK)
@@ -274,7 +355,9 @@ def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
 def _words(tokens: Sequence[str]) -> str:
     """Text of tokens, punctuation where one expects it."""
     text = " ".join(tokens).replace(" ##", "")
-    return re.sub(r" ([.,;:?!)\]])", r"\1", re.sub(r"([(\[]) ", r"\1", re.sub(r" (['’\-]) ", r"\1", text)))
+    return re.sub(
+        r" ([.,;:?!)\]])", r"\1", re.sub(r"([(\[]) ", r"\1", re.sub(r" (['’\-]) ", r"\1", text))
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
@@ -283,12 +366,18 @@ def _words(tokens: Sequence[str]) -> str:
 def _curves(history: History, found: Evaluation | None) -> Iterable[str]:
     steps, evaluations = history.steps, history.evaluations
     pairs = any(step["loss_nsp"] is not None for step in steps)
-    baselines = {NAMES[name]: value for name, value in (found.baselines if found else {}).items() if name in NAMES}
+    baselines = {
+        NAMES[name]: value
+        for name, value in (found.baselines if found else {}).items()
+        if name in NAMES
+    }
 
     def mlm(ax: Any) -> None:
         ax.plot(*_smooth(steps, "loss_mlm"), color=TRAIN, label="training")
         ax.plot(*_column(evaluations, "loss_mlm"), color=HELDOUT, label="held-out")
-        ax.plot(*_column(evaluations, "loss_mask_token"), color=MASKED, label="held-out, [MASK] alone")
+        ax.plot(
+            *_column(evaluations, "loss_mask_token"), color=MASKED, label="held-out, [MASK] alone"
+        )
         for name, value in baselines.items():
             ax.axhline(value, color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
             ax.annotate(f"{name} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
@@ -302,7 +391,10 @@ def _curves(history: History, found: Evaluation | None) -> Iterable[str]:
         ax.legend(frameon=False, fontsize=7, labelcolor=INK)
 
     def right(ax: Any) -> None:
-        for key, colour, name in (("accuracy_mlm", HELDOUT, "masked tokens"), ("accuracy_nsp", NSP, "next sentences")):
+        for key, colour, name in (
+            ("accuracy_mlm", HELDOUT, "masked tokens"),
+            ("accuracy_nsp", NSP, "next sentences"),
+        ):
             x, y = _column(evaluations, key)
             if x:
                 ax.plot(x, [100 * value for value in y], color=colour, label=name)
@@ -340,11 +432,18 @@ def _curve(title: str, draw: Callable[[Any], None]) -> str:
     ax.set_axisbelow(True)
     buffer = io.StringIO()
     # Text stays text, in the reader's own font; ids come from the title, so that those of two curves differ and a page can be made again.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
+    ):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
+    svg = re.sub(
+        r'(<svg[^>]*?) width="[^"]*"',
+        r"\1",
+        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
+        count=1,
+    )
     return svg.replace("<svg", f'<svg role="img" aria-label="{_text(title)}"', 1)
 
 
@@ -358,4 +457,6 @@ def _smooth(steps: Steps, key: str) -> tuple[list[float], list[float]]:
     x, y = _column(steps, key)
     block = max(1, -(-len(x) // POINTS))
     starts = range(0, len(x), block)
-    return [statistics.fmean(x[i : i + block]) for i in starts], [statistics.fmean(y[i : i + block]) for i in starts]
+    return [statistics.fmean(x[i : i + block]) for i in starts], [
+        statistics.fmean(y[i : i + block]) for i in starts
+    ]

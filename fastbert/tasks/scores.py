@@ -20,7 +20,9 @@ def accuracy(answers: np.ndarray, truth: np.ndarray) -> float:
 
 def confusion(answers: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
     """int64 [classes, classes]: how often each class (row) was taken for each (column)."""
-    return np.bincount(truth * classes + answers, minlength=classes * classes).reshape(classes, classes)
+    return np.bincount(truth * classes + answers, minlength=classes * classes).reshape(
+        classes, classes
+    )
 
 
 def f1(answers: np.ndarray, truth: np.ndarray) -> float:
@@ -44,7 +46,10 @@ def matthews(answers: np.ndarray, truth: np.ndarray) -> float:
 
 def pearson(answers: np.ndarray, truth: np.ndarray) -> float:
     """Of numbers, float [N]; 0 where either does not vary."""
-    answers, truth = answers.astype(np.float64), truth.astype(np.float64)  # squares of large numbers do not fit fp32
+    answers, truth = (
+        answers.astype(np.float64),
+        truth.astype(np.float64),
+    )  # squares of large numbers do not fit fp32
     a, b = answers - answers.mean(), truth - truth.mean()
     spread = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / spread) if spread > 0 else 0.0
@@ -94,14 +99,20 @@ def _confusion_figure(table: np.ndarray, labels: Sequence[str]) -> Any:
     if whole:
         for (row, column), count in np.ndenumerate(table):
             shade = "white" if shares[row, column] > 0.6 else INK
-            ax.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, color=shade).set_in_layout(False)
+            ax.text(
+                column, row, f"{count:,}", ha="center", va="center", fontsize=8, color=shade
+            ).set_in_layout(False)
     else:
         figure.colorbar(picture, label="share of the row", shrink=0.5)
-        ax.set_title(f"the {SHOWN} most frequent of {classes:,} classes", loc="left", color=INK, fontsize=10)
+        ax.set_title(
+            f"the {SHOWN} most frequent of {classes:,} classes", loc="left", color=INK, fontsize=10
+        )
     names = [label if len(label) <= 24 else label[:23] + "…" for label in labels]
     places = range(len(names))
     # The labels are the user's: "$" in them begins no formula.
-    ax.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False)
+    ax.set_xticks(
+        places, names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False
+    )
     ax.set_yticks(places, names, fontsize=8, parse_math=False)
     ax.set(xlabel="answered", ylabel="true")
     ax.spines[:].set_visible(False)

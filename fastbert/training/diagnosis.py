@@ -44,7 +44,11 @@ def diverged(loss: float, vocab_size: int, pairs: bool) -> str | None:
     expected = expected_first_loss(vocab_size, pairs)
     if loss <= DIVERGED * expected:
         return None
-    what = f"the held-out loss is {loss:.3g}" if math.isfinite(loss) else "the held-out loss is not finite"
+    what = (
+        f"the held-out loss is {loss:.3g}"
+        if math.isfinite(loss)
+        else "the held-out loss is not finite"
+    )
     return (
         f"{what}, a model that knows nothing has {expected:.2f}: training has diverged; "
         "try a lower optimizer.lr, a longer schedule.warmup, or optimizer.max_grad_norm = 1.0 where it is 0"
@@ -54,7 +58,11 @@ def diverged(loss: float, vocab_size: int, pairs: bool) -> str | None:
 def plateau(share: float, loss_on_mask: float, baselines: Mapping[str, float]) -> str | None:
     """Held-out loss on [MASK] positions against the unigram, after a share of the run."""
     unigram = baselines["unigram"]
-    if share < PLATEAU_SHARE or not math.isfinite(loss_on_mask) or loss_on_mask < unigram - PLATEAU_MARGIN:
+    if (
+        share < PLATEAU_SHARE
+        or not math.isfinite(loss_on_mask)
+        or loss_on_mask < unigram - PLATEAU_MARGIN
+    ):
         return None
     return (
         f"after {share:.0%} of the run the held-out loss on [MASK] is {loss_on_mask:.2f}, no better than word frequencies ({unigram:.2f}): "
@@ -65,7 +73,13 @@ def plateau(share: float, loss_on_mask: float, baselines: Mapping[str, float]) -
 
 def stuck_pairs(share: float, loss_nsp: float | None, accuracy_nsp: float | None) -> str | None:
     """Held-out NSP loss against a coin, after a share of the run."""
-    if loss_nsp is None or accuracy_nsp is None or not math.isfinite(loss_nsp) or share < NSP_SHARE or loss_nsp < math.log(2) - NSP_MARGIN:
+    if (
+        loss_nsp is None
+        or accuracy_nsp is None
+        or not math.isfinite(loss_nsp)
+        or share < NSP_SHARE
+        or loss_nsp < math.log(2) - NSP_MARGIN
+    ):
         return None
     return (
         f"after {share:.0%} of the run the held-out NSP loss is {loss_nsp:.3f}, that of a coin (ln 2 = 0.693), accuracy {accuracy_nsp:.0%}: "
@@ -76,7 +90,9 @@ def stuck_pairs(share: float, loss_nsp: float | None, accuracy_nsp: float | None
 
 def compare(loss_on_mask: float, baselines: Mapping[str, float]) -> str:
     """Where a held-out loss on [MASK] stands among the corpus's baselines: the lowest that it is below, and the next."""
-    order = sorted(((value, name) for name, value in baselines.items() if name in NAMES), reverse=True)
+    order = sorted(
+        ((value, name) for name, value in baselines.items() if name in NAMES), reverse=True
+    )
     beaten = [(value, name) for value, name in order if loss_on_mask < value]
     ahead = [(value, name) for value, name in order if loss_on_mask >= value]
     parts = []

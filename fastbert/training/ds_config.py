@@ -19,7 +19,21 @@ from typing import Any, NamedTuple
 
 from fastbert.config import RunConfig
 from fastbert.errors import InputError
-from fastbert.training.ds_keys import COUNT, IDLE, NEEDS, NEVER, NOTHING, ONLY, OPTIMIZERS, OWN, RECIPE, SCHEDULERS, SECTIONS, WHOLE, Kind
+from fastbert.training.ds_keys import (
+    COUNT,
+    IDLE,
+    NEEDS,
+    NEVER,
+    NOTHING,
+    ONLY,
+    OPTIMIZERS,
+    OWN,
+    RECIPE,
+    SCHEDULERS,
+    SECTIONS,
+    WHOLE,
+    Kind,
+)
 
 AUTO = "auto"
 
@@ -60,8 +74,14 @@ class DeepSpeedSettings:
         if stage == AUTO:
             stage = 0 if optimizer == "lamb" or (precision == "fp32" and world == 1) else 1
         if stage == 0 and precision == "bf16":
-            what = 'optimizer.name = "lamb" needs it, or runtime.precision = "fp32"' if optimizer == "lamb" else "set it to 1, 2, 3 or auto"
-            raise InputError(f"{self.path}: zero_optimization.stage = 0 does not train in bf16; {what}")
+            what = (
+                'optimizer.name = "lamb" needs it, or runtime.precision = "fp32"'
+                if optimizer == "lamb"
+                else "set it to 1, 2, 3 or auto"
+            )
+            raise InputError(
+                f"{self.path}: zero_optimization.stage = 0 does not train in bf16; {what}"
+            )
         if stage > 0 and optimizer == "lamb":
             raise InputError(
                 f'{self.path}: zero_optimization.stage = {stage} does not go with optimizer.name = "lamb"; set it to 0 or auto'
@@ -79,7 +99,9 @@ class Answer(NamedTuple):
 
     place: str  # key in the recipe
     shown: str  # its value there
-    values: tuple[Any, ...]  # what DeepSpeed's key may therefore be; none where the two cannot be compared
+    values: tuple[
+        Any, ...
+    ]  # what DeepSpeed's key may therefore be; none where the two cannot be compared
 
 
 def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
@@ -92,7 +114,9 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
     path = config.runtime.deepspeed
     values, answers = _load(path, recipe), _answers(config)
 
-    def check(section: str, values: dict[str, Any], known: Mapping[str, Kind | None] | None) -> None:
+    def check(
+        section: str, values: dict[str, Any], known: Mapping[str, Kind | None] | None
+    ) -> None:
         for key, value in values.items():
             place = f"{section}.{key}" if section else key
             if known is not None and key not in known:
@@ -111,10 +135,16 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
     return DeepSpeedSettings(path, {"zero_optimization": {}, **own}, _precisions(said), asked)
 
 
-def _objection(place: str, value: Any, kind: Kind | None, answers: Mapping[str, Answer], recipe: str) -> str | None:
+def _objection(
+    place: str, value: Any, kind: Kind | None, answers: Mapping[str, Answer], recipe: str
+) -> str | None:
     """What is wrong with the value of a key that is known, in words that go on after both."""
     if place in IDLE:
-        return None if _asks_for_nothing(place, value) else " is not for fastbert, which does nothing of the kind; remove it"
+        return (
+            None
+            if _asks_for_nothing(place, value)
+            else " is not for fastbert, which does nothing of the kind; remove it"
+        )
     if place in NEVER:
         return f" does not work with fastbert: {NEVER[place]}; remove it"
     if kind is not None and not kind.fits(value):
@@ -150,7 +180,9 @@ def _load(path: str, recipe: str) -> dict[str, Any]:
             f"{recipe}: runtime.deepspeed = {path!r}: no such file; the one that comes with fastbert is ds_config.json"
         ) from None
     except OSError as error:
-        raise InputError(f"{recipe}: runtime.deepspeed = {path!r}: cannot be read: {error.strerror}") from None
+        raise InputError(
+            f"{recipe}: runtime.deepspeed = {path!r}: cannot be read: {error.strerror}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -165,12 +197,16 @@ def _answers(config: RunConfig) -> dict[str, Answer]:
     def answer(place: str, *values: Any) -> Answer:
         section, _, name = place.partition(".")
         there = getattr(getattr(config, section), name)
-        return Answer(place, "(not set)" if there is None else json.dumps(there), values or (there,))
+        return Answer(
+            place, "(not set)" if there is None else json.dumps(there), values or (there,)
+        )
 
     steps = config.stop.steps if schedule.over == "steps" else None
     warmup = answer("schedule.warmup", round(schedule.warmup * (steps or 0)))
     if steps:
-        warmup = warmup._replace(shown=f"{warmup.shown} of stop.steps = {steps}, {warmup.values[0]} steps,")
+        warmup = warmup._replace(
+            shown=f"{warmup.shown} of stop.steps = {steps}, {warmup.values[0]} steps,"
+        )
     else:
         warmup = warmup._replace(shown=f"{warmup.shown} of the run", values=())
     packs = answer("batch.micro_batch_tokens")
@@ -180,7 +216,9 @@ def _answers(config: RunConfig) -> dict[str, Answer]:
         "train_micro_batch_size_per_gpu": packs,
         "gradient_accumulation_steps": packs,
         "gradient_clipping": answer("optimizer.max_grad_norm"),
-        "zero_allow_untested_optimizer": answer("optimizer.name", *((True, False) if optimizer.name == "adamw" else (True,))),
+        "zero_allow_untested_optimizer": answer(
+            "optimizer.name", *((True, False) if optimizer.name == "adamw" else (True,))
+        ),
         "optimizer.type": answer("optimizer.name", *OPTIMIZERS[optimizer.name]),
         "optimizer.params.lr": answer("optimizer.lr"),
         "optimizer.params.betas": answer("optimizer.betas", list(optimizer.betas)),
@@ -204,7 +242,10 @@ def _precisions(said: dict[str, Any]) -> dict[str, str]:
             found[f"{key}.enabled = {json.dumps(enabled)}"] = "bf16" if enabled else "fp32"
     types = said.get("data_types", {})
     for key in ("param_dtype", "grad_accum_dtype"):
-        if key in types and (key, types[key]) != ("grad_accum_dtype", "fp32"):  # sums may be more exact than what is summed
+        if key in types and (key, types[key]) != (
+            "grad_accum_dtype",
+            "fp32",
+        ):  # sums may be more exact than what is summed
             found[f"data_types.{key} = {json.dumps(types[key])}"] = types[key]
     return found
 
@@ -212,19 +253,25 @@ def _precisions(said: dict[str, Any]) -> dict[str, str]:
 def _said(value: Any) -> Any:
     """Without what is "auto" or null, at any depth."""
     if isinstance(value, dict):
-        return {key: _said(item) for key, item in value.items() if item != AUTO and item is not None}
+        return {
+            key: _said(item) for key, item in value.items() if item != AUTO and item is not None
+        }
     return value
 
 
 def _asks_for_nothing(place: str, value: Any) -> bool:
     if isinstance(value, dict):
-        return value.get("enabled") is False or all(item in (None, False, AUTO) for item in value.values())
+        return value.get("enabled") is False or all(
+            item in (None, False, AUTO) for item in value.values()
+        )
     return value is False or (place in NOTHING and _among(value, (NOTHING[place],)))
 
 
 def _among(value: Any, values: Sequence[Any]) -> bool:
     """Equal to one of them, where true is not 1."""
-    return any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in values)
+    return any(
+        isinstance(value, bool) == isinstance(other, bool) and value == other for other in values
+    )
 
 
 def _near(key: str, section: str, known: Mapping[str, Any]) -> str:
@@ -232,7 +279,9 @@ def _near(key: str, section: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(inside + name for name in near) + "?"
-    return f"known{f' in {section}' if section else ''}: " + ", ".join(sorted(name for name in known if section or name not in IDLE))
+    return f"known{f' in {section}' if section else ''}: " + ", ".join(
+        sorted(name for name in known if section or name not in IDLE)
+    )
 
 
 def _shown(value: Any) -> str:

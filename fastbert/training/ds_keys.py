@@ -151,5 +151,14 @@ NEVER = {
 NEEDS = {"comet.enabled": "comet_ml", "wandb.enabled": "wandb"}
 
 # What DeepSpeed calls them.
-OPTIMIZERS = {"adamw": ("AdamW", "adamw", "Adam", "adam"), "lamb": ("Lamb", "lamb"), "sgd": ("SGD", "sgd")}  # its Adam is AdamW
-SCHEDULERS = {"linear": "WarmupDecayLR", "constant": "WarmupLR", "cosine": "WarmupCosineLR", "wsd": ""}
+OPTIMIZERS = {
+    "adamw": ("AdamW", "adamw", "Adam", "adam"),
+    "lamb": ("Lamb", "lamb"),
+    "sgd": ("SGD", "sgd"),
+}  # its Adam is AdamW
+SCHEDULERS = {
+    "linear": "WarmupDecayLR",
+    "constant": "WarmupLR",
+    "cosine": "WarmupCosineLR",
+    "wsd": "",
+}

@@ -8,7 +8,11 @@ from fastbert.checkpoints.saver import Saved
 from fastbert.training.run import Run
 from fastbert.training.setup import Setup
 
-DONE, FAILED, INTERRUPTED = 0, 1, 75  # exit codes; 75 is EX_TEMPFAIL: a scheduler may start it again
+DONE, FAILED, INTERRUPTED = (
+    0,
+    1,
+    75,
+)  # exit codes; 75 is EX_TEMPFAIL: a scheduler may start it again
 LOWER = 10  # a run that diverged is to be resumed with its rate divided by this
 
 
@@ -31,9 +35,7 @@ def conclude(run: Run, reason: str | None, last: Saved | None) -> int:
         code, advice, reason = INTERRUPTED, how_to_resume(run.setup), _signal(run)
     elif state.heldout_loss is None:
         code = FAILED
-        advice = (
-            f"the training losses of the newest checkpoint, {run.newest}, are finite; resume from an earlier one with a lower optimizer.lr"
-        )
+        advice = f"the training losses of the newest checkpoint, {run.newest}, are finite; resume from an earlier one with a lower optimizer.lr"
         reason = f"{reason}, but the held-out loss is not finite"
     if last and last.problem and not run.diverged:
         code, advice = FAILED, f"fix this, then {how_to_resume(run.setup)}"

@@ -65,7 +65,9 @@ from fastbert.training.optimizer import build_optimizer, slots
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # DeepSpeed talks on the terminal; from here on into whatever log fastbert has (the list is shared, so later handlers count too).
-logging.getLogger("fastbert").addHandler(logging.NullHandler())  # with no handler at all, Python would print warnings after all
+logging.getLogger("fastbert").addHandler(
+    logging.NullHandler()
+)  # with no handler at all, Python would print warnings after all
 deepspeed.utils.logger.handlers = logging.getLogger("fastbert").handlers
 
 
@@ -120,10 +122,14 @@ class Engine:
         step: int = 0,
     ):
         self.group, self.device = group, group.device
-        self.stage = settings.stage(precision=precision, world=group.world, optimizer=config.optimizer.name)
+        self.stage = settings.stage(
+            precision=precision, world=group.world, optimizer=config.optimizer.name
+        )
         self._clip, self._slots = config.optimizer.max_grad_norm, slots(config.optimizer)
         if state:
-            model.load_state_dict(dict(state[WEIGHT]))  # before initialize: stage 3 would not refresh its working copies until a step
+            model.load_state_dict(
+                dict(state[WEIGHT])
+            )  # before initialize: stage 3 would not refresh its working copies until a step
         self.model = model.to(self.device)
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._parameters = dict(self.model.named_parameters())
@@ -135,15 +141,23 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # offloaded or not, the optimizer is torch's
             "steps_per_print": None,
-            "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU at every micro-batch and after every step
+            "timers": {
+                "throughput": {"enabled": False}
+            },  # it would wait for the GPU at every micro-batch and after every step
         }
-        values = {**handed_over, **settings.values, "zero_optimization": {**settings.values["zero_optimization"], "stage": self.stage}}
+        values = {
+            **handed_over,
+            **settings.values,
+            "zero_optimization": {**settings.values["zero_optimization"], "stage": self.stage},
+        }
         if self.stage == 3 and self.model.impl == "triton":
             # There a layer reads the parameters of the modules inside it, whose own forward is never called: gather them with the layer.
             for layer in self.model.layers:
                 for parameter in cast(Layer, layer).fused_parameters():
                     deepspeed.zero.register_external_parameter(layer, parameter)
-        self._engine, *_ = deepspeed.initialize(model=self.model, optimizer=self._optimizer, config=values)
+        self._engine, *_ = deepspeed.initialize(
+            model=self.model, optimizer=self._optimizer, config=values
+        )
         if self.stage == 0 and group.world == 1:
             self._engine.enable_backward_allreduce = False
         if self.stage in (1, 2):
@@ -170,13 +184,26 @@ class Engine:
             self._engine.set_gradient_accumulation_boundary(len(means) == len(micro_batches) - 1)
             found = losses(self._engine(batch))
             # DeepSpeed divides by the number of ranks. 0 x loss is 0, or NaN where the loss is not finite.
-            self._engine.backward(found.loss * (self.group.world + 0 * found.loss.detach()), scale_wrt_gas=False)
+            self._engine.backward(
+                found.loss * (self.group.world + 0 * found.loss.detach()), scale_wrt_gas=False
+            )
             means.append(torch.stack((found.mlm.detach(), found.nsp.detach())))
             hits.append(torch.stack((found.token_hits.sum(), found.pair_hits.sum())))
-        counts = torch.tensor([sum(batch.tokens for batch in micro_batches), sum(batch.sequences for batch in micro_batches)])
-        parts = (torch.stack(means).double().sum(0), torch.stack(hits).sum(0), counts.to(self.device))
+        counts = torch.tensor(
+            [
+                sum(batch.tokens for batch in micro_batches),
+                sum(batch.sequences for batch in micro_batches),
+            ]
+        )
+        parts = (
+            torch.stack(means).double().sum(0),
+            torch.stack(hits).sum(0),
+            counts.to(self.device),
+        )
         # Read before the update is queued: who applies a gradient has to wait for its norm anyway, but not for the update.
-        mlm, nsp, token_hits, pair_hits, tokens, sequences = self.group.sum(torch.cat([part.double() for part in parts])).tolist()
+        mlm, nsp, token_hits, pair_hits, tokens, sequences = self.group.sum(
+            torch.cat([part.double() for part in parts])
+        ).tolist()
         grad_norm = self._update()
         if not math.isfinite(grad_norm):
             what = "the norm of the gradient" if math.isfinite(mlm + nsp) else "the loss"
@@ -199,8 +226,14 @@ class Engine:
         if self.stage:
             self._norm = None
             self._engine.step()
-            return float(self._engine.get_global_grad_norm() or 0.0) if self._norm is None else self._norm  # None: it was dropped
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._clip or math.inf))
+            return (
+                float(self._engine.get_global_grad_norm() or 0.0)
+                if self._norm is None
+                else self._norm
+            )  # None: it was dropped
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._clip or math.inf)
+        )
         if math.isfinite(norm):
             self._engine.step()
         else:
@@ -221,7 +254,9 @@ class Engine:
             # Stage 3 gathers weights in every forward, so all ranks run as many; one too many counts for nothing.
             mine = start + self.group.rank
             batch = batches[min(mine, len(batches) - 1)].to(self.device)
-            sums += heldout_sums(losses(self._engine(batch)), batch, mask_id) * (mine < len(batches))
+            sums += heldout_sums(losses(self._engine(batch)), batch, mask_id) * (
+                mine < len(batches)
+            )
         return heldout_means(self.group.sum(sums))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -236,12 +271,19 @@ class Engine:
         self._engine.destroy()
         del self._engine, self._optimizer, self._parameters, self.model
         gc.collect()
-        deepspeed.utils.groups._release_process_group_references(group=None)  # it keeps groups of its own for the next engine
+        deepspeed.utils.groups._release_process_group_references(
+            group=None
+        )  # it keeps groups of its own for the next engine
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     @torch.no_grad()
@@ -253,7 +295,10 @@ class Engine:
             result = losses(self._engine(batch))
             bad = ~result.pair_losses.isfinite()
             masked = batch.masked_positions[~result.token_losses.isfinite()]
-            bad[torch.searchsorted(batch.cu_seqlens, masked.to(batch.cu_seqlens.dtype), right=True) - 1] = True
+            bad[
+                torch.searchsorted(batch.cu_seqlens, masked.to(batch.cu_seqlens.dtype), right=True)
+                - 1
+            ] = True
             found += batch.examples[bad].tolist()
         return found
 
@@ -281,7 +326,9 @@ class Engine:
         for tensor in updated:
             self._optimizer.state[tensor] = {slot: torch.zeros_like(tensor) for slot in self._slots}
             if "exp_avg" in self._slots:
-                self._optimizer.state[tensor]["step"] = torch.tensor(float(step), device=tensor.device)
+                self._optimizer.state[tensor]["step"] = torch.tensor(
+                    float(step), device=tensor.device
+                )
 
     @torch.no_grad()
     def _restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -294,7 +341,11 @@ class Engine:
     def _get(self, parameter: Tensor, slot: str) -> Tensor:
         if self.stage == 0:
             return parameter.detach() if slot == WEIGHT else self._optimizer.state[parameter][slot]
-        found = safe_get_full_fp32_param(parameter) if slot == WEIGHT else safe_get_full_optimizer_state(parameter, slot)
+        found = (
+            safe_get_full_fp32_param(parameter)
+            if slot == WEIGHT
+            else safe_get_full_optimizer_state(parameter, slot)
+        )
         assert found is not None, f"DeepSpeed holds no {slot} of a parameter"
         return found
 
@@ -302,14 +353,18 @@ class Engine:
         if self.stage == 0:
             (parameter if slot == WEIGHT else self._optimizer.state[parameter][slot]).copy_(value)
         elif self.stage < 3:
-            safe_set_full_fp32_param(parameter, value) if slot == WEIGHT else safe_set_full_optimizer_state(parameter, value, slot)
+            safe_set_full_fp32_param(
+                parameter, value
+            ) if slot == WEIGHT else safe_set_full_optimizer_state(parameter, value, slot)
         else:
             # This rank's slice of the padded flat tensor; the setters of full tensors fail where the size is no multiple of the world.
             size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
             flat = torch.zeros(size * self.group.world, device=self.device)
             flat[: value.numel()] = value.flatten()
             mine = flat[size * self.group.rank : size * (self.group.rank + 1)]
-            safe_set_local_fp32_param(parameter, mine) if slot == WEIGHT else safe_set_local_optimizer_state(parameter, mine, slot)
+            safe_set_local_fp32_param(
+                parameter, mine
+            ) if slot == WEIGHT else safe_set_local_optimizer_state(parameter, mine, slot)
 
 
 # DeepSpeed's own checks, by section.
@@ -327,22 +382,32 @@ def check_settings(settings: DeepSpeedSettings) -> None:
         DeepSpeedConfig({**settings.values, "train_micro_batch_size_per_gpu": 1})
     except ValidationError as error:
         first = error.errors()[0]
-        section, model = next((section, model) for section, model in MODELS.items() if model.__name__ == error.title)
+        section, model = next(
+            (section, model) for section, model in MODELS.items() if model.__name__ == error.title
+        )
         inside = [str(part) for part in first["loc"]]
         place = ".".join(filter(None, [section, *inside]))
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(inside[-1], _keys(model, inside[:-1]), n=3, cutoff=0.6)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(f"{settings.path}: unknown key '{place}'{hint}") from None
-        value = f" = {first['input']!r}" if inside else ""  # without a key it is of the whole section
-        raise InputError(f"{settings.path}: {place}{value}: {first['msg']}, says DeepSpeed") from None
+        value = (
+            f" = {first['input']!r}" if inside else ""
+        )  # without a key it is of the whole section
+        raise InputError(
+            f"{settings.path}: {place}{value}: {first['msg']}, says DeepSpeed"
+        ) from None
     except Exception as error:  # its checks raise all kinds, AssertionError among them
-        raise InputError(f"{settings.path}: DeepSpeed refuses it: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
+        raise InputError(
+            f"{settings.path}: DeepSpeed refuses it: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from None
 
 
 def _keys(model: Any, inside: list[str]) -> list[str]:
     """What a section, or one inside it, may hold."""
     for key in inside:
         kinds = model.model_fields[key].annotation
-        model = next(kind for kind in (kinds, *typing.get_args(kinds)) if hasattr(kind, "model_fields"))
+        model = next(
+            kind for kind in (kinds, *typing.get_args(kinds)) if hasattr(kind, "model_fields")
+        )
     return [field.alias or name for name, field in model.model_fields.items()]

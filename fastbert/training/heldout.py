@@ -43,13 +43,19 @@ def heldout_sums(losses: Losses, batch: PackedBatch, mask_id: int) -> Tensor:
         (losses.pair_losses, losses.pair_hits, paired),
     ):
         # Not `values[counted]`, whose size the host would wait for.
-        parts += [torch.where(counted, values.double(), 0.0).sum(), (hits & counted).sum().double(), counted.sum().double()]
+        parts += [
+            torch.where(counted, values.double(), 0.0).sum(),
+            (hits & counted).sum().double(),
+            counted.sum().double(),
+        ]
     return torch.stack(parts)
 
 
 def heldout_means(sums: Tensor) -> HeldOut:
     """From the sums over everything."""
     rows = sums.view(3, 3).tolist()
-    (mlm, mlm_hits), (shown, shown_hits), (nsp, nsp_hits) = [(loss / n, hits / n) if n else (None, None) for loss, hits, n in rows]
+    (mlm, mlm_hits), (shown, shown_hits), (nsp, nsp_hits) = [
+        (loss / n, hits / n) if n else (None, None) for loss, hits, n in rows
+    ]
     assert mlm is not None and mlm_hits is not None, "a held-out set without a masked token"
     return HeldOut(mlm + (nsp or 0.0), mlm, mlm_hits, shown, shown_hits, nsp, nsp_hits)

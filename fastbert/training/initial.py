@@ -14,7 +14,14 @@ from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 
 # What a model is; everything else of [model] is how it is trained, and the recipe's own.
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "layer_norm_eps")
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "layer_norm_eps",
+)
 PER_TOKEN = ("embeddings.words", "mlm_head.vocabulary_bias")  # weights with a row for each token
 
 
@@ -42,15 +49,23 @@ def with_sizes(config: RunConfig, found: ModelConfig, recipe: str) -> RunConfig:
     for name in SIZES:
         mine, theirs = getattr(config.model, name), getattr(found, name)
         if mine not in (theirs, defaults[name]):
-            raise InputError(f"{recipe}: model.{name} = {mine}, but init = {config.init!r} has {theirs}; leave it out, or leave init out")
+            raise InputError(
+                f"{recipe}: model.{name} = {mine}, but init = {config.init!r} has {theirs}; leave it out, or leave init out"
+            )
     if config.model.initial_attention != defaults["initial_attention"]:
-        raise InputError(f'{recipe}: model.initial_attention = "{config.model.initial_attention}" and init = {config.init!r}: choose one')
-    resolved = replace(config, model=replace(config.model, **{name: getattr(found, name) for name in SIZES}))
+        raise InputError(
+            f'{recipe}: model.initial_attention = "{config.model.initial_attention}" and init = {config.init!r}: choose one'
+        )
+    resolved = replace(
+        config, model=replace(config.model, **{name: getattr(found, name) for name in SIZES})
+    )
     check_config(resolved, recipe)
     return resolved
 
 
-def put(source: str, initial: ModelParts, model: BertForPreTraining, dataset: TokenDataset, recipe: str) -> None:
+def put(
+    source: str, initial: ModelParts, model: BertForPreTraining, dataset: TokenDataset, recipe: str
+) -> None:
     """Copy the weights into a new model; a head that is missing keeps its random start.
 
     Raises:
@@ -63,6 +78,11 @@ def put(source: str, initial: ModelParts, model: BertForPreTraining, dataset: To
             f"({theirs.get_vocab_size():,}); prepare the text with --tokenizer {source}"
         )
     # Some models pad their tables: rows past the last token stand for nothing.
-    weights = {name: tensor[: dataset.vocab_size] if name in PER_TOKEN else tensor for name, tensor in initial.weights.items()}
+    weights = {
+        name: tensor[: dataset.vocab_size] if name in PER_TOKEN else tensor
+        for name, tensor in initial.weights.items()
+    }
     result = model.load_state_dict(weights, strict=False)
-    assert not result.unexpected_keys and all("_head." in name for name in result.missing_keys), result
+    assert not result.unexpected_keys and all("_head." in name for name in result.missing_keys), (
+        result
+    )

@@ -28,7 +28,9 @@ class Ended(Exception):
     """The run failed for a reason outside its code; the message is one line for the user."""
 
 
-def pretrain(config: RunConfig, recipe: str, resume: bool, stop_request: StopRequest | None = None) -> int:
+def pretrain(
+    config: RunConfig, recipe: str, resume: bool, stop_request: StopRequest | None = None
+) -> int:
     """Train as the recipe says, from the beginning or from the newest valid checkpoint of its run. Every rank calls it.
 
     Args:
@@ -46,7 +48,10 @@ def pretrain(config: RunConfig, recipe: str, resume: bool, stop_request: StopReq
     timeout_s = config.runtime.timeout_s
     with stop_request or StopRequest() as stop_request:
         try:
-            with form_group(timeout_s, stop_request) as group, Watchdog(group, timeout_s) as watchdog:
+            with (
+                form_group(timeout_s, stop_request) as group,
+                Watchdog(group, timeout_s) as watchdog,
+            ):
                 group.connect()
                 watchdog.tick("the set-up")
                 setup = set_up(config, recipe, resume, group)
@@ -77,7 +82,9 @@ def train(run: Run) -> int:
     return conclude(run, reason, last)
 
 
-def _open_and_train(setup: Setup, group: Group, watchdog: Watchdog, stop_request: StopRequest) -> int:
+def _open_and_train(
+    setup: Setup, group: Group, watchdog: Watchdog, stop_request: StopRequest
+) -> int:
     """Take the run folder, build what trains, and train. A failure of the disk or of memory becomes one line."""
     try:
         return _open_run(setup, group, watchdog, stop_request)
@@ -108,7 +115,9 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
     watchdog.tick("building the engine")
     tensors = checkpoint.read_all(found.path) if found else None
     with (
-        Engine(setup.model, config, setup.settings, setup.precision, group, tensors, state.updates) as engine,
+        Engine(
+            setup.model, config, setup.settings, setup.precision, group, tensors, state.updates
+        ) as engine,
         Monitor(
             folder,
             step=state.step,
@@ -145,4 +154,6 @@ def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor) -> 
 def _peak(setup: Setup, group: Group) -> float | None:
     """FLOP/s of all ranks, by a measurement on rank 0."""
     dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
-    return measure_gemm_rate(dtype, device=str(group.device)) * group.world if group.is_main else None
+    return (
+        measure_gemm_rate(dtype, device=str(group.device)) * group.world if group.is_main else None
+    )

@@ -47,7 +47,9 @@ class MetricsFile:
         else:
             with contextlib.suppress(FileNotFoundError):
                 _drop_torn_line(path)
-        self._file = open(path, "ab", buffering=0)  # unbuffered: one write is one line, and a full disk shows at once
+        self._file = open(
+            path, "ab", buffering=0
+        )  # unbuffered: one write is one line, and a full disk shows at once
 
     def write(self, record: dict[str, Any]) -> None:
         line = (strict_json.dumps(record) + "\n").encode()
@@ -84,7 +86,11 @@ def read_metrics(path: Path, bad: list[int] | None = None) -> Iterator[dict[str,
                 record = json.loads(line.decode())
             except (ValueError, RecursionError):
                 record = None
-            if isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("event", ""), str):
+            if (
+                isinstance(record, dict)
+                and type(record.get("step")) is int
+                and isinstance(record.get("event", ""), str)
+            ):
                 yield record
             elif bad is not None:
                 bad.append(number)

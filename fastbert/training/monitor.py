@@ -77,14 +77,21 @@ class Monitor:
         is_main: bool = True,
     ):
         self.run, self.is_main, self._criteria = run, is_main, criteria
-        self._peak, self._vocab_size, self._pairs, self._baselines = peak, vocab_size, pairs, baselines
+        self._peak, self._vocab_size, self._pairs, self._baselines = (
+            peak,
+            vocab_size,
+            pairs,
+            baselines,
+        )
         logging.captureWarnings(True)  # of libraries: into the log, not over the bar
         if not is_main:
             logging.getLogger("py.warnings").addHandler(logging.NullHandler())
             return
         fresh = step == 0
         if fresh:
-            (run / "log.txt").unlink(missing_ok=True)  # not mode "w", which would empty what a link points to
+            (run / "log.txt").unlink(
+                missing_ok=True
+            )  # not mode "w", which would empty what a link points to
         self._log_file = _LogFile(run / "log.txt", encoding="utf-8")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.setLevel(logging.INFO)
@@ -96,11 +103,15 @@ class Monitor:
         self._history.read(read_metrics(run / "metrics.jsonl", bad))
         if fresh:
             shutil.rmtree(run / "tensorboard", ignore_errors=True)
-        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=None if fresh else step + 1)
+        self._tensorboard = SummaryWriter(
+            str(run / "tensorboard"), purge_step=None if fresh else step + 1
+        )
         self._console = Console(highlight=False, soft_wrap=True)
         columns = (
             TaskProgressColumn(table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None, table_column=Column(ratio=1)),  # what the text leaves of the line
+            BarColumn(
+                bar_width=None, table_column=Column(ratio=1)
+            ),  # what the text leaves of the line
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         )
         self._bar = Bar(*columns, console=self._console, auto_refresh=False, expand=True)
@@ -112,7 +123,9 @@ class Monitor:
         self._norms = diagnosis.GradientNorm()
         self._advised: set[str] = set()
         if bad:
-            self.say(f"{run / 'metrics.jsonl'}: {len(bad):,} of its lines cannot be read and are left out; the first is line {bad[0]:,}")
+            self.say(
+                f"{run / 'metrics.jsonl'}: {len(bad):,} of its lines cannot be read and are left out; the first is line {bad[0]:,}"
+            )
 
     def say(self, line: str) -> None:
         """One line for the user, also in log.txt."""
@@ -126,7 +139,16 @@ class Monitor:
         if self.is_main:
             self._metrics.write({"event": kind, "step": step, **values})
 
-    def step(self, done: TrainState, result: StepResult, *, lr: float, seconds: float, waited: float, flops: float) -> None:
+    def step(
+        self,
+        done: TrainState,
+        result: StepResult,
+        *,
+        lr: float,
+        seconds: float,
+        waited: float,
+        flops: float,
+    ) -> None:
         """An optimizer step.
 
         Args:
@@ -138,14 +160,26 @@ class Monitor:
         """
         if not self.is_main:
             return
-        values = {"step": done.step, **asdict(result), "lr": lr, "seconds": seconds, "tokens_per_s": result.tokens / seconds}
+        values = {
+            "step": done.step,
+            **asdict(result),
+            "lr": lr,
+            "seconds": seconds,
+            "tokens_per_s": result.tokens / seconds,
+        }
         record = {key: values[key] for key in STEP_KEYS}
         self._metrics.write(record)
         self._history.add(record)
         if done.step % TENSORBOARD_EVERY == 0:
-            self._scalars("train", done.step, {k: v for k, v in record.items() if k not in ("step", "sequences", "seconds")})
+            self._scalars(
+                "train",
+                done.step,
+                {k: v for k, v in record.items() if k not in ("step", "sequences", "seconds")},
+            )
         if done.step == 1:
-            self._advise("first loss", diagnosis.first_loss(result.loss, self._vocab_size, self._pairs))
+            self._advise(
+                "first loss", diagnosis.first_loss(result.loss, self._vocab_size, self._pairs)
+            )
         self._advise("gradient", self._norms.add(done.step, result.grad_norm))
         window = self._window
         window.steps += 1
@@ -153,7 +187,9 @@ class Monitor:
         window.tokens += result.tokens
         window.flops += flops
         window.waited += waited
-        if time.perf_counter() - window.began >= (BAR_EVERY_S if self._console.is_terminal else LINE_EVERY_S):
+        if time.perf_counter() - window.began >= (
+            BAR_EVERY_S if self._console.is_terminal else LINE_EVERY_S
+        ):
             self._show(done)
 
     def evaluate(self, done: TrainState, found: HeldOut, seconds: float) -> None:
@@ -166,14 +202,20 @@ class Monitor:
         self._history.add(record)
         self._scalars("heldout", done.step, asdict(found))
         share = self._criteria.share(done)
-        self.say(f"held-out at step {done.step:,}: {self._in_words(found) if found.finite else 'the loss is not finite'}")
+        self.say(
+            f"held-out at step {done.step:,}: {self._in_words(found) if found.finite else 'the loss is not finite'}"
+        )
         lost = diagnosis.diverged(found.loss, self._vocab_size, self._pairs)
         self._advise("diverged", lost)
         if lost is None:
             if found.loss_mask_token is not None:
-                self._advise("plateau", diagnosis.plateau(share, found.loss_mask_token, self._baselines))
+                self._advise(
+                    "plateau", diagnosis.plateau(share, found.loss_mask_token, self._baselines)
+                )
             self._advise("pairs", diagnosis.stuck_pairs(share, found.loss_nsp, found.accuracy_nsp))
-        if share < 1.0 and time.perf_counter() - self._drawn >= PICTURE_EVERY_S:  # `stop` draws the last one
+        if (
+            share < 1.0 and time.perf_counter() - self._drawn >= PICTURE_EVERY_S
+        ):  # `stop` draws the last one
             self._draw()
         self._window = _Window(time.perf_counter())  # the evaluation's time is none of a step's
 
@@ -194,14 +236,20 @@ class Monitor:
             self.event("save", saved.step, checkpoint=saved.path.name, seconds=saved.stall_s)
         else:
             self.event("save", saved.step, problem=saved.problem)
-            self.say(f"no checkpoint at step {saved.step:,}: {saved.problem}; the older ones are as they were")
+            self.say(
+                f"no checkpoint at step {saved.step:,}: {saved.problem}; the older ones are as they were"
+            )
 
     def stop(self, step: int, reason: str, advice: str = "") -> None:
         """The end of this process's part of the run; `advice` is what the user may do now."""
         self.event("stop", step, reason=reason)
         if self.is_main:
             with self._printing():
-                self._bar.update(self._task, completed=1.0 if not advice else None, refresh=self._console.is_terminal)
+                self._bar.update(
+                    self._task,
+                    completed=1.0 if not advice else None,
+                    refresh=self._console.is_terminal,
+                )
             self._draw()
             self.say(f"stopped at step {step:,}: {reason}" + (f"; {advice}" if advice else ""))
 
@@ -222,13 +270,22 @@ class Monitor:
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _show(self, done: TrainState) -> None:
         window, now = self._window, time.perf_counter()
         elapsed = now - window.began
-        parts = [f"step {done.step:,}", f"loss {window.loss / window.steps:.3f}", f"{window.tokens / elapsed:,.0f} tok/s"]
+        parts = [
+            f"step {done.step:,}",
+            f"loss {window.loss / window.steps:.3f}",
+            f"{window.tokens / elapsed:,.0f} tok/s",
+        ]
         if self._peak:
             parts.append(f"{window.flops / elapsed / self._peak:.0%} of peak")
         parts.append(f"{window.waited / elapsed:.1%} wait")
@@ -237,7 +294,9 @@ class Monitor:
             parts.append(f"{_clock(left)} left")
         if self._console.is_terminal:
             with self._printing():
-                self._bar.update(self._task, completed=share, description="  ".join(parts), refresh=True)
+                self._bar.update(
+                    self._task, completed=share, description="  ".join(parts), refresh=True
+                )
         else:
             self.say(", ".join([f"{share:.0%}", *parts]))
         self._window = _Window(now)
@@ -247,7 +306,9 @@ class Monitor:
         if found.loss_nsp is not None and found.accuracy_nsp is not None:
             parts.append(f"NSP loss {found.loss_nsp:.3f}, accuracy {found.accuracy_nsp:.1%}")
         if found.loss_mask_token is not None:
-            parts.append(f"on [MASK] {found.loss_mask_token:.3f}, {diagnosis.compare(found.loss_mask_token, self._baselines)}")
+            parts.append(
+                f"on [MASK] {found.loss_mask_token:.3f}, {diagnosis.compare(found.loss_mask_token, self._baselines)}"
+            )
         return "; ".join(parts)
 
     def _advise(self, rule: str, line: str | None) -> None:

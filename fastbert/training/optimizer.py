@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from fastbert.config import OptimizerConfig
 
 # What each keeps for a parameter, besides the count of steps: tensors of its shape.
-SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "lamb": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+SLOTS = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "lamb": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -22,7 +26,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     """
     groups = decay_groups(model, config.weight_decay)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
     if config.name == "lamb":
         return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
@@ -62,7 +68,9 @@ class Lamb(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
     ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -77,7 +85,11 @@ class Lamb(torch.optim.Optimizer):
         gradients = [p.grad for p in parameters if p.grad is not None]
         for p in parameters:
             if not self.state[p]:
-                self.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
             self.state[p]["step"] += 1
         exp_avgs = [self.state[p]["exp_avg"] for p in parameters]
         exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in parameters]
@@ -93,12 +105,19 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_div_(updates, denominators)
         if decay:
             torch._foreach_add_(updates, parameters, alpha=decay)
-        torch._foreach_mul_(updates, [-group["lr"] * ratio for ratio in self._ratios(parameters, updates)])
+        torch._foreach_mul_(
+            updates, [-group["lr"] * ratio for ratio in self._ratios(parameters, updates)]
+        )
         torch._foreach_add_(parameters, updates)
 
     @staticmethod
     def _ratios(parameters: list[Tensor], updates: list[Tensor]) -> list[float]:
         """|x| / |update| of each matrix, 1 for vectors and where either norm is 0; one wait for the device."""
-        norms = torch.stack([*torch._foreach_norm(parameters), *torch._foreach_norm(updates)]).tolist()
+        norms = torch.stack(
+            [*torch._foreach_norm(parameters), *torch._foreach_norm(updates)]
+        ).tolist()
         rows = zip(parameters, norms[: len(parameters)], norms[len(parameters) :], strict=True)
-        return [weight / update if p.dim() >= 2 and weight > 0 and update > 0 else 1.0 for p, weight, update in rows]
+        return [
+            weight / update if p.dim() >= 2 and weight > 0 and update > 0 else 1.0
+            for p, weight, update in rows
+        ]

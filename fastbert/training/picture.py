@@ -32,7 +32,9 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> str | None:
     partial = path.with_name(f".{path.name}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of letters that the font does not have: they are drawn as boxes
+            warnings.simplefilter(
+                "ignore"
+            )  # of letters that the font does not have: they are drawn as boxes
             draw().savefig(partial, format="png")
         os.replace(partial, path)
     except Exception as error:
@@ -53,8 +55,13 @@ class LossHistory:
         """Take an object of metrics.jsonl; events other than evaluations are passed over."""
         if record.get("event") == "evaluate":
             losses = {key: record.get(key) for key in ("loss_mlm", "loss_mask_token", "loss_nsp")}
-            drawn = {"step": record["step"], **{key: math.nan if value is None else value for key, value in losses.items()}}
-            self._evaluations = [e for e in self._evaluations if e["step"] < record["step"]] + [drawn]
+            drawn = {
+                "step": record["step"],
+                **{key: math.nan if value is None else value for key, value in losses.items()},
+            }
+            self._evaluations = [e for e in self._evaluations if e["step"] < record["step"]] + [
+                drawn
+            ]
         elif "event" not in record:
             steps = self._steps["step"]
             while steps and steps[-1] >= record["step"]:
@@ -73,20 +80,30 @@ class LossHistory:
             log.warning(problem)
 
     def _figure(self, title: str, baselines: Mapping[str, float]) -> Any:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.9 s: at the first picture, not at the start
+        from matplotlib.backends.backend_agg import (
+            FigureCanvasAgg,
+        )  # 0.9 s: at the first picture, not at the start
         from matplotlib.figure import Figure
 
         pairs = any(not math.isnan(value) for value in self._steps["loss_nsp"])
-        figure = Figure(figsize=(9, 6.4 if pairs else 4.8), dpi=130, facecolor="white", layout="constrained")
+        figure = Figure(
+            figsize=(9, 6.4 if pairs else 4.8), dpi=130, facecolor="white", layout="constrained"
+        )
         FigureCanvasAgg(figure)
-        axes = figure.subplots(2 if pairs else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1] if pairs else [1])[:, 0]
+        axes = figure.subplots(
+            2 if pairs else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1] if pairs else [1]
+        )[:, 0]
         self._draw_mlm(axes[0], baselines)
         if pairs:
             self._draw_nsp(axes[1])
         # The name of the run is the user's: "$" in it begins no formula.
-        axes[0].set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", parse_math=False)
+        axes[0].set_title(
+            title, loc="left", color=INK, fontsize=12, fontweight="bold", parse_math=False
+        )
         axes[-1].set_xlabel("optimizer steps", color=MUTED)
-        last = max([*self._steps["step"][-1:], *(e["step"] for e in self._evaluations[-1:])], default=1)
+        last = max(
+            [*self._steps["step"][-1:], *(e["step"] for e in self._evaluations[-1:])], default=1
+        )
         axes[0].set_xlim(0, last)
         for ax in axes:
             ax.spines[["top", "right"]].set_visible(False)
@@ -100,9 +117,23 @@ class LossHistory:
         ax.plot(*self._smooth("loss_mlm"), color=TRAIN, linewidth=1.6, label="training batches")
         steps = [e["step"] for e in self._evaluations]
         dots = {"marker": "o", "markersize": 3.2, "linewidth": 1.4}
-        ax.plot(steps, [e["loss_mlm"] for e in self._evaluations], color=HELDOUT, label="held-out", **dots)
-        ax.plot(steps, [e["loss_mask_token"] for e in self._evaluations], color=MASKED, label="held-out, [MASK] alone", **dots)
-        for value, name in sorted((value, name) for name, value in baselines.items() if name in NAMES):
+        ax.plot(
+            steps,
+            [e["loss_mlm"] for e in self._evaluations],
+            color=HELDOUT,
+            label="held-out",
+            **dots,
+        )
+        ax.plot(
+            steps,
+            [e["loss_mask_token"] for e in self._evaluations],
+            color=MASKED,
+            label="held-out, [MASK] alone",
+            **dots,
+        )
+        for value, name in sorted(
+            (value, name) for name, value in baselines.items() if name in NAMES
+        ):
             ax.axhline(value, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
             ax.annotate(f"{NAMES[name]} {value:.2f}", (1.0, value), xycoords=("axes fraction", "data"), xytext=(4, 0),
                         textcoords="offset points", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
@@ -111,7 +142,13 @@ class LossHistory:
 
     def _draw_nsp(self, ax: Any) -> None:
         ax.plot(*self._smooth("loss_nsp"), color=TRAIN, linewidth=1.6)
-        ax.plot([e["step"] for e in self._evaluations], [e["loss_nsp"] for e in self._evaluations], color=NSP, marker="o", markersize=3.2)
+        ax.plot(
+            [e["step"] for e in self._evaluations],
+            [e["loss_nsp"] for e in self._evaluations],
+            color=NSP,
+            marker="o",
+            markersize=3.2,
+        )
         ax.axhline(math.log(2), color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         ax.annotate("a coin, ln 2", (1.0, math.log(2)), xycoords=("axes fraction", "data"), xytext=(4, 0),
                     textcoords="offset points", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip

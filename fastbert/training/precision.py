@@ -10,7 +10,9 @@ from fastbert.errors import InputError
 from fastbert.machine import Bf16Probe, probe_bf16
 
 
-def resolve_precision(precision: str, device: torch.device, recipe: str, probe: Callable[[], Bf16Probe] = probe_bf16) -> tuple[str, str]:
+def resolve_precision(
+    precision: str, device: torch.device, recipe: str, probe: Callable[[], Bf16Probe] = probe_bf16
+) -> tuple[str, str]:
     """ "auto" is bf16 on a GPU that has it, and fp32 on a CPU, where bf16 must be asked for: its products may run at twice the rate, and
     a small model's step is still slower; and a run must not change its precision with a measurement. Asked for, it is tried first in
     a child process (see machine.py), since some processors kill the process that multiplies in bf16.

@@ -40,7 +40,14 @@ class Consensus:
         began: when the first step would have begun without interruptions, as `time.monotonic()`.
     """
 
-    def __init__(self, group: Group, watchdog: Watchdog, stop_request: StopRequest, lock: RunLock, began: float):
+    def __init__(
+        self,
+        group: Group,
+        watchdog: Watchdog,
+        stop_request: StopRequest,
+        lock: RunLock,
+        began: float,
+    ):
         self.watchdog, self.stop_request, self.lock = watchdog, stop_request, lock
         self._group, self._began = group, began
         # A single process sends the sum to nobody, so there is no GPU to wait for.
@@ -92,8 +99,12 @@ class Run:
         self.stop = self.diverged = False
         self.newest: Path | None = setup.start.checkpoint.path if setup.start.checkpoint else None
         self._saved, self._due, self._written = self.state.step, False, True
-        self._found: HeldOut | None = None  # of the weights as they are now, where that was measured
-        self._last_applied: list[PackedBatch] | None = None  # this rank's packs of the last applied step
+        self._found: HeldOut | None = (
+            None  # of the weights as they are now, where that was measured
+        )
+        self._last_applied: list[PackedBatch] | None = (
+            None  # this rank's packs of the last applied step
+        )
 
     @property
     def state(self) -> TrainState:
@@ -142,7 +153,9 @@ class Run:
             self._note(self.saver.finish())
         self._due = self._due or self.state.step % self.setup.config.checkpoint.every == 0
         if self._due and not self.state.skipped_in_a_row:
-            self._note(self.saver.wait())  # waits only where saving takes longer than the steps between
+            self._note(
+                self.saver.wait()
+            )  # waits only where saving takes longer than the steps between
             self._begin_save()
 
     def save_at_the_end(self, finished: bool) -> Saved | None:
@@ -174,8 +187,12 @@ class Run:
     def _skip(self, error: NotFinite) -> None:
         """Count a step that was not applied, and name the examples to blame."""
         self.state.skip()
-        bad_examples = sorted(example for examples in self.group.gather(error.examples) for example in examples)
-        self.monitor.skip(self.state.step, str(error), bad_examples, self.setup.config.batch.sequences)
+        bad_examples = sorted(
+            example for examples in self.group.gather(error.examples) for example in examples
+        )
+        self.monitor.skip(
+            self.state.step, str(error), bad_examples, self.setup.config.batch.sequences
+        )
         self.diverged = self.state.skipped_in_a_row > self.setup.config.stop.skipped
 
     def _agree(self) -> bool:
@@ -200,7 +217,9 @@ class Run:
         assert self._last_applied is not None
         self.consensus.tick("the step that the last checkpoint waits for")
         try:
-            self.engine.step(self._last_applied, lr=0.0)  # the state is copied: what becomes of it here is lost
+            self.engine.step(
+                self._last_applied, lr=0.0
+            )  # the state is copied: what becomes of it here is lost
             return True
         except NotFinite:
             return False
@@ -209,6 +228,9 @@ class Run:
 def _flops(setup: Setup, packs: list[PackedBatch]) -> float:
     """Operations of this rank's part of a step, as they are computed: their share of the peak says how busy the processor is."""
     lengths = [n for pack in packs for n in pack.cu_seqlens.diff().tolist()]
-    masked, pairs = (sum(map(len, tensors)) for tensors in zip(*((p.labels, p.examples) for p in packs), strict=True))
+    masked, pairs = (
+        sum(map(len, tensors))
+        for tensors in zip(*((p.labels, p.examples) for p in packs), strict=True)
+    )
     pairs = pairs if setup.config.objective.pairs else 0
     return executed_flops(setup.config.model, setup.dataset.vocab_size, lengths, masked, pairs)

@@ -41,10 +41,26 @@ from fastbert.training.verified_dataset import open_verified
 # What may differ between a checkpoint and the recipe that goes on from it: where things lie, when it ends, what it reports and how it is
 # run. A learning rate or a schedule may be changed too: it changes no example and no shape, and is noted. Anything else would make the
 # second half another experiment than the first.
-FREE = ("data", "run", "model.preset", "stop", "evaluate", "checkpoint", "runtime", "batch.micro_batch_tokens")
+FREE = (
+    "data",
+    "run",
+    "model.preset",
+    "stop",
+    "evaluate",
+    "checkpoint",
+    "runtime",
+    "batch.micro_batch_tokens",
+)
 DISK = "lost+found"  # what a new disk holds
 SHARED_DISK_S = 20.0  # how long another machine's disk may take to show a new file
-NOTED = ("optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.max_grad_norm", "schedule")
+NOTED = (
+    "optimizer.lr",
+    "optimizer.betas",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.max_grad_norm",
+    "schedule",
+)
 
 
 @dataclass(frozen=True)
@@ -66,14 +82,19 @@ class Start:
         found = self.checkpoint
         return {
             "run": str(self.run),
-            "checkpoint": found and {"path": str(found.path), "step": found.step, "metadata": found.metadata},
+            "checkpoint": found
+            and {"path": str(found.path), "step": found.step, "metadata": found.metadata},
             "notes": self.notes,
         }
 
     @staticmethod
     def load(values: dict[str, Any]) -> Start:
         found = values["checkpoint"]
-        return Start(Path(values["run"]), found and Checkpoint(Path(found["path"]), found["step"], found["metadata"]), values["notes"])
+        return Start(
+            Path(values["run"]),
+            found and Checkpoint(Path(found["path"]), found["step"], found["metadata"]),
+            values["notes"],
+        )
 
 
 def open_run(config: RunConfig, recipe: str, dataset: TokenDataset, resume: bool) -> Start:
@@ -87,12 +108,20 @@ def open_run(config: RunConfig, recipe: str, dataset: TokenDataset, resume: bool
     _check_folder(run, place)
     if not checkpoint.exists(run):
         _check_nothing_is_lost(run, place, resume)
-        return Start(run, None, [f"{run}: no checkpoint to resume from; starting from the beginning"] if resume else [])
+        return Start(
+            run,
+            None,
+            [f"{run}: no checkpoint to resume from; starting from the beginning"] if resume else [],
+        )
     if not resume:
-        raise InputError(f"{place}: holds a run with checkpoints; resume with --resume, or give another folder by run=...")
+        raise InputError(
+            f"{place}: holds a run with checkpoints; resume with --resume, or give another folder by run=..."
+        )
     found, notes = checkpoint.newest_sound(run)
     if found is None:
-        raise InputError(f"{notes[0]}; no sound checkpoint is left there; give another folder by run=... to start anew")
+        raise InputError(
+            f"{notes[0]}; no sound checkpoint is left there; give another folder by run=... to start anew"
+        )
     if notes:
         notes = [*notes, f"resuming from {found.path}, the newest sound one"]
     return Start(run, found, [*notes, *_check_same_run(config, recipe, dataset, found)])
@@ -106,11 +135,17 @@ def _check_folder(run: Path, place: str) -> None:
         if not is_folder(run):
             raise InputError("a file; give a folder")
         # A start that died before it had claimed the folder leaves CLAIM...; checkpoints/ and the folder itself may be disks of their own.
-        others = [name for name in names_in(run) if not name.startswith(CLAIM) and name not in (DISK, "checkpoints")]
+        others = [
+            name
+            for name in names_in(run)
+            if not name.startswith(CLAIM) and name not in (DISK, "checkpoints")
+        ]
         others += [f"checkpoints/{name}" for name in names_in(run / "checkpoints") if name != DISK]
         if others and not RunLock.was_claimed(run) and not checkpoint.has_written(run):
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            raise InputError(f"holds {', '.join(others[:3])}{more}, and is no run; give a new or an empty folder by run=...")
+            raise InputError(
+                f"holds {', '.join(others[:3])}{more}, and is no run; give a new or an empty folder by run=..."
+            )
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
 
@@ -121,7 +156,9 @@ def _check_nothing_is_lost(run: Path, place: str, resume: bool) -> None:
     try:
         for record in read_metrics(metrics):
             step = max(step, record["step"])
-            saved = record["checkpoint"] if isinstance(record.get("checkpoint"), str) else saved  # of an event "save" or "resume"
+            saved = (
+                record["checkpoint"] if isinstance(record.get("checkpoint"), str) else saved
+            )  # of an event "save" or "resume"
     except OSError as error:
         raise InputError(f"{place}: {unreadable(metrics, error)}") from None
     if saved is not None:
@@ -177,12 +214,17 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         check_settings(settings)
     dataset = open_verified(config.data, group)
     with group.raise_on_all_ranks():
-        batches, heldout = Batches(dataset, config), heldout_batches(dataset, config, config.evaluate.sequences)
+        batches, heldout = (
+            Batches(dataset, config),
+            heldout_batches(dataset, config, config.evaluate.sequences),
+        )
         batches.check(group.world)
         precision, why = resolve_precision(config.runtime.precision, group.device, recipe)
         settings.stage(precision=precision, world=group.world, optimizer=config.optimizer.name)
         torch.manual_seed(config.seed)
-        model = BertForPreTraining(config.model, dataset.vocab_size, config.runtime.kernels, group.device.type)
+        model = BertForPreTraining(
+            config.model, dataset.vocab_size, config.runtime.kernels, group.device.type
+        )
         if config.init is not None and initial is not None:
             put(config.init, initial, model, dataset, recipe)
         if group.is_main:
@@ -192,7 +234,9 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         {
             f"{recipe}: the recipe": hashlib.sha256(dump_config(config).encode()).hexdigest(),
             f"data = {config.data!r}: the dataset's manifest": dataset.sha256,
-            f"{config.runtime.deepspeed}: the file": hashlib.sha256(json.dumps(settings.values, sort_keys=True).encode()).hexdigest(),
+            f"{config.runtime.deepspeed}: the file": hashlib.sha256(
+                json.dumps(settings.values, sort_keys=True).encode()
+            ).hexdigest(),
             "torch's version": torch.__version__,
             "DeepSpeed's version": version("deepspeed"),
             f"runtime.precision = {config.runtime.precision!r} here means": precision,
@@ -211,12 +255,16 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         precision=precision,
         precision_why=why,
         model=model,
-        state=TrainState(**start.checkpoint.metadata["progress"]) if start.checkpoint else TrainState(),
+        state=TrainState(**start.checkpoint.metadata["progress"])
+        if start.checkpoint
+        else TrainState(),
         criteria=StopCriteria(config, batches.steps_per_epoch),
     )
 
 
-def _start_from(config: RunConfig, recipe: str, resume: bool) -> tuple[RunConfig, ModelParts | None]:
+def _start_from(
+    config: RunConfig, recipe: str, resume: bool
+) -> tuple[RunConfig, ModelParts | None]:
     """The recipe with the sizes of the model that it starts from, and that model; None where a checkpoint has been trained on from it."""
     assert config.init is not None
     resolved = Path(config.run) / "config.toml"
@@ -259,7 +307,11 @@ def take_folder(setup: Setup, group: Group) -> RunLock:
 def _prepare(setup: Setup) -> RunLock:
     """Claim the folder; then the resolved recipe, and a copy of the tokenizer, so that the run can be used when the dataset is gone."""
     run, config = setup.start.run, setup.config
-    tokenizer = {Path(name).name: _read_plain(setup.dataset.path / name) for name in OTHER_FILES if name.startswith("tokenizer/")}
+    tokenizer = {
+        Path(name).name: _read_plain(setup.dataset.path / name)
+        for name in OTHER_FILES
+        if name.startswith("tokenizer/")
+    }
     try:
         run.mkdir(parents=True, exist_ok=True)
         owner = RunLock.claim(run)
@@ -269,7 +321,9 @@ def _prepare(setup: Setup) -> RunLock:
             write_whole(run / "tokenizer" / name, data)
         return owner
     except OSError as error:
-        raise InputError(f"run = {config.run!r}: {error.filename or run} cannot be written: {error.strerror}") from None
+        raise InputError(
+            f"run = {config.run!r}: {error.filename or run} cannot be written: {error.strerror}"
+        ) from None
 
 
 def _read_plain(file: Path) -> bytes:
@@ -278,11 +332,15 @@ def _read_plain(file: Path) -> bytes:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as opened:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InputError(f"{file}: not a file; make the dataset again with `fastbert prepare`")
+                raise InputError(
+                    f"{file}: not a file; make the dataset again with `fastbert prepare`"
+                )
             return opened.read()
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise InputError(f"{file}: a link, which is not followed; put the file itself there") from None
+            raise InputError(
+                f"{file}: a link, which is not followed; put the file itself there"
+            ) from None
         raise unreadable(file, error) from None
 
 
@@ -292,10 +350,14 @@ def _check_same_everywhere(group: Group, facts: dict[str, str]) -> None:
     for rank, there in enumerate(everywhere):
         for what, value in everywhere[0].items():
             if there.get(what) != value:
-                raise InputError(f"{what} {value[:16]} on rank 0 and {there.get(what, 'another')[:16]} on rank {rank}; make them equal")
+                raise InputError(
+                    f"{what} {value[:16]} on rank 0 and {there.get(what, 'another')[:16]} on rank {rank}; make them equal"
+                )
 
 
-def _check_same_run(config: RunConfig, recipe: str, dataset: TokenDataset, found: Checkpoint) -> list[str]:
+def _check_same_run(
+    config: RunConfig, recipe: str, dataset: TokenDataset, found: Checkpoint
+) -> list[str]:
     """Raise where the recipe or the dataset is not that of the checkpoint; return a line on each change that is allowed but matters."""
     before = _flat(parse_config(found.metadata["recipe"], str(found.path)))
     now = _flat(config)
@@ -310,7 +372,10 @@ def _check_same_run(config: RunConfig, recipe: str, dataset: TokenDataset, found
         raise InputError(
             f"{recipe}: data = {config.data!r}: not the dataset that {found.path} was trained on; give that one, or start another run by run=..."
         )
-    return [f"changed since the checkpoint: {key} was {before[key]!r}, now {now[key]!r}" for key in changed]
+    return [
+        f"changed since the checkpoint: {key} was {before[key]!r}, now {now[key]!r}"
+        for key in changed
+    ]
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
@@ -319,7 +384,9 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            values |= {f"{item.name}.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)}
+            values |= {
+                f"{item.name}.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)
+            }
         else:
             values[item.name] = value
     return values

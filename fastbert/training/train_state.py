@@ -19,7 +19,9 @@ class TrainState:
     step: int = 0  # batches done: optimizer steps, and those that were skipped
     tokens: int = 0  # real tokens seen, [CLS] and [SEP] counted
     seconds: float = 0.0
-    heldout_loss: float | None = None  # of the last evaluation; None before the first one, and where it was not finite
+    heldout_loss: float | None = (
+        None  # of the last evaluation; None before the first one, and where it was not finite
+    )
     best_loss: float | None = None  # the lowest, by min_delta at least (see `update_best`)
     evals_since_best: int = 0  # evaluations since then, or all of them
     skipped: int = 0  # steps that were not applied, since their loss or gradient was not finite
@@ -55,8 +57,12 @@ class TrainState:
             self.heldout_loss, self.evals_since_best = None, self.evals_since_best + 1
             return
         self.heldout_loss = heldout_loss
-        better = self.best_loss is None or (heldout_loss < self.best_loss and self.best_loss - heldout_loss >= min_delta)
-        self.best_loss, self.evals_since_best = (heldout_loss, 0) if better else (self.best_loss, self.evals_since_best + 1)
+        better = self.best_loss is None or (
+            heldout_loss < self.best_loss and self.best_loss - heldout_loss >= min_delta
+        )
+        self.best_loss, self.evals_since_best = (
+            (heldout_loss, 0) if better else (self.best_loss, self.evals_since_best + 1)
+        )
 
 
 class StopCriteria:
@@ -74,17 +80,27 @@ class StopCriteria:
             epochs = 1.0
         limits: list[tuple[str, str, float | None, Callable[[TrainState], float]]] = [
             (f"stop.steps = {stop.steps}", "steps", stop.steps, lambda done: done.step),
-            (f"stop.epochs = {epochs:g}" if epochs else "", "steps", epochs and epochs * steps_per_epoch, lambda done: done.step),
+            (
+                f"stop.epochs = {epochs:g}" if epochs else "",
+                "steps",
+                epochs and epochs * steps_per_epoch,
+                lambda done: done.step,
+            ),
             (f"stop.tokens = {stop.tokens}", "tokens", stop.tokens, lambda done: done.tokens),
             (f"stop.seconds = {stop.seconds}", "seconds", stop.seconds, lambda done: done.seconds),
         ]
-        self._limits = [(name, unit, limit, amount) for name, unit, limit, amount in limits if limit]
+        self._limits = [
+            (name, unit, limit, amount) for name, unit, limit, amount in limits if limit
+        ]
         self._over = config.schedule.over
         self._stop = stop
 
     def scheduled(self, done: TrainState) -> float:
         """Share of the learning rate's horizon, 0 to 1: the nearest limit in the unit of schedule.over; 0 without one (a flat schedule)."""
-        return max((amount(done) / limit for _, unit, limit, amount in self._limits if unit == self._over), default=0.0)
+        return max(
+            (amount(done) / limit for _, unit, limit, amount in self._limits if unit == self._over),
+            default=0.0,
+        )
 
     def share(self, done: TrainState) -> float:
         """Share of the run, 0 to 1, by the limit that will be reached first at this pace."""
@@ -100,9 +116,17 @@ class StopCriteria:
         for name, _, limit, amount in self._limits:
             if amount(done) >= limit:
                 return name
-        if self._stop.loss and done.heldout_loss is not None and done.heldout_loss <= self._stop.loss:
+        if (
+            self._stop.loss
+            and done.heldout_loss is not None
+            and done.heldout_loss <= self._stop.loss
+        ):
             return f"stop.loss = {self._stop.loss}: the held-out loss is {done.heldout_loss:.4f}"
         if self._stop.patience and done.evals_since_best >= self._stop.patience:
-            found = "none has been finite" if done.best_loss is None else f"no better than {done.best_loss:.4f}"
+            found = (
+                "none has been finite"
+                if done.best_loss is None
+                else f"no better than {done.best_loss:.4f}"
+            )
             return f"stop.patience = {self._stop.patience}: {found} for {done.evals_since_best} evaluations"
         return None

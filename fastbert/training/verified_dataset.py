@@ -38,7 +38,10 @@ def open_verified(path: str | Path, group: Group | None = None) -> TokenDataset:
                     now = time.monotonic()
                     if now > said + LINE_EVERY_S and (group is None or group.is_main):
                         said = now
-                        print(f"verifying {path}: {done / total:.0%} of {total / 1e9:,.1f} GB", file=sys.stderr)
+                        print(
+                            f"verifying {path}: {done / total:.0%} of {total / 1e9:,.1f} GB",
+                            file=sys.stderr,
+                        )
                     if now > end:
                         more = True
                         break

@@ -23,10 +23,18 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(map(_name, dtypes))
 
 
-def check_leader(function: str, name: str, x: torch.Tensor, axes: tuple[str, ...], dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+def check_leader(
+    function: str,
+    name: str,
+    x: torch.Tensor,
+    axes: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
     """Of a tensor that sizes are taken from: any will do, along so many axes."""
     if x.dim() != len(axes):
-        raise ValueError(f"{function}: {name} has shape {list(x.shape)}, expected [{', '.join(axes)}]")
+        raise ValueError(
+            f"{function}: {name} has shape {list(x.shape)}, expected [{', '.join(axes)}]"
+        )
     if x.dtype not in dtypes:
         raise TypeError(f"{function}: {name} is {_name(x.dtype)}, expected {_names(dtypes)}")
 
@@ -37,19 +45,27 @@ def check_tensors(function: str, device: torch.device, *tensors: Expected) -> No
         if x is None:
             continue
         if x.shape != shape:
-            raise ValueError(f"{function}: {name} has shape {list(x.shape)}, expected [{', '.join(map(str, shape))}]")
+            raise ValueError(
+                f"{function}: {name} has shape {list(x.shape)}, expected [{', '.join(map(str, shape))}]"
+            )
         if x.dtype not in dtypes:
             raise TypeError(f"{function}: {name} is {_name(x.dtype)}, expected {_names(dtypes)}")
         if x.device != device:
-            raise ValueError(f"{function}: {name} is on {x.device}, the other tensors on {device}; move it there")
+            raise ValueError(
+                f"{function}: {name} is on {x.device}, the other tensors on {device}; move it there"
+            )
 
 
 def check_dropout(function: str, p: float, keys: torch.Tensor | None, length: int) -> None:
     """That there are keys where they are needed; what kind of tensor they are is for `check_tensors`."""
     if not 0 <= p < 1 - 2**-17:  # beyond, it rounds to 1
-        raise ValueError(f"{function}: dropout_p = {p}; must be at least 0 and below 1, to a multiple of 2**-16")
+        raise ValueError(
+            f"{function}: dropout_p = {p}; must be at least 0 and below 1, to a multiple of 2**-16"
+        )
     if p > 0 and keys is None:
-        raise ValueError(f"{function}: dropout_p = {p} needs keys, int64 [{length}]: masks are a function of them")
+        raise ValueError(
+            f"{function}: dropout_p = {p} needs keys, int64 [{length}]: masks are a function of them"
+        )
 
 
 def check_implementation(function: str, name: str, offered: dict) -> None:
@@ -63,14 +79,20 @@ def check_triton(function: str, *tensors: Expected) -> None:
     The tensors have passed `check_tensors`: all are on one device, and if any is float64, the first is.
     """
     if not _HAS_TRITON:
-        raise ImportError(f'{function}: impl = "triton" needs Triton 3.6 or newer: pip install triton')
+        raise ImportError(
+            f'{function}: impl = "triton" needs Triton 3.6 or newer: pip install triton'
+        )
     for name, x, *_ in tensors:
         if x is not None and not x.is_contiguous() and x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{function}: {name} has stride {x.stride(-1)} along its last axis, expected 1; call .contiguous()")
+            raise ValueError(
+                f"{function}: {name} has stride {x.stride(-1)} along its last axis, expected 1; call .contiguous()"
+            )
     name, first, *_ = tensors[0]
     assert first is not None
     if first.dtype == torch.float64:
-        raise TypeError(f'{function}: {name} is float64, which impl = "triton" does not compute in; use impl = "reference"')
+        raise TypeError(
+            f'{function}: {name} is float64, which impl = "triton" does not compute in; use impl = "reference"'
+        )
     if first.is_cpu and not _takes_cpu_tensors():
         raise ValueError(
             f'{function}: {name} is on the CPU, where impl = "triton" runs in Triton\'s interpreter alone (TRITON_INTERPRET=1, slow); use impl = "cpu"'
@@ -93,4 +115,6 @@ def check_range(function: str, name: str, x: torch.Tensor, bound: int, axis: str
     if x.numel():
         low, high = int(x.min()), int(x.max())
         if low < 0 or high >= bound:
-            raise ValueError(f"{function}: {name} span {low} to {high}; must be in [0, {axis} = {bound})")
+            raise ValueError(
+                f"{function}: {name} span {low} to {high}; must be in [0, {axis} = {bound})"
+            )

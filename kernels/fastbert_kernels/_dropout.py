@@ -74,7 +74,9 @@ def keep_mask(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> tor
     return (half ^ 2**15) >= threshold(p)  # the same as signed, less 2**15
 
 
-def row_multiplier(keys: torch.Tensor, site: int, columns: int, p: float, dtype: torch.dtype) -> torch.Tensor:
+def row_multiplier(
+    keys: torch.Tensor, site: int, columns: int, p: float, dtype: torch.dtype
+) -> torch.Tensor:
     """What dropout multiplies a [R, columns] tensor by: 0, or the inverse of the probability to be kept."""
     lo, hi = site_keys(keys, site)
     return keep_mask(lo[:, 0], hi[:, 0], columns, p).to(dtype) * keep_scale(p)

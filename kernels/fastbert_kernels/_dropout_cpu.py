@@ -7,7 +7,9 @@ import torch
 
 from fastbert_kernels._dropout import site_keys, threshold
 
-_PER_COLUMN = 0x735A2D97  # what brings the half of a column into the upper 16 bits: of columns 8 to 15 of 16,
+_PER_COLUMN = (
+    0x735A2D97  # what brings the half of a column into the upper 16 bits: of columns 8 to 15 of 16,
+)
 _PER_COLUMN_LOW = 0x2D970000  # and of columns 0 to 7, by a shift of 16 bits more
 
 
@@ -30,7 +32,9 @@ def keep_mask_cpu(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) ->
     return woven.view(torch.uint8).view(*lo.shape, 16 * groups)[..., :columns]
 
 
-def site_keys_cpu(rows: torch.Tensor, site: int, heads: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def site_keys_cpu(
+    rows: torch.Tensor, site: int, heads: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `site_keys`, in int32; the first comes with its lowest bit set, as masks use it."""
     lo, hi = site_keys(rows, site, heads)
     return lo.to(torch.int32) | 1, hi.to(torch.int32)

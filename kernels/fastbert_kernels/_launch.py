@@ -40,7 +40,9 @@ class Kernel:
         self.function, self.table = function, table
         self._prepared: dict[tuple, Prepared] = {}
 
-    def prepare(self, like: torch.Tensor, size: int, constants: tuple, *kind: Any, **options: int) -> Prepared:
+    def prepare(
+        self, like: torch.Tensor, size: int, constants: tuple, *kind: Any, **options: int
+    ) -> Prepared:
         """The kernel for one kind of arguments.
 
         Args:
@@ -53,7 +55,11 @@ class Kernel:
         key = (architecture(like.device), like.dtype, size, constants, kind, *options.items())
         found = self._prepared.get(key)
         if found is None or _tiles.being_tuned():
-            found = Prepared(self.function, constants, {**_tiles.tile(self.table, key[0], like.dtype, size), **FUSE, **options})
+            found = Prepared(
+                self.function,
+                constants,
+                {**_tiles.tile(self.table, key[0], like.dtype, size), **FUSE, **options},
+            )
             if not _tiles.being_tuned():
                 if len(self._prepared) >= _MOST:
                     self._prepared.clear()
@@ -68,9 +74,16 @@ class Prepared:
         self.tile = tile
         self._function, self._constants = function, constants
         self._options = {name: value for name, value in tile.items() if name != "programs"}
-        self._compiled: dict[int, tuple[Any, tuple]] = {}  # by device: the compiled kernel, and the values of all its constants
+        self._compiled: dict[
+            int, tuple[Any, tuple]
+        ] = {}  # by device: the compiled kernel, and the values of all its constants
 
-    def __call__(self, grid: tuple[int, ...], pointers: Sequence[torch.Tensor | None], numbers: Sequence[float]) -> None:
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        pointers: Sequence[torch.Tensor | None],
+        numbers: Sequence[float],
+    ) -> None:
         """Run `grid` programs on the current device and stream."""
         address = 0
         for pointer in pointers:
@@ -85,4 +98,7 @@ class Prepared:
         compiled = self._function[grid](*pointers, *numbers, *self._constants, **self._options)
         if usual and compiled is not None:  # the interpreter compiles nothing
             rest = self._function.arg_names[len(pointers) + len(numbers) + len(self._constants) :]
-            self._compiled[device] = compiled, (*self._constants, *(self._options[name] for name in rest))
+            self._compiled[device] = (
+                compiled,
+                (*self._constants, *(self._options[name] for name in rest)),
+            )

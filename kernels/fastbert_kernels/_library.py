@@ -27,7 +27,11 @@ def operator(schema: str, run: Callable, fake: Callable) -> Callable:
     dispatched = getattr(torch.ops.fastbert_kernels, name).default
 
     def call(first: torch.Tensor, *others: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(first) not in _PLAIN:
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or type(first) not in _PLAIN
+        ):
             return dispatched(first, *others)
         return run(first, *others)
 

@@ -16,9 +16,16 @@ from torch.autograd.function import once_differentiable
 _LONGEST = 1024  # oneDNN adds up in longer chains: against fp64 the error is 1.4 to 1.7 times MKL's up to here, 2.1 at 1,536
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str
+) -> torch.Tensor:
     """`torch.nn.functional.linear`: x [N, D], weight [F, D] and bias [F] to [N, F]; another library with impl="cpu", see above."""
-    if impl == "cpu" and x.dtype == torch.float32 and _onednn_is_faster() and not torch.is_autocast_enabled("cpu"):
+    if (
+        impl == "cpu"
+        and x.dtype == torch.float32
+        and _onednn_is_faster()
+        and not torch.is_autocast_enabled("cpu")
+    ):
         return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -28,10 +35,16 @@ def _onednn_is_faster() -> bool:
     """On x86 processors that are not Intel's. Elsewhere (Arm, macOS) torch knows no MKL."""
     cpuinfo = Path("/proc/cpuinfo")
     makers = ("AuthenticAMD", "HygonGenuine")
-    return torch.backends.mkldnn.is_available() and cpuinfo.exists() and any(maker in cpuinfo.read_text() for maker in makers)
+    return (
+        torch.backends.mkldnn.is_available()
+        and cpuinfo.exists()
+        and any(maker in cpuinfo.read_text() for maker in makers)
+    )
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     if x.shape[1] > _LONGEST:
         return torch.nn.functional.linear(x, weight, bias)
     # Contiguous, or one row after the other: for rows of a wider matrix oneDNN has a loop a hundred times slower.

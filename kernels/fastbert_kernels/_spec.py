@@ -36,7 +36,9 @@ class Spec:
 
 def generator(shape: Shape) -> torch.Generator:
     """Seeded by the shape alone, so that a case is the same wherever it is run."""
-    return torch.Generator().manual_seed(sum((i + 1) * (v if isinstance(v, int) else sum(v)) for i, v in enumerate(shape.values())))
+    return torch.Generator().manual_seed(
+        sum((i + 1) * (v if isinstance(v, int) else sum(v)) for i, v in enumerate(shape.values()))
+    )
 
 
 def normal(draw: torch.Generator, dtype: torch.dtype, *size: int, std: float = 1.0) -> torch.Tensor:

@@ -32,7 +32,9 @@ def known_architecture(name: str) -> str:
         return name
     if not name.startswith("sm_"):
         return "gfx942"
-    generations = sorted(int(known.removeprefix("sm_")) for known in table if known.startswith("sm_"))
+    generations = sorted(
+        int(known.removeprefix("sm_")) for known in table if known.startswith("sm_")
+    )
     return f"sm_{max((g for g in generations if g <= int(name.removeprefix('sm_'))), default=generations[0])}"
 
 
@@ -55,7 +57,9 @@ def tile(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> dict[
 def _row(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> Row:
     rows = _table()[known_architecture(architecture)][kernel]
     fitting = [row for row in rows if row["bits"] == dtype.itemsize * 8]
-    row = min((row for row in fitting if row["size"] >= size), key=lambda row: row["size"], default=None)
+    row = min(
+        (row for row in fitting if row["size"] >= size), key=lambda row: row["size"], default=None
+    )
     return row or max(fitting, key=lambda row: row["size"])
 
 

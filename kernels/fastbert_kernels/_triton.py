@@ -21,7 +21,9 @@ class Production(NamedTuple):
     table: str  # its name in tiles.json
     size: int  # its row there
     dtype: torch.dtype
-    arguments: dict[str, Any]  # name to Triton type ("*bf16", "i32", ...), or to the value of a constexpr; tile values come from the table
+    arguments: dict[
+        str, Any
+    ]  # name to Triton type ("*bf16", "i32", ...), or to the value of a constexpr; tile values come from the table
     aligned: tuple[str, ...] = ()  # integers that are multiples of 16; pointers always are
     wide: tuple[str, ...] = ()  # pointers whose loads must be 128 bits wide
 
@@ -40,7 +42,9 @@ def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at the least; under the interpreter, as many as an H100 has."""
     if INTERPRETED:
         return 132
-    return driver.active.utils.get_device_properties(driver.active.get_current_device())["multiprocessor_count"]
+    return driver.active.utils.get_device_properties(driver.active.get_current_device())[
+        "multiprocessor_count"
+    ]
 
 
 def current_device() -> int:
@@ -60,7 +64,11 @@ def takes_cpu_tensors() -> bool:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot: fp32 products follow torch's own setting, `torch.set_float32_matmul_precision`."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return (
+        "tf32"
+        if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+        else "ieee"
+    )
 
 
 @triton.jit
@@ -74,13 +82,17 @@ def splitmix64(x):
 @triton.jit
 def row_key(key, position):
     """As `row_keys`: int64 key of a sequence and position of a token in it, to the token's uint64 key."""
-    return splitmix64(key.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
+    return splitmix64(
+        key.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    )
 
 
 @triton.jit
 def site_keys(row, site, head):
     """As `site_keys`: uint64 row keys to two uint32 of the same shape; the first comes with its lowest bit set, as masks use it."""
-    mixed = splitmix64(row + (tl.cast(site, tl.uint64) * 65536 + tl.cast(head, tl.uint64) + 1) * 0x9E3779B97F4A7C15)
+    mixed = splitmix64(
+        row + (tl.cast(site, tl.uint64) * 65536 + tl.cast(head, tl.uint64) + 1) * 0x9E3779B97F4A7C15
+    )
     return mixed.to(tl.uint32) | 1, (mixed >> 32).to(tl.uint32)
 
 
@@ -97,7 +109,10 @@ def _kept(lo, hi, first_column, column, threshold):
     pair = (first_column // 2 + (column // 16 * 8 + column % 8)) & 0xFFFFFFF
     x = pair.to(tl.uint32) * lo + hi
     x = (x ^ (x >> 15)) * 0x735A2D97
-    return tl.where(column % 16 < 8, x << 16, x).to(tl.int32, bitcast=True) >= (threshold - 32768) << 16
+    return (
+        tl.where(column % 16 < 8, x << 16, x).to(tl.int32, bitcast=True)
+        >= (threshold - 32768) << 16
+    )
 
 
 @triton.jit

@@ -32,13 +32,17 @@ class _Group(NamedTuple):
     sequences: int
 
 
-def _padded(starts: torch.Tensor, lengths: torch.Tensor, longest: int, spare: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(
+    starts: torch.Tensor, lengths: torch.Tensor, longest: int, spare: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     columns = torch.arange(longest)
     outside = columns >= lengths[:, None]
     return (starts[:, None] + columns).masked_fill_(outside, spare).flatten(), outside
 
 
-def _groups(cu_seqlens: torch.Tensor, query_bounds: torch.Tensor, rows: int, total: int) -> list[_Group]:
+def _groups(
+    cu_seqlens: torch.Tensor, query_bounds: torch.Tensor, rows: int, total: int
+) -> list[_Group]:
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     query_starts, query_lengths = query_bounds[:-1].long(), query_bounds.diff().long()
     order = lengths.argsort(descending=True, stable=True)
@@ -54,9 +58,15 @@ def _groups(cu_seqlens: torch.Tensor, query_bounds: torch.Tensor, rows: int, tot
         members = order[first:last]
         key_rows, outside = _padded(starts[members], lengths[members], longest, total)
         most = int(query_lengths[members].max())
-        query_rows, query_outside = _padded(query_starts[members], query_lengths[members], most, rows)
+        query_rows, query_outside = _padded(
+            query_starts[members], query_lengths[members], most, rows
+        )
         mask = torch.zeros(outside.shape).masked_fill_(outside, float("-inf"))[:, None]
-        groups.append(_Group(query_rows, query_outside.flatten().nonzero()[:, 0], key_rows, mask, last - first))
+        groups.append(
+            _Group(
+                query_rows, query_outside.flatten().nonzero()[:, 0], key_rows, mask, last - first
+            )
+        )
         first = last
     return groups
 
@@ -76,32 +86,50 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, cu_seqlens, dropout_p, keys, site, queries, scale):
         rows, heads, size = q.shape
         total = k.shape[0]
-        query_bounds = cu_seqlens if queries is None else torch.searchsorted(queries, cu_seqlens.to(queries.dtype))
+        query_bounds = (
+            cu_seqlens
+            if queries is None
+            else torch.searchsorted(queries, cu_seqlens.to(queries.dtype))
+        )
         groups = _groups(cu_seqlens, query_bounds, rows, total)
         query_end, end = int(query_bounds[-1]), int(cu_seqlens[-1])
         if dropout_p > 0:
             token_keys = row_keys(keys, cu_seqlens, total)
-            lo, hi = site_keys_cpu(token_keys if queries is None else token_keys[queries], site, heads)
+            lo, hi = site_keys_cpu(
+                token_keys if queries is None else token_keys[queries], site, heads
+            )
         out = q.new_empty(rows + 1, heads, size)  # one spare row takes what padding writes
         saved = []
         for group in groups:
             qg = _take(q, group.query_rows, group.sequences, query_end)
             kg, vg = (_take(x, group.key_rows, group.sequences, end) for x in (k, v))
-            scores = torch.baddbmm(group.mask.to(qg.dtype).repeat(heads, 1, 1), qg, kg.transpose(1, 2), alpha=scale)
+            scores = torch.baddbmm(
+                group.mask.to(qg.dtype).repeat(heads, 1, 1), qg, kg.transpose(1, 2), alpha=scale
+            )
             weights = torch.softmax(scores, -1)
             if dropout_p > 0:
                 own = group.query_rows.clamp(max=query_end - 1)
                 shape = (heads * group.sequences, qg.shape[1])
-                kept = keep_mask_cpu(lo.T[:, own].view(shape), hi.T[:, own].view(shape), kg.shape[1], dropout_p)
+                kept = keep_mask_cpu(
+                    lo.T[:, own].view(shape), hi.T[:, own].view(shape), kg.shape[1], dropout_p
+                )
                 dropped = torch.mul(weights, kept, out=scores)
                 og = torch.bmm(dropped, vg).mul_(keep_scale(dropout_p))
             else:
                 dropped = weights
                 og = torch.bmm(weights, vg)
             saved += [qg, kg, vg, weights, dropped]
-            out.transpose(0, 1).index_copy_(1, group.query_rows, og.view(heads, -1, size).to(out.dtype))
+            out.transpose(0, 1).index_copy_(
+                1, group.query_rows, og.view(heads, -1, size).to(out.dtype)
+            )
         ctx.save_for_backward(*saved)
-        ctx.groups, ctx.dropout_p, ctx.scale, ctx.total, ctx.query_end = groups, dropout_p, scale, total, query_end
+        ctx.groups, ctx.dropout_p, ctx.scale, ctx.total, ctx.query_end = (
+            groups,
+            dropout_p,
+            scale,
+            total,
+            query_end,
+        )
         out[query_end:] = 0
         return out[:rows]
 
@@ -115,7 +143,9 @@ class _Attention(torch.autograd.Function):
         for index, group in enumerate(ctx.groups):
             qg, kg, vg, weights, dropped = ctx.saved_tensors[5 * index : 5 * index + 5]
             dog = _take(dout, group.query_rows, group.sequences, ctx.query_end)
-            if group.query_padding.numel():  # it repeats the last row of dout, and would add to dK and dV
+            if (
+                group.query_padding.numel()
+            ):  # it repeats the last row of dout, and would add to dK and dV
                 dog.view(heads, -1, size).index_fill_(1, group.query_padding, 0)
             if ctx.dropout_p > 0:
                 dog *= keep_scale(ctx.dropout_p)
@@ -124,8 +154,14 @@ class _Attention(torch.autograd.Function):
             dscores.addcmul_(weights, dscores.sum(-1, keepdim=True), value=-1)
             dqg = torch.bmm(dscores, kg).mul_(ctx.scale)
             dkg = torch.bmm(dscores.transpose(1, 2), qg).mul_(ctx.scale)
-            for whole, rows_of, part in ((dq, group.query_rows, dqg), (dk, group.key_rows, dkg), (dv, group.key_rows, dvg)):
-                whole.transpose(0, 1).index_copy_(1, rows_of, part.view(heads, -1, size).to(whole.dtype))
+            for whole, rows_of, part in (
+                (dq, group.query_rows, dqg),
+                (dk, group.key_rows, dkg),
+                (dv, group.key_rows, dvg),
+            ):
+                whole.transpose(0, 1).index_copy_(
+                    1, rows_of, part.view(heads, -1, size).to(whole.dtype)
+                )
         return dq[:rows], dk[: ctx.total], dv[: ctx.total], None, None, None, None, None, None
 
 

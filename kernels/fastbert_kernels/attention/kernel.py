@@ -47,9 +47,20 @@ from fastbert_kernels._worklist import ITEM, attention_worklist, one_tile
 _LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2))
 _ITEM = tl.constexpr(ITEM)
-_SMALL = ITEM // 2  # tokens: sequences of more take a tile of ITEM, where one tile holds a whole sequence
+_SMALL = (
+    ITEM // 2
+)  # tokens: sequences of more take a tile of ITEM, where one tile holds a whole sequence
 _REST = 8  # programs of a head that fill the rows behind the last sequence, where no list of work has them
-_VARIES = ["sequences", "rows", "tokens", "over", "scale", "keep_scale", "site", "threshold"]  # not worth a compilation for each value
+_VARIES = [
+    "sequences",
+    "rows",
+    "tokens",
+    "over",
+    "scale",
+    "keep_scale",
+    "site",
+    "threshold",
+]  # not worth a compilation for each value
 
 
 # ------------------------------------------------------------------------------------------------------------- shared pieces
@@ -110,7 +121,9 @@ def _rest(bounds_ptr, sequences, total):
 def _fill(ptr, first, total, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     """Zeros to BLOCK rows."""
     row = first + tl.arange(0, BLOCK)
-    _store(ptr, row, row < total, H * K, tl.zeros([BLOCK, triton.next_power_of_2(K)], tl.float32), K)
+    _store(
+        ptr, row, row < total, H * K, tl.zeros([BLOCK, triton.next_power_of_2(K)], tl.float32), K
+    )
 
 
 @triton.constexpr_function
@@ -121,7 +134,18 @@ def _multiplied_by_fma(ptr, precision):
 
 
 @triton.jit
-def _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT: tl.constexpr):
+def _mask_keys(
+    queries_ptr,
+    keys_ptr,
+    row,
+    valid,
+    sequence,
+    first_token,
+    first_row,
+    site,
+    head,
+    CUT: tl.constexpr,
+):
     """The two keys of each query row's mask: a function of where in its sequence the query stands."""
     if CUT:
         position = tl.load(queries_ptr + row, mask=valid, other=0) - first_token
@@ -148,7 +172,11 @@ def _kind(q, k, v, cut, keys):
 
 def _query_bounds(cu_seqlens, queries):
     """First query row of each sequence, int32 [B + 1]."""
-    return cu_seqlens if queries is None else torch.searchsorted(queries, cu_seqlens.long(), out_int32=True)
+    return (
+        cu_seqlens
+        if queries is None
+        else torch.searchsorted(queries, cu_seqlens.long(), out_int32=True)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
@@ -214,7 +242,9 @@ def _forward_kernel(
     v_ptr += first_token.to(tl.int64) * v_row + head.to(tl.int64) * v_head
     lo, hi = row.to(tl.uint32), row.to(tl.uint32)
     if DROPOUT:
-        lo, hi = _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT)
+        lo, hi = _mask_keys(
+            queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT
+        )
 
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -243,7 +273,9 @@ def _forward_kernel(
 @triton.jit
 def _softmax(q, k, valid, scale, PRECISION: tl.constexpr):
     """W over all keys of a sequence, and its sum in each row."""
-    scores = tl.where(valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
+    scores = tl.where(
+        valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf")
+    )
     weights = tl.exp2((scores - tl.max(scores, 1)[:, None]) * scale)
     return weights, tl.sum(weights, 1)
 
@@ -274,7 +306,9 @@ def _forward_short_kernel(
 
     weights, total = _softmax(q, k, valid, scale, PRECISION)
     if DROPOUT:
-        lo, hi = _mask_keys(queries_ptr, keys_ptr, row, asked, sequence, first_token, first_row, site, head, CUT)
+        lo, hi = _mask_keys(
+            queries_ptr, keys_ptr, row, asked, sequence, first_token, first_row, site, head, CUT
+        )
         weights = tl.where(keep_mask(lo, hi, 0, BLOCK, threshold), weights, 0.0)
     out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / total)[:, None]
 
@@ -300,14 +334,24 @@ def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p,
     numbers = (scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
     constants = (heads, size, cut, dropout_p > 0, dot_precision(q.dtype))
     if whole:
-        for one, programs, over, block in _short(_FORWARD_SHORT, _FORWARD_SMALL, sequences, max_seqlen):
+        for one, programs, over, block in _short(
+            _FORWARD_SHORT, _FORWARD_SMALL, sequences, max_seqlen
+        ):
             kernel = one.prepare(q, size, constants, kind, BLOCK=block)
-            kernel((heads, programs), (q, k, v, out, *tables), (*kind[0], sequences, *sizes, over, *numbers))
+            kernel(
+                (heads, programs),
+                (q, k, v, out, *tables),
+                (*kind[0], sequences, *sizes, over, *numbers),
+            )
     else:
         work = attention_worklist(tables[0], rows) if worklist is None or cut else worklist
         kernel = _FORWARD.prepare(q, size, constants, kind)
         grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
-        kernel(grid, (q, k, v, out, *statistics.unbind(), work, *tables), (*kind[0], sequences, *sizes, *numbers))
+        kernel(
+            grid,
+            (q, k, v, out, *statistics.unbind(), work, *tables),
+            (*kind[0], sequences, *sizes, *numbers),
+        )
     return out, statistics
 
 
@@ -338,7 +382,9 @@ def _prepare_kernel(
     tl.store(delta_ptr + slot, tl.sum(out * dout, 1) / keep_scale, mask=valid)
     if DROPOUT:
         first_token, _ = _span(cu_seqlens_ptr, sequence, tokens)
-        lo, hi = _mask_keys(queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT)
+        lo, hi = _mask_keys(
+            queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT
+        )
         tl.store(lo_ptr + slot, lo.to(tl.int32, bitcast=True), mask=valid)
         tl.store(hi_ptr + slot, hi.to(tl.int32, bitcast=True), mask=valid)
 
@@ -348,7 +394,11 @@ def _row_facts(top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPO
     """top, share, delta and mask keys of query rows. Where there is no row share is zero, and so are its weights."""
     lo, hi = slot.to(tl.uint32), slot.to(tl.uint32)
     if valid is None:
-        top, share, delta = tl.load(top_ptr + slot), tl.load(share_ptr + slot), tl.load(delta_ptr + slot)
+        top, share, delta = (
+            tl.load(top_ptr + slot),
+            tl.load(share_ptr + slot),
+            tl.load(delta_ptr + slot),
+        )
         if DROPOUT:
             lo = tl.load(lo_ptr + slot).to(tl.uint32, bitcast=True)
             hi = tl.load(hi_ptr + slot).to(tl.uint32, bitcast=True)
@@ -373,7 +423,9 @@ def _dkdv_tile(
     valid = row < end if TAIL else None
     q = _load(q_ptr, row, valid, q_row, K)
     dout = _load(dout_ptr, row, valid, dout_row, K)
-    top, share, delta, lo, hi = _row_facts(top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, row, valid, DROPOUT)
+    top, share, delta, lo, hi = _row_facts(
+        top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, row, valid, DROPOUT
+    )
 
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed: [keys, queries]
     weights = tl.exp2(tl.fma(scores, scale, -top[None, :])) * share[None, :]
@@ -438,7 +490,9 @@ def _dkdv_kernel(
             scale, threshold, K, True, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
-    _store(dk_ptr + head * K, token, inside, H * K, dk * (scale * keep_scale * _LN2), K)  # scale holds log2(e): ln 2 takes it out
+    _store(
+        dk_ptr + head * K, token, inside, H * K, dk * (scale * keep_scale * _LN2), K
+    )  # scale holds log2(e): ln 2 takes it out
     _store(dv_ptr + head * K, token, inside, H * K, dv * keep_scale, K)
 
 
@@ -475,7 +529,14 @@ def _dq_kernel(
     if sequence < 0:
         return
     if sequence == sequences:
-        _fill(dq_ptr + head * K, _rest(query_bounds_ptr, sequences, rows) + offset, rows, H, K, BLOCK_Q)
+        _fill(
+            dq_ptr + head * K,
+            _rest(query_bounds_ptr, sequences, rows) + offset,
+            rows,
+            H,
+            K,
+            BLOCK_Q,
+        )
         return
     first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     if first_row + offset >= last_row:
@@ -488,7 +549,9 @@ def _dq_kernel(
     q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
     dout = _load(dout_ptr + head * K, row, valid, H * K, K)
     slot = head.to(tl.int64) * rows + row
-    top, share, delta, lo, hi = _row_facts(top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT)
+    top, share, delta, lo, hi = _row_facts(
+        top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT
+    )
     k_ptr += first_token.to(tl.int64) * k_row + head.to(tl.int64) * k_head
     v_ptr += first_token.to(tl.int64) * v_row + head.to(tl.int64) * v_head
 
@@ -507,7 +570,9 @@ def _dq_kernel(
             q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale, threshold,
             K, True, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
-    _store(dq_ptr + head * K, row, valid, H * K, dq * (share * (scale * keep_scale * _LN2))[:, None], K)
+    _store(
+        dq_ptr + head * K, row, valid, H * K, dq * (share * (scale * keep_scale * _LN2))[:, None], K
+    )
 
 
 @triton.jit(do_not_specialize=_VARIES)
@@ -543,7 +608,9 @@ def _backward_short_kernel(
     dropped = weights
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
-        lo, hi = _mask_keys(queries_ptr, keys_ptr, row, asked, sequence, first_token, first_row, site, head, CUT)
+        lo, hi = _mask_keys(
+            queries_ptr, keys_ptr, row, asked, sequence, first_token, first_row, site, head, CUT
+        )
         keep = keep_mask(lo, hi, 0, BLOCK, threshold)
         dropped = tl.where(keep, weights, 0.0)
         dweights = tl.where(keep, dweights * keep_scale, 0.0)
@@ -553,8 +620,22 @@ def _backward_short_kernel(
     delta = tl.sum(weights * dweights, 1)
     dscores = (weights * (dweights - delta[:, None])).to(k.dtype)
     natural = scale * _LN2  # scale holds log2(e): ln 2 takes it out
-    _store(dq_ptr + head * K, row, asked, H * K, tl.dot(dscores, k, input_precision=PRECISION) * natural, K)
-    _store(dk_ptr + head * K, token, valid, H * K, tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * natural, K)
+    _store(
+        dq_ptr + head * K,
+        row,
+        asked,
+        H * K,
+        tl.dot(dscores, k, input_precision=PRECISION) * natural,
+        K,
+    )
+    _store(
+        dk_ptr + head * K,
+        token,
+        valid,
+        H * K,
+        tl.dot(tl.trans(dscores), q, input_precision=PRECISION) * natural,
+        K,
+    )
 
 
 _BACKWARD_SHORT = Kernel(_backward_short_kernel, "attention_backward_short")
@@ -564,21 +645,53 @@ _DKDV = Kernel(_dkdv_kernel, "attention_dkdv")
 _DQ = Kernel(_dq_kernel, "attention_dq")
 
 
-def backward(dout, q, k, v, out, statistics, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
+def backward(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    statistics,
+    cu_seqlens,
+    worklist,
+    queries,
+    keys,
+    max_seqlen,
+    dropout_p,
+    site,
+    scale,
+):
     """dq [R, H, K], dk and dv [T, H, K], contiguous, in q's dtype; dout contiguous."""
     (rows, heads, size), tokens = q.shape, k.shape[0]
-    dq, dk, dv = q.new_empty(rows, heads, size), q.new_empty(tokens, heads, size), q.new_empty(tokens, heads, size)
+    dq, dk, dv = (
+        q.new_empty(rows, heads, size),
+        q.new_empty(tokens, heads, size),
+        q.new_empty(tokens, heads, size),
+    )
     if tokens == 0:
         return dq, dk, dv
     cut, drop, precision = queries is not None, dropout_p > 0, dot_precision(q.dtype)
     tables = (_query_bounds(cu_seqlens, queries), cu_seqlens, queries, keys)
     kind = _kind(q, k, v, cut, keys)
-    sequences, sizes, scales = cu_seqlens.shape[0] - 1, (rows, tokens), (scale * _LOG2E, keep_scale(dropout_p))
+    sequences, sizes, scales = (
+        cu_seqlens.shape[0] - 1,
+        (rows, tokens),
+        (scale * _LOG2E, keep_scale(dropout_p)),
+    )
     if one_tile(q.dtype, max_seqlen):
-        numbers, constants = (*scales, site, threshold(dropout_p)), (heads, size, cut, drop, precision)
-        for one, programs, over, block in _short(_BACKWARD_SHORT, _BACKWARD_SMALL, sequences, max_seqlen):
+        numbers, constants = (
+            (*scales, site, threshold(dropout_p)),
+            (heads, size, cut, drop, precision),
+        )
+        for one, programs, over, block in _short(
+            _BACKWARD_SHORT, _BACKWARD_SMALL, sequences, max_seqlen
+        ):
             kernel = one.prepare(q, size, constants, kind, BLOCK=block)
-            kernel((heads, programs), (q, k, v, dout, dq, dk, dv, *tables), (*kind[0], sequences, *sizes, over, *numbers))
+            kernel(
+                (heads, programs),
+                (q, k, v, dout, dq, dk, dv, *tables),
+                (*kind[0], sequences, *sizes, over, *numbers),
+            )
         return dq, dk, dv
 
     key_work = attention_worklist(cu_seqlens, tokens) if worklist is None else worklist
@@ -609,7 +722,9 @@ def production() -> list[Production]:
         gradients = dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr"), tensor)
         bounds = dict.fromkeys(("work_ptr", "query_bounds_ptr", "cu_seqlens_ptr"), "*i32")
         strides = dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32")
-        facts = dict.fromkeys(("top_ptr", "share_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(("lo_ptr", "hi_ptr"), "*i32")
+        facts = dict.fromkeys(("top_ptr", "share_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(
+            ("lo_ptr", "hi_ptr"), "*i32"
+        )
         numbers = {
             "sequences": "i32",
             "rows": "i32",
@@ -620,21 +735,44 @@ def production() -> list[Production]:
             "site": "i32",
             "threshold": "i32",
         }
-        sizes = {"H": 12, "K": 64, "CUT": False, "PRECISION": dot_precision(dtype), "queries_ptr": None, "keys_ptr": "*i64"}
+        sizes = {
+            "H": 12,
+            "K": 64,
+            "CUT": False,
+            "PRECISION": dot_precision(dtype),
+            "queries_ptr": None,
+            "keys_ptr": "*i64",
+        }
         inputs = dict((q, k, v, out, dout)) | gradients | bounds | strides | facts | numbers | sizes
         walked = {  # the operands of each kernel whose loads must be wide
             _forward_short_kernel: ("attention_forward_short", "q_ptr", "k_ptr", "v_ptr"),
             _forward_kernel: ("attention_forward", "q_ptr", "k_ptr", "v_ptr"),
-            _backward_short_kernel: ("attention_backward_short", "q_ptr", "k_ptr", "v_ptr", "dout_ptr"),
+            _backward_short_kernel: (
+                "attention_backward_short",
+                "q_ptr",
+                "k_ptr",
+                "v_ptr",
+                "dout_ptr",
+            ),
             _prepare_kernel: ("attention_prepare", "out_ptr", "dout_ptr"),
             _dkdv_kernel: ("attention_dkdv", "q_ptr", "k_ptr", "v_ptr", "dout_ptr"),
             _dq_kernel: ("attention_dq", "q_ptr", "k_ptr", "v_ptr", "dout_ptr"),
         }
         for kernel, (table, *wide) in walked.items():
             # (table, BLOCK) of each size class: two, where one tile holds a whole sequence; BLOCK is not in the table then.
-            classes = ((table, ITEM), (f"{table}_{_SMALL}", _SMALL)) if "short" in table else ((table, None),)
-            for (name, block), drop in itertools.product(classes, (False, True)) if dtype.itemsize == 2 or "short" not in table else ():
-                mine = {key: value for key, value in inputs.items() if key in kernel.arg_names} | {"DROPOUT": drop}
+            classes = (
+                ((table, ITEM), (f"{table}_{_SMALL}", _SMALL))
+                if "short" in table
+                else ((table, None),)
+            )
+            for (name, block), drop in (
+                itertools.product(classes, (False, True))
+                if dtype.itemsize == 2 or "short" not in table
+                else ()
+            ):
+                mine = {key: value for key, value in inputs.items() if key in kernel.arg_names} | {
+                    "DROPOUT": drop
+                }
                 mine |= {"BLOCK": block} if block else {}
                 aligned = tuple(key for key in strides if key in mine)
                 found.append(Production(kernel, name, 64, dtype, mine, aligned, tuple(wide)))

@@ -76,19 +76,42 @@ def varlen_attention(
     """
     q, k, v = lowered(q, k, v)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, worklist, check_values, impl)
+    check(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        max_seqlen,
+        dropout_p,
+        keys,
+        queries,
+        scale,
+        worklist,
+        check_values,
+        impl,
+    )
     if impl == "triton":
-        return _VarlenAttention.apply(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale, worklist)
-    return _IMPLEMENTATIONS[impl](q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale)
+        return _VarlenAttention.apply(
+            q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale, worklist
+        )
+    return _IMPLEMENTATIONS[impl](
+        q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale
+    )
 
 
-def check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, worklist, check_values, impl) -> None:
+def check(
+    q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, worklist, check_values, impl
+) -> None:
     check_leader(NAME, "k", k, ("T", "H", "K"))
     if queries is not None:
         check_leader(NAME, "queries", queries, ("R",), INT64)
     (total, heads, size), floats = k.shape, (k.dtype,)
     rows = total if queries is None else queries.shape[0]
-    tensors = (("k", k, (total, heads, size), floats), ("q", q, (rows, heads, size), floats), ("v", v, (total, heads, size), floats))
+    tensors = (
+        ("k", k, (total, heads, size), floats),
+        ("q", q, (rows, heads, size), floats),
+        ("v", v, (total, heads, size), floats),
+    )
     check_tensors(NAME, k.device, *tensors)
     if not scale > 0:
         raise ValueError(f"{NAME}: scale = {scale}; must be positive")
@@ -99,7 +122,9 @@ def check(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, work
     check_tables(k, cu_seqlens, max_seqlen, dropout_p, keys, queries, worklist, check_values, impl)
 
 
-def check_tables(like, cu_seqlens, max_seqlen, dropout_p, keys, queries, worklist, check_values, impl) -> None:
+def check_tables(
+    like, cu_seqlens, max_seqlen, dropout_p, keys, queries, worklist, check_values, impl
+) -> None:
     """All but q, k and v, of which `like` has as many rows as k, and their device."""
     check_leader(NAME, "cu_seqlens", cu_seqlens, ("B + 1",), INT32)
     sequences = cu_seqlens.shape[0] - 1
@@ -123,28 +148,42 @@ def check_tables(like, cu_seqlens, max_seqlen, dropout_p, keys, queries, worklis
 
 def check_head_size(size: int) -> None:
     if size % 16 or not 16 <= size <= 128:
-        raise ValueError(f'{NAME}: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"')
+        raise ValueError(
+            f'{NAME}: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"'
+        )
 
 
 def _check_bounds(bounds: list[int], total: int, max_seqlen: int) -> None:
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if not bounds or bounds[0] != 0:
-        raise ValueError(f"varlen_attention: cu_seqlens starts at {bounds[0] if bounds else 'nothing'}, expected 0")
+        raise ValueError(
+            f"varlen_attention: cu_seqlens starts at {bounds[0] if bounds else 'nothing'}, expected 0"
+        )
     if lengths and min(lengths) < 0:
         i = next(i for i, length in enumerate(lengths) if length < 0)
-        raise ValueError(f"varlen_attention: cu_seqlens falls from {bounds[i]} to {bounds[i + 1]} at sequence {i}, expected to ascend")
+        raise ValueError(
+            f"varlen_attention: cu_seqlens falls from {bounds[i]} to {bounds[i + 1]} at sequence {i}, expected to ascend"
+        )
     if bounds[-1] > total:
-        raise ValueError(f"varlen_attention: cu_seqlens ends at {bounds[-1]}, expected at most T = {total}")
+        raise ValueError(
+            f"varlen_attention: cu_seqlens ends at {bounds[-1]}, expected at most T = {total}"
+        )
     if lengths and max(lengths) > max_seqlen:
-        raise ValueError(f"varlen_attention: max_seqlen = {max_seqlen}, but cu_seqlens has a sequence of {max(lengths)} tokens")
+        raise ValueError(
+            f"varlen_attention: max_seqlen = {max_seqlen}, but cu_seqlens has a sequence of {max(lengths)} tokens"
+        )
 
 
 def _check_queries(queries: list[int], total: int) -> None:
     if queries[0] < 0 or queries[-1] >= total:
-        raise ValueError(f"varlen_attention: queries span {queries[0]} to {queries[-1]}; must be in [0, T = {total})")
+        raise ValueError(
+            f"varlen_attention: queries span {queries[0]} to {queries[-1]}; must be in [0, T = {total})"
+        )
     for a, b in itertools.pairwise(queries):
         if b <= a:
-            raise ValueError(f"varlen_attention: queries holds {a} and then {b}, expected to ascend")
+            raise ValueError(
+                f"varlen_attention: queries holds {a} and then {b}, expected to ascend"
+            )
 
 
 # The Triton implementation as torch operators. Arguments as above, `scale` resolved.
@@ -173,7 +212,11 @@ def _backward_fake(dout, q, k, v, *_):
 
 _SHARED = """Tensor cu_seqlens, Tensor? worklist, Tensor? queries, Tensor? keys,
     SymInt max_seqlen, float dropout_p, int site, float scale"""
-FORWARD = operator(f"varlen_attention_forward(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)", _forward, _forward_fake)
+FORWARD = operator(
+    f"varlen_attention_forward(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
 BACKWARD = operator(
     f"varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, {_SHARED}) -> (Tensor, Tensor, Tensor)",
     _backward,
@@ -183,8 +226,13 @@ BACKWARD = operator(
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale, worklist):
-        tables, numbers = (cu_seqlens, worklist, queries, keys), (max_seqlen, dropout_p, site, scale)
+    def forward(
+        ctx, q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale, worklist
+    ):
+        tables, numbers = (
+            (cu_seqlens, worklist, queries, keys),
+            (max_seqlen, dropout_p, site, scale),
+        )
         out, statistics = FORWARD(q, k, v, *tables, *numbers)
         ctx.save_for_backward(q, k, v, out, statistics, *tables)
         ctx.numbers = numbers

@@ -13,15 +13,23 @@ def reference(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, s
         rows = row_keys(keys, cu_seqlens, k.shape[0])
         lo, hi = site_keys(rows if queries is None else rows[queries], site, heads)
     bounds = cu_seqlens.tolist()
-    query_bounds = bounds if queries is None else torch.searchsorted(queries, cu_seqlens.to(queries.dtype)).tolist()
+    query_bounds = (
+        bounds
+        if queries is None
+        else torch.searchsorted(queries, cu_seqlens.to(queries.dtype)).tolist()
+    )
     outputs = []
-    for start, end, first, last in zip(bounds[:-1], bounds[1:], query_bounds[:-1], query_bounds[1:], strict=True):
+    for start, end, first, last in zip(
+        bounds[:-1], bounds[1:], query_bounds[:-1], query_bounds[1:], strict=True
+    ):
         scores = torch.einsum("ihk,jhk->hij", q[first:last].to(wide), k[start:end].to(wide)) * scale
         weights = scores.softmax(-1)
         if dropout_p > 0:
             kept = keep_mask(lo[first:last].T, hi[first:last].T, end - start, dropout_p)
             weights = weights * kept * keep_scale(dropout_p)
         outputs.append(torch.einsum("hij,jhk->ihk", weights, v[start:end].to(wide)))
-    nothing = [x[:0].to(wide) for x in (q, k, v)]  # so that each has a gradient, if only of zeros, where there is no sequence
+    nothing = [
+        x[:0].to(wide) for x in (q, k, v)
+    ]  # so that each has a gradient, if only of zeros, where there is no sequence
     rest = torch.zeros_like(q[query_bounds[-1] :], dtype=wide)
     return torch.cat([*nothing, *outputs, rest]).to(q.dtype)

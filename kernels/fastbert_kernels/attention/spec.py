@@ -38,9 +38,13 @@ def _least_bytes(shape, size):
     rows = cut or tokens
     tables = 4 * (len(lengths) + 1) + 8 * len(lengths) + 8 * cut  # cu_seqlens, keys and queries
     forward = 2 * rows * row + 2 * tokens * row + tables  # q in, out out; k and v in
-    backward = 3 * rows * row + 4 * tokens * row + tables  # q and dout in, dq out; k and v in, dk and dv out
+    backward = (
+        3 * rows * row + 4 * tokens * row + tables
+    )  # q and dout in, dq out; k and v in, dk and dv out
     if not cut:
-        forward += rest * row  # zeros; of cut queries only the inputs tell how many are behind the last sequence
+        forward += (
+            rest * row
+        )  # zeros; of cut queries only the inputs tell how many are behind the last sequence
         backward += rest * row
     backward += 2 * rest * row
     if not one_tile(torch.bfloat16 if size == 2 else torch.float32, max(lengths, default=0)):

@@ -16,13 +16,29 @@ PRODUCT_ROWS = 16  # a table of so few rows at the most: each of them is the sum
 
 class _EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, positions, segments, words, position_table, segment_table, weight, shift, eps, dropout_p, keys, site):
+    def forward(
+        ctx,
+        ids,
+        positions,
+        segments,
+        words,
+        position_table,
+        segment_table,
+        weight,
+        shift,
+        eps,
+        dropout_p,
+        keys,
+        site,
+    ):
         z = words.index_select(0, ids)
         wide = torch.promote_types(z.dtype, torch.float32)
         z = z.to(wide)
         z += position_table.index_select(0, positions)
         z += segment_table.index_select(0, segments)
-        y, mean, rstd = torch.native_layer_norm(z, (z.shape[1],), weight.to(wide), shift.to(wide), eps)
+        y, mean, rstd = torch.native_layer_norm(
+            z, (z.shape[1],), weight.to(wide), shift.to(wide), eps
+        )
         keep = None
         if dropout_p > 0:
             keep = row_keep_mask_cpu(keys, site, y.shape[1], dropout_p)
@@ -40,7 +56,14 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         if keep is not None:
             dy = (dy * keep).mul_(keep_scale(ctx.dropout_p))
         dz, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dy.contiguous(), z, (z.shape[1],), mean, rstd, weight.to(z.dtype), shift.to(z.dtype), [True, False, False]
+            dy.contiguous(),
+            z,
+            (z.shape[1],),
+            mean,
+            rstd,
+            weight.to(z.dtype),
+            shift.to(z.dtype),
+            [True, False, False],
         )
         dweight, dshift = (z - mean).mul_(rstd).mul_(dy).sum(0), dy.sum(0)
         tables = [_scatter(dz, row, size) for size, row in zip(ctx.sizes, rows, strict=True)]

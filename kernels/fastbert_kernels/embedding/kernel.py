@@ -72,7 +72,9 @@ def _load_z(
 ):
     """z of each token, and whether all its indices are within their tables, [BLOCK_T, 1]."""
     word_ptr, is_word = _look_up(ids_ptr, words_ptr, stride_words, V, row, T)
-    position_ptr, is_position = _look_up(positions_ptr, position_table_ptr, stride_positions, P, row, T)
+    position_ptr, is_position = _look_up(
+        positions_ptr, position_table_ptr, stride_positions, P, row, T
+    )
     segment_ptr, is_segment = _look_up(segments_ptr, segment_table_ptr, stride_segments, S, row, T)
     valid = is_word & is_position & is_segment
 
@@ -123,7 +125,14 @@ def _forward_kernel(
         keys = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         z, valid = _load_z(
-            *(ids_ptr, positions_ptr, segments_ptr, words_ptr, position_table_ptr, segment_table_ptr),
+            *(
+                ids_ptr,
+                positions_ptr,
+                segments_ptr,
+                words_ptr,
+                position_table_ptr,
+                segment_table_ptr,
+            ),
             *(stride_words, stride_positions, stride_segments, V, P, S, row, T, D, BLOCK_D),
         )
 
@@ -132,7 +141,9 @@ def _forward_kernel(
 
         for i in tl.static_range(len(z)):
             column = columns(i, BLOCK_D)
-            y = dropout((z[i] - mean) * rstd * weight[i] + shift[i], keys, i, threshold, scale, BLOCK_D)
+            y = dropout(
+                (z[i] - mean) * rstd * weight[i] + shift[i], keys, i, threshold, scale, BLOCK_D
+            )
             tl.store(y_ptr + row * D + column, y, mask=(row < T) & (column < D))
         tl.store(mean_ptr + row, mean, mask=row < T)
         tl.store(rstd_ptr + row, rstd, mask=row < T)
@@ -141,7 +152,20 @@ def _forward_kernel(
 _FORWARD = Kernel(_forward_kernel, "embedding_forward")
 
 
-def forward(ids, positions, segments, words, position_table, segment_table, weight, shift, keys, eps, dropout_p, site):
+def forward(
+    ids,
+    positions,
+    segments,
+    words,
+    position_table,
+    segment_table,
+    weight,
+    shift,
+    keys,
+    eps,
+    dropout_p,
+    site,
+):
     """y, and mean and rstd, fp32 [T]."""
     T, D = ids.shape[0], words.shape[1]
     tables = (words, position_table, segment_table)
@@ -154,7 +178,15 @@ def forward(ids, positions, segments, words, position_table, segment_table, weig
         kernel(
             (row_programs(kernel.tile, T, words.device),),
             (ids, positions, segments, *tables, weight, shift, keys, y, mean, rstd),
-            (*strides, T, *(len(table) for table in tables), eps, site, threshold(dropout_p), keep_scale(dropout_p)),
+            (
+                *strides,
+                T,
+                *(len(table) for table in tables),
+                eps,
+                site,
+                threshold(dropout_p),
+                keep_scale(dropout_p),
+            ),
         )
     return y, mean, rstd
 
@@ -163,7 +195,11 @@ def forward(ids, positions, segments, words, position_table, segment_table, weig
 def _note_use(uses_ptr, index_ptr, first, size, nowhere, row, T):
     """The row that each token uses of a table of so many rows, counted in all tables; `nowhere` if its index is outside."""
     index = tl.load(index_ptr + row, mask=row < T, other=0)
-    tl.store(uses_ptr + row, tl.where((index >= 0) & (index < size), index + first, nowhere).to(tl.int32), mask=row < T)
+    tl.store(
+        uses_ptr + row,
+        tl.where((index >= 0) & (index < size), index + first, nowhere).to(tl.int32),
+        mask=row < T,
+    )
 
 
 @triton.jit(do_not_specialize=["T", "V", "P", "S", "site", "threshold"])
@@ -205,13 +241,22 @@ def _backward_kernel(
         mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
         z, _ = _load_z(
-            *(ids_ptr, positions_ptr, segments_ptr, words_ptr, position_table_ptr, segment_table_ptr),
+            *(
+                ids_ptr,
+                positions_ptr,
+                segments_ptr,
+                words_ptr,
+                position_table_ptr,
+                segment_table_ptr,
+            ),
             *(stride_words, stride_positions, stride_segments, V, P, S, row, T, D, BLOCK_D),
         )
         dh = ()
         for i in tl.static_range(len(z)):
             column = columns(i, BLOCK_D)
-            dy = tl.load(dy_ptr + row * D + column, mask=(row < T) & (column < D), other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + row * D + column, mask=(row < T) & (column < D), other=0.0).to(
+                tl.float32
+            )
             dh += (dropout(dy, keys, i, threshold, scale, BLOCK_D),)
 
         h, dz = gradient(dh, z, weight, mean, rstd, D)
@@ -230,22 +275,38 @@ def _backward_kernel(
 
 
 @triton.jit
-def _sum_uses(dz_ptr, order_ptr, begin, end, column, T, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+def _sum_uses(
+    dz_ptr, order_ptr, begin, end, column, T, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """The dz of the sorted uses begin to end, fp32 [1, BLOCK_D]."""
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for first in range(begin, end, BLOCK_T):
         place = (first + tl.arange(0, BLOCK_T))[:, None]
         use = tl.load(order_ptr + place, mask=place < end, other=0)
-        token = use - tl.where(use < T, 0, tl.where(use < 2 * T.to(tl.int64), T, 2 * T.to(tl.int64)))
+        token = use - tl.where(
+            use < T, 0, tl.where(use < 2 * T.to(tl.int64), T, 2 * T.to(tl.int64))
+        )
         total += tl.load(dz_ptr + token * D + column, mask=(place < end) & (column < D), other=0.0)
     return tl.sum(total, 0, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
 def _pieces_kernel(
-    dz_ptr, order_ptr, sorted_ptr, starts_ptr, pieces_ptr, T, rows, D, BIN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+    dz_ptr,
+    order_ptr,
+    sorted_ptr,
+    starts_ptr,
+    pieces_ptr,
+    T,
+    rows,
+    D,
+    BIN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    slot = tl.program_id(0)  # two a bin: for the row of its first use; for that of its last, if that is another
+    slot = tl.program_id(
+        0
+    )  # two a bin: for the row of its first use; for that of its last, if that is another
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     bin_begin = slot // 2 * BIN
     bin_end = tl.minimum(bin_begin + BIN, 3 * T)
@@ -254,13 +315,32 @@ def _pieces_kernel(
     if row < rows:
         begin, end = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
         if (end - begin > BIN) & ((begin > bin_begin) == (slot % 2 == 1)):
-            piece = _sum_uses(dz_ptr, order_ptr, tl.maximum(begin, bin_begin), tl.minimum(end, bin_end), column, T, D, BLOCK_T, BLOCK_D)
+            piece = _sum_uses(
+                dz_ptr,
+                order_ptr,
+                tl.maximum(begin, bin_begin),
+                tl.minimum(end, bin_end),
+                column,
+                T,
+                D,
+                BLOCK_T,
+                BLOCK_D,
+            )
             tl.store(pieces_ptr + slot.to(tl.int64) * D + column, piece, mask=column < D)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _rows_kernel(
-    dz_ptr, order_ptr, starts_ptr, pieces_ptr, dtables_ptr, T, D, BIN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+    dz_ptr,
+    order_ptr,
+    starts_ptr,
+    pieces_ptr,
+    dtables_ptr,
+    T,
+    D,
+    BIN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -273,7 +353,9 @@ def _rows_kernel(
         for first in range(begin // BIN, tl.cdiv(end, BIN), BLOCK_T):
             place = (first + tl.arange(0, BLOCK_T))[:, None]
             slot = 2 * place.to(tl.int64) + (begin > place * BIN)
-            total += tl.load(pieces_ptr + slot * D + column, mask=(place * BIN < end) & (column < D), other=0.0)
+            total += tl.load(
+                pieces_ptr + slot * D + column, mask=(place * BIN < end) & (column < D), other=0.0
+            )
         total = tl.sum(total, 0, keep_dims=True)
 
     tl.store(dtables_ptr + row.to(tl.int64) * D + column, total, mask=column < D)
@@ -288,7 +370,9 @@ def _table_gradients(dz: torch.Tensor, uses: torch.Tensor, rows: int) -> torch.T
     """[rows, D], from dz [T, D] and the rows that tokens use, int32 [3 T] in [0, rows]; a use of row `rows` counts for nothing."""
     T, D = dz.shape
     ordered, order = torch.sort(uses, stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(rows + 1, dtype=torch.int32, device=dz.device), out_int32=True)
+    starts = torch.searchsorted(
+        ordered, torch.arange(rows + 1, dtype=torch.int32, device=dz.device), out_int32=True
+    )
     pieces_kernel, rows_kernel = (kernel.prepare(dz, D, (_BIN,), D) for kernel in (_PIECES, _ROWS))
     bins, blocks = -(-3 * T // _BIN), -(-D // rows_kernel.tile["BLOCK_D"])
     pieces = dz.new_empty(2 * bins, D, dtype=torch.float32)
@@ -298,7 +382,21 @@ def _table_gradients(dz: torch.Tensor, uses: torch.Tensor, rows: int) -> torch.T
     return dtables
 
 
-def backward(dy, ids, positions, segments, words, position_table, segment_table, weight, keys, mean, rstd, dropout_p, site):
+def backward(
+    dy,
+    ids,
+    positions,
+    segments,
+    words,
+    position_table,
+    segment_table,
+    weight,
+    keys,
+    mean,
+    rstd,
+    dropout_p,
+    site,
+):
     """Gradients of words, position_table and segment_table, one below the other; dweight and dshift as the rows of [2, D]."""
     T, D = dy.shape
     indices, tables = (ids, positions, segments), (words, position_table, segment_table)
@@ -325,24 +423,67 @@ def production() -> list[Production]:
     found = []
     for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
         indices = dict.fromkeys(("ids_ptr", "positions_ptr", "segments_ptr", "keys_ptr"), "*i64")
-        tables = dict.fromkeys(("words_ptr", "position_table_ptr", "segment_table_ptr", "weight_ptr"), tensor)
+        tables = dict.fromkeys(
+            ("words_ptr", "position_table_ptr", "segment_table_ptr", "weight_ptr"), tensor
+        )
         aligned = ("stride_words", "stride_positions", "stride_segments")
-        sizes = dict.fromkeys((*aligned, "T", "V", "P", "S", "site", "threshold"), "i32") | {"scale": "fp32"}
+        sizes = dict.fromkeys((*aligned, "T", "V", "P", "S", "site", "threshold"), "i32") | {
+            "scale": "fp32"
+        }
         read = indices | tables | {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"} | sizes
         forward = read | {"shift_ptr": tensor, "y_ptr": tensor, "eps": "fp32"}
-        backward = read | {"dy_ptr": tensor, "dz_ptr": tensor, "uses_ptr": "*i32", "shares_ptr": "*fp32"}
-        rows = {"dz_ptr": tensor, "order_ptr": "*i64", "starts_ptr": "*i32", "pieces_ptr": "*fp32", "T": "i32", "D": "i32", "BIN": _BIN}
+        backward = read | {
+            "dy_ptr": tensor,
+            "dz_ptr": tensor,
+            "uses_ptr": "*i32",
+            "shares_ptr": "*fp32",
+        }
+        rows = {
+            "dz_ptr": tensor,
+            "order_ptr": "*i64",
+            "starts_ptr": "*i32",
+            "pieces_ptr": "*fp32",
+            "T": "i32",
+            "D": "i32",
+            "BIN": _BIN,
+        }
         pieces = rows | {"sorted_ptr": "*i32", "rows": "i32"}
         wide = ("words_ptr", "position_table_ptr", "segment_table_ptr")
         for size in (768, 1024):
             for keys in ({}, {"keys_ptr": None}):
                 lacks = keys | {"D": size}
                 found += [
-                    Production(_forward_kernel, "embedding_forward", size, dtype, forward | lacks, aligned, wide),
-                    Production(_backward_kernel, "embedding_backward", size, dtype, backward | lacks, aligned, (*wide, "dy_ptr")),
+                    Production(
+                        _forward_kernel,
+                        "embedding_forward",
+                        size,
+                        dtype,
+                        forward | lacks,
+                        aligned,
+                        wide,
+                    ),
+                    Production(
+                        _backward_kernel,
+                        "embedding_backward",
+                        size,
+                        dtype,
+                        backward | lacks,
+                        aligned,
+                        (*wide, "dy_ptr"),
+                    ),
                 ]
             found += [
-                Production(_pieces_kernel, "embedding_table", size, dtype, pieces, ("D",), ("dz_ptr",)),
-                Production(_rows_kernel, "embedding_table", size, dtype, rows | {"dtables_ptr": tensor}, ("D",), ("dz_ptr", "pieces_ptr")),
+                Production(
+                    _pieces_kernel, "embedding_table", size, dtype, pieces, ("D",), ("dz_ptr",)
+                ),
+                Production(
+                    _rows_kernel,
+                    "embedding_table",
+                    size,
+                    dtype,
+                    rows | {"dtables_ptr": tensor},
+                    ("D",),
+                    ("dz_ptr", "pieces_ptr"),
+                ),
             ]
     return found

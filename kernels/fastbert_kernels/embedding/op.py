@@ -62,19 +62,66 @@ def embedding_layer_norm(
 
     Source: Devlin et al., 2019, section 3 and figure 2.
     """
-    words, position_table, segment_table, weight, shift = widened(words, position_table, segment_table, weight, shift)
-    check(ids, positions, segments, words, position_table, segment_table, weight, shift, dropout_p, keys, check_values, impl)
-    arguments = (ids, positions, segments, words, position_table, segment_table, weight, shift, eps, dropout_p, keys, site)
+    words, position_table, segment_table, weight, shift = widened(
+        words, position_table, segment_table, weight, shift
+    )
+    check(
+        ids,
+        positions,
+        segments,
+        words,
+        position_table,
+        segment_table,
+        weight,
+        shift,
+        dropout_p,
+        keys,
+        check_values,
+        impl,
+    )
+    arguments = (
+        ids,
+        positions,
+        segments,
+        words,
+        position_table,
+        segment_table,
+        weight,
+        shift,
+        eps,
+        dropout_p,
+        keys,
+        site,
+    )
     return _IMPLEMENTATIONS[impl](*arguments)
 
 
-def check(ids, positions, segments, words, position_table, segment_table, weight, shift, dropout_p, keys, check_values, impl):
+def check(
+    ids,
+    positions,
+    segments,
+    words,
+    position_table,
+    segment_table,
+    weight,
+    shift,
+    dropout_p,
+    keys,
+    check_values,
+    impl,
+):
     name = "embedding_layer_norm"
     check_leader(name, "ids", ids, ("T",), INT64)
     check_leader(name, "words", words, ("V", "D"))
     check_leader(name, "position_table", position_table, ("P", "D"), (words.dtype,))
     check_leader(name, "segment_table", segment_table, ("S", "D"), (words.dtype,))
-    T, (V, D), P, S, floats = ids.shape[0], words.shape, position_table.shape[0], segment_table.shape[0], (words.dtype,)
+    T, (V, D), P, S, floats = (
+        ids.shape[0],
+        words.shape,
+        position_table.shape[0],
+        segment_table.shape[0],
+        (words.dtype,),
+    )
     check_dropout(name, dropout_p, keys, T)
     tensors = (
         ("words", words, (V, D), floats),
@@ -96,7 +143,9 @@ def check(ids, positions, segments, words, position_table, segment_table, weight
     if impl == "triton":
         check_triton(name, *tensors)
         if D > WIDEST:
-            raise ValueError(f'{name}: words has D = {D}; impl = "triton" takes up to {WIDEST}, use impl = "reference"')
+            raise ValueError(
+                f'{name}: words has D = {D}; impl = "triton" takes up to {WIDEST}, use impl = "reference"'
+            )
 
 
 def _forward(*arguments):
@@ -139,7 +188,21 @@ BACKWARD = operator(
 
 class _EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids, positions, segments, words, position_table, segment_table, weight, shift, eps, dropout_p, keys, site):
+    def forward(
+        ctx,
+        ids,
+        positions,
+        segments,
+        words,
+        position_table,
+        segment_table,
+        weight,
+        shift,
+        eps,
+        dropout_p,
+        keys,
+        site,
+    ):
         read = (ids, positions, segments, words, position_table, segment_table, weight)
         y, mean, rstd = FORWARD(*read, shift, keys, eps, dropout_p, site)
         ctx.save_for_backward(*read, keys, mean, rstd)
@@ -153,7 +216,20 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         dtables, vectors = BACKWARD(dy.contiguous(), *saved, ctx.dropout_p, ctx.site)
         dwords, dpositions, dsegments = dtables.split([table.shape[0] for table in saved[3:6]])
         dweight, dshift = vectors.unbind()
-        return None, None, None, dwords, dpositions, dsegments, dweight, dshift, None, None, None, None
+        return (
+            None,
+            None,
+            None,
+            dwords,
+            dpositions,
+            dsegments,
+            dweight,
+            dshift,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _triton(*arguments):

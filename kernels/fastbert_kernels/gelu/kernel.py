@@ -35,12 +35,21 @@ def _normal(z):
     """Phi(z), and exp(-z^2 / 2) = sqrt(2 pi) phi(z)."""
     bell = tl.exp(-0.5 * z * z)
     t = 1.0 / (1.0 + 0.23164189 * tl.abs(z))  # 0.3275911 / sqrt(2)
-    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))) * bell
+    tail = (
+        t
+        * (
+            0.127414796
+            + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
+        )
+        * bell
+    )
     return tl.where(z > 0, 1.0 - tail, tail), bell
 
 
 @triton.jit(do_not_specialize=["T"])
-def _forward_kernel(x_ptr, bias_ptr, y_ptr, stride_x, T, F, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
+def _forward_kernel(
+    x_ptr, bias_ptr, y_ptr, stride_x, T, F, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
+):
     column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
 
@@ -67,7 +76,18 @@ def forward(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit(do_not_specialize=["T"])
-def _backward_kernel(dy_ptr, x_ptr, bias_ptr, dx_ptr, shares_ptr, stride_x, T, F, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr):
+def _backward_kernel(
+    dy_ptr,
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
+    shares_ptr,
+    stride_x,
+    T,
+    F,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     column = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     bias = tl.load(bias_ptr + column, mask=column < F, other=0.0).to(tl.float32)
     dbias = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
@@ -92,7 +112,9 @@ def _backward_kernel(dy_ptr, x_ptr, bias_ptr, dx_ptr, shares_ptr, stride_x, T, F
 _BACKWARD = Kernel(_backward_kernel, "gelu_backward")
 
 
-def backward(dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(
+    dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     (T, F), stride = x.shape, x.stride(0)
     dx = x.new_empty(T, F)
     if not (T and F):
@@ -110,9 +132,27 @@ def production() -> list[Production]:
     for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
         sizes = {"stride_x": "i32", "T": "i32", "F": "i32"}
         forward = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), tensor) | sizes
-        backward = dict.fromkeys(("dy_ptr", "x_ptr", "bias_ptr", "dx_ptr"), tensor) | {"shares_ptr": "*fp32"} | sizes
+        backward = (
+            dict.fromkeys(("dy_ptr", "x_ptr", "bias_ptr", "dx_ptr"), tensor)
+            | {"shares_ptr": "*fp32"}
+            | sizes
+        )
         for size in (3072, 4096):
             aligned = ("stride_x", "F")
-            found.append(Production(_forward_kernel, "gelu_forward", size, dtype, forward, aligned, ("x_ptr",)))
-            found.append(Production(_backward_kernel, "gelu_backward", size, dtype, backward, aligned, ("dy_ptr", "x_ptr")))
+            found.append(
+                Production(
+                    _forward_kernel, "gelu_forward", size, dtype, forward, aligned, ("x_ptr",)
+                )
+            )
+            found.append(
+                Production(
+                    _backward_kernel,
+                    "gelu_backward",
+                    size,
+                    dtype,
+                    backward,
+                    aligned,
+                    ("dy_ptr", "x_ptr"),
+                )
+            )
     return found

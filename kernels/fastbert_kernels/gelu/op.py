@@ -52,7 +52,11 @@ def _backward(dy, x, bias):
     return kernel.backward(dy, x, bias)
 
 
-FORWARD = operator("bias_gelu_forward(Tensor x, Tensor bias) -> Tensor", _forward, lambda x, bias: x.new_empty(x.shape))
+FORWARD = operator(
+    "bias_gelu_forward(Tensor x, Tensor bias) -> Tensor",
+    _forward,
+    lambda x, bias: x.new_empty(x.shape),
+)
 BACKWARD = operator(
     "bias_gelu_backward(Tensor dy, Tensor x, Tensor bias) -> (Tensor, Tensor)",
     _backward,

@@ -6,7 +6,10 @@ from fastbert_kernels.gelu.op import bias_gelu
 
 def _inputs(shape, dtype, _dropout_p):
     draw = generator(shape)
-    return {"x": normal(draw, dtype, shape["T"], shape["F"], std=2.0), "bias": normal(draw, dtype, shape["F"])}
+    return {
+        "x": normal(draw, dtype, shape["T"], shape["F"], std=2.0),
+        "bias": normal(draw, dtype, shape["F"]),
+    }
 
 
 SPEC = Spec(

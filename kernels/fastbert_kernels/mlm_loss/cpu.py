@@ -11,10 +11,14 @@ gradients, which it only scales (by 1 in ordinary training). Without gradients (
 import torch
 from torch.autograd.function import once_differentiable
 
-_SLAB = 1 << 24  # logits held at once, 64 MB in fp32: MKL needs 300 rows and more to be fast; with 16 MB the loss takes a fifth longer
+_SLAB = (
+    1 << 24
+)  # logits held at once, 64 MB in fp32: MKL needs 300 rows and more to be fast; with 16 MB the loss takes a fifth longer
 
 
-def _loss_slab(rows, weight, bias, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _loss_slab(
+    rows, weight, bias, labels
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """exp(z - max z) [m, V], its sum [m, 1], losses [m] and hits [m] of one slab; one exp for loss and gradient alike."""
     z = torch.addmm(bias, rows, weight.T).to(torch.promote_types(rows.dtype, torch.float32))
     largest = z.amax(-1, keepdim=True)
@@ -40,7 +44,9 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             dbias = torch.zeros_like(bias, dtype=wide)
         for first in range(0, len(rows), size):
             slab = slice(first, first + size)
-            exponentials, sums, losses[slab], hits[slab] = _loss_slab(rows[slab], weight, bias, labels[slab])
+            exponentials, sums, losses[slab], hits[slab] = _loss_slab(
+                rows[slab], weight, bias, labels[slab]
+            )
             if with_gradient:
                 dz = exponentials.mul_(1 / (sums * total))
                 dz[torch.arange(len(dz)), labels[slab]] -= 1 / total

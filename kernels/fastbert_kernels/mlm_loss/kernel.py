@@ -53,7 +53,9 @@ from fastbert_kernels._triton import FUSE, Production, architecture, dot_precisi
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_LOWEST = tl.constexpr(-1e30)  # below any logit, yet finite: a tile whose biases are all minus infinity must not give inf - inf
+_LOWEST = tl.constexpr(
+    -1e30
+)  # below any logit, yet finite: a tile whose biases are all minus infinity must not give inf - inf
 
 # A slab is as wide as memory allows: each costs four launches on a device that is not full when they begin and end, about a tile's
 # time in all, and another pass over dh.
@@ -111,7 +113,9 @@ def _at_label(z, place, COMPARED: tl.constexpr):
     rest = z
     for level in tl.static_range(1, 6):
         if z.shape[1] >> level >= COMPARED:
-            lower, upper = rest.reshape([z.shape[0], 2, z.shape[1] >> level]).permute(0, 2, 1).split()
+            lower, upper = (
+                rest.reshape([z.shape[0], 2, z.shape[1] >> level]).permute(0, 2, 1).split()
+            )
             in_upper = (place & (z.shape[1] >> level)) != 0
             before = tl.where(in_upper, tl.maximum(before, tl.max(lower, 1)), before)
             rest = tl.where(in_upper[:, None], upper, lower)
@@ -128,7 +132,9 @@ def _forward_kernel(
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = token < M
-    label = tl.load(labels_ptr + token, mask=live, other=-1).to(tl.int32)  # what does not fit is refused by the second kernel
+    label = tl.load(labels_ptr + token, mask=live, other=-1).to(
+        tl.int32
+    )  # what does not fit is refused by the second kernel
     row = token.to(tl.int64)
     if GATHER:
         row = tl.load(positions_ptr + token, mask=live, other=0)
@@ -144,8 +150,12 @@ def _forward_kernel(
     for number in tl.range(first, last, flatten=True):
         column = number * BLOCK_V + tl.arange(0, BLOCK_V)
         word_ptr = weight_ptr + tl.minimum(column, V - 1).to(tl.int64)[:, None] * stride_weight
-        acc = _add_product(tl.zeros([BLOCK_M, BLOCK_V], tl.float32), row_ptr, word_ptr, D, BLOCK_D, PRECISION)
-        of_words = tl.max(bias, 1).to(tl.float32) * _LOG2E  # minus infinity beyond V: what follows needs no mask
+        acc = _add_product(
+            tl.zeros([BLOCK_M, BLOCK_V], tl.float32), row_ptr, word_ptr, D, BLOCK_D, PRECISION
+        )
+        of_words = (
+            tl.max(bias, 1).to(tl.float32) * _LOG2E
+        )  # minus infinity beyond V: what follows needs no mask
         bias = _load_ahead(bias_ptr, column + BLOCK_V, V, float("-inf"))
 
         z = acc * _LOG2E + of_words[None, :]
@@ -156,7 +166,10 @@ def _forward_kernel(
         place = label - number * BLOCK_V
         at_label, before_label = _at_label(z, place, COMPARED)
         of_label += tl.where((place >= 0) & (place < BLOCK_V), at_label, 0.0)
-        before = tl.maximum(before, tl.where(place < BLOCK_V, tl.where(place < 0, float("-inf"), before_label), of_tile))
+        before = tl.maximum(
+            before,
+            tl.where(place < BLOCK_V, tl.where(place < 0, float("-inf"), before_label), of_tile),
+        )
 
     at = partials_ptr + tl.program_id(1).to(tl.int64) * M + token
     plane = tl.num_programs(1).to(tl.int64) * M
@@ -168,7 +181,18 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "M", "runs"])
 def _combine_kernel(
-    partials_ptr, positions_ptr, labels_ptr, losses_ptr, hits_ptr, lse_ptr, T, M, V, runs, GATHER: tl.constexpr, BLOCK_M: tl.constexpr
+    partials_ptr,
+    positions_ptr,
+    labels_ptr,
+    losses_ptr,
+    hits_ptr,
+    lse_ptr,
+    T,
+    M,
+    V,
+    runs,
+    GATHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = token < M
@@ -187,7 +211,9 @@ def _combine_kernel(
     for _ in range(runs):
         of_run = tl.load(at, mask=live, other=0.0)
         larger = tl.maximum(largest, of_run)
-        sums = sums * tl.exp2(largest - larger) + tl.load(at + plane, mask=live, other=1.0) * tl.exp2(of_run - larger)
+        sums = sums * tl.exp2(largest - larger) + tl.load(
+            at + plane, mask=live, other=1.0
+        ) * tl.exp2(of_run - larger)
         largest = larger
         of_label += tl.load(at + 2 * plane, mask=live, other=0.0)
         before = tl.maximum(before, tl.load(at + 3 * plane, mask=live, other=0.0))
@@ -208,7 +234,10 @@ def forward(hidden, weight, bias, positions, labels):
         return losses, hits, lse
     weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
     options = tile("mlm_loss_forward", architecture(hidden.device), hidden.dtype, D)
-    row_tiles, vocabulary_tiles = triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(V, options["BLOCK_V"])
+    row_tiles, vocabulary_tiles = (
+        triton.cdiv(M, options["BLOCK_M"]),
+        triton.cdiv(V, options["BLOCK_V"]),
+    )
     run = _run(row_tiles, vocabulary_tiles, multiprocessors(hidden.device))
     # Tokens come first in the grid: the programs that work at the same time walk the same words in step, so a tile of W comes from
     # memory once and from the L2 cache for the others, where their rows stay, too (26 MB for 132 programs of 128 at D = 768).
@@ -220,7 +249,19 @@ def forward(hidden, weight, bias, positions, labels):
     )  # fmt: skip
     options = tile("mlm_loss_combine", architecture(hidden.device), hidden.dtype, 1)
     _combine_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
-        partials, positions, labels, losses, hits, lse, len(hidden), M, V, grid[1], GATHER=positions is not None, **options, **FUSE
+        partials,
+        positions,
+        labels,
+        losses,
+        hits,
+        lse,
+        len(hidden),
+        M,
+        V,
+        grid[1],
+        GATHER=positions is not None,
+        **options,
+        **FUSE,
     )
     return losses, hits, lse
 
@@ -239,7 +280,9 @@ def _backward_kernel(
     last = min(first + run, token_tiles * tl.cdiv(V, BLOCK_V))
     word = first // token_tiles * BLOCK_V + words
     token = first % token_tiles * BLOCK_M + tokens
-    bias = tl.load(bias_ptr + word, mask=word < V, other=float("-inf"))  # along rows: two registers a thread
+    bias = tl.load(
+        bias_ptr + word, mask=word < V, other=float("-inf")
+    )  # along rows: two registers a thread
     label = _load_ahead(labels_ptr, token, M, -1)
     lse = _load_ahead(lse_ptr, token, M, float("inf"))  # beyond M: dz = 0
     for number in tl.range(first, last, flatten=True):
@@ -247,11 +290,17 @@ def _backward_kernel(
         token = number % token_tiles * BLOCK_M + tokens
         word_ptr = weight_ptr + tl.minimum(word, V - 1).to(tl.int64)[:, None] * stride_weight
         row_ptr = rows_ptr + tl.minimum(token, M - 1).to(tl.int64)[:, None] * stride_rows
-        acc = _add_product(tl.zeros([BLOCK_V, BLOCK_M], tl.float32), word_ptr, row_ptr, D, BLOCK_D, PRECISION)
+        acc = _add_product(
+            tl.zeros([BLOCK_V, BLOCK_M], tl.float32), word_ptr, row_ptr, D, BLOCK_D, PRECISION
+        )
         z = acc * _LOG2E + (bias.to(tl.float32) * _LOG2E)[:, None]
         dz = tl.exp2(z - tl.max(lse, 1)[None, :])
         dz = tl.where(word[:, None] == (tl.max(label, 1) - start).to(tl.int32)[None, :], dz - 1, dz)
-        tl.store(dbias_ptr + (number % token_tiles).to(tl.int64) * stride_dbias + word, tl.sum(dz, 1), mask=word < V)
+        tl.store(
+            dbias_ptr + (number % token_tiles).to(tl.int64) * stride_dbias + word,
+            tl.sum(dz, 1),
+            mask=word < V,
+        )
 
         ahead = number + 1
         next_word = ahead // token_tiles * BLOCK_V + words
@@ -262,7 +311,11 @@ def _backward_kernel(
 
         # Up to the stride rather than to V: it is a multiple of 16, which is what lets the stores be 128 bits wide.
         within = (word < stride_slab)[:, None] & (token < M)[None, :]
-        tl.store(slab_ptr + token.to(tl.int64)[None, :] * stride_slab + word[:, None], dz * UNIT, mask=within)
+        tl.store(
+            slab_ptr + token.to(tl.int64)[None, :] * stride_slab + word[:, None],
+            dz * UNIT,
+            mask=within,
+        )
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, beta: int) -> None:
@@ -280,10 +333,14 @@ def backward(scale, hidden, weight, bias, positions, labels, lse):
     dweight, dbias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     if not M:
         return hidden.new_zeros(hidden.shape), dweight.zero_(), dbias.zero_()
-    index = None if positions is None else positions.clamp(0, T - 1)  # lse is NaN where this changes anything
+    index = (
+        None if positions is None else positions.clamp(0, T - 1)
+    )  # lse is NaN where this changes anything
     rows = hidden if index is None else hidden.index_select(0, index)
     bias = bias.to(hidden.dtype)
-    unit = 2**15 if hidden.dtype == torch.float16 else 1  # |dz| <= 1, and fp16 reaches from 2^-24 to 2^16: use all of it
+    unit = (
+        2**15 if hidden.dtype == torch.float16 else 1
+    )  # |dz| <= 1, and fp16 reaches from 2^-24 to 2^16: use all of it
     of_product = scale / unit
 
     options = tile("mlm_loss_backward", architecture(hidden.device), hidden.dtype, D)
@@ -326,16 +383,42 @@ def production() -> list[Production]:
         batch = {"labels_ptr": "*i64", "M": "i32", "V": "i32"}
         gathered = {"positions_ptr": "*i64", "T": "i32", "GATHER": True, "partials_ptr": "*fp32"}
         results = {"losses_ptr": "*fp32", "hits_ptr": "*i1", "lse_ptr": "*fp32", "runs": "i32"}
-        found.append(Production(_combine_kernel, "mlm_loss_combine", 1, dtype, batch | gathered | results))
+        found.append(
+            Production(_combine_kernel, "mlm_loss_combine", 1, dtype, batch | gathered | results)
+        )
         for size in (768, 1024):
             rows = {"hidden_ptr": name, "stride_hidden": "i32", "run": "i32", "PRECISION": "ieee"}
             aligned, wide = ("stride_hidden", "stride_weight", "D"), ("hidden_ptr", "weight_ptr")
             for gather in (True, False):
                 arguments = matrix | batch | gathered | rows | {"GATHER": gather}
-                found.append(Production(_forward_kernel, "mlm_loss_forward", size, dtype, arguments, aligned, wide))
-            rows = {"rows_ptr": name, "stride_rows": "i32", "lse_ptr": "*fp32", "UNIT": 1, "PRECISION": "ieee"}
-            slab = {"slab_ptr": name, "stride_slab": "i32", "dbias_ptr": "*fp32", "stride_dbias": "i32", "start": "i32", "run": "i32"}
-            aligned, wide = ("stride_rows", "stride_weight", "stride_slab", "D", "start"), ("rows_ptr", "weight_ptr")
+                found.append(
+                    Production(
+                        _forward_kernel, "mlm_loss_forward", size, dtype, arguments, aligned, wide
+                    )
+                )
+            rows = {
+                "rows_ptr": name,
+                "stride_rows": "i32",
+                "lse_ptr": "*fp32",
+                "UNIT": 1,
+                "PRECISION": "ieee",
+            }
+            slab = {
+                "slab_ptr": name,
+                "stride_slab": "i32",
+                "dbias_ptr": "*fp32",
+                "stride_dbias": "i32",
+                "start": "i32",
+                "run": "i32",
+            }
+            aligned, wide = (
+                ("stride_rows", "stride_weight", "stride_slab", "D", "start"),
+                ("rows_ptr", "weight_ptr"),
+            )
             arguments = matrix | batch | rows | slab
-            found.append(Production(_backward_kernel, "mlm_loss_backward", size, dtype, arguments, aligned, wide))
+            found.append(
+                Production(
+                    _backward_kernel, "mlm_loss_backward", size, dtype, arguments, aligned, wide
+                )
+            )
     return found

@@ -3,7 +3,15 @@
 import torch
 
 from fastbert_kernels._autocast import lowered
-from fastbert_kernels._checks import INT64, check_implementation, check_leader, check_range, check_tensors, check_triton, values_checked
+from fastbert_kernels._checks import (
+    INT64,
+    check_implementation,
+    check_leader,
+    check_range,
+    check_tensors,
+    check_triton,
+    values_checked,
+)
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.mlm_loss.cpu import cpu
 from fastbert_kernels.mlm_loss.reference import reference
@@ -107,9 +115,13 @@ def _backward_fake(scale, hidden, weight, bias, positions, labels, lse):
 
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor bias, Tensor? positions, Tensor labels"
-_FORWARD = operator(f"masked_cross_entropy_forward({_INPUTS}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake)
+_FORWARD = operator(
+    f"masked_cross_entropy_forward({_INPUTS}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
+)
 _BACKWARD = operator(
-    f"masked_cross_entropy_backward(Tensor scale, {_INPUTS}, Tensor lse) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake
+    f"masked_cross_entropy_backward(Tensor scale, {_INPUTS}, Tensor lse) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )
 
 

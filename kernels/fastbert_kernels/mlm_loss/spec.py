@@ -29,12 +29,18 @@ def _least_bytes(shape, size):
 
     def logits(row_tiles, word_tiles):
         rows = M * D * size * word_tiles  # once for each tile of words
-        return rows + V * (D + 1) * size * row_tiles  # the matrix and the bias once for each tile of rows
+        return (
+            rows + V * (D + 1) * size * row_tiles
+        )  # the matrix and the bias once for each tile of rows
 
     row_tiles, word_tiles = tiles("mlm_loss_forward")
-    forward = logits(row_tiles, word_tiles) + M * (8 + 8) + M * (4 + 1 + 4)  # positions and labels in; losses, hits and lse out
+    forward = (
+        logits(row_tiles, word_tiles) + M * (8 + 8) + M * (4 + 1 + 4)
+    )  # positions and labels in; losses, hits and lse out
     row_tiles, word_tiles = tiles("mlm_loss_backward")
-    backward = logits(row_tiles, word_tiles) + M * (8 + 4) * word_tiles  # labels and lse, with the rows
+    backward = (
+        logits(row_tiles, word_tiles) + M * (8 + 4) * word_tiles
+    )  # labels and lse, with the rows
     backward += M * V * size + V * 4 * row_tiles  # the slabs, and the shares of dbias
     return forward + backward
 
@@ -46,7 +52,12 @@ SPEC = Spec(
         {"T": 5, "M": 0, "D": 16, "V": 30},
         {"T": 1, "M": 1, "D": 16, "V": 2},
         {"T": 100, "M": 15, "D": 64, "V": 1000},
-        {"T": 127, "M": 127, "D": 63, "V": 255},  # around the tiles of the forward pass: one below, at, one above
+        {
+            "T": 127,
+            "M": 127,
+            "D": 63,
+            "V": 255,
+        },  # around the tiles of the forward pass: one below, at, one above
         {"T": 140, "M": 128, "D": 64, "V": 256},
         {"T": 140, "M": 129, "D": 65, "V": 257},
         {"T": 260, "M": 255, "D": 64, "V": 129},  # and of the backward pass
@@ -56,6 +67,8 @@ SPEC = Spec(
     inputs=_inputs,
     differentiable=("hidden", "weight", "bias"),
     least_bytes=_least_bytes,
-    flops=lambda s: 6 * s["M"] * s["V"] * s["D"],  # logits, dW and dh; that the logits are computed twice is our affair
+    flops=lambda s: (
+        6 * s["M"] * s["V"] * s["D"]
+    ),  # logits, dW and dh; that the logits are computed twice is our affair
     dropout=False,
 )

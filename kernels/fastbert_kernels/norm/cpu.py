@@ -21,12 +21,20 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         if dropout_p > 0:
             keep = row_keep_mask_cpu(keys, site, x.shape[1], dropout_p)
             z = torch.mul(z, keep, out=z if z is not x else None)
-            z = z.mul_(keep_scale(dropout_p)) if residual is None else torch.add(residual, z, alpha=keep_scale(dropout_p), out=z)
+            z = (
+                z.mul_(keep_scale(dropout_p))
+                if residual is None
+                else torch.add(residual, z, alpha=keep_scale(dropout_p), out=z)
+            )
         elif residual is not None:
             z = z + residual
         y, mean, rstd = torch.native_layer_norm(z, (x.shape[1],), weight, shift, eps)
         ctx.save_for_backward(z, mean, rstd, weight, shift, keep)
-        ctx.dropout_p, ctx.has_bias, ctx.has_residual = dropout_p, bias is not None, residual is not None
+        ctx.dropout_p, ctx.has_bias, ctx.has_residual = (
+            dropout_p,
+            bias is not None,
+            residual is not None,
+        )
         return y
 
     @staticmethod
@@ -34,7 +42,9 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[override]
         z, mean, rstd, weight, shift, keep = ctx.saved_tensors
         dy = dy.contiguous()
-        dz, _, _ = torch.ops.aten.native_layer_norm_backward(dy, z, (z.shape[1],), mean, rstd, weight, shift, [True, False, False])
+        dz, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dy, z, (z.shape[1],), mean, rstd, weight, shift, [True, False, False]
+        )
         # Torch's own dweight and dshift add up one row after the other: at 2,500 rows ten times the rounding error, for half the time.
         dweight, dshift = torch.sub(z, mean).mul_(rstd).mul_(dy).sum(0), dy.sum(0)
         dx = dz if keep is None else (dz * keep).mul_(keep_scale(ctx.dropout_p))

@@ -93,7 +93,9 @@ def mask_keys(keys_ptr, row, T, site):
     if keys_ptr is None:
         return ()
     else:
-        return site_keys(tl.load(keys_ptr + row, mask=row < T, other=0).to(tl.uint64, bitcast=True), site, 0)
+        return site_keys(
+            tl.load(keys_ptr + row, mask=row < T, other=0).to(tl.uint64, bitcast=True), site, 0
+        )
 
 
 @triton.jit
@@ -102,7 +104,9 @@ def dropout(x, keys, i, threshold, scale, BLOCK_D: tl.constexpr):
     if len(keys) == 0:
         return x
     else:
-        return tl.where(keep_mask(keys[0], keys[1], i * BLOCK_D, BLOCK_D, threshold), x * scale, 0.0)
+        return tl.where(
+            keep_mask(keys[0], keys[1], i * BLOCK_D, BLOCK_D, threshold), x * scale, 0.0
+        )
 
 
 @triton.jit
@@ -145,7 +149,20 @@ def store_share(ptr, chunks, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, keys, threshold, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_z(
+    x_ptr,
+    bias,
+    residual_ptr,
+    stride_x,
+    stride_residual,
+    row,
+    T,
+    keys,
+    threshold,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """residual + dropout(x + bias)."""
     z = ()
     for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
@@ -156,7 +173,9 @@ def _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, keys, 
             chunk += bias[i]
         chunk = dropout(chunk, keys, i, threshold, scale, BLOCK_D)
         if residual_ptr is not None:
-            chunk += tl.load(residual_ptr + row * stride_residual + column, mask=mask, other=0.0).to(tl.float32)
+            chunk += tl.load(
+                residual_ptr + row * stride_residual + column, mask=mask, other=0.0
+            ).to(tl.float32)
         z += (chunk,)
     return z
 
@@ -190,7 +209,20 @@ def _forward_kernel(
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
         keys = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        z = _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, keys, threshold, scale, D, BLOCK_D)
+        z = _load_z(
+            x_ptr,
+            bias,
+            residual_ptr,
+            stride_x,
+            stride_residual,
+            row,
+            T,
+            keys,
+            threshold,
+            scale,
+            D,
+            BLOCK_D,
+        )
 
         mean, rstd = statistics(z, eps, D, BLOCK_D)
 
@@ -247,18 +279,39 @@ def _backward_kernel(
 ):
     bias = load_vector(bias_ptr, D, BLOCK_D)
     weight = load_vector(weight_ptr, D, BLOCK_D)
-    dweight, dshift, dbias = zeros(D, BLOCK_T, BLOCK_D), zeros(D, BLOCK_T, BLOCK_D), zeros(D, BLOCK_T, BLOCK_D)
+    dweight, dshift, dbias = (
+        zeros(D, BLOCK_T, BLOCK_D),
+        zeros(D, BLOCK_T, BLOCK_D),
+        zeros(D, BLOCK_T, BLOCK_D),
+    )
 
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
         keys = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
-        z = _load_z(x_ptr, bias, residual_ptr, stride_x, stride_residual, row, T, keys, threshold, scale, D, BLOCK_D)
+        z = _load_z(
+            x_ptr,
+            bias,
+            residual_ptr,
+            stride_x,
+            stride_residual,
+            row,
+            T,
+            keys,
+            threshold,
+            scale,
+            D,
+            BLOCK_D,
+        )
         dy = ()
         for i in tl.static_range(len(weight)):
             column = columns(i, BLOCK_D)
-            dy += (tl.load(dy_ptr + row * D + column, mask=(row < T) & (column < D), other=0.0).to(tl.float32),)
+            dy += (
+                tl.load(dy_ptr + row * D + column, mask=(row < T) & (column < D), other=0.0).to(
+                    tl.float32
+                ),
+            )
 
         h, dz = gradient(dy, z, weight, mean, rstd, D)
 
@@ -296,7 +349,19 @@ def backward(dy, x, bias, residual, weight, keys, mean, rstd, dropout_p, site):
     shares = x.new_empty(programs, 3, D, dtype=torch.float32)
     kernel(
         (programs,),
-        (dy, x, bias, residual, weight, keys, mean, rstd, dx, dresidual if differ else None, shares),
+        (
+            dy,
+            x,
+            bias,
+            residual,
+            weight,
+            keys,
+            mean,
+            rstd,
+            dx,
+            dresidual if differ else None,
+            shares,
+        ),
         (*strides, T, site, threshold(dropout_p), keep_scale(dropout_p)),
     )
     return dx, dresidual, shares.sum(0).to(x.dtype)
@@ -306,19 +371,52 @@ def production() -> list[Production]:
     """For the ahead-of-time gate: the sublayers of BERT-base and BERT-large, with dropout and without, and a LayerNorm alone."""
     found = []
     for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        read = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "weight_ptr"), tensor) | {"keys_ptr": "*i64"}
+        read = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "weight_ptr"), tensor) | {
+            "keys_ptr": "*i64"
+        }
         rows = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-        sizes = {"stride_x": "i32", "stride_residual": "i32", "T": "i32", "site": "i32", "threshold": "i32", "scale": "fp32"}
-        forward = read | dict.fromkeys(("shift_ptr", "y_ptr"), tensor) | rows | sizes | {"eps": "fp32"}
-        backward = read | dict.fromkeys(("dy_ptr", "dx_ptr", "dresidual_ptr"), tensor) | {"shares_ptr": "*fp32"} | rows | sizes
+        sizes = {
+            "stride_x": "i32",
+            "stride_residual": "i32",
+            "T": "i32",
+            "site": "i32",
+            "threshold": "i32",
+            "scale": "fp32",
+        }
+        forward = (
+            read | dict.fromkeys(("shift_ptr", "y_ptr"), tensor) | rows | sizes | {"eps": "fp32"}
+        )
+        backward = (
+            read
+            | dict.fromkeys(("dy_ptr", "dx_ptr", "dresidual_ptr"), tensor)
+            | {"shares_ptr": "*fp32"}
+            | rows
+            | sizes
+        )
         aligned = ("stride_x", "stride_residual")
-        forms: tuple[tuple[str, ...], ...] = ((), ("keys_ptr",), ("keys_ptr", "bias_ptr", "residual_ptr"))  # which tensors are missing
+        forms: tuple[tuple[str, ...], ...] = (
+            (),
+            ("keys_ptr",),
+            ("keys_ptr", "bias_ptr", "residual_ptr"),
+        )  # which tensors are missing
         for size, missing in itertools.product((768, 1024), forms):
             lacks = dict.fromkeys(missing) | {"D": size}
-            lacks_backward = lacks | ({"dresidual_ptr": None} if missing else {})  # without dropout it is dx
+            lacks_backward = lacks | (
+                {"dresidual_ptr": None} if missing else {}
+            )  # without dropout it is dx
             wide = tuple(name for name in ("x_ptr", "residual_ptr") if name not in missing)
             found += [
-                Production(_forward_kernel, "norm_forward", size, dtype, forward | lacks, aligned, wide),
-                Production(_backward_kernel, "norm_backward", size, dtype, backward | lacks_backward, aligned, (*wide, "dy_ptr")),
+                Production(
+                    _forward_kernel, "norm_forward", size, dtype, forward | lacks, aligned, wide
+                ),
+                Production(
+                    _backward_kernel,
+                    "norm_backward",
+                    size,
+                    dtype,
+                    backward | lacks_backward,
+                    aligned,
+                    (*wide, "dy_ptr"),
+                ),
             ]
     return found

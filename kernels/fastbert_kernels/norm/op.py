@@ -3,7 +3,14 @@
 import torch
 
 from fastbert_kernels._autocast import widened
-from fastbert_kernels._checks import INT64, check_dropout, check_implementation, check_leader, check_tensors, check_triton
+from fastbert_kernels._checks import (
+    INT64,
+    check_dropout,
+    check_implementation,
+    check_leader,
+    check_tensors,
+    check_triton,
+)
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.norm.cpu import cpu
 from fastbert_kernels.norm.reference import reference
@@ -53,7 +60,14 @@ def dropout_add_layer_norm(
     return _IMPLEMENTATIONS[impl](x, bias, residual, weight, shift, eps, dropout_p, keys, site)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, *, eps: float = 1e-12, impl: str = "reference") -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    eps: float = 1e-12,
+    impl: str = "reference",
+) -> torch.Tensor:
     """LayerNorm over the last axis of x [T, D]: `dropout_add_layer_norm` without its bias, dropout and residual."""
     return dropout_add_layer_norm(x, None, None, weight, shift, eps=eps, impl=impl)
 
@@ -76,7 +90,9 @@ def check(x, bias, residual, weight, shift, dropout_p, keys, impl):
     if impl == "triton":
         check_triton(name, *tensors)
         if D > WIDEST:
-            raise ValueError(f'{name}: x has D = {D}; impl = "triton" takes up to {WIDEST}, use impl = "reference"')
+            raise ValueError(
+                f'{name}: x has D = {D}; impl = "triton" takes up to {WIDEST}, use impl = "reference"'
+            )
 
 
 def _forward(*arguments):
@@ -133,7 +149,17 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
             dresidual = None
         elif ctx.dropout_p == 0:
             dresidual = dx
-        return dx, dbias if bias is not None else None, dresidual, dweight, dshift, None, None, None, None
+        return (
+            dx,
+            dbias if bias is not None else None,
+            dresidual,
+            dweight,
+            dshift,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _triton(*arguments):

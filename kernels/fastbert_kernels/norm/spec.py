@@ -25,7 +25,9 @@ def _least_bytes(shape, size):
     # Forward reads x, residual, bias, weight, shift and the keys; writes y, mean and rstd.
     forward = ((2 if bare else 3) * rows + (2 if bare else 3)) * columns * size + rows * (8 + 4 + 4)
     # Backward reads dy, x, residual, bias, weight, the keys, mean and rstd; writes dx, dresidual, dbias, dweight and dshift.
-    backward = ((3 if bare else 5) * rows + (3 if bare else 5)) * columns * size + rows * (8 + 4 + 4)
+    backward = ((3 if bare else 5) * rows + (3 if bare else 5)) * columns * size + rows * (
+        8 + 4 + 4
+    )
     return forward + backward
 
 
