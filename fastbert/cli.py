@@ -236,7 +236,7 @@ def evaluate(
 ) -> int:
     """Held-out losses and accuracies, next to what simple count models reach on the same text. Ranks of a launcher share the work."""
     from fastbert.cluster.group import RankLost, join
-    from fastbert.tasks.evaluate import SHOWN, evaluate
+    from fastbert.tasks.evaluate import MASKED, evaluate
     from fastbert.tasks.load import load
     from fastbert.training.diagnosis import compare
 
@@ -253,7 +253,7 @@ def evaluate(
         return DONE
     sections = [
         ("", {"masked tokens": result.masked}),
-        ("  ", result.by_input),
+        ("  ", result.by_corruption),
         (
             "  in sequences of ",
             {f"{name} tokens": found for name, found in result.by_length.items()},
@@ -299,7 +299,7 @@ def evaluate(
         "left neighbour",
     )
     _print_table(title, columns, cells)
-    if (shown := result.by_input.get(SHOWN)) is not None:
+    if (shown := result.by_corruption.get(MASKED)) is not None:
         print(f"where [MASK] shows: {compare(shown.loss, result.baselines)}")
     return DONE
 
@@ -343,8 +343,8 @@ def export(
     return DONE
 
 
-@app.command(epilog='Example: fastbert fill runs/base "The capital of France is [MASK]."')
-def fill(
+@app.command(epilog='Example: fastbert fill-mask runs/base "The capital of France is [MASK]."')
+def fill_mask(
     model: Model,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="A text with one or more [MASK].")],
     k: Annotated[int, typer.Option("--k", help="Tokens shown for each [MASK].")] = 5,
@@ -353,7 +353,7 @@ def fill(
     """Guess the words behind [MASK]."""
     from fastbert.tasks.load import load
 
-    masks = load(model).fill(text, k)
+    masks = load(model).fill_mask(text, k)
     if as_json:
         return _print_json(
             {

@@ -363,9 +363,7 @@ def test_a_wrong_step_of_the_model_is_seen():
         model.layers[1].feed_forward.bias[3] += 1
     assert worst(smoke.outcome_of(model, "reference", batch, True)) > 1
     assert (
-        worst(
-            plain | {"embeddings.words": torch.full_like(plain["embeddings.words"], float("nan"))}
-        )
+        worst(plain | {"embeddings.word": torch.full_like(plain["embeddings.word"], float("nan"))})
         == math.inf
     )
     assert worst(plain | {"loss": torch.tensor(float("inf"))}) == math.inf

@@ -83,7 +83,7 @@ def pause_backward(
         (pause_forward(lambda model: model.embeddings), EMBEDDING),
         (pause_forward(lambda model: model.layers[0].attention), PROJECTIONS),
         (pause_forward(lambda model: model.mlm_head), LOSS),
-        (pause_backward(lambda model: model.embeddings.positions), EMBEDDING),
+        (pause_backward(lambda model: model.embeddings.position), EMBEDDING),
         (pause_backward(lambda model: model.layers[0].attention.qkv_weight), PROJECTIONS),
         (pause_backward(lambda model: model.layers[1].feed_forward.weight), PRODUCTS),
         (pause_backward(lambda model: model.layers[1].feed_forward.output.norm_weight), NORM),

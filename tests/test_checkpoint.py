@@ -548,7 +548,7 @@ DAMAGE = {
     ),
     "a newer format": (
         lambda p: edit(p, lambda m: m.update(format=2)),
-        "format = 2, this fastbert reads format 1",
+        "format = 3, this fastbert reads format 2",
     ),
     "a path": (
         lambda p: edit(

@@ -22,7 +22,7 @@ VERBS = [
     "pretrain",
     "evaluate",
     "export",
-    "fill",
+    "fill-mask",
     "nsp",
     "embed",
     "finetune",
@@ -111,7 +111,7 @@ BAD = {
     "pretrain": (["pretrain", "typo.toml"], ["typo.toml", "batch.sequence", "batch.sequences"]),
     "evaluate": (["evaluate", "nowhere"], ["'nowhere' does not exist", "fastbert evaluate --help"]),
     "export": (["export", "half", "--out", "new"], ["half: a run without a sound checkpoint"]),
-    "fill": (["fill", "hf", "No gap here."], ["No gap here.", "[MASK]"]),
+    "fill-mask": (["fill-mask", "hf", "No gap here."], ["No gap here.", "[MASK]"]),
     "nsp": (["nsp", "hf", "only one"], ["SECOND", "fastbert nsp --help"]),
     "embed": (["embed", "hf", "no.txt", "--out", "x.npy"], ["no.txt: no such file"]),
     "finetune": (
@@ -124,8 +124,11 @@ BAD = {
 }
 MORE = {
     "no such verb": (["pretrian"], ["pretrian", "fastbert --help"]),
-    "no such option": (["fill", "hf", "x", "--tokens", "3"], ["--tokens", "fastbert fill --help"]),
-    "not a number": (["fill", "hf", "[MASK]", "--k", "many"], ["--k", "integer"]),
+    "no such option": (
+        ["fill-mask", "hf", "x", "--tokens", "3"],
+        ["--tokens", "fastbert fill-mask --help"],
+    ),
+    "not a number": (["fill-mask", "hf", "[MASK]", "--k", "many"], ["--k", "integer"]),
     "prepare: not UTF-8": (["prepare", "latin.txt", "--out", "new"], ["latin.txt", "UTF-8"]),
     "prepare: taken": (["prepare", "texts.txt", "--out", "hf"], ["hf"]),
     "pretrain: no recipe": (["pretrain", "no.toml"], ["no.toml", "no such recipe"]),
@@ -136,7 +139,7 @@ MORE = {
     "evaluate: no dataset": (["evaluate", "hf"], ["hf", "--data"]),
     "evaluate: a file": (["evaluate", "texts.txt"], ["'texts.txt' is a file"]),
     "export: taken": (["export", "run", "--out", "hf"], ["--out hf: is there already"]),
-    "fill: k": (["fill", "hf", "[MASK]", "--k", "0"], ["k = 0"]),
+    "fill: k": (["fill-mask", "hf", "[MASK]", "--k", "0"], ["k = 0"]),
     "embed: pool": (
         ["embed", "hf", "texts.txt", "--out", "x.npy", "--pool", "sum"],
         ["pool = 'sum'", "mean, max, cls"],
@@ -154,7 +157,7 @@ MORE = {
         ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--lr", "0"],
         ["--lr 0.0"],
     ),
-    "fill: not UTF-8": (["fill", "hf", "caf\udce9 [MASK]"], ["is not UTF-8"]),
+    "fill: not UTF-8": (["fill-mask", "hf", "caf\udce9 [MASK]"], ["is not UTF-8"]),
     "finetune: seed": (
         ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--seed", "-1"],
         ["--seed"],
@@ -182,7 +185,7 @@ def test_more_bad_input(place, inside, case):
 
 
 def test_a_path_that_is_not_there_is_refused_before_anything_heavy_loads():
-    code = "import sys; from fastbert.cli import run; print(run(['fill', 'nowhere', '[MASK]']), 'torch' in sys.modules)"
+    code = "import sys; from fastbert.cli import run; print(run(['fill-mask', 'nowhere', '[MASK]']), 'torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     assert (
         subprocess.run(
@@ -231,7 +234,7 @@ def test_export_says_nothing_but_its_result(place, inside, tmp_path):
 
 
 def test_fill_and_nsp(place, inside):
-    result = fastbert(place, "fill", "hf", "A [MASK] is a [MASK].", "--k", "3", "--json")
+    result = fastbert(place, "fill-mask", "hf", "A [MASK] is a [MASK].", "--k", "3", "--json")
     assert (result.returncode, result.stderr) == (0, "")
     found = json.loads(result.stdout)
     assert found["text"] == "A [MASK] is a [MASK]." and [len(best) for best in found["masks"]] == [
@@ -239,7 +242,7 @@ def test_fill_and_nsp(place, inside):
         3,
     ]
     best = found["masks"][0][0]
-    _, shown, _ = inside("fill", "run", "A [MASK] is a [MASK].")
+    _, shown, _ = inside("fill-mask", "run", "A [MASK] is a [MASK].")
     assert (
         best["token"] in shown
         and f"{100 * best['probability']:.1f} %" in shown

@@ -54,7 +54,7 @@ def spoil_all(file: Path, name: str, value: float) -> None:
 
 def verbs(model: Path, files: Path, data: Path) -> dict[str, list[str]]:
     return {
-        "fill": ["fill", str(model), "the [MASK]"],
+        "fill": ["fill-mask", str(model), "the [MASK]"],
         "nsp": ["nsp", str(model), "the list", "the name"],
         "embed": ["embed", str(model), str(files / "texts.txt"), "--out", str(files / "out.npy")],
         "embed cls": [
@@ -112,7 +112,7 @@ def test_a_folder_with_one_nan_is_bad_input(folder, small_dataset, tmp_path, cap
 def test_any_weight_and_either_infinity(folder, tmp_path, capsys, name, value):
     spoil(folder / "model.safetensors", name, value)
     assert f"{name} holds numbers" in refused(
-        ["fill", str(folder), "the [MASK]"], 2, tmp_path, capsys
+        ["fill-mask", str(folder), "the [MASK]"], 2, tmp_path, capsys
     )
 
 
@@ -124,7 +124,7 @@ def test_any_type_of_number(folder, tmp_path, capsys, dtype):
     weights[VALUES][0, 0] = 1e300 if dtype == torch.float64 else math.nan
     save_file(weights, file, metadata={"format": "pt"})
     assert f"{VALUES} holds numbers" in refused(
-        ["fill", str(folder), "the [MASK]"], 2, tmp_path, capsys
+        ["fill-mask", str(folder), "the [MASK]"], 2, tmp_path, capsys
     )
 
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_and_a_run(folder, small_dataset, tmp_path, capsys):
     manifest["files"][file.name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
     (path / "manifest.json").write_bytes(checkpoint._manifest_bytes(manifest))
     for model in (run, path):
-        line = refused(["fill", str(model), "the [MASK]"], 2, tmp_path, capsys)
+        line = refused(["fill-mask", str(model), "the [MASK]"], 2, tmp_path, capsys)
         assert f"{path}: layers.0.feed_forward.weight holds numbers that are not finite" in line
     (run / "metrics.jsonl").write_text(json.dumps(STEP) + "\n")
     assert (

@@ -179,10 +179,10 @@ def test_fill_and_nsp(place, run, exported):
     """The verbs on the run say what Python says on the exported folder."""
     theirs = fastbert.load(exported)
     text = "The [MASK] statement is used to define a [MASK]."
-    masks = fastbert_json(place, "fill", str(run), text)["masks"]
+    masks = fastbert_json(place, "fill-mask", str(run), text)["masks"]
     assert [
         [(guess["token"], guess["probability"]) for guess in mask] for mask in masks
-    ] == theirs.fill(text, k=5)
+    ] == theirs.fill_mask(text, k=5)
     pair = ("The class body is executed.", "A new local namespace is made.")
     assert fastbert_json(place, "nsp", str(run), *pair)["probability"] == theirs.next_sentence(
         *pair
@@ -227,7 +227,7 @@ def test_transformers_gives_the_same(run, exported):
             .softmax(-1)
             .topk(3)
         )
-    ((*best,),) = ours.fill("The [MASK] statement is simple.", k=3)
+    ((*best,),) = ours.fill_mask("The [MASK] statement is simple.", k=3)
     assert [token for token, _ in best] == tokenizer.convert_ids_to_tokens(
         expected.indices[0].tolist()
     )

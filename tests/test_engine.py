@@ -179,8 +179,8 @@ def test_what_a_step_reports(small_dataset, packs, gradient):
     assert result.loss_nsp == pytest.approx(
         float(torch.cat([f.pair_losses for f in found]).sum()) / pairs, rel=1e-5
     )
-    assert result.accuracy_mlm == int(torch.cat([f.token_hits for f in found]).sum()) / masked
-    assert result.accuracy_nsp == int(torch.cat([f.pair_hits for f in found]).sum()) / pairs
+    assert result.accuracy_mlm == int(torch.cat([f.token_correct for f in found]).sum()) / masked
+    assert result.accuracy_nsp == int(torch.cat([f.pair_correct for f in found]).sum()) / pairs
 
 
 class Operations(TorchDispatchMode):
@@ -363,13 +363,13 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(
 ):
     """Only the longest sequences reach the last positions, whose embedding is broken for one step; the next steps are as if it had not been."""
     longest = max(pack.max_seqlen for pack in packs[1])
-    culprits = [
+    bad_examples = [
         int(e)
         for pack in packs[1]
         for e, n in zip(pack.examples, pack.cu_seqlens.diff(), strict=True)
         if n == longest
     ]
-    assert 0 < len(culprits) < CONFIG.batch.sequences
+    assert 0 < len(bad_examples) < CONFIG.batch.sequences
     with engine(small_dataset, stage) as built:
         built.step(packs[0], lr=1e-2)
         expected = built.step(packs[2], lr=1e-2)
@@ -378,7 +378,7 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(
         before = state_of(built)
         with broken_position(built, longest - 1), pytest.raises(NotFinite) as trouble:
             built.step(packs[1], lr=1.0)
-        assert sorted(trouble.value.examples) == sorted(culprits)
+        assert sorted(trouble.value.examples) == sorted(bad_examples)
         assert str(trouble.value) == "the loss is not finite"
         after = state_of(built)
         for slot, tensors in before.items():

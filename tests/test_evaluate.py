@@ -36,7 +36,17 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
     stock = BertForPreTraining.from_pretrained(folder).eval()
     model = fastbert.load(run)
     assert model.recipe is not None
-    token_losses, token_hits, hits_of_5, shown, kept, lengths, targets, pair_losses, pair_hits = (
+    (
+        token_losses,
+        token_correct,
+        hits_of_5,
+        shown,
+        kept,
+        lengths,
+        targets,
+        pair_losses,
+        pair_correct,
+    ) = (
         [],
         [],
         [],
@@ -62,7 +72,7 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
             token_losses += torch.nn.functional.cross_entropy(
                 logits, labels, reduction="none"
             ).tolist()
-            token_hits += (logits.argmax(-1) == labels).tolist()
+            token_correct += (logits.argmax(-1) == labels).tolist()
             hits_of_5 += (logits.topk(5).indices == labels[:, None]).any(-1).tolist()
             shown += (ids[where] == small_dataset.special.mask).tolist()
             kept += (ids[where] == labels).tolist()
@@ -71,7 +81,7 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
             pair_losses.append(
                 torch.nn.functional.cross_entropy(found.seq_relationship_logits, label[None]).item()
             )
-            pair_hits.append(found.seq_relationship_logits.argmax().item() == label.item())
+            pair_correct.append(found.seq_relationship_logits.argmax().item() == label.item())
 
     def mean(values) -> float:
         values = list(values)
@@ -86,12 +96,12 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
     assert flat == {
         "loss": pytest.approx(mean(token_losses) + mean(pair_losses), rel=1e-5),
         "loss_mlm": pytest.approx(mean(token_losses), rel=1e-5),
-        "accuracy_mlm": pytest.approx(mean(token_hits)),
+        "accuracy_mlm": pytest.approx(mean(token_correct)),
         "accuracy_of_5_mlm": pytest.approx(mean(hits_of_5)),
         "loss_mask_token": pytest.approx(of(shown, token_losses), rel=1e-5),
-        "accuracy_mask_token": pytest.approx(of(shown, token_hits)),
+        "accuracy_mask_token": pytest.approx(of(shown, token_correct)),
         "loss_nsp": pytest.approx(mean(pair_losses), rel=1e-4),
-        "accuracy_nsp": pytest.approx(mean(pair_hits)),
+        "accuracy_nsp": pytest.approx(mean(pair_correct)),
         "perplexity": pytest.approx(math.exp(mean(token_losses)), rel=1e-4),
         "sequences": SEQUENCES,
         "tokens": sum(
@@ -131,7 +141,7 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
             assert found["count"] == sum(chosen)
             assert found["loss"] == pytest.approx(of(chosen, token_losses), rel=1e-5)
             assert (found["accuracy"], found["accuracy_of_5"]) == (
-                pytest.approx(of(chosen, token_hits)),
+                pytest.approx(of(chosen, token_correct)),
                 pytest.approx(of(chosen, hits_of_5)),
             )
     assert len(groups["frequency"]) > 1 and {SHOWN, KEPT} <= set(groups["input"])
@@ -196,7 +206,7 @@ def test_without_pairs_there_are_no_pair_figures(small_dataset, folder, tmp_path
 def test_an_endless_perplexity_is_no_crash(small_dataset, run):
     model = fastbert.load(run)
     with torch.no_grad():
-        model.model.embeddings.words.mul_(1e4)
+        model.model.embeddings.word.mul_(1e4)
     assert evaluate(model, sequences=4).masked.perplexity == math.inf
 
 

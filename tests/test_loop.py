@@ -512,7 +512,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp
     found, _ = checkpoint.newest_sound(run)
     assert found is not None
     state = {slot: dict(named) for slot, named in checkpoint.read_all(found.path).items()}
-    state["weight"]["embeddings.positions"][-1] = 3e38
+    state["weight"]["embeddings.position"][-1] = 3e38
     tensors = [
         (f"{slot}/{name}", tensor)
         for slot, named in state.items()

@@ -31,7 +31,7 @@ def damage(trial: Trial, place: int = PLACE) -> None:
     found, _ = checkpoint.newest_sound(trial.run)
     assert found is not None
     state = {slot: dict(tensors) for slot, tensors in checkpoint.read_all(found.path).items()}
-    state["weight"]["embeddings.positions"][place] = HUGE
+    state["weight"]["embeddings.position"][place] = HUGE
     for path in trial.checkpoints:
         checkpoint.delete([path])
     tensors = [

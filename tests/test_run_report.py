@@ -110,7 +110,7 @@ def test_the_page_holds_everything_and_needs_nothing(run, tmp_path):
         "stop.steps = 7 <done>",
         "max_position_embeddings = 32",
         "a & b",
-        "shows [MASK]",
+        "[MASK]",
         "sequences of 1 to 32 tokens",
     ):
         assert wanted in words, wanted

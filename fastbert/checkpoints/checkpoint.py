@@ -39,7 +39,7 @@ from fastbert.durable import sha256_of, sync
 from fastbert.errors import InputError
 from fastbert.presence import names_in, status, unreadable
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SHARD_BYTES = 2 << 30  # of a file, or one tensor
 PIECE = (
@@ -353,7 +353,8 @@ def _read(path: Path) -> Checkpoint | str:
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             return (
-                f"{MANIFEST}: format = {manifest['format']!r}, this fastbert reads format {FORMAT}"
+                f"{MANIFEST}: format = {manifest['format']!r}, this fastbert reads format {FORMAT}; "
+                "open it with the version that wrote it, and export it"
             )
         del manifest["sha256"]
         if text != _manifest_bytes(manifest):

@@ -24,9 +24,9 @@ HEADS = {MLM: "mlm_head.", NSP: "nsp_head."}
 DECODER = "mlm_head.decoder"  # the vocabulary matrix [V, D] where it is not the word embedding; no model of ours is trained with one
 
 _OUTSIDE = {  # our name: Hugging Face's, and the shape; P positions, S segments, C classes of a pair
-    "embeddings.words": ("bert.embeddings.word_embeddings.weight", "VD"),
-    "embeddings.positions": ("bert.embeddings.position_embeddings.weight", "PD"),
-    "embeddings.segments": ("bert.embeddings.token_type_embeddings.weight", "SD"),
+    "embeddings.word": ("bert.embeddings.word_embeddings.weight", "VD"),
+    "embeddings.position": ("bert.embeddings.position_embeddings.weight", "PD"),
+    "embeddings.token_type": ("bert.embeddings.token_type_embeddings.weight", "SD"),
     "embeddings.norm_weight": ("bert.embeddings.LayerNorm.weight", "D"),
     "embeddings.norm_bias": ("bert.embeddings.LayerNorm.bias", "D"),
     "mlm_head.weight": ("cls.predictions.transform.dense.weight", "DD"),
@@ -191,7 +191,7 @@ def from_hugging_face(
         )
     if decoder is None or MLM not in heads(result):
         return result
-    words = result["embeddings.words"]
+    words = result["embeddings.word"]
     if decoder.shape != words.shape:
         raise InputError(
             f"{source}: {THEIR_DECODER} has the shape {list(decoder.shape)}; config.json asks for {list(words.shape)}"

@@ -102,9 +102,9 @@ class Embeddings(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.eps = config.layer_norm_eps
-        self.words = matrix(vocab_size, config.hidden_size)
-        self.positions = matrix(config.max_position_embeddings, config.hidden_size)
-        self.segments = matrix(2, config.hidden_size)
+        self.word = matrix(vocab_size, config.hidden_size)
+        self.position = matrix(config.max_position_embeddings, config.hidden_size)
+        self.token_type = matrix(2, config.hidden_size)
         self.norm_weight, self.norm_bias = vector(config.hidden_size), vector(config.hidden_size)
 
     def forward(self, batch: PackedBatch, pack: Pack, dropout: Dropout, impl: str) -> Tensor:
@@ -112,9 +112,9 @@ class Embeddings(nn.Module):
             batch.input_ids,
             batch.position_ids,
             batch.token_type_ids,
-            self.words,
-            self.positions,
-            self.segments,
+            self.word,
+            self.position,
+            self.token_type,
             self.norm_weight,
             self.norm_bias,
             eps=self.eps,
@@ -262,8 +262,8 @@ class Layer(nn.Module):
         attention, feed_forward = self.attention, self.feed_forward
         modules = (attention, attention.output, feed_forward, feed_forward.output)
         return Parameters(
-            *(parameter for module in modules for parameter in module._parameters.values())
-        )  # type: ignore[arg-type]
+            *(parameter for module in modules for parameter in module._parameters.values())  # type: ignore[arg-type]
+        )
 
 
 class MaskedTokenHead(nn.Module):
@@ -321,9 +321,9 @@ class Losses:
     mlm: Tensor  # scalar, fp32, nats, with gradient
     nsp: Tensor  # scalar, fp32, nats, with gradient; 0 where the objective has no pairs
     token_losses: Tensor  # fp32 [M], nats, detached
-    token_hits: Tensor  # bool [M]
+    token_correct: Tensor  # bool [M]
     pair_losses: Tensor  # fp32 [B], nats, detached; 0 where an example has no pair
-    pair_hits: Tensor  # bool [B]
+    pair_correct: Tensor  # bool [B]
 
     @property
     def loss(self) -> Tensor:
@@ -385,24 +385,24 @@ class BertForPreTraining(nn.Module):
 
         Returns a plain tuple (ZeRO stage 3 rebuilds containers), which `losses` names:
             mlm, nsp: scalars with gradient, this batch's share of the means over the whole global batch.
-            token_losses fp32 [M], token_hits bool [M], pair_losses fp32 [B], pair_hits bool [B]: detached.
+            token_losses fp32 [M], token_correct bool [M], pair_losses fp32 [B], pair_correct bool [B]: detached.
         """
         masked, first = self.loss_rows(batch)
-        mlm, token_losses, token_hits = self.mlm_head(
-            masked, self.embeddings.words, batch.labels, max(batch.masked_total, 1), self.impl
+        mlm, token_losses, token_correct = self.mlm_head(
+            masked, self.embeddings.word, batch.labels, max(batch.masked_total, 1), self.impl
         )
         pair_logits = self.nsp_head(first).float()
         pair_losses = nn.functional.cross_entropy(
             pair_logits, batch.next_sentence_labels, reduction="none", ignore_index=-100
         )
-        pair_hits = pair_logits.argmax(-1) == batch.next_sentence_labels
+        pair_correct = pair_logits.argmax(-1) == batch.next_sentence_labels
         return (
             mlm,
             pair_losses.sum() / max(batch.pairs_total, 1),
             token_losses,
-            token_hits,
+            token_correct,
             pair_losses.detach(),
-            pair_hits,
+            pair_correct,
         )
 
     def loss_rows(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -433,7 +433,7 @@ class BertForPreTraining(nn.Module):
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits [N, V] of last-layer rows [N, D]."""
-        table = self.embeddings.words if self.mlm_head.decoder is None else self.mlm_head.decoder
+        table = self.embeddings.word if self.mlm_head.decoder is None else self.mlm_head.decoder
         return linear(
             self.mlm_head.transform(hidden, self.impl),
             table,

@@ -42,7 +42,7 @@ def initialise(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
             torch.nn.init.constant_(parameter, 1.0 if name.endswith("norm_weight") else 0.0)
     if config.initial_attention == "adjacent":
         full = config.hidden_size**-0.5  # what goes through a matrix of this spread keeps its size
-        table = parameters["embeddings.positions"]
+        table = parameters["embeddings.position"]
         table.copy_(
             sinusoids(*table.shape)
             * (math.sqrt(2) * _POSITIONS_OVER_WORDS * config.initializer_range)
@@ -59,7 +59,8 @@ def initialise(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
         torch.nn.init.normal_(parameters["layers.0.attention.output.weight"], std=full)
         # Next to such positions the segments must be as strong to be told apart.
         torch.nn.init.normal_(
-            parameters["embeddings.segments"], std=_POSITIONS_OVER_WORDS * config.initializer_range
+            parameters["embeddings.token_type"],
+            std=_POSITIONS_OVER_WORDS * config.initializer_range,
         )
         for name in ("nsp_head.pooler.weight", "nsp_head.classifier.weight"):
             torch.nn.init.normal_(parameters[name], std=full)

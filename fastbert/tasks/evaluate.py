@@ -27,7 +27,7 @@ from fastbert.errors import Diverged, InputError
 from fastbert.tasks.pretrained import Pretrained
 from fastbert.training.verified_dataset import open_verified
 
-SHOWN, REPLACED, KEPT = "shows [MASK]", "shows another token", "shows itself"
+MASKED, RANDOM, UNCHANGED = "[MASK]", "random", "unchanged"
 LENGTHS = (32, 64, 128, 256)  # tokens of the sequence: the upper ends of classes
 FREQUENCIES = (1000, 100, 10)  # in a million tokens of the training text: the lower ends of classes
 LOGITS = 1 << 24  # at most at a time: 64 MB
@@ -64,7 +64,7 @@ class Evaluation:
 
     masked: Masked
     pairs: Pairs | None  # None for a model that learned none
-    by_input: dict[str, Masked]
+    by_corruption: dict[str, Masked]
     by_length: dict[str, Masked]
     by_frequency: dict[str, Masked]
     sequences: int
@@ -78,7 +78,7 @@ class Evaluation:
 
     def flat(self) -> dict[str, Any]:
         """For JSON; the first keys are those of the "evaluate" lines in metrics.jsonl."""
-        shown, pairs = self.by_input.get(SHOWN), self.pairs
+        shown, pairs = self.by_corruption.get(MASKED), self.pairs
         return {
             "loss": self.loss,
             "loss_mlm": self.masked.loss,
@@ -92,7 +92,7 @@ class Evaluation:
             "sequences": self.sequences,
             "tokens": self.tokens,
             "masked": self.masked.count,
-            "by_input": {name: asdict(found) for name, found in self.by_input.items()},
+            "by_corruption": {name: asdict(found) for name, found in self.by_corruption.items()},
             "by_length": {name: asdict(found) for name, found in self.by_length.items()},
             "by_frequency": {name: asdict(found) for name, found in self.by_frequency.items()},
             "baselines": self.baselines,
@@ -155,7 +155,7 @@ class _Classes:
         self.lengths = [f"1 to {LENGTHS[0]}", *between, f"more than {LENGTHS[-1]}"]
         between = [f"{low:,} to {high:,}" for high, low in itertools.pairwise(FREQUENCIES)]
         self.frequencies = [f"{FREQUENCIES[0]:,} or more", *between, f"less than {FREQUENCIES[-1]}"]
-        self.names = ["all", SHOWN, REPLACED, KEPT, *self.lengths, *self.frequencies]
+        self.names = ["all", MASKED, RANDOM, UNCHANGED, *self.lengths, *self.frequencies]
 
     def sums(self, pretrained: Pretrained, batches: Sequence[PackedBatch]) -> Tensor:
         """float64 [classes + 1, 6], in the order of _SUMS; of the pairs count, loss and hits."""
@@ -189,7 +189,7 @@ class _Classes:
         return Evaluation(
             masked=found["all"],
             pairs=Pairs(round(count), loss / count, hits / count) if count else None,
-            by_input=some([SHOWN, REPLACED, KEPT]),
+            by_corruption=some([MASKED, RANDOM, UNCHANGED]),
             by_length=some(self.lengths),
             by_frequency=some(self.frequencies),
             sequences=sum(batch.sequences for batch in batches),
@@ -211,7 +211,7 @@ class _Classes:
         return [torch.ones_like(shown), shown, ~shown & ~kept, kept, *of_length, *of_frequency]
 
     def _count_models(self, batches: Sequence[PackedBatch]) -> list[tuple[Tensor, ...]]:
-        """Nats of the masked tokens under the unigram and the left bigram, a tensor a batch; a neighbour that shows [MASK] is hidden."""
+        """Nats of the masked tokens under the unigram and the left bigram, a tensor a batch; a neighbour that [MASK] is hidden."""
         special, boundary = self.dataset.special, self.dataset.vocab_size
         left = torch.cat([batch.input_ids[batch.masked_positions - 1] for batch in batches])
         left[(left == special.cls) | (left == special.sep)] = boundary
@@ -226,7 +226,7 @@ class _Classes:
 def _measure(pretrained: Pretrained, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
     """Loss, hit and hit among the first five of each masked position, float64 [M]; count, loss and hits of the pairs [3]."""
     model = pretrained.model
-    batch = batch.to(model.embeddings.words.device)
+    batch = batch.to(model.embeddings.word.device)
     masked, first = model.loss_rows(batch)
     parts = []
     for hidden, labels in zip(

@@ -391,7 +391,7 @@ class Classifier(nn.Module):
         self.classifier = nn.Linear(pretrained.config.hidden_size, classes)
         nn.init.normal_(self.classifier.weight, std=pretrained.config.initializer_range)
         nn.init.zeros_(self.classifier.bias)
-        self.to(self.encoder.embeddings.words.device)
+        self.to(self.encoder.embeddings.word.device)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         _, first = self.encoder.loss_rows(batch)
@@ -416,7 +416,7 @@ class _Encoded:
         self.first, self.second = [a[: max_length - 2] for a in first], second
         self.targets = task.targets(examples)
         self.special = pretrained.special
-        self.device = pretrained.model.embeddings.words.device
+        self.device = pretrained.model.embeddings.word.device
 
     def __len__(self) -> int:
         return len(self.first)

@@ -117,7 +117,7 @@ class Pretrained:
                     result[i].append(part)
         return result
 
-    def fill(self, text: str, k: int = 5) -> list[list[tuple[str, float]]]:
+    def fill_mask(self, text: str, k: int = 5) -> list[list[tuple[str, float]]]:
         """The k most probable tokens and their probabilities, best first, for each `[MASK]` of the text.
 
         Raises:
@@ -204,7 +204,7 @@ class Pretrained:
             yield chosen, self._batch([ids[j] for j in chosen])
 
     def _batch(self, a: list[list[int]], b: list[list[int]] | None = None) -> PackedBatch:
-        return pack_texts(a, b, self.special).to(self.model.embeddings.words.device)
+        return pack_texts(a, b, self.special).to(self.model.embeddings.word.device)
 
     @torch.inference_mode()
     def _hidden(self, batch: PackedBatch) -> list[Tensor]:

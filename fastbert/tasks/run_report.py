@@ -238,7 +238,7 @@ def _held_out(found: Evaluation) -> str:
 
     rows = [
         row("all masked tokens", found.masked),
-        *(row(name, masked) for name, masked in found.by_input.items()),
+        *(row(name, masked) for name, masked in found.by_corruption.items()),
     ]
     rows += [row(f"sequences of {name} tokens", masked) for name, masked in found.by_length.items()]
     rows += [
@@ -303,7 +303,7 @@ def _samples(pretrained: Pretrained) -> str:
     """Held-out sentences, a whole word of each hidden, and the model's first guesses."""
     parts = []
     for before, word, after in _hidden_words(pretrained):
-        (guesses,) = pretrained.fill(f"{before}{MASK}{after}", 5)
+        (guesses,) = pretrained.fill_mask(f"{before}{MASK}{after}", 5)
         shown = ", ".join(
             f'<span class="right">{_text(token)} {share:.0%}</span>'
             if token == word

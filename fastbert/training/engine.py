@@ -188,7 +188,7 @@ class Engine:
                 found.loss * (self.group.world + 0 * found.loss.detach()), scale_wrt_gas=False
             )
             means.append(torch.stack((found.mlm.detach(), found.nsp.detach())))
-            hits.append(torch.stack((found.token_hits.sum(), found.pair_hits.sum())))
+            hits.append(torch.stack((found.token_correct.sum(), found.pair_correct.sum())))
         counts = torch.tensor(
             [
                 sum(batch.tokens for batch in micro_batches),
@@ -201,20 +201,20 @@ class Engine:
             counts.to(self.device),
         )
         # Read before the update is queued: who applies a gradient has to wait for its norm anyway, but not for the update.
-        mlm, nsp, token_hits, pair_hits, tokens, sequences = self.group.sum(
+        mlm, nsp, token_correct, pair_correct, tokens, sequences = self.group.sum(
             torch.cat([part.double() for part in parts])
         ).tolist()
         grad_norm = self._update()
         if not math.isfinite(grad_norm):
             what = "the norm of the gradient" if math.isfinite(mlm + nsp) else "the loss"
-            raise NotFinite(f"{what} is not finite", self._culprits(micro_batches))
+            raise NotFinite(f"{what} is not finite", self._bad_examples(micro_batches))
         masked, pairs = micro_batches[0].masked_total, micro_batches[0].pairs_total
         return StepResult(
             loss=mlm + nsp,
             loss_mlm=mlm,
             loss_nsp=nsp if pairs else None,
-            accuracy_mlm=token_hits / max(masked, 1),
-            accuracy_nsp=pair_hits / pairs if pairs else None,
+            accuracy_mlm=token_correct / max(masked, 1),
+            accuracy_nsp=pair_correct / pairs if pairs else None,
             grad_norm=grad_norm,
             tokens=int(tokens),
             masked=masked,
@@ -287,7 +287,7 @@ class Engine:
         self.close()
 
     @torch.no_grad()
-    def _culprits(self, micro_batches: Sequence[PackedBatch]) -> list[int]:
+    def _bad_examples(self, micro_batches: Sequence[PackedBatch]) -> list[int]:
         """Indices, within the epoch, of this rank's examples whose loss is not finite; dropout is the same again, by the batch's keys."""
         found: list[int] = []
         for batch in micro_batches:

@@ -38,9 +38,9 @@ def heldout_sums(losses: Losses, batch: PackedBatch, mask_id: int) -> Tensor:
     paired = batch.next_sentence_labels >= 0
     parts = []
     for values, hits, counted in (
-        (losses.token_losses, losses.token_hits, torch.ones_like(shown)),
-        (losses.token_losses, losses.token_hits, shown),
-        (losses.pair_losses, losses.pair_hits, paired),
+        (losses.token_losses, losses.token_correct, torch.ones_like(shown)),
+        (losses.token_losses, losses.token_correct, shown),
+        (losses.pair_losses, losses.pair_correct, paired),
     ):
         # Not `values[counted]`, whose size the host would wait for.
         parts += [

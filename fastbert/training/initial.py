@@ -22,7 +22,7 @@ SIZES = (
     "max_position_embeddings",
     "layer_norm_eps",
 )
-PER_TOKEN = ("embeddings.words", "mlm_head.vocabulary_bias")  # weights with a row for each token
+PER_TOKEN = ("embeddings.word", "mlm_head.vocabulary_bias")  # weights with a row for each token
 
 
 def open_initial(path: str) -> ModelParts:

@@ -31,7 +31,7 @@ def test_fill_is_that_of_transformers(folder, stock, text):
     with torch.no_grad():
         logits = model(**inputs).prediction_logits[inputs["input_ids"] == tokenizer.mask_token_id]
     expected = logits.softmax(-1).topk(4)
-    found = fastbert.load(folder).fill(text, k=4)
+    found = fastbert.load(folder).fill_mask(text, k=4)
     assert len(found) == text.count("[MASK]")
     assert [[token for token, _ in best] for best in found] == [
         tokenizer.convert_ids_to_tokens(row) for row in expected.indices.tolist()
@@ -45,7 +45,7 @@ def test_fill_is_that_of_transformers(folder, stock, text):
 
 
 def test_all_probabilities_are_one(folder):
-    ((*everything,),) = fastbert.load(folder).fill("A [MASK].", k=VOCABULARY)
+    ((*everything,),) = fastbert.load(folder).fill_mask("A [MASK].", k=VOCABULARY)
     assert sum(p for _, p in everything) == pytest.approx(1, abs=1e-5)
     assert len({token for token, _ in everything}) == VOCABULARY
 
@@ -100,7 +100,7 @@ def test_fit_pair_takes_from_the_longer(a, b, kept):
 )
 def test_wrong_input(folder, arguments, words):
     with pytest.raises(InputError, match=words):
-        fastbert.load(folder).fill(*arguments)
+        fastbert.load(folder).fill_mask(*arguments)
 
 
 def test_an_encoder_alone_fills_nothing(folder, tmp_path):
@@ -109,4 +109,4 @@ def test_an_encoder_alone_fills_nothing(folder, tmp_path):
     with pytest.raises(
         InputError, match="not trained on masked tokens, or its weights for them are missing"
     ):
-        fastbert.load(tmp_path).fill("[MASK]")
+        fastbert.load(tmp_path).fill_mask("[MASK]")
