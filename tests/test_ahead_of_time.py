@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from benchmarks import ahead_of_time
@@ -20,6 +17,7 @@ from benchmarks.ahead_of_time import (
     programs,
     recorded_table,
 )
+from tests.uninterpreted import run_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,21 +37,12 @@ SOUND = Figures(
 RECORD = {"triton": "3.7.1", "sm_90": {SOUND.name: SOUND.recorded}}
 
 
-def run(module: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: this one interprets its kernels."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return subprocess.run(
-        [sys.executable, "-m", module], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
-
-
 def with_figures(**figures) -> list[Figures]:
     return [dataclasses.replace(SOUND, **figures)]
 
 
 def test_every_kernel_fits_its_devices_and_is_no_worse_than_on_record():
-    result = run("benchmarks.ahead_of_time")
+    result = run_module("benchmarks.ahead_of_time")
     print(result.stdout, result.stderr, sep="\n")
     assert result.returncode == 0, result.stderr
 
@@ -70,7 +59,7 @@ def test_the_record_can_be_shown_without_compiling():
 
 
 def test_planted_faults_are_found():
-    result = run("tests.planted_kernels")
+    result = run_module("tests.planted_kernels")
     assert result.returncode == 0, result.stderr
     spilling, *rest = result.stdout.splitlines()
     assert spilling.startswith("sm_90 spilling: ") and spilling.endswith(

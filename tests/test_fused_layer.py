@@ -9,33 +9,19 @@ import pytest
 import torch
 
 import fastbert.models.bert as model_file
-from fastbert.config import ModelConfig
 from fastbert.models.bert import BertForPreTraining, Layer, losses
 from fastbert.models.fused_layer import Call, fused_layer
-from tests.random_batch import VOCAB, make_batch
+from tests.random_batch import make_batch
+from tests.random_model import build
 from tests.test_kernels import GPU, watched
 
 DEVICE = "cuda" if GPU else "cpu"
 LENGTHS = [9, 1 + 4, 20]
 
 
-def build(p: float, dtype: torch.dtype) -> BertForPreTraining:
-    """Two layers, of which the last computes some rows only; biases and norms away from 0 and 1."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        hidden_dropout_prob=p,
-        attention_probs_dropout_prob=p,
-    )
-    model = BertForPreTraining(config, VOCAB)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.to(DEVICE, dtype).train()
+def two_layers(p: float, dtype: torch.dtype) -> BertForPreTraining:
+    """The last of them computes some rows only."""
+    return build(p, layers=2, heads=2).to(DEVICE, dtype)
 
 
 def step(model: BertForPreTraining, impl: str, longest: int) -> dict[str, torch.Tensor]:
@@ -59,7 +45,7 @@ def step(model: BertForPreTraining, impl: str, longest: int) -> dict[str, torch.
 )
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_it_is_the_composed_layer(p, dtype, longest, monkeypatch):
-    model = build(p, dtype)
+    model = two_layers(p, dtype)
     fused = step(model, "triton", longest)
     monkeypatch.setattr(model_file, "fused", lambda *_: False)
     composed, exact = step(model, "triton", longest), step(model.double(), "reference", longest)
@@ -72,7 +58,7 @@ def test_it_is_the_composed_layer(p, dtype, longest, monkeypatch):
 
 def test_under_autocast_the_layer_is_composed():
     """Which casts between its operations."""
-    model = build(0.1, torch.float32)
+    model = two_layers(0.1, torch.float32)
     model.impl = "triton"
     with watched("triton"), torch.autocast(DEVICE, torch.bfloat16):
         losses(model(make_batch(LENGTHS).to(DEVICE))).loss.backward()
@@ -80,7 +66,7 @@ def test_under_autocast_the_layer_is_composed():
 
 
 def arguments(**changes: Any) -> tuple[torch.Tensor, Any, Call]:
-    layer = build(0.1, torch.float32).layers[0]
+    layer = two_layers(0.1, torch.float32).layers[0]
     assert isinstance(layer, Layer)
     batch = make_batch(LENGTHS).to(DEVICE)
     x = torch.ones(batch.tokens, 32, device=DEVICE)

@@ -7,33 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from fastbert.config import ModelConfig
-from fastbert.models.bert import BertForPreTraining, losses
-from tests.random_batch import VOCAB, make_batch
+from fastbert.models.bert import losses
+from tests.random_batch import make_batch
+from tests.random_model import build
 from tests.sanitizer import sanitize
 
 GPU = torch.cuda.is_available()
 IMPLEMENTATIONS = ("triton", "reference") if GPU else ("triton", "cpu", "reference")
 LENGTHS = [33, 8, 150, 21]  # one of them too long for a single tile
-
-
-def build(dropout: float = 0.0, layers: int = 4, heads: int = 3) -> BertForPreTraining:
-    """Biases and norms away from 0 and 1."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        hidden_size=16 * heads,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=96,
-        max_position_embeddings=160,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    model = BertForPreTraining(config, VOCAB)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.train()
 
 
 def watched(impl):

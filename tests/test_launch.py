@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,25 +12,15 @@ from fastbert_kernels.gelu import kernel as gelu_kernel
 from fastbert_kernels.specs import SPECS
 from tests.test_kernel_properties import inputs, tensors
 from tests.test_kernels import GPU, watched
+from tests.uninterpreted import run_module
 
-ROOT = Path(__file__).parents[1]
 X = torch.ones(3, 32, device="cuda" if GPU else "cpu")
 
 
 @pytest.mark.skipif(GPU, reason="the driver that launches nothing takes tensors of the CPU")
 def test_a_prepared_kernel_is_the_one_that_triton_finds():
     """In a process without the interpreter, under which nothing is compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
-    )
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.launched_twice"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    result = run_module("tests.launched_twice")
     assert result.returncode == 0, result.stdout + result.stderr
     compared, direct = map(int, result.stdout.split())
     assert direct > compared / 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,23 +12,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.launches import unreached
+from tests.uninterpreted import ROOT, run_module
 
-ROOT = Path(__file__).parents[1]
 OLDEST = (
     Path(sys.prefix) / "triton-oldest"
 )  # `make test` puts the oldest Triton there that pyproject.toml allows
 
 
-def launches(
-    *arguments: str, kernels: Path = ROOT / "kernels", triton: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """`python -m benchmarks.launches` in a process of its own: this one interprets its kernels."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        map(str, [*([triton] if triton else []), ROOT, kernels])
-    )
-    command = [sys.executable, "-m", "benchmarks.launches", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+def launches(*arguments: str, **where: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m benchmarks.launches`, with other kernels or another Triton."""
+    return run_module("benchmarks.launches", *arguments, **where)
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +25,7 @@ from benchmarks.machine_code.report import PAGE, PROPOSED, RECORD, RECORDED, fac
 from benchmarks.pages import filled, places
 from benchmarks.tune import BLOCKS, COMMON
 from fastbert_kernels._tiles import TABLE
+from tests.uninterpreted import run_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,19 +40,6 @@ PRODUCT = one(
 )  # 32 cycles of the tensor cores
 LOAD = one("LDG.E.128", "R4, desc[UR4][R2.64]", write_barrier=0)
 COPY = one("LDGSTS.E.BYPASS.128", "[R3], desc[UR4][R2.64]")
-
-
-def by_itself(name: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: this one interprets its kernels."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return subprocess.run(
-        [sys.executable, "-m", *name.split()],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
 
 
 # Decoding
@@ -83,13 +68,13 @@ def test_an_instruction_is_decoded_with_what_it_waits_for():
 
 
 def test_our_own_kernels_decode_into_what_the_hardware_demands():
-    result = by_itself("tests.decoded_kernels")
+    result = run_module("tests.decoded_kernels")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_launches_hand_all_options_of_a_row_to_the_compiler():
     """A limit on registers, too."""
-    result = by_itself("tests.launched_options")
+    result = run_module("tests.launched_options")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -345,8 +330,8 @@ def test_the_larger_tile_is_preferred_where_the_model_cannot_tell():
 def test_the_search_runs_and_says_what_it_found(tmp_path):
     """One small row for real, and a table of its own: the project's is left alone."""
     table = tmp_path / "tiles.json"
-    result = by_itself(
-        f"benchmarks.tune --model --kernels attention_prepare --seconds 6 --table {table}"
+    result = run_module(
+        *f"benchmarks.tune --model --kernels attention_prepare --seconds 6 --table {table}".split()
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()

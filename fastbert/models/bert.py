@@ -67,6 +67,7 @@ class Pack(NamedTuple):
     worklist: (
         Tensor | None
     )  # int32 [items, 2]; what the programs of the Triton attention do, the same in every layer
+    checked: bool = False  # whether a layer has been called with it
 
 
 class Dropout(NamedTuple):
@@ -227,21 +228,21 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    SITES = (
-        3  # operations of a layer that drop: the attention weights, and the end of each sublayer
-    )
+    # Operations of a layer that drop: the attention weights, and the end of each sublayer.
+    SITES = 3
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
+        self.heads, self.eps = config.num_attention_heads, config.layer_norm_eps
 
     def forward(
         self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str
     ) -> Tensor:
         if fused(x, impl):
             call = Call(
-                self.attention.heads,
+                self.heads,
                 pack.cu_seqlens,
                 pack.max_seqlen,
                 pack.worklist,
@@ -251,14 +252,16 @@ class Layer(nn.Module):
                 dropout.attention,
                 dropout.hidden,
                 site,
-                self.attention.output.eps,
+                self.eps,
+                pack.checked and rows is None,
             )
             return fused_layer(x, self.fused_parameters(), call)
         x = self.attention(x, pack, rows, site, dropout, impl)
         return self.feed_forward(x, select(pack.token_keys, rows), site + 2, dropout, impl)
 
     def fused_parameters(self) -> Parameters:
-        """From the modules' own tables, in the order in which their constructors filled them: an attribute of a module costs 1 us."""
+        """From the modules' own tables, in the order in which their constructors filled them: an
+        attribute of a module costs 1 us."""
         attention, feed_forward = self.attention, self.feed_forward
         modules = (attention, attention.output, feed_forward, feed_forward.output)
         return Parameters(
@@ -414,6 +417,8 @@ class BertForPreTraining(nn.Module):
         for index, layer in enumerate(self.layers):
             wanted = rows if index == len(self.layers) - 1 else None
             x = layer(x, pack, wanted, 1 + Layer.SITES * index, dropout, self.impl)
+            if index == 0:
+                pack = pack._replace(checked=True)
 
         masked, first = (
             x.index_select(0, torch.searchsorted(rows, wanted))

@@ -1,8 +1,8 @@
 """A layer on the Triton kernels as one function of autograd.
 
 On a GPU it is Python that sets the pace of small models and small batches. `model.py` composes a layer of some 25 operations, each of which
-passes Python's wrappers and autograd both ways. Here the same kernels and the same products follow each other directly: 0.45 ms of
-CPU time a layer instead of 0.7, forward and backward, on a busy machine (benchmarks/bench_launch.py).
+passes Python's wrappers and autograd both ways. Here the same kernels and the same products follow each other directly, in two thirds
+of the CPU time, forward and backward (benchmarks/bench_launch.py).
 
 The results are those of the composed layer, and gradients agree to rounding: the gradient that comes through a residual
 connection is added inside the product, which is one rounding less and spares a pass over [T, D]. Where only some rows are asked for,
@@ -57,6 +57,7 @@ class Call(NamedTuple):
     hidden_dropout: float
     site: int  # of the attention weights; the ends of the two sublayers have the next two
     eps: float
+    checked: bool = False  # whether an earlier layer has been called with these very tables, so that they need no second check
 
 
 def fused_layer(x: Tensor, parameters: Parameters, call: Call) -> Tensor:
@@ -68,9 +69,16 @@ def fused_layer(x: Tensor, parameters: Parameters, call: Call) -> Tensor:
     Raises:
         ValueError, TypeError: a parameter or a table has a dtype or a shape that does not fit x, or is elsewhere; as `varlen_attention`.
     """
-    (T, D), F, floats = x.shape, parameters.inner_weight.shape[0], (x.dtype,)
-    R = T if call.rows is None else call.rows.shape[0]
-    shapes = (
+    _check_parameters(x, parameters)
+    if not call.checked:
+        _check_tables(x, call)
+    return _Layer.apply(x, call, *parameters)  # type: ignore[no-any-return]
+
+
+def _check_parameters(x: Tensor, parameters: Parameters) -> None:
+    """All shapes are compared at once, for speed; only where they differ is it said which."""
+    D, F = x.shape[1], parameters.inner_weight.shape[0]
+    shapes = [
         (3 * D, D),
         (3 * D,),
         (D, D),
@@ -83,15 +91,21 @@ def fused_layer(x: Tensor, parameters: Parameters, call: Call) -> Tensor:
         (D,),
         (D,),
         (D,),
-    )
-    named = zip(Parameters._fields, parameters, shapes, (floats,) * len(shapes), strict=True)
-    check_tensors("fused_layer", x.device, *named, ("token_keys", call.token_keys, (R,), INT64))
-    attention.check_head_size(D // call.heads)
+    ]
+    same = [p.shape for p in parameters] == shapes and {p.dtype for p in parameters} == {x.dtype}
+    if not same or {p.device for p in parameters} != {x.device}:
+        named = zip(Parameters._fields, parameters, shapes, [(x.dtype,)] * len(shapes), strict=True)
+        check_tensors("fused_layer", x.device, *named)
+
+
+def _check_tables(x: Tensor, call: Call) -> None:
+    attention.check_head_size(x.shape[1] // call.heads)
     tables = call.sequence_keys, call.rows, call.worklist
     attention.check_tables(
         x, call.cu_seqlens, call.max_seqlen, call.attention_dropout, *tables, None, "triton"
     )
-    return _Layer.apply(x, call, *parameters)  # type: ignore[no-any-return]
+    R = x.shape[0] if call.rows is None else call.rows.shape[0]
+    check_tensors("fused_layer", x.device, ("token_keys", call.token_keys, (R,), INT64))
 
 
 class _Layer(torch.autograd.Function):

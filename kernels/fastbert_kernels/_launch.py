@@ -2,7 +2,7 @@
 
 `kernel[grid](...)` examines every argument, forms a key from what it finds and looks the compiled kernel up: 8 us, of which the launch
 itself is 2. What it examines hardly ever changes. A `Kernel` therefore keeps what Triton has compiled for each kind of arguments, and
-launches it as Triton's own documentation does, by `compiled[grid](*arguments)`.
+launches it with the call that ends `kernel[grid](...)`. Only where a profiler has set hooks does Triton launch the whole way, and calls them.
 
 Triton compiles a kernel for the device, the options, the constants and, of each argument, the following:
 
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fastbert_kernels import _tiles
-from fastbert_kernels._triton import FUSE, architecture, current_device
+from fastbert_kernels._triton import FUSE, architecture, current_device, current_stream, hooked
 
 _MOST = 256  # kinds of arguments that a kernel keeps; a model has a few
 _INT32 = 2**31 - 1
@@ -40,6 +40,10 @@ class Kernel:
         self.function, self.table = function, table
         self._prepared: dict[tuple, Prepared] = {}
 
+    def tile(self, like: torch.Tensor, size: int) -> dict[str, int]:
+        """Launch options of the table, for where the arguments of a launch depend on its tile."""
+        return _tiles.tile(self.table, architecture(like.device), like.dtype, size)
+
     def prepare(
         self, like: torch.Tensor, size: int, constants: tuple, *kind: Any, **options: int
     ) -> Prepared:
@@ -55,11 +59,7 @@ class Kernel:
         key = (architecture(like.device), like.dtype, size, constants, kind, *options.items())
         found = self._prepared.get(key)
         if found is None or _tiles.being_tuned():
-            found = Prepared(
-                self.function,
-                constants,
-                {**_tiles.tile(self.table, key[0], like.dtype, size), **FUSE, **options},
-            )
+            found = Prepared(self.function, constants, {**self.tile(like, size), **FUSE, **options})
             if not _tiles.being_tuned():
                 if len(self._prepared) >= _MOST:
                     self._prepared.clear()
@@ -89,11 +89,30 @@ class Prepared:
         for pointer in pointers:
             if pointer is not None:
                 address |= pointer.data_ptr()
-        usual = not address % 16 and max(numbers) <= _INT32
+        usual = not address % 16 and max(numbers) <= _INT32 and not hooked()
         device = current_device()
         if usual and (known := self._compiled.get(device)) is not None:
             compiled, constants = known
-            compiled[(*grid, 1, 1)](*pointers, *numbers, *constants)
+            x, y, z = (*grid, 1, 1)[:3]
+            function, metadata, stream = (
+                compiled.function,
+                compiled.packed_metadata,
+                current_stream(device),
+            )
+            compiled.run(
+                x,
+                y,
+                z,
+                stream,
+                function,
+                metadata,
+                None,
+                None,
+                None,
+                *pointers,
+                *numbers,
+                *constants,
+            )  # no hooks
             return
         compiled = self._function[grid](*pointers, *numbers, *self._constants, **self._options)
         if usual and compiled is not None:  # the interpreter compiles nothing

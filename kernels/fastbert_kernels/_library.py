@@ -1,6 +1,7 @@
 """Registration of torch operators: a schema, what runs, and what shape comes out (for torch.compile and its fake tensors)."""
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,16 +12,26 @@ _LIBRARY = torch.library.Library("fastbert_kernels", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def operator(schema: str, run: Callable, fake: Callable) -> Callable:
+def operator(schema: str, launcher: str, fake: Callable) -> Callable:
     """Define `schema`, such as "twice(Tensor x) -> Tensor", as the operator torch.ops.fastbert_kernels.twice, and return what calls it.
 
-    `run` gets plain tensors on any device; `fake` the same arguments without data. Gradients are the business of the
+    `launcher` names what runs, such as "twice.kernel.forward" in this package: a function of plain tensors on any device, imported at the first
+    call, since it needs Triton. `fake` gets the same arguments without data. Gradients are the business of the
     `torch.autograd.Function` that calls the operator: that costs 8 us a call, `register_autograd` 60.
 
     Only what traces a program or watches it (torch.compile, a TorchDispatchMode, a subclass of Tensor) needs to see the operator. Everybody
-    else gets `run` itself: the dispatcher's way there and back costs 8 us.
+    else gets the launcher itself: the dispatcher's way there and back costs 8 us.
     """
     name = schema.partition("(")[0]
+    module, _, function = launcher.rpartition(".")
+
+    @functools.cache
+    def imported() -> Callable:
+        return getattr(importlib.import_module(f"fastbert_kernels.{module}"), function)
+
+    def run(*arguments: Any) -> Any:
+        return imported()(*arguments)
+
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastbert_kernels::{name}", fake, lib=_LIBRARY)
@@ -33,7 +44,7 @@ def operator(schema: str, run: Callable, fake: Callable) -> Callable:
             or type(first) not in _PLAIN
         ):
             return dispatched(first, *others)
-        return run(first, *others)
+        return imported()(first, *others)
 
     return call
 

@@ -52,6 +52,17 @@ def current_device() -> int:
     return 0 if INTERPRETED else driver.active.get_current_device()
 
 
+def current_stream(device: int) -> int:
+    """The stream that a launch on `device` goes to, as the driver knows it."""
+    return driver.active.get_current_stream(device)
+
+
+def hooked() -> bool:
+    """Whether somebody has asked Triton to be called before or after each launch, as profilers do."""
+    runtime = triton.knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
 def takes_cpu_tensors() -> bool:
     """Whether kernels run on tensors of the CPU: in the interpreter, or by a driver that says so."""
     if INTERPRETED:

@@ -189,21 +189,9 @@ def _check_queries(queries: list[int], total: int) -> None:
 # The Triton implementation as torch operators. Arguments as above, `scale` resolved.
 
 
-def _forward(*arguments):
-    from fastbert_kernels.attention.kernel import forward
-
-    return forward(*arguments)
-
-
 def _forward_fake(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
     statistics = (2, q.shape[1], 0 if one_tile(q.dtype, max_seqlen) else q.shape[0])
     return q.new_empty(q.shape), q.new_empty(statistics, dtype=torch.float32)
-
-
-def _backward(*arguments):
-    from fastbert_kernels.attention.kernel import backward
-
-    return backward(*arguments)
 
 
 def _backward_fake(dout, q, k, v, *_):
@@ -214,12 +202,12 @@ _SHARED = """Tensor cu_seqlens, Tensor? worklist, Tensor? queries, Tensor? keys,
     SymInt max_seqlen, float dropout_p, int site, float scale"""
 FORWARD = operator(
     f"varlen_attention_forward(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)",
-    _forward,
+    "attention.kernel.forward",
     _forward_fake,
 )
 BACKWARD = operator(
     f"varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, {_SHARED}) -> (Tensor, Tensor, Tensor)",
-    _backward,
+    "attention.kernel.backward",
     _backward_fake,
 )
 

@@ -148,21 +148,9 @@ def check(
             )
 
 
-def _forward(*arguments):
-    from fastbert_kernels.embedding import kernel
-
-    return kernel.forward(*arguments)
-
-
 def _forward_fake(ids, positions, segments, words, *_):
     rows = (words.new_empty(ids.shape[0], dtype=torch.float32) for _ in range(2))
     return words.new_empty(ids.shape[0], words.shape[1]), *rows
-
-
-def _backward(*arguments):
-    from fastbert_kernels.embedding import kernel
-
-    return kernel.backward(*arguments)
 
 
 def _backward_fake(dy, ids, positions, segments, words, position_table, segment_table, *_):
@@ -175,13 +163,13 @@ _TABLES = "Tensor words, Tensor position_table, Tensor segment_table"
 FORWARD = operator(
     f"embedding_layer_norm_forward({_INDICES}, {_TABLES}, Tensor weight, Tensor shift, Tensor? keys, "
     "float eps, float dropout_p, int site) -> (Tensor, Tensor, Tensor)",
-    _forward,
+    "embedding.kernel.forward",
     _forward_fake,
 )
 BACKWARD = operator(
     f"embedding_layer_norm_backward(Tensor dy, {_INDICES}, {_TABLES}, Tensor weight, Tensor? keys, Tensor mean, Tensor rstd, "
     "float dropout_p, int site) -> (Tensor, Tensor)",
-    _backward,
+    "embedding.kernel.backward",
     _backward_fake,
 )
 

@@ -48,8 +48,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert_kernels._tiles import tile
-from fastbert_kernels._triton import FUSE, Production, architecture, dot_precision, multiprocessors
+from fastbert_kernels._launch import Kernel
+from fastbert_kernels._triton import Production, dot_precision, multiprocessors
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -225,44 +225,37 @@ def _combine_kernel(
     tl.store(lse_ptr + token, largest + of_sums, mask=live)
 
 
+_FORWARD = Kernel(_forward_kernel, "mlm_loss_forward")
+_COMBINE = Kernel(_combine_kernel, "mlm_loss_combine")
+
+
 def forward(hidden, weight, bias, positions, labels):
     """Losses fp32 [M] in nats, hits bool [M], and lse fp32 [M] in bits."""
-    M, D, V = len(labels), hidden.shape[1], len(weight)
-    losses, lse = (hidden.new_empty(M, dtype=torch.float32) for _ in range(2))
+    (T, D), M, V = hidden.shape, labels.shape[0], weight.shape[0]
+    losses, lse = hidden.new_empty(M, dtype=torch.float32), hidden.new_empty(M, dtype=torch.float32)
     hits = hidden.new_empty(M, dtype=torch.bool)
     if not M:
         return losses, hits, lse
     weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
-    options = tile("mlm_loss_forward", architecture(hidden.device), hidden.dtype, D)
+    gather, strides = positions is not None, (hidden.stride(0), weight.stride(0))
+    kernel = _FORWARD.prepare(hidden, D, (gather, dot_precision(hidden.dtype)), strides, V)
     row_tiles, vocabulary_tiles = (
-        triton.cdiv(M, options["BLOCK_M"]),
-        triton.cdiv(V, options["BLOCK_V"]),
+        triton.cdiv(M, kernel.tile["BLOCK_M"]),
+        triton.cdiv(V, kernel.tile["BLOCK_V"]),
     )
     run = _run(row_tiles, vocabulary_tiles, multiprocessors(hidden.device))
     # Tokens come first in the grid: the programs that work at the same time walk the same words in step, so a tile of W comes from
     # memory once and from the L2 cache for the others, where their rows stay, too (26 MB for 132 programs of 128 at D = 768).
-    grid = (row_tiles, triton.cdiv(vocabulary_tiles, run))
-    partials = hidden.new_empty(4, grid[1], M, dtype=torch.float32)
-    _forward_kernel[grid](
-        hidden, weight, bias, positions, labels, partials, hidden.stride(0), weight.stride(0), len(hidden), M, V, D, run,
-        GATHER=positions is not None, PRECISION=dot_precision(hidden.dtype), **options, **FUSE,
-    )  # fmt: skip
-    options = tile("mlm_loss_combine", architecture(hidden.device), hidden.dtype, 1)
-    _combine_kernel[(triton.cdiv(M, options["BLOCK_M"]),)](
-        partials,
-        positions,
-        labels,
-        losses,
-        hits,
-        lse,
-        len(hidden),
-        M,
-        V,
-        grid[1],
-        GATHER=positions is not None,
-        **options,
-        **FUSE,
+    runs = triton.cdiv(vocabulary_tiles, run)
+    partials = hidden.new_empty(4, runs, M, dtype=torch.float32)
+    kernel(
+        (row_tiles, runs),
+        (hidden, weight, bias, positions, labels, partials),
+        (*strides, T, M, V, D, run),
     )
+    kernel = _COMBINE.prepare(hidden, 1, (gather,), V)
+    grid = (triton.cdiv(M, kernel.tile["BLOCK_M"]),)
+    kernel(grid, (partials, positions, labels, losses, hits, lse), (T, M, V, runs))
     return losses, hits, lse
 
 
@@ -318,6 +311,9 @@ def _backward_kernel(
         )
 
 
+_BACKWARD = Kernel(_backward_kernel, "mlm_loss_backward")
+
+
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, beta: int) -> None:
     """out = a @ b + beta * out, out in fp32 whatever a and b are."""
     if a.dtype == out.dtype or not a.is_cuda:
@@ -329,7 +325,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, beta: int) -> 
 def backward(scale, hidden, weight, bias, positions, labels, lse):
     """dhidden, dweight and dbias, shaped and typed as the inputs; `scale` is dloss / total, an fp32 scalar on the device."""
     T, D = hidden.shape
-    M, V = len(labels), len(weight)
+    M, V = labels.shape[0], weight.shape[0]
     dweight, dbias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     if not M:
         return hidden.new_zeros(hidden.shape), dweight.zero_(), dbias.zero_()
@@ -343,7 +339,7 @@ def backward(scale, hidden, weight, bias, positions, labels, lse):
     )  # |dz| <= 1, and fp16 reaches from 2^-24 to 2^16: use all of it
     of_product = scale / unit
 
-    options = tile("mlm_loss_backward", architecture(hidden.device), hidden.dtype, D)
+    options = _BACKWARD.tile(hidden, D)
     block, token_tiles = options["BLOCK_V"], triton.cdiv(M, options["BLOCK_M"])
     width = max(1, min(_SLAB_WORDS, _SLAB_NUMBERS // M, V + block - 1) // block) * block
     slab = rows.new_empty(M, width)
@@ -357,11 +353,10 @@ def backward(scale, hidden, weight, bias, positions, labels, lse):
         # words of the slab, which stay in L2 (13 MB of W for 8,192 words at D = 768).
         tiles = triton.cdiv(size, block) * token_tiles
         run = triton.cdiv(tiles, multiprocessors(hidden.device))
-        _backward_kernel[(triton.cdiv(tiles, run),)](
-            rows, words, bias[start:], labels, lse, slab, partials[:, start:],
-            rows.stride(0), words.stride(0), width, V, M, size, D, start, run,
-            UNIT=unit, PRECISION=dot_precision(hidden.dtype), **options, **FUSE,
-        )  # fmt: skip
+        strides = (rows.stride(0), words.stride(0), width, V)
+        kernel = _BACKWARD.prepare(rows, D, (unit, dot_precision(rows.dtype)), strides, start)
+        pointers = (rows, words, bias[start:], labels, lse, slab, partials[:, start:])
+        kernel((triton.cdiv(tiles, run),), pointers, (*strides, M, size, D, start, run))
         dz = slab[:, :size]
         _product(dz, words, drows, beta=int(start > 0))
         _product(dz.T, rows, dwords[:size], beta=0)

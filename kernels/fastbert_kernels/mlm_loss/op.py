@@ -93,21 +93,9 @@ def _check(hidden, weight, bias, positions, labels, total, check_values, impl):
         check_triton(name, *tensors)
 
 
-def _forward(hidden, weight, bias, positions, labels):
-    from fastbert_kernels.mlm_loss import kernel
-
-    return kernel.forward(hidden, weight, bias, positions, labels)
-
-
 def _forward_fake(hidden, weight, bias, positions, labels):
     losses, lse = (hidden.new_empty(labels.shape, dtype=torch.float32) for _ in range(2))
     return losses, hidden.new_empty(labels.shape, dtype=torch.bool), lse
-
-
-def _backward(scale, hidden, weight, bias, positions, labels, lse):
-    from fastbert_kernels.mlm_loss import kernel
-
-    return kernel.backward(scale, hidden, weight, bias, positions, labels, lse)
 
 
 def _backward_fake(scale, hidden, weight, bias, positions, labels, lse):
@@ -116,11 +104,13 @@ def _backward_fake(scale, hidden, weight, bias, positions, labels, lse):
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor bias, Tensor? positions, Tensor labels"
 _FORWARD = operator(
-    f"masked_cross_entropy_forward({_INPUTS}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
+    f"masked_cross_entropy_forward({_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    "mlm_loss.kernel.forward",
+    _forward_fake,
 )
 _BACKWARD = operator(
     f"masked_cross_entropy_backward(Tensor scale, {_INPUTS}, Tensor lse) -> (Tensor, Tensor, Tensor)",
-    _backward,
+    "mlm_loss.kernel.backward",
     _backward_fake,
 )
 

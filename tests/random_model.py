@@ -1,0 +1,28 @@
+"""A small encoder whose every parameter is random, for tests of one implementation against another."""
+
+from __future__ import annotations
+
+import torch
+
+from fastbert.config import ModelConfig
+from fastbert.models.bert import BertForPreTraining
+from tests.random_batch import VOCAB
+
+
+def build(dropout: float = 0.0, layers: int = 4, heads: int = 3) -> BertForPreTraining:
+    """In training mode, fp32, heads of 16; biases and norms are away from 0 and 1."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        hidden_size=16 * heads,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=96,
+        max_position_embeddings=160,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    model = BertForPreTraining(config, VOCAB)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.train()
