@@ -165,6 +165,7 @@ class RuntimeConfig:
     timeout_s: float = number(
         600, 1, unit="seconds"
     )  # a rank that does not answer for so long ends the run
+    cuda_graphs: bool = False  # replay captured micro-batches instead of launching each kernel (training/graphs.py); never run on a GPU yet
 
 
 @dataclass(frozen=True)

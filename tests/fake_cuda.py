@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -28,7 +28,10 @@ from benchmarks.launches import HALF_A_TILE, MANY_TILES
 from benchmarks.no_launch import no_launch
 from fastbert.config import ModelConfig
 from fastbert.data.packing import PackedBatch
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.data.padding import pad
+from fastbert.models import fused_layer
+from fastbert.models.bert import BertForPreTraining, Layer, losses, select
+from fastbert.models.fused_layer import Call
 from fastbert.training.heldout import heldout_sums
 from fastbert_kernels.specs import SPECS
 from tests.random_batch import VOCAB, make_batch
@@ -136,6 +139,62 @@ def model(lengths: list[int], dtype: torch.dtype) -> None:
             assert state.dtype == dtype
 
 
+class Context:
+    """What a function of autograd gets, for calling its two passes directly."""
+
+    saved_tensors: tuple = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+
+def captured(lengths: list[int], dtype: torch.dtype) -> None:
+    """What a CUDA graph captures (fastbert/training/graphs.py), on a padded pack that is copied into buffers of its shape, and what surrounds a replay.
+
+    A capture fails where the host waits, so nothing in it may. The backward pass is that of the layers; those of the other kernels
+    are in `launchers`, and the rest is torch's.
+    """
+    config = ModelConfig(
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=512,
+        max_position_embeddings=512,
+    )
+    real = pad(make_batch(lengths), 0.5, max(lengths)).pinned(page_locked=False)
+    with FakeTensorMode() as mode, torch.no_grad():
+        inputs = real.buffer(device=CUDA)
+        inputs.take_over(
+            dataclasses.replace(
+                real, **{name: mode.from_tensor(x) for name, x in real._tensors().items()}
+            )  # still on the CPU
+        )
+        with torch.device(CUDA):
+            torch.set_default_dtype(dtype)
+            encoder = BertForPreTraining(config, VOCAB, "triton", "cuda")
+            torch.set_default_dtype(torch.float32)
+        found = losses(encoder(inputs))
+        assert (found.loss.clone() / real.masked_total).device == CUDA
+        pack, dropout = encoder._pack(inputs)
+        rows = torch.cat((inputs.masked_positions, inputs.cu_seqlens[:-1].long())).sort().values
+        for asked in (None, rows):
+            layer, context = cast(Layer, encoder.layers[0]), Context()
+            parameters = layer.fused_parameters()
+            keys = select(pack.token_keys, asked)
+            call = Call(
+                2, *pack[:2], pack.worklist, pack.sequence_keys, keys, asked, *dropout, 1, 1e-12
+            )
+            x = torch.empty(len(inputs.input_ids), config.hidden_size, dtype=dtype, device=CUDA)
+            y = fused_layer._Layer.forward(context, x, call, *parameters)
+            dx, _, *gradients = fused_layer._Layer.backward(context, torch.empty_like(y))
+            assert dx.shape == x.shape
+            for gradient, copy, parameter in zip(
+                gradients, torch._foreach_mul(gradients, 1.0), parameters, strict=True
+            ):
+                assert (gradient.shape, gradient.device) == (parameter.shape, CUDA)
+                assert copy.device == CUDA
+
+
 def main() -> int:
     load_guard()
     FakeTensor.data_ptr = lambda self: (
@@ -157,6 +216,7 @@ def main() -> int:
     for lengths in (HALF_A_TILE, MANY_TILES):
         for dtype in (torch.bfloat16, torch.float32):
             model(lengths, dtype)
+            captured(lengths, dtype)
     print(f"{len(seen.launches)} launches on fake CUDA tensors")
     return 0
 

@@ -222,12 +222,15 @@ def test_layout(dataset):
 def test_dtypes(dataset):
     for pack in (Batches(dataset, recipe()).step(0)[0], pack_texts([[1]], None, dataset.special)):
         for name, value in vars(pack).items():
+            counts = (
+                "max_seqlen",
+                "masked_total",
+                "pairs_total",
+                "padding_tokens",
+                "padding_sequences",
+            )
             expected = (
-                int
-                if name in ("max_seqlen", "masked_total", "pairs_total")
-                else torch.int32
-                if name == "cu_seqlens"
-                else torch.int64
+                int if name in counts else torch.int32 if name == "cu_seqlens" else torch.int64
             )
             assert (type(value) if expected is int else value.dtype) is expected, name
 

@@ -15,6 +15,7 @@ from fastbert.data.dataset import Split, TokenDataset
 from fastbert.data.examples import Examples, Spans
 from fastbert.data.masking import Masking, selected_counts
 from fastbert.data.packing import PackedBatch, pack, pack_texts
+from fastbert.data.padding import pad
 from fastbert.errors import InputError
 
 __all__ = ["Batches", "PackedBatch", "heldout_batches", "pack_texts"]
@@ -35,7 +36,8 @@ class Batches:
 
     def __init__(self, dataset: TokenDataset, config: RunConfig):
         self.config = config
-        self._packer = _Packer(dataset, "train", config.objective)
+        longest = config.batch.max_length if config.runtime.cuda_graphs else None
+        self._packer = _Packer(dataset, "train", config.objective, longest)
         self._examples = Examples(
             self._packer.split,
             config.objective,
@@ -124,7 +126,14 @@ def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) ->
 class _Packer:
     """Reads the tokens of examples, masks them and lays them out."""
 
-    def __init__(self, dataset: TokenDataset, split: str, objective: ObjectiveConfig):
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        split: str,
+        objective: ObjectiveConfig,
+        pad_for: int | None = None,
+    ):
+        self.pad_for = pad_for  # tokens of the longest sequence that there may be, where packs are padded to a few shapes
         self.special = dataset.special
         self.objective = objective
         self.masking = Masking(dataset, objective)
@@ -163,6 +172,8 @@ class _Packer:
             masked_total=masked_total,
             pairs_total=pairs_total,
         )
+        if self.pad_for is not None:
+            packed = pad(packed, self.objective.mask_rate, self.pad_for)
         return packed.pinned() if torch.cuda.is_available() else packed
 
 

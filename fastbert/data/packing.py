@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ class PackedBatch:
         dropout_keys: int64 [B], not negative: the same for an example wherever it lies.
         examples: int64 [B], index within the epoch, or within what was given.
         masked_total, pairs_total: of the whole step, over all its packs and ranks: what the two sums of losses are divided by.
+        padding_tokens, padding_sequences: how many of T and of B are padding (data/padding.py).
     """
 
     input_ids: Tensor
@@ -45,14 +47,16 @@ class PackedBatch:
     examples: Tensor
     masked_total: int
     pairs_total: int
+    padding_tokens: int = 0
+    padding_sequences: int = 0
 
     @property
     def tokens(self) -> int:
-        return len(self.input_ids)
+        return len(self.input_ids) - self.padding_tokens
 
     @property
     def sequences(self) -> int:
-        return len(self.examples)
+        return len(self.examples) - self.padding_sequences
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device; nothing is waited for if it is `pinned`."""
@@ -68,12 +72,25 @@ class PackedBatch:
         on the current stream, and should take the GPU some 20 us for 16,384 tokens (an estimate). Torch keeps the memory until the copy is done, also if the
         batch is gone by then.
         """
-        tensors = self._tensors()
-        words = sum(_words(x) for x in tensors.values())
-        joined = self._cut(torch.empty(words, dtype=torch.int64, pin_memory=page_locked))
-        for name, x in tensors.items():
-            getattr(joined, name).copy_(x)
+        joined = self.buffer(pin_memory=page_locked)
+        joined.take_over(self)
         return joined
+
+    def buffer(self, **options: Any) -> PackedBatch:
+        """Tensors of the same sizes in one piece of memory, whose contents are undefined; `options` are those of `torch.empty`."""
+        words = sum(_words(x) for x in self._tensors().values())
+        return self._cut(torch.empty(words, dtype=torch.int64, **options))
+
+    def take_over(self, other: PackedBatch) -> None:
+        """Copy the contents of a batch of the same sizes: in one go, without waiting, where both lie in one piece and `other` is `pinned`."""
+        mine, theirs = self._whole(), other._whole()
+        pairs = (
+            zip(self._tensors().values(), other._tensors().values(), strict=True)
+            if mine is None or theirs is None
+            else [(mine, theirs)]
+        )
+        for to, source in pairs:
+            to.copy_(source, non_blocking=True)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

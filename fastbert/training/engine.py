@@ -58,6 +58,7 @@ from fastbert.data.batches import PackedBatch
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining, Layer, losses
 from fastbert.training.ds_config import DeepSpeedSettings
+from fastbert.training.graphs import GraphedModel
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.optimizer import build_optimizer, slots
 
@@ -155,8 +156,10 @@ class Engine:
             for layer in self.model.layers:
                 for parameter in cast(Layer, layer).fused_parameters():
                     deepspeed.zero.register_external_parameter(layer, parameter)
+        self._graphs = config.runtime.cuda_graphs
+        module = GraphedModel(self.model) if self._graphs else self.model
         self._engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=self._optimizer, config=values
+            model=module, optimizer=self._optimizer, config=values
         )
         if self.stage == 0 and group.world == 1:
             self._engine.enable_backward_allreduce = False
@@ -180,7 +183,9 @@ class Engine:
         means, hits = [], []
         self.model.train()
         for batch in micro_batches:
-            batch = batch.to(self.device)
+            batch = (
+                batch if self._graphs else batch.to(self.device)
+            )  # a graph has a place of its own for it
             self._engine.set_gradient_accumulation_boundary(len(means) == len(micro_batches) - 1)
             found = losses(self._engine(batch))
             # DeepSpeed divides by the number of ranks. 0 x loss is 0, or NaN where the loss is not finite.

@@ -32,6 +32,7 @@ from fastbert.models.bert import BertForPreTraining
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
+from fastbert.training.graphs import check_cuda_graphs
 from fastbert.training.initial import open_initial, put, with_sizes
 from fastbert.training.metrics import read_metrics
 from fastbert.training.precision import resolve_precision
@@ -220,11 +221,15 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         )
         batches.check(group.world)
         precision, why = resolve_precision(config.runtime.precision, group.device, recipe)
-        settings.stage(precision=precision, world=group.world, optimizer=config.optimizer.name)
+        stage = settings.stage(
+            precision=precision, world=group.world, optimizer=config.optimizer.name
+        )
         torch.manual_seed(config.seed)
         model = BertForPreTraining(
             config.model, dataset.vocab_size, config.runtime.kernels, group.device.type
         )
+        if config.runtime.cuda_graphs:
+            check_cuda_graphs(recipe, group.device.type, model.impl, stage)
         if config.init is not None and initial is not None:
             put(config.init, initial, model, dataset, recipe)
         if group.is_main:

@@ -6,10 +6,13 @@ For each slab of rows h = hidden[positions], with y the one-hot labels:
 
 so no product is computed twice and no more than `_SLAB` logits exist at a time. Saved for the backward pass: the three
 gradients, which it only scales (by 1 in ordinary training). Without gradients (evaluation) only the losses are computed.
+Ignored tokens go through the products with label 0; then their losses and their rows of dz are set to zero.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from fastbert_kernels.mlm_loss.reference import IGNORED
 
 _SLAB = (
     1 << 24
@@ -38,6 +41,8 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         with_gradient = any(ctx.needs_input_grad[:3])
         losses = rows.new_empty(len(rows), dtype=wide)
         hits = torch.empty(len(rows), dtype=torch.bool)
+        ignored = labels == IGNORED
+        labels = labels.masked_fill(ignored, 0)
         if with_gradient:
             drows = torch.empty_like(rows)
             dweight = None  # begins as the first slab's share: zeros would cost a pass over [V, D]
@@ -50,6 +55,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             if with_gradient:
                 dz = exponentials.mul_(1 / (sums * total))
                 dz[torch.arange(len(dz)), labels[slab]] -= 1 / total
+                dz[ignored[slab]] = 0
                 dbias += dz.sum(0)
                 dz = dz.to(rows.dtype)
                 torch.mm(dz, weight, out=drows[slab])
@@ -63,6 +69,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             dweight = torch.zeros_like(weight) if dweight is None else dweight
             ctx.save_for_backward(drows, dweight.to(weight.dtype), dbias.to(bias.dtype), positions)
             ctx.tokens = len(hidden)
+        losses[ignored], hits[ignored] = 0, False
         ctx.mark_non_differentiable(losses, hits)
         return losses.sum() / total, losses, hits
 

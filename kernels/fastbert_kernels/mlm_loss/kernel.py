@@ -12,6 +12,7 @@ Forward. A program owns BLOCK_M masked tokens, whose rows it gathers, and a run 
 each token, the largest logit, the sum of exponentials relative to it, the label's logit, and the largest logit before the
 label's, which is how the first of equals is the arg-max, as in torch. A second kernel combines the runs. No address depends on a
 label, so a label outside [0, V) reads nothing; it makes its loss, and then every gradient, NaN, as a position outside [0, T) does.
+The launcher then sets the loss of ignored tokens (label -100) to zero and their lse to infinity, so that dz is zero in the backward pass.
 
 Backward, by slabs of words. A program for each multiprocessor walks its share of the slab's tiles, computes the logits again and
 writes dz to a workspace [M, slab] and its sum over the tile's tokens, for db, to fp32 [M / BLOCK_M, V]. Two plain products, which are
@@ -43,6 +44,7 @@ Source: Milakov and Gimelshein, 2018, algorithm 3 (running maximum and sum); the
 """
 
 import functools
+import math
 
 import torch
 import triton
@@ -50,6 +52,7 @@ import triton.language as tl
 
 from fastbert_kernels._launch import Kernel
 from fastbert_kernels._triton import Production, dot_precision, multiprocessors
+from fastbert_kernels.mlm_loss.reference import IGNORED
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -256,7 +259,8 @@ def forward(hidden, weight, bias, positions, labels):
     kernel = _COMBINE.prepare(hidden, 1, (gather,), V)
     grid = (triton.cdiv(M, kernel.tile["BLOCK_M"]),)
     kernel(grid, (partials, positions, labels, losses, hits, lse), (T, M, V, runs))
-    return losses, hits, lse
+    ignored = labels == IGNORED
+    return losses.masked_fill_(ignored, 0.0), hits, lse.masked_fill_(ignored, math.inf)
 
 
 @triton.jit(do_not_specialize=["M", "V", "run"])

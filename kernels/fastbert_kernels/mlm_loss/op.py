@@ -14,7 +14,7 @@ from fastbert_kernels._checks import (
 )
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.mlm_loss.cpu import cpu
-from fastbert_kernels.mlm_loss.reference import reference
+from fastbert_kernels.mlm_loss.reference import IGNORED, reference
 
 
 def masked_cross_entropy(
@@ -40,7 +40,8 @@ def masked_cross_entropy(
             gives their gradient in fp32 without a rounding.
         bias: [V], as hidden, or fp32 likewise.
         positions: int64 [M], rows of `hidden`; M = 0 gives a loss of zero and gradients of zero. None: M = T, every row once.
-        labels: int64 [M] in [0, V).
+        labels: int64 [M] in [0, V), or -100 for a token that is ignored, as in torch's cross_entropy: its loss is zero, it is no hit and
+            adds nothing to any gradient. So M may be padded.
         total: what the sum is divided by: 1 for the sum, or the count of masked tokens in the whole global batch.
         check_values: whether to verify positions and labels. None: on a CPU; True: also on a GPU, which then waits for the device.
             Unchecked, "triton" reads nothing out of bounds; the loss of that token is NaN, and so are the gradients.
@@ -52,8 +53,8 @@ def masked_cross_entropy(
         token_hits: bool [M], whether the label is the arg-max of the logits (the first of equals).
 
     Raises:
-        ValueError: a shape or device that does not fit, `total` not above 0, a position outside [0, T) or a label outside [0, V)
-            where checked, an unknown `impl`; "triton": a last axis that is not contiguous.
+        ValueError: a shape or device that does not fit, `total` not above 0, a position outside [0, T) or a label that is neither -100
+            nor in [0, V) where checked, an unknown `impl`; "triton": a last axis that is not contiguous.
         TypeError: a dtype that does not fit; "triton": float64.
 
     Source: Devlin et al., 2019, section 3.1, task 1.
@@ -85,7 +86,7 @@ def _check(hidden, weight, bias, positions, labels, total, check_values, impl):
     if not total > 0:
         raise ValueError(f"{name}: total = {total}; must be above 0")
     if values_checked(check_values, labels):
-        check_range(name, "labels", labels, V, "V")
+        check_range(name, "labels", labels.masked_fill(labels == IGNORED, 0), V, "V")
         if positions is not None:
             check_range(name, "positions", positions, T, "T")
     check_implementation(name, impl, _IMPLEMENTATIONS)

@@ -1,0 +1,207 @@
+"""A micro-batch's two passes, captured once per shape as CUDA graphs and replayed.
+
+It has never run on a GPU.
+
+A graph is launched as one operation, so the CPU's work for a micro-batch no longer grows with the
+number of kernels. Python does not run in a replay, and every address stays what it was at the
+capture. This shapes the design:
+
+- Inputs lie in buffers that are allocated once per shape. A replay copies the next pack into them.
+  Packs are padded, so that there are few shapes (data/padding.py). Dropout masks are functions of
+  the keys in the pack, so each replay draws new ones.
+- The totals that the losses are divided by change from step to step and are numbers of Python. So
+  the captured losses are sums, and they are divided outside of the graph, by the same operation as
+  without graphs.
+- The backward graph is captured with `torch.autograd.grad`, which accumulates nothing and runs no
+  hook of a parameter. `_Replay` hands copies of its results to autograd, so gradients add up in
+  `.grad` and DeepSpeed's hooks at ZeRO stages 1 and 2 run as always.
+- All graphs share one memory pool: activations of one shape may lie where those of another do. This
+  is sound since a backward replay follows its forward replay before anything else is replayed, and
+  since results are copied before the next replay.
+
+ZeRO stage 3 gathers weights by hooks of modules, in memory that it frees again: a replay would
+neither gather nor find them.
+
+Source: PyTorch, "CUDA semantics", section "CUDA Graphs", and `torch.cuda.make_graphed_callables`,
+which works the same way but takes no dataclass and hands out gradients that the next replay
+overwrites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.data.packing import PackedBatch
+from fastbert.errors import InputError
+from fastbert.models.bert import BertForPreTraining
+
+# Passes before a capture, as in PyTorch's documentation: kernels are compiled and workspaces allocated.
+WARM_UP = 3
+
+
+def check_cuda_graphs(recipe: str, device: str, impl: str, stage: int) -> None:
+    """Raise InputError where a step cannot be captured.
+
+    Args:
+        recipe: its path, for messages.
+        device: "cpu" or "cuda", where the model will run.
+        impl: what runtime.kernels means on it.
+        stage: of ZeRO.
+    """
+    key = f"{recipe}: runtime.cuda_graphs = true"
+    if device != "cuda":
+        raise InputError(f"{key} needs a GPU, and this run is on {device}; set it to false")
+    if impl != "triton":
+        raise InputError(
+            f'{key} needs the Triton kernels, and runtime.kernels means "{impl}"; set it to "triton", or runtime.cuda_graphs to false'
+        )
+    if stage == 3:
+        raise InputError(
+            f"{key} does not go with zero_optimization.stage = 3, whose weights move; use stage 0, 1 or 2, or set runtime.cuda_graphs to false"
+        )
+
+
+class Recorder(Protocol):
+    """Turns a function into something that can be replayed: CUDA graphs, or a stand-in for tests."""
+
+    def warm_up(self, function: Callable[[], Any]) -> None:
+        """Call the function until it compiles and allocates nothing that a later call does not."""
+        ...
+
+    def record(
+        self, function: Callable[[], Sequence[Tensor]]
+    ) -> tuple[Sequence[Tensor], Callable[[], None]]:
+        """The tensors that the function returns, and what makes their values anew, in place."""
+        ...
+
+
+class CudaGraphs:
+    """The recorder of a GPU."""
+
+    def __init__(self) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def warm_up(self, function: Callable[[], Any]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def record(
+        self, function: Callable[[], Sequence[Tensor]]
+    ) -> tuple[Sequence[Tensor], Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": other threads pin batches, write checkpoints and watch NCCL meanwhile.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            results = function()
+        return results, graph.replay
+
+
+class GraphedModel(nn.Module):
+    """The model, whose passes are replayed in training; evaluation calls the model itself.
+
+    Args:
+        model: in training, on the device.
+        recorder: by default CUDA graphs.
+    """
+
+    def __init__(self, model: BertForPreTraining, recorder: Recorder | None = None):
+        super().__init__()
+        self.model = model
+        self.captured: dict[tuple[int, ...], Captured] = {}  # by shape
+        self.replays = 0  # of a forward pass
+        self._recorder = recorder or CudaGraphs()
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """As `BertForPreTraining.forward`; in training the batch may be on the CPU, best `pinned`."""
+        if not torch.is_grad_enabled():
+            return self.model(batch)
+        shape = (len(batch.input_ids), len(batch.examples), len(batch.labels), batch.max_seqlen)
+        if shape not in self.captured:
+            self.captured[shape] = Captured(self.model, batch, self._recorder)
+        mlm, nsp, *rest = _Replay.apply(
+            self, self.captured[shape], batch, *self.captured[shape].parameters
+        )  # type: ignore[misc]
+        return mlm / max(batch.masked_total, 1), nsp / max(batch.pairs_total, 1), *rest
+
+
+class Captured:
+    """Both passes of the model for packs of one shape.
+
+    Attributes:
+        inputs: the pack that a replay reads.
+        parameters: of the model, in the order of the gradients.
+    """
+
+    def __init__(self, model: BertForPreTraining, batch: PackedBatch, recorder: Recorder):
+        self.parameters = tuple(model.parameters())
+        self._model, device = model, self.parameters[0].device
+        self._places = self._parameter_places()
+        # Losses as sums: the totals of this step are not those of the next one.
+        self.inputs = replace(batch.buffer(device=device), masked_total=1, pairs_total=1)
+        self.inputs.take_over(batch)
+        self._upstream = tuple(torch.ones((), device=device) for _ in range(2))
+        self._losses: tuple[Tensor, ...] = ()
+
+        def both() -> None:
+            self._forward()
+            self._backward()
+
+        recorder.warm_up(both)
+        self._losses = ()  # nothing of the warm-up is freed during the capture
+        self._outputs, self._replay_forward = recorder.record(self._forward)
+        self._gradients, self._replay_backward = recorder.record(self._backward)
+        self._losses = ()  # their graph of autograd is of no further use
+
+    def _forward(self) -> list[Tensor]:
+        mlm, nsp, *rest = self._model(self.inputs)
+        self._losses = mlm, nsp
+        return [mlm.detach(), nsp.detach(), *rest]
+
+    def _backward(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self._losses, self.parameters, self._upstream)
+
+    def _parameter_places(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.parameters]
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """What the model gives for the batch, with sums in place of means."""
+        assert self._parameter_places() == self._places, "a parameter has moved since the capture"
+        self.inputs.take_over(batch)
+        self._replay_forward()
+        return tuple(x.clone() for x in self._outputs)
+
+    def backward(self, *upstream: Tensor) -> Sequence[Tensor]:
+        """Gradients of the parameters for the last batch, from those of the two sums."""
+        for to, source in zip(self._upstream, upstream, strict=True):
+            to.copy_(source)
+        self._replay_backward()
+        # Copies, by a few launches for all parameters.
+        return torch._foreach_mul(list(self._gradients), 1.0)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, graphed: GraphedModel, captured: Captured, batch: PackedBatch, *parameters: Tensor
+    ):
+        outputs = captured.forward(batch)
+        graphed.replays += 1
+        ctx.graphed, ctx.captured, ctx.number = graphed, captured, graphed.replays
+        ctx.mark_non_differentiable(*outputs[2:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, dmlm: Tensor, dnsp: Tensor, *_: Tensor):  # type: ignore[override]
+        assert ctx.number == ctx.graphed.replays, (
+            "another forward pass has overwritten the activations"
+        )
+        return None, None, None, *ctx.captured.backward(dmlm, dnsp)
