@@ -142,8 +142,11 @@ def twin(preset: str) -> BertForPreTraining:
         "num_hidden_layers": PRESETS[preset]["num_hidden_layers"],
     }
     config = ModelConfig(
-        preset=preset, **narrow, hidden_dropout_prob=DROPOUT, attention_probs_dropout_prob=DROPOUT
-    )  # type: ignore[arg-type]
+        preset=preset,
+        **narrow,  # type: ignore[arg-type]
+        hidden_dropout_prob=DROPOUT,
+        attention_probs_dropout_prob=DROPOUT,
+    )
     model = BertForPreTraining(config, VOCABULARY, "reference").to(torch.bfloat16)
     model.impl = "triton"  # which the constructor would refuse on a CPU
     return model

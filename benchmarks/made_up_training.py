@@ -32,10 +32,10 @@ class Sizes(NamedTuple):
 def model_config(preset: str, dropout: float) -> ModelConfig:
     return ModelConfig(
         preset=preset,
-        **PRESETS[preset],
+        **PRESETS[preset],  # type: ignore[arg-type]
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-    )  # type: ignore[arg-type]
+    )
 
 
 def made_up_batch(

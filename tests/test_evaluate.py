@@ -16,7 +16,7 @@ from transformers import BertForPreTraining, BertModel
 import fastbert
 from fastbert.data.batches import heldout_batches
 from fastbert.errors import InputError
-from fastbert.tasks.evaluate import KEPT, REPLACED, SHOWN, evaluate
+from fastbert.tasks.evaluate import MASKED, RANDOM, UNCHANGED, evaluate
 from tests.ranks import Ranks
 
 SEQUENCES = 24
@@ -119,9 +119,9 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
     frequency = [1e6 * counts[label] / split.tokens for label in targets]
     classes = {
         "input": {
-            SHOWN: shown,
-            REPLACED: [not a and not b for a, b in zip(shown, kept, strict=True)],
-            KEPT: [b and not a for a, b in zip(shown, kept, strict=True)],
+            MASKED: shown,
+            RANDOM: [not a and not b for a, b in zip(shown, kept, strict=True)],
+            UNCHANGED: [b and not a for a, b in zip(shown, kept, strict=True)],
         },
         "length": {
             "1 to 32": [n <= 32 for n in lengths],
@@ -144,7 +144,7 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
                 pytest.approx(of(chosen, token_correct)),
                 pytest.approx(of(chosen, hits_of_5)),
             )
-    assert len(groups["frequency"]) > 1 and {SHOWN, KEPT} <= set(groups["input"])
+    assert len(groups["frequency"]) > 1 and {MASKED, UNCHANGED} <= set(groups["input"])
 
 
 def test_count_models_know_frequencies_and_the_token_before(small_dataset, run):
