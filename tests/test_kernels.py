@@ -193,3 +193,23 @@ def test_errors_name_the_argument_and_its_value(name, change, error, message):
     arguments = {"impl": "cpu", **spec.inputs(spec.shapes[2], torch.float32, 0.1), **change}
     with pytest.raises(error, match=message):
         spec.function(**arguments)
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU, so nothing is interpreted")
+@pytest.mark.parametrize(
+    "name", [name for name in SPECS if "triton" in SPECS[name].implementations]
+)
+def test_bf16_is_refused_by_the_stock_interpreter(name):
+    """It would take the bits for integers: a loss of 24.69 came out as 14,533,446,656."""
+    spec = SPECS[name]
+    arguments = spec.inputs(spec.shapes[0], torch.bfloat16, 0.0)
+    with pytest.raises(TypeError, match="is bfloat16, which Triton's interpreter computes wrongly"):
+        spec.function(**arguments, impl="triton")
+    arguments = spec.inputs(spec.shapes[0], torch.float32, 0.0)
+    spec.function(**arguments, impl="triton")
+    if name in (
+        "attention",
+        "gelu",
+    ):  # autocast gives the others fp32, as torch's own operation has
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="bfloat16"):
+            spec.function(**arguments, impl="triton")

@@ -8,6 +8,7 @@ import torch
 from fastbert.errors import InputError
 from fastbert.machine import Bf16Probe, probe_bf16
 from fastbert.training.precision import resolve_precision
+from tests.ranks import Ranks
 
 CPU = torch.device("cpu")
 
@@ -50,3 +51,18 @@ def test_this_processor():
     else:
         with pytest.raises(InputError, match=r"demo\.toml: runtime\.precision"):
             resolve_precision("bf16", CPU, "demo.toml")
+
+
+def test_bf16_in_the_interpreter_is_refused(tmp_path, small_dataset):
+    """Its products would be wrong; nothing is trained, and the folder is not made."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'data = "{small_dataset.path}"\nrun = "{tmp_path}/run"\n'
+        '[model]\npreset = "tiny"\n[runtime]\nkernels = "triton"\nprecision = "bf16"\n'
+        "[stop]\nsteps = 1\n"
+    )
+    with Ranks(["pretrain", str(recipe)], tmp_path, TRITON_INTERPRET="1") as ranks:
+        assert ranks.wait() == [2]
+        (line,) = ranks.errors.splitlines()
+    assert f'{recipe}: runtime.kernels = "triton" on a CPU, with runtime.precision = "bf16"' in line
+    assert not (tmp_path / "run").exists()

@@ -228,6 +228,11 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         model = BertForPreTraining(
             config.model, dataset.vocab_size, config.runtime.kernels, group.device.type
         )
+        if precision == "bf16" and model.impl == "triton" and group.device.type == "cpu":
+            raise InputError(
+                f'{recipe}: runtime.kernels = "triton" on a CPU, with runtime.precision = "bf16": '
+                'Triton\'s interpreter computes bf16 wrongly; use fp32, or kernels = "cpu"'
+            )
         if config.runtime.cuda_graphs:
             check_cuda_graphs(recipe, group.device.type, model.impl, stage)
         if config.init is not None and initial is not None:

@@ -97,12 +97,23 @@ def check_triton(function: str, *tensors: Expected) -> None:
         raise ValueError(
             f'{function}: {name} is on the CPU, where impl = "triton" runs in Triton\'s interpreter alone (TRITON_INTERPRET=1, slow); use impl = "cpu"'
         )
+    if first.is_cpu and first.dtype == torch.bfloat16 and not _computes_bf16():
+        raise TypeError(
+            f"{function}: {name} is bfloat16, which Triton's interpreter computes wrongly; "
+            'use float32 or float16 there, or impl = "cpu"'
+        )
 
 
 def _takes_cpu_tensors() -> bool:
     from fastbert_kernels._triton import takes_cpu_tensors
 
     return takes_cpu_tensors()
+
+
+def _computes_bf16() -> bool:
+    from fastbert_kernels._triton import computes_bf16
+
+    return computes_bf16()
 
 
 def values_checked(asked: bool | None, x: torch.Tensor) -> bool:

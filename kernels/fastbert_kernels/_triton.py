@@ -3,10 +3,11 @@
 import functools
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import driver
+from triton.runtime import driver, interpreter
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in NumPy
 
@@ -71,6 +72,14 @@ def takes_cpu_tensors() -> bool:
         return driver.active.get_active_torch_device().type == "cpu"
     except RuntimeError:  # no GPU, hence no active driver
         return False
+
+
+def computes_bf16() -> bool:
+    """False in Triton's interpreter as it comes, which takes the bits of bf16 for integers.
+
+    A corrected interpreter, such as that of the tests, holds them as numbers of another type.
+    """
+    return not INTERPRETED or interpreter._get_np_dtype(tl.bfloat16) != np.uint16
 
 
 def dot_precision(dtype: torch.dtype) -> str:
