@@ -306,7 +306,7 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
             2 * row,
             again,
             tile=8 + 8 * drop,
-            filled=row,
+            filled=row + 8,  # and its statistics
         ),
         "_prepare_kernel": work(
             0,
