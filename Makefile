@@ -10,10 +10,11 @@ BIN := .venv/bin
 FASTBERT := $(BIN)/fastbert
 PIP := $(BIN)/pip --disable-pip-version-check install -qq
 OUT := $(or $(OUT),runs/bench-$(shell date +%Y%m%d-%H%M%S))
+PYTEST = $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 RUN_BENCHMARKS = PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.run
 
 # One thread for each worker of pytest, which has one worker for each core.
-test: export OMP_NUM_THREADS := 1
+test test-all: export OMP_NUM_THREADS := 1
 
 heading = @printf '\n==> %s\n' "$(1)"
 
@@ -26,7 +27,7 @@ $(call heading,Done. What is there to see:)
 @echo "To start afresh: rm -r $(1)"
 endef
 
-.PHONY: help install demo library test torture check bench bench-check bench-step bench-quality bench-downstream gpu clean
+.PHONY: help install demo library test test-all torture check bench bench-check bench-step bench-quality bench-downstream gpu clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -39,8 +40,11 @@ demo: runs/demo/export/config.json ## from text to a trained model that transfor
 library: runs/library/export/config.json ## the same with all the prose that packages carry, and a larger model, in 95 minutes on 2 cores
 	$(call finished,runs/library)
 
-test: .venv/.installed-test ## every test, on all cores
-	@$(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+test: .venv/.installed-test ## what a change is likely to break, on all cores, in minutes
+	@$(PYTEST) -m "not slow"
+
+test-all: .venv/.installed-test ## every test, also long kills, many ranks, several nodes and whole tables
+	@$(PYTEST)
 
 torture: .venv/.installed-test ## 200 kills, 1,000 flipped bits, lost nodes: runs must resume with the same losses; takes an hour
 	@$(BIN)/python -m tests.torture
