@@ -44,7 +44,7 @@ MARGIN_S = 60.0
 
 
 class Unconnected(RankLost):
-    """All ranks have registered, but this one cannot connect to all others; the cause is unknown."""
+    """All ranks have registered, but this one cannot connect to some; the cause is unknown."""
 
 
 class Group:

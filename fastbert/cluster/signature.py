@@ -61,8 +61,8 @@ class Key:
     def mismatch(self, whom: str) -> str:
         """The message for a process of the run that turns out to have another key."""
         return (
-            f"{whom} and this process ({self.source}) do not have the same key, which every process "
-            "of a run needs; where the nodes do not share home directories, "
+            f"{whom} and this process ({self.source}) do not have the same key, "
+            "which every process of a run needs; where the nodes do not share home directories, "
             f"set {VARIABLE} to the same value on each of them, or copy ~/{FOLDER}/{FILE} to each"
         )
 
