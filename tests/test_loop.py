@@ -346,7 +346,7 @@ def test_a_damaged_checkpoint_is_named_and_its_steps_are_redone_with_the_same_va
     assert steps[4:6] == steps[6:8]
     for path in (run / "checkpoints").iterdir():
         (path / "manifest.json").unlink()
-    assert "damaged: manifest.json is missing; no sound checkpoint is left there" in refusal(
+    assert "damaged: manifest.json is missing; no valid checkpoint is left there" in refusal(
         recipe, resume=True
     )
 
