@@ -16,8 +16,8 @@ determines the design:
   hook of a parameter. `_Replay` returns copies of its results to autograd, so gradients add up in
   `.grad`, and DeepSpeed's hooks at ZeRO stages 1 and 2 run as usual.
 - All graphs share one memory pool, so activations of one shape may use the memory of another. This
-  is valid for two reasons. A backward replay follows its forward replay before any other replay. And
-  results are copied before the next replay.
+  is valid for two reasons: a backward replay follows its forward replay before any other replay,
+  and results are copied before the next replay.
 
 ZeRO stage 3 gathers weights by hooks of modules, into memory that it frees again. A replay would
 neither gather the weights nor find them.
@@ -40,8 +40,8 @@ from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 
-# Passes before a capture, in which kernels are compiled and workspaces allocated. The number is that
-# of PyTorch's documentation.
+# Passes before a capture, in which kernels are compiled and workspaces allocated. The number is from
+# PyTorch's documentation.
 WARM_UP = 3
 
 
