@@ -428,7 +428,8 @@ def _read(path: Path) -> Checkpoint | str:
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             return (
-                f"{MANIFEST}: format = {manifest['format']!r}, this fastbert reads format {FORMAT}; "
+                f"{MANIFEST}: format = {manifest['format']!r}, "
+                f"this fastbert reads format {FORMAT}; "
                 "open it with the version that wrote it, and export it"
             )
         del manifest["sha256"]

@@ -40,7 +40,7 @@ from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 
-# Passes before a capture, in which kernels are compiled and workspaces allocated. The number is from
+# Passes before a capture, which compile kernels and allocate workspaces. The number is that of
 # PyTorch's documentation.
 WARM_UP = 3
 

@@ -1,9 +1,9 @@
-"""metrics.jsonl: one JSON object a line, for an optimizer step or an event; lines are only appended.
+"""metrics.jsonl has one JSON object a line, for an optimizer step or an event.
 
-A step has exactly the keys STEP_KEYS, and its counts are of that step alone. An event has the key
-"event" instead of a loss. Floats round-trip. NaN and infinity, which JSON does not have, are null.
-A resumed run appends to the file. Steps that the run had made after its checkpoint then appear
-twice, with the same values.
+Lines are only appended. A step has exactly the keys STEP_KEYS, and its counts are of that step
+alone. An event has the key "event" instead of a loss. Floats round-trip. NaN and infinity, which
+JSON does not have, are null. A resumed run appends to the file. Steps that the run had made after
+its checkpoint then appear twice, with the same values.
 """
 
 from __future__ import annotations
