@@ -547,7 +547,7 @@ DAMAGE = {
         "manifest.json does not have its own SHA-256",
     ),
     "a newer format": (
-        lambda p: edit(p, lambda m: m.update(format=2)),
+        lambda p: edit(p, lambda m: m.update(format=3)),
         "format = 3, this fastbert reads format 2",
     ),
     "a path": (

@@ -195,7 +195,7 @@ class Group:
             "Exception",
         )
         try:
-            fates = self._exchange(
+            outcomes = self._exchange(
                 own and (kind, describe(own) if kind == "Exception" else str(own))
             )
         except RankLost:
@@ -206,14 +206,16 @@ class Group:
             raise own
         # A bug is more informative than bad input, and bad input more than a signal.
         for kind in ("Exception", "InputError", "Interrupted"):
-            unlucky = [rank for rank, fate in enumerate(fates) if fate and fate[0] == kind]
-            if unlucky:
-                rank, text = unlucky[0], fates[unlucky[0]][1]
+            affected = [
+                rank for rank, outcome in enumerate(outcomes) if outcome and outcome[0] == kind
+            ]
+            if affected:
+                rank, text = affected[0], outcomes[affected[0]][1]
                 if kind == "Exception":
                     raise RankLost(f"{self.name(rank)} failed: {text}") from None
                 if kind == "Interrupted":
                     raise Interrupted(text) from None
-                shared = all(fate == [kind, text] for fate in fates)
+                shared = all(outcome == [kind, text] for outcome in outcomes)
                 raise InputError(
                     text if shared else f"rank {rank} ({self.members[rank].host}): {text}"
                 ) from None
@@ -256,7 +258,7 @@ class Group:
                 rank for rank in range(self.world) if isinstance(place.read(f"{prefix}{rank}"), No)
             ]
             names = listed([self.name(rank) for rank in missing or [0]])
-            return f"{names} did not come along"
+            return f"{names} did not respond"
 
         def complete() -> bool:
             nonlocal values

@@ -465,7 +465,7 @@ def _resolve(launch: LaunchEnv, deadline: Deadline) -> str:
         return bool(found)
 
     deadline.until(
-        known, lambda: f"MASTER_ADDR = {launch.address}: no address came to be known by that name"
+        known, lambda: f"MASTER_ADDR = {launch.address}: the name did not resolve to an address"
     )
     several_machines = (launch.local_world or launch.world) < launch.world
     if (

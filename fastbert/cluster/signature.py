@@ -105,7 +105,7 @@ def find_key() -> Key:
     except OSError as error:
         raise InputError(
             f"{path}: the key of the rendezvous cannot be kept there: {error.strerror}; "
-            f"see to that, {OTHERWISE}"
+            f"fix this, {OTHERWISE}"
         ) from None
 
 

@@ -148,7 +148,7 @@ class SignedState(RendezvousBackend):
             print(
                 f"fastbert: --rdzv-endpoint {self._where}: somebody without the key of this run "
                 "has written over the state of the rendezvous; "
-                "it was refused and put back, and the run goes on (said once)",
+                "it was refused and put back, and the run continues (reported once)",
                 file=sys.stderr,
                 flush=True,
             )

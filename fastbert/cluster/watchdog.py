@@ -103,7 +103,7 @@ class Watchdog:
         if self._group.world > 1:
             store = self._group.prefix.part("watch")
             # Separate connections, since a call that blocks on one blocks all others on it.
-            self._beats, self._questions = Deadline(self._timeout_s).run(
+            self._heartbeat_store, self._query_store = Deadline(self._timeout_s).run(
                 lambda: (store.clone(), store.clone()), self._group.store_name
             )
             self._tick = (0, "the start", time.monotonic())
@@ -188,22 +188,24 @@ class Watchdog:
         try:
             while not self._over.is_set():
                 ticks, what, _ = self._tick
-                self._beats.write(rank, Heartbeat(count, ticks, what, *_position(self._main)))
+                self._heartbeat_store.write(
+                    rank, Heartbeat(count, ticks, what, *_position(self._main))
+                )
                 count += 1
                 if self._failure is None:
-                    self._listen()
+                    self._check_for_failure()
                 self._over.wait(self._every_s)
         except dist.DistError:
             self._failure = self._failure or f"{self._group.store_name} has disappeared"
 
-    def _listen(self) -> None:
+    def _check_for_failure(self) -> None:
         """Read the failure, if there is one."""
-        found = self._beats.read("failure")
+        found = self._heartbeat_store.read("failure")
         if found is No.FORGED:
             # Otherwise all ranks would read it again every second, however large it is.
-            self._beats.sweep("failure")
+            self._heartbeat_store.sweep("failure")
         elif found is not No.ABSENT:
-            self._receive(self._beats, *found)
+            self._receive(self._heartbeat_store, *found)
 
     def _guard(self) -> None:
         """Thread: end this process when its main thread makes no progress."""
@@ -215,8 +217,8 @@ class Watchdog:
                     self._end()
             elif time.monotonic() > tick[2] + self._timeout_s - self._look_s:
                 self._investigate(
-                    lambda *beats, tick=tick: (
-                        self._at_fault(*beats) if self._tick is tick else None
+                    lambda *heartbeats, tick=tick: (
+                        self._at_fault(*heartbeats) if self._tick is tick else None
                     ),
                     what,
                     self._look_s,
@@ -268,54 +270,65 @@ class Watchdog:
             )
 
     def _look(self, store: SignedStore) -> list[Heartbeat | No]:
+        """Read the last heartbeat of every rank."""
         found = [store.read(str(rank)) for rank in range(self._group.world)]
-        return [beat if isinstance(beat, No) else Heartbeat(*beat) for beat in found]
+        return [
+            heartbeat if isinstance(heartbeat, No) else Heartbeat(*heartbeat) for heartbeat in found
+        ]
 
     def _missing(
         self, before: Sequence[Heartbeat | No], now: Sequence[Heartbeat | No], what: str
     ) -> tuple[str, int] | None:
         """Ranks whose heartbeat has stopped or never came: a message, and how many they are."""
-        still = [
+        stopped = [
             rank
-            for rank, beat in enumerate(now)
-            if beat == before[rank] and beat is not No.FORGED and not getattr(beat, "left", False)
+            for rank, heartbeat in enumerate(now)
+            if heartbeat == before[rank]
+            and heartbeat is not No.FORGED
+            and not getattr(heartbeat, "left", False)
         ]
-        if not still:
+        if not stopped:
             return None
-        last = now[still[0]]
-        has = "has" if len(still) == 1 else "have"
+        last = now[stopped[0]]
+        has = "has" if len(stopped) == 1 else "have"
         seen = "the start" if isinstance(last, No) else last.what
-        return f"{self._names(still)} {has} {what}, last seen at {seen}", len(still)
+        return f"{self._names(stopped)} {has} {what}, last seen at {seen}", len(stopped)
 
     def _at_fault(
         self, before: Sequence[Heartbeat | No], now: Sequence[Heartbeat | No], what: str
     ) -> tuple[str, int] | None:
         """The reason why this rank makes no progress, and how many ranks are missing.
 
-        None where another rank makes progress. Then this rank's turn will come, or the progress
-        cannot be seen.
+        None where another rank makes progress, so that this rank's turn will come. None also where
+        a heartbeat cannot be read, since its rank may make progress.
         """
         if (found := self._missing(before, now, what)) is not None:
             return found
-        earlier = [beat for beat in before if not isinstance(beat, No)]
-        beats = {rank: beat for rank, beat in enumerate(now) if not isinstance(beat, No)}
-        if len(earlier) < len(before) or len(beats) < len(now):
+        earlier = [heartbeat for heartbeat in before if not isinstance(heartbeat, No)]
+        heartbeats = {
+            rank: heartbeat for rank, heartbeat in enumerate(now) if not isinstance(heartbeat, No)
+        }
+        if len(earlier) < len(before) or len(heartbeats) < len(now):
             return None
-        beats = {rank: beat for rank, beat in beats.items() if not beat.left}
-        if any(earlier[rank].ticks != beat.ticks for rank, beat in beats.items()):
+        heartbeats = {
+            rank: heartbeat for rank, heartbeat in heartbeats.items() if not heartbeat.left
+        }
+        if any(earlier[rank].ticks != heartbeat.ticks for rank, heartbeat in heartbeats.items()):
             return None
         since = f"for {self._timeout_s:g} s (runtime.timeout_s)"
-        ahead = max(beat.ticks for beat in beats.values())
-        slow = [rank for rank, beat in beats.items() if beat.ticks < ahead] or [
-            rank for rank, beat in beats.items() if not beat.waiting
+        # Ranks with fewer ticks than others hold them up. Where all have the same number, a rank that
+        # does not wait for others does.
+        ahead = max(heartbeat.ticks for heartbeat in heartbeats.values())
+        slow = [rank for rank, heartbeat in heartbeats.items() if heartbeat.ticks < ahead] or [
+            rank for rank, heartbeat in heartbeats.items() if not heartbeat.waiting
         ]
         if not slow:
             return (
-                f"no rank has gone on {since}: all wait for each other at {self._tick[1]}; "
+                f"no rank has made progress {since}: all wait for each other at {self._tick[1]}; "
                 "look at the network between them",
                 0,
             )
-        has, first = "has" if len(slow) == 1 else "have", beats[slow[0]]
+        has, first = "has" if len(slow) == 1 else "have", heartbeats[slow[0]]
         return (
             f"{self._names(slow)} {has} kept the others waiting {since}: "
             f"at {first.what}, in {first.where}",
@@ -369,7 +382,7 @@ class Watchdog:
             RankLost: no answer has come within a few seconds.
         """
         with self._asking:
-            return Deadline(0.0).run(lambda: question(self._questions), self._group.store_name)
+            return Deadline(0.0).run(lambda: question(self._query_store), self._group.store_name)
 
     def _end(self) -> NoReturn:
         """End the process from a thread, whatever its main thread waits for."""

@@ -27,7 +27,7 @@ def open_verified(path: str | Path, group: Group | None = None) -> TokenDataset:
     Raises:
         InputError: the dataset is invalid, on any machine; all ranks raise it.
         Interrupted: a signal came to any rank.
-        RankLost: another rank did not come along.
+        RankLost: another rank did not respond in time.
     """
     on_all_ranks, heed = (
         (group.raise_on_all_ranks, group.heed) if group else (nullcontext, lambda: None)
