@@ -316,8 +316,8 @@ class Watchdog:
         if any(earlier[rank].ticks != heartbeat.ticks for rank, heartbeat in heartbeats.items()):
             return None
         since = f"for {self._timeout_s:g} s (runtime.timeout_s)"
-        # Ranks with fewer ticks than others hold them up. Where all have the same number, a rank that
-        # does not wait for others does.
+        # Ranks with fewer ticks hold up the others. Where all have the same number of ticks, the
+        # ranks that do not wait for others hold them up.
         ahead = max(heartbeat.ticks for heartbeat in heartbeats.values())
         slow = [rank for rank, heartbeat in heartbeats.items() if heartbeat.ticks < ahead] or [
             rank for rank, heartbeat in heartbeats.items() if not heartbeat.waiting
