@@ -269,7 +269,7 @@ def test_a_sound_checkpoint_is_never_replaced(tmp_path):
     """Saving the same state again is no error; another state of the same step is one, and a damaged one makes room for it."""
     save_at(tmp_path, 5)
     save(tmp_path / "checkpoints", 5, tensors(5), METADATA, 3)
-    with pytest.raises(FileExistsError, match="another sound checkpoint of that step is there"):
+    with pytest.raises(FileExistsError, match="another valid checkpoint of that step is there"):
         save(tmp_path / "checkpoints", 5, tensors(99), METADATA, 3)
     assert torch.equal(
         read_weights(tmp_path / "checkpoints/step-00000005")["a.bias"],
@@ -547,7 +547,7 @@ DAMAGE = {
         "manifest.json does not have its own SHA-256",
     ),
     "a newer format": (
-        lambda p: edit(p, lambda m: m.update(format=2)),
+        lambda p: edit(p, lambda m: m.update(format=3)),
         "format = 3, this fastbert reads format 2",
     ),
     "a path": (
@@ -597,7 +597,7 @@ def test_a_damaged_checkpoint_is_named_and_the_next_sound_one_is_taken(tmp_path,
         and message in complaints[0]
         and "\n" not in complaints[0]
     )
-    with pytest.raises(InputError, match="not a sound checkpoint") as error:
+    with pytest.raises(InputError, match="not a valid checkpoint") as error:
         open_checkpoint(bad)
     assert message in str(error.value)
 

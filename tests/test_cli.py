@@ -110,7 +110,7 @@ BAD = {
     "prepare": (["prepare", "nothing.txt", "--out", "new"], ["nothing.txt"]),
     "pretrain": (["pretrain", "typo.toml"], ["typo.toml", "batch.sequence", "batch.sequences"]),
     "evaluate": (["evaluate", "nowhere"], ["'nowhere' does not exist", "fastbert evaluate --help"]),
-    "export": (["export", "half", "--out", "new"], ["half: a run without a sound checkpoint"]),
+    "export": (["export", "half", "--out", "new"], ["half: a run without a valid checkpoint"]),
     "fill-mask": (["fill-mask", "hf", "No gap here."], ["No gap here.", "[MASK]"]),
     "nsp": (["nsp", "hf", "only one"], ["SECOND", "fastbert nsp --help"]),
     "embed": (["embed", "hf", "no.txt", "--out", "x.npy"], ["no.txt: no such file"]),

@@ -254,7 +254,7 @@ def test_a_name_that_nobody_knows(tmp_path):
     with members(tmp_path, 2, SOON_S, only=(0,), MASTER_ADDR="nowhere.invalid") as toys:
         assert toys.wait() == [1]
         assert (
-            "MASTER_ADDR = nowhere.invalid: no address came to be known by that name within 3 s"
+            "MASTER_ADDR = nowhere.invalid: the name did not resolve to an address within 3 s"
             in toys.out(0)
         )
 

@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(original, run):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.warns(CheckpointWarning, match="step-00000009.*an older checkpoint is taken"):
         assert fastbert.load(run).path.name == "step-00000007"
-    with pytest.raises(InputError, match="step-00000009: not a sound checkpoint"):
+    with pytest.raises(InputError, match="step-00000009: not a valid checkpoint"):
         fastbert.load(damaged.parent)
 
 
@@ -340,11 +340,11 @@ def test_a_tokenizer_with_more_tokens_than_embeddings(hf):
     [
         (
             lambda run: shutil.rmtree(run / "checkpoints"),
-            ["without a sound checkpoint", "config.toml --resume"],
+            ["without a valid checkpoint", "config.toml --resume"],
         ),
         (
             lambda run: (run / "checkpoints/step-00000007/manifest.json").unlink(),
-            ["without a sound checkpoint", "manifest.json is missing"],
+            ["without a valid checkpoint", "manifest.json is missing"],
         ),
         (lambda run: shutil.rmtree(run / "tokenizer"), ["tokenizer: no such folder"]),
         (lambda run: (run / "tokenizer/tokenizer.json").write_text("{}"), ["tokenizer.json"]),

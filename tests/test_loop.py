@@ -340,13 +340,13 @@ def test_a_damaged_checkpoint_is_named_and_its_steps_are_redone_with_the_same_va
     assert train(recipe, "stop.steps=8", resume=True) == 0
     out = capsys.readouterr().out
     assert f"{bad}: damaged: tensors-00000-00000.safetensors has 500 bytes" in out
-    assert f"resuming from {run / 'checkpoints/step-00000004'}, the newest sound one" in out
+    assert f"resuming from {run / 'checkpoints/step-00000004'}, the newest valid one" in out
     steps = lines(run)
     assert [s["step"] for s in steps] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
     assert steps[4:6] == steps[6:8]
     for path in (run / "checkpoints").iterdir():
         (path / "manifest.json").unlink()
-    assert "damaged: manifest.json is missing; no sound checkpoint is left there" in refusal(
+    assert "damaged: manifest.json is missing; no valid checkpoint is left there" in refusal(
         recipe, resume=True
     )
 
@@ -492,7 +492,7 @@ def test_losses_that_are_never_finite_again_end_the_run(recipe, tmp_path, capsys
         }
     ]
     out = capsys.readouterr().out
-    assert "for every example: it is the weights, not a text" in out
+    assert "for every example: the weights have diverged; no single example is to blame" in out
     said = out.splitlines()[-1]
     command = f"fastbert pretrain {run / 'config.toml'} --resume optimizer.lr=10"
     assert said.endswith(

@@ -151,7 +151,7 @@ def test_without_a_checkpoint_or_a_store_the_rest_is_there(run, small_dataset, t
     shutil.rmtree(copy / "checkpoints")
     words = report(copy).read_text(encoding="utf-8")
     assert (
-        "without a sound checkpoint" in words
+        "without a valid checkpoint" in words
         and "Recipe" in words
         and 'class="sample"' not in words
     )

@@ -229,7 +229,7 @@ def test_a_short_variable_is_refused(monkeypatch, value):
 def test_no_place_for_a_file(home, monkeypatch):
     monkeypatch.setenv("HOME", str(home / "nowhere"))
     refused(
-        f"{file_of(home / 'nowhere')}: the key of the rendezvous cannot be kept there: No such file or directory; see to that, or set"
+        f"{file_of(home / 'nowhere')}: the key of the rendezvous cannot be kept there: No such file or directory; fix this, or set"
     )
     assert list(home.iterdir()) == []
     (home / "file").touch()
@@ -263,7 +263,7 @@ def test_a_home_that_is_read_only(home):
     except Unavailable as why:
         pytest.skip(str(why))
     assert done.stdout == (
-        f"{file_of(home)}: the key of the rendezvous cannot be kept there: Read-only file system; see to that, or set {VARIABLE} to the same "
+        f"{file_of(home)}: the key of the rendezvous cannot be kept there: Read-only file system; fix this, or set {VARIABLE} to the same "
         "value for every process of the run\n"
     ), done.stderr
 

@@ -298,7 +298,7 @@ def test_nodes_meet_whatever_a_stranger_writes(tmp_path, capfd):
     assert not trap.exists()
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fastbert: ")]
     one = f"fastbert: --rdzv-endpoint 127.0.0.1:{port}: somebody without the key of this run has written over the state of the rendezvous; "
-    assert said == [one + "it was refused and put back, and the run goes on (said once)"] * 2
+    assert said == [one + "it was refused and put back, and the run continues (reported once)"] * 2
     for handler in (handlers[1], third):
         handler.shutdown()
 

@@ -159,7 +159,7 @@ def test_a_rank_is_stopped_and_goes_on_later(tmp_path):
             )
         toys.signal(1, signal.SIGCONT)
         assert toys.wait(1) == [1]  # it does not train on alone
-        assert f"{toys.name(1)} was stopped for " in line(
+        assert f"{toys.name(1)} was suspended for " in line(
             toys.err(1)
         ) or f"{toys.name(0)} at " in line(toys.err(1))
 
@@ -174,7 +174,7 @@ def test_the_rank_that_holds_the_store_is_stopped_and_goes_on_later(tmp_path):
             )
         toys.signal(0, signal.SIGCONT)
         assert toys.wait(0) == [1]
-        assert f"{toys.name(0)} was stopped for " in line(
+        assert f"{toys.name(0)} was suspended for " in line(
             toys.err(0)
         ) or f"{toys.name(1)}, " in line(toys.err(0))
 

@@ -1,15 +1,22 @@
-"""Checkpoints: fp32 weights, optimizer slots and a manifest, by parameter name, whatever ran them.
+"""Checkpoints: fp32 weights, optimizer slots and a manifest, all by parameter name.
 
-    run/checkpoints/step-00000200/manifest.json                  format, step, metadata, size and SHA-256 of every other file, and its own
-                                  tensors-00000-00000.safetensors  "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", ...: rank, number
+    run/checkpoints/step-00000200/
+        manifest.json                    format, step, metadata, size and SHA-256 of every other
+                                         file, and the manifest's own SHA-256
+        tensors-00000-00000.safetensors  "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", ...;
+                                         the numbers are the rank and the file's number
 
-No pickle, no ZeRO stage, no world size, no precision: a checkpoint is readable by any of them; the ranks' files are shares of one state
-that the writing was split into. A folder is written under another name, fsynced, read back and renamed, so that one called step-... is
-complete; what was damaged afterwards shows in the hashes. A sound checkpoint is never replaced, and a folder is renamed before it is
-deleted: whenever a process dies, the newest sound checkpoint has its name.
+Checkpoints contain no pickle and do not depend on ZeRO stage, world size or precision. The ranks'
+files are shares of one state, split only for writing.
 
-The tensor files are written here and not by safetensors, so that a hash is of the numbers in memory, and what is read back from the disk
-is compared with those; and so that an error is the system's own (the library makes a text of it).
+A folder is written under another name, fsynced, read back and then renamed, so a folder called
+step-... is complete. The hashes show later damage. A valid checkpoint is never replaced, and a
+folder is renamed before it is deleted. So whenever a process dies, the newest valid checkpoint
+keeps its name.
+
+The tensor files are written here and not by safetensors, for two reasons. The hash is of the
+numbers in memory, so what is read back from the disk is compared with those. And an error is the
+operating system's own, with its errno, where the library would give only a text.
 """
 
 from __future__ import annotations
@@ -41,31 +48,32 @@ from fastbert.presence import names_in, status, unreadable
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-SHARD_BYTES = 2 << 30  # of a file, or one tensor
-PIECE = (
-    1 << 20
-)  # numbers that are checked, hashed and written at a time, 4 MiB: they stay in the cache from one to the next
+SHARD_BYTES = 2 << 30  # largest file, unless a single tensor is larger
+# How many numbers are checked, hashed and written at a time: 4 MiB, which stay in the cache
+# between these three steps.
+PIECE = 1 << 20
 WEIGHT = "weight"
 _NAME = re.compile(r"step-(\d{8,})")
 _WRITING, _DELETED = ".writing-", ".deleted-"
-_OURS = re.compile(
-    rf"({re.escape(_WRITING)}|{re.escape(_DELETED)})?step-\d{{8,}}(-.*)?"
-)  # what is written into checkpoints/
-_DAMAGE = {
-    errno.ENOENT,
-    errno.EIO,
-    errno.EISDIR,
-    errno.ENOTDIR,
-}  # of a checkpoint; another error says nothing about what lies there
+# Every name that is written into checkpoints/.
+_OURS = re.compile(rf"({re.escape(_WRITING)}|{re.escape(_DELETED)})?step-\d{{8,}}(-.*)?")
+# Errors that mean that a checkpoint is damaged. Any other says nothing about what is there.
+_DAMAGE = {errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are all there and have the sizes and hashes of its manifest."""
+    """A checkpoint whose files are all there and have the sizes and hashes of its manifest.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps done.
+        metadata: the run's recipe, dataset_sha256, vocab_size and progress.
+    """
 
     path: Path
-    step: int  # optimizer steps done
-    metadata: dict[str, Any]  # what the run knew: recipe, dataset_sha256, vocab_size, progress
+    step: int
+    metadata: dict[str, Any]
 
 
 def save(
@@ -75,18 +83,23 @@ def save(
     metadata: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write `folder`/step-XXXXXXXX from one process, and only then delete all but the newest `keep`; saver.py is for many.
+    """Write `folder`/step-XXXXXXXX from one process; saver.py does so from many.
+
+    Afterwards it deletes all but the newest `keep` checkpoints.
 
     Args:
         folder: the run's checkpoints/; made where it is missing.
-        step: optimizer steps done; a damaged checkpoint of the same step makes room.
+        step: optimizer steps done; a damaged checkpoint of the same step is replaced.
         tensors: names ("weight/...", "exp_avg/...") and fp32 tensors.
         metadata: goes into the manifest as JSON.
-        keep: how many checkpoints stay, this one counted.
+        keep: how many checkpoints stay, this one included.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
-        OSError: the disk refused (full, read-only, ...), or another sound checkpoint of that step is there. Nothing half-written is left,
-            and no older checkpoint is touched.
+        OSError: the disk refused (full, read-only, ...), or another valid checkpoint of that step
+            is there. Nothing half-written is left, and no older checkpoint is touched.
         ValueError: a number is not finite.
     """
     staging = staging_of(folder, step, secrets.token_hex(4))
@@ -102,14 +115,25 @@ def save(
 
 
 def staging_of(folder: Path, step: int, token: str) -> Path:
-    """Where step-XXXXXXXX is written before it gets that name; `token` is of one attempt to save it."""
+    """The folder in which step-XXXXXXXX is written before it gets that name.
+
+    Args:
+        token: identifies one attempt to save that step.
+    """
     return folder / f"{_WRITING}{_name(step)}-{token}"
 
 
 def share_of(rank: int, world: int, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copies, on the CPU, of those tensors that `rank` writes: each goes to the rank that has the fewest bytes so far.
+    """Copy to the CPU those tensors that `rank` writes.
 
-    All are taken, one at a time, on every rank, since taking one may need all ranks.
+    Each tensor goes to the rank that has the fewest bytes so far. Every rank iterates over all
+    tensors, one at a time, since gathering a tensor may need all ranks.
+
+    Args:
+        tensors: names and tensors of any dtype, in the same order on every rank.
+
+    Returns:
+        This rank's tensors by name: fp32, contiguous, on the CPU.
     """
     share: dict[str, Tensor] = {}
     held = [0] * world
@@ -126,17 +150,20 @@ def share_of(rank: int, world: int, tensors: Iterable[tuple[str, Tensor]]) -> di
 def write_share(
     staging: Path, rank: int, tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """Write a rank's share into `staging` (made where it is missing), in files of at most SHARD_BYTES, on the disk and read back.
+    """Write a rank's share into `staging`, fsync it, and read it back.
 
     Args:
-        tensors: fp32, contiguous, on the CPU, by name ("weight/...").
+        staging: the folder; made where it is missing.
+        rank: part of the file names.
+        tensors: fp32, contiguous, on the CPU, by name ("weight/..."). They go into files of at
+            most SHARD_BYTES.
 
     Returns:
-        size and SHA-256 by file name.
+        Size in bytes and SHA-256 by file name.
 
     Raises:
-        OSError: with the file's name; what was written of the share is deleted, to make room.
-        ValueError: a number is not finite; deleted too.
+        OSError: with the file's name; the files of this share are deleted, to free the disk.
+        ValueError: a number is not finite; the files are deleted too.
     """
     staging.mkdir(parents=True, exist_ok=True)
     reach("staging-made")
@@ -166,17 +193,23 @@ def publish(
     """Make the shares in `staging` the checkpoint `folder`/step-XXXXXXXX; takes milliseconds.
 
     Args:
+        folder: the run's checkpoints/.
+        step: optimizer steps done.
+        staging: where all ranks have written their shares.
         files: what write_share returned, of all ranks.
+        metadata: goes into the manifest as JSON.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
-        OSError: the disk refused, a share is not to be seen from here, or another sound checkpoint of that step is there.
-        InputError: a checkpoint of that step is there that cannot be read, so that it may be a sound one.
+        OSError: the disk refused, a share is not visible from here, or another valid checkpoint of
+            that step is there.
+        InputError: a checkpoint of that step is there that cannot be read, so that it may be valid.
     """
     path = folder / _name(step)
-    for (
-        name,
-        entry,
-    ) in files.items():  # a rank may write to a disk of its own machine, under the same name
+    # A rank may have written to a disk of its own machine, under the same name.
+    for name, entry in files.items():
         if (staging / name).stat().st_size != entry["size"]:
             raise OSError(
                 errno.EIO, "does not have the size that its rank wrote", str(staging / name)
@@ -187,11 +220,10 @@ def publish(
     if os.path.lexists(path) and isinstance(_read(path), Checkpoint):
         if _files(path) != manifest["files"]:
             raise FileExistsError(
-                errno.EEXIST, "another sound checkpoint of that step is there, and stays", str(path)
+                errno.EEXIST, "another valid checkpoint of that step is there, and stays", str(path)
             )
-        shutil.rmtree(
-            staging, ignore_errors=True
-        )  # an attempt before this one failed at the very end
+        # It is from an attempt that failed after its rename.
+        shutil.rmtree(staging, ignore_errors=True)
     else:
         if os.path.lexists(path):
             reach("moving-aside")
@@ -200,16 +232,25 @@ def publish(
         staging.rename(path)
     reach("renamed")
     sync(folder)
-    sync(folder.parent)  # where the folder is new
+    sync(folder.parent)  # in case the folder is new
     reach("published")
     return path
 
 
 def retire(folder: Path, step: int, keep: int) -> list[Path]:
-    """Rename all but the newest `keep` checkpoints, that of `step` counted, and return what is to be deleted.
+    """Rename all but the newest `keep` checkpoints for deletion.
 
-    Renamed, since half of a checkpoint would look like a damaged one. Only older ones: one of a later step is a damaged one that a
-    resumed run has not reached again. What cannot be read or renamed stays.
+    They are renamed, since a half-deleted checkpoint would look like a damaged one. Only
+    checkpoints older than `step` are renamed: one of a later step is a damaged one that a resumed
+    run has not reached again. What cannot be read or renamed stays.
+
+    Args:
+        folder: the run's checkpoints/.
+        step: the newest checkpoint, which counts as one of `keep`.
+        keep: how many checkpoints stay.
+
+    Returns:
+        The folders that `delete` may delete.
     """
     try:
         older = [path for path in _folders(folder) if _step(path) < step]
@@ -222,7 +263,10 @@ def retire(folder: Path, step: int, keep: int) -> list[Path]:
 
 
 def delete(folders: Iterable[Path]) -> None:
-    """Delete retired checkpoints; of a link only the link, since what it points to is not ours. What cannot be deleted stays."""
+    """Delete retired checkpoints; what cannot be deleted stays.
+
+    Of a symbolic link only the link is deleted, since its target is not ours.
+    """
     for folder in folders:
         with contextlib.suppress(OSError):
             if not stat.S_ISDIR(folder.lstat().st_mode):
@@ -237,7 +281,9 @@ def delete(folders: Iterable[Path]) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what processes left that died while they saved or deleted. No other process may be saving into `folder`.
+    """Delete what processes left that died while they saved or deleted.
+
+    No other process may be saving into `folder`.
 
     Raises:
         InputError: the folder cannot be read.
@@ -248,15 +294,19 @@ def sweep(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if stat.S_ISDIR(leftover.lstat().st_mode):
                 shutil.rmtree(leftover, ignore_errors=True)
-            else:  # of a link only the link
+            else:  # of a symbolic link only the link
                 leftover.unlink()
 
 
 def newest_sound(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run that passes verification, and a line on each newer one that does not.
+    """Find the newest checkpoint of a run that passes verification.
+
+    Returns:
+        The checkpoint, or None where there is no valid one; and a line on each newer one that is
+        damaged.
 
     Raises:
-        InputError: checkpoints/ or a newer checkpoint cannot be read, so that nobody can say what is there.
+        InputError: checkpoints/ or a newer checkpoint cannot be read, so its state is unknown.
     """
     complaints = []
     for path in reversed(_folders(run / "checkpoints")):
@@ -268,33 +318,51 @@ def newest_sound(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def exists(run: Path) -> bool:
-    """Whether a run has any checkpoint, sound or not; raises InputError where that cannot be seen."""
+    """Whether a run has any checkpoint, valid or not.
+
+    Raises:
+        InputError: checkpoints/ cannot be read.
+    """
     return bool(_folders(run / "checkpoints"))
 
 
 def has_written(run: Path) -> bool:
-    """Whether a run's checkpoints/ holds what a save leaves there, be it whole or not; raises InputError where that cannot be seen."""
+    """Whether a run's checkpoints/ holds anything that a save writes, complete or not.
+
+    Raises:
+        InputError: checkpoints/ cannot be read.
+    """
     return any(_OURS.fullmatch(name) for name in names_in(run / "checkpoints"))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in the folder `path`; raises InputError with what is wrong."""
+    """Verify the checkpoint in the folder `path`.
+
+    Raises:
+        InputError: it is not valid; the message says what is wrong.
+    """
     found = _read(path)
     if isinstance(found, str):
-        raise InputError(f"{path}: not a sound checkpoint: {found}")
+        raise InputError(f"{path}: not a valid checkpoint: {found}")
     return found
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights alone, fp32, by parameter name; `path` is that of a verified Checkpoint."""
+    """Read the weights alone, fp32, by parameter name, from a verified Checkpoint's `path`."""
     return dict(read_all(path)[WEIGHT])
 
 
 def read_all(path: Path) -> dict[str, Mapping[str, Tensor]]:
-    """{"weight": {name: fp32}, "exp_avg": ...}: weights and every optimizer slot; `path` is that of a verified Checkpoint.
+    """Map the weights and every optimizer slot of a verified Checkpoint into memory.
 
-    Tensors are mapped, not read: a page comes from the disk when it is touched, and memory that is needed otherwise may drop it
-    again, since all of them are three times the model.
+    Tensors are mapped, not read, since all of them together are three times the model. The disk is
+    read when a page is touched, and the system may drop the page again.
+
+    Args:
+        path: of a verified Checkpoint.
+
+    Returns:
+        {"weight": {name: fp32 tensor}, "exp_avg": ..., ...}.
     """
     slots: dict[str, dict[str, Any]] = {}
     for file in _files(path):
@@ -306,7 +374,7 @@ def read_all(path: Path) -> dict[str, Mapping[str, Tensor]]:
 
 
 class _Slot(Mapping[str, Tensor]):
-    """Tensors by parameter name, taken from their shards one at a time."""
+    """Tensors of one slot by parameter name, taken from their files one at a time."""
 
     def __init__(self, slot: str, shards: Mapping[str, Any]):
         self._slot, self._shards = slot, shards
@@ -330,22 +398,29 @@ def _step(path: Path) -> int:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """What is named as a checkpoint, oldest first."""
+    """The folders named as checkpoints, oldest first."""
     return sorted((folder / name for name in names_in(folder) if _NAME.fullmatch(name)), key=_step)
 
 
 def _deleted(path: Path) -> Path:
-    """A name for a checkpoint that is to be deleted; another one each time, since an earlier deletion may have failed."""
+    """A new name for a checkpoint that is to be deleted.
+
+    It is different each time, since an earlier deletion may have failed.
+    """
     return path.with_name(f"{_DELETED}{path.name}-{secrets.token_hex(4)}")
 
 
 def _files(path: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 by name, of a verified Checkpoint."""
+    """Size and SHA-256 by file name, of a verified Checkpoint."""
     return json.loads((path / MANIFEST).read_bytes())["files"]
 
 
 def _read(path: Path) -> Checkpoint | str:
-    """Verify a checkpoint; a string says what is wrong with it, an InputError that it cannot be read."""
+    """Verify a checkpoint; a returned string says how it is damaged.
+
+    Raises:
+        InputError: it cannot be read, so that nothing is known about it.
+    """
     if not _may_be_read(path / MANIFEST):
         return f"{MANIFEST} is not a file"
     try:
@@ -353,7 +428,8 @@ def _read(path: Path) -> Checkpoint | str:
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             return (
-                f"{MANIFEST}: format = {manifest['format']!r}, this fastbert reads format {FORMAT}; "
+                f"{MANIFEST}: format = {manifest['format']!r}, "
+                f"this fastbert reads format {FORMAT}; "
                 "open it with the version that wrote it, and export it"
             )
         del manifest["sha256"]
@@ -369,7 +445,7 @@ def _read(path: Path) -> Checkpoint | str:
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
-        return _in_words(path / MANIFEST, error)
+        return _describe_damage(path / MANIFEST, error)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST}: not the manifest of a checkpoint"
     for name, (size, digest) in entries.items():
@@ -383,35 +459,43 @@ def _read(path: Path) -> Checkpoint | str:
             if sha256_of(path / name) != digest:
                 return f"{name} does not have the SHA-256 of the manifest"
         except OSError as error:
-            return _in_words(path / name, error)
+            return _describe_damage(path / name, error)
     return found
 
 
 def _may_be_read(file: Path) -> bool:
-    """Whether what lies there is a file, or nothing; a pipe would keep its reader waiting."""
+    """Whether the path is a regular file or does not exist; reading a pipe would block."""
     found = status(file)
     return found is None or stat.S_ISREG(found.st_mode)
 
 
-def _in_words(file: Path, error: OSError) -> str:
-    """That a file of a checkpoint is damaged; raises InputError where the error says nothing about that."""
+def _describe_damage(file: Path, error: OSError) -> str:
+    """Say that a file of a checkpoint is damaged.
+
+    Raises:
+        InputError: the error does not mean damage.
+    """
     if error.errno in _DAMAGE:
         return f"{file.name} cannot be read: {error.strerror}"
     raise unreadable(file, error)
 
 
 def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
-    """As it is written. Compared byte by byte: JSON has two ways to write some letters and numbers, and a flipped bit may choose the other."""
+    """The bytes of the manifest file.
+
+    They are compared exactly, since JSON has two ways to write some letters and numbers, and a
+    flipped bit may turn one into the other.
+    """
     return json.dumps({**manifest, "sha256": _own_sha256(manifest)}, indent=1).encode()
 
 
 def _own_sha256(manifest: dict[str, Any]) -> str:
-    """Of everything else that the manifest says, so that a changed number in it does not pass."""
+    """The hash of everything else in the manifest, so that a changed number is detected."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, np.ndarray]]:
-    """Tensors by the file they go into, as arrays of the same memory."""
+    """Group tensors by the file they go into, as arrays that share their memory."""
     shard: dict[str, np.ndarray] = {}
     held = 0
     for name, tensor in tensors.items():
@@ -426,7 +510,11 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _safetensors(arrays: Mapping[str, np.ndarray]) -> list[bytes | memoryview]:
-    """A file of the safetensors format in pieces: the length of the header, the header, the numbers; raises ValueError if one is not finite."""
+    """Build a safetensors file in pieces: the header's length, the header, the numbers.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
     header, pieces, end = {}, [], 0
     for name, array in arrays.items():
         begin, end = end, end + array.nbytes
@@ -437,12 +525,24 @@ def _safetensors(arrays: Mapping[str, np.ndarray]) -> list[bytes | memoryview]:
             raise ValueError(f"{name} holds numbers that are not finite")
         pieces += [piece.data for piece in mine]
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of their size
+    text += b" " * (-len(text) % 8)  # aligns the numbers to a multiple of 8 bytes
     return [struct.pack("<Q", len(text)), text, *pieces]
 
 
 def _write_durably(file: Path, kind: str, pieces: Sequence[bytes | memoryview]) -> dict[str, Any]:
-    """Write a file, wait for the disk, read it back from there; size and SHA-256. `kind` is for the failpoints."""
+    """Write a file, fsync it, and read it back from the disk.
+
+    Args:
+        file: it must not exist.
+        kind: "tensors" or "manifest", for the failpoints.
+        pieces: the content.
+
+    Returns:
+        "size" in bytes and "sha256".
+
+    Raises:
+        OSError: the disk refused, or the content read back differs; it names the file.
+    """
     digest = hashlib.sha256()
     try:
         with open(file, "xb") as handle:
@@ -455,14 +555,13 @@ def _write_durably(file: Path, kind: str, pieces: Sequence[bytes | memoryview]) 
             handle.flush()
             reach(f"{kind}-written")
             os.fsync(handle.fileno())
+            # Drop the file from the page cache, or it would be read back from memory.
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(
-                    handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
-                )  # or it would be read back from memory
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         reach(f"{kind}-synced")
         if sha256_of(file) != digest.hexdigest():
             raise OSError(errno.EIO, "read back wrong right after it was written", str(file))
         reach(f"{kind}-read-back")
         return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
-    except OSError as error:  # of a write or an fsync it does not say the file
+    except OSError as error:  # that of a write or an fsync does not name the file
         raise OSError(error.errno, error.strerror, str(file)) from None

@@ -1,4 +1,7 @@
-"""Where the tests let a process die, stop or meet a full disk in the middle of a save. Nothing happens unless FASTBERT_FAILPOINT is set."""
+"""Places in a save where the tests make a process die or stop, or the disk be full.
+
+Nothing happens unless FASTBERT_FAILPOINT is set.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import os
 import re
 import signal
 
-# In the order in which a save reaches them. Those of "every rank" need RANK where one alone is meant, the others are reached by rank 0.
+# In the order in which a save reaches them. All ranks reach those marked "every rank", and RANK
+# selects one of them. Only rank 0 reaches the others.
 POINTS = (
     "copied",  # every rank: its share is in memory, nothing is written yet
     "staging-made",  # every rank
@@ -16,27 +20,30 @@ POINTS = (
     "tensors-written",  # every rank: before its fsync
     "tensors-synced",  # every rank: before it is read back
     "tensors-read-back",  # every rank
-    "share-written",  # every rank: all that it has to write is on the disk, before the others know
-    "gathered",  # every rank: all know that all shares are there, before the manifest
+    "share-written",  # every rank: its files are on the disk, but the others do not know yet
+    "gathered",  # every rank: all know that all shares are written; before the manifest
     "manifest-half",
     "manifest-written",  # before its fsync
     "manifest-synced",
     "manifest-read-back",
-    "moving-aside",  # only where a damaged checkpoint of the same step is there: before it makes room
+    "moving-aside",  # only with a damaged checkpoint of the same step: before it is renamed
     "moved-aside",  # only then: between the two renames
     "renamed",  # before the fsync of the folder
     "published",  # before old checkpoints are renamed for deletion
-    "deleting",  # only where there is an old one: in the middle of its files
+    "deleting",  # only where there is an old checkpoint: half of its files are deleted
     "saved",  # after all of it
 )
 ACTIONS = ("kill", "stop", "full")
 
 
 def reach(name: str) -> None:
-    """Nothing, unless FASTBERT_FAILPOINT = "NAME[:RANK][@N][=kill|stop|full]" means this.
+    """Do nothing, unless FASTBERT_FAILPOINT = "NAME[:RANK][@N][=kill|stop|full]" selects `name`.
 
-    N is the how manieth time the process reaches it, the first where it is left out; every rank is meant where RANK is. `kill` is kill -9
-    of the process itself (and what happens where nothing is said), `stop` SIGSTOP, `full` an OSError as of a full disk.
+    It triggers on the Nth hit (default: the first), on that rank (default: all ranks). `kill`, the
+    default, sends SIGKILL to this process; `stop` sends SIGSTOP.
+
+    Raises:
+        OSError: `full` was asked for; the error is that of a full disk.
     """
     text = os.environ.get("FASTBERT_FAILPOINT")
     if not text:
@@ -62,8 +69,9 @@ def _wanted(text: str) -> _Wanted:
     match = re.fullmatch(
         rf"({'|'.join(POINTS)})(?::(\d+))?(?:@(\d+))?(?:=({'|'.join(ACTIONS)}))?", text
     )
-    if match is None:  # a test with a name that is never reached would prove nothing
+    if match is None:  # a test of a misspelt name would pass without testing anything
         raise ValueError(
-            f"FASTBERT_FAILPOINT = {text!r}: must be NAME[:RANK][@N][=kill|stop|full], NAME one of {', '.join(POINTS)}"
+            f"FASTBERT_FAILPOINT = {text!r}: must be NAME[:RANK][@N][=kill|stop|full], "
+            f"NAME one of {', '.join(POINTS)}"
         )
     return _Wanted(*match.groups())

@@ -1,4 +1,7 @@
-"""A Hugging Face folder of a BERT: config.json, model.safetensors and the tokenizer; read, and written whole or not at all."""
+"""Reads and writes a Hugging Face BERT folder: config.json, model.safetensors and the tokenizer.
+
+Writing is atomic.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from fastbert.presence import is_file, is_folder, names_in, status
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
-# What config.json must say, where it says anything: the one encoder that is written here.
+# The values that config.json must have where it has the key: the only encoder implemented here.
 _ENCODER = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
@@ -36,15 +39,20 @@ _ENCODER = {
     "is_decoder": False,
     "add_cross_attention": False,
 }
-# The keys of ModelConfig that BertConfig has too: its numbers. Its words (a preset, how weights begin) matter before training only.
+# The numeric keys of ModelConfig, which BertConfig has too. Those that are text (a preset, how
+# weights are initialized) matter before training only.
 _SHARED = [item for item in fields(ModelConfig) if not isinstance(item.default, str)]
 
 
 def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
-    """ModelConfig, the vocabulary's size, and whether the decoder is tied; what config.json leaves out is BertConfig's default, and ours.
+    """Read config.json; a key that it leaves out has BertConfig's default, which is also ours.
+
+    Returns:
+        The encoder's sizes, the vocabulary size V, and whether the decoder is tied.
 
     Raises:
-        InputError: not JSON, another architecture than BERT, a variant that is not written here, a value that cannot be.
+        InputError: not JSON, another architecture than BERT, an unsupported variant, or an invalid
+            value.
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -77,10 +85,15 @@ def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
 def read_weights(
     folder: Path, config: ModelConfig, vocab_size: int, tied: bool
 ) -> dict[str, Tensor]:
-    """The weights by our names, fp32.
+    """Read the weights, fp32, under our names.
+
+    Args:
+        folder: a Hugging Face folder.
+        config, vocab_size, tied: what `read_config` returned.
 
     Raises:
-        InputError: no safetensors file, one that cannot be read, or weights that are not finite, or not those of `config`.
+        InputError: no safetensors file, an unreadable one, or weights that are not finite or do not
+            fit `config`.
     """
     file, index = folder / WEIGHTS, folder / INDEX
     if is_file(file):
@@ -92,8 +105,10 @@ def read_weights(
         return from_hugging_face(state, config, vocab_size, str(index), tied)
     if is_file(folder / "pytorch_model.bin"):
         raise InputError(
-            f"{folder / 'pytorch_model.bin'}: a pickle, which may run any code when it is opened; convert it where you trust it: "
-            f"transformers.AutoModelForPreTraining.from_pretrained(DIR).save_pretrained(DIR) writes {WEIGHTS}"
+            f"{folder / 'pytorch_model.bin'}: a pickle, which may run any code when it is opened; "
+            "convert it where you trust it: "
+            "transformers.AutoModelForPreTraining.from_pretrained(DIR).save_pretrained(DIR) "
+            f"writes {WEIGHTS}"
         )
     raise InputError(f"{folder}: no {WEIGHTS} in this folder; give a folder that holds a model")
 
@@ -110,7 +125,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files beside the index that hold the weights, as a large model comes."""
+    """The names of the files that hold the weights of a large model, from its index."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -120,23 +135,26 @@ def _shards(index: Path) -> list[str]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(
-                f"{index}: weight_map names {name!r}, which is no file of this folder; download or save the model again"
+                f"{index}: weight_map names {name!r}, which is no file of this folder; "
+                "download or save the model again"
             )
     return names
 
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder under a temporary name, renamed to `out` at the end, or removed where the block fails.
+    """Yield a folder with a temporary name, and rename it to `out` at the end of the block.
+
+    It is removed where the block fails.
 
     Raises:
-        InputError: `out` is there already and not an empty folder.
+        InputError: `out` exists and is not an empty folder.
     """
     out = Path(out)
     check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(f".writing-{out.name}")
-    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
+    shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed in this block
     try:
         staging.mkdir()
         yield staging
@@ -146,7 +164,11 @@ def new_folder(out: str | Path) -> Iterator[Path]:
 
 
 def check_new(out: str | Path) -> None:
-    """Raise InputError where `out` cannot become a new folder: said before the work, not after it."""
+    """Check before the work that `out` can become a new folder.
+
+    Raises:
+        InputError: it exists and is not an empty folder.
+    """
     out = Path(out)
     if status(out) is not None and not (is_folder(out) and not names_in(out)):
         raise InputError(f"--out {out}: is there already; remove it or choose another name")
@@ -164,8 +186,11 @@ def write_folder(
     """Fill an empty folder with what transformers' `from_pretrained` and AutoTokenizer read.
 
     Args:
+        folder: the empty folder.
         architecture: the class of transformers that the weights belong to.
         state: the weights by Hugging Face's names (`to_hugging_face`).
+        config, vocab_size: the encoder's sizes.
+        tokenizer: written as tokenizer.json and its settings.
         more: further keys of config.json, such as id2label.
     """
     values = {
@@ -182,7 +207,8 @@ def write_folder(
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     cpu = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    # transformers refuses a file without this mark. Not by save_file, which makes a file that only its owner may read.
+    # transformers requires the metadata. `save_file` is not used, since the file that it makes is
+    # readable by its owner only.
     (folder / WEIGHTS).write_bytes(save(cpu, metadata={"format": "pt"}))
     save_tokenizer(tokenizer, folder)
     file = folder / "tokenizer_config.json"

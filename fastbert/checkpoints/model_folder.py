@@ -1,4 +1,7 @@
-"""Opens a model folder: a run, a checkpoint of a run, or a Hugging Face BERT folder, all as the same checked parts."""
+"""Opens a model folder as checked parts.
+
+It may be a run, a checkpoint of a run, or a Hugging Face BERT folder.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +22,23 @@ from fastbert.presence import is_file, is_folder, status
 
 
 class CheckpointWarning(UserWarning):
-    """The newest checkpoint of a run is damaged, and an older one was taken."""
+    """The newest checkpoint of a run is damaged, and an older one is used."""
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What a model is made of.
+    """The parts of a model.
 
     Attributes:
-        path: the folder of the weights; of a run, that of its checkpoint.
+        path: the folder of the weights; for a run, the folder of its checkpoint.
         weights: fp32, by our names (weight_names.py); a head may be missing.
-        config: sizes of the encoder.
-        vocab_size: V, rows of the word embeddings.
+        config: the encoder's sizes.
+        vocab_size: V, the rows of the word embeddings.
         heads: which of "mlm" and "nsp" the weights hold.
-        tokenizer, tokenizer_path: and where it was found.
-        recipe: of the run; None for a Hugging Face folder.
-        metadata: of the checkpoint, with its "step"; empty for a Hugging Face folder.
+        tokenizer: the model's tokenizer.
+        tokenizer_path: the folder where it was found.
+        recipe: the run's recipe; None for a Hugging Face folder.
+        metadata: the checkpoint's metadata and its "step"; empty for a Hugging Face folder.
     """
 
     path: Path
@@ -49,18 +53,19 @@ class ModelParts:
 
 
 def open_model(path: Path) -> ModelParts:
-    """Read and check a model, wherever it comes from.
+    """Read and check a model from any of the three kinds of folders.
 
     Args:
-        path: a run folder (its newest valid checkpoint is taken), a checkpoint folder of a run, or a Hugging Face BERT folder
-            (config.json, model.safetensors, tokenizer.json or vocab.txt).
+        path: a run folder (its newest valid checkpoint is used), a checkpoint folder of a run, or a
+            Hugging Face BERT folder (config.json, model.safetensors, tokenizer.json or vocab.txt).
 
     Raises:
         InputError: one line on what is missing or wrong there, and what to do.
     """
     if status(path) is None:
         raise InputError(
-            f"{path}: no such folder; give a run, a checkpoint of a run, or a Hugging Face BERT folder"
+            f"{path}: no such folder; "
+            "give a run, a checkpoint of a run, or a Hugging Face BERT folder"
         )
     if not is_folder(path):
         raise InputError(f"{path}: a file; give the folder of a run or of a Hugging Face BERT")
@@ -75,7 +80,8 @@ def open_model(path: Path) -> ModelParts:
     if is_file(path / hugging_face.CONFIG):
         return _from_hugging_face(path)
     raise InputError(
-        f"{path}: neither a run (checkpoints/) nor a checkpoint (manifest.json) nor a Hugging Face folder (config.json)"
+        f"{path}: neither a run (checkpoints/) nor a checkpoint (manifest.json) "
+        "nor a Hugging Face folder (config.json)"
     )
 
 
@@ -86,7 +92,8 @@ def _from_run(path: Path) -> ModelParts:
     if newest is None:
         why = f" ({complaints[0]})" if complaints else ""
         raise InputError(
-            f"{path}: a run without a sound checkpoint{why}; train it: fastbert pretrain {path / 'config.toml'} --resume"
+            f"{path}: a run without a valid checkpoint{why}; "
+            f"train it: fastbert pretrain {path / 'config.toml'} --resume"
         )
     return _from_checkpoint(newest)
 
@@ -96,7 +103,8 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
     text, vocab_size = found.metadata.get("recipe"), found.metadata.get("vocab_size")
     if not isinstance(text, str) or not isinstance(vocab_size, int):
         raise InputError(
-            f"{manifest}: recipe or vocab_size is missing from its metadata; take another checkpoint"
+            f"{manifest}: recipe or vocab_size is missing from its metadata; "
+            "take another checkpoint"
         )
     recipe = parse_config(text, str(manifest))
     weights, wanted = checkpoint.read_weights(found.path), shapes(recipe.model, vocab_size)
@@ -107,13 +115,15 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
     ]
     if wrong:
         raise InputError(
-            f"{found.path}: {min(wrong)} is missing or does not have the shape that the recipe in {checkpoint.MANIFEST} gives"
+            f"{found.path}: {min(wrong)} is missing or does not have the shape "
+            f"that the recipe in {checkpoint.MANIFEST} gives"
         )
     check_finite(weights, found.path)
     tokenizer_path = found.path.resolve().parents[1] / "tokenizer"
     if not is_folder(tokenizer_path):
         raise InputError(
-            f"{tokenizer_path}: no such folder; use a checkpoint where its run wrote it, beside the run's tokenizer"
+            f"{tokenizer_path}: no such folder; "
+            "use a checkpoint where its run wrote it, beside the run's tokenizer"
         )
     return ModelParts(
         path=found.path,

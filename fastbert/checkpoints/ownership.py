@@ -1,10 +1,12 @@
-"""One writer for a run folder: the process that started last.
+"""A run folder has one writer: the process that started last.
 
-A rank 0 that was taken for dead (its node cut off, or the process stopped) may come back while another goes on with its run. Each start leaves
-a token in the folder; who finds another's there has lost the run, and ends before it writes. A lock would need a file system that has
-locks across machines.
+A rank 0 that was taken for dead, because its node was cut off or the process was suspended, may
+come back while another process continues its run. So each start writes a fencing token into the
+folder. A process that finds another token there has lost the run, and ends before it writes. A
+file lock would need a file system with locks across machines.
 
-The token is the first thing that a run writes, so a folder that has one is a run of ours, however early its process died.
+The token is the first thing that a run writes. So a folder with a token is a run of ours, however
+early its process died.
 """
 
 from __future__ import annotations
@@ -20,23 +22,32 @@ from fastbert.durable import sync
 from fastbert.presence import is_file, unreadable
 
 FILE = ".owner"
-CLAIM = f"{FILE}-"  # begins the name that the token is written under
+CLAIM = f"{FILE}-"  # prefix of the temporary name under which the token is written
 _CONTENT = re.compile(rb"[0-9a-f]{16} \S* \d+\n")  # token, machine, process
 
 
 class LostOwnership(Exception):
-    """Another process has gone on with this run."""
+    """Another process has taken over this run."""
 
 
 class RunLock:
-    """Of a run folder, by a start whose `token` (letters and digits) lies in it."""
+    """The ownership of a run folder by one start of the run.
+
+    Args:
+        run: the run folder.
+        token: of this start, letters and digits.
+    """
 
     def __init__(self, run: Path, token: str):
         self.run, self.token = run, token
 
     @classmethod
     def claim(cls, run: Path) -> RunLock:
-        """Take the folder over."""
+        """Take over the folder: write a new token into it.
+
+        Raises:
+            OSError: the token cannot be written.
+        """
         token = secrets.token_hex(8)
         new = run / f"{CLAIM}{token}"
         try:
@@ -51,7 +62,7 @@ class RunLock:
 
     @staticmethod
     def was_claimed(run: Path) -> bool:
-        """Whether the folder is a run: some start has left its token there.
+        """Whether the folder is a run, that is, some start has written its token there.
 
         Raises:
             InputError: the file cannot be read.
@@ -64,11 +75,15 @@ class RunLock:
             raise unreadable(run / FILE, error) from None
 
     def holds(self) -> bool:
-        """Whether nobody has started this run since. A small read, no lock."""
+        """Whether no other start has taken over this run. It reads one small file."""
         return self._newest()[:1] == [self.token]
 
     def check(self) -> None:
-        """Raises LostOwnership, with the other's machine and process, where somebody has."""
+        """Check that this start still owns the run.
+
+        Raises:
+            LostOwnership: it does not; the message has the other's machine and process.
+        """
         if not self.holds():
             newest = self._newest()
             where = f"on {newest[1]}, process {newest[2]}" if len(newest) == 3 else "elsewhere"

@@ -1,13 +1,13 @@
-"""Checkpoints while training goes on: every rank copies its share and writes it in a thread; when all have, rank 0 makes them one.
+"""Checkpoints are asynchronous: every rank copies its share to the CPU, and a thread writes it.
 
-begin     all ranks   take a copy of the share: what training has to wait for
+begin     all ranks   copy the share: training waits for this only
 (thread)  all ranks   staging/tensors-RANK-NUMBER.safetensors: write, fsync, read back
 finish    all ranks   gather what was written; rank 0: manifest, fsync, rename, fsync
 (thread)  rank 0      delete checkpoints that are too old
 
-or, where the copy turns out to be of weights that give no finite loss:
+Where the copy turns out to be of weights that give no finite loss, `discard` replaces `finish`:
 
-discard   all ranks   delete what was written; no older checkpoint makes room for it
+discard   all ranks   delete what was written; older checkpoints stay
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from fastbert.errors import InputError
 
 @dataclass(frozen=True)
 class Saved:
-    """How a save ended; the same on every rank.
+    """The result of a save, the same on every rank.
 
     Attributes:
         step: optimizer steps done.
-        path: the checkpoint; None where there is none.
-        problem: why there is none, in one line with the rank, the file and the reason.
-        stall_s: seconds that training stood still for it.
+        path: the checkpoint; None where the save failed.
+        problem: why it failed, in one line with the rank, the file and the reason; else None.
+        stall_s: for how many seconds training waited for it.
     """
 
     step: int
@@ -49,14 +49,16 @@ class Saved:
 class Saver:
     """Writes the checkpoints of a run in the background, one at a time.
 
-    A save that fails does not raise: `Saved.problem` says why, older checkpoints are untouched, and nothing half-written is left.
+    A save that fails does not raise. `Saved.problem` gives the reason, older checkpoints are
+    untouched, and nothing half-written is left.
 
     Args:
         group: all ranks of the run; they must make the same calls in the same order.
-        folder: the run's checkpoints/, on a file system that all ranks see; made where it is missing.
+        folder: the run's checkpoints/, on a file system that all ranks see; made where it is
+            missing.
         keep: how many checkpoints stay.
-        token: unique to this start of the run, and part of the staging folder's name, so that a process of an earlier start that is
-            still alive does not write into ours.
+        token: unique to this start of the run. It is part of the staging folder's name, so that a
+            process of an earlier start that is still alive does not write into ours.
     """
 
     def __init__(self, group: Group, folder: Path, keep: int, token: str):
@@ -66,32 +68,38 @@ class Saver:
         self._cleaning: threading.Thread | None = None
 
     def sweep(self) -> None:
-        """At the start: delete what processes left that died while they saved; raises InputError where the folder cannot be read."""
-        with (
-            self._group.raise_on_all_ranks()
-        ):  # together: or a quick rank's first share would be swept away
+        """At the start: delete what processes left that died while they saved.
+
+        Raises:
+            InputError: the folder cannot be read.
+        """
+        # All ranks wait for it, or the first share of a quick rank would be deleted.
+        with self._group.raise_on_all_ranks():
             if self._group.is_main:
                 checkpoint.sweep(self._folder)
 
     @property
     def busy(self) -> bool:
-        """A save was begun and is not finished; the same on all ranks."""
+        """Whether a save has begun and is not finished; the same on all ranks."""
         return self._save is not None
 
     @property
     def written(self) -> bool:
-        """This rank's part of the save in flight is done, or has failed; True as well when nothing is in flight."""
+        """Whether this rank's part of the save is done or has failed, or there is no save."""
         return self._save is None or not self._save.is_alive()
 
     def begin(
         self, step: int, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, Any]
     ) -> None:
-        """Copy this rank's share, and let a thread write it; the save before must be finished.
+        """Copy this rank's share, and start a thread that writes it.
+
+        The previous save must be finished.
 
         Args:
             step: optimizer steps done.
-            tensors: names ("weight/...", "exp_avg/...") and fp32 tensors: all of them, in the same order on every rank.
-            metadata: goes into the manifest as JSON; rank 0's counts.
+            tensors: names ("weight/...", "exp_avg/...") and fp32 tensors: all of them, in the same
+                order on every rank.
+            metadata: goes into the manifest as JSON; that of rank 0 is used.
         """
         assert not self.busy, "one save at a time"
         started = time.perf_counter()
@@ -103,7 +111,10 @@ class Saver:
         self._save.stall_s = time.perf_counter() - started
 
     def finish(self) -> Saved:
-        """Make what was begun a checkpoint. Waits for this rank's thread and for the other ranks: call it when all have `written`."""
+        """Turn the save that has begun into a checkpoint.
+
+        It waits for this rank's thread and for the other ranks, so call it when all have `written`.
+        """
         save, started = self._save, time.perf_counter()
         assert save is not None, "nothing was begun"
         save.join()
@@ -120,7 +131,7 @@ class Saver:
                 )
                 self._clean_up(save.step)
             except (OSError, InputError) as error:
-                problem = self._problem([_in_words(error, save.staging)])
+                problem = self._problem([_one_line(error, save.staging)])
         stall_s = max(share["stall_s"] for share in shares) + time.perf_counter() - started
         path, problem, stall_s = self._group.broadcast([path, problem, stall_s])
         if problem is not None:
@@ -129,35 +140,43 @@ class Saver:
         return Saved(save.step, path and Path(path), problem, stall_s)
 
     def discard(self, problem: str) -> Saved:
-        """Give up what was begun, because of `problem`, and delete what is written of it. All ranks call it."""
+        """Give up the save that has begun, and delete what is written of it.
+
+        All ranks call it.
+
+        Args:
+            problem: the reason, for `Saved.problem`.
+        """
         save = self._save
         assert save is not None, "nothing was begun"
         save.join()
-        self._group.barrier()  # a thread that still writes would make the folder again
+        self._group.barrier()  # a thread that still writes would create the folder again
         shutil.rmtree(save.staging, ignore_errors=True)
         self._save = None
         return Saved(save.step, None, problem, save.stall_s)
 
     def wait(self) -> Saved | None:
-        """At the end: finish what is in flight, None where nothing is, and wait until old checkpoints are deleted."""
+        """At the end: finish the save in flight, and wait until old checkpoints are deleted.
+
+        Returns:
+            The result of the save; None where there is none.
+        """
         saved = self.finish() if self.busy else None
         if self._cleaning is not None:
             self._cleaning.join()
         return saved
 
     def _problem(self, problems: list[str | None]) -> str | None:
-        """The first of the ranks' problems, with its rank where there are several."""
-        first, *others = [(rank, problem) for rank, problem in enumerate(problems) if problem] or [
-            (0, None)
-        ]
-        if first[1] is None or self._group.world == 1:
-            return first[1]
-        return f"rank {first[0]}: {first[1]}" + (
-            f" (and {len(others)} more of {self._group.world})" if others else ""
-        )
+        """The first rank's problem, with its rank and the number of others where world > 1."""
+        found = [(rank, problem) for rank, problem in enumerate(problems) if problem]
+        if not found or self._group.world == 1:
+            return found[0][1] if found else None
+        (rank, problem), *others = found
+        more = f" (and {len(others)} more of {self._group.world})" if others else ""
+        return f"rank {rank}: {problem}{more}"
 
     def _clean_up(self, step: int) -> None:
-        """Rank 0 renames what is too old, and lets a thread delete it."""
+        """On rank 0: rename checkpoints that are too old, and start a thread that deletes them."""
         if self._cleaning is not None:
             self._cleaning.join()
         retired = checkpoint.retire(self._folder, step, self._keep)
@@ -168,7 +187,10 @@ class Saver:
 
 
 class _Save(threading.Thread):
-    """A save in flight: writes this rank's share. A daemon, so that a run that fails does not wait for the disk."""
+    """A save in flight: a thread that writes this rank's share.
+
+    It is a daemon thread, so that a run that fails does not wait for the disk.
+    """
 
     def __init__(
         self,
@@ -188,8 +210,8 @@ class _Save(threading.Thread):
     def run(self) -> None:
         try:
             self.files = checkpoint.write_share(self.staging, self._rank, self._share)
-        except Exception as error:  # whatever it is: training goes on, and is told
-            self.problem = _in_words(error, self.staging)
+        except Exception as error:  # any: training continues, and `finish` reports it
+            self.problem = _one_line(error, self.staging)
         self._share.clear()
 
 
@@ -198,8 +220,8 @@ def _delete(folders: list[Path]) -> None:
     reach("saved")
 
 
-def _in_words(error: Exception, place: Path) -> str:
-    """One line: the file and what is wrong."""
+def _one_line(error: Exception, place: Path) -> str:
+    """Format an error as one line with the file and the reason."""
     if isinstance(error, OSError):
         return f"{error.filename or place}: {error.strerror or error}"
     if isinstance(error, InputError):

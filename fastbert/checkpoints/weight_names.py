@@ -1,10 +1,11 @@
-"""The names of the weights, ours and those of Hugging Face's BertForPreTraining, both ways.
+"""Translate the names of the weights to and from those of Hugging Face's BertForPreTraining.
 
-Two differences, otherwise only names: our `qkv` is their query over key over value, joined along the rows, and their
-decoder is our word embedding (tied), so that it is stored once. A folder may hold a decoder of its own; then it is `DECODER`.
+Two weights differ in more than the name. Our `qkv` is their query, key and value, joined along the
+rows. Their decoder is our word embedding (tied), so it is stored once. A folder may hold an untied
+decoder; then it is `DECODER`.
 
-Source: transformers, `models/bert/modeling_bert.py`; the `gamma` and `beta` of LayerNorm are the names of the first
-checkpoints, converted from TensorFlow.
+Source: transformers, `models/bert/modeling_bert.py`. LayerNorm's names `gamma` and `beta` are those
+of the first checkpoints, converted from TensorFlow.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from torch import Tensor
 from fastbert.config import ModelConfig
 from fastbert.errors import InputError
 
-SEGMENTS = 2  # rows of the segment embedding, BertConfig's type_vocab_size
+SEGMENTS = 2  # rows of the token-type embedding, BertConfig's type_vocab_size
 MLM, NSP = "mlm", "nsp"
 HEADS = {MLM: "mlm_head.", NSP: "nsp_head."}
-DECODER = "mlm_head.decoder"  # the vocabulary matrix [V, D] where it is not the word embedding; no model of ours is trained with one
+# The vocabulary matrix [V, D] where it is not the word embedding. fastbert trains no model with it.
+DECODER = "mlm_head.decoder"
 
-_OUTSIDE = {  # our name: Hugging Face's, and the shape; P positions, S segments, C classes of a pair
+# Our name: Hugging Face's name, and the axes: V vocabulary, D hidden, F feed-forward, P positions,
+# S segments, C classes of a pair.
+_OUTSIDE = {
     "embeddings.word": ("bert.embeddings.word_embeddings.weight", "VD"),
     "embeddings.position": ("bert.embeddings.position_embeddings.weight", "PD"),
     "embeddings.token_type": ("bert.embeddings.token_type_embeddings.weight", "SD"),
@@ -39,7 +43,8 @@ _OUTSIDE = {  # our name: Hugging Face's, and the shape; P positions, S segments
     "nsp_head.classifier.weight": ("cls.seq_relationship.weight", "CD"),
     "nsp_head.classifier.bias": ("cls.seq_relationship.bias", "C"),
 }
-_LAYER = {  # below "layers.i." and "bert.encoder.layer.i."; "query" stands for query, key and value
+# Below "layers.i." and "bert.encoder.layer.i."; "query" stands for query, key and value.
+_LAYER = {
     "attention.qkv_weight": ("attention.self.query.weight", "DD"),
     "attention.qkv_bias": ("attention.self.query.bias", "D"),
     "attention.output.weight": ("attention.output.dense.weight", "DD"),
@@ -55,21 +60,24 @@ _LAYER = {  # below "layers.i." and "bert.encoder.layer.i."; "query" stands for 
 }
 THEIR_DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
 _BIAS = _OUTSIDE["mlm_head.vocabulary_bias"][0]
-_OTHER_TASKS = (
-    "classifier.",
-    "qa_outputs.",
-)  # heads that a fine-tuned folder brings along; the encoder below them is a BERT
+# Heads that a fine-tuned folder may contain; the encoder below them is a BERT.
+_OTHER_TASKS = ("classifier.", "qa_outputs.")
 
 
 class Entry(NamedTuple):
-    """One of our weights: Hugging Face's name, or the three (query, key, value) that it joins, and the axes of one of these."""
+    """How one of our weights is stored by Hugging Face.
+
+    Attributes:
+        theirs: its name there, or the names of query, key and value, which our weight joins.
+        axes: a letter for each axis of one of their weights.
+    """
 
     theirs: tuple[str, ...]
     axes: str
 
 
 def entries(num_hidden_layers: int) -> dict[str, Entry]:
-    """Every weight, by our name."""
+    """The Hugging Face names of every weight, by our name."""
     table = {ours: Entry((theirs,), axes) for ours, (theirs, axes) in _OUTSIDE.items()}
     for i in range(num_hidden_layers):
         for ours, (theirs, axes) in _LAYER.items():
@@ -94,7 +102,7 @@ def shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
 
 
 def _shape(entry: Entry, model: ModelConfig, vocab_size: int) -> tuple[int, ...]:
-    """The shape of the weight, or of each of the three that are joined."""
+    """The shape of the weight, or of each of the three weights that it joins."""
     sizes = {
         "V": vocab_size,
         "P": model.max_position_embeddings,
@@ -107,7 +115,7 @@ def _shape(entry: Entry, model: ModelConfig, vocab_size: int) -> tuple[int, ...]
 
 
 def heads(state: Mapping[str, Tensor]) -> frozenset[str]:
-    """Which of the heads `"mlm"` and `"nsp"` the weights, by our names, hold whole."""
+    """Which of the heads `"mlm"` and `"nsp"` are complete in weights under our names."""
     return frozenset(
         head
         for head, prefix in HEADS.items()
@@ -116,13 +124,15 @@ def heads(state: Mapping[str, Tensor]) -> frozenset[str]:
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the names of BertForPreTraining, as its `save_pretrained` would store them (the tied decoder is left out).
+    """Rename our weights as BertForPreTraining's `save_pretrained` would write them.
+
+    The tied decoder is left out.
 
     Args:
-        state: by our names; a head may be missing as a whole.
+        state: weights by our names; a head may be missing as a whole.
 
     Returns:
-        Contiguous tensors of the same dtype that share no memory with each other, as safetensors wants them.
+        Contiguous tensors of the same dtype that share no memory, as safetensors requires.
     """
     table = entries(len({name.split(".")[1] for name in state if name.startswith("layers.")}))
     if DECODER in state:
@@ -134,26 +144,34 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, part in zip(theirs, tensor.detach().chunk(len(theirs)), strict=True):
             result[name] = part.clone()
     if DECODER in state:
-        result[_DECODER_BIAS] = result[
-            _BIAS
-        ].clone()  # an untied decoder's bias is its own; the other one is then read by nobody
+        # An untied decoder has a bias of its own. transformers then ignores `_BIAS`.
+        result[_DECODER_BIAS] = result[_BIAS].clone()
     return result
 
 
 def from_hugging_face(
     state: Mapping[str, Tensor], model: ModelConfig, vocab_size: int, source: str, tied: bool = True
 ) -> dict[str, Tensor]:
-    """The weights of a Hugging Face BERT under our names, in fp32.
+    """Rename the weights of a Hugging Face BERT to our names, in fp32.
 
-    Taken: with or without the prefix `bert.`, `gamma`/`beta` for a LayerNorm's weight and bias, the decoder missing or equal to the
-    word embedding, a head that is missing (see `heads`), the heads of other tasks (they are left out).
+    The following variants are accepted: names with or without the prefix `bert.`; `gamma` and
+    `beta` for a LayerNorm's weight and bias; a decoder that is missing or equal to the word
+    embedding; a missing head (see `heads`); heads of other tasks, which are dropped.
 
     Args:
-        tied: config.json's tie_word_embeddings; without it the decoder is a weight of its own, `DECODER`.
+        state: weights by Hugging Face's names, of any float dtype.
+        model: the encoder's sizes.
+        vocab_size: V.
+        source: the file that messages name.
+        tied: config.json's tie_word_embeddings; without it the decoder is a separate weight,
+            `DECODER`.
+
+    Returns:
+        fp32 weights by our names.
 
     Raises:
-        InputError: a weight of the encoder that is missing, a name that no BERT has, a shape other than the one that config.json
-            asks for, or a decoder that should be the word embedding and is not. `source` is the file that the message names.
+        InputError: a weight of the encoder is missing, a name is unknown, a shape is not the one
+            that config.json gives, or a tied decoder differs from the word embedding.
     """
     given = {
         _canonical(name): tensor
@@ -178,47 +196,61 @@ def from_hugging_face(
         for name, part in zip(entry.theirs, parts, strict=True):
             if tuple(part.shape) != shape:
                 raise InputError(
-                    f"{source}: {name} has the shape {list(part.shape)}; config.json asks for {list(shape)}"
+                    f"{source}: {name} has the shape {list(part.shape)}; "
+                    f"config.json asks for {list(shape)}"
                 )
         result[ours] = torch.cat([part.float() for part in parts])
     if missing:
         raise InputError(
-            f"{source}: {_some(missing)} missing; config.json describes a BERT of {model.num_hidden_layers} layers"
+            f"{source}: {_some(missing)} missing; "
+            f"config.json describes a BERT of {model.num_hidden_layers} layers"
         )
     if given:
         raise InputError(
-            f"{source}: {_some(sorted(given))} unknown; this is not the BERT that config.json describes"
+            f"{source}: {_some(sorted(given))} unknown; "
+            "this is not the BERT that config.json describes"
         )
     if decoder is None or MLM not in heads(result):
         return result
     words = result["embeddings.word"]
     if decoder.shape != words.shape:
         raise InputError(
-            f"{source}: {THEIR_DECODER} has the shape {list(decoder.shape)}; config.json asks for {list(words.shape)}"
+            f"{source}: {THEIR_DECODER} has the shape {list(decoder.shape)}; "
+            f"config.json asks for {list(words.shape)}"
         )
     if not torch.equal(decoder.float(), words):
         if tied:
             raise InputError(
-                f"{source}: {THEIR_DECODER} differs from the word embeddings; set tie_word_embeddings to false in config.json"
+                f"{source}: {THEIR_DECODER} differs from the word embeddings; "
+                "set tie_word_embeddings to false in config.json"
             )
         result[DECODER] = decoder.float()
     return result
 
 
 def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
-    """Raise InputError with the first weight that holds NaN or infinity; `source` is what the message calls the file or folder."""
+    """Check that no weight holds NaN or infinity.
+
+    Args:
+        weights: tensors by name; those that are not floating-point are skipped.
+        source: what the message calls the file or folder.
+
+    Raises:
+        InputError: it names the first weight that does.
+    """
     for name, tensor in weights.items():
         if tensor.is_floating_point() and tensor.numel():
-            # Smallest and largest: one pass without a temporary, and NaN comes through.
+            # The minimum and maximum need one pass and no temporary, and they propagate NaN.
             low, high = tensor.float().aminmax()
             if not (low.isfinite() and high.isfinite()):
                 raise InputError(
-                    f"{source}: {name} holds numbers that are not finite (NaN or infinity): the model has diverged; take another"
+                    f"{source}: {name} holds numbers that are not finite (NaN or infinity): "
+                    "the model has diverged; take another"
                 )
 
 
 def _canonical(name: str) -> str:
-    """The name as transformers writes it today."""
+    """The name as today's transformers writes it."""
     if name.startswith(("embeddings.", "encoder.", "pooler.")):
         name = "bert." + name
     if "LayerNorm." in name:
@@ -229,6 +261,6 @@ def _canonical(name: str) -> str:
 
 
 def _some(listed: list[str]) -> str:
-    """The first three names and how many more there are, with the verb that a sentence needs."""
+    """The first three names, how many more there are, and "is" or "are"."""
     more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
     return ", ".join(listed[:3]) + more + (" are" if len(listed) > 1 else " is")

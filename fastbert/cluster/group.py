@@ -1,7 +1,7 @@
-"""The processes of a run: who they are, and what they agree on.
+"""The processes of a run: their ranks, their device, and the values they exchange.
 
-A single process needs no launcher, no store and no port; gloo itself still opens one, which nobody is told of, on the loopback
-interface.
+A single process needs no launcher, no store and no port. gloo still opens a port of its own, on
+the loopback interface, which is never advertised.
 """
 
 from __future__ import annotations
@@ -38,26 +38,32 @@ from fastbert.cluster.signature import Key
 from fastbert.cluster.signed_store import No, SignedStore
 from fastbert.errors import InputError
 
-MARGIN_S = 60.0  # by which a collective outlasts runtime.timeout_s: watchdog.py speaks first, and with a name
+# By how much a collective outlasts runtime.timeout_s. The watchdog therefore reports first, and
+# unlike the collective it names the rank.
+MARGIN_S = 60.0
 
 
 class Unconnected(RankLost):
-    """All ranks have met, but this one cannot connect to all others; it does not know whose fault it is."""
+    """All ranks have registered, but this one cannot connect to some; the cause is unknown."""
 
 
 class Group:
-    """The processes of a run, as one of them sees it; made by `join` or `form_group`. A context manager.
+    """The processes of a run, as seen by one of them.
+
+    It is made by `join` or `form_group`, and is a context manager.
 
     Attributes:
-        rank, world: this process's number, and how many there are.
-        local_rank: its number on this machine.
-        device: the GPU of that number where there is one, else the CPU.
+        rank, world: this process's rank, and the number of ranks.
+        local_rank: this process's number on its machine.
+        device: the GPU with that number where the machine has GPUs, else the CPU.
         members: the processes, by rank.
-        prefix: a table for small things, signed, and under keys that no other attempt uses. What may block: see `Deadline`.
+        prefix: a part of the store for small signed values, under keys that no other attempt
+            uses. Its calls may block; see `Deadline`.
         holds_store: the store lives in this process, and ends with it.
-        store_name: how messages call the store's holder.
-        interruption: what notes signals, where somebody does.
-        tick: tells the Watchdog that looks after the group, if one does, that this process goes on, and at what.
+        store_name: what messages call the process that holds the store.
+        interruption: records signals; None where nothing does.
+        tick: tells the group's Watchdog, if there is one, that this process makes progress, and
+            with what.
     """
 
     device = torch.device("cpu")
@@ -75,12 +81,15 @@ class Group:
         )
         self.tick: Callable[[str], None] = lambda what: None
         self._deadline, self._meetings = deadline, 0
-        self._variables: list[
-            str
-        ] = []  # of the environment, that `join` has set for torch and DeepSpeed
+        # Environment variables that `join` has set for torch and DeepSpeed.
+        self._variables: list[str] = []
 
     def connect(self) -> None:
-        """Open torch's process group; raises Unconnected where it cannot be."""
+        """Open torch's process group.
+
+        Raises:
+            Unconnected: this process cannot reach all others.
+        """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         try:
@@ -93,26 +102,27 @@ class Group:
             )
         except RuntimeError as error:
             raise Unconnected(
-                f"{self.name(self.rank)} has met the others, but cannot connect to all of them: {describe(error)}; "
-                f"look at GLOO_SOCKET_IFNAME = {os.environ.get('GLOO_SOCKET_IFNAME')} and at the firewall between the machines"
+                f"{self.name(self.rank)} has met the others, but cannot connect to all of them: "
+                f"{describe(error)}; look at GLOO_SOCKET_IFNAME = "
+                f"{os.environ.get('GLOO_SOCKET_IFNAME')} and at the firewall between the machines"
             ) from error
 
     @property
     def timeout_s(self) -> float:
-        """How long the ranks wait for each other."""
+        """How long the ranks wait for each other, in seconds."""
         return self._deadline.timeout_s
 
     @property
     def is_main(self) -> bool:
-        """This process is the one that writes to the terminal and to the run folder."""
+        """Whether this process writes to the terminal and to the run folder."""
         return self.rank == 0
 
     def name(self, rank: int) -> str:
-        """How messages call a rank: "rank 3 (node7, process 4711)"."""
+        """What messages call a rank: "rank 3 (node7, process 4711)"."""
         return f"rank {rank} ({self.members[rank].host}, process {self.members[rank].process})"
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, which JSON can write, on all ranks."""
+        """Return rank 0's value on all ranks. JSON must represent it."""
         text = _to_bytes(value if self.rank == 0 else None, self.device)
         if self.world > 1:
             size = torch.tensor([len(text)], device=self.device)
@@ -122,7 +132,7 @@ class Group:
         return _from_bytes(text)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, which JSON can write, in the order of ranks, on every rank."""
+        """Return every rank's value, in rank order, on every rank. JSON must represent it."""
         text = _to_bytes(value, self.device)
         if self.world == 1:
             return [_from_bytes(text)]
@@ -135,37 +145,42 @@ class Group:
         return [_from_bytes(text[: int(size)]) for text, size in zip(texts, sizes, strict=True)]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add up `values` over the ranks, in place; returns them."""
+        """Add up `values` over the ranks, in place, and return them."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def heed(self) -> None:
-        """Raises Interrupted where a signal has asked this process to end; for `raise_on_all_ranks`, which tells the others."""
+        """Raise Interrupted where a signal has asked this process to stop.
+
+        Call it inside `raise_on_all_ranks`, which tells the other ranks.
+        """
         if self.interruption is not None and self.interruption.asked:
             raise Interrupted(self.interruption.asked)
 
     def set_default(self, name: str, value: str) -> None:
-        """Give an environment variable a value for as long as the group lasts, unless it has one."""
+        """Set an environment variable until the group closes, unless it is already set."""
         if name not in os.environ:
             os.environ[name] = value
             self._variables.append(name)
 
     def barrier(self) -> None:
-        """Go on when all ranks have come here."""
+        """Wait until all ranks have called this."""
         if self.world > 1:
             dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """What ends one rank inside this `with` ends every rank at the end of it, in the same words.
+        """An exception on one rank inside this `with` is raised on every rank at its end.
 
-        It needs nothing but the store, so it serves before the devices are set up, and ranks may differ in what they do inside.
+        It needs only the store, so it works before the devices are set up. Ranks may do different
+        things inside.
 
         Raises:
-            InputError: some rank raised one; it is named unless all ranks said the same.
+            InputError: some rank raised one; it is named unless all ranks raised the same.
             Interrupted: some rank raised it.
-            RankLost: another rank raised any other exception, or did not come to the end of the `with` in time.
+            RankLost: another rank raised any other exception, or did not reach the end of the
+                `with` in time.
         """
         if self.world == 1:
             yield
@@ -180,7 +195,7 @@ class Group:
             "Exception",
         )
         try:
-            fates = self._exchange(
+            outcomes = self._exchange(
                 own and (kind, describe(own) if kind == "Exception" else str(own))
             )
         except RankLost:
@@ -189,22 +204,24 @@ class Group:
             raise
         if own is not None and kind == "Exception":
             raise own
-        # A bug says more than bad input does, and that more than a signal.
+        # A bug is more informative than bad input, and bad input more than a signal.
         for kind in ("Exception", "InputError", "Interrupted"):
-            unlucky = [rank for rank, fate in enumerate(fates) if fate and fate[0] == kind]
-            if unlucky:
-                rank, text = unlucky[0], fates[unlucky[0]][1]
+            affected = [
+                rank for rank, outcome in enumerate(outcomes) if outcome and outcome[0] == kind
+            ]
+            if affected:
+                rank, text = affected[0], outcomes[affected[0]][1]
                 if kind == "Exception":
                     raise RankLost(f"{self.name(rank)} failed: {text}") from None
                 if kind == "Interrupted":
                     raise Interrupted(text) from None
-                shared = all(fate == [kind, text] for fate in fates)
+                shared = all(outcome == [kind, text] for outcome in outcomes)
                 raise InputError(
                     text if shared else f"rank {rank} ({self.members[rank].host}): {text}"
                 ) from None
 
     def close(self) -> None:
-        """Leave together with the others; the one that holds the store is the last to go."""
+        """Leave together with the others; the rank that holds the store leaves last."""
         if self.world > 1:
             self._exchange(None)
         if dist.is_initialized():
@@ -221,11 +238,16 @@ class Group:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # After an error the others may never call `close`, and destroying a process group that
+        # has lost a member may block.
         if error is None or self.world == 1:
-            self.close()  # after an error the others may never come, and a group with a lost member may not let go
+            self.close()
 
     def _exchange(self, value: Any) -> list[Any]:
-        """As `gather`, by the store alone, and within the time-out. The process that holds the store stays until all have read."""
+        """Do what `gather` does through the store alone, within the time-out.
+
+        The process that holds the store stays until all ranks have read the values.
+        """
         self._meetings += 1
         place = self.prefix.part(f"meeting/{self._meetings}")
         everybody = [str(rank) for rank in range(self.world)]
@@ -235,12 +257,14 @@ class Group:
             missing = [
                 rank for rank in range(self.world) if isinstance(place.read(f"{prefix}{rank}"), No)
             ]
-            return f"{listed([self.name(rank) for rank in missing or [0]])} did not come along"
+            names = listed([self.name(rank) for rank in missing or [0]])
+            return f"{names} did not respond"
 
         def complete() -> bool:
             nonlocal values
             if self.rank == 0 and (values := place.read_all(everybody)) is not None:
-                place.write("all", values)  # so that hundreds of ranks read one value each
+                # One combined value, so that each of hundreds of ranks reads one key.
+                place.write("all", values)
             elif self.rank != 0 and not isinstance(found := place.read("all"), No):
                 values = found
             return values is not None
@@ -261,10 +285,12 @@ class Group:
 
 
 def join(timeout_s: float, interruption: StopRequest | None = None) -> Group:
-    """Meet the other processes that the launcher has started, and connect to them: `form_group` and `Group.connect`.
+    """Find the other processes of the launch and connect to them.
+
+    This is `form_group` followed by `Group.connect`.
 
     Raises:
-        InputError, Interrupted, RankLost: as those.
+        InputError, Interrupted, RankLost: see those two.
     """
     group = form_group(timeout_s, interruption)
     group.connect()
@@ -272,26 +298,25 @@ def join(timeout_s: float, interruption: StopRequest | None = None) -> Group:
 
 
 def form_group(timeout_s: float, interruption: StopRequest | None = None) -> Group:
-    """Meet the other processes that the launcher has started; collectives need `Group.connect` besides, which a Watchdog can look after.
+    """Find the other processes that the launcher has started.
+
+    Collectives also need `Group.connect`. It is separate so that a Watchdog can supervise it.
 
     Args:
-        timeout_s: how long to wait for the others, now and at every later meeting, in seconds.
-        interruption: when a signal is noted in it, the waiting ends.
+        timeout_s: how long to wait for the others, now and at every later exchange, in seconds.
+        interruption: a signal that it records ends the waiting.
 
     Raises:
         InputError: an environment variable of the launcher is missing or contradicts another.
         Interrupted: a signal asked for it.
-        RankLost: not all ranks have come in time; the message says which.
+        RankLost: some ranks have not come in time; the message names them.
     """
     launch, deadline = read_launch_env(), Deadline(timeout_s)
     if launch.world == 1:
         prefix = SignedStore(dist.HashStore(), Key(secrets.token_bytes(), "this process"), "alone")
         group = Group(launch, [Member(socket.gethostname(), os.getpid(), "")], prefix, deadline)
-        for name, value in {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-        }.items():  # DeepSpeed reads them
+        # DeepSpeed reads these variables even where there is one process.
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
             group.set_default(name, value)
         address = "127.0.0.1"
     else:
@@ -306,34 +331,44 @@ def form_group(timeout_s: float, interruption: StopRequest | None = None) -> Gro
     _check_alike(group)
     _share_cores(launch, group.device)
     _choose_interface(group, address)
-    _close_to_strangers(group)
+    _ignore_dump_requests(group)
     return group
 
 
 def _device(launch: LaunchEnv) -> torch.device:
-    """The GPU with this process's local number, where the machine has GPUs, else the CPU."""
+    """The GPU with this process's local rank where the machine has GPUs, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if launch.local_rank >= (count := torch.cuda.device_count()):
+        gpus = f"{count} GPU{'s' if count > 1 else ''}"
         raise InputError(
-            f"LOCAL_RANK = {launch.local_rank}, but this process sees {count} GPU{'s' if count > 1 else ''}; start one process a GPU, and let "
-            "each of them see all GPUs of its machine"
+            f"LOCAL_RANK = {launch.local_rank}, but this process sees {gpus}; start one process "
+            "a GPU, and let each of them see all GPUs of its machine"
         )
     return torch.device("cuda", launch.local_rank)
 
 
 def _check_alike(group: Group) -> None:
-    """A machine whose driver has failed has no GPU; the others would wait for it in another backend for ever."""
+    """Raise InputError where some ranks see a GPU and others do not.
+
+    A machine whose driver has failed sees no GPU. Its ranks would open another backend than the
+    others, and all would wait for ever.
+    """
     if group.world > 1:
         kinds = group._exchange(group.device.type)
         if len(set(kinds)) > 1:
+            without, with_one = kinds.index("cpu"), kinds.index("cuda")
             raise InputError(
-                f"{group.name(kinds.index('cpu'))} sees no GPU, but {group.name(kinds.index('cuda'))} does; ask fastbert doctor"
+                f"{group.name(without)} sees no GPU, but {group.name(with_one)} does; "
+                "ask fastbert doctor"
             )
 
 
 def _share_cores(launch: LaunchEnv, device: torch.device) -> None:
-    """Several processes that compute on one machine's cores would each start a thread for every core."""
+    """Divide the machine's cores among the processes that compute on them.
+
+    Otherwise each of them would start one thread per core.
+    """
     if (
         device.type == "cpu"
         and launch.local_world
@@ -349,10 +384,12 @@ def _share_cores(launch: LaunchEnv, device: torch.device) -> None:
 
 
 def _choose_interface(group: Group, address: str) -> None:
-    """Let gloo listen on the interface that leads to `address`; it would take the one that the host's name means, or none that works.
+    """Make gloo listen on the interface that leads to `address`.
 
-    NCCL chooses better, since it knows of InfiniBand and of several cards, and it listens on what it uses. But it never chooses the loopback
-    interface, which is enough when all processes are on one machine and were told to meet there.
+    By default gloo takes the interface that the host's name resolves to, which may not work.
+    NCCL chooses better, since it knows InfiniBand and machines with several network cards, and it
+    listens only on what it uses. But NCCL never chooses the loopback interface, which is enough
+    when all processes are on one machine and MASTER_ADDR is a loopback address.
     """
     own = own_address(address)
     name = next(
@@ -369,11 +406,13 @@ def _choose_interface(group: Group, address: str) -> None:
             group.set_default("NCCL_SOCKET_IFNAME", name)
 
 
-def _close_to_strangers(group: Group) -> None:
-    """NCCL's monitor ends the process, minutes later, when anybody has written `exception_dump` into the store, which nobody signs.
+def _ignore_dump_requests(group: Group) -> None:
+    """Set TORCH_NCCL_DUMP_ON_TIMEOUT to 0, unless the user has set it.
 
-    It does so to have all ranks write down what their collectives did when one of them has waited too long; by then watchdog.py has said who is
-    missing. Whoever wants that more sets the variable.
+    With the dump enabled, NCCL's monitor ends the process, minutes later, when anybody has
+    written `exception_dump` into the store. That key is not signed, so a stranger can write it.
+    The dump makes all ranks record their collectives when one of them has waited too long. By
+    then the watchdog has already named the missing rank.
     """
     if group.world > 1:
         group.set_default("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")

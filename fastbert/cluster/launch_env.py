@@ -1,4 +1,7 @@
-"""What a launcher (torchrun, deepspeed, srun) tells each process that it starts: environment variables that say who it is."""
+"""The environment variables by which a launcher tells each process its rank.
+
+Launchers are torchrun, deepspeed and srun.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from dataclasses import dataclass
 
 from fastbert.errors import InputError
 
-# How starters that know nothing of torch say how many processes there are; without WORLD_SIZE each would train alone, on the same folder.
+# How launchers that know nothing of torch give the number of processes. Where only these are set
+# and WORLD_SIZE is not, each process would train alone, all in the same run folder.
 OTHER_STARTERS = {
     "SLURM_STEP_NUM_TASKS": "srun",
     "OMPI_COMM_WORLD_SIZE": "mpirun",
@@ -17,7 +21,15 @@ OTHER_STARTERS = {
 
 @dataclass(frozen=True)
 class LaunchEnv:
-    """What the launcher said to this process; `local_world` is None where it did not say how many there are on this machine."""
+    """What the launcher said to this process.
+
+    Attributes:
+        rank, world: the rank of this process, and the number of ranks.
+        local_rank: its number on this machine.
+        local_world: processes on this machine; None where the launcher did not say.
+        address, port: MASTER_ADDR and MASTER_PORT; empty and 0 for a single process.
+        agent_store: the launcher holds a store at that address.
+    """
 
     rank: int = 0
     world: int = 1
@@ -25,7 +37,7 @@ class LaunchEnv:
     local_world: int | None = 1
     address: str = ""
     port: int = 0
-    agent_store: bool = False  # the launcher holds a store at that address
+    agent_store: bool = False
 
     @property
     def holds_store(self) -> bool:
@@ -37,31 +49,38 @@ class LaunchEnv:
 
 
 def read_launch_env() -> LaunchEnv:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; raises InputError naming the one that is missing or wrong."""
+    """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        InputError: one of them is missing or wrong; the message names it.
+    """
     given = os.environ.get
     if not given("WORLD_SIZE"):
         if given("RANK", "0") != "0":
             raise InputError(
-                f"RANK = {given('RANK')}, but WORLD_SIZE is not set; a launcher such as torchrun sets both"
+                f"RANK = {given('RANK')}, but WORLD_SIZE is not set; "
+                "a launcher such as torchrun sets both"
             )
         for name, starter in OTHER_STARTERS.items():
             if given(name, "1") != "1":
                 raise InputError(
-                    f"{name} = {given(name)}: {starter} has started several processes, but WORLD_SIZE is not set, so each would train alone; "
-                    "set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start one torchrun a machine: see docs/multi-node.md"
+                    f"{name} = {given(name)}: {starter} has started several processes, but "
+                    "WORLD_SIZE is not set, so each would train alone; set RANK, WORLD_SIZE, "
+                    "LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start one torchrun a machine: "
+                    "see docs/multi-node.md"
                 )
         return LaunchEnv()
     world = _whole("WORLD_SIZE", 1)
     rank = _whole("RANK", 0, world, f"WORLD_SIZE = {world}")
     if world == 1:
         return LaunchEnv(local_rank=_whole("LOCAL_RANK", 0) if given("LOCAL_RANK") else 0)
-    local = next(
-        (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if given(name)), None
-    )  # torchrun's name, DeepSpeed's name
+    # torchrun's name, then DeepSpeed's name.
+    local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if given(name)), None)
     local_world = _whole(local, 1, world + 1, f"WORLD_SIZE = {world}") if local else None
     if not given("MASTER_ADDR"):
         raise InputError(
-            f"MASTER_ADDR is not set, but WORLD_SIZE = {world}; give the address of rank 0's machine"
+            f"MASTER_ADDR is not set, but WORLD_SIZE = {world}; "
+            "give the address of rank 0's machine"
         )
     return LaunchEnv(
         rank=rank,
@@ -80,15 +99,17 @@ def read_launch_env() -> LaunchEnv:
 
 
 def _whole(name: str, least: int, below: int | None = None, because: str = "") -> int:
-    """An environment variable as a whole number of at least `least`, and less than `below`."""
+    """Read an environment variable as a whole number of at least `least`, less than `below`."""
     text = os.environ.get(name, "")
     if not text:
         raise InputError(
-            f"{name} is not set, but WORLD_SIZE = {os.environ.get('WORLD_SIZE')}; a launcher such as torchrun sets it"
+            f"{name} is not set, but WORLD_SIZE = {os.environ.get('WORLD_SIZE')}; "
+            "a launcher such as torchrun sets it"
         )
     if not text.isascii() or not text.isdecimal() or int(text) < least:
         raise InputError(
-            f"{name} = {text!r}; must be a whole number of {least} or more; a launcher such as torchrun sets it"
+            f"{name} = {text!r}; must be a whole number of {least} or more; "
+            "a launcher such as torchrun sets it"
         )
     if below is not None and int(text) >= below:
         raise InputError(f"{name} = {text}; must be less than {below} ({because})")

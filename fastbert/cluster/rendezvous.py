@@ -1,15 +1,19 @@
-"""How the processes of a run find each other: at a store, a small table that one process holds and the others reach over TCP.
+"""How the processes of a run find each other: through a key-value store that they reach over TCP.
 
-torchrun's agent holds it where it offers to, else rank 0, which listens on MASTER_ADDR's own address alone (torch would listen on every
-interface).
+torchrun's agent holds the store where it offers one. Otherwise rank 0 does, and listens on the
+address MASTER_ADDR alone; torch would listen on every interface.
 
-- A store that torchrun keeps over restarts still has the keys of earlier attempts, and no variable tells attempts apart when nodes come
-  and go. So every process registers with a number drawn at random, rank 0 answers those who register now with a token of its own, and
-  everything else is written under that token.
-- Strangers may reach the store too. So all that the processes write is signed with the run's key (signature.py); what is not is taken for
-  absent. Two keys in one run look like a stranger, but one who knocks again and again: that is said within seconds.
-- The store's calls wait in C++ for ever when its holder is stopped, deaf to signals and time-outs. So they are made on a thread, while
-  the main thread keeps the time and looks for signals.
+- A store that torchrun keeps over restarts still has the keys of earlier attempts, and no variable
+  tells attempts apart when nodes come and go. So every process registers with a random number, and
+  rank 0 answers each registration with the token of this attempt. Everything else is written under
+  that token.
+- Strangers may reach the store too. So everything the processes write is signed with the run's
+  key (signature.py), and a value without a valid signature counts as absent. A process with
+  another key looks like a stranger at first, but it registers again and again. That difference is
+  noticed and reported within seconds.
+- A call to the store blocks in C++ for ever when the store's holder is stopped, and neither
+  signals nor time-outs interrupt it. So the calls are made on a thread, while the main thread
+  watches the clock and the signals.
 """
 
 from __future__ import annotations
@@ -38,31 +42,39 @@ from fastbert.errors import InputError
 
 T = TypeVar("T")
 
-SILENCE_S = 5.0  # what the store gets to answer beyond the time-out, before it is given up
-COMPANY_S = 5.0  # after a signal: what the others get to come, so that they learn of it and end with the same code
-POLL_S = (
-    0.01,
-    0.25,
-)  # the first pause between two looks at the store, and the longest: hundreds of ranks look
-DOUBT_S = 5.0  # for how long a process sees nothing but forged knocks of another one before it is sure that there are two keys
-QUIET_S = 2.0  # without another one: whoever it was has gone
+# How long the store may take to answer beyond the time-out before it is given up.
+SILENCE_S = 5.0
+# How long a process waits for the others after a signal, so that they learn of the signal and end
+# with the same exit code.
+COMPANY_S = 5.0
+# The first and the longest pause between two reads of the store. The pause grows, since hundreds
+# of ranks may be reading.
+POLL_S = (0.01, 0.25)
+# A process that sees only forged registrations of a rank for this long concludes that the rank
+# has another key.
+DOUBT_S = 5.0
+# When no forged registration has come for this long, whoever wrote them has gone.
+QUIET_S = 2.0
 
 
 class Interrupted(Exception):
-    """A signal asked this process, or another one of the run, to end while it was waiting for others; the message is its name."""
+    """A signal asked this process, or another one of the run, to stop while it waited for others.
+
+    The message is the signal's name.
+    """
 
 
 class RankLost(RuntimeError):
-    """Another rank did not come, does not answer, or has failed: one line that names it."""
+    """Another rank did not come, does not answer, or has failed; the one-line message names it."""
 
 
 class _GivenUp(Exception):
-    """Ends a thread that nobody waits for any more."""
+    """Ends a thread whose result nobody waits for any more."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One process of the run; `nonce` is of this one attempt to join."""
+    """One process of the run; `nonce` identifies this one attempt to join."""
 
     host: str
     process: int
@@ -71,12 +83,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What comes of it.
+    """The result of a rendezvous.
 
     Attributes:
         members: the processes, by rank.
-        prefix: the part of the store that is this attempt's alone.
-        address: the store's, in numbers.
+        prefix: the part of the store that only this attempt uses.
+        address: the store's numeric address.
     """
 
     members: list[Member]
@@ -85,7 +97,11 @@ class Rendezvous:
 
 
 class Deadline:
-    """How long to wait for other processes, and what to look at meanwhile."""
+    """How long to wait for other processes, and which signals to notice meanwhile.
+
+    Args:
+        timeout_s: the time that each call of `run` gets, in seconds.
+    """
 
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
@@ -93,12 +109,15 @@ class Deadline:
         self._interruption: StopRequest | None = None
 
     def run(self, work: Callable[[], T], whose: str, interruption: StopRequest | None = None) -> T:
-        """Return what `work` returns, or raise what it raises. It runs on a thread: a store that is silent keeps nobody here.
+        """Return what `work` returns, or raise what it raises.
+
+        `work` runs on a thread, so that a store that does not answer cannot block the caller.
 
         Args:
             work: waits by `until` and in no other way.
-            whose: the holder of the store that it talks to, for messages.
-            interruption: when a signal is noted in it, the time is over soon, and `until` then raises Interrupted.
+            whose: what messages call the holder of the store.
+            interruption: a signal that it records shortens the deadline; `until` then raises
+                Interrupted.
 
         Raises:
             RankLost: the store is gone or does not answer.
@@ -140,14 +159,19 @@ class Deadline:
         return value
 
     def until(self, come: Callable[[], bool], absent: Callable[[], str]) -> None:
-        """Within `run`: return when `come()`, raise RankLost with `absent()` when the time is over."""
+        """Within `run`: return when `come()` is true.
+
+        Raises:
+            Interrupted: the time is over because of a signal.
+            RankLost: the time is over; the message begins with `absent()`.
+        """
         pause = POLL_S[0]
         while not come():
             self.rest(pause, absent)
             pause = min(1.5 * pause, POLL_S[1])
 
     def rest(self, seconds: float, absent: Callable[[], str]) -> None:
-        """Within `run`: wait for so long, if there is still time."""
+        """Within `run`: sleep for `seconds`, or raise as `until` does where the time is over."""
         if time.monotonic() > self._end:
             if asked := self._asked():
                 raise Interrupted(asked)
@@ -160,12 +184,13 @@ class Deadline:
 
 
 def rendezvous(launch: LaunchEnv, deadline: Deadline) -> Rendezvous:
-    """Come to the store, and return when all ranks have come. To be called within `Deadline.run`.
+    """Reach the store, and return when all ranks have registered. Call it within `Deadline.run`.
 
     Raises:
-        InputError: MASTER_ADDR, MASTER_PORT or RANK cannot be what was meant; or this process has no key, or another one than the others.
-        Interrupted: a signal asked for it, here or on another rank that was waiting already.
-        RankLost: not all ranks have come in time.
+        InputError: MASTER_ADDR, MASTER_PORT or RANK is wrong, or this process has no key or
+            another key than the others.
+        Interrupted: a signal asked for it, here or on another rank that was already waiting.
+        RankLost: some ranks have not come in time.
     """
     me, key = Member(socket.gethostname(), os.getpid(), secrets.token_hex(8)), find_key()
     address = _resolve(launch, deadline)
@@ -182,20 +207,21 @@ def rendezvous(launch: LaunchEnv, deadline: Deadline) -> Rendezvous:
         except dist.DistError:
             if launch.holds_store:
                 raise
-            # That was the store of an attempt that has just ended. The next one comes to the same port.
+            # That store belonged to an attempt that has just ended. The next one uses the same
+            # port.
             deadline.rest(POLL_S[1], lambda: f"rank 0 did not come to {launch.where}")
     if isinstance(roster, dict):
         if launch.holds_store:
-            time.sleep(
-                2 * POLL_S[1]
-            )  # so that the others can read why, before the store ends with this process
+            # The others read why the attempt failed before the store ends with this process.
+            time.sleep(2 * POLL_S[1])
         raise {"InputError": InputError, "Interrupted": Interrupted, "RankLost": RankLost}[
             roster["end"]
         ](roster["why"])
     members = [Member(**member) for member in roster]
     if (other := members[launch.rank]) != me:
         raise InputError(
-            f"RANK = {launch.rank} is given to two processes: {me.process} on {me.host}, and {other.process} on {other.host}"
+            f"RANK = {launch.rank} is given to two processes: {me.process} on {me.host}, "
+            f"and {other.process} on {other.host}"
         )
     return Rendezvous(members, prefix, address)
 
@@ -203,22 +229,25 @@ def rendezvous(launch: LaunchEnv, deadline: Deadline) -> Rendezvous:
 def _enter(
     table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadline: Deadline
 ) -> tuple[SignedStore, Any]:
-    """The part of the table that is this attempt's alone; and the members by rank, or {"end", "why"} where one of them left again.
+    """Register in the store and agree with the others on the members of this attempt.
 
-    Which of the two it is, is settled by one write: nobody can leave a group whose other members believe that he is in.
+    Returns:
+        The part of the table that only this attempt uses, and the members by rank, or
+        {"end", "why"} where one of them left again. A single atomic write decides between the
+        two, so no process can leave a group whose other members believe that it has joined.
     """
     everybody = [str(rank) for rank in range(launch.world)]
-    reception = _Reception(table, launch, me, key) if launch.rank == 0 else None
+    registrar = _Registrar(table, launch, me, key) if launch.rank == 0 else None
     prefix = table.part(
-        reception.token if reception is not None else _register(table, launch, me, key, deadline)
+        registrar.token if registrar is not None else _register(table, launch, me, key, deadline)
     )
     prefix.write(str(launch.rank), asdict(me))
     proposed = settled = None
 
     def complete() -> bool:
         nonlocal proposed, settled
-        if reception is not None:
-            reception.answer()
+        if registrar is not None:
+            registrar.answer()
             proposed = prefix.read_all(everybody)
         if not isinstance(found := prefix.read("roster"), No):
             settled = found
@@ -238,19 +267,18 @@ def _enter(
 def _register(
     table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadline: Deadline
 ) -> str:
-    """The token that rank 0 answers to this process."""
+    """Register at rank 0, and return the token that it answers."""
     answer: Any = No.ABSENT
-    doubt, other_key = _Doubt(), InputError(key.mismatch(f"rank 0 at {launch.where}"))
+    suspicion, other_key = _Suspicion(), InputError(key.mismatch(f"rank 0 at {launch.where}"))
 
     def answered() -> bool:
         nonlocal answer
-        table.write(
-            f"register/{launch.rank}", [me.nonce, launch.world]
-        )  # again, should somebody have written over it
+        # Written every time, since a stranger may have written over it.
+        table.write(f"register/{launch.rank}", [me.nonce, launch.world])
         answer = table.read(me.nonce)
         if isinstance(answer, No):
-            doubt.look(table, 0)
-            if doubt.for_s > DOUBT_S:
+            suspicion.look(table, 0)
+            if suspicion.for_s > DOUBT_S:
                 raise other_key
         return not isinstance(answer, No)
 
@@ -258,8 +286,10 @@ def _register(
         deadline.until(
             answered, lambda: f"rank 0 did not answer rank {launch.rank} at {launch.where}"
         )
-    except dist.DistError:  # rank 0 is gone, with the store
-        if doubt.for_s > DOUBT_S / 5:
+    except dist.DistError:
+        # Rank 0 is gone, and the store with it. If its registrations looked forged, rank 0 has
+        # most likely ended because the keys differ.
+        if suspicion.for_s > DOUBT_S / 5:
             raise other_key from None
         raise
     token, problem = answer
@@ -268,36 +298,51 @@ def _register(
     return token
 
 
-class _Reception:
-    """Rank 0's: tells the token to all who register; one who did so in an earlier attempt reads nothing any more."""
+class _Registrar:
+    """Rank 0's part: tells the attempt's token to every process that registers now.
+
+    A process of an earlier attempt no longer reads the answer.
+    """
 
     def __init__(self, table: SignedStore, launch: LaunchEnv, me: Member, key: Key):
         self.token = secrets.token_hex(8)
         self._table, self._launch, self._me, self._key = table, launch, me, key
-        self._doubts = {rank: _Doubt() for rank in range(1, launch.world)}
+        self._suspicions = {rank: _Suspicion() for rank in range(1, launch.world)}
 
     def answer(self) -> None:
-        """To be called again and again; raises InputError when it is sure that another rank has another key."""
-        self._table.write(
-            "register/0", [self._me.nonce, self._launch.world]
-        )  # nobody needs it, but who cannot read it learns why
-        for rank, doubt in self._doubts.items():
-            doubt.look(self._table, rank)
-            if not isinstance(doubt.register, No):
-                nonce, world = doubt.register
-                problem = f"WORLD_SIZE = {world} for rank {rank}, but {self._launch.world} for rank 0; start all with the same"
+        """Answer the registrations that are there; to be called repeatedly.
+
+        Raises:
+            InputError: another rank certainly has another key.
+        """
+        # No rank needs this value, but a rank that cannot verify it learns that the keys differ.
+        self._table.write("register/0", [self._me.nonce, self._launch.world])
+        for rank, suspicion in self._suspicions.items():
+            suspicion.look(self._table, rank)
+            if not isinstance(suspicion.register, No):
+                nonce, world = suspicion.register
+                problem = (
+                    f"WORLD_SIZE = {world} for rank {rank}, but {self._launch.world} for rank 0; "
+                    "start all with the same"
+                )
                 self._table.write(
                     nonce, [self.token, problem if world != self._launch.world else None]
                 )
-        # Those with another key cannot read what rank 0 would tell them, so they are given the time to find out for themselves.
-        odd = [rank for rank, doubt in self._doubts.items() if doubt.for_s > DOUBT_S / 2]
-        gone = all(doubt.quiet_s > QUIET_S for doubt in self._doubts.values())
-        if odd and (gone or max(doubt.for_s for doubt in self._doubts.values()) > 2 * DOUBT_S):
+        # Ranks with another key cannot read what rank 0 writes. They get the time to find out by
+        # themselves before rank 0 ends and takes the store with it.
+        suspicions = self._suspicions.values()
+        odd = [rank for rank, one in self._suspicions.items() if one.for_s > DOUBT_S / 2]
+        gone = all(one.quiet_s > QUIET_S for one in suspicions)
+        if odd and (gone or max(one.for_s for one in suspicions) > 2 * DOUBT_S):
             raise InputError(self._key.mismatch(listed([f"rank {rank}" for rank in odd])))
 
 
-class _Doubt:
-    """Whether a rank has another key. A single registration that is forged may be a stranger's; from a process they come again and again."""
+class _Suspicion:
+    """Whether a rank has another key.
+
+    A single forged registration may be a stranger's. A process with another key registers again
+    and again.
+    """
 
     def __init__(self) -> None:
         self.register: Any = No.ABSENT
@@ -305,16 +350,16 @@ class _Doubt:
 
     @property
     def for_s(self) -> float:
-        """Between the first and the last forged one of a series."""
+        """Seconds between the first and the last forged registration of a series."""
         return self._last - self._first
 
     @property
     def quiet_s(self) -> float:
-        """Since the last forged one."""
+        """Seconds since the last forged registration."""
         return time.monotonic() - self._last
 
     def look(self, table: SignedStore, rank: int) -> None:
-        """Read the registration of a rank, and sweep it away where it is forged."""
+        """Read the registration of a rank, and delete it where it is forged."""
         self.register, now = table.read(f"register/{rank}"), time.monotonic()
         if self.register is No.FORGED:
             table.sweep(f"register/{rank}")
@@ -326,7 +371,15 @@ class _Doubt:
 
 
 def hold_store(address: str, port: int) -> dist.TCPStore:
-    """A store that listens on one address of this machine and no other; raises OSError where it cannot. Port 0 is any that is free."""
+    """Open a store that listens on one address of this machine and no other.
+
+    Args:
+        address: numeric, IPv4 or IPv6.
+        port: 0 means any free port.
+
+    Raises:
+        OSError: the address or the port cannot be used.
+    """
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind((address, port))
@@ -338,7 +391,10 @@ def hold_store(address: str, port: int) -> dist.TCPStore:
 
 
 def listens(address: str, port: int) -> bool:
-    """Whether somebody does there. TCPStore would try by itself, but with a page of C++ frames on the terminal for every failure."""
+    """Whether something listens at this address.
+
+    TCPStore would try to connect by itself, but it prints a page of C++ frames on every failure.
+    """
     try:
         socket.create_connection((address, port), timeout=SILENCE_S).close()
     except OSError:
@@ -347,19 +403,23 @@ def listens(address: str, port: int) -> bool:
 
 
 def own_address(address: str) -> str | None:
-    """The address of this machine from which it reaches another one; None where there is no way."""
+    """The address from which this machine reaches another one; None where it cannot reach it."""
     try:
         with socket.socket(
             socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM
         ) as probe:
-            probe.connect((address, 9))  # sends nothing; any port
+            probe.connect((address, 9))  # a UDP connect sends nothing, so any port will do
             return probe.getsockname()[0]
     except OSError:
         return None
 
 
 def numeric(name: str, port: int) -> str:
-    """The address that a host's name stands for, IPv4 where it has both; raises OSError where it has none."""
+    """Resolve a host name to an address, to IPv4 where it has both kinds.
+
+    Raises:
+        OSError: the name has no address.
+    """
     found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     return str(min(found, key=lambda item: item[0] != socket.AF_INET)[4][0])
 
@@ -370,20 +430,23 @@ def _hold_store(launch: LaunchEnv, address: str) -> dist.Store:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise InputError(
-                f"MASTER_PORT = {launch.port}: another process listens there on {address}; choose another port"
+                f"MASTER_PORT = {launch.port}: another process listens there on {address}; "
+                "choose another port"
             ) from None
         if error.errno == errno.EADDRNOTAVAIL:
             raise InputError(
-                f"MASTER_ADDR = {launch.address}: {address} is not an address of {socket.gethostname()}, where rank 0 runs; "
+                f"MASTER_ADDR = {launch.address}: {address} is not an address of "
+                f"{socket.gethostname()}, where rank 0 runs; "
                 "give the one by which the other machines reach it"
             ) from None
         raise InputError(
-            f"MASTER_ADDR = {launch.address}, MASTER_PORT = {launch.port}: cannot listen there: {error.strerror}"
+            f"MASTER_ADDR = {launch.address}, MASTER_PORT = {launch.port}: cannot listen there: "
+            f"{error.strerror}"
         ) from None
 
 
 def _reach_store(launch: LaunchEnv, address: str, deadline: Deadline) -> dist.Store:
-    """A connection to the store that another process holds, as soon as it does."""
+    """Connect to the store that another process holds, as soon as it listens."""
     deadline.until(
         lambda: listens(address, launch.port), lambda: f"rank 0 did not come to {launch.where}"
     )
@@ -393,7 +456,7 @@ def _reach_store(launch: LaunchEnv, address: str, deadline: Deadline) -> dist.St
 
 
 def _resolve(launch: LaunchEnv, deadline: Deadline) -> str:
-    """MASTER_ADDR in numbers; its name may come to be known only after the processes have started."""
+    """Resolve MASTER_ADDR; its name may become known only after the processes have started."""
     found: list[str] = []
 
     def known() -> bool:
@@ -402,7 +465,7 @@ def _resolve(launch: LaunchEnv, deadline: Deadline) -> str:
         return bool(found)
 
     deadline.until(
-        known, lambda: f"MASTER_ADDR = {launch.address}: no address came to be known by that name"
+        known, lambda: f"MASTER_ADDR = {launch.address}: the name did not resolve to an address"
     )
     several_machines = (launch.local_world or launch.world) < launch.world
     if (
@@ -411,17 +474,18 @@ def _resolve(launch: LaunchEnv, deadline: Deadline) -> str:
         and launch.address not in (found[0], "localhost")
     ):
         raise InputError(
-            f"MASTER_ADDR = {launch.address}: on {socket.gethostname()} this name means {found[0]}, which no other machine can reach; "
+            f"MASTER_ADDR = {launch.address}: on {socket.gethostname()} this name means "
+            f"{found[0]}, which no other machine can reach; "
             "give the address that the machine has in their network"
         )
     return found[0]
 
 
 def listed(names: list[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """The first eight names, and how many more there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line."""
+    """Format an exception as one line."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -1,4 +1,7 @@
-"""SIGINT, SIGTERM, SIGUSR1 and SIGHUP as a wish that the loop grants at its next step."""
+"""Turn SIGINT, SIGTERM, SIGUSR1 and SIGHUP into a stop request that the loop honours.
+
+The loop reads the request at its next step.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,30 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGHUP,
-)  # SIGHUP: the terminal was closed
+# SIGHUP means that the terminal was closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """While this context is entered, such a signal only sets `asked`; a second Ctrl-C, for those who cannot wait, ends the process.
+    """While this context is entered, such a signal only sets `asked`.
 
-    Not under a launcher: there one Ctrl-C arrives twice, from the terminal and from the launcher.
+    A second Ctrl-C ends the process at once. Under a launcher it does not, since there one Ctrl-C
+    arrives twice: from the terminal and from the launcher.
+
+    Attributes:
+        asked: the name of the signal that arrived; None before.
     """
 
     def __init__(self) -> None:
-        self.asked: str | None = None  # the signal's name
+        self.asked: str | None = None
         self._before: dict[int, Any] = {}
         self._launched = "WORLD_SIZE" in os.environ
 
     def __enter__(self) -> StopRequest:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python sets handlers nowhere else
-            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
+        # Python sets signal handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            # nohup ignores SIGHUP, and that must stay so.
+            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             self._before = {
                 number: signal.signal(number, self._note)
                 for number in SIGNALS

@@ -1,8 +1,9 @@
-"""A part of a store in which every value is signed: what the processes of a run say to each other, apart from what strangers write there.
+"""A part of a store in which every value is signed.
 
-Whoever reaches a store may read, write and delete in it. A value that was not signed with the run's key for the very place where it stands
-is never parsed: it is FORGED, which callers take for a value that is not there, or that tells them nothing. Values are JSON; text in them is
-given back with its control characters escaped, since most of it ends on a terminal.
+The processes of a run exchange values there. Whoever reaches a store may read, write and delete in
+it. A value that was not signed with the run's key for its own place is never parsed. It is FORGED,
+and callers treat it as absent or as uninformative. Values are JSON. Control characters in text are
+escaped when it is read, since most of it ends up on a terminal.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import torch.distributed as dist
 
 from fastbert.cluster.signature import Key
 
-_NOTHING = secrets.token_hex(
-    16
-)  # what the store answers where there is no value; drawn, so that nobody can write it
+# What the store answers where there is no value. It is random, so that nobody can write it.
+_NOTHING = secrets.token_hex(16)
 
 
 class No(Enum):
@@ -30,45 +30,54 @@ class No(Enum):
 
 
 class SignedStore:
-    """JSON values under keys, each signed for its key and the place of the part.
+    """JSON values under keys, each signed for its key and for the place of this part.
 
     Args:
         store: the part itself.
-        key: of the run.
-        place: of the part, for signatures: from the top, so that no two parts have the same one.
+        key: the run's key.
+        place: the full path of the part, which goes into signatures; no two parts share one.
 
     Attributes:
         raw: the part without signatures, as torch needs it.
     """
 
     def __init__(self, store: dist.Store, key: Key, place: str):
-        self.raw: Any = store  # torch's type hints know neither of bytes as values nor of `clone`
+        # Any, since torch's type hints know neither bytes as values nor `clone`.
+        self.raw: Any = store
         self._key, self._place = key, place
 
     def part(self, name: str) -> SignedStore:
-        """What is under `name/`."""
+        """Return the part under `name/`."""
         return SignedStore(dist.PrefixStore(name, self.raw), self._key, f"{self._place}/{name}")
 
     def clone(self) -> SignedStore:
-        """The same part over a connection of its own."""
+        """Return the same part over a separate connection."""
         return SignedStore(self.raw.clone(), self._key, self._place)
 
     def write(self, key: str, value: Any) -> None:
         self.raw.set(key, self._sign(key, value))
 
     def read(self, key: str) -> Any:
-        """The value, or a `No`. Never waits, as a store's own `get` does for a key that was just deleted, and takes one question."""
+        """Return the value, or a `No`.
+
+        It takes one request and never blocks. A store's own `get` blocks on a key that was just
+        deleted.
+        """
         return self._open(key, look(self.raw, key))
 
     def read_all(self, keys: Sequence[str]) -> list[Any] | None:
-        """All the values, or None where one of them is missing."""
-        if not self.raw.check(list(keys)):  # one question; most looks end here
+        """Return all the values, or None where one of them is missing."""
+        # One request; most reads end here.
+        if not self.raw.check(list(keys)):
             return None
         found = [self.read(key) for key in keys]
         return None if any(isinstance(value, No) for value in found) else found
 
     def settle(self, key: str, value: Any) -> Any:
-        """Write unless there is a value already; returns the one that is there now. What is forged counts for nothing, and is replaced."""
+        """Write `value` unless there is a valid value already; return the one that is there now.
+
+        A forged value is replaced.
+        """
         mine = self._sign(key, value)
         there = self.raw.compare_set(key, "", mine)
         while (found := self._open(key, there)) is No.FORGED:
@@ -76,7 +85,7 @@ class SignedStore:
         return found
 
     def sweep(self, key: str) -> None:
-        """Empty a place where something forged stands; a value that was written meanwhile stays."""
+        """Delete a forged value; a value that was written meanwhile stays."""
         there = look(self.raw, key)
         if self._open(key, there) is No.FORGED:
             self.raw.compare_set(key, there, "")
@@ -92,13 +101,16 @@ class SignedStore:
 
 
 def look(store: Any, key: str) -> bytes | None:
-    """What stands under a key, or None. One question, where `check` and `get` are two and `get` may wait."""
+    """Return the bytes under a key, or None.
+
+    It takes one request. `check` and `get` would take two, and `get` may block.
+    """
     there = store.compare_set(key, _NOTHING, _NOTHING)
     return None if there == _NOTHING.encode() else there
 
 
 def printable(text: str) -> str:
-    """The text with its control characters escaped, so that it takes one line and no terminal obeys it."""
+    """Escape the text's control characters, so that it takes one line and is safe on a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

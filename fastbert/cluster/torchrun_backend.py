@@ -1,17 +1,24 @@
-"""`torchrun --rdzv-backend fastbert --rdzv-endpoint HOST:PORT`: torchrun's own c10d rendezvous, with other manners.
+"""`torchrun --rdzv-backend fastbert --rdzv-endpoint HOST:PORT`: torchrun's c10d rendezvous,
+listening on one interface.
 
-- Its store listens on HOST's address alone. torch's listens on every interface of the machine, and whoever reaches a store can end the run.
-- The workers' store is made by rank 0's worker, which listens in the same way, and not by the agent: TORCH_DISABLE_SHARE_RDZV_TCP_STORE.
-- A lost node is noticed after 10 seconds instead of 15, and those that are left wait 10 seconds for others instead of 30. Each is an option of
-  `--rdzv-conf` with torch's name: keep_alive_interval, keep_alive_max_attempt, last_call_timeout. Not much less: the nodes' clocks are
-  compared, and a machine that is too busy to answer looks like a lost one.
-- An agent that is cut off from the store gives up after 15 seconds. torch's waits for an answer until TCP gives up, a quarter of an hour.
-- A node is known by the address from which it reaches HOST, where torch asks the host's name, which often means 127.0.1.1.
-- All that agents read from the store is signed with the run's key (signature.py). One value is unpickled by torch, the state of the
-  rendezvous (rendezvous_state.py): without a signature, whoever reaches the port runs code here. The others are text, JSON and counts
-  (rendezvous_rounds.py).
+- Its store listens on HOST's address alone. torch's listens on every interface of the machine, and
+  whoever reaches a store can end the run.
+- Rank 0's worker makes the workers' store, and listens in the same way. Otherwise the agent would
+  make it: TORCH_DISABLE_SHARE_RDZV_TCP_STORE.
+- A lost node is noticed after 10 seconds instead of 15, and the remaining nodes wait 10 seconds for
+  others instead of 30. Each is an option of `--rdzv-conf` with torch's name: keep_alive_interval,
+  keep_alive_max_attempt, last_call_timeout. Much shorter times would not work: the nodes' clocks
+  are compared, and a machine that is too busy to answer looks like a lost one.
+- An agent that is cut off from the store gives up after 15 seconds. torch's waits until TCP gives
+  up, a quarter of an hour.
+- A node is known by the address from which it reaches HOST. torch uses the host's name instead,
+  which often means 127.0.1.1.
+- Everything that agents read from the store is signed with the run's key (signature.py). torch
+  unpickles one value, the state of the rendezvous (torchrun_state.py). Without a signature, whoever
+  reaches the port runs code here. The other values are text, JSON and counts (torchrun_rounds.py).
 
-torchrun imports this at every start, whichever backend is asked for; so what is heavy is imported when it is used.
+torchrun imports this module at every start, whichever backend is asked for. So heavy modules are
+imported when they are used.
 """
 
 from __future__ import annotations
@@ -31,28 +38,25 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 
 NAME = "fastbert"
-DEFAULTS = {
-    "keep_alive_interval": 2,
-    "keep_alive_max_attempt": 5,
-    "last_call_timeout": 10,
-}  # seconds; how often; seconds
-JOIN_TIMEOUT_S = 600  # torch's own
-READ_TIMEOUT_S = 60  # torch's own
-ANSWER_S = 10.0  # and SILENCE_S of rendezvous.py on top
+# The first and the last are in seconds, the second is a count.
+DEFAULTS = {"keep_alive_interval": 2, "keep_alive_max_attempt": 5, "last_call_timeout": 10}
+JOIN_TIMEOUT_S = 600  # torch's default
+READ_TIMEOUT_S = 60  # torch's default
+ANSWER_S = 10.0  # in addition to SILENCE_S of rendezvous.py
 
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """What torchrun's registry asks for: the maker of handlers."""
+    """Return the factory of handlers that torchrun's registry asks for."""
     return make_handler
 
 
 def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
-    """A handler for one agent.
+    """Make the rendezvous handler of one agent.
 
     Raises:
-        RendezvousConnectionError: nobody listens at the endpoint, and this machine cannot.
-        SystemExit: with 2, after one line on stderr, where the key cannot be used or is not that of the other nodes. torchrun would show
-            30 lines for any other exception.
+        RendezvousConnectionError: nothing listens at the endpoint, and this machine cannot.
+        SystemExit: with 2, after one line on stderr, where the key cannot be used or is not that of
+            the other nodes. torchrun would print 30 lines for any other exception.
     """
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT
@@ -73,7 +77,8 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
             raise RendezvousConnectionError(str(error)) from None
 
     host, port = parse_rendezvous_endpoint(parameters.endpoint, DEFAULT_PORT)
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # read by torch whenever nodes have met
+    # torch reads this variable after every rendezvous.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name, value in DEFAULTS.items():
         parameters.config.setdefault(name, value)
     try:
@@ -88,7 +93,10 @@ def make_handler(parameters: RendezvousParameters) -> RendezvousHandler:
 
 
 def _store(host: str, port: int, parameters: RendezvousParameters) -> tuple[TCPStore, bool]:
-    """Hold the store where the endpoint's address is this machine's, unless another agent here does already; else reach it.
+    """Open the store, or connect to it.
+
+    This agent holds the store where the endpoint is an address of this machine, unless another
+    agent here already holds it.
 
     Returns:
         The store, and whether this agent holds it.
@@ -100,10 +108,8 @@ def _store(host: str, port: int, parameters: RendezvousParameters) -> tuple[TCPS
 
     from fastbert.cluster.rendezvous import hold_store, listens, numeric
 
-    may_hold, timeout_s = (
-        parameters.get_as_bool("is_host"),
-        parameters.get_as_int("join_timeout") or JOIN_TIMEOUT_S,
-    )
+    may_hold = parameters.get_as_bool("is_host")
+    timeout_s = parameters.get_as_int("join_timeout") or JOIN_TIMEOUT_S
     read_timeout = timedelta(seconds=parameters.get_as_int("read_timeout") or READ_TIMEOUT_S)
     end, problem = time.monotonic() + timeout_s, ""
     while time.monotonic() < end:
@@ -122,10 +128,8 @@ def _store(host: str, port: int, parameters: RendezvousParameters) -> tuple[TCPS
             if listens(address, port):
                 return TCPStore(address, port, None, False, timeout=read_timeout), False
             problem = f"nobody listens on {address}; is it the address of one of the nodes?"
-        except (
-            OSError,
-            DistError,
-        ) as error:  # a name that is not known yet; a store that has just ended
+        except (OSError, DistError) as error:
+            # The name may not be known yet, or the store may have just ended.
             problem = str(error)
         time.sleep(0.2)
     raise RendezvousConnectionError(

@@ -1,9 +1,11 @@
-"""What torchrun's agents tell each other in a round of the rendezvous, signed.
+"""The values that torchrun's agents exchange in a round of the rendezvous, signed.
 
-A round begins when nodes have met, and ends when one of them is lost or comes. In it, agents tell where the workers' store will be
-(MASTER_ADDR, MASTER_PORT), how many workers each has (torchelastic/role_info/N, JSON) and which ranks these get
-(torchelastic/assigned_ranks/N, JSON), and they count those whose workers are through (a barrier). torch unpickles none of it. But names are
-known beforehand: who could write there now would send the workers of a later round to a store of his.
+A round begins when the nodes have met, and ends when one is lost or a new one comes. During it,
+agents publish where the workers' store will be (MASTER_ADDR, MASTER_PORT), how many workers each
+has (torchelastic/role_info/N, JSON) and which ranks these get (torchelastic/assigned_ranks/N,
+JSON). A barrier counts the agents whose workers have finished. torch unpickles none of this. But
+the names are predictable: whoever could write there now would send the workers of a later round to
+a store of his own.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ LOOK_S = 0.05  # between two looks
 
 
 class SignedRounds(dist.Store):
-    """The part of a store's interface that torch's agent uses; a value that is not signed is taken for one that is not there.
+    """The part of a store's interface that torch's agent uses; unsigned values count as absent.
 
     Args:
-        store: that of the endpoint.
-        key: of the run.
-        start: of this rendezvous: what was signed in an earlier one is not taken for a value of this one.
+        store: the endpoint's store.
+        key: the run's key.
+        start: identifies this rendezvous, so that values signed in an earlier one do not count.
     """
 
     timeout: Any  # torch's property, which its type hints leave out
@@ -58,19 +60,20 @@ class SignedRounds(dist.Store):
         return None not in [self._open(key, look(self._store, key)) for key in keys]
 
     def add(self, key: str, amount: int) -> int:
-        """Atomic, as a store's own, which knows no signatures."""
+        """Add to a counter atomically, as a store's own `add`, which cannot sign."""
         while True:
             there = look(self._store, key)
             total = int((self._open(key, there) or b"0").split()[0]) + amount
-            new = self._sign(key, f"{total} {secrets.token_hex(8)}")  # no two agents write the same
+            # Random, so that no two agents write the same value.
+            new = self._sign(key, f"{total} {secrets.token_hex(8)}")
             if self._store.compare_set(key, there or b"", new) == new:
                 return total
 
     def has_extended_api(self) -> bool:
-        return True  # multi_get and multi_set
+        return True  # that is, multi_get and multi_set
 
     def _come(self, keys: Sequence[str], timeout: timedelta) -> list[bytes]:
-        """The values, as soon as all of them are there."""
+        """Return the values, as soon as all of them are there."""
         end = time.monotonic() + timeout.total_seconds()
         while True:
             found = [self._open(key, look(self._store, key)) for key in keys]
@@ -80,7 +83,8 @@ class SignedRounds(dist.Store):
             if time.monotonic() > end:
                 missing = [key for key, value in zip(keys, found, strict=True) if value is None]
                 raise dist.DistStoreError(
-                    f"after {timeout.total_seconds():g} s no node with the run's key has written {', '.join(missing)}"
+                    f"after {timeout.total_seconds():g} s no node with the run's key has written "
+                    f"{', '.join(missing)}"
                 )
             time.sleep(LOOK_S)
 

@@ -1,14 +1,19 @@
-"""The state of torchrun's rendezvous, signed: torch unpickles it, so whoever may write it may run code on every node.
+"""The state of torchrun's rendezvous, signed.
 
-The state lists who takes part, and all agents read and write it under one key of the endpoint's store, each write only where nobody else has
-written meanwhile. Here each is signed for that key, which contains the run id, together with
+torch unpickles the state, so whoever may write it may run code on every node.
 
-- the start: a number that the agent with the store draws. A state of an earlier run with the same id and key is none of this one;
-- a count of the writes: an agent refuses a state that is older than one that it has seen.
+The state lists the participants. All agents read and write it under one key of the endpoint's
+store, and a write succeeds only where nobody else has written meanwhile. Here each state is signed
+for that key, which contains the run id, together with
 
-What does not pass is never unpickled. An agent that has seen a sound state puts it back, also where the key was deleted, and the run goes
-on. One that has just come waits a little for the others to do so, then it takes the difference for what it mostly is, that of two keys; it
-writes nothing, so a node with the wrong key does not disturb those that train.
+- the start, a random number drawn by the agent that holds the store. It makes the states of an
+  earlier run with the same id and key invalid;
+- a count of the writes. An agent refuses a state that is older than one it has seen.
+
+An invalid state is never unpickled. An agent that has seen a valid state puts it back, also where
+the key was deleted, and the run continues. An agent that has just come waits a little for the
+others to do so. Then it reports the most likely cause, which is that the keys differ. It writes
+nothing, so a node with the wrong key does not disturb those that train.
 """
 
 from __future__ import annotations
@@ -25,15 +30,18 @@ from fastbert.cluster.signature import Key
 from fastbert.cluster.signed_store import look
 from fastbert.errors import InputError
 
-PATIENCE_S = 10.0  # for the agents that are there already to put a sound state back
-BEGIN_S = 2.0  # for the agent that holds the store to begin; only in a store that no agent holds does another one
-LOOK_S = 0.2  # between two looks
-START = 16  # bytes
-COUNT = 8  # bytes
+# How long the agents that are already there may take to put a valid state back.
+PATIENCE_S = 10.0
+# How long the agent that holds the store may take to write the first state. Another agent writes
+# it only in a store that no agent holds.
+BEGIN_S = 2.0
+LOOK_S = 0.2  # between two reads
+START = 16  # bytes of the start
+COUNT = 8  # bytes of the count
 
 
 class _Signed(NamedTuple):
-    """A state as it stands in the store, and what is in it; `state` is empty where nobody has come yet."""
+    """A state in the store and its content; `state` is empty before the first node comes."""
 
     raw: bytes
     start: bytes
@@ -42,21 +50,21 @@ class _Signed(NamedTuple):
 
 
 class SignedState(RendezvousBackend):
-    """What torch's handler asks for the state.
+    """The backend through which torch's handler reads and writes the state.
 
     Args:
-        name: of the backend.
-        ask: makes a call to the store, and returns its answer or raises RendezvousConnectionError.
-        run_id: of the rendezvous.
-        key: of the run.
+        name: the backend's name.
+        ask: calls the store, and returns its answer or raises RendezvousConnectionError.
+        run_id: the id of the rendezvous.
+        key: the run's key.
         begins: this agent has just made the store, so no state can be in it.
         where: the endpoint, for messages.
 
     Attributes:
-        start: what tells this rendezvous from earlier ones with the same id, as text.
+        start: distinguishes this rendezvous from earlier ones with the same id; hexadecimal.
 
     Raises:
-        InputError: there is a state, and it stays one that is not signed with this key.
+        InputError: there is a state that is not signed with this key, and nobody replaces it.
     """
 
     def __init__(
@@ -75,27 +83,31 @@ class SignedState(RendezvousBackend):
         self.start = self._known.start.hex()
 
     @property
-    def name(self) -> str:  # torchrun compares it with the one that was asked for
+    def name(self) -> str:
+        """The backend's name, which torchrun compares with the one that was asked for."""
         return self._backend_name
 
     def get_state(self) -> tuple[bytes, Token] | None:
-        """The state and its token, or None where nobody has come yet."""
+        """Return the state and its token, or None where no node has come yet."""
         self._take(self._look())
         return self._answer()
 
     def set_state(
         self, state: bytes, token: Token | None = None
     ) -> tuple[bytes, Token, bool] | None:
-        """Write a state in place of the one that had this token; returns the one that is there now, and whether it is this one."""
+        """Write a state in place of the one that had this token.
+
+        Returns:
+            The state that is there now, its token, and whether it is the new one.
+        """
         newest = token == self._known.raw if token is not None else not self._known.state
         new = self._sign(self._known.start, self._known.count + 1, state)
         if newest:
             expected = self._known.raw
             there = self._swap(expected, new.raw)
-            self._take(
-                None if there == expected else there
-            )  # what the store answers, too, where the key is no more
-        else:  # somebody has written since
+            # Where the key has been deleted, the store answers with `expected` as well.
+            self._take(None if there == expected else there)
+        else:  # another agent has written since
             self._take(self._look())
         answer = self._answer()
         return None if answer is None else (*answer, self._known.raw == new.raw)
@@ -104,17 +116,17 @@ class SignedState(RendezvousBackend):
         return (self._known.state, self._known.raw) if self._known.state else None
 
     def _take(self, there: bytes | None) -> None:
-        """Learn what stands in the store; put the newest that is known back where it is something else."""
+        """Learn what is in the store; where it is invalid, put the newest known state back."""
         found = self._open(there)
         if found is None or found.start != self._known.start or found.count < self._known.count:
             self._report()
             found = self._open(self._swap(there or b"", self._known.raw))
             if found is None or found.start != self._known.start or found.count < self._known.count:
-                return  # a stranger was quicker; the next look is soon
+                return  # a stranger was quicker; the next read comes soon
         self._known = found
 
     def _find(self, begins: bool) -> _Signed:
-        """The state that is there, or the one with which a rendezvous begins."""
+        """Return the state that is there, or write the one with which a rendezvous begins."""
         empty = self._sign(secrets.token_bytes(START), 0, b"")
         came = time.monotonic()
         while True:
@@ -134,8 +146,9 @@ class SignedState(RendezvousBackend):
         if not self._reported:
             self._reported = True
             print(
-                f"fastbert: --rdzv-endpoint {self._where}: somebody without the key of this run has written over the state of the rendezvous; "
-                "it was refused and put back, and the run goes on (said once)",
+                f"fastbert: --rdzv-endpoint {self._where}: somebody without the key of this run "
+                "has written over the state of the rendezvous; "
+                "it was refused and put back, and the run continues (reported once)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -144,7 +157,11 @@ class SignedState(RendezvousBackend):
         return self._ask(lambda store: look(store, self._place))
 
     def _swap(self, expected: bytes, new: bytes) -> bytes:
-        """Write where `expected` stands, nothing being empty; returns what stands there now, or `expected` where nothing does."""
+        """Write `new` where `expected` is in the store; empty bytes mean that nothing is.
+
+        Returns:
+            What is there now, or `expected` where nothing is.
+        """
         return self._ask(lambda store: store.compare_set(self._place, expected, new))
 
     def _sign(self, start: bytes, count: int, state: bytes) -> _Signed:

@@ -1,16 +1,20 @@
-"""Notices a rank that stops answering, and ends this one with its name.
+"""Finds a rank that has stopped making progress, and ends the others with its name.
 
-A rank that is stopped, cut off or stuck leaves the others inside a collective that never returns: no exception, nothing in any log, idle
-machines. So a thread of every rank writes a beat to the group's store, and another one looks whether the main thread still goes on. When
-it has not for too long, the beats show who is missing. The first rank to find out leaves its failure in the store, where the others read it,
-and the process is ended from the thread, since nothing wakes the main one.
+A rank that is suspended, cut off or stuck leaves the others inside a collective that never returns.
+There is no exception and nothing in any log, and the machines are idle. So one thread of every rank
+writes a heartbeat to the group's store, and a second one checks that the main thread makes
+progress. When it has made none for too long, the heartbeats show which rank is to blame. The first
+rank to find out publishes this failure in the store, where the others read it. Then the thread ends
+the process, since nothing can interrupt the main thread.
 
-Where a collective fails at once, because a peer has died, the beats answer the same question: the peer that has closed the connection may
-only be another one that failed, next in a row. So an exception that leaves the context comes out as RankLost where another rank is its cause.
+Where a collective fails at once, because a peer has died, the heartbeats answer the same question.
+The peer that has closed the connection may itself only have failed because of a third one. So an
+exception that leaves the context is raised as RankLost where another rank caused it.
 
-Heartbeats and failures are signed. A failure that is not is swept away, and nobody ends because of it. A forged beat tells nothing: its rank is
-neither alive nor missing, so that no rank is blamed, and no run ended, by what a stranger writes; who really waits in vain then ends by the
-time-out of the collective, MARGIN_S later.
+Heartbeats and failures are signed. A forged failure is deleted, and no process ends because of it.
+A forged heartbeat carries no information: its rank counts as neither alive nor missing. So nothing
+that a stranger writes makes a rank be blamed or ends a run. A rank that then waits in vain is ended
+by the time-out of the collective, MARGIN_S later.
 """
 
 from __future__ import annotations
@@ -34,55 +38,62 @@ from fastbert.errors import InputError
 
 T = TypeVar("T")
 
-BEAT_S = 1.0  # between two beats; less where the time-out is short
-LOOK_S = 3.0  # for how long a beat must stand still to count: on a busy machine a few come late
-GRACE_S = 5.0  # for the main thread to come out by itself, once it is known why all end
-HEARD_S = (
-    3.0  # for the others to read a failure, before the store ends with the process that holds it
-)
+HEARTBEAT_S = 1.0  # between two heartbeats; less where the time-out is short
+# A heartbeat must have stopped for this long to count, since on a busy machine some come late.
+LOOK_S = 3.0
+# How long the main thread may take to end by itself once the failure is known.
+GRACE_S = 5.0
+# How long the process that holds the store stays, so that the others can read a failure.
+READERS_S = 3.0
 
 PACKAGE, RENDEZVOUS = Path(__file__).parents[1], Path(__file__).with_name("rendezvous.py")
 
 
 class Heartbeat(NamedTuple):
-    """What a rank says of itself; `count` stands still when its process does."""
+    """What a rank reports about itself.
+
+    Attributes:
+        count: heartbeats so far; it stops when the process does.
+        ticks: calls of `Watchdog.tick` so far.
+        what: the argument of the last call.
+        waiting: the main thread waits for other ranks, as far as its stack shows.
+        where: the innermost line of fastbert on that stack.
+        left: the rank has finished, and sends no more heartbeats.
+    """
 
     count: int
     ticks: int
-    what: str  # where it was when it ticked last
-    waiting: bool  # for other ranks, as far as the stack of its main thread shows
-    where: str  # that stack's innermost line of fastbert
-    left: bool = False  # it is through, and beats no more
+    what: str
+    waiting: bool
+    where: str
+    left: bool = False
 
 
 class Watchdog:
-    """Watches over the ranks of a group while this context is entered; with one rank it does nothing.
+    """Supervises the ranks of a group while this context is entered; with one rank it does nothing.
 
     Args:
         group: its ranks call `tick` at the same places.
         timeout_s: how long a rank may take from one tick to the next, in seconds.
 
     Raises:
-        RankLost: at the end of the context, in place of an exception inside it that came of another rank's end; it names that rank.
+        RankLost: at the end of the context, in place of an exception that another rank's end has
+            caused; the message names that rank.
     """
 
     def __init__(self, group: Group, timeout_s: float):
         self._group, self._timeout_s = group, timeout_s
-        self._every_s, self._look_s = min(BEAT_S, timeout_s / 10), min(LOOK_S, timeout_s / 2)
+        self._every_s, self._look_s = min(HEARTBEAT_S, timeout_s / 10), min(LOOK_S, timeout_s / 2)
         self._tick = (0, "the start", time.monotonic())  # ticks, what, when
         self._main = threading.get_ident()
         self._failure: str | None = None  # why all ranks end
-        self._unaware: int | None = (
-            None  # how many will never hear it; None until it is known to be in the store
-        )
-        self._hearing = threading.Lock()
-        self._stopped: tuple[float, Any] = (
-            0.0,
-            None,
-        )  # for how long this process did not run, and the tick that was the last one then
-        self._out = (
-            threading.Event()
-        )  # the main thread is out of what it was waiting for, and ends by itself
+        # How many ranks will never read the failure; None until it is known to be in the store.
+        self._unaware: int | None = None
+        self._receiving = threading.Lock()
+        # For how many seconds this process was suspended, and the tick that was then the last.
+        self._suspended: tuple[float, Any] = (0.0, None)
+        # Set when the main thread no longer waits for anybody, and will end by itself.
+        self._out = threading.Event()
         self._over = threading.Event()
         self._asking = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -91,8 +102,8 @@ class Watchdog:
         self._group.tick = self.tick
         if self._group.world > 1:
             store = self._group.prefix.part("watch")
-            # Connections of their own: a call that waits on one keeps all others on it waiting.
-            self._beats, self._questions = Deadline(self._timeout_s).run(
+            # Separate connections, since a call that blocks on one blocks all others on it.
+            self._heartbeat_store, self._query_store = Deadline(self._timeout_s).run(
                 lambda: (store.clone(), store.clone()), self._group.store_name
             )
             self._tick = (0, "the start", time.monotonic())
@@ -122,7 +133,7 @@ class Watchdog:
         self._out.set()
         self._over.set()
         for thread in self._threads:
-            thread.join(2 * self._every_s)  # not for ever: the store may not answer it
+            thread.join(2 * self._every_s)  # with a limit, since the store may not answer
         if self._threads and error is None:
             last = Heartbeat(-1, self._tick[0], self._tick[1], waiting=True, where="", left=True)
             with suppress(RankLost):
@@ -131,11 +142,17 @@ class Watchdog:
             raise RankLost(lost) from error
 
     def tick(self, what: str) -> None:
-        """The main thread goes on, now at `what`, such as "step 17". Costs nothing."""
+        """Record that the main thread makes progress, now at `what`, such as "step 17".
+
+        It costs nothing.
+        """
         self._tick = (self._tick[0] + 1, what, time.monotonic())
 
     def report_exit(self, reason: str) -> None:
-        """Before any exit that the other ranks do not share: tell them why, so that they end at once and quote it."""
+        """Tell the other ranks why this one exits, so that they end at once and quote the reason.
+
+        Call it before any exit that the other ranks do not share.
+        """
         if self._group.world > 1:
             self._out.set()
             if self._failure is None:
@@ -145,9 +162,13 @@ class Watchdog:
             self._wait_for_readers()
 
     def _blame(self, error: BaseException) -> str | None:
-        """A line that names the rank which is gone; None where all are there, so that the fault is this rank's own.
+        """Find the rank that caused `error`.
 
-        Takes a few seconds, within which the other ranks stand still or beat.
+        It takes a few seconds, within which the other ranks send heartbeats or do not.
+
+        Returns:
+            A line that names the missing rank; None where all ranks are there, so that the fault is
+            this rank's own.
         """
         if self._group.world == 1 or not isinstance(error, Exception):
             return None
@@ -155,73 +176,83 @@ class Watchdog:
         if isinstance(error, RankLost) and not isinstance(error, Unconnected):
             self._publish(str(error), unaware=1)
         elif self._failure is None:
-            self._find_out(self._missing, "disappeared", LOOK_S)
+            self._investigate(self._missing, "disappeared", LOOK_S)
         if isinstance(error, Unconnected) and self._failure is None:
             self._publish(str(error), unaware=0)
         self._wait_for_readers()
         return self._reason
 
     def _send_heartbeats(self) -> None:
-        """Thread: say that this process is alive, and listen for a failure."""
+        """Thread: report that this process is alive, and check for a failure."""
         count, rank = 0, str(self._group.rank)
         try:
             while not self._over.is_set():
                 ticks, what, _ = self._tick
-                self._beats.write(rank, Heartbeat(count, ticks, what, *_position(self._main)))
+                self._heartbeat_store.write(
+                    rank, Heartbeat(count, ticks, what, *_position(self._main))
+                )
                 count += 1
                 if self._failure is None:
-                    self._listen()
+                    self._check_for_failure()
                 self._over.wait(self._every_s)
         except dist.DistError:
             self._failure = self._failure or f"{self._group.store_name} has disappeared"
 
-    def _listen(self) -> None:
-        """Hear the failure, if there is one."""
-        found = self._beats.read("failure")
+    def _check_for_failure(self) -> None:
+        """Read the failure, if there is one."""
+        found = self._heartbeat_store.read("failure")
         if found is No.FORGED:
-            self._beats.sweep(
-                "failure"
-            )  # or all ranks would read it again every second, however large it is
+            # Otherwise all ranks would read it again every second, however large it is.
+            self._heartbeat_store.sweep("failure")
         elif found is not No.ABSENT:
-            self._receive(self._beats, *found)
+            self._receive(self._heartbeat_store, *found)
 
     def _guard(self) -> None:
-        """Thread: end this process when its main thread does not go on."""
+        """Thread: end this process when its main thread makes no progress."""
         what = f"not answered for {self._timeout_s:g} s (runtime.timeout_s)"
-        while not self._rest(self._every_s / 2):
+        while not self._wait_out(self._every_s / 2):
             tick = self._tick
             if self._failure is not None:
                 if not self._out.wait(GRACE_S):
                     self._end()
             elif time.monotonic() > tick[2] + self._timeout_s - self._look_s:
-                self._find_out(
-                    lambda *beats, tick=tick: self._blamed(*beats) if self._tick is tick else None,
+                self._investigate(
+                    lambda *heartbeats, tick=tick: (
+                        self._at_fault(*heartbeats) if self._tick is tick else None
+                    ),
                     what,
                     self._look_s,
                 )
                 if self._failure is not None and self._tick is tick and not self._out.is_set():
                     self._end()
 
-    def _rest(self, seconds: float) -> bool:
-        """Wait for the main thread to be out; is it? Such a wait is long only when the process was stopped meanwhile."""
+    def _wait_out(self, seconds: float) -> bool:
+        """Wait for the main thread to end its work; return whether it has.
+
+        Such a wait takes long only when the process was suspended meanwhile.
+        """
         before = time.monotonic()
         out = self._out.wait(seconds)
-        if (stopped_s := time.monotonic() - before) > self._timeout_s:
-            self._stopped = stopped_s, self._tick
+        if (suspended_s := time.monotonic() - before) > self._timeout_s:
+            self._suspended = suspended_s, self._tick
         return out
 
     @property
     def _reason(self) -> str | None:
-        """The failure in this rank's eyes: who was stopped himself need not wonder where the others are."""
-        stopped_s, tick = self._stopped
+        """The failure as this rank reports it.
+
+        A rank that was suspended itself reports that, and not where the others are.
+        """
+        suspended_s, tick = self._suspended
         if self._failure is not None and tick is self._tick:
-            return f"{self._group.name(self._group.rank)} was stopped for {stopped_s:.0f} s, and the others have not waited"
+            own = self._group.name(self._group.rank)
+            return f"{own} was suspended for {suspended_s:.0f} s; the other ranks timed out"
         return self._failure
 
-    def _find_out(
+    def _investigate(
         self, judge: Callable[..., tuple[str, int] | None], what: str, look_s: float
     ) -> None:
-        """Look at all beats, and again after `look_s`; pronounce what `judge` makes of them, if anything."""
+        """Read all heartbeats twice, `look_s` apart, and publish the failure that `judge` finds."""
         try:
             before = self._ask(self._look)
             end = time.monotonic() + look_s
@@ -239,53 +270,68 @@ class Watchdog:
             )
 
     def _look(self, store: SignedStore) -> list[Heartbeat | No]:
+        """Read the last heartbeat of every rank."""
         found = [store.read(str(rank)) for rank in range(self._group.world)]
-        return [beat if isinstance(beat, No) else Heartbeat(*beat) for beat in found]
+        return [
+            heartbeat if isinstance(heartbeat, No) else Heartbeat(*heartbeat) for heartbeat in found
+        ]
 
     def _missing(
         self, before: Sequence[Heartbeat | No], now: Sequence[Heartbeat | No], what: str
     ) -> tuple[str, int] | None:
-        """Ranks whose beat stands still, or was never there: what is to be said of them, and how many they are."""
-        still = [
+        """Ranks whose heartbeat has stopped or never came: a message, and how many they are."""
+        stopped = [
             rank
-            for rank, beat in enumerate(now)
-            if beat == before[rank] and beat is not No.FORGED and not getattr(beat, "left", False)
+            for rank, heartbeat in enumerate(now)
+            if heartbeat == before[rank]
+            and heartbeat is not No.FORGED
+            and not getattr(heartbeat, "left", False)
         ]
-        if not still:
+        if not stopped:
             return None
-        last = now[still[0]]
-        has = "has" if len(still) == 1 else "have"
-        return (
-            f"{self._names(still)} {has} {what}, last seen at {'the start' if isinstance(last, No) else last.what}",
-            len(still),
-        )
+        last = now[stopped[0]]
+        has = "has" if len(stopped) == 1 else "have"
+        seen = "the start" if isinstance(last, No) else last.what
+        return f"{self._names(stopped)} {has} {what}, last seen at {seen}", len(stopped)
 
-    def _blamed(
+    def _at_fault(
         self, before: Sequence[Heartbeat | No], now: Sequence[Heartbeat | No], what: str
     ) -> tuple[str, int] | None:
-        """What keeps this rank from going on; None where another one goes on, since then its turn will come, or may do so unseen."""
+        """The reason why this rank makes no progress, and how many ranks are missing.
+
+        None where another rank makes progress, so that this rank's turn will come. None also where
+        a heartbeat cannot be read, since its rank may make progress.
+        """
         if (found := self._missing(before, now, what)) is not None:
             return found
-        earlier = [beat for beat in before if not isinstance(beat, No)]
-        beats = {rank: beat for rank, beat in enumerate(now) if not isinstance(beat, No)}
-        if len(earlier) < len(before) or len(beats) < len(now):
+        earlier = [heartbeat for heartbeat in before if not isinstance(heartbeat, No)]
+        heartbeats = {
+            rank: heartbeat for rank, heartbeat in enumerate(now) if not isinstance(heartbeat, No)
+        }
+        if len(earlier) < len(before) or len(heartbeats) < len(now):
             return None
-        beats = {rank: beat for rank, beat in beats.items() if not beat.left}
-        if any(earlier[rank].ticks != beat.ticks for rank, beat in beats.items()):
+        heartbeats = {
+            rank: heartbeat for rank, heartbeat in heartbeats.items() if not heartbeat.left
+        }
+        if any(earlier[rank].ticks != heartbeat.ticks for rank, heartbeat in heartbeats.items()):
             return None
         since = f"for {self._timeout_s:g} s (runtime.timeout_s)"
-        ahead = max(beat.ticks for beat in beats.values())
-        slow = [rank for rank, beat in beats.items() if beat.ticks < ahead] or [
-            rank for rank, beat in beats.items() if not beat.waiting
+        # Ranks with fewer ticks hold up the others. Where all have the same number of ticks, the
+        # ranks that do not wait for others hold them up.
+        ahead = max(heartbeat.ticks for heartbeat in heartbeats.values())
+        slow = [rank for rank, heartbeat in heartbeats.items() if heartbeat.ticks < ahead] or [
+            rank for rank, heartbeat in heartbeats.items() if not heartbeat.waiting
         ]
         if not slow:
             return (
-                f"no rank has gone on {since}: all wait for each other at {self._tick[1]}; look at the network between them",
+                f"no rank has made progress {since}: all wait for each other at {self._tick[1]}; "
+                "look at the network between them",
                 0,
             )
-        has, first = "has" if len(slow) == 1 else "have", beats[slow[0]]
+        has, first = "has" if len(slow) == 1 else "have", heartbeats[slow[0]]
         return (
-            f"{self._names(slow)} {has} kept the others waiting {since}: at {first.what}, in {first.where}",
+            f"{self._names(slow)} {has} kept the others waiting {since}: "
+            f"at {first.what}, in {first.where}",
             0,
         )
 
@@ -293,7 +339,12 @@ class Watchdog:
         return listed([self._group.name(rank) for rank in ranks])
 
     def _publish(self, failure: str, unaware: int) -> None:
-        """Leave the failure for the others, all but `unaware` of them; or take over the one that is there."""
+        """Publish the failure, unless one is there already; then take over that one.
+
+        Args:
+            failure: one line.
+            unaware: how many ranks will never read it.
+        """
 
         def leave(store: SignedStore) -> None:
             self._receive(store, *store.settle("failure", [failure, unaware]))
@@ -304,15 +355,15 @@ class Watchdog:
             self._failure = self._failure or failure
 
     def _receive(self, store: SignedStore, failure: str, unaware: int) -> None:
-        """Take over the failure that is in the store, and note there that this rank knows it."""
-        with self._hearing:
+        """Take over the failure in the store, and record there that this rank has read it."""
+        with self._receiving:
             if self._unaware is None:
                 store.write(f"heard/{self._group.rank}", None)
             self._failure, self._unaware = failure, unaware
 
     def _wait_for_readers(self) -> None:
-        """The process that holds the store gives the others time to hear the failure."""
-        end, not_yet = time.monotonic() + HEARD_S, list(range(self._group.world))
+        """In the process that holds the store: give the others time to read the failure."""
+        end, not_yet = time.monotonic() + READERS_S, list(range(self._group.world))
         with suppress(RankLost):
             while self._group.holds_store and self._unaware is not None and time.monotonic() < end:
                 not_yet = self._ask(
@@ -325,9 +376,13 @@ class Watchdog:
                 time.sleep(self._every_s / 10)
 
     def _ask(self, question: Callable[[SignedStore], T]) -> T:
-        """The store's answer; RankLost where none comes within a few seconds."""
+        """Return the store's answer to `question`.
+
+        Raises:
+            RankLost: no answer has come within a few seconds.
+        """
         with self._asking:
-            return Deadline(0.0).run(lambda: question(self._questions), self._group.store_name)
+            return Deadline(0.0).run(lambda: question(self._query_store), self._group.store_name)
 
     def _end(self) -> NoReturn:
         """End the process from a thread, whatever its main thread waits for."""
@@ -337,7 +392,7 @@ class Watchdog:
 
 
 def _position(thread: int) -> tuple[bool, str]:
-    """Does a thread wait for other ranks, and at which line of fastbert is it?"""
+    """Whether a thread waits for other ranks, and the line of fastbert at which it is."""
     innermost = frame = sys._current_frames()[thread]
     files = []
     while frame is not None:
@@ -348,5 +403,6 @@ def _position(thread: int) -> tuple[bool, str]:
     waiting = files[-1] == RENDEZVOUS or any(
         "distributed" in file.parts or "deepspeed" in file.parts for file in files
     )
-    place = frame or innermost  # outside fastbert altogether: what a user's own script does
+    # Outside fastbert altogether, this is the line of the user's own script.
+    place = frame or innermost
     return waiting, f"{place.f_code.co_filename}, line {place.f_lineno}"

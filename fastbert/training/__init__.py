@@ -1,1 +1,1 @@
-"""Training: the loop and what it needs. `loop.pretrain` runs a recipe; everything else is one idea a file."""
+"""Training. `loop.pretrain` runs a recipe; every other file holds one idea."""

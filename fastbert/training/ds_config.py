@@ -1,10 +1,11 @@
-"""ds_config.json: DeepSpeed's own settings, checked. What stands there is what happens, or an error.
+"""Reads ds_config.json: DeepSpeed's own settings. Every setting there takes effect or is an error.
 
-A user's own file is accepted. What it repeats of the recipe must agree with it; "auto", as files written for transformers have it, leaves
-a value to the recipe or, for one of DeepSpeed's own, to its default. DeepSpeed takes most keys and values in silence: here a misspelt key is
-an error, and so is whatever asks for something that would not happen, or would break the training or its checkpoints.
+A user's own file is accepted. What it repeats of the recipe must agree with it. "auto", as in files
+written for transformers, leaves a value to the recipe or, for one of DeepSpeed's own keys, to its
+default. DeepSpeed accepts most keys and values in silence. Here a misspelt key is an error, and so
+is a setting that would have no effect, or would break the training or its checkpoints.
 
-Which keys there are, and what each may be, stands in ds_keys.py.
+ds_keys.py lists the keys and their values.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class DeepSpeedSettings:
-    """What the file says.
+    """The checked content of the file.
 
     Attributes:
         path: the file.
-        values: DeepSpeed's own keys, ready to be handed on, without those that are "auto" or null.
-        precisions: what in the file fits one precision alone, such as {"bf16.enabled = true": "bf16"}.
-        asked: runtime.precision and the recipe that it is in, for messages.
+        values: DeepSpeed's own keys, without those that are "auto" or null.
+        precisions: settings that fit one precision alone, and that precision, such as
+            {"bf16.enabled = true": "bf16"}.
+        asked: runtime.precision and the recipe that has it, for messages.
     """
 
     path: str
@@ -55,20 +57,29 @@ class DeepSpeedSettings:
     asked: str = "runtime.precision"
 
     def stage(self, *, precision: str, world: int, optimizer: str) -> int:
-        """The ZeRO stage, 0 to 3. "auto" is 0 where nothing is gained by more: in fp32 on one process, or for LAMB; else 1.
+        """The ZeRO stage, 0 to 3.
 
-        On one CPU process stage 0 costs a model of 1M parameters 0.7 ms a step over plain torch, stages 1 and 2 about 5, stage 3
-        about 13 (see engine.py).
+        "auto" means 0 in fp32 on one process and for LAMB, where a higher stage gains nothing or is
+        impossible, and 1 otherwise. On one CPU process, a model of 1M parameters costs 0.7 ms a
+        step over plain torch at stage 0, about 5 ms at stages 1 and 2, and about 13 ms at stage 3
+        (see engine.py).
+
+        Args:
+            precision: "fp32" or "bf16".
+            world: number of ranks.
+            optimizer: optimizer.name of the recipe.
 
         Raises:
-            InputError: the file asks for another precision; bf16 with stage 0, which DeepSpeed trains wrongly (it steps on
-                zero gradients); LAMB with stages 1 to 3, whose flat partitions hide the single matrices that LAMB takes norms of; groups
-                of ranks, within which weights are gathered, that do not come out even.
+            InputError: the file asks for another precision; or for bf16 with stage 0, where
+                DeepSpeed applies zero gradients; or for LAMB with stages 1 to 3, whose flat
+                partitions hide the matrices that LAMB takes norms of; or the groups of ranks that
+                gather weights among themselves do not divide the world size.
         """
         for what, needed in self.precisions.items():
             if needed != precision:
                 raise InputError(
-                    f"{self.path}: {what} contradicts {self.asked}, which is {precision} here; make them equal, or remove it from {self.path}"
+                    f"{self.path}: {what} contradicts {self.asked}, which is {precision} here; "
+                    f"make them equal, or remove it from {self.path}"
                 )
         stage = self.values["zero_optimization"].get("stage", AUTO)
         if stage == AUTO:
@@ -84,32 +95,43 @@ class DeepSpeedSettings:
             )
         if stage > 0 and optimizer == "lamb":
             raise InputError(
-                f'{self.path}: zero_optimization.stage = {stage} does not go with optimizer.name = "lamb"; set it to 0 or auto'
+                f"{self.path}: zero_optimization.stage = {stage} does not go with "
+                'optimizer.name = "lamb"; set it to 0 or auto'
             )
         near = self.values["zero_optimization"].get("zero_hpz_partition_size", 1)
         if stage == 3 and COUNT.fits(near) and world % min(near, world):
             raise InputError(
-                f"{self.path}: zero_optimization.zero_hpz_partition_size = {near} does not divide the number of ranks, {world}"
+                f"{self.path}: zero_optimization.zero_hpz_partition_size = {near} "
+                f"does not divide the number of ranks, {world}"
             )
         return stage
 
 
 class Answer(NamedTuple):
-    """What the recipe says to one of DeepSpeed's keys."""
+    """The recipe's value for one of DeepSpeed's keys.
 
-    place: str  # key in the recipe
-    shown: str  # its value there
-    values: tuple[
-        Any, ...
-    ]  # what DeepSpeed's key may therefore be; none where the two cannot be compared
+    Attributes:
+        place: the recipe's key.
+        shown: its value, for messages.
+        values: what DeepSpeed's key may be; empty where the two cannot be compared.
+    """
+
+    place: str
+    shown: str
+    values: tuple[Any, ...]
 
 
 def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
-    """Read and check the file that runtime.deepspeed names; `recipe` is the recipe's path, for messages.
+    """Read and check the file that runtime.deepspeed names.
+
+    Args:
+        config: the recipe.
+        recipe: its path, for messages.
 
     Raises:
-        InputError: no such file, not JSON, an unknown key (the near ones are listed), a value that contradicts the recipe (both
-            places are named), asks for what fastbert does not do, or has the wrong type; a ZeRO stage that does not exist.
+        InputError: the file is missing or not JSON; a key is unknown (similar ones are suggested);
+            or a value contradicts the recipe (both places are named), asks for what fastbert does
+            not do, or has the wrong type.
     """
     path = config.runtime.deepspeed
     values, answers = _load(path, recipe), _answers(config)
@@ -120,7 +142,7 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
         for key, value in values.items():
             place = f"{section}.{key}" if section else key
             if known is not None and key not in known:
-                raise InputError(f"{path}: unknown key '{place}'; {_near(key, section, known)}")
+                raise InputError(f"{path}: unknown key '{place}'; {_suggest(key, section, known)}")
             if value is None or value == AUTO:
                 continue
             if what := _objection(place, value, known[key] if known else None, answers, recipe):
@@ -129,16 +151,16 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
                 check(place, value, SECTIONS.get(place))
 
     check("", values, {**RECIPE, **OWN, **dict.fromkeys(IDLE)})
-    said = _said(values)
-    own = {key: value for key, value in said.items() if key in OWN}
+    values = _without_auto(values)
+    own = {key: value for key, value in values.items() if key in OWN}
     asked = f"runtime.precision = {json.dumps(config.runtime.precision)} in {recipe}"
-    return DeepSpeedSettings(path, {"zero_optimization": {}, **own}, _precisions(said), asked)
+    return DeepSpeedSettings(path, {"zero_optimization": {}, **own}, _precisions(values), asked)
 
 
 def _objection(
     place: str, value: Any, kind: Kind | None, answers: Mapping[str, Answer], recipe: str
 ) -> str | None:
-    """What is wrong with the value of a key that is known, in words that go on after both."""
+    """What is wrong with a known key's value, as the end of a message that names both."""
     if place in IDLE:
         return (
             None
@@ -155,8 +177,14 @@ def _objection(
     if place in answers and not _among(value, answers[place].values):
         there = answers[place]
         if there.values:
-            return f' contradicts {there.place} = {there.shown} in {recipe}; make them equal, or write "auto"'
-        return f' has no equal in {recipe}, where {there.place} = {there.shown}; remove it, or write "auto"'
+            return (
+                f" contradicts {there.place} = {there.shown} in {recipe}; "
+                'make them equal, or write "auto"'
+            )
+        return (
+            f" has no equal in {recipe}, where {there.place} = {there.shown}; "
+            'remove it, or write "auto"'
+        )
     if place in NEEDS and value is True and importlib.util.find_spec(NEEDS[place]) is None:
         return f" needs a package: pip install {NEEDS[place]}, or remove it"
     if place == "zero_optimization.allgather_bucket_size" and WHOLE.fits(value) and value % 2:
@@ -177,7 +205,8 @@ def _load(path: str, recipe: str) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise InputError(
-            f"{recipe}: runtime.deepspeed = {path!r}: no such file; the one that comes with fastbert is ds_config.json"
+            f"{recipe}: runtime.deepspeed = {path!r}: no such file; "
+            "the one that comes with fastbert is ds_config.json"
         ) from None
     except OSError as error:
         raise InputError(
@@ -191,7 +220,7 @@ def _load(path: str, recipe: str) -> dict[str, Any]:
 
 
 def _answers(config: RunConfig) -> dict[str, Answer]:
-    """The recipe's answer to every key of DeepSpeed's that it has one for."""
+    """The recipe's values for those of DeepSpeed's keys that the recipe decides."""
     optimizer, schedule = config.optimizer, config.schedule
 
     def answer(place: str, *values: Any) -> Answer:
@@ -233,28 +262,29 @@ def _answers(config: RunConfig) -> dict[str, Answer]:
     }
 
 
-def _precisions(said: dict[str, Any]) -> dict[str, str]:
-    """What fits one precision alone: the switch of bf16, and types of numbers that go with it."""
+def _precisions(values: dict[str, Any]) -> dict[str, str]:
+    """Settings that fit one precision alone: the switch of bf16, and dtypes."""
     found = {}
     for key in ("bf16", "bfloat16"):
-        enabled = said.get(key, {}).get("enabled")
+        enabled = values.get(key, {}).get("enabled")
         if enabled is not None:
             found[f"{key}.enabled = {json.dumps(enabled)}"] = "bf16" if enabled else "fp32"
-    types = said.get("data_types", {})
+    types = values.get("data_types", {})
     for key in ("param_dtype", "grad_accum_dtype"):
-        if key in types and (key, types[key]) != (
-            "grad_accum_dtype",
-            "fp32",
-        ):  # sums may be more exact than what is summed
+        # Gradients may be summed in fp32 at any precision, since a sum may be more exact than its
+        # terms.
+        if key in types and (key, types[key]) != ("grad_accum_dtype", "fp32"):
             found[f"data_types.{key} = {json.dumps(types[key])}"] = types[key]
     return found
 
 
-def _said(value: Any) -> Any:
-    """Without what is "auto" or null, at any depth."""
+def _without_auto(value: Any) -> Any:
+    """Remove what is "auto" or null, at any depth."""
     if isinstance(value, dict):
         return {
-            key: _said(item) for key, item in value.items() if item != AUTO and item is not None
+            key: _without_auto(item)
+            for key, item in value.items()
+            if item != AUTO and item is not None
         }
     return value
 
@@ -268,13 +298,14 @@ def _asks_for_nothing(place: str, value: Any) -> bool:
 
 
 def _among(value: Any, values: Sequence[Any]) -> bool:
-    """Equal to one of them, where true is not 1."""
+    """Whether the value equals one of the others; unlike in Python, true is not 1."""
     return any(
         isinstance(value, bool) == isinstance(other, bool) and value == other for other in values
     )
 
 
-def _near(key: str, section: str, known: Mapping[str, Any]) -> str:
+def _suggest(key: str, section: str, known: Mapping[str, Any]) -> str:
+    """Similar known keys; all known keys where none is similar."""
     inside = f"{section}." if section else ""
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     if near:

@@ -1,17 +1,23 @@
-"""Build, step, state: the only file that knows DeepSpeed.
+"""One optimizer step, evaluation and state by name: the only file that knows DeepSpeed.
 
-What the loop sees is the same at every ZeRO stage, precision and world size: `step` applies the gradient of the whole global batch,
-`tensors` gives weights and optimizer slots in fp32 by parameter name, and the constructor takes them back.
+The loop sees the same at every ZeRO stage, precision and world size. `step` applies the gradient of
+the whole global batch. `tensors` gives weights and optimizer slots in fp32 by parameter name, and
+the constructor takes them back.
 
-- The losses are divided by global counts (models/bert.py), so gradients add up over micro-batches and ranks. DeepSpeed would divide them
-  by the number of micro-batches (`scale_wrt_gas=False` stops it) and by that of ranks (undone by a factor on the loss). The step's end
-  is said by `set_gradient_accumulation_boundary`, since the number of micro-batches differs from step to step.
-- Stage 0: DeepSpeed clips without telling the norm, one parameter at a time. Here torch does it in one go, and nothing is reduced on a
-  single rank. One core, a step of 457 tokens, models of 1M (11M) parameters: plain torch 24.9 (284) ms, stage 0 25.6 (286), stage 1
-  29.6 (319), stage 2 30.0 (324), stage 3 38.3 (362). Left to itself DeepSpeed adds about 2 ms at stage 0 too; the others copy gradients.
-- Stage 0 in bf16 takes steps on zero gradients: ds_config.py refuses it.
-- A step whose gradient is not finite is not applied, at any stage: stages 1 to 3 look at the norm themselves and drop it. A loss that is not
-  finite makes this rank's gradient NaN, so the norm, which all ranks share, is all that has to be looked at.
+- The losses are divided by global counts (models/bert.py), so gradients add up over micro-batches
+  and ranks. DeepSpeed would divide them by the number of micro-batches, which
+  `scale_wrt_gas=False` prevents, and by the number of ranks, which a factor on the loss undoes. The
+  number of micro-batches differs from step to step, so `set_gradient_accumulation_boundary` marks
+  the last one.
+- At stage 0 DeepSpeed clips one parameter at a time and does not report the norm. Here torch clips
+  all parameters at once, and nothing is reduced on a single rank. On one core, a step of 457 tokens
+  of a model of 1M (11M) parameters takes: plain torch 24.9 (284) ms, stage 0 25.6 (286), stage 1
+  29.6 (319), stage 2 30.0 (324), stage 3 38.3 (362). DeepSpeed's own way adds about 2 ms at stage 0
+  too; the other stages copy gradients.
+- At stage 0 in bf16 DeepSpeed applies zero gradients, so ds_config.py refuses it.
+- A step whose gradient is not finite is not applied, at any stage. Stages 1 to 3 check the norm
+  themselves and drop the step. A loss that is not finite makes this rank's gradient NaN. All ranks
+  share the norm, so checking the norm is enough.
 """
 
 from __future__ import annotations
@@ -28,10 +34,14 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
-import torch._dynamo  # torch's optimizers load it when the first one is made, which takes seconds: now, when no rank waits for another
+import torch._dynamo
 from torch import Tensor
 
-# DeepSpeed picks its accelerator while it is imported, and without a GPU complains before it settles for the CPU.
+# torch's optimizers load torch._dynamo when the first one is made, which takes seconds. The import
+# above does so now, when no rank waits for another.
+
+# DeepSpeed chooses its accelerator while it is imported. Without a GPU it would warn before it
+# chooses the CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
@@ -49,7 +59,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
-from pydantic import ValidationError  # DeepSpeed's own dependency, for what it refuses
+from pydantic import ValidationError  # a dependency of DeepSpeed, which raises it
 
 from fastbert.checkpoints.checkpoint import WEIGHT
 from fastbert.cluster.group import Group
@@ -62,36 +72,48 @@ from fastbert.training.graphs import GraphedModel
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.optimizer import build_optimizer, slots
 
-# For sums between processes of one machine DeepSpeed would compile a shared-memory operation (33 s), which training never calls.
+# For sums between processes of one machine DeepSpeed would compile a shared-memory operation, which
+# takes 33 s and which training never calls.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-# DeepSpeed talks on the terminal; from here on into whatever log fastbert has (the list is shared, so later handlers count too).
-logging.getLogger("fastbert").addHandler(
-    logging.NullHandler()
-)  # with no handler at all, Python would print warnings after all
+# DeepSpeed logs to the terminal. From here on it logs to fastbert's log. The two loggers share one
+# list of handlers, so handlers that are added later count too. With no handler at all, Python would
+# print warnings to the terminal.
+logging.getLogger("fastbert").addHandler(logging.NullHandler())
 deepspeed.utils.logger.handlers = logging.getLogger("fastbert").handlers
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step was, over all ranks: means in nats, shares of hits, counts."""
+    """The measurements of one optimizer step, over all ranks.
+
+    Attributes:
+        loss, loss_mlm: nats, means over the global batch.
+        loss_nsp: nats; None where the objective has no pairs.
+        accuracy_mlm, accuracy_nsp: fractions; the latter None where the objective has no pairs.
+        grad_norm: Euclidean norm before clipping.
+        tokens, masked, sequences: counts.
+    """
 
     loss: float
     loss_mlm: float
-    loss_nsp: float | None  # None where the objective has no pairs
+    loss_nsp: float | None
     accuracy_mlm: float
     accuracy_nsp: float | None
-    grad_norm: float  # before clipping
+    grad_norm: float
     tokens: int
     masked: int
     sequences: int
 
 
 class NotFinite(ArithmeticError):
-    """The loss or the gradient of a step is not finite; the step was not applied, and every rank has this exception.
+    """The loss or the gradient of a step is not finite.
+
+    The step was not applied, and every rank raises this.
 
     Attributes:
-        examples: indices within the epoch of those of this rank's examples whose own loss is not.
+        examples: indices within the epoch of those of this rank's examples whose own loss is not
+            finite.
     """
 
     def __init__(self, what: str, examples: list[int]):
@@ -100,16 +122,18 @@ class NotFinite(ArithmeticError):
 
 
 class Engine:
-    """A model, its optimizer and DeepSpeed around them, on this process's device. Every method is for all ranks at once.
+    """A model and its optimizer, run by DeepSpeed on this process's device.
+
+    All ranks must call every method together.
 
     Args:
         model: on the CPU, in fp32, the same on every rank.
         config: the recipe.
-        settings: of ds_config.json.
+        settings: the checked ds_config.json.
         precision: "fp32" or "bf16".
         group: the run's processes.
-        state: slots by name as `checkpoint.read_all` gives them, or None for a fresh start.
-        step: updates that `state` has behind it.
+        state: slots by name as `checkpoint.read_all` returns them, or None for a new run.
+        step: how many updates led to `state`.
     """
 
     def __init__(
@@ -128,23 +152,23 @@ class Engine:
         )
         self._clip, self._slots = config.optimizer.max_grad_norm, slots(config.optimizer)
         if state:
-            model.load_state_dict(
-                dict(state[WEIGHT])
-            )  # before initialize: stage 3 would not refresh its working copies until a step
+            # Before `initialize`, since stage 3 would not refresh its working copies until a step.
+            model.load_state_dict(dict(state[WEIGHT]))
         self.model = model.to(self.device)
         self._optimizer = build_optimizer(self.model, config.optimizer)
         self._parameters = dict(self.model.named_parameters())
         handed_over = {
-            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only multiplies with it; batches are made by data/batches.py
+            # DeepSpeed only multiplies by it. data/batches.py makes the batches.
+            "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.optimizer.max_grad_norm if self.stage else 0.0,
             "bf16": {"enabled": precision == "bf16"},
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # offloaded or not, the optimizer is torch's
+            # Offloaded or not, the optimizer is torch's.
+            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
-            "timers": {
-                "throughput": {"enabled": False}
-            },  # it would wait for the GPU at every micro-batch and after every step
+            # It would wait for the GPU at every micro-batch and after every step.
+            "timers": {"throughput": {"enabled": False}},
         }
         values = {
             **handed_over,
@@ -152,7 +176,8 @@ class Engine:
             "zero_optimization": {**settings.values["zero_optimization"], "stage": self.stage},
         }
         if self.stage == 3 and self.model.impl == "triton":
-            # There a layer reads the parameters of the modules inside it, whose own forward is never called: gather them with the layer.
+            # With Triton kernels a layer reads the parameters of the modules inside it, whose own
+            # forward is never called. So they are gathered with the layer.
             for layer in self.model.layers:
                 for parameter in cast(Layer, layer).fused_parameters():
                     deepspeed.zero.register_external_parameter(layer, parameter)
@@ -164,31 +189,40 @@ class Engine:
         if self.stage == 0 and group.world == 1:
             self._engine.enable_backward_allreduce = False
         if self.stage in (1, 2):
-            # In bf16 DeepSpeed looks for NaN and infinity in every gradient, by 13 operations for each, and then in their norm, which says the same.
+            # In bf16 DeepSpeed searches every gradient for NaN and infinity, with 13 operations
+            # each. It then checks their norm, which finds the same.
             cast(Any, self._engine.optimizer).check_overflow = lambda **_: None
-        self._norm: float | None = None  # of the gradient that the optimizer is about to apply
+        self._norm: float | None = None  # of the gradient that is about to be applied
         self._optimizer.register_step_pre_hook(self._read_norm)
         self._allocate_slots(step)
         if state:
             self._restore(state)
 
     def step(self, micro_batches: Sequence[PackedBatch], lr: float) -> StepResult:
-        """One optimizer step on this rank's part of a global batch, of which every rank has as many packs.
+        """Make one optimizer step.
+
+        Args:
+            micro_batches: this rank's part of a global batch; every rank has the same number.
+            lr: the learning rate.
+
+        Returns:
+            The step's losses and counts over all ranks.
 
         Raises:
-            NotFinite: the loss or the gradient of the global batch is not finite; nothing has changed.
+            NotFinite: the loss or the gradient of the global batch is not finite; nothing has
+                changed.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         means, hits = [], []
         self.model.train()
         for batch in micro_batches:
-            batch = (
-                batch if self._graphs else batch.to(self.device)
-            )  # a graph has a place of its own for it
+            # A captured graph copies the batch into its own buffer.
+            batch = batch if self._graphs else batch.to(self.device)
             self._engine.set_gradient_accumulation_boundary(len(means) == len(micro_batches) - 1)
             found = losses(self._engine(batch))
-            # DeepSpeed divides by the number of ranks. 0 x loss is 0, or NaN where the loss is not finite.
+            # The factor undoes DeepSpeed's division by the number of ranks. 0 x loss is 0, or NaN
+            # where the loss is not finite.
             self._engine.backward(
                 found.loss * (self.group.world + 0 * found.loss.detach()), scale_wrt_gas=False
             )
@@ -205,7 +239,8 @@ class Engine:
             torch.stack(hits).sum(0),
             counts.to(self.device),
         )
-        # Read before the update is queued: who applies a gradient has to wait for its norm anyway, but not for the update.
+        # Read before the update is queued. Applying a gradient has to wait for its norm anyway, but
+        # not for the update.
         mlm, nsp, token_correct, pair_correct, tokens, sequences = self.group.sum(
             torch.cat([part.double() for part in parts])
         ).tolist()
@@ -227,15 +262,18 @@ class Engine:
         )
 
     def _update(self) -> float:
-        """Apply the gradient if its norm is finite, else drop it; returns the norm before clipping."""
+        """Apply the gradient if its norm is finite, else drop it.
+
+        Returns:
+            The norm before clipping.
+        """
         if self.stage:
             self._norm = None
             self._engine.step()
-            return (
-                float(self._engine.get_global_grad_norm() or 0.0)
-                if self._norm is None
-                else self._norm
-            )  # None: it was dropped
+            # Where the step was dropped, the hook has not run.
+            if self._norm is None:
+                return float(self._engine.get_global_grad_norm() or 0.0)
+            return self._norm
         norm = float(
             torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._clip or math.inf)
         )
@@ -246,17 +284,26 @@ class Engine:
         return norm
 
     def _read_norm(self, *_: object) -> None:
-        """Called by torch before the optimizer takes a step. Later, it would be waited for until the step is done."""
+        """Read the norm; torch calls this before the optimizer takes a step.
+
+        A later read would wait until the step is done.
+        """
         if self.stage and self._norm is None:
             self._norm = float(cast(Any, self._engine.optimizer)._global_grad_norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch], mask_id: int) -> HeldOut:
-        """Losses of the held-out batches without dropout, shared out over the ranks."""
+        """Compute the held-out losses without dropout, with the batches divided over the ranks.
+
+        Args:
+            batches: all held-out batches, the same on every rank.
+            mask_id: the id of [MASK].
+        """
         self.model.eval()
         sums = torch.zeros(9, dtype=torch.float64, device=self.device)
         for start in range(0, len(batches), self.group.world):
-            # Stage 3 gathers weights in every forward, so all ranks run as many; one too many counts for nothing.
+            # Stage 3 gathers weights in every forward pass, so all ranks run the same number. A
+            # rank that has no batch left runs the last one, with weight 0.
             mine = start + self.group.rank
             batch = batches[min(mine, len(batches) - 1)].to(self.device)
             sums += heldout_sums(losses(self._engine(batch)), batch, mask_id) * (
@@ -265,20 +312,25 @@ class Engine:
         return heldout_means(self.group.sum(sums))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """("weight/NAME", fp32), ("exp_avg/NAME", fp32), ...: every rank must take all of them, since stages 1 to 3 gather."""
+        """Yield ("weight/NAME", fp32 tensor), ("exp_avg/NAME", fp32 tensor), ...
+
+        Every rank must iterate over all of them, since stages 1 to 3 gather.
+        """
         self._link_slots()
         for name, parameter in self._parameters.items():
             for slot in (WEIGHT, *self._slots):
                 yield f"{slot}/{name}", self._get(parameter, slot)
 
     def close(self) -> None:
-        """Let go of everything. A gloo process can abort at its exit if DeepSpeed's hooks outlive the group: so this comes first."""
+        """Release everything, before the process group is closed.
+
+        A gloo process can abort at its exit if DeepSpeed's hooks outlive the group.
+        """
         self._engine.destroy()
         del self._engine, self._optimizer, self._parameters, self.model
         gc.collect()
-        deepspeed.utils.groups._release_process_group_references(
-            group=None
-        )  # it keeps groups of its own for the next engine
+        # DeepSpeed would keep its process groups for the next engine.
+        deepspeed.utils.groups._release_process_group_references(group=None)
 
     def __enter__(self) -> Engine:
         return self
@@ -293,31 +345,40 @@ class Engine:
 
     @torch.no_grad()
     def _bad_examples(self, micro_batches: Sequence[PackedBatch]) -> list[int]:
-        """Indices, within the epoch, of this rank's examples whose loss is not finite; dropout is the same again, by the batch's keys."""
+        """Indices, within the epoch, of this rank's examples whose loss is not finite.
+
+        Dropout is the same as in the step, since the batch holds its seeds.
+        """
         found: list[int] = []
         for batch in micro_batches:
             batch = batch.to(self.device)
             result = losses(self._engine(batch))
             bad = ~result.pair_losses.isfinite()
             masked = batch.masked_positions[~result.token_losses.isfinite()]
-            bad[
-                torch.searchsorted(batch.cu_seqlens, masked.to(batch.cu_seqlens.dtype), right=True)
-                - 1
-            ] = True
+            sequences = torch.searchsorted(
+                batch.cu_seqlens, masked.to(batch.cu_seqlens.dtype), right=True
+            )
+            bad[sequences - 1] = True
             found += batch.examples[bad].tolist()
         return found
 
-    # What follows knows how each ZeRO stage holds weights and optimizer slots.
+    # The methods below know how each ZeRO stage holds weights and optimizer slots.
 
     def _flat_tensors(self) -> list[Tensor]:
-        """The tensors that the optimizer updates in stages 1 to 3: all parameters of a group, or this rank's share, end to end."""
+        """The tensors that the optimizer updates in stages 1 to 3.
+
+        Each is all parameters of a group, or this rank's share of them, concatenated.
+        """
         if self.stage == 3:
             zero: Any = self._engine.optimizer
             return list(zero.fp32_partitioned_groups_flat)
         return [group["params"][0] for group in self._optimizer.param_groups]
 
     def _link_slots(self) -> None:
-        """Stages 1 and 2 find a parameter's slots by a link that DeepSpeed makes after the first group's step, for that group alone."""
+        """Let DeepSpeed find every parameter's slots in stages 1 and 2.
+
+        DeepSpeed makes this link after the first group's step, for that group alone.
+        """
         if self.stage in (1, 2):
             for parameter in self._parameters.values():
                 link: Any = getattr(parameter, "_hp_mapping", None)
@@ -326,7 +387,10 @@ class Engine:
                     link.set_optim_state_fragment(flat, self._optimizer.state[flat])
 
     def _allocate_slots(self, step: int) -> None:
-        """Zeros, as torch's optimizers would make them at their first step: a run may have to be saved before it has made one."""
+        """Allocate zero slots, as torch's optimizers do at their first step.
+
+        A run may have to be saved before its first step.
+        """
         updated = self._flat_tensors() if self.stage else list(self._parameters.values())
         for tensor in updated:
             self._optimizer.state[tensor] = {slot: torch.zeros_like(tensor) for slot in self._slots}
@@ -337,13 +401,17 @@ class Engine:
 
     @torch.no_grad()
     def _restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Put fp32 weights and slots where the stage keeps them; the working copies already have the weights, rounded the same way."""
+        """Put fp32 weights and slots where the stage keeps them.
+
+        The low-precision working copies already have the weights, rounded the same way.
+        """
         self._link_slots()
         for name, parameter in self._parameters.items():
             for slot in (WEIGHT, *self._slots):
                 self._put(parameter, slot, state[slot][name].to(self.device))
 
     def _get(self, parameter: Tensor, slot: str) -> Tensor:
+        """Gather a weight or slot as a full fp32 tensor."""
         if self.stage == 0:
             return parameter.detach() if slot == WEIGHT else self._optimizer.state[parameter][slot]
         found = (
@@ -355,24 +423,27 @@ class Engine:
         return found
 
     def _put(self, parameter: Tensor, slot: str, value: Tensor) -> None:
+        """Write a full fp32 tensor to where the stage keeps the weight or slot."""
         if self.stage == 0:
             (parameter if slot == WEIGHT else self._optimizer.state[parameter][slot]).copy_(value)
+        elif self.stage < 3 and slot == WEIGHT:
+            safe_set_full_fp32_param(parameter, value)
         elif self.stage < 3:
-            safe_set_full_fp32_param(
-                parameter, value
-            ) if slot == WEIGHT else safe_set_full_optimizer_state(parameter, value, slot)
+            safe_set_full_optimizer_state(parameter, value, slot)
         else:
-            # This rank's slice of the padded flat tensor; the setters of full tensors fail where the size is no multiple of the world.
+            # This rank's slice of the padded flat tensor. The setters of full tensors fail where
+            # the size is not a multiple of the world size.
             size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
             flat = torch.zeros(size * self.group.world, device=self.device)
             flat[: value.numel()] = value.flatten()
             mine = flat[size * self.group.rank : size * (self.group.rank + 1)]
-            safe_set_local_fp32_param(
-                parameter, mine
-            ) if slot == WEIGHT else safe_set_local_optimizer_state(parameter, mine, slot)
+            if slot == WEIGHT:
+                safe_set_local_fp32_param(parameter, mine)
+            else:
+                safe_set_local_optimizer_state(parameter, mine, slot)
 
 
-# DeepSpeed's own checks, by section.
+# The classes by which DeepSpeed checks its own settings, by section.
 MODELS: dict[str, type[DeepSpeedConfigModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
     "comms_logger": CommsLoggerConfig,
@@ -382,7 +453,11 @@ MODELS: dict[str, type[DeepSpeedConfigModel]] = {
 
 
 def check_settings(settings: DeepSpeedSettings) -> None:
-    """Let DeepSpeed look at its own part of ds_config.json before anything is written; raises InputError with its first objection."""
+    """Let DeepSpeed check its own part of ds_config.json before anything is written.
+
+    Raises:
+        InputError: with DeepSpeed's first objection.
+    """
     try:
         DeepSpeedConfig({**settings.values, "train_micro_batch_size_per_gpu": 1})
     except ValidationError as error:
@@ -396,20 +471,18 @@ def check_settings(settings: DeepSpeedSettings) -> None:
             near = difflib.get_close_matches(inside[-1], _keys(model, inside[:-1]), n=3, cutoff=0.6)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(f"{settings.path}: unknown key '{place}'{hint}") from None
-        value = (
-            f" = {first['input']!r}" if inside else ""
-        )  # without a key it is of the whole section
+        # An error without a key concerns the whole section.
+        value = f" = {first['input']!r}" if inside else ""
         raise InputError(
             f"{settings.path}: {place}{value}: {first['msg']}, says DeepSpeed"
         ) from None
-    except Exception as error:  # its checks raise all kinds, AssertionError among them
-        raise InputError(
-            f"{settings.path}: DeepSpeed refuses it: {next(iter(str(error).splitlines()), type(error).__name__)}"
-        ) from None
+    except Exception as error:  # DeepSpeed raises many kinds, AssertionError among them
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{settings.path}: DeepSpeed refuses it: {reason}") from None
 
 
 def _keys(model: Any, inside: list[str]) -> list[str]:
-    """What a section, or one inside it, may hold."""
+    """The keys that a section may hold, or a section inside it."""
     for key in inside:
         kinds = model.model_fields[key].annotation
         model = next(

@@ -1,30 +1,30 @@
-"""A micro-batch's two passes, captured once per shape as CUDA graphs and replayed.
+"""Captures the two passes of a micro-batch as CUDA graphs, once per shape, and replays them.
 
 It has never run on a GPU.
 
 A graph is launched as one operation, so the CPU's work for a micro-batch no longer grows with the
-number of kernels. Python does not run in a replay, and every address stays what it was at the
-capture. This shapes the design:
+number of kernels. No Python runs in a replay, and every address is the same as at the capture. This
+determines the design:
 
-- Inputs lie in buffers that are allocated once per shape. A replay copies the next pack into them.
+- Inputs are in buffers that are allocated once per shape. A replay copies the next pack into them.
   Packs are padded, so that there are few shapes (data/padding.py). Dropout masks are functions of
-  the keys in the pack, so each replay draws new ones.
-- The totals that the losses are divided by change from step to step and are numbers of Python. So
-  the captured losses are sums, and they are divided outside of the graph, by the same operation as
-  without graphs.
+  the seeds in the pack, so each replay draws new masks.
+- The totals that the losses are divided by are Python numbers and change from step to step. So the
+  captured losses are sums. They are divided outside of the graph, by the same operation as without
+  graphs.
 - The backward graph is captured with `torch.autograd.grad`, which accumulates nothing and runs no
-  hook of a parameter. `_Replay` hands copies of its results to autograd, so gradients add up in
-  `.grad` and DeepSpeed's hooks at ZeRO stages 1 and 2 run as always.
-- All graphs share one memory pool: activations of one shape may lie where those of another do. This
-  is sound since a backward replay follows its forward replay before anything else is replayed, and
-  since results are copied before the next replay.
+  hook of a parameter. `_Replay` returns copies of its results to autograd, so gradients add up in
+  `.grad`, and DeepSpeed's hooks at ZeRO stages 1 and 2 run as usual.
+- All graphs share one memory pool, so activations of one shape may use the memory of another. This
+  is valid for two reasons: a backward replay follows its forward replay before any other replay,
+  and results are copied before the next replay.
 
-ZeRO stage 3 gathers weights by hooks of modules, in memory that it frees again: a replay would
-neither gather nor find them.
+ZeRO stage 3 gathers weights by hooks of modules, into memory that it frees again. A replay would
+neither gather the weights nor find them.
 
-Source: PyTorch, "CUDA semantics", section "CUDA Graphs", and `torch.cuda.make_graphed_callables`,
-which works the same way but takes no dataclass and hands out gradients that the next replay
-overwrites.
+Source: PyTorch, "CUDA semantics", section "CUDA Graphs", and `torch.cuda.make_graphed_callables`.
+The latter works the same way, but it takes no dataclass, and the next replay overwrites the
+gradients that it returns.
 """
 
 from __future__ import annotations
@@ -40,48 +40,59 @@ from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 
-# Passes before a capture, as in PyTorch's documentation: kernels are compiled and workspaces allocated.
+# Passes before a capture, which compile kernels and allocate workspaces. The number is that of
+# PyTorch's documentation.
 WARM_UP = 3
 
 
 def check_cuda_graphs(recipe: str, device: str, impl: str, stage: int) -> None:
-    """Raise InputError where a step cannot be captured.
+    """Check that a step can be captured.
 
     Args:
         recipe: its path, for messages.
         device: "cpu" or "cuda", where the model will run.
-        impl: what runtime.kernels means on it.
-        stage: of ZeRO.
+        impl: what runtime.kernels means there.
+        stage: the ZeRO stage.
+
+    Raises:
+        InputError: it cannot.
     """
     key = f"{recipe}: runtime.cuda_graphs = true"
     if device != "cuda":
         raise InputError(f"{key} needs a GPU, and this run is on {device}; set it to false")
     if impl != "triton":
         raise InputError(
-            f'{key} needs the Triton kernels, and runtime.kernels means "{impl}"; set it to "triton", or runtime.cuda_graphs to false'
+            f'{key} needs the Triton kernels, and runtime.kernels means "{impl}"; '
+            'set it to "triton", or runtime.cuda_graphs to false'
         )
     if stage == 3:
         raise InputError(
-            f"{key} does not go with zero_optimization.stage = 3, whose weights move; use stage 0, 1 or 2, or set runtime.cuda_graphs to false"
+            f"{key} does not go with zero_optimization.stage = 3, whose weights move; "
+            "use stage 0, 1 or 2, or set runtime.cuda_graphs to false"
         )
 
 
 class Recorder(Protocol):
-    """Turns a function into something that can be replayed: CUDA graphs, or a stand-in for tests."""
+    """Records a function and replays it: CUDA graphs, or a stand-in for tests."""
 
     def warm_up(self, function: Callable[[], Any]) -> None:
-        """Call the function until it compiles and allocates nothing that a later call does not."""
+        """Call the function until a further call compiles and allocates nothing new."""
         ...
 
     def record(
         self, function: Callable[[], Sequence[Tensor]]
     ) -> tuple[Sequence[Tensor], Callable[[], None]]:
-        """The tensors that the function returns, and what makes their values anew, in place."""
+        """Run the function once, recording it.
+
+        Returns:
+            The tensors that the function returned, and a call that computes their values again, in
+            place.
+        """
         ...
 
 
 class CudaGraphs:
-    """The recorder of a GPU."""
+    """Records functions as CUDA graphs on the current GPU."""
 
     def __init__(self) -> None:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -97,7 +108,7 @@ class CudaGraphs:
         self, function: Callable[[], Sequence[Tensor]]
     ) -> tuple[Sequence[Tensor], Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": other threads pin batches, write checkpoints and watch NCCL meanwhile.
+        # "thread_local", since other threads pin batches, write checkpoints and monitor NCCL.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
@@ -106,22 +117,29 @@ class CudaGraphs:
 
 
 class GraphedModel(nn.Module):
-    """The model, whose passes are replayed in training; evaluation calls the model itself.
+    """A model whose two training passes are replayed; evaluation calls the model itself.
 
     Args:
-        model: in training, on the device.
+        model: in training mode, on the device.
         recorder: by default CUDA graphs.
+
+    Attributes:
+        captured: the passes that have been captured, by the shape of their packs.
+        replays: how many forward passes have been replayed.
     """
 
     def __init__(self, model: BertForPreTraining, recorder: Recorder | None = None):
         super().__init__()
         self.model = model
-        self.captured: dict[tuple[int, ...], Captured] = {}  # by shape
-        self.replays = 0  # of a forward pass
+        self.captured: dict[tuple[int, ...], Captured] = {}
+        self.replays = 0
         self._recorder = recorder or CudaGraphs()
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """As `BertForPreTraining.forward`; in training the batch may be on the CPU, best `pinned`."""
+        """Do what `BertForPreTraining.forward` does.
+
+        In training the batch may be on the CPU, preferably in pinned memory.
+        """
         if not torch.is_grad_enabled():
             return self.model(batch)
         shape = (len(batch.input_ids), len(batch.examples), len(batch.labels), batch.max_seqlen)
@@ -136,16 +154,21 @@ class GraphedModel(nn.Module):
 class Captured:
     """Both passes of the model for packs of one shape.
 
+    Args:
+        model: on the device.
+        batch: a pack of that shape, used for the capture.
+        recorder: captures the passes.
+
     Attributes:
-        inputs: the pack that a replay reads.
-        parameters: of the model, in the order of the gradients.
+        inputs: the buffer that a replay reads its pack from.
+        parameters: the model's parameters, in the order of the gradients.
     """
 
     def __init__(self, model: BertForPreTraining, batch: PackedBatch, recorder: Recorder):
         self.parameters = tuple(model.parameters())
         self._model, device = model, self.parameters[0].device
         self._places = self._parameter_places()
-        # Losses as sums: the totals of this step are not those of the next one.
+        # With totals of 1 the losses are sums, since the next step's totals are others.
         self.inputs = replace(batch.buffer(device=device), masked_total=1, pairs_total=1)
         self.inputs.take_over(batch)
         self._upstream = tuple(torch.ones((), device=device) for _ in range(2))
@@ -156,10 +179,10 @@ class Captured:
             self._backward()
 
         recorder.warm_up(both)
-        self._losses = ()  # nothing of the warm-up is freed during the capture
+        self._losses = ()  # so that nothing of the warm-up is freed during the capture
         self._outputs, self._replay_forward = recorder.record(self._forward)
         self._gradients, self._replay_backward = recorder.record(self._backward)
-        self._losses = ()  # their graph of autograd is of no further use
+        self._losses = ()  # their autograd graph is not needed any more
 
     def _forward(self) -> list[Tensor]:
         mlm, nsp, *rest = self._model(self.inputs)
@@ -173,22 +196,28 @@ class Captured:
         return [parameter.data_ptr() for parameter in self.parameters]
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """What the model gives for the batch, with sums in place of means."""
+        """Return the model's outputs for the batch, with sums in place of mean losses."""
         assert self._parameter_places() == self._places, "a parameter has moved since the capture"
         self.inputs.take_over(batch)
         self._replay_forward()
         return tuple(x.clone() for x in self._outputs)
 
     def backward(self, *upstream: Tensor) -> Sequence[Tensor]:
-        """Gradients of the parameters for the last batch, from those of the two sums."""
+        """Return the parameters' gradients for the last batch.
+
+        Args:
+            upstream: the gradients of the two loss sums, scalars.
+        """
         for to, source in zip(self._upstream, upstream, strict=True):
             to.copy_(source)
         self._replay_backward()
-        # Copies, by a few launches for all parameters.
+        # Multiplying by 1 copies all gradients in a few launches.
         return torch._foreach_mul(list(self._gradients), 1.0)
 
 
 class _Replay(torch.autograd.Function):
+    """Connects the two replays to autograd."""
+
     @staticmethod
     def forward(
         ctx, graphed: GraphedModel, captured: Captured, batch: PackedBatch, *parameters: Tensor

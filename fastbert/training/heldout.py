@@ -1,6 +1,7 @@
 """The held-out loss, as sums that add up over batches and ranks.
 
-The positions that show [MASK] are counted apart: a token that was left in place can be copied, which hides that nothing was learned.
+The positions that show [MASK] are counted separately. A token that was left unchanged can be
+copied, which hides that nothing was learned.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ from fastbert.models.bert import Losses
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Means over all masked tokens and pairs: losses in nats, accuracies as shares; None for what there is nothing of."""
+    """Means over all masked tokens and pairs; None where there is nothing to average.
 
-    loss: float  # MLM + NSP
+    Attributes:
+        loss: nats, loss_mlm + loss_nsp.
+        loss_mlm, accuracy_mlm: over all masked tokens, in nats and as a fraction.
+        loss_mask_token, accuracy_mask_token: over the positions that show [MASK].
+        loss_nsp, accuracy_nsp: over the pairs.
+    """
+
+    loss: float
     loss_mlm: float
     accuracy_mlm: float
-    loss_mask_token: float | None  # on the positions that show [MASK]
+    loss_mask_token: float | None
     accuracy_mask_token: float | None
     loss_nsp: float | None
     accuracy_nsp: float | None
@@ -33,29 +41,47 @@ class HeldOut:
 
 
 def heldout_sums(losses: Losses, batch: PackedBatch, mask_id: int) -> Tensor:
-    """float64 [9] of one batch: loss, hits and count of all masked tokens, of those that show [MASK], and of the pairs."""
+    """Sum one batch's losses, correct predictions and counts.
+
+    Args:
+        losses: of the batch, by token and by pair.
+        batch: the pack.
+        mask_id: the id of [MASK].
+
+    Returns:
+        float64 [9]: loss, correct and count of all masked tokens, then the same of the positions
+        that show [MASK], then of the pairs.
+    """
     shown = batch.input_ids[batch.masked_positions] == mask_id
     paired = batch.next_sentence_labels >= 0
     parts = []
-    for values, hits, counted in (
+    for values, correct, counted in (
         (losses.token_losses, losses.token_correct, torch.ones_like(shown)),
         (losses.token_losses, losses.token_correct, shown),
         (losses.pair_losses, losses.pair_correct, paired),
     ):
-        # Not `values[counted]`, whose size the host would wait for.
+        # Not `values[counted]`: the host would have to wait for its size.
         parts += [
             torch.where(counted, values.double(), 0.0).sum(),
-            (hits & counted).sum().double(),
+            (correct & counted).sum().double(),
             counted.sum().double(),
         ]
     return torch.stack(parts)
 
 
 def heldout_means(sums: Tensor) -> HeldOut:
-    """From the sums over everything."""
+    """Turn the sums over all batches and ranks, float64 [9], into means."""
     rows = sums.view(3, 3).tolist()
-    (mlm, mlm_hits), (shown, shown_hits), (nsp, nsp_hits) = [
-        (loss / n, hits / n) if n else (None, None) for loss, hits, n in rows
+    (mlm, mlm_accuracy), (shown, shown_accuracy), (nsp, nsp_accuracy) = [
+        (loss / n, correct / n) if n else (None, None) for loss, correct, n in rows
     ]
-    assert mlm is not None and mlm_hits is not None, "a held-out set without a masked token"
-    return HeldOut(mlm + (nsp or 0.0), mlm, mlm_hits, shown, shown_hits, nsp, nsp_hits)
+    assert mlm is not None and mlm_accuracy is not None, "a held-out set without a masked token"
+    return HeldOut(
+        loss=mlm + (nsp or 0.0),
+        loss_mlm=mlm,
+        accuracy_mlm=mlm_accuracy,
+        loss_mask_token=shown,
+        accuracy_mask_token=shown_accuracy,
+        loss_nsp=nsp,
+        accuracy_nsp=nsp_accuracy,
+    )

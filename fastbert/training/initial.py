@@ -1,4 +1,8 @@
-"""A model that a run starts from (`init = "folder"`): its sizes become the recipe's, its weights the first ones, and its tokens must be the dataset's."""
+"""The model that a run starts from (`init = "folder"`).
+
+The recipe takes its sizes, the first weights are its weights, and its vocabulary must be the
+dataset's.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 
-# What a model is; everything else of [model] is how it is trained, and the recipe's own.
+# The keys of [model] that define a model. The others say how it is trained, and stay the recipe's.
 SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -26,35 +30,43 @@ PER_TOKEN = ("embeddings.word", "mlm_head.vocabulary_bias")  # weights with a ro
 
 
 def open_initial(path: str) -> ModelParts:
-    """The model at `path`: any folder that `fastbert.load` opens, with a tied decoder.
+    """Open the model at `path`: any folder that `fastbert.load` opens, with a tied decoder.
 
     Raises:
-        InputError: it cannot be opened, or its decoder is a matrix of its own.
+        InputError: it cannot be opened, or its decoder is not tied.
     """
     parts = open_model(Path(path))
     if DECODER in parts.weights:
         raise InputError(
-            f"{parts.path}: its decoder is not tied to the word embeddings; only a model with a tied one can be trained further"
+            f"{parts.path}: its decoder is not tied to the word embeddings; "
+            "only a model with a tied one can be trained further"
         )
     return parts
 
 
 def with_sizes(config: RunConfig, found: ModelConfig, recipe: str) -> RunConfig:
-    """The recipe with the sizes of the model that it starts from.
+    """Return the recipe with the sizes of the model that it starts from.
+
+    Args:
+        config: the recipe.
+        found: the model's sizes.
+        recipe: the recipe's path, for messages.
 
     Raises:
-        InputError: the recipe asks for another size itself, or for a start that there is no room for.
+        InputError: the recipe itself sets another size, or an initialization that `init` replaces.
     """
     defaults = {item.name: item.default for item in fields(ModelConfig)}
     for name in SIZES:
         mine, theirs = getattr(config.model, name), getattr(found, name)
         if mine not in (theirs, defaults[name]):
             raise InputError(
-                f"{recipe}: model.{name} = {mine}, but init = {config.init!r} has {theirs}; leave it out, or leave init out"
+                f"{recipe}: model.{name} = {mine}, but init = {config.init!r} has {theirs}; "
+                "leave it out, or leave init out"
             )
     if config.model.initial_attention != defaults["initial_attention"]:
         raise InputError(
-            f'{recipe}: model.initial_attention = "{config.model.initial_attention}" and init = {config.init!r}: choose one'
+            f'{recipe}: model.initial_attention = "{config.model.initial_attention}" '
+            f"and init = {config.init!r}: choose one"
         )
     resolved = replace(
         config, model=replace(config.model, **{name: getattr(found, name) for name in SIZES})
@@ -66,18 +78,26 @@ def with_sizes(config: RunConfig, found: ModelConfig, recipe: str) -> RunConfig:
 def put(
     source: str, initial: ModelParts, model: BertForPreTraining, dataset: TokenDataset, recipe: str
 ) -> None:
-    """Copy the weights into a new model; a head that is missing keeps its random start.
+    """Copy the weights into a new model; a missing head keeps its random weights.
+
+    Args:
+        source: the recipe's init, for messages.
+        initial: the opened model.
+        model: the new model, which is changed.
+        dataset: the run's dataset.
+        recipe: the recipe's path, for messages.
 
     Raises:
-        InputError: the dataset was made with other tokens.
+        InputError: the dataset has another vocabulary.
     """
     theirs = load_tokenizer(dataset.tokenizer_dir)
     if not same_tokens(theirs, initial.tokenizer):
         raise InputError(
-            f"{recipe}: init = {source!r} has {initial.tokenizer.get_vocab_size():,} tokens that are not those of {dataset.path} "
-            f"({theirs.get_vocab_size():,}); prepare the text with --tokenizer {source}"
+            f"{recipe}: init = {source!r} has {initial.tokenizer.get_vocab_size():,} tokens "
+            f"that are not those of {dataset.path} ({theirs.get_vocab_size():,}); "
+            f"prepare the text with --tokenizer {source}"
         )
-    # Some models pad their tables: rows past the last token stand for nothing.
+    # Some models pad their embedding tables. Rows past the last token are dropped.
     weights = {
         name: tensor[: dataset.vocab_size] if name in PER_TOKEN else tensor
         for name, tensor in initial.weights.items()

@@ -1,4 +1,4 @@
-"""`pretrain`: a recipe and a dataset become a run."""
+"""`pretrain` runs a recipe: it sets up, trains until the run ends, and reports failures."""
 
 from __future__ import annotations
 
@@ -31,19 +31,23 @@ class Ended(Exception):
 def pretrain(
     config: RunConfig, recipe: str, resume: bool, stop_request: StopRequest | None = None
 ) -> int:
-    """Train as the recipe says, from the beginning or from the newest valid checkpoint of its run. Every rank calls it.
+    """Train as the recipe says, from the beginning or from the newest valid checkpoint of its run.
+
+    Every rank calls it.
 
     Args:
         config: the resolved recipe.
         recipe: its path, for messages.
         resume: resume the run that is in the folder.
-        stop_request: one that is listening to signals already; by default a new one.
+        stop_request: one that already receives signals; by default a new one.
 
     Returns:
-        0 when a stop condition was reached, 1 when the run failed, 75 when it was interrupted and a checkpoint saved.
+        0 when a stop condition was reached, 1 when the run failed, 75 when it was interrupted and a
+        checkpoint was saved.
 
     Raises:
-        InputError: the recipe, the dataset, ds_config.json or the run folder is wrong; nothing has been written then.
+        InputError: the recipe, the dataset, ds_config.json or the run folder is wrong; nothing has
+            been written.
     """
     timeout_s = config.runtime.timeout_s
     with stop_request or StopRequest() as stop_request:
@@ -68,7 +72,11 @@ def pretrain(
 
 
 def train(run: Run) -> int:
-    """Steps, evaluations and checkpoints until a stop condition, a signal or diverged weights end the run; returns the exit code."""
+    """Step, evaluate and save until a stop condition, a signal or diverged weights end the run.
+
+    Returns:
+        The exit code.
+    """
     every = run.setup.config.evaluate.every
     reason = run.criteria.reached(run.state)
     while reason is None and not (run.stop or run.diverged):
@@ -85,12 +93,18 @@ def train(run: Run) -> int:
 def _open_and_train(
     setup: Setup, group: Group, watchdog: Watchdog, stop_request: StopRequest
 ) -> int:
-    """Take the run folder, build what trains, and train. A failure of the disk or of memory becomes one line."""
+    """Take the run folder, build the engine, and train.
+
+    Raises:
+        Ended: the disk or the memory failed, or another start took over the run; the message is one
+            line, which the other ranks get too.
+    """
     try:
         return _open_run(setup, group, watchdog, stop_request)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        line = f"the run failed: {where}{error.strerror or error}; fix this, then {how_to_resume(setup)}"
+        reason = f"{where}{error.strerror or error}"
+        line = f"run failed: {reason}; fix this, then {how_to_resume(setup)}"
         watchdog.report_exit(line)
         raise Ended(line) from error
     except LostOwnership as error:
@@ -100,7 +114,8 @@ def _open_and_train(
         if (lacking := shortage(error)) is None:
             raise
         tokens = setup.config.batch.micro_batch_tokens
-        line = f"{lacking}; lower batch.micro_batch_tokens (now {tokens:,}), then {how_to_resume(setup)}"
+        lower = f"lower batch.micro_batch_tokens (now {tokens:,})"
+        line = f"{lacking}; {lower}, then {how_to_resume(setup)}"
         watchdog.report_exit(line)
         raise Ended(f"{group.name(group.rank)}: {line}" if group.world > 1 else line) from error
 
@@ -136,14 +151,15 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
 
 
 def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor) -> None:
-    """Say once what was resolved, and where the run begins."""
+    """Report what was resolved, and where the run begins."""
     for note in setup.start.notes:
         monitor.say(note)
     parameters = sum(p.numel() for p in setup.model.parameters())
     ranks = f"{group.world} ranks, " if group.world > 1 else ""
     monitor.say(
-        f"{setup.start.run}: {parameters:,} parameters, {setup.batches.examples_per_epoch:,} examples an epoch, "
-        f"on {ranks}{group.device}, {setup.precision} ({setup.precision_why}), kernels {setup.model.impl}, "
+        f"{setup.start.run}: {parameters:,} parameters, "
+        f"{setup.batches.examples_per_epoch:,} examples an epoch, on {ranks}{group.device}, "
+        f"{setup.precision} ({setup.precision_why}), kernels {setup.model.impl}, "
         f"ZeRO stage {engine.stage}, {torch.get_num_threads()} threads"
     )
     if (found := setup.start.checkpoint) is not None:
@@ -152,8 +168,8 @@ def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor) -> 
 
 
 def _peak(setup: Setup, group: Group) -> float | None:
-    """FLOP/s of all ranks, by a measurement on rank 0."""
+    """FLOP/s of all ranks together, extrapolated from rank 0; None on the other ranks."""
+    if not group.is_main:
+        return None
     dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
-    return (
-        measure_gemm_rate(dtype, device=str(group.device)) * group.world if group.is_main else None
-    )
+    return measure_gemm_rate(dtype, device=str(group.device)) * group.world

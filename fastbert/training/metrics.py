@@ -1,8 +1,9 @@
-"""metrics.jsonl: one JSON object a line, an optimizer step or an event; it is only ever appended to.
+"""metrics.jsonl has one JSON object a line, for an optimizer step or an event.
 
-A step has exactly the keys STEP_KEYS; what counts is that step's own. An event has "event" instead of a loss. Floats round-trip; NaN and
-infinity, which JSON does not have, are null. After a resume the file goes on; steps that the run had made after its checkpoint appear once
-more, with the same values.
+Lines are only appended. A step has exactly the keys STEP_KEYS, and its counts are of that step
+alone. An event has the key "event" instead of a loss. Floats round-trip. NaN and infinity, which
+JSON does not have, are null. A resumed run appends to the file. Steps that the run had made after
+its checkpoint then appear twice, with the same values.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from fastbert import strict_json
 
 STEP_KEYS = (
-    "step",  # optimizer steps done, this one counted
+    "step",  # optimizer steps done, including this one
     "loss",  # nats: loss_mlm + loss_nsp, means over the whole global batch
     "loss_mlm",
     "loss_nsp",  # null where the objective has no pairs, like accuracy_nsp
@@ -25,10 +26,10 @@ STEP_KEYS = (
     "accuracy_nsp",
     "lr",
     "grad_norm",  # before clipping
-    "tokens",  # real tokens of the step, [CLS] and [SEP] counted
+    "tokens",  # real tokens of the step, including [CLS] and [SEP]
     "masked",
     "sequences",
-    "seconds",  # that the step took, waiting for its data and computing it
+    "seconds",  # duration of the step, including the wait for its data
     "tokens_per_s",
 )
 
@@ -37,8 +38,12 @@ class MetricsFile:
     """Appends lines; each is in the file when `write` returns.
 
     Args:
-        path: of metrics.jsonl.
-        fresh: start anew; otherwise go on, dropping a last line that a dying process did not finish.
+        path: the path of metrics.jsonl.
+        fresh: start a new file. Otherwise append, after dropping a last line that a process did not
+            finish before it died.
+
+    Raises:
+        OSError: from any method, when the disk refuses.
     """
 
     def __init__(self, path: Path, fresh: bool):
@@ -47,14 +52,13 @@ class MetricsFile:
         else:
             with contextlib.suppress(FileNotFoundError):
                 _drop_torn_line(path)
-        self._file = open(
-            path, "ab", buffering=0
-        )  # unbuffered: one write is one line, and a full disk shows at once
+        # Unbuffered, so that one write is one line, and a full disk is noticed at once.
+        self._file = open(path, "ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
         line = (strict_json.dumps(record) + "\n").encode()
         written = self._file.write(line)
-        if written != len(line):  # the disk took a part; the rest will say why not
+        if written != len(line):  # the disk is full; writing the rest raises the error
             self._file.write(line[written:])
 
     def close(self) -> None:
@@ -62,12 +66,14 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, bad: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """Every object of a metrics.jsonl, in the order of the file; nothing where there is no file.
+    """Yield every object of a metrics.jsonl, in the order of the file; nothing where it is missing.
 
-    Lines that are no object with a step are passed over: on a network disk that two processes have written to, a line may be torn.
+    Lines that are not an object with a step are skipped. On a network disk that two processes have
+    written to, a line may be torn.
 
     Args:
-        bad: gets the numbers of those lines, from 1.
+        path: the path of metrics.jsonl.
+        bad: receives the numbers of those lines, from 1.
 
     Raises:
         OSError: the file cannot be read, or is a link to nothing.
@@ -81,7 +87,7 @@ def read_metrics(path: Path, bad: list[int] | None = None) -> Iterator[dict[str,
     with file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
-                break  # a process died in the middle of it, or is just writing it
+                break  # a process died while it wrote this line, or is writing it now
             try:
                 record = json.loads(line.decode())
             except (ValueError, RecursionError):

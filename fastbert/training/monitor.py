@@ -1,4 +1,7 @@
-"""What a user sees of a run: the terminal, log.txt, metrics.jsonl, TensorBoard and loss.png. Only rank 0 has one that is_main."""
+"""What a user sees of a run: the terminal, log.txt, metrics.jsonl, TensorBoard and loss.png.
+
+Only rank 0 writes and prints.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +32,17 @@ from fastbert.training.metrics import STEP_KEYS, MetricsFile, read_metrics
 from fastbert.training.picture import LossHistory
 from fastbert.training.train_state import StopCriteria, TrainState
 
-LINE_EVERY_S = 5.0  # without a terminal
-BAR_EVERY_S = 0.5
-PICTURE_EVERY_S = 60.0  # it takes half a second
-TENSORBOARD_EVERY = 10  # steps: a scalar costs 0.05 ms
+LINE_EVERY_S = 5.0  # between two lines where there is no terminal
+BAR_EVERY_S = 0.5  # between two updates of the progress bar
+PICTURE_EVERY_S = 60.0  # drawing loss.png takes half a second
+TENSORBOARD_EVERY = 10  # steps, since a scalar costs 0.05 ms
 
 log = logging.getLogger("fastbert")
 
 
 @dataclass
 class _Window:
-    """What went by since the terminal was last written to."""
+    """Sums since the terminal was last written to."""
 
     began: float
     steps: int = 0
@@ -53,12 +56,13 @@ class Monitor:
     """Reports a run.
 
     Args:
-        run: its folder, which exists.
-        step: optimizer steps behind it; at 0 what an unfinished run left there goes, otherwise everything is continued.
-        criteria: the recipe's limits, for the bar and the time left.
-        peak: FLOP/s that the machine can do, for the share of it that is used; None leaves it out.
+        run: the run folder, which exists.
+        step: optimizer steps done. At 0 the records of an unfinished run in the folder are deleted;
+            otherwise they are continued.
+        criteria: the recipe's limits, for the progress bar and the time left.
+        peak: FLOP/s of all devices, for the fraction that is used; None leaves it out.
         vocab_size, pairs, baselines: of the dataset and the objective, for the diagnosis.
-        is_main: False on every rank but the first: nothing is written, nothing is said.
+        is_main: False on every rank but the first, which then writes and prints nothing.
 
     Raises:
         OSError: from any method, when the disk refuses.
@@ -77,21 +81,17 @@ class Monitor:
         is_main: bool = True,
     ):
         self.run, self.is_main, self._criteria = run, is_main, criteria
-        self._peak, self._vocab_size, self._pairs, self._baselines = (
-            peak,
-            vocab_size,
-            pairs,
-            baselines,
-        )
-        logging.captureWarnings(True)  # of libraries: into the log, not over the bar
+        self._peak, self._baselines = peak, baselines
+        self._vocab_size, self._pairs = vocab_size, pairs
+        # Warnings of libraries go to the log, where they do not break the progress bar.
+        logging.captureWarnings(True)
         if not is_main:
             logging.getLogger("py.warnings").addHandler(logging.NullHandler())
             return
         fresh = step == 0
         if fresh:
-            (run / "log.txt").unlink(
-                missing_ok=True
-            )  # not mode "w", which would empty what a link points to
+            # Deleted and not opened with mode "w", which would empty the target of a link.
+            (run / "log.txt").unlink(missing_ok=True)
         self._log_file = _LogFile(run / "log.txt", encoding="utf-8")
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.setLevel(logging.INFO)
@@ -109,9 +109,8 @@ class Monitor:
         self._console = Console(highlight=False, soft_wrap=True)
         columns = (
             TaskProgressColumn(table_column=Column(no_wrap=True)),
-            BarColumn(
-                bar_width=None, table_column=Column(ratio=1)
-            ),  # what the text leaves of the line
+            # The bar gets the width that the text leaves.
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
         )
         self._bar = Bar(*columns, console=self._console, auto_refresh=False, expand=True)
@@ -124,18 +123,25 @@ class Monitor:
         self._advised: set[str] = set()
         if bad:
             self.say(
-                f"{run / 'metrics.jsonl'}: {len(bad):,} of its lines cannot be read and are left out; the first is line {bad[0]:,}"
+                f"{run / 'metrics.jsonl'}: {len(bad):,} of its lines cannot be read and are "
+                f"left out; the first is line {bad[0]:,}"
             )
 
     def say(self, line: str) -> None:
-        """One line for the user, also in log.txt."""
+        """Print one line for the user, and write it to log.txt."""
         if self.is_main:
             log.info(line)
             with self._printing():
                 self._console.print(line, markup=False)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
-        """An event in metrics.jsonl: "evaluate", "save", "skip", "resume" or "stop"."""
+        """Write an event to metrics.jsonl.
+
+        Args:
+            kind: "evaluate", "save", "skip", "resume" or "stop".
+            step: optimizer steps done.
+            values: further keys.
+        """
         if self.is_main:
             self._metrics.write({"event": kind, "step": step, **values})
 
@@ -149,14 +155,15 @@ class Monitor:
         waited: float,
         flops: float,
     ) -> None:
-        """An optimizer step.
+        """Report an optimizer step.
 
         Args:
-            done: with this step counted.
-            result: what it was.
+            done: the counters, including this step.
+            result: its losses and counts.
             lr: its learning rate.
-            seconds: it took, `waited` of them for its data.
-            flops: useful operations of it, over all ranks.
+            seconds: how long it took, including `waited`.
+            waited: how many seconds it waited for its data.
+            flops: its useful operations, over all ranks.
         """
         if not self.is_main:
             return
@@ -193,7 +200,13 @@ class Monitor:
             self._show(done)
 
     def evaluate(self, done: TrainState, found: HeldOut, seconds: float) -> None:
-        """A held-out evaluation that took so long, and what it says about the run."""
+        """Report a held-out evaluation, and what it says about the run.
+
+        Args:
+            done: the counters at this evaluation.
+            found: its losses.
+            seconds: how long it took.
+        """
         if not self.is_main:
             return
         record = {"event": "evaluate", "step": done.step, **asdict(found), "seconds": seconds}
@@ -202,9 +215,8 @@ class Monitor:
         self._history.add(record)
         self._scalars("heldout", done.step, asdict(found))
         share = self._criteria.share(done)
-        self.say(
-            f"held-out at step {done.step:,}: {self._in_words(found) if found.finite else 'the loss is not finite'}"
-        )
+        text = self._format(found) if found.finite else "the loss is not finite"
+        self.say(f"held-out at step {done.step:,}: {text}")
         lost = diagnosis.diverged(found.loss, self._vocab_size, self._pairs)
         self._advise("diverged", lost)
         if lost is None:
@@ -213,23 +225,30 @@ class Monitor:
                     "plateau", diagnosis.plateau(share, found.loss_mask_token, self._baselines)
                 )
             self._advise("pairs", diagnosis.stuck_pairs(share, found.loss_nsp, found.accuracy_nsp))
-        if (
-            share < 1.0 and time.perf_counter() - self._drawn >= PICTURE_EVERY_S
-        ):  # `stop` draws the last one
+        # `stop` draws the last picture.
+        if share < 1.0 and time.perf_counter() - self._drawn >= PICTURE_EVERY_S:
             self._draw()
-        self._window = _Window(time.perf_counter())  # the evaluation's time is none of a step's
+        # A new window, since the evaluation's time belongs to no step.
+        self._window = _Window(time.perf_counter())
 
     def skip(self, step: int, reason: str, examples: list[int], sequences: int) -> None:
-        """A step that was not applied, of so many sequences; `examples` are those of the epoch whose own loss is not finite."""
+        """Report a step that was not applied.
+
+        Args:
+            step: optimizer steps done.
+            reason: what was not finite.
+            examples: indices in the epoch of the examples whose own loss is not finite.
+            sequences: how many examples the step had.
+        """
         self.event("skip", step, reason=reason, examples=examples)
         shown = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
         where = "in no single example" if not examples else f"for the examples {shown} of the epoch"
         if len(examples) == sequences:
-            where = "for every example: it is the weights, not a text"
+            where = "for every example: the weights have diverged; no single example is to blame"
         self.say(f"step {step:,} is skipped: {reason}, {where}")
 
     def saved(self, saved: Saved | None) -> None:
-        """A checkpoint is there, or could not be written."""
+        """Report a checkpoint, or why it could not be written; None reports nothing."""
         if saved is None:
             return
         if saved.path is not None:
@@ -237,11 +256,18 @@ class Monitor:
         else:
             self.event("save", saved.step, problem=saved.problem)
             self.say(
-                f"no checkpoint at step {saved.step:,}: {saved.problem}; the older ones are as they were"
+                f"no checkpoint at step {saved.step:,}: {saved.problem}; "
+                "older checkpoints are untouched"
             )
 
     def stop(self, step: int, reason: str, advice: str = "") -> None:
-        """The end of this process's part of the run; `advice` is what the user may do now."""
+        """Report that this process ends its part of the run.
+
+        Args:
+            step: optimizer steps done.
+            reason: why it ends.
+            advice: what the user may do now; empty where the run is finished.
+        """
         self.event("stop", step, reason=reason)
         if self.is_main:
             with self._printing():
@@ -254,7 +280,7 @@ class Monitor:
             self.say(f"stopped at step {step:,}: {reason}" + (f"; {advice}" if advice else ""))
 
     def close(self) -> None:
-        """Close every file; a disk that refuses has been reported by then."""
+        """Close every file; a disk that refuses has been reported before."""
         if not self.is_main:
             return
         if self._console.is_terminal:
@@ -301,18 +327,17 @@ class Monitor:
             self.say(", ".join([f"{share:.0%}", *parts]))
         self._window = _Window(now)
 
-    def _in_words(self, found: HeldOut) -> str:
+    def _format(self, found: HeldOut) -> str:
         parts = [f"MLM loss {found.loss_mlm:.3f}, accuracy {found.accuracy_mlm:.1%}"]
         if found.loss_nsp is not None and found.accuracy_nsp is not None:
             parts.append(f"NSP loss {found.loss_nsp:.3f}, accuracy {found.accuracy_nsp:.1%}")
         if found.loss_mask_token is not None:
-            parts.append(
-                f"on [MASK] {found.loss_mask_token:.3f}, {diagnosis.compare(found.loss_mask_token, self._baselines)}"
-            )
+            place = diagnosis.compare(found.loss_mask_token, self._baselines)
+            parts.append(f"on [MASK] {found.loss_mask_token:.3f}, {place}")
         return "; ".join(parts)
 
     def _advise(self, rule: str, line: str | None) -> None:
-        """Each rule is_main once."""
+        """Print a rule's line, the first time that it has one."""
         if line is not None and rule not in self._advised:
             self._advised.add(rule)
             self.say(f"note: {line}")
@@ -324,10 +349,13 @@ class Monitor:
 
     @contextlib.contextmanager
     def _printing(self) -> Iterator[None]:
-        """When the reader of the pipe is gone, or the terminal: train on, and print no more. log.txt has every line."""
+        """Continue without printing when the pipe's reader or the terminal is gone.
+
+        log.txt has every line.
+        """
         try:
             yield
-        except SystemExit:  # how rich answers a broken pipe; it is quiet from then on
+        except SystemExit:  # rich raises it on a broken pipe, and prints nothing from then on
             pass
         except OSError as error:
             if error.errno != errno.EIO:
@@ -340,7 +368,10 @@ class Monitor:
 
 
 class _LogFile(logging.FileHandler):
-    """A disk that refuses ends the run in a clear way; logging's own answer is a traceback on the terminal, for each line."""
+    """A log file whose disk errors are raised, so that they end the run with a clear message.
+
+    logging by itself would print a traceback to the terminal for each line.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -350,6 +381,7 @@ class _LogFile(logging.FileHandler):
 
 
 def _clock(seconds: float) -> str:
+    """Format a duration as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

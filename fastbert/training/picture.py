@@ -1,4 +1,4 @@
-"""loss.png: the losses of a run against the corpus's baselines; and how any picture is written."""
+"""Draws loss.png, the losses of a run with the corpus's baselines, and writes any picture."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ from fastbert.training.diagnosis import NAMES
 
 log = logging.getLogger("fastbert")
 
-POINTS = 150  # of the smoothed line: blocks of steps, each drawn as its mean
+POINTS = 150  # of the smoothed line; each is the mean over a block of steps
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 TRAIN, HELDOUT, MASKED, NSP = "#93b4e8", "#1d4ed8", "#d97706", "#7c3aed"
 
 
 def write_picture(path: Path, draw: Callable[[], Any]) -> str | None:
-    """Write the figure that `draw` makes as a PNG, under another name first so that a viewer never reads half of it.
+    """Write the figure that `draw` makes as a PNG.
 
-    Nothing is raised, whatever fails, since no picture is worth a run or a model.
+    It is written under another name first, so that a viewer never reads half of it. Nothing is
+    raised, whatever fails, since no picture is worth a run or a model.
+
+    Args:
+        path: the file.
+        draw: returns a matplotlib figure.
 
     Returns:
         One line on what went wrong, or None.
@@ -32,9 +37,8 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> str | None:
     partial = path.with_name(f".{path.name}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of letters that the font does not have: they are drawn as boxes
+            # Letters that the font does not have are drawn as boxes, each with a warning.
+            warnings.simplefilter("ignore")
             draw().savefig(partial, format="png")
         os.replace(partial, path)
     except Exception as error:
@@ -45,14 +49,17 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> str | None:
 
 
 class LossHistory:
-    """Losses by step, 8 bytes a number; a step that was redone replaces what came after its checkpoint."""
+    """Losses by step, at 8 bytes a number.
+
+    A step that is done again, after a resume, replaces itself and all later ones.
+    """
 
     def __init__(self) -> None:
         self._steps = {key: array("d") for key in ("step", "loss_mlm", "loss_nsp")}
         self._evaluations: list[dict[str, Any]] = []
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take an object of metrics.jsonl; events other than evaluations are passed over."""
+        """Add an object of metrics.jsonl; events other than evaluations are ignored."""
         if record.get("event") == "evaluate":
             losses = {key: record.get(key) for key in ("loss_mlm", "loss_mask_token", "loss_nsp")}
             drawn = {
@@ -75,14 +82,13 @@ class LossHistory:
             self.add(record)
 
     def draw(self, path: Path, title: str, baselines: Mapping[str, float]) -> None:
-        """Write the picture; where that fails the log says why."""
+        """Write the picture; where that fails, log the reason."""
         if (problem := write_picture(path, lambda: self._figure(title, baselines))) is not None:
             log.warning(problem)
 
     def _figure(self, title: str, baselines: Mapping[str, float]) -> Any:
-        from matplotlib.backends.backend_agg import (
-            FigureCanvasAgg,
-        )  # 0.9 s: at the first picture, not at the start
+        # The import takes 0.9 s, so it is done for the first picture and not at the start.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         pairs = any(not math.isnan(value) for value in self._steps["loss_nsp"])
@@ -96,7 +102,7 @@ class LossHistory:
         self._draw_mlm(axes[0], baselines)
         if pairs:
             self._draw_nsp(axes[1])
-        # The name of the run is the user's: "$" in it begins no formula.
+        # The user chooses the run's name, and a "$" in it must not begin a formula.
         axes[0].set_title(
             title, loc="left", color=INK, fontsize=12, fontweight="bold", parse_math=False
         )
@@ -135,8 +141,7 @@ class LossHistory:
             (value, name) for name, value in baselines.items() if name in NAMES
         ):
             ax.axhline(value, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-            ax.annotate(f"{NAMES[name]} {value:.2f}", (1.0, value), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                        textcoords="offset points", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
+            _label(ax, value, f"{NAMES[name]} {value:.2f}")
         ax.set_ylabel("MLM loss, nats per token", color=MUTED)
         ax.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper right")
 
@@ -150,15 +155,29 @@ class LossHistory:
             markersize=3.2,
         )
         ax.axhline(math.log(2), color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-        ax.annotate("a coin, ln 2", (1.0, math.log(2)), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                    textcoords="offset points", va="center", color=MUTED, fontsize=8, annotation_clip=False)  # fmt: skip
+        _label(ax, math.log(2), "chance (ln 2)")
         ax.set_ylim(bottom=0)
         ax.set_ylabel("NSP loss", color=MUTED)
 
     def _smooth(self, key: str) -> tuple[list[float], list[float]]:
-        """Means over blocks of steps, POINTS of them at most, each at its middle."""
+        """Means over at most POINTS blocks of steps, each placed at its block's middle."""
         steps, values = self._steps["step"], self._steps[key]
         block = max(1, -(-len(steps) // POINTS))
         starts = range(0, len(steps), block)
         x = [sum(steps[i : i + block]) / len(steps[i : i + block]) for i in starts]
         return x, [sum(values[i : i + block]) / len(values[i : i + block]) for i in starts]
+
+
+def _label(ax: Any, value: float, text: str) -> None:
+    """Write a text to the right of the axes, at the height of `value`."""
+    ax.annotate(
+        text,
+        (1.0, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        color=MUTED,
+        fontsize=8,
+        annotation_clip=False,
+    )

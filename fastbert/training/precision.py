@@ -1,4 +1,4 @@
-"""fp32 or bf16: what runtime.precision means on this machine."""
+"""Resolves runtime.precision to fp32 or bf16 on this machine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,22 @@ from fastbert.machine import Bf16Probe, probe_bf16
 def resolve_precision(
     precision: str, device: torch.device, recipe: str, probe: Callable[[], Bf16Probe] = probe_bf16
 ) -> tuple[str, str]:
-    """ "auto" is bf16 on a GPU that has it, and fp32 on a CPU, where bf16 must be asked for: its products may run at twice the rate, and
-    a small model's step is still slower; and a run must not change its precision with a measurement. Asked for, it is tried first in
-    a child process (see machine.py), since some processors kill the process that multiplies in bf16.
+    """Choose fp32 or bf16.
+
+    "auto" is bf16 on a GPU that has it, and fp32 on a CPU. On a CPU bf16 must be asked for, for two
+    reasons. Its matrix products may run at twice the rate, but a small model's step is still
+    slower. And a run must not change its precision with a measurement. Where bf16 is asked for on a
+    CPU, a child process tries it first (see machine.py), since some processors kill the process
+    that multiplies in bf16.
+
+    Args:
+        precision: "fp32", "bf16" or "auto".
+        device: where the run computes.
+        recipe: its path, for messages.
+        probe: tries bf16 on this CPU.
 
     Returns:
-        "fp32" or "bf16", and why, in words for the log.
+        "fp32" or "bf16", and the reason, for the log.
 
     Raises:
         InputError: bf16 was asked for where it is not safe.

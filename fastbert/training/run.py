@@ -1,4 +1,4 @@
-"""A training run: what every rank holds while it trains, and what the ranks agree on after each step."""
+"""A training run: the objects of one rank, and what the ranks agree on after each step."""
 
 from __future__ import annotations
 
@@ -26,17 +26,27 @@ from fastbert.training.train_state import StopCriteria, TrainState
 
 @dataclass(frozen=True)
 class Agreement:
-    """What one sum over all ranks settles after each step."""
+    """What one sum over all ranks decides after each step.
 
-    seconds: float  # of training, by rank 0's clock
-    stop: bool  # some rank was asked to stop
-    written: bool  # every rank has written its part of the save in flight
+    Attributes:
+        seconds: training time by rank 0's clock.
+        stop: some rank was asked to stop.
+        written: every rank has written its part of the save in flight.
+    """
+
+    seconds: float
+    stop: bool
+    written: bool
 
 
 class Consensus:
-    """How the ranks stay together: rank 0's clock, stop requests, hang detection and the lock of the run folder.
+    """Keeps the ranks together: rank 0's clock, stop requests, hang detection, the folder's lock.
 
     Args:
+        group: the run's processes.
+        watchdog: detects hangs.
+        stop_request: this process's signals.
+        lock: the ownership of the run folder.
         began: when the first step would have begun without interruptions, as `time.monotonic()`.
     """
 
@@ -50,11 +60,15 @@ class Consensus:
     ):
         self.watchdog, self.stop_request, self.lock = watchdog, stop_request, lock
         self._group, self._began = group, began
-        # A single process sends the sum to nobody, so there is no GPU to wait for.
+        # The sum of a single process stays on the CPU, so that it does not wait for the GPU.
         self._device = group.device if group.world > 1 else torch.device("cpu")
 
     def agree(self, written: bool) -> Agreement:
-        """One collective; `written`: this rank has written its part of the save in flight."""
+        """Agree with the other ranks, by one collective.
+
+        Args:
+            written: this rank has written its part of the save in flight.
+        """
         clock = time.monotonic() - self._began if self._group.is_main else 0.0
         mine = [clock, self.stop_request.asked is not None, not written]
         total = torch.tensor(mine, dtype=torch.float64, device=self._device)
@@ -62,11 +76,15 @@ class Consensus:
         return Agreement(seconds, stop > 0, writing == 0)
 
     def tick(self, what: str) -> None:
-        """This rank goes on, now with `what`."""
+        """Record that this rank makes progress, now with `what`."""
         self.watchdog.tick(what)
 
     def check_lock(self) -> None:
-        """Raises LostOwnership where a newer start has taken over the run folder."""
+        """Check, on rank 0, that this start still owns the run folder.
+
+        Raises:
+            LostOwnership: a newer start has taken it over.
+        """
         if self._group.is_main:
             self.lock.check()
 
@@ -74,14 +92,15 @@ class Consensus:
 class Run:
     """One training run. The loop calls its methods in turn; every rank calls the same ones.
 
-    A checkpoint gets its name, and older ones make room for it, only after its weights have given a finite loss and
-    gradient: one step can break weights that look valid, so that every step after it is skipped.
+    A checkpoint is published, and older ones are deleted for it, only after its weights have given
+    a finite loss and gradient. One step can break weights that look valid, and then every later
+    step is skipped.
 
     Attributes:
         stop: a rank was asked to stop.
         diverged: the weights give no finite loss any more.
         learned: this process has applied a step.
-        newest: the newest checkpoint that was published.
+        newest: the newest checkpoint that was published; None before the first.
     """
 
     def __init__(
@@ -99,12 +118,10 @@ class Run:
         self.stop = self.diverged = False
         self.newest: Path | None = setup.start.checkpoint.path if setup.start.checkpoint else None
         self._saved, self._due, self._written = self.state.step, False, True
-        self._found: HeldOut | None = (
-            None  # of the weights as they are now, where that was measured
-        )
-        self._last_applied: list[PackedBatch] | None = (
-            None  # this rank's packs of the last applied step
-        )
+        # The held-out losses of the current weights; None where they have not been measured.
+        self._found: HeldOut | None = None
+        # This rank's packs of the last applied step.
+        self._last_applied: list[PackedBatch] | None = None
 
     @property
     def state(self) -> TrainState:
@@ -148,32 +165,39 @@ class Run:
         self.monitor.evaluate(self.state, self._found, seconds)
 
     def save_when_due(self) -> None:
-        """Publish the save in flight if it is written and proven, and begin the next one if its step has come."""
+        """Publish the save in flight if it is written and proven; begin the next one if it is due.
+
+        A save is proven when a later step has given a finite loss and gradient.
+        """
         if self.saver.busy and self._written and self.state.applied_since(self._saved):
             self._note(self.saver.finish())
         self._due = self._due or self.state.step % self.setup.config.checkpoint.every == 0
         if self._due and not self.state.skipped_in_a_row:
-            self._note(
-                self.saver.wait()
-            )  # waits only where saving takes longer than the steps between
+            # This waits only where a save takes longer than the steps between two saves.
+            self._note(self.saver.wait())
             self._begin_save()
 
     def save_at_the_end(self, finished: bool) -> Saved | None:
-        """Save the last weights if they are proven; returns how that went, None where nothing was left to save.
+        """Save the last weights if they give a finite loss.
 
         Args:
-            finished: a stop condition was reached, so that the end is judged by the held-out loss.
+            finished: a stop condition was reached, so the last weights are judged by the held-out
+                loss.
+
+        Returns:
+            The result of the save; None where nothing was left to save.
         """
         self.consensus.tick("the last checkpoint")
         if finished and self._found is None and self.state.heldout_loss is None:
-            self.evaluate()  # a finished run that was started again: its end is judged as before
+            self.evaluate()  # a finished run was started again, and is judged as before
         if self.saver.busy and self.state.applied_since(self._saved):
             self._note(self.saver.wait())
         last = None
         finite = self._found is not None and self._found.finite
         if not self.diverged and self._saved != self.state.step and (self.learned or finite):
             if self.saver.busy:
-                self.saver.discard("")  # of the same weights, before steps that were skipped
+                # It has the same weights, from before the steps that were skipped.
+                self.saver.discard("")
             self._begin_save()
         if self.saver.busy and self._is_proven():
             last = self.saver.wait()
@@ -185,7 +209,7 @@ class Run:
         return last
 
     def _skip(self, error: NotFinite) -> None:
-        """Count a step that was not applied, and name the examples to blame."""
+        """Count a step that was not applied, and report the examples that caused it."""
         self.state.skip()
         bad_examples = sorted(
             example for examples in self.group.gather(error.examples) for example in examples
@@ -196,7 +220,11 @@ class Run:
         self.diverged = self.state.skipped_in_a_row > self.setup.config.stop.skipped
 
     def _agree(self) -> bool:
-        """Take over what the ranks agree on; returns whether all have written their part of the save in flight."""
+        """Agree with the other ranks on the time and on stopping.
+
+        Returns:
+            Whether all ranks have written their part of the save in flight.
+        """
         agreement = self.consensus.agree(self.saver.written)
         self.state.seconds, self.stop = agreement.seconds, agreement.stop
         return agreement.written
@@ -210,23 +238,25 @@ class Run:
         self.newest = save.path if save and save.path else self.newest
 
     def _is_proven(self) -> bool:
-        """Do the weights give a finite loss? If the last evaluation does not tell, the batch of the last applied step does."""
+        """Whether the weights give a finite loss.
+
+        Where the last evaluation does not answer this, the batch of the last applied step does.
+        """
         finite = self._found is not None and self._found.finite
         if finite and (not self.state.skipped_in_a_row or self._last_applied is None):
             return True
         assert self._last_applied is not None
         self.consensus.tick("the step that the last checkpoint waits for")
         try:
-            self.engine.step(
-                self._last_applied, lr=0.0
-            )  # the state is copied: what becomes of it here is lost
+            # This may change the optimizer's state, but the save has its own copy.
+            self.engine.step(self._last_applied, lr=0.0)
             return True
         except NotFinite:
             return False
 
 
 def _flops(setup: Setup, packs: list[PackedBatch]) -> float:
-    """Operations of this rank's part of a step, as they are computed: their share of the peak says how busy the processor is."""
+    """Executed FLOPs of this rank's part of a step; over the peak they give the utilization."""
     lengths = [n for pack in packs for n in pack.cu_seqlens.diff().tolist()]
     masked, pairs = (
         sum(map(len, tensors))

@@ -8,15 +8,16 @@ from fastbert.config import ScheduleConfig
 
 
 def factor(schedule: ScheduleConfig, share: float) -> float:
-    """What the peak learning rate is multiplied with.
+    """The factor on the peak learning rate.
 
-    Warm-up is linear from 0; then `linear` falls to 0 at the end, `cosine` does so along half a wave, `constant` stays, and `wsd` (warm-up, stable, decay)
-    stays until the last `cooldown` of the run, which is linear to 0.
+    Warm-up is linear from 0. After it, `linear` falls linearly to 0 at the end, `cosine` falls to 0
+    along half a cosine wave, and `constant` stays at 1. `wsd` (warm-up, stable, decay) stays at 1
+    until the last `cooldown` of the run, and then falls linearly to 0.
 
     Args:
         schedule: the recipe's section.
-        share: of the horizon, before the step that is about to be made: 0 at the start, 1 (or more) at the end. It may
-            count steps, tokens or seconds.
+        share: how much of the horizon is done before the next step: 0 at the start, 1 or more at
+            the end. The horizon may be in steps, tokens or seconds.
 
     Returns:
         A number from 0 to 1.

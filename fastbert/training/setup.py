@@ -1,4 +1,7 @@
-"""Where a run begins: an empty folder, or the newest sound checkpoint of one that was there; and all that it needs, checked."""
+"""Sets up a run: finds where it begins, and builds and checks everything that it needs.
+
+A run begins in an empty folder or at the newest valid checkpoint of an earlier start.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,10 @@ from fastbert.training.precision import resolve_precision
 from fastbert.training.train_state import StopCriteria, TrainState
 from fastbert.training.verified_dataset import open_verified
 
-# What may differ between a checkpoint and the recipe that goes on from it: where things lie, when it ends, what it reports and how it is
-# run. A learning rate or a schedule may be changed too: it changes no example and no shape, and is noted. Anything else would make the
-# second half another experiment than the first.
+# Keys that may differ between a checkpoint and the recipe that resumes it: where files are, when
+# the run ends, what it reports and how it is executed. The keys of NOTED may differ too, since they
+# change no example and no shape, but the change is reported. Any other change would make the second
+# half another experiment than the first.
 FREE = (
     "data",
     "run",
@@ -52,8 +56,8 @@ FREE = (
     "runtime",
     "batch.micro_batch_tokens",
 )
-DISK = "lost+found"  # what a new disk holds
-SHARED_DISK_S = 20.0  # how long another machine's disk may take to show a new file
+DISK = "lost+found"  # a new disk contains this folder
+SHARED_DISK_S = 20.0  # how long another machine may take to see a new file on a shared disk
 NOTED = (
     "optimizer.lr",
     "optimizer.betas",
@@ -66,12 +70,12 @@ NOTED = (
 
 @dataclass(frozen=True)
 class Start:
-    """A run folder that is ready to be written to.
+    """Where a run begins.
 
     Attributes:
-        run: the folder.
-        checkpoint: what to resume from; None for a start from the beginning.
-        notes: lines for the user, such as damaged checkpoints that were passed over.
+        run: the run folder, which may be written to.
+        checkpoint: the checkpoint to resume from; None for a start from the beginning.
+        notes: lines for the user, for example on damaged checkpoints that were skipped.
     """
 
     run: Path
@@ -79,7 +83,7 @@ class Start:
     notes: list[str] = field(default_factory=list)
 
     def dump(self) -> dict[str, Any]:
-        """As JSON, for the other ranks."""
+        """Convert to JSON, for the other ranks."""
         found = self.checkpoint
         return {
             "run": str(self.run),
@@ -90,6 +94,7 @@ class Start:
 
     @staticmethod
     def load(values: dict[str, Any]) -> Start:
+        """Convert back from JSON."""
         found = values["checkpoint"]
         return Start(
             Path(values["run"]),
@@ -99,43 +104,54 @@ class Start:
 
 
 def open_run(config: RunConfig, recipe: str, dataset: TokenDataset, resume: bool) -> Start:
-    """Find out where to begin; writes nothing yet.
+    """Find where to begin; it writes nothing.
+
+    Args:
+        config: the recipe.
+        recipe: its path, for messages.
+        dataset: the run's dataset.
+        resume: --resume was given.
 
     Raises:
-        InputError: the folder is something else than a run; a run is there and --resume was not given; its checkpoints are gone, cannot be
-            read, or are all damaged; or the recipe or the dataset is another than the checkpoint's.
+        InputError: the folder is not a run; or a run is there and --resume was not given; or its
+            checkpoints are gone, unreadable or all damaged; or the recipe or the dataset is not the
+            checkpoint's.
     """
     run, place = Path(config.run), f"{recipe}: run = {config.run!r}"
     _check_folder(run, place)
     if not checkpoint.exists(run):
         _check_nothing_is_lost(run, place, resume)
-        return Start(
-            run,
-            None,
-            [f"{run}: no checkpoint to resume from; starting from the beginning"] if resume else [],
-        )
+        note = f"{run}: no checkpoint to resume from; starting from the beginning"
+        return Start(run, None, [note] if resume else [])
     if not resume:
         raise InputError(
-            f"{place}: holds a run with checkpoints; resume with --resume, or give another folder by run=..."
+            f"{place}: holds a run with checkpoints; "
+            "resume with --resume, or give another folder by run=..."
         )
     found, notes = checkpoint.newest_sound(run)
     if found is None:
         raise InputError(
-            f"{notes[0]}; no sound checkpoint is left there; give another folder by run=... to start anew"
+            f"{notes[0]}; no valid checkpoint is left there; "
+            "give another folder by run=... to start a new run"
         )
     if notes:
-        notes = [*notes, f"resuming from {found.path}, the newest sound one"]
+        notes = [*notes, f"resuming from {found.path}, the newest valid one"]
     return Start(run, found, [*notes, *_check_same_run(config, recipe, dataset, found)])
 
 
 def _check_folder(run: Path, place: str) -> None:
-    """A run begins in a folder that is new or empty; one that holds anything else must be a run already."""
+    """Check that the folder is new or empty, or already is a run.
+
+    Raises:
+        InputError: it is something else.
+    """
     try:
         if status(run) is None:
             return
         if not is_folder(run):
             raise InputError("a file; give a folder")
-        # A start that died before it had claimed the folder leaves CLAIM...; checkpoints/ and the folder itself may be disks of their own.
+        # A start that died before it had claimed the folder leaves CLAIM... there. checkpoints/ and
+        # the folder itself may be disks of their own.
         others = [
             name
             for name in names_in(run)
@@ -145,38 +161,59 @@ def _check_folder(run: Path, place: str) -> None:
         if others and not RunLock.was_claimed(run) and not checkpoint.has_written(run):
             more = f" and {len(others) - 3} more" if len(others) > 3 else ""
             raise InputError(
-                f"holds {', '.join(others[:3])}{more}, and is no run; give a new or an empty folder by run=..."
+                f"holds {', '.join(others[:3])}{more}, and is no run; "
+                "give a new or an empty folder by run=..."
             )
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
 
 
 def _check_nothing_is_lost(run: Path, place: str, resume: bool) -> None:
-    """Raise where a start from the beginning would wipe the records of a run whose checkpoints are elsewhere, or that is still going on."""
+    """Check that a start from the beginning would delete no records that are still of use.
+
+    Raises:
+        InputError: the records are of a run whose checkpoints are elsewhere, or that is still
+            running.
+    """
     step, saved, metrics = 0, None, run / "metrics.jsonl"
     try:
         for record in read_metrics(metrics):
             step = max(step, record["step"])
-            saved = (
-                record["checkpoint"] if isinstance(record.get("checkpoint"), str) else saved
-            )  # of an event "save" or "resume"
+            # The events "save" and "resume" name a checkpoint.
+            if isinstance(record.get("checkpoint"), str):
+                saved = record["checkpoint"]
     except OSError as error:
         raise InputError(f"{place}: {unreadable(metrics, error)}") from None
     if saved is not None:
         raise InputError(
-            f"{place}: metrics.jsonl has {step:,} steps and a checkpoint {saved}, but {run / 'checkpoints'} holds none; mount its disk or put "
-            "the checkpoints back, and resume with --resume; or give another folder by run=... to start anew"
+            f"{place}: metrics.jsonl has {step:,} steps and a checkpoint {saved}, but "
+            f"{run / 'checkpoints'} holds none; mount its disk or put the checkpoints back, and "
+            "resume with --resume; or give another folder by run=... to start a new run"
         )
     if step and not resume:
         raise InputError(
-            f"{place}: holds a run of {step:,} steps without a checkpoint, which may be going on; if it has ended, --resume starts it from the "
-            "beginning; or give another folder by run=..."
+            f"{place}: holds a run of {step:,} steps without a checkpoint, which may be going on; "
+            "if it has ended, --resume starts it from the beginning; "
+            "or give another folder by run=..."
         )
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that a run is made of, before DeepSpeed."""
+    """Everything that a run needs before DeepSpeed is initialized.
+
+    Attributes:
+        config: the resolved recipe.
+        dataset: the verified dataset.
+        settings: the checked ds_config.json.
+        start: where the run begins.
+        batches: the training batches.
+        heldout: all held-out batches.
+        precision, precision_why: "fp32" or "bf16", and the reason.
+        model: fp32, with the first weights.
+        state: the run's counters.
+        criteria: the recipe's stop conditions.
+    """
 
     config: RunConfig
     dataset: TokenDataset
@@ -192,7 +229,7 @@ class Setup:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint knows besides tensors."""
+        """The metadata of a checkpoint."""
         return {
             "recipe": dump_config(self.config),
             "dataset_sha256": self.dataset.sha256,
@@ -202,10 +239,16 @@ class Setup:
 
 
 def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
-    """Build and check all of it, on every rank; rank 0 says where to begin. Writes nothing.
+    """Build and check everything, on every rank; rank 0 finds where to begin. It writes nothing.
+
+    Args:
+        config: the recipe.
+        recipe: its path, for messages.
+        resume: --resume was given.
+        group: the run's processes.
 
     Raises:
-        InputError: whatever is wrong with the recipe or what it names, on any rank: then on all.
+        InputError: the recipe or something that it names is wrong, on any rank; all ranks raise it.
     """
     start = initial = None
     with group.raise_on_all_ranks():
@@ -215,10 +258,8 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         check_settings(settings)
     dataset = open_verified(config.data, group)
     with group.raise_on_all_ranks():
-        batches, heldout = (
-            Batches(dataset, config),
-            heldout_batches(dataset, config, config.evaluate.sequences),
-        )
+        batches = Batches(dataset, config)
+        heldout = heldout_batches(dataset, config, config.evaluate.sequences)
         batches.check(group.world)
         precision, why = resolve_precision(config.runtime.precision, group.device, recipe)
         stage = settings.stage(
@@ -255,6 +296,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         },
     )
     start = Start.load(group.broadcast(start.dump() if start else None))
+    found = start.checkpoint
     return Setup(
         config=config,
         dataset=dataset,
@@ -265,9 +307,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         precision=precision,
         precision_why=why,
         model=model,
-        state=TrainState(**start.checkpoint.metadata["progress"])
-        if start.checkpoint
-        else TrainState(),
+        state=TrainState(**found.metadata["progress"]) if found else TrainState(),
         criteria=StopCriteria(config, batches.steps_per_epoch),
     )
 
@@ -275,7 +315,10 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
 def _start_from(
     config: RunConfig, recipe: str, resume: bool
 ) -> tuple[RunConfig, ModelParts | None]:
-    """The recipe with the sizes of the model that it starts from, and that model; None where a checkpoint has been trained on from it."""
+    """Return the recipe with the sizes of the model in `init`, and that model.
+
+    Where a run is resumed, its checkpoint has the weights, so the model is None.
+    """
     assert config.init is not None
     resolved = Path(config.run) / "config.toml"
     if resume and checkpoint.exists(Path(config.run)) and is_file(resolved):
@@ -285,6 +328,7 @@ def _start_from(
 
 
 def _digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all weights, in the order of their names."""
     sha = hashlib.sha256()
     for name in sorted(weights):
         sha.update(weights[name].contiguous().view(-1).numpy().data)
@@ -292,7 +336,7 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def take_folder(setup: Setup, group: Group) -> RunLock:
-    """Write what a run begins with, and make the folder this start's own.
+    """Take over the run folder, and write the files that a run begins with.
 
     Raises:
         InputError: the folder cannot be made or written, or a rank does not see it.
@@ -315,7 +359,10 @@ def take_folder(setup: Setup, group: Group) -> RunLock:
 
 
 def _prepare(setup: Setup) -> RunLock:
-    """Claim the folder; then the resolved recipe, and a copy of the tokenizer, so that the run can be used when the dataset is gone."""
+    """Claim the folder, and write the resolved recipe and a copy of the tokenizer.
+
+    With the copy, the run's model can be used when the dataset is gone.
+    """
     run, config = setup.start.run, setup.config
     tokenizer = {
         Path(name).name: _read_plain(setup.dataset.path / name)
@@ -337,7 +384,10 @@ def _prepare(setup: Setup) -> RunLock:
 
 
 def _read_plain(file: Path) -> bytes:
-    """A file that goes into the run, to be published with it; a link might name any file of this machine."""
+    """Read a file that is copied into the run, and may be published with it.
+
+    Links are refused, since a link might name any file of this machine.
+    """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as opened:
@@ -355,32 +405,53 @@ def _read_plain(file: Path) -> bytes:
 
 
 def _check_same_everywhere(group: Group, facts: dict[str, str]) -> None:
-    """Ranks that differ in one of these would train another model each."""
+    """Check that these facts are the same on every rank.
+
+    Ranks that differ in one of them would each train another model.
+
+    Args:
+        group: the run's processes.
+        facts: value by what it is, for messages.
+
+    Raises:
+        InputError: two ranks differ; the message has both values.
+    """
     everywhere = group.gather(facts)
     for rank, there in enumerate(everywhere):
         for what, value in everywhere[0].items():
             if there.get(what) != value:
+                other = there.get(what, "another")
                 raise InputError(
-                    f"{what} {value[:16]} on rank 0 and {there.get(what, 'another')[:16]} on rank {rank}; make them equal"
+                    f"{what} {value[:16]} on rank 0 and {other[:16]} on rank {rank}; "
+                    "make them equal"
                 )
 
 
 def _check_same_run(
     config: RunConfig, recipe: str, dataset: TokenDataset, found: Checkpoint
 ) -> list[str]:
-    """Raise where the recipe or the dataset is not that of the checkpoint; return a line on each change that is allowed but matters."""
+    """Check that the recipe and the dataset are those of the checkpoint.
+
+    Returns:
+        A line on each change that is allowed but matters.
+
+    Raises:
+        InputError: they are not.
+    """
     before = _flat(parse_config(found.metadata["recipe"], str(found.path)))
     now = _flat(config)
     changed = [key for key in now if now[key] != before[key] and not _among(key, FREE)]
     for key in changed:
         if not _among(key, NOTED):
             raise InputError(
-                f"{recipe}: {key} = {now[key]!r}, but the checkpoint {found.path} was trained with {before[key]!r}; "
+                f"{recipe}: {key} = {now[key]!r}, but the checkpoint {found.path} "
+                f"was trained with {before[key]!r}; "
                 "set it back, or start another run by run=..."
             )
     if dataset.sha256 != found.metadata["dataset_sha256"]:
         raise InputError(
-            f"{recipe}: data = {config.data!r}: not the dataset that {found.path} was trained on; give that one, or start another run by run=..."
+            f"{recipe}: data = {config.data!r}: not the dataset that {found.path} was trained on; "
+            "give that one, or start another run by run=..."
         )
     return [
         f"changed since the checkpoint: {key} was {before[key]!r}, now {now[key]!r}"
@@ -389,7 +460,7 @@ def _check_same_run(
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
-    """Values by dotted key."""
+    """The recipe's values by dotted key."""
     values: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -403,4 +474,5 @@ def _flat(config: RunConfig) -> dict[str, Any]:
 
 
 def _among(key: str, places: tuple[str, ...]) -> bool:
+    """Whether one of the places is the key itself or its section."""
     return key in places or key.partition(".")[0] in places

@@ -1,4 +1,4 @@
-"""How far a run is: what was done, how that compares with the recipe's stop conditions, and which of them ends it."""
+"""How far a run is, and which of the recipe's stop conditions ends it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,28 @@ from fastbert.config import RunConfig
 
 @dataclass
 class TrainState:
-    """Counters of the whole run, over every interruption; they are kept in the checkpoint.
+    """Counters of the whole run, across interruptions; checkpoints contain them.
 
-    `seconds` is the time from the first step on, evaluations and saving counted, the pauses between two processes not.
+    Attributes:
+        step: batches done: optimizer steps, including those that were skipped.
+        tokens: real tokens seen, including [CLS] and [SEP].
+        seconds: time since the first step, including evaluations and saving, without the pauses
+            between two processes.
+        heldout_loss: of the last evaluation, in nats; None before the first one, and where it was
+            not finite.
+        best_loss: the lowest held-out loss by a margin of min_delta (see `update_best`).
+        evals_since_best: evaluations since that one.
+        skipped: steps that were not applied, since their loss or gradient was not finite.
+        skipped_in_a_row: how many of the last steps were skipped.
     """
 
-    step: int = 0  # batches done: optimizer steps, and those that were skipped
-    tokens: int = 0  # real tokens seen, [CLS] and [SEP] counted
+    step: int = 0
+    tokens: int = 0
     seconds: float = 0.0
-    heldout_loss: float | None = (
-        None  # of the last evaluation; None before the first one, and where it was not finite
-    )
-    best_loss: float | None = None  # the lowest, by min_delta at least (see `update_best`)
-    evals_since_best: int = 0  # evaluations since then, or all of them
-    skipped: int = 0  # steps that were not applied, since their loss or gradient was not finite
+    heldout_loss: float | None = None
+    best_loss: float | None = None
+    evals_since_best: int = 0
+    skipped: int = 0
     skipped_in_a_row: int = 0
 
     @property
@@ -33,25 +41,31 @@ class TrainState:
         return self.step - self.skipped
 
     def applied_since(self, step: int) -> bool:
-        """Whether a step after `step` was applied: then the weights of that time have given a finite loss and gradient."""
+        """Whether a step after `step` was applied.
+
+        Then the weights at `step` have given a finite loss and gradient.
+        """
         return self.step - self.skipped_in_a_row > step
 
     def applied(self, tokens: int) -> None:
-        """Count a step of so many tokens."""
+        """Count an applied step of so many tokens."""
         self.step += 1
         self.tokens += tokens
         self.skipped_in_a_row = 0
 
     def skip(self) -> None:
-        """Count a step that was not applied; its examples are behind the run all the same."""
+        """Count a step that was not applied; its examples count as seen all the same."""
         self.step += 1
         self.skipped += 1
         self.skipped_in_a_row += 1
 
     def update_best(self, heldout_loss: float, min_delta: float) -> None:
-        """Take note of an evaluation: is it better than the best by `min_delta` nats or more (by anything, where that is 0)?
+        """Record an evaluation.
 
-        One that is not finite is no better than anything.
+        Args:
+            heldout_loss: nats. One that is not finite is never better.
+            min_delta: by how many nats a loss must be lower than the best to replace it; 0 means
+                by any amount.
         """
         if not math.isfinite(heldout_loss):
             self.heldout_loss, self.evals_since_best = None, self.evals_since_best + 1
@@ -60,17 +74,19 @@ class TrainState:
         better = self.best_loss is None or (
             heldout_loss < self.best_loss and self.best_loss - heldout_loss >= min_delta
         )
-        self.best_loss, self.evals_since_best = (
-            (heldout_loss, 0) if better else (self.best_loss, self.evals_since_best + 1)
-        )
+        if better:
+            self.best_loss, self.evals_since_best = heldout_loss, 0
+        else:
+            self.evals_since_best += 1
 
 
 class StopCriteria:
-    """The recipe's limits against a TrainState.
+    """The recipe's limits, compared with a TrainState.
 
     Args:
-        config: with none of stop.steps, epochs, tokens and seconds, one epoch is the limit.
-        steps_per_epoch: examples of an epoch by those of a step; need not be whole.
+        config: the recipe. Where it has none of stop.steps, epochs, tokens and seconds, the limit
+            is one epoch.
+        steps_per_epoch: examples per epoch divided by examples per step; need not be whole.
     """
 
     def __init__(self, config: RunConfig, steps_per_epoch: float):
@@ -96,23 +112,27 @@ class StopCriteria:
         self._stop = stop
 
     def scheduled(self, done: TrainState) -> float:
-        """Share of the learning rate's horizon, 0 to 1: the nearest limit in the unit of schedule.over; 0 without one (a flat schedule)."""
+        """How much of the learning rate's horizon is done, 0 to 1.
+
+        The horizon is the nearest limit in the unit of schedule.over. Without such a limit (a
+        constant schedule) the result is 0.
+        """
         return max(
             (amount(done) / limit for _, unit, limit, amount in self._limits if unit == self._over),
             default=0.0,
         )
 
     def share(self, done: TrainState) -> float:
-        """Share of the run, 0 to 1, by the limit that will be reached first at this pace."""
+        """How much of the run is done, 0 to 1, by the limit that is reached first at this pace."""
         return min(1.0, max(amount(done) / limit for _, _, limit, amount in self._limits))
 
     def seconds_left(self, done: TrainState) -> float | None:
-        """At the run's mean pace; None before the first step."""
+        """The time left at the run's mean pace, in seconds; None before the first step."""
         share = self.share(done)
         return max(0.0, done.seconds * (1.0 / share - 1.0)) if share and done.seconds else None
 
     def reached(self, done: TrainState) -> str | None:
-        """The condition that ends the run, in words, or None."""
+        """The stop condition that ends the run, as text; None where none is reached."""
         for name, _, limit, amount in self._limits:
             if amount(done) >= limit:
                 return name
@@ -128,5 +148,8 @@ class StopCriteria:
                 if done.best_loss is None
                 else f"no better than {done.best_loss:.4f}"
             )
-            return f"stop.patience = {self._stop.patience}: {found} for {done.evals_since_best} evaluations"
+            return (
+                f"stop.patience = {self._stop.patience}: "
+                f"{found} for {done.evals_since_best} evaluations"
+            )
         return None

@@ -1,4 +1,7 @@
-"""The dataset of a run or an evaluation: opened by every rank, and verified by one process of each machine while the others wait."""
+"""Opens and verifies the dataset of a run or an evaluation.
+
+Every rank opens it. One process of each machine verifies it while the others wait.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,34 @@ from pathlib import Path
 from fastbert.cluster.group import Group
 from fastbert.data.dataset import TokenDataset, open_dataset
 
-LINE_EVERY_S = 5.0  # most datasets are verified within that time, without a word
+LINE_EVERY_S = 5.0  # between progress lines; most datasets are verified before the first
 
 
 def open_verified(path: str | Path, group: Group | None = None) -> TokenDataset:
-    """Open the dataset at `path`; every rank of the group calls it.
+    """Open and verify the dataset at `path`; every rank of the group calls it.
+
+    Args:
+        path: the dataset's folder.
+        group: the run's processes; None for a single process without a group.
 
     Raises:
-        InputError: what is wrong with it, on any machine: then on all ranks.
-        Interrupted: a signal came meanwhile, to any rank.
-        RankLost: another rank did not come along.
+        InputError: the dataset is invalid, on any machine; all ranks raise it.
+        Interrupted: a signal came to any rank.
+        RankLost: another rank did not respond in time.
     """
-    fate, heed = (group.raise_on_all_ranks, group.heed) if group else (nullcontext, lambda: None)
-    with fate():
+    on_all_ranks, heed = (
+        (group.raise_on_all_ranks, group.heed) if group else (nullcontext, lambda: None)
+    )
+    with on_all_ranks():
         dataset = open_dataset(path, verify=False)
-    # It may take longer than the ranks are willing to wait for each other, so they meet every now and then.
+    # Verifying may take longer than the ranks wait for each other. So they meet four times within
+    # that time.
     round_s = group.timeout_s / 4 if group else math.inf
     said, more = time.monotonic(), True
     with closing(dataset.verify()) as work:
         while more:
             more, end = False, time.monotonic() + round_s
-            with fate():
+            with on_all_ranks():
                 heed()
                 for done, total in work if group is None or group.local_rank == 0 else ():
                     heed()
