@@ -127,7 +127,7 @@ def prepare(
         vocabulary = given
         if vocabulary is None:
             chunks = bar.follow("reading for the vocabulary", read_chunks(files, text_field))
-            sample = _sample_evenly(chunks)
+            sample = _spread(chunks)
             with bar.wait("training the vocabulary"):
                 vocabulary = train_tokenizer(
                     (text for chunk in sample for text in parse(chunk, text_field)),
@@ -228,7 +228,7 @@ def _manifest(
     }
 
 
-def _sample_evenly(chunks: Iterable[Chunk]) -> list[Chunk]:
+def _spread(chunks: Iterable[Chunk]) -> list[Chunk]:
     """Return chunks spread evenly over the text, at most VOCABULARY_BYTES in all.
 
     These are all chunks, or every second, every fourth, and so on.
