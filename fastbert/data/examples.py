@@ -204,7 +204,7 @@ class Examples:
         return Spans(start, length, nothing, nothing, np.full_like(start, -100), keys)
 
     def _joins(self, places: np.ndarray, fraction: np.ndarray) -> np.ndarray:
-        """Return token offsets int64 [3, N]: A's earliest and B's first token, and B's latest end."""
+        """Return token offsets int64 [3, N]: A's earliest token, B's first and B's latest end."""
         document, number, count = self._locate(places)
         if self.single:
             sentence = self.split.first_sentence(document) + number
