@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.data.verify import AGAIN, Claim, Look, ids_below, offsets_to, verify_files
+from fastbert.data.verify import AGAIN, Claim, NumberCheck, ids_below, offsets_to, verify_files
 from fastbert.durable import unsealed
 from fastbert.errors import InputError
 
@@ -241,22 +241,22 @@ class TokenDataset:
 
     def _claims(self) -> list[Claim]:
         """Return what the manifest claims about its files."""
-        looks: dict[str, tuple[np.dtype, Look | None]] = {}
+        checks: dict[str, tuple[np.dtype, NumberCheck | None]] = {}
         for split in SPLITS:
             for i, shard in enumerate(self.manifest["splits"][split]["shards"]):
                 name, counts = f"{split}/{shard_name(i)}", Counts(**shard)
-                looks[f"{name}.tokens"] = token_dtype(self.vocab_size), ids_below(self.vocab_size)
-                looks[f"{name}.sentences"] = (
+                checks[f"{name}.tokens"] = token_dtype(self.vocab_size), ids_below(self.vocab_size)
+                checks[f"{name}.sentences"] = (
                     OFFSETS,
                     offsets_to(counts.tokens, counts.sentences + 1),
                 )
-                looks[f"{name}.documents"] = (
+                checks[f"{name}.documents"] = (
                     OFFSETS,
                     offsets_to(counts.sentences, counts.documents + 1),
                 )
         text = np.dtype("u1"), None
         return [
-            Claim(name, entry["size"], entry["sha256"], *looks.get(name, text))
+            Claim(name, entry["size"], entry["sha256"], *checks.get(name, text))
             for name, entry in self.manifest["files"].items()
         ]
 

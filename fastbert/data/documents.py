@@ -338,14 +338,14 @@ def _parse_json_lines(chunk: Chunk, text_field: str) -> list[str]:
                 f"every line holds one object with a field '{text_field}'"
             )
         if text_field not in value:
-            raise InputError(f"{where}: no field '{text_field}'; {_fields(value)}")
+            raise InputError(f"{where}: no field '{text_field}'; {_field_hint(value)}")
         document = value[text_field]
         if document is None:
             document = ""
         if not isinstance(document, str):
             raise InputError(
                 f"{where}: the field '{text_field}' is a {_JSON_NAMES[type(document)]}, "
-                f"not a string; {_fields(value)}"
+                f"not a string; {_field_hint(value)}"
             )
         if "\\u" in record:
             # JSON can write half of a surrogate pair as an escape. This is not a character, and no
@@ -366,7 +366,7 @@ _JSON_NAMES = {
 }
 
 
-def _fields(names: Iterable[str]) -> str:
+def _field_hint(names: Iterable[str]) -> str:
     shown = [repr(name)[1:-1][:40] for name in names]
     if not shown:
         return "the object is empty"
@@ -396,7 +396,7 @@ def _csv_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chu
             raise _empty(source)
         if text_field not in columns:
             raise InputError(
-                f"{source.path}: no column '{text_field}' in the header; {_fields(columns)}"
+                f"{source.path}: no column '{text_field}' in the header; {_field_hint(columns)}"
             )
         column = columns.index(text_field)
         for row in reader:
@@ -447,13 +447,15 @@ def _parquet_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator
         table = pyarrow.parquet.ParquetFile(file)
         schema, metadata = table.schema_arrow, table.metadata
         if text_field not in schema.names:
-            raise InputError(f"{source.path}: no column '{text_field}'; {_fields(schema.names)}")
+            raise InputError(
+                f"{source.path}: no column '{text_field}'; {_field_hint(schema.names)}"
+            )
         kind = schema.field(text_field).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise InputError(
                 f"{source.path}: the column '{text_field}' holds {kind}, not strings; "
-                f"{_fields(schema.names)}"
+                f"{_field_hint(schema.names)}"
             )
         if metadata.num_rows == 0:
             raise _empty(source)

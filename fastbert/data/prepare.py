@@ -147,7 +147,7 @@ def prepare(
                 return _write(encoded, folder, dtype, heldout_below)
 
         written = write(int(min(heldout, HELDOUT_BYTES / max(size, 1)) * 2**64))
-        if (below := _better_bound(written, sources)) is not None:
+        if (below := _heldout_bound(written, sources)) is not None:
             for split in SPLITS:
                 shutil.rmtree(folder / split)
             written = write(below)
@@ -190,7 +190,7 @@ def _write(
     return _Written(writers, stats, smallest, heldout_below)
 
 
-def _better_bound(written: _Written, sources: Sequence[str | Path]) -> int | None:
+def _heldout_bound(written: _Written, sources: Sequence[str | Path]) -> int | None:
     """Return a bound of the hashes that gives both splits enough documents.
 
     It is None where the given share already does. Only little text needs another bound.

@@ -198,9 +198,9 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._lowercase: bool = tokenizer.normalizer.lowercase
-        self._forget()
+        self._clear()
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         """Clear the dictionary and the table."""
         self._words = _Words(self._tokenizer)
         # The key, and the index, of the last word in each slot of the table.
@@ -215,7 +215,7 @@ class Encoder:
             lengths: int64 [len(sentences)], tokens of each; 0 for a sentence without text.
         """
         if len(self._words) > _KEPT_WORDS or len(self._words.ids) > _KEPT_TOKENS:
-            self._forget()
+            self._clear()
         text = _END.join([*map(str.encode, sentences), b""])
         # lower() of bytes changes ASCII letters only; the tokenizer lower-cases the others.
         text = text.lower() if self._lowercase else text
@@ -249,7 +249,7 @@ class Encoder:
         slots = (mixed >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
         words = np.empty(len(starts), np.int64)
         long = np.flatnonzero(lengths > _KEY_BYTES)
-        words[long] = self._ask(text, starts[long], ends[long])
+        words[long] = self._indices_of(text, starts[long], ends[long])
         left = np.flatnonzero(lengths <= _KEY_BYTES)
         while True:
             at = slots[left]
@@ -264,9 +264,9 @@ class Encoder:
             chosen = left[self._index[at] == left]
             at = slots[chosen]
             self._keys[0][at], self._keys[1][at] = first[chosen], second[chosen]
-            self._index[at] = self._ask(text, starts[chosen], ends[chosen])
+            self._index[at] = self._indices_of(text, starts[chosen], ends[chosen])
 
-    def _ask(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> list[int]:
+    def _indices_of(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> list[int]:
         """Return the indices of words from the dictionary, which encodes new ones."""
         bounds = zip(starts.tolist(), ends.tolist(), strict=True)
         words = [text[a:b] for a, b in bounds]

@@ -39,40 +39,40 @@ SETTLED_S = 2.0
 AGAIN = "copy it again from an undamaged copy, or make the dataset again with `fastbert prepare`"
 
 # Takes the next numbers of a file, at least one, and returns what is wrong with them, if anything.
-Look = Callable[[np.ndarray], str | None]
+NumberCheck = Callable[[np.ndarray], str | None]
 
 
 @dataclass(frozen=True)
 class Claim:
     """What the manifest says about a file.
 
-    `look`, if given, checks all numbers of the file in order, as `dtype`.
+    `check`, if given, checks all numbers of the file in order, as `dtype`.
     """
 
     name: str
     size: int
     sha256: str
     dtype: np.dtype
-    look: Look | None
+    check: NumberCheck | None
 
 
-def ids_below(vocab_size: int) -> Look:
+def ids_below(vocab_size: int) -> NumberCheck:
     """Return a check that token ids are in the vocabulary."""
 
-    def look(ids: np.ndarray) -> str | None:
+    def check(ids: np.ndarray) -> str | None:
         largest = int(ids.max())
         if largest < vocab_size:
             return None
         return f"holds the token id {largest:,}, but the vocabulary has {vocab_size:,} tokens"
 
-    return look
+    return check
 
 
-def offsets_to(total: int, count: int) -> Look:
+def offsets_to(total: int, count: int) -> NumberCheck:
     """Return a check that `count` offsets rise strictly from 0 to `total`."""
     seen, last = 0, -1
 
-    def look(offsets: np.ndarray) -> str | None:
+    def check(offsets: np.ndarray) -> str | None:
         nonlocal seen, last
         wrong = (offsets <= np.concatenate([[last], offsets[:-1]])) | (offsets > total)
         wrong[0] |= seen == 0 and offsets[0] != 0
@@ -86,7 +86,7 @@ def offsets_to(total: int, count: int) -> Look:
         seen, last = seen + len(offsets), int(offsets[-1])
         return None
 
-    return look
+    return check
 
 
 def verify_files(
@@ -112,9 +112,9 @@ def verify_files(
     Raises:
         InputError: a file that cannot be read or differs from its claim.
     """
-    began, facts = time.monotonic(), _facts(folder, identity, claims)
+    began, facts = time.monotonic(), _file_state(folder, identity, claims)
     note = folder / f".verified-{os.geteuid()}"
-    if _noted(note, facts):
+    if _recently_verified(note, facts):
         return False
     progress, total = _Progress(), sum(claim.size for claim in claims)
     with ThreadPoolExecutor(min(THREADS, usable_cores(), len(claims))) as pool:
@@ -132,7 +132,7 @@ def verify_files(
         finally:
             progress.over = True
             pool.shutdown(cancel_futures=True)
-    _note(note, facts, folder, claims, time.monotonic() - began)
+    _write_note(note, facts, folder, claims, time.monotonic() - began)
     return True
 
 
@@ -155,8 +155,8 @@ def _problem(folder: Path, claim: Claim, progress: _Progress) -> str | None:
         with open(path, "rb") as file:
             while not progress.over and (size := file.readinto(buffer)):
                 digest.update(buffer[:size])
-                if claim.look is not None and wrong is None and size >= claim.dtype.itemsize:
-                    wrong = claim.look(
+                if claim.check is not None and wrong is None and size >= claim.dtype.itemsize:
+                    wrong = claim.check(
                         np.frombuffer(buffer[: size - size % claim.dtype.itemsize], claim.dtype)
                     )
                 progress.add(size)
@@ -169,7 +169,7 @@ def _problem(folder: Path, claim: Claim, progress: _Progress) -> str | None:
     return wrong and f"{path}: {wrong}"
 
 
-def _facts(folder: Path, identity: str, claims: Sequence[Claim]) -> str:
+def _file_state(folder: Path, identity: str, claims: Sequence[Claim]) -> str:
     """Return the facts that change when anybody writes to the dataset.
 
     Only root can set the ctime of a file.
@@ -182,7 +182,7 @@ def _facts(folder: Path, identity: str, claims: Sequence[Claim]) -> str:
     return json.dumps({"manifest": identity, "files": found})
 
 
-def _noted(note: Path, facts: str) -> bool:
+def _recently_verified(note: Path, facts: str) -> bool:
     """Whether this user has verified the same files within the last day."""
     try:
         info = note.lstat()
@@ -194,7 +194,9 @@ def _noted(note: Path, facts: str) -> bool:
         return False
 
 
-def _note(note: Path, facts: str, folder: Path, claims: Sequence[Claim], seconds: float) -> None:
+def _write_note(
+    note: Path, facts: str, folder: Path, claims: Sequence[Claim], seconds: float
+) -> None:
     """Leave a note that the files were verified within the last `seconds`.
 
     There is none where the folder is not writable, or where a file may have changed meanwhile.

@@ -137,7 +137,7 @@ class _Layer(torch.autograd.Function):
             k, v = kv.view(-1, 2, heads, size // heads).unbind(1)
         context, statistics = attention.FORWARD(q, k, v, *_attention_arguments(call, size))
         projected = linear(context.view(-1, size), p.output_weight)
-        y, *moments = _end(
+        y, *moments = _residual_norm(
             projected,
             p.output_bias,
             residual,
@@ -150,7 +150,9 @@ class _Layer(torch.autograd.Function):
         inner = linear(y, p.inner_weight)
         active = gelu.FORWARD(inner, p.inner_bias)
         outer = linear(active, p.outer_weight)
-        z, *outer_moments = _end(outer, p.outer_bias, y, p.norm_weight, p.norm_bias, call, 2)
+        z, *outer_moments = _residual_norm(
+            outer, p.outer_bias, y, p.norm_weight, p.norm_bias, call, 2
+        )
 
         saved = (
             x,
@@ -199,7 +201,7 @@ class _Layer(torch.autograd.Function):
         parameters = rest[: len(Parameters._fields)]
         p, call, rows, size = Parameters(*parameters), ctx.call, ctx.call.rows, x.shape[1]
 
-        douter, dy, outer_vectors = _end_backward(
+        douter, dy, outer_vectors = _residual_norm_backward(
             dz, outer, p.outer_bias, y, p.norm_weight, outer_mean, outer_rstd, call, 2
         )
         douter_weight = mm(douter.t(), active)
@@ -207,7 +209,7 @@ class _Layer(torch.autograd.Function):
         dinner_weight = mm(dinner.t(), y)
         dy.addmm_(dinner, p.inner_weight)
 
-        dprojected, dresidual, vectors = _end_backward(
+        dprojected, dresidual, vectors = _residual_norm_backward(
             dy, projected, p.output_bias, residual, p.attention_norm_weight, mean, rstd, call, 1
         )
         doutput_weight = mm(dprojected.t(), context.view(-1, size))
@@ -250,14 +252,14 @@ def _attention_arguments(call: Call, size: int) -> tuple:
     return *tables, call.max_seqlen, call.attention_dropout, call.site, (size // call.heads) ** -0.5
 
 
-def _end(x, bias, residual, weight, shift, call: Call, sublayer: int) -> Any:
+def _residual_norm(x, bias, residual, norm_weight, norm_bias, call: Call, sublayer: int) -> Any:
     """The end of a sublayer: LN(residual + dropout(x + bias)), and mean and rstd for backward."""
     return norm.FORWARD(
         x,
         bias,
         residual,
-        weight,
-        shift,
+        norm_weight,
+        norm_bias,
         call.token_keys,
         call.eps,
         call.hidden_dropout,
@@ -265,13 +267,16 @@ def _end(x, bias, residual, weight, shift, call: Call, sublayer: int) -> Any:
     )
 
 
-def _end_backward(dy, x, bias, residual, weight, mean, rstd, call: Call, sublayer: int) -> Any:
-    """Return dx, dresidual, and the gradients of weight, shift and bias as the rows of [3, D].
+def _residual_norm_backward(
+    dy, x, bias, residual, norm_weight, mean, rstd, call: Call, sublayer: int
+) -> Any:
+    """Return dx, dresidual, and the gradients of the vectors as rows of [3, D].
 
-    Without dropout, dx and dresidual are the same tensor.
+    The vectors are norm_weight, norm_bias and bias. Without dropout, dx and dresidual are the same
+    tensor.
     """
     p, keys = call.hidden_dropout, call.token_keys
     dx, dresidual, vectors = norm.BACKWARD(
-        dy.contiguous(), x, bias, residual, weight, keys, mean, rstd, p, call.site + sublayer
+        dy.contiguous(), x, bias, residual, norm_weight, keys, mean, rstd, p, call.site + sublayer
     )
     return dx, dresidual if p > 0 else dx, vectors

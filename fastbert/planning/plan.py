@@ -376,7 +376,7 @@ def plan(
         total_s=total_s,
         price_per_gpu_hour=price,
         cost=None if total_s is None or price is None else total_s / 3600 * gpus * price,
-        limit=_limit(
+        limit=_bottleneck(
             memory,
             device,
             packs[0].tokens,
@@ -477,7 +477,7 @@ def _check(
         raise InputError(f"--price {price}: must be 0 or more, in dollars per GPU hour")
 
 
-def _limit(
+def _bottleneck(
     memory: Mapping[str, float],
     device: Device,
     tokens: int,

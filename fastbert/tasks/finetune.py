@@ -412,7 +412,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 class Classifier(nn.Module):
-    """[CLS] of the encoder, pooler, dropout, and one logit per class or one number: [B, classes]."""
+    """[CLS] of the encoder, pooler, dropout, and one logit per class or a number: [B, classes]."""
 
     def __init__(self, pretrained: Pretrained, classes: int):
         super().__init__()

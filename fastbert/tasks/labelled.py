@@ -93,7 +93,7 @@ class Examples:
                     )
             except ValueError:
                 bad.append(f"line {line}: {self.columns.label} {label!r} is not a number")
-        _refuse(self.file, bad)
+        _raise_if_bad(self.file, bad)
         return values
 
 
@@ -130,13 +130,13 @@ def read_examples(
         raise InputError(f"{file}: not UTF-8 ({error.reason}); convert it first") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    _refuse(file, bad)
+    _raise_if_bad(file, bad)
     if found is None:
         raise InputError(f"{file}: no examples; it needs a header and at least one row")
     return found
 
 
-def _refuse(file: Path, bad: Sequence[str]) -> None:
+def _raise_if_bad(file: Path, bad: Sequence[str]) -> None:
     """Raise InputError where there are bad rows."""
     if bad:
         count = f"{len(bad):,} bad row{'s' * (len(bad) > 1)}"

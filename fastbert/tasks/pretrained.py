@@ -137,7 +137,7 @@ class Pretrained:
             InputError: the text has no `[MASK]` or is too long, k is out of range, or the MLM head
                 was not trained.
         """
-        self._need(MLM)
+        self._require_head(MLM)
         if MASK not in text:
             raise InputError(f"{text!r}: no {MASK} to fill; write one where a word is missing")
         if not 1 <= k <= self.model.vocab_size:
@@ -177,7 +177,7 @@ class Pretrained:
         Raises:
             InputError: the NSP head was not trained.
         """
-        self._need(NSP)
+        self._require_head(NSP)
         a, b = (
             self.tokenizer.encode(text, add_special_tokens=False).ids for text in (first, second)
         )
@@ -236,7 +236,7 @@ class Pretrained:
             )
         return values
 
-    def _need(self, head: str) -> None:
+    def _require_head(self, head: str) -> None:
         if head not in self.heads:
             what = {MLM: "masked tokens", NSP: "next sentences"}[head]
             raise InputError(
