@@ -1,14 +1,22 @@
-"""`python -m fastbert` is `fastbert`: from here on nothing is imported from the current folder, which Python's -m has put on its search path."""
+"""`python -m fastbert` runs the command line, without the current folder on the search path.
+
+Python's -m puts the current folder on the search path. Here it is removed before anything else is
+imported, so that a user's own `random.py` or `json.py` is not imported by mistake.
+"""
 
 import os
 import sys
 
 
 def _forget_current_folder() -> None:
-    """What Python itself imports before this line is beyond our reach; `python -P -m fastbert` keeps that safe too, from Python 3.11 on."""
+    """Remove the current folder from the search path.
+
+    Modules that Python imports before this line cannot be protected here. From Python 3.11 on,
+    `python -P -m fastbert` protects them too.
+    """
     try:
         first = sys.path[0] == os.getcwd()
-    except OSError:  # the folder is gone
+    except OSError:  # the current folder was deleted
         return
     if first and not getattr(sys.flags, "safe_path", False):
         del sys.path[0]

@@ -1,6 +1,7 @@
-"""`fastbert doctor`: what this machine has and can do, and advice where something is missing.
+"""`fastbert doctor`: report what this machine has and can do, and advise what to change.
 
-It takes about two seconds. torch is imported inside the functions, so that a machine without it gets an answer, too.
+It takes about two seconds. torch is imported inside the functions, so that the command works on a
+machine without torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ PACKAGES = ("torch", "triton", "deepspeed", "tokenizers", "safetensors", "transf
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates in FLOP/s, bandwidth in bytes/s, memory in bytes; `capability` is the compute capability, such as 9.0."""
+    """One GPU. Rates are in FLOP/s, the bandwidth in bytes/s, the memory in bytes.
+
+    `capability` is the compute capability, such as "9.0".
+    """
 
     name: str
     capability: str
@@ -38,7 +42,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `fastbert doctor` found. Memory and disk in bytes, rates in FLOP/s, bandwidth in bytes/s; None: could not be measured."""
+    """The findings of `fastbert doctor`.
+
+    Memory and disk are in bytes, rates in FLOP/s, bandwidth in bytes/s. None means that the value
+    could not be measured.
+    """
 
     processor: str
     cores: int
@@ -58,7 +66,11 @@ class Diagnosis:
 
 
 def diagnose(folder: Path = Path()) -> Diagnosis:
-    """Look at this machine, measure, and say what to do where something is missing. `folder`: whose disk counts."""
+    """Inspect and measure this machine.
+
+    Args:
+        folder: free disk space is measured where this folder is.
+    """
     versions = {package: _version(package) for package in PACKAGES}
     tools = {tool: shutil.which(tool) for tool in ("g++", "ninja", "nvidia-smi")}
     memory, free = _memory()
@@ -101,7 +113,7 @@ def advise(
     gpus: list[Gpu],
     **_: Any,
 ) -> list[str]:
-    """One line for each thing that is missing or slow, with what to do about it."""
+    """Return one line for each thing that is missing or slow, with what to do about it."""
     lines = [
         f"{name} is not installed: pip install {name}"
         for name in PACKAGES
@@ -109,17 +121,20 @@ def advise(
     ]
     if gpus and not versions["triton"]:
         lines.append(
-            "triton is not installed: pip install triton; without it a GPU has runtime.kernels = reference alone"
+            "triton is not installed: pip install triton; without it, runtime.kernels = "
+            '"reference" is the only choice on a GPU'
         )
     if tools["nvidia-smi"] and versions["torch"] and not gpus:
         lines.append("there is a GPU driver, but torch sees no GPU: install a torch built for CUDA")
     if not tools["g++"]:
         lines.append(
-            "g++ is missing: apt-get install g++ (DeepSpeed compiles its CPU communication at first use)"
+            "g++ is missing: apt-get install g++ "
+            "(DeepSpeed compiles its CPU communication at first use)"
         )
     elif not tools["ninja"]:
         lines.append(
-            "ninja is missing: pip install ninja (DeepSpeed compiles its CPU communication at first use)"
+            "ninja is missing: pip install ninja "
+            "(DeepSpeed compiles its CPU communication at first use)"
         )
     if threads and not gpus and threads < cores:
         lines.append(
@@ -131,42 +146,39 @@ def advise(
         )
     if memory_free < 2 * 1024**3:
         lines.append(
-            f"{_gib(memory_free)} of memory are free: lower batch.micro_batch_tokens, or close something"
+            f"{_gib(memory_free)} of memory are free: lower batch.micro_batch_tokens, "
+            "or close other programs"
         )
     if disk_free < 5 * 1024**3:
         lines.append(
-            f"{_gib(disk_free)} of disk are free: a checkpoint takes 12 bytes a parameter; lower checkpoint.keep"
+            f"{_gib(disk_free)} of disk are free: a checkpoint takes 12 bytes per parameter; "
+            "lower checkpoint.keep"
         )
     return lines
 
 
 def describe(found: Diagnosis) -> list[tuple[str, str]]:
-    """The rows of the table that a person reads."""
+    """Return the rows of the printed table: name and value."""
     versions = {"Python": found.python, **found.versions}
+    threads = f", torch uses {found.threads}" if found.threads else ""
     rows = [
-        (
-            "processor",
-            f"{found.processor}, {found.cores} cores"
-            + (f", torch uses {found.threads}" if found.threads else ""),
-        ),
+        ("processor", f"{found.processor}, {found.cores} cores{threads}"),
         ("memory", f"{_gib(found.memory)}, {_gib(found.memory_free)} free"),
         ("disk", f"{_gib(found.disk_free)} free here"),
         ("versions", ", ".join(f"{name} {version or '-'}" for name, version in versions.items())),
     ]
     if found.gemm_fp32 and found.bandwidth and found.bf16:
-        safe, faster = (
-            "safe" if found.bf16.safe else "NOT safe",
-            "faster" if found.bf16.faster else "not faster",
-        )
-        rows.append(
-            (
-                "matrix products",
-                f"{found.gemm_fp32 / 1e9:,.0f} GFLOP/s in fp32; memory {found.bandwidth / 1e9:,.0f} GB/s",
-            )
-        )
+        safe = "safe" if found.bf16.safe else "NOT safe"
+        faster = "faster" if found.bf16.faster else "not faster"
+        rate = f"{found.gemm_fp32 / 1e9:,.0f} GFLOP/s in fp32"
+        bandwidth = f"memory {found.bandwidth / 1e9:,.0f} GB/s"
+        rows.append(("matrix products", f"{rate}; {bandwidth}"))
         rows.append(("bf16", f"{safe}, {faster}: {found.bf16.why}"))
     for gpu in found.gpus:
-        rates = f"{gpu.gemm_bf16 / 1e12:,.0f} TFLOP/s in bf16, {gpu.gemm_fp32 / 1e12:,.0f} in fp32; memory {gpu.bandwidth / 1e9:,.0f} GB/s"
+        rates = (
+            f"{gpu.gemm_bf16 / 1e12:,.0f} TFLOP/s in bf16, {gpu.gemm_fp32 / 1e12:,.0f} in fp32; "
+            f"memory {gpu.bandwidth / 1e9:,.0f} GB/s"
+        )
         rows.append(
             ("GPU", f"{gpu.name}, compute capability {gpu.capability}, {_gib(gpu.memory)}; {rates}")
         )
@@ -211,7 +223,7 @@ def _processor() -> str:
 
 
 def _memory() -> tuple[int, int]:
-    """Total and free memory in bytes; the limit of the container counts where it is lower."""
+    """Return total and free memory in bytes, bounded by the limit of the container."""
     import psutil
 
     machine = psutil.virtual_memory()

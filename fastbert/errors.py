@@ -2,8 +2,11 @@
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: what, which value, from which file and key, and what to do about it. Exit code 2."""
+    """The user's input is wrong. Exit code 2.
+
+    The message names what is wrong, the value, the file and key, and what to do about it.
+    """
 
 
 class Diverged(RuntimeError):
-    """A model gives numbers that are not finite: NaN or infinity. Exit code 1."""
+    """A model produces values that are not finite, NaN or infinity. Exit code 1."""

@@ -1,7 +1,7 @@
-"""What this machine is: usable cores, the rates of its matrix products and memory, and whether bf16 is safe and faster.
+"""What this machine can do: usable cores, rates of matrix products and memory, and bf16.
 
-Rates are measured in the few shapes that an encoder has, in a fraction of a second each. torch is imported inside the functions, since
-`fastbert doctor` must answer on a machine without it, too.
+Rates are measured on the few shapes that an encoder has, in a fraction of a second each. torch is
+imported inside the functions, because `fastbert doctor` must work on a machine without it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,22 @@ from fastbert import child
 if TYPE_CHECKING:
     import torch
 
-# T, D, F of the products that are timed: a micro-batch of BERT-small. On the machines tried, BERT-mini to base come within a tenth.
+# T, D, F of the timed products: a micro-batch of BERT-small. On the machines tried, the rates of
+# BERT-mini to BERT-base are within a tenth of this one.
 GEMM_SHAPE = (2048, 512, 2048)
 BANDWIDTH_BYTES = 256 * 1024**2  # well over the largest last-level cache
-WORTH_IT = 1.3  # a step in bf16 also converts and keeps its sums in fp32: a smaller gain in the products alone would be lost
+# A step in bf16 also converts values and keeps its sums in fp32, so a smaller gain in the products
+# alone would be lost.
+WORTH_IT = 1.3
 PROBE_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
 class Bf16Probe:
-    """Whether matrix products in bf16 can be trusted on this processor, whether they pay, and why that is the answer."""
+    """Whether matrix products in bf16 are safe on this processor, whether they are faster, and why.
+
+    `faster` means faster by at least the factor WORTH_IT.
+    """
 
     safe: bool
     faster: bool
@@ -37,20 +43,26 @@ class Bf16Probe:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; fewer than the machine has where its affinity was restricted."""
+    """Return the number of cores that this process may use.
+
+    It is lower than the machine's number where the affinity of the process is restricted.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_gemm_rate(
     dtype: torch.dtype | None = None, seconds: float = 0.3, device: str = "cpu"
 ) -> float:
-    """FLOP/s of the three products that a linear layer needs for a forward and a backward pass, with the threads that torch has now.
+    """Measure the FLOP/s of the three products of a linear layer's forward and backward pass.
 
-    The best round counts: whatever else runs on the machine can only make a round slower, so the best is nearest to its peak.
+    torch's current number of threads is used. The best round counts: other processes on the machine
+    can only make a round slower, so the best one is closest to the peak.
 
     Args:
-        dtype: of the factors; fp32 by default. Where bf16 is not safe (see `probe_bf16`) measuring it kills the process.
-        seconds: about how long to measure, a warm-up round not counted.
+        dtype: of the factors; fp32 by default. Where bf16 is not safe (see `probe_bf16`), measuring
+            it kills the process.
+        seconds: how long to measure, approximately; a warm-up round is not counted.
+        device: "cpu", "cuda" or "cuda:N".
     """
     import torch
 
@@ -72,7 +84,10 @@ def measure_gemm_rate(
 
 
 def measure_bandwidth(seconds: float = 0.3, device: str = "cpu") -> float:
-    """Bytes/s of a copy between two buffers that no cache holds; what is read and what is written both count."""
+    """Measure the bytes/s of a copy between two buffers that do not fit any cache.
+
+    Bytes read and bytes written both count.
+    """
     import torch
 
     source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
@@ -81,6 +96,7 @@ def measure_bandwidth(seconds: float = 0.3, device: str = "cpu") -> float:
 
 
 def _best(work: Any, seconds: float, device: str) -> float:
+    """Return the seconds of the fastest call of `work` within about `seconds`."""
     import torch
 
     wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
@@ -98,10 +114,11 @@ def _best(work: Any, seconds: float, device: str) -> float:
 
 
 def probe_bf16() -> Bf16Probe:
-    """Try bf16 products in a child process, since what can go wrong there cannot be caught.
+    """Try bf16 products in a child process, because a failure there cannot be caught.
 
-    Some virtual machines advertise Intel's AMX and kill the process that uses it (SIGILL). A processor without bf16
-    instructions is answered without a child. Else about two seconds, most of them the child's import of torch.
+    Some virtual machines advertise Intel's AMX and kill the process that uses it (SIGILL). For a
+    processor without bf16 instructions no child is started. Otherwise this takes about two seconds,
+    mostly for the child's import of torch.
     """
     flags = _cpu_flags()
     if flags and not flags & {"avx512_bf16", "amx_bf16", "bf16"}:
@@ -120,25 +137,19 @@ def probe_bf16() -> Bf16Probe:
 
 
 def print_rates() -> None:
-    """What the child of `probe_bf16` does: print the rates in fp32 and bf16 as JSON."""
+    """Print the rates in fp32 and bf16 as JSON; this is what the child of `probe_bf16` runs."""
     import torch
 
-    print(
-        json.dumps(
-            [measure_gemm_rate(torch.float32, 0.15), measure_gemm_rate(torch.bfloat16, 0.15)]
-        )
-    )
+    rates = [measure_gemm_rate(torch.float32, 0.15), measure_gemm_rate(torch.bfloat16, 0.15)]
+    print(json.dumps(rates))
 
 
 def judge_bf16(returncode: int, stdout: str, stderr: str) -> Bf16Probe:
-    """The answer from how the child ended and what it printed."""
+    """Conclude from the child's return code and from what it printed."""
     if returncode == -signal.SIGILL:
-        cure = "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, set before the start, cures it"
-        return Bf16Probe(
-            False,
-            False,
-            f"a bf16 product kills the process (SIGILL): AMX is advertised but not there; {cure}",
-        )
+        advice = "set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 before the start"
+        why = "a bf16 product kills the process (SIGILL): AMX is advertised but not available"
+        return Bf16Probe(False, False, f"{why}; {advice}")
     if returncode:
         last = (stderr.strip().splitlines() or ["no message"])[-1]
         return Bf16Probe(False, False, f"the probe ended with {returncode}: {last}")
@@ -152,7 +163,7 @@ def judge_bf16(returncode: int, stdout: str, stderr: str) -> Bf16Probe:
 
 
 def _cpu_flags() -> set[str]:
-    """The instruction sets that the kernel lists; empty where it lists none."""
+    """Return the instruction sets that the Linux kernel lists; empty where it lists none."""
     for line in cpu_info():
         if line.lower().startswith(("flags", "features")):
             return set(line.partition(":")[2].split())
@@ -160,6 +171,7 @@ def _cpu_flags() -> set[str]:
 
 
 def cpu_info() -> list[str]:
+    """Return the lines of /proc/cpuinfo; empty where it cannot be read."""
     try:
         return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

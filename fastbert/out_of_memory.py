@@ -1,10 +1,11 @@
-"""Recognises exceptions that mean that memory ran out, and says so in one line."""
+"""Recognise exceptions that mean out of memory, and describe them in one line."""
 
 from __future__ import annotations
 
 import re
 
-# torch raises the last two on a CPU and in cuBLAS as plain RuntimeErrors, which only their texts tell from bugs.
+# torch raises the last two on a CPU and in cuBLAS as plain RuntimeErrors. Only their texts
+# distinguish them from bugs.
 _TEXTS = re.compile(
     r"out of memory|can't allocate memory|std::bad_alloc|CUBLAS_STATUS_ALLOC_FAILED"
 )
@@ -15,7 +16,7 @@ _CPU = re.compile(r"tried to allocate (\d+) bytes")
 
 
 def shortage(error: BaseException) -> str | None:
-    """One line on what could not be allocated, and where; None for an exception that means something else.
+    """Return one line on what could not be allocated and where; None for any other exception.
 
     Args:
         error: from torch (CPU, CUDA or cuBLAS), numpy or Python.

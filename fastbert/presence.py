@@ -1,7 +1,9 @@
-"""Whether something is there, where a disk that does not answer is an error: `Path.exists`, `is_dir` and `glob` take that for a no.
+"""Whether a file or folder exists, with an error where the disk does not answer.
 
-Whether a run is started over hangs on such an answer. So "not there" is only what the system says in so many words. Missing rights, a
-network disk that has gone stale, a loop of links, or a link to a disk that is not mounted is an InputError with the path and the reason.
+`Path.exists`, `is_dir` and `glob` report "does not exist" in that case, and such an answer may
+decide whether a run starts from scratch. Here something is absent only where the system says so
+explicitly. Missing permissions, a stale network disk, a loop of links, or a link to a disk that is
+not mounted raise an InputError with the path and the reason.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ from fastbert.errors import InputError
 
 
 def status(path: Path) -> os.stat_result | None:
-    """What the system says of the file or folder at `path`, links followed; None where there is nothing."""
+    """Return the `os.stat` of the file or folder at `path`, following links; None where none is.
+
+    Raises:
+        InputError: the path cannot be inspected, or a link in it points nowhere.
+    """
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -22,7 +28,8 @@ def status(path: Path) -> os.stat_result | None:
             if place.is_symlink() and not place.exists():
                 target = os.readlink(place)
                 raise InputError(
-                    f"{place}: a link to {target}, which is not there; mount its disk, or correct or remove the link"
+                    f"{place}: a link to {target}, which is not there; mount its disk, "
+                    "or correct or remove the link"
                 ) from None
         return None
     except (OSError, ValueError) as error:
@@ -30,18 +37,22 @@ def status(path: Path) -> os.stat_result | None:
 
 
 def is_folder(path: Path) -> bool:
+    """Whether there is a folder at `path`. Raises InputError as `status`."""
     found = status(path)
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is a regular file: not a folder, and no pipe, which would keep its reader waiting."""
+    """Whether there is a regular file at `path`. Raises InputError as `status`.
+
+    A pipe is not one: it would keep its reader waiting.
+    """
     found = status(path)
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def names_in(folder: Path) -> list[str]:
-    """What is in a folder, sorted; nothing where there is no folder."""
+    """Return the sorted names in a folder; none where there is no folder."""
     if status(folder) is None:
         return []
     try:
@@ -51,6 +62,6 @@ def names_in(folder: Path) -> list[str]:
 
 
 def unreadable(path: Path, error: Exception) -> InputError:
-    """The one line for what could not be looked at."""
+    """Return the error for a path that could not be inspected."""
     why = getattr(error, "strerror", None) or str(error)
     return InputError(f"{path}: cannot be read: {why}; mount its disk, or get the right to read it")

@@ -1,4 +1,4 @@
-"""JSON that every reader takes: what Python writes for NaN and infinity is none, so they become null."""
+"""JSON that every reader accepts: NaN and infinity, which JSON does not have, become null."""
 
 from __future__ import annotations
 

@@ -230,17 +230,17 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "not gz": (
             write(tmp_path / "p.txt.gz", "plain text"),
             {},
-            ["p.txt.gz", "not a sound gzip"],
+            ["p.txt.gz", "not a valid gzip"],
         ),
         "not zst": (
             write(tmp_path / "p.txt.zst", "plain text"),
             {},
-            ["p.txt.zst", "not a sound zstd"],
+            ["p.txt.zst", "not a valid zstd"],
         ),
         "damaged gz": (
             write(tmp_path / "d.txt.gz", packed[".gz"][:40] + b"????" + packed[".gz"][44:]),
             {},
-            ["d.txt.gz", "not a sound gzip"],
+            ["d.txt.gz", "not a valid gzip"],
         ),
         "json": (
             write(tmp_path / "j.jsonl", '{"text": "a"}\n{"text": \n'),
@@ -283,12 +283,12 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "no parquet": (
             write(tmp_path / "x.parquet", "plain text"),
             {},
-            ["x.parquet", "not a sound Parquet"],
+            ["x.parquet", "not a valid Parquet"],
         ),
         "cut parquet": (
             write(tmp_path / "y.parquet", good[: len(good) // 2]),
             {},
-            ["y.parquet", "not a sound Parquet"],
+            ["y.parquet", "not a valid Parquet"],
         ),
         "empty parquet": (write(tmp_path / "z.parquet", b""), {}, ["z.parquet", "empty"]),
         "no rows": (table(tmp_path / "r.parquet", strings[:0]), {}, ["r.parquet", "empty"]),

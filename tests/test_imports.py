@@ -74,6 +74,7 @@ MAY_IMPORT = {
         "fastbert.cluster.group",
         "fastbert.config",
         "fastbert.data",
+        "fastbert.durable",
         "fastbert.errors",
         "fastbert.models",
         "fastbert.presence",

@@ -125,13 +125,13 @@ def test_json_lines_and_named_columns(tmp_path):
         (
             "x.csv",
             b"text,label\na,x\n ,y\n,z\n",
-            "2 bad rows: line 3: text is empty; line 4: text is empty; mend or delete them",
+            "2 bad rows: line 3: text is empty; line 4: text is empty; fix or remove them",
         ),
         ("x.csv", b"text,label\na,x\nb,\n", "line 3: label is empty"),
         ("x.csv", b'text,label\n"a,x\n', "line 2: not valid csv"),
         ("x.csv", b'text,label\n"a"b,x\n', "line 2: not valid csv"),
         ("x.csv", b"text,label\ncaf\xe9,x\n", "not UTF-8"),
-        ("x.csv", b"text,label\n" + b",x\n" * 9, "9 bad rows: .* and 4 more; mend"),
+        ("x.csv", b"text,label\n" + b",x\n" * 9, "9 bad rows: .* and 4 more; fix"),
         ("x.tsv", b"text\tlabel\na\tx\nb\n", "line 3: 1 fewer fields than the header has columns;"),
         (
             "x.jsonl",
@@ -152,7 +152,7 @@ def test_labels_that_are_no_numbers(tmp_path):
     found = read_examples(write(tmp_path / "x.csv", "text,label\na,1\nb,two\nc,inf\n"))
     with pytest.raises(
         InputError,
-        match="2 bad rows: line 3: label 'two' is no number; line 4: 'inf' is no finite number",
+        match="2 bad rows: line 3: label 'two' is not a number; line 4: 'inf' is not a finite number",
     ):
         found.numbers()
 

@@ -19,7 +19,12 @@ from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert.planning import memory
 from fastbert.planning.flops import executed_flops, training_flops
-from fastbert.planning.memory import Pack, activation_bytes, count_parameters, memory_by_part
+from fastbert.planning.memory import (
+    MicroBatchSize,
+    activation_bytes,
+    count_parameters,
+    memory_by_part,
+)
 from fastbert.planning.plan import (
     EFFICIENCY,
     GPUS,
@@ -109,7 +114,7 @@ def test_executed_flops_are_what_torch_counts_in_a_step():
     )
 
 
-SHORT = Pack([100] * 10, 150, 10)
+SHORT = MicroBatchSize([100] * 10, 150, 10)
 STATES = ("weights", "gradients", "master weights", "moments")
 
 
@@ -221,7 +226,7 @@ def test_activations_are_what_autograd_keeps(kernels, longest, dtype, dropout):
     predicted = activation_bytes(
         config,
         VOCABULARY,
-        Pack(lengths, 4 * len(lengths), len(lengths)),
+        MicroBatchSize(lengths, 4 * len(lengths), len(lengths)),
         dtype == torch.bfloat16,
         kernels,
     )
@@ -240,7 +245,9 @@ def test_constants_are_those_of_the_kernels():
 
 def test_activations_grow_with_the_square_of_the_length_on_a_cpu_alone():
     def each(n: int, kernels: str) -> float:
-        return activation_bytes(recipe().model, 30522, Pack([n] * (4096 // n), 0, 0), True, kernels)
+        return activation_bytes(
+            recipe().model, 30522, MicroBatchSize([n] * (4096 // n), 0, 0), True, kernels
+        )
 
     assert each(512, "triton") < 1.05 * each(64, "triton")
     assert each(512, "cpu") > 1.5 * each(64, "cpu")

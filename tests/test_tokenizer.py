@@ -268,7 +268,7 @@ def without(token: str) -> Any:
         (changed("normalizer", "clean_text", value=False), ["clean_text False"]),
         (changed("model", "vocab", "of", value=5000), ["ids 0 to 599"]),
         (changed("model", "vocab", "of", value=7), ["ids 0 to 599"]),
-        (changed("model", "vocab", "of", value=-1), ["not a sound tokenizer"]),
+        (changed("model", "vocab", "of", value=-1), ["not a valid tokenizer"]),
         (changed("added_tokens", 4, "special", value=False), ["added tokens", "[MASK]"]),
         (without("[SEP]"), ["has no [SEP]"]),
     ],

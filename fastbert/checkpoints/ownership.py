@@ -11,14 +11,13 @@ early its process died.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import secrets
 import socket
 from pathlib import Path
 
-from fastbert.durable import sync
+from fastbert.durable import replacing, sync
 from fastbert.presence import is_file, unreadable
 
 FILE = ".owner"
@@ -49,15 +48,9 @@ class RunLock:
             OSError: the token cannot be written.
         """
         token = secrets.token_hex(8)
-        new = run / f"{CLAIM}{token}"
-        try:
+        with replacing(run / FILE, run / f"{CLAIM}{token}") as new:
             new.write_text(f"{token} {socket.gethostname()} {os.getpid()}\n", encoding="utf-8")
             sync(new)
-            new.replace(run / FILE)
-        except OSError:
-            with contextlib.suppress(OSError):
-                new.unlink()
-            raise
         return cls(run, token)
 
     @staticmethod

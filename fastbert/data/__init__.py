@@ -1,1 +1,4 @@
-"""From raw text to packed batches: documents, sentences, tokens, a dataset on disk, examples, masks. Knows no model."""
+"""From raw text to packed batches: documents, sentences, tokens, a dataset, examples, masks.
+
+Nothing here depends on the model.
+"""

@@ -1,19 +1,21 @@
-"""How well simple count models predict a hidden token of this corpus: what a training loss is compared with.
+"""Baselines: how well simple count models predict a masked token, to compare a training loss with.
 
-For every held-out token w with its left and right neighbour l and r, in nats per token:
+For every held-out token w with its left and right neighbours l and r, in nats per token:
 
     unigram             p(w)
     left_bigram         p(w | l)
     two_sided_bigram    a p(w | l) + b p(w | r) + c p(w)
-    two_sided_trigram   p(w | l, r), backing off to the best of what two neighbours say one by one: the mixture above
-                        and their product, p(w | l) p(w | r) / p(w), normalised over the vocabulary
+    two_sided_trigram   p(w | l, r), backing off to a mixture of the three terms above and of their
+                        product, p(w | l) p(w | r) / p(w), normalised over the vocabulary
 
-A neighbour is hidden, as in training, with probability HIDDEN; a model then does with what is left. Conditional models are
-interpolated with modified Kneser-Ney discounts; the weights of mixtures are fitted on a twentieth of the training
-tokens, which is not counted. A model that only looks at frequencies reaches the first, one that looks at one
-neighbour the second; below the last, it has learned more than its two neighbours.
+As in training, each neighbour is masked with probability HIDDEN, and a model then uses what is
+left. Conditional models are interpolated with modified Kneser-Ney discounts. The weights of the
+mixtures are fitted on a twentieth of the training tokens, which is not counted. A model that knows
+only frequencies reaches the first baseline, and one that looks at one neighbour reaches the second.
+A model below the last one has learned more than its two neighbours.
 
-Source: Chen and Goodman, 1999, "An empirical study of smoothing techniques for language modeling", section 3.
+Source: Chen and Goodman, 1999, "An empirical study of smoothing techniques for language modeling",
+section 3.
 """
 
 from __future__ import annotations
@@ -26,18 +28,19 @@ import numpy as np
 from fastbert.data.dataset import Split
 
 HIDDEN = 0.15 * 0.8  # mask_rate * mask_token of the default objective
-TRAIN_TOKENS = 1 << 23  # counted at most: 0.5 GB while it lasts
+TRAIN_TOKENS = 1 << 23  # counted at most; this takes 0.5 GB of memory
 TUNE_TOKENS = 1 << 15
 HELDOUT_TOKENS = 1 << 17
-_STEPS = 30  # of expectation maximisation; the weights stand still after ten
+_STEPS = 30  # of expectation maximisation; the weights no longer change after ten
 
 
 def measure(train: Split, heldout: Split, vocab_size: int) -> dict[str, float]:
-    """The baselines, and how many tokens they rest on; the same for the same splits."""
-    counted, tested = (
-        _sample(train, TRAIN_TOKENS, vocab_size),
-        _sample(heldout, HELDOUT_TOKENS, vocab_size),
-    )
+    """Return the baselines in nats per token, and the numbers of tokens they are based on.
+
+    The result is a pure function of the splits.
+    """
+    counted = _sample(train, TRAIN_TOKENS, vocab_size)
+    tested = _sample(heldout, HELDOUT_TOKENS, vocab_size)
     cut = len(counted) - min(len(counted) // 20, TUNE_TOKENS)
     models = _Models(counted[:cut], vocab_size)
     tune, test = models.predict(counted[cut:], seed=1), models.predict(tested, seed=2)
@@ -47,7 +50,7 @@ def measure(train: Split, heldout: Split, vocab_size: int) -> dict[str, float]:
         "two_sided_bigram": test.mix(tune.fit("left", "right", "unigram")),
         "two_sided_trigram": test.back_off(tune.fit("left", "right", "unigram", "product")),
     }
-    # Rounded, since the last digits of a long sum differ between processors.
+    # Values are rounded, because the last digits of a long sum differ between processors.
     result = {name: round(float(-np.log(p).mean()), 4) for name, p in probabilities.items()}
     return result | {
         "train_tokens": int((counted[:cut] != vocab_size).sum()),
@@ -58,15 +61,18 @@ def measure(train: Split, heldout: Split, vocab_size: int) -> dict[str, float]:
 def nats(
     train: Split, vocab_size: int, left: np.ndarray, word: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """What unigram and left_bigram, counted as in `measure`, give for chosen places of a text.
+    """Return the loss of the unigram and of the left bigram at the given positions of a text.
+
+    The models are counted as in `measure`.
 
     Args:
         train: the split that is counted.
-        left: int64 [N], the token before each place; `vocab_size` for a boundary, -1 where it is hidden.
-        word: int64 [N], the token that is hidden there.
+        vocab_size: V.
+        left: int64 [N], the token before each position; V for a boundary, -1 where it is masked.
+        word: int64 [N], the token to predict at each position.
 
     Returns:
-        Nats [N] of each, float64.
+        The losses by model, float64 [N] each, in nats.
     """
     counted = _sample(train, TRAIN_TOKENS, vocab_size)
     before, here, _ = _neighbours(counted, vocab_size)
@@ -79,10 +85,9 @@ def nats(
 
 
 def counts(train: Split, vocab_size: int) -> np.ndarray:
-    """How often each token stands in the text that is counted for `measure`, int64 [V]."""
-    return np.bincount(_sample(train, TRAIN_TOKENS, vocab_size), minlength=vocab_size + 1)[
-        :vocab_size
-    ]
+    """Return how often each token occurs in the text that `measure` counts, int64 [V]."""
+    sample = _sample(train, TRAIN_TOKENS, vocab_size)
+    return np.bincount(sample, minlength=vocab_size + 1)[:vocab_size]
 
 
 def _unigram(words: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -91,7 +96,10 @@ def _unigram(words: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def _sample(split: Split, most: int, boundary: int) -> np.ndarray:
-    """int64 [N], documents spread evenly over the split, about `most` tokens of them, `boundary` between and around."""
+    """Return about `most` tokens of documents that are spread evenly over the split, int64 [N].
+
+    `boundary` stands before, between and after the documents.
+    """
     documents = np.arange(0, split.documents, -(-split.tokens // most))
     starts, ends = (split.first_token(split.first_sentence(documents + i)) for i in (0, 1))
     lengths = ends - starts
@@ -101,26 +109,32 @@ def _sample(split: Split, most: int, boundary: int) -> np.ndarray:
 
 
 def _neighbours(tokens: np.ndarray, boundary: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Left neighbour, token, right neighbour of every token that is not a boundary."""
+    """Return the left neighbour, the token and the right neighbour of every token.
+
+    Boundaries are not tokens.
+    """
     at = np.flatnonzero(tokens != boundary)
     return tokens[at - 1], tokens[at], tokens[(at + 1) % len(tokens)]
 
 
 @dataclass(frozen=True)
 class _Predictions:
-    """Probabilities of each token under each model, float64 [N]."""
+    """Probabilities of each token under each model, float64 [N] unless stated otherwise."""
 
     unigram: np.ndarray
-    left: np.ndarray  # p(w | l); the unigram where l is hidden
+    left: np.ndarray  # p(w | l); the unigram where l is masked
     right: np.ndarray
-    single: np.ndarray  # from the neighbour that is seen, if any
-    pair: np.ndarray  # bool: both are seen
-    product: np.ndarray  # 0 where not both are seen
-    trigram: np.ndarray  # its discounted part,
-    trigram_rest: np.ndarray  # and the mass that is left for what it backs off to
+    single: np.ndarray  # from the neighbour that is visible, if any
+    pair: np.ndarray  # bool: both neighbours are visible
+    product: np.ndarray  # 0 unless both are visible
+    trigram: np.ndarray  # its discounted part
+    trigram_rest: np.ndarray  # the probability mass left for the model it backs off to
 
     def fit(self, *parts: str) -> dict[str, float]:
-        """Weights of a mixture, by expectation maximisation over the tokens with both neighbours."""
+        """Fit the weights of a mixture by expectation maximisation.
+
+        Only tokens with both neighbours visible count.
+        """
         p = np.stack([getattr(self, part) for part in parts])[:, self.pair]
         weights = np.full(len(p), 1 / len(p))
         for _ in range(_STEPS if p.size else 0):
@@ -129,18 +143,18 @@ class _Predictions:
         return dict(zip(parts, weights.tolist(), strict=True))
 
     def mix(self, weights: dict[str, float]) -> np.ndarray:
-        """The mixture, where both neighbours are seen."""
+        """Return the mixture where both neighbours are visible, else the single-neighbour model."""
         mixture = np.sum([weight * getattr(self, part) for part, weight in weights.items()], axis=0)
         return np.where(self.pair, mixture, self.single)
 
     def back_off(self, weights: dict[str, float]) -> np.ndarray:
-        """The trigram, where both neighbours are seen, over that mixture."""
+        """Return the trigram, backing off to the mixture, where both neighbours are visible."""
         lower = self.mix(weights)
         return np.where(self.pair, self.trigram + self.trigram_rest * lower, lower)
 
 
 class _Models:
-    """The counts of a text."""
+    """Count models of a text."""
 
     def __init__(self, tokens: np.ndarray, vocab_size: int):
         self.size = vocab_size + 1  # the boundary is a neighbour too
@@ -160,8 +174,9 @@ class _Models:
         right_part, right_rest = self.before.look_up(right, word)
         p_left = np.where(hidden[0], unigram, left_part + left_rest * unigram)
         p_right = np.where(hidden[1], unigram, right_part + right_rest * unigram)
-        # The product's sum over the vocabulary: (part_l(v) + rest_l u(v)) (part_r(v) + rest_r u(v)) / u(v), where the
-        # parts sum to 1 - rest.
+        # The product is normalised by its sum over the vocabulary, the sum over v of
+        # (part_l(v) + rest_l u(v)) (part_r(v) + rest_r u(v)) / u(v), where each part sums to
+        # 1 - rest.
         a, b = left_rest[pair], right_rest[pair]
         total = self._overlap(left[pair], right[pair]) + (1 - a) * b + a * (1 - b) + a * b
         product = np.zeros(len(word))
@@ -179,7 +194,10 @@ class _Models:
         )
 
     def _overlap(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Sum over v of part_l(v) part_r(v) / u(v) for each pair of neighbours: by r, through a dense row of its words."""
+        """Return the sum over v of part_l(v) part_r(v) / u(v) for each pair of neighbours.
+
+        Pairs are grouped by r, whose parts are written into one dense row over the vocabulary.
+        """
         if len(left) == 0:
             return np.zeros(0)
         pairs, inverse = np.unique(right * self.size + left, return_inverse=True)
@@ -200,44 +218,46 @@ class _Models:
 
 
 class _Conditional:
-    """p(word | context) as a discounted part for the pairs that were seen, and a rest for whatever it backs off to."""
+    """p(word | context), as a discounted part for the pairs seen and a rest for the back-off."""
 
     def __init__(self, contexts: np.ndarray, words: np.ndarray, size: int):
         self._size = size
         keys = contexts * size
         keys += words
-        keys = keys.astype(
-            np.min_scalar_type(keys.max(initial=0)), copy=False
-        )  # sorting 32 bits takes half the time of 64
+        # Sorting 32-bit keys takes half the time of 64-bit keys.
+        keys = keys.astype(np.min_scalar_type(keys.max(initial=0)), copy=False)
         keys.sort()
         pairs = _edges(keys)
         self._keys, counts = keys[pairs[:-1]].astype(np.int64), np.diff(pairs)
         pair_contexts, self.words = np.divmod(self._keys, size)
-        self._first = _edges(pair_contexts)  # where each context's words begin, and the end of all
+        # Where the words of each context begin; the last entry is the number of pairs.
+        self._first = _edges(pair_contexts)
         self._contexts = pair_contexts[self._first[:-1]]
         discounts = _discounts(counts)[np.minimum(counts, 3)]
         totals = np.add.reduceat(counts, self._first[:-1])
         self.parts = (counts - discounts) / np.repeat(totals, np.diff(self._first))
-        self._rests = np.append(
-            np.add.reduceat(discounts, self._first[:-1]) / totals, 1.0
-        )  # the last one: a context never seen
+        rests = np.add.reduceat(discounts, self._first[:-1]) / totals
+        self._rests = np.append(rests, 1.0)  # the last one is for a context that was never seen
 
     def look_up(self, contexts: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the discounted part of each pair and the rest of each context, float64 [N]."""
         keys = contexts * self._size + words
         at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where(self._keys[at] == keys, self.parts[at], 0.0), self._rests[
-            self._index(contexts)
-        ]
+        parts = np.where(self._keys[at] == keys, self.parts[at], 0.0)
+        return parts, self._rests[self._index(contexts)]
 
     def row(self, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """Words seen in a context, and their parts."""
+        """Return the words seen in a context, and their parts."""
         at, _ = self.rows(np.array([context]))
         return self.words[at], self.parts[at]
 
     def rows(self, contexts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in `words` and `parts` those of the contexts lie, end to end, and how many each has."""
+        """Return the indices into `words` and `parts` for the contexts, and their number for each.
+
+        The indices of the contexts follow one another in the order of `contexts`.
+        """
         index = self._index(contexts)
-        first = self._first[index]  # of a context never seen: the end of all
+        first = self._first[index]  # the number of pairs for a context that was never seen
         lengths = self._first[np.minimum(index + 1, len(self._contexts))] - first
         ends = np.cumsum(lengths)
         return np.arange(ends[-1]) + np.repeat(first - (ends - lengths), lengths), lengths
@@ -248,20 +268,20 @@ class _Conditional:
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """What is taken off a count of 0, 1, 2 and 3 or more; kept within bounds where a text is too small to tell."""
+    """Return the discounts of counts of 0, 1, 2, and 3 or more.
+
+    They are clipped to bounds, because a small text does not determine them.
+    """
     _, ones, twos, threes, fours = np.bincount(np.minimum(counts, 5), minlength=6)[:5].clip(1)
     share = ones / (ones + 2 * twos)
-    values = np.array(
-        [
-            0,
-            1 - 2 * share * twos / ones,
-            2 - 3 * share * threes / twos,
-            3 - 4 * share * fours / threes,
-        ]
+    one, two, three = (
+        1 - 2 * share * twos / ones,
+        2 - 3 * share * threes / twos,
+        3 - 4 * share * fours / threes,
     )
-    return values.clip([0, 0.1, 0.2, 0.3], [0, 0.9, 1.8, 2.7])
+    return np.array([0, one, two, three]).clip([0, 0.1, 0.2, 0.3], [0, 0.9, 1.8, 2.7])
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
-    """Where each run of equal values begins, and the end of the last."""
+    """Return where each run of equal values begins, and the length of `values` at the end."""
     return np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1, [len(values)]])

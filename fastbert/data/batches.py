@@ -1,6 +1,7 @@
-"""The batch of each step: a fixed set of examples, shared out evenly, in packs that fit.
+"""The batch of each step: a fixed set of examples, shared out evenly, in packs of limited size.
 
-Example number g = step * sequences + k of a run is example g % n of epoch g // n, whatever the number of ranks: nothing is to be saved.
+Example number g = step * sequences + k of a run is example g % n of epoch g // n. This does not
+depend on the number of ranks, so there is no state to save.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from fastbert.errors import InputError
 
 __all__ = ["Batches", "PackedBatch", "heldout_batches", "pack_texts"]
 
-HELDOUT_SEED = 0  # not the run's: all runs on a dataset are measured on the same examples and masks
+# It is not the run's seed, so all runs on a dataset are evaluated on the same examples and masks.
+HELDOUT_SEED = 0
 
 
 class Batches:
@@ -28,10 +30,11 @@ class Batches:
 
     Args:
         dataset: its split "train" is read.
-        config: objective, batch and seed matter here.
+        config: objective, batch, seed and runtime.cuda_graphs are used.
 
     Raises:
-        InputError: the dataset gives no example for this objective, or its vocabulary no token to mask with.
+        InputError: the dataset has no example for this objective, or its vocabulary has no token
+            to mask with.
     """
 
     def __init__(self, dataset: TokenDataset, config: RunConfig):
@@ -52,26 +55,32 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """A fraction: where an epoch ends within a step, the next one begins in it."""
+        """Steps per epoch, a fraction: the next epoch begins within the step where one ends."""
         return len(self._examples) / self.config.batch.sequences
 
     def position(self, step: int) -> float:
-        """Epochs behind the run when this step begins."""
+        """Return the number of epochs completed when this step begins."""
         return step / self.steps_per_epoch
 
     def check(self, world: int) -> None:
-        """Raises InputError where a step has too few sequences for so many ranks: one without any would be out of step with the others."""
+        """Raise InputError where a step has too few sequences for the ranks.
+
+        A rank without a sequence would fall out of step with the others.
+        """
         batch = self.config.batch
-        if batch.sequences < world or (
-            batch.sequences % world and batch.micro_batch_tokens < 2 * batch.max_length
-        ):
+        uneven = batch.sequences % world != 0
+        if batch.sequences < world or (uneven and batch.micro_batch_tokens < 2 * batch.max_length):
             raise InputError(
-                f"batch.sequences = {batch.sequences} cannot be shared by {world} ranks in packs of batch.micro_batch_tokens = "
-                f"{batch.micro_batch_tokens}; make it a multiple of {world}"
+                f"batch.sequences = {batch.sequences} cannot be shared by {world} ranks in packs "
+                f"of batch.micro_batch_tokens = {batch.micro_batch_tokens}; "
+                f"make it a multiple of {world}"
             )
 
     def step(self, step: int, rank: int = 0, world: int = 1) -> list[PackedBatch]:
-        """This rank's packs of one step: as many on every rank, none empty, each of at most `micro_batch_tokens`.
+        """Return this rank's packs of one step.
+
+        Every rank gets the same number of packs. No pack is empty, and none has more than
+        `micro_batch_tokens` tokens.
 
         Args:
             step: counted from 0.
@@ -83,9 +92,8 @@ class Batches:
         """
         self.check(world)
         batch = self.config.batch
-        epochs, indices = np.divmod(
-            np.arange(step * batch.sequences, (step + 1) * batch.sequences), len(self._examples)
-        )
+        examples = np.arange(step * batch.sequences, (step + 1) * batch.sequences)
+        epochs, indices = np.divmod(examples, len(self._examples))
         drawn = [
             self._examples.draw(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)
         ]
@@ -95,18 +103,20 @@ class Batches:
 
 
 def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) -> list[PackedBatch]:
-    """A fixed set of held-out examples with frozen masks, the same for every run with this objective and length.
+    """Return a fixed set of held-out examples with fixed masks.
+
+    It is the same for every run with this objective and maximum length.
 
     Args:
         dataset: its split "heldout" is read.
-        config: objective, max_length and micro_batch_tokens matter here.
-        sequences: how many examples; all where the split has fewer.
+        config: objective, max_length and micro_batch_tokens are used.
+        sequences: the number of examples; all of them where the split has fewer.
 
     Returns:
-        Packs of at most `micro_batch_tokens`; their totals are those of the whole set.
+        Packs of at most `micro_batch_tokens` tokens; their totals are those of the whole set.
 
     Raises:
-        InputError: the held-out split gives no example for this objective.
+        InputError: the held-out split has no example for this objective.
     """
     packer = _Packer(dataset, "heldout", config.objective)
     examples = Examples(
@@ -124,7 +134,7 @@ def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) ->
 
 
 class _Packer:
-    """Reads the tokens of examples, masks them and lays them out."""
+    """Reads the tokens of examples, masks them and packs them."""
 
     def __init__(
         self,
@@ -133,7 +143,8 @@ class _Packer:
         objective: ObjectiveConfig,
         pad_for: int | None = None,
     ):
-        self.pad_for = pad_for  # tokens of the longest sequence that there may be, where packs are padded to a few shapes
+        # Where packs are padded to a few shapes: the length of the longest sequence allowed.
+        self.pad_for = pad_for
         self.special = dataset.special
         self.objective = objective
         self.masking = Masking(dataset, objective)
@@ -142,7 +153,13 @@ class _Packer:
     def packs(
         self, spans: Spans, indices: np.ndarray, packs: list[np.ndarray]
     ) -> list[PackedBatch]:
-        """One batch for each array of positions in `spans`, which hold the whole step; `indices` are the examples' within their epoch."""
+        """Return one batch for each array of positions in `spans`.
+
+        Args:
+            spans: the examples of the whole step.
+            indices: int64 [B], their indices within their epoch.
+            packs: positions in `spans`, one array for each batch.
+        """
         masked_total = int(selected_counts(spans.ordinary, self.objective).sum())
         pairs_total = int((spans.labels >= 0).sum())
         return [
@@ -178,18 +195,22 @@ class _Packer:
 
 
 def share_out(lengths: np.ndarray, world: int, limit: int) -> list[np.ndarray]:
-    """Share sequences out over world * packs bins of at most `limit` tokens, with as few packs a rank as that takes.
+    """Share sequences out over world * packs bins, with as few packs per rank as possible.
 
-    The longest first, each to the bin with the fewest tokens so far. So bins differ little, and within one lengths descend, which lets
-    attention on a CPU take neighbours of similar length together.
+    No bin gets more than `limit` tokens. The longest sequences are placed first, each into the bin
+    with the fewest tokens so far. So bins have similar sizes, and lengths within a bin descend. The
+    attention on a CPU uses this order to process sequences of similar length together.
 
     Args:
         lengths: int64 [B], tokens; none above `limit`.
+        world: number of ranks.
+        limit: tokens.
 
     Returns:
-        world * packs arrays of positions, int64; rank r takes every world-th from r.
+        world * packs arrays of positions, int64; rank r takes every world-th array from r on.
 
-    Source: Graham, 1969, "Bounds on Multiprocessing Timing Anomalies" (longest processing time first).
+    Source: Graham, 1969, "Bounds on Multiprocessing Timing Anomalies" (longest processing time
+    first).
     """
     order = np.argsort(-lengths, kind="stable")
     bins = world * max(1, -(-int(lengths.sum()) // (world * limit)))

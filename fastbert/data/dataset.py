@@ -1,14 +1,17 @@
-"""The dataset: what `fastbert prepare` writes and everything else reads.
+"""The dataset: the folder that `fastbert prepare` writes and everything else reads.
 
-    DIR/manifest.json            counts, sizes and SHA-256 of every file and of itself, special ids, options; written last
-    DIR/tokenizer/               tokenizer.json, vocab.txt, tokenizer_config.json
-    DIR/{train,heldout}/shard-00000.tokens      token ids, uint16 where the vocabulary allows, else uint32
-                        shard-00000.sentences   int64 [sentences + 1], token offsets within the shard
-                        shard-00000.documents   int64 [documents + 1], sentence offsets within the shard
+    DIR/manifest.json   counts, sizes, SHA-256 of every file and of itself, special ids, options;
+                        written last
+    DIR/tokenizer/      tokenizer.json, vocab.txt, tokenizer_config.json
+    DIR/{train,heldout}/
+        shard-00000.tokens      token ids, uint16 where the vocabulary allows it, else uint32
+        shard-00000.sentences   int64 [sentences + 1], token offsets within the shard
+        shard-00000.documents   int64 [documents + 1], sentence offsets within the shard
     DIR/baselines.json  DIR/report.json  DIR/report.md
-    DIR/.verified-UID            not part of it: when this user has verified it last; see verify.py
+    DIR/.verified-UID   not part of the dataset: when this user last verified it; see verify.py
 
-Numbers are little-endian. Every document has a sentence and every sentence a token; a document never crosses a shard.
+Numbers are little-endian. Every document has at least one sentence, and every sentence at least one
+token. A document never crosses a shard boundary.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.data.verify import AGAIN, Claim, Look, ids_below, offsets_to, verify_files
+from fastbert.data.verify import AGAIN, Claim, NumberCheck, ids_below, offsets_to, verify_files
 from fastbert.durable import unsealed
 from fastbert.errors import InputError
 
@@ -41,9 +44,8 @@ OTHER_FILES = (
     "report.md",
 )
 OFFSETS = np.dtype("<i8")
-SHARD_TOKENS = (
-    1 << 28
-)  # a new shard begins at the first chunk of text after this many tokens: 512 MiB of uint16
+# A new shard begins at the first chunk of text after this many tokens: 512 MiB of uint16.
+SHARD_TOKENS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class Counts:
-    """How much a split or a shard holds."""
+    """The size of a split or a shard."""
 
     documents: int
     sentences: int
@@ -67,12 +69,14 @@ class Counts:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type of token ids on disk."""
+    """Return the type of token ids on disk."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class Split:
-    """One split as three long arrays over all its shards, read by memmap: indices and results are int64.
+    """One split as three long arrays over all its shards, memory-mapped.
+
+    All indices and results are int64.
 
     Args:
         folder: holds the shards.
@@ -82,17 +86,13 @@ class Split:
 
     def __init__(self, folder: Path, shards: Sequence[Counts], dtype: np.dtype):
         names = [folder / shard_name(i) for i in range(len(shards))]
-        self._tokens = [
-            _memmap(f"{name}.tokens", dtype, c.tokens)
-            for name, c in zip(names, shards, strict=True)
-        ]
+        sizes = list(zip(names, shards, strict=True))
+        self._tokens = [_memmap(f"{name}.tokens", dtype, c.tokens) for name, c in sizes]
         self._sentences = [
-            _memmap(f"{name}.sentences", OFFSETS, c.sentences + 1)
-            for name, c in zip(names, shards, strict=True)
+            _memmap(f"{name}.sentences", OFFSETS, c.sentences + 1) for name, c in sizes
         ]
         self._documents = [
-            _memmap(f"{name}.documents", OFFSETS, c.documents + 1)
-            for name, c in zip(names, shards, strict=True)
+            _memmap(f"{name}.documents", OFFSETS, c.documents + 1) for name, c in sizes
         ]
         # Where each shard begins in the global numbering; the last entry is the total.
         self._document_base = _running_total([c.documents for c in shards])
@@ -103,15 +103,21 @@ class Split:
         self.tokens = int(self._token_base[-1])
 
     def first_sentence(self, documents: np.ndarray) -> np.ndarray:
-        """Global index of each document's first sentence; index `self.documents` gives `self.sentences`."""
+        """Return the global index of each document's first sentence.
+
+        Index `self.documents` gives `self.sentences`.
+        """
         return _look_up(self._documents, self._document_base, self._sentence_base, documents)
 
     def first_token(self, sentences: np.ndarray) -> np.ndarray:
-        """Global offset of each sentence's first token; index `self.sentences` gives `self.tokens`."""
+        """Return the global offset of each sentence's first token.
+
+        Index `self.sentences` gives `self.tokens`.
+        """
         return _look_up(self._sentences, self._sentence_base, self._token_base, sentences)
 
     def document_of(self, sentences: np.ndarray) -> np.ndarray:
-        """Global index of the document that each sentence belongs to."""
+        """Return the global index of the document that each sentence belongs to."""
         sentences = np.asarray(sentences, np.int64)
         assert sentences.size == 0 or (sentences.min() >= 0 and sentences.max() < self.sentences)
         result = np.empty_like(sentences)
@@ -119,15 +125,12 @@ class Split:
         for shard in np.unique(shards):
             chosen = shards == shard
             local = sentences[chosen] - self._sentence_base[shard]
-            result[chosen] = (
-                np.searchsorted(self._documents[shard], local, "right")
-                - 1
-                + self._document_base[shard]
-            )
+            local_documents = np.searchsorted(self._documents[shard], local, "right") - 1
+            result[chosen] = local_documents + self._document_base[shard]
         return result
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Token ids of many spans, end to end.
+        """Return the token ids of many spans, one span after another.
 
         Args:
             starts: int64 [N], global token offsets; a span lies within one document.
@@ -139,7 +142,8 @@ class Split:
         starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
         ends = np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else 0
-        # Position p of the result belongs to span s and is token starts[s] + (p - first position of s).
+        # Position p of the result belongs to span s and holds token
+        # starts[s] + (p - first position of s).
         positions = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
         assert total == 0 or (positions.min() >= 0 and positions.max() < self.tokens)
         if len(self._tokens) == 1:
@@ -153,80 +157,82 @@ class Split:
 
 
 class TokenDataset:
-    """A complete dataset, open for reading; made by `open_dataset`."""
+    """A complete dataset, open for reading; `open_dataset` returns it."""
 
     def __init__(self, path: Path, manifest: dict[str, Any], sha256: str):
         self.path = path
         self.manifest = manifest
-        self.sha256 = sha256  # of manifest.json, which holds the SHA-256 of all other files: it identifies the dataset
+        # The SHA-256 of manifest.json. As this holds the SHA-256 of all other files, it identifies
+        # the dataset.
+        self.sha256 = sha256
         self.vocab_size: int = manifest["vocab_size"]
         self.special = SpecialIds(**manifest["special"])
         self.tokenizer_dir = path / "tokenizer"
 
     def split(self, name: str) -> Split:
-        """The split "train" or "heldout"."""
+        """Open the split "train" or "heldout"."""
         shards = [Counts(**shard) for shard in self.manifest["splits"][name]["shards"]]
         return Split(self.path / name, shards, token_dtype(self.vocab_size))
 
     @cached_property
     def ordinary_ids(self) -> np.ndarray:
-        """int64 [V - 5], ascending: every id but the special ones."""
+        """int64 [V - 5], ascending: every id except the special ones."""
         return np.setdiff1d(np.arange(self.vocab_size), list(asdict(self.special).values()))
 
     @cached_property
     def continues_word(self) -> np.ndarray:
         """bool [V]: whether the token continues a word ("##ing")."""
-        # Split at "\n" alone: a token may hold one of the other characters at which splitlines would break.
-        tokens = (
-            (self.tokenizer_dir / "vocab.txt")
-            .read_text(encoding="utf-8")
-            .removesuffix("\n")
-            .split("\n")
-        )
+        # The text is split at "\n" only. splitlines would also split at other characters, which a
+        # token may contain.
+        file = self.tokenizer_dir / "vocab.txt"
+        tokens = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         if len(tokens) != self.vocab_size:
             raise InputError(
-                f"{self.tokenizer_dir / 'vocab.txt'}: {len(tokens):,} tokens, the manifest says {self.vocab_size:,}; {AGAIN}"
+                f"{file}: {len(tokens):,} tokens, the manifest says {self.vocab_size:,}; {AGAIN}"
             )
         return np.array([token.startswith("##") for token in tokens])
 
     @cached_property
     def baselines(self) -> dict[str, float]:
-        """What simple count models reach on the held-out text, nats per token; see baselines.py."""
+        """The losses of simple count models on the held-out text, nats per token; see baselines.py.
+
+        Raises:
+            InputError: baselines.json is damaged.
+        """
         file = self.path / "baselines.json"
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            sound = (
-                all(
-                    type(value) in (int, float) and math.isfinite(value)
-                    for value in values.values()
-                )
-                and "unigram" in values
-            )
+            finite = (type(v) in (int, float) and math.isfinite(v) for v in values.values())
+            valid = all(finite) and "unigram" in values
         except (OSError, ValueError, AttributeError, RecursionError):
-            sound = False
-        if not sound:
-            raise InputError(f'{file}: not an object of numbers, "unigram" among them; {AGAIN}')
+            valid = False
+        if not valid:
+            raise InputError(f'{file}: not an object of numbers with "unigram"; {AGAIN}')
         return values
 
     def verify(self) -> Generator[tuple[int, int]]:
-        """Check every byte of the dataset, and yield now and then how many are done, and how many there are; see verify.py.
+        """Check every byte of the dataset; see verify.py.
+
+        Yields:
+            From time to time, the bytes checked so far and the bytes in all.
 
         Raises:
-            InputError: a file that is damaged or changed, or holds numbers that no dataset can have.
+            InputError: a file that is damaged or changed, or holds impossible numbers.
         """
         if (yield from verify_files(self.path, self.sha256, self._claims())):
             self._check_tokenizer()
-        for _ in (self.baselines, self.continues_word):  # they raise what is wrong with them
+        for _ in (self.baselines, self.continues_word):  # reading them raises where they are wrong
             pass
 
     def _check_tokenizer(self) -> None:
-        """Its ids must be those that the manifest is_main of: a model has as many embeddings as it has tokens."""
+        """Check the tokenizer's ids against the manifest: a model has one embedding for each."""
         from fastbert.data.tokenizer import load_tokenizer, special_ids
 
         tokenizer = load_tokenizer(self.tokenizer_dir)
         if (size := tokenizer.get_vocab_size()) != self.vocab_size:
             raise InputError(
-                f"{self.tokenizer_dir}: {size:,} tokens, the manifest says {self.vocab_size:,}; {AGAIN}"
+                f"{self.tokenizer_dir}: {size:,} tokens, "
+                f"the manifest says {self.vocab_size:,}; {AGAIN}"
             )
         if (special := special_ids(tokenizer, self.tokenizer_dir)) != self.special:
             raise InputError(
@@ -234,23 +240,23 @@ class TokenDataset:
             )
 
     def _claims(self) -> list[Claim]:
-        """What the manifest says of its files."""
-        looks: dict[str, tuple[np.dtype, Look | None]] = {}
+        """Return what the manifest claims about its files."""
+        checks: dict[str, tuple[np.dtype, NumberCheck | None]] = {}
         for split in SPLITS:
             for i, shard in enumerate(self.manifest["splits"][split]["shards"]):
                 name, counts = f"{split}/{shard_name(i)}", Counts(**shard)
-                looks[f"{name}.tokens"] = token_dtype(self.vocab_size), ids_below(self.vocab_size)
-                looks[f"{name}.sentences"] = (
+                checks[f"{name}.tokens"] = token_dtype(self.vocab_size), ids_below(self.vocab_size)
+                checks[f"{name}.sentences"] = (
                     OFFSETS,
                     offsets_to(counts.tokens, counts.sentences + 1),
                 )
-                looks[f"{name}.documents"] = (
+                checks[f"{name}.documents"] = (
                     OFFSETS,
                     offsets_to(counts.sentences, counts.documents + 1),
                 )
         text = np.dtype("u1"), None
         return [
-            Claim(name, entry["size"], entry["sha256"], *looks.get(name, text))
+            Claim(name, entry["size"], entry["sha256"], *checks.get(name, text))
             for name, entry in self.manifest["files"].items()
         ]
 
@@ -259,10 +265,13 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
     """Open the dataset at `path`.
 
     Args:
-        verify: read every byte of it, as `TokenDataset.verify` does. Without, sizes alone are looked at: for who calls that himself.
+        path: the folder.
+        verify: read every byte, as `TokenDataset.verify` does. Without it only the sizes are
+            checked, for callers that verify separately.
 
     Raises:
-        InputError: no such folder, no manifest, another format, or a file that is missing, cut short or changed.
+        InputError: no such folder, no manifest, another format, or a file that is missing, cut
+            short or changed.
     """
     path = Path(path)
     again = "make it again with `fastbert prepare`"
@@ -301,7 +310,8 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
             ) from None
         if size != entry["size"]:
             raise InputError(
-                f"{file}: {size:,} bytes, the manifest says {entry['size']:,}: cut short or changed; {AGAIN}"
+                f"{file}: {size:,} bytes, the manifest says {entry['size']:,}: "
+                f"cut short or changed; {AGAIN}"
             )
     dataset = TokenDataset(path, manifest, hashlib.sha256(data).hexdigest())
     if verify:
@@ -311,10 +321,10 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
 
 
 class ShardWriter:
-    """Writes one split, shard by shard, in one pass; memory does not grow.
+    """Writes one split, shard by shard, in one pass with constant memory.
 
     Args:
-        folder: made here; must not exist.
+        folder: created here; it must not exist.
         dtype: of the token ids on disk.
         shard_tokens: a shard that has reached this many tokens is closed.
     """
@@ -330,7 +340,7 @@ class ShardWriter:
         """Append whole documents.
 
         Args:
-            tokens: [T], ids of all of them, end to end.
+            tokens: [T], ids of all documents, one after another.
             sentences: int [S], tokens of each sentence; all at least 1, sum T.
             documents: int [N], sentences of each document; all at least 1, sum S.
         """
@@ -367,7 +377,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Finish the shard that is open: its files are on the disk when this returns."""
+        """Finish the open shard; its files are on the disk when this returns."""
         if self._open:
             for file in self._open.values():
                 self.files[f"{self.folder.name}/{file.path.name}"] = file.close()
@@ -375,7 +385,7 @@ class ShardWriter:
             self._open = {}
 
     def summary(self) -> dict[str, Any]:
-        """The split's entry in the manifest."""
+        """Return the split's entry in the manifest."""
         shards = [asdict(shard) for shard in self.shards]
         return {
             kind: sum(shard[kind] for shard in shards)
@@ -384,7 +394,7 @@ class ShardWriter:
 
 
 class _HashedFile:
-    """A file being written, with the SHA-256 of what went into it."""
+    """A file that is being written, with the SHA-256 of the bytes written so far."""
 
     def __init__(self, path: str):
         self.path = Path(path)
@@ -409,7 +419,8 @@ def shard_name(index: int) -> str:
 
 
 def _memmap(path: str, dtype: np.dtype, length: int) -> np.ndarray:
-    # np.asarray: indexing a plain view of the mapping costs half as much as indexing np.memmap, which wraps each result.
+    # np.asarray, because np.memmap wraps each result: indexing a plain view of the mapping costs
+    # half as much.
     return np.asarray(np.memmap(path, dtype, "r", shape=(length,)))
 
 
@@ -420,7 +431,10 @@ def _running_total(counts: Sequence[int]) -> np.ndarray:
 def _look_up(
     offsets: list[np.ndarray], base: np.ndarray, target_base: np.ndarray, indices: np.ndarray
 ) -> np.ndarray:
-    """Global offsets from those within shards; the index one past the end is the end of the last shard."""
+    """Return global offsets for global indices, from the offsets within the shards.
+
+    The index one past the end gives the end of the last shard.
+    """
     indices = np.asarray(indices, np.int64)
     assert indices.size == 0 or (indices.min() >= 0 and indices.max() <= base[-1])
     if len(offsets) == 1:
@@ -434,7 +448,7 @@ def _look_up(
 
 
 def _problem(manifest: Any) -> str | None:
-    """What is wrong with a manifest of the right format, or None."""
+    """Return what is wrong with a manifest of the right format, or None."""
     try:
         vocab_size, special = manifest["vocab_size"], SpecialIds(**manifest["special"])
         ids = list(asdict(special).values())
@@ -464,7 +478,8 @@ def _problem(manifest: Any) -> str | None:
                 sizes[f"{name}.documents"] = (shard.documents + 1) * 8
         files = manifest["files"]
         if set(files) != set(sizes):
-            return f"its list of files is not that of a dataset: {', '.join(sorted(set(files) ^ set(sizes))[:3])}"
+            odd = ", ".join(sorted(set(files) ^ set(sizes))[:3])
+            return f"its list of files is not that of a dataset: {odd}"
         for name, entry in files.items():
             if (
                 not _count(entry["size"])

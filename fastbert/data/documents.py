@@ -1,8 +1,9 @@
-"""Documents out of files: plain text, one document a line, JSON lines, csv, Parquet; gzip and zstd; files and folders.
+"""Read documents from files: text, lines, JSON lines, csv and Parquet, also with gzip or zstd.
 
-Reading has two halves, so that all cores can share the second. `read_chunks` runs through the files in order and only
-cuts: pieces of about a MiB that end where a document ends. `parse` turns one chunk into documents and is where text
-is decoded and checked. Memory holds a few chunks, whatever the size of the files.
+Reading has two halves, so that all cores can share the second one. `read_chunks` goes through the
+files in order and only cuts them, into pieces of about a MiB that end where a document ends.
+`parse` decodes and checks the text of one chunk and returns its documents. Only a few chunks are in
+memory at a time, whatever the size of the files.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ FORMATS = {
 }
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
-# A longer document is a file in another format than it is said to be, and would not fit the promise of flat memory.
+# A longer document means that the file has another format than stated. It would also need too much
+# memory.
 LONGEST_DOCUMENT_BYTES = 64 << 20
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
@@ -54,21 +56,33 @@ class Chunk:
     """Some whole documents of one file, not yet decoded."""
 
     source: Source
-    data: bytes  # text; for csv the field alone, a JSON string a line; for Parquet one record batch, serialised
-    line: int  # the first line's number in the file, from 1; for Parquet the first row's, from 0
+    # Text. For csv only the text column, one JSON string per line; for Parquet one record batch,
+    # serialised.
+    data: bytes
+    line: int  # number of the first line in the file, from 1; for Parquet of the first row, from 0
     offset: int  # of the first byte in the (unpacked) file
-    read_bytes: int  # how far the file on disk had been read, less the chunk before: what a progress bar advances by
+    # Bytes of the file on disk read since the chunk before; a progress bar advances by them.
+    read_bytes: int
 
 
 def find_sources(
     paths: Sequence[str | Path], text_format: str | None = None
 ) -> tuple[list[Source], list[Path]]:
-    """The files to read, in order, and those in folders that are left out because their suffix says nothing.
+    """Find the files to read.
 
-    Folders are walked in sorted order, without hidden files. `text_format` overrides what the suffix says.
+    Folders are walked in sorted order, without hidden files.
+
+    Args:
+        paths: files and folders.
+        text_format: a key of FORMATS; by default the suffix of each file decides.
+
+    Returns:
+        The files to read, in order, and the files in folders that are left out because of their
+        suffix.
 
     Raises:
-        InputError: a path that does not exist or cannot be read, a suffix that is not known, or nothing to read.
+        InputError: a path that does not exist or cannot be read, an unknown suffix, or nothing to
+            read.
     """
     if text_format is not None and text_format not in FORMATS:
         raise InputError(f"--format {text_format}: not a format; known: {', '.join(FORMATS)}")
@@ -88,7 +102,8 @@ def find_sources(
             ]
             if not found:
                 raise InputError(
-                    f"{path}: no file in this folder ends in {_suffixes(text_format)}; name a file or another folder"
+                    f"{path}: no file in this folder ends in {_suffixes(text_format)}; "
+                    "name a file or another folder"
                 )
             ignored += sorted(set(names) - {source.path for source in found})
         elif stat.S_ISREG(mode):
@@ -103,9 +118,8 @@ def find_sources(
                 f"{path}: not a regular file; sources are read twice, so write it to a file first"
             )
         for source in found:
-            sources.setdefault(
-                os.path.realpath(source.path), source
-            )  # a file that is named twice is read once
+            # A file that is named twice is read once.
+            sources.setdefault(os.path.realpath(source.path), source)
     if not sources:
         raise InputError("no SOURCE given; name text files or folders")
     return list(sources.values()), ignored
@@ -115,7 +129,8 @@ def read_chunks(sources: Iterable[Source], text_field: str = "text") -> Iterator
     """Cut the files into chunks, in order.
 
     Raises:
-        InputError: a file that is empty, cannot be read, is packed wrongly or cut short, has no `text_field`, or a document too long.
+        InputError: a file that is empty, cannot be read, is packed wrongly or cut short, has no
+            `text_field`, or has a document that is too long.
     """
     for source in sources:
         try:
@@ -129,10 +144,11 @@ def read_chunks(sources: Iterable[Source], text_field: str = "text") -> Iterator
 
 
 def parse(chunk: Chunk, text_field: str = "text") -> list[str]:
-    """The documents of a chunk, empty ones included; always valid Unicode.
+    """Return the documents of a chunk, including empty ones, as valid Unicode.
 
     Raises:
-        InputError: bytes that are not UTF-8, a line that is not a JSON object, or one without `text_field`.
+        InputError: bytes that are not UTF-8, a line that is not a JSON object, or one without
+            `text_field`.
     """
     if chunk.source.format == "parquet":
         return _parse_parquet(chunk)
@@ -153,7 +169,7 @@ def parse(chunk: Chunk, text_field: str = "text") -> list[str]:
 def read_documents(
     paths: Sequence[str | Path], text_format: str | None = None, text_field: str = "text"
 ) -> Iterator[str]:
-    """All documents of files and folders, in order, one at a time."""
+    """Yield all documents of files and folders, in order, one at a time."""
     sources, _ = find_sources(paths, text_format)
     for chunk in read_chunks(sources, text_field):
         yield from parse(chunk, text_field)
@@ -191,7 +207,7 @@ def _suffixes(text_format: str | None) -> str:
 
 
 def _text_chunks(source: Source, file: BinaryIO) -> Iterator[Chunk]:
-    """Cut at the last end of a document in what has been read; the rest waits for more."""
+    """Cut the data read so far at the last end of a document; the rest waits for more data."""
     last_end = _last_blank_line if source.format == "txt" else _last_line_end
     waiting, line, offset, reported = b"", 1, 0, 0
 
@@ -211,13 +227,14 @@ def _text_chunks(source: Source, file: BinaryIO) -> Iterator[Chunk]:
             yield chunk(waiting[:end])
             waiting = waiting[end:]
         elif len(waiting) > LONGEST_DOCUMENT_BYTES:
+            hint = (
+                "put a blank line between documents, or use --format lines"
+                if source.format == "txt"
+                else "split it into documents, one per line"
+            )
             raise InputError(
-                f"{source.path}: the document that begins at line {line} is longer than {LONGEST_DOCUMENT_BYTES >> 20} MiB; "
-                + (
-                    "put a blank line between documents, or say --format lines"
-                    if source.format == "txt"
-                    else "cut it into documents, one a line"
-                )
+                f"{source.path}: the document that begins at line {line} is longer than "
+                f"{LONGEST_DOCUMENT_BYTES >> 20} MiB; {hint}"
             )
     if waiting:
         yield chunk(waiting)
@@ -234,7 +251,7 @@ def _last_line_end(data: bytes, searched: int) -> int:
 
 
 def _last_blank_line(data: bytes, searched: int) -> int:
-    # A blank line may have begun in the part that was searched before, at its last line end.
+    # A blank line may have begun at the last line end of the part that was searched before.
     begin = max(data.rfind(b"\n", 0, searched), 0)
     end = 0
     for match in _BLANK_LINE.finditer(data, begin):
@@ -256,14 +273,15 @@ def _read_gzip(path: Path, file: BinaryIO) -> Iterator[bytes]:
         raise InputError(f"{path}: the gzip file is cut short; copy or download it again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise InputError(
-            f"{path}: not a sound gzip file ({error}); copy or download it again"
+            f"{path}: not a valid gzip file ({error}); copy or download it again"
         ) from None
 
 
 def _read_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
     import zstandard
 
-    # A frame at a time through decompressobj: stream_reader takes a file that is cut short for a complete one.
+    # Frames are decompressed one by one with decompressobj, because stream_reader takes a file that
+    # is cut short for a complete one.
     context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame = context.decompressobj()
     try:
@@ -275,7 +293,7 @@ def _read_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
                 packed = frame.unused_data
     except zstandard.ZstdError as error:
         raise InputError(
-            f"{path}: not a sound zstd file ({error}); copy or download it again"
+            f"{path}: not a valid zstd file ({error}); copy or download it again"
         ) from None
     if not frame.eof and file.tell() > 0:
         raise InputError(f"{path}: the zstd file is cut short; copy or download it again")
@@ -297,14 +315,15 @@ def _decode(data: bytes, path: Path, line: int, offset: int) -> str:
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         raise InputError(
-            f"{path}: line {line}, byte {offset + error.start}: 0x{data[error.start]:02x} is not UTF-8; convert the file, for example with iconv -t UTF-8"
+            f"{path}: line {line}, byte {offset + error.start}: 0x{data[error.start]:02x} is not "
+            "UTF-8; convert the file, for example with iconv -t UTF-8"
         ) from None
 
 
 def _parse_json_lines(chunk: Chunk, text_field: str) -> list[str]:
     documents = []
     text = _decode(chunk.data, chunk.source.path, chunk.line, chunk.offset)
-    # Not splitlines: JSON strings may hold the other characters at which it breaks.
+    # Not splitlines, which would also split at other characters that JSON strings may contain.
     for line, record in enumerate(text.split("\n"), chunk.line):
         if not record or record.isspace():
             continue
@@ -315,19 +334,22 @@ def _parse_json_lines(chunk: Chunk, text_field: str) -> list[str]:
             raise InputError(f"{where}: not JSON ({error}); every line holds one object") from None
         if not isinstance(value, dict):
             raise InputError(
-                f"{where}: a JSON {_JSON_NAMES[type(value)]}; every line holds one object with a field '{text_field}'"
+                f"{where}: a JSON {_JSON_NAMES[type(value)]}; "
+                f"every line holds one object with a field '{text_field}'"
             )
         if text_field not in value:
-            raise InputError(f"{where}: no field '{text_field}'; {_fields(value)}")
+            raise InputError(f"{where}: no field '{text_field}'; {_field_hint(value)}")
         document = value[text_field]
         if document is None:
             document = ""
         if not isinstance(document, str):
             raise InputError(
-                f"{where}: the field '{text_field}' is a {_JSON_NAMES[type(document)]}, not a string; {_fields(value)}"
+                f"{where}: the field '{text_field}' is a {_JSON_NAMES[type(document)]}, "
+                f"not a string; {_field_hint(value)}"
             )
         if "\\u" in record:
-            # Half of a surrogate pair can be written as an escape; it is no character, and no encoder takes it.
+            # JSON can write half of a surrogate pair as an escape. This is not a character, and no
+            # encoder accepts it.
             document = _SURROGATE.sub("\ufffd", document)
         documents.append(document)
     return documents
@@ -344,18 +366,20 @@ _JSON_NAMES = {
 }
 
 
-def _fields(names: Iterable[str]) -> str:
+def _field_hint(names: Iterable[str]) -> str:
     shown = [repr(name)[1:-1][:40] for name in names]
+    if not shown:
+        return "the object is empty"
     more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
-    return (
-        f"choose with --text-field among: {', '.join(shown[:20])}{more}"
-        if shown
-        else "the object is empty"
-    )
+    return f"choose with --text-field among: {', '.join(shown[:20])}{more}"
 
 
 def _csv_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chunk]:
-    """Read here and not in `parse`: a quoted field may hold line ends, so only who has read all before knows where a row begins."""
+    """Cut a csv file into chunks, keeping only the text column.
+
+    The rows are parsed here and not in `parse`. A quoted field may contain line ends, so where a
+    row begins is known only after reading everything before it.
+    """
     csv.field_size_limit(LONGEST_DOCUMENT_BYTES)
     reader = csv.reader(_lines(source, file), strict=True)
     reported, texts, held = 0, list[bytes](), 0
@@ -372,7 +396,7 @@ def _csv_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chu
             raise _empty(source)
         if text_field not in columns:
             raise InputError(
-                f"{source.path}: no column '{text_field}' in the header; {_fields(columns)}"
+                f"{source.path}: no column '{text_field}' in the header; {_field_hint(columns)}"
             )
         column = columns.index(text_field)
         for row in reader:
@@ -380,7 +404,8 @@ def _csv_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chu
                 continue
             if len(row) != len(columns):
                 raise InputError(
-                    f"{source.path}: line {reader.line_num}: {len(row)} fields, and the header has {len(columns)}; put texts with commas in quotes"
+                    f"{source.path}: line {reader.line_num}: {len(row)} fields, and the header has "
+                    f"{len(columns)}; put texts with commas in quotes"
                 )
             texts.append(json.dumps(row[column]).encode())
             held += len(texts[-1])
@@ -396,7 +421,7 @@ def _csv_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chu
 
 
 def _lines(source: Source, file: BinaryIO) -> Iterator[str]:
-    """Decoded, each with its end."""
+    """Yield the decoded lines, each with its line end."""
     waiting, line, offset = b"", 1, 0
     for piece in itertools.chain(_UNPACK[source.compression](source.path, file), [b""]):
         waiting += piece
@@ -412,7 +437,8 @@ def _parquet_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator
 
     if source.compression:
         raise InputError(
-            f"{source.path}: Parquet packs its own columns and is not read through {source.compression}; unpack the file first"
+            f"{source.path}: Parquet compresses its own columns and is not read through "
+            f"{source.compression}; unpack the file first"
         )
     size, row = os.fstat(file.fileno()).st_size, 0
     if size == 0:
@@ -421,33 +447,36 @@ def _parquet_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator
         table = pyarrow.parquet.ParquetFile(file)
         schema, metadata = table.schema_arrow, table.metadata
         if text_field not in schema.names:
-            raise InputError(f"{source.path}: no column '{text_field}'; {_fields(schema.names)}")
+            raise InputError(
+                f"{source.path}: no column '{text_field}'; {_field_hint(schema.names)}"
+            )
         kind = schema.field(text_field).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise InputError(
-                f"{source.path}: the column '{text_field}' holds {kind}, not strings; {_fields(schema.names)}"
+                f"{source.path}: the column '{text_field}' holds {kind}, not strings; "
+                f"{_field_hint(schema.names)}"
             )
         if metadata.num_rows == 0:
             raise _empty(source)
-        row_bytes = (
-            sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-            // metadata.num_rows
-        )
+        groups = range(metadata.num_row_groups)
+        total_bytes = sum(metadata.row_group(i).total_byte_size for i in groups)
+        row_bytes = total_bytes // metadata.num_rows
         chunk_rows = min(max(CHUNK_BYTES // (row_bytes + 1), 1), 1 << 16)
         for batch in table.iter_batches(chunk_rows, columns=[text_field], use_threads=False):
             sink = pyarrow.BufferOutputStream()
             with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
                 stream.write_batch(batch)
-            # The file is not read from front to back: progress is the share of its rows.
-            advance = (
-                size * (row + batch.num_rows) // metadata.num_rows - size * row // metadata.num_rows
+            # A Parquet file is not read from front to back, so progress is the share of its rows.
+            before, after = (
+                size * rows // metadata.num_rows for rows in (row, row + batch.num_rows)
             )
-            yield Chunk(source, sink.getvalue().to_pybytes(), row, 0, advance)
+            yield Chunk(source, sink.getvalue().to_pybytes(), row, 0, after - before)
             row += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{source.path}: not a sound Parquet file ({' '.join(str(error).split())}); copy or download it again"
+            f"{source.path}: not a valid Parquet file ({reason}); copy or download it again"
         ) from None
 
 
@@ -461,12 +490,13 @@ def _parse_parquet(chunk: Chunk) -> list[str]:
             documents.append(value.as_py() or "")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{chunk.source.path}: row {row}: byte {error.start} of the string is not UTF-8; write the table again"
+                f"{chunk.source.path}: row {row}: byte {error.start} of the string is not UTF-8; "
+                "write the table again"
             ) from None
     return documents
 
 
-# Formats whose text is a column: what else a row holds is never handed on.
+# Formats whose text is a column; the other columns of a row are not passed on.
 _BY_COLUMN: dict[str, Callable[[Source, BinaryIO, str], Iterator[Chunk]]] = {
     "csv": _csv_chunks,
     "parquet": _parquet_chunks,

@@ -1,4 +1,4 @@
-"""A chunk of text to token ids, and what is counted on the way: the hot path of `fastbert prepare`."""
+"""Encode a chunk of text as token ids and collect counts: the hot path of `fastbert prepare`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from fastbert.data.documents import Chunk, parse
 from fastbert.data.sentences import split_sentences
 from fastbert.data.tokenizer import Encoder, special_ids
 
-LONGEST_SENTENCE = (
-    254  # tokens; a longer one is cut: two of them and three special tokens still fit 512
-)
+# tokens; a longer sentence is cut, so that two of them and three special tokens still fit into 512
+LONGEST_SENTENCE = 254
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a chunk adds to one split, as ShardWriter.add takes it."""
+    """The contribution of a chunk to one split, as ShardWriter.add takes it."""
 
-    tokens: np.ndarray  # [T], as stored
+    tokens: np.ndarray  # [T], in the dtype on disk
     sentences: np.ndarray  # int64 [S], tokens of each
     documents: np.ndarray  # int64 [N], sentences of each
 
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """The documents of a chunk that hold text, and what the report wants to know of them."""
+    """The non-empty documents of a chunk, and the counts that the report needs."""
 
     train: Part
     heldout: Part
-    document_hashes: np.ndarray  # uint64 [N], of the text, in both splits
+    document_hashes: np.ndarray  # uint64 [N], of the text of documents of both splits
     sentence_hashes: np.ndarray  # uint64, of the ids; a sentence that was cut counts as one
     empty_documents: int
     cut_sentences: int
@@ -41,12 +40,12 @@ class EncodedChunk:
 
 
 class ChunkEncoder:
-    """Encodes chunks, one after the other.
+    """Encodes chunks one after another.
 
     Args:
-        tokenizer: as `Tokenizer.to_str` gives it.
+        tokenizer: as `Tokenizer.to_str` returns it.
         text_field: see documents.py.
-        heldout_below: documents with a hash below this are held out.
+        heldout_below: documents with a hash below this one are held out.
     """
 
     def __init__(self, tokenizer: str, text_field: str, heldout_below: int):
@@ -62,9 +61,8 @@ class ChunkEncoder:
         hashes = np.array([hash_text(text) for text in texts], np.uint64)
         split = [split_sentences(text) for text in texts]
         tokens, lengths = self._encode([sentence for sentences in split for sentence in sentences])
-        owners = np.repeat(np.arange(len(texts)), [len(sentences) for sentences in split])[
-            lengths > 0
-        ]
+        owners = np.repeat(np.arange(len(texts)), [len(sentences) for sentences in split])
+        owners = owners[lengths > 0]
         lengths = lengths[lengths > 0]
         sentence_hashes = _hash_spans(tokens, lengths)
         pieces = -(-lengths // LONGEST_SENTENCE)
@@ -89,19 +87,19 @@ class ChunkEncoder:
 
 
 def hash_text(text: str) -> int:
-    """64 bits of a document's text; the same in every process and on every machine."""
+    """Return a hash of 64 bits of a document's text, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
 
 
 def _cut(lengths: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-    """Lengths after each is cut into `pieces` parts, all but the last of LONGEST_SENTENCE."""
+    """Cut each length into `pieces` parts, all but the last of LONGEST_SENTENCE tokens."""
     result = np.full(int(pieces.sum()), LONGEST_SENTENCE)
     result[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * LONGEST_SENTENCE
     return result
 
 
 def _hash_spans(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """uint64 [len(lengths)]: a hash of the ids of each span, of their order too."""
+    """Return a hash of the ids of each span and of their order, uint64 [len(lengths)]."""
     if len(lengths) == 0:
         return np.zeros(0, np.uint64)
     starts = np.cumsum(lengths) - lengths
@@ -111,7 +109,7 @@ def _hash_spans(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Each number to another that looks random. Source: Steele et al., 2014, splitmix64's finalizer."""
+    """Mix the bits of each number. Source: Steele et al., 2014, the finalizer of splitmix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,7 +1,8 @@
-"""Which tokens the model must guess, and what it sees in their place (Devlin et al., 2019, section 3.1, task 1).
+"""Select the tokens to predict, and replace them (Devlin et al., 2019, section 3.1, task 1).
 
-How many are selected depends on an example's length alone, so that every rank knows the whole step's count without reading a token;
-which ones depends on the example's key alone, not on the batch it is in.
+The number of selected tokens depends only on an example's length. So every rank knows the count of
+the whole step without reading tokens. Which tokens are selected depends only on the example's key,
+not on the batch it is in.
 """
 
 from __future__ import annotations
@@ -13,20 +14,28 @@ from fastbert.data.dataset import TokenDataset
 from fastbert.data.philox import Purpose, below, random_words
 from fastbert.errors import InputError
 
-# A token's place in the sort: its example's place in the pack, 28 random bits, its place in the example. Fixed widths: with widths that
-# follow the pack, ties between random bits, and so masks, would depend on the batch.
+# A token's sort key: its example's index in the pack, 28 random bits, its index in the example. The
+# widths are fixed. With widths that depend on the pack, ties between random bits, and so the masks,
+# would depend on the batch.
 PACK_BITS, RANDOM_BITS, PLACE_BITS = 18, 28, 18
 
 
 def selected_counts(lengths: np.ndarray, objective: ObjectiveConfig) -> np.ndarray:
-    """How many tokens of examples with so many ordinary ones (int64 [B], at least 1) are selected: rounded, at least one; int64 [B]."""
+    """Return how many tokens of each example are selected: rounded, and at least one, int64 [B].
+
+    Args:
+        lengths: int64 [B], tokens of each example without [CLS] and [SEP]; at least 1.
+    """
     return np.maximum(np.floor(objective.mask_rate * lengths + 0.5).astype(np.int64), 1)
 
 
 def replaced_counts(
     selected: np.ndarray, objective: ObjectiveConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How many of the selected (int64 [B]) become [MASK], and how many another token; rounded, the rest stay; int64 [B] each."""
+    """Return how many selected tokens become [MASK], and how many another token, int64 [B] each.
+
+    Both are rounded. The rest of the `selected` (int64 [B]) stay as they are.
+    """
     masked = np.floor(objective.mask_token * selected + 0.5).astype(np.int64)
     other = np.floor(objective.random_token * selected + 0.5).astype(np.int64)
     return masked, np.minimum(other, selected - masked)
@@ -40,7 +49,7 @@ class Masking:
         objective: rates, and whether whole words are selected.
 
     Raises:
-        InputError: the vocabulary has no ordinary token to put in another's place.
+        InputError: the vocabulary has no ordinary token that could replace another.
     """
 
     def __init__(self, dataset: TokenDataset, objective: ObjectiveConfig):
@@ -49,10 +58,12 @@ class Masking:
         self.ordinary_ids = dataset.ordinary_ids
         if len(self.ordinary_ids) < 2:
             raise InputError(
-                f"{dataset.path}: its vocabulary has {len(self.ordinary_ids)} ordinary tokens, and masking puts another one in place of some; "
-                f"prepare the text again with a larger vocabulary"
+                f"{dataset.path}: its vocabulary has {len(self.ordinary_ids)} ordinary tokens, "
+                "and masking replaces some tokens by another one; "
+                "prepare the text again with a larger vocabulary"
             )
-        # Place of each id among the ordinary ones; their number for the special ones, of which only [UNK] occurs in text.
+        # The index of each id among the ordinary ones. Special ids, of which only [UNK] occurs in
+        # text, get the number of ordinary ids.
         self._place = np.full(dataset.vocab_size, len(self.ordinary_ids))
         self._place[self.ordinary_ids] = np.arange(len(self.ordinary_ids))
         self._continues_word = dataset.continues_word if objective.whole_word else None
@@ -63,19 +74,22 @@ class Masking:
         """Mask a pack of examples.
 
         Args:
-            tokens: int64 [N], the ordinary tokens (without [CLS] and [SEP]) of all examples, end to end; [UNK] is one of them.
-            lengths: int64 [B], how many each example has; at least 1.
+            tokens: int64 [N], the tokens of all examples without [CLS] and [SEP], one example after
+                another. [UNK] counts as a token.
+            lengths: int64 [B], tokens of each example; at least 1.
             keys: int64 [B], the examples' random keys.
 
         Returns:
-            What the model sees, int64 [N], and the selected positions, int64 [M], ascending; what it must say there is `tokens` at them.
+            The tokens that the model sees, int64 [N], and the selected positions, int64 [M],
+            ascending. The labels are `tokens` at these positions.
         """
         assert len(lengths) < 1 << PACK_BITS and lengths.max(initial=0) < 1 << PLACE_BITS
         selected = selected_counts(lengths, self.objective)
         starts = _starts(lengths)
         order, draws = self._shuffle(tokens, lengths, starts, keys)
 
-        # The first `selected` of each example's shuffled tokens, and each one's rank among them.
+        # Take the first `selected` of each example's shuffled tokens. `rank` is the index of each
+        # among them: the first become [MASK], the next are replaced, the last stay.
         rank = np.arange(selected.sum()) - np.repeat(_starts(selected), selected)
         chosen = order[rank + np.repeat(starts, selected)]
         masked, other = (
@@ -90,20 +104,22 @@ class Masking:
     def _shuffle(
         self, tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, keys: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in random order within each example, int64 [N], and a further random word for each token, uint64 [N]."""
+        """Return positions in random order within each example, and a random word per token.
+
+        Returns:
+            int64 [N] and uint64 [N].
+        """
         example = np.repeat(np.arange(len(lengths)), lengths)
         place = np.arange(len(tokens)) - starts[example]
         # One call of the generator gives two words to each of two neighbouring tokens.
         blocks = (lengths + 1) >> 1
         block_starts = _starts(blocks)
         block = np.arange(blocks.sum()) - np.repeat(block_starts, blocks)
-        words = random_words(np.repeat(keys, blocks), Purpose.MASK, block).T.reshape(-1, 2)[
-            2 * block_starts[example] + place
-        ]
+        words = random_words(np.repeat(keys, blocks), Purpose.MASK, block)
+        words = words.T.reshape(-1, 2)[2 * block_starts[example] + place]
         random = words[:, 0] >> np.uint64(32 - RANDOM_BITS)
-        if (
-            self._continues_word is not None
-        ):  # all tokens of a word get the bits of its first one, and so come together
+        if self._continues_word is not None:
+            # All tokens of a word get the bits of its first token, so they stay adjacent.
             begins = (place == 0) | ~self._continues_word[tokens]
             random = random[begins][np.cumsum(begins) - 1]
         sort_key = (
@@ -112,17 +128,17 @@ class Masking:
             | place.astype(np.uint64)
         )
         sort_key.sort()
-        return starts[example] + (sort_key & np.uint64((1 << PLACE_BITS) - 1)).astype(
-            np.int64
-        ), words[:, 1]
+        places = (sort_key & np.uint64((1 << PLACE_BITS) - 1)).astype(np.int64)
+        return starts[example] + places, words[:, 1]
 
     def _another(self, tokens: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """An ordinary token different from each of these: uniform over all others."""
+        """Replace each token by a different ordinary token, uniform over all others."""
         place = self._place[tokens]
+        # One ordinary token is excluded unless the token itself is special. Ids from it on move up.
         drawn = below(draws, len(self.ordinary_ids) - (place < len(self.ordinary_ids)))
         return self.ordinary_ids[drawn + (drawn >= place)]
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each of several runs begins when they lie end to end."""
+    """Return where each run of these lengths begins when they follow one another."""
     return np.cumsum(lengths) - lengths

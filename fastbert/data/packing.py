@@ -1,6 +1,7 @@
-"""Sequences end to end, without padding: what the model takes.
+"""Packed batches: sequences one after another, without padding, as the model reads them.
 
-A sequence is [CLS] A [SEP] B [SEP], or [CLS] A [SEP]; its token types are 0 up to the first [SEP] and 1 after it.
+A sequence is [CLS] A [SEP] B [SEP], or [CLS] A [SEP]. Its token types are 0 up to and including the
+first [SEP], and 1 after it.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from fastbert.data.dataset import SpecialIds
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B sequences of T tokens in all, M of them selected to be guessed.
+    """B sequences of T tokens in all, of which M are selected for prediction.
 
     Attributes:
         input_ids: int64 [T].
         token_type_ids: int64 [T], 0 in [CLS] A [SEP], 1 in B [SEP].
         position_ids: int64 [T], counted from 0 in each sequence.
-        cu_seqlens: int32 [B + 1], where each sequence begins; the last is T.
+        cu_seqlens: int32 [B + 1], where each sequence begins; the last entry is T.
         max_seqlen: tokens of the longest sequence.
-        masked_positions: int64 [M], ascending, into the T tokens.
-        labels: int64 [M], the tokens that were there.
-        next_sentence_labels: int64 [B], 0 IsNext, 1 NotNext, -100 where the sequence is no pair to learn from.
-        dropout_keys: int64 [B], not negative: the same for an example wherever it lies.
-        examples: int64 [B], index within the epoch, or within what was given.
-        masked_total, pairs_total: of the whole step, over all its packs and ranks: what the two sums of losses are divided by.
+        masked_positions: int64 [M], ascending, indices into the T tokens.
+        labels: int64 [M], the original tokens at these positions.
+        next_sentence_labels: int64 [B], 0 IsNext, 1 NotNext, -100 where there is no pair.
+        dropout_keys: int64 [B], not negative; an example has the same key in every pack.
+        examples: int64 [B], index within the epoch, or within the input of `pack_texts`.
+        masked_total, pairs_total: totals of the whole step, over all its packs and ranks. The sums
+            of the two losses are divided by them.
         padding_tokens, padding_sequences: how many of T and of B are padding (data/padding.py).
     """
 
@@ -59,30 +61,38 @@ class PackedBatch:
         return len(self.examples) - self.padding_sequences
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device; nothing is waited for if it is `pinned`."""
+        """Return the same batch on another device; the copy is asynchronous if it is `pinned`."""
         whole = self._whole()
         if whole is not None:
             return self._cut(whole.to(device, non_blocking=True))
         return replace(self, **{name: x.to(device) for name, x in self._tensors().items()})
 
     def pinned(self, page_locked: bool = True) -> PackedBatch:
-        """The same batch in one piece of page-locked memory, from which `to` copies it to a GPU in one go.
+        """Return the same batch in one piece of page-locked memory.
 
-        A copy from ordinary memory waits for all that is queued on the GPU, and there would be nine of them. This one is queued like a kernel,
-        on the current stream, and should take the GPU some 20 us for 16,384 tokens (an estimate). Torch keeps the memory until the copy is done, also if the
-        batch is gone by then.
+        `to` copies such a batch to a GPU in one asynchronous copy. A copy from ordinary memory
+        waits for everything queued on the GPU, and there would be nine of them. The one copy is
+        queued like a kernel on the current stream, and should take about 20 us for 16,384 tokens
+        (an estimate). torch keeps the memory alive until the copy is done, even if the batch has
+        been deleted by then.
         """
         joined = self.buffer(pin_memory=page_locked)
         joined.take_over(self)
         return joined
 
     def buffer(self, **options: Any) -> PackedBatch:
-        """Tensors of the same sizes in one piece of memory, whose contents are undefined; `options` are those of `torch.empty`."""
+        """Return uninitialised tensors of the same sizes in one piece of memory.
+
+        `options` are those of `torch.empty`.
+        """
         words = sum(_words(x) for x in self._tensors().values())
         return self._cut(torch.empty(words, dtype=torch.int64, **options))
 
     def take_over(self, other: PackedBatch) -> None:
-        """Copy the contents of a batch of the same sizes: in one go, without waiting, where both lie in one piece and `other` is `pinned`."""
+        """Copy the contents of a batch of the same sizes.
+
+        This is one asynchronous copy where both batches are in one piece and `other` is `pinned`.
+        """
         mine, theirs = self._whole(), other._whole()
         pairs = (
             zip(self._tensors().values(), other._tensors().values(), strict=True)
@@ -100,7 +110,10 @@ class PackedBatch:
         }
 
     def _whole(self) -> Tensor | None:
-        """What all tensors lie in, as `_cut` cuts it; None if they do not, since one of them was replaced, say."""
+        """Return the memory that holds all tensors in the layout of `_cut`, int64.
+
+        The result is None where they do not share it, for example after one was replaced.
+        """
         whole, place = self.input_ids._base, 0
         if whole is None:
             return None
@@ -112,7 +125,7 @@ class PackedBatch:
         return whole if place == whole.numel() else None
 
     def _cut(self, whole: Tensor) -> PackedBatch:
-        """With tensors of these sizes that lie end to end in `whole`, int64."""
+        """Return a batch whose tensors are consecutive pieces of `whole`, int64."""
         tensors = self._tensors()
         pieces = whole.split([_words(x) for x in tensors.values()])
         cut = {}
@@ -122,7 +135,7 @@ class PackedBatch:
 
 
 def _words(x: Tensor) -> int:
-    """Of 8 bytes, that it needs."""
+    """Return how many words of 8 bytes x needs."""
     return -(-x.numel() * x.element_size() // 8)
 
 
@@ -140,14 +153,16 @@ def pack(
     masked_total: int,
     pairs_total: int,
 ) -> PackedBatch:
-    """Put [CLS] and [SEP] around segments and lay the sequences end to end.
+    """Add [CLS] and [SEP] to the segments and pack the sequences.
 
     Args:
-        tokens: int64 [N], what the model sees of the segments, end to end: A of the first sequence, its B, A of the second ...
-        a_length, b_length: int64 [B], tokens; no B gives [CLS] A [SEP].
+        tokens: int64 [N], the tokens that the model sees, one segment after another: A of the first
+            sequence, its B, A of the second, and so on.
+        a_length, b_length: int64 [B], tokens; without B the sequence is [CLS] A [SEP].
         special: ids of [CLS] and [SEP].
         selected: int64 [M], ascending, the masked positions among the N tokens.
-        labels, next_sentence_labels, dropout_keys, examples, masked_total, pairs_total: as in PackedBatch; the tensors share their memory.
+        labels, next_sentence_labels, dropout_keys, examples, masked_total, pairs_total: as in
+            PackedBatch. The tensors share the memory of the arrays.
     """
     lengths = a_length + b_length + 2 + (b_length > 0)
     ends = np.cumsum(lengths)
@@ -155,7 +170,7 @@ def pack(
     total = int(lengths.sum())
     input_ids = np.empty(total, np.int64)
     ordinary = np.ones(total, bool)
-    # The second [SEP] falls on the first where there is no B.
+    # Where there is no B, the second [SEP] coincides with the first.
     for positions, token in (
         (starts, special.cls),
         (starts + a_length + 1, special.sep),
@@ -189,11 +204,12 @@ def pack_texts(
     token_ids_b: Sequence[Sequence[int]] | None,
     special: SpecialIds,
 ) -> PackedBatch:
-    """A pack for inference, in the order given: nothing is selected, no pair is to be learnt from.
+    """Pack texts for inference in the given order, without labels.
 
     Args:
         token_ids_a: ids of each text, without special tokens.
         token_ids_b: ids of each second text, or None; an empty one gives [CLS] A [SEP].
+        special: ids of [CLS] and [SEP].
     """
     token_ids_b = token_ids_b if token_ids_b is not None else [[]] * len(token_ids_a)
     tokens = [

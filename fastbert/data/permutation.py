@@ -1,4 +1,4 @@
-"""A shuffled order of [0, n) that is computed, not stored: the order of examples within an epoch."""
+"""The order of examples in an epoch: a permutation of [0, n) that is computed, not stored."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ HALF = np.uint64(32)
 
 
 def permute(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each index goes in the epoch's permutation of [0, n): a Feistel network with cycle walking.
+    """Apply the epoch's permutation of [0, n): a Feistel network with cycle walking.
 
-    A number below rows * columns, barely more than n, is split into (row, column); each round adds to the one a hash of the other,
-    which can be undone, so the network is a bijection; numbers that fall on n or above go through it again until they do not.
+    A number below rows * columns, which is slightly above n, is split into (row, column). Each
+    round adds a hash of one to the other. This can be undone, so the network is a bijection.
+    Results of n or above go through the network again until they are below n.
 
     Args:
         indices: int64 [N], each in [0, n).
         n: at least 1, below 2**62.
+        seed: in [0, 2**63).
+        epoch: below 2**32.
 
     Returns:
         int64 [N], each in [0, n).
 
-    Source: Black and Rogaway, 2002, "Ciphers with Arbitrary Finite Domains", section 5 (the network) and 4 (cycle walking).
+    Source: Black and Rogaway, 2002, "Ciphers with Arbitrary Finite Domains", section 5 (the
+    network) and 4 (cycle walking).
     """
     columns = math.isqrt(n - 1) + 1 if n > 1 else 1
     rows = -(-n // columns)

@@ -1,6 +1,9 @@
-"""Philox4x32-10, the counter-based generator behind everything drawn at random: no state, any number at any time.
+"""Philox4x32-10, the counter-based random number generator behind all data.
 
-Source: Salmon et al., 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", section 3.3; the reference code is Random123.
+It has no state, and any number can be computed at any time.
+
+Source: Salmon et al., 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", section 3.3; the
+reference code is Random123.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ WORD_BITS = np.uint64(32)
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for: the last counter word, so that no two uses share a stream."""
+    """What a number is drawn for; the last counter word, so that no two uses share a stream."""
 
     ORDER = 0
     EXAMPLE = 1
@@ -26,7 +29,7 @@ class Purpose(IntEnum):
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Four random words for each counter.
+    """Return four random words for each counter.
 
     Args:
         counter: uint64 [4, N], words below 2**32.
@@ -35,7 +38,8 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     Returns:
         uint64 [4, N], words below 2**32.
     """
-    # Words 0 and 2 are multiplied, 1 and 3 are not: kept as two arrays of two rows, a round is six numpy calls.
+    # Words 0 and 2 are multiplied, words 1 and 3 are not. Kept as two arrays of two rows, a round
+    # is six numpy calls.
     even, odd = counter[0::2], counter[1::2]
     for round_number in range(ROUNDS):
         if round_number:
@@ -51,10 +55,11 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
 def random_words(
     key: int | np.ndarray, purpose: Purpose, counter: np.ndarray, epoch: int = 0
 ) -> np.ndarray:
-    """Four random words for each (key, purpose, epoch, counter).
+    """Return four random words for each (key, purpose, epoch, counter).
 
     Args:
         key: the run's seed, or int64 [N], the examples' own keys; not negative.
+        purpose: selects the stream.
         counter: int64 [N], not negative.
         epoch: below 2**32.
 
@@ -63,21 +68,21 @@ def random_words(
     """
     counter = counter.astype(np.uint64)
     counters = np.empty((4, len(counter)), np.uint64)
-    counters[0], counters[1], counters[2], counters[3] = (
-        counter & LOW_WORD,
-        counter >> WORD_BITS,
-        epoch,
-        int(purpose),
-    )
+    counters[0], counters[1] = counter & LOW_WORD, counter >> WORD_BITS
+    counters[2], counters[3] = epoch, int(purpose)
     keys = np.atleast_1d(np.asarray(key, np.int64)).astype(np.uint64)
     return philox4x32(counters, np.stack([keys & LOW_WORD, keys >> WORD_BITS]))
 
 
 def below(words: np.ndarray, limit: int | np.ndarray) -> np.ndarray:
-    """Random words as whole numbers in [0, limit), limit at most 2**31; none is off its share by more than limit / 2**32 of it."""
+    """Map random words to integers in [0, limit), int64.
+
+    `limit` is at most 2**31. The probability of a number deviates by a factor of at most
+    1 + limit / 2**32 from uniform.
+    """
     return ((words * np.asarray(limit).astype(np.uint64)) >> WORD_BITS).astype(np.int64)
 
 
 def unit(words: np.ndarray) -> np.ndarray:
-    """Random words as float64 in [0, 1)."""
+    """Map random words to float64 in [0, 1)."""
     return words * 2.0**-32

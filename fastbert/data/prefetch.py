@@ -1,4 +1,4 @@
-"""Batches made ahead of time by one background thread."""
+"""Prepare batches ahead of time in a background thread."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from fastbert.data.batches import Batches
 from fastbert.data.packing import PackedBatch
 
 STEPS_AHEAD = 3
-POLL_S = 0.1  # how soon the thread notices that it is to stop while the queue is full
+POLL_S = 0.1  # how often the thread checks for `close` while the queue is full
 
 
 class Prefetch:
-    """Iterates over (step, this rank's packs, seconds waited for them), without end; close it, or use it in a `with`.
+    """Yields (step, this rank's packs, seconds waited for them) without end.
 
-    There is no state to save: start it again at any step. An exception in the thread is raised by the step that it belongs to.
+    Close it, or use it in a `with`. There is no state to save: it can start at any step. An
+    exception in the thread is raised at the step that it belongs to.
 
     Args:
         batches: of the run.
-        step: the first one.
+        step: the first step.
         rank, world: as in `Batches.step`.
     """
 
@@ -50,7 +51,7 @@ class Prefetch:
         return step, packs, time.perf_counter() - began
 
     def close(self) -> None:
-        """Stop the thread and wait for its end."""
+        """Stop the thread and wait until it has ended."""
         self._stop.set()
         self._thread.join()
 

@@ -1,11 +1,11 @@
 """`fastbert prepare`: from raw text to a dataset.
 
-    sources ── read_chunks ──► chunks ── ChunkEncoder, one in each worker ──► ids ── ShardWriter ──► shards
-               this process              documents, sentences, ids, hashes          this process, in order
+    sources ─ read_chunks ─► chunks ─ ChunkEncoder, one per worker ─► ids ─ ShardWriter ─► shards
+              this process            documents, sentences, ids, hashes     this process, in order
 
-The result depends on the text and the options alone: chunks are cut the same way and written in order however many
-workers there are, and nothing in the dataset is a time or a path. It is written into a hidden folder beside the target,
-and renamed when every byte is on the disk.
+The result depends on the text and the options only. Chunks are cut in the same way and written in
+order for any number of workers, and the dataset contains no time and no path. It is written into a
+hidden folder beside the target, which is renamed when every byte is on the disk.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ from fastbert.data.tokenizer import (
 from fastbert.data.workers import map_in_order
 from fastbert.durable import sealed, sha256_of, sync
 from fastbert.errors import InputError
+from fastbert.machine import usable_cores
 
-VOCABULARY_BYTES = (
-    64 << 20
-)  # text that the vocabulary is trained on, spread evenly over the sources
-# More held-out text than comes from this much on disk (some ten thousand documents) makes evaluation no better; fewer
-# documents than these make it worthless.
+# Bytes of text that the vocabulary is trained on, spread evenly over the sources.
+VOCABULARY_BYTES = 64 << 20
+# The text of at most this many bytes on disk (some ten thousand documents) is held out: more does
+# not improve the evaluation. With fewer held-out documents than LEAST_HELDOUT it is worthless.
 HELDOUT_BYTES = 64 << 20
 LEAST_HELDOUT = 16
-BYTES_PER_WORKER = (
-    16 << 20
-)  # for less another process does not pay: it has to start, and to meet every word for the first time
+# One more worker for each of these. With less text it does not pay: a worker has to start, and to
+# tokenize every word for the first time.
+BYTES_PER_WORKER = 16 << 20
 
 
 def prepare(
@@ -78,20 +78,27 @@ def prepare(
     """Make the dataset `out` from text files and folders.
 
     Args:
-        sources: files and folders; documents.py says which formats.
-        out: the dataset's folder; must not exist yet.
+        sources: files and folders; documents.py lists the formats.
+        out: the dataset's folder; it must not exist yet.
         vocab_size: of the WordPiece vocabulary that is trained on the text.
-        tokenizer: a Hugging Face folder or vocab.txt to use instead; then vocab_size and lowercase are not looked at.
-        lowercase: whether a trained vocabulary turns capitals into small letters.
-        workers: processes that encode; by default one for each core, fewer for little text. They never change the result.
-        heldout: share of the documents that is set aside for evaluation, chosen by a hash of the text, so that
-            copies of a document never lie on both sides. Bounded by HELDOUT_BYTES and LEAST_HELDOUT.
-        text_format: txt, lines, jsonl or parquet, where the suffix does not say it.
-        text_field: the field of JSON lines, or the column of Parquet, that holds the text.
-        progress: show a bar on stderr.
+        tokenizer: a Hugging Face folder or vocab.txt to use instead; vocab_size and lowercase are
+            then ignored.
+        lowercase: whether a trained vocabulary converts capitals to small letters.
+        workers: processes that encode; by default one per core, and fewer for little text. The
+            number does not change the result.
+        heldout: share of the documents that is set aside for evaluation. They are chosen by a hash
+            of the text, so copies of a document are all in the same split. HELDOUT_BYTES and
+            LEAST_HELDOUT bound the share.
+        text_format: a key of documents.FORMATS, where the suffix does not tell the format.
+        text_field: the field of JSON lines, or the column of csv or Parquet, that holds the text.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The report on the data.
 
     Raises:
-        InputError: anything wrong with the sources, the tokenizer, the options or the disk. Nothing is left behind then.
+        InputError: something is wrong with the sources, the tokenizer, the options or the disk.
+            Nothing is left on the disk then.
     """
     out = Path(out)
     if out.exists() or out.is_symlink():
@@ -105,8 +112,9 @@ def prepare(
     files, ignored = find_sources(sources, text_format)
     if ignored:
         more = ", ..." if len(ignored) > 5 else ""
+        names = ", ".join(map(str, ignored[:5]))
         print(
-            f"{len(ignored)} files left out by their suffix: {', '.join(map(str, ignored[:5]))}{more}",
+            f"{len(ignored)} files left out because of their suffix: {names}{more}",
             file=sys.stderr,
         )
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
@@ -118,9 +126,8 @@ def prepare(
     with _staging(out) as folder, _Bar(size, progress) as bar:
         vocabulary = given
         if vocabulary is None:
-            sample = _spread(
-                bar.follow("reading for the vocabulary", read_chunks(files, text_field))
-            )
+            chunks = bar.follow("reading for the vocabulary", read_chunks(files, text_field))
+            sample = _spread(chunks)
             with bar.wait("training the vocabulary"):
                 vocabulary = train_tokenizer(
                     (text for chunk in sample for text in parse(chunk, text_field)),
@@ -133,27 +140,19 @@ def prepare(
 
         def write(heldout_below: int) -> _Written:
             chunks = bar.follow("documents, sentences, tokens", read_chunks(files, text_field))
-            processes = workers or min(_cores(), 1 + size // BYTES_PER_WORKER)
-            # Closed at once after a failure, so that no process outlives this call.
-            with closing(
-                map_in_order(
-                    ChunkEncoder,
-                    (vocabulary.to_str(), text_field, heldout_below),
-                    chunks,
-                    processes,
-                )
-            ) as encoded:
+            processes = workers or min(usable_cores(), 1 + size // BYTES_PER_WORKER)
+            arguments = vocabulary.to_str(), text_field, heldout_below
+            encoded = map_in_order(ChunkEncoder, arguments, chunks, processes)
+            with closing(encoded):  # so that after a failure no process outlives this call
                 return _write(encoded, folder, dtype, heldout_below)
 
         written = write(int(min(heldout, HELDOUT_BYTES / max(size, 1)) * 2**64))
-        if (below := _better_bound(written, sources)) is not None:
+        if (below := _heldout_bound(written, sources)) is not None:
             for split in SPLITS:
                 shutil.rmtree(folder / split)
             written = write(below)
         with bar.wait("baselines"):
-            train, held = (
-                Split(folder / name, written.writers[name].shards, dtype) for name in SPLITS
-            )
+            train, held = (Split(folder / n, written.writers[n].shards, dtype) for n in SPLITS)
             measured = baselines.measure(train, held, vocabulary.get_vocab_size())
         report = make_report(
             written.stats, vocabulary.get_vocab_size(), options.get("vocab_size"), measured
@@ -167,6 +166,8 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Written:
+    """The splits that were written, and what was counted."""
+
     writers: dict[str, ShardWriter]
     stats: CorpusStats
     smallest: np.ndarray  # uint64, ascending: the smallest distinct hashes of documents
@@ -176,7 +177,7 @@ class _Written:
 def _write(
     chunks: Iterable[EncodedChunk], folder: Path, dtype: np.dtype, heldout_below: int
 ) -> _Written:
-    """Write both splits and count."""
+    """Write both splits and collect the counts."""
     writers = {name: ShardWriter(folder / name, dtype) for name in SPLITS}
     stats, smallest = CorpusStats(), np.zeros(0, np.uint64)
     for chunk in chunks:
@@ -189,13 +190,17 @@ def _write(
     return _Written(writers, stats, smallest, heldout_below)
 
 
-def _better_bound(written: _Written, sources: Sequence[str | Path]) -> int | None:
-    """The bound of hashes that gives both splits enough documents, where the share alone did not; only little text."""
-    distinct = len(written.smallest)  # as far as it matters
+def _heldout_bound(written: _Written, sources: Sequence[str | Path]) -> int | None:
+    """Return a bound of the hashes that gives both splits enough documents.
+
+    It is None where the given share already does. Only little text needs another bound.
+    """
+    distinct = len(written.smallest)  # capped; larger numbers make no difference
     if distinct < 2:
         found = "one distinct document" if distinct else "no document with text"
         raise InputError(
-            f"{', '.join(map(str, sources))}: {found}; a dataset needs two at least, one to train on and one to hold out"
+            f"{', '.join(map(str, sources))}: {found}; "
+            "a dataset needs at least two, one to train on and one to hold out"
         )
     wanted = min(LEAST_HELDOUT, max(distinct // 4, 1))
     if written.smallest[wanted - 1] < written.heldout_below and written.writers["train"].shards:
@@ -224,7 +229,10 @@ def _manifest(
 
 
 def _spread(chunks: Iterable[Chunk]) -> list[Chunk]:
-    """Chunks spread evenly over the text, VOCABULARY_BYTES of them at most: every one, every second, every fourth, ..."""
+    """Return chunks spread evenly over the text, at most VOCABULARY_BYTES in all.
+
+    These are all chunks, or every second, every fourth, and so on.
+    """
     kept: list[Chunk] = []
     stride, size = 1, 0
     for i, chunk in enumerate(chunks):
@@ -239,7 +247,7 @@ def _spread(chunks: Iterable[Chunk]) -> list[Chunk]:
 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` if all goes well, and is removed if anything does not, a signal included."""
+    """Yield a folder that becomes `out` at the end, or is removed after a failure or signal."""
     folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
     main = threading.current_thread() is threading.main_thread()
     before = (
@@ -257,7 +265,8 @@ def _staging(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(
-                f"{out}: no space left on its disk ({error.strerror}); free some or choose another --out"
+                f"{out}: no space left on its disk ({error.strerror}); "
+                "free disk space or choose another --out"
             ) from None
         raise InputError(f"{out}: cannot be written: {error}") from None
     except BaseException:
@@ -276,17 +285,13 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class _Bar:
     """Progress on stderr, by bytes of the sources read."""
 
     def __init__(self, size: int, show: bool):
         self._size, self._progress = size, None
         if show:
-            from rich.console import Console  # with what it needs 0.1 s: not where nobody looks
+            from rich.console import Console  # with rich.progress 0.1 s, so only where it is shown
             from rich.progress import (
                 BarColumn,
                 DownloadColumn,
@@ -326,7 +331,7 @@ class _Bar:
 
     @contextmanager
     def wait(self, name: str) -> Iterator[None]:
-        """For work of unknown length: a bar that moves to and fro."""
+        """Show a bar without a percentage during work of unknown length."""
         task = self._progress.add_task(name, total=None) if self._progress else None
         yield
         if self._progress and task is not None:

@@ -1,4 +1,4 @@
-"""The report on the data that `prepare` ends with: figures, and a line on what to do where one looks wrong."""
+"""The report of `prepare` on the data: figures, and advice where one of them looks wrong."""
 
 from __future__ import annotations
 
@@ -14,24 +14,21 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LENGTHS = (128, 512)  # max_length of the two usual phases of pre-training
-_LONGEST_COUNTED = 1 << 16  # tokens of a document; quantiles do not tell longer ones apart
+_LONGEST_COUNTED = 1 << 16  # tokens of a document; longer ones are counted as this long
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _HASHES = 1 << 22  # kept at most: 32 MiB
 
 
 class CorpusStats:
-    """What is counted while the text goes by; its size does not depend on the text's."""
+    """Counts collected while the text is read; their size does not depend on the text."""
 
     def __init__(self) -> None:
-        self.documents = self.sentences = self.tokens = self.heldout_documents = (
-            self.heldout_tokens
-        ) = 0
-        self.empty_documents = self.single_sentence_documents = self.cut_sentences = (
-            self.unknown_tokens
-        ) = 0
-        self.document_lengths = np.zeros(
-            _LONGEST_COUNTED + 1, np.int64
-        )  # how many documents have so many tokens
+        self.documents = self.sentences = self.tokens = 0
+        self.heldout_documents = self.heldout_tokens = 0
+        self.empty_documents = self.single_sentence_documents = 0
+        self.cut_sentences = self.unknown_tokens = 0
+        # Histograms: how many documents, and sentences, have each number of tokens.
+        self.document_lengths = np.zeros(_LONGEST_COUNTED + 1, np.int64)
         self.sentence_lengths = np.zeros(LONGEST_SENTENCE + 1, np.int64)
         self.sequences = dict.fromkeys(LENGTHS, 0)
         self.kept_tokens = dict.fromkeys(LENGTHS, 0)
@@ -66,9 +63,11 @@ class CorpusStats:
 
 
 class DuplicateEstimator:
-    """The share of copies in a stream of hashes, from those that end in a growing number of zero bits.
+    """The share of duplicates in a stream of hashes, estimated from a sample.
 
-    All copies of a thing share its hash, so they are kept or left out together and the share is not biased.
+    The sample holds the hashes that end in a number of zero bits, which grows with the stream. All
+    copies of an item share its hash, so they are kept or dropped together and the estimate is not
+    biased.
     """
 
     def __init__(self, most: int = _HASHES):
@@ -76,7 +75,7 @@ class DuplicateEstimator:
         self._kept: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> None:
-        """uint64 [N]; with copies."""
+        """Add hashes, uint64 [N], including duplicates."""
         self._kept.append(self._chosen(hashes))
         self._size += len(self._kept[-1])
         while self._size > self._most and self._bits < 32:
@@ -89,17 +88,18 @@ class DuplicateEstimator:
 
     @property
     def sampled(self) -> bool:
+        """Whether some hashes were dropped."""
         return self._bits > 0
 
     def duplicates(self) -> float:
-        """Share of the things that came before already."""
+        """Return the share of items that are copies of an earlier one."""
         kept = np.concatenate([np.zeros(0, np.uint64), *self._kept])
         return 1 - len(np.unique(kept)) / len(kept) if len(kept) else 0.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report: what, how much, and what to do if that looks wrong."""
+    """One line of the report: name, value, and advice where the value looks wrong."""
 
     name: str
     value: str
@@ -108,7 +108,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `prepare` found: `figures` for programs, `rows` for people."""
+    """The findings of `prepare`: `figures` for programs, `rows` for people."""
 
     figures: dict[str, Any]
     rows: list[Row] = field(repr=False)
@@ -126,7 +126,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def table(self) -> Table:
-        """For a terminal."""
+        """Return a table for the terminal."""
         from rich.table import Table
 
         table = Table("data", "", "what to do", title_justify="left")
@@ -139,12 +139,17 @@ class Report:
 def make_report(
     stats: CorpusStats, vocab_size: int, asked_vocab_size: int | None, baselines: dict[str, float]
 ) -> Report:
-    """Put the counts into figures and words; `asked_vocab_size` is None where the tokenizer was given."""
+    """Turn the counts into figures and rows.
+
+    Args:
+        stats: the counts of both splits.
+        vocab_size: V.
+        asked_vocab_size: the size asked for; None where the tokenizer was given.
+        baselines: in nats, by name.
+    """
     documents, sentences, tokens = stats.documents, stats.sentences, stats.tokens
-    document_lengths, sentence_lengths = (
-        _quantiles(stats.document_lengths),
-        _quantiles(stats.sentence_lengths),
-    )
+    document_lengths = _quantiles(stats.document_lengths)
+    sentence_lengths = _quantiles(stats.sentence_lengths)
     fill = {n: (tokens + 3 * count) / (n * count) for n, count in stats.sequences.items()}
     figures: dict[str, Any] = {
         "documents": documents,
@@ -169,6 +174,9 @@ def make_report(
         "baselines": baselines,
     }
     sampled = " (sampled)" if figures["duplicates_sampled"] else ""
+    tokenizer_advice = "raise --vocab-size"
+    if not asked_vocab_size:
+        tokenizer_advice = "train one on the text: leave out --tokenizer"
 
     def row(name: str, value: str, wrong: bool = False, advice: str = "") -> Row:
         return Row(name, value, advice if wrong else "")
@@ -178,7 +186,8 @@ def make_report(
             "documents",
             f"{documents:,}",
             documents < 1000 and tokens / documents > 10_000,
-            "few and very long: if these are whole files, put a blank line between documents, or use --format lines",
+            "few and very long: if these are whole files, put a blank line between documents, "
+            "or use --format lines",
         ),
         row("empty documents, left out", f"{stats.empty_documents:,}"),
         row("sentences", f"{sentences:,}"),
@@ -186,24 +195,20 @@ def make_report(
             "tokens",
             f"{tokens:,}",
             tokens < 1_000_000,
-            "enough to try things; a useful model wants 100 million and more",
+            "enough for experiments; a useful model needs 100 million or more",
         ),
         row(
             "vocabulary",
             f"{vocab_size:,}",
             asked_vocab_size is not None and vocab_size < asked_vocab_size,
-            f"the text has too few words that occur twice for the {asked_vocab_size or 0:,} asked for; fine, or add text",
+            "fewer words occur twice than needed for the "
+            f"{asked_vocab_size or 0:,} tokens asked for; this is fine, or add text",
         ),
         row(
             "[UNK]",
             _percent(figures["unknown_share"]),
             figures["unknown_share"] > 0.01,
-            "the vocabulary does not fit the text; "
-            + (
-                "raise --vocab-size"
-                if asked_vocab_size
-                else "train one on the text: leave out --tokenizer"
-            ),
+            f"the vocabulary does not fit the text; {tokenizer_advice}",
         ),
         row(
             "copies of documents" + sampled,
@@ -215,22 +220,24 @@ def make_report(
             "copies of sentences" + sampled,
             _percent(figures["duplicate_sentence_share"]),
             figures["duplicate_sentence_share"] > 0.1,
-            "menus, footers or licences? remove such lines from the sources",
+            "if these are menus, footers or licences, remove such lines from the sources",
         ),
         row(
             "documents of one sentence",
             _percent(figures["single_sentence_share"]),
             figures["single_sentence_share"] > 0.2,
-            'they have no true next sentence; join what belongs together, or train with objective.kind = "mlm"',
+            "they have no true next sentence; join what belongs together, "
+            'or train with objective.kind = "mlm"',
         ),
         row(
             f"sentences cut at {LONGEST_SENTENCE} tokens",
             f"{stats.cut_sentences:,}",
             stats.cut_sentences > 0.01 * sentences,
-            "text without sentence marks, such as tables? nothing is lost, but their parts count as sentences",
+            "if this is text without punctuation, such as tables: nothing is lost, "
+            "but the parts count as sentences",
         ),
-        row("tokens in a sentence, " + _NAMES, _spread(sentence_lengths)),
-        row("tokens in a document, " + _NAMES, _spread(document_lengths)),
+        row("tokens in a sentence, " + _QUANTILE_NAMES, _format_quantiles(sentence_lengths)),
+        row("tokens in a document, " + _QUANTILE_NAMES, _format_quantiles(document_lengths)),
         *(
             row(
                 f"lost if documents were cut at {n} tokens",
@@ -249,7 +256,8 @@ def make_report(
             "held out for evaluation",
             f"{stats.heldout_documents:,} documents, {stats.heldout_tokens:,} tokens",
             stats.heldout_tokens < 20_000,
-            "the held-out loss will be known to a tenth of a nat only; raise --heldout or add text",
+            "the held-out loss will be precise to a tenth of a nat only; "
+            "raise --heldout or add text",
         ),
         *(
             row(f"baseline: {name.replace('_', ' ')}", f"{value:.2f} nats")
@@ -260,23 +268,23 @@ def make_report(
     return Report(figures, rows)
 
 
-_NAMES = ", ".join(f"{100 * q:.0f} %" for q in _QUANTILES) + " and longest"
+_QUANTILE_NAMES = ", ".join(f"{100 * q:.0f} %" for q in _QUANTILES) + " and longest"
 
 
 def _quantiles(histogram: np.ndarray) -> dict[str, int]:
-    """The lengths that these shares of all do not exceed, and the longest; `histogram[n]` counts those of length n."""
+    """Return the quantiles of the lengths, and the longest.
+
+    `histogram[n]` is the number of items of length n.
+    """
     running = np.cumsum(histogram)
     values = {f"{q:g}": int(np.searchsorted(running, q * running[-1])) for q in _QUANTILES}
     return values | {"longest": int(np.flatnonzero(histogram)[-1])}
 
 
-def _spread(quantiles: dict[str, int]) -> str:
+def _format_quantiles(quantiles: dict[str, int]) -> str:
     *values, longest = quantiles.values()
-    return (
-        ", ".join(f"{value:,}" for value in values)
-        + f"; {longest:,}"
-        + ("+" if longest == _LONGEST_COUNTED else "")
-    )
+    plus = "+" if longest == _LONGEST_COUNTED else ""
+    return ", ".join(f"{value:,}" for value in values) + f"; {longest:,}{plus}"
 
 
 def _percent(share: float) -> str:

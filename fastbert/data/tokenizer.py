@@ -1,7 +1,8 @@
-"""The WordPiece vocabulary: trained, loaded, saved, and the fast way from many sentences to ids.
+"""The WordPiece tokenizer: train, load and save its vocabulary, and encode many sentences fast.
 
-The algorithm is Hugging Face's `tokenizers`, in Rust. Two things are added here: training that gives the same
-vocabulary every time, and `Encoder`, which asks Rust once for each distinct word instead of once for each occurrence.
+The algorithm is that of Hugging Face's `tokenizers`, in Rust. Two things are added here. Training
+gives the same vocabulary every time. `Encoder` calls Rust once for each distinct word instead of
+once for each occurrence.
 """
 
 from __future__ import annotations
@@ -32,18 +33,22 @@ from fastbert.errors import InputError
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 VOCAB_SIZES = (100, 1 << 20)
-# A character outside the alphabet makes its whole word [UNK]: one in 10,000 characters is about one in 2,000 words.
+# A character outside the alphabet makes its whole word [UNK]. One such character in 10,000 affects
+# about one word in 2,000.
 ALPHABET_COVERAGE = 0.9999
-ALPHABET_SHARE = 0.5  # of the vocabulary at most, so that a small one keeps room for words
+ALPHABET_SHARE = 0.5  # of the vocabulary at most, so that a small one has room for words
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> Tokenizer:
-    """Train a WordPiece vocabulary; the same texts always give the same one.
+    """Train a WordPiece vocabulary; the same texts always give the same vocabulary.
 
-    It comes out smaller than `vocab_size` where the texts have too few words that occur twice.
+    Args:
+        texts: the documents.
+        vocab_size: the vocabulary is smaller where too few words occur twice.
+        lowercase: whether capitals are converted to small letters.
 
     Raises:
-        InputError: a vocabulary size out of range, or texts without a single character to learn from.
+        InputError: a vocabulary size out of range, or texts without any character.
     """
     check_vocab_size(vocab_size)
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -51,8 +56,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
     first, inner = _alphabet(normalized, int(vocab_size * ALPHABET_SHARE))
     if not first:
         raise InputError("no text to train a vocabulary on: every document is empty")
-    # The trainer numbers the pieces "##x" in the order of a hash map and breaks ties between pairs by these numbers,
-    # so that no two runs agree. Pieces given as special tokens are numbered first, in our order.
+    # The trainer numbers the pieces "##x" in the order of a hash map, and breaks ties between pairs
+    # by these numbers. So two runs would differ. Special tokens are numbered first, in the given
+    # order, so the pieces are passed as special tokens.
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -63,9 +69,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
             *("##" + character for character in inner),
         ],
         initial_alphabet=first,
-        limit_alphabet=len(
-            first
-        ),  # exactly ours: among equally rare characters its own choice is random too
+        # Exactly these characters: the trainer's own choice among equally rare ones is random.
+        limit_alphabet=len(first),
     )
     trained = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))
     trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -75,7 +80,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise InputError where it is out of range; to be asked before hours of reading."""
+    """Raise InputError where the size is out of range; called before hours of reading."""
     low, high = VOCAB_SIZES
     if not low <= vocab_size <= high:
         raise InputError(
@@ -84,7 +89,7 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether ids mean the same tokens, made from text in the same way."""
+    """Whether equal ids mean equal tokens, and both tokenizers normalise text in the same way."""
     return (
         a.get_vocab() == b.get_vocab()
         and json.loads(a.to_str())["normalizer"] == json.loads(b.to_str())["normalizer"]
@@ -92,25 +97,24 @@ def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a BERT tokenizer: a Hugging Face folder with tokenizer.json or vocab.txt, or a vocab.txt file.
+    """Load a BERT tokenizer from a folder with tokenizer.json or vocab.txt, or from a vocab.txt.
 
-    A vocab.txt alone does not say whether text is lower-cased: a tokenizer_config.json beside it does, otherwise a
-    vocabulary without capital letters is taken as a lower-casing one.
+    A vocab.txt alone does not say whether text is lower-cased. A tokenizer_config.json beside it
+    does. Without one, a vocabulary without capital letters is assumed to be lower-cased.
 
     Raises:
-        InputError: nothing there, not readable, not a WordPiece tokenizer of BERT's kind, a special token missing,
-            a token twice, or ids with gaps.
+        InputError: there is no tokenizer, it cannot be read or is not a WordPiece tokenizer like
+            BERT's, a special token is missing, a token occurs twice, or ids have gaps.
     """
     path = Path(path)
     file = path
     if path.is_dir():
-        file = next(
-            (path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()),
-            path,
-        )
+        names = ("tokenizer.json", "vocab.txt")
+        file = next((path / name for name in names if (path / name).is_file()), path)
         if file == path:
             raise InputError(
-                f"{path}: no tokenizer.json and no vocab.txt in this folder; give the folder of a BERT tokenizer"
+                f"{path}: no tokenizer.json and no vocab.txt in this folder; "
+                "give the folder of a BERT tokenizer"
             )
     try:
         text = file.read_text(encoding="utf-8")
@@ -129,20 +133,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
         raise InputError(
-            f"{file}: its {len(vocabulary)} tokens do not have the ids 0 to {len(vocabulary) - 1}; renumber them"
+            f"{file}: its {len(vocabulary)} tokens do not have the ids 0 to "
+            f"{len(vocabulary) - 1}; renumber them"
         )
     if any("\n" in token or "\r" in token for token in vocabulary):
         raise InputError(
-            f"{file}: a token holds a line break, which no vocab.txt can hold; remove it"
+            f"{file}: a token contains a line break, which vocab.txt cannot represent; remove it"
         )
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True  # "[MASK]" in a text is five ordinary characters
+    tokenizer.encode_special_tokens = True  # "[MASK]" in a text is six ordinary characters
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write tokenizer.json, vocab.txt and tokenizer_config.json: what transformers' AutoTokenizer loads."""
+    """Write tokenizer.json, vocab.txt and tokenizer_config.json, as AutoTokenizer loads them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     normalizer, ids = tokenizer.normalizer, tokenizer.get_vocab()
@@ -155,9 +160,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
     }
     texts = {
-        "tokenizer.json": tokenizer.to_str(
-            pretty=True
-        ),  # not tokenizer.save: it reports a full disk as a bare Exception
+        # Not tokenizer.save, which reports a full disk as a bare Exception.
+        "tokenizer.json": tokenizer.to_str(pretty=True),
         "vocab.txt": "".join(token + "\n" for token in sorted(ids, key=ids.__getitem__)),
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
@@ -166,79 +170,86 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def special_ids(tokenizer: Tokenizer, source: str | Path) -> SpecialIds:
-    """The ids of the five special tokens; `source` names the tokenizer in the error when one is missing."""
+    """Return the ids of the five special tokens.
+
+    Raises:
+        InputError: one is missing; the message names the tokenizer by `source`.
+    """
     ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
     missing = [SPECIAL_TOKENS[name] for name, number in ids.items() if number is None]
     if missing:
         raise InputError(
-            f"{source}: the vocabulary has no {', '.join(missing)}; a BERT vocabulary needs {' '.join(SPECIAL_TOKENS.values())}"
+            f"{source}: the vocabulary has no {', '.join(missing)}; "
+            f"a BERT vocabulary needs {' '.join(SPECIAL_TOKENS.values())}"
         )
     return SpecialIds(**{name: number for name, number in ids.items() if number is not None})
 
 
 class Encoder:
-    """Ids of many sentences, equal to `tokenizer.encode(sentence, add_special_tokens=False).ids` of each.
+    """Encodes many sentences; equals `tokenizer.encode(sentence, add_special_tokens=False).ids`.
 
-    BERT's normalizer and pre-tokenizer never look across ASCII whitespace or punctuation, so the ids of a text are those of
-    its words, cut there, end to end. Few of them are distinct: Rust sees each once, and a dictionary knows it from then on.
-    Before the dictionary stands a table for words of up to 16 bytes, taken as two numbers: numpy looks up all of a text at once.
+    BERT's normalizer and pre-tokenizer never look across ASCII whitespace or punctuation. So the
+    ids of a text are the ids of its words, when the text is cut there. Few of the words are
+    distinct: Rust tokenizes each once, and a dictionary keeps the result. In front of the
+    dictionary is a hash table for words of up to 16 bytes, whose keys are two integers. numpy looks
+    up all words of a text in it at once.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._lowercase: bool = tokenizer.normalizer.lowercase
-        self._forget()
+        self._clear()
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
+        """Clear the dictionary and the table."""
         self._words = _Words(self._tokenizer)
-        self._keys = np.zeros(
-            (2, _SLOTS), np.uint64
-        )  # of the word that was last seen in each slot,
-        self._index = np.zeros(_SLOTS, np.int32)  # and its index
+        # The key, and the index, of the last word in each slot of the table.
+        self._keys = np.zeros((2, _SLOTS), np.uint64)
+        self._index = np.zeros(_SLOTS, np.int32)
 
     def __call__(self, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode.
+        """Encode sentences.
 
         Returns:
-            ids: int32 [T], of all sentences, end to end.
-            lengths: int64 [len(sentences)], tokens of each; 0 for one without text.
+            ids: int32 [T], of all sentences, one after another.
+            lengths: int64 [len(sentences)], tokens of each; 0 for a sentence without text.
         """
         if len(self._words) > _KEPT_WORDS or len(self._words.ids) > _KEPT_TOKENS:
-            self._forget()
+            self._clear()
         text = _END.join([*map(str.encode, sentences), b""])
-        text = (
-            b" " + (text.lower() if self._lowercase else text) + b" " * (_KEY_BYTES + 8)
-        )  # lower: of bytes, ASCII alone
+        # lower() of bytes changes ASCII letters only; the tokenizer lower-cases the others.
+        text = text.lower() if self._lowercase else text
+        text = b" " + text + b" " * (_KEY_BYTES + 8)
         words = self._look_up(text)
         bounds = np.frombuffer(self._words.bounds, np.int64)
         starts = bounds[words]
         counts = bounds[words + 1] - starts
         ends = np.cumsum(counts)
         total = int(ends[-1]) if len(ends) else 0
-        ids = np.frombuffer(self._words.ids, np.int32)[
-            np.arange(total) + np.repeat(starts - (ends - counts), counts)
-        ]
+        places = np.arange(total) + np.repeat(starts - (ends - counts), counts)
+        ids = np.frombuffer(self._words.ids, np.int32)[places]
         return ids, np.diff(ends[words == _END_INDEX], prepend=0)
 
     def _look_up(self, text: bytes) -> np.ndarray:
-        """int64 [words of the text]: the index of each; `text` begins with a space and ends with as many as a key is long."""
+        """Return the index of each word of the text, int64 [words].
+
+        `text` begins with a space and ends with at least as many spaces as a key has bytes.
+        """
         kind = np.frombuffer(text.translate(_KINDS), np.uint8)
         inside = (kind == _INSIDE).view(np.uint8)
         starts = np.flatnonzero(kind[1:] > inside[:-1]) + 1
         ends = np.flatnonzero(kind[:-1] > inside[1:]) + 1
         lengths = ends - starts
-        eight = np.ndarray(
-            len(text) - 7, "<u8", text, strides=(1,)
-        )  # at each byte, it and the seven behind it
+        # The integer of the eight bytes from each byte on.
+        eight = np.ndarray(len(text) - 7, "<u8", text, strides=(1,))
         first = np.take(eight, starts) & _MASKS[np.minimum(lengths, 8)]
         second = np.take(eight, starts + 8) & _MASKS[np.clip(lengths - 8, 0, 8)]
         mixed = first * _MIX_1 ^ second * _MIX_2
-        slots = ((mixed ^ mixed >> np.uint64(32)) * _MIX_1 >> np.uint64(64 - _SLOT_BITS)).astype(
-            np.int64
-        )
+        mixed = (mixed ^ mixed >> np.uint64(32)) * _MIX_1
+        slots = (mixed >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
         words = np.empty(len(starts), np.int64)
         long = np.flatnonzero(lengths > _KEY_BYTES)
-        words[long] = self._ask(text, starts[long], ends[long])
+        words[long] = self._indices_of(text, starts[long], ends[long])
         left = np.flatnonzero(lengths <= _KEY_BYTES)
         while True:
             at = slots[left]
@@ -246,28 +257,27 @@ class Encoder:
             left = left[(self._keys[0][at] != first[left]) | (self._keys[1][at] != second[left])]
             if not len(left):
                 return words
-            # Of the words that are not in the slot that they want one is put there, and the others look again.
+            # `left` are the words whose slot holds another word. For each slot one of them is
+            # inserted, and the others are looked up again.
             at = slots[left]
             self._index[at] = left
             chosen = left[self._index[at] == left]
             at = slots[chosen]
             self._keys[0][at], self._keys[1][at] = first[chosen], second[chosen]
-            self._index[at] = self._ask(text, starts[chosen], ends[chosen])
+            self._index[at] = self._indices_of(text, starts[chosen], ends[chosen])
 
-    def _ask(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> list[int]:
-        return list(
-            map(
-                self._words.__getitem__,
-                [text[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)],
-            )
-        )
+    def _indices_of(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> list[int]:
+        """Return the indices of words from the dictionary, which encodes new ones."""
+        bounds = zip(starts.tolist(), ends.tolist(), strict=True)
+        words = [text[a:b] for a, b in bounds]
+        return list(map(self._words.__getitem__, words))
 
 
-_END = b"\xff"  # a word of its own behind each sentence; no byte of UTF-8
+_END = b"\xff"  # a separate word after each sentence; this byte does not occur in UTF-8
 _END_INDEX = 1
 _SPACE, _INSIDE, _ALONE = range(3)
 _ISOLATED = string.punctuation.encode() + _END
-# Control characters stay inside a word: the tokenizer removes them, and joins what stands around.
+# Control characters stay inside a word: the tokenizer removes them and joins the rest.
 _KINDS = bytes(
     _SPACE if byte in b" \t\n\r" else _ALONE if byte in _ISOLATED else _INSIDE
     for byte in range(256)
@@ -279,21 +289,21 @@ _SLOT_BITS = 20
 _SLOTS = 1 << _SLOT_BITS
 _KEPT_WORDS = 1 << 20  # about 150 MB of a worker's memory
 _KEPT_TOKENS = 1 << 22
-_KEPT_LENGTH = (
-    64  # bytes; text without spaces has "words" as long as sentences, which never come again
-)
+# bytes; text without spaces has "words" as long as sentences, which do not occur again
+_KEPT_LENGTH = 64
 _ID = attrgetter("id")
 
 
 class _Words(dict[bytes, int]):
-    """Word -> its index; a word that is asked for and not there is encoded.
+    """Maps a word to its index; a word that is missing is encoded when it is looked up.
 
-    Index 0 has no tokens, like the word whose key is that of an empty slot: one of NUL bytes. _END_INDEX is the end of a sentence.
+    Index 0 has no tokens. It stands for the word whose key is that of an empty slot, which consists
+    of NUL bytes. _END_INDEX stands for the end of a sentence.
 
     Attributes:
-        ids: of all words, end to end. Views of it and of `bounds` must be dropped before the next word is asked for: neither
-            array grows while its memory is shared.
-        bounds: where the ids of each word begin, and behind them all how many there are.
+        ids: of all words, one word after another. An array cannot grow while a view shares its
+            memory. Drop views of it and of `bounds` before the next word is looked up.
+        bounds: where the ids of each word begin, and at the end the number of ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -303,7 +313,9 @@ class _Words(dict[bytes, int]):
 
     def __missing__(self, word: bytes) -> int:
         ids, bounds = self.ids, self.bounds
-        if word.isalnum():  # of bytes: ASCII alone; the model without the tokenizer around it takes a third of the time
+        if word.isalnum():
+            # For bytes this means ASCII only, for which the model alone is enough. It takes a third
+            # of the time of the whole tokenizer.
             ids.extend(map(_ID, self._tokenize(word.decode())))
         else:
             ids.extend(self._encode(word.decode(), add_special_tokens=False).ids)
@@ -317,7 +329,7 @@ class _Words(dict[bytes, int]):
 def _assemble(
     tokens: Sequence[str], lowercase: bool, strip_accents: bool | None = None, chinese: bool = True
 ) -> Tokenizer:
-    """BERT's tokenizer around a vocabulary, in the order of its ids."""
+    """Return BERT's tokenizer for a vocabulary, in the order of its ids."""
     ids = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
@@ -334,9 +346,10 @@ def _assemble(
 
 
 def _alphabet(texts: list[str], most: int) -> tuple[list[str], list[str]]:
-    """The characters that get a piece of their own, and those of them that also get one inside a word, both sorted.
+    """Return the characters that get a piece of their own, and those that get one inside a word.
 
-    The most frequent ones are taken until they cover ALPHABET_COVERAGE of the texts or make `most` pieces.
+    Both lists are sorted, and the second is part of the first. The most frequent characters are
+    taken until they cover ALPHABET_COVERAGE of the texts or make `most` pieces.
     """
     seen, inside = np.zeros((2, sys.maxunicode + 1), np.int64)
     breaks = np.zeros(sys.maxunicode + 1, bool)
@@ -366,39 +379,43 @@ def _breaks_word(character: str) -> bool:
 
 
 def _from_json(text: str, file: Path) -> Tokenizer:
-    """A tokenizers file, taken only if it does what BERT's tokenizer does: Encoder and the masks build on that."""
+    """Load a file of `tokenizers`, if it does what BERT's tokenizer does.
+
+    Encoder and the masking rely on this.
+    """
     try:
         settings = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
         model, normalizer = settings["model"], settings["normalizer"]
         kinds = [part and part["type"] for part in (model, normalizer, settings["pre_tokenizer"])]
-        prefix, unknown, clean = (
-            model.get("continuing_subword_prefix"),
-            model.get("unk_token"),
-            normalizer and normalizer.get("clean_text"),
-        )
+        prefix, unknown = model.get("continuing_subword_prefix"), model.get("unk_token")
+        clean = normalizer and normalizer.get("clean_text")
         added = [token["content"] for token in settings["added_tokens"] if not token["special"]]
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{file}: not the file of a BERT tokenizer ({type(error).__name__}: {error}); give one, or its vocab.txt"
+            f"{file}: not the file of a BERT tokenizer ({type(error).__name__}: {error}); "
+            "give one, or its vocab.txt"
         ) from None
     if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"]:
         raise InputError(
-            f"{file}: it is {', '.join(map(str, kinds))}; needed is WordPiece, BertNormalizer, BertPreTokenizer, as in BERT"
+            f"{file}: it is {', '.join(map(str, kinds))}; it must be WordPiece, BertNormalizer, "
+            "BertPreTokenizer, as in BERT"
         )
     if (prefix, unknown, clean) != ("##", "[UNK]", True):
         raise InputError(
-            f"{file}: prefix {prefix!r}, unknown {unknown!r}, clean_text {clean}; needed is '##', '[UNK]', true, as in BERT"
+            f"{file}: prefix {prefix!r}, unknown {unknown!r}, clean_text {clean}; they must be "
+            "'##', '[UNK]', true, as in BERT"
         )
     if added:
         raise InputError(
-            f"{file}: {len(added)} added tokens ({added[0]!r}, ...) outside the WordPiece model; move them into its vocabulary"
+            f"{file}: {len(added)} added tokens ({added[0]!r}, ...) outside the WordPiece model; "
+            "move them into its vocabulary"
         )
     try:
         return Tokenizer.from_str(text)
-    except Exception as error:  # what the Rust side raises has no narrower type
-        raise InputError(f"{file}: not a sound tokenizer: {error}") from None
+    except Exception as error:  # the Rust side raises no narrower type
+        raise InputError(f"{file}: not a valid tokenizer: {error}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
@@ -407,46 +424,41 @@ def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
         double = next(
             name for i, (name, _) in enumerate(pairs) if name in {other for other, _ in pairs[:i]}
         )
-        raise InputError(f"{file}: {double!r} is there twice; keep one")
+        raise InputError(f"{file}: {double!r} occurs twice; keep one")
     return values
 
 
 def _from_vocabulary(text: str, file: Path) -> Tokenizer:
-    """A list of tokens, one a line; the line's number is the id."""
+    """Load a list of tokens, one per line; the line's number, from 0, is the id."""
     tokens = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     ids: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if not token.strip():
-            raise InputError(f"{file}: line {i + 1} is empty; a vocabulary has one token a line")
+            raise InputError(f"{file}: line {i + 1} is empty; a vocabulary has one token per line")
         if token in ids:
             raise InputError(
-                f"{file}: line {i + 1}: {token!r} is in line {ids[token] + 1} already; keep one"
+                f"{file}: line {i + 1}: {token!r} is already in line {ids[token] + 1}; keep one"
             )
         ids[token] = i
     special_ids(Tokenizer(models.WordPiece(ids, unk_token="[UNK]")), file)
     config_file = file.with_name("tokenizer_config.json")
     try:
-        config = (
-            json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        )
-        lowercase, accents, chinese = (
-            config.get("do_lower_case"),
-            config.get("strip_accents"),
-            config.get("tokenize_chinese_chars", True),
-        )
+        config = {}
+        if config_file.is_file():
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        lowercase, accents = config.get("do_lower_case"), config.get("strip_accents")
+        chinese = config.get("tokenize_chinese_chars", True)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{config_file}: cannot be read as a tokenizer's settings: {error}"
         ) from None
     if lowercase is None:
-        lowercase = not any(
-            token != token.lower()
-            for token in tokens
-            if not (token.startswith("[") and token.endswith("]"))
-        )
+        ordinary = (t for t in tokens if not (t.startswith("[") and t.endswith("]")))
+        lowercase = not any(token != token.lower() for token in ordinary)
     try:
         return _assemble(tokens, lowercase, accents, chinese)
     except TypeError as error:
         raise InputError(
-            f"{config_file}: do_lower_case, strip_accents or tokenize_chinese_chars is of the wrong kind: {error}"
+            f"{config_file}: do_lower_case, strip_accents or tokenize_chinese_chars has the wrong "
+            f"type: {error}"
         ) from None

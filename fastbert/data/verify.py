@@ -1,7 +1,8 @@
-"""Are the files of a dataset what `fastbert prepare` wrote? Their SHA-256, and their numbers one by one.
+"""Verify that the files of a dataset are those that `fastbert prepare` wrote.
 
-A changed token trains in silence; one beyond the vocabulary ends a run in its middle, or on a GPU reads memory that is not the model's. The
-numbers are looked at too, since whoever changed a file may have changed its SHA-256 with it.
+A changed token goes unnoticed in training. A token beyond the vocabulary ends a run in the middle,
+or on a GPU reads memory outside the table of embeddings. Both the SHA-256 and the numbers
+themselves are checked, because a file may have been changed together with its SHA-256.
 """
 
 from __future__ import annotations
@@ -21,94 +22,104 @@ from pathlib import Path
 
 import numpy as np
 
+from fastbert.durable import replacing
 from fastbert.errors import InputError
+from fastbert.machine import usable_cores
 
-PIECE = (
-    1 << 22
-)  # bytes read at a time: they stay in the cache from the hash to the look at the numbers
-THREADS = 8  # at most: then the disk is the slower part
+# Bytes read at a time: they stay in the cache between the hash and the check of the numbers.
+PIECE = 1 << 22
+THREADS = 8  # at most; with more, the disk limits the speed
 REPORT_S = 0.1
-# A restarted run need not read a large dataset again, if nobody has written to it since; a disk may lose a bit all by itself, so not for ever.
+# A restarted run need not read a large dataset again if it has not been written to since. The
+# period is limited, because a disk may lose a bit by itself.
 VERIFIED_FOR_S = 24 * 3600.0
-SETTLED_S = (
-    2.0  # the coarsest time stamps of files; within that time a change might not show in them
-)
+# The coarsest resolution of file time stamps; a change within this time may not show in them.
+SETTLED_S = 2.0
 
-AGAIN = "copy it again from where it is whole, or make the dataset again with `fastbert prepare`"
+AGAIN = "copy it again from an undamaged copy, or make the dataset again with `fastbert prepare`"
 
-Look = Callable[
-    [np.ndarray], str | None
-]  # takes the next numbers of a file, one at least; says what is wrong with them
+# Takes the next numbers of a file, at least one, and returns what is wrong with them, if anything.
+NumberCheck = Callable[[np.ndarray], str | None]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the manifest says of a file; `look`, if any, is given all its numbers, of type `dtype`, in order."""
+    """What the manifest says about a file.
+
+    `check`, if given, checks all numbers of the file in order, as `dtype`.
+    """
 
     name: str
     size: int
     sha256: str
     dtype: np.dtype
-    look: Look | None
+    check: NumberCheck | None
 
 
-def ids_below(vocab_size: int) -> Look:
-    """Token ids that the vocabulary has."""
+def ids_below(vocab_size: int) -> NumberCheck:
+    """Return a check that token ids are in the vocabulary."""
 
-    def look(ids: np.ndarray) -> str | None:
+    def check(ids: np.ndarray) -> str | None:
         largest = int(ids.max())
-        return (
-            f"holds the token id {largest:,}, but the vocabulary has {vocab_size:,} tokens"
-            if largest >= vocab_size
-            else None
-        )
+        if largest < vocab_size:
+            return None
+        return f"holds the token id {largest:,}, but the vocabulary has {vocab_size:,} tokens"
 
-    return look
+    return check
 
 
-def offsets_to(total: int, count: int) -> Look:
-    """So many offsets: the first is 0, each is above the one before it, the last is `total`."""
+def offsets_to(total: int, count: int) -> NumberCheck:
+    """Return a check that `count` offsets rise strictly from 0 to `total`."""
     seen, last = 0, -1
 
-    def look(offsets: np.ndarray) -> str | None:
+    def check(offsets: np.ndarray) -> str | None:
         nonlocal seen, last
         wrong = (offsets <= np.concatenate([[last], offsets[:-1]])) | (offsets > total)
         wrong[0] |= seen == 0 and offsets[0] != 0
         wrong[-1] |= seen + len(offsets) == count and offsets[-1] != total
         if wrong.any():
             place = int(wrong.argmax())
-            return f"offset number {seen + place:,} is {int(offsets[place]):,}; they must rise from 0 to {total:,}"
+            return (
+                f"offset number {seen + place:,} is {int(offsets[place]):,}; "
+                f"they must rise from 0 to {total:,}"
+            )
         seen, last = seen + len(offsets), int(offsets[-1])
         return None
 
-    return look
+    return check
 
 
 def verify_files(
     folder: Path, identity: str, claims: Sequence[Claim]
 ) -> Generator[tuple[int, int], None, bool]:
-    """Check every file; yields bytes done and bytes in all every REPORT_S or so, and nothing where all was checked within a day.
+    """Check every file.
 
-    Files are read on several threads, about 1 GB/s each. What was verified is noted in the folder, for this user alone, if it may be
-    written to: names, sizes, times and inodes, which a file cannot keep when it is written to.
+    Files are read on several threads, about 1 GB/s each. If the folder is writable, a note for this
+    user is left in it about what was verified: names, sizes, times and inodes, which change when a
+    file is written to. Where a note less than a day old matches, nothing is read.
 
     Args:
-        identity: of the manifest; a note belongs to one manifest.
+        folder: of the dataset.
+        identity: of the manifest; a note is valid for one manifest.
+        claims: the files to check.
+
+    Yields:
+        Bytes done and bytes in all, about every REPORT_S seconds.
 
     Returns:
         Whether the files were read.
 
     Raises:
-        InputError: a file that cannot be read or is not as claimed.
+        InputError: a file that cannot be read or differs from its claim.
     """
-    began, facts = time.monotonic(), _facts(folder, identity, claims)
+    began, facts = time.monotonic(), _file_state(folder, identity, claims)
     note = folder / f".verified-{os.geteuid()}"
-    if _noted(note, facts):
+    if _recently_verified(note, facts):
         return False
     progress, total = _Progress(), sum(claim.size for claim in claims)
-    with ThreadPoolExecutor(min(THREADS, _cores(), len(claims))) as pool:
+    with ThreadPoolExecutor(min(THREADS, usable_cores(), len(claims))) as pool:
         try:
-            # The largest first, so that the last ones to end are small.
+            # The largest files go first, so that the last ones to finish are small.
             waiting = {
                 pool.submit(_problem, folder, claim, progress)
                 for claim in sorted(claims, key=lambda claim: -claim.size)
@@ -121,12 +132,12 @@ def verify_files(
         finally:
             progress.over = True
             pool.shutdown(cancel_futures=True)
-    _note(note, facts, folder, claims, time.monotonic() - began)
+    _write_note(note, facts, folder, claims, time.monotonic() - began)
     return True
 
 
 class _Progress:
-    """What the threads have read together; `over` ends them."""
+    """Bytes read by all threads; setting `over` ends the threads."""
 
     def __init__(self) -> None:
         self.done, self.over, self._lock = 0, False, threading.Lock()
@@ -137,15 +148,15 @@ class _Progress:
 
 
 def _problem(folder: Path, claim: Claim, progress: _Progress) -> str | None:
-    """What is wrong with a file, or None."""
+    """Return what is wrong with a file, or None."""
     path, digest, wrong = folder / claim.name, hashlib.sha256(), None
     buffer = memoryview(bytearray(max(1, min(PIECE, claim.size))))
     try:
         with open(path, "rb") as file:
             while not progress.over and (size := file.readinto(buffer)):
                 digest.update(buffer[:size])
-                if claim.look is not None and wrong is None and size >= claim.dtype.itemsize:
-                    wrong = claim.look(
+                if claim.check is not None and wrong is None and size >= claim.dtype.itemsize:
+                    wrong = claim.check(
                         np.frombuffer(buffer[: size - size % claim.dtype.itemsize], claim.dtype)
                     )
                 progress.add(size)
@@ -158,8 +169,11 @@ def _problem(folder: Path, claim: Claim, progress: _Progress) -> str | None:
     return wrong and f"{path}: {wrong}"
 
 
-def _facts(folder: Path, identity: str, claims: Sequence[Claim]) -> str:
-    """What changes when anybody writes to the dataset; nobody but root can set the second time of a file."""
+def _file_state(folder: Path, identity: str, claims: Sequence[Claim]) -> str:
+    """Return the facts that change when anybody writes to the dataset.
+
+    Only root can set the ctime of a file.
+    """
     found = {}
     for claim in claims:
         with suppress(OSError):
@@ -168,40 +182,35 @@ def _facts(folder: Path, identity: str, claims: Sequence[Claim]) -> str:
     return json.dumps({"manifest": identity, "files": found})
 
 
-def _noted(note: Path, facts: str) -> bool:
+def _recently_verified(note: Path, facts: str) -> bool:
     """Whether this user has verified the same files within the last day."""
     try:
         info = note.lstat()
-        mine = (
-            stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid()
-        )  # another's note may claim anything
-        return (
-            mine
-            and 0 <= time.time() - info.st_mtime < VERIFIED_FOR_S
-            and note.read_text(encoding="utf-8") == facts
-        )
+        # A note of another user may claim anything.
+        own = stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid()
+        recent = 0 <= time.time() - info.st_mtime < VERIFIED_FOR_S
+        return own and recent and note.read_text(encoding="utf-8") == facts
     except (OSError, ValueError):
         return False
 
 
-def _note(note: Path, facts: str, folder: Path, claims: Sequence[Claim], seconds: float) -> None:
-    """Leave a note that the files were verified, within the last `seconds`; where the folder may not be written to, there is none."""
-    partial = note.with_name(f"{note.name}-{secrets.token_hex(4)}")
-    try:
+def _write_note(
+    note: Path, facts: str, folder: Path, claims: Sequence[Claim], seconds: float
+) -> None:
+    """Leave a note that the files were verified within the last `seconds`.
+
+    There is none where the folder is not writable, or where a file may have changed meanwhile.
+    """
+    own_name = note.with_name(f"{note.name}-{secrets.token_hex(4)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with suppress(OSError, _NotSettled), replacing(note, own_name) as new:
         newest = max((folder / claim.name).stat().st_ctime for claim in claims)
-        with open(
-            os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
-        ) as file:
+        with open(os.open(new, flags, 0o600), "w", encoding="utf-8") as file:
             file.write(facts)
-            now = os.fstat(file.fileno()).st_ctime  # by the clock of the files
-        if newest < now - seconds - SETTLED_S:
-            partial.replace(note)
-    except OSError:
-        pass
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+            now = os.fstat(file.fileno()).st_ctime  # by the clock of the file system
+        if newest >= now - seconds - SETTLED_S:
+            raise _NotSettled
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class _NotSettled(Exception):
+    """A file was written so recently that its time stamps may not show the change."""

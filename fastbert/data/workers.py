@@ -1,7 +1,8 @@
-"""A function over many items on several processes, results in order, memory flat, and no process left behind.
+"""Apply a function to many items in several processes, with results in order and flat memory.
 
-Not multiprocessing: its pools wait for ever when a worker is killed at the wrong moment; it forks, which threads of the
-tokenizer do not survive, or imports the user's script again, which then must be written for it.
+No process is left behind. multiprocessing is not used for three reasons: its pools wait for ever
+when a worker is killed at the wrong moment; forking breaks the threads of the tokenizer; and its
+other start methods import the user's script again, which then must be written for it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _END = object()
-_WORKER = "from multiprocessing.connection import Connection; from fastbert.data.workers import serve; serve(Connection(int(sys.argv[1])))"
+_WORKER = (
+    "from multiprocessing.connection import Connection; from fastbert.data.workers import serve; "
+    "serve(Connection(int(sys.argv[1])))"
+)
 
 
 def map_in_order(
@@ -32,22 +36,20 @@ def map_in_order(
     items: Iterable[Item],
     workers: int,
 ) -> Generator[Result]:
-    """Apply `make(*arguments)`, made once in each of `workers` processes (1: in this one), to the items.
+    """Apply `make(*arguments)` to the items and yield the results in order.
 
-    A few items a worker are on their way at any time. Close the generator to end the processes.
+    The function is made once in each of `workers` processes, or in this process where `workers` is
+    1. A few items per worker are in progress at any time. Close the generator to end the processes.
 
     Raises:
-        InputError: one that the function raised, in the order of the items; or a worker was killed.
+        InputError: the function raised one, in the order of the items; or a worker was killed.
     """
     if workers == 1:
         yield from map(make(*arguments), items)
         return
     source: Iterator[Any] = iter(items)
-    more, sent, given = (
-        True,
-        0,
-        0,
-    )  # whether there are items left; how many went to workers; how many results came out
+    more = True  # whether there are items left
+    sent = given = 0  # items sent to workers; results yielded
     done: dict[int, Result | InputError] = {}
     pool: list[_Worker] = []
     try:
@@ -55,7 +57,8 @@ def map_in_order(
         for worker in pool:
             worker.send((make, arguments))
         while more or given < sent:
-            # Two for each worker, so that none has to wait; but never far ahead of what can be given out.
+            # Each worker gets two items, so that it never waits. `sent` stays close to `given`, so
+            # that few results wait for an earlier one.
             for worker in pool:
                 while more and len(worker.waiting) < 2 and sent - given < 4 * workers:
                     item = next(source, _END)
@@ -75,16 +78,18 @@ def map_in_order(
                 given += 1
     finally:
         for worker in pool:
-            worker.connection.close()  # a worker that comes to the end of its input ends
+            worker.connection.close()  # a worker ends at the end of its input
         for worker in pool:
             worker.process.wait()
 
 
 @dataclass
 class _Worker:
+    """A worker process and the items it has not answered yet."""
+
     process: subprocess.Popen[bytes]
     connection: Connection
-    waiting: deque[int]  # numbers of the items it has
+    waiting: deque[int]  # numbers of these items
 
     def send(self, message: Any) -> None:
         try:
@@ -95,8 +100,9 @@ class _Worker:
 
 def _start(pool: list[_Worker], count: int) -> None:
     """Add `count` new workers to the pool."""
-    # The workers inherit that SIGINT is blocked: Ctrl-C reaches every process of a terminal, but it is for this one to act
-    # on it. A worker that is started and not listed, because a signal came between, finds its input ended.
+    # The workers inherit that SIGINT is blocked. Ctrl-C reaches every process of a terminal, but
+    # only this one should act on it. If a signal arrives between the start of a worker and its
+    # entry in the pool, the worker ends because its input is closed.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for _ in range(count):
@@ -112,7 +118,7 @@ def _start(pool: list[_Worker], count: int) -> None:
 
 
 def _receive(pool: list[_Worker]) -> Iterator[tuple[int, Any]]:
-    """Wait for at least one result, if any is to come; give all that are there, with their numbers."""
+    """Wait for at least one result, if any is due; yield all available ones with their number."""
     busy: dict[Any, _Worker] = {worker.connection: worker for worker in pool if worker.waiting}
     for connection in wait(list(busy)) if busy else []:
         try:
@@ -124,16 +130,20 @@ def _receive(pool: list[_Worker]) -> Iterator[tuple[int, Any]]:
 
 def _killed() -> InputError:
     return InputError(
-        "a worker ended before its work was done, most likely killed for want of memory; try fewer --workers"
+        "a worker ended before its work was done, most likely killed for lack of memory; "
+        "try a lower --workers"
     )
 
 
 def serve(connection: Connection) -> None:
-    """A worker: items in, results out, until the other end is closed, be it because that process is gone."""
+    """Run a worker: receive items and send results until the other end of the connection is closed.
+
+    The other end also closes when its process dies.
+    """
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def read() -> None:
-        # In a thread of its own: if both sides were writing at once, neither would ever read.
+        # A separate thread reads, because if both sides wrote at once, neither would ever read.
         try:
             while True:
                 messages.put((connection.recv(),))

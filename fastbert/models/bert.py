@@ -1,12 +1,15 @@
-"""BERT: embeddings, L post-norm blocks over packed sequences, and the two heads that pre-training needs.
+"""BERT: embeddings, L post-norm Transformer layers over packed sequences, and two heads.
 
-With fused_layer.py the only caller of the kernels. Axes: B sequences, T packed tokens, M masked tokens, R rows that a loss reads (M + B),
-H heads, K head size, D hidden, F feed-forward, V vocabulary.
+The heads are those of pre-training: masked tokens (MLM) and next sentences (NSP). Only this file
+and fused_layer.py call the kernels. Axes: B sequences, T packed tokens, M masked tokens, R rows
+that a loss reads (M + B), H heads, K head size, D hidden, F feed-forward, V vocabulary.
 
-Each module owns the parameters that its own forward reads, since ZeRO stage 3 gathers weights module by module; the one exception,
-the tied vocabulary matrix, is an argument of the head.
+Each module owns the parameters that its own forward reads, because ZeRO stage 3 gathers weights
+module by module. The one exception is the tied vocabulary matrix, which the MLM head receives as
+an argument.
 
-Source: Devlin et al., 2019; the same function as transformers' BertForPreTraining, so that weights go both ways.
+Source: Devlin et al., 2019. The model computes the same function as transformers'
+BertForPreTraining, so weights can be converted in both directions.
 """
 
 from __future__ import annotations
@@ -39,7 +42,15 @@ from fastbert_kernels._worklist import ITEM
 
 
 def resolve_kernels(name: str, device: str) -> str:
-    """Which implementation "auto" means on "cpu" or "cuda"; raises InputError where the asked one cannot run."""
+    """Return the kernel implementation to use: "triton", "cpu" or "reference".
+
+    Args:
+        name: "auto" or one of the three.
+        device: "cpu" or "cuda". "auto" means "cpu" on the one and "triton" on the other.
+
+    Raises:
+        InputError: the named implementation cannot run on this device.
+    """
     if name == "cpu" and device != "cpu":
         raise InputError(
             f'runtime.kernels = "cpu" cannot run on {device}; use auto, triton or reference'
@@ -52,26 +63,27 @@ def resolve_kernels(name: str, device: str) -> str:
         )
     if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError(
-            'runtime.kernels = "triton" needs a GPU; use auto or cpu, or set TRITON_INTERPRET=1 to run the kernels in Triton\'s interpreter (slow)'
+            'runtime.kernels = "triton" needs a GPU; use auto or cpu, or set TRITON_INTERPRET=1 '
+            "to run the kernels in Triton's interpreter (slow)"
         )
     return name
 
 
-class Pack(NamedTuple):
-    """What every layer needs to know of the batch besides the hidden states."""
+class MicroBatchTables(NamedTuple):
+    """The tables of a micro-batch that every layer reads besides the hidden states."""
 
     cu_seqlens: Tensor  # int32 [B + 1]
     max_seqlen: int  # tokens
     sequence_keys: Tensor | None  # int64 [B]; None where nothing is dropped
-    token_keys: Tensor | None  # int64 [T]
-    worklist: (
-        Tensor | None
-    )  # int32 [items, 2]; what the programs of the Triton attention do, the same in every layer
-    checked: bool = False  # whether a layer has been called with it
+    token_keys: Tensor | None  # int64 [T]; None where nothing is dropped
+    # int32 [items, 2]: the tiles that each program of the Triton attention processes. They are the
+    # same in every layer. None where the attention needs no list.
+    worklist: Tensor | None
+    checked: bool = False  # whether a layer has already validated these tables
 
 
 class Dropout(NamedTuple):
-    """Probabilities in force: those of the config in training, zero otherwise."""
+    """Dropout probabilities in use: those of the config in training, zero in evaluation."""
 
     attention: float
     hidden: float
@@ -86,12 +98,16 @@ def vector(size: int) -> nn.Parameter:
 
 
 def select(x: Tensor | None, rows: Tensor | None) -> Any:
-    """The named rows of x, or all of it."""
+    """Return the given rows of x, or x itself where `rows` or x is None."""
     return x if x is None or rows is None else x[rows]
 
 
 def fused(x: Tensor, impl: str) -> bool:
-    """Whether a layer runs as one function (fused_layer.py): on the Triton kernels, but not under autocast, nor where torch.compile looks in."""
+    """Whether a layer runs as one autograd function (fused_layer.py).
+
+    It does so on the Triton kernels, except under autocast, which must cast between the
+    operations, and under torch.compile, which must see them.
+    """
     return (
         impl == "triton"
         and not torch.compiler.is_compiling()
@@ -100,6 +116,8 @@ def fused(x: Tensor, impl: str) -> bool:
 
 
 class Embeddings(nn.Module):
+    """LN(word + position + token type), then dropout."""
+
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.eps = config.layer_norm_eps
@@ -108,7 +126,9 @@ class Embeddings(nn.Module):
         self.token_type = matrix(2, config.hidden_size)
         self.norm_weight, self.norm_bias = vector(config.hidden_size), vector(config.hidden_size)
 
-    def forward(self, batch: PackedBatch, pack: Pack, dropout: Dropout, impl: str) -> Tensor:
+    def forward(
+        self, batch: PackedBatch, tables: MicroBatchTables, dropout: Dropout, impl: str
+    ) -> Tensor:
         return embedding_layer_norm(
             batch.input_ids,
             batch.position_ids,
@@ -120,13 +140,13 @@ class Embeddings(nn.Module):
             self.norm_bias,
             eps=self.eps,
             dropout_p=dropout.hidden,
-            keys=pack.token_keys,
+            keys=tables.token_keys,
             impl=impl,
         )
 
 
 class SublayerOutput(nn.Module):
-    """The end of a sublayer: its last matrix, then LN(residual + dropout(...))."""
+    """The end of both sublayers: LN(residual + dropout(inner W' + b))."""
 
     def __init__(self, config: ModelConfig, inner_size: int):
         super().__init__()
@@ -158,66 +178,72 @@ class SublayerOutput(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention within each sequence, and the end of its sublayer."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.head_size = config.num_attention_heads, config.head_size
-        self.qkv_weight = matrix(3 * config.hidden_size, config.hidden_size)  # q over k over v
+        # One matrix for all three: the rows of q, then of k, then of v.
+        self.qkv_weight = matrix(3 * config.hidden_size, config.hidden_size)
         self.qkv_bias = vector(3 * config.hidden_size)
         self.output = SublayerOutput(config, config.hidden_size)
 
     def forward(
-        self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str
+        self,
+        x: Tensor,
+        tables: MicroBatchTables,
+        rows: Tensor | None,
+        site: int,
+        dropout: Dropout,
+        impl: str,
     ) -> Tensor:
-        """Every token attends; with `rows` (int64 [R], ascending) only their outputs are computed, [R, D]."""
+        """Return the output [T, D], or [R, D] where `rows` (int64 [R], ascending) selects tokens.
+
+        Keys and values are those of every token; only the selected tokens are queries.
+        """
         q, k, v = self.project(x, rows, impl)
         context = varlen_attention(
             q,
             k,
             v,
-            pack.cu_seqlens,
-            pack.max_seqlen,
+            tables.cu_seqlens,
+            tables.max_seqlen,
             dropout_p=dropout.attention,
-            keys=pack.sequence_keys,
+            keys=tables.sequence_keys,
             site=site,
             queries=rows,
-            worklist=pack.worklist,
+            worklist=tables.worklist,
             impl=impl,
         )
         return self.output(
             context.flatten(1),
             select(x, rows),
-            select(pack.token_keys, rows),
+            select(tables.token_keys, rows),
             site + 1,
             dropout,
             impl,
         )
 
     def project(self, x: Tensor, rows: Tensor | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-        """q of the wanted rows, k and v of all: [R or T, H, K]."""
+        """Return q of the selected tokens [R, H, K], and k and v of all tokens [T, H, K]."""
         heads = (self.heads, self.head_size)
         if rows is None:
-            return (
-                linear(x, self.qkv_weight, self.qkv_bias, impl=impl).view(-1, 3, *heads).unbind(1)
-            )  # type: ignore[return-value]
+            qkv = linear(x, self.qkv_weight, self.qkv_bias, impl=impl)
+            return qkv.view(-1, 3, *heads).unbind(1)  # type: ignore[return-value]
         size = x.shape[1]
-        q = linear(x[rows], self.qkv_weight[:size], self.qkv_bias[:size], impl=impl).view(
-            -1, *heads
-        )
-        k, v = (
-            linear(x, self.qkv_weight[size:], self.qkv_bias[size:], impl=impl)
-            .view(-1, 2, *heads)
-            .unbind(1)
-        )
-        return q, k, v
+        q = linear(x[rows], self.qkv_weight[:size], self.qkv_bias[:size], impl=impl)
+        kv = linear(x, self.qkv_weight[size:], self.qkv_bias[size:], impl=impl)
+        k, v = kv.view(-1, 2, *heads).unbind(1)
+        return q.view(-1, *heads), k, v
 
 
 class FeedForward(nn.Module):
+    """GELU(x W' + b), and the end of its sublayer."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight, self.bias = (
-            matrix(config.intermediate_size, config.hidden_size),
-            vector(config.intermediate_size),
-        )
+        self.weight = matrix(config.intermediate_size, config.hidden_size)
+        self.bias = vector(config.intermediate_size)
         self.output = SublayerOutput(config, config.intermediate_size)
 
     def forward(
@@ -228,7 +254,10 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    # Operations of a layer that drop: the attention weights, and the end of each sublayer.
+    """One post-norm Transformer layer: self-attention, then the feed-forward network."""
+
+    # Dropout is applied at three places, each with its own random stream: to the attention
+    # weights, and at the end of each of the two sublayers.
     SITES = 3
 
     def __init__(self, config: ModelConfig):
@@ -238,56 +267,77 @@ class Layer(nn.Module):
         self.heads, self.eps = config.num_attention_heads, config.layer_norm_eps
 
     def forward(
-        self, x: Tensor, pack: Pack, rows: Tensor | None, site: int, dropout: Dropout, impl: str
+        self,
+        x: Tensor,
+        tables: MicroBatchTables,
+        rows: Tensor | None,
+        site: int,
+        dropout: Dropout,
+        impl: str,
     ) -> Tensor:
+        """Return the output [T, D], or [R, D] where `rows` (int64 [R], ascending) picks tokens."""
         if fused(x, impl):
             call = Call(
                 self.heads,
-                pack.cu_seqlens,
-                pack.max_seqlen,
-                pack.worklist,
-                pack.sequence_keys,
-                select(pack.token_keys, rows),
+                tables.cu_seqlens,
+                tables.max_seqlen,
+                tables.worklist,
+                tables.sequence_keys,
+                select(tables.token_keys, rows),
                 rows,
                 dropout.attention,
                 dropout.hidden,
                 site,
                 self.eps,
-                pack.checked and rows is None,
+                tables.checked and rows is None,
             )
             return fused_layer(x, self.fused_parameters(), call)
-        x = self.attention(x, pack, rows, site, dropout, impl)
-        return self.feed_forward(x, select(pack.token_keys, rows), site + 2, dropout, impl)
+        x = self.attention(x, tables, rows, site, dropout, impl)
+        return self.feed_forward(x, select(tables.token_keys, rows), site + 2, dropout, impl)
 
     def fused_parameters(self) -> Parameters:
-        """From the modules' own tables, in the order in which their constructors filled them: an
-        attribute of a module costs 1 us."""
+        """Collect the parameters for `fused_layer`.
+
+        They are read from the modules' own dictionaries, because looking up an attribute of a
+        module costs 1 us. The constructors fill these in the order of `Parameters`.
+        """
         attention, feed_forward = self.attention, self.feed_forward
         modules = (attention, attention.output, feed_forward, feed_forward.output)
-        return Parameters(
-            *(parameter for module in modules for parameter in module._parameters.values())  # type: ignore[arg-type]
-        )
+        parameters = (p for module in modules for p in module._parameters.values())
+        return Parameters(*parameters)  # type: ignore[arg-type]
 
 
 class MaskedTokenHead(nn.Module):
-    """Dense, GELU, LayerNorm, and the vocabulary matrix: the table of word embeddings, which comes as an argument, or `decoder`."""
+    """Dense layer, GELU, LayerNorm, then the product with the vocabulary matrix.
+
+    The vocabulary matrix is the table of word embeddings, passed as an argument, or where the model
+    is not tied this head's own `decoder`.
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int, tied: bool):
         super().__init__()
         self.eps = config.layer_norm_eps
-        self.weight, self.bias = (
-            matrix(config.hidden_size, config.hidden_size),
-            vector(config.hidden_size),
-        )
+        self.weight = matrix(config.hidden_size, config.hidden_size)
+        self.bias = vector(config.hidden_size)
         self.norm_weight, self.norm_bias = vector(config.hidden_size), vector(config.hidden_size)
         self.vocabulary_bias = vector(vocab_size)
         self.decoder = None if tied else matrix(vocab_size, config.hidden_size)
 
     def forward(
-        self, hidden: Tensor, words: Tensor, labels: Tensor, total: int, impl: str
+        self, hidden: Tensor, word_embeddings: Tensor, labels: Tensor, total: int, impl: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states of the masked tokens [M, D] and their labels [M] to loss (divided by `total`), losses and hits."""
-        table = words if self.decoder is None else self.decoder
+        """Return the loss, the loss of each token, and whether its prediction is correct.
+
+        Args:
+            hidden: [M, D], last hidden states of the masked tokens.
+            word_embeddings: [V, D].
+            labels: int64 [M], the original tokens.
+            total: masked tokens of the global batch. The loss is the sum over M divided by it.
+
+        Returns:
+            loss (fp32 scalar, nats, with gradient), losses (fp32 [M], nats), correct (bool [M]).
+        """
+        table = word_embeddings if self.decoder is None else self.decoder
         return masked_cross_entropy(
             self.transform(hidden, impl),
             table,
@@ -304,21 +354,25 @@ class MaskedTokenHead(nn.Module):
 
 
 class NextSentenceHead(nn.Module):
+    """The pooler (dense, tanh) and a binary classifier."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.classifier = nn.Linear(config.hidden_size, 2)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[CLS] states [B, D] to logits [B, 2]: IsNext, NotNext."""
+        """Map the hidden states of [CLS], [B, D], to logits [B, 2] of IsNext and NotNext."""
         return self.classifier(torch.tanh(self.pooler(hidden)))
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Loss = MLM + NSP: the mean over the masked tokens of the global batch plus the mean over its pairs, from one forward pass.
+    """Loss = MLM + NSP, from one forward pass.
 
-    These are what one packed batch adds to the step. Summed over the step's batches, `mlm` and `nsp` are the means of the whole.
+    MLM is the mean over the masked tokens of the global batch, NSP the mean over its pairs. These
+    values are the contribution of one packed batch: summed over the batches of a step, `mlm` and
+    `nsp` are the means over the global batch.
     """
 
     mlm: Tensor  # scalar, fp32, nats, with gradient
@@ -334,7 +388,7 @@ class Losses:
 
 
 def losses(outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]) -> Losses:
-    """Name what `BertForPreTraining.forward` returns."""
+    """Name the outputs of `BertForPreTraining.forward`."""
     return Losses(*outputs)
 
 
@@ -343,10 +397,11 @@ class BertForPreTraining(nn.Module):
 
     Args:
         config: sizes and dropout probabilities.
-        vocab_size: V, the tokenizer's.
+        vocab_size: V, the size of the tokenizer's vocabulary.
         kernels: "auto", "triton", "cpu" or "reference".
-        device: "cpu" or "cuda", where the model will run; decides what "auto" means.
-        tied: the vocabulary matrix is the table of word embeddings, as in BERT; only models that others made may differ.
+        device: "cpu" or "cuda", where the model will run; it decides what "auto" means.
+        tied: whether the vocabulary matrix is the table of word embeddings, as in BERT. Our own
+            models are always tied; imported ones may not be.
     """
 
     def __init__(
@@ -358,37 +413,40 @@ class BertForPreTraining(nn.Module):
         tied: bool = True,
     ):
         super().__init__()
-        self.config, self.vocab_size, self.impl = (
-            config,
-            vocab_size,
-            resolve_kernels(kernels, device),
-        )
+        self.config, self.vocab_size = config, vocab_size
+        self.impl = resolve_kernels(kernels, device)
         self.embeddings = Embeddings(config, vocab_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.mlm_head = MaskedTokenHead(config, vocab_size, tied)
         self.nsp_head = NextSentenceHead(config)
         initialise(dict(self.named_parameters()), config)
 
-    def _pack(self, batch: PackedBatch) -> tuple[Pack, Dropout]:
-        dropout = (
-            Dropout(self.config.attention_probs_dropout_prob, self.config.hidden_dropout_prob)
-            if self.training
-            else Dropout(0.0, 0.0)
-        )
-        # Shorter sequences need no list, but for fp32, where each layer then makes its own.
+    def _pack(self, batch: PackedBatch) -> tuple[MicroBatchTables, Dropout]:
+        dropout = Dropout(0.0, 0.0)
+        if self.training:
+            dropout = Dropout(
+                self.config.attention_probs_dropout_prob, self.config.hidden_dropout_prob
+            )
+        # Sequences of up to ITEM tokens need no list, except in fp32: there each layer makes one.
         long = self.impl == "triton" and batch.max_seqlen > ITEM
         worklist = attention_worklist(batch.cu_seqlens, len(batch.input_ids)) if long else None
-        if not any(dropout):
-            return Pack(batch.cu_seqlens, batch.max_seqlen, None, None, worklist), dropout
-        keys = row_keys(batch.dropout_keys, batch.cu_seqlens, len(batch.input_ids))
-        return Pack(batch.cu_seqlens, batch.max_seqlen, batch.dropout_keys, keys, worklist), dropout
+        tables = MicroBatchTables(batch.cu_seqlens, batch.max_seqlen, None, None, worklist)
+        if any(dropout):
+            token_keys = row_keys(batch.dropout_keys, batch.cu_seqlens, len(batch.input_ids))
+            tables = tables._replace(sequence_keys=batch.dropout_keys, token_keys=token_keys)
+        return tables, dropout
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Both losses in one pass, of the rows that they read (exact, not approximate).
+        """Compute both losses in one pass.
 
-        Returns a plain tuple (ZeRO stage 3 rebuilds containers), which `losses` names:
-            mlm, nsp: scalars with gradient, this batch's share of the means over the whole global batch.
-            token_losses fp32 [M], token_correct bool [M], pair_losses fp32 [B], pair_correct bool [B]: detached.
+        The last layer is computed only for the rows that a loss reads. This is exact, not an
+        approximation: no other row of it reaches a loss.
+
+        Returns:
+            A plain tuple, which `losses` names; ZeRO stage 3 would rebuild any other container.
+            mlm, nsp: scalars with gradient, this batch's share of the means over the global batch.
+            token_losses fp32 [M], token_correct bool [M], pair_losses fp32 [B] and pair_correct
+            bool [B], all detached.
         """
         masked, first = self.loss_rows(batch)
         mlm, token_losses, token_correct = self.mlm_head(
@@ -409,16 +467,19 @@ class BertForPreTraining(nn.Module):
         )
 
     def loss_rows(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """What the last layer gives for the masked tokens [M, D] and for the first tokens [B, D]; its other rows are not computed."""
-        pack, dropout = self._pack(batch)
+        """Return the last hidden states of the masked tokens [M, D] and of [CLS] [B, D].
+
+        The last layer is not computed for other tokens.
+        """
+        tables, dropout = self._pack(batch)
         first_tokens = batch.cu_seqlens[:-1].long()
         rows = torch.cat((batch.masked_positions, first_tokens)).sort().values
-        x = self.embeddings(batch, pack, dropout, self.impl)
+        x = self.embeddings(batch, tables, dropout, self.impl)
         for index, layer in enumerate(self.layers):
             wanted = rows if index == len(self.layers) - 1 else None
-            x = layer(x, pack, wanted, 1 + Layer.SITES * index, dropout, self.impl)
+            x = layer(x, tables, wanted, 1 + Layer.SITES * index, dropout, self.impl)
             if index == 0:
-                pack = pack._replace(checked=True)
+                tables = tables._replace(checked=True)
 
         masked, first = (
             x.index_select(0, torch.searchsorted(rows, wanted))
@@ -427,17 +488,17 @@ class BertForPreTraining(nn.Module):
         return masked, first
 
     def hidden_states(self, batch: PackedBatch) -> list[Tensor]:
-        """L + 1 tensors [T, D]: what the embeddings give, then what each layer gives."""
-        pack, dropout = self._pack(batch)
-        states = [self.embeddings(batch, pack, dropout, self.impl)]
+        """Return L + 1 tensors [T, D]: the output of the embeddings, then that of each layer."""
+        tables, dropout = self._pack(batch)
+        states = [self.embeddings(batch, tables, dropout, self.impl)]
         for index, layer in enumerate(self.layers):
             states.append(
-                layer(states[-1], pack, None, 1 + Layer.SITES * index, dropout, self.impl)
+                layer(states[-1], tables, None, 1 + Layer.SITES * index, dropout, self.impl)
             )
         return states
 
     def token_logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits [N, V] of last-layer rows [N, D]."""
+        """Return vocabulary logits [N, V] for last hidden states [N, D]."""
         table = self.embeddings.word if self.mlm_head.decoder is None else self.mlm_head.decoder
         return linear(
             self.mlm_head.transform(hidden, self.impl),
@@ -447,5 +508,5 @@ class BertForPreTraining(nn.Module):
         )
 
     def pair_logits(self, hidden: Tensor) -> Tensor:
-        """IsNext and NotNext logits [B, 2] of the last layer's [CLS] rows [B, D]."""
+        """Return logits [B, 2] of IsNext and NotNext for last hidden states of [CLS] [B, D]."""
         return self.nsp_head(hidden)

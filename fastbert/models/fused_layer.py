@@ -1,14 +1,18 @@
-"""A layer on the Triton kernels as one function of autograd.
+"""A Transformer layer on the Triton kernels as one autograd function.
 
-On a GPU it is Python that sets the pace of small models and small batches. `model.py` composes a layer of some 25 operations, each of which
-passes Python's wrappers and autograd both ways. Here the same kernels and the same products follow each other directly, in two thirds
-of the CPU time, forward and backward (benchmarks/bench_launch.py).
+On a GPU, Python's overhead limits the speed of small models and small batches. The composed layer
+of `bert.py` has about 25 operations, and each passes Python's wrappers and autograd once forward
+and once backward. Here the same kernels and matrix products are called directly one after another,
+which takes two thirds of the CPU time, forward and backward (benchmarks/bench_launch.py).
 
-The results are those of the composed layer, and gradients agree to rounding: the gradient that comes through a residual
-connection is added inside the product, which is one rounding less and spares a pass over [T, D]. Where only some rows are asked for,
-their gradients are added to those of x in one go, as no row occurs twice; autograd would sort them.
+The outputs equal those of the composed layer. The gradients agree up to rounding, for two reasons.
+The gradient that arrives through a residual connection is added inside the matrix product, which
+saves one rounding and one pass over [T, D]. Where only some rows are selected, their gradients are
+added to those of x in one call of index_add_, because no row occurs twice; autograd would sort
+the rows first.
 
-Autocast casts between the operations, so under it `model.py` composes. Axes are those of `model.py`; R rows are asked for, or all T.
+Autocast casts between the operations, so `bert.py` composes the layer under autocast. Axes are
+those of `bert.py`; R is the number of selected rows, or T where all are.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from fastbert_kernels.norm import op as norm
 
 
 class Parameters(NamedTuple):
-    """Of a layer, in the order in which it reads them."""
+    """The parameters of a layer, in the order in which the layer reads them."""
 
     qkv_weight: Tensor  # [3 D, D]
     qkv_bias: Tensor  # [3 D]
@@ -44,30 +48,37 @@ class Parameters(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a layer needs to know beside x and its parameters."""
+    """The arguments of a layer besides x and its parameters."""
 
     heads: int
     cu_seqlens: Tensor  # int32 [B + 1]
     max_seqlen: int  # tokens
-    worklist: Tensor | None  # as in `model.Pack`
+    worklist: Tensor | None  # as in `bert.MicroBatchTables`
     sequence_keys: Tensor | None  # int64 [B]
-    token_keys: Tensor | None  # int64 [R]: of the rows asked for
+    token_keys: Tensor | None  # int64 [R], of the selected rows
     rows: Tensor | None  # int64 [R], ascending; None for all
     attention_dropout: float
     hidden_dropout: float
-    site: int  # of the attention weights; the ends of the two sublayers have the next two
+    site: int  # of the attention weights; the ends of the two sublayers use the next two
     eps: float
-    checked: bool = False  # whether an earlier layer has been called with these very tables, so that they need no second check
+    # Whether an earlier layer has validated these very tables, so that no second check is needed.
+    checked: bool = False
 
 
 def fused_layer(x: Tensor, parameters: Parameters, call: Call) -> Tensor:
-    """LN(y + dropout(GELU(y W' + b) W' + b)) of y = LN(x + dropout(attention(x) W' + b)), [T, D] to [R, D].
+    """LN(y + dropout(GELU(y W' + b) W' + b)) of y = LN(x + dropout(attention(x) W' + b)).
 
     Args:
-        x: contiguous, as embeddings and layers give it.
+        x: [T, D], contiguous, as the embeddings and the layers return it.
+        parameters: in the dtype and on the device of x.
+        call: the tables of the micro-batch, and the settings.
+
+    Returns:
+        [R, D], in the dtype of x.
 
     Raises:
-        ValueError, TypeError: a parameter or a table has a dtype or a shape that does not fit x, or is elsewhere; as `varlen_attention`.
+        ValueError, TypeError: a parameter or a table does not fit x in shape or dtype, or is on
+            another device; as `varlen_attention`.
     """
     _check_parameters(x, parameters)
     if not call.checked:
@@ -76,7 +87,7 @@ def fused_layer(x: Tensor, parameters: Parameters, call: Call) -> Tensor:
 
 
 def _check_parameters(x: Tensor, parameters: Parameters) -> None:
-    """All shapes are compared at once, for speed; only where they differ is it said which."""
+    """Compare all shapes at once, for speed; find out which one differs only on failure."""
     D, F = x.shape[1], parameters.inner_weight.shape[0]
     shapes = [
         (3 * D, D),
@@ -116,22 +127,17 @@ class _Layer(torch.autograd.Function):
 
         if rows is None:
             residual = x
-            q, k, v = (
-                linear(x, p.qkv_weight, p.qkv_bias).view(-1, 3, heads, size // heads).unbind(1)
-            )
+            qkv = linear(x, p.qkv_weight, p.qkv_bias)
+            q, k, v = qkv.view(-1, 3, heads, size // heads).unbind(1)
         else:
             residual = x[rows]
-            q = linear(residual, p.qkv_weight[:size], p.qkv_bias[:size]).view(
-                -1, heads, size // heads
-            )
-            k, v = (
-                linear(x, p.qkv_weight[size:], p.qkv_bias[size:])
-                .view(-1, 2, heads, size // heads)
-                .unbind(1)
-            )
+            q = linear(residual, p.qkv_weight[:size], p.qkv_bias[:size])
+            q = q.view(-1, heads, size // heads)
+            kv = linear(x, p.qkv_weight[size:], p.qkv_bias[size:])
+            k, v = kv.view(-1, 2, heads, size // heads).unbind(1)
         context, statistics = attention.FORWARD(q, k, v, *_attention_arguments(call, size))
         projected = linear(context.view(-1, size), p.output_weight)
-        y, *moments = _end(
+        y, *moments = _residual_norm(
             projected,
             p.output_bias,
             residual,
@@ -144,7 +150,9 @@ class _Layer(torch.autograd.Function):
         inner = linear(y, p.inner_weight)
         active = gelu.FORWARD(inner, p.inner_bias)
         outer = linear(active, p.outer_weight)
-        z, *outer_moments = _end(outer, p.outer_bias, y, p.norm_weight, p.norm_bias, call, 2)
+        z, *outer_moments = _residual_norm(
+            outer, p.outer_bias, y, p.norm_weight, p.norm_bias, call, 2
+        )
 
         saved = (
             x,
@@ -189,12 +197,11 @@ class _Layer(torch.autograd.Function):
             outer_rstd,
             *rest,
         ) = ctx.saved_tensors
-        parameters = rest[
-            : len(Parameters._fields)
-        ]  # behind them are the tables of the call, saved for autograd to know of them
+        # `rest` ends with the tables of the call, which are saved so that autograd tracks them.
+        parameters = rest[: len(Parameters._fields)]
         p, call, rows, size = Parameters(*parameters), ctx.call, ctx.call.rows, x.shape[1]
 
-        douter, dy, outer_vectors = _end_backward(
+        douter, dy, outer_vectors = _residual_norm_backward(
             dz, outer, p.outer_bias, y, p.norm_weight, outer_mean, outer_rstd, call, 2
         )
         douter_weight = mm(douter.t(), active)
@@ -202,7 +209,7 @@ class _Layer(torch.autograd.Function):
         dinner_weight = mm(dinner.t(), y)
         dy.addmm_(dinner, p.inner_weight)
 
-        dprojected, dresidual, vectors = _end_backward(
+        dprojected, dresidual, vectors = _residual_norm_backward(
             dy, projected, p.output_bias, residual, p.attention_norm_weight, mean, rstd, call, 1
         )
         doutput_weight = mm(dprojected.t(), context.view(-1, size))
@@ -216,13 +223,12 @@ class _Layer(torch.autograd.Function):
             dx = dresidual.addmm_(dqkv, p.qkv_weight)
         else:
             dq, dkv = dq.view(-1, size), torch.stack((dk, dv), 1).view(-1, 2 * size)
-            dqkv_weight, dqkv_bias = (
-                torch.cat((mm(dq.t(), residual), mm(dkv.t(), x))),
-                torch.cat((dq.sum(0), dkv.sum(0))),
-            )
-            dx = mm(dkv, p.qkv_weight[size:]).index_add_(
-                0, rows, dresidual.addmm_(dq, p.qkv_weight[:size])
-            )
+            dqkv_weight = torch.cat((mm(dq.t(), residual), mm(dkv.t(), x)))
+            dqkv_bias = torch.cat((dq.sum(0), dkv.sum(0)))
+            # The selected rows get the gradients of their queries and of the residual on top of
+            # those of the keys and values, which every row has.
+            dselected = dresidual.addmm_(dq, p.qkv_weight[:size])
+            dx = mm(dkv, p.qkv_weight[size:]).index_add_(0, rows, dselected)
 
         dnorm_weight, dnorm_bias, doutput_bias = vectors.unbind()
         douter_norm_weight, douter_norm_bias, douter_bias = outer_vectors.unbind()
@@ -241,19 +247,19 @@ class _Layer(torch.autograd.Function):
 
 
 def _attention_arguments(call: Call, size: int) -> tuple:
-    """All that the operators of the attention take besides floating-point tensors."""
+    """The arguments of the attention's operators that are not floating-point tensors."""
     tables = call.cu_seqlens, call.worklist, call.rows, call.sequence_keys
     return *tables, call.max_seqlen, call.attention_dropout, call.site, (size // call.heads) ** -0.5
 
 
-def _end(x, bias, residual, weight, shift, call: Call, sublayer: int) -> Any:
-    """Of a sublayer: LN(residual + dropout(x + bias)), and mean and rstd for the backward pass."""
+def _residual_norm(x, bias, residual, norm_weight, norm_bias, call: Call, sublayer: int) -> Any:
+    """The end of a sublayer: LN(residual + dropout(x + bias)), and mean and rstd for backward."""
     return norm.FORWARD(
         x,
         bias,
         residual,
-        weight,
-        shift,
+        norm_weight,
+        norm_bias,
         call.token_keys,
         call.eps,
         call.hidden_dropout,
@@ -261,10 +267,16 @@ def _end(x, bias, residual, weight, shift, call: Call, sublayer: int) -> Any:
     )
 
 
-def _end_backward(dy, x, bias, residual, weight, mean, rstd, call: Call, sublayer: int) -> Any:
-    """dx and dresidual, which without dropout are one tensor, and the gradients of weight, shift and bias as rows of [3, D]."""
+def _residual_norm_backward(
+    dy, x, bias, residual, norm_weight, mean, rstd, call: Call, sublayer: int
+) -> Any:
+    """Return dx, dresidual, and the gradients of the vectors as rows of [3, D].
+
+    The vectors are norm_weight, norm_bias and bias. Without dropout, dx and dresidual are the same
+    tensor.
+    """
     p, keys = call.hidden_dropout, call.token_keys
     dx, dresidual, vectors = norm.BACKWARD(
-        dy.contiguous(), x, bias, residual, weight, keys, mean, rstd, p, call.site + sublayer
+        dy.contiguous(), x, bias, residual, norm_weight, keys, mean, rstd, p, call.site + sublayer
     )
     return dx, dresidual if p > 0 else dx, vectors

@@ -1,9 +1,12 @@
-"""How many floating-point operations a packed batch is worth. Pure Python: numbers in, a number out.
+"""Floating-point operations of a packed batch. Pure Python: numbers in, a number out.
 
-A multiplication and an addition are two operations; only matrix products are counted, as is usual for a share of the peak (MFU).
-The backward pass costs twice the forward: a product with the weight for the input's gradient, one with the input for the weight's.
+A multiplication and an addition count as two operations. Only matrix products are counted, as is
+usual for model FLOPs utilisation (MFU). The backward pass costs twice the forward pass: one product
+with the weight for the gradient of the input, and one with the input for the gradient of the
+weight.
 
-Source: Kaplan et al., 2020, "Scaling Laws for Neural Language Models", section 2.1 (there without the attention's n^2 term).
+Source: Kaplan et al., 2020, "Scaling Laws for Neural Language Models", section 2.1 (there without
+the n^2 term of the attention).
 """
 
 from __future__ import annotations
@@ -18,17 +21,19 @@ BACKWARD = 2.0  # times the forward pass
 def training_flops(
     model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int
 ) -> float:
-    """Useful operations of one forward and backward pass: the definition of the model on real tokens, no padding.
+    """Return the useful operations of one forward and backward pass.
 
-    Every layer counts all its rows, and the head the masked ones only. The training step computes less than this, since the last
-    layer is cut to the rows that a loss needs (`executed_flops`): the share of the peak reported from this number is therefore
-    the one that may be compared with other trainers, and may in a small model come close to 1.
+    These are the operations of the model's definition on real tokens, without padding. Every layer
+    counts all its rows, and the MLM head counts the masked rows only. The training step computes
+    fewer operations, because the last layer is computed only for the rows that a loss reads
+    (`executed_flops`). An MFU from this number can therefore be compared with that of other
+    trainers, and can come close to 1 in a small model.
 
     Args:
         model: the encoder's sizes.
         vocab_size: V, rows of the tied decoder.
-        lengths: tokens of each sequence of the batch, [CLS] and [SEP] counted.
-        masked: M, masked positions over the whole batch.
+        lengths: tokens of each sequence of the batch, including [CLS] and [SEP].
+        masked: M, masked positions of the whole batch.
         pairs: sequences that carry a next-sentence label.
     """
     return (1 + BACKWARD) * (
@@ -39,9 +44,11 @@ def training_flops(
 def executed_flops(
     model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int
 ) -> float:
-    """What a training step computes: as `training_flops`, the last layer's queries and feed-forward on masked and [CLS] rows only.
+    """Return the operations that a training step computes.
 
-    The masked positions are taken to be spread over the sequences by length, as the masking does it.
+    As `training_flops`, but the last layer's queries and feed-forward network are counted for the
+    masked and [CLS] rows only. The masked positions are assumed to be spread over the sequences in
+    proportion to their length, as the masking does it.
     """
     full = (model.num_hidden_layers - 1) * _layer(model, lengths)
     return (1 + BACKWARD) * (
@@ -50,13 +57,20 @@ def executed_flops(
 
 
 def _layer(model: ModelConfig, lengths: Sequence[int]) -> float:
-    """Query, key, value and output (4 D^2), up and down (2 D F) for each token; scores and their sum over the values (2 n^2 D)."""
+    """Return the forward operations of a whole layer.
+
+    Each token costs 4 D^2 for query, key, value and output and 2 D F for the feed-forward network.
+    A sequence of n tokens costs 2 n^2 D for the scores and their product with the values.
+    """
     D, F = model.hidden_size, model.intermediate_size
     return 2.0 * (sum(lengths) * (4 * D * D + 2 * D * F) + sum(n * n for n in lengths) * 2 * D)
 
 
 def _last_layer(model: ModelConfig, lengths: Sequence[int], masked: int) -> float:
-    """Keys and values of all tokens; everything else on R = masked + [CLS] rows."""
+    """Return the forward operations of the last layer.
+
+    Keys and values are computed for all tokens, everything else for R rows: masked and [CLS].
+    """
     D, F = model.hidden_size, model.intermediate_size
     T = sum(lengths)
     rows = masked + len(lengths)
@@ -65,6 +79,9 @@ def _last_layer(model: ModelConfig, lengths: Sequence[int], masked: int) -> floa
 
 
 def _heads(model: ModelConfig, vocab_size: int, masked: int, pairs: int) -> float:
-    """The transform and the decoder on masked rows, the pooler and the two classes on [CLS]."""
+    """Return the forward operations of the heads.
+
+    The transform and the decoder run on masked rows, the pooler and the classifier on [CLS].
+    """
     D = model.hidden_size
     return 2.0 * (masked * (D * D + D * vocab_size) + pairs * (D * D + 2 * D))

@@ -1,7 +1,8 @@
-"""What a run will need on given GPUs, before anybody rents them: memory, step time, communication, time and cost to the end, what limits it.
+"""Estimate a run on given GPUs: memory, step time, communication, total time, cost, bottleneck.
 
-Formulas, no measurement; every assumption is in the answer. docs/plan.md compares them with counted tensors, with what ranks have really
-sent, and with published runs. Letters as in memory.py; m micro-batches a step.
+The estimate comes from formulas, not from measurements, and lists its assumptions. docs/plan.md
+compares it with counted tensors, with the bytes that ranks have actually sent, and with published
+runs. Letters as in memory.py; m is the number of micro-batches per step.
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ from fastbert.data.masking import selected_counts
 from fastbert.errors import InputError
 from fastbert.machine import measure_bandwidth, measure_gemm_rate
 from fastbert.planning.flops import executed_flops, training_flops
-from fastbert.planning.memory import Pack, count_parameters, memory_by_part, stay_gathered
+from fastbert.planning.memory import MicroBatchSize, count_parameters, memory_by_part, stay_gathered
 from fastbert.training.ds_config import read_ds_config
 
 
 @dataclass(frozen=True)
 class Device:
-    """Rates and sizes of one GPU: FLOP/s of dense (not sparse) products, bytes, bytes/s; `link` and `network` are of one direction.
+    """Rates and sizes of one GPU.
 
-    `link` joins the GPUs of a node, `network` all adapters of a node to the other nodes; `price` is US dollars an hour, None: not known.
+    Attributes:
+        bf16, fp32: FLOP/s of dense (not sparse) matrix products.
+        memory: bytes.
+        bandwidth: bytes/s of its memory.
+        link: bytes/s between the GPUs of a node, in one direction.
+        network: bytes/s of all adapters of a node to other nodes, in one direction.
+        price: US dollars per hour; None where it is not known.
     """
 
     bf16: float
@@ -42,11 +49,13 @@ class Device:
 
 
 GPUS = {
-    # NVIDIA data sheets: A100 40GB and 80GB (2020, 2021), L4 and L40S (2023), H100 and H200 SXM (2023, 2024), DGX B200 (2025; of one GPU);
-    # AMD data sheet: Instinct MI300X (2023). Memory as sold, in units of 10^9 bytes. fp32 is the rate without tensor cores. The link is
-    # NVLink or Infinity Fabric, else PCIe 4.0 x16. The network is that of a DGX (8 adapters of 200 or 400 Gbit/s), else 4 of 100 Gbit/s.
-    # Prices change by the month: on demand, eight in a machine, at Lambda (lambda.ai/instances), the H200 at Akash
-    # (akash.network/pricing/gpus), both as listed on 2026-09-20.
+    # NVIDIA data sheets: A100 40GB and 80GB (2020, 2021), L4 and L40S (2023), H100 and H200 SXM
+    # (2023, 2024), DGX B200 (2025; one of its GPUs). AMD data sheet: Instinct MI300X (2023).
+    # Memory is as advertised, in units of 10^9 bytes. fp32 is the rate without tensor cores. The
+    # link is NVLink or Infinity Fabric, else PCIe 4.0 x16. The network is that of a DGX (8 adapters
+    # of 200 or 400 Gbit/s), else 4 adapters of 100 Gbit/s. Prices change monthly. These are
+    # on-demand prices of machines with eight GPUs at Lambda (lambda.ai/instances), and of the H200
+    # at Akash (akash.network/pricing/gpus), both as listed on 2026-09-20.
     "a100": Device(312e12, 19.5e12, 80e9, 2039e9, 300e9, 200e9, 2.79),
     "a100-40gb": Device(312e12, 19.5e12, 40e9, 1555e9, 300e9, 200e9, 1.99),
     "l4": Device(121e12, 30.3e12, 24e9, 300e9, 32e9, 50e9),
@@ -56,21 +65,25 @@ GPUS = {
     "b200": Device(2250e12, 75e12, 180e9, 8000e9, 900e9, 400e9, 6.69),
     "mi300x": Device(1307e12, 163.4e12, 192e9, 5300e9, 448e9, 400e9),
 }
-CPU = "cpu"  # as a name: this machine, see `this_machine`
+CPU = "cpu"  # the name of this machine's CPU, see `this_machine`
 GPUS_PER_NODE = 8
 
-# The share of the peak that matrix products reach, set such that one published run comes out right (docs/plan.md: the first row).
+# The share of the peak that matrix products reach. It is chosen so that the estimate of one
+# published run is right (docs/plan.md, first row).
 EFFICIENCY = 0.5
-BANDWIDTH_SHARE = (
-    0.75  # of the memory's, by what is not a product; a usual one for kernels of one pass
-)
-LAYER_S = 0.5e-3  # the host needs this long to launch a layer's operations forward and backward: about 50 of 10 microseconds; not measured
-CPU_PASSES = 6.0  # times the bytes of the fused kernels that the CPU's take, one operation after the other; fitted on the steps in docs/plan.md
+# The share of the memory bandwidth that all other kernels reach; usual for single-pass kernels.
+BANDWIDTH_SHARE = 0.75
+# Time the host takes to launch a layer's operations forward and backward: about 50 operations of
+# 10 microseconds each; not measured.
+LAYER_S = 0.5e-3
+# The CPU kernels move this many times the bytes of the fused kernels, because they run one
+# operation after another; fitted to the steps in docs/plan.md.
+CPU_PASSES = 6.0
 
 
 def this_machine(seconds: float = 0.3) -> Device:
-    """The CPU's rates as of now, each measured for so long; no network."""
-    import psutil  # here, since the benchmarks on a GPU read GPUS where psutil is not installed
+    """Measure the rates of this machine's CPU now, each for `seconds`; it has no network."""
+    import psutil  # imported here because the GPU benchmarks read GPUS where psutil is missing
 
     rate, bandwidth = measure_gemm_rate(seconds=seconds), measure_bandwidth(seconds=seconds)
     return Device(rate, rate, psutil.virtual_memory().total, bandwidth, math.inf, math.inf)
@@ -78,11 +91,16 @@ def this_machine(seconds: float = 0.3) -> Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimate. Bytes, seconds, FLOPs, tokens and US dollars, as the names say; memory, communication and seconds are those of one GPU.
+    """The estimate.
 
-    `flops_per_token` is useful work, all layers whole; the step's time counts what is computed, the last layer cut to the rows that matter.
-    A step's seconds are those of the products, of what only moves memory, and of the update; or those that the host needs to launch it
-    all, where these are more. Communication comes on top, or hides behind them at stage 3. None: not known.
+    The names give the units: bytes, seconds, FLOPs, tokens and US dollars. Memory, communication
+    and times are those of one GPU. None means not known.
+
+    `flops_per_token` counts useful work, with all layers whole. The step time counts what is
+    actually computed, with the last layer only for the rows that a loss reads. A step takes the
+    time of the matrix products, of the memory traffic, and of the update, or the time that the host
+    needs to launch them, whichever is longer. Communication is added to it, or overlaps with it at
+    stage 3.
     """
 
     parameters: int
@@ -115,7 +133,7 @@ class Plan:
     assumptions: list[str]
 
 
-# ------------------------------------------------------------------------------------------------------------- communication
+# ----------------------------------------------------------------------------- communication
 
 
 def communication_per_step(
@@ -126,18 +144,35 @@ def communication_per_step(
     width: int,
     zero: Mapping[str, Any] | None = None,
 ) -> tuple[float, float]:
-    """Bytes that one GPU sends in one step, by rings: what DeepSpeed asks for, and the least that the stage needs.
+    """Return the bytes that one GPU sends in one step, with ring algorithms.
 
-    A reduce-scatter or an all-gather of P values is a pass, P (N - 1) / N of them; an all-reduce is two.
+    A reduce-scatter or an all-gather of P values is one pass and sends P (N - 1) / N of them. An
+    all-reduce is two passes. The passes of a step:
 
-    | stage | least | asked for |
+    | stage | minimum | DeepSpeed |
     |---|---|---|
     | 0 | 2 | 2 |
-    | 1 | 2 | 3: buckets are all-reduced, though a GPU needs its share alone; 2 with use_multi_rank_bucket_allreduce = false |
-    | 2 | m + 1 | 2 m + 1, for the same reason; m + 1 with it |
-    | 3 | 3 m | 2 m: weights that were gathered for the forward pass stay for the backward pass; 3 m where they do not |
+    | 1 | 2 | 3 |
+    | 2 | m + 1 | 2 m + 1 |
+    | 3 | 3 m | 2 m |
 
-    Source: Rajbhandari et al., 2020, section 7, for the least; benchmarks/results/communication.txt, measured, for the other.
+    At stages 1 and 2 DeepSpeed all-reduces its buckets, although a GPU needs its own share only.
+    With use_multi_rank_bucket_allreduce = false it needs the minimum. At stage 3, weights that were
+    gathered for the forward pass stay for the backward pass. Where they do not, it takes 3 m.
+
+    Args:
+        parameters: P.
+        gpus: N.
+        stage: the ZeRO stage, 0 to 3.
+        micro_batches: m.
+        width: w, bytes of a value.
+        zero: the section `zero_optimization` of DeepSpeed's configuration.
+
+    Returns:
+        The bytes that DeepSpeed sends, and the minimum for the stage.
+
+    Source: Rajbhandari et al., 2020, section 7, for the minimum;
+    benchmarks/results/communication.txt, measured, for DeepSpeed.
     """
     zero, m = zero or {}, micro_batches
     reduced = 2 if zero.get("use_multi_rank_bucket_allreduce", True) else 1
@@ -148,23 +183,30 @@ def communication_per_step(
     return asked * one_pass, least * one_pass
 
 
-# ------------------------------------------------------------------------------------------------------------- time
+# ----------------------------------------------------------------------------- time
 
 
-def traffic_bytes(model: ModelConfig, vocab_size: int, pack: Pack, w: int) -> float:
-    """What is not a matrix product reads and writes in a forward and backward pass, in fused kernels.
+def traffic_bytes(model: ModelConfig, vocab_size: int, pack: MicroBatchSize, w: int) -> float:
+    """Return the bytes that fused kernels other than matrix products move, forward and backward.
 
-    A token of a layer, in values: two LayerNorms 6 D forward (x and the residual in, y out) and 10 D backward, GELU 2 F and 3 F, attention 4 D
-    and 10 D, the gradients of the two residuals 6 D. The embedding 10 D a token. The logits' slabs are written once and read twice.
+    For each token of a layer, in values: two LayerNorms 6 D forward (they read x and the residual,
+    and write y) and 10 D backward, GELU 2 F and 3 F, attention 4 D and 10 D, and the gradients of
+    the two residuals 6 D. The embedding moves 10 D per token. The slabs of logits are written once
+    and read twice.
     """
     D, F = model.hidden_size, model.intermediate_size
     layer = 36 * D + 5 * F
-    tokens = (model.num_hidden_layers - 1) * pack.tokens + pack.rows  # the last layer has R rows
+    # The last layer has R rows, the others have T.
+    tokens = (model.num_hidden_layers - 1) * pack.tokens + pack.rows
     return float(w * (tokens * layer + 10 * D * pack.tokens + 3 * pack.masked * vocab_size))
 
 
 def update_bytes(parameters: int, gpus: int, stage: int, w: int) -> float:
-    """Gradients into buckets (2 w), to fp32, clipped (2 w + 12), four tensors of AdamW in and three out (28), weights out (4 + w)."""
+    """Return the bytes that the update moves.
+
+    Gradients are copied into buckets (2 w), converted to fp32 and clipped (2 w + 12). AdamW reads
+    four tensors and writes three (28). The weights are written out (4 + w).
+    """
     share = parameters / gpus if stage else parameters
     return 2.0 * w * parameters + share * (3 * w + 44)
 
@@ -172,7 +214,7 @@ def update_bytes(parameters: int, gpus: int, stage: int, w: int) -> float:
 def compute_seconds(
     model: ModelConfig,
     vocab_size: int,
-    packs: Sequence[Pack],
+    packs: Sequence[MicroBatchSize],
     device: Device,
     *,
     gpus: int = 1,
@@ -181,7 +223,10 @@ def compute_seconds(
     on_cpu: bool = False,
     efficiency: float | None = None,
 ) -> tuple[float, float, float]:
-    """A step without communication: seconds of matrix products, of what only moves memory, and of the host that launches both."""
+    """Return the seconds of a step: matrix products, memory traffic, and launches by the host.
+
+    Communication is not included.
+    """
     w, share = 2 if bf16 else 4, 1.0 if on_cpu else BANDWIDTH_SHARE
     rate = (device.bf16 if bf16 else device.fp32) * (efficiency or (1.0 if on_cpu else EFFICIENCY))
     products = sum(executed_flops(model, vocab_size, *pack) for pack in packs)
@@ -193,7 +238,7 @@ def compute_seconds(
     return products / rate, moved / (device.bandwidth * share), launches
 
 
-# ------------------------------------------------------------------------------------------------------------- the plan
+# ----------------------------------------------------------------------------- the plan
 
 
 def plan(
@@ -212,15 +257,23 @@ def plan(
     """Estimate a run of `config` on `gpus` GPUs of the kind `gpu`.
 
     Args:
+        config: the recipe's settings.
         recipe: the file that `config` came from, named in errors.
-        stage: of ZeRO; by default the one in the recipe's DeepSpeed file, which need not be there if this is given.
-        efficiency: share of the peak that matrix products reach; by default EFFICIENCY, and 1 for a CPU, whose rate is a measured one.
-        vocab_size, mean_length: V, and tokens of an example; by default those of the recipe's dataset, if it is there.
-        price: US dollars for a GPU and hour; by default the one in GPUS.
-        device: a kind that GPUS does not hold, by the name `gpu`; "cpu" is this machine, as the caller has measured it.
+        gpus: number of GPUs; 1 for "cpu".
+        gpu: a key of GPUS in any case, or "cpu".
+        stage: the ZeRO stage; by default that of the recipe's DeepSpeed file. This file may be
+            missing if `stage` is given.
+        efficiency: share of the peak that matrix products reach. The default is EFFICIENCY, and 1
+            for a CPU, whose rate is measured.
+        vocab_size, mean_length: V, and tokens per example; by default those of the recipe's
+            dataset, if it exists.
+        price: US dollars per GPU hour; by default the one in GPUS.
+        device: a device that is not in GPUS, under the name `gpu`. For "cpu" it is this machine, as
+            the caller has measured it.
 
     Raises:
-        InputError: an unknown GPU, a number out of range, more GPUs than sequences, a DeepSpeed file or a dataset that is wrong.
+        InputError: an unknown GPU, a number out of range, more GPUs than sequences, or an invalid
+            DeepSpeed file or dataset.
     """
     name = gpu.lower()
     device = device or GPUS.get(name)
@@ -239,11 +292,8 @@ def plan(
     if stage is None or Path(config.runtime.deepspeed).exists():
         settings = read_ds_config(config, recipe)
         zero = settings.values["zero_optimization"]
-        stage = (
-            settings.stage(precision=precision, world=gpus, optimizer=config.optimizer.name)
-            if stage is None
-            else stage
-        )
+        if stage is None:
+            stage = settings.stage(precision=precision, world=gpus, optimizer=config.optimizer.name)
     vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length)
 
     P = count_parameters(config.model, vocab_size)
@@ -283,21 +333,22 @@ def plan(
     price = device.price if price is None else price
     flops = training_flops(config.model, vocab_size, lengths.tolist(), *_counts(config, lengths))
     assumptions += [
-        f"matrix products at {efficiency:.0%} of {peak / 1e12:,.{2 if on_cpu else 0}f} TFLOP/s, the rest at "
-        f"{1 if on_cpu else BANDWIDTH_SHARE:.0%} of {device.bandwidth / 1e9:,.0f} GB/s of memory",
+        f"matrix products at {efficiency:.0%} of {peak / 1e12:,.{2 if on_cpu else 0}f} TFLOP/s, "
+        f"the rest at {1 if on_cpu else BANDWIDTH_SHARE:.0%} of "
+        f"{device.bandwidth / 1e9:,.0f} GB/s of memory bandwidth",
     ]
     if gpus > 1:
         assumptions.append(
-            f"{link / 1e9:,.0f} GB/s between GPUs, {'behind' if hidden else 'after'} the computation, as DeepSpeed does at this stage"
+            f"{link / 1e9:,.0f} GB/s between GPUs, {'during' if hidden else 'after'} the "
+            "computation, as DeepSpeed does at this stage"
         )
     if config.runtime.kernels not in ("auto", kernels):
         assumptions.append(
-            f"kernels = {kernels}, not {config.runtime.kernels}, whose memory and time are not known"
+            f"kernels = {kernels}: memory and time of {config.runtime.kernels} are not known"
         )
     if price is not None:
-        assumptions.append(
-            f"{price:,.2f} dollars for a GPU and hour{'; listed 2026-09-20, see docs/plan.md' if price == device.price else ''}"
-        )
+        listed = "; listed 2026-09-20, see docs/plan.md" if price == device.price else ""
+        assumptions.append(f"{price:,.2f} dollars per GPU hour{listed}")
     return Plan(
         parameters=P,
         vocab_size=vocab_size,
@@ -325,7 +376,7 @@ def plan(
         total_s=total_s,
         price_per_gpu_hour=price,
         cost=None if total_s is None or price is None else total_s / 3600 * gpus * price,
-        limit=_limit(
+        limit=_bottleneck(
             memory,
             device,
             packs[0].tokens,
@@ -339,30 +390,32 @@ def plan(
 
 
 def describe(p: Plan) -> list[tuple[str, str]]:
-    """The rows of the table that a person reads."""
+    """Return the rows of the printed table: name and value."""
     rows = [("parameters", f"{p.parameters / 1e6:,.1f} M, {p.vocab_size:,} tokens of vocabulary")]
     rows += [(f"memory: {part}", _size(size)) for part, size in p.memory.items() if size]
     rows += [
         (
             "memory: sum",
-            f"{_size(p.memory_total)} of {_size(p.memory_of_gpu)}, at the fullest moment of a step",
+            f"{_size(p.memory_total)} of {_size(p.memory_of_gpu)}, at the peak of a step",
         ),
         (
             "step",
-            f"{_time(p.step_s)}: {p.tokens_per_step:,.0f} tokens, {p.micro_batches} micro-batch{'es' * (p.micro_batches > 1)} a GPU",
+            f"{_time(p.step_s)}: {p.tokens_per_step:,.0f} tokens, "
+            f"{p.micro_batches} micro-batch{'es' * (p.micro_batches > 1)} per GPU",
         ),
         (
             "  matrix products",
-            f"{_time(p.products_s)}, {p.flops_per_token / 1e9:.3f} GFLOPs a token",
+            f"{_time(p.products_s)}, {p.flops_per_token / 1e9:.3f} GFLOPs per token",
         ),
-        ("  other kernels", f"{_time(p.traffic_s)}, moving memory"),
+        ("  other kernels", f"{_time(p.traffic_s)}, limited by memory bandwidth"),
     ]
     if p.launch_s:
-        rows.append(("  launching them", f"{_time(p.launch_s)}, meanwhile"))
+        rows.append(("  kernel launches", f"{_time(p.launch_s)}, at the same time"))
     if p.gpus > 1:
-        sent = f"{p.communication_bytes / 1e9:,.3f} GB sent by each GPU ({p.communication_least_bytes / 1e9:,.3f} in the ZeRO paper)"
+        least = f"{p.communication_least_bytes / 1e9:,.3f} in the ZeRO paper"
+        sent = f"{p.communication_bytes / 1e9:,.3f} GB sent by each GPU ({least})"
         rows.append(("  communication", f"{_time(p.communication_s)}, {sent}"))
-    unknown = "unknown: its end is in epochs, and the dataset is not here"
+    unknown = "unknown: the run is limited in epochs, and the dataset is not here"
     cost = "" if p.cost is None else f", {p.cost:,.{0 if p.cost >= 100 else 2}f} dollars"
     return [
         *rows,
@@ -406,24 +459,25 @@ def _check(
     if on_cpu and gpus > 1:
         raise InputError(f"--gpus {gpus}: --gpu cpu is this machine alone; leave --gpus out")
     batch = config.batch
-    if batch.sequences < gpus or (
-        batch.sequences % gpus and batch.micro_batch_tokens < 2 * batch.max_length
-    ):  # as training has it
+    # Training has the same condition. It can split a remainder only if two examples fit in a pack.
+    uneven = batch.sequences % gpus != 0
+    if batch.sequences < gpus or (uneven and batch.micro_batch_tokens < 2 * batch.max_length):
         raise InputError(
-            f"--gpus {gpus}: the batch.sequences = {batch.sequences} of {recipe} cannot be shared by so many in packs of "
-            f"batch.micro_batch_tokens = {batch.micro_batch_tokens}; make it a multiple of {gpus}"
+            f"--gpus {gpus}: the batch.sequences = {batch.sequences} of {recipe} cannot be split "
+            f"over {gpus} GPUs in packs of batch.micro_batch_tokens = {batch.micro_batch_tokens}; "
+            f"make it a multiple of {gpus}"
         )
     if efficiency is not None and not 0 < efficiency <= 1:
         raise InputError(
-            f"--efficiency {efficiency}: must be above 0 and 1 at most; {EFFICIENCY} is the default"
+            f"--efficiency {efficiency}: must be above 0 and at most 1; the default is {EFFICIENCY}"
         )
     if stage not in (None, 0, 1, 2, 3):
         raise InputError(f"--stage {stage}: must be 0, 1, 2 or 3")
     if price is not None and not price >= 0:
-        raise InputError(f"--price {price}: must be 0 or more, in dollars for a GPU and hour")
+        raise InputError(f"--price {price}: must be 0 or more, in dollars per GPU hour")
 
 
-def _limit(
+def _bottleneck(
     memory: Mapping[str, float],
     device: Device,
     tokens: int,
@@ -432,28 +486,42 @@ def _limit(
     launch_s: float,
     communication_s: float,
 ) -> str:
-    """What sets the pace, or forbids the run, and what to change; `tokens` of the fullest micro-batch."""
+    """Return what limits the speed or makes the run impossible, and what to change.
+
+    `tokens` are those of the largest micro-batch.
+    """
     over = sum(memory.values()) - device.memory
     if over > 0:
         part = max(memory, key=lambda name: memory[name])
-        cure = "raise the ZeRO stage, or use more GPUs"
+        advice = "raise the ZeRO stage, or use more GPUs"
         if part in ("activations", "temporaries"):
             growing = memory["activations"] + memory["temporaries"]
-            cure = f"lower batch.micro_batch_tokens to {int(tokens * max(growing - over, 0) / growing):,}, or below"
-        size = f"{sum(memory.values()) / 1e9:,.1f} GB do not fit into {device.memory / 1e9:,.0f} GB"
-        return f"memory: {size}; most of it is {part}: {cure}"
+            most = int(tokens * max(growing - over, 0) / growing)
+            advice = f"lower batch.micro_batch_tokens to {most:,} or below"
+        size = f"{sum(memory.values()) / 1e9:,.1f} GB do not fit in {device.memory / 1e9:,.0f} GB"
+        return f"memory: {size}; the largest part is {part}: {advice}"
     busy_s = products_s + traffic_s
     if communication_s > max(busy_s, launch_s):
-        return f"communication: {communication_s / max(busy_s, launch_s):.1f} times the computation; raise batch.sequences, or use fewer GPUs"
+        ratio = communication_s / max(busy_s, launch_s)
+        return (
+            f"communication: {ratio:.1f} times the computation; "
+            "raise batch.sequences, or use fewer GPUs"
+        )
     if launch_s > busy_s:
-        return f"too little work: {tokens:,} tokens a micro-batch take the GPU less time than the host; fewer GPUs, or more batch.sequences"
+        return (
+            f"too little work: the GPU computes a micro-batch of {tokens:,} tokens faster than the "
+            "host launches it; use fewer GPUs, or raise batch.sequences"
+        )
     if traffic_s > products_s:
-        return "memory bandwidth: LayerNorms, GELUs and the update take longer than the products; a wider model loses less"
+        return (
+            "memory bandwidth: LayerNorms, GELUs and the update take longer than the matrix "
+            "products; a wider model loses less"
+        )
     return "computation: a faster device, or more of them, shortens the run"
 
 
 def _steps(config: RunConfig, tokens: float, epoch: int | None, step_s: float) -> int | None:
-    """Steps until the first stop condition that is known beforehand; None where none is."""
+    """Return the steps until the first stop condition known in advance; None where none is."""
     stop = config.stop
     epochs = stop.epochs or (None if stop.steps or stop.tokens or stop.seconds else 1)
     ends = [
@@ -466,31 +534,38 @@ def _steps(config: RunConfig, tokens: float, epoch: int | None, step_s: float) -
 
 
 def _counts(config: RunConfig, lengths: np.ndarray) -> tuple[int, int]:
-    """Masked tokens, and pairs, of sequences of these lengths."""
+    """Return the numbers of masked tokens and of pairs for sequences of these lengths."""
     special = 3 if config.objective.pairs else 2
     masked = selected_counts(np.maximum(lengths - special, 1), config.objective).sum()
     return int(masked), len(lengths) if config.objective.pairs else 0
 
 
-def _packs(config: RunConfig, lengths: np.ndarray, gpus: int) -> list[Pack]:
-    """The micro-batches of rank 0, which has no fewer tokens than the others; the one with the most tokens first."""
+def _packs(config: RunConfig, lengths: np.ndarray, gpus: int) -> list[MicroBatchSize]:
+    """Return the micro-batches of rank 0, the one with the most tokens first.
+
+    No other rank has more tokens than rank 0.
+    """
     shared = share_out(lengths, gpus, config.batch.micro_batch_tokens)[::gpus]
-    packs = [
-        Pack(lengths[members].tolist(), *_counts(config, lengths[members])) for members in shared
-    ]
+    packs = []
+    for members in shared:
+        own = lengths[members]
+        packs.append(MicroBatchSize(own.tolist(), *_counts(config, own)))
     return sorted(packs, key=lambda pack: -pack.tokens)
 
 
 def _examples(
     config: RunConfig, vocab_size: int | None, mean_length: float | None
 ) -> tuple[int, np.ndarray, int | None, list[str]]:
-    """V, tokens of each example of a step, examples of an epoch (None: unknown), and what had to be assumed."""
+    """Return the data that a plan needs.
+
+    Returns:
+        V; int64 [sequences], tokens of each example of a step; examples per epoch, or None where
+        this is unknown; and what had to be assumed.
+    """
     epoch, assumptions, wanted = None, [], config.batch.sequences
-    lengths = (
-        None
-        if mean_length is None
-        else np.full(wanted, round(min(mean_length, config.batch.max_length)))
-    )
+    lengths = None
+    if mean_length is not None:
+        lengths = np.full(wanted, round(min(mean_length, config.batch.max_length)))
     if Path(config.data).exists():
         from fastbert.data.dataset import open_dataset
         from fastbert.data.examples import Examples
@@ -508,9 +583,11 @@ def _examples(
             lengths = examples.draw(0, np.arange(wanted) % epoch).lengths
     if not vocab_size:
         vocab_size = 30522
-        assumptions.append(f"{config.data} is not here: a vocabulary of {vocab_size:,}, as BERT's")
+        assumptions.append(
+            f"{config.data} is not here: a vocabulary of {vocab_size:,} tokens, as BERT's"
+        )
     if lengths is None:
         mean = (0.95 if config.objective.segments == "fill" else 0.5) * config.batch.max_length
         lengths = np.full(wanted, round(mean))
-        assumptions.append(f"{config.data} is not here: {mean:.0f} tokens an example")
+        assumptions.append(f"{config.data} is not here: {mean:.0f} tokens per example")
     return vocab_size, lengths, epoch, assumptions

@@ -1,12 +1,11 @@
-"""The files of `fastbert embed`: texts in, vectors out; what lies between is `Pretrained.encode`.
+"""`fastbert embed`: write a vector for each text of a file, as `Pretrained.encode` computes it.
 
-A chunk of about a MiB of text goes through at a time, so that memory does not grow with the file.
+The texts are processed in chunks of about a MiB, so memory does not grow with the file.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +14,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 import numpy as np
 
 from fastbert.data.documents import Source, find_sources, parse, read_chunks
+from fastbert.durable import replacing
 from fastbert.errors import InputError
 
 if TYPE_CHECKING:
-    from fastbert.tasks.pretrained import (
-        Pretrained,
-    )  # torch: what is wrong with the arguments is said before that is imported
+    # Not imported at run time: it imports torch, and arguments are checked before that.
+    from fastbert.tasks.pretrained import Pretrained
 
 
 class Writer(Protocol):
-    """Takes the vectors float32 [n, D] of n texts at a time."""
+    """Writes vectors, float32 [n, D] for n texts at a time."""
 
     def write(self, texts: Sequence[str], vectors: np.ndarray) -> None: ...
 
@@ -32,7 +31,7 @@ class Writer(Protocol):
 
 
 class NpyWriter:
-    """The vectors alone, as `numpy.load` reads them."""
+    """Writes the vectors only, as `numpy.load` reads them."""
 
     def __init__(self, file: BinaryIO, size: int):
         self._file, self._rows, self._size = file, 0, size
@@ -49,7 +48,8 @@ class NpyWriter:
         self._file.seek(end)
 
     def _header(self) -> None:
-        # NumPy leaves room in the header for the first axis to grow, so that it has the same length for any number of rows.
+        # NumPy reserves space in the header for the first axis to grow, so the header has the same
+        # length for any number of rows.
         shape = (self._rows, self._size)
         np.lib.format.write_array_header_1_0(
             self._file, {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -57,7 +57,7 @@ class NpyWriter:
 
 
 class JsonLinesWriter:
-    """One object a line: text, vector."""
+    """Writes one object per line, with the fields text and vector."""
 
     def __init__(self, file: BinaryIO, size: int):
         self._file = file
@@ -73,7 +73,7 @@ class JsonLinesWriter:
 
 
 class ParquetWriter:
-    """Columns text and vector, the latter lists of D float32."""
+    """Writes the columns text and vector; a vector is a list of D float32 values."""
 
     def __init__(self, file: BinaryIO, size: int):
         import pyarrow
@@ -100,7 +100,7 @@ WRITERS: dict[str, Any] = {".npy": NpyWriter, ".jsonl": JsonLinesWriter, ".parqu
 
 
 def source_of(file: str | Path, text_format: str | None = None) -> Source:
-    """The file to read; a .txt holds a text on each line.
+    """Return the file to read; a .txt holds one text per line.
 
     Raises:
         InputError: no such file, a folder, or a suffix that does not tell the format.
@@ -115,7 +115,11 @@ def source_of(file: str | Path, text_format: str | None = None) -> Source:
 
 
 def check_out(out: str | Path) -> Path:
-    """`out` as a path that vectors can be written to; raises InputError otherwise. An older file is replaced."""
+    """Return `out` as a path. An existing file is replaced later.
+
+    Raises:
+        InputError: vectors cannot be written to it.
+    """
     out = Path(out)
     if out.suffix not in WRITERS:
         raise InputError(f"--out {out}: must end in {', '.join(WRITERS)}")
@@ -136,21 +140,25 @@ def embed(
     normalize: bool,
     progress: bool = False,
 ) -> tuple[int, int]:
-    """Write a vector for each text of `source` to `out`; returns their number and size.
+    """Write a vector for each text of `source` to `out`.
 
     Args:
-        source: from `source_of`; text_field: as in `fastbert.data.documents`.
-        out: from `check_out`; written whole or not at all.
+        pretrained: the model.
+        source: from `source_of`.
+        text_field: as in `fastbert.data.documents`.
+        out: from `check_out`; written atomically.
         pool, layers, normalize: as in `Pretrained.encode`.
-        progress: show a bar on stderr.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The number of vectors and their size D.
 
     Raises:
-        InputError: what cannot be read, with file and line, or a setting that the model does not have.
+        InputError: text that cannot be read, with file and line, or a setting that the model does
+            not support.
     """
     size, rows = pretrained.config.hidden_size, 0
-    pretrained.encode(
-        [], pool, layers
-    )  # what is wrong with the settings is said before anything is written
+    pretrained.encode([], pool, layers)  # checks the settings before anything is written
     with _writer(out, size) as writer, _bar(source.path.stat().st_size, progress) as advance:
         for chunk in read_chunks([source], text_field):
             texts = parse(chunk, text_field)
@@ -162,21 +170,16 @@ def embed(
 
 @contextmanager
 def _writer(out: Path, size: int) -> Iterator[Writer]:
-    """Into a file beside `out` that takes its name at the end, or is removed where the block fails."""
-    staging = out.with_name(f".writing-{out.name}")
-    try:
-        with open(staging, "wb") as file:
-            writer: Writer = WRITERS[out.suffix](file, size)
-            yield writer
-            writer.close()
-        os.replace(staging, out)
-    finally:
-        staging.unlink(missing_ok=True)
+    """Yield a writer of a temporary file that becomes `out` at the end of the block."""
+    with replacing(out) as staging, open(staging, "wb") as file:
+        writer: Writer = WRITERS[out.suffix](file, size)
+        yield writer
+        writer.close()
 
 
 @contextmanager
 def _bar(total: int, show: bool) -> Iterator[Any]:
-    """A function that moves a progress bar on by bytes of the source, or does nothing."""
+    """Yield a function that advances a progress bar by bytes of the source, or does nothing."""
     if not show:
         yield lambda _: None
         return

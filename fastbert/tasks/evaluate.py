@@ -1,7 +1,9 @@
-"""How good a model is on held-out text: losses and accuracies, by what a position shows, by length and by frequency, beside count models.
+"""Evaluate a model on held-out text: losses and accuracies, compared with count models.
 
-The positions that show `[MASK]` are reported apart: a token that was left in place can be copied, which alone is worth 0.6 nats. Every
-figure is a sum over positions divided by their number, so that it does not depend on batches or ranks.
+Masked positions are also reported by corruption type, by length of the sequence and by frequency of
+the token. Positions that show `[MASK]` are reported separately, because a token that was left
+unchanged can be copied, which alone is worth 0.6 nats. Every figure is a sum over positions divided
+by their number, so it does not depend on batches or ranks.
 """
 
 from __future__ import annotations
@@ -28,31 +30,36 @@ from fastbert.tasks.pretrained import Pretrained
 from fastbert.training.verified_dataset import open_verified
 
 MASKED, RANDOM, UNCHANGED = "[MASK]", "random", "unchanged"
-LENGTHS = (32, 64, 128, 256)  # tokens of the sequence: the upper ends of classes
-FREQUENCIES = (1000, 100, 10)  # in a million tokens of the training text: the lower ends of classes
-LOGITS = 1 << 24  # at most at a time: 64 MB
-_SUMS = ("count", "loss", "hits", "hits_of_5", "unigram", "left_bigram")
+LENGTHS = (32, 64, 128, 256)  # tokens of the sequence: the upper bounds of the classes
+FREQUENCIES = (1000, 100, 10)  # per million tokens of training text: lower bounds of the classes
+LOGITS = 1 << 24  # computed at a time, at most: 64 MB
+_SUMS = ("count", "loss", "correct", "correct_of_5", "unigram", "left_bigram")
 
 
 @dataclass(frozen=True)
 class Masked:
-    """Masked positions of one kind: how many, means in nats, and shares where the model's first or first five guesses hold the token."""
+    """Masked positions of one class: their number, mean losses in nats, and accuracies.
+
+    `accuracy` is top-1 and `accuracy_of_5` is top-5.
+    """
 
     count: int
     loss: float
     accuracy: float
     accuracy_of_5: float
-    unigram: float  # nats that the token's frequency alone gives,
-    left_bigram: float  # and the token before it, where that is seen
+    unigram: float  # nats, from the frequency of the token alone
+    left_bigram: float  # nats, from the token before it too, where that is visible
 
     @property
     def perplexity(self) -> float:
-        """e to the power of the loss; infinite where that is no number any more."""
+        """e to the power of the loss; infinity where this overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
 class Pairs:
+    """Next-sentence prediction: number of pairs, mean loss and accuracy."""
+
     count: int
     loss: float  # nats
     accuracy: float
@@ -60,10 +67,10 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found, and on how much. The groups hold those classes that there is a position of, in order."""
+    """The result of an evaluation. The groups hold the classes with at least one position."""
 
     masked: Masked
-    pairs: Pairs | None  # None for a model that learned none
+    pairs: Pairs | None  # None for a model trained without pairs
     by_corruption: dict[str, Masked]
     by_length: dict[str, Masked]
     by_frequency: dict[str, Masked]
@@ -73,11 +80,11 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """MLM + NSP, as training reports it."""
+        """MLM + NSP, in nats, as training reports it."""
         return self.masked.loss + (self.pairs.loss if self.pairs else 0.0)
 
     def flat(self) -> dict[str, Any]:
-        """For JSON; the first keys are those of the "evaluate" lines in metrics.jsonl."""
+        """Return a dict for JSON; its first keys are those of "evaluate" lines in metrics.jsonl."""
         shown, pairs = self.by_corruption.get(MASKED), self.pairs
         return {
             "loss": self.loss,
@@ -105,16 +112,18 @@ def evaluate(
     sequences: int | None = None,
     group: Group | None = None,
 ) -> Evaluation:
-    """Evaluate on the held-out part of a dataset, with the masks that are the same for every model.
+    """Evaluate on the held-out split of a dataset, with the same masks for every model.
 
     Args:
-        pretrained: a run's model is measured under its own recipe, a Hugging Face folder's under the default objective.
+        pretrained: the model of a run is evaluated under its own recipe, that of a Hugging Face
+            folder under the default objective.
         data: the dataset; by default the run's own.
-        sequences: how many held-out examples; by default the recipe's `evaluate.sequences`.
+        sequences: number of held-out examples; by default the recipe's `evaluate.sequences`.
         group: ranks that share the work; all of them get the result.
 
     Raises:
-        InputError: no dataset named, a dataset that is missing or broken or made with another vocabulary, a model without an MLM head.
+        InputError: no dataset is given; it is missing, damaged or made with another vocabulary; or
+            the model has no MLM head.
         Diverged: the loss is not finite.
     """
     if MLM not in pretrained.heads:
@@ -140,13 +149,14 @@ def evaluate(
     found = classes.evaluation(sums, batches)
     if not math.isfinite(found.loss):
         raise Diverged(
-            f"{pretrained.path}: the held-out loss is {found.loss}: the model has diverged; take another one"
+            f"{pretrained.path}: the held-out loss is {found.loss}: the model has diverged; "
+            "take another one"
         )
     return found
 
 
 class _Classes:
-    """The classes that positions are counted in, each a row of sums; the last row is that of the pairs."""
+    """The classes of masked positions; each has a row of sums, and the last row is for pairs."""
 
     def __init__(self, dataset: TokenDataset):
         self.dataset = dataset
@@ -158,7 +168,10 @@ class _Classes:
         self.names = ["all", MASKED, RANDOM, UNCHANGED, *self.lengths, *self.frequencies]
 
     def sums(self, pretrained: Pretrained, batches: Sequence[PackedBatch]) -> Tensor:
-        """float64 [classes + 1, 6], in the order of _SUMS; of the pairs count, loss and hits."""
+        """Return the sums of each class, float64 [classes + 1, 6], in the order of _SUMS.
+
+        The row of the pairs has count, loss and correct predictions.
+        """
         sums = torch.zeros(len(self.names) + 1, len(_SUMS), dtype=torch.float64)
         if not batches:
             return sums
@@ -181,14 +194,14 @@ class _Classes:
             name: Masked(round(count), *(value / count for value in values))
             for name, (count, *values) in rows.items()
         }
-        count, loss, hits = sums[-1, :3].tolist()
+        count, loss, correct = sums[-1, :3].tolist()
 
         def some(names: Sequence[str]) -> dict[str, Masked]:
             return {name: found[name] for name in names if name in found}
 
         return Evaluation(
             masked=found["all"],
-            pairs=Pairs(round(count), loss / count, hits / count) if count else None,
+            pairs=Pairs(round(count), loss / count, correct / count) if count else None,
             by_corruption=some([MASKED, RANDOM, UNCHANGED]),
             by_length=some(self.lengths),
             by_frequency=some(self.frequencies),
@@ -198,7 +211,7 @@ class _Classes:
         )
 
     def _members(self, batch: PackedBatch) -> list[Tensor]:
-        """For each class which of the batch's masked positions are in it, bool [M]."""
+        """Return which of the batch's masked positions are in each class, bool [M] per class."""
         seen, labels = batch.input_ids[batch.masked_positions], batch.labels
         shown, kept = seen == self.dataset.special.mask, seen == labels
         bounds = batch.cu_seqlens.long()
@@ -211,7 +224,13 @@ class _Classes:
         return [torch.ones_like(shown), shown, ~shown & ~kept, kept, *of_length, *of_frequency]
 
     def _count_models(self, batches: Sequence[PackedBatch]) -> list[tuple[Tensor, ...]]:
-        """Nats of the masked tokens under the unigram and the left bigram, a tensor a batch; a neighbour that [MASK] is hidden."""
+        """Return the losses of the masked tokens under the unigram and the left bigram.
+
+        A left neighbour that is [MASK] counts as hidden.
+
+        Returns:
+            For each model the losses in nats, one tensor per batch.
+        """
         special, boundary = self.dataset.special, self.dataset.vocab_size
         left = torch.cat([batch.input_ids[batch.masked_positions - 1] for batch in batches])
         left[(left == special.cls) | (left == special.sep)] = boundary
@@ -224,26 +243,25 @@ class _Classes:
 
 @torch.inference_mode()
 def _measure(pretrained: Pretrained, batch: PackedBatch) -> tuple[list[Tensor], Tensor]:
-    """Loss, hit and hit among the first five of each masked position, float64 [M]; count, loss and hits of the pairs [3]."""
+    """Return the sums of one batch.
+
+    Returns:
+        Loss, top-1 and top-5 correctness of each masked position, float64 [M] each; and count,
+        loss and correct predictions of the pairs, float64 [3].
+    """
     model = pretrained.model
     batch = batch.to(model.embeddings.word.device)
     masked, first = model.loss_rows(batch)
     parts = []
-    for hidden, labels in zip(
-        *(x.split(max(1, LOGITS // model.vocab_size)) for x in (masked, batch.labels)), strict=True
-    ):
+    rows = max(1, LOGITS // model.vocab_size)
+    for hidden, labels in zip(masked.split(rows), batch.labels.split(rows), strict=True):
         logits = model.token_logits(hidden).float()
         of_label = logits.gather(1, labels[:, None])
-        better = (~(logits <= of_label)).sum(1)  # NaN is better than anything: no hit
-        parts.append(
-            torch.stack(
-                [
-                    (torch.logsumexp(logits, 1) - of_label[:, 0]).double(),
-                    (better < 1).double(),
-                    (better < 5).double(),
-                ]
-            ).cpu()
-        )
+        # NaN counts as better than anything, so that it is never correct.
+        better = (~(logits <= of_label)).sum(1)
+        loss = torch.logsumexp(logits, 1) - of_label[:, 0]
+        found = (loss.double(), (better < 1).double(), (better < 5).double())
+        parts.append(torch.stack(found).cpu())
     pairs = torch.zeros(3, dtype=torch.float64)
     labels = batch.next_sentence_labels
     if (labels >= 0).any():
@@ -251,21 +269,20 @@ def _measure(pretrained: Pretrained, batch: PackedBatch) -> tuple[list[Tensor], 
         losses = torch.nn.functional.cross_entropy(
             logits, labels, reduction="none", ignore_index=-100
         )
-        hits = logits.argmax(1) == labels
-        pairs = torch.stack(
-            [(labels >= 0).double().sum(), losses.double().sum(), hits.double().sum()]
-        ).cpu()
+        correct = logits.argmax(1) == labels
+        counts = (labels >= 0).double().sum(), losses.double().sum(), correct.double().sum()
+        pairs = torch.stack(counts).cpu()
     return list(torch.cat(parts, 1)), pairs
 
 
 def _per_million(dataset: TokenDataset) -> Tensor:
-    """How often each token stands in a million of the training text, float64 [V]."""
+    """Return how often each token occurs per million tokens of training text, float64 [V]."""
     counts = baselines.counts(dataset.split("train"), dataset.vocab_size)
     return torch.from_numpy(counts * (1e6 / max(1, counts.sum())))
 
 
 def _recipe_for(pretrained: Pretrained) -> RunConfig:
-    """The default recipe, its sequences no longer than the model's positions."""
+    """Return the default recipe, with sequences no longer than the model's positions."""
     batch = BatchConfig(
         max_length=min(BatchConfig().max_length, pretrained.config.max_position_embeddings)
     )
@@ -273,10 +290,11 @@ def _recipe_for(pretrained: Pretrained) -> RunConfig:
 
 
 def _check_vocabulary(pretrained: Pretrained, dataset: TokenDataset) -> None:
-    """The dataset's ids must mean the same tokens, made from text in the same way, as those of the model."""
+    """Check that the dataset's ids mean the same tokens as those of the model."""
     theirs = load_tokenizer(dataset.tokenizer_dir)
     if not same_tokens(theirs, pretrained.tokenizer):
         raise InputError(
-            f"{dataset.path}: made with another tokenizer ({theirs.get_vocab_size():,} tokens) than {pretrained.path} "
-            f"({pretrained.tokenizer.get_vocab_size():,}); prepare the text with --tokenizer {pretrained.path}"
+            f"{dataset.path}: made with another tokenizer ({theirs.get_vocab_size():,} tokens) "
+            f"than {pretrained.path} ({pretrained.tokenizer.get_vocab_size():,}); prepare the text "
+            f"with --tokenizer {pretrained.path}"
         )

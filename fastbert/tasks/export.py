@@ -1,7 +1,8 @@
-"""A run as a folder that transformers and sentence-transformers load, and the proof that it is the same model.
+"""Export a run as a folder for transformers and sentence-transformers, and verify the result.
 
-The folder is written under a temporary name and gets its own only after stock transformers has loaded it without a missing or
-unexpected weight and given the logits that our model gives, and the hidden states of every layer, on real text.
+The folder is written under a temporary name. It is renamed only after stock transformers has loaded
+it without a missing or unexpected weight, and has computed the same logits and the same hidden
+states of every layer as our model, on real text.
 """
 
 from __future__ import annotations
@@ -27,19 +28,29 @@ from fastbert.tasks.pretrained import Pretrained, fit_pair
 from fastbert.training.heldout import HeldOut
 from fastbert.training.metrics import read_metrics
 
-TOLERANCE = 1e-4  # largest difference of a logit or hidden state; rounding in fp32 gives 1e-6 for a tiny model and 2e-5 for BERT-base
-PAIRS = 8  # pairs of sentences that the check reads from the held-out text
-SENTENCE_TOKENS = 60  # at most, of a sentence that is read for the check
+# The largest allowed difference of a logit or hidden state. Rounding in fp32 causes 1e-6 for a tiny
+# model and 2e-5 for BERT-base.
+TOLERANCE = 1e-4
+PAIRS = 8  # pairs of sentences from the held-out text that are compared
+SENTENCE_TOKENS = 60  # at most, of each of these sentences
 
-# Read where no dataset is at hand.
+# These are compared where the run's dataset is not available.
 SENTENCES = [
-    ("The river rises in the mountains, flows north for 120 kilometres, and joins the sea near the old harbour.", "It is not navigable."),
-    ("She asked: \"Who wrote this?\"", "Nobody in the room knew the answer."),
+    (
+        "The river rises in the mountains, flows north for 120 kilometres, "
+        "and joins the sea near the old harbour.",
+        "It is not navigable.",
+    ),
+    ('She asked: "Who wrote this?"', "Nobody in the room knew the answer."),
     ("In 1969 two people walked on the Moon.", "Their ship returned four days later."),
-    ("Bread is made of flour, water and salt.", "The first railway in the country was opened in 1837."),
-]  # fmt: skip
+    (
+        "Bread is made of flour, water and salt.",
+        "The first railway in the country was opened in 1837.",
+    ),
+]
 
 
+# Prefixes of the weights that each architecture does not have.
 _LEFT_OUT = {
     "BertForPreTraining": (),
     "BertForMaskedLM": (HEADS[NSP],),
@@ -48,13 +59,20 @@ _LEFT_OUT = {
 
 
 class ExportError(RuntimeError):
-    """The exported folder is not the model that was trained."""
+    """The exported folder does not hold the same model."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """`difference`: the largest between a logit of ours and one of transformers (an encoder's pooled vector); `hidden_difference`: the same
-    of the hidden states of all layers; `compared`: how many logits there were."""
+    """The result of an export.
+
+    Attributes:
+        out, architecture: the folder, and the class of transformers that it is for.
+        difference: the largest difference between our logits and those of transformers; for an
+            encoder, between the pooled vectors.
+        hidden_difference: the largest difference of the hidden states of all layers.
+        compared: number of values compared for `difference`.
+    """
 
     out: str
     architecture: str
@@ -66,24 +84,30 @@ class Exported:
 def export(
     pretrained: Pretrained, out: str | Path, texts: list[str] | None = None, encoder: bool = False
 ) -> Exported:
-    """Write the folder `out` and check it.
+    """Write the folder `out` and verify it.
 
     Args:
-        pretrained: on the CPU, where the check computes.
+        pretrained: on the CPU, where the comparison runs.
         out: the new folder.
-        texts: what the check reads; by default held-out sentences of the run's dataset, where that is still there.
-        encoder: leave out the heads of pre-training. transformers lists weights that the class in use has no place for, as it does for
-            Google's own BERTs; AutoModel and SentenceTransformer load such a folder without a word. Needs a pooler, so a trained NSP head.
+        texts: texts to compare on; by default held-out sentences of the run's dataset, where it
+            still exists.
+        encoder: leave out the heads of pre-training. transformers warns about weights that the
+            class in use does not have, as it does for Google's own BERTs; AutoModel and
+            SentenceTransformer load a folder without the heads silently. This needs a pooler, and
+            so a trained NSP head.
 
     Raises:
-        InputError: `out` is there already; `encoder` of a model without a pooler.
-        ExportError: transformers does not load the folder cleanly, tokenizes differently, or gives other logits. `out` is not made.
+        InputError: `out` exists already, or `encoder` for a model without a pooler.
+        ExportError: transformers does not load the folder cleanly, tokenizes differently, or
+            computes other logits. `out` is not created.
     """
-    # A head that was not trained is left out: BertForMaskedLM is BertForPreTraining without pooler and NSP head.
+    # A head that was not trained is left out. BertForMaskedLM is BertForPreTraining without pooler
+    # and NSP head.
     paired = NSP in pretrained.heads
     if encoder and not paired:
         raise InputError(
-            f"{pretrained.path}: trained without pairs, so it has no pooler, which AutoModel looks for; leave --encoder out"
+            f"{pretrained.path}: trained without pairs, so it has no pooler, which AutoModel "
+            "needs; leave --encoder out"
         )
     architecture = "BertModel" if encoder else "BertForPreTraining" if paired else "BertForMaskedLM"
     state = {
@@ -101,15 +125,15 @@ def export(
             pretrained.model.vocab_size,
             pretrained.tokenizer,
         )
-        (folder / "README.md").write_text(
-            model_card(pretrained, architecture, Path(out).name), encoding="utf-8"
-        )
+        card = model_card(pretrained, architecture, Path(out).name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         with _quiet():
             logits, hidden, compared = compare(folder, architecture, pretrained, pairs)
         for what, difference in (("logits", logits), ("hidden states", hidden)):
             if not difference <= TOLERANCE:  # NaN is a failure too
                 raise ExportError(
-                    f"{out}: not written: transformers' {what} differ by {difference:.3g}, more than {TOLERANCE:g}"
+                    f"{out}: not written: transformers' {what} differ by {difference:.3g}, "
+                    f"more than {TOLERANCE:g}"
                 )
     return Exported(str(out), architecture, logits, hidden, compared)
 
@@ -118,13 +142,21 @@ def export(
 def compare(
     folder: Path, architecture: str, pretrained: Pretrained, pairs: list[tuple[str, str]]
 ) -> tuple[float, float, int]:
-    """The largest difference between ours and stock transformers on pairs of texts (the second may be ""): of a logit, and of a hidden
-    state of any layer; and the number of logits.
+    """Compare our model with stock transformers on pairs of texts.
 
-    transformers gets the texts padded, as people use it.
+    transformers gets the texts padded, as it is normally used.
+
+    Args:
+        folder, architecture: the exported folder, and the class of transformers to load it with.
+        pretrained: our model.
+        pairs: texts; the second of a pair may be "".
+
+    Returns:
+        The largest difference of a logit, the largest difference of a hidden state of any layer,
+        and the number of logits.
 
     Raises:
-        ExportError: weights missing or unexpected, or ids that differ.
+        ExportError: weights are missing or unexpected, or ids differ.
     """
     model, tokenizer = _open_with_transformers(folder, architecture)
     room = pretrained.config.max_position_embeddings - 3
@@ -142,19 +174,17 @@ def compare(
     states = pretrained.model.hidden_states(batch)
     last = states[-1]
     first = last[batch.cu_seqlens[:-1].long()]
-    token_logits, pair_logits = (
-        pretrained.model.token_logits(last),
-        pretrained.model.pair_logits(first),
-    )
+    token_logits = pretrained.model.token_logits(last)
+    pair_logits = pretrained.model.pair_logits(first)
 
     lengths = batch.cu_seqlens.diff().tolist()
     real = torch.arange(batch.max_seqlen) < torch.tensor(lengths)[:, None]
     ids = torch.full(real.shape, pretrained.special.pad)
-    segments = torch.zeros_like(ids)
-    ids[real], segments[real] = batch.input_ids, batch.token_type_ids
+    token_types = torch.zeros_like(ids)
+    ids[real], token_types[real] = batch.input_ids, batch.token_type_ids
     outputs = model(
         input_ids=ids,
-        token_type_ids=segments,
+        token_type_ids=token_types,
         attention_mask=real.long(),
         output_hidden_states=True,
     )
@@ -172,30 +202,26 @@ def compare(
         for name, theirs in outputs.items()
         if name in ours
     ]
-    if architecture == "BertModel":  # what a classifier is put on
-        differences = [
-            (outputs["pooler_output"] - torch.tanh(pretrained.model.nsp_head.pooler(first))).abs()
-        ]
+    if architecture == "BertModel":  # the pooled vector is the input of a classifier
+        pooled = torch.tanh(pretrained.model.nsp_head.pooler(first))
+        differences = [(outputs["pooler_output"] - pooled).abs()]
     return _largest(differences), _largest(hidden), sum(d.numel() for d in differences)
 
 
 def _largest(differences: list[torch.Tensor]) -> float:
-    # max() of a tensor with a NaN is NaN, max() of Python might lose it.
+    # torch's max() of a tensor with a NaN is NaN. Python's max() might lose it.
     return float(torch.stack([d.max() for d in differences]).max())
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No words and bars of transformers; what matters is in its loading report, which is read."""
-    os.environ["HF_HUB_OFFLINE"] = (
-        "1"  # read at import: everything that is needed lies in the folder
-    )
+    """Silence the messages and progress bars of transformers; its loading report is checked."""
+    # Read at import. Everything needed is in the folder.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
-    verbosity, bars = (
-        transformers.logging.get_verbosity(),
-        transformers.logging.is_progress_bar_enabled(),
-    )
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -218,8 +244,11 @@ def _open_with_transformers(folder: Path, architecture: str) -> tuple[Any, Any]:
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def _store(pretrained: Pretrained, verify: bool) -> TokenDataset | None:
-    """What the run was trained on, where it is still there and still the same; what is to be read of it must be verified."""
+def _dataset_of(pretrained: Pretrained, verify: bool) -> TokenDataset | None:
+    """Return the dataset that the run was trained on, if it still exists and is unchanged.
+
+    `verify` must be set where its tokens are read.
+    """
     if pretrained.recipe is None:
         return None
     try:
@@ -230,14 +259,17 @@ def _store(pretrained: Pretrained, verify: bool) -> TokenDataset | None:
 
 
 def _heldout_pairs(pretrained: Pretrained) -> list[tuple[str, str]]:
-    """The first two sentences of some held-out documents, as text; empty where the run's dataset is gone."""
-    dataset = _store(pretrained, verify=True)
+    """Return the first two sentences of some held-out documents as text.
+
+    The list is empty where the run's dataset is gone.
+    """
+    dataset = _dataset_of(pretrained, verify=True)
     if dataset is None:
         return []
     split = dataset.split("heldout")
     documents = np.linspace(0, split.documents - 1, min(PAIRS, split.documents)).astype(np.int64)
     first, end = split.first_sentence(documents), split.first_sentence(documents + 1)
-    second = np.minimum(first + 1, end - 1)  # a document of one sentence is its own second
+    second = np.minimum(first + 1, end - 1)  # in a document of one sentence, the same one
     return [
         (_text(pretrained, dataset, a), _text(pretrained, dataset, b))
         for a, b in zip(first.tolist(), second.tolist(), strict=True)
@@ -245,15 +277,15 @@ def _heldout_pairs(pretrained: Pretrained) -> list[tuple[str, str]]:
 
 
 def _text(pretrained: Pretrained, dataset: TokenDataset, sentence: int) -> str:
+    """Decode a held-out sentence, up to SENTENCE_TOKENS tokens."""
     split = dataset.split("heldout")
     start, end = split.first_token(np.array([sentence, sentence + 1]))
-    return pretrained.tokenizer.decode(
-        split.gather(np.array([start]), np.array([min(end - start, SENTENCE_TOKENS)])).tolist()
-    )
+    length = min(end - start, SENTENCE_TOKENS)
+    return pretrained.tokenizer.decode(split.gather(np.array([start]), np.array([length])).tolist())
 
 
 def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
-    """README.md of the folder: what it is, how to use it, and how it was trained and measured."""
+    """Return the README.md: the model, its use, and how it was trained and measured."""
     config, recipe = pretrained.config, pretrained.recipe
     parameters = sum(
         p.numel()
@@ -268,12 +300,14 @@ def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
         "---",
         f"# {name}",
         "",
-        f"A BERT of {config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads and "
-        f"{pretrained.model.vocab_size:,} tokens ({parameters / 1e6:.1f} M parameters), pre-trained with fastbert.",
+        f"A BERT of {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+        f"{config.num_attention_heads} heads and {pretrained.model.vocab_size:,} tokens "
+        f"({parameters / 1e6:.1f} M parameters), pre-trained with fastbert.",
         "",
         "```python",
         f"from transformers import AutoTokenizer, {architecture}",
-        f'model, tokenizer = {architecture}.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")',
+        f'model = {architecture}.from_pretrained("{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         "```",
     ]
     if recipe is not None:
@@ -287,29 +321,25 @@ def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
             "",
             *_figures(pretrained),
         ]
-        lines += ["", "The whole recipe:", "", "```toml", dump_config(recipe).rstrip(), "```"]
+        lines += ["", "The full recipe:", "", "```toml", dump_config(recipe).rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 
 def _data(pretrained: Pretrained) -> list[str]:
-    """How much text there was, and which: the digest is that of the dataset's manifest, which names every file."""
+    """Return the section on the training text.
+
+    The digest is that of the dataset's manifest, which covers every file.
+    """
     assert pretrained.recipe is not None
     digest = pretrained.metadata.get("dataset_sha256", "")
     said = f"The dataset `{pretrained.recipe.data}` (manifest SHA-256 `{digest}`)"
-    dataset = _store(pretrained, verify=False)
+    dataset = _dataset_of(pretrained, verify=False)
     if dataset is None:
-        return [f"{said}; it was not there any more when this folder was written."]
-    names = ("train", "heldout")
-    rows = [
-        (
-            name,
-            *(
-                f"{getattr(dataset.split(name), of):,}"
-                for of in ("documents", "sentences", "tokens")
-            ),
-        )
-        for name in names
-    ]
+        return [f"{said}; it no longer existed when this folder was written."]
+    rows = []
+    for name in ("train", "heldout"):
+        split = dataset.split(name)
+        rows.append((name, f"{split.documents:,}", f"{split.sentences:,}", f"{split.tokens:,}"))
     table = [
         "| split | documents | sentences | tokens |",
         "| --- | --- | --- | --- |",
@@ -319,11 +349,12 @@ def _data(pretrained: Pretrained) -> list[str]:
 
 
 def _figures(pretrained: Pretrained) -> list[str]:
-    """A table of how long was trained, and of the last evaluation before the checkpoint; a run is the folder two above that."""
+    """Return a table of the training's length and of the last evaluation before the checkpoint."""
     step, progress = pretrained.metadata["step"], pretrained.metadata.get("progress", {})
     rows = [("steps", f"{step:,}")]
     rows += [("tokens seen", f"{progress['tokens']:,}")] if "tokens" in progress else []
     rows += [("hours", f"{progress['seconds'] / 3600:.2f}")] if "seconds" in progress else []
+    # The checkpoint is in the folder `checkpoints` of the run.
     file = pretrained.path.resolve().parents[1] / "metrics.jsonl"
     try:
         evaluations = [

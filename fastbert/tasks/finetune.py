@@ -1,7 +1,11 @@
-"""Classification of texts or pairs of texts, or regression, on top of a pre-trained encoder: files in, scores and a Hugging Face folder out.
+"""Fine-tune a pre-trained encoder for classification or regression of texts or pairs of texts.
 
-As in BERT: [CLS] through the pooler, dropout, one matrix; everything is trained unless layers are frozen.
-Source: Devlin et al., 2019, section 4.1 and appendix A.3 (learning rates of 2e-5 to 5e-5, batches of 16 or 32, 2 to 4 epochs).
+The input is files of labelled texts, the output scores and a Hugging Face folder. As in BERT, the
+head is the pooler of [CLS], dropout, and one matrix. Everything is trained unless layers are
+frozen.
+
+Source: Devlin et al., 2019, section 4.1 and appendix A.3 (learning rates of 2e-5 to 5e-5, batches
+of 16 or 32, 2 to 4 epochs).
 """
 
 from __future__ import annotations
@@ -26,13 +30,13 @@ from fastbert.tasks import scores
 from fastbert.tasks.labelled import Examples, read_examples
 from fastbert.tasks.pretrained import Pretrained, fit_pair
 
-WARMUP = 0.1  # of the steps; then linear to zero
+WARMUP = 0.1  # share of the steps; the learning rate then falls linearly to zero
 WEIGHT_DECAY = 0.01
-CLIP = 1.0
-EVALUATION_BATCH = 64
-LARGEST_LR = 1e30  # the optimizer multiplies by it in fp32, which ends at 3.4e38
-MAX_LENGTH = 128
-SCORE_COLUMN = "score"  # of a layout whose labels are numbers: STS-B
+CLIP = 1.0  # largest norm of the gradient
+EVALUATION_BATCH = 64  # examples
+LARGEST_LR = 1e30  # the optimizer multiplies by it in fp32, whose largest value is 3.4e38
+MAX_LENGTH = 128  # tokens
+SCORE_COLUMN = "score"  # the label column of STS-B, the one layout whose labels are numbers
 
 
 class PictureWarning(UserWarning):
@@ -41,19 +45,24 @@ class PictureWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. The defaults are those of the paper.
+    """The settings of a fine-tuning run. The defaults are those of the paper.
 
     Attributes:
-        epochs, lr, batch: passes over the file, highest learning rate, examples of a step.
-        max_length: tokens of an example, special ones counted; the end of a longer one (of its longer half) is cut. By default 128, or the
-            model's positions where they are fewer.
-        seed, seeds: the first seed, of order, dropout and the new layer, and how many there are; the split is the first one's.
-        patience: stop when this many epochs in a row are no better on the held-out part, and take the best one; None trains to the end.
-        heldout: share of the training file that is held out where there is `patience`.
-        metric: what is better: accuracy, f1 or matthews of classes, spearman or pearson of numbers; by default the first.
-        regression: labels are numbers; None asks the file (STS-B's column "score").
-        layer_decay: learning rate of a layer as a share of the one above (Sun et al., 2019, equation 2); the embeddings' is the lowest.
-        freeze: the embeddings and so many layers stay as they are; 0 trains all.
+        epochs, lr, batch: passes over the file, highest learning rate, examples per step.
+        max_length: tokens per example, including special tokens. A longer example is cut at its
+            end, and a pair at the end of its longer text. By default 128, or the model's positions
+            where there are fewer.
+        seed, seeds: the first seed, and the number of seeds. A seed determines order, dropout and
+            the initial head. The split is that of the first seed.
+        patience: stop when the score on the held-out part has not improved for this many epochs,
+            and use the best epoch. None trains to the end.
+        heldout: share of the training file that is held out where `patience` is set.
+        metric: the metric to select by: accuracy, f1 or matthews for classes, spearman or pearson
+            for numbers; by default the first.
+        regression: whether labels are numbers; None decides by the file (STS-B's column "score").
+        layer_decay: learning rate of a layer relative to the one above (Sun et al., 2019,
+            equation 2). That of the embeddings is the lowest.
+        freeze: freeze the embeddings and this many layers; 0 trains everything.
     """
 
     epochs: int = 3
@@ -72,7 +81,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Mean training loss (nats, or squared error), and the metric, on the held-out part where there is one, else on the evaluation file."""
+    """The result of an epoch.
+
+    Attributes:
+        loss: mean training loss, in nats or as squared error.
+        score: the metric on the held-out part, or on the evaluation file where there is none.
+    """
 
     seed: int
     epoch: int
@@ -82,7 +96,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Trial:
-    """One seed: every score on the evaluation file, with the weights of `best_epoch`."""
+    """The result of one seed.
+
+    `scores` has every metric on the evaluation file, with the weights of `best_epoch`.
+    """
 
     seed: int
     best_epoch: int
@@ -92,7 +109,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Spread:
-    """Over the seeds; the standard deviation of one is 0."""
+    """Mean and standard deviation over the seeds; the standard deviation of one seed is 0."""
 
     mean: float
     std: float
@@ -100,20 +117,30 @@ class Spread:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """`labels` is empty for numbers; `majority`: accuracy of always answering the most frequent label of the evaluation file."""
+    """The result of a fine-tuning run.
+
+    Attributes:
+        metric: the metric that was selected by.
+        scores: every metric on the evaluation file, over the seeds.
+        labels: the classes; empty for regression.
+        majority: accuracy of always answering the most frequent label of the evaluation file.
+        trials: one for each seed.
+        confusion: confusion matrix of the saved trial; rows are true classes.
+        out: the folder, or None.
+    """
 
     metric: str
     scores: dict[str, Spread]
     labels: list[str]
     majority: float | None
     trials: list[Trial]
-    confusion: list[list[int]]  # of the trial that is saved; rows are true
+    confusion: list[list[int]]
     out: str | None
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What is learned: classes, or numbers where there are none."""
+    """The task: the classes, and the metric to select by. Without classes it is regression."""
 
     labels: list[str]
     metric: str
@@ -123,7 +150,7 @@ class _Task:
         return scores.OF_CLASSES if self.labels else scores.OF_NUMBERS
 
     def targets(self, examples: Examples) -> Tensor:
-        """int64 [N] classes, or float32 [N]."""
+        """Return the labels as int64 [N] classes, or as float32 [N]."""
         if not self.labels:
             return torch.tensor(examples.numbers())
         places = {label: i for i, label in enumerate(self.labels)}
@@ -140,7 +167,7 @@ class _Task:
 
     @torch.no_grad()
     def answers(self, model: Classifier, data: _Encoded) -> np.ndarray:
-        """int64 or float32 [N]."""
+        """Return the predictions: int64 [N] classes, or float32 [N]."""
         model.eval()
         logits = torch.cat([model(pack).cpu() for pack, _ in data.in_order(EVALUATION_BATCH)])
         _check_finite(self, "the evaluation", {"an answer": logits})
@@ -157,17 +184,24 @@ def finetune(
     report: Callable[[Epoch], None] = lambda _: None,
     follow: Callable[[Iterable, str], Iterable] = lambda batches, _: batches,
 ) -> Finetuned:
-    """Train on one file, measure on another, which nothing is chosen by. The weights of `pretrained` are trained in place.
+    """Train on one file and evaluate on another.
+
+    Nothing is selected by the evaluation file. The weights of `pretrained` are trained in place.
 
     Args:
-        train, evaluation: files as `read_examples` reads them, or what it has read.
-        out: a new folder for a BertForSequenceClassification and confusion.png; None saves nothing. Of several seeds the best on the
-            held-out part, or the first where nothing is held out.
-        report: called after every epoch; follow: wraps the batches of an epoch, named by the second argument, to show progress.
+        pretrained: the model.
+        train, evaluation: files for `read_examples`, or its results.
+        out: a new folder for a BertForSequenceClassification and confusion.png; None saves nothing.
+            Of several seeds the best one on the held-out part is saved, or the first one where
+            nothing is held out.
+        settings: by default `Settings()`.
+        report: called after every epoch.
+        follow: wraps the batches of an epoch to show progress; the second argument is its title.
 
     Raises:
-        InputError: a setting out of range, a file that is missing or wrong (with its lines), labels that do not fit, `out` taken.
-        Diverged: a loss, a gradient, a weight or an answer is not finite; nothing is saved.
+        InputError: a setting out of range, a file that is missing or wrong (with its lines), labels
+            that do not fit, or an existing `out`.
+        Diverged: a loss, a gradient, a weight or a prediction is not finite; nothing is saved.
     """
     settings = settings or Settings()
     max_length = _check(settings, pretrained)
@@ -204,18 +238,14 @@ def finetune(
         )
         model.load_state_dict(kept)
         answers = task.answers(model, test_data)
-        found = {
-            name: score(answers, test_data.targets.numpy()) for name, score in task.scores.items()
-        }
+        truth = test_data.targets.numpy()
+        found = {name: score(answers, truth) for name, score in task.scores.items()}
         chosen = max(epochs, key=lambda e: e.score) if dev_data else epochs[-1]
         trials.append(Trial(seed, chosen.epoch, found, epochs))
         if not saved or (dev_data and chosen.score > best):
             best, saved = chosen.score, kept
-            table = (
-                scores.confusion(answers, test_data.targets.numpy(), len(task.labels))
-                if task.labels
-                else table
-            )
+            if task.labels:
+                table = scores.confusion(answers, truth, len(task.labels))
     if out is not None:
         model.load_state_dict(saved)
         _save(out, model, pretrained, task, table)
@@ -241,40 +271,33 @@ def _train(
     report: Callable[[Epoch], None],
     follow: Callable[[Iterable, str], Iterable],
 ) -> tuple[list[Epoch], dict[str, Tensor]]:
-    """The epochs, and the weights of the best one, or of the last where nothing is held out."""
-    optimizer, schedule = _optimizer(
-        model, settings, settings.epochs * -(-len(data) // settings.batch)
-    )
+    """Return the epochs, and the weights of the best one, or the last where nothing is held out."""
+    steps = settings.epochs * -(-len(data) // settings.batch)
+    optimizer, schedule = _optimizer(model, settings, steps)
     done: list[Epoch] = []
     kept: dict[str, Tensor] = {}
     for epoch in range(1, settings.epochs + 1):
         total = 0.0
         model.train()
         batches = torch.randperm(len(data)).split(settings.batch)
-        for rows in follow(batches, f"seed {seed}, epoch {epoch} of {settings.epochs}"):
+        at = f"seed {seed}, epoch {epoch}"
+        for rows in follow(batches, f"{at} of {settings.epochs}"):
             pack, target = data.batch(rows)
             loss = task.loss(model(pack), target)
             optimizer.zero_grad()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(
-                [p for p in model.parameters() if p.requires_grad], CLIP
-            )
-            _check_finite(
-                task, f"seed {seed}, epoch {epoch}", {"the loss": loss, "the gradient": norm}
-            )
+            trained = [p for p in model.parameters() if p.requires_grad]
+            norm = nn.utils.clip_grad_norm_(trained, CLIP)
+            _check_finite(task, at, {"the loss": loss, "the gradient": norm})
             optimizer.step()
             schedule.step()
             total += loss.item() * len(rows)
-        _check_finite(
-            task,
-            f"seed {seed}, epoch {epoch}",
-            {f"the weight {name}": tensor for name, tensor in model.named_parameters()},
-        )
-        done.append(
-            Epoch(seed, epoch, total / len(data), task.measure(model, watched)[task.metric])
-        )
+        weights = {f"the weight {name}": tensor for name, tensor in model.named_parameters()}
+        _check_finite(task, at, weights)
+        score = task.measure(model, watched)[task.metric]
+        done.append(Epoch(seed, epoch, total / len(data), score))
         report(done[-1])
-        best = max(done, key=lambda e: e.score)  # the first of equals
+        best = max(done, key=lambda e: e.score)  # the first one among equals
         if not stop_early or best.epoch == epoch:
             kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         if stop_early and settings.patience is not None and epoch - best.epoch >= settings.patience:
@@ -283,29 +306,36 @@ def _train(
 
 
 def _check_finite(task: _Task, where: str, values: Mapping[str, Tensor]) -> None:
-    """Raise Diverged where one of these is not finite."""
+    """Raise Diverged where one of the values is not finite."""
     for name, value in values.items():
         if not value.isfinite().all():
-            labels = "" if task.labels else ", or labels that are smaller numbers"
+            labels = "" if task.labels else ", or scale the labels down"
             raise Diverged(
-                f"the training has diverged: {name} is not finite in {where}; nothing is saved; try a lower --lr{labels}"
+                f"the training has diverged: {name} is not finite in {where}; nothing is saved; "
+                f"try a lower --lr{labels}"
             )
 
 
 def _check(settings: Settings, pretrained: Pretrained) -> int:
-    """The length of an example; raises InputError for a setting that is out of range."""
+    """Return the maximum length of an example in tokens.
+
+    Raises:
+        InputError: a setting is out of range.
+    """
     longest, layers = pretrained.config.max_position_embeddings, pretrained.config.num_hidden_layers
     s = settings
     if s.epochs < 1 or s.batch < 1 or not 0 < s.lr <= LARGEST_LR or s.seeds < 1:
         raise InputError(
-            f"--epochs {s.epochs} --batch {s.batch} --lr {s.lr} --seeds {s.seeds}: all must be above 0, and --lr {LARGEST_LR:g} at most"
+            f"--epochs {s.epochs} --batch {s.batch} --lr {s.lr} --seeds {s.seeds}: "
+            f"all must be above 0, and --lr at most {LARGEST_LR:g}"
         )
     if s.patience is not None and (s.patience < 1 or not 0 < s.heldout < 1):
         raise InputError(
-            f"--patience {s.patience} --heldout {s.heldout}: epochs, 1 or more, and a share between 0 and 1"
+            f"--patience {s.patience} --heldout {s.heldout}: must be 1 epoch or more, "
+            "and a share between 0 and 1"
         )
     if not 0 < s.layer_decay <= 1:
-        raise InputError(f"--layer-decay {s.layer_decay}: must be above 0 and 1 at most")
+        raise InputError(f"--layer-decay {s.layer_decay}: must be above 0 and at most 1")
     if not 0 <= s.freeze <= layers:
         raise InputError(f"--freeze {s.freeze}: must be from 0 to the model's {layers} layers")
     max_length = min(MAX_LENGTH, longest) if s.max_length is None else s.max_length
@@ -317,25 +347,26 @@ def _check(settings: Settings, pretrained: Pretrained) -> int:
 
 
 def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
-    regression = (
-        training.columns.label == SCORE_COLUMN
-        if settings.regression is None
-        else settings.regression
-    )
+    """Determine the task, and check that both files fit it."""
+    regression = settings.regression
+    if regression is None:
+        regression = training.columns.label == SCORE_COLUMN
     known = list(scores.OF_NUMBERS if regression else scores.OF_CLASSES)
     metric = settings.metric or known[0]
     if metric not in known:
         raise InputError(
-            f"--metric {metric}: of {'numbers' if regression else 'classes'} it can be {', '.join(known)}"
+            f"--metric {metric}: of {'numbers' if regression else 'classes'} it can be "
+            f"{', '.join(known)}"
         )
     if bool(training.second) != bool(test.second):
         pairs, alone = (training, test) if training.second else (test, training)
         raise InputError(
-            f"{alone.file}: texts stand alone here, and in {pairs.file} they are pairs ({pairs.columns.second}); give both or none"
+            f"{alone.file}: texts stand alone here, and in {pairs.file} they are pairs "
+            f"({pairs.columns.second}); use pairs in both files or in neither"
         )
     if regression:
         for examples in (training, test):
-            examples.numbers()  # raises with the lines of those that are none
+            examples.numbers()  # raises with the lines of labels that are not numbers
         return _Task([], metric)
     labels = sorted(set(training.labels))
     if len(labels) < 2:
@@ -355,14 +386,14 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
 
 
 def _split(training: Examples, settings: Settings) -> tuple[Examples, Examples]:
-    """What is trained on, and what is held out; every label stays in the first."""
-    order = torch.randperm(
-        len(training), generator=torch.Generator().manual_seed(settings.seed)
-    ).tolist()
+    """Split into the part to train on and the held-out part; every label stays in the first."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(training), generator=generator).tolist()
     count = round(settings.heldout * len(training))
     if not 0 < count < len(training):
         raise InputError(
-            f"{training.file}: {len(training)} examples are too few to hold out --heldout {settings.heldout}; leave --patience out"
+            f"{training.file}: {len(training)} examples are too few to hold out "
+            f"--heldout {settings.heldout}; leave --patience out"
         )
     left = Counter(training.labels)
     held_out: list[int] = []
@@ -371,18 +402,17 @@ def _split(training: Examples, settings: Settings) -> tuple[Examples, Examples]:
             left[training.labels[row]] -= 1
             held_out.append(row)
     chosen = set(held_out)
-    return training.take([row for row in range(len(training)) if row not in chosen]), training.take(
-        sorted(held_out)
-    )
+    rest = [row for row in range(len(training)) if row not in chosen]
+    return training.take(rest), training.take(sorted(held_out))
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation."""
+    """Return mean and standard deviation."""
     return Spread(statistics.mean(values), statistics.stdev(values) if values[1:] else 0.0)
 
 
 class Classifier(nn.Module):
-    """[CLS] of the encoder, pooler, dropout, one logit a class (or one number); [B, classes]."""
+    """[CLS] of the encoder, pooler, dropout, and one logit per class or a number: [B, classes]."""
 
     def __init__(self, pretrained: Pretrained, classes: int):
         super().__init__()
@@ -400,7 +430,7 @@ class Classifier(nn.Module):
 
 
 class _Encoded:
-    """Examples as token ids on the CPU, and batches of them on the model's device."""
+    """Examples as token ids on the CPU; batches of them are on the model's device."""
 
     def __init__(self, pretrained: Pretrained, task: _Task, examples: Examples, max_length: int):
         def ids(texts: list[str]) -> list[list[int]]:
@@ -425,7 +455,7 @@ class _Encoded:
         chosen = rows.tolist()
         second = [self.second[i] for i in chosen] if self.second else None
         pack = pack_texts([self.first[i] for i in chosen], second, self.special)
-        # A fresh key for every example and step: the model's dropout is a function of it.
+        # A new key for every example and step: the model's dropout is a function of it.
         pack = dataclasses.replace(pack, dropout_keys=torch.randint(2**62, (len(chosen),)))
         return pack.to(self.device), self.targets[rows].to(self.device)
 
@@ -437,26 +467,28 @@ class _Encoded:
 def _optimizer(
     model: Classifier, settings: Settings, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, no decay on biases and LayerNorms; linear warm-up, then linear to zero; lower layers slower, the lowest not at all if frozen."""
+    """Return AdamW and its schedule.
+
+    Biases and LayerNorms have no weight decay. The learning rate warms up linearly, then falls
+    linearly to zero. Lower layers have a lower learning rate, and frozen ones are not trained.
+    """
     layers = len(model.encoder.layers)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         depth = _depth(name, layers)
-        parameter.requires_grad_(
-            depth is not None and (settings.freeze == 0 or depth > settings.freeze)
-        )
+        trained = depth is not None and (settings.freeze == 0 or depth > settings.freeze)
+        parameter.requires_grad_(trained)
         if depth is not None and parameter.requires_grad:
             groups.setdefault((depth, parameter.ndim > 1), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "lr": settings.lr * settings.layer_decay ** max(0, layers - depth),
-                "weight_decay": WEIGHT_DECAY if decays else 0.0,
-            }
-            for (depth, decays), parameters in groups.items()
-        ]
-    )
+    groups_of_optimizer = [
+        {
+            "params": parameters,
+            "lr": settings.lr * settings.layer_decay ** max(0, layers - depth),
+            "weight_decay": WEIGHT_DECAY if decays else 0.0,
+        }
+        for (depth, decays), parameters in groups.items()
+    ]
+    optimizer = torch.optim.AdamW(groups_of_optimizer)
     warmup = max(1, round(WARMUP * steps))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, (steps - i) / max(1, steps - warmup))
@@ -464,7 +496,10 @@ def _optimizer(
 
 
 def _depth(name: str, layers: int) -> int | None:
-    """0 for the embeddings, 1 for the first layer, `layers` + 1 for what stands on the last; None for what a classifier does not use."""
+    """Return the depth of a parameter; None where a classifier does not use it.
+
+    It is 0 for the embeddings, 1 for the first layer, and `layers` + 1 for the head.
+    """
     if name.startswith(("encoder.mlm_head.", "encoder.nsp_head.classifier.")):
         return None
     if name.startswith("encoder.embeddings."):
@@ -475,13 +510,12 @@ def _depth(name: str, layers: int) -> int | None:
 def _save(
     out: str | Path, model: Classifier, pretrained: Pretrained, task: _Task, table: np.ndarray
 ) -> None:
+    """Write the Hugging Face folder and the picture of the confusion matrix."""
     left_out = (HEADS[MLM], "nsp_head.classifier.")
     state = to_hugging_face(
         {name: t for name, t in model.encoder.state_dict().items() if not name.startswith(left_out)}
     )
-    state |= {
-        f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()
-    }
+    state |= {f"classifier.{name}": t for name, t in model.classifier.state_dict().items()}
     labels = task.labels or ["LABEL_0"]
     with new_folder(out) as folder:
         write_folder(
@@ -495,10 +529,9 @@ def _save(
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
         )
-    # When the model is safe: a picture may fail.
-    if (
-        task.labels
-        and (problem := scores.draw_confusion(table, labels, Path(out) / "confusion.png"))
-        is not None
-    ):
-        warnings.warn(f"{problem}; the model is saved all the same", PictureWarning, stacklevel=3)
+    # The picture is drawn when the model is safe, because drawing may fail.
+    if task.labels:
+        problem = scores.draw_confusion(table, labels, Path(out) / "confusion.png")
+        if problem is not None:
+            message = f"{problem}; the model is saved all the same"
+            warnings.warn(message, PictureWarning, stacklevel=3)

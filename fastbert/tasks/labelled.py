@@ -1,4 +1,7 @@
-"""Labelled texts out of files: csv, tsv and jsonl, with our columns, GLUE's, or named ones; every bad row is listed with its line."""
+"""Read labelled texts from csv, tsv and jsonl, with our columns, GLUE's, or named ones.
+
+Every bad row is reported with its line.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,20 @@ from fastbert.errors import InputError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 SHOWN = 5  # bad rows that the message quotes
-LARGEST = 1e15  # of labels that are numbers: the squares of a batch's errors are added up in fp32, which ends at 3.4e38
+# The largest label that is a number: the squares of a batch's errors are summed in fp32, whose
+# largest value is 3.4e38.
+LARGEST = 1e15
 
 
 class Columns(NamedTuple):
-    """The names of the columns that matter; `second` is "" where texts stand alone."""
+    """The names of the columns to read; `second` is "" where a row has a single text."""
 
     first: str
     second: str
     label: str
 
 
-# Ours; then those of GLUE's files, as they come.
+# Our own layouts, then those of the unmodified GLUE files.
 LAYOUTS = (
     Columns("text", "text_b", "label"),
     Columns("text", "", "label"),
@@ -37,12 +42,16 @@ LAYOUTS = (
     Columns("question", "sentence", "label"),  # QNLI
     Columns("sentence", "", "label"),  # SST-2
 )
-COLA = ("source", "label", "mark", "sentence")  # CoLA's tsv has no header: its columns
+COLA = ("source", "label", "mark", "sentence")  # the columns of CoLA's tsv, which has no header
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The rows of a file: `second` is empty where texts stand alone; `lines` are their first lines in the file, from 1."""
+    """The rows of a file.
+
+    `second` is empty where a row has a single text. `lines` are the numbers of the rows' first
+    lines in the file, from 1.
+    """
 
     file: Path
     columns: Columns
@@ -55,7 +64,7 @@ class Examples:
         return len(self.labels)
 
     def take(self, rows: Sequence[int]) -> Examples:
-        """Some of them, in that order."""
+        """Return these rows, in that order."""
         first, second, labels = (
             [part[i] for i in rows] if part else []
             for part in (self.first, self.second, self.labels)
@@ -65,21 +74,26 @@ class Examples:
         )
 
     def numbers(self) -> list[float]:
-        """The labels as numbers; raises InputError with the lines of those that are none."""
+        """Return the labels as numbers.
+
+        Raises:
+            InputError: labels that are not numbers, with their lines.
+        """
         bad: list[str] = []
         values: list[float] = []
         for label, line in zip(self.labels, self.lines, strict=True):
             try:
                 values.append(float(label))
                 if not math.isfinite(values[-1]):
-                    bad.append(f"line {line}: {label!r} is no finite number")
+                    bad.append(f"line {line}: {label!r} is not a finite number")
                 elif abs(values[-1]) > LARGEST:
                     bad.append(
-                        f"line {line}: {self.columns.label} {label!r} is beyond {LARGEST:g}, too large to train on"
+                        f"line {line}: {self.columns.label} {label!r} is beyond {LARGEST:g}, "
+                        "too large to train on"
                     )
             except ValueError:
-                bad.append(f"line {line}: {self.columns.label} {label!r} is no number")
-        _refuse(self.file, bad)
+                bad.append(f"line {line}: {self.columns.label} {label!r} is not a number")
+        _raise_if_bad(self.file, bad)
         return values
 
 
@@ -89,11 +103,13 @@ def read_examples(
     """Read and check a file of examples.
 
     Args:
-        file: UTF-8 csv (with quotes), tsv (without, as GLUE has it) or jsonl; by its suffix.
-        first, second, label: columns, where they are none of LAYOUTS; `second` alone makes pairs of a layout without.
+        file: UTF-8; csv (with quotes), tsv (without quotes, as in GLUE) or jsonl, by its suffix.
+        first, second, label: names of columns, where they match none of LAYOUTS. `second` alone
+            adds a second text to a layout of single texts.
 
     Raises:
-        InputError: a file that cannot be read, columns that are not there, or bad rows, listed with their lines.
+        InputError: a file that cannot be read, missing columns, or bad rows, listed with their
+            lines.
     """
     file = Path(file)
     if file.suffix not in SUFFIXES:
@@ -106,32 +122,30 @@ def read_examples(
                     bad.append(f"line {line}: {row}")
                     continue
                 if found is None:
-                    found = Examples(
-                        file,
-                        _columns(file, list(row), Columns(first or "", second or "", label or "")),
-                    )
+                    wanted = Columns(first or "", second or "", label or "")
+                    found = Examples(file, _columns(file, list(row), wanted))
                 if complaint := _add(found, row, line):
                     bad.append(f"line {line}: {complaint}")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 ({error.reason}); convert it first") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    _refuse(file, bad)
+    _raise_if_bad(file, bad)
     if found is None:
-        raise InputError(f"{file}: no examples; a header and a row below it are the least")
+        raise InputError(f"{file}: no examples; it needs a header and at least one row")
     return found
 
 
-def _refuse(file: Path, bad: Sequence[str]) -> None:
+def _raise_if_bad(file: Path, bad: Sequence[str]) -> None:
+    """Raise InputError where there are bad rows."""
     if bad:
+        count = f"{len(bad):,} bad row{'s' * (len(bad) > 1)}"
         more = f" and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
-        raise InputError(
-            f"{file}: {len(bad):,} bad row{'s' * (len(bad) > 1)}: {'; '.join(bad[:SHOWN])}{more}; mend or delete them"
-        )
+        raise InputError(f"{file}: {count}: {'; '.join(bad[:SHOWN])}{more}; fix or remove them")
 
 
 def _rows(file: Path, handle: Iterator[str]) -> Iterator[tuple[int, dict[str, str] | str]]:
-    """The first line and the values by column of each row; a complaint in place of them where it is bad."""
+    """Yield the first line of each row with its values by column, or with what is wrong with it."""
     if file.suffix in (".jsonl", ".ndjson"):
         for line, text in enumerate(handle, 1):
             if text.strip():
@@ -157,23 +171,22 @@ def _rows(file: Path, handle: Iterator[str]) -> Iterator[tuple[int, dict[str, st
         if not row:
             continue
         if not columns:
-            columns = (
-                list(COLA) if not quoted and len(row) == len(COLA) and row[1] in ("0", "1") else row
-            )
+            # CoLA's tsv has no header, but it is recognised by its first row.
+            is_cola = not quoted and len(row) == len(COLA) and row[1] in ("0", "1")
+            columns = list(COLA) if is_cola else row
             if columns is row:
                 continue
         if len(row) != len(columns):
             surplus = len(row) - len(columns)
             hint = "; put texts with commas in quotes" if quoted and surplus > 0 else ""
-            yield (
-                at,
-                f"{abs(surplus)} {'more' if surplus > 0 else 'fewer'} fields than the header has columns{hint}",
-            )
+            difference = f"{abs(surplus)} {'more' if surplus > 0 else 'fewer'}"
+            yield at, f"{difference} fields than the header has columns{hint}"
         else:
             yield at, dict(zip(columns, row, strict=True))
 
 
 def _object(text: str) -> dict[str, str] | str:
+    """Return the values of a JSON object as strings, or what is wrong with it."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -187,18 +200,14 @@ def _object(text: str) -> dict[str, str] | str:
 
 
 def _columns(file: Path, there: list[str], wanted: Columns) -> Columns:
-    """Which columns to read, of those that are there."""
-    layout = next(
-        (layout for layout in LAYOUTS if set(layout) - {""} <= set(there)), Columns("", "", "")
-    )
+    """Return the columns to read among those in the file."""
+    layout = next((known for known in LAYOUTS if set(known) - {""} <= set(there)), None)
+    layout = layout or Columns("", "", "")
     chosen = Columns(*(mine or usual for mine, usual in zip(wanted, layout, strict=True)))
     if wanted.first and not wanted.second:
         chosen = chosen._replace(second="")
-    absent = [
-        name
-        for name in (chosen.first, chosen.label, *filter(None, [chosen.second]))
-        if name not in there
-    ]
+    needed = (chosen.first, chosen.label, *filter(None, [chosen.second]))
+    absent = [name for name in needed if name not in there]
     if absent:
         shown = ", ".join(there[:12])
         what = (
@@ -207,13 +216,14 @@ def _columns(file: Path, there: list[str], wanted: Columns) -> Columns:
             else "the columns do not say which is the text and which the label"
         )
         raise InputError(
-            f"{file}: {what}; there are {shown}: name them text (text_b) and label, or give --text, --pair and --label"
+            f"{file}: {what}; there are {shown}: name them text (text_b) and label, "
+            "or give --text, --pair and --label"
         )
     return chosen
 
 
 def _add(found: Examples, row: dict[str, str], line: int) -> str:
-    """Take a row; returns what is wrong with it, or ""."""
+    """Add a row; return what is wrong with it, or ""."""
     names = [name for name in found.columns if name]
     values = [row.get(name, "") for name in names]
     if empty := next(

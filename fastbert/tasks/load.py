@@ -1,4 +1,4 @@
-"""`fastbert.load`: a model folder becomes a model that answers."""
+"""`fastbert.load`: open a model folder for inference."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
     """Open a model.
 
     Args:
-        path: a run folder (its newest sound checkpoint is taken), a checkpoint folder of a run, or a Hugging Face BERT folder
-            (config.json, model.safetensors, tokenizer.json or vocab.txt).
+        path: a run folder (its newest valid checkpoint is loaded), a checkpoint folder of a run, or
+            a Hugging Face BERT folder (config.json, model.safetensors, tokenizer.json or
+            vocab.txt).
         device: "cpu" or "cuda"; by default a GPU where there is one.
 
     Raises:
-        InputError: one line on what is missing or wrong there, and what to do.
+        InputError: something in the folder is missing or wrong; one line says what to do.
     """
     parts = open_model(Path(path))
     tokens = parts.tokenizer.get_vocab_size()
     if tokens > parts.vocab_size:
         raise InputError(
-            f"{parts.tokenizer_path}: {tokens:,} tokens for {parts.vocab_size:,} embeddings; the tokenizer is another model's"
+            f"{parts.tokenizer_path}: {tokens:,} tokens for {parts.vocab_size:,} embeddings; "
+            "the tokenizer belongs to another model"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = BertForPreTraining(
         parts.config, parts.vocab_size, device=device, tied=DECODER not in parts.weights
     )
     result = model.load_state_dict(parts.weights, strict=False)
-    # A head that the folder does not hold keeps its random start; `Pretrained.heads` has it refused wherever it would be used.
+    # A head that the folder does not have keeps its random initial weights. `Pretrained` refuses to
+    # use it, because it is not in `heads`.
     assert not result.unexpected_keys and all("_head." in name for name in result.missing_keys), (
         result
     )

@@ -1,6 +1,7 @@
-"""`Pretrained`: what a trained model does with text: vectors, hidden states, `[MASK]` filled, the next sentence judged.
+"""`Pretrained`: inference with a trained model.
 
-Texts go through the model packed, as in training: sorted by length, end to end, no padding.
+It returns vectors, hidden states, tokens for `[MASK]`, and next-sentence probabilities. Texts are
+packed, as in training: sorted by length, one after another, without padding.
 """
 
 from __future__ import annotations
@@ -24,21 +25,23 @@ from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import Diverged, InputError
 from fastbert.models.bert import BertForPreTraining
 
-PACK_TOKENS = 4096  # tokens of one forward pass; all hidden states of BERT-base for them are 160 MB
+PACK_TOKENS = 4096  # tokens per forward pass; all hidden states of BERT-base then take 160 MB
 MASK = "[MASK]"
 POOLS = ("mean", "max", "cls")
 
 
 class TextCutWarning(UserWarning):
-    """Texts were longer than the model's positions."""
+    """Texts were longer than the model's positions and were cut."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
     """A model with its tokenizer, in evaluation mode.
 
-    `heads` says which of "mlm" and "nsp" were trained; `recipe` and `metadata` are those of the run, None and empty for a Hugging
-    Face folder. `path` is the folder that the weights came from.
+    Attributes:
+        heads: which of "mlm" and "nsp" were trained.
+        path: the folder that the weights came from.
+        recipe, metadata: those of the run; None and empty for a Hugging Face folder.
     """
 
     model: BertForPreTraining
@@ -52,7 +55,7 @@ class Pretrained:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of a text that fit between [CLS] and [SEP]."""
+        """The number of tokens of a text that fit between [CLS] and [SEP]."""
         return self.config.max_position_embeddings - 2
 
     def encode(
@@ -65,17 +68,21 @@ class Pretrained:
         """One vector for each text.
 
         Args:
-            texts: any number; a text without a token is `[CLS] [SEP]`; one that is too long is cut, with a warning.
-            pool: "mean" or "max" over all tokens, [CLS] and [SEP] counted, as sentence-transformers does; or "cls".
-            layer: 0 is what the embeddings give, 1 the first layer; -1 the last. Of several the mean is taken, token by token.
-            normalize: divide each vector by its length.
+            texts: any number. A text without tokens becomes `[CLS] [SEP]`. A text that is too long
+                is cut, with a warning.
+            pool: "mean" or "max" over all tokens including [CLS] and [SEP], as in
+                sentence-transformers; or "cls".
+            layer: 0 is the output of the embeddings, 1 that of the first layer, -1 that of the
+                last. Of several layers the mean is taken for each token.
+            normalize: divide each vector by its L2 norm.
 
         Returns:
             float32 [N, D], in the order of `texts`.
 
         Raises:
-            InputError: an unknown pool, a layer that is not there, a single string in place of a list.
-            Diverged: the model gives vectors that are not finite; so do the other methods.
+            InputError: an unknown pool, a layer that does not exist, or a single string instead of
+                a list.
+            Diverged: the vectors are not finite. The other methods raise it too.
         """
         count = self.config.num_hidden_layers + 1
         layers = [layer] if isinstance(layer, int) else list(layer)
@@ -84,7 +91,8 @@ class Pretrained:
         wrong = [index for index in layers if not -count <= index < count]
         if wrong or not layers:
             raise InputError(
-                f"layer = {wrong[0] if wrong else []}; the model has 0 (embeddings) to {count - 1}, or -1 (last) to {-count}"
+                f"layer = {wrong[0] if wrong else []}; the model has 0 (embeddings) to "
+                f"{count - 1}, or -1 (last) to {-count}"
             )
         result = np.empty((len(texts), self.config.hidden_size), np.float32)
         for chosen, batch in self._packs(self._ids(texts)):
@@ -98,59 +106,63 @@ class Pretrained:
                 vectors = hidden[batch.cu_seqlens[:-1].long()]
             else:
                 vectors = torch.segment_reduce(hidden, pool, lengths=batch.cu_seqlens.diff().long())
-            result[chosen] = (
-                self._finite(torch.nn.functional.normalize(vectors) if normalize else vectors)
-                .cpu()
-                .numpy()
-            )
+            if normalize:
+                vectors = torch.nn.functional.normalize(vectors)
+            result[chosen] = self._finite(vectors).cpu().numpy()
         return result
 
     def hidden_states(self, texts: Sequence[str]) -> list[list[np.ndarray]]:
-        """For each text L + 1 float32 arrays [n, D], embeddings first; n counts [CLS] and [SEP]. Raises as `encode`."""
+        """Return the hidden states of each text: L + 1 float32 arrays [n, D], embeddings first.
+
+        n includes [CLS] and [SEP].
+
+        Raises:
+            InputError, Diverged: as `encode`.
+        """
         result: list[list[np.ndarray]] = [[] for _ in texts]
         for chosen, batch in self._packs(self._ids(texts)):
             for state in self._hidden(batch):
-                parts = np.split(
-                    self._finite(state.float()).cpu().numpy(), batch.cu_seqlens[1:-1].cpu().numpy()
-                )
+                values = self._finite(state.float()).cpu().numpy()
+                parts = np.split(values, batch.cu_seqlens[1:-1].cpu().numpy())
                 for i, part in zip(chosen, parts, strict=True):
                     result[i].append(part)
         return result
 
     def fill_mask(self, text: str, k: int = 5) -> list[list[tuple[str, float]]]:
-        """The k most probable tokens and their probabilities, best first, for each `[MASK]` of the text.
+        """Return the k most probable tokens for each `[MASK]` of the text, best first.
+
+        Each comes with its probability.
 
         Raises:
-            InputError: no `[MASK]`, a text that is too long, k out of range, a model whose MLM head was not trained.
+            InputError: the text has no `[MASK]` or is too long, k is out of range, or the MLM head
+                was not trained.
         """
-        self._need(MLM)
+        self._require_head(MLM)
         if MASK not in text:
             raise InputError(f"{text!r}: no {MASK} to fill; write one where a word is missing")
         if not 1 <= k <= self.model.vocab_size:
             raise InputError(
                 f"k = {k}; must be from 1 to the {self.model.vocab_size:,} tokens of the vocabulary"
             )
-        # To the tokenizer "[MASK]" in a text is ordinary characters, so the text is cut there, as transformers does.
+        # The tokenizer treats "[MASK]" in a text as ordinary characters, so the text is split there
+        # first, as in transformers.
         ids: list[int] = []
         for i, part in enumerate(text.split(MASK)):
-            ids += ([self.special.mask] if i else []) + self.tokenizer.encode(
-                part, add_special_tokens=False
-            ).ids
+            if i:
+                ids.append(self.special.mask)
+            ids += self.tokenizer.encode(part, add_special_tokens=False).ids
         if len(ids) > self.max_tokens:
             raise InputError(
                 f"the text has {len(ids)} tokens, the model takes {self.max_tokens}; shorten it"
             )
         batch = self._batch([ids])
         with torch.inference_mode():
-            logits = self.model.token_logits(
-                self._hidden(batch)[-1][batch.input_ids == self.special.mask]
-            )
-            # Rows past the tokenizer's vocabulary (some models pad theirs) stand for no token.
-            best = (
-                self._finite(logits[:, : self.tokenizer.get_vocab_size()].float())
-                .softmax(-1)
-                .topk(k)
-            )
+            hidden = self._hidden(batch)[-1][batch.input_ids == self.special.mask]
+            logits = self.model.token_logits(hidden)
+            # Rows beyond the tokenizer's vocabulary, which some models add as padding, stand for no
+            # token.
+            logits = self._finite(logits[:, : self.tokenizer.get_vocab_size()].float())
+            best = logits.softmax(-1).topk(k)
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [
             [(self.tokenizer.id_to_token(i) or "", p) for i, p in zip(*row, strict=True)]
@@ -158,12 +170,14 @@ class Pretrained:
         ]
 
     def next_sentence(self, first: str, second: str) -> float:
-        """The probability that `second` follows `first`. A pair that is too long loses the end of its longer half, with a warning.
+        """Return the probability that `second` follows `first`.
+
+        Of a pair that is too long, the end of the longer text is cut, with a warning.
 
         Raises:
-            InputError: a model whose NSP head was not trained.
+            InputError: the NSP head was not trained.
         """
-        self._need(NSP)
+        self._require_head(NSP)
         a, b = (
             self.tokenizer.encode(text, add_special_tokens=False).ids for text in (first, second)
         )
@@ -177,6 +191,7 @@ class Pretrained:
         return float(self._finite(logits.float()).softmax(-1)[0, 0])
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, cut to the model's length."""
         if isinstance(texts, str):
             raise InputError(f"a list of texts is expected, not the single text {texts[:40]!r}")
         ids = [
@@ -189,7 +204,10 @@ class Pretrained:
         return [tokens[: self.max_tokens] for tokens in ids]
 
     def _packs(self, ids: list[list[int]]) -> Iterator[tuple[list[int], PackedBatch]]:
-        """Indices of the texts of a pack, and the pack: the longest texts first, so that those of similar length share one."""
+        """Yield packs with the indices of their texts.
+
+        The longest texts come first, so that texts of similar length share a pack.
+        """
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         chosen: list[int] = []
         tokens = 0
@@ -213,20 +231,25 @@ class Pretrained:
     def _finite(self, values: Tensor) -> Tensor:
         if not values.isfinite().all():
             raise Diverged(
-                f"{self.path}: the model gives numbers that are not finite, as after a training that has diverged; take another one"
+                f"{self.path}: the model's results are not finite, as after a training run that "
+                "has diverged; take another one"
             )
         return values
 
-    def _need(self, head: str) -> None:
+    def _require_head(self, head: str) -> None:
         if head not in self.heads:
             what = {MLM: "masked tokens", NSP: "next sentences"}[head]
             raise InputError(
-                f"{self.path}: the model was not trained on {what}, or its weights for them are missing"
+                f"{self.path}: the model was not trained on {what}, "
+                "or its weights for them are missing"
             )
 
 
 def fit_pair(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int]]:
-    """Cut the end of the longer of two texts until both have `room` tokens together at most, as transformers' "longest_first"."""
+    """Cut the end of the longer of two texts until they have at most `room` tokens together.
+
+    This is the strategy "longest_first" of transformers.
+    """
     keep = max(room - len(b), min(len(a), math.ceil(room / 2)))
     return (a[:keep], b[: room - keep]) if len(a) + len(b) > room else (a, b)
 

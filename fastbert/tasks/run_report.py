@@ -1,6 +1,7 @@
-"""`fastbert report RUN`: a run as one HTML page that needs nothing else: curves, where the time went, held-out results, samples, recipe.
+"""`fastbert report RUN`: a run as one self-contained HTML page.
 
-Curves are SVG inside the page, each narrow enough for a phone; on a wide screen they stand side by side.
+It shows curves, where the time went, held-out results, samples, and the recipe. Curves are SVG
+inside the page. Each is narrow enough for a phone, and on a wide screen they stand side by side.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from fastbert.data.dataset import open_dataset
+from fastbert.durable import replacing
 from fastbert.errors import Diverged, InputError
 from fastbert.presence import is_file, is_folder, unreadable
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
@@ -30,17 +32,21 @@ from fastbert.training.diagnosis import NAMES
 from fastbert.training.metrics import read_metrics
 from fastbert.training.picture import GRID, HELDOUT, INK, MASKED, MUTED, NSP, TRAIN
 
-POINTS = 200  # of a curve: blocks of steps, each drawn as its mean
-SAMPLES = 8  # held-out sentences with a word to guess
-SAMPLE_TOKENS = (8, 32)  # of such a sentence
-LOG_LINES = 12  # of the end of log.txt
+POINTS = 200  # at most, of a curve; each is the mean over a block of steps
+SAMPLES = 8  # held-out sentences with a hidden word
+SAMPLE_TOKENS = (8, 32)  # shortest and longest of these sentences
+LOG_LINES = 12  # from the start and the end of log.txt
 
 Steps = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class History:
-    """metrics.jsonl: each step and evaluation once, the last time it was made, and every other event; `bad` lines cannot be read."""
+    """The contents of metrics.jsonl.
+
+    A step or evaluation that was repeated after a restart counts once, in its last version. `bad`
+    is the number of lines that cannot be read.
+    """
 
     steps: Steps
     evaluations: Steps
@@ -49,7 +55,11 @@ class History:
 
 
 def read_history(run: Path) -> History:
-    """Raises InputError where metrics.jsonl cannot be read, or there is no step to report on."""
+    """Read the history of a run.
+
+    Raises:
+        InputError: metrics.jsonl cannot be read, or has no step to report on.
+    """
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     events: Steps = []
@@ -66,7 +76,7 @@ def read_history(run: Path) -> History:
         raise unreadable(run / "metrics.jsonl", error) from None
     if not steps:
         raise InputError(
-            f"{run}: no step in metrics.jsonl; give the folder of a run that has begun"
+            f"{run}: no step in metrics.jsonl; give the folder of a run that has started"
         )
     return History(
         [steps[step] for step in sorted(steps)],
@@ -77,15 +87,15 @@ def read_history(run: Path) -> History:
 
 
 def report(run: str | Path, out: str | Path | None = None, sequences: int | None = None) -> Path:
-    """Write the page; returns its path.
+    """Write the page and return its path.
 
     Args:
         run: the folder of a run, finished or not.
-        out: the file, by default RUN/report.html. An older one is replaced.
-        sequences: how many held-out examples are evaluated; by default the recipe's.
+        out: the file, by default RUN/report.html; an existing one is replaced.
+        sequences: number of held-out examples to evaluate; by default the recipe's.
 
     Raises:
-        InputError: no run, one without a step, or a file that cannot be written.
+        InputError: no run, a run without a step, or a file that cannot be read.
     """
     run = Path(run)
     if not is_file(run / "config.toml"):
@@ -95,17 +105,13 @@ def report(run: str | Path, out: str | Path | None = None, sequences: int | None
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     history = read_history(run)
     page = _page(run, history, *_results(run, sequences))
-    staging = out.with_name(f".writing-{out.name}")
-    try:
+    with replacing(out) as staging:
         staging.write_text(page, encoding="utf-8")
-        os.replace(staging, out)
-    finally:
-        staging.unlink(missing_ok=True)
     return out
 
 
 def _results(run: Path, sequences: int | None) -> tuple[Pretrained | None, Evaluation | None, str]:
-    """The model of the newest checkpoint and what it reaches, or why there is none."""
+    """Return the model of the newest checkpoint and its evaluation, or why there is none."""
     try:
         pretrained = load(run, "cpu")
         return pretrained, evaluate(pretrained, sequences=sequences), ""
@@ -113,7 +119,7 @@ def _results(run: Path, sequences: int | None) -> tuple[Pretrained | None, Evalu
         return None, None, str(error)
 
 
-# ------------------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------- the page
 
 _STYLE = f"""
 :root {{ color: {INK}; font: 16px/1.5 system-ui, sans-serif; }}
@@ -121,22 +127,26 @@ body {{ margin: 0 auto; max-width: 72rem; padding: 1rem; }}
 h1 {{ font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }}
 h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem; }}
 p.note {{ color: {MUTED}; margin: .25rem 0; }}
-.cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }}
+.cards {{ display: grid; gap: .75rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }}
 .cards div {{ border: 1px solid {GRID}; border-radius: .5rem; padding: .5rem .75rem; }}
 .cards b {{ display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }}
 .cards span {{ color: {MUTED}; font-size: .85rem; }}
-.curves {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }}
+.curves {{ display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }}
 .curves svg {{ width: 100%; height: auto; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .25rem .75rem .25rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid {GRID}; }}
+th, td {{ padding: .25rem .75rem .25rem 0; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid {GRID}; }}
 th:first-child, td:first-child {{ text-align: left; }}
 th {{ color: {MUTED}; font-weight: 500; }}
 .bar {{ display: flex; height: 1.25rem; border-radius: .25rem; overflow: hidden; }}
 .sample {{ margin: .75rem 0; }}
 .sample p {{ margin: 0; }}
 .right {{ color: #15803d; font-weight: 600; }}
-pre {{ background: #f9fafb; border: 1px solid {GRID}; border-radius: .5rem; padding: .75rem; overflow-x: auto; font-size: .8rem; }}
+pre {{ background: #f9fafb; border: 1px solid {GRID}; border-radius: .5rem; padding: .75rem;
+  overflow-x: auto; font-size: .8rem; }}
 """
 
 
@@ -147,6 +157,7 @@ def _page(
     found: Evaluation | None,
     why_not: str,
 ) -> str:
+    recipe = (run / "config.toml").read_text(encoding="utf-8").strip()
     sections = [
         f"<h1>{_text(run.resolve().name)}</h1>",
         _cards(history, pretrained, found),
@@ -158,14 +169,19 @@ def _page(
     if pretrained is not None:
         sections.append("<h2>What it guesses</h2>" + _samples(pretrained))
     sections += [
-        "<h2>Recipe</h2><pre>"
-        + _text((run / "config.toml").read_text(encoding="utf-8").strip())
-        + "</pre>",
+        f"<h2>Recipe</h2><pre>{_text(recipe)}</pre>",
         "<h2>Machine and log</h2>" + _log(run),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{_text(run.resolve().name)}</title>'
+    head = (
+        '<meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(run.resolve().name)}</title>"
+    )
     body = "\n".join(sections)
-    return f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n'
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_STYLE}</style></head>\n'
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
 
 
 def _text(value: object) -> str:
@@ -177,7 +193,10 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     body = "".join(
         "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def _cards(history: History, pretrained: Pretrained | None, found: Evaluation | None) -> str:
@@ -190,10 +209,8 @@ def _cards(history: History, pretrained: Pretrained | None, found: Evaluation | 
         (f"{statistics.median(step['tokens_per_s'] for step in steps):,.0f}", "tokens/s, median"),
     ]
     if pretrained is not None:
-        cards.insert(
-            0,
-            (f"{sum(p.numel() for p in pretrained.model.parameters()) / 1e6:,.1f} M", "parameters"),
-        )
+        parameters = sum(p.numel() for p in pretrained.model.parameters())
+        cards.insert(0, (f"{parameters / 1e6:,.1f} M", "parameters"))
     if found is not None:
         cards += [
             (f"{found.masked.loss:.3f}", "held-out MLM loss"),
@@ -201,22 +218,13 @@ def _cards(history: History, pretrained: Pretrained | None, found: Evaluation | 
         ]
         cards += [(f"{found.pairs.accuracy:.1%}", "next sentences right")] if found.pairs else []
     stops = [event["reason"] for event in history.events if event["event"] == "stop"]
-    note = (
-        f'<p class="note">Ended by: {_text(stops[-1])}</p>'
-        if stops
-        else '<p class="note">Not ended yet.</p>'
-    )
-    note += (
-        f'<p class="note">{history.bad:,} lines of metrics.jsonl cannot be read and are left out.</p>'
-        if history.bad
-        else ""
-    )
-    return (
-        note
-        + '<div class="cards">'
-        + "".join(f"<div><b>{_text(value)}</b><span>{name}</span></div>" for value, name in cards)
-        + "</div>"
-    )
+    state = f"Ended by: {_text(stops[-1])}" if stops else "Not ended yet."
+    note = f'<p class="note">{state}</p>'
+    if history.bad:
+        bad = f"{history.bad:,} lines of metrics.jsonl cannot be read and are left out."
+        note += f'<p class="note">{bad}</p>'
+    shown = "".join(f"<div><b>{_text(value)}</b><span>{name}</span></div>" for value, name in cards)
+    return f'{note}<div class="cards">{shown}</div>'
 
 
 def _clock(seconds: float) -> str:
@@ -254,16 +262,21 @@ def _held_out(found: Evaluation) -> str:
         "right",
         "in first 5",
     )
-    text = f"{found.sequences:,} sequences, {found.tokens:,} tokens; perplexity {found.masked.perplexity:,.1f}"
+    text = (
+        f"{found.sequences:,} sequences, {found.tokens:,} tokens; "
+        f"perplexity {found.masked.perplexity:,.1f}"
+    )
     if (pairs := found.pairs) is not None:
-        text += (
-            f"; next sentence: loss {pairs.loss:.3f}, {pairs.accuracy:.1%} of {pairs.count:,} right"
-        )
+        right = f"{pairs.accuracy:.1%} of {pairs.count:,} right"
+        text += f"; next sentence: loss {pairs.loss:.3f}, {right}"
     return f'<p class="note">{_text(text)}</p>' + _table(columns, rows)
 
 
 def _times(history: History) -> str:
-    """Of the run's clock, what went into steps, evaluations and saves, and the rest: pictures, starts."""
+    """Return how the run's time divides into steps, evaluations, saves and the rest.
+
+    The rest is pictures and starts.
+    """
     steps = sum(step["seconds"] for step in history.steps)
     evaluations = sum(found.get("seconds") or 0.0 for found in history.evaluations)
     saves = sum(event.get("seconds") or 0.0 for event in history.events if event["event"] == "save")
@@ -284,23 +297,24 @@ def _times(history: History) -> str:
 
 
 def _log(run: Path) -> str:
-    lines = (
-        (run / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        if is_file(run / "log.txt")
-        else []
+    lines: list[str] = []
+    if is_file(run / "log.txt"):
+        lines = (run / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    shown = lines
+    if len(lines) > 2 * LOG_LINES:
+        shown = [*lines[:LOG_LINES], "...", *lines[-LOG_LINES:]]
+    made = (
+        f"This page: fastbert {version('fastbert-pretrain')}, {platform.machine()}, "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}"
     )
-    shown = (
-        lines if len(lines) <= 2 * LOG_LINES else [*lines[:LOG_LINES], "...", *lines[-LOG_LINES:]]
-    )
-    made = f"This page: fastbert {version('fastbert-pretrain')}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     return "<pre>" + _text("\n".join(shown)) + f'</pre><p class="note">{_text(made)}</p>'
 
 
-# ------------------------------------------------------------------------------------------------------------- samples
+# ----------------------------------------------------------------------------- samples
 
 
 def _samples(pretrained: Pretrained) -> str:
-    """Held-out sentences, a whole word of each hidden, and the model's first guesses."""
+    """Show held-out sentences with a hidden word, and the model's top predictions."""
     parts = []
     for before, word, after in _hidden_words(pretrained):
         (guesses,) = pretrained.fill_mask(f"{before}{MASK}{after}", 5)
@@ -316,13 +330,17 @@ def _samples(pretrained: Pretrained) -> str:
 
 
 def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
-    """Sentences spread evenly over the held-out part, and the longest word of each that is a single token."""
+    """Choose sentences spread evenly over the held-out split, and hide a word in each.
+
+    Returns:
+        The text before the word, the word, and the text after it. The word is the longest one that
+        is a single token.
+    """
     if pretrained.recipe is None:
         return []
     try:
-        dataset = open_dataset(
-            pretrained.recipe.data, verify=False
-        )  # the evaluation has just done so
+        # The evaluation has just verified it.
+        dataset = open_dataset(pretrained.recipe.data, verify=False)
     except InputError:
         return []
     split, tokenizer = dataset.split("heldout"), pretrained.tokenizer
@@ -331,20 +349,13 @@ def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
     lengths = np.diff(bounds)
     right = np.flatnonzero((lengths >= low) & (lengths <= min(high, pretrained.max_tokens)))
     found = []
-    for sentence in (
-        right[np.linspace(0, len(right) - 1, min(SAMPLES, len(right))).astype(np.int64)]
-        if len(right)
-        else ()
-    ):
-        tokens = [
-            tokenizer.id_to_token(int(i)) or ""
-            for i in split.gather(bounds[[sentence]], lengths[[sentence]])
-        ]
-        whole = [
-            i
-            for i, t in enumerate(tokens)
-            if t.isalpha() and (i + 1 == len(tokens) or not tokens[i + 1].startswith("##"))
-        ]
+    chosen = np.linspace(0, len(right) - 1, min(SAMPLES, len(right))).astype(np.int64)
+    for sentence in right[chosen]:
+        ids = split.gather(bounds[[sentence]], lengths[[sentence]])
+        tokens = [tokenizer.id_to_token(int(i)) or "" for i in ids]
+        # A word is a single token if no "##" token continues it.
+        continued = [token.startswith("##") for token in [*tokens[1:], ""]]
+        whole = [i for i, t in enumerate(tokens) if t.isalpha() and not continued[i]]
         if whole:
             at = max(whole, key=lambda i: len(tokens[i]))
             before, after = _words([*tokens[:at], MASK, *tokens[at + 1 :]]).split(MASK)
@@ -353,24 +364,21 @@ def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
 
 
 def _words(tokens: Sequence[str]) -> str:
-    """Text of tokens, punctuation where one expects it."""
+    """Join tokens as text, with usual spacing around punctuation."""
     text = " ".join(tokens).replace(" ##", "")
-    return re.sub(
-        r" ([.,;:?!)\]])", r"\1", re.sub(r"([(\[]) ", r"\1", re.sub(r" (['’\-]) ", r"\1", text))
-    )
+    text = re.sub(r" (['’\-]) ", r"\1", text)
+    text = re.sub(r"([(\[]) ", r"\1", text)
+    return re.sub(r" ([.,;:?!)\]])", r"\1", text)
 
 
-# ------------------------------------------------------------------------------------------------------------- curves
+# ----------------------------------------------------------------------------- curves
 
 
 def _curves(history: History, found: Evaluation | None) -> Iterable[str]:
     steps, evaluations = history.steps, history.evaluations
     pairs = any(step["loss_nsp"] is not None for step in steps)
-    baselines = {
-        NAMES[name]: value
-        for name, value in (found.baselines if found else {}).items()
-        if name in NAMES
-    }
+    known = found.baselines if found else {}
+    baselines = {NAMES[name]: value for name, value in known.items() if name in NAMES}
 
     def mlm(ax: Any) -> None:
         ax.plot(*_smooth(steps, "loss_mlm"), color=TRAIN, label="training")
@@ -380,8 +388,16 @@ def _curves(history: History, found: Evaluation | None) -> Iterable[str]:
         )
         for name, value in baselines.items():
             ax.axhline(value, color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
-            ax.annotate(f"{name} {value:.2f}", (1, value), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-                        ha="right", color=MUTED, fontsize=7)  # fmt: skip
+            ax.annotate(
+                f"{name} {value:.2f}",
+                (1, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="right",
+                color=MUTED,
+                fontsize=7,
+            )
         ax.legend(frameon=False, fontsize=7, labelcolor=INK)
 
     def nsp(ax: Any) -> None:
@@ -414,7 +430,7 @@ def _curves(history: History, found: Evaluation | None) -> Iterable[str]:
 
 
 def _curve(title: str, draw: Callable[[Any], None]) -> str:
-    """An SVG that takes the width it is given."""
+    """Return an SVG that fills the width it is given."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -431,19 +447,16 @@ def _curve(title: str, draw: Callable[[Any], None]) -> str:
     ax.grid(axis="y", color=GRID, linewidth=0.6)
     ax.set_axisbelow(True)
     buffer = io.StringIO()
-    # Text stays text, in the reader's own font; ids come from the title, so that those of two curves differ and a page can be made again.
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
-    ):
+    # Text stays text, in the reader's own font. Ids are derived from the title, so that two curves
+    # have different ids and the page is reproducible.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
+    with matplotlib.rc_context(settings):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
+    # Without its metadata and its fixed size, the SVG scales with the page.
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"',
-        r"\1",
-        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
-        count=1,
-    )
+    for side in ("height", "width"):
+        svg = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", svg, count=1)
     return svg.replace("<svg", f'<svg role="img" aria-label="{_text(title)}"', 1)
 
 
@@ -453,10 +466,12 @@ def _column(records: Steps, key: str) -> tuple[list[float], list[float]]:
 
 
 def _smooth(steps: Steps, key: str) -> tuple[list[float], list[float]]:
-    """Means over blocks of steps, POINTS of them at most, each at its middle."""
+    """Return the means over blocks of steps, at most POINTS of them, each at its middle."""
     x, y = _column(steps, key)
     block = max(1, -(-len(x) // POINTS))
     starts = range(0, len(x), block)
-    return [statistics.fmean(x[i : i + block]) for i in starts], [
-        statistics.fmean(y[i : i + block]) for i in starts
-    ]
+
+    def means(values: list[float]) -> list[float]:
+        return [statistics.fmean(values[i : i + block]) for i in starts]
+
+    return means(x), means(y)

@@ -1,4 +1,4 @@
-"""How good answers are: accuracy, F1, Matthews' correlation, Pearson's and Spearman's, and the table and picture of what is taken for what."""
+"""Scores of predictions: accuracy, F1, Matthews, Pearson and Spearman correlation, confusion."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ import numpy as np
 
 from fastbert.training.picture import INK, write_picture
 
-SHOWN = 30  # classes of the picture
+SHOWN = 30  # classes in the picture
 
 
 def accuracy(answers: np.ndarray, truth: np.ndarray) -> float:
-    """Share of right answers; int [N] both."""
+    """Return the share of correct predictions; both arguments are int [N]."""
     return float((answers == truth).mean())
 
 
 def confusion(answers: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
-    """int64 [classes, classes]: how often each class (row) was taken for each (column)."""
-    return np.bincount(truth * classes + answers, minlength=classes * classes).reshape(
-        classes, classes
-    )
+    """Return how often each true class (row) was predicted as each class (column).
+
+    The result is int64 [classes, classes].
+    """
+    counts = np.bincount(truth * classes + answers, minlength=classes * classes)
+    return counts.reshape(classes, classes)
 
 
 def f1(answers: np.ndarray, truth: np.ndarray) -> float:
-    """Of the second of two classes, as GLUE has it (1 among 0 and 1); of more, the mean over those that occur."""
+    """Return the F1 score.
+
+    Of two classes it is that of the second one, as in GLUE (1 among 0 and 1). Of more classes it is
+    the mean over those that occur.
+    """
     table = confusion(answers, truth, int(max(answers.max(), truth.max(), 1)) + 1)
     right, either = np.diag(table), table.sum(0) + table.sum(1)
     scores = 2 * right / np.maximum(either, 1)
@@ -34,7 +40,7 @@ def f1(answers: np.ndarray, truth: np.ndarray) -> float:
 
 
 def matthews(answers: np.ndarray, truth: np.ndarray) -> float:
-    """Matthews' correlation; 0 where all answers, or all truths, are alike.
+    """Return the Matthews correlation; 0 where all predictions, or all true classes, are equal.
 
     Source: Gorodkin, 2004, for any number of classes.
     """
@@ -45,18 +51,16 @@ def matthews(answers: np.ndarray, truth: np.ndarray) -> float:
 
 
 def pearson(answers: np.ndarray, truth: np.ndarray) -> float:
-    """Of numbers, float [N]; 0 where either does not vary."""
-    answers, truth = (
-        answers.astype(np.float64),
-        truth.astype(np.float64),
-    )  # squares of large numbers do not fit fp32
+    """Return the Pearson correlation of numbers, float [N]; 0 where either does not vary."""
+    # fp64, because squares of large numbers overflow fp32.
+    answers, truth = answers.astype(np.float64), truth.astype(np.float64)
     a, b = answers - answers.mean(), truth - truth.mean()
     spread = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / spread) if spread > 0 else 0.0
 
 
 def spearman(answers: np.ndarray, truth: np.ndarray) -> float:
-    """Pearson's of the ranks; equal values share the mean of theirs."""
+    """Return the Pearson correlation of the ranks; equal values get the mean of their ranks."""
     return pearson(_ranks(answers), _ranks(truth))
 
 
@@ -72,13 +76,13 @@ OF_NUMBERS: dict[str, Score] = {"spearman": spearman, "pearson": pearson}
 
 
 def draw_confusion(table: np.ndarray, labels: Sequence[str], path: Path) -> str | None:
-    """A picture of the table: rows are what is true, columns what was answered, shades the share of a row.
+    """Draw the confusion matrix: rows are true classes, columns predictions, shades row shares.
 
-    Of more than SHOWN classes the most frequent ones are drawn, and the rest as one, by shades alone: the time and the memory that a picture
-    takes grow with the square of the classes.
+    Of more than SHOWN classes the most frequent ones are drawn, and the others as one class,
+    without numbers. The time and the memory for a picture grow with the square of the classes.
 
     Returns:
-        Why it could not be drawn, in a line, or None.
+        One line on why it could not be drawn, or None.
     """
     return write_picture(path, lambda: _confusion_figure(table, labels))
 
@@ -109,7 +113,7 @@ def _confusion_figure(table: np.ndarray, labels: Sequence[str]) -> Any:
         )
     names = [label if len(label) <= 24 else label[:23] + "…" for label in labels]
     places = range(len(names))
-    # The labels are the user's: "$" in them begins no formula.
+    # The labels come from the user: "$" in them does not start a formula.
     ax.set_xticks(
         places, names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False
     )
@@ -121,7 +125,7 @@ def _confusion_figure(table: np.ndarray, labels: Sequence[str]) -> Any:
 
 
 def _most_frequent(table: np.ndarray, labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """The table of the SHOWN most frequent classes, in their order, and of all others together."""
+    """Merge all classes but the SHOWN most frequent ones, which keep their order."""
     kept = np.sort(np.argsort(-table.sum(1), kind="stable")[:SHOWN])
     places = np.full(len(labels), SHOWN)
     places[kept] = np.arange(SHOWN)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastbert.durable import replacing
 from fastbert.training.diagnosis import NAMES
 
 log = logging.getLogger("fastbert")
@@ -34,16 +33,12 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> str | None:
     Returns:
         One line on what went wrong, or None.
     """
-    partial = path.with_name(f".{path.name}")
     try:
-        with warnings.catch_warnings():
+        with replacing(path) as staging, warnings.catch_warnings():
             # Letters that the font does not have are drawn as boxes, each with a warning.
             warnings.simplefilter("ignore")
-            draw().savefig(partial, format="png")
-        os.replace(partial, path)
+            draw().savefig(staging, format="png")
     except Exception as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         return f"{path} could not be drawn: " + " ".join(f"{type(error).__name__}: {error}".split())
     return None
 
