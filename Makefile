@@ -122,9 +122,9 @@ runs/demo/finished: | data/wiki/manifest.json
 runs/library/finished: | data/library-16384/manifest.json
 
 runs/%/finished:
-	$(call heading,Pretrain by recipes/$*.toml; Ctrl-C saves$(comma) and make $* resumes from there)
+	$(call heading,Pretrain by fastbert/recipes/$*.toml; Ctrl-C saves$(comma) and make $* resumes from there)
 	@resume=; if [ -e runs/$*/.owner ]; then resume=--resume; fi; \
-	$(FASTBERT) pretrain recipes/$*.toml $$resume
+	$(FASTBERT) pretrain fastbert/recipes/$*.toml $$resume
 	@touch $@
 
 runs/%/evaluate.txt: | runs/%/finished

@@ -46,7 +46,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Pre-train a BERT of your own, from raw text to a model that Hugging Face loads.",
-    epilog="Start: fastbert prepare text.txt --out data/my && fastbert pretrain recipes/mini.toml data=data/my run=runs/my",
+    epilog="Start: fastbert prepare text.txt --out data/my && fastbert pretrain mini.toml data=data/my run=runs/my",
 )
 
 # Paths that must be there are checked before anything heavy is imported.
@@ -190,11 +190,11 @@ def prepare(
         print(report.json(), end="")
         return
     _console().print(report.table())
-    print(f"{out}: ready; next: fastbert pretrain recipes/mini.toml data={out}")
+    print(f"{out}: ready; next: fastbert pretrain mini.toml data={out}")
 
 
 @app.command(
-    epilog="Example: fastbert pretrain recipes/base.toml data=data/wiki run=runs/base optimizer.lr=2e-4"
+    epilog="Example: fastbert pretrain base.toml data=data/wiki run=runs/base optimizer.lr=2e-4"
 )
 def pretrain(
     recipe: Annotated[
@@ -597,7 +597,7 @@ def doctor(as_json: Json = False) -> None:
         print(f"- {line}")
 
 
-@app.command(epilog="Example: fastbert plan recipes/base.toml --gpus 64 --gpu h100")
+@app.command(epilog="Example: fastbert plan base.toml --gpus 64 --gpu h100")
 def plan(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")

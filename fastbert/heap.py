@@ -4,7 +4,7 @@ glibc returns every block above 32 MB to the system at once, and trims the top o
 temporaries in again (filling 49 MB, one thread of an AMD EPYC: 21.8 ms, and 1.9 ms with the heap kept).
 
 oneDNN keeps the last 1,024 operations that it has built, each for exact shapes and with its work space. Packs have other shapes at every
-step, so these are never used again, and lie between the blocks of the heap that are (recipes/library.toml on the same machine: 1,640 MB
+step, so these are never used again, and lie between the blocks of the heap that are (library.toml on the same machine: 1,640 MB
 after 120 steps and 2,400 MB in the end; with 32 kept 760 MB, in no more time).
 """
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastbert.config import RunConfig
+from fastbert.config import DEEPSPEED, RunConfig
 from fastbert.errors import InputError
 from fastbert.training.ds_keys import (
     COUNT,
@@ -105,13 +105,15 @@ class Answer(NamedTuple):
 
 
 def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
-    """Read and check the file that runtime.deepspeed names; `recipe` is the recipe's path, for messages.
+    """Read and check the file that runtime.deepspeed names, or else the packaged one.
+
+    `recipe` is the recipe's path, for messages.
 
     Raises:
         InputError: no such file, not JSON, an unknown key (the near ones are listed), a value that contradicts the recipe (both
             places are named), asks for what fastbert does not do, or has the wrong type; a ZeRO stage that does not exist.
     """
-    path = config.runtime.deepspeed
+    path = config.runtime.deepspeed or str(DEEPSPEED)
     values, answers = _load(path, recipe), _answers(config)
 
     def check(
@@ -177,7 +179,8 @@ def _load(path: str, recipe: str) -> dict[str, Any]:
         values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise InputError(
-            f"{recipe}: runtime.deepspeed = {path!r}: no such file; the one that comes with fastbert is ds_config.json"
+            f"{recipe}: runtime.deepspeed = {path!r}: no such file; "
+            "without this key fastbert uses its own settings"
         ) from None
     except OSError as error:
         raise InputError(

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 
 from fastbert.checkpoints.saver import Saved
 from fastbert.training.run import Run
 from fastbert.training.setup import Setup
 
-DONE, FAILED, INTERRUPTED = (
-    0,
-    1,
-    75,
-)  # exit codes; 75 is EX_TEMPFAIL: a scheduler may start it again
+# Exit codes. 75 is EX_TEMPFAIL: a scheduler may start the run again.
+DONE, FAILED, INTERRUPTED = 0, 1, 75
 LOWER = 10  # a run that diverged is to be resumed with its rate divided by this
 
 
-def conclude(run: Run, reason: str | None, last: Saved | None) -> int:
-    """Say why the run ended and what the user may do; returns the exit code.
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended.
+
+    Attributes:
+        exit_code: 0 when a stop condition was reached, 1 when the run failed, 75 when it was
+            interrupted and can be resumed.
+        reason: why it ended, in words.
+    """
+
+    exit_code: int
+    reason: str
+
+
+def conclude(run: Run, reason: str | None, last: Saved | None) -> Ending:
+    """Say why the run ended and what the user may do.
 
     Args:
         reason: the stop condition that was reached; None where a signal or diverged weights ended the run.
@@ -41,7 +53,7 @@ def conclude(run: Run, reason: str | None, last: Saved | None) -> int:
         code, advice = FAILED, f"fix this, then {how_to_resume(run.setup)}"
         reason = f"{reason}, but it could not be saved: {last.problem}"
     run.monitor.stop(state.step, reason, advice)
-    return code
+    return Ending(code, reason)
 
 
 def how_to_resume(setup: Setup) -> str:

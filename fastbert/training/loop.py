@@ -17,7 +17,7 @@ from fastbert.config import RunConfig
 from fastbert.data.prefetch import Prefetch
 from fastbert.machine import measure_gemm_rate
 from fastbert.out_of_memory import shortage
-from fastbert.training.ending import FAILED, INTERRUPTED, conclude, how_to_resume
+from fastbert.training.ending import FAILED, INTERRUPTED, Ending, conclude, how_to_resume
 from fastbert.training.engine import Engine
 from fastbert.training.monitor import Monitor
 from fastbert.training.run import Consensus, Run
@@ -30,8 +30,10 @@ class Ended(Exception):
 
 def pretrain(
     config: RunConfig, recipe: str, resume: bool, stop_request: StopRequest | None = None
-) -> int:
-    """Train as the recipe says, from the beginning or from the newest valid checkpoint of its run. Every rank calls it.
+) -> Ending:
+    """Train as the recipe says, from the beginning or from the newest valid checkpoint of its run.
+
+    Every rank calls it.
 
     Args:
         config: the resolved recipe.
@@ -40,10 +42,11 @@ def pretrain(
         stop_request: one that is listening to signals already; by default a new one.
 
     Returns:
-        0 when a stop condition was reached, 1 when the run failed, 75 when it was interrupted and a checkpoint saved.
+        The exit code and the reason. A reason that `Monitor.stop` has not shown is on stderr.
 
     Raises:
-        InputError: the recipe, the dataset, ds_config.json or the run folder is wrong; nothing has been written then.
+        InputError: the recipe, the dataset, DeepSpeed's settings or the run folder is wrong.
+            Nothing has been written then.
     """
     timeout_s = config.runtime.timeout_s
     with stop_request or StopRequest() as stop_request:
@@ -57,18 +60,19 @@ def pretrain(
                 setup = set_up(config, recipe, resume, group)
                 return _open_and_train(setup, group, watchdog, stop_request)
         except Interrupted as signal:
-            print(f"interrupted by {signal} before the first step", file=sys.stderr)
-            return INTERRUPTED
+            ending = Ending(INTERRUPTED, f"interrupted by {signal} before the first step")
+            print(ending.reason, file=sys.stderr)
         except RankLost as end:
-            print(f"fastbert: {end}; resume with --resume", file=sys.stderr)
-            return FAILED
+            ending = Ending(FAILED, f"{end}; resume with --resume")
+            print(f"fastbert: {ending.reason}", file=sys.stderr)
         except Ended as end:
+            ending = Ending(FAILED, str(end))
             print(f"fastbert: {end}", file=sys.stderr)
-            return FAILED
+        return ending
 
 
-def train(run: Run) -> int:
-    """Steps, evaluations and checkpoints until a stop condition, a signal or diverged weights end the run; returns the exit code."""
+def train(run: Run) -> Ending:
+    """Train until a stop condition, a signal or diverged weights end the run."""
     every = run.setup.config.evaluate.every
     reason = run.criteria.reached(run.state)
     while reason is None and not (run.stop or run.diverged):
@@ -84,7 +88,7 @@ def train(run: Run) -> int:
 
 def _open_and_train(
     setup: Setup, group: Group, watchdog: Watchdog, stop_request: StopRequest
-) -> int:
+) -> Ending:
     """Take the run folder, build what trains, and train. A failure of the disk or of memory becomes one line."""
     try:
         return _open_run(setup, group, watchdog, stop_request)
@@ -105,7 +109,9 @@ def _open_and_train(
         raise Ended(f"{group.name(group.rank)}: {line}" if group.world > 1 else line) from error
 
 
-def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: StopRequest) -> int:
+def _open_run(
+    setup: Setup, group: Group, watchdog: Watchdog, stop_request: StopRequest
+) -> Ending:
     config, state, folder = setup.config, setup.state, setup.start.run
     found = setup.start.checkpoint
     watchdog.tick("the run folder")
