@@ -240,7 +240,9 @@ def train(wanted: Sequence[Case], ds_config: str) -> None:
 
 
 def measure(
-    world: int, wanted: Sequence[Case], ds_config: str = str(ROOT / "fastbert/recipes/ds_config.json")
+    world: int,
+    wanted: Sequence[Case],
+    ds_config: str = str(ROOT / "fastbert/recipes/ds_config.json"),
 ) -> list[Measured]:
     """Train on `world` ranks, each in a network of its own.
 

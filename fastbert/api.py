@@ -48,9 +48,7 @@ class RunResult:
         return load(self.run, device)
 
 
-def prepare(
-    sources: str | Path | Iterable[str | Path], out: str | Path, **options: Any
-) -> Report:
+def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **options: Any) -> Report:
     """Turn text into a dataset: a tokenizer, token ids, a held-out part and a report on the data.
 
     Args:

@@ -31,7 +31,7 @@ PACKAGED = Path(__file__).parent / "recipes"  # the recipes that fastbert brings
 DEEPSPEED = PACKAGED / "ds_config.json"  # DeepSpeed's settings where a recipe names no file
 COMMAND_LINE = "command line"  # in messages: where a value came from
 OVERRIDES = "overrides"
-# What the parser raises: ValueError also for a number of 5,000 digits, RecursionError for deep brackets.
+# What the parser raises, also for a number of 5,000 digits and for deeply nested brackets.
 NOT_TOML = (ValueError, RecursionError)
 
 PRESETS: dict[str, dict[str, int]] = {

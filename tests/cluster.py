@@ -170,7 +170,9 @@ class Cluster:
         self.folder, self.run, self._gpus = folder, folder / "runs/base", gpus
         for name in ("data", "bin", "examples/cluster"):
             (folder / name).mkdir(parents=True)
-        recipe = RECIPE.format(steps=steps, every=every, deepspeed=ROOT / "fastbert/recipes/ds_config.json")
+        recipe = RECIPE.format(
+            steps=steps, every=every, deepspeed=ROOT / "fastbert/recipes/ds_config.json"
+        )
         (folder / "base.toml").write_text(recipe, encoding="utf-8")
         (folder / "data/wiki").symlink_to(store)
         for name in EXAMPLES:

@@ -104,6 +104,8 @@ ONLY_IN = {
 BLOCKED = ["triton", "deepspeed", "transformers"]
 NEED_TRITON = ["fastbert_kernels._launch"]  # it launches for kernel.py files, which alone import it
 NEED_THE_ENGINE = [
+    "fastbert.training.ending",
+    "fastbert.training.run",
     "fastbert.training.engine",
     "fastbert.training.setup",
     "fastbert.training.monitor",

@@ -69,7 +69,9 @@ def recipe(tmp_path, small_dataset) -> Path:
     path = tmp_path / "recipe.toml"
     path.write_text(
         RECIPE.format(
-            dataset=small_dataset.path, run=tmp_path / "run", deepspeed=ROOT / "fastbert/recipes/ds_config.json"
+            dataset=small_dataset.path,
+            run=tmp_path / "run",
+            deepspeed=ROOT / "fastbert/recipes/ds_config.json",
         ),
         encoding="utf-8",
     )

@@ -109,9 +109,7 @@ def _open_and_train(
         raise Ended(f"{group.name(group.rank)}: {line}" if group.world > 1 else line) from error
 
 
-def _open_run(
-    setup: Setup, group: Group, watchdog: Watchdog, stop_request: StopRequest
-) -> Ending:
+def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: StopRequest) -> Ending:
     config, state, folder = setup.config, setup.state, setup.start.run
     found = setup.start.checkpoint
     watchdog.tick("the run folder")

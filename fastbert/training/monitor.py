@@ -189,9 +189,7 @@ class Monitor:
         window.tokens += result.tokens
         window.flops += flops
         window.waited += waited
-        if time.perf_counter() - window.began >= (
-            BAR_EVERY_S if self._redraws else LINE_EVERY_S
-        ):
+        if time.perf_counter() - window.began >= (BAR_EVERY_S if self._redraws else LINE_EVERY_S):
             self._show(done)
 
     def evaluate(self, done: TrainState, found: HeldOut, seconds: float) -> None:
