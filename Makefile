@@ -133,7 +133,7 @@ runs/%/evaluate.txt: | runs/%/finished
 
 runs/%/samples.txt: | runs/%/evaluate.txt
 	$(call heading,Fill and nsp: sentences chosen before the model was there)
-	@fill() { $(FASTBERT) fill runs/$* "$$1"; }; \
+	@fill() { $(FASTBERT) fill-mask runs/$* "$$1"; }; \
 	pair() { $(FASTBERT) nsp runs/$* "$$1" "$$2"; echo; }; \
 	{ fill "The United [MASK] of America is a country in North America."; \
 	  fill "She was born [MASK] 1867 in Warsaw, the capital of Poland."; \

@@ -28,6 +28,7 @@ VERBS = [
     "finetune",
     "report",
     "doctor",
+    "recipes",
     "plan",
 ]
 
