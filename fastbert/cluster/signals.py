@@ -25,12 +25,13 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked: str | None = None  # the signal's name
         self._before: dict[int, Any] = {}
+        self._depth = 0  # it may be entered again by what its owner calls
         self._launched = "WORLD_SIZE" in os.environ
 
     def __enter__(self) -> StopRequest:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python sets handlers nowhere else
+        self._depth += 1
+        # Python sets handlers in the main thread alone.
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup
             self._before = {
                 number: signal.signal(number, self._note)
@@ -45,8 +46,12 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._before.items():
+                # None: a handler that was not set by Python, which cannot set it again.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
