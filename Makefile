@@ -126,9 +126,9 @@ runs/demo/finished: | data/wiki/manifest.json
 runs/library/finished: | data/library-16384/manifest.json
 
 runs/%/finished:
-	$(call heading,Pretrain by recipes/$*.toml; Ctrl-C saves$(comma) and make $* resumes from there)
+	$(call heading,Pretrain by fastbert/recipes/$*.toml; Ctrl-C saves$(comma) and make $* resumes from there)
 	@resume=; if [ -e runs/$*/.owner ]; then resume=--resume; fi; \
-	$(FASTBERT) pretrain recipes/$*.toml $$resume
+	$(FASTBERT) pretrain fastbert/recipes/$*.toml $$resume
 	@touch $@
 
 runs/%/evaluate.txt: | runs/%/finished
@@ -137,7 +137,7 @@ runs/%/evaluate.txt: | runs/%/finished
 
 runs/%/samples.txt: | runs/%/evaluate.txt
 	$(call heading,Fill and nsp: sentences chosen before the model was there)
-	@fill() { $(FASTBERT) fill runs/$* "$$1"; }; \
+	@fill() { $(FASTBERT) fill-mask runs/$* "$$1"; }; \
 	pair() { $(FASTBERT) nsp runs/$* "$$1" "$$2"; echo; }; \
 	{ fill "The United [MASK] of America is a country in North America."; \
 	  fill "She was born [MASK] 1867 in Warsaw, the capital of Poland."; \

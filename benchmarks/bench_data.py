@@ -49,7 +49,10 @@ from fastbert.data.prefetch import Prefetch
 from fastbert.data.tokenizer import train_tokenizer
 from fastbert.training.picture import INK, MUTED
 
-SEQUENCES, DEMO_SEQUENCES = 256, 28  # of a step: the default, and that of recipes/demo.toml
+SEQUENCES, DEMO_SEQUENCES = (
+    256,
+    28,
+)  # of a step: the default, and that of fastbert/recipes/demo.toml
 LENGTHS = (128, 512)
 
 

@@ -47,7 +47,7 @@ from fastbert.tasks.labelled import Examples, read_examples
 from fastbert.tasks.scores import accuracy, f1
 from fastbert.training.picture import INK, MUTED
 
-RECIPE = ROOT / "recipes/demo.toml"
+RECIPE = ROOT / "fastbert/recipes/demo.toml"
 PRETRAINING_TOKENS = 40_000_000  # half an hour on two cores; counted in tokens, so that a slow machine makes the same model
 WORDS, SCRATCH, PRETRAINED = "bag of words", "from scratch", "pre-trained"
 COLORS = {WORDS: "#9ca3af", SCRATCH: "#d97706", PRETRAINED: OURS}

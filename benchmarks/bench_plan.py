@@ -491,7 +491,7 @@ def published_row(run: Published) -> Row:
         config = parse_config(
             f'data = "none"\n[model]\n{run.model}\n[objective]\nkind = "mlm"\nmask_rate = {run.mask_rate}\n'
             f"[batch]\nsequences = {run.sequences}\nmax_length = {length}\nmicro_batch_tokens = {run.micro_batch * run.lengths[0]}\n"
-            f'[runtime]\nprecision = "bf16"\ndeepspeed = "{ROOT / "ds_config.json"}"\n',
+            f'[runtime]\nprecision = "bf16"\ndeepspeed = "{ROOT / "fastbert/recipes/ds_config.json"}"\n',
             run.what,
         )
         device = V100 if run.gpu == "v100" else None

@@ -46,7 +46,7 @@ from fastbert.training.heldout import heldout_means, heldout_sums
 from fastbert.training.metrics import read_metrics
 from fastbert.training.picture import INK, MUTED
 
-RECIPE = ROOT / "recipes/demo.toml"
+RECIPE = ROOT / "fastbert/recipes/demo.toml"
 OURS, TRAINER, SAME = "fastbert", "Trainer", "Trainer, our recipe"
 POINTS = 12  # evaluations of a run
 SHORTER = (2, 3, 5, 8, 12, 20)  # our other runs have such a part of the time

@@ -79,7 +79,7 @@ def main() -> None:
             *launcher,
             "fastbert",
             "pretrain",
-            str(ROOT / "recipes/mini.toml"),
+            str(ROOT / "fastbert/recipes/mini.toml"),
             *settings,
             "evaluate.sequences=64",
         ]

@@ -83,7 +83,14 @@ def first_step(dataset: Path, folder: Path) -> dict[str, float]:
     marks = {"setup": run / "config.toml", "engine": run / "log.txt", "step": run / "metrics.jsonl"}
     settings = (f"data={dataset}", f"run={run}", "stop.steps=1", "evaluate.sequences=1")
     began, found = time.perf_counter(), {}
-    command = [sys.executable, "-m", "fastbert", "pretrain", ROOT / "recipes/demo.toml", *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "fastbert",
+        "pretrain",
+        ROOT / "fastbert/recipes/demo.toml",
+        *settings,
+    ]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

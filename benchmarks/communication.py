@@ -240,7 +240,9 @@ def train(wanted: Sequence[Case], ds_config: str) -> None:
 
 
 def measure(
-    world: int, wanted: Sequence[Case], ds_config: str = str(ROOT / "ds_config.json")
+    world: int,
+    wanted: Sequence[Case],
+    ds_config: str = str(ROOT / "fastbert/recipes/ds_config.json"),
 ) -> list[Measured]:
     """Train on `world` ranks, each in a network of its own.
 
@@ -363,7 +365,7 @@ def main() -> int:
     )
     parser.add_argument(
         "--ds-config",
-        default=str(ROOT / "ds_config.json"),
+        default=str(ROOT / "fastbert/recipes/ds_config.json"),
         help="DeepSpeed's settings (the project's ds_config.json)",
     )
     parser.add_argument("--rank", help=argparse.SUPPRESS)  # be one: the file, and the cases

@@ -1,7 +1,13 @@
 """fastbert: pre-train a BERT of your own, from raw text to a model that Hugging Face loads.
 
-`fastbert.load(path)` opens a run, a checkpoint or a Hugging Face folder; it is imported at its first use, so that
-`import fastbert` and the command line's help do not wait for torch.
+    import fastbert
+
+    fastbert.prepare("my.txt", "data/my")
+    result = fastbert.pretrain("mini", data="data/my", run="runs/my", stop={"seconds": 600})
+    print(result.load().fill_mask("The capital of France is [MASK]."))
+
+These functions are imported at their first use, so that neither
+`import fastbert` nor `fastbert --help` waits for torch.
 """
 
 from __future__ import annotations
@@ -9,9 +15,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastbert.api import RunResult, prepare, pretrain
+    from fastbert.errors import InputError
     from fastbert.tasks.load import load
 
-__all__ = ["__version__", "load"]
+__all__ = ["InputError", "RunResult", "__version__", "load", "prepare", "pretrain"]
 __version__ = "0.1.0"
 
 
@@ -20,4 +28,16 @@ def __getattr__(name: str) -> Any:
         from fastbert.tasks.load import load
 
         return load
+    if name == "InputError":
+        from fastbert.errors import InputError
+
+        return InputError
+    if name in __all__:
+        from fastbert import api
+
+        return getattr(api, name)
     raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

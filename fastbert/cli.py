@@ -1,8 +1,9 @@
 """The command line: `fastbert VERB ...`.
 
-Every verb imports its work when it is called, so that `--help` and a wrong argument answer at once. Bad input is one line on stderr
-and exit code 2, a model that gives numbers that are not finite one line and exit code 1; what a verb prints with --json is one JSON
-object on stdout, and nothing else goes there.
+Every command imports its implementation when it is called, so that `--help` and the message on a
+wrong argument appear at once. Bad input gives one line on stderr and exit code 2. A model whose
+outputs are not finite gives one line and exit code 1. With --json a command prints one JSON object
+on stdout and nothing else there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import errno
 import faulthandler
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -27,9 +29,9 @@ from fastbert.heap import keep_heap
 from fastbert.out_of_memory import shortage
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
-EVALUATE_S = 600.0  # how long ranks wait for each other
+EVALUATE_S = 600.0  # how long the ranks of `evaluate` wait for each other
 
-# What the system says when it is the user's disk or rights that are in the way, not a bug.
+# Errors of the system that come from the user's disk or permissions, not from a bug.
 SYSTEM_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -46,10 +48,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Pre-train a BERT of your own, from raw text to a model that Hugging Face loads.",
-    epilog="Start: fastbert prepare text.txt --out data/my && fastbert pretrain recipes/mini.toml data=data/my run=runs/my",
+    epilog="Start: fastbert prepare text.txt --out data/my && "
+    "fastbert pretrain mini data=data/my run=runs/my",
 )
 
-# Paths that must be there are checked before anything heavy is imported.
+# Typer checks that a path exists, before anything heavy is imported.
 Model = Annotated[
     Path,
     typer.Argument(
@@ -59,6 +62,17 @@ Model = Annotated[
         file_okay=False,
     ),
 ]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A TOML file, or a packaged recipe such as mini; `fastbert recipes` lists them.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key=value", help="Settings that override the recipe's."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -66,12 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     keep_heap()
     if sys.stderr is not None:
-        faulthandler.enable(
-            all_threads=False
-        )  # a mapped file that is cut short while it is read: the line of Python that read it
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # or a connection that breaks shows a page of C++ frames before our own line
+        # A mapped file that is truncated while it is read kills the process; this shows where.
+        faulthandler.enable(all_threads=False)
+    # Otherwise a broken connection prints a page of C++ frames before our own line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -80,13 +92,12 @@ def run(arguments: Sequence[str]) -> int:
     warnings.showwarning = _show_warning
     try:
         for argument in arguments:
-            if any(
-                "\udc80" <= c <= "\udcff" for c in argument
-            ):  # how Python shows bytes that are no text
+            # Python decodes bytes that are not UTF-8 to these surrogates.
+            if any("\udc80" <= c <= "\udcff" for c in argument):
                 raise InputError(
                     f"argument {argument!r} is not UTF-8; give text and names in UTF-8"
                 )
-        # Outside its standalone mode typer returns what the verb returned, or the code of typer.Exit.
+        # Without standalone mode typer returns the command's result, or the code of typer.Exit.
         result = app(
             args=list(arguments) or ["--help"], prog_name="fastbert", standalone_mode=False
         )
@@ -99,18 +110,19 @@ def run(arguments: Sequence[str]) -> int:
         if error.errno not in SYSTEM_ERRORS:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        return _say(f"{place}{error.strerror}; make room there, or choose another place", BAD_INPUT)
+        return _say(f"{place}{error.strerror}; free disk space or choose another path", BAD_INPUT)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:
         if lacking := shortage(error):
             return _say(f"{lacking}; use smaller batches, shorter texts or a smaller model", FAILED)
-        # typer's usage errors: their class is private, and an older typer takes them from click.
+        # Typer's usage errors have a private class, which older releases take from click.
         message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
         if message is None:
             raise
         return _say(
-            f"{message().rstrip('.')}; see {context.command_path if context else 'fastbert'} --help",
+            f"{message().rstrip('.')}; "
+            f"see {context.command_path if context else 'fastbert'} --help",
             BAD_INPUT,
         )
 
@@ -129,9 +141,8 @@ def options(
             "--version", help="Print the version and exit.", is_eager=True, callback=_version
         ),
     ] = False,
-    local_rank: Annotated[
-        int | None, typer.Option("--local_rank", hidden=True)
-    ] = None,  # DeepSpeed's launcher adds it; so does LOCAL_RANK
+    # DeepSpeed's launcher adds this option; fastbert reads LOCAL_RANK, which is always set too.
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     pass
 
@@ -147,31 +158,33 @@ def prepare(
             help="Text files or folders: txt, jsonl, csv, parquet; also .gz, .zst.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The dataset, a new folder.")],
+    out: Annotated[Path, typer.Option(help="The folder to write the dataset to; it must be new.")],
     vocab_size: Annotated[
-        int, typer.Option(help="Tokens of the WordPiece vocabulary to train.")
+        int, typer.Option(help="Size of the WordPiece vocabulary to train.")
     ] = 30522,
-    cased: Annotated[
-        bool, typer.Option("--cased", help="Train a vocabulary that keeps capital letters.")
-    ] = False,
+    cased: Annotated[bool, typer.Option("--cased", help="Train a cased vocabulary.")] = False,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Use this BERT tokenizer (folder or vocab.txt) and train none."),
+        typer.Option(
+            help="Use this BERT tokenizer (a folder or vocab.txt) instead of training one."
+        ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of processes.  \\[default: one per core]")
+    ] = None,
     heldout: Annotated[
-        float, typer.Option(help="Share of the documents that is set aside for evaluation.")
+        float, typer.Option(help="Fraction of the documents held out for evaluation.")
     ] = 0.01,
     text_format: Annotated[
         str | None,
-        typer.Option("--format", help="txt, lines, jsonl, csv or parquet; by default by suffix."),
+        typer.Option("--format", help="txt, lines, jsonl, csv or parquet.  \\[default: by suffix]"),
     ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Field of jsonl, or column of csv or parquet, that holds the text.")
+        str, typer.Option(help="Field of jsonl, or column of csv or parquet, with the text.")
     ] = "text",
     as_json: Json = False,
 ) -> None:
-    """Turn text into a dataset: tokenizer, token ids, a held-out part, and a report on the data."""
+    """Make a dataset from text: tokenizer, token ids, a held-out part and a report on the data."""
     from fastbert.data.prepare import prepare
 
     report = prepare(
@@ -190,33 +203,71 @@ def prepare(
         print(report.json(), end="")
         return
     _console().print(report.table())
-    print(f"{out}: ready; next: fastbert pretrain recipes/mini.toml data={out}")
+    # An absolute path, so that the command works from any directory.
+    data = shlex.quote(f"data={out.absolute()}")
+    print(f"{out}: ready; next: fastbert pretrain mini {data} run=runs/mini")
 
 
 @app.command(
-    epilog="Example: fastbert pretrain recipes/base.toml data=data/wiki run=runs/base optimizer.lr=2e-4"
+    epilog="Example: fastbert pretrain base data=data/wiki run=runs/base optimizer.lr=2e-4"
 )
 def pretrain(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="key=value", help="Settings that win over the recipe's."),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume from the newest sound checkpoint of the run.")
+        bool, typer.Option("--resume", help="Resume from the newest valid checkpoint of the run.")
     ] = False,
 ) -> int:
-    """Train a model from a dataset, as a recipe says. Exit code 75: interrupted, a checkpoint is saved."""
+    """Train a model from a dataset. Exit code 75: interrupted, a checkpoint is saved."""
     from fastbert.cluster.signals import StopRequest
     from fastbert.config import load_config
 
-    with StopRequest() as stop_request:  # from here on a signal means: stop at the next step
+    with StopRequest() as stop_request:  # from here on a signal means: stop after this step
         config = load_config(recipe, overrides or ())
-        from fastbert.training.loop import pretrain  # takes seconds
+        from fastbert.training.loop import pretrain  # this takes seconds
 
-        return pretrain(config, str(recipe), resume, stop_request)
+        return pretrain(config, recipe, resume, stop_request).exit_code
+
+
+@app.command(epilog="Example: fastbert recipes mini --out my.toml")
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="Print this recipe; ds_config.json: DeepSpeed's default settings."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Copy it to this file, which must be new.")
+    ] = None,
+) -> None:
+    """List the recipes that come with fastbert, or print or copy one of them."""
+    from fastbert.config import DEEPSPEED, PACKAGED, packaged_recipes
+
+    files = {path.stem: path for path in (PACKAGED / f"{n}.toml" for n in packaged_recipes())}
+    if name is None:
+        if out is not None:
+            raise InputError("--out: name the recipe to copy, for example: fastbert recipes mini")
+        firsts = {
+            n: path.read_text(encoding="utf-8").partition("\n")[0] for n, path in files.items()
+        }
+        return _print_table("", ("", ""), [(n, line.lstrip("# ")) for n, line in firsts.items()])
+    file = {**files, DEEPSPEED.name: DEEPSPEED}.get(name.removesuffix(".toml"))
+    if file is None:
+        known = ", ".join([*files, DEEPSPEED.name])
+        raise InputError(f"{name}: no such packaged recipe; known: {known}")
+    text = file.read_text(encoding="utf-8")
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        with open(out, "x", encoding="utf-8") as copy:
+            copy.write(text)
+    except FileExistsError:
+        raise InputError(f"{out}: exists already; remove it or choose another --out") from None
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}") from None
+    print(f"{out}: a copy of {file.name}")
 
 
 @app.command(epilog="Example: fastbert evaluate runs/base")
@@ -224,17 +275,18 @@ def evaluate(
     model: Model,
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="Another dataset made with the same tokenizer; by default the run's own."
-        ),
+        typer.Option(help="Another dataset with the same tokenizer.  \\[default: the run's own]"),
     ] = None,
     sequences: Annotated[
         int | None,
-        typer.Option(min=1, help="Held-out examples; by default the recipe's evaluate.sequences."),
+        typer.Option(min=1, help="Number of held-out examples.  \\[default: evaluate.sequences]"),
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Held-out losses and accuracies, next to what simple count models reach on the same text. Ranks of a launcher share the work."""
+    """Measure held-out losses and accuracies, and those of simple count models for comparison.
+
+    The ranks of a launcher share the work.
+    """
     from fastbert.cluster.group import RankLost, join
     from fastbert.tasks.evaluate import MASKED, evaluate
     from fastbert.tasks.load import load
@@ -288,7 +340,10 @@ def evaluate(
                 "",
             )
         )
-    title = f"{result.sequences:,} held-out sequences of {result.tokens:,} tokens: loss {result.loss:.3f}, perplexity {result.masked.perplexity:,.1f}"
+    title = (
+        f"{result.sequences:,} held-out sequences of {result.tokens:,} tokens: "
+        f"loss {result.loss:.3f}, perplexity {result.masked.perplexity:,.1f}"
+    )
     columns = (
         "",
         "positions",
@@ -307,21 +362,25 @@ def evaluate(
 @app.command(epilog="Example: fastbert export runs/base --out my-bert")
 def export(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The Hugging Face folder, new.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must be new.")],
     text: Annotated[
         list[str] | None,
-        typer.Option(help="Text for the check; may be repeated. By default held-out sentences."),
+        typer.Option(help="Text for the check; repeatable.  \\[default: held-out sentences]"),
     ] = None,
     encoder: Annotated[
         bool,
         typer.Option(
             "--encoder",
-            help="Without the heads: AutoModel and SentenceTransformer then list none as unexpected.",
+            help="Leave out the heads, so that AutoModel reports no unexpected weights.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Write a folder that transformers and sentence-transformers load, and check that it gives the same hidden states and logits."""
+    """Write a folder that transformers loads, and check it against our own outputs.
+
+    The check compares the hidden states of every layer, and the logits. SentenceTransformer loads
+    the folder too.
+    """
     from fastbert.checkpoints.hugging_face import check_new
 
     check_new(out)
@@ -338,7 +397,8 @@ def export(
         print(f"{result.out}: {result.architecture}, loaded by transformers without complaint")
         what = "pooled values" if encoder else "logits"
         print(
-            f"largest difference of {result.compared:,} {what}: {result.difference:.1e}; of every layer: {result.hidden_difference:.1e}"
+            f"largest difference of {result.compared:,} {what}: {result.difference:.1e}; "
+            f"of every layer: {result.hidden_difference:.1e}"
         )
     return DONE
 
@@ -347,10 +407,10 @@ def export(
 def fill_mask(
     model: Model,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="A text with one or more [MASK].")],
-    k: Annotated[int, typer.Option("--k", help="Tokens shown for each [MASK].")] = 5,
+    k: Annotated[int, typer.Option("--k", help="How many tokens to show for each [MASK].")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Guess the words behind [MASK]."""
+    """Predict the tokens at [MASK]."""
     from fastbert.tasks.load import load
 
     masks = load(model).fill_mask(text, k)
@@ -378,7 +438,7 @@ def nsp(
     second: Annotated[str, typer.Argument(metavar="SECOND", help="The text that may follow it.")],
     as_json: Json = False,
 ) -> None:
-    """How probable it is that the second text follows the first."""
+    """Print the probability that the second text follows the first."""
     from fastbert.tasks.load import load
 
     probability = load(model).next_sentence(first, second)
@@ -393,31 +453,33 @@ def embed(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="Texts: a line each, or jsonl, csv, parquet; also .gz, .zst."
+            metavar="FILE", help="One text per line, or jsonl, csv, parquet; also .gz, .zst."
         ),
     ],
     out: Annotated[
         Path,
-        typer.Option(help="x.npy: float32, a row a text; x.jsonl or x.parquet: with the texts."),
+        typer.Option(help="x.npy: float32, one row per text; x.jsonl or x.parquet: with texts."),
     ],
-    pool: Annotated[str, typer.Option(help="mean or max over the tokens, or cls.")] = "mean",
+    pool: Annotated[
+        str, typer.Option(help="Pooling: mean or max over the tokens, or cls.")
+    ] = "mean",
     layer: Annotated[
         list[int] | None,
-        typer.Option(
-            help="0: the embeddings; -1: the last layer. Several: their mean.  [default: -1]"
-        ),
+        typer.Option(help="0: embeddings; -1: last layer. Repeated: their mean.  \\[default: -1]"),
     ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length 1.")] = False,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Scale vectors to length 1.")
+    ] = False,
     text_format: Annotated[
         str | None,
-        typer.Option("--format", help="lines, txt, jsonl, csv or parquet; by default by suffix."),
+        typer.Option("--format", help="lines, txt, jsonl, csv or parquet.  \\[default: by suffix]"),
     ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Field of jsonl, or column of csv or parquet, that holds the text.")
+        str, typer.Option(help="Field of jsonl, or column of csv or parquet, with the text.")
     ] = "text",
     as_json: Json = False,
 ) -> None:
-    """One vector for each text of a file."""
+    """Compute one vector for each text of a file."""
     from fastbert.tasks.embed import check_out, embed, source_of
 
     source, writer = source_of(file, text_format), check_out(out)
@@ -441,14 +503,14 @@ def embed(
 
 
 @app.command(
-    epilog="Example: fastbert finetune runs/base --train train.csv --eval test.csv --seeds 5 --out my-classifier"
+    epilog="Example: fastbert finetune runs/base --train train.csv --eval test.csv --out my-model"
 )
 def finetune(
     model: Model,
     train: Annotated[
         Path,
         typer.Option(
-            help="csv, tsv or jsonl: text (text_b) and label, or a file of GLUE.",
+            help="csv, tsv or jsonl with text (text_b) and label, or a GLUE file.",
             exists=True,
             dir_okay=False,
         ),
@@ -457,65 +519,60 @@ def finetune(
         Path,
         typer.Option(
             "--eval",
-            help="The same, to measure on; nothing is chosen by it.",
+            help="Evaluation data in the same form; no choice depends on it.",
             exists=True,
             dir_okay=False,
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Save a BertForSequenceClassification here, a new folder; by default none."
-        ),
+        typer.Option(help="Save a BertForSequenceClassification in this new folder."),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training file.")] = 3,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-5,
-    batch: Annotated[int, typer.Option(help="Examples of a step.")] = 32,
+    epochs: Annotated[int, typer.Option(help="Number of passes over the training file.")] = 3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
+    batch: Annotated[int, typer.Option(help="Examples per step.")] = 32,
     max_length: Annotated[
         int | None,
-        typer.Option(help="Tokens of an example, [CLS] and [SEP] counted; by default 128."),
+        typer.Option(help="Tokens per example, including [CLS] and [SEP].  \\[default: 128]"),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**62, help="Of order, dropout and the new layer.")
+        int, typer.Option(min=0, max=2**62, help="Seed for data order, dropout and the new layer.")
     ] = 1,
     seeds: Annotated[
-        int, typer.Option(help="So many trainings, from --seed on; mean and spread are told.")
+        int, typer.Option(help="Number of seeds, starting at --seed; reports mean and std.")
     ] = 1,
     patience: Annotated[
         int | None,
-        typer.Option(
-            help="Stop after so many epochs that are no better on a held-out part; by default never."
-        ),
+        typer.Option(help="Stop after this many epochs without improvement on a held-out part."),
     ] = None,
     heldout: Annotated[
-        float, typer.Option(help="That part, as a share of the training file.")
+        float, typer.Option(help="That held-out part, as a fraction of the training file.")
     ] = 0.1,
     metric: Annotated[
         str | None,
         typer.Option(
-            help="accuracy, f1, matthews; of numbers spearman, pearson.  [default: the first]"
+            help="accuracy, f1, matthews; for regression spearman, pearson.  \\[default: the first]"
         ),
     ] = None,
     regression: Annotated[
         bool | None,
         typer.Option(
-            "--regression/--classes", help="Labels are numbers, or classes; by default by file."
+            "--regression/--classes",
+            help="Treat labels as numbers or as classes.  \\[default: by file]",
         ),
     ] = None,
     layer_decay: Annotated[
-        float, typer.Option(help="Learning rate of a layer over that of the next higher one.")
+        float, typer.Option(help="Ratio of a layer's learning rate to that of the layer above.")
     ] = 1.0,
-    freeze: Annotated[
-        int, typer.Option(help="Keep the embeddings and so many layers as they are.")
-    ] = 0,
+    freeze: Annotated[int, typer.Option(help="Freeze the embeddings and this many layers.")] = 0,
     text: Annotated[
-        str | None, typer.Option(help="Column of the text, where it has another name.")
+        str | None, typer.Option(help="Column of the text, if it is not named text.")
     ] = None,
     pair: Annotated[str | None, typer.Option(help="Column of the second text.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a classifier of texts, or of pairs of texts, or a regression."""
+    """Train a classifier or a regression on texts or pairs of texts."""
     from fastbert.tasks.labelled import read_examples
 
     training, test = (read_examples(file, text, pair, label) for file in (train, evaluation))
@@ -540,7 +597,8 @@ def finetune(
 
     def report(epoch: Epoch) -> None:
         print(
-            f"seed {epoch.seed}, epoch {epoch.epoch} of {epochs}: loss {epoch.loss:.3f}, {epoch.score:.3f} on {where}",
+            f"seed {epoch.seed}, epoch {epoch.epoch} of {epochs}: "
+            f"loss {epoch.loss:.3f}, {epoch.score:.3f} on {where}",
             file=sys.stderr,
         )
 
@@ -572,13 +630,15 @@ def report(
         Path,
         typer.Argument(metavar="RUN", help="The folder of a run.", exists=True, file_okay=False),
     ],
-    out: Annotated[Path | None, typer.Option(help="The page; by default RUN/report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write.  \\[default: RUN/report.html]")
+    ] = None,
     sequences: Annotated[
         int | None,
-        typer.Option(min=1, help="Held-out examples; by default the recipe's evaluate.sequences."),
+        typer.Option(min=1, help="Number of held-out examples.  \\[default: evaluate.sequences]"),
     ] = None,
 ) -> None:
-    """A run as one HTML page: curves, where the time went, held-out results, samples, recipe."""
+    """Write one HTML page on a run: curves, time spent, held-out results, samples, recipe."""
     from fastbert.tasks.run_report import report
 
     print(f"{report(run, out, sequences)}: open it in a browser")
@@ -586,7 +646,7 @@ def report(
 
 @app.command(epilog="Example: fastbert doctor")
 def doctor(as_json: Json = False) -> None:
-    """What this machine can do, and what to do where something is missing. Takes about five seconds."""
+    """Show what this machine can do, and how to install what is missing. Takes five seconds."""
     from fastbert.doctor import describe, diagnose
 
     found = diagnose()
@@ -597,47 +657,44 @@ def doctor(as_json: Json = False) -> None:
         print(f"- {line}")
 
 
-@app.command(epilog="Example: fastbert plan recipes/base.toml --gpus 64 --gpu h100")
+@app.command(epilog="Example: fastbert plan base --gpus 64 --gpu h100")
 def plan(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE.toml", help="The run's settings; see recipes/.")
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="key=value", help="Settings that win over the recipe's."),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option(help="How many, 8 a node.  [default: 8, or 1 for cpu]")
+        int | None, typer.Option(help="Number of GPUs, 8 per node.  \\[default: 8, or 1 for cpu]")
     ] = None,
     gpu: Annotated[
         str,
         typer.Option(
-            help="a100, a100-40gb, l4, l40s, h100, h200, b200, mi300x; or cpu: this machine."
+            help="a100, a100-40gb, l4, l40s, h100, h200, b200, mi300x; cpu: this machine."
         ),
     ] = "h100",
     stage: Annotated[
         int | None,
-        typer.Option(help="ZeRO stage, 0 to 3; by default that of the recipe's DeepSpeed file."),
+        typer.Option(help="ZeRO stage, 0 to 3.  \\[default: that of the recipe's DeepSpeed file]"),
     ] = None,
     efficiency: Annotated[
         float | None,
-        typer.Option(help="Share of the peak that matrix products reach.  [default: 0.5]"),
+        typer.Option(help="Fraction of peak that matrix products reach.  \\[default: 0.5]"),
     ] = None,
     vocab_size: Annotated[
         int | None,
-        typer.Option(min=1, help="By default the dataset's, or 30522 where there is no dataset."),
+        typer.Option(
+            min=1, help="Vocabulary size.  \\[default: the dataset's, or 30522 without one]"
+        ),
     ] = None,
     mean_length: Annotated[
         float | None,
-        typer.Option(min=4, help="Tokens of an example; by default measured in the dataset."),
+        typer.Option(min=4, help="Mean tokens per example.  \\[default: measured in the dataset]"),
     ] = None,
     price: Annotated[
         float | None,
-        typer.Option(help="US dollars for a GPU and hour; by default a listed one, where known."),
+        typer.Option(help="US dollars per GPU-hour.  \\[default: a list price, if known]"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate memory, step time, communication, and time and cost to the end of a run, from formulas."""
+    """Estimate memory, step time, communication, duration and cost of a run from formulas."""
     from fastbert.config import load_config
     from fastbert.planning.plan import CPU, describe, plan, this_machine
 
@@ -645,10 +702,10 @@ def plan(
     if config.init is not None:
         from fastbert.training.initial import open_initial, with_sizes
 
-        config = with_sizes(config, open_initial(config.init).config, str(recipe))
+        config = with_sizes(config, open_initial(config.init).config, recipe)
     p = plan(
         config,
-        str(recipe),
+        recipe,
         gpus if gpus is not None else 1 if on_cpu else 8,
         gpu,
         stage=stage,
@@ -670,7 +727,7 @@ def plan(
 
 
 def _follow(batches: Iterable, name: str) -> Iterable:
-    """The same, with a progress bar on a terminal."""
+    """The batches, with a progress bar on a terminal."""
     if not sys.stderr.isatty():
         return batches
     from rich.console import Console
@@ -684,7 +741,7 @@ def _percent(share: float) -> str:
 
 
 def _say(message: object, code: int) -> int:
-    """One line on stderr, whatever the message, by one process of a machine; returns the exit code."""
+    """Print the message as one line on stderr, once per machine; returns the exit code."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print("fastbert: " + " ".join(str(message).split()), file=sys.stderr)
     return code
@@ -698,7 +755,7 @@ def _show_warning(
     file: Any = None,
     line: str | None = None,
 ) -> None:
-    """Our own warnings as one line; a library's as Python shows it."""
+    """Show our own warnings as one line, and those of libraries as Python does."""
     if category.__module__.startswith("fastbert"):
         print(f"fastbert: {message}", file=sys.stderr)
     else:
@@ -731,5 +788,5 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
 def _console() -> Any:
     from rich.console import Console
 
-    # A pipe or a file has no width: there a line may be as long as it needs.
+    # A pipe or a file has no width, so lines may be long there.
     return Console(highlight=False, width=None if sys.stdout.isatty() else 140)

@@ -1,16 +1,21 @@
-"""A run as a frozen `RunConfig`: a TOML recipe, `key=value` overrides that win, and every check on them.
+"""A run's settings as a frozen `RunConfig`, read from a recipe and overrides, and checked.
 
-Standard library only, so that `fastbert --help` and a wrong recipe answer at once.
+A recipe is a TOML file, the name of a recipe that is packaged with fastbert, or a dict of its
+tables. Overrides win over it. This module imports only the standard library, so that
+`fastbert --help` and the message on a wrong recipe appear at once.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
+import os
 import sys
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +27,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+PACKAGED = Path(__file__).parent / "recipes"  # the recipes that fastbert brings along
+DEEPSPEED = PACKAGED / "ds_config.json"  # DeepSpeed's settings where a recipe names no file
+COMMAND_LINE = "command line"  # in messages: where a value came from
+OVERRIDES = "overrides"
+# What the parser raises, also for a number of 5,000 digits and for deeply nested brackets.
+NOT_TOML = (ValueError, RecursionError)
+
 PRESETS: dict[str, dict[str, int]] = {
-    # Turc et al., 2019, "Well-Read Students Learn Better", table 1; base and large: Devlin et al., 2019, section 3.
+    # Turc et al., 2019, "Well-Read Students Learn Better", table 1.
+    # base and large: Devlin et al., 2019, section 3.
     name: {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -49,18 +62,21 @@ def number(
     above: bool = False,
     unit: str = "",
 ) -> Any:
-    """A field that holds a number in [low, high], or in (low, high] where `above` is set."""
+    """A field for a number in [low, high], or in (low, high] if `above` is set."""
     return field(default=default, metadata={"low": low, "high": high, "above": above, "unit": unit})
 
 
 def choice(default: str, *options: str) -> Any:
-    """A field that holds one of a few words."""
+    """A field for one of the given words."""
     return field(default=default, metadata={"options": options})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The encoder, in the words of transformers' BertConfig; the vocabulary's size comes from the dataset."""
+    """The encoder, with the names of transformers' BertConfig.
+
+    The size of the vocabulary comes from the dataset.
+    """
 
     preset: str = choice("base", *PRESETS)
     hidden_size: int = number(768, 16)
@@ -72,7 +88,7 @@ class ModelConfig:
     max_position_embeddings: int = number(512, 8, unit="tokens")
     layer_norm_eps: float = number(1e-12, 0, 0.1)
     initializer_range: float = number(0.02, 0, 1, above=True)
-    initial_attention: str = choice("uniform", "uniform", "adjacent")  # see initial_weights.py
+    initial_attention: str = choice("uniform", "uniform", "adjacent")  # models/initial_weights.py
 
     @property
     def head_size(self) -> int:
@@ -81,7 +97,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is learned: masked tokens, and whether B follows A (Devlin et al., 2019, section 3.1)."""
+    """The pre-training tasks: masked tokens and next-sentence prediction.
+
+    Source: Devlin et al., 2019, section 3.1.
+    """
 
     kind: str = choice("mlm+nsp", "mlm+nsp", "mlm")
     mask_rate: float = number(0.15, 0, 1, above=True)
@@ -97,10 +116,13 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """One optimizer step: `sequences` examples over all ranks, in packs of at most `micro_batch_tokens`."""
+    """One optimizer step has `sequences` examples over all ranks.
+
+    Each rank computes them in packs of at most `micro_batch_tokens` tokens.
+    """
 
     sequences: int = number(256, 1)
-    max_length: int = number(128, 8, unit="tokens, [CLS] and [SEP] counted")
+    max_length: int = number(128, 8, unit="tokens, including [CLS] and [SEP]")
     micro_batch_tokens: int = number(16384, 8, unit="tokens")
 
 
@@ -112,37 +134,41 @@ class OptimizerConfig:
     eps: float = number(1e-6, 0, 1, above=True)
     weight_decay: float = number(0.01, 0, 1)
     momentum: float = number(0.9, 0, 1)  # sgd only
-    max_grad_norm: float = number(1.0, 0)  # largest norm of the gradient; 0 does not clip
+    max_grad_norm: float = number(1.0, 0)  # gradients are clipped to this norm; 0: no clipping
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over the run, as a share of its horizon: `stop.steps` (or epochs), `stop.tokens` or `stop.seconds`."""
+    """The learning rate over the run. Shares are of its horizon, which `over` chooses.
+
+    The horizon is `stop.steps` (or `stop.epochs`), `stop.tokens` or `stop.seconds`.
+    """
 
     warmup: float = number(0.1, 0, 1)
     decay: str = choice("linear", "linear", "constant", "cosine", "wsd")
-    cooldown: float = number(
-        0.25, 0, 1
-    )  # decay = "wsd" only: the last share of the run, linear to zero
+    # The last share of the run, in which the rate falls linearly to zero; for decay = "wsd" only.
+    cooldown: float = number(0.25, 0, 1)
     over: str = choice("steps", "steps", "tokens", "seconds")
 
 
 @dataclass(frozen=True)
 class StopConfig:
-    """Whichever is reached first ends the run; with none of steps, epochs, tokens and seconds, one epoch does."""
+    """The condition that is reached first ends the run.
+
+    A run without steps, epochs, tokens and seconds ends after one epoch.
+    """
 
     steps: int | None = number(None, 1)
     epochs: float | None = number(None, 0, above=True)
     tokens: int | None = number(None, 1)
     seconds: float | None = number(None, 0, above=True)
     loss: float | None = number(None, 0, above=True)  # held-out loss
-    patience: int | None = number(
-        None, 1
-    )  # evaluations without an improvement of at least min_delta
+    # Evaluations in a row without an improvement of at least min_delta.
+    patience: int | None = number(None, 1)
     min_delta: float = number(0.0, 0)
-    skipped: int = number(
-        5, 0
-    )  # steps in a row that are skipped because their loss or gradient is not finite; one more ends the run
+    # Steps whose loss or gradient is not finite are skipped. More than this many in a row end the
+    # run.
+    skipped: int = number(5, 0)
 
 
 @dataclass(frozen=True)
@@ -161,23 +187,23 @@ class CheckpointConfig:
 class RuntimeConfig:
     kernels: str = choice("auto", "auto", "triton", "cpu", "reference")
     precision: str = choice("auto", "auto", "fp32", "bf16")
-    deepspeed: str = "ds_config.json"
-    timeout_s: float = number(
-        600, 1, unit="seconds"
-    )  # a rank that does not answer for so long ends the run
-    cuda_graphs: bool = False  # replay captured micro-batches instead of launching each kernel (training/graphs.py); never run on a GPU yet
+    deepspeed: str | None = None  # a file of DeepSpeed's settings; None: the packaged DEEPSPEED
+    # The run is aborted if a rank is unresponsive for this long.
+    timeout_s: float = number(600, 1, 1e7, unit="seconds")
+    # Replay captured micro-batches instead of launching each kernel (training/graphs.py). This has
+    # not run on a GPU yet.
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. Paths are as written: relative ones start at the working directory."""
+    """All settings of a run. Relative paths start at the working directory."""
 
     data: str
     run: str = "runs/bert"
     seed: int = number(1, 0, 2**63 - 1)
-    init: str | None = (
-        None  # a model to start from: a run, a checkpoint or a Hugging Face folder; sizes are taken from there
-    )
+    # A run, a checkpoint or a Hugging Face folder to start from. The model's sizes come from it.
+    init: str | None = None
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
@@ -189,40 +215,86 @@ class RunConfig:
     runtime: RuntimeConfig = RuntimeConfig()
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Read a TOML recipe and apply `section.key=value` overrides, which win.
+def packaged_recipes() -> list[str]:
+    """The names of the recipes that come with fastbert, such as "mini", in alphabetical order."""
+    return sorted(path.stem for path in PACKAGED.glob("*.toml"))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe.
+
+    Args:
+        name: a path; or the name of a packaged recipe ("mini", "mini.toml"), which is used if no
+            file of that name exists.
 
     Raises:
-        InputError: a file that cannot be read, TOML that cannot be parsed, an unknown key (the near ones are
-            listed), a value of the wrong type or out of range, or values that contradict each other.
+        InputError: there is neither such a file nor such a packaged recipe.
     """
-    path = Path(path)
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        return path
+    packaged = PACKAGED / (path.name if path.suffix == ".toml" else f"{path.name}.toml")
+    if path.name == str(path) and packaged.is_file():
+        return packaged
+    names = packaged_recipes()
+    near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(
+        f"{path}: no such recipe; {hint}give a TOML file, or one that comes with fastbert: "
+        + ", ".join(names)
+    )
+
+
+def load_config(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+) -> RunConfig:
+    """Read a recipe and apply overrides, which win.
+
+    Args:
+        recipe: a path, the name of a packaged recipe (see `find_recipe`), or the recipe's tables.
+        overrides: `section.key=value` lines as on the command line, with values in TOML; or a
+            mapping. Its keys may be dotted, its values may be tables, and None removes a key of the
+            recipe, so that the default applies.
+
+    Raises:
+        InputError: a file that cannot be read, TOML that cannot be parsed, an unknown key (similar
+            ones are listed), a value of the wrong type or out of range, or values that contradict
+            each other.
+    """
+    if isinstance(recipe, Mapping):
+        source, values, sources = "recipe", {}, {}
+        _merge(values, recipe, "", source, sources)
+    else:
+        source, values, sources = str(recipe), _read(find_recipe(recipe), str(recipe)), {}
+    if isinstance(overrides, Mapping):
+        _merge(values, overrides, "", OVERRIDES, sources)
+    else:
+        for override in overrides:
+            _apply(values, override, sources)
+    return _build(values, source, sources)
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    """The tables of a TOML file; `name` is the one to show in messages."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such recipe; the ones that come with fastbert are in recipes/"
-        ) from None
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a recipe: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
-    sources: dict[str, str] = {}
-    for override in overrides:
-        _apply(values, override, sources)
-    return _build(values, str(path), sources)
+        raise InputError(f"{name}: cannot be read as a recipe: {error}") from None
+    except NOT_TOML as error:
+        raise InputError(f"{name}: not valid TOML: {error}") from None
 
 
 def parse_config(text: str, source: str) -> RunConfig:
-    """The same from a string, for a recipe that is stored inside another file; `source` names it in errors."""
+    """Read a recipe from a string; `source` is where it is from, for messages."""
     try:
         return _build(tomllib.loads(text), source, {})
-    except tomllib.TOMLDecodeError as error:
+    except NOT_TOML as error:
         raise InputError(f"{source}: not valid TOML: {error}") from None
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved recipe as TOML; `parse_config` gives the same RunConfig back."""
+    """The settings as TOML. `parse_config` makes the same RunConfig of it again."""
     lines, sections = [], []
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -242,7 +314,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # TOML's basic strings take JSON's escapes for the control characters, the quote and the backslash.
+        # Control characters, the quote and the backslash are escaped as in JSON.
         escaped = "".join(
             c if c >= " " and c not in '"\\\x7f' else f"\\u{ord(c):04x}" for c in value
         )
@@ -253,24 +325,61 @@ def _toml(value: Any) -> str:
 
 
 def _apply(values: dict[str, Any], override: str, sources: dict[str, str]) -> None:
+    """Apply one `key=value` of the command line."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         raise InputError(
-            f"command line: '{override}' is not key=value; write for example batch.sequences=64"
+            f"{COMMAND_LINE}: '{override}' is not key=value; write for example batch.sequences=64"
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except NOT_TOML:
         value = text.strip()  # a bare word: run=runs/demo needs no quotes
-    *parents, last = key.split(".")
-    table = values
-    for parent in parents:
-        table = table.setdefault(parent, {})
-        if not isinstance(table, dict):
-            raise InputError(f"command line: {key}: '{parent}' is not a section")
-    table[last] = value
-    sources[key] = "command line"
+    _set(values, key, value, COMMAND_LINE, sources)
+
+
+def _merge(
+    values: dict[str, Any],
+    changes: Mapping[str, Any],
+    prefix: str,
+    origin: str,
+    sources: dict[str, str],
+) -> None:
+    """Apply a mapping of values and tables; tables are merged key by key."""
+    for name, value in changes.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            _set(values, key, None, origin, sources, table=True)
+            _merge(values, value, f"{key}.", origin, sources)
+        else:
+            value = os.fspath(value) if isinstance(value, os.PathLike) else copy.deepcopy(value)
+            _set(values, key, value, origin, sources)
+
+
+def _set(
+    values: dict[str, Any],
+    key: str,
+    value: Any,
+    origin: str,
+    sources: dict[str, str],
+    *,
+    table: bool = False,
+) -> None:
+    """Set the value of a dotted key; None removes it. With `table` only make sure of the table."""
+    names = key.split(".")
+    for i, name in enumerate(names if table else names[:-1]):
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            parent = ".".join(names[: i + 1])
+            raise InputError(f"{origin}: {key}: '{parent}' is not a section")
+    if table:
+        return
+    if value is None:
+        values.pop(names[-1], None)
+        return
+    values[names[-1]] = value
+    sources[key] = origin
 
 
 def _build(values: dict[str, Any], source: str, sources: dict[str, str]) -> RunConfig:
@@ -322,9 +431,8 @@ def _value(spec: dataclasses.Field, hint: Any, value: Any, key: str, where: str)
     def wrong(what: str) -> InputError:
         return InputError(f"{where}: {key} = {value!r}; must be {what}")
 
-    if isinstance(
-        hint, types.UnionType
-    ):  # `int | None`: TOML has no null, so a value that is there is never None
+    if isinstance(hint, types.UnionType):
+        # `int | None`: TOML has no null, so a value that is given is never None.
         hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
     if hint is bool:
         if not isinstance(value, bool):
@@ -347,7 +455,7 @@ def _value(spec: dataclasses.Field, hint: Any, value: Any, key: str, where: str)
         return tuple(float(v) for v in value)
     if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
         raise wrong("a whole number")
-    if not _is_number(value) or not math.isfinite(value):
+    if not _is_number(value) or not _is_finite(value):
         raise wrong("a number")
     low, high, above, unit = (spec.metadata[k] for k in ("low", "high", "above", "unit"))
     if value < low or value > high or (above and value == low):
@@ -361,10 +469,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_finite(value: float | int) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
 def check_config(
-    config: RunConfig, source: str, sources: typing.Mapping[str, str] = types.MappingProxyType({})
+    config: RunConfig, source: str, sources: Mapping[str, str] = types.MappingProxyType({})
 ) -> None:
-    """What no single value shows: raise InputError for values that contradict each other. `sources`: of keys that are not from `source`."""
+    """Raise InputError for values that contradict each other.
+
+    Args:
+        config: the settings; each value is in its own range.
+        source: the recipe, for messages.
+        sources: where the keys come from that are not from `source`.
+    """
 
     def where(key: str) -> str:
         return sources.get(key, source)
@@ -372,27 +493,31 @@ def check_config(
     model, objective, batch = config.model, config.objective, config.batch
     if model.hidden_size % model.num_attention_heads:
         raise InputError(
-            f"{where('model.num_attention_heads')}: model.num_attention_heads = {model.num_attention_heads} "
-            f"does not divide model.hidden_size = {model.hidden_size}"
+            f"{where('model.num_attention_heads')}: model.num_attention_heads = "
+            f"{model.num_attention_heads} does not divide model.hidden_size = {model.hidden_size}"
         )
     if model.head_size % 8:
         raise InputError(
-            f"{where('model.num_attention_heads')}: model.hidden_size / model.num_attention_heads = {model.head_size}; must be a multiple of 8"
+            f"{where('model.num_attention_heads')}: model.hidden_size / "
+            f"model.num_attention_heads = {model.head_size}; must be a multiple of 8"
         )
     if batch.max_length > model.max_position_embeddings:
         raise InputError(
             f"{where('batch.max_length')}: batch.max_length = {batch.max_length} is more than "
-            f"model.max_position_embeddings = {model.max_position_embeddings}; lower the one or raise the other"
+            f"model.max_position_embeddings = {model.max_position_embeddings}; "
+            "lower the one or raise the other"
         )
     if batch.micro_batch_tokens < batch.max_length:
         raise InputError(
-            f"{where('batch.micro_batch_tokens')}: batch.micro_batch_tokens = {batch.micro_batch_tokens} is less than "
-            f"batch.max_length = {batch.max_length}; the longest sequence must fit"
+            f"{where('batch.micro_batch_tokens')}: batch.micro_batch_tokens = "
+            f"{batch.micro_batch_tokens} is less than batch.max_length = {batch.max_length}; "
+            "the longest sequence must fit"
         )
     if objective.mask_token + objective.random_token > 1:
         raise InputError(
-            f"{where('objective.random_token')}: objective.mask_token + objective.random_token = "
-            f"{objective.mask_token + objective.random_token:g}; must be 1 at most"
+            f"{where('objective.random_token')}: objective.mask_token + "
+            f"objective.random_token = {objective.mask_token + objective.random_token:g}; "
+            "must be 1 at most"
         )
     horizon = {
         "steps": config.stop.steps or config.stop.epochs,
@@ -412,7 +537,8 @@ def check_config(
             else f"stop.{config.schedule.over}"
         )
         raise InputError(
-            f'{where("schedule.over")}: schedule.over = "{config.schedule.over}" needs {key}: the learning rate follows it to the end of the run'
+            f'{where("schedule.over")}: schedule.over = "{config.schedule.over}" needs {key}: '
+            "the learning rate follows it to the end of the run"
         )
     if config.schedule.decay == "wsd" and config.schedule.warmup + config.schedule.cooldown > 1:
         raise InputError(
@@ -421,5 +547,6 @@ def check_config(
         )
     if config.stop.min_delta and not config.stop.patience:
         raise InputError(
-            f"{where('stop.min_delta')}: stop.min_delta = {config.stop.min_delta} needs stop.patience"
+            f"{where('stop.min_delta')}: stop.min_delta = {config.stop.min_delta} "
+            "needs stop.patience"
         )

@@ -168,10 +168,12 @@ class Cluster:
         self, folder: Path, store: Path, gpus: int = 1, steps: int = 20, every: int = 1000
     ):
         self.folder, self.run, self._gpus = folder, folder / "runs/base", gpus
-        for name in ("recipes", "data", "bin", "examples/cluster"):
+        for name in ("data", "bin", "examples/cluster"):
             (folder / name).mkdir(parents=True)
-        recipe = RECIPE.format(steps=steps, every=every, deepspeed=ROOT / "ds_config.json")
-        (folder / "recipes/base.toml").write_text(recipe, encoding="utf-8")
+        recipe = RECIPE.format(
+            steps=steps, every=every, deepspeed=ROOT / "fastbert/recipes/ds_config.json"
+        )
+        (folder / "base.toml").write_text(recipe, encoding="utf-8")
         (folder / "data/wiki").symlink_to(store)
         for name in EXAMPLES:
             (folder / "examples/cluster" / name).write_text(

@@ -115,10 +115,10 @@ def test_pretrain_in_bf16(hostile, script, small_dataset):
         f"data={small_dataset.path}",
         "run=run",
         "runtime.precision=bf16",
-        f"runtime.deepspeed={ROOT / 'ds_config.json'}",
+        f"runtime.deepspeed={ROOT / 'fastbert/recipes/ds_config.json'}",
         "stop.steps=1",
     ]
-    done = run(hostile, script, "pretrain", ROOT / "recipes/demo.toml", *settings)
+    done = run(hostile, script, "pretrain", ROOT / "fastbert/recipes/demo.toml", *settings)
     if (
         done.returncode == 2 and "bf16" in done.stderr
     ):  # a processor that cannot; the probe has found out, and nothing was run

@@ -28,6 +28,7 @@ VERBS = [
     "finetune",
     "report",
     "doctor",
+    "recipes",
     "plan",
 ]
 
@@ -151,7 +152,7 @@ MORE = {
     "embed: out": (["embed", "hf", "texts.txt", "--out", "x.txt"], ["--out x.txt", ".npy"]),
     "export: no permission": (
         ["export", "hf", "--out", "/sys/new"],
-        ["/sys/", "choose another place"],
+        ["/sys/", "choose another path"],
     ),
     "finetune: settings": (
         ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--lr", "0"],

@@ -20,7 +20,9 @@ def test_one_line_is_a_recipe():
     assert (config.model.hidden_size, config.model.num_hidden_layers) == (768, 12)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "fastbert/recipes").glob("*.toml")), ids=lambda p: p.stem
+)
 def test_recipes_that_come_along_are_sound(path):
     config = load_config(path)
     assert parse_config(dump_config(config), "again") == config

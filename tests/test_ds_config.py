@@ -465,7 +465,7 @@ def test_the_projects_own_file_is_sound():
         RunConfig(
             data="dataset",
             optimizer=OptimizerConfig(),
-            runtime=RuntimeConfig(deepspeed=str(ROOT / "ds_config.json")),
+            runtime=RuntimeConfig(deepspeed=str(ROOT / "fastbert/recipes/ds_config.json")),
         ),
         "r",
     )

@@ -49,7 +49,7 @@ every = 15
 keep = 2
 [runtime]
 precision = "fp32"
-deepspeed = "{ROOT / "ds_config.json"}"
+deepspeed = "{ROOT / "fastbert/recipes/ds_config.json"}"
 """
 
 

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "fastbert.strict_json": set(),
     "fastbert.out_of_memory": set(),
     "fastbert.durable": set(),
+    "fastbert.redraw": set(),
     "fastbert.presence": {"fastbert.errors"},
     "fastbert.config": {"fastbert.errors"},
     "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
@@ -59,6 +60,7 @@ MAY_IMPORT = {
         "fastbert.out_of_memory",
         "fastbert.planning.flops",
         "fastbert.presence",
+        "fastbert.redraw",
         "fastbert.strict_json",
     },
     "fastbert.planning": {
@@ -87,9 +89,9 @@ MAY_IMPORT = {
     },
     "fastbert.cli": {"fastbert"},
     "fastbert.__main__": {"fastbert.cli"},
-    "fastbert": {
-        "fastbert.tasks.load"
-    },  # fastbert/__init__.py itself: `fastbert.load`, on first use
+    "fastbert.api": {"fastbert"},
+    # fastbert/__init__.py itself: the Python interface, at its first use.
+    "fastbert": {"fastbert.api", "fastbert.errors", "fastbert.tasks.load"},
 }
 
 # A library and the only modules that may import it; a name that ends in a dot stands for a room, `*` for one part of a name.
@@ -103,6 +105,8 @@ ONLY_IN = {
 BLOCKED = ["triton", "deepspeed", "transformers"]
 NEED_TRITON = ["fastbert_kernels._launch"]  # it launches for kernel.py files, which alone import it
 NEED_THE_ENGINE = [
+    "fastbert.training.ending",
+    "fastbert.training.run",
     "fastbert.training.engine",
     "fastbert.training.setup",
     "fastbert.training.monitor",

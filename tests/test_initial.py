@@ -58,7 +58,7 @@ def folder(original, tmp_path) -> Path:
 @pytest.fixture
 def recipe(tmp_path, small_dataset, folder) -> Path:
     path = tmp_path / "recipe.toml"
-    deepspeed = ROOT / "ds_config.json"
+    deepspeed = ROOT / "fastbert/recipes/ds_config.json"
     path.write_text(
         RECIPE.format(
             dataset=small_dataset.path, run=tmp_path / "run", init=folder, deepspeed=deepspeed
@@ -69,7 +69,7 @@ def recipe(tmp_path, small_dataset, folder) -> Path:
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> int:
-    return pretrain(load_config(recipe, overrides), str(recipe), resume)
+    return pretrain(load_config(recipe, overrides), str(recipe), resume).exit_code
 
 
 def refusal(recipe: Path, *overrides: str) -> str:

@@ -69,7 +69,9 @@ def recipe(tmp_path, small_dataset) -> Path:
     path = tmp_path / "recipe.toml"
     path.write_text(
         RECIPE.format(
-            dataset=small_dataset.path, run=tmp_path / "run", deepspeed=ROOT / "ds_config.json"
+            dataset=small_dataset.path,
+            run=tmp_path / "run",
+            deepspeed=ROOT / "fastbert/recipes/ds_config.json",
         ),
         encoding="utf-8",
     )
@@ -78,7 +80,7 @@ def recipe(tmp_path, small_dataset) -> Path:
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> int:
     """In this process."""
-    return pretrain(load_config(recipe, overrides), str(recipe), resume)
+    return pretrain(load_config(recipe, overrides), str(recipe), resume).exit_code
 
 
 def start(recipe: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:

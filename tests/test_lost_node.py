@@ -49,7 +49,7 @@ def pace(cluster: Cluster, seconds: float) -> None:
 def undisturbed(small_dataset, tmp_path_factory) -> Path:
     """The folder of a run of one process that nothing has disturbed."""
     cluster = make(tmp_path_factory.mktemp("undisturbed"), small_dataset.path)
-    command = ["python", "-m", "tests.recorded", "pretrain", "recipes/base.toml"]
+    command = ["python", "-m", "tests.recorded", "pretrain", "base.toml"]
     environment = {**cluster.environment, "RANK": "0", "WORLD_SIZE": "1"}
     done = subprocess.run(
         command, cwd=cluster.folder, env=environment, capture_output=True, text=True, timeout=120

@@ -118,7 +118,7 @@ def test_a_run_with_two_dollar_signs_in_its_name(lab, capsys):
     run = trial.folder / "cost_$5_vs_$6"
     for more in ([], ["stop.steps=5"]):
         config = load_config(trial.recipe, [f"run={run}", *more])
-        assert pretrain(config, str(trial.recipe), resume=bool(more)) == 0
+        assert pretrain(config, str(trial.recipe), resume=bool(more)).exit_code == 0
         assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
         (run / "loss.png").unlink()
     assert "could not be drawn" not in (run / "log.txt").read_text()

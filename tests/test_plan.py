@@ -425,6 +425,6 @@ def test_peaks_are_dense_and_in_plain_units():
 
 
 def test_a_plan_from_the_recipes_that_come_along():
-    for path in (Path(__file__).parents[1] / "recipes").glob("*.toml"):
+    for path in (Path(__file__).parents[1] / "fastbert/recipes").glob("*.toml"):
         rows = dict(describe(plan(load_config(path), str(path), 8, "h100", stage=1)))
         assert "M, " in rows["parameters"] and rows["limited by"]

@@ -169,7 +169,7 @@ def test_documented_commands_exist(document):
         for name in re.findall(r"(?m)(?:^|[`;&$/] ?)fastbert ([a-z]+)\b", code)
         if name not in verbs
     ]
-    folders = "fastbert|kernels|recipes|tests|benchmarks|examples|docs"
+    folders = "fastbert|kernels|tests|benchmarks|examples|docs"
     wrong += [
         name
         for name in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/.-]*\w\.\w+", code)

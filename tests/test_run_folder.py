@@ -59,7 +59,7 @@ def train(trial: Trial, *overrides: str, resume: bool = False) -> int:
     """In this process."""
     return pretrain(
         load_config(trial.recipe, [*trial.overrides, *overrides]), str(trial.recipe), resume
-    )
+    ).exit_code
 
 
 def refusal(trial: Trial, *overrides: str, resume: bool = False) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fastbert.cluster.signals import StopRequest
 from tests.ranks import ROOT, Ranks, catches, environment, free_port
 from tests.trials import Laboratory, Trial, lines_so_far, wait_for, wait_until_ready
 
@@ -201,3 +202,25 @@ def test_a_signal_while_torch_is_imported(lab):
         )
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 75, (trial.folder / "said").read_text()
+
+
+def test_a_request_that_is_entered_twice_gives_back_the_handlers_and_the_second_ctrl_c():
+    """The command line enters it before the imports, and the loop enters it again."""
+
+    def ours(number: int, frame: object) -> None:
+        seen.append(number)
+
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, ours)
+    try:
+        with StopRequest() as request:
+            with request:
+                os.kill(os.getpid(), signal.SIGINT)
+                assert (request.asked, seen) == ("SIGINT", [])
+                os.kill(os.getpid(), signal.SIGINT)
+                assert seen == [signal.SIGINT]
+            os.kill(os.getpid(), signal.SIGTERM)  # the outer context still listens
+            assert request.asked == "SIGTERM"
+        assert signal.getsignal(signal.SIGINT) is ours
+    finally:
+        signal.signal(signal.SIGINT, before)

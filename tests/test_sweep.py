@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def sweep(
-    out: Path, *tries: str, recipe: str = "recipes/demo.toml"
+    out: Path, *tries: str, recipe: str = "fastbert/recipes/demo.toml"
 ) -> subprocess.CompletedProcess[str]:
     settings = [argument for text in tries for argument in ("--try", text)]
     command = [
@@ -58,7 +58,7 @@ def test_the_best_comes_first_and_what_is_finished_is_not_made_again(small_datas
 @pytest.mark.parametrize(
     ("recipe", "settings", "message"),
     [
-        ("recipes/demo.toml", "optimizer.rl=1", "optimizer.rl"),
+        ("fastbert/recipes/demo.toml", "optimizer.rl=1", "optimizer.rl"),
         ("recipes/none.toml", "", "recipes/none.toml: no such recipe"),
     ],
 )

@@ -2,7 +2,7 @@
 # Pre-training under Slurm: one task a GPU, on as many nodes as you ask for. Submit it from the folder that holds your recipe and your data,
 # with the environment active in which `fastbert` runs, and with whatever `fastbert pretrain` takes:
 #
-#   sbatch --nodes 4 examples/cluster/slurm.sh recipes/base.toml data=data/wiki
+#   sbatch --nodes 4 examples/cluster/slurm.sh base.toml data=data/wiki
 #
 # It goes on from the newest checkpoint by itself, after its time limit as after the loss of a node, until the run is finished.
 

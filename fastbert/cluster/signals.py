@@ -28,11 +28,13 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked: str | None = None
         self._before: dict[int, Any] = {}
+        self._depth = 0  # it may be entered again by what its owner calls
         self._launched = "WORLD_SIZE" in os.environ
 
     def __enter__(self) -> StopRequest:
+        self._depth += 1
         # Python sets signal handlers in the main thread only.
-        if threading.current_thread() is threading.main_thread():
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             # nohup ignores SIGHUP, and that must stay so.
             ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             self._before = {
@@ -48,8 +50,12 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._before.items():
+                # None: a handler that was not set by Python, which cannot set it again.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name

@@ -289,7 +289,8 @@ def plan(
     precision, w = ("bf16", 2) if bf16 else ("fp32", 4)
     efficiency = efficiency or (1.0 if on_cpu else EFFICIENCY)
     zero: dict[str, Any] = {}
-    if stage is None or Path(config.runtime.deepspeed).exists():
+    file = config.runtime.deepspeed
+    if stage is None or file is None or Path(file).exists():
         settings = read_ds_config(config, recipe)
         zero = settings.values["zero_optimization"]
         if stage is None:

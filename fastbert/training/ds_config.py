@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastbert.config import RunConfig
+from fastbert.config import DEEPSPEED, RunConfig
 from fastbert.errors import InputError
 from fastbert.training.ds_keys import (
     COUNT,
@@ -122,7 +122,7 @@ class Answer(NamedTuple):
 
 
 def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
-    """Read and check the file that runtime.deepspeed names.
+    """Read and check the file that runtime.deepspeed names, or else the packaged one.
 
     Args:
         config: the recipe.
@@ -133,7 +133,7 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
             or a value contradicts the recipe (both places are named), asks for what fastbert does
             not do, or has the wrong type.
     """
-    path = config.runtime.deepspeed
+    path = config.runtime.deepspeed or str(DEEPSPEED)
     values, answers = _load(path, recipe), _answers(config)
 
     def check(
@@ -206,7 +206,7 @@ def _load(path: str, recipe: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(
             f"{recipe}: runtime.deepspeed = {path!r}: no such file; "
-            "the one that comes with fastbert is ds_config.json"
+            "without this key fastbert uses its own settings"
         ) from None
     except OSError as error:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 
 from fastbert.checkpoints.saver import Saved
 from fastbert.training.run import Run
@@ -13,7 +14,21 @@ DONE, FAILED, INTERRUPTED = 0, 1, 75
 LOWER = 10  # divides the learning rate in the advice to resume a run that diverged
 
 
-def conclude(run: Run, reason: str | None, last: Saved | None) -> int:
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended.
+
+    Attributes:
+        exit_code: 0 when a stop condition was reached, 1 when the run failed, 75 when it was
+            interrupted and can be resumed.
+        reason: why it ended, in words.
+    """
+
+    exit_code: int
+    reason: str
+
+
+def conclude(run: Run, reason: str | None, last: Saved | None) -> Ending:
     """Report why the run ended and what the user may do.
 
     Args:
@@ -21,9 +36,6 @@ def conclude(run: Run, reason: str | None, last: Saved | None) -> int:
         reason: the stop condition that was reached; None where a signal or diverged weights ended
             the run.
         last: the result of the last save; None where there was nothing to save.
-
-    Returns:
-        The exit code.
     """
     config, state = run.setup.config, run.state
     code, advice = DONE, ""
@@ -49,7 +61,7 @@ def conclude(run: Run, reason: str | None, last: Saved | None) -> int:
         code, advice = FAILED, f"fix this, then {how_to_resume(run.setup)}"
         reason = f"{reason}, but it could not be saved: {last.problem}"
     run.monitor.stop(state.step, reason, advice)
-    return code
+    return Ending(code, reason)
 
 
 def how_to_resume(setup: Setup) -> str:

@@ -17,7 +17,7 @@ from fastbert.config import RunConfig
 from fastbert.data.prefetch import Prefetch
 from fastbert.machine import measure_gemm_rate
 from fastbert.out_of_memory import shortage
-from fastbert.training.ending import FAILED, INTERRUPTED, conclude, how_to_resume
+from fastbert.training.ending import FAILED, INTERRUPTED, Ending, conclude, how_to_resume
 from fastbert.training.engine import Engine
 from fastbert.training.monitor import Monitor
 from fastbert.training.run import Consensus, Run
@@ -30,7 +30,7 @@ class Ended(Exception):
 
 def pretrain(
     config: RunConfig, recipe: str, resume: bool, stop_request: StopRequest | None = None
-) -> int:
+) -> Ending:
     """Train as the recipe says, from the beginning or from the newest valid checkpoint of its run.
 
     Every rank calls it.
@@ -42,12 +42,11 @@ def pretrain(
         stop_request: one that already receives signals; by default a new one.
 
     Returns:
-        0 when a stop condition was reached, 1 when the run failed, 75 when it was interrupted and a
-        checkpoint was saved.
+        The exit code and the reason. A reason that `Monitor.stop` has not shown is on stderr.
 
     Raises:
-        InputError: the recipe, the dataset, ds_config.json or the run folder is wrong; nothing has
-            been written.
+        InputError: the recipe, the dataset, DeepSpeed's settings or the run folder is wrong;
+            nothing has been written then.
     """
     timeout_s = config.runtime.timeout_s
     with stop_request or StopRequest() as stop_request:
@@ -61,22 +60,19 @@ def pretrain(
                 setup = set_up(config, recipe, resume, group)
                 return _open_and_train(setup, group, watchdog, stop_request)
         except Interrupted as signal:
-            print(f"interrupted by {signal} before the first step", file=sys.stderr)
-            return INTERRUPTED
+            ending = Ending(INTERRUPTED, f"interrupted by {signal} before the first step")
+            print(ending.reason, file=sys.stderr)
         except RankLost as end:
-            print(f"fastbert: {end}; resume with --resume", file=sys.stderr)
-            return FAILED
+            ending = Ending(FAILED, f"{end}; resume with --resume")
+            print(f"fastbert: {ending.reason}", file=sys.stderr)
         except Ended as end:
+            ending = Ending(FAILED, str(end))
             print(f"fastbert: {end}", file=sys.stderr)
-            return FAILED
+        return ending
 
 
-def train(run: Run) -> int:
-    """Step, evaluate and save until a stop condition, a signal or diverged weights end the run.
-
-    Returns:
-        The exit code.
-    """
+def train(run: Run) -> Ending:
+    """Step, evaluate and save until a stop condition, a signal or diverged weights end the run."""
     every = run.setup.config.evaluate.every
     reason = run.criteria.reached(run.state)
     while reason is None and not (run.stop or run.diverged):
@@ -92,7 +88,7 @@ def train(run: Run) -> int:
 
 def _open_and_train(
     setup: Setup, group: Group, watchdog: Watchdog, stop_request: StopRequest
-) -> int:
+) -> Ending:
     """Take the run folder, build the engine, and train.
 
     Raises:
@@ -120,7 +116,7 @@ def _open_and_train(
         raise Ended(f"{group.name(group.rank)}: {line}" if group.world > 1 else line) from error
 
 
-def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: StopRequest) -> int:
+def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: StopRequest) -> Ending:
     config, state, folder = setup.config, setup.state, setup.start.run
     found = setup.start.checkpoint
     watchdog.tick("the run folder")

@@ -25,6 +25,7 @@ from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 from fastbert.checkpoints.saver import Saved
+from fastbert.redraw import can_redraw
 from fastbert.training import diagnosis
 from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
@@ -107,6 +108,7 @@ class Monitor:
             str(run / "tensorboard"), purge_step=None if fresh else step + 1
         )
         self._console = Console(highlight=False, soft_wrap=True)
+        self._redraws = can_redraw(self._console)
         columns = (
             TaskProgressColumn(table_column=Column(no_wrap=True)),
             # The bar gets the width that the text leaves.
@@ -115,7 +117,7 @@ class Monitor:
         )
         self._bar = Bar(*columns, console=self._console, auto_refresh=False, expand=True)
         self._task = self._bar.add_task("", total=1.0)
-        if self._console.is_terminal:
+        if self._redraws:
             self._bar.start()
         self._window = _Window(time.perf_counter())
         self._drawn = -math.inf
@@ -194,9 +196,7 @@ class Monitor:
         window.tokens += result.tokens
         window.flops += flops
         window.waited += waited
-        if time.perf_counter() - window.began >= (
-            BAR_EVERY_S if self._console.is_terminal else LINE_EVERY_S
-        ):
+        if time.perf_counter() - window.began >= (BAR_EVERY_S if self._redraws else LINE_EVERY_S):
             self._show(done)
 
     def evaluate(self, done: TrainState, found: HeldOut, seconds: float) -> None:
@@ -274,7 +274,7 @@ class Monitor:
                 self._bar.update(
                     self._task,
                     completed=1.0 if not advice else None,
-                    refresh=self._console.is_terminal,
+                    refresh=self._redraws,
                 )
             self._draw()
             self.say(f"stopped at step {step:,}: {reason}" + (f"; {advice}" if advice else ""))
@@ -283,7 +283,7 @@ class Monitor:
         """Close every file; a disk that refuses has been reported before."""
         if not self.is_main:
             return
-        if self._console.is_terminal:
+        if self._redraws:
             with self._printing():
                 self._bar.stop()
         for close in (self._tensorboard.close, self._metrics.close, self._log_file.close):
@@ -318,7 +318,7 @@ class Monitor:
         share = self._criteria.share(done)
         if (left := self._criteria.seconds_left(done)) is not None:
             parts.append(f"{_clock(left)} left")
-        if self._console.is_terminal:
+        if self._redraws:
             with self._printing():
                 self._bar.update(
                     self._task, completed=share, description="  ".join(parts), refresh=True

@@ -26,7 +26,7 @@ from fastbert.checkpoints.checkpoint import Checkpoint
 from fastbert.checkpoints.model_folder import ModelParts
 from fastbert.checkpoints.ownership import CLAIM, RunLock
 from fastbert.cluster.group import Group
-from fastbert.config import RunConfig, dump_config, load_config, parse_config
+from fastbert.config import DEEPSPEED, RunConfig, dump_config, load_config, parse_config
 from fastbert.data.batches import Batches, PackedBatch, heldout_batches
 from fastbert.data.dataset import OTHER_FILES, TokenDataset
 from fastbert.durable import write_whole
@@ -285,7 +285,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         {
             f"{recipe}: the recipe": hashlib.sha256(dump_config(config).encode()).hexdigest(),
             f"data = {config.data!r}: the dataset's manifest": dataset.sha256,
-            f"{config.runtime.deepspeed}: the file": hashlib.sha256(
+            f"{config.runtime.deepspeed or DEEPSPEED.name}: the file": hashlib.sha256(
                 json.dumps(settings.values, sort_keys=True).encode()
             ).hexdigest(),
             "torch's version": torch.__version__,

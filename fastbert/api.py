@@ -1,0 +1,126 @@
+"""The Python interface: `fastbert.prepare` and `fastbert.pretrain`.
+
+`fastbert.load` is `fastbert.tasks.load.load`.
+
+The command line and these functions do the same work. The functions raise InputError where the
+command line prints a line and exits. They show progress on a terminal and in a notebook, need no
+`if __name__ == "__main__":` guard, and can be called any number of times in a process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastbert.errors import InputError
+from fastbert.heap import keep_heap
+
+if TYPE_CHECKING:
+    from fastbert.data.report import Report
+    from fastbert.tasks.pretrained import Pretrained
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a call of `pretrain` ended.
+
+    Attributes:
+        run: the folder of the run.
+        reason: why it stopped, in words, for example "stop.steps = 100".
+        exit_code: that of `fastbert pretrain`: 0 when a stop condition was reached, 1 when the run
+            failed, 75 when it was interrupted; `pretrain(..., resume=True)` then resumes it.
+        metrics: the newest records of the run's metrics.jsonl: "train" is the last step and
+            "heldout" the last evaluation. A key is missing if the run has no such record.
+    """
+
+    run: Path
+    reason: str
+    exit_code: int
+    metrics: dict[str, dict[str, Any]] = field(repr=False)
+
+    def load(self, device: str | None = None) -> Pretrained:
+        """The trained model, from the newest valid checkpoint of the run; see `fastbert.load`."""
+        from fastbert.tasks.load import load
+
+        return load(self.run, device)
+
+
+def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **options: Any) -> Report:
+    """Turn text into a dataset: a tokenizer, token ids, a held-out part and a report on the data.
+
+    Args:
+        sources: a text file or a folder, or several of them: txt, jsonl, csv or parquet.
+        out: the folder to make; it must not exist yet.
+        options: keyword arguments of `fastbert.data.prepare.prepare`, such as `vocab_size`,
+            `lowercase`, `tokenizer`, `heldout`, `text_format`, `text_field`, `workers` and
+            `progress`.
+
+    Returns:
+        The report: `figures` is a dict of numbers, `rows` has their meaning and advice in words.
+
+    Raises:
+        InputError: something is wrong with the sources, an option or the disk. Nothing is left
+            behind then.
+    """
+    from rich.console import Console
+
+    from fastbert.data.prepare import prepare
+    from fastbert.redraw import can_redraw
+
+    keep_heap()
+    paths = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    options.setdefault("progress", can_redraw(Console(stderr=True)))
+    return prepare(paths, out, **options)
+
+
+def pretrain(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    **tables: Any,
+) -> RunResult:
+    """Train a model from a dataset, as a recipe says.
+
+    Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP stop the run after its current step and save a checkpoint.
+    A second Ctrl-C raises KeyboardInterrupt at once.
+
+    Args:
+        recipe: the path of a TOML file, the name of a packaged recipe ("mini"; `fastbert recipes`
+            lists them), or a dict of a recipe's tables, such as
+            `{"data": "data/my", "model": {"preset": "mini"}}`.
+        overrides: values that win over the recipe's, by dotted key: `{"stop.steps": 100}`.
+        resume: resume the run that is in the folder from its newest valid checkpoint.
+        tables: overrides as keyword arguments: `run="runs/my", stop={"steps": 100}`. A table is
+            merged into the recipe's. None removes a key, so that its default applies.
+
+    Returns:
+        The folder, the reason why the run stopped, and its last metrics. A run that failed, for
+        example because its weights diverged, returns a result whose exit_code is 1.
+
+    Raises:
+        InputError: the recipe, an override, the dataset or the run's folder is wrong.
+    """
+    # Before torch is imported: a broken connection would print a page of C++ frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    keep_heap()
+    from fastbert.cluster.signals import StopRequest
+    from fastbert.config import load_config
+
+    if twice := sorted(set(overrides or {}) & set(tables)):
+        raise InputError(f"overrides: {twice[0]} is given twice; remove one")
+    with StopRequest() as stop_request:  # from here on a signal means: stop after this step
+        config = load_config(recipe, {**(overrides or {}), **tables})
+        from fastbert.training.loop import pretrain
+        from fastbert.training.metrics import read_metrics
+
+        name = "recipe" if isinstance(recipe, Mapping) else str(recipe)
+        ending = pretrain(config, name, resume, stop_request)
+    run, metrics = Path(config.run), {}
+    for record in read_metrics(run / "metrics.jsonl"):
+        if (kind := record.get("event")) in (None, "evaluate"):
+            metrics["heldout" if kind else "train"] = record
+    return RunResult(run, ending.reason, ending.exit_code, metrics)

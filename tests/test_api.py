@@ -1,0 +1,176 @@
+"""The Python interface: from a text to a filled mask, and what it does where the command exits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import fastbert
+from fastbert.training.metrics import read_metrics
+from tests.ranks import environment
+
+# A script as a beginner writes it: no `if __name__ == "__main__":`, and two worker processes.
+SCRIPT = """
+import fastbert, json
+fastbert.prepare("english.jsonl", "data", vocab_size=500, workers=2)
+model = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+result = fastbert.pretrain("demo.toml", data="data", run="run", model=model,
+                           stop={"seconds": None, "steps": 3}, schedule={"over": "steps"})
+masks = result.load().fill_mask("The [MASK] statement and the [MASK] type.", k=4)
+print(json.dumps([result.exit_code, result.reason, [len(best) for best in masks]]))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, small_dataset) -> dict:
+    """The tables of a recipe for a model that trains in a second."""
+    return {
+        "data": small_dataset.path,  # a Path
+        "run": str(tmp_path / "run"),
+        "model": {
+            "num_hidden_layers": 1,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+        },
+        "batch": {"sequences": 8, "max_length": 64},
+        "stop": {"steps": 3},
+        "evaluate": {"every": 2, "sequences": 16},
+    }
+
+
+def test_from_a_text_to_a_filled_mask(tmp_path, english_jsonl):
+    os.link(english_jsonl, tmp_path / "english.jsonl")
+    (tmp_path / "first.py").write_text(SCRIPT, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "first.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    code, reason, found = json.loads(done.stdout.splitlines()[-1])
+    assert (code, reason, found) == (0, "stop.steps = 3", [4, 4])
+
+
+def test_a_dict_of_tables_is_a_recipe_and_can_be_trained_twice(recipe, tmp_path):
+    given = json.dumps(recipe, default=str)
+    first = fastbert.pretrain(recipe)
+    again = fastbert.pretrain(recipe, {"run": tmp_path / "again"}, stop={"steps": 3})
+    assert json.dumps(recipe, default=str) == given  # left as it was
+    assert (first.run, again.run) == (tmp_path / "run", tmp_path / "again")
+    for result in (first, again):
+        assert (result.exit_code, result.reason) == (0, "stop.steps = 3")
+        records = list(read_metrics(result.run / "metrics.jsonl"))
+        steps = [record for record in records if "event" not in record]
+        evaluations = [record for record in records if record.get("event") == "evaluate"]
+        assert result.metrics == {"train": steps[-1], "heldout": evaluations[-1]}
+        assert [record["step"] for record in steps] == [1, 2, 3]
+        assert [record["step"] for record in evaluations] == [2, 3]
+    assert first.metrics["train"]["loss"] == again.metrics["train"]["loss"]
+    assert first.load("cpu").config.hidden_size == 32
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.exit_code = 1
+
+
+def test_resume(recipe):
+    fastbert.pretrain(recipe)
+    with pytest.raises(fastbert.InputError, match="holds a run with checkpoints"):
+        fastbert.pretrain(recipe)
+    result = fastbert.pretrain(recipe, {"stop.steps": 5}, resume=True)
+    steps = [r["step"] for r in read_metrics(result.run / "metrics.jsonl") if "event" not in r]
+    assert (result.reason, steps) == ("stop.steps = 5", [1, 2, 3, 4, 5])
+
+
+def test_ctrl_c_saves_and_returns(recipe, tmp_path):
+    metrics = tmp_path / "run/metrics.jsonl"
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt() -> None:
+        while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 2):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    result = fastbert.pretrain(recipe, stop={"steps": 100_000})
+    thread.join()
+    assert (result.exit_code, result.reason) == (75, "interrupted by SIGINT")
+    assert signal.getsignal(signal.SIGINT) is before  # a second Ctrl-C would have reached it
+    step = result.metrics["train"]["step"]
+    assert 1 < step < 100_000
+    assert (tmp_path / f"run/checkpoints/step-{step:08}").is_dir()
+    resumed = fastbert.pretrain(
+        recipe,
+        stop={"steps": step + 1},
+        schedule={"warmup": 0.0, "decay": "constant"},
+        resume=True,
+    )
+    assert (resumed.exit_code, resumed.metrics["train"]["step"]) == (0, step + 1)
+
+
+def test_weights_that_diverge_are_a_result(recipe):
+    optimizer = {"name": "sgd", "lr": 100.0, "max_grad_norm": 0.0}
+    result = fastbert.pretrain(
+        recipe,
+        optimizer=optimizer,
+        stop={"steps": 50},
+        schedule={"warmup": 0.0, "decay": "constant"},
+    )
+    assert result.exit_code == 1 and "finite" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("minni",), {}, "minni: no such recipe; did you mean mini[?] .* base, demo, large"),
+        (("mini",), {"data": "nowhere"}, "nowhere"),
+        (({},), {}, "recipe: data is missing"),
+        (({"data": "x", "stop": 3},), {"stop": {"steps": 1}}, "'stop' is not a section"),
+        (({"data": "x", "batch": {"size": 1}},), {}, "recipe: unknown key 'batch.size'"),
+        (("mini",), {"steps": 3}, "overrides: unknown key 'steps'"),
+        (("mini", {"stop.steps": 0}), {}, "overrides: stop.steps = 0; must be 1 or more"),
+        (("mini", {"stop.epochs": "9" * 400}), {}, "overrides: stop.epochs = .* must be a number"),
+        (("mini", {"stop.epochs": 10**400}), {}, "overrides: stop.epochs = .* must be a number"),
+        (("mini", {"data": "x"}), {"data": "y"}, "overrides: data is given twice"),
+    ],
+)
+def test_what_is_wrong_raises_input_error(arguments, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(fastbert.InputError, match=message):
+        fastbert.pretrain(*arguments, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prepare_and_load_raise_input_error(tmp_path):
+    with pytest.raises(fastbert.InputError, match=r"none\.txt"):
+        fastbert.prepare(tmp_path / "none.txt", tmp_path / "out")
+    with pytest.raises(fastbert.InputError, match="nowhere"):
+        fastbert.load(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_names_are_listed_and_nothing_heavy_is_imported():
+    code = (
+        "import sys, fastbert; assert set(fastbert.__all__) <= set(dir(fastbert)); "
+        "fastbert.prepare, fastbert.pretrain, fastbert.RunResult, fastbert.InputError; "
+        "print(sorted({'torch', 'numpy', 'deepspeed', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert {"load", "prepare", "pretrain", "__version__"} < set(fastbert.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'evaluate'"):
+        _ = fastbert.evaluate
