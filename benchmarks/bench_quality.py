@@ -300,10 +300,15 @@ def sooner_table(figures: Sequence[Row]) -> str:
                 *(cell for key in FIGURES for cell in times([figure[key] for figure in of])),
             ]
         )
-    return table(
-        ["against", "its final loss", "on our curve", "range", "by a shorter run of ours", "range"],
-        compared,
-    )
+    columns = [
+        "against",
+        "its final loss, nats",
+        "times sooner, on our loss curve",
+        "range",
+        "times sooner, by complete shorter runs",
+        "range",
+    ]
+    return table(columns, compared)
 
 
 def report(

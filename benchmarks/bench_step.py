@@ -234,7 +234,7 @@ def main() -> None:
 def step_table(rows: list[dict]) -> str:
     """Markdown."""
     words = {
-        "single": "of the demo's pairs",
+        "single": "the demo's pairs",
         "fill": "pairs that fill up",
         "full": f"all {MAX_LENGTH}",
     }
@@ -243,18 +243,18 @@ def step_table(rows: list[dict]) -> str:
             "lengths",
             "model",
             "V",
-            "fill",
+            "real tokens",
             "transformers",
             "fastbert",
             "ratio (quartiles)",
-            "of the ideal",
+            "share of the ideal",
         ),
         [
             (
                 words[row["lengths"]],
                 row["model"],
                 f"{row['vocab_size']:,}",
-                f"{row['fill']:.2f}",
+                f"{100 * row['fill']:.0f} %",
                 f"{row['transformers_ms']:,.0f} ms",
                 f"{row['fastbert_ms']:,.0f} ms",
                 f"**{row['ratio']:.2f}x** ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})",
