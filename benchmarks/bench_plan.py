@@ -48,7 +48,7 @@ from fastbert.config import BatchConfig, RunConfig, parse_config
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.models.bert import BertForPreTraining, losses
-from fastbert.planning.memory import Pack, activation_bytes, memory_by_part
+from fastbert.planning.memory import MicroBatchSize, activation_bytes, memory_by_part
 from fastbert.planning.plan import (
     Device,
     communication_per_step,
@@ -153,8 +153,8 @@ STEP_CASES = [
 ]
 
 
-def pack_of(batch: PackedBatch) -> Pack:
-    return Pack(batch.cu_seqlens.diff().tolist(), len(batch.labels), batch.sequences)
+def pack_of(batch: PackedBatch) -> MicroBatchSize:
+    return MicroBatchSize(batch.cu_seqlens.diff().tolist(), len(batch.labels), batch.sequences)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -205,7 +205,7 @@ def growth(profiler: profile) -> float:
     return float(most)
 
 
-def count_memory(case: Case, device: torch.device) -> tuple[dict[str, float], Pack, int]:
+def count_memory(case: Case, device: torch.device) -> tuple[dict[str, float], MicroBatchSize, int]:
     """Bytes by part: weights, master weights, moments, activations, and the most at a time in a step; the largest pack; ranks."""
     gpu = device.type == "cuda"
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
