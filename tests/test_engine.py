@@ -392,11 +392,11 @@ def broken_position(built: Engine, position: int) -> Iterator[None]:
     module = built.model.embeddings
 
     def spoil(module: Any, inputs: Any) -> None:
-        kept.append(module.positions.data[position].clone())
-        module.positions.data[position] = math.nan
+        kept.append(module.position.data[position].clone())
+        module.position.data[position] = math.nan
 
     def restore(module: Any, inputs: Any, output: Any) -> None:
-        module.positions.data[position] = kept.pop()
+        module.position.data[position] = kept.pop()
 
     kept: list[torch.Tensor] = []
     hooks = [

@@ -92,7 +92,7 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
 
     result = evaluate(model, sequences=SEQUENCES)
     flat = result.flat()
-    groups = {name: flat.pop(f"by_{name}") for name in ("input", "length", "frequency")}
+    groups = {name: flat.pop(f"by_{name}") for name in ("corruption", "length", "frequency")}
     assert flat == {
         "loss": pytest.approx(mean(token_losses) + mean(pair_losses), rel=1e-5),
         "loss_mlm": pytest.approx(mean(token_losses), rel=1e-5),
@@ -118,7 +118,7 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
     )
     frequency = [1e6 * counts[label] / split.tokens for label in targets]
     classes = {
-        "input": {
+        "corruption": {
             MASKED: shown,
             RANDOM: [not a and not b for a, b in zip(shown, kept, strict=True)],
             UNCHANGED: [b and not a for a, b in zip(shown, kept, strict=True)],
@@ -144,7 +144,7 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
                 pytest.approx(of(chosen, token_correct)),
                 pytest.approx(of(chosen, hits_of_5)),
             )
-    assert len(groups["frequency"]) > 1 and {MASKED, UNCHANGED} <= set(groups["input"])
+    assert len(groups["frequency"]) > 1 and {MASKED, UNCHANGED} <= set(groups["corruption"])
 
 
 def test_count_models_know_frequencies_and_the_token_before(small_dataset, run):

@@ -37,9 +37,7 @@ def results(function, x, weight, bias, dy, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
-def test_result_and_gradients_are_half_as_near_to_fp64_as_torchs_at_least(
-    onednn, rows, inputs, outputs
-):
+def test_error_is_at_most_twice_that_of_torch_plus_one_ulp(onednn, rows, inputs, outputs):
     draw = torch.Generator().manual_seed(rows)
     x, weight, bias, dy = (
         torch.randn(s, generator=draw)
@@ -53,7 +51,8 @@ def test_result_and_gradients_are_half_as_near_to_fp64_as_torchs_at_least(
     ):
         assert found.shape == wanted.shape
         # The root of the mean square: the largest of a million differences is luck.
-        assert (found - wanted).norm() <= 2 * (torchs - wanted).norm(), name
+        ulp = torch.finfo(torch.float32).eps * wanted.norm()
+        assert (found - wanted).norm() <= 2 * (torchs - wanted).norm() + ulp, name
 
 
 def test_strides_do_not_matter(onednn):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from fastbert.planning.plan import (
     describe,
     plan,
 )
+from tests.sanitizer import sanitize
 
 MODEL = ModelConfig(
     hidden_size=32,
@@ -230,7 +232,9 @@ def test_activations_are_what_autograd_keeps(kernels, longest, dtype, dropout):
         dtype == torch.bfloat16,
         kernels,
     )
-    assert predicted == pytest.approx(kept_bytes(model, pack), rel=0.02)
+    with sanitize() if kernels == "triton" else nullcontext():  # which computes bf16 as a GPU does
+        kept = kept_bytes(model, pack)
+    assert predicted == pytest.approx(kept, rel=0.02)
 
 
 def test_constants_are_those_of_the_kernels():

@@ -88,7 +88,7 @@ def test_the_same_bytes_whatever_the_workers(several_chunks: Path, tmp_path: Pat
         prepare([several_chunks], out, vocab_size=2000, workers=workers, progress=False)
         made.append(files_of(out))
     assert made[0] == made[1] == made[2]
-    dataset = open_dataset(tmp_path / "store1", verify=True)
+    dataset = open_dataset(tmp_path / "dataset1", verify=True)
     assert sum(split["documents"] for split in dataset.manifest["splits"].values()) > 4000
     text = json.dumps(dataset.manifest)
     assert str(tmp_path) not in text and str(several_chunks) not in text
