@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastbert.tasks.load import load
 
 __all__ = ["InputError", "RunResult", "__version__", "load", "prepare", "pretrain"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
