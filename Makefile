@@ -27,7 +27,7 @@ $(call heading,Done. What is there to see:)
 @echo "To start afresh: rm -r $(1)"
 endef
 
-.PHONY: help install demo library test test-all torture check bench bench-check bench-step bench-quality bench-downstream gpu clean
+.PHONY: help install demo library test test-all torture mutants check bench bench-check bench-step bench-quality bench-downstream gpu clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ test-all: .venv/.installed-test ## every test, also long kills, many ranks, seve
 
 torture: .venv/.installed-test ## 200 kills, 1,000 flipped bits, lost nodes: runs must resume with the same losses; takes an hour
 	@$(BIN)/python -m tests.torture
+
+mutants: .venv/.installed-test ## plants 60 faults, one at a time, and reports which of them `make test` would notice
+	@$(BIN)/python -m tests.mutants
 
 check: .venv/.installed-test ## lint, format and types only
 	@$(BIN)/ruff check .

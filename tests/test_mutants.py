@@ -1,0 +1,35 @@
+"""The faults of `make mutants` can still be planted, and a fault is noticed or not as it should be."""
+
+from __future__ import annotations
+
+from tests import mutants
+from tests.mutants import FAULTS, ROOT, TESTS, Fault, copy_of_the_checkout, plant
+
+
+def test_every_fault_can_be_planted():
+    """Whoever rewrites a line that a fault changes must choose another fault."""
+    for fault in FAULTS:
+        text = (ROOT / fault.file).read_text(encoding="utf-8")
+        assert text.count(fault.before) == 1 and fault.before != fault.after, fault
+    assert len(FAULTS) >= 60 and len(set(FAULTS)) == len(FAULTS)
+
+
+def test_every_fault_has_tests():
+    assert {fault.file for fault in FAULTS} == set(TESTS)
+    names = {name for names in TESTS.values() for name in names}
+    assert not [name for name in names if not (ROOT / f"tests/{name}.py").exists()]
+
+
+def test_a_fault_is_noticed_and_an_equal_program_is_not(tmp_path, monkeypatch):
+    """The copy is tested, not the checkout, and it is restored."""
+    monkeypatch.setattr(mutants, "TESTS", {mutants.SCHEDULE: ["test_schedule"]})
+    copy = copy_of_the_checkout(tmp_path)
+    before = (copy / mutants.SCHEDULE).read_bytes()
+    fault = Fault(mutants.SCHEDULE, "return share / schedule.warmup", "return share")
+    outcome = plant(fault, copy)
+    assert outcome.noticed and outcome.by.startswith("tests/test_schedule.py::")
+    equal = Fault(
+        mutants.SCHEDULE, "return share / schedule.warmup", "return (share) / schedule.warmup"
+    )
+    assert not plant(equal, copy).noticed
+    assert (copy / mutants.SCHEDULE).read_bytes() == before
