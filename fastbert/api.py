@@ -4,12 +4,15 @@
 
 The command line and these functions do the same work. The functions raise InputError where the
 command line prints a line and exits. They show progress on a terminal and in a notebook, need no
-`if __name__ == "__main__":` guard, and can be called any number of times in a process.
+`if __name__ == "__main__":` guard, and can be called any number of times in a process, one after
+another. Under a launcher such as torchrun a process can make one run.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +24,11 @@ from fastbert.heap import keep_heap
 if TYPE_CHECKING:
     from fastbert.data.report import Report
     from fastbert.tasks.pretrained import Pretrained
+
+# A run uses what a process has once: its signal handlers, its log, torch's process group and
+# random numbers.
+_ONE_RUN = threading.Lock()
+_LAUNCHED = threading.Event()  # this process has made a run under a launcher
 
 
 @dataclass(frozen=True)
@@ -102,25 +110,74 @@ def pretrain(
         example because its weights diverged, returns a result whose exit_code is 1.
 
     Raises:
-        InputError: the recipe, an override, the dataset or the run's folder is wrong.
+        InputError: the recipe, an override, the dataset or the run's folder is wrong; or this
+            process makes another run, has a process group of its own, or has made a run under a
+            launcher.
     """
+    if not isinstance(overrides, Mapping | None):
+        raise InputError(
+            f"overrides = {overrides!r}; must be a dict, such as {{'stop.steps': 100}}"
+        )
+    if not _ONE_RUN.acquire(blocking=False):
+        raise InputError("another run is going on in this process; start a process for each run")
+    hook = sys.excepthook
+    try:
+        return _pretrain(recipe, overrides or {}, resume, tables)
+    finally:
+        sys.excepthook = hook  # which torch.distributed replaces
+        _ONE_RUN.release()
+
+
+def _pretrain(
+    recipe: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    resume: bool,
+    tables: Mapping[str, Any],
+) -> RunResult:
     # Before torch is imported: a broken connection would print a page of C++ frames.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     keep_heap()
     from fastbert.cluster.signals import StopRequest
     from fastbert.config import load_config
 
-    if twice := sorted(set(overrides or {}) & set(tables)):
+    if twice := sorted(_keys(overrides) & _keys(tables)):
         raise InputError(f"overrides: {twice[0]} is given twice; remove one")
     with StopRequest() as stop_request:  # from here on a signal means: stop after this step
-        config = load_config(recipe, {**(overrides or {}), **tables})
+        config = load_config(recipe, {**overrides, **tables})
+        import torch
+
         from fastbert.training.loop import pretrain
         from fastbert.training.metrics import read_metrics
 
+        _check_process(torch.distributed)
         name = "recipe" if isinstance(recipe, Mapping) else str(recipe)
-        ending = pretrain(config, name, resume, stop_request)
-    run, metrics = Path(config.run), {}
+        with torch.random.fork_rng():  # the caller's random numbers go on where they were
+            ending = pretrain(config, name, resume, stop_request)
+    run = Path(config.run).absolute()
+    metrics: dict[str, dict[str, Any]] = {}
     for record in read_metrics(run / "metrics.jsonl"):
         if (kind := record.get("event")) in (None, "evaluate"):
             metrics["heldout" if kind else "train"] = record
     return RunResult(run, ending.reason, ending.exit_code, metrics)
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """The dotted keys that overrides set."""
+    keys = set[str]()
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        keys |= _keys(value, f"{key}.") if isinstance(value, Mapping) else {key}
+    return keys
+
+
+def _check_process(distributed: Any) -> None:
+    """Raise InputError where this process cannot take part in a run."""
+    if distributed.is_initialized():
+        raise InputError(
+            "torch.distributed is initialized in this process; fastbert makes its own process "
+            "group: call destroy_process_group() before"
+        )
+    if _LAUNCHED.is_set():
+        raise InputError("this process has made a run under a launcher; start it for each run")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        _LAUNCHED.set()

@@ -7,6 +7,7 @@ tables. Overrides win over it. This module imports only the standard library, so
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -231,12 +232,13 @@ def find_recipe(name: str | Path) -> Path:
         InputError: there is neither such a file nor such a packaged recipe.
     """
     path = Path(name)
-    if path.exists() and not path.is_dir():
-        return path
-    packaged = PACKAGED / (path.name if path.suffix == ".toml" else f"{path.name}.toml")
-    if path.name == str(path) and packaged.is_file():
-        return packaged
+    with contextlib.suppress(OSError, ValueError):  # no path: too long, or with a NUL
+        if path.exists() and not path.is_dir():
+            return path
     names = packaged_recipes()
+    bare = os.fspath(name).removesuffix(".toml")
+    if bare in names:
+        return PACKAGED / f"{bare}.toml"
     near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}? " if near else ""
     raise InputError(
@@ -376,7 +378,9 @@ def _set(
     if table:
         return
     if value is None:
-        values.pop(names[-1], None)
+        # Set to see that there is such a key; `_build` leaves it out.
+        values[names[-1]] = None
+        sources[key] = origin
         return
     values[names[-1]] = value
     sources[key] = origin
@@ -411,6 +415,8 @@ def _section(
         if name not in fields:
             raise InputError(f"{where}: unknown key '{key}'; {_near(name, prefix, list(fields))}")
         hint = hints[name]
+        if value is None:
+            continue
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise InputError(f"{where}: {key} = {value!r}; must be a section, [{key}]")

@@ -34,5 +34,9 @@ def shortage(error: BaseException) -> str | None:
     if "CUBLAS" in text or "CUDA" in text:
         return "out of GPU memory"
     if found := _CPU.search(text):
-        return f"out of memory: {int(found[1]) / 2**30:.2f} GiB more are needed"
+        return f"out of memory: {_size(int(found[1]))} more are needed"
     return "out of memory"
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 1 << 28 else f"{size / 2**20:.2f} MiB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,8 +13,11 @@ import threading
 import time
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import fastbert
+from fastbert import api
 from fastbert.training.metrics import read_metrics
 from tests.ranks import environment
 
@@ -174,3 +178,60 @@ def test_the_names_are_listed_and_nothing_heavy_is_imported():
     assert {"load", "prepare", "pretrain", "__version__"} < set(fastbert.__all__)
     with pytest.raises(AttributeError, match="no attribute 'evaluate'"):
         _ = fastbert.evaluate
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tables", "words"),
+    [
+        ({}, {"seeed": None}, "unknown key 'seeed'"),
+        ({}, {"stop": {"stepss": None}}, "unknown key 'stop.stepss'"),
+        ({"stop.steps": 2}, {"stop": {"steps": 3}}, "stop.steps is given twice"),
+        (["stop.steps=2"], {}, "must be a dict"),
+    ],
+)
+def test_overrides_that_mean_nothing_are_refused(recipe, overrides, tables, words):
+    with pytest.raises(fastbert.InputError, match=words):
+        fastbert.pretrain(recipe, overrides, **tables)
+
+
+@pytest.mark.parametrize("name", ["./small", "./small.toml", "small\0", "s" * 300])
+def test_only_a_bare_name_is_that_of_a_packaged_recipe(name):
+    with pytest.raises(fastbert.InputError, match="no such recipe"):
+        fastbert.pretrain(name)
+
+
+def test_a_run_leaves_the_process_as_it_was(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    handlers = logging.getLogger("py.warnings").handlers
+    before = sys.excepthook, list(handlers), torch.random.get_rng_state()
+    result = fastbert.pretrain(recipe, run="here")
+    assert result.run == tmp_path / "here"  # also from another folder
+    assert (sys.excepthook, logging.getLogger("py.warnings").handlers) == before[:2]
+    assert torch.equal(torch.random.get_rng_state(), before[2])
+
+
+def test_one_run_at_a_time(recipe):
+    """Two would share torch's random numbers, its process group and the log."""
+    second = []
+
+    def another() -> None:
+        try:
+            fastbert.pretrain(recipe)
+        except fastbert.InputError as error:
+            second.append(str(error))
+
+    thread = threading.Thread(target=another)
+    with api._ONE_RUN:
+        thread.start()
+        thread.join()
+    assert second == ["another run is going on in this process; start a process for each run"]
+
+
+def test_a_process_group_of_the_caller_is_left_alone(recipe, tmp_path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(fastbert.InputError, match="distributed is initialized"):
+            fastbert.pretrain(recipe)
+        assert dist.is_initialized() and not (tmp_path / "run").exists()
+    finally:
+        dist.destroy_process_group()

@@ -108,10 +108,11 @@ def check_refusal(code: int, out: str, err: str, words: list[str]) -> None:
 
 # One for each verb is refused in a real process, the others in this one.
 BAD = {
+    "recipes": (["recipes", "minni"], ["minni: no such packaged recipe; known: base, demo"]),
     "prepare": (["prepare", "nothing.txt", "--out", "new"], ["nothing.txt"]),
     "pretrain": (["pretrain", "typo.toml"], ["typo.toml", "batch.sequence", "batch.sequences"]),
     "evaluate": (["evaluate", "nowhere"], ["'nowhere' does not exist", "fastbert evaluate --help"]),
-    "export": (["export", "half", "--out", "new"], ["half: a run without a valid checkpoint"]),
+    "export": (["export", "half", "--out", "new"], ["half: a run without a checkpoint"]),
     "fill-mask": (["fill-mask", "hf", "No gap here."], ["No gap here.", "[MASK]"]),
     "nsp": (["nsp", "hf", "only one"], ["SECOND", "fastbert nsp --help"]),
     "embed": (["embed", "hf", "no.txt", "--out", "x.npy"], ["no.txt: no such file"]),
@@ -140,6 +141,11 @@ MORE = {
     "evaluate: no dataset": (["evaluate", "hf"], ["hf", "--data"]),
     "evaluate: a file": (["evaluate", "texts.txt"], ["'texts.txt' is a file"]),
     "export: taken": (["export", "run", "--out", "hf"], ["--out hf: is there already"]),
+    "recipes: taken": (
+        ["recipes", "mini", "--out", "recipe.toml"],
+        ["recipe.toml: exists already"],
+    ),
+    "recipes: which": (["recipes", "--out", "new.toml"], ["--out: name the recipe to copy"]),
     "fill: k": (["fill-mask", "hf", "[MASK]", "--k", "0"], ["k = 0"]),
     "embed: pool": (
         ["embed", "hf", "texts.txt", "--out", "x.npy", "--pool", "sum"],

@@ -132,7 +132,7 @@ HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
             lambda: report_of(chunk([[20, 20]] * 90, cut_sentences=90)),
             "tables",
         ),
-        ("vocabulary", lambda: report_of(HEALTHY, vocab_size=800), "1,000 asked for"),
+        ("vocabulary", lambda: report_of(HEALTHY, vocab_size=800), "1,000 tokens asked for"),
         ("tokens", lambda: report_of(chunk([[20, 20]])), "100 million"),
         ("documents", lambda: report_of(chunk([[200] * 100])), "--format lines"),
         ("held out for evaluation", lambda: report_of(chunk([[20, 20]], [[20, 20]])), "--heldout"),

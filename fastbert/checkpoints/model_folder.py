@@ -90,9 +90,10 @@ def _from_run(path: Path) -> ModelParts:
     for complaint in complaints if newest else ():
         warnings.warn(f"{complaint}; an older checkpoint is taken", CheckpointWarning, stacklevel=4)
     if newest is None:
-        why = f" ({complaints[0]})" if complaints else ""
+        if complaints:
+            raise InputError(f"{path}: a run without a valid checkpoint: {complaints[0]}")
         raise InputError(
-            f"{path}: a run without a valid checkpoint{why}; "
+            f"{path}: a run without a checkpoint; "
             f"train it: fastbert pretrain {path / 'config.toml'} --resume"
         )
     return _from_checkpoint(newest)

@@ -106,11 +106,13 @@ def _open_and_train(
     except LostOwnership as error:
         watchdog.report_exit(str(error))
         raise Ended(f"the run ended here: {error}") from error
+    except RankLost:  # its text may quote another rank that is out of memory
+        raise
     except (MemoryError, RuntimeError) as error:
         if (lacking := shortage(error)) is None:
             raise
         tokens = setup.config.batch.micro_batch_tokens
-        lower = f"lower batch.micro_batch_tokens (now {tokens:,})"
+        lower = f"lower batch.micro_batch_tokens (now {tokens:,}) or take a smaller model"
         line = f"{lacking}; {lower}, then {how_to_resume(setup)}"
         watchdog.report_exit(line)
         raise Ended(f"{group.name(group.rank)}: {line}" if group.world > 1 else line) from error

@@ -85,9 +85,11 @@ class Monitor:
         self._peak, self._baselines = peak, baselines
         self._vocab_size, self._pairs = vocab_size, pairs
         # Warnings of libraries go to the log, where they do not break the progress bar.
+        self._warnings = logging.getLogger("py.warnings")
+        self._handlers = self._warnings.handlers
         logging.captureWarnings(True)
         if not is_main:
-            logging.getLogger("py.warnings").addHandler(logging.NullHandler())
+            self._warnings.handlers = [logging.NullHandler()]
             return
         fresh = step == 0
         if fresh:
@@ -97,7 +99,7 @@ class Monitor:
         self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.setLevel(logging.INFO)
         log.addHandler(self._log_file)
-        logging.getLogger("py.warnings").handlers = [self._log_file]
+        self._warnings.handlers = [self._log_file]
         self._metrics = MetricsFile(run / "metrics.jsonl", fresh)
         self._history = LossHistory()
         bad: list[int] = []
@@ -281,6 +283,8 @@ class Monitor:
 
     def close(self) -> None:
         """Close every file; a disk that refuses has been reported before."""
+        self._warnings.handlers = self._handlers
+        logging.captureWarnings(False)
         if not self.is_main:
             return
         if self._redraws:
@@ -290,8 +294,6 @@ class Monitor:
             with contextlib.suppress(OSError):
                 close()
         log.removeHandler(self._log_file)
-        logging.getLogger("py.warnings").handlers = []
-        logging.captureWarnings(False)
 
     def __enter__(self) -> Monitor:
         return self
