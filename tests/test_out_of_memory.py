@@ -105,7 +105,7 @@ def test_a_step_that_does_not_fit(lab, world):
             r"out of memory: [\d.]+ GiB more are needed; lower batch.micro_batch_tokens", line
         ), line
         assert (
-            f"(now {tokens:,}), then resume with: fastbert pretrain {trial.run}/config.toml --resume"
+            f"(now {tokens:,}) or take a smaller model, then resume with: fastbert pretrain {trial.run}/config.toml --resume"
             in line
         )
     events = [
