@@ -96,6 +96,7 @@ def test_bad_input(arguments, message, texts, tmp_path):
     assert shown.returncode == 2 and message in shown.stderr and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_it_runs_to_its_end(texts, small_dataset, tmp_path):
     model = make_run(
         tmp_path / "run",

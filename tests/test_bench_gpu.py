@@ -144,6 +144,7 @@ def ended(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_a_dry_run_keeps_what_it_has_when_it_is_killed(image, tmp_path):
     """First one process of a part is killed, and the next item runs; then the whole run is."""
     out = tmp_path / "out"

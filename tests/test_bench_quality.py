@@ -132,6 +132,7 @@ def test_how_many_times_sooner(small_dataset, tmp_path):
     assert found["sooner_on_the_curve"] == found["sooner_by_a_shorter_run"] == 0
 
 
+@pytest.mark.slow
 def test_a_short_one_runs_and_what_is_finished_is_not_made_again(small_dataset, tmp_path):
     runs = tmp_path / "quality-runs" / small_dataset.sha256[:8]
     runs.mkdir(parents=True)

@@ -110,6 +110,7 @@ def test_doctor(hostile, script):
     check(run(hostile, script, "doctor"), hostile)
 
 
+@pytest.mark.slow
 def test_pretrain_in_bf16(hostile, script, small_dataset):
     settings = [
         f"data={small_dataset.path}",

@@ -14,7 +14,10 @@ import pytest
 from tests.cluster import Cluster, Command, block, metrics, until
 from tests.namespaces import why_not
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
 
 STEPS, EVERY = 60, 5
 TIMEOUT_S = 15  # to build an engine on a busy machine takes several seconds

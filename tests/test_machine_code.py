@@ -327,6 +327,7 @@ def test_the_larger_tile_is_preferred_where_the_model_cannot_tell():
     assert search.preferred([more_stages, fewer_stages]) == [fewer_stages, more_stages]
 
 
+@pytest.mark.slow
 def test_the_search_runs_and_says_what_it_found(tmp_path):
     """One small row for real, and a table of its own: the project's is left alone."""
     table = tmp_path / "tiles.json"

@@ -11,7 +11,10 @@ import pytest
 from tests.cluster import Block, Cluster, Command, block, blocks, metrics, until
 from tests.namespaces import why_not
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
 
 ONE_MACHINE = "One machine, several GPUs"
 # What stands under these headings is run as well, and more is done with it: here, and in test_lost_node.py.
