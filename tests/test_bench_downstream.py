@@ -79,7 +79,7 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
                 ".",
                 *(
                     x
-                    for name in ("docs", "recipes", "kernels", "fastbert")
+                    for name in ("docs", "examples", "kernels", "fastbert")
                     for x in ("--beside", name)
                 ),
             ],
