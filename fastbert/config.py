@@ -378,12 +378,21 @@ def _set(
     if table:
         return
     if value is None:
-        # Set to see that there is such a key; `_build` leaves it out.
-        values[names[-1]] = None
-        sources[key] = origin
+        _check_key(key, origin)
+        values.pop(names[-1], None)
         return
     values[names[-1]] = value
     sources[key] = origin
+
+
+def _check_key(key: str, origin: str) -> None:
+    """Raise InputError where a recipe cannot have this dotted key."""
+    cls, prefix = RunConfig, ""
+    for name in key.split("."):
+        names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        if name not in names:
+            raise InputError(f"{origin}: unknown key '{key}'; {_near(name, prefix, names)}")
+        cls, prefix = typing.get_type_hints(cls)[name], f"{prefix}{name}."
 
 
 def _build(values: dict[str, Any], source: str, sources: dict[str, str]) -> RunConfig:
@@ -415,8 +424,6 @@ def _section(
         if name not in fields:
             raise InputError(f"{where}: unknown key '{key}'; {_near(name, prefix, list(fields))}")
         hint = hints[name]
-        if value is None:
-            continue
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise InputError(f"{where}: {key} = {value!r}; must be a section, [{key}]")

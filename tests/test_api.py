@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import fastbert
 from fastbert import api
+from fastbert.config import load_config
 from fastbert.training.metrics import read_metrics
 from tests.ranks import environment
 
@@ -178,6 +179,17 @@ def test_the_names_are_listed_and_nothing_heavy_is_imported():
     assert {"load", "prepare", "pretrain", "__version__"} < set(fastbert.__all__)
     with pytest.raises(AttributeError, match="no attribute 'evaluate'"):
         _ = fastbert.evaluate
+
+
+def test_none_gives_a_key_its_default(recipe):
+    """That of the preset, where there is one; a key without a default is then missing."""
+    recipe["model"] = {"preset": "small", "hidden_size": 256}
+    config = load_config(recipe, {"model": {"hidden_size": None}, "stop.steps": None})
+    assert (config.model.hidden_size, config.stop.steps) == (512, None)
+    config = load_config(recipe, {"model": {"preset": None, "hidden_size": None}})
+    assert config.model.preset == "base"
+    with pytest.raises(fastbert.InputError, match="data is missing"):
+        fastbert.pretrain(recipe, data=None)
 
 
 @pytest.mark.parametrize(
