@@ -74,9 +74,8 @@ class Prepared:
         self.tile = tile
         self._function, self._constants = function, constants
         self._options = {name: value for name, value in tile.items() if name != "programs"}
-        self._compiled: dict[
-            int, tuple[Any, tuple]
-        ] = {}  # by device: the compiled kernel, and the values of all its constants
+        # By device: the compiled kernel, and the values of all its constants.
+        self._compiled: dict[int, tuple[Any, tuple]] = {}
 
     def __call__(
         self,
@@ -94,25 +93,9 @@ class Prepared:
         if usual and (known := self._compiled.get(device)) is not None:
             compiled, constants = known
             x, y, z = (*grid, 1, 1)[:3]
-            function, metadata, stream = (
-                compiled.function,
-                compiled.packed_metadata,
-                current_stream(device),
-            )
-            compiled.run(
-                x,
-                y,
-                z,
-                stream,
-                function,
-                metadata,
-                None,
-                None,
-                None,
-                *pointers,
-                *numbers,
-                *constants,
-            )  # no hooks
+            kernel = (current_stream(device), compiled.function, compiled.packed_metadata)
+            no_hooks = (None, None, None)  # what hooks are told, and the two hooks
+            compiled.run(x, y, z, *kernel, *no_hooks, *pointers, *numbers, *constants)
             return
         compiled = self._function[grid](*pointers, *numbers, *self._constants, **self._options)
         if usual and compiled is not None:  # the interpreter compiles nothing
