@@ -61,7 +61,8 @@ def measure_gemm_rate(
     Args:
         dtype: of the factors; fp32 by default. Where bf16 is not safe (see `probe_bf16`), measuring
             it kills the process.
-        seconds: how long to measure, approximately; a warm-up round is not counted.
+        seconds: how long to measure, approximately; a slow processor multiplies fewer rows, so
+            that it needs no longer than a few times this.
         device: "cpu", "cuda" or "cuda:N".
     """
     import torch
@@ -69,18 +70,24 @@ def measure_gemm_rate(
     from fastbert_kernels import linear
 
     T, D, F = GEMM_SHAPE
-    x, weight, dy = (
-        torch.randn(shape, device=device).to(dtype or torch.float32)
-        for shape in ((T, D), (F, D), (T, F))
-    )
-    leaves = x.requires_grad_(), weight.requires_grad_()
-
-    def layer() -> None:
-        torch.autograd.grad(
-            linear(x, weight, impl="cpu" if device == "cpu" else "reference"), leaves, dy
+    rows = T // 64
+    while True:
+        x, weight, dy = (
+            torch.randn(shape, device=device).to(dtype or torch.float32)
+            for shape in ((rows, D), (F, D), (rows, F))
         )
+        leaves = x.requires_grad_(), weight.requires_grad_()
 
-    return 6.0 * T * D * F / _best(layer, seconds, device)
+        def layer(x=x, weight=weight, dy=dy, leaves=leaves) -> None:
+            torch.autograd.grad(
+                linear(x, weight, impl="cpu" if device == "cpu" else "reference"), leaves, dy
+            )
+
+        # Where bf16 is emulated, a round of all rows takes over 15 s. So the rows grow only while
+        # the next size fits the time, which takes two rounds of four times as many rows.
+        if rows == T or 8 * _best(layer, 0.0, device) > seconds:
+            return 6.0 * rows * D * F / _best(layer, seconds, device)
+        rows *= 4
 
 
 def measure_bandwidth(seconds: float = 0.3, device: str = "cpu") -> float:

@@ -309,6 +309,19 @@ def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
             assert said[1] == stranger_to_0 and said[0] == said[2] == f"InputError: rank 1 {todo}\n"
 
 
+def test_a_rank_that_came_just_before_the_other_key_ended_rank_0_says_so(tmp_path):
+    """It saw rank 0's registration once, and then the store was gone."""
+    port = free_port()
+    store: Any = hold_store("127.0.0.1", port)
+    store.set("fastbert/register/0", b"signed with another key")
+    with members(tmp_path, 2, 10 * NEVER_S, only=(1,), MASTER_PORT=str(port)) as toys:
+        while store.get("fastbert/register/0"):  # until the rank has seen and emptied it
+            time.sleep(0.01)
+        del store
+        assert toys.wait() == [2]
+        assert toys.out(1).startswith(f"InputError: rank 0 at 127.0.0.1:{port} and this process")
+
+
 def test_a_rank_without_a_key_says_so(tmp_path):
     with members(tmp_path, 2, SOON_S, only=(0,), FASTBERT_RENDEZVOUS_KEY="short") as toys:
         assert toys.wait() == [2]

@@ -193,7 +193,7 @@ def rendezvous(launch: LaunchEnv, deadline: Deadline) -> Rendezvous:
         RankLost: some ranks have not come in time.
     """
     me, key = Member(socket.gethostname(), os.getpid(), secrets.token_hex(8)), find_key()
-    address = _resolve(launch, deadline)
+    address, suspicion = _resolve(launch, deadline), _Suspicion()
     while True:
         try:
             store = (
@@ -202,14 +202,21 @@ def rendezvous(launch: LaunchEnv, deadline: Deadline) -> Rendezvous:
                 else _reach_store(launch, address, deadline)
             )
             table = SignedStore(dist.PrefixStore("fastbert", store), key, "fastbert")
-            prefix, roster = _enter(table, launch, me, key, deadline)
+            prefix, roster = _enter(table, launch, me, key, suspicion, deadline)
             break
         except dist.DistError:
             if launch.holds_store:
                 raise
             # That store belonged to an attempt that has just ended. The next one uses the same
-            # port.
-            deadline.rest(POLL_S[1], lambda: f"rank 0 did not come to {launch.where}")
+            # port. But if rank 0's registration looked forged and no next attempt begins, rank 0
+            # has most likely ended because the keys differ.
+            doubted_until = time.monotonic() + (0.0 if suspicion.for_s > DOUBT_S / 5 else DOUBT_S)
+            while True:
+                deadline.rest(POLL_S[1], lambda: f"rank 0 did not come to {launch.where}")
+                if not suspicion.forged or listens(address, launch.port):
+                    break
+                if time.monotonic() > doubted_until:
+                    raise _other_key(key, launch) from None
     if isinstance(roster, dict):
         if launch.holds_store:
             # The others read why the attempt failed before the store ends with this process.
@@ -227,7 +234,12 @@ def rendezvous(launch: LaunchEnv, deadline: Deadline) -> Rendezvous:
 
 
 def _enter(
-    table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadline: Deadline
+    table: SignedStore,
+    launch: LaunchEnv,
+    me: Member,
+    key: Key,
+    suspicion: _Suspicion,
+    deadline: Deadline,
 ) -> tuple[SignedStore, Any]:
     """Register in the store and agree with the others on the members of this attempt.
 
@@ -239,7 +251,9 @@ def _enter(
     everybody = [str(rank) for rank in range(launch.world)]
     registrar = _Registrar(table, launch, me, key) if launch.rank == 0 else None
     prefix = table.part(
-        registrar.token if registrar is not None else _register(table, launch, me, key, deadline)
+        registrar.token
+        if registrar is not None
+        else _register(table, launch, me, key, suspicion, deadline)
     )
     prefix.write(str(launch.rank), asdict(me))
     proposed = settled = None
@@ -265,11 +279,15 @@ def _enter(
 
 
 def _register(
-    table: SignedStore, launch: LaunchEnv, me: Member, key: Key, deadline: Deadline
+    table: SignedStore,
+    launch: LaunchEnv,
+    me: Member,
+    key: Key,
+    suspicion: _Suspicion,
+    deadline: Deadline,
 ) -> str:
     """Register at rank 0, and return the token that it answers."""
     answer: Any = No.ABSENT
-    suspicion, other_key = _Suspicion(), InputError(key.mismatch(f"rank 0 at {launch.where}"))
 
     def answered() -> bool:
         nonlocal answer
@@ -279,23 +297,18 @@ def _register(
         if isinstance(answer, No):
             suspicion.look(table, 0)
             if suspicion.for_s > DOUBT_S:
-                raise other_key
+                raise _other_key(key, launch)
         return not isinstance(answer, No)
 
-    try:
-        deadline.until(
-            answered, lambda: f"rank 0 did not answer rank {launch.rank} at {launch.where}"
-        )
-    except dist.DistError:
-        # Rank 0 is gone, and the store with it. If its registrations looked forged, rank 0 has
-        # most likely ended because the keys differ.
-        if suspicion.for_s > DOUBT_S / 5:
-            raise other_key from None
-        raise
+    deadline.until(answered, lambda: f"rank 0 did not answer rank {launch.rank} at {launch.where}")
     token, problem = answer
     if problem:
         raise InputError(problem)
     return token
+
+
+def _other_key(key: Key, launch: LaunchEnv) -> InputError:
+    return InputError(key.mismatch(f"rank 0 at {launch.where}"))
 
 
 class _Registrar:
@@ -308,6 +321,7 @@ class _Registrar:
         self.token = secrets.token_hex(8)
         self._table, self._launch, self._me, self._key = table, launch, me, key
         self._suspicions = {rank: _Suspicion() for rank in range(1, launch.world)}
+        self._odd_since = time.monotonic()
 
     def answer(self) -> None:
         """Answer the registrations that are there; to be called repeatedly.
@@ -329,11 +343,12 @@ class _Registrar:
                     nonce, [self.token, problem if world != self._launch.world else None]
                 )
         # Ranks with another key cannot read what rank 0 writes. They get the time to find out by
-        # themselves before rank 0 ends and takes the store with it.
-        suspicions = self._suspicions.values()
+        # themselves, also those that come late, before rank 0 ends and takes the store with it.
         odd = [rank for rank, one in self._suspicions.items() if one.for_s > DOUBT_S / 2]
-        gone = all(one.quiet_s > QUIET_S for one in suspicions)
-        if odd and (gone or max(one.for_s for one in suspicions) > 2 * DOUBT_S):
+        if not odd:
+            self._odd_since = time.monotonic()
+        gone = all(one.seen and one.quiet_s > QUIET_S for one in self._suspicions.values())
+        if odd and (gone or time.monotonic() - self._odd_since > 2 * DOUBT_S):
             raise InputError(self._key.mismatch(listed([f"rank {rank}" for rank in odd])))
 
 
@@ -346,6 +361,7 @@ class _Suspicion:
 
     def __init__(self) -> None:
         self.register: Any = No.ABSENT
+        self.seen = self.forged = False  # a registration of any kind; a forged one
         self._first = self._last = 0.0
 
     @property
@@ -361,7 +377,9 @@ class _Suspicion:
     def look(self, table: SignedStore, rank: int) -> None:
         """Read the registration of a rank, and delete it where it is forged."""
         self.register, now = table.read(f"register/{rank}"), time.monotonic()
+        self.seen |= self.register is not No.ABSENT
         if self.register is No.FORGED:
+            self.forged = True
             table.sweep(f"register/{rank}")
             if now - self._last > QUIET_S:
                 self._first = now
