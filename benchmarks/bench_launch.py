@@ -88,13 +88,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _norm(
-    x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, shift: Tensor, **_: Any
+    x: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, **_: Any
 ) -> Tensor:
-    return _Nothing.apply(x.shape, x, bias, residual, weight, shift)  # type: ignore[no-any-return]
+    return _Nothing.apply(x.shape, x, bias, residual, norm_weight, norm_bias)  # type: ignore[no-any-return]
 
 
-def _layer_norm(x: Tensor, weight: Tensor, shift: Tensor, **_: Any) -> Tensor:
-    return _Nothing.apply(x.shape, x, weight, shift)  # type: ignore[no-any-return]
+def _layer_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, **_: Any) -> Tensor:
+    return _Nothing.apply(x.shape, x, norm_weight, norm_bias)  # type: ignore[no-any-return]
 
 
 def _gelu(x: Tensor, bias: Tensor, **_: Any) -> Tensor:
@@ -102,9 +102,9 @@ def _gelu(x: Tensor, bias: Tensor, **_: Any) -> Tensor:
 
 
 def _embedding(
-    ids: Tensor, _positions: Tensor, _segments: Tensor, *tables: Tensor, **_: Any
+    input_ids: Tensor, _positions: Tensor, _token_types: Tensor, *tables: Tensor, **_: Any
 ) -> Tensor:
-    return _Nothing.apply((len(ids), tables[0].shape[1]), *tables)  # type: ignore[no-any-return]
+    return _Nothing.apply((len(input_ids), tables[0].shape[1]), *tables)  # type: ignore[no-any-return]
 
 
 def _loss(
@@ -125,8 +125,8 @@ NOTHING = {
     "bias_gelu": _gelu,
     "embedding_layer_norm": _embedding,
     "masked_cross_entropy": _loss,
-    "attention_worklist": lambda bounds, _total: bounds,
-    "row_keys": lambda keys, _bounds, total: keys.new_empty(total),
+    "attention_tile_schedule": lambda cu_seqlens, _total: cu_seqlens,
+    "row_seeds": lambda seeds, _cu_seqlens, total: seeds.new_empty(total),
 }
 
 
@@ -165,7 +165,7 @@ def micro_batch(longest: int) -> PackedBatch:
         masked_positions=masked,
         labels=masked % VOCABULARY,
         next_sentence_labels=torch.arange(SEQUENCES) % 2,
-        dropout_keys=torch.arange(SEQUENCES),
+        dropout_seeds=torch.arange(SEQUENCES),
         examples=torch.arange(SEQUENCES),
         masked_total=len(masked),
         pairs_total=SEQUENCES,

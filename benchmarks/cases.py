@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastbert_kernels import attention_worklist
+from fastbert_kernels import attention_tile_schedule
 from fastbert_kernels._spec import Shape
 from fastbert_kernels.specs import SPECS
 
@@ -115,7 +115,7 @@ def arguments(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str,
     if (
         case.operation == "attention"
     ):  # made once a batch for all layers, and so no part of what is timed
-        placed["worklist"] = attention_worklist(placed["cu_seqlens"], len(placed["k"]))
+        placed["tile_schedule"] = attention_tile_schedule(placed["cu_seqlens"], len(placed["k"]))
     return {
         name: value.requires_grad_() if name in spec.differentiable and value is not None else value
         for name, value in placed.items()

@@ -65,7 +65,7 @@ def made_up_batch(
         masked_positions=masked,
         labels=labels,
         next_sentence_labels=torch.randint(2, (len(counts),), generator=draw),
-        dropout_keys=torch.randint(2**62, (len(counts),), generator=draw),
+        dropout_seeds=torch.randint(2**62, (len(counts),), generator=draw),
         examples=torch.arange(len(counts)),
         masked_total=len(masked),
         pairs_total=len(counts),

@@ -54,10 +54,10 @@ def _liger(case: Case, arguments: dict[str, Any]) -> Rival | str:
 
 
 def _norm_by(
-    layer_norm: Callable[..., Tensor], *, x, bias, residual, weight, shift, dropout_p, **_
+    layer_norm: Callable[..., Tensor], *, x, bias, residual, norm_weight, norm_bias, dropout_p, **_
 ) -> Tensor:
     x = functional.dropout(x if bias is None else x + bias, dropout_p)
-    return layer_norm(x if residual is None else residual + x, weight, shift, EPS)
+    return layer_norm(x if residual is None else residual + x, norm_weight, norm_bias, EPS)
 
 
 def _liger_loss(

@@ -62,10 +62,10 @@ def linear_cross_entropy(*, hidden, weight, bias, positions, labels, total):
     )
 
 
-def eager_norm(*, x, bias, residual, weight, shift, dropout_p, **_):
+def eager_norm(*, x, bias, residual, norm_weight, norm_bias, dropout_p, **_):
     x = functional.dropout(x if bias is None else x + bias, dropout_p)
     return functional.layer_norm(
-        x if residual is None else residual + x, weight.shape, weight, shift, EPS
+        x if residual is None else residual + x, norm_weight.shape, norm_weight, norm_bias, EPS
     )
 
 
@@ -74,14 +74,26 @@ def eager_gelu(*, x, bias):
 
 
 def eager_embedding(
-    *, ids, positions, segments, words, position_table, segment_table, weight, shift, dropout_p, **_
+    *,
+    input_ids,
+    position_ids,
+    token_type_ids,
+    word_embeddings,
+    position_embeddings,
+    token_type_embeddings,
+    norm_weight,
+    norm_bias,
+    dropout_p,
+    **_,
 ):
     z = (
-        functional.embedding(ids, words)
-        + functional.embedding(positions, position_table)
-        + functional.embedding(segments, segment_table)
+        functional.embedding(input_ids, word_embeddings)
+        + functional.embedding(position_ids, position_embeddings)
+        + functional.embedding(token_type_ids, token_type_embeddings)
     )
-    return functional.dropout(functional.layer_norm(z, weight.shape, weight, shift, EPS), dropout_p)
+    return functional.dropout(
+        functional.layer_norm(z, norm_weight.shape, norm_weight, norm_bias, EPS), dropout_p
+    )
 
 
 _EAGER = {

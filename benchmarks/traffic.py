@@ -35,9 +35,9 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks.cases import TOKENS, VOCABULARY, Case, arguments, call, leaves
+from fastbert_kernels._tile_schedule import ITEM, one_tile
 from fastbert_kernels._tiles import tile
 from fastbert_kernels._triton import architecture, dot_precision, multiprocessors
-from fastbert_kernels._worklist import ITEM, one_tile
 from fastbert_kernels.specs import SPECS
 from tests.sanitizer import sanitize
 
@@ -205,12 +205,14 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
     """Every row of a matrix once for the tile that owns it, and once for each tile that walks over it.
 
     Where one tile holds a sequence, the tile is one of 64 for up to 64 tokens, and of 128 for more. Rows behind the last sequence are zeros
-    in every result. Small, but counted: first rows of sequences and work lists (int32) once a program, the key of a sequence (int64)
+    in every result. Small, but counted: first rows of sequences and tile schedules (int32) once a program, the seed of a sequence (int64)
     where a mask is made.
     """
-    q, bounds, queries = given["q"], given["cu_seqlens"], given.get("queries")
+    q, bounds, query_indices = given["q"], given["cu_seqlens"], given.get("query_indices")
     (_, heads, size), dtype = q.shape, q.dtype
-    first_rows = bounds if queries is None else torch.searchsorted(queries, bounds.long())
+    first_rows = (
+        bounds if query_indices is None else torch.searchsorted(query_indices, bounds.long())
+    )
     rows, tokens = (
         first_rows.diff().tolist(),
         bounds.diff().tolist(),
@@ -220,7 +222,7 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         len(given["k"]) - int(bounds[-1]),
     )  # behind the last one
     drop = int(given["dropout_p"] > 0)
-    place = 8 if drop and queries is not None else 0  # the entry of a row in `queries`
+    place = 8 if drop and query_indices is not None else 0  # the entry of a row in query_indices
     row = size * dtype.itemsize
 
     def multiplied(products: int, a: int, b: int) -> int:
@@ -284,7 +286,7 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         options = tile(kernel, architecture(CPU), dtype, size)
         return options[own], options[over]
 
-    facts = 12 + 8 * drop  # top, total and delta of a row; the two keys of its mask
+    facts = 12 + 8 * drop  # row_max, inv_sum and delta of a row; the two keys of its mask
     again = (
         row if dtype == torch.float32 and dot_precision(dtype) == "ieee" else 0
     )  # where operands do not stay in registers

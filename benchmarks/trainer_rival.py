@@ -127,10 +127,15 @@ def evaluate(
         pair_losses = torch.nn.functional.cross_entropy(
             pair_logits, pair_labels, reduction="none", ignore_index=-100
         )
-        hits = (token_logits.argmax(-1) == batch.labels, pair_logits.argmax(-1) == pair_labels)
+        correct = (token_logits.argmax(-1) == batch.labels, pair_logits.argmax(-1) == pair_labels)
         sums += heldout_sums(
             Losses(
-                token_losses.sum(), pair_losses.sum(), token_losses, hits[0], pair_losses, hits[1]
+                token_losses.sum(),
+                pair_losses.sum(),
+                token_losses,
+                correct[0],
+                pair_losses,
+                correct[1],
             ),
             batch,
             mask_id,

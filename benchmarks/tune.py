@@ -41,7 +41,7 @@ from fastbert_kernels.specs import SPECS
 if TYPE_CHECKING:
     from benchmarks.machine_code.search import Proposal
 
-# What may be tried, in ascending order. Blocks stay within what each kernel is written for (items of attention's worklist have 128
+# What may be tried, in ascending order. Blocks stay within what each kernel is written for (items of attention's tile schedule have 128
 # tokens, for one); a kernel that is not named here keeps its blocks.
 BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
     "attention_forward": {"BLOCK_Q": (64, 128), "BLOCK_K": (32, 64, 128)},

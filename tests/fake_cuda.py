@@ -39,7 +39,7 @@ from tests.random_batch import VOCAB, make_batch
 CUDA = torch.device("cuda", 0)
 RESULTS = {  # what the forward launcher of each operation returns, by the names that its backward launcher uses
     "attention": ("out", "statistics"),
-    "mlm_loss": ("losses", "hits", "lse"),
+    "mlm_loss": ("losses", "correct", "lse"),
     "norm": ("y", "mean", "rstd"),
     "gelu": ("y",),
     "embedding": ("y", "mean", "rstd"),
@@ -83,7 +83,7 @@ def launchers(operation: str, shape: dict, dtype: torch.dtype, p: float) -> None
     """Both launchers of an operation, as its operators call them."""
     kernel = importlib.import_module(f"fastbert_kernels.{operation}.kernel")
     real = arguments(Case(operation, "", shape, p), dtype, torch.device("cpu"))
-    given = {"eps": 1e-12, "scale": 0.125, "site": 0, "queries": None, **real}
+    given = {"eps": 1e-12, "scale": 0.125, "dropout_stream": 0, "query_indices": None, **real}
     with FakeTensorMode(), torch.no_grad():
         given = {name: on_cuda(value) for name, value in given.items()}
         results = call(kernel.forward, given)
@@ -180,9 +180,17 @@ def captured(lengths: list[int], dtype: torch.dtype) -> None:
         for asked in (None, rows):
             layer, context = cast(Layer, encoder.layers[0]), Context()
             parameters = layer.fused_parameters()
-            keys = select(pack.token_keys, asked)
+            seeds = select(pack.token_seeds, asked)
             call = Call(
-                2, *pack[:2], pack.worklist, pack.sequence_keys, keys, asked, *dropout, 1, 1e-12
+                2,
+                *pack[:2],
+                pack.tile_schedule,
+                pack.sequence_seeds,
+                seeds,
+                asked,
+                *dropout,
+                1,
+                1e-12,
             )
             x = torch.empty(len(inputs.input_ids), config.hidden_size, dtype=dtype, device=CUDA)
             y = fused_layer._Layer.forward(context, x, call, *parameters)

@@ -48,7 +48,9 @@ def run(spec: Any, shape: Any, dtype: torch.dtype, p: float, move: Any) -> None:
         for name, x in spec.inputs(shape, dtype, p).items()
     }
     if not spec.dropout:
-        arguments = {name: x for name, x in arguments.items() if name not in ("dropout_p", "keys")}
+        arguments = {
+            name: x for name, x in arguments.items() if name not in ("dropout_p", "dropout_seeds")
+        }
     if "check_values" in inspect.signature(spec.function).parameters:
         arguments["check_values"] = False
     for name in spec.differentiable:

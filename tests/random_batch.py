@@ -31,7 +31,7 @@ def make_batch(lengths: list[int], seed: int = 0) -> PackedBatch:
         masked_positions=masked,
         labels=labels,
         next_sentence_labels=torch.randint(0, 2, (len(lengths),), generator=draw),
-        dropout_keys=torch.randint(0, 2**62, (len(lengths),), generator=draw),
+        dropout_seeds=torch.randint(0, 2**62, (len(lengths),), generator=draw),
         examples=torch.arange(len(lengths)),
         masked_total=len(masked),
         pairs_total=len(lengths),

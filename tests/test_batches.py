@@ -52,16 +52,16 @@ def recipe(
 
 
 def contents(packs: list[PackedBatch]) -> dict[int, tuple]:
-    """By an example's own key, all that the packs say of it."""
+    """By an example's own seed, all that the packs say of it."""
     found = {}
     for pack in packs:
         for i, (begin, end) in enumerate(
             zip(pack.cu_seqlens.tolist(), pack.cu_seqlens.tolist()[1:], strict=False)
         ):
             inside = (pack.masked_positions >= begin) & (pack.masked_positions < end)
-            key = int(pack.dropout_keys[i])
-            assert key not in found
-            found[key] = (
+            seed = int(pack.dropout_seeds[i])
+            assert seed not in found
+            found[seed] = (
                 int(pack.examples[i]),
                 int(pack.next_sentence_labels[i]),
                 *(
@@ -298,9 +298,9 @@ def test_a_batch_in_one_piece_is_the_same_and_moves_at_once(dataset, sequences):
 
 def test_what_was_replaced_in_a_batch_in_one_piece_moves_as_it_is(dataset):
     joined = Batches(dataset, recipe()).step(0)[0].pinned(page_locked=False)
-    keys = joined.dropout_keys + 1
-    changed = dataclasses.replace(joined, dropout_keys=keys)
-    assert copies(changed) > 1 and torch.equal(changed.to("cpu").dropout_keys, keys)
+    seeds = joined.dropout_seeds + 1
+    changed = dataclasses.replace(joined, dropout_seeds=seeds)
+    assert copies(changed) > 1 and torch.equal(changed.to("cpu").dropout_seeds, seeds)
     swapped = dataclasses.replace(
         joined, labels=joined.masked_positions, masked_positions=joined.labels
     )  # other parts of the same memory

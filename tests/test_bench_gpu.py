@@ -354,7 +354,7 @@ def test_a_wrong_step_of_the_model_is_seen():
             smoke.outcome_of(
                 model,
                 "reference",
-                dataclasses.replace(batch, dropout_keys=batch.dropout_keys + 1),
+                dataclasses.replace(batch, dropout_seeds=batch.dropout_seeds + 1),
                 True,
             )
         )

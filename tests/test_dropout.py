@@ -21,13 +21,13 @@ from fastbert.data.batches import Batches
 from fastbert.data.examples import Examples
 from fastbert_kernels import _triton as device_functions
 from fastbert_kernels import dropout_add_layer_norm, embedding_layer_norm, varlen_attention
-from fastbert_kernels._dropout import keep_mask, keep_scale, row_keys, site_keys, threshold
+from fastbert_kernels._dropout import keep_mask, keep_scale, row_seeds, stream_keys, threshold
 from fastbert_kernels.specs import SPECS
 from tests.test_kernels import GPU, place, watched
 from tests.tiny_dataset import tiny_dataset, tiny_split
 
 DEVICE = "cuda" if GPU else "cpu"
-HARD_KEYS = [0, -1, 2**63 - 1, -(2**63), 1, 2]  # the ends of int64, and neighbours
+HARD_SEEDS = [0, -1, 2**63 - 1, -(2**63), 1, 2]  # the ends of int64, and neighbours
 DOCUMENTS = [[5, 9, 4], [12, 15, 9, 20, 11, 8], [30, 31, 2, 29], [6, 6, 6, 6], [1, 1]] * 6
 
 
@@ -80,11 +80,11 @@ def decoded(sums: Tensor, count: int) -> Tensor:
 
 
 def seen_in_attention(
-    impl, lengths, size, dtype, queries, heads, p, keys, site
+    impl, lengths, size, dtype, query_indices, heads, p, seeds, stream
 ) -> dict[str, list[Tensor]]:
     """Of each sequence, the mask [heads, rows, tokens] that the result shows, and those that the gradients of v, q and k show."""
     cu, scale = bounds(lengths), keep_scale(p)
-    first_rows = cu if queries is None else torch.searchsorted(queries, cu.long())
+    first_rows = cu if query_indices is None else torch.searchsorted(query_indices, cu.long())
     rows = first_rows.diff().tolist()
     tokens_code, rows_code = coded(lengths, heads, size, dtype), coded(rows, heads, size, dtype)
     no_tokens, no_rows = torch.zeros_like(tokens_code), torch.zeros_like(rows_code)
@@ -96,9 +96,9 @@ def seen_in_attention(
         "cu_seqlens": cu,
         "max_seqlen": max(lengths),
         "dropout_p": p,
-        "keys": keys,
-        "site": site,
-        "queries": queries,
+        "dropout_seeds": seeds,
+        "dropout_stream": stream,
+        "query_indices": query_indices,
         "scale": 1.0,
     }
 
@@ -143,24 +143,24 @@ def seen_in_attention(
     ],
 )
 def test_attention_draws_the_defined_masks(impl, cut, dtype, lengths, size, p):
-    heads, site, total = 3, 40, sum(lengths)
-    keys = torch.tensor(HARD_KEYS[: len(lengths)])
-    queries = (
+    heads, stream, total = 3, 40, sum(lengths)
+    seeds = torch.tensor(HARD_SEEDS[: len(lengths)])
+    query_indices = (
         torch.randperm(total, generator=torch.Generator().manual_seed(3))[: total // 3]
         .sort()
         .values
         if cut
         else None
     )
-    found = seen_in_attention(impl, lengths, size, dtype, queries, heads, p, keys, site)
+    found = seen_in_attention(impl, lengths, size, dtype, query_indices, heads, p, seeds, stream)
 
-    rows = row_keys(keys, bounds(lengths), total)
-    lo, hi = site_keys(rows, site, heads)
+    rows = row_seeds(seeds, bounds(lengths), total)
+    lo, hi = stream_keys(rows, stream, heads)
     for b, (start, end) in enumerate(itertools.pairwise(bounds(lengths).tolist())):
         mine = (
             torch.arange(start, end)
-            if queries is None
-            else queries[(queries >= start) & (queries < end)]
+            if query_indices is None
+            else query_indices[(query_indices >= start) & (query_indices < end)]
         )
         truth = keep_mask(lo[mine].T, hi[mine].T, end - start, p)
         for name, masks in found.items():
@@ -171,24 +171,24 @@ def test_attention_draws_the_defined_masks(impl, cut, dtype, lengths, size, p):
 @pytest.mark.parametrize("size", [16, 255, 768])
 def test_norm_draws_the_defined_masks(impl, size):
     """Kept elements of x = 1 on a residual of 0 lie above the mean; the gradient of a dropped one is 0."""
-    rows, p, site = 37, 0.5, 7
-    keys = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(2))
+    rows, p, stream = 37, 0.5, 7
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(2))
     leaves = {
         "x": torch.ones(rows, size),
         "bias": torch.zeros(size),
         "residual": torch.zeros(rows, size),
     }
-    vectors = {"weight": torch.ones(size), "shift": torch.zeros(size)}
+    vectors = {"norm_weight": torch.ones(size), "norm_bias": torch.zeros(size)}
     seen = run(
         impl,
         dropout_add_layer_norm,
         leaves | vectors,
         draw(rows, size),
         dropout_p=p,
-        keys=keys,
-        site=site,
+        dropout_seeds=seeds,
+        dropout_stream=stream,
     )
-    lo, hi = site_keys(keys, site)
+    lo, hi = stream_keys(seeds, stream)
     truth = keep_mask(lo[:, 0], hi[:, 0], size, p)
     assert torch.equal(seen["result"] > 0, truth)
     assert torch.equal(seen["dx"] != 0, truth)
@@ -200,39 +200,46 @@ def test_norm_draws_the_defined_masks(impl, size):
 )
 @pytest.mark.parametrize("size", [16, 255, 768])
 def test_embedding_draws_the_defined_masks(impl, size):
-    """A shift keeps every result but the dropped ones from 0; in the shift's gradient, dy = 2^row makes the rows readable."""
-    rows, p, site = 20, 0.5, 7  # sums below 2^24 are exact in fp32
-    keys = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(2))
+    """A norm_bias keeps every result but the dropped ones from 0; in its gradient, dy = 2^row makes the rows readable."""
+    rows, p, stream = 20, 0.5, 7  # sums below 2^24 are exact in fp32
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(2))
     leaves = {
-        "words": draw(9, size),
-        "position_table": draw(5, size),
-        "segment_table": draw(2, size),
-        "weight": torch.ones(size),
+        "word_embeddings": draw(9, size),
+        "position_embeddings": draw(5, size),
+        "token_type_embeddings": draw(2, size),
+        "norm_weight": torch.ones(size),
     }
     index = {
-        "ids": torch.arange(rows) % 9,
-        "positions": torch.arange(rows) % 5,
-        "segments": torch.arange(rows) % 2,
+        "input_ids": torch.arange(rows) % 9,
+        "position_ids": torch.arange(rows) % 5,
+        "token_type_ids": torch.arange(rows) % 2,
     }
     upstream = (2.0 ** torch.arange(rows))[:, None].expand(rows, size)
-    leaves["shift"] = torch.full((size,), 50.0)
+    leaves["norm_bias"] = torch.full((size,), 50.0)
     seen = run(
-        impl, embedding_layer_norm, leaves, upstream, **index, dropout_p=p, keys=keys, site=site
+        impl,
+        embedding_layer_norm,
+        leaves,
+        upstream,
+        **index,
+        dropout_p=p,
+        dropout_seeds=seeds,
+        dropout_stream=stream,
     )
-    lo, hi = site_keys(keys, site)
+    lo, hi = stream_keys(seeds, stream)
     truth = keep_mask(lo[:, 0], hi[:, 0], size, p)
     assert torch.equal(seen["result"] != 0, truth)
     sums = (seen["dshift"].double() / keep_scale(p)).long()
     assert torch.equal((sums >> torch.arange(rows)[:, None] & 1).bool(), truth)
 
 
-@triton.jit(do_not_specialize=["site", "head", "first_column", "threshold"])
+@triton.jit(do_not_specialize=["stream", "head", "first_column", "threshold"])
 def masks_kernel(
-    keys_ptr,
+    dropout_seeds_ptr,
     positions_ptr,
     mask_ptr,
     transposed_ptr,
-    site,
+    stream,
     head,
     first_column,
     threshold,
@@ -240,8 +247,8 @@ def masks_kernel(
     COLUMNS: tl.constexpr,
 ):
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    key = device_functions.row_key(tl.load(keys_ptr + row), tl.load(positions_ptr + row))
-    lo, hi = device_functions.site_keys(key, site, head)
+    seed = device_functions.row_seed(tl.load(dropout_seeds_ptr + row), tl.load(positions_ptr + row))
+    lo, hi = device_functions.stream_keys(seed, stream, head)
     mask = device_functions.keep_mask(lo, hi, first_column, COLUMNS, threshold)
     tl.store(mask_ptr + row[:, None] * COLUMNS + column[None, :], mask.to(tl.int8))
     mask = device_functions.keep_mask_transposed(lo, hi, first_column, COLUMNS, threshold)
@@ -251,8 +258,8 @@ def masks_kernel(
 @pytest.mark.parametrize("first_column", [0, 64, 192, 8128])
 @pytest.mark.parametrize("p", [2**-16, 0.1, 0.5, 1 - 2**-16])
 def test_device_functions_are_the_definition(first_column, p):
-    rows, columns, site, head = 16, 64, 37, 15
-    keys = torch.tensor((HARD_KEYS * 3)[:rows])
+    rows, columns, stream, head = 16, 64, 37, 15
+    seeds = torch.tensor((HARD_SEEDS * 3)[:rows])
     lengths = [1, 2, 3, 128, 129, 8192, 50, 7] * 2  # the rows are the last tokens of sequences
     positions = torch.tensor(lengths, dtype=torch.int32) - 1
     mask, transposed = (
@@ -262,11 +269,11 @@ def test_device_functions_are_the_definition(first_column, p):
     with watched("triton"):
         masks_kernel[(1,)](
             *(
-                keys.to(DEVICE),
+                seeds.to(DEVICE),
                 positions.to(DEVICE),
                 mask,
                 transposed,
-                site,
+                stream,
                 head,
                 first_column,
                 threshold(p),
@@ -276,7 +283,7 @@ def test_device_functions_are_the_definition(first_column, p):
         )
 
     last = bounds(lengths)[1:].long() - 1
-    lo, hi = site_keys(row_keys(keys, bounds(lengths), sum(lengths))[last], site, head + 1)
+    lo, hi = stream_keys(row_seeds(seeds, bounds(lengths), sum(lengths))[last], stream, head + 1)
     truth = keep_mask(lo[:, head], hi[:, head], first_column + columns, p)[:, first_column:]
     assert torch.equal(mask.cpu().bool(), truth)
     assert torch.equal(transposed.T, mask)
@@ -287,7 +294,7 @@ def test_device_functions_are_the_definition(first_column, p):
 
 def test_attention_does_not_depend_on_the_place_in_the_pack():
     """The longest sequence stays first in the list of work, the others move."""
-    lengths, keys, heads, size = [12, 150, 7, 33], torch.tensor([5, 6, 7, 8]), 2, 32
+    lengths, seeds, heads, size = [12, 150, 7, 33], torch.tensor([5, 6, 7, 8]), 2, 32
     parts = [draw(n, 3, heads, size, seed=n) for n in lengths]
     found = []
     for order in ([0, 1, 2, 3], [3, 0, 2, 1]):
@@ -297,8 +304,8 @@ def test_attention_does_not_depend_on_the_place_in_the_pack():
             "cu_seqlens": bounds(own),
             "max_seqlen": 150,
             "dropout_p": 0.3,
-            "keys": keys[order],
-            "site": 2,
+            "dropout_seeds": seeds[order],
+            "dropout_stream": 2,
         }
         outcome = run("triton", varlen_attention, {"q": q, "k": k, "v": v}, q, **others)
         found.append(
@@ -312,14 +319,14 @@ def test_attention_does_not_depend_on_the_place_in_the_pack():
 
 
 def test_padding_of_a_pack_leaves_the_keys_of_its_tokens_as_they_are():
-    """Tokens behind the last sequence, and empty sequences at the end; those tokens have keys of their own."""
-    keys, cu = torch.tensor(HARD_KEYS[1:4]), bounds([5, 1, 7])
-    bare = row_keys(keys, cu, 13)
-    assert torch.equal(row_keys(keys, cu, 20)[:13], bare)
-    more = torch.cat((keys, torch.tensor([8, 9])))
-    assert torch.equal(row_keys(more, bounds([5, 1, 7, 0, 0]), 20)[:13], bare)
-    assert len(row_keys(keys, cu, 20).unique()) == 20
-    assert len(row_keys(keys[:0], bounds([]), 4).unique()) == 4
+    """Tokens behind the last sequence, and empty sequences at the end; those tokens have seeds of their own."""
+    seeds, cu = torch.tensor(HARD_SEEDS[1:4]), bounds([5, 1, 7])
+    bare = row_seeds(seeds, cu, 13)
+    assert torch.equal(row_seeds(seeds, cu, 20)[:13], bare)
+    more = torch.cat((seeds, torch.tensor([8, 9])))
+    assert torch.equal(row_seeds(more, bounds([5, 1, 7, 0, 0]), 20)[:13], bare)
+    assert len(row_seeds(seeds, cu, 20).unique()) == 20
+    assert len(row_seeds(seeds[:0], bounds([]), 4).unique()) == 4
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -330,15 +337,15 @@ def test_masks_do_not_depend_on_the_number_of_ranks(tmp_path, world):
     batches = Batches(tiny_dataset(tmp_path / "dataset", DOCUMENTS), config)
 
     def drawn(step: int, world: int) -> dict[int, list[int]]:
-        """Row keys by example."""
+        """Row seeds by example."""
         found = {}
         for pack in (pack for rank in range(world) for pack in batches.step(step, rank, world)):
-            rows = row_keys(pack.dropout_keys, pack.cu_seqlens, pack.tokens).split(
+            rows = row_seeds(pack.dropout_seeds, pack.cu_seqlens, pack.tokens).split(
                 pack.cu_seqlens.diff().tolist()
             )
             found |= {
-                int(example): keys.tolist()
-                for example, keys in zip(pack.examples, rows, strict=True)
+                int(example): seeds.tolist()
+                for example, seeds in zip(pack.examples, rows, strict=True)
             }
         return found
 
@@ -350,7 +357,7 @@ def test_masks_do_not_depend_on_the_number_of_ranks(tmp_path, world):
 
 # The definition looks random. Masks are scaled to mean 0 and variance 1; a sum of n products of independent ones then lies within 5 sqrt(n).
 
-AXES = ("example", "position", "site", "head", "column")
+AXES = ("example", "position", "stream", "head", "column")
 RATES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9)
 SIGMAS = 5
 
@@ -361,13 +368,18 @@ def scaled(kept: Tensor, p: float) -> Tensor:
 
 
 def masks_of(
-    keys: Tensor, p: float, positions: int = 32, sites: int = 3, heads: int = 4, columns: int = 512
+    seeds: Tensor,
+    p: float,
+    positions: int = 32,
+    streams: int = 3,
+    heads: int = 4,
+    columns: int = 512,
 ) -> Tensor:
-    """Scaled masks [example, position, site, head, column] of sequences of one length."""
-    rows = row_keys(keys, bounds([positions] * len(keys)), positions * len(keys))
-    words = [site_keys(rows, site, heads) for site in range(sites)]
+    """Scaled masks [example, position, stream, head, column] of sequences of one length."""
+    rows = row_seeds(seeds, bounds([positions] * len(seeds)), positions * len(seeds))
+    words = [stream_keys(rows, stream, heads) for stream in range(streams)]
     kept = torch.stack([keep_mask(lo, hi, columns, p) for lo, hi in words], 1)
-    return scaled(kept.view(len(keys), positions, sites, heads, columns), p)
+    return scaled(kept.view(len(seeds), positions, streams, heads, columns), p)
 
 
 def moved(x: Tensor, lags: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -436,15 +448,15 @@ def test_keys_that_differ_in_high_bits_alone_are_as_good():
 @pytest.mark.parametrize("p", [2**-16, 0.001, 1 - 2**-16])
 def test_share_kept_at_the_ends(p):
     """Of ten million elements, two of each row."""
-    x = masks_of(torch.arange(5_000), p, positions=1000, sites=1, heads=1, columns=2)
+    x = masks_of(torch.arange(5_000), p, positions=1000, streams=1, heads=1, columns=2)
     assert abs(float(x.double().mean())) < SIGMAS / x.numel() ** 0.5
 
 
 def test_masks_of_epochs_and_seeds_are_random(tmp_path):
-    """Of the same examples, with the keys that training gives them: the axis "site" is epochs, "head" seeds."""
+    """Of the same examples, with the seeds that training gives them: the axis "stream" is epochs, "head" seeds."""
     split = tiny_split(tmp_path / "train", DOCUMENTS)
     indices, epochs, seeds = np.arange(16), range(4), range(4)
-    keys = torch.tensor(
+    seeds = torch.tensor(
         np.stack(
             [
                 [
@@ -455,9 +467,9 @@ def test_masks_of_epochs_and_seeds_are_random(tmp_path):
             ]
         )
     )
-    assert len(keys.unique()) == keys.numel()
+    assert len(seeds.unique()) == seeds.numel()
     x = (
-        masks_of(keys.flatten(), 0.1, sites=1, heads=1)
+        masks_of(seeds.flatten(), 0.1, streams=1, heads=1)
         .view(4, 4, 16, 32, 512)
         .permute(2, 3, 0, 1, 4)
     )
@@ -480,7 +492,7 @@ def mixed(x: Tensor) -> Tensor:
 
 
 def random_words(row: Tensor) -> tuple[Tensor, Tensor]:
-    lo, hi = site_keys(row[:, 0], 0)
+    lo, hi = stream_keys(row[:, 0], 0)
     return lo, hi
 
 

@@ -70,8 +70,8 @@ def arguments(**changes: Any) -> tuple[torch.Tensor, Any, Call]:
     assert isinstance(layer, Layer)
     batch = make_batch(LENGTHS).to(DEVICE)
     x = torch.ones(batch.tokens, 32, device=DEVICE)
-    keys = torch.arange(batch.tokens, device=DEVICE)
-    call = Call(2, batch.cu_seqlens, 20, None, batch.dropout_keys, keys, None, 0.1, 0.1, 1, 1e-12)
+    seeds = torch.arange(batch.tokens, device=DEVICE)
+    call = Call(2, batch.cu_seqlens, 20, None, batch.dropout_seeds, seeds, None, 0.1, 0.1, 1, 1e-12)
     return x, layer.fused_parameters(), call._replace(**changes)
 
 
@@ -84,17 +84,21 @@ def arguments(**changes: Any) -> tuple[torch.Tensor, Any, Call]:
             ValueError,
             "cu_seqlens ends at 40, expected at most T = 34",
         ),
-        ({"sequence_keys": None}, ValueError, "dropout_p = 0.1 needs keys"),
+        ({"sequence_seeds": None}, ValueError, "dropout_p = 0.1 needs dropout_seeds"),
         (
-            {"token_keys": torch.arange(3)},
+            {"token_seeds": torch.arange(3)},
             ValueError,
-            r"token_keys has shape \[3\], expected \[34\]",
+            r"token_seeds has shape \[3\], expected \[34\]",
         ),
-        ({"token_keys": torch.arange(34).int()}, TypeError, "token_keys is int32, expected int64"),
         (
-            {"rows": torch.tensor([3, 2]), "token_keys": torch.arange(2)},
+            {"token_seeds": torch.arange(34).int()},
+            TypeError,
+            "token_seeds is int32, expected int64",
+        ),
+        (
+            {"rows": torch.tensor([3, 2]), "token_seeds": torch.arange(2)},
             ValueError,
-            "queries holds 3 and then 2, expected to ascend",
+            "query_indices holds 3 and then 2, expected to ascend",
         ),
         ({"heads": 4}, ValueError, "K = 8, expected a multiple of 16"),
     ],

@@ -229,7 +229,7 @@ def test_new_keys_draw_new_masks_in_a_replay():
     model = BertForPreTraining(MODEL, VOCAB, "cpu").train()
     graphed = GraphedModel(model, StandIn())
     pack = packs()[0]
-    other = dataclasses.replace(pack, dropout_keys=pack.dropout_keys + 1)
+    other = dataclasses.replace(pack, dropout_seeds=pack.dropout_seeds + 1)
     first, second, again = (losses(graphed(batch)).token_losses for batch in (pack, other, pack))
     assert first.equal(again) and not first.equal(second)
     assert second.equal(losses(model(other)).token_losses)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import GridExecutor
 
-from fastbert_kernels import attention_worklist
+from fastbert_kernels import attention_tile_schedule
 from fastbert_kernels._spec import Shape, Spec
 from fastbert_kernels.specs import SPECS
 from tests import test_kernels
@@ -69,7 +69,10 @@ def test_shapes_around_tiles_keep_the_bound_of_test_kernels(name, data):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_attention_of_no_query_has_zero_gradients(dtype, impl):
     arguments = inputs("attention", dtype)
-    nothing = {"q": arguments["q"][:0], "queries": torch.empty(0, dtype=torch.int64, device=DEVICE)}
+    nothing = {
+        "q": arguments["q"][:0],
+        "query_indices": torch.empty(0, dtype=torch.int64, device=DEVICE),
+    }
     found = run(SPECS["attention"], {**arguments, **nothing}, impl)
     assert len(found["result"]) == len(found["dq"]) == 0
     assert not found["dk"].any()
@@ -207,13 +210,15 @@ def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype,
         tokens = torch.cat([torch.arange(ends[i], ends[i + 1]) for i in order]).to(DEVICE)
         rows, more = tokens, {}
         if cut:
-            place = torch.searchsorted(arguments["queries"], tokens).clamp(max=len(upstream) - 1)
-            asked = arguments["queries"][place] == tokens
-            rows, more = place[asked], {"queries": asked.nonzero()[:, 0]}
+            place = torch.searchsorted(arguments["query_indices"], tokens).clamp(
+                max=len(upstream) - 1
+            )
+            asked = arguments["query_indices"][place] == tokens
+            rows, more = place[asked], {"query_indices": asked.nonzero()[:, 0]}
         bounds = list(itertools.accumulate((lengths[i] for i in order), initial=0))
         more |= {
             "cu_seqlens": torch.tensor(bounds, dtype=torch.int32, device=DEVICE),
-            "keys": arguments["keys"][order],
+            "dropout_seeds": arguments["dropout_seeds"][order],
         }
         leaves = {
             "q": arguments["q"][rows],
@@ -257,12 +262,15 @@ def test_attention_of_a_sequence_does_not_depend_on_the_longest_of_the_pack(size
         tokens = rows = slice(ends[i], ends[i + 1])
         alone = {"cu_seqlens": torch.tensor([0, length], dtype=torch.int32), "max_seqlen": length}
         if p:
-            alone["keys"] = arguments["keys"][i : i + 1]
+            alone["dropout_seeds"] = arguments["dropout_seeds"][i : i + 1]
         if cut:
             first, last = torch.searchsorted(
-                arguments["queries"], torch.tensor(ends[i : i + 2])
+                arguments["query_indices"], torch.tensor(ends[i : i + 2])
             ).tolist()
-            rows, alone["queries"] = slice(first, last), arguments["queries"][first:last] - ends[i]
+            rows, alone["query_indices"] = (
+                slice(first, last),
+                arguments["query_indices"][first:last] - ends[i],
+            )
         if rows.start == rows.stop:
             continue
         leaves = {
@@ -309,9 +317,9 @@ def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, 
     arguments = inputs("attention", DTYPES[dtype], 0.1, shape)
     end = int(arguments["cu_seqlens"][-1])
     kept = {"q": end, "k": end, "v": end}
-    if "queries" in arguments:
-        kept["q"] = int((arguments["queries"] < end).sum())
-        assert 0 < kept["q"] < len(arguments["queries"])
+    if "query_indices" in arguments:
+        kept["q"] = int((arguments["query_indices"] < end).sum())
+        assert 0 < kept["q"] < len(arguments["query_indices"])
     arguments |= {
         key: arguments[key].clone() for key in kept
     }  # apart, not slices of one projection
@@ -321,13 +329,16 @@ def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, 
         i for i in range(len(shape["lengths"]) + 1) if not any(shape["lengths"][i:])
     )  # sequences but for empty ones at the end
     bare = arguments | {key: arguments[key][:rows] for key, rows in kept.items()}
-    bare |= {"cu_seqlens": arguments["cu_seqlens"][: real + 1], "keys": arguments["keys"][:real]}
-    if "queries" in arguments:
-        bare["queries"] = arguments["queries"][: kept["q"]]
+    bare |= {
+        "cu_seqlens": arguments["cu_seqlens"][: real + 1],
+        "dropout_seeds": arguments["dropout_seeds"][:real],
+    }
+    if "query_indices" in arguments:
+        bare["query_indices"] = arguments["query_indices"][: kept["q"]]
     found = []
     for pack in (arguments, bare):
         if listed and impl == "triton":
-            pack["worklist"] = attention_worklist(pack["cu_seqlens"], len(pack["k"]))
+            pack["tile_schedule"] = attention_tile_schedule(pack["cu_seqlens"], len(pack["k"]))
         leaves = {key: pack[key].detach().requires_grad_() for key in kept}
         with watched(impl):
             result = spec.function(**pack | leaves, impl=impl)
@@ -346,11 +357,11 @@ def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, 
 
 def test_a_list_of_work_for_another_batch_is_refused():
     arguments = inputs("attention", shape=PACK)
-    other = attention_worklist(arguments["cu_seqlens"][:-1], len(arguments["k"]))
+    other = attention_tile_schedule(arguments["cu_seqlens"][:-1], len(arguments["k"]))
     with pytest.raises(
-        ValueError, match=r"varlen_attention: worklist has shape \[4, 2\], expected \[5, 2\]"
+        ValueError, match=r"varlen_attention: tile_schedule has shape \[4, 2\], expected \[5, 2\]"
     ):
-        SPECS["attention"].function(**arguments, worklist=other, impl="triton")
+        SPECS["attention"].function(**arguments, tile_schedule=other, impl="triton")
 
 
 # Bad input
@@ -414,8 +425,8 @@ def test_dropout_is_checked(name, impl):
     for p in (-0.1, 1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=f"dropout_p = {p}; must be at least 0 and below 1"):
             spec.function(**{**arguments, "dropout_p": p}, impl=impl)
-    with pytest.raises(ValueError, match=r"dropout_p = 0\.1 needs keys"):
-        spec.function(**{**arguments, "keys": None}, impl=impl)
+    with pytest.raises(ValueError, match=r"dropout_p = 0\.1 needs dropout_seeds"):
+        spec.function(**{**arguments, "dropout_seeds": None}, impl=impl)
 
 
 INDICES = [
@@ -423,7 +434,7 @@ INDICES = [
     for name in TRITON
     for shape in list(kinds(SPECS[name]).values())[-1:]  # attention: with queries
     for key, value in tensors(inputs(name, shape=shape)).items()
-    if not value.is_floating_point() and key != "keys"
+    if not value.is_floating_point() and key != "dropout_seeds"
 ]
 
 
@@ -471,21 +482,21 @@ PACK = {"lengths": [15, 16, 17, 1], "H": 2, "K": 16}  # T = 49
         ),
         ({"cu_seqlens": [0, 15, 31, 48, 50]}, "cu_seqlens ends at 50, expected at most T = 49"),
         ({"max_seqlen": 16}, "max_seqlen = 16, but cu_seqlens has a sequence of 17 tokens"),
-        ({"queries": [0, 5, 4]}, "queries holds 5 and then 4, expected to ascend"),
-        ({"queries": [0, 5, 5]}, "queries holds 5 and then 5, expected to ascend"),
-        ({"queries": [-1, 5, 6]}, r"queries span -1 to 6; must be in \[0, T = 49\)"),
-        ({"queries": [0, 5, 49]}, r"queries span 0 to 49; must be in \[0, T = 49\)"),
-        ({"queries": [0, 5, 2]}, "queries holds 5 and then 2, expected to ascend"),
+        ({"query_indices": [0, 5, 4]}, "query_indices holds 5 and then 4, expected to ascend"),
+        ({"query_indices": [0, 5, 5]}, "query_indices holds 5 and then 5, expected to ascend"),
+        ({"query_indices": [-1, 5, 6]}, r"query_indices span -1 to 6; must be in \[0, T = 49\)"),
+        ({"query_indices": [0, 5, 49]}, r"query_indices span 0 to 49; must be in \[0, T = 49\)"),
+        ({"query_indices": [0, 5, 2]}, "query_indices holds 5 and then 2, expected to ascend"),
         ({"scale": -1.0}, "scale = -1.0; must be positive"),
     ],
 )
 @pytest.mark.parametrize("impl", [impl for name, impl in EVERY if name == "attention"])
 def test_the_values_of_a_pack_are_checked(change, message, impl):
     arguments = inputs("attention", shape=PACK) | {"check_values": True}
-    if "queries" in change:
+    if "query_indices" in change:
         arguments["q"] = arguments["q"][:3]
     for key, value in change.items():
-        like = torch.int64 if key == "queries" else torch.int32
+        like = torch.int64 if key == "query_indices" else torch.int32
         arguments[key] = (
             torch.tensor(value, dtype=like, device=DEVICE) if isinstance(value, list) else value
         )

@@ -8,8 +8,8 @@ import contextlib
 import pytest
 import torch
 
-from fastbert_kernels._dropout import keep_mask, site_keys
-from fastbert_kernels._dropout_cpu import keep_mask_cpu, site_keys_cpu
+from fastbert_kernels._dropout import keep_mask, stream_keys
+from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
 from fastbert_kernels.specs import SPECS
 from tests.sanitizer import sanitize
 
@@ -68,7 +68,9 @@ def run(spec, arguments, impl, dtype=None):
     }
     if not spec.dropout:
         arguments = {
-            name: value for name, value in arguments.items() if name not in ("dropout_p", "keys")
+            name: value
+            for name, value in arguments.items()
+            if name not in ("dropout_p", "dropout_seeds")
         }
     leaves = [name for name in spec.differentiable if arguments[name] is not None]
     for name in leaves:
@@ -125,8 +127,8 @@ def test_attention_takes_1_and_8192_tokens_in_one_batch(dtype):
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 15, 16, 17, 64, 255])
 def test_cpu_masks_are_those_of_the_definition(columns):
     rows = torch.randint(-(2**63), 2**63 - 1, (50,), generator=torch.Generator().manual_seed(1))
-    lo, hi = site_keys(rows, 12, heads=3)
-    fast_lo, fast_hi = site_keys_cpu(rows, 12, heads=3)
+    lo, hi = stream_keys(rows, 12, heads=3)
+    fast_lo, fast_hi = stream_keys_cpu(rows, 12, heads=3)
     assert torch.equal(
         keep_mask(lo, hi, columns, 0.1), keep_mask_cpu(fast_lo, fast_hi, columns, 0.1).bool()
     )
@@ -135,13 +137,14 @@ def test_cpu_masks_are_those_of_the_definition(columns):
 def test_cut_queries_leave_the_other_outputs_as_they_are():
     spec = SPECS["attention"]
     arguments = spec.inputs({"lengths": [12, 1, 30], "H": 2, "K": 32}, torch.float32, 0.2)
-    queries = torch.tensor([0, 3, 11, 12, 40])
+    query_indices = torch.tensor([0, 3, 11, 12, 40])
     for impl in spec.implementations:
         whole = spec.function(**arguments, impl=impl)
         cut = spec.function(
-            **{**arguments, "q": arguments["q"][queries], "queries": queries}, impl=impl
+            **{**arguments, "q": arguments["q"][query_indices], "query_indices": query_indices},
+            impl=impl,
         )
-        torch.testing.assert_close(cut, whole[queries], rtol=0, atol=1e-6)
+        torch.testing.assert_close(cut, whole[query_indices], rtol=0, atol=1e-6)
 
 
 def test_masked_cross_entropy_without_tokens_is_zero():
@@ -160,17 +163,17 @@ ERRORS = [
         "cu_seqlens is int64, expected int32",
     ),
     ("attention", {"k": torch.zeros(2, 2)}, ValueError, "k has shape"),
-    ("attention", {"keys": None}, ValueError, "dropout_p = 0.1 needs keys"),
+    ("attention", {"dropout_seeds": None}, ValueError, "dropout_p = 0.1 needs dropout_seeds"),
     ("attention", {"dropout_p": 1.0}, ValueError, "dropout_p = 1.0"),
     ("norm", {"impl": "cuda"}, ValueError, "impl = 'cuda'"),
-    ("norm", {"weight": torch.zeros(3)}, ValueError, "weight has shape"),
+    ("norm", {"norm_weight": torch.zeros(3)}, ValueError, "norm_weight has shape"),
     ("norm", {"x": torch.zeros(2, 2, dtype=torch.int32)}, TypeError, "x is int32"),
     ("gelu", {"bias": torch.zeros(3)}, ValueError, "bias has shape"),
     (
         "embedding",
-        {"segments": torch.zeros(2, dtype=torch.int32)},
+        {"token_type_ids": torch.zeros(2, dtype=torch.int32)},
         ValueError,
-        "segments has shape",
+        "token_type_ids has shape",
     ),
     (
         "mlm_loss",

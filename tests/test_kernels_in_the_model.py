@@ -59,7 +59,7 @@ def test_the_same_masks_with_dropout(impl):
     batch = make_batch(LENGTHS)
     want, have = (step(build(0.2), name, batch) for name in ("reference", impl))
     other = step(
-        build(0.2), "reference", dataclasses.replace(batch, dropout_keys=batch.dropout_keys + 1)
+        build(0.2), "reference", dataclasses.replace(batch, dropout_seeds=batch.dropout_seeds + 1)
     )
     assert abs(want["loss"] - other["loss"]) > 1e-3
     for name, value in want.items():

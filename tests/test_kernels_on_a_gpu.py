@@ -54,11 +54,15 @@ def test_more_than_2_to_the_31_elements():
     if torch.cuda.mem_get_info()[0] < 6 * rows * size * 2:
         pytest.skip("needs 26 GB of free memory")
     x = torch.randn(rows, size, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-    weight, shift = (torch.randn(size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    y = layer_norm(x, weight, shift, impl="triton")
+    norm_weight, norm_bias = (
+        torch.randn(size, dtype=torch.bfloat16, device="cuda") for _ in range(2)
+    )
+    y = layer_norm(x, norm_weight, norm_bias, impl="triton")
     y.backward(y.detach())
     last = x.detach()[-500:].float().requires_grad_()
-    want = torch.nn.functional.layer_norm(last, (size,), weight.float(), shift.float(), 1e-12)
+    want = torch.nn.functional.layer_norm(
+        last, (size,), norm_weight.float(), norm_bias.float(), 1e-12
+    )
     want.backward(y.detach()[-500:].float())
     torch.testing.assert_close(y[-500:].float(), want, rtol=0.02, atol=0.02)
     torch.testing.assert_close(

@@ -63,7 +63,7 @@ def test_a_good_call_does_not_excuse_a_bad_one(name):
             assert apart.shape == value.shape
             with pytest.raises(ValueError, match=rf": {key} has stride 2 along its last axis"):
                 call(**{key: apart})
-    if "keys" in good:
-        with pytest.raises(ValueError, match="needs keys"):
-            call(keys=None)
+    if "dropout_seeds" in good:
+        with pytest.raises(ValueError, match="needs dropout_seeds"):
+            call(dropout_seeds=None)
     call()

@@ -90,8 +90,8 @@ def test_none_inside_a_tuple_is_found(kernels):
 def test_results_of_two_types_are_found_by_the_oldest_triton(kernels, oldest):
     """Triton 3.7 accepts it; Triton 3.6 does not."""
     none = (
-        "    if keys_ptr is None:\n        return ()",
-        "    if keys_ptr is None:\n        return None, None",
+        "    if dropout_seeds_ptr is None:\n        return ()",
+        "    if dropout_seeds_ptr is None:\n        return None, None",
     )
     replace(
         kernels / "fastbert_kernels/norm/kernel.py",

@@ -280,7 +280,7 @@ def test_a_row_is_judged_by_the_kernels_that_it_serves():
     }  # no production kernel is so wide: the widest one, resized
     assert served("attention_dq", 64) == {(64, 64)} and served("attention_dq", 128) == {(128, 128)}
     timed = search.timed_forms("norm_forward", {"bits": 16, "size": 768})
-    assert [p.arguments["keys_ptr"] for p in timed] == [
+    assert [p.arguments["dropout_seeds_ptr"] for p in timed] == [
         "*i64",
         None,
     ]  # with dropout and without; not the head's LayerNorm

@@ -22,12 +22,12 @@ def inputs(dtype: torch.dtype = torch.bfloat16, **shape: int) -> dict[str, Any]:
 
 
 def outcome(arguments: dict[str, Any], impl: str = "triton", **more: Any) -> dict[str, Any]:
-    """Loss, losses and hits, and the gradients by name."""
+    """Loss, losses and which are correct, and the gradients by name."""
     leaves = {name: arguments[name].detach().requires_grad_() for name in SPEC.differentiable}
     with watched(impl):
         results = masked_cross_entropy(**{**arguments, **leaves, **more}, impl=impl)
         results[0].backward()
-    return dict(zip(("loss", "losses", "hits"), results, strict=True)) | {
+    return dict(zip(("loss", "losses", "correct"), results, strict=True)) | {
         name: leaf.grad for name, leaf in leaves.items()
     }
 
@@ -103,7 +103,7 @@ def test_a_bad_label_or_position_reads_nothing_and_is_loud():
     found = outcome(arguments, check_values=False)
     bad = torch.tensor([0, 1, 2, 5, 6, 7])
     assert found["losses"].isnan().nonzero()[:, 0].tolist() == bad.tolist()
-    assert not found["hits"][bad].any()
+    assert not found["correct"][bad].any()
     assert found["loss"].isnan()
     assert all(found[name].isnan().any() for name in SPEC.differentiable)
 
@@ -130,7 +130,7 @@ def test_the_first_of_equal_logits_is_the_arg_max():
     arguments["weight"].zero_()
     arguments["bias"].zero_()[[3, 300, 600]] = 1.0  # in three tiles
     arguments["labels"].copy_(torch.tensor([0, 3, 4, 300, 600, 699]))
-    assert outcome(arguments)["hits"].tolist() == [False, True, False, False, False, False]
+    assert outcome(arguments)["correct"].tolist() == [False, True, False, False, False, False]
 
 
 def first_of(chosen: torch.Tensor) -> torch.Tensor:
@@ -159,11 +159,11 @@ def test_every_word_is_found_as_the_label_and_as_the_first_of_equals(dtype):
         "cuda" if GPU else "cpu",
     )
     with watched("triton"):
-        _, losses, hits = masked_cross_entropy(**arguments, impl="triton")
+        _, losses, correct = masked_cross_entropy(**arguments, impl="triton")
     torch.testing.assert_close(
         losses.cpu(), torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     )
-    assert torch.equal(hits.cpu(), first == labels)
+    assert torch.equal(correct.cpu(), first == labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -179,7 +179,7 @@ def test_a_certain_token_has_no_gradient(dtype):
     arguments["bias"] -= 500 * torch.arange(300, device=arguments["bias"].device).ne(7)
     arguments["labels"].fill_(7)
     found = outcome(arguments)
-    assert found["hits"].all()
+    assert found["correct"].all()
     assert not any(found[name].any() for name in SPEC.differentiable)
 
 

@@ -164,7 +164,7 @@ def test_packs_add_up_to_the_step(model):
         }
         heads = {
             name: getattr(whole, name)[torch.tensor(order)]
-            for name in ("next_sentence_labels", "dropout_keys", "examples")
+            for name in ("next_sentence_labels", "dropout_seeds", "examples")
         }
         masks = {
             "masked_positions": positions[kept][by_place],

@@ -91,7 +91,7 @@ def test_strided_rows_make_no_difference(name):
         assert torch.equal(value, run(spec, strided, "triton")[key]), key
 
 
-@pytest.mark.parametrize("name", ["ids", "positions", "segments"])
+@pytest.mark.parametrize("name", ["input_ids", "position_ids", "token_type_ids"])
 @pytest.mark.parametrize("bad", [-1, 40])
 def test_an_index_outside_its_table(name, bad):
     arguments = inputs("embedding", {"T": 9, "V": 40, "P": 12, "D": 20})
@@ -100,9 +100,9 @@ def test_an_index_outside_its_table(name, bad):
         embedding_layer_norm(**arguments, check_values=True, impl="triton")
     result = run(SPECS["embedding"], {**arguments, "check_values": False}, "triton")
     assert result["result"].isnan().all(1).tolist() == [row == 4 for row in range(9)]
-    assert result["dweight"].isnan().all()
-    inside = arguments["ids"].cpu()[torch.arange(9) != 4]
-    rows = result["dwords"][inside[inside != arguments["ids"][4].item()]]
+    assert result["dnorm_weight"].isnan().all()
+    inside = arguments["input_ids"].cpu()[torch.arange(9) != 4]
+    rows = result["dword_embeddings"][inside[inside != arguments["input_ids"][4].item()]]
     assert not rows.isnan().any()
 
 
@@ -133,8 +133,8 @@ def test_an_index_outside_its_table(name, bad):
                 "x": torch.ones(2, 8193),
                 "bias": None,
                 "residual": None,
-                "weight": torch.ones(8193),
-                "shift": torch.ones(8193),
+                "norm_weight": torch.ones(8193),
+                "norm_bias": torch.ones(8193),
             },
             ValueError,
             "dropout_add_layer_norm: x has D = 8193",

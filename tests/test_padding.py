@@ -1,4 +1,4 @@
-"""A padded pack gives what the pack gives: the same losses, hits, counts and gradients; and there are few shapes."""
+"""A padded pack gives what the pack gives: the same losses, correct tokens, counts and gradients; and there are few shapes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_a_padded_pack_holds():
         "position_ids",
         "cu_seqlens",
         "next_sentence_labels",
-        "dropout_keys",
+        "dropout_seeds",
         "examples",
     ):
         assert getattr(padded, name)[: len(getattr(batch, name))].equal(getattr(batch, name)), name
@@ -142,20 +142,20 @@ def test_an_ignored_token_counts_for_nothing(impl):
         (hidden, labels.masked_fill(ignored, -100)),
     ):
         inputs = [x.clone().requires_grad_() for x in (rows, weight, bias)]
-        loss, token_losses, hits = masked_cross_entropy(
+        loss, token_losses, correct = masked_cross_entropy(
             inputs[0], inputs[1], inputs[2], None, chosen, total=27, impl=impl
         )
-        results.append((loss, token_losses, hits, *torch.autograd.grad(loss, inputs)))
+        results.append((loss, token_losses, correct, *torch.autograd.grad(loss, inputs)))
     (
-        (loss, token_losses, hits, dhidden, *others),
-        (loss_all, losses_all, hits_all, dhidden_all, *others_all),
+        (loss, token_losses, correct, dhidden, *others),
+        (loss_all, losses_all, correct_all, dhidden_all, *others_all),
     ) = results
     torch.testing.assert_close(loss_all, loss)
     torch.testing.assert_close(losses_all[~ignored], token_losses)
     assert (
         losses_all[ignored].eq(0).all()
-        and not hits_all[ignored].any()
-        and hits_all[~ignored].equal(hits)
+        and not correct_all[ignored].any()
+        and correct_all[~ignored].equal(correct)
     )
     torch.testing.assert_close(dhidden_all[~ignored], dhidden)
     assert dhidden_all[ignored].eq(0).all()

@@ -12,9 +12,9 @@ from benchmarks.machine_code.duration import Launch
 from benchmarks.machine_code.examine import Case
 from benchmarks.machine_code.h100 import MULTIPROCESSORS
 from benchmarks.machine_code.multiprocessor import DRAM, L2
+from fastbert_kernels._tile_schedule import ITEM
 from fastbert_kernels._tiles import tile
 from fastbert_kernels._triton import Production
-from fastbert_kernels._worklist import ITEM
 
 LENGTHS = (512, 4096)  # of sequences, where attention walks over tiles
 MASKED = TOKENS // 2  # of a micro-batch, as in the benchmarks

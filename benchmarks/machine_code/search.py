@@ -117,7 +117,7 @@ def timed_forms(table: str, row: Row) -> list[Production]:
         found,
         key=lambda p: (
             not p.arguments.get("DROPOUT", True),
-            p.arguments.get("keys_ptr", "") is None,
+            p.arguments.get("dropout_seeds_ptr", "") is None,
             p.size,
         ),
     )

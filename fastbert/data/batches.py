@@ -184,7 +184,7 @@ class _Packer:
             selected=chosen,
             labels=tokens[chosen],
             next_sentence_labels=spans.labels,
-            dropout_keys=spans.keys,
+            dropout_seeds=spans.keys,
             examples=indices,
             masked_total=masked_total,
             pairs_total=pairs_total,

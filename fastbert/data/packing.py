@@ -30,7 +30,7 @@ class PackedBatch:
         masked_positions: int64 [M], ascending, indices into the T tokens.
         labels: int64 [M], the original tokens at these positions.
         next_sentence_labels: int64 [B], 0 IsNext, 1 NotNext, -100 where there is no pair.
-        dropout_keys: int64 [B], not negative; an example has the same key in every pack.
+        dropout_seeds: int64 [B], not negative; an example has the same seed in every pack.
         examples: int64 [B], index within the epoch, or within the input of `pack_texts`.
         masked_total, pairs_total: totals of the whole step, over all its packs and ranks. The sums
             of the two losses are divided by them.
@@ -45,7 +45,7 @@ class PackedBatch:
     masked_positions: Tensor
     labels: Tensor
     next_sentence_labels: Tensor
-    dropout_keys: Tensor
+    dropout_seeds: Tensor
     examples: Tensor
     masked_total: int
     pairs_total: int
@@ -148,7 +148,7 @@ def pack(
     selected: np.ndarray,
     labels: np.ndarray,
     next_sentence_labels: np.ndarray,
-    dropout_keys: np.ndarray,
+    dropout_seeds: np.ndarray,
     examples: np.ndarray,
     masked_total: int,
     pairs_total: int,
@@ -161,7 +161,7 @@ def pack(
         a_length, b_length: int64 [B], tokens; without B the sequence is [CLS] A [SEP].
         special: ids of [CLS] and [SEP].
         selected: int64 [M], ascending, the masked positions among the N tokens.
-        labels, next_sentence_labels, dropout_keys, examples, masked_total, pairs_total: as in
+        labels, next_sentence_labels, dropout_seeds, examples, masked_total, pairs_total: as in
             PackedBatch. The tensors share the memory of the arrays.
     """
     lengths = a_length + b_length + 2 + (b_length > 0)
@@ -192,7 +192,7 @@ def pack(
         masked_positions=torch.from_numpy(slots[selected]),
         labels=torch.from_numpy(labels),
         next_sentence_labels=torch.from_numpy(next_sentence_labels),
-        dropout_keys=torch.from_numpy(dropout_keys),
+        dropout_seeds=torch.from_numpy(dropout_seeds),
         examples=torch.from_numpy(examples),
         masked_total=masked_total,
         pairs_total=pairs_total,
@@ -230,7 +230,7 @@ def pack_texts(
         selected=nothing,
         labels=nothing,
         next_sentence_labels=np.full(len(a_length), -100),
-        dropout_keys=np.zeros(len(a_length), np.int64),
+        dropout_seeds=np.zeros(len(a_length), np.int64),
         examples=np.arange(len(a_length)),
         masked_total=0,
         pairs_total=0,

@@ -84,7 +84,7 @@ def pad(batch: PackedBatch, mask_rate: float, max_length: int) -> PackedBatch:
         masked_positions=torch.from_numpy(chosen),
         labels=torch.from_numpy(labels[chosen]),
         next_sentence_labels=_extended(batch.next_sentence_labels, padded_sequences, IGNORED),
-        dropout_keys=_extended(batch.dropout_keys, padded_sequences, 0),
+        dropout_seeds=_extended(batch.dropout_seeds, padded_sequences, 0),
         examples=_extended(batch.examples, padded_sequences, -1),
         padding_tokens=padded_tokens - batch.tokens,
         padding_sequences=added_sequences,

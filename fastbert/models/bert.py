@@ -28,17 +28,17 @@ from fastbert.errors import InputError
 from fastbert.models.fused_layer import Call, Parameters, fused_layer
 from fastbert.models.initial_weights import initialise
 from fastbert_kernels import (
-    attention_worklist,
+    attention_tile_schedule,
     bias_gelu,
     dropout_add_layer_norm,
     embedding_layer_norm,
     layer_norm,
     linear,
     masked_cross_entropy,
-    row_keys,
+    row_seeds,
     varlen_attention,
 )
-from fastbert_kernels._worklist import ITEM
+from fastbert_kernels._tile_schedule import ITEM
 
 
 def resolve_kernels(name: str, device: str) -> str:
@@ -74,11 +74,11 @@ class MicroBatchTables(NamedTuple):
 
     cu_seqlens: Tensor  # int32 [B + 1]
     max_seqlen: int  # tokens
-    sequence_keys: Tensor | None  # int64 [B]; None where nothing is dropped
-    token_keys: Tensor | None  # int64 [T]; None where nothing is dropped
+    sequence_seeds: Tensor | None  # int64 [B]; None where nothing is dropped
+    token_seeds: Tensor | None  # int64 [T]; None where nothing is dropped
     # int32 [items, 2]: the tiles that each program of the Triton attention processes. They are the
     # same in every layer. None where the attention needs no list.
-    worklist: Tensor | None
+    tile_schedule: Tensor | None
     checked: bool = False  # whether a layer has already validated these tables
 
 
@@ -140,7 +140,7 @@ class Embeddings(nn.Module):
             self.norm_bias,
             eps=self.eps,
             dropout_p=dropout.hidden,
-            keys=tables.token_keys,
+            dropout_seeds=tables.token_seeds,
             impl=impl,
         )
 
@@ -158,8 +158,8 @@ class SublayerOutput(nn.Module):
         self,
         inner: Tensor,
         residual: Tensor,
-        keys: Tensor | None,
-        site: int,
+        token_seeds: Tensor | None,
+        stream: int,
         dropout: Dropout,
         impl: str,
     ) -> Tensor:
@@ -171,8 +171,8 @@ class SublayerOutput(nn.Module):
             self.norm_bias,
             eps=self.eps,
             dropout_p=dropout.hidden,
-            keys=keys,
-            site=site,
+            dropout_seeds=token_seeds,
+            dropout_stream=stream,
             impl=impl,
         )
 
@@ -193,7 +193,7 @@ class Attention(nn.Module):
         x: Tensor,
         tables: MicroBatchTables,
         rows: Tensor | None,
-        site: int,
+        stream: int,
         dropout: Dropout,
         impl: str,
     ) -> Tensor:
@@ -209,17 +209,17 @@ class Attention(nn.Module):
             tables.cu_seqlens,
             tables.max_seqlen,
             dropout_p=dropout.attention,
-            keys=tables.sequence_keys,
-            site=site,
-            queries=rows,
-            worklist=tables.worklist,
+            dropout_seeds=tables.sequence_seeds,
+            dropout_stream=stream,
+            query_indices=rows,
+            tile_schedule=tables.tile_schedule,
             impl=impl,
         )
         return self.output(
             context.flatten(1),
             select(x, rows),
-            select(tables.token_keys, rows),
-            site + 1,
+            select(tables.token_seeds, rows),
+            stream + 1,
             dropout,
             impl,
         )
@@ -247,10 +247,10 @@ class FeedForward(nn.Module):
         self.output = SublayerOutput(config, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, keys: Tensor | None, site: int, dropout: Dropout, impl: str
+        self, x: Tensor, token_seeds: Tensor | None, stream: int, dropout: Dropout, impl: str
     ) -> Tensor:
         inner = bias_gelu(linear(x, self.weight, impl=impl), self.bias, impl=impl)
-        return self.output(inner, x, keys, site, dropout, impl)
+        return self.output(inner, x, token_seeds, stream, dropout, impl)
 
 
 class Layer(nn.Module):
@@ -258,7 +258,7 @@ class Layer(nn.Module):
 
     # Dropout is applied at three places, each with its own random stream: to the attention
     # weights, and at the end of each of the two sublayers.
-    SITES = 3
+    STREAMS = 3
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -271,7 +271,7 @@ class Layer(nn.Module):
         x: Tensor,
         tables: MicroBatchTables,
         rows: Tensor | None,
-        site: int,
+        stream: int,
         dropout: Dropout,
         impl: str,
     ) -> Tensor:
@@ -281,19 +281,19 @@ class Layer(nn.Module):
                 self.heads,
                 tables.cu_seqlens,
                 tables.max_seqlen,
-                tables.worklist,
-                tables.sequence_keys,
-                select(tables.token_keys, rows),
+                tables.tile_schedule,
+                tables.sequence_seeds,
+                select(tables.token_seeds, rows),
                 rows,
                 dropout.attention,
                 dropout.hidden,
-                site,
+                stream,
                 self.eps,
                 tables.checked and rows is None,
             )
             return fused_layer(x, self.fused_parameters(), call)
-        x = self.attention(x, tables, rows, site, dropout, impl)
-        return self.feed_forward(x, select(tables.token_keys, rows), site + 2, dropout, impl)
+        x = self.attention(x, tables, rows, stream, dropout, impl)
+        return self.feed_forward(x, select(tables.token_seeds, rows), stream + 2, dropout, impl)
 
     def fused_parameters(self) -> Parameters:
         """Collect the parameters for `fused_layer`.
@@ -429,11 +429,13 @@ class BertForPreTraining(nn.Module):
             )
         # Sequences of up to ITEM tokens need no list, except in fp32: there each layer makes one.
         long = self.impl == "triton" and batch.max_seqlen > ITEM
-        worklist = attention_worklist(batch.cu_seqlens, len(batch.input_ids)) if long else None
-        tables = MicroBatchTables(batch.cu_seqlens, batch.max_seqlen, None, None, worklist)
+        tile_schedule = (
+            attention_tile_schedule(batch.cu_seqlens, len(batch.input_ids)) if long else None
+        )
+        tables = MicroBatchTables(batch.cu_seqlens, batch.max_seqlen, None, None, tile_schedule)
         if any(dropout):
-            token_keys = row_keys(batch.dropout_keys, batch.cu_seqlens, len(batch.input_ids))
-            tables = tables._replace(sequence_keys=batch.dropout_keys, token_keys=token_keys)
+            token_seeds = row_seeds(batch.dropout_seeds, batch.cu_seqlens, len(batch.input_ids))
+            tables = tables._replace(sequence_seeds=batch.dropout_seeds, token_seeds=token_seeds)
         return tables, dropout
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -477,7 +479,7 @@ class BertForPreTraining(nn.Module):
         x = self.embeddings(batch, tables, dropout, self.impl)
         for index, layer in enumerate(self.layers):
             wanted = rows if index == len(self.layers) - 1 else None
-            x = layer(x, tables, wanted, 1 + Layer.SITES * index, dropout, self.impl)
+            x = layer(x, tables, wanted, 1 + Layer.STREAMS * index, dropout, self.impl)
             if index == 0:
                 tables = tables._replace(checked=True)
 
@@ -493,7 +495,7 @@ class BertForPreTraining(nn.Module):
         states = [self.embeddings(batch, tables, dropout, self.impl)]
         for index, layer in enumerate(self.layers):
             states.append(
-                layer(states[-1], tables, None, 1 + Layer.SITES * index, dropout, self.impl)
+                layer(states[-1], tables, None, 1 + Layer.STREAMS * index, dropout, self.impl)
             )
         return states
 

@@ -53,13 +53,13 @@ class Call(NamedTuple):
     heads: int
     cu_seqlens: Tensor  # int32 [B + 1]
     max_seqlen: int  # tokens
-    worklist: Tensor | None  # as in `bert.MicroBatchTables`
-    sequence_keys: Tensor | None  # int64 [B]
-    token_keys: Tensor | None  # int64 [R], of the selected rows
+    tile_schedule: Tensor | None  # as in `bert.MicroBatchTables`
+    sequence_seeds: Tensor | None  # int64 [B]
+    token_seeds: Tensor | None  # int64 [R], of the selected rows
     rows: Tensor | None  # int64 [R], ascending; None for all
     attention_dropout: float
     hidden_dropout: float
-    site: int  # of the attention weights; the ends of the two sublayers use the next two
+    stream: int  # of the attention weights; the ends of the two sublayers use the next two
     eps: float
     # Whether an earlier layer has validated these very tables, so that no second check is needed.
     checked: bool = False
@@ -111,12 +111,12 @@ def _check_parameters(x: Tensor, parameters: Parameters) -> None:
 
 def _check_tables(x: Tensor, call: Call) -> None:
     attention.check_head_size(x.shape[1] // call.heads)
-    tables = call.sequence_keys, call.rows, call.worklist
+    tables = call.sequence_seeds, call.rows, call.tile_schedule
     attention.check_tables(
         x, call.cu_seqlens, call.max_seqlen, call.attention_dropout, *tables, None, "triton"
     )
     R = x.shape[0] if call.rows is None else call.rows.shape[0]
-    check_tensors("fused_layer", x.device, ("token_keys", call.token_keys, (R,), INT64))
+    check_tensors("fused_layer", x.device, ("token_seeds", call.token_seeds, (R,), INT64))
 
 
 class _Layer(torch.autograd.Function):
@@ -170,7 +170,13 @@ class _Layer(torch.autograd.Function):
             outer,
             *outer_moments,
         )
-        tables = (call.cu_seqlens, call.worklist, call.sequence_keys, call.token_keys, call.rows)
+        tables = (
+            call.cu_seqlens,
+            call.tile_schedule,
+            call.sequence_seeds,
+            call.token_seeds,
+            call.rows,
+        )
         ctx.save_for_backward(*saved, *parameters, *tables)
         ctx.call = call
         return z
@@ -248,8 +254,14 @@ class _Layer(torch.autograd.Function):
 
 def _attention_arguments(call: Call, size: int) -> tuple:
     """The arguments of the attention's operators that are not floating-point tensors."""
-    tables = call.cu_seqlens, call.worklist, call.rows, call.sequence_keys
-    return *tables, call.max_seqlen, call.attention_dropout, call.site, (size // call.heads) ** -0.5
+    tables = call.cu_seqlens, call.tile_schedule, call.rows, call.sequence_seeds
+    return (
+        *tables,
+        call.max_seqlen,
+        call.attention_dropout,
+        call.stream,
+        (size // call.heads) ** -0.5,
+    )
 
 
 def _residual_norm(x, bias, residual, norm_weight, norm_bias, call: Call, sublayer: int) -> Any:
@@ -260,10 +272,10 @@ def _residual_norm(x, bias, residual, norm_weight, norm_bias, call: Call, sublay
         residual,
         norm_weight,
         norm_bias,
-        call.token_keys,
+        call.token_seeds,
         call.eps,
         call.hidden_dropout,
-        call.site + sublayer,
+        call.stream + sublayer,
     )
 
 
@@ -275,8 +287,17 @@ def _residual_norm_backward(
     The vectors are norm_weight, norm_bias and bias. Without dropout, dx and dresidual are the same
     tensor.
     """
-    p, keys = call.hidden_dropout, call.token_keys
+    p, seeds = call.hidden_dropout, call.token_seeds
     dx, dresidual, vectors = norm.BACKWARD(
-        dy.contiguous(), x, bias, residual, norm_weight, keys, mean, rstd, p, call.site + sublayer
+        dy.contiguous(),
+        x,
+        bias,
+        residual,
+        norm_weight,
+        seeds,
+        mean,
+        rstd,
+        p,
+        call.stream + sublayer,
     )
     return dx, dresidual if p > 0 else dx, vectors

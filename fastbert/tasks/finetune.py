@@ -456,7 +456,7 @@ class _Encoded:
         second = [self.second[i] for i in chosen] if self.second else None
         pack = pack_texts([self.first[i] for i in chosen], second, self.special)
         # A new key for every example and step: the model's dropout is a function of it.
-        pack = dataclasses.replace(pack, dropout_keys=torch.randint(2**62, (len(chosen),)))
+        pack = dataclasses.replace(pack, dropout_seeds=torch.randint(2**62, (len(chosen),)))
         return pack.to(self.device), self.targets[rows].to(self.device)
 
     def in_order(self, size: int) -> Iterator[tuple[PackedBatch, Tensor]]:

@@ -214,7 +214,7 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        means, hits = [], []
+        means, correct = [], []
         self.model.train()
         for batch in micro_batches:
             # A captured graph copies the batch into its own buffer.
@@ -227,7 +227,7 @@ class Engine:
                 found.loss * (self.group.world + 0 * found.loss.detach()), scale_wrt_gas=False
             )
             means.append(torch.stack((found.mlm.detach(), found.nsp.detach())))
-            hits.append(torch.stack((found.token_correct.sum(), found.pair_correct.sum())))
+            correct.append(torch.stack((found.token_correct.sum(), found.pair_correct.sum())))
         counts = torch.tensor(
             [
                 sum(batch.tokens for batch in micro_batches),
@@ -236,7 +236,7 @@ class Engine:
         )
         parts = (
             torch.stack(means).double().sum(0),
-            torch.stack(hits).sum(0),
+            torch.stack(correct).sum(0),
             counts.to(self.device),
         )
         # Read before the update is queued. Applying a gradient has to wait for its norm anyway, but

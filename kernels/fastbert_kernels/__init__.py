@@ -7,9 +7,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastbert_kernels._dropout import row_keys
+    from fastbert_kernels._dropout import row_seeds
     from fastbert_kernels._linear import linear
-    from fastbert_kernels._worklist import attention_worklist
+    from fastbert_kernels._tile_schedule import attention_tile_schedule
     from fastbert_kernels.attention import varlen_attention
     from fastbert_kernels.embedding import embedding_layer_norm
     from fastbert_kernels.gelu import bias_gelu
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from fastbert_kernels.norm import dropout_add_layer_norm, layer_norm
 
 __all__ = [
-    "attention_worklist",
+    "attention_tile_schedule",
     "bias_gelu",
     "dropout_add_layer_norm",
     "embedding_layer_norm",
     "layer_norm",
     "linear",
     "masked_cross_entropy",
-    "row_keys",
+    "row_seeds",
     "varlen_attention",
 ]
 
 _MODULES = {
-    "attention_worklist": "_worklist",
+    "attention_tile_schedule": "_tile_schedule",
     "bias_gelu": "gelu",
     "dropout_add_layer_norm": "norm",
     "embedding_layer_norm": "embedding",
     "layer_norm": "norm",
     "linear": "_linear",
     "masked_cross_entropy": "mlm_loss",
-    "row_keys": "_dropout",
+    "row_seeds": "_dropout",
     "varlen_attention": "attention",
 }
 

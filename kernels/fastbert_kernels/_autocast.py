@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 
-def lowered(*tensors: Any) -> tuple[Any, ...]:
+def cast_low(*tensors: Any) -> tuple[Any, ...]:
     """As matrix products and attention: to the autocast dtype, where autocast is on for the tensors' device."""
     return _cast(tensors, None)
 
 
-def widened(*tensors: Any) -> tuple[Any, ...]:
+def cast_fp32(*tensors: Any) -> tuple[Any, ...]:
     """As LayerNorm and losses: to fp32, where autocast is on for the tensors' device."""
     return _cast(tensors, torch.float32)
 

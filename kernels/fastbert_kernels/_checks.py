@@ -56,15 +56,15 @@ def check_tensors(function: str, device: torch.device, *tensors: Expected) -> No
             )
 
 
-def check_dropout(function: str, p: float, keys: torch.Tensor | None, length: int) -> None:
-    """That there are keys where they are needed; what kind of tensor they are is for `check_tensors`."""
+def check_dropout(function: str, p: float, dropout_seeds: torch.Tensor | None, length: int) -> None:
+    """That there are seeds where they are needed; `check_tensors` checks their dtype and shape."""
     if not 0 <= p < 1 - 2**-17:  # beyond, it rounds to 1
         raise ValueError(
             f"{function}: dropout_p = {p}; must be at least 0 and below 1, to a multiple of 2**-16"
         )
-    if p > 0 and keys is None:
+    if p > 0 and dropout_seeds is None:
         raise ValueError(
-            f"{function}: dropout_p = {p} needs keys, int64 [{length}]: masks are a function of them"
+            f"{function}: dropout_p = {p} needs dropout_seeds, int64 [{length}]: masks are a function of them"
         )
 
 

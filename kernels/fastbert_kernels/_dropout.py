@@ -1,10 +1,10 @@
-"""Counter-based dropout: which elements are kept is a pure function of (key of the sequence, position, site, head, column).
+"""Counter-based dropout: which elements are kept is a pure function of (seed of the sequence, position, dropout stream, head, column).
 
 The definition, in plain torch; every implementation draws the very same masks. A mask therefore does not depend on the
 rank that holds an example, on the place of the example in the pack, or on what else is in the pack.
 
-    row    = splitmix64(key + (position + 1) * GOLDEN)                      one 64-bit key a token, `row_keys`
-    lo, hi = halves of splitmix64(row + (site * 2**16 + head + 1) * GOLDEN) two 32-bit keys a row of one operation
+    row    = splitmix64(seed + (position + 1) * GOLDEN)                       one 64-bit seed a token, `row_seeds`
+    lo, hi = halves of splitmix64(row + (stream * 2**16 + head + 1) * GOLDEN) two 32-bit keys a row of one operation
     x      = (lo | 1) * (column // 16 * 8 + column % 8) + hi
     x      = (x ^ x >> 15) * 0x735A2D97                                     32 bits: a word, 16 for each of two columns
     half   = low 16 bits if column % 16 < 8, else high 16 bits              as a signed number
@@ -47,20 +47,27 @@ def _splitmix64(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift(x, 31)
 
 
-def row_keys(keys: torch.Tensor, cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
-    """One key a packed token, int64 [T], from one key a sequence, `keys` int64 [B]; `cu_seqlens` int32 [B + 1], T = `total`.
+def row_seeds(dropout_seeds: torch.Tensor, cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
+    """One seed a packed token, int64 [T], from one seed a sequence, `dropout_seeds` int64 [B]; `cu_seqlens` int32 [B + 1], T = `total`.
 
-    Tokens behind the last sequence count as one more sequence, of the key 0.
+    Tokens behind the last sequence count as one more sequence, of the seed 0.
     """
-    tokens = torch.arange(total, device=keys.device)
+    tokens = torch.arange(total, device=dropout_seeds.device)
     sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
-    keys = torch.nn.functional.pad(keys, (0, 1))
-    return _splitmix64(keys[sequence] + (tokens - cu_seqlens[sequence] + 1) * GOLDEN)
+    dropout_seeds = torch.nn.functional.pad(dropout_seeds, (0, 1))
+    return _splitmix64(dropout_seeds[sequence] + (tokens - cu_seqlens[sequence] + 1) * GOLDEN)
 
 
-def site_keys(rows: torch.Tensor, site: int, heads: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two 32-bit keys, as int64 [R, heads] in [0, 2**32), that the operation `site` of the model has for each row."""
-    offsets = torch.arange(site * 65536 + 1, site * 65536 + 1 + heads, device=rows.device) * GOLDEN
+def stream_keys(
+    rows: torch.Tensor, dropout_stream: int, heads: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two 32-bit keys, as int64 [R, heads] in [0, 2**32), that dropout stream `dropout_stream` has for each row."""
+    offsets = (
+        torch.arange(
+            dropout_stream * 65536 + 1, dropout_stream * 65536 + 1 + heads, device=rows.device
+        )
+        * GOLDEN
+    )
     mixed = _splitmix64(rows[:, None] + offsets)
     return mixed & _WORD, _shift(mixed, 32)
 
@@ -75,8 +82,8 @@ def keep_mask(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> tor
 
 
 def row_multiplier(
-    keys: torch.Tensor, site: int, columns: int, p: float, dtype: torch.dtype
+    seeds: torch.Tensor, dropout_stream: int, columns: int, p: float, dtype: torch.dtype
 ) -> torch.Tensor:
     """What dropout multiplies a [R, columns] tensor by: 0, or the inverse of the probability to be kept."""
-    lo, hi = site_keys(keys, site)
+    lo, hi = stream_keys(seeds, dropout_stream)
     return keep_mask(lo[:, 0], hi[:, 0], columns, p).to(dtype) * keep_scale(p)

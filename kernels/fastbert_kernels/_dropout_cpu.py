@@ -5,7 +5,7 @@
 
 import torch
 
-from fastbert_kernels._dropout import site_keys, threshold
+from fastbert_kernels._dropout import stream_keys, threshold
 
 _PER_COLUMN = (
     0x735A2D97  # what brings the half of a column into the upper 16 bits: of columns 8 to 15 of 16,
@@ -14,7 +14,7 @@ _PER_COLUMN_LOW = 0x2D970000  # and of columns 0 to 7, by a shift of 16 bits mor
 
 
 def keep_mask_cpu(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> torch.Tensor:
-    """As `keep_mask`; `lo`, `hi` int32 of one shape [...], from `site_keys_cpu`; uint8 [..., columns], 0 or 1: bool multiplies slower."""
+    """As `keep_mask`; `lo`, `hi` int32 of one shape [...], from `stream_keys_cpu`; uint8 [..., columns], 0 or 1: bool multiplies slower."""
     groups = (columns + 15) // 16
     # Not addcmul, which is not vectorised where it broadcasts and takes six times as long as these two.
     x = lo[..., None] * torch.arange(8 * groups, dtype=torch.int32)
@@ -32,15 +32,17 @@ def keep_mask_cpu(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) ->
     return woven.view(torch.uint8).view(*lo.shape, 16 * groups)[..., :columns]
 
 
-def site_keys_cpu(
-    rows: torch.Tensor, site: int, heads: int = 1
+def stream_keys_cpu(
+    rows: torch.Tensor, dropout_stream: int, heads: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `site_keys`, in int32; the first comes with its lowest bit set, as masks use it."""
-    lo, hi = site_keys(rows, site, heads)
+    """As `stream_keys`, in int32; the first comes with its lowest bit set, as masks use it."""
+    lo, hi = stream_keys(rows, dropout_stream, heads)
     return lo.to(torch.int32) | 1, hi.to(torch.int32)
 
 
-def row_keep_mask_cpu(keys: torch.Tensor, site: int, columns: int, p: float) -> torch.Tensor:
-    """Which elements of a [R, columns] tensor the operation `site` keeps, uint8; `keys` int64 [R]."""
-    lo, hi = site_keys_cpu(keys, site)
+def row_keep_mask_cpu(
+    seeds: torch.Tensor, dropout_stream: int, columns: int, p: float
+) -> torch.Tensor:
+    """Which elements of a [R, columns] tensor the dropout stream keeps, uint8; `seeds` int64 [R]."""
+    lo, hi = stream_keys_cpu(seeds, dropout_stream)
     return keep_mask_cpu(lo[:, 0], hi[:, 0], columns, p)

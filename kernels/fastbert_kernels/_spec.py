@@ -51,6 +51,6 @@ def integers(draw: torch.Generator, below: int, *size: int) -> torch.Tensor:
     return torch.randint(below, size, generator=draw)
 
 
-def random_keys(draw: torch.Generator, size: int) -> torch.Tensor:
-    """int64 dropout keys."""
+def random_seeds(draw: torch.Generator, size: int) -> torch.Tensor:
+    """int64 dropout seeds."""
     return torch.randint(-(2**63), 2**63 - 1, (size,), generator=draw)

@@ -100,18 +100,20 @@ def splitmix64(x):
 
 
 @triton.jit
-def row_key(key, position):
-    """As `row_keys`: int64 key of a sequence and position of a token in it, to the token's uint64 key."""
+def row_seed(seed, position):
+    """As `row_seeds`: int64 seed of a sequence and position of a token in it, to the token's uint64 seed."""
     return splitmix64(
-        key.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+        seed.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
     )
 
 
 @triton.jit
-def site_keys(row, site, head):
-    """As `site_keys`: uint64 row keys to two uint32 of the same shape; the first comes with its lowest bit set, as masks use it."""
+def stream_keys(row, dropout_stream, head):
+    """As `stream_keys`: uint64 row seeds to two uint32 of the same shape; the first comes with its lowest bit set, as masks use it."""
     mixed = splitmix64(
-        row + (tl.cast(site, tl.uint64) * 65536 + tl.cast(head, tl.uint64) + 1) * 0x9E3779B97F4A7C15
+        row
+        + (tl.cast(dropout_stream, tl.uint64) * 65536 + tl.cast(head, tl.uint64) + 1)
+        * 0x9E3779B97F4A7C15
     )
     return mixed.to(tl.uint32) | 1, (mixed >> 32).to(tl.uint32)
 
@@ -137,7 +139,7 @@ def _kept(lo, hi, first_column, column, threshold):
 
 @triton.jit
 def keep_mask(lo, hi, first_column, COLUMNS: tl.constexpr, threshold):
-    """As `keep_mask` of `_dropout.py`: which elements of [ROWS, COLUMNS] are kept, from the site keys [ROWS].
+    """As `keep_mask` of `_dropout.py`: which elements of [ROWS, COLUMNS] are kept, from the stream keys [ROWS].
 
     `first_column` and COLUMNS are multiples of 16, the first of the second too.
     """

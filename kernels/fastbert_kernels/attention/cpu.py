@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastbert_kernels._dropout import keep_scale, row_keys
-from fastbert_kernels._dropout_cpu import keep_mask_cpu, site_keys_cpu
+from fastbert_kernels._dropout import keep_scale, row_seeds
+from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
 
 _SHRINK = 0.85  # a group ends where a sequence is shorter than this share of its longest: about seven groups for usual text
 
@@ -83,20 +83,24 @@ def _take(x: torch.Tensor, rows: torch.Tensor, sequences: int, end: int) -> torc
 class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cpu", enabled=False)  # the inputs are cast already
-    def forward(ctx, q, k, v, cu_seqlens, dropout_p, keys, site, queries, scale):
+    def forward(
+        ctx, q, k, v, cu_seqlens, dropout_p, dropout_seeds, dropout_stream, query_indices, scale
+    ):
         rows, heads, size = q.shape
         total = k.shape[0]
         query_bounds = (
             cu_seqlens
-            if queries is None
-            else torch.searchsorted(queries, cu_seqlens.to(queries.dtype))
+            if query_indices is None
+            else torch.searchsorted(query_indices, cu_seqlens.to(query_indices.dtype))
         )
         groups = _groups(cu_seqlens, query_bounds, rows, total)
         query_end, end = int(query_bounds[-1]), int(cu_seqlens[-1])
         if dropout_p > 0:
-            token_keys = row_keys(keys, cu_seqlens, total)
-            lo, hi = site_keys_cpu(
-                token_keys if queries is None else token_keys[queries], site, heads
+            token_seeds = row_seeds(dropout_seeds, cu_seqlens, total)
+            lo, hi = stream_keys_cpu(
+                token_seeds if query_indices is None else token_seeds[query_indices],
+                dropout_stream,
+                heads,
             )
         out = q.new_empty(rows + 1, heads, size)  # one spare row takes what padding writes
         saved = []
@@ -165,6 +169,10 @@ class _Attention(torch.autograd.Function):
         return dq[:rows], dk[: ctx.total], dv[: ctx.total], None, None, None, None, None, None
 
 
-def cpu(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale):
+def cpu(
+    q, k, v, cu_seqlens, max_seqlen, dropout_p, dropout_seeds, dropout_stream, query_indices, scale
+):
     """Arguments and result as in `op.py`."""
-    return _Attention.apply(q, k, v, cu_seqlens, dropout_p, keys, site, queries, scale)
+    return _Attention.apply(
+        q, k, v, cu_seqlens, dropout_p, dropout_seeds, dropout_stream, query_indices, scale
+    )

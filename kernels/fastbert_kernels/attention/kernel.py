@@ -2,12 +2,13 @@
 
 For one head of one sequence, with D the keep mask over its probability to be kept (1 without dropout):
 
-    S = scale log2(e) Q K'      top_i = max_j S_ij      W = 2^(S - top)      share_i = 1 / sum_j W_ij      P = W share      O = (P D) V
+    S = scale log2(e) Q K'      row_max_i = max_j S_ij      W = 2^(S - row_max)      inv_sum_i = 1 / sum_j W_ij      P = W inv_sum
+    O = (P D) V
     dV = (P D)' dO      dP = D (dO V')      dS = P (dP - delta)      delta_i = sum_j P_ij dP_ij = dO_i . O_i
     dQ = scale dS K      dK = scale dS' Q
 
-Exponentials are to the base 2, as the hardware has them. Saved: q, k, v, O, top and share (fp32 [2, H, R]). Not their one-number
-form top - log2(share): W made anew from that differs from the first one by the rounding of a number of the size of the scores,
+Exponentials are to the base 2, as the hardware has them. Saved: q, k, v, O, row_max and inv_sum (fp32 [2, H, R]). Not their one-number
+form row_max - log2(inv_sum): W made anew from that differs from the first one by the rounding of a number of the size of the scores,
 which costs fp32 gradients half a digit.
 
 Sequences of all lengths: a program owns a tile of queries of one head and walks over the keys (forward, dQ), or owns a tile of
@@ -34,15 +35,15 @@ import triton.language as tl
 
 from fastbert_kernels._dropout import keep_scale, threshold
 from fastbert_kernels._launch import Kernel
+from fastbert_kernels._tile_schedule import ITEM, attention_tile_schedule, one_tile
 from fastbert_kernels._triton import (
     Production,
     dot_precision,
     keep_mask,
     keep_mask_transposed,
-    row_key,
-    site_keys,
+    row_seed,
+    stream_keys,
 )
-from fastbert_kernels._worklist import ITEM, attention_worklist, one_tile
 
 _LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2))
@@ -58,7 +59,7 @@ _VARIES = [
     "over",
     "scale",
     "keep_scale",
-    "site",
+    "dropout_stream",
     "threshold",
 ]  # not worth a compilation for each value
 
@@ -90,14 +91,14 @@ def _store(ptr, row, valid, stride, values, K: tl.constexpr):
 
 
 @triton.jit
-def _item(work_ptr, sequences, BLOCK: tl.constexpr):
+def _item(schedule_ptr, sequences, BLOCK: tl.constexpr):
     """Sequence of this program's item (-1: none, `sequences`: the rows behind the last one), and its first row within the sequence.
 
     ITEM // BLOCK programs share an item.
     """
     SHARE: tl.constexpr = _ITEM // BLOCK
     program = tl.program_id(1)
-    entry = work_ptr + 2 * (program // SHARE)
+    entry = schedule_ptr + 2 * (program // SHARE)
     sequence, first = tl.load(entry), tl.load(entry + 1)
     if sequence > sequences or first < 0:  # the list of another batch
         sequence = -1
@@ -135,23 +136,25 @@ def _multiplied_by_fma(ptr, precision):
 
 @triton.jit
 def _mask_keys(
-    queries_ptr,
-    keys_ptr,
+    query_indices_ptr,
+    dropout_seeds_ptr,
     row,
     valid,
     sequence,
     first_token,
     first_row,
-    site,
+    dropout_stream,
     head,
-    CUT: tl.constexpr,
+    HAS_QUERY_INDICES: tl.constexpr,
 ):
     """The two keys of each query row's mask: a function of where in its sequence the query stands."""
-    if CUT:
-        position = tl.load(queries_ptr + row, mask=valid, other=0) - first_token
+    if HAS_QUERY_INDICES:
+        position = tl.load(query_indices_ptr + row, mask=valid, other=0) - first_token
     else:
         position = row - first_row
-    return site_keys(row_key(tl.load(keys_ptr + sequence), position), site, head)
+    return stream_keys(
+        row_seed(tl.load(dropout_seeds_ptr + sequence), position), dropout_stream, head
+    )
 
 
 def _short(long, short, sequences, max_seqlen):
@@ -165,17 +168,21 @@ def _short(long, short, sequences, max_seqlen):
     yield short, sequences + _REST, 0, max(16, 1 << (min(max_seqlen, _SMALL) - 1).bit_length())
 
 
-def _kind(q, k, v, cut, keys):
+def _kind(q, k, v, has_query_indices, dropout_seeds):
     """What Triton compiles for besides constants: strides, which come first, and which of queries and keys there are."""
-    return (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]), cut, keys is None
+    return (
+        (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+        has_query_indices,
+        dropout_seeds is None,
+    )
 
 
-def _query_bounds(cu_seqlens, queries):
+def _query_bounds(cu_seqlens, query_indices):
     """First query row of each sequence, int32 [B + 1]."""
     return (
         cu_seqlens
-        if queries is None
-        else torch.searchsorted(queries, cu_seqlens.long(), out_int32=True)
+        if query_indices is None
+        else torch.searchsorted(query_indices, cu_seqlens.long(), out_int32=True)
     )
 
 
@@ -184,10 +191,10 @@ def _query_bounds(cu_seqlens, queries):
 
 @triton.jit
 def _attend(
-    q, acc, top, total, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold,
+    q, acc, row_max, row_sum, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running softmax of a tile of queries: `top` the maximum, `total` the sum of W, `acc` of W D V."""
+    """One tile of keys into the running softmax of a tile of queries: `row_max` the maximum, `row_sum` the sum of W, `acc` of W D V."""
     key = start + tl.arange(0, BLOCK_K)
     valid = key < length if TAIL else None
     k = _load(k_ptr, key, valid, k_row, K)
@@ -195,30 +202,30 @@ def _attend(
     if TAIL:
         scores = tl.where(valid[None, :], scores, float("-inf"))
 
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    weights = tl.exp2(tl.fma(scores, scale, -new_top[:, None]))
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, 1)
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+    weights = tl.exp2(tl.fma(scores, scale, -new_max[:, None]))
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
     if DROPOUT:
         # A product, not a selection: that the compiler would move behind the rounding to 16 bits, where pairs are packed. And one with
         # constants: with keep_scale here, masks wait for the scores as packed bits (three instructions more a score, of 17, on sm_90).
         weights *= tl.where(keep_mask(lo, hi, start, BLOCK_K, threshold), 1.0, 0.0)
 
     v = _load(v_ptr, key, valid, v_row, K)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_top, total
+    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, new_max, row_sum
 
 
 @triton.jit(do_not_specialize=_VARIES)
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, top_ptr, share_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, row_max_ptr, inv_sum_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr, query_indices_ptr, dropout_seeds_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    sequences, rows, tokens, scale, keep_scale, site, threshold,
-    H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    sequences, rows, tokens, scale, keep_scale, dropout_stream, threshold,
+    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
+    sequence, offset = _item(schedule_ptr, sequences, BLOCK_Q)
     if sequence < 0:
         return
     if sequence == sequences:
@@ -226,8 +233,8 @@ def _forward_kernel(
         _fill(out_ptr + head * K, start, rows, H, K, BLOCK_Q)
         row = start + tl.arange(0, BLOCK_Q)
         slot, nothing = head.to(tl.int64) * rows + row, tl.zeros([BLOCK_Q], tl.float32)
-        tl.store(top_ptr + slot, nothing, mask=row < rows)
-        tl.store(share_ptr + slot, nothing, mask=row < rows)
+        tl.store(row_max_ptr + slot, nothing, mask=row < rows)
+        tl.store(inv_sum_ptr + slot, nothing, mask=row < rows)
         return
     first_row, last_row = _span(query_bounds_ptr, sequence, rows)
     if first_row + offset >= last_row:
@@ -243,31 +250,40 @@ def _forward_kernel(
     lo, hi = row.to(tl.uint32), row.to(tl.uint32)
     if DROPOUT:
         lo, hi = _mask_keys(
-            queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT
+            query_indices_ptr,
+            dropout_seeds_ptr,
+            row,
+            valid,
+            sequence,
+            first_token,
+            first_row,
+            dropout_stream,
+            head,
+            HAS_QUERY_INDICES,
         )
 
-    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
+    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, triton.next_power_of_2(K)], tl.float32)
     full = length // BLOCK_K * BLOCK_K
     for start in range(0, full, BLOCK_K):
         if _multiplied_by_fma(q_ptr, PRECISION):
             q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
-        acc, top, total = _attend(
-            q, acc, top, total, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold,
+        acc, row_max, row_sum = _attend(
+            q, acc, row_max, row_sum, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold,
             K, False, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
     if full < length:
-        acc, top, total = _attend(
-            q, acc, top, total, k_ptr, v_ptr, k_row, v_row, full, length, lo, hi, scale, threshold,
+        acc, row_max, row_sum = _attend(
+            q, acc, row_max, row_sum, k_ptr, v_ptr, k_row, v_row, full, length, lo, hi, scale, threshold,
             K, True, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
 
-    share = 1.0 / total
-    _store(out_ptr + head * K, row, valid, H * K, acc * (share * keep_scale)[:, None], K)
+    inv_sum = 1.0 / row_sum
+    _store(out_ptr + head * K, row, valid, H * K, acc * (inv_sum * keep_scale)[:, None], K)
     slot = head.to(tl.int64) * rows + row
-    tl.store(top_ptr + slot, top, mask=valid)
-    tl.store(share_ptr + slot, share, mask=valid)
+    tl.store(row_max_ptr + slot, row_max, mask=valid)
+    tl.store(inv_sum_ptr + slot, inv_sum, mask=valid)
 
 
 @triton.jit
@@ -282,10 +298,10 @@ def _softmax(q, k, valid, scale, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=_VARIES)
 def _forward_short_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, query_bounds_ptr, cu_seqlens_ptr, query_indices_ptr, dropout_seeds_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    sequences, rows, tokens, over, scale, keep_scale, site, threshold,
-    H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    sequences, rows, tokens, over, scale, keep_scale, dropout_stream, threshold,
+    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
     if sequence >= sequences:
@@ -304,13 +320,24 @@ def _forward_short_kernel(
     k = _load(k_ptr + head.to(tl.int64) * k_head, token, valid, k_row, K)
     v = _load(v_ptr + head.to(tl.int64) * v_head, token, valid, v_row, K)
 
-    weights, total = _softmax(q, k, valid, scale, PRECISION)
+    weights, row_sum = _softmax(q, k, valid, scale, PRECISION)
     if DROPOUT:
         lo, hi = _mask_keys(
-            queries_ptr, keys_ptr, row, asked, sequence, first_token, first_row, site, head, CUT
+            query_indices_ptr,
+            dropout_seeds_ptr,
+            row,
+            asked,
+            sequence,
+            first_token,
+            first_row,
+            dropout_stream,
+            head,
+            HAS_QUERY_INDICES,
         )
         weights = tl.where(keep_mask(lo, hi, 0, BLOCK, threshold), weights, 0.0)
-    out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / total)[:, None]
+    out = (
+        tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * (keep_scale / row_sum)[:, None]
+    )
 
     _store(out_ptr + head * K, row, asked, H * K, out, K)
 
@@ -320,19 +347,31 @@ _FORWARD_SHORT = Kernel(_forward_short_kernel, "attention_forward_short")
 _FORWARD_SMALL = Kernel(_forward_short_kernel, f"attention_forward_short_{_SMALL}")
 
 
-def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
-    """Out [R, H, K] in q's dtype, and top and share, fp32 [2, H, R]; those are empty where sequences fit one tile."""
+def forward(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    tile_schedule,
+    query_indices,
+    dropout_seeds,
+    max_seqlen,
+    dropout_p,
+    dropout_stream,
+    scale,
+):
+    """Out [R, H, K] in q's dtype, and row_max and inv_sum, fp32 [2, H, R]; those are empty where sequences fit one tile."""
     rows, heads, size = q.shape
-    whole, cut = one_tile(q.dtype, max_seqlen), queries is not None
+    whole, has_query_indices = one_tile(q.dtype, max_seqlen), query_indices is not None
     out = q.new_empty(rows, heads, size)
     statistics = q.new_empty(2, heads, 0 if whole else rows, dtype=torch.float32)
     if rows == 0:
         return out, statistics
-    tables = (_query_bounds(cu_seqlens, queries), cu_seqlens, queries, keys)
-    kind = _kind(q, k, v, cut, keys)
+    tables = (_query_bounds(cu_seqlens, query_indices), cu_seqlens, query_indices, dropout_seeds)
+    kind = _kind(q, k, v, has_query_indices, dropout_seeds)
     sequences, sizes = cu_seqlens.shape[0] - 1, (rows, k.shape[0])
-    numbers = (scale * _LOG2E, keep_scale(dropout_p), site, threshold(dropout_p))
-    constants = (heads, size, cut, dropout_p > 0, dot_precision(q.dtype))
+    numbers = (scale * _LOG2E, keep_scale(dropout_p), dropout_stream, threshold(dropout_p))
+    constants = (heads, size, has_query_indices, dropout_p > 0, dot_precision(q.dtype))
     if whole:
         for one, programs, over, block in _short(
             _FORWARD_SHORT, _FORWARD_SMALL, sequences, max_seqlen
@@ -344,12 +383,16 @@ def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p,
                 (*kind[0], sequences, *sizes, over, *numbers),
             )
     else:
-        work = attention_worklist(tables[0], rows) if worklist is None or cut else worklist
+        schedule = (
+            attention_tile_schedule(tables[0], rows)
+            if tile_schedule is None or has_query_indices
+            else tile_schedule
+        )
         kernel = _FORWARD.prepare(q, size, constants, kind)
-        grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
+        grid = (heads, schedule.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
         kernel(
             grid,
-            (q, k, v, out, *statistics.unbind(), work, *tables),
+            (q, k, v, out, *statistics.unbind(), schedule, *tables),
             (*kind[0], sequences, *sizes, *numbers),
         )
     return out, statistics
@@ -360,16 +403,16 @@ def forward(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p,
 
 @triton.jit(do_not_specialize=_VARIES)
 def _prepare_kernel(
-    out_ptr, dout_ptr, delta_ptr, lo_ptr, hi_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
-    sequences, rows, tokens, keep_scale, site,
-    H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr,
+    out_ptr, dout_ptr, delta_ptr, lo_ptr, hi_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr, query_indices_ptr, dropout_seeds_ptr,
+    sequences, rows, tokens, keep_scale, dropout_stream,
+    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """delta = dO . O / keep_scale of each row, and the keys of its mask, which the other kernels would make once for each tile of keys.
 
     Without keep_scale in it, D is 0 or 1 in the loops, and the factor comes once, at their end.
     """
     head = tl.program_id(0)
-    sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
+    sequence, offset = _item(schedule_ptr, sequences, BLOCK_Q)
     if (sequence < 0) | (sequence == sequences):
         return
     first_row, last_row = _span(query_bounds_ptr, sequence, rows)
@@ -383,38 +426,49 @@ def _prepare_kernel(
     if DROPOUT:
         first_token, _ = _span(cu_seqlens_ptr, sequence, tokens)
         lo, hi = _mask_keys(
-            queries_ptr, keys_ptr, row, valid, sequence, first_token, first_row, site, head, CUT
+            query_indices_ptr,
+            dropout_seeds_ptr,
+            row,
+            valid,
+            sequence,
+            first_token,
+            first_row,
+            dropout_stream,
+            head,
+            HAS_QUERY_INDICES,
         )
         tl.store(lo_ptr + slot, lo.to(tl.int32, bitcast=True), mask=valid)
         tl.store(hi_ptr + slot, hi.to(tl.int32, bitcast=True), mask=valid)
 
 
 @triton.jit
-def _row_facts(top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT: tl.constexpr):
-    """top, share, delta and mask keys of query rows. Where there is no row share is zero, and so are its weights."""
+def _row_facts(
+    row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT: tl.constexpr
+):
+    """row_max, inv_sum, delta and mask keys of query rows. Where there is no row inv_sum is zero, and so are its weights."""
     lo, hi = slot.to(tl.uint32), slot.to(tl.uint32)
     if valid is None:
-        top, share, delta = (
-            tl.load(top_ptr + slot),
-            tl.load(share_ptr + slot),
+        row_max, inv_sum, delta = (
+            tl.load(row_max_ptr + slot),
+            tl.load(inv_sum_ptr + slot),
             tl.load(delta_ptr + slot),
         )
         if DROPOUT:
             lo = tl.load(lo_ptr + slot).to(tl.uint32, bitcast=True)
             hi = tl.load(hi_ptr + slot).to(tl.uint32, bitcast=True)
     else:
-        top = tl.load(top_ptr + slot, mask=valid, other=0.0)
-        share = tl.load(share_ptr + slot, mask=valid, other=0.0)
+        row_max = tl.load(row_max_ptr + slot, mask=valid, other=0.0)
+        inv_sum = tl.load(inv_sum_ptr + slot, mask=valid, other=0.0)
         delta = tl.load(delta_ptr + slot, mask=valid, other=0.0)
         if DROPOUT:
             lo = tl.load(lo_ptr + slot, mask=valid, other=0).to(tl.uint32, bitcast=True)
             hi = tl.load(hi_ptr + slot, mask=valid, other=0).to(tl.uint32, bitcast=True)
-    return top, share, delta, lo, hi
+    return row_max, inv_sum, delta, lo, hi
 
 
 @triton.jit
 def _dkdv_tile(
-    k, v, dk, dv, q_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, dout_row, start, end, first_key,
+    k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, dout_row, start, end, first_key,
     scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -423,12 +477,12 @@ def _dkdv_tile(
     valid = row < end if TAIL else None
     q = _load(q_ptr, row, valid, q_row, K)
     dout = _load(dout_ptr, row, valid, dout_row, K)
-    top, share, delta, lo, hi = _row_facts(
-        top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, row, valid, DROPOUT
+    row_max, inv_sum, delta, lo, hi = _row_facts(
+        row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, row, valid, DROPOUT
     )
 
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed: [keys, queries]
-    weights = tl.exp2(tl.fma(scores, scale, -top[None, :])) * share[None, :]
+    weights = tl.exp2(tl.fma(scores, scale, -row_max[None, :])) * inv_sum[None, :]
     dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     if DROPOUT:
         drop = tl.where(keep_mask_transposed(lo, hi, first_key, BLOCK_K, threshold), 1.0, 0.0)
@@ -443,13 +497,13 @@ def _dkdv_tile(
 
 @triton.jit(do_not_specialize=_VARIES)
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, dk_ptr, dv_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, dk_ptr, dv_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, scale, keep_scale, threshold,
     H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    sequence, offset = _item(work_ptr, sequences, BLOCK_K)
+    sequence, offset = _item(schedule_ptr, sequences, BLOCK_K)
     if sequence < 0:
         return
     if sequence == sequences:
@@ -471,7 +525,7 @@ def _dkdv_kernel(
     q_ptr += first_row.to(tl.int64) * q_row + head.to(tl.int64) * q_head
     dout_ptr += first_row.to(tl.int64) * H * K + head * K
     slot = head.to(tl.int64) * rows + first_row
-    top_ptr, share_ptr, delta_ptr = top_ptr + slot, share_ptr + slot, delta_ptr + slot
+    row_max_ptr, inv_sum_ptr, delta_ptr = row_max_ptr + slot, inv_sum_ptr + slot, delta_ptr + slot
     if DROPOUT:
         lo_ptr, hi_ptr = lo_ptr + slot, hi_ptr + slot
     count = last_row - first_row
@@ -481,12 +535,12 @@ def _dkdv_kernel(
             k = _load(k_ptr + head.to(tl.int64) * k_head, token, inside, k_row, K)
             v = _load(v_ptr + head.to(tl.int64) * v_head, token, inside, v_row, K)
         dk, dv = _dkdv_tile(
-            k, v, dk, dv, q_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, start, count, offset,
+            k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, start, count, offset,
             scale, threshold, K, False, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     if full < count:
         dk, dv = _dkdv_tile(
-            k, v, dk, dv, q_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, full, count, offset,
+            k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, full, count, offset,
             scale, threshold, K, True, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
@@ -498,10 +552,10 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_tile(
-    q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, threshold,
+    q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of keys adds to dQ, but for the factor scale * keep_scale * share of each row. delta is divided by keep_scale."""
+    """What one tile of keys adds to dQ, but for the factor scale * keep_scale * inv_sum of each row. delta is divided by keep_scale."""
     key = start + tl.arange(0, BLOCK_K)
     valid = key < length if TAIL else None
     k = _load(k_ptr, key, valid, k_row, K)
@@ -510,7 +564,7 @@ def _dq_tile(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if TAIL:
         scores = tl.where(valid[None, :], scores, float("-inf"))
-    weights = tl.exp2(tl.fma(scores, scale, -top[:, None]))
+    weights = tl.exp2(tl.fma(scores, scale, -row_max[:, None]))
     if DROPOUT:
         dweights = tl.where(keep_mask(lo, hi, start, BLOCK_K, threshold), dweights, 0.0)
     dscores = weights * (dweights - delta[:, None])
@@ -519,13 +573,13 @@ def _dq_tile(
 
 @triton.jit(do_not_specialize=_VARIES)
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, dq_ptr, work_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, dq_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, scale, keep_scale, threshold,
     H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    sequence, offset = _item(work_ptr, sequences, BLOCK_Q)
+    sequence, offset = _item(schedule_ptr, sequences, BLOCK_Q)
     if sequence < 0:
         return
     if sequence == sequences:
@@ -549,8 +603,8 @@ def _dq_kernel(
     q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
     dout = _load(dout_ptr + head * K, row, valid, H * K, K)
     slot = head.to(tl.int64) * rows + row
-    top, share, delta, lo, hi = _row_facts(
-        top_ptr, share_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT
+    row_max, inv_sum, delta, lo, hi = _row_facts(
+        row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT
     )
     k_ptr += first_token.to(tl.int64) * k_row + head.to(tl.int64) * k_head
     v_ptr += first_token.to(tl.int64) * v_row + head.to(tl.int64) * v_head
@@ -562,25 +616,30 @@ def _dq_kernel(
             q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
             dout = _load(dout_ptr + head * K, row, valid, H * K, K)
         dq = _dq_tile(
-            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, threshold,
+            q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, threshold,
             K, False, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
     if full < length:
         dq = _dq_tile(
-            q, dout, dq, top, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale, threshold,
+            q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale, threshold,
             K, True, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
     _store(
-        dq_ptr + head * K, row, valid, H * K, dq * (share * (scale * keep_scale * _LN2))[:, None], K
+        dq_ptr + head * K,
+        row,
+        valid,
+        H * K,
+        dq * (inv_sum * (scale * keep_scale * _LN2))[:, None],
+        K,
     )
 
 
 @triton.jit(do_not_specialize=_VARIES)
 def _backward_short_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, query_bounds_ptr, cu_seqlens_ptr, queries_ptr, keys_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, query_bounds_ptr, cu_seqlens_ptr, query_indices_ptr, dropout_seeds_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
-    sequences, rows, tokens, over, scale, keep_scale, site, threshold,
-    H: tl.constexpr, K: tl.constexpr, CUT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    sequences, rows, tokens, over, scale, keep_scale, dropout_stream, threshold,
+    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
     if sequence >= sequences:
@@ -603,13 +662,22 @@ def _backward_short_kernel(
     v = _load(v_ptr + head.to(tl.int64) * v_head, token, valid, v_row, K)
     dout = _load(dout_ptr + head * K, row, asked, H * K, K)
 
-    weights, total = _softmax(q, k, valid, scale, PRECISION)
-    weights /= total[:, None]
+    weights, row_sum = _softmax(q, k, valid, scale, PRECISION)
+    weights /= row_sum[:, None]
     dropped = weights
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
         lo, hi = _mask_keys(
-            queries_ptr, keys_ptr, row, asked, sequence, first_token, first_row, site, head, CUT
+            query_indices_ptr,
+            dropout_seeds_ptr,
+            row,
+            asked,
+            sequence,
+            first_token,
+            first_row,
+            dropout_stream,
+            head,
+            HAS_QUERY_INDICES,
         )
         keep = keep_mask(lo, hi, 0, BLOCK, threshold)
         dropped = tl.where(keep, weights, 0.0)
@@ -653,12 +721,12 @@ def backward(
     out,
     statistics,
     cu_seqlens,
-    worklist,
-    queries,
-    keys,
+    tile_schedule,
+    query_indices,
+    dropout_seeds,
     max_seqlen,
     dropout_p,
-    site,
+    dropout_stream,
     scale,
 ):
     """dq [R, H, K], dk and dv [T, H, K], contiguous, in q's dtype; dout contiguous."""
@@ -670,9 +738,13 @@ def backward(
     )
     if tokens == 0:
         return dq, dk, dv
-    cut, drop, precision = queries is not None, dropout_p > 0, dot_precision(q.dtype)
-    tables = (_query_bounds(cu_seqlens, queries), cu_seqlens, queries, keys)
-    kind = _kind(q, k, v, cut, keys)
+    has_query_indices, drop, precision = (
+        query_indices is not None,
+        dropout_p > 0,
+        dot_precision(q.dtype),
+    )
+    tables = (_query_bounds(cu_seqlens, query_indices), cu_seqlens, query_indices, dropout_seeds)
+    kind = _kind(q, k, v, has_query_indices, dropout_seeds)
     sequences, sizes, scales = (
         cu_seqlens.shape[0] - 1,
         (rows, tokens),
@@ -680,8 +752,8 @@ def backward(
     )
     if one_tile(q.dtype, max_seqlen):
         numbers, constants = (
-            (*scales, site, threshold(dropout_p)),
-            (heads, size, cut, drop, precision),
+            (*scales, dropout_stream, threshold(dropout_p)),
+            (heads, size, has_query_indices, drop, precision),
         )
         for one, programs, over, block in _short(
             _BACKWARD_SHORT, _BACKWARD_SMALL, sequences, max_seqlen
@@ -694,23 +766,29 @@ def backward(
             )
         return dq, dk, dv
 
-    key_work = attention_worklist(cu_seqlens, tokens) if worklist is None else worklist
-    work = attention_worklist(tables[0], rows) if cut else key_work
+    key_schedule = (
+        attention_tile_schedule(cu_seqlens, tokens) if tile_schedule is None else tile_schedule
+    )
+    schedule = attention_tile_schedule(tables[0], rows) if has_query_indices else key_schedule
     delta = statistics.new_empty(heads, rows)
     lo, hi = (delta.new_empty(heads, rows, dtype=torch.int32) if drop else None for _ in range(2))
-    kernel = _PREPARE.prepare(q, size, (heads, size, cut, drop), kind)
-    grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
-    kernel(grid, (out, dout, delta, lo, hi, work, *tables), (sequences, *sizes, scales[1], site))
+    kernel = _PREPARE.prepare(q, size, (heads, size, has_query_indices, drop), kind)
+    grid = (heads, schedule.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
+    kernel(
+        grid,
+        (out, dout, delta, lo, hi, schedule, *tables),
+        (sequences, *sizes, scales[1], dropout_stream),
+    )
 
     pointers, facts = (q, k, v, dout), (*statistics.unbind(), delta, lo, hi)
     numbers = (*kind[0], sequences, *sizes, *scales, threshold(dropout_p))
     kernel = _DKDV.prepare(q, size, (heads, size, drop, precision), kind)
-    grid = (heads, key_work.shape[0] * (ITEM // kernel.tile["BLOCK_K"]))
-    kernel(grid, (*pointers, *facts, dk, dv, key_work, *tables[:2]), numbers)
+    grid = (heads, key_schedule.shape[0] * (ITEM // kernel.tile["BLOCK_K"]))
+    kernel(grid, (*pointers, *facts, dk, dv, key_schedule, *tables[:2]), numbers)
 
     kernel = _DQ.prepare(q, size, (heads, size, drop, precision), kind)
-    grid = (heads, work.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
-    kernel(grid, (*pointers, *facts, dq, work, *tables[:2]), numbers)
+    grid = (heads, schedule.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
+    kernel(grid, (*pointers, *facts, dq, schedule, *tables[:2]), numbers)
     return dq, dk, dv
 
 
@@ -720,9 +798,9 @@ def production() -> list[Production]:
     for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
         q, k, v, out, dout = ((f"{name}_ptr", tensor) for name in ("q", "k", "v", "out", "dout"))
         gradients = dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr"), tensor)
-        bounds = dict.fromkeys(("work_ptr", "query_bounds_ptr", "cu_seqlens_ptr"), "*i32")
+        bounds = dict.fromkeys(("schedule_ptr", "query_bounds_ptr", "cu_seqlens_ptr"), "*i32")
         strides = dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32")
-        facts = dict.fromkeys(("top_ptr", "share_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(
+        facts = dict.fromkeys(("row_max_ptr", "inv_sum_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(
             ("lo_ptr", "hi_ptr"), "*i32"
         )
         numbers = {
@@ -732,16 +810,16 @@ def production() -> list[Production]:
             "over": "i32",
             "scale": "fp32",
             "keep_scale": "fp32",
-            "site": "i32",
+            "dropout_stream": "i32",
             "threshold": "i32",
         }
         sizes = {
             "H": 12,
             "K": 64,
-            "CUT": False,
+            "HAS_QUERY_INDICES": False,
             "PRECISION": dot_precision(dtype),
-            "queries_ptr": None,
-            "keys_ptr": "*i64",
+            "query_indices_ptr": None,
+            "dropout_seeds_ptr": "*i64",
         }
         inputs = dict((q, k, v, out, dout)) | gradients | bounds | strides | facts | numbers | sizes
         walked = {  # the operands of each kernel whose loads must be wide

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from fastbert_kernels._autocast import lowered
+from fastbert_kernels._autocast import cast_low
 from fastbert_kernels._checks import (
     INT32,
     INT64,
@@ -16,7 +16,7 @@ from fastbert_kernels._checks import (
     values_checked,
 )
 from fastbert_kernels._library import backward_once, operator
-from fastbert_kernels._worklist import ITEM, one_tile
+from fastbert_kernels._tile_schedule import ITEM, one_tile
 from fastbert_kernels.attention.cpu import cpu
 from fastbert_kernels.attention.reference import reference
 
@@ -31,11 +31,11 @@ def varlen_attention(
     max_seqlen: int,
     *,
     dropout_p: float = 0.0,
-    keys: torch.Tensor | None = None,
-    site: int = 0,
-    queries: torch.Tensor | None = None,
+    dropout_seeds: torch.Tensor | None = None,
+    dropout_stream: int = 0,
+    query_indices: torch.Tensor | None = None,
     scale: float | None = None,
-    worklist: torch.Tensor | None = None,
+    tile_schedule: torch.Tensor | None = None,
     check_values: bool | None = None,
     impl: str = "reference",
 ) -> torch.Tensor:
@@ -47,20 +47,20 @@ def varlen_attention(
     Under autocast q, k and v are cast to its dtype, as by `scaled_dot_product_attention`.
 
     Args:
-        q: [R, H, K], fp32, fp16 or bf16 (fp64 too, but for "triton"); R = T unless `queries` is given. May be strided, as a slice of
+        q: [R, H, K], fp32, fp16 or bf16 (fp64 too, but for "triton"); R = T unless `query_indices` is given. May be strided, as a slice of
             a joint projection is; "triton" wants a last stride of 1, and K a multiple of 16 up to 128.
         k, v: [T, H, K], as q.
         cu_seqlens: int32 [B + 1], first token of each sequence, then the end of the last, at most T: a pack may be padded. Sequences
             may be empty, so that B may be padded too.
         max_seqlen: length of the longest sequence, in tokens.
         dropout_p: probability to drop an attention weight, rounded to a multiple of 2**-16.
-        keys: int64 [B], one key a sequence; masks are a function of (key, site, head, position of q, position of k).
-        site: which operation of the model this is, so that layers draw different masks.
-        queries: int64 [R], ascending: the packed positions whose outputs are wanted, if not all T. Cutting the queries
+        dropout_seeds: int64 [B], one seed a sequence; masks are a function of (seed, dropout stream, head, position of q, position of k).
+        dropout_stream: which operation of the model this is, so that layers draw different masks.
+        query_indices: int64 [R], ascending: the packed positions whose outputs are wanted, if not all T. Selecting queries
             leaves every output that remains exactly as it was, dropout included.
         scale: positive factor of the scores; 1 / sqrt(K) if None.
-        worklist: `attention_worklist(cu_seqlens, T)`, which a model makes once for all its layers; made here if None. "triton" only.
-        check_values: whether to look into cu_seqlens and queries: None on a CPU alone, True on a GPU too, which waits for the device.
+        tile_schedule: `attention_tile_schedule(cu_seqlens, T)`, which a model makes once for all its layers; made here if None. "triton" only.
+        check_values: whether to look into cu_seqlens and query_indices: None on a CPU alone, True on a GPU too, which waits for the device.
             Unchecked, "triton" reads and writes nothing out of bounds whatever they hold; what then comes out means nothing.
         impl: "triton", "cpu" or "reference".
 
@@ -69,12 +69,12 @@ def varlen_attention(
 
     Raises:
         ValueError: a shape, device or stride that does not fit, cu_seqlens that do not ascend from 0 to at most T or have a sequence
-            longer than max_seqlen, queries that do not ascend within [0, T), dropout without keys, an unknown `impl`.
+            longer than max_seqlen, query_indices that do not ascend within [0, T), dropout without seeds, an unknown `impl`.
         TypeError: a dtype that does not fit.
 
     Source: Vaswani et al., 2017, section 3.2.1; packed layout as in FlashAttention's `flash_attn_varlen_func`.
     """
-    q, k, v = lowered(q, k, v)
+    q, k, v = cast_low(q, k, v)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     check(
         q,
@@ -83,30 +83,60 @@ def varlen_attention(
         cu_seqlens,
         max_seqlen,
         dropout_p,
-        keys,
-        queries,
+        dropout_seeds,
+        query_indices,
         scale,
-        worklist,
+        tile_schedule,
         check_values,
         impl,
     )
     if impl == "triton":
         return _VarlenAttention.apply(
-            q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale, worklist
+            q,
+            k,
+            v,
+            cu_seqlens,
+            max_seqlen,
+            dropout_p,
+            dropout_seeds,
+            dropout_stream,
+            query_indices,
+            scale,
+            tile_schedule,
         )
     return _IMPLEMENTATIONS[impl](
-        q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale
+        q,
+        k,
+        v,
+        cu_seqlens,
+        max_seqlen,
+        dropout_p,
+        dropout_seeds,
+        dropout_stream,
+        query_indices,
+        scale,
     )
 
 
 def check(
-    q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, queries, scale, worklist, check_values, impl
+    q,
+    k,
+    v,
+    cu_seqlens,
+    max_seqlen,
+    dropout_p,
+    dropout_seeds,
+    query_indices,
+    scale,
+    tile_schedule,
+    check_values,
+    impl,
 ) -> None:
     check_leader(NAME, "k", k, ("T", "H", "K"))
-    if queries is not None:
-        check_leader(NAME, "queries", queries, ("R",), INT64)
+    if query_indices is not None:
+        check_leader(NAME, "query_indices", query_indices, ("R",), INT64)
     (total, heads, size), floats = k.shape, (k.dtype,)
-    rows = total if queries is None else queries.shape[0]
+    rows = total if query_indices is None else query_indices.shape[0]
     tensors = (
         ("k", k, (total, heads, size), floats),
         ("q", q, (rows, heads, size), floats),
@@ -119,29 +149,54 @@ def check(
     if impl == "triton":
         check_triton(NAME, *tensors)
         check_head_size(size)
-    check_tables(k, cu_seqlens, max_seqlen, dropout_p, keys, queries, worklist, check_values, impl)
+    check_tables(
+        k,
+        cu_seqlens,
+        max_seqlen,
+        dropout_p,
+        dropout_seeds,
+        query_indices,
+        tile_schedule,
+        check_values,
+        impl,
+    )
 
 
 def check_tables(
-    like, cu_seqlens, max_seqlen, dropout_p, keys, queries, worklist, check_values, impl
+    like,
+    cu_seqlens,
+    max_seqlen,
+    dropout_p,
+    dropout_seeds,
+    query_indices,
+    tile_schedule,
+    check_values,
+    impl,
 ) -> None:
     """All but q, k and v, of which `like` has as many rows as k, and their device."""
     check_leader(NAME, "cu_seqlens", cu_seqlens, ("B + 1",), INT32)
     sequences = cu_seqlens.shape[0] - 1
-    check_dropout(NAME, dropout_p, keys, sequences)
+    check_dropout(NAME, dropout_p, dropout_seeds, sequences)
     tables = (
         ("cu_seqlens", cu_seqlens, (sequences + 1,), INT32),
-        ("queries", queries, () if queries is None else (queries.shape[0],), INT64),
-        ("keys", keys if dropout_p > 0 else None, (sequences,), INT64),
+        (
+            "query_indices",
+            query_indices,
+            () if query_indices is None else (query_indices.shape[0],),
+            INT64,
+        ),
+        ("dropout_seeds", dropout_seeds if dropout_p > 0 else None, (sequences,), INT64),
     )
     check_tensors(NAME, like.device, *tables)
     if values_checked(check_values, like):
         _check_bounds(cu_seqlens.tolist(), like.shape[0], max_seqlen)
-        if queries is not None and len(queries):
-            _check_queries(queries.tolist(), like.shape[0])
+        if query_indices is not None and len(query_indices):
+            _check_query_indices(query_indices.tolist(), like.shape[0])
     if impl == "triton":
-        if worklist is not None:
-            tables += (("worklist", worklist, (like.shape[0] // ITEM + sequences + 1, 2), INT32),)
+        if tile_schedule is not None:
+            tables += (
+                ("tile_schedule", tile_schedule, (like.shape[0] // ITEM + sequences + 1, 2), INT32),
+            )
             check_tensors(NAME, like.device, tables[-1])
         check_triton(NAME, *tables)
 
@@ -174,22 +229,34 @@ def _check_bounds(bounds: list[int], total: int, max_seqlen: int) -> None:
         )
 
 
-def _check_queries(queries: list[int], total: int) -> None:
-    if queries[0] < 0 or queries[-1] >= total:
+def _check_query_indices(query_indices: list[int], total: int) -> None:
+    if query_indices[0] < 0 or query_indices[-1] >= total:
         raise ValueError(
-            f"varlen_attention: queries span {queries[0]} to {queries[-1]}; must be in [0, T = {total})"
+            f"varlen_attention: query_indices span {query_indices[0]} to {query_indices[-1]}; must be in [0, T = {total})"
         )
-    for a, b in itertools.pairwise(queries):
+    for a, b in itertools.pairwise(query_indices):
         if b <= a:
             raise ValueError(
-                f"varlen_attention: queries holds {a} and then {b}, expected to ascend"
+                f"varlen_attention: query_indices holds {a} and then {b}, expected to ascend"
             )
 
 
 # The Triton implementation as torch operators. Arguments as above, `scale` resolved.
 
 
-def _forward_fake(q, k, v, cu_seqlens, worklist, queries, keys, max_seqlen, dropout_p, site, scale):
+def _forward_fake(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    tile_schedule,
+    query_indices,
+    dropout_seeds,
+    max_seqlen,
+    dropout_p,
+    dropout_stream,
+    scale,
+):
     statistics = (2, q.shape[1], 0 if one_tile(q.dtype, max_seqlen) else q.shape[0])
     return q.new_empty(q.shape), q.new_empty(statistics, dtype=torch.float32)
 
@@ -198,8 +265,8 @@ def _backward_fake(dout, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
 
 
-_SHARED = """Tensor cu_seqlens, Tensor? worklist, Tensor? queries, Tensor? keys,
-    SymInt max_seqlen, float dropout_p, int site, float scale"""
+_SHARED = """Tensor cu_seqlens, Tensor? tile_schedule, Tensor? query_indices, Tensor? dropout_seeds,
+    SymInt max_seqlen, float dropout_p, int dropout_stream, float scale"""
 FORWARD = operator(
     f"varlen_attention_forward(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)",
     "attention.kernel.forward",
@@ -215,11 +282,22 @@ BACKWARD = operator(
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale, worklist
+        ctx,
+        q,
+        k,
+        v,
+        cu_seqlens,
+        max_seqlen,
+        dropout_p,
+        dropout_seeds,
+        dropout_stream,
+        query_indices,
+        scale,
+        tile_schedule,
     ):
         tables, numbers = (
-            (cu_seqlens, worklist, queries, keys),
-            (max_seqlen, dropout_p, site, scale),
+            (cu_seqlens, tile_schedule, query_indices, dropout_seeds),
+            (max_seqlen, dropout_p, dropout_stream, scale),
         )
         out, statistics = FORWARD(q, k, v, *tables, *numbers)
         ctx.save_for_backward(q, k, v, out, statistics, *tables)

@@ -2,21 +2,25 @@
 
 import torch
 
-from fastbert_kernels._dropout import keep_mask, keep_scale, row_keys, site_keys
+from fastbert_kernels._dropout import keep_mask, keep_scale, row_seeds, stream_keys
 
 
-def reference(q, k, v, cu_seqlens, max_seqlen, dropout_p, keys, site, queries, scale):
+def reference(
+    q, k, v, cu_seqlens, max_seqlen, dropout_p, dropout_seeds, dropout_stream, query_indices, scale
+):
     """softmax(q k' * scale), dropped, times v, within each sequence, and zeros behind the last; arguments and result as in `op.py`."""
     heads = q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     if dropout_p > 0:
-        rows = row_keys(keys, cu_seqlens, k.shape[0])
-        lo, hi = site_keys(rows if queries is None else rows[queries], site, heads)
+        rows = row_seeds(dropout_seeds, cu_seqlens, k.shape[0])
+        lo, hi = stream_keys(
+            rows if query_indices is None else rows[query_indices], dropout_stream, heads
+        )
     bounds = cu_seqlens.tolist()
     query_bounds = (
         bounds
-        if queries is None
-        else torch.searchsorted(queries, cu_seqlens.to(queries.dtype)).tolist()
+        if query_indices is None
+        else torch.searchsorted(query_indices, cu_seqlens.to(query_indices.dtype)).tolist()
     )
     outputs = []
     for start, end, first, last in zip(

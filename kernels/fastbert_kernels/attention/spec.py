@@ -4,8 +4,8 @@ import itertools
 
 import torch
 
-from fastbert_kernels._spec import Spec, generator, normal, random_keys
-from fastbert_kernels._worklist import one_tile
+from fastbert_kernels._spec import Spec, generator, normal, random_seeds
+from fastbert_kernels._tile_schedule import one_tile
 from fastbert_kernels.attention.op import varlen_attention
 
 
@@ -21,12 +21,12 @@ def _inputs(shape, dtype, dropout_p):
         "cu_seqlens": torch.tensor([0, *itertools.accumulate(shape["lengths"])], dtype=torch.int32),
         "max_seqlen": max(shape["lengths"], default=0),
         "dropout_p": dropout_p,
-        "keys": random_keys(draw, len(shape["lengths"])),
-        "site": 3,
+        "dropout_seeds": random_seeds(draw, len(shape["lengths"])),
+        "dropout_stream": 3,
     }
     if shape.get("R"):
-        queries = torch.randperm(total, generator=draw)[: shape["R"]].sort().values
-        arguments |= {"q": q[queries].clone(), "queries": queries}
+        query_indices = torch.randperm(total, generator=draw)[: shape["R"]].sort().values
+        arguments |= {"q": q[query_indices].clone(), "query_indices": query_indices}
     return arguments
 
 
@@ -34,22 +34,24 @@ def _least_bytes(shape, size):
     """Everything once, whatever the tiles. What is saved for the backward pass depends on whether each sequence fits one tile."""
     lengths, heads = shape["lengths"], shape["H"]
     tokens, row = sum(lengths), heads * shape["K"] * size
-    cut, rest = shape.get("R", 0), shape.get("rest", 0)
-    rows = cut or tokens
-    tables = 4 * (len(lengths) + 1) + 8 * len(lengths) + 8 * cut  # cu_seqlens, keys and queries
+    selected, rest = shape.get("R", 0), shape.get("rest", 0)
+    rows = selected or tokens
+    tables = (
+        4 * (len(lengths) + 1) + 8 * len(lengths) + 8 * selected
+    )  # cu_seqlens, dropout_seeds and query_indices
     forward = 2 * rows * row + 2 * tokens * row + tables  # q in, out out; k and v in
     backward = (
         3 * rows * row + 4 * tokens * row + tables
     )  # q and dout in, dq out; k and v in, dk and dv out
-    if not cut:
+    if not selected:
         forward += (
             rest * row
-        )  # zeros; of cut queries only the inputs tell how many are behind the last sequence
+        )  # zeros; of selected queries only the inputs tell how many are behind the last sequence
         backward += rest * row
     backward += 2 * rest * row
     if not one_tile(torch.bfloat16 if size == 2 else torch.float32, max(lengths, default=0)):
-        forward += 2 * 4 * rows * heads  # top and total out, fp32
-        backward += rows * row + 2 * 4 * rows * heads  # out, top and total in
+        forward += 2 * 4 * rows * heads  # row_max and inv_sum out, fp32
+        backward += rows * row + 2 * 4 * rows * heads  # out, row_max and inv_sum in
     return forward + backward
 
 

@@ -1,8 +1,8 @@
 """`embedding_layer_norm` on a CPU: torch's look-ups and LayerNorm with the cheap dropout mask.
 
-The gradients of the tables are sums in the order of the rows (`index_add_`, or one product for the two segments), so they
+The gradients of the tables are sums in the order of the rows (`index_add_`, or one product for the two token types), so they
 are deterministic. Only the rows that occur are written; the rest of a table's gradient is zero. Inputs of 16 bits are summed and
-normalised in fp32. dweight and dshift are sums of our own: torch's LayerNorm adds them up one row after the other, and loses a digit.
+normalised in fp32. dnorm_weight and dnorm_bias are sums of our own: torch's LayerNorm adds them up one row after the other, and loses a digit.
 """
 
 import torch
@@ -18,40 +18,45 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        ids,
-        positions,
-        segments,
-        words,
-        position_table,
-        segment_table,
-        weight,
-        shift,
+        input_ids,
+        position_ids,
+        token_type_ids,
+        word_embeddings,
+        position_embeddings,
+        token_type_embeddings,
+        norm_weight,
+        norm_bias,
         eps,
         dropout_p,
-        keys,
-        site,
+        dropout_seeds,
+        dropout_stream,
     ):
-        z = words.index_select(0, ids)
+        z = word_embeddings.index_select(0, input_ids)
         wide = torch.promote_types(z.dtype, torch.float32)
         z = z.to(wide)
-        z += position_table.index_select(0, positions)
-        z += segment_table.index_select(0, segments)
+        z += position_embeddings.index_select(0, position_ids)
+        z += token_type_embeddings.index_select(0, token_type_ids)
         y, mean, rstd = torch.native_layer_norm(
-            z, (z.shape[1],), weight.to(wide), shift.to(wide), eps
+            z, (z.shape[1],), norm_weight.to(wide), norm_bias.to(wide), eps
         )
         keep = None
         if dropout_p > 0:
-            keep = row_keep_mask_cpu(keys, site, y.shape[1], dropout_p)
+            keep = row_keep_mask_cpu(dropout_seeds, dropout_stream, y.shape[1], dropout_p)
             y = torch.mul(y, keep, out=y).mul_(keep_scale(dropout_p))
-        y = y.to(words.dtype)
-        ctx.save_for_backward(ids, positions, segments, z, mean, rstd, weight, shift, keep)
-        ctx.dropout_p, ctx.sizes = dropout_p, (len(words), len(position_table), len(segment_table))
+        y = y.to(word_embeddings.dtype)
+        ctx.save_for_backward(
+            input_ids, position_ids, token_type_ids, z, mean, rstd, norm_weight, norm_bias, keep
+        )
+        ctx.dropout_p, ctx.sizes = (
+            dropout_p,
+            (len(word_embeddings), len(position_embeddings), len(token_type_embeddings)),
+        )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
-        *rows, z, mean, rstd, weight, shift, keep = ctx.saved_tensors
+        *rows, z, mean, rstd, norm_weight, norm_bias, keep = ctx.saved_tensors
         dy = dy.to(z.dtype)
         if keep is not None:
             dy = (dy * keep).mul_(keep_scale(ctx.dropout_p))
@@ -61,13 +66,13 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
             (z.shape[1],),
             mean,
             rstd,
-            weight.to(z.dtype),
-            shift.to(z.dtype),
+            norm_weight.to(z.dtype),
+            norm_bias.to(z.dtype),
             [True, False, False],
         )
-        dweight, dshift = (z - mean).mul_(rstd).mul_(dy).sum(0), dy.sum(0)
+        dnorm_weight, dnorm_bias = (z - mean).mul_(rstd).mul_(dy).sum(0), dy.sum(0)
         tables = [_scatter(dz, row, size) for size, row in zip(ctx.sizes, rows, strict=True)]
-        return None, None, None, *tables, dweight, dshift, None, None, None, None
+        return None, None, None, *tables, dnorm_weight, dnorm_bias, None, None, None, None
 
 
 def _scatter(dz, rows, size):

@@ -1,18 +1,19 @@
 """Three look-ups, LayerNorm and dropout in one pass; backward in one pass more, and the gradients of the tables.
 
-    z = words[id] + position_table[position] + segment_table[segment]        mean, rstd, h of z as in `norm/kernel.py`
-    y = c (h * weight + shift) * keep                                        c = 1 / probability to be kept
+    z = word_embeddings[input_id] + position_embeddings[position_id] + token_type_embeddings[token_type_id]
+    mean, rstd, h of z as in `norm/kernel.py`
+    y = c (h * norm_weight + norm_bias) * keep        c = 1 / probability to be kept
 
-    dh = c dy * keep        dz from dh as in `norm/kernel.py`        dweight, dshift = sums over the rows of dh * h, dh
+    dh = c dy * keep        dz from dh as in `norm/kernel.py`        dnorm_weight, dnorm_bias = sums over the rows of dh * h, dh
     dtable[r] = sum of the dz of the tokens whose index is r
 
 Saved: the indices, and mean and rstd of each row; rows are looked up again. Tiles, chunks and shares are those of `norm/kernel.py`.
 An index outside its table reads nothing and makes its token's mean NaN, thus y, and in the backward pass every sum it is part of.
 
 The gradients of the tables are made without atomics, so that they are deterministic. For this the three tables count as one, words above
-positions above segments, in which every token has three rows: its uses. `_backward_kernel` writes down the row of each use, int32 [3 T].
+positions above token types, in which every token has three rows: its uses. `_backward_kernel` writes down the row of each use, int32 [3 T].
 The uses are sorted by row, stably, and each program of `_rows_kernel` owns a row of the table. It adds up, in fp32, the dz of the row's
-uses, or none, so that no zeros need to be written before. A row with more than BIN uses ([MASK], [CLS], each segment) would keep the others
+uses, or none, so that no zeros need to be written before. A row with more than BIN uses ([MASK], [CLS], each token type) would keep the others
 waiting: the sorted uses are cut into bins of BIN, and `_pieces_kernel` first adds up the piece of each such row in each bin. Of the rows
 that a bin meets, only that of its first use and that of its last can be so long: a bin has two slots for pieces.
 
@@ -41,7 +42,7 @@ from fastbert_kernels.norm.kernel import (
     zeros,
 )
 
-_BIN = 64  # uses that one program adds up in turn; at 128 the two segments alone would not fill the device at T = 16,384
+_BIN = 64  # uses that one program adds up in turn; at 128 the two token types alone would not fill the device at T = 16,384
 
 
 @triton.jit
@@ -53,15 +54,15 @@ def _look_up(index_ptr, table_ptr, stride, size, row, T):
 
 @triton.jit
 def _load_z(
-    ids_ptr,
-    positions_ptr,
-    segments_ptr,
-    words_ptr,
-    position_table_ptr,
-    segment_table_ptr,
-    stride_words,
-    stride_positions,
-    stride_segments,
+    input_ids_ptr,
+    position_ids_ptr,
+    token_type_ids_ptr,
+    word_embeddings_ptr,
+    position_embeddings_ptr,
+    token_type_embeddings_ptr,
+    stride_word,
+    stride_position,
+    stride_token_type,
     V,
     P,
     S,
@@ -71,12 +72,14 @@ def _load_z(
     BLOCK_D: tl.constexpr,
 ):
     """z of each token, and whether all its indices are within their tables, [BLOCK_T, 1]."""
-    word_ptr, is_word = _look_up(ids_ptr, words_ptr, stride_words, V, row, T)
+    word_ptr, is_word = _look_up(input_ids_ptr, word_embeddings_ptr, stride_word, V, row, T)
     position_ptr, is_position = _look_up(
-        positions_ptr, position_table_ptr, stride_positions, P, row, T
+        position_ids_ptr, position_embeddings_ptr, stride_position, P, row, T
     )
-    segment_ptr, is_segment = _look_up(segments_ptr, segment_table_ptr, stride_segments, S, row, T)
-    valid = is_word & is_position & is_segment
+    token_type_ptr, is_token_type = _look_up(
+        token_type_ids_ptr, token_type_embeddings_ptr, stride_token_type, S, row, T
+    )
+    valid = is_word & is_position & is_token_type
 
     z = ()
     for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
@@ -84,56 +87,56 @@ def _load_z(
         mask = (row < T) & valid & (column < D)
         word = tl.load(word_ptr + column, mask=mask, other=0.0).to(tl.float32)
         position = tl.load(position_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        segment = tl.load(segment_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        z += (word + position + segment,)
+        token_type = tl.load(token_type_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        z += (word + position + token_type,)
     return z, valid
 
 
-@triton.jit(do_not_specialize=["T", "V", "P", "S", "site", "threshold"])
+@triton.jit(do_not_specialize=["T", "V", "P", "S", "dropout_stream", "threshold"])
 def _forward_kernel(
-    ids_ptr,
-    positions_ptr,
-    segments_ptr,
-    words_ptr,
-    position_table_ptr,
-    segment_table_ptr,
-    weight_ptr,
-    shift_ptr,
-    keys_ptr,
+    input_ids_ptr,
+    position_ids_ptr,
+    token_type_ids_ptr,
+    word_embeddings_ptr,
+    position_embeddings_ptr,
+    token_type_embeddings_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    dropout_seeds_ptr,
     y_ptr,
     mean_ptr,
     rstd_ptr,
-    stride_words,
-    stride_positions,
-    stride_segments,
+    stride_word,
+    stride_position,
+    stride_token_type,
     T,
     V,
     P,
     S,
     eps,
-    site,
+    dropout_stream,
     threshold,
     scale,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    weight = load_vector(weight_ptr, D, BLOCK_D)
-    shift = load_vector(shift_ptr, D, BLOCK_D)
+    norm_weight = load_vector(norm_weight_ptr, D, BLOCK_D)
+    norm_bias = load_vector(norm_bias_ptr, D, BLOCK_D)
 
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
-        keys = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
+        keys = mask_keys(dropout_seeds_ptr, first + tl.arange(0, BLOCK_T), T, dropout_stream)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         z, valid = _load_z(
             *(
-                ids_ptr,
-                positions_ptr,
-                segments_ptr,
-                words_ptr,
-                position_table_ptr,
-                segment_table_ptr,
+                input_ids_ptr,
+                position_ids_ptr,
+                token_type_ids_ptr,
+                word_embeddings_ptr,
+                position_embeddings_ptr,
+                token_type_embeddings_ptr,
             ),
-            *(stride_words, stride_positions, stride_segments, V, P, S, row, T, D, BLOCK_D),
+            *(stride_word, stride_position, stride_token_type, V, P, S, row, T, D, BLOCK_D),
         )
 
         mean, rstd = statistics(z, eps, D, BLOCK_D)
@@ -142,7 +145,12 @@ def _forward_kernel(
         for i in tl.static_range(len(z)):
             column = columns(i, BLOCK_D)
             y = dropout(
-                (z[i] - mean) * rstd * weight[i] + shift[i], keys, i, threshold, scale, BLOCK_D
+                (z[i] - mean) * rstd * norm_weight[i] + norm_bias[i],
+                keys,
+                i,
+                threshold,
+                scale,
+                BLOCK_D,
             )
             tl.store(y_ptr + row * D + column, y, mask=(row < T) & (column < D))
         tl.store(mean_ptr + row, mean, mask=row < T)
@@ -153,37 +161,51 @@ _FORWARD = Kernel(_forward_kernel, "embedding_forward")
 
 
 def forward(
-    ids,
-    positions,
-    segments,
-    words,
-    position_table,
-    segment_table,
-    weight,
-    shift,
-    keys,
+    input_ids,
+    position_ids,
+    token_type_ids,
+    word_embeddings,
+    position_embeddings,
+    token_type_embeddings,
+    norm_weight,
+    norm_bias,
+    dropout_seeds,
     eps,
     dropout_p,
-    site,
+    dropout_stream,
 ):
     """y, and mean and rstd, fp32 [T]."""
-    T, D = ids.shape[0], words.shape[1]
-    tables = (words, position_table, segment_table)
-    y = words.new_empty(T, D)
-    mean, rstd = words.new_empty(T, dtype=torch.float32), words.new_empty(T, dtype=torch.float32)
+    T, D = input_ids.shape[0], word_embeddings.shape[1]
+    tables = (word_embeddings, position_embeddings, token_type_embeddings)
+    y = word_embeddings.new_empty(T, D)
+    mean, rstd = (
+        word_embeddings.new_empty(T, dtype=torch.float32),
+        word_embeddings.new_empty(T, dtype=torch.float32),
+    )
     if T and D:
-        keys = keys if dropout_p > 0 else None
+        dropout_seeds = dropout_seeds if dropout_p > 0 else None
         strides = [table.stride(0) for table in tables]
-        kernel = _FORWARD.prepare(words, D, (D,), *strides, keys is None)
+        kernel = _FORWARD.prepare(word_embeddings, D, (D,), *strides, dropout_seeds is None)
         kernel(
-            (row_programs(kernel.tile, T, words.device),),
-            (ids, positions, segments, *tables, weight, shift, keys, y, mean, rstd),
+            (row_programs(kernel.tile, T, word_embeddings.device),),
+            (
+                input_ids,
+                position_ids,
+                token_type_ids,
+                *tables,
+                norm_weight,
+                norm_bias,
+                dropout_seeds,
+                y,
+                mean,
+                rstd,
+            ),
             (
                 *strides,
                 T,
                 *(len(table) for table in tables),
                 eps,
-                site,
+                dropout_stream,
                 threshold(dropout_p),
                 keep_scale(dropout_p),
             ),
@@ -202,54 +224,54 @@ def _note_use(uses_ptr, index_ptr, first, size, nowhere, row, T):
     )
 
 
-@triton.jit(do_not_specialize=["T", "V", "P", "S", "site", "threshold"])
+@triton.jit(do_not_specialize=["T", "V", "P", "S", "dropout_stream", "threshold"])
 def _backward_kernel(
     dy_ptr,
-    ids_ptr,
-    positions_ptr,
-    segments_ptr,
-    words_ptr,
-    position_table_ptr,
-    segment_table_ptr,
-    weight_ptr,
-    keys_ptr,
+    input_ids_ptr,
+    position_ids_ptr,
+    token_type_ids_ptr,
+    word_embeddings_ptr,
+    position_embeddings_ptr,
+    token_type_embeddings_ptr,
+    norm_weight_ptr,
+    dropout_seeds_ptr,
     mean_ptr,
     rstd_ptr,
     dz_ptr,
     uses_ptr,
     shares_ptr,
-    stride_words,
-    stride_positions,
-    stride_segments,
+    stride_word,
+    stride_position,
+    stride_token_type,
     T,
     V,
     P,
     S,
-    site,
+    dropout_stream,
     threshold,
     scale,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    weight = load_vector(weight_ptr, D, BLOCK_D)
-    dweight, dshift = zeros(D, BLOCK_T, BLOCK_D), zeros(D, BLOCK_T, BLOCK_D)
+    norm_weight = load_vector(norm_weight_ptr, D, BLOCK_D)
+    dnorm_weight, dnorm_bias = zeros(D, BLOCK_T, BLOCK_D), zeros(D, BLOCK_T, BLOCK_D)
 
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
-        keys = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
+        keys = mask_keys(dropout_seeds_ptr, first + tl.arange(0, BLOCK_T), T, dropout_stream)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
         z, _ = _load_z(
             *(
-                ids_ptr,
-                positions_ptr,
-                segments_ptr,
-                words_ptr,
-                position_table_ptr,
-                segment_table_ptr,
+                input_ids_ptr,
+                position_ids_ptr,
+                token_type_ids_ptr,
+                word_embeddings_ptr,
+                position_embeddings_ptr,
+                token_type_embeddings_ptr,
             ),
-            *(stride_words, stride_positions, stride_segments, V, P, S, row, T, D, BLOCK_D),
+            *(stride_word, stride_position, stride_token_type, V, P, S, row, T, D, BLOCK_D),
         )
         dh = ()
         for i in tl.static_range(len(z)):
@@ -259,19 +281,19 @@ def _backward_kernel(
             )
             dh += (dropout(dy, keys, i, threshold, scale, BLOCK_D),)
 
-        h, dz = gradient(dh, z, weight, mean, rstd, D)
+        h, dz = gradient(dh, z, norm_weight, mean, rstd, D)
 
         for i in tl.static_range(len(z)):
             column = columns(i, BLOCK_D)
             tl.store(dz_ptr + row * D + column, dz[i], mask=(row < T) & (column < D))
-        _note_use(uses_ptr, ids_ptr, 0, V, V + P + S, row, T)
-        _note_use(uses_ptr + T, positions_ptr, V, P, V + P + S, row, T)
-        _note_use(uses_ptr + 2 * T.to(tl.int64), segments_ptr, V + P, S, V + P + S, row, T)
-        dweight, dshift = plus(dweight, times(dh, h)), plus(dshift, dh)
+        _note_use(uses_ptr, input_ids_ptr, 0, V, V + P + S, row, T)
+        _note_use(uses_ptr + T, position_ids_ptr, V, P, V + P + S, row, T)
+        _note_use(uses_ptr + 2 * T.to(tl.int64), token_type_ids_ptr, V + P, S, V + P + S, row, T)
+        dnorm_weight, dnorm_bias = plus(dnorm_weight, times(dh, h)), plus(dnorm_bias, dh)
 
     share_ptr = shares_ptr + tl.program_id(0) * 2 * D
-    store_share(share_ptr, dweight, D, BLOCK_D)
-    store_share(share_ptr + D, dshift, D, BLOCK_D)
+    store_share(share_ptr, dnorm_weight, D, BLOCK_D)
+    store_share(share_ptr + D, dnorm_bias, D, BLOCK_D)
 
 
 @triton.jit
@@ -384,36 +406,39 @@ def _table_gradients(dz: torch.Tensor, uses: torch.Tensor, rows: int) -> torch.T
 
 def backward(
     dy,
-    ids,
-    positions,
-    segments,
-    words,
-    position_table,
-    segment_table,
-    weight,
-    keys,
+    input_ids,
+    position_ids,
+    token_type_ids,
+    word_embeddings,
+    position_embeddings,
+    token_type_embeddings,
+    norm_weight,
+    dropout_seeds,
     mean,
     rstd,
     dropout_p,
-    site,
+    dropout_stream,
 ):
-    """Gradients of words, position_table and segment_table, one below the other; dweight and dshift as the rows of [2, D]."""
+    """Gradients of the three tables, one below the other; dnorm_weight and dnorm_bias as the rows of [2, D]."""
     T, D = dy.shape
-    indices, tables = (ids, positions, segments), (words, position_table, segment_table)
+    indices, tables = (
+        (input_ids, position_ids, token_type_ids),
+        (word_embeddings, position_embeddings, token_type_embeddings),
+    )
     sizes = [len(table) for table in tables]
     if not (T and D):
         return dy.new_zeros(sum(sizes), D), dy.new_zeros(2, D)
-    keys = keys if dropout_p > 0 else None
+    dropout_seeds = dropout_seeds if dropout_p > 0 else None
     strides = [table.stride(0) for table in tables]
-    kernel = _BACKWARD.prepare(dy, D, (D,), *strides, keys is None)
+    kernel = _BACKWARD.prepare(dy, D, (D,), *strides, dropout_seeds is None)
     programs = row_programs(kernel.tile, T, dy.device)
     dz = dy.new_empty(T, D)
     uses = dy.new_empty(3 * T, dtype=torch.int32)
     shares = dy.new_empty(programs, 2, D, dtype=torch.float32)
     kernel(
         (programs,),
-        (dy, *indices, *tables, weight, keys, mean, rstd, dz, uses, shares),
-        (*strides, T, *sizes, site, threshold(dropout_p), keep_scale(dropout_p)),
+        (dy, *indices, *tables, norm_weight, dropout_seeds, mean, rstd, dz, uses, shares),
+        (*strides, T, *sizes, dropout_stream, threshold(dropout_p), keep_scale(dropout_p)),
     )
     return _table_gradients(dz, uses, sum(sizes)), shares.sum(0).to(dy.dtype)
 
@@ -422,16 +447,24 @@ def production() -> list[Production]:
     """For the ahead-of-time gate: BERT-base and BERT-large, with dropout and without."""
     found = []
     for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        indices = dict.fromkeys(("ids_ptr", "positions_ptr", "segments_ptr", "keys_ptr"), "*i64")
-        tables = dict.fromkeys(
-            ("words_ptr", "position_table_ptr", "segment_table_ptr", "weight_ptr"), tensor
+        indices = dict.fromkeys(
+            ("input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr", "dropout_seeds_ptr"), "*i64"
         )
-        aligned = ("stride_words", "stride_positions", "stride_segments")
-        sizes = dict.fromkeys((*aligned, "T", "V", "P", "S", "site", "threshold"), "i32") | {
-            "scale": "fp32"
-        }
+        tables = dict.fromkeys(
+            (
+                "word_embeddings_ptr",
+                "position_embeddings_ptr",
+                "token_type_embeddings_ptr",
+                "norm_weight_ptr",
+            ),
+            tensor,
+        )
+        aligned = ("stride_word", "stride_position", "stride_token_type")
+        sizes = dict.fromkeys(
+            (*aligned, "T", "V", "P", "S", "dropout_stream", "threshold"), "i32"
+        ) | {"scale": "fp32"}
         read = indices | tables | {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"} | sizes
-        forward = read | {"shift_ptr": tensor, "y_ptr": tensor, "eps": "fp32"}
+        forward = read | {"norm_bias_ptr": tensor, "y_ptr": tensor, "eps": "fp32"}
         backward = read | {
             "dy_ptr": tensor,
             "dz_ptr": tensor,
@@ -448,10 +481,10 @@ def production() -> list[Production]:
             "BIN": _BIN,
         }
         pieces = rows | {"sorted_ptr": "*i32", "rows": "i32"}
-        wide = ("words_ptr", "position_table_ptr", "segment_table_ptr")
+        wide = ("word_embeddings_ptr", "position_embeddings_ptr", "token_type_embeddings_ptr")
         for size in (768, 1024):
-            for keys in ({}, {"keys_ptr": None}):
-                lacks = keys | {"D": size}
+            for missing in ({}, {"dropout_seeds_ptr": None}):
+                lacks = missing | {"D": size}
                 found += [
                     Production(
                         _forward_kernel,

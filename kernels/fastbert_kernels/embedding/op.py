@@ -2,7 +2,7 @@
 
 import torch
 
-from fastbert_kernels._autocast import widened
+from fastbert_kernels._autocast import cast_fp32
 from fastbert_kernels._checks import (
     INT64,
     check_dropout,
@@ -20,155 +20,170 @@ from fastbert_kernels.norm.op import WIDEST
 
 
 def embedding_layer_norm(
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    segments: torch.Tensor,
-    words: torch.Tensor,
-    position_table: torch.Tensor,
-    segment_table: torch.Tensor,
-    weight: torch.Tensor,
-    shift: torch.Tensor,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    token_type_ids: torch.Tensor,
+    word_embeddings: torch.Tensor,
+    position_embeddings: torch.Tensor,
+    token_type_embeddings: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
     *,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
-    keys: torch.Tensor | None = None,
-    site: int = 0,
+    dropout_seeds: torch.Tensor | None = None,
+    dropout_stream: int = 0,
     check_values: bool | None = None,
     impl: str = "reference",
 ) -> torch.Tensor:
-    """dropout(LayerNorm(words[ids] + position_table[positions] + segment_table[segments])), biased variance.
+    """dropout(LayerNorm(word + position + token-type embedding of each token)), biased variance.
 
     Under autocast it runs in fp32, as torch's layer_norm. Saved for the backward pass: "triton": the indices, and the mean and rstd of
     each token, fp32 [T]; "cpu": the indices, the sum of the three rows, mean, rstd and the mask.
 
     Args:
-        ids, positions, segments: int64 [T].
-        words: [V, D], fp32, fp16 or bf16. position_table: [P, D]. segment_table: [S, D]. All as words.
-        weight, shift: [D], LayerNorm's gamma and beta, as words.
+        input_ids, position_ids, token_type_ids: int64 [T].
+        word_embeddings: [V, D], fp32, fp16 or bf16.
+        position_embeddings: [P, D], token_type_embeddings: [S, D], as word_embeddings.
+        norm_weight, norm_bias: [D], LayerNorm's gamma and beta, as word_embeddings.
         eps: added to the variance.
         dropout_p: probability to drop an element, rounded to a multiple of 2**-16.
-        keys: int64 [T], one key a row (`row_keys`). site: which operation of the model this is.
+        dropout_seeds: int64 [T], one seed a row (`row_seeds`).
+        dropout_stream: which operation of the model this is, so that each draws its own masks.
         check_values: whether indices outside their tables are looked for. None: on a CPU; True: also on a GPU, which then waits for
             the device. Unchecked, "triton" reads nothing for such an index, and the token's result is NaN.
         impl: "triton" (one pass forward; D up to 8,192; rows of the tables may be strided), "cpu" or "reference".
 
     Returns:
-        [T, D], as words; the gradients of the tables are summed in a fixed order, with "triton" in fp32.
+        [T, D], as word_embeddings; the gradients of the tables are summed in a fixed order, with "triton" in fp32.
 
     Raises:
-        ValueError: a shape or device that does not fit, dropout without keys, an unknown `impl`, an index outside its table (see
+        ValueError: a shape or device that does not fit, dropout without seeds, an unknown `impl`, an index outside its table (see
             check_values); "triton": D above 8,192, a last axis that is not contiguous.
         TypeError: a dtype that does not fit; "triton": float64.
 
     Source: Devlin et al., 2019, section 3 and figure 2.
     """
-    words, position_table, segment_table, weight, shift = widened(
-        words, position_table, segment_table, weight, shift
+    word_embeddings, position_embeddings, token_type_embeddings, norm_weight, norm_bias = cast_fp32(
+        word_embeddings, position_embeddings, token_type_embeddings, norm_weight, norm_bias
     )
     check(
-        ids,
-        positions,
-        segments,
-        words,
-        position_table,
-        segment_table,
-        weight,
-        shift,
+        input_ids,
+        position_ids,
+        token_type_ids,
+        word_embeddings,
+        position_embeddings,
+        token_type_embeddings,
+        norm_weight,
+        norm_bias,
         dropout_p,
-        keys,
+        dropout_seeds,
         check_values,
         impl,
     )
     arguments = (
-        ids,
-        positions,
-        segments,
-        words,
-        position_table,
-        segment_table,
-        weight,
-        shift,
+        input_ids,
+        position_ids,
+        token_type_ids,
+        word_embeddings,
+        position_embeddings,
+        token_type_embeddings,
+        norm_weight,
+        norm_bias,
         eps,
         dropout_p,
-        keys,
-        site,
+        dropout_seeds,
+        dropout_stream,
     )
     return _IMPLEMENTATIONS[impl](*arguments)
 
 
 def check(
-    ids,
-    positions,
-    segments,
-    words,
-    position_table,
-    segment_table,
-    weight,
-    shift,
+    input_ids,
+    position_ids,
+    token_type_ids,
+    word_embeddings,
+    position_embeddings,
+    token_type_embeddings,
+    norm_weight,
+    norm_bias,
     dropout_p,
-    keys,
+    dropout_seeds,
     check_values,
     impl,
 ):
     name = "embedding_layer_norm"
-    check_leader(name, "ids", ids, ("T",), INT64)
-    check_leader(name, "words", words, ("V", "D"))
-    check_leader(name, "position_table", position_table, ("P", "D"), (words.dtype,))
-    check_leader(name, "segment_table", segment_table, ("S", "D"), (words.dtype,))
+    check_leader(name, "input_ids", input_ids, ("T",), INT64)
+    check_leader(name, "word_embeddings", word_embeddings, ("V", "D"))
+    check_leader(
+        name, "position_embeddings", position_embeddings, ("P", "D"), (word_embeddings.dtype,)
+    )
+    check_leader(
+        name, "token_type_embeddings", token_type_embeddings, ("S", "D"), (word_embeddings.dtype,)
+    )
     T, (V, D), P, S, floats = (
-        ids.shape[0],
-        words.shape,
-        position_table.shape[0],
-        segment_table.shape[0],
-        (words.dtype,),
+        input_ids.shape[0],
+        word_embeddings.shape,
+        position_embeddings.shape[0],
+        token_type_embeddings.shape[0],
+        (word_embeddings.dtype,),
     )
-    check_dropout(name, dropout_p, keys, T)
+    check_dropout(name, dropout_p, dropout_seeds, T)
     tensors = (
-        ("words", words, (V, D), floats),
-        ("ids", ids, (T,), INT64),
-        ("positions", positions, (T,), INT64),
-        ("segments", segments, (T,), INT64),
-        ("position_table", position_table, (P, D), floats),
-        ("segment_table", segment_table, (S, D), floats),
-        ("weight", weight, (D,), floats),
-        ("shift", shift, (D,), floats),
-        ("keys", keys if dropout_p > 0 else None, (T,), INT64),
+        ("word_embeddings", word_embeddings, (V, D), floats),
+        ("input_ids", input_ids, (T,), INT64),
+        ("position_ids", position_ids, (T,), INT64),
+        ("token_type_ids", token_type_ids, (T,), INT64),
+        ("position_embeddings", position_embeddings, (P, D), floats),
+        ("token_type_embeddings", token_type_embeddings, (S, D), floats),
+        ("norm_weight", norm_weight, (D,), floats),
+        ("norm_bias", norm_bias, (D,), floats),
+        ("dropout_seeds", dropout_seeds if dropout_p > 0 else None, (T,), INT64),
     )
-    check_tensors(name, words.device, *tensors)
+    check_tensors(name, word_embeddings.device, *tensors)
     check_implementation(name, impl, _IMPLEMENTATIONS)
-    if values_checked(check_values, ids):
-        check_range(name, "ids", ids, V, "V")
-        check_range(name, "positions", positions, P, "P")
-        check_range(name, "segments", segments, S, "S")
+    if values_checked(check_values, input_ids):
+        check_range(name, "input_ids", input_ids, V, "V")
+        check_range(name, "position_ids", position_ids, P, "P")
+        check_range(name, "token_type_ids", token_type_ids, S, "S")
     if impl == "triton":
         check_triton(name, *tensors)
         if D > WIDEST:
             raise ValueError(
-                f'{name}: words has D = {D}; impl = "triton" takes up to {WIDEST}, use impl = "reference"'
+                f'{name}: word_embeddings has D = {D}; impl = "triton" takes up to {WIDEST}, use impl = "reference"'
             )
 
 
-def _forward_fake(ids, positions, segments, words, *_):
-    rows = (words.new_empty(ids.shape[0], dtype=torch.float32) for _ in range(2))
-    return words.new_empty(ids.shape[0], words.shape[1]), *rows
+def _forward_fake(input_ids, position_ids, token_type_ids, word_embeddings, *_):
+    rows = (word_embeddings.new_empty(input_ids.shape[0], dtype=torch.float32) for _ in range(2))
+    return word_embeddings.new_empty(input_ids.shape[0], word_embeddings.shape[1]), *rows
 
 
-def _backward_fake(dy, ids, positions, segments, words, position_table, segment_table, *_):
-    rows = words.shape[0] + position_table.shape[0] + segment_table.shape[0]
+def _backward_fake(
+    dy,
+    input_ids,
+    position_ids,
+    token_type_ids,
+    word_embeddings,
+    position_embeddings,
+    token_type_embeddings,
+    *_,
+):
+    rows = word_embeddings.shape[0] + position_embeddings.shape[0] + token_type_embeddings.shape[0]
     return dy.new_empty(rows, dy.shape[1]), dy.new_empty(2, dy.shape[1])
 
 
-_INDICES = "Tensor ids, Tensor positions, Tensor segments"
-_TABLES = "Tensor words, Tensor position_table, Tensor segment_table"
+_INDICES = "Tensor input_ids, Tensor position_ids, Tensor token_type_ids"
+_TABLES = "Tensor word_embeddings, Tensor position_embeddings, Tensor token_type_embeddings"
 FORWARD = operator(
-    f"embedding_layer_norm_forward({_INDICES}, {_TABLES}, Tensor weight, Tensor shift, Tensor? keys, "
-    "float eps, float dropout_p, int site) -> (Tensor, Tensor, Tensor)",
+    f"embedding_layer_norm_forward({_INDICES}, {_TABLES}, Tensor norm_weight, Tensor norm_bias, Tensor? dropout_seeds, "
+    "float eps, float dropout_p, int dropout_stream) -> (Tensor, Tensor, Tensor)",
     "embedding.kernel.forward",
     _forward_fake,
 )
 BACKWARD = operator(
-    f"embedding_layer_norm_backward(Tensor dy, {_INDICES}, {_TABLES}, Tensor weight, Tensor? keys, Tensor mean, Tensor rstd, "
-    "float dropout_p, int site) -> (Tensor, Tensor)",
+    f"embedding_layer_norm_backward(Tensor dy, {_INDICES}, {_TABLES}, Tensor norm_weight, Tensor? dropout_seeds, Tensor mean, Tensor rstd, "
+    "float dropout_p, int dropout_stream) -> (Tensor, Tensor)",
     "embedding.kernel.backward",
     _backward_fake,
 )
@@ -178,41 +193,51 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        ids,
-        positions,
-        segments,
-        words,
-        position_table,
-        segment_table,
-        weight,
-        shift,
+        input_ids,
+        position_ids,
+        token_type_ids,
+        word_embeddings,
+        position_embeddings,
+        token_type_embeddings,
+        norm_weight,
+        norm_bias,
         eps,
         dropout_p,
-        keys,
-        site,
+        dropout_seeds,
+        dropout_stream,
     ):
-        read = (ids, positions, segments, words, position_table, segment_table, weight)
-        y, mean, rstd = FORWARD(*read, shift, keys, eps, dropout_p, site)
-        ctx.save_for_backward(*read, keys, mean, rstd)
-        ctx.dropout_p, ctx.site = dropout_p, site
+        read = (
+            input_ids,
+            position_ids,
+            token_type_ids,
+            word_embeddings,
+            position_embeddings,
+            token_type_embeddings,
+            norm_weight,
+        )
+        y, mean, rstd = FORWARD(*read, norm_bias, dropout_seeds, eps, dropout_p, dropout_stream)
+        ctx.save_for_backward(*read, dropout_seeds, mean, rstd)
+        ctx.dropout_p, ctx.dropout_stream = dropout_p, dropout_stream
         return y
 
     @staticmethod
     @backward_once
     def backward(ctx, dy):  # type: ignore[override]
         saved = ctx.saved_tensors
-        dtables, vectors = BACKWARD(dy.contiguous(), *saved, ctx.dropout_p, ctx.site)
-        dwords, dpositions, dsegments = dtables.split([table.shape[0] for table in saved[3:6]])
-        dweight, dshift = vectors.unbind()
+        dtables, vectors = BACKWARD(dy.contiguous(), *saved, ctx.dropout_p, ctx.dropout_stream)
+        dword_embeddings, dposition_embeddings, dtoken_type_embeddings = dtables.split(
+            [table.shape[0] for table in saved[3:6]]
+        )
+        dnorm_weight, dnorm_bias = vectors.unbind()
         return (
             None,
             None,
             None,
-            dwords,
-            dpositions,
-            dsegments,
-            dweight,
-            dshift,
+            dword_embeddings,
+            dposition_embeddings,
+            dtoken_type_embeddings,
+            dnorm_weight,
+            dnorm_bias,
             None,
             None,
             None,

@@ -7,25 +7,27 @@ from fastbert_kernels.norm.reference import reference as norm_reference
 
 
 def reference(
-    ids,
-    positions,
-    segments,
-    words,
-    position_table,
-    segment_table,
-    weight,
-    shift,
+    input_ids,
+    position_ids,
+    token_type_ids,
+    word_embeddings,
+    position_embeddings,
+    token_type_embeddings,
+    norm_weight,
+    norm_bias,
     eps,
     dropout_p,
-    keys,
-    site,
+    dropout_seeds,
+    dropout_stream,
 ):
-    """dropout(LN(word + position + segment)); arguments and result as in `op.py`."""
-    wide = torch.promote_types(words.dtype, torch.float32)
+    """dropout(LN(word + position + token type)); arguments and result as in `op.py`."""
+    wide = torch.promote_types(word_embeddings.dtype, torch.float32)
     total = (
-        words[ids].to(wide) + position_table[positions].to(wide) + segment_table[segments].to(wide)
+        word_embeddings[input_ids].to(wide)
+        + position_embeddings[position_ids].to(wide)
+        + token_type_embeddings[token_type_ids].to(wide)
     )
-    y = norm_reference(total, None, None, weight, shift, eps, 0.0, None, 0)
+    y = norm_reference(total, None, None, norm_weight, norm_bias, eps, 0.0, None, 0)
     if dropout_p > 0:
-        y = y * row_multiplier(keys, site, y.shape[1], dropout_p, wide)
-    return y.to(words.dtype)
+        y = y * row_multiplier(dropout_seeds, dropout_stream, y.shape[1], dropout_p, wide)
+    return y.to(word_embeddings.dtype)

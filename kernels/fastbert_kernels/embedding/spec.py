@@ -1,6 +1,6 @@
 """Shapes, inputs and least work of `embedding_layer_norm`."""
 
-from fastbert_kernels._spec import Spec, generator, integers, normal, random_keys
+from fastbert_kernels._spec import Spec, generator, integers, normal, random_seeds
 from fastbert_kernels.embedding.op import embedding_layer_norm
 
 
@@ -8,24 +8,24 @@ def _inputs(shape, dtype, dropout_p):
     draw = generator(shape)
     rows, size = shape["T"], shape["D"]
     return {
-        "ids": integers(draw, shape["V"], rows),
-        "positions": integers(draw, shape["P"], rows),
-        "segments": integers(draw, 2, rows),
-        "words": normal(draw, dtype, shape["V"], size),
-        "position_table": normal(draw, dtype, shape["P"], size),
-        "segment_table": normal(draw, dtype, 2, size),
-        "weight": normal(draw, dtype, size),
-        "shift": normal(draw, dtype, size),
+        "input_ids": integers(draw, shape["V"], rows),
+        "position_ids": integers(draw, shape["P"], rows),
+        "token_type_ids": integers(draw, 2, rows),
+        "word_embeddings": normal(draw, dtype, shape["V"], size),
+        "position_embeddings": normal(draw, dtype, shape["P"], size),
+        "token_type_embeddings": normal(draw, dtype, 2, size),
+        "norm_weight": normal(draw, dtype, size),
+        "norm_bias": normal(draw, dtype, size),
         "dropout_p": dropout_p,
-        "keys": random_keys(draw, rows),
+        "dropout_seeds": random_seeds(draw, rows),
     }
 
 
 def _least_bytes(shape, size):
     rows, columns = shape["T"], shape["D"]
-    # Forward reads three rows a token, weight, shift, the indices and the keys; writes y, mean and rstd.
+    # Forward reads three rows a token, norm_weight, norm_bias, the indices and the seeds; writes y, mean and rstd.
     forward = (4 * rows + 2) * columns * size + rows * (3 * 8 + 8 + 4 + 4)
-    # Backward reads dy, the three rows, weight, the indices, the keys, mean and rstd; writes dz, dweight and dshift.
+    # Backward reads dy, the three rows, norm_weight, the indices, the seeds, mean and rstd; writes dz, dnorm_weight and dnorm_bias.
     backward = (5 * rows + 3) * columns * size + rows * (3 * 8 + 8 + 4 + 4)
     # Each of the three tables then reads dz once, and in which order; all their rows are written, those that do not occur as zeros.
     tables = (3 * rows + shape["V"] + shape["P"] + 2) * columns * size + 3 * rows * 8
@@ -44,7 +44,13 @@ SPEC = Spec(
         {"T": 9, "V": 20, "P": 3, "D": 1025},
     ),
     inputs=_inputs,
-    differentiable=("words", "position_table", "segment_table", "weight", "shift"),
+    differentiable=(
+        "word_embeddings",
+        "position_embeddings",
+        "token_type_embeddings",
+        "norm_weight",
+        "norm_bias",
+    ),
     least_bytes=_least_bytes,
     flops=lambda s: 30 * s["T"] * s["D"],
 )

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastbert_kernels._autocast import lowered
+from fastbert_kernels._autocast import cast_low
 from fastbert_kernels._checks import check_implementation, check_leader, check_tensors, check_triton
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.gelu.reference import reference
@@ -26,7 +26,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, impl: str = "reference") -
 
     Source: Hendrycks and Gimpel, 2016, section 2.
     """
-    x, bias = lowered(x, bias)
+    x, bias = cast_low(x, bias)
     check(x, bias, impl)
     return _IMPLEMENTATIONS[impl](x, bias)
 

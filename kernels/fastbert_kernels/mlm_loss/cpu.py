@@ -22,7 +22,7 @@ _SLAB = (
 def _loss_slab(
     rows, weight, bias, labels
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """exp(z - max z) [m, V], its sum [m, 1], losses [m] and hits [m] of one slab; one exp for loss and gradient alike."""
+    """exp(z - max z) [m, V], its sum [m, 1], losses [m] and correct [m] of one slab; one exp for loss and gradient alike."""
     z = torch.addmm(bias, rows, weight.T).to(torch.promote_types(rows.dtype, torch.float32))
     largest = z.amax(-1, keepdim=True)
     of_label = z.gather(1, labels[:, None])
@@ -40,7 +40,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         size = max(1, _SLAB // weight.shape[0])
         with_gradient = any(ctx.needs_input_grad[:3])
         losses = rows.new_empty(len(rows), dtype=wide)
-        hits = torch.empty(len(rows), dtype=torch.bool)
+        correct = torch.empty(len(rows), dtype=torch.bool)
         ignored = labels == IGNORED
         labels = labels.masked_fill(ignored, 0)
         if with_gradient:
@@ -49,7 +49,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             dbias = torch.zeros_like(bias, dtype=wide)
         for first in range(0, len(rows), size):
             slab = slice(first, first + size)
-            exponentials, sums, losses[slab], hits[slab] = _loss_slab(
+            exponentials, sums, losses[slab], correct[slab] = _loss_slab(
                 rows[slab], weight, bias, labels[slab]
             )
             if with_gradient:
@@ -69,13 +69,13 @@ class _MaskedCrossEntropy(torch.autograd.Function):
             dweight = torch.zeros_like(weight) if dweight is None else dweight
             ctx.save_for_backward(drows, dweight.to(weight.dtype), dbias.to(bias.dtype), positions)
             ctx.tokens = len(hidden)
-        losses[ignored], hits[ignored] = 0, False
-        ctx.mark_non_differentiable(losses, hits)
-        return losses.sum() / total, losses, hits
+        losses[ignored], correct[ignored] = 0, False
+        ctx.mark_non_differentiable(losses, correct)
+        return losses.sum() / total, losses, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss, _losses, _hits):  # type: ignore[override]
+    def backward(ctx, dloss, _losses, _correct):  # type: ignore[override]
         drows, dweight, dbias, positions = ctx.saved_tensors
         if dloss != 1:
             drows, dweight, dbias = (x * dloss for x in (drows, dweight, dbias))

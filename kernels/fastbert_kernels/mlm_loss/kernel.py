@@ -188,7 +188,7 @@ def _combine_kernel(
     positions_ptr,
     labels_ptr,
     losses_ptr,
-    hits_ptr,
+    correct_ptr,
     lse_ptr,
     T,
     M,
@@ -200,10 +200,10 @@ def _combine_kernel(
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = token < M
     label = tl.load(labels_ptr + token, mask=live, other=0)
-    sound = (label >= 0) & (label < V)
+    valid = (label >= 0) & (label < V)
     if GATHER:
         position = tl.load(positions_ptr + token, mask=live, other=0)
-        sound = sound & (position >= 0) & (position < T)
+        valid = valid & (position >= 0) & (position < T)
 
     largest = tl.full([BLOCK_M], _LOWEST, tl.float32)
     sums = tl.zeros([BLOCK_M], tl.float32)
@@ -222,9 +222,9 @@ def _combine_kernel(
         before = tl.maximum(before, tl.load(at + 3 * plane, mask=live, other=0.0))
         at += M
 
-    of_sums = tl.where(sound, tl.log2(sums), float("nan"))
+    of_sums = tl.where(valid, tl.log2(sums), float("nan"))
     tl.store(losses_ptr + token, (largest - of_label + of_sums) * _LN2, mask=live)
-    tl.store(hits_ptr + token, sound & (of_label == largest) & (before < largest), mask=live)
+    tl.store(correct_ptr + token, valid & (of_label == largest) & (before < largest), mask=live)
     tl.store(lse_ptr + token, largest + of_sums, mask=live)
 
 
@@ -233,12 +233,12 @@ _COMBINE = Kernel(_combine_kernel, "mlm_loss_combine")
 
 
 def forward(hidden, weight, bias, positions, labels):
-    """Losses fp32 [M] in nats, hits bool [M], and lse fp32 [M] in bits."""
+    """Losses fp32 [M] in nats, correct bool [M], and lse fp32 [M] in bits."""
     (T, D), M, V = hidden.shape, labels.shape[0], weight.shape[0]
     losses, lse = hidden.new_empty(M, dtype=torch.float32), hidden.new_empty(M, dtype=torch.float32)
-    hits = hidden.new_empty(M, dtype=torch.bool)
+    correct = hidden.new_empty(M, dtype=torch.bool)
     if not M:
-        return losses, hits, lse
+        return losses, correct, lse
     weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
     gather, strides = positions is not None, (hidden.stride(0), weight.stride(0))
     kernel = _FORWARD.prepare(hidden, D, (gather, dot_precision(hidden.dtype)), strides, V)
@@ -258,9 +258,9 @@ def forward(hidden, weight, bias, positions, labels):
     )
     kernel = _COMBINE.prepare(hidden, 1, (gather,), V)
     grid = (triton.cdiv(M, kernel.tile["BLOCK_M"]),)
-    kernel(grid, (partials, positions, labels, losses, hits, lse), (T, M, V, runs))
+    kernel(grid, (partials, positions, labels, losses, correct, lse), (T, M, V, runs))
     ignored = labels == IGNORED
-    return losses.masked_fill_(ignored, 0.0), hits, lse.masked_fill_(ignored, math.inf)
+    return losses.masked_fill_(ignored, 0.0), correct, lse.masked_fill_(ignored, math.inf)
 
 
 @triton.jit(do_not_specialize=["M", "V", "run"])
@@ -381,7 +381,7 @@ def production() -> list[Production]:
         matrix = {"weight_ptr": name, "bias_ptr": name, "stride_weight": "i32", "D": "i32"}
         batch = {"labels_ptr": "*i64", "M": "i32", "V": "i32"}
         gathered = {"positions_ptr": "*i64", "T": "i32", "GATHER": True, "partials_ptr": "*fp32"}
-        results = {"losses_ptr": "*fp32", "hits_ptr": "*i1", "lse_ptr": "*fp32", "runs": "i32"}
+        results = {"losses_ptr": "*fp32", "correct_ptr": "*i1", "lse_ptr": "*fp32", "runs": "i32"}
         found.append(
             Production(_combine_kernel, "mlm_loss_combine", 1, dtype, batch | gathered | results)
         )

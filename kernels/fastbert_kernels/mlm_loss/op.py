@@ -2,7 +2,7 @@
 
 import torch
 
-from fastbert_kernels._autocast import lowered
+from fastbert_kernels._autocast import cast_low
 from fastbert_kernels._checks import (
     INT64,
     check_implementation,
@@ -40,7 +40,7 @@ def masked_cross_entropy(
             gives their gradient in fp32 without a rounding.
         bias: [V], as hidden, or fp32 likewise.
         positions: int64 [M], rows of `hidden`; M = 0 gives a loss of zero and gradients of zero. None: M = T, every row once.
-        labels: int64 [M] in [0, V), or -100 for a token that is ignored, as in torch's cross_entropy: its loss is zero, it is no hit and
+        labels: int64 [M] in [0, V), or -100 for a token that is ignored, as in torch's cross_entropy: its loss is zero, it is not counted as correct and
             adds nothing to any gradient. So M may be padded.
         total: what the sum is divided by: 1 for the sum, or the count of masked tokens in the whole global batch.
         check_values: whether to verify positions and labels. None: on a CPU; True: also on a GPU, which then waits for the device.
@@ -50,7 +50,7 @@ def masked_cross_entropy(
     Returns:
         loss: scalar, fp32 (fp64 where hidden is), nats; the only differentiable result.
         token_losses: [M], as loss, nats, not divided.
-        token_hits: bool [M], whether the label is the arg-max of the logits (the first of equals).
+        token_correct: bool [M], whether the label is the arg-max of the logits (the first of equals).
 
     Raises:
         ValueError: a shape or device that does not fit, `total` not above 0, a position outside [0, T) or a label that is neither -100
@@ -59,8 +59,8 @@ def masked_cross_entropy(
 
     Source: Devlin et al., 2019, section 3.1, task 1.
     """
-    (hidden,) = lowered(hidden)
-    weight, bias = (x if x.dtype == torch.float32 else lowered(x)[0] for x in (weight, bias))
+    (hidden,) = cast_low(hidden)
+    weight, bias = (x if x.dtype == torch.float32 else cast_low(x)[0] for x in (weight, bias))
     _check(hidden, weight, bias, positions, labels, total, check_values, impl)
     return _IMPLEMENTATIONS[impl](hidden, weight, bias, positions, labels, total)
 
@@ -119,15 +119,15 @@ _BACKWARD = operator(
 class _MaskedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, positions, labels, total):
-        losses, hits, lse = _FORWARD(hidden, weight, bias, positions, labels)
+        losses, correct, lse = _FORWARD(hidden, weight, bias, positions, labels)
         ctx.save_for_backward(hidden, weight, bias, positions, labels, lse)
         ctx.total = total
-        ctx.mark_non_differentiable(losses, hits)
-        return losses.sum() / total, losses, hits
+        ctx.mark_non_differentiable(losses, correct)
+        return losses.sum() / total, losses, correct
 
     @staticmethod
     @backward_once
-    def backward(ctx, dloss, _losses, _hits):  # type: ignore[override]
+    def backward(ctx, dloss, _losses, _correct):  # type: ignore[override]
         return *_BACKWARD(dloss / ctx.total, *ctx.saved_tensors), None, None, None
 
 

@@ -36,7 +36,7 @@ def _least_bytes(shape, size):
     row_tiles, word_tiles = tiles("mlm_loss_forward")
     forward = (
         logits(row_tiles, word_tiles) + M * (8 + 8) + M * (4 + 1 + 4)
-    )  # positions and labels in; losses, hits and lse out
+    )  # positions and labels in; losses, correct and lse out
     row_tiles, word_tiles = tiles("mlm_loss_backward")
     backward = (
         logits(row_tiles, word_tiles) + M * (8 + 4) * word_tiles

@@ -15,11 +15,22 @@ from fastbert_kernels._dropout_cpu import row_keep_mask_cpu
 
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, residual, weight, shift, eps, dropout_p, keys, site):
+    def forward(
+        ctx,
+        x,
+        bias,
+        residual,
+        norm_weight,
+        norm_bias,
+        eps,
+        dropout_p,
+        dropout_seeds,
+        dropout_stream,
+    ):
         z = x if bias is None else x + bias
         keep = None
         if dropout_p > 0:
-            keep = row_keep_mask_cpu(keys, site, x.shape[1], dropout_p)
+            keep = row_keep_mask_cpu(dropout_seeds, dropout_stream, x.shape[1], dropout_p)
             z = torch.mul(z, keep, out=z if z is not x else None)
             z = (
                 z.mul_(keep_scale(dropout_p))
@@ -28,8 +39,8 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
             )
         elif residual is not None:
             z = z + residual
-        y, mean, rstd = torch.native_layer_norm(z, (x.shape[1],), weight, shift, eps)
-        ctx.save_for_backward(z, mean, rstd, weight, shift, keep)
+        y, mean, rstd = torch.native_layer_norm(z, (x.shape[1],), norm_weight, norm_bias, eps)
+        ctx.save_for_backward(z, mean, rstd, norm_weight, norm_bias, keep)
         ctx.dropout_p, ctx.has_bias, ctx.has_residual = (
             dropout_p,
             bias is not None,
@@ -40,18 +51,30 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
-        z, mean, rstd, weight, shift, keep = ctx.saved_tensors
+        z, mean, rstd, norm_weight, norm_bias, keep = ctx.saved_tensors
         dy = dy.contiguous()
         dz, _, _ = torch.ops.aten.native_layer_norm_backward(
-            dy, z, (z.shape[1],), mean, rstd, weight, shift, [True, False, False]
+            dy, z, (z.shape[1],), mean, rstd, norm_weight, norm_bias, [True, False, False]
         )
-        # Torch's own dweight and dshift add up one row after the other: at 2,500 rows ten times the rounding error, for half the time.
-        dweight, dshift = torch.sub(z, mean).mul_(rstd).mul_(dy).sum(0), dy.sum(0)
+        # Torch's own dnorm_weight and dnorm_bias add up one row after the other: at 2,500 rows ten times the rounding error, for half the time.
+        dnorm_weight, dnorm_bias = torch.sub(z, mean).mul_(rstd).mul_(dy).sum(0), dy.sum(0)
         dx = dz if keep is None else (dz * keep).mul_(keep_scale(ctx.dropout_p))
         dbias = dx.sum(0) if ctx.has_bias else None
-        return dx, dbias, dz if ctx.has_residual else None, dweight, dshift, None, None, None, None
+        return (
+            dx,
+            dbias,
+            dz if ctx.has_residual else None,
+            dnorm_weight,
+            dnorm_bias,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def cpu(x, bias, residual, weight, shift, eps, dropout_p, keys, site):
+def cpu(x, bias, residual, norm_weight, norm_bias, eps, dropout_p, dropout_seeds, dropout_stream):
     """Arguments and result as in `op.py`."""
-    return _DropoutAddLayerNorm.apply(x, bias, residual, weight, shift, eps, dropout_p, keys, site)
+    return _DropoutAddLayerNorm.apply(
+        x, bias, residual, norm_weight, norm_bias, eps, dropout_p, dropout_seeds, dropout_stream
+    )

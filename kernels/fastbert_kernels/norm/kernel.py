@@ -2,17 +2,17 @@
 
     z = residual + c (x + bias) * keep        c = 1 / probability to be kept
     mean = sum(z) / D        rstd = 1 / sqrt(sum((z - mean)^2) / D + eps)        h = (z - mean) rstd
-    y = h * weight + shift
+    y = h * norm_weight + norm_bias
 
-    g = dy * weight        dz = rstd (g - sum(g) / D - h sum(g h) / D)        dresidual = dz        dx = c dz * keep
-    dweight, dshift, dbias = sums over the rows of dy * h, dy, dx
+    g = dy * norm_weight        dz = rstd (g - sum(g) / D - h sum(g h) / D)        dresidual = dz        dx = c dz * keep
+    dnorm_weight, dnorm_bias, dbias = sums over the rows of dy * h, dy, dx
 
 Saved: x, bias, residual, which the rest of the step holds anyway, and mean and rstd of each row; z and the mask are made anew.
 Without dropout dx and dresidual are the same and written once.
 
 A program owns every n-th tile of BLOCK_T rows. It holds a row as a tuple of chunks of BLOCK_D columns, each a 128-bit load of every
 thread of one or a few warps: D = 768 is three chunks, with no lane idle, where a power of two would waste a quarter of them, and at
-BERT-base's size all sums along a row stay within a warp. The program reads bias, weight and shift once, and adds up its share of
+BERT-base's size all sums along a row stay within a warp. The program reads bias, norm_weight and norm_bias once, and adds up its share of
 their gradients in registers, written as fp32 [n, 3, D] and added in one order: the result is deterministic.
 
 Source: Ba et al., 2016, equation 4.
@@ -26,7 +26,7 @@ import triton.language as tl
 
 from fastbert_kernels._dropout import keep_scale, threshold
 from fastbert_kernels._launch import Kernel
-from fastbert_kernels._triton import Production, keep_mask, multiprocessors, site_keys
+from fastbert_kernels._triton import Production, keep_mask, multiprocessors, stream_keys
 
 
 def row_programs(tile: dict[str, int], rows: int, device: torch.device) -> int:
@@ -88,13 +88,15 @@ def row_sum(chunks):
 
 
 @triton.jit
-def mask_keys(keys_ptr, row, T, site):
+def mask_keys(dropout_seeds_ptr, row, T, dropout_stream):
     """The two keys of the dropout mask of each row [BLOCK_T]; an empty tuple without dropout."""
-    if keys_ptr is None:
+    if dropout_seeds_ptr is None:
         return ()
     else:
-        return site_keys(
-            tl.load(keys_ptr + row, mask=row < T, other=0).to(tl.uint64, bitcast=True), site, 0
+        return stream_keys(
+            tl.load(dropout_seeds_ptr + row, mask=row < T, other=0).to(tl.uint64, bitcast=True),
+            dropout_stream,
+            0,
         )
 
 
@@ -123,12 +125,12 @@ def statistics(z, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def gradient(dy, z, weight, mean, rstd, D: tl.constexpr):
+def gradient(dy, z, norm_weight, mean, rstd, D: tl.constexpr):
     """h and dz of the head of this file. The padding of dy is zero, so that of h does no harm."""
     h = ()
     for i in tl.static_range(len(z)):
         h += ((z[i] - mean) * rstd,)
-    g = times(dy, weight)
+    g = times(dy, norm_weight)
     mean_g = row_sum(g) / D
     mean_gh = row_sum(times(g, h)) / D
     dz = ()
@@ -180,14 +182,14 @@ def _load_z(
     return z
 
 
-@triton.jit(do_not_specialize=["T", "site", "threshold"])
+@triton.jit(do_not_specialize=["T", "dropout_stream", "threshold"])
 def _forward_kernel(
     x_ptr,
     bias_ptr,
     residual_ptr,
-    weight_ptr,
-    shift_ptr,
-    keys_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    dropout_seeds_ptr,
     y_ptr,
     mean_ptr,
     rstd_ptr,
@@ -195,7 +197,7 @@ def _forward_kernel(
     stride_residual,
     T,
     eps,
-    site,
+    dropout_stream,
     threshold,
     scale,
     D: tl.constexpr,
@@ -203,11 +205,11 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     bias = load_vector(bias_ptr, D, BLOCK_D)
-    weight = load_vector(weight_ptr, D, BLOCK_D)
-    shift = load_vector(shift_ptr, D, BLOCK_D)
+    norm_weight = load_vector(norm_weight_ptr, D, BLOCK_D)
+    norm_bias = load_vector(norm_bias_ptr, D, BLOCK_D)
 
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
-        keys = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
+        keys = mask_keys(dropout_seeds_ptr, first + tl.arange(0, BLOCK_T), T, dropout_stream)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         z = _load_z(
             x_ptr,
@@ -228,7 +230,7 @@ def _forward_kernel(
 
         for i in tl.static_range(len(z)):
             column = columns(i, BLOCK_D)
-            y = (z[i] - mean) * rstd * weight[i] + shift[i]
+            y = (z[i] - mean) * rstd * norm_weight[i] + norm_bias[i]
             tl.store(y_ptr + row * D + column, y, mask=(row < T) & (column < D))
         tl.store(mean_ptr + row, mean, mask=row < T)
         tl.store(rstd_ptr + row, rstd, mask=row < T)
@@ -237,31 +239,35 @@ def _forward_kernel(
 _FORWARD = Kernel(_forward_kernel, "norm_forward")
 
 
-def forward(x, bias, residual, weight, shift, keys, eps, dropout_p, site):
+def forward(
+    x, bias, residual, norm_weight, norm_bias, dropout_seeds, eps, dropout_p, dropout_stream
+):
     """y, and mean and rstd, fp32 [T]."""
     T, D = x.shape
     y = x.new_empty(T, D)
     mean, rstd = x.new_empty(T, dtype=torch.float32), x.new_empty(T, dtype=torch.float32)
     if T and D:
-        keys = keys if dropout_p > 0 else None
+        dropout_seeds = dropout_seeds if dropout_p > 0 else None
         strides = x.stride(0), 0 if residual is None else residual.stride(0)
-        kernel = _FORWARD.prepare(x, D, (D,), strides, bias is None, residual is None, keys is None)
+        kernel = _FORWARD.prepare(
+            x, D, (D,), strides, bias is None, residual is None, dropout_seeds is None
+        )
         kernel(
             (row_programs(kernel.tile, T, x.device),),
-            (x, bias, residual, weight, shift, keys, y, mean, rstd),
-            (*strides, T, eps, site, threshold(dropout_p), keep_scale(dropout_p)),
+            (x, bias, residual, norm_weight, norm_bias, dropout_seeds, y, mean, rstd),
+            (*strides, T, eps, dropout_stream, threshold(dropout_p), keep_scale(dropout_p)),
         )
     return y, mean, rstd
 
 
-@triton.jit(do_not_specialize=["T", "site", "threshold"])
+@triton.jit(do_not_specialize=["T", "dropout_stream", "threshold"])
 def _backward_kernel(
     dy_ptr,
     x_ptr,
     bias_ptr,
     residual_ptr,
-    weight_ptr,
-    keys_ptr,
+    norm_weight_ptr,
+    dropout_seeds_ptr,
     mean_ptr,
     rstd_ptr,
     dx_ptr,
@@ -270,7 +276,7 @@ def _backward_kernel(
     stride_x,
     stride_residual,
     T,
-    site,
+    dropout_stream,
     threshold,
     scale,
     D: tl.constexpr,
@@ -278,15 +284,15 @@ def _backward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     bias = load_vector(bias_ptr, D, BLOCK_D)
-    weight = load_vector(weight_ptr, D, BLOCK_D)
-    dweight, dshift, dbias = (
+    norm_weight = load_vector(norm_weight_ptr, D, BLOCK_D)
+    dnorm_weight, dnorm_bias, dbias = (
         zeros(D, BLOCK_T, BLOCK_D),
         zeros(D, BLOCK_T, BLOCK_D),
         zeros(D, BLOCK_T, BLOCK_D),
     )
 
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
-        keys = mask_keys(keys_ptr, first + tl.arange(0, BLOCK_T), T, site)
+        keys = mask_keys(dropout_seeds_ptr, first + tl.arange(0, BLOCK_T), T, dropout_stream)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
@@ -305,7 +311,7 @@ def _backward_kernel(
             BLOCK_D,
         )
         dy = ()
-        for i in tl.static_range(len(weight)):
+        for i in tl.static_range(len(norm_weight)):
             column = columns(i, BLOCK_D)
             dy += (
                 tl.load(dy_ptr + row * D + column, mask=(row < T) & (column < D), other=0.0).to(
@@ -313,7 +319,7 @@ def _backward_kernel(
                 ),
             )
 
-        h, dz = gradient(dy, z, weight, mean, rstd, D)
+        h, dz = gradient(dy, z, norm_weight, mean, rstd, D)
 
         dx = ()
         for i in tl.static_range(len(dz)):
@@ -323,28 +329,36 @@ def _backward_kernel(
             tl.store(dx_ptr + row * D + column, dx[i], mask=mask)
             if dresidual_ptr is not None:
                 tl.store(dresidual_ptr + row * D + column, dz[i], mask=mask)
-        dweight, dshift, dbias = plus(dweight, times(dy, h)), plus(dshift, dy), plus(dbias, dx)
+        dnorm_weight, dnorm_bias, dbias = (
+            plus(dnorm_weight, times(dy, h)),
+            plus(dnorm_bias, dy),
+            plus(dbias, dx),
+        )
 
     share_ptr = shares_ptr + tl.program_id(0) * 3 * D
-    store_share(share_ptr, dweight, D, BLOCK_D)
-    store_share(share_ptr + D, dshift, D, BLOCK_D)
+    store_share(share_ptr, dnorm_weight, D, BLOCK_D)
+    store_share(share_ptr + D, dnorm_bias, D, BLOCK_D)
     store_share(share_ptr + 2 * D, dbias, D, BLOCK_D)
 
 
 _BACKWARD = Kernel(_backward_kernel, "norm_backward")
 
 
-def backward(dy, x, bias, residual, weight, keys, mean, rstd, dropout_p, site):
-    """dx; dresidual where it differs from dx, else an empty tensor; dweight, dshift and dbias as the rows of [3, D]."""
+def backward(
+    dy, x, bias, residual, norm_weight, dropout_seeds, mean, rstd, dropout_p, dropout_stream
+):
+    """dx; dresidual where it differs from dx, else an empty tensor; dnorm_weight, dnorm_bias and dbias as the rows of [3, D]."""
     T, D = x.shape
     dx = x.new_empty(T, D)
     differ = residual is not None and dropout_p > 0
     dresidual = x.new_empty((T, D) if differ else 0)
     if not (T and D):
         return dx, dresidual, x.new_zeros(3, D)
-    keys = keys if dropout_p > 0 else None
+    dropout_seeds = dropout_seeds if dropout_p > 0 else None
     strides = x.stride(0), 0 if residual is None else residual.stride(0)
-    kernel = _BACKWARD.prepare(x, D, (D,), strides, bias is None, residual is None, keys is None)
+    kernel = _BACKWARD.prepare(
+        x, D, (D,), strides, bias is None, residual is None, dropout_seeds is None
+    )
     programs = row_programs(kernel.tile, T, x.device)
     shares = x.new_empty(programs, 3, D, dtype=torch.float32)
     kernel(
@@ -354,15 +368,15 @@ def backward(dy, x, bias, residual, weight, keys, mean, rstd, dropout_p, site):
             x,
             bias,
             residual,
-            weight,
-            keys,
+            norm_weight,
+            dropout_seeds,
             mean,
             rstd,
             dx,
             dresidual if differ else None,
             shares,
         ),
-        (*strides, T, site, threshold(dropout_p), keep_scale(dropout_p)),
+        (*strides, T, dropout_stream, threshold(dropout_p), keep_scale(dropout_p)),
     )
     return dx, dresidual, shares.sum(0).to(x.dtype)
 
@@ -371,20 +385,24 @@ def production() -> list[Production]:
     """For the ahead-of-time gate: the sublayers of BERT-base and BERT-large, with dropout and without, and a LayerNorm alone."""
     found = []
     for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        read = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "weight_ptr"), tensor) | {
-            "keys_ptr": "*i64"
+        read = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "norm_weight_ptr"), tensor) | {
+            "dropout_seeds_ptr": "*i64"
         }
         rows = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
         sizes = {
             "stride_x": "i32",
             "stride_residual": "i32",
             "T": "i32",
-            "site": "i32",
+            "dropout_stream": "i32",
             "threshold": "i32",
             "scale": "fp32",
         }
         forward = (
-            read | dict.fromkeys(("shift_ptr", "y_ptr"), tensor) | rows | sizes | {"eps": "fp32"}
+            read
+            | dict.fromkeys(("norm_bias_ptr", "y_ptr"), tensor)
+            | rows
+            | sizes
+            | {"eps": "fp32"}
         )
         backward = (
             read
@@ -396,8 +414,8 @@ def production() -> list[Production]:
         aligned = ("stride_x", "stride_residual")
         forms: tuple[tuple[str, ...], ...] = (
             (),
-            ("keys_ptr",),
-            ("keys_ptr", "bias_ptr", "residual_ptr"),
+            ("dropout_seeds_ptr",),
+            ("dropout_seeds_ptr", "bias_ptr", "residual_ptr"),
         )  # which tensors are missing
         for size, missing in itertools.product((768, 1024), forms):
             lacks = dict.fromkeys(missing) | {"D": size}

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastbert_kernels._autocast import widened
+from fastbert_kernels._autocast import cast_fp32
 from fastbert_kernels._checks import (
     INT64,
     check_dropout,
@@ -22,13 +22,13 @@ def dropout_add_layer_norm(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    shift: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
     *,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
-    keys: torch.Tensor | None = None,
-    site: int = 0,
+    dropout_seeds: torch.Tensor | None = None,
+    dropout_stream: int = 0,
     impl: str = "reference",
 ) -> torch.Tensor:
     """LayerNorm(residual + dropout(x + bias)) over the last axis, biased variance.
@@ -39,51 +39,54 @@ def dropout_add_layer_norm(
     Args:
         x: [T, D], fp32, fp16 or bf16; the product of the sublayer's last matrix, without its bias.
         bias: [D] or None. residual: [T, D] or None. All as x.
-        weight, shift: [D], LayerNorm's gamma and beta, as x.
+        norm_weight, norm_bias: [D], LayerNorm's gamma and beta, as x.
         eps: added to the variance.
         dropout_p: probability to drop an element of x + bias, rounded to a multiple of 2**-16.
-        keys: int64 [T], one key a row (`row_keys`). site: which operation of the model this is.
+        dropout_seeds: int64 [T], one seed a row (`row_seeds`).
+        dropout_stream: which operation of the model this is, so that each draws its own masks.
         impl: "triton" (one pass each way, D up to 8,192; rows of x and residual may be strided), "cpu" or "reference".
 
     Returns:
         [T, D], as x; statistics are fp32.
 
     Raises:
-        ValueError: a shape or device that does not fit, dropout without keys, an unknown `impl`; "triton": D above 8,192, a last
+        ValueError: a shape or device that does not fit, dropout without seeds, an unknown `impl`; "triton": D above 8,192, a last
             axis that is not contiguous.
         TypeError: a dtype that does not fit; "triton": float64.
 
     Source: Ba et al., 2016, equation 4; post-norm sublayer of Vaswani et al., 2017, section 3.1.
     """
-    x, bias, residual, weight, shift = widened(x, bias, residual, weight, shift)
-    check(x, bias, residual, weight, shift, dropout_p, keys, impl)
-    return _IMPLEMENTATIONS[impl](x, bias, residual, weight, shift, eps, dropout_p, keys, site)
+    x, bias, residual, norm_weight, norm_bias = cast_fp32(x, bias, residual, norm_weight, norm_bias)
+    check(x, bias, residual, norm_weight, norm_bias, dropout_p, dropout_seeds, impl)
+    return _IMPLEMENTATIONS[impl](
+        x, bias, residual, norm_weight, norm_bias, eps, dropout_p, dropout_seeds, dropout_stream
+    )
 
 
 def layer_norm(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    shift: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
     *,
     eps: float = 1e-12,
     impl: str = "reference",
 ) -> torch.Tensor:
     """LayerNorm over the last axis of x [T, D]: `dropout_add_layer_norm` without its bias, dropout and residual."""
-    return dropout_add_layer_norm(x, None, None, weight, shift, eps=eps, impl=impl)
+    return dropout_add_layer_norm(x, None, None, norm_weight, norm_bias, eps=eps, impl=impl)
 
 
-def check(x, bias, residual, weight, shift, dropout_p, keys, impl):
+def check(x, bias, residual, norm_weight, norm_bias, dropout_p, dropout_seeds, impl):
     name = "dropout_add_layer_norm"
     check_leader(name, "x", x, ("T", "D"))
     (T, D), floats = x.shape, (x.dtype,)
-    check_dropout(name, dropout_p, keys, T)
+    check_dropout(name, dropout_p, dropout_seeds, T)
     tensors = (
         ("x", x, (T, D), floats),
         ("bias", bias, (D,), floats),
         ("residual", residual, (T, D), floats),
-        ("weight", weight, (D,), floats),
-        ("shift", shift, (D,), floats),
-        ("keys", keys if dropout_p > 0 else None, (T,), INT64),
+        ("norm_weight", norm_weight, (D,), floats),
+        ("norm_bias", norm_bias, (D,), floats),
+        ("dropout_seeds", dropout_seeds if dropout_p > 0 else None, (T,), INT64),
     )
     check_tensors(name, x.device, *tensors)
     check_implementation(name, impl, _IMPLEMENTATIONS)
@@ -99,20 +102,22 @@ def _forward_fake(x, *_):
     return x.new_empty(x.shape), *(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
 
 
-def _backward_fake(dy, x, bias, residual, weight, keys, mean, rstd, dropout_p, site):
+def _backward_fake(
+    dy, x, bias, residual, norm_weight, dropout_seeds, mean, rstd, dropout_p, dropout_stream
+):
     differ = residual is not None and dropout_p > 0
     return x.new_empty(x.shape), x.new_empty(x.shape if differ else 0), x.new_empty(3, x.shape[1])
 
 
 FORWARD = operator(
-    "dropout_add_layer_norm_forward(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor shift, Tensor? keys, "
-    "float eps, float dropout_p, int site) -> (Tensor, Tensor, Tensor)",
+    "dropout_add_layer_norm_forward(Tensor x, Tensor? bias, Tensor? residual, Tensor norm_weight, Tensor norm_bias, Tensor? dropout_seeds, "
+    "float eps, float dropout_p, int dropout_stream) -> (Tensor, Tensor, Tensor)",
     "norm.kernel.forward",
     _forward_fake,
 )
 BACKWARD = operator(
-    "dropout_add_layer_norm_backward(Tensor dy, Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor? keys, "
-    "Tensor mean, Tensor rstd, float dropout_p, int site) -> (Tensor, Tensor, Tensor)",
+    "dropout_add_layer_norm_backward(Tensor dy, Tensor x, Tensor? bias, Tensor? residual, Tensor norm_weight, Tensor? dropout_seeds, "
+    "Tensor mean, Tensor rstd, float dropout_p, int dropout_stream) -> (Tensor, Tensor, Tensor)",
     "norm.kernel.backward",
     _backward_fake,
 )
@@ -120,18 +125,33 @@ BACKWARD = operator(
 
 class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, residual, weight, shift, eps, dropout_p, keys, site):
-        y, mean, rstd = FORWARD(x, bias, residual, weight, shift, keys, eps, dropout_p, site)
-        ctx.save_for_backward(x, bias, residual, weight, keys, mean, rstd)
-        ctx.dropout_p, ctx.site = dropout_p, site
+    def forward(
+        ctx,
+        x,
+        bias,
+        residual,
+        norm_weight,
+        norm_bias,
+        eps,
+        dropout_p,
+        dropout_seeds,
+        dropout_stream,
+    ):
+        y, mean, rstd = FORWARD(
+            x, bias, residual, norm_weight, norm_bias, dropout_seeds, eps, dropout_p, dropout_stream
+        )
+        ctx.save_for_backward(x, bias, residual, norm_weight, dropout_seeds, mean, rstd)
+        ctx.dropout_p, ctx.dropout_stream = dropout_p, dropout_stream
         return y
 
     @staticmethod
     @backward_once
     def backward(ctx, dy):  # type: ignore[override]
         saved = ctx.saved_tensors
-        dx, dresidual, vectors = BACKWARD(dy.contiguous(), *saved, ctx.dropout_p, ctx.site)
-        dweight, dshift, dbias = vectors.unbind()
+        dx, dresidual, vectors = BACKWARD(
+            dy.contiguous(), *saved, ctx.dropout_p, ctx.dropout_stream
+        )
+        dnorm_weight, dnorm_bias, dbias = vectors.unbind()
         bias, residual = saved[1:3]
         if residual is None:
             dresidual = None
@@ -141,8 +161,8 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
             dx,
             dbias if bias is not None else None,
             dresidual,
-            dweight,
-            dshift,
+            dnorm_weight,
+            dnorm_bias,
             None,
             None,
             None,

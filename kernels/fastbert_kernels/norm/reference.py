@@ -5,16 +5,18 @@ import torch
 from fastbert_kernels._dropout import row_multiplier
 
 
-def reference(x, bias, residual, weight, shift, eps, dropout_p, keys, site):
+def reference(
+    x, bias, residual, norm_weight, norm_bias, eps, dropout_p, dropout_seeds, dropout_stream
+):
     """LN(residual + dropout(x + bias)); arguments and result as in `op.py`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     z = x.to(wide)
     if bias is not None:
         z = z + bias.to(wide)
     if dropout_p > 0:
-        z = z * row_multiplier(keys, site, x.shape[1], dropout_p, wide)
+        z = z * row_multiplier(dropout_seeds, dropout_stream, x.shape[1], dropout_p, wide)
     if residual is not None:
         z = z + residual.to(wide)
     mean = z.mean(-1, keepdim=True)
     rstd = ((z - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
-    return ((z - mean) * rstd * weight.to(wide) + shift.to(wide)).to(x.dtype)
+    return ((z - mean) * rstd * norm_weight.to(wide) + norm_bias.to(wide)).to(x.dtype)

@@ -1,6 +1,6 @@
 """Shapes, inputs and least work of `dropout_add_layer_norm`."""
 
-from fastbert_kernels._spec import Spec, generator, normal, random_keys
+from fastbert_kernels._spec import Spec, generator, normal, random_seeds
 from fastbert_kernels.norm.op import dropout_add_layer_norm
 
 
@@ -12,19 +12,19 @@ def _inputs(shape, dtype, dropout_p):
         "x": normal(draw, dtype, rows, size),
         "bias": None if bare else normal(draw, dtype, size),
         "residual": None if bare else normal(draw, dtype, rows, size),
-        "weight": normal(draw, dtype, size),
-        "shift": normal(draw, dtype, size),
+        "norm_weight": normal(draw, dtype, size),
+        "norm_bias": normal(draw, dtype, size),
         "dropout_p": dropout_p,
-        "keys": random_keys(draw, rows),
-        "site": 7,
+        "dropout_seeds": random_seeds(draw, rows),
+        "dropout_stream": 7,
     }
 
 
 def _least_bytes(shape, size):
     rows, columns, bare = shape["T"], shape["D"], shape.get("bare", 0)
-    # Forward reads x, residual, bias, weight, shift and the keys; writes y, mean and rstd.
+    # Forward reads x, residual, bias, norm_weight, norm_bias and the seeds; writes y, mean and rstd.
     forward = ((2 if bare else 3) * rows + (2 if bare else 3)) * columns * size + rows * (8 + 4 + 4)
-    # Backward reads dy, x, residual, bias, weight, the keys, mean and rstd; writes dx, dresidual, dbias, dweight and dshift.
+    # Backward reads dy, x, residual, bias, norm_weight, the seeds, mean and rstd; writes dx, dresidual, dbias, dnorm_weight and dnorm_bias.
     backward = ((3 if bare else 5) * rows + (3 if bare else 5)) * columns * size + rows * (
         8 + 4 + 4
     )
@@ -46,7 +46,7 @@ SPEC = Spec(
         {"T": 9, "D": 64, "bare": 1},
     ),
     inputs=_inputs,
-    differentiable=("x", "bias", "residual", "weight", "shift"),
+    differentiable=("x", "bias", "residual", "norm_weight", "norm_bias"),
     least_bytes=_least_bytes,
     flops=lambda s: 30 * s["T"] * s["D"],
 )

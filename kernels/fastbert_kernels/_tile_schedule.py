@@ -5,7 +5,7 @@ import torch
 ITEM = 128  # rows of an item; every tile that a program owns divides it
 
 
-def attention_worklist(bounds: torch.Tensor, total: int) -> torch.Tensor:
+def attention_tile_schedule(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
     """The items of all sequences, those of the longest first, so that the last programs to run are short ones.
 
     Behind them come those of the rows that belong to no sequence, as if they were one more. Nothing waits for the device: as many items
@@ -13,19 +13,19 @@ def attention_worklist(bounds: torch.Tensor, total: int) -> torch.Tensor:
     for a batch.
 
     Args:
-        bounds: int32 [B + 1], first row of each sequence, then the end of the last, at most `total`.
+        cu_seqlens: int32 [B + 1], first row of each sequence, then the end of the last, at most `total`.
         total: rows in all.
 
     Returns:
         int32 [total // ITEM + B + 1, 2]: sequence (B: the rows behind the last one, -1: no item), and first row within it, a multiple of
         ITEM.
     """
-    lengths, order = bounds.diff().sort(descending=True, stable=True)
-    lengths = torch.cat((lengths, total - bounds[-1:]))
+    lengths, order = cu_seqlens.diff().sort(descending=True, stable=True)
+    lengths = torch.cat((lengths, total - cu_seqlens[-1:]))
     order = torch.nn.functional.pad(order, (0, 1), value=len(order))
     items = (lengths + (ITEM - 1)) // ITEM
     ends = items.cumsum(0)
-    index = torch.arange(total // ITEM + len(items), device=bounds.device)
+    index = torch.arange(total // ITEM + len(items), device=cu_seqlens.device)
     place = torch.searchsorted(ends, index, right=True).clamp_(max=len(items) - 1)
     sequence = torch.where(index < ends[-1:], order[place], -1)
     first = (index - ends[place] + items[place]) * ITEM

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbert_kernels._worklist import ITEM, attention_worklist
+from fastbert_kernels._tile_schedule import ITEM, attention_tile_schedule
 
 
 @settings(derandomize=True, deadline=None, max_examples=50)
@@ -14,9 +14,9 @@ from fastbert_kernels._worklist import ITEM, attention_worklist
 def test_each_tile_once_the_longest_first_and_the_rest_last(lengths, rest):
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     total = sum(lengths) + rest
-    work = attention_worklist(bounds, total)
-    assert work.dtype == torch.int32 and len(work) == total // ITEM + len(lengths) + 1
-    items = [tuple(item) for item in work.tolist() if item[0] >= 0]
+    schedule = attention_tile_schedule(bounds, total)
+    assert schedule.dtype == torch.int32 and len(schedule) == total // ITEM + len(lengths) + 1
+    items = [tuple(item) for item in schedule.tolist() if item[0] >= 0]
     assert sorted(items) == [
         (i, first) for i, length in enumerate([*lengths, rest]) for first in range(0, length, ITEM)
     ]
@@ -28,7 +28,7 @@ def test_each_tile_once_the_longest_first_and_the_rest_last(lengths, rest):
 
 def test_an_uneven_batch():
     bounds = torch.tensor([0, 1, 1 + 8192, 1 + 8192 + 130], dtype=torch.int32)
-    work = attention_worklist(bounds, int(bounds[-1]))
-    assert work[:3].tolist() == [[1, 0], [1, 128], [1, 256]]
-    assert work[64:67].tolist() == [[2, 0], [2, 128], [0, 0]]
-    assert (work[67:, 0] == -1).all()
+    schedule = attention_tile_schedule(bounds, int(bounds[-1]))
+    assert schedule[:3].tolist() == [[1, 0], [1, 128], [1, 256]]
+    assert schedule[64:67].tolist() == [[2, 0], [2, 128], [0, 0]]
+    assert (schedule[67:, 0] == -1).all()
