@@ -59,7 +59,7 @@ check: .venv/.installed-test ## lint, format and types only
 
 docs: .venv/.installed-docs ## build the documentation into site/, with warnings as errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "site/index.html: open it in a browser"
+	@echo "site/index.html: open it in a browser. The search needs a server: $(BIN)/mkdocs serve"
 
 bench: .venv/.installed-test | data/wiki/manifest.json ## all benchmarks that need no GPU, in 15 minutes; report in OUT=folder
 	@$(RUN_BENCHMARKS) --out $(OUT)

@@ -167,7 +167,11 @@ def commands() -> str:
     """The help of every command, by typer's own generator."""
     command = [sys.executable, "-m", "typer", "fastbert.cli", "utils", "docs", "--name", "fastbert"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    text = text.partition("\n")[2]  # without the title, which the page has
+    text = text.partition("\n")[
+        2
+    ]  # without the title, and the list of commands, which are headings
+    text = re.sub(r"\*\*Commands\*\*:\n.*?(?=^## )", "", text, flags=re.M | re.S)
+    text = text.replace("```console\n$ ", "```text\n")
     return re.sub(r"^(?:Example|Start): (.*)$", r"Example:\n\n```sh\n\1\n```", text, flags=re.M)
 
 

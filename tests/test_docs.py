@@ -280,6 +280,14 @@ def check_package(requirement: str, where: str) -> None:
         assert not extra or extra in project["optional-dependencies"], f"{where}: {requirement}"
 
 
+def test_examples_in_the_help_name_only_what_exists():
+    """The reference of commands shows them."""
+    for command in typer.main.get_command(cli.app).commands.values():  # type: ignore[attr-defined]
+        example = command.epilog.partition("Example: ")[2]
+        assert example.startswith(f"fastbert {command.name}"), command.name
+        check_command(example, f"fastbert {command.name} --help")
+
+
 def test_every_recipe_key_has_a_meaning():
     """The page of recipe keys has a sentence on each key of config.py, and on no other."""
     path = ROOT / "docs/reference/keys.toml"
