@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -288,6 +289,16 @@ def test_examples_in_the_help_name_only_what_exists():
         check_command(example, f"fastbert {command.name} --help")
 
 
+@pytest.mark.parametrize("name", PAGE_NAMES)
+def test_links_and_documented_names_exist(name):
+    page = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page):
+        if "://" not in target:
+            assert ((ROOT / name).parent / target).exists(), f"{name}: no {target}"
+    for documented in re.findall(r"^::: ([\w.]+)", page, re.MULTILINE):
+        pkgutil.resolve_name(documented)
+
+
 def test_every_recipe_key_has_a_meaning():
     """The page of recipe keys has a sentence on each key of config.py, and on no other."""
     path = ROOT / "docs/reference/keys.toml"
@@ -297,3 +308,12 @@ def test_every_recipe_key_has_a_meaning():
     expected = {name: {f.name for f in dataclasses.fields(of)} for name, of in sections.items()}
     assert {name for name in meanings if name not in sections} == set(hints) - set(sections)
     assert {name: set(meanings[name]) for name in sections} == expected
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs/hooks.py")
+    assert spec is not None and spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = hooks.recipe_keys()
+    for name in {*(set(hints) - set(sections)), *set().union(*expected.values())}:
+        assert f"| `{name}` | " in page
+    assert "| `hidden_size` | whole number, at least 16 | `768` | Width" in page
+    assert "| `max_grad_norm` | number, at least 0 | `1.0` |" in page
