@@ -27,7 +27,7 @@ $(call heading,Done. What is there to see:)
 @echo "To start afresh: rm -r $(1)"
 endef
 
-.PHONY: help install demo library test test-all torture mutants check bench bench-check bench-step bench-quality bench-downstream gpu clean
+.PHONY: help install demo library test test-all torture mutants check docs bench bench-check bench-step bench-quality bench-downstream gpu clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,10 @@ check: .venv/.installed-test ## lint, format and types only
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: .venv/.installed-docs ## build the documentation into site/, with warnings as errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html: open it in a browser. The search needs a server: $(BIN)/mkdocs serve"
+
 bench: .venv/.installed-test | data/wiki/manifest.json ## all benchmarks that need no GPU, in 15 minutes; report in OUT=folder
 	@$(RUN_BENCHMARKS) --out $(OUT)
 
@@ -78,7 +82,7 @@ gpu: ## all that needs a GPU, in 10 minutes, with the torch, Triton and pytest o
 	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 clean: ## remove .venv and caches; data/ and runs/ stay
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The environment. torch first and exactly, since an open range takes the newest build, which is several GB.
@@ -100,6 +104,11 @@ clean: ## remove .venv and caches; data/ and runs/ stay
 	$(call heading,Environment: what the tests need)
 	@$(PIP) --editable '.[test]'
 	@$(PIP) --upgrade --no-deps --target .venv/triton-oldest triton==3.6.0 # a test compiles every kernel with it, too
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(call heading,Environment: what builds the documentation)
+	@$(PIP) --editable '.[docs]'
 	@touch $@
 
 # The runs, each by the recipe of its name. A file is the proof that its step is finished, and so the reason to skip it; `|` asks only

@@ -53,7 +53,7 @@ def project_files() -> list[Path]:
     if listing and listing.returncode == 0:
         found = [ROOT / name for name in listing.stdout.split("\0") if name]
     else:
-        made = {"__pycache__", "data", "runs", "build", "dist"}
+        made = {"__pycache__", "data", "runs", "build", "dist", "site"}
         found = [
             p
             for p in ROOT.rglob("*")

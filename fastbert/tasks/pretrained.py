@@ -41,7 +41,8 @@ class Pretrained:
     Attributes:
         heads: which of "mlm" and "nsp" were trained.
         path: the folder that the weights came from.
-        recipe, metadata: those of the run; None and empty for a Hugging Face folder.
+        recipe: that of the run; None for a Hugging Face folder.
+        metadata: that of the checkpoint; empty for a Hugging Face folder.
     """
 
     model: BertForPreTraining
