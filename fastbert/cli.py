@@ -155,7 +155,7 @@ def prepare(
         list[Path],
         typer.Argument(
             metavar="SOURCE",
-            help="Text files or folders: txt, jsonl, csv, parquet; also .gz, .zst.",
+            help="Text files or folders: txt, jsonl, csv, tsv, parquet; also .gz, .zst.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to write the dataset to; it must be new.")],
@@ -177,10 +177,12 @@ def prepare(
     ] = 0.01,
     text_format: Annotated[
         str | None,
-        typer.Option("--format", help="txt, lines, jsonl, csv or parquet.  \\[default: by suffix]"),
+        typer.Option(
+            "--format", help="txt, lines, jsonl, csv, tsv or parquet.  \\[default: by suffix]"
+        ),
     ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Field of jsonl, or column of csv or parquet, with the text.")
+        str, typer.Option(help="Field of jsonl, or column of csv, tsv or parquet, with the text.")
     ] = "text",
     as_json: Json = False,
 ) -> None:
@@ -453,7 +455,7 @@ def embed(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="One text per line, or jsonl, csv, parquet; also .gz, .zst."
+            metavar="FILE", help="One text per line, or jsonl, csv, tsv, parquet; also .gz, .zst."
         ),
     ],
     out: Annotated[
@@ -472,10 +474,12 @@ def embed(
     ] = False,
     text_format: Annotated[
         str | None,
-        typer.Option("--format", help="lines, txt, jsonl, csv or parquet.  \\[default: by suffix]"),
+        typer.Option(
+            "--format", help="lines, txt, jsonl, csv, tsv or parquet.  \\[default: by suffix]"
+        ),
     ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Field of jsonl, or column of csv or parquet, with the text.")
+        str, typer.Option(help="Field of jsonl, or column of csv, tsv or parquet, with the text.")
     ] = "text",
     as_json: Json = False,
 ) -> None:
@@ -510,7 +514,7 @@ def finetune(
     train: Annotated[
         Path,
         typer.Option(
-            help="csv, tsv or jsonl with text (text_b) and label, or a GLUE file.",
+            help="csv, tsv, jsonl or parquet with text (text_b) and label, or a GLUE file.",
             exists=True,
             dir_okay=False,
         ),

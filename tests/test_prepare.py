@@ -19,10 +19,11 @@ import pytest
 
 from fastbert.data import prepare as module
 from fastbert.data.dataset import Split, TokenDataset, open_dataset
-from fastbert.data.documents import Chunk, Source, read_documents
+from fastbert.data.documents import Chunk, read_documents
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, hash_text
 from fastbert.data.prepare import prepare
 from fastbert.data.sentences import split_sentences
+from fastbert.data.sources import Source
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
 

@@ -185,7 +185,8 @@ def test_distinct(most: int) -> None:
 
 def test_sentence_hashes(small_dataset: TokenDataset) -> None:
     """Equal for the same sentence, anywhere and in any chunk; different for any other, also of the same words."""
-    from fastbert.data.documents import Chunk, Source
+    from fastbert.data.documents import Chunk
+    from fastbert.data.sources import Source
 
     tokenizer = (small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
     encoder = ChunkEncoder(tokenizer, "text", 0)

@@ -15,15 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from fastbert.data import tokenizer as module
+from fastbert.data import encoder as module
 from fastbert.data.dataset import SpecialIds, TokenDataset
-from fastbert.data.tokenizer import (
-    Encoder,
-    load_tokenizer,
-    save_tokenizer,
-    special_ids,
-    train_tokenizer,
-)
+from fastbert.data.encoder import Encoder
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
+from fastbert.data.vocabulary import train_tokenizer
 from fastbert.errors import InputError
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -51,7 +47,7 @@ def test_training(english_documents: list[str]) -> None:
 def test_training_is_deterministic(english_jsonl: Path) -> None:
     """In fresh processes, since hash maps are seeded once in each."""
     code = (
-        "import sys, hashlib; from fastbert.data.documents import read_documents; from fastbert.data.tokenizer import train_tokenizer;"
+        "import sys, hashlib; from fastbert.data.documents import read_documents; from fastbert.data.vocabulary import train_tokenizer;"
         "print(hashlib.sha256(train_tokenizer(read_documents(sys.argv[1:]), 1000).to_str().encode()).hexdigest())"
     )
     found = set()

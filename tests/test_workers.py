@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fastbert.data.documents import Chunk, Source, parse
+from fastbert.data.documents import Chunk, parse
+from fastbert.data.sources import Source
 from fastbert.data.workers import map_in_order
 from fastbert.errors import InputError
 

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 
 from fastbert.data.dataset import token_dtype
 from fastbert.data.documents import Chunk, parse
+from fastbert.data.encoder import Encoder
 from fastbert.data.sentences import split_sentences
-from fastbert.data.tokenizer import Encoder, special_ids
+from fastbert.data.tokenizer import special_ids
 
 # tokens; a longer sentence is cut, so that two of them and three special tokens still fit into 512
 LONGEST_SENTENCE = 254

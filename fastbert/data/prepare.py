@@ -32,20 +32,16 @@ from fastbert.data.dataset import (
     MANIFEST,
     OTHER_FILES,
     SPLITS,
-    ShardWriter,
     Split,
     token_dtype,
 )
-from fastbert.data.documents import Chunk, find_sources, parse, read_chunks
+from fastbert.data.documents import Chunk, parse, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
 from fastbert.data.report import CorpusStats, Report, make_report
-from fastbert.data.tokenizer import (
-    check_vocab_size,
-    load_tokenizer,
-    save_tokenizer,
-    special_ids,
-    train_tokenizer,
-)
+from fastbert.data.shards import ShardWriter
+from fastbert.data.sources import find_sources
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
+from fastbert.data.vocabulary import check_vocab_size, train_tokenizer
 from fastbert.data.workers import map_in_order
 from fastbert.durable import sealed, sha256_of, sync
 from fastbert.errors import InputError
@@ -89,7 +85,7 @@ def prepare(
         heldout: share of the documents that is set aside for evaluation. They are chosen by a hash
             of the text, so copies of a document are all in the same split. HELDOUT_BYTES and
             LEAST_HELDOUT bound the share.
-        text_format: a key of documents.FORMATS, where the suffix does not tell the format.
+        text_format: a key of sources.FORMATS, where the suffix does not tell the format.
         text_field: the field of JSON lines, or the column of csv or Parquet, that holds the text.
         progress: show a progress bar on stderr.
 
