@@ -163,6 +163,13 @@ def prepare(
         int, typer.Option(help="Size of the WordPiece vocabulary to train.")
     ] = 30522,
     cased: Annotated[bool, typer.Option("--cased", help="Train a cased vocabulary.")] = False,
+    keep_accents: Annotated[
+        bool,
+        typer.Option(
+            "--keep-accents",
+            help="Lower-case, but keep accents and vowel signs, which BERT drops.",
+        ),
+    ] = False,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -195,6 +202,7 @@ def prepare(
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         lowercase=not cased,
+        keep_accents=keep_accents,
         workers=workers,
         heldout=heldout,
         text_format=text_format,

@@ -10,6 +10,7 @@ import pytest
 
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, EncodedChunk, Part
+from fastbert.data.encoder import Losses
 from fastbert.data.prepare import prepare
 from fastbert.data.report import CorpusStats, DuplicateEstimator, Report, make_report
 
@@ -37,6 +38,7 @@ def chunk(
         "empty_documents": 0,
         "cut_sentences": 0,
         "unknown_tokens": 0,
+        "losses": Losses(),
     }
     return EncodedChunk(part(documents), part(heldout or []), **{**values, **options})  # type: ignore[arg-type]
 
@@ -111,6 +113,30 @@ HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
             "[UNK]",
             lambda: report_of(chunk([[20] * 50] * 1100, unknown_tokens=12_000), asked=None),
             "leave out --tokenizer",
+        ),
+        (
+            "[UNK]",
+            lambda: report_of(
+                chunk([[20] * 50] * 1100, losses=Losses(characters=1000, unknown_characters=11))
+            ),
+            "--vocab-size",
+        ),
+        (
+            "accents and vowel signs dropped",
+            lambda: report_of(chunk([[20] * 50], losses=Losses(words=1000, marked_words=11))),
+            "--keep-accents",
+        ),
+        (
+            "accents and vowel signs dropped",
+            lambda: report_of(
+                chunk([[20] * 50], losses=Losses(words=1000, marked_words=11)), asked=None
+            ),
+            "no --tokenizer",
+        ),
+        (
+            "capitals inside words, lower-cased",
+            lambda: report_of(chunk([[20] * 50], losses=Losses(words=100, inner_capitals=3))),
+            "--cased",
         ),
         (
             "copies of documents",

@@ -94,7 +94,7 @@ def expected(tokenizer: Tokenizer, sentences: list[str]) -> tuple[list[int], lis
 def test_encoder_on_real_text(tokenizer: Tokenizer, english_documents: list[str]) -> None:
     encoder = Encoder(tokenizer)
     for part in (english_documents[:300], english_documents[200:400]):
-        ids, lengths = encoder(part)
+        ids, lengths, _ = encoder(part)
         assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, part)
 
 
@@ -139,7 +139,7 @@ PIECES += [
     )
 )
 def test_encoder_on_any_text(tokenizer: Tokenizer, sentences: list[str]) -> None:
-    ids, lengths = Encoder(tokenizer)(sentences)
+    ids, lengths, _ = Encoder(tokenizer)(sentences)
     assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, sentences)
 
 
@@ -154,7 +154,7 @@ def test_encoder_with_a_small_memory(
     monkeypatch.setattr(module, "_SLOTS", 1 << 3)
     encoder = Encoder(tokenizer)
     for document in english_documents[:50]:
-        ids, lengths = encoder([document])
+        ids, lengths, _ = encoder([document])
         assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, [document])
 
 
@@ -373,7 +373,7 @@ def test_rubbish_in_the_json(
         assert "tokenizer.json" in str(error) and "\n" not in str(error)
     else:
         sentences = ["The [MASK] of Python, é 中!", ""]
-        ids, lengths = Encoder(tokenizer)(sentences)
+        ids, lengths, _ = Encoder(tokenizer)(sentences)
         assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, sentences)
 
 

@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 import string
+import unicodedata
 from array import array
+from dataclasses import dataclass, fields
 from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
+
+EXAMPLES = 3  # words that a Losses quotes
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a tokenizer drops of a text.
+
+    A word is what lies between ASCII whitespace and punctuation. Characters exclude spaces.
+    """
+
+    words: int = 0
+    characters: int = 0
+    unknown_characters: int = 0  # of the pieces that became [UNK]
+    marked_words: int = 0  # words that lost an accent or a vowel sign
+    marks: int = 0  # how many of these they lost
+    inner_capitals: int = 0  # capitals after a small letter or a digit that became small
+    examples: tuple[str, ...] = ()  # of marked words: "für → fur"
+
+    def __add__(self, other: Losses) -> Losses:
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Losses)}
+        examples = tuple(dict.fromkeys(sums.pop("examples")))[:EXAMPLES]
+        return Losses(**sums, examples=examples)
+
+
+class Encoded(NamedTuple):
+    """Many sentences as token ids."""
+
+    ids: np.ndarray  # int32 [T], of all sentences, one after another
+    lengths: np.ndarray  # int64 [sentences], tokens of each; 0 for a sentence without text
+    losses: Losses
 
 
 class Encoder:
@@ -23,6 +57,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._lowercase: bool = tokenizer.normalizer.lowercase
+        self._normalize = tokenizer.normalizer.normalize_str
         self._clear()
 
     def _clear(self) -> None:
@@ -32,20 +67,24 @@ class Encoder:
         self._keys = np.zeros((2, _SLOTS), np.uint64)
         self._index = np.zeros(_SLOTS, np.int32)
 
-    def __call__(self, sentences: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode sentences.
-
-        Returns:
-            ids: int32 [T], of all sentences, one after another.
-            lengths: int64 [len(sentences)], tokens of each; 0 for a sentence without text.
-        """
+    def __call__(self, sentences: list[str]) -> Encoded:
+        """Encode sentences, and count what is lost."""
         if len(self._words) > _KEPT_WORDS or len(self._words.ids) > _KEPT_TOKENS:
             self._clear()
         text = _END.join([*map(str.encode, sentences), b""])
-        # lower() of bytes changes ASCII letters only; the tokenizer lower-cases the others.
-        text = text.lower() if self._lowercase else text
+        inner_capitals = 0
+        if self._lowercase:
+            case = np.frombuffer(text.translate(_CASES), np.uint8)
+            inner = (case[1:] == _CAPITAL) & (case[:-1] == _SMALL)
+            inner_capitals = int(np.count_nonzero(inner))
+            # lower() of bytes changes ASCII letters only; the tokenizer lower-cases the others.
+            text = text.lower()
+        characters = sum(map(len, sentences)) - text.count(b" ")
         text = b" " + text + b" " * (_KEY_BYTES + 8)
-        words = self._look_up(text)
+        starts, ends, inside = _split(text)
+        words = self._look_up(text, starts, ends)
+        lost = self._lost(text, words, starts, ends)
+        losses = Losses(inside, characters, inner_capitals=inner_capitals, **lost)
         bounds = np.frombuffer(self._words.bounds, np.int64)
         starts = bounds[words]
         counts = bounds[words + 1] - starts
@@ -53,17 +92,33 @@ class Encoder:
         total = int(ends[-1]) if len(ends) else 0
         places = np.arange(total) + np.repeat(starts - (ends - counts), counts)
         ids = np.frombuffer(self._words.ids, np.int32)[places]
-        return ids, np.diff(ends[words == _END_INDEX], prepend=0)
+        return Encoded(ids, np.diff(ends[words == _END_INDEX], prepend=0), losses)
 
-    def _look_up(self, text: bytes) -> np.ndarray:
+    def _lost(
+        self, text: bytes, words: np.ndarray, starts: np.ndarray, ends: np.ndarray
+    ) -> dict[str, Any]:
+        """Return the fields of Losses that are counted word by word."""
+        at = np.flatnonzero(np.frombuffer(self._words.lossy, np.bool_)[words])
+        unknown = np.frombuffer(self._words.unknown, np.int32)[words[at]]
+        marks = np.frombuffer(self._words.marks, np.int32)[words[at]]
+        examples: dict[str, None] = {}
+        for i in at[marks > 0]:
+            word = text[starts[i] : ends[i]].decode()[:_EXAMPLE_LENGTH]
+            examples[f"{word} → {self._normalize(word)}"] = None
+            if len(examples) == EXAMPLES:
+                break
+        return {
+            "unknown_characters": int(unknown.sum()),
+            "marked_words": int(np.count_nonzero(marks)),
+            "marks": int(marks.sum()),
+            "examples": tuple(examples),
+        }
+
+    def _look_up(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Return the index of each word of the text, int64 [words].
 
-        `text` begins with a space and ends with at least as many spaces as a key has bytes.
+        `text` ends with at least as many spaces as a key has bytes.
         """
-        kind = np.frombuffer(text.translate(_KINDS), np.uint8)
-        inside = (kind == _INSIDE).view(np.uint8)
-        starts = np.flatnonzero(kind[1:] > inside[:-1]) + 1
-        ends = np.flatnonzero(kind[:-1] > inside[1:]) + 1
         lengths = ends - starts
         # The integer of the eight bytes from each byte on.
         eight = np.ndarray(len(text) - 7, "<u8", text, strides=(1,))
@@ -98,6 +153,18 @@ class Encoder:
         return list(map(self._words.__getitem__, words))
 
 
+def _split(text: bytes) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return where each word and each punctuation mark starts and ends, and the number of words.
+
+    `text` begins and ends with a space.
+    """
+    kind = np.frombuffer(text.translate(_KINDS), np.uint8)
+    inside = (kind == _INSIDE).view(np.uint8)
+    starts = np.flatnonzero(kind[1:] > inside[:-1]) + 1
+    ends = np.flatnonzero(kind[:-1] > inside[1:]) + 1
+    return starts, ends, len(starts) - int(np.count_nonzero(kind == _ALONE))
+
+
 _END = b"\xff"  # a separate word after each sentence; this byte does not occur in UTF-8
 _END_INDEX = 1
 _SPACE, _INSIDE, _ALONE = range(3)
@@ -105,6 +172,11 @@ _ISOLATED = string.punctuation.encode() + _END
 # Control characters stay inside a word: the tokenizer removes them and joins the rest.
 _KINDS = bytes(
     _SPACE if byte in b" \t\n\r" else _ALONE if byte in _ISOLATED else _INSIDE
+    for byte in range(256)
+)
+_SMALL, _CAPITAL = 1, 2
+_CASES = bytes(
+    _CAPITAL if chr(byte) in string.ascii_uppercase else _SMALL * bytes([byte]).isalnum()
     for byte in range(256)
 )
 _KEY_BYTES = 16
@@ -116,6 +188,7 @@ _KEPT_WORDS = 1 << 20  # about 150 MB of a worker's memory
 _KEPT_TOKENS = 1 << 22
 # bytes; text without spaces has "words" as long as sentences, which do not occur again
 _KEPT_LENGTH = 64
+_EXAMPLE_LENGTH = 24  # characters of a word that are shown
 _ID = attrgetter("id")
 
 
@@ -127,25 +200,55 @@ class _Words(dict[bytes, int]):
 
     Attributes:
         ids: of all words, one word after another. An array cannot grow while a view shares its
-            memory. Drop views of it and of `bounds` before the next word is looked up.
+            memory. Drop views of the arrays before the next word is looked up.
         bounds: where the ids of each word begin, and at the end the number of ids.
+        unknown: characters of each word that became [UNK].
+        marks: accents and vowel signs that each word lost.
+        lossy: whether one of both is not 0.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self[_END] = _END_INDEX
         self._encode, self._tokenize = tokenizer.encode, tokenizer.model.tokenize
+        self._unknown_id = tokenizer.token_to_id("[UNK]")
+        normalizer = tokenizer.normalizer
+        strips = normalizer.strip_accents
+        self._strips: bool = normalizer.lowercase if strips is None else strips
         self.ids, self.bounds = array("i"), array("q", [0, 0, 0])
+        self.unknown, self.marks, self.lossy = array("i", [0, 0]), array("i", [0, 0]), bytearray(2)
 
     def __missing__(self, word: bytes) -> int:
         ids, bounds = self.ids, self.bounds
+        text, marks, unknown = word.decode(), 0, 0
         if word.isalnum():
             # For bytes this means ASCII only, for which the model alone is enough. It takes a third
             # of the time of the whole tokenizer.
-            ids.extend(map(_ID, self._tokenize(word.decode())))
+            ids.extend(map(_ID, self._tokenize(text)))
         else:
-            ids.extend(self._encode(word.decode(), add_special_tokens=False).ids)
+            ids.extend(self._encode(text, add_special_tokens=False).ids)
+            if self._strips and not text.isascii():
+                decomposed = unicodedata.normalize("NFD", text)
+                marks = len(decomposed) - len(decomposed.translate(_WITHOUT_MARKS))
+        if self._unknown_id in ids[bounds[-1] :]:
+            encoding = self._encode(text, add_special_tokens=False)
+            spans = zip(encoding.ids, encoding.offsets, strict=True)
+            unknown = sum(b - a for token, (a, b) in spans if token == self._unknown_id)
         bounds.append(len(ids))
+        self.unknown.append(unknown)
+        self.marks.append(marks)
+        self.lossy.append(bool(unknown or marks))
         index = len(bounds) - 2
         if len(word) <= _KEPT_LENGTH:
             self[word] = index
         return index
+
+
+class _WithoutMarks(dict[int, int | None]):
+    """A table for str.translate that removes what BERT's normalizer strips with the accents."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code)) == "Mn" else code
+        return self[code]
+
+
+_WITHOUT_MARKS = _WithoutMarks()

@@ -65,6 +65,7 @@ def prepare(
     vocab_size: int = 30522,
     tokenizer: str | Path | None = None,
     lowercase: bool = True,
+    keep_accents: bool = False,
     workers: int | None = None,
     heldout: float = 0.01,
     text_format: str | None = None,
@@ -77,9 +78,11 @@ def prepare(
         sources: files and folders; documents.py lists the formats.
         out: the dataset's folder; it must not exist yet.
         vocab_size: of the WordPiece vocabulary that is trained on the text.
-        tokenizer: a Hugging Face folder or vocab.txt to use instead; vocab_size and lowercase are
-            then ignored.
-        lowercase: whether a trained vocabulary converts capitals to small letters.
+        tokenizer: a Hugging Face folder or vocab.txt to use instead; vocab_size, lowercase and
+            keep_accents are then ignored.
+        lowercase: whether a trained vocabulary converts capitals to small letters; accents and
+            vowel signs are then dropped too, as in BERT.
+        keep_accents: whether it keeps these all the same.
         workers: processes that encode; by default one per core, and fewer for little text. The
             number does not change the result.
         heldout: share of the documents that is set aside for evaluation. They are chosen by a hash
@@ -119,6 +122,8 @@ def prepare(
     if given is None:
         check_vocab_size(vocab_size)
         options |= {"vocab_size": vocab_size, "lowercase": lowercase}
+        if keep_accents:
+            options["keep_accents"] = True
     with _staging(out) as folder, _Bar(size, progress) as bar:
         vocabulary = given
         if vocabulary is None:
@@ -129,6 +134,7 @@ def prepare(
                     (text for chunk in sample for text in parse(chunk, text_field)),
                     vocab_size,
                     lowercase,
+                    keep_accents,
                 )
             del sample
         save_tokenizer(vocabulary, folder / "tokenizer")

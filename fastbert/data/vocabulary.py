@@ -19,19 +19,24 @@ ALPHABET_COVERAGE = 0.9999
 ALPHABET_SHARE = 0.5  # of the vocabulary at most, so that a small one has room for words
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, lowercase: bool = True, keep_accents: bool = False
+) -> Tokenizer:
     """Train a WordPiece vocabulary; the same texts always give the same vocabulary.
 
     Args:
         texts: the documents.
         vocab_size: the vocabulary is smaller where too few words occur twice.
-        lowercase: whether capitals are converted to small letters.
+        lowercase: whether capitals are converted to small letters; accents and vowel signs are then
+            dropped too, as in BERT.
+        keep_accents: do not drop them.
 
     Raises:
         InputError: a vocabulary size out of range, or texts without any character.
     """
     check_vocab_size(vocab_size)
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    strip_accents = False if keep_accents else None  # None: as lowercase says
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
     normalized = [normalizer.normalize_str(text) for text in texts]
     first, inner = _alphabet(normalized, int(vocab_size * ALPHABET_SHARE))
     if not first:
@@ -56,7 +61,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
     trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trained.train_from_iterator(normalized, trainer)
     ids = trained.get_vocab(with_added_tokens=True)
-    return assemble(sorted(ids, key=ids.__getitem__), lowercase)
+    return assemble(sorted(ids, key=ids.__getitem__), lowercase, strip_accents)
 
 
 def check_vocab_size(vocab_size: int) -> None:
