@@ -25,6 +25,7 @@ class Losses:
     words: int = 0
     characters: int = 0
     unknown_characters: int = 0  # of the pieces that became [UNK]
+    cut_characters: int = 0  # of words that were too long and were cut into pieces
     marked_words: int = 0  # words that lost an accent or a vowel sign
     marks: int = 0  # how many of these they lost
     inner_capitals: int = 0  # capitals after a small letter or a digit that became small
@@ -46,6 +47,10 @@ class Encoded(NamedTuple):
 
 class Encoder:
     """Encodes many sentences; equals `tokenizer.encode(sentence, add_special_tokens=False).ids`.
+
+    There is one difference. WordPiece makes a word of more than 100 characters one [UNK], which may
+    hide a page of a script without spaces, of code or of a sequence of bases. Here such a word is
+    cut into pieces of 100 characters, and each is encoded as a word.
 
     BERT's normalizer and pre-tokenizer never look across ASCII whitespace or punctuation. So the
     ids of a text are the ids of its words, when the text is cut there. Few of the words are
@@ -99,8 +104,10 @@ class Encoder:
     ) -> dict[str, Any]:
         """Return the fields of Losses that are counted word by word."""
         at = np.flatnonzero(np.frombuffer(self._words.lossy, np.bool_)[words])
-        unknown = np.frombuffer(self._words.unknown, np.int32)[words[at]]
-        marks = np.frombuffer(self._words.marks, np.int32)[words[at]]
+        unknown, cut, marks = (
+            np.frombuffer(counts, np.int32)[words[at]]
+            for counts in (self._words.unknown, self._words.cut, self._words.marks)
+        )
         examples: dict[str, None] = {}
         for i in at[marks > 0]:
             word = text[starts[i] : ends[i]].decode()[:_EXAMPLE_LENGTH]
@@ -109,6 +116,7 @@ class Encoder:
                 break
         return {
             "unknown_characters": int(unknown.sum()),
+            "cut_characters": int(cut.sum()),
             "marked_words": int(np.count_nonzero(marks)),
             "marks": int(marks.sum()),
             "examples": tuple(examples),
@@ -203,23 +211,26 @@ class _Words(dict[bytes, int]):
             memory. Drop views of the arrays before the next word is looked up.
         bounds: where the ids of each word begin, and at the end the number of ids.
         unknown: characters of each word that became [UNK].
+        cut: characters of each word that stood in pieces of more than the model takes.
         marks: accents and vowel signs that each word lost.
-        lossy: whether one of both is not 0.
+        lossy: whether one of these three is not 0.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self[_END] = _END_INDEX
         self._encode, self._tokenize = tokenizer.encode, tokenizer.model.tokenize
-        self._unknown_id = tokenizer.token_to_id("[UNK]")
+        self._tokenizer, self._unknown_id = tokenizer, tokenizer.token_to_id("[UNK]")
         normalizer = tokenizer.normalizer
         strips = normalizer.strip_accents
         self._strips: bool = normalizer.lowercase if strips is None else strips
+        self._longest: int = tokenizer.model.max_input_chars_per_word
         self.ids, self.bounds = array("i"), array("q", [0, 0, 0])
-        self.unknown, self.marks, self.lossy = array("i", [0, 0]), array("i", [0, 0]), bytearray(2)
+        self.unknown, self.cut, self.marks = (array("i", [0, 0]) for _ in range(3))
+        self.lossy = bytearray(2)
 
     def __missing__(self, word: bytes) -> int:
         ids, bounds = self.ids, self.bounds
-        text, marks, unknown = word.decode(), 0, 0
+        text, marks, unknown, cut = word.decode(), 0, 0, 0
         if word.isalnum():
             # For bytes this means ASCII only, for which the model alone is enough. It takes a third
             # of the time of the whole tokenizer.
@@ -230,17 +241,30 @@ class _Words(dict[bytes, int]):
                 decomposed = unicodedata.normalize("NFD", text)
                 marks = len(decomposed) - len(decomposed.translate(_WITHOUT_MARKS))
         if self._unknown_id in ids[bounds[-1] :]:
-            encoding = self._encode(text, add_special_tokens=False)
-            spans = zip(encoding.ids, encoding.offsets, strict=True)
-            unknown = sum(b - a for token, (a, b) in spans if token == self._unknown_id)
+            del ids[bounds[-1] :]
+            unknown, cut = self._piece_by_piece(text)
         bounds.append(len(ids))
         self.unknown.append(unknown)
+        self.cut.append(cut)
         self.marks.append(marks)
-        self.lossy.append(bool(unknown or marks))
+        self.lossy.append(bool(unknown or cut or marks))
         index = len(bounds) - 2
         if len(word) <= _KEPT_LENGTH:
             self[word] = index
         return index
+
+    def _piece_by_piece(self, text: str) -> tuple[int, int]:
+        """Append the ids of a word; return how many characters are unknown, and how many cut."""
+        unknown = cut = 0
+        normalized = self._tokenizer.normalizer.normalize_str(text)
+        for piece, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(normalized):
+            cut += len(piece) if len(piece) > self._longest else 0
+            for i in range(0, len(piece), self._longest):
+                part = piece[i : i + self._longest]
+                ids = [token.id for token in self._tokenize(part)]
+                unknown += len(part) if self._unknown_id in ids else 0
+                self.ids.extend(ids)
+        return unknown, cut
 
 
 class _WithoutMarks(dict[int, int | None]):

@@ -168,6 +168,7 @@ def make_report(
         "vocab_size": vocab_size,
         "unknown_share": _round(stats.unknown_tokens / tokens),
         "unknown_character_share": _share(lost.unknown_characters, lost.characters),
+        "cut_character_share": _share(lost.cut_characters, lost.characters),
         "accents_lost": {
             "words": _share(lost.marked_words, lost.words),
             "characters": _share(lost.marks, lost.characters),
@@ -228,6 +229,13 @@ def make_report(
             f"{_percent(figures['unknown_character_share'])} of characters",
             max(figures["unknown_share"], figures["unknown_character_share"]) > 0.01,
             f"the vocabulary does not fit the text; {tokenizer_advice}",
+        ),
+        row(
+            "words of more than 100 characters, cut",
+            f"{_percent(figures['cut_character_share'])} of characters",
+            figures["cut_character_share"] > 0.001,
+            "transformers makes such a word one [UNK]; put spaces into the text, here and where the "
+            "model is used",
         ),
         row(
             "accents and vowel signs dropped",

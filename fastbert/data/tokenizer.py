@@ -17,6 +17,8 @@ from fastbert.errors import InputError
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
+LONGEST_WORD = 100  # characters; WordPiece makes a longer one [UNK]
+
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether equal ids mean equal tokens, and both tokenizers normalise text in the same way."""
@@ -120,7 +122,9 @@ def assemble(
 ) -> Tokenizer:
     """Return BERT's tokenizer for a vocabulary, in the order of its ids."""
     ids = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer = Tokenizer(
+        models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD)
+    )
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
     )

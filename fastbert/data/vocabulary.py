@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable
@@ -9,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from fastbert.data.tokenizer import SPECIAL_TOKENS, assemble
+from fastbert.data.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, assemble
 from fastbert.errors import InputError
 
 VOCAB_SIZES = (100, 1 << 20)
@@ -17,6 +19,9 @@ VOCAB_SIZES = (100, 1 << 20)
 # about one word in 2,000.
 ALPHABET_COVERAGE = 0.9999
 ALPHABET_SHARE = 0.5  # of the vocabulary at most, so that a small one has room for words
+
+
+_LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 
 def train_tokenizer(
@@ -37,7 +42,7 @@ def train_tokenizer(
     check_vocab_size(vocab_size)
     strip_accents = False if keep_accents else None  # None: as lowercase says
     normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
-    normalized = [normalizer.normalize_str(text) for text in texts]
+    normalized = [_with_short_words(normalizer.normalize_str(text)) for text in texts]
     first, inner = _alphabet(normalized, int(vocab_size * ALPHABET_SHARE))
     if not first:
         raise InputError("no text to train a vocabulary on: every document is empty")
@@ -73,6 +78,31 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
+def _with_short_words(text: str) -> str:
+    """Return a normalised text with a space after each 100 characters of a longer word.
+
+    The encoder cuts such words in the same way. The trainer's time grows with the square of the
+    longest word.
+    """
+    return (
+        _LONG_RUN.sub(_cut_words, text)
+        if max(map(len, text.split()), default=0) > LONGEST_WORD
+        else text
+    )
+
+
+def _cut_words(run: re.Match[str]) -> str:
+    """Cut the words of a run without whitespace; the run may have punctuation inside."""
+    parts, held = list[str](), 0
+    for character in run[0]:
+        held = 0 if _breaks_word(character) else held + 1
+        if held > LONGEST_WORD:
+            parts.append(" ")
+            held = 1
+        parts.append(character)
+    return "".join(parts)
+
+
 def _alphabet(texts: list[str], most: int) -> tuple[list[str], list[str]]:
     """Return the characters that get a piece of their own, and those that get one inside a word.
 
@@ -97,6 +127,7 @@ def _alphabet(texts: list[str], most: int) -> tuple[list[str], list[str]]:
     return [chr(code) for code in chosen], [chr(code) for code in chosen if inside[code]]
 
 
+@functools.cache
 def _breaks_word(character: str) -> bool:
     """Whether BERT's pre-tokenizer ends a word here: whitespace, punctuation, and ASCII symbols."""
     return (
