@@ -35,20 +35,22 @@ from fastbert.data.dataset import (
     Split,
     token_dtype,
 )
-from fastbert.data.documents import Chunk, parse, read_chunks
+from fastbert.data.documents import Chunk, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
 from fastbert.data.report import CorpusStats, Report, make_report
 from fastbert.data.shards import ShardWriter
 from fastbert.data.sources import find_sources
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
-from fastbert.data.vocabulary import check_vocab_size, train_tokenizer
-from fastbert.data.workers import map_in_order
+from fastbert.data.vocabulary import VocabularyTrainer, check_vocab_size
+from fastbert.data.workers import apply_in_child, map_in_order
 from fastbert.durable import sealed, sha256_of, sync
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
 
 # Bytes of text that the vocabulary is trained on, spread evenly over the sources.
 VOCABULARY_BYTES = 64 << 20
+# With less text than this the vocabulary is trained in this process, in about a second.
+TRAINED_HERE_BYTES = 1 << 19
 # The text of at most this many bytes on disk (some ten thousand documents) is held out: more does
 # not improve the evaluation. With fewer held-out documents than LEAST_HELDOUT it is worthless.
 HELDOUT_BYTES = 64 << 20
@@ -129,14 +131,15 @@ def prepare(
         if vocabulary is None:
             chunks = bar.follow("reading for the vocabulary", read_chunks(files, text_field))
             sample = _spread(chunks)
+            trainer = text_field, vocab_size, lowercase, keep_accents
             with bar.wait("training the vocabulary"):
-                vocabulary = train_tokenizer(
-                    (text for chunk in sample for text in parse(chunk, text_field)),
-                    vocab_size,
-                    lowercase,
-                    keep_accents,
-                )
+                if sum(len(chunk.data) for chunk in sample) < TRAINED_HERE_BYTES:
+                    trained = VocabularyTrainer(*trainer)(sample)
+                else:
+                    trained = apply_in_child(VocabularyTrainer, trainer, sample)
             del sample
+            vocabulary = Tokenizer.from_str(trained)
+            vocabulary.encode_special_tokens = True
         save_tokenizer(vocabulary, folder / "tokenizer")
         dtype = token_dtype(vocabulary.get_vocab_size())
 

@@ -6,11 +6,12 @@ import functools
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from fastbert.data.documents import Chunk, parse
 from fastbert.data.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, assemble
 from fastbert.errors import InputError
 
@@ -67,6 +68,23 @@ def train_tokenizer(
     trained.train_from_iterator(normalized, trainer)
     ids = trained.get_vocab(with_added_tokens=True)
     return assemble(sorted(ids, key=ids.__getitem__), lowercase, strip_accents)
+
+
+class VocabularyTrainer:
+    """Trains a vocabulary on chunks of text; returns it as `Tokenizer.to_str` does.
+
+    Args:
+        text_field: see documents.py.
+        vocab_size, lowercase, keep_accents: see `train_tokenizer`.
+    """
+
+    def __init__(self, text_field: str, vocab_size: int, lowercase: bool, keep_accents: bool):
+        self._text_field = text_field
+        self._options = vocab_size, lowercase, keep_accents
+
+    def __call__(self, chunks: Sequence[Chunk]) -> str:
+        texts = (text for chunk in chunks for text in parse(chunk, self._text_field))
+        return train_tokenizer(texts, *self._options).to_str()
 
 
 def check_vocab_size(vocab_size: int) -> None:
