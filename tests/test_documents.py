@@ -181,11 +181,11 @@ def test_folders(tmp_path: Path) -> None:
         "b/10.txt.gz",
         "b/2.txt",
     ]  # each once
-    assert {path.name for path in ignored} == {"notes.md", "picture.png"}
+    assert {item.path.name for item in ignored} == {"notes.md", "picture.png"}
     assert list(read_documents([tmp_path])) == ["a", "ten", "2.txt"]
     sources, ignored = find_sources([tmp_path], "lines")
     assert [source.format for source in sources] == ["lines", "lines"]
-    assert "a.jsonl" in {path.name for path in ignored}
+    assert "a.jsonl" in {item.path.name for item in ignored}
 
 
 def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[str]]]:

@@ -110,14 +110,11 @@ def prepare(
         )
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: must be 1 or more")
-    files, ignored = find_sources(sources, text_format)
-    if ignored:
-        more = ", ..." if len(ignored) > 5 else ""
-        names = ", ".join(map(str, ignored[:5]))
-        print(
-            f"{len(ignored)} files left out because of their suffix: {names}{more}",
-            file=sys.stderr,
-        )
+    files, left_out = find_sources(sources, text_format)
+    for reason in dict.fromkeys(item.reason for item in left_out):
+        paths = [str(item.path) for item in left_out if item.reason == reason]
+        more = ", ..." if len(paths) > 5 else ""
+        print(f"left out ({reason}): {len(paths):,}: {', '.join(paths[:5])}{more}", file=sys.stderr)
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     size = sum(source.path.stat().st_size for source in files)
     options = {"heldout": heldout, "text_format": text_format, "text_field": text_field}

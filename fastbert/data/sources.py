@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,9 @@ TABLES = ("csv", "tsv", "jsonl", "parquet")  # formats whose records have named 
 COMPRESSIONS = (".gz", ".zst")
 
 
+SUFFIX = "unknown suffix"  # a reason to leave a file out
+
+
 @dataclass(frozen=True)
 class Source:
     """One file to read."""
@@ -31,20 +35,28 @@ class Source:
     compression: str  # one of COMPRESSIONS, or ""
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Something in a folder that is not read."""
+
+    path: Path
+    reason: str
+
+
 def find_sources(
     paths: Sequence[str | Path], text_format: str | None = None
-) -> tuple[list[Source], list[Path]]:
+) -> tuple[list[Source], list[LeftOut]]:
     """Find the files to read.
 
-    Folders are walked in sorted order, without hidden files.
+    Folders are walked in sorted order, without hidden files. Links are followed, after everything
+    else in a folder. A file or folder that is reached in several ways is read once.
 
     Args:
         paths: files and folders.
         text_format: a key of FORMATS; by default the suffix of each file decides.
 
     Returns:
-        The files to read, in order, and the files in folders that are left out because of their
-        suffix.
+        The files to read, in order, and what is left out of folders, apart from hidden files.
 
     Raises:
         InputError: a path that does not exist or cannot be read, an unknown suffix, or nothing to
@@ -53,19 +65,21 @@ def find_sources(
     if text_format is not None and text_format not in FORMATS:
         raise InputError(f"--format {text_format}: not a format; known: {', '.join(FORMATS)}")
     sources: dict[str, Source] = {}
-    ignored: list[Path] = []
+    left_out: list[LeftOut] = []
     for path in map(Path, paths):
         if stat.S_ISDIR(_mode(path)):
-            names = list(_walk(path))
-            found = [
-                source for name in names if (source := _source(name, text_format, in_folder=True))
-            ]
+            found = list[Source]()
+            for item in _walk(path):
+                source = _source(item, text_format, True) if isinstance(item, Path) else None
+                if source:
+                    found.append(source)
+                else:
+                    left_out.append(item if isinstance(item, LeftOut) else LeftOut(item, SUFFIX))
             if not found:
                 raise InputError(
                     f"{path}: no file in this folder ends in {_suffixes(text_format)}; "
                     "name a file or another folder"
                 )
-            ignored += sorted(set(names) - {source.path for source in found})
         else:
             found = [file_source(path, text_format)]
         for source in found:
@@ -73,7 +87,7 @@ def find_sources(
             sources.setdefault(os.path.realpath(source.path), source)
     if not sources:
         raise InputError("no SOURCE given; name text files or folders")
-    return list(sources.values()), ignored
+    return list(sources.values()), left_out
 
 
 def file_source(
@@ -107,18 +121,73 @@ def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode
     except FileNotFoundError:
+        if path.is_symlink():
+            raise InputError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
         raise InputError(f"{path}: no such file or folder") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
+def _walk(top: Path) -> Iterator[Path | LeftOut]:
+    """Yield the files below a folder: those of a folder, then those of its subfolders.
 
-    for root, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
+    Folders behind links come last, unless they were walked already.
+    """
+    walked = set[tuple[int, int]]()
+    links = list[Path]()  # to folders, not followed yet
+
+    def walk(folder: Path) -> Iterator[Path | LeftOut]:
+        walked.add(_identity(folder))
+        subfolders = list[Path]()
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+        names = {entry.name for entry in entries}
+        if {"manifest.json", "tokenizer"} <= names:
+            yield LeftOut(folder, "a dataset of fastbert")
+            return
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                continue
+            if _leads_nowhere(entry):
+                yield LeftOut(path, "a link to nothing")
+            elif entry.is_dir():
+                (links if entry.is_symlink() else subfolders).append(path)
+            else:
+                yield path if entry.is_file() else LeftOut(path, "not a regular file")
+        for subfolder in subfolders:
+            yield from walk(subfolder)
+
+    try:
+        yield from walk(top)
+        for link in links:  # which grows while links are followed
+            if _identity(link) in walked:
+                continue
+            # A link to a folder above would add everything that lies beside the folder.
+            if link.resolve() in (*top.resolve().parents, *link.parent.resolve().parents):
+                yield LeftOut(link, "a link to a folder above")
+            else:
+                yield from walk(link)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a link whose target is missing, or which leads to itself."""
+    if not entry.is_symlink():
+        return False
+    try:
+        entry.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return True
+        raise
+    return False
 
 
 def _source(path: Path, text_format: str | None, in_folder: bool) -> Source | None:
