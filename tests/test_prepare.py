@@ -24,7 +24,7 @@ from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, hash_text
 from fastbert.data.prepare import prepare
 from fastbert.data.sentences import split_sentences
 from fastbert.data.sources import Source
-from fastbert.data.tokenizer import load_tokenizer
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.errors import InputError
 
 
@@ -389,3 +389,27 @@ def test_progress_and_left_out_files(
         sum(1 for _ in read_documents([folder]))
         == open_dataset(tmp_path / "dataset").manifest["splits"]["train"]["documents"] + 16
     )
+
+
+@pytest.mark.parametrize("change", ["grows", "other text of the same size", "goes away"])
+def test_a_source_that_changes_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The vocabulary would be of another text than the tokens."""
+    path = tmp_path / "a.txt"
+    path.write_text("One text.\n\nAnother one.\n")
+    os.utime(path, ns=(1, 1))
+
+    def save(*arguments: Any) -> None:
+        save_tokenizer(*arguments)
+        if change == "grows":
+            path.write_text(path.read_text() + "\n\nMore.\n")
+        elif change == "goes away":
+            path.unlink()
+        else:
+            path.write_text("One thing.\n\nAnother on.\n")
+
+    monkeypatch.setattr(module, "save_tokenizer", save)
+    with pytest.raises(InputError, match=r"a\.txt: (changed while it was read|cannot be read)"):
+        prepare([path], tmp_path / "out", vocab_size=100, workers=1, progress=False)
+    assert not (tmp_path / "out").exists()

@@ -39,7 +39,7 @@ from fastbert.data.documents import Chunk, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
 from fastbert.data.report import CorpusStats, Report, make_report
 from fastbert.data.shards import ShardWriter
-from fastbert.data.sources import find_sources
+from fastbert.data.sources import Source, find_sources
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from fastbert.data.vocabulary import VocabularyTrainer, check_vocab_size
 from fastbert.data.workers import apply_in_child, map_in_order
@@ -116,7 +116,8 @@ def prepare(
         more = ", ..." if len(paths) > 5 else ""
         print(f"left out ({reason}): {len(paths):,}: {', '.join(paths[:5])}{more}", file=sys.stderr)
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
-    size = sum(source.path.stat().st_size for source in files)
+    stamps = [_stamp(source) for source in files]
+    size = sum(file_size for file_size, _ in stamps)
     options = {"heldout": heldout, "text_format": text_format, "text_field": text_field}
     if given is None:
         check_vocab_size(vocab_size)
@@ -159,11 +160,25 @@ def prepare(
         report = make_report(
             written.stats, vocabulary.get_vocab_size(), options.get("vocab_size"), measured
         )
+        for source, stamp in zip(files, stamps, strict=True):
+            if _stamp(source) != stamp:
+                raise InputError(
+                    f"{source.path}: changed while it was read; start again when nothing writes to it"
+                )
         _write_text(folder / "baselines.json", _json(measured))
         _write_text(folder / "report.json", report.json())
         _write_text(folder / "report.md", report.markdown())
         (folder / MANIFEST).write_bytes(sealed(_manifest(folder, vocabulary, options, written)))
     return report
+
+
+def _stamp(source: Source) -> tuple[int, int]:
+    """Return the size of a file and the time of its last change."""
+    try:
+        status = source.path.stat()
+    except OSError as error:
+        raise InputError(f"{source.path}: cannot be read: {error.strerror}") from None
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
