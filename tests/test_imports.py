@@ -230,6 +230,7 @@ def test_what_reads_the_store_does_not_know_how_it_is_made():
             "encoder",
             "encode",
             "shards",
+            "staging",
             "workers",
             "report",
             "baselines",

@@ -10,13 +10,9 @@ hidden folder beside the target, which is renamed when every byte is on the disk
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -40,10 +36,11 @@ from fastbert.data.encode import ChunkEncoder, EncodedChunk
 from fastbert.data.report import CorpusStats, Report, make_report
 from fastbert.data.shards import ShardWriter
 from fastbert.data.sources import Source, find_sources
+from fastbert.data.staging import staging
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from fastbert.data.vocabulary import VocabularyTrainer, check_vocab_size
 from fastbert.data.workers import apply_in_child, map_in_order
-from fastbert.durable import sealed, sha256_of, sync
+from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
 
@@ -124,7 +121,7 @@ def prepare(
         options |= {"vocab_size": vocab_size, "lowercase": lowercase}
         if keep_accents:
             options["keep_accents"] = True
-    with _staging(out) as folder, _Bar(size, progress) as bar:
+    with staging(out) as folder, _Bar(size, progress) as bar:
         vocabulary = given
         if vocabulary is None:
             chunks = bar.follow("reading for the vocabulary", read_chunks(files, text_field))
@@ -260,38 +257,6 @@ def _spread(chunks: Iterable[Chunk]) -> list[Chunk]:
             kept, stride = kept[::2], 2 * stride
             size = sum(len(chunk.data) for chunk in kept)
     return kept
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """Yield a folder that becomes `out` at the end, or is removed after a failure or signal."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    main = threading.current_thread() is threading.main_thread()
-    before = (
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if main else None
-    )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder
-        for path in [*folder.rglob("*"), folder]:
-            sync(path)
-        folder.rename(out)
-        sync(out.parent)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(
-                f"{out}: no space left on its disk ({error.strerror}); "
-                "free disk space or choose another --out"
-            ) from None
-        raise InputError(f"{out}: cannot be written: {error}") from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _write_text(path: Path, text: str) -> None:
