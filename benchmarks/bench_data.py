@@ -46,7 +46,7 @@ from fastbert.config import parse_config
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.prefetch import Prefetch
-from fastbert.data.tokenizer import train_tokenizer
+from fastbert.data.vocabulary import train_tokenizer
 from fastbert.training.picture import INK, MUTED
 
 SEQUENCES, DEMO_SEQUENCES = (

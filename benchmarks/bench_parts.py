@@ -37,8 +37,9 @@ from benchmarks.machine import header
 from benchmarks.record import Record, Row, table
 from fastbert.cluster.group import join
 from fastbert.config import ModelConfig, RunConfig, parse_config
-from fastbert.data.batches import Batches, PackedBatch
+from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.machine import measure_bandwidth, measure_gemm_rate
 from fastbert.models.bert import Attention, BertForPreTraining, Embeddings, FeedForward

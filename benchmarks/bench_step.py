@@ -29,8 +29,9 @@ from benchmarks.machine import header, header_line
 from benchmarks.record import Record, table
 from fastbert.checkpoints.weight_names import to_hugging_face
 from fastbert.config import ObjectiveConfig, RunConfig, parse_config
-from fastbert.data.batches import Batches, PackedBatch
+from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.machine import measure_gemm_rate
 from fastbert.models.bert import BertForPreTraining, losses

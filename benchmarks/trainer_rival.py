@@ -32,8 +32,9 @@ import transformers
 from benchmarks.bench_step import pad
 from fastbert.checkpoints.weight_names import to_hugging_face
 from fastbert.config import RunConfig, ScheduleConfig, load_config
-from fastbert.data.batches import PackedBatch, heldout_batches
+from fastbert.data.batches import heldout_batches
 from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.models.bert import BertForPreTraining, Losses
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums

@@ -155,7 +155,7 @@ def prepare(
         list[Path],
         typer.Argument(
             metavar="SOURCE",
-            help="Text files or folders: txt, jsonl, csv, parquet; also .gz, .zst.",
+            help="Text files or folders: txt, jsonl, csv, tsv, parquet; also .gz, .zst.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to write the dataset to; it must be new.")],
@@ -163,6 +163,13 @@ def prepare(
         int, typer.Option(help="Size of the WordPiece vocabulary to train.")
     ] = 30522,
     cased: Annotated[bool, typer.Option("--cased", help="Train a cased vocabulary.")] = False,
+    keep_accents: Annotated[
+        bool,
+        typer.Option(
+            "--keep-accents",
+            help="Lower-case, but keep accents and vowel signs, which BERT drops.",
+        ),
+    ] = False,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -177,10 +184,12 @@ def prepare(
     ] = 0.01,
     text_format: Annotated[
         str | None,
-        typer.Option("--format", help="txt, lines, jsonl, csv or parquet.  \\[default: by suffix]"),
+        typer.Option(
+            "--format", help="txt, lines, jsonl, csv, tsv or parquet.  \\[default: by suffix]"
+        ),
     ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Field of jsonl, or column of csv or parquet, with the text.")
+        str, typer.Option(help="Field of jsonl, or column of csv, tsv or parquet, with the text.")
     ] = "text",
     as_json: Json = False,
 ) -> None:
@@ -193,6 +202,7 @@ def prepare(
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         lowercase=not cased,
+        keep_accents=keep_accents,
         workers=workers,
         heldout=heldout,
         text_format=text_format,
@@ -453,7 +463,7 @@ def embed(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="One text per line, or jsonl, csv, parquet; also .gz, .zst."
+            metavar="FILE", help="One text per line, or jsonl, csv, tsv, parquet; also .gz, .zst."
         ),
     ],
     out: Annotated[
@@ -472,10 +482,12 @@ def embed(
     ] = False,
     text_format: Annotated[
         str | None,
-        typer.Option("--format", help="lines, txt, jsonl, csv or parquet.  \\[default: by suffix]"),
+        typer.Option(
+            "--format", help="lines, txt, jsonl, csv, tsv or parquet.  \\[default: by suffix]"
+        ),
     ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Field of jsonl, or column of csv or parquet, with the text.")
+        str, typer.Option(help="Field of jsonl, or column of csv, tsv or parquet, with the text.")
     ] = "text",
     as_json: Json = False,
 ) -> None:
@@ -510,7 +522,7 @@ def finetune(
     train: Annotated[
         Path,
         typer.Option(
-            help="csv, tsv or jsonl with text (text_b) and label, or a GLUE file.",
+            help="csv, tsv, jsonl or parquet with text (text_b) and label, or a GLUE file.",
             exists=True,
             dir_okay=False,
         ),

@@ -9,7 +9,8 @@ import pytest
 
 from fastbert.data import baselines as baselines
 from fastbert.data.baselines import measure
-from fastbert.data.dataset import ShardWriter, Split, TokenDataset, token_dtype
+from fastbert.data.dataset import Split, TokenDataset, token_dtype
+from fastbert.data.shards import ShardWriter
 
 
 def split_of(folder: Path, documents: np.ndarray) -> Split:

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.config import BatchConfig, ObjectiveConfig, RunConfig
-from fastbert.data.batches import Batches, PackedBatch, heldout_batches, pack_texts, share_out
+from fastbert.data.batches import Batches, heldout_batches, share_out
 from fastbert.data.dataset import SpecialIds, TokenDataset
 from fastbert.data.examples import Examples
 from fastbert.data.masking import selected_counts
+from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.data.prefetch import STEPS_AHEAD, Prefetch
 from fastbert.errors import InputError
 from tests.tiny_dataset import tiny_dataset

@@ -17,8 +17,9 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastbert.data import documents
-from fastbert.data.documents import find_sources, parse, read_chunks, read_documents
+from fastbert.data import documents, unpack
+from fastbert.data.documents import parse, read_chunks, read_documents
+from fastbert.data.sources import find_sources
 from fastbert.errors import InputError
 
 DOCUMENTS = ["One.\nStill one.", "Zwei: größer.", "三。", 'Four "quoted" \\ back', "Five"]
@@ -73,6 +74,7 @@ def write(path: Path, data: bytes | str) -> Path:
         ("a.json", json_lines(DOCUMENTS), "jsonl", DOCUMENTS),
         ("a.csv", csv_rows(DOCUMENTS), None, DOCUMENTS),
         ("a.csv", '\ufeffid,text\n\n1,one\n2,\n3,"a\n\nb"', None, ["one", "", "a\n\nb"]),
+        ("a.tsv", '\ufeffid\ttext\n\n1\t"one\r\n2\t\n', None, ['"one', ""]),
         (
             "a.jsonl",
             '{"text": null}\n{"text": "a\\ud800b"}\n{"text": "a\u2028b \\ud83d\\ude00"}',
@@ -132,6 +134,7 @@ def test_where_a_chunk_ends_changes_nothing(
     path = write(tmp_path / "a.txt", "\n\n".join(DOCUMENTS * 3) + "\n \n\n\t\nEnd.\n")
     whole = list(read_documents([path], text_format))
     monkeypatch.setattr(documents, "CHUNK_BYTES", size)
+    monkeypatch.setattr(unpack, "PIECE_BYTES", size)
     chunks = list(read_chunks(find_sources([path], text_format)[0]))
     assert [document for chunk in chunks for document in parse(chunk)] == whole
     assert len(chunks) > 5 or size == 64
@@ -149,6 +152,7 @@ def test_where_a_chunk_of_csv_ends_changes_nothing(
 ) -> None:
     path = write(tmp_path / "a.csv", csv_rows(DOCUMENTS * 30))
     monkeypatch.setattr(documents, "CHUNK_BYTES", size)
+    monkeypatch.setattr(unpack, "PIECE_BYTES", size)
     chunks = list(read_chunks(find_sources([path])[0]))
     assert [document for chunk in chunks for document in parse(chunk)] == DOCUMENTS * 30
     assert sum(chunk.read_bytes for chunk in chunks) == path.stat().st_size
@@ -177,11 +181,11 @@ def test_folders(tmp_path: Path) -> None:
         "b/10.txt.gz",
         "b/2.txt",
     ]  # each once
-    assert {path.name for path in ignored} == {"notes.md", "picture.png"}
+    assert {item.path.name for item in ignored} == {"notes.md", "picture.png"}
     assert list(read_documents([tmp_path])) == ["a", "ten", "2.txt"]
     sources, ignored = find_sources([tmp_path], "lines")
     assert [source.format for source in sources] == ["lines", "lines"]
-    assert "a.jsonl" in {path.name for path in ignored}
+    assert "a.jsonl" in {item.path.name for item in ignored}
 
 
 def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[str]]]:
@@ -305,7 +309,7 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "bad string": (
             table(tmp_path / "b.parquet", bad_string),
             {},
-            ["b.parquet", "row 1", "UTF-8"],
+            ["b.parquet", "row 2", "UTF-8"],
         ),
         "packed parquet": (
             write(tmp_path / "g.parquet.gz", gzip.compress(good)),
@@ -317,7 +321,7 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "format": (
             write(tmp_path / "a.txt", "x"),
             {"text_format": "pdf"},
-            ["pdf", "txt, lines, jsonl, csv, parquet"],
+            ["pdf", "txt, lines, jsonl, csv, tsv, parquet"],
         ),
         "folder": (folder, {}, ["folder", ".jsonl", ".parquet"]),
         "device": (Path(os.devnull), {"text_format": "txt"}, [os.devnull, "not a regular file"]),
@@ -339,7 +343,7 @@ def test_nothing_named() -> None:
 
 
 def test_a_document_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "LONGEST_DOCUMENT_BYTES", 3 << 20)
+    monkeypatch.setattr(documents, "LONGEST_TEXT_BYTES", 3 << 20)
     path = write(tmp_path / "a.txt", b"Short.\n\n" + b"A line.\n" * (1 << 20))
     with pytest.raises(InputError, match=r"line 3 is longer than 3 MiB.*--format lines"):
         list(read_documents([path]))
@@ -354,7 +358,9 @@ rubbish = settings(
 )
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet", ".txt.gz", ".jsonl.zst"])
+@pytest.mark.parametrize(
+    "suffix", [".txt", ".jsonl", ".csv", ".tsv", ".parquet", ".txt.gz", ".jsonl.zst"]
+)
 @rubbish
 @given(
     data=st.one_of(

@@ -17,7 +17,7 @@ from tiny_bert import TEXTS, make_hugging_face_folder
 from transformers import AutoTokenizer, BertModel
 
 import fastbert
-from fastbert.data import documents
+from fastbert.data import documents, unpack
 from fastbert.errors import InputError
 from fastbert.tasks import pretrained
 from fastbert.tasks.embed import check_out, embed, source_of
@@ -108,12 +108,14 @@ LINES = ["first line", "", "third\u2028still third", 'a, "quoted" one', "last"]
 
 
 def write_source(file: Path) -> Path:
-    """The same texts in every format that is read; csv and Parquet with a column that is not for us."""
+    """The same texts in every format that is read; csv, tsv and Parquet with a column that is not for us."""
     name = file.name.removesuffix(".gz")
     if name.endswith(".txt"):
         data = "\ufeff" + "\n".join(LINES) + "\n"
     elif name.endswith(".jsonl"):
         data = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in LINES)
+    elif name.endswith(".tsv"):
+        data = "id\ttext\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(LINES))
     elif name.endswith(".csv"):
         out = io.StringIO()
         csv.writer(out).writerows([["id", "text"], *([i, text] for i, text in enumerate(LINES))])
@@ -136,9 +138,10 @@ def read_result(file: Path) -> tuple[list[str] | None, np.ndarray]:
 
 
 @pytest.mark.parametrize("out", ["x.npy", "x.jsonl", "x.parquet"])
-@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.csv", "t.parquet", "t.txt.gz", "t.csv.gz"])
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.csv", "t.parquet", "t.txt.gz", "t.tsv.gz"])
 def test_every_format_to_every_format(model, tmp_path, monkeypatch, name, out):
     monkeypatch.setattr(documents, "CHUNK_BYTES", 16)  # several chunks
+    monkeypatch.setattr(unpack, "PIECE_BYTES", 16)
     source = source_of(write_source(tmp_path / name))
     rows, size = embed(model, source, "text", check_out(tmp_path / out), "max", [1], False)
     texts, vectors = read_result(tmp_path / out)
@@ -150,6 +153,7 @@ def test_every_format_to_every_format(model, tmp_path, monkeypatch, name, out):
 
 def test_nothing_half_written(model, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "CHUNK_BYTES", 16)
+    monkeypatch.setattr(unpack, "PIECE_BYTES", 16)
     (tmp_path / "t.jsonl").write_text('{"text": "a text of some length"}\n' * 3 + '{"txt": "b"}\n')
     (tmp_path / "x.npy").write_text("older")
     with pytest.raises(

@@ -192,14 +192,45 @@ def test_imports_point_one_way():
     assert not wrong, "against the direction of imports (ARCHITECTURE.md):\n" + "\n".join(wrong)
 
 
+def test_a_name_is_imported_from_the_module_that_defines_it():
+    """One import path for each name, so that a search for it finds every use."""
+    wrong = []
+    sources = [*SOURCES, *sorted((ROOT / "tests").glob("*.py"))]
+    sources += sorted((ROOT / "benchmarks").rglob("*.py"))
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            if module not in MODULES or not module.startswith("fastbert.data"):
+                continue
+            passed_on = {
+                alias.asname or alias.name
+                for inner in ast.parse(MODULES[module].read_text(encoding="utf-8")).body
+                if isinstance(inner, ast.ImportFrom)
+                for alias in inner.names
+            }
+            wrong += [
+                f"{path.relative_to(ROOT)}:{node.lineno} imports {alias.name} from {module}"
+                for alias in node.names
+                if alias.name in passed_on and f"{module}.{alias.name}" not in MODULES
+            ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_what_reads_the_store_does_not_know_how_it_is_made():
     makers = {
         f"fastbert.data.{name}"
         for name in (
             "prepare",
+            "sources",
+            "unpack",
+            "rows",
             "documents",
             "sentences",
+            "vocabulary",
+            "encoder",
             "encode",
+            "shards",
+            "staging",
             "workers",
             "report",
             "baselines",

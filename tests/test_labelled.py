@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastbert.data.documents import read_documents
 from fastbert.errors import InputError
 from fastbert.tasks.labelled import Columns, read_examples
 
@@ -110,18 +117,65 @@ def test_json_lines_and_named_columns(tmp_path):
     assert found.take([1]).first == ["c"] and len(found.take([1, 0])) == 2
 
 
+TABLE = [["text", "label"], ["a", "x"], ['b, "c"', "y"], ["d", "4"]]
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "ndjson", "parquet"])
+def test_every_file_that_prepare_reads(tmp_path, kind, packing):
+    """The same rows in every format, through every compression that prepare reads."""
+    file, (header, *rows) = tmp_path / f"x.{kind}{packing}", TABLE
+    if kind == "parquet":
+        columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
+        pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], **columns}), file)
+    else:
+        out = io.StringIO()
+        if kind == "csv":
+            csv.writer(out).writerows(TABLE)
+        elif kind == "tsv":
+            out.write("".join("\t".join(row) + "\n" for row in TABLE))
+        else:
+            for row in rows:
+                out.write(json.dumps(dict(zip(header, row, strict=True))) + "\n")
+        pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+        write(file, pack[packing](out.getvalue().encode()))
+    if kind == "parquet" and packing:
+        with pytest.raises(InputError, match=r"Parquet compresses its own columns.*unpack"):
+            read_examples(file)
+        return
+    found = read_examples(file)
+    assert [found.first, found.labels] == [["a", 'b, "c"', "d"], ["x", "y", "4"]]
+    texts = list(read_documents([file]))
+    assert texts == found.first
+    with pytest.raises(InputError, match=f"{found.unit} {found.lines[0]}: label 'x' is not"):
+        found.numbers()
+
+
+def test_bad_rows_of_parquet(tmp_path):
+    table = pyarrow.table({"text": ["a", None, " "], "label": [1.5, 2, None]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="2 bad rows: row 2: text is empty; row 3: text is empty"):
+        read_examples(tmp_path / "x.parquet")
+    pyarrow.parquet.write_table(table[:1], tmp_path / "x.parquet")
+    assert read_examples(tmp_path / "x.parquet").numbers() == [1.5]
+
+
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
-        ("x.csv", b"", "no examples"),
+        ("x.csv", b"", "the file is empty"),
         ("x.csv", b"text,label\n", "no examples"),
         (
             "x.csv",
             b"body,label\na,b\n",
             "the columns do not say which is the text.*there are body, label.*--text, --pair and --label",
         ),
-        ("x.csv", b"text,label\na,x\nb\n", "1 bad row: line 3: 1 fewer fields"),
-        ("x.csv", b"text,label\na,x\nb, and c,y\n", "line 3: 1 more fields.*quotes"),
+        ("x.csv", b"text,label\na,x\nb\n", "1 bad row: line 3: 1 fields, and the header has 2"),
+        (
+            "x.csv",
+            b"text,label\na,x\nb, and c,y\n",
+            "line 3: 3 fields, and the header has 2.*quotes",
+        ),
         (
             "x.csv",
             b"text,label\na,x\n ,y\n,z\n",
@@ -132,14 +186,14 @@ def test_json_lines_and_named_columns(tmp_path):
         ("x.csv", b'text,label\n"a"b,x\n', "line 2: not valid csv"),
         ("x.csv", b"text,label\ncaf\xe9,x\n", "not UTF-8"),
         ("x.csv", b"text,label\n" + b",x\n" * 9, "9 bad rows: .* and 4 more; fix"),
-        ("x.tsv", b"text\tlabel\na\tx\nb\n", "line 3: 1 fewer fields than the header has columns;"),
+        ("x.tsv", b"text\tlabel\na\tx\nb\n", "line 3: 1 fields, and the header has 2;"),
         (
             "x.jsonl",
             b'{"text": "a", "label": "x"}\n{"text": "b"}\n[1]\n{\n',
-            "3 bad rows: line 2: label is empty; line 3: not a JSON object; line 4: not JSON",
+            "3 bad rows: line 2: label is empty; line 3: a JSON list, not an object; line 4: not JSON",
         ),
         ("x.jsonl", b"[" * 100_000, "line 1: not JSON"),
-        ("x.doc", b"a", "must end in .csv, .tsv, .jsonl, .ndjson"),
+        ("x.doc", b"a", "must end in .csv, .tsv, .jsonl, .ndjson, .parquet"),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_its_bad_rows(tmp_path, name, data, words):

@@ -10,7 +10,7 @@ import transformers
 
 from fastbert.checkpoints.weight_names import from_hugging_face, to_hugging_face
 from fastbert.config import ModelConfig
-from fastbert.data.batches import PackedBatch
+from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
 from fastbert.models.bert import Attention, BertForPreTraining, losses, resolve_kernels
 from tests.random_batch import VOCAB, make_batch

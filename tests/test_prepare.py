@@ -19,11 +19,12 @@ import pytest
 
 from fastbert.data import prepare as module
 from fastbert.data.dataset import Split, TokenDataset, open_dataset
-from fastbert.data.documents import Chunk, Source, read_documents
+from fastbert.data.documents import Chunk, read_documents
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, hash_text
 from fastbert.data.prepare import prepare
 from fastbert.data.sentences import split_sentences
-from fastbert.data.tokenizer import load_tokenizer
+from fastbert.data.sources import Source
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.errors import InputError
 
 
@@ -382,9 +383,33 @@ def test_progress_and_left_out_files(
     prepare([folder], tmp_path / "dataset", vocab_size=500, workers=1)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "1 files left out" in captured.err and "b.md" in captured.err
+    assert f"left out (unknown suffix): 1: {folder / 'b.md'}" in captured.err
     assert "documents, sentences, tokens" in captured.err
     assert (
         sum(1 for _ in read_documents([folder]))
         == open_dataset(tmp_path / "dataset").manifest["splits"]["train"]["documents"] + 16
     )
+
+
+@pytest.mark.parametrize("change", ["grows", "other text of the same size", "goes away"])
+def test_a_source_that_changes_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The vocabulary would be of another text than the tokens."""
+    path = tmp_path / "a.txt"
+    path.write_text("One text.\n\nAnother one.\n")
+    os.utime(path, ns=(1, 1))
+
+    def save(*arguments: Any) -> None:
+        save_tokenizer(*arguments)
+        if change == "grows":
+            path.write_text(path.read_text() + "\n\nMore.\n")
+        elif change == "goes away":
+            path.unlink()
+        else:
+            path.write_text("One thing.\n\nAnother on.\n")
+
+    monkeypatch.setattr(module, "save_tokenizer", save)
+    with pytest.raises(InputError, match=r"a\.txt: (changed while it was read|cannot be read)"):
+        prepare([path], tmp_path / "out", vocab_size=100, workers=1, progress=False)
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ import pytest
 
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, EncodedChunk, Part
+from fastbert.data.encoder import Losses
 from fastbert.data.prepare import prepare
 from fastbert.data.report import CorpusStats, DuplicateEstimator, Report, make_report
 
@@ -37,6 +38,7 @@ def chunk(
         "empty_documents": 0,
         "cut_sentences": 0,
         "unknown_tokens": 0,
+        "losses": Losses(),
     }
     return EncodedChunk(part(documents), part(heldout or []), **{**values, **options})  # type: ignore[arg-type]
 
@@ -113,6 +115,30 @@ HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
             "leave out --tokenizer",
         ),
         (
+            "[UNK]",
+            lambda: report_of(
+                chunk([[20] * 50] * 1100, losses=Losses(characters=1000, unknown_characters=11))
+            ),
+            "--vocab-size",
+        ),
+        (
+            "accents and vowel signs dropped",
+            lambda: report_of(chunk([[20] * 50], losses=Losses(words=1000, marked_words=11))),
+            "--keep-accents",
+        ),
+        (
+            "accents and vowel signs dropped",
+            lambda: report_of(
+                chunk([[20] * 50], losses=Losses(words=1000, marked_words=11)), asked=None
+            ),
+            "no --tokenizer",
+        ),
+        (
+            "capitals inside words, lower-cased",
+            lambda: report_of(chunk([[20] * 50], losses=Losses(words=100, inner_capitals=3))),
+            "--cased",
+        ),
+        (
             "copies of documents",
             lambda: report_of(chunk([[20, 20]] * 90, document_hashes=np.zeros(90, np.uint64))),
             "by heart",
@@ -185,7 +211,8 @@ def test_distinct(most: int) -> None:
 
 def test_sentence_hashes(small_dataset: TokenDataset) -> None:
     """Equal for the same sentence, anywhere and in any chunk; different for any other, also of the same words."""
-    from fastbert.data.documents import Chunk, Source
+    from fastbert.data.documents import Chunk
+    from fastbert.data.sources import Source
 
     tokenizer = (small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
     encoder = ChunkEncoder(tokenizer, "text", 0)

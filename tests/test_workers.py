@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import operator
+import os
+import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from fastbert.data.documents import Chunk, Source, parse
-from fastbert.data.workers import map_in_order
+from fastbert.data.documents import Chunk, parse
+from fastbert.data.sources import Source
+from fastbert.data.vocabulary import VocabularyTrainer
+from fastbert.data.workers import apply_in_child, map_in_order
 from fastbert.errors import InputError
 
 
@@ -69,3 +74,51 @@ def test_little_is_on_its_way() -> None:
         assert taken <= given + 4 * 2
     results.close()  # type: ignore[attr-defined]
     assert taken < 100
+
+
+def no_worker_left(before: list[psutil.Process]) -> bool:
+    return {child.pid for child in psutil.Process().children()} <= {child.pid for child in before}
+
+
+def test_one_call_in_a_child() -> None:
+    before = psutil.Process().children()
+    item = (bytes(300_000),)
+    assert apply_in_child(operator.itemgetter, (0,), item) == item[0]
+    with pytest.raises(InputError, match=r"a\.jsonl: line 1: not JSON"):
+        apply_in_child(parser, ("text",), b"{")
+    with pytest.raises(InputError, match="a process ended before its work was done"):
+        apply_in_child(dying, (), 1)
+    assert no_worker_left(before)
+
+
+def dying():
+    return os._exit
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_signal_ends_the_training_of_a_vocabulary_at_once() -> None:
+    """In the middle of a call into Rust, which Python's handlers would wait for."""
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    before = psutil.Process().children()
+    bases = os.urandom(40 << 20).translate(b"acgt" * 64)  # minutes of training
+    chunk = Chunk(Source(Path("a.txt"), "txt", ""), bases, 1, 0, 0)
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 3)
+    begin = time.monotonic()
+    try:
+        with pytest.raises(Stop):
+            apply_in_child(VocabularyTrainer, ("text", 5000, True, False), [chunk])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert no_worker_left(before)
+    interrupted = time.monotonic() - begin
+    begin = time.monotonic()
+    VocabularyTrainer("text", 5000, True, False)([replace(chunk, data=bases[: 1 << 20])])
+    assert interrupted < 40 * (time.monotonic() - begin)

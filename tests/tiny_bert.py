@@ -11,7 +11,8 @@ from transformers import BertConfig, BertForPreTraining
 from fastbert.checkpoints import checkpoint, hugging_face
 from fastbert.config import dump_config, parse_config
 from fastbert.data.dataset import open_dataset
-from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
+from fastbert.data.vocabulary import train_tokenizer
 
 POSITIONS = 32
 VOCABULARY = 400

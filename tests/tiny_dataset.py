@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbert.data.dataset import Counts, ShardWriter, Split, TokenDataset, token_dtype
+from fastbert.data.dataset import Counts, Split, TokenDataset, token_dtype
+from fastbert.data.shards import ShardWriter
 
 SHARD_TOKENS = 200  # so that a few documents already make several shards
 

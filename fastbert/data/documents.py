@@ -1,4 +1,4 @@
-"""Read documents from files: text, lines, JSON lines, csv and Parquet, also with gzip or zstd.
+"""Read documents from files: text, lines, and a text column of JSON lines, csv, tsv and Parquet.
 
 Reading has two halves, so that all cores can share the second one. `read_chunks` goes through the
 files in order and only cuts them, into pieces of about a MiB that end where a document ends.
@@ -8,47 +8,34 @@ memory at a time, whatever the size of the files.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import itertools
 import json
 import os
 import re
-import stat
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fastbert.data.rows import (
+    JSON_NAMES,
+    LONGEST_TEXT_BYTES,
+    as_text,
+    delimited_rows,
+    json_object,
+    parquet_batches,
+    shown,
+)
+from fastbert.data.sources import Source, find_sources
+from fastbert.data.unpack import decode, is_empty, unpacked
 from fastbert.errors import InputError
 
-FORMATS = {
-    "txt": (".txt",),
-    "lines": (".txt",),
-    "jsonl": (".jsonl", ".ndjson", ".json"),
-    "csv": (".csv",),
-    "parquet": (".parquet",),
-}
-COMPRESSIONS = (".gz", ".zst")
+if TYPE_CHECKING:
+    import pyarrow
+
 CHUNK_BYTES = 1 << 20
-# A longer document means that the file has another format than stated. It would also need too much
-# memory.
-LONGEST_DOCUMENT_BYTES = 64 << 20
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
 _BETWEEN_DOCUMENTS = re.compile(r"\n\s*\n")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file to read."""
-
-    path: Path
-    format: str  # a key of FORMATS
-    compression: str  # one of COMPRESSIONS, or ""
 
 
 @dataclass(frozen=True)
@@ -56,73 +43,13 @@ class Chunk:
     """Some whole documents of one file, not yet decoded."""
 
     source: Source
-    # Text. For csv only the text column, one JSON string per line; for Parquet one record batch,
-    # serialised.
+    # Text. For csv and tsv only the text column, one JSON value per line: a string, or line and
+    # complaint of a bad row. For Parquet one record batch, serialised.
     data: bytes
-    line: int  # number of the first line in the file, from 1; for Parquet of the first row, from 0
+    line: int  # number of the first line in the file, from 1; for Parquet of the first row
     offset: int  # of the first byte in the (unpacked) file
     # Bytes of the file on disk read since the chunk before; a progress bar advances by them.
     read_bytes: int
-
-
-def find_sources(
-    paths: Sequence[str | Path], text_format: str | None = None
-) -> tuple[list[Source], list[Path]]:
-    """Find the files to read.
-
-    Folders are walked in sorted order, without hidden files.
-
-    Args:
-        paths: files and folders.
-        text_format: a key of FORMATS; by default the suffix of each file decides.
-
-    Returns:
-        The files to read, in order, and the files in folders that are left out because of their
-        suffix.
-
-    Raises:
-        InputError: a path that does not exist or cannot be read, an unknown suffix, or nothing to
-            read.
-    """
-    if text_format is not None and text_format not in FORMATS:
-        raise InputError(f"--format {text_format}: not a format; known: {', '.join(FORMATS)}")
-    sources: dict[str, Source] = {}
-    ignored: list[Path] = []
-    for path in map(Path, paths):
-        try:
-            mode = path.stat().st_mode
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file or folder") from None
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        if stat.S_ISDIR(mode):
-            names = list(_walk(path))
-            found = [
-                source for name in names if (source := _source(name, text_format, in_folder=True))
-            ]
-            if not found:
-                raise InputError(
-                    f"{path}: no file in this folder ends in {_suffixes(text_format)}; "
-                    "name a file or another folder"
-                )
-            ignored += sorted(set(names) - {source.path for source in found})
-        elif stat.S_ISREG(mode):
-            source = _source(path, text_format, in_folder=False)
-            if source is None:
-                raise InputError(
-                    f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}"
-                )
-            found = [source]
-        else:
-            raise InputError(
-                f"{path}: not a regular file; sources are read twice, so write it to a file first"
-            )
-        for source in found:
-            # A file that is named twice is read once.
-            sources.setdefault(os.path.realpath(source.path), source)
-    if not sources:
-        raise InputError("no SOURCE given; name text files or folders")
-    return list(sources.values()), ignored
 
 
 def read_chunks(sources: Iterable[Source], text_field: str = "text") -> Iterator[Chunk]:
@@ -152,11 +79,11 @@ def parse(chunk: Chunk, text_field: str = "text") -> list[str]:
     """
     if chunk.source.format == "parquet":
         return _parse_parquet(chunk)
-    if chunk.source.format == "csv":
-        return [json.loads(line) for line in chunk.data.splitlines()]
+    if chunk.source.format in ("csv", "tsv"):
+        return [_row_text(chunk, json.loads(line)) for line in chunk.data.splitlines()]
     if chunk.source.format == "jsonl":
         return _parse_json_lines(chunk, text_field)
-    text = _decode(chunk.data, chunk.source.path, chunk.line, chunk.offset)
+    text = decode(chunk.data, chunk.source.path, chunk.line, chunk.offset)
     if chunk.source.format == "lines":
         return text.removesuffix("\n").split("\n")
     return [
@@ -175,37 +102,6 @@ def read_documents(
         yield from parse(chunk, text_field)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
-
-    for root, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
-
-
-def _source(path: Path, text_format: str | None, in_folder: bool) -> Source | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
-    suffix = suffixes[-1] if suffixes else ""
-    if text_format is None:
-        # .json is often one big object, so it is not read as JSON lines unless --format says so.
-        known = next(
-            (name for name, endings in FORMATS.items() if suffix in endings and suffix != ".json"),
-            None,
-        )
-    else:
-        known = text_format if not in_folder or suffix in FORMATS[text_format] else None
-    return Source(path, known, compression) if known else None
-
-
-def _suffixes(text_format: str | None) -> str:
-    endings = (
-        FORMATS[text_format] if text_format else (".txt", ".jsonl", ".ndjson", ".csv", ".parquet")
-    )
-    return ", ".join(endings) + " (or these with .gz or .zst)"
-
-
 def _text_chunks(source: Source, file: BinaryIO) -> Iterator[Chunk]:
     """Cut the data read so far at the last end of a document; the rest waits for more data."""
     last_end = _last_blank_line if source.format == "txt" else _last_line_end
@@ -217,7 +113,7 @@ def _text_chunks(source: Source, file: BinaryIO) -> Iterator[Chunk]:
         line, offset, reported = line + data.count(b"\n"), offset + len(data), file.tell()
         return made
 
-    for piece in _UNPACK[source.compression](source.path, file):
+    for piece in unpacked(source, file):
         searched = len(waiting)
         waiting += piece
         if len(waiting) < CHUNK_BYTES:
@@ -226,7 +122,7 @@ def _text_chunks(source: Source, file: BinaryIO) -> Iterator[Chunk]:
         if end:
             yield chunk(waiting[:end])
             waiting = waiting[end:]
-        elif len(waiting) > LONGEST_DOCUMENT_BYTES:
+        elif len(waiting) > LONGEST_TEXT_BYTES:
             hint = (
                 "put a blank line between documents, or use --format lines"
                 if source.format == "txt"
@@ -234,16 +130,12 @@ def _text_chunks(source: Source, file: BinaryIO) -> Iterator[Chunk]:
             )
             raise InputError(
                 f"{source.path}: the document that begins at line {line} is longer than "
-                f"{LONGEST_DOCUMENT_BYTES >> 20} MiB; {hint}"
+                f"{LONGEST_TEXT_BYTES >> 20} MiB; {hint}"
             )
     if waiting:
         yield chunk(waiting)
     elif offset == 0:
-        raise _empty(source)
-
-
-def _empty(source: Source) -> InputError:
-    return InputError(f"{source.path}: the file is empty; remove it from the sources")
+        raise is_empty(source)
 
 
 def _last_line_end(data: bytes, searched: int) -> int:
@@ -259,225 +151,102 @@ def _last_blank_line(data: bytes, searched: int) -> int:
     return end
 
 
-def _read_plain(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    while piece := file.read(CHUNK_BYTES):
-        yield piece
-
-
-def _read_gzip(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    try:
-        with gzip.GzipFile(fileobj=file) as unpacked:
-            while piece := unpacked.read(CHUNK_BYTES):
-                yield piece
-    except EOFError:
-        raise InputError(f"{path}: the gzip file is cut short; copy or download it again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{path}: not a valid gzip file ({error}); copy or download it again"
-        ) from None
-
-
-def _read_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    import zstandard
-
-    # Frames are decompressed one by one with decompressobj, because stream_reader takes a file that
-    # is cut short for a complete one.
-    context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame = context.decompressobj()
-    try:
-        while packed := file.read(CHUNK_BYTES // 8):
-            while packed:
-                if frame.eof:
-                    frame = context.decompressobj()
-                yield frame.decompress(packed)
-                packed = frame.unused_data
-    except zstandard.ZstdError as error:
-        raise InputError(
-            f"{path}: not a valid zstd file ({error}); copy or download it again"
-        ) from None
-    if not frame.eof and file.tell() > 0:
-        raise InputError(f"{path}: the zstd file is cut short; copy or download it again")
-
-
-_UNPACK: dict[str, Callable[[Path, BinaryIO], Iterator[bytes]]] = {
-    "": _read_plain,
-    ".gz": _read_gzip,
-    ".zst": _read_zstd,
-}
-
-
-def _decode(data: bytes, path: Path, line: int, offset: int) -> str:
-    if offset == 0 and data.startswith(b"\xef\xbb\xbf"):
-        data = data[3:]  # a byte order mark is not text
-        offset = 3
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise InputError(
-            f"{path}: line {line}, byte {offset + error.start}: 0x{data[error.start]:02x} is not "
-            "UTF-8; convert the file, for example with iconv -t UTF-8"
-        ) from None
-
-
 def _parse_json_lines(chunk: Chunk, text_field: str) -> list[str]:
     documents = []
-    text = _decode(chunk.data, chunk.source.path, chunk.line, chunk.offset)
+    text = decode(chunk.data, chunk.source.path, chunk.line, chunk.offset)
     # Not splitlines, which would also split at other characters that JSON strings may contain.
     for line, record in enumerate(text.split("\n"), chunk.line):
         if not record or record.isspace():
             continue
-        where = f"{chunk.source.path}: line {line}"
-        try:
-            value = json.loads(record)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}); every line holds one object") from None
-        if not isinstance(value, dict):
-            raise InputError(
-                f"{where}: a JSON {_JSON_NAMES[type(value)]}; "
-                f"every line holds one object with a field '{text_field}'"
-            )
-        if text_field not in value:
-            raise InputError(f"{where}: no field '{text_field}'; {_field_hint(value)}")
-        document = value[text_field]
-        if document is None:
-            document = ""
-        if not isinstance(document, str):
-            raise InputError(
-                f"{where}: the field '{text_field}' is a {_JSON_NAMES[type(document)]}, "
-                f"not a string; {_field_hint(value)}"
-            )
-        if "\\u" in record:
-            # JSON can write half of a surrogate pair as an escape. This is not a character, and no
-            # encoder accepts it.
-            document = _SURROGATE.sub("\ufffd", document)
-        documents.append(document)
+        value = json_object(record)
+        problem = (
+            f"{value}; every line holds one object with a field '{text_field}'"
+            if isinstance(value, str)
+            else _field_problem(value, text_field)
+        )
+        if problem:
+            raise InputError(f"{chunk.source.path}: line {line}: {problem}")
+        assert isinstance(value, dict)
+        documents.append(as_text(value[text_field]))
     return documents
 
 
-_JSON_NAMES = {
-    dict: "object",
-    list: "list",
-    str: "string",
-    int: "number",
-    float: "number",
-    bool: "boolean",
-    type(None): "null",
-}
+def _field_problem(value: dict[str, Any], text_field: str) -> str:
+    """Return what is wrong with the text of a JSON object, or ""."""
+    if text_field not in value:
+        return f"no field '{text_field}'; {_choose_among(value)}"
+    if not isinstance(value[text_field], str | None):
+        kind = JSON_NAMES[type(value[text_field])]
+        return f"the field '{text_field}' is a {kind}, not a string; {_choose_among(value)}"
+    return ""
 
 
-def _field_hint(names: Iterable[str]) -> str:
-    shown = [repr(name)[1:-1][:40] for name in names]
-    if not shown:
-        return "the object is empty"
-    more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
-    return f"choose with --text-field among: {', '.join(shown[:20])}{more}"
+def _choose_among(names: Iterable[str]) -> str:
+    among = shown(names)
+    return f"choose with --text-field among: {among}" if among else "the object is empty"
 
 
-def _csv_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chunk]:
-    """Cut a csv file into chunks, keeping only the text column.
+def _delimited_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chunk]:
+    """Cut a csv or tsv file into chunks, keeping only the text column.
 
     The rows are parsed here and not in `parse`. A quoted field may contain line ends, so where a
     row begins is known only after reading everything before it.
     """
-    csv.field_size_limit(LONGEST_DOCUMENT_BYTES)
-    reader = csv.reader(_lines(source, file), strict=True)
-    reported, texts, held = 0, list[bytes](), 0
 
-    def chunk() -> Chunk:
-        nonlocal reported
-        made = Chunk(source, b"\n".join(texts), reader.line_num, 0, file.tell() - reported)
-        reported = file.tell()
-        return made
-
-    try:
-        columns = next(reader, None)
-        if columns is None:
-            raise _empty(source)
+    def choose(columns: list[str]) -> list[str]:
         if text_field not in columns:
             raise InputError(
-                f"{source.path}: no column '{text_field}' in the header; {_field_hint(columns)}"
+                f"{source.path}: no column '{text_field}' in the header; {_choose_among(columns)}"
             )
-        column = columns.index(text_field)
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(columns):
-                raise InputError(
-                    f"{source.path}: line {reader.line_num}: {len(row)} fields, and the header has "
-                    f"{len(columns)}; put texts with commas in quotes"
-                )
-            texts.append(json.dumps(row[column]).encode())
-            held += len(texts[-1])
-            if held >= CHUNK_BYTES:
-                yield chunk()
-                texts, held = [], 0
-    except csv.Error as error:
-        raise InputError(f"{source.path}: line {reader.line_num}: not valid csv: {error}") from None
+        return [text_field]
+
+    reported, texts, held = 0, list[bytes](), 0
+    for line, row in delimited_rows(source, file, choose):
+        value = [line, row] if isinstance(row, str) else row[text_field]
+        texts.append(json.dumps(value).encode())
+        held += len(texts[-1])
+        if held >= CHUNK_BYTES:
+            yield Chunk(source, b"\n".join(texts), line, 0, file.tell() - reported)
+            texts, held, reported = [], 0, file.tell()
     if texts:
-        yield chunk()
+        yield Chunk(source, b"\n".join(texts), 0, 0, file.tell() - reported)
     elif reported == 0:
         raise InputError(f"{source.path}: no row below the header; remove it from the sources")
 
 
-def _lines(source: Source, file: BinaryIO) -> Iterator[str]:
-    """Yield the decoded lines, each with its line end."""
-    waiting, line, offset = b"", 1, 0
-    for piece in itertools.chain(_UNPACK[source.compression](source.path, file), [b""]):
-        waiting += piece
-        end = waiting.rfind(b"\n") + 1 if piece else len(waiting)
-        whole, waiting = waiting[:end], waiting[end:]
-        yield from io.StringIO(_decode(whole, source.path, line, offset), newline="\n")
-        line, offset = line + whole.count(b"\n"), offset + len(whole)
+def _row_text(chunk: Chunk, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    line, problem = value
+    raise InputError(f"{chunk.source.path}: line {line}: {problem}")
 
 
 def _parquet_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chunk]:
     import pyarrow
-    import pyarrow.parquet
 
-    if source.compression:
-        raise InputError(
-            f"{source.path}: Parquet compresses its own columns and is not read through "
-            f"{source.compression}; unpack the file first"
-        )
-    size, row = os.fstat(file.fileno()).st_size, 0
-    if size == 0:
-        raise _empty(source)
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        schema, metadata = table.schema_arrow, table.metadata
+    def choose(schema: pyarrow.Schema) -> list[str]:
         if text_field not in schema.names:
             raise InputError(
-                f"{source.path}: no column '{text_field}'; {_field_hint(schema.names)}"
+                f"{source.path}: no column '{text_field}'; {_choose_among(schema.names)}"
             )
         kind = schema.field(text_field).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise InputError(
                 f"{source.path}: the column '{text_field}' holds {kind}, not strings; "
-                f"{_field_hint(schema.names)}"
+                f"{_choose_among(schema.names)}"
             )
-        if metadata.num_rows == 0:
-            raise _empty(source)
-        groups = range(metadata.num_row_groups)
-        total_bytes = sum(metadata.row_group(i).total_byte_size for i in groups)
-        row_bytes = total_bytes // metadata.num_rows
-        chunk_rows = min(max(CHUNK_BYTES // (row_bytes + 1), 1), 1 << 16)
-        for batch in table.iter_batches(chunk_rows, columns=[text_field], use_threads=False):
-            sink = pyarrow.BufferOutputStream()
-            with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
-                stream.write_batch(batch)
-            # A Parquet file is not read from front to back, so progress is the share of its rows.
-            before, after = (
-                size * rows // metadata.num_rows for rows in (row, row + batch.num_rows)
-            )
-            yield Chunk(source, sink.getvalue().to_pybytes(), row, 0, after - before)
-            row += batch.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{source.path}: not a valid Parquet file ({reason}); copy or download it again"
-        ) from None
+        return [text_field]
+
+    row, size = 0, os.fstat(file.fileno()).st_size
+    for batch, rows in parquet_batches(source, file, choose, CHUNK_BYTES):
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
+            stream.write_batch(batch)
+        # A Parquet file is not read from front to back, so progress is the share of its rows.
+        before, after = (size * n // rows for n in (row, row + batch.num_rows))
+        yield Chunk(source, sink.getvalue().to_pybytes(), row + 1, 0, after - before)
+        row += batch.num_rows
 
 
 def _parse_parquet(chunk: Chunk) -> list[str]:
@@ -498,6 +267,7 @@ def _parse_parquet(chunk: Chunk) -> list[str]:
 
 # Formats whose text is a column; the other columns of a row are not passed on.
 _BY_COLUMN: dict[str, Callable[[Source, BinaryIO, str], Iterator[Chunk]]] = {
-    "csv": _csv_chunks,
+    "csv": _delimited_chunks,
+    "tsv": _delimited_chunks,
     "parquet": _parquet_chunks,
 }

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 
 from fastbert.data.dataset import token_dtype
 from fastbert.data.documents import Chunk, parse
+from fastbert.data.encoder import Encoder, Losses
 from fastbert.data.sentences import split_sentences
-from fastbert.data.tokenizer import Encoder, special_ids
+from fastbert.data.tokenizer import special_ids
 
 # tokens; a longer sentence is cut, so that two of them and three special tokens still fit into 512
 LONGEST_SENTENCE = 254
@@ -37,6 +38,7 @@ class EncodedChunk:
     empty_documents: int
     cut_sentences: int
     unknown_tokens: int
+    losses: Losses
 
 
 class ChunkEncoder:
@@ -60,7 +62,9 @@ class ChunkEncoder:
         texts = parse(chunk, self._text_field)
         hashes = np.array([hash_text(text) for text in texts], np.uint64)
         split = [split_sentences(text) for text in texts]
-        tokens, lengths = self._encode([sentence for sentences in split for sentence in sentences])
+        tokens, lengths, losses = self._encode(
+            [sentence for sentences in split for sentence in sentences]
+        )
         owners = np.repeat(np.arange(len(texts)), [len(sentences) for sentences in split])
         owners = owners[lengths > 0]
         lengths = lengths[lengths > 0]
@@ -83,6 +87,7 @@ class ChunkEncoder:
             empty_documents=int((documents == 0).sum()),
             cut_sentences=int((pieces > 1).sum()),
             unknown_tokens=int((tokens == self._unknown).sum()),
+            losses=losses,
         )
 
 

@@ -10,13 +10,9 @@ hidden folder beside the target, which is renamed when every byte is on the disk
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -32,27 +28,26 @@ from fastbert.data.dataset import (
     MANIFEST,
     OTHER_FILES,
     SPLITS,
-    ShardWriter,
     Split,
     token_dtype,
 )
-from fastbert.data.documents import Chunk, find_sources, parse, read_chunks
+from fastbert.data.documents import Chunk, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
 from fastbert.data.report import CorpusStats, Report, make_report
-from fastbert.data.tokenizer import (
-    check_vocab_size,
-    load_tokenizer,
-    save_tokenizer,
-    special_ids,
-    train_tokenizer,
-)
-from fastbert.data.workers import map_in_order
-from fastbert.durable import sealed, sha256_of, sync
+from fastbert.data.shards import ShardWriter
+from fastbert.data.sources import Source, find_sources
+from fastbert.data.staging import staging
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
+from fastbert.data.vocabulary import VocabularyTrainer, check_vocab_size
+from fastbert.data.workers import apply_in_child, map_in_order
+from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
 
 # Bytes of text that the vocabulary is trained on, spread evenly over the sources.
 VOCABULARY_BYTES = 64 << 20
+# With less text than this the vocabulary is trained in this process, in about a second.
+TRAINED_HERE_BYTES = 1 << 19
 # The text of at most this many bytes on disk (some ten thousand documents) is held out: more does
 # not improve the evaluation. With fewer held-out documents than LEAST_HELDOUT it is worthless.
 HELDOUT_BYTES = 64 << 20
@@ -69,6 +64,7 @@ def prepare(
     vocab_size: int = 30522,
     tokenizer: str | Path | None = None,
     lowercase: bool = True,
+    keep_accents: bool = False,
     workers: int | None = None,
     heldout: float = 0.01,
     text_format: str | None = None,
@@ -81,15 +77,17 @@ def prepare(
         sources: files and folders; documents.py lists the formats.
         out: the dataset's folder; it must not exist yet.
         vocab_size: of the WordPiece vocabulary that is trained on the text.
-        tokenizer: a Hugging Face folder or vocab.txt to use instead; vocab_size and lowercase are
-            then ignored.
-        lowercase: whether a trained vocabulary converts capitals to small letters.
+        tokenizer: a Hugging Face folder or vocab.txt to use instead; vocab_size, lowercase and
+            keep_accents are then ignored.
+        lowercase: whether a trained vocabulary converts capitals to small letters; accents and
+            vowel signs are then dropped too, as in BERT.
+        keep_accents: whether it keeps these all the same.
         workers: processes that encode; by default one per core, and fewer for little text. The
             number does not change the result.
         heldout: share of the documents that is set aside for evaluation. They are chosen by a hash
             of the text, so copies of a document are all in the same split. HELDOUT_BYTES and
             LEAST_HELDOUT bound the share.
-        text_format: a key of documents.FORMATS, where the suffix does not tell the format.
+        text_format: a key of sources.FORMATS, where the suffix does not tell the format.
         text_field: the field of JSON lines, or the column of csv or Parquet, that holds the text.
         progress: show a progress bar on stderr.
 
@@ -109,32 +107,34 @@ def prepare(
         )
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: must be 1 or more")
-    files, ignored = find_sources(sources, text_format)
-    if ignored:
-        more = ", ..." if len(ignored) > 5 else ""
-        names = ", ".join(map(str, ignored[:5]))
-        print(
-            f"{len(ignored)} files left out because of their suffix: {names}{more}",
-            file=sys.stderr,
-        )
+    files, left_out = find_sources(sources, text_format)
+    for reason in dict.fromkeys(item.reason for item in left_out):
+        paths = [str(item.path) for item in left_out if item.reason == reason]
+        more = ", ..." if len(paths) > 5 else ""
+        print(f"left out ({reason}): {len(paths):,}: {', '.join(paths[:5])}{more}", file=sys.stderr)
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
-    size = sum(source.path.stat().st_size for source in files)
+    stamps = [_stamp(source) for source in files]
+    size = sum(file_size for file_size, _ in stamps)
     options = {"heldout": heldout, "text_format": text_format, "text_field": text_field}
     if given is None:
         check_vocab_size(vocab_size)
         options |= {"vocab_size": vocab_size, "lowercase": lowercase}
-    with _staging(out) as folder, _Bar(size, progress) as bar:
+        if keep_accents:
+            options["keep_accents"] = True
+    with staging(out) as folder, _Bar(size, progress) as bar:
         vocabulary = given
         if vocabulary is None:
             chunks = bar.follow("reading for the vocabulary", read_chunks(files, text_field))
             sample = _spread(chunks)
+            trainer = text_field, vocab_size, lowercase, keep_accents
             with bar.wait("training the vocabulary"):
-                vocabulary = train_tokenizer(
-                    (text for chunk in sample for text in parse(chunk, text_field)),
-                    vocab_size,
-                    lowercase,
-                )
+                if sum(len(chunk.data) for chunk in sample) < TRAINED_HERE_BYTES:
+                    trained = VocabularyTrainer(*trainer)(sample)
+                else:
+                    trained = apply_in_child(VocabularyTrainer, trainer, sample)
             del sample
+            vocabulary = Tokenizer.from_str(trained)
+            vocabulary.encode_special_tokens = True
         save_tokenizer(vocabulary, folder / "tokenizer")
         dtype = token_dtype(vocabulary.get_vocab_size())
 
@@ -157,11 +157,25 @@ def prepare(
         report = make_report(
             written.stats, vocabulary.get_vocab_size(), options.get("vocab_size"), measured
         )
+        for source, stamp in zip(files, stamps, strict=True):
+            if _stamp(source) != stamp:
+                raise InputError(
+                    f"{source.path}: changed while it was read; start again when nothing writes to it"
+                )
         _write_text(folder / "baselines.json", _json(measured))
         _write_text(folder / "report.json", report.json())
         _write_text(folder / "report.md", report.markdown())
         (folder / MANIFEST).write_bytes(sealed(_manifest(folder, vocabulary, options, written)))
     return report
+
+
+def _stamp(source: Source) -> tuple[int, int]:
+    """Return the size of a file and the time of its last change."""
+    try:
+        status = source.path.stat()
+    except OSError as error:
+        raise InputError(f"{source.path}: cannot be read: {error.strerror}") from None
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -243,38 +257,6 @@ def _spread(chunks: Iterable[Chunk]) -> list[Chunk]:
             kept, stride = kept[::2], 2 * stride
             size = sum(len(chunk.data) for chunk in kept)
     return kept
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """Yield a folder that becomes `out` at the end, or is removed after a failure or signal."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    main = threading.current_thread() is threading.main_thread()
-    before = (
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if main else None
-    )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder
-        for path in [*folder.rglob("*"), folder]:
-            sync(path)
-        folder.rename(out)
-        sync(out.parent)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(
-                f"{out}: no space left on its disk ({error.strerror}); "
-                "free disk space or choose another --out"
-            ) from None
-        raise InputError(f"{out}: cannot be written: {error}") from None
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _write_text(path: Path, text: str) -> None:

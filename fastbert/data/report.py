@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastbert.data.encode import LONGEST_SENTENCE, EncodedChunk
+from fastbert.data.encoder import Losses
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,6 +28,7 @@ class CorpusStats:
         self.heldout_documents = self.heldout_tokens = 0
         self.empty_documents = self.single_sentence_documents = 0
         self.cut_sentences = self.unknown_tokens = 0
+        self.losses = Losses()
         # Histograms: how many documents, and sentences, have each number of tokens.
         self.document_lengths = np.zeros(_LONGEST_COUNTED + 1, np.int64)
         self.sentence_lengths = np.zeros(LONGEST_SENTENCE + 1, np.int64)
@@ -58,6 +60,7 @@ class CorpusStats:
         self.empty_documents += chunk.empty_documents
         self.cut_sentences += chunk.cut_sentences
         self.unknown_tokens += chunk.unknown_tokens
+        self.losses += chunk.losses
         self.document_hashes.add(chunk.document_hashes)
         self.sentence_hashes.add(chunk.sentence_hashes)
 
@@ -147,7 +150,12 @@ def make_report(
         asked_vocab_size: the size asked for; None where the tokenizer was given.
         baselines: in nats, by name.
     """
-    documents, sentences, tokens = stats.documents, stats.sentences, stats.tokens
+    documents, sentences, tokens, lost = (
+        stats.documents,
+        stats.sentences,
+        stats.tokens,
+        stats.losses,
+    )
     document_lengths = _quantiles(stats.document_lengths)
     sentence_lengths = _quantiles(stats.sentence_lengths)
     fill = {n: (tokens + 3 * count) / (n * count) for n, count in stats.sequences.items()}
@@ -159,6 +167,14 @@ def make_report(
         "heldout_tokens": stats.heldout_tokens,
         "vocab_size": vocab_size,
         "unknown_share": _round(stats.unknown_tokens / tokens),
+        "unknown_character_share": _share(lost.unknown_characters, lost.characters),
+        "cut_character_share": _share(lost.cut_characters, lost.characters),
+        "accents_lost": {
+            "words": _share(lost.marked_words, lost.words),
+            "characters": _share(lost.marks, lost.characters),
+            "examples": list(lost.examples),
+        },
+        "inner_capitals_share": _share(lost.inner_capitals, lost.words),
         "empty_documents": stats.empty_documents,
         "single_sentence_share": _round(stats.single_sentence_documents / documents),
         "duplicate_document_share": _round(stats.document_hashes.duplicates()),
@@ -175,8 +191,11 @@ def make_report(
     }
     sampled = " (sampled)" if figures["duplicates_sampled"] else ""
     tokenizer_advice = "raise --vocab-size"
+    keep_advice = "keep them with --keep-accents, or with --cased"
     if not asked_vocab_size:
         tokenizer_advice = "train one on the text: leave out --tokenizer"
+        keep_advice = "train a tokenizer that keeps them: --keep-accents or --cased, no --tokenizer"
+    examples = f": {', '.join(lost.examples)}" if lost.examples else ""
 
     def row(name: str, value: str, wrong: bool = False, advice: str = "") -> Row:
         return Row(name, value, advice if wrong else "")
@@ -206,9 +225,30 @@ def make_report(
         ),
         row(
             "[UNK]",
-            _percent(figures["unknown_share"]),
-            figures["unknown_share"] > 0.01,
+            f"{_percent(figures['unknown_share'])} of tokens, "
+            f"{_percent(figures['unknown_character_share'])} of characters",
+            max(figures["unknown_share"], figures["unknown_character_share"]) > 0.01,
             f"the vocabulary does not fit the text; {tokenizer_advice}",
+        ),
+        row(
+            "words of more than 100 characters, cut",
+            f"{_percent(figures['cut_character_share'])} of characters",
+            figures["cut_character_share"] > 0.001,
+            "transformers makes such a word one [UNK]; put spaces into the text, here and where the "
+            "model is used",
+        ),
+        row(
+            "accents and vowel signs dropped",
+            f"{_percent(figures['accents_lost']['words'])} of words, "
+            f"{_percent(figures['accents_lost']['characters'])} of characters{examples}",
+            figures["accents_lost"]["words"] > 0.01,
+            f"different words become the same; {keep_advice}",
+        ),
+        row(
+            "capitals inside words, lower-cased",
+            f"{_percent(figures['inner_capitals_share'])} of words",
+            figures["inner_capitals_share"] > 0.02,
+            "in code, chemistry and sequences case carries meaning; keep it with --cased",
         ),
         row(
             "copies of documents" + sampled,
@@ -289,6 +329,10 @@ def _format_quantiles(quantiles: dict[str, int]) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
+
+
+def _share(part: int, whole: int) -> float:
+    return _round(part / whole) if whole else 0.0
 
 
 def _round(share: float) -> float:

@@ -7,6 +7,7 @@ other start methods import the user's script again, which then must be written f
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import subprocess
@@ -76,11 +77,47 @@ def map_in_order(
                     raise result
                 yield result
                 given += 1
+    except _Gone:
+        raise InputError(
+            "a worker ended before its work was done, most likely killed for lack of memory; "
+            "try a lower --workers"
+        ) from None
     finally:
-        for worker in pool:
-            worker.connection.close()  # a worker ends at the end of its input
-        for worker in pool:
-            worker.process.wait()
+        _end(pool)
+
+
+def apply_in_child(
+    make: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...], item: Item
+) -> Result:
+    """Return `make(*arguments)(item)`, computed in a process of its own.
+
+    Python handles a signal only between its own instructions, so a call into Rust that takes
+    minutes delays Ctrl-C. Here an exception in this process, such as KeyboardInterrupt, ends the
+    call at once.
+
+    Raises:
+        InputError: the function raised one, or the process was killed.
+    """
+    pool: list[_Worker] = []
+    try:
+        _start(pool, 1)
+        pool[0].send((make, arguments))
+        pool[0].send(item)
+        pool[0].waiting.append(0)
+        ((_, result),) = _receive(pool)
+        if isinstance(result, InputError):
+            raise result
+        return result
+    except _Gone:
+        raise InputError(
+            "a process ended before its work was done, most likely killed for lack of memory"
+        ) from None
+    finally:
+        _end(pool)
+
+
+class _Gone(Exception):
+    """A worker ended by itself."""
 
 
 @dataclass
@@ -95,7 +132,7 @@ class _Worker:
         try:
             self.connection.send(message)
         except OSError:
-            raise _killed() from None
+            raise _Gone from None
 
 
 def _start(pool: list[_Worker], count: int) -> None:
@@ -124,21 +161,24 @@ def _receive(pool: list[_Worker]) -> Iterator[tuple[int, Any]]:
         try:
             result = busy[connection].connection.recv()
         except (EOFError, OSError):
-            raise _killed() from None
+            raise _Gone from None
         yield busy[connection].waiting.popleft(), result
 
 
-def _killed() -> InputError:
-    return InputError(
-        "a worker ended before its work was done, most likely killed for lack of memory; "
-        "try a lower --workers"
-    )
+def _end(pool: list[_Worker]) -> None:
+    """End the workers, also those that are busy."""
+    for worker in pool:
+        worker.connection.close()
+        worker.process.kill()
+    for worker in pool:
+        worker.process.wait()
 
 
 def serve(connection: Connection) -> None:
-    """Run a worker: receive items and send results until the other end of the connection is closed.
+    """Run a worker: receive items and send results until it is ended.
 
-    The other end also closes when its process dies.
+    It ends at once, also while it is busy, when the other end of the connection is closed, as
+    happens when the process there dies.
     """
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -148,11 +188,12 @@ def serve(connection: Connection) -> None:
             while True:
                 messages.put((connection.recv(),))
         except (EOFError, OSError):
-            messages.put(None)
+            os._exit(1)
 
     threading.Thread(target=read, daemon=True).start()
     function: Callable[[Any], Any] | None = None
-    while (message := messages.get()) is not None:
+    while True:
+        message = messages.get()
         if function is None:
             make, arguments = message[0]
             function = make(*arguments)

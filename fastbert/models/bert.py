@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.config import ModelConfig
-from fastbert.data.batches import PackedBatch
+from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
 from fastbert.models.fused_layer import Call, Parameters, fused_layer
 from fastbert.models.initial_weights import initialise

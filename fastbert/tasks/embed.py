@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 
-from fastbert.data.documents import Source, find_sources, parse, read_chunks
+from fastbert.data.documents import parse, read_chunks
+from fastbert.data.sources import Source, file_source
 from fastbert.durable import replacing
 from fastbert.errors import InputError
 
@@ -110,8 +111,7 @@ def source_of(file: str | Path, text_format: str | None = None) -> Source:
         raise InputError(f"{file}: a folder; give one file of texts")
     if text_format is None and ".txt" in file.suffixes:
         text_format = "lines"
-    ((source,), _) = find_sources([file], text_format)
-    return source
+    return file_source(file, text_format)
 
 
 def check_out(out: str | Path) -> Path:

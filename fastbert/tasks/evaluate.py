@@ -22,8 +22,9 @@ from fastbert.checkpoints.weight_names import MLM, NSP
 from fastbert.cluster.group import Group
 from fastbert.config import BatchConfig, RunConfig
 from fastbert.data import baselines as baselines
-from fastbert.data.batches import PackedBatch, heldout_batches
+from fastbert.data.batches import heldout_batches
 from fastbert.data.dataset import TokenDataset
+from fastbert.data.packing import PackedBatch
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import Diverged, InputError
 from fastbert.tasks.pretrained import Pretrained

@@ -64,7 +64,7 @@ from pydantic import ValidationError  # a dependency of DeepSpeed, which raises 
 from fastbert.checkpoints.checkpoint import WEIGHT
 from fastbert.cluster.group import Group
 from fastbert.config import RunConfig
-from fastbert.data.batches import PackedBatch
+from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining, Layer, losses
 from fastbert.training.ds_config import DeepSpeedSettings

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastbert.data.batches import PackedBatch
+from fastbert.data.packing import PackedBatch
 from fastbert.models.bert import Losses
 
 

@@ -27,8 +27,9 @@ from fastbert.checkpoints.model_folder import ModelParts
 from fastbert.checkpoints.ownership import CLAIM, RunLock
 from fastbert.cluster.group import Group
 from fastbert.config import DEEPSPEED, RunConfig, dump_config, load_config, parse_config
-from fastbert.data.batches import Batches, PackedBatch, heldout_batches
+from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.dataset import OTHER_FILES, TokenDataset
+from fastbert.data.packing import PackedBatch
 from fastbert.durable import write_whole
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining

@@ -1,0 +1,278 @@
+"""Encode many sentences fast: each distinct word is tokenized once, then looked up."""
+
+from __future__ import annotations
+
+import string
+import unicodedata
+from array import array
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+EXAMPLES = 3  # words that a Losses quotes
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a tokenizer drops of a text.
+
+    A word is what lies between ASCII whitespace and punctuation. Characters exclude spaces.
+    """
+
+    words: int = 0
+    characters: int = 0
+    unknown_characters: int = 0  # of the pieces that became [UNK]
+    cut_characters: int = 0  # of words that were too long and were cut into pieces
+    marked_words: int = 0  # words that lost an accent or a vowel sign
+    marks: int = 0  # how many of these they lost
+    inner_capitals: int = 0  # capitals after a small letter or a digit that became small
+    examples: tuple[str, ...] = ()  # of marked words: "für → fur"
+
+    def __add__(self, other: Losses) -> Losses:
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Losses)}
+        examples = tuple(dict.fromkeys(sums.pop("examples")))[:EXAMPLES]
+        return Losses(**sums, examples=examples)
+
+
+class Encoded(NamedTuple):
+    """Many sentences as token ids."""
+
+    ids: np.ndarray  # int32 [T], of all sentences, one after another
+    lengths: np.ndarray  # int64 [sentences], tokens of each; 0 for a sentence without text
+    losses: Losses
+
+
+class Encoder:
+    """Encodes many sentences; equals `tokenizer.encode(sentence, add_special_tokens=False).ids`.
+
+    There is one difference. WordPiece makes a word of more than 100 characters one [UNK], which may
+    hide a page of a script without spaces, of code or of a sequence of bases. Here such a word is
+    cut into pieces of 100 characters, and each is encoded as a word.
+
+    BERT's normalizer and pre-tokenizer never look across ASCII whitespace or punctuation. So the
+    ids of a text are the ids of its words, when the text is cut there. Few of the words are
+    distinct: Rust tokenizes each once, and a dictionary keeps the result. In front of the
+    dictionary is a hash table for words of up to 16 bytes, whose keys are two integers. numpy looks
+    up all words of a text in it at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._lowercase: bool = tokenizer.normalizer.lowercase
+        self._normalize = tokenizer.normalizer.normalize_str
+        self._clear()
+
+    def _clear(self) -> None:
+        """Clear the dictionary and the table."""
+        self._words = _Words(self._tokenizer)
+        # The key, and the index, of the last word in each slot of the table.
+        self._keys = np.zeros((2, _SLOTS), np.uint64)
+        self._index = np.zeros(_SLOTS, np.int32)
+
+    def __call__(self, sentences: list[str]) -> Encoded:
+        """Encode sentences, and count what is lost."""
+        if len(self._words) > _KEPT_WORDS or len(self._words.ids) > _KEPT_TOKENS:
+            self._clear()
+        text = _END.join([*map(str.encode, sentences), b""])
+        inner_capitals = 0
+        if self._lowercase:
+            case = np.frombuffer(text.translate(_CASES), np.uint8)
+            inner = (case[1:] == _CAPITAL) & (case[:-1] == _SMALL)
+            inner_capitals = int(np.count_nonzero(inner))
+            # lower() of bytes changes ASCII letters only; the tokenizer lower-cases the others.
+            text = text.lower()
+        characters = sum(map(len, sentences)) - text.count(b" ")
+        text = b" " + text + b" " * (_KEY_BYTES + 8)
+        starts, ends, inside = _split(text)
+        words = self._look_up(text, starts, ends)
+        lost = self._lost(text, words, starts, ends)
+        losses = Losses(inside, characters, inner_capitals=inner_capitals, **lost)
+        bounds = np.frombuffer(self._words.bounds, np.int64)
+        starts = bounds[words]
+        counts = bounds[words + 1] - starts
+        ends = np.cumsum(counts)
+        total = int(ends[-1]) if len(ends) else 0
+        places = np.arange(total) + np.repeat(starts - (ends - counts), counts)
+        ids = np.frombuffer(self._words.ids, np.int32)[places]
+        return Encoded(ids, np.diff(ends[words == _END_INDEX], prepend=0), losses)
+
+    def _lost(
+        self, text: bytes, words: np.ndarray, starts: np.ndarray, ends: np.ndarray
+    ) -> dict[str, Any]:
+        """Return the fields of Losses that are counted word by word."""
+        at = np.flatnonzero(np.frombuffer(self._words.lossy, np.bool_)[words])
+        unknown, cut, marks = (
+            np.frombuffer(counts, np.int32)[words[at]]
+            for counts in (self._words.unknown, self._words.cut, self._words.marks)
+        )
+        examples: dict[str, None] = {}
+        for i in at[marks > 0]:
+            word = text[starts[i] : ends[i]].decode()[:_EXAMPLE_LENGTH]
+            examples[f"{word} → {self._normalize(word)}"] = None
+            if len(examples) == EXAMPLES:
+                break
+        return {
+            "unknown_characters": int(unknown.sum()),
+            "cut_characters": int(cut.sum()),
+            "marked_words": int(np.count_nonzero(marks)),
+            "marks": int(marks.sum()),
+            "examples": tuple(examples),
+        }
+
+    def _look_up(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Return the index of each word of the text, int64 [words].
+
+        `text` ends with at least as many spaces as a key has bytes.
+        """
+        lengths = ends - starts
+        # The integer of the eight bytes from each byte on.
+        eight = np.ndarray(len(text) - 7, "<u8", text, strides=(1,))
+        first = np.take(eight, starts) & _MASKS[np.minimum(lengths, 8)]
+        second = np.take(eight, starts + 8) & _MASKS[np.clip(lengths - 8, 0, 8)]
+        mixed = first * _MIX_1 ^ second * _MIX_2
+        mixed = (mixed ^ mixed >> np.uint64(32)) * _MIX_1
+        slots = (mixed >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
+        words = np.empty(len(starts), np.int64)
+        long = np.flatnonzero(lengths > _KEY_BYTES)
+        words[long] = self._indices_of(text, starts[long], ends[long])
+        left = np.flatnonzero(lengths <= _KEY_BYTES)
+        while True:
+            at = slots[left]
+            words[left] = self._index[at]
+            left = left[(self._keys[0][at] != first[left]) | (self._keys[1][at] != second[left])]
+            if not len(left):
+                return words
+            # `left` are the words whose slot holds another word. For each slot one of them is
+            # inserted, and the others are looked up again.
+            at = slots[left]
+            self._index[at] = left
+            chosen = left[self._index[at] == left]
+            at = slots[chosen]
+            self._keys[0][at], self._keys[1][at] = first[chosen], second[chosen]
+            self._index[at] = self._indices_of(text, starts[chosen], ends[chosen])
+
+    def _indices_of(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> list[int]:
+        """Return the indices of words from the dictionary, which encodes new ones."""
+        bounds = zip(starts.tolist(), ends.tolist(), strict=True)
+        words = [text[a:b] for a, b in bounds]
+        return list(map(self._words.__getitem__, words))
+
+
+def _split(text: bytes) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return where each word and each punctuation mark starts and ends, and the number of words.
+
+    `text` begins and ends with a space.
+    """
+    kind = np.frombuffer(text.translate(_KINDS), np.uint8)
+    inside = (kind == _INSIDE).view(np.uint8)
+    starts = np.flatnonzero(kind[1:] > inside[:-1]) + 1
+    ends = np.flatnonzero(kind[:-1] > inside[1:]) + 1
+    return starts, ends, len(starts) - int(np.count_nonzero(kind == _ALONE))
+
+
+_END = b"\xff"  # a separate word after each sentence; this byte does not occur in UTF-8
+_END_INDEX = 1
+_SPACE, _INSIDE, _ALONE = range(3)
+_ISOLATED = string.punctuation.encode() + _END
+# Control characters stay inside a word: the tokenizer removes them and joins the rest.
+_KINDS = bytes(
+    _SPACE if byte in b" \t\n\r" else _ALONE if byte in _ISOLATED else _INSIDE
+    for byte in range(256)
+)
+_SMALL, _CAPITAL = 1, 2
+_CASES = bytes(
+    _CAPITAL if chr(byte) in string.ascii_uppercase else _SMALL * bytes([byte]).isalnum()
+    for byte in range(256)
+)
+_KEY_BYTES = 16
+_MASKS = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
+_MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd, of mixed bits
+_SLOT_BITS = 20
+_SLOTS = 1 << _SLOT_BITS
+_KEPT_WORDS = 1 << 20  # about 150 MB of a worker's memory
+_KEPT_TOKENS = 1 << 22
+# bytes; text without spaces has "words" as long as sentences, which do not occur again
+_KEPT_LENGTH = 64
+_EXAMPLE_LENGTH = 24  # characters of a word that are shown
+_ID = attrgetter("id")
+
+
+class _Words(dict[bytes, int]):
+    """Maps a word to its index; a word that is missing is encoded when it is looked up.
+
+    Index 0 has no tokens. It stands for the word whose key is that of an empty slot, which consists
+    of NUL bytes. _END_INDEX stands for the end of a sentence.
+
+    Attributes:
+        ids: of all words, one word after another. An array cannot grow while a view shares its
+            memory. Drop views of the arrays before the next word is looked up.
+        bounds: where the ids of each word begin, and at the end the number of ids.
+        unknown: characters of each word that became [UNK].
+        cut: characters of each word that stood in pieces of more than the model takes.
+        marks: accents and vowel signs that each word lost.
+        lossy: whether one of these three is not 0.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self[_END] = _END_INDEX
+        self._encode, self._tokenize = tokenizer.encode, tokenizer.model.tokenize
+        self._tokenizer, self._unknown_id = tokenizer, tokenizer.token_to_id("[UNK]")
+        normalizer = tokenizer.normalizer
+        strips = normalizer.strip_accents
+        self._strips: bool = normalizer.lowercase if strips is None else strips
+        self._longest: int = tokenizer.model.max_input_chars_per_word
+        self.ids, self.bounds = array("i"), array("q", [0, 0, 0])
+        self.unknown, self.cut, self.marks = (array("i", [0, 0]) for _ in range(3))
+        self.lossy = bytearray(2)
+
+    def __missing__(self, word: bytes) -> int:
+        ids, bounds = self.ids, self.bounds
+        text, marks, unknown, cut = word.decode(), 0, 0, 0
+        if word.isalnum():
+            # For bytes this means ASCII only, for which the model alone is enough. It takes a third
+            # of the time of the whole tokenizer.
+            ids.extend(map(_ID, self._tokenize(text)))
+        else:
+            ids.extend(self._encode(text, add_special_tokens=False).ids)
+            if self._strips and not text.isascii():
+                decomposed = unicodedata.normalize("NFD", text)
+                marks = len(decomposed) - len(decomposed.translate(_WITHOUT_MARKS))
+        if self._unknown_id in ids[bounds[-1] :]:
+            del ids[bounds[-1] :]
+            unknown, cut = self._piece_by_piece(text)
+        bounds.append(len(ids))
+        self.unknown.append(unknown)
+        self.cut.append(cut)
+        self.marks.append(marks)
+        self.lossy.append(bool(unknown or cut or marks))
+        index = len(bounds) - 2
+        if len(word) <= _KEPT_LENGTH:
+            self[word] = index
+        return index
+
+    def _piece_by_piece(self, text: str) -> tuple[int, int]:
+        """Append the ids of a word; return how many characters are unknown, and how many cut."""
+        unknown = cut = 0
+        normalized = self._tokenizer.normalizer.normalize_str(text)
+        for piece, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(normalized):
+            cut += len(piece) if len(piece) > self._longest else 0
+            for i in range(0, len(piece), self._longest):
+                part = piece[i : i + self._longest]
+                ids = [token.id for token in self._tokenize(part)]
+                unknown += len(part) if self._unknown_id in ids else 0
+                self.ids.extend(ids)
+        return unknown, cut
+
+
+class _WithoutMarks(dict[int, int | None]):
+    """A table for str.translate that removes what BERT's normalizer strips with the accents."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code)) == "Mn" else code
+        return self[code]
+
+
+_WITHOUT_MARKS = _WithoutMarks()

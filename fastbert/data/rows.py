@@ -1,0 +1,203 @@
+"""Read the records of csv, tsv, JSON lines and Parquet: the rules that every command shares.
+
+`prepare` and `embed` read one text column, in chunks (documents.py); `finetune` reads whole rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from fastbert.data.sources import Source
+from fastbert.data.unpack import is_empty, lines
+from fastbert.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# A longer text means that the file has another format than stated. It would also need too much
+# memory.
+LONGEST_TEXT_BYTES = 64 << 20
+COLA = ("source", "label", "mark", "sentence")  # the columns of CoLA's tsv, which has no header
+
+# Takes the names of the columns that are there and returns those to read.
+Choose = Callable[[list[str]], Sequence[str]]
+# The values of a record by column as strings, or what is wrong with it.
+Row = dict[str, str] | str
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def read_rows(source: Source, choose: Choose) -> Iterator[tuple[int, Row]]:
+    """Yield each record of a file with the number of its first line, or of its row in Parquet.
+
+    Both count from 1. A value that is not a string is given as JSON, and null as "".
+
+    Args:
+        source: a file in one of the formats TABLES.
+        choose: called once with the columns of the file, or the fields of its first JSON object.
+
+    Raises:
+        InputError: a file that is empty or cannot be read, or what `choose` raises.
+    """
+    try:
+        with open(source.path, "rb") as file:
+            if source.format == "jsonl":
+                yield from _json_rows(source, file, choose)
+            elif source.format == "parquet":
+                yield from _parquet_rows(source, file, choose)
+            else:
+                yield from delimited_rows(source, file, choose)
+    except OSError as error:
+        raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
+
+
+def delimited_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tuple[int, Row]]:
+    """Yield the rows of a csv file (with quotes) or a tsv file (without quotes, as GLUE's)."""
+    csv.field_size_limit(LONGEST_TEXT_BYTES)
+    quoted = source.format == "csv"
+    reader = (
+        csv.reader(lines(source, file), strict=True)
+        if quoted
+        else csv.reader(lines(source, file), delimiter="\t", quoting=csv.QUOTE_NONE)
+    )
+    columns: list[str] = []
+    chosen: list[tuple[str, int]] = []
+    line = 1
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise InputError(
+                f"{source.path}: line {reader.line_num}: not valid {source.format}: {error}"
+            ) from None
+        if row is None:
+            break
+        at, line = line, reader.line_num + 1
+        if not row:
+            continue
+        if not columns:
+            # CoLA's tsv has no header, but it is recognised by its first row.
+            is_cola = not quoted and len(row) == len(COLA) and row[1] in ("0", "1")
+            columns = list(COLA) if is_cola else row
+            chosen = [(name, columns.index(name)) for name in choose(columns)]
+            if not is_cola:
+                continue
+        if len(row) != len(columns):
+            hint = "; put texts with commas in quotes" if quoted and len(row) > len(columns) else ""
+            yield at, f"{len(row)} fields, and the header has {len(columns)}{hint}"
+        else:
+            yield at, {name: row[i] for name, i in chosen}
+    if not columns:
+        raise is_empty(source)
+
+
+def json_object(text: str) -> dict[str, Any] | str:
+    """Return the JSON object in a line, or what is wrong with it."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON ({error})"
+    if not isinstance(value, dict):
+        return f"a JSON {JSON_NAMES[type(value)]}, not an object"
+    return value
+
+
+def as_text(value: Any) -> str:
+    """Return a value of JSON or Parquet as a string: a string itself, null as "", others as JSON."""
+    if isinstance(value, str):
+        # JSON can write half of a surrogate pair as an escape. This is not a character, and no
+        # encoder accepts it.
+        return value if value.isascii() else _SURROGATE.sub("\ufffd", value)
+    return "" if value is None else json.dumps(value, default=str)
+
+
+JSON_NAMES = {
+    dict: "object",
+    list: "list",
+    str: "string",
+    int: "number",
+    float: "number",
+    bool: "boolean",
+    type(None): "null",
+}
+
+
+def shown(names: Iterable[str]) -> str:
+    """Return names of columns for a message."""
+    short = [repr(name)[1:-1][:40] for name in names]
+    more = f" and {len(short) - 20} more" if len(short) > 20 else ""
+    return f"{', '.join(short[:20])}{more}"
+
+
+def _json_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tuple[int, Row]]:
+    chosen: Sequence[str] | None = None
+    line = 0
+    for line, text in enumerate(lines(source, file), 1):
+        if text.isspace():
+            continue
+        value = json_object(text)
+        if isinstance(value, str):
+            yield line, value
+            continue
+        if chosen is None:
+            chosen = choose(list(value))
+        yield line, {name: as_text(value.get(name)) for name in chosen}
+    if not line:
+        raise is_empty(source)
+
+
+def _parquet_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tuple[int, Row]]:
+    row = 0
+    for batch, _ in parquet_batches(source, file, lambda schema: choose(schema.names)):
+        for i in range(batch.num_rows):
+            row += 1
+            values = {name: batch.column(name)[i] for name in batch.schema.names}
+            try:
+                yield row, {name: as_text(value.as_py()) for name, value in values.items()}
+            except UnicodeDecodeError as error:
+                yield row, f"byte {error.start} of a string is not UTF-8; write the table again"
+
+
+def parquet_batches(
+    source: Source,
+    file: BinaryIO,
+    choose: Callable[[pyarrow.Schema], Sequence[str]],
+    batch_bytes: int = 1 << 20,
+) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
+    """Yield the chosen columns of a Parquet file, some rows at a time, with the rows in all.
+
+    Raises:
+        InputError: a file that is empty or not Parquet, or what `choose` raises.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    if source.compression:
+        raise InputError(
+            f"{source.path}: Parquet compresses its own columns and is not read through "
+            f"{source.compression}; unpack the file first"
+        )
+    if os.fstat(file.fileno()).st_size == 0:
+        raise is_empty(source)
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        metadata = table.metadata
+        chosen = list(choose(table.schema_arrow))
+        if metadata.num_rows == 0:
+            raise is_empty(source)
+        groups = range(metadata.num_row_groups)
+        total_bytes = sum(metadata.row_group(i).total_byte_size for i in groups)
+        row_bytes = total_bytes // metadata.num_rows
+        rows = min(max(batch_bytes // (row_bytes + 1), 1), 1 << 16)
+        for batch in table.iter_batches(rows, columns=chosen, use_threads=False):
+            yield batch, metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{source.path}: not a valid Parquet file ({reason}); copy or download it again"
+        ) from None

@@ -1,0 +1,215 @@
+"""Find the files to read: their formats and compressions, and what is left out of a folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastbert.errors import InputError
+
+FORMATS = {
+    "txt": (".txt",),
+    "lines": (".txt",),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "csv": (".csv",),
+    "tsv": (".tsv",),
+    "parquet": (".parquet",),
+}
+TABLES = ("csv", "tsv", "jsonl", "parquet")  # formats whose records have named fields
+COMPRESSIONS = (".gz", ".zst")
+
+
+SUFFIX = "unknown suffix"  # a reason to leave a file out
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to read."""
+
+    path: Path
+    format: str  # a key of FORMATS
+    compression: str  # one of COMPRESSIONS, or ""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something in a folder that is not read."""
+
+    path: Path
+    reason: str
+
+
+def find_sources(
+    paths: Sequence[str | Path], text_format: str | None = None
+) -> tuple[list[Source], list[LeftOut]]:
+    """Find the files to read.
+
+    Folders are walked in sorted order, without hidden files. Links are followed, after everything
+    else in a folder. A file or folder that is reached in several ways is read once.
+
+    Args:
+        paths: files and folders.
+        text_format: a key of FORMATS; by default the suffix of each file decides.
+
+    Returns:
+        The files to read, in order, and what is left out of folders, apart from hidden files.
+
+    Raises:
+        InputError: a path that does not exist or cannot be read, an unknown suffix, or nothing to
+            read.
+    """
+    if text_format is not None and text_format not in FORMATS:
+        raise InputError(f"--format {text_format}: not a format; known: {', '.join(FORMATS)}")
+    sources: dict[str, Source] = {}
+    left_out: list[LeftOut] = []
+    for path in map(Path, paths):
+        if stat.S_ISDIR(_mode(path)):
+            found = list[Source]()
+            for item in _walk(path):
+                source = _source(item, text_format, True) if isinstance(item, Path) else None
+                if source:
+                    found.append(source)
+                else:
+                    left_out.append(item if isinstance(item, LeftOut) else LeftOut(item, SUFFIX))
+            if not found:
+                raise InputError(
+                    f"{path}: no file in this folder ends in {_suffixes(text_format)}; "
+                    "name a file or another folder"
+                )
+        else:
+            found = [file_source(path, text_format)]
+        for source in found:
+            # A file that is named twice is read once.
+            sources.setdefault(os.path.realpath(source.path), source)
+    if not sources:
+        raise InputError("no SOURCE given; name text files or folders")
+    return list(sources.values()), left_out
+
+
+def file_source(
+    path: Path, text_format: str | None = None, formats: Sequence[str] = tuple(FORMATS)
+) -> Source:
+    """Return one file to read.
+
+    Args:
+        path: the file.
+        text_format: a key of FORMATS; by default the suffix decides.
+        formats: those that the caller can use.
+
+    Raises:
+        InputError: no such file, no regular file, or a suffix that does not tell the format.
+    """
+    if not stat.S_ISREG(_mode(path)):
+        raise InputError(
+            f"{path}: not a regular file; sources are read twice, so write it to a file first"
+        )
+    source = _source(path, text_format, in_folder=False)
+    if source is None and formats == tuple(FORMATS):
+        raise InputError(
+            f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}"
+        )
+    if source is None or source.format not in formats:
+        raise InputError(f"{path}: must end in {_suffixes(None, formats)}")
+    return source
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise InputError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
+        raise InputError(f"{path}: no such file or folder") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _walk(top: Path) -> Iterator[Path | LeftOut]:
+    """Yield the files below a folder: those of a folder, then those of its subfolders.
+
+    Folders behind links come last, unless they were walked already.
+    """
+    walked = set[tuple[int, int]]()
+    links = list[Path]()  # to folders, not followed yet
+
+    def walk(folder: Path) -> Iterator[Path | LeftOut]:
+        walked.add(_identity(folder))
+        subfolders = list[Path]()
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+        names = {entry.name for entry in entries}
+        if {"manifest.json", "tokenizer"} <= names:
+            yield LeftOut(folder, "a dataset of fastbert")
+            return
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                continue
+            if _leads_nowhere(entry):
+                yield LeftOut(path, "a link to nothing")
+            elif entry.is_dir():
+                (links if entry.is_symlink() else subfolders).append(path)
+            else:
+                yield path if entry.is_file() else LeftOut(path, "not a regular file")
+        for subfolder in subfolders:
+            yield from walk(subfolder)
+
+    try:
+        yield from walk(top)
+        for link in links:  # which grows while links are followed
+            if _identity(link) in walked:
+                continue
+            # A link to a folder above would add everything that lies beside the folder.
+            if link.resolve() in (*top.resolve().parents, *link.parent.resolve().parents):
+                yield LeftOut(link, "a link to a folder above")
+            else:
+                yield from walk(link)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a link whose target is missing, or which leads to itself."""
+    if not entry.is_symlink():
+        return False
+    try:
+        entry.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return True
+        raise
+    return False
+
+
+def _source(path: Path, text_format: str | None, in_folder: bool) -> Source | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    suffix = suffixes[-1] if suffixes else ""
+    if text_format is None:
+        # .json is often one big object, so it is not read as JSON lines unless --format says so.
+        known = next(
+            (name for name, endings in FORMATS.items() if suffix in endings and suffix != ".json"),
+            None,
+        )
+    else:
+        known = text_format if not in_folder or suffix in FORMATS[text_format] else None
+    return Source(path, known, compression) if known else None
+
+
+def _suffixes(text_format: str | None, formats: Sequence[str] = tuple(FORMATS)) -> str:
+    endings = [
+        ending
+        for name in ([text_format] if text_format else formats)
+        for ending in FORMATS[name]
+        if text_format or ending != ".json"
+    ]
+    return f"{', '.join(dict.fromkeys(endings))} (or these with {' or '.join(COMPRESSIONS)})"

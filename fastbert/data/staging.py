@@ -1,0 +1,104 @@
+"""Write a folder completely or not at all: a hidden folder beside it, which is renamed at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastbert.durable import sync
+from fastbert.errors import InputError
+
+# A hidden folder that nobody has locked, and nobody has written to for so long, was left behind by
+# a process that was killed. The lock alone does not show it: not every network disk has locks.
+ABANDONED_S = 24 * 3600
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `out` at the end, or is removed after a failure or signal.
+
+    Its name is random, because process ids are equal in containers that share a disk.
+
+    Raises:
+        InputError: the disk refused.
+    """
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with _exit_at(signal.SIGTERM, signal.SIGHUP):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(out)
+            folder.mkdir()
+            with _locked(folder):
+                yield folder
+                for path in [*folder.rglob("*"), folder]:
+                    sync(path)
+                folder.rename(out)
+            sync(out.parent)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(
+                f"{out}: no space left on its disk ({error.strerror}); "
+                "free disk space or choose another --out"
+            ) from None
+        raise InputError(f"{out}: cannot be written: {error}") from None
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _exit_at(*signals: signal.Signals) -> Iterator[None]:
+    """Let signals raise SystemExit, apart from those that are ignored, as by nohup."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.getsignal(s) for s in signals}
+        before = {s: old for s, old in before.items() if old is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder until the end of the block or of the process; yield whether it worked."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        locked = False
+        with contextlib.suppress(OSError):  # held by another process, or a disk without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(out: Path) -> None:
+    """Remove hidden folders of `out` that killed processes left behind."""
+    name = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{16}}\.partial")
+    for path in list(out.parent.iterdir()):
+        if not name.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        with contextlib.suppress(OSError):  # somebody else's, or just removed
+            newest = max(each.lstat().st_mtime for each in [path, *path.rglob("*")])
+            if time.time() - newest < ABANDONED_S:
+                continue
+            with _locked(path) as locked:
+                if locked:
+                    shutil.rmtree(path, ignore_errors=True)

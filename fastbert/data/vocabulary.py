@@ -1,0 +1,155 @@
+"""Train a WordPiece vocabulary: the same texts always give the same one."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from fastbert.data.documents import Chunk, parse
+from fastbert.data.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, assemble
+from fastbert.errors import InputError
+
+VOCAB_SIZES = (100, 1 << 20)
+# A character outside the alphabet makes its whole word [UNK]. One such character in 10,000 affects
+# about one word in 2,000.
+ALPHABET_COVERAGE = 0.9999
+ALPHABET_SHARE = 0.5  # of the vocabulary at most, so that a small one has room for words
+
+
+_LONG_RUN = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, lowercase: bool = True, keep_accents: bool = False
+) -> Tokenizer:
+    """Train a WordPiece vocabulary; the same texts always give the same vocabulary.
+
+    Args:
+        texts: the documents.
+        vocab_size: the vocabulary is smaller where too few words occur twice.
+        lowercase: whether capitals are converted to small letters; accents and vowel signs are then
+            dropped too, as in BERT.
+        keep_accents: do not drop them.
+
+    Raises:
+        InputError: a vocabulary size out of range, or texts without any character.
+    """
+    check_vocab_size(vocab_size)
+    strip_accents = False if keep_accents else None  # None: as lowercase says
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
+    normalized = [_with_short_words(normalizer.normalize_str(text)) for text in texts]
+    first, inner = _alphabet(normalized, int(vocab_size * ALPHABET_SHARE))
+    if not first:
+        raise InputError("no text to train a vocabulary on: every document is empty")
+    # The trainer numbers the pieces "##x" in the order of a hash map, and breaks ties between pairs
+    # by these numbers. So two runs would differ. Special tokens are numbered first, in the given
+    # order, so the pieces are passed as special tokens.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[
+            *SPECIAL_TOKENS.values(),
+            *first,
+            *("##" + character for character in inner),
+        ],
+        initial_alphabet=first,
+        # Exactly these characters: the trainer's own choice among equally rare ones is random.
+        limit_alphabet=len(first),
+    )
+    trained = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trained.train_from_iterator(normalized, trainer)
+    ids = trained.get_vocab(with_added_tokens=True)
+    return assemble(sorted(ids, key=ids.__getitem__), lowercase, strip_accents)
+
+
+class VocabularyTrainer:
+    """Trains a vocabulary on chunks of text; returns it as `Tokenizer.to_str` does.
+
+    Args:
+        text_field: see documents.py.
+        vocab_size, lowercase, keep_accents: see `train_tokenizer`.
+    """
+
+    def __init__(self, text_field: str, vocab_size: int, lowercase: bool, keep_accents: bool):
+        self._text_field = text_field
+        self._options = vocab_size, lowercase, keep_accents
+
+    def __call__(self, chunks: Sequence[Chunk]) -> str:
+        texts = (text for chunk in chunks for text in parse(chunk, self._text_field))
+        return train_tokenizer(texts, *self._options).to_str()
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise InputError where the size is out of range; called before hours of reading."""
+    low, high = VOCAB_SIZES
+    if not low <= vocab_size <= high:
+        raise InputError(
+            f"--vocab-size {vocab_size}: must be from {low} to {high:,} (BERT's is 30522)"
+        )
+
+
+def _with_short_words(text: str) -> str:
+    """Return a normalised text with a space after each 100 characters of a longer word.
+
+    The encoder cuts such words in the same way. The trainer's time grows with the square of the
+    longest word.
+    """
+    return (
+        _LONG_RUN.sub(_cut_words, text)
+        if max(map(len, text.split()), default=0) > LONGEST_WORD
+        else text
+    )
+
+
+def _cut_words(run: re.Match[str]) -> str:
+    """Cut the words of a run without whitespace; the run may have punctuation inside."""
+    parts, held = list[str](), 0
+    for character in run[0]:
+        held = 0 if _breaks_word(character) else held + 1
+        if held > LONGEST_WORD:
+            parts.append(" ")
+            held = 1
+        parts.append(character)
+    return "".join(parts)
+
+
+def _alphabet(texts: list[str], most: int) -> tuple[list[str], list[str]]:
+    """Return the characters that get a piece of their own, and those that get one inside a word.
+
+    Both lists are sorted, and the second is part of the first. The most frequent characters are
+    taken until they cover ALPHABET_COVERAGE of the texts or make `most` pieces.
+    """
+    seen, inside = np.zeros((2, sys.maxunicode + 1), np.int64)
+    breaks = np.zeros(sys.maxunicode + 1, bool)
+    for i in range(0, len(texts), 4096):
+        codes = np.frombuffer("\n".join(texts[i : i + 4096]).encode("utf-32-le"), np.uint32)
+        counts = np.bincount(codes, minlength=len(seen))
+        for code in np.flatnonzero((counts > 0) & (seen == 0)):
+            breaks[code] = _breaks_word(chr(code))
+        seen += counts
+        part = ~breaks[codes]
+        inside += np.bincount(codes[1:][part[1:] & part[:-1]], minlength=len(inside))
+    seen[[code for code in np.flatnonzero(seen) if chr(code).isspace()]] = 0
+    order = np.argsort(-seen, kind="stable")[: np.count_nonzero(seen)]
+    covered = np.cumsum(seen[order]) - seen[order] < ALPHABET_COVERAGE * seen.sum()
+    pieces = np.cumsum(1 + (inside[order] > 0))
+    chosen = np.sort(order[covered & (pieces <= most)])
+    return [chr(code) for code in chosen], [chr(code) for code in chosen if inside[code]]
+
+
+@functools.cache
+def _breaks_word(character: str) -> bool:
+    """Whether BERT's pre-tokenizer ends a word here: whitespace, punctuation, and ASCII symbols."""
+    return (
+        character.isspace()
+        or unicodedata.category(character)[0] == "P"
+        or ("!" <= character <= "~" and not character.isalnum())
+    )

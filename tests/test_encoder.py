@@ -1,0 +1,159 @@
+"""What the encoder counts of a text: spelling that the tokenizer drops, and characters that become [UNK]."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from fastbert.data.dataset import open_dataset
+from fastbert.data.encoder import Encoder, Losses
+from fastbert.data.prepare import prepare
+from fastbert.data.tokenizer import load_tokenizer
+from fastbert.data.vocabulary import train_tokenizer
+
+LIMIT = 100  # characters of a word; WordPiece makes a longer one [UNK]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def lower() -> Tokenizer:
+    return train_tokenizer([f"{LETTERS} für फल फूल " * 3], 200)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "words", "marks", "example"),
+    [
+        ("für fur", 1, 1, "für → fur"),
+        ("fu\u0308r", 1, 1, "fu\u0308r → fur"),  # decomposed
+        ("फूल फल, फूल", 2, 2, "फूल → फल"),
+        ("กู้ภัย", 1, 3, "กู้ภัย → กภย"),
+        ("مُحَمَّد", 1, 4, "مُحَمَّد → محمد"),
+        ("がか", 1, 1, "がか → かか"),
+        ("plain WORDS, 中文 한글", 0, 0, None),
+    ],
+)
+def test_marks_that_are_lost(
+    lower: Tokenizer, sentence: str, words: int, marks: int, example: str | None
+) -> None:
+    losses = Encoder(lower)(["x", sentence]).losses
+    assert (losses.marked_words, losses.marks) == (words, marks)
+    assert losses.examples == ((example,) if example else ())
+    cased = train_tokenizer([f"{LETTERS} für"], 200, lowercase=False)
+    keeping = train_tokenizer([f"{LETTERS} für"], 200, keep_accents=True)
+    for other in (cased, keeping):
+        assert Encoder(other)([sentence]).losses.marks == 0
+
+
+def test_counts(lower: Tokenizer) -> None:
+    encoder = Encoder(lower)
+    losses = encoder(["Ab c1Cd, getName! CC(=O)", "", "xyz ☃☃q ok"]).losses
+    assert (losses.words, losses.inner_capitals) == (8, 2)
+    assert losses.characters == len("Abc1Cd,getName!CC(=O)xyz☃☃qok")
+    # No "1", no "##a", no punctuation and no snowman is in the vocabulary.
+    unknown = ("c1cd", ",", "getname", "!", "(", "=", ")", "☃☃q")
+    assert losses.unknown_characters == sum(map(len, unknown))
+    assert encoder(["xyz ☃☃q ok"]).losses.unknown_characters == 3  # also when it is looked up
+    both = Losses(1, 2, 3, 4, 5, 6, 7, ("a", "b"))
+    both += Losses(1, 1, 1, 1, 1, 1, 1, ("b", "c", "d"))
+    assert both == Losses(2, 3, 4, 5, 6, 7, 8, ("a", "b", "c"))
+
+
+def test_accents_are_kept_where_asked(tmp_path: Path) -> None:
+    """Two spellings that BERT's normalizer makes one: reported by default, two tokens if kept."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "a.txt").write_text("फूल A\n\nफल b\n\nफूल C\n\nफल d\n", encoding="utf-8")
+    options = {"vocab_size": 100, "workers": 1, "progress": False}
+    report = prepare([tmp_path / "a.txt"], tmp_path / "lost", **options)
+    row = next(row for row in report.rows if row.name == "accents and vowel signs dropped")
+    assert "25.00 % of words" in row.value and "फूल → फल" in row.value
+    assert "--keep-accents" in row.advice and "--cased" in row.advice
+    assert report.figures["accents_lost"]["characters"] == pytest.approx(2 / 14, abs=1e-6)
+    report = prepare([tmp_path / "a.txt"], tmp_path / "kept", keep_accents=True, **options)
+    assert report.figures["accents_lost"] == {"words": 0, "characters": 0, "examples": []}
+    manifest = open_dataset(tmp_path / "kept").manifest
+    assert manifest["options"]["keep_accents"] and manifest["options"]["lowercase"]
+    for folder, distinct in (("lost", 1), ("kept", 2)):
+        ours = load_tokenizer(tmp_path / folder / "tokenizer")
+        theirs = AutoTokenizer.from_pretrained(tmp_path / folder / "tokenizer")
+        ids = [ours.encode(word, add_special_tokens=False).ids for word in ("फूल", "फल", "A")]
+        assert len({json.dumps(each) for each in ids[:2]}) == distinct
+        assert ids == [theirs.encode(w, add_special_tokens=False) for w in ("फूल", "फल", "a")]
+
+
+LONG = [
+    "a" * 101,
+    "a" * 100 + "." + "b" * 101,
+    "ACGT" * 1000,
+    "é" * 150,
+    "e\u0301" * 99,
+    "e\u0301" * 101,
+    "ก" * 250 + "。" + "ข" * 100,
+    "한" * 40,  # 120 characters once the normalizer has decomposed them
+    "中" * 1000,
+    "x" * 130 + "中" + "y" * 99,
+    "https://example.org/" + "0123456789abcdef" * 20 + "?q=1",
+]
+
+
+def by_definition(tokenizer: Tokenizer, sentence: str) -> tuple[list[int], int]:
+    """The ids where each too long word is cut by spaces, and the characters of such words."""
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(sentence))
+    ids, cut = [], 0
+    for word, _ in words:
+        cut += len(word) if len(word) > LIMIT else 0
+        spaced = " ".join(word[i : i + LIMIT] for i in range(0, len(word), LIMIT))
+        ids += tokenizer.encode(spaced, add_special_tokens=False).ids
+    return ids, cut
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_long_words_are_cut(lowercase: bool) -> None:
+    alphabet = "ACGTacgt中กข한éüxyb0123456789 " + LETTERS
+    tokenizer = train_tokenizer([f"{alphabet} " + " ".join(alphabet) * 3], 200, lowercase)
+    encoder = Encoder(tokenizer)
+    for sentence in (*LONG, "before " + " after ".join(LONG)):
+        encoded = encoder([sentence])
+        ids, cut = by_definition(tokenizer, sentence)
+        assert encoded.ids.tolist() == ids
+        assert encoded.losses.cut_characters == cut
+    dna = encoder(["ACGT" * 1000])
+    assert dna.losses.cut_characters == 4000
+    assert not lowercase or dna.losses.unknown_characters == 0
+
+
+@pytest.mark.parametrize("run", ["acgt" * 50, "ก" * 150, "ab" * 75 + "." + "cd" * 75])
+def test_the_vocabulary_is_trained_on_the_pieces(run: str) -> None:
+    """A run gives the same vocabulary as with spaces where the encoder cuts it."""
+    spaced = re.sub(r"([^.]{100})(?=[^.])", r"\1 ", run)
+    assert spaced != run
+    made = [train_tokenizer([f"{text} "] * 3, 300).to_str() for text in (run, spaced)]
+    assert made[0] == made[1]
+
+
+def test_time_of_training_does_not_grow_with_the_square_of_a_word() -> None:
+    """A run of 200,000 letters takes no longer than twice that many letters in short words."""
+    letters = "".join(random.Random(1).choices(LETTERS, k=200_000))
+    short = " ".join(letters[i : i + 50] for i in range(0, len(letters), 50))
+    taken = []
+    for text in (letters, f"{short} {short}"):
+        begin = time.process_time()
+        train_tokenizer([text], 200)
+        taken.append(time.process_time() - begin)
+    assert taken[0] < taken[1]
+
+
+def test_long_words_in_the_report(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(("acgt" * 300 + "\n\n") + "tgca" * 200, encoding="utf-8")
+    report = prepare(
+        [tmp_path / "a.txt"], tmp_path / "out", vocab_size=100, workers=1, progress=False
+    )
+    assert report.figures["cut_character_share"] == 1 and report.figures["unknown_share"] == 0
+    row = next(row for row in report.rows if row.name.startswith("words of more than 100"))
+    assert "100.00 % of characters" in row.value and "put spaces" in row.advice

@@ -1,0 +1,105 @@
+"""Which files of a folder are read: each once, also behind links, and what is left out and why."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fastbert.data.prepare import prepare
+from fastbert.data.sources import find_sources
+from fastbert.errors import InputError
+
+
+def tree(top: Path, names: str) -> None:
+    for name in names.split():
+        path = top / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"Text of {name}.\n")
+
+
+def found(top: Path, *named: Path) -> tuple[list[str], dict[str, str]]:
+    """The files in order, and reasons by name of what is left out."""
+    sources, left_out = find_sources(named or [top])
+    return (
+        [str(source.path.relative_to(top)) for source in sources],
+        {str(item.path.relative_to(top)): item.reason for item in left_out},
+    )
+
+
+def test_a_folder_behind_a_link_is_read_once(tmp_path: Path) -> None:
+    tree(tmp_path, "disk/big/1.txt disk/big/sub/2.txt sym/own/3.txt sym/zoo/4.txt")
+    top = tmp_path / "sym"
+    (top / "a-link").symlink_to("../disk/big")
+    (top / "again").symlink_to(tmp_path / "disk" / "big")
+    (top / "deeper").symlink_to("../disk/big/sub")
+    (top / "inside").symlink_to("zoo")  # read as zoo, in its place
+    (top / "loop").symlink_to(".")
+    (tmp_path / "disk" / "big" / "back").symlink_to(top)
+    files = ["own/3.txt", "zoo/4.txt", "a-link/1.txt", "a-link/sub/2.txt"]
+    assert found(top) == (files, {})
+    assert found(tmp_path, top, tmp_path / "disk") == ([f"sym/{name}" for name in files], {})
+
+
+def test_a_link_to_a_folder_above_is_left_out(tmp_path: Path) -> None:
+    tree(
+        tmp_path,
+        "home/secret.txt home/texts/1.txt home/texts/in/2.txt disk/other.txt disk/big/3.txt",
+    )
+    top = tmp_path / "home" / "texts"
+    (top / "up").symlink_to("..")
+    (top / "in" / "root").symlink_to("/")
+    (top / "here").symlink_to(".")
+    (top / "far").symlink_to("../../disk/big")
+    (tmp_path / "disk" / "big" / "up").symlink_to("..")
+    above = "a link to a folder above"
+    assert found(top) == (
+        ["1.txt", "in/2.txt", "far/3.txt"],
+        {"up": above, "in/root": above, "far/up": above},
+    )
+
+
+def test_what_is_no_file_is_left_out(tmp_path: Path) -> None:
+    """A pipe would be waited for, and /dev/urandom has no end."""
+    tree(tmp_path, "a.txt z/b.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "random.txt").symlink_to("/dev/urandom")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "through.txt").symlink_to("a.txt/b")
+    (tmp_path / "self.txt").symlink_to("self.txt")
+    (tmp_path / "folder").symlink_to("/nowhere/at/all")
+    assert found(tmp_path) == (
+        ["a.txt", "z/b.txt"],
+        {
+            "folder": "a link to nothing",
+            "gone.txt": "a link to nothing",
+            "pipe.txt": "not a regular file",
+            "random.txt": "not a regular file",
+            "self.txt": "a link to nothing",
+            "through.txt": "a link to nothing",
+        },
+    )
+    for name, words in [
+        ("gone.txt", "a link to nowhere, which is not there"),
+        ("self.txt", "cannot be read"),
+        ("pipe.txt", "not a regular file"),
+        ("random.txt", "not a regular file"),
+    ]:
+        with pytest.raises(InputError, match=rf"{name}: {words}"):
+            find_sources([tmp_path / name])
+
+
+def test_datasets_are_not_read_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second dataset beside the texts has the tokens of the first."""
+    texts = tmp_path / "texts"
+    tree(texts, "a.txt b.txt manifest.json with/manifest.json with/c.txt")
+    options = {"vocab_size": 100, "workers": 1, "progress": False}
+    prepare([texts], texts / "s1", **options)
+    capsys.readouterr()
+    prepare([texts], texts / "s2", **options)
+    assert f"left out (a dataset of fastbert): 1: {texts / 's1'}" in capsys.readouterr().err
+    for name in ("train", "heldout"):
+        tokens = [(texts / s / name / "shard-00000.tokens").read_bytes() for s in ("s1", "s2")]
+        assert tokens[0] == tokens[1]
+    assert found(texts)[0] == ["a.txt", "b.txt", "with/c.txt"]
