@@ -290,9 +290,10 @@ def _read(path: Path, name: str) -> dict[str, Any]:
 def parse_config(text: str, source: str) -> RunConfig:
     """Read a recipe from a string; `source` is where it is from, for messages."""
     try:
-        return _build(tomllib.loads(text), source, {})
+        values = tomllib.loads(text)
     except NOT_TOML as error:
         raise InputError(f"{source}: not valid TOML: {error}") from None
+    return _build(values, source, {})
 
 
 def dump_config(config: RunConfig) -> str:
