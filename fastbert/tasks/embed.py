@@ -135,9 +135,9 @@ def embed(
     source: Source,
     text_field: str,
     out: Path,
-    pool: str,
+    pool: str | None,
     layers: Sequence[int],
-    normalize: bool,
+    normalize: bool | None,
     progress: bool = False,
 ) -> tuple[int, int]:
     """Write a vector for each text of `source` to `out`.

@@ -39,6 +39,10 @@ MAX_LENGTH = 128  # tokens
 SCORE_COLUMN = "score"  # the label column of STS-B, the one layout whose labels are numbers
 
 
+class LengthWarning(UserWarning):
+    """Texts are longer than what the model was trained on, or than what it reads of them."""
+
+
 class PictureWarning(UserWarning):
     """A picture could not be drawn."""
 
@@ -50,8 +54,8 @@ class Settings:
     Attributes:
         epochs, lr, batch: passes over the file, highest learning rate, examples per step.
         max_length: tokens per example, including special tokens. A longer example is cut at its
-            end, and a pair at the end of its longer text. By default 128, or the model's positions
-            where there are fewer.
+            end, and a pair at the end of its longer text. By default 128, or what the model was
+            trained on where that is less.
         seed, seeds: the first seed, and the number of seeds. A seed determines order, dropout and
             the initial head. The split is that of the first seed.
         patience: stop when the score on the held-out part has not improved for this many epochs,
@@ -248,7 +252,7 @@ def finetune(
                 table = scores.confusion(answers, truth, len(task.labels))
     if out is not None:
         model.load_state_dict(saved)
-        _save(out, model, pretrained, task, table)
+        _save(out, model, pretrained, task, table, max_length)
     return Finetuned(
         metric=task.metric,
         scores={name: spread([trial.scores[name] for trial in trials]) for name in task.scores},
@@ -323,6 +327,7 @@ def _check(settings: Settings, pretrained: Pretrained) -> int:
         InputError: a setting is out of range.
     """
     longest, layers = pretrained.config.max_position_embeddings, pretrained.config.num_hidden_layers
+    trained = pretrained.max_length
     s = settings
     if s.epochs < 1 or s.batch < 1 or not 0 < s.lr <= LARGEST_LR or s.seeds < 1:
         raise InputError(
@@ -338,10 +343,17 @@ def _check(settings: Settings, pretrained: Pretrained) -> int:
         raise InputError(f"--layer-decay {s.layer_decay}: must be above 0 and at most 1")
     if not 0 <= s.freeze <= layers:
         raise InputError(f"--freeze {s.freeze}: must be from 0 to the model's {layers} layers")
-    max_length = min(MAX_LENGTH, longest) if s.max_length is None else s.max_length
+    max_length = min(MAX_LENGTH, trained) if s.max_length is None else s.max_length
     if not 8 <= max_length <= longest:
         raise InputError(
             f"--max-length {max_length}: must be from 8 to the model's {longest} positions"
+        )
+    if max_length > trained:
+        warnings.warn(
+            f"--max-length {max_length}: {pretrained.path} was trained on {trained} tokens at "
+            "most; the positions behind those begin untrained here",
+            LengthWarning,
+            stacklevel=3,
         )
     return max_length
 
@@ -508,7 +520,12 @@ def _depth(name: str, layers: int) -> int | None:
 
 
 def _save(
-    out: str | Path, model: Classifier, pretrained: Pretrained, task: _Task, table: np.ndarray
+    out: str | Path,
+    model: Classifier,
+    pretrained: Pretrained,
+    task: _Task,
+    table: np.ndarray,
+    max_length: int,
 ) -> None:
     """Write the Hugging Face folder and the picture of the confusion matrix."""
     left_out = (HEADS[MLM], "nsp_head.classifier.")
@@ -525,6 +542,7 @@ def _save(
             pretrained.config,
             pretrained.model.vocab_size,
             pretrained.tokenizer,
+            max(max_length, pretrained.max_length),
             problem_type="single_label_classification" if task.labels else "regression",
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},
