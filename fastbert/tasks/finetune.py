@@ -11,6 +11,8 @@ of 16 or 32, 2 to 4 epochs).
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import statistics
 import warnings
 from collections import Counter
@@ -217,7 +219,7 @@ def finetune(
     task = _task(training, test, settings)
     held_out = None
     if settings.patience is not None:
-        training, held_out = _split(training, settings)
+        training, held_out = _split(training, settings, by_class=bool(task.labels))
     data, test_data = (_Encoded(pretrained, task, part, max_length) for part in (training, test))
     dev_data = _Encoded(pretrained, task, held_out, max_length) if held_out else None
 
@@ -380,7 +382,7 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
         for examples in (training, test):
             examples.numbers()  # raises with the lines of labels that are not numbers
         return _Task([], metric)
-    labels = sorted(set(training.labels))
+    labels = _in_order(set(training.labels))
     if len(labels) < 2:
         raise InputError(f"{training.file}: every label is {labels[0]!r}; two or more are needed")
     strange = [
@@ -397,8 +399,19 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
     return _Task(labels, metric)
 
 
-def _split(training: Examples, settings: Settings) -> tuple[Examples, Examples]:
-    """Split into the part to train on and the held-out part; every label stays in the first."""
+def _in_order(labels: set[str]) -> list[str]:
+    """Sort the classes: by number where all are numbers, so that 10 comes after 2, else by text."""
+    try:
+        numbers = {label: float(label) for label in labels}
+    except ValueError:
+        return sorted(labels)
+    if not all(map(math.isfinite, numbers.values())):
+        return sorted(labels)
+    return sorted(labels, key=lambda label: (numbers[label], label))
+
+
+def _split(training: Examples, settings: Settings, by_class: bool) -> tuple[Examples, Examples]:
+    """Split into the part to train on and the held-out part; every class stays in the first."""
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(training), generator=generator).tolist()
     count = round(settings.heldout * len(training))
@@ -410,9 +423,14 @@ def _split(training: Examples, settings: Settings) -> tuple[Examples, Examples]:
     left = Counter(training.labels)
     held_out: list[int] = []
     for row in order:
-        if len(held_out) < count and left[training.labels[row]] > 1:
+        if len(held_out) < count and (not by_class or left[training.labels[row]] > 1):
             left[training.labels[row]] -= 1
             held_out.append(row)
+    if not held_out:
+        raise InputError(
+            f"{training.file}: every class has a single example, so that none can be held out; "
+            "leave --patience out"
+        )
     chosen = set(held_out)
     rest = [row for row in range(len(training)) if row not in chosen]
     return training.take(rest), training.take(sorted(held_out))
@@ -452,6 +470,17 @@ class _Encoded:
             ]
 
         first, second = ids(examples.first), ids(examples.second)
+        room = max_length - (3 if second else 2)
+        lengths = [len(a) + len(b) for a, b in itertools.zip_longest(first, second, fillvalue=[])]
+        if cut := sum(length > room for length in lengths):
+            positions = pretrained.config.max_position_embeddings
+            more = f"; --max-length may be up to {positions}" if max_length < positions else ""
+            warnings.warn(
+                f"{examples.file}: {cut:,} of {len(lengths):,} examples are longer than "
+                f"--max-length = {max_length} tokens; their end is cut{more}",
+                LengthWarning,
+                stacklevel=3,
+            )
         if second:
             pairs = [fit_pair(a, b, max_length - 3) for a, b in zip(first, second, strict=True)]
             first, second = [a for a, _ in pairs], [b for _, b in pairs]
