@@ -489,7 +489,8 @@ def embed(
     """Compute one vector for each text of a file."""
     from fastbert.tasks.embed import check_out, embed, source_of
 
-    source, writer = source_of(file, text_format), check_out(out)
+    source = source_of(file, text_format)
+    writer = check_out(out, source)
     from fastbert.tasks.load import load
 
     layers, opened = layer or [-1], load(model)

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,34 @@ def read_result(file: Path) -> tuple[list[str] | None, np.ndarray]:
     else:
         rows = pyarrow.parquet.read_table(file).to_pylist()
     return [row["text"] for row in rows], np.array([row["vector"] for row in rows], np.float32)
+
+
+def test_no_file_but_an_earlier_result_is_replaced(model, folder, tmp_path):
+    texts = tmp_path / "x.jsonl"
+    texts.write_text('{"text": "a"}\n')
+    (tmp_path / "link.jsonl").symlink_to("x.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(texts)
+    (tmp_path / "device.npy").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "folder.npy").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    for name, words in (
+        ("x.jsonl", "is the file of the texts"),
+        ("link.jsonl", "is the file of the texts"),
+        ("hard.jsonl", "is the file of the texts"),
+        ("../" + tmp_path.name + "/x.jsonl", "is the file of the texts"),
+        ("device.npy", "is no file"),
+        ("pipe.npy", "is no file"),
+        ("folder.npy", "is a folder"),
+    ):
+        with pytest.raises(InputError, match=f"--out .*{name}: {words}"):
+            check_out(tmp_path / name, source_of(texts))
+    with pytest.raises(InputError, match="lies in the folder of the model"):
+        embed(model, source_of(texts), "text", check_out(folder / "x.npy"), None, [-1], None)
+    assert sorted(os.listdir(tmp_path)) == before and texts.read_text() == '{"text": "a"}\n'
+    for _ in range(2):
+        embed(model, source_of(texts), "text", check_out(tmp_path / "y.npy"), None, [-1], None)
+    assert np.load(tmp_path / "y.npy").shape == (1, 32)
 
 
 @pytest.mark.parametrize("out", ["x.npy", "x.jsonl", "x.parquet"])

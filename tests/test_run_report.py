@@ -178,11 +178,18 @@ def test_without_a_checkpoint_or_a_store_the_rest_is_there(run, small_dataset, t
 
 def test_what_is_no_run_is_one_line(run, tmp_path):
     (tmp_path / "begun").mkdir()
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "device.html").symlink_to("/dev/null")
     (tmp_path / "begun/config.toml").write_text("")
     for arguments, words in (
         ((tmp_path,), "no config.toml; give the folder of a run"),
         ((tmp_path / "begun",), "no step in metrics.jsonl"),
         ((run, tmp_path / "no/x.html"), "--out .*x.html: the folder .* does not exist"),
+        ((run, run / "metrics.jsonl"), "--out .*metrics.jsonl: must end in .html"),
+        ((run, run / "checkpoints"), "--out .*checkpoints: must end in .html"),
+        ((run, "/dev/null"), "--out /dev/null: must end in .html"),
+        ((run, tmp_path / "device.html"), "--out .*device.html: is no file"),
+        ((run, tmp_path / "folder.html"), "--out .*folder.html: is a folder"),
     ):
         with pytest.raises(InputError, match=words):
             report(*arguments)

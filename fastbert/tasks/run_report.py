@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fastbert.data.dataset import open_dataset
-from fastbert.durable import replacing
+from fastbert.durable import replaceable, replacing
 from fastbert.errors import Diverged, InputError
 from fastbert.presence import is_file, is_folder, unreadable
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
@@ -80,8 +80,12 @@ def report(run: str | Path, out: str | Path | None = None, sequences: int | None
     if not is_file(run / "config.toml"):
         raise InputError(f"{run}: no config.toml; give the folder of a run")
     out = Path(out) if out else run / "report.html"
+    if out.suffix not in (".html", ".htm"):
+        raise InputError(f"--out {out}: must end in .html")
     if not is_folder(out.parent):
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    if problem := replaceable(out):
+        raise InputError(f"--out {out}: {problem}")
     history = read_history(run)
     page = _page(run, history, *_results(run, sequences))
     with replacing(out) as staging:
