@@ -471,15 +471,22 @@ def embed(
         typer.Option(help="x.npy: float32, one row per text; x.jsonl or x.parquet: with texts."),
     ],
     pool: Annotated[
-        str, typer.Option(help="Pooling: mean or max over the tokens, or cls.")
-    ] = "mean",
+        str | None,
+        typer.Option(
+            help="Pooling: mean or max over the tokens, or cls.  \\[default: the folder's, or mean]"
+        ),
+    ] = None,
     layer: Annotated[
         list[int] | None,
         typer.Option(help="0: embeddings; -1: last layer. Repeated: their mean.  \\[default: -1]"),
     ] = None,
     normalize: Annotated[
-        bool, typer.Option("--normalize", help="Scale vectors to length 1.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Scale vectors to length 1, or not.  \\[default: the folder's, or not]",
+        ),
+    ] = None,
     text_format: Annotated[
         str | None,
         typer.Option(
@@ -494,12 +501,13 @@ def embed(
     """Compute one vector for each text of a file."""
     from fastbert.tasks.embed import check_out, embed, source_of
 
-    source, writer = source_of(file, text_format), check_out(out)
+    source = source_of(file, text_format)
+    writer = check_out(out, source)
     from fastbert.tasks.load import load
 
-    layers = layer or [-1]
+    layers, opened = layer or [-1], load(model)
     rows, size = embed(
-        load(model),
+        opened,
         source,
         text_field,
         writer,
@@ -509,7 +517,11 @@ def embed(
         progress=sys.stderr.isatty(),
     )
     if as_json:
-        settings = {"pool": pool, "layer": layers, "normalize": normalize}
+        settings = {
+            "pool": pool or opened.vectors.pool,
+            "layer": layers,
+            "normalize": opened.vectors.normalize if normalize is None else normalize,
+        }
         return _print_json({"out": str(out), "rows": rows, "hidden_size": size, **settings})
     print(f"{out}: {rows:,} x {size}, float32")
 

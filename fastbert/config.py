@@ -214,6 +214,13 @@ class RunConfig:
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    # No setting: the keys of [model] that a recipe, its preset or an override gives.
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+
+
+def settings_of(config: Any) -> list[dataclasses.Field]:
+    """The fields of a RunConfig, or of one of its sections, that are keys of a recipe."""
+    return [item for item in dataclasses.fields(config) if item.name != "given"]
 
 
 def packaged_recipes() -> list[str]:
@@ -290,15 +297,16 @@ def _read(path: Path, name: str) -> dict[str, Any]:
 def parse_config(text: str, source: str) -> RunConfig:
     """Read a recipe from a string; `source` is where it is from, for messages."""
     try:
-        return _build(tomllib.loads(text), source, {})
+        values = tomllib.loads(text)
     except NOT_TOML as error:
         raise InputError(f"{source}: not valid TOML: {error}") from None
+    return _build(values, source, {})
 
 
 def dump_config(config: RunConfig) -> str:
     """The settings as TOML. `parse_config` makes the same RunConfig of it again."""
     lines, sections = [], []
-    for item in dataclasses.fields(config):
+    for item in settings_of(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             rows = [
@@ -389,7 +397,7 @@ def _check_key(key: str, origin: str) -> None:
     """Raise InputError where a recipe cannot have this dotted key."""
     cls, prefix = RunConfig, ""
     for name in key.split("."):
-        names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        names = [f.name for f in settings_of(cls)] if dataclasses.is_dataclass(cls) else []
         if name not in names:
             raise InputError(f"{origin}: unknown key '{key}'; {_near(name, prefix, names)}")
         cls, prefix = typing.get_type_hints(cls)[name], f"{prefix}{name}."
@@ -400,22 +408,23 @@ def _build(values: dict[str, Any], source: str, sources: dict[str, str]) -> RunC
         raise InputError(
             f'{source}: data is missing; write data = "the folder that fastbert prepare made"'
         )
-    model = values.get("model")
+    model, given = values.get("model"), set[str]()
     if (
         isinstance(model, dict)
         and isinstance(preset := model.get("preset", "base"), str)
         and preset in PRESETS
     ):
         values = {**values, "model": {**PRESETS[preset], **model}}
+        given = {*model, *(PRESETS[preset] if "preset" in model else ())}
     config = _section(RunConfig, values, "", source, sources)
     check_config(config, source, sources)
-    return config
+    return dataclasses.replace(config, given=frozenset(given))
 
 
 def _section(
     cls: type, values: dict[str, Any], prefix: str, source: str, sources: dict[str, str]
 ) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in settings_of(cls)}
     hints = typing.get_type_hints(cls)
     given: dict[str, Any] = {}
     for name, value in values.items():

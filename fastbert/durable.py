@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,23 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             new.unlink()
         raise
+
+
+def replaceable(path: Path) -> str | None:
+    """Say why `path` is nothing that a new file may replace; None where it may be, or is not there.
+
+    A device, a pipe or a socket is no file of the user's that was written before.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(mode):  # the link is replaced, but not where it leads to a device
+        with contextlib.suppress(OSError):
+            mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        return "is a folder; give a file name"
+    return None if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else "is no file; give another name"
 
 
 def write_whole(path: Path, data: bytes) -> None:

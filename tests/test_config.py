@@ -121,6 +121,11 @@ def test_rubbish_is_an_input_error_or_a_recipe(text):
         parse_config(text, "rubbish")
 
 
+def test_a_value_out_of_range_is_not_called_bad_toml():
+    with pytest.raises(InputError, match=r"^here: seed = -1; must be 0 or more"):
+        parse_config('data = "x"\nseed = -1', "here")
+
+
 @given(st.text(min_size=1, max_size=20), st.integers(1, 10**6), st.floats(1e-8, 1.0))
 def test_every_config_survives_the_round_trip(data, sequences, lr):
     config = RunConfig(data=data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -17,8 +18,9 @@ from fastbert.cli import run as command_line
 from fastbert.durable import sha256_of
 from fastbert.strict_json import dumps
 from fastbert.tasks.run_report import report
+from fastbert.training.history import History
 from fastbert.training.metrics import MetricsFile, read_metrics
-from fastbert.training.picture import LossHistory
+from fastbert.training.picture import loss_figure, write_picture
 from tests.ranks import Ranks
 
 HUGE = 3e38  # finite, though no sum of two such numbers is
@@ -281,9 +283,11 @@ def test_metrics_are_json_and_read_again(folder, small_dataset, tmp_path):
         k: None if v in (math.nan, math.inf) else v for k, v in EVALUATION.items()
     }
     for records in ([STEP, EVALUATION], [step, evaluation]):
-        history = LossHistory()
+        history = History(("loss_mlm", "loss_nsp"))
         history.read(records)
-        history.draw(run / "loss.png", "run", {"unigram": 6.7})
+        write_picture(
+            run / "loss.png", functools.partial(loss_figure, history, "run", {"unigram": 6.7})
+        )
         assert (run / "loss.png").exists()
         (run / "loss.png").unlink()
     assert "<svg" in report(run, sequences=8).read_text()

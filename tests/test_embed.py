@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -86,12 +87,113 @@ def test_no_texts_give_no_rows(model):
         ((["a"], "mean", 3), "layer = 3; the model has 0 .* to 2"),
         ((["a"], "mean", -4), "layer = -4"),
         ((["a"], "mean", []), r"layer = \[\]"),
-        (("a text",), "a list of texts is expected.*'a text'"),
+        ((["a", None],), "text 1 is None; a text must be a string"),
+        ((["a", "b", 3.5],), "text 2 is 3.5"),
+        ((["a", b"b"],), "text 1 is b'b'"),
+        ((["a", ["b"]],), r"text 1 is \['b'\]"),
+        ((["\ud800"],), "text 0 .* half a character"),
+        ((None,), "texts = None; must be a list of strings"),
+        ((7,), "texts = 7"),
     ],
 )
 def test_wrong_arguments(model, arguments, words):
     with pytest.raises(InputError, match=words):
         model.encode(*arguments)
+    if len(arguments) == 1:
+        with pytest.raises(InputError, match=words):
+            model.hidden_states(*arguments)
+
+
+def test_other_methods_take_strings_alone(model):
+    for call in (
+        lambda: model.fill_mask(None),
+        lambda: model.fill_mask(["a [MASK]"]),
+        lambda: model.next_sentence("a", None),
+        lambda: model.next_sentence(1, "b"),
+        lambda: model.fill_mask("\udfff [MASK]"),
+    ):
+        with pytest.raises(InputError, match=r" is .*(must be a string|half a character)"):
+            call()
+
+
+def test_one_text_gives_one_vector(model):
+    expected = model.encode(TEXTS)
+    np.testing.assert_allclose(model.encode(TEXTS[0]), expected[0], rtol=0, atol=2e-5)
+    assert model.encode("a", normalize=True).shape == (32,)
+    np.testing.assert_allclose(model.encode(iter(TEXTS)), expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(model.encode(np.array(TEXTS)), expected, rtol=0, atol=2e-5)
+
+
+def test_a_model_is_shown_in_one_line(model, folder):
+    assert repr(model) == f"<{folder}: 2 layers, hidden size 32, 400 tokens>"
+
+
+def sentence_model(folder: Path, out: Path, modules: list, length: int | None = None) -> Path:
+    """A folder as sentence-transformers itself saves it."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
+    first = Transformer(str(folder), **({"max_seq_length": length} if length else {}))
+    SentenceTransformer(modules=[first, *modules], device="cpu").save(str(out))
+    return out
+
+
+@pytest.mark.filterwarnings("ignore::fastbert.tasks.pretrained.TextCutWarning")
+@pytest.mark.parametrize(
+    ("pool", "normalize", "length"),
+    [("cls", True, 16), ("max", False, None), ("mean", True, 9)],
+)
+def test_vectors_are_those_of_the_sentence_transformers_folder(
+    folder, tmp_path, pool, normalize, length
+):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    modules = [Pooling(32, pool), *([Normalize()] if normalize else [])]
+    out = sentence_model(folder, tmp_path / "st", modules, length)
+    expected = SentenceTransformer(str(out), device="cpu").encode(TEXTS)
+    model = fastbert.load(out)
+    np.testing.assert_allclose(model.encode(TEXTS), expected, rtol=0, atol=2e-5)
+    assert model.max_length == (length or 32)
+    # The files of older releases: a switch for each way of pooling, and the length in another file.
+    older = {f"pooling_mode_{name}": False for name in ("cls_token", "mean_tokens", "max_tokens")}
+    older[f"pooling_mode_{pool}_{'token' if pool == 'cls' else 'tokens'}"] = True
+    (out / "1_Pooling/config.json").write_text(json.dumps(older))
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    (out / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 1e30}))
+    (out / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": length or 32, "do_lower_case": True})
+    )
+    np.testing.assert_allclose(fastbert.load(out).encode(TEXTS), expected, rtol=0, atol=2e-5)
+
+
+def test_a_sentence_transformers_folder_that_asks_for_more_is_refused(folder, tmp_path):
+    """It still opens for everything else, and for a pool that is chosen."""
+    from sentence_transformers.sentence_transformer.modules import Dense, Pooling
+
+    cases = [
+        ([Pooling(32, "mean"), Dense(32, 8)], {}, "Transformer, Pooling, Dense"),
+        ([Pooling(32, ("cls", "mean"))], {}, "pooling by cls, mean"),
+        ([Pooling(32, "mean_sqrt_len_tokens")], {}, "pooling by mean_sqrt_len_tokens"),
+        (
+            [Pooling(32, "mean")],
+            {"default_prompt_name": "query", "prompts": {"query": "query: "}},
+            "the prompt 'query: ' before each text",
+        ),
+    ]
+    out = tmp_path
+    for number, (modules, more, words) in enumerate(cases):
+        out = sentence_model(folder, tmp_path / str(number), modules)
+        if more:
+            (out / "config_sentence_transformers.json").write_text(json.dumps(more))
+        model = fastbert.load(out)
+        with pytest.raises(InputError, match=words):
+            model.encode(TEXTS)
+        assert model.encode(TEXTS, "mean").shape == (len(TEXTS), 32)
+    for rubbish in ("3", "[3]", "[", '[{"type": "a.Transformer"}]'):
+        (out / "modules.json").write_text(rubbish)
+        with pytest.raises(InputError, match=r"modules.json: no list of modules"):
+            fastbert.load(out)
 
 
 def test_the_mean_of_layers_and_vectors_of_length_one(model):
@@ -135,6 +237,34 @@ def read_result(file: Path) -> tuple[list[str] | None, np.ndarray]:
     else:
         rows = pyarrow.parquet.read_table(file).to_pylist()
     return [row["text"] for row in rows], np.array([row["vector"] for row in rows], np.float32)
+
+
+def test_no_file_but_an_earlier_result_is_replaced(model, folder, tmp_path):
+    texts = tmp_path / "x.jsonl"
+    texts.write_text('{"text": "a"}\n')
+    (tmp_path / "link.jsonl").symlink_to("x.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(texts)
+    (tmp_path / "device.npy").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe.npy")
+    (tmp_path / "folder.npy").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    for name, words in (
+        ("x.jsonl", "is the file of the texts"),
+        ("link.jsonl", "is the file of the texts"),
+        ("hard.jsonl", "is the file of the texts"),
+        ("../" + tmp_path.name + "/x.jsonl", "is the file of the texts"),
+        ("device.npy", "is no file"),
+        ("pipe.npy", "is no file"),
+        ("folder.npy", "is a folder"),
+    ):
+        with pytest.raises(InputError, match=f"--out .*{name}: {words}"):
+            check_out(tmp_path / name, source_of(texts))
+    with pytest.raises(InputError, match="lies in the folder of the model"):
+        embed(model, source_of(texts), "text", check_out(folder / "x.npy"), None, [-1], None)
+    assert sorted(os.listdir(tmp_path)) == before and texts.read_text() == '{"text": "a"}\n'
+    for _ in range(2):
+        embed(model, source_of(texts), "text", check_out(tmp_path / "y.npy"), None, [-1], None)
+    assert np.load(tmp_path / "y.npy").shape == (1, 32)
 
 
 @pytest.mark.parametrize("out", ["x.npy", "x.jsonl", "x.parquet"])

@@ -18,7 +18,14 @@ from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
 import fastbert
 from fastbert.errors import InputError
-from fastbert.tasks.finetune import Epoch, PictureWarning, Settings, Spread, finetune
+from fastbert.tasks.finetune import (
+    Epoch,
+    LengthWarning,
+    PictureWarning,
+    Settings,
+    Spread,
+    finetune,
+)
 from fastbert.tasks.labelled import read_examples
 from tests.ranks import ROOT, environment
 
@@ -368,3 +375,63 @@ def test_no_label_costs_the_model(folder, tmp_path, label):
         "the model is saved all the same" in message for message in messages
     )
     assert sorted(path.name for path in (tmp_path / "out").glob(".*")) == []
+
+
+def write_rows(file: Path, rows: list[tuple[str, str]]) -> Path:
+    file.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        ([str(i) for i in range(12)], [str(i) for i in range(12)]),
+        (["10.0", "9.0", "-1.0"], ["-1.0", "9.0", "10.0"]),
+        (["2", "10", "01", "1"], ["01", "1", "2", "10"]),
+        (["10", "9", "nine"], ["10", "9", "nine"]),
+        (["nan", "10", "9"], ["10", "9", "nan"]),
+        (["1e400", "10", "9"], ["10", "1e400", "9"]),
+    ],
+)
+def test_classes_that_are_numbers_are_in_the_order_of_numbers(folder, tmp_path, labels, order):
+    """So class i of labels 0 to 11 is label i, as in every data set with whole numbers."""
+    file = write_rows(tmp_path / "a.csv", [(f"the name {label}", label) for label in labels])
+    result = finetune(fastbert.load(folder), file, file, tmp_path / "out", Settings(epochs=1))
+    assert result.labels == order
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert list(config["id2label"].values()) == order
+
+
+def test_what_is_cut_is_counted(folder, tmp_path):
+    long = "the list is a name and " * 5
+    file = write_rows(tmp_path / "a.csv", [(long, "x"), ("a list", "y"), (long * 3, "y")])
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(f'text,text_b,label\n"{long}","a",x\na,b,y\n')
+    for examples, words in (
+        (file, "a.csv: 2 of 3 examples are longer than --max-length = 16 tokens; .* up to 32"),
+        (pairs, r"pairs.csv: 1 of 2 examples are longer than --max-length = 16 tokens"),
+    ):
+        with pytest.warns(LengthWarning, match=words):
+            finetune(fastbert.load(folder), examples, examples, None, Settings(1, max_length=16))
+    short = write_rows(tmp_path / "b.csv", [("a list", "x"), ("a name", "y")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LengthWarning)
+        finetune(fastbert.load(folder), short, short, None, Settings(1, max_length=16))
+
+
+@pytest.mark.parametrize("labels", [[str(i / 7) for i in range(40)], ["0.5", "1.5"] * 20])
+def test_numbers_are_held_out_though_each_occurs_once(folder, tmp_path, labels):
+    file = write_rows(tmp_path / "a.csv", [(f"the name {x}", x) for x in labels])
+    settings = Settings(epochs=1, patience=1, heldout=0.25, regression=True)
+    sizes = []
+    finetune(
+        fastbert.load(folder), file, file, None, settings,
+        follow=lambda batches, _: sizes.append(sum(map(len, batches))) or batches,
+    )  # fmt: skip
+    assert sizes == [30]
+
+
+def test_classes_of_one_example_each_cannot_be_held_out(folder, tmp_path):
+    file = write_rows(tmp_path / "a.csv", [(f"the name {i}", f"c{i}") for i in range(20)])
+    with pytest.raises(InputError, match="every class has a single example"):
+        finetune(fastbert.load(folder), file, file, None, Settings(epochs=1, patience=1))

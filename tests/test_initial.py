@@ -125,6 +125,11 @@ def test_heads_that_are_missing_begin_anew(recipe, folder, original, tmp_path):
             ["recipe.toml: model.num_hidden_layers = 4", "init = ", "has 2", "leave it out"],
         ),
         ("model.preset=mini", ["model.hidden_size = 256", "has 32"]),
+        # What equals BERT's defaults is given all the same.
+        ("model.preset=base", ["model.hidden_size = 768", "has 32"]),
+        ("model.hidden_size=768", ["model.hidden_size = 768", "has 32"]),
+        ("model.max_position_embeddings=512", ["model.max_position_embeddings = 512", "has 32"]),
+        ("model.num_hidden_layers=12", ["model.num_hidden_layers = 12", "has 2"]),
         ("model.initial_attention=adjacent", ["model.initial_attention", "choose one"]),
         ("batch.max_length=128", ["batch.max_length = 128", "max_position_embeddings = 32"]),
         ("init=nowhere", ["nowhere: no such folder"]),

@@ -18,9 +18,10 @@ from fastbert.training import monitor as module
 from fastbert.training import picture
 from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
+from fastbert.training.history import History
 from fastbert.training.metrics import STEP_KEYS, read_metrics
 from fastbert.training.monitor import Monitor
-from fastbert.training.picture import LossHistory
+from fastbert.training.picture import loss_figure, write_picture
 from fastbert.training.train_state import StopCriteria, TrainState
 
 BASELINES = {
@@ -221,19 +222,19 @@ def test_the_picture_shows_the_run(tmp_path):
 
 
 def test_the_picture_does_without_pairs_and_evaluations(tmp_path):
-    history = LossHistory()
+    history = History(("loss_mlm", "loss_nsp"))
     history.add({"step": 1, "loss_mlm": 7.0, "loss_nsp": None})
-    history.draw(tmp_path / "loss.png", "run", BASELINES)
+    write_picture(tmp_path / "loss.png", lambda: loss_figure(history, "run", BASELINES))
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
 
 
 def test_a_redone_step_replaces_the_first_in_the_picture():
-    history = LossHistory()
+    history = History(("loss_mlm", "loss_nsp"))
     history.read(
         [{"step": step, "loss_mlm": float(step), "loss_nsp": 0.0} for step in (1, 2, 3, 4)]
     )
     history.read([{"event": "resume", "step": 2}, {"step": 3, "loss_mlm": 30.0, "loss_nsp": 0.0}])
-    assert history._smooth("loss_mlm") == ([1.0, 2.0, 3.0], [1.0, 2.0, 30.0])
+    assert history.smooth("loss_mlm") == ([1.0, 2.0, 3.0], [1.0, 2.0, 30.0])
 
 
 def test_a_resume_goes_on_in_every_file(tmp_path, capsys):

@@ -17,8 +17,9 @@ from matplotlib.text import Text
 from fastbert.config import load_config
 from fastbert.tasks import scores
 from fastbert.tasks.run_report import report
+from fastbert.training.history import History
 from fastbert.training.loop import pretrain
-from fastbert.training.picture import LossHistory, write_picture
+from fastbert.training.picture import loss_figure, write_picture
 from tests.trials import Laboratory
 
 NAMES = [
@@ -34,8 +35,8 @@ NAMES = [
 UNREADABLE = "\ud800"  # half a character, as JSON can hold it
 
 
-def history() -> LossHistory:
-    found = LossHistory()
+def history() -> History:
+    found = History(("loss_mlm", "loss_nsp"))
     found.read([{"step": step, "loss_mlm": 7.0 / step, "loss_nsp": None} for step in (1, 2, 3)])
     return found
 
@@ -55,12 +56,15 @@ def words(figure: Any) -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_names_stand_there_as_they_are(tmp_path, name):
     table, labels = np.array([[3, 1], [0, 2]]), [name, "b"]
-    history().draw(tmp_path / "loss.png", name, {"unigram": 6.7})
+    drawn = write_picture(
+        tmp_path / "loss.png", lambda: loss_figure(history(), name, {"unigram": 6.7})
+    )
+    assert drawn is None
     assert scores.draw_confusion(table, labels, tmp_path / "confusion.png") is None
     for picture in ("loss.png", "confusion.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     if "\n" not in name:
-        assert name in words(history()._figure(name, {})) and name in words(
+        assert name in words(loss_figure(history(), name, {})) and name in words(
             scores._confusion_figure(table, labels)
         )
 
@@ -68,7 +72,7 @@ def test_names_stand_there_as_they_are(tmp_path, name):
 def test_no_text_of_users_is_read_as_a_formula():
     """Whatever a figure of fastbert draws: its texts without a formula of its own may not be taken for one."""
     for figure in (
-        history()._figure("a", {"unigram": 6.7}),
+        loss_figure(history(), "a", {"unigram": 6.7}),
         scores._confusion_figure(np.eye(2, dtype=int), ["a", "b"]),
     ):
         shown = [text for text in figure.findobj(Text) if text.get_text() in ("a", "b")]
@@ -89,7 +93,7 @@ def test_what_cannot_be_written_is_told(tmp_path, obstacle: Callable[[Path], Non
     folder.mkdir()
     obstacle(folder)
     before = sorted(tmp_path.rglob("*"))
-    problem = write_picture(folder / "x.png", lambda: history()._figure("run", {}))
+    problem = write_picture(folder / "x.png", lambda: loss_figure(history(), "run", {}))
     assert (
         problem is not None
         and problem.startswith(f"{folder / 'x.png'} could not be drawn: ")

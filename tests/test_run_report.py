@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -143,7 +144,29 @@ def test_the_page_holds_everything_and_needs_nothing(run, tmp_path):
 
 def test_a_step_that_was_made_again_counts_once(run):
     history = read_history(run)
-    assert [step["step"] for step in history.steps] == list(range(1, STEPS + 1))
+    assert history.column("step").tolist() == list(range(1, STEPS + 1))
+
+
+def test_a_long_history_takes_numbers_and_not_records(run, tmp_path):
+    """A million steps as dictionaries took 2 GB; here a step may take 100 bytes."""
+    steps = 20_000
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step in range(1, steps + 1):
+            file.write(json.dumps(dict.fromkeys(STEP_KEYS, 0.5) | {"step": step}) + "\n")
+    tracemalloc.start()
+    history = read_history(tmp_path)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(history) == steps and used < 100 * steps
+
+
+def test_a_single_evaluation_shows_and_baselines_stand_beside_the_curves(run):
+    text = report(run).read_text(encoding="utf-8")
+    (mlm,) = re.findall(r'<svg[^>]*aria-label="MLM loss, nats".*?</svg>', text, re.DOTALL)
+    assert mlm.count("<use ") >= 2  # the dots of two curves of one point each
+    right = float(re.search(r'viewBox="0 0 ([\d.]+)', mlm)[1])  # type: ignore[index]
+    label = re.search(r'([\d.]+)[ ,][\d.]+\)"[^>]*>word frequencies', mlm)
+    assert label is not None and float(label[1]) > right / 2
 
 
 def test_without_a_checkpoint_or_a_store_the_rest_is_there(run, small_dataset, tmp_path):
@@ -155,11 +178,18 @@ def test_without_a_checkpoint_or_a_store_the_rest_is_there(run, small_dataset, t
 
 def test_what_is_no_run_is_one_line(run, tmp_path):
     (tmp_path / "begun").mkdir()
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "device.html").symlink_to("/dev/null")
     (tmp_path / "begun/config.toml").write_text("")
     for arguments, words in (
         ((tmp_path,), "no config.toml; give the folder of a run"),
         ((tmp_path / "begun",), "no step in metrics.jsonl"),
         ((run, tmp_path / "no/x.html"), "--out .*x.html: the folder .* does not exist"),
+        ((run, run / "metrics.jsonl"), "--out .*metrics.jsonl: must end in .html"),
+        ((run, run / "checkpoints"), "--out .*checkpoints: must end in .html"),
+        ((run, "/dev/null"), "--out /dev/null: must end in .html"),
+        ((run, tmp_path / "device.html"), "--out .*device.html: is no file"),
+        ((run, tmp_path / "folder.html"), "--out .*folder.html: is a folder"),
     ):
         with pytest.raises(InputError, match=words):
             report(*arguments)

@@ -224,3 +224,39 @@ def test_a_request_that_is_entered_twice_gives_back_the_handlers_and_the_second_
         assert signal.getsignal(signal.SIGINT) is ours
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+LAUNCHER = """
+import os, subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=sys.stdout)
+print(worker.pid, flush=True)
+worker.wait()
+"""
+WORKER = """
+import sys, time
+from fastbert.cluster.signals import StopRequest
+with StopRequest() as request:
+    print("ready", flush=True)
+    until = time.monotonic() + float(sys.argv[1] if sys.argv[1:] else 20)
+    while request.asked is None and time.monotonic() < until:
+        time.sleep(0.05)
+    print(request.asked, flush=True)
+"""
+
+
+@pytest.mark.parametrize("torchrun", [True, False])
+def test_the_end_of_torchrun_is_a_stop_request(torchrun):
+    """That of a shell is not: a run that was started with nohup and & goes on."""
+    worker = WORKER if torchrun else WORKER.replace("else 20", "else 3")
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, worker],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(**({"TORCHELASTIC_RUN_ID": "a"} if torchrun else {})),
+    )
+    assert launcher.stdout is not None
+    lines = {launcher.stdout.readline().strip(), launcher.stdout.readline().strip()}
+    assert "ready" in lines
+    launcher.kill()
+    assert launcher.stdout.read().strip() == ("the end of torchrun" if torchrun else "None")
+    launcher.wait()

@@ -81,6 +81,7 @@ def test_the_archives_hold_the_recipes_and_nothing_outside_the_packages(archives
         "fastbert_kernels",
     }
     assert {f"fastbert/recipes/{name}" for name in RECIPES} < set(names)
+    assert "fastbert/planning/gpus.toml" in names
     with tarfile.open(sdist) as archive:
         unpacked = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "LICENSE", "pyproject.toml", "tests/test_wheel.py"} < unpacked

@@ -181,6 +181,7 @@ def write_folder(
     config: ModelConfig,
     vocab_size: int,
     tokenizer: Tokenizer,
+    max_length: int,
     **more: Any,
 ) -> None:
     """Fill an empty folder with what transformers' `from_pretrained` and AutoTokenizer read.
@@ -191,6 +192,7 @@ def write_folder(
         state: the weights by Hugging Face's names (`to_hugging_face`).
         config, vocab_size: the encoder's sizes.
         tokenizer: written as tokenizer.json and its settings.
+        max_length: the most tokens of a text, at which AutoTokenizer cuts.
         more: further keys of config.json, such as id2label.
     """
     values = {
@@ -213,7 +215,7 @@ def write_folder(
     save_tokenizer(tokenizer, folder)
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
-    settings["model_max_length"] = config.max_position_embeddings
+    settings["model_max_length"] = max_length
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -5,6 +5,8 @@ It may be a run, a checkpoint of a run, or a Hugging Face BERT folder.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fastbert.checkpoints import checkpoint, hugging_face
+from fastbert.checkpoints.sentence_folder import (
+    VectorSettings,
+    read_max_length,
+    read_vector_settings,
+)
 from fastbert.checkpoints.weight_names import MLM, NSP, check_finite, heads, shapes
 from fastbert.config import ModelConfig, RunConfig, parse_config
 from fastbert.data.tokenizer import load_tokenizer
@@ -37,6 +44,8 @@ class ModelParts:
         heads: which of "mlm" and "nsp" the weights hold.
         tokenizer: the model's tokenizer.
         tokenizer_path: the folder where it was found.
+        max_length: the most tokens of a text, with [CLS] and [SEP], that the model was trained on.
+        vectors: how the folder's author makes a vector of a text.
         recipe: the run's recipe; None for a Hugging Face folder.
         metadata: the checkpoint's metadata and its "step"; empty for a Hugging Face folder.
     """
@@ -48,6 +57,8 @@ class ModelParts:
     heads: frozenset[str]
     tokenizer: Tokenizer
     tokenizer_path: Path
+    max_length: int
+    vectors: VectorSettings
     recipe: RunConfig | None
     metadata: dict[str, Any]
 
@@ -126,30 +137,62 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
             f"{tokenizer_path}: no such folder; "
             "use a checkpoint where its run wrote it, beside the run's tokenizer"
         )
+    tokenizer = load_tokenizer(tokenizer_path)
+    wanted = found.metadata.get("tokenizer_sha256")
+    if wanted is not None and wanted != tokenizer_sha256(tokenizer):
+        raise InputError(
+            f"{tokenizer_path}: not the tokenizer that {found.path} was trained with; put back the "
+            f"tokenizer/ of the dataset {recipe.data}"
+        )
     return ModelParts(
         path=found.path,
         weights=weights,
         config=recipe.model,
         vocab_size=vocab_size,
         heads=frozenset({MLM, NSP} if recipe.objective.pairs else {MLM}),
-        tokenizer=load_tokenizer(tokenizer_path),
+        tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
+        max_length=trained_length(found, recipe),
+        vectors=VectorSettings(),
         recipe=recipe,
         metadata={"step": found.step, **found.metadata},
     )
 
 
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """SHA-256 of what `same_tokens` compares: the tokens by id, and how text is normalised."""
+    ids = tokenizer.get_vocab()
+    tokens = sorted(ids, key=ids.__getitem__)
+    normalizer = json.loads(tokenizer.to_str())["normalizer"]
+    facts = json.dumps([tokens, normalizer], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def trained_length(found: checkpoint.Checkpoint, recipe: RunConfig) -> int:
+    """The longest sequence that the weights were trained on, also before this run by `init`."""
+    length = found.metadata.get("trained_length", recipe.batch.max_length)
+    if type(length) is not int or not 3 < length <= recipe.model.max_position_embeddings:
+        raise InputError(
+            f"{found.path / checkpoint.MANIFEST}: trained_length = {length!r}; must be a number of "
+            "the model's positions; take another checkpoint"
+        )
+    return length
+
+
 def _from_hugging_face(path: Path) -> ModelParts:
     config, vocab_size, tied = hugging_face.read_config(path / hugging_face.CONFIG)
     weights = hugging_face.read_weights(path, config, vocab_size, tied)
+    tokenizer = load_tokenizer(path)
     return ModelParts(
         path=path,
         weights=weights,
         config=config,
         vocab_size=vocab_size,
         heads=heads(weights),
-        tokenizer=load_tokenizer(path),
+        tokenizer=tokenizer,
         tokenizer_path=path,
+        max_length=read_max_length(path, config.max_position_embeddings),
+        vectors=read_vector_settings(path, tokenizer.normalizer.lowercase),
         recipe=None,
         metadata={},
     )

@@ -1,4 +1,4 @@
-"""Turn SIGINT, SIGTERM, SIGUSR1 and SIGHUP into a stop request that the loop honours.
+"""Turn SIGINT, SIGTERM, SIGUSR1, SIGHUP and the end of the launcher into a stop request.
 
 The loop reads the request at its next step.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 # SIGHUP means that the terminal was closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+LOOK_S = 1.0  # between two looks whether the launcher is there
 
 
 class StopRequest:
@@ -20,6 +21,9 @@ class StopRequest:
 
     A second Ctrl-C ends the process at once. Under a launcher it does not, since there one Ctrl-C
     arrives twice: from the terminal and from the launcher.
+
+    A torchrun that is killed cannot stop its ranks. They would train on, keep the GPUs, and nobody
+    would restart one that is lost. So its end is a stop request too.
 
     Attributes:
         asked: the name of the signal that arrived; None before.
@@ -30,9 +34,14 @@ class StopRequest:
         self._before: dict[int, Any] = {}
         self._depth = 0  # it may be entered again by what its owner calls
         self._launched = "WORLD_SIZE" in os.environ
+        self._parent = os.getppid()
+        self._over = threading.Event()
 
     def __enter__(self) -> StopRequest:
         self._depth += 1
+        if self._depth == 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+            self._over.clear()
+            threading.Thread(target=self._watch_parent, daemon=True, name="launcher").start()
         # Python sets signal handlers in the main thread only.
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
             # nohup ignores SIGHUP, and that must stay so.
@@ -52,6 +61,7 @@ class StopRequest:
     ) -> None:
         self._depth -= 1
         if self._depth == 0:
+            self._over.set()
             for number, handler in self._before.items():
                 # None: a handler that was not set by Python, which cannot set it again.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -61,3 +71,10 @@ class StopRequest:
         self.asked = signal.Signals(number).name
         if number == signal.SIGINT and not self._launched:
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+
+    def _watch_parent(self) -> None:
+        """Thread: the system gives an orphan another parent."""
+        while not self._over.wait(LOOK_S):
+            if os.getppid() != self._parent:
+                self.asked = self.asked or "the end of torchrun"
+                return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,11 @@ from fastbert.machine import measure_bandwidth, measure_gemm_rate
 from fastbert.planning.flops import executed_flops, training_flops
 from fastbert.planning.memory import MicroBatchSize, count_parameters, memory_by_part, stay_gathered
 from fastbert.training.ds_config import read_ds_config
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -48,23 +54,8 @@ class Device:
     price: float | None = None
 
 
-GPUS = {
-    # NVIDIA data sheets: A100 40GB and 80GB (2020, 2021), L4 and L40S (2023), H100 and H200 SXM
-    # (2023, 2024), DGX B200 (2025; one of its GPUs). AMD data sheet: Instinct MI300X (2023).
-    # Memory is as advertised, in units of 10^9 bytes. fp32 is the rate without tensor cores. The
-    # link is NVLink or Infinity Fabric, else PCIe 4.0 x16. The network is that of a DGX (8 adapters
-    # of 200 or 400 Gbit/s), else 4 adapters of 100 Gbit/s. Prices change monthly. These are
-    # on-demand prices of machines with eight GPUs at Lambda (lambda.ai/instances), and of the H200
-    # at Akash (akash.network/pricing/gpus), both as listed on 2026-09-20.
-    "a100": Device(312e12, 19.5e12, 80e9, 2039e9, 300e9, 200e9, 2.79),
-    "a100-40gb": Device(312e12, 19.5e12, 40e9, 1555e9, 300e9, 200e9, 1.99),
-    "l4": Device(121e12, 30.3e12, 24e9, 300e9, 32e9, 50e9),
-    "l40s": Device(362e12, 91.6e12, 48e9, 864e9, 32e9, 50e9),
-    "h100": Device(989e12, 67e12, 80e9, 3350e9, 450e9, 400e9, 3.99),
-    "h200": Device(989e12, 67e12, 141e9, 4800e9, 450e9, 400e9, 4.45),
-    "b200": Device(2250e12, 75e12, 180e9, 8000e9, 900e9, 400e9, 6.69),
-    "mi300x": Device(1307e12, 163.4e12, 192e9, 5300e9, 448e9, 400e9),
-}
+_FACTS = tomllib.loads((Path(__file__).parent / "gpus.toml").read_text(encoding="utf-8"))
+GPUS = {name: Device(**facts) for name, facts in _FACTS["gpus"].items()}
 CPU = "cpu"  # the name of this machine's CPU, see `this_machine`
 GPUS_PER_NODE = 8
 
@@ -260,15 +251,15 @@ def plan(
         config: the recipe's settings.
         recipe: the file that `config` came from, named in errors.
         gpus: number of GPUs; 1 for "cpu".
-        gpu: a key of GPUS in any case, or "cpu".
+        gpu: a name in gpus.toml, in any case, or "cpu".
         stage: the ZeRO stage; by default that of the recipe's DeepSpeed file. This file may be
             missing if `stage` is given.
         efficiency: share of the peak that matrix products reach. The default is EFFICIENCY, and 1
             for a CPU, whose rate is measured.
         vocab_size, mean_length: V, and tokens per example; by default those of the recipe's
             dataset, if it exists.
-        price: US dollars per GPU hour; by default the one in GPUS.
-        device: a device that is not in GPUS, under the name `gpu`. For "cpu" it is this machine, as
+        price: US dollars per GPU hour; by default the one in gpus.toml.
+        device: a device that is not in gpus.toml, under the name `gpu`. For "cpu" it is this machine, as
             the caller has measured it.
 
     Raises:
@@ -348,7 +339,9 @@ def plan(
             f"kernels = {kernels}: memory and time of {config.runtime.kernels} are not known"
         )
     if price is not None:
-        listed = "; listed 2026-09-20, see docs/plan.md" if price == device.price else ""
+        listed = (
+            f"; listed {_FACTS['prices_of']}, see docs/plan.md" if price == device.price else ""
+        )
         assumptions.append(f"{price:,.2f} dollars per GPU hour{listed}")
     return Plan(
         parameters=P,

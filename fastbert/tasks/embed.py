@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbert.data.documents import parse, read_chunks
 from fastbert.data.sources import Source, file_source
-from fastbert.durable import replacing
+from fastbert.durable import replaceable, replacing
 from fastbert.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,8 +114,12 @@ def source_of(file: str | Path, text_format: str | None = None) -> Source:
     return file_source(file, text_format)
 
 
-def check_out(out: str | Path) -> Path:
+def check_out(out: str | Path, source: Source | None = None) -> Path:
     """Return `out` as a path. An existing file is replaced later.
+
+    Args:
+        out: the file to write.
+        source: what is read, which must not be replaced.
 
     Raises:
         InputError: vectors cannot be written to it.
@@ -125,8 +129,10 @@ def check_out(out: str | Path) -> Path:
         raise InputError(f"--out {out}: must end in {', '.join(WRITERS)}")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
-    if out.is_dir():
-        raise InputError(f"--out {out}: is a folder; give a file name")
+    if problem := replaceable(out):
+        raise InputError(f"--out {out}: {problem}")
+    if source is not None and out.exists() and out.samefile(source.path):
+        raise InputError(f"--out {out}: is the file of the texts; give another name")
     return out
 
 
@@ -135,9 +141,9 @@ def embed(
     source: Source,
     text_field: str,
     out: Path,
-    pool: str,
+    pool: str | None,
     layers: Sequence[int],
-    normalize: bool,
+    normalize: bool | None,
     progress: bool = False,
 ) -> tuple[int, int]:
     """Write a vector for each text of `source` to `out`.
@@ -157,6 +163,10 @@ def embed(
         InputError: text that cannot be read, with file and line, or a setting that the model does
             not support.
     """
+    model = pretrained.path.resolve()
+    # A checkpoint is in the folder `checkpoints` of its run.
+    if (model.parents[1] if pretrained.recipe else model) in out.resolve().parents:
+        raise InputError(f"--out {out}: lies in the folder of the model; give another place")
     size, rows = pretrained.config.hidden_size, 0
     pretrained.encode([], pool, layers)  # checks the settings before anything is written
     with _writer(out, size) as writer, _bar(source.path.stat().st_size, progress) as advance:

@@ -283,10 +283,8 @@ def _per_million(dataset: TokenDataset) -> Tensor:
 
 
 def _recipe_for(pretrained: Pretrained) -> RunConfig:
-    """Return the default recipe, with sequences no longer than the model's positions."""
-    batch = BatchConfig(
-        max_length=min(BatchConfig().max_length, pretrained.config.max_position_embeddings)
-    )
+    """Return the default recipe, with sequences no longer than the model was trained on."""
+    batch = BatchConfig(max_length=min(BatchConfig().max_length, pretrained.max_length))
     return RunConfig(data="", model=pretrained.config, batch=batch)
 
 

@@ -124,6 +124,7 @@ def export(
             pretrained.config,
             pretrained.model.vocab_size,
             pretrained.tokenizer,
+            pretrained.max_length,
         )
         card = model_card(pretrained, architecture, Path(out).name)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -159,7 +160,7 @@ def compare(
         ExportError: weights are missing or unexpected, or ids differ.
     """
     model, tokenizer = _open_with_transformers(folder, architecture)
-    room = pretrained.config.max_position_embeddings - 3
+    room = pretrained.max_length - 3
     a, b = [], []
     for pair in pairs:
         ours = [pretrained.tokenizer.encode(text, add_special_tokens=False).ids for text in pair]

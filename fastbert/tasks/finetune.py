@@ -11,6 +11,8 @@ of 16 or 32, 2 to 4 epochs).
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import statistics
 import warnings
 from collections import Counter
@@ -39,6 +41,10 @@ MAX_LENGTH = 128  # tokens
 SCORE_COLUMN = "score"  # the label column of STS-B, the one layout whose labels are numbers
 
 
+class LengthWarning(UserWarning):
+    """Texts are longer than what the model was trained on, or than what it reads of them."""
+
+
 class PictureWarning(UserWarning):
     """A picture could not be drawn."""
 
@@ -50,8 +56,8 @@ class Settings:
     Attributes:
         epochs, lr, batch: passes over the file, highest learning rate, examples per step.
         max_length: tokens per example, including special tokens. A longer example is cut at its
-            end, and a pair at the end of its longer text. By default 128, or the model's positions
-            where there are fewer.
+            end, and a pair at the end of its longer text. By default 128, or what the model was
+            trained on where that is less.
         seed, seeds: the first seed, and the number of seeds. A seed determines order, dropout and
             the initial head. The split is that of the first seed.
         patience: stop when the score on the held-out part has not improved for this many epochs,
@@ -213,7 +219,7 @@ def finetune(
     task = _task(training, test, settings)
     held_out = None
     if settings.patience is not None:
-        training, held_out = _split(training, settings)
+        training, held_out = _split(training, settings, by_class=bool(task.labels))
     data, test_data = (_Encoded(pretrained, task, part, max_length) for part in (training, test))
     dev_data = _Encoded(pretrained, task, held_out, max_length) if held_out else None
 
@@ -248,7 +254,7 @@ def finetune(
                 table = scores.confusion(answers, truth, len(task.labels))
     if out is not None:
         model.load_state_dict(saved)
-        _save(out, model, pretrained, task, table)
+        _save(out, model, pretrained, task, table, max_length)
     return Finetuned(
         metric=task.metric,
         scores={name: spread([trial.scores[name] for trial in trials]) for name in task.scores},
@@ -323,6 +329,7 @@ def _check(settings: Settings, pretrained: Pretrained) -> int:
         InputError: a setting is out of range.
     """
     longest, layers = pretrained.config.max_position_embeddings, pretrained.config.num_hidden_layers
+    trained = pretrained.max_length
     s = settings
     if s.epochs < 1 or s.batch < 1 or not 0 < s.lr <= LARGEST_LR or s.seeds < 1:
         raise InputError(
@@ -338,10 +345,17 @@ def _check(settings: Settings, pretrained: Pretrained) -> int:
         raise InputError(f"--layer-decay {s.layer_decay}: must be above 0 and at most 1")
     if not 0 <= s.freeze <= layers:
         raise InputError(f"--freeze {s.freeze}: must be from 0 to the model's {layers} layers")
-    max_length = min(MAX_LENGTH, longest) if s.max_length is None else s.max_length
+    max_length = min(MAX_LENGTH, trained) if s.max_length is None else s.max_length
     if not 8 <= max_length <= longest:
         raise InputError(
             f"--max-length {max_length}: must be from 8 to the model's {longest} positions"
+        )
+    if max_length > trained:
+        warnings.warn(
+            f"--max-length {max_length}: {pretrained.path} was trained on {trained} tokens at "
+            "most; the positions behind those begin untrained here",
+            LengthWarning,
+            stacklevel=3,
         )
     return max_length
 
@@ -368,7 +382,7 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
         for examples in (training, test):
             examples.numbers()  # raises with the lines of labels that are not numbers
         return _Task([], metric)
-    labels = sorted(set(training.labels))
+    labels = _in_order(set(training.labels))
     if len(labels) < 2:
         raise InputError(f"{training.file}: every label is {labels[0]!r}; two or more are needed")
     strange = [
@@ -385,8 +399,19 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
     return _Task(labels, metric)
 
 
-def _split(training: Examples, settings: Settings) -> tuple[Examples, Examples]:
-    """Split into the part to train on and the held-out part; every label stays in the first."""
+def _in_order(labels: set[str]) -> list[str]:
+    """Sort the classes: by number where all are numbers, so that 10 comes after 2, else by text."""
+    try:
+        numbers = {label: float(label) for label in labels}
+    except ValueError:
+        return sorted(labels)
+    if not all(map(math.isfinite, numbers.values())):
+        return sorted(labels)
+    return sorted(labels, key=lambda label: (numbers[label], label))
+
+
+def _split(training: Examples, settings: Settings, by_class: bool) -> tuple[Examples, Examples]:
+    """Split into the part to train on and the held-out part; every class stays in the first."""
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(training), generator=generator).tolist()
     count = round(settings.heldout * len(training))
@@ -398,9 +423,14 @@ def _split(training: Examples, settings: Settings) -> tuple[Examples, Examples]:
     left = Counter(training.labels)
     held_out: list[int] = []
     for row in order:
-        if len(held_out) < count and left[training.labels[row]] > 1:
+        if len(held_out) < count and (not by_class or left[training.labels[row]] > 1):
             left[training.labels[row]] -= 1
             held_out.append(row)
+    if not held_out:
+        raise InputError(
+            f"{training.file}: every class has a single example, so that none can be held out; "
+            "leave --patience out"
+        )
     chosen = set(held_out)
     rest = [row for row in range(len(training)) if row not in chosen]
     return training.take(rest), training.take(sorted(held_out))
@@ -440,6 +470,17 @@ class _Encoded:
             ]
 
         first, second = ids(examples.first), ids(examples.second)
+        room = max_length - (3 if second else 2)
+        lengths = [len(a) + len(b) for a, b in itertools.zip_longest(first, second, fillvalue=[])]
+        if cut := sum(length > room for length in lengths):
+            positions = pretrained.config.max_position_embeddings
+            more = f"; --max-length may be up to {positions}" if max_length < positions else ""
+            warnings.warn(
+                f"{examples.file}: {cut:,} of {len(lengths):,} examples are longer than "
+                f"--max-length = {max_length} tokens; their end is cut{more}",
+                LengthWarning,
+                stacklevel=3,
+            )
         if second:
             pairs = [fit_pair(a, b, max_length - 3) for a, b in zip(first, second, strict=True)]
             first, second = [a for a, _ in pairs], [b for _, b in pairs]
@@ -508,7 +549,12 @@ def _depth(name: str, layers: int) -> int | None:
 
 
 def _save(
-    out: str | Path, model: Classifier, pretrained: Pretrained, task: _Task, table: np.ndarray
+    out: str | Path,
+    model: Classifier,
+    pretrained: Pretrained,
+    task: _Task,
+    table: np.ndarray,
+    max_length: int,
 ) -> None:
     """Write the Hugging Face folder and the picture of the confusion matrix."""
     left_out = (HEADS[MLM], "nsp_head.classifier.")
@@ -525,6 +571,7 @@ def _save(
             pretrained.config,
             pretrained.model.vocab_size,
             pretrained.tokenizer,
+            max(max_length, pretrained.max_length),
             problem_type="single_label_classification" if task.labels else "regression",
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fastbert.checkpoints.sentence_folder import VectorSettings
 from fastbert.checkpoints.weight_names import MLM, NSP
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.dataset import SpecialIds
@@ -34,11 +35,14 @@ class TextCutWarning(UserWarning):
     """Texts were longer than the model's positions and were cut."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pretrained:
     """A model with its tokenizer, in evaluation mode.
 
     Attributes:
+        max_length: the most tokens of a text, with [CLS] and [SEP], that the model was trained on;
+            it may have more positions, whose embeddings are then random.
+        vectors: how the folder's author makes a vector of a text.
         heads: which of "mlm" and "nsp" were trained.
         path: the folder that the weights came from.
         recipe: that of the run; None for a Hugging Face folder.
@@ -49,42 +53,67 @@ class Pretrained:
     tokenizer: Tokenizer
     special: SpecialIds
     config: ModelConfig
+    max_length: int
+    vectors: VectorSettings
     heads: frozenset[str]
     path: Path
     recipe: RunConfig | None
     metadata: dict[str, Any]
 
+    def __repr__(self) -> str:
+        facts = [
+            f"{self.config.num_hidden_layers} layers",
+            f"hidden size {self.config.hidden_size}",
+            f"{self.model.vocab_size:,} tokens",
+        ]
+        if "step" in self.metadata:
+            facts.append(f"step {self.metadata['step']:,}")
+        loss = self.metadata.get("progress", {}).get("heldout_loss")
+        facts += [] if loss is None else [f"held-out loss {loss:.3f}"]
+        return f"<{self.path}: {', '.join(facts)}>"
+
     @property
     def max_tokens(self) -> int:
         """The number of tokens of a text that fit between [CLS] and [SEP]."""
-        return self.config.max_position_embeddings - 2
+        return self.max_length - 2
 
     def encode(
         self,
-        texts: Sequence[str],
-        pool: str = "mean",
+        texts: str | Iterable[str],
+        pool: str | None = None,
         layer: int | Sequence[int] = -1,
-        normalize: bool = False,
+        normalize: bool | None = None,
     ) -> np.ndarray:
         """One vector for each text.
 
         Args:
-            texts: any number. A text without tokens becomes `[CLS] [SEP]`. A text that is too long
-                is cut, with a warning.
+            texts: any number, or a single one. A text without tokens becomes `[CLS] [SEP]`. A text
+                that is too long is cut, with a warning.
             pool: "mean" or "max" over all tokens including [CLS] and [SEP], as in
-                sentence-transformers; or "cls".
+                sentence-transformers; or "cls". By default what the folder of a
+                sentence-transformers model says, else "mean".
             layer: 0 is the output of the embeddings, 1 that of the first layer, -1 that of the
                 last. Of several layers the mean is taken for each token.
-            normalize: divide each vector by its L2 norm.
+            normalize: divide each vector by its L2 norm; by default as `pool`, else False.
 
         Returns:
-            float32 [N, D], in the order of `texts`.
+            float32 [N, D], in the order of `texts`; [D] for a single text.
 
         Raises:
-            InputError: an unknown pool, a layer that does not exist, or a single string instead of
-                a list.
+            InputError: an unknown pool, a layer that does not exist, a text that is no string, or
+                a folder that asks for more than pooling and normalization, where `pool` is not
+                given.
             Diverged: the vectors are not finite. The other methods raise it too.
         """
+        if isinstance(texts, str):
+            return self.encode([texts], pool, layer, normalize)[0]
+        if pool is None and self.vectors.problem is not None:
+            raise InputError(
+                f"{self.vectors.problem} cannot be done here; choose the pool, one of "
+                f"{', '.join(POOLS)}, for other vectors"
+            )
+        pool = self.vectors.pool if pool is None else pool
+        normalize = self.vectors.normalize if normalize is None else normalize
         count = self.config.num_hidden_layers + 1
         layers = [layer] if isinstance(layer, int) else list(layer)
         if pool not in POOLS:
@@ -95,8 +124,9 @@ class Pretrained:
                 f"layer = {wrong[0] if wrong else []}; the model has 0 (embeddings) to "
                 f"{count - 1}, or -1 (last) to {-count}"
             )
-        result = np.empty((len(texts), self.config.hidden_size), np.float32)
-        for chosen, batch in self._packs(self._ids(texts)):
+        ids = self._ids(_listed(texts))
+        result = np.empty((len(ids), self.config.hidden_size), np.float32)
+        for chosen, batch in self._packs(ids):
             states = self._hidden(batch)
             hidden = (
                 torch.stack([states[index].float() for index in layers]).mean(0)
@@ -112,7 +142,7 @@ class Pretrained:
             result[chosen] = self._finite(vectors).cpu().numpy()
         return result
 
-    def hidden_states(self, texts: Sequence[str]) -> list[list[np.ndarray]]:
+    def hidden_states(self, texts: Iterable[str]) -> list[list[np.ndarray]]:
         """Return the hidden states of each text: L + 1 float32 arrays [n, D], embeddings first.
 
         n includes [CLS] and [SEP].
@@ -120,8 +150,9 @@ class Pretrained:
         Raises:
             InputError, Diverged: as `encode`.
         """
-        result: list[list[np.ndarray]] = [[] for _ in texts]
-        for chosen, batch in self._packs(self._ids(texts)):
+        ids = self._ids(_listed(texts))
+        result: list[list[np.ndarray]] = [[] for _ in ids]
+        for chosen, batch in self._packs(ids):
             for state in self._hidden(batch):
                 values = self._finite(state.float()).cpu().numpy()
                 parts = np.split(values, batch.cu_seqlens[1:-1].cpu().numpy())
@@ -139,6 +170,7 @@ class Pretrained:
                 was not trained.
         """
         self._require_head(MLM)
+        _check_text(text, "text")
         if MASK not in text:
             raise InputError(f"{text!r}: no {MASK} to fill; write one where a word is missing")
         if not 1 <= k <= self.model.vocab_size:
@@ -179,10 +211,12 @@ class Pretrained:
             InputError: the NSP head was not trained.
         """
         self._require_head(NSP)
+        _check_text(first, "first")
+        _check_text(second, "second")
         a, b = (
             self.tokenizer.encode(text, add_special_tokens=False).ids for text in (first, second)
         )
-        room = self.config.max_position_embeddings - 3
+        room = self.max_length - 3
         if len(a) + len(b) > room:
             _warn_cut(1, 1, room)
             a, b = fit_pair(a, b, room)
@@ -191,13 +225,13 @@ class Pretrained:
             logits = self.model.pair_logits(self._hidden(batch)[-1][:1])
         return float(self._finite(logits.float()).softmax(-1)[0, 0])
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _ids(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text, cut to the model's length."""
-        if isinstance(texts, str):
-            raise InputError(f"a list of texts is expected, not the single text {texts[:40]!r}")
+        for number, text in enumerate(texts):
+            _check_text(text, f"text {number}")
         ids = [
             encoding.ids
-            for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)
         ]
         cut = sum(len(tokens) > self.max_tokens for tokens in ids)
         if cut:
@@ -253,6 +287,19 @@ def fit_pair(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int
     """
     keep = max(room - len(b), min(len(a), math.ceil(room / 2)))
     return (a[:keep], b[: room - keep]) if len(a) + len(b) > room else (a, b)
+
+
+def _listed(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise InputError(f"texts = {texts!r:.60}; must be a list of strings")
+    return list(texts)
+
+
+def _check_text(text: object, what: str) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"{what} is {text!r:.60}; a text must be a string")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise InputError(f"{what} is {text!r:.60}: holds half a character, which is no text")
 
 
 def _warn_cut(cut: int, texts: int, length: int) -> None:

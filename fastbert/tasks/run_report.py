@@ -7,14 +7,10 @@ inside the page. Each is narrow enough for a phone, and on a wide screen they st
 from __future__ import annotations
 
 import html
-import io
-import math
 import os
 import platform
 import re
-import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,36 +18,33 @@ from typing import Any
 import numpy as np
 
 from fastbert.data.dataset import open_dataset
-from fastbert.durable import replacing
+from fastbert.durable import replaceable, replacing
 from fastbert.errors import Diverged, InputError
 from fastbert.presence import is_file, is_folder, unreadable
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
 from fastbert.tasks.load import load
 from fastbert.tasks.pretrained import MASK, Pretrained
-from fastbert.training.diagnosis import NAMES
+from fastbert.training.history import History
 from fastbert.training.metrics import read_metrics
-from fastbert.training.picture import GRID, HELDOUT, INK, MASKED, MUTED, NSP, TRAIN
+from fastbert.training.picture import (
+    GRID,
+    HELDOUT,
+    INK,
+    MASKED,
+    MUTED,
+    NSP,
+    TRAIN,
+    draw_accuracy,
+    draw_mlm,
+    draw_nsp,
+    svg,
+)
 
-POINTS = 200  # at most, of a curve; each is the mean over a block of steps
 SAMPLES = 8  # held-out sentences with a hidden word
 SAMPLE_TOKENS = (8, 32)  # shortest and longest of these sentences
 LOG_LINES = 12  # from the start and the end of log.txt
 
-Steps = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class History:
-    """The contents of metrics.jsonl.
-
-    A step or evaluation that was repeated after a restart counts once, in its last version. `bad`
-    is the number of lines that cannot be read.
-    """
-
-    steps: Steps
-    evaluations: Steps
-    events: Steps
-    bad: int = 0
+COLUMNS = ("loss_mlm", "loss_nsp", "lr", "grad_norm", "tokens", "seconds", "tokens_per_s")
 
 
 def read_history(run: Path) -> History:
@@ -60,30 +53,16 @@ def read_history(run: Path) -> History:
     Raises:
         InputError: metrics.jsonl cannot be read, or has no step to report on.
     """
-    steps: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, Any]] = {}
-    events: Steps = []
-    bad: list[int] = []
+    history = History(COLUMNS)
     try:
-        for record in read_metrics(run / "metrics.jsonl", bad):
-            if "event" not in record:
-                steps[record["step"]] = record
-            elif record["event"] == "evaluate":
-                evaluations[record["step"]] = record
-            else:
-                events.append(record)
+        history.read(read_metrics(run / "metrics.jsonl", history.bad))
     except OSError as error:
         raise unreadable(run / "metrics.jsonl", error) from None
-    if not steps:
+    if not len(history):
         raise InputError(
             f"{run}: no step in metrics.jsonl; give the folder of a run that has started"
         )
-    return History(
-        [steps[step] for step in sorted(steps)],
-        [evaluations[step] for step in sorted(evaluations)],
-        events,
-        len(bad),
-    )
+    return history
 
 
 def report(run: str | Path, out: str | Path | None = None, sequences: int | None = None) -> Path:
@@ -101,8 +80,12 @@ def report(run: str | Path, out: str | Path | None = None, sequences: int | None
     if not is_file(run / "config.toml"):
         raise InputError(f"{run}: no config.toml; give the folder of a run")
     out = Path(out) if out else run / "report.html"
+    if out.suffix not in (".html", ".htm"):
+        raise InputError(f"--out {out}: must end in .html")
     if not is_folder(out.parent):
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    if problem := replaceable(out):
+        raise InputError(f"--out {out}: {problem}")
     history = read_history(run)
     page = _page(run, history, *_results(run, sequences))
     with replacing(out) as staging:
@@ -200,13 +183,12 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cards(history: History, pretrained: Pretrained | None, found: Evaluation | None) -> str:
-    steps = history.steps
-    seconds = sum(step["seconds"] for step in steps)
+    seconds, speeds = np.nansum(history.column("seconds")), history.column("tokens_per_s")
     cards = [
-        (f"{steps[-1]['step']:,}", "steps"),
-        (f"{sum(step['tokens'] for step in steps) / 1e6:,.1f} M", "tokens seen"),
+        (f"{history.column('step')[-1]:,.0f}", "steps"),
+        (f"{np.nansum(history.column('tokens')) / 1e6:,.1f} M", "tokens seen"),
         (_clock(seconds), "hours of steps" if seconds >= 3600 else "of steps"),
-        (f"{statistics.median(step['tokens_per_s'] for step in steps):,.0f}", "tokens/s, median"),
+        (f"{np.nanmedian(speeds):,.0f}", "tokens/s, median"),
     ]
     if pretrained is not None:
         parameters = sum(p.numel() for p in pretrained.model.parameters())
@@ -221,7 +203,7 @@ def _cards(history: History, pretrained: Pretrained | None, found: Evaluation | 
     state = f"Ended by: {_text(stops[-1])}" if stops else "Not ended yet."
     note = f'<p class="note">{state}</p>'
     if history.bad:
-        bad = f"{history.bad:,} lines of metrics.jsonl cannot be read and are left out."
+        bad = f"{len(history.bad):,} lines of metrics.jsonl cannot be read and are left out."
         note += f'<p class="note">{bad}</p>'
     shown = "".join(f"<div><b>{_text(value)}</b><span>{name}</span></div>" for value, name in cards)
     return f'{note}<div class="cards">{shown}</div>'
@@ -277,7 +259,7 @@ def _times(history: History) -> str:
 
     The rest is pictures and starts.
     """
-    steps = sum(step["seconds"] for step in history.steps)
+    steps = float(np.nansum(history.column("seconds")))
     evaluations = sum(found.get("seconds") or 0.0 for found in history.evaluations)
     saves = sum(event.get("seconds") or 0.0 for event in history.events if event["event"] == "save")
     known = steps + evaluations + saves
@@ -371,107 +353,15 @@ def _words(tokens: Sequence[str]) -> str:
     return re.sub(r" ([.,;:?!)\]])", r"\1", text)
 
 
-# ----------------------------------------------------------------------------- curves
-
-
 def _curves(history: History, found: Evaluation | None) -> Iterable[str]:
-    steps, evaluations = history.steps, history.evaluations
-    pairs = any(step["loss_nsp"] is not None for step in steps)
-    known = found.baselines if found else {}
-    baselines = {NAMES[name]: value for name, value in known.items() if name in NAMES}
+    def plain(key: str) -> Callable[[Any], Any]:
+        return lambda ax: ax.plot(*history.smooth(key), color=HELDOUT)
 
-    def mlm(ax: Any) -> None:
-        ax.plot(*_smooth(steps, "loss_mlm"), color=TRAIN, label="training")
-        ax.plot(*_column(evaluations, "loss_mlm"), color=HELDOUT, label="held-out")
-        ax.plot(
-            *_column(evaluations, "loss_mask_token"), color=MASKED, label="held-out, [MASK] alone"
-        )
-        for name, value in baselines.items():
-            ax.axhline(value, color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
-            ax.annotate(
-                f"{name} {value:.2f}",
-                (1, value),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="right",
-                color=MUTED,
-                fontsize=7,
-            )
-        ax.legend(frameon=False, fontsize=7, labelcolor=INK)
-
-    def nsp(ax: Any) -> None:
-        ax.plot(*_smooth(steps, "loss_nsp"), color=TRAIN, label="training")
-        ax.plot(*_column(evaluations, "loss_nsp"), color=NSP, label="held-out")
-        ax.axhline(math.log(2), color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
-        ax.legend(frameon=False, fontsize=7, labelcolor=INK)
-
-    def right(ax: Any) -> None:
-        for key, colour, name in (
-            ("accuracy_mlm", HELDOUT, "masked tokens"),
-            ("accuracy_nsp", NSP, "next sentences"),
-        ):
-            x, y = _column(evaluations, key)
-            if x:
-                ax.plot(x, [100 * value for value in y], color=colour, label=name)
-        ax.set_ylim(0, 100)
-        ax.legend(frameon=False, fontsize=7, labelcolor=INK)
-
-    def plain(key: str) -> Callable[[Any], None]:
-        return lambda ax: ax.plot(*_smooth(steps, key), color=HELDOUT)
-
-    yield _curve("MLM loss, nats", mlm)
-    if pairs:
-        yield _curve("NSP loss, nats", nsp)
-    yield _curve("held-out accuracy, %", right)
-    yield _curve("tokens a second", plain("tokens_per_s"))
-    yield _curve("norm of the gradient", plain("grad_norm"))
-    yield _curve("learning rate", plain("lr"))
-
-
-def _curve(title: str, draw: Callable[[Any], None]) -> str:
-    """Return an SVG that fills the width it is given."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.0, 2.6), layout="constrained")
-    FigureCanvasSVG(figure)
-    ax = figure.subplots()
-    draw(ax)
-    ax.set_title(title, loc="left", color=INK, fontsize=9, fontweight="bold")
-    ax.set_xlabel("steps", color=MUTED, fontsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(GRID)
-    ax.tick_params(colors=MUTED, length=0, labelsize=8)
-    ax.grid(axis="y", color=GRID, linewidth=0.6)
-    ax.set_axisbelow(True)
-    buffer = io.StringIO()
-    # Text stays text, in the reader's own font. Ids are derived from the title, so that two curves
-    # have different ids and the page is reproducible.
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}
-    with matplotlib.rc_context(settings):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    # Without its metadata and its fixed size, the SVG scales with the page.
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    for side in ("height", "width"):
-        svg = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{_text(title)}"', 1)
-
-
-def _column(records: Steps, key: str) -> tuple[list[float], list[float]]:
-    chosen = [record for record in records if record.get(key) is not None]
-    return [record["step"] for record in chosen], [record[key] for record in chosen]
-
-
-def _smooth(steps: Steps, key: str) -> tuple[list[float], list[float]]:
-    """Return the means over blocks of steps, at most POINTS of them, each at its middle."""
-    x, y = _column(steps, key)
-    block = max(1, -(-len(x) // POINTS))
-    starts = range(0, len(x), block)
-
-    def means(values: list[float]) -> list[float]:
-        return [statistics.fmean(values[i : i + block]) for i in starts]
-
-    return means(x), means(y)
+    baselines = found.baselines if found else {}
+    yield svg("MLM loss, nats", lambda ax: draw_mlm(ax, history, baselines))
+    if history.smooth("loss_nsp")[0]:
+        yield svg("NSP loss, nats", lambda ax: draw_nsp(ax, history))
+    yield svg("held-out accuracy, %", lambda ax: draw_accuracy(ax, history))
+    yield svg("tokens a second", plain("tokens_per_s"))
+    yield svg("norm of the gradient", plain("grad_norm"))
+    yield svg("learning rate", plain("lr"))

@@ -1,9 +1,9 @@
 """Reads ds_config.json: DeepSpeed's own settings. Every setting there takes effect or is an error.
 
-A user's own file is accepted. What it repeats of the recipe must agree with it. "auto", as in files
-written for transformers, leaves a value to the recipe or, for one of DeepSpeed's own keys, to its
-default. DeepSpeed accepts most keys and values in silence. Here a misspelt key is an error, and so
-is a setting that would have no effect, or would break the training or its checkpoints.
+A user's own file is accepted. What the recipe decides is left out there, or is "auto", as in files
+written for transformers; "auto" gives one of DeepSpeed's own keys its default. DeepSpeed accepts
+most keys and values in silence. Here a misspelt key is an error, and so is a setting that would
+have no effect, or would break the training or its checkpoints. One message has all of them.
 
 ds_keys.py lists the keys and their values.
 """
@@ -13,24 +13,21 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastbert.config import DEEPSPEED, RunConfig
 from fastbert.errors import InputError
 from fastbert.training.ds_keys import (
     COUNT,
-    IDLE,
     NEEDS,
     NEVER,
     NOTHING,
     ONLY,
-    OPTIMIZERS,
     OWN,
     RECIPE,
-    SCHEDULERS,
     SECTIONS,
     WHOLE,
     Kind,
@@ -47,7 +44,7 @@ class DeepSpeedSettings:
         path: the file.
         values: DeepSpeed's own keys, without those that are "auto" or null.
         precisions: settings that fit one precision alone, and that precision, such as
-            {"bf16.enabled = true": "bf16"}.
+            {"data_types.param_dtype = \"bf16\"": "bf16"}.
         asked: runtime.precision and the recipe that has it, for messages.
     """
 
@@ -107,20 +104,6 @@ class DeepSpeedSettings:
         return stage
 
 
-class Answer(NamedTuple):
-    """The recipe's value for one of DeepSpeed's keys.
-
-    Attributes:
-        place: the recipe's key.
-        shown: its value, for messages.
-        values: what DeepSpeed's key may be; empty where the two cannot be compared.
-    """
-
-    place: str
-    shown: str
-    values: tuple[Any, ...]
-
-
 def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
     """Read and check the file that runtime.deepspeed names, or else the packaged one.
 
@@ -130,43 +113,56 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
 
     Raises:
         InputError: the file is missing or not JSON; a key is unknown (similar ones are suggested);
-            or a value contradicts the recipe (both places are named), asks for what fastbert does
-            not do, or has the wrong type.
+            or a value is for the recipe to decide (its key is named), asks for what fastbert does
+            not do, or has the wrong type. All of these are in one line.
     """
     path = config.runtime.deepspeed or str(DEEPSPEED)
-    values, answers = _load(path, recipe), _answers(config)
-
-    def check(
-        section: str, values: dict[str, Any], known: Mapping[str, Kind | None] | None
-    ) -> None:
-        for key, value in values.items():
-            place = f"{section}.{key}" if section else key
-            if known is not None and key not in known:
-                raise InputError(f"{path}: unknown key '{place}'; {_suggest(key, section, known)}")
-            if value is None or value == AUTO:
-                continue
-            if what := _objection(place, value, known[key] if known else None, answers, recipe):
-                raise InputError(f"{path}: {place} = {_shown(value)}{what}")
-            if isinstance(value, dict) and place not in IDLE:
-                check(place, value, SECTIONS.get(place))
-
-    check("", values, {**RECIPE, **OWN, **dict.fromkeys(IDLE)})
-    values = _without_auto(values)
-    own = {key: value for key, value in values.items() if key in OWN}
+    values = _load(path, recipe)
+    problems = list(_problems("", values, OWN, recipe))
+    if problems[1:]:
+        problems = [f"({i}) {problem}" for i, problem in enumerate(problems, 1)]
+    if problems:
+        raise InputError(f"{path}: {'; '.join(problems)}")
+    own = {key: value for key, value in _without_auto(values).items() if key in OWN}
     asked = f"runtime.precision = {json.dumps(config.runtime.precision)} in {recipe}"
-    return DeepSpeedSettings(path, {"zero_optimization": {}, **own}, _precisions(values), asked)
+    return DeepSpeedSettings(path, {"zero_optimization": {}, **own}, _precisions(own), asked)
 
 
-def _objection(
-    place: str, value: Any, kind: Kind | None, answers: Mapping[str, Answer], recipe: str
-) -> str | None:
-    """What is wrong with a known key's value, as the end of a message that names both."""
-    if place in IDLE:
+def _problems(
+    section: str, values: dict[str, Any], known: Mapping[str, Kind] | None, recipe: str
+) -> Iterator[str]:
+    """What is wrong with each key of a section, with its value; `known` is None where any may be."""
+    for key, value in values.items():
+        place = f"{section}.{key}" if section else key
+        if known is not None and key not in known:
+            if section or not _asks_for_nothing(key, value):
+                yield _not_ours(place, value, known, recipe)
+        elif value is None or value == AUTO:
+            continue
+        elif what := _objection(place, value, known[key] if known else None):
+            yield f"{place} = {_shown(value)}{what}"
+        elif isinstance(value, dict):
+            yield from _problems(place, value, SECTIONS.get(place), recipe)
+
+
+def _not_ours(place: str, value: Any, known: Mapping[str, Kind], recipe: str) -> str:
+    """What is wrong with a key that DeepSpeed does not get."""
+    section, _, key = place.rpartition(".")
+    if place in RECIPE:
         return (
-            None
-            if _asks_for_nothing(place, value)
-            else " is not for fastbert, which does nothing of the kind; remove it"
+            f"{place} = {_shown(value)} is for {RECIPE[place]} in {recipe} to say; "
+            'remove it, or write "auto"'
         )
+    near = difflib.get_close_matches(key, known if section else [*known, *RECIPE], n=3, cutoff=0.6)
+    if near:
+        hint = "did you mean " + " or ".join(f"{section}.{n}" if section else n for n in near) + "?"
+    else:
+        hint = f"known{f' in {section}' if section else ''}: " + ", ".join(sorted(known))
+    return f"{place} = {_shown(value)} is no setting of fastbert; remove it; {hint}"
+
+
+def _objection(place: str, value: Any, kind: Kind | None) -> str | None:
+    """What is wrong with the value of one of DeepSpeed's keys, as the end of a message."""
     if place in NEVER:
         return f" does not work with fastbert: {NEVER[place]}; remove it"
     if kind is not None and not kind.fits(value):
@@ -174,17 +170,6 @@ def _objection(
     if place in ONLY and not _among(value, ONLY[place][0]):
         good, why = ONLY[place]
         return f"; must be {' or '.join(map(json.dumps, good))}: {why}"
-    if place in answers and not _among(value, answers[place].values):
-        there = answers[place]
-        if there.values:
-            return (
-                f" contradicts {there.place} = {there.shown} in {recipe}; "
-                'make them equal, or write "auto"'
-            )
-        return (
-            f" has no equal in {recipe}, where {there.place} = {there.shown}; "
-            'remove it, or write "auto"'
-        )
     if place in NEEDS and value is True and importlib.util.find_spec(NEEDS[place]) is None:
         return f" needs a package: pip install {NEEDS[place]}, or remove it"
     if place == "zero_optimization.allgather_bucket_size" and WHOLE.fits(value) and value % 2:
@@ -219,63 +204,16 @@ def _load(path: str, recipe: str) -> dict[str, Any]:
     return values
 
 
-def _answers(config: RunConfig) -> dict[str, Answer]:
-    """The recipe's values for those of DeepSpeed's keys that the recipe decides."""
-    optimizer, schedule = config.optimizer, config.schedule
-
-    def answer(place: str, *values: Any) -> Answer:
-        section, _, name = place.partition(".")
-        there = getattr(getattr(config, section), name)
-        return Answer(
-            place, "(not set)" if there is None else json.dumps(there), values or (there,)
-        )
-
-    steps = config.stop.steps if schedule.over == "steps" else None
-    warmup = answer("schedule.warmup", round(schedule.warmup * (steps or 0)))
-    if steps:
-        warmup = warmup._replace(
-            shown=f"{warmup.shown} of stop.steps = {steps}, {warmup.values[0]} steps,"
-        )
-    else:
-        warmup = warmup._replace(shown=f"{warmup.shown} of the run", values=())
-    packs = answer("batch.micro_batch_tokens")
-    packs = packs._replace(shown=f"{packs.shown}, tokens instead of sequences", values=())
+def _precisions(own: dict[str, Any]) -> dict[str, str]:
+    """Settings that fit one precision alone."""
+    types = own.get("data_types", {})
     return {
-        "train_batch_size": answer("batch.sequences"),
-        "train_micro_batch_size_per_gpu": packs,
-        "gradient_accumulation_steps": packs,
-        "gradient_clipping": answer("optimizer.max_grad_norm"),
-        "zero_allow_untested_optimizer": answer(
-            "optimizer.name", *((True, False) if optimizer.name == "adamw" else (True,))
-        ),
-        "optimizer.type": answer("optimizer.name", *OPTIMIZERS[optimizer.name]),
-        "optimizer.params.lr": answer("optimizer.lr"),
-        "optimizer.params.betas": answer("optimizer.betas", list(optimizer.betas)),
-        "optimizer.params.eps": answer("optimizer.eps"),
-        "optimizer.params.weight_decay": answer("optimizer.weight_decay"),
-        "optimizer.params.momentum": answer("optimizer.momentum"),
-        "optimizer.params.max_grad_norm": answer("optimizer.max_grad_norm"),
-        "scheduler.type": answer("schedule.decay", SCHEDULERS[schedule.decay]),
-        "scheduler.params.warmup_max_lr": answer("optimizer.lr"),
-        "scheduler.params.warmup_num_steps": warmup,
-        "scheduler.params.total_num_steps": answer("stop.steps"),
-    }
-
-
-def _precisions(values: dict[str, Any]) -> dict[str, str]:
-    """Settings that fit one precision alone: the switch of bf16, and dtypes."""
-    found = {}
-    for key in ("bf16", "bfloat16"):
-        enabled = values.get(key, {}).get("enabled")
-        if enabled is not None:
-            found[f"{key}.enabled = {json.dumps(enabled)}"] = "bf16" if enabled else "fp32"
-    types = values.get("data_types", {})
-    for key in ("param_dtype", "grad_accum_dtype"):
+        f"data_types.{key} = {json.dumps(types[key])}": types[key]
+        for key in ("param_dtype", "grad_accum_dtype")
         # Gradients may be summed in fp32 at any precision, since a sum may be more exact than its
         # terms.
-        if key in types and (key, types[key]) != ("grad_accum_dtype", "fp32"):
-            found[f"data_types.{key} = {json.dumps(types[key])}"] = types[key]
-    return found
+        if key in types and (key, types[key]) != ("grad_accum_dtype", "fp32")
+    }
 
 
 def _without_auto(value: Any) -> Any:
@@ -289,29 +227,28 @@ def _without_auto(value: Any) -> Any:
     return value
 
 
-def _asks_for_nothing(place: str, value: Any) -> bool:
+def _asks_for_nothing(key: str, value: Any) -> bool:
+    """Whether a key that DeepSpeed does not get may be there all the same, since it is off."""
     if isinstance(value, dict):
-        return value.get("enabled") is False or all(
-            item in (None, False, AUTO) for item in value.values()
-        )
-    return value is False or (place in NOTHING and _among(value, (NOTHING[place],)))
+        switch = value.get("enabled")
+        return _off(switch) if switch is not None else all(map(_off, _leaves(value)))
+    return _off(value) or (key in NOTHING and _among(value, (NOTHING[key],)))
+
+
+def _off(value: Any) -> bool:
+    return value is None or value is False or value == AUTO
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values of an object and of the objects in it."""
+    for item in value.values():
+        yield from _leaves(item) if isinstance(item, dict) else [item]
 
 
 def _among(value: Any, values: Sequence[Any]) -> bool:
     """Whether the value equals one of the others; unlike in Python, true is not 1."""
     return any(
         isinstance(value, bool) == isinstance(other, bool) and value == other for other in values
-    )
-
-
-def _suggest(key: str, section: str, known: Mapping[str, Any]) -> str:
-    """Similar known keys; all known keys where none is similar."""
-    inside = f"{section}." if section else ""
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    if near:
-        return "did you mean " + " or ".join(inside + name for name in near) + "?"
-    return f"known{f' in {section}' if section else ''}: " + ", ".join(
-        sorted(name for name in known if section or name not in IDLE)
     )
 
 

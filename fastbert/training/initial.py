@@ -6,7 +6,7 @@ dataset's.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from fastbert.checkpoints.model_folder import ModelParts, open_model
@@ -55,15 +55,14 @@ def with_sizes(config: RunConfig, found: ModelConfig, recipe: str) -> RunConfig:
     Raises:
         InputError: the recipe itself sets another size, or an initialization that `init` replaces.
     """
-    defaults = {item.name: item.default for item in fields(ModelConfig)}
     for name in SIZES:
         mine, theirs = getattr(config.model, name), getattr(found, name)
-        if mine not in (theirs, defaults[name]):
+        if name in config.given and mine != theirs:
             raise InputError(
                 f"{recipe}: model.{name} = {mine}, but init = {config.init!r} has {theirs}; "
                 "leave it out, or leave init out"
             )
-    if config.model.initial_attention != defaults["initial_attention"]:
+    if config.model.initial_attention != ModelConfig.initial_attention:
         raise InputError(
             f'{recipe}: model.initial_attention = "{config.model.initial_attention}" '
             f"and init = {config.init!r}: choose one"

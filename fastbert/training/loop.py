@@ -160,6 +160,12 @@ def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor) -> 
         f"{setup.precision} ({setup.precision_why}), kernels {setup.model.impl}, "
         f"ZeRO stage {engine.stage}, {torch.get_num_threads()} threads"
     )
+    positions, longest = setup.config.model.max_position_embeddings, setup.trained_length
+    if longest < positions:
+        monitor.say(
+            f"note: batch.max_length = {longest}: the model will read texts of {longest} tokens at "
+            f"most, since its positions up to max_position_embeddings = {positions} stay untrained"
+        )
     if (found := setup.start.checkpoint) is not None:
         monitor.say(f"resuming after step {found.step:,} from {found.path}")
         monitor.event("resume", found.step, checkpoint=found.path.name)

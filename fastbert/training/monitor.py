@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import math
 import shutil
@@ -29,8 +30,9 @@ from fastbert.redraw import can_redraw
 from fastbert.training import diagnosis
 from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
+from fastbert.training.history import History
 from fastbert.training.metrics import STEP_KEYS, MetricsFile, read_metrics
-from fastbert.training.picture import LossHistory
+from fastbert.training.picture import loss_figure, write_picture
 from fastbert.training.train_state import StopCriteria, TrainState
 
 LINE_EVERY_S = 5.0  # between two lines where there is no terminal
@@ -101,8 +103,8 @@ class Monitor:
         log.addHandler(self._log_file)
         self._warnings.handlers = [self._log_file]
         self._metrics = MetricsFile(run / "metrics.jsonl", fresh)
-        self._history = LossHistory()
-        bad: list[int] = []
+        self._history = History(("loss_mlm", "loss_nsp"))
+        bad = self._history.bad
         self._history.read(read_metrics(run / "metrics.jsonl", bad))
         if fresh:
             shutil.rmtree(run / "tensorboard", ignore_errors=True)
@@ -365,7 +367,10 @@ class Monitor:
             self._console.quiet = True
 
     def _draw(self) -> None:
-        self._history.draw(self.run / "loss.png", self.run.name, self._baselines)
+        """Draw loss.png; where that fails, log the reason."""
+        figure = functools.partial(loss_figure, self._history, self.run.name, self._baselines)
+        if (problem := write_picture(self.run / "loss.png", figure)) is not None:
+            log.warning(problem)
         self._drawn = time.perf_counter()
 
 

@@ -1,23 +1,23 @@
-"""Draws loss.png, the losses of a run with the corpus's baselines, and writes any picture."""
+"""Draws curves: loss.png, and those of the page of `fastbert report`; and writes any picture."""
 
 from __future__ import annotations
 
-import logging
+import html
+import io
 import math
+import re
 import warnings
-from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastbert.durable import replacing
 from fastbert.training.diagnosis import NAMES
+from fastbert.training.history import History
 
-log = logging.getLogger("fastbert")
-
-POINTS = 150  # of the smoothed line; each is the mean over a block of steps
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 TRAIN, HELDOUT, MASKED, NSP = "#93b4e8", "#1d4ed8", "#d97706", "#7c3aed"
+_DOTS: dict[str, Any] = {"marker": "o", "markersize": 3.2, "linewidth": 1.4}
 
 
 def write_picture(path: Path, draw: Callable[[], Any]) -> str | None:
@@ -43,128 +43,118 @@ def write_picture(path: Path, draw: Callable[[], Any]) -> str | None:
     return None
 
 
-class LossHistory:
-    """Losses by step, at 8 bytes a number.
+def loss_figure(history: History, title: str, baselines: Mapping[str, float]) -> Any:
+    """The losses of a run with the corpus's baselines, as a figure for loss.png.
 
-    A step that is done again, after a resume, replaces itself and all later ones.
+    Args:
+        history: with the columns loss_mlm and loss_nsp.
+        title: the run's name.
+        baselines: the corpus's baselines by name, in nats.
     """
+    # The import takes 0.9 s, so it is done for the first picture and not at the start.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    def __init__(self) -> None:
-        self._steps = {key: array("d") for key in ("step", "loss_mlm", "loss_nsp")}
-        self._evaluations: list[dict[str, Any]] = []
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Add an object of metrics.jsonl; events other than evaluations are ignored."""
-        if record.get("event") == "evaluate":
-            losses = {key: record.get(key) for key in ("loss_mlm", "loss_mask_token", "loss_nsp")}
-            drawn = {
-                "step": record["step"],
-                **{key: math.nan if value is None else value for key, value in losses.items()},
-            }
-            self._evaluations = [e for e in self._evaluations if e["step"] < record["step"]] + [
-                drawn
-            ]
-        elif "event" not in record:
-            steps = self._steps["step"]
-            while steps and steps[-1] >= record["step"]:
-                for column in self._steps.values():
-                    column.pop()
-            for key, column in self._steps.items():
-                column.append(math.nan if record[key] is None else record[key])
-
-    def read(self, records: Iterable[Mapping[str, Any]]) -> None:
-        for record in records:
-            self.add(record)
-
-    def draw(self, path: Path, title: str, baselines: Mapping[str, float]) -> None:
-        """Write the picture; where that fails, log the reason."""
-        if (problem := write_picture(path, lambda: self._figure(title, baselines))) is not None:
-            log.warning(problem)
-
-    def _figure(self, title: str, baselines: Mapping[str, float]) -> Any:
-        # The import takes 0.9 s, so it is done for the first picture and not at the start.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        pairs = any(not math.isnan(value) for value in self._steps["loss_nsp"])
-        figure = Figure(
-            figsize=(9, 6.4 if pairs else 4.8), dpi=130, facecolor="white", layout="constrained"
-        )
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(
-            2 if pairs else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1] if pairs else [1]
-        )[:, 0]
-        self._draw_mlm(axes[0], baselines)
-        if pairs:
-            self._draw_nsp(axes[1])
-        # The user chooses the run's name, and a "$" in it must not begin a formula.
-        axes[0].set_title(
-            title, loc="left", color=INK, fontsize=12, fontweight="bold", parse_math=False
-        )
-        axes[-1].set_xlabel("optimizer steps", color=MUTED)
-        last = max(
-            [*self._steps["step"][-1:], *(e["step"] for e in self._evaluations[-1:])], default=1
-        )
-        axes[0].set_xlim(0, last)
-        for ax in axes:
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.spines[["left", "bottom"]].set_color(GRID)
-            ax.tick_params(colors=MUTED, length=0)
-            ax.grid(axis="y", color=GRID, linewidth=0.6)
-            ax.set_axisbelow(True)
-        return figure
-
-    def _draw_mlm(self, ax: Any, baselines: Mapping[str, float]) -> None:
-        ax.plot(*self._smooth("loss_mlm"), color=TRAIN, linewidth=1.6, label="training batches")
-        steps = [e["step"] for e in self._evaluations]
-        dots = {"marker": "o", "markersize": 3.2, "linewidth": 1.4}
-        ax.plot(
-            steps,
-            [e["loss_mlm"] for e in self._evaluations],
-            color=HELDOUT,
-            label="held-out",
-            **dots,
-        )
-        ax.plot(
-            steps,
-            [e["loss_mask_token"] for e in self._evaluations],
-            color=MASKED,
-            label="held-out, [MASK] alone",
-            **dots,
-        )
-        for value, name in sorted(
-            (value, name) for name, value in baselines.items() if name in NAMES
-        ):
-            ax.axhline(value, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-            _label(ax, value, f"{NAMES[name]} {value:.2f}")
-        ax.set_ylabel("MLM loss, nats per token", color=MUTED)
-        ax.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper right")
-
-    def _draw_nsp(self, ax: Any) -> None:
-        ax.plot(*self._smooth("loss_nsp"), color=TRAIN, linewidth=1.6)
-        ax.plot(
-            [e["step"] for e in self._evaluations],
-            [e["loss_nsp"] for e in self._evaluations],
-            color=NSP,
-            marker="o",
-            markersize=3.2,
-        )
-        ax.axhline(math.log(2), color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-        _label(ax, math.log(2), "chance (ln 2)")
-        ax.set_ylim(bottom=0)
-        ax.set_ylabel("NSP loss", color=MUTED)
-
-    def _smooth(self, key: str) -> tuple[list[float], list[float]]:
-        """Means over at most POINTS blocks of steps, each placed at its block's middle."""
-        steps, values = self._steps["step"], self._steps[key]
-        block = max(1, -(-len(steps) // POINTS))
-        starts = range(0, len(steps), block)
-        x = [sum(steps[i : i + block]) / len(steps[i : i + block]) for i in starts]
-        return x, [sum(values[i : i + block]) / len(values[i : i + block]) for i in starts]
+    pairs = bool(history.smooth("loss_nsp")[0])
+    figure = Figure(
+        figsize=(9, 6.4 if pairs else 4.8), dpi=130, facecolor="white", layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(
+        2 if pairs else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1] if pairs else [1]
+    )[:, 0]
+    draw_mlm(axes[0], history, baselines)
+    axes[0].set_ylabel("MLM loss, nats per token", color=MUTED)
+    if pairs:
+        draw_nsp(axes[1], history)
+        axes[1].set_ylabel("NSP loss", color=MUTED)
+    # The user chooses the run's name, and a "$" in it must not begin a formula.
+    axes[0].set_title(
+        title, loc="left", color=INK, fontsize=12, fontweight="bold", parse_math=False
+    )
+    axes[-1].set_xlabel("optimizer steps", color=MUTED)
+    last = [*history.column("step")[-1:], *(e["step"] for e in history.evaluations[-1:])]
+    axes[0].set_xlim(0, max(last, default=1))
+    for ax in axes:
+        _plain(ax)
+    return figure
 
 
-def _label(ax: Any, value: float, text: str) -> None:
-    """Write a text to the right of the axes, at the height of `value`."""
+def draw_mlm(ax: Any, history: History, baselines: Mapping[str, float]) -> None:
+    """Draw the MLM losses, with each baseline as a line and its name to the right."""
+    ax.plot(*history.smooth("loss_mlm"), color=TRAIN, linewidth=1.6, label="training batches")
+    ax.plot(*history.evaluated("loss_mlm"), color=HELDOUT, label="held-out", **_DOTS)
+    shown = history.evaluated("loss_mask_token")
+    ax.plot(*shown, color=MASKED, label="held-out, [MASK] alone", **_DOTS)
+    for value, name in sorted((value, name) for name, value in baselines.items() if name in NAMES):
+        _level(ax, value, f"{NAMES[name]} {value:.2f}")
+    ax.legend(frameon=False, labelcolor=INK, fontsize="small", loc="upper right")
+
+
+def draw_nsp(ax: Any, history: History) -> None:
+    """Draw the NSP losses, with chance as a line."""
+    ax.plot(*history.smooth("loss_nsp"), color=TRAIN, linewidth=1.6)
+    ax.plot(*history.evaluated("loss_nsp"), color=NSP, **_DOTS)
+    _level(ax, math.log(2), "chance (ln 2)")
+    ax.set_ylim(bottom=0)
+
+
+def draw_accuracy(ax: Any, history: History) -> None:
+    """Draw the held-out accuracies in percent."""
+    for key, colour, name in (
+        ("accuracy_mlm", HELDOUT, "masked tokens"),
+        ("accuracy_nsp", NSP, "next sentences"),
+    ):
+        x, y = history.evaluated(key)
+        if x:
+            ax.plot(x, [100 * value for value in y], color=colour, label=name, **_DOTS)
+            ax.legend(frameon=False, labelcolor=INK, fontsize="small")
+    ax.set_ylim(0, 100)
+
+
+def svg(title: str, draw: Callable[[Any], Any]) -> str:
+    """Return what `draw` draws on its axes as an SVG that fills the width it is given."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    # Text stays text, in the reader's own font. Ids are derived from the title, so that two curves
+    # have different ids and the page is reproducible.
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.family": "sans-serif",
+        "font.size": 8.0,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(4.0, 2.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        ax = figure.subplots()
+        draw(ax)
+        ax.set_title(title, loc="left", color=INK, fontsize=9, fontweight="bold")
+        ax.set_xlabel("steps", color=MUTED)
+        _plain(ax)
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    # Without its metadata and its fixed size, the SVG scales with the page.
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for side in ("height", "width"):
+        text = re.sub(rf'(<svg[^>]*?) {side}="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
+
+
+def _plain(ax: Any) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(GRID)
+    ax.tick_params(colors=MUTED, length=0)
+    ax.grid(axis="y", color=GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def _level(ax: Any, value: float, text: str) -> None:
+    """Draw a horizontal line, and its name to the right of the axes."""
+    ax.axhline(value, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     ax.annotate(
         text,
         (1.0, value),

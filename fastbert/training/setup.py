@@ -23,13 +23,21 @@ from torch import Tensor
 
 from fastbert.checkpoints import checkpoint
 from fastbert.checkpoints.checkpoint import Checkpoint
-from fastbert.checkpoints.model_folder import ModelParts
+from fastbert.checkpoints.model_folder import ModelParts, tokenizer_sha256, trained_length
 from fastbert.checkpoints.ownership import CLAIM, RunLock
 from fastbert.cluster.group import Group
-from fastbert.config import DEEPSPEED, RunConfig, dump_config, load_config, parse_config
+from fastbert.config import (
+    DEEPSPEED,
+    RunConfig,
+    dump_config,
+    load_config,
+    parse_config,
+    settings_of,
+)
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.dataset import OTHER_FILES, TokenDataset
 from fastbert.data.packing import PackedBatch
+from fastbert.data.tokenizer import load_tokenizer
 from fastbert.durable import write_whole
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
@@ -214,6 +222,9 @@ class Setup:
         model: fp32, with the first weights.
         state: the run's counters.
         criteria: the recipe's stop conditions.
+        trained_length: the longest sequence, in tokens, that the weights were trained on, or are
+            trained on in this run.
+        tokenizer_sha256: of the dataset's tokenizer.
     """
 
     config: RunConfig
@@ -227,6 +238,8 @@ class Setup:
     model: BertForPreTraining
     state: TrainState
     criteria: StopCriteria
+    trained_length: int
+    tokenizer_sha256: str
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -235,6 +248,8 @@ class Setup:
             "recipe": dump_config(self.config),
             "dataset_sha256": self.dataset.sha256,
             "vocab_size": self.dataset.vocab_size,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "trained_length": self.trained_length,
             "progress": dataclasses.asdict(self.state),
         }
 
@@ -298,6 +313,9 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
     )
     start = Start.load(group.broadcast(start.dump() if start else None))
     found = start.checkpoint
+    earlier = initial.max_length if initial else 0
+    if found is not None:
+        earlier = trained_length(found, config)
     return Setup(
         config=config,
         dataset=dataset,
@@ -310,6 +328,8 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         model=model,
         state=TrainState(**found.metadata["progress"]) if found else TrainState(),
         criteria=StopCriteria(config, batches.steps_per_epoch),
+        trained_length=max(config.batch.max_length, earlier),
+        tokenizer_sha256=tokenizer_sha256(load_tokenizer(dataset.tokenizer_dir)),
     )
 
 
@@ -463,7 +483,7 @@ def _check_same_run(
 def _flat(config: RunConfig) -> dict[str, Any]:
     """The recipe's values by dotted key."""
     values: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
+    for item in settings_of(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             values |= {
