@@ -126,7 +126,7 @@ def _paragraphs(text: str) -> str:
 def _table(section: Any, meanings: dict[str, str], leave_out: dict[str, Any]) -> str:
     hints = typing.get_type_hints(section)
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for item in dataclasses.fields(section):
+    for item in recipe.settings_of(section):
         if item.name not in leave_out:
             default = _default(item.default)
             value = _value(item, hints[item.name])
