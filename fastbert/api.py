@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastbert.errors import InputError
 from fastbert.heap import keep_heap
@@ -114,7 +114,8 @@ def pretrain(
             process makes another run, has a process group of its own, or has made a run under a
             launcher.
     """
-    if not isinstance(overrides, Mapping | None):
+    # Callers that no type checker sees may pass anything.
+    if not isinstance(overrides, Mapping | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
             f"overrides = {overrides!r}; must be a dict, such as {{'stop.steps': 100}}"
         )
@@ -151,7 +152,8 @@ def _pretrain(
 
         _check_process(torch.distributed)
         name = "recipe" if isinstance(recipe, Mapping) else str(recipe)
-        with torch.random.fork_rng():  # the caller's random numbers go on where they were
+        random: Any = torch.random  # which has no complete types
+        with random.fork_rng():  # the caller's random numbers go on where they were
             ending = pretrain(config, name, resume, stop_request)
     run = Path(config.run).absolute()
     metrics: dict[str, dict[str, Any]] = {}
@@ -166,7 +168,10 @@ def _keys(values: Mapping[str, Any], prefix: str = "") -> set[str]:
     keys = set[str]()
     for name, value in values.items():
         key = f"{prefix}{name}"
-        keys |= _keys(value, f"{key}.") if isinstance(value, Mapping) else {key}
+        if isinstance(value, Mapping):
+            keys |= _keys(cast("Mapping[str, Any]", value), f"{key}.")
+        else:
+            keys.add(key)
     return keys
 
 

@@ -19,7 +19,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastbert.errors import InputError
 
@@ -218,7 +218,7 @@ class RunConfig:
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
 
-def settings_of(config: Any) -> list[dataclasses.Field]:
+def settings_of(config: Any) -> list[dataclasses.Field[Any]]:
     """The fields of a RunConfig, or of one of its sections, that are keys of a recipe."""
     return [item for item in dataclasses.fields(config) if item.name != "given"]
 
@@ -271,11 +271,14 @@ def load_config(
             ones are listed), a value of the wrong type or out of range, or values that contradict
             each other.
     """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     if isinstance(recipe, Mapping):
-        source, values, sources = "recipe", {}, {}
+        source = "recipe"
         _merge(values, recipe, "", source, sources)
     else:
-        source, values, sources = str(recipe), _read(find_recipe(recipe), str(recipe)), {}
+        source = str(recipe)
+        values = _read(find_recipe(recipe), source)
     if isinstance(overrides, Mapping):
         _merge(values, overrides, "", OVERRIDES, sources)
     else:
@@ -305,7 +308,8 @@ def parse_config(text: str, source: str) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The settings as TOML. `parse_config` makes the same RunConfig of it again."""
-    lines, sections = [], []
+    lines: list[str] = []
+    sections: list[str] = []
     for item in settings_of(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
@@ -330,7 +334,7 @@ def _toml(value: Any) -> str:
         )
         return f'"{escaped}"'
     if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
+        return "[" + ", ".join(_toml(v) for v in cast("tuple[Any, ...]", value)) + "]"
     return repr(value)
 
 
@@ -361,9 +365,11 @@ def _merge(
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
             _set(values, key, None, origin, sources, table=True)
-            _merge(values, value, f"{key}.", origin, sources)
+            _merge(values, cast("Mapping[str, Any]", value), f"{key}.", origin, sources)
         else:
-            value = os.fspath(value) if isinstance(value, os.PathLike) else copy.deepcopy(value)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(cast("os.PathLike[str]", value))
+            value = copy.deepcopy(value)
             _set(values, key, value, origin, sources)
 
 
@@ -379,10 +385,11 @@ def _set(
     """Set the value of a dotted key; None removes it. With `table` only make sure of the table."""
     names = key.split(".")
     for i, name in enumerate(names if table else names[:-1]):
-        values = values.setdefault(name, {})
-        if not isinstance(values, dict):
+        section: Any = values.setdefault(name, {})
+        if not isinstance(section, dict):
             parent = ".".join(names[: i + 1])
             raise InputError(f"{origin}: {key}: '{parent}' is not a section")
+        values = cast("dict[str, Any]", section)
     if table:
         return
     if value is None:
@@ -408,14 +415,13 @@ def _build(values: dict[str, Any], source: str, sources: dict[str, str]) -> RunC
         raise InputError(
             f'{source}: data is missing; write data = "the folder that fastbert prepare made"'
         )
-    model, given = values.get("model"), set[str]()
-    if (
-        isinstance(model, dict)
-        and isinstance(preset := model.get("preset", "base"), str)
-        and preset in PRESETS
-    ):
-        values = {**values, "model": {**PRESETS[preset], **model}}
-        given = {*model, *(PRESETS[preset] if "preset" in model else ())}
+    given = set[str]()
+    if isinstance(values.get("model"), dict):
+        model: dict[str, Any] = values["model"]
+        preset = model.get("preset", "base")
+        if isinstance(preset, str) and preset in PRESETS:
+            values = {**values, "model": {**PRESETS[preset], **model}}
+            given = {*model, *(PRESETS[preset] if "preset" in model else ())}
     config = _section(RunConfig, values, "", source, sources)
     check_config(config, source, sources)
     return dataclasses.replace(config, given=frozenset(given))
@@ -436,7 +442,9 @@ def _section(
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
                 raise InputError(f"{where}: {key} = {value!r}; must be a section, [{key}]")
-            given[name] = _section(typing.cast(type, hint), value, key + ".", source, sources)
+            given[name] = _section(
+                cast(type, hint), cast("dict[str, Any]", value), key + ".", source, sources
+            )
         else:
             given[name] = _value(fields[name], hint, value, key, where)
     return cls(**given)
@@ -449,7 +457,7 @@ def _near(name: str, prefix: str, known: list[str]) -> str:
     return "known " + (f"in [{prefix[:-1]}]" if prefix else "at the top") + ": " + ", ".join(known)
 
 
-def _value(spec: dataclasses.Field, hint: Any, value: Any, key: str, where: str) -> Any:
+def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where: str) -> Any:
     def wrong(what: str) -> InputError:
         return InputError(f"{where}: {key} = {value!r}; must be {what}")
 
@@ -468,13 +476,10 @@ def _value(spec: dataclasses.Field, hint: Any, value: Any, key: str, where: str)
             raise wrong("one of " + ", ".join(options))
         return value
     if typing.get_origin(hint) is tuple:
-        if (
-            not isinstance(value, (list, tuple))
-            or len(value) != 2
-            or not all(_is_number(v) and 0 <= v < 1 for v in value)
-        ):
+        pair = cast("Sequence[Any]", value if isinstance(value, (list, tuple)) else ())
+        if len(pair) != 2 or not all(_is_number(v) and 0 <= v < 1 for v in pair):
             raise wrong("two numbers of at least 0 and below 1")
-        return tuple(float(v) for v in value)
+        return tuple(float(v) for v in pair)
     if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
         raise wrong("a whole number")
     if not _is_number(value) or not _is_finite(value):

@@ -32,20 +32,22 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
     return Laboratory(tmp_path_factory.mktemp("crashes"), small_dataset.path)
 
 
-def test_there_are_enough_of_them():
-    assert len(POINTS) >= 12 and len(set(POINTS)) == len(POINTS)
+# A save changes what resume finds at these: a torn file, all shares without a manifest, a folder
+# that has just got its name, and old checkpoints half deleted.
+TELLING = ("tensors-half", "gathered", "renamed", "deleting")
+OTHERS = [point for point in POINTS if point not in (*BESIDE_A_DAMAGED_ONE, *TELLING)]
 
 
-def test_the_first_rank_dies(lab):
-    tally = crashes(
-        lab, [point for point in POINTS if point not in BESIDE_A_DAMAGED_ONE], 0, WORLD, STAGE
-    )
-    assert tally.sound, str(tally)
+@pytest.mark.parametrize("points", [TELLING, pytest.param(OTHERS, marks=pytest.mark.slow)])
+def test_the_first_rank_dies(lab, points):
+    tally = crashes(lab, points, 0, WORLD, STAGE)
+    assert tally.sound and tally.tried == len(points), str(tally)
 
 
+@pytest.mark.slow
 def test_another_rank_dies(lab):
     tally = crashes(lab, ON_EVERY_RANK, 1, WORLD, STAGE)
-    assert tally.sound, str(tally)
+    assert tally.sound and tally.tried == len(ON_EVERY_RANK), str(tally)
 
 
 @pytest.mark.parametrize("point", BESIDE_A_DAMAGED_ONE)

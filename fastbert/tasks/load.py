@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
     model = BertForPreTraining(
         parts.config, parts.vocab_size, device=device, tied=DECODER not in parts.weights
     )
-    result = model.load_state_dict(parts.weights, strict=False)
+    result: Any = model.load_state_dict(parts.weights, strict=False)
     # A head that the folder does not have keeps its random initial weights. `Pretrained` refuses to
     # use it, because it is not in `heads`.
     assert not result.unexpected_keys and all("_head." in name for name in result.missing_keys), (

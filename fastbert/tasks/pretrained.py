@@ -195,11 +195,12 @@ class Pretrained:
             # Rows beyond the tokenizer's vocabulary, which some models add as padding, stand for no
             # token.
             logits = self._finite(logits[:, : self.tokenizer.get_vocab_size()].float())
-            best = logits.softmax(-1).topk(k)
-        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            best: Any = logits.softmax(-1).topk(k)
+        ids_of: list[list[int]] = best.indices.tolist()
+        shares: list[list[float]] = best.values.tolist()
         return [
             [(self.tokenizer.id_to_token(i) or "", p) for i, p in zip(*row, strict=True)]
-            for row in rows
+            for row in zip(ids_of, shares, strict=True)
         ]
 
     def next_sentence(self, first: str, second: str) -> float:
@@ -290,7 +291,7 @@ def fit_pair(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int
 
 
 def _listed(texts: Iterable[str]) -> list[str]:
-    if isinstance(texts, str) or not isinstance(texts, Iterable):
+    if isinstance(texts, str) or not isinstance(texts, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"texts = {texts!r:.60}; must be a list of strings")
     return list(texts)
 
