@@ -96,7 +96,7 @@ MAY_IMPORT = {
 
 # A library and the only modules that may import it; a name that ends in a dot stands for a room, `*` for one part of a name.
 ONLY_IN = {
-    "triton": ["fastbert_kernels._triton", "fastbert_kernels.*.kernel"],
+    "triton": ["fastbert_kernels._triton", "fastbert_kernels._rows", "fastbert_kernels.*.kernel"],
     "deepspeed": ["fastbert.training.engine"],
     "transformers": ["fastbert.tasks.export"],
     "sentence_transformers": [],
@@ -214,6 +214,22 @@ def test_a_name_is_imported_from_the_module_that_defines_it():
                 if alias.name in passed_on and f"{module}.{alias.name}" not in MODULES
             ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_operation_imports_another():
+    """What two operations share lies beside their folders."""
+    folders = {
+        name for name in MODULES if matches(name, "fastbert_kernels.*") and name + ".op" in MODULES
+    }
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {target}"
+        for name, path in MODULES.items()
+        for own in folders
+        if below(name, own)
+        for line, target in imports(path)
+        if any(below(target, other) for other in folders - {own})
+    ]
+    assert len(folders) == 5 and not wrong, "\n".join(wrong)
 
 
 def test_what_reads_the_store_does_not_know_how_it_is_made():

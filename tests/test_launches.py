@@ -76,7 +76,7 @@ def test_none_inside_a_tuple_is_found(kernels):
     """The interpreter accepts it; no compiler does."""
     none = "    chunks = ()\n    if ptr is None:\n        chunks += (None,)\n    else:"
     replace(
-        kernels / "fastbert_kernels/norm/kernel.py",
+        kernels / "fastbert_kernels/_rows.py",
         ("    chunks = ()\n    if ptr is not None:", none),
     )
     result = launches("--architecture", "sm_90", "--only", "norm", kernels=kernels)
@@ -94,7 +94,7 @@ def test_results_of_two_types_are_found_by_the_oldest_triton(kernels, oldest):
         "    if dropout_seeds_ptr is None:\n        return None, None",
     )
     replace(
-        kernels / "fastbert_kernels/norm/kernel.py",
+        kernels / "fastbert_kernels/_rows.py",
         none,
         ("if len(keys) == 0:", "if keys[0] is None:"),
     )

@@ -11,6 +11,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INT32, INT64 = (torch.int32,), (torch.int64,)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+WIDEST_ROW = (
+    8192  # a program of the row kernels holds a row, and its share of three gradients, in registers
+)
+
 # A name, the tensor (None is always right), its shape, the dtypes that it may have.
 Expected = tuple[str, torch.Tensor | None, tuple, tuple[torch.dtype, ...]]
 
@@ -101,6 +105,15 @@ def check_triton(function: str, *tensors: Expected) -> None:
         raise TypeError(
             f"{function}: {name} is bfloat16, which Triton's interpreter computes wrongly; "
             'use float32 or float16 there, or impl = "cpu"'
+        )
+
+
+def check_row_width(function: str, name: str, width: int) -> None:
+    """Check that a row fits the registers of a program (`_rows.py`)."""
+    if width > WIDEST_ROW:
+        raise ValueError(
+            f'{function}: {name} has D = {width}; impl = "triton" takes up to {WIDEST_ROW}, '
+            'use impl = "reference"'
         )
 
 

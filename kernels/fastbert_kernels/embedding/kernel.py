@@ -27,8 +27,7 @@ import triton.language as tl
 
 from fastbert_kernels._dropout import keep_scale, threshold
 from fastbert_kernels._launch import Kernel
-from fastbert_kernels._triton import Production
-from fastbert_kernels.norm.kernel import (
+from fastbert_kernels._rows import (
     columns,
     dropout,
     gradient,
@@ -41,6 +40,7 @@ from fastbert_kernels.norm.kernel import (
     times,
     zeros,
 )
+from fastbert_kernels._triton import Production
 
 _BIN = 64  # uses that one program adds up in turn; at 128 the two token types alone would not fill the device at T = 16,384
 

@@ -9,6 +9,7 @@ from fastbert_kernels._checks import (
     check_implementation,
     check_leader,
     check_range,
+    check_row_width,
     check_tensors,
     check_triton,
     values_checked,
@@ -16,7 +17,6 @@ from fastbert_kernels._checks import (
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.embedding.cpu import cpu
 from fastbert_kernels.embedding.reference import reference
-from fastbert_kernels.norm.op import WIDEST
 
 
 def embedding_layer_norm(
@@ -148,10 +148,7 @@ def check(
         check_range(name, "token_type_ids", token_type_ids, S, "S")
     if impl == "triton":
         check_triton(name, *tensors)
-        if D > WIDEST:
-            raise ValueError(
-                f'{name}: word_embeddings has D = {D}; impl = "triton" takes up to {WIDEST}, use impl = "reference"'
-            )
+        check_row_width(name, "word_embeddings", D)
 
 
 def _forward_fake(input_ids, position_ids, token_type_ids, word_embeddings, *_):

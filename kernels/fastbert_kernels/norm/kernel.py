@@ -26,128 +26,20 @@ import triton.language as tl
 
 from fastbert_kernels._dropout import keep_scale, threshold
 from fastbert_kernels._launch import Kernel
-from fastbert_kernels._triton import Production, keep_mask, multiprocessors, stream_keys
-
-
-def row_programs(tile: dict[str, int], rows: int, device: torch.device) -> int:
-    """As many programs as run side by side, for more would only add shares, or one a tile of rows."""
-    return min(tile["programs"] * multiprocessors(device), -(-rows // tile["BLOCK_T"]))
-
-
-# Rows in registers: each a tuple of fp32 chunks [BLOCK_T, BLOCK_D], the last padded with zeros.
-
-
-@triton.jit
-def columns(i, BLOCK_D: tl.constexpr):
-    """Of chunk i, [1, BLOCK_D]."""
-    return i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-
-
-@triton.jit
-def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A [D] tensor as chunks [1, BLOCK_D]; an empty tuple if there is no such tensor (the compiler takes no None inside a tuple)."""
-    chunks = ()
-    if ptr is not None:
-        for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
-            column = columns(i, BLOCK_D)
-            chunks += (tl.load(ptr + column, mask=column < D, other=0.0).to(tl.float32),)
-    return chunks
-
-
-@triton.jit
-def zeros(D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    chunks = ()
-    for _ in tl.static_range(triton.cdiv(D, BLOCK_D)):
-        chunks += (tl.zeros([BLOCK_T, BLOCK_D], tl.float32),)
-    return chunks
-
-
-@triton.jit
-def plus(total, chunks):
-    more = ()
-    for i in tl.static_range(len(total)):
-        more += (total[i] + chunks[i],)
-    return more
-
-
-@triton.jit
-def times(one, other):
-    product = ()
-    for i in tl.static_range(len(one)):
-        product += (one[i] * other[i],)
-    return product
-
-
-@triton.jit
-def row_sum(chunks):
-    """Over all columns, [BLOCK_T, 1]."""
-    total = chunks[0]
-    for i in tl.static_range(1, len(chunks)):
-        total += chunks[i]
-    return tl.sum(total, 1, keep_dims=True)
-
-
-@triton.jit
-def mask_keys(dropout_seeds_ptr, row, T, dropout_stream):
-    """The two keys of the dropout mask of each row [BLOCK_T]; an empty tuple without dropout."""
-    if dropout_seeds_ptr is None:
-        return ()
-    else:
-        return stream_keys(
-            tl.load(dropout_seeds_ptr + row, mask=row < T, other=0).to(tl.uint64, bitcast=True),
-            dropout_stream,
-            0,
-        )
-
-
-@triton.jit
-def dropout(x, keys, i, threshold, scale, BLOCK_D: tl.constexpr):
-    """Of chunk i, by the keys that `mask_keys` gives; x itself without dropout."""
-    if len(keys) == 0:
-        return x
-    else:
-        return tl.where(
-            keep_mask(keys[0], keys[1], i * BLOCK_D, BLOCK_D, threshold), x * scale, 0.0
-        )
-
-
-@triton.jit
-def statistics(z, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Mean and rstd of each row, [BLOCK_T, 1]."""
-    mean = row_sum(z) / D
-    squares = ()
-    for i in tl.static_range(len(z)):
-        centred = z[i] - mean
-        if (i + 1) * BLOCK_D > D:  # the padding is not a mean away from the mean
-            centred = tl.where(columns(i, BLOCK_D) < D, centred, 0.0)
-        squares += (centred * centred,)
-    return mean, tl.rsqrt(row_sum(squares) / D + eps)
-
-
-@triton.jit
-def gradient(dy, z, norm_weight, mean, rstd, D: tl.constexpr):
-    """h and dz of the head of this file. The padding of dy is zero, so that of h does no harm."""
-    h = ()
-    for i in tl.static_range(len(z)):
-        h += ((z[i] - mean) * rstd,)
-    g = times(dy, norm_weight)
-    mean_g = row_sum(g) / D
-    mean_gh = row_sum(times(g, h)) / D
-    dz = ()
-    for i in tl.static_range(len(z)):
-        dz += (rstd * (g[i] - mean_g - h[i] * mean_gh),)
-    return h, dz
-
-
-@triton.jit
-def store_share(ptr, chunks, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The sums over the rows, to a [D] tensor."""
-    for i in tl.static_range(len(chunks)):
-        column = columns(i, BLOCK_D)
-        tl.store(ptr + column, tl.sum(chunks[i], 0, keep_dims=True), mask=column < D)
-
-
-# The operation
+from fastbert_kernels._rows import (
+    columns,
+    dropout,
+    gradient,
+    load_vector,
+    mask_keys,
+    plus,
+    row_programs,
+    statistics,
+    store_share,
+    times,
+    zeros,
+)
+from fastbert_kernels._triton import Production
 
 
 @triton.jit

@@ -8,14 +8,13 @@ from fastbert_kernels._checks import (
     check_dropout,
     check_implementation,
     check_leader,
+    check_row_width,
     check_tensors,
     check_triton,
 )
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.norm.cpu import cpu
 from fastbert_kernels.norm.reference import reference
-
-WIDEST = 8192  # a program of the Triton kernels holds a row, and its share of three gradients, in registers
 
 
 def dropout_add_layer_norm(
@@ -92,10 +91,7 @@ def check(x, bias, residual, norm_weight, norm_bias, dropout_p, dropout_seeds, i
     check_implementation(name, impl, _IMPLEMENTATIONS)
     if impl == "triton":
         check_triton(name, *tensors)
-        if D > WIDEST:
-            raise ValueError(
-                f'{name}: x has D = {D}; impl = "triton" takes up to {WIDEST}, use impl = "reference"'
-            )
+        check_row_width(name, "x", D)
 
 
 def _forward_fake(x, *_):
