@@ -10,7 +10,9 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
+
+from fastbert.data.tokenizer import extra_tokens
 
 EXAMPLES = 3  # words that a Losses quotes
 
@@ -63,6 +65,10 @@ class Encoder:
         self._tokenizer = tokenizer
         self._lowercase: bool = tokenizer.normalizer.lowercase
         self._normalize = tokenizer.normalizer.normalize_str
+        extra = extra_tokens(tokenizer)
+        self._extra = [token.content for token in extra if not token.normalized]
+        # Such a token is compared with the normalised text, so a sentence does not show it.
+        self._any_extra = len(self._extra) < len(extra)
         self._clear()
 
     def _clear(self) -> None:
@@ -74,6 +80,27 @@ class Encoder:
 
     def __call__(self, sentences: list[str]) -> Encoded:
         """Encode sentences, and count what is lost."""
+        whole = {i for i, sentence in enumerate(sentences) if self._has_extra(sentence)}
+        if not whole:
+            return self._by_words(sentences)
+        # Extra tokens may contain spaces and punctuation, so such a sentence is not cut into words.
+        rest = self._by_words(["" if i in whole else s for i, s in enumerate(sentences)])
+        losses, lengths, ids = rest.losses, rest.lengths.copy(), list[int]()
+        places = np.cumsum(lengths)
+        for i in sorted(whole):
+            encoding = self._tokenizer.encode(sentences[i], add_special_tokens=False)
+            lengths[i] = len(encoding.ids)
+            ids += encoding.ids
+            losses += _lost_of(sentences[i], encoding, self._words.unknown_id)
+        inserted = np.insert(rest.ids, np.repeat(places, lengths * (rest.lengths == 0)), ids)
+        return Encoded(inserted.astype(np.int32, copy=False), lengths, losses)
+
+    def _has_extra(self, sentence: str) -> bool:
+        """Whether the sentence may contain one of the tokens that the model has added."""
+        return self._any_extra or any(content in sentence for content in self._extra)
+
+    def _by_words(self, sentences: list[str]) -> Encoded:
+        """Encode sentences without extra tokens."""
         if len(self._words) > _KEPT_WORDS or len(self._words.ids) > _KEPT_TOKENS:
             self._clear()
         text = _END.join([*map(str.encode, sentences), b""])
@@ -161,6 +188,16 @@ class Encoder:
         return list(map(self._words.__getitem__, words))
 
 
+def _lost_of(sentence: str, encoding: Encoding, unknown_id: int) -> Losses:
+    """Return the words, characters and unknown characters of a sentence."""
+    spans = zip(encoding.ids, encoding.offsets, strict=True)
+    return Losses(
+        words=len(sentence.split()),
+        characters=len(sentence) - sentence.count(" "),
+        unknown_characters=sum(b - a for token, (a, b) in spans if token == unknown_id),
+    )
+
+
 def _split(text: bytes) -> tuple[np.ndarray, np.ndarray, int]:
     """Return where each word and each punctuation mark starts and ends, and the number of words.
 
@@ -219,7 +256,7 @@ class _Words(dict[bytes, int]):
     def __init__(self, tokenizer: Tokenizer):
         self[_END] = _END_INDEX
         self._encode, self._tokenize = tokenizer.encode, tokenizer.model.tokenize
-        self._tokenizer, self._unknown_id = tokenizer, tokenizer.token_to_id("[UNK]")
+        self._tokenizer, self.unknown_id = tokenizer, tokenizer.token_to_id("[UNK]")
         normalizer = tokenizer.normalizer
         strips = normalizer.strip_accents
         self._strips: bool = normalizer.lowercase if strips is None else strips
@@ -240,7 +277,7 @@ class _Words(dict[bytes, int]):
             if self._strips and not text.isascii():
                 decomposed = unicodedata.normalize("NFD", text)
                 marks = len(decomposed) - len(decomposed.translate(_WITHOUT_MARKS))
-        if self._unknown_id in ids[bounds[-1] :]:
+        if self.unknown_id in ids[bounds[-1] :]:
             del ids[bounds[-1] :]
             unknown, cut = self._piece_by_piece(text)
         bounds.append(len(ids))
@@ -262,7 +299,7 @@ class _Words(dict[bytes, int]):
             for i in range(0, len(piece), self._longest):
                 part = piece[i : i + self._longest]
                 ids = [token.id for token in self._tokenize(part)]
-                unknown += len(part) if self._unknown_id in ids else 0
+                unknown += len(part) if self.unknown_id in ids else 0
                 self.ids.extend(ids)
         return unknown, cut
 
