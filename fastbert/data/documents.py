@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fastbert.data.rows import (
     JSON_NAMES,
-    LONGEST_TEXT_BYTES,
     as_text,
     delimited_rows,
     json_object,
@@ -26,7 +25,7 @@ from fastbert.data.rows import (
     shown,
 )
 from fastbert.data.sources import Source, find_sources
-from fastbert.data.unpack import decode, is_empty, unpacked
+from fastbert.data.unpack import LONGEST_TEXT_BYTES, decode, is_empty, unpacked
 from fastbert.errors import InputError
 
 if TYPE_CHECKING:

@@ -13,15 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fastbert.data.sources import Source
-from fastbert.data.unpack import is_empty, lines
+from fastbert.data.unpack import LONGEST_TEXT_BYTES, is_empty, lines
 from fastbert.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow
 
-# A longer text means that the file has another format than stated. It would also need too much
-# memory.
-LONGEST_TEXT_BYTES = 64 << 20
 COLA = ("source", "label", "mark", "sentence")  # the columns of CoLA's tsv, which has no header
 
 # Takes the names of the columns that are there and returns those to read.

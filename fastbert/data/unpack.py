@@ -14,15 +14,20 @@ from fastbert.data.sources import Source
 from fastbert.errors import InputError
 
 PIECE_BYTES = 1 << 20
+# A longer line or document means that the file has another format than stated. It would also need
+# too much memory.
+LONGEST_TEXT_BYTES = 64 << 20
+# So many bytes of a zstd file are unpacked at a time. Four bytes can hold a block of 128 KiB.
+_FED_BYTES = 1 << 10
 
 
 def unpacked(source: Source, file: BinaryIO) -> Iterator[bytes]:
-    """Yield the unpacked bytes of a file in pieces of about a MiB.
+    """Yield the unpacked bytes of a file in pieces of about a MiB, at most some 30; none is empty.
 
     Raises:
         InputError: the file is packed wrongly or cut short.
     """
-    yield from _UNPACK[source.compression](source.path, file)
+    yield from filter(None, _UNPACK[source.compression](source.path, file))
 
 
 def decode(data: bytes, path: Path, line: int, offset: int) -> str:
@@ -50,14 +55,26 @@ def decode(data: bytes, path: Path, line: int, offset: int) -> str:
 
 
 def lines(source: Source, file: BinaryIO) -> Iterator[str]:
-    """Yield the decoded lines of a file, each with its line end."""
-    waiting, line, offset = b"", 1, 0
+    """Yield the decoded lines of a file, each with its line end.
+
+    Raises:
+        InputError: a line of more than LONGEST_TEXT_BYTES, or bytes that are not UTF-8.
+    """
+    waiting, line, offset = list[bytes](), 1, 0
     for piece in itertools.chain(unpacked(source, file), [b""]):
-        waiting += piece
-        end = waiting.rfind(b"\n") + 1 if piece else len(waiting)
-        whole, waiting = waiting[:end], waiting[end:]
+        end = piece.rfind(b"\n") + 1
+        if piece and not end:
+            waiting.append(piece)
+            if sum(map(len, waiting)) > LONGEST_TEXT_BYTES:
+                raise InputError(
+                    f"{source.path}: line {line} is longer than {LONGEST_TEXT_BYTES >> 20} MiB; "
+                    f"is this {source.format}?"
+                )
+            continue
+        whole = b"".join([*waiting, piece[:end]])
         yield from io.StringIO(decode(whole, source.path, line, offset), newline="\n")
         line, offset = line + whole.count(b"\n"), offset + len(whole)
+        waiting = [piece[end:]]
 
 
 def is_empty(source: Source) -> InputError:
@@ -91,12 +108,20 @@ def _read_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
     context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame = context.decompressobj()
     try:
-        while packed := file.read(PIECE_BYTES // 8):
-            while packed:
-                if frame.eof:
-                    frame = context.decompressobj()
-                yield frame.decompress(packed)
-                packed = frame.unused_data
+        while block := file.read(PIECE_BYTES // 8):
+            held, size = list[bytes](), 0
+            for i in range(0, len(block), _FED_BYTES):
+                packed = block[i : i + _FED_BYTES]
+                while packed:
+                    if frame.eof:
+                        frame = context.decompressobj()
+                    held.append(frame.decompress(packed))
+                    size += len(held[-1])
+                    packed = frame.unused_data
+                    if size >= PIECE_BYTES:
+                        yield b"".join(held)
+                        held, size = [], 0
+            yield b"".join(held)
     except zstandard.ZstdError as error:
         raise InputError(
             f"{path}: not a valid zstd file ({error}); copy or download it again"
