@@ -177,7 +177,8 @@ def prepare(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Number of processes.  \\[default: one per core]")
+        int | None,
+        typer.Option(help="Number of processes, at most 4 per core.  \\[default: one per core]"),
     ] = None,
     heldout: Annotated[
         float, typer.Option(help="Fraction of the documents held out for evaluation.")
