@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,8 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     ".gz": gzip.compress,
     ".zst": zstandard.ZstdCompressor().compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
 }
 
 
@@ -177,7 +181,7 @@ def test_field(tmp_path: Path) -> None:
 
 def test_several_members_and_frames(tmp_path: Path) -> None:
     halves = [b"One.\n\nTw", b"o.\n\nThree."]
-    for packing in (".gz", ".zst"):
+    for packing in PACK:
         path = write(tmp_path / f"a.txt{packing}", b"".join(map(PACK[packing], halves)))
         assert list(read_documents([path])) == ["One.", "Two.", "Three."]
 
@@ -269,17 +273,17 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "latin-1": (
             write(tmp_path / "l.txt", b"a\n\nb\nc\xe9d\n"),
             {},
-            ["l.txt", "line 4", "byte 6", "0xe9", "UTF-8"],
+            ["l.txt", "line 4", "byte 6", "0xe9", "UTF-8", "iconv -f WINDOWS-1252 -t UTF-8"],
         ),
         "latin-1 packed": (
             write(tmp_path / "l.jsonl.gz", gzip.compress(b'{"text": "a"}\n\xff')),
             {},
-            ["line 2", "byte 14", "0xff"],
+            ["line 2", "byte 14", "0xff", "unpack it and convert it", "utf8-l.jsonl"],
         ),
         "utf-16": (
             write(tmp_path / "u.txt", "text".encode("utf-16")),
             {},
-            ["line 1", "byte 0", "UTF-8"],
+            ["u.txt", "mark of UTF-16", "iconv -f UTF-16 -t UTF-8", "utf8-u.txt"],
         ),
         "cut gz": (write(tmp_path / "c.txt.gz", packed[".gz"][:-9]), {}, ["c.txt.gz", "cut short"]),
         "cut zst": (

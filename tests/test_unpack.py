@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
+import lzma
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from fastbert.data import unpack
+from fastbert.data import documents, unpack
 from fastbert.data.documents import read_documents
 from fastbert.data.sources import file_source
 from fastbert.errors import InputError
@@ -73,3 +78,117 @@ def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nam
     with pytest.raises(InputError, match=r"a\..*: line 3 is longer than 3 MiB; is this [ct]sv"):
         list(read_documents([path]))
     assert read < 69 << 20
+
+
+TEXT = b"One.\n\nTwo.\n"
+PACK = {
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+}
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_packed_files(tmp_path: Path, packing: str) -> None:
+    """Read also where the name does not say that they are packed; refused where it says so wrongly."""
+    packed = PACK[packing](TEXT * 1000)
+    for name in (f"a.txt{packing}", f"A.TXT{packing.upper()}", "b.txt"):
+        (tmp_path / name).write_bytes(packed)
+        assert len(list(read_documents([tmp_path / name]))) == 1001
+    bad = tmp_path / f"bad.txt{packing}"
+    for data, words in [
+        (packed[:-9], "cut short"),
+        (b"plain text", "not a valid"),
+        (packed[:20] + b"????" + packed[24:], "not a valid|cut short"),
+        (PACK[packing](packed), "packed twice"),
+        (PACK[packing](b""), "the file is empty"),
+        (b"", "the file is empty"),
+    ]:
+        bad.write_bytes(data)
+        with pytest.raises(InputError, match=words) as raised:
+            list(read_documents([bad]))
+        assert str(bad) in str(raised.value)
+
+
+def archive(kind: str, folder: Path) -> bytes:
+    (folder / "member.txt").write_bytes(TEXT)
+    out = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(out, "w") as file:
+            file.write(folder / "member.txt", "member.txt")
+    else:
+        with tarfile.open(fileobj=out, mode="w") as file:
+            file.add(folder / "member.txt", "member.txt")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("a.tar", "tar", r"an archive; unpack it with tar -xf .*a\.tar, and name the folder"),
+        ("a.tar.gz", "tar", "an archive; unpack it with tar -xf"),
+        ("a.tgz", "tar", "an archive; unpack it with tar -xf"),
+        ("a.zip", "zip", "an archive; unpack it with unzip"),
+        ("a.txt", "tar", "a tar archive, not text; unpack it with tar -xf"),
+        ("a.jsonl.gz", "tar", "a tar archive, not text"),
+        ("a.csv.xz", "tar", "a tar archive, not text"),
+        ("a.txt", "zip", "a zip archive or an office document, not text; unpack it with unzip"),
+    ],
+)
+def test_archives_are_refused(tmp_path: Path, name: str, kind: str, words: str) -> None:
+    data = archive(kind, tmp_path)
+    suffix = {".tgz": ".gz"}.get(Path(name).suffix, Path(name).suffix)
+    (tmp_path / name).write_bytes(PACK.get(suffix, bytes)(data))
+    with pytest.raises(InputError, match=words):
+        list(read_documents([tmp_path / name]))
+    with pytest.raises(InputError, match=r"archive"):
+        list(read_documents([tmp_path / name], "txt"))
+
+
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (b"%PDF-1.7\n", "a PDF, not text.*pdftotext"),
+        (b"{\\rtf1 Text.}", "an RTF document"),
+        (b"PAR1", "a Parquet file, not text.*--format parquet"),
+        (b"SQLite format 3\0", "an SQLite database"),
+        ("Text.".encode("utf-16-le"), "every second byte is NUL.*iconv -f UTF-16LE -t UTF-8"),
+        ("Text.\n\nMore".encode("utf-16-be"), "every second byte is NUL.*-f UTF-16BE"),
+        ("Text.".encode("utf-16"), "the mark of UTF-16;.*convert it: iconv -f UTF-16 "),
+        ("Text.".encode("utf-32"), "the mark of UTF-32"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.tsv.gz"])
+def test_what_is_no_text_is_named(tmp_path: Path, name: str, first: bytes, words: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(first) if name.endswith(".gz") else first)
+    with pytest.raises(InputError, match=words) as raised:
+        list(read_documents([path]))
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1 << 20])
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.txt", b"One.\rStill.\r\rTwo.\r", ["One.\nStill.", "Two.\n"]),
+        ("a.csv", b'id,text\r1,one\r2,"two\rtwo"\r', ["one", "two\ntwo"]),
+        ("a.jsonl", b'{"text": "one"}\r{"text": "two"}\r', ["one", "two"]),
+        ("a.tsv", b"text\rone\rtwo", ["one", "two"]),
+        ("b.txt", b"One.\r\n\r\nTwo\rtwo.", ["One.\r", "Two\rtwo."]),
+    ],
+)
+def test_lines_that_end_in_carriage_returns(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    name: str,
+    data: bytes,
+    expected: list[str],
+) -> None:
+    """As on old Macs. A carriage return beside line feeds is no end of a line."""
+    path = tmp_path / name
+    path.write_bytes(data)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", size)
+    assert list(read_documents([path])) == expected

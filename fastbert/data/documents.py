@@ -13,8 +13,9 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -111,7 +112,7 @@ def read_documents(
         yield from parse(chunk, text_field)
 
 
-def _text_chunks(source: Source, file: BinaryIO) -> Iterator[Chunk]:
+def _text_chunks(source: Source, file: BufferedReader) -> Iterator[Chunk]:
     """Cut the data read so far at the last end of a document; the rest waits for more data."""
     last_end = _last_blank_line if source.format == "txt" else _last_line_end
     waiting, line, offset, reported = b"", 1, 0, 0
@@ -200,7 +201,7 @@ def _choose_among(names: Iterable[str]) -> str:
     return f"choose with --text-field among: {among}" if among else "there is no other"
 
 
-def _delimited_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chunk]:
+def _delimited_chunks(source: Source, file: BufferedReader, text_field: str) -> Iterator[Chunk]:
     """Cut a csv or tsv file into chunks, keeping only the text column.
 
     The rows are parsed here and not in `parse`. A quoted field may contain line ends, so where a
@@ -235,7 +236,7 @@ def _row_text(chunk: Chunk, value: Any) -> str:
     raise InputError(f"{chunk.source.path}: line {line}: {problem}")
 
 
-def _parquet_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chunk]:
+def _parquet_chunks(source: Source, file: BufferedReader, text_field: str) -> Iterator[Chunk]:
     import pyarrow
 
     def choose(schema: pyarrow.Schema) -> list[str]:
@@ -322,7 +323,7 @@ def _parse_parquet(chunk: Chunk) -> list[str]:
 
 
 # Formats whose text is a column; the other columns of a row are not passed on.
-_BY_COLUMN: dict[str, Callable[[Source, BinaryIO, str], Iterator[Chunk]]] = {
+_BY_COLUMN: dict[str, Callable[[Source, BufferedReader, str], Iterator[Chunk]]] = {
     "csv": _delimited_chunks,
     "tsv": _delimited_chunks,
     "parquet": _parquet_chunks,

@@ -10,7 +10,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO
+from io import BufferedReader
+from typing import TYPE_CHECKING, Any
 
 from fastbert.data.sources import Source
 from fastbert.data.unpack import LONGEST_TEXT_BYTES, is_empty, lines
@@ -53,7 +54,9 @@ def read_rows(source: Source, choose: Choose) -> Iterator[tuple[int, Row]]:
         raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
 
 
-def delimited_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tuple[int, Row]]:
+def delimited_rows(
+    source: Source, file: BufferedReader, choose: Choose
+) -> Iterator[tuple[int, Row]]:
     """Yield the rows of a csv file (with quotes) or a tsv file (without quotes, as GLUE's)."""
     csv.field_size_limit(LONGEST_TEXT_BYTES)
     quoted = source.format == "csv"
@@ -131,7 +134,7 @@ def shown(names: Iterable[str]) -> str:
     return f"{', '.join(short[:20])}{more}"
 
 
-def _json_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tuple[int, Row]]:
+def _json_rows(source: Source, file: BufferedReader, choose: Choose) -> Iterator[tuple[int, Row]]:
     chosen: Sequence[str] | None = None
     line = 0
     for line, text in enumerate(lines(source, file), 1):
@@ -148,7 +151,9 @@ def _json_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tuple
         raise is_empty(source)
 
 
-def _parquet_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(
+    source: Source, file: BufferedReader, choose: Choose
+) -> Iterator[tuple[int, Row]]:
     row = 0
     chosen: list[str] = []
 
@@ -169,7 +174,7 @@ def _parquet_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tu
 
 def parquet_batches(
     source: Source,
-    file: BinaryIO,
+    file: BufferedReader,
     choose: Callable[[pyarrow.Schema], Sequence[str]],
     batch_bytes: int = 1 << 20,
 ) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
