@@ -155,7 +155,7 @@ def prepare(
         list[Path],
         typer.Argument(
             metavar="SOURCE",
-            help="Text files or folders: txt, jsonl, csv, tsv, parquet; also .gz, .zst.",
+            help="Text files or folders: txt, jsonl, csv, tsv, parquet; also .gz, .zst, .xz, .bz2.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to write the dataset to; it must be new.")],
@@ -177,7 +177,8 @@ def prepare(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Number of processes.  \\[default: one per core]")
+        int | None,
+        typer.Option(help="Number of processes, at most 4 per core.  \\[default: one per core]"),
     ] = None,
     heldout: Annotated[
         float, typer.Option(help="Fraction of the documents held out for evaluation.")
@@ -463,7 +464,8 @@ def embed(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="One text per line, or jsonl, csv, tsv, parquet; also .gz, .zst."
+            metavar="FILE",
+            help="One text per line, or jsonl, csv, tsv, parquet; also .gz, .zst, .xz, .bz2.",
         ),
     ],
     out: Annotated[

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,8 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     ".gz": gzip.compress,
     ".zst": zstandard.ZstdCompressor().compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
 }
 
 
@@ -103,7 +107,9 @@ def test_formats(
     [
         pyarrow.string(),
         pyarrow.large_string(),
+        pyarrow.string_view(),
         pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string()),
     ],
 )
 def test_parquet(tmp_path: Path, kind: pyarrow.DataType) -> None:
@@ -114,6 +120,60 @@ def test_parquet(tmp_path: Path, kind: pyarrow.DataType) -> None:
     assert sum(chunk.read_bytes for chunk in chunks) == path.stat().st_size
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"store_schema": False}])
+def test_a_field_of_a_field(tmp_path: Path, options: dict[str, bool]) -> None:
+    """{"doc": {"text": ...}}, as crawlers write it, in JSON lines and in Parquet."""
+    rows = [{"doc": {"text": text, "n": 1}, "id": "x"} for text in DOCUMENTS]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"doc": [*(row["doc"] for row in rows), None, {"text": None, "n": 2}]}),
+        tmp_path / "a.parquet",
+        **options,
+    )
+    write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    for name, extra in (("a.parquet", ["", ""]), ("a.jsonl", [])):
+        found = list(read_documents([tmp_path / name], text_field="doc.text"))
+        assert found == [*DOCUMENTS, *extra]
+    plain = write(tmp_path / "b.jsonl", '{"doc.text": "a", "doc": {"text": "b"}}')
+    assert list(read_documents([plain], text_field="doc.text")) == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["repeated", "repeated prefix", "one large among small"])
+def test_parquet_that_expands_is_read_in_pieces(tmp_path: Path, kind: str) -> None:
+    """A few kB on disk, 2 GB as text; and rows far from the mean."""
+    large = "x" * (1 << 20)
+    if kind == "repeated":
+        column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000), [large])
+        options = {}
+    elif kind == "repeated prefix":
+        column = pyarrow.array([large + str(i) for i in range(300)])
+        options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    else:
+        column = pyarrow.array([large * 5, *["a"] * 100_000, large * 5, large * 5, large * 5])
+        options = {}
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path, **options)
+    before = pyarrow.total_allocated_bytes()
+    rows = size = 0
+    for chunk in read_chunks(find_sources([path])[0]):
+        assert len(chunk.data) < 18 << 20
+        assert pyarrow.total_allocated_bytes() - before < 400 << 20
+        assert chunk.line == rows + 1
+        texts = parse(chunk)
+        rows, size = rows + len(texts), size + sum(map(len, texts))
+    sizes = column.dictionary.to_pylist() * len(column) if options == {} and rows == 2000 else None
+    assert rows == len(column)
+    assert size == sum(map(len, sizes or column.to_pylist()))
+
+
+def test_a_text_of_parquet_that_is_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "LONGEST_TEXT_BYTES", 1 << 20)
+    path = table(tmp_path / "a.parquet", pyarrow.array(["a", "b" * (1 << 20), "c" * (2 << 20)]))
+    with pytest.raises(InputError, match="the text in row 3 is longer than 1 MiB"):
+        list(read_documents([path]))
+
+
 def test_field(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", json_lines(DOCUMENTS, "body"))
     assert list(read_documents([path], text_field="body")) == DOCUMENTS
@@ -121,7 +181,7 @@ def test_field(tmp_path: Path) -> None:
 
 def test_several_members_and_frames(tmp_path: Path) -> None:
     halves = [b"One.\n\nTw", b"o.\n\nThree."]
-    for packing in (".gz", ".zst"):
+    for packing in PACK:
         path = write(tmp_path / f"a.txt{packing}", b"".join(map(PACK[packing], halves)))
         assert list(read_documents([path])) == ["One.", "Two.", "Three."]
 
@@ -213,17 +273,17 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "latin-1": (
             write(tmp_path / "l.txt", b"a\n\nb\nc\xe9d\n"),
             {},
-            ["l.txt", "line 4", "byte 6", "0xe9", "UTF-8"],
+            ["l.txt", "line 4", "byte 6", "0xe9", "UTF-8", "iconv -f WINDOWS-1252 -t UTF-8"],
         ),
         "latin-1 packed": (
             write(tmp_path / "l.jsonl.gz", gzip.compress(b'{"text": "a"}\n\xff')),
             {},
-            ["line 2", "byte 14", "0xff"],
+            ["line 2", "byte 14", "0xff", "unpack it and convert it", "utf8-l.jsonl"],
         ),
         "utf-16": (
             write(tmp_path / "u.txt", "text".encode("utf-16")),
             {},
-            ["line 1", "byte 0", "UTF-8"],
+            ["u.txt", "mark of UTF-16", "iconv -f UTF-16 -t UTF-8", "utf8-u.txt"],
         ),
         "cut gz": (write(tmp_path / "c.txt.gz", packed[".gz"][:-9]), {}, ["c.txt.gz", "cut short"]),
         "cut zst": (
@@ -257,6 +317,11 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
             write(tmp_path / "f.jsonl", '{"body": 1, "title": 2}'),
             {},
             ["line 1", "no field 'text'", "--text-field", "body, title"],
+        ),
+        "field of a field": (
+            write(tmp_path / "fl.jsonl", '{"doc": {"title": 5, "body": "b"}}'),
+            {"text_field": "doc.title"},
+            ["line 1", "'doc.title' is a number", "among: doc, doc.body"],
         ),
         "field kind": (
             write(tmp_path / "k.jsonl", '\n{"text": 5}'),
@@ -299,12 +364,12 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "column": (
             table(tmp_path / "q.parquet", strings, "body"),
             {},
-            ["q.parquet", "no column 'text'", "id, body"],
+            ["q.parquet", "no column 'text'", "among: body"],
         ),
         "column kind": (
             table(tmp_path / "o.parquet", pyarrow.array([1, 2])),
             {},
-            ["o.parquet", "'text' holds int64"],
+            ["o.parquet", "'text' holds int64, not strings; there is no other"],
         ),
         "bad string": (
             table(tmp_path / "b.parquet", bad_string),

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import random
 import re
+import resource
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from fastbert.data import encode
+from fastbert.data import encoder as module
 from fastbert.data.dataset import open_dataset
+from fastbert.data.documents import Chunk
 from fastbert.data.encoder import Encoder, Losses
 from fastbert.data.prepare import prepare
+from fastbert.data.sources import Source
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.data.vocabulary import train_tokenizer
+from fastbert.data.workers import apply_in_child
 
 LIMIT = 100  # characters of a word; WordPiece makes a longer one [UNK]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -157,3 +164,53 @@ def test_long_words_in_the_report(tmp_path: Path) -> None:
     assert report.figures["cut_character_share"] == 1 and report.figures["unknown_share"] == 0
     row = next(row for row in report.rows if row.name.startswith("words of more than 100"))
     assert "100.00 % of characters" in row.value and "put spaces" in row.advice
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 1000])
+def test_slices_change_nothing(
+    lower: Tokenizer, english_documents: list[str], monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A long document is encoded in slices, and a run without spaces in parts."""
+    sentences = [
+        *english_documents[:20],
+        "",
+        "中文，測試。" * 200,
+        "ab" * 700,
+        "कखग घ" * 90,
+        "x\u3000y" * 300,
+    ]
+    sentences += ["a " * 500, "." * 300, ""]
+    whole = Encoder(lower)(sentences)
+    assert [by_definition(lower, sentence)[0] for sentence in sentences] == [
+        part.tolist() for part in np.split(whole.ids, np.cumsum(whole.lengths)[:-1])
+    ]
+    monkeypatch.setattr(module, "_SLICE", size)
+    monkeypatch.setattr(module, "_LONGEST_RUN", 2 * LIMIT)
+    sliced = Encoder(lower)(sentences)
+    assert sliced.ids.tolist() == whole.ids.tolist()
+    assert sliced.lengths.tolist() == whole.lengths.tolist()
+    assert sliced.losses == whole.losses
+    for hashed in (1, 3, 1 << 16):
+        monkeypatch.setattr(encode, "_HASHED_SPANS", hashed)
+        lengths = whole.lengths[whole.lengths > 0]
+        hashes = encode._hash_spans(whole.ids, lengths)
+        assert hashes.tolist() == encode._hash_some_spans(whole.ids, lengths).tolist()
+
+
+def peak_memory(tokenizer: str):
+    """Returns a function from a document to the bytes that encoding it took, at the peak."""
+    encoder = encode.ChunkEncoder(tokenizer, "text", 0)
+
+    def encode_all(text: str) -> int:
+        chunk = Chunk(Source(Path("a.txt"), "txt", ""), text.encode(), 1, 0, 0)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        encoder(chunk)
+        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+    return encode_all
+
+
+@pytest.mark.parametrize("text", ["中文字測試好" * 150_000, "ก" * 900_000, "word " * 600_000])
+def test_memory_for_one_long_document(lower: Tokenizer, text: str) -> None:
+    """3 MB in one sentence, at 40 bytes a byte: the longest document, of 64 MiB, takes 2.5 GB."""
+    assert apply_in_child(peak_memory, (lower.to_str(),), text) < 40 * len(text.encode())

@@ -26,6 +26,7 @@ from fastbert.data.sentences import split_sentences
 from fastbert.data.sources import Source
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.errors import InputError
+from fastbert.machine import usable_cores
 
 
 @pytest.fixture(scope="module")
@@ -413,3 +414,21 @@ def test_a_source_that_changes_while_it_is_read(
     with pytest.raises(InputError, match=r"a\.txt: (changed while it was read|cannot be read)"):
         prepare([path], tmp_path / "out", vocab_size=100, workers=1, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_many_workers_are_no_more_than_a_few_per_core(
+    english_jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    real = module.map_in_order
+
+    def counted(make: Any, arguments: Any, items: Any, workers: int) -> Any:
+        started.append(workers)
+        return real(make, arguments, items, 1)
+
+    monkeypatch.setattr(module, "map_in_order", counted)
+    for workers in (100_000, 2, None):
+        out = tmp_path / str(workers)
+        prepare([english_jsonl], out, vocab_size=200, workers=workers, progress=False)
+    assert started[0] == module.MOST_PER_CORE * usable_cores()
+    assert started[-1] == 1 and 2 in started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from fastbert.data import encoder as module
 from fastbert.data.dataset import SpecialIds, TokenDataset
@@ -398,3 +399,65 @@ def test_files_of_a_store_are_those_of_its_tokenizer(
             hashlib.sha256((tmp_path / name).read_bytes()).digest()
             == hashlib.sha256((small_dataset.tokenizer_dir / name).read_bytes()).digest()
         )
+
+
+EXTRA = ["[NAME]", "<e1>", "<x y>", "##", "a.b", "é", "<e1>x"]
+AROUND = ["[NAME]", "[name]", "<e1>", "<E1>", " <x y>", "<x y> ", "##", "a.b", "A.B", "É", "é"]
+AROUND += [" ", "the", "the cat", ".", "xyz", "<e1>xx", "[NAMES]", "中", "", "  ", "\u0301"]
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.txt"])
+@pytest.mark.parametrize(
+    "flags", [{}, {"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}]
+)
+def test_extra_special_tokens_are_those_of_transformers(
+    tmp_path: Path, flags: dict[str, bool], file: str
+) -> None:
+    """A model with marks of entities: whole where transformers keeps them whole, also when saved again."""
+    from transformers import AutoTokenizer
+
+    plain = train_tokenizer(["the cat [NAME] <e1> a.b xyz ## é 中 " * 3], 200)
+    save_tokenizer(plain, tmp_path / "plain")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    extra = [AddedToken(content, special=True, **flags) for content in EXTRA]
+    theirs.add_special_tokens({"additional_special_tokens": extra})
+    theirs.save_pretrained(tmp_path / "theirs")
+    if file == "vocab.txt":
+        # As transformers 4 writes them beside tokenizer.json.
+        (tmp_path / "theirs" / file).write_text("".join(t + "\n" for t in vocabulary_of(plain)))
+        settings = json.loads((tmp_path / "theirs" / "tokenizer.json").read_text())
+        config = json.loads((tmp_path / "theirs" / "tokenizer_config.json").read_text())
+        decoder = {str(token.pop("id")): token for token in settings["added_tokens"]}
+        config["added_tokens_decoder"] = decoder
+        (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / "theirs" / "tokenizer.json").unlink()
+    ours = load_tokenizer(tmp_path / "theirs")
+    draw = random.Random(1)
+    texts = [*AROUND, *("".join(draw.choices(AROUND, k=6)) for _ in range(300))]
+    wanted = [theirs.encode(text, add_special_tokens=False) for text in texts]
+    assert [ours.encode(text, add_special_tokens=False).ids for text in texts] == wanted
+    encoded = Encoder(ours)(texts)
+    assert encoded.ids.tolist() == [i for ids in wanted for i in ids]
+    assert encoded.lengths.tolist() == list(map(len, wanted))
+    # "[MASK]" in a text stays text, beside them too.
+    assert special_ids(ours, "").mask not in ours.encode("[MASK] [NAME]").ids[1:-1]
+    save_tokenizer(ours, tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert [again.encode(text, add_special_tokens=False) for text in texts] == wanted
+    assert set(EXTRA) <= set(again.all_special_tokens)
+    assert load_tokenizer(tmp_path / "again").to_str() == ours.to_str()
+
+
+def test_extra_tokens_of_a_config_that_make_no_sense(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "a"]))
+    for config in (
+        {"additional_special_tokens": [5]},
+        {"additional_special_tokens": 5},
+        {"additional_special_tokens": [""]},
+        {"additional_special_tokens": ["x"], "added_tokens_decoder": {"six": {"content": "x"}}},
+        {"added_tokens_decoder": {"6": {"content": "x", "special": False}}},
+        {"added_tokens_decoder": [1]},
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=r"tokenizer_config\.json: cannot be read"):
+            load_tokenizer(tmp_path)

@@ -13,26 +13,36 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastbert.data.rows import (
     JSON_NAMES,
-    LONGEST_TEXT_BYTES,
     as_text,
+    column_of,
     delimited_rows,
+    field_of,
+    field_type,
+    json_names,
     json_object,
     parquet_batches,
+    parquet_names,
     shown,
 )
 from fastbert.data.sources import Source, find_sources
-from fastbert.data.unpack import decode, is_empty, unpacked
+from fastbert.data.unpack import LONGEST_TEXT_BYTES, decode, is_empty, unpacked
 from fastbert.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow
 
 CHUNK_BYTES = 1 << 20
+# Parquet can write a value once that a million rows hold. More rows than this are not expanded at a
+# time; text as it is found in files is far below.
+_EXPANDED_BYTES = 16 << 20
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
 _BETWEEN_DOCUMENTS = re.compile(r"\n\s*\n")
@@ -102,7 +112,7 @@ def read_documents(
         yield from parse(chunk, text_field)
 
 
-def _text_chunks(source: Source, file: BinaryIO) -> Iterator[Chunk]:
+def _text_chunks(source: Source, file: BufferedReader) -> Iterator[Chunk]:
     """Cut the data read so far at the last end of a document; the rest waits for more data."""
     last_end = _last_blank_line if source.format == "txt" else _last_line_end
     waiting, line, offset, reported = b"", 1, 0, 0
@@ -167,26 +177,31 @@ def _parse_json_lines(chunk: Chunk, text_field: str) -> list[str]:
         if problem:
             raise InputError(f"{chunk.source.path}: line {line}: {problem}")
         assert isinstance(value, dict)
-        documents.append(as_text(value[text_field]))
+        documents.append(as_text(field_of(value, text_field)))
     return documents
 
 
 def _field_problem(value: dict[str, Any], text_field: str) -> str:
     """Return what is wrong with the text of a JSON object, or ""."""
-    if text_field not in value:
-        return f"no field '{text_field}'; {_choose_among(value)}"
-    if not isinstance(value[text_field], str | None):
-        kind = JSON_NAMES[type(value[text_field])]
-        return f"the field '{text_field}' is a {kind}, not a string; {_choose_among(value)}"
+    try:
+        text = field_of(value, text_field)
+    except KeyError:
+        return f"no field '{text_field}'; {_choose_among(json_names(value))}"
+    if not isinstance(text, str | None):
+        others = [name for name in json_names(value) if name != text_field]
+        return (
+            f"the field '{text_field}' is a {JSON_NAMES[type(text)]}, not a string; "
+            f"{_choose_among(others)}"
+        )
     return ""
 
 
 def _choose_among(names: Iterable[str]) -> str:
     among = shown(names)
-    return f"choose with --text-field among: {among}" if among else "the object is empty"
+    return f"choose with --text-field among: {among}" if among else "there is no other"
 
 
-def _delimited_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chunk]:
+def _delimited_chunks(source: Source, file: BufferedReader, text_field: str) -> Iterator[Chunk]:
     """Cut a csv or tsv file into chunks, keeping only the text column.
 
     The rows are parsed here and not in `parse`. A quoted field may contain line ends, so where a
@@ -221,38 +236,80 @@ def _row_text(chunk: Chunk, value: Any) -> str:
     raise InputError(f"{chunk.source.path}: line {line}: {problem}")
 
 
-def _parquet_chunks(source: Source, file: BinaryIO, text_field: str) -> Iterator[Chunk]:
+def _parquet_chunks(source: Source, file: BufferedReader, text_field: str) -> Iterator[Chunk]:
     import pyarrow
 
     def choose(schema: pyarrow.Schema) -> list[str]:
-        if text_field not in schema.names:
+        kinds = {name: field_type(schema, name) for name in parquet_names(schema)}
+        texts = [name for name, kind in kinds.items() if _holds_text(kind)]
+        if text_field not in kinds:
+            raise InputError(f"{source.path}: no column '{text_field}'; {_choose_among(texts)}")
+        if text_field not in texts:
             raise InputError(
-                f"{source.path}: no column '{text_field}'; {_choose_among(schema.names)}"
-            )
-        kind = schema.field(text_field).type
-        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise InputError(
-                f"{source.path}: the column '{text_field}' holds {kind}, not strings; "
-                f"{_choose_among(schema.names)}"
+                f"{source.path}: the column '{text_field}' holds {kinds[text_field]}, "
+                f"not strings; {_choose_among(texts)}"
             )
         return [text_field]
 
     row, size = 0, os.fstat(file.fileno()).st_size
     for batch, rows in parquet_batches(source, file, choose, CHUNK_BYTES):
-        sink = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
-            stream.write_batch(batch)
-        # A Parquet file is not read from front to back, so progress is the share of its rows.
-        before, after = (size * n // rows for n in (row, row + batch.num_rows))
-        yield Chunk(source, sink.getvalue().to_pybytes(), row + 1, 0, after - before)
-        row += batch.num_rows
+        for texts in _bounded(source, column_of(batch, text_field), row + 1):
+            part = pyarrow.record_batch({"text": texts})
+            sink = pyarrow.BufferOutputStream()
+            with pyarrow.ipc.new_stream(sink, part.schema) as stream:
+                stream.write_batch(part)
+            # A Parquet file is not read from front to back, so progress is the share of its rows.
+            before, after = (size * n // rows for n in (row, row + len(texts)))
+            yield Chunk(source, sink.getvalue().to_pybytes(), row + 1, 0, after - before)
+            row += len(texts)
+
+
+def _holds_text(kind: pyarrow.DataType) -> bool:
+    import pyarrow
+
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    # Not is_string_view, which older releases lack.
+    return str(kind) in ("string", "large_string", "string_view")
+
+
+def _bounded(source: Source, column: pyarrow.Array, row: int) -> Iterator[pyarrow.Array]:
+    """Yield the strings of a column, in parts of at most _EXPANDED_BYTES or of one string.
+
+    Args:
+        source: the file.
+        column: strings; dictionary-coded ones may expand to far more than they take.
+        row: number of the first row.
+    """
+    import pyarrow
+    import pyarrow.compute
+
+    if pyarrow.types.is_dictionary(column.type):
+        sizes = pyarrow.compute.binary_length(column.dictionary).take(column.indices)
+    else:
+        column = column.cast(pyarrow.string())
+        sizes = pyarrow.compute.binary_length(column)
+    ends = np.cumsum(sizes.fill_null(0).to_numpy())
+    begin = 0
+    while begin < len(column):
+        done = ends[begin - 1] if begin else 0
+        end = max(int(np.searchsorted(ends, done + _EXPANDED_BYTES, "right")), begin + 1)
+        if ends[end - 1] - done > LONGEST_TEXT_BYTES:
+            raise InputError(
+                f"{source.path}: the text in row {row + begin} is longer than "
+                f"{LONGEST_TEXT_BYTES >> 20} MiB; split it into documents"
+            )
+        yield column.slice(begin, end - begin).cast(pyarrow.string())
+        begin = end
 
 
 def _parse_parquet(chunk: Chunk) -> list[str]:
     import pyarrow
 
     column = pyarrow.ipc.open_stream(chunk.data).read_all().column(0)
+    try:
+        return [text or "" for text in column.to_pylist()]
+    except UnicodeDecodeError:
+        pass  # which row it is in
     documents = []
     for row, value in enumerate(column, chunk.line):
         try:
@@ -266,7 +323,7 @@ def _parse_parquet(chunk: Chunk) -> list[str]:
 
 
 # Formats whose text is a column; the other columns of a row are not passed on.
-_BY_COLUMN: dict[str, Callable[[Source, BinaryIO, str], Iterator[Chunk]]] = {
+_BY_COLUMN: dict[str, Callable[[Source, BufferedReader, str], Iterator[Chunk]]] = {
     "csv": _delimited_chunks,
     "tsv": _delimited_chunks,
     "parquet": _parquet_chunks,

@@ -16,6 +16,7 @@ from fastbert.data.tokenizer import special_ids
 
 # tokens; a longer sentence is cut, so that two of them and three special tokens still fit into 512
 LONGEST_SENTENCE = 254
+_HASHED_SPANS = 1 << 16  # at a time: hashing takes 100 bytes a token
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,16 @@ def _cut(lengths: np.ndarray, pieces: np.ndarray) -> np.ndarray:
 
 def _hash_spans(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return a hash of the ids of each span and of their order, uint64 [len(lengths)]."""
-    if len(lengths) == 0:
-        return np.zeros(0, np.uint64)
+    ends = np.cumsum(lengths)
+    hashes = [np.zeros(0, np.uint64)]
+    for i in range(0, len(lengths), _HASHED_SPANS):
+        some = lengths[i : i + _HASHED_SPANS]
+        end = ends[i + len(some) - 1]
+        hashes.append(_hash_some_spans(tokens[end - some.sum() : end], some))
+    return np.concatenate(hashes)
+
+
+def _hash_some_spans(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     starts = np.cumsum(lengths) - lengths
     places = (np.arange(len(tokens)) - np.repeat(starts, lengths)).astype(np.uint64)
     mixed = _mix(_mix(tokens.astype(np.uint64) + np.uint64(1)) + places)

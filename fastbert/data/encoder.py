@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import string
 import unicodedata
 from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
+
+from fastbert.data.tokenizer import extra_tokens
 
 EXAMPLES = 3  # words that a Losses quotes
 
@@ -63,6 +68,10 @@ class Encoder:
         self._tokenizer = tokenizer
         self._lowercase: bool = tokenizer.normalizer.lowercase
         self._normalize = tokenizer.normalizer.normalize_str
+        extra = extra_tokens(tokenizer)
+        self._extra = [token.content for token in extra if not token.normalized]
+        # Such a token is compared with the normalised text, so a sentence does not show it.
+        self._any_extra = len(self._extra) < len(extra)
         self._clear()
 
     def _clear(self) -> None:
@@ -74,6 +83,43 @@ class Encoder:
 
     def __call__(self, sentences: list[str]) -> Encoded:
         """Encode sentences, and count what is lost."""
+        whole = {i for i, sentence in enumerate(sentences) if self._has_extra(sentence)}
+        if not whole:
+            return self._by_words(sentences)
+        # Extra tokens may contain spaces and punctuation, so such a sentence is not cut into words.
+        rest = self._by_words(["" if i in whole else s for i, s in enumerate(sentences)])
+        losses, lengths, ids = rest.losses, rest.lengths.copy(), list[int]()
+        places = np.cumsum(lengths)
+        for i in sorted(whole):
+            encoding = self._tokenizer.encode(sentences[i], add_special_tokens=False)
+            lengths[i] = len(encoding.ids)
+            ids += encoding.ids
+            losses += _lost_of(sentences[i], encoding, self._words.unknown_id)
+        inserted = np.insert(rest.ids, np.repeat(places, lengths * (rest.lengths == 0)), ids)
+        return Encoded(inserted.astype(np.int32, copy=False), lengths, losses)
+
+    def _has_extra(self, sentence: str) -> bool:
+        """Whether the sentence may contain one of the tokens that the model has added."""
+        return self._any_extra or any(content in sentence for content in self._extra)
+
+    def _by_words(self, sentences: list[str]) -> Encoded:
+        """Encode sentences without extra tokens."""
+        if sum(map(len, sentences)) <= _SLICE:
+            return self._encode_slice(sentences)
+        # A slice takes up to 300 bytes a byte. BERT's tokenizer never looks across a space, so a
+        # sentence that is longer than a slice is cut there.
+        long = any(len(sentence) > _SLICE for sentence in sentences)
+        parts = [list(_cut_at_spaces(sentence)) for sentence in sentences] if long else [sentences]
+        slices = [self._encode_slice(part) for part in _slices(chain.from_iterable(parts))]
+        ids, lengths, losses = zip(*slices, strict=True)
+        ids, lengths = np.concatenate(ids), np.concatenate(lengths)
+        if long:
+            counts = np.array([len(part) for part in parts])
+            lengths = np.add.reduceat(lengths, np.cumsum(counts) - counts)
+        return Encoded(ids, lengths, sum(losses, Losses()))
+
+    def _encode_slice(self, sentences: list[str]) -> Encoded:
+        """Encode a few sentences."""
         if len(self._words) > _KEPT_WORDS or len(self._words.ids) > _KEPT_TOKENS:
             self._clear()
         text = _END.join([*map(str.encode, sentences), b""])
@@ -161,6 +207,38 @@ class Encoder:
         return list(map(self._words.__getitem__, words))
 
 
+def _lost_of(sentence: str, encoding: Encoding, unknown_id: int) -> Losses:
+    """Return the words, characters and unknown characters of a sentence."""
+    spans = zip(encoding.ids, encoding.offsets, strict=True)
+    return Losses(
+        words=len(sentence.split()),
+        characters=len(sentence) - sentence.count(" "),
+        unknown_characters=sum(b - a for token, (a, b) in spans if token == unknown_id),
+    )
+
+
+def _cut_at_spaces(sentence: str) -> Iterator[str]:
+    """Yield parts of about _SLICE characters; one without a space may be longer."""
+    begin = 0
+    while len(sentence) - begin > _SLICE and (end := sentence.find(" ", begin + _SLICE)) >= 0:
+        yield sentence[begin:end]
+        begin = end
+    yield sentence[begin:]
+
+
+def _slices(parts: Iterable[str]) -> Iterator[list[str]]:
+    """Group parts to about _SLICE characters, and at most as many parts."""
+    held, size = list[str](), 0
+    for part in parts:
+        held.append(part)
+        size += len(part) + 1
+        if size >= _SLICE:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
 def _split(text: bytes) -> tuple[np.ndarray, np.ndarray, int]:
     """Return where each word and each punctuation mark starts and ends, and the number of words.
 
@@ -196,6 +274,11 @@ _KEPT_WORDS = 1 << 20  # about 150 MB of a worker's memory
 _KEPT_TOKENS = 1 << 22
 # bytes; text without spaces has "words" as long as sentences, which do not occur again
 _KEPT_LENGTH = 64
+_SLICE = 1 << 21  # characters; more than a chunk of ordinary documents has
+_LONGEST_RUN = 4000  # characters without ASCII whitespace or punctuation that go to Rust at a time
+# Before these a word ends in any case: whitespace, ideographs, and their punctuation.
+_BOUNDARY = re.compile("[\\s\u3001\u3002\u3008-\u3011\uff01\uff0c\uff1a\uff1b\uff1f]")
+_BOUNDARY_OR_IDEOGRAPH = re.compile(f"{_BOUNDARY.pattern[:-1]}\u4e00-\u9fff]")
 _EXAMPLE_LENGTH = 24  # characters of a word that are shown
 _ID = attrgetter("id")
 
@@ -219,30 +302,48 @@ class _Words(dict[bytes, int]):
     def __init__(self, tokenizer: Tokenizer):
         self[_END] = _END_INDEX
         self._encode, self._tokenize = tokenizer.encode, tokenizer.model.tokenize
-        self._tokenizer, self._unknown_id = tokenizer, tokenizer.token_to_id("[UNK]")
+        self._tokenizer, self.unknown_id = tokenizer, tokenizer.token_to_id("[UNK]")
         normalizer = tokenizer.normalizer
         strips = normalizer.strip_accents
         self._strips: bool = normalizer.lowercase if strips is None else strips
         self._longest: int = tokenizer.model.max_input_chars_per_word
+        self._longest = min(self._longest, _LONGEST_RUN // 2)
+        self._boundary = _BOUNDARY_OR_IDEOGRAPH if normalizer.handle_chinese_chars else _BOUNDARY
         self.ids, self.bounds = array("i"), array("q", [0, 0, 0])
         self.unknown, self.cut, self.marks = (array("i", [0, 0]) for _ in range(3))
         self.lossy = bytearray(2)
 
     def __missing__(self, word: bytes) -> int:
         ids, bounds = self.ids, self.bounds
-        text, marks, unknown, cut = word.decode(), 0, 0, 0
-        if word.isalnum():
-            # For bytes this means ASCII only, for which the model alone is enough. It takes a third
-            # of the time of the whole tokenizer.
-            ids.extend(map(_ID, self._tokenize(text)))
-        else:
-            ids.extend(self._encode(text, add_special_tokens=False).ids)
-            if self._strips and not text.isascii():
-                decomposed = unicodedata.normalize("NFD", text)
-                marks = len(decomposed) - len(decomposed.translate(_WITHOUT_MARKS))
-        if self._unknown_id in ids[bounds[-1] :]:
-            del ids[bounds[-1] :]
-            unknown, cut = self._piece_by_piece(text)
+        unknown = cut = marks = 0
+        for text in self._runs(word.decode()):
+            if word.isalnum():
+                # For bytes this means ASCII only, for which the model alone is enough. It takes a
+                # third of the time of the whole tokenizer.
+                found = list(map(_ID, self._tokenize(text)))
+                spans = [len(text)] if self.unknown_id in found else []
+            else:
+                encoding = self._encode(text, add_special_tokens=False)
+                found = encoding.ids
+                spans = (
+                    [
+                        b - a
+                        for i, (a, b) in zip(found, encoding.offsets, strict=True)
+                        if i == self.unknown_id
+                    ]
+                    if self.unknown_id in found
+                    else []
+                )
+                if self._strips and not text.isascii():
+                    decomposed = unicodedata.normalize("NFD", text)
+                    marks += len(decomposed) - len(decomposed.translate(_WITHOUT_MARKS))
+            # A character decomposes into at most four.
+            if 4 * max(spans, default=0) <= self._longest:
+                ids.extend(found)
+                unknown += sum(spans)
+            else:
+                unknown_here, cut_here = self._piece_by_piece(text)
+                unknown, cut = unknown + unknown_here, cut + cut_here
         bounds.append(len(ids))
         self.unknown.append(unknown)
         self.cut.append(cut)
@@ -253,6 +354,27 @@ class _Words(dict[bytes, int]):
             self[word] = index
         return index
 
+    def _runs(self, word: str) -> Iterator[str]:
+        """Cut a word of more than _LONGEST_RUN characters, at the end of a word if there is one.
+
+        Rust takes some 300 bytes a character, and text without spaces may be one word of 60 MB.
+        """
+        begin = 0
+        while len(word) - begin > _LONGEST_RUN:
+            end = begin + _LONGEST_RUN
+            # Without a boundary in the last characters there is a word that is cut in any case.
+            first = end - self._longest
+            places = [match.start() for match in self._boundary.finditer(word[first:end])]
+            if places:
+                end = first + places[-1]
+            else:
+                # A mark stays with its letter.
+                while end > begin + 1 and unicodedata.category(word[end])[0] == "M":
+                    end -= 1
+            yield word[begin:end]
+            begin = end
+        yield word[begin:]
+
     def _piece_by_piece(self, text: str) -> tuple[int, int]:
         """Append the ids of a word; return how many characters are unknown, and how many cut."""
         unknown = cut = 0
@@ -262,7 +384,7 @@ class _Words(dict[bytes, int]):
             for i in range(0, len(piece), self._longest):
                 part = piece[i : i + self._longest]
                 ids = [token.id for token in self._tokenize(part)]
-                unknown += len(part) if self._unknown_id in ids else 0
+                unknown += len(part) if self.unknown_id in ids else 0
                 self.ids.extend(ids)
         return unknown, cut
 

@@ -55,6 +55,7 @@ LEAST_HELDOUT = 16
 # One more worker for each of these. With less text it does not pay: a worker has to start, and to
 # tokenize every word for the first time.
 BYTES_PER_WORKER = 16 << 20
+MOST_PER_CORE = 4  # workers; more only take memory
 
 
 def prepare(
@@ -82,8 +83,8 @@ def prepare(
         lowercase: whether a trained vocabulary converts capitals to small letters; accents and
             vowel signs are then dropped too, as in BERT.
         keep_accents: whether it keeps these all the same.
-        workers: processes that encode; by default one per core, and fewer for little text. The
-            number does not change the result.
+        workers: processes that encode, at most MOST_PER_CORE per core; by default one per core, and
+            fewer for little text. The number does not change the result.
         heldout: share of the documents that is set aside for evaluation. They are chosen by a hash
             of the text, so copies of a document are all in the same split. HELDOUT_BYTES and
             LEAST_HELDOUT bound the share.
@@ -140,7 +141,10 @@ def prepare(
 
         def write(heldout_below: int) -> _Written:
             chunks = bar.follow("documents, sentences, tokens", read_chunks(files, text_field))
-            processes = workers or min(usable_cores(), 1 + size // BYTES_PER_WORKER)
+            processes = min(
+                workers or 1 + size // BYTES_PER_WORKER,
+                usable_cores() * (MOST_PER_CORE if workers else 1),
+            )
             arguments = vocabulary.to_str(), text_field, heldout_below
             encoded = map_in_order(ChunkEncoder, arguments, chunks, processes)
             with closing(encoded):  # so that after a failure no process outlives this call

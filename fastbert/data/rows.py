@@ -10,18 +10,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO
+from io import BufferedReader
+from typing import TYPE_CHECKING, Any
 
 from fastbert.data.sources import Source
-from fastbert.data.unpack import is_empty, lines
+from fastbert.data.unpack import LONGEST_TEXT_BYTES, is_empty, lines
 from fastbert.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow
 
-# A longer text means that the file has another format than stated. It would also need too much
-# memory.
-LONGEST_TEXT_BYTES = 64 << 20
 COLA = ("source", "label", "mark", "sentence")  # the columns of CoLA's tsv, which has no header
 
 # Takes the names of the columns that are there and returns those to read.
@@ -56,7 +54,9 @@ def read_rows(source: Source, choose: Choose) -> Iterator[tuple[int, Row]]:
         raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
 
 
-def delimited_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tuple[int, Row]]:
+def delimited_rows(
+    source: Source, file: BufferedReader, choose: Choose
+) -> Iterator[tuple[int, Row]]:
     """Yield the rows of a csv file (with quotes) or a tsv file (without quotes, as GLUE's)."""
     csv.field_size_limit(LONGEST_TEXT_BYTES)
     quoted = source.format == "csv"
@@ -134,7 +134,7 @@ def shown(names: Iterable[str]) -> str:
     return f"{', '.join(short[:20])}{more}"
 
 
-def _json_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tuple[int, Row]]:
+def _json_rows(source: Source, file: BufferedReader, choose: Choose) -> Iterator[tuple[int, Row]]:
     chosen: Sequence[str] | None = None
     line = 0
     for line, text in enumerate(lines(source, file), 1):
@@ -145,18 +145,27 @@ def _json_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tuple
             yield line, value
             continue
         if chosen is None:
-            chosen = choose(list(value))
-        yield line, {name: as_text(value.get(name)) for name in chosen}
+            chosen = choose(list(json_names(value)))
+        yield line, {name: as_text(_field_or_none(value, name)) for name in chosen}
     if not line:
         raise is_empty(source)
 
 
-def _parquet_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(
+    source: Source, file: BufferedReader, choose: Choose
+) -> Iterator[tuple[int, Row]]:
     row = 0
-    for batch, _ in parquet_batches(source, file, lambda schema: choose(schema.names)):
+    chosen: list[str] = []
+
+    def names_of(schema: pyarrow.Schema) -> list[str]:
+        chosen[:] = choose(parquet_names(schema))
+        return chosen
+
+    for batch, _ in parquet_batches(source, file, names_of):
+        columns = {name: column_of(batch, name) for name in chosen}
         for i in range(batch.num_rows):
             row += 1
-            values = {name: batch.column(name)[i] for name in batch.schema.names}
+            values = {name: column[i] for name, column in columns.items()}
             try:
                 yield row, {name: as_text(value.as_py()) for name, value in values.items()}
             except UnicodeDecodeError as error:
@@ -165,11 +174,14 @@ def _parquet_rows(source: Source, file: BinaryIO, choose: Choose) -> Iterator[tu
 
 def parquet_batches(
     source: Source,
-    file: BinaryIO,
+    file: BufferedReader,
     choose: Callable[[pyarrow.Schema], Sequence[str]],
     batch_bytes: int = 1 << 20,
 ) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
     """Yield the chosen columns of a Parquet file, some rows at a time, with the rows in all.
+
+    Strings are given as dictionaries and indices where pyarrow can. So a file whose rows repeat a large value takes
+    no more memory than the value, as long as nobody expands them.
 
     Raises:
         InputError: a file that is empty or not Parquet, or what `choose` raises.
@@ -194,6 +206,11 @@ def parquet_batches(
         total_bytes = sum(metadata.row_group(i).total_byte_size for i in groups)
         row_bytes = total_bytes // metadata.num_rows
         rows = min(max(batch_bytes // (row_bytes + 1), 1), 1 << 16)
+        encodings = {e for found in _encodings(metadata) for e in found}
+        if "DELTA_BYTE_ARRAY" in encodings:
+            rows = min(rows, 128)  # each value repeats the beginning of the one before
+        if not any(name.startswith("DELTA_") for name in encodings):  # pyarrow cannot do both
+            table = pyarrow.parquet.ParquetFile(file, read_dictionary=chosen)
         for batch in table.iter_batches(rows, columns=chosen, use_threads=False):
             yield batch, metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
@@ -201,3 +218,78 @@ def parquet_batches(
         raise InputError(
             f"{source.path}: not a valid Parquet file ({reason}); copy or download it again"
         ) from None
+
+
+def _encodings(metadata: Any) -> Iterator[tuple[str, ...]]:
+    """Yield the encodings of each column in each group of rows."""
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        yield from (group.column(k).encodings for k in range(group.num_columns))
+
+
+def parquet_names(schema: pyarrow.Schema) -> list[str]:
+    """Return the names of the columns; a field of a structure is "column.field"."""
+    import pyarrow
+
+    def names(fields: Iterable[pyarrow.Field], prefix: str) -> Iterator[str]:
+        for field in fields:
+            name = prefix + field.name
+            yield name
+            if pyarrow.types.is_struct(field.type):
+                yield from names(field.type.fields, f"{name}.")
+
+    return list(names(schema, ""))
+
+
+def field_type(schema: pyarrow.Schema, name: str) -> pyarrow.DataType:
+    """Return the type of a column that `parquet_names` names."""
+    if name in schema.names:
+        return schema.field(name).type
+    first, *rest = name.split(".")
+    kind = schema.field(first).type
+    for field in rest:
+        kind = kind.field(field).type
+    return kind
+
+
+def column_of(batch: pyarrow.RecordBatch, name: str) -> pyarrow.Array:
+    """Return a column that `parquet_names` names."""
+    import pyarrow.compute
+
+    if name in batch.schema.names:
+        return batch.column(name)
+    first, *rest = name.split(".")
+    column = batch.column(first)
+    for field in rest:
+        column = pyarrow.compute.struct_field(column, field)
+    return column
+
+
+def field_of(value: Any, name: str) -> Any:
+    """Return a field of a JSON object; "doc.text" is also the field "text" of the object "doc".
+
+    Raises:
+        KeyError: there is none.
+    """
+    if isinstance(value, dict):
+        if name in value:
+            return value[name]
+        first, dot, rest = name.partition(".")
+        if dot and first in value:
+            return field_of(value[first], rest)
+    raise KeyError(name)
+
+
+def _field_or_none(value: dict[str, Any], name: str) -> Any:
+    try:
+        return field_of(value, name)
+    except KeyError:
+        return None
+
+
+def json_names(value: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the names of the fields of an object, with those of objects in it: "doc.text"."""
+    for name, inner in value.items():
+        yield prefix + name
+        if isinstance(inner, dict):
+            yield from json_names(inner, f"{prefix}{name}.")

@@ -20,7 +20,7 @@ _MARK = re.compile(
     rf"{_MARKS}(?<!{_MARKS}{_MARKS}){_MARKS}*[{_CLOSING}]*(?:\s+|(?<=[。！？」』）》]))"
 )
 _NEXT = re.compile(rf"[{_OPENING}]*(\w*)(\.?)")
-_LIST_NUMBER = re.compile(r"\s*\(?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]+)")
+_LIST_NUMBER = re.compile(r"\(?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]+)")
 _LONGEST_WORD = 24  # characters before a mark that are inspected
 _DOTTED = re.compile(r"(?:[^\W\d_]{1,3}\.)+[^\W\d_]{1,3}")
 
@@ -60,10 +60,10 @@ def split_sentences(text: str) -> list[str]:
     sentences = []
     all_lower = text.islower()  # then a small letter after a mark says nothing
     for line in text.split("\n"):
-        begin = 0
+        begin, first = 0, len(line) - len(line.lstrip())
         for match in _MARK.finditer(line):
             end = match.end()
-            if end < len(line) and _ends(line, begin, match.start(), end, all_lower):
+            if end < len(line) and _ends(line, begin, first, match.start(), end, all_lower):
                 sentences.append(line[begin:end].strip())
                 begin = end
         rest = line[begin:].strip()
@@ -72,10 +72,11 @@ def split_sentences(text: str) -> list[str]:
     return sentences
 
 
-def _ends(line: str, begin: int, mark: int, end: int, all_lower: bool) -> bool:
+def _ends(line: str, begin: int, first: int, mark: int, end: int, all_lower: bool) -> bool:
     """Whether the mark at `mark` ends the sentence that starts at `begin`.
 
-    `end` is where the next sentence would start. All are indices into `line`.
+    `first` is where the text of the line starts, and `end` where the next sentence would. All are
+    indices into `line`.
     """
     if line[mark] not in ".!?…":
         return True  # the mark has no other use
@@ -93,7 +94,7 @@ def _ends(line: str, begin: int, mark: int, end: int, all_lower: bool) -> bool:
     lower = word.lower()
     if lower in _NEVER or (lower in _BEFORE_NUMBER and next_word[:1].isdigit()):
         return False
-    if _LIST_NUMBER.fullmatch(line, begin, mark):
+    if _LIST_NUMBER.fullmatch(line, max(begin, first), mark):
         return False
     if lower in _SOMETIMES or (len(word) == 1 and word.isupper()) or _DOTTED.fullmatch(word):
         return (next_word.capitalize() if all_lower else next_word) in _STARTERS and not (

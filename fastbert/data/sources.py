@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,17 @@ FORMATS = {
     "parquet": (".parquet",),
 }
 TABLES = ("csv", "tsv", "jsonl", "parquet")  # formats whose records have named fields
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+# Archives hold files with names; the command that unpacks them.
+ARCHIVES = {
+    ".tar": "tar -xf",
+    ".tgz": "tar -xf",
+    ".tbz2": "tar -xf",
+    ".txz": "tar -xf",
+    ".zip": "unzip",
+    ".7z": "7z x",
+    ".rar": "unrar x",
+}
 
 
 SUFFIX = "unknown suffix"  # a reason to leave a file out
@@ -108,6 +119,11 @@ def file_source(
             f"{path}: not a regular file; sources are read twice, so write it to a file first"
         )
     source = _source(path, text_format, in_folder=False)
+    if source is None and (command := ARCHIVES.get(_suffix(path)[0])):
+        raise InputError(
+            f"{path}: an archive; unpack it with {command} {shlex.quote(str(path))}, "
+            "and name the folder"
+        )
     if source is None and formats == tuple(FORMATS):
         raise InputError(
             f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}"
@@ -191,9 +207,7 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
 
 
 def _source(path: Path, text_format: str | None, in_folder: bool) -> Source | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
-    suffix = suffixes[-1] if suffixes else ""
+    suffix, compression = _suffix(path)
     if text_format is None:
         # .json is often one big object, so it is not read as JSON lines unless --format says so.
         known = next(
@@ -205,6 +219,13 @@ def _source(path: Path, text_format: str | None, in_folder: bool) -> Source | No
     return Source(path, known, compression) if known else None
 
 
+def _suffix(path: Path) -> tuple[str, str]:
+    """Return the suffix that tells the format, and the one that tells the compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    return suffixes[-1] if suffixes else "", compression
+
+
 def _suffixes(text_format: str | None, formats: Sequence[str] = tuple(FORMATS)) -> str:
     endings = [
         ending
@@ -212,4 +233,4 @@ def _suffixes(text_format: str | None, formats: Sequence[str] = tuple(FORMATS)) 
         for ending in FORMATS[name]
         if text_format or ending != ".json"
     ]
-    return f"{', '.join(dict.fromkeys(endings))} (or these with {' or '.join(COMPRESSIONS)})"
+    return f"{', '.join(dict.fromkeys(endings))} (or these with {', '.join(COMPRESSIONS)})"

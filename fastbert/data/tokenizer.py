@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from fastbert.data.dataset import SpecialIds
 from fastbert.errors import InputError
@@ -78,6 +86,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def extra_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
+    """Return the tokens that a model has added to BERT's five, such as the marks of entities.
+
+    In a text they are kept whole, as in transformers.
+    """
+    added = tokenizer.get_added_tokens_decoder().values()
+    return [token for token in added if token.content not in SPECIAL_TOKENS.values()]
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write tokenizer.json, vocab.txt and tokenizer_config.json, as AutoTokenizer loads them."""
     folder = Path(folder)
@@ -91,9 +108,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         "model_max_length": 512,
         **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
     }
+    if extra := [token.content for token in extra_tokens(tokenizer)]:
+        config["additional_special_tokens"] = extra
     texts = {
         # Not tokenizer.save, which reports a full disk as a bare Exception.
-        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer.json": _with_extra_special(tokenizer, True) or tokenizer.to_str(pretty=True),
         "vocab.txt": "".join(token + "\n" for token in sorted(ids, key=ids.__getitem__)),
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
@@ -148,8 +167,10 @@ def _from_json(text: str, file: Path) -> Tokenizer:
         model, normalizer = settings["model"], settings["normalizer"]
         kinds = [part and part["type"] for part in (model, normalizer, settings["pre_tokenizer"])]
         prefix, unknown = model.get("continuing_subword_prefix"), model.get("unk_token")
+        complete = unknown in model["vocab"]
         clean = normalizer and normalizer.get("clean_text")
         added = [token["content"] for token in settings["added_tokens"] if not token["special"]]
+        contents = [str(token["content"]) for token in settings["added_tokens"]]
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -167,15 +188,40 @@ def _from_json(text: str, file: Path) -> Tokenizer:
             f"{file}: prefix {prefix!r}, unknown {unknown!r}, clean_text {clean}; they must be "
             "'##', '[UNK]', true, as in BERT"
         )
+    if not complete:
+        raise InputError(f"{file}: the WordPiece model has no {unknown} in its vocabulary")
     if added:
         raise InputError(
             f"{file}: {len(added)} added tokens ({added[0]!r}, ...) outside the WordPiece model; "
             "move them into its vocabulary"
         )
+    if "" in contents:
+        raise InputError(f"{file}: an added token is empty; remove it")
     try:
-        return Tokenizer.from_str(text)
+        return _with_extra_whole(Tokenizer.from_str(text))
     except Exception as error:  # the Rust side raises no narrower type
         raise InputError(f"{file}: not a valid tokenizer: {error}") from None
+
+
+def _with_extra_whole(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer so that it keeps extra tokens whole where it takes the five for text.
+
+    The setting for that, encode_special_tokens, is about all tokens that are marked as special. So
+    the extra ones are not marked here, but again when they are saved.
+    """
+    changed = _with_extra_special(tokenizer, False)
+    return Tokenizer.from_str(changed) if changed else tokenizer
+
+
+def _with_extra_special(tokenizer: Tokenizer, special: bool) -> str | None:
+    """Return tokenizer.json with the extra tokens marked so; None where there are none."""
+    extra = {token.content for token in extra_tokens(tokenizer)}
+    if not extra:
+        return None
+    settings = json.loads(tokenizer.to_str())
+    for token in settings["added_tokens"]:
+        token["special"] = special or token["content"] not in extra
+    return json.dumps(settings, indent=2, ensure_ascii=False)
 
 
 def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
@@ -208,7 +254,8 @@ def _from_vocabulary(text: str, file: Path) -> Tokenizer:
             config = json.loads(config_file.read_text(encoding="utf-8"))
         lowercase, accents = config.get("do_lower_case"), config.get("strip_accents")
         chinese = config.get("tokenize_chinese_chars", True)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        extra = _extra_of_config(config)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{config_file}: cannot be read as a tokenizer's settings: {error}"
         ) from None
@@ -216,9 +263,38 @@ def _from_vocabulary(text: str, file: Path) -> Tokenizer:
         ordinary = (t for t in tokens if not (t.startswith("[") and t.endswith("]")))
         lowercase = not any(token != token.lower() for token in ordinary)
     try:
-        return assemble(tokens, lowercase, accents, chinese)
+        tokenizer = assemble(tokens, lowercase, accents, chinese)
+        tokenizer.add_special_tokens(extra)
+        return _with_extra_whole(tokenizer)
     except TypeError as error:
         raise InputError(
             f"{config_file}: do_lower_case, strip_accents or tokenize_chinese_chars has the wrong "
             f"type: {error}"
         ) from None
+
+
+def _extra_of_config(config: dict[str, Any]) -> list[AddedToken]:
+    """Return the extra special tokens that tokenizer_config.json lists beside a vocab.txt.
+
+    Raises:
+        ValueError, TypeError, AttributeError: it lists them in another way than transformers.
+    """
+    by_id = config.get("added_tokens_decoder") or {}
+    listed = [token for _, token in sorted(by_id.items(), key=lambda item: int(item[0]))]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        listed += config.get(name) or []
+    extra: dict[str, AddedToken] = {}
+    for token in listed:
+        entry = {"content": token} if isinstance(token, str) else dict(token)
+        content = entry.pop("content", None)
+        if not isinstance(content, str) or not content:
+            raise ValueError(f"{token!r} is not a token")
+        flags = {name: entry[name] for name in _FLAGS if name in entry}
+        if not entry.get("special", True):
+            raise ValueError(f"{content!r} is an added token that is not special")
+        if content not in SPECIAL_TOKENS.values():
+            extra.setdefault(content, AddedToken(content, **{"normalized": False, **flags}))
+    return list(extra.values())
+
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")

@@ -1,28 +1,87 @@
-"""Read the bytes of a file through its compression, piece by piece, and decode them as UTF-8."""
+"""Read the bytes of a file through its compression, piece by piece, and decode them as UTF-8.
+
+What is no text, such as an archive or UTF-16, is recognised by its first bytes and refused. As text
+it would give rubbish, or an error that leads nowhere.
+"""
 
 from __future__ import annotations
 
 import gzip
 import io
 import itertools
+import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
-from fastbert.data.sources import Source
+from fastbert.data.sources import COMPRESSIONS, Source
 from fastbert.errors import InputError
 
 PIECE_BYTES = 1 << 20
+# A longer line or document means that the file has another format than stated. It would also need
+# too much memory.
+LONGEST_TEXT_BYTES = 64 << 20
+# So many bytes of a zstd file are unpacked at a time. Four bytes can hold a block of 128 KiB.
+_FED_BYTES = 1 << 10
 
 
-def unpacked(source: Source, file: BinaryIO) -> Iterator[bytes]:
-    """Yield the unpacked bytes of a file in pieces of about a MiB.
+def unpacked(source: Source, file: BufferedReader) -> Iterator[bytes]:
+    """Yield the unpacked bytes of a file in pieces of about a MiB, at most some 30; none is empty.
+
+    A packed file is recognised by its first bytes where its name does not say so. Where lines end
+    in carriage returns alone, as on old Macs, these become line feeds.
 
     Raises:
-        InputError: the file is packed wrongly or cut short.
+        InputError: the file is packed wrongly or cut short, or it is no text.
     """
-    yield from _UNPACK[source.compression](source.path, file)
+    head = file.peek(_HEAD_BYTES)
+    if not head:
+        return
+    compression = source.compression or next((c for c, m in _PACKED.items() if m.match(head)), "")
+    pieces = filter(None, _UNPACK[compression](source.path, file))
+    first = next(pieces, b"")
+    _check_text(source.path, first)
+    old_mac = b"\r" in first[:-1] and b"\n" not in first
+    for piece in itertools.chain([first] if first else [], pieces):
+        yield piece.replace(b"\r", b"\n") if old_mac else piece
+
+
+def _check_text(path: Path, first: bytes) -> None:
+    """Raise InputError where the first bytes of a file are not those of text in UTF-8."""
+    packed = next((c for c, magic in _PACKED.items() if magic.match(first)), None)
+    if packed:
+        raise InputError(f"{path}: packed twice, the second time as {packed}; unpack it once")
+    for magic, what, remedy in _NO_TEXT:
+        if re.match(magic, first, re.DOTALL):
+            name = shlex.quote(str(path))
+            raise InputError(f"{path}: {what}, not text; {remedy.format(name=name)}")
+    for mark, encoding in (
+        (b"\xff\xfe\0\0", "UTF-32"),
+        (b"\xff\xfe", "UTF-16"),
+        (b"\xfe\xff", "UTF-16"),
+    ):
+        if first.startswith(mark):
+            raise InputError(
+                f"{path}: begins with the mark of {encoding}; {_iconv(path, encoding)}"
+            )
+    some = first[:_HEAD_BYTES]
+    for order, zeros in (("LE", some[1::2]), ("BE", some[::2])):
+        if len(some) > 3 and zeros.count(0) > 0.9 * len(zeros):
+            raise InputError(
+                f"{path}: every second byte is NUL, so it looks like UTF-16; "
+                f"{_iconv(path, f'UTF-16{order}')}"
+            )
+
+
+def _iconv(path: Path, encoding: str) -> str:
+    """Return the advice to convert a file from an encoding."""
+    packed = path.suffix.lower() in COMPRESSIONS
+    plain = path.with_suffix("") if packed else path
+    old, new = (shlex.quote(str(p)) for p in (plain, plain.with_name(f"utf8-{plain.name}")))
+    convert = f"convert it: iconv -f {encoding} -t UTF-8 {old} > {new}"
+    return f"unpack it and {convert}" if packed else convert
 
 
 def decode(data: bytes, path: Path, line: int, offset: int) -> str:
@@ -45,19 +104,31 @@ def decode(data: bytes, path: Path, line: int, offset: int) -> str:
         line += data.count(b"\n", 0, error.start)
         raise InputError(
             f"{path}: line {line}, byte {offset + error.start}: 0x{data[error.start]:02x} is not "
-            "UTF-8; convert the file, for example with iconv -t UTF-8"
+            f"UTF-8; if the file is in Windows-1252, {_iconv(path, 'WINDOWS-1252')}"
         ) from None
 
 
-def lines(source: Source, file: BinaryIO) -> Iterator[str]:
-    """Yield the decoded lines of a file, each with its line end."""
-    waiting, line, offset = b"", 1, 0
+def lines(source: Source, file: BufferedReader) -> Iterator[str]:
+    """Yield the decoded lines of a file, each with its line end.
+
+    Raises:
+        InputError: a line of more than LONGEST_TEXT_BYTES, or bytes that are not UTF-8.
+    """
+    waiting, line, offset = list[bytes](), 1, 0
     for piece in itertools.chain(unpacked(source, file), [b""]):
-        waiting += piece
-        end = waiting.rfind(b"\n") + 1 if piece else len(waiting)
-        whole, waiting = waiting[:end], waiting[end:]
+        end = piece.rfind(b"\n") + 1
+        if piece and not end:
+            waiting.append(piece)
+            if sum(map(len, waiting)) > LONGEST_TEXT_BYTES:
+                raise InputError(
+                    f"{source.path}: line {line} is longer than {LONGEST_TEXT_BYTES >> 20} MiB; "
+                    f"is this {source.format}?"
+                )
+            continue
+        whole = b"".join([*waiting, piece[:end]])
         yield from io.StringIO(decode(whole, source.path, line, offset), newline="\n")
         line, offset = line + whole.count(b"\n"), offset + len(whole)
+        waiting = [piece[end:]]
 
 
 def is_empty(source: Source) -> InputError:
@@ -65,12 +136,12 @@ def is_empty(source: Source) -> InputError:
     return InputError(f"{source.path}: the file is empty; remove it from the sources")
 
 
-def _read_plain(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _read_plain(path: Path, file: BufferedReader) -> Iterator[bytes]:
     while piece := file.read(PIECE_BYTES):
         yield piece
 
 
-def _read_gzip(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _read_gzip(path: Path, file: BufferedReader) -> Iterator[bytes]:
     try:
         with gzip.GzipFile(fileobj=file) as stream:
             while piece := stream.read(PIECE_BYTES):
@@ -83,7 +154,7 @@ def _read_gzip(path: Path, file: BinaryIO) -> Iterator[bytes]:
         ) from None
 
 
-def _read_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _read_zstd(path: Path, file: BufferedReader) -> Iterator[bytes]:
     import zstandard
 
     # Frames are decompressed one by one with decompressobj, because stream_reader takes a file that
@@ -91,12 +162,20 @@ def _read_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
     context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame = context.decompressobj()
     try:
-        while packed := file.read(PIECE_BYTES // 8):
-            while packed:
-                if frame.eof:
-                    frame = context.decompressobj()
-                yield frame.decompress(packed)
-                packed = frame.unused_data
+        while block := file.read(PIECE_BYTES // 8):
+            held, size = list[bytes](), 0
+            for i in range(0, len(block), _FED_BYTES):
+                packed = block[i : i + _FED_BYTES]
+                while packed:
+                    if frame.eof:
+                        frame = context.decompressobj()
+                    held.append(frame.decompress(packed))
+                    size += len(held[-1])
+                    packed = frame.unused_data
+                    if size >= PIECE_BYTES:
+                        yield b"".join(held)
+                        held, size = [], 0
+            yield b"".join(held)
     except zstandard.ZstdError as error:
         raise InputError(
             f"{path}: not a valid zstd file ({error}); copy or download it again"
@@ -105,8 +184,69 @@ def _read_zstd(path: Path, file: BinaryIO) -> Iterator[bytes]:
         raise InputError(f"{path}: the zstd file is cut short; copy or download it again")
 
 
-_UNPACK: dict[str, Callable[[Path, BinaryIO], Iterator[bytes]]] = {
+def _read_xz(path: Path, file: BufferedReader) -> Iterator[bytes]:
+    import lzma
+
+    try:
+        with lzma.LZMAFile(file) as stream:
+            while piece := stream.read(PIECE_BYTES):
+                yield piece
+    except EOFError:
+        raise InputError(f"{path}: the xz file is cut short; copy or download it again") from None
+    except lzma.LZMAError as error:
+        raise InputError(
+            f"{path}: not a valid xz file ({error}); copy or download it again"
+        ) from None
+
+
+def _read_bzip2(path: Path, file: BufferedReader) -> Iterator[bytes]:
+    import bz2
+
+    try:
+        with bz2.BZ2File(file) as stream:
+            while piece := stream.read(PIECE_BYTES):
+                yield piece
+    except EOFError:
+        raise InputError(
+            f"{path}: the bzip2 file is cut short; copy or download it again"
+        ) from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise InputError(
+            f"{path}: not a valid bzip2 file ({error}); copy or download it again"
+        ) from None
+
+
+_HEAD_BYTES = 1024
+_PACKED = {
+    ".gz": re.compile(rb"\x1f\x8b\x08"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
+    ".xz": re.compile(rb"\xfd7zXZ\x00"),
+    ".bz2": re.compile(rb"BZh[1-9]1AY&SY"),
+}
+# The first bytes of files that are no text, what they are, and what to do.
+_NO_TEXT = (
+    (rb".{257}ustar", "a tar archive", "unpack it with tar -xf {name}, and name the folder"),
+    (
+        rb"PK\x03\x04",
+        "a zip archive or an office document",
+        "unpack it with unzip {name}, or save the document as text",
+    ),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it with 7z x {name}"),
+    (rb"Rar!\x1a\x07", "a rar archive", "unpack it with unrar x {name}"),
+    (rb"\x04\x22\x4d\x18", "packed by lz4", "unpack it with lz4 -d {name}"),
+    (rb"\x1f\x9d", "packed by compress", "unpack it with gzip -d {name}"),
+    (rb"%PDF-", "a PDF", "extract its text, for example with pdftotext {name}"),
+    (rb"\{\\rtf", "an RTF document", "save it as text"),
+    (rb"PAR1", "a Parquet file", "read it with --format parquet"),
+    (rb"ARROW1", "an Arrow file", "write it as Parquet"),
+    (rb"SQLite format 3\x00", "an SQLite database", "write its text as JSON lines"),
+)
+_UNPACK: dict[str, Callable[[Path, BufferedReader], Iterator[bytes]]] = {
     "": _read_plain,
     ".gz": _read_gzip,
     ".zst": _read_zstd,
+    ".xz": _read_xz,
+    ".bz2": _read_bzip2,
 }
