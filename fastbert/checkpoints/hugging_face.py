@@ -6,6 +6,7 @@ Writing is atomic.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,9 +68,9 @@ def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
     given: dict[str, Any] = {}
     for item in _SHARED:
         if item.name in values:
-            given[item.name] = _number(
-                values[item.name], isinstance(item.default, int), f"{file}: {item.name}"
-            )
+            whole = isinstance(item.default, int)
+            high = math.inf if whole else item.metadata["high"]
+            given[item.name] = _number(values[item.name], whole, f"{file}: {item.name}", high)
     config = ModelConfig(**given)
     if config.hidden_size % config.num_attention_heads:
         heads, size = config.num_attention_heads, config.hidden_size
@@ -219,10 +220,12 @@ def write_folder(
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _number(value: Any, whole: bool, what: str) -> Any:
+def _number(value: Any, whole: bool, what: str, high: float = math.inf) -> Any:
     low, kinds = (1, int) if whole else (0, (int, float))
-    if not isinstance(value, kinds) or isinstance(value, bool) or value < low:
+    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+        bound = f", {high:g} at most" if high < math.inf else ""
         raise InputError(
-            f"{what} = {value!r}; must be a {'whole ' if whole else ''}number, {low} or more"
+            f"{what} = {value!r:.40}; must be a {'whole ' if whole else ''}number, {low} or more"
+            + bound
         )
     return value
