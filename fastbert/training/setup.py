@@ -9,11 +9,12 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from fastbert.data.packing import PackedBatch
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.durable import write_whole
 from fastbert.errors import InputError
+from fastbert.machine import memory_sizes
 from fastbert.models.bert import BertForPreTraining
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
@@ -276,6 +278,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         check_settings(settings)
     dataset = open_verified(config.data, group)
     with group.raise_on_all_ranks():
+        _check_memory(config, dataset.vocab_size, group.world, recipe)
         batches = Batches(dataset, config)
         heldout = heldout_batches(dataset, config, config.evaluate.sequences)
         batches.check(group.world)
@@ -335,6 +338,35 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         trained_length=max(config.batch.max_length, earlier),
         tokenizer_sha256=tokenizer_sha256(load_tokenizer(dataset.tokenizer_dir)),
     )
+
+
+def _check_memory(config: RunConfig, vocab_size: int, world: int, recipe: str) -> None:
+    """Check that this machine can hold the model's weights and the batch of a step at all.
+
+    Raises:
+        InputError: it cannot; the message has the GB needed and there.
+    """
+    model, batch = config.model, config.batch
+    one, two = (
+        sum(map(math.prod, shapes(replace(model, num_hidden_layers=n), vocab_size).values()))
+        for n in (1, 2)
+    )
+    parameters = one + (two - one) * (model.num_hidden_layers - 1)
+    there, _ = memory_sizes()
+    for what, needed in (
+        # Every process makes the whole model in fp32, with its gradients at the least.
+        (f"a model of {parameters:,} parameters", 8 * parameters),
+        # Every rank draws all examples, and reads the tokens of its own.
+        (
+            f"batch.sequences = {batch.sequences:,} of {batch.max_length} tokens",
+            batch.sequences * (64 + 8 * batch.max_length // world),
+        ),
+    ):
+        if needed > there:
+            raise InputError(
+                f"{recipe}: {what} needs {needed / 1e9:,.1f} GB or more, and this machine has "
+                f"{there / 1e9:,.1f} GB; make it smaller"
+            )
 
 
 def _start_from(
