@@ -26,7 +26,7 @@ from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 from fastbert.checkpoints.saver import Saved
-from fastbert.redraw import can_redraw
+from fastbert.terminal import can_redraw, safe
 from fastbert.training import diagnosis
 from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
@@ -136,9 +136,10 @@ class Monitor:
     def say(self, line: str) -> None:
         """Print one line for the user, and write it to log.txt."""
         if self.is_main:
+            line = safe(line)
             log.info(line)
             with self._printing():
-                self._console.print(line, markup=False)
+                self._console.print(safe(line, self._console.encoding), markup=False)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Write an event to metrics.jsonl.
