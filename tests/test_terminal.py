@@ -78,9 +78,9 @@ def test_a_run_log_is_clean(tmp_path, capsys, monkeypatch):
     """Also on a terminal that knows few letters."""
     from fastbert.config import load_config
 
-    criteria = StopCriteria(load_config("mini", ["data=x", "stop.steps=3"]), 1.0)
-    facts = {"peak": None, "vocab_size": 100, "pairs": True, "baselines": {"unigram": 4.0}}
-    with Monitor(tmp_path, step=0, criteria=criteria, **facts) as to:
+    recipe = load_config("mini", ["data=x", "stop.steps=3"])
+    facts = {"peak": None, "vocab_size": 100, "baselines": {"unigram": 4.0}, "recipe": recipe}
+    with Monitor(tmp_path, step=0, criteria=StopCriteria(recipe, 1.0), **facts) as to:
         to.say(f"{EVIL} \udcff")
         few = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
         to._console = Console(file=few)

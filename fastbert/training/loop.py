@@ -137,7 +137,7 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
             criteria=setup.criteria,
             peak=_peak(setup, group),
             vocab_size=setup.dataset.vocab_size,
-            pairs=config.objective.pairs,
+            recipe=config,
             baselines=setup.dataset.baselines,
             is_main=group.is_main,
         ) as monitor,
