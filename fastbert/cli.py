@@ -326,13 +326,16 @@ def evaluate(
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         with join(EVALUATE_S) if launched else contextlib.nullcontext() as group:
-            result = evaluate(load(model), data, sequences, group)
+            opened = load(model)
+            result = evaluate(opened, data, sequences, group)
             if group is not None and not group.is_main:
                 return DONE
     except RankLost as end:
         return _say(end, FAILED)
     if as_json:
-        _print_json(result.flat())
+        _print_json(
+            {**result.flat(), "model": str(opened.path), "step": opened.metadata.get("step")}
+        )
         return DONE
     sections = [
         ("", {"masked tokens": result.masked}),
@@ -371,8 +374,10 @@ def evaluate(
                 "",
             )
         )
+    step = opened.metadata.get("step")
+    at = "" if step is None else f", step {step:,}"
     title = (
-        f"{result.sequences:,} held-out sequences of {result.tokens:,} tokens: "
+        f"{opened.path}{at}: {result.sequences:,} held-out sequences of {result.tokens:,} tokens: "
         f"loss {result.loss:.3f}, perplexity {result.masked.perplexity:,.1f}"
     )
     columns = (
