@@ -25,6 +25,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Make the folders above `path` for this block; those that it made go again if it fails.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody else's file is in one of them
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
 def staging_of(path: Path) -> Path:
     """A hidden name beside `path` for what becomes `path`, different for every writer.
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fastbert.checkpoints.hugging_face import new_folder
-from fastbert.durable import LEFTOVER_S, replacing, write_whole
+from fastbert.data.staging import staging
+from fastbert.durable import LEFTOVER_S, parents_of, replacing, write_whole
 from fastbert.errors import InputError
 
 
@@ -96,3 +97,29 @@ def test_what_a_killed_writer_left_is_deleted_a_day_later(tmp_path):
         leave(tmp_path / name, age_s)
     write_whole(tmp_path / "x", b"a")
     assert sorted(os.listdir(tmp_path)) == [".writing-x-89abcdef", ".writing-x-y-0123abcd", "x"]
+
+
+def failing_export(out: Path) -> None:
+    with new_folder(out) as folder:
+        (folder / "a").touch()
+        raise ZeroDivisionError
+
+
+def failing_dataset(out: Path) -> None:
+    with staging(out) as folder:
+        (folder / "a").touch()
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("fail", [failing_export, failing_dataset])
+def test_after_a_failure_no_folder_is_left_that_was_not_there(tmp_path, monkeypatch, fail):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for out in ("a/b/c", "there/b/c", "there/c", "c", str(tmp_path / "x/y")):
+        with pytest.raises(ZeroDivisionError):
+            fail(Path(out))
+        assert os.listdir(tmp_path) == ["there"] and os.listdir("there") == []
+    with pytest.raises(ZeroDivisionError), parents_of(Path("a/b/c")):
+        Path("a/somebody_elses").touch()
+        raise ZeroDivisionError
+    assert os.listdir("a") == ["somebody_elses"]

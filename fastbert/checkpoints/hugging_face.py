@@ -27,7 +27,7 @@ from fastbert.checkpoints.weight_names import (
 )
 from fastbert.config import ModelConfig
 from fastbert.data.tokenizer import save_tokenizer, special_ids
-from fastbert.durable import staging_of
+from fastbert.durable import parents_of, staging_of
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder, names_in, status
 
@@ -154,18 +154,18 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """
     out = Path(out)
     check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = staging_of(out)
-    try:
-        staging.mkdir()
-        yield staging
+    with parents_of(out):
+        staging = staging_of(out)
         try:
-            staging.rename(out)
-        except OSError:
-            check_new(out)  # another process may have made it meanwhile
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            yield staging
+            try:
+                staging.rename(out)
+            except OSError:
+                check_new(out)  # another process may have made it meanwhile
+                raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_new(out: str | Path) -> None:
