@@ -76,7 +76,7 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
     from rich.console import Console
 
     from fastbert.data.prepare import prepare
-    from fastbert.redraw import can_redraw
+    from fastbert.terminal import can_redraw
 
     keep_heap()
     paths = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import faulthandler
+import io
 import math
 import os
 import shlex
@@ -27,6 +28,7 @@ from fastbert import __version__, strict_json
 from fastbert.errors import Diverged, InputError
 from fastbert.heap import keep_heap
 from fastbert.out_of_memory import shortage
+from fastbert.terminal import is_terminal, safe, tell
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 EVALUATE_S = 600.0  # how long the ranks of `evaluate` wait for each other
@@ -79,12 +81,31 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     keep_heap()
-    if sys.stderr is not None:
-        # A mapped file that is truncated while it is read kills the process; this shows where.
-        faulthandler.enable(all_threads=False)
+    _open_streams()
+    # A mapped file that is truncated while it is read kills the process; this shows where.
+    faulthandler.enable(all_threads=False)
     # Otherwise a broken connection prints a page of C++ frames before our own line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _open_streams() -> None:
+    """Make sure that stdin, stdout and stderr are there, and take any letter.
+
+    Where a shell has closed one (`2>&-`), the next file that the process opens would get its
+    number, and every line for the terminal would be written into that file.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -208,7 +229,7 @@ def prepare(
         heldout=heldout,
         text_format=text_format,
         text_field=text_field,
-        progress=sys.stderr.isatty(),
+        progress=is_terminal(sys.stderr),
     )
     if as_json:
         print(report.json(), end="")
@@ -216,7 +237,7 @@ def prepare(
     _console().print(report.table())
     # An absolute path, so that the command works from any directory.
     data = shlex.quote(f"data={out.absolute()}")
-    print(f"{out}: ready; next: fastbert pretrain mini {data} run=runs/mini")
+    _print(f"{out}: ready; next: fastbert pretrain mini {data} run=runs/mini")
 
 
 @app.command(
@@ -278,7 +299,7 @@ def recipes(
         raise InputError(f"{out}: exists already; remove it or choose another --out") from None
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}") from None
-    print(f"{out}: a copy of {file.name}")
+    _print(f"{out}: a copy of {file.name}")
 
 
 @app.command(epilog="Example: fastbert evaluate runs/base")
@@ -306,13 +327,16 @@ def evaluate(
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         with join(EVALUATE_S) if launched else contextlib.nullcontext() as group:
-            result = evaluate(load(model), data, sequences, group)
+            opened = load(model)
+            result = evaluate(opened, data, sequences, group)
             if group is not None and not group.is_main:
                 return DONE
     except RankLost as end:
         return _say(end, FAILED)
     if as_json:
-        _print_json(result.flat())
+        _print_json(
+            {**result.flat(), "model": str(opened.path), "step": opened.metadata.get("step")}
+        )
         return DONE
     sections = [
         ("", {"masked tokens": result.masked}),
@@ -351,8 +375,10 @@ def evaluate(
                 "",
             )
         )
+    step = opened.metadata.get("step")
+    at = "" if step is None else f", step {step:,}"
     title = (
-        f"{result.sequences:,} held-out sequences of {result.tokens:,} tokens: "
+        f"{opened.path}{at}: {result.sequences:,} held-out sequences of {result.tokens:,} tokens: "
         f"loss {result.loss:.3f}, perplexity {result.masked.perplexity:,.1f}"
     )
     columns = (
@@ -366,7 +392,7 @@ def evaluate(
     )
     _print_table(title, columns, cells)
     if (shown := result.by_corruption.get(MASKED)) is not None:
-        print(f"where [MASK] shows: {compare(shown.loss, result.baselines)}")
+        _print(f"where [MASK] shows: {compare(shown.loss, result.baselines)}")
     return DONE
 
 
@@ -405,9 +431,9 @@ def export(
     if as_json:
         _print_json(dataclasses.asdict(result))
     else:
-        print(f"{result.out}: {result.architecture}, loaded by transformers without complaint")
+        _print(f"{result.out}: {result.architecture}, loaded by transformers without complaint")
         what = "pooled values" if encoder else "logits"
-        print(
+        _print(
             f"largest difference of {result.compared:,} {what}: {result.difference:.1e}; "
             f"of every layer: {result.hidden_difference:.1e}"
         )
@@ -434,7 +460,7 @@ def fill_mask(
                 ],
             }
         )
-    print(text)
+    _print(text)
     for i, best in enumerate(masks, 1):
         title = f"[MASK] {i} of {len(masks)}" if len(masks) > 1 else ""
         _print_table(
@@ -455,7 +481,7 @@ def nsp(
     probability = load(model).next_sentence(first, second)
     if as_json:
         return _print_json({"first": first, "second": second, "probability": probability})
-    print(f"A  {first}\nB  {second}\n   {100 * probability:.1f} % that B follows A")
+    _print(f"A  {first}\nB  {second}\n   {100 * probability:.1f} % that B follows A")
 
 
 @app.command(epilog="Example: fastbert embed runs/base texts.txt --pool mean --out texts.npy")
@@ -516,7 +542,7 @@ def embed(
         pool,
         layers,
         normalize,
-        progress=sys.stderr.isatty(),
+        progress=is_terminal(sys.stderr),
     )
     if as_json:
         settings = {
@@ -525,7 +551,7 @@ def embed(
             "normalize": opened.vectors.normalize if normalize is None else normalize,
         }
         return _print_json({"out": str(out), "rows": rows, "hidden_size": size, **settings})
-    print(f"{out}: {rows:,} x {size}, float32")
+    _print(f"{out}: {rows:,} x {size}, float32")
 
 
 @app.command(
@@ -622,11 +648,8 @@ def finetune(
     where = "held out" if patience else str(evaluation)
 
     def report(epoch: Epoch) -> None:
-        print(
-            f"seed {epoch.seed}, epoch {epoch.epoch} of {epochs}: "
-            f"loss {epoch.loss:.3f}, {epoch.score:.3f} on {where}",
-            file=sys.stderr,
-        )
+        line = f"loss {epoch.loss:.3f}, {epoch.score:.3f} on {where}"
+        print(f"seed {epoch.seed}, epoch {epoch.epoch} of {epochs}: {safe(line)}", file=sys.stderr)
 
     result = finetune(load(model), training, test, out, settings, report=report, follow=_follow)
     if as_json:
@@ -644,7 +667,7 @@ def finetune(
         rows,
     )
     if out is not None:
-        print(
+        _print(
             f"{out}: BertForSequenceClassification"
             + (", confusion.png" if (out / "confusion.png").exists() else "")
         )
@@ -667,7 +690,7 @@ def report(
     """Write one HTML page on a run: curves, time spent, held-out results, samples, recipe."""
     from fastbert.tasks.run_report import report
 
-    print(f"{report(run, out, sequences)}: open it in a browser")
+    _print(f"{report(run, out, sequences)}: open it in a browser")
 
 
 @app.command(epilog="Example: fastbert doctor")
@@ -680,7 +703,7 @@ def doctor(as_json: Json = False) -> None:
         return _print_json(dataclasses.asdict(found))
     _print_table("this machine", ("", ""), describe(found))
     for line in found.advice or ["nothing is missing"]:
-        print(f"- {line}")
+        _print(f"- {line}")
 
 
 @app.command(epilog="Example: fastbert plan base --gpus 64 --gpu h100")
@@ -749,12 +772,12 @@ def plan(
         describe(p),
     )
     for line in p.assumptions:
-        print(f"- assumed: {line}")
+        _print(f"- assumed: {line}")
 
 
 def _follow(batches: Iterable, name: str) -> Iterable:
     """The batches, with a progress bar on a terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         return batches
     from rich.console import Console
     from rich.progress import track
@@ -769,7 +792,7 @@ def _percent(share: float) -> str:
 def _say(message: object, code: int) -> int:
     """Print the message as one line on stderr, once per machine; returns the exit code."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print("fastbert: " + " ".join(str(message).split()), file=sys.stderr)
+        tell(" ".join(str(message).split()))
     return code
 
 
@@ -783,13 +806,23 @@ def _show_warning(
 ) -> None:
     """Show our own warnings as one line, and those of libraries as Python does."""
     if category.__module__.startswith("fastbert"):
-        print(f"fastbert: {message}", file=sys.stderr)
+        tell(message)
     else:
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _print_json(value: Any) -> None:
-    print(strict_json.dumps(value, ensure_ascii=False, indent=2))
+    # In another encoding than UTF-8 a letter outside of it would have no way to be written.
+    plain = not _encoding().lower().replace("-", "").startswith("utf")
+    print(strict_json.dumps(value, ensure_ascii=plain, indent=2))
+
+
+def _print(text: str) -> None:
+    print(safe(text, _encoding()))
+
+
+def _encoding() -> str:
+    return getattr(sys.stdout, "encoding", None) or "utf-8"
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -798,7 +831,7 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
     from rich.text import Text
 
     table = Table(
-        title=Text(title) if title else None,
+        title=Text(safe(title, _encoding())) if title else None,
         box=box.SIMPLE,
         show_header=any(columns),
         title_justify="left",
@@ -807,7 +840,8 @@ def _print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: "[MASK]" is no markup
+        # Text: "[MASK]" is no markup
+        table.add_row(*(Text(safe(cell, _encoding())) for cell in row))
     _console().print(table)
 
 
@@ -815,4 +849,4 @@ def _console() -> Any:
     from rich.console import Console
 
     # A pipe or a file has no width, so lines may be long there.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    return Console(highlight=False, width=None if is_terminal(sys.stdout) else 140)

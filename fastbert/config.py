@@ -123,8 +123,10 @@ class BatchConfig:
     """
 
     sequences: int = number(256, 1)
-    max_length: int = number(128, 8, unit="tokens, including [CLS] and [SEP]")
-    micro_batch_tokens: int = number(16384, 8, unit="tokens")
+    # data/masking.py numbers the tokens of an example, and the examples of a pack, in 18 bits. An
+    # example has three tokens or more.
+    max_length: int = number(128, 8, 2**18 - 1, unit="tokens, including [CLS] and [SEP]")
+    micro_batch_tokens: int = number(16384, 8, 3 * 2**18 - 1, unit="tokens")
 
 
 @dataclass(frozen=True)

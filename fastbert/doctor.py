@@ -18,6 +18,7 @@ from fastbert.machine import (
     cpu_info,
     measure_bandwidth,
     measure_gemm_rate,
+    memory_sizes,
     probe_bf16,
     usable_cores,
 )
@@ -73,7 +74,7 @@ def diagnose(folder: Path = Path()) -> Diagnosis:
     """
     versions = {package: _version(package) for package in PACKAGES}
     tools = {tool: shutil.which(tool) for tool in ("g++", "ninja", "nvidia-smi")}
-    memory, free = _memory()
+    memory, free = memory_sizes()
     threads = gemm = bandwidth = bf16 = None
     gpus: list[Gpu] = []
     if versions["torch"]:
@@ -220,16 +221,3 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _memory() -> tuple[int, int]:
-    """Return total and free memory in bytes, bounded by the limit of the container."""
-    import psutil
-
-    machine = psutil.virtual_memory()
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no cgroup v2, or the limit is the word "max"
-        return machine.total, machine.available
-    return min(machine.total, limit), min(machine.available, max(0, limit - used))

@@ -4,10 +4,16 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+STAGING = ".writing-"
+LEFTOVER_S = 86400.0
 
 
 def sync(path: Path) -> None:
@@ -20,30 +26,83 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Make the folders above `path` for this block; those that it made go again if it fails.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody else's file is in one of them
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
+def staging_of(path: Path) -> Path:
+    """A hidden name beside `path` for what becomes `path`, different for every writer.
+
+    What writers left there that were killed is deleted after a day.
+    """
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path.parent):
+            if name.startswith(f"{STAGING}{path.name}-") and len(name) == _length(path):
+                leftover = path.with_name(name)
+                if time.time() - leftover.lstat().st_mtime > LEFTOVER_S:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return path.with_name(f"{STAGING}{path.name}-{secrets.token_hex(4)}")
+
+
+def _length(path: Path) -> int:
+    return len(STAGING) + len(path.name) + 9
+
+
+@contextlib.contextmanager
 def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, and rename it to `path` at the end.
 
     A reader of `path` sees the old file or the whole new one. If the block fails, the temporary
     file is removed and `path` is left as it was. A link at `path` is replaced; its target is not
-    touched. The block calls `sync` itself where the file must survive a power cut.
+    touched. The new file has the permissions of the old one. The block calls `sync` itself where
+    the file must survive a power cut.
 
     Args:
         path: the file to write; it may exist.
-        staging: the temporary path, on the same file system. By default a hidden name beside
-            `path`. Where several processes may write the same file, give each its own.
+        staging: the temporary path, on the same file system, which the block creates. By default
+            a new hidden name beside `path`, where an empty file is.
 
     Raises:
         OSError: the disk refused.
     """
-    new = staging or path.with_name(f".writing-{path.name}")
+    new = staging or staging_of(path)
     try:
-        new.unlink(missing_ok=True)  # a process that was killed may have left it
+        if staging is None:
+            _create_like(path, new)
         yield new
         new.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             new.unlink()
         raise
+
+
+def _create_like(path: Path, new: Path) -> None:
+    """Create the empty file `new`, with the permissions of `path` where that is a file."""
+    mode = None
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat().st_mode
+        mode = stat.S_IMODE(found) & 0o777 if stat.S_ISREG(found) else None
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    descriptor = os.open(new, flags, 0o666 if mode is None else mode & 0o600)
+    try:
+        if mode is not None:
+            os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
 
 
 def replaceable(path: Path) -> str | None:
@@ -70,7 +129,7 @@ def write_whole(path: Path, data: bytes) -> None:
         OSError: the disk refused; no temporary file is left.
     """
     try:
-        with replacing(path) as new, open(new, "xb") as file:
+        with replacing(path) as new, open(new, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -183,3 +183,16 @@ def cpu_info() -> list[str]:
         return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         return []
+
+
+def memory_sizes() -> tuple[int, int]:
+    """Return total and free memory in bytes, bounded by the limit of the container."""
+    import psutil
+
+    machine = psutil.virtual_memory()
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no cgroup v2, or the limit is the word "max"
+        return machine.total, machine.available
+    return min(machine.total, limit), min(machine.available, max(0, limit - used))

@@ -206,13 +206,15 @@ def test_evaluate(place, inside):
     result = fastbert(place, "evaluate", "run", "--sequences", "8", "--json")
     assert (result.returncode, result.stderr) == (0, "")
     found = json.loads(result.stdout)
+    # Which weights were measured: those of the newest checkpoint, not of the step a run is at.
+    assert found["step"] == 7 and found["model"] == "run/checkpoints/step-00000007"
     assert found["sequences"] == 8 and found["loss"] == pytest.approx(
         found["loss_mlm"] + found["loss_nsp"]
     )
     code, out, err = inside("evaluate", "run", "--sequences", "8")
     assert (code, err) == (0, "")
     for text in (
-        "8 held-out sequences",
+        "run/checkpoints/step-00000007, step 7: 8 held-out sequences",
         f"{found['loss_mask_token']:.3f}",
         "next sentence",
         "word frequencies",

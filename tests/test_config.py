@@ -121,6 +121,19 @@ def test_rubbish_is_an_input_error_or_a_recipe(text):
         parse_config(text, "rubbish")
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["batch.max_length=262144", "model.max_position_embeddings=262144"],
+        ["batch.micro_batch_tokens=786432"],
+        ["batch.micro_batch_tokens=1" + "0" * 30],
+    ],
+)
+def test_packs_that_masking_cannot_number_are_refused(overrides):
+    with pytest.raises(InputError, match=r"batch\.\w+ = \d+; must be 8 or more and \d+ at most"):
+        load_config("mini", ["data=x", *overrides])
+
+
 def test_a_value_out_of_range_is_not_called_bad_toml():
     with pytest.raises(InputError, match=r"^here: seed = -1; must be 0 or more"):
         parse_config('data = "x"\nseed = -1', "here")

@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_bert import TEXTS, make_hugging_face_folder
 from transformers import AutoTokenizer, BertModel
 
@@ -22,6 +26,8 @@ from fastbert.data import documents, unpack
 from fastbert.errors import InputError
 from fastbert.tasks import pretrained
 from fastbert.tasks.embed import check_out, embed, source_of
+from fastbert.tasks.pretrained import first_tokens
+from tests.ranks import environment
 
 
 @pytest.fixture(scope="module")
@@ -322,3 +328,42 @@ def test_wrong_files(tmp_path):
     ]:
         with pytest.raises(InputError, match=words):
             check_out(tmp_path / name)
+
+
+@given(
+    st.lists(st.sampled_from(["a list ", "name", "!", "漢", "字", "é", "e\u0301", "\t", "\ufe00", "-", "ß"])),
+    st.integers(1, 12),
+)  # fmt: skip
+def test_the_start_of_a_text_has_the_first_tokens_of_all_of_it(model, parts, most):
+    """Wherever the text is cut before it is tokenized."""
+    text = "".join(parts) * 3
+    whole = model.tokenizer.encode(text, add_special_tokens=False).ids
+    (found,) = first_tokens(model.tokenizer, [text], most)
+    assert found[:most] == whole[:most]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "CHARACTERS", 1)
+        (found,) = first_tokens(model.tokenizer, [text], most)
+    assert found[:most] == whole[:most]
+
+
+LONG = """
+import resource, sys, warnings
+resource.setrlimit(resource.RLIMIT_DATA, (3 << 29, 3 << 29))  # 10 MB as tokens took 4 GB
+import fastbert
+warnings.simplefilter("ignore")
+model = fastbert.load(sys.argv[1], "cpu")
+texts = ["a list of names, " * 600_000, "漢字" * 5_000_000, "a-b" * 3_000_000]
+assert model.encode(texts).shape == (3, 32)
+model.next_sentence(texts[0], texts[1])
+"""
+
+
+def test_a_line_of_ten_megabytes_takes_little_memory(folder):
+    done = subprocess.run(
+        [sys.executable, "-c", LONG, str(folder)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr

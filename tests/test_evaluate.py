@@ -182,7 +182,7 @@ def test_ranks_share_the_work(run, tmp_path):
 def numbers(value) -> list[float]:
     if isinstance(value, dict):
         return [x for key in sorted(value) for x in numbers(value[key])]
-    return [] if value is None else [value]
+    return [] if value is None or isinstance(value, str) else [value]
 
 
 def test_a_folder_and_another_store_with_the_same_tokenizer(small_dataset, folder, run):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -19,7 +22,7 @@ from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.signature import Key, find_key
 from fastbert.cluster.signed_store import No, SignedStore
 from fastbert.errors import InputError
-from tests.ranks import LAUNCHER, free_port
+from tests.ranks import LAUNCHER, environment, free_port
 from tests.toy_ranks import HOST, Toys, listening, say
 
 SOON_S = 3.0  # a time-out that is meant to be reached
@@ -497,3 +500,20 @@ def test_wrong_variables_are_named(monkeypatch, case):
     with pytest.raises(InputError) as caught:
         read_launch_env()
     assert message in str(caught.value)
+
+
+def test_no_interface_at_all_is_one_line():
+    """A new network namespace has the loopback alone, and that is down."""
+    script = "from fastbert.cluster.group import join\nwith join(5): pass"
+    alone = ["unshare", "--user", "--map-root-user", "--net"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"]).returncode != 0:
+        pytest.skip("no namespaces here")
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", script],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "InputError: no network interface is up" in done.stderr
+    assert "start it with: ip link set lo up" in done.stderr

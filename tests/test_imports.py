@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "fastbert.strict_json": set(),
     "fastbert.out_of_memory": set(),
     "fastbert.durable": set(),
-    "fastbert.redraw": set(),
+    "fastbert.terminal": set(),
     "fastbert.presence": {"fastbert.errors"},
     "fastbert.config": {"fastbert.errors"},
     "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
@@ -60,7 +60,7 @@ MAY_IMPORT = {
         "fastbert.out_of_memory",
         "fastbert.planning.flops",
         "fastbert.presence",
-        "fastbert.redraw",
+        "fastbert.terminal",
         "fastbert.strict_json",
     },
     "fastbert.planning": {

@@ -83,6 +83,22 @@ def train(recipe: Path, *overrides: str, resume: bool = False) -> int:
     return pretrain(load_config(recipe, overrides), str(recipe), resume).exit_code
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.num_hidden_layers=10000000"], "a model of [0-9,]+ parameters needs"),
+        (["model.hidden_size=1048576", "model.num_attention_heads=16384"], "a model of"),
+        (["model.max_position_embeddings=1" + "0" * 30], "a model of"),
+        (["batch.sequences=1000000000"], "batch.sequences = 1,000,000,000 of 64 tokens needs"),
+        (["batch.sequences=1" + "0" * 30], "batch.sequences = 1"),
+    ],
+)
+def test_what_no_machine_can_hold_is_refused_before_it_is_tried(recipe, overrides, words):
+    with pytest.raises(InputError, match=rf"recipe.toml: {words}.* GB or more, and this machine"):
+        train(recipe, *overrides)
+    assert not (recipe.parent / "run").exists()
+
+
 def start(recipe: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     """In a process of its own, through the command line."""
     command = [sys.executable, "-m", "fastbert", "pretrain", str(recipe), *arguments]

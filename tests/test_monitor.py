@@ -52,7 +52,7 @@ def monitor(run, step: int = 0, is_main: bool = True) -> Monitor:
         criteria=criteria,
         peak=1e9,
         vocab_size=1000,
-        pairs=True,
+        recipe=RunConfig(data="dataset"),
         baselines=BASELINES,
         is_main=is_main,
     )
@@ -105,18 +105,20 @@ def test_held_out_losses_are_set_against_the_baselines(tmp_path, capsys):
 def test_advice_is_given_once(tmp_path, capsys):
     with monitor(tmp_path) as to:
         take_step(to, 1, loss=30.0)
-        for step in (150, 160, 170):
+        to.evaluate(TrainState(step=199), heldout(mask=6.69, nsp=0.693), 0.5)  # too early
+        (note,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note: ")]
+        assert "the first loss is 30.00" in note
+        for step in (200, 201, 202):
             to.evaluate(TrainState(step=step), heldout(mask=6.69, nsp=0.693), 0.5)
         for step in range(2, 103):
             take_step(to, step)
         for step in range(103, 110):
             take_step(to, step, norm=500.0)
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 4
+    assert len(notes) == 3
     for note, part in zip(
         notes,
         [
-            "the first loss is 30.00",
             "on [MASK] is 6.69",
             "NSP loss is 0.693",
             "gradient norm is 500",

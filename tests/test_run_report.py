@@ -169,6 +169,42 @@ def test_a_single_evaluation_shows_and_baselines_stand_beside_the_curves(run):
     assert label is not None and float(label[1]) > right / 2
 
 
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ([], "Running: no end is on record."),
+        ([("resume", 3)], "Running: no end is on record since it was resumed after step 3."),
+        ([("stop", 3)], "Ended by: SIGINT"),
+        ([("stop", 3), ("resume", 3)], "Running: no end is on record since it was resumed"),
+        ([("resume", 3), ("stop", 5), ("save", 5)], "Ended by: SIGINT"),
+    ],
+)
+def test_a_run_that_goes_on_has_not_ended(run, tmp_path, events, state):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if '"stop"' not in line]
+    kept += [json.dumps({"event": e, "step": step, "reason": "SIGINT"}) for e, step in events]
+    (copy / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
+    page = report(copy).read_text()
+    assert f'<p class="note">{state}' in page
+    # The results are those of the newest checkpoint, whatever step the run is at.
+    assert "held-out MLM loss, step 7" in page and "masked tokens right, step 7" in page
+
+
+def test_records_without_their_keys_are_no_error(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    with open(copy / "metrics.jsonl", "a") as file:
+        for record in (
+            {"step": 8},
+            {"step": 9, "loss_mlm": "a", "tokens": None},
+            {"event": "evaluate", "step": 9, "loss_mlm": [1]},
+            {"event": "save", "step": 9, "seconds": None},
+            {"event": "stop", "step": 9},
+        ):
+            file.write(json.dumps(record) + "\n")
+    assert "Ended by: a stop without a reason" in report(copy).read_text()
+
+
 def test_without_a_checkpoint_or_a_store_the_rest_is_there(run, small_dataset, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints")

@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastbert.checkpoints.failpoint import reach
@@ -349,10 +349,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the weights alone, fp32, by parameter name, from a verified Checkpoint's `path`."""
-    return dict(read_all(path)[WEIGHT])
+    return dict(read_all(path).get(WEIGHT, {}))
 
 
-def read_all(path: Path) -> dict[str, Mapping[str, Tensor]]:
+def read_all(path: Path) -> dict[str, Slot]:
     """Map the weights and every optimizer slot of a verified Checkpoint into memory.
 
     Tensors are mapped, not read, since all of them together are three times the model. The disk is
@@ -363,17 +363,24 @@ def read_all(path: Path) -> dict[str, Mapping[str, Tensor]]:
 
     Returns:
         {"weight": {name: fp32 tensor}, "exp_avg": ..., ...}.
+
+    Raises:
+        InputError: a file holds something else, although its hash is that of the manifest.
     """
     slots: dict[str, dict[str, Any]] = {}
     for file in _files(path):
-        shard = safe_open(path / file, framework="pt")
-        for key in shard.keys():
+        try:
+            shard = safe_open(path / file, framework="pt")
+            keys = list(shard.keys())
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path / file}: cannot be read as safetensors: {error}") from None
+        for key in keys:
             slot, _, name = key.partition("/")
             slots.setdefault(slot, {})[name] = shard
-    return {slot: _Slot(slot, shards) for slot, shards in slots.items()}
+    return {slot: Slot(slot, shards) for slot, shards in slots.items()}
 
 
-class _Slot(Mapping[str, Tensor]):
+class Slot(Mapping[str, Tensor]):
     """Tensors of one slot by parameter name, taken from their files one at a time."""
 
     def __init__(self, slot: str, shards: Mapping[str, Any]):
@@ -387,6 +394,13 @@ class _Slot(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._shards)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor; no tensor is read."""
+        return {
+            name: tuple(shard.get_slice(f"{self._slot}/{name}").get_shape())
+            for name, shard in self._shards.items()
+        }
 
 
 def _name(step: int) -> str:

@@ -6,6 +6,7 @@ Writing is atomic.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from fastbert.checkpoints.weight_names import (
 )
 from fastbert.config import ModelConfig
 from fastbert.data.tokenizer import save_tokenizer, special_ids
+from fastbert.durable import parents_of, staging_of
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder, names_in, status
 
@@ -67,9 +69,9 @@ def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
     given: dict[str, Any] = {}
     for item in _SHARED:
         if item.name in values:
-            given[item.name] = _number(
-                values[item.name], isinstance(item.default, int), f"{file}: {item.name}"
-            )
+            whole = isinstance(item.default, int)
+            high = math.inf if whole else item.metadata["high"]
+            given[item.name] = _number(values[item.name], whole, f"{file}: {item.name}", high)
     config = ModelConfig(**given)
     if config.hidden_size % config.num_attention_heads:
         heads, size = config.num_attention_heads, config.hidden_size
@@ -152,15 +154,18 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """
     out = Path(out)
     check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.with_name(f".writing-{out.name}")
-    shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed in this block
-    try:
-        staging.mkdir()
-        yield staging
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with parents_of(out):
+        staging = staging_of(out)
+        try:
+            staging.mkdir()
+            yield staging
+            try:
+                staging.rename(out)
+            except OSError:
+                check_new(out)  # another process may have made it meanwhile
+                raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_new(out: str | Path) -> None:
@@ -219,10 +224,12 @@ def write_folder(
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _number(value: Any, whole: bool, what: str) -> Any:
+def _number(value: Any, whole: bool, what: str, high: float = math.inf) -> Any:
     low, kinds = (1, int) if whole else (0, (int, float))
-    if not isinstance(value, kinds) or isinstance(value, bool) or value < low:
+    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+        bound = f", {high:g} at most" if high < math.inf else ""
         raise InputError(
-            f"{what} = {value!r}; must be a {'whole ' if whole else ''}number, {low} or more"
+            f"{what} = {value!r:.40}; must be a {'whole ' if whole else ''}number, {low} or more"
+            + bound
         )
     return value

@@ -21,7 +21,14 @@ from fastbert.checkpoints.sentence_folder import (
     read_max_length,
     read_vector_settings,
 )
-from fastbert.checkpoints.weight_names import MLM, NSP, check_finite, heads, shapes
+from fastbert.checkpoints.weight_names import (
+    MLM,
+    NSP,
+    check_finite,
+    check_layers,
+    heads,
+    shapes,
+)
 from fastbert.config import ModelConfig, RunConfig, parse_config
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
@@ -113,13 +120,15 @@ def _from_run(path: Path) -> ModelParts:
 def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
     manifest = found.path / checkpoint.MANIFEST
     text, vocab_size = found.metadata.get("recipe"), found.metadata.get("vocab_size")
-    if not isinstance(text, str) or not isinstance(vocab_size, int):
+    if not isinstance(text, str) or type(vocab_size) is not int:
         raise InputError(
             f"{manifest}: recipe or vocab_size is missing from its metadata; "
             "take another checkpoint"
         )
     recipe = parse_config(text, str(manifest))
-    weights, wanted = checkpoint.read_weights(found.path), shapes(recipe.model, vocab_size)
+    weights = checkpoint.read_weights(found.path)
+    check_layers(recipe.model.num_hidden_layers, len(weights), str(manifest))
+    wanted = shapes(recipe.model, vocab_size)
     wrong = [
         name
         for name in weights.keys() | wanted.keys()

@@ -101,6 +101,18 @@ def shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     return {name: (rows * joined, *rest) for name, ((rows, *rest), joined) in found.items()}
 
 
+def check_layers(layers: int, weights: int, source: str) -> None:
+    """Check the number of layers against that of weights, before anything is made for each layer.
+
+    Raises:
+        InputError: there are more layers than weights.
+    """
+    if layers > weights:
+        raise InputError(
+            f"{source}: num_hidden_layers = {layers:,}, but there are only {weights:,} weights"
+        )
+
+
 def _shape(entry: Entry, model: ModelConfig, vocab_size: int) -> tuple[int, ...]:
     """The shape of the weight, or of each of the three weights that it joins."""
     sizes = {
@@ -173,6 +185,7 @@ def from_hugging_face(
         InputError: a weight of the encoder is missing, a name is unknown, a shape is not the one
             that config.json gives, or a tied decoder differs from the word embedding.
     """
+    check_layers(model.num_hidden_layers, len(state), source)
     given = {
         _canonical(name): tensor
         for name, tensor in state.items()

@@ -101,6 +101,12 @@ class Group:
                 timeout=timedelta(seconds=self._deadline.timeout_s + MARGIN_S),
             )
         except RuntimeError as error:
+            if self.world == 1:
+                raise InputError(
+                    "no network interface is up, not even the loopback, through which torch's "
+                    f"process group of one process talks to itself ({describe(error)}); "
+                    "start it with: ip link set lo up"
+                ) from None
             raise Unconnected(
                 f"{self.name(self.rank)} has met the others, but cannot connect to all of them: "
                 f"{describe(error)}; look at GLOO_SOCKET_IFNAME = "

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastbert.durable import sync
+from fastbert.durable import parents_of, sync
 from fastbert.errors import InputError
 
 # A hidden folder that nobody has locked, and nobody has written to for so long, was left behind by
@@ -36,8 +36,7 @@ def staging(out: Path) -> Iterator[Path]:
     """
     folder = out.with_name(f".{out.name}.{secrets.token_hex(8)}.partial")
     try:
-        with _exit_at(signal.SIGTERM, signal.SIGHUP):
-            out.parent.mkdir(parents=True, exist_ok=True)
+        with _exit_at(signal.SIGTERM, signal.SIGHUP), parents_of(out), _removed(folder):
             _sweep(out)
             folder.mkdir()
             with _locked(folder):
@@ -47,13 +46,19 @@ def staging(out: Path) -> Iterator[Path]:
                 folder.rename(out)
             sync(out.parent)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(
                 f"{out}: no space left on its disk ({error.strerror}); "
                 "free disk space or choose another --out"
             ) from None
         raise InputError(f"{out}: cannot be written: {error}") from None
+
+
+@contextmanager
+def _removed(folder: Path) -> Iterator[None]:
+    """Remove the folder where the block fails."""
+    try:
+        yield
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -30,7 +30,7 @@ from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import Diverged, InputError
 from fastbert.tasks import scores
 from fastbert.tasks.labelled import Examples, read_examples
-from fastbert.tasks.pretrained import Pretrained, fit_pair
+from fastbert.tasks.pretrained import Pretrained, first_tokens, fit_pair
 
 WARMUP = 0.1  # share of the steps; the learning rate then falls linearly to zero
 WEIGHT_DECAY = 0.01
@@ -463,13 +463,10 @@ class _Encoded:
     """Examples as token ids on the CPU; batches of them are on the model's device."""
 
     def __init__(self, pretrained: Pretrained, task: _Task, examples: Examples, max_length: int):
-        def ids(texts: list[str]) -> list[list[int]]:
-            return [
-                encoding.ids
-                for encoding in pretrained.tokenizer.encode_batch(texts, add_special_tokens=False)
-            ]
-
-        first, second = ids(examples.first), ids(examples.second)
+        first, second = (
+            first_tokens(pretrained.tokenizer, texts, max_length)
+            for texts in (examples.first, examples.second)
+        )
         room = max_length - (3 if second else 2)
         lengths = [len(a) + len(b) for a, b in itertools.zip_longest(first, second, fillvalue=[])]
         if cut := sum(length > room for length in lengths):

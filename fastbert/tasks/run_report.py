@@ -193,20 +193,29 @@ def _cards(history: History, pretrained: Pretrained | None, found: Evaluation | 
     if pretrained is not None:
         parameters = sum(p.numel() for p in pretrained.model.parameters())
         cards.insert(0, (f"{parameters / 1e6:,.1f} M", "parameters"))
-    if found is not None:
+    if found is not None and pretrained is not None:
+        at = f"step {pretrained.metadata['step']:,}"
         cards += [
-            (f"{found.masked.loss:.3f}", "held-out MLM loss"),
-            (f"{found.masked.accuracy:.1%}", "masked tokens right"),
+            (f"{found.masked.loss:.3f}", f"held-out MLM loss, {at}"),
+            (f"{found.masked.accuracy:.1%}", f"masked tokens right, {at}"),
         ]
-        cards += [(f"{found.pairs.accuracy:.1%}", "next sentences right")] if found.pairs else []
-    stops = [event["reason"] for event in history.events if event["event"] == "stop"]
-    state = f"Ended by: {_text(stops[-1])}" if stops else "Not ended yet."
-    note = f'<p class="note">{state}</p>'
+        if found.pairs:
+            cards.append((f"{found.pairs.accuracy:.1%}", f"next sentences right, {at}"))
+    note = f'<p class="note">{_text(_state(history))}</p>'
     if history.bad:
         bad = f"{len(history.bad):,} lines of metrics.jsonl cannot be read and are left out."
         note += f'<p class="note">{bad}</p>'
     shown = "".join(f"<div><b>{_text(value)}</b><span>{name}</span></div>" for value, name in cards)
     return f'{note}<div class="cards">{shown}</div>'
+
+
+def _state(history: History) -> str:
+    """Whether the run goes on, as far as its records show: a resume may follow an end."""
+    last = [event for event in history.events if event["event"] in ("stop", "resume")][-1:]
+    if last and last[0]["event"] == "stop":
+        return f"Ended by: {last[0].get('reason') or 'a stop without a reason'}"
+    since = f" since it was resumed after step {last[0]['step']:,}" if last else ""
+    return f"Running: no end is on record{since}."
 
 
 def _clock(seconds: float) -> str:
@@ -260,10 +269,11 @@ def _times(history: History) -> str:
     The rest is pictures and starts.
     """
     steps = float(np.nansum(history.column("seconds")))
-    evaluations = sum(found.get("seconds") or 0.0 for found in history.evaluations)
+    evaluations = float(np.nansum(history.evaluated("seconds")[1]))
     saves = sum(event.get("seconds") or 0.0 for event in history.events if event["event"] == "save")
     known = steps + evaluations + saves
-    whole = max([known, *(found["training_seconds"] for found in history.evaluations[-1:])])
+    last = [found.get("training_seconds") or 0.0 for found in history.evaluations[-1:]]
+    whole = max([known, *last])
     parts = [
         ("steps", steps, HELDOUT),
         ("evaluations", evaluations, NSP),

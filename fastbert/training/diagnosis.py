@@ -1,6 +1,7 @@
 """Is my loss normal? Rules that compare measured losses with what a healthy run shows.
 
-Each rule is a pure function. It returns one line (what, likely causes, what to try) or None.
+Each rule is a pure function. It returns one line (what, likely causes, what to try) or None. What
+to try depends on the recipe: nothing is advised that is set already.
 
 A masked language model first learns how frequent tokens are. It stays on that plateau, the loss of
 the unigram, until its attention has found the neighbouring tokens. The loss over all selected
@@ -15,11 +16,14 @@ from collections import deque
 from collections.abc import Mapping
 from statistics import median
 
+from fastbert.config import RunConfig
+
 # As a fraction of the expected loss. Wide models start higher, by half the variance of their first
 # logits.
 FIRST_LOSS_TOLERANCE = 0.06
 PLATEAU_SHARE = 0.3  # fraction of the run by which the plateau should be passed
 PLATEAU_MARGIN = 0.2  # nats below the unigram that count as having left the plateau
+EARLY = 200  # steps before which a model has learned too little for a verdict
 DIVERGED = 2.0  # multiple of the loss of an untrained model
 NSP_SHARE = 0.5  # fraction of the run by which NSP should have started
 NSP_MARGIN = 0.02  # nats below ln 2 that count as better than chance
@@ -36,30 +40,30 @@ def expected_first_loss(vocab_size: int, pairs: bool) -> float:
     return math.log(vocab_size) + (math.log(2) if pairs else 0.0)
 
 
-def first_loss(loss: float, vocab_size: int, pairs: bool) -> str | None:
+def first_loss(loss: float, vocab_size: int, recipe: RunConfig) -> str | None:
     """Check the loss of the first batch, in nats, before any update."""
+    pairs = recipe.objective.pairs
     expected = expected_first_loss(vocab_size, pairs)
     if abs(loss - expected) <= FIRST_LOSS_TOLERANCE * expected:
         return None
     formula = f"ln {vocab_size}{' + ln 2' if pairs else ''}"
     what = f"the first loss is {loss:.2f}, expected is {expected:.2f} ({formula})"
     if loss > expected:
-        return (
-            f"{what}: the initial weights are too large; "
-            "try model.initializer_range = 0.02, or less for a wide model"
-        )
+        scale = recipe.model.initializer_range
+        advice = "= 0.02" if scale > 0.02 else f"below the present {scale:g}"
+        return f"{what}: the initial weights are too large; try model.initializer_range {advice}"
     return (
         f"{what}: labels may be visible in the input; "
         "check objective.mask_token and that the text does not repeat one sentence"
     )
 
 
-def diverged(loss: float, vocab_size: int, pairs: bool) -> str | None:
+def diverged(loss: float, vocab_size: int, recipe: RunConfig) -> str | None:
     """Check the held-out loss against that of an untrained model, in nats.
 
     Where this rule returns a line, the rules below have nothing to add.
     """
-    expected = expected_first_loss(vocab_size, pairs)
+    expected = expected_first_loss(vocab_size, recipe.objective.pairs)
     if loss <= DIVERGED * expected:
         return None
     what = (
@@ -68,18 +72,29 @@ def diverged(loss: float, vocab_size: int, pairs: bool) -> str | None:
         else "the held-out loss is not finite"
     )
     return (
-        f"{what}, an untrained model has {expected:.2f}: training has diverged; try a lower "
-        "optimizer.lr, a longer schedule.warmup, or optimizer.max_grad_norm = 1.0 where it is 0"
+        f"{what}, an untrained model has {expected:.2f}: training has diverged; {_calmer(recipe)}"
     )
 
 
-def plateau(share: float, loss_on_mask: float, baselines: Mapping[str, float]) -> str | None:
+def _calmer(recipe: RunConfig) -> str:
+    """What to try where the training diverges."""
+    clip = recipe.optimizer.max_grad_norm
+    lower = "optimizer.max_grad_norm = 1.0" if not 0 < clip <= 1 else ""
+    longer = f"a longer schedule.warmup than {recipe.schedule.warmup:g}"
+    parts = [f"a lower optimizer.lr than {recipe.optimizer.lr:g}", longer, lower]
+    return "try " + ", or ".join(part for part in parts if part)
+
+
+def plateau(
+    share: float, loss_on_mask: float, baselines: Mapping[str, float], recipe: RunConfig
+) -> str | None:
     """Check the held-out loss on [MASK] positions, in nats, against the unigram.
 
     Args:
         share: how much of the run is done, 0 to 1.
         loss_on_mask: mean over the positions that show [MASK].
         baselines: the corpus's baselines by name, in nats.
+        recipe: the run's.
     """
     unigram = baselines["unigram"]
     if (
@@ -88,13 +103,32 @@ def plateau(share: float, loss_on_mask: float, baselines: Mapping[str, float]) -
         or loss_on_mask < unigram - PLATEAU_MARGIN
     ):
         return None
+    advice = [
+        "a longer run",
+        f"another optimizer.lr than {recipe.optimizer.lr:g} (half, then double)",
+        f"a longer schedule.warmup than {recipe.schedule.warmup:g}",
+        'model.initial_attention = "adjacent"',
+        "fewer layers",
+        "a smaller batch (more steps)",
+    ]
+    if recipe.model.initial_attention == "adjacent" or recipe.init is not None:
+        del advice[3]
+    if recipe.model.num_hidden_layers <= 2:
+        advice.remove("fewer layers")
     return (
         f"after {share:.0%} of the run the held-out loss on [MASK] is {loss_on_mask:.2f}, "
-        f"no better than word frequencies ({unigram:.2f}): "
-        "the model has not found its neighbours yet; "
-        "try a longer run, a longer warm-up or another optimizer.lr (half, then double), "
-        'model.initial_attention = "adjacent", fewer layers, or a smaller batch (more steps)'
+        f"{_beside_frequencies(loss_on_mask, unigram)}: "
+        f"the model has not found its neighbours yet; try {', '.join(advice[:-1])}, or {advice[-1]}"
     )
+
+
+def _beside_frequencies(loss_on_mask: float, unigram: float) -> str:
+    """Where a loss is beside that of the unigram: below it only by a clear margin."""
+    if abs(loss_on_mask - unigram) < PLATEAU_MARGIN:
+        word = "near"
+    else:
+        word = "below" if loss_on_mask < unigram else "above"
+    return f"{word} {NAMES['unigram']} ({unigram:.2f})"
 
 
 def stuck_pairs(share: float, loss_nsp: float | None, accuracy_nsp: float | None) -> str | None:
@@ -112,9 +146,16 @@ def stuck_pairs(share: float, loss_nsp: float | None, accuracy_nsp: float | None
         or loss_nsp < math.log(2) - NSP_MARGIN
     ):
         return None
+    what = f"after {share:.0%} of the run the held-out NSP loss is {loss_nsp:.3f}"
+    if loss_nsp > math.log(2) + NSP_MARGIN:
+        return (
+            f"{what}, worse than chance (ln 2 = 0.693), accuracy {accuracy_nsp:.0%}: "
+            "the head is sure of answers that do not hold for other documents, or there are few "
+            "held-out pairs; try more text, or a larger evaluate.sequences, "
+            'or train without pairs: objective.kind = "mlm"'
+        )
     return (
-        f"after {share:.0%} of the run the held-out NSP loss is {loss_nsp:.3f}, "
-        f"no better than chance (ln 2 = 0.693), accuracy {accuracy_nsp:.0%}: "
+        f"{what}, no better than chance (ln 2 = 0.693), accuracy {accuracy_nsp:.0%}: "
         "NSP starts late, once words are learned; a longer run may do, "
         "else see the data report for documents of a single sentence, "
         'or train without pairs: objective.kind = "mlm"'
@@ -126,6 +167,9 @@ def compare(loss_on_mask: float, baselines: Mapping[str, float]) -> str:
     order = sorted(
         ((value, name) for name, value in baselines.items() if name in NAMES), reverse=True
     )
+    unigram = baselines.get("unigram", math.inf)
+    if abs(loss_on_mask - unigram) < PLATEAU_MARGIN:
+        return _beside_frequencies(loss_on_mask, unigram)
     above = [(value, name) for value, name in order if loss_on_mask < value]
     below = [(value, name) for value, name in order if loss_on_mask >= value]
     parts = []
@@ -145,9 +189,14 @@ NAMES = {
 
 
 class GradientNorm:
-    """Compares the norm of the gradient with its running median."""
+    """Compares the norm of the gradient with its running median.
 
-    def __init__(self) -> None:
+    Args:
+        recipe: the run's, for advice.
+    """
+
+    def __init__(self, recipe: RunConfig) -> None:
+        self._recipe = recipe
         self._window: deque[float] = deque(maxlen=NORM_WINDOW)
         self._above = 0
 
@@ -167,6 +216,6 @@ class GradientNorm:
             return None
         return (
             f"the gradient norm is {norm:.3g} at step {step}, "
-            f"{norm / usual:.0f} times its running median: training is diverging; try a lower "
-            "optimizer.lr, a longer schedule.warmup, or optimizer.max_grad_norm = 1.0 where it is 0"
+            f"{norm / usual:.0f} times its running median: training is diverging; "
+            f"{_calmer(self._recipe)}"
         )

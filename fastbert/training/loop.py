@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 import torch
@@ -17,6 +16,7 @@ from fastbert.config import RunConfig
 from fastbert.data.prefetch import Prefetch
 from fastbert.machine import measure_gemm_rate
 from fastbert.out_of_memory import shortage
+from fastbert.terminal import tell
 from fastbert.training.ending import FAILED, INTERRUPTED, Ending, conclude, how_to_resume
 from fastbert.training.engine import Engine
 from fastbert.training.monitor import Monitor
@@ -61,13 +61,13 @@ def pretrain(
                 return _open_and_train(setup, group, watchdog, stop_request)
         except Interrupted as signal:
             ending = Ending(INTERRUPTED, f"interrupted by {signal} before the first step")
-            print(ending.reason, file=sys.stderr)
+            tell(ending.reason)
         except RankLost as end:
             ending = Ending(FAILED, f"{end}; resume with --resume")
-            print(f"fastbert: {ending.reason}", file=sys.stderr)
+            tell(ending.reason)
         except Ended as end:
             ending = Ending(FAILED, str(end))
-            print(f"fastbert: {end}", file=sys.stderr)
+            tell(end)
         return ending
 
 
@@ -137,7 +137,7 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
             criteria=setup.criteria,
             peak=_peak(setup, group),
             vocab_size=setup.dataset.vocab_size,
-            pairs=config.objective.pairs,
+            recipe=config,
             baselines=setup.dataset.baselines,
             is_main=group.is_main,
         ) as monitor,

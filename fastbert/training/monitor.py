@@ -26,7 +26,8 @@ from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 from fastbert.checkpoints.saver import Saved
-from fastbert.redraw import can_redraw
+from fastbert.config import RunConfig
+from fastbert.terminal import can_redraw, safe
 from fastbert.training import diagnosis
 from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
@@ -64,7 +65,8 @@ class Monitor:
             otherwise they are continued.
         criteria: the recipe's limits, for the progress bar and the time left.
         peak: FLOP/s of all devices, for the fraction that is used; None leaves it out.
-        vocab_size, pairs, baselines: of the dataset and the objective, for the diagnosis.
+        vocab_size, baselines: of the dataset, for the diagnosis.
+        recipe: the run's, for the same.
         is_main: False on every rank but the first, which then writes and prints nothing.
 
     Raises:
@@ -79,13 +81,13 @@ class Monitor:
         criteria: StopCriteria,
         peak: float | None,
         vocab_size: int,
-        pairs: bool,
+        recipe: RunConfig,
         baselines: Mapping[str, float],
         is_main: bool = True,
     ):
         self.run, self.is_main, self._criteria = run, is_main, criteria
         self._peak, self._baselines = peak, baselines
-        self._vocab_size, self._pairs = vocab_size, pairs
+        self._vocab_size, self._recipe = vocab_size, recipe
         # Warnings of libraries go to the log, where they do not break the progress bar.
         self._warnings = logging.getLogger("py.warnings")
         self._handlers = self._warnings.handlers
@@ -125,7 +127,7 @@ class Monitor:
             self._bar.start()
         self._window = _Window(time.perf_counter())
         self._drawn = -math.inf
-        self._norms = diagnosis.GradientNorm()
+        self._norms = diagnosis.GradientNorm(recipe)
         self._advised: set[str] = set()
         if bad:
             self.say(
@@ -136,9 +138,10 @@ class Monitor:
     def say(self, line: str) -> None:
         """Print one line for the user, and write it to log.txt."""
         if self.is_main:
+            line = safe(line)
             log.info(line)
             with self._printing():
-                self._console.print(line, markup=False)
+                self._console.print(safe(line, self._console.encoding), markup=False)
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Write an event to metrics.jsonl.
@@ -191,7 +194,7 @@ class Monitor:
             )
         if done.step == 1:
             self._advise(
-                "first loss", diagnosis.first_loss(result.loss, self._vocab_size, self._pairs)
+                "first loss", diagnosis.first_loss(result.loss, self._vocab_size, self._recipe)
             )
         self._advise("gradient", self._norms.add(done.step, result.grad_norm))
         window = self._window
@@ -221,12 +224,13 @@ class Monitor:
         share = self._criteria.share(done)
         text = self._format(found) if found.finite else "the loss is not finite"
         self.say(f"held-out at step {done.step:,}: {text}")
-        lost = diagnosis.diverged(found.loss, self._vocab_size, self._pairs)
+        lost = diagnosis.diverged(found.loss, self._vocab_size, self._recipe)
         self._advise("diverged", lost)
-        if lost is None:
+        if lost is None and done.step >= diagnosis.EARLY:
             if found.loss_mask_token is not None:
                 self._advise(
-                    "plateau", diagnosis.plateau(share, found.loss_mask_token, self._baselines)
+                    "plateau",
+                    diagnosis.plateau(share, found.loss_mask_token, self._baselines, self._recipe),
                 )
             self._advise("pairs", diagnosis.stuck_pairs(share, found.loss_nsp, found.accuracy_nsp))
         # `stop` draws the last picture.

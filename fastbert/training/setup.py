@@ -9,11 +9,12 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 
 from fastbert.checkpoints import checkpoint
-from fastbert.checkpoints.checkpoint import Checkpoint
+from fastbert.checkpoints.checkpoint import WEIGHT, Checkpoint
 from fastbert.checkpoints.model_folder import ModelParts, tokenizer_sha256, trained_length
 from fastbert.checkpoints.ownership import CLAIM, RunLock
+from fastbert.checkpoints.weight_names import check_layers, shapes
 from fastbert.cluster.group import Group
 from fastbert.config import (
     DEEPSPEED,
@@ -40,6 +42,7 @@ from fastbert.data.packing import PackedBatch
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.durable import write_whole
 from fastbert.errors import InputError
+from fastbert.machine import memory_sizes
 from fastbert.models.bert import BertForPreTraining
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
@@ -47,6 +50,7 @@ from fastbert.training.engine import check_settings
 from fastbert.training.graphs import check_cuda_graphs
 from fastbert.training.initial import open_initial, put, with_sizes
 from fastbert.training.metrics import read_metrics
+from fastbert.training.optimizer import slots
 from fastbert.training.precision import resolve_precision
 from fastbert.training.train_state import StopCriteria, TrainState
 from fastbert.training.verified_dataset import open_verified
@@ -274,6 +278,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         check_settings(settings)
     dataset = open_verified(config.data, group)
     with group.raise_on_all_ranks():
+        _check_memory(config, dataset.vocab_size, group.world, recipe)
         batches = Batches(dataset, config)
         heldout = heldout_batches(dataset, config, config.evaluate.sequences)
         batches.check(group.world)
@@ -326,11 +331,42 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         precision=precision,
         precision_why=why,
         model=model,
-        state=TrainState(**found.metadata["progress"]) if found else TrainState(),
+        state=TrainState.read(found.metadata["progress"], str(found.path))
+        if found
+        else TrainState(),
         criteria=StopCriteria(config, batches.steps_per_epoch),
         trained_length=max(config.batch.max_length, earlier),
         tokenizer_sha256=tokenizer_sha256(load_tokenizer(dataset.tokenizer_dir)),
     )
+
+
+def _check_memory(config: RunConfig, vocab_size: int, world: int, recipe: str) -> None:
+    """Check that this machine can hold the model's weights and the batch of a step at all.
+
+    Raises:
+        InputError: it cannot; the message has the GB needed and there.
+    """
+    model, batch = config.model, config.batch
+    one, two = (
+        sum(map(math.prod, shapes(replace(model, num_hidden_layers=n), vocab_size).values()))
+        for n in (1, 2)
+    )
+    parameters = one + (two - one) * (model.num_hidden_layers - 1)
+    there, _ = memory_sizes()
+    for what, needed in (
+        # Every process makes the whole model in fp32, with its gradients at the least.
+        (f"a model of {parameters:,} parameters", 8 * parameters),
+        # Every rank draws all examples, and reads the tokens of its own.
+        (
+            f"batch.sequences = {batch.sequences:,} of {batch.max_length} tokens",
+            batch.sequences * (64 + 8 * batch.max_length // world),
+        ),
+    ):
+        if needed > there:
+            raise InputError(
+                f"{recipe}: {what} needs {needed / 1e9:,.1f} GB or more, and this machine has "
+                f"{there / 1e9:,.1f} GB; make it smaller"
+            )
 
 
 def _start_from(
@@ -459,7 +495,11 @@ def _check_same_run(
     Raises:
         InputError: they are not.
     """
-    before = _flat(parse_config(found.metadata["recipe"], str(found.path)))
+    text = found.metadata.get("recipe")
+    if not isinstance(text, str):
+        raise InputError(f"{found.path}: no recipe in its metadata; take another checkpoint")
+    TrainState.read(found.metadata.get("progress"), str(found.path))
+    before = _flat(parse_config(text, str(found.path)))
     now = _flat(config)
     changed = [key for key in now if now[key] != before[key] and not _among(key, FREE)]
     for key in changed:
@@ -469,15 +509,36 @@ def _check_same_run(
                 f"was trained with {before[key]!r}; "
                 "set it back, or start another run by run=..."
             )
-    if dataset.sha256 != found.metadata["dataset_sha256"]:
+    if dataset.sha256 != found.metadata.get("dataset_sha256"):
         raise InputError(
             f"{recipe}: data = {config.data!r}: not the dataset that {found.path} was trained on; "
             "give that one, or start another run by run=..."
         )
+    _check_tensors(config, dataset, found)
     return [
         f"changed since the checkpoint: {key} was {before[key]!r}, now {now[key]!r}"
         for key in changed
     ]
+
+
+def _check_tensors(config: RunConfig, dataset: TokenDataset, found: Checkpoint) -> None:
+    """Check that the checkpoint holds each weight, and each slot of the optimizer, in its shape.
+
+    Raises:
+        InputError: it does not.
+    """
+    tensors = checkpoint.read_all(found.path)
+    check_layers(config.model.num_hidden_layers, len(tensors.get(WEIGHT, ())), str(found.path))
+    wanted = shapes(config.model, dataset.vocab_size)
+    for slot in (WEIGHT, *slots(config.optimizer)):
+        there = tensors[slot].shapes() if slot in tensors else {}
+        if wrong := sorted(
+            name for name in {*wanted, *there} if there.get(name) != wanted.get(name)
+        ):
+            raise InputError(
+                f"{found.path}: {slot}/{wrong[0]} is missing or does not have the shape that the "
+                "recipe gives; take another checkpoint"
+            )
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from fastbert.config import RunConfig
+from fastbert.errors import InputError
+
+_LOSSES = ("heldout_loss", "best_loss")
+_MOST = 2**63
 
 
 @dataclass
@@ -34,6 +39,32 @@ class TrainState:
     evals_since_best: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+
+    @classmethod
+    def read(cls, values: Any, source: str) -> TrainState:
+        """Check and read the counters in a checkpoint's metadata.
+
+        Keys of a later release are left out, and keys that an earlier one did not have are 0.
+
+        Args:
+            values: the object in the metadata.
+            source: the checkpoint, for messages.
+
+        Raises:
+            InputError: it is no object, or a value is not what the attributes above say.
+        """
+        if not isinstance(values, dict) or "step" not in values:
+            raise InputError(f"{source}: no counters of a run in its metadata; take another one")
+        given = {item.name: values[item.name] for item in fields(cls) if item.name in values}
+        for name, value in given.items():
+            kinds: Any = (int, float) if name in ("seconds", *_LOSSES) else int
+            fits = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < _MOST
+            if not fits and not (value is None and name in _LOSSES):
+                raise InputError(f"{source}: progress.{name} = {value!r:.40}; take another one")
+        state = cls(**given)
+        if not state.skipped_in_a_row <= state.skipped <= state.step:
+            raise InputError(f"{source}: more steps are skipped than were made; take another one")
+        return state
 
     @property
     def updates(self) -> int:
