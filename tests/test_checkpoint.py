@@ -20,7 +20,7 @@ from fastbert.checkpoints import checkpoint
 from fastbert.checkpoints.checkpoint import (
     MANIFEST,
     exists,
-    newest_sound,
+    newest_valid,
     open_checkpoint,
     publish,
     read_all,
@@ -65,7 +65,7 @@ def names(run: Path) -> list[str]:
 def test_what_is_saved_is_read(tmp_path):
     (path,) = save_at(tmp_path, 200)
     assert path == tmp_path / "checkpoints/step-00000200"
-    found, complaints = newest_sound(tmp_path)
+    found, complaints = newest_valid(tmp_path)
     assert complaints == [] and found is not None
     assert (found.path, found.step, found.metadata) == (path, 200, {**METADATA, "step": 200})
     state = read_all(path)
@@ -219,7 +219,7 @@ def test_large_states_are_split_into_shards(tmp_path, monkeypatch):
     assert len(shards) > 3 and shards[0].name == "tensors-00000-00000.safetensors"
     assert sum(len(slot) for slot in read_all(path).values()) == len(tensors())
     shards[1].unlink()
-    assert newest_sound(tmp_path) == (
+    assert newest_valid(tmp_path) == (
         None,
         [f"{path}: damaged: {shards[1].name} cannot be read: No such file or directory"],
     )
@@ -259,10 +259,10 @@ def test_retention_does_not_count_damaged_ones_of_later_steps(tmp_path):
     save_at(tmp_path, 10, 30)
     (tmp_path / "checkpoints/step-00000030" / MANIFEST).write_text("{")
     save_at(tmp_path, 20, keep=1)
-    found, _ = newest_sound(tmp_path)
+    found, _ = newest_valid(tmp_path)
     assert found is not None and found.step == 20
     save_at(tmp_path, 30, keep=1)
-    assert newest_sound(tmp_path)[1] == [] and names(tmp_path) == ["step-00000030"]
+    assert newest_valid(tmp_path)[1] == [] and names(tmp_path) == ["step-00000030"]
 
 
 def test_a_sound_checkpoint_is_never_replaced(tmp_path):
@@ -316,7 +316,7 @@ def test_a_failing_disk_leaves_nothing_half_written(tmp_path, monkeypatch, at):
             1,
         )
     assert names(tmp_path) == ["step-00000001"]
-    assert newest_sound(tmp_path)[0].step == 1
+    assert newest_valid(tmp_path)[0].step == 1
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
@@ -361,7 +361,7 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_is_swept_away(tmp_path)
         shutil.copytree(whole, tmp_path / "checkpoints" / leftover)
         (tmp_path / "checkpoints" / leftover / MANIFEST).unlink()
     shutil.copytree(whole, tmp_path / "checkpoints/.writing-step-00000007-1")
-    assert not exists(tmp_path) and newest_sound(tmp_path) == (None, [])
+    assert not exists(tmp_path) and newest_valid(tmp_path) == (None, [])
     save_at(tmp_path, 6)
     sweep(tmp_path / "checkpoints")
     assert names(tmp_path) == ["step-00000006"]
@@ -475,7 +475,7 @@ def test_what_cannot_be_read_is_neither_missing_nor_damaged(tmp_path, how):
     save_at(run, 1, 2)
     UNREADABLE[how](run)
     with pytest.raises(InputError) as error:
-        newest_sound(run)
+        newest_valid(run)
     assert "\n" not in str(error.value) and str(run) in str(error.value)
     if "newest" not in how and "its" not in how:
         with pytest.raises(InputError):
@@ -509,11 +509,11 @@ def test_something_else_with_the_name_of_a_checkpoint_is_damaged(tmp_path, make,
     (good,) = save_at(tmp_path, 1)
     bad = tmp_path / "checkpoints/step-00000002"
     make(bad)
-    assert newest_sound(tmp_path)[0].path == good and newest_sound(tmp_path)[1] == [
+    assert newest_valid(tmp_path)[0].path == good and newest_valid(tmp_path)[1] == [
         f"{bad}: damaged: {message}"
     ]
     save_at(tmp_path, 2)
-    assert newest_sound(tmp_path)[0].path == bad and newest_sound(tmp_path)[1] == []
+    assert newest_valid(tmp_path)[0].path == bad and newest_valid(tmp_path)[1] == []
     sweep(tmp_path / "checkpoints")
     assert names(tmp_path) == [good.name, bad.name]
 
@@ -589,7 +589,7 @@ def test_a_damaged_checkpoint_is_named_and_the_next_sound_one_is_taken(tmp_path,
     change, message = DAMAGE[damage]
     good, bad = save_at(tmp_path, 1, 2)
     change(bad)
-    found, complaints = newest_sound(tmp_path)
+    found, complaints = newest_valid(tmp_path)
     assert found is not None and found.path == good
     assert (
         len(complaints) == 1
@@ -611,7 +611,7 @@ def test_rubbish_in_place_of_a_manifest_is_one_complaint(tmp_path_factory, rubbi
     run = tmp_path_factory.mktemp("rubbish")
     (path,) = save_at(run, 1)
     (path / MANIFEST).write_bytes(rubbish)
-    found, complaints = newest_sound(run)
+    found, complaints = newest_valid(run)
     assert found is None and len(complaints) == 1
 
 

@@ -40,12 +40,12 @@ def test_the_first_rank_dies(lab):
     tally = crashes(
         lab, [point for point in POINTS if point not in BESIDE_A_DAMAGED_ONE], 0, WORLD, STAGE
     )
-    assert tally.sound, str(tally)
+    assert tally.passed, str(tally)
 
 
 def test_another_rank_dies(lab):
     tally = crashes(lab, ON_EVERY_RANK, 1, WORLD, STAGE)
-    assert tally.sound, str(tally)
+    assert tally.passed, str(tally)
 
 
 @pytest.mark.parametrize("point", BESIDE_A_DAMAGED_ONE)
@@ -55,9 +55,9 @@ def test_it_dies_while_a_damaged_checkpoint_makes_room(lab, point):
     flip(damaged / checkpoint.MANIFEST, 800)
     with trial.start(FASTBERT_FAILPOINT=point) as ranks:
         assert ranks.wait() == [-9]
-    found, _ = checkpoint.newest_sound(trial.run)
+    found, _ = checkpoint.newest_valid(trial.run)
     assert found is not None and found.path == before
-    assert lab.finish(trial, 1, 0).sound
+    assert lab.finish(trial, 1, 0).passed
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_the_disk_refuses_at_one_point_of_a_save(lab, rank, point):
         "s",
         "s",
     ]  # nothing but two step-...
-    assert trial.compare(lab.undisturbed(world, STAGE if rank else 0)).sound
+    assert trial.compare(lab.undisturbed(world, STAGE if rank else 0)).passed
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def disk(lab, request):
 
 def sound_one(trial: Trial) -> int:
     """The step of the newest checkpoint, which is sound."""
-    found, complaints = checkpoint.newest_sound(trial.seen)
+    found, complaints = checkpoint.newest_valid(trial.seen)
     assert found is not None and complaints == []
     return found.step
 
@@ -122,7 +122,7 @@ def test_no_room_for_a_checkpoint(lab, disk):
     assert problems and all("No space left on device" in problem for problem in problems)
     disk.resize("8m")
     trial.go_on(world)
-    assert trial.compare(lab.undisturbed(world, STAGE)).sound
+    assert trial.compare(lab.undisturbed(world, STAGE)).passed
     assert sound_one(trial) == lab.steps
 
 
@@ -147,7 +147,7 @@ def test_no_room_for_anything(lab, disk):
     sound_one(trial)
     ballast.unlink()
     trial.go_on(world)
-    assert trial.compare(lab.undisturbed(world, STAGE)).sound
+    assert trial.compare(lab.undisturbed(world, STAGE)).passed
 
 
 @pytest.mark.parametrize("disk", [(".", "8m", 1)], indirect=True)
@@ -162,7 +162,7 @@ def test_checkpoints_become_read_only(lab, disk):
     sound_one(trial)
     disk.release(trial.run / "checkpoints")
     trial.go_on(world)
-    assert trial.compare(lab.undisturbed(world, 0)).sound
+    assert trial.compare(lab.undisturbed(world, 0)).passed
 
 
 @pytest.mark.parametrize("disk", [(".", "8m", 2)], indirect=True)

@@ -42,7 +42,7 @@ def test_a_rank_that_stops_answering_is_named(lab, when, frozen):
         ranks[frozen].signal(signal.SIGCONT)
         assert ranks[frozen].wait(limit + MARGIN_S) == 1, ranks[frozen].err.read_text()
     if when != "starting":
-        assert lab.finish(trial, WORLD, STAGE).sound
+        assert lab.finish(trial, WORLD, STAGE).passed
 
 
 def test_a_frozen_first_rank_does_not_write_into_the_run_that_went_on(lab):
@@ -57,4 +57,4 @@ def test_a_frozen_first_rank_does_not_write_into_the_run_that_went_on(lab):
             assert new.wait() == [0]
         assert old.wait() == [1]
         assert "taken" in old.errors and str(new[0].pid) in old.errors
-    assert trial.compare(lab.undisturbed(1, 0)).sound
+    assert trial.compare(lab.undisturbed(1, 0)).passed

@@ -28,9 +28,9 @@ NEVER_S = 60.0  # one that is not
 
 def member(timeout_s: float, **acts: str) -> int:
     """Meet; do what `acts` says of this rank ("1" -> "InputError: text"), under a common fate; agree on a few things; part."""
-    with StopRequest() as interruption:
+    with StopRequest() as stop_request:
         try:
-            with join(timeout_s, interruption) as group:
+            with join(timeout_s, stop_request) as group:
                 say("joined", group.rank)
                 with group.raise_on_all_ranks():
                     act(acts.get(str(group.rank), ""))

@@ -227,7 +227,7 @@ def test_what_a_run_leaves(recipe, tmp_path, small_dataset):
         ("evaluate", 6),
         ("stop", 6),
     ] and events[-1][0] == "stop"
-    found, _ = checkpoint.newest_sound(run)
+    found, _ = checkpoint.newest_valid(run)
     assert found is not None
     assert (
         found.metadata["dataset_sha256"] == small_dataset.sha256
@@ -267,7 +267,7 @@ def test_the_condition_that_ended_the_run_is_reported(
     (stop,) = lines(tmp_path / "run", "stop")
     assert stop["step"] == steps and stop["reason"].startswith(reason)
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"stopped at step {steps}: {reason}")
-    assert checkpoint.newest_sound(tmp_path / "run")[0].step == steps
+    assert checkpoint.newest_valid(tmp_path / "run")[0].step == steps
     assert lines(tmp_path / "run", "evaluate")[-1]["step"] == steps
 
 
@@ -302,7 +302,7 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe, tmp_path, capsys):
         out
         == f"stopped at step {done}: interrupted by SIGTERM; resume with: fastbert pretrain {run / 'config.toml'} --resume"
     )
-    assert checkpoint.newest_sound(run)[0].step == done
+    assert checkpoint.newest_valid(run)[0].step == done
     assert train(run / "config.toml", f"stop.steps={done + 1}", resume=True) == 0
     assert len(lines(run)) == done + 1
 
@@ -315,7 +315,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(recipe, tmp_path):
     process.stdout.close()
     assert process.wait(timeout=90) == 0 and process.stderr.read() == ""
     process.stderr.close()
-    assert checkpoint.newest_sound(tmp_path / "run")[0].step == 6
+    assert checkpoint.newest_valid(tmp_path / "run")[0].step == 6
     assert "stopped at step 6" in (tmp_path / "run/log.txt").read_text()
 
 
@@ -328,7 +328,7 @@ def test_a_terminal_that_is_closed_saves(recipe, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
     assert finish(process)[0] == 75
-    assert checkpoint.newest_sound(tmp_path / "run")[0].step == len(lines(tmp_path / "run"))
+    assert checkpoint.newest_valid(tmp_path / "run")[0].step == len(lines(tmp_path / "run"))
 
 
 def test_a_damaged_checkpoint_is_named_and_its_steps_are_redone_with_the_same_values(
@@ -500,7 +500,7 @@ def test_losses_that_are_never_finite_again_end_the_run(recipe, tmp_path, capsys
     assert said.endswith(
         f"; there is no checkpoint yet; start from the beginning with a lower rate: {command}"
     )
-    assert checkpoint.newest_sound(run) == (None, [])
+    assert checkpoint.newest_valid(run) == (None, [])
     assert train(run / "config.toml", "optimizer.lr=1e-3", "stop.steps=2", resume=True) == 0
 
 
@@ -511,7 +511,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp
         ("objective.segments=single", "batch.sequences=4", "evaluate.every=1000"),
     )
     assert train(recipe, "stop.steps=1", *short) == 0
-    found, _ = checkpoint.newest_sound(run)
+    found, _ = checkpoint.newest_valid(run)
     assert found is not None
     state = {slot: dict(named) for slot, named in checkpoint.read_all(found.path).items()}
     state["weight"]["embeddings.position"][-1] = 3e38
@@ -542,7 +542,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp
             if n == 64
         ]
         assert skip["examples"] == sorted(long)
-    found, _ = checkpoint.newest_sound(run)
+    found, _ = checkpoint.newest_valid(run)
     assert found is not None and found.metadata["progress"]["skipped"] == len(skips)
 
 

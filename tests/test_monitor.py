@@ -268,10 +268,10 @@ def test_every_line_is_json(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_a_wish(number):
     before = signal.getsignal(number)
-    with StopRequest() as interruption:
-        assert interruption.asked is None
+    with StopRequest() as stop_request:
+        assert stop_request.asked is None
         os.kill(os.getpid(), number)
-        assert interruption.asked == signal.Signals(number).name
+        assert stop_request.asked == signal.Signals(number).name
     assert signal.getsignal(number) is before
 
 

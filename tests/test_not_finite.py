@@ -28,7 +28,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 def damage(trial: Trial, place: int = PLACE) -> None:
     """Make one position's embedding huge, in a checkpoint that is sound otherwise, hashes and all."""
-    found, _ = checkpoint.newest_sound(trial.run)
+    found, _ = checkpoint.newest_valid(trial.run)
     assert found is not None
     state = {slot: dict(tensors) for slot, tensors in checkpoint.read_all(found.path).items()}
     state["weight"]["embeddings.position"][place] = HUGE
@@ -55,7 +55,7 @@ def examples(trial: Trial, dataset, longer_than: int = 0) -> dict[int, list[int]
 
 
 def all_finite(trial: Trial) -> bool:
-    found, complaints = checkpoint.newest_sound(trial.run)
+    found, complaints = checkpoint.newest_valid(trial.run)
     assert found is not None and complaints == []
     return all(
         bool(tensor.isfinite().all())

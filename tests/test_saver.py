@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from fastbert.checkpoints import checkpoint
-from fastbert.checkpoints.checkpoint import MANIFEST, newest_sound, read_all, save
+from fastbert.checkpoints.checkpoint import MANIFEST, newest_valid, read_all, save
 from fastbert.checkpoints.failpoint import POINTS, reach
 from fastbert.checkpoints.saver import Saver
 from fastbert.cluster.group import join
@@ -266,7 +266,7 @@ def test_every_rank_writes_its_share_and_learns_the_same_end(ranks, tmp_path, wo
     ]
     assert all(end["stall_s"] > 0 for end in first)
     assert names(tmp_path / "checkpoints") == ["step-00000020", "step-00000030"]
-    found, complaints = newest_sound(tmp_path)
+    found, complaints = newest_valid(tmp_path)
     assert found is not None and (found.step, found.metadata, complaints) == (
         30,
         {"by": 0, "step": 30},
@@ -283,7 +283,7 @@ def test_every_rank_writes_its_share_and_learns_the_same_end(ranks, tmp_path, wo
 
 def test_training_goes_on_while_a_copy_is_written(ranks, tmp_path):
     assert ranks.run("goes_on", tmp_path / "checkpoints", 2) == ([0, 0], [True, True])
-    found, _ = newest_sound(tmp_path)
+    found, _ = newest_valid(tmp_path)
     assert (
         found is not None
         and holds(found.path, 5)
@@ -296,7 +296,7 @@ def test_the_points_of_a_save_are_many():
 
 
 @pytest.mark.parametrize("world, rank, point", CRASHES)
-def test_a_crash_anywhere_in_a_save_leaves_the_newest_sound_checkpoint(
+def test_a_crash_anywhere_in_a_save_leaves_the_newest_valid_checkpoint(
     ranks, tmp_path, world, rank, point
 ):
     """With as few checkpoints as can be: the one before is deleted as soon as the new one is there. And the next start saves as ever."""
@@ -306,7 +306,7 @@ def test_a_crash_anywhere_in_a_save_leaves_the_newest_sound_checkpoint(
         os.truncate(save(folder, 2, tensors(2), {}, 2) / MANIFEST, 100)
     codes, _ = ranks.run("saves", folder, world, 2, keep=1, failpoint=f"{point}:{rank}")
     assert codes == [-signal.SIGKILL if r == rank else 1 for r in range(world)]
-    found, complaints = newest_sound(tmp_path)
+    found, complaints = newest_valid(tmp_path)
     published = POINTS.index(point) >= POINTS.index("renamed")
     steps = (
         (1, 2) if (rank, point) == (1, "gathered") else (2,) if published else (1,)

@@ -71,7 +71,7 @@ def test_a_signal_while_training(lab, number, to):
     ]
     assert said.endswith(f"resume with: fastbert pretrain {trial.run / 'config.toml'} --resume")
     assert trial.checkpoints[-1].name == f"step-{done:08}"
-    assert lab.finish(trial, WORLD, STAGE).sound
+    assert lab.finish(trial, WORLD, STAGE).passed
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_signals_one_after_the_other(lab):
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
             ranks.signal(number)
         interrupted(ranks, trial)
-    assert lab.finish(trial, WORLD, STAGE).sound
+    assert lab.finish(trial, WORLD, STAGE).passed
 
 
 # The same by the commands that users type: the processes above were forked from one that had imported everything.
@@ -189,7 +189,7 @@ def test_the_commands_that_users_type(lab, launcher, world, stage, code):
         ["interrupted by SIGUSR1"],
         ["interrupted by another rank"],
     )
-    assert lab.finish(trial, world, stage).sound
+    assert lab.finish(trial, world, stage).passed
 
 
 def test_a_signal_while_torch_is_imported(lab):

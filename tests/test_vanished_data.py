@@ -51,7 +51,7 @@ def test_a_store_cut_short_while_training(lab, small_dataset, world, stage):
         codes = ranks.wait()
     assert -signal.SIGBUS in codes and set(codes) <= {1, -signal.SIGBUS}
     assert "Fatal Python error: Bus error" in ranks.errors and "dataset.py" in ranks.errors
-    found, complaints = checkpoint.newest_sound(trial.run)
+    found, complaints = checkpoint.newest_valid(trial.run)
     assert found is not None and complaints == []
     with trial.start(world) as ranks:
         assert ranks.wait() == [2] * world

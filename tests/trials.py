@@ -87,7 +87,7 @@ class Tally:
         )
 
     @property
-    def sound(self) -> bool:
+    def passed(self) -> bool:
         return self.tried == self.survived and self.compared == self.equal and not self.problems
 
     def __str__(self) -> str:
@@ -487,7 +487,7 @@ def _crashed(lab: Laboratory, points: Sequence[str], rank: int, world: int, stag
 
 def check_nothing_is_damaged(trial: Trial) -> None:
     """What is called a checkpoint is one, whole and sound: `--resume` would also get over one that is not."""
-    _, complaints = checkpoint.newest_sound(trial.seen)
+    _, complaints = checkpoint.newest_valid(trial.seen)
     assert not complaints, f"{trial.folder}, after start {trial.starts}: {complaints}"
 
 
