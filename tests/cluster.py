@@ -1,6 +1,8 @@
-"""Two nodes, the commands of a cluster, and a folder that both see, where the commands of docs/multi-node.md can be given as they stand.
+"""Two nodes on which the commands of docs/multi-node.md can be run unchanged.
 
-What is smaller here than in the documents is in SMALLER: GPUs by node. The recipe is a tiny one, under the name that the documents use.
+The nodes have the commands of a cluster and a shared folder. SMALLER lists what is smaller here
+than in the document: the number of GPUs per node. The recipe is a tiny one, under the name that the
+document uses.
 """
 
 from __future__ import annotations
@@ -83,7 +85,11 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """Every block of commands of the document. A comment in it says where what follows is to be given; without one it is node0."""
+    """Return every block of commands of the document.
+
+    A comment in a block says on which node the commands after it run; without a comment it is
+    node0.
+    """
     text = DOCUMENT.read_text(encoding="utf-8").replace("\\\n", " ")
     found, heading = [], ""
     for title, commands in re.findall(
@@ -111,7 +117,7 @@ def block(heading: str) -> Block:
 
 
 def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Steps, or the events of a kind, that are in metrics.jsonl by now, without the clock's figures."""
+    """Return the steps in metrics.jsonl, or its events of one kind, without timings."""
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     except FileNotFoundError:
@@ -154,7 +160,9 @@ class Command:
 
 
 class Cluster:
-    """Context manager; `nodes` are the nodes, `folder` is where commands are given, `run` the run folder there.
+    """Context manager for a cluster of two nodes.
+
+    `nodes` are the nodes, `folder` is where commands run, and `run` is the run folder in it.
 
     Args:
         folder: empty.
@@ -246,7 +254,11 @@ class Cluster:
 
 
 def _is_rank(words: list[str]) -> bool:
-    """`python -u -m fastbert pretrain ...` or `python .../bin/fastbert pretrain ...`, and not a launcher that has that among its arguments."""
+    """Tell whether the command line is a rank's and not that of a launcher with a rank's as
+    arguments.
+
+    A rank's is `python -u -m fastbert pretrain ...` or `python .../bin/fastbert pretrain ...`.
+    """
     before = words[: words.index("pretrain")] if "pretrain" in words else []
     return (
         2 <= len(before) <= 4

@@ -68,7 +68,7 @@ def english_jsonl(english_documents: list[str], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def small_dataset(english_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
-    """A dataset of that text, with a vocabulary of 1,000 and a twentieth of the documents held out."""
+    """A dataset of that text: a vocabulary of 1,000, and a twentieth of the documents held out."""
     from fastbert.data.dataset import open_dataset
     from fastbert.data.prepare import (
         prepare,

@@ -1,7 +1,13 @@
-"""Triton's interpreter, computing as a GPU does where the stock one is wrong; the half of `sanitizer.py` that knows no memory.
+"""Make Triton's interpreter compute as a GPU does, where the stock interpreter is wrong.
 
-bf16: handles hold float32 values, rounded to nearest even whenever a handle is made; fp16 dot products and sums in fp32; `fma` rounded
-once; `maximum` and `minimum` of NaN; `umulhi` of negative numbers; the least size of `tl.dot` (an inner dimension of 16).
+This is the half of `sanitizer.py` that knows nothing about memory. It changes these operations:
+
+- bf16: handles hold float32 values that are rounded to nearest even when a handle is made;
+- fp16 dot products and sums are computed in fp32;
+- `fma` rounds once;
+- `maximum` and `minimum` of NaN;
+- `umulhi` of negative numbers;
+- the smallest size of `tl.dot` (an inner dimension of 16).
 """
 
 from __future__ import annotations
@@ -155,7 +161,7 @@ def _sum(self: ReduceOps, input: tl.tensor) -> tl.tensor:
 
 
 def _reduce(self: ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
-    """Any combine function, on whole slices in pairs; the stock interpreter goes element by element."""
+    """Reduce whole slices in pairs, with any function; the stock interpreter works by element."""
     if self.combine_fn in (
         tl.standard._argmax_combine_tie_break_fast,
         tl.standard._argmin_combine_tie_break_fast,

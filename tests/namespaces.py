@@ -1,14 +1,18 @@
-"""Nodes of a cluster on one machine: each has a network, processes and a name of its own, and a cable to a common switch.
+"""Nodes of a cluster on one machine.
 
-A node is a set of Linux namespaces (network, processes, mounts, hostname), not a virtual machine: it sees the same files and runs the same
-programs, and knows of the others only what comes through its cable, an Ethernet interface `eth0`. Their names, `node0`, `node1`, ..., resolve
-on every node. The switch is a bridge in a network namespace of its own; the machine's own network is never touched.
+Each node has a network, processes and a hostname of its own, and a cable to a common switch.
 
-Nothing needs cleaning up. All of it lives in one process namespace below a process that waits for a pipe to close; when that pipe closes,
-because the context is left or because the test's process has died in whatever way, that process ends, the kernel kills every process in the
-namespace and below, and with the last process the networks vanish. No name is left anywhere in the system.
+A node is a set of Linux namespaces (network, processes, mounts, hostname), not a virtual machine.
+It sees the same files and runs the same programs. It reaches the other nodes only through its
+cable, an Ethernet interface `eth0`. The names `node0`, `node1`, ... resolve on every node. The
+switch is a bridge in a network namespace of its own. The machine's own network is never touched.
 
-Works as root, and for other users where the system gives them user namespaces.
+Nothing needs cleaning up. All nodes live in one process namespace below a process that waits for a
+pipe to close. The pipe closes when the context is left or when the test's process dies. That
+process then ends, the kernel kills every process in the namespace and below, and the networks
+vanish with the last process. No name is left anywhere in the system.
+
+This works as root, and for other users where the system allows them user namespaces.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ TOOLS = ("ip", "unshare", "nsenter", "mount", "sh")
 PATIENCE_S = 20.0  # with what should take milliseconds
 T = TypeVar("T")
 
-# What a node does first: it names itself, makes the names of all nodes resolve (the bind mount keeps the file that it was made of), and waits.
+# The first commands of a node: it sets its hostname, makes the names of all nodes resolve, and
+# waits. The bind mount keeps the file that it was made from.
 NODE = """
 set -e
 hostname {name} 2>/dev/null || echo {name} > /proc/sys/kernel/hostname
@@ -44,15 +49,20 @@ umount /mnt
 exec {wait}
 """
 
-# The first process of a namespace inherits its orphans; as it ignores SIGCHLD, the kernel buries them at once. (dash cannot ignore it.)
-WAIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('ready', flush=True); sys.stdin.read()"
+# The first process of a namespace inherits its orphans. It ignores SIGCHLD, so the kernel removes
+# them at once. (dash cannot ignore SIGCHLD.)
+WAIT = (
+    "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+    "print('ready', flush=True); sys.stdin.read()"
+)
 
 # Prints what has a port open, as seen from where it runs: a list of [address, port, command].
 LISTENING = """
 import json, psutil, shlex, socket
 found = []
 for c in psutil.net_connections("inet"):
-    if c.laddr and (c.status == psutil.CONN_LISTEN or (c.type == socket.SOCK_DGRAM and not c.raddr)):
+    datagrams = c.type == socket.SOCK_DGRAM and not c.raddr
+    if c.laddr and (c.status == psutil.CONN_LISTEN or datagrams):
         try:
             found.append((*c.laddr, shlex.join(psutil.Process(c.pid).cmdline()) if c.pid else "?"))
         except psutil.NoSuchProcess:
@@ -74,7 +84,11 @@ class Listener(NamedTuple):
 
 
 class Process(subprocess.Popen):
-    """A process of a node. Signals go to itself; the `nsenter` that Popen started, its parent, would pass none on."""
+    """A process of a node.
+
+    Signals go to the process itself. Its parent, the `nsenter` that Popen started, would not pass
+    them on.
+    """
 
     def send_signal(self, sig: int) -> None:
         if self.poll() is None and (inside := self.inside()):
@@ -88,7 +102,10 @@ class Process(subprocess.Popen):
             super().send_signal(signal.SIGCONT)
 
     def inside(self) -> psutil.Process | None:
-        """The command itself, or None when it has ended. nsenter is a few milliseconds old before it has started it."""
+        """Return the command itself, or None when it has ended.
+
+        nsenter needs a few milliseconds to start it.
+        """
 
         def find() -> list[psutil.Process] | None:
             try:
@@ -121,7 +138,7 @@ class Node:
         env: Mapping[str, str] | None = None,
         **options: Any,
     ) -> Process:
-        """Start a command on this node, as subprocess.Popen does; it ends with the context at the latest."""
+        """Start a command on this node, as subprocess.Popen does; leaving the context kills it."""
         # To enter another mount namespace is to be at its root.
         at = os.path.abspath(options.pop("cwd", None) or os.getcwd())
         inside = ["sh", "-c", 'cd "$0" && exec "$@"', at, *command]
@@ -161,8 +178,12 @@ class Node:
         return [process for *_, process in sorted(found)]
 
     def kill(self) -> None:
-        """Every process of this node at once, kill -9, as when the power fails; the node itself stays, and processes can be started anew."""
-        # The kernel's own "all that I can signal": nobody sees another die. The shell and the node's first process are spared.
+        """Kill every process of this node at once with SIGKILL, as a power failure would.
+
+        The node itself stays, and new processes can be started on it.
+        """
+        # kill -1 reaches all processes at once, so none of them sees another one die. The shell
+        # and the node's first process are spared.
         subprocess.run([*self._enter, "sh", "-c", "kill -9 -1"], check=True, timeout=PATIENCE_S)
         for process in self._started:
             process.wake()
@@ -171,7 +192,7 @@ class Node:
         )
 
     def listening(self) -> list[Listener]:
-        """Every TCP port that is listened on, and every UDP port that takes datagrams from anybody, of every process of this node."""
+        """Return the TCP ports in LISTEN and the UDP ports open to any sender, of all processes."""
         return sorted(
             Listener(*found) for found in json.loads(self.run([sys.executable, "-c", LISTENING]))
         )
@@ -186,7 +207,7 @@ class Node:
 
 
 class Nodes:
-    """Context manager: `count` nodes, `node0` with the address 10.77.0.1 and so on, all on one switch.
+    """Context manager for `count` nodes on one switch; `node0` has the address 10.77.0.1, etc.
 
     Raises:
         Unavailable: on entering, where such nodes cannot be made.
@@ -230,7 +251,8 @@ class Nodes:
         self._ip("link", "set", self._names[i], "up")
 
     def _build(self) -> None:
-        # Only root may make namespaces without a user namespace around them, in which anybody is root.
+        # Only root may create namespaces without a user namespace around them. In a user namespace
+        # everybody is root.
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         wait = [sys.executable, "-ISc", WAIT]
         switch = self._wait_in(
@@ -284,7 +306,10 @@ class Nodes:
         self._until_connected()
 
     def _wait_in(self, command: list[str]) -> psutil.Process:
-        """Start a chain of commands that ends in WAIT; returns that last process, the first of its namespace."""
+        """Start a chain of commands that ends in WAIT, and return the process that runs WAIT.
+
+        It is the first process of its namespace.
+        """
         # In a session of its own, so that Ctrl-C is the test's alone.
         pipes: Any = {
             "stdin": subprocess.PIPE,
@@ -297,7 +322,8 @@ class Nodes:
         if process.stdout.readline() != b"ready\n":
             process.kill()
             raise Unavailable(
-                f"{shlex.join(command[:4])} ...: {process.stderr.read().decode(errors='replace').strip() or 'no answer'}"
+                f"{shlex.join(command[:4])} ...: "
+                f"{process.stderr.read().decode(errors='replace').strip() or 'no answer'}"
             )
         last = psutil.Process(process.pid)
         while below := last.children():

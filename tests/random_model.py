@@ -1,4 +1,4 @@
-"""A small encoder whose every parameter is random, for tests of one implementation against another."""
+"""A small encoder with random parameters, for tests of one implementation against another."""
 
 from __future__ import annotations
 

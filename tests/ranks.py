@@ -1,4 +1,7 @@
-"""Real processes that train together: started quickly, killed, stopped, signalled, waited for; none outlives the tests."""
+"""Real processes that train together; tests start, signal, stop and kill them.
+
+None of them outlives the tests.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,8 @@ class Rank:
         code = self._server.ended(self.pid, seconds)
         if code is None:
             raise TimeoutError(
-                f"process {self.pid} runs on after {seconds:g} s; its stderr: {self.err.read_text()!r}"
+                f"process {self.pid} is still running after {seconds:g} s; "
+                f"its stderr: {self.err.read_text()!r}"
             )
         return code
 
@@ -88,7 +92,11 @@ class Rank:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there and has not ended: in a container without an init, nobody takes away what an orphan leaves."""
+    """Tell whether a process exists and has not ended.
+
+    In a container without an init process nobody reaps an orphan, so an ended process stays
+    visible.
+    """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -106,11 +114,13 @@ def catches(pid: int, number: int) -> bool:
 
 
 class Ranks:
-    """The processes of one start of a run: `fastbert ARGUMENTS` on each rank of one machine. Leaving the context kills what is left.
+    """The processes of one start of a run: `fastbert ARGUMENTS` on each rank of one machine.
+
+    Leaving the context kills the processes that still run.
 
     Args:
         arguments: of the command line.
-        folder: working directory, and where `rank0.out`, `rank0.err`, ... are written, from the start.
+        folder: working directory, where `rank0.out`, `rank0.err`, ... are also written.
         world: how many; a single one is started without any launcher's variables.
         namespaces: id of a process whose mounts they see; by default those of the tests.
         more: environment variables.

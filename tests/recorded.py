@@ -1,7 +1,8 @@
-"""fastbert, with a record of what it computes: one line of JSON for each step that a rank has finished, in the file RECORD.
+"""Run fastbert and record its steps in the file RECORD: a line of JSON for each step of a rank.
 
-`python -m tests.recorded pretrain ...`. The file PACE says how many seconds a step takes at least, so that there is time to disturb a run
-of tiny ones, and none is lost otherwise.
+Run it as `python -m tests.recorded pretrain ...`. The file PACE holds the minimum duration of a
+step in seconds, so that a test has time to disturb a run of tiny steps and no time is lost
+otherwise.
 """
 
 from __future__ import annotations

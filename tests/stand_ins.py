@@ -1,8 +1,9 @@
-"""Commands that a cluster has and a machine that runs tests has not: ssh, pdsh, sbatch, srun, scontrol, kubectl.
+"""Stand-ins for commands of a cluster: ssh, pdsh, sbatch, srun, scontrol and kubectl.
 
-`python stand_ins.py NAME ARGUMENTS...` does what NAME would do, as far as the documents and scripts of this project use it, on the nodes of
-namespaces.py; `install` puts them on a PATH. `python stand_ins.py sshd ADDRESS`, on every node, is what the others talk to: it runs
-commands for whoever asks, so it is for nodes that have no way to the outside.
+`python stand_ins.py NAME ARGUMENTS...` does what NAME would do on the nodes of namespaces.py, as
+far as the documents and scripts of this project use it. `install` puts the commands on a PATH.
+`python stand_ins.py sshd ADDRESS` runs on every node and is the server that the other nodes connect
+to. It runs the commands of any client, so it is only for nodes without a connection to the outside.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def install(folder: Path) -> None:
 
 
 def sshd(address: str) -> int:
-    """Serve for ever. A request is one line of JSON; the answer is the command's output, END, and the exit code."""
+    """Serve for ever. A request is one line of JSON; the answer is the output, END and the exit
+    code.
+    """
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -66,7 +69,11 @@ def sshd(address: str) -> int:
 def remote(
     host: str, command: str, environment: dict[str, str] | None = None, prefix: str = ""
 ) -> int:
-    """Run a command line on a node, with its output here; returns the exit code, 255 where the node cannot be reached, as ssh does."""
+    """Run a command line on a node, and print its output here.
+
+    Returns:
+        The exit code; like ssh, 255 where the node cannot be reached.
+    """
     try:
         with (
             socket.create_connection((host, PORT), timeout=10) as connection,
@@ -97,7 +104,11 @@ def ssh(arguments: list[str]) -> int:
 
 
 def pdsh(arguments: list[str]) -> int:
-    """-S -f FANOUT -w HOST,HOST COMMAND...: the command on all of them, %n their number; returns the largest exit code."""
+    """Run `-S -f FANOUT -w HOST,HOST COMMAND...`: the command on all hosts; %n is a host's number.
+
+    Returns:
+        The largest exit code.
+    """
     assert arguments[:2] == ["-S", "-f"] and arguments[3] == "-w"
     hosts, command = arguments[4].split(","), " ".join(arguments[5:])
     with ThreadPoolExecutor(len(hosts)) as pool:
@@ -109,7 +120,8 @@ def pdsh(arguments: list[str]) -> int:
         )
 
 
-# Slurm: node0, node1, ... of which a job takes as many as it asks for. sbatch waits for the job, and starts it again when it was requeued.
+# Slurm. A job takes as many of node0, node1, ... as it requests. sbatch waits for the job, and
+# starts it again if it was requeued.
 
 
 def sbatch(arguments: list[str]) -> int:
@@ -169,13 +181,19 @@ def scontrol(arguments: list[str]) -> int:
         Path(os.environ["REQUEUED"]).touch()
         return 0
     assert arguments[:2] == ["show", "hostnames"]
-    first, last = re.fullmatch(r"node\[(\d+)-(\d+)\]", arguments[2]).groups()  # type: ignore[union-attr]
+    first, last = re.fullmatch(  # type: ignore[union-attr]
+        r"node\[(\d+)-(\d+)\]", arguments[2]
+    ).groups()
     print(*(f"node{i}" for i in range(int(first), int(last) + 1)), sep="\n")
     return 0
 
 
 def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The options in front, `--name=value`, `--name value` or (only --requeue) `--name`; and what follows them."""
+    """Split off the leading options: `--name=value`, `--name value` or (only --requeue) `--name`.
+
+    Returns:
+        The options, and the words after them.
+    """
     options, words = {}, list(words)
     while words and words[0].startswith("--"):
         name, equals, value = words.pop(0)[2:].partition("=")
@@ -183,11 +201,16 @@ def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
     return options, words
 
 
-# Kubernetes: an Indexed Job with one pod a node. Its controller is in `kubectl apply`, which waits for the Job to end.
+# Kubernetes: an Indexed Job with one pod per node. Its controller is in `kubectl apply`, which
+# waits for the Job to end.
 
 
 def kubectl(arguments: list[str]) -> int:
-    """create secret generic NAME --from-literal=KEY=VALUE, into a file here; or apply -f FILE: 0 for a Job that is complete, 1 for a failed one."""
+    """Create a secret or run a Job.
+
+    `create secret generic NAME --from-literal=KEY=VALUE` writes a file here. `apply -f FILE` runs a
+    Job and returns 0 if it completes, and 1 if it fails.
+    """
     import yaml
 
     if arguments[:3] == ["create", "secret", "generic"]:
@@ -213,7 +236,8 @@ def kubectl(arguments: list[str]) -> int:
     hosts = "".join(
         f"10.77.0.{i + 1} {name}-{i}.{pod['subdomain']} {name}-{i}\n" for i in range(count)
     )
-    volume = f"mount -t tmpfs none /mnt && mkdir /mnt/work && mount --bind {shlex.quote(os.getcwd())} /mnt/work"
+    work = shlex.quote(os.getcwd())
+    volume = f"mount -t tmpfs none /mnt && mkdir /mnt/work && mount --bind {work} /mnt/work"
     for i in range(count):
         code = remote(f"node{i}", f"printf %s {shlex.quote(hosts)} >> /etc/hosts && {volume}")
         assert (

@@ -1,4 +1,7 @@
-"""Every kernel at its production configurations, compiled for four generations of GPUs without any: what fits, what spills, how wide loads are."""
+"""Compile every kernel at its production configurations for four generations of GPUs.
+
+No GPU is needed. The tests check what fits, what spills, and how wide loads are.
+"""
 
 from __future__ import annotations
 
@@ -65,14 +68,12 @@ def test_planted_faults_are_found():
     assert spilling.startswith("sm_90 spilling: ") and spilling.endswith(
         " bytes of spilled registers a thread; must be 0"
     )
-    assert (
-        rest
-        == [
-            "sm_90 narrow: a load through x_ptr is 16 bits wide; must be 128",  # and nothing on the table, nor on the indices
-            "sm_90 unread: no load through y_ptr found, which production() calls wide",
-            "sm_90 misnamed: does not compile: ValueError: the kernel has no argument stride",
-        ]
-    )
+    assert rest == [
+        # There is no fault for the table, nor for the indices.
+        "sm_90 narrow: a load through x_ptr is 16 bits wide; must be 128",
+        "sm_90 unread: no load through y_ptr found, which production() calls wide",
+        "sm_90 misnamed: does not compile: ValueError: the kernel has no argument stride",
+    ]
 
 
 def test_hard_rules():
@@ -84,7 +85,8 @@ def test_hard_rules():
         f"sm_90 {SOUND.name}: not one program fits: 64 registers a thread"
     ]
     assert faults(with_figures(widths={"x_ptr": 128, UNTRACED: 32})) == [
-        f"sm_90 {SOUND.name}: a load of 32 bits cannot be traced to its argument, which may be a wide one"
+        f"sm_90 {SOUND.name}: a load of 32 bits cannot be traced to its argument, "
+        "which may be a wide one"
     ]
     # Elsewhere spills and narrow loads are on record, but no fault.
     assert faults(with_figures(architecture="sm_80", spilled=16, widths={})) == []
@@ -120,7 +122,11 @@ def test_changes_against_the_record():
 
 
 def test_programs_side_by_side():
-    """NVIDIA's occupancy calculator, and the occupancy in waves a SIMD that AMD's compiler writes (92 registers: 5)."""
+    """Compare with NVIDIA's occupancy calculator and with the occupancy that AMD's compiler
+    reports.
+
+    AMD's figure is in waves per SIMD (5 with 92 registers).
+    """
     h100, mi300 = DEVICES["sm_90"], DEVICES["gfx942"]
     assert programs(h100, registers=32, shared=0, warps=4, tensor_columns=0) == 16  # of 64 warps
     assert (

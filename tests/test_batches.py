@@ -1,4 +1,7 @@
-"""Batches: the same examples at any number of ranks, packs that fit, the layout, held-out batches, the thread that prepares them."""
+"""Batches contain the same examples at any number of ranks, fit their packs, and are prefetched.
+
+The tests also cover the layout and the held-out batches.
+"""
 
 from __future__ import annotations
 
@@ -393,7 +396,8 @@ def test_a_store_without_an_example(tmp_path: Path):
     lonely = tiny_dataset(tmp_path / "lonely", [[5], [6]], [[7, 7], [8]])
     with pytest.raises(
         InputError,
-        match=r"lonely: split train: none of its 2 documents has two sentences, and objective.kind = \"mlm\+nsp\"",
+        match=r"lonely: split train: none of its 2 documents has two sentences, "
+        r"and objective.kind = \"mlm\+nsp\"",
     ):
         Batches(lonely, recipe())
     with pytest.raises(

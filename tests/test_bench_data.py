@@ -1,4 +1,7 @@
-"""The data benchmark, in its short form on real text: both sides agree, disagreement is noticed, and what it writes can be read."""
+"""The short form of the data benchmark on real text.
+
+Both sides agree, a disagreement is noticed, and what the benchmark writes can be read.
+"""
 
 from __future__ import annotations
 

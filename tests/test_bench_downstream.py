@@ -1,4 +1,7 @@
-"""The benchmark of fine-tuning runs to its end on small files, chooses by the held-out part, and splits its texts by title."""
+"""The fine-tuning benchmark runs to its end on small files.
+
+It selects by the held-out part, and splits its texts by title.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The split of a training step: every moment counted once, and in the part it belongs to, in both directions."""
+"""The split of a training step counts every moment once, in the right part, in both directions."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_what_is_saved_is_read(tmp_path):
 
 
 def test_the_files_are_those_of_safetensors(tmp_path):
-    """Also where a tensor has no number, one number, or more than are written at a time; and other programs find them aligned."""
+    """They are valid for tensors of no, one or very many numbers, and aligned for other readers."""
     state = {
         "weight/a": torch.zeros(0, 4),
         "weight/b": torch.tensor(3.5),
@@ -145,7 +145,7 @@ def test_a_rank_takes_every_tensor_but_holds_its_share_alone():
 
 
 def test_shares_of_several_ranks_are_one_checkpoint(tmp_path):
-    """Whatever wrote it, the tensors are the same; and files that the manifest does not name are not read."""
+    """The tensors do not depend on who wrote them, and files outside the manifest are not read."""
     (alone,) = save_at(tmp_path / "alone", 4)
     staging = staging_of(tmp_path / "shared/checkpoints", 4, "x")
     files = {}
@@ -204,7 +204,9 @@ SMALL_MEMORY = """
 import sys
 from pathlib import Path
 from fastbert.checkpoints.checkpoint import read_all
-anonymous = lambda: next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 before = anonymous()
 state = read_all(Path(sys.argv[1]))
 assert all(float(tensor.sum()) == 0 for slot in state.values() for tensor in slot.values())
@@ -255,7 +257,9 @@ def test_nothing_is_deleted_where_the_disk_gives_back_something_else(tmp_path, m
 
 
 def test_retention_does_not_count_damaged_ones_of_later_steps(tmp_path):
-    """After a fallback from a damaged step 30 to 10, a save at 20 must not delete the only sound ones."""
+    """After a fallback from a damaged step 30 to 10, a save at 20 must not delete the valid
+    ones.
+    """
     save_at(tmp_path, 10, 30)
     (tmp_path / "checkpoints/step-00000030" / MANIFEST).write_text("{")
     save_at(tmp_path, 20, keep=1)
@@ -265,8 +269,11 @@ def test_retention_does_not_count_damaged_ones_of_later_steps(tmp_path):
     assert newest_valid(tmp_path)[1] == [] and names(tmp_path) == ["step-00000030"]
 
 
-def test_a_sound_checkpoint_is_never_replaced(tmp_path):
-    """Saving the same state again is no error; another state of the same step is one, and a damaged one makes room for it."""
+def test_a_valid_checkpoint_is_never_replaced(tmp_path):
+    """Saving the same state again succeeds, and saving another state of the same step is an error.
+
+    A damaged checkpoint is replaced.
+    """
     save_at(tmp_path, 5)
     save(tmp_path / "checkpoints", 5, tensors(5), METADATA, 3)
     with pytest.raises(FileExistsError, match="another valid checkpoint of that step is there"):
@@ -335,7 +342,7 @@ except OSError as error:
 
 
 def test_a_share_that_fails_makes_room_at_once(tmp_path, monkeypatch):
-    """Long before the other ranks know of it: on a full disk there is more that wants to be written."""
+    """It frees the space long before the other ranks hear of it, since a full disk may need it."""
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 70)
     state = dict(tensors())
     list(state.values())[-1].fill_(float("nan"))
@@ -605,7 +612,8 @@ def test_a_damaged_checkpoint_is_named_and_the_next_sound_one_is_taken(tmp_path,
 @settings(max_examples=60, deadline=None)
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=60).map(str.encode), st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["format", "files", "metadata", "step", "sha256"]), inner),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["format", "files", "metadata", "step", "sha256"]), inner),
 ).map(lambda value: json.dumps(value).encode())))  # fmt: skip
 def test_rubbish_in_place_of_a_manifest_is_one_complaint(tmp_path_factory, rubbish):
     run = tmp_path_factory.mktemp("rubbish")

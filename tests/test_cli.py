@@ -1,4 +1,4 @@
-"""The command line in real processes: what it prints where, its exit codes, and one clear line for everything that is wrong."""
+"""The command line in real processes: output, exit codes, and one clear line for every error."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_version_and_no_arguments(capsys):
 
 @pytest.fixture
 def inside(place, monkeypatch, capsys):
-    """The same in this process, which has loaded everything already: (exit code, stdout, stderr)."""
+    """Run a command in this process, where everything is loaded: (exit code, stdout, stderr)."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -192,7 +192,10 @@ def test_more_bad_input(place, inside, case):
 
 
 def test_a_path_that_is_not_there_is_refused_before_anything_heavy_loads():
-    code = "import sys; from fastbert.cli import run; print(run(['fill-mask', 'nowhere', '[MASK]']), 'torch' in sys.modules)"
+    code = (
+        "import sys; from fastbert.cli import run; "
+        "print(run(['fill-mask', 'nowhere', '[MASK]']), 'torch' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     assert (
         subprocess.run(
@@ -287,7 +290,8 @@ def test_embed_warns_once_and_keeps_stdout_clean(inside, tmp_path):
     }
     assert (
         err
-        == "fastbert: 1 of 2 texts are longer than the 30 tokens that the model takes; the rest is cut off\n"
+        == "fastbert: 1 of 2 texts are longer than the 30 tokens that the model takes; the rest is "
+        "cut off\n"
     )
     assert np.load(tmp_path / "x.npy").shape == (2, 32)
 

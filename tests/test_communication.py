@@ -27,16 +27,23 @@ from tests import namespaces
     [(0, 1, 2), (0, 3, 2), (1, 3, 2), (2, 1, 2), (2, 3, 4), (3, 1, 3), (3, 3, 9)],
 )
 def test_the_least_is_what_rings_send(stage, micro_batches, passes):
-    """An all-reduce of the gradients, 2 (N - 1) / N of their bytes; at stage 3 3 (N - 1) / N for each micro-batch."""
+    """An all-reduce sends 2 (N - 1) / N of the gradients' bytes.
+
+    Stage 3 sends 3 (N - 1) / N of them for each micro-batch.
+    """
     for world in (1, 2, 4):
         expected = passes * (world - 1) / world * parameters() * WIDTH
         assert least_bytes(world, stage, micro_batches) == pytest.approx(expected)
 
 
 def test_gloos_reduce_by_hand():
-    """2 ranks and 8 MiB: 8 segments of 1 MiB, 4 to a share. Each rank sends 6 of them; then one sends its 4 to the root: 2 in the mean."""
+    """2 ranks and 8 MiB give 8 segments of 1 MiB, 4 per share.
+
+    Each rank sends 6 of them. Then one rank sends its 4 to the root, which is 2 on average.
+    """
     assert gloo_reduce(8 << 20, 2) == 8 << 20
-    # 4 ranks and few bytes: 8 segments, 2 to a share, 6 of them sent; then three ranks send 2 to the root.
+    # 4 ranks and few bytes: 8 segments, 2 per share, 6 of them sent. Then three ranks send 2 to the
+    # root.
     assert gloo_reduce(800, 4) == 600 + 600 / 4
 
 
@@ -56,7 +63,10 @@ def test_what_is_not_explained_is_a_fault():
 
 
 def test_two_ranks_send_what_they_are_asked_for():
-    """Real processes, each in a network of its own. One reduces to the owners of the gradients, the other drops weights."""
+    """Two real processes, each in a network of its own.
+
+    One case reduces to the owners of the gradients, and the other drops weights.
+    """
     if reason := namespaces.why_not():
         pytest.skip(reason)
     rows = measure(2, [Case(1, 1, "owners"), Case(3, 2, "dropped")])

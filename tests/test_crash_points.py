@@ -1,4 +1,7 @@
-"""A rank may die at any point of a save, and the disk may refuse at any point of it: the run goes on from a sound checkpoint, the same."""
+"""A rank dies, or the disk fails, at every point of a save.
+
+The run resumes from a valid checkpoint and gives the same results.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,7 @@ def disk(lab, request):
 
 
 def sound_one(trial: Trial) -> int:
-    """The step of the newest checkpoint, which is sound."""
+    """The step of the newest checkpoint, which is valid."""
     found, complaints = checkpoint.newest_valid(trial.seen)
     assert found is not None and complaints == []
     return found.step
@@ -112,7 +115,11 @@ def saves(trial: Trial) -> list[dict]:
 
 @pytest.mark.parametrize("disk", [("checkpoints", "1600k", 2)], indirect=True)
 def test_no_room_for_a_checkpoint(lab, disk):
-    """Two of them fill it. Training goes on; at its end the last state cannot be saved, which is an error; with room it goes on, the same."""
+    """Two checkpoints fill the disk, and training continues.
+
+    At the end the last state cannot be saved, which is an error. With free space the run resumes
+    and gives the same results.
+    """
     disk, trial, world = disk
     with trial.start(world) as ranks:
         assert ranks.wait() == [1] * world, ranks.errors
@@ -128,7 +135,10 @@ def test_no_room_for_a_checkpoint(lab, disk):
 
 @pytest.mark.parametrize("disk", [(".", "8m", 2)], indirect=True)
 def test_no_room_for_anything(lab, disk):
-    """The whole run folder is on a disk that something else fills up: an end in one line, and a sound checkpoint."""
+    """Another program fills the disk of the whole run folder.
+
+    The run ends with one line and leaves a valid checkpoint.
+    """
     disk, trial, world = disk
     ballast = trial.seen / "ballast"
     with trial.start(world) as ranks:

@@ -1,4 +1,6 @@
-"""The dataset reads back what was written, over any number of shards, and refuses one that is not whole."""
+"""A dataset reads back as it was written, over any number of shards; an incomplete one is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +176,10 @@ def write(name: str, text: str) -> Callable[[Path], None]:
 
 
 def more_tokens(path: Path) -> None:
-    """A vocabulary that the tokenizer does not have; a model that does, has embeddings for its own tokens alone."""
+    """Give the dataset a larger vocabulary than the tokenizer's.
+
+    A model with the tokenizer's vocabulary has embeddings for its own tokens only.
+    """
     words = (path / "tokenizer/vocab.txt").read_text(encoding="utf-8")
     write("tokenizer/vocab.txt", words + "".join(f"more{i}\n" for i in range(4000)))(path)
     edit(lambda manifest: manifest.update(vocab_size=5000))(path)

@@ -1,4 +1,7 @@
-"""NaN and infinity are an error of every verb: weights that hold them are bad input, a model that gives them has diverged; never exit code 0."""
+"""NaN and infinity are an error of every verb, and never end with exit code 0.
+
+Weights that contain them are bad input, and a model that computes them has diverged.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +134,10 @@ def test_any_type_of_number(folder, tmp_path, capsys, dtype):
 
 
 def test_a_checkpoint_and_a_run(folder, small_dataset, tmp_path, capsys):
-    """Whose hashes are right: somebody else wrote it. The page of such a run says so, and is made all the same."""
+    """Its hashes are correct, because another program wrote it.
+
+    The page of such a run says so, and is still written.
+    """
     run = make_run(tmp_path / "run", folder, str(small_dataset.path))
     path = run / "checkpoints/step-00000007"
     (file,) = path.glob("*.safetensors")
@@ -271,7 +277,10 @@ def constant(name: str) -> None:
 
 
 def test_metrics_are_json_and_read_again(folder, small_dataset, tmp_path):
-    """By the picture, the page and the model card; a run may have had one evaluation, and that one was NaN."""
+    """The picture, the page and the model card read them.
+
+    A run may have had a single evaluation whose loss was NaN.
+    """
     run = make_run(tmp_path / "run", folder, str(small_dataset.path))
     file = MetricsFile(run / "metrics.jsonl", fresh=True)
     for record in (STEP, EVALUATION):

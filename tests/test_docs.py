@@ -1,12 +1,14 @@
-"""Every code block of the README and of the site's pages is run, or is checked and names the reason why it is not run.
+"""Every code block of the README and of the site's pages is run, or checked with a stated reason.
 
-The blocks of a page run in their order in one folder. It holds what readers have beforehand: `text.txt`, `bert-base-uncased/` (a BERT folder,
-tiny here) and `tiny.toml`. A block with a title, such as ```toml title="my.toml"```, is written to that file. Commands of fastbert run in this
-process, others in a shell. A comment right before a block, also at the end of the line before it, says what is
-different here:
+The blocks of a page run in order in one folder. It holds what readers have beforehand: `text.txt`,
+`bert-base-uncased/` (a BERT folder, tiny here) and `tiny.toml`. A block with a title, such as
+```toml title="my.toml"```, is written to that file. fastbert commands run in this process, and
+others in a shell. A comment before a block, which may be at the end of the previous line, says what
+is different here:
 
-    <!-- test: 10_000 -> 4; new folder -->       replaces text of the block, so that it is short; starts in another folder
-    <!-- test: not run, it needs two GPUs -->    only checks commands, options, keys of recipes and files that the block names
+    <!-- test: 10_000 -> 4; new folder -->       shortens the block by replacing text; new folder
+    <!-- test: not run, it needs two GPUs -->    only checks that commands, options, recipe keys
+                                                 and files of the block exist
     <!-- test of the page: not run, REASON -->   the same for all blocks of a page
 """
 
@@ -119,7 +121,9 @@ ALL_BLOCKS = [block for name in PAGE_NAMES for block in blocks(name)]
 
 
 def test_no_block_is_unaccounted_for():
-    """Every fence belongs to a block that was found, and every block is of a kind that is run, written, checked or shown."""
+    """Every fence belongs to a block that was found, and every block is run, written, checked or
+    shown.
+    """
     for name in PAGE_NAMES:
         page = (ROOT / name).read_text(encoding="utf-8")
         assert len(re.findall(r"^\s*```", page, re.MULTILINE)) == 2 * len(blocks(name)), name
@@ -221,7 +225,7 @@ def run_command(line: str, where: str) -> None:
 
 
 def check_command(line: str, where: str) -> None:
-    """Assert that the command, its options, the keys of recipes, modules and targets of make exist."""
+    """Assert that the command exists, with its options, recipe keys, modules and make targets."""
     words = shlex.split(line, comments=True)
     for i, word in enumerate(words):
         following = words[i + 1 :]

@@ -55,7 +55,10 @@ def test_rates_are_those_of_a_processor():
 
 
 def test_the_rate_counts_every_operation():
-    """The best round is no slower than the mean of all: the operations that torch counts, over the time the call took."""
+    """The best round is at least as fast as the mean rate.
+
+    The rate is the operations that torch counts over the time that the call took.
+    """
 
     def of_linear(x, weight, *_, **__):
         return 2 * x[0] * x[1] * weight[0]

@@ -1,4 +1,4 @@
-"""Vectors of texts: the pools against transformers, order, packs, and the file that the verb writes."""
+"""Vectors of texts: pools against transformers, order, packs, and the file that the verb writes."""
 
 from __future__ import annotations
 
@@ -210,7 +210,10 @@ LINES = ["first line", "", "third\u2028still third", 'a, "quoted" one', "last"]
 
 
 def write_source(file: Path) -> Path:
-    """The same texts in every format that is read; csv, tsv and Parquet with a column that is not for us."""
+    """Write the same texts in every supported format.
+
+    csv, tsv and Parquet have a further column that embed must ignore.
+    """
     name = file.name.removesuffix(".gz")
     if name.endswith(".txt"):
         data = "\ufeff" + "\n".join(LINES) + "\n"

@@ -1,4 +1,4 @@
-"""What the encoder counts of a text: spelling that the tokenizer drops, and characters that become [UNK]."""
+"""The encoder counts the spelling that the tokenizer drops, and characters that become [UNK]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step is the step of the whole batch, and what is saved is what is loaded, at every ZeRO stage."""
+"""A step is the step of the whole batch, and checkpoints load as saved, at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -137,7 +137,10 @@ def test_a_step_is_the_gradient_of_the_whole_batch(small_dataset, packs, gradien
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
-    """Where a layer is one function (fused_layer.py), of its own parameters and of those of the modules inside it."""
+    """A layer is one function there (fused_layer.py).
+
+    It reads its own parameters and those of the modules inside it.
+    """
     config = dataclasses.replace(
         sgd(), batch=BatchConfig(sequences=2, max_length=16, micro_batch_tokens=40)
     )
@@ -197,7 +200,10 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_does_not_wait_for_all_that_is_queued(small_dataset, packs, stage, monkeypatch):
-    """DeepSpeed does so from the third step on, before each micro-batch and after the update, unless its throughput timer is off."""
+    """Unless its throughput timer is off, DeepSpeed does wait from the third step on.
+
+    It waits before each micro-batch and after the update.
+    """
     waits: list[int] = []
     monkeypatch.setattr(
         deepspeed.accelerator.get_accelerator(), "synchronize", lambda *_: waits.append(1)
@@ -289,7 +295,10 @@ def go_on(small_dataset, packs, stage: int, precision: str) -> dict[str, dict[st
     [("lamb", 0), *((name, stage) for name in ("adamw", "sgd") for stage in STAGES)],
 )
 def test_a_state_from_before_the_first_step(small_dataset, packs, stage, optimizer):
-    """As where every step was skipped so far: moments of zero, from which training is the same as from none."""
+    """This is the state where every step so far was skipped.
+
+    Its moments are zero, and training from it is the same as training without a state.
+    """
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name=optimizer))
     with engine(small_dataset, stage, config) as built:
         state = state_of(built)
@@ -361,7 +370,11 @@ def test_evaluation_is_without_dropout_and_changes_nothing(small_dataset, packs)
 def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(
     small_dataset, packs, stage
 ):
-    """Only the longest sequences reach the last positions, whose embedding is broken for one step; the next steps are as if it had not been."""
+    """The embedding of the last positions is broken for one step, and only the longest sequences
+    use it.
+
+    The next steps are the same as without the fault.
+    """
     longest = max(pack.max_seqlen for pack in packs[1])
     bad_examples = [
         int(e)
@@ -388,7 +401,11 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(
 
 @contextmanager
 def broken_position(built: Engine, position: int) -> Iterator[None]:
-    """One position's embedding is NaN in the forward pass, where the stage keeps its working copy; the masters do not notice."""
+    """Make one position's embedding NaN in the forward pass, where the stage keeps its working
+    copy.
+
+    The master weights do not change.
+    """
     module = built.model.embeddings
 
     def spoil(module: Any, inputs: Any) -> None:
@@ -477,13 +494,14 @@ with engine(dataset, int(os.environ["STAGE"]), sgd()) as built:
     result = built.step(packs, lr=1.0)
     after = state_of(built)["weight"]
     if built.group.rank == 0:
-        torch.save(({n: before[n] - after[n] for n in before}, result.loss, result.tokens, result.grad_norm), "out.pt")
+        delta = {n: before[n] - after[n] for n in before}
+        torch.save((delta, result.loss, result.tokens, result.grad_norm), "out.pt")
 """
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_two_ranks_make_the_same_step(small_dataset, packs, gradient, tmp_path, stage):
-    """Real processes with gloo. Each has its own share of the examples, and other numbers of masked tokens."""
+    """Real processes with gloo, which differ in their examples and numbers of masked tokens."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),

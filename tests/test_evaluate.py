@@ -190,7 +190,8 @@ def test_a_folder_and_another_store_with_the_same_tokenizer(small_dataset, folde
         numbers(evaluate(fastbert.load(x), small_dataset.path, SEQUENCES).flat())
         for x in (run, folder)
     )
-    # The folder has no recipe: the default's max_length is cut to the model's 32 positions, which is the run's. Packs may differ.
+    # The folder has no recipe. So the default max_length is cut to the model's 32 positions, which
+    # is also the run's value. Packs may differ.
     assert of_folder == pytest.approx(of_run, rel=2e-6)
 
 
@@ -225,7 +226,8 @@ def test_a_store_of_another_tokenizer(small_dataset, run, tmp_path):
     other = make_hugging_face_folder(tmp_path / "other")
     with pytest.raises(
         InputError,
-        match=r"made with another tokenizer \(1,000 tokens\).*\(400\); prepare the text with --tokenizer",
+        match=r"made with another tokenizer \(1,000 tokens\).*\(400\); prepare the text with "
+        r"--tokenizer",
     ):
         evaluate(fastbert.load(other), small_dataset.path)
     # The same tokens, but capital letters kept: other ids from the same text.

@@ -1,4 +1,7 @@
-"""A layer as one function is the layer that model.py composes of the same kernels: results to the bit, gradients to rounding."""
+"""A layer as one function equals the layer that model.py composes of the same kernels.
+
+Results are equal to the bit, and gradients to rounding.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,11 @@ NEVER_S = 60.0  # one that is not
 
 
 def member(timeout_s: float, **acts: str) -> int:
-    """Meet; do what `acts` says of this rank ("1" -> "InputError: text"), under a common fate; agree on a few things; part."""
+    """Run one rank: join, do what `acts` says of this rank under `raise_on_all_ranks`, exchange,
+    leave.
+
+    `acts` maps a rank to an action, for example "1" to "InputError: text".
+    """
     with StopRequest() as stop_request:
         try:
             with join(timeout_s, stop_request) as group:
@@ -145,8 +149,8 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
         store = f"127.0.0.1:{toys.port}"
         for rank in (0, 2):
             assert (
-                toys.out(rank)
-                == f"RankLost: rank 1, rank 3 did not come to {store} within 3 s (runtime.timeout_s)\n"
+                toys.out(rank) == f"RankLost: rank 1, rank 3 did not come to {store} "
+                "within 3 s (runtime.timeout_s)\n"
             )
 
 
@@ -236,7 +240,8 @@ def test_the_port_is_taken(tmp_path):
         assert toys.wait() == [2]
         assert (
             toys.out(0)
-            == f"InputError: MASTER_PORT = {port}: another process listens there on 127.0.0.1; choose another port\n"
+            == f"InputError: MASTER_PORT = {port}: another process listens there on 127.0.0.1; "
+            "choose another port\n"
         )
     del store
 
@@ -272,7 +277,9 @@ def test_a_launchers_store_still_has_the_keys_of_earlier_attempts(tmp_path):
 
 
 def test_the_store_of_an_attempt_that_ends_just_now(tmp_path):
-    """Rank 1 of the next attempt comes before rank 0 of the last one has gone, and their ports are the same."""
+    """Rank 1 of the next attempt comes before rank 0 of the last one has ended, at the same
+    port.
+    """
     port = free_port()
     old = hold_store("127.0.0.1", port)
     with members(tmp_path, 2, only=(1,), MASTER_PORT=str(port)) as toys:
@@ -287,7 +294,10 @@ OTHER_KEY = "another key, with 32 characters or more"
 
 @pytest.mark.parametrize("odd", [0, 1])
 def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
-    """As where home directories are not shared; not only after the time-out, and no rank goes on without the others."""
+    """This happens where home directories are not shared.
+
+    The error comes before the time-out, and no rank continues without the others.
+    """
     with members(
         tmp_path, 3, 10 * NEVER_S, only=[rank for rank in range(3) if rank != odd]
     ) as toys:
@@ -296,8 +306,10 @@ def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
         assert toys.wait() == [2, 2, 2]
         said = [toys.out(rank) for rank in range(3)]
         todo = (
-            "and this process (FASTBERT_RENDEZVOUS_KEY) do not have the same key, which every process of a run needs; where the nodes do not "
-            "share home directories, set FASTBERT_RENDEZVOUS_KEY to the same value on each of them, or copy ~/.fastbert/rendezvous.key to each"
+            "and this process (FASTBERT_RENDEZVOUS_KEY) do not have the same key, "
+            "which every process of a run needs; where the nodes do not "
+            "share home directories, set FASTBERT_RENDEZVOUS_KEY to the same value on each of "
+            "them, or copy ~/.fastbert/rendezvous.key to each"
         )
         stranger_to_0 = f"InputError: rank 0 at 127.0.0.1:{toys.port} {todo}\n"
         if odd == 0:
@@ -334,7 +346,7 @@ STRANGE = [b'["bye", 0]', b'["gone", "\x1b[2J", 7]', b"\xff\x00", b"", b"{", b"[
 
 
 def test_a_stranger_does_not_keep_ranks_from_meeting(tmp_path):
-    """Every place that can be known is taken before the ranks come, and some again while they wait."""
+    """A stranger writes to every key that can be guessed before the ranks come, and again later."""
     agent: Any = hold_store("127.0.0.1", 0)
     stranger: Any = dist.PrefixStore(
         "fastbert",
@@ -383,8 +395,8 @@ def test_a_stranger_does_not_keep_ranks_from_meeting(tmp_path):
     del agent
 
 
-def test_a_knock_that_is_written_over_is_repeated(tmp_path):
-    """Rank 1 waits for rank 0, who does not come yet; what is there when he comes is a stranger's."""
+def test_a_registration_that_is_overwritten_is_repeated(tmp_path):
+    """Rank 1 waits for rank 0, which comes later and finds a stranger's value."""
     agent: Any = hold_store("127.0.0.1", 0)
     given: Any = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with members(tmp_path, 2, only=(1,), **given) as toys:
@@ -396,7 +408,10 @@ def test_a_knock_that_is_written_over_is_repeated(tmp_path):
 
 
 def test_what_was_signed_for_an_earlier_attempt_is_refused(tmp_path):
-    """A stranger copies all that the ranks said to each other, and puts it in the way of the next attempt. gloo's own keys are not signed."""
+    """A stranger copies all messages between the ranks and replays them in the next attempt.
+
+    gloo's own keys are not signed.
+    """
     agent: Any = hold_store("127.0.0.1", 0)
     given: Any = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     (tmp_path / "first").mkdir()
@@ -426,8 +441,8 @@ def test_what_was_signed_for_an_earlier_attempt_is_refused(tmp_path):
         toys.start([2])
         assert toys.wait() == [0, 0, 0], [toys.err(rank) + toys.out(rank) for rank in range(3)]
         assert (
-            "gathered [{'rank': 0, 'text': ''}, {'rank': 1, 'text': 'é'}, {'rank': 2, 'text': 'éé'}]"
-            in toys.out(0)
+            "gathered [{'rank': 0, 'text': ''}, {'rank': 1, 'text': 'é'}, "
+            "{'rank': 2, 'text': 'éé'}]" in toys.out(0)
         )
     del agent
 
