@@ -254,8 +254,7 @@ class Cluster:
 
 
 def _is_rank(words: list[str]) -> bool:
-    """Tell whether the command line is a rank's and not that of a launcher with a rank's as
-    arguments.
+    """Tell a rank's command line from that of a launcher that has a rank's as arguments.
 
     A rank's is `python -u -m fastbert pretrain ...` or `python .../bin/fastbert pretrain ...`.
     """

@@ -39,8 +39,9 @@ def install(folder: Path) -> None:
 
 
 def sshd(address: str) -> int:
-    """Serve for ever. A request is one line of JSON; the answer is the output, END and the exit
-    code.
+    """Serve requests for ever.
+
+    A request is one line of JSON. The answer is the command's output, END and the exit code.
     """
 
     class Handler(socketserver.StreamRequestHandler):

@@ -122,8 +122,7 @@ def test_changes_against_the_record():
 
 
 def test_programs_side_by_side():
-    """Compare with NVIDIA's occupancy calculator and with the occupancy that AMD's compiler
-    reports.
+    """Compare with NVIDIA's occupancy calculator and the occupancy in the output of AMD's compiler.
 
     AMD's figure is in waves per SIMD (5 with 92 registers).
     """

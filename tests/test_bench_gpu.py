@@ -83,9 +83,7 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory) -> dict[str, str]:
-    """The environment of a process, and of its children, that can import only what the image
-    has.
-    """
+    """The environment of a process, and of its children, with the imports of the image."""
     folder = tmp_path_factory.mktemp("image")
     (folder / "sitecustomize.py").write_text(BLOCKER, encoding="utf-8")
     kept = {

@@ -257,9 +257,7 @@ def test_nothing_is_deleted_where_the_disk_gives_back_something_else(tmp_path, m
 
 
 def test_retention_does_not_count_damaged_ones_of_later_steps(tmp_path):
-    """After a fallback from a damaged step 30 to 10, a save at 20 must not delete the valid
-    ones.
-    """
+    """After a fallback from a damaged step 30 to 10, a save at 20 must keep the valid ones."""
     save_at(tmp_path, 10, 30)
     (tmp_path / "checkpoints/step-00000030" / MANIFEST).write_text("{")
     save_at(tmp_path, 20, keep=1)

@@ -1,6 +1,4 @@
-"""A dataset reads back as it was written, over any number of shards; an incomplete one is
-refused.
-"""
+"""A dataset reads back as written, over any number of shards; an incomplete one is refused."""
 
 from __future__ import annotations
 

@@ -121,9 +121,7 @@ ALL_BLOCKS = [block for name in PAGE_NAMES for block in blocks(name)]
 
 
 def test_no_block_is_unaccounted_for():
-    """Every fence belongs to a block that was found, and every block is run, written, checked or
-    shown.
-    """
+    """Every fence belongs to a block, and every block is run, written, checked or shown."""
     for name in PAGE_NAMES:
         page = (ROOT / name).read_text(encoding="utf-8")
         assert len(re.findall(r"^\s*```", page, re.MULTILINE)) == 2 * len(blocks(name)), name

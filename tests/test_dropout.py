@@ -176,9 +176,7 @@ def test_attention_draws_the_defined_masks(impl, cut, dtype, lengths, size, p):
 @pytest.mark.parametrize("impl", ["triton", "cpu"])
 @pytest.mark.parametrize("size", [16, 255, 768])
 def test_norm_draws_the_defined_masks(impl, size):
-    """Kept elements of x = 1 on a residual of 0 are above the mean; dropped ones have gradient
-    0.
-    """
+    """Kept elements of x = 1 on a residual of 0 exceed the mean; dropped ones have gradient 0."""
     rows, p, stream = 37, 0.5, 7
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(2))
     leaves = {
@@ -330,8 +328,9 @@ def test_attention_does_not_depend_on_the_place_in_the_pack():
 
 
 def test_padding_of_a_pack_leaves_the_keys_of_its_tokens_as_they_are():
-    """Padding is tokens after the last sequence and empty sequences at the end, with seeds of their
-    own.
+    """Padding is tokens after the last sequence and empty sequences at the end.
+
+    These tokens have seeds of their own.
     """
     seeds, cu = torch.tensor(HARD_SEEDS[1:4]), bounds([5, 1, 7])
     bare = row_seeds(seeds, cu, 13)
@@ -498,9 +497,7 @@ def test_masks_of_epochs_and_seeds_are_random(tmp_path):
 
 
 def rows_of(words: Callable[[Tensor, Tensor], Tensor], p: float) -> Tensor:
-    """Return scaled masks as in `masks_of`, from a generator of 32-bit words by row and column
-    pair.
-    """
+    """Return scaled masks as in `masks_of`, from random 32-bit words by row and column pair."""
     x = (words(torch.arange(16 * 32 * 3 * 4)[:, None], torch.arange(256)) & 0xFFFFFFFF).unflatten(
         -1, (-1, 8)
     )

@@ -450,7 +450,7 @@ from fastbert.training.engine import Engine
 from fastbert.cluster.group import join
 from tests.test_engine import CONFIG, new_model, state_of
 
-dataset = open_dataset(os.environ["STORE"])
+dataset = open_dataset(os.environ["DATASET"])
 found = {}
 with join(60) as group:
     packs = [Batches(dataset, CONFIG).step(i, group.rank, group.world) for i in range(3)]
@@ -491,7 +491,7 @@ def test_what_is_taken_trains_and_resumes_and_what_is_refused_would_not(small_da
         if "round_robin_gradients" not in zero:
             check_settings(read(tmp_path, {"zero_optimization": zero}))
     variables = {
-        "STORE": str(small_dataset.path),
+        "DATASET": str(small_dataset.path),
         "CASES": json.dumps(cases),
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",

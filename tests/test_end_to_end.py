@@ -108,9 +108,7 @@ def steps(run: Path) -> dict[int, dict]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with Python's help pages in `text.jsonl`, the dataset made from them, and a
-    recipe.
-    """
+    """A folder with Python's help pages in `text.jsonl`, their dataset, and a recipe."""
     folder = tmp_path_factory.mktemp("end_to_end")
     texts = pydoc_data.topics.topics.values()
     (folder / "text.jsonl").write_text(
@@ -206,9 +204,7 @@ def test_embed(place, run):
 
 
 def test_transformers_gives_the_same(run, exported):
-    """Stock transformers computes the same logits, hidden states, mask fillings and pair
-    probabilities.
-    """
+    """Stock transformers computes the same logits, hidden states, fillings and pair scores."""
     model = BertForPreTraining.from_pretrained(exported).eval()
     tokenizer = AutoTokenizer.from_pretrained(exported)
     ours = fastbert.load(run)

@@ -370,8 +370,7 @@ def test_evaluation_is_without_dropout_and_changes_nothing(small_dataset, packs)
 def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(
     small_dataset, packs, stage
 ):
-    """The embedding of the last positions is broken for one step, and only the longest sequences
-    use it.
+    """For one step the embedding of the last positions is broken; only the longest sequences use it.
 
     The next steps are the same as without the fault.
     """
@@ -401,8 +400,7 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(
 
 @contextmanager
 def broken_position(built: Engine, position: int) -> Iterator[None]:
-    """Make one position's embedding NaN in the forward pass, where the stage keeps its working
-    copy.
+    """Make one position's embedding NaN in the forward pass, in the stage's working copy.
 
     The master weights do not change.
     """
@@ -487,7 +485,7 @@ sys.path[:0] = [os.environ["TESTS"]]
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import open_dataset
 from test_engine import CONFIG, engine, sgd, state_of
-dataset = open_dataset(os.environ["STORE"])
+dataset = open_dataset(os.environ["DATASET"])
 with engine(dataset, int(os.environ["STAGE"]), sgd()) as built:
     packs = Batches(dataset, CONFIG).step(0, built.group.rank, built.group.world)
     before = state_of(built)["weight"]
@@ -506,7 +504,7 @@ def test_two_ranks_make_the_same_step(small_dataset, packs, gradient, tmp_path, 
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         "TESTS": str(ROOT / "tests"),
-        "STORE": str(small_dataset.path),
+        "DATASET": str(small_dataset.path),
         "STAGE": str(stage),
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",

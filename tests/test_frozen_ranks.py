@@ -1,6 +1,4 @@
-"""SIGSTOP: a rank that stops answering is named, all others end, and it does no harm if it
-resumes.
-"""
+"""After SIGSTOP the frozen rank is named, all others end, and it does no harm if it resumes."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ NEVER_S = 60.0  # one that is not
 
 
 def member(timeout_s: float, **acts: str) -> int:
-    """Run one rank: join, do what `acts` says of this rank under `raise_on_all_ranks`, exchange,
-    leave.
+    """Run one rank: join the group, do this rank's act, exchange some values and leave.
 
-    `acts` maps a rank to an action, for example "1" to "InputError: text".
+    `acts` maps ranks to acts, for example "1" to "InputError: text". An act runs under
+    `raise_on_all_ranks`.
     """
     with StopRequest() as stop_request:
         try:
@@ -277,8 +277,9 @@ def test_a_launchers_store_still_has_the_keys_of_earlier_attempts(tmp_path):
 
 
 def test_the_store_of_an_attempt_that_ends_just_now(tmp_path):
-    """Rank 1 of the next attempt comes before rank 0 of the last one has ended, at the same
-    port.
+    """Rank 1 of the next attempt comes before rank 0 of the last one has ended.
+
+    Both attempts have the same port.
     """
     port = free_port()
     old = hold_store("127.0.0.1", port)

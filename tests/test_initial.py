@@ -165,7 +165,10 @@ def test_other_tokens_are_refused(recipe, folder, tmp_path):
     ],
 )
 def test_weights_that_are_not_finite_are_refused(recipe, folder, tmp_path, name, bad):
-    """One number is enough: every step from there would be skipped. The message has the name that the folder gives the weight."""
+    """One such number is enough: every step from these weights would be skipped.
+
+    The message names the weight as the folder does.
+    """
     weights = load_file(folder / "model.safetensors")
     weights[name].view(-1)[7 % weights[name].numel()] = bad
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,8 @@
-"""Properties of every Triton operation: drawn shapes, the order of programs, strides, 64-bit offsets, place in the pack, bad input. Walks SPECS."""
+"""Properties of every Triton operation in SPECS.
+
+The tests cover random shapes, the order of programs, strides, 64-bit offsets, the place in the pack
+and bad input.
+"""
 
 import contextlib
 import itertools
@@ -34,7 +38,10 @@ def tensors(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @st.composite
 def shapes(draw: st.DrawFn, spec: Spec) -> Shape:
-    """With the axes of one of the spec's shapes, and sizes next to those that the spec lists, which lie around tiles."""
+    """Draw a shape with the axes of one of the spec's shapes.
+
+    Its sizes are close to the sizes that the spec lists, which are around tiles.
+    """
     shape: Shape = {}
     for axis in draw(st.sampled_from(list(kinds(spec)))):
         listed = [other[axis] for other in spec.shapes if axis in other]
@@ -157,9 +164,10 @@ FAR = [
 
 
 def far_apart(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """The same values with the last slice along `axis` more than 2^31 elements from the first: 8 GB, of which next to nothing is touched.
+    """Return the same values, with the last slice along `axis` over 2^31 elements after the first.
 
-    An offset that wraps around finds itself in the lower half, rather than where no memory is.
+    The tensor spans 8 GB, of which almost nothing is touched. An offset that overflows points into
+    the lower half, and not to unmapped memory.
     """
     strides = list(x.contiguous().stride())
     strides[axis] = 2**31 // (x.shape[axis] - 1) // 16 * 16 + 16
@@ -179,7 +187,10 @@ def far_apart(x: torch.Tensor, axis: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "key", "axis"), FAR)
 def test_offsets_beyond_32_bits(name, key, axis, monkeypatch):
-    """Without the sanitizer, whose shadow of such a tensor would be real memory; in fp16, since the stock interpreter is wrong in bf16."""
+    """This runs without the sanitizer, whose shadow of such a tensor would need real memory.
+
+    It runs in fp16, because the stock interpreter is wrong in bf16.
+    """
     monkeypatch.setattr(test_kernels, "watched", lambda _: contextlib.nullcontext())
     arguments = inputs(name, torch.float16)
     with mock.patch.object(
@@ -205,7 +216,10 @@ def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype,
     )
 
     def outcome(order: list[int]) -> list[dict[str, torch.Tensor]]:
-        """Results and gradients of each sequence, in the order of `lengths`, packed in another one."""
+        """Return results and gradients of each sequence in the order of `lengths`.
+
+        The sequences are packed in `order`.
+        """
         ends = list(itertools.accumulate(lengths, initial=0))
         tokens = torch.cat([torch.arange(ends[i], ends[i + 1]) for i in order]).to(DEVICE)
         rows, more = tokens, {}
@@ -244,7 +258,10 @@ def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype,
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("size", [48, 64])
 def test_attention_of_a_sequence_does_not_depend_on_the_longest_of_the_pack(size, dtype, cut, p):
-    """Up to 64 tokens it goes through the same tile whether longer ones are in the pack, which take another launch, or not."""
+    """A sequence of up to 64 tokens goes through the same tile in any pack.
+
+    Longer sequences in the pack take another launch.
+    """
     lengths = [64, 128, 1, 65, 33, 0]
     arguments = inputs(
         "attention",
@@ -312,7 +329,10 @@ PADDED = [
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("impl", [impl for name, impl in EVERY if name == "attention"])
 def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, shape, listed):
-    """Whatever is in them: here NaN, in the upstream gradient too. The others are as without padding, bit for bit."""
+    """Padding may contain anything: here NaN, also in the upstream gradient.
+
+    The other rows are bit for bit as without padding.
+    """
     spec = SPECS["attention"]
     arguments = inputs("attention", DTYPES[dtype], 0.1, shape)
     end = int(arguments["cu_seqlens"][-1])
@@ -508,6 +528,7 @@ def test_the_values_of_a_pack_are_checked(change, message, impl):
 def test_a_head_size_that_triton_does_not_have_is_refused(size):
     with pytest.raises(
         ValueError,
-        match=f'varlen_attention: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"',
+        match=f"varlen_attention: K = {size}, expected a multiple of 16 up to 128 for impl = "
+        f'"triton"',
     ):
         SPECS["attention"].function(**inputs("attention", shape=PACK | {"K": size}), impl="triton")

@@ -1,6 +1,7 @@
-"""Every operation, every implementation: results, gradients and dropout masks against the reference in fp64.
+"""Compare every implementation of every operation with the reference in fp64.
 
-Triton kernels run on the GPU where there is one, elsewhere in the interpreter under `tests/sanitizer.py`.
+This covers results, gradients and dropout masks. Triton kernels run on the GPU where there is one,
+and otherwise in the interpreter under `tests/sanitizer.py`.
 """
 
 import contextlib
@@ -90,10 +91,11 @@ def run(spec, arguments, impl, dtype=None):
 
 @pytest.mark.parametrize(("name", "impl", "shape", "p", "dtype"), list(cases()))
 def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
-    """err(ours) <= 2 err(plain torch in the same dtype) + 1 ulp, err the largest difference from fp64, 1 ulp eps * max|fp64|.
+    """err(ours) <= 2 err(plain torch in the same dtype) + 1 ulp.
 
-    Where a gradient vanishes (of a softmax over a single key) there is no largest value: it is what two sums differ by, each of
-    terms as large as the other gradients.
+    err is the largest difference from fp64, and 1 ulp is eps * max|fp64|. Where a gradient vanishes
+    (of a softmax over a single key) there is no largest value. The gradient is then the difference
+    of two sums whose terms are as large as the other gradients.
     """
     spec = SPECS[name]
     arguments = spec.inputs(shape, DTYPES[dtype], p)
@@ -118,7 +120,10 @@ def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_takes_1_and_8192_tokens_in_one_batch(dtype):
-    """Few queries, so that the reference's scores fit; not in SPECS, where others draw shapes around it."""
+    """Few queries, so that the reference's scores fit in memory.
+
+    The shape is not in SPECS, because other tests draw shapes near those.
+    """
     test_agrees_with_the_reference_in_fp64(
         "attention", "triton", {"lengths": [1, 8192, 130], "H": 1, "K": 32, "R": 60}, 0.1, dtype
     )

@@ -1,4 +1,4 @@
-"""The encoder trains the same with any kernels: losses, every gradient, and a run of twenty steps."""
+"""The encoder trains the same with all kernels: losses, gradients and a run of twenty steps."""
 
 import contextlib
 import copy

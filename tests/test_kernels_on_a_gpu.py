@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same bits when programs really run at once, memory, tensors of more than 2^31 elements."""
+"""What only a GPU can show: reproducible bits, memory use, and tensors over 2^31 elements."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_the_same_bits_at_every_run(name):
 
 
 def test_the_loss_needs_a_tenth_of_the_memory_at_the_most():
-    """At M = 8,192, D = 768, V = 30,522, forward and backward, gradients left out of the count on both sides."""
+    """M = 8,192, D = 768, V = 30,522, forward and backward; gradients are not counted."""
     draw = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
     leaves = [
         torch.randn(8192, 768, **draw),

@@ -45,7 +45,7 @@ def test_while_tiles_are_tuned_nothing_is_kept():
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_good_call_does_not_excuse_a_bad_one(name):
-    """The same shapes, then one thing after the other that must be refused, and the good call again."""
+    """Make a good call, then a bad one for each argument, then the good call again."""
     spec, good = SPECS[name], inputs(name)
 
     def call(**changes: object) -> None:

@@ -1,4 +1,7 @@
-"""Every launch of the kernels and of the model is accepted by the compiler, on two versions of Triton and three generations of GPUs."""
+"""The compiler accepts every launch of the kernels and of the model.
+
+This is checked on two versions of Triton and for three generations of GPUs.
+"""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_error_is_at_most_twice_that_of_torch_plus_one_ulp(onednn, rows, inputs,
 
 
 def test_strides_do_not_matter(onednn):
-    """A slice of a weight, columns of a wider x, and the gradient of a sum, which has no strides at all."""
+    """A slice of a weight, columns of a wider x, and the gradient of a sum, which is expanded."""
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(50, 192, generator=draw)[:, 64:128], torch.randn(96, 64, generator=draw)
     for part in (weight[:32], weight[32:], weight[::3]):

@@ -1,4 +1,7 @@
-"""`fastbert.load`: the same model from a run, a checkpoint and a Hugging Face folder, and one line for everything that is none of these."""
+"""`fastbert.load` gives the same model from a run, a checkpoint and a Hugging Face folder.
+
+Anything else is refused with one line.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ def test_run_checkpoint_and_folder_are_the_same_model(original, run):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_decoder_of_its_own_goes_both_ways(original, hf, tmp_path, bias):
-    """With its bias under its own name, too, as transformers writes it today, or only the shared one, as it used to."""
+    """transformers now writes the decoder's bias under its own name; before, only the shared one."""
     config = BertConfig.from_pretrained(original, tie_word_embeddings=False)
     theirs = TheirModel.from_pretrained(original, config=config).eval()
     decoder = theirs.cls.predictions.decoder
@@ -112,7 +115,8 @@ def test_weights_in_an_empty_index(original, tmp_path):
     replace("model.safetensors.index.json", b'{"weight_map": {"x": "../x"}}')(tmp_path)
     with pytest.raises(
         InputError,
-        match=r"model.safetensors.index.json: weight_map names '../x', which is no file of this folder",
+        match=r"model.safetensors.index.json: weight_map names '../x', which is no file of this "
+        r"folder",
     ):
         fastbert.load(tmp_path)
 
@@ -304,7 +308,10 @@ def test_a_rubbish_config_is_read_or_refused(tmp_path_factory, data):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.data())
 def test_rubbish_weights_are_refused(original, tmp_path_factory, data):
-    """A sound file that was cut, or had a few bytes of its header changed: read only where the change does not matter."""
+    """A valid file is truncated or has changed bytes in its header.
+
+    It may be read only where the change does not matter.
+    """
     folder = tmp_path_factory.getbasetemp() / "rubbish"
     folder.mkdir(exist_ok=True)
     sound = bytearray((original / "model.safetensors").read_bytes())

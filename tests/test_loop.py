@@ -1,4 +1,4 @@
-"""Runs, from the recipe to the folder that they leave: whole, interrupted, resumed, refused, failed."""
+"""Runs, from the recipe to their folder: complete, interrupted, resumed, refused and failed."""
 
 from __future__ import annotations
 
@@ -118,7 +118,10 @@ def refusal(recipe: Path, *overrides: str, resume: bool = False) -> str:
 
 
 def test_the_triton_kernels_train_the_same_model(recipe, tmp_path):
-    """The recipe's own switch, dropout on: the steps and the held-out loss of the reference, to rounding."""
+    """The recipe selects the kernels, with dropout.
+
+    The steps and the held-out loss are those of the reference, to rounding.
+    """
     short = ("batch.sequences=3", "evaluate.sequences=2", "evaluate.every=3", "stop.steps=3")
     for kernels in ("triton", "reference"):
         with (
@@ -143,7 +146,10 @@ def test_the_triton_kernels_train_the_same_model(recipe, tmp_path):
 
 
 def test_resumed_in_another_process_it_is_the_same_to_the_last_digit(recipe, tmp_path):
-    """20 steps against 10 and 10, in real processes, with dropout; and nothing but fastbert is_main on the terminal."""
+    """Compare 20 steps with 10 and 10 more, in real processes, with dropout.
+
+    Only fastbert's own messages appear on the terminal.
+    """
     whole, first = (
         start(recipe, f"run={tmp_path / name}", f"stop.steps={steps}")
         for name, steps in (("whole", 20), ("parts", 10))
@@ -299,8 +305,8 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe, tmp_path, capsys):
     ]
     out = capsys.readouterr().out.splitlines()[-1]
     assert (
-        out
-        == f"stopped at step {done}: interrupted by SIGTERM; resume with: fastbert pretrain {run / 'config.toml'} --resume"
+        out == f"stopped at step {done}: interrupted by SIGTERM; "
+        f"resume with: fastbert pretrain {run / 'config.toml'} --resume"
     )
     assert checkpoint.newest_valid(run)[0].step == done
     assert train(run / "config.toml", f"stop.steps={done + 1}", resume=True) == 0
@@ -385,8 +391,8 @@ def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_dataset, capsy
     ]:
         message = refusal(recipe, override, resume=True)
         assert (
-            f"{key} = {now}, but the checkpoint {tmp_path / 'run/checkpoints/step-00000001'} was trained with {before}"
-            in message
+            f"{key} = {now}, but the checkpoint {tmp_path / 'run/checkpoints/step-00000001'} "
+            f"was trained with {before}" in message
         )
     other = tmp_path / "other"
     shutil.copytree(small_dataset.path, other)
@@ -397,7 +403,8 @@ def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_dataset, capsy
     assert f"data = '{other}': not the dataset that" in refusal(
         recipe, f"data={other}", resume=True
     )
-    # What may change: where the dataset lies, how long, how often, how it is packed; a learning rate is noted.
+    # These may change: the path of the dataset, the number of steps, the intervals, and the
+    # packing. A changed learning rate is reported.
     moved = tmp_path / "moved"
     shutil.copytree(small_dataset.path, moved)
     changes = [
@@ -505,7 +512,10 @@ def test_losses_that_are_never_finite_again_end_the_run(recipe, tmp_path, capsys
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp_path):
-    """A checkpoint whose embedding of the last position overflows: only examples that long meet it."""
+    """In this checkpoint the embedding of the last position overflows.
+
+    Only examples of that length use it.
+    """
     run, short = (
         tmp_path / "run",
         ("objective.segments=single", "batch.sequences=4", "evaluate.every=1000"),
@@ -547,7 +557,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp
 
 
 def test_a_disk_that_refuses_a_checkpoint_lets_training_go_on_to_its_end(recipe, tmp_path):
-    """In a process whose files may not grow beyond 100 kB: metrics and log fit, the checkpoint does not."""
+    """With a file size limit of 100 kB, metrics and log fit and the checkpoint does not."""
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
     code, out, err = finish(start(recipe, "checkpoint.every=2", **limit))
     assert (code, err) == (1, "")

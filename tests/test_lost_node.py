@@ -1,4 +1,7 @@
-"""A node of two is lost: the other one goes on from the newest checkpoint, and what is learned is what an undisturbed run learns."""
+"""One of two nodes is lost, and the other one resumes from the newest checkpoint.
+
+It learns what an undisturbed run learns.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ def start_both(cluster: Cluster) -> list[Command]:
 
 
 def until_noted(cluster: Cluster, commands: list[Command], world: int, step: int = 1) -> None:
-    """Return when a rank, in a world of this size, finishes from now on this step or a later one."""
+    """Wait until a rank, in a world of this size, finishes this step or a later one."""
     before = len(notes(cluster.folder))
 
     def come() -> bool:
@@ -107,7 +110,10 @@ def until_noted(cluster: Cluster, commands: list[Command], world: int, step: int
 
 
 def check_as_undisturbed(cluster: Cluster, undisturbed: Path) -> None:
-    """In what became of the run each step has its examples once, shared by the ranks; its losses, also when redone, are the same."""
+    """Check that the finished run has each example of a step once, shared by the ranks.
+
+    Its losses are those of the undisturbed run, also where a step was repeated.
+    """
     ours, reference = by_step(notes(cluster.folder)), by_step(notes(undisturbed))
     assert sorted(ours) == sorted(reference) == list(range(1, STEPS + 1))
     for step, found in ours.items():
@@ -138,7 +144,10 @@ def resumes(cluster: Cluster) -> list[int]:
 
 
 def both_again(cluster: Cluster, commands: list[Command], undisturbed: Path) -> None:
-    """When the lost node is back: the one that trains alone saves at once, they go on together from there, and finish."""
+    """Wait for the end of a run whose lost node is back.
+
+    The node that trains alone saves at once. Both resume from there and finish.
+    """
     until_noted(cluster, commands, world=2)
     pace(cluster, 0)
     assert [command.wait() for command in commands] == [0, 0], "\n".join(

@@ -1,4 +1,7 @@
-"""The model of an H100's multiprocessor: what is decoded, counted and run, against what can be worked out by hand; and the page that is made with it."""
+"""The model of an H100's multiprocessor against results that were worked out by hand.
+
+This covers decoding, counting and running of instructions, and the page that is made from them.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,11 @@ COPY = one("LDGSTS.E.BYPASS.128", "[R3], desc[UR4][R2.64]")
 
 
 def test_an_instruction_is_decoded_with_what_it_waits_for():
-    """Worked out by hand: stall in bits 41 to 44 of the upper half, then (after the yield bit) two barriers of 3 bits and a mask of 6."""
+    """Worked out by hand from the upper half of the instruction.
+
+    Bits 41 to 44 are the stall count. After the yield bit come two barriers of 3 bits and a mask of
+    6 bits.
+    """
     upper = 5 << 41 | 2 << 46 | 7 << 49 | 0b001010 << 52
     text = f"""//--------------------- .text.kernel --------------------------
 .L_x_1:
@@ -121,7 +128,10 @@ def test_bytes_and_cycles_of_single_instructions():
 
 
 def code_of(text: str) -> Code:
-    """A letter an instruction: f arithmetic, p product, E exit; "<n" and ">n" are branches to instruction n, "?" before them makes them conditional."""
+    """Make code from words, one instruction each: f is arithmetic, p a product, E an exit.
+
+    "<n" and ">n" are branches to instruction n. A "?" before them makes them conditional.
+    """
     found: list[Instruction] = []
     for word in text.split():
         predicate = "@P0" if word.startswith("?") else ""
@@ -224,7 +234,8 @@ def test_products_queue_behind_each_other_while_the_warp_goes_on():
         run([*[PRODUCT] * 4, one("WARPGROUP.DEPBAR.LE", "gsb0, 0x1")], 1, 1).cycles
         == 8 + 3 * 32 + h100.WGMMA
     )
-    # Two warps take turns at the tensor cores: 16 products, not one after the other with their latency.
+    # Two warps take turns at the tensor cores: 16 products overlap, and do not each add their
+    # latency.
     assert run([*[PRODUCT] * 8, await_all], 2, 1).cycles == 8 + 16 * 32 + h100.WGMMA
 
 
@@ -240,7 +251,10 @@ def test_copies_are_waited_for_by_groups():
 
 
 def test_a_loop_without_prefetch_shows_the_latency_in_every_pass():
-    """Why rows of the table have three stages: with two the copy that a pass needs is waited for as soon as it is issued."""
+    """This is why rows of the table have three stages.
+
+    With two stages, a pass waits for the copy that it needs right after issuing it.
+    """
     work, commit = [FFMA] * 400, one("LDGDEPBAR")
     at_once = [COPY, commit, one("DEPBAR.LE", "SB0, 0x0"), *work]
     a_pass_ahead = [COPY, commit, one("DEPBAR.LE", "SB0, 0x1"), *work]
@@ -251,7 +265,8 @@ def test_a_loop_without_prefetch_shows_the_latency_in_every_pass():
 
 def test_a_barrier_holds_all_warps_of_a_program():
     barrier = one("BAR.SYNC.DEFER_BLOCKING", "0x0")
-    # Two warps issue at 0 and 1, and come to the barrier at 100 and 101, where the second one lets both go on.
+    # Two warps issue at cycles 0 and 1. They reach the barrier at 100 and 101, and the second one
+    # releases both.
     assert run([FFMA._replace(stall=100), barrier, FFMA], 2, 1).cycles == 101 + h100.BARRIER + 1
     # Another program's warp does not wait for them: with one warp each nobody waits for anybody.
     assert run([FFMA._replace(stall=100), barrier, FFMA], 1, 2).cycles == 101 + h100.BARRIER
@@ -366,7 +381,10 @@ def test_the_page_shows_the_record():
 
 
 def test_the_record_is_of_these_kernels():
-    """Their tiles, and registers as in resources.json. If not: python -m benchmarks.machine_code --write."""
+    """It has their tiles, and registers as in resources.json.
+
+    To update it, run python -m benchmarks.machine_code --write.
+    """
     resources, table, record = (
         json.loads(path.read_text(encoding="utf-8")) for path in (RESOURCES, TABLE, RECORD)
     )

@@ -1,4 +1,4 @@
-"""Masking: exact counts, the choice of tokens and of what is put in their place, whole words, independence from the pack."""
+"""Masking: exact counts, chosen tokens, replacements, whole words, independence from the pack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from fastbert.data.masking import Masking, replaced_counts, selected_counts
 from fastbert.errors import InputError
 from tests.tiny_dataset import tiny_dataset
 
-VOCAB = 45  # ids 0 to 39 are ordinary, of which every fourth continues a word; then [PAD], [UNK], [CLS], [SEP], [MASK]
+# Ids 0 to 39 are ordinary, and every fourth of them continues a word. Then come [PAD], [UNK],
+# [CLS], [SEP] and [MASK].
+VOCAB = 45
 UNK, MASK = 41, 44
 DEFAULT = ObjectiveConfig()
 

@@ -49,11 +49,17 @@ def test_a_torn_last_line_is_dropped(tmp_path_factory, whole, torn):
 @given(st.lists(st.one_of(
     st.integers(0, 10**6),
     WITHOUT_NEWLINE,
-    st.sampled_from([b'{"step": 5, "lo{"step": 6}', b"6, 1.5]", b"1.5", b"null", b'"step"', b"[1]", b"{}", b'{"step": "7"}', b'{"step": true}',
-                     b'{"step": 7, "event": 1}', b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"\0" * 4096 + b'{"step": 7}', b"\xff", b""]),
+    st.sampled_from([
+        b'{"step": 5, "lo{"step": 6}', b"6, 1.5]", b"1.5", b"null", b'"step"', b"[1]", b"{}",
+        b'{"step": "7"}', b'{"step": true}', b'{"step": 7, "event": 1}', b"[" * 100_000,
+        b'{"step": ' + b"9" * 5000 + b"}", b"\0" * 4096 + b'{"step": 7}', b"\xff", b"",
+    ]),
 ), max_size=12))  # fmt: skip
 def test_a_bad_line_is_passed_over_and_counted(tmp_path_factory, parts):
-    """Torn where two machines append over a network disk, or with the zeros of a hole; what is whole around it is kept."""
+    """Lines may be torn where two machines append over a network disk, or contain a hole of zeros.
+
+    Complete lines around them are kept.
+    """
     path, bad = tmp_path_factory.mktemp("bad") / "metrics.jsonl", []
     path.write_bytes(
         b"".join(

@@ -1,4 +1,7 @@
-"""What the walk over SPECS does not show of the Triton `masked_cross_entropy`: bad indices, ties, dtypes of weights, scaling."""
+"""What the tests over SPECS do not cover of the Triton `masked_cross_entropy`.
+
+That is bad indices, ties, dtypes of weights, and scaling.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""docs/multi-node.md and examples/cluster, as they stand: every command there trains the model that a single process trains."""
+"""Run docs/multi-node.md and examples/cluster unchanged.
+
+Every command there trains the same model as a single process.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ pytestmark = [
 ]
 
 ONE_MACHINE = "One machine, several GPUs"
-# What stands under these headings is run as well, and more is done with it: here, and in test_lost_node.py.
+# The commands under these headings run too, and more is done with them: here and in
+# test_lost_node.py.
 APART = ("One process", "Slurm", "Kubernetes", "Nodes may come and go")
 ROUNDING = 1e-4  # relative: sums of another order, over 20 steps
 
@@ -123,7 +127,10 @@ def start_kubernetes(cluster: Cluster) -> Command:
 
 
 def test_kubernetes_replaces_an_evicted_pod(cluster, alone):
-    """SIGTERM to the first process of a pod: both pods save and end, both are started again, and the Job completes."""
+    """After SIGTERM to the first process of a pod, both pods save and end.
+
+    Both are started again, and the Job completes.
+    """
     apply = start_kubernetes(cluster)
     until(lambda: len(metrics(cluster.run)) >= 5, "five steps")
     check_ports(cluster, True)

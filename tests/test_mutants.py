@@ -1,4 +1,4 @@
-"""The faults of `make mutants` can still be planted, and a fault is noticed or not as it should be."""
+"""The faults of `make mutants` can still be planted, and each is detected or not as expected."""
 
 from __future__ import annotations
 

@@ -81,7 +81,10 @@ def test_nodes_have_names_and_reach_each_other_through_their_cables():
 
 
 def test_signals_reach_the_command_and_its_exit_code_comes_back():
-    note = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(60)"
+    note = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
     with Nodes(1) as nodes:
         assert nodes[0].popen(["sh", "-c", "exit 3"]).wait(20) == 3
         process = nodes[0].popen([sys.executable, "-c", note], stdout=subprocess.PIPE, text=True)

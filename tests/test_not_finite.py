@@ -1,4 +1,7 @@
-"""Losses that are not finite, from real causes: reported with their examples, skipped up to a limit, and never in a checkpoint."""
+"""Losses that are not finite, from real causes.
+
+They are reported with their examples, skipped up to a limit, and never part of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.packing import PackedBatch
 from tests.trials import Laboratory, Trial, wait_for
 
-PLACE = 62  # of a token within its sequence: one sequence in four is longer, so about a third of the steps have none
+# The position of a token in its sequence. One sequence in four is longer, so about a third of the
+# steps have none.
+PLACE = 62
 SUDDEN = ("schedule.warmup=0", "schedule.decay=constant", "evaluate.every=1000")
 FEW = ("batch.sequences=4", *SUDDEN)
 HUGE = 3e38  # finite in single precision, though no sum of two such numbers is
@@ -27,7 +32,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def damage(trial: Trial, place: int = PLACE) -> None:
-    """Make one position's embedding huge, in a checkpoint that is sound otherwise, hashes and all."""
+    """Make one position's embedding huge in a checkpoint whose hashes are right."""
     found, _ = checkpoint.newest_valid(trial.run)
     assert found is not None
     state = {slot: dict(tensors) for slot, tensors in checkpoint.read_all(found.path).items()}
@@ -73,9 +78,11 @@ def fails(trial: Trial, world: int, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 0), (2, 1), (2, 3)])
 def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, stage):
-    """A damaged embedding that only long sequences meet. Every other step is made as if nothing were, on any number of ranks.
+    """Only long sequences use a damaged embedding.
 
-    The held-out text meets it too, so the run does not end well, though it is saved: its weights give finite losses elsewhere.
+    Every other step is the same as without the damage, on any number of ranks. The held-out text
+    uses the embedding too. So the run does not end well, but its weights are saved, because they
+    give finite losses elsewhere.
     """
     trial = lab.trial(*FEW, "stop.skipped=20", stage=stage)
     trial.go_on(world, "stop.steps=3")
@@ -100,7 +107,8 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, sta
         trial.records("save")[-1]["step"] == lab.steps and "checkpoint" in trial.records("save")[-1]
     )
     assert said[-1].startswith(
-        f"stopped at step {lab.steps}: stop.steps = {lab.steps}, but the held-out loss is not finite; "
+        f"stopped at step {lab.steps}: stop.steps = {lab.steps}, but the held-out loss is not "
+        f"finite; "
     )
     assert trial.records("evaluate")[-1]["loss"] is None
     if world == 1:
@@ -147,7 +155,7 @@ def test_a_loss_is_never_averaged_away(lab):
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=0)
 
 
-# Weights that a step has broken: the step's own loss was finite, and every step after it is skipped.
+# Weights that a step has broken. The loss of this step was finite, and every later step is skipped.
 
 BREAKS = ("optimizer.name=sgd", "optimizer.lr=100", "optimizer.max_grad_norm=0", *SUDDEN)
 
@@ -192,7 +200,10 @@ def interrupted(trial: Trial, last: int) -> list[str]:
     ],
 )
 def test_broken_weights_push_out_no_checkpoint(lab, last, end, every, keep):
-    """However the run ends, what is left is what came before, and the last line says how to resume from it; that works."""
+    """In any case the earlier checkpoints remain, and the last line says how to resume from them.
+
+    Resuming works.
+    """
     trial = lab.trial(*BREAKS, f"checkpoint.every={every}", f"checkpoint.keep={keep}", steps=200)
     said = end(trial, last)
     sound = list(range(every, last, every))[-keep:]
@@ -201,7 +212,8 @@ def test_broken_weights_push_out_no_checkpoint(lab, last, end, every, keep):
         path.name for path in (trial.run / "checkpoints").iterdir() if path.name.startswith(".")
     ] == []
     assert said[-1].endswith(
-        f"; the newest checkpoint with finite losses is {trial.checkpoints[-1]}; resume from it with a lower rate: "
+        f"; the newest checkpoint with finite losses is {trial.checkpoints[-1]}; "
+        "resume from it with a lower rate: "
         f"fastbert pretrain {trial.run / 'config.toml'} --resume optimizer.lr=10"
     )
     assert all_finite(trial) and trial.steps[-1]["step"] == last
@@ -261,7 +273,10 @@ def longest(packs: Sequence[PackedBatch]) -> int:
 
 @pytest.mark.parametrize("stage, more", [(0, ()), (3, ()), (0, ("optimizer.name=lamb",))])
 def test_no_step_was_finite(lab, stage, more):
-    """The weights that it begins with are finite, and give no finite loss: not one step is applied, so there is nothing to save."""
+    """The initial weights are finite but give no finite loss.
+
+    No step is applied, so there is nothing to save.
+    """
     start = lab.trial()
     start.go_on(1, "stop.steps=3")
     damage(start, 0)

@@ -1,4 +1,7 @@
-"""Each Triton operation as a torch operator: opcheck, torch.compile, autocast, and what autograd may ask of it. Walks SPECS."""
+"""Each Triton operation of SPECS as a torch operator.
+
+The tests cover opcheck, torch.compile, autocast, and what autograd may ask of it.
+"""
 
 import dataclasses
 from typing import Any
@@ -25,7 +28,10 @@ EVERY = [
 
 
 def kinds(spec: Spec) -> dict[tuple[str, ...], Shape]:
-    """A shape for each set of axes that the shapes of a spec have (with cut queries or not, bare or not): the third, or the last there is."""
+    """Map each set of axes of a spec's shapes to a shape: its third one, or its last.
+
+    Sets of axes differ, for example, by cut queries or a bare call.
+    """
     found: dict[tuple[str, ...], list[Shape]] = {}
     for shape in spec.shapes:
         found.setdefault(tuple(shape), []).append(shape)
@@ -191,9 +197,10 @@ def test_autocast_gives_the_dtype_that_torch_gives(name, impl):
     ("name", "impl"), [(name, impl) for name, impl in EVERY if impl != "reference"]
 )
 def test_autocast_costs_no_more_than_its_dtype_does(name, impl, backward):
-    """err(ours) <= 2 err(reference) + 1 ulp of bf16, both under autocast, errors from the reference in fp64.
+    """err(ours) <= 2 err(reference) + 1 ulp of bf16, both under autocast.
 
-    torch advises to leave autocast before the backward pass; not everybody does.
+    Errors are differences from the reference in fp64. torch advises to leave autocast before the
+    backward pass, but some programs do not.
     """
     spec, arguments = SPECS[name], inputs(name)
     exact = run(spec, arguments, "reference", torch.float64)
@@ -238,7 +245,7 @@ def test_under_autocast_the_gradient_of_the_vocabulary_is_a_sum_in_fp32():
 
 @pytest.mark.parametrize(("name", "impl"), EVERY)
 def test_outside_autocast_mixed_dtypes_are_refused_by_name(name, impl):
-    """One argument of each operation sets the dtype: of that one it is the others that are refused."""
+    """One argument of each operation sets the dtype; if it changes, the others are refused."""
     spec, leaders = SPECS[name], []
     for changed in spec.differentiable:
         arguments = inputs(name, torch.bfloat16)
@@ -289,7 +296,7 @@ def test_a_second_backward_pass_gives_the_same_gradients(name, impl):
     ("name", "impl"), [(name, impl) for name, impl in EVERY if impl != "reference"]
 )
 def test_gradients_of_gradients_are_right_or_refused(name, impl):
-    """A gradient penalty must not silently lack what went through the tensors that the forward pass had saved."""
+    """A gradient penalty must not silently lack the part through saved tensors."""
 
     def penalise(impl: str) -> dict[str, torch.Tensor]:
         result, leaves = forward(name, impl, inputs(name))

@@ -70,7 +70,7 @@ def test_names_stand_there_as_they_are(tmp_path, name):
 
 
 def test_no_text_of_users_is_read_as_a_formula():
-    """Whatever a figure of fastbert draws: its texts without a formula of its own may not be taken for one."""
+    """In no figure of fastbert may a text without a formula be taken for one."""
     for figure in (
         loss_figure(history(), "a", {"unigram": 6.7}),
         scores._confusion_figure(np.eye(2, dtype=int), ["a", "b"]),

@@ -40,7 +40,8 @@ def test_bf16_where_it_kills_the_process():
         )
     assert (
         str(error.value)
-        == 'demo.toml: runtime.precision = "bf16": a bf16 product kills the process; use "fp32" or "auto"'
+        == 'demo.toml: runtime.precision = "bf16": a bf16 product kills the process; use "fp32" or '
+        '"auto"'
     )
 
 

@@ -304,12 +304,17 @@ def test_no_space(english_jsonl: Path, tmp_path: Path, limit: int) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-RUN = "import sys; from fastbert.data.prepare import prepare; prepare([sys.argv[1]], sys.argv[2], workers=2, vocab_size=8000)"
+RUN = (
+    "import sys; from fastbert.data.prepare import prepare; "
+    "prepare([sys.argv[1]], sys.argv[2], workers=2, vocab_size=8000)"
+)
 
 
 @pytest.mark.parametrize("end", ["interrupt", "terminate", "worker killed"])
 def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> None:
-    """Ctrl-C, SIGTERM, or the system kills a worker: no dataset, nothing half-written, no process left."""
+    """After Ctrl-C, SIGTERM or a killed worker there is no dataset, no partial file and no
+    process.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"],
         stderr=subprocess.PIPE,
@@ -351,7 +356,7 @@ def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> N
 
 
 def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
-    """Killed without a chance to clean up, it leaves only a hidden folder, and a second call is not in its way."""
+    """After SIGKILL only a hidden folder is left, and it does not disturb a second call."""
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"], stderr=subprocess.DEVNULL
     )

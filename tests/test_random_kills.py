@@ -1,4 +1,4 @@
-"""kill -9 at random moments, and bits flipped at random places; tests/torture.py does the same for hours."""
+"""SIGKILL at random moments and random bit flips; tests/torture.py does the same for hours."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def test_kill_9_at_any_moment(lab):
-    """Of one rank or of all, on one rank and on two, at every stage; every later loss is that of the run that was left alone."""
+    """Kill one rank or all, with one rank and with two, at every stage.
+
+    Every later loss is that of the undisturbed run.
+    """
     tally = kills(lab, 30, SEED)
     print(tally)
     assert tally.passed and tally.tried == 30, str(tally)
 
 
 def test_rank_0_dies_as_the_run_begins(lab):
-    """It has just taken the run folder, and the other rank waits to hear of it: the first time that ranks meet without a dataset."""
+    """Rank 0 has just claimed the run folder, and the other rank waits for the result.
+
+    This is the first exchange between the ranks, before they open a dataset.
+    """
     trial = lab.trial(stage=1)
     with trial.start(2) as ranks:
         wait_for(lambda: (trial.run / ".owner").exists() or None not in ranks.codes)
@@ -55,7 +61,10 @@ def test_one_flipped_bit_anywhere_in_a_dataset(lab):
 
 
 def test_every_bit_of_a_small_checkpoint(tmp_path):
-    """One after the other, with all that JSON can write in two ways: a letter beyond ASCII, an exponent, a number's seventeenth digit."""
+    """Flip one bit after the other, with all that JSON can write in two ways.
+
+    These are a letter beyond ASCII, an exponent, and the seventeenth digit of a number.
+    """
     metadata = {"recipe": 'run = "ü"', "progress": {"seconds": 0.1 + 0.2, "best_loss": 1e-12}}
     path = checkpoint.save(tmp_path / "checkpoints", 1, [("weight/a", torch.ones(3))], metadata, 1)
     missed = []

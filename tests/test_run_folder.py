@@ -1,4 +1,4 @@
-"""`run=`: what may be there when a run begins, and that nothing in it is lost where one may not begin."""
+"""`run=`: what may exist when a run begins, and that a refused run loses nothing in its folder."""
 
 from __future__ import annotations
 
@@ -338,7 +338,7 @@ def test_a_run_whose_checkpoints_cannot_be_seen_does_not_start_anew(trial, run, 
     "how", ["a link to a disk that is not mounted", "a loop of links", "the newest not mounted"]
 )
 def test_what_reads_a_run_says_so_too(trial, run, how):
-    """An older checkpoint is not taken for the newest, nor the run for a folder of something else."""
+    """An older checkpoint is not taken for the newest, nor a run for some other folder."""
     GONE[how][0](run)
     with pytest.raises(InputError, match=GONE[how][1]):
         fastbert.load(run)
@@ -515,9 +515,12 @@ def test_a_resume_does_not_write_through_links(trial, run, tmp_path, name):
 
 
 def test_a_full_disk_leaves_the_recipe_that_was_there(trial, run):
-    """In a process whose files may not grow beyond 200 bytes: the claim fits, the recipe does not."""
+    """In a process with a file size limit of 200 bytes, the claim fits and the recipe does not."""
     before = (run / "config.toml").read_bytes()
-    limit: Callable[[], None] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))  # noqa: E731
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+
     command = [sys.executable, "-m", "fastbert", *trial.command]
     done = subprocess.run(
         command,

@@ -1,4 +1,4 @@
-"""The page of a run: whole, self-contained, and readable in a real browser, on a phone's screen too."""
+"""The page of a run is complete, self-contained, and readable in a real browser and on a phone."""
 
 from __future__ import annotations
 
@@ -197,10 +197,14 @@ def test_what_is_no_run_is_one_line(run, tmp_path):
 
 PROBE = """<script>
 addEventListener("load", () => {
-  const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".wide, pre, svg") && e.getBoundingClientRect().right > innerWidth + 1);
-  const small = [...document.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height);
-  const svg = [...document.querySelectorAll(".curves svg")].map(e => e.getBoundingClientRect().width);
-  document.body.innerHTML = "<pre id=found>" + JSON.stringify({inner: innerWidth, page: document.documentElement.scrollWidth,
+  const right = e => e.getBoundingClientRect().right, tall = e => e.getBoundingClientRect().height;
+  const outside = e => !e.closest(".wide, pre, svg") && right(e) > innerWidth + 1;
+  const wide = [...document.querySelectorAll("body *")].filter(outside);
+  const small = [...document.querySelectorAll("svg text")].map(tall);
+  const curves = [...document.querySelectorAll(".curves svg")];
+  const svg = curves.map(e => e.getBoundingClientRect().width);
+  document.body.innerHTML = "<pre id=found>" + JSON.stringify({
+    inner: innerWidth, page: document.documentElement.scrollWidth,
     wide: wide.map(e => e.tagName), text: Math.min(...small), svg: Math.min(...svg)}) + "</pre>";
 });
 </script>"""
@@ -209,16 +213,19 @@ addEventListener("load", () => {
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_without_scrolling_sideways(run, tmp_path, width):
-    """On a phone's screen and on a desk's: nothing sticks out, and the letters of the curves can be read."""
+    """On a phone and on a desktop nothing is cut off, and the text of the curves is readable."""
     page = report(run, tmp_path / "page.html").read_text(encoding="utf-8")
     # A frame as wide as the screen: a headless window has a least width of its own.
     (tmp_path / "probe.html").write_text(
         page.replace("</body>", PROBE + "</body>"), encoding="utf-8"
     )
     (tmp_path / "frame.html").write_text(
-        f'<iframe src="probe.html" style="width:{width}px;height:2000px;border:0"></iframe><pre id=out></pre><script>'
-        'addEventListener("load", () => setTimeout(() => { document.getElementById("out").textContent = '
-        'document.querySelector("iframe").contentDocument.getElementById("found").textContent }, 200))</script>',
+        f'<iframe src="probe.html" style="width:{width}px;height:2000px;border:0"></iframe>'
+        "<pre id=out></pre><script>"
+        'addEventListener("load", () => setTimeout(() => { '
+        'document.getElementById("out").textContent = '
+        'document.querySelector("iframe").contentDocument.getElementById("found").textContent '
+        "}, 200))</script>",
         encoding="utf-8",
     )
     assert BROWSER is not None
@@ -243,6 +250,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(run, tmp_path, width):
         (tmp_path / "frame.html").as_uri(),
     ]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = json.loads(re.search(r'<pre id="out">(\{.*?\})</pre>', shown.stdout)[1])  # type: ignore[index]
+    match = re.search(r'<pre id="out">(\{.*?\})</pre>', shown.stdout)
+    found = json.loads(match[1])  # type: ignore[index]
     assert found["inner"] == width and found["page"] <= width and found["wide"] == []
     assert found["svg"] >= min(300, width - 40) and found["text"] >= 7

@@ -1,4 +1,7 @@
-"""The sanitizer of Triton kernels: planted faults of each kind are found and named, arithmetic is torch's, counts are exact."""
+"""The sanitizer of Triton kernels.
+
+It finds and names planted faults of each kind, its arithmetic is torch's, and its counts are exact.
+"""
 
 import operator
 import os
@@ -68,10 +71,25 @@ def test_a_sound_copy_is_counted_exactly(dtype):
 
 
 OUTSIDE = {
-    "one past the end": ((101, 100, 0), ["program (3, 0, 0): x_ptr[100] out of bounds: loads 1 elements past the end: the tensor spans 100"]),
-    "before the start": ((100, 100, -2), ["program (0, 0, 0): x_ptr[-2, -1] out of bounds: loads 2 elements before the start"]),
-    "no mask on the store": ((100, 128, 0), ["program (3, 0, 0): y_ptr[100, 101, 102, 103, ... 127] out of bounds: stores 28 elements past the end"]),
-}  # fmt: skip
+    "one past the end": (
+        (101, 100, 0),
+        [
+            "program (3, 0, 0): x_ptr[100] out of bounds: "
+            "loads 1 elements past the end: the tensor spans 100"
+        ],
+    ),
+    "before the start": (
+        (100, 100, -2),
+        ["program (0, 0, 0): x_ptr[-2, -1] out of bounds: loads 2 elements before the start"],
+    ),
+    "no mask on the store": (
+        (100, 128, 0),
+        [
+            "program (3, 0, 0): y_ptr[100, 101, 102, 103, ... 127] out of bounds: "
+            "stores 28 elements past the end"
+        ],
+    ),
+}
 
 
 @pytest.mark.parametrize(("limits", "messages"), OUTSIDE.values(), ids=OUTSIDE)
@@ -96,15 +114,15 @@ def test_a_wrong_stride_leaves_the_tensor_or_the_view():
     assert torch.equal(x, y)
     (fault,) = launch(copy_rows_kernel, (2,), x, y, 80, 64, BLOCK_T=4, D=64)
     assert (
-        "program (1, 0, 0): x_ptr[512, 513, 514, 515, ... 623] out of bounds: loads 96 elements past the end"
-        in fault
+        "program (1, 0, 0): x_ptr[512, 513, 514, 515, ... 623] out of bounds: loads 96 elements "
+        "past the end" in fault
     )
     view = x[:, :32]
     assert not launch(copy_rows_kernel, (2,), view, y, 64, 64, BLOCK_T=4, D=32)
     (fault,) = launch(copy_rows_kernel, (2,), view, y, 32, 64, BLOCK_T=4, D=32)
     assert (
-        "x_ptr[32, 33, 34, 35, ... 127] out of bounds: loads 64 elements between those of the view, of shape (8, 32)"
-        in fault
+        "x_ptr[32, 33, 34, 35, ... 127] out of bounds: loads 64 elements between those of the "
+        "view, of shape (8, 32)" in fault
     )
 
 
@@ -210,8 +228,8 @@ def test_two_programs_that_store_one_element():
     assert not launch(store_kernel, (4,), torch.zeros(64), 16, BLOCK=16)
     (fault,) = launch(store_kernel, (4, 2), torch.zeros(64), 16, BLOCK=16)
     assert (
-        "store_kernel, program (0, 1, 0): y_ptr[0, 1, 2, 3, ... 15] race: stores what program (0, 0, 0) stored, and 3 times more"
-        in fault
+        "store_kernel, program (0, 1, 0): y_ptr[0, 1, 2, 3, ... 15] race: stores what program (0, "
+        "0, 0) stored, and 3 times more" in fault
     )
     (fault,) = launch(store_kernel, (4,), torch.zeros(64), 15, BLOCK=16)
     assert (
@@ -228,7 +246,8 @@ def test_a_program_that_reads_what_another_writes(order):
     with (
         pytest.raises(
             SanitizerError,
-            match=r"neighbour_kernel, program \(\d, 0, 0\): \w_ptr\[\d\] race: (load|store)s what program \(\d, 0, 0\) (load|stor)ed",
+            match=r"neighbour_kernel, program \(\d, 0, 0\): \w_ptr\[\d\] race: "
+            r"(load|store)s what program \(\d, 0, 0\) (load|stor)ed",
         ),
         sanitize(order=order),
     ):
@@ -388,9 +407,9 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("of", [*FLOATS, torch.int32, torch.uint8], ids=str)
 def test_casts_round_to_nearest_even(of, to):
     bits = torch.arange(2**16, dtype=torch.int32)
-    if (
-        of == torch.float32
-    ):  # every bf16 number, plus a little less than, exactly and a little more than half its last bit
+    if of == torch.float32:
+        # Every bf16 number plus a little less than half of its last bit, exactly half, and a
+        # little more.
         x = torch.cat([bits * 65536 + low for low in (0, 0x7FFF, 0x8000, 0x8001)]).view(
             torch.float32
         )

@@ -1,6 +1,7 @@
-"""Saving in the background, by real processes: the same end on every rank, whatever happens to one of them.
+"""Asynchronous checkpoints in real processes.
 
-Run as a program (`python -m tests.test_saver`) this file is what forks those processes, having imported torch once: see `main`.
+Every rank ends with the same outcome, whatever happens to one of them. As a program (`python -m
+tests.test_saver`), this file imports torch once and forks those processes; see `main`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ def names(folder: Path) -> list[str]:
 
 
 def saves(group, folder: Path, *steps: int, keep: int = 2, limit: int | None = None) -> list[dict]:
-    """Save so many states after one another; on the last rank no file may grow beyond `limit` bytes until it has failed once."""
+    """Save states at these steps in turn.
+
+    On the last rank no file may exceed `limit` bytes until a save has failed.
+    """
     saver, ends = Saver(group, folder, keep, "token"), []
     saver.sweep()
     for step in steps:
@@ -136,10 +140,10 @@ SCENARIOS = {scenario.__name__: scenario for scenario in (saves, goes_on, not_fi
 
 
 def main() -> None:
-    """For each line on stdin, fork its ranks and answer with their exit codes and what their scenario returned."""
+    """For each line on stdin, fork its ranks, and print their exit codes and results."""
     for line in sys.stdin:
         assert len(os.listdir("/proc/self/task")) == 1, (
-            "forking is not sound where there are threads"
+            "forking is not safe where there are threads"
         )
         job = json.loads(line)
         children = []
@@ -299,7 +303,10 @@ def test_the_points_of_a_save_are_many():
 def test_a_crash_anywhere_in_a_save_leaves_the_newest_valid_checkpoint(
     ranks, tmp_path, world, rank, point
 ):
-    """With as few checkpoints as can be: the one before is deleted as soon as the new one is there. And the next start saves as ever."""
+    """With keep=1 the previous checkpoint is deleted as soon as the new one exists.
+
+    The next start saves as usual.
+    """
     folder = tmp_path / "checkpoints"
     save(folder, 1, tensors(1), {}, 1)
     if point in BESIDE_A_DAMAGED_ONE:

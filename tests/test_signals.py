@@ -1,4 +1,4 @@
-"""Signals, at any moment and to any rank: a checkpoint, exit code 75, and the same run afterwards."""
+"""After a signal to any rank at any time: a checkpoint, exit code 75, and the same run resumed."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_signal_while_starting(lab, to, share):
 
 
 def test_signals_one_after_the_other(lab):
-    """A scheduler that repeats itself, or sends SIGUSR1 first and SIGTERM soon after, gets what it wants once."""
+    """A scheduler may repeat a signal, or send SIGUSR1 and soon after SIGTERM; both count once."""
     trial = lab.trial(LONG, stage=STAGE)
     with trial.start(WORLD) as ranks:
         wait_for(lambda: lines_so_far(trial) >= 3)
@@ -113,7 +113,8 @@ def test_signals_one_after_the_other(lab):
     assert lab.finish(trial, WORLD, STAGE).passed
 
 
-# The same by the commands that users type: the processes above were forked from one that had imported everything.
+# The same with the commands that users type. The processes above were forked from one that had
+# already imported everything.
 
 
 def torchrun(trial: Trial) -> list[str]:
@@ -152,7 +153,7 @@ def by_hand(trial: Trial) -> list[str]:
 
 @contextmanager
 def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
-    """A command and all that it starts, in a session of its own; what it says goes into the trial's `said`."""
+    """Run a command and its children in a new session; their output goes to the trial's `said`."""
     with open(trial.folder / "said", "ab") as said:
         process = subprocess.Popen(
             command, env=environment(), cwd=ROOT, stdout=said, stderr=said, start_new_session=True
@@ -174,7 +175,7 @@ def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
     ],  # torchrun itself knows 0 and 1 alone
 )
 def test_the_commands_that_users_type(lab, launcher, world, stage, code):
-    """Interrupted, and resumed by processes that were started in another way: equal to the last digit."""
+    """A run is interrupted, and resumed by another launcher: equal to the last digit."""
     trial = lab.trial(stage=stage)
     with started(launcher(trial), trial) as process:
         wait_for(lambda: lines_so_far(trial) >= 4 or process.poll() is not None)
