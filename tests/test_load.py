@@ -72,7 +72,7 @@ def test_run_checkpoint_and_folder_are_the_same_model(original, run):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_decoder_of_its_own_goes_both_ways(original, hf, tmp_path, bias):
-    """transformers now writes the decoder's bias under its own name; before, only the shared one."""
+    """transformers now gives the decoder's bias its own name; it used to write the shared one."""
     config = BertConfig.from_pretrained(original, tie_word_embeddings=False)
     theirs = TheirModel.from_pretrained(original, config=config).eval()
     decoder = theirs.cls.predictions.decoder

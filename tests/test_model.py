@@ -246,7 +246,7 @@ def test_triton_on_a_cpu_is_for_the_interpreter_alone(monkeypatch):
 
 
 def test_neighbouring_heads_look_at_the_token_before_and_after():
-    """Initially head 0 of the first layer attends to the previous token, and head 1 to the next one.
+    """At the start, head 0 of the first layer attends to the previous token, head 1 to the next.
 
     They may be off by one position, and do not depend on the words.
     """

@@ -68,7 +68,7 @@ def test_table_gradients_of_long_rows():
 
 
 def test_one_gradient_for_two_inputs_is_still_two():
-    """Without dropout dx and dresidual are one tensor, but the leaves' gradients share no memory."""
+    """Without dropout dx and dresidual are one tensor; the leaves' gradients share no memory."""
     arguments = inputs("norm", {"T": 5, "D": 20})
     x, residual = (arguments[name].requires_grad_() for name in ("x", "residual"))
     with watched("triton"):

@@ -312,9 +312,7 @@ RUN = (
 
 @pytest.mark.parametrize("end", ["interrupt", "terminate", "worker killed"])
 def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> None:
-    """After Ctrl-C, SIGTERM or a killed worker there is no dataset, no partial file and no
-    process.
-    """
+    """After Ctrl-C, SIGTERM or a killed worker no dataset, partial file or process is left."""
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"],
         stderr=subprocess.PIPE,

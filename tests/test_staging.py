@@ -1,4 +1,7 @@
-"""A folder is there completely or not at all, whoever else writes beside it, and nothing stays behind for ever."""
+"""A folder appears completely or not at all, also beside other writers.
+
+Leftovers do not stay for ever.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The vocabulary is the same every time, transformers reads it, and the fast encoder agrees with the slow one."""
+"""The vocabulary is reproducible, transformers reads it, and both encoders agree."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ def test_training(english_documents: list[str]) -> None:
 def test_training_is_deterministic(english_jsonl: Path) -> None:
     """In fresh processes, since hash maps are seeded once in each."""
     code = (
-        "import sys, hashlib; from fastbert.data.documents import read_documents; from fastbert.data.vocabulary import train_tokenizer;"
-        "print(hashlib.sha256(train_tokenizer(read_documents(sys.argv[1:]), 1000).to_str().encode()).hexdigest())"
+        "import sys, hashlib; from fastbert.data.documents import read_documents; "
+        "from fastbert.data.vocabulary import train_tokenizer; "
+        "tokenizer = train_tokenizer(read_documents(sys.argv[1:]), 1000); "
+        "print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())"
     )
     found = set()
     for threads in ("1", "2", "3"):
@@ -110,11 +112,13 @@ def test_encoder_on_real_text(tokenizer: Tokenizer, english_documents: list[str]
         assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, part)
 
 
-# Pieces that a splitter at whitespace could get wrong: control characters, which BERT removes, though Python's split breaks
-# a word there; accents apart from their letters; letters that change length or depend on their neighbours in small
-# writing; Chinese, which is split everywhere; words beyond the longest; the separator itself.
+# Pieces that a splitter at white space could get wrong: control characters, which BERT removes
+# although Python's split breaks a word there; accents apart from their letters; letters whose lower
+# case has another length or depends on their neighbours; Chinese, which is split everywhere; words
+# beyond the longest; the separator itself.
 PIECES = list(
-    " \t\n\r\x00\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u0345\u1680\u180e\u200b\u2003\u2028\u2029\u3000\ufeff\ufffdaAzZ09.,!-_'#[]İßΣςǅﬁ中ｱ한́é😀"
+    " \t\n\r\x00\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u0345\u1680\u180e\u200b\u2003\u2028\u2029"
+    "\u3000\ufeff\ufffdaAzZ09.,!-_'#[]İßΣςǅﬁ中ｱ한́é😀"
 )
 PIECES += [
     "[MASK]",

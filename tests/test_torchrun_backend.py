@@ -1,4 +1,4 @@
-"""`torchrun --rdzv-backend fastbert`: where it listens, when nodes are let in, and what happens when one is lost."""
+"""`torchrun --rdzv-backend fastbert`: where it listens, and how nodes join, leave and are lost."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ def test_torchrun_finds_it():
 
 def test_its_import_is_light():
     """torchrun makes it at every start, also where another backend is asked for."""
-    code = "import sys, fastbert.cluster.torchrun_backend; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'psutil')))"
+    code = (
+        "import sys, fastbert.cluster.torchrun_backend; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'psutil')))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], env=environment(), timeout=PATIENCE_S
@@ -122,7 +125,7 @@ def meet(*handlers: RendezvousHandler) -> list[tuple[int, int, str, int]]:
 
 
 def test_nodes_meet_again_and_again():
-    """With torch's c10d a node that comes later is never told where the store is: rank 0 says it only once."""
+    """torch's c10d sends the store's address only once, so a node that joins later never gets it."""
     port = free_port()
     first, second = (get_rendezvous_handler(parameters(port)) for _ in range(2))
     (alone,) = meet(first)
@@ -145,7 +148,8 @@ def test_nodes_meet_again_and_again():
 def test_an_endpoint_where_nobody_listens():
     with pytest.raises(
         RendezvousConnectionError,
-        match=r"--rdzv-endpoint 192\.0\.2\.1:29400: after 1 s, nobody listens on 192\.0\.2\.1; is it",
+        match=r"--rdzv-endpoint 192\.0\.2\.1:29400: after 1 s, nobody listens on 192\.0\.2\.1; is "
+        r"it",
     ):
         get_rendezvous_handler(parameters(29400, host="192.0.2.1", join_timeout=1))
 
@@ -176,7 +180,10 @@ def hold(connection) -> None:
 
 
 def test_a_store_that_falls_silent(monkeypatch):
-    """torch's own would wait until TCP gives up, a quarter of an hour, and with it the agent of a node that is cut off."""
+    """torch's own backend would wait about a quarter of an hour, until TCP gives up.
+
+    The agent of a node that is cut off would wait as long.
+    """
     monkeypatch.setattr(rendezvous, "ANSWER_S", 0.0)
     ours, theirs = FORKED.Pipe()
     holder = FORKED.Process(target=hold, args=(theirs,))
@@ -233,7 +240,7 @@ def test_a_trap_works(tmp_path):
 
 
 def forgeries(stranger: Any, trap: Path) -> dict[str, bytes]:
-    """What somebody may put in the place of the state that stands there now; nothing of it may be unpickled, or be believed."""
+    """Values that a stranger may write over the state; none may be unpickled or accepted."""
     state, pickled, key = stranger.get(STATE), pickle.dumps(Trap(trap)), find_key()
     content = key.verify(STATE, state)
     assert content is not None
@@ -297,17 +304,24 @@ def test_nodes_meet_whatever_a_stranger_writes(tmp_path, capfd):
         assert time.monotonic() < end
     assert not trap.exists()
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fastbert: ")]
-    one = f"fastbert: --rdzv-endpoint 127.0.0.1:{port}: somebody without the key of this run has written over the state of the rendezvous; "
+    one = (
+        f"fastbert: --rdzv-endpoint 127.0.0.1:{port}: somebody without the key of this run has "
+        "written over the state of the rendezvous; "
+    )
     assert said == [one + "it was refused and put back, and the run continues (reported once)"] * 2
     for handler in (handlers[1], third):
         handler.shutdown()
 
 
 def test_a_write_meets_a_strangers(tmp_path):
-    """Between a node's last look and its write: the write counts for nothing, and the node tries again."""
+    """A stranger writes between a node's last read and its write.
+
+    The node's write is rejected, and the node tries again.
+    """
     port = free_port()
     handler = get_rendezvous_handler(parameters(port))
-    backend, stranger = handler._state_holder._backend, stranger_at(port)  # type: ignore[attr-defined]
+    backend = handler._state_holder._backend  # type: ignore[attr-defined]
+    stranger = stranger_at(port)
     assert backend.get_state() is None
     for count, value in enumerate([b64encode(pickle.dumps(Trap(tmp_path / "trapped"))), None, b""]):
         token = None if count == 0 else backend.get_state()[1]
@@ -605,9 +619,11 @@ def test_a_node_with_another_key_is_turned_away(tmp_path):
         ) as odd:
             assert odd.wait() == 2
             assert odd.said == (
-                f"fastbert: --rdzv-endpoint 127.0.0.1:{port}: the nodes that are there and this process (FASTBERT_RENDEZVOUS_KEY) do not have the "
-                "same key, which every process of a run needs; where the nodes do not share home directories, set FASTBERT_RENDEZVOUS_KEY to the "
-                "same value on each of them, or copy ~/.fastbert/rendezvous.key to each\n"
+                f"fastbert: --rdzv-endpoint 127.0.0.1:{port}: the nodes that are there and this "
+                "process (FASTBERT_RENDEZVOUS_KEY) do not have the same key, which every process "
+                "of a run needs; where the nodes do not share home directories, set "
+                "FASTBERT_RENDEZVOUS_KEY to the same value on each of them, or copy "
+                "~/.fastbert/rendezvous.key to each\n"
             )
         with Node(tmp_path, port, "second") as second:
             second.until(2)
@@ -618,7 +634,10 @@ def test_a_node_with_another_key_is_turned_away(tmp_path):
 
 
 def test_one_machine_needs_no_set_up(tmp_path):
-    """The agent or a worker makes the key, and all have the same; so has a second node that sees this home directory."""
+    """The agent or a worker makes the key, and all processes read the same one.
+
+    A second node that shares this home directory reads it too.
+    """
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "enough").touch()
     command = [
@@ -669,6 +688,7 @@ def test_a_node_without_a_place_for_its_key_says_so(tmp_path):
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
-        f"fastbert: {tmp_path}/nowhere/.fastbert/rendezvous.key: the key of the rendezvous cannot be kept there: No such"
+        f"fastbert: {tmp_path}/nowhere/.fastbert/rendezvous.key: the key of the rendezvous cannot "
+        f"be kept there: No such"
     )
     assert len(done.stderr.splitlines()) == 1

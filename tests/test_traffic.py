@@ -1,4 +1,7 @@
-"""Bytes that the Triton kernels move, against the least; a gate that moves too much, too little or other than predicted fails."""
+"""Compare the bytes that the Triton kernels move with the minimum.
+
+A gate fails if it moves too much, too little, or not what was predicted.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,8 @@ def test_what_is_a_fault():
         return faults(dataclasses.replace(sound, counts=list(counts)))
 
     assert with_counts(dataclasses.replace(forward, loaded=forward.loaded + 2), backward) == [
-        f"{gate}: {name} moves {need + 2:,} bytes ({1 + 2 / need:.4f} times); its tiles need {need:,}"
+        f"{gate}: {name} moves {need + 2:,} bytes ({1 + 2 / need:.4f} times); its tiles need "
+        f"{need:,}"
     ]
     assert with_counts(forward, dataclasses.replace(backward, flops=1)) == [
         f"{gate}: {backward.kernel} multiplies 1 FLOP; its tiles have {backward.flops:,}"

@@ -41,8 +41,11 @@ def test_a_store_deleted_while_training(lab, small_dataset):
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 1)])
-def test_a_store_cut_short_while_training(lab, small_dataset, world, stage):
-    """Reading it ends the process: it says where, the others name it, and what was saved is sound. With the file back, all is as before."""
+def test_a_dataset_cut_short_while_training(lab, small_dataset, world, stage):
+    """Reading the truncated file ends the process with a message, and the other ranks name it.
+
+    The checkpoints are valid. With the file restored, the run resumes as if undisturbed.
+    """
     trial = on_a_copy(lab, small_dataset, stage)
     file = trial.dataset / "train" / "shard-00000.tokens"
     with trial.start(world) as ranks:
@@ -56,8 +59,8 @@ def test_a_store_cut_short_while_training(lab, small_dataset, world, stage):
     with trial.start(world) as ranks:
         assert ranks.wait() == [2] * world
     assert (
-        f"{file}: 0 bytes, the manifest says {(small_dataset.path / 'train' / file.name).stat().st_size:,}: cut short"
-        in ranks.errors
+        f"{file}: 0 bytes, the manifest says "
+        f"{(small_dataset.path / 'train' / file.name).stat().st_size:,}: cut short" in ranks.errors
     )
     shutil.copy(small_dataset.path / "train" / file.name, file)
     trial.go_on(world)

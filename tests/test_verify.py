@@ -1,4 +1,8 @@
-"""Datasets are verified before they are read: what is looked at, what a note spares, and what training and evaluation say."""
+"""Datasets are verified before they are read.
+
+The tests cover what is checked, what a note lets a start skip, and the messages of training and
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -237,7 +241,10 @@ def a_baseline(path: Path) -> None:
     ],
 )
 def test_a_damaged_dataset_is_refused_at_the_start(lab, copy, world, damage, words):
-    """By all ranks in the same words, of which one process shows them; the run folder is not made, and a model is not measured."""
+    """All ranks refuse it with the same message, which one process prints.
+
+    The run folder is not created, and evaluation gives no result.
+    """
     damage(copy)
     trial = lab.trial(f"data={copy}")
     of = lab.undisturbed(1, 0).run
@@ -264,7 +271,10 @@ def test_a_run_is_refused_too_when_it_resumes(lab, copy):
 
 
 def test_a_large_dataset_takes_longer_than_ranks_wait_for_each_other(lab, copy):
-    """10 TB that take no room on the disk: the ranks tell how far they are, stay together, and heed a signal to any of them."""
+    """A sparse dataset of 10 TB: the ranks report progress and stay together.
+
+    A signal to any of them stops all.
+    """
     manifest = json.loads((copy / "manifest.json").read_bytes())
     del manifest["sha256"]
     size = 10**13

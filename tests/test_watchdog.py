@@ -68,7 +68,10 @@ def act(what: str, watch: Watchdog) -> None:
 def at_step_3(
     folder: Any, rank: int, what: str, world: int = 3, timeout_s: float = TIMEOUT_S
 ) -> Toys:
-    """Ranks that look away at step 2, so that there are beats before step 3, where one of them does `what`."""
+    """Ranks that pause at step 2, so that there are heartbeats before step 3.
+
+    At step 3 one of them does `what`.
+    """
     acts = {(other, 2): "look away" for other in range(world)} | {(rank, 3): what}
     return Toys(stepping, (timeout_s, 200, acts), folder, world)
 
@@ -170,7 +173,8 @@ def test_the_rank_that_holds_the_store_is_stopped_and_goes_on_later(tmp_path):
         for rank in (1, 2):
             assert (
                 line(toys.err(rank))
-                == f"{toys.name(0)} at 127.0.0.1:{toys.port} has not answered {SINCE}; this rank is at step 3{HINT}"
+                == f"{toys.name(0)} at 127.0.0.1:{toys.port} has not answered {SINCE}; "
+                f"this rank is at step 3{HINT}"
             )
         toys.signal(0, signal.SIGCONT)
         assert toys.wait(0) == [1]
@@ -186,7 +190,8 @@ def test_a_rank_is_stuck(tmp_path, stuck):
         assert toys.wait() == [1, 1, 1]
         for rank in range(3):
             assert line(toys.err(rank)).startswith(
-                f"{toys.name(stuck)} has kept the others waiting {SINCE}: at step 3, in {__file__}, line "
+                f"{toys.name(stuck)} has kept the others waiting {SINCE}: at step 3, in "
+                f"{__file__}, line "
             )
 
 
@@ -304,7 +309,10 @@ def test_what_a_rank_has_signed_counts_at_its_own_place_alone(tmp_path):
 
 @pytest.mark.parametrize("whose", [(1,), (0, 1, 2)])
 def test_a_slow_rank_is_left_alone_whatever_a_stranger_writes(tmp_path, whose):
-    """For as long as the others wait for it, beyond the time-out, somebody writes over its beats, or over everybody's."""
+    """While the others wait for a slow rank beyond the time-out, a stranger overwrites heartbeats.
+
+    It overwrites those of one rank, or those of all.
+    """
     with Toys(stepping, (TIMEOUT_S, 5, {(1, 3): "be slow"}), tmp_path, 3) as toys:
         toys.until(1, "at step 3")
         stranger = Stranger(toys)

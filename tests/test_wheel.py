@@ -57,14 +57,14 @@ def archives(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def installed(archives, tmp_path_factory) -> Path:
-    """The bin folder of an environment with the wheel and our dependencies, but not the checkout."""
+    """The bin folder of an environment with the wheel and our dependencies, but no checkout."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     python = folder / "bin/python"
     run(python, "-m", "pip", "install", "-qq", "--no-deps", archives[1], cwd=folder)
     found = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
-    # A folder on the path by a .pth file: its own .pth files, such as that of an editable install of
-    # this checkout, are not read.
+    # A .pth file adds this folder to the path. Its own .pth files, such as that of an editable
+    # install of this checkout, are not read.
     dependencies = Path(found.stdout.strip()) / "dependencies.pth"
     dependencies.write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     where = run(python, "-c", "import fastbert; print(fastbert.__file__)", cwd=folder)

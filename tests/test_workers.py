@@ -1,4 +1,7 @@
-"""Results in the order of the items, errors too, with little on its way; the ends by signals are in test_prepare.py."""
+"""Workers return results and errors in the order of the items, with few in flight.
+
+test_prepare.py tests how signals end them.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A real dataset on disk, of documents whose sentence lengths the test chooses, and whose every token is its own position.
+"""A real dataset on disk, whose sentence lengths the test chooses.
 
-So a test can tell from a token where in the split it comes from. Token id 0 is an ordinary token: the special ones are the last five.
+Every token is its own position, so a test can tell from a token where in the split it comes from.
+Token id 0 is an ordinary token: the special ones are the last five.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Ranks of a toy run, real processes that only meet, count steps and add up numbers; and what may happen to them on the way.
+"""Ranks of a toy run: real processes that only join, count steps and add up numbers.
 
-They are forked by multiprocessing's server, which has imported torch: in 30 ms each instead of 3 s.
+Tests disturb them on the way. multiprocessing's server, which has imported torch, forks each in 30
+ms instead of 3 s.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ HOST = os.uname().nodename
 
 
 class Toys:
-    """`world` processes that call a function of a test module, `work(*arguments)`; its result is the exit code. Leaving kills what is left.
+    """`world` processes that call a function of a test module, `work(*arguments)`.
+
+    Its result is the exit code. Leaving the context kills the processes that still run.
 
     Args:
         work: at the top of a module, since its name is all that is sent.
@@ -141,7 +144,7 @@ def say(*words: Any) -> None:
 
 
 def listening(*pids: int) -> set[tuple[int, str, int]]:
-    """(process, address, port) of every TCP socket on which these processes listen, as the kernel has it."""
+    """Return (process, address, port) of every TCP socket on which these processes listen."""
     sockets: dict[str, tuple[str, int]] = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:

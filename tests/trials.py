@@ -1,8 +1,11 @@
-"""Runs that are disturbed, and compared with runs that were not: what the tests do a few times and torture.py does for hours.
+"""Disturbed runs and their comparison with undisturbed ones.
 
-Every trial is a run of real processes (ranks.py) in a folder of its own, started with --resume as often as it takes. Each line that it has
-left in metrics.jsonl, whether a step or an evaluation, and each time that it was written, is compared with the line of the undisturbed
-run: all of it but the clock, to the last digit.
+The tests run a few of these trials, and torture.py repeats them for hours.
+
+Every trial is a run of real processes (ranks.py) in a folder of its own, started with --resume as
+often as necessary. Each line of its metrics.jsonl, whether a step or an evaluation, is compared
+with the line of the undisturbed run, each time that it was written. All values except timings must
+be equal to the last digit.
 """
 
 from __future__ import annotations
@@ -91,7 +94,10 @@ class Tally:
         return self.tried == self.survived and self.compared == self.equal and not self.problems
 
     def __str__(self) -> str:
-        counts = f"tried {self.tried}, survived {self.survived}, losses compared {self.compared:,}, losses equal {self.equal:,}"
+        counts = (
+            f"tried {self.tried}, survived {self.survived}, "
+            f"losses compared {self.compared:,}, losses equal {self.equal:,}"
+        )
         return counts + "".join(f"\n  {problem}" for problem in self.problems)
 
 
@@ -99,10 +105,11 @@ class Trial:
     """A run in a folder of its own.
 
     Args:
-        folder: made new; the run is in its `run`, what the processes said in `start-00`, `start-01`, ...
-        dataset: that it trains on.
-        stage: of ZeRO.
-        overrides: settings that win over RECIPE's, in every start.
+        folder: created. The run is in its `run`, and the output of the processes in `start-00`,
+            `start-01`, ...
+        dataset: the training data.
+        stage: the ZeRO stage.
+        overrides: settings that override RECIPE's in every start.
 
     Attributes:
         run: the run folder, as its processes see it.
@@ -162,7 +169,7 @@ class Trial:
             return ranks[0].out.read_text().splitlines()
 
     def records(self, *events: str | None) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl without the clock's figures: steps (None), or events of these kinds."""
+        """Return lines of metrics.jsonl without timings: steps (None), or events of these kinds."""
         found = (r for r in read_metrics(self.seen / "metrics.jsonl") if r.get("event") in events)
         return [{k: v for k, v in r.items() if k not in CLOCK} for r in found]
 
@@ -181,7 +188,9 @@ class Trial:
         return self
 
     def compare(self, undisturbed: Trial, rounding: float = 0.0) -> Tally:
-        """Every line of this run against the other's; a line that is missing, or out of its turn, is a problem.
+        """Compare every line of this run with the other's.
+
+        A missing line, or one out of order, is a problem.
 
         Args:
             undisturbed: the run from beginning to end.
@@ -199,7 +208,8 @@ class Trial:
             tally.problems.append(f"{self.folder}: lines are missing: {sorted(missing, key=str)}")
         if wrong:
             tally.problems.append(
-                f"{self.folder}: {wrong[0]} should be {expected.get((wrong[0].get('event'), wrong[0]['step']))}"
+                f"{self.folder}: {wrong[0]} should be "
+                f"{expected.get((wrong[0].get('event'), wrong[0]['step']))}"
             )
         after = 0
         for record in self.records(None, "resume"):
@@ -212,7 +222,10 @@ class Trial:
 
 
 def _equal(record: dict[str, Any], expected: dict[str, Any], rounding: float) -> bool:
-    """Counts are always the same; so is how often the model is right, but for a near miss that rounding turns."""
+    """Compare two lines; all counts must be equal.
+
+    With `rounding`, the number of correct predictions may differ where rounding turns a near miss.
+    """
     if not rounding or record.keys() != expected.keys():
         return record == expected
     for key, value in record.items():
@@ -225,7 +238,9 @@ def _equal(record: dict[str, Any], expected: dict[str, Any], rounding: float) ->
 
 
 class Laboratory:
-    """Where trials are made, and the undisturbed runs that they are compared with. May be used from several threads.
+    """The place for trials and for the undisturbed runs that they are compared with.
+
+    Several threads may use it.
 
     Args:
         folder: for all of them.
@@ -276,7 +291,7 @@ class Laboratory:
         return tally
 
     def series(self, what: str, runs: Sequence[Callable[[], Tally]]) -> Tally:
-        """Make runs, several at a time; what goes wrong in one is a problem that the tally names."""
+        """Make runs, several at a time; an exception in one is a problem that the tally names."""
         total = Tally()
 
         def make(run: Callable[[], Tally]) -> None:
@@ -315,7 +330,10 @@ KILLS = 5  # of one run
 def kills(
     lab: Laboratory, count: int, seed: int, shapes: Sequence[tuple[int, int]] = SHAPES
 ) -> Tally:
-    """kill -9 at random moments, of one rank or all, until `count` of them have hit; each run goes on from what is there, to its end."""
+    """Kill one rank or all with SIGKILL at random moments, until `count` kills have hit.
+
+    Each run resumes from what it finds, and is trained to its end.
+    """
     runs = [
         functools.partial(
             _killed, lab, *shapes[i % len(shapes)], min(KILLS, count - i * KILLS), f"{seed}/{i}"
@@ -343,7 +361,10 @@ def _killed(lab: Laboratory, world: int, stage: int, wanted: int, seed: str) -> 
 
 
 def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: random.Random) -> bool:
-    """Start the ranks and kill one or all; whether it hit. Those that were not killed must end by themselves, and say why."""
+    """Start the ranks, kill one or all, and return whether that hit.
+
+    The others must end without help, and say why.
+    """
     victim = generator.choice([None, *range(world)])
     # While it trains, or at any time from the first moment to after the last.
     lines = generator.choice([1, 0, 1]) * generator.randint(1, STEPS // KILLS + 1)
@@ -356,7 +377,11 @@ def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: rand
         for rank in ranks.ranks if victim is None else [ranks[victim]]:
             rank.signal(signal.SIGKILL)
         codes = ranks.wait(TIMEOUT_S + MARGIN_S)
-        where = f"{trial.folder}, start {trial.starts}, {'all' if victim is None else f'rank {victim}'} killed after {lines} lines and {seconds:.3f} s"
+        whom = "all" if victim is None else f"rank {victim}"
+        where = (
+            f"{trial.folder}, start {trial.starts}, {whom} killed after {lines} lines "
+            f"and {seconds:.3f} s"
+        )
         if -signal.SIGKILL not in codes:
             assert set(codes) == {0}, f"{where}: exit codes {codes}: {ranks.errors}"
             return False
@@ -374,7 +399,10 @@ def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: rand
 
 
 def flips(lab: Laboratory, count: int, seed: int) -> Tally:
-    """One bit, anywhere in the newest checkpoint: it is noticed and named, and the run goes on from the one before."""
+    """Flip one bit anywhere in the newest checkpoint.
+
+    The fault is noticed and named, and the run resumes from the previous checkpoint.
+    """
     lab.undisturbed(1, 0)
     return lab.series(
         "flipped bits", [functools.partial(_flipped, lab, f"{seed}/{i}") for i in range(count)]
@@ -385,7 +413,8 @@ def _flipped(lab: Laboratory, seed: str) -> Tally:
     generator, undisturbed = random.Random(seed), lab.undisturbed(1, 0)
     trial = lab.trial().copy_of(undisturbed)
     before, newest = trial.checkpoints[-2:]
-    # As often in the manifest as in the much larger tensors: it is where a reader could be led astray.
+    # The manifest is chosen as often as each of the much larger tensor files, because a fault there
+    # could mislead a reader.
     file = generator.choice(sorted(newest.iterdir()))
     bit = generator.randrange(8 * file.stat().st_size)
     flip(file, bit)
@@ -406,7 +435,10 @@ def _flipped(lab: Laboratory, seed: str) -> Tally:
 
 
 def dataset_flips(lab: Laboratory, count: int, seed: int) -> Tally:
-    """One bit, anywhere in the dataset: training and evaluation refuse it in one line that names the file, and nothing is written."""
+    """Flip one bit anywhere in the dataset.
+
+    Training and evaluation refuse it with one line that names the file, and write nothing.
+    """
     lab.undisturbed(1, 0)
     return lab.series(
         "flipped bits of a dataset",
@@ -440,7 +472,8 @@ def _flipped_dataset(lab: Laboratory, seed: str) -> Tally:
     return Tally(
         tried=1,
         problems=[
-            f"seed {seed}, {file}, bit {bit}, {command[0]}: exit code {codes[0]}: {' | '.join(said)}"
+            f"seed {seed}, {file}, bit {bit}, {command[0]}: exit code {codes[0]}: "
+            f"{' | '.join(said)}"
         ],
     )
 
@@ -461,7 +494,10 @@ BESIDE_A_DAMAGED_ONE = ("moving-aside", "moved-aside")
 
 
 def crashes(lab: Laboratory, points: Sequence[str], rank: int, world: int, stage: int) -> Tally:
-    """A rank dies by kill -9 at one point of a save after the other: a start each, in as few runs as there are at a time."""
+    """Kill a rank with SIGKILL at one point of a save after the other, one per start.
+
+    The points are spread over as few runs as go on at the same time.
+    """
     lab.undisturbed(world, stage)
     runs = [
         functools.partial(_crashed, lab, points[i :: lab.width], rank, world, stage)
@@ -486,7 +522,7 @@ def _crashed(lab: Laboratory, points: Sequence[str], rank: int, world: int, stag
 
 
 def check_nothing_is_damaged(trial: Trial) -> None:
-    """What is called a checkpoint is one, whole and sound: `--resume` would also get over one that is not."""
+    """Check that every checkpoint is valid; `--resume` itself would skip a damaged one."""
     _, complaints = checkpoint.newest_valid(trial.seen)
     assert not complaints, f"{trial.folder}, after start {trial.starts}: {complaints}"
 
@@ -508,6 +544,9 @@ def wait_for(what: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
 
 
 def wait_until_ready(ranks: Ranks) -> None:
-    """Until every process has its handlers: before that it is Python that starts, and a signal is the system's affair."""
+    """Wait until every process has its signal handlers.
+
+    Before that, Python is still starting, and a signal has its default action.
+    """
     for rank in ranks.ranks:
         wait_for(lambda rank=rank: catches(rank.pid, signal.SIGTERM))

@@ -1,4 +1,7 @@
-"""A Python process in which Triton compiles its kernels. The tests' own process interprets them (conftest.py), and Triton decides that at import."""
+"""A Python process in which Triton compiles its kernels.
+
+The tests' own process interprets them (conftest.py), and Triton decides that at import.
+"""
 
 from __future__ import annotations
 
