@@ -370,7 +370,7 @@ def test_evaluation_is_without_dropout_and_changes_nothing(small_dataset, packs)
 def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(
     small_dataset, packs, stage
 ):
-    """For one step the embedding of the last positions is broken; only the longest sequences use it.
+    """The embedding of the last positions is broken for a step; only the longest sequences use it.
 
     The next steps are the same as without the fault.
     """

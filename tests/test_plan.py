@@ -56,7 +56,7 @@ def recipe(text: str = "", preset: str = "base") -> RunConfig:
 
 
 def batch(lengths: list[int], masked_each: int) -> PackedBatch:
-    """Sequences of these lengths, all in pairs; of each the first `masked_each` tokens are masked."""
+    """Sequences of these lengths, all in pairs; the first `masked_each` of each are masked."""
     pack = pack_texts([[5] * (n - 2) for n in lengths], None, SpecialIds(0, 1, 2, 3, 4))
     positions = (pack.cu_seqlens[:-1, None].long() + torch.arange(1, masked_each + 1)).flatten()
     zeros = torch.zeros(len(lengths), dtype=torch.int64)

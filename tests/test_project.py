@@ -114,7 +114,10 @@ def test_files_are_named_for_an_idea():
 
 
 def test_architecture_names_every_file():
-    """It names `folder/file.py`, or `file.py` and its folder; `__init__.py` belongs to its folder."""
+    """It names `folder/file.py`, or `file.py` and its folder.
+
+    An `__init__.py` belongs to its folder.
+    """
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     missing = []
     for path in PYTHON_FILES:

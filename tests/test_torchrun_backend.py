@@ -125,7 +125,7 @@ def meet(*handlers: RendezvousHandler) -> list[tuple[int, int, str, int]]:
 
 
 def test_nodes_meet_again_and_again():
-    """torch's c10d sends the store's address only once, so a node that joins later never gets it."""
+    """torch's c10d sends the store's address only once, so a late node never gets it."""
     port = free_port()
     first, second = (get_rendezvous_handler(parameters(port)) for _ in range(2))
     (alone,) = meet(first)
