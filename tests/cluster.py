@@ -29,7 +29,7 @@ from tests.trials import CLOCK
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/multi-node.md"
 EXAMPLES = ("hostfile", "slurm.sh", "kubernetes.yaml")
-PATIENCE_S = 300.0  # a guard, never reached where all is well
+PATIENCE_S = 300.0  # a guard that a working run never reaches
 SMALLER = {
     "--nproc-per-node 8": "--nproc-per-node {gpus}",
     "--num_gpus 8": "--num_gpus {gpus}",
@@ -76,8 +76,8 @@ class Block:
     """Commands of the document that make one run.
 
     Attributes:
-        heading: under which they stand.
-        commands: each with the numbers of the nodes where it is given.
+        heading: the heading above them.
+        commands: each with the numbers of the nodes that run it.
     """
 
     heading: str
@@ -140,7 +140,7 @@ def until(come: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) ->
 
 
 class Command:
-    """A command that runs on a node; what it says goes into a file."""
+    """A command that runs on a node; its output goes to a file."""
 
     def __init__(self, process: Process, output: Path):
         self.process, self._output = process, output
@@ -150,7 +150,7 @@ class Command:
         return self._output.read_text(errors="replace")
 
     def wait(self, patience_s: float = PATIENCE_S) -> int:
-        """Its exit code."""
+        """Wait for the exit code."""
         try:
             return self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
@@ -166,14 +166,14 @@ class Cluster:
 
     Args:
         folder: empty.
-        store: of `fastbert prepare`.
+        dataset: the output of `fastbert prepare`.
         gpus: processes a node.
         steps: of the recipe.
         every: steps between its checkpoints.
     """
 
     def __init__(
-        self, folder: Path, store: Path, gpus: int = 1, steps: int = 20, every: int = 1000
+        self, folder: Path, dataset: Path, gpus: int = 1, steps: int = 20, every: int = 1000
     ):
         self.folder, self.run, self._gpus = folder, folder / "runs/base", gpus
         for name in ("data", "bin", "examples/cluster"):
@@ -182,7 +182,7 @@ class Cluster:
             steps=steps, every=every, deepspeed=ROOT / "fastbert/recipes/ds_config.json"
         )
         (folder / "base.toml").write_text(recipe, encoding="utf-8")
-        (folder / "data/wiki").symlink_to(store)
+        (folder / "data/wiki").symlink_to(dataset)
         for name in EXAMPLES:
             (folder / "examples/cluster" / name).write_text(
                 self._smaller((ROOT / "examples/cluster" / name).read_text())
@@ -215,7 +215,7 @@ class Cluster:
         self.nodes.__exit__(kind, error, trace)
 
     def start(self, command: str, node: int) -> Command:
-        """Give a command line on a node."""
+        """Start a command line on a node."""
         self._said += 1
         output = self.folder / f"said-{self._said}-by-node{node}.txt"
         with open(output, "w") as file:
@@ -231,11 +231,11 @@ class Cluster:
             )
 
     def start_block(self, block: Block) -> list[Command]:
-        """Give the commands of a block, each where it says."""
+        """Start the commands of a block, each on its nodes."""
         return [self.start(command, node) for where, command in block.commands for node in where]
 
     def listening(self) -> list[tuple[int, Listener]]:
-        """Every port that a process of the run has open, with the node."""
+        """Return every open port of the run's processes, with its node."""
         return [
             (i, port)
             for i, node in enumerate(self.nodes)
@@ -244,7 +244,7 @@ class Cluster:
         ]
 
     def ranks(self, node: int) -> list[psutil.Process]:
-        """The processes that train on a node; not their launchers."""
+        """Return the processes that train on a node, without their launchers."""
         return [process for process in self.nodes[node].processes() if _is_rank(process.cmdline())]
 
     def _smaller(self, text: str) -> str:

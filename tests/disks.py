@@ -13,11 +13,11 @@ import subprocess
 from pathlib import Path
 from types import TracebackType
 
-PATIENCE_S = 20.0  # with what takes milliseconds
+PATIENCE_S = 20.0  # for operations that take milliseconds
 
 
 class Unavailable(RuntimeError):
-    """This machine, or this user's rights, do not allow it; the text says why."""
+    """This machine or this user's rights do not allow it; the message says why."""
 
 
 class SmallDisk:
@@ -74,7 +74,7 @@ class SmallDisk:
         self._process.communicate(timeout=PATIENCE_S)
 
     def seen(self, path: Path) -> Path:
-        """A path of the disk, for those outside."""
+        """Return a path of the disk as seen from outside the namespace."""
         return Path(f"/proc/{self.pid}/root{path}")
 
     def resize(self, size: str) -> None:
@@ -86,7 +86,7 @@ class SmallDisk:
         self._mount("-o", "remount,bind,ro", str(folder))
 
     def release(self, folder: Path) -> None:
-        """The opposite."""
+        """Undo `write_protect`."""
         self._run("umount", str(folder))
 
     def _mount(self, *arguments: str) -> None:

@@ -76,7 +76,7 @@ def load_guard() -> None:
 
 
 def on_cuda(x: Any) -> Any:
-    """A fake CUDA tensor with the strides of x, whose address is aligned as an allocator would."""
+    """Return a fake CUDA tensor with x's strides, whose address is aligned as by an allocator."""
     return (
         torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=CUDA)
         if torch.is_tensor(x)
@@ -85,7 +85,7 @@ def on_cuda(x: Any) -> Any:
 
 
 def launchers(operation: str, shape: dict, dtype: torch.dtype, p: float) -> None:
-    """Both launchers of an operation, as its operators call them."""
+    """Call both launchers of an operation, as its operators do."""
     kernel = importlib.import_module(f"fastbert_kernels.{operation}.kernel")
     real = arguments(Case(operation, "", shape, p), dtype, torch.device("cpu"))
     given = {"eps": 1e-12, "scale": 0.125, "dropout_stream": 0, "query_indices": None, **real}
@@ -115,7 +115,7 @@ def call(launcher: Callable, given: dict[str, Any]) -> Any:
 
 
 def model(lengths: list[int], dtype: torch.dtype) -> None:
-    """Forward of a training step and of an evaluation, and the sums that are kept of each."""
+    """Run the forward pass of a training step and of an evaluation, and the sums kept of each."""
     config = ModelConfig(
         hidden_size=128,
         num_hidden_layers=2,
@@ -145,7 +145,7 @@ def model(lengths: list[int], dtype: torch.dtype) -> None:
 
 
 class Context:
-    """What a function of autograd gets, for calling its two passes directly."""
+    """The context of an autograd function, so that its two passes can be called directly."""
 
     saved_tensors: tuple = ()
 

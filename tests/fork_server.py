@@ -108,7 +108,7 @@ def _answer(answer: dict[str, int]) -> None:
 
 
 def _enter_namespaces(pid: int) -> None:
-    """See the mounts that another process sees, as the user that it is there."""
+    """Enter the mount namespace of another process, as the user that it runs as."""
     libc = ctypes.CDLL(None, use_errno=True)
     for kind in ("user", "mnt"):
         path = f"/proc/{pid}/ns/{kind}"
@@ -120,7 +120,7 @@ def _enter_namespaces(pid: int) -> None:
 
 def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was quicker
+    if os.getppid() != parent:  # the child was faster
         os._exit(1)
 
 

@@ -246,7 +246,7 @@ class Nodes:
         """Pull node i's cable: nothing reaches it or leaves it, and nobody is told."""
         self._ip("link", "set", self._names[i], "down")
 
-    def mend(self, i: int) -> None:
+    def reconnect(self, i: int) -> None:
         """Plug it in again."""
         self._ip("link", "set", self._names[i], "up")
 

@@ -24,7 +24,7 @@ from tests.uninterpreted import run_module
 
 ROOT = Path(__file__).parents[1]
 
-SOUND = Figures(
+GOOD = Figures(
     name="norm._forward bf16 768",
     architecture="sm_90",
     kernel="_forward",
@@ -37,11 +37,11 @@ SOUND = Figures(
     programs=8,
     widths={"x_ptr": 128, "ids_ptr": 64},
 )
-RECORD = {"triton": "3.7.1", "sm_90": {SOUND.name: SOUND.recorded}}
+RECORD = {"triton": "3.7.1", "sm_90": {GOOD.name: GOOD.recorded}}
 
 
 def with_figures(**figures) -> list[Figures]:
-    return [dataclasses.replace(SOUND, **figures)]
+    return [dataclasses.replace(GOOD, **figures)]
 
 
 def test_every_kernel_fits_its_devices_and_is_no_worse_than_on_record():
@@ -77,15 +77,15 @@ def test_planted_faults_are_found():
 
 
 def test_hard_rules():
-    assert faults([SOUND]) == []
+    assert faults([GOOD]) == []
     assert faults(with_figures(shared=233_000)) == [
-        f"sm_90 {SOUND.name}: 233000 bytes of shared memory; a program may have 232448"
+        f"sm_90 {GOOD.name}: 233000 bytes of shared memory; a program may have 232448"
     ]
     assert faults(with_figures(programs=0)) == [
-        f"sm_90 {SOUND.name}: not one program fits: 64 registers a thread"
+        f"sm_90 {GOOD.name}: not one program fits: 64 registers a thread"
     ]
     assert faults(with_figures(widths={"x_ptr": 128, UNTRACED: 32})) == [
-        f"sm_90 {SOUND.name}: a load of 32 bits cannot be traced to its argument, "
+        f"sm_90 {GOOD.name}: a load of 32 bits cannot be traced to its argument, "
         "which may be a wide one"
     ]
     # Elsewhere spills and narrow loads are on record, but no fault.
@@ -93,12 +93,12 @@ def test_hard_rules():
 
 
 def test_changes_against_the_record():
-    assert changes([SOUND], RECORD) == ([], [])
+    assert changes([GOOD], RECORD) == ([], [])
     assert changes(with_figures(registers=96, spilled=64, shared=5120, programs=7), RECORD) == (
         [],
         [],
     )  # within the margin
-    where = f"sm_90 {SOUND.name}"
+    where = f"sm_90 {GOOD.name}"
     assert changes(with_figures(registers=100, spilled=72, shared=9000, programs=5), RECORD) == (
         [
             f"{where}: registers 64 on record, now 100 (+36)",

@@ -392,7 +392,7 @@ def test_too_few_sequences_for_the_ranks(dataset):
     )
 
 
-def test_a_store_without_an_example(tmp_path: Path):
+def test_a_dataset_without_an_example(tmp_path: Path):
     lonely = tiny_dataset(tmp_path / "lonely", [[5], [6]], [[7, 7], [8]])
     with pytest.raises(
         InputError,

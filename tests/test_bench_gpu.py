@@ -269,7 +269,7 @@ def test_nothing_is_measured_where_something_is_wrong(tmp_path, script):
     ) and "**Stopped: smoke found something wrong" in report.page(tmp_path)
 
 
-def test_a_part_goes_on_behind_what_broke_it_and_the_next_part_runs(tmp_path):
+def test_a_part_continues_after_what_broke_it_and_the_next_part_runs(tmp_path):
     items = """
         for item in "abc":
             if not results.has("begin", item=item):

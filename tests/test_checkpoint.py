@@ -590,7 +590,7 @@ def test_a_checkpoint_whose_files_have_other_names_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_next_sound_one_is_taken(tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_and_the_next_valid_one_is_taken(tmp_path, damage):
     change, message = DAMAGE[damage]
     good, bad = save_at(tmp_path, 1, 2)
     change(bad)

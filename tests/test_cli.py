@@ -325,7 +325,7 @@ def test_finetune(inside, tmp_path):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-def test_plan_reads_the_store(inside, small_dataset):
+def test_plan_reads_the_dataset(inside, small_dataset):
     code, out, _ = inside(
         "plan", "recipe.toml", "--gpus", "2", "--gpu", "a100", "--stage", "1", "--json"
     )

@@ -52,7 +52,7 @@ def test_what_is_measured_for_one_rank_is_one_line_a_stage():
     assert Case(1, 2, "owners") in cases([1], 2) and Case(1, 1, "dropped") not in cases([1], 2)
 
 
-def test_what_is_not_explained_is_a_fault():
+def test_unexplained_bytes_are_a_fault():
     row = Measured(2, Case(1, 1), 100.0, {"all-reduce": 100.0}, 100.0, 101.0, [100.0, 102.0])
     assert fault(row) is None
     assert (

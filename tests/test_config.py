@@ -23,7 +23,7 @@ def test_one_line_is_a_recipe():
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "fastbert/recipes").glob("*.toml")), ids=lambda p: p.stem
 )
-def test_recipes_that_come_along_are_sound(path):
+def test_packaged_recipes_are_valid(path):
     config = load_config(path)
     assert parse_config(dump_config(config), "again") == config
 

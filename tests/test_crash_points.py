@@ -102,7 +102,7 @@ def disk(lab, request):
         pytest.skip(f"no disk of its own for this test: {why}")
 
 
-def sound_one(trial: Trial) -> int:
+def newest_valid_step(trial: Trial) -> int:
     """The step of the newest checkpoint, which is valid."""
     found, complaints = checkpoint.newest_valid(trial.seen)
     assert found is not None and complaints == []
@@ -124,13 +124,13 @@ def test_no_room_for_a_checkpoint(lab, disk):
     with trial.start(world) as ranks:
         assert ranks.wait() == [1] * world, ranks.errors
         assert "No space left on device" in ranks[0].out.read_text().splitlines()[-1]
-    assert len(trial.steps) == lab.steps and sound_one(trial) == 6
+    assert len(trial.steps) == lab.steps and newest_valid_step(trial) == 6
     problems = [save["problem"] for save in saves(trial) if "problem" in save]
     assert problems and all("No space left on device" in problem for problem in problems)
     disk.resize("8m")
-    trial.go_on(world)
+    trial.resume(world)
     assert trial.compare(lab.undisturbed(world, STAGE)).passed
-    assert sound_one(trial) == lab.steps
+    assert newest_valid_step(trial) == lab.steps
 
 
 @pytest.mark.parametrize("disk", [(".", "8m", 2)], indirect=True)
@@ -154,9 +154,9 @@ def test_no_room_for_anything(lab, disk):
         assert len(said) == world and all(
             "No space left on device" in line and "--resume" in line for line in said
         ), said
-    sound_one(trial)
+    newest_valid_step(trial)
     ballast.unlink()
-    trial.go_on(world)
+    trial.resume(world)
     assert trial.compare(lab.undisturbed(world, STAGE)).passed
 
 
@@ -169,9 +169,9 @@ def test_checkpoints_become_read_only(lab, disk):
         assert ranks.wait() == [1], ranks.errors
         assert "Read-only file system" in ranks[0].out.read_text().splitlines()[-1]
     assert len(trial.steps) == lab.steps
-    sound_one(trial)
+    newest_valid_step(trial)
     disk.release(trial.run / "checkpoints")
-    trial.go_on(world)
+    trial.resume(world)
     assert trial.compare(lab.undisturbed(world, 0)).passed
 
 

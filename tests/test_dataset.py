@@ -312,7 +312,7 @@ TRAIN = "train/shard-00000."
         (write("baselines.json", "not JSON"), ["baselines.json", '"unigram"']),
     ],
 )
-def test_broken_store(
+def test_broken_dataset(
     small_dataset: TokenDataset, tmp_path: Path, damage: Callable[[Path], Any], words: list[str]
 ) -> None:
     path = tmp_path / "copy"

@@ -31,12 +31,12 @@ VALUES = "bert.encoder.layer.1.attention.self.value.weight"
 
 
 @pytest.fixture(scope="module")
-def sound(small_dataset, tmp_path_factory) -> Path:
+def valid(small_dataset, tmp_path_factory) -> Path:
     return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_dataset.tokenizer_dir)
 
 
 @pytest.fixture
-def folder(sound, small_dataset, tmp_path) -> Path:
+def folder(valid, small_dataset, tmp_path) -> Path:
     """A copy that a test may spoil; and what the verbs read."""
     (tmp_path / "texts.txt").write_text("the list\nthe name of the module\n")
     (tmp_path / "x.csv").write_text(

@@ -549,7 +549,7 @@ def test_bad_generators_are_found(name):
     assert abs(found[statistic]) > 2 * SIGMAS, {what: round(z, 1) for what, z in found.items()}
 
 
-def test_a_sound_generator_in_the_place_of_the_bad_ones_passes():
+def test_a_good_generator_in_place_of_the_bad_ones_passes():
     assert_random(
         rows_of(
             lambda row, pair: mixed((random_words(row)[0] | 1) * pair + random_words(row)[1]), 0.1

@@ -383,7 +383,7 @@ def test_groups_of_ranks_come_out_even(tmp_path):
         settings.stage(precision="fp32", world=6, optimizer="adamw")
 
 
-def test_the_projects_own_file_is_sound():
+def test_the_projects_own_file_is_valid():
     settings = read_ds_config(
         RunConfig(
             data="dataset",

@@ -264,20 +264,22 @@ def bf16() -> str:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_going_on_from_a_state_gives_the_same_to_the_last_digit(small_dataset, packs, stage):
-    go_on(small_dataset, packs, stage, "fp32")
+def test_resuming_from_a_state_gives_the_same_to_the_last_digit(small_dataset, packs, stage):
+    resume_from(small_dataset, packs, stage, "fp32")
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_going_on_in_bf16(small_dataset, packs, stage, bf16):
+def test_resuming_in_bf16(small_dataset, packs, stage, bf16):
     """The state is in fp32 all the same: more than the working copies could give."""
-    state = go_on(small_dataset, packs, stage, bf16)
+    state = resume_from(small_dataset, packs, stage, bf16)
     assert not all(
         torch.equal(tensor, tensor.bfloat16().float()) for tensor in state["weight"].values()
     )
 
 
-def go_on(small_dataset, packs, stage: int, precision: str) -> dict[str, dict[str, torch.Tensor]]:
+def resume_from(
+    small_dataset, packs, stage: int, precision: str
+) -> dict[str, dict[str, torch.Tensor]]:
     with engine(small_dataset, stage, precision=precision) as built:
         for i in range(3):
             built.step(packs[i], lr=1e-2)
@@ -316,7 +318,7 @@ def test_a_state_from_before_the_first_step(small_dataset, packs, stage, optimiz
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lamb"])
-def test_the_other_optimizers_go_on_too(small_dataset, packs, optimizer):
+def test_the_other_optimizers_resume_too(small_dataset, packs, optimizer):
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name=optimizer))
     with engine(small_dataset, 0, config) as built:
         for i in range(3):

@@ -185,7 +185,7 @@ def numbers(value) -> list[float]:
     return [] if value is None else [value]
 
 
-def test_a_folder_and_another_store_with_the_same_tokenizer(small_dataset, folder, run):
+def test_a_folder_and_another_dataset_with_the_same_tokenizer(small_dataset, folder, run):
     of_run, of_folder = (
         numbers(evaluate(fastbert.load(x), small_dataset.path, SEQUENCES).flat())
         for x in (run, folder)
@@ -222,7 +222,7 @@ def test_what_cannot_be_evaluated(small_dataset, folder, run, tmp_path):
         evaluate(fastbert.load(tmp_path / "encoder"), small_dataset.path)
 
 
-def test_a_store_of_another_tokenizer(small_dataset, run, tmp_path):
+def test_a_dataset_of_another_tokenizer(small_dataset, run, tmp_path):
     other = make_hugging_face_folder(tmp_path / "other")
     with pytest.raises(
         InputError,

@@ -222,7 +222,7 @@ def test_a_name_is_imported_from_the_module_that_defines_it():
     assert not wrong, "\n".join(wrong)
 
 
-def test_what_reads_the_store_does_not_know_how_it_is_made():
+def test_what_reads_a_dataset_does_not_know_how_it_is_made():
     makers = {
         f"fastbert.data.{name}"
         for name in (

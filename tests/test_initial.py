@@ -91,7 +91,7 @@ def test_training_begins_with_its_weights_and_its_sizes(recipe, folder, tmp_path
     np.testing.assert_allclose(after.encode(TEXTS), before.encode(TEXTS), rtol=0, atol=1e-5)
 
 
-def test_it_goes_on_when_the_folder_is_gone(recipe, folder, tmp_path):
+def test_it_resumes_when_the_folder_is_gone(recipe, folder, tmp_path):
     assert train(recipe) == 0
     shutil.rmtree(folder)
     assert train(recipe, "stop.steps=2", resume=True) == 0

@@ -375,7 +375,7 @@ def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, 
         assert torch.equal(value[:rows], plain[key]), key
 
 
-def test_a_list_of_work_for_another_batch_is_refused():
+def test_a_tile_schedule_for_another_batch_is_refused():
     arguments = inputs("attention", shape=PACK)
     other = attention_tile_schedule(arguments["cu_seqlens"][:-1], len(arguments["k"]))
     with pytest.raises(

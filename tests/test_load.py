@@ -126,7 +126,7 @@ def test_vocab_txt_alone_is_enough(original, hf):
     assert np.array_equal(fastbert.load(hf).encode(TEXTS), fastbert.load(original).encode(TEXTS))
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(original, run):
+def test_a_damaged_checkpoint_is_skipped_with_a_message(original, run):
     make_run(run, original, step=9)
     damaged = next((run / "checkpoints/step-00000009").glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -314,11 +314,11 @@ def test_rubbish_weights_are_refused(original, tmp_path_factory, data):
     """
     folder = tmp_path_factory.getbasetemp() / "rubbish"
     folder.mkdir(exist_ok=True)
-    sound = bytearray((original / "model.safetensors").read_bytes())
+    valid = bytearray((original / "model.safetensors").read_bytes())
     for _ in range(data.draw(st.integers(0, 3))):
-        sound[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
+        valid[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
     (folder / "model.safetensors").write_bytes(
-        sound[: data.draw(st.integers(0, len(sound)) | st.just(len(sound)))]
+        valid[: data.draw(st.integers(0, len(valid)) | st.just(len(valid)))]
     )
     config, vocab_size, tied = hugging_face.read_config(original / "config.json")
     try:
@@ -332,7 +332,7 @@ def test_rubbish_weights_are_refused(original, tmp_path_factory, data):
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings(hf):
-    # Both tokenizer and weights are sound; they are of different models.
+    # Both tokenizer and weights are valid; they are of different models.
     state = load_file(hf / "model.safetensors")
     for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
         state[name] = state[name][:-7].clone()

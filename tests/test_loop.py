@@ -284,7 +284,7 @@ def test_a_finished_run_has_nothing_to_resume(recipe, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "stopped at step 2: stop.steps = 2"
 
 
-def test_a_signal_saves_and_says_how_to_go_on(recipe, tmp_path, capsys):
+def test_a_signal_saves_and_says_how_to_resume(recipe, tmp_path, capsys):
     run = tmp_path / "run"
 
     def send() -> None:

@@ -37,8 +37,8 @@ def notes(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def make(folder: Path, store: Path) -> Cluster:
-    cluster = Cluster(folder, store, steps=STEPS, every=EVERY)
+def make(folder: Path, dataset: Path) -> Cluster:
+    cluster = Cluster(folder, dataset, steps=STEPS, every=EVERY)
     cluster.environment |= {"RECORD": str(folder / "record.jsonl"), "PACE": str(folder / "pace")}
     pace(cluster, 0)
     return cluster
@@ -180,7 +180,7 @@ def test_a_node_is_cut_off_and_comes_back(cluster, undisturbed):
     cluster.nodes.cut(1)
     pace(cluster, ALONE_S)
     until_noted(cluster, [other], world=1)
-    cluster.nodes.mend(1)
+    cluster.nodes.reconnect(1)
     both_again(cluster, [other, lost], undisturbed)
 
 

@@ -225,7 +225,7 @@ def test_a_load_is_waited_for():
     assert run([LOAD, use], 1, 1, Memory(1000, 4)).cycles == 1000 + 512
 
 
-def test_products_queue_behind_each_other_while_the_warp_goes_on():
+def test_products_queue_behind_each_other_while_the_warp_continues():
     await_all = one("WARPGROUP.DEPBAR.LE", "gsb0, 0x0")
     assert run([*[PRODUCT] * 4, await_all], 1, 1).cycles == 8 + 4 * 32 + h100.WGMMA
     assert run([*[PRODUCT] * 4, *[FFMA] * 50], 1, 1).cycles == 53

@@ -46,7 +46,7 @@ def shared(lab: Laboratory, world: int, stage: int, tokens: int) -> list[dict]:
         stage=stage,
         steps=STEPS,
     )
-    trial.go_on(world)
+    trial.resume(world)
     return trial.steps
 
 
@@ -159,7 +159,7 @@ CONSTANT = (
 
 
 def leg(trial: Trial, world: int, until: int, *overrides: str) -> Trial:
-    trial.go_on(world, f"stop.steps={until}", *overrides)
+    trial.resume(world, f"stop.steps={until}", *overrides)
     return trial
 
 

@@ -22,7 +22,7 @@ def test_floats_round_trip(tmp_path):
         ]  # without a close
 
 
-def test_a_fresh_start_begins_anew_and_a_resume_goes_on(tmp_path):
+def test_a_fresh_start_empties_the_file_and_a_resume_appends(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for fresh, step in [(True, 1), (False, 2), (False, 3)]:
         file = MetricsFile(path, fresh)
@@ -55,7 +55,7 @@ def test_a_torn_last_line_is_dropped(tmp_path_factory, whole, torn):
         b'{"step": ' + b"9" * 5000 + b"}", b"\0" * 4096 + b'{"step": 7}', b"\xff", b"",
     ]),
 ), max_size=12))  # fmt: skip
-def test_a_bad_line_is_passed_over_and_counted(tmp_path_factory, parts):
+def test_a_bad_line_is_skipped_and_counted(tmp_path_factory, parts):
     """Lines may be torn where two machines append over a network disk, or contain a hole of zeros.
 
     Complete lines around them are kept.

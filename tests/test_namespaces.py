@@ -76,7 +76,7 @@ def test_nodes_have_names_and_reach_each_other_through_their_cables():
         with pytest.raises(subprocess.CalledProcessError) as refused:
             nodes[0].run([sys.executable, "-c", FETCH])
         assert "TimeoutError" in refused.value.stderr
-        nodes.mend(1)
+        nodes.reconnect(1)
         assert nodes[0].run([sys.executable, "-c", FETCH]) == "100000\n"
 
 

@@ -85,7 +85,7 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, sta
     give finite losses elsewhere.
     """
     trial = lab.trial(*FEW, "stop.skipped=20", stage=stage)
-    trial.go_on(world, "stop.steps=3")
+    trial.resume(world, "stop.steps=3")
     damage(trial)
     said = fails(trial, world)
     expected = {
@@ -145,7 +145,7 @@ def test_too_many_in_a_row_end_the_run(lab, small_dataset, world, stage):
 def test_a_loss_is_never_averaged_away(lab):
     """One rank's loss is not finite, the other's is: both skip, and they stay together."""
     trial = lab.trial(*FEW, "stop.skipped=20", stage=1)
-    trial.go_on(2, "stop.steps=3")
+    trial.resume(2, "stop.steps=3")
     damage(trial)
     alone = lab.trial(*FEW, "stop.skipped=20").copy_of(trial)
     fails(trial, 2)
@@ -206,8 +206,8 @@ def test_broken_weights_push_out_no_checkpoint(lab, last, end, every, keep):
     """
     trial = lab.trial(*BREAKS, f"checkpoint.every={every}", f"checkpoint.keep={keep}", steps=200)
     said = end(trial, last)
-    sound = list(range(every, last, every))[-keep:]
-    assert [path.name for path in trial.checkpoints] == [f"step-{step:08}" for step in sound]
+    valid = list(range(every, last, every))[-keep:]
+    assert [path.name for path in trial.checkpoints] == [f"step-{step:08}" for step in valid]
     assert [
         path.name for path in (trial.run / "checkpoints").iterdir() if path.name.startswith(".")
     ] == []
@@ -218,7 +218,7 @@ def test_broken_weights_push_out_no_checkpoint(lab, last, end, every, keep):
     )
     assert all_finite(trial) and trial.steps[-1]["step"] == last
     before = len(trial.records("skip"))
-    trial.go_on(1, "optimizer.lr=1e-6", f"stop.steps={last + 4}", "stop.skipped=0")
+    trial.resume(1, "optimizer.lr=1e-6", f"stop.steps={last + 4}", "stop.skipped=0")
     assert trial.steps[-1]["step"] == last + 4 and len(trial.records("skip")) == before
 
 
@@ -232,7 +232,7 @@ def test_a_process_that_is_killed_while_it_skips(lab, last):
         ranks.signal(signal.SIGKILL)
         assert ranks.wait() == [-9]
     assert [path.name for path in trial.checkpoints] == [f"step-{last - 1:08}"]
-    trial.go_on(1, "optimizer.lr=1e-6", f"stop.steps={last + 2}")
+    trial.resume(1, "optimizer.lr=1e-6", f"stop.steps={last + 2}")
     assert [path.name for path in trial.checkpoints] == [f"step-{last + 2:08}"]
 
 
@@ -255,11 +255,11 @@ def test_a_bad_text_in_the_last_steps_does_not_lose_the_run(lab, small_dataset):
     config = load_config(trial.recipe, trial.overrides)
     batches = Batches(small_dataset, config)
     assert longest(heldout_batches(small_dataset, config, 1)) <= PLACE
-    trial.go_on(1, "stop.steps=3")
+    trial.resume(1, "stop.steps=3")
     damage(trial)
     long = [longest(batches.step(step)) > PLACE for step in range(lab.steps)]
     end = next(step for step in range(6, lab.steps) if long[step] and not all(long[3:step])) + 1
-    trial.go_on(1, f"stop.steps={end}")
+    trial.resume(1, f"stop.steps={end}")
     assert (
         trial.records("skip")[-1]["step"] == end
         and trial.records("save")[-1]["checkpoint"] == f"step-{end:08}"
@@ -278,7 +278,7 @@ def test_no_step_was_finite(lab, stage, more):
     No step is applied, so there is nothing to save.
     """
     start = lab.trial()
-    start.go_on(1, "stop.steps=3")
+    start.resume(1, "stop.steps=3")
     damage(start, 0)
     trial = lab.trial(*more, f"init={start.run}", "checkpoint.every=1", stage=stage)
     said = fails(trial, 1)
@@ -292,10 +292,10 @@ def test_no_step_was_finite(lab, stage, more):
 def test_no_step_was_finite_since_a_checkpoint(lab):
     """No rate helps there; the checkpoint before it does."""
     trial = lab.trial("stop.skipped=2")
-    trial.go_on(1, "stop.steps=3")
-    (sound,) = trial.checkpoints
+    trial.resume(1, "stop.steps=3")
+    (valid,) = trial.checkpoints
     damage(trial, 0)
     said = fails(trial, 1)
-    assert f"no step was finite since {sound}; move that away" in said[
+    assert f"no step was finite since {valid}; move that away" in said[
         -1
-    ] and trial.checkpoints == [sound]
+    ] and trial.checkpoints == [valid]

@@ -131,10 +131,10 @@ def test_a_run_with_two_dollar_signs_in_its_name(lab, capsys):
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run(lab):
     trial = lab.trial(steps=3)
-    trial.go_on(1, "stop.steps=2")
+    trial.resume(1, "stop.steps=2")
     (trial.run / "loss.png").unlink()
     (trial.run / "loss.png").mkdir()
-    trial.go_on()
+    trial.resume()
     assert trial.records("stop")[-1]["reason"] == "stop.steps = 3"
     (line,) = [
         line

@@ -95,7 +95,7 @@ def test_the_same_bytes_whatever_the_workers(several_chunks: Path, tmp_path: Pat
     assert str(tmp_path) not in text and str(several_chunks) not in text
 
 
-def test_formats_make_the_same_store(english_documents: list[str], tmp_path: Path) -> None:
+def test_formats_make_the_same_dataset(english_documents: list[str], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(english_documents))
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"body": document}) + "\n" for document in english_documents)

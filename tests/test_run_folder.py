@@ -458,7 +458,7 @@ def test_a_run_that_died_before_its_first_checkpoint_is_started_again_by_resume(
     before = contents(trial.run)
     assert "steps without a checkpoint" in refusal(trial)
     assert contents(trial.run) == before
-    assert any("starting from the beginning" in line for line in trial.go_on())
+    assert any("starting from the beginning" in line for line in trial.resume())
     assert trial.steps == finished.steps
 
 
@@ -499,7 +499,7 @@ def test_a_file_of_the_tokenizer_that_is_a_link_is_refused(trial, dataset, tmp_p
     assert not trial.run.exists()
 
 
-def test_a_store_that_is_a_link_is_none_of_that(trial, dataset, tmp_path):
+def test_a_dataset_that_is_a_link_is_accepted(trial, dataset, tmp_path):
     (tmp_path / "link").symlink_to(dataset)
     assert train(trial, f"data={tmp_path / 'link'}") == 0
 

@@ -169,7 +169,7 @@ def test_a_single_evaluation_shows_and_baselines_stand_beside_the_curves(run):
     assert label is not None and float(label[1]) > right / 2
 
 
-def test_without_a_checkpoint_or_a_store_the_rest_is_there(run, small_dataset, tmp_path):
+def test_without_a_checkpoint_or_a_dataset_the_rest_is_there(run, small_dataset, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints")
     words = report(copy).read_text(encoding="utf-8")

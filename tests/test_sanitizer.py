@@ -51,7 +51,7 @@ def copy_rows_kernel(x_ptr, y_ptr, stride_x, stride_y, BLOCK_T: tl.constexpr, D:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int64], ids=str
 )
-def test_a_sound_copy_is_counted_exactly(dtype):
+def test_a_correct_copy_is_counted_exactly(dtype):
     x = torch.arange(100).to(dtype)
     y = torch.zeros(100, dtype=dtype)
     with sanitize() as report:

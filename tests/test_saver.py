@@ -100,7 +100,7 @@ def saves(group, folder: Path, *steps: int, keep: int = 2, limit: int | None = N
     return json.loads(json.dumps(ends, default=str))
 
 
-def goes_on(group, folder: Path) -> bool:
+def continues(group, folder: Path) -> bool:
     """The thread is held up at its first look at the disk, and the tensors change meanwhile."""
     gate, write = threading.Event(), checkpoint.write_share
     checkpoint.write_share = lambda *arguments: gate.wait(TIMEOUT_S) and write(*arguments)
@@ -133,7 +133,7 @@ def apart(group, folder: Path) -> str | None:
     return saver.finish().problem
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (saves, goes_on, not_finite, apart)}
+SCENARIOS = {scenario.__name__: scenario for scenario in (saves, continues, not_finite, apart)}
 
 
 # Starting them
@@ -285,8 +285,8 @@ def test_every_rank_writes_its_share_and_learns_the_same_end(ranks, tmp_path, wo
     assert max(sizes) < 1.3 * min(sizes)
 
 
-def test_training_goes_on_while_a_copy_is_written(ranks, tmp_path):
-    assert ranks.run("goes_on", tmp_path / "checkpoints", 2) == ([0, 0], [True, True])
+def test_training_continues_while_a_copy_is_written(ranks, tmp_path):
+    assert ranks.run("continues", tmp_path / "checkpoints", 2) == ([0, 0], [True, True])
     found, _ = newest_valid(tmp_path)
     assert (
         found is not None

@@ -360,7 +360,7 @@ def test_rubbish(tmp_path: Path, name: str, data: bytes) -> None:
 def test_rubbish_in_the_json(
     small_dataset: TokenDataset, tmp_path: Path, data: st.DataObject
 ) -> None:
-    """Any setting of a sound tokenizer.json is replaced by another."""
+    """Any setting of a valid tokenizer.json is replaced by another."""
     place = settings_of = json.loads(
         (small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
     )
@@ -393,7 +393,7 @@ def test_rubbish_in_the_json(
         assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, sentences)
 
 
-def test_files_of_a_store_are_those_of_its_tokenizer(
+def test_files_of_a_dataset_are_those_of_its_tokenizer(
     small_dataset: TokenDataset, tmp_path: Path
 ) -> None:
     save_tokenizer(load_tokenizer(small_dataset.tokenizer_dir), tmp_path)

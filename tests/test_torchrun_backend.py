@@ -179,7 +179,7 @@ def hold(connection) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def test_a_store_that_falls_silent(monkeypatch):
+def test_a_store_that_stops_answering(monkeypatch):
     """torch's own backend would wait about a quarter of an hour, until TCP gives up.
 
     The agent of a node that is cut off would wait as long.

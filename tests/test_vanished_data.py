@@ -26,7 +26,7 @@ def on_a_copy(lab: Laboratory, small_dataset, stage: int = 0) -> Trial:
     return trial
 
 
-def test_a_store_deleted_while_training(lab, small_dataset):
+def test_a_dataset_deleted_while_training(lab, small_dataset):
     """What is mapped stays readable. The run ends well; it cannot go on from there."""
     trial = on_a_copy(lab, small_dataset)
     with trial.start() as ranks:
@@ -63,6 +63,6 @@ def test_a_dataset_cut_short_while_training(lab, small_dataset, world, stage):
         f"{(small_dataset.path / 'train' / file.name).stat().st_size:,}: cut short" in ranks.errors
     )
     shutil.copy(small_dataset.path / "train" / file.name, file)
-    trial.go_on(world)
+    trial.resume(world)
     tally = trial.compare(lab.undisturbed(world, stage))
     assert tally.compared == tally.equal > 0 and not tally.problems

@@ -267,7 +267,7 @@ def test_a_run_is_refused_too_when_it_resumes(lab, copy):
         assert ranks.wait() == [2] and TOKENS in ranks.errors
     assert (trial.run / "metrics.jsonl").read_bytes() == before
     a_bit(copy)
-    trial.go_on()
+    trial.resume()
 
 
 def test_a_large_dataset_takes_longer_than_ranks_wait_for_each_other(lab, copy):

@@ -150,7 +150,7 @@ def test_all_others_are_killed(tmp_path):
         assert line(toys.err(0)).startswith(f"{toys.name(1)}, {toys.name(2)} have disappeared")
 
 
-def test_a_rank_is_stopped_and_goes_on_later(tmp_path):
+def test_a_rank_is_stopped_and_continues_later(tmp_path):
     with at_step_3(tmp_path, 1, "SIGSTOP") as toys:
         assert toys.wait(0, 2) == [1, 1]
         for rank in (0, 2):
@@ -167,7 +167,7 @@ def test_a_rank_is_stopped_and_goes_on_later(tmp_path):
         ) or f"{toys.name(0)} at " in line(toys.err(1))
 
 
-def test_the_rank_that_holds_the_store_is_stopped_and_goes_on_later(tmp_path):
+def test_the_rank_that_holds_the_store_is_stopped_and_continues_later(tmp_path):
     with at_step_3(tmp_path, 0, "SIGSTOP") as toys:
         assert toys.wait(1, 2) == [1, 1]
         for rank in (1, 2):
@@ -195,7 +195,7 @@ def test_a_rank_is_stuck(tmp_path, stuck):
             )
 
 
-def test_a_rank_that_is_slow_but_goes_on_is_left_alone(tmp_path):
+def test_a_rank_that_is_slow_but_makes_progress_is_left_alone(tmp_path):
     """The others wait for it inside a collective, for longer than the time-out."""
     with at_step_3(tmp_path, 1, "be slow") as toys:
         assert toys.wait() == [0, 0, 0]
@@ -223,7 +223,7 @@ def test_what_a_rank_says_commands_no_terminal(tmp_path):
             )
 
 
-def going_on(timeout_s: float, enough: str) -> int:
+def step_until(timeout_s: float, enough: str) -> int:
     """Step until a file is there."""
     try:
         with form_group(timeout_s) as group, Watchdog(group, timeout_s) as watch:
@@ -279,7 +279,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("value", STRANGE)
 def test_a_stranger_ends_no_run(tmp_path, value):
-    with Toys(going_on, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
+    with Toys(step_until, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
         for rank in range(3):
             toys.until(rank, "begins")
         stranger = Stranger(toys)
@@ -294,7 +294,7 @@ def test_a_stranger_ends_no_run(tmp_path, value):
 
 def test_what_a_rank_has_signed_counts_at_its_own_place_alone(tmp_path):
     """A stranger moves beats: to other ranks, to the failure, and to where they stood before."""
-    with Toys(going_on, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
+    with Toys(step_until, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
         for rank in range(3):
             toys.until(rank, "begins")
         stranger = Stranger(toys)
@@ -325,7 +325,7 @@ def test_a_slow_rank_is_left_alone_whatever_a_stranger_writes(tmp_path, whose):
         assert [toys.err(rank) for rank in range(3)] == [""] * 3
 
 
-def test_a_verdict_is_heard_past_a_strangers(tmp_path):
+def test_a_failure_is_read_despite_a_strangers_value(tmp_path):
     """What he has left at its place does not keep the ranks from knowing who has failed."""
     acts = {(1, 3): "fail"}
     with Toys(

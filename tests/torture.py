@@ -82,7 +82,7 @@ def main() -> int:
     began = time.monotonic()
     lab = Laboratory(
         folder,
-        make_store(folder),
+        make_dataset(folder),
         options.width,
         lambda line: print(f"{time.monotonic() - began:6.0f} s  {line}", flush=True),
     )
@@ -109,7 +109,7 @@ def main() -> int:
     return 0 if total.passed else 1
 
 
-def make_store(folder: Path) -> Path:
+def make_dataset(folder: Path) -> Path:
     """Of the Python language reference, which every Python has."""
     from fastbert.data.prepare import prepare
 
@@ -160,7 +160,7 @@ def _lost(lab: Laboratory, seed: str) -> Tally:
             nodes[lost].kill()
         if comes_back:
             time.sleep(20 * generator.random())
-            nodes.mend(lost)
+            nodes.reconnect(lost)
         code = started[1 - lost].wait(PATIENCE_S)
         if lost == 0 and code:  # nowhere left to meet
             code = _torchrun(trial, nodes[1], "node1").wait(PATIENCE_S)

@@ -159,7 +159,7 @@ class Trial:
             **more,
         )
 
-    def go_on(self, world: int = 1, *overrides: str, **more: str) -> list[str]:
+    def resume(self, world: int = 1, *overrides: str, **more: str) -> list[str]:
         """Train undisturbed to the end; returns the lines that rank 0 printed."""
         with self.start(world, *overrides, **more) as ranks:
             if any(ranks.wait()):
@@ -284,7 +284,7 @@ class Laboratory:
 
     def finish(self, trial: Trial, world: int, stage: int) -> Tally:
         """Let a disturbed run go on to its end, and compare; its folder goes when all is well."""
-        trial.go_on(world)
+        trial.resume(world)
         tally = trial.compare(self.undisturbed(world, stage))
         if not tally.problems:
             shutil.rmtree(trial.folder)
@@ -418,7 +418,7 @@ def _flipped(lab: Laboratory, seed: str) -> Tally:
     file = generator.choice(sorted(newest.iterdir()))
     bit = generator.randrange(8 * file.stat().st_size)
     flip(file, bit)
-    said = trial.go_on()
+    said = trial.resume()
     tally = trial.compare(undisturbed)
     tally.tried = 1
     named = any(line.startswith(f"{newest}: damaged: ") and file.name in line for line in said)
