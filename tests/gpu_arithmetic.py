@@ -26,7 +26,7 @@ _stock_validate = interpreter._validate_np_data_size
 
 
 class GpuArithmetic(InterpreterBuilder):
-    """The interpreter's arithmetic, corrected; `ARITHMETIC_PATCHES` must be in force beside it."""
+    """The interpreter's arithmetic, corrected; it also needs `ARITHMETIC_PATCHES`."""
 
     def __init__(self):
         super().__init__()
@@ -93,12 +93,12 @@ class GpuArithmetic(InterpreterBuilder):
 
 
 def round_bf16(data: np.ndarray) -> np.ndarray:
-    """float32, rounded to nearest even; NaN stays NaN."""
+    """Round float32 to nearest even; NaN stays NaN."""
     return torch.from_numpy(np.array(data)).bfloat16().float().numpy()
 
 
 def encode(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
-    """The values of a handle as they lie in memory, as unsigned integers."""
+    """Return the values of a handle as the unsigned integers that memory holds."""
     if dtype.is_bf16():
         return (np.ascontiguousarray(data, np.float32).view(np.uint32) >> np.uint32(16)).astype(
             np.uint16
@@ -120,7 +120,7 @@ np_dtypes: dict[str, np.dtype] = {}
 
 
 def np_dtype(dtype: Any) -> np.dtype:
-    """The stock function builds its table anew in every call."""
+    """Cached, because the stock function rebuilds its table in every call."""
     name = dtype.scalar.name
     if name not in np_dtypes:
         np_dtypes[name] = np.dtype(np.float32) if name == "bf16" else _stock_np_dtype(dtype)
@@ -142,7 +142,7 @@ def _round_new_handle(handle: TensorHandle) -> None:
 
 
 def _sum(self: ReduceOps, input: tl.tensor) -> tl.tensor:
-    """Pairwise, as a GPU does; NumPy adds one row after another unless the axis is the last."""
+    """Sum in pairs, as a GPU does; NumPy adds row after row unless the axis is the last."""
     data = input.handle.data
     if data.dtype == np.float16:
         data = data.astype(np.float32)

@@ -38,7 +38,7 @@ def both(self: Prepared, grid: tuple, pointers: Any, numbers: Any) -> None:
 
 
 def misaligned(x: torch.Tensor) -> torch.Tensor:
-    """The same values, one element behind a multiple of 16 bytes."""
+    """Return the same values, one element past a multiple of 16 bytes."""
     whole = torch.empty(x.numel() + 17, dtype=x.dtype)
     first = (-whole.data_ptr() % 16) // x.element_size() + 1
     return whole[first : first + x.numel()].view(x.shape).copy_(x)

@@ -32,9 +32,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
-NETWORK = "10.77.0"  # of every switch: they do not know of each other
+NETWORK = "10.77.0"  # the same for every switch, since switches are separate
 TOOLS = ("ip", "unshare", "nsenter", "mount", "sh")
-PATIENCE_S = 20.0  # with what should take milliseconds
+PATIENCE_S = 20.0  # for operations that take milliseconds
 T = TypeVar("T")
 
 # The first commands of a node: it sets its hostname, makes the names of all nodes resolve, and
@@ -56,7 +56,7 @@ WAIT = (
     "print('ready', flush=True); sys.stdin.read()"
 )
 
-# Prints what has a port open, as seen from where it runs: a list of [address, port, command].
+# Prints the open ports of the namespace it runs in: a list of [address, port, command].
 LISTENING = """
 import json, psutil, shlex, socket
 found = []
@@ -72,11 +72,11 @@ print(json.dumps(found))
 
 
 class Unavailable(RuntimeError):
-    """This machine, or this user's rights, do not allow such nodes; the text says why."""
+    """This machine or this user's rights do not allow such nodes; the message says why."""
 
 
 class Listener(NamedTuple):
-    """A port that a process of a node has open to others."""
+    """A port that a process of a node has open to other processes."""
 
     address: str  # "0.0.0.0" and "::" are every interface
     port: int
@@ -97,7 +97,10 @@ class Process(subprocess.Popen):
                 self.wake()
 
     def wake(self) -> None:
-        """nsenter stops when its child is stopped; it must go on to see the child go on, or end."""
+        """Continue nsenter, which stops when its child is stopped.
+
+        It must run to notice when the child continues or ends.
+        """
         if self.poll() is None:
             super().send_signal(signal.SIGCONT)
 
@@ -139,18 +142,18 @@ class Node:
         **options: Any,
     ) -> Process:
         """Start a command on this node, as subprocess.Popen does; leaving the context kills it."""
-        # To enter another mount namespace is to be at its root.
+        # A process that enters another mount namespace starts at its root.
         at = os.path.abspath(options.pop("cwd", None) or os.getcwd())
         inside = ["sh", "-c", 'cd "$0" && exec "$@"', at, *command]
         process = Process([*self._enter, *inside], env=env, **options)
         self._started.append(process)
-        process.inside()  # so that what comes next, a kill of the node perhaps, finds it there
+        process.inside()  # so that a later call, for example kill(), finds it
         return process
 
     def run(
         self, command: Sequence[str | os.PathLike[str]], timeout: float = PATIENCE_S, **options: Any
     ) -> str:
-        """Standard output of a command that must succeed."""
+        """Return the standard output of a command that must succeed."""
         with self.popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
         ) as process:
@@ -164,7 +167,7 @@ class Node:
         return out
 
     def processes(self) -> list[psutil.Process]:
-        """All that run on this node now, in the order of their start."""
+        """Return all processes of this node, in the order of their start."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -198,7 +201,7 @@ class Node:
         )
 
     def sent_bytes(self) -> int:
-        """Bytes that have left through the cable since the node was made, headers counted."""
+        """Return the bytes sent through the cable since the node was made, headers included."""
         with open(f"/proc/{self._first.pid}/net/dev") as file:
             (counts,) = (
                 line.split(":")[1].split() for line in file if line.strip().startswith("eth0:")
@@ -243,11 +246,11 @@ class Nodes:
         return iter(self._nodes)
 
     def cut(self, i: int) -> None:
-        """Pull node i's cable: nothing reaches it or leaves it, and nobody is told."""
+        """Pull node i's cable: no packet reaches or leaves it, and no process is notified."""
         self._ip("link", "set", self._names[i], "down")
 
     def reconnect(self, i: int) -> None:
-        """Plug it in again."""
+        """Plug node i's cable in again."""
         self._ip("link", "set", self._names[i], "up")
 
     def _build(self) -> None:
@@ -277,7 +280,7 @@ class Nodes:
         unshare = ["unshare", "--net", "--pid", "--uts", "--mount", "--mount-proc", "--fork"]
         for name, address in zip(self._names, addresses, strict=True):
             script = NODE.format(name=name, hosts=shlex.join(hosts), wait=shlex.join(wait))
-            # Below the switch's process namespace: they end with it.
+            # Nodes are below the switch's process namespace, so they end with it.
             first = self._wait_in(
                 [*enter, "--net", "--pid", "--mount", *unshare, "sh", "-c", script]
             )
@@ -300,7 +303,7 @@ class Nodes:
             node.run(["ip", "link", "set", "lo", "up"])
             node.run(
                 ["ip", "link", "set", "eth0", "addrgenmode", "none"]
-            )  # no IPv6 of its own accord: silence on the cable
+            )  # no automatic IPv6, so the cable is silent
             node.run(["ip", "address", "add", f"{address}/24", "dev", "eth0"])
             node.run(["ip", "link", "set", "eth0", "up"])
         self._until_connected()
@@ -310,7 +313,7 @@ class Nodes:
 
         It is the first process of its namespace.
         """
-        # In a session of its own, so that Ctrl-C is the test's alone.
+        # It has a session of its own, so that Ctrl-C reaches only the test.
         pipes: Any = {
             "stdin": subprocess.PIPE,
             "stdout": subprocess.PIPE,
@@ -338,7 +341,7 @@ class Nodes:
             raise Unavailable(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
     def _until_connected(self) -> None:
-        """A port of a bridge forwards a moment after its link is up."""
+        """Wait, since a bridge's port forwards only shortly after its link is up."""
         command = [*self._ip_command, "-json", "link", "show", "master", "switch"]
 
         def connected() -> bool | None:
@@ -370,7 +373,7 @@ class Nodes:
 
 @functools.cache
 def why_not() -> str | None:
-    """Why this machine cannot have such nodes, or None where it can. It tries."""
+    """Return why this machine cannot have such nodes, or None if a trial succeeds."""
     try:
         with Nodes(1):
             return None
@@ -379,7 +382,7 @@ def why_not() -> str | None:
 
 
 def available() -> bool:
-    """Whether this machine can have such nodes."""
+    """Return whether this machine can have such nodes."""
     return why_not() is None
 
 

@@ -1,4 +1,4 @@
-"""A packed batch of random tokens, for tests that need torch alone."""
+"""A packed batch of random tokens, for tests that need only torch."""
 
 import itertools
 

@@ -22,7 +22,7 @@ from fastbert.training.engine import Engine
 
 
 def record() -> None:
-    """From now on."""
+    """Record every step from now on."""
     take, compute = Prefetch.__next__, Engine.step
     number: list[int] = [0]
 
@@ -43,7 +43,7 @@ def record() -> None:
         }
         with open(
             os.environ["RECORD"], "ab", buffering=0
-        ) as file:  # one write, at the end of the file: ranks do not mix
+        ) as file:  # one appending write, so lines of ranks do not mix
             file.write(json.dumps(line).encode() + b"\n")
         time.sleep(max(0.0, began + float(Path(os.environ["PACE"]).read_text()) - time.monotonic()))
         return result

@@ -86,12 +86,12 @@ _HERE = (__file__, str(Path(triton.__file__).parent))
 
 
 class SanitizerError(AssertionError):
-    """A kernel touched what it must not touch; the message has a line for every fault."""
+    """A kernel made a forbidden access; the message has a line for every fault."""
 
 
 @dataclass
 class Fault:
-    """What went wrong, where it was first seen in a launch."""
+    """A fault, at its first occurrence in a launch."""
 
     kernel: str
     program: tuple[int, ...]
@@ -148,7 +148,7 @@ class Launch:
 
 @dataclass
 class Report:
-    """What the launches of one `sanitize` block did."""
+    """The record of the launches of one `sanitize` block."""
 
     launches: list[Launch] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -192,7 +192,7 @@ class _Shadow:
 
 
 class _Argument:
-    """One tensor argument: its memory, and which elements of its storage are its own."""
+    """One tensor argument: its memory, and the elements of the storage that belong to it."""
 
     def __init__(self, name: str, tensor: torch.Tensor, shadow: _Shadow, traffic: Traffic):
         self.name, self.shadow, self.traffic = name, shadow, traffic
@@ -229,7 +229,7 @@ class _Argument:
         )
 
     def distinct(self, *actions: str) -> int:
-        """Bytes of the elements that any of the actions touched."""
+        """Return the bytes of the elements that any of the actions touched."""
         touched = np.zeros(self.span, bool)
         for action in self.shadow.owners.keys() & actions:
             touched |= self.shadow.owners[action][self.origin : self.origin + self.span] != 0
@@ -260,7 +260,7 @@ class _Builder(GpuArithmetic):
     # ---- launches
 
     def begin(self, kernel: str, names: list[str]) -> None:
-        """Opens the record of a launch; `end` closes it."""
+        """Open the record of a launch; `end` closes it."""
         self.launch, self.names = Launch(kernel), names
         self.report.launches.append(self.launch)
         self.faults: dict[tuple[str, str, str], Fault] = {}
@@ -290,7 +290,7 @@ class _Builder(GpuArithmetic):
 
         positional = [
             alias(name, value) for name, value in zip(self.names, args, strict=False)
-        ]  # the others come by name
+        ]  # the others are passed by name
         return positional, {name: alias(name, value) for name, value in kwargs.items()}
 
     def convert(self, value: Any) -> Any:
@@ -334,7 +334,7 @@ class _Builder(GpuArithmetic):
         return tuple(map(int, np.unravel_index(program - 1, self.grid_dim)))
 
     def fault(self, argument: str, kind: str, offsets: Any, what: str) -> None:
-        """Records a fault; only the first of a kind, argument and line in a launch is kept."""
+        """Record a fault; only the first of a kind, argument and line in a launch is kept."""
         frame = sys._getframe(1)
         while frame.f_back and frame.f_code.co_filename.startswith(_HERE):
             frame = frame.f_back
@@ -538,7 +538,7 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
 
     def call(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
         builder.begin(executor.fn.__name__, executor.arg_names)
-        with np.errstate(all="ignore"):  # a GPU overflows and divides by zero in silence
+        with np.errstate(all="ignore"):  # a GPU overflows and divides by zero without a warning
             _stock_call(executor, *args, **kwargs)
         builder.end()
 
@@ -574,7 +574,7 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
         stack.callback(
             _stock_patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core})).restore
         )
-        # Triton 3.6 leaves this to int(), which NumPy 2.4 refuses.
+        # Triton 3.6 uses int() here, which NumPy 2.4 refuses.
         stack.enter_context(
             mock.patch.object(tl.tensor, "__index__", lambda number: number.handle.data.item())
         )

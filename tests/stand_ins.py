@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 PORT = 22
-END = b"\0"  # then the exit code: after the output, which is text
+END = b"\0"  # the exit code follows; the output before it is text
 STARTS = 5  # of a job, at most
 
 
 def install(folder: Path) -> None:
-    """Make the commands, to be put on the PATH."""
+    """Write the commands to a folder that is then put on the PATH."""
     for name in ("ssh", "pdsh", "sbatch", "srun", "scontrol", "kubectl"):
         (folder / name).write_text(
             f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(__file__)} {name} "$@"\n'
@@ -97,7 +97,7 @@ def remote(
 
 
 def ssh(arguments: list[str]) -> int:
-    """[-o OPTION] HOST COMMAND..."""
+    """Run `[-o OPTION] HOST COMMAND...`."""
     while arguments[0] == "-o":
         arguments = arguments[2:]
     host, *command = arguments
@@ -126,7 +126,7 @@ def pdsh(arguments: list[str]) -> int:
 
 
 def sbatch(arguments: list[str]) -> int:
-    """[--OPTION=VALUE or --OPTION VALUE]... SCRIPT ARGUMENTS..."""
+    """Run `[--OPTION=VALUE or --OPTION VALUE]... SCRIPT ARGUMENTS...`."""
     options: dict[str, str] = {}
     given, rest = _options(arguments)
     script, *rest = rest
@@ -157,7 +157,7 @@ def sbatch(arguments: list[str]) -> int:
 
 
 def srun(arguments: list[str]) -> int:
-    """The command as every task of the job; returns the highest exit code."""
+    """Run the command as every task of the job; return the highest exit code."""
     options, command = _options(arguments)
     assert options == {"kill-on-bad-exit": "0", "wait": "600"}
     tasks, per_node = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
@@ -176,7 +176,7 @@ def srun(arguments: list[str]) -> int:
 
 
 def scontrol(arguments: list[str]) -> int:
-    """show hostnames LIST, or requeue JOB."""
+    """Run `show hostnames LIST` or `requeue JOB`."""
     if arguments[0] == "requeue":
         assert arguments[1:] == [os.environ["SLURM_JOB_ID"]]
         Path(os.environ["REQUEUED"]).touch()
@@ -254,7 +254,7 @@ def kubectl(arguments: list[str]) -> int:
     line = f"cd /mnt/work && exec {shlex.join(container['command'] + container['args'])}"
 
     def index(i: int) -> bool:
-        """One pod after another, until one succeeds; whether one did."""
+        """Run one pod after another until one succeeds; return whether one did."""
         for attempt in range(min(STARTS, job["backoffLimit"])):
             code = remote(
                 f"node{i}",
@@ -278,7 +278,7 @@ def _secret(name: str, key: str) -> str:
 
 
 def _pod_failure(policy: dict[str, Any], code: int) -> str:
-    """What the first rule that matches an exit code says."""
+    """Return the action of the first rule that matches an exit code."""
     for rule in policy["rules"]:
         wanted = rule.get("onExitCodes")
         if wanted and (code in wanted["values"]) == (wanted["operator"] == "In"):

@@ -88,7 +88,7 @@ def test_hard_rules():
         f"sm_90 {GOOD.name}: a load of 32 bits cannot be traced to its argument, "
         "which may be a wide one"
     ]
-    # Elsewhere spills and narrow loads are on record, but no fault.
+    # On other devices spills and narrow loads are recorded, but are no fault.
     assert faults(with_figures(architecture="sm_80", spilled=16, widths={})) == []
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 def both(
     english_jsonl: Path, small_dataset: TokenDataset, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TokenDataset, Path]:
-    """A dataset, and what the rival makes of the same 40 documents."""
+    """A dataset, and the rival's result for the same 40 documents."""
     folder = tmp_path_factory.mktemp("both")
     text = repeat(english_jsonl, folder / "text.jsonl", 1, 40)
     for side in ("fastbert", "datasets"):

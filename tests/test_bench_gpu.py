@@ -34,7 +34,7 @@ from fastbert_kernels._tiles import TABLE
 from tests.sanitizer import sanitize
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 300  # for what a busy machine does late
+PATIENCE_S = 300  # for delays on a busy machine
 
 # An image with torch, Triton, numpy, pytest and pytest-benchmark has none of these.
 ABSENT = (
@@ -142,7 +142,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def ended(pid: int) -> bool:
-    """Gone, or a zombie that nobody has asked for."""
+    """Return whether the process is gone, or a zombie that has not been reaped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -151,7 +151,7 @@ def ended(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_a_dry_run_keeps_what_it_has_when_it_is_killed(image, tmp_path):
-    """First one process of a part is killed, and the next item runs; then the whole run is."""
+    """A process of a part is killed, and the next item runs; then the whole run is killed."""
     out = tmp_path / "out"
     arguments = [
         "-m",
@@ -336,7 +336,7 @@ def test_an_item_that_hangs_ends_its_process_and_one_that_fails_does_not(image, 
 
 
 def test_a_wrong_step_of_the_model_is_seen():
-    """As smoke judges it: other dropout masks, another weight, a NaN."""
+    """The smoke check rejects other dropout masks, another weight, and NaN."""
     config = ModelConfig(
         hidden_size=32,
         num_hidden_layers=2,
@@ -449,7 +449,7 @@ def test_many_processes_write_whole_lines(tmp_path):
 
 
 def test_the_report_has_every_section_and_goes_on_record(tmp_path, monkeypatch):
-    """Of lines as the parts write them."""
+    """The report is made from lines as the parts write them."""
     add = Results(tmp_path, "attention", dry=False).add
     add(
         "machine",

@@ -45,7 +45,7 @@ PAUSE = 0.5  # seconds: far more than a step of so small a model takes
 
 
 def profiled(model: BertForPreTraining) -> tuple[dict[str, float], float]:
-    """Milliseconds by part of one step, and of the whole."""
+    """Return milliseconds by part of one step, and of the whole step."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batch = make_batch([20, 13, 9])
     with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function(STEP):

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there; a damaged one is noticed."""
+"""A checkpoint is complete or absent, and damage is detected."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_files_are_those_of_safetensors(tmp_path):
 
 
 def test_only_fp32_is_written_and_from_a_copy(tmp_path):
-    """Views, transposed and other types included, that training changes meanwhile."""
+    """That includes views, transposed tensors and other types, which training changes meanwhile."""
     whole = torch.arange(12.0).reshape(3, 4)
     share = share_of(
         0,
@@ -133,7 +133,7 @@ def test_every_tensor_is_in_one_share_and_shares_are_even():
 
 
 def test_a_rank_takes_every_tensor_but_holds_its_share_alone():
-    """Taking one is something that all ranks do together."""
+    """Gathering a tensor is a collective operation of all ranks."""
     taken = []
 
     def one_by_one():
@@ -165,7 +165,7 @@ def test_shares_of_several_ranks_are_one_checkpoint(tmp_path):
 
 
 def test_a_share_that_is_not_to_be_seen_is_missed(tmp_path):
-    """As where a rank writes to a disk of its own machine under the same name."""
+    """This happens where a rank writes to a disk of its own machine under the same name."""
     staging = staging_of(tmp_path, 4, "x")
     files = write_share(staging, 0, share_of(0, 2, tensors())) | write_share(
         tmp_path / "elsewhere", 1, share_of(1, 2, tensors())
@@ -182,7 +182,7 @@ def test_a_share_that_is_not_to_be_seen_is_missed(tmp_path):
 
 
 def test_reading_needs_no_memory_for_what_is_not_looked_at(tmp_path):
-    """64 MB of numbers: a tensor comes from the disk when it is touched."""
+    """There are 64 MB of numbers, and a tensor is read from disk when it is used."""
     big = torch.zeros(1 << 22)
     save(
         tmp_path,
@@ -350,7 +350,7 @@ def test_a_share_that_fails_makes_room_at_once(tmp_path, monkeypatch):
 
 
 def test_a_real_refusal_names_its_file(tmp_path):
-    """Which the system's error does not say. No file may grow beyond 5,000 bytes here."""
+    """The system's error does not name it. No file may grow beyond 5,000 bytes here."""
     command = [sys.executable, "-c", SMALL_DISK, str(tmp_path / "checkpoints")]
     child = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert (
@@ -374,7 +374,7 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_is_swept_away(tmp_path)
 
 
 def test_an_earlier_start_that_is_still_alive_cannot_spoil_what_is_saved(tmp_path):
-    """A new start has swept away what it was writing, and saves the same step."""
+    """A new start has removed the earlier one's unfinished files, and saves the same step."""
     folder = tmp_path / "checkpoints"
     stale = staging_of(folder, 3, "stale")
     files = write_share(stale, 0, share_of(0, 1, tensors(1)))
@@ -392,7 +392,7 @@ def test_an_earlier_start_that_is_still_alive_cannot_spoil_what_is_saved(tmp_pat
 
 
 def filled(folder: Path) -> Path:
-    """A folder of somebody else's."""
+    """Make a folder that does not belong to fastbert."""
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("theirs")
     (folder / "thesis.txt").write_text("theirs")
@@ -422,7 +422,7 @@ def test_of_a_link_only_the_link_is_deleted(tmp_path, name, what):
 
 
 def test_a_checkpoint_that_was_moved_and_linked_is_not_deleted_where_it_lies(tmp_path):
-    """As where a disk was full: `mv step-00000001 /archive; ln -s /archive/step-00000001`."""
+    """Users do this on a full disk: `mv step-00000001 /archive; ln -s /archive/step-00000001`."""
     (first,) = save_at(tmp_path, 1)
     archive = tmp_path / "archive"
     first.rename(archive)
@@ -475,7 +475,7 @@ def moved(path: Path) -> Path:
 
 @pytest.mark.parametrize("how", UNREADABLE)
 def test_what_cannot_be_read_is_neither_missing_nor_damaged(tmp_path, how):
-    """An older one would be taken, and what was there would make room for it."""
+    """Otherwise an older checkpoint would be used, and this one would be deleted."""
     run = tmp_path / "run"
     save_at(run, 1, 2)
     UNREADABLE[how](run)
@@ -574,7 +574,7 @@ def edit(path: Path, change, sign: bool = False) -> None:
 
 
 def test_a_checkpoint_whose_files_have_other_names_is_read(tmp_path):
-    """As all had before there were ranks."""
+    """Checkpoints had these names before there were several ranks."""
     (path,) = save_at(tmp_path, 1)
     edit(
         path,

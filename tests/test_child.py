@@ -61,7 +61,7 @@ def hostile(tmp_path) -> Path:
 
 @pytest.fixture
 def script(tmp_path) -> Path:
-    """What pip installs as `fastbert`."""
+    """The script that pip installs as `fastbert`."""
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin/fastbert"
     script.write_text(
@@ -89,7 +89,7 @@ def check(done: subprocess.CompletedProcess[str], hostile: Path) -> None:
 
 
 def test_the_folder_is_hostile(hostile):
-    """Or the tests below show nothing."""
+    """Otherwise the tests below would show nothing."""
     assert run(hostile, "-c", "import random, json, numpy").returncode == 0
     assert {"random", "json", "numpy"} <= set((hostile.parent / "ran").read_text().split())
 
@@ -177,7 +177,7 @@ def test_a_child_imports_what_this_process_imports(hostile, monkeypatch):
 
 
 def test_a_child_finds_fastbert_where_this_process_found_it(tmp_path, monkeypatch):
-    """Through the empty entry alone, in a clone that is not installed."""
+    """It is found only through the empty entry, in a clone that is not installed."""
     monkeypatch.setattr(
         sys, "path", ["", *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
     )

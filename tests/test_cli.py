@@ -45,7 +45,7 @@ def fastbert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def place(small_dataset, tmp_path_factory) -> Path:
-    """A folder with everything that the verbs take: hf, run, texts.txt, train.csv, recipe.toml."""
+    """A folder with the input of all verbs: hf, run, texts.txt, train.csv, recipe.toml."""
     folder = tmp_path_factory.mktemp("place")
     hf = make_hugging_face_folder(folder / "hf", small_dataset.tokenizer_dir)
     make_run(folder / "run", hf, str(small_dataset.path))
@@ -106,7 +106,7 @@ def check_refusal(code: int, out: str, err: str, words: list[str]) -> None:
     assert all(word in err for word in words), err
 
 
-# One for each verb is refused in a real process, the others in this one.
+# One bad command per verb runs in a real process, the others in this process.
 BAD = {
     "recipes": (["recipes", "minni"], ["minni: no such packaged recipe; known: base, demo"]),
     "prepare": (["prepare", "nothing.txt", "--out", "new"], ["nothing.txt"]),
@@ -354,7 +354,7 @@ def test_prepare_reports(place, inside, english_jsonl, tmp_path):
 
 
 def test_a_bug_is_no_bad_input(monkeypatch):
-    """An exception that is nobody's input keeps its traceback."""
+    """An exception that no input causes keeps its traceback."""
     monkeypatch.setattr("fastbert.doctor.diagnose", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_inside(["doctor"])

@@ -1,4 +1,4 @@
-"""The bytes that ranks send: what is least by the formula, and what an interface counts."""
+"""The bytes that ranks send: the minimum by the formula, and the count of an interface."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_two_ranks_send_what_they_are_asked_for():
     for row in rows:
         assert sum(row.asked.values()) == pytest.approx(
             row.least, rel=0.01
-        )  # these two ask for no more than the least
+        )  # these two need no more than the minimum
         assert row.sent > row.least
         assert json.loads(json.dumps(record(row)))["sent"] == row.sent
     line = next(line for line in table(rows).splitlines() if line.startswith("1 owners"))

@@ -1,4 +1,4 @@
-"""Recipes: defaults, overrides, round trip, and one clear line for everything that is wrong."""
+"""Recipes: defaults, overrides, round trip, and one clear line for every error."""
 
 import contextlib
 import dataclasses

@@ -27,7 +27,7 @@ REFUSING = (
     "tensors-read-back",
     "manifest-half",
     "renamed",
-)  # where the disk is asked for something
+)  # the operations on the disk
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_it_dies_while_a_damaged_checkpoint_makes_room(lab, point):
     "rank, point", [(0, point) for point in REFUSING] + [(1, "tensors-synced")]
 )
 def test_the_disk_refuses_at_one_point_of_a_save(lab, rank, point):
-    """Training goes on, says so, and the next save succeeds."""
+    """Training continues with a message, and the next save succeeds."""
     world = rank + 1
     trial = lab.trial(stage=STAGE if rank else 0)
     with trial.start(world, FASTBERT_FAILPOINT=f"{point}:{rank}@2=full") as ranks:
@@ -83,7 +83,7 @@ def test_the_disk_refuses_at_one_point_of_a_save(lab, rank, point):
     assert [path.name[0] for path in (trial.run / "checkpoints").iterdir()] == [
         "s",
         "s",
-    ]  # nothing but two step-...
+    ]  # only two step-... folders
     assert trial.compare(lab.undisturbed(world, STAGE if rank else 0)).passed
 
 
@@ -103,7 +103,7 @@ def disk(lab, request):
 
 
 def newest_valid_step(trial: Trial) -> int:
-    """The step of the newest checkpoint, which is valid."""
+    """Return the step of the newest checkpoint, which must be valid."""
     found, complaints = checkpoint.newest_valid(trial.seen)
     assert found is not None and complaints == []
     return found.step

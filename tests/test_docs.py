@@ -188,7 +188,7 @@ def test_blocks_run(name, folder, monkeypatch, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, english_documents, small_dataset):
-    """Makes a folder with what a reader has beforehand."""
+    """Make a folder with what a reader has beforehand."""
     numbers = iter(range(99))
 
     def make() -> Path:
@@ -203,7 +203,7 @@ def folder(tmp_path, english_documents, small_dataset):
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a block, one a line, without comments."""
+    """Return the commands of a block, one per line, without comments."""
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
     return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
@@ -284,7 +284,7 @@ def check_package(requirement: str, where: str) -> None:
 
 
 def test_examples_in_the_help_name_only_what_exists():
-    """The reference of commands shows them."""
+    """The command reference shows these examples."""
     for command in typer.main.get_command(cli.app).commands.values():  # type: ignore[attr-defined]
         example = command.epilog.partition("Example: ")[2]
         assert example.startswith(f"fastbert {command.name}"), command.name

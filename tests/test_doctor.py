@@ -1,4 +1,4 @@
-"""What the machine is asked, and what is advised; every machine must pass."""
+"""Measurements of the machine and advice; the tests must pass on every machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEALTHY = {
 
 @pytest.fixture(scope="module")
 def found() -> Diagnosis:
-    """What `fastbert doctor --json` says in a process of its own."""
+    """The output of `fastbert doctor --json` in a separate process."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, "-m", "fastbert", "doctor", "--json"]
     result = subprocess.run(

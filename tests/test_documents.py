@@ -189,7 +189,7 @@ def test_folders(tmp_path: Path) -> None:
 
 
 def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[str]]]:
-    """What is read, how, and words that the message must have."""
+    """Return the input, the options, and words of the expected message."""
     packed = {packing: PACK[packing](b"One.\n\nTwo.\n" * 10_000) for packing in PACK}
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -388,7 +388,7 @@ def test_rubbish(tmp_path: Path, suffix: str, data: bytes) -> None:
 @rubbish
 @given(place=st.integers(0, 10_000), value=st.integers(0, 255), cut=st.booleans())
 def test_damage(tmp_path: Path, suffix: str, place: int, value: int, cut: bool) -> None:
-    """One byte of a valid file is changed, or its end is missing."""
+    """Change one byte of a valid file, or cut off its end."""
     path = tmp_path / f"a{suffix}"
     valid = tmp_path / f"valid{suffix}"
     if not valid.exists():

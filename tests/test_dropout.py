@@ -47,7 +47,7 @@ def run(
     upstream: Tensor,
     **others,
 ) -> dict[str, Tensor]:
-    """The result and the gradients of `leaves`, on the CPU."""
+    """Return the result and the gradients of `leaves`, on the CPU."""
     device = DEVICE if impl == "triton" else "cpu"
     leaves = {name: leaf.detach().to(device).requires_grad_() for name, leaf in leaves.items()}
     with watched(impl):
@@ -298,11 +298,11 @@ def test_device_functions_are_the_definition(first_column, p):
     assert torch.equal(transposed.T, mask)
 
 
-# An example has its masks wherever it is
+# The masks of an example do not depend on its place
 
 
 def test_attention_does_not_depend_on_the_place_in_the_pack():
-    """The longest sequence stays first in the list of work, the others move."""
+    """The longest sequence stays first in the tile schedule, and the others move."""
     lengths, seeds, heads, size = [12, 150, 7, 33], torch.tensor([5, 6, 7, 8]), 2, 32
     parts = [draw(n, 3, heads, size, seed=n) for n in lengths]
     found = []
@@ -349,7 +349,7 @@ def test_masks_do_not_depend_on_the_number_of_ranks(tmp_path, world):
     batches = Batches(tiny_dataset(tmp_path / "dataset", DOCUMENTS), config)
 
     def drawn(step: int, world: int) -> dict[int, list[int]]:
-        """Row seeds by example."""
+        """Return row seeds by example."""
         found = {}
         for pack in (pack for rank in range(world) for pack in batches.step(step, rank, world)):
             rows = row_seeds(pack.dropout_seeds, pack.cu_seqlens, pack.tokens).split(
@@ -396,7 +396,7 @@ def masks_of(
 
 
 def moved(x: Tensor, lags: dict[str, int]) -> tuple[Tensor, Tensor]:
-    """The elements that have a partner `lags` further, and those partners."""
+    """Return the elements that have a partner `lags` further, and those partners."""
     here, there = [slice(None)] * 5, [slice(None)] * 5
     for axis, lag in lags.items():
         here[AXES.index(axis)] = slice(max(-lag, 0), -lag if lag > 0 else None)
@@ -464,7 +464,7 @@ def test_keys_that_differ_in_high_bits_alone_are_as_good():
 
 @pytest.mark.parametrize("p", [2**-16, 0.001, 1 - 2**-16])
 def test_share_kept_at_the_ends(p):
-    """Of ten million elements, two of each row."""
+    """Measure it on ten million elements, two of each row."""
     x = masks_of(torch.arange(5_000), p, positions=1000, streams=1, heads=1, columns=2)
     assert abs(float(x.double().mean())) < SIGMAS / x.numel() ** 0.5
 

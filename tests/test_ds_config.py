@@ -150,7 +150,7 @@ def test_all_problems_are_in_one_line(tmp_path):
     ],
 )
 def test_the_precision_is_the_recipes(tmp_path, content, fits):
-    """What "auto" in the recipe means is known only on the machine that trains."""
+    """Only the training machine decides what "auto" in the recipe means."""
     settings = read(tmp_path, content)
     for precision in ("fp32", "bf16"):
         if fits in (None, precision):

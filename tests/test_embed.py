@@ -129,7 +129,7 @@ def test_a_model_is_shown_in_one_line(model, folder):
 
 
 def sentence_model(folder: Path, out: Path, modules: list, length: int | None = None) -> Path:
-    """A folder as sentence-transformers itself saves it."""
+    """A folder that sentence-transformers itself has saved."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Transformer
 
@@ -168,7 +168,7 @@ def test_vectors_are_those_of_the_sentence_transformers_folder(
 
 
 def test_a_sentence_transformers_folder_that_asks_for_more_is_refused(folder, tmp_path):
-    """It still opens for everything else, and for a pool that is chosen."""
+    """The folder still opens for other verbs, and for a pooling that is chosen explicitly."""
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
     cases = [

@@ -133,7 +133,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(place) -> Path:
-    """A finished run, never interrupted."""
+    """A finished run that was never interrupted."""
     finish(start(place, "pretrain", "recipe.toml"))
     return place / "runs/whole"
 
@@ -179,7 +179,7 @@ def test_evaluate(place, run):
 
 
 def test_fill_and_nsp(place, run, exported):
-    """The verbs on the run say what Python says on the exported folder."""
+    """The verbs print for the run what Python returns for the exported folder."""
     theirs = fastbert.load(exported)
     text = "The [MASK] statement is used to define a [MASK]."
     masks = fastbert_json(place, "fill-mask", str(run), text)["masks"]

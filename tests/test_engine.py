@@ -37,7 +37,7 @@ MODEL = ModelConfig(
     max_position_embeddings=64,
     initializer_range=0.1,
 )
-# Two packs a step, so that sums over them are seen.
+# Two packs per step, so that sums over packs are tested.
 CONFIG = RunConfig(
     data="dataset",
     model=MODEL,
@@ -106,7 +106,7 @@ def packs(small_dataset):
 
 @pytest.fixture(scope="module")
 def gradient(small_dataset, packs):
-    """Of the first step's whole loss, by plain torch, with dropout."""
+    """The gradient of the first step's whole loss by plain torch, with dropout."""
     model = new_model(small_dataset).train()
     found = [losses(model(pack)) for pack in packs[0]]
     sum(f.loss for f in found).backward()
@@ -187,7 +187,7 @@ def test_what_a_step_reports(small_dataset, packs, gradient):
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is called, by name."""
+    """Count called operations by name."""
 
     def __init__(self):
         super().__init__()
@@ -215,7 +215,7 @@ def test_a_step_does_not_wait_for_all_that_is_queued(small_dataset, packs, stage
 
 
 def test_gradients_are_not_searched_for_nan_one_by_one(small_dataset, packs, bf16):
-    """Their norm is not finite if one of them is not."""
+    """The norm of all gradients is not finite if one of them is not."""
     with engine(small_dataset, 1, precision=bf16) as built, Operations() as seen:
         built.step(packs[0], lr=1e-3)
         parameters = len(list(built.model.parameters()))
@@ -270,7 +270,7 @@ def test_resuming_from_a_state_gives_the_same_to_the_last_digit(small_dataset, p
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_resuming_in_bf16(small_dataset, packs, stage, bf16):
-    """The state is in fp32 all the same: more than the working copies could give."""
+    """The state is still in fp32, which holds more than the working copies."""
     state = resume_from(small_dataset, packs, stage, bf16)
     assert not all(
         torch.equal(tensor, tensor.bfloat16().float()) for tensor in state["weight"].values()
@@ -429,7 +429,7 @@ def broken_position(built: Engine, position: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_gradient_that_is_not_finite_is_dropped_too(small_dataset, packs, stage):
-    """The loss is finite, its gradient overflows on the way back."""
+    """The loss is finite, and its gradient overflows in the backward pass."""
     with engine(small_dataset, stage) as built:
         built.step(packs[0], lr=1e-2)
         before = state_of(built)

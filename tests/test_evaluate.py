@@ -1,4 +1,4 @@
-"""Held-out figures, against transformers' own losses on the same examples one at a time."""
+"""Held-out figures against transformers' own losses, one example at a time."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
 
 
 def test_count_models_know_frequencies_and_the_token_before(small_dataset, run):
-    """Both are those of `prepare`, here on the places that the model is asked about."""
+    """Both are the count models of `prepare`, applied to the positions that the model predicts."""
     found = evaluate(fastbert.load(run)).masked
     assert found.unigram == pytest.approx(small_dataset.baselines["unigram"], rel=0.05)
     assert found.left_bigram == pytest.approx(small_dataset.baselines["left_bigram"], rel=0.05)
@@ -167,7 +167,7 @@ def test_the_size_of_a_batch_changes_nothing(run, tokens):
 
 
 def test_ranks_share_the_work(run, tmp_path):
-    """Two print what one prints, once."""
+    """Two ranks print what one prints, and only once."""
     results = []
     for world in (1, 2):
         with Ranks(
@@ -230,7 +230,7 @@ def test_a_dataset_of_another_tokenizer(small_dataset, run, tmp_path):
         r"--tokenizer",
     ):
         evaluate(fastbert.load(other), small_dataset.path)
-    # The same tokens, but capital letters kept: other ids from the same text.
+    # The tokens are the same, but capital letters are kept, so the ids of a text differ.
     cased = make_hugging_face_folder(tmp_path / "cased", small_dataset.tokenizer_dir)
     settings = json.loads((cased / "tokenizer.json").read_text())
     settings["normalizer"]["lowercase"] = False

@@ -61,7 +61,7 @@ def epoch_of(examples: Examples, epoch: int = 0) -> Spans:
 
 
 def sentence_starts(documents: list[list[int]]) -> list[np.ndarray]:
-    """For each document the offsets of its sentences' first tokens, and the end of its last one."""
+    """Return each document's offsets of the first tokens of sentences, and of its end."""
     flat = np.concatenate(
         [[0], np.cumsum([length for sentences in documents for length in sentences])]
     )
@@ -73,7 +73,7 @@ def document_at(documents: list[list[int]], tokens: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.cumsum([sum(sentences) for sentences in documents]), tokens, "right")
 
 
-# What makes a pair
+# How pairs are made
 
 
 @settings(max_examples=60, deadline=None)
@@ -161,7 +161,7 @@ def test_fill_reaches_max_length_where_documents_are_long(tmp_path, monkeypatch)
         for b, e in zip(begin, end, strict=True):
             covered[b:e] = True
         uncovered.append(~covered)
-    # Half the examples show a B from elsewhere, so an epoch leaves something out; ten do not.
+    # In half of the examples B is from elsewhere, so one epoch omits text, and ten do not.
     assert np.mean(uncovered) < 0.35 and np.all(uncovered, axis=0).mean() < 0.01
 
 

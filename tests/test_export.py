@@ -1,4 +1,4 @@
-"""The exported folder: what transformers makes of it, and that a wrong one is never left behind."""
+"""The exported folder loads in transformers, and a wrong one is never left behind."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def exported(run, tmp_path_factory):
 def test_the_folder_is_whole_and_checked_on_held_out_text(exported):
     result, out = exported
     assert sorted(p.name for p in out.iterdir()) == FILES
-    assert len({p.stat().st_mode for p in out.iterdir()}) == 1  # whoever may read one may read all
+    assert (
+        len({p.stat().st_mode for p in out.iterdir()}) == 1
+    )  # all files have the same permissions
     assert list(out.parent.iterdir()) == [out]
     assert result.architecture == "BertForPreTraining" and result.out == str(out)
     # 8 pairs of sentences of about 20 tokens, with 1,000 logits each, are more than the built-in

@@ -1,4 +1,4 @@
-"""What the two heads say about texts, against transformers."""
+"""The predictions of both heads agree with those of transformers."""
 
 from __future__ import annotations
 

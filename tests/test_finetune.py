@@ -220,7 +220,7 @@ def test_an_output_that_is_taken(folder, files: tuple[Path, Path]):
 
 
 def test_numbers_are_learned_and_transformers_agrees(folder, tmp_path):
-    """How many times a sentence says "not", in a file of STS-B's layout."""
+    """The number is how often a sentence says "not", in a file with STS-B's layout."""
     rows = [(f"{'not ' * n}{a} {b}", b, n) for a in SUBJECTS for b in SUBJECTS for n in (0, 2, 5)]
     (tmp_path / "train.tsv").write_text(
         "index\tsentence1\tsentence2\tscore\n" + "".join(f"0\t{a}\t{b}\t{n}\n" for a, b, n in rows)
@@ -368,7 +368,7 @@ def test_many_classes_need_little_more_memory_than_few(folder, tmp_path):
 
 @pytest.mark.parametrize("label", [r"$\frac{$", "$5 or $6", "a\nb", "\ud800"])
 def test_no_label_costs_the_model(folder, tmp_path, label):
-    """The last one, half a character, cannot be drawn."""
+    """The last label, half a character, cannot be drawn."""
     file = tmp_path / "x.jsonl"
     rows = [
         {"text": f"the {word}", "label": label if i % 2 else "b"} for i, word in enumerate(SUBJECTS)
@@ -406,7 +406,7 @@ def write_rows(file: Path, rows: list[tuple[str, str]]) -> Path:
     ],
 )
 def test_classes_that_are_numbers_are_in_the_order_of_numbers(folder, tmp_path, labels, order):
-    """So class i of labels 0 to 11 is label i, as in every data set with whole numbers."""
+    """Then class i of labels 0 to 11 is label i, as in every data set with integer labels."""
     file = write_rows(tmp_path / "a.csv", [(f"the name {label}", label) for label in labels])
     result = finetune(fastbert.load(folder), file, file, tmp_path / "out", Settings(epochs=1))
     assert result.labels == order

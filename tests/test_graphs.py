@@ -87,7 +87,7 @@ def train(
 
 @pytest.fixture
 def recorders(monkeypatch) -> list[StandIn]:
-    """Those that take the place of `CudaGraphs`."""
+    """The stand-ins that replace `CudaGraphs`."""
     made: list[StandIn] = []
     monkeypatch.setattr(graphs, "CudaGraphs", lambda: made.append(StandIn()) or made[-1])
     return made
@@ -187,7 +187,7 @@ def test_ten_steps_are_those_of_packs_without_padding(small_dataset, impl, recor
 
 
 def packs() -> list[PackedBatch]:
-    """Three of two shapes, with totals of their own."""
+    """Three packs of two shapes, with totals of their own."""
     lengths = [9, 5, 20], [7, 8, 19], [6, 30, 5, 4]
     made = [pad(make_batch(of, seed), 0.5, 64) for seed, of in enumerate(lengths)]
     return [
@@ -259,7 +259,7 @@ def test_evaluation_replays_nothing(small_dataset, recorders):
 
 
 def test_gradients_outlive_the_next_replay():
-    """They add up over the packs of a step, so they may not lie where a graph writes."""
+    """Gradients add up over the packs of a step, so they may not be in a graph's buffers."""
     model = BertForPreTraining(MODEL, VOCAB, "cpu").train()
     graphed = GraphedModel(model, StandIn())
     for parameter in model.parameters():
@@ -326,7 +326,7 @@ def test_a_run_without_a_gpu_ends_before_it_writes(small_dataset, tmp_path: Path
 
 
 def test_torch_takes_what_the_recorder_gives_it():
-    """The recorder of a GPU has run nowhere yet: at least its arguments have these names."""
+    """The recorder for GPUs has never run, so at least the names of its arguments are checked."""
     inspect.signature(torch.cuda.graph.__init__).bind(
         None, None, pool=None, stream=None, capture_error_mode="thread_local"
     )

@@ -1,4 +1,4 @@
-"""Real processes meet, agree, and part; or do not, and say why."""
+"""Real processes form a group, exchange values and leave, or fail with a clear message."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fastbert.errors import InputError
 from tests.ranks import LAUNCHER, free_port
 from tests.toy_ranks import HOST, Toys, listening, say
 
-SOON_S = 3.0  # a time-out that is meant to be reached
-NEVER_S = 60.0  # one that is not
+SOON_S = 3.0  # a time-out that tests reach
+NEVER_S = 60.0  # a time-out that no test reaches
 
 
 def member(timeout_s: float, **acts: str) -> int:
@@ -87,7 +87,7 @@ def _member(timeout_s: float, acts: dict[str, str]) -> int:
 
 
 def entered(toys: Toys, rank: int, pid: int) -> None:
-    """Return when a process is in the group's list as this rank; waiting for others it is, then."""
+    """Return when a process has registered as this rank, and so waits for others."""
     end = time.monotonic() + NEVER_S
     while not listens("127.0.0.1", toys.port):
         assert time.monotonic() < end
@@ -104,7 +104,7 @@ def entered(toys: Toys, rank: int, pid: int) -> None:
 
 
 def table_of(toys: Toys, key: Key | None = None) -> SignedStore:
-    """What the ranks read and write, over a connection of its own."""
+    """Open the store of the ranks over a separate connection."""
     store = dist.TCPStore("127.0.0.1", toys.port, None, False, timeout=timedelta(seconds=NEVER_S))
     return SignedStore(dist.PrefixStore("fastbert", store), key or find_key(), "fastbert")
 
@@ -185,7 +185,7 @@ def test_bad_input_on_all_ranks_is_said_plainly(tmp_path):
 
 
 def test_another_exception_on_one_rank_ends_all(tmp_path):
-    """The rank that holds the store, which must not be gone before the others know."""
+    """This rank holds the store, which must not be gone before the others know."""
     with members(
         tmp_path, 3, acts={"0": "ValueError: a bug", "1": "InputError: less telling"}
     ) as toys:
@@ -203,7 +203,7 @@ def test_a_signal_noticed_by_one_rank_ends_all(tmp_path):
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_is_stopped_on_the_way_is_named(tmp_path, stopped):
-    """Rank 0 too, with the store: its silence would keep every call to it waiting for ever."""
+    """Rank 0 is tested too: without its answer every call to the store would wait for ever."""
     other = 1 - stopped
     with members(tmp_path, 2, SOON_S, acts={str(stopped): "stop"}) as toys:
         assert toys.wait(other) == [1]
@@ -323,7 +323,7 @@ def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
 
 
 def test_a_rank_that_came_just_before_the_other_key_ended_rank_0_says_so(tmp_path):
-    """It saw rank 0's registration once, and then the store was gone."""
+    """The rank saw rank 0's registration once, and then the store was gone."""
     port = free_port()
     store: Any = hold_store("127.0.0.1", port)
     store.set("fastbert/register/0", b"signed with another key")

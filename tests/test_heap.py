@@ -83,4 +83,4 @@ def test_a_shape_of_long_ago_is_built_anew():
     assert "create:cache_hit" in said("default")
     assert "create:cache_hit" in said(
         "keep", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024"
-    )  # the user's own word
+    )  # the user's own setting

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "fastbert.config": {"fastbert.errors"},
     "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
     "fastbert.doctor": {"fastbert.machine"},
-    # Who takes part in a run, whatever it computes.
+    # The processes of a run, independent of what they compute.
     "fastbert.cluster": {"fastbert.errors"},
     # Data modules know neither the model nor the run. Modules that read a dataset during training
     # know nothing of how it is made.
@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "fastbert.errors",
         "fastbert.machine",
     },
-    # How a model lies on disk.
+    # The format of a model on disk.
     "fastbert.checkpoints": {
         "fastbert.cluster",
         "fastbert.config",
@@ -129,7 +129,7 @@ HEAVY = [
 
 
 def module_name(path: Path) -> str:
-    """The dotted name under which a source file is imported."""
+    """Return the dotted name under which a source file is imported."""
     root = ROOT / "kernels" if path.is_relative_to(ROOT / "kernels") else ROOT
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

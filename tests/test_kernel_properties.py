@@ -99,7 +99,7 @@ def test_the_order_of_programs_does_not_matter(name, shape, dtype, monkeypatch):
         assert_same(ascending, run(SPECS[name], arguments, "triton"))
 
 
-# Strides. What lies between the elements is NaN, or for integers zero.
+# Strides. Between the elements there is NaN, or zero for integers.
 
 
 def around(x: torch.Tensor, *size: int) -> torch.Tensor:
@@ -107,7 +107,7 @@ def around(x: torch.Tensor, *size: int) -> torch.Tensor:
 
 
 def in_wider_rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows begin at any address: not even the first one is aligned."""
+    """Rows begin at any address, so not even the first one is aligned."""
     view = around(x, *x.shape[:-1], x.shape[-1] + 4)[..., 1:-3]
     return view.copy_(x)
 
@@ -342,7 +342,7 @@ def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, 
         assert 0 < kept["q"] < len(arguments["query_indices"])
     arguments |= {
         key: arguments[key].clone() for key in kept
-    }  # apart, not slices of one projection
+    }  # separate tensors, not slices of one projection
     for key, rows in kept.items():
         arguments[key][rows:] = float("nan")
     real = next(
@@ -397,7 +397,7 @@ def test_another_dtype_shape_or_device_is_refused_by_name(name, impl):
             spec.function(**{**arguments, key: value[None]}, impl=impl)
         with pytest.raises(
             ValueError, match=r": \w+ has shape \["
-        ):  # of one that sets a size the others are refused
+        ):  # if it sets a size, the other arguments are refused
             spec.function(**{**arguments, key: value[..., :-1]}, impl=impl)
         with pytest.raises(
             ValueError,
@@ -476,7 +476,7 @@ def test_an_index_out_of_range_is_refused_by_name(name, key, shape):
 
 @pytest.mark.parametrize(("name", "key", "shape"), INDICES)
 def test_unchecked_a_bad_index_reads_and_writes_nothing_outside(name, key, shape):
-    """And is loud where the docstring says so."""
+    """It gives NaN where the docstring says so."""
     spec = SPECS[name]
     values = (-1, -300, 300) if key == "cu_seqlens" else (-1, 10**6, 2**40, -(2**63))
     for value, where in zip(2 * values, (0, 1, -1, 0, 1, -1), strict=False):

@@ -32,7 +32,7 @@ def cases():
 
 
 def place(arguments, device):
-    """With their strides, which `to` alone would not keep of slices of one projection."""
+    """Move tensors and keep their strides, which `to` alone does not for slices."""
 
     def moved(x):
         whole = x if x._base is None else x._base
@@ -45,19 +45,19 @@ def place(arguments, device):
 
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan():
-    """torch.empty gives NaN, so that a result that a kernel forgot to write shows."""
+    """Make torch.empty return NaN, so that an unwritten result shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def watched(impl):
-    """The sanitizer, where an implementation is interpreted."""
+    """Return the sanitizer if the implementation runs in the interpreter."""
     return sanitize() if impl == "triton" and not GPU else contextlib.nullcontext()
 
 
 def run(spec, arguments, impl, dtype=None):
-    """The result and every gradient, on the CPU, under upstream gradients that a seed fixes."""
+    """Return the result and every gradient on the CPU, for seeded upstream gradients."""
     arguments = place(arguments, "cuda" if GPU and impl == "triton" else "cpu")
     arguments = {
         name: (
@@ -208,7 +208,7 @@ def test_errors_name_the_argument_and_its_value(name, change, error, message):
     "name", [name for name in SPECS if "triton" in SPECS[name].implementations]
 )
 def test_bf16_is_refused_by_the_stock_interpreter(name):
-    """It would take the bits for integers: a loss of 24.69 came out as 14,533,446,656."""
+    """It would read the bits as integers: a loss of 24.69 became 14,533,446,656."""
     spec = SPECS[name]
     arguments = spec.inputs(spec.shapes[0], torch.bfloat16, 0.0)
     with pytest.raises(TypeError, match="is bfloat16, which Triton's interpreter computes wrongly"):

@@ -49,7 +49,7 @@ def test_the_loss_needs_a_tenth_of_the_memory_at_the_most():
 
 
 def test_more_than_2_to_the_31_elements():
-    """The last rows of 4.3 GB, forward and backward, against torch on these rows alone."""
+    """Compare the last rows of 4.3 GB with torch on these rows alone, forward and backward."""
     size, rows = 768, 2**31 // 768 + 1000
     if torch.cuda.mem_get_info()[0] < 6 * rows * size * 2:
         pytest.skip("needs 26 GB of free memory")

@@ -1,4 +1,4 @@
-"""Labelled texts: every layout is read as it comes, and every bad row is listed with its line."""
+"""Labelled texts: every layout is read unmodified, and bad rows are listed by line."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ TABLE = [["text", "label"], ["a", "x"], ['b, "c"', "y"], ["d", "4"]]
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "ndjson", "parquet"])
 def test_every_file_that_prepare_reads(tmp_path, kind, packing):
-    """The same rows in every format, through every compression that prepare reads."""
+    """The same rows are read in every format and compression that prepare reads."""
     file, (header, *rows) = tmp_path / f"x.{kind}{packing}", TABLE
     if kind == "parquet":
         columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))

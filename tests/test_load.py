@@ -36,7 +36,7 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hf(original, tmp_path) -> Path:
-    """A copy to break."""
+    """A copy of the folder that a test may damage."""
     return shutil.copytree(original, tmp_path / "hf")
 
 
@@ -159,7 +159,7 @@ def test_long_texts_are_cut_and_said_so_once(original):
 
 
 def edit(file: str, **changes):
-    """A breakage of a JSON file: these keys changed, or removed where the value is None."""
+    """Change these keys of a JSON file, or remove them where the value is None."""
 
     def change(folder: Path) -> None:
         values = {**json.loads((folder / file).read_text()), **changes}

@@ -79,12 +79,12 @@ def recipe(tmp_path, small_dataset) -> Path:
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> int:
-    """In this process."""
+    """Train in this process."""
     return pretrain(load_config(recipe, overrides), str(recipe), resume).exit_code
 
 
 def start(recipe: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """In a process of its own, through the command line."""
+    """Start a process through the command line."""
     command = [sys.executable, "-m", "fastbert", "pretrain", str(recipe), *arguments]
     return subprocess.Popen(
         command,
@@ -105,7 +105,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def lines(run: Path, kind: str | None = None) -> list[dict]:
-    """Steps, or the events of a kind, without the clock's figures."""
+    """Return the steps, or the events of one kind, without timings."""
     found = [r for r in read_metrics(run / "metrics.jsonl") if r.get("event") == kind]
     return [{k: v for k, v in r.items() if k not in CLOCK} for r in found]
 
@@ -314,7 +314,7 @@ def test_a_signal_saves_and_says_how_to_resume(recipe, tmp_path, capsys):
 
 
 def test_a_reader_that_leaves_does_not_end_the_run(recipe, tmp_path):
-    """As `fastbert pretrain ... | head -1` does."""
+    """This happens with `fastbert pretrain ... | head -1`."""
     process = start(recipe)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
@@ -328,7 +328,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(recipe, tmp_path):
 def test_a_terminal_that_is_closed_saves(recipe, tmp_path):
     not_ignored = {
         "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    }  # as it is where nohup has started the tests
+    }  # it is ignored where nohup has started the tests
     process = start(recipe, "stop.steps=100000", **not_ignored)
     while not (tmp_path / "run/metrics.jsonl").exists() or not lines(tmp_path / "run"):
         time.sleep(0.01)
@@ -367,7 +367,7 @@ def test_a_run_that_is_there_is_not_overwritten(recipe, tmp_path):
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(recipe, tmp_path, capsys):
-    """Also where a process died before its first checkpoint."""
+    """This is also the case where a process died before its first checkpoint."""
     (tmp_path / "run/checkpoints/.writing-step-00000004").mkdir(parents=True)
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 99.0}\n{"step": 2, "lo')
     assert train(recipe, "stop.steps=2", resume=True) == 0
@@ -474,7 +474,7 @@ def test_a_run_folder_that_cannot_be(recipe, tmp_path):
 
 
 def test_losses_that_are_never_finite_again_end_the_run(recipe, tmp_path, capsys):
-    """Gradient descent at rate 100 without clipping: it takes a few steps to overflow."""
+    """Gradient descent with learning rate 100 and without clipping overflows in a few steps."""
     overflow = (
         "optimizer.name=sgd",
         "optimizer.lr=100",
@@ -532,9 +532,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp
     ]
     shutil.rmtree(found.path)
     checkpoint.save(run / "checkpoints", 1, tensors, found.metadata, 1)
-    assert (
-        train(recipe, "stop.steps=12", *short, resume=True) == 1
-    )  # the held-out text meets it too
+    assert train(recipe, "stop.steps=12", *short, resume=True) == 1  # the held-out text uses it too
     skips, steps = lines(run, "skip"), lines(run)
     assert (
         sorted(line["step"] for line in skips + steps) == list(range(1, 13))

@@ -80,7 +80,7 @@ def test_our_own_kernels_decode_into_what_the_hardware_demands():
 
 
 def test_launches_hand_all_options_of_a_row_to_the_compiler():
-    """A limit on registers, too."""
+    """The options include a limit on registers."""
     result = run_module("tests.launched_options")
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -218,7 +218,7 @@ def test_a_load_is_waited_for():
     use = FFMA._replace(waits=1)
     alone = run([LOAD, use], 1, 1).cycles
     assert alone == pytest.approx(h100.L2 + 4 * 512 / h100.L2_BYTES)
-    # Six at once share one latency, and come at the memory's rate.
+    # Six loads at once share one latency, and arrive at the memory's rate.
     assert run([*[LOAD] * 6, use], 1, 1).cycles == pytest.approx(
         h100.L2 + 6 * 4 * 512 / h100.L2_BYTES
     )
@@ -229,7 +229,7 @@ def test_products_queue_behind_each_other_while_the_warp_continues():
     await_all = one("WARPGROUP.DEPBAR.LE", "gsb0, 0x0")
     assert run([*[PRODUCT] * 4, await_all], 1, 1).cycles == 8 + 4 * 32 + h100.WGMMA
     assert run([*[PRODUCT] * 4, *[FFMA] * 50], 1, 1).cycles == 53
-    # All but the last group: what follows overlaps with that.
+    # It waits for all but the last group, which overlaps with what follows.
     assert (
         run([*[PRODUCT] * 4, one("WARPGROUP.DEPBAR.LE", "gsb0, 0x1")], 1, 1).cycles
         == 8 + 3 * 32 + h100.WGMMA
@@ -268,7 +268,7 @@ def test_a_barrier_holds_all_warps_of_a_program():
     # Two warps issue at cycles 0 and 1. They reach the barrier at 100 and 101, and the second one
     # releases both.
     assert run([FFMA._replace(stall=100), barrier, FFMA], 2, 1).cycles == 101 + h100.BARRIER + 1
-    # Another program's warp does not wait for them: with one warp each nobody waits for anybody.
+    # A warp of another program does not wait for them. With one warp each, none waits.
     assert run([FFMA._replace(stall=100), barrier, FFMA], 1, 2).cycles == 101 + h100.BARRIER
 
 
@@ -344,7 +344,7 @@ def test_the_larger_tile_is_preferred_where_the_model_cannot_tell():
 
 @pytest.mark.slow
 def test_the_search_runs_and_says_what_it_found(tmp_path):
-    """One small row for real, and a table of its own: the project's is left alone."""
+    """It searches one small row for real with a table of its own; the project's stays unchanged."""
     table = tmp_path / "tiles.json"
     result = run_module(
         *f"benchmarks.tune --model --kernels attention_prepare --seconds 6 --table {table}".split()

@@ -38,7 +38,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def shared(lab: Laboratory, world: int, stage: int, tokens: int) -> list[dict]:
-    """Steps of a run that so many ranks share."""
+    """Return the steps of a run on `world` ranks."""
     trial = lab.trial(
         f"batch.micro_batch_tokens={tokens}",
         "checkpoint.every=1000",
@@ -52,12 +52,12 @@ def shared(lab: Laboratory, world: int, stage: int, tokens: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def alone(lab) -> list[dict]:
-    """Of one process, in one pack a step."""
+    """The steps of one process, with one pack per step."""
     return shared(lab, 1, 0, PACKS[0])
 
 
 def far(steps: list[dict], others: list[dict]) -> float:
-    """The largest relative difference of a loss or a norm between two runs."""
+    """Return the largest relative difference of a loss or a norm between two runs."""
     assert len(steps) == len(others) > 0
     return max(
         abs(a[key] - b[key]) / abs(b[key])
@@ -179,5 +179,5 @@ def test_a_run_may_change_its_ranks_stage_and_precision(lab, constant, rounding,
             [s[key] for key in COUNTS] for s in expected
         ]
         if precision == "bf16":
-            tolerance = 16 * BF16  # and it stays: what was rounded once is another model
+            tolerance = 16 * BF16  # a rounded model stays another model
         assert far(ours, expected) < tolerance

@@ -33,7 +33,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
 
 
 def text(n: int, seed: int = 0) -> np.ndarray:
-    """Tokens 0 to 39 and, rarely, [UNK]."""
+    """Random tokens 0 to 39 and, rarely, [UNK]."""
     drawn = np.random.default_rng(seed).integers(0, 41, n)
     return np.where(drawn == 40, UNK, drawn)
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every line whole, floats to the last digit, nothing lost over a break."""
+"""metrics.jsonl has complete lines and exact floats, and loses nothing at a restart."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_bad_line_is_skipped_and_counted(tmp_path_factory, parts):
 
 
 def test_what_is_not_finite_is_json_all_the_same(tmp_path):
-    """NaN is no JSON: other programs refuse the whole line."""
+    """NaN is not valid JSON, so other programs would refuse the whole line."""
     MetricsFile(tmp_path / "metrics.jsonl", fresh=True).write(
         {"step": 1, "loss": math.nan, "lr": math.inf, "grad_norm": 2.0}
     )

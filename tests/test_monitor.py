@@ -1,4 +1,4 @@
-"""What a user sees."""
+"""The output that a user sees: lines, advice, metrics, pictures and TensorBoard."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_is_not_taken_for_a_plateau(tmp_path, capsys, 
 
 
 def test_a_bad_line_of_metrics_is_skipped(tmp_path, capsys):
-    """It is said, and the run goes on in the same file."""
+    """A message says so, and the run continues in the same file."""
     with monitor(tmp_path) as to:
         take_step(to, 1)
         take_step(to, 2)
@@ -161,7 +161,7 @@ def test_a_bad_line_of_metrics_is_skipped(tmp_path, capsys):
 
 
 def test_a_fresh_start_does_not_write_through_links(tmp_path):
-    """What the user has put in the place of a file of the run stays as it is."""
+    """A file that the user has linked in place of a run's file stays as it is."""
     notes = tmp_path / "my notes.txt"
     notes.write_text("mine")
     run = tmp_path / "run"

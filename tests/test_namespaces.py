@@ -1,4 +1,4 @@
-"""Nodes made of namespaces: apart but for the cable, and gone without a trace."""
+"""Nodes made of namespaces are separate except for the cable, and leave no trace."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ with socket.create_connection(("node1", 7000), timeout=2) as connection:
 
 
 def gone(marker: str) -> bool:
-    """Whether no process has this word in its command line, within a generous time."""
+    """Return whether no process has this word in its command line, within a generous time."""
     deadline = time.monotonic() + 20
     while any(
         marker in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])

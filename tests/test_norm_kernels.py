@@ -34,7 +34,7 @@ def inputs(name, shape, p=0.0):
     ],
 )
 def test_programs_that_own_many_tiles(name, shape, monkeypatch):
-    """The devices of the tests run more programs side by side than small inputs have tiles."""
+    """The tests' devices run more programs at a time than small inputs have tiles."""
     for module in (norm_kernel, gelu_kernel):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
     agrees(name, "triton", shape, 0.1, "fp32")

@@ -48,7 +48,7 @@ def damage(trial: Trial, place: int = PLACE) -> None:
 
 
 def examples(trial: Trial, dataset, longer_than: int = 0) -> dict[int, list[int]]:
-    """By step, those of its examples that have more tokens."""
+    """Map each step to those of its examples that have more tokens."""
     batches, found = Batches(dataset, load_config(trial.recipe, trial.overrides)), {}
     for step in range(trial.records(None, "skip")[-1]["step"]):
         packs = batches.step(step)
@@ -70,7 +70,7 @@ def all_finite(trial: Trial) -> bool:
 
 
 def fails(trial: Trial, world: int, *overrides: str) -> list[str]:
-    """Let it train to an end with exit code 1; returns the lines that rank 0 printed."""
+    """Train to an end with exit code 1, and return the lines that rank 0 printed."""
     with trial.start(world, *overrides) as ranks:
         assert ranks.wait() == [1] * world and "Traceback" not in ranks.errors, ranks.errors
         return ranks[0].out.read_text().splitlines()
@@ -114,12 +114,12 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, sta
     if world == 1:
         assert (
             fails(trial, world)[-1] == said[-1]
-        )  # there is nothing left to do, which does not make it a success
+        )  # there is nothing left to do, but that is no success
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 0)])
 def test_too_many_in_a_row_end_the_run(lab, small_dataset, world, stage):
-    """Gradient descent at rate 100 without clipping."""
+    """This is gradient descent with learning rate 100 and without clipping."""
     limit = 3
     trial = lab.trial(
         "optimizer.name=sgd",
@@ -143,7 +143,7 @@ def test_too_many_in_a_row_end_the_run(lab, small_dataset, world, stage):
 
 
 def test_a_loss_is_never_averaged_away(lab):
-    """One rank's loss is not finite, the other's is: both skip, and they stay together."""
+    """The loss of one rank is not finite, and both ranks skip the step together."""
     trial = lab.trial(*FEW, "stop.skipped=20", stage=1)
     trial.resume(2, "stop.steps=3")
     damage(trial)
@@ -162,7 +162,7 @@ BREAKS = ("optimizer.name=sgd", "optimizer.lr=100", "optimizer.max_grad_norm=0",
 
 @pytest.fixture(scope="module")
 def last(lab) -> int:
-    """The step that breaks them: the last one that is applied."""
+    """The step that breaks the weights, which is the last one that is applied."""
     trial = lab.trial(*BREAKS, "stop.skipped=0", steps=200)
     fails(trial, 1)
     assert trial.steps[-1]["step"] > 2
@@ -223,7 +223,7 @@ def test_broken_weights_push_out_no_checkpoint(lab, last, end, every, keep):
 
 
 def test_a_process_that_is_killed_while_it_skips(lab, last):
-    """The checkpoint of the broken weights never gets its name."""
+    """The checkpoint of the broken weights is never published."""
     trial = lab.trial(
         *BREAKS, "checkpoint.every=1", "checkpoint.keep=1", "stop.skipped=100000", steps=200000
     )
@@ -248,7 +248,7 @@ def test_the_same_on_many_ranks(lab, world, stage):
 
 
 def test_a_bad_text_in_the_last_steps_does_not_lose_the_run(lab, small_dataset):
-    """The weights are not broken: the run ends well, and its end is saved."""
+    """The weights are valid, so the run ends well and saves its last step."""
     trial = lab.trial(
         *FEW, "objective.kind=mlm", "evaluate.sequences=1", "stop.skipped=20", "checkpoint.keep=1"
     )
@@ -290,7 +290,7 @@ def test_no_step_was_finite(lab, stage, more):
 
 
 def test_no_step_was_finite_since_a_checkpoint(lab):
-    """No rate helps there; the checkpoint before it does."""
+    """No learning rate helps from there; the checkpoint before it does."""
     trial = lab.trial("stop.skipped=2")
     trial.resume(1, "stop.steps=3")
     (valid,) = trial.checkpoints

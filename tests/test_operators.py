@@ -61,7 +61,7 @@ def inputs(
 def forward(
     name: str, impl: str, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The result, and the leaves that it is differentiable in."""
+    """Return the result, and the leaves that it is differentiable in."""
     spec = SPECS[name]
     leaves = {
         key: arguments[key].detach().requires_grad_()
@@ -73,7 +73,7 @@ def forward(
 
 
 def with_function(spec: Spec, function: Any) -> Spec:
-    """For `run`: the same operation, called in another way."""
+    """Return the same operation for `run`, called in another way."""
     return dataclasses.replace(spec, function=function)
 
 
@@ -88,7 +88,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every call of an operator of this library, in forward and backward passes."""
+    """Record every call of this library's operators, forward and backward."""
 
     def __init__(self):
         super().__init__()
@@ -158,7 +158,7 @@ def test_a_batch_of_another_length_is_not_compiled_again(name):
 # Autocast
 
 X, ROW = torch.ones(4, 8), torch.ones(8)
-AS_TORCH = {  # what each operation stands for, in torch's own words
+AS_TORCH = {  # each operation in plain torch
     "attention": lambda: functional.scaled_dot_product_attention(X[None], X[None], X[None]),
     "mlm_loss": lambda: functional.cross_entropy(
         functional.linear(X, X), torch.zeros(4, dtype=torch.int64)
@@ -172,7 +172,7 @@ AS_TORCH = {  # what each operation stands for, in torch's own words
 
 
 def under_autocast(function: Any, **options: Any) -> Any:
-    """The forward pass alone, as torch advises."""
+    """Run only the forward pass under autocast, as torch advises."""
 
     def call(**arguments: Any) -> Any:
         with torch.autocast(DEVICE, torch.bfloat16, **options):
@@ -234,7 +234,7 @@ def test_nothing_is_cast_outside_autocast(name, impl):
 
 
 def test_under_autocast_the_gradient_of_the_vocabulary_is_a_sum_in_fp32():
-    """Not one in bf16, of which the optimizer would get 8 bits."""
+    """A sum in bf16 would give the optimizer 8 bits."""
     spec = SPECS["mlm_loss"]
     gradients = run(
         with_function(spec, under_autocast(spec.function)), inputs("mlm_loss"), "triton"
@@ -265,7 +265,7 @@ def test_outside_autocast_mixed_dtypes_are_refused_by_name(name, impl):
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(("name", "shape", "dtype"), cases("fp32", "bf16"))
 def test_result_and_gradients_lie_apart(name, shape, dtype, p):
-    """To write into one of them, as `clip_grad_norm_` does, must not change another."""
+    """Writing into one of them, as `clip_grad_norm_` does, must not change another."""
     with watched("triton"):
         result, leaves = forward(name, "triton", arguments := inputs(name, dtype, p, shape))
         with watched("reference"):

@@ -25,7 +25,7 @@ def error_of(action) -> BaseException:
 
 
 def test_a_real_failure_of_torch_and_of_numpy():
-    """More than any machine's address space holds."""
+    """The size exceeds the address space of any machine."""
     assert shortage(error_of(lambda: torch.empty(1 << 50))) == (
         f"out of memory: {1 << 22:.2f} GiB more are needed"
     )
@@ -67,13 +67,13 @@ def test_other_errors_are_not_about_memory(error):
 
 
 def virtual_memory(pid: int) -> int:
-    """Address space of a process, in bytes."""
+    """Return the address space of a process, in bytes."""
     (size,) = re.findall(r"VmSize:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(size) * 1024
 
 
 def bound_memory(ranks: Ranks, rank: int, more: int) -> None:
-    """Leave a rank as much address space as it has, and `more` bytes."""
+    """Limit a rank's address space to its present size and `more` bytes."""
     pid = ranks[rank].pid
     assert runs(pid)
     limit = virtual_memory(pid) + more

@@ -130,7 +130,7 @@ def test_losses_and_gradients_are_those_of_the_pack(impl, dtype, truth):
 
 
 def test_in_fp64_padding_moves_nothing(truth):
-    """Where rounding hides nothing."""
+    """In fp64 no rounding hides an error."""
     padded = pad(make_batch(LENGTHS), MASK_RATE, 130)
     found, gradients = computed(padded, "reference", torch.float64)
     check_same(found, padded, truth[0], torch.float64)
@@ -139,7 +139,7 @@ def test_in_fp64_padding_moves_nothing(truth):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_an_ignored_token_counts_for_nothing(impl):
-    """As if it were not there."""
+    """The results are those without this token."""
     draw = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(*shape, generator=draw) for shape in ((40, 16), (100, 16), (100,))

@@ -1,4 +1,4 @@
-"""Pictures show what users wrote as they wrote it, and one that cannot be drawn ends nothing."""
+"""Pictures show users' texts unchanged, and a failed picture ends no run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def history() -> History:
 
 
 def words(figure: Any) -> set[str]:
-    """The texts of a figure, as they stand in it when it is drawn as an SVG whose text is text."""
+    """Return the texts of a figure, as they are in its SVG with text kept as text."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks
@@ -117,7 +117,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def test_a_run_with_two_dollar_signs_in_its_name(lab, capsys):
-    """It is trained, resumed and reported."""
+    """Such a run is trained, resumed and reported."""
     trial = lab.trial(steps=3)
     run = trial.folder / "cost_$5_vs_$6"
     for more in ([], ["stop.steps=5"]):

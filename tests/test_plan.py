@@ -1,4 +1,4 @@
-"""The estimates against real models, torch's own FLOP counter and figures that others published."""
+"""The estimates against real models, torch's FLOP counter and published figures."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_fp32_has_no_masters_at_stage_0_and_sgd_one_moment():
 
 
 def kept_bytes(model: BertForPreTraining, pack: PackedBatch) -> int:
-    """Storages that autograd keeps of a forward pass, each once; weights and the batch left out."""
+    """Return the bytes that autograd keeps of a forward pass, without weights and batch."""
     kept = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -304,7 +304,7 @@ def test_a_price_is_the_listed_one_unless_given_or_unknown():
 
 
 def test_twice_the_machine_takes_half_the_time():
-    """And of a wider model a larger share of the time is matrix products."""
+    """Of a wider model, matrix products take a larger share of the time."""
     device = Device(100e12, 10e12, 80 * GB, 1e12, 1e11, 1e11)
     fast = replace(device, bf16=200e12, bandwidth=2e12)
     narrow, wide = recipe(preset="small").model, recipe(preset="large").model

@@ -1,4 +1,4 @@
-"""From text to a dataset: nothing lost, nothing left to chance, nothing half-written."""
+"""From text to a dataset: complete, reproducible and never partial."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastbert.errors import InputError
 
 @pytest.fixture(scope="module")
 def several_chunks(english_documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of 2.6 MB, so of several chunks."""
+    """A text of 2.6 MB, which has several chunks."""
     path = tmp_path_factory.mktemp("large") / "large.jsonl"
     path.write_text(
         "".join(
@@ -43,7 +43,7 @@ def several_chunks(english_documents: list[str], tmp_path_factory: pytest.TempPa
 
 
 def texts_of(split: Split) -> list[list[list[int]]]:
-    """All ids of a split, [document][sentence][token]."""
+    """Return all ids of a split as [document][sentence][token]."""
     sentences = split.first_token(np.arange(split.sentences + 1))
     documents = split.first_sentence(np.arange(split.documents + 1))
     tokens = split.gather(np.zeros(1, np.int64), np.array([split.tokens])).tolist()
@@ -60,7 +60,7 @@ def files_of(dataset: Path) -> dict[str, bytes]:
 
 
 def test_every_sentence_is_there(small_dataset: TokenDataset, english_documents: list[str]) -> None:
-    """The dataset against the plain way: split, encode one by one, choose by hash."""
+    """Compare with the plain way: split, encode one by one, choose by hash."""
     tokenizer = load_tokenizer(small_dataset.tokenizer_dir)
     expected: dict[str, list[list[list[int]]]] = {"train": [], "heldout": []}
     for document in english_documents:
@@ -290,7 +290,7 @@ def test_existing_target(english_jsonl: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [1000, 50_000, 200_000])
 def test_no_space(english_jsonl: Path, tmp_path: Path, limit: int) -> None:
-    """The system refuses to let a file grow: in the tokenizer, or in the tokens."""
+    """The system limits file sizes: for the tokenizer, or for the tokens."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -398,7 +398,7 @@ def test_progress_and_left_out_files(
 def test_a_source_that_changes_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """The vocabulary would be of another text than the tokens."""
+    """Otherwise vocabulary and tokens would come from different texts."""
     path = tmp_path / "a.txt"
     path.write_text("One text.\n\nAnother one.\n")
     os.utime(path, ns=(1, 1))

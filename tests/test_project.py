@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Put together from pieces, so that this file does not hold what it looks for.
+# Joined from pieces, so that this file does not contain the strings it looks for.
 HOSTS = [
     ".".join(parts)
     for parts in (
@@ -185,7 +185,7 @@ def test_documented_commands_exist(document):
 
 
 def test_demo_and_tests_are_on_the_first_screen():
-    """And a continuous integration server runs the very command that the README names."""
+    """The continuous integration server runs the command that the README names."""
     first_screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:25]
     for command in ("make demo", "make test"):
         assert any(line.startswith(command) for line in first_screen), command

@@ -40,7 +40,7 @@ def test_rank_0_dies_as_the_run_begins(lab):
         ranks[0].signal(signal.SIGKILL)
         assert ranks.wait() == [-signal.SIGKILL, 1]
         said = ranks[1].err.read_text()
-    assert "Traceback" not in said, said  # before our line torch may have one on the store
+    assert "Traceback" not in said, said  # torch may print one about its store before our line
     (line,) = [line for line in said.splitlines() if line.startswith("fastbert: ")]
     assert f"rank 0 ({socket.gethostname()}, process {ranks[0].pid})" in line and line.endswith(
         "; resume with --resume"

@@ -20,7 +20,7 @@ BASELINES = {"unigram": 6.0, "train_tokens": 10}
 def chunk(
     documents: list[list[int]], heldout: list[list[int]] | None = None, **options: object
 ) -> EncodedChunk:
-    """Documents as lists of their sentences' lengths."""
+    """Make a chunk from documents given as lists of sentence lengths."""
 
     def part(documents: list[list[int]]) -> Part:
         sentences = np.array([length for document in documents for length in document], np.int64)

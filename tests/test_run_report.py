@@ -25,7 +25,7 @@ STEPS = 7
 
 @pytest.fixture(scope="module")
 def run(small_dataset, tmp_path_factory) -> Path:
-    """A run folder with a history of its own, whose recipe holds what HTML would take for a tag."""
+    """A run folder with a made-up history, whose recipe contains HTML's special characters."""
     folder = make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_dataset.tokenizer_dir)
     run = make_run(tmp_path_factory.mktemp("runs") / "a <b> run", folder, str(small_dataset.path))
     lines = []
@@ -68,7 +68,7 @@ def run(small_dataset, tmp_path_factory) -> Path:
 
 
 class Page(HTMLParser):
-    """Tags that are opened and closed in order, and the text between them."""
+    """Parse tags, check that they nest correctly, and collect the text."""
 
     VOID = frozenset({"meta", "br", "use", "path", "image", "img"})
 

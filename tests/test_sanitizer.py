@@ -25,7 +25,7 @@ from tests.sanitizer import SanitizerError, sanitize
 
 
 def launch(kernel, grid, *args, **kwargs):
-    """The faults of one launch, as text."""
+    """Return the faults of one launch, as text."""
     with sanitize(raise_on_fault=False) as report:
         kernel[grid](*args, **kwargs)
     return [str(fault) for fault in report.faults]
@@ -201,7 +201,7 @@ def store_kernel(y_ptr, step, BLOCK: tl.constexpr):
 
 @triton.jit
 def neighbour_kernel(x_ptr, y_ptr):
-    """In place if both are the same: reads what the next program writes."""
+    """Read what the next program writes, if both pointers are the same."""
     i = tl.program_id(0)
     tl.store(y_ptr + i, tl.load(x_ptr + i) + tl.load(x_ptr + i + 1))
 
@@ -368,7 +368,7 @@ def binary_kernel(x_ptr, y_ptr, out_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def special(dtype, seed):
-    """1,024 numbers, the last of them infinite, NaN, huge, tiny and zero."""
+    """1,024 numbers, of which the last are infinite, NaN, huge, tiny and zero."""
     x = torch.randn(1024, generator=torch.Generator().manual_seed(seed)) * 10
     big = torch.finfo(dtype).max
     values = torch.tensor([np.inf, -np.inf, np.nan, big, -big, 1e-40, 0.0, -0.0, 1.0, 1.0])
@@ -634,7 +634,7 @@ def test_assertions_and_assumptions_are_checked():
 
 
 def stock_state():
-    """Everything that the sanitizer replaces, and the language, which the interpreter patches."""
+    """Return everything that the sanitizer replaces, and the patched language."""
     state = {
         (owner.__name__, name): value
         for owner in (interpreter, tl, tl.core, tl.math)

@@ -61,7 +61,7 @@ def tensors(seed: int) -> list[tuple[str, torch.Tensor]]:
 
 
 def holds(path: Path, seed: int) -> bool:
-    """Whether a checkpoint has all the tensors of a seed, and no other."""
+    """Return whether a checkpoint has exactly the tensors of a seed."""
     state = {
         f"{slot}/{name}": tensor
         for slot, named in read_all(path).items()
@@ -77,7 +77,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# What one rank does. Every scenario returns what the test is to know of it.
+# What one rank does. Every scenario returns what the test checks.
 
 
 def saves(group, folder: Path, *steps: int, keep: int = 2, limit: int | None = None) -> list[dict]:
@@ -101,7 +101,7 @@ def saves(group, folder: Path, *steps: int, keep: int = 2, limit: int | None = N
 
 
 def continues(group, folder: Path) -> bool:
-    """The thread is held up at its first look at the disk, and the tensors change meanwhile."""
+    """Delay the thread at its first access to the disk, and change the tensors meanwhile."""
     gate, write = threading.Event(), checkpoint.write_share
     checkpoint.write_share = lambda *arguments: gate.wait(TIMEOUT_S) and write(*arguments)
     saver, state, metadata = (
@@ -127,7 +127,7 @@ def not_finite(group, folder: Path) -> str | None:
 
 
 def apart(group, folder: Path) -> str | None:
-    """Every rank has a disk of its own."""
+    """Save where every rank has a disk of its own."""
     saver = Saver(group, folder / f"disk{group.rank}", 2, "token")
     saver.begin(5, tensors(5), {})
     return saver.finish().problem
@@ -190,7 +190,7 @@ def run_as_rank(job: dict[str, Any], variables: dict[str, str], result: Path) ->
 
 
 class Server:
-    """The other end of `main`."""
+    """The client of `main`."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.test_saver"]
@@ -212,7 +212,7 @@ class Server:
         failpoint: str = "",
         **options: Any,
     ) -> tuple[list[int], list[Any]]:
-        """Exit codes and results, by rank."""
+        """Run a scenario, and return exit codes and results by rank."""
         folder.mkdir(parents=True, exist_ok=True)
         port = str(free_port())
         variables = [
@@ -334,7 +334,7 @@ def test_a_crash_anywhere_in_a_save_leaves_the_newest_valid_checkpoint(
 def test_a_full_disk_is_told_to_all_ranks_and_leaves_nothing_behind(
     ranks, tmp_path, world, rank, point
 ):
-    """The same step can then be saved by a second attempt, in the same process."""
+    """The same process can then save the same step in a second attempt."""
     folder = tmp_path / "checkpoints"
     save(folder, 1, tensors(1), {}, 1)
     codes, (ends, *others) = ranks.run(
@@ -356,7 +356,7 @@ def test_a_full_disk_is_told_to_all_ranks_and_leaves_nothing_behind(
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_disk_that_really_refuses(ranks, tmp_path, world):
-    """Files of the last rank may not grow beyond 500 bytes."""
+    """No file of the last rank may grow beyond 500 bytes."""
     folder = tmp_path / "checkpoints"
     codes, (ends, *_) = ranks.run("saves", folder, world, 2, 3, limit=500)
     file = f"{folder}/.writing-step-00000002-token-1/tensors-{world - 1:05d}-00000.safetensors"
@@ -376,7 +376,7 @@ def test_numbers_that_are_not_finite_are_not_saved(ranks, tmp_path):
 
 
 def test_disks_that_are_not_shared_are_noticed(ranks, tmp_path):
-    """As where the run folder lies on each machine's own disk."""
+    """This happens where the run folder is on each machine's own disk."""
     codes, problems = ranks.run("apart", tmp_path / "checkpoints", 2)
     assert codes == [0, 0] and problems[0] == problems[1]
     assert problems[0].startswith("rank 0: ") and problems[0].endswith(
@@ -386,7 +386,7 @@ def test_disks_that_are_not_shared_are_noticed(ranks, tmp_path):
 
 
 def test_a_failpoint_that_is_none_is_refused(monkeypatch):
-    """Or a test with a wrong name would prove nothing."""
+    """Otherwise a test with a wrong name would prove nothing."""
     monkeypatch.setenv("FASTBERT_FAILPOINT", "tensors-hlaf:1=kill")
     with pytest.raises(ValueError, match="'tensors-hlaf:1=kill': must be NAME"):
         reach("copied")

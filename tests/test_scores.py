@@ -1,4 +1,4 @@
-"""Scores, against those of scikit-learn and SciPy."""
+"""Scores equal those of scikit-learn and SciPy."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
-    """Exit codes of ranks that were signalled, which must end soon."""
+    """Return the exit codes of signalled ranks, which must end soon."""
     codes = ranks.wait(SOON_S)
     assert set(codes) == {75}, (
         f"{trial.folder}, start {trial.starts}: exit codes {codes}: {ranks.errors}"
@@ -50,7 +50,7 @@ def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
     ],
 )
 def test_a_signal_while_training(lab, number, to):
-    """At a moment that differs from case to case: within a step, an evaluation or a save."""
+    """The moment differs by case: within a step, an evaluation or a save."""
     generator = random.Random(f"{number} {to}")
     trial, lines = lab.trial(LONG, stage=STAGE), generator.randint(1, 12)
     with trial.start(WORLD) as ranks:
@@ -88,7 +88,7 @@ def test_a_signal_while_training(lab, number, to):
     ],
 )
 def test_a_signal_while_starting(lab, to, share):
-    """Before the ranks know each other, while they join, while DeepSpeed begins."""
+    """It comes before the ranks join, while they join, or while DeepSpeed starts."""
     trial, seconds = lab.trial(LONG, stage=STAGE), share * lab.seconds(WORLD, STAGE)[0]
     number = SIGNALS[int(share * 4) % 3]
     with trial.start(WORLD) as ranks:
@@ -247,7 +247,7 @@ with StopRequest() as request:
 
 @pytest.mark.parametrize("torchrun", [True, False])
 def test_the_end_of_torchrun_is_a_stop_request(torchrun):
-    """That of a shell is not: a run that was started with nohup and & goes on."""
+    """The end of a shell is none: a run that was started with nohup and & continues."""
     worker = WORKER if torchrun else WORKER.replace("else 20", "else 3")
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, worker],

@@ -31,7 +31,7 @@ SECRET = b"0123456789abcdef0123456789abcdef"
 
 
 def by_definition(secret: bytes, message: bytes) -> str:
-    """RFC 2104, for a key that is no longer than a block of SHA-256."""
+    """HMAC by RFC 2104, for a key of at most one block of SHA-256."""
     padded = secret.ljust(64, b"\0")
     inner = hashlib.sha256(bytes(b ^ 0x36 for b in padded) + message).digest()
     return hashlib.sha256(bytes(b ^ 0x5C for b in padded) + inner).hexdigest()
@@ -129,7 +129,7 @@ print(find_key().sign("a", b"").decode())
 
 
 def test_many_processes_at_once_have_one_key(tmp_path):
-    """As the ranks of a first run: each looks, finds none, and makes one."""
+    """The ranks of a first run each look for the key, find none, and make one."""
     for i in range(5):
         (home := tmp_path / str(i)).mkdir()
         variables = environment(HOME=str(home))
@@ -290,7 +290,7 @@ def test_the_secret_is_shown_nowhere():
 
 @pytest.fixture
 def store():
-    """A real one, and a stranger's connection to it."""
+    """A real store, and a stranger's connection to it."""
     ours = hold_store("127.0.0.1", 0)
     return ours, dist.TCPStore(
         "127.0.0.1", ours.port, None, False, timeout=timedelta(seconds=PATIENCE_S)

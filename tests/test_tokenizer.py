@@ -45,7 +45,7 @@ def test_training(english_documents: list[str]) -> None:
 
 
 def test_training_is_deterministic(english_jsonl: Path) -> None:
-    """In fresh processes, since hash maps are seeded once in each."""
+    """It runs in new processes, because hash maps are seeded once per process."""
     code = (
         "import sys, hashlib; from fastbert.data.documents import read_documents; "
         "from fastbert.data.vocabulary import train_tokenizer; "
@@ -89,7 +89,7 @@ def test_nothing_to_train_on(texts: list[str]) -> None:
 
 
 def short_words(tokenizer: Tokenizer, sentence: str) -> str:
-    """A sentence as it is, but with spaces after each 100 characters of longer words."""
+    """Return a sentence with spaces after each 100 characters of longer words."""
     normalized = tokenizer.normalizer.normalize_str(sentence)
     words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
     if max(map(len, words), default=0) <= 100:
@@ -206,7 +206,7 @@ def test_transformers_loads_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert pair["input_ids"] == [2, *a, 3, *b, 3]
     assert pair["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
     assert theirs.model_max_length == 512
-    # And back: what transformers writes is loaded here.
+    # The other direction: what transformers writes is loaded here.
     theirs.save_pretrained(tmp_path / "theirs")
     back = load_tokenizer(tmp_path / "theirs")
     assert vocabulary_of(back) == vocabulary_of(tokenizer)
@@ -242,7 +242,7 @@ def test_padding_and_truncation_that_were_saved_are_off(
 
 
 def changed(*path: Any, value: Any) -> Any:
-    """A tokenizer.json with one setting changed."""
+    """Change one setting of a tokenizer.json."""
 
     def change(settings: dict[str, Any]) -> str:
         place = settings
@@ -360,7 +360,7 @@ def test_rubbish(tmp_path: Path, name: str, data: bytes) -> None:
 def test_rubbish_in_the_json(
     small_dataset: TokenDataset, tmp_path: Path, data: st.DataObject
 ) -> None:
-    """Any setting of a valid tokenizer.json is replaced by another."""
+    """Replace any setting of a valid tokenizer.json by another."""
     place = settings_of = json.loads(
         (small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
     )

@@ -68,7 +68,7 @@ def test_torchrun_finds_it():
 
 
 def test_its_import_is_light():
-    """torchrun makes it at every start, also where another backend is asked for."""
+    """torchrun imports it at every start, also where another backend is used."""
     code = (
         "import sys, fastbert.cluster.torchrun_backend; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'psutil')))"
@@ -104,7 +104,7 @@ def test_it_listens_on_the_endpoint_alone():
 
 
 def meet(*handlers: RendezvousHandler) -> list[tuple[int, int, str, int]]:
-    """Rank, size, and where rank 0's worker will make its store, as each node is told."""
+    """Return rank, size and the address of rank 0's store, as each node receives them."""
     found: dict[int, tuple[int, int, str, int]] = {}
 
     def run(i: int) -> None:
@@ -172,7 +172,7 @@ def test_a_host_that_cannot_listen():
 
 
 def hold(connection) -> None:
-    """A process that holds a store, and is stopped when it is told to."""
+    """Hold a store in a process that a test stops."""
     store = hold_store("127.0.0.1", 0)
     connection.send(store.port)
     connection.recv()
@@ -204,7 +204,7 @@ def test_a_store_that_stops_answering(monkeypatch):
 
 
 class Trap:
-    """Its unpickling makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path: Path):
         self._path = str(path)
@@ -217,7 +217,7 @@ STATE = "torch.rendezvous.a-run"
 
 
 def stranger_at(port: int) -> Any:
-    """A connection of somebody who reaches the port, and has no key."""
+    """Connect as a stranger who reaches the port and has no key."""
     return TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=PATIENCE_S))
 
 
@@ -227,7 +227,7 @@ def put(stranger: Any, value: bytes, place: str = STATE) -> None:
 
 
 def test_a_trap_works(tmp_path):
-    """As torch itself would read it: else the tests below showed nothing."""
+    """torch itself would run it; otherwise the tests below would show nothing."""
     store = hold_store("127.0.0.1", 0)
     backend = C10dRendezvousBackend(store, "a-run")
     put(stranger_at(store.port), b64encode(pickle.dumps(Trap(tmp_path / "trapped"))))
@@ -268,7 +268,7 @@ def forgeries(stranger: Any, trap: Path) -> dict[str, bytes]:
 
 
 def test_nodes_meet_whatever_a_stranger_writes(tmp_path, capfd):
-    """Over the state of nodes that have met; and another one that comes just then finds its way."""
+    """A stranger overwrites the state of connected nodes, and another node can still join."""
     port, trap = free_port(), tmp_path / "trapped"
     handlers = [get_rendezvous_handler(parameters(port, least=2)) for _ in range(2)]
     assert {found[:2] for found in meet(*handlers)} == {(0, 2), (1, 2)}
@@ -343,7 +343,7 @@ def test_a_write_meets_a_strangers(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-# What agents tell each other in a round, with what somebody may have written there before.
+# Messages of agents in a round, and values that a stranger may have written before.
 ROUND = {
     "MASTER_ADDR": b"192.0.2.1",
     "MASTER_PORT": b"1",
@@ -357,7 +357,7 @@ ROUND = {
 
 
 def poison_rounds(port: int) -> None:
-    """Take the places of all rounds to come, as a stranger who was quicker than the nodes."""
+    """Write to the keys of all future rounds, as a stranger who is faster than the nodes."""
     stranger = stranger_at(port)
     for i in range(10):
         for name, value in ROUND.items():
@@ -380,7 +380,10 @@ def test_nodes_believe_no_stranger_about_a_round():
 
 @pytest.fixture
 def signed_rounds() -> Callable[[Any], PrefixStore]:
-    """What torch's handler makes of a store; it keeps the one below alive, as this fixture does."""
+    """Wrap a store as torch's handler does.
+
+    Like the handler, this fixture keeps the wrapped store alive.
+    """
     kept = []
 
     def make(store: Any) -> PrefixStore:
@@ -391,7 +394,7 @@ def signed_rounds() -> Callable[[Any], PrefixStore]:
 
 
 def test_the_values_of_a_round(signed_rounds):
-    """As torch's agent reads and writes them, through a prefix."""
+    """torch's agent reads and writes them through a prefix."""
     store = hold_store("127.0.0.1", 0)
     ours, theirs = signed_rounds(store), signed_rounds(stranger_at(store.port))
     ours.set("text", "a value")
@@ -535,7 +538,7 @@ class Node:
         return self._agent.wait(PATIENCE_S)
 
     def until(self, *worlds: int) -> None:
-        """Return when its worker has been in worlds of these sizes, one after the other."""
+        """Return when its worker has been in worlds of these sizes, in turn."""
         end = time.monotonic() + PATIENCE_S
         while [
             int(line.split()[-1]) for line in self.said.splitlines() if line.startswith("rank ")
@@ -562,7 +565,7 @@ def test_a_node_is_lost_and_another_one_comes(tmp_path):
 
 
 def spring(port: int, trap: Path) -> Any:
-    """Put a trap into the place of the state, and return when a node has looked at it."""
+    """Put a trap in place of the state, and return when a node has read it."""
     stranger, value = stranger_at(port), b64encode(pickle.dumps(Trap(trap)))
     stranger.wait([STATE])
     put(stranger, value)
@@ -574,7 +577,7 @@ def spring(port: int, trap: Path) -> Any:
 
 
 def test_no_code_of_a_stranger_is_run_while_it_trains(tmp_path):
-    """Nor is the run disturbed: a node that comes later joins in, as if nothing had been."""
+    """The run is not disturbed either, and a later node joins normally."""
     (tmp_path / "worker.py").write_text(WORKER)
     port, trap = free_port(), tmp_path / "trapped"
     with Node(tmp_path, port, "first") as first:
@@ -593,7 +596,7 @@ def test_no_code_of_a_stranger_is_run_while_it_trains(tmp_path):
 
 
 def test_no_code_of_a_stranger_is_run_while_it_waits(tmp_path):
-    """For another node, which comes when the trap is set."""
+    """It waits for another node, which comes when the trap is set."""
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "enough").touch()
     port, trap = free_port(), tmp_path / "trapped"
@@ -609,7 +612,7 @@ def test_no_code_of_a_stranger_is_run_while_it_waits(tmp_path):
 
 
 def test_a_node_with_another_key_is_turned_away(tmp_path):
-    """In one line, and the others train on."""
+    """It gets one line, and the others continue to train."""
     (tmp_path / "worker.py").write_text(WORKER)
     port = free_port()
     with Node(tmp_path, port, "first") as first:

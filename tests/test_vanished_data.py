@@ -1,4 +1,4 @@
-"""A dataset that goes away, or is cut short, while a run trains on it."""
+"""A dataset is deleted or truncated while a run trains on it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def on_a_copy(lab: Laboratory, small_dataset, stage: int = 0) -> Trial:
-    """A trial on a dataset of its own."""
+    """Make a trial on its own copy of the dataset."""
     trial = lab.trial(stage=stage)
     copy = shutil.copytree(small_dataset.path, trial.folder / "dataset")
     trial.recipe.write_text(trial.recipe.read_text().replace(str(small_dataset.path), str(copy)))
@@ -27,7 +27,7 @@ def on_a_copy(lab: Laboratory, small_dataset, stage: int = 0) -> Trial:
 
 
 def test_a_dataset_deleted_while_training(lab, small_dataset):
-    """What is mapped stays readable. The run ends well; it cannot go on from there."""
+    """Mapped files stay readable, so the run ends well, but it cannot be resumed."""
     trial = on_a_copy(lab, small_dataset)
     with trial.start() as ranks:
         wait_for(lambda: lines_so_far(trial) >= 4 or ranks.codes != [None])

@@ -48,7 +48,7 @@ from tests.trials import (
     wait_for,
 )
 
-NODE_TIMEOUT_S = 8  # runtime.timeout_s: how long a node that is cut off goes unnoticed
+NODE_TIMEOUT_S = 8  # runtime.timeout_s: the time until a cut-off node is noticed
 # torchrun's own time-outs, in seconds.
 QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=5"
 ROUNDING = 1e-4  # relative, of losses: with a node less the sums have another order
@@ -110,7 +110,7 @@ def main() -> int:
 
 
 def make_dataset(folder: Path) -> Path:
-    """Of the Python language reference, which every Python has."""
+    """Make a dataset of the Python language reference, which every Python has."""
     from fastbert.data.prepare import prepare
 
     paragraphs = [
@@ -148,7 +148,7 @@ def _lost(lab: Laboratory, seed: str) -> Tally:
     lost, lines = generator.choice((1, 1, 0)), generator.randrange(lab.steps - 2)
     cut = (
         lost == 1 and generator.random() < 0.5
-    )  # a node 0 that is only cut off leaves two that both go on: one of them in vain
+    )  # if node 0 is only cut off, both nodes continue, one of them in vain
     comes_back = cut and generator.random() < 0.5
     with Nodes(2) as nodes:
         started = [_torchrun(trial, nodes[i], "node0") for i in (0, 1)]
@@ -162,7 +162,7 @@ def _lost(lab: Laboratory, seed: str) -> Tally:
             time.sleep(20 * generator.random())
             nodes.reconnect(lost)
         code = started[1 - lost].wait(PATIENCE_S)
-        if lost == 0 and code:  # nowhere left to meet
+        if lost == 0 and code:  # the rendezvous is gone
             code = _torchrun(trial, nodes[1], "node1").wait(PATIENCE_S)
     fate = "cut off" if cut else "killed"
     where = f"seed {seed}, {trial.folder}, node {lost} {fate} after {lines} lines"

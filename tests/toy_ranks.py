@@ -92,7 +92,7 @@ class Toys:
         os.kill(self.pid(rank), number)
 
     def wait(self, *ranks: int) -> list[int]:
-        """Exit codes of these ranks, by default of all."""
+        """Wait for these ranks, by default all, and return their exit codes."""
         found = []
         for rank in ranks or sorted(self.processes):
             self.processes[rank].join(PATIENCE_S)
@@ -116,7 +116,7 @@ class Toys:
             time.sleep(0.02)
 
     def name(self, rank: int) -> str:
-        """How messages call it."""
+        """Return the name of a rank in messages."""
         return f"rank {rank} ({HOST}, process {self.pid(rank)})"
 
     def _read(self, rank: int, kind: str) -> str:
@@ -127,7 +127,7 @@ class Toys:
 def _begin(
     work: Callable[..., int], arguments: tuple[Any, ...], variables: Mapping[str, str], name: str
 ) -> None:
-    signal.alarm(int(2 * PATIENCE_S))  # should the tests be gone
+    signal.alarm(int(2 * PATIENCE_S))  # if the tests have ended
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     for variable in LAUNCHER:

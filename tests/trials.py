@@ -73,7 +73,7 @@ timeout_s = {timeout_s}
 
 @dataclass
 class Tally:
-    """What a series of trials came to."""
+    """The result of a series of trials."""
 
     tried: int = 0
     survived: int = 0
@@ -145,11 +145,11 @@ class Trial:
 
     @property
     def command(self) -> list[str]:
-        """Arguments of fastbert: go on with the run, wherever it is."""
+        """Return the arguments of fastbert that resume the run."""
         return ["pretrain", str(self.recipe), *self.overrides, "--resume"]
 
     def start(self, world: int = 1, *overrides: str, **more: str) -> Ranks:
-        """Its processes; what they say goes into a folder of this start."""
+        """Start the processes; their output goes to a folder of this start."""
         self.starts += 1
         return Ranks(
             [*self.command, *overrides],
@@ -160,7 +160,7 @@ class Trial:
         )
 
     def resume(self, world: int = 1, *overrides: str, **more: str) -> list[str]:
-        """Train undisturbed to the end; returns the lines that rank 0 printed."""
+        """Train undisturbed to the end, and return the lines that rank 0 printed."""
         with self.start(world, *overrides, **more) as ranks:
             if any(ranks.wait()):
                 raise AssertionError(
@@ -183,7 +183,7 @@ class Trial:
         return sorted((self.seen / "checkpoints").glob("step-*"))
 
     def copy_of(self, other: Trial) -> Trial:
-        """Take over another trial's run folder as it is now."""
+        """Copy another trial's run folder as it is now."""
         shutil.copytree(other.run, self.run)
         return self
 
@@ -275,15 +275,15 @@ class Laboratory:
             )
 
     def undisturbed(self, world: int, stage: int) -> Trial:
-        """A run from beginning to end, made once."""
+        """Return a run from beginning to end, which is made once."""
         return self._reference(world, stage)[0]
 
     def seconds(self, world: int, stage: int) -> tuple[float, float]:
-        """That it took to the first step, and to the end."""
+        """Return the seconds to the first step, and to the end."""
         return self._reference(world, stage)[1]
 
     def finish(self, trial: Trial, world: int, stage: int) -> Tally:
-        """Let a disturbed run go on to its end, and compare; its folder goes when all is well."""
+        """Resume a disturbed run to its end, and compare; delete its folder if all is well."""
         trial.resume(world)
         tally = trial.compare(self.undisturbed(world, stage))
         if not tally.problems:
@@ -344,9 +344,9 @@ def kills(
 
 
 def _killed(lab: Laboratory, world: int, stage: int, wanted: int, seed: str) -> Tally:
-    """One run that is killed so many times; several, if the first comes to its end before."""
+    """Kill one run this many times; use several runs if the first ends before."""
     generator, tally = random.Random(seed), Tally()
-    lab.undisturbed(world, stage)  # before there is any hurry
+    lab.undisturbed(world, stage)  # before the timing matters
     while tally.tried < wanted:
         trial, hit = lab.trial(stage=stage), 0
         while tally.tried + hit < wanted and _kill(lab, trial, world, stage, generator):
@@ -366,7 +366,7 @@ def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: rand
     The others must end without help, and say why.
     """
     victim = generator.choice([None, *range(world)])
-    # While it trains, or at any time from the first moment to after the last.
+    # Kill while it trains, or at any time from the start to after the end.
     lines = generator.choice([1, 0, 1]) * generator.randint(1, STEPS // KILLS + 1)
     seconds = generator.random() * (0.1 if lines else lab.seconds(world, stage)[1])
     before = lines_so_far(trial)
@@ -386,7 +386,7 @@ def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: rand
             assert set(codes) == {0}, f"{where}: exit codes {codes}: {ranks.errors}"
             return False
         for rank, code in zip(ranks.ranks, codes, strict=True):
-            # 0: the kill came after the last thing that they do together.
+            # 0: the kill came after the last collective.
             assert code in (0, 1, -signal.SIGKILL), f"{where}: exit codes {codes}: {ranks.errors}"
             assert code != 1 or f"rank {victim}" in rank.err.read_text(), (
                 f"{where}: nobody is named: {rank.err.read_text()!r}"
@@ -479,7 +479,7 @@ def _flipped_dataset(lab: Laboratory, seed: str) -> Tally:
 
 
 def flip(file: Path, bit: int) -> None:
-    """Change one bit of a file where it lies."""
+    """Change one bit of a file in place."""
     with open(file, "rb+") as handle:
         handle.seek(bit // 8)
         (byte,) = handle.read(1)
@@ -528,7 +528,7 @@ def check_nothing_is_damaged(trial: Trial) -> None:
 
 
 def lines_so_far(trial: Trial) -> int:
-    """Of metrics.jsonl; cheap enough to poll."""
+    """Count the lines of metrics.jsonl, cheaply enough for polling."""
     path = trial.seen / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
