@@ -1,6 +1,8 @@
-"""Two nodes, the commands of a cluster, and a folder that both see, where the commands of docs/multi-node.md can be given as they stand.
+"""Two nodes on which the commands of docs/multi-node.md can be run unchanged.
 
-What is smaller here than in the documents is in SMALLER: GPUs by node. The recipe is a tiny one, under the name that the documents use.
+The nodes have the commands of a cluster and a shared folder. SMALLER lists what is smaller here
+than in the document: the number of GPUs per node. The recipe is a tiny one, under the name that the
+document uses.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from tests.trials import CLOCK
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/multi-node.md"
 EXAMPLES = ("hostfile", "slurm.sh", "kubernetes.yaml")
-PATIENCE_S = 300.0  # a guard, never reached where all is well
+PATIENCE_S = 300.0  # a guard that a working run never reaches
 SMALLER = {
     "--nproc-per-node 8": "--nproc-per-node {gpus}",
     "--num_gpus 8": "--num_gpus {gpus}",
@@ -74,8 +76,8 @@ class Block:
     """Commands of the document that make one run.
 
     Attributes:
-        heading: under which they stand.
-        commands: each with the numbers of the nodes where it is given.
+        heading: the heading above them.
+        commands: each with the numbers of the nodes that run it.
     """
 
     heading: str
@@ -83,7 +85,11 @@ class Block:
 
 
 def blocks() -> list[Block]:
-    """Every block of commands of the document. A comment in it says where what follows is to be given; without one it is node0."""
+    """Return every block of commands of the document.
+
+    A comment in a block says on which node the commands after it run; without a comment it is
+    node0.
+    """
     text = DOCUMENT.read_text(encoding="utf-8").replace("\\\n", " ")
     found, heading = [], ""
     for title, commands in re.findall(
@@ -111,7 +117,7 @@ def block(heading: str) -> Block:
 
 
 def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """Steps, or the events of a kind, that are in metrics.jsonl by now, without the clock's figures."""
+    """Return the steps in metrics.jsonl, or its events of one kind, without timings."""
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     except FileNotFoundError:
@@ -134,7 +140,7 @@ def until(come: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) ->
 
 
 class Command:
-    """A command that runs on a node; what it says goes into a file."""
+    """A command that runs on a node; its output goes to a file."""
 
     def __init__(self, process: Process, output: Path):
         self.process, self._output = process, output
@@ -144,7 +150,7 @@ class Command:
         return self._output.read_text(errors="replace")
 
     def wait(self, patience_s: float = PATIENCE_S) -> int:
-        """Its exit code."""
+        """Wait for the exit code."""
         try:
             return self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
@@ -154,18 +160,20 @@ class Command:
 
 
 class Cluster:
-    """Context manager; `nodes` are the nodes, `folder` is where commands are given, `run` the run folder there.
+    """Context manager for a cluster of two nodes.
+
+    `nodes` are the nodes, `folder` is where commands run, and `run` is the run folder in it.
 
     Args:
         folder: empty.
-        store: of `fastbert prepare`.
+        dataset: the output of `fastbert prepare`.
         gpus: processes a node.
         steps: of the recipe.
         every: steps between its checkpoints.
     """
 
     def __init__(
-        self, folder: Path, store: Path, gpus: int = 1, steps: int = 20, every: int = 1000
+        self, folder: Path, dataset: Path, gpus: int = 1, steps: int = 20, every: int = 1000
     ):
         self.folder, self.run, self._gpus = folder, folder / "runs/base", gpus
         for name in ("data", "bin", "examples/cluster"):
@@ -174,7 +182,7 @@ class Cluster:
             steps=steps, every=every, deepspeed=ROOT / "fastbert/recipes/ds_config.json"
         )
         (folder / "base.toml").write_text(recipe, encoding="utf-8")
-        (folder / "data/wiki").symlink_to(store)
+        (folder / "data/wiki").symlink_to(dataset)
         for name in EXAMPLES:
             (folder / "examples/cluster" / name).write_text(
                 self._smaller((ROOT / "examples/cluster" / name).read_text())
@@ -207,7 +215,7 @@ class Cluster:
         self.nodes.__exit__(kind, error, trace)
 
     def start(self, command: str, node: int) -> Command:
-        """Give a command line on a node."""
+        """Start a command line on a node."""
         self._said += 1
         output = self.folder / f"said-{self._said}-by-node{node}.txt"
         with open(output, "w") as file:
@@ -223,11 +231,11 @@ class Cluster:
             )
 
     def start_block(self, block: Block) -> list[Command]:
-        """Give the commands of a block, each where it says."""
+        """Start the commands of a block, each on its nodes."""
         return [self.start(command, node) for where, command in block.commands for node in where]
 
     def listening(self) -> list[tuple[int, Listener]]:
-        """Every port that a process of the run has open, with the node."""
+        """Return every open port of the run's processes, with its node."""
         return [
             (i, port)
             for i, node in enumerate(self.nodes)
@@ -236,7 +244,7 @@ class Cluster:
         ]
 
     def ranks(self, node: int) -> list[psutil.Process]:
-        """The processes that train on a node; not their launchers."""
+        """Return the processes that train on a node, without their launchers."""
         return [process for process in self.nodes[node].processes() if _is_rank(process.cmdline())]
 
     def _smaller(self, text: str) -> str:
@@ -246,7 +254,10 @@ class Cluster:
 
 
 def _is_rank(words: list[str]) -> bool:
-    """`python -u -m fastbert pretrain ...` or `python .../bin/fastbert pretrain ...`, and not a launcher that has that among its arguments."""
+    """Tell a rank's command line from that of a launcher that has a rank's as arguments.
+
+    A rank's is `python -u -m fastbert pretrain ...` or `python .../bin/fastbert pretrain ...`.
+    """
     before = words[: words.index("pretrain")] if "pretrain" in words else []
     return (
         2 <= len(before) <= 4

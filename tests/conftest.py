@@ -1,4 +1,4 @@
-"""Real English text that every Python has, and a dataset made of it."""
+"""Real English text that every Python installation has, and a dataset made from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
-)  # before numpy and torch: small inputs, and others share the cores
+)  # before numpy and torch: inputs are small, and the cores are shared
 
 import torch
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 os.environ.setdefault(
     "FASTBERT_RENDEZVOUS_KEY", secrets.token_hex(32)
-)  # or runs of the tests would make a file in the home directory
+)  # otherwise the tests would create a file in the home directory
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(
         signal.SIGINT, signal.default_int_handler
-    )  # a shell ignores Ctrl-C for what it starts in the background
+    )  # a shell ignores Ctrl-C for its background processes
 
 PARAGRAPHS = 4  # a document
 
@@ -57,7 +57,7 @@ def english_documents() -> list[str]:
 
 @pytest.fixture(scope="session")
 def english_jsonl(english_documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as JSON lines."""
+    """The same documents as JSON lines."""
     path = tmp_path_factory.mktemp("english") / "english.jsonl"
     path.write_text(
         "".join(json.dumps({"text": document}) + "\n" for document in english_documents),
@@ -68,11 +68,11 @@ def english_jsonl(english_documents: list[str], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def small_dataset(english_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
-    """A dataset of that text, with a vocabulary of 1,000 and a twentieth of the documents held out."""
+    """A dataset of that text: a vocabulary of 1,000, and a twentieth of the documents held out."""
     from fastbert.data.dataset import open_dataset
     from fastbert.data.prepare import (
         prepare,
-    )  # here, so that the tests of the kernels need torch alone
+    )  # imported here, so that the tests of the kernels need only torch
 
     out = tmp_path_factory.mktemp("small") / "dataset"
     prepare([english_jsonl], out, vocab_size=1000, workers=1, heldout=0.05, progress=False)

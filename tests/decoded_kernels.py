@@ -1,11 +1,15 @@
-"""Our own kernels, compiled and decoded: does the decoded code hold to what the hardware demands? `python -m tests.decoded_kernels`; silent if it does.
+"""Check that the decoded machine code of our kernels keeps the rules of the hardware.
 
-The hardware does not check. An instruction that reads a register too early gets the old value, so in what ptxas has written
+Run it as `python -m tests.decoded_kernels`; it prints nothing if all is well.
 
-- the stall counts between an fp32 operation and the first one that reads its result add up to its latency of four cycles at least,
-- a barrier that is waited for has been set by an instruction before.
+The hardware does not check these rules. An instruction that reads a register too early gets the old
+value. So in the code that ptxas has written
 
-A field that is decoded from other bits than the right ones breaks these rules at once.
+- the stall counts between an fp32 operation and the first instruction that reads its result add up
+  to at least its latency of four cycles,
+- a barrier that an instruction waits for has been set by an earlier instruction.
+
+If a field is decoded from the wrong bits, the code breaks these rules at once.
 """
 
 from __future__ import annotations
@@ -51,7 +55,8 @@ def faults(code: Code) -> list[str]:
         waited = {barrier for barrier in range(6) if one.waits >> barrier & 1}
         if not waited <= set_before:
             found.append(
-                f"{one.opcode} {one.operands} waits for barriers that nobody has set: {waited - set_before}"
+                f"{one.opcode} {one.operands} waits for barriers that nobody has set: "
+                f"{waited - set_before}"
             )
         set_before |= {one.write_barrier, one.read_barrier} - {NO_BARRIER}
     return found

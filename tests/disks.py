@@ -1,7 +1,8 @@
-"""A disk that is too small, or may not be written to: a tmpfs that only the processes of one test see.
+"""A disk that is too small or read-only: a tmpfs that only the processes of one test see.
 
-It lies in a mount namespace of its own, so the machine's own mounts are never touched, and it is gone with the last process in there. Root
-is stopped by a full disk and by a read-only one, though not by a folder's permissions.
+It lies in a mount namespace of its own, so the machine's own mounts are never touched. It
+disappears with the last process in that namespace. A full disk and a read-only disk also stop root,
+whereas the permissions of a folder do not.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import subprocess
 from pathlib import Path
 from types import TracebackType
 
-PATIENCE_S = 20.0  # with what takes milliseconds
+PATIENCE_S = 20.0  # for operations that take milliseconds
 
 
 class Unavailable(RuntimeError):
-    """This machine, or this user's rights, do not allow it; the text says why."""
+    """This machine or this user's rights do not allow it; the message says why."""
 
 
 class SmallDisk:
@@ -42,7 +43,8 @@ class SmallDisk:
             tool for tool in ("unshare", "nsenter", "mount") if shutil.which(tool) is None
         ]:
             raise Unavailable(f"{missing[0]} is not installed")
-        # Only root may make such a namespace without one of users around it, in which anybody is root.
+        # Only root may create a mount namespace without a user namespace around it. In a user
+        # namespace everybody is root.
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         script = 'mount -t tmpfs -o "size=$1" none "$0" && echo ready && exec cat'
         command = ["unshare", *user, "--mount", "sh", "-c", script, str(self.folder), self._size]
@@ -72,19 +74,19 @@ class SmallDisk:
         self._process.communicate(timeout=PATIENCE_S)
 
     def seen(self, path: Path) -> Path:
-        """A path of the disk, for those outside."""
+        """Return a path of the disk as seen from outside the namespace."""
         return Path(f"/proc/{self.pid}/root{path}")
 
     def resize(self, size: str) -> None:
         self._mount("-o", f"remount,size={size}", str(self.folder))
 
     def write_protect(self, folder: Path) -> None:
-        """From now on nothing can be written there, though what is being written can be finished."""
+        """Make the folder read-only for new files; files that are already open can be finished."""
         self._mount("--bind", str(folder), str(folder))
         self._mount("-o", "remount,bind,ro", str(folder))
 
     def release(self, folder: Path) -> None:
-        """The opposite."""
+        """Undo `write_protect`."""
         self._run("umount", str(folder))
 
     def _mount(self, *arguments: str) -> None:

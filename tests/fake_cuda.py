@@ -1,9 +1,13 @@
-"""The path of a step on CUDA tensors that hold no data: `python -m tests.fake_cuda`, in a process that does not interpret kernels.
+"""Run the path of a training step on CUDA tensors that hold no data.
 
-torch's fake tensors know their device, dtype and shape. An operation that mixes devices fails, and so does one that needs a value on the host (`.item()`,
-`.tolist()`, a mask as an index), which on a GPU would wait for the device. Launches go through `no_launch`, so kernels are compiled for them. A torch
-without CUDA lacks the device guard that fake tensors want, so it gets one that does nothing. Its autograd engine has no CUDA at all: the backward
-launchers of the kernels are called directly.
+Run it as `python -m tests.fake_cuda`, in a process that does not interpret kernels.
+
+torch's fake tensors know their device, dtype and shape. An operation that mixes devices fails. So
+does an operation that needs a value on the host (`.item()`, `.tolist()`, a mask as an index), which
+would wait for the device on a GPU. Launches go through `no_launch`, so kernels are compiled for
+them. Fake tensors need a device guard that torch without CUDA lacks, so it gets one that does
+nothing. The autograd engine of such a torch does not support CUDA at all, so the backward launchers
+of the kernels are called directly.
 """
 
 from __future__ import annotations
@@ -37,7 +41,8 @@ from fastbert_kernels.specs import SPECS
 from tests.random_batch import VOCAB, make_batch
 
 CUDA = torch.device("cuda", 0)
-RESULTS = {  # what the forward launcher of each operation returns, by the names that its backward launcher uses
+# What the forward launcher of each operation returns, by the names that its backward launcher uses.
+RESULTS = {
     "attention": ("out", "statistics"),
     "mlm_loss": ("losses", "correct", "lse"),
     "norm": ("y", "mean", "rstd"),
@@ -71,7 +76,7 @@ def load_guard() -> None:
 
 
 def on_cuda(x: Any) -> Any:
-    """A fake CUDA tensor with the strides of x, whose address is aligned as an allocator would."""
+    """Return a fake CUDA tensor with x's strides, whose address is aligned as by an allocator."""
     return (
         torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=CUDA)
         if torch.is_tensor(x)
@@ -80,7 +85,7 @@ def on_cuda(x: Any) -> Any:
 
 
 def launchers(operation: str, shape: dict, dtype: torch.dtype, p: float) -> None:
-    """Both launchers of an operation, as its operators call them."""
+    """Call both launchers of an operation, as its operators do."""
     kernel = importlib.import_module(f"fastbert_kernels.{operation}.kernel")
     real = arguments(Case(operation, "", shape, p), dtype, torch.device("cpu"))
     given = {"eps": 1e-12, "scale": 0.125, "dropout_stream": 0, "query_indices": None, **real}
@@ -110,7 +115,7 @@ def call(launcher: Callable, given: dict[str, Any]) -> Any:
 
 
 def model(lengths: list[int], dtype: torch.dtype) -> None:
-    """Forward of a training step and of an evaluation, and the sums that are kept of each."""
+    """Run the forward pass of a training step and of an evaluation, and the sums kept of each."""
     config = ModelConfig(
         hidden_size=128,
         num_hidden_layers=2,
@@ -140,7 +145,7 @@ def model(lengths: list[int], dtype: torch.dtype) -> None:
 
 
 class Context:
-    """What a function of autograd gets, for calling its two passes directly."""
+    """The context of an autograd function, so that its two passes can be called directly."""
 
     saved_tensors: tuple = ()
 
@@ -149,10 +154,13 @@ class Context:
 
 
 def captured(lengths: list[int], dtype: torch.dtype) -> None:
-    """What a CUDA graph captures (fastbert/training/graphs.py), on a padded pack that is copied into buffers of its shape, and what surrounds a replay.
+    """Run what a CUDA graph captures (fastbert/training/graphs.py), and what surrounds a replay.
 
-    A capture fails where the host waits, so nothing in it may. The backward pass is that of the layers; those of the other kernels
-    are in `launchers`, and the rest is torch's.
+    The input is a padded pack that is copied into buffers of its shape.
+
+    A capture fails where the host waits, so nothing in it may wait. The backward pass here is that
+    of the layers. The backward passes of the other kernels are in `launchers`, and the rest is
+    torch's.
     """
     config = ModelConfig(
         hidden_size=128,

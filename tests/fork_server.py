@@ -1,12 +1,15 @@
-"""`python -m tests.fork_server`: has imported all that is heavy, and forks a rank that is ready to run for each request.
+"""Import the heavy libraries once, and fork a rank that is ready to run for each request.
 
-Importing torch and DeepSpeed takes 3 s a process; a fork takes 30 ms. It is sound since nothing here ever starts a thread: the server
-refuses to serve otherwise. multiprocessing's own fork server was tried: its children keep it alive when the tests are gone, and they leave
-by `os._exit`, so that nothing of what happens at the end of a real process happens.
+Run it as `python -m tests.fork_server`. Importing torch and DeepSpeed takes 3 s per process, and a
+fork takes 30 ms. Forking is safe because this process never starts a thread; the server refuses to
+serve otherwise. multiprocessing's own fork server does not fit: its children keep it alive after
+the tests have ended, and they leave by `os._exit`, which skips everything that happens at the end
+of a real process.
 
-A request is a line of JSON on stdin: {"arguments", "environment", "folder", "out", "err"}
-and, if wanted, {"namespaces": id of a process whose mounts it is to see}. The answers are lines on stdout: {"started": pid}, in the
-order of the requests, and at any time {"ended": pid, "code": as subprocess has it}. When stdin ends, so does the server, and with it every rank.
+A request is a line of JSON on stdin: {"arguments", "environment", "folder", "out", "err"} and
+optionally {"namespaces": id of a process whose mounts the rank will see}. The answers are lines on
+stdout: {"started": pid}, in the order of the requests, and at any time {"ended": pid, "code": as
+subprocess has it}. When stdin ends, the server and all ranks end.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ HEAVY = (
     "fastbert.training.loop",
     "torch._dynamo",
     "deepspeed.module_inject.auto_ep_layer",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which stages 1 to 3 ask for: it compiles, at least its decorators
+    # Stages 1 to 3 import it. It calls torch.compile, at least in its decorators.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
@@ -35,9 +39,13 @@ PR_SET_PDEATHSIG = 1  # prctl.h
 
 
 def serve() -> dict[str, Any] | None:
-    """Answer requests. Returns one in the process that is to become its rank, and None in the server, at the end."""
+    """Answer requests.
+
+    Returns:
+        A request in the process that will be its rank, and None in the server when stdin has ended.
+    """
     assert (threads := len(os.listdir("/proc/self/task"))) == 1, (
-        f"{threads} threads: forking is not sound"
+        f"{threads} threads: forking is not safe"
     )
     watched = selectors.DefaultSelector()
     watched.register(0, selectors.EVENT_READ, None)
@@ -59,14 +67,16 @@ def serve() -> dict[str, Any] | None:
                 bound, binds = os.pipe()
                 pid = os.fork()
                 if pid == 0:
-                    watched.close()  # now: it is in a cycle, and a late collection would close whatever has its number by then
+                    # Close it now. It is part of a cycle, and a late collection would close
+                    # whatever file has its number by then.
+                    watched.close()
                     _die_with(server)
                     os.close(binds)
                     return json.loads(line)
                 os.close(binds)
-                os.read(
-                    bound, 1
-                )  # until it has: nobody knows its number before, to stop it when it would still outlive the server
+                # Wait until the child has called _die_with. Nobody knows its pid before, so
+                # nobody could kill it if it outlived the server.
+                os.read(bound, 1)
                 os.close(bound)
                 watched.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
                 _answer({"started": pid})
@@ -98,7 +108,7 @@ def _answer(answer: dict[str, int]) -> None:
 
 
 def _enter_namespaces(pid: int) -> None:
-    """See the mounts that another process sees, as the user that it is there."""
+    """Enter the mount namespace of another process, as the user that it runs as."""
     libc = ctypes.CDLL(None, use_errno=True)
     for kind in ("user", "mnt"):
         path = f"/proc/{pid}/ns/{kind}"
@@ -110,7 +120,7 @@ def _enter_namespaces(pid: int) -> None:
 
 def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was quicker
+    if os.getppid() != parent:  # the child was faster
         os._exit(1)
 
 

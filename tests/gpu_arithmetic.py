@@ -1,7 +1,13 @@
-"""Triton's interpreter, computing as a GPU does where the stock one is wrong; the half of `sanitizer.py` that knows no memory.
+"""Make Triton's interpreter compute as a GPU does, where the stock interpreter is wrong.
 
-bf16: handles hold float32 values, rounded to nearest even whenever a handle is made; fp16 dot products and sums in fp32; `fma` rounded
-once; `maximum` and `minimum` of NaN; `umulhi` of negative numbers; the least size of `tl.dot` (an inner dimension of 16).
+This is the half of `sanitizer.py` that knows nothing about memory. It changes these operations:
+
+- bf16: handles hold float32 values that are rounded to nearest even when a handle is made;
+- fp16 dot products and sums are computed in fp32;
+- `fma` rounds once;
+- `maximum` and `minimum` of NaN;
+- `umulhi` of negative numbers;
+- the smallest size of `tl.dot` (an inner dimension of 16).
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ _stock_validate = interpreter._validate_np_data_size
 
 
 class GpuArithmetic(InterpreterBuilder):
-    """The interpreter's arithmetic, corrected; `ARITHMETIC_PATCHES` must be in force beside it."""
+    """The interpreter's arithmetic, corrected; it also needs `ARITHMETIC_PATCHES`."""
 
     def __init__(self):
         super().__init__()
@@ -87,12 +93,12 @@ class GpuArithmetic(InterpreterBuilder):
 
 
 def round_bf16(data: np.ndarray) -> np.ndarray:
-    """float32, rounded to nearest even; NaN stays NaN."""
+    """Round float32 to nearest even; NaN stays NaN."""
     return torch.from_numpy(np.array(data)).bfloat16().float().numpy()
 
 
 def encode(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
-    """The values of a handle as they lie in memory, as unsigned integers."""
+    """Return the values of a handle as the unsigned integers that memory holds."""
     if dtype.is_bf16():
         return (np.ascontiguousarray(data, np.float32).view(np.uint32) >> np.uint32(16)).astype(
             np.uint16
@@ -114,7 +120,7 @@ np_dtypes: dict[str, np.dtype] = {}
 
 
 def np_dtype(dtype: Any) -> np.dtype:
-    """The stock function builds its table anew in every call."""
+    """Cached, because the stock function rebuilds its table in every call."""
     name = dtype.scalar.name
     if name not in np_dtypes:
         np_dtypes[name] = np.dtype(np.float32) if name == "bf16" else _stock_np_dtype(dtype)
@@ -136,7 +142,7 @@ def _round_new_handle(handle: TensorHandle) -> None:
 
 
 def _sum(self: ReduceOps, input: tl.tensor) -> tl.tensor:
-    """Pairwise, as a GPU does; NumPy adds one row after another unless the axis is the last."""
+    """Sum in pairs, as a GPU does; NumPy adds row after row unless the axis is the last."""
     data = input.handle.data
     if data.dtype == np.float16:
         data = data.astype(np.float32)
@@ -155,7 +161,7 @@ def _sum(self: ReduceOps, input: tl.tensor) -> tl.tensor:
 
 
 def _reduce(self: ReduceOps, inputs: tuple[tl.tensor, ...]) -> Any:
-    """Any combine function, on whole slices in pairs; the stock interpreter goes element by element."""
+    """Reduce whole slices in pairs, with any function; the stock interpreter works by element."""
     if self.combine_fn in (
         tl.standard._argmax_combine_tie_break_fast,
         tl.standard._argmin_combine_tie_break_fast,

@@ -1,6 +1,8 @@
-"""Whether a launch hands all options of its row in tiles.json to the compiler. `python -m tests.launched_options`; silent if it does.
+"""Check that a launch passes all options of its row in tiles.json to the compiler.
 
-By Triton's real launcher, with a driver that launches nothing: attention in bf16, heads of 64, forward and backward, with dropout.
+Run it as `python -m tests.launched_options`; it prints nothing if all is well. It uses Triton's
+real launcher with a driver that launches nothing, on attention in bf16 with heads of 64, forward
+and backward, with dropout.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def main() -> int:
         for name in ("num_warps", "num_stages", "maxnreg"):
             if options.get(name) != getattr(compiled.metadata, name):
                 wrong.append(
-                    f"{table}: {name} = {options.get(name)} in tiles.json, compiled with {getattr(compiled.metadata, name)}"
+                    f"{table}: {name} = {options.get(name)} in tiles.json, "
+                    f"compiled with {getattr(compiled.metadata, name)}"
                 )
     print("\n".join(wrong))
     return 1 if wrong else 0

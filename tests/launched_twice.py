@@ -1,7 +1,9 @@
-"""Run by test_launch.py, without the interpreter: is the kernel that `Prepared` launches the one that Triton would?
+"""Check that the kernel that `Prepared` launches is the one that Triton would launch.
 
-Walks SPECS: a shape of each kind, in bf16, with and without dropout, with aligned and misaligned tensors, forward and backward. The
-first launch of each kind asks Triton. Prints how many launches were compared, and how many of them did not ask.
+test_launch.py runs it without the interpreter. It goes through SPECS: a shape of each kind, in
+bf16, with and without dropout, with aligned and misaligned tensors, forward and backward. The first
+launch of each kind asks Triton. It prints how many launches were compared, and how many of them did
+not ask.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def both(self: Prepared, grid: tuple, pointers: Any, numbers: Any) -> None:
 
 
 def misaligned(x: torch.Tensor) -> torch.Tensor:
-    """The same values, one element behind a multiple of 16 bytes."""
+    """Return the same values, one element past a multiple of 16 bytes."""
     whole = torch.empty(x.numel() + 17, dtype=x.dtype)
     first = (-whole.data_ptr() % 16) // x.element_size() + 1
     return whole[first : first + x.numel()].view(x.shape).copy_(x)

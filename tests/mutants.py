@@ -213,7 +213,7 @@ def plant_all(faults: Sequence[Fault], folder: Path, workers: int) -> list[Outco
 
 
 def copy_of_the_checkout(to: Path) -> Path:
-    """The tracked files as they are now."""
+    """Copy the tracked files as they are now."""
     names = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     )

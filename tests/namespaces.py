@@ -1,14 +1,18 @@
-"""Nodes of a cluster on one machine: each has a network, processes and a name of its own, and a cable to a common switch.
+"""Nodes of a cluster on one machine.
 
-A node is a set of Linux namespaces (network, processes, mounts, hostname), not a virtual machine: it sees the same files and runs the same
-programs, and knows of the others only what comes through its cable, an Ethernet interface `eth0`. Their names, `node0`, `node1`, ..., resolve
-on every node. The switch is a bridge in a network namespace of its own; the machine's own network is never touched.
+Each node has a network, processes and a hostname of its own, and a cable to a common switch.
 
-Nothing needs cleaning up. All of it lives in one process namespace below a process that waits for a pipe to close; when that pipe closes,
-because the context is left or because the test's process has died in whatever way, that process ends, the kernel kills every process in the
-namespace and below, and with the last process the networks vanish. No name is left anywhere in the system.
+A node is a set of Linux namespaces (network, processes, mounts, hostname), not a virtual machine.
+It sees the same files and runs the same programs. It reaches the other nodes only through its
+cable, an Ethernet interface `eth0`. The names `node0`, `node1`, ... resolve on every node. The
+switch is a bridge in a network namespace of its own. The machine's own network is never touched.
 
-Works as root, and for other users where the system gives them user namespaces.
+Nothing needs cleaning up. All nodes live in one process namespace below a process that waits for a
+pipe to close. The pipe closes when the context is left or when the test's process dies. That
+process then ends, the kernel kills every process in the namespace and below, and the networks
+vanish with the last process. No name is left anywhere in the system.
+
+This works as root, and for other users where the system allows them user namespaces.
 """
 
 from __future__ import annotations
@@ -28,12 +32,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
-NETWORK = "10.77.0"  # of every switch: they do not know of each other
+NETWORK = "10.77.0"  # the same for every switch, since switches are separate
 TOOLS = ("ip", "unshare", "nsenter", "mount", "sh")
-PATIENCE_S = 20.0  # with what should take milliseconds
+PATIENCE_S = 20.0  # for operations that take milliseconds
 T = TypeVar("T")
 
-# What a node does first: it names itself, makes the names of all nodes resolve (the bind mount keeps the file that it was made of), and waits.
+# The first commands of a node: it sets its hostname, makes the names of all nodes resolve, and
+# waits. The bind mount keeps the file that it was made from.
 NODE = """
 set -e
 hostname {name} 2>/dev/null || echo {name} > /proc/sys/kernel/hostname
@@ -44,15 +49,20 @@ umount /mnt
 exec {wait}
 """
 
-# The first process of a namespace inherits its orphans; as it ignores SIGCHLD, the kernel buries them at once. (dash cannot ignore it.)
-WAIT = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print('ready', flush=True); sys.stdin.read()"
+# The first process of a namespace inherits its orphans. It ignores SIGCHLD, so the kernel removes
+# them at once. (dash cannot ignore SIGCHLD.)
+WAIT = (
+    "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+    "print('ready', flush=True); sys.stdin.read()"
+)
 
-# Prints what has a port open, as seen from where it runs: a list of [address, port, command].
+# Prints the open ports of the namespace it runs in: a list of [address, port, command].
 LISTENING = """
 import json, psutil, shlex, socket
 found = []
 for c in psutil.net_connections("inet"):
-    if c.laddr and (c.status == psutil.CONN_LISTEN or (c.type == socket.SOCK_DGRAM and not c.raddr)):
+    datagrams = c.type == socket.SOCK_DGRAM and not c.raddr
+    if c.laddr and (c.status == psutil.CONN_LISTEN or datagrams):
         try:
             found.append((*c.laddr, shlex.join(psutil.Process(c.pid).cmdline()) if c.pid else "?"))
         except psutil.NoSuchProcess:
@@ -62,11 +72,11 @@ print(json.dumps(found))
 
 
 class Unavailable(RuntimeError):
-    """This machine, or this user's rights, do not allow such nodes; the text says why."""
+    """This machine or this user's rights do not allow such nodes; the message says why."""
 
 
 class Listener(NamedTuple):
-    """A port that a process of a node has open to others."""
+    """A port that a process of a node has open to other processes."""
 
     address: str  # "0.0.0.0" and "::" are every interface
     port: int
@@ -74,7 +84,11 @@ class Listener(NamedTuple):
 
 
 class Process(subprocess.Popen):
-    """A process of a node. Signals go to itself; the `nsenter` that Popen started, its parent, would pass none on."""
+    """A process of a node.
+
+    Signals go to the process itself. Its parent, the `nsenter` that Popen started, would not pass
+    them on.
+    """
 
     def send_signal(self, sig: int) -> None:
         if self.poll() is None and (inside := self.inside()):
@@ -83,12 +97,18 @@ class Process(subprocess.Popen):
                 self.wake()
 
     def wake(self) -> None:
-        """nsenter stops when its child is stopped; it must go on to see the child go on, or end."""
+        """Continue nsenter, which stops when its child is stopped.
+
+        It must run to notice when the child continues or ends.
+        """
         if self.poll() is None:
             super().send_signal(signal.SIGCONT)
 
     def inside(self) -> psutil.Process | None:
-        """The command itself, or None when it has ended. nsenter is a few milliseconds old before it has started it."""
+        """Return the command itself, or None when it has ended.
+
+        nsenter needs a few milliseconds to start it.
+        """
 
         def find() -> list[psutil.Process] | None:
             try:
@@ -121,19 +141,19 @@ class Node:
         env: Mapping[str, str] | None = None,
         **options: Any,
     ) -> Process:
-        """Start a command on this node, as subprocess.Popen does; it ends with the context at the latest."""
-        # To enter another mount namespace is to be at its root.
+        """Start a command on this node, as subprocess.Popen does; leaving the context kills it."""
+        # A process that enters another mount namespace starts at its root.
         at = os.path.abspath(options.pop("cwd", None) or os.getcwd())
         inside = ["sh", "-c", 'cd "$0" && exec "$@"', at, *command]
         process = Process([*self._enter, *inside], env=env, **options)
         self._started.append(process)
-        process.inside()  # so that what comes next, a kill of the node perhaps, finds it there
+        process.inside()  # so that a later call, for example kill(), finds it
         return process
 
     def run(
         self, command: Sequence[str | os.PathLike[str]], timeout: float = PATIENCE_S, **options: Any
     ) -> str:
-        """Standard output of a command that must succeed."""
+        """Return the standard output of a command that must succeed."""
         with self.popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
         ) as process:
@@ -147,7 +167,7 @@ class Node:
         return out
 
     def processes(self) -> list[psutil.Process]:
-        """All that run on this node now, in the order of their start."""
+        """Return all processes of this node, in the order of their start."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -161,8 +181,12 @@ class Node:
         return [process for *_, process in sorted(found)]
 
     def kill(self) -> None:
-        """Every process of this node at once, kill -9, as when the power fails; the node itself stays, and processes can be started anew."""
-        # The kernel's own "all that I can signal": nobody sees another die. The shell and the node's first process are spared.
+        """Kill every process of this node at once with SIGKILL, as a power failure would.
+
+        The node itself stays, and new processes can be started on it.
+        """
+        # kill -1 reaches all processes at once, so none of them sees another one die. The shell
+        # and the node's first process are spared.
         subprocess.run([*self._enter, "sh", "-c", "kill -9 -1"], check=True, timeout=PATIENCE_S)
         for process in self._started:
             process.wake()
@@ -171,13 +195,13 @@ class Node:
         )
 
     def listening(self) -> list[Listener]:
-        """Every TCP port that is listened on, and every UDP port that takes datagrams from anybody, of every process of this node."""
+        """Return the TCP ports in LISTEN and the UDP ports open to any sender, of all processes."""
         return sorted(
             Listener(*found) for found in json.loads(self.run([sys.executable, "-c", LISTENING]))
         )
 
     def sent_bytes(self) -> int:
-        """Bytes that have left through the cable since the node was made, headers counted."""
+        """Return the bytes sent through the cable since the node was made, headers included."""
         with open(f"/proc/{self._first.pid}/net/dev") as file:
             (counts,) = (
                 line.split(":")[1].split() for line in file if line.strip().startswith("eth0:")
@@ -186,7 +210,7 @@ class Node:
 
 
 class Nodes:
-    """Context manager: `count` nodes, `node0` with the address 10.77.0.1 and so on, all on one switch.
+    """Context manager for `count` nodes on one switch; `node0` has the address 10.77.0.1, etc.
 
     Raises:
         Unavailable: on entering, where such nodes cannot be made.
@@ -222,15 +246,16 @@ class Nodes:
         return iter(self._nodes)
 
     def cut(self, i: int) -> None:
-        """Pull node i's cable: nothing reaches it or leaves it, and nobody is told."""
+        """Pull node i's cable: no packet reaches or leaves it, and no process is notified."""
         self._ip("link", "set", self._names[i], "down")
 
-    def mend(self, i: int) -> None:
-        """Plug it in again."""
+    def reconnect(self, i: int) -> None:
+        """Plug node i's cable in again."""
         self._ip("link", "set", self._names[i], "up")
 
     def _build(self) -> None:
-        # Only root may make namespaces without a user namespace around them, in which anybody is root.
+        # Only root may create namespaces without a user namespace around them. In a user namespace
+        # everybody is root.
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         wait = [sys.executable, "-ISc", WAIT]
         switch = self._wait_in(
@@ -255,7 +280,7 @@ class Nodes:
         unshare = ["unshare", "--net", "--pid", "--uts", "--mount", "--mount-proc", "--fork"]
         for name, address in zip(self._names, addresses, strict=True):
             script = NODE.format(name=name, hosts=shlex.join(hosts), wait=shlex.join(wait))
-            # Below the switch's process namespace: they end with it.
+            # Nodes are below the switch's process namespace, so they end with it.
             first = self._wait_in(
                 [*enter, "--net", "--pid", "--mount", *unshare, "sh", "-c", script]
             )
@@ -278,14 +303,17 @@ class Nodes:
             node.run(["ip", "link", "set", "lo", "up"])
             node.run(
                 ["ip", "link", "set", "eth0", "addrgenmode", "none"]
-            )  # no IPv6 of its own accord: silence on the cable
+            )  # no automatic IPv6, so the cable is silent
             node.run(["ip", "address", "add", f"{address}/24", "dev", "eth0"])
             node.run(["ip", "link", "set", "eth0", "up"])
         self._until_connected()
 
     def _wait_in(self, command: list[str]) -> psutil.Process:
-        """Start a chain of commands that ends in WAIT; returns that last process, the first of its namespace."""
-        # In a session of its own, so that Ctrl-C is the test's alone.
+        """Start a chain of commands that ends in WAIT, and return the process that runs WAIT.
+
+        It is the first process of its namespace.
+        """
+        # It has a session of its own, so that Ctrl-C reaches only the test.
         pipes: Any = {
             "stdin": subprocess.PIPE,
             "stdout": subprocess.PIPE,
@@ -297,7 +325,8 @@ class Nodes:
         if process.stdout.readline() != b"ready\n":
             process.kill()
             raise Unavailable(
-                f"{shlex.join(command[:4])} ...: {process.stderr.read().decode(errors='replace').strip() or 'no answer'}"
+                f"{shlex.join(command[:4])} ...: "
+                f"{process.stderr.read().decode(errors='replace').strip() or 'no answer'}"
             )
         last = psutil.Process(process.pid)
         while below := last.children():
@@ -312,7 +341,7 @@ class Nodes:
             raise Unavailable(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
     def _until_connected(self) -> None:
-        """A port of a bridge forwards a moment after its link is up."""
+        """Wait, since a bridge's port forwards only shortly after its link is up."""
         command = [*self._ip_command, "-json", "link", "show", "master", "switch"]
 
         def connected() -> bool | None:
@@ -344,7 +373,7 @@ class Nodes:
 
 @functools.cache
 def why_not() -> str | None:
-    """Why this machine cannot have such nodes, or None where it can. It tries."""
+    """Return why this machine cannot have such nodes, or None if a trial succeeds."""
     try:
         with Nodes(1):
             return None
@@ -353,7 +382,7 @@ def why_not() -> str | None:
 
 
 def available() -> bool:
-    """Whether this machine can have such nodes."""
+    """Return whether this machine can have such nodes."""
     return why_not() is None
 
 

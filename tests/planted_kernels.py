@@ -1,4 +1,7 @@
-"""Kernels with the faults that the ahead-of-time gate is for. `python -m tests.planted_kernels` prints what the gate says of them."""
+"""Kernels with the faults that the ahead-of-time gate must find.
+
+`python -m tests.planted_kernels` prints what the gate reports for them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from fastbert_kernels._triton import Production
 
 @triton.jit
 def spilling(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    """The row must be at hand twice, and 16,384 elements are 512 for each lane of one warp, which has 255 registers."""
+    """Spill: the row is needed twice, and 16,384 elements are 512 registers per lane of one warp.
+
+    A lane has 255 registers.
+    """
     column = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + column)
     tl.store(y_ptr + column, x * tl.sum(x))
@@ -22,7 +28,7 @@ def spilling(x_ptr, y_ptr, BLOCK: tl.constexpr):
 def narrow(
     ids_ptr, table_ptr, x_ptr, y_ptr, table_stride, shift, T, D: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """Rows of a table by their indices, which is as it should be, and of x from a column on that may be odd."""
+    """Read rows of a table by index, which is correct, and x from a column that may be odd."""
     column = tl.arange(0, D)[None, :]
     for first in range(0, T, BLOCK_T):
         row = first + tl.arange(0, BLOCK_T)[:, None]

@@ -1,4 +1,4 @@
-"""A packed batch of random tokens, for tests that need torch alone."""
+"""A packed batch of random tokens, for tests that need only torch."""
 
 import itertools
 
@@ -10,7 +10,10 @@ VOCAB = 211
 
 
 def make_batch(lengths: list[int], seed: int = 0) -> PackedBatch:
-    """Random sequences with three masked tokens each (one in the shortest); all totals are the batch's own."""
+    """Random sequences with three masked tokens each (one in the shortest).
+
+    All totals are those of the batch.
+    """
     draw = torch.Generator().manual_seed(seed)
     starts = [0, *itertools.accumulate(lengths)]
     ids = torch.randint(5, VOCAB, (starts[-1],), generator=draw)

@@ -1,4 +1,4 @@
-"""A small encoder whose every parameter is random, for tests of one implementation against another."""
+"""A small encoder with random parameters, for tests of one implementation against another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.random_batch import VOCAB
 
 
 def build(dropout: float = 0.0, layers: int = 4, heads: int = 3) -> BertForPreTraining:
-    """In training mode, fp32, heads of 16; biases and norms are away from 0 and 1."""
+    """Build it in training mode, in fp32, with heads of 16; biases and norms are not 0 and 1."""
     torch.manual_seed(0)
     config = ModelConfig(
         hidden_size=16 * heads,

@@ -1,4 +1,7 @@
-"""Real processes that train together: started quickly, killed, stopped, signalled, waited for; none outlives the tests."""
+"""Real processes that train together; tests start, signal, stop and kill them.
+
+None of them outlives the tests.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from types import TracebackType
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-PATIENCE_S = 120.0  # a guard, never reached where all is well
+PATIENCE_S = 120.0  # a guard that a working run never reaches
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What a process of fastbert runs in, wherever it is started from."""
+    """Return the environment variables of a fastbert process, for any working directory."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return {
         **{k: v for k, v in os.environ.items() if k not in LAUNCHER},
@@ -34,7 +37,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """One that nobody listens on, below those that the system gives to outgoing connections."""
+    """Find a free port below those that the system gives to outgoing connections."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as s:
@@ -46,7 +49,7 @@ def free_port() -> int:
 
 
 class Rank:
-    """A process of its own; `out` and `err` are the files that it writes to."""
+    """A separate process; `out` and `err` are the files that it writes to."""
 
     def __init__(
         self,
@@ -71,14 +74,15 @@ class Rank:
 
     @property
     def code(self) -> int | None:
-        """Its exit code; -9 for a kill -9; None while it runs."""
+        """Return its exit code: -9 after SIGKILL, and None while it runs."""
         return self._server.ended(self.pid, 0)
 
     def wait(self, seconds: float = PATIENCE_S) -> int:
         code = self._server.ended(self.pid, seconds)
         if code is None:
             raise TimeoutError(
-                f"process {self.pid} runs on after {seconds:g} s; its stderr: {self.err.read_text()!r}"
+                f"process {self.pid} is still running after {seconds:g} s; "
+                f"its stderr: {self.err.read_text()!r}"
             )
         return code
 
@@ -88,7 +92,11 @@ class Rank:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there and has not ended: in a container without an init, nobody takes away what an orphan leaves."""
+    """Tell whether a process exists and has not ended.
+
+    In a container without an init process nobody reaps an orphan, so an ended process stays
+    visible.
+    """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -99,18 +107,20 @@ def runs(pid: int) -> bool:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal, so that it would not die of it."""
+    """Return whether a process handles a signal, so that it would not die of it."""
     status = Path(f"/proc/{pid}/status").read_text()
     (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 class Ranks:
-    """The processes of one start of a run: `fastbert ARGUMENTS` on each rank of one machine. Leaving the context kills what is left.
+    """The processes of one start of a run: `fastbert ARGUMENTS` on each rank of one machine.
+
+    Leaving the context kills the processes that still run.
 
     Args:
         arguments: of the command line.
-        folder: working directory, and where `rank0.out`, `rank0.err`, ... are written, from the start.
+        folder: working directory, where `rank0.out`, `rank0.err`, ... are also written.
         world: how many; a single one is started without any launcher's variables.
         namespaces: id of a process whose mounts they see; by default those of the tests.
         more: environment variables.
@@ -163,7 +173,7 @@ class Ranks:
         return self.ranks[rank]
 
     def signal(self, number: int) -> None:
-        """To all of them."""
+        """Send a signal to all ranks."""
         for rank in self.ranks:
             rank.signal(number)
 
@@ -171,7 +181,7 @@ class Ranks:
         self.signal(signal.SIGKILL)
 
     def wait(self, seconds: float = PATIENCE_S) -> list[int]:
-        """Exit codes, by rank."""
+        """Wait for all ranks, and return their exit codes."""
         until = time.monotonic() + seconds
         return [rank.wait(max(0.0, until - time.monotonic())) for rank in self.ranks]
 
@@ -181,12 +191,12 @@ class Ranks:
 
     @property
     def errors(self) -> str:
-        """What they wrote on stderr."""
+        """Return what the ranks wrote to stderr."""
         return "".join(rank.err.read_text(errors="replace") for rank in self.ranks)
 
 
 class _Server:
-    """The other end of fork_server.py. May be used from several threads."""
+    """The client of fork_server.py; several threads may use it."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.fork_server"]
@@ -209,7 +219,7 @@ class _Server:
         atexit.register(self.close)
 
     def start(self, request: dict[str, object]) -> int:
-        """Returns the process's id."""
+        """Start a process, and return its id."""
         assert self._process.stdin is not None
         with self._news:
             mine = self._requested
@@ -225,13 +235,13 @@ class _Server:
             return self._started[mine]
 
     def ended(self, pid: int, seconds: float) -> int | None:
-        """The exit code of a process that ends within `seconds`."""
+        """Return the exit code of a process that ends within `seconds`."""
         with self._news:
             self._news.wait_for(lambda: pid in self._ended, seconds)
             return self._ended.get(pid)
 
     def close(self) -> None:
-        """Ends every process that is still there, too."""
+        """End the server and every process that still runs."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=PATIENCE_S)
@@ -247,7 +257,7 @@ class _Server:
                         self._started.append(answer["started"])
                         self._ended.pop(
                             answer["started"], None
-                        )  # the system gives a number out again, after some 30,000 others
+                        )  # the system reuses an id after some 30,000 others
                     else:
                         self._ended[answer["ended"]] = answer["code"]
                 self._news.notify_all()
@@ -260,7 +270,7 @@ _BEGIN = threading.Lock()
 
 
 def _server() -> _Server:
-    """One for all tests of this process."""
+    """Return the one server of this test process."""
     with _BEGIN:
         return _begin()
 

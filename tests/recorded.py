@@ -1,7 +1,8 @@
-"""fastbert, with a record of what it computes: one line of JSON for each step that a rank has finished, in the file RECORD.
+"""Run fastbert and record its steps in the file RECORD: a line of JSON for each step of a rank.
 
-`python -m tests.recorded pretrain ...`. The file PACE says how many seconds a step takes at least, so that there is time to disturb a run
-of tiny ones, and none is lost otherwise.
+Run it as `python -m tests.recorded pretrain ...`. The file PACE holds the minimum duration of a
+step in seconds, so that a test has time to disturb a run of tiny steps and no time is lost
+otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastbert.training.engine import Engine
 
 
 def record() -> None:
-    """From now on."""
+    """Record every step from now on."""
     take, compute = Prefetch.__next__, Engine.step
     number: list[int] = [0]
 
@@ -42,7 +43,7 @@ def record() -> None:
         }
         with open(
             os.environ["RECORD"], "ab", buffering=0
-        ) as file:  # one write, at the end of the file: ranks do not mix
+        ) as file:  # one appending write, so lines of ranks do not mix
             file.write(json.dumps(line).encode() + b"\n")
         time.sleep(max(0.0, began + float(Path(os.environ["PACE"]).read_text()) - time.monotonic()))
         return result

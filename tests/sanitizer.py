@@ -6,29 +6,43 @@
 
 Leaving the block raises SanitizerError with a line for every fault:
 
-- an access outside the elements of the tensor that the pointer was derived from (of its view, not of its storage); it is
-  reported instead of performed, so nothing crashes. Lanes masked off are free;
-- a race between two programs of a launch: an element that one stores and another loads or stores, unless both are atomic;
+- an access outside the elements of the tensor that the pointer was derived from (of its view, not
+  of its storage). It is reported instead of performed, so nothing crashes. Masked-off lanes are
+  not checked;
+- a race between two programs of a launch: one stores an element that another one loads or stores,
+  unless both accesses are atomic;
 - two lanes of one store that write different values to one element;
 - a `tl.device_assert`, `tl.assume` or (of a number) `tl.multiple_of` that does not hold.
 
-Its arithmetic is that of a GPU where the stock interpreter's is not, bf16 above all (`gpu_arithmetic.py`). The types of arguments are
-those of a compiled kernel (a Python float is fp32, so that a product with bf16 is fp32; stock it is bf16). What the language leaves
-undefined is poisoned: a lane masked off without `other` loads NaN or the largest integer.
+Where the stock interpreter's arithmetic differs from a GPU's, most of all for bf16, the sanitizer
+computes as a GPU does (`gpu_arithmetic.py`). The types of arguments are those of a compiled kernel:
+a Python float is fp32, so its product with bf16 is fp32, while the stock interpreter returns bf16.
+What the language leaves undefined is poisoned: a masked-off lane without `other` loads NaN or the
+largest integer.
 
-How: `sanitize` replaces the interpreter's builder by `_Builder`, and a few of its functions, for the time of the block. The
-type of a pointer carries the argument it came from through all pointer arithmetic. Every storage of a launch has shadow
-arrays that tell which program loaded, stored or atomically updated each element. Loads and stores are NumPy indexing, many
-times faster than the stock interpreter's, so that a launch takes about half its time.
+How it works: `sanitize` replaces the interpreter's builder by `_Builder`, and a few of its
+functions, for the duration of the block. The type of a pointer carries the argument it came from
+through all pointer arithmetic. Every storage of a launch has shadow arrays that record which
+program loaded, stored or atomically updated each element. Loads and stores are NumPy indexing,
+which is many times faster than the stock interpreter's. So a launch takes about half its time.
 
-What it cannot see: races between the warps of one program; order that programs establish by atomics (locks, "the last one
-reduces": such a kernel is reported); races between two arguments of different element size on one storage; reads of memory
-that nobody has written; rounding inside a 16-bit `tl.sum` or `tl.cumsum` (a GPU rounds after every addition: sum in fp32);
-TF32 (fp32 dot products stay fp32).
+What it cannot see:
 
-What kernels must avoid, because it cannot be run: `@triton.autotune` with several configurations, inline assembly, libdevice;
-pointers made from integers, chosen between two arguments by `tl.where`, cast to elements of another size, or passed in tuples
-and host-side tensor descriptors. `if` on a block of more than one element is always true here, and an error when compiled.
+- races between the warps of one program;
+- the order that programs establish by atomics (locks, "the last one reduces"): it reports such a
+  kernel;
+- races between two arguments of different element size on one storage;
+- reads of memory that nobody has written;
+- rounding inside a 16-bit `tl.sum` or `tl.cumsum` (a GPU rounds after every addition: sum in fp32);
+- TF32 (fp32 dot products stay fp32).
+
+What kernels must avoid, because it cannot be run:
+
+- `@triton.autotune` with several configurations, inline assembly and libdevice;
+- pointers that are made from integers, chosen between two arguments by `tl.where`, cast to elements
+  of another size, or passed in tuples and host-side tensor descriptors;
+- `if` on a block of more than one element: the condition is always true here, and an error when
+  compiled.
 """
 
 from __future__ import annotations
@@ -72,12 +86,12 @@ _HERE = (__file__, str(Path(triton.__file__).parent))
 
 
 class SanitizerError(AssertionError):
-    """A kernel touched what it must not touch; the message has a line for every fault."""
+    """A kernel made a forbidden access; the message has a line for every fault."""
 
 
 @dataclass
 class Fault:
-    """What went wrong, where it was first seen in a launch."""
+    """A fault, at its first occurrence in a launch."""
 
     kernel: str
     program: tuple[int, ...]
@@ -92,14 +106,16 @@ class Fault:
             f", ... {self.offsets[-1]}" if len(self.offsets) > 4 else ""
         )
         again = f", and {self.repeats} times more" if self.repeats else ""
-        return f"{self.line}: {self.kernel}, program {self.program}: {self.argument}[{offsets}] {self.what}{again}"
+        where = f"{self.kernel}, program {self.program}: {self.argument}[{offsets}]"
+        return f"{self.line}: {where} {self.what}{again}"
 
 
 @dataclass
 class Traffic:
-    """Bytes of one tensor in one launch: active lanes times element size; `distinct` counts every element once.
+    """Bytes of one tensor in one launch: active lanes times element size.
 
-    An atomic update counts as a load and a store. Arguments that share elements share their distinct ones, too.
+    `distinct` counts every element once. An atomic update counts as a load and a store. Arguments
+    that share elements also share their distinct ones.
     """
 
     loaded: int = 0
@@ -110,7 +126,11 @@ class Traffic:
 
 @dataclass
 class Launch:
-    """One launch: its grid, the operations of its dot products (2 m n k each), the bytes of each tensor argument."""
+    """One launch.
+
+    It holds the grid, the operations of the dot products (2 m n k each) and the bytes of each
+    tensor argument.
+    """
 
     kernel: str
     grid: tuple[int, ...] = ()
@@ -128,7 +148,7 @@ class Launch:
 
 @dataclass
 class Report:
-    """What the launches of one `sanitize` block did."""
+    """The record of the launches of one `sanitize` block."""
 
     launches: list[Launch] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -147,7 +167,11 @@ class _Shadow:
     def claim(
         self, action: str, index: np.ndarray, program: int
     ) -> tuple[str, int, np.ndarray] | None:
-        """Notes that `program` touches the elements; tells (which rival access, its program, where) if that is a race."""
+        """Record that `program` touches the elements.
+
+        Returns:
+            If that is a race: the rival access, its program, and where. Otherwise None.
+        """
         race = None
         for rival in RIVALS[action]:
             if rival in self.owners and race is None:
@@ -168,7 +192,7 @@ class _Shadow:
 
 
 class _Argument:
-    """One tensor argument: its memory, and which elements of its storage are its own."""
+    """One tensor argument: its memory, and the elements of the storage that belong to it."""
 
     def __init__(self, name: str, tensor: torch.Tensor, shadow: _Shadow, traffic: Traffic):
         self.name, self.shadow, self.traffic = name, shadow, traffic
@@ -192,7 +216,10 @@ class _Argument:
         )  # which elements of the span belong to the view; None if all do
 
     def own(self, span: np.ndarray) -> np.ndarray:
-        """The elements of the view, each once, in an array that has an entry for every element of its span."""
+        """Pick the elements of the view, each once.
+
+        `span` has an entry for every element of the view's span.
+        """
         sizes = [
             min(n, 1) if stride == 0 else n
             for n, stride in zip(self.shape, self.strides, strict=True)
@@ -202,7 +229,7 @@ class _Argument:
         )
 
     def distinct(self, *actions: str) -> int:
-        """Bytes of the elements that any of the actions touched."""
+        """Return the bytes of the elements that any of the actions touched."""
         touched = np.zeros(self.span, bool)
         for action in self.shadow.owners.keys() & actions:
             touched |= self.shadow.owners[action][self.origin : self.origin + self.span] != 0
@@ -210,7 +237,10 @@ class _Argument:
 
 
 class _Pointer(tl.pointer_type):
-    """A pointer type that remembers its argument: every operation of the builder hands the type of its operand on."""
+    """A pointer type that remembers its argument.
+
+    Every operation of the builder passes the type of its operand on.
+    """
 
     def __init__(self, element_ty: tl.dtype, argument: _Argument | None):
         super().__init__(element_ty)
@@ -222,21 +252,25 @@ class _Builder(GpuArithmetic):
 
     def __init__(self, report: Report, order: str | int):
         super().__init__()
-        # debug: device_assert is executed. Stock int32 arithmetic is done a second time in int64, to no effect.
+        # debug=True executes device_assert. The stock interpreter repeats int32 arithmetic in
+        # int64, without any effect.
         self.options = dataclasses.replace(self.options, debug=True, sanitize_overflow=False)
         self.report, self.order = report, order
 
     # ---- launches
 
     def begin(self, kernel: str, names: list[str]) -> None:
-        """Opens the record of a launch; `end` closes it."""
+        """Open the record of a launch; `end` closes it."""
         self.launch, self.names = Launch(kernel), names
         self.report.launches.append(self.launch)
         self.faults: dict[tuple[str, str, str], Fault] = {}
         self.arguments: dict[int, _Argument] = {}  # by id of the alias that stands for the argument
 
     def bind(self, args: tuple, kwargs: dict) -> tuple[list, dict]:
-        """Gives every tensor an alias of its own, by which `convert` knows the argument; called in place of the copy to the host."""
+        """Give every tensor an alias of its own, by which `convert` knows the argument.
+
+        It is called in place of the copy to the host.
+        """
         shadows: dict[tuple[int, int], _Shadow] = {}
 
         def alias(name: str, value: Any) -> Any:
@@ -244,7 +278,8 @@ class _Builder(GpuArithmetic):
                 return value
             if value.device.type != "cpu":
                 raise ValueError(
-                    f"sanitize: {self.launch.kernel}: {name} is on {value.device}; the interpreter works on CPU tensors"
+                    f"sanitize: {self.launch.kernel}: {name} is on {value.device}; "
+                    "the interpreter works on CPU tensors"
                 )
             storage, value = value.untyped_storage(), value.detach()
             size = storage.nbytes() // value.element_size()
@@ -255,11 +290,14 @@ class _Builder(GpuArithmetic):
 
         positional = [
             alias(name, value) for name, value in zip(self.names, args, strict=False)
-        ]  # the others come by name
+        ]  # the others are passed by name
         return positional, {name: alias(name, value) for name, value in kwargs.items()}
 
     def convert(self, value: Any) -> Any:
-        """What a kernel sees of an argument: a tensor's pointer, a number of the type that the compiler gives it."""
+        """Convert an argument to what a kernel sees.
+
+        A tensor becomes a pointer, and a number gets the type that the compiler gives it.
+        """
         if not isinstance(value, (torch.Tensor, bool, int, float)):
             return _stock_implicit_cvt(value)
         ty: Any = tl.str_to_ty(mangle_type(value), None)
@@ -296,7 +334,7 @@ class _Builder(GpuArithmetic):
         return tuple(map(int, np.unravel_index(program - 1, self.grid_dim)))
 
     def fault(self, argument: str, kind: str, offsets: Any, what: str) -> None:
-        """Records a fault; only the first of a kind, argument and line in a launch is kept."""
+        """Record a fault; only the first of a kind, argument and line in a launch is kept."""
         frame = sys._getframe(1)
         while frame.f_back and frame.f_code.co_filename.startswith(_HERE):
             frame = frame.f_back
@@ -316,15 +354,22 @@ class _Builder(GpuArithmetic):
     def _touch(
         self, pointers: TensorHandle, mask: TensorHandle | None, action: str
     ) -> tuple[_Argument, np.ndarray, np.ndarray | None]:
-        """Checks and counts an access. Returns the argument, the elements that may be touched, and by which lanes (None: by all)."""
+        """Check and count an access.
+
+        Returns:
+            The argument, the elements that may be touched, and the lanes that touch them
+            (None: all).
+        """
         argument = getattr(pointers.dtype.scalar, "argument", None)
         if argument is None:
             raise TypeError(
-                f"sanitize: {self.launch.kernel} {VERBS[action]} through a pointer that comes from no tensor argument"
+                f"sanitize: {self.launch.kernel} {VERBS[action]} through a pointer that comes from "
+                "no tensor argument"
             )
         if argument.size != max(1, pointers.get_element_ty().primitive_bitwidth // 8):
             raise TypeError(
-                f"sanitize: {self.launch.kernel} casts {argument.name} to a pointer to elements of another size"
+                f"sanitize: {self.launch.kernel} casts {argument.name} to a pointer to elements of "
+                "another size"
             )
         index = (pointers.data - np.uint64(argument.address)).view(np.int64) >> (
             argument.size.bit_length() - 1
@@ -363,7 +408,10 @@ class _Builder(GpuArithmetic):
         elif offsets[-1] >= argument.span:
             where = f"past the end: the tensor spans {argument.span} elements"
         else:
-            where = f"between those of the view, of shape {argument.shape} and strides {argument.strides}"
+            where = (
+                f"between those of the view, of shape {argument.shape} "
+                f"and strides {argument.strides}"
+            )
         self.fault(
             argument.name,
             f"{action} {where}",
@@ -459,20 +507,22 @@ _stock_patch_lang = interpreter._patch_lang
 
 @contextmanager
 def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> Iterator[Report]:
-    """Checks every kernel launched inside the block, and yields the Report that grows with each launch.
+    """Check every kernel launched inside the block; the Report grows with each launch.
 
     Args:
-        order: in which order the programs of a grid run: "ascending", "reversed", or the seed of a shuffle.
+        order: of the programs of a grid: "ascending", "reversed", or the seed of a shuffle.
         raise_on_fault: False leaves `report.faults` to the caller.
 
     Raises:
         SanitizerError: at the end of the block, if there were faults and no other exception.
-        RuntimeError: if Triton was imported without TRITON_INTERPRET=1, or inside another such block.
+        RuntimeError: Triton was imported without TRITON_INTERPRET=1, or this is inside another
+            such block.
         ValueError: on an unknown order, or a tensor that is not on the CPU.
     """
     if GridExecutor.__call__ is not _stock_call:
         raise RuntimeError(
-            "sanitize: already inside a sanitize block; launches would be reported to only one of them"
+            "sanitize: already inside a sanitize block; "
+            "launches would be reported to only one of them"
         )
     if not knobs.runtime.interpret:
         raise RuntimeError(
@@ -480,14 +530,15 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
         )
     if not isinstance(order, int) and order not in ("ascending", "reversed"):
         raise ValueError(
-            f"sanitize: order = {order!r}; known are 'ascending', 'reversed' and the integer seed of a shuffle"
+            f"sanitize: order = {order!r}; "
+            "known are 'ascending', 'reversed' and the integer seed of a shuffle"
         )
     report = Report()
     builder = _Builder(report, order)
 
     def call(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
         builder.begin(executor.fn.__name__, executor.arg_names)
-        with np.errstate(all="ignore"):  # a GPU overflows and divides by zero in silence
+        with np.errstate(all="ignore"):  # a GPU overflows and divides by zero without a warning
             _stock_call(executor, *args, **kwargs)
         builder.end()
 
@@ -509,7 +560,8 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
             lambda *_: None,
         ),  # kernels work on the tensors themselves
         (TensorHandle, "set_attr", check_hint),
-        # Stock, every call of a device function patches the language again, which takes most of the time. Here it is done once.
+        # In the stock interpreter every call of a device function patches the language again, which
+        # takes most of the time. Here it is patched once.
         (interpreter, "_patch_lang", lambda fn: SimpleNamespace(restore=lambda: None)),
     ]
     with ExitStack() as stack:
@@ -522,7 +574,7 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
         stack.callback(
             _stock_patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core})).restore
         )
-        # Triton 3.6 leaves this to int(), which NumPy 2.4 refuses.
+        # Triton 3.6 uses int() here, which NumPy 2.4 refuses.
         stack.enter_context(
             mock.patch.object(tl.tensor, "__index__", lambda number: number.handle.data.item())
         )

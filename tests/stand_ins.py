@@ -1,8 +1,9 @@
-"""Commands that a cluster has and a machine that runs tests has not: ssh, pdsh, sbatch, srun, scontrol, kubectl.
+"""Stand-ins for commands of a cluster: ssh, pdsh, sbatch, srun, scontrol and kubectl.
 
-`python stand_ins.py NAME ARGUMENTS...` does what NAME would do, as far as the documents and scripts of this project use it, on the nodes of
-namespaces.py; `install` puts them on a PATH. `python stand_ins.py sshd ADDRESS`, on every node, is what the others talk to: it runs
-commands for whoever asks, so it is for nodes that have no way to the outside.
+`python stand_ins.py NAME ARGUMENTS...` does what NAME would do on the nodes of namespaces.py, as
+far as the documents and scripts of this project use it. `install` puts the commands on a PATH.
+`python stand_ins.py sshd ADDRESS` runs on every node and is the server that the other nodes connect
+to. It runs the commands of any client, so it is only for nodes without a connection to the outside.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 PORT = 22
-END = b"\0"  # then the exit code: after the output, which is text
+END = b"\0"  # the exit code follows; the output before it is text
 STARTS = 5  # of a job, at most
 
 
 def install(folder: Path) -> None:
-    """Make the commands, to be put on the PATH."""
+    """Write the commands to a folder that is then put on the PATH."""
     for name in ("ssh", "pdsh", "sbatch", "srun", "scontrol", "kubectl"):
         (folder / name).write_text(
             f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(__file__)} {name} "$@"\n'
@@ -38,7 +39,10 @@ def install(folder: Path) -> None:
 
 
 def sshd(address: str) -> int:
-    """Serve for ever. A request is one line of JSON; the answer is the command's output, END, and the exit code."""
+    """Serve requests for ever.
+
+    A request is one line of JSON. The answer is the command's output, END and the exit code.
+    """
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -66,7 +70,11 @@ def sshd(address: str) -> int:
 def remote(
     host: str, command: str, environment: dict[str, str] | None = None, prefix: str = ""
 ) -> int:
-    """Run a command line on a node, with its output here; returns the exit code, 255 where the node cannot be reached, as ssh does."""
+    """Run a command line on a node, and print its output here.
+
+    Returns:
+        The exit code; like ssh, 255 where the node cannot be reached.
+    """
     try:
         with (
             socket.create_connection((host, PORT), timeout=10) as connection,
@@ -89,7 +97,7 @@ def remote(
 
 
 def ssh(arguments: list[str]) -> int:
-    """[-o OPTION] HOST COMMAND..."""
+    """Run `[-o OPTION] HOST COMMAND...`."""
     while arguments[0] == "-o":
         arguments = arguments[2:]
     host, *command = arguments
@@ -97,7 +105,11 @@ def ssh(arguments: list[str]) -> int:
 
 
 def pdsh(arguments: list[str]) -> int:
-    """-S -f FANOUT -w HOST,HOST COMMAND...: the command on all of them, %n their number; returns the largest exit code."""
+    """Run `-S -f FANOUT -w HOST,HOST COMMAND...`: the command on all hosts; %n is a host's number.
+
+    Returns:
+        The largest exit code.
+    """
     assert arguments[:2] == ["-S", "-f"] and arguments[3] == "-w"
     hosts, command = arguments[4].split(","), " ".join(arguments[5:])
     with ThreadPoolExecutor(len(hosts)) as pool:
@@ -109,11 +121,12 @@ def pdsh(arguments: list[str]) -> int:
         )
 
 
-# Slurm: node0, node1, ... of which a job takes as many as it asks for. sbatch waits for the job, and starts it again when it was requeued.
+# Slurm. A job takes as many of node0, node1, ... as it requests. sbatch waits for the job, and
+# starts it again if it was requeued.
 
 
 def sbatch(arguments: list[str]) -> int:
-    """[--OPTION=VALUE or --OPTION VALUE]... SCRIPT ARGUMENTS..."""
+    """Run `[--OPTION=VALUE or --OPTION VALUE]... SCRIPT ARGUMENTS...`."""
     options: dict[str, str] = {}
     given, rest = _options(arguments)
     script, *rest = rest
@@ -144,7 +157,7 @@ def sbatch(arguments: list[str]) -> int:
 
 
 def srun(arguments: list[str]) -> int:
-    """The command as every task of the job; returns the highest exit code."""
+    """Run the command as every task of the job; return the highest exit code."""
     options, command = _options(arguments)
     assert options == {"kill-on-bad-exit": "0", "wait": "600"}
     tasks, per_node = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
@@ -163,19 +176,25 @@ def srun(arguments: list[str]) -> int:
 
 
 def scontrol(arguments: list[str]) -> int:
-    """show hostnames LIST, or requeue JOB."""
+    """Run `show hostnames LIST` or `requeue JOB`."""
     if arguments[0] == "requeue":
         assert arguments[1:] == [os.environ["SLURM_JOB_ID"]]
         Path(os.environ["REQUEUED"]).touch()
         return 0
     assert arguments[:2] == ["show", "hostnames"]
-    first, last = re.fullmatch(r"node\[(\d+)-(\d+)\]", arguments[2]).groups()  # type: ignore[union-attr]
+    first, last = re.fullmatch(  # type: ignore[union-attr]
+        r"node\[(\d+)-(\d+)\]", arguments[2]
+    ).groups()
     print(*(f"node{i}" for i in range(int(first), int(last) + 1)), sep="\n")
     return 0
 
 
 def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The options in front, `--name=value`, `--name value` or (only --requeue) `--name`; and what follows them."""
+    """Split off the leading options: `--name=value`, `--name value` or (only --requeue) `--name`.
+
+    Returns:
+        The options, and the words after them.
+    """
     options, words = {}, list(words)
     while words and words[0].startswith("--"):
         name, equals, value = words.pop(0)[2:].partition("=")
@@ -183,11 +202,16 @@ def _options(words: list[str]) -> tuple[dict[str, str], list[str]]:
     return options, words
 
 
-# Kubernetes: an Indexed Job with one pod a node. Its controller is in `kubectl apply`, which waits for the Job to end.
+# Kubernetes: an Indexed Job with one pod per node. Its controller is in `kubectl apply`, which
+# waits for the Job to end.
 
 
 def kubectl(arguments: list[str]) -> int:
-    """create secret generic NAME --from-literal=KEY=VALUE, into a file here; or apply -f FILE: 0 for a Job that is complete, 1 for a failed one."""
+    """Create a secret or run a Job.
+
+    `create secret generic NAME --from-literal=KEY=VALUE` writes a file here. `apply -f FILE` runs a
+    Job and returns 0 if it completes, and 1 if it fails.
+    """
     import yaml
 
     if arguments[:3] == ["create", "secret", "generic"]:
@@ -213,7 +237,8 @@ def kubectl(arguments: list[str]) -> int:
     hosts = "".join(
         f"10.77.0.{i + 1} {name}-{i}.{pod['subdomain']} {name}-{i}\n" for i in range(count)
     )
-    volume = f"mount -t tmpfs none /mnt && mkdir /mnt/work && mount --bind {shlex.quote(os.getcwd())} /mnt/work"
+    work = shlex.quote(os.getcwd())
+    volume = f"mount -t tmpfs none /mnt && mkdir /mnt/work && mount --bind {work} /mnt/work"
     for i in range(count):
         code = remote(f"node{i}", f"printf %s {shlex.quote(hosts)} >> /etc/hosts && {volume}")
         assert (
@@ -229,7 +254,7 @@ def kubectl(arguments: list[str]) -> int:
     line = f"cd /mnt/work && exec {shlex.join(container['command'] + container['args'])}"
 
     def index(i: int) -> bool:
-        """One pod after another, until one succeeds; whether one did."""
+        """Run one pod after another until one succeeds; return whether one did."""
         for attempt in range(min(STARTS, job["backoffLimit"])):
             code = remote(
                 f"node{i}",
@@ -253,7 +278,7 @@ def _secret(name: str, key: str) -> str:
 
 
 def _pod_failure(policy: dict[str, Any], code: int) -> str:
-    """What the first rule that matches an exit code says."""
+    """Return the action of the first rule that matches an exit code."""
     for rule in policy["rules"]:
         wanted = rule.get("onExitCodes")
         if wanted and (code in wanted["values"]) == (wanted["operator"] == "In"):

@@ -1,4 +1,7 @@
-"""Every kernel at its production configurations, compiled for four generations of GPUs without any: what fits, what spills, how wide loads are."""
+"""Compile every kernel at its production configurations for four generations of GPUs.
+
+No GPU is needed. The tests check what fits, what spills, and how wide loads are.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from tests.uninterpreted import run_module
 
 ROOT = Path(__file__).parents[1]
 
-SOUND = Figures(
+GOOD = Figures(
     name="norm._forward bf16 768",
     architecture="sm_90",
     kernel="_forward",
@@ -34,11 +37,11 @@ SOUND = Figures(
     programs=8,
     widths={"x_ptr": 128, "ids_ptr": 64},
 )
-RECORD = {"triton": "3.7.1", "sm_90": {SOUND.name: SOUND.recorded}}
+RECORD = {"triton": "3.7.1", "sm_90": {GOOD.name: GOOD.recorded}}
 
 
 def with_figures(**figures) -> list[Figures]:
-    return [dataclasses.replace(SOUND, **figures)]
+    return [dataclasses.replace(GOOD, **figures)]
 
 
 def test_every_kernel_fits_its_devices_and_is_no_worse_than_on_record():
@@ -65,38 +68,37 @@ def test_planted_faults_are_found():
     assert spilling.startswith("sm_90 spilling: ") and spilling.endswith(
         " bytes of spilled registers a thread; must be 0"
     )
-    assert (
-        rest
-        == [
-            "sm_90 narrow: a load through x_ptr is 16 bits wide; must be 128",  # and nothing on the table, nor on the indices
-            "sm_90 unread: no load through y_ptr found, which production() calls wide",
-            "sm_90 misnamed: does not compile: ValueError: the kernel has no argument stride",
-        ]
-    )
+    assert rest == [
+        # There is no fault for the table, nor for the indices.
+        "sm_90 narrow: a load through x_ptr is 16 bits wide; must be 128",
+        "sm_90 unread: no load through y_ptr found, which production() calls wide",
+        "sm_90 misnamed: does not compile: ValueError: the kernel has no argument stride",
+    ]
 
 
 def test_hard_rules():
-    assert faults([SOUND]) == []
+    assert faults([GOOD]) == []
     assert faults(with_figures(shared=233_000)) == [
-        f"sm_90 {SOUND.name}: 233000 bytes of shared memory; a program may have 232448"
+        f"sm_90 {GOOD.name}: 233000 bytes of shared memory; a program may have 232448"
     ]
     assert faults(with_figures(programs=0)) == [
-        f"sm_90 {SOUND.name}: not one program fits: 64 registers a thread"
+        f"sm_90 {GOOD.name}: not one program fits: 64 registers a thread"
     ]
     assert faults(with_figures(widths={"x_ptr": 128, UNTRACED: 32})) == [
-        f"sm_90 {SOUND.name}: a load of 32 bits cannot be traced to its argument, which may be a wide one"
+        f"sm_90 {GOOD.name}: a load of 32 bits cannot be traced to its argument, "
+        "which may be a wide one"
     ]
-    # Elsewhere spills and narrow loads are on record, but no fault.
+    # On other devices spills and narrow loads are recorded, but are no fault.
     assert faults(with_figures(architecture="sm_80", spilled=16, widths={})) == []
 
 
 def test_changes_against_the_record():
-    assert changes([SOUND], RECORD) == ([], [])
+    assert changes([GOOD], RECORD) == ([], [])
     assert changes(with_figures(registers=96, spilled=64, shared=5120, programs=7), RECORD) == (
         [],
         [],
     )  # within the margin
-    where = f"sm_90 {SOUND.name}"
+    where = f"sm_90 {GOOD.name}"
     assert changes(with_figures(registers=100, spilled=72, shared=9000, programs=5), RECORD) == (
         [
             f"{where}: registers 64 on record, now 100 (+36)",
@@ -120,7 +122,10 @@ def test_changes_against_the_record():
 
 
 def test_programs_side_by_side():
-    """NVIDIA's occupancy calculator, and the occupancy in waves a SIMD that AMD's compiler writes (92 registers: 5)."""
+    """Compare with NVIDIA's occupancy calculator and the occupancy in the output of AMD's compiler.
+
+    AMD's figure is in waves per SIMD (5 with 92 registers).
+    """
     h100, mi300 = DEVICES["sm_90"], DEVICES["gfx942"]
     assert programs(h100, registers=32, shared=0, warps=4, tensor_columns=0) == 16  # of 64 warps
     assert (

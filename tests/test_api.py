@@ -1,4 +1,4 @@
-"""The Python interface: from a text to a filled mask, and what it does where the command exits."""
+"""The Python interface, from a text to a filled mask; it raises where the command exits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastbert.config import load_config
 from fastbert.training.metrics import read_metrics
 from tests.ranks import environment
 
-# A script as a beginner writes it: no `if __name__ == "__main__":`, and two worker processes.
+# A script of a beginner: no `if __name__ == "__main__":`, and two worker processes.
 SCRIPT = """
 import fastbert, json
 fastbert.prepare("english.jsonl", "data", vocab_size=500, workers=2)
@@ -36,7 +36,7 @@ print(json.dumps([result.exit_code, result.reason, [len(best) for best in masks]
 
 @pytest.fixture
 def recipe(tmp_path, small_dataset) -> dict:
-    """The tables of a recipe for a model that trains in a second."""
+    """Return the tables of a recipe for a model that trains in a second."""
     return {
         "data": small_dataset.path,  # a Path
         "run": str(tmp_path / "run"),
@@ -182,7 +182,10 @@ def test_the_names_are_listed_and_nothing_heavy_is_imported():
 
 
 def test_none_gives_a_key_its_default(recipe):
-    """That of the preset, where there is one; a key without a default is then missing."""
+    """None restores the preset's default.
+
+    Without a default in the preset, the key is missing.
+    """
     recipe["model"] = {"preset": "small", "hidden_size": 256}
     config = load_config(recipe, {"model": {"hidden_size": None}, "stop.steps": None})
     assert (config.model.hidden_size, config.stop.steps) == (512, None)
@@ -223,7 +226,7 @@ def test_a_run_leaves_the_process_as_it_was(recipe, tmp_path, monkeypatch):
 
 
 def test_one_run_at_a_time(recipe):
-    """Two would share torch's random numbers, its process group and the log."""
+    """Two runs would share torch's random numbers, its process group and the log."""
     second = []
 
     def another() -> None:

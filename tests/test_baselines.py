@@ -1,4 +1,4 @@
-"""Baselines are what they claim to be: proper distributions, close to the entropy where it is known, and in order."""
+"""Baselines are proper distributions, are close to a known entropy, and have the right order."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def test_real_text(small_dataset: TokenDataset) -> None:
 
 
 def test_independent_tokens(tmp_path: Path) -> None:
-    """Neighbours say nothing: every model ends near the entropy, none below it by more than chance allows."""
+    """Where neighbours carry no information, every model ends near the entropy.
+
+    None is below it by more than chance allows.
+    """
     p = np.arange(1, 21) / np.arange(1, 21).sum()
     entropy = -(p * np.log(p)).sum()
     draw = np.random.default_rng(1)
@@ -56,7 +59,10 @@ def test_independent_tokens(tmp_path: Path) -> None:
 
 
 def test_a_known_process(tmp_path: Path) -> None:
-    """Each token follows the one before with probability 0.8, otherwise it is any: the exact losses are known."""
+    """Each token follows the previous one with probability 0.8, and otherwise it is any token.
+
+    So the exact losses are known.
+    """
     size, count = 50, 3000
     draw = np.random.default_rng(2)
     documents = draw.integers(0, size, (count, 60))
@@ -92,7 +98,10 @@ def test_a_known_process(tmp_path: Path) -> None:
 
 
 def test_distributions_sum_to_one(small_dataset: TokenDataset) -> None:
-    """For some pairs of neighbours, seen and unseen: over the whole vocabulary each model has the mass 1."""
+    """Each model's probabilities over the whole vocabulary sum to 1.
+
+    This is checked for some pairs of neighbours that occur in the data and some that do not.
+    """
     size = small_dataset.vocab_size
     tokens = baselines._sample(small_dataset.split("train"), 20_000, size)
     models = baselines._Models(tokens, size)

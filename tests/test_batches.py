@@ -1,4 +1,7 @@
-"""Batches: the same examples at any number of ranks, packs that fit, the layout, held-out batches, the thread that prepares them."""
+"""Batches contain the same examples at any number of ranks, fit their packs, and are prefetched.
+
+The tests also cover the layout and the held-out batches.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ def recipe(
 
 
 def contents(packs: list[PackedBatch]) -> dict[int, tuple]:
-    """By an example's own seed, all that the packs say of it."""
+    """Map each example's seed to all its values in the packs."""
     found = {}
     for pack in packs:
         for i, (begin, end) in enumerate(
@@ -75,7 +78,7 @@ def contents(packs: list[PackedBatch]) -> dict[int, tuple]:
     return found
 
 
-# The step is the same however it is shared out
+# The step does not depend on how it is shared
 
 
 @pytest.mark.parametrize(
@@ -187,7 +190,7 @@ def test_packs_fit_and_are_balanced(dataset, world):
 
 
 def test_layout(dataset):
-    """Token ids are positions in the split here, so that each sequence can be read back."""
+    """Token ids are positions in the split here, so that each sequence can be reconstructed."""
     config = recipe(sequences=40, micro_batch_tokens=512)
     special = dataset.special
     examples = Examples(dataset.split("train"), config.objective, 32, config.seed, "")
@@ -254,7 +257,7 @@ def test_moves_to_another_device(dataset):
 
 
 class Copies(TorchDispatchMode):
-    """Counts copies to another device."""
+    """Count copies to another device."""
 
     def __init__(self):
         super().__init__()
@@ -281,7 +284,7 @@ def copies(pack: PackedBatch) -> int:
 
 @pytest.mark.parametrize("sequences", [12, 13])  # an odd and an even number of 32-bit bounds
 def test_a_batch_in_one_piece_is_the_same_and_moves_at_once(dataset, sequences):
-    """Without a GPU there is no page-locked memory; the layout is the same."""
+    """The layout is also tested without a GPU, where no memory is page-locked."""
     for pack in (
         *Batches(dataset, recipe(sequences=sequences)).step(0),
         pack_texts([[1], [2, 3]], None, dataset.special),
@@ -389,11 +392,12 @@ def test_too_few_sequences_for_the_ranks(dataset):
     )
 
 
-def test_a_store_without_an_example(tmp_path: Path):
+def test_a_dataset_without_an_example(tmp_path: Path):
     lonely = tiny_dataset(tmp_path / "lonely", [[5], [6]], [[7, 7], [8]])
     with pytest.raises(
         InputError,
-        match=r"lonely: split train: none of its 2 documents has two sentences, and objective.kind = \"mlm\+nsp\"",
+        match=r"lonely: split train: none of its 2 documents has two sentences, "
+        r"and objective.kind = \"mlm\+nsp\"",
     ):
         Batches(lonely, recipe())
     with pytest.raises(
@@ -420,7 +424,7 @@ def test_prefetch_gives_the_steps_in_order_from_any_one(dataset):
 
 
 class Slow(Batches):
-    """Counts what was asked of it, takes its time, and fails at step 2 if it is to."""
+    """A slow source that counts requests, and optionally fails at step 2."""
 
     def __init__(self, dataset: TokenDataset, seconds: float = 0.0, fails: bool = False):
         super().__init__(dataset, recipe())
@@ -441,10 +445,10 @@ def test_prefetch_runs_no_further_ahead_than_it_should_and_ends(dataset):
     deadline = time.monotonic() + 30
     while len(batches.asked) < STEPS_AHEAD + 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.2)  # in which a thread that knows no bound would go on
+    time.sleep(0.2)  # enough time for a thread without a bound to run ahead
     assert batches.asked == [
         (step, 1, 2) for step in range(1 + STEPS_AHEAD + 1)
-    ]  # taken, in the queue, in the thread's hand
+    ]  # taken, in the queue, and held by the thread
     ahead.close()
     ahead.close()
     assert not threads()

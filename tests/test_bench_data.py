@@ -1,4 +1,7 @@
-"""The data benchmark, in its short form on real text: both sides agree, disagreement is noticed, and what it writes can be read."""
+"""The short form of the data benchmark on real text.
+
+Both sides agree, a disagreement is noticed, and what the benchmark writes can be read.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 def both(
     english_jsonl: Path, small_dataset: TokenDataset, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TokenDataset, Path]:
-    """A dataset, and what the rival makes of the same 40 documents."""
+    """A dataset, and the rival's result for the same 40 documents."""
     folder = tmp_path_factory.mktemp("both")
     text = repeat(english_jsonl, folder / "text.jsonl", 1, 40)
     for side in ("fastbert", "datasets"):

@@ -1,4 +1,7 @@
-"""The benchmark of fine-tuning runs to its end on small files, chooses by the held-out part, and splits its texts by title."""
+"""The fine-tuning benchmark runs to its end on small files.
+
+It selects by the held-out part, and splits its texts by title.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ RECORDED = "benchmarks/results/amd-epyc-2-cores/downstream.json"
 
 @pytest.fixture(scope="module")
 def texts(english_documents, tmp_path_factory) -> Path:
-    """Two tasks out of the Python language reference: does a text speak of strings, of classes."""
+    """Two tasks on the Python language reference: whether a text is about strings or classes."""
     folder = tmp_path_factory.mktemp("labelled")
     for task, word in (("topics", "string"), ("films", "class")):
         rows = [

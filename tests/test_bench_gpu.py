@@ -1,4 +1,7 @@
-"""What `make gpu` does, as far as a machine without a GPU can show it: its whole flow dry, kills, crashes and hangs, and what becomes of results."""
+"""`make gpu` as far as a machine without a GPU can show it.
+
+The tests cover a dry run of the whole flow, kills, crashes and hangs, and the handling of results.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from fastbert_kernels._tiles import TABLE
 from tests.sanitizer import sanitize
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 300  # for what a busy machine does late
+PATIENCE_S = 300  # for delays on a busy machine
 
 # An image with torch, Triton, numpy, pytest and pytest-benchmark has none of these.
 ABSENT = (
@@ -67,7 +70,9 @@ class Without:
         self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in {ABSENT!r} else self.finder.find_spec(name, path, target)
+        if name.partition(".")[0] in {ABSENT!r}:
+            return None
+        return self.finder.find_spec(name, path, target)
 
     def __getattr__(self, name):
         return getattr(self.finder, name)
@@ -78,7 +83,7 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory) -> dict[str, str]:
-    """The environment of a process, and of all that it starts, in which only what the image has can be imported."""
+    """The environment of a process, and of its children, with the imports of the image."""
     folder = tmp_path_factory.mktemp("image")
     (folder / "sitecustomize.py").write_text(BLOCKER, encoding="utf-8")
     kept = {
@@ -110,7 +115,7 @@ def until(true, what: str) -> None:
         time.sleep(0.05)
 
 
-# ------------------------------------------------------------------------------------------------------------- the whole
+# ------------------------------------------------------------------------------ the whole flow
 
 
 def test_every_part_can_be_loaded_in_the_image(image):
@@ -137,7 +142,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def ended(pid: int) -> bool:
-    """Gone, or a zombie that nobody has asked for."""
+    """Return whether the process is gone, or a zombie that has not been reaped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -146,7 +151,7 @@ def ended(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_a_dry_run_keeps_what_it_has_when_it_is_killed(image, tmp_path):
-    """First one process of a part is killed, and the next item runs; then the whole run is."""
+    """A process of a part is killed, and the next item runs; then the whole run is killed."""
     out = tmp_path / "out"
     arguments = [
         "-m",
@@ -198,7 +203,7 @@ def test_a_dry_run_keeps_what_it_has_when_it_is_killed(image, tmp_path):
     assert "DRY" in page and "| curves | **not finished** | - |" in page and crash["why"] in page
 
 
-# ------------------------------------------------------------------------------------------------------------- crashes, hangs, the gate
+# ------------------------------------------------------------------- crashes, hangs, the gate
 
 
 class Scripted(Session):
@@ -243,7 +248,8 @@ def test_all_is_well(tmp_path):
     "script",
     [
         "add('check', case='norm', shape={}, verdict='wrong', error_over_allowed=1.5); sys.exit(3)",
-        "add('begin', item='norm'); add('failed', item='norm', why='does not compile'); add('end', item='norm'); sys.exit(3)",
+        "add('begin', item='norm'); add('failed', item='norm', why='does not compile'); "
+        "add('end', item='norm'); sys.exit(3)",
         "add('begin', item='norm'); os.kill(os.getpid(), 11)",
         "import nothing_of_this_name",
     ],
@@ -263,7 +269,7 @@ def test_nothing_is_measured_where_something_is_wrong(tmp_path, script):
     ) and "**Stopped: smoke found something wrong" in report.page(tmp_path)
 
 
-def test_a_part_goes_on_behind_what_broke_it_and_the_next_part_runs(tmp_path):
+def test_a_part_continues_after_what_broke_it_and_the_next_part_runs(tmp_path):
     items = """
         for item in "abc":
             if not results.has("begin", item=item):
@@ -309,7 +315,11 @@ def test_an_item_that_hangs_ends_its_process_and_one_that_fails_does_not(image, 
     from benchmarks.gpu.items import Item, Part
     from benchmarks.gpu.place import Place
     part = Part("attention", Place(torch.device("cpu"), False, "sm_90"), Path({str(tmp_path)!r}))
-    items = [Item("fails", lambda seconds: 1 / 0), Item("hangs", lambda seconds: time.sleep(1000), patience_s=0.5), Item("fine", lambda seconds: None)]
+    items = [
+        Item("fails", lambda seconds: 1 / 0),
+        Item("hangs", lambda seconds: time.sleep(1000), patience_s=0.5),
+        Item("fine", lambda seconds: None),
+    ]
     sys.exit(part.walk(items, time.time() + 0.5))
     """
     first = python(image, "-c", textwrap.dedent(code))
@@ -322,11 +332,11 @@ def test_an_item_that_hangs_ends_its_process_and_one_that_fails_does_not(image, 
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- right or wrong
+# ------------------------------------------------------------------------------ right or wrong
 
 
 def test_a_wrong_step_of_the_model_is_seen():
-    """As smoke judges it: other dropout masks, another weight, a NaN."""
+    """The smoke check rejects other dropout masks, another weight, and NaN."""
     config = ModelConfig(
         hidden_size=32,
         num_hidden_layers=2,
@@ -410,7 +420,7 @@ def test_smoke_has_every_kernel_and_every_way_to_call_it():
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------- results
 
 
 def test_a_piece_of_a_line_costs_that_line_alone(tmp_path):
@@ -428,7 +438,8 @@ def test_many_processes_write_whole_lines(tmp_path):
     code = f"""
     from pathlib import Path
     from benchmarks.gpu.results import Results
-    for number in range(100): Results(Path({str(tmp_path)!r}), "tests", False).add("time", number=number, text="x" * 6000)
+    results = Results(Path({str(tmp_path)!r}), "tests", False)
+    for number in range(100): results.add("time", number=number, text="x" * 6000)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     for process in [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]:
@@ -438,7 +449,7 @@ def test_many_processes_write_whole_lines(tmp_path):
 
 
 def test_the_report_has_every_section_and_goes_on_record(tmp_path, monkeypatch):
-    """Of lines as the parts write them."""
+    """The report is made from lines as the parts write them."""
     add = Results(tmp_path, "attention", dry=False).add
     add(
         "machine",
@@ -541,7 +552,8 @@ def test_the_report_has_every_section_and_goes_on_record(tmp_path, monkeypatch):
     page = report.page(tmp_path)
     for words in (
         "**1 results are wrong or failed**",
-        "| attention n=512 p=0 | forward | present tiles | 1.000 (0.900 to 1.100) | 300.0 TFLOP/s | 30 % | 2.000 (0.50x) "
+        "| attention n=512 p=0 | forward | present tiles | 1.000 (0.900 to 1.100) "
+        "| 300.0 TFLOP/s | 30 % | 2.000 (0.50x) "
         "| SDPA flash 1.500 | 1.50 | 0 | right |",
         "- attention: SDPA cuDNN: failed: no kernel",
         f"For tiles.json: `{json.dumps(row)}`",
@@ -551,7 +563,8 @@ def test_the_report_has_every_section_and_goes_on_record(tmp_path, monkeypatch):
         "1 samples while the GPU worked: 1980 to 1980 MHz",
         "- attention: dropout 0.1: the curves do not agree",
         "- device: NVIDIA H100 80GB HBM3",
-        "| attention n=512 forward, over FlashAttention-2's 282 TFLOP/s | >= 1.15 | 1.06 | **not reached** |",
+        "| attention n=512 forward, over FlashAttention-2's 282 TFLOP/s "
+        "| >= 1.15 | 1.06 | **not reached** |",
     ):
         assert words in page, words
 
@@ -588,7 +601,7 @@ def test_commands_that_cannot_run_say_so_in_one_line(image, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- tiles, predictions, counters
+# --------------------------------------------------------------- tiles, predictions, counters
 
 
 def test_proposed_tiles_are_read(tmp_path):

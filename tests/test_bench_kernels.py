@@ -1,4 +1,7 @@
-"""The benchmarks of kernels, as far as a CPU can show them: the run of all that needs no GPU in its dry run, the tuner on the interpreter."""
+"""The kernel benchmarks as far as a CPU can show them.
+
+The dry run does everything that needs no GPU, and the tuner runs on the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -72,9 +75,10 @@ def test_without_a_gpu_one_line_says_so():
     assert result.returncode == 2 and not result.stderr
 
 
-def test_tests_go_on_behind_one_that_ends_the_process(tmp_path):
+def test_tests_continue_after_one_that_ends_the_process(tmp_path):
     (tmp_path / "test_it.py").write_text(
-        "import os\ndef test_a(): pass\ndef test_b(): os._exit(3)\ndef test_c(): assert 0\ndef test_d(): pass\n"
+        "import os\ndef test_a(): pass\ndef test_b(): os._exit(3)\ndef test_c(): assert 0\ndef "
+        "test_d(): pass\n"
     )
     results = tmp_path / "results.jsonl"
     options = (

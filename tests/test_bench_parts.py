@@ -1,4 +1,4 @@
-"""The split of a training step: every moment counted once, and in the part it belongs to, in both directions."""
+"""The split of a training step counts every moment once, in the right part, in both directions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PAUSE = 0.5  # seconds: far more than a step of so small a model takes
 
 
 def profiled(model: BertForPreTraining) -> tuple[dict[str, float], float]:
-    """Milliseconds by part of one step, and of the whole."""
+    """Return milliseconds by part of one step, and of the whole step."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batch = make_batch([20, 13, 9])
     with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function(STEP):

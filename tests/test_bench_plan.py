@@ -1,4 +1,4 @@
-"""The plan against counted tensors, bytes that were sent, and runs that others published: what docs/plan.md promises."""
+"""The plan agrees with counted tensors, with bytes sent and with published runs (docs/plan.md)."""
 
 from __future__ import annotations
 

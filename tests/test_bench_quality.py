@@ -1,4 +1,8 @@
-"""The comparison with transformers' Trainer: the same measure on both sides, the pairs it learns from, and the figures."""
+"""The comparison with transformers' Trainer.
+
+Both sides are measured in the same way. The tests also cover the pairs that it learns from, and the
+figures.
+"""
 
 from __future__ import annotations
 

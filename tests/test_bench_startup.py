@@ -1,4 +1,7 @@
-"""The start-up benchmark on real processes: phases come in their order, a run that fails is no figure, and the report names every row."""
+"""The start-up benchmark on real processes.
+
+Phases appear in order, a failed run gives no figure, and the report names every row.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there; a damaged one is noticed."""
+"""A checkpoint is complete or absent, and damage is detected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastbert.checkpoints import checkpoint
 from fastbert.checkpoints.checkpoint import (
     MANIFEST,
     exists,
-    newest_sound,
+    newest_valid,
     open_checkpoint,
     publish,
     read_all,
@@ -65,7 +65,7 @@ def names(run: Path) -> list[str]:
 def test_what_is_saved_is_read(tmp_path):
     (path,) = save_at(tmp_path, 200)
     assert path == tmp_path / "checkpoints/step-00000200"
-    found, complaints = newest_sound(tmp_path)
+    found, complaints = newest_valid(tmp_path)
     assert complaints == [] and found is not None
     assert (found.path, found.step, found.metadata) == (path, 200, {**METADATA, "step": 200})
     state = read_all(path)
@@ -80,7 +80,7 @@ def test_what_is_saved_is_read(tmp_path):
 
 
 def test_the_files_are_those_of_safetensors(tmp_path):
-    """Also where a tensor has no number, one number, or more than are written at a time; and other programs find them aligned."""
+    """They are valid for tensors of no, one or very many numbers, and aligned for other readers."""
     state = {
         "weight/a": torch.zeros(0, 4),
         "weight/b": torch.tensor(3.5),
@@ -95,7 +95,7 @@ def test_the_files_are_those_of_safetensors(tmp_path):
 
 
 def test_only_fp32_is_written_and_from_a_copy(tmp_path):
-    """Views, transposed and other types included, that training changes meanwhile."""
+    """That includes views, transposed tensors and other types, which training changes meanwhile."""
     whole = torch.arange(12.0).reshape(3, 4)
     share = share_of(
         0,
@@ -133,7 +133,7 @@ def test_every_tensor_is_in_one_share_and_shares_are_even():
 
 
 def test_a_rank_takes_every_tensor_but_holds_its_share_alone():
-    """Taking one is something that all ranks do together."""
+    """Gathering a tensor is a collective operation of all ranks."""
     taken = []
 
     def one_by_one():
@@ -145,7 +145,7 @@ def test_a_rank_takes_every_tensor_but_holds_its_share_alone():
 
 
 def test_shares_of_several_ranks_are_one_checkpoint(tmp_path):
-    """Whatever wrote it, the tensors are the same; and files that the manifest does not name are not read."""
+    """The tensors do not depend on who wrote them, and files outside the manifest are not read."""
     (alone,) = save_at(tmp_path / "alone", 4)
     staging = staging_of(tmp_path / "shared/checkpoints", 4, "x")
     files = {}
@@ -165,7 +165,7 @@ def test_shares_of_several_ranks_are_one_checkpoint(tmp_path):
 
 
 def test_a_share_that_is_not_to_be_seen_is_missed(tmp_path):
-    """As where a rank writes to a disk of its own machine under the same name."""
+    """This happens where a rank writes to a disk of its own machine under the same name."""
     staging = staging_of(tmp_path, 4, "x")
     files = write_share(staging, 0, share_of(0, 2, tensors())) | write_share(
         tmp_path / "elsewhere", 1, share_of(1, 2, tensors())
@@ -182,7 +182,7 @@ def test_a_share_that_is_not_to_be_seen_is_missed(tmp_path):
 
 
 def test_reading_needs_no_memory_for_what_is_not_looked_at(tmp_path):
-    """64 MB of numbers: a tensor comes from the disk when it is touched."""
+    """There are 64 MB of numbers, and a tensor is read from disk when it is used."""
     big = torch.zeros(1 << 22)
     save(
         tmp_path,
@@ -204,7 +204,9 @@ SMALL_MEMORY = """
 import sys
 from pathlib import Path
 from fastbert.checkpoints.checkpoint import read_all
-anonymous = lambda: next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
 before = anonymous()
 state = read_all(Path(sys.argv[1]))
 assert all(float(tensor.sum()) == 0 for slot in state.values() for tensor in slot.values())
@@ -219,7 +221,7 @@ def test_large_states_are_split_into_shards(tmp_path, monkeypatch):
     assert len(shards) > 3 and shards[0].name == "tensors-00000-00000.safetensors"
     assert sum(len(slot) for slot in read_all(path).values()) == len(tensors())
     shards[1].unlink()
-    assert newest_sound(tmp_path) == (
+    assert newest_valid(tmp_path) == (
         None,
         [f"{path}: damaged: {shards[1].name} cannot be read: No such file or directory"],
     )
@@ -255,18 +257,21 @@ def test_nothing_is_deleted_where_the_disk_gives_back_something_else(tmp_path, m
 
 
 def test_retention_does_not_count_damaged_ones_of_later_steps(tmp_path):
-    """After a fallback from a damaged step 30 to 10, a save at 20 must not delete the only sound ones."""
+    """After a fallback from a damaged step 30 to 10, a save at 20 must keep the valid ones."""
     save_at(tmp_path, 10, 30)
     (tmp_path / "checkpoints/step-00000030" / MANIFEST).write_text("{")
     save_at(tmp_path, 20, keep=1)
-    found, _ = newest_sound(tmp_path)
+    found, _ = newest_valid(tmp_path)
     assert found is not None and found.step == 20
     save_at(tmp_path, 30, keep=1)
-    assert newest_sound(tmp_path)[1] == [] and names(tmp_path) == ["step-00000030"]
+    assert newest_valid(tmp_path)[1] == [] and names(tmp_path) == ["step-00000030"]
 
 
-def test_a_sound_checkpoint_is_never_replaced(tmp_path):
-    """Saving the same state again is no error; another state of the same step is one, and a damaged one makes room for it."""
+def test_a_valid_checkpoint_is_never_replaced(tmp_path):
+    """Saving the same state again succeeds, and saving another state of the same step is an error.
+
+    A damaged checkpoint is replaced.
+    """
     save_at(tmp_path, 5)
     save(tmp_path / "checkpoints", 5, tensors(5), METADATA, 3)
     with pytest.raises(FileExistsError, match="another valid checkpoint of that step is there"):
@@ -316,7 +321,7 @@ def test_a_failing_disk_leaves_nothing_half_written(tmp_path, monkeypatch, at):
             1,
         )
     assert names(tmp_path) == ["step-00000001"]
-    assert newest_sound(tmp_path)[0].step == 1
+    assert newest_valid(tmp_path)[0].step == 1
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
@@ -335,7 +340,7 @@ except OSError as error:
 
 
 def test_a_share_that_fails_makes_room_at_once(tmp_path, monkeypatch):
-    """Long before the other ranks know of it: on a full disk there is more that wants to be written."""
+    """It frees the space long before the other ranks hear of it, since a full disk may need it."""
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 70)
     state = dict(tensors())
     list(state.values())[-1].fill_(float("nan"))
@@ -345,7 +350,7 @@ def test_a_share_that_fails_makes_room_at_once(tmp_path, monkeypatch):
 
 
 def test_a_real_refusal_names_its_file(tmp_path):
-    """Which the system's error does not say. No file may grow beyond 5,000 bytes here."""
+    """The system's error does not name it. No file may grow beyond 5,000 bytes here."""
     command = [sys.executable, "-c", SMALL_DISK, str(tmp_path / "checkpoints")]
     child = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert (
@@ -361,7 +366,7 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_is_swept_away(tmp_path)
         shutil.copytree(whole, tmp_path / "checkpoints" / leftover)
         (tmp_path / "checkpoints" / leftover / MANIFEST).unlink()
     shutil.copytree(whole, tmp_path / "checkpoints/.writing-step-00000007-1")
-    assert not exists(tmp_path) and newest_sound(tmp_path) == (None, [])
+    assert not exists(tmp_path) and newest_valid(tmp_path) == (None, [])
     save_at(tmp_path, 6)
     sweep(tmp_path / "checkpoints")
     assert names(tmp_path) == ["step-00000006"]
@@ -369,7 +374,7 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_is_swept_away(tmp_path)
 
 
 def test_an_earlier_start_that_is_still_alive_cannot_spoil_what_is_saved(tmp_path):
-    """A new start has swept away what it was writing, and saves the same step."""
+    """A new start has removed the earlier one's unfinished files, and saves the same step."""
     folder = tmp_path / "checkpoints"
     stale = staging_of(folder, 3, "stale")
     files = write_share(stale, 0, share_of(0, 1, tensors(1)))
@@ -387,7 +392,7 @@ def test_an_earlier_start_that_is_still_alive_cannot_spoil_what_is_saved(tmp_pat
 
 
 def filled(folder: Path) -> Path:
-    """A folder of somebody else's."""
+    """Make a folder that does not belong to fastbert."""
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("theirs")
     (folder / "thesis.txt").write_text("theirs")
@@ -417,7 +422,7 @@ def test_of_a_link_only_the_link_is_deleted(tmp_path, name, what):
 
 
 def test_a_checkpoint_that_was_moved_and_linked_is_not_deleted_where_it_lies(tmp_path):
-    """As where a disk was full: `mv step-00000001 /archive; ln -s /archive/step-00000001`."""
+    """Users do this on a full disk: `mv step-00000001 /archive; ln -s /archive/step-00000001`."""
     (first,) = save_at(tmp_path, 1)
     archive = tmp_path / "archive"
     first.rename(archive)
@@ -470,12 +475,12 @@ def moved(path: Path) -> Path:
 
 @pytest.mark.parametrize("how", UNREADABLE)
 def test_what_cannot_be_read_is_neither_missing_nor_damaged(tmp_path, how):
-    """An older one would be taken, and what was there would make room for it."""
+    """Otherwise an older checkpoint would be used, and this one would be deleted."""
     run = tmp_path / "run"
     save_at(run, 1, 2)
     UNREADABLE[how](run)
     with pytest.raises(InputError) as error:
-        newest_sound(run)
+        newest_valid(run)
     assert "\n" not in str(error.value) and str(run) in str(error.value)
     if "newest" not in how and "its" not in how:
         with pytest.raises(InputError):
@@ -509,11 +514,11 @@ def test_something_else_with_the_name_of_a_checkpoint_is_damaged(tmp_path, make,
     (good,) = save_at(tmp_path, 1)
     bad = tmp_path / "checkpoints/step-00000002"
     make(bad)
-    assert newest_sound(tmp_path)[0].path == good and newest_sound(tmp_path)[1] == [
+    assert newest_valid(tmp_path)[0].path == good and newest_valid(tmp_path)[1] == [
         f"{bad}: damaged: {message}"
     ]
     save_at(tmp_path, 2)
-    assert newest_sound(tmp_path)[0].path == bad and newest_sound(tmp_path)[1] == []
+    assert newest_valid(tmp_path)[0].path == bad and newest_valid(tmp_path)[1] == []
     sweep(tmp_path / "checkpoints")
     assert names(tmp_path) == [good.name, bad.name]
 
@@ -569,7 +574,7 @@ def edit(path: Path, change, sign: bool = False) -> None:
 
 
 def test_a_checkpoint_whose_files_have_other_names_is_read(tmp_path):
-    """As all had before there were ranks."""
+    """Checkpoints had these names before there were several ranks."""
     (path,) = save_at(tmp_path, 1)
     edit(
         path,
@@ -585,11 +590,11 @@ def test_a_checkpoint_whose_files_have_other_names_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_next_sound_one_is_taken(tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_and_the_next_valid_one_is_taken(tmp_path, damage):
     change, message = DAMAGE[damage]
     good, bad = save_at(tmp_path, 1, 2)
     change(bad)
-    found, complaints = newest_sound(tmp_path)
+    found, complaints = newest_valid(tmp_path)
     assert found is not None and found.path == good
     assert (
         len(complaints) == 1
@@ -605,13 +610,14 @@ def test_a_damaged_checkpoint_is_named_and_the_next_sound_one_is_taken(tmp_path,
 @settings(max_examples=60, deadline=None)
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=60).map(str.encode), st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["format", "files", "metadata", "step", "sha256"]), inner),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["format", "files", "metadata", "step", "sha256"]), inner),
 ).map(lambda value: json.dumps(value).encode())))  # fmt: skip
 def test_rubbish_in_place_of_a_manifest_is_one_complaint(tmp_path_factory, rubbish):
     run = tmp_path_factory.mktemp("rubbish")
     (path,) = save_at(run, 1)
     (path / MANIFEST).write_bytes(rubbish)
-    found, complaints = newest_sound(run)
+    found, complaints = newest_valid(run)
     assert found is None and len(complaints) == 1
 
 

@@ -1,4 +1,4 @@
-"""A folder that holds a `random.py`, a `json.py`, a `numpy.py`: none of them is run, whatever fastbert starts in that folder."""
+"""fastbert never imports a `random.py`, `json.py` or `numpy.py` of the folder it is started in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ OTHERS = (
     "fastbert",
     "kernels",
 )
-# What Python itself imports for -m, before it comes to fastbert, depends on its version; these are never among it.
+# What Python itself imports for -m before fastbert depends on its version, but never includes these
+# modules.
 LATER = (
     "random",
     "json",
@@ -45,7 +46,10 @@ LATER = (
 
 @pytest.fixture
 def hostile(tmp_path) -> Path:
-    """A folder with a module for every name that a program may import; each leaves its name in the file `ran` beside it."""
+    """A folder with a module for every name that a program may import.
+
+    Each module writes its name to the file `ran` beside the folder.
+    """
     folder = tmp_path / "hostile"
     folder.mkdir()
     for name in {*sys.stdlib_module_names, *OTHERS}:
@@ -57,11 +61,12 @@ def hostile(tmp_path) -> Path:
 
 @pytest.fixture
 def script(tmp_path) -> Path:
-    """What pip installs as `fastbert`."""
+    """The script that pip installs as `fastbert`."""
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin/fastbert"
     script.write_text(
-        "import sys\nfrom fastbert.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+        "import sys\nfrom fastbert.cli import main\n"
+        "if __name__ == '__main__':\n    sys.exit(main())\n"
     )
     return script
 
@@ -84,7 +89,7 @@ def check(done: subprocess.CompletedProcess[str], hostile: Path) -> None:
 
 
 def test_the_folder_is_hostile(hostile):
-    """Or the tests below show nothing."""
+    """Otherwise the tests below would show nothing."""
     assert run(hostile, "-c", "import random, json, numpy").returncode == 0
     assert {"random", "json", "numpy"} <= set((hostile.parent / "ran").read_text().split())
 
@@ -128,7 +133,10 @@ def test_pretrain_in_bf16(hostile, script, small_dataset):
 
 
 def test_as_a_module(tmp_path, english_jsonl):
-    """`python -m fastbert`, as torchrun and deepspeed start it: Python puts the current folder first, and fastbert takes it off again."""
+    """`python -m fastbert`, as torchrun and deepspeed start it.
+
+    Python puts the current folder first on the search path, and fastbert removes it.
+    """
     for name in LATER:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the current folder')\n")
     done = run(
@@ -148,12 +156,18 @@ def test_as_a_module(tmp_path, english_jsonl):
 
 
 def test_a_child_imports_what_this_process_imports(hostile, monkeypatch):
-    """Also where an empty entry of the search path means the current folder, as in a notebook or behind a stray colon in PYTHONPATH."""
+    """This also holds where an empty entry of the search path means the current folder.
+
+    Notebooks and a stray colon in PYTHONPATH add such an entry.
+    """
     extra = hostile.parent / "extra folder 'quoted'"
     extra.mkdir()
     (extra / "only_here.py").write_text("found = True\n")
     monkeypatch.setattr(sys, "path", ["", *sys.path, str(extra), ""])
-    code = "import json, random, numpy, only_here, fastbert; print(json.dumps([sys.path, sys.argv[1:]]))"
+    code = (
+        "import json, random, numpy, only_here, fastbert; "
+        "print(json.dumps([sys.path, sys.argv[1:]]))"
+    )
     done = subprocess.run(
         child.command(code, "a", "b c"), cwd=hostile, capture_output=True, text=True
     )
@@ -163,7 +177,7 @@ def test_a_child_imports_what_this_process_imports(hostile, monkeypatch):
 
 
 def test_a_child_finds_fastbert_where_this_process_found_it(tmp_path, monkeypatch):
-    """Through the empty entry alone, in a clone that is not installed."""
+    """It is found only through the empty entry, in a clone that is not installed."""
     monkeypatch.setattr(
         sys, "path", ["", *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
     )

@@ -1,4 +1,4 @@
-"""The command line in real processes: what it prints where, its exit codes, and one clear line for everything that is wrong."""
+"""The command line in real processes: output, exit codes, and one clear line for every error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fastbert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def place(small_dataset, tmp_path_factory) -> Path:
-    """A folder with everything that the verbs take: hf, run, texts.txt, train.csv, recipe.toml."""
+    """A folder with the input of all verbs: hf, run, texts.txt, train.csv, recipe.toml."""
     folder = tmp_path_factory.mktemp("place")
     hf = make_hugging_face_folder(folder / "hf", small_dataset.tokenizer_dir)
     make_run(folder / "run", hf, str(small_dataset.path))
@@ -89,7 +89,7 @@ def test_version_and_no_arguments(capsys):
 
 @pytest.fixture
 def inside(place, monkeypatch, capsys):
-    """The same in this process, which has loaded everything already: (exit code, stdout, stderr)."""
+    """Run a command in this process, where everything is loaded: (exit code, stdout, stderr)."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -106,7 +106,7 @@ def check_refusal(code: int, out: str, err: str, words: list[str]) -> None:
     assert all(word in err for word in words), err
 
 
-# One for each verb is refused in a real process, the others in this one.
+# One bad command per verb runs in a real process, the others in this process.
 BAD = {
     "recipes": (["recipes", "minni"], ["minni: no such packaged recipe; known: base, demo"]),
     "prepare": (["prepare", "nothing.txt", "--out", "new"], ["nothing.txt"]),
@@ -192,7 +192,10 @@ def test_more_bad_input(place, inside, case):
 
 
 def test_a_path_that_is_not_there_is_refused_before_anything_heavy_loads():
-    code = "import sys; from fastbert.cli import run; print(run(['fill-mask', 'nowhere', '[MASK]']), 'torch' in sys.modules)"
+    code = (
+        "import sys; from fastbert.cli import run; "
+        "print(run(['fill-mask', 'nowhere', '[MASK]']), 'torch' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     assert (
         subprocess.run(
@@ -289,7 +292,8 @@ def test_embed_warns_once_and_keeps_stdout_clean(inside, tmp_path):
     }
     assert (
         err
-        == "fastbert: 1 of 2 texts are longer than the 30 tokens that the model takes; the rest is cut off\n"
+        == "fastbert: 1 of 2 texts are longer than the 30 tokens that the model takes; the rest is "
+        "cut off\n"
     )
     assert np.load(tmp_path / "x.npy").shape == (2, 32)
 
@@ -323,7 +327,7 @@ def test_finetune(inside, tmp_path):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-def test_plan_reads_the_store(inside, small_dataset):
+def test_plan_reads_the_dataset(inside, small_dataset):
     code, out, _ = inside(
         "plan", "recipe.toml", "--gpus", "2", "--gpu", "a100", "--stage", "1", "--json"
     )
@@ -352,7 +356,7 @@ def test_prepare_reports(place, inside, english_jsonl, tmp_path):
 
 
 def test_a_bug_is_no_bad_input(monkeypatch):
-    """An exception that is nobody's input keeps its traceback."""
+    """An exception that no input causes keeps its traceback."""
     monkeypatch.setattr("fastbert.doctor.diagnose", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_inside(["doctor"])

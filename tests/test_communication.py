@@ -1,4 +1,4 @@
-"""The bytes that ranks send: what is least by the formula, and what an interface counts."""
+"""The bytes that ranks send: the minimum by the formula, and the count of an interface."""
 
 from __future__ import annotations
 
@@ -27,16 +27,23 @@ from tests import namespaces
     [(0, 1, 2), (0, 3, 2), (1, 3, 2), (2, 1, 2), (2, 3, 4), (3, 1, 3), (3, 3, 9)],
 )
 def test_the_least_is_what_rings_send(stage, micro_batches, passes):
-    """An all-reduce of the gradients, 2 (N - 1) / N of their bytes; at stage 3 3 (N - 1) / N for each micro-batch."""
+    """An all-reduce sends 2 (N - 1) / N of the gradients' bytes.
+
+    Stage 3 sends 3 (N - 1) / N of them for each micro-batch.
+    """
     for world in (1, 2, 4):
         expected = passes * (world - 1) / world * parameters() * WIDTH
         assert least_bytes(world, stage, micro_batches) == pytest.approx(expected)
 
 
 def test_gloos_reduce_by_hand():
-    """2 ranks and 8 MiB: 8 segments of 1 MiB, 4 to a share. Each rank sends 6 of them; then one sends its 4 to the root: 2 in the mean."""
+    """2 ranks and 8 MiB give 8 segments of 1 MiB, 4 per share.
+
+    Each rank sends 6 of them. Then one rank sends its 4 to the root, which is 2 on average.
+    """
     assert gloo_reduce(8 << 20, 2) == 8 << 20
-    # 4 ranks and few bytes: 8 segments, 2 to a share, 6 of them sent; then three ranks send 2 to the root.
+    # 4 ranks and few bytes: 8 segments, 2 per share, 6 of them sent. Then three ranks send 2 to the
+    # root.
     assert gloo_reduce(800, 4) == 600 + 600 / 4
 
 
@@ -45,7 +52,7 @@ def test_what_is_measured_for_one_rank_is_one_line_a_stage():
     assert Case(1, 2, "owners") in cases([1], 2) and Case(1, 1, "dropped") not in cases([1], 2)
 
 
-def test_what_is_not_explained_is_a_fault():
+def test_unexplained_bytes_are_a_fault():
     row = Measured(2, Case(1, 1), 100.0, {"all-reduce": 100.0}, 100.0, 101.0, [100.0, 102.0])
     assert fault(row) is None
     assert (
@@ -56,7 +63,10 @@ def test_what_is_not_explained_is_a_fault():
 
 
 def test_two_ranks_send_what_they_are_asked_for():
-    """Real processes, each in a network of its own. One reduces to the owners of the gradients, the other drops weights."""
+    """Two real processes, each in a network of its own.
+
+    One case reduces to the owners of the gradients, and the other drops weights.
+    """
     if reason := namespaces.why_not():
         pytest.skip(reason)
     rows = measure(2, [Case(1, 1, "owners"), Case(3, 2, "dropped")])
@@ -72,7 +82,7 @@ def test_two_ranks_send_what_they_are_asked_for():
     for row in rows:
         assert sum(row.asked.values()) == pytest.approx(
             row.least, rel=0.01
-        )  # these two ask for no more than the least
+        )  # these two need no more than the minimum
         assert row.sent > row.least
         assert json.loads(json.dumps(record(row)))["sent"] == row.sent
     line = next(line for line in table(rows).splitlines() if line.startswith("1 owners"))

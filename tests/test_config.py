@@ -1,4 +1,4 @@
-"""Recipes: defaults, overrides, round trip, and one clear line for everything that is wrong."""
+"""Recipes: defaults, overrides, round trip, and one clear line for every error."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ def test_one_line_is_a_recipe():
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "fastbert/recipes").glob("*.toml")), ids=lambda p: p.stem
 )
-def test_recipes_that_come_along_are_sound(path):
+def test_packaged_recipes_are_valid(path):
     config = load_config(path)
     assert parse_config(dump_config(config), "again") == config
 

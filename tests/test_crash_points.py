@@ -1,4 +1,7 @@
-"""A rank may die at any point of a save, and the disk may refuse at any point of it: the run goes on from a sound checkpoint, the same."""
+"""A rank dies, or the disk fails, at every point of a save.
+
+The run resumes from a valid checkpoint and gives the same results.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ REFUSING = (
     "tensors-read-back",
     "manifest-half",
     "renamed",
-)  # where the disk is asked for something
+)  # the operations on the disk
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +44,13 @@ OTHERS = [point for point in POINTS if point not in (*BESIDE_A_DAMAGED_ONE, *TEL
 @pytest.mark.parametrize("points", [TELLING, pytest.param(OTHERS, marks=pytest.mark.slow)])
 def test_the_first_rank_dies(lab, points):
     tally = crashes(lab, points, 0, WORLD, STAGE)
-    assert tally.sound and tally.tried == len(points), str(tally)
+    assert tally.passed and tally.tried == len(points), str(tally)
 
 
 @pytest.mark.slow
 def test_another_rank_dies(lab):
     tally = crashes(lab, ON_EVERY_RANK, 1, WORLD, STAGE)
-    assert tally.sound and tally.tried == len(ON_EVERY_RANK), str(tally)
+    assert tally.passed and tally.tried == len(ON_EVERY_RANK), str(tally)
 
 
 @pytest.mark.parametrize("point", BESIDE_A_DAMAGED_ONE)
@@ -57,16 +60,16 @@ def test_it_dies_while_a_damaged_checkpoint_makes_room(lab, point):
     flip(damaged / checkpoint.MANIFEST, 800)
     with trial.start(FASTBERT_FAILPOINT=point) as ranks:
         assert ranks.wait() == [-9]
-    found, _ = checkpoint.newest_sound(trial.run)
+    found, _ = checkpoint.newest_valid(trial.run)
     assert found is not None and found.path == before
-    assert lab.finish(trial, 1, 0).sound
+    assert lab.finish(trial, 1, 0).passed
 
 
 @pytest.mark.parametrize(
     "rank, point", [(0, point) for point in REFUSING] + [(1, "tensors-synced")]
 )
 def test_the_disk_refuses_at_one_point_of_a_save(lab, rank, point):
-    """Training goes on, says so, and the next save succeeds."""
+    """Training continues with a message, and the next save succeeds."""
     world = rank + 1
     trial = lab.trial(stage=STAGE if rank else 0)
     with trial.start(world, FASTBERT_FAILPOINT=f"{point}:{rank}@2=full") as ranks:
@@ -82,8 +85,8 @@ def test_the_disk_refuses_at_one_point_of_a_save(lab, rank, point):
     assert [path.name[0] for path in (trial.run / "checkpoints").iterdir()] == [
         "s",
         "s",
-    ]  # nothing but two step-...
-    assert trial.compare(lab.undisturbed(world, STAGE if rank else 0)).sound
+    ]  # only two step-... folders
+    assert trial.compare(lab.undisturbed(world, STAGE if rank else 0)).passed
 
 
 @pytest.fixture
@@ -101,9 +104,9 @@ def disk(lab, request):
         pytest.skip(f"no disk of its own for this test: {why}")
 
 
-def sound_one(trial: Trial) -> int:
-    """The step of the newest checkpoint, which is sound."""
-    found, complaints = checkpoint.newest_sound(trial.seen)
+def newest_valid_step(trial: Trial) -> int:
+    """Return the step of the newest checkpoint, which must be valid."""
+    found, complaints = checkpoint.newest_valid(trial.seen)
     assert found is not None and complaints == []
     return found.step
 
@@ -114,23 +117,30 @@ def saves(trial: Trial) -> list[dict]:
 
 @pytest.mark.parametrize("disk", [("checkpoints", "1600k", 2)], indirect=True)
 def test_no_room_for_a_checkpoint(lab, disk):
-    """Two of them fill it. Training goes on; at its end the last state cannot be saved, which is an error; with room it goes on, the same."""
+    """Two checkpoints fill the disk, and training continues.
+
+    At the end the last state cannot be saved, which is an error. With free space the run resumes
+    and gives the same results.
+    """
     disk, trial, world = disk
     with trial.start(world) as ranks:
         assert ranks.wait() == [1] * world, ranks.errors
         assert "No space left on device" in ranks[0].out.read_text().splitlines()[-1]
-    assert len(trial.steps) == lab.steps and sound_one(trial) == 6
+    assert len(trial.steps) == lab.steps and newest_valid_step(trial) == 6
     problems = [save["problem"] for save in saves(trial) if "problem" in save]
     assert problems and all("No space left on device" in problem for problem in problems)
     disk.resize("8m")
-    trial.go_on(world)
-    assert trial.compare(lab.undisturbed(world, STAGE)).sound
-    assert sound_one(trial) == lab.steps
+    trial.resume(world)
+    assert trial.compare(lab.undisturbed(world, STAGE)).passed
+    assert newest_valid_step(trial) == lab.steps
 
 
 @pytest.mark.parametrize("disk", [(".", "8m", 2)], indirect=True)
 def test_no_room_for_anything(lab, disk):
-    """The whole run folder is on a disk that something else fills up: an end in one line, and a sound checkpoint."""
+    """Another program fills the disk of the whole run folder.
+
+    The run ends with one line and leaves a valid checkpoint.
+    """
     disk, trial, world = disk
     ballast = trial.seen / "ballast"
     with trial.start(world) as ranks:
@@ -146,10 +156,10 @@ def test_no_room_for_anything(lab, disk):
         assert len(said) == world and all(
             "No space left on device" in line and "--resume" in line for line in said
         ), said
-    sound_one(trial)
+    newest_valid_step(trial)
     ballast.unlink()
-    trial.go_on(world)
-    assert trial.compare(lab.undisturbed(world, STAGE)).sound
+    trial.resume(world)
+    assert trial.compare(lab.undisturbed(world, STAGE)).passed
 
 
 @pytest.mark.parametrize("disk", [(".", "8m", 1)], indirect=True)
@@ -161,10 +171,10 @@ def test_checkpoints_become_read_only(lab, disk):
         assert ranks.wait() == [1], ranks.errors
         assert "Read-only file system" in ranks[0].out.read_text().splitlines()[-1]
     assert len(trial.steps) == lab.steps
-    sound_one(trial)
+    newest_valid_step(trial)
     disk.release(trial.run / "checkpoints")
-    trial.go_on(world)
-    assert trial.compare(lab.undisturbed(world, 0)).sound
+    trial.resume(world)
+    assert trial.compare(lab.undisturbed(world, 0)).passed
 
 
 @pytest.mark.parametrize("disk", [(".", "8m", 2)], indirect=True)

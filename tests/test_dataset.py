@@ -1,4 +1,4 @@
-"""The dataset reads back what was written, over any number of shards, and refuses one that is not whole."""
+"""A dataset reads back as written, over any number of shards; an incomplete one is refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_shards_read_as_one(
 
 
 def test_bytes_on_disk(tmp_path: Path) -> None:
-    """The format that the module's docstring promises, read without the module."""
+    """The format is that of the module's docstring, read without the module."""
     writer = ShardWriter(tmp_path / "train", token_dtype(1 << 16), 100)
     writer.add(np.array([65535, 7, 8, 9]), np.array([1, 2, 1]), np.array([2, 1]))
     writer.add(np.array([1, 2]), np.array([2]), np.array([1]))
@@ -134,7 +134,7 @@ def test_dataset(small_dataset: TokenDataset) -> None:
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Damage that is a change of the manifest, its own SHA-256 made anew."""
+    """Damage the manifest, and update its own SHA-256."""
 
     def damage(path: Path) -> None:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -148,7 +148,7 @@ def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
 def forge(
     name: str, change: Callable[[np.ndarray], object], dtype: str = "<i8"
 ) -> Callable[[Path], None]:
-    """Damage by somebody who makes every SHA-256 anew: a change of the numbers in a file."""
+    """Change numbers in a file, and update every SHA-256."""
 
     def damage(path: Path) -> None:
         numbers = np.fromfile(path / name, dtype)
@@ -160,7 +160,7 @@ def forge(
 
 
 def write(name: str, text: str) -> Callable[[Path], None]:
-    """The same for a whole file of text."""
+    """Replace a whole text file in the same way."""
 
     def damage(path: Path) -> None:
         (path / name).write_text(text, encoding="utf-8")
@@ -174,7 +174,10 @@ def write(name: str, text: str) -> Callable[[Path], None]:
 
 
 def more_tokens(path: Path) -> None:
-    """A vocabulary that the tokenizer does not have; a model that does, has embeddings for its own tokens alone."""
+    """Give the dataset a larger vocabulary than the tokenizer's.
+
+    A model with the tokenizer's vocabulary has embeddings for its own tokens only.
+    """
     words = (path / "tokenizer/vocab.txt").read_text(encoding="utf-8")
     write("tokenizer/vocab.txt", words + "".join(f"more{i}\n" for i in range(4000)))(path)
     edit(lambda manifest: manifest.update(vocab_size=5000))(path)
@@ -257,7 +260,7 @@ TRAIN = "train/shard-00000."
         (flip("tokenizer/tokenizer.json"), ["tokenizer/tokenizer.json", "SHA-256"]),
         (flip("baselines.json", 5), ["baselines.json", "SHA-256"]),
         (flip("manifest.json", -5), ["manifest.json", "its own SHA-256"]),
-        # Whoever changes a file may change its SHA-256 too.
+        # A change of a file may come with a matching SHA-256.
         (
             forge(f"{TRAIN}tokens", put(7, 1000), "<u2"),
             ["train/shard-00000.tokens: holds the token id 1,000", "has 1,000 tokens"],
@@ -309,7 +312,7 @@ TRAIN = "train/shard-00000."
         (write("baselines.json", "not JSON"), ["baselines.json", '"unigram"']),
     ],
 )
-def test_broken_store(
+def test_broken_dataset(
     small_dataset: TokenDataset, tmp_path: Path, damage: Callable[[Path], Any], words: list[str]
 ) -> None:
     path = tmp_path / "copy"

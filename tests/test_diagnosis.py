@@ -1,4 +1,4 @@
-"""Each rule fires where it should, and is silent where it should be."""
+"""Each rule of the diagnosis fires where it should, and only there."""
 
 from __future__ import annotations
 

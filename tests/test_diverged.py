@@ -1,4 +1,7 @@
-"""NaN and infinity are an error of every verb: weights that hold them are bad input, a model that gives them has diverged; never exit code 0."""
+"""NaN and infinity are an error of every verb, and never end with exit code 0.
+
+Weights that contain them are bad input, and a model that computes them has diverged.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ VALUES = "bert.encoder.layer.1.attention.self.value.weight"
 
 
 @pytest.fixture(scope="module")
-def sound(small_dataset, tmp_path_factory) -> Path:
+def valid(small_dataset, tmp_path_factory) -> Path:
     return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_dataset.tokenizer_dir)
 
 
 @pytest.fixture
-def folder(sound, small_dataset, tmp_path) -> Path:
-    """A copy that a test may spoil; and what the verbs read."""
+def folder(valid, small_dataset, tmp_path) -> Path:
+    """A copy of the model that a test may damage, with the input of the verbs."""
     (tmp_path / "texts.txt").write_text("the list\nthe name of the module\n")
     (tmp_path / "x.csv").write_text(
         "text,label\n" + "".join(f"the list {i},{i % 2}\n" for i in range(12))
@@ -85,7 +88,7 @@ def verbs(model: Path, files: Path, data: Path) -> dict[str, list[str]]:
 
 
 def refused(command: list[str], code: int, files: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a verb says; nothing is on stdout, and nothing is written."""
+    """Return the one line that a verb prints; stdout is empty, and nothing is written."""
     before = sorted(files.rglob("*"))
     assert command_line(command) == code, capsys.readouterr()
     out, err = capsys.readouterr()
@@ -120,7 +123,7 @@ def test_any_weight_and_either_infinity(folder, tmp_path, capsys, name, value):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_any_type_of_number(folder, tmp_path, capsys, dtype):
-    """A number that single precision does not have is none of ours, too."""
+    """A number beyond the range of single precision is refused too."""
     file = folder / "model.safetensors"
     weights = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     weights[VALUES][0, 0] = 1e300 if dtype == torch.float64 else math.nan
@@ -131,7 +134,10 @@ def test_any_type_of_number(folder, tmp_path, capsys, dtype):
 
 
 def test_a_checkpoint_and_a_run(folder, small_dataset, tmp_path, capsys):
-    """Whose hashes are right: somebody else wrote it. The page of such a run says so, and is made all the same."""
+    """Its hashes are correct, because another program wrote it.
+
+    The page of such a run says so, and is still written.
+    """
     run = make_run(tmp_path / "run", folder, str(small_dataset.path))
     path = run / "checkpoints/step-00000007"
     (file,) = path.glob("*.safetensors")
@@ -155,7 +161,7 @@ def test_a_checkpoint_and_a_run(folder, small_dataset, tmp_path, capsys):
 def test_a_model_that_gives_no_finite_numbers_has_diverged(
     folder, small_dataset, tmp_path, capsys, verb
 ):
-    """Every weight is finite, and nothing that comes out is."""
+    """Every weight is finite, and no output is."""
     spoil_all(folder / "model.safetensors", "bert.embeddings.word_embeddings.weight", HUGE)
     spoil_all(folder / "model.safetensors", "bert.encoder.layer.1.output.LayerNorm.weight", HUGE)
     spoil_all(folder / "model.safetensors", "bert.encoder.layer.1.output.LayerNorm.bias", HUGE)
@@ -204,7 +210,7 @@ def test_a_learning_rate_that_is_too_high(folder, tmp_path, capsys, lr):
     [["--epochs", "1", "--batch", "12"], ["--patience", "1", "--heldout", "0.3"], ["--seeds", "2"]],
 )
 def test_also_at_the_last_step_and_on_what_is_held_out(folder, tmp_path, capsys, more):
-    """One step alone: its loss is finite, and the weights that it leaves are what diverges."""
+    """With one step, its loss is finite, and the weights after it are not."""
     assert "the training has diverged" in refused(
         finetuned(folder, tmp_path, "--lr", "1e30", *more), 1, tmp_path, capsys
     )
@@ -225,7 +231,7 @@ def test_numbers_whose_squares_do_not_fit(folder, tmp_path, capsys, label):
 
 
 def test_the_largest_numbers_have_scores(folder, tmp_path, capsys):
-    """Their squares do not fit single precision either where they are many."""
+    """The squares of many of them do not fit single precision either."""
     (tmp_path / "x.csv").write_text(
         "text,label\n" + "".join(f"the list {i},{i}e14\n" for i in range(10))
     )
@@ -271,7 +277,10 @@ def constant(name: str) -> None:
 
 
 def test_metrics_are_json_and_read_again(folder, small_dataset, tmp_path):
-    """By the picture, the page and the model card; a run may have had one evaluation, and that one was NaN."""
+    """The picture, the page and the model card read them.
+
+    A run may have had a single evaluation whose loss was NaN.
+    """
     run = make_run(tmp_path / "run", folder, str(small_dataset.path))
     file = MetricsFile(run / "metrics.jsonl", fresh=True)
     for record in (STEP, EVALUATION):

@@ -1,12 +1,14 @@
-"""Every code block of the README and of the site's pages is run, or is checked and names the reason why it is not run.
+"""Every code block of the README and of the site's pages is run, or checked with a stated reason.
 
-The blocks of a page run in their order in one folder. It holds what readers have beforehand: `text.txt`, `bert-base-uncased/` (a BERT folder,
-tiny here) and `tiny.toml`. A block with a title, such as ```toml title="my.toml"```, is written to that file. Commands of fastbert run in this
-process, others in a shell. A comment right before a block, also at the end of the line before it, says what is
-different here:
+The blocks of a page run in order in one folder. It holds what readers have beforehand: `text.txt`,
+`bert-base-uncased/` (a BERT folder, tiny here) and `tiny.toml`. A block with a title, such as
+```toml title="my.toml"```, is written to that file. fastbert commands run in this process, and
+others in a shell. A comment before a block, which may be at the end of the previous line, says what
+is different here:
 
-    <!-- test: 10_000 -> 4; new folder -->       replaces text of the block, so that it is short; starts in another folder
-    <!-- test: not run, it needs two GPUs -->    only checks commands, options, keys of recipes and files that the block names
+    <!-- test: 10_000 -> 4; new folder -->       shortens the block by replacing text; new folder
+    <!-- test: not run, it needs two GPUs -->    only checks that commands, options, recipe keys
+                                                 and files of the block exist
     <!-- test of the page: not run, REASON -->   the same for all blocks of a page
 """
 
@@ -119,7 +121,7 @@ ALL_BLOCKS = [block for name in PAGE_NAMES for block in blocks(name)]
 
 
 def test_no_block_is_unaccounted_for():
-    """Every fence belongs to a block that was found, and every block is of a kind that is run, written, checked or shown."""
+    """Every fence belongs to a block, and every block is run, written, checked or shown."""
     for name in PAGE_NAMES:
         page = (ROOT / name).read_text(encoding="utf-8")
         assert len(re.findall(r"^\s*```", page, re.MULTILINE)) == 2 * len(blocks(name)), name
@@ -186,7 +188,7 @@ def test_blocks_run(name, folder, monkeypatch, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, english_documents, small_dataset):
-    """Makes a folder with what a reader has beforehand."""
+    """Make a folder with what a reader has beforehand."""
     numbers = iter(range(99))
 
     def make() -> Path:
@@ -201,7 +203,7 @@ def folder(tmp_path, english_documents, small_dataset):
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a block, one a line, without comments."""
+    """Return the commands of a block, one per line, without comments."""
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
     return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
@@ -221,7 +223,7 @@ def run_command(line: str, where: str) -> None:
 
 
 def check_command(line: str, where: str) -> None:
-    """Assert that the command, its options, the keys of recipes, modules and targets of make exist."""
+    """Assert that the command exists, with its options, recipe keys, modules and make targets."""
     words = shlex.split(line, comments=True)
     for i, word in enumerate(words):
         following = words[i + 1 :]
@@ -282,7 +284,7 @@ def check_package(requirement: str, where: str) -> None:
 
 
 def test_examples_in_the_help_name_only_what_exists():
-    """The reference of commands shows them."""
+    """The command reference shows these examples."""
     for command in typer.main.get_command(cli.app).commands.values():  # type: ignore[attr-defined]
         example = command.epilog.partition("Example: ")[2]
         assert example.startswith(f"fastbert {command.name}"), command.name

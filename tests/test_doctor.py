@@ -1,4 +1,4 @@
-"""What the machine is asked, and what is advised; every machine must pass."""
+"""Measurements of the machine and advice; the tests must pass on every machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEALTHY = {
 
 @pytest.fixture(scope="module")
 def found() -> Diagnosis:
-    """What `fastbert doctor --json` says in a process of its own."""
+    """The output of `fastbert doctor --json` in a separate process."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, "-m", "fastbert", "doctor", "--json"]
     result = subprocess.run(
@@ -55,7 +55,10 @@ def test_rates_are_those_of_a_processor():
 
 
 def test_the_rate_counts_every_operation():
-    """The best round is no slower than the mean of all: the operations that torch counts, over the time the call took."""
+    """The best round is at least as fast as the mean rate.
+
+    The rate is the operations that torch counts over the time that the call took.
+    """
 
     def of_linear(x, weight, *_, **__):
         return 2 * x[0] * x[1] * weight[0]

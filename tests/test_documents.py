@@ -249,7 +249,7 @@ def test_folders(tmp_path: Path) -> None:
 
 
 def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[str]]]:
-    """What is read, how, and words that the message must have."""
+    """Return the input, the options, and words of the expected message."""
     packed = {packing: PACK[packing](b"One.\n\nTwo.\n" * 10_000) for packing in PACK}
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -453,18 +453,18 @@ def test_rubbish(tmp_path: Path, suffix: str, data: bytes) -> None:
 @rubbish
 @given(place=st.integers(0, 10_000), value=st.integers(0, 255), cut=st.booleans())
 def test_damage(tmp_path: Path, suffix: str, place: int, value: int, cut: bool) -> None:
-    """One byte of a sound file is changed, or its end is missing."""
+    """Change one byte of a valid file, or cut off its end."""
     path = tmp_path / f"a{suffix}"
-    sound = tmp_path / f"sound{suffix}"
-    if not sound.exists():
+    valid = tmp_path / f"valid{suffix}"
+    if not valid.exists():
         if suffix == ".parquet":
-            table(sound, pyarrow.array(DOCUMENTS))
+            table(valid, pyarrow.array(DOCUMENTS))
         else:
             write(
-                sound,
+                valid,
                 PACK[suffix[-4:] if suffix.endswith(".zst") else ".gz"](json_lines(DOCUMENTS)),
             )
-    data = bytearray(sound.read_bytes())
+    data = bytearray(valid.read_bytes())
     place %= len(data)
     data[place] = value
     write(path, bytes(data[:place] if cut else data))

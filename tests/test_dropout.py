@@ -1,6 +1,7 @@
-"""Dropout masks: what kernels draw is the definition bit for bit, forward and backward; the definition looks random in every direction.
+"""Dropout masks: kernels draw exactly the defined bits, and the definition looks random.
 
-Kernels are given inputs that make their masks readable from results and gradients.
+The bits are compared in the forward and the backward pass. The inputs are chosen so that masks can
+be read from results and gradients.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def run(
     upstream: Tensor,
     **others,
 ) -> dict[str, Tensor]:
-    """The result and the gradients of `leaves`, on the CPU."""
+    """Return the result and the gradients of `leaves`, on the CPU."""
     device = DEVICE if impl == "triton" else "cpu"
     leaves = {name: leaf.detach().to(device).requires_grad_() for name, leaf in leaves.items()}
     with watched(impl):
@@ -58,8 +59,9 @@ def run(
     }
 
 
-# Attention. With q or k zero all weights of a sequence of n are 1 / n. Where row i of a matrix is zero but for 2^(i // K) in column
-# i % K, a sum of its rows tells which rows are in it.
+# Attention. Where q or k is zero, all weights of a sequence of n tokens are 1 / n. Where row i of a
+# matrix is zero except for 2^(i // K) in column i % K, a sum of its rows shows which rows are in
+# it.
 
 
 def coded(lengths: list[int], heads: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -82,7 +84,10 @@ def decoded(sums: Tensor, count: int) -> Tensor:
 def seen_in_attention(
     impl, lengths, size, dtype, query_indices, heads, p, seeds, stream
 ) -> dict[str, list[Tensor]]:
-    """Of each sequence, the mask [heads, rows, tokens] that the result shows, and those that the gradients of v, q and k show."""
+    """Read the masks [heads, rows, tokens] of each sequence.
+
+    They come from the result, and from the gradients of v, q and k.
+    """
     cu, scale = bounds(lengths), keep_scale(p)
     first_rows = cu if query_indices is None else torch.searchsorted(query_indices, cu.long())
     rows = first_rows.diff().tolist()
@@ -109,7 +114,8 @@ def seen_in_attention(
     values = attention(
         no_rows, no_tokens, tokens_code, rows_code
     )  # out_i sums v_j over kept j, dv_j sums dout_i over kept i
-    # With dout_i . v_j = 1: dq_i sums (keep - share kept) k_j, dk_j sums (keep - share kept) q_i, and out is the share kept.
+    # With dout_i . v_j = 1, dq_i sums (keep - share kept) k_j, dk_j sums (keep - share kept) q_i,
+    # and out is the share kept.
     by_query = attention(no_rows, tokens_code, first_of_tokens, first_of_rows)
     by_key = attention(rows_code, no_tokens, first_of_tokens, first_of_rows)
     found = {"result": [], "dv": [], "dq": [], "dk": []}
@@ -170,7 +176,7 @@ def test_attention_draws_the_defined_masks(impl, cut, dtype, lengths, size, p):
 @pytest.mark.parametrize("impl", ["triton", "cpu"])
 @pytest.mark.parametrize("size", [16, 255, 768])
 def test_norm_draws_the_defined_masks(impl, size):
-    """Kept elements of x = 1 on a residual of 0 lie above the mean; the gradient of a dropped one is 0."""
+    """Kept elements of x = 1 on a residual of 0 exceed the mean; dropped ones have gradient 0."""
     rows, p, stream = 37, 0.5, 7
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(2))
     leaves = {
@@ -200,7 +206,10 @@ def test_norm_draws_the_defined_masks(impl, size):
 )
 @pytest.mark.parametrize("size", [16, 255, 768])
 def test_embedding_draws_the_defined_masks(impl, size):
-    """A norm_bias keeps every result but the dropped ones from 0; in its gradient, dy = 2^row makes the rows readable."""
+    """A norm_bias keeps every result away from 0, except for the dropped ones.
+
+    In its gradient, dy = 2^row makes the rows readable.
+    """
     rows, p, stream = 20, 0.5, 7  # sums below 2^24 are exact in fp32
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(2))
     leaves = {
@@ -289,11 +298,11 @@ def test_device_functions_are_the_definition(first_column, p):
     assert torch.equal(transposed.T, mask)
 
 
-# An example has its masks wherever it is
+# The masks of an example do not depend on its place
 
 
 def test_attention_does_not_depend_on_the_place_in_the_pack():
-    """The longest sequence stays first in the list of work, the others move."""
+    """The longest sequence stays first in the tile schedule, and the others move."""
     lengths, seeds, heads, size = [12, 150, 7, 33], torch.tensor([5, 6, 7, 8]), 2, 32
     parts = [draw(n, 3, heads, size, seed=n) for n in lengths]
     found = []
@@ -319,7 +328,10 @@ def test_attention_does_not_depend_on_the_place_in_the_pack():
 
 
 def test_padding_of_a_pack_leaves_the_keys_of_its_tokens_as_they_are():
-    """Tokens behind the last sequence, and empty sequences at the end; those tokens have seeds of their own."""
+    """Padding is tokens after the last sequence and empty sequences at the end.
+
+    These tokens have seeds of their own.
+    """
     seeds, cu = torch.tensor(HARD_SEEDS[1:4]), bounds([5, 1, 7])
     bare = row_seeds(seeds, cu, 13)
     assert torch.equal(row_seeds(seeds, cu, 20)[:13], bare)
@@ -337,7 +349,7 @@ def test_masks_do_not_depend_on_the_number_of_ranks(tmp_path, world):
     batches = Batches(tiny_dataset(tmp_path / "dataset", DOCUMENTS), config)
 
     def drawn(step: int, world: int) -> dict[int, list[int]]:
-        """Row seeds by example."""
+        """Return row seeds by example."""
         found = {}
         for pack in (pack for rank in range(world) for pack in batches.step(step, rank, world)):
             rows = row_seeds(pack.dropout_seeds, pack.cu_seqlens, pack.tokens).split(
@@ -355,7 +367,8 @@ def test_masks_do_not_depend_on_the_number_of_ranks(tmp_path, world):
         assert drawn(step, world) == alone
 
 
-# The definition looks random. Masks are scaled to mean 0 and variance 1; a sum of n products of independent ones then lies within 5 sqrt(n).
+# The definition looks random. Masks are scaled to mean 0 and variance 1. A sum of n products of
+# independent ones is then within 5 sqrt(n).
 
 AXES = ("example", "position", "stream", "head", "column")
 RATES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9)
@@ -383,7 +396,7 @@ def masks_of(
 
 
 def moved(x: Tensor, lags: dict[str, int]) -> tuple[Tensor, Tensor]:
-    """The elements that have a partner `lags` further, and those partners."""
+    """Return the elements that have a partner `lags` further, and those partners."""
     here, there = [slice(None)] * 5, [slice(None)] * 5
     for axis, lag in lags.items():
         here[AXES.index(axis)] = slice(max(-lag, 0), -lag if lag > 0 else None)
@@ -392,7 +405,11 @@ def moved(x: Tensor, lags: dict[str, int]) -> tuple[Tensor, Tensor]:
 
 
 def deviations(x: Tensor) -> dict[str, float]:
-    """In standard deviations: share kept, how counts of rows and columns spread, products of pairs and triples of elements."""
+    """Return deviations from a random mask, in standard deviations.
+
+    They cover the share kept, the spread of counts of rows and columns, and products of pairs and
+    triples of elements.
+    """
     found = {"share": float(x.mean()) * x.numel() ** 0.5}
     for what, counts in (("row", x.sum(-1).flatten()), ("column", x.flatten(0, 3).sum(0))):
         terms = x.numel() // len(counts)
@@ -447,13 +464,16 @@ def test_keys_that_differ_in_high_bits_alone_are_as_good():
 
 @pytest.mark.parametrize("p", [2**-16, 0.001, 1 - 2**-16])
 def test_share_kept_at_the_ends(p):
-    """Of ten million elements, two of each row."""
+    """Measure it on ten million elements, two of each row."""
     x = masks_of(torch.arange(5_000), p, positions=1000, streams=1, heads=1, columns=2)
     assert abs(float(x.double().mean())) < SIGMAS / x.numel() ** 0.5
 
 
 def test_masks_of_epochs_and_seeds_are_random(tmp_path):
-    """Of the same examples, with the seeds that training gives them: the axis "stream" is epochs, "head" seeds."""
+    """Masks of the same examples, with the seeds that training uses.
+
+    The axis "stream" holds the epochs, and "head" holds the seeds.
+    """
     split = tiny_split(tmp_path / "train", DOCUMENTS)
     indices, epochs, seeds = np.arange(16), range(4), range(4)
     seeds = torch.tensor(
@@ -477,7 +497,7 @@ def test_masks_of_epochs_and_seeds_are_random(tmp_path):
 
 
 def rows_of(words: Callable[[Tensor, Tensor], Tensor], p: float) -> Tensor:
-    """Scaled masks as `masks_of` has them, from a generator of 32-bit words by row and pair of columns."""
+    """Return scaled masks as in `masks_of`, from random 32-bit words by row and column pair."""
     x = (words(torch.arange(16 * 32 * 3 * 4)[:, None], torch.arange(256)) & 0xFFFFFFFF).unflatten(
         -1, (-1, 8)
     )
@@ -529,7 +549,7 @@ def test_bad_generators_are_found(name):
     assert abs(found[statistic]) > 2 * SIGMAS, {what: round(z, 1) for what, z in found.items()}
 
 
-def test_a_sound_generator_in_the_place_of_the_bad_ones_passes():
+def test_a_good_generator_in_place_of_the_bad_ones_passes():
     assert_random(
         rows_of(
             lambda row, pair: mixed((random_words(row)[0] | 1) * pair + random_words(row)[1]), 0.1

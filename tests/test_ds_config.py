@@ -1,4 +1,4 @@
-"""ds_config.json: what is taken, what is refused, how it is said, and that what is taken trains and resumes as it should."""
+"""ds_config.json: accepted settings train and resume correctly, others get a clear error."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_all_problems_are_in_one_line(tmp_path):
     ],
 )
 def test_the_precision_is_the_recipes(tmp_path, content, fits):
-    """What "auto" in the recipe means is known only on the machine that trains."""
+    """Only the training machine decides what "auto" in the recipe means."""
     settings = read(tmp_path, content)
     for precision in ("fp32", "bf16"):
         if fits in (None, precision):
@@ -159,8 +159,8 @@ def test_the_precision_is_the_recipes(tmp_path, content, fits):
             with pytest.raises(InputError) as error:
                 settings.stage(precision=precision, world=2, optimizer="adamw")
             assert (
-                f'contradicts runtime.precision = "auto" in recipes/demo.toml, which is {precision} here'
-                in str(error.value)
+                f'contradicts runtime.precision = "auto" in recipes/demo.toml, which is '
+                f"{precision} here" in str(error.value)
             )
             assert f"{tmp_path / 'ds.json'}: {next(iter(content))}." in str(error.value)
 
@@ -309,8 +309,8 @@ def test_what_would_break_the_training_or_its_checkpoints(tmp_path, place):
         read(tmp_path, nested(place, value))
     message = refused(tmp_path, nested(place, bad))
     assert (
-        message
-        == f"ds.json: {place} = {json.dumps(bad)}; must be {' or '.join(map(json.dumps, good))}: {why}"
+        message == f"ds.json: {place} = {json.dumps(bad)}; "
+        f"must be {' or '.join(map(json.dumps, good))}: {why}"
     )
 
 
@@ -377,12 +377,13 @@ def test_groups_of_ranks_come_out_even(tmp_path):
         assert settings.stage(precision="fp32", world=world, optimizer="adamw") == 3
     with pytest.raises(
         InputError,
-        match=r"zero_optimization.zero_hpz_partition_size = 4 does not divide the number of ranks, 6",
+        match=r"zero_optimization.zero_hpz_partition_size = 4 does not divide the number of "
+        r"ranks, 6",
     ):
         settings.stage(precision="fp32", world=6, optimizer="adamw")
 
 
-def test_the_projects_own_file_is_sound():
+def test_the_projects_own_file_is_valid():
     settings = read_ds_config(
         RunConfig(
             data="dataset",
@@ -449,19 +450,21 @@ from fastbert.training.engine import Engine
 from fastbert.cluster.group import join
 from tests.test_engine import CONFIG, new_model, state_of
 
-dataset = open_dataset(os.environ["STORE"])
+dataset = open_dataset(os.environ["DATASET"])
 found = {}
 with join(60) as group:
     packs = [Batches(dataset, CONFIG).step(i, group.rank, group.world) for i in range(3)]
 
     def run(zero, state, step):
         small = {"reduce_bucket_size": 20_000, "allgather_bucket_size": 20_000}
-        settings = DeepSpeedSettings("ds.json", {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {**small, **zero}})
+        content = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": {**small, **zero}}
+        settings = DeepSpeedSettings("ds.json", content)
         with Engine(new_model(dataset), CONFIG, settings, "fp32", group, state, step) as engine:
             losses = [engine.step(packs[i], 1e-2).loss for i in range(step, len(packs))]
             return losses, state_of(engine)
 
-    with Engine(new_model(dataset), CONFIG, DeepSpeedSettings("", {"zero_optimization": {"stage": 0}}), "fp32", group) as engine:
+    plain = DeepSpeedSettings("", {"zero_optimization": {"stage": 0}})
+    with Engine(new_model(dataset), CONFIG, plain, "fp32", group) as engine:
         engine.step(packs[0], 1e-2)
         state = state_of(engine)
     found["plain"] = run({"stage": 0}, state, 1)
@@ -473,9 +476,10 @@ with join(60) as group:
 
 
 def test_what_is_taken_trains_and_resumes_and_what_is_refused_would_not(small_dataset, tmp_path):
-    """Two gloo ranks go on from a checkpoint of stage 0 for two steps; losses and the state at the end are those of stage 0.
+    """Two gloo ranks resume from a checkpoint of stage 0 for two steps.
 
-    At once the proof that round_robin_gradients must be refused: each parameter would get another one's state.
+    Losses and the final state are those of stage 0. This also proves that round_robin_gradients
+    must be refused: it would give each parameter the state of another one.
     """
     cases = {
         f"{name} {stage}": {"stage": stage, **zero}
@@ -487,7 +491,7 @@ def test_what_is_taken_trains_and_resumes_and_what_is_refused_would_not(small_da
         if "round_robin_gradients" not in zero:
             check_settings(read(tmp_path, {"zero_optimization": zero}))
     variables = {
-        "STORE": str(small_dataset.path),
+        "DATASET": str(small_dataset.path),
         "CASES": json.dumps(cases),
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",

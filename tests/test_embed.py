@@ -1,4 +1,4 @@
-"""Vectors of texts: the pools against transformers, order, packs, and the file that the verb writes."""
+"""Vectors of texts: pools against transformers, order, packs, and the file that the verb writes."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_model_is_shown_in_one_line(model, folder):
 
 
 def sentence_model(folder: Path, out: Path, modules: list, length: int | None = None) -> Path:
-    """A folder as sentence-transformers itself saves it."""
+    """A folder that sentence-transformers itself has saved."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Transformer
 
@@ -174,7 +174,7 @@ def test_vectors_are_those_of_the_sentence_transformers_folder(
 
 
 def test_a_sentence_transformers_folder_that_asks_for_more_is_refused(folder, tmp_path):
-    """It still opens for everything else, and for a pool that is chosen."""
+    """The folder still opens for other verbs, and for a pooling that is chosen explicitly."""
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
     cases = [
@@ -216,7 +216,10 @@ LINES = ["first line", "", "third\u2028still third", 'a, "quoted" one', "last"]
 
 
 def write_source(file: Path) -> Path:
-    """The same texts in every format that is read; csv, tsv and Parquet with a column that is not for us."""
+    """Write the same texts in every supported format.
+
+    csv, tsv and Parquet have a further column that embed must ignore.
+    """
     name = file.name.removesuffix(".gz")
     if name.endswith(".txt"):
         data = "\ufeff" + "\n".join(LINES) + "\n"

@@ -1,4 +1,4 @@
-"""What the encoder counts of a text: spelling that the tokenizer drops, and characters that become [UNK]."""
+"""The encoder counts the spelling that the tokenizer drops, and characters that become [UNK]."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ LONG = [
 
 
 def by_definition(tokenizer: Tokenizer, sentence: str) -> tuple[list[int], int]:
-    """The ids where each too long word is cut by spaces, and the characters of such words."""
+    """Return the ids with too long words split by spaces, and the characters of such words."""
     words = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(sentence))
     ids, cut = [], 0
     for word, _ in words:
@@ -137,7 +137,7 @@ def test_long_words_are_cut(lowercase: bool) -> None:
 
 @pytest.mark.parametrize("run", ["acgt" * 50, "ก" * 150, "ab" * 75 + "." + "cd" * 75])
 def test_the_vocabulary_is_trained_on_the_pieces(run: str) -> None:
-    """A run gives the same vocabulary as with spaces where the encoder cuts it."""
+    """A run of letters gives the same vocabulary as with spaces where the encoder splits it."""
     spaced = re.sub(r"([^.]{100})(?=[^.])", r"\1 ", run)
     assert spaced != run
     made = [train_tokenizer([f"{text} "] * 3, 300).to_str() for text in (run, spaced)]

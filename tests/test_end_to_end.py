@@ -1,4 +1,7 @@
-"""The whole way in real processes: text, dataset, training that is interrupted and goes on, and a model that transformers loads."""
+"""The whole way in real processes: text, dataset, an interrupted and resumed training, export.
+
+transformers loads the exported model.
+"""
 
 from __future__ import annotations
 
@@ -86,14 +89,14 @@ def fastbert_json(folder: Path, *arguments: str) -> dict:
 
 
 def rows(run: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl: a run that is going on may be in the middle of its last one."""
+    """The complete lines of metrics.jsonl; the last line of a running run may be incomplete."""
     path = run / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def steps(run: Path) -> dict[int, dict]:
-    """Step -> its row, without what a clock measured; a step that was done twice must have given the same."""
+    """Map each step to its row, without timings; a step that ran twice must have the same row."""
     found: dict[int, dict] = {}
     for row in rows(run):
         if "event" not in row:
@@ -105,7 +108,7 @@ def steps(run: Path) -> dict[int, dict]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with the help pages of Python in `text.jsonl`, the dataset made of them, and a recipe."""
+    """A folder with Python's help pages in `text.jsonl`, their dataset, and a recipe."""
     folder = tmp_path_factory.mktemp("end_to_end")
     texts = pydoc_data.topics.topics.values()
     (folder / "text.jsonl").write_text(
@@ -130,7 +133,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(place) -> Path:
-    """A finished run, never interrupted."""
+    """A finished run that was never interrupted."""
     finish(start(place, "pretrain", "recipe.toml"))
     return place / "runs/whole"
 
@@ -152,7 +155,7 @@ def test_it_learns(run):
         assert (run / name).stat().st_size > 0, name
 
 
-def test_interrupted_run_goes_on_to_the_last_digit(place, run):
+def test_an_interrupted_run_resumes_to_the_last_digit(place, run):
     broken = place / "runs/broken"
     process = start(place, "pretrain", "recipe.toml", "run=runs/broken")
     while process.poll() is None and len(steps(broken)) < 5:
@@ -176,7 +179,7 @@ def test_evaluate(place, run):
 
 
 def test_fill_and_nsp(place, run, exported):
-    """The verbs on the run say what Python says on the exported folder."""
+    """The verbs print for the run what Python returns for the exported folder."""
     theirs = fastbert.load(exported)
     text = "The [MASK] statement is used to define a [MASK]."
     masks = fastbert_json(place, "fill-mask", str(run), text)["masks"]
@@ -201,7 +204,7 @@ def test_embed(place, run):
 
 
 def test_transformers_gives_the_same(run, exported):
-    """Logits of both heads, hidden states of every layer, what fills a mask and how likely a pair is, by stock transformers."""
+    """Stock transformers computes the same logits, hidden states, fillings and pair scores."""
     model = BertForPreTraining.from_pretrained(exported).eval()
     tokenizer = AutoTokenizer.from_pretrained(exported)
     ours = fastbert.load(run)

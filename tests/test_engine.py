@@ -1,4 +1,4 @@
-"""One step is the step of the whole batch, and what is saved is what is loaded, at every ZeRO stage."""
+"""A step is the step of the whole batch, and checkpoints load as saved, at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODEL = ModelConfig(
     max_position_embeddings=64,
     initializer_range=0.1,
 )
-# Two packs a step, so that sums over them are seen.
+# Two packs per step, so that sums over packs are tested.
 CONFIG = RunConfig(
     data="dataset",
     model=MODEL,
@@ -106,7 +106,7 @@ def packs(small_dataset):
 
 @pytest.fixture(scope="module")
 def gradient(small_dataset, packs):
-    """Of the first step's whole loss, by plain torch, with dropout."""
+    """The gradient of the first step's whole loss by plain torch, with dropout."""
     model = new_model(small_dataset).train()
     found = [losses(model(pack)) for pack in packs[0]]
     sum(f.loss for f in found).backward()
@@ -137,7 +137,10 @@ def test_a_step_is_the_gradient_of_the_whole_batch(small_dataset, packs, gradien
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
-    """Where a layer is one function (fused_layer.py), of its own parameters and of those of the modules inside it."""
+    """A layer is one function there (fused_layer.py).
+
+    It reads its own parameters and those of the modules inside it.
+    """
     config = dataclasses.replace(
         sgd(), batch=BatchConfig(sequences=2, max_length=16, micro_batch_tokens=40)
     )
@@ -184,7 +187,7 @@ def test_what_a_step_reports(small_dataset, packs, gradient):
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is called, by name."""
+    """Count called operations by name."""
 
     def __init__(self):
         super().__init__()
@@ -197,7 +200,10 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_does_not_wait_for_all_that_is_queued(small_dataset, packs, stage, monkeypatch):
-    """DeepSpeed does so from the third step on, before each micro-batch and after the update, unless its throughput timer is off."""
+    """Unless its throughput timer is off, DeepSpeed does wait from the third step on.
+
+    It waits before each micro-batch and after the update.
+    """
     waits: list[int] = []
     monkeypatch.setattr(
         deepspeed.accelerator.get_accelerator(), "synchronize", lambda *_: waits.append(1)
@@ -209,7 +215,7 @@ def test_a_step_does_not_wait_for_all_that_is_queued(small_dataset, packs, stage
 
 
 def test_gradients_are_not_searched_for_nan_one_by_one(small_dataset, packs, bf16):
-    """Their norm is not finite if one of them is not."""
+    """The norm of all gradients is not finite if one of them is not."""
     with engine(small_dataset, 1, precision=bf16) as built, Operations() as seen:
         built.step(packs[0], lr=1e-3)
         parameters = len(list(built.model.parameters()))
@@ -258,20 +264,22 @@ def bf16() -> str:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_going_on_from_a_state_gives_the_same_to_the_last_digit(small_dataset, packs, stage):
-    go_on(small_dataset, packs, stage, "fp32")
+def test_resuming_from_a_state_gives_the_same_to_the_last_digit(small_dataset, packs, stage):
+    resume_from(small_dataset, packs, stage, "fp32")
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_going_on_in_bf16(small_dataset, packs, stage, bf16):
-    """The state is in fp32 all the same: more than the working copies could give."""
-    state = go_on(small_dataset, packs, stage, bf16)
+def test_resuming_in_bf16(small_dataset, packs, stage, bf16):
+    """The state is still in fp32, which holds more than the working copies."""
+    state = resume_from(small_dataset, packs, stage, bf16)
     assert not all(
         torch.equal(tensor, tensor.bfloat16().float()) for tensor in state["weight"].values()
     )
 
 
-def go_on(small_dataset, packs, stage: int, precision: str) -> dict[str, dict[str, torch.Tensor]]:
+def resume_from(
+    small_dataset, packs, stage: int, precision: str
+) -> dict[str, dict[str, torch.Tensor]]:
     with engine(small_dataset, stage, precision=precision) as built:
         for i in range(3):
             built.step(packs[i], lr=1e-2)
@@ -289,7 +297,10 @@ def go_on(small_dataset, packs, stage: int, precision: str) -> dict[str, dict[st
     [("lamb", 0), *((name, stage) for name in ("adamw", "sgd") for stage in STAGES)],
 )
 def test_a_state_from_before_the_first_step(small_dataset, packs, stage, optimizer):
-    """As where every step was skipped so far: moments of zero, from which training is the same as from none."""
+    """This is the state where every step so far was skipped.
+
+    Its moments are zero, and training from it is the same as training without a state.
+    """
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name=optimizer))
     with engine(small_dataset, stage, config) as built:
         state = state_of(built)
@@ -307,7 +318,7 @@ def test_a_state_from_before_the_first_step(small_dataset, packs, stage, optimiz
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lamb"])
-def test_the_other_optimizers_go_on_too(small_dataset, packs, optimizer):
+def test_the_other_optimizers_resume_too(small_dataset, packs, optimizer):
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name=optimizer))
     with engine(small_dataset, 0, config) as built:
         for i in range(3):
@@ -361,7 +372,10 @@ def test_evaluation_is_without_dropout_and_changes_nothing(small_dataset, packs)
 def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(
     small_dataset, packs, stage
 ):
-    """Only the longest sequences reach the last positions, whose embedding is broken for one step; the next steps are as if it had not been."""
+    """The embedding of the last positions is broken for a step; only the longest sequences use it.
+
+    The next steps are the same as without the fault.
+    """
     longest = max(pack.max_seqlen for pack in packs[1])
     bad_examples = [
         int(e)
@@ -388,7 +402,10 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_changes_nothing(
 
 @contextmanager
 def broken_position(built: Engine, position: int) -> Iterator[None]:
-    """One position's embedding is NaN in the forward pass, where the stage keeps its working copy; the masters do not notice."""
+    """Make one position's embedding NaN in the forward pass, in the stage's working copy.
+
+    The master weights do not change.
+    """
     module = built.model.embeddings
 
     def spoil(module: Any, inputs: Any) -> None:
@@ -412,7 +429,7 @@ def broken_position(built: Engine, position: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_gradient_that_is_not_finite_is_dropped_too(small_dataset, packs, stage):
-    """The loss is finite, its gradient overflows on the way back."""
+    """The loss is finite, and its gradient overflows in the backward pass."""
     with engine(small_dataset, stage) as built:
         built.step(packs[0], lr=1e-2)
         before = state_of(built)
@@ -470,25 +487,26 @@ sys.path[:0] = [os.environ["TESTS"]]
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import open_dataset
 from test_engine import CONFIG, engine, sgd, state_of
-dataset = open_dataset(os.environ["STORE"])
+dataset = open_dataset(os.environ["DATASET"])
 with engine(dataset, int(os.environ["STAGE"]), sgd()) as built:
     packs = Batches(dataset, CONFIG).step(0, built.group.rank, built.group.world)
     before = state_of(built)["weight"]
     result = built.step(packs, lr=1.0)
     after = state_of(built)["weight"]
     if built.group.rank == 0:
-        torch.save(({n: before[n] - after[n] for n in before}, result.loss, result.tokens, result.grad_norm), "out.pt")
+        delta = {n: before[n] - after[n] for n in before}
+        torch.save((delta, result.loss, result.tokens, result.grad_norm), "out.pt")
 """
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_two_ranks_make_the_same_step(small_dataset, packs, gradient, tmp_path, stage):
-    """Real processes with gloo. Each has its own share of the examples, and other numbers of masked tokens."""
+    """Real processes with gloo, which differ in their examples and numbers of masked tokens."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         "TESTS": str(ROOT / "tests"),
-        "STORE": str(small_dataset.path),
+        "DATASET": str(small_dataset.path),
         "STAGE": str(stage),
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",

@@ -1,4 +1,4 @@
-"""Held-out figures, against transformers' own losses on the same examples one at a time."""
+"""Held-out figures against transformers' own losses, one example at a time."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_figures_are_those_of_transformers(small_dataset, folder, run):
 
 
 def test_count_models_know_frequencies_and_the_token_before(small_dataset, run):
-    """Both are those of `prepare`, here on the places that the model is asked about."""
+    """Both are the count models of `prepare`, applied to the positions that the model predicts."""
     found = evaluate(fastbert.load(run)).masked
     assert found.unigram == pytest.approx(small_dataset.baselines["unigram"], rel=0.05)
     assert found.left_bigram == pytest.approx(small_dataset.baselines["left_bigram"], rel=0.05)
@@ -167,7 +167,7 @@ def test_the_size_of_a_batch_changes_nothing(run, tokens):
 
 
 def test_ranks_share_the_work(run, tmp_path):
-    """Two print what one prints, once."""
+    """Two ranks print what one prints, and only once."""
     results = []
     for world in (1, 2):
         with Ranks(
@@ -185,12 +185,13 @@ def numbers(value) -> list[float]:
     return [] if value is None or isinstance(value, str) else [value]
 
 
-def test_a_folder_and_another_store_with_the_same_tokenizer(small_dataset, folder, run):
+def test_a_folder_and_another_dataset_with_the_same_tokenizer(small_dataset, folder, run):
     of_run, of_folder = (
         numbers(evaluate(fastbert.load(x), small_dataset.path, SEQUENCES).flat())
         for x in (run, folder)
     )
-    # The folder has no recipe: the default's max_length is cut to the model's 32 positions, which is the run's. Packs may differ.
+    # The folder has no recipe. So the default max_length is cut to the model's 32 positions, which
+    # is also the run's value. Packs may differ.
     assert of_folder == pytest.approx(of_run, rel=2e-6)
 
 
@@ -221,14 +222,15 @@ def test_what_cannot_be_evaluated(small_dataset, folder, run, tmp_path):
         evaluate(fastbert.load(tmp_path / "encoder"), small_dataset.path)
 
 
-def test_a_store_of_another_tokenizer(small_dataset, run, tmp_path):
+def test_a_dataset_of_another_tokenizer(small_dataset, run, tmp_path):
     other = make_hugging_face_folder(tmp_path / "other")
     with pytest.raises(
         InputError,
-        match=r"made with another tokenizer \(1,000 tokens\).*\(400\); prepare the text with --tokenizer",
+        match=r"made with another tokenizer \(1,000 tokens\).*\(400\); prepare the text with "
+        r"--tokenizer",
     ):
         evaluate(fastbert.load(other), small_dataset.path)
-    # The same tokens, but capital letters kept: other ids from the same text.
+    # The tokens are the same, but capital letters are kept, so the ids of a text differ.
     cased = make_hugging_face_folder(tmp_path / "cased", small_dataset.tokenizer_dir)
     settings = json.loads((cased / "tokenizer.json").read_text())
     settings["normalizer"]["lowercase"] = False

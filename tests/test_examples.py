@@ -1,4 +1,7 @@
-"""Examples: what makes a pair, what a label may show, and that they are functions of (seed, epoch, index) alone."""
+"""Examples: how pairs are made, what labels may show, and independence of everything but indices.
+
+An example is a function of (seed, epoch, index) alone.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def epoch_of(examples: Examples, epoch: int = 0) -> Spans:
 
 
 def sentence_starts(documents: list[list[int]]) -> list[np.ndarray]:
-    """For each document the offsets of its sentences' first tokens, and the end of its last one."""
+    """Return each document's offsets of the first tokens of sentences, and of its end."""
     flat = np.concatenate(
         [[0], np.cumsum([length for sentences in documents for length in sentences])]
     )
@@ -70,7 +73,7 @@ def document_at(documents: list[list[int]], tokens: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.cumsum([sum(sentences) for sentences in documents]), tokens, "right")
 
 
-# What makes a pair
+# How pairs are made
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,7 +100,7 @@ def test_pairs_of_any_corpus(documents, segments, max_length, seed):
         and spans.lengths.max() <= max_length
     )
     np.testing.assert_array_equal(spans.lengths, spans.a_length + spans.b_length + 3)
-    # A ends and B begins where a sentence ends and the next one begins: the wrong B could be a true one too.
+    # A ends and B begins between two sentences, so a wrong B could also be a true one.
     assert np.isin(a_end, joins).all() and np.isin(spans.b_start, joins).all()
     a_document, b_document = (
         document_at(documents, spans.a_start),
@@ -158,7 +161,7 @@ def test_fill_reaches_max_length_where_documents_are_long(tmp_path, monkeypatch)
         for b, e in zip(begin, end, strict=True):
             covered[b:e] = True
         uncovered.append(~covered)
-    # Half the examples show a B from elsewhere, so an epoch leaves something out; ten do not.
+    # In half of the examples B is from elsewhere, so one epoch omits text, and ten do not.
     assert np.mean(uncovered) < 0.35 and np.all(uncovered, axis=0).mean() < 0.01
 
 
@@ -190,7 +193,10 @@ def test_some_fill_examples_are_short(tmp_path):
 @pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("max_length", [8, 24, 40, 512])
 def test_neither_a_nor_b_alone_tells_the_label(split, segments, max_length):
-    """Exactly: over all examples and all shifts, whatever their fraction and target, both labels offer the same As and the same Bs."""
+    """Over all examples and all shifts, both labels have exactly the same As and the same Bs.
+
+    This holds for any fraction and any target length.
+    """
     examples = make(split, segments=segments, max_length=max_length)
     n = len(examples)
     most = max(Counter(document_at(DOCUMENTS, epoch_of(examples).a_start)).values())
@@ -358,7 +364,8 @@ def test_documents_of_one_sentence_give_no_pair(tmp_path):
     for segments in SEGMENTS:
         with pytest.raises(
             InputError,
-            match=r"^corpus: none of its 3 documents has two sentences, and objective.kind = \"mlm\+nsp\"",
+            match=r"^corpus: none of its 3 documents has two sentences, and objective.kind = "
+            r"\"mlm\+nsp\"",
         ):
             make(split, segments=segments)
         assert len(make(split, "mlm", segments)) == 3

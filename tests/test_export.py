@@ -1,4 +1,4 @@
-"""The exported folder: what transformers makes of it, and that a wrong one is never left behind."""
+"""The exported folder loads in transformers, and a wrong one is never left behind."""
 
 from __future__ import annotations
 
@@ -60,10 +60,13 @@ def exported(run, tmp_path_factory):
 def test_the_folder_is_whole_and_checked_on_held_out_text(exported):
     result, out = exported
     assert sorted(p.name for p in out.iterdir()) == FILES
-    assert len({p.stat().st_mode for p in out.iterdir()}) == 1  # whoever may read one may read all
+    assert (
+        len({p.stat().st_mode for p in out.iterdir()}) == 1
+    )  # all files have the same permissions
     assert list(out.parent.iterdir()) == [out]
     assert result.architecture == "BertForPreTraining" and result.out == str(out)
-    # 8 pairs of sentences of about 20 tokens, 1,000 logits for each: more than the built-in sentences have.
+    # 8 pairs of sentences of about 20 tokens, with 1,000 logits each, are more than the built-in
+    # sentences have.
     assert 0 < result.difference < 5e-5 and result.compared > 100_000
     assert 0 < result.hidden_difference < 1e-5
 
@@ -152,7 +155,7 @@ def test_a_run_without_pairs_becomes_a_masked_lm(original, tmp_path):
 
 
 def test_without_heads_nobody_complains(run, tmp_path, caplog):
-    """transformers lists the heads of a whole folder as unexpected wherever the class in use has no place for them."""
+    """transformers reports the heads as unexpected where the class in use has no place for them."""
     found = export(fastbert.load(run), tmp_path / "encoder", encoder=True)
     assert (
         found.architecture == "BertModel"

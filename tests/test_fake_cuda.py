@@ -1,4 +1,4 @@
-"""The path of a step on a device that is not there: see `tests/fake_cuda.py`."""
+"""The path of a step on a device that does not exist: see `tests/fake_cuda.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README and the docs quote the results on record, and a ratio that falls is noticed."""
+"""The README and the docs quote the recorded results, and a ratio that falls is noticed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_pages_quote_the_record():
 
 
 def test_the_headline_is_the_median_of_complete_runs():
-    """Against the Trainer with its own recipe, whatever the other figures say."""
+    """It is against the Trainer with its own recipe, whatever the other figures are."""
     rows = [
         {"against": "Trainer", "sooner_by_a_shorter_run": times, "sooner_on_the_curve": 9.0}
         for times in (2.0, 5.0, 2.5)

@@ -1,4 +1,4 @@
-"""What the two heads say about texts, against transformers."""
+"""The predictions of both heads agree with those of transformers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_next_sentence_is_that_of_transformers_cut_in_the_same_way(folder, stock
     assert fastbert.load(folder).next_sentence(*pair) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_long_pair_is_cut_aloud(folder):
+def test_a_long_pair_is_cut_with_a_message(folder):
     with pytest.warns(TextCutWarning, match="longer than the 29 tokens"):
         fastbert.load(folder).next_sentence("list " * 40, "names " * 40)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, transformers loads the result, and what is chosen is chosen on what it may be chosen on."""
+"""Fine-tuning learns, transformers loads the result, and selection uses only permitted data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[Path, Path]:
-    """Whether a sentence has the word "not"; the evaluation file has other sentences than the training file."""
+    """The label is whether a sentence has the word "not"; the two files share no sentence."""
     folder = tmp_path_factory.mktemp("csv")
     rows = [
         (f"the {s} is {n}the same as the {t}", "no" if n else "yes")
@@ -90,7 +90,8 @@ def test_it_learns_and_transformers_agrees(folder, files: tuple[Path, Path], tmp
     assert [model.config.id2label[i] for i in answers] == held_out.labels
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
-    # The result is a BERT too: its encoder gives the vectors that transformers gives, and heads that are not there are refused.
+    # The result is also a BERT. Its encoder gives the same vectors as transformers, and the heads
+    # that it lacks are refused.
     encoder = fastbert.load(tmp_path / "out")
     with torch.no_grad():
         expected = model.bert(**inputs).last_hidden_state[:, 0]
@@ -109,7 +110,10 @@ def test_same_seed_same_weights(folder, files: tuple[Path, Path], tmp_path):
 
 
 def test_pairs_are_two_segments(folder, tmp_path):
-    """Which of the two texts has the word "not"; the words of both together are the same under either label."""
+    """The label says which of the two texts has the word "not".
+
+    The words of both texts together are the same under either label.
+    """
     rows = [
         (f"{n}{a}", f"{m}{b}", "ab"[bool(m)])
         for a in SUBJECTS
@@ -200,7 +204,8 @@ def test_files_that_do_not_fit_are_one_line(
         ),
         (
             {"regression": True},
-            "train.csv: 40 bad rows: line 2: label 'no' is not a number|train.csv: 40 bad rows: line 2: label 'yes' is not a number",
+            "train.csv: 40 bad rows: line 2: label 'no' is not a number"
+            "|train.csv: 40 bad rows: line 2: label 'yes' is not a number",
         ),
     ],
 )
@@ -215,7 +220,7 @@ def test_an_output_that_is_taken(folder, files: tuple[Path, Path]):
 
 
 def test_numbers_are_learned_and_transformers_agrees(folder, tmp_path):
-    """How many times a sentence says "not", in a file of STS-B's layout."""
+    """The number is how often a sentence says "not", in a file with STS-B's layout."""
     rows = [(f"{'not ' * n}{a} {b}", b, n) for a in SUBJECTS for b in SUBJECTS for n in (0, 2, 5)]
     (tmp_path / "train.tsv").write_text(
         "index\tsentence1\tsentence2\tscore\n" + "".join(f"0\t{a}\t{b}\t{n}\n" for a, b, n in rows)
@@ -274,7 +279,10 @@ def test_several_seeds_begin_alike_and_have_a_mean_and_a_spread(
 
 
 def test_it_stops_early_and_takes_the_best_epoch(folder, files: tuple[Path, Path], tmp_path):
-    """Chosen on a part of the training file that is not trained on: the evaluation file, with every label turned round, has no say."""
+    """The epoch is chosen on a part of the training file that is not trained on.
+
+    The evaluation file has every label inverted, and does not affect the choice.
+    """
     turned = {"no": "yes", "yes": "no"}
     test = read_examples(files[1])
     (tmp_path / "turned.csv").write_text(
@@ -328,7 +336,8 @@ import resource, sys
 from fastbert.tasks.finetune import Settings, finetune
 from fastbert.tasks.load import load
 
-resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, 6 << 30))  # so that a fault does not take the machine's memory
+# A fault must not take the machine's memory.
+resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, 6 << 30))
 folder, file, out = sys.argv[1:]
 finetune(load(folder, "cpu"), file, file, out, Settings(epochs=1, max_length=8))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -336,7 +345,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def test_many_classes_need_little_more_memory_than_few(folder, tmp_path):
-    """The picture of 200 classes took over 9 GB, before the model was saved; it may take no more than the whole of a run with three."""
+    """The picture of 200 classes once took over 9 GB, before the model was saved.
+
+    It may take no more memory than the whole of a run with three classes.
+    """
     peaks = []
     for classes in (3, 200, 600):
         file, out = tmp_path / f"{classes}.csv", tmp_path / str(classes)
@@ -356,7 +368,7 @@ def test_many_classes_need_little_more_memory_than_few(folder, tmp_path):
 
 @pytest.mark.parametrize("label", [r"$\frac{$", "$5 or $6", "a\nb", "\ud800"])
 def test_no_label_costs_the_model(folder, tmp_path, label):
-    """The last one, half a character, cannot be drawn."""
+    """The last label, half a character, cannot be drawn."""
     file = tmp_path / "x.jsonl"
     rows = [
         {"text": f"the {word}", "label": label if i % 2 else "b"} for i, word in enumerate(SUBJECTS)
@@ -394,7 +406,7 @@ def write_rows(file: Path, rows: list[tuple[str, str]]) -> Path:
     ],
 )
 def test_classes_that_are_numbers_are_in_the_order_of_numbers(folder, tmp_path, labels, order):
-    """So class i of labels 0 to 11 is label i, as in every data set with whole numbers."""
+    """Then class i of labels 0 to 11 is label i, as in every data set with integer labels."""
     file = write_rows(tmp_path / "a.csv", [(f"the name {label}", label) for label in labels])
     result = finetune(fastbert.load(folder), file, file, tmp_path / "out", Settings(epochs=1))
     assert result.labels == order

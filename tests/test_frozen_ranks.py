@@ -1,4 +1,4 @@
-"""SIGSTOP: a rank that stops answering is named, all others end, and should it ever wake up it harms nobody."""
+"""After SIGSTOP the frozen rank is named, all others end, and it does no harm if it resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
     [("starting", 0), ("starting", 1), ("training", 0), ("training", 1), ("saving", 1)],
 )
 def test_a_rank_that_stops_answering_is_named(lab, when, frozen):
-    """SIGSTOP. Within the recipe's limit all others end; the frozen one ends too, should it ever wake up."""
+    """All others end within the recipe's limit; the frozen rank also ends if it resumes."""
     trial, limit = lab.trial(stage=STAGE), 8.0
     failpoint = {"FASTBERT_FAILPOINT": f"tensors-half:{frozen}=stop"} if when == "saving" else {}
     with trial.start(WORLD, f"runtime.timeout_s={limit:g}", **failpoint) as ranks:
@@ -42,11 +42,14 @@ def test_a_rank_that_stops_answering_is_named(lab, when, frozen):
         ranks[frozen].signal(signal.SIGCONT)
         assert ranks[frozen].wait(limit + MARGIN_S) == 1, ranks[frozen].err.read_text()
     if when != "starting":
-        assert lab.finish(trial, WORLD, STAGE).sound
+        assert lab.finish(trial, WORLD, STAGE).passed
 
 
-def test_a_frozen_first_rank_does_not_write_into_the_run_that_went_on(lab):
-    """Rank 0 sleeps, the run is resumed without it; when it wakes up in the middle of that, it must leave it alone."""
+def test_a_frozen_first_rank_does_not_write_into_the_resumed_run(lab):
+    """Rank 0 is frozen, and the run is resumed without it.
+
+    When it continues in the middle of the resumed run, it must not write to the run folder.
+    """
     trial = lab.trial("runtime.timeout_s=60")
     with trial.start(1) as old:
         wait_for(lambda: lines_so_far(trial) >= 4)
@@ -57,4 +60,4 @@ def test_a_frozen_first_rank_does_not_write_into_the_run_that_went_on(lab):
             assert new.wait() == [0]
         assert old.wait() == [1]
         assert "taken" in old.errors and str(new[0].pid) in old.errors
-    assert trial.compare(lab.undisturbed(1, 0)).sound
+    assert trial.compare(lab.undisturbed(1, 0)).passed

@@ -1,4 +1,7 @@
-"""A layer as one function is the layer that model.py composes of the same kernels: results to the bit, gradients to rounding."""
+"""A layer as one function equals the layer that model.py composes of the same kernels.
+
+Results are equal to the bit, and gradients to rounding.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ LENGTHS = [9, 1 + 4, 20]
 
 
 def two_layers(p: float, dtype: torch.dtype) -> BertForPreTraining:
-    """The last of them computes some rows only."""
+    """Two layers, of which the last computes only some rows."""
     return build(p, layers=2, heads=2).to(DEVICE, dtype)
 
 
 def step(model: BertForPreTraining, impl: str, longest: int) -> dict[str, torch.Tensor]:
-    """Losses of the tokens and every gradient."""
+    """Return the losses of the tokens and every gradient."""
     model = copy.deepcopy(model)
     model.impl = impl
     batch = make_batch(LENGTHS).to(DEVICE)
@@ -57,7 +60,7 @@ def test_it_is_the_composed_layer(p, dtype, longest, monkeypatch):
 
 
 def test_under_autocast_the_layer_is_composed():
-    """Which casts between its operations."""
+    """Autocast casts between the layer's operations."""
     model = two_layers(0.1, torch.float32)
     model.impl = "triton"
     with watched("triton"), torch.autocast(DEVICE, torch.bfloat16):

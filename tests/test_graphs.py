@@ -1,4 +1,7 @@
-"""Captured and replayed micro-batches train as others do. A stand-in takes the place of `torch.cuda.graph`; all else is what runs on a GPU."""
+"""Micro-batches that are captured and replayed train as others do.
+
+A stand-in replaces `torch.cuda.graph`; everything else is the code that runs on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ DEVICE = "cuda" if GPU else "cpu"
 
 
 class StandIn:
-    """Records nothing: a replay calls the function again, which reads the same buffers, and its results go where the first ones lie."""
+    """Replay by calling the function again.
+
+    It reads the same buffers, and its results are copied to where the first results are.
+    """
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
@@ -81,7 +87,7 @@ def train(
 
 @pytest.fixture
 def recorders(monkeypatch) -> list[StandIn]:
-    """Those that take the place of `CudaGraphs`."""
+    """The stand-ins that replace `CudaGraphs`."""
     made: list[StandIn] = []
     monkeypatch.setattr(graphs, "CudaGraphs", lambda: made.append(StandIn()) or made[-1])
     return made
@@ -93,7 +99,10 @@ def shape(pack: PackedBatch) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_ten_steps_are_those_without_graphs(small_dataset, stage, recorders, monkeypatch):
-    """To the last digit, where packs are padded in both: dropout, several packs a step, DeepSpeed's hooks, clipping and AdamW included."""
+    """The steps are equal to the last digit where packs are padded in both runs.
+
+    The steps include dropout, several packs per step, DeepSpeed's hooks, clipping and AdamW.
+    """
     batches = Batches(small_dataset, with_graphs(CONFIG))
     steps = [batches.step(i) for i in range(STEPS)]
     assert min(map(len, steps)) > 1
@@ -116,7 +125,7 @@ def test_ten_steps_are_those_without_graphs(small_dataset, stage, recorders, mon
 
 
 def test_two_ranks_replay_too(small_dataset, tmp_path):
-    """Sums over ranks are outside of the graphs, so the steps are those without graphs, to the last digit."""
+    """Sums over ranks are outside the graphs, so the steps equal those without graphs exactly."""
     with Toys(rank_of_two, (small_dataset.path,), tmp_path, 2) as toys:
         assert toys.wait() == [0, 0], (toys.err(0), toys.err(1))
         assert toys.out(0) == toys.out(1) != ""
@@ -144,7 +153,11 @@ def rank_of_two(path: Path) -> int:
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_ten_steps_are_those_of_packs_without_padding(small_dataset, impl, recorders):
-    """To rounding; a step's counts exactly. Plain gradient descent, since AdamW makes a step of rounding where a gradient is near zero."""
+    """The steps are equal to rounding, and their counts exactly.
+
+    This uses plain gradient descent, because AdamW turns rounding into a step where a gradient is
+    near zero.
+    """
     config = dataclasses.replace(
         CONFIG, optimizer=OptimizerConfig(name="sgd", lr=0.1, weight_decay=0.0)
     )
@@ -174,7 +187,7 @@ def test_ten_steps_are_those_of_packs_without_padding(small_dataset, impl, recor
 
 
 def packs() -> list[PackedBatch]:
-    """Three of two shapes, with totals of their own."""
+    """Three packs of two shapes, with totals of their own."""
     lengths = [9, 5, 20], [7, 8, 19], [6, 30, 5, 4]
     made = [pad(make_batch(of, seed), 0.5, 64) for seed, of in enumerate(lengths)]
     return [
@@ -202,9 +215,10 @@ def computed(model: Any, pack: PackedBatch) -> list[Tensor]:
     [("triton", torch.bfloat16), ("triton" if GPU else "reference", torch.float32)],
 )
 def test_a_replay_gives_what_the_model_gives(impl, dtype):
-    """To the last digit: the losses are divided outside of the graph by the same operation. Buffers stay where they are.
+    """The results are equal to the last digit, since the same operation divides the losses outside.
 
-    On a GPU this records CUDA graphs. The interpreter would take two minutes for fp32, so there the definition takes its place.
+    Buffers stay where they are. On a GPU this records CUDA graphs. The interpreter would take two
+    minutes for fp32, so there the reference takes its place.
     """
     torch.manual_seed(0)
     model = BertForPreTraining(MODEL, VOCAB, impl, DEVICE).to(DEVICE, dtype).train()
@@ -245,7 +259,7 @@ def test_evaluation_replays_nothing(small_dataset, recorders):
 
 
 def test_gradients_outlive_the_next_replay():
-    """They add up over the packs of a step, so they may not lie where a graph writes."""
+    """Gradients add up over the packs of a step, so they may not be in a graph's buffers."""
     model = BertForPreTraining(MODEL, VOCAB, "cpu").train()
     graphed = GraphedModel(model, StandIn())
     for parameter in model.parameters():
@@ -312,7 +326,7 @@ def test_a_run_without_a_gpu_ends_before_it_writes(small_dataset, tmp_path: Path
 
 
 def test_torch_takes_what_the_recorder_gives_it():
-    """The recorder of a GPU has run nowhere yet: at least its arguments have these names."""
+    """The recorder for GPUs has never run, so at least the names of its arguments are checked."""
     inspect.signature(torch.cuda.graph.__init__).bind(
         None, None, pool=None, stream=None, capture_error_mode="thread_local"
     )

@@ -1,4 +1,4 @@
-"""Real processes meet, agree, and part; or do not, and say why."""
+"""Real processes form a group, exchange values and leave, or fail with a clear message."""
 
 from __future__ import annotations
 
@@ -25,15 +25,19 @@ from fastbert.errors import InputError
 from tests.ranks import LAUNCHER, environment, free_port
 from tests.toy_ranks import HOST, Toys, listening, say
 
-SOON_S = 3.0  # a time-out that is meant to be reached
-NEVER_S = 60.0  # one that is not
+SOON_S = 3.0  # a time-out that tests reach
+NEVER_S = 60.0  # a time-out that no test reaches
 
 
 def member(timeout_s: float, **acts: str) -> int:
-    """Meet; do what `acts` says of this rank ("1" -> "InputError: text"), under a common fate; agree on a few things; part."""
-    with StopRequest() as interruption:
+    """Run one rank: join the group, do this rank's act, exchange some values and leave.
+
+    `acts` maps ranks to acts, for example "1" to "InputError: text". An act runs under
+    `raise_on_all_ranks`.
+    """
+    with StopRequest() as stop_request:
         try:
-            with join(timeout_s, interruption) as group:
+            with join(timeout_s, stop_request) as group:
                 say("joined", group.rank)
                 with group.raise_on_all_ranks():
                     act(acts.get(str(group.rank), ""))
@@ -86,7 +90,7 @@ def _member(timeout_s: float, acts: dict[str, str]) -> int:
 
 
 def entered(toys: Toys, rank: int, pid: int) -> None:
-    """Return when a process is in the group's list as this rank; waiting for others it is, then."""
+    """Return when a process has registered as this rank, and so waits for others."""
     end = time.monotonic() + NEVER_S
     while not listens("127.0.0.1", toys.port):
         assert time.monotonic() < end
@@ -103,7 +107,7 @@ def entered(toys: Toys, rank: int, pid: int) -> None:
 
 
 def table_of(toys: Toys, key: Key | None = None) -> SignedStore:
-    """What the ranks read and write, over a connection of its own."""
+    """Open the store of the ranks over a separate connection."""
     store = dist.TCPStore("127.0.0.1", toys.port, None, False, timeout=timedelta(seconds=NEVER_S))
     return SignedStore(dist.PrefixStore("fastbert", store), key or find_key(), "fastbert")
 
@@ -148,8 +152,8 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
         store = f"127.0.0.1:{toys.port}"
         for rank in (0, 2):
             assert (
-                toys.out(rank)
-                == f"RankLost: rank 1, rank 3 did not come to {store} within 3 s (runtime.timeout_s)\n"
+                toys.out(rank) == f"RankLost: rank 1, rank 3 did not come to {store} "
+                "within 3 s (runtime.timeout_s)\n"
             )
 
 
@@ -184,7 +188,7 @@ def test_bad_input_on_all_ranks_is_said_plainly(tmp_path):
 
 
 def test_another_exception_on_one_rank_ends_all(tmp_path):
-    """The rank that holds the store, which must not be gone before the others know."""
+    """This rank holds the store, which must not be gone before the others know."""
     with members(
         tmp_path, 3, acts={"0": "ValueError: a bug", "1": "InputError: less telling"}
     ) as toys:
@@ -202,7 +206,7 @@ def test_a_signal_noticed_by_one_rank_ends_all(tmp_path):
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_is_stopped_on_the_way_is_named(tmp_path, stopped):
-    """Rank 0 too, with the store: its silence would keep every call to it waiting for ever."""
+    """Rank 0 is tested too: without its answer every call to the store would wait for ever."""
     other = 1 - stopped
     with members(tmp_path, 2, SOON_S, acts={str(stopped): "stop"}) as toys:
         assert toys.wait(other) == [1]
@@ -239,7 +243,8 @@ def test_the_port_is_taken(tmp_path):
         assert toys.wait() == [2]
         assert (
             toys.out(0)
-            == f"InputError: MASTER_PORT = {port}: another process listens there on 127.0.0.1; choose another port\n"
+            == f"InputError: MASTER_PORT = {port}: another process listens there on 127.0.0.1; "
+            "choose another port\n"
         )
     del store
 
@@ -275,7 +280,10 @@ def test_a_launchers_store_still_has_the_keys_of_earlier_attempts(tmp_path):
 
 
 def test_the_store_of_an_attempt_that_ends_just_now(tmp_path):
-    """Rank 1 of the next attempt comes before rank 0 of the last one has gone, and their ports are the same."""
+    """Rank 1 of the next attempt comes before rank 0 of the last one has ended.
+
+    Both attempts have the same port.
+    """
     port = free_port()
     old = hold_store("127.0.0.1", port)
     with members(tmp_path, 2, only=(1,), MASTER_PORT=str(port)) as toys:
@@ -290,7 +298,10 @@ OTHER_KEY = "another key, with 32 characters or more"
 
 @pytest.mark.parametrize("odd", [0, 1])
 def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
-    """As where home directories are not shared; not only after the time-out, and no rank goes on without the others."""
+    """This happens where home directories are not shared.
+
+    The error comes before the time-out, and no rank continues without the others.
+    """
     with members(
         tmp_path, 3, 10 * NEVER_S, only=[rank for rank in range(3) if rank != odd]
     ) as toys:
@@ -299,8 +310,10 @@ def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
         assert toys.wait() == [2, 2, 2]
         said = [toys.out(rank) for rank in range(3)]
         todo = (
-            "and this process (FASTBERT_RENDEZVOUS_KEY) do not have the same key, which every process of a run needs; where the nodes do not "
-            "share home directories, set FASTBERT_RENDEZVOUS_KEY to the same value on each of them, or copy ~/.fastbert/rendezvous.key to each"
+            "and this process (FASTBERT_RENDEZVOUS_KEY) do not have the same key, "
+            "which every process of a run needs; where the nodes do not "
+            "share home directories, set FASTBERT_RENDEZVOUS_KEY to the same value on each of "
+            "them, or copy ~/.fastbert/rendezvous.key to each"
         )
         stranger_to_0 = f"InputError: rank 0 at 127.0.0.1:{toys.port} {todo}\n"
         if odd == 0:
@@ -313,7 +326,7 @@ def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
 
 
 def test_a_rank_that_came_just_before_the_other_key_ended_rank_0_says_so(tmp_path):
-    """It saw rank 0's registration once, and then the store was gone."""
+    """The rank saw rank 0's registration once, and then the store was gone."""
     port = free_port()
     store: Any = hold_store("127.0.0.1", port)
     store.set("fastbert/register/0", b"signed with another key")
@@ -337,7 +350,7 @@ STRANGE = [b'["bye", 0]', b'["gone", "\x1b[2J", 7]', b"\xff\x00", b"", b"{", b"[
 
 
 def test_a_stranger_does_not_keep_ranks_from_meeting(tmp_path):
-    """Every place that can be known is taken before the ranks come, and some again while they wait."""
+    """A stranger writes to every key that can be guessed before the ranks come, and again later."""
     agent: Any = hold_store("127.0.0.1", 0)
     stranger: Any = dist.PrefixStore(
         "fastbert",
@@ -386,8 +399,8 @@ def test_a_stranger_does_not_keep_ranks_from_meeting(tmp_path):
     del agent
 
 
-def test_a_knock_that_is_written_over_is_repeated(tmp_path):
-    """Rank 1 waits for rank 0, who does not come yet; what is there when he comes is a stranger's."""
+def test_a_registration_that_is_overwritten_is_repeated(tmp_path):
+    """Rank 1 waits for rank 0, which comes later and finds a stranger's value."""
     agent: Any = hold_store("127.0.0.1", 0)
     given: Any = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with members(tmp_path, 2, only=(1,), **given) as toys:
@@ -399,7 +412,10 @@ def test_a_knock_that_is_written_over_is_repeated(tmp_path):
 
 
 def test_what_was_signed_for_an_earlier_attempt_is_refused(tmp_path):
-    """A stranger copies all that the ranks said to each other, and puts it in the way of the next attempt. gloo's own keys are not signed."""
+    """A stranger copies all messages between the ranks and replays them in the next attempt.
+
+    gloo's own keys are not signed.
+    """
     agent: Any = hold_store("127.0.0.1", 0)
     given: Any = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     (tmp_path / "first").mkdir()
@@ -429,8 +445,8 @@ def test_what_was_signed_for_an_earlier_attempt_is_refused(tmp_path):
         toys.start([2])
         assert toys.wait() == [0, 0, 0], [toys.err(rank) + toys.out(rank) for rank in range(3)]
         assert (
-            "gathered [{'rank': 0, 'text': ''}, {'rank': 1, 'text': 'é'}, {'rank': 2, 'text': 'éé'}]"
-            in toys.out(0)
+            "gathered [{'rank': 0, 'text': ''}, {'rank': 1, 'text': 'é'}, "
+            "{'rank': 2, 'text': 'éé'}]" in toys.out(0)
         )
     del agent
 

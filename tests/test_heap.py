@@ -1,4 +1,7 @@
-"""The heap keeps what a step gives back, so touching a large block again faults no page in; and oneDNN forgets shapes of long ago."""
+"""The heap keeps the memory that a step frees, and oneDNN forgets shapes that are long unused.
+
+So touching a large block again causes no page faults.
+"""
 
 import os
 import resource
@@ -50,7 +53,9 @@ if sys.argv[1] == "keep":
     keep_heap()
 import torch
 def product(rows):
-    torch.ops.mkldnn._linear_pointwise(torch.ones(rows, 64), torch.ones(64, 64), None, "none", [], "")
+    torch.ops.mkldnn._linear_pointwise(
+        torch.ones(rows, 64), torch.ones(64, 64), None, "none", [], ""
+    )
 for rows in range(100, 200):
     product(rows)
 with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
@@ -78,4 +83,4 @@ def test_a_shape_of_long_ago_is_built_anew():
     assert "create:cache_hit" in said("default")
     assert "create:cache_hit" in said(
         "keep", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024"
-    )  # the user's own word
+    )  # the user's own setting

@@ -1,4 +1,4 @@
-"""Who may import whom: the project's imports point one way, and a heavy library is loaded only by the file it belongs to."""
+"""Imports of the project go in one direction, and each heavy library has one file that loads it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "fastbert").rglob("*.py")), *sorted((ROOT / "kernels").rglob("*.py"))]
 
-# A module or a room (all modules below that name) and what of this project it may import, itself always included. The longest
-# name that fits a module counts. Lazy imports inside functions are held to the same table.
+# A module or a package (all modules below that name), and what of this project it may import. A
+# module may always import itself. The longest name that matches a module counts. The same table
+# applies to imports inside functions.
 MAY_IMPORT = {
     "fastbert_kernels": set(),
     "fastbert.errors": set(),
@@ -28,9 +29,10 @@ MAY_IMPORT = {
     "fastbert.config": {"fastbert.errors"},
     "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
     "fastbert.doctor": {"fastbert.machine"},
-    # Who takes part in a run, whatever it computes.
+    # The processes of a run, independent of what they compute.
     "fastbert.cluster": {"fastbert.errors"},
-    # The data know neither the model nor the run; what is read while training knows nothing of how a dataset is made.
+    # Data modules know neither the model nor the run. Modules that read a dataset during training
+    # know nothing of how it is made.
     "fastbert.data": {
         "fastbert.child",
         "fastbert.config",
@@ -38,7 +40,7 @@ MAY_IMPORT = {
         "fastbert.errors",
         "fastbert.machine",
     },
-    # How a model lies on disk.
+    # The format of a model on disk.
     "fastbert.checkpoints": {
         "fastbert.cluster",
         "fastbert.config",
@@ -94,7 +96,8 @@ MAY_IMPORT = {
     "fastbert": {"fastbert.api", "fastbert.errors", "fastbert.tasks.load"},
 }
 
-# A library and the only modules that may import it; a name that ends in a dot stands for a room, `*` for one part of a name.
+# A library and the only modules that may import it. A name that ends in a dot stands for a package,
+# and `*` for one part of a name.
 ONLY_IN = {
     "triton": ["fastbert_kernels._triton", "fastbert_kernels._rows", "fastbert_kernels.*.kernel"],
     "deepspeed": ["fastbert.training.engine"],
@@ -126,7 +129,7 @@ HEAVY = [
 
 
 def module_name(path: Path) -> str:
-    """The dotted name under which a source file is imported."""
+    """Return the dotted name under which a source file is imported."""
     root = ROOT / "kernels" if path.is_relative_to(ROOT / "kernels") else ROOT
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -136,7 +139,10 @@ MODULES = {module_name(path): path for path in SOURCES}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and full name of everything a file imports, at its top or inside functions; `from a import b` is a.b where that is a module."""
+    """Yield the line and the full name of everything a file imports, also inside functions.
+
+    `from a import b` gives a.b where that is a module.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -232,7 +238,7 @@ def test_no_operation_imports_another():
     assert len(folders) == 5 and not wrong, "\n".join(wrong)
 
 
-def test_what_reads_the_store_does_not_know_how_it_is_made():
+def test_what_reads_a_dataset_does_not_know_how_it_is_made():
     makers = {
         f"fastbert.data.{name}"
         for name in (
@@ -295,7 +301,8 @@ def test_modules_do_without_triton_deepspeed_and_transformers():
         *(pattern for library in BLOCKED for pattern in ONLY_IN[library]),
     ]
     names = [name for name in MODULES if not any(matches(name, pattern) for pattern in exempt)]
-    # None in sys.modules makes `import triton` raise ModuleNotFoundError, and importlib.util.find_spec say that it is not there.
+    # None in sys.modules makes `import triton` raise ModuleNotFoundError, and makes
+    # importlib.util.find_spec report that it is absent.
     code = f"""
 import importlib, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "kernels")!r}]

@@ -1,4 +1,4 @@
-"""`init = "folder"`: pre-training that goes on from a model that somebody has already."""
+"""`init = "folder"`: pre-training that starts from an existing model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def original(small_dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(original, tmp_path) -> Path:
-    """A copy to change."""
+    """A copy of the model folder that a test may change."""
     return shutil.copytree(original, tmp_path / "hf")
 
 
@@ -80,7 +80,7 @@ def refusal(recipe: Path, *overrides: str) -> str:
 
 
 def test_training_begins_with_its_weights_and_its_sizes(recipe, folder, tmp_path):
-    """The rate is so small that a step changes nothing."""
+    """The learning rate is so small that a step changes nothing."""
     assert train(recipe) == 0
     before, after = fastbert.load(folder), fastbert.load(tmp_path / "run")
     assert after.config.hidden_size == 32 and after.config.max_position_embeddings == 32
@@ -91,7 +91,7 @@ def test_training_begins_with_its_weights_and_its_sizes(recipe, folder, tmp_path
     np.testing.assert_allclose(after.encode(TEXTS), before.encode(TEXTS), rtol=0, atol=1e-5)
 
 
-def test_it_goes_on_when_the_folder_is_gone(recipe, folder, tmp_path):
+def test_it_resumes_when_the_folder_is_gone(recipe, folder, tmp_path):
     assert train(recipe) == 0
     shutil.rmtree(folder)
     assert train(recipe, "stop.steps=2", resume=True) == 0
@@ -107,7 +107,7 @@ def test_a_run_of_ours_is_a_start_too(recipe, tmp_path):
 
 
 def test_heads_that_are_missing_begin_anew(recipe, folder, original, tmp_path):
-    """An encoder alone, padded to a size that the processor likes."""
+    """The folder is an encoder without heads, padded to a size that suits the processor."""
     encoder = BertModel.from_pretrained(original, add_pooling_layer=False)
     encoder.resize_token_embeddings(1024)
     encoder.save_pretrained(folder)
@@ -125,7 +125,7 @@ def test_heads_that_are_missing_begin_anew(recipe, folder, original, tmp_path):
             ["recipe.toml: model.num_hidden_layers = 4", "init = ", "has 2", "leave it out"],
         ),
         ("model.preset=mini", ["model.hidden_size = 256", "has 32"]),
-        # What equals BERT's defaults is given all the same.
+        # Values that equal BERT's defaults are given too.
         ("model.preset=base", ["model.hidden_size = 768", "has 32"]),
         ("model.hidden_size=768", ["model.hidden_size = 768", "has 32"]),
         ("model.max_position_embeddings=512", ["model.max_position_embeddings = 512", "has 32"]),
@@ -165,7 +165,10 @@ def test_other_tokens_are_refused(recipe, folder, tmp_path):
     ],
 )
 def test_weights_that_are_not_finite_are_refused(recipe, folder, tmp_path, name, bad):
-    """One number is enough: every step from there would be skipped. The message has the name that the folder gives the weight."""
+    """One such number is enough: every step from these weights would be skipped.
+
+    The message names the weight as the folder does.
+    """
     weights = load_file(folder / "model.safetensors")
     weights[name].view(-1)[7 % weights[name].numel()] = bad
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,8 @@
-"""Properties of every Triton operation: drawn shapes, the order of programs, strides, 64-bit offsets, place in the pack, bad input. Walks SPECS."""
+"""Properties of every Triton operation in SPECS.
+
+The tests cover random shapes, the order of programs, strides, 64-bit offsets, the place in the pack
+and bad input.
+"""
 
 import contextlib
 import itertools
@@ -34,7 +38,10 @@ def tensors(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @st.composite
 def shapes(draw: st.DrawFn, spec: Spec) -> Shape:
-    """With the axes of one of the spec's shapes, and sizes next to those that the spec lists, which lie around tiles."""
+    """Draw a shape with the axes of one of the spec's shapes.
+
+    Its sizes are close to the sizes that the spec lists, which are around tiles.
+    """
     shape: Shape = {}
     for axis in draw(st.sampled_from(list(kinds(spec)))):
         listed = [other[axis] for other in spec.shapes if axis in other]
@@ -92,7 +99,7 @@ def test_the_order_of_programs_does_not_matter(name, shape, dtype, monkeypatch):
         assert_same(ascending, run(SPECS[name], arguments, "triton"))
 
 
-# Strides. What lies between the elements is NaN, or for integers zero.
+# Strides. Between the elements there is NaN, or zero for integers.
 
 
 def around(x: torch.Tensor, *size: int) -> torch.Tensor:
@@ -100,7 +107,7 @@ def around(x: torch.Tensor, *size: int) -> torch.Tensor:
 
 
 def in_wider_rows(x: torch.Tensor) -> torch.Tensor:
-    """Rows begin at any address: not even the first one is aligned."""
+    """Rows begin at any address, so not even the first one is aligned."""
     view = around(x, *x.shape[:-1], x.shape[-1] + 4)[..., 1:-3]
     return view.copy_(x)
 
@@ -157,9 +164,10 @@ FAR = [
 
 
 def far_apart(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """The same values with the last slice along `axis` more than 2^31 elements from the first: 8 GB, of which next to nothing is touched.
+    """Return the same values, with the last slice along `axis` over 2^31 elements after the first.
 
-    An offset that wraps around finds itself in the lower half, rather than where no memory is.
+    The tensor spans 8 GB, of which almost nothing is touched. An offset that overflows points into
+    the lower half, and not to unmapped memory.
     """
     strides = list(x.contiguous().stride())
     strides[axis] = 2**31 // (x.shape[axis] - 1) // 16 * 16 + 16
@@ -179,7 +187,10 @@ def far_apart(x: torch.Tensor, axis: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "key", "axis"), FAR)
 def test_offsets_beyond_32_bits(name, key, axis, monkeypatch):
-    """Without the sanitizer, whose shadow of such a tensor would be real memory; in fp16, since the stock interpreter is wrong in bf16."""
+    """This runs without the sanitizer, whose shadow of such a tensor would need real memory.
+
+    It runs in fp16, because the stock interpreter is wrong in bf16.
+    """
     monkeypatch.setattr(test_kernels, "watched", lambda _: contextlib.nullcontext())
     arguments = inputs(name, torch.float16)
     with mock.patch.object(
@@ -205,7 +216,10 @@ def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype,
     )
 
     def outcome(order: list[int]) -> list[dict[str, torch.Tensor]]:
-        """Results and gradients of each sequence, in the order of `lengths`, packed in another one."""
+        """Return results and gradients of each sequence in the order of `lengths`.
+
+        The sequences are packed in `order`.
+        """
         ends = list(itertools.accumulate(lengths, initial=0))
         tokens = torch.cat([torch.arange(ends[i], ends[i + 1]) for i in order]).to(DEVICE)
         rows, more = tokens, {}
@@ -244,7 +258,10 @@ def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype,
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("size", [48, 64])
 def test_attention_of_a_sequence_does_not_depend_on_the_longest_of_the_pack(size, dtype, cut, p):
-    """Up to 64 tokens it goes through the same tile whether longer ones are in the pack, which take another launch, or not."""
+    """A sequence of up to 64 tokens goes through the same tile in any pack.
+
+    Longer sequences in the pack take another launch.
+    """
     lengths = [64, 128, 1, 65, 33, 0]
     arguments = inputs(
         "attention",
@@ -312,7 +329,10 @@ PADDED = [
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("impl", [impl for name, impl in EVERY if name == "attention"])
 def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, shape, listed):
-    """Whatever is in them: here NaN, in the upstream gradient too. The others are as without padding, bit for bit."""
+    """Padding may contain anything: here NaN, also in the upstream gradient.
+
+    The other rows are bit for bit as without padding.
+    """
     spec = SPECS["attention"]
     arguments = inputs("attention", DTYPES[dtype], 0.1, shape)
     end = int(arguments["cu_seqlens"][-1])
@@ -322,7 +342,7 @@ def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, 
         assert 0 < kept["q"] < len(arguments["query_indices"])
     arguments |= {
         key: arguments[key].clone() for key in kept
-    }  # apart, not slices of one projection
+    }  # separate tensors, not slices of one projection
     for key, rows in kept.items():
         arguments[key][rows:] = float("nan")
     real = next(
@@ -355,7 +375,7 @@ def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, 
         assert torch.equal(value[:rows], plain[key]), key
 
 
-def test_a_list_of_work_for_another_batch_is_refused():
+def test_a_tile_schedule_for_another_batch_is_refused():
     arguments = inputs("attention", shape=PACK)
     other = attention_tile_schedule(arguments["cu_seqlens"][:-1], len(arguments["k"]))
     with pytest.raises(
@@ -377,7 +397,7 @@ def test_another_dtype_shape_or_device_is_refused_by_name(name, impl):
             spec.function(**{**arguments, key: value[None]}, impl=impl)
         with pytest.raises(
             ValueError, match=r": \w+ has shape \["
-        ):  # of one that sets a size the others are refused
+        ):  # if it sets a size, the other arguments are refused
             spec.function(**{**arguments, key: value[..., :-1]}, impl=impl)
         with pytest.raises(
             ValueError,
@@ -456,7 +476,7 @@ def test_an_index_out_of_range_is_refused_by_name(name, key, shape):
 
 @pytest.mark.parametrize(("name", "key", "shape"), INDICES)
 def test_unchecked_a_bad_index_reads_and_writes_nothing_outside(name, key, shape):
-    """And is loud where the docstring says so."""
+    """It gives NaN where the docstring says so."""
     spec = SPECS[name]
     values = (-1, -300, 300) if key == "cu_seqlens" else (-1, 10**6, 2**40, -(2**63))
     for value, where in zip(2 * values, (0, 1, -1, 0, 1, -1), strict=False):
@@ -508,6 +528,7 @@ def test_the_values_of_a_pack_are_checked(change, message, impl):
 def test_a_head_size_that_triton_does_not_have_is_refused(size):
     with pytest.raises(
         ValueError,
-        match=f'varlen_attention: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"',
+        match=f"varlen_attention: K = {size}, expected a multiple of 16 up to 128 for impl = "
+        f'"triton"',
     ):
         SPECS["attention"].function(**inputs("attention", shape=PACK | {"K": size}), impl="triton")

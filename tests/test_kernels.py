@@ -1,6 +1,7 @@
-"""Every operation, every implementation: results, gradients and dropout masks against the reference in fp64.
+"""Compare every implementation of every operation with the reference in fp64.
 
-Triton kernels run on the GPU where there is one, elsewhere in the interpreter under `tests/sanitizer.py`.
+This covers results, gradients and dropout masks. Triton kernels run on the GPU where there is one,
+and otherwise in the interpreter under `tests/sanitizer.py`.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ def cases():
 
 
 def place(arguments, device):
-    """With their strides, which `to` alone would not keep of slices of one projection."""
+    """Move tensors and keep their strides, which `to` alone does not for slices."""
 
     def moved(x):
         whole = x if x._base is None else x._base
@@ -44,19 +45,19 @@ def place(arguments, device):
 
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan():
-    """torch.empty gives NaN, so that a result that a kernel forgot to write shows."""
+    """Make torch.empty return NaN, so that an unwritten result shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def watched(impl):
-    """The sanitizer, where an implementation is interpreted."""
+    """Return the sanitizer if the implementation runs in the interpreter."""
     return sanitize() if impl == "triton" and not GPU else contextlib.nullcontext()
 
 
 def run(spec, arguments, impl, dtype=None):
-    """The result and every gradient, on the CPU, under upstream gradients that a seed fixes."""
+    """Return the result and every gradient on the CPU, for seeded upstream gradients."""
     arguments = place(arguments, "cuda" if GPU and impl == "triton" else "cpu")
     arguments = {
         name: (
@@ -90,10 +91,11 @@ def run(spec, arguments, impl, dtype=None):
 
 @pytest.mark.parametrize(("name", "impl", "shape", "p", "dtype"), list(cases()))
 def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
-    """err(ours) <= 2 err(plain torch in the same dtype) + 1 ulp, err the largest difference from fp64, 1 ulp eps * max|fp64|.
+    """err(ours) <= 2 err(plain torch in the same dtype) + 1 ulp.
 
-    Where a gradient vanishes (of a softmax over a single key) there is no largest value: it is what two sums differ by, each of
-    terms as large as the other gradients.
+    err is the largest difference from fp64, and 1 ulp is eps * max|fp64|. Where a gradient vanishes
+    (of a softmax over a single key) there is no largest value. The gradient is then the difference
+    of two sums whose terms are as large as the other gradients.
     """
     spec = SPECS[name]
     arguments = spec.inputs(shape, DTYPES[dtype], p)
@@ -118,7 +120,10 @@ def test_agrees_with_the_reference_in_fp64(name, impl, shape, p, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_takes_1_and_8192_tokens_in_one_batch(dtype):
-    """Few queries, so that the reference's scores fit; not in SPECS, where others draw shapes around it."""
+    """Few queries, so that the reference's scores fit in memory.
+
+    The shape is not in SPECS, because other tests draw shapes near those.
+    """
     test_agrees_with_the_reference_in_fp64(
         "attention", "triton", {"lengths": [1, 8192, 130], "H": 1, "K": 32, "R": 60}, 0.1, dtype
     )
@@ -203,7 +208,7 @@ def test_errors_name_the_argument_and_its_value(name, change, error, message):
     "name", [name for name in SPECS if "triton" in SPECS[name].implementations]
 )
 def test_bf16_is_refused_by_the_stock_interpreter(name):
-    """It would take the bits for integers: a loss of 24.69 came out as 14,533,446,656."""
+    """It would read the bits as integers: a loss of 24.69 became 14,533,446,656."""
     spec = SPECS[name]
     arguments = spec.inputs(spec.shapes[0], torch.bfloat16, 0.0)
     with pytest.raises(TypeError, match="is bfloat16, which Triton's interpreter computes wrongly"):

@@ -1,4 +1,4 @@
-"""The encoder trains the same with any kernels: losses, every gradient, and a run of twenty steps."""
+"""The encoder trains the same with all kernels: losses, gradients and a run of twenty steps."""
 
 import contextlib
 import copy
@@ -18,12 +18,12 @@ LENGTHS = [33, 8, 150, 21]  # one of them too long for a single tile
 
 
 def watched(impl):
-    """The sanitizer, where an implementation is interpreted."""
+    """Return the sanitizer if the implementation runs in the interpreter."""
     return sanitize() if impl == "triton" and not GPU else contextlib.nullcontext()
 
 
 def step(model, impl, batch):
-    """Loss and every gradient, on the CPU."""
+    """Return the loss and every gradient, on the CPU."""
     model = copy.deepcopy(model)
     model.impl = impl
     if GPU:
@@ -38,7 +38,7 @@ def step(model, impl, batch):
 
 @pytest.fixture(scope="module")
 def exact():
-    """The reference in fp64, dropout 0."""
+    """The reference in fp64 with dropout 0."""
     return step(build().double(), "reference", make_batch(LENGTHS))
 
 
@@ -55,7 +55,7 @@ def test_loss_and_gradients_without_dropout(impl, exact):
 
 @pytest.mark.parametrize("impl", [impl for impl in IMPLEMENTATIONS if impl != "reference"])
 def test_the_same_masks_with_dropout(impl):
-    """A single element dropped otherwise would show in the third digit."""
+    """A single wrong element in a mask would show in the third digit."""
     batch = make_batch(LENGTHS)
     want, have = (step(build(0.2), name, batch) for name in ("reference", impl))
     other = step(
@@ -73,7 +73,7 @@ def test_the_same_masks_with_dropout(impl):
 
 
 def padded(batch, rest):
-    """The same pack with `rest` tokens behind the last sequence, which belong to none."""
+    """Return the same pack with `rest` padding tokens after the last sequence."""
     rows = {
         name: torch.nn.functional.pad(getattr(batch, name), (0, rest))
         for name in ("input_ids", "token_type_ids", "position_ids")
@@ -86,7 +86,7 @@ def padded(batch, rest):
 )
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_padded_pack_has_the_loss_and_gradients_of_the_bare_one(impl, lengths):
-    """With dropout: the masks stay, too."""
+    """This includes dropout, so the masks are the same too."""
     batch = make_batch(lengths)
     want, have = (
         step(build(0.2), name, pack)
@@ -103,7 +103,7 @@ def test_a_padded_pack_has_the_loss_and_gradients_of_the_bare_one(impl, lengths)
 
 
 def curve(impl, steps=20):
-    """Losses of a short run of a smaller model, on four batches over and over."""
+    """Return the losses of a short run of a smaller model on four repeated batches."""
     model = build(layers=2, heads=2)
     model.impl = impl
     model = model.cuda() if GPU else model

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same bits when programs really run at once, memory, tensors of more than 2^31 elements."""
+"""What only a GPU can show: reproducible bits, memory use, and tensors over 2^31 elements."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_the_same_bits_at_every_run(name):
 
 
 def test_the_loss_needs_a_tenth_of_the_memory_at_the_most():
-    """At M = 8,192, D = 768, V = 30,522, forward and backward, gradients left out of the count on both sides."""
+    """M = 8,192, D = 768, V = 30,522, forward and backward; gradients are not counted."""
     draw = {"dtype": torch.bfloat16, "device": "cuda", "requires_grad": True}
     leaves = [
         torch.randn(8192, 768, **draw),
@@ -49,7 +49,7 @@ def test_the_loss_needs_a_tenth_of_the_memory_at_the_most():
 
 
 def test_more_than_2_to_the_31_elements():
-    """The last rows of 4.3 GB, forward and backward, against torch on these rows alone."""
+    """Compare the last rows of 4.3 GB with torch on these rows alone, forward and backward."""
     size, rows = 768, 2**31 // 768 + 1000
     if torch.cuda.mem_get_info()[0] < 6 * rows * size * 2:
         pytest.skip("needs 26 GB of free memory")

@@ -1,4 +1,4 @@
-"""Labelled texts: every layout is read as it comes, and every bad row is listed with its line."""
+"""Labelled texts: every layout is read unmodified, and bad rows are listed by line."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ TABLE = [["text", "label"], ["a", "x"], ['b, "c"', "y"], ["d", "4"]]
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "ndjson", "parquet"])
 def test_every_file_that_prepare_reads(tmp_path, kind, packing):
-    """The same rows in every format, through every compression that prepare reads."""
+    """The same rows are read in every format and compression that prepare reads."""
     file, (header, *rows) = tmp_path / f"x.{kind}{packing}", TABLE
     if kind == "parquet":
         columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
@@ -168,7 +168,8 @@ def test_bad_rows_of_parquet(tmp_path):
         (
             "x.csv",
             b"body,label\na,b\n",
-            "the columns do not say which is the text.*there are body, label.*--text, --pair and --label",
+            "the columns do not say which is the text.*there are body, label.*"
+            "--text, --pair and --label",
         ),
         ("x.csv", b"text,label\na,x\nb\n", "1 bad row: line 3: 1 fields, and the header has 2"),
         (
@@ -190,7 +191,8 @@ def test_bad_rows_of_parquet(tmp_path):
         (
             "x.jsonl",
             b'{"text": "a", "label": "x"}\n{"text": "b"}\n[1]\n{\n',
-            "3 bad rows: line 2: label is empty; line 3: a JSON list, not an object; line 4: not JSON",
+            "3 bad rows: line 2: label is empty; line 3: a JSON list, not an object; line 4: not "
+            "JSON",
         ),
         ("x.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("x.doc", b"a", "must end in .csv, .tsv, .jsonl, .ndjson, .parquet"),
@@ -206,7 +208,8 @@ def test_labels_that_are_no_numbers(tmp_path):
     found = read_examples(write(tmp_path / "x.csv", "text,label\na,1\nb,two\nc,inf\n"))
     with pytest.raises(
         InputError,
-        match="2 bad rows: line 3: label 'two' is not a number; line 4: 'inf' is not a finite number",
+        match="2 bad rows: line 3: label 'two' is not a number; line 4: 'inf' is not a finite "
+        "number",
     ):
         found.numbers()
 

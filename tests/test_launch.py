@@ -1,4 +1,4 @@
-"""Launching: the kernel is the one that Triton would have launched, and what is kept is bounded."""
+"""A prepared launch uses the kernel that Triton would launch, and its cache is bounded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X = torch.ones(3, 32, device="cuda" if GPU else "cpu")
 
 @pytest.mark.skipif(GPU, reason="the driver that launches nothing takes tensors of the CPU")
 def test_a_prepared_kernel_is_the_one_that_triton_finds():
-    """In a process without the interpreter, under which nothing is compiled."""
+    """This runs without the interpreter, which compiles nothing."""
     result = run_module("tests.launched_twice")
     assert result.returncode == 0, result.stdout + result.stderr
     compared, direct = map(int, result.stdout.split())
@@ -45,7 +45,7 @@ def test_while_tiles_are_tuned_nothing_is_kept():
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_good_call_does_not_excuse_a_bad_one(name):
-    """The same shapes, then one thing after the other that must be refused, and the good call again."""
+    """Make a good call, then a bad one for each argument, then the good call again."""
     spec, good = SPECS[name], inputs(name)
 
     def call(**changes: object) -> None:

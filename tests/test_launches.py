@@ -1,4 +1,7 @@
-"""Every launch of the kernels and of the model is accepted by the compiler, on two versions of Triton and three generations of GPUs."""
+"""The compiler accepts every launch of the kernels and of the model.
+
+This is checked on two versions of Triton and for three generations of GPUs.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ OLDEST = (
 
 
 def launches(*arguments: str, **where: Path) -> subprocess.CompletedProcess[str]:
-    """`python -m benchmarks.launches`, with other kernels or another Triton."""
+    """Run `python -m benchmarks.launches` with other kernels or another Triton."""
     return run_module("benchmarks.launches", *arguments, **where)
 
 
@@ -56,7 +59,7 @@ def test_the_model_compiles_with_the_oldest_triton(architecture, oldest):
 
 @pytest.fixture
 def kernels(tmp_path: Path) -> Path:
-    """A copy of the kernels, to plant a fault in."""
+    """A copy of the kernels, in which tests plant faults."""
     return Path(
         shutil.copytree(
             ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")
@@ -73,7 +76,7 @@ def replace(path: Path, *changes: tuple[str, str]) -> None:
 
 
 def test_none_inside_a_tuple_is_found(kernels):
-    """The interpreter accepts it; no compiler does."""
+    """The interpreter accepts it, and no compiler does."""
     none = "    chunks = ()\n    if ptr is None:\n        chunks += (None,)\n    else:"
     replace(
         kernels / "fastbert_kernels/_rows.py",
@@ -104,7 +107,7 @@ def test_results_of_two_types_are_found_by_the_oldest_triton(kernels, oldest):
 
 
 def test_a_tile_that_does_not_fit_the_device_is_found(kernels):
-    """Shared memory is limited as by the launcher of a GPU."""
+    """Shared memory has the limit of a GPU's launcher."""
     path = kernels / "fastbert_kernels/tiles.json"
     tiles = json.loads(path.read_text(encoding="utf-8"))
     tiles["sm_80"]["mlm_loss_forward"] = [

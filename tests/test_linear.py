@@ -20,14 +20,14 @@ SHAPES = [
 
 @pytest.fixture
 def onednn(monkeypatch):
-    """On every processor, not only where it is the faster library."""
+    """Use oneDNN on every processor, not only where it is the faster library."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(_linear, "_onednn_is_faster", lambda: True)
 
 
 def results(function, x, weight, bias, dy, dtype=torch.float32):
-    """y, dx, dW, db in fp64."""
+    """Return y, dx, dW and db in fp64."""
     x, weight, bias = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight, bias))
     y = function(x, weight, bias)
     return [
@@ -56,7 +56,7 @@ def test_error_is_at_most_twice_that_of_torch_plus_one_ulp(onednn, rows, inputs,
 
 
 def test_strides_do_not_matter(onednn):
-    """A slice of a weight, columns of a wider x, and the gradient of a sum, which has no strides at all."""
+    """A slice of a weight, columns of a wider x, and the gradient of a sum, which is expanded."""
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(50, 192, generator=draw)[:, 64:128], torch.randn(96, 64, generator=draw)
     for part in (weight[:32], weight[32:], weight[::3]):
@@ -75,7 +75,7 @@ def test_nothing_is_computed_for_what_is_frozen(onednn):
 
 
 def test_the_same_twice(onednn):
-    """Bit for bit, or a resumed run would leave the path of the one that was never interrupted."""
+    """Results are equal bit for bit; otherwise a resumed run would differ."""
     x, weight = torch.randn(1234, 256), torch.randn(1024, 256)
     assert torch.equal(linear(x, weight, impl="cpu"), linear(x.clone(), weight.clone(), impl="cpu"))
 

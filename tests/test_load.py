@@ -1,4 +1,7 @@
-"""`fastbert.load`: the same model from a run, a checkpoint and a Hugging Face folder, and one line for everything that is none of these."""
+"""`fastbert.load` gives the same model from a run, a checkpoint and a Hugging Face folder.
+
+Anything else is refused with one line.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hf(original, tmp_path) -> Path:
-    """A copy to break."""
+    """A copy of the folder that a test may damage."""
     return shutil.copytree(original, tmp_path / "hf")
 
 
@@ -69,7 +72,7 @@ def test_run_checkpoint_and_folder_are_the_same_model(original, run):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_decoder_of_its_own_goes_both_ways(original, hf, tmp_path, bias):
-    """With its bias under its own name, too, as transformers writes it today, or only the shared one, as it used to."""
+    """transformers now gives the decoder's bias its own name; it used to write the shared one."""
     config = BertConfig.from_pretrained(original, tie_word_embeddings=False)
     theirs = TheirModel.from_pretrained(original, config=config).eval()
     decoder = theirs.cls.predictions.decoder
@@ -112,7 +115,8 @@ def test_weights_in_an_empty_index(original, tmp_path):
     replace("model.safetensors.index.json", b'{"weight_map": {"x": "../x"}}')(tmp_path)
     with pytest.raises(
         InputError,
-        match=r"model.safetensors.index.json: weight_map names '../x', which is no file of this folder",
+        match=r"model.safetensors.index.json: weight_map names '../x', which is no file of this "
+        r"folder",
     ):
         fastbert.load(tmp_path)
 
@@ -122,7 +126,7 @@ def test_vocab_txt_alone_is_enough(original, hf):
     assert np.array_equal(fastbert.load(hf).encode(TEXTS), fastbert.load(original).encode(TEXTS))
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(original, run):
+def test_a_damaged_checkpoint_is_skipped_with_a_message(original, run):
     make_run(run, original, step=9)
     damaged = next((run / "checkpoints/step-00000009").glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -155,7 +159,7 @@ def test_long_texts_are_cut_and_said_so_once(original):
 
 
 def edit(file: str, **changes):
-    """A breakage of a JSON file: these keys changed, or removed where the value is None."""
+    """Change these keys of a JSON file, or remove them where the value is None."""
 
     def change(folder: Path) -> None:
         values = {**json.loads((folder / file).read_text()), **changes}
@@ -304,14 +308,17 @@ def test_a_rubbish_config_is_read_or_refused(tmp_path_factory, data):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.data())
 def test_rubbish_weights_are_refused(original, tmp_path_factory, data):
-    """A sound file that was cut, or had a few bytes of its header changed: read only where the change does not matter."""
+    """A valid file is truncated or has changed bytes in its header.
+
+    It may be read only where the change does not matter.
+    """
     folder = tmp_path_factory.getbasetemp() / "rubbish"
     folder.mkdir(exist_ok=True)
-    sound = bytearray((original / "model.safetensors").read_bytes())
+    valid = bytearray((original / "model.safetensors").read_bytes())
     for _ in range(data.draw(st.integers(0, 3))):
-        sound[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
+        valid[data.draw(st.integers(0, 3000))] = data.draw(st.integers(0, 255))
     (folder / "model.safetensors").write_bytes(
-        sound[: data.draw(st.integers(0, len(sound)) | st.just(len(sound)))]
+        valid[: data.draw(st.integers(0, len(valid)) | st.just(len(valid)))]
     )
     config, vocab_size, tied = hugging_face.read_config(original / "config.json")
     try:
@@ -325,7 +332,7 @@ def test_rubbish_weights_are_refused(original, tmp_path_factory, data):
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings(hf):
-    # Both tokenizer and weights are sound; they are of different models.
+    # Both tokenizer and weights are valid; they are of different models.
     state = load_file(hf / "model.safetensors")
     for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
         state[name] = state[name][:-7].clone()

@@ -1,4 +1,4 @@
-"""Runs, from the recipe to the folder that they leave: whole, interrupted, resumed, refused, failed."""
+"""Runs, from the recipe to their folder: complete, interrupted, resumed, refused and failed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def recipe(tmp_path, small_dataset) -> Path:
 
 
 def train(recipe: Path, *overrides: str, resume: bool = False) -> int:
-    """In this process."""
+    """Train in this process."""
     return pretrain(load_config(recipe, overrides), str(recipe), resume).exit_code
 
 
@@ -100,7 +100,7 @@ def test_what_no_machine_can_hold_is_refused_before_it_is_tried(recipe, override
 
 
 def start(recipe: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """In a process of its own, through the command line."""
+    """Start a process through the command line."""
     command = [sys.executable, "-m", "fastbert", "pretrain", str(recipe), *arguments]
     return subprocess.Popen(
         command,
@@ -121,7 +121,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def lines(run: Path, kind: str | None = None) -> list[dict]:
-    """Steps, or the events of a kind, without the clock's figures."""
+    """Return the steps, or the events of one kind, without timings."""
     found = [r for r in read_metrics(run / "metrics.jsonl") if r.get("event") == kind]
     return [{k: v for k, v in r.items() if k not in CLOCK} for r in found]
 
@@ -134,7 +134,10 @@ def refusal(recipe: Path, *overrides: str, resume: bool = False) -> str:
 
 
 def test_the_triton_kernels_train_the_same_model(recipe, tmp_path):
-    """The recipe's own switch, dropout on: the steps and the held-out loss of the reference, to rounding."""
+    """The recipe selects the kernels, with dropout.
+
+    The steps and the held-out loss are those of the reference, to rounding.
+    """
     short = ("batch.sequences=3", "evaluate.sequences=2", "evaluate.every=3", "stop.steps=3")
     for kernels in ("triton", "reference"):
         with (
@@ -159,7 +162,10 @@ def test_the_triton_kernels_train_the_same_model(recipe, tmp_path):
 
 
 def test_resumed_in_another_process_it_is_the_same_to_the_last_digit(recipe, tmp_path):
-    """20 steps against 10 and 10, in real processes, with dropout; and nothing but fastbert is_main on the terminal."""
+    """Compare 20 steps with 10 and 10 more, in real processes, with dropout.
+
+    Only fastbert's own messages appear on the terminal.
+    """
     whole, first = (
         start(recipe, f"run={tmp_path / name}", f"stop.steps={steps}")
         for name, steps in (("whole", 20), ("parts", 10))
@@ -243,7 +249,7 @@ def test_what_a_run_leaves(recipe, tmp_path, small_dataset):
         ("evaluate", 6),
         ("stop", 6),
     ] and events[-1][0] == "stop"
-    found, _ = checkpoint.newest_sound(run)
+    found, _ = checkpoint.newest_valid(run)
     assert found is not None
     assert (
         found.metadata["dataset_sha256"] == small_dataset.sha256
@@ -283,7 +289,7 @@ def test_the_condition_that_ended_the_run_is_reported(
     (stop,) = lines(tmp_path / "run", "stop")
     assert stop["step"] == steps and stop["reason"].startswith(reason)
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"stopped at step {steps}: {reason}")
-    assert checkpoint.newest_sound(tmp_path / "run")[0].step == steps
+    assert checkpoint.newest_valid(tmp_path / "run")[0].step == steps
     assert lines(tmp_path / "run", "evaluate")[-1]["step"] == steps
 
 
@@ -294,7 +300,7 @@ def test_a_finished_run_has_nothing_to_resume(recipe, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "stopped at step 2: stop.steps = 2"
 
 
-def test_a_signal_saves_and_says_how_to_go_on(recipe, tmp_path, capsys):
+def test_a_signal_saves_and_says_how_to_resume(recipe, tmp_path, capsys):
     run = tmp_path / "run"
 
     def send() -> None:
@@ -315,36 +321,36 @@ def test_a_signal_saves_and_says_how_to_go_on(recipe, tmp_path, capsys):
     ]
     out = capsys.readouterr().out.splitlines()[-1]
     assert (
-        out
-        == f"stopped at step {done}: interrupted by SIGTERM; resume with: fastbert pretrain {run / 'config.toml'} --resume"
+        out == f"stopped at step {done}: interrupted by SIGTERM; "
+        f"resume with: fastbert pretrain {run / 'config.toml'} --resume"
     )
-    assert checkpoint.newest_sound(run)[0].step == done
+    assert checkpoint.newest_valid(run)[0].step == done
     assert train(run / "config.toml", f"stop.steps={done + 1}", resume=True) == 0
     assert len(lines(run)) == done + 1
 
 
 def test_a_reader_that_leaves_does_not_end_the_run(recipe, tmp_path):
-    """As `fastbert pretrain ... | head -1` does."""
+    """This happens with `fastbert pretrain ... | head -1`."""
     process = start(recipe)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=90) == 0 and process.stderr.read() == ""
     process.stderr.close()
-    assert checkpoint.newest_sound(tmp_path / "run")[0].step == 6
+    assert checkpoint.newest_valid(tmp_path / "run")[0].step == 6
     assert "stopped at step 6" in (tmp_path / "run/log.txt").read_text()
 
 
 def test_a_terminal_that_is_closed_saves(recipe, tmp_path):
     not_ignored = {
         "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    }  # as it is where nohup has started the tests
+    }  # it is ignored where nohup has started the tests
     process = start(recipe, "stop.steps=100000", **not_ignored)
     while not (tmp_path / "run/metrics.jsonl").exists() or not lines(tmp_path / "run"):
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
     assert finish(process)[0] == 75
-    assert checkpoint.newest_sound(tmp_path / "run")[0].step == len(lines(tmp_path / "run"))
+    assert checkpoint.newest_valid(tmp_path / "run")[0].step == len(lines(tmp_path / "run"))
 
 
 def test_a_damaged_checkpoint_is_named_and_its_steps_are_redone_with_the_same_values(
@@ -377,7 +383,7 @@ def test_a_run_that_is_there_is_not_overwritten(recipe, tmp_path):
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(recipe, tmp_path, capsys):
-    """Also where a process died before its first checkpoint."""
+    """This is also the case where a process died before its first checkpoint."""
     (tmp_path / "run/checkpoints/.writing-step-00000004").mkdir(parents=True)
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 99.0}\n{"step": 2, "lo')
     assert train(recipe, "stop.steps=2", resume=True) == 0
@@ -401,8 +407,8 @@ def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_dataset, capsy
     ]:
         message = refusal(recipe, override, resume=True)
         assert (
-            f"{key} = {now}, but the checkpoint {tmp_path / 'run/checkpoints/step-00000001'} was trained with {before}"
-            in message
+            f"{key} = {now}, but the checkpoint {tmp_path / 'run/checkpoints/step-00000001'} "
+            f"was trained with {before}" in message
         )
     other = tmp_path / "other"
     shutil.copytree(small_dataset.path, other)
@@ -413,7 +419,8 @@ def test_a_resume_must_be_of_the_same_run(recipe, tmp_path, small_dataset, capsy
     assert f"data = '{other}': not the dataset that" in refusal(
         recipe, f"data={other}", resume=True
     )
-    # What may change: where the dataset lies, how long, how often, how it is packed; a learning rate is noted.
+    # These may change: the path of the dataset, the number of steps, the intervals, and the
+    # packing. A changed learning rate is reported.
     moved = tmp_path / "moved"
     shutil.copytree(small_dataset.path, moved)
     changes = [
@@ -483,7 +490,7 @@ def test_a_run_folder_that_cannot_be(recipe, tmp_path):
 
 
 def test_losses_that_are_never_finite_again_end_the_run(recipe, tmp_path, capsys):
-    """Gradient descent at rate 100 without clipping: it takes a few steps to overflow."""
+    """Gradient descent with learning rate 100 and without clipping overflows in a few steps."""
     overflow = (
         "optimizer.name=sgd",
         "optimizer.lr=100",
@@ -516,18 +523,21 @@ def test_losses_that_are_never_finite_again_end_the_run(recipe, tmp_path, capsys
     assert said.endswith(
         f"; there is no checkpoint yet; start from the beginning with a lower rate: {command}"
     )
-    assert checkpoint.newest_sound(run) == (None, [])
+    assert checkpoint.newest_valid(run) == (None, [])
     assert train(run / "config.toml", "optimizer.lr=1e-3", "stop.steps=2", resume=True) == 0
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp_path):
-    """A checkpoint whose embedding of the last position overflows: only examples that long meet it."""
+    """In this checkpoint the embedding of the last position overflows.
+
+    Only examples of that length use it.
+    """
     run, short = (
         tmp_path / "run",
         ("objective.segments=single", "batch.sequences=4", "evaluate.every=1000"),
     )
     assert train(recipe, "stop.steps=1", *short) == 0
-    found, _ = checkpoint.newest_sound(run)
+    found, _ = checkpoint.newest_valid(run)
     assert found is not None
     state = {slot: dict(named) for slot, named in checkpoint.read_all(found.path).items()}
     state["weight"]["embeddings.position"][-1] = 3e38
@@ -538,9 +548,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp
     ]
     shutil.rmtree(found.path)
     checkpoint.save(run / "checkpoints", 1, tensors, found.metadata, 1)
-    assert (
-        train(recipe, "stop.steps=12", *short, resume=True) == 1
-    )  # the held-out text meets it too
+    assert train(recipe, "stop.steps=12", *short, resume=True) == 1  # the held-out text uses it too
     skips, steps = lines(run, "skip"), lines(run)
     assert (
         sorted(line["step"] for line in skips + steps) == list(range(1, 13))
@@ -558,12 +566,12 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp
             if n == 64
         ]
         assert skip["examples"] == sorted(long)
-    found, _ = checkpoint.newest_sound(run)
+    found, _ = checkpoint.newest_valid(run)
     assert found is not None and found.metadata["progress"]["skipped"] == len(skips)
 
 
 def test_a_disk_that_refuses_a_checkpoint_lets_training_go_on_to_its_end(recipe, tmp_path):
-    """In a process whose files may not grow beyond 100 kB: metrics and log fit, the checkpoint does not."""
+    """With a file size limit of 100 kB, metrics and log fit and the checkpoint does not."""
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
     code, out, err = finish(start(recipe, "checkpoint.every=2", **limit))
     assert (code, err) == (1, "")

@@ -1,4 +1,7 @@
-"""A node of two is lost: the other one goes on from the newest checkpoint, and what is learned is what an undisturbed run learns."""
+"""One of two nodes is lost, and the other one resumes from the newest checkpoint.
+
+It learns what an undisturbed run learns.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ pytestmark = [
 
 STEPS, EVERY = 60, 5
 TIMEOUT_S = 15  # to build an engine on a busy machine takes several seconds
-ALONE_S = 1.5  # a step, while one node is away: there must be some left when it is back
+ALONE_S = 1.5  # per step while one node is away, so that steps are left when it is back
 ROUNDING = 1e-3  # relative: sums of another order, over STEPS steps at a high learning rate
 QUICK = (
     "--rdzv-conf last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=5"
@@ -29,20 +32,20 @@ QUICK = (
 
 
 def notes(folder: Path) -> list[dict[str, Any]]:
-    """What the ranks have noted, in the order in which they did."""
+    """Return the notes of the ranks, in order."""
     path = folder / "record.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def make(folder: Path, store: Path) -> Cluster:
-    cluster = Cluster(folder, store, steps=STEPS, every=EVERY)
+def make(folder: Path, dataset: Path) -> Cluster:
+    cluster = Cluster(folder, dataset, steps=STEPS, every=EVERY)
     cluster.environment |= {"RECORD": str(folder / "record.jsonl"), "PACE": str(folder / "pace")}
     pace(cluster, 0)
     return cluster
 
 
 def pace(cluster: Cluster, seconds: float) -> None:
-    """How long each step takes from now on, at least."""
+    """Set the minimum duration of each step from now on."""
     new = cluster.folder / "pace.new"
     new.write_text(str(seconds))
     new.replace(cluster.folder / "pace")
@@ -50,7 +53,7 @@ def pace(cluster: Cluster, seconds: float) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(small_dataset, tmp_path_factory) -> Path:
-    """The folder of a run of one process that nothing has disturbed."""
+    """The run folder of an undisturbed run of one process."""
     cluster = make(tmp_path_factory.mktemp("undisturbed"), small_dataset.path)
     command = ["python", "-m", "tests.recorded", "pretrain", "base.toml"]
     environment = {**cluster.environment, "RANK": "0", "WORLD_SIZE": "1"}
@@ -68,7 +71,7 @@ def cluster(small_dataset, tmp_path) -> Iterator[Cluster]:
 
 
 def start(cluster: Cluster, node: int, endpoint: str = "node0") -> Command:
-    """The command of the document, in a hurry, and with a record."""
+    """Start the document's command with short time-outs and a record."""
     ((_, command),) = block("Nodes may come and go").commands
     for of, by in {
         "node0:29500": f"{endpoint}:29500 {QUICK}",
@@ -81,7 +84,7 @@ def start(cluster: Cluster, node: int, endpoint: str = "node0") -> Command:
 
 
 def start_both(cluster: Cluster) -> list[Command]:
-    """Both nodes, until they have a checkpoint behind them and steps after it."""
+    """Start both nodes, and wait for a checkpoint and later steps."""
     pace(cluster, 0.2)
     commands = [start(cluster, node) for node in (0, 1)]
     until_noted(cluster, commands, world=2, step=2 * EVERY + 2)
@@ -92,7 +95,7 @@ def start_both(cluster: Cluster) -> list[Command]:
 
 
 def until_noted(cluster: Cluster, commands: list[Command], world: int, step: int = 1) -> None:
-    """Return when a rank, in a world of this size, finishes from now on this step or a later one."""
+    """Wait until a rank, in a world of this size, finishes this step or a later one."""
     before = len(notes(cluster.folder))
 
     def come() -> bool:
@@ -107,7 +110,10 @@ def until_noted(cluster: Cluster, commands: list[Command], world: int, step: int
 
 
 def check_as_undisturbed(cluster: Cluster, undisturbed: Path) -> None:
-    """In what became of the run each step has its examples once, shared by the ranks; its losses, also when redone, are the same."""
+    """Check that the finished run has each example of a step once, shared by the ranks.
+
+    Its losses are those of the undisturbed run, also where a step was repeated.
+    """
     ours, reference = by_step(notes(cluster.folder)), by_step(notes(undisturbed))
     assert sorted(ours) == sorted(reference) == list(range(1, STEPS + 1))
     for step, found in ours.items():
@@ -138,7 +144,10 @@ def resumes(cluster: Cluster) -> list[int]:
 
 
 def both_again(cluster: Cluster, commands: list[Command], undisturbed: Path) -> None:
-    """When the lost node is back: the one that trains alone saves at once, they go on together from there, and finish."""
+    """Wait for the end of a run whose lost node is back.
+
+    The node that trains alone saves at once. Both resume from there and finish.
+    """
     until_noted(cluster, commands, world=2)
     pace(cluster, 0)
     assert [command.wait() for command in commands] == [0, 0], "\n".join(
@@ -166,17 +175,17 @@ def test_a_node_is_killed_and_started_again(cluster, undisturbed):
 
 
 def test_a_node_is_cut_off_and_comes_back(cluster, undisturbed):
-    """By itself: its torchrun has waited for the cable."""
+    """Its torchrun has waited for the cable, so no command is needed."""
     other, lost = start_both(cluster)
     cluster.nodes.cut(1)
     pace(cluster, ALONE_S)
     until_noted(cluster, [other], world=1)
-    cluster.nodes.mend(1)
+    cluster.nodes.reconnect(1)
     both_again(cluster, [other, lost], undisturbed)
 
 
 def test_the_node_with_the_rendezvous_is_lost(cluster, undisturbed):
-    """Nobody can go on by himself; the same command with another place to meet does."""
+    """No node can resume alone; the same command with another endpoint works."""
     lost, other = start_both(cluster)
     cluster.nodes[0].kill()
     pace(cluster, 0)

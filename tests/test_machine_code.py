@@ -1,4 +1,7 @@
-"""The model of an H100's multiprocessor: what is decoded, counted and run, against what can be worked out by hand; and the page that is made with it."""
+"""The model of an H100's multiprocessor against results that were worked out by hand.
+
+This covers decoding, counting and running of instructions, and the page that is made from them.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,11 @@ COPY = one("LDGSTS.E.BYPASS.128", "[R3], desc[UR4][R2.64]")
 
 
 def test_an_instruction_is_decoded_with_what_it_waits_for():
-    """Worked out by hand: stall in bits 41 to 44 of the upper half, then (after the yield bit) two barriers of 3 bits and a mask of 6."""
+    """Worked out by hand from the upper half of the instruction.
+
+    Bits 41 to 44 are the stall count. After the yield bit come two barriers of 3 bits and a mask of
+    6 bits.
+    """
     upper = 5 << 41 | 2 << 46 | 7 << 49 | 0b001010 << 52
     text = f"""//--------------------- .text.kernel --------------------------
 .L_x_1:
@@ -73,7 +80,7 @@ def test_our_own_kernels_decode_into_what_the_hardware_demands():
 
 
 def test_launches_hand_all_options_of_a_row_to_the_compiler():
-    """A limit on registers, too."""
+    """The options include a limit on registers."""
     result = run_module("tests.launched_options")
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -121,7 +128,10 @@ def test_bytes_and_cycles_of_single_instructions():
 
 
 def code_of(text: str) -> Code:
-    """A letter an instruction: f arithmetic, p product, E exit; "<n" and ">n" are branches to instruction n, "?" before them makes them conditional."""
+    """Make code from words, one instruction each: f is arithmetic, p a product, E an exit.
+
+    "<n" and ">n" are branches to instruction n. A "?" before them makes them conditional.
+    """
     found: list[Instruction] = []
     for word in text.split():
         predicate = "@P0" if word.startswith("?") else ""
@@ -208,23 +218,24 @@ def test_a_load_is_waited_for():
     use = FFMA._replace(waits=1)
     alone = run([LOAD, use], 1, 1).cycles
     assert alone == pytest.approx(h100.L2 + 4 * 512 / h100.L2_BYTES)
-    # Six at once share one latency, and come at the memory's rate.
+    # Six loads at once share one latency, and arrive at the memory's rate.
     assert run([*[LOAD] * 6, use], 1, 1).cycles == pytest.approx(
         h100.L2 + 6 * 4 * 512 / h100.L2_BYTES
     )
     assert run([LOAD, use], 1, 1, Memory(1000, 4)).cycles == 1000 + 512
 
 
-def test_products_queue_behind_each_other_while_the_warp_goes_on():
+def test_products_queue_behind_each_other_while_the_warp_continues():
     await_all = one("WARPGROUP.DEPBAR.LE", "gsb0, 0x0")
     assert run([*[PRODUCT] * 4, await_all], 1, 1).cycles == 8 + 4 * 32 + h100.WGMMA
     assert run([*[PRODUCT] * 4, *[FFMA] * 50], 1, 1).cycles == 53
-    # All but the last group: what follows overlaps with that.
+    # It waits for all but the last group, which overlaps with what follows.
     assert (
         run([*[PRODUCT] * 4, one("WARPGROUP.DEPBAR.LE", "gsb0, 0x1")], 1, 1).cycles
         == 8 + 3 * 32 + h100.WGMMA
     )
-    # Two warps take turns at the tensor cores: 16 products, not one after the other with their latency.
+    # Two warps take turns at the tensor cores: 16 products overlap, and do not each add their
+    # latency.
     assert run([*[PRODUCT] * 8, await_all], 2, 1).cycles == 8 + 16 * 32 + h100.WGMMA
 
 
@@ -240,7 +251,10 @@ def test_copies_are_waited_for_by_groups():
 
 
 def test_a_loop_without_prefetch_shows_the_latency_in_every_pass():
-    """Why rows of the table have three stages: with two the copy that a pass needs is waited for as soon as it is issued."""
+    """This is why rows of the table have three stages.
+
+    With two stages, a pass waits for the copy that it needs right after issuing it.
+    """
     work, commit = [FFMA] * 400, one("LDGDEPBAR")
     at_once = [COPY, commit, one("DEPBAR.LE", "SB0, 0x0"), *work]
     a_pass_ahead = [COPY, commit, one("DEPBAR.LE", "SB0, 0x1"), *work]
@@ -251,9 +265,10 @@ def test_a_loop_without_prefetch_shows_the_latency_in_every_pass():
 
 def test_a_barrier_holds_all_warps_of_a_program():
     barrier = one("BAR.SYNC.DEFER_BLOCKING", "0x0")
-    # Two warps issue at 0 and 1, and come to the barrier at 100 and 101, where the second one lets both go on.
+    # Two warps issue at cycles 0 and 1. They reach the barrier at 100 and 101, and the second one
+    # releases both.
     assert run([FFMA._replace(stall=100), barrier, FFMA], 2, 1).cycles == 101 + h100.BARRIER + 1
-    # Another program's warp does not wait for them: with one warp each nobody waits for anybody.
+    # A warp of another program does not wait for them. With one warp each, none waits.
     assert run([FFMA._replace(stall=100), barrier, FFMA], 1, 2).cycles == 101 + h100.BARRIER
 
 
@@ -329,7 +344,7 @@ def test_the_larger_tile_is_preferred_where_the_model_cannot_tell():
 
 @pytest.mark.slow
 def test_the_search_runs_and_says_what_it_found(tmp_path):
-    """One small row for real, and a table of its own: the project's is left alone."""
+    """It searches one small row for real with a table of its own; the project's stays unchanged."""
     table = tmp_path / "tiles.json"
     result = run_module(
         *f"benchmarks.tune --model --kernels attention_prepare --seconds 6 --table {table}".split()
@@ -366,7 +381,10 @@ def test_the_page_shows_the_record():
 
 
 def test_the_record_is_of_these_kernels():
-    """Their tiles, and registers as in resources.json. If not: python -m benchmarks.machine_code --write."""
+    """It has their tiles, and registers as in resources.json.
+
+    To update it, run python -m benchmarks.machine_code --write.
+    """
     resources, table, record = (
         json.loads(path.read_text(encoding="utf-8")) for path in (RESOURCES, TABLE, RECORD)
     )

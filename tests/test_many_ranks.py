@@ -1,4 +1,7 @@
-"""However many ranks share a step, in whatever packs and at whatever ZeRO stage, it is the same step; and a run may change all of it midway."""
+"""A step is the same with any number of ranks, any packs and any ZeRO stage.
+
+A run may change all of them midway.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def shared(lab: Laboratory, world: int, stage: int, tokens: int) -> list[dict]:
-    """Steps of a run that so many ranks share."""
+    """Return the steps of a run on `world` ranks."""
     trial = lab.trial(
         f"batch.micro_batch_tokens={tokens}",
         "checkpoint.every=1000",
@@ -43,18 +46,18 @@ def shared(lab: Laboratory, world: int, stage: int, tokens: int) -> list[dict]:
         stage=stage,
         steps=STEPS,
     )
-    trial.go_on(world)
+    trial.resume(world)
     return trial.steps
 
 
 @pytest.fixture(scope="module")
 def alone(lab) -> list[dict]:
-    """Of one process, in one pack a step."""
+    """The steps of one process, with one pack per step."""
     return shared(lab, 1, 0, PACKS[0])
 
 
 def far(steps: list[dict], others: list[dict]) -> float:
-    """The largest relative difference of a loss or a norm between two runs."""
+    """Return the largest relative difference of a loss or a norm between two runs."""
     assert len(steps) == len(others) > 0
     return max(
         abs(a[key] - b[key]) / abs(b[key])
@@ -65,14 +68,20 @@ def far(steps: list[dict], others: list[dict]) -> float:
 
 @pytest.fixture(scope="module")
 def rounding(alone, small_dataset, lab) -> float:
-    """How far rounding alone takes two runs apart: 50 steps by torch, in single and in double precision."""
+    """The difference caused by rounding alone.
+
+    It is measured on 50 steps by torch in single and double precision.
+    """
     return 4 * far(
         by_torch(lab, small_dataset, torch.float32), by_torch(lab, small_dataset, torch.float64)
     )
 
 
 def by_torch(lab: Laboratory, dataset, dtype: torch.dtype, ranks: int | None = None) -> list[dict]:
-    """The same run by plain torch. With `ranks`, their means are averaged: what is often done, and wrong."""
+    """Train the same run with plain torch.
+
+    With `ranks`, their mean losses are averaged, which is common and wrong.
+    """
     config = load_config(lab.trial(steps=STEPS).recipe, [f"batch.micro_batch_tokens={PACKS[0]}"])
     torch.manual_seed(config.seed)
     model = BertForPreTraining(config.model, dataset.vocab_size, "reference").to(dtype).train()
@@ -111,7 +120,7 @@ def test_a_run_is_what_plain_torch_makes_of_it(alone, lab, small_dataset, roundi
 
 
 def test_averaging_the_means_of_ranks_would_be_noticed(alone, lab, small_dataset, rounding):
-    """Ranks have other numbers of masked tokens and of pairs, so the mean of their means is not the mean."""
+    """Ranks differ in their masked tokens and pairs, so the mean of their means is not the mean."""
     assert far(by_torch(lab, small_dataset, torch.float32, ranks=2), alone) > 100 * rounding
 
 
@@ -124,7 +133,7 @@ def test_the_step_is_that_of_the_whole_batch(lab, alone, rounding, world, stage,
     assert far(steps, alone) < rounding
 
 
-# What a run may change whenever it is resumed: (ranks, stage, precision) of one leg after the other.
+# What may change when a run is resumed: (ranks, stage, precision) of each leg in turn.
 LEGS = {
     "ranks": [(1, 1, "fp32"), (2, 1, "fp32"), (4, 1, "fp32"), (1, 1, "fp32")],
     "stage": [(2, 1, "fp32"), (2, 3, "fp32"), (2, 2, "fp32"), (2, 0, "fp32")],
@@ -137,7 +146,7 @@ BF16 = 2.0**-8  # its rounding, relative
 
 @pytest.fixture(scope="module")
 def constant(lab) -> list[dict]:
-    """One process from beginning to end, with a learning rate that does not ask how long the run will be."""
+    """A run of one process whose learning rate does not depend on the run's length."""
     return leg(lab.trial(*CONSTANT, steps=LEG * 4), 1, LEG * 4).steps
 
 
@@ -150,7 +159,7 @@ CONSTANT = (
 
 
 def leg(trial: Trial, world: int, until: int, *overrides: str) -> Trial:
-    trial.go_on(world, f"stop.steps={until}", *overrides)
+    trial.resume(world, f"stop.steps={until}", *overrides)
     return trial
 
 
@@ -170,5 +179,5 @@ def test_a_run_may_change_its_ranks_stage_and_precision(lab, constant, rounding,
             [s[key] for key in COUNTS] for s in expected
         ]
         if precision == "bf16":
-            tolerance = 16 * BF16  # and it stays: what was rounded once is another model
+            tolerance = 16 * BF16  # a rounded model stays another model
         assert far(ours, expected) < tolerance

@@ -1,4 +1,4 @@
-"""Masking: exact counts, the choice of tokens and of what is put in their place, whole words, independence from the pack."""
+"""Masking: exact counts, chosen tokens, replacements, whole words, independence from the pack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from fastbert.data.masking import Masking, replaced_counts, selected_counts
 from fastbert.errors import InputError
 from tests.tiny_dataset import tiny_dataset
 
-VOCAB = 45  # ids 0 to 39 are ordinary, of which every fourth continues a word; then [PAD], [UNK], [CLS], [SEP], [MASK]
+# Ids 0 to 39 are ordinary, and every fourth of them continues a word. Then come [PAD], [UNK],
+# [CLS], [SEP] and [MASK].
+VOCAB = 45
 UNK, MASK = 41, 44
 DEFAULT = ObjectiveConfig()
 
@@ -31,7 +33,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
 
 
 def text(n: int, seed: int = 0) -> np.ndarray:
-    """Tokens 0 to 39 and, rarely, [UNK]."""
+    """Random tokens 0 to 39 and, rarely, [UNK]."""
     drawn = np.random.default_rng(seed).integers(0, 41, n)
     return np.where(drawn == 40, UNK, drawn)
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every line whole, floats to the last digit, nothing lost over a break."""
+"""metrics.jsonl has complete lines and exact floats, and loses nothing at a restart."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_floats_round_trip(tmp_path):
         ]  # without a close
 
 
-def test_a_fresh_start_begins_anew_and_a_resume_goes_on(tmp_path):
+def test_a_fresh_start_empties_the_file_and_a_resume_appends(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for fresh, step in [(True, 1), (False, 2), (False, 3)]:
         file = MetricsFile(path, fresh)
@@ -49,11 +49,17 @@ def test_a_torn_last_line_is_dropped(tmp_path_factory, whole, torn):
 @given(st.lists(st.one_of(
     st.integers(0, 10**6),
     WITHOUT_NEWLINE,
-    st.sampled_from([b'{"step": 5, "lo{"step": 6}', b"6, 1.5]", b"1.5", b"null", b'"step"', b"[1]", b"{}", b'{"step": "7"}', b'{"step": true}',
-                     b'{"step": 7, "event": 1}', b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"\0" * 4096 + b'{"step": 7}', b"\xff", b""]),
+    st.sampled_from([
+        b'{"step": 5, "lo{"step": 6}', b"6, 1.5]", b"1.5", b"null", b'"step"', b"[1]", b"{}",
+        b'{"step": "7"}', b'{"step": true}', b'{"step": 7, "event": 1}', b"[" * 100_000,
+        b'{"step": ' + b"9" * 5000 + b"}", b"\0" * 4096 + b'{"step": 7}', b"\xff", b"",
+    ]),
 ), max_size=12))  # fmt: skip
-def test_a_bad_line_is_passed_over_and_counted(tmp_path_factory, parts):
-    """Torn where two machines append over a network disk, or with the zeros of a hole; what is whole around it is kept."""
+def test_a_bad_line_is_skipped_and_counted(tmp_path_factory, parts):
+    """Lines may be torn where two machines append over a network disk, or contain a hole of zeros.
+
+    Complete lines around them are kept.
+    """
     path, bad = tmp_path_factory.mktemp("bad") / "metrics.jsonl", []
     path.write_bytes(
         b"".join(
@@ -68,7 +74,7 @@ def test_a_bad_line_is_passed_over_and_counted(tmp_path_factory, parts):
 
 
 def test_what_is_not_finite_is_json_all_the_same(tmp_path):
-    """NaN is no JSON: other programs refuse the whole line."""
+    """NaN is not valid JSON, so other programs would refuse the whole line."""
     MetricsFile(tmp_path / "metrics.jsonl", fresh=True).write(
         {"step": 1, "loss": math.nan, "lr": math.inf, "grad_norm": 2.0}
     )

@@ -1,4 +1,7 @@
-"""What the walk over SPECS does not show of the Triton `masked_cross_entropy`: bad indices, ties, dtypes of weights, scaling."""
+"""What the tests over SPECS do not cover of the Triton `masked_cross_entropy`.
+
+That is bad indices, ties, dtypes of weights, and scaling.
+"""
 
 from typing import Any
 
@@ -22,7 +25,7 @@ def inputs(dtype: torch.dtype = torch.bfloat16, **shape: int) -> dict[str, Any]:
 
 
 def outcome(arguments: dict[str, Any], impl: str = "triton", **more: Any) -> dict[str, Any]:
-    """Loss, losses and which are correct, and the gradients by name."""
+    """Return the loss, the losses, which are correct, and the gradients by name."""
     leaves = {name: arguments[name].detach().requires_grad_() for name in SPEC.differentiable}
     with watched(impl):
         results = masked_cross_entropy(**{**arguments, **leaves, **more}, impl=impl)
@@ -89,7 +92,7 @@ def test_autocast_rounds_as_a_caller_would():
 
 
 def test_a_large_total_does_not_underflow_in_fp16():
-    """2^17 is more than 100,000 tokens, and a factor that fp32 multiplies by exactly."""
+    """2^17 is more than 100,000 tokens, and fp32 multiplies by it exactly."""
     arguments = inputs(torch.float16)
     arguments["weight"] = arguments["weight"].float()
     whole, divided = (outcome({**arguments, "total": total})["weight"] for total in (1, 2**17))
@@ -134,13 +137,13 @@ def test_the_first_of_equal_logits_is_the_arg_max():
 
 
 def first_of(chosen: torch.Tensor) -> torch.Tensor:
-    """Column of the first that is true, in each row."""
+    """Return the column of the first true value in each row."""
     return (chosen & (chosen.int().cumsum(1) == 1)).int().argmax(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_word_is_found_as_the_label_and_as_the_first_of_equals(dtype):
-    """Logits are small whole numbers: sums are exact, and many are equal."""
+    """Logits are small integers, so sums are exact and many are equal."""
     V, D = 600, 16  # three tiles of 256 words in 16 bits, the last of which is cut
     draw = torch.Generator().manual_seed(3)
     weight = torch.randint(-1, 2, (V, D), generator=draw).to(dtype)
@@ -198,7 +201,7 @@ def test_words_of_bias_minus_infinity_have_no_probability():
     ("words", "numbers"), [(256, 1 << 26), (1 << 14, 20 * 384), (128, 1 << 26), (1, 1)]
 )
 def test_slabs_of_the_triton_implementation_add_up(monkeypatch, words, numbers):
-    """Several whole ones and a cut one; a slab is never narrower than a tile."""
+    """There are several complete slabs and a partial one; a slab has at least one tile."""
     arguments = inputs(torch.float32, V=1000)
     whole = outcome(arguments)
     launches = []
@@ -216,7 +219,7 @@ def test_slabs_of_the_triton_implementation_add_up(monkeypatch, words, numbers):
 
 @pytest.mark.parametrize("multiprocessors", [1, 5])
 def test_programs_that_walk_many_tiles_give_the_same(monkeypatch, multiprocessors):
-    """Over the end of the tokens to the next words, and with fewer tiles for the last program."""
+    """Programs continue past the last tokens to the next words; the last one has fewer tiles."""
     arguments = inputs(T=600, M=600, V=700)
     many = outcome(arguments)
     monkeypatch.setattr(kernel, "multiprocessors", lambda _: multiprocessors)

@@ -1,4 +1,7 @@
-"""The encoder is BERT: transformers' own BertForPreTraining gives the same states, losses and gradients from the same weights."""
+"""The encoder is BERT.
+
+transformers' BertForPreTraining gives the same states, losses and gradients from the same weights.
+"""
 
 import dataclasses
 import itertools
@@ -111,7 +114,10 @@ def test_states_and_losses_are_those_of_transformers(model, twin):
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_cutting_the_last_layer_changes_nothing(model, impl):
-    """The training pass, with its last layer cut, against all rows of all layers; dropout on, so its masks are held too."""
+    """Compare the training pass, whose last layer is cut, with all rows of all layers.
+
+    Dropout is on, so its masks are compared too.
+    """
     batch = make_batch([12, 40, 5, 23])
     model.train()
     model.impl = impl
@@ -146,7 +152,7 @@ def test_implementations_agree_with_dropout(model):
 
 
 def test_packs_add_up_to_the_step(model):
-    """One pack, or the same examples in two in another order: the same loss and gradient, dropout on."""
+    """The same examples in one pack or in two have the same loss and gradient, with dropout."""
     lengths = [20, 31, 9, 14]
     whole = make_batch(lengths)
     starts = whole.cu_seqlens.tolist()
@@ -240,7 +246,10 @@ def test_triton_on_a_cpu_is_for_the_interpreter_alone(monkeypatch):
 
 
 def test_neighbouring_heads_look_at_the_token_before_and_after():
-    """At the start, head 0 of the first layer looks at the previous token and head 1 at the next, give or take one, whatever the words."""
+    """At the start, head 0 of the first layer attends to the previous token, head 1 to the next.
+
+    They may be off by one position, and do not depend on the words.
+    """
     torch.manual_seed(0)
     config = ModelConfig(
         hidden_size=128,

@@ -1,4 +1,4 @@
-"""What a user sees."""
+"""The output that a user sees: lines, advice, metrics, pictures and TensorBoard."""
 
 from __future__ import annotations
 
@@ -144,8 +144,8 @@ def test_a_loss_that_is_not_finite_is_not_taken_for_a_plateau(tmp_path, capsys, 
     assert matplotlib.image.imread(tmp_path / "loss.png").shape[0] > 500
 
 
-def test_a_bad_line_of_metrics_is_passed_over(tmp_path, capsys):
-    """It is said, and the run goes on in the same file."""
+def test_a_bad_line_of_metrics_is_skipped(tmp_path, capsys):
+    """A message says so, and the run continues in the same file."""
     with monitor(tmp_path) as to:
         take_step(to, 1)
         take_step(to, 2)
@@ -163,7 +163,7 @@ def test_a_bad_line_of_metrics_is_passed_over(tmp_path, capsys):
 
 
 def test_a_fresh_start_does_not_write_through_links(tmp_path):
-    """What the user has put in the place of a file of the run stays as it is."""
+    """A file that the user has linked in place of a run's file stays as it is."""
     notes = tmp_path / "my notes.txt"
     notes.write_text("mine")
     run = tmp_path / "run"
@@ -183,7 +183,7 @@ def test_a_normal_run_gets_no_advice(tmp_path, capsys):
     assert "note: " not in capsys.readouterr().out
 
 
-def test_only_rank_0_speaks(tmp_path, capsys):
+def test_only_rank_0_prints(tmp_path, capsys):
     with monitor(tmp_path, is_main=False) as to:
         take_step(to, 1, loss=99.0)
         to.evaluate(TrainState(step=1), heldout(), 0.5)
@@ -239,7 +239,7 @@ def test_a_redone_step_replaces_the_first_in_the_picture():
     assert history.smooth("loss_mlm") == ([1.0, 2.0, 3.0], [1.0, 2.0, 30.0])
 
 
-def test_a_resume_goes_on_in_every_file(tmp_path, capsys):
+def test_a_resume_appends_to_every_file(tmp_path, capsys):
     with monitor(tmp_path) as to:
         take_step(to, 1)
         to.say("first part")
@@ -268,12 +268,12 @@ def test_every_line_is_json(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_a_wish(number):
+def test_a_signal_is_a_stop_request(number):
     before = signal.getsignal(number)
-    with StopRequest() as interruption:
-        assert interruption.asked is None
+    with StopRequest() as stop_request:
+        assert stop_request.asked is None
         os.kill(os.getpid(), number)
-        assert interruption.asked == signal.Signals(number).name
+        assert stop_request.asked == signal.Signals(number).name
     assert signal.getsignal(number) is before
 
 

@@ -1,4 +1,7 @@
-"""docs/multi-node.md and examples/cluster, as they stand: every command there trains the model that a single process trains."""
+"""Run docs/multi-node.md and examples/cluster unchanged.
+
+Every command there trains the same model as a single process.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,15 @@ pytestmark = [
 ]
 
 ONE_MACHINE = "One machine, several GPUs"
-# What stands under these headings is run as well, and more is done with it: here, and in test_lost_node.py.
+# The commands under these headings run too, and more is done with them: here and in
+# test_lost_node.py.
 APART = ("One process", "Slurm", "Kubernetes", "Nodes may come and go")
 ROUNDING = 1e-4  # relative: sums of another order, over 20 steps
 
 
 @pytest.fixture(scope="module")
 def alone(small_dataset, tmp_path_factory) -> Path:
-    """The run folder of the page's first command: a single process that no launcher has started."""
+    """The run folder of the page's first command: a single process without a launcher."""
     with Cluster(tmp_path_factory.mktemp("alone"), small_dataset.path) as cluster:
         (command,) = cluster.start_block(block("One process"))
         until(lambda: metrics(cluster.run) or command.process.poll() is not None, "the first step")
@@ -41,7 +45,7 @@ def cluster(request, small_dataset, tmp_path) -> Iterator[Cluster]:
 
 
 def check_equal(run: Path, alone: Path) -> None:
-    """Every step once, with the losses of the single process."""
+    """Check that every step is there once, with the losses of the single process."""
     ours, reference = metrics(run), metrics(alone)
     assert [step["step"] for step in ours] == [step["step"] for step in reference]
     for one, other in zip(ours, reference, strict=True):
@@ -53,7 +57,7 @@ def check_equal(run: Path, alone: Path) -> None:
 
 
 def check_ports(cluster: Cluster, several_machines: bool) -> None:
-    """No process listens where nobody of the run has to reach it."""
+    """Check that no process listens on an address that the run does not need."""
     found = cluster.listening()
     for i, port in found:
         assert port.address in ("127.0.0.1", "::1") or (
@@ -93,7 +97,7 @@ def test_a_command_trains_the_same_model(commands: Block, cluster, alone):
 
 
 def test_slurm_interrupts_and_requeues(cluster, alone):
-    """SIGUSR1 to every task in mid-run, as before the time limit: saved, requeued, finished."""
+    """SIGUSR1 reaches every task before the time limit: the run is saved, requeued and finished."""
     (job,) = cluster.start_block(block("Slurm"))
     until(lambda: len(metrics(cluster.run)) >= 5, "five steps")
     check_ports(cluster, True)
@@ -116,14 +120,17 @@ def test_slurm_does_not_requeue_bad_input(cluster):
 
 
 def start_kubernetes(cluster: Cluster) -> Command:
-    """The key, then the Job."""
+    """Create the key, then start the Job."""
     (_, create), (_, apply) = block("Kubernetes").commands
     assert cluster.start(create, node=0).wait() == 0
     return cluster.start(apply, node=0)
 
 
 def test_kubernetes_replaces_an_evicted_pod(cluster, alone):
-    """SIGTERM to the first process of a pod: both pods save and end, both are started again, and the Job completes."""
+    """After SIGTERM to the first process of a pod, both pods save and end.
+
+    Both are started again, and the Job completes.
+    """
     apply = start_kubernetes(cluster)
     until(lambda: len(metrics(cluster.run)) >= 5, "five steps")
     check_ports(cluster, True)

@@ -1,4 +1,4 @@
-"""The faults of `make mutants` can still be planted, and a fault is noticed or not as it should be."""
+"""The faults of `make mutants` can still be planted, and each is detected or not as expected."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.mutants import FAULTS, ROOT, TESTS, Fault, copy_of_the_checkout, plan
 
 
 def test_every_fault_can_be_planted():
-    """Whoever rewrites a line that a fault changes must choose another fault."""
+    """A change to a line with a fault must choose another fault."""
     for fault in FAULTS:
         text = (ROOT / fault.file).read_text(encoding="utf-8")
         assert text.count(fault.before) == 1 and fault.before != fault.after, fault
@@ -21,7 +21,7 @@ def test_every_fault_has_tests():
 
 
 def test_a_fault_is_noticed_and_an_equal_program_is_not(tmp_path, monkeypatch):
-    """The copy is tested, not the checkout, and it is restored."""
+    """The copy is tested and restored, not the checkout."""
     monkeypatch.setattr(mutants, "TESTS", {mutants.SCHEDULE: ["test_schedule"]})
     copy = copy_of_the_checkout(tmp_path)
     before = (copy / mutants.SCHEDULE).read_bytes()

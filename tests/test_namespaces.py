@@ -1,4 +1,4 @@
-"""Nodes made of namespaces: apart but for the cable, and gone without a trace."""
+"""Nodes made of namespaces are separate except for the cable, and leave no trace."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ with socket.create_connection(("node1", 7000), timeout=2) as connection:
 
 
 def gone(marker: str) -> bool:
-    """Whether no process has this word in its command line, within a generous time."""
+    """Return whether no process has this word in its command line, within a generous time."""
     deadline = time.monotonic() + 20
     while any(
         marker in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])
@@ -76,12 +76,15 @@ def test_nodes_have_names_and_reach_each_other_through_their_cables():
         with pytest.raises(subprocess.CalledProcessError) as refused:
             nodes[0].run([sys.executable, "-c", FETCH])
         assert "TimeoutError" in refused.value.stderr
-        nodes.mend(1)
+        nodes.reconnect(1)
         assert nodes[0].run([sys.executable, "-c", FETCH]) == "100000\n"
 
 
 def test_signals_reach_the_command_and_its_exit_code_comes_back():
-    note = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); print('ready', flush=True); time.sleep(60)"
+    note = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
     with Nodes(1) as nodes:
         assert nodes[0].popen(["sh", "-c", "exit 3"]).wait(20) == 3
         process = nodes[0].popen([sys.executable, "-c", note], stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,7 @@
-"""What the walk over SPECS does not show of norm, gelu and embedding: many tiles a program, long rows of a table, strides, bad indices."""
+"""What the tests over SPECS do not cover of norm, gelu and embedding.
+
+That is many tiles per program, long rows of a table, strides, and bad indices.
+"""
 
 import pytest
 import torch
@@ -31,16 +34,17 @@ def inputs(name, shape, p=0.0):
     ],
 )
 def test_programs_that_own_many_tiles(name, shape, monkeypatch):
-    """The devices of the tests run more programs side by side than small inputs have tiles."""
+    """The tests' devices run more programs at a time than small inputs have tiles."""
     for module in (norm_kernel, gelu_kernel):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
     agrees(name, "triton", shape, 0.1, "fp32")
 
 
 def test_table_gradients_of_long_rows():
-    """Rows that end a use before, at and after the end of a bin, one of many bins, one without uses, and uses of no row at all.
+    """The uses of a row end one before, at and one after the end of a bin.
 
-    The three tables have 5, 2 and 4 rows, one below the other.
+    One row has many bins, one row has no uses, and some uses belong to no row. The three tables
+    have 5, 2 and 4 rows, one below the other.
     """
     counts = torch.tensor([BIN - 1, BIN, BIN + 1, 0, 3 * BIN, 2 * BIN + 3])
     words = torch.repeat_interleave(torch.tensor([0, 1, 2, 3, 4, 11]), counts)  # 11 is nowhere
@@ -64,7 +68,7 @@ def test_table_gradients_of_long_rows():
 
 
 def test_one_gradient_for_two_inputs_is_still_two():
-    """Without dropout dx and dresidual are one tensor; what the leaves get must not share memory."""
+    """Without dropout dx and dresidual are one tensor; the leaves' gradients share no memory."""
     arguments = inputs("norm", {"T": 5, "D": 20})
     x, residual = (arguments[name].requires_grad_() for name in ("x", "residual"))
     with watched("triton"):

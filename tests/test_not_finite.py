@@ -1,4 +1,7 @@
-"""Losses that are not finite, from real causes: reported with their examples, skipped up to a limit, and never in a checkpoint."""
+"""Losses that are not finite, from real causes.
+
+They are reported with their examples, skipped up to a limit, and never part of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.packing import PackedBatch
 from tests.trials import Laboratory, Trial, wait_for
 
-PLACE = 62  # of a token within its sequence: one sequence in four is longer, so about a third of the steps have none
+# The position of a token in its sequence. One sequence in four is longer, so about a third of the
+# steps have none.
+PLACE = 62
 SUDDEN = ("schedule.warmup=0", "schedule.decay=constant", "evaluate.every=1000")
 FEW = ("batch.sequences=4", *SUDDEN)
 HUGE = 3e38  # finite in single precision, though no sum of two such numbers is
@@ -27,8 +32,8 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def damage(trial: Trial, place: int = PLACE) -> None:
-    """Make one position's embedding huge, in a checkpoint that is sound otherwise, hashes and all."""
-    found, _ = checkpoint.newest_sound(trial.run)
+    """Make one position's embedding huge in a checkpoint whose hashes are right."""
+    found, _ = checkpoint.newest_valid(trial.run)
     assert found is not None
     state = {slot: dict(tensors) for slot, tensors in checkpoint.read_all(found.path).items()}
     state["weight"]["embeddings.position"][place] = HUGE
@@ -43,7 +48,7 @@ def damage(trial: Trial, place: int = PLACE) -> None:
 
 
 def examples(trial: Trial, dataset, longer_than: int = 0) -> dict[int, list[int]]:
-    """By step, those of its examples that have more tokens."""
+    """Map each step to those of its examples that have more tokens."""
     batches, found = Batches(dataset, load_config(trial.recipe, trial.overrides)), {}
     for step in range(trial.records(None, "skip")[-1]["step"]):
         packs = batches.step(step)
@@ -55,7 +60,7 @@ def examples(trial: Trial, dataset, longer_than: int = 0) -> dict[int, list[int]
 
 
 def all_finite(trial: Trial) -> bool:
-    found, complaints = checkpoint.newest_sound(trial.run)
+    found, complaints = checkpoint.newest_valid(trial.run)
     assert found is not None and complaints == []
     return all(
         bool(tensor.isfinite().all())
@@ -65,7 +70,7 @@ def all_finite(trial: Trial) -> bool:
 
 
 def fails(trial: Trial, world: int, *overrides: str) -> list[str]:
-    """Let it train to an end with exit code 1; returns the lines that rank 0 printed."""
+    """Train to an end with exit code 1, and return the lines that rank 0 printed."""
     with trial.start(world, *overrides) as ranks:
         assert ranks.wait() == [1] * world and "Traceback" not in ranks.errors, ranks.errors
         return ranks[0].out.read_text().splitlines()
@@ -73,12 +78,14 @@ def fails(trial: Trial, world: int, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 0), (2, 1), (2, 3)])
 def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, stage):
-    """A damaged embedding that only long sequences meet. Every other step is made as if nothing were, on any number of ranks.
+    """Only long sequences use a damaged embedding.
 
-    The held-out text meets it too, so the run does not end well, though it is saved: its weights give finite losses elsewhere.
+    Every other step is the same as without the damage, on any number of ranks. The held-out text
+    uses the embedding too. So the run does not end well, but its weights are saved, because they
+    give finite losses elsewhere.
     """
     trial = lab.trial(*FEW, "stop.skipped=20", stage=stage)
-    trial.go_on(world, "stop.steps=3")
+    trial.resume(world, "stop.steps=3")
     damage(trial)
     said = fails(trial, world)
     expected = {
@@ -100,18 +107,19 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, sta
         trial.records("save")[-1]["step"] == lab.steps and "checkpoint" in trial.records("save")[-1]
     )
     assert said[-1].startswith(
-        f"stopped at step {lab.steps}: stop.steps = {lab.steps}, but the held-out loss is not finite; "
+        f"stopped at step {lab.steps}: stop.steps = {lab.steps}, but the held-out loss is not "
+        f"finite; "
     )
     assert trial.records("evaluate")[-1]["loss"] is None
     if world == 1:
         assert (
             fails(trial, world)[-1] == said[-1]
-        )  # there is nothing left to do, which does not make it a success
+        )  # there is nothing left to do, but that is no success
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 0)])
 def test_too_many_in_a_row_end_the_run(lab, small_dataset, world, stage):
-    """Gradient descent at rate 100 without clipping."""
+    """This is gradient descent with learning rate 100 and without clipping."""
     limit = 3
     trial = lab.trial(
         "optimizer.name=sgd",
@@ -135,9 +143,9 @@ def test_too_many_in_a_row_end_the_run(lab, small_dataset, world, stage):
 
 
 def test_a_loss_is_never_averaged_away(lab):
-    """One rank's loss is not finite, the other's is: both skip, and they stay together."""
+    """The loss of one rank is not finite, and both ranks skip the step together."""
     trial = lab.trial(*FEW, "stop.skipped=20", stage=1)
-    trial.go_on(2, "stop.steps=3")
+    trial.resume(2, "stop.steps=3")
     damage(trial)
     alone = lab.trial(*FEW, "stop.skipped=20").copy_of(trial)
     fails(trial, 2)
@@ -147,14 +155,14 @@ def test_a_loss_is_never_averaged_away(lab):
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=0)
 
 
-# Weights that a step has broken: the step's own loss was finite, and every step after it is skipped.
+# Weights that a step has broken. The loss of this step was finite, and every later step is skipped.
 
 BREAKS = ("optimizer.name=sgd", "optimizer.lr=100", "optimizer.max_grad_norm=0", *SUDDEN)
 
 
 @pytest.fixture(scope="module")
 def last(lab) -> int:
-    """The step that breaks them: the last one that is applied."""
+    """The step that breaks the weights, which is the last one that is applied."""
     trial = lab.trial(*BREAKS, "stop.skipped=0", steps=200)
     fails(trial, 1)
     assert trial.steps[-1]["step"] > 2
@@ -192,26 +200,30 @@ def interrupted(trial: Trial, last: int) -> list[str]:
     ],
 )
 def test_broken_weights_push_out_no_checkpoint(lab, last, end, every, keep):
-    """However the run ends, what is left is what came before, and the last line says how to resume from it; that works."""
+    """In any case the earlier checkpoints remain, and the last line says how to resume from them.
+
+    Resuming works.
+    """
     trial = lab.trial(*BREAKS, f"checkpoint.every={every}", f"checkpoint.keep={keep}", steps=200)
     said = end(trial, last)
-    sound = list(range(every, last, every))[-keep:]
-    assert [path.name for path in trial.checkpoints] == [f"step-{step:08}" for step in sound]
+    valid = list(range(every, last, every))[-keep:]
+    assert [path.name for path in trial.checkpoints] == [f"step-{step:08}" for step in valid]
     assert [
         path.name for path in (trial.run / "checkpoints").iterdir() if path.name.startswith(".")
     ] == []
     assert said[-1].endswith(
-        f"; the newest checkpoint with finite losses is {trial.checkpoints[-1]}; resume from it with a lower rate: "
+        f"; the newest checkpoint with finite losses is {trial.checkpoints[-1]}; "
+        "resume from it with a lower rate: "
         f"fastbert pretrain {trial.run / 'config.toml'} --resume optimizer.lr=10"
     )
     assert all_finite(trial) and trial.steps[-1]["step"] == last
     before = len(trial.records("skip"))
-    trial.go_on(1, "optimizer.lr=1e-6", f"stop.steps={last + 4}", "stop.skipped=0")
+    trial.resume(1, "optimizer.lr=1e-6", f"stop.steps={last + 4}", "stop.skipped=0")
     assert trial.steps[-1]["step"] == last + 4 and len(trial.records("skip")) == before
 
 
 def test_a_process_that_is_killed_while_it_skips(lab, last):
-    """The checkpoint of the broken weights never gets its name."""
+    """The checkpoint of the broken weights is never published."""
     trial = lab.trial(
         *BREAKS, "checkpoint.every=1", "checkpoint.keep=1", "stop.skipped=100000", steps=200000
     )
@@ -220,7 +232,7 @@ def test_a_process_that_is_killed_while_it_skips(lab, last):
         ranks.signal(signal.SIGKILL)
         assert ranks.wait() == [-9]
     assert [path.name for path in trial.checkpoints] == [f"step-{last - 1:08}"]
-    trial.go_on(1, "optimizer.lr=1e-6", f"stop.steps={last + 2}")
+    trial.resume(1, "optimizer.lr=1e-6", f"stop.steps={last + 2}")
     assert [path.name for path in trial.checkpoints] == [f"step-{last + 2:08}"]
 
 
@@ -236,18 +248,18 @@ def test_the_same_on_many_ranks(lab, world, stage):
 
 
 def test_a_bad_text_in_the_last_steps_does_not_lose_the_run(lab, small_dataset):
-    """The weights are not broken: the run ends well, and its end is saved."""
+    """The weights are valid, so the run ends well and saves its last step."""
     trial = lab.trial(
         *FEW, "objective.kind=mlm", "evaluate.sequences=1", "stop.skipped=20", "checkpoint.keep=1"
     )
     config = load_config(trial.recipe, trial.overrides)
     batches = Batches(small_dataset, config)
     assert longest(heldout_batches(small_dataset, config, 1)) <= PLACE
-    trial.go_on(1, "stop.steps=3")
+    trial.resume(1, "stop.steps=3")
     damage(trial)
     long = [longest(batches.step(step)) > PLACE for step in range(lab.steps)]
     end = next(step for step in range(6, lab.steps) if long[step] and not all(long[3:step])) + 1
-    trial.go_on(1, f"stop.steps={end}")
+    trial.resume(1, f"stop.steps={end}")
     assert (
         trial.records("skip")[-1]["step"] == end
         and trial.records("save")[-1]["checkpoint"] == f"step-{end:08}"
@@ -261,9 +273,12 @@ def longest(packs: Sequence[PackedBatch]) -> int:
 
 @pytest.mark.parametrize("stage, more", [(0, ()), (3, ()), (0, ("optimizer.name=lamb",))])
 def test_no_step_was_finite(lab, stage, more):
-    """The weights that it begins with are finite, and give no finite loss: not one step is applied, so there is nothing to save."""
+    """The initial weights are finite but give no finite loss.
+
+    No step is applied, so there is nothing to save.
+    """
     start = lab.trial()
-    start.go_on(1, "stop.steps=3")
+    start.resume(1, "stop.steps=3")
     damage(start, 0)
     trial = lab.trial(*more, f"init={start.run}", "checkpoint.every=1", stage=stage)
     said = fails(trial, 1)
@@ -275,12 +290,12 @@ def test_no_step_was_finite(lab, stage, more):
 
 
 def test_no_step_was_finite_since_a_checkpoint(lab):
-    """No rate helps there; the checkpoint before it does."""
+    """No learning rate helps from there; the checkpoint before it does."""
     trial = lab.trial("stop.skipped=2")
-    trial.go_on(1, "stop.steps=3")
-    (sound,) = trial.checkpoints
+    trial.resume(1, "stop.steps=3")
+    (valid,) = trial.checkpoints
     damage(trial, 0)
     said = fails(trial, 1)
-    assert f"no step was finite since {sound}; move that away" in said[
+    assert f"no step was finite since {valid}; move that away" in said[
         -1
-    ] and trial.checkpoints == [sound]
+    ] and trial.checkpoints == [valid]

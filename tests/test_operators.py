@@ -1,4 +1,7 @@
-"""Each Triton operation as a torch operator: opcheck, torch.compile, autocast, and what autograd may ask of it. Walks SPECS."""
+"""Each Triton operation of SPECS as a torch operator.
+
+The tests cover opcheck, torch.compile, autocast, and what autograd may ask of it.
+"""
 
 import dataclasses
 from typing import Any
@@ -25,7 +28,10 @@ EVERY = [
 
 
 def kinds(spec: Spec) -> dict[tuple[str, ...], Shape]:
-    """A shape for each set of axes that the shapes of a spec have (with cut queries or not, bare or not): the third, or the last there is."""
+    """Map each set of axes of a spec's shapes to a shape: its third one, or its last.
+
+    Sets of axes differ, for example, by cut queries or a bare call.
+    """
     found: dict[tuple[str, ...], list[Shape]] = {}
     for shape in spec.shapes:
         found.setdefault(tuple(shape), []).append(shape)
@@ -55,7 +61,7 @@ def inputs(
 def forward(
     name: str, impl: str, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The result, and the leaves that it is differentiable in."""
+    """Return the result, and the leaves that it is differentiable in."""
     spec = SPECS[name]
     leaves = {
         key: arguments[key].detach().requires_grad_()
@@ -67,7 +73,7 @@ def forward(
 
 
 def with_function(spec: Spec, function: Any) -> Spec:
-    """For `run`: the same operation, called in another way."""
+    """Return the same operation for `run`, called in another way."""
     return dataclasses.replace(spec, function=function)
 
 
@@ -82,7 +88,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every call of an operator of this library, in forward and backward passes."""
+    """Record every call of this library's operators, forward and backward."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +158,7 @@ def test_a_batch_of_another_length_is_not_compiled_again(name):
 # Autocast
 
 X, ROW = torch.ones(4, 8), torch.ones(8)
-AS_TORCH = {  # what each operation stands for, in torch's own words
+AS_TORCH = {  # each operation in plain torch
     "attention": lambda: functional.scaled_dot_product_attention(X[None], X[None], X[None]),
     "mlm_loss": lambda: functional.cross_entropy(
         functional.linear(X, X), torch.zeros(4, dtype=torch.int64)
@@ -166,7 +172,7 @@ AS_TORCH = {  # what each operation stands for, in torch's own words
 
 
 def under_autocast(function: Any, **options: Any) -> Any:
-    """The forward pass alone, as torch advises."""
+    """Run only the forward pass under autocast, as torch advises."""
 
     def call(**arguments: Any) -> Any:
         with torch.autocast(DEVICE, torch.bfloat16, **options):
@@ -191,9 +197,10 @@ def test_autocast_gives_the_dtype_that_torch_gives(name, impl):
     ("name", "impl"), [(name, impl) for name, impl in EVERY if impl != "reference"]
 )
 def test_autocast_costs_no_more_than_its_dtype_does(name, impl, backward):
-    """err(ours) <= 2 err(reference) + 1 ulp of bf16, both under autocast, errors from the reference in fp64.
+    """err(ours) <= 2 err(reference) + 1 ulp of bf16, both under autocast.
 
-    torch advises to leave autocast before the backward pass; not everybody does.
+    Errors are differences from the reference in fp64. torch advises to leave autocast before the
+    backward pass, but some programs do not.
     """
     spec, arguments = SPECS[name], inputs(name)
     exact = run(spec, arguments, "reference", torch.float64)
@@ -227,7 +234,7 @@ def test_nothing_is_cast_outside_autocast(name, impl):
 
 
 def test_under_autocast_the_gradient_of_the_vocabulary_is_a_sum_in_fp32():
-    """Not one in bf16, of which the optimizer would get 8 bits."""
+    """A sum in bf16 would give the optimizer 8 bits."""
     spec = SPECS["mlm_loss"]
     gradients = run(
         with_function(spec, under_autocast(spec.function)), inputs("mlm_loss"), "triton"
@@ -238,7 +245,7 @@ def test_under_autocast_the_gradient_of_the_vocabulary_is_a_sum_in_fp32():
 
 @pytest.mark.parametrize(("name", "impl"), EVERY)
 def test_outside_autocast_mixed_dtypes_are_refused_by_name(name, impl):
-    """One argument of each operation sets the dtype: of that one it is the others that are refused."""
+    """One argument of each operation sets the dtype; if it changes, the others are refused."""
     spec, leaders = SPECS[name], []
     for changed in spec.differentiable:
         arguments = inputs(name, torch.bfloat16)
@@ -258,7 +265,7 @@ def test_outside_autocast_mixed_dtypes_are_refused_by_name(name, impl):
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(("name", "shape", "dtype"), cases("fp32", "bf16"))
 def test_result_and_gradients_lie_apart(name, shape, dtype, p):
-    """To write into one of them, as `clip_grad_norm_` does, must not change another."""
+    """Writing into one of them, as `clip_grad_norm_` does, must not change another."""
     with watched("triton"):
         result, leaves = forward(name, "triton", arguments := inputs(name, dtype, p, shape))
         with watched("reference"):
@@ -289,7 +296,7 @@ def test_a_second_backward_pass_gives_the_same_gradients(name, impl):
     ("name", "impl"), [(name, impl) for name, impl in EVERY if impl != "reference"]
 )
 def test_gradients_of_gradients_are_right_or_refused(name, impl):
-    """A gradient penalty must not silently lack what went through the tensors that the forward pass had saved."""
+    """A gradient penalty must not silently lack the part through saved tensors."""
 
     def penalise(impl: str) -> dict[str, torch.Tensor]:
         result, leaves = forward(name, impl, inputs(name))

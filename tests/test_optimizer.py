@@ -1,4 +1,4 @@
-"""The optimizers' arithmetic, against the formulas in float64."""
+"""The optimizers' arithmetic against the formulas in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where memory runs out, a command ends with one line that says how much was needed and what to change."""
+"""A command that runs out of memory ends with a line on the size needed and what to change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def error_of(action) -> BaseException:
 
 
 def test_a_real_failure_of_torch_and_of_numpy():
-    """More than any machine's address space holds."""
+    """The size exceeds the address space of any machine."""
     assert shortage(error_of(lambda: torch.empty(1 << 50))) == (
         f"out of memory: {1 << 22:.2f} GiB more are needed"
     )
@@ -36,7 +36,8 @@ def test_a_real_failure_of_torch_and_of_numpy():
     ("text", "line"),
     [
         (
-            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 3 has a total capacity of 79.11 GiB "
+            "CUDA out of memory. Tried to allocate 20.00 GiB. "
+            "GPU 3 has a total capacity of 79.11 GiB "
             "of which 1.20 GiB is free. Process 7 has 77.9 GiB memory in use.",
             "out of GPU memory: 20.00 GiB more are needed; GPU 3 has 79.11 GiB",
         ),
@@ -66,13 +67,13 @@ def test_other_errors_are_not_about_memory(error):
 
 
 def virtual_memory(pid: int) -> int:
-    """Address space of a process, in bytes."""
+    """Return the address space of a process, in bytes."""
     (size,) = re.findall(r"VmSize:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(size) * 1024
 
 
 def bound_memory(ranks: Ranks, rank: int, more: int) -> None:
-    """Leave a rank as much address space as it has, and `more` bytes."""
+    """Limit a rank's address space to its present size and `more` bytes."""
     pid = ranks[rank].pid
     assert runs(pid)
     limit = virtual_memory(pid) + more
@@ -86,7 +87,10 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_step_that_does_not_fit(lab, world):
-    """One rank has no room for [tokens, intermediate_size]: every rank ends, and the line names that one and the key."""
+    """One rank has no memory for [tokens, intermediate_size].
+
+    Every rank ends, and the line names that rank and the key.
+    """
     tokens = 16384
     trial = lab.trial(
         "model.intermediate_size=65536",
@@ -105,8 +109,8 @@ def test_a_step_that_does_not_fit(lab, world):
             r"out of memory: [\d.]+ GiB more are needed; lower batch.micro_batch_tokens", line
         ), line
         assert (
-            f"(now {tokens:,}) or take a smaller model, then resume with: fastbert pretrain {trial.run}/config.toml --resume"
-            in line
+            f"(now {tokens:,}) or take a smaller model, "
+            f"then resume with: fastbert pretrain {trial.run}/config.toml --resume" in line
         )
     events = [
         json.loads(text).get("event")

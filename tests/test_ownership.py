@@ -1,4 +1,4 @@
-"""Who started last owns the run folder; everybody else ends before writing."""
+"""The newest start owns the run folder, and all earlier ones end before writing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A padded pack gives what the pack gives: the same losses, correct tokens, counts and gradients; and there are few shapes."""
+"""A padded pack has the losses, correct tokens, counts and gradients of the unpadded pack.
+
+There are few padded shapes.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,8 @@ def test_what_a_padded_pack_holds():
     asked = padded.labels != -100
     assert padded.masked_positions[asked].equal(batch.masked_positions)
     assert padded.labels[asked].equal(batch.labels)
-    # Queries of the attention must ascend, so no row may be asked for twice, and the first token of a sequence is asked for already.
+    # Queries of the attention must ascend. So no row may occur twice, and the first token of a
+    # sequence is already a query.
     rows = torch.cat((padded.masked_positions, padded.cu_seqlens[:-1])).tolist()
     assert len(set(rows)) == len(rows) and max(rows) < len(padded.input_ids)
     assert padded.masked_positions.equal(padded.masked_positions.sort().values)
@@ -86,7 +90,10 @@ def truth() -> tuple[Losses, dict[str, torch.Tensor]]:
 
 
 def check_same(found: Losses, padded: PackedBatch, truth: Losses, dtype: torch.dtype) -> None:
-    """The losses are those of the pack to torch's default closeness of the model's dtype; what was added gives exactly nothing."""
+    """Check that the losses are those of the pack, to torch's tolerance of the model's dtype.
+
+    The padding itself contributes exactly nothing.
+    """
     asked, sequences = padded.labels != -100, padded.sequences
     pairs = (
         (found.mlm, truth.mlm),
@@ -104,8 +111,11 @@ def check_same(found: Losses, padded: PackedBatch, truth: Losses, dtype: torch.d
     [*((impl, torch.float32) for impl in IMPLEMENTATIONS), ("triton", torch.bfloat16)],
 )
 def test_losses_and_gradients_are_those_of_the_pack(impl, dtype, truth):
-    """With dropout. A gradient errs at most twice as much as that of the pack, and a rounding of the largest one. bf16 takes the kernels for short
-    sequences, as the pack does."""
+    """This includes dropout.
+
+    A gradient's error is at most twice that of the pack plus a rounding of the largest gradient.
+    bf16 uses the kernels for short sequences, as the pack does.
+    """
     batch = make_batch(LENGTHS)
     padded = pad(batch, MASK_RATE, 130 if dtype == torch.float32 else 64)
     assert padded.padding_tokens > padded.padding_sequences > 0 and len(padded.labels) > len(
@@ -120,7 +130,7 @@ def test_losses_and_gradients_are_those_of_the_pack(impl, dtype, truth):
 
 
 def test_in_fp64_padding_moves_nothing(truth):
-    """Where rounding hides nothing."""
+    """In fp64 no rounding hides an error."""
     padded = pad(make_batch(LENGTHS), MASK_RATE, 130)
     found, gradients = computed(padded, "reference", torch.float64)
     check_same(found, padded, truth[0], torch.float64)
@@ -129,7 +139,7 @@ def test_in_fp64_padding_moves_nothing(truth):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_an_ignored_token_counts_for_nothing(impl):
-    """As if it were not there."""
+    """The results are those without this token."""
     draw = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(*shape, generator=draw) for shape in ((40, 16), (100, 16), (100,))

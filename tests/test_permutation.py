@@ -1,4 +1,4 @@
-"""The shuffled order: a bijection for every size, another one in every epoch, without a pattern that counts would show."""
+"""The shuffled order is a bijection for every size, differs by epoch and shows no pattern."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generator against the known answers that come with Random123, and its use as words, numbers and fractions."""
+"""The generator gives the known answers of Random123, and correct words, numbers and fractions."""
 
 from __future__ import annotations
 

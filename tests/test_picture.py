@@ -1,4 +1,4 @@
-"""Pictures show what users wrote as they wrote it, and one that cannot be drawn ends nothing."""
+"""Pictures show users' texts unchanged, and a failed picture ends no run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def history() -> History:
 
 
 def words(figure: Any) -> set[str]:
-    """The texts of a figure, as they stand in it when it is drawn as an SVG whose text is text."""
+    """Return the texts of a figure, as they are in its SVG with text kept as text."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks
@@ -70,7 +70,7 @@ def test_names_stand_there_as_they_are(tmp_path, name):
 
 
 def test_no_text_of_users_is_read_as_a_formula():
-    """Whatever a figure of fastbert draws: its texts without a formula of its own may not be taken for one."""
+    """In no figure of fastbert may a text without a formula be taken for one."""
     for figure in (
         loss_figure(history(), "a", {"unigram": 6.7}),
         scores._confusion_figure(np.eye(2, dtype=int), ["a", "b"]),
@@ -117,7 +117,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def test_a_run_with_two_dollar_signs_in_its_name(lab, capsys):
-    """It is trained, resumed and reported."""
+    """Such a run is trained, resumed and reported."""
     trial = lab.trial(steps=3)
     run = trial.folder / "cost_$5_vs_$6"
     for more in ([], ["stop.steps=5"]):
@@ -131,10 +131,10 @@ def test_a_run_with_two_dollar_signs_in_its_name(lab, capsys):
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run(lab):
     trial = lab.trial(steps=3)
-    trial.go_on(1, "stop.steps=2")
+    trial.resume(1, "stop.steps=2")
     (trial.run / "loss.png").unlink()
     (trial.run / "loss.png").mkdir()
-    trial.go_on()
+    trial.resume()
     assert trial.records("stop")[-1]["reason"] == "stop.steps = 3"
     (line,) = [
         line

@@ -1,4 +1,4 @@
-"""The estimates against real models, torch's own FLOP counter and figures that others published."""
+"""The estimates against real models, torch's FLOP counter and published figures."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def recipe(text: str = "", preset: str = "base") -> RunConfig:
 
 
 def batch(lengths: list[int], masked_each: int) -> PackedBatch:
-    """Sequences of these lengths, the first `masked_each` tokens of each selected, each labelled as a pair."""
+    """Sequences of these lengths, all in pairs; the first `masked_each` of each are masked."""
     pack = pack_texts([[5] * (n - 2) for n in lengths], None, SpecialIds(0, 1, 2, 3, 4))
     positions = (pack.cu_seqlens[:-1, None].long() + torch.arange(1, masked_each + 1)).flatten()
     zeros = torch.zeros(len(lengths), dtype=torch.int64)
@@ -121,9 +121,11 @@ STATES = ("weights", "gradients", "master weights", "moments")
 
 
 def test_memory_by_stage_is_that_of_the_zero_paper():
-    """Figure 1 of Rajbhandari et al., 2020, for 7.5 B parameters on 64 GPUs (120, 31.4, 16.6, 1.9 GB), per parameter.
+    """Figure 1 of Rajbhandari et al., 2020, for 7.5 B parameters on 64 GPUs, per parameter.
 
-    Stage 3 without the weights that DeepSpeed keeps gathered at BERT's sizes; many micro-batches, so that gradients are there at all times.
+    The figures are 120, 31.4, 16.6 and 1.9 GB. Stage 3 does not include the weights that DeepSpeed
+    keeps gathered at BERT's sizes. There are many micro-batches, so that gradients exist at all
+    times.
     """
     config = recipe()
     P = count_parameters(config.model, 30522)
@@ -139,9 +141,9 @@ def test_memory_by_stage_is_that_of_the_zero_paper():
         )
         states = sum(parts[name] for name in STATES)
         if stage == 0:
-            states += (
-                4 * P
-            )  # of which the paper's table has masters; torch's own optimizer, which stage 0 leaves in charge, has none
+            # The paper's table has master weights here. torch's own optimizer, which runs at
+            # stage 0, has none.
+            states += 4 * P
         assert states / P * 7.5 == pytest.approx(published, abs=0.06)
 
 
@@ -178,7 +180,7 @@ def test_fp32_has_no_masters_at_stage_0_and_sgd_one_moment():
 
 
 def kept_bytes(model: BertForPreTraining, pack: PackedBatch) -> int:
-    """Storages that autograd keeps of a forward pass, each once; weights and the batch left out."""
+    """Return the bytes that autograd keeps of a forward pass, without weights and batch."""
     kept = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -274,7 +276,8 @@ def test_a_plan_adds_up():
     )
     assert p.tokens_per_step == 256 * 100
     assert p.memory_total == sum(p.memory.values()) and p.memory_of_gpu == 80 * GB
-    # A little less than the useful work: of the last of 12 layers only the rows of a loss are computed.
+    # A little less than the useful work, because the last of 12 layers computes only the rows of a
+    # loss.
     assert 0.9 < p.products_s / (p.flops_per_token * p.tokens_per_step / 8 / (989e12 * 0.5)) < 1
     assert p.step_s == max(p.products_s + p.traffic_s, p.launch_s) + p.communication_s
     assert p.steps == 1000 and p.total_s == pytest.approx(1000 * p.step_s)
@@ -301,7 +304,7 @@ def test_a_price_is_the_listed_one_unless_given_or_unknown():
 
 
 def test_twice_the_machine_takes_half_the_time():
-    """And of a wider model a larger share of the time is matrix products."""
+    """Of a wider model, matrix products take a larger share of the time."""
     device = Device(100e12, 10e12, 80 * GB, 1e12, 1e11, 1e11)
     fast = replace(device, bf16=200e12, bandwidth=2e12)
     narrow, wide = recipe(preset="small").model, recipe(preset="large").model
@@ -316,7 +319,7 @@ def test_twice_the_machine_takes_half_the_time():
 
 
 def test_flops_per_token_of_bert_base_are_six_times_its_matrices():
-    """The rule of thumb of Kaplan et al.: 6 FLOPs a token and parameter of the layers; attention and head add a little."""
+    """Kaplan et al.: 6 FLOPs per token and layer parameter; attention and head add a little."""
     p = plan(recipe(), "test.toml", 1, "a100", stage=1, mean_length=128)
     layers = 12 * (4 * 768**2 + 2 * 768 * 3072)
     assert 1 < p.flops_per_token / (6 * layers) < 1.3
@@ -336,7 +339,8 @@ def test_flops_per_token_of_bert_base_are_six_times_its_matrices():
         ("[batch]\nsequences = 8\n", 1, "h100", 1, "too little work: .* fewer GPUs"),
         ("[batch]\nsequences = 4096\n", 1, "h100", 1, "computation"),
         (
-            "[batch]\nsequences = 4096\n[model]\nhidden_size = 128\nnum_attention_heads = 2\nintermediate_size = 512\n",
+            "[batch]\nsequences = 4096\n[model]\nhidden_size = 128\nnum_attention_heads = 2\n"
+            "intermediate_size = 512\n",
             1,
             "l4",
             1,

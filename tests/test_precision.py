@@ -1,4 +1,4 @@
-"""fp32 or bf16."""
+"""The choice between fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ def test_bf16_where_it_kills_the_process():
         )
     assert (
         str(error.value)
-        == 'demo.toml: runtime.precision = "bf16": a bf16 product kills the process; use "fp32" or "auto"'
+        == 'demo.toml: runtime.precision = "bf16": a bf16 product kills the process; use "fp32" or '
+        '"auto"'
     )
 
 
 def test_this_processor():
-    """Whatever it is: the probe answers without harm, and what it calls safe may be asked for."""
+    """The probe does no harm on any processor, and a precision that it calls safe works."""
     if probe_bf16().safe:
         assert resolve_precision("bf16", CPU, "demo.toml") == ("bf16", "the recipe says so")
     else:
@@ -54,7 +55,7 @@ def test_this_processor():
 
 
 def test_bf16_in_the_interpreter_is_refused(tmp_path, small_dataset):
-    """Its products would be wrong; nothing is trained, and the folder is not made."""
+    """Its products would be wrong, so nothing is trained and no folder is created."""
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f'data = "{small_dataset.path}"\nrun = "{tmp_path}/run"\n'

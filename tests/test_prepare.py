@@ -1,4 +1,4 @@
-"""From text to a dataset: nothing lost, nothing left to chance, nothing half-written."""
+"""From text to a dataset: complete, reproducible and never partial."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fastbert.machine import usable_cores
 
 @pytest.fixture(scope="module")
 def several_chunks(english_documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of 2.6 MB, so of several chunks."""
+    """A text of 2.6 MB, which has several chunks."""
     path = tmp_path_factory.mktemp("large") / "large.jsonl"
     path.write_text(
         "".join(
@@ -44,7 +44,7 @@ def several_chunks(english_documents: list[str], tmp_path_factory: pytest.TempPa
 
 
 def texts_of(split: Split) -> list[list[list[int]]]:
-    """All ids of a split, [document][sentence][token]."""
+    """Return all ids of a split as [document][sentence][token]."""
     sentences = split.first_token(np.arange(split.sentences + 1))
     documents = split.first_sentence(np.arange(split.documents + 1))
     tokens = split.gather(np.zeros(1, np.int64), np.array([split.tokens])).tolist()
@@ -61,7 +61,7 @@ def files_of(dataset: Path) -> dict[str, bytes]:
 
 
 def test_every_sentence_is_there(small_dataset: TokenDataset, english_documents: list[str]) -> None:
-    """The dataset against the plain way: split, encode one by one, choose by hash."""
+    """Compare with the plain way: split, encode one by one, choose by hash."""
     tokenizer = load_tokenizer(small_dataset.tokenizer_dir)
     expected: dict[str, list[list[list[int]]]] = {"train": [], "heldout": []}
     for document in english_documents:
@@ -96,7 +96,7 @@ def test_the_same_bytes_whatever_the_workers(several_chunks: Path, tmp_path: Pat
     assert str(tmp_path) not in text and str(several_chunks) not in text
 
 
-def test_formats_make_the_same_store(english_documents: list[str], tmp_path: Path) -> None:
+def test_formats_make_the_same_dataset(english_documents: list[str], tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(english_documents))
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"body": document}) + "\n" for document in english_documents)
@@ -291,7 +291,7 @@ def test_existing_target(english_jsonl: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [1000, 50_000, 200_000])
 def test_no_space(english_jsonl: Path, tmp_path: Path, limit: int) -> None:
-    """The system refuses to let a file grow: in the tokenizer, or in the tokens."""
+    """The system limits file sizes: for the tokenizer, or for the tokens."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -305,12 +305,15 @@ def test_no_space(english_jsonl: Path, tmp_path: Path, limit: int) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-RUN = "import sys; from fastbert.data.prepare import prepare; prepare([sys.argv[1]], sys.argv[2], workers=2, vocab_size=8000)"
+RUN = (
+    "import sys; from fastbert.data.prepare import prepare; "
+    "prepare([sys.argv[1]], sys.argv[2], workers=2, vocab_size=8000)"
+)
 
 
 @pytest.mark.parametrize("end", ["interrupt", "terminate", "worker killed"])
 def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> None:
-    """Ctrl-C, SIGTERM, or the system kills a worker: no dataset, nothing half-written, no process left."""
+    """After Ctrl-C, SIGTERM or a killed worker no dataset, partial file or process is left."""
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"],
         stderr=subprocess.PIPE,
@@ -352,7 +355,7 @@ def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> N
 
 
 def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
-    """Killed without a chance to clean up, it leaves only a hidden folder, and a second call is not in its way."""
+    """After SIGKILL only a hidden folder is left, and it does not disturb a second call."""
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, several_chunks, tmp_path / "dataset"], stderr=subprocess.DEVNULL
     )
@@ -396,7 +399,7 @@ def test_progress_and_left_out_files(
 def test_a_source_that_changes_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """The vocabulary would be of another text than the tokens."""
+    """Otherwise vocabulary and tokens would come from different texts."""
     path = tmp_path / "a.txt"
     path.write_text("One text.\n\nAnother one.\n")
     os.utime(path, ns=(1, 1))

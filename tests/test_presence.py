@@ -1,4 +1,4 @@
-"""Only what the system says in so many words is "not there"."""
+""" "Not there" is only what the system states explicitly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_an_honest_answer(tmp_path):
     ],
 )
 def test_what_cannot_be_said_is_an_error(tmp_path, make, words, inside):
-    """Also for what would lie behind it. (Rights, which do not stop root: test_run_folder.py.)"""
+    """This includes paths below it. test_run_folder.py covers rights, which do not stop root."""
     make(tmp_path / "here")
     for look in (status, is_file, is_folder, names_in):
         with pytest.raises(InputError) as error:

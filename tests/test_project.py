@@ -1,4 +1,4 @@
-"""The repository's own rules: lint, format, types, and what its documents promise about its files and commands."""
+"""The repository's own rules: lint, format, types, and documented files and commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Put together from pieces, so that this file does not hold what it looks for.
+# Joined from pieces, so that this file does not contain the strings it looks for.
 HOSTS = [
     ".".join(parts)
     for parts in (
@@ -44,7 +44,10 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def project_files() -> list[Path]:
-    """What git tracks or would track; in a tree without git, every file outside hidden and made folders."""
+    """The files that git tracks or would track.
+
+    Without git these are all files outside hidden and built folders.
+    """
     listing = (
         run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
         if (ROOT / ".git").exists()
@@ -79,7 +82,7 @@ def test_checker_finds_nothing(command):
 
 
 def test_no_machine_path_or_package_host():
-    """A path of one machine, or a package index by name, breaks the project for everybody who is elsewhere."""
+    """A path of one machine, or a package index by name, breaks the project on other machines."""
     found = []
     for path in FILES:
         for number, line in enumerate(
@@ -111,7 +114,10 @@ def test_files_are_named_for_an_idea():
 
 
 def test_architecture_names_every_file():
-    """`folder/file.py`, or `file.py` with its folder named too; an `__init__.py` goes with its folder."""
+    """It names `folder/file.py`, or `file.py` and its folder.
+
+    An `__init__.py` belongs to its folder.
+    """
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     missing = []
     for path in PYTHON_FILES:
@@ -147,7 +153,7 @@ def test_architecture_names_no_file_that_is_gone():
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_documented_commands_exist(document):
-    """Every `make TARGET`, `fastbert VERB` and path of the repository in a document's code is there."""
+    """Every `make TARGET`, `fastbert VERB` and repository path in a document's code exists."""
     code = "\n".join(
         re.findall(r"```.*?```|`[^`\n]+`", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL)
     )
@@ -179,7 +185,7 @@ def test_documented_commands_exist(document):
 
 
 def test_demo_and_tests_are_on_the_first_screen():
-    """And a continuous integration server runs the very command that the README names."""
+    """The continuous integration server runs the command that the README names."""
     first_screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:25]
     for command in ("make demo", "make test"):
         assert any(line.startswith(command) for line in first_screen), command

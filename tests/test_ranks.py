@@ -1,4 +1,4 @@
-"""Processes that the tests start are real ones, and none outlives them."""
+"""The tests' processes are real, and none outlives the tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from tests.ranks import ROOT, Ranks, environment, runs
 from tests.trials import wait_for
 
-# A process like that of the tests: it has two ranks, one of them stopped, and waits for its end.
+# Like the tests' process: it has two ranks, one of them stopped, and waits to be killed.
 TESTS = """
 import signal, sys, time
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_exit_codes_and_what_was_said(tmp_path):
 
 
 def test_no_rank_outlives_the_tests(tmp_path):
-    """Not even one that is stopped, when they die by kill -9."""
+    """Even a stopped rank ends when the tests die by SIGKILL."""
     command = [sys.executable, "-c", TESTS, str(tmp_path)]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True

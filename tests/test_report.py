@@ -1,4 +1,4 @@
-"""The report's figures against counts by hand; each warning appears where it should and only there."""
+"""The report's figures agree with counts by hand, and warnings appear only where they should."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASELINES = {"unigram": 6.0, "train_tokens": 10}
 def chunk(
     documents: list[list[int]], heldout: list[list[int]] | None = None, **options: object
 ) -> EncodedChunk:
-    """Documents as lists of their sentences' lengths."""
+    """Make a chunk from documents given as lists of sentence lengths."""
 
     def part(documents: list[list[int]]) -> Part:
         sentences = np.array([length for document in documents for length in document], np.int64)
@@ -40,7 +40,8 @@ def chunk(
         "unknown_tokens": 0,
         "losses": Losses(),
     }
-    return EncodedChunk(part(documents), part(heldout or []), **{**values, **options})  # type: ignore[arg-type]
+    values = {**values, **options}
+    return EncodedChunk(part(documents), part(heldout or []), **values)  # type: ignore[arg-type]
 
 
 def report_of(*chunks: EncodedChunk, vocab_size: int = 1000, asked: int | None = 1000) -> Report:
@@ -194,7 +195,10 @@ def test_what_is_stored_and_shown(
 
 @pytest.mark.parametrize("most", [100, 1000, 10**6])
 def test_distinct(most: int) -> None:
-    """10,000 things, the first half twice and the first hundred ten times more: from a sample, near the true share."""
+    """10,000 things, of which half occur twice and a hundred ten times more.
+
+    An estimate from a sample is close to the true share.
+    """
     draw = np.random.default_rng(3)
     things = draw.integers(0, 2**64, 10_000, np.uint64)
     stream = np.concatenate([things, things[:5000], *[things[:100]] * 10])
@@ -210,7 +214,10 @@ def test_distinct(most: int) -> None:
 
 
 def test_sentence_hashes(small_dataset: TokenDataset) -> None:
-    """Equal for the same sentence, anywhere and in any chunk; different for any other, also of the same words."""
+    """Hashes are equal for equal sentences anywhere, and differ for all other sentences.
+
+    That includes sentences with the same words.
+    """
     from fastbert.data.documents import Chunk
     from fastbert.data.sources import Source
 

@@ -1,4 +1,4 @@
-"""`run=`: what may be there when a run begins, and that nothing in it is lost where one may not begin."""
+"""`run=`: what may exist when a run begins, and that a refused run loses nothing in its folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,7 @@ def run(trial, finished) -> Path:
 
 
 def train(trial: Trial, *overrides: str, resume: bool = False) -> int:
-    """In this process."""
+    """Train in this process."""
     return pretrain(
         load_config(trial.recipe, [*trial.overrides, *overrides]), str(trial.recipe), resume
     ).exit_code
@@ -70,7 +69,7 @@ def refusal(trial: Trial, *overrides: str, resume: bool = False) -> str:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Everything in it: bytes of files, targets of links."""
+    """Return everything in a folder: the bytes of files and the targets of links."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         mode = path.lstat().st_mode
@@ -87,7 +86,7 @@ def contents(folder: Path) -> dict[str, object]:
 
 
 def project(folder: Path, dataset: Path) -> None:
-    """With the very names that a run has."""
+    """A folder of something else that has the file names of a run."""
     for name in ("config.toml", "log.txt", "metrics.jsonl", "loss.png", "train.py"):
         (folder / name).write_text(f"my {name}")
     for name in ("tensorboard", "tokenizer", "src"):
@@ -124,7 +123,7 @@ def an_owner_of_others(folder: Path, dataset: Path) -> None:
 
 
 def records_alone(folder: Path, dataset: Path) -> None:
-    """As somebody keeps them who has thrown the run away."""
+    """The records of a run whose other files were deleted."""
     (folder / "metrics.jsonl").write_text('{"step": 7, "loss": 3.0}\n')
 
 
@@ -170,7 +169,7 @@ def test_a_folder_of_something_else_is_refused(trial, small_dataset, make, resum
 
 
 def test_the_folder_that_one_stands_in(lab, small_dataset):
-    """`run=.` in a project, by the command line."""
+    """This is `run=.` in a project, by the command line."""
     trial = lab.trial(*SHORT)
     project(trial.folder, small_dataset.path)
     before = contents(trial.folder)
@@ -272,7 +271,7 @@ def dead_before_the_first_step(folder: Path, elsewhere: Path) -> None:
     ],
 )
 def test_a_run_begins_in_a_folder_with_nothing_in_it(trial, finished, tmp_path, make):
-    """Or with what a start has left that died early: it can be started again, by either command."""
+    """It may also contain what an early failure has left; both commands can start it again."""
     make(trial.run, tmp_path)
     resume = make.__name__ in ("dead_after_the_claim", "dead_before_the_first_step")
     assert train(trial, resume=resume) == 0
@@ -338,7 +337,7 @@ def test_a_run_whose_checkpoints_cannot_be_seen_does_not_start_anew(trial, run, 
     "how", ["a link to a disk that is not mounted", "a loop of links", "the newest not mounted"]
 )
 def test_what_reads_a_run_says_so_too(trial, run, how):
-    """An older checkpoint is not taken for the newest, nor the run for a folder of something else."""
+    """An older checkpoint is not taken for the newest, nor a run for some other folder."""
     GONE[how][0](run)
     with pytest.raises(InputError, match=GONE[how][1]):
         fastbert.load(run)
@@ -348,7 +347,7 @@ def test_what_reads_a_run_says_so_too(trial, run, how):
 
 
 def test_a_resumed_run_counts_as_one_that_had_checkpoints(trial, run):
-    """Whose save may have come so late that its event was lost with the process."""
+    """Its save may have come so late that the event was lost with the process."""
     assert train(trial, "stop.steps=5", resume=True) == 0
     lines = [
         line for line in (run / "metrics.jsonl").read_text().splitlines() if '"save"' not in line
@@ -392,7 +391,7 @@ main(sys.argv[1:])
     ],
 )
 def test_no_right_to_read_is_no_reason_to_start_anew(finished, small_dataset, place):
-    """By a user whom rights do stop, in a folder that is not inside one of root's own."""
+    """The user is not root, and the folder is not inside one of root's."""
     folder = Path(tempfile.mkdtemp())
     try:
         trial = Trial(
@@ -434,7 +433,7 @@ def test_no_right_to_read_is_no_reason_to_start_anew(finished, small_dataset, pl
 
 
 def test_a_second_start_does_not_delete_the_records_of_a_living_run(lab):
-    """Before its first checkpoint: afterwards a second start was refused already."""
+    """This is before the first checkpoint; afterwards a second start is refused anyway."""
     trial = lab.trial("checkpoint.every=1000000", steps=1000000)
     with trial.start() as ranks:
         wait_for(lambda: lines_so_far(trial) >= 5)
@@ -459,7 +458,7 @@ def test_a_run_that_died_before_its_first_checkpoint_is_started_again_by_resume(
     before = contents(trial.run)
     assert "steps without a checkpoint" in refusal(trial)
     assert contents(trial.run) == before
-    assert any("starting from the beginning" in line for line in trial.go_on())
+    assert any("starting from the beginning" in line for line in trial.resume())
     assert trial.steps == finished.steps
 
 
@@ -468,7 +467,7 @@ def test_a_run_that_died_before_its_first_checkpoint_is_started_again_by_resume(
 
 @pytest.fixture
 def dataset(small_dataset, tmp_path) -> Path:
-    """A copy to change."""
+    """A copy of the dataset that a test may change."""
     return shutil.copytree(small_dataset.path, tmp_path / "dataset")
 
 
@@ -492,7 +491,7 @@ def test_a_link_beside_the_tokenizer_is_not_copied(trial, dataset, tmp_path):
 
 @pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "tokenizer_config.json"])
 def test_a_file_of_the_tokenizer_that_is_a_link_is_refused(trial, dataset, tmp_path, name):
-    """Even to a file of the right size."""
+    """This holds even for a link to a file of the right size."""
     shutil.move(dataset / "tokenizer" / name, tmp_path / "private")
     (dataset / "tokenizer" / name).symlink_to(tmp_path / "private")
     message = refusal(trial, f"data={dataset}")
@@ -500,7 +499,7 @@ def test_a_file_of_the_tokenizer_that_is_a_link_is_refused(trial, dataset, tmp_p
     assert not trial.run.exists()
 
 
-def test_a_store_that_is_a_link_is_none_of_that(trial, dataset, tmp_path):
+def test_a_dataset_that_is_a_link_is_accepted(trial, dataset, tmp_path):
     (tmp_path / "link").symlink_to(dataset)
     assert train(trial, f"data={tmp_path / 'link'}") == 0
 
@@ -515,9 +514,12 @@ def test_a_resume_does_not_write_through_links(trial, run, tmp_path, name):
 
 
 def test_a_full_disk_leaves_the_recipe_that_was_there(trial, run):
-    """In a process whose files may not grow beyond 200 bytes: the claim fits, the recipe does not."""
+    """In a process with a file size limit of 200 bytes, the claim fits and the recipe does not."""
     before = (run / "config.toml").read_bytes()
-    limit: Callable[[], None] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))  # noqa: E731
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+
     command = [sys.executable, "-m", "fastbert", *trial.command]
     done = subprocess.run(
         command,
@@ -540,7 +542,7 @@ def test_a_full_disk_leaves_the_recipe_that_was_there(trial, run):
 
 
 def test_bad_lines_of_metrics_forbid_neither_resume_nor_report(trial, run, capsys):
-    """As where two machines have appended over a network disk, or the disk had a hole."""
+    """Two machines may have appended over a network disk, or the disk had a hole."""
     path = run / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     lines[1:1] = [
@@ -557,7 +559,7 @@ def test_bad_lines_of_metrics_forbid_neither_resume_nor_report(trial, run, capsy
         in capsys.readouterr().out
     )
     assert [step["step"] for step in trial.steps] == [1, 2, 3, 4, 5, 6]
-    assert path.read_bytes().startswith(b"".join(lines))  # nothing of it is changed
+    assert path.read_bytes().startswith(b"".join(lines))  # its content does not change
     assert (
         "5 lines of metrics.jsonl cannot be read"
         in report(run, trial.folder / "page.html").read_text()

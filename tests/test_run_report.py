@@ -1,4 +1,4 @@
-"""The page of a run: whole, self-contained, and readable in a real browser, on a phone's screen too."""
+"""The page of a run is complete, self-contained, and readable in a real browser and on a phone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 7
 
 @pytest.fixture(scope="module")
 def run(small_dataset, tmp_path_factory) -> Path:
-    """A run folder with a history of its own, whose recipe holds what HTML would take for a tag."""
+    """A run folder with a made-up history, whose recipe contains HTML's special characters."""
     folder = make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_dataset.tokenizer_dir)
     run = make_run(tmp_path_factory.mktemp("runs") / "a <b> run", folder, str(small_dataset.path))
     lines = []
@@ -68,7 +68,7 @@ def run(small_dataset, tmp_path_factory) -> Path:
 
 
 class Page(HTMLParser):
-    """Tags that are opened and closed in order, and the text between them."""
+    """Parse tags, check that they nest correctly, and collect the text."""
 
     VOID = frozenset({"meta", "br", "use", "path", "image", "img"})
 
@@ -205,7 +205,7 @@ def test_records_without_their_keys_are_no_error(run, tmp_path):
     assert "Ended by: a stop without a reason" in report(copy).read_text()
 
 
-def test_without_a_checkpoint_or_a_store_the_rest_is_there(run, small_dataset, tmp_path):
+def test_without_a_checkpoint_or_a_dataset_the_rest_is_there(run, small_dataset, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints")
     words = report(copy).read_text(encoding="utf-8")
@@ -233,10 +233,14 @@ def test_what_is_no_run_is_one_line(run, tmp_path):
 
 PROBE = """<script>
 addEventListener("load", () => {
-  const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".wide, pre, svg") && e.getBoundingClientRect().right > innerWidth + 1);
-  const small = [...document.querySelectorAll("svg text")].map(e => e.getBoundingClientRect().height);
-  const svg = [...document.querySelectorAll(".curves svg")].map(e => e.getBoundingClientRect().width);
-  document.body.innerHTML = "<pre id=found>" + JSON.stringify({inner: innerWidth, page: document.documentElement.scrollWidth,
+  const right = e => e.getBoundingClientRect().right, tall = e => e.getBoundingClientRect().height;
+  const outside = e => !e.closest(".wide, pre, svg") && right(e) > innerWidth + 1;
+  const wide = [...document.querySelectorAll("body *")].filter(outside);
+  const small = [...document.querySelectorAll("svg text")].map(tall);
+  const curves = [...document.querySelectorAll(".curves svg")];
+  const svg = curves.map(e => e.getBoundingClientRect().width);
+  document.body.innerHTML = "<pre id=found>" + JSON.stringify({
+    inner: innerWidth, page: document.documentElement.scrollWidth,
     wide: wide.map(e => e.tagName), text: Math.min(...small), svg: Math.min(...svg)}) + "</pre>";
 });
 </script>"""
@@ -245,16 +249,19 @@ addEventListener("load", () => {
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_without_scrolling_sideways(run, tmp_path, width):
-    """On a phone's screen and on a desk's: nothing sticks out, and the letters of the curves can be read."""
+    """On a phone and on a desktop nothing is cut off, and the text of the curves is readable."""
     page = report(run, tmp_path / "page.html").read_text(encoding="utf-8")
     # A frame as wide as the screen: a headless window has a least width of its own.
     (tmp_path / "probe.html").write_text(
         page.replace("</body>", PROBE + "</body>"), encoding="utf-8"
     )
     (tmp_path / "frame.html").write_text(
-        f'<iframe src="probe.html" style="width:{width}px;height:2000px;border:0"></iframe><pre id=out></pre><script>'
-        'addEventListener("load", () => setTimeout(() => { document.getElementById("out").textContent = '
-        'document.querySelector("iframe").contentDocument.getElementById("found").textContent }, 200))</script>',
+        f'<iframe src="probe.html" style="width:{width}px;height:2000px;border:0"></iframe>'
+        "<pre id=out></pre><script>"
+        'addEventListener("load", () => setTimeout(() => { '
+        'document.getElementById("out").textContent = '
+        'document.querySelector("iframe").contentDocument.getElementById("found").textContent '
+        "}, 200))</script>",
         encoding="utf-8",
     )
     assert BROWSER is not None
@@ -279,6 +286,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(run, tmp_path, width):
         (tmp_path / "frame.html").as_uri(),
     ]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = json.loads(re.search(r'<pre id="out">(\{.*?\})</pre>', shown.stdout)[1])  # type: ignore[index]
+    match = re.search(r'<pre id="out">(\{.*?\})</pre>', shown.stdout)
+    found = json.loads(match[1])  # type: ignore[index]
     assert found["inner"] == width and found["page"] <= width and found["wide"] == []
     assert found["svg"] >= min(300, width - 40) and found["text"] >= 7

@@ -1,4 +1,7 @@
-"""The sanitizer of Triton kernels: planted faults of each kind are found and named, arithmetic is torch's, counts are exact."""
+"""The sanitizer of Triton kernels.
+
+It finds and names planted faults of each kind, its arithmetic is torch's, and its counts are exact.
+"""
 
 import operator
 import os
@@ -22,7 +25,7 @@ from tests.sanitizer import SanitizerError, sanitize
 
 
 def launch(kernel, grid, *args, **kwargs):
-    """The faults of one launch, as text."""
+    """Return the faults of one launch, as text."""
     with sanitize(raise_on_fault=False) as report:
         kernel[grid](*args, **kwargs)
     return [str(fault) for fault in report.faults]
@@ -48,7 +51,7 @@ def copy_rows_kernel(x_ptr, y_ptr, stride_x, stride_y, BLOCK_T: tl.constexpr, D:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int64], ids=str
 )
-def test_a_sound_copy_is_counted_exactly(dtype):
+def test_a_correct_copy_is_counted_exactly(dtype):
     x = torch.arange(100).to(dtype)
     y = torch.zeros(100, dtype=dtype)
     with sanitize() as report:
@@ -68,10 +71,25 @@ def test_a_sound_copy_is_counted_exactly(dtype):
 
 
 OUTSIDE = {
-    "one past the end": ((101, 100, 0), ["program (3, 0, 0): x_ptr[100] out of bounds: loads 1 elements past the end: the tensor spans 100"]),
-    "before the start": ((100, 100, -2), ["program (0, 0, 0): x_ptr[-2, -1] out of bounds: loads 2 elements before the start"]),
-    "no mask on the store": ((100, 128, 0), ["program (3, 0, 0): y_ptr[100, 101, 102, 103, ... 127] out of bounds: stores 28 elements past the end"]),
-}  # fmt: skip
+    "one past the end": (
+        (101, 100, 0),
+        [
+            "program (3, 0, 0): x_ptr[100] out of bounds: "
+            "loads 1 elements past the end: the tensor spans 100"
+        ],
+    ),
+    "before the start": (
+        (100, 100, -2),
+        ["program (0, 0, 0): x_ptr[-2, -1] out of bounds: loads 2 elements before the start"],
+    ),
+    "no mask on the store": (
+        (100, 128, 0),
+        [
+            "program (3, 0, 0): y_ptr[100, 101, 102, 103, ... 127] out of bounds: "
+            "stores 28 elements past the end"
+        ],
+    ),
+}
 
 
 @pytest.mark.parametrize(("limits", "messages"), OUTSIDE.values(), ids=OUTSIDE)
@@ -96,15 +114,15 @@ def test_a_wrong_stride_leaves_the_tensor_or_the_view():
     assert torch.equal(x, y)
     (fault,) = launch(copy_rows_kernel, (2,), x, y, 80, 64, BLOCK_T=4, D=64)
     assert (
-        "program (1, 0, 0): x_ptr[512, 513, 514, 515, ... 623] out of bounds: loads 96 elements past the end"
-        in fault
+        "program (1, 0, 0): x_ptr[512, 513, 514, 515, ... 623] out of bounds: loads 96 elements "
+        "past the end" in fault
     )
     view = x[:, :32]
     assert not launch(copy_rows_kernel, (2,), view, y, 64, 64, BLOCK_T=4, D=32)
     (fault,) = launch(copy_rows_kernel, (2,), view, y, 32, 64, BLOCK_T=4, D=32)
     assert (
-        "x_ptr[32, 33, 34, 35, ... 127] out of bounds: loads 64 elements between those of the view, of shape (8, 32)"
-        in fault
+        "x_ptr[32, 33, 34, 35, ... 127] out of bounds: loads 64 elements between those of the "
+        "view, of shape (8, 32)" in fault
     )
 
 
@@ -183,7 +201,7 @@ def store_kernel(y_ptr, step, BLOCK: tl.constexpr):
 
 @triton.jit
 def neighbour_kernel(x_ptr, y_ptr):
-    """In place if both are the same: reads what the next program writes."""
+    """Read what the next program writes, if both pointers are the same."""
     i = tl.program_id(0)
     tl.store(y_ptr + i, tl.load(x_ptr + i) + tl.load(x_ptr + i + 1))
 
@@ -210,8 +228,8 @@ def test_two_programs_that_store_one_element():
     assert not launch(store_kernel, (4,), torch.zeros(64), 16, BLOCK=16)
     (fault,) = launch(store_kernel, (4, 2), torch.zeros(64), 16, BLOCK=16)
     assert (
-        "store_kernel, program (0, 1, 0): y_ptr[0, 1, 2, 3, ... 15] race: stores what program (0, 0, 0) stored, and 3 times more"
-        in fault
+        "store_kernel, program (0, 1, 0): y_ptr[0, 1, 2, 3, ... 15] race: stores what program (0, "
+        "0, 0) stored, and 3 times more" in fault
     )
     (fault,) = launch(store_kernel, (4,), torch.zeros(64), 15, BLOCK=16)
     assert (
@@ -228,7 +246,8 @@ def test_a_program_that_reads_what_another_writes(order):
     with (
         pytest.raises(
             SanitizerError,
-            match=r"neighbour_kernel, program \(\d, 0, 0\): \w_ptr\[\d\] race: (load|store)s what program \(\d, 0, 0\) (load|stor)ed",
+            match=r"neighbour_kernel, program \(\d, 0, 0\): \w_ptr\[\d\] race: "
+            r"(load|store)s what program \(\d, 0, 0\) (load|stor)ed",
         ),
         sanitize(order=order),
     ):
@@ -349,7 +368,7 @@ def binary_kernel(x_ptr, y_ptr, out_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def special(dtype, seed):
-    """1,024 numbers, the last of them infinite, NaN, huge, tiny and zero."""
+    """1,024 numbers, of which the last are infinite, NaN, huge, tiny and zero."""
     x = torch.randn(1024, generator=torch.Generator().manual_seed(seed)) * 10
     big = torch.finfo(dtype).max
     values = torch.tensor([np.inf, -np.inf, np.nan, big, -big, 1e-40, 0.0, -0.0, 1.0, 1.0])
@@ -388,9 +407,9 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("of", [*FLOATS, torch.int32, torch.uint8], ids=str)
 def test_casts_round_to_nearest_even(of, to):
     bits = torch.arange(2**16, dtype=torch.int32)
-    if (
-        of == torch.float32
-    ):  # every bf16 number, plus a little less than, exactly and a little more than half its last bit
+    if of == torch.float32:
+        # Every bf16 number plus a little less than half of its last bit, exactly half, and a
+        # little more.
         x = torch.cat([bits * 65536 + low for low in (0, 0x7FFF, 0x8000, 0x8001)]).view(
             torch.float32
         )
@@ -615,7 +634,7 @@ def test_assertions_and_assumptions_are_checked():
 
 
 def stock_state():
-    """Everything that the sanitizer replaces, and the language, which the interpreter patches."""
+    """Return everything that the sanitizer replaces, and the patched language."""
     state = {
         (owner.__name__, name): value
         for owner in (interpreter, tl, tl.core, tl.math)

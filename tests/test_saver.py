@@ -1,6 +1,7 @@
-"""Saving in the background, by real processes: the same end on every rank, whatever happens to one of them.
+"""Asynchronous checkpoints in real processes.
 
-Run as a program (`python -m tests.test_saver`) this file is what forks those processes, having imported torch once: see `main`.
+Every rank ends with the same outcome, whatever happens to one of them. As a program (`python -m
+tests.test_saver`), this file imports torch once and forks those processes; see `main`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import pytest
 import torch
 
 from fastbert.checkpoints import checkpoint
-from fastbert.checkpoints.checkpoint import MANIFEST, newest_sound, read_all, save
+from fastbert.checkpoints.checkpoint import MANIFEST, newest_valid, read_all, save
 from fastbert.checkpoints.failpoint import POINTS, reach
 from fastbert.checkpoints.saver import Saver
 from fastbert.cluster.group import join
@@ -60,7 +61,7 @@ def tensors(seed: int) -> list[tuple[str, torch.Tensor]]:
 
 
 def holds(path: Path, seed: int) -> bool:
-    """Whether a checkpoint has all the tensors of a seed, and no other."""
+    """Return whether a checkpoint has exactly the tensors of a seed."""
     state = {
         f"{slot}/{name}": tensor
         for slot, named in read_all(path).items()
@@ -76,11 +77,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# What one rank does. Every scenario returns what the test is to know of it.
+# What one rank does. Every scenario returns what the test checks.
 
 
 def saves(group, folder: Path, *steps: int, keep: int = 2, limit: int | None = None) -> list[dict]:
-    """Save so many states after one another; on the last rank no file may grow beyond `limit` bytes until it has failed once."""
+    """Save states at these steps in turn.
+
+    On the last rank no file may exceed `limit` bytes until a save has failed.
+    """
     saver, ends = Saver(group, folder, keep, "token"), []
     saver.sweep()
     for step in steps:
@@ -96,8 +100,8 @@ def saves(group, folder: Path, *steps: int, keep: int = 2, limit: int | None = N
     return json.loads(json.dumps(ends, default=str))
 
 
-def goes_on(group, folder: Path) -> bool:
-    """The thread is held up at its first look at the disk, and the tensors change meanwhile."""
+def continues(group, folder: Path) -> bool:
+    """Delay the thread at its first access to the disk, and change the tensors meanwhile."""
     gate, write = threading.Event(), checkpoint.write_share
     checkpoint.write_share = lambda *arguments: gate.wait(TIMEOUT_S) and write(*arguments)
     saver, state, metadata = (
@@ -123,23 +127,23 @@ def not_finite(group, folder: Path) -> str | None:
 
 
 def apart(group, folder: Path) -> str | None:
-    """Every rank has a disk of its own."""
+    """Save where every rank has a disk of its own."""
     saver = Saver(group, folder / f"disk{group.rank}", 2, "token")
     saver.begin(5, tensors(5), {})
     return saver.finish().problem
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (saves, goes_on, not_finite, apart)}
+SCENARIOS = {scenario.__name__: scenario for scenario in (saves, continues, not_finite, apart)}
 
 
 # Starting them
 
 
 def main() -> None:
-    """For each line on stdin, fork its ranks and answer with their exit codes and what their scenario returned."""
+    """For each line on stdin, fork its ranks, and print their exit codes and results."""
     for line in sys.stdin:
         assert len(os.listdir("/proc/self/task")) == 1, (
-            "forking is not sound where there are threads"
+            "forking is not safe where there are threads"
         )
         job = json.loads(line)
         children = []
@@ -186,7 +190,7 @@ def run_as_rank(job: dict[str, Any], variables: dict[str, str], result: Path) ->
 
 
 class Server:
-    """The other end of `main`."""
+    """The client of `main`."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.test_saver"]
@@ -208,7 +212,7 @@ class Server:
         failpoint: str = "",
         **options: Any,
     ) -> tuple[list[int], list[Any]]:
-        """Exit codes and results, by rank."""
+        """Run a scenario, and return exit codes and results by rank."""
         folder.mkdir(parents=True, exist_ok=True)
         port = str(free_port())
         variables = [
@@ -266,7 +270,7 @@ def test_every_rank_writes_its_share_and_learns_the_same_end(ranks, tmp_path, wo
     ]
     assert all(end["stall_s"] > 0 for end in first)
     assert names(tmp_path / "checkpoints") == ["step-00000020", "step-00000030"]
-    found, complaints = newest_sound(tmp_path)
+    found, complaints = newest_valid(tmp_path)
     assert found is not None and (found.step, found.metadata, complaints) == (
         30,
         {"by": 0, "step": 30},
@@ -281,9 +285,9 @@ def test_every_rank_writes_its_share_and_learns_the_same_end(ranks, tmp_path, wo
     assert max(sizes) < 1.3 * min(sizes)
 
 
-def test_training_goes_on_while_a_copy_is_written(ranks, tmp_path):
-    assert ranks.run("goes_on", tmp_path / "checkpoints", 2) == ([0, 0], [True, True])
-    found, _ = newest_sound(tmp_path)
+def test_training_continues_while_a_copy_is_written(ranks, tmp_path):
+    assert ranks.run("continues", tmp_path / "checkpoints", 2) == ([0, 0], [True, True])
+    found, _ = newest_valid(tmp_path)
     assert (
         found is not None
         and holds(found.path, 5)
@@ -296,17 +300,20 @@ def test_the_points_of_a_save_are_many():
 
 
 @pytest.mark.parametrize("world, rank, point", CRASHES)
-def test_a_crash_anywhere_in_a_save_leaves_the_newest_sound_checkpoint(
+def test_a_crash_anywhere_in_a_save_leaves_the_newest_valid_checkpoint(
     ranks, tmp_path, world, rank, point
 ):
-    """With as few checkpoints as can be: the one before is deleted as soon as the new one is there. And the next start saves as ever."""
+    """With keep=1 the previous checkpoint is deleted as soon as the new one exists.
+
+    The next start saves as usual.
+    """
     folder = tmp_path / "checkpoints"
     save(folder, 1, tensors(1), {}, 1)
     if point in BESIDE_A_DAMAGED_ONE:
         os.truncate(save(folder, 2, tensors(2), {}, 2) / MANIFEST, 100)
     codes, _ = ranks.run("saves", folder, world, 2, keep=1, failpoint=f"{point}:{rank}")
     assert codes == [-signal.SIGKILL if r == rank else 1 for r in range(world)]
-    found, complaints = newest_sound(tmp_path)
+    found, complaints = newest_valid(tmp_path)
     published = POINTS.index(point) >= POINTS.index("renamed")
     steps = (
         (1, 2) if (rank, point) == (1, "gathered") else (2,) if published else (1,)
@@ -327,7 +334,7 @@ def test_a_crash_anywhere_in_a_save_leaves_the_newest_sound_checkpoint(
 def test_a_full_disk_is_told_to_all_ranks_and_leaves_nothing_behind(
     ranks, tmp_path, world, rank, point
 ):
-    """The same step can then be saved by a second attempt, in the same process."""
+    """The same process can then save the same step in a second attempt."""
     folder = tmp_path / "checkpoints"
     save(folder, 1, tensors(1), {}, 1)
     codes, (ends, *others) = ranks.run(
@@ -349,7 +356,7 @@ def test_a_full_disk_is_told_to_all_ranks_and_leaves_nothing_behind(
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_disk_that_really_refuses(ranks, tmp_path, world):
-    """Files of the last rank may not grow beyond 500 bytes."""
+    """No file of the last rank may grow beyond 500 bytes."""
     folder = tmp_path / "checkpoints"
     codes, (ends, *_) = ranks.run("saves", folder, world, 2, 3, limit=500)
     file = f"{folder}/.writing-step-00000002-token-1/tensors-{world - 1:05d}-00000.safetensors"
@@ -369,7 +376,7 @@ def test_numbers_that_are_not_finite_are_not_saved(ranks, tmp_path):
 
 
 def test_disks_that_are_not_shared_are_noticed(ranks, tmp_path):
-    """As where the run folder lies on each machine's own disk."""
+    """This happens where the run folder is on each machine's own disk."""
     codes, problems = ranks.run("apart", tmp_path / "checkpoints", 2)
     assert codes == [0, 0] and problems[0] == problems[1]
     assert problems[0].startswith("rank 0: ") and problems[0].endswith(
@@ -379,7 +386,7 @@ def test_disks_that_are_not_shared_are_noticed(ranks, tmp_path):
 
 
 def test_a_failpoint_that_is_none_is_refused(monkeypatch):
-    """Or a test with a wrong name would prove nothing."""
+    """Otherwise a test with a wrong name would prove nothing."""
     monkeypatch.setenv("FASTBERT_FAILPOINT", "tensors-hlaf:1=kill")
     with pytest.raises(ValueError, match="'tensors-hlaf:1=kill': must be NAME"):
         reach("copied")

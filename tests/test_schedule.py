@@ -1,4 +1,4 @@
-"""The learning rate's shape."""
+"""The learning rate over the course of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores, against those of scikit-learn and SciPy."""
+"""Scores equal those of scikit-learn and SciPy."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_picture_of_a_table(tmp_path):
 
 
 def test_many_classes_are_counted_together(tmp_path):
-    """Beyond 30 classes the most frequent ones keep their rows and columns, and nothing is lost of the others."""
+    """Beyond 30 classes the most frequent ones keep rows and columns, and the rest is summed."""
     draw = np.random.default_rng(0)
     table, labels = draw.integers(0, 9, (75, 75)), [f"c{i}" for i in range(75)]
     table[40] += 100

@@ -1,4 +1,4 @@
-"""The splitter on cases labelled by hand, and what holds for any text."""
+"""The sentence splitter on cases labelled by hand, and its properties for any text."""
 
 from __future__ import annotations
 

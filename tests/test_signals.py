@@ -1,4 +1,4 @@
-"""Signals, at any moment and to any rank: a checkpoint, exit code 75, and the same run afterwards."""
+"""After a signal to any rank at any time: a checkpoint, exit code 75, and the same run resumed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
-    """Exit codes of ranks that were signalled, which must end soon."""
+    """Return the exit codes of signalled ranks, which must end soon."""
     codes = ranks.wait(SOON_S)
     assert set(codes) == {75}, (
         f"{trial.folder}, start {trial.starts}: exit codes {codes}: {ranks.errors}"
@@ -50,7 +50,7 @@ def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
     ],
 )
 def test_a_signal_while_training(lab, number, to):
-    """At a moment that differs from case to case: within a step, an evaluation or a save."""
+    """The moment differs by case: within a step, an evaluation or a save."""
     generator = random.Random(f"{number} {to}")
     trial, lines = lab.trial(LONG, stage=STAGE), generator.randint(1, 12)
     with trial.start(WORLD) as ranks:
@@ -71,7 +71,7 @@ def test_a_signal_while_training(lab, number, to):
     ]
     assert said.endswith(f"resume with: fastbert pretrain {trial.run / 'config.toml'} --resume")
     assert trial.checkpoints[-1].name == f"step-{done:08}"
-    assert lab.finish(trial, WORLD, STAGE).sound
+    assert lab.finish(trial, WORLD, STAGE).passed
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_signal_while_training(lab, number, to):
     ],
 )
 def test_a_signal_while_starting(lab, to, share):
-    """Before the ranks know each other, while they join, while DeepSpeed begins."""
+    """It comes before the ranks join, while they join, or while DeepSpeed starts."""
     trial, seconds = lab.trial(LONG, stage=STAGE), share * lab.seconds(WORLD, STAGE)[0]
     number = SIGNALS[int(share * 4) % 3]
     with trial.start(WORLD) as ranks:
@@ -103,17 +103,18 @@ def test_a_signal_while_starting(lab, to, share):
 
 
 def test_signals_one_after_the_other(lab):
-    """A scheduler that repeats itself, or sends SIGUSR1 first and SIGTERM soon after, gets what it wants once."""
+    """A scheduler may repeat a signal, or send SIGUSR1 and soon after SIGTERM; both count once."""
     trial = lab.trial(LONG, stage=STAGE)
     with trial.start(WORLD) as ranks:
         wait_for(lambda: lines_so_far(trial) >= 3)
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
             ranks.signal(number)
         interrupted(ranks, trial)
-    assert lab.finish(trial, WORLD, STAGE).sound
+    assert lab.finish(trial, WORLD, STAGE).passed
 
 
-# The same by the commands that users type: the processes above were forked from one that had imported everything.
+# The same with the commands that users type. The processes above were forked from one that had
+# already imported everything.
 
 
 def torchrun(trial: Trial) -> list[str]:
@@ -152,7 +153,7 @@ def by_hand(trial: Trial) -> list[str]:
 
 @contextmanager
 def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
-    """A command and all that it starts, in a session of its own; what it says goes into the trial's `said`."""
+    """Run a command and its children in a new session; their output goes to the trial's `said`."""
     with open(trial.folder / "said", "ab") as said:
         process = subprocess.Popen(
             command, env=environment(), cwd=ROOT, stdout=said, stderr=said, start_new_session=True
@@ -174,7 +175,7 @@ def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
     ],  # torchrun itself knows 0 and 1 alone
 )
 def test_the_commands_that_users_type(lab, launcher, world, stage, code):
-    """Interrupted, and resumed by processes that were started in another way: equal to the last digit."""
+    """A run is interrupted, and resumed by another launcher: equal to the last digit."""
     trial = lab.trial(stage=stage)
     with started(launcher(trial), trial) as process:
         wait_for(lambda: lines_so_far(trial) >= 4 or process.poll() is not None)
@@ -189,7 +190,7 @@ def test_the_commands_that_users_type(lab, launcher, world, stage, code):
         ["interrupted by SIGUSR1"],
         ["interrupted by another rank"],
     )
-    assert lab.finish(trial, world, stage).sound
+    assert lab.finish(trial, world, stage).passed
 
 
 def test_a_signal_while_torch_is_imported(lab):
@@ -246,7 +247,7 @@ with StopRequest() as request:
 
 @pytest.mark.parametrize("torchrun", [True, False])
 def test_the_end_of_torchrun_is_a_stop_request(torchrun):
-    """That of a shell is not: a run that was started with nohup and & goes on."""
+    """The end of a shell is none: a run that was started with nohup and & continues."""
     worker = WORKER if torchrun else WORKER.replace("else 20", "else 3")
     launcher = subprocess.Popen(
         [sys.executable, "-c", LAUNCHER, worker],

@@ -1,4 +1,7 @@
-"""The key that the processes of a run share, and what is signed with it: against HMAC's definition, and against values that strangers may put."""
+"""The key that the processes of a run share, and the values that are signed with it.
+
+Signatures are compared with HMAC's definition, and tested with values that strangers may write.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ SECRET = b"0123456789abcdef0123456789abcdef"
 
 
 def by_definition(secret: bytes, message: bytes) -> str:
-    """RFC 2104, for a key that is no longer than a block of SHA-256."""
+    """HMAC by RFC 2104, for a key of at most one block of SHA-256."""
     padded = secret.ljust(64, b"\0")
     inner = hashlib.sha256(bytes(b ^ 0x36 for b in padded) + message).digest()
     return hashlib.sha256(bytes(b ^ 0x5C for b in padded) + inner).hexdigest()
@@ -126,7 +129,7 @@ print(find_key().sign("a", b"").decode())
 
 
 def test_many_processes_at_once_have_one_key(tmp_path):
-    """As the ranks of a first run: each looks, finds none, and makes one."""
+    """The ranks of a first run each look for the key, find none, and make one."""
     for i in range(5):
         (home := tmp_path / str(i)).mkdir()
         variables = environment(HOME=str(home))
@@ -206,7 +209,8 @@ def test_a_file_of_another_user_is_refused(home, what):
     theirs = path if what == "file" else path.parent
     os.chown(theirs, 4711, -1)
     refused(
-        f"{theirs}: belongs to another user (number 4711), who could read the key; remove it, or set {VARIABLE} to the same value"
+        f"{theirs}: belongs to another user (number 4711), who could read the key; "
+        f"remove it, or set {VARIABLE} to the same value"
     )
 
 
@@ -219,17 +223,22 @@ def test_what_is_no_file_is_refused_at_once(home, make):
 
 @pytest.mark.parametrize("value", ["", " ", "x" * (LEAST - 1)])
 def test_a_short_variable_is_refused(monkeypatch, value):
-    """Also an empty one, which would be an accident: the file would be taken instead, and every node may have another."""
+    """An empty variable is refused too, because it would be an accident.
+
+    Otherwise the file would be used instead, and every node may have another file.
+    """
     monkeypatch.setenv(VARIABLE, value)
     refused(
-        f"{VARIABLE} has {len(value.strip())} characters; must have at least 32; make one by: openssl rand -hex 32"
+        f"{VARIABLE} has {len(value.strip())} characters; must have at least 32; "
+        "make one by: openssl rand -hex 32"
     )
 
 
 def test_no_place_for_a_file(home, monkeypatch):
     monkeypatch.setenv("HOME", str(home / "nowhere"))
     refused(
-        f"{file_of(home / 'nowhere')}: the key of the rendezvous cannot be kept there: No such file or directory; fix this, or set"
+        f"{file_of(home / 'nowhere')}: the key of the rendezvous cannot be kept there: "
+        "No such file or directory; fix this, or set"
     )
     assert list(home.iterdir()) == []
     (home / "file").touch()
@@ -241,13 +250,17 @@ def test_no_place_for_a_file(home, monkeypatch):
     monkeypatch.chdir(home)
     monkeypatch.setenv("HOME", "relative")
     refused(
-        "there is no home directory to keep the key of the rendezvous in; set HOME, or set FASTBERT_RENDEZVOUS_KEY"
+        "there is no home directory to keep the key of the rendezvous in; set HOME, or set "
+        "FASTBERT_RENDEZVOUS_KEY"
     )
 
 
 def test_a_home_that_is_read_only(home):
-    """A disk that is, since permissions do not stop root."""
-    code = "from fastbert.cluster.signature import find_key\ntry: find_key()\nexcept ValueError as error: print(error)"
+    """The disk is read-only, since permissions do not stop root."""
+    code = (
+        "from fastbert.cluster.signature import find_key\n"
+        "try: find_key()\nexcept ValueError as error: print(error)"
+    )
     try:
         with SmallDisk(home, "1m") as disk:
             disk.write_protect(home)
@@ -263,8 +276,8 @@ def test_a_home_that_is_read_only(home):
     except Unavailable as why:
         pytest.skip(str(why))
     assert done.stdout == (
-        f"{file_of(home)}: the key of the rendezvous cannot be kept there: Read-only file system; fix this, or set {VARIABLE} to the same "
-        "value for every process of the run\n"
+        f"{file_of(home)}: the key of the rendezvous cannot be kept there: Read-only file system; "
+        f"fix this, or set {VARIABLE} to the same value for every process of the run\n"
     ), done.stderr
 
 
@@ -277,7 +290,7 @@ def test_the_secret_is_shown_nowhere():
 
 @pytest.fixture
 def store():
-    """A real one, and a stranger's connection to it."""
+    """A real store, and a stranger's connection to it."""
     ours = hold_store("127.0.0.1", 0)
     return ours, dist.TCPStore(
         "127.0.0.1", ours.port, None, False, timeout=timedelta(seconds=PATIENCE_S)
@@ -285,7 +298,7 @@ def store():
 
 
 def put(stranger: Any, key: str, value: Any) -> None:
-    """Write, and return when it is written: `set` returns before, and other connections may be quicker."""
+    """Write a value and wait for it; `set` returns before, and other connections may be faster."""
     stranger.set(key, value)
     stranger.check([key])
 

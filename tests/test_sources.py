@@ -1,4 +1,4 @@
-"""Which files of a folder are read: each once, also behind links, and what is left out and why."""
+"""Which files of a folder are read, also through links, and which are left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tree(top: Path, names: str) -> None:
 
 
 def found(top: Path, *named: Path) -> tuple[list[str], dict[str, str]]:
-    """The files in order, and reasons by name of what is left out."""
+    """Return the files in order, and the reasons for left-out names."""
     sources, left_out = find_sources(named or [top])
     return (
         [str(source.path.relative_to(top)) for source in sources],
@@ -61,7 +61,7 @@ def test_a_link_to_a_folder_above_is_left_out(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_is_left_out(tmp_path: Path) -> None:
-    """A pipe would be waited for, and /dev/urandom has no end."""
+    """Reading a pipe would block, and /dev/urandom has no end."""
     tree(tmp_path, "a.txt z/b.txt")
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "random.txt").symlink_to("/dev/urandom")
@@ -91,7 +91,7 @@ def test_what_is_no_file_is_left_out(tmp_path: Path) -> None:
 
 
 def test_datasets_are_not_read_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A second dataset beside the texts has the tokens of the first."""
+    """A second dataset next to the texts has the tokens of the first."""
     texts = tmp_path / "texts"
     tree(texts, "a.txt b.txt manifest.json with/manifest.json with/c.txt")
     options = {"vocab_size": 100, "workers": 1, "progress": False}

@@ -1,4 +1,7 @@
-"""A folder is there completely or not at all, whoever else writes beside it, and nothing stays behind for ever."""
+"""A folder appears completely or not at all, also beside other writers.
+
+Leftovers do not stay for ever.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def test_whole_or_not_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_two_with_the_same_process_id(tmp_path: Path, fails: bool) -> None:
-    """As in two containers that share a disk; one ends badly, or first."""
+    """This happens in two containers that share a disk; one fails, or ends first."""
     with staging(tmp_path / "out") as first:
         (first / "a").touch()
         if fails:
@@ -86,7 +89,7 @@ def test_abandoned_folders_are_removed(tmp_path: Path) -> None:
     make(".out.0123456789abcdef.partial", old)
     kept = [
         make(".out.0123456789abcde0.partial", young),
-        make(".out.0123456789abcde1.partial", old),  # somebody holds it
+        make(".out.0123456789abcde1.partial", old),  # a process holds it
         make(".other.0123456789abcdef.partial", old),
         make(".out.download.partial", old),
     ]

@@ -1,4 +1,4 @@
-"""The sweep trains each set of settings once and orders them; what runs on a core of its own stays there."""
+"""The sweep trains each set of settings once and ranks them; a run keeps to its own core."""
 
 from __future__ import annotations
 

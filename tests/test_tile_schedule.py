@@ -1,4 +1,4 @@
-"""Every tile of every sequence is listed once, long sequences first, and nothing else is."""
+"""Every tile of every sequence is listed once, long sequences first."""
 
 import itertools
 

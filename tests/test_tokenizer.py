@@ -1,4 +1,4 @@
-"""The vocabulary is the same every time, transformers reads it, and the fast encoder agrees with the slow one."""
+"""The vocabulary is reproducible, transformers reads it, and both encoders agree."""
 
 from __future__ import annotations
 
@@ -46,10 +46,12 @@ def test_training(english_documents: list[str]) -> None:
 
 
 def test_training_is_deterministic(english_jsonl: Path) -> None:
-    """In fresh processes, since hash maps are seeded once in each."""
+    """It runs in new processes, because hash maps are seeded once per process."""
     code = (
-        "import sys, hashlib; from fastbert.data.documents import read_documents; from fastbert.data.vocabulary import train_tokenizer;"
-        "print(hashlib.sha256(train_tokenizer(read_documents(sys.argv[1:]), 1000).to_str().encode()).hexdigest())"
+        "import sys, hashlib; from fastbert.data.documents import read_documents; "
+        "from fastbert.data.vocabulary import train_tokenizer; "
+        "tokenizer = train_tokenizer(read_documents(sys.argv[1:]), 1000); "
+        "print(hashlib.sha256(tokenizer.to_str().encode()).hexdigest())"
     )
     found = set()
     for threads in ("1", "2", "3"):
@@ -88,7 +90,7 @@ def test_nothing_to_train_on(texts: list[str]) -> None:
 
 
 def short_words(tokenizer: Tokenizer, sentence: str) -> str:
-    """A sentence as it is, but with spaces after each 100 characters of longer words."""
+    """Return a sentence with spaces after each 100 characters of longer words."""
     normalized = tokenizer.normalizer.normalize_str(sentence)
     words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
     if max(map(len, words), default=0) <= 100:
@@ -111,11 +113,13 @@ def test_encoder_on_real_text(tokenizer: Tokenizer, english_documents: list[str]
         assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, part)
 
 
-# Pieces that a splitter at whitespace could get wrong: control characters, which BERT removes, though Python's split breaks
-# a word there; accents apart from their letters; letters that change length or depend on their neighbours in small
-# writing; Chinese, which is split everywhere; words beyond the longest; the separator itself.
+# Pieces that a splitter at white space could get wrong: control characters, which BERT removes
+# although Python's split breaks a word there; accents apart from their letters; letters whose lower
+# case has another length or depends on their neighbours; Chinese, which is split everywhere; words
+# beyond the longest; the separator itself.
 PIECES = list(
-    " \t\n\r\x00\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u0345\u1680\u180e\u200b\u2003\u2028\u2029\u3000\ufeff\ufffdaAzZ09.,!-_'#[]İßΣςǅﬁ中ｱ한́é😀"
+    " \t\n\r\x00\x0b\x0c\x1c\x1f\x7f\x85\xa0\xad\u0301\u0345\u1680\u180e\u200b\u2003\u2028\u2029"
+    "\u3000\ufeff\ufffdaAzZ09.,!-_'#[]İßΣςǅﬁ中ｱ한́é😀"
 )
 PIECES += [
     "[MASK]",
@@ -203,7 +207,7 @@ def test_transformers_loads_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert pair["input_ids"] == [2, *a, 3, *b, 3]
     assert pair["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
     assert theirs.model_max_length == 512
-    # And back: what transformers writes is loaded here.
+    # The other direction: what transformers writes is loaded here.
     theirs.save_pretrained(tmp_path / "theirs")
     back = load_tokenizer(tmp_path / "theirs")
     assert vocabulary_of(back) == vocabulary_of(tokenizer)
@@ -239,7 +243,7 @@ def test_padding_and_truncation_that_were_saved_are_off(
 
 
 def changed(*path: Any, value: Any) -> Any:
-    """A tokenizer.json with one setting changed."""
+    """Change one setting of a tokenizer.json."""
 
     def change(settings: dict[str, Any]) -> str:
         place = settings
@@ -357,7 +361,7 @@ def test_rubbish(tmp_path: Path, name: str, data: bytes) -> None:
 def test_rubbish_in_the_json(
     small_dataset: TokenDataset, tmp_path: Path, data: st.DataObject
 ) -> None:
-    """Any setting of a sound tokenizer.json is replaced by another."""
+    """Replace any setting of a valid tokenizer.json by another."""
     place = settings_of = json.loads(
         (small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
     )
@@ -390,7 +394,7 @@ def test_rubbish_in_the_json(
         assert (ids.tolist(), lengths.tolist()) == expected(tokenizer, sentences)
 
 
-def test_files_of_a_store_are_those_of_its_tokenizer(
+def test_files_of_a_dataset_are_those_of_its_tokenizer(
     small_dataset: TokenDataset, tmp_path: Path
 ) -> None:
     save_tokenizer(load_tokenizer(small_dataset.tokenizer_dir), tmp_path)

@@ -1,4 +1,4 @@
-"""`torchrun --rdzv-backend fastbert`: where it listens, when nodes are let in, and what happens when one is lost."""
+"""`torchrun --rdzv-backend fastbert`: where it listens, and how nodes join, leave and are lost."""
 
 from __future__ import annotations
 
@@ -68,8 +68,11 @@ def test_torchrun_finds_it():
 
 
 def test_its_import_is_light():
-    """torchrun makes it at every start, also where another backend is asked for."""
-    code = "import sys, fastbert.cluster.torchrun_backend; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'psutil')))"
+    """torchrun imports it at every start, also where another backend is used."""
+    code = (
+        "import sys, fastbert.cluster.torchrun_backend; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'psutil')))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], env=environment(), timeout=PATIENCE_S
@@ -101,7 +104,7 @@ def test_it_listens_on_the_endpoint_alone():
 
 
 def meet(*handlers: RendezvousHandler) -> list[tuple[int, int, str, int]]:
-    """Rank, size, and where rank 0's worker will make its store, as each node is told."""
+    """Return rank, size and the address of rank 0's store, as each node receives them."""
     found: dict[int, tuple[int, int, str, int]] = {}
 
     def run(i: int) -> None:
@@ -122,7 +125,7 @@ def meet(*handlers: RendezvousHandler) -> list[tuple[int, int, str, int]]:
 
 
 def test_nodes_meet_again_and_again():
-    """With torch's c10d a node that comes later is never told where the store is: rank 0 says it only once."""
+    """torch's c10d sends the store's address only once, so a late node never gets it."""
     port = free_port()
     first, second = (get_rendezvous_handler(parameters(port)) for _ in range(2))
     (alone,) = meet(first)
@@ -145,7 +148,8 @@ def test_nodes_meet_again_and_again():
 def test_an_endpoint_where_nobody_listens():
     with pytest.raises(
         RendezvousConnectionError,
-        match=r"--rdzv-endpoint 192\.0\.2\.1:29400: after 1 s, nobody listens on 192\.0\.2\.1; is it",
+        match=r"--rdzv-endpoint 192\.0\.2\.1:29400: after 1 s, nobody listens on 192\.0\.2\.1; is "
+        r"it",
     ):
         get_rendezvous_handler(parameters(29400, host="192.0.2.1", join_timeout=1))
 
@@ -168,15 +172,18 @@ def test_a_host_that_cannot_listen():
 
 
 def hold(connection) -> None:
-    """A process that holds a store, and is stopped when it is told to."""
+    """Hold a store in a process that a test stops."""
     store = hold_store("127.0.0.1", 0)
     connection.send(store.port)
     connection.recv()
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def test_a_store_that_falls_silent(monkeypatch):
-    """torch's own would wait until TCP gives up, a quarter of an hour, and with it the agent of a node that is cut off."""
+def test_a_store_that_stops_answering(monkeypatch):
+    """torch's own backend would wait about a quarter of an hour, until TCP gives up.
+
+    The agent of a node that is cut off would wait as long.
+    """
     monkeypatch.setattr(rendezvous, "ANSWER_S", 0.0)
     ours, theirs = FORKED.Pipe()
     holder = FORKED.Process(target=hold, args=(theirs,))
@@ -197,7 +204,7 @@ def test_a_store_that_falls_silent(monkeypatch):
 
 
 class Trap:
-    """Its unpickling makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path: Path):
         self._path = str(path)
@@ -210,7 +217,7 @@ STATE = "torch.rendezvous.a-run"
 
 
 def stranger_at(port: int) -> Any:
-    """A connection of somebody who reaches the port, and has no key."""
+    """Connect as a stranger who reaches the port and has no key."""
     return TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=PATIENCE_S))
 
 
@@ -220,7 +227,7 @@ def put(stranger: Any, value: bytes, place: str = STATE) -> None:
 
 
 def test_a_trap_works(tmp_path):
-    """As torch itself would read it: else the tests below showed nothing."""
+    """torch itself would run it; otherwise the tests below would show nothing."""
     store = hold_store("127.0.0.1", 0)
     backend = C10dRendezvousBackend(store, "a-run")
     put(stranger_at(store.port), b64encode(pickle.dumps(Trap(tmp_path / "trapped"))))
@@ -233,7 +240,7 @@ def test_a_trap_works(tmp_path):
 
 
 def forgeries(stranger: Any, trap: Path) -> dict[str, bytes]:
-    """What somebody may put in the place of the state that stands there now; nothing of it may be unpickled, or be believed."""
+    """Values that a stranger may write over the state; none may be unpickled or accepted."""
     state, pickled, key = stranger.get(STATE), pickle.dumps(Trap(trap)), find_key()
     content = key.verify(STATE, state)
     assert content is not None
@@ -261,7 +268,7 @@ def forgeries(stranger: Any, trap: Path) -> dict[str, bytes]:
 
 
 def test_nodes_meet_whatever_a_stranger_writes(tmp_path, capfd):
-    """Over the state of nodes that have met; and another one that comes just then finds its way."""
+    """A stranger overwrites the state of connected nodes, and another node can still join."""
     port, trap = free_port(), tmp_path / "trapped"
     handlers = [get_rendezvous_handler(parameters(port, least=2)) for _ in range(2)]
     assert {found[:2] for found in meet(*handlers)} == {(0, 2), (1, 2)}
@@ -297,17 +304,24 @@ def test_nodes_meet_whatever_a_stranger_writes(tmp_path, capfd):
         assert time.monotonic() < end
     assert not trap.exists()
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fastbert: ")]
-    one = f"fastbert: --rdzv-endpoint 127.0.0.1:{port}: somebody without the key of this run has written over the state of the rendezvous; "
+    one = (
+        f"fastbert: --rdzv-endpoint 127.0.0.1:{port}: somebody without the key of this run has "
+        "written over the state of the rendezvous; "
+    )
     assert said == [one + "it was refused and put back, and the run continues (reported once)"] * 2
     for handler in (handlers[1], third):
         handler.shutdown()
 
 
 def test_a_write_meets_a_strangers(tmp_path):
-    """Between a node's last look and its write: the write counts for nothing, and the node tries again."""
+    """A stranger writes between a node's last read and its write.
+
+    The node's write is rejected, and the node tries again.
+    """
     port = free_port()
     handler = get_rendezvous_handler(parameters(port))
-    backend, stranger = handler._state_holder._backend, stranger_at(port)  # type: ignore[attr-defined]
+    backend = handler._state_holder._backend  # type: ignore[attr-defined]
+    stranger = stranger_at(port)
     assert backend.get_state() is None
     for count, value in enumerate([b64encode(pickle.dumps(Trap(tmp_path / "trapped"))), None, b""]):
         token = None if count == 0 else backend.get_state()[1]
@@ -329,7 +343,7 @@ def test_a_write_meets_a_strangers(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-# What agents tell each other in a round, with what somebody may have written there before.
+# Messages of agents in a round, and values that a stranger may have written before.
 ROUND = {
     "MASTER_ADDR": b"192.0.2.1",
     "MASTER_PORT": b"1",
@@ -343,7 +357,7 @@ ROUND = {
 
 
 def poison_rounds(port: int) -> None:
-    """Take the places of all rounds to come, as a stranger who was quicker than the nodes."""
+    """Write to the keys of all future rounds, as a stranger who is faster than the nodes."""
     stranger = stranger_at(port)
     for i in range(10):
         for name, value in ROUND.items():
@@ -366,7 +380,10 @@ def test_nodes_believe_no_stranger_about_a_round():
 
 @pytest.fixture
 def signed_rounds() -> Callable[[Any], PrefixStore]:
-    """What torch's handler makes of a store; it keeps the one below alive, as this fixture does."""
+    """Wrap a store as torch's handler does.
+
+    Like the handler, this fixture keeps the wrapped store alive.
+    """
     kept = []
 
     def make(store: Any) -> PrefixStore:
@@ -377,7 +394,7 @@ def signed_rounds() -> Callable[[Any], PrefixStore]:
 
 
 def test_the_values_of_a_round(signed_rounds):
-    """As torch's agent reads and writes them, through a prefix."""
+    """torch's agent reads and writes them through a prefix."""
     store = hold_store("127.0.0.1", 0)
     ours, theirs = signed_rounds(store), signed_rounds(stranger_at(store.port))
     ours.set("text", "a value")
@@ -521,7 +538,7 @@ class Node:
         return self._agent.wait(PATIENCE_S)
 
     def until(self, *worlds: int) -> None:
-        """Return when its worker has been in worlds of these sizes, one after the other."""
+        """Return when its worker has been in worlds of these sizes, in turn."""
         end = time.monotonic() + PATIENCE_S
         while [
             int(line.split()[-1]) for line in self.said.splitlines() if line.startswith("rank ")
@@ -548,7 +565,7 @@ def test_a_node_is_lost_and_another_one_comes(tmp_path):
 
 
 def spring(port: int, trap: Path) -> Any:
-    """Put a trap into the place of the state, and return when a node has looked at it."""
+    """Put a trap in place of the state, and return when a node has read it."""
     stranger, value = stranger_at(port), b64encode(pickle.dumps(Trap(trap)))
     stranger.wait([STATE])
     put(stranger, value)
@@ -560,7 +577,7 @@ def spring(port: int, trap: Path) -> Any:
 
 
 def test_no_code_of_a_stranger_is_run_while_it_trains(tmp_path):
-    """Nor is the run disturbed: a node that comes later joins in, as if nothing had been."""
+    """The run is not disturbed either, and a later node joins normally."""
     (tmp_path / "worker.py").write_text(WORKER)
     port, trap = free_port(), tmp_path / "trapped"
     with Node(tmp_path, port, "first") as first:
@@ -579,7 +596,7 @@ def test_no_code_of_a_stranger_is_run_while_it_trains(tmp_path):
 
 
 def test_no_code_of_a_stranger_is_run_while_it_waits(tmp_path):
-    """For another node, which comes when the trap is set."""
+    """It waits for another node, which comes when the trap is set."""
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "enough").touch()
     port, trap = free_port(), tmp_path / "trapped"
@@ -595,7 +612,7 @@ def test_no_code_of_a_stranger_is_run_while_it_waits(tmp_path):
 
 
 def test_a_node_with_another_key_is_turned_away(tmp_path):
-    """In one line, and the others train on."""
+    """It gets one line, and the others continue to train."""
     (tmp_path / "worker.py").write_text(WORKER)
     port = free_port()
     with Node(tmp_path, port, "first") as first:
@@ -605,9 +622,11 @@ def test_a_node_with_another_key_is_turned_away(tmp_path):
         ) as odd:
             assert odd.wait() == 2
             assert odd.said == (
-                f"fastbert: --rdzv-endpoint 127.0.0.1:{port}: the nodes that are there and this process (FASTBERT_RENDEZVOUS_KEY) do not have the "
-                "same key, which every process of a run needs; where the nodes do not share home directories, set FASTBERT_RENDEZVOUS_KEY to the "
-                "same value on each of them, or copy ~/.fastbert/rendezvous.key to each\n"
+                f"fastbert: --rdzv-endpoint 127.0.0.1:{port}: the nodes that are there and this "
+                "process (FASTBERT_RENDEZVOUS_KEY) do not have the same key, which every process "
+                "of a run needs; where the nodes do not share home directories, set "
+                "FASTBERT_RENDEZVOUS_KEY to the same value on each of them, or copy "
+                "~/.fastbert/rendezvous.key to each\n"
             )
         with Node(tmp_path, port, "second") as second:
             second.until(2)
@@ -618,7 +637,10 @@ def test_a_node_with_another_key_is_turned_away(tmp_path):
 
 
 def test_one_machine_needs_no_set_up(tmp_path):
-    """The agent or a worker makes the key, and all have the same; so has a second node that sees this home directory."""
+    """The agent or a worker makes the key, and all processes read the same one.
+
+    A second node that shares this home directory reads it too.
+    """
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "enough").touch()
     command = [
@@ -669,6 +691,7 @@ def test_a_node_without_a_place_for_its_key_says_so(tmp_path):
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
-        f"fastbert: {tmp_path}/nowhere/.fastbert/rendezvous.key: the key of the rendezvous cannot be kept there: No such"
+        f"fastbert: {tmp_path}/nowhere/.fastbert/rendezvous.key: the key of the rendezvous cannot "
+        f"be kept there: No such"
     )
     assert len(done.stderr.splitlines()) == 1

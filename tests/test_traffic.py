@@ -1,4 +1,7 @@
-"""Bytes that the Triton kernels move, against the least; a gate that moves too much, too little or other than predicted fails."""
+"""Compare the bytes that the Triton kernels move with the minimum.
+
+A gate fails if it moves too much, too little, or not what was predicted.
+"""
 
 from __future__ import annotations
 
@@ -45,39 +48,38 @@ def test_programs_that_each_read_the_vectors_for_a_few_rows_are_found():
 
 def test_what_is_a_fault():
     gate = traffic.attention("", [40, 27], 0.1, limit=1.01, H=1)
-    sound = measure(gate)
-    assert faults(sound) == []
-    forward, backward = sound.counts
-    name, need = forward.kernel, sound.predicted[forward.kernel].bytes
+    good = measure(gate)
+    assert faults(good) == []
+    forward, backward = good.counts
+    name, need = forward.kernel, good.predicted[forward.kernel].bytes
 
     def with_counts(*counts: Count) -> list[str]:
-        return faults(dataclasses.replace(sound, counts=list(counts)))
+        return faults(dataclasses.replace(good, counts=list(counts)))
 
     assert with_counts(dataclasses.replace(forward, loaded=forward.loaded + 2), backward) == [
-        f"{gate}: {name} moves {need + 2:,} bytes ({1 + 2 / need:.4f} times); its tiles need {need:,}"
+        f"{gate}: {name} moves {need + 2:,} bytes ({1 + 2 / need:.4f} times); its tiles need "
+        f"{need:,}"
     ]
     assert with_counts(forward, dataclasses.replace(backward, flops=1)) == [
         f"{gate}: {backward.kernel} multiplies 1 FLOP; its tiles have {backward.flops:,}"
     ]
-    assert faults(dataclasses.replace(sound, least=2 * sound.least)) == [
-        f"{gate}: {sound.ratio / 2:.4f} times the least bytes of its spec, which are not the least"
+    assert faults(dataclasses.replace(good, least=2 * good.least)) == [
+        f"{gate}: {good.ratio / 2:.4f} times the least bytes of its spec, which are not the least"
     ]
-    missing = faults(
-        dataclasses.replace(sound, predicted={**sound.predicted, "_third": Work(1, 2)})
-    )
+    missing = faults(dataclasses.replace(good, predicted={**good.predicted, "_third": Work(1, 2)}))
     assert missing == [
         f"{gate}: _third moves 0 bytes (0.0000 times); its tiles need 1",
         f"{gate}: _third multiplies 0 FLOP; its tiles have 2",
     ]
-    unforeseen = faults(dataclasses.replace(sound, predicted={name: sound.predicted[name]}))
+    unforeseen = faults(dataclasses.replace(good, predicted={name: good.predicted[name]}))
     assert unforeseen == [
         f"{gate}: {backward.kernel} moves {backward.bytes:,} bytes, which nothing predicts"
     ]
 
 
 def test_the_command_ends_with_1_and_names_the_fault(monkeypatch, capsys):
-    sound = traffic.attention("small", [20, 7], 0.1, K=16, H=1)
-    monkeypatch.setattr(traffic, "GATES", (sound, sound._replace(limit=0.5)))
+    good = traffic.attention("small", [20, 7], 0.1, K=16, H=1)
+    monkeypatch.setattr(traffic, "GATES", (good, good._replace(limit=0.5)))
     monkeypatch.setattr("sys.argv", ["traffic", "--json"])
     assert traffic.main() == 1
     printed = capsys.readouterr()

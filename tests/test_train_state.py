@@ -1,4 +1,4 @@
-"""What ends a run, and how far it is."""
+"""The conditions that end a run, and its progress."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_an_equal_loss_is_no_better_without_min_delta():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_is_never_the_best(bad):
-    """Not even as the first one, after which no other would be better."""
+    """This holds even for the first loss, after which no other would be better."""
     done, limits = TrainState(step=1), criteria(steps=99, loss=3.0, patience=3)
     for loss, best, evals_since_best in [
         (bad, None, 1),

@@ -22,7 +22,7 @@ TEXT = "a name is bound to an object and " * 10
 
 
 def train(folder: Path, dataset: Path, *overrides: str) -> Path:
-    """A run of one step whose recipe is shorter than its positions."""
+    """Train one step with a max_length below the number of positions."""
     folder.mkdir(exist_ok=True)
     (folder / "ds.json").write_text("{}")
     text = RECIPE.format(
@@ -86,7 +86,7 @@ def test_fine_tuning_beyond_it_is_a_choice_that_is_warned_of(run, tmp_path, recw
 def test_a_run_that_starts_from_a_model_keeps_what_that_was_trained_on(
     run, small_dataset, tmp_path
 ):
-    """Also when it is resumed."""
+    """This also holds when the run is resumed."""
     longer = train(tmp_path / "longer", small_dataset.path, "batch.max_length=48")
     sizes = ("model.preset=mini", "model.hidden_size=32", "model.num_hidden_layers=2")
     sizes += ("model.num_attention_heads=2", "model.intermediate_size=48")

@@ -1,4 +1,4 @@
-"""A dataset that goes away, or is cut short, while a run trains on it."""
+"""A dataset is deleted or truncated while a run trains on it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def on_a_copy(lab: Laboratory, small_dataset, stage: int = 0) -> Trial:
-    """A trial on a dataset of its own."""
+    """Make a trial on its own copy of the dataset."""
     trial = lab.trial(stage=stage)
     copy = shutil.copytree(small_dataset.path, trial.folder / "dataset")
     trial.recipe.write_text(trial.recipe.read_text().replace(str(small_dataset.path), str(copy)))
@@ -26,8 +26,8 @@ def on_a_copy(lab: Laboratory, small_dataset, stage: int = 0) -> Trial:
     return trial
 
 
-def test_a_store_deleted_while_training(lab, small_dataset):
-    """What is mapped stays readable. The run ends well; it cannot go on from there."""
+def test_a_dataset_deleted_while_training(lab, small_dataset):
+    """Mapped files stay readable, so the run ends well, but it cannot be resumed."""
     trial = on_a_copy(lab, small_dataset)
     with trial.start() as ranks:
         wait_for(lambda: lines_so_far(trial) >= 4 or ranks.codes != [None])
@@ -41,8 +41,11 @@ def test_a_store_deleted_while_training(lab, small_dataset):
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 1)])
-def test_a_store_cut_short_while_training(lab, small_dataset, world, stage):
-    """Reading it ends the process: it says where, the others name it, and what was saved is sound. With the file back, all is as before."""
+def test_a_dataset_cut_short_while_training(lab, small_dataset, world, stage):
+    """Reading the truncated file ends the process with a message, and the other ranks name it.
+
+    The checkpoints are valid. With the file restored, the run resumes as if undisturbed.
+    """
     trial = on_a_copy(lab, small_dataset, stage)
     file = trial.dataset / "train" / "shard-00000.tokens"
     with trial.start(world) as ranks:
@@ -51,15 +54,15 @@ def test_a_store_cut_short_while_training(lab, small_dataset, world, stage):
         codes = ranks.wait()
     assert -signal.SIGBUS in codes and set(codes) <= {1, -signal.SIGBUS}
     assert "Fatal Python error: Bus error" in ranks.errors and "dataset.py" in ranks.errors
-    found, complaints = checkpoint.newest_sound(trial.run)
+    found, complaints = checkpoint.newest_valid(trial.run)
     assert found is not None and complaints == []
     with trial.start(world) as ranks:
         assert ranks.wait() == [2] * world
     assert (
-        f"{file}: 0 bytes, the manifest says {(small_dataset.path / 'train' / file.name).stat().st_size:,}: cut short"
-        in ranks.errors
+        f"{file}: 0 bytes, the manifest says "
+        f"{(small_dataset.path / 'train' / file.name).stat().st_size:,}: cut short" in ranks.errors
     )
     shutil.copy(small_dataset.path / "train" / file.name, file)
-    trial.go_on(world)
+    trial.resume(world)
     tally = trial.compare(lab.undisturbed(world, stage))
     assert tally.compared == tally.equal > 0 and not tally.problems

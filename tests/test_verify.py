@@ -1,4 +1,8 @@
-"""Datasets are verified before they are read: what is looked at, what a note spares, and what training and evaluation say."""
+"""Datasets are verified before they are read.
+
+The tests cover what is checked, what a note lets a start skip, and the messages of training and
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ TOKENS, SENTENCES = "train/shard-00000.tokens", "train/shard-00000.sentences"
 
 @pytest.fixture
 def copy(small_dataset, tmp_path) -> Path:
-    """Without the notes that other tests left there."""
+    """A copy without the notes that other tests left."""
     return shutil.copytree(
         small_dataset.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".verified-*")
     )
@@ -41,7 +45,7 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 
 def forge(path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
-    """Change a file, and make every SHA-256 anew."""
+    """Change a file, and update every SHA-256."""
     (path / name).write_bytes(change((path / name).read_bytes()))
     manifest = json.loads((path / "manifest.json").read_bytes())
     del manifest["sha256"]
@@ -61,7 +65,7 @@ def numbers(kind: str, place: int, value: int) -> Callable[[bytes], bytes]:
     return change
 
 
-# What is looked at
+# What is checked
 
 
 @given(
@@ -95,7 +99,7 @@ def test_ids_end_below_the_vocabulary(kind):
 
 
 def test_damage_is_found_in_any_piece_of_a_file(copy, monkeypatch):
-    """Far more pieces than threads; the last number of a file, too."""
+    """There are far more pieces than threads, and the last number of a file is tested too."""
     monkeypatch.setattr(verify, "PIECE", 64)
     assert [done == total for done, total in open_dataset(copy, verify=False).verify()][-1]
     count = (copy / TOKENS).stat().st_size // 2
@@ -133,13 +137,13 @@ def test_a_file_that_cannot_be_read(copy):
 
 
 def pieces(path: Path) -> int:
-    """How much a verification has to say; 0 where it reads nothing."""
+    """Return how many pieces a verification reports; 0 where it reads nothing."""
     return len(list(open_dataset(path, verify=False).verify()))
 
 
 @pytest.fixture
 def settled(monkeypatch) -> None:
-    """As if what was written had been so for long."""
+    """Date the files back, as if they had been written long ago."""
     monkeypatch.setattr(verify, "SETTLED_S", -1e9)
 
 
@@ -153,14 +157,14 @@ def test_what_was_verified_is_not_read_again(copy, settled):
 
 
 def test_a_dataset_that_was_just_written_is_read_again(copy):
-    """A change at once would not show in the times of its files."""
+    """An immediate change would not show in the times of its files."""
     assert pieces(copy) > 0
     assert pieces(copy) > 0 and notes(copy) == []
 
 
 @pytest.mark.parametrize("name", [TOKENS, SENTENCES, "tokenizer/vocab.txt", "report.md"])
 def test_who_writes_to_a_file_ends_the_note(copy, settled, name):
-    """Even one bit, with size and time as before."""
+    """A single changed bit is enough, with size and time as before."""
     pieces(copy)
     before = (copy / name).stat()
     wait_for(
@@ -187,7 +191,7 @@ def test_a_note_serves_a_day_and_its_owner_and_one_manifest(copy, settled, monke
     assert pieces(copy) > 0 and pieces(copy) == 0
     shutil.copytree(copy, copy.parent / "again")
     assert pieces(copy.parent / "again") > 0
-    other = os.geteuid() + 1  # whoever that is, the note is not theirs
+    other = os.geteuid() + 1  # the note belongs to another user
     monkeypatch.setattr(os, "geteuid", lambda: other)
     note.rename(note.with_name(f".verified-{other}"))
     assert pieces(copy) > 0
@@ -207,7 +211,7 @@ def test_damage_leaves_no_note(copy, settled):
     assert notes(copy) == []
 
 
-# What training and evaluation say
+# Messages of training and evaluation
 
 
 def a_bit(path: Path) -> None:
@@ -237,7 +241,10 @@ def a_baseline(path: Path) -> None:
     ],
 )
 def test_a_damaged_dataset_is_refused_at_the_start(lab, copy, world, damage, words):
-    """By all ranks in the same words, of which one process shows them; the run folder is not made, and a model is not measured."""
+    """All ranks refuse it with the same message, which one process prints.
+
+    The run folder is not created, and evaluation gives no result.
+    """
     damage(copy)
     trial = lab.trial(f"data={copy}")
     of = lab.undisturbed(1, 0).run
@@ -260,11 +267,14 @@ def test_a_run_is_refused_too_when_it_resumes(lab, copy):
         assert ranks.wait() == [2] and TOKENS in ranks.errors
     assert (trial.run / "metrics.jsonl").read_bytes() == before
     a_bit(copy)
-    trial.go_on()
+    trial.resume()
 
 
 def test_a_large_dataset_takes_longer_than_ranks_wait_for_each_other(lab, copy):
-    """10 TB that take no room on the disk: the ranks tell how far they are, stay together, and heed a signal to any of them."""
+    """A sparse dataset of 10 TB: the ranks report progress and stay together.
+
+    A signal to any of them stops all.
+    """
     manifest = json.loads((copy / "manifest.json").read_bytes())
     del manifest["sha256"]
     size = 10**13

@@ -1,4 +1,4 @@
-"""Real ranks that are killed, stopped, stuck or fail: the others end, soon, and name them."""
+"""Real ranks are killed, stopped or stuck, or fail: the others end soon and name them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.toy_ranks import Toys, say
 
 TIMEOUT_S = 3.0
 NEVER_S = 60.0
-FORGIVEN_S = 20.0  # a guard against ends that come by another, longer time-out
+FORGIVEN_S = 20.0  # a guard against an end by another, longer time-out
 SINCE = f"for {TIMEOUT_S:g} s (runtime.timeout_s)"
 HINT = "; resume with --resume\n"
-SEEN = "(the start|step [123])"  # by the last beat
+SEEN = "(the start|step [123])"  # by the last heartbeat
 
 
 def stepping(timeout_s: float, steps: int, acts: dict[tuple[int, int], str]) -> int:
@@ -68,13 +68,16 @@ def act(what: str, watch: Watchdog) -> None:
 def at_step_3(
     folder: Any, rank: int, what: str, world: int = 3, timeout_s: float = TIMEOUT_S
 ) -> Toys:
-    """Ranks that look away at step 2, so that there are beats before step 3, where one of them does `what`."""
+    """Ranks that pause at step 2, so that there are heartbeats before step 3.
+
+    At step 3 one of them does `what`.
+    """
     acts = {(other, 2): "look away" for other in range(world)} | {(rank, 3): what}
     return Toys(stepping, (timeout_s, 200, acts), folder, world)
 
 
 def line(text: str) -> str:
-    """The one line of fastbert in what a rank wrote on stderr."""
+    """Return fastbert's one line in a rank's stderr."""
     (found,) = [line for line in text.splitlines(keepends=True) if line.startswith("fastbert: ")]
     return found.removeprefix("fastbert: ")
 
@@ -93,7 +96,7 @@ def test_one_rank_has_nobody_to_watch(tmp_path):
 
 @pytest.mark.parametrize("timeout_s", [TIMEOUT_S, NEVER_S])
 def test_a_rank_is_killed(tmp_path, timeout_s):
-    """Whatever the time-out: the connections break."""
+    """The time-out does not matter, since the connections break."""
     with at_step_3(tmp_path, 1, "SIGKILL", timeout_s=timeout_s) as toys:
         assert toys.wait(1) == [-signal.SIGKILL]
         killed = time.monotonic()
@@ -127,7 +130,7 @@ def test_a_rank_is_killed_while_they_connect(tmp_path, lost):
 
 
 def test_ranks_that_cannot_connect_say_so(tmp_path):
-    """All are there; only gloo has no way from one to the other."""
+    """All ranks are there, and only gloo cannot connect them."""
     with Toys(stepping, (TIMEOUT_S, 3, {}), tmp_path, 2, GLOO_SOCKET_IFNAME="nowhere") as toys:
         assert toys.wait() == [1, 1]
         for rank in range(2):
@@ -147,7 +150,7 @@ def test_all_others_are_killed(tmp_path):
         assert line(toys.err(0)).startswith(f"{toys.name(1)}, {toys.name(2)} have disappeared")
 
 
-def test_a_rank_is_stopped_and_goes_on_later(tmp_path):
+def test_a_rank_is_stopped_and_continues_later(tmp_path):
     with at_step_3(tmp_path, 1, "SIGSTOP") as toys:
         assert toys.wait(0, 2) == [1, 1]
         for rank in (0, 2):
@@ -158,19 +161,20 @@ def test_a_rank_is_stopped_and_goes_on_later(tmp_path):
                 line(toys.err(rank)),
             )
         toys.signal(1, signal.SIGCONT)
-        assert toys.wait(1) == [1]  # it does not train on alone
+        assert toys.wait(1) == [1]  # it does not continue to train alone
         assert f"{toys.name(1)} was suspended for " in line(
             toys.err(1)
         ) or f"{toys.name(0)} at " in line(toys.err(1))
 
 
-def test_the_rank_that_holds_the_store_is_stopped_and_goes_on_later(tmp_path):
+def test_the_rank_that_holds_the_store_is_stopped_and_continues_later(tmp_path):
     with at_step_3(tmp_path, 0, "SIGSTOP") as toys:
         assert toys.wait(1, 2) == [1, 1]
         for rank in (1, 2):
             assert (
                 line(toys.err(rank))
-                == f"{toys.name(0)} at 127.0.0.1:{toys.port} has not answered {SINCE}; this rank is at step 3{HINT}"
+                == f"{toys.name(0)} at 127.0.0.1:{toys.port} has not answered {SINCE}; "
+                f"this rank is at step 3{HINT}"
             )
         toys.signal(0, signal.SIGCONT)
         assert toys.wait(0) == [1]
@@ -181,24 +185,25 @@ def test_the_rank_that_holds_the_store_is_stopped_and_goes_on_later(tmp_path):
 
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_a_rank_is_stuck(tmp_path, stuck):
-    """Its process lives and its beat goes on; it does not come along."""
+    """Its process lives and its heartbeat continues, but it makes no progress."""
     with at_step_3(tmp_path, stuck, "be stuck") as toys:
         assert toys.wait() == [1, 1, 1]
         for rank in range(3):
             assert line(toys.err(rank)).startswith(
-                f"{toys.name(stuck)} has kept the others waiting {SINCE}: at step 3, in {__file__}, line "
+                f"{toys.name(stuck)} has kept the others waiting {SINCE}: at step 3, in "
+                f"{__file__}, line "
             )
 
 
-def test_a_rank_that_is_slow_but_goes_on_is_left_alone(tmp_path):
-    """The others wait for it inside a collective, for longer than the time-out."""
+def test_a_rank_that_is_slow_but_makes_progress_is_left_alone(tmp_path):
+    """The others wait for it inside a collective for longer than the time-out."""
     with at_step_3(tmp_path, 1, "be slow") as toys:
         assert toys.wait() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_fails(tmp_path, failing):
-    """The others quote it: also when the store ends with it."""
+    """The others quote its error, also when the store ends with it."""
     with at_step_3(tmp_path, failing, "fail", timeout_s=NEVER_S) as toys:
         assert toys.wait() == [1, 1, 1]
         assert "OSError: no space" in toys.err(failing)
@@ -218,8 +223,8 @@ def test_what_a_rank_says_commands_no_terminal(tmp_path):
             )
 
 
-def going_on(timeout_s: float, enough: str) -> int:
-    """Step until a file is there."""
+def step_until(timeout_s: float, enough: str) -> int:
+    """Take steps until a file exists."""
     try:
         with form_group(timeout_s) as group, Watchdog(group, timeout_s) as watch:
             group.connect()
@@ -234,7 +239,7 @@ def going_on(timeout_s: float, enough: str) -> int:
 
 
 class Stranger:
-    """Somebody who reaches the store that rank 0 holds, but has no key."""
+    """A process that reaches rank 0's store and has no key."""
 
     def __init__(self, toys: Toys):
         self.store: Any = dist.TCPStore(
@@ -249,7 +254,7 @@ class Stranger:
         return self.store.get(f"fastbert/{self.prefix}/watch/{place}")
 
     def see_beats(self, ranks: int) -> None:
-        """Return when every rank has written twice more: it has read the failure in between."""
+        """Return after two more heartbeats of every rank, which then has read the failure."""
         for rank in range(ranks):
             for _ in range(2):
                 before, end = self.copy(str(rank)), time.monotonic() + NEVER_S
@@ -274,7 +279,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("value", STRANGE)
 def test_a_stranger_ends_no_run(tmp_path, value):
-    with Toys(going_on, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
+    with Toys(step_until, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
         for rank in range(3):
             toys.until(rank, "begins")
         stranger = Stranger(toys)
@@ -288,8 +293,8 @@ def test_a_stranger_ends_no_run(tmp_path, value):
 
 
 def test_what_a_rank_has_signed_counts_at_its_own_place_alone(tmp_path):
-    """A stranger moves beats: to other ranks, to the failure, and to where they stood before."""
-    with Toys(going_on, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
+    """A stranger copies heartbeats to other ranks, to the failure, and back in time."""
+    with Toys(step_until, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
         for rank in range(3):
             toys.until(rank, "begins")
         stranger = Stranger(toys)
@@ -304,7 +309,10 @@ def test_what_a_rank_has_signed_counts_at_its_own_place_alone(tmp_path):
 
 @pytest.mark.parametrize("whose", [(1,), (0, 1, 2)])
 def test_a_slow_rank_is_left_alone_whatever_a_stranger_writes(tmp_path, whose):
-    """For as long as the others wait for it, beyond the time-out, somebody writes over its beats, or over everybody's."""
+    """While the others wait for a slow rank beyond the time-out, a stranger overwrites heartbeats.
+
+    It overwrites those of one rank, or those of all.
+    """
     with Toys(stepping, (TIMEOUT_S, 5, {(1, 3): "be slow"}), tmp_path, 3) as toys:
         toys.until(1, "at step 3")
         stranger = Stranger(toys)
@@ -317,8 +325,8 @@ def test_a_slow_rank_is_left_alone_whatever_a_stranger_writes(tmp_path, whose):
         assert [toys.err(rank) for rank in range(3)] == [""] * 3
 
 
-def test_a_verdict_is_heard_past_a_strangers(tmp_path):
-    """What he has left at its place does not keep the ranks from knowing who has failed."""
+def test_a_failure_is_read_despite_a_strangers_value(tmp_path):
+    """A stranger's value under the failure's key does not hide which rank has failed."""
     acts = {(1, 3): "fail"}
     with Toys(
         stepping,
@@ -339,7 +347,7 @@ def test_a_verdict_is_heard_past_a_strangers(tmp_path):
 
 
 def test_how_long_it_takes(tmp_path):
-    """From the last tick to the end of the others: the time-out, and not much more."""
+    """The time from the last tick to the end of the others is little more than the time-out."""
     with at_step_3(tmp_path, 1, "SIGSTOP", world=2) as toys:
         stat = f"/proc/{toys.pid(1)}/stat"
         end = time.monotonic() + NEVER_S

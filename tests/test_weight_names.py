@@ -1,4 +1,4 @@
-"""Names and shapes against transformers' own model, and every way in which a weights file can be wrong."""
+"""Names and shapes against transformers' own model, and every kind of faulty weights file."""
 
 from __future__ import annotations
 

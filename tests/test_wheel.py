@@ -41,7 +41,7 @@ def run(*command: object, cwd: Path, timeout: float = 300) -> subprocess.Complet
 def archives(tmp_path_factory) -> tuple[Path, Path]:
     """The sdist, and the wheel that is built from what the sdist holds."""
     folder = tmp_path_factory.mktemp("dist")
-    # hatchling in an environment of its own, as pip builds; `build` need not be there.
+    # hatchling in a separate environment, as pip builds; `build` is not needed.
     venv.create(folder / "builder", with_pip=True)
     python = folder / "builder/bin/python"
     run(python, "-m", "pip", "install", "-qq", "hatchling>=1.26", cwd=folder)
@@ -57,14 +57,14 @@ def archives(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def installed(archives, tmp_path_factory) -> Path:
-    """The bin folder of an environment with the wheel and our dependencies, but not the checkout."""
+    """The bin folder of an environment with the wheel and our dependencies, but no checkout."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     python = folder / "bin/python"
     run(python, "-m", "pip", "install", "-qq", "--no-deps", archives[1], cwd=folder)
     found = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
-    # A folder on the path by a .pth file: its own .pth files, such as that of an editable install of
-    # this checkout, are not read.
+    # A .pth file adds this folder to the path. Its own .pth files, such as that of an editable
+    # install of this checkout, are not read.
     dependencies = Path(found.stdout.strip()) / "dependencies.pth"
     dependencies.write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     where = run(python, "-c", "import fastbert; print(fastbert.__file__)", cwd=folder)
@@ -104,7 +104,7 @@ def test_from_a_text_to_an_exported_model(installed, english_jsonl, tmp_path):
     run("sh", "-c", shell, cwd=elsewhere)
     run(fastbert, "export", "runs/mini", "--out", "model", cwd=elsewhere)
     assert (elsewhere / "model/model.safetensors").is_file()
-    # And a recipe that was copied, by the Python interface.
+    # The Python interface trains a copied recipe.
     run(fastbert, "recipes", "mini", "--out", "my.toml", cwd=tmp_path)
     code = (
         "import fastbert; print(fastbert.pretrain('my.toml', data='data/my own', run='run', "

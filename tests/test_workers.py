@@ -1,4 +1,7 @@
-"""Results in the order of the items, errors too, with little on its way; the ends by signals are in test_prepare.py."""
+"""Workers return results and errors in the order of the items, with few in flight.
+
+test_prepare.py tests how signals end them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from fastbert.errors import InputError
 
 
 def sleeper(factor: float):
-    """Later items are done sooner."""
+    """Return later items sooner."""
 
     def sleep(item: int) -> int:
         time.sleep(factor * (5 - item % 6))
@@ -38,7 +41,7 @@ def test_order(count: int) -> None:
 
 
 def test_large_items_and_results() -> None:
-    """More than a pipe holds goes both ways at once."""
+    """More data than a pipe holds goes in both directions at once."""
     items = [(bytes([i]) * 300_000,) for i in range(20)]
     assert list(map_in_order(operator.itemgetter, (0,), items, 2)) == [item[0] for item in items]
 
@@ -100,7 +103,7 @@ class Stop(Exception):
 
 
 def test_a_signal_ends_the_training_of_a_vocabulary_at_once() -> None:
-    """In the middle of a call into Rust, which Python's handlers would wait for."""
+    """It comes during a call into Rust, for which Python's handlers would wait."""
 
     def stop(*_: object) -> None:
         raise Stop

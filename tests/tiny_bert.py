@@ -1,4 +1,7 @@
-"""A tiny BERT with random weights, as transformers saves it and as a run of ours leaves it, for the tests of the tasks."""
+"""A tiny BERT with random weights, as a transformers folder and as a run of fastbert.
+
+The tests of the tasks use it.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ kind = "{kind}"
 
 
 def make_hugging_face_folder(folder: Path, tokenizer: Path | None = None) -> Path:
-    """BertForPreTraining with large random weights, so that no logit is near zero; saved by transformers itself."""
+    """Let transformers save a BertForPreTraining with random weights.
+
+    The weights are large, so that no logit is near zero.
+    """
     texts = list(pydoc_data.topics.topics.values())[:20]
     vocabulary = (
         load_tokenizer(tokenizer) if tokenizer else train_tokenizer(iter(texts), VOCABULARY)

@@ -1,6 +1,7 @@
-"""A real dataset on disk, of documents whose sentence lengths the test chooses, and whose every token is its own position.
+"""A real dataset on disk, whose sentence lengths the test chooses.
 
-So a test can tell from a token where in the split it comes from. Token id 0 is an ordinary token: the special ones are the last five.
+Every token is its own position, so a test can tell from a token where in the split it comes from.
+Token id 0 is an ordinary token: the special ones are the last five.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ SHARD_TOKENS = 200  # so that a few documents already make several shards
 
 
 def write_split(folder: Path, documents: list[list[int]], vocab_size: int) -> list[Counts]:
-    """`documents` holds each one's sentence lengths, in tokens."""
+    """Write a split; `documents` has the sentence lengths of each document, in tokens."""
     writer = ShardWriter(folder, token_dtype(vocab_size), SHARD_TOKENS)
     begin = 0
     for sentences in documents:
@@ -32,7 +33,7 @@ def write_split(folder: Path, documents: list[list[int]], vocab_size: int) -> li
 
 
 def tiny_split(folder: Path, documents: list[list[int]], vocab_size: int = 1 << 20) -> Split:
-    """One split alone."""
+    """Write and open a single split."""
     return Split(folder, write_split(folder, documents, vocab_size), token_dtype(vocab_size))
 
 
@@ -43,7 +44,7 @@ def tiny_dataset(
     vocab_size: int | None = None,
     words: list[str] | None = None,
 ) -> TokenDataset:
-    """A dataset; without `vocab_size` every token of its larger split has an id of its own."""
+    """Make a dataset; without `vocab_size` every token of the larger split has its own id."""
     splits = {"train": train, "heldout": heldout or train}
     vocab_size = vocab_size or 5 + max(sum(map(sum, documents)) for documents in splits.values())
     (folder / "tokenizer").mkdir(parents=True)

@@ -1,11 +1,17 @@
-"""`python -m tests.torture`: the trials of the tests, hundreds of times. Prints a line on each run that has ended, and at last one with the counts.
+"""Repeat the trials of the tests hundreds of times: `python -m tests.torture`.
 
-    python -m tests.torture          200 kills, 500 flipped bits of checkpoints and 500 of datasets, every crash point, 12 lost nodes
+It prints a line for each run that has ended, and the counts at the end.
+
+    python -m tests.torture
+        200 kills, 500 flipped bits of checkpoints and 500 of datasets, every crash point, and 12
+        lost nodes
     python -m tests.torture --kills 1000 --flips 0 --dataset-flips 0 --crashes 0 --nodes 0 --seed 7
-    python -m tests.torture --record docs/reliability.md            writes what it found, with the commit, where the page has a place for it
+    python -m tests.torture --record docs/reliability.md
+        writes the results and the commit to their place in the page
 
-The seed makes the choices: which rank, which bit, after how many steps. When exactly a signal hits is up to the machine, so a run that failed
-stays in --folder, and is named with its own seed. Exit code 1 if any loss differs or any run did not go on.
+The seed makes the choices: which rank, which bit, after how many steps. The exact time at which a
+signal arrives depends on the machine. So a failed run stays in --folder, and its message has a seed
+of its own. The exit code is 1 if any loss differs or any run did not resume.
 """
 
 from __future__ import annotations
@@ -42,8 +48,9 @@ from tests.trials import (
     wait_for,
 )
 
-NODE_TIMEOUT_S = 8  # runtime.timeout_s: how long a node that is cut off goes unnoticed
-QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=5"  # torchrun's own patience, in seconds
+NODE_TIMEOUT_S = 8  # runtime.timeout_s: the time until a cut-off node is noticed
+# torchrun's own time-outs, in seconds.
+QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=5"
 ROUNDING = 1e-4  # relative, of losses: with a node less the sums have another order
 PATIENCE_S = 300.0
 
@@ -75,7 +82,7 @@ def main() -> int:
     began = time.monotonic()
     lab = Laboratory(
         folder,
-        make_store(folder),
+        make_dataset(folder),
         options.width,
         lambda line: print(f"{time.monotonic() - began:6.0f} s  {line}", flush=True),
     )
@@ -99,11 +106,11 @@ def main() -> int:
     print(f"torture, seed {options.seed}, {minutes:.0f} minutes: {total}", flush=True)
     if options.record:
         record(options.record, found, total, options.seed, minutes)
-    return 0 if total.sound else 1
+    return 0 if total.passed else 1
 
 
-def make_store(folder: Path) -> Path:
-    """Of the Python language reference, which every Python has."""
+def make_dataset(folder: Path) -> Path:
+    """Make a dataset of the Python language reference, which every Python has."""
     from fastbert.data.prepare import prepare
 
     paragraphs = [
@@ -123,7 +130,10 @@ def make_store(folder: Path) -> Path:
 
 
 def lost_nodes(lab: Laboratory, count: int, seed: int) -> Tally:
-    """One of two nodes is cut off or killed; the other one goes on, with the same losses to rounding, and the first may come back."""
+    """Cut off or kill one of two nodes; the other one resumes, with the same losses to rounding.
+
+    The lost node may come back.
+    """
     return lab.series(
         "lost nodes", [functools.partial(_lost, lab, f"{seed}/{i}") for i in range(count)]
     )
@@ -138,7 +148,7 @@ def _lost(lab: Laboratory, seed: str) -> Tally:
     lost, lines = generator.choice((1, 1, 0)), generator.randrange(lab.steps - 2)
     cut = (
         lost == 1 and generator.random() < 0.5
-    )  # a node 0 that is only cut off leaves two that both go on: one of them in vain
+    )  # if node 0 is only cut off, both nodes continue, one of them in vain
     comes_back = cut and generator.random() < 0.5
     with Nodes(2) as nodes:
         started = [_torchrun(trial, nodes[i], "node0") for i in (0, 1)]
@@ -150,11 +160,12 @@ def _lost(lab: Laboratory, seed: str) -> Tally:
             nodes[lost].kill()
         if comes_back:
             time.sleep(20 * generator.random())
-            nodes.mend(lost)
+            nodes.reconnect(lost)
         code = started[1 - lost].wait(PATIENCE_S)
-        if lost == 0 and code:  # nowhere left to meet
+        if lost == 0 and code:  # the rendezvous is gone
             code = _torchrun(trial, nodes[1], "node1").wait(PATIENCE_S)
-    where = f"seed {seed}, {trial.folder}, node {lost} {'cut off' if cut else 'killed'} after {lines} lines"
+    fate = "cut off" if cut else "killed"
+    where = f"seed {seed}, {trial.folder}, node {lost} {fate} after {lines} lines"
     assert code == 0, f"{where}: exit code {code}: {(trial.folder / 'said').read_text()[-2000:]}"
     tally = trial.compare(undisturbed, ROUNDING)
     tally.tried, tally.survived = 1, 0 if tally.problems else 1
@@ -163,7 +174,10 @@ def _lost(lab: Laboratory, seed: str) -> Tally:
 
 
 def _torchrun(trial: Trial, node: Node, endpoint: str) -> Process:
-    meet = f"--nnodes 1:2 --max-restarts 100 --rdzv-backend fastbert --rdzv-endpoint {endpoint}:29500 --rdzv-conf {QUICK}"
+    meet = (
+        "--nnodes 1:2 --max-restarts 100 --rdzv-backend fastbert "
+        f"--rdzv-endpoint {endpoint}:29500 --rdzv-conf {QUICK}"
+    )
     command = [
         sys.executable,
         "-m",
@@ -195,7 +209,8 @@ def record(page: Path, found: dict[str, Tally], total: Tally, seed: int, minutes
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
     result = (
-        f"`python -m tests.torture`, commit {git.stdout.strip() or 'unknown'}, {date.today()}, seed {seed}: {minutes:.0f} minutes on "
+        f"`python -m tests.torture`, commit {git.stdout.strip() or 'unknown'}, {date.today()}, "
+        f"seed {seed}: {minutes:.0f} minutes on "
         f"{os.cpu_count()} cores, {platform.system()}.\n\n"
         f"{table(['', 'tried', 'survived', 'losses compared', 'losses equal'], rows)}"
     )

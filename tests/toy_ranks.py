@@ -1,6 +1,7 @@
-"""Ranks of a toy run, real processes that only meet, count steps and add up numbers; and what may happen to them on the way.
+"""Ranks of a toy run: real processes that only join, count steps and add up numbers.
 
-They are forked by multiprocessing's server, which has imported torch: in 30 ms each instead of 3 s.
+Tests disturb them on the way. multiprocessing's server, which has imported torch, forks each in 30
+ms instead of 3 s.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ HOST = os.uname().nodename
 
 
 class Toys:
-    """`world` processes that call a function of a test module, `work(*arguments)`; its result is the exit code. Leaving kills what is left.
+    """`world` processes that call a function of a test module, `work(*arguments)`.
+
+    Its result is the exit code. Leaving the context kills the processes that still run.
 
     Args:
         work: at the top of a module, since its name is all that is sent.
@@ -89,7 +92,7 @@ class Toys:
         os.kill(self.pid(rank), number)
 
     def wait(self, *ranks: int) -> list[int]:
-        """Exit codes of these ranks, by default of all."""
+        """Wait for these ranks, by default all, and return their exit codes."""
         found = []
         for rank in ranks or sorted(self.processes):
             self.processes[rank].join(PATIENCE_S)
@@ -113,7 +116,7 @@ class Toys:
             time.sleep(0.02)
 
     def name(self, rank: int) -> str:
-        """How messages call it."""
+        """Return the name of a rank in messages."""
         return f"rank {rank} ({HOST}, process {self.pid(rank)})"
 
     def _read(self, rank: int, kind: str) -> str:
@@ -124,7 +127,7 @@ class Toys:
 def _begin(
     work: Callable[..., int], arguments: tuple[Any, ...], variables: Mapping[str, str], name: str
 ) -> None:
-    signal.alarm(int(2 * PATIENCE_S))  # should the tests be gone
+    signal.alarm(int(2 * PATIENCE_S))  # if the tests have ended
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     for variable in LAUNCHER:
@@ -141,7 +144,7 @@ def say(*words: Any) -> None:
 
 
 def listening(*pids: int) -> set[tuple[int, str, int]]:
-    """(process, address, port) of every TCP socket on which these processes listen, as the kernel has it."""
+    """Return (process, address, port) of every TCP socket on which these processes listen."""
     sockets: dict[str, tuple[str, int]] = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:

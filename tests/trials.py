@@ -1,8 +1,11 @@
-"""Runs that are disturbed, and compared with runs that were not: what the tests do a few times and torture.py does for hours.
+"""Disturbed runs and their comparison with undisturbed ones.
 
-Every trial is a run of real processes (ranks.py) in a folder of its own, started with --resume as often as it takes. Each line that it has
-left in metrics.jsonl, whether a step or an evaluation, and each time that it was written, is compared with the line of the undisturbed
-run: all of it but the clock, to the last digit.
+The tests run a few of these trials, and torture.py repeats them for hours.
+
+Every trial is a run of real processes (ranks.py) in a folder of its own, started with --resume as
+often as necessary. Each line of its metrics.jsonl, whether a step or an evaluation, is compared
+with the line of the undisturbed run, each time that it was written. All values except timings must
+be equal to the last digit.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ timeout_s = {timeout_s}
 
 @dataclass
 class Tally:
-    """What a series of trials came to."""
+    """The result of a series of trials."""
 
     tried: int = 0
     survived: int = 0
@@ -87,11 +90,14 @@ class Tally:
         )
 
     @property
-    def sound(self) -> bool:
+    def passed(self) -> bool:
         return self.tried == self.survived and self.compared == self.equal and not self.problems
 
     def __str__(self) -> str:
-        counts = f"tried {self.tried}, survived {self.survived}, losses compared {self.compared:,}, losses equal {self.equal:,}"
+        counts = (
+            f"tried {self.tried}, survived {self.survived}, "
+            f"losses compared {self.compared:,}, losses equal {self.equal:,}"
+        )
         return counts + "".join(f"\n  {problem}" for problem in self.problems)
 
 
@@ -99,10 +105,11 @@ class Trial:
     """A run in a folder of its own.
 
     Args:
-        folder: made new; the run is in its `run`, what the processes said in `start-00`, `start-01`, ...
-        dataset: that it trains on.
-        stage: of ZeRO.
-        overrides: settings that win over RECIPE's, in every start.
+        folder: created. The run is in its `run`, and the output of the processes in `start-00`,
+            `start-01`, ...
+        dataset: the training data.
+        stage: the ZeRO stage.
+        overrides: settings that override RECIPE's in every start.
 
     Attributes:
         run: the run folder, as its processes see it.
@@ -138,11 +145,11 @@ class Trial:
 
     @property
     def command(self) -> list[str]:
-        """Arguments of fastbert: go on with the run, wherever it is."""
+        """Return the arguments of fastbert that resume the run."""
         return ["pretrain", str(self.recipe), *self.overrides, "--resume"]
 
     def start(self, world: int = 1, *overrides: str, **more: str) -> Ranks:
-        """Its processes; what they say goes into a folder of this start."""
+        """Start the processes; their output goes to a folder of this start."""
         self.starts += 1
         return Ranks(
             [*self.command, *overrides],
@@ -152,8 +159,8 @@ class Trial:
             **more,
         )
 
-    def go_on(self, world: int = 1, *overrides: str, **more: str) -> list[str]:
-        """Train undisturbed to the end; returns the lines that rank 0 printed."""
+    def resume(self, world: int = 1, *overrides: str, **more: str) -> list[str]:
+        """Train undisturbed to the end, and return the lines that rank 0 printed."""
         with self.start(world, *overrides, **more) as ranks:
             if any(ranks.wait()):
                 raise AssertionError(
@@ -162,7 +169,7 @@ class Trial:
             return ranks[0].out.read_text().splitlines()
 
     def records(self, *events: str | None) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl without the clock's figures: steps (None), or events of these kinds."""
+        """Return lines of metrics.jsonl without timings: steps (None), or events of these kinds."""
         found = (r for r in read_metrics(self.seen / "metrics.jsonl") if r.get("event") in events)
         return [{k: v for k, v in r.items() if k not in CLOCK} for r in found]
 
@@ -176,12 +183,14 @@ class Trial:
         return sorted((self.seen / "checkpoints").glob("step-*"))
 
     def copy_of(self, other: Trial) -> Trial:
-        """Take over another trial's run folder as it is now."""
+        """Copy another trial's run folder as it is now."""
         shutil.copytree(other.run, self.run)
         return self
 
     def compare(self, undisturbed: Trial, rounding: float = 0.0) -> Tally:
-        """Every line of this run against the other's; a line that is missing, or out of its turn, is a problem.
+        """Compare every line of this run with the other's.
+
+        A missing line, or one out of order, is a problem.
 
         Args:
             undisturbed: the run from beginning to end.
@@ -199,7 +208,8 @@ class Trial:
             tally.problems.append(f"{self.folder}: lines are missing: {sorted(missing, key=str)}")
         if wrong:
             tally.problems.append(
-                f"{self.folder}: {wrong[0]} should be {expected.get((wrong[0].get('event'), wrong[0]['step']))}"
+                f"{self.folder}: {wrong[0]} should be "
+                f"{expected.get((wrong[0].get('event'), wrong[0]['step']))}"
             )
         after = 0
         for record in self.records(None, "resume"):
@@ -212,7 +222,10 @@ class Trial:
 
 
 def _equal(record: dict[str, Any], expected: dict[str, Any], rounding: float) -> bool:
-    """Counts are always the same; so is how often the model is right, but for a near miss that rounding turns."""
+    """Compare two lines; all counts must be equal.
+
+    With `rounding`, the number of correct predictions may differ where rounding turns a near miss.
+    """
     if not rounding or record.keys() != expected.keys():
         return record == expected
     for key, value in record.items():
@@ -225,7 +238,9 @@ def _equal(record: dict[str, Any], expected: dict[str, Any], rounding: float) ->
 
 
 class Laboratory:
-    """Where trials are made, and the undisturbed runs that they are compared with. May be used from several threads.
+    """The place for trials and for the undisturbed runs that they are compared with.
+
+    Several threads may use it.
 
     Args:
         folder: for all of them.
@@ -260,23 +275,23 @@ class Laboratory:
             )
 
     def undisturbed(self, world: int, stage: int) -> Trial:
-        """A run from beginning to end, made once."""
+        """Return a run from beginning to end, which is made once."""
         return self._reference(world, stage)[0]
 
     def seconds(self, world: int, stage: int) -> tuple[float, float]:
-        """That it took to the first step, and to the end."""
+        """Return the seconds to the first step, and to the end."""
         return self._reference(world, stage)[1]
 
     def finish(self, trial: Trial, world: int, stage: int) -> Tally:
-        """Let a disturbed run go on to its end, and compare; its folder goes when all is well."""
-        trial.go_on(world)
+        """Resume a disturbed run to its end, and compare; delete its folder if all is well."""
+        trial.resume(world)
         tally = trial.compare(self.undisturbed(world, stage))
         if not tally.problems:
             shutil.rmtree(trial.folder)
         return tally
 
     def series(self, what: str, runs: Sequence[Callable[[], Tally]]) -> Tally:
-        """Make runs, several at a time; what goes wrong in one is a problem that the tally names."""
+        """Make runs, several at a time; an exception in one is a problem that the tally names."""
         total = Tally()
 
         def make(run: Callable[[], Tally]) -> None:
@@ -315,7 +330,10 @@ KILLS = 5  # of one run
 def kills(
     lab: Laboratory, count: int, seed: int, shapes: Sequence[tuple[int, int]] = SHAPES
 ) -> Tally:
-    """kill -9 at random moments, of one rank or all, until `count` of them have hit; each run goes on from what is there, to its end."""
+    """Kill one rank or all with SIGKILL at random moments, until `count` kills have hit.
+
+    Each run resumes from what it finds, and is trained to its end.
+    """
     runs = [
         functools.partial(
             _killed, lab, *shapes[i % len(shapes)], min(KILLS, count - i * KILLS), f"{seed}/{i}"
@@ -326,9 +344,9 @@ def kills(
 
 
 def _killed(lab: Laboratory, world: int, stage: int, wanted: int, seed: str) -> Tally:
-    """One run that is killed so many times; several, if the first comes to its end before."""
+    """Kill one run this many times; use several runs if the first ends before."""
     generator, tally = random.Random(seed), Tally()
-    lab.undisturbed(world, stage)  # before there is any hurry
+    lab.undisturbed(world, stage)  # before the timing matters
     while tally.tried < wanted:
         trial, hit = lab.trial(stage=stage), 0
         while tally.tried + hit < wanted and _kill(lab, trial, world, stage, generator):
@@ -343,9 +361,12 @@ def _killed(lab: Laboratory, world: int, stage: int, wanted: int, seed: str) -> 
 
 
 def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: random.Random) -> bool:
-    """Start the ranks and kill one or all; whether it hit. Those that were not killed must end by themselves, and say why."""
+    """Start the ranks, kill one or all, and return whether that hit.
+
+    The others must end without help, and say why.
+    """
     victim = generator.choice([None, *range(world)])
-    # While it trains, or at any time from the first moment to after the last.
+    # Kill while it trains, or at any time from the start to after the end.
     lines = generator.choice([1, 0, 1]) * generator.randint(1, STEPS // KILLS + 1)
     seconds = generator.random() * (0.1 if lines else lab.seconds(world, stage)[1])
     before = lines_so_far(trial)
@@ -356,12 +377,16 @@ def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: rand
         for rank in ranks.ranks if victim is None else [ranks[victim]]:
             rank.signal(signal.SIGKILL)
         codes = ranks.wait(TIMEOUT_S + MARGIN_S)
-        where = f"{trial.folder}, start {trial.starts}, {'all' if victim is None else f'rank {victim}'} killed after {lines} lines and {seconds:.3f} s"
+        whom = "all" if victim is None else f"rank {victim}"
+        where = (
+            f"{trial.folder}, start {trial.starts}, {whom} killed after {lines} lines "
+            f"and {seconds:.3f} s"
+        )
         if -signal.SIGKILL not in codes:
             assert set(codes) == {0}, f"{where}: exit codes {codes}: {ranks.errors}"
             return False
         for rank, code in zip(ranks.ranks, codes, strict=True):
-            # 0: the kill came after the last thing that they do together.
+            # 0: the kill came after the last collective.
             assert code in (0, 1, -signal.SIGKILL), f"{where}: exit codes {codes}: {ranks.errors}"
             assert code != 1 or f"rank {victim}" in rank.err.read_text(), (
                 f"{where}: nobody is named: {rank.err.read_text()!r}"
@@ -374,7 +399,10 @@ def _kill(lab: Laboratory, trial: Trial, world: int, stage: int, generator: rand
 
 
 def flips(lab: Laboratory, count: int, seed: int) -> Tally:
-    """One bit, anywhere in the newest checkpoint: it is noticed and named, and the run goes on from the one before."""
+    """Flip one bit anywhere in the newest checkpoint.
+
+    The fault is noticed and named, and the run resumes from the previous checkpoint.
+    """
     lab.undisturbed(1, 0)
     return lab.series(
         "flipped bits", [functools.partial(_flipped, lab, f"{seed}/{i}") for i in range(count)]
@@ -385,11 +413,12 @@ def _flipped(lab: Laboratory, seed: str) -> Tally:
     generator, undisturbed = random.Random(seed), lab.undisturbed(1, 0)
     trial = lab.trial().copy_of(undisturbed)
     before, newest = trial.checkpoints[-2:]
-    # As often in the manifest as in the much larger tensors: it is where a reader could be led astray.
+    # The manifest is chosen as often as each of the much larger tensor files, because a fault there
+    # could mislead a reader.
     file = generator.choice(sorted(newest.iterdir()))
     bit = generator.randrange(8 * file.stat().st_size)
     flip(file, bit)
-    said = trial.go_on()
+    said = trial.resume()
     tally = trial.compare(undisturbed)
     tally.tried = 1
     named = any(line.startswith(f"{newest}: damaged: ") and file.name in line for line in said)
@@ -406,7 +435,10 @@ def _flipped(lab: Laboratory, seed: str) -> Tally:
 
 
 def dataset_flips(lab: Laboratory, count: int, seed: int) -> Tally:
-    """One bit, anywhere in the dataset: training and evaluation refuse it in one line that names the file, and nothing is written."""
+    """Flip one bit anywhere in the dataset.
+
+    Training and evaluation refuse it with one line that names the file, and write nothing.
+    """
     lab.undisturbed(1, 0)
     return lab.series(
         "flipped bits of a dataset",
@@ -440,13 +472,14 @@ def _flipped_dataset(lab: Laboratory, seed: str) -> Tally:
     return Tally(
         tried=1,
         problems=[
-            f"seed {seed}, {file}, bit {bit}, {command[0]}: exit code {codes[0]}: {' | '.join(said)}"
+            f"seed {seed}, {file}, bit {bit}, {command[0]}: exit code {codes[0]}: "
+            f"{' | '.join(said)}"
         ],
     )
 
 
 def flip(file: Path, bit: int) -> None:
-    """Change one bit of a file where it lies."""
+    """Change one bit of a file in place."""
     with open(file, "rb+") as handle:
         handle.seek(bit // 8)
         (byte,) = handle.read(1)
@@ -461,7 +494,10 @@ BESIDE_A_DAMAGED_ONE = ("moving-aside", "moved-aside")
 
 
 def crashes(lab: Laboratory, points: Sequence[str], rank: int, world: int, stage: int) -> Tally:
-    """A rank dies by kill -9 at one point of a save after the other: a start each, in as few runs as there are at a time."""
+    """Kill a rank with SIGKILL at one point of a save after the other, one per start.
+
+    The points are spread over as few runs as go on at the same time.
+    """
     lab.undisturbed(world, stage)
     runs = [
         functools.partial(_crashed, lab, points[i :: lab.width], rank, world, stage)
@@ -486,13 +522,13 @@ def _crashed(lab: Laboratory, points: Sequence[str], rank: int, world: int, stag
 
 
 def check_nothing_is_damaged(trial: Trial) -> None:
-    """What is called a checkpoint is one, whole and sound: `--resume` would also get over one that is not."""
-    _, complaints = checkpoint.newest_sound(trial.seen)
+    """Check that every checkpoint is valid; `--resume` itself would skip a damaged one."""
+    _, complaints = checkpoint.newest_valid(trial.seen)
     assert not complaints, f"{trial.folder}, after start {trial.starts}: {complaints}"
 
 
 def lines_so_far(trial: Trial) -> int:
-    """Of metrics.jsonl; cheap enough to poll."""
+    """Count the lines of metrics.jsonl, cheaply enough for polling."""
     path = trial.seen / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -508,6 +544,9 @@ def wait_for(what: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
 
 
 def wait_until_ready(ranks: Ranks) -> None:
-    """Until every process has its handlers: before that it is Python that starts, and a signal is the system's affair."""
+    """Wait until every process has its signal handlers.
+
+    Before that, Python is still starting, and a signal has its default action.
+    """
     for rank in ranks.ranks:
         wait_for(lambda rank=rank: catches(rank.pid, signal.SIGTERM))

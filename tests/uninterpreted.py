@@ -1,4 +1,7 @@
-"""A Python process in which Triton compiles its kernels. The tests' own process interprets them (conftest.py), and Triton decides that at import."""
+"""A Python process in which Triton compiles its kernels.
+
+The tests' own process interprets them (conftest.py), and Triton decides that at import.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 def run_module(
     *arguments: str, kernels: Path = ROOT / "kernels", triton: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m` with these arguments, in the project's root.
+    """Run `python -m` with these arguments in the project's root.
 
     Args:
-        arguments: the module, then what it is given.
+        arguments: the module and its arguments.
         kernels: the folder that holds the package fastbert_kernels.
         triton: a folder with another Triton; None for the installed one.
     """

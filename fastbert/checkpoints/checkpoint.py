@@ -298,7 +298,7 @@ def sweep(folder: Path) -> None:
                 leftover.unlink()
 
 
-def newest_sound(run: Path) -> tuple[Checkpoint | None, list[str]]:
+def newest_valid(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """Find the newest checkpoint of a run that passes verification.
 
     Returns:

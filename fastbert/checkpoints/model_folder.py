@@ -104,7 +104,7 @@ def open_model(path: Path) -> ModelParts:
 
 
 def _from_run(path: Path) -> ModelParts:
-    newest, complaints = checkpoint.newest_sound(path)
+    newest, complaints = checkpoint.newest_valid(path)
     for complaint in complaints if newest else ():
         warnings.warn(f"{complaint}; an older checkpoint is taken", CheckpointWarning, stacklevel=4)
     if newest is None:

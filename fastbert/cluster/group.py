@@ -61,13 +61,13 @@ class Group:
             uses. Its calls may block; see `Deadline`.
         holds_store: the store lives in this process, and ends with it.
         store_name: what messages call the process that holds the store.
-        interruption: records signals; None where nothing does.
+        stop_request: records signals; None where nothing does.
         tick: tells the group's Watchdog, if there is one, that this process makes progress, and
             with what.
     """
 
     device = torch.device("cpu")
-    interruption: StopRequest | None = None
+    stop_request: StopRequest | None = None
 
     def __init__(
         self, launch: LaunchEnv, members: Sequence[Member], prefix: SignedStore, deadline: Deadline
@@ -161,8 +161,8 @@ class Group:
 
         Call it inside `raise_on_all_ranks`, which tells the other ranks.
         """
-        if self.interruption is not None and self.interruption.asked:
-            raise Interrupted(self.interruption.asked)
+        if self.stop_request is not None and self.stop_request.asked:
+            raise Interrupted(self.stop_request.asked)
 
     def set_default(self, name: str, value: str) -> None:
         """Set an environment variable until the group closes, unless it is already set."""
@@ -290,7 +290,7 @@ class Group:
         return self._deadline.run(work, self.store_name)
 
 
-def join(timeout_s: float, interruption: StopRequest | None = None) -> Group:
+def join(timeout_s: float, stop_request: StopRequest | None = None) -> Group:
     """Find the other processes of the launch and connect to them.
 
     This is `form_group` followed by `Group.connect`.
@@ -298,19 +298,19 @@ def join(timeout_s: float, interruption: StopRequest | None = None) -> Group:
     Raises:
         InputError, Interrupted, RankLost: see those two.
     """
-    group = form_group(timeout_s, interruption)
+    group = form_group(timeout_s, stop_request)
     group.connect()
     return group
 
 
-def form_group(timeout_s: float, interruption: StopRequest | None = None) -> Group:
+def form_group(timeout_s: float, stop_request: StopRequest | None = None) -> Group:
     """Find the other processes that the launcher has started.
 
     Collectives also need `Group.connect`. It is separate so that a Watchdog can supervise it.
 
     Args:
         timeout_s: how long to wait for the others, now and at every later exchange, in seconds.
-        interruption: a signal that it records ends the waiting.
+        stop_request: a signal that it records ends the waiting.
 
     Raises:
         InputError: an environment variable of the launcher is missing or contradicts another.
@@ -327,10 +327,10 @@ def form_group(timeout_s: float, interruption: StopRequest | None = None) -> Gro
         address = "127.0.0.1"
     else:
         meeting = deadline.run(
-            lambda: rendezvous(launch, deadline), f"rank 0 at {launch.where}", interruption
+            lambda: rendezvous(launch, deadline), f"rank 0 at {launch.where}", stop_request
         )
         group, address = Group(launch, meeting.members, meeting.prefix, deadline), meeting.address
-    group.interruption = interruption
+    group.stop_request = stop_request
     with group.raise_on_all_ranks():
         group.heed()
         group.device = _device(launch)

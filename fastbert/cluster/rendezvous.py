@@ -106,9 +106,9 @@ class Deadline:
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
         self._end, self._given_up = 0.0, threading.Event()
-        self._interruption: StopRequest | None = None
+        self._stop_request: StopRequest | None = None
 
-    def run(self, work: Callable[[], T], whose: str, interruption: StopRequest | None = None) -> T:
+    def run(self, work: Callable[[], T], whose: str, stop_request: StopRequest | None = None) -> T:
         """Return what `work` returns, or raise what it raises.
 
         `work` runs on a thread, so that a store that does not answer cannot block the caller.
@@ -116,17 +116,17 @@ class Deadline:
         Args:
             work: waits by `until` and in no other way.
             whose: what messages call the holder of the store.
-            interruption: a signal that it records shortens the deadline; `until` then raises
+            stop_request: a signal that it records shortens the deadline; `until` then raises
                 Interrupted.
 
         Raises:
             RankLost: the store is gone or does not answer.
         """
         found: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self._end, self._given_up, self._interruption = (
+        self._end, self._given_up, self._stop_request = (
             time.monotonic() + self.timeout_s,
             threading.Event(),
-            interruption,
+            stop_request,
         )
 
         def run() -> None:
@@ -180,7 +180,7 @@ class Deadline:
             raise _GivenUp
 
     def _asked(self) -> str | None:
-        return self._interruption.asked if self._interruption is not None else None
+        return self._stop_request.asked if self._stop_request is not None else None
 
 
 def rendezvous(launch: LaunchEnv, deadline: Deadline) -> Rendezvous:

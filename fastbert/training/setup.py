@@ -141,7 +141,7 @@ def open_run(config: RunConfig, recipe: str, dataset: TokenDataset, resume: bool
             f"{place}: holds a run with checkpoints; "
             "resume with --resume, or give another folder by run=..."
         )
-    found, notes = checkpoint.newest_sound(run)
+    found, notes = checkpoint.newest_valid(run)
     if found is None:
         raise InputError(
             f"{notes[0]}; no valid checkpoint is left there; "
