@@ -1,1 +1,1 @@
-"""What this stack is worth, measured on your machine."""
+"""Benchmarks: the speed and the quality of fastbert, measured on your machine."""

@@ -1,23 +1,31 @@
-"""Text to token ids against datasets + tokenizers doing the same; the loader; and the memory of both as the corpus grows.
+"""Benchmark the data path: text to token ids, the loader, and memory as the corpus grows.
 
     python -m benchmarks.bench_data data/wiki.jsonl data/wiki --out FOLDER [--quick]
 
-The second path is a dataset of that text: its tokenizer is given to both sides, and the loader reads it.
+The second path is a dataset prepared from that text. Both sides use its tokenizer, and the loader
+reads it.
 
-Prepare. Each run is a process of its own (`data_jobs`), and the sides take turns. Both read the text, split it into sentences by the same
-rules, encode them with the same WordPiece vocabulary and save the ids; before anything is timed every document must have the same ids on both
-sides. Time runs from when the libraries are imported to when the ids are saved, flushed to the disk in our case alone. `fastbert prepare`
-also computes n-gram baselines, which the rival does not: a row has the seconds without them, and with them; hashes, manifest and report are
-counted in both. On one core, one process each; on two cores, two processes each, and for the rival also one process whose tokenizer has two
-threads. The ratio of two cores is taken against the faster of the rival's two.
+Prepare. The rival is datasets + tokenizers, doing the same work. Each run is a separate process
+(`data_jobs`), and the sides take turns. Both read the text, split it into sentences by the same
+rules, encode them with the same WordPiece vocabulary and save the ids. Before anything is timed,
+every document must have the same ids on both sides. The clock runs from the end of the imports to
+the moment when the ids are saved; only ours are also flushed to the disk. `fastbert prepare` also
+computes n-gram baselines, which the rival does not, so a row gives the seconds without and with
+them. Hashes, manifest and report are included in both figures. On one core, each side has one
+process. On two cores, each has two processes, and the rival also runs as one process whose
+tokenizer has two threads; the ratio is against the faster of these two.
 
-Growth. The text is repeated with documents made different, which adds no new words: a real corpus of that size has a few, the text itself (x 1)
-has many. Training a vocabulary is the same Rust code for everybody, and timed apart.
+Growth. The text is repeated, and each copy of a document is made distinct. Copies add no new
+words: a real corpus of that size has a few, the text itself (x 1) has many. Training a vocabulary
+runs the same Rust code on both sides and is timed separately.
 
-Loader. One core, one thread, in one process, in turns: packed batches with pairs and masks, real tokens per second. Beside it, for reference,
-datasets + DataLoader + transformers' DataCollatorForLanguageModeling, which does less: no pairs, and it pads (padding is not counted).
+Loader. One process with one thread on one core; the loaders take turns. Ours yields packed batches
+with sentence pairs and masks; the unit is real tokens per second. For reference there is also
+datasets + DataLoader + transformers' DataCollatorForLanguageModeling. It does less: it makes no
+pairs, and it pads (padding is not counted).
 
-Memory. The largest process of `prepare`, with and without baselines, which count 8 million tokens at the most; the loader's own memory.
+Memory. The peak of the largest process of `prepare`, without and with baselines, which count at
+most 8 million tokens; and the loader's own memory.
 """
 
 from __future__ import annotations
@@ -49,21 +57,19 @@ from fastbert.data.prefetch import Prefetch
 from fastbert.data.vocabulary import train_tokenizer
 from fastbert.training.picture import INK, MUTED
 
-SEQUENCES, DEMO_SEQUENCES = (
-    256,
-    28,
-)  # of a step: the default, and that of fastbert/recipes/demo.toml
+# Sequences of a step: the default, and the setting of fastbert/recipes/demo.toml.
+SEQUENCES, DEMO_SEQUENCES = 256, 28
 LENGTHS = (128, 512)
 
 
 class Side(NamedTuple):
-    """One way to prepare, as `data_jobs` takes it."""
+    """One way to prepare a corpus, as arguments of `data_jobs`."""
 
     name: str
     job: str
     processes: int
     cores: int
-    threads: bool = False  # of the tokenizer
+    threads: bool = False  # whether the tokenizer uses threads
 
 
 SIDES = [
@@ -76,7 +82,7 @@ SIDES = [
 
 
 def job(*arguments: object, threads: bool = False) -> dict[str, float]:
-    """One of data_jobs, in a new process."""
+    """Run one job of `data_jobs` in a new process."""
     environment = {
         **os.environ,
         "TOKENIZERS_PARALLELISM": str(threads).lower(),
@@ -88,7 +94,10 @@ def job(*arguments: object, threads: bool = False) -> dict[str, float]:
 
 
 def repeat(text: Path, target: Path, times: int, documents: int | None) -> Path:
-    """The first documents of a JSON lines file, so many times; each copy is made another document by a last line."""
+    """Write the first documents of a JSON lines file several times.
+
+    A last line that differs makes each copy a different document.
+    """
     lines = text.read_text(encoding="utf-8").split("\n")[:documents]
     texts = [json.loads(line)["text"] for line in lines if line]
     with target.open("w", encoding="utf-8") as file:
@@ -104,7 +113,7 @@ def repeat(text: Path, target: Path, times: int, documents: int | None) -> Path:
 
 
 def check_same_ids(dataset: TokenDataset, rival: Path) -> int:
-    """Compare document by document, our two splits with the rival's one; returns how many there are."""
+    """Compare our two splits with the rival's one, document by document; return their number."""
     import datasets
 
     waiting = [_documents(dataset, name) for name in ("train", "heldout")]
@@ -118,13 +127,15 @@ def check_same_ids(dataset: TokenDataset, rival: Path) -> int:
         place = next((i for i, head in enumerate(heads) if head == ids), None)
         if place is None:
             raise SystemExit(
-                f"bench_data: document {documents} of {rival} has other ids in {dataset.path}: nothing to compare"
+                f"bench_data: document {documents} of {rival} has different ids in {dataset.path}; "
+                "the two sides cannot be compared"
             )
         heads[place] = next(waiting[place], None)
         documents += 1
     if any(head is not None for head in heads):
         raise SystemExit(
-            f"bench_data: {dataset.path} has documents that {rival} has not: nothing to compare"
+            f"bench_data: {dataset.path} has documents that are missing in {rival}; "
+            "the two sides cannot be compared"
         )
     return documents
 
@@ -139,7 +150,7 @@ def _documents(dataset: TokenDataset, name: str) -> Iterator[list[int]]:
 def bench_prepare(
     text: Path, tokenizer: Path, label: str, sides: list[Side], rounds: int, work: Path
 ) -> tuple[list[Row], dict[str, float]]:
-    """A row for each side, and the ratios to the fastest rival with as many cores."""
+    """A row for each side, and the ratios to the fastest rival with the same number of cores."""
     size = text.stat().st_size / 1e6
     runs: dict[Side, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(rounds + 1):
@@ -148,7 +159,7 @@ def bench_prepare(
             found = job(
                 side.job, text, tokenizer, out, side.processes, side.cores, threads=side.threads
             )
-            if number:  # the first round fills the disk's cache, and is what is compared
+            if number:  # the first round warms the page cache; its ids are compared
                 runs[side].append(found)
         if number == 0:
             ours = [open_dataset(out) for side, out in folders.items() if side.job == "fastbert"]
@@ -206,11 +217,14 @@ def _prepare_line(row: Row) -> str:
         if "ratio" in row
         else ""
     )
-    return f"  {row['side']:34} {row['seconds']:6.2f} s {row['mb_per_s']:6.2f} MB/s {row['tokens_per_s'] / 1e6:5.2f} M tokens/s  {ratio}"
+    return (
+        f"  {row['side']:34} {row['seconds']:6.2f} s {row['mb_per_s']:6.2f} MB/s "
+        f"{row['tokens_per_s'] / 1e6:5.2f} M tokens/s  {ratio}"
+    )
 
 
 def bench_vocabulary(text: Path, rounds: int) -> Row:
-    """Our training of a vocabulary, which gives the same one every time, and tokenizers' own, on the same texts in turns."""
+    """Time our vocabulary training, which is deterministic, and that of tokenizers, in turns."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     texts = [
@@ -246,7 +260,7 @@ def bench_vocabulary(text: Path, rounds: int) -> Row:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """This process, and the threads that it starts, on one core; torch computes with one thread."""
+    """Pin this process and the threads that it starts to one core; torch uses one thread."""
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, sorted(cores)[:1])
     torch.set_num_threads(1)
@@ -260,7 +274,7 @@ def one_core() -> Iterator[None]:
 def bench_loader(
     dataset: TokenDataset, rounds: int, slice_s: float
 ) -> tuple[list[Row], dict[str, float]]:
-    """Real tokens a second of each loader, in turns on one core, `slice_s` seconds each in every round."""
+    """Real tokens per second of each loader; they run in turns for `slice_s` seconds each."""
     cases = [
         ("fastbert, pairs of single sentences", _packed(dataset, "single", 128, DEMO_SEQUENCES))
     ]
@@ -303,8 +317,11 @@ def bench_loader(
 def _packed(
     dataset: TokenDataset, segments: str, length: int, sequences: int
 ) -> Callable[[int], Generator[int]]:
-    """Our loader with its thread, from nothing at each call; yields real tokens of a step."""
-    keys = f'[objective]\nsegments = "{segments}"\n[batch]\nmax_length = {length}\nsequences = {sequences}\n'
+    """Our loader with its thread, restarted at each call; yields the real tokens of a step."""
+    keys = (
+        f'[objective]\nsegments = "{segments}"\n'
+        f"[batch]\nmax_length = {length}\nsequences = {sequences}\n"
+    )
     config = parse_config(
         f'data = "{dataset.path}"\n{keys}[model]\nmax_position_embeddings = 512\n', "bench_data"
     )
@@ -321,7 +338,10 @@ def _packed(
 def _collated(
     dataset: TokenDataset, length: int, sequences: int
 ) -> Callable[[int], Generator[int]]:
-    """Windows of each document, cut before the clock starts, shuffled, masked and padded; yields real tokens of a batch."""
+    """Windows of each document, shuffled, masked and padded; yields the real tokens of a batch.
+
+    The windows are cut before the clock starts.
+    """
     import datasets
     from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
@@ -350,7 +370,7 @@ def _collated(
 def bench_memory(
     text: Path, tokenizer: Path, sizes: tuple[int, ...], documents: int | None, work: Path
 ) -> list[Row]:
-    """Megabytes of `prepare` with one worker, and of a loader of the dataset, by the size of the text."""
+    """Megabytes of `prepare` with one worker, and of the loader, by the size of the text."""
     rows: list[Row] = []
     for times in sizes:
         source, out = repeat(text, work / "grown.jsonl", times, documents), work / f"grown-{times}"
@@ -416,7 +436,7 @@ def draw_memory(rows: list[Row], path: Path) -> None:
 
 
 def report(rows: list[Row]) -> str:
-    """Markdown, from the title on."""
+    """The report in Markdown, starting with its title."""
     parts: dict[str, list[Row]] = {}
     for row in rows:
         parts.setdefault(row["part"], []).append(row)
@@ -472,9 +492,10 @@ def report(rows: list[Row]) -> str:
     return "\n\n".join(
         [
             "Data: text to ids, the loader, memory\n",
-            "Text to token ids on disk, the same ids on both sides; seconds of work, after imports, median.\n\n"
-            + table(columns, prepare),
-            f"Training a vocabulary of 8,192 on the text: {vocabulary['seconds']:.2f} s; tokenizers alone {vocabulary['tokenizers_s']:.2f} s.",
+            "Text to token ids on disk, the same ids on both sides; "
+            "seconds of work, after imports, median.\n\n" + table(columns, prepare),
+            f"Training a vocabulary of 8,192 on the text: {vocabulary['seconds']:.2f} s; "
+            f"tokenizers alone {vocabulary['tokenizers_s']:.2f} s.",
             "Loader on one core, million real tokens a second, median (quartiles).\n\n"
             + table(("loader", "M tokens/s"), loaders),
             "Memory as the text grows.\n\n" + table(grown, memory),
@@ -489,12 +510,14 @@ def main() -> None:
     parser.add_argument(
         "text", type=Path, help="JSON lines with a field text, such as data/wiki.jsonl"
     )
-    parser.add_argument("dataset", type=Path, help="a dataset made of it by fastbert prepare")
+    parser.add_argument(
+        "dataset", type=Path, help="the dataset that fastbert prepare made from that text"
+    )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for data.json, data.md and data.png"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="few documents, few rounds: shows that it works"
+        "--quick", action="store_true", help="few documents and rounds, to check that it works"
     )
     given = parser.parse_args()
     dataset = open_dataset(given.dataset)
@@ -514,7 +537,8 @@ def main() -> None:
             rows, ratios = rows + found, ratios | gained
         rows.append(bench_vocabulary(work / "1.jsonl", 2))
         print(
-            f"vocabulary of 8,192: {rows[-1]['seconds']:.2f} s, by tokenizers alone {rows[-1]['tokenizers_s']:.2f} s",
+            f"vocabulary of 8,192: {rows[-1]['seconds']:.2f} s, "
+            f"by tokenizers alone {rows[-1]['tokenizers_s']:.2f} s",
             flush=True,
         )
         print("loader, on one core:", flush=True)

@@ -1,20 +1,29 @@
-"""Does pre-training pay? Fine-tuning our model against the same model from scratch, and against a bag of words.
+"""Does pre-training pay? Fine-tune a pre-trained model, the same model from scratch, and others.
 
-    python -m benchmarks.bench_downstream data/labelled --data data/library-8192 --out FOLDER [--beside RUN] [--quick]
-    python -m benchmarks.bench_downstream data/labelled --record downstream.json --beside RUN --out FOLDER
+    python -m benchmarks.bench_downstream data/labelled --data data/library-8192 --out FOLDER \\
+        [--beside RUN] [--quick]
+    python -m benchmarks.bench_downstream data/labelled --record downstream.json --beside RUN \\
+        --out FOLDER
 
-`examples/labelled_texts.py` made the folder of texts: topics of encyclopedia articles, and verdicts of film reviews. The dataset holds
-nothing of their tests. Three sides learn from the same examples, 500, 2,000 and all of them:
+`examples/labelled_texts.py` made the folder of texts: topics of encyclopedia articles and
+sentiments of film reviews. The dataset for pre-training contains none of their test texts. Three
+sides learn from the same examples: 500, 2,000 and all of them.
 
-    bag of words    logistic regression on TF-IDF of words and pairs of words (scikit-learn), which needs seconds
+    bag of words    logistic regression on TF-IDF of words and word pairs (scikit-learn), which
+                    takes seconds
     from scratch    the demo's model with the weights that its pre-training began with
-    pre-trained     the model itself: that of `--model`, or one made here by the demo's recipe from the dataset, in half an hour
-    (any other)     each model of `--beside`, called by its folder's name; with `--record` only these are measured, as sides of that record
+    pre-trained     the model of `--model`, or one that is pre-trained here on the dataset with the
+                    demo's recipe, in half an hour
+    (any other)     each model of `--beside`, named after its folder; with `--record` only these
+                    are measured and added to that record
 
-A tenth of the training examples is held out. By it, with a seed that is not measured later and all examples, each side gets its learning
-rate (the bag of words its C, for every seed); and by it the best epoch is chosen. The test file is looked at once, by the model that came
-out. Five seeds: other examples (where not all are taken), another new layer, other dropout and order; from scratch all weights. All models
-get the same number of steps. Two trials go side by side, on a core each; a finished one is kept in FOLDER/downstream-trials.
+A tenth of the training examples is held out. It selects each side's learning rate, on all
+examples and with a seed that is not measured later (the bag of words selects its C, for every
+seed); and it selects the best epoch. The test file is evaluated once, with the selected model.
+There are five seeds; a seed changes the examples (where not all are taken), the new layer, dropout
+and order, and for the model from scratch all weights. All models train for the same number of
+steps. Two trials run at a time, each on its own core. A finished trial is kept in
+FOLDER/downstream-trials.
 """
 
 from __future__ import annotations
@@ -48,12 +57,13 @@ from fastbert.tasks.scores import accuracy, f1
 from fastbert.training.picture import INK, MUTED
 
 RECIPE = ROOT / "fastbert/recipes/demo.toml"
-PRETRAINING_TOKENS = 40_000_000  # half an hour on two cores; counted in tokens, so that a slow machine makes the same model
+# Half an hour on two cores. It is counted in tokens, so that a slow machine makes the same model.
+PRETRAINING_TOKENS = 40_000_000
 WORDS, SCRATCH, PRETRAINED = "bag of words", "from scratch", "pre-trained"
 COLORS = {WORDS: "#9ca3af", SCRATCH: "#d97706", PRETRAINED: OURS}
 BESIDE_COLORS = ("#059669", "#7c3aed", "#db2777")
 TASKS = {"topics": "encyclopedia topics", "films": "film reviews"}
-STRENGTHS = (1.0, 10.0, 100.0)  # C of the logistic regression
+STRENGTHS = (1.0, 10.0, 100.0)  # values of C that the logistic regression tries
 SEARCH_SEED = 0
 BATCH, MAX_LENGTH, HELD_OUT = 32, 64, 0.1
 LEAST_EPOCHS = 5
@@ -61,7 +71,14 @@ LEAST_EPOCHS = 5
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured: numbers of training examples (None for all), seeds, learning rates that are tried, steps of a training."""
+    """How much is measured.
+
+    Args:
+        examples: numbers of training examples; None for all.
+        seeds: seeds of the measured trials.
+        rates: learning rates that are tried.
+        steps: steps of one training.
+    """
 
     examples: tuple[int | None, ...]
     seeds: tuple[int, ...]
@@ -75,7 +92,15 @@ QUICK = Extent((200,), (1,), (5e-4,), 50)
 
 @dataclass(frozen=True)
 class Job:
-    """One training: `task` out of `texts`, on `examples` of it (None for all), by `side`, with the model at `model` (None: no model)."""
+    """One training.
+
+    Args:
+        texts: folder with the labelled texts.
+        model: the model's folder; None for the bag of words.
+        task: a key of TASKS.
+        side: what is trained.
+        examples: number of training examples; None for all.
+    """
 
     texts: Path
     model: Path | None
@@ -88,11 +113,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.task:7} {'all' if self.examples is None else self.examples:>5} {self.side:12} seed {self.seed}"
+        examples = "all" if self.examples is None else self.examples
+        return f"{self.task:7} {examples:>5} {self.side:12} seed {self.seed}"
 
 
 def read(job: Job) -> tuple[Examples, Examples]:
-    """What is trained on, the held-out part with it, and the test."""
+    """The training examples, which include the held-out part, and the test examples."""
     training, test = (
         read_examples(job.texts / f"{job.task}-{part}.jsonl") for part in ("train", "test")
     )
@@ -103,14 +129,14 @@ def read(job: Job) -> tuple[Examples, Examples]:
 
 
 def run(job: Job, folder: Path) -> Row:
-    """The trial, which is kept in the folder."""
+    """The result of the trial, computed once and kept in the folder."""
     return once(
         folder / f"{hashlib.sha256(repr(job).encode()).hexdigest()[:12]}.json", lambda: trial(job)
     )
 
 
 def trial(job: Job) -> Row:
-    """Train; scores on the held-out part, by which things are chosen, and on the test."""
+    """Train, and return the scores on the held-out part, used for selection, and on the test."""
     began = time.perf_counter()
     found = fine_tuned(job, job.model) if job.model else bag_of_words(job)
     facts = {key: value for key, value in asdict(job).items() if key not in ("texts", "model")}
@@ -183,7 +209,7 @@ def test_scores(right: float, mean_f1: float) -> Row:
 
 
 def pretrain(dataset: Path, folder: Path) -> Path:
-    """The run of the demo's recipe on the dataset, for longer; not made again where it is finished."""
+    """The run of the demo's recipe on the dataset, with more tokens; reused once it is finished."""
     made, finished = folder / "run", folder / "finished"
     if not finished.exists():
         resume = ["--resume"] if made.exists() else []
@@ -209,7 +235,7 @@ def pretrain(dataset: Path, folder: Path) -> Path:
 
 
 def searched(jobs: Sequence[Job], rows: Sequence[Row]) -> dict[tuple[str, str], float]:
-    """The learning rate of each task and side that was best on the held-out part."""
+    """For each task and side, the learning rate with the best score on the held-out part."""
     best: dict[tuple[str, str], Row] = {}
     for job, row in zip(jobs, rows, strict=True):
         key = (job.task, job.side)
@@ -219,12 +245,12 @@ def searched(jobs: Sequence[Job], rows: Sequence[Row]) -> dict[tuple[str, str], 
 
 
 def sides(rows: Iterable[Row]) -> list[str]:
-    """In the order of the table: what they are compared with, the models beside each other."""
+    """The sides in the order of the table: the bag of words, then the models."""
     return [WORDS, *dict.fromkeys(row["side"] for row in rows if row["part"] == "model")]
 
 
 def groups(rows: Sequence[Row]) -> Iterator[tuple[str, int | None, dict[str, list[Row]]]]:
-    """Measured trials by task, number of examples and side."""
+    """The measured trials, grouped by task, number of examples and side."""
     measured = [row for row in rows if row["part"] == "trial" and row["seed"] != SEARCH_SEED]
     for task, examples in dict.fromkeys((row["task"], row["examples"]) for row in measured):
         yield (
@@ -242,7 +268,7 @@ def groups(rows: Sequence[Row]) -> Iterator[tuple[str, int | None, dict[str, lis
 
 
 def downstream_table(rows: Sequence[Row]) -> str:
-    """Markdown: accuracy on the test by task, number of examples and side."""
+    """Markdown table: accuracy on the test by task, number of examples and side."""
     facts = {row["task"]: row for row in rows if row["part"] == "task"}
     lines = []
     for task, examples, trials in groups(rows):
@@ -275,7 +301,7 @@ def downstream_table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Accuracy over the number of labelled examples, a panel a task."""
+    """Plot accuracy over the number of labelled examples, one panel per task."""
     facts = {row["task"]: row for row in rows if row["part"] == "task"}
     names = sides(rows)
     colors = dict(zip(names, (*COLORS.values(), *BESIDE_COLORS), strict=False))
@@ -305,8 +331,16 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             )
         most = 100 * facts[task]["majority"]
         ax.axhline(most, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-        ax.annotate("most frequent label", (1, most), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
-                    ha="right", color=MUTED, fontsize=8)  # fmt: skip
+        ax.annotate(
+            "most frequent label",
+            (1, most),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color=MUTED,
+            fontsize=8,
+        )
         ax.set_xscale("log")
         ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
         ax.minorticks_off()
@@ -322,7 +356,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         fontsize=9,
     )
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a side is called by its folder's name
+        text.set_parse_math(False)  # a side is named after a folder, which may contain a $
     save(figure, path)
 
 
@@ -354,7 +388,7 @@ def describe_model(side: str, path: Path, commit: str) -> Row:
 
 
 def recorded_rows(path: Path) -> list[Row]:
-    """Of a record, each model with the commit at which it was measured."""
+    """The rows of a record; each model gets the commit at which it was measured."""
     record = read_record(path)
     return [
         {"commit": record.header["commit"], **row} if row["part"] == "model" else row
@@ -363,7 +397,7 @@ def recorded_rows(path: Path) -> list[Row]:
 
 
 def comparable(recorded: Sequence[Row], texts: Path, extent: Extent) -> bool:
-    """Whether the record's trials are those that would be measured now."""
+    """Whether the record's trials have the settings and texts of this run."""
     trials = {
         (row["examples"], row["seed"], row["steps"])
         for row in recorded
@@ -376,7 +410,10 @@ def comparable(recorded: Sequence[Row], texts: Path, extent: Extent) -> bool:
 
 
 def models_table(rows: Sequence[Row]) -> str:
-    """Markdown: what each side is, and the commit at which it was measured; the bag of words was with the first."""
+    """Markdown table of the models, each with the commit at which it was measured.
+
+    The bag of words has no row; it was measured at the first model's commit.
+    """
     sizes = ("num_hidden_layers", "hidden_size", "vocab_size")
     models = [row for row in rows if row["part"] == "model"]
     lines = [
@@ -394,7 +431,7 @@ def models_table(rows: Sequence[Row]) -> str:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """The text of downstream.md."""
+    """The report in Markdown, starting with its title."""
     rates = {
         (row["task"], row["side"]): row["lr"]
         for row in rows
@@ -422,7 +459,7 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def arguments() -> tuple[argparse.Namespace, list[Row]]:
-    """What was asked, and the rows of `--record`."""
+    """The parsed command line, and the rows of `--record`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -432,40 +469,42 @@ def arguments() -> tuple[argparse.Namespace, list[Row]]:
     parser.add_argument(
         "--model",
         type=Path,
-        help="a run or an exported folder in place of that; it must not have read the tests' texts",
+        help="use this run or exported folder instead; it must not have seen the test texts",
     )
     parser.add_argument(
         "--beside",
         type=Path,
         action="append",
         default=[],
-        help="the same, as one more side; may be repeated",
+        help="a further model, under the same condition; may be repeated",
     )
     parser.add_argument(
         "--record",
         type=Path,
-        help="a downstream.json that is there: the models of --beside become sides of it, by its settings",
+        help="an existing downstream.json; adds the models of --beside to it, with its settings",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="200 examples, one seed, no search: only to see that it works",
+        help="200 examples, one seed, no search, to check that it works",
     )
     given = parser.parse_args()
     if not (given.texts / "pretrain.jsonl").is_file():
         parser.error(
-            f"{given.texts}: not a folder that examples/labelled_texts.py made; make data/labelled/pretrain.jsonl makes one"
+            f"{given.texts}: not a folder made by examples/labelled_texts.py; "
+            "run make data/labelled/pretrain.jsonl to make one"
         )
     for path in filter(None, (given.model, *given.beside)):
         if not path.is_dir():
-            parser.error(f"{path}: no such model")
+            parser.error(f"{path}: no such model folder")
     if given.record and (given.model or given.data or not given.beside):
         parser.error(
-            "--record goes with --beside, whose models alone are measured, and without --data and --model"
+            "--record measures only the models of --beside; "
+            "give it with --beside, and without --data and --model"
         )
     if given.record and not given.record.is_file():
         parser.error(
-            f"--record {given.record}: no such file; benchmarks/results/ has those of this project"
+            f"--record {given.record}: no such file; recorded ones are in benchmarks/results/"
         )
     if (
         not given.record
@@ -473,31 +512,34 @@ def arguments() -> tuple[argparse.Namespace, list[Row]]:
         and not (given.data and (given.data / "manifest.json").is_file())
     ):
         parser.error(
-            f"--data {given.data}: no dataset to pre-train on; make data/library-8192/manifest.json makes one, --model takes another model"
+            f"--data {given.data}: no dataset to pre-train on; "
+            "run make data/library-8192/manifest.json to make one, or choose a model with --model"
         )
     names, recorded = list(COLORS), []
     if given.record:
         try:
             recorded = recorded_rows(given.record)
             same = comparable(recorded, given.texts, QUICK if given.quick else FULL)
-        except (ValueError, TypeError, KeyError):  # not JSON, or the JSON of something else
+        except (ValueError, TypeError, KeyError):  # not JSON, or JSON of another kind
             parser.error(
-                f"--record {given.record}: not a downstream.json that this benchmark wrote"
+                f"--record {given.record}: not a downstream.json written by this benchmark"
             )
         if not same:
             parser.error(
-                f"--record {given.record}: measured with other settings, or other texts than {given.texts}; a new side would not compare"
+                f"--record {given.record}: was measured with other settings, or with other texts "
+                f"than {given.texts}, so a new side cannot be compared with it"
             )
         names = sides(recorded)
     for path in given.beside:
         if path.name in names:
             parser.error(
-                f"--beside {path}: a side is called {path.name!r} already; rename the folder"
+                f"--beside {path}: there is already a side named {path.name!r}; rename the folder"
             )
         names.append(path.name)
     if len(names) > (most := len(COLORS) + len(BESIDE_COLORS)):
         parser.error(
-            f"--beside {given.beside[-1]}: {len(names)} sides, of which the picture can show {most}; leave some out"
+            f"--beside {given.beside[-1]}: {len(names)} sides, but the figure can show at most "
+            f"{most}; leave some out"
         )
     return given, recorded
 
@@ -513,7 +555,7 @@ def main() -> None:
     if not recorded:
         model = given.model or pretrain(given.data, given.out / "downstream-model")
         models = {SCRATCH: model, PRETRAINED: model} | models
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes below
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the worker processes below
 
     first = Job(
         given.texts, None, "topics", WORDS, extent.examples[-1], SEARCH_SEED, steps=extent.steps
@@ -530,7 +572,8 @@ def main() -> None:
             rows = []
             for job, row in zip(jobs, pool.map(run, jobs, itertools.repeat(kept)), strict=False):
                 print(
-                    f"{job.name}  lr {job.lr:g}  held out {row['heldout']:.1%}  {row['seconds']:.0f} s",
+                    f"{job.name}  lr {job.lr:g}  held out {row['heldout']:.1%}  "
+                    f"{row['seconds']:.0f} s",
                     flush=True,
                 )
                 rows.append(row)

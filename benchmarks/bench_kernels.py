@@ -1,19 +1,25 @@
-"""Each kernel against what people would use instead: a pytest-benchmark suite that walks the operations, forward and backward.
+"""Benchmark each kernel against its usual alternatives: a pytest-benchmark suite.
 
-    pytest benchmarks/bench_kernels.py --out runs/kernels [-k "norm or gelu"] [--seconds 120] [--compile one|all|none]
+    pytest benchmarks/bench_kernels.py --out runs/kernels [-k "norm or gelu"] [--seconds 120] \\
+        [--compile one|all|none]
 
-Each case is first compared with the reference in higher precision, result and gradients, by the bound of the tests. Then forward and
-backward passes are timed in turns, on the same inputs in one process:
+It covers every operation, forward and backward. The results and gradients of each case are first
+compared with the reference in higher precision, with the error bound of the tests. Then forward
+and backward passes are timed in turns, on the same inputs in one process:
 
-    triton          ours, bf16 (on a CPU `cpu`, fp32, smaller packs)
-    eager           the same function as one writes it with torch.nn.functional; attention padded, its scores [B, H, n, n]
-    torch.compile   of that; it takes many seconds a case, so only for one of an operation, with dropout, unless `--compile all`
-    SDPA, varlen_attn, linear_cross_entropy     torch's own fused operation, where this torch has one
-    Liger, CCE, FlashAttention                  what people install
+    triton          ours in bf16 (on a CPU: `cpu`, in fp32, with smaller packs)
+    eager           the same function written with torch.nn.functional; attention is padded, with
+                    scores of shape [B, H, n, n]
+    torch.compile   the eager function, compiled. Compiling takes many seconds per case, so it is
+                    done for one case of an operation, with dropout, unless `--compile all`
+    SDPA, varlen_attn, linear_cross_entropy     torch's own fused operation, if this torch has one
+    Liger, CCE, FlashAttention                  packages that people install
 
-All contenders of a case are timed when its first test runs, one after the other in every round; each test then hands pytest-benchmark the
-rounds of its own contender. So the figures are those of rivals that met the same state of the machine. A test is skipped where a
-contender is missing, with the reason, and fails where ours is wrong. Next to pytest-benchmark.json the folder gets kernels.json, kernels.md and kernels.png.
+All contenders of a case are timed when its first test runs, one after the other in every round.
+Each test then passes the rounds of its own contender to pytest-benchmark. So all figures of a case
+were measured under the same machine conditions. A test is skipped, with the reason, if its
+contender is missing; it fails if our result is wrong. The folder gets pytest-benchmark.json,
+kernels.json, kernels.md and kernels.png.
 """
 
 from __future__ import annotations
@@ -44,16 +50,24 @@ from benchmarks.kernel_report import PASSES
 from benchmarks.timing import Contender, Times, differentiated, extra_memory, in_turns
 
 CPU_TOKENS = 512
+# Tokens of a pack in the figures.
 SIZES = {
     "cuda": (1024, 4096, 16384, 65536),
     "cpu": (128, 512, 2048),
-}  # of the pictures: tokens of a pack
-TIMING_SHARE = 0.5  # of a case's time; the rest is left to compiling and checking
+}
+TIMING_SHARE = 0.5  # share of a case's time for timing; the rest is for compiling and checking
 
 
 @dataclass(frozen=True)
 class Found:
-    """What came of a case: the rounds of each contender, why others are missing, and how far ours is from the truth."""
+    """The result of a case.
+
+    Args:
+        times: rounds of each contender.
+        notes: for each missing contender, the reason.
+        error_over_allowed: our error as a share of the allowed error.
+        extra_bytes: memory that a pass allocates, by contender.
+    """
 
     times: dict[str, Times]
     notes: dict[str, str]
@@ -62,11 +76,11 @@ class Found:
 
 
 class Bench:
-    """Measures a case when it is first asked for. The last one is kept.
+    """Measures a case when it is first requested, and caches the latest one.
 
     Args:
-        seconds: what `count` cases may take in all, from the first one on; those that come later are not measured.
-        compiled: names of the cases that torch.compile takes part in.
+        seconds: time for all `count` cases, counted from the first; later cases are not measured.
+        compiled: names of the cases that are also measured with torch.compile.
     """
 
     def __init__(self, device: torch.device, seconds: float, count: int, compiled: set[str]):
@@ -77,7 +91,7 @@ class Bench:
         self._found: dict[str, Found] = {}
 
     def __call__(self, case: Case) -> Found | None:
-        """None where no time was left."""
+        """The result of a case; None if the time is used up."""
         self._end = self._end or time.monotonic() + self.seconds
         name = str(case)
         if name not in self._found:
@@ -112,7 +126,7 @@ class Bench:
     def _others(
         self, case: Case, given: dict[str, Any]
     ) -> tuple[dict[str, Contender], dict[str, str]]:
-        """Those that ran once, forward and backward, and why each of the others did not."""
+        """The contenders that ran once forward and backward, and why the others did not."""
         offered = {**rivals.rivals(case, given), **peers.peers(case, given)}
         eager = offered["eager"]
         if str(case) in self.compiled and not isinstance(eager, str):
@@ -125,7 +139,7 @@ class Bench:
 
 
 class Clock:
-    """A timer for pytest-benchmark that tells how long something took which has been timed already."""
+    """A timer for pytest-benchmark that reports durations which have already been measured."""
 
     def __init__(self) -> None:
         self._readings: Iterator[float] = iter(())
@@ -134,7 +148,7 @@ class Clock:
         return next(self._readings)
 
     def rewind(self, seconds: list[float]) -> None:
-        """Let the coming rounds take so long."""
+        """Set the durations of the coming rounds."""
         self._readings = (reading for taken in seconds for reading in (0.0, taken))
 
 
@@ -142,7 +156,10 @@ clock = Clock()
 
 
 def cases_for(device: torch.device, tokens: int | None) -> list[Case]:
-    """The sizes of training, or packs of `tokens` tokens; and those of the pictures. Nobody trains BERT-large on a CPU."""
+    """The sizes of training, or packs of `tokens` tokens; then the sizes of the figures.
+
+    BERT-large is left out on a CPU, where nobody trains it.
+    """
     if tokens is not None:
         return [*production(tokens), *sweep((128, 256))]
     gpu = device.type == "cuda"
@@ -150,7 +167,10 @@ def cases_for(device: torch.device, tokens: int | None) -> list[Case]:
 
 
 def to_compile(cases: list[Case], which: str) -> set[str]:
-    """The names of the cases to compile too; "one" of an operation is its first with dropout, if it has dropout."""
+    """The names of the cases to compile; "one" takes an operation's first case with dropout.
+
+    If the operation has no dropout, "one" takes its first case.
+    """
     one: dict[str, Case] = {}
     for case in sorted(cases, key=lambda case: case.dropout_p == 0):
         one.setdefault(case.operation, case)
@@ -158,7 +178,7 @@ def to_compile(cases: list[Case], which: str) -> set[str]:
 
 
 def contenders_of(case: Case, ours: str, compiled: set[str]) -> list[str]:
-    """Everybody who may take part in a case."""
+    """All contenders that may take part in a case."""
     names = [ours, *rivals.NAMES[case.operation], *peers.NAMES[case.operation]]
     return names + ["torch.compile"] * (str(case) in compiled)
 

@@ -1,21 +1,27 @@
-"""CPU time of launching: what Python, Triton's launcher and torch's autograd cost a step on a GPU, measured without a GPU.
+"""CPU time of launching kernels: Python, Triton's launcher and torch's autograd, without a GPU.
 
     python -m benchmarks.bench_launch [--out FOLDER] [--seconds 60]
 
-Triton's driver is replaced by one that launches nothing (`no_launch`). Everything else is real: the public functions with their checks,
-autograd, the binding of arguments, the look-up of compiled kernels. Counted is the time of this process, in bf16, with dropout 0.1. As on
-a GPU, values of index tensors are not checked.
+Triton's driver is replaced by one that launches nothing (`no_launch`). Everything else is real:
+the public functions with their checks, autograd, the binding of arguments and the look-up of
+compiled kernels. The measure is the CPU time of this process, in bf16, with dropout 0.1. As on a
+GPU, values of index tensors are not checked.
 
-An operation is called on tensors of a few rows; its row gives microseconds of one forward and of one backward call.
+An operation is called on tensors of a few rows. Its row gives microseconds of one forward and of
+one backward call.
 
-A micro-batch is one forward and backward pass of the model. What a launch costs does not depend on sizes, so the model is a narrow twin of
-BERT-base, or of mini and small: as many layers, but all sizes are 16, with one head, two sequences of two tokens, and a vocabulary of 64.
-Torch's own operations, such as the matrix products, then do no arithmetic worth mentioning, but they do cost their dispatch. For comparison
-the same model is measured composed of torch's products and of functions of autograd that do nothing: `bare` in the table.
+A micro-batch is one forward and backward pass of the model. The cost of a launch does not depend
+on sizes, so the model is a narrow version of BERT-base (or mini, or small): it has as many layers,
+but all sizes are 16, with one head, two sequences of two tokens, and a vocabulary of 64. Torch's
+own operations, such as matrix products, then do almost no arithmetic, but still cost their
+dispatch. For comparison the same model is measured with torch's products and with autograd
+functions that do nothing: column `bare` of the table.
 
-Not counted, since there is no GPU: the driver's own time, some 3 microseconds for each launch of ours and of torch's; and DeepSpeed's.
+There is no GPU, so the time of the real driver is not included (about 3 microseconds for each
+launch, ours and torch's), nor is DeepSpeed's.
 
-Both models and all operations take turns, and of each the least of all rounds counts: what else runs on the machine only ever adds.
+Both models and all operations take turns. The minimum over all rounds counts, because other load
+on the machine only ever adds time.
 """
 
 from __future__ import annotations
@@ -46,13 +52,14 @@ from fastbert_kernels.specs import SPECS
 DROPOUT = 0.1
 VOCABULARY = 64
 SEQUENCES, LENGTH = 2, 2  # sequences of the micro-batch, tokens of each
+# The maximum length that the attention kernels are given decides which of them run.
 LONGEST = {
     "one tile": 128,
     "general": 512,
-}  # what the attention kernels are told of the lengths decides which of them run
+}
 MODELS = ("base", "mini")
-CALLS = 20  # of an operation between two looks at the clock
-ROUNDS = (5, 200)  # at the least and at the most
+CALLS = 20  # calls of an operation between two readings of the clock
+ROUNDS = (5, 200)  # minimum and maximum
 OPERATIONS: dict[str, tuple[str, Shape]] = {
     "attention, one tile": ("attention", {"lengths": [8, 8], "H": 2, "K": 64}),
     "attention, general": ("attention", {"lengths": [8, 130], "H": 2, "K": 64}),
@@ -63,11 +70,11 @@ OPERATIONS: dict[str, tuple[str, Shape]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- the stand-ins
+# ------------------------------------------------------------------------------------ the stand-ins
 
 
 class _Nothing(torch.autograd.Function):
-    """An operation of autograd that allocates its result and its gradients, and does nothing else."""
+    """An autograd operation that only allocates its result and its gradients."""
 
     @staticmethod
     def forward(ctx: Any, shape: tuple[int, ...], *tensors: Tensor | None) -> Tensor:
@@ -90,7 +97,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
 def _norm(
     x: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, **_: Any
 ) -> Tensor:
-    return _Nothing.apply(x.shape, x, bias, residual, norm_weight, norm_bias)  # type: ignore[no-any-return]
+    return _Nothing.apply(  # type: ignore[no-any-return]
+        x.shape, x, bias, residual, norm_weight, norm_bias
+    )
 
 
 def _layer_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, **_: Any) -> Tensor:
@@ -104,7 +113,9 @@ def _gelu(x: Tensor, bias: Tensor, **_: Any) -> Tensor:
 def _embedding(
     input_ids: Tensor, _positions: Tensor, _token_types: Tensor, *tables: Tensor, **_: Any
 ) -> Tensor:
-    return _Nothing.apply((len(input_ids), tables[0].shape[1]), *tables)  # type: ignore[no-any-return]
+    return _Nothing.apply(  # type: ignore[no-any-return]
+        (len(input_ids), tables[0].shape[1]), *tables
+    )
 
 
 def _loss(
@@ -130,11 +141,11 @@ NOTHING = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- what is timed
+# ------------------------------------------------------------------------------------ what is timed
 
 
 def twin(preset: str) -> BertForPreTraining:
-    """As many layers as the preset, as narrow as can be, in bf16, on the Triton kernels."""
+    """A model with as many layers as the preset and minimal sizes, in bf16, on Triton kernels."""
     narrow = {
         "hidden_size": 16,
         "num_attention_heads": 1,
@@ -179,7 +190,7 @@ def step(model: BertForPreTraining, parameters: list[Tensor], batch: PackedBatch
 
 
 def operation(name: str, shape: Shape) -> tuple[Callable[[], Tensor], Callable[[Tensor], object]]:
-    """Forward, and backward from its result."""
+    """The forward call, and the backward call, which takes the forward result."""
     spec = SPECS[name]
     arguments = spec.inputs(shape, torch.bfloat16, DROPOUT)
     leaves = [arguments[key].detach().requires_grad_() for key in spec.differentiable]
@@ -199,7 +210,7 @@ def operation(name: str, shape: Shape) -> tuple[Callable[[], Tensor], Callable[[
 
 @contextlib.contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Kernels launched to nowhere, and no look into index tensors, which functions take on a CPU."""
+    """Launch no kernels, and skip the checks of index values that run only on a CPU."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_launch("sm_90"))
         for spec in SPECS.values():
@@ -210,7 +221,7 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def cpu_time(call: Callable[[], object], calls: int = 1) -> float:
-    """Seconds of this process for one of so many calls."""
+    """Mean CPU seconds of this process per call."""
     start = time.process_time()
     for _ in range(calls):
         call()
@@ -218,7 +229,7 @@ def cpu_time(call: Callable[[], object], calls: int = 1) -> float:
 
 
 def measure(seconds: float) -> list[Row]:
-    """A row for each operation, microseconds, and for each micro-batch, milliseconds."""
+    """A row for each operation, in microseconds, and for each micro-batch, in milliseconds."""
     operations = {name: operation(*what) for name, what in OPERATIONS.items()}
     models = {preset: twin(preset) for preset in MODELS}
     steps = {
@@ -234,7 +245,7 @@ def measure(seconds: float) -> list[Row]:
         times.setdefault(key, []).append(found)
 
     end = time.monotonic() + seconds
-    for number in range(-1, ROUNDS[1]):  # the first round compiles, and is forgotten
+    for number in range(-1, ROUNDS[1]):  # the first round compiles and is discarded
         if number >= ROUNDS[0] and time.monotonic() > end:
             break
         for name, (forward, backward) in operations.items():
@@ -270,7 +281,8 @@ def report(rows: list[Row]) -> str:
     return "\n\n".join(
         [
             "CPU time of launching",
-            "Time of the process, nothing launched; see benchmarks/bench_launch.py for what is counted.",
+            "Time of the process, nothing launched; "
+            "see benchmarks/bench_launch.py for what is counted.",
             table(
                 ["operation", "forward, us", "backward, us"],
                 [
@@ -295,7 +307,7 @@ def report(rows: list[Row]) -> str:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """The bare model's time over ours; above 1 where a layer of ours costs less than its products composed."""
+    """The bare model's time over ours; above 1 if our layers cost less than the bare products."""
     return {
         f"BERT-{row['model']}, {row['attention']}, bare over ours": row["bare_ms"] / row["ms"]
         for row in rows
@@ -308,7 +320,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="folder for launch.json and launch.md")
-    parser.add_argument("--seconds", type=float, default=60, help="what it may take, about (60)")
+    parser.add_argument("--seconds", type=float, default=60, help="approximate duration (60)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with as_on_gpu():

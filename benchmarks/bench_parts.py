@@ -1,16 +1,20 @@
-"""Where our training step's time goes, part by part, against the time that each part needs at this machine's measured rates.
+"""Time of each part of a training step, against the ideal time at this machine's measured rates.
 
     python -m benchmarks.bench_parts data/wiki --out FOLDER [--steps 12] [--seconds 90] [--quick]
 
-The step is the one of `fastbert pretrain`: a batch is drawn and `training.engine.Engine`, with DeepSpeed in it, takes it forward, backward
-and through the update; fp32, dropout 0.1, 32 of the demo's pairs, the heap setting of `fastbert.heap`. Every batch is taken twice: once
-plainly, which gives the step's time, and once under torch.profiler, which gives the parts; medians. Forward operations belong to the module
-that they run in, backward ones to the part of the forward operation with the same sequence number, and each moment is counted once. What the
-parts do not add up to is the row "rest"; below 0 it is the profiler's own time.
+The step is that of `fastbert pretrain`: a batch is drawn, and `training.engine.Engine`, which
+contains DeepSpeed, runs forward, backward and the update. Settings: fp32, dropout 0.1, 32 of the
+demo's pairs, and the heap setting of `fastbert.heap`. Every batch runs twice: once without the
+profiler for the step's time, and once under torch.profiler for the parts. All figures are medians.
+A forward operation belongs to the module that it runs in. A backward operation belongs to the part
+of the forward operation with the same sequence number. Each moment is counted once. The difference
+between the step and the sum of its parts is the row "rest"; if negative, it is the overhead of the
+profiler.
 
-The ideal of a part with matrix products is its FLOPs, as executed, over the GEMM rate; of one without, the bytes that it must read and write
-over the bandwidth of memory (so it can be passed where a cache holds them). Both rates are measured in the same process, and both are
-the machine's best while the steps are medians.
+For a part with matrix products, the ideal time is its executed FLOPs over the GEMM rate. For a
+part without, it is the bytes that it must read and write over the memory bandwidth; a cache can
+make such a part faster than that. Both rates are measured in the same process. Both are the
+machine's best, while the steps are medians.
 """
 
 from __future__ import annotations
@@ -25,9 +29,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # or the profiler says twice a step that it is at work
+# Without this the profiler prints two messages per step.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -67,13 +70,13 @@ MODULES: dict[type, str] = {
     Embeddings: EMBEDDING,
     Attention: PROJECTIONS,
     FeedForward: PRODUCTS,
-    BertForPreTraining: LOSS,
-}  # heads: loss
-# An operation that has a part of its own within a module's, or anywhere.
+    BertForPreTraining: LOSS,  # its heads
+}
+# Operations that are a part of their own, within the part of a module or elsewhere.
 OPERATIONS = {
     (PROJECTIONS, "_Attention"): SCORES,
     (PRODUCTS, "aten::gelu"): GELU,
-    (PRODUCTS, "aten::add"): GELU,  # its bias
+    (PRODUCTS, "aten::add"): GELU,  # the bias of GELU
     (PROJECTIONS, "_DropoutAddLayerNorm"): NORM,
     (PRODUCTS, "_DropoutAddLayerNorm"): NORM,
     (ENGINE, "aten::_foreach_norm"): OPTIMIZER,  # clipping
@@ -83,7 +86,7 @@ BACKWARD_NODE, STEP, MARK, WORD = "autograd::engine::evaluate_function: ", "step
 
 
 def mark(model: torch.nn.Module) -> None:
-    """Let the profiler see when the forward pass is in a module of MODULES."""
+    """Mark the modules of MODULES in the forward pass, so that the profiler records them."""
     for module in model.modules():
         if (part := MODULES.get(type(module))) is not None:
             ranges: list[Any] = []
@@ -133,9 +136,9 @@ def split(events: Iterable[Any]) -> dict[str, float]:
 def flops(
     model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int
 ) -> dict[str, float]:
-    """`fastbert.planning.flops.executed_flops`, by part."""
+    """`fastbert.planning.flops.executed_flops`, split by part."""
     D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    tokens, rows = sum(lengths), masked + pairs  # the last layer's
+    tokens, rows = sum(lengths), masked + pairs  # rows that the last layer computes
     squares = sum(n * n for n in lengths)
     scores = sum(n * (1 + masked * n / tokens) for n in lengths)
     forward = {
@@ -150,15 +153,15 @@ def flops(
 def least_bytes(
     model: ModelConfig, vocab_size: int, parameters: int, tokens: int, rows: int
 ) -> dict[str, float]:
-    """What the parts without matrix products must read and write, forward and backward."""
+    """Bytes that the parts without matrix products must read and write, forward and backward."""
     D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    # A layer's two norms; the last one's are on `rows` alone. Forward: x, residual, z, y; backward: dy, z, dx, dresidual.
+    # A layer has two norms; in the last layer they run on `rows` alone. Forward: x, residual, z,
+    # y; backward: dy, z, dx, dresidual.
     norm = 8 * 2 * D * ((L - 1) * tokens + rows)
     gelu = 5 * F * ((L - 1) * tokens + rows)  # x, y; dy, x, dx
-    embedding = (
-        7 * D * tokens + D * vocab_size
-    )  # row, z, y; dy, z, and the row of the gradient twice; the gradient of the table
-    update = 7 * parameters  # weight, gradient and two moments; three of them written
+    # Row, z, y; then dy, z, and the row of the gradient twice; and the gradient of the table.
+    embedding = 7 * D * tokens + D * vocab_size
+    update = 7 * parameters  # weight, gradient and two moments are read; three are written
     return {
         EMBEDDING: WORD * embedding,
         GELU: WORD * gelu,
@@ -170,7 +173,11 @@ def least_bytes(
 def measure(
     dataset: TokenDataset, preset: str, vocab_size: int, steps: int, seconds: float = math.inf
 ) -> tuple[float, dict[str, float], dict[str, float], dict[str, float]]:
-    """Milliseconds of a step and of its parts, medians; FLOPs and least bytes of a step by part, means. Fewer steps where `seconds` are over."""
+    """Measure a step.
+
+    Returns the milliseconds of a step and of its parts (medians), then the FLOPs and the least
+    bytes of a step by part (means). There are fewer steps if `seconds` are used up.
+    """
     end = time.monotonic() + seconds
     config: RunConfig = parse_config(
         f'data = "{dataset.path}"\n[model]\npreset = "{preset}"\n[objective]\nsegments = "single"\n'
@@ -198,7 +205,7 @@ def measure(
             wall = _milliseconds(lambda index=index: step(index))
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 step(index)
-            if index >= WARM_UP:  # the first ones warm the heap up
+            if index >= WARM_UP:  # the first steps warm up the heap
                 walls.append(wall)
                 splits.append(split(profiler.events() or []))
                 batch_of += batches.step(index)
@@ -231,7 +238,7 @@ def rows_of(
     rate: float,
     bandwidth: float,
 ) -> list[Row]:
-    """A row for each part, one for what is left, and the whole step's."""
+    """A row for each part, one for the rest, and one for the whole step."""
     rows = []
     for part in PARTS:
         ideal = 1e3 * (work[part] / rate or moved[part] / bandwidth)
@@ -281,15 +288,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "dataset", help="a folder that `fastbert prepare` made; its lengths are what is timed"
+        "dataset", help="a folder made by `fastbert prepare`; its sequence lengths are timed"
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12, help="of each model (12)")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each model (12)")
     parser.add_argument(
         "--seconds",
         type=float,
         default=math.inf,
-        help="about how long; models then have fewer steps",
+        help="approximate duration; models then run fewer steps",
     )
     parser.add_argument("--quick", action="store_true", help="two steps of the smallest model")
     given = parser.parse_args()
@@ -312,7 +319,10 @@ def main() -> None:
         title = f"## {case}: {rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s"
         sections.append(f"{title}\n\n{table(columns, [cells(row) for row in new])}")
         print(f"\n{sections[-1]}", flush=True)
-    intro = f"Where a training step's time goes\n\n{SEQUENCES} of the demo's pairs a step, fp32, dropout 0.1; medians of at most {steps} steps."
+    intro = (
+        f"Where a training step's time goes\n\n{SEQUENCES} of the demo's pairs a step, fp32, "
+        f"dropout 0.1; medians of at most {steps} steps."
+    )
     Record(facts, rows).write(given.out, "parts", "\n\n".join([intro, *sections]))
 
 

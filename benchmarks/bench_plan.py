@@ -1,24 +1,31 @@
-"""`fastbert plan` against what is real: counted tensors, bytes sent, measured steps, published runs.
+"""`fastbert plan` against reality: counted tensors, sent bytes, measured steps, published runs.
 
     python -m benchmarks.bench_plan --out folder [--quick] [--docs docs/plan.md]
 
-Memory. A real engine takes three steps; the third is counted. On a GPU torch counts by itself (`torch.cuda.max_memory_allocated`). On a CPU it is
-the tensors that are there before the step, and from then on every allocation by torch's profiler, which is on from the start so as to
-know what is released (what gloo's threads release it does not see, hence the first half). Weights, master weights and moments are those that
-the engine holds; activations are the storages that autograd keeps of a forward pass, weights and the batch left out. What is left at the
-fullest moment is compared with the sum of gradients, temporaries and buckets. CUDA's context is not a tensor: neither side has it.
-The cases of two ranks are started by torchrun; the first rank counts.
+Memory. A real engine takes three steps; the third is measured. On a GPU torch itself counts
+(`torch.cuda.max_memory_allocated`). On a CPU the count is the tensors that exist before the step,
+plus every allocation during the step as recorded by torch's profiler. The profiler runs from the
+start, because it must know what is released; releases by gloo's threads are invisible to it, hence
+the separate count of tensors. Weights, master weights and moments are those that the engine holds.
+Activations are the storages that autograd keeps of a forward pass, without weights and the batch.
+The rest of the peak is compared with the sum of gradients, temporaries and buckets. CUDA's context
+is not a tensor, so neither side includes it. The cases of two ranks are started by torchrun; the
+first rank counts.
 
-Communication. What plan says against what DeepSpeed has asked for, read from benchmarks/results/communication.txt.
+Communication. The prediction against what DeepSpeed requested, read from
+benchmarks/results/communication.txt.
 
-Step time. Steps of an engine against what the measured rates of this machine predict; on a CPU alone. The rates are measured before each
-step, with all threads that torch has. Other programs on the machine slow both, not always alike: the quartiles tell.
+Step time. Steps of an engine against the prediction from the measured rates of this machine; only
+on a CPU. The rates are measured before each step, with all of torch's threads. Other programs on
+the machine slow both, not always equally; the quartiles show how much.
 
-Published runs. What plan says for the same model, lengths, batch and GPUs against sequences a second, or hours, as published. The plan is of
-this program, which pads nothing and cuts the last layer to the rows that a loss reads; the published programs mostly do not.
+Published runs. The prediction for the same model, lengths, batch and GPUs against published
+sequences per second or hours. The plan is for fastbert, which pads nothing and computes the last
+layer only for the rows that a loss reads; most published programs do neither.
 
-A difference is predicted over measured, less one: above zero is too much memory, or too long a time. The heap is as a run has it
-(fastbert/heap.py). `--quick`: fewer and smaller cases, no step times. `--docs`: the tables also replace those in that page.
+A difference is predicted over measured, minus one: a positive one means that too much memory or
+too long a time was predicted. The heap is set as in a training run (fastbert/heap.py). `--quick`
+runs fewer and smaller cases and no step times. `--docs` also replaces the tables in that page.
 """
 
 from __future__ import annotations
@@ -66,7 +73,7 @@ COUNTED = "the counted step"
 
 
 class Case(NamedTuple):
-    """One engine: what it trains, in which precision, at which ZeRO stage, and micro-batches a step."""
+    """One engine: model and batch sizes, precision, ZeRO stage, and micro-batches per step."""
 
     sizes: Sizes
     precision: str = "fp32"
@@ -76,7 +83,10 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         preset, vocab_size, tokens, _ = self.sizes
-        return f"{preset}, V = {vocab_size:,}, {self.micro_batches} x {tokens:,} tokens, {self.precision}, stage {self.stage}"
+        return (
+            f"{preset}, V = {vocab_size:,}, {self.micro_batches} x {tokens:,} tokens, "
+            f"{self.precision}, stage {self.stage}"
+        )
 
     @property
     def bf16(self) -> bool:
@@ -133,7 +143,7 @@ RANK_CASES = [
     Case(Sizes("mini", 8192, 2048, 128), "bf16", 2, 2),
     Case(Sizes("mini", 8192, 2048, 128), "bf16", 3),
 ]
-GPU_CASES = [  # in bf16, as people train: the sizes of the paper too
+GPU_CASES = [  # bf16, the usual precision; includes the sizes of the paper
     Case(Sizes(preset, 30522, tokens, longest), "bf16", stage, micro_batches)
     for preset, tokens, longest, stage, micro_batches in [
         ("mini", 16384, 128, 1, 1),
@@ -157,11 +167,11 @@ def pack_of(batch: PackedBatch) -> MicroBatchSize:
     return MicroBatchSize(batch.cu_seqlens.diff().tolist(), len(batch.labels), batch.sequences)
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def storage_bytes(tensors: Iterable[Tensor], but: Iterable[Tensor] = ()) -> float:
-    """Of the storages behind them, each counted once."""
+    """Bytes of the storages behind the tensors, each counted once, without those of `but`."""
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     for t in but:
         found.pop(t.untyped_storage().data_ptr(), None)
@@ -171,8 +181,8 @@ def storage_bytes(tensors: Iterable[Tensor], but: Iterable[Tensor] = ()) -> floa
 def saved_bytes(
     forward: Callable[[PackedBatch], Any], batch: PackedBatch, parameters: Iterable[Tensor]
 ) -> float:
-    """What autograd keeps of a forward pass."""
-    kept: list[Tensor] = []  # they stay alive meanwhile, so that no storage's address is used twice
+    """Bytes that autograd keeps of a forward pass."""
+    kept: list[Tensor] = []  # keeps the tensors alive, so that no storage address is reused
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
@@ -187,13 +197,13 @@ def saved_bytes(
 
 
 def alive_bytes() -> float:
-    """Of all tensors that Python knows, gradients included."""
+    """Bytes of all tensors that Python knows, gradients included."""
     tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
     return storage_bytes([*tensors, *(t.grad for t in tensors if t.is_leaf and t.grad is not None)])
 
 
 def growth(profiler: profile) -> float:
-    """By torch's CPU allocator, the most that is there at a time in the counted step, over what is there when it begins."""
+    """Peak in the counted step of what torch's CPU allocator holds, over its level at the start."""
     recorded: Any = profiler.profiler
     events = sorted(recorded.kineto_results.events(), key=lambda event: event.start_ns())
     begin = next(event.start_ns() for event in events if event.name() == COUNTED)
@@ -206,7 +216,11 @@ def growth(profiler: profile) -> float:
 
 
 def count_memory(case: Case, device: torch.device) -> tuple[dict[str, float], MicroBatchSize, int]:
-    """Bytes by part: weights, master weights, moments, activations, and the most at a time in a step; the largest pack; ranks."""
+    """Measure the memory of a case.
+
+    Returns bytes by part (weights, master weights, moments, activations, and the peak of a step),
+    the size of the largest micro-batch, and the number of ranks.
+    """
     gpu = device.type == "cuda"
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     gc.collect()
@@ -215,9 +229,9 @@ def count_memory(case: Case, device: torch.device) -> tuple[dict[str, float], Mi
         profiler.start()
     with join(60.0) as group, case.engine(group) as engine:
         batches = case.batches(device)
-        for _ in range(2):  # the optimizer's state is made in the first
+        for _ in range(2):  # the first creates the optimizer's state
             engine.step(batches, LR)
-        gc.collect()  # what is only held by a cycle
+        gc.collect()  # release objects that only a reference cycle keeps
         alive = alive_bytes()
         if gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -258,9 +272,8 @@ def memory_row(case: Case, device: torch.device) -> Row:
     settings = {"stage": case.stage, "bf16": case.bf16, "kernels": kernels, "zero": case.zero}
     said = memory_by_part(config, V, pack, micro_batches=case.micro_batches, gpus=world, **settings)
     said["context"] = 0.0
-    kept = min(
-        said["activations"], counted["activations"]
-    )  # at the fullest moment, which need not be one with all of them
+    # At the peak, which need not be a moment when all of them exist.
+    kept = min(said["activations"], counted["activations"])
     rest = [
         sum(parts) - sum(states[part] for part in always) - kept
         for parts, states in ((said.values(), said), ([counted["all"]], counted))
@@ -280,7 +293,7 @@ def memory_row(case: Case, device: torch.device) -> Row:
 
 
 def two_ranks(number: int) -> Row:
-    """The row of RANK_CASES[number], of the first of two ranks, by torchrun."""
+    """The row of RANK_CASES[number], counted by the first of two ranks, started by torchrun."""
     command = [
         sys.executable,
         "-m",
@@ -296,9 +309,9 @@ def two_ranks(number: int) -> Row:
     return json.loads(next(line for line in said.splitlines() if line.startswith("{")))
 
 
-# ------------------------------------------------------------------------------------------------------------- communication
+# ------------------------------------------------------------------------------------ communication
 
-VARIANTS: dict[str, dict[str, Any]] = {  # of benchmarks/communication.py
+VARIANTS: dict[str, dict[str, Any]] = {  # settings of benchmarks/communication.py
     "": {},
     "owners": {"use_multi_rank_bucket_allreduce": False},
     "dropped": {
@@ -310,7 +323,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # of benchmarks/communication.py
 
 
 def recorded_communication(path: Path = ROOT / "benchmarks/results/communication.txt") -> list[Row]:
-    """The rows of the record that have sent anything, with the passes that DeepSpeed asked for."""
+    """The rows of the record with any communication, and the passes that DeepSpeed requested."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         name, counts = line[:17].split(), line[17:].split()
@@ -326,7 +339,7 @@ def recorded_communication(path: Path = ROOT / "benchmarks/results/communication
 
 
 def communication_rows() -> list[Row]:
-    """Passes: multiples of what a ring sends to reduce-scatter all parameters."""
+    """Rows in passes: multiples of what a ring sends to reduce-scatter all parameters."""
     rows = []
     for found in recorded_communication():
         P, N = 1_000_000, found["ranks"]
@@ -345,11 +358,15 @@ def communication_rows() -> list[Row]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------- step time
+# ---------------------------------------------------------------------------------------- step time
 
 
 def step_row(case: Case, steps: int) -> Row:
-    """The median step of an engine on this CPU, and the one that the machine's rates just before predict."""
+    """The median step of an engine on this CPU, and the prediction from rates measured just before.
+
+    Args:
+        steps: number of timed steps.
+    """
     said, times = [], []
     with join(60.0) as group, case.engine(group) as engine:
         batches = case.batches(group.device)
@@ -379,32 +396,40 @@ def step_row(case: Case, steps: int) -> Row:
     return row | {"difference": median - 1, "quartiles": [low - 1, high - 1]}
 
 
-# ------------------------------------------------------------------------------------------------------------- published runs
+# ----------------------------------------------------------------------------------- published runs
 
 
 class Published(NamedTuple):
-    """A run that others have timed: so many sequences a second over all GPUs, or hours for sequences of one length and then another."""
+    """A run that others have timed.
+
+    The published figure is sequences per second over all GPUs, or hours for given numbers of
+    sequences of one length and then another.
+    """
 
     what: str
     source: str
     gpu: str
     gpus: int
-    sequences: int  # a step, over all GPUs
+    sequences: int  # per step, over all GPUs
     micro_batch: int  # sequences of the first length
-    lengths: tuple[int, ...]  # tokens, padding counted where they have it
+    lengths: tuple[int, ...]  # tokens, including padding where the run has it
     per_second: float = 0.0
-    amounts: tuple[float, ...] = ()  # sequences of each length
+    amounts: tuple[float, ...] = ()  # number of sequences of each length
     hours: float = 0.0
     model: str = 'preset = "large"'  # lines of [model]
     vocab_size: int = 30522
-    mask_rate: float = 0.15  # 1: the program computes the head for all tokens
-    stage: int = 0  # of ZeRO, or what is like it
+    mask_rate: float = 0.15  # 1 if the program computes the head for all tokens
+    stage: int = 0  # of ZeRO, or its equivalent
 
 
-# fp16 with tensor cores, which plan does not offer: a V100 has no bf16. NVIDIA data sheet, SXM2; DGX-2: 8 adapters of 100 Gbit/s.
+# fp16 with tensor cores, which plan does not offer, because a V100 has no bf16. NVIDIA data sheet,
+# SXM2; a DGX-2 has 8 adapters of 100 Gbit/s.
 V100 = Device(125e12, 15.7e12, 32e9, 900e9, 150e9, 100e9)
 
-NVIDIA_2022 = "NVIDIA/DeepLearningExamples, PyTorch/LanguageModeling/BERT/README.md of January 2022, training performance, mixed precision"
+NVIDIA_2022 = (
+    "NVIDIA/DeepLearningExamples, PyTorch/LanguageModeling/BERT/README.md of January 2022, "
+    "training performance, mixed precision"
+)
 NVIDIA_2020 = "the same README of July 2020"
 DEEPSPEED = "deepspeed.ai/news/2020/05/27/fastest-bert-training.html"
 BING = "microsoft/DeepSpeed, docs/_tutorials/bert-pretraining.md of 2020, sample counts and hours"
@@ -414,7 +439,7 @@ PHASES = (402_679_081.0, 34_464_170.0)  # sequences of 128 and of 512 tokens
 BASE = 'preset = "base"'
 WIDE = 'preset = "large"\nhidden_size = 1536\nintermediate_size = 6144'
 
-FUSED = [  # programs whose operations are fused, as plan takes them to be
+FUSED = [  # programs with fused operations, as plan assumes
     Published(
         "BERT-large, TorchScript and fused kernels", NVIDIA_2022, "a100", 1, 8192, 256, (128,), 580
     ),
@@ -472,26 +497,60 @@ FUSED = [  # programs whose operations are fused, as plan takes them to be
     ),
 ]
 UNFUSED = [
-    Published("BERT-large, before the fusions", NVIDIA_2020, "a100-40gb", 1, 65536, 64, (128,), 415),
+    Published(
+        "BERT-large, before the fusions", NVIDIA_2020, "a100-40gb", 1, 65536, 64, (128,), 415
+    ),
     Published("BERT-large, before the fusions", NVIDIA_2020, "a100-40gb", 1, 32768, 16, (512,), 78),
     Published("BERT-large, before the fusions", NVIDIA_2020, "v100", 1, 65536, 16, (128,), 173),
-    Published("BERT-large, DeepSpeed before its kernels, the whole run", BING, "v100", 64, 16384, 64, (128, 512), hours=14, amounts=PHASES),
-    Published("BERT-large, DeepSpeed before its kernels, the whole run", BING, "v100", 256, 16384, 64, (128, 512), hours=3.7, amounts=PHASES),
+    Published(
+        "BERT-large, DeepSpeed before its kernels, the whole run",
+        BING,
+        "v100",
+        64,
+        16384,
+        64,
+        (128, 512),
+        hours=14,
+        amounts=PHASES,
+    ),
+    Published(
+        "BERT-large, DeepSpeed before its kernels, the whole run",
+        BING,
+        "v100",
+        256,
+        16384,
+        64,
+        (128, 512),
+        hours=3.7,
+        amounts=PHASES,
+    ),
     Published(
         "BERT-base, Hugging Face's, eager, head on all tokens, the whole run",
-        MOSAIC, "a100", 8, 4096, 128, (128,), amounts=(286_720_000,), hours=11.5, model=BASE, mask_rate=1.0,
+        MOSAIC,
+        "a100",
+        8,
+        4096,
+        128,
+        (128,),
+        amounts=(286_720_000,),
+        hours=11.5,
+        model=BASE,
+        mask_rate=1.0,
     ),
-]  # fmt: skip
+]
 
 
 def published_row(run: Published) -> Row:
-    """Hours, or sequences a second, predicted and published; the difference is in time."""
+    """Hours, or sequences per second, predicted and published; the difference is in time."""
 
     def seconds(length: int, sequences: float) -> float:
         config = parse_config(
-            f'data = "none"\n[model]\n{run.model}\n[objective]\nkind = "mlm"\nmask_rate = {run.mask_rate}\n'
-            f"[batch]\nsequences = {run.sequences}\nmax_length = {length}\nmicro_batch_tokens = {run.micro_batch * run.lengths[0]}\n"
-            f'[runtime]\nprecision = "bf16"\ndeepspeed = "{ROOT / "fastbert/recipes/ds_config.json"}"\n',
+            f'data = "none"\n[model]\n{run.model}\n'
+            f'[objective]\nkind = "mlm"\nmask_rate = {run.mask_rate}\n'
+            f"[batch]\nsequences = {run.sequences}\nmax_length = {length}\n"
+            f"micro_batch_tokens = {run.micro_batch * run.lengths[0]}\n"
+            '[runtime]\nprecision = "bf16"\n'
+            f'deepspeed = "{ROOT / "fastbert/recipes/ds_config.json"}"\n',
             run.what,
         )
         device = V100 if run.gpu == "v100" else None
@@ -528,7 +587,7 @@ def published_row(run: Published) -> Row:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 PARTS = ("weights", "master weights", "moments", "activations", "rest", "all")
 
@@ -626,12 +685,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path(), help="folder for plan.json and plan.md")
-    parser.add_argument("--docs", type=Path, help="a page whose tables are to be replaced")
+    parser.add_argument("--docs", type=Path, help="a page whose tables are replaced")
     parser.add_argument(
         "--quick", action="store_true", help="fewer and smaller cases, no step times"
     )
-    parser.add_argument("--rank-case", type=int, help=argparse.SUPPRESS)  # be a rank: of RANK_CASES
-    parser.add_argument("--steps", type=int, default=9, help="timed steps of a case (9)")
+    # Internal: act as one rank of this case of RANK_CASES.
+    parser.add_argument("--rank-case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=9, help="timed steps per case (9)")
     options = parser.parse_args()
     keep_heap()
     if options.rank_case is not None:

@@ -1,23 +1,30 @@
-"""Time to quality: `fastbert pretrain` against transformers' Trainer, for the same time on the same processor.
+"""Time to quality: `fastbert pretrain` against transformers' Trainer, with equal time and cores.
 
-    python -m benchmarks.bench_quality data/wiki --out FOLDER [--seconds 180] [--seeds 1 2 3] [--quick]
+    python -m benchmarks.bench_quality data/wiki --out FOLDER [--seconds 180] [--seeds 1 2 3] \\
+        [--quick]
 
-Both sides: the same dataset, so the same text, tokenizer and split, the same sizes of the model, fp32, the same heap setting, one thread on a
-core of its own. Two runs go side by side, so what else the machine does falls on both. Ours is the demo's recipe (docs/demo.md) with its
-time changed; `trainer_rival.py` says how the Trainer is set up. Batch and learning rate of the Trainer are the best of GRID, by the
-held-out loss after a third of the time, with a seed that is not measured later; its defaults run once too. A third side is the Trainer with
-our recipe and the very weights that ours begins with: what then remains is the speed of the step alone.
+Both sides have the same dataset (so the same text, tokenizer and split), model sizes and heap
+setting. Both train in fp32, with one thread on a core of its own. Two runs execute at a time, so
+that other load on the machine affects both. Ours is the demo's recipe (docs/demo.md) with another
+time limit; `trainer_rival.py` describes how the Trainer is set up. The batch and learning rate of
+the Trainer are the best of GRID by the held-out loss after a third of the time, with a seed that is
+not measured later. Its defaults also run once. A third side is the Trainer with our recipe and
+exactly our initial weights; there the only remaining difference is the speed of a step.
 
-Held-out loss and NSP accuracy come from the same examples with the same frozen masks; before anything is timed both sides must find
-the same for the same weights. Time begins with the first step. Evaluations are not counted for the Trainer; for ours they are, but for the
-last one, since `stop.seconds` counts them.
+Held-out loss and NSP accuracy come from the same examples with the same frozen masks. Before
+anything is timed, both sides must measure the same values for the same weights. Time begins with
+the first step. The Trainer's evaluations are not counted. Ours are counted, except the last one,
+because `stop.seconds` includes them.
 
-How many times sooner ours reaches a Trainer's final MLM loss is told twice, by seed: on the curve of our run of the same length, straight
-between two evaluations; and by the shortest of our runs with a 2nd, 3rd, 5th ... of the time that ends at or below that loss. The
-second is the time that one would really save, since the learning rate of the first is still high when it passes there.
+How much sooner ours reaches a Trainer's final MLM loss is reported in two ways, by seed. One is
+the time on the curve of our run of the same length, interpolated linearly between two evaluations.
+The other is the shortest of our runs with 1/2, 1/3, 1/5 ... of the time whose final loss is at or
+below the Trainer's. The second is the time that one would really save, because the learning rate
+of the full-length run is still high when its curve passes that loss.
 
-With the defaults it takes about half an hour on two cores. A finished run is kept in FOLDER/quality-runs and not made again, so a call that was
-cut off goes on; remove that folder after a change to the code.
+With the defaults it takes about half an hour on two cores. A finished run is kept in
+FOLDER/quality-runs and is not repeated, so an interrupted call resumes when it is started again.
+Remove that folder after a change to the code.
 """
 
 from __future__ import annotations
@@ -48,9 +55,9 @@ from fastbert.training.picture import INK, MUTED
 
 RECIPE = ROOT / "fastbert/recipes/demo.toml"
 OURS, TRAINER, SAME = "fastbert", "Trainer", "Trainer, our recipe"
-POINTS = 12  # evaluations of a run
-SHORTER = (2, 3, 5, 8, 12, 20)  # our other runs have such a part of the time
-DEFAULTS = (8, 5e-5)  # batch and learning rate, of TrainingArguments
+POINTS = 12  # evaluations per run
+SHORTER = (2, 3, 5, 8, 12, 20)  # our shorter runs have the time divided by these
+DEFAULTS = (8, 5e-5)  # batch and learning rate of TrainingArguments
 GRID = [DEFAULTS, (8, 5e-4), (8, 1e-3), (32, 5e-5), (32, 5e-4), (32, 1e-3)]
 SEARCH_SEED, SEARCH_SHARE = 0, 3
 FIGURES = ("sooner_on_the_curve", "sooner_by_a_shorter_run")
@@ -59,7 +66,15 @@ COLORS = (colour(OURS), colour("transformers"), "#7c3aed", MUTED)
 
 @dataclass(frozen=True)
 class Run:
-    """One training; `batch` and `lr` are the Trainer's, where it does not have our recipe."""
+    """One training.
+
+    Args:
+        side: OURS, TRAINER or SAME.
+        seconds: time limit of the training.
+        seed: seed of the training.
+        batch: batch of the Trainer; None if it has our recipe.
+        lr: learning rate of the Trainer; None if it has our recipe.
+    """
 
     side: str
     seconds: float
@@ -70,7 +85,8 @@ class Run:
     @property
     def name(self) -> str:
         settings = f"-batch{self.batch}-lr{self.lr:g}" if self.batch else ""
-        return f"{self.side.lower().replace(', ', '-').replace(' ', '-')}-{self.seconds:g}s{settings}-seed{self.seed}"
+        side = self.side.lower().replace(", ", "-").replace(" ", "-")
+        return f"{side}-{self.seconds:g}s{settings}-seed{self.seed}"
 
 
 def ours(seconds: float, seed: int) -> Run:
@@ -81,11 +97,11 @@ Curve = list[dict[str, Any]]  # evaluations, as metrics.jsonl has them
 
 
 class Bench:
-    """Makes runs, two at a time, and keeps their curves.
+    """Runs trainings, two at a time, and keeps their curves.
 
     Args:
-        dataset: of the text.
-        folder: where curves are kept, a file for each finished run.
+        dataset: the training data.
+        folder: keeps the curves, one file for each finished run.
     """
 
     def __init__(self, dataset: TokenDataset, folder: Path):
@@ -96,11 +112,15 @@ class Bench:
         return list(read_metrics(self._file(run)))
 
     def make(self, runs: Sequence[Run], every: int = 10**9) -> None:
-        """Make those that are not there yet, each on a core of its own; `every` so many steps ours evaluates, and at its end."""
+        """Make the runs that do not exist yet, each on a core of its own.
+
+        Ours evaluates every `every` steps and at its end.
+        """
         for run in one_on_each(lambda run: self._make(run, every), runs, cores=2):
             row = summary(run, self.curve(run))
             print(
-                f"{run.name:40} MLM {row['loss_mlm']:.3f}  NSP {row['accuracy_nsp']:.1%}  {row['tokens_per_s']:,.0f} tokens/s",
+                f"{run.name:40} MLM {row['loss_mlm']:.3f}  NSP {row['accuracy_nsp']:.1%}  "
+                f"{row['tokens_per_s']:,.0f} tokens/s",
                 flush=True,
             )
 
@@ -134,7 +154,7 @@ class Bench:
                     for record in read_metrics(Path(folder) / "metrics.jsonl")
                     if record.get("event") == "evaluate"
                 ]
-            if run.side == OURS:  # the last evaluation comes when the time is up
+            if run.side == OURS:  # the last evaluation runs after the time limit
                 evaluations[-1]["training_seconds"] = run.seconds
             partial = self._file(run).with_suffix(".partial")
             partial.write_text(
@@ -145,7 +165,7 @@ class Bench:
 
 
 def check_that_both_measure_the_same(dataset: TokenDataset) -> None:
-    """SystemExit where the two sides' evaluations of the same weights differ."""
+    """Raise SystemExit if the two sides evaluate the same weights differently."""
     config = load_config(RECIPE, [f"data={dataset.path}"])
     torch.manual_seed(0)
     mine = BertForPreTraining(config.model, dataset.vocab_size).eval()
@@ -165,11 +185,13 @@ def check_that_both_measure_the_same(dataset: TokenDataset) -> None:
         p.numel() for p in theirs.parameters()
     )
     if not same_size or abs(a.loss_mlm - b.loss_mlm) > 1e-4 or a.accuracy_nsp != b.accuracy_nsp:
-        raise SystemExit(f"the two sides do not measure the same: {a} against {b}")
+        raise SystemExit(
+            f"bench_quality: the two sides evaluate the same weights differently: {a} against {b}"
+        )
 
 
 def summary(run: Run, curve: Curve) -> Row:
-    """The end of a run; losses in nats."""
+    """The final results of a run; losses in nats."""
     last = curve[-1]
     return {
         "side": run.side,
@@ -188,7 +210,10 @@ def summary(run: Run, curve: Curve) -> Row:
 
 
 def first_reached(curve: Curve, loss: float) -> float | None:
-    """Seconds until the held-out MLM loss is at or below `loss`, straight between two evaluations; None where it never is."""
+    """Seconds until the held-out MLM loss is at or below `loss`; None if it never is.
+
+    The loss is interpolated linearly between two evaluations.
+    """
     before = None
     for point in curve:
         if point["loss_mlm"] <= loss:
@@ -203,7 +228,11 @@ def first_reached(curve: Curve, loss: float) -> float | None:
 
 
 def sooner(bench: Bench, rival: Run, shorter: Sequence[int]) -> Row:
-    """How many times sooner ours has a Trainer's final loss: on its curve, and by the shortest run that ends there; 0 for never."""
+    """How many times sooner ours reaches a Trainer's final loss.
+
+    One figure is from our loss curve, one from the shortest run that ends at that loss; 0 if it
+    is never reached.
+    """
     goal = bench.curve(rival)[-1]["loss_mlm"]
     reached = first_reached(bench.curve(ours(rival.seconds, rival.seed)), goal)
     enough = [
@@ -221,7 +250,10 @@ def sooner(bench: Bench, rival: Run, shorter: Sequence[int]) -> Row:
 
 
 def draw(bench: Bench, sides: dict[str, list[Run]], brief: Sequence[Run], path: Path) -> None:
-    """All sides over the seconds, a thin line a seed and their mean; dots are the ends of our shorter runs."""
+    """Plot all sides over time: a thin line per seed, and their mean.
+
+    Dots are the ends of our shorter runs.
+    """
     figure, axes_of = figure_of(1, 2)
     panels = axes_of[0]
     measures = (
@@ -263,11 +295,19 @@ def draw(bench: Bench, sides: dict[str, list[Run]], brief: Sequence[Run], path: 
         axes.set_ylabel(label, color=MUTED)
         axes.set_xlabel("seconds of training", color=MUTED)
         axes.set_xlim(left=0)
-    panels[1].set_ylim(bottom=45)  # a coin gives 50
+    panels[1].set_ylim(bottom=45)  # chance is 50
     unigram = bench.dataset.baselines["unigram"]
     panels[0].axhline(unigram, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-    panels[0].annotate(f"word frequencies {unigram:.2f}", (1, unigram), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                       textcoords="offset points", ha="right", color=MUTED, fontsize=8)  # fmt: skip
+    panels[0].annotate(
+        f"word frequencies {unigram:.2f}",
+        (1, unigram),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        color=MUTED,
+        fontsize=8,
+    )
     figure.legend(
         *panels[0].get_legend_handles_labels(),
         loc="outside upper center",
@@ -280,7 +320,7 @@ def draw(bench: Bench, sides: dict[str, list[Run]], brief: Sequence[Run], path: 
 
 
 def sooner_table(figures: Sequence[Row]) -> str:
-    """Markdown: how many times sooner ours has the final loss of each other side."""
+    """Markdown table: how many times sooner ours reaches the final loss of each other side."""
 
     def times(values: Sequence[float]) -> list[str]:
         low, middle, high = (
@@ -319,7 +359,7 @@ def report(
     figures: Sequence[Row],
     seconds: float,
 ) -> str:
-    """The text of quality.md."""
+    """The report in Markdown, starting with its title."""
 
     def line(run: Run) -> list[str]:
         row = summary(run, bench.curve(run))
@@ -337,12 +377,16 @@ def report(
         for run in sorted(brief, key=lambda run: -run.seconds)
     ]
     tried = [[str(run.batch), f"{run.lr:g}", *line(run)] for run in search]
-    how = f"{seconds:g} seconds of training, one thread each on a core of its own; losses on held-out text, in nats"
+    how = (
+        f"{seconds:g} seconds of training, one thread each on a core of its own; "
+        "losses on held-out text, in nats"
+    )
     return "\n\n".join(
         [
             "Time to quality: fastbert against transformers' Trainer",
             f"{how}; word frequencies alone give {bench.dataset.baselines['unigram']:.2f}.",
-            "How many times sooner fastbert has the final MLM loss of the other side, medians and ranges over seeds:",
+            "How many times sooner fastbert has the final MLM loss of the other side, "
+            "medians and ranges over seeds:",
             sooner_table(figures),
             table(["seed", "side", *columns], ended),
             "![all sides over the seconds](quality.png)",
@@ -358,20 +402,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dataset", type=Path, help="a folder that `fastbert prepare` made")
+    parser.add_argument("dataset", type=Path, help="a folder made by `fastbert prepare`")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=180.0, help="of training, each run (180)")
+    parser.add_argument(
+        "--seconds", type=float, default=180.0, help="training time of each run (180)"
+    )
     parser.add_argument(
         "--seeds",
         type=int,
         nargs="+",
         default=[1, 2, 3],
-        help=f"not {SEARCH_SEED}, which the search has (1 2 3)",
+        help=f"seeds of the measured runs (1 2 3); not {SEARCH_SEED}, the search's seed",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="three seconds, one seed, no search: only to see that it works",
+        help="three seconds, one seed, no search, to check that it works",
     )
     given = parser.parse_args()
     seconds, seeds, grid, shorter = (
@@ -380,7 +426,7 @@ def main() -> None:
         else (given.seconds, given.seeds, GRID, SHORTER)
     )
     if SEARCH_SEED in seeds:
-        parser.error(f"--seeds {SEARCH_SEED}: that is the seed of the search; take others")
+        parser.error(f"--seeds {SEARCH_SEED}: the search uses this seed; choose others")
 
     dataset = open_dataset(given.dataset.resolve())
     check_that_both_measure_the_same(dataset)
@@ -389,7 +435,7 @@ def main() -> None:
     brief = [ours(seconds / part, seed) for seed in seeds for part in shorter]
     bench.make([*search, *brief])
     best = min(search, key=lambda run: bench.curve(run)[-1]["loss_mlm"])
-    print(f"the Trainer goes on with batch {best.batch}, learning rate {best.lr:g}", flush=True)
+    print(f"the Trainer will use batch {best.batch}, learning rate {best.lr:g}", flush=True)
     pace = bench.curve(brief[0])[-1]
     every = max(1, round(pace["step"] / pace["training_seconds"] * seconds / POINTS))
     sides = {
@@ -399,14 +445,16 @@ def main() -> None:
         "Trainer, defaults": [Run(TRAINER, seconds, seeds[0], *DEFAULTS)],
     }
     full = list(dict.fromkeys(run for runs in sides.values() for run in runs))
-    bench.make(sorted(full, key=lambda run: run.seed), every)  # by seed: ours beside the Trainer's
+    # Sorted by seed, so that ours and the Trainer's run at the same time.
+    bench.make(sorted(full, key=lambda run: run.seed), every)
 
     figures = [sooner(bench, run, shorter) for side in (TRAINER, SAME) for run in sides[side]]
     text = report(bench, sides, brief, search, figures, seconds)
     draw(bench, sides, brief, given.out / "quality.png")
+    # Only the figure from the curve is a ratio to watch: the other one moves in large steps.
     ratios = {
         FIGURES[0]: statistics.median(f[FIGURES[0]] for f in figures if f["against"] == TRAINER)
-    }  # the other one moves in leaps
+    }
     rows = [summary(run, bench.curve(run)) for run in (*full, *brief, *search)]
     Record(header(torch.device("cpu")), [*rows, *figures], ratios).write(given.out, "quality", text)
     print(text)

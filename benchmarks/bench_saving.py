@@ -1,11 +1,13 @@
-"""What a checkpoint costs the training that goes on meanwhile: the mini recipe, saved every few steps.
+"""What a checkpoint costs the concurrent training: the mini recipe, saved every few steps.
 
     python -m benchmarks.bench_saving data/wiki [--ranks 1] [--saves 4]
 
-A real run, by the command line (with more than one rank, by torchrun). Training stands still while each rank copies its share and when the
-finished files become a checkpoint: that is what the run itself reports with each save. Then a thread writes, flushes and reads back, and takes
-some of the processor: the steps that were computed meanwhile, less as many times the median of the others. The sum is compared with five
-minutes of training, the interval that a run of days would use.
+A real run through the command line (with more than one rank, started by torchrun). Training stalls
+while each rank copies its share, and again when the finished files become a checkpoint; the run
+reports this time with each save. In between, a thread writes, flushes and reads back the files,
+which takes processor time from training. That cost is the time of the steps during the write,
+minus as many times the median of the other steps. The sum of both is compared with five minutes of
+training, a typical checkpoint interval for a run of several days.
 """
 
 from __future__ import annotations
@@ -28,16 +30,19 @@ INTERVAL_S = 300.0
 
 @dataclass(frozen=True)
 class Save:
-    """One save. Seconds."""
+    """One save; durations in seconds."""
 
     step: int
     stall: float  # training stood still
     steps: int  # computed while the thread wrote
-    slower: float  # by which these took longer than others
+    slower: float  # extra time of these steps
 
 
 def saves(records: list[dict[str, Any]]) -> tuple[float, list[Save]]:
-    """The median step that no save disturbed, and every save but the last, which nothing goes on beside."""
+    """The median step without a concurrent save, and every save except the last.
+
+    No training steps run during the last save.
+    """
     begun, found, undisturbed, during = None, [], [], []
     for record in records:
         if "event" not in record:
@@ -46,7 +51,7 @@ def saves(records: list[dict[str, Any]]) -> tuple[float, list[Save]]:
         elif record["event"] == "save":
             found.append((record["step"], record["seconds"], during))
             begun, during = None, []
-    usual = median(undisturbed[2:])  # the first ones warm up
+    usual = median(undisturbed[2:])  # the first two warm up
     return usual, [
         Save(step, stall, len(slow), sum(slow) - usual * len(slow))
         for step, stall, slow in found[:-1]
@@ -89,7 +94,8 @@ def main() -> None:
             file.stat().st_size for file in sorted((run / "checkpoints").iterdir())[-1].iterdir()
         )
     print(
-        f"mini, {given.ranks} rank(s), a checkpoint of {size / 1e6:,.0f} MB; a step that no save disturbs takes {usual:.3f} s\n"
+        f"mini, {given.ranks} rank(s), a checkpoint of {size / 1e6:,.0f} MB; "
+        f"a step that no save disturbs takes {usual:.3f} s\n"
     )
     print("| step | stood still (s) | steps meanwhile | slower by (s) | share of five minutes |")
     print("|---|---|---|---|---|")

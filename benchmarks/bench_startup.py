@@ -1,13 +1,15 @@
-"""How long it takes until something happens: whole processes, from their start, in turns.
+"""Start-up time: whole processes, timed from their start, in turns.
 
     python -m benchmarks.bench_startup data/wiki --out FOLDER [--quick]
 
-The first table has commands that answer and end. `python -c pass` is the floor that every one of them stands on; `import torch` and `import
-transformers` are what a command would cost that loads them. The second has the time to the first optimizer step of the demo's recipe: until
-the first line of metrics.jsonl is there. What happened before is told apart by the files that a run leaves on its way: config.toml is
-written when all imports are done and everything is checked, log.txt when DeepSpeed's engine is built. Beside it a minimal script with
-transformers' Trainer: a model of the same size, made-up tokens that are in memory already, until its first step has ended. Every process
-finds the disk's cache warm: a first round is not counted.
+The first table has commands that answer and exit. `python -c pass` is the minimum for all of them.
+`import torch` and `import transformers` show what a command would cost if it loaded these. The
+second table has the time to the first optimizer step of the demo's recipe, that is, until
+metrics.jsonl has its first line. Its phases are recognised by the files that a run writes:
+config.toml when all imports and checks are done, log.txt when DeepSpeed's engine is built. The
+rival is a minimal script with transformers' Trainer: a model of the same size and made-up tokens
+that are already in memory, until the end of its first step. A first round, which is not counted,
+warms the page cache.
 """
 
 from __future__ import annotations
@@ -41,23 +43,25 @@ COMMANDS: dict[str, Sequence[str]] = {
     ),
 }
 
-# Phases are printed with the time, which both processes read off the same clock.
+# The script prints each phase with the time; both processes read the same clock.
 TRAINER = """
 import sys, time
-from transformers import (AutoTokenizer, BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer, TrainerCallback,
+from transformers import (AutoTokenizer, BertConfig, BertForMaskedLM,
+                          DataCollatorForLanguageModeling, Trainer, TrainerCallback,
                           TrainingArguments)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-config = BertConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,
-                    max_position_embeddings=128)
+config = BertConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2,
+                    num_attention_heads=4, intermediate_size=512, max_position_embeddings=128)
 rows = [{"input_ids": [2, *range(5, 69), 3]}] * 280
 class First(TrainerCallback):
     def on_train_begin(self, *_, **__):
         print("engine", time.time(), flush=True)
     def on_step_end(self, *_, **__):
         print("step", time.time(), flush=True)
-arguments = TrainingArguments(sys.argv[2], per_device_train_batch_size=28, max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
-                              save_strategy="no")
-trainer = Trainer(BertForMaskedLM(config), arguments, DataCollatorForLanguageModeling(tokenizer), rows, callbacks=[First()])
+arguments = TrainingArguments(sys.argv[2], per_device_train_batch_size=28, max_steps=1,
+                              report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no")
+trainer = Trainer(BertForMaskedLM(config), arguments, DataCollatorForLanguageModeling(tokenizer),
+                  rows, callbacks=[First()])
 print("setup", time.time(), flush=True)
 trainer.train()
 """
@@ -101,13 +105,14 @@ def first_step(dataset: Path, folder: Path) -> dict[str, float]:
                 found[name] = time.perf_counter() - began
     if process.wait() or len(found) < len(marks):
         raise SystemExit(
-            f"bench_startup: fastbert pretrain ended with code {process.returncode} behind {list(found)}"
+            f"bench_startup: fastbert pretrain ended with code {process.returncode} "
+            f"after the phases {list(found)}"
         )
     return found
 
 
 def trainer_first_step(dataset: Path, folder: Path) -> dict[str, float]:
-    """The same of the Trainer's script."""
+    """The same for the Trainer's script."""
     began = time.time()
     command = [sys.executable, "-c", TRAINER, dataset / "tokenizer", folder]
     result = subprocess.run(
@@ -149,7 +154,7 @@ def time_commands(
 
 
 def time_first_steps(dataset: Path, rounds: int) -> tuple[list[Row], float]:
-    """A row for each side, and how many times sooner ours is at its first step."""
+    """A row for each side, and how many times sooner our first step is done."""
     sides: dict[str, Callable[[Path, Path], dict[str, float]]] = {
         "fastbert pretrain": first_step,
         "transformers Trainer": trainer_first_step,
@@ -176,7 +181,7 @@ def time_first_steps(dataset: Path, rounds: int) -> tuple[list[Row], float]:
 
 
 def report(rows: Sequence[Row]) -> str:
-    """Markdown, from the title on."""
+    """The report in Markdown, starting with its title."""
     commands = [
         [f"`{r['name']}`", f"{r['seconds']:.3f}", f"{r['low_s']:.3f} to {r['high_s']:.3f}"]
         for r in rows
@@ -212,7 +217,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder for startup.json and startup.md"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="two rounds of each: shows that it works"
+        "--quick", action="store_true", help="two rounds of each, to check that it works"
     )
     given = parser.parse_args()
     light, heavy = (2, 2) if given.quick else (4, 2)

@@ -1,16 +1,22 @@
-"""A training step, side by side with transformers' BertForPreTraining doing the same work.
+"""A training step against transformers' BertForPreTraining, doing the same work.
 
-    python -m benchmarks.bench_step data/wiki [--steps 13] [--seconds 300] [--lengths single fill full] [--out folder]
+    python -m benchmarks.bench_step data/wiki [--steps 13] [--seconds 300] \\
+        [--lengths single fill full] [--out folder]
 
-Both sides: the same weights, examples, masks and optimizer (AdamW, fused), fp32, dropout 0.1, forward + backward + update, the
-same heap setting (`fastbert.heap`; without it transformers' large temporaries would cost it up to twice as much, which would be
-unfair). transformers runs as people use it: padded to the longest sequence of the batch, SDPA attention, all positions projected
-on the vocabulary. Lengths: the demo's own pairs of single sentences ("single"), pairs that fill up max_length as far as their document
-goes ("fill"), and every sequence full. Before anything is timed, both losses without dropout must agree to 1e-4. Steps run in turns; the ratio is taken
-pair by pair and its median quoted with the quartiles.
+Both sides have the same weights, examples, masks and optimizer (fused AdamW), fp32, dropout 0.1,
+and forward + backward + update. Both have the same heap setting (`fastbert.heap`); without it
+transformers' large temporaries would cost it up to twice as much time, which would be unfair.
+transformers runs in the usual way: padded to the longest sequence of the batch, with SDPA
+attention, and with all positions projected onto the vocabulary. There are three kinds of lengths:
+the demo's own pairs of single sentences ("single"), pairs that fill max_length as far as their
+document allows ("fill"), and full sequences ("full"). Before anything is timed, both losses
+without dropout must agree to 1e-4. Steps run in turns. The ratio is taken pair by pair; reported
+are its median and quartiles.
 
-The share of the ideal is the time that the full useful FLOPs (no padding, gathered head, no layer cut) would need at the GEMM
-rate measured in the same process, over our time; the last layer is cut to the rows that a loss reads, so it can pass 100 %.
+The share of the ideal is the time that the full useful FLOPs (no padding, head only at masked
+positions, every layer complete) would take at the GEMM rate measured in the same process, over
+our time. Ours computes the last layer only for the rows that a loss reads, so the share can
+exceed 100 %.
 """
 
 from __future__ import annotations
@@ -39,11 +45,11 @@ from fastbert.planning.flops import training_flops
 
 CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary
 SEQUENCES, MAX_LENGTH = 32, 128
-WARM_UP, LEAST = 2, 3  # pairs of steps that do not count, and that do however slow they are
+WARM_UP, LEAST = 2, 3  # pairs of steps: not counted, and counted however slow they are
 
 
 def draw(dataset: TokenDataset, segments: str, steps: int) -> list[PackedBatch]:
-    """Real batches, at least four: two warm the heap and the optimizers up."""
+    """Real batches, at least four; the first two warm up the heap and the optimizers."""
     config = RunConfig(data=str(dataset.path), objective=ObjectiveConfig(segments=segments))
     config = dataclasses.replace(
         config, batch=dataclasses.replace(config.batch, sequences=SEQUENCES, max_length=MAX_LENGTH)
@@ -53,7 +59,7 @@ def draw(dataset: TokenDataset, segments: str, steps: int) -> list[PackedBatch]:
 
 
 def pad(batch: PackedBatch) -> dict[str, torch.Tensor]:
-    """The same examples as transformers' collator lays them out: [B, longest], labels -100 where nothing is to be guessed."""
+    """The same examples as transformers' collator pads them: [B, longest], ignored labels -100."""
     lengths = batch.cu_seqlens.diff().tolist()
 
     def rows(x: torch.Tensor, fill: int) -> torch.Tensor:
@@ -74,7 +80,10 @@ def pad(batch: PackedBatch) -> dict[str, torch.Tensor]:
 
 
 def fill_up(batch: PackedBatch) -> PackedBatch:
-    """A batch of as many sequences, all of MAX_LENGTH tokens, 15 % of them masked: what an unpadded corpus gives."""
+    """A batch with as many sequences, all of MAX_LENGTH tokens, 15 % of them masked.
+
+    A corpus of long documents gives such batches.
+    """
     draw = torch.Generator().manual_seed(int(batch.examples[0]))
     sequences, length = batch.sequences, MAX_LENGTH
     ids = batch.input_ids[torch.randint(batch.tokens, (sequences * length,), generator=draw)]
@@ -99,7 +108,7 @@ def fill_up(batch: PackedBatch) -> PackedBatch:
 
 
 def compare(preset: str, vocab_size: int, batches: list[PackedBatch], seconds: float) -> dict:
-    """Time both sides on the same batches in turns, on fewer of them where `seconds` are over."""
+    """Time both sides on the same batches in turns; use fewer batches if `seconds` are used up."""
     end = time.monotonic() + seconds
     torch.manual_seed(0)
     config = parse_config(f'data = "none"\n[model]\npreset = "{preset}"', "bench_step").model
@@ -147,9 +156,8 @@ def compare(preset: str, vocab_size: int, batches: list[PackedBatch], seconds: f
             pairs.append(pair)
         if len(pairs) >= LEAST and time.monotonic() > end:
             break
-    rate = max(
-        rate, measure_gemm_rate(seconds=1.0)
-    )  # twice: what else runs on the machine may have had one of them
+    # The rate is measured twice, because other load may have slowed one measurement.
+    rate = max(rate, measure_gemm_rate(seconds=1.0))
     useful = statistics.mean(
         training_flops(config, vocab_size, b.cu_seqlens.diff().tolist(), len(b.labels), b.sequences)
         for b in batches[WARM_UP : WARM_UP + len(pairs)]
@@ -176,10 +184,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "dataset", help="a folder that `fastbert prepare` made; its lengths are what is timed"
+        "dataset", help="a folder made by `fastbert prepare`; its sequence lengths are timed"
     )
     parser.add_argument(
-        "--steps", type=int, default=13, help="pairs of steps a row, two of them to warm up (13)"
+        "--steps", type=int, default=13, help="pairs of steps per row, two to warm up (13)"
     )
     parser.add_argument(
         "--lengths",
@@ -190,7 +198,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder for step.json and step.md")
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="about how long; rows then have fewer steps"
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="approximate duration; rows then have fewer steps",
     )
     arguments = parser.parse_args()
     keep_heap()
@@ -206,7 +217,8 @@ def main() -> None:
     facts = header(torch.device("cpu")) | {"transformers": transformers.__version__}
     print(f"{SEQUENCES} sequences a step, fp32, dropout 0.1; {header_line(facts)}")
     print(
-        f"{'lengths':>7} {'model':>6} {'V':>6} {'fill':>5} {'transformers':>13} {'fastbert':>9} {'ratio':>6} {'quartiles':>12} {'of ideal':>9}"
+        f"{'lengths':>7} {'model':>6} {'V':>6} {'fill':>5} {'transformers':>13} "
+        f"{'fastbert':>9} {'ratio':>6} {'quartiles':>12} {'of ideal':>9}"
     )
     rows = []
     cases = [(lengths, *case) for lengths in arguments.lengths for case in CASES]
@@ -216,15 +228,15 @@ def main() -> None:
         rows.append(row)
         low, high = row["quartiles"]
         print(
-            f"{lengths:>7} {preset:>6} {vocab_size:>6} {row['fill']:>5.2f} {row['transformers_ms']:>10.0f} ms {row['fastbert_ms']:>6.0f} ms "
+            f"{lengths:>7} {preset:>6} {vocab_size:>6} {row['fill']:>5.2f} "
+            f"{row['transformers_ms']:>10.0f} ms {row['fastbert_ms']:>6.0f} ms "
             f"{row['ratio']:>5.2f}x {low:>5.2f}-{high:<5.2f} {100 * row['share_of_ideal']:>7.0f} %",
             flush=True,
         )
     if arguments.out:
         ratios = {
-            f"{r['model']}, V = {r['vocab_size']:,}, lengths {r['lengths']}, transformers' time over ours": r[
-                "ratio"
-            ]
+            f"{r['model']}, V = {r['vocab_size']:,}, lengths {r['lengths']}, "
+            "transformers' time over ours": r["ratio"]
             for r in rows
         }
         Record(facts, rows, ratios).write(
@@ -233,7 +245,7 @@ def main() -> None:
 
 
 def step_table(rows: list[dict]) -> str:
-    """Markdown."""
+    """The report's table in Markdown."""
     words = {
         "single": "the demo's pairs",
         "fill": "pairs that fill up",

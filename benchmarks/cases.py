@@ -1,4 +1,4 @@
-"""The operations at the sizes of training: what is timed and tuned, and whether a result is right."""
+"""The operations at the sizes of training, for timing and tuning, and the check of results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ class Case(NamedTuple):
 
 
 def production(tokens: int = TOKENS, large: bool = True) -> list[Case]:
-    """BERT-base, and large, on packs of `tokens` tokens, most wanted first. Attention's lengths are those up to `tokens`."""
+    """BERT-base, and large, on packs of `tokens` tokens, the most important cases first.
+
+    Attention has the sequence lengths up to `tokens`.
+    """
 
     def attention(label: str, lengths: list[int]) -> list[Case]:
         return [
@@ -71,7 +74,10 @@ def production(tokens: int = TOKENS, large: bool = True) -> list[Case]:
 
 
 def sweep(sizes: Sequence[int], length: int = 128) -> list[Case]:
-    """Each operation of BERT-base on packs of so many tokens, sequences of `length`; dropout where there is any."""
+    """Each operation of BERT-base for each size of a pack, with sequences of `length` tokens.
+
+    Operations with dropout use it.
+    """
     found = []
     for T in sizes:
         found += [
@@ -94,7 +100,10 @@ def sweep(sizes: Sequence[int], length: int = 128) -> list[Case]:
 
 
 def mixed_lengths(tokens: int, longest: int = 512, seed: int = 0) -> list[int]:
-    """Lengths as text has them, lognormal around half of `longest` and cut there; `tokens` in all at the most."""
+    """Lengths distributed as in text: lognormal around half of `longest`, and cut there.
+
+    Their sum is at most `tokens`.
+    """
     draw = random.Random(seed)
     lengths = [longest // 2]
     while True:
@@ -105,16 +114,15 @@ def mixed_lengths(tokens: int, longest: int = 512, seed: int = 0) -> list[int]:
 
 
 def arguments(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The spec's inputs on a device; those with a gradient are leaves."""
+    """The spec's inputs on a device; those with a gradient are leaf tensors."""
     spec = SPECS[case.operation]
     drawn = spec.inputs(case.shape, dtype, case.dropout_p)
     placed = {
         name: _place(value, device) if torch.is_tensor(value) else value
         for name, value in drawn.items()
     }
-    if (
-        case.operation == "attention"
-    ):  # made once a batch for all layers, and so no part of what is timed
+    if case.operation == "attention":
+        # A batch needs one schedule for all layers, so it is not part of the timed work.
         placed["tile_schedule"] = attention_tile_schedule(placed["cu_seqlens"], len(placed["k"]))
     return {
         name: value.requires_grad_() if name in spec.differentiable and value is not None else value
@@ -137,19 +145,25 @@ def leaves(case: Case, arguments: dict[str, Any]) -> list[Tensor]:
 
 
 def call(case: Case, arguments: dict[str, Any], impl: str) -> Tensor:
-    """The (first) result of the operation."""
+    """The result of the operation; the first one if there are several."""
     result = SPECS[case.operation].function(**arguments, impl=impl)
     return result[0] if isinstance(result, tuple) else result
 
 
 class Truth(NamedTuple):
-    """What a case gives in higher precision, and how far from it the reference in the case's own dtype comes."""
+    """The results of a case in higher precision, and the allowed error.
+
+    The allowed error follows from that of the reference in the case's own dtype.
+    """
 
     values: list[Tensor]  # the result and each gradient
     allowed: list[float]
 
     def share(self, values: list[Tensor]) -> float:
-        """The largest error of a result or gradient as a share of what is allowed: at most 1 is right, and NaN never is."""
+        """The largest error of a result or gradient as a share of the allowed one.
+
+        A result is right if the share is at most 1; a NaN makes it infinite.
+        """
         errors = [
             _largest(ours.to(truth) - truth)
             for ours, truth in zip(values, self.values, strict=True)
@@ -164,7 +178,7 @@ class Truth(NamedTuple):
 
 
 def upstream_of(result: Tensor) -> Tensor:
-    """A gradient to start the backward pass from, the same at every call."""
+    """A gradient to start the backward pass with, the same at every call."""
     return torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result)
 
 
@@ -180,9 +194,11 @@ def outcome(case: Case, arguments: dict[str, Any], impl: str, upstream: Tensor) 
 def truth(
     case: Case, arguments: dict[str, Any], upstream: Tensor, wide: torch.dtype | None = None
 ) -> Truth:
-    """As the tests have it: 2 err(reference in this dtype) + 1 ulp, err the largest difference, 1 ulp eps * max|truth|.
+    """The values and the allowed errors, by the rule of the tests.
 
-    In `wide`; by default in fp64 for fp32 inputs, and in fp32, where the large cases fit, for the others.
+    The allowed error is 2 err(reference in this dtype) + 1 ulp, where err is the largest
+    difference and 1 ulp is eps * max|truth|. The truth is computed in `wide`: by default fp64 for
+    fp32 inputs, and for the others fp32, in which the large cases fit into memory.
     """
     dtype = leaves(case, arguments)[0].dtype
     wide = wide or (torch.float64 if dtype == torch.float32 else torch.float32)

@@ -1,9 +1,11 @@
-"""Have we become slower? Compares a fresh run with the results on record for this kind of machine; `make bench-check`.
+"""Has anything become slower? Compare a new run with the results on record; `make bench-check`.
 
     python -m benchmarks.check FOLDER
 
-FOLDER is what benchmarks.run wrote. Only ratios are compared, each measured side by side in one run: a slow machine slows both sides.
-Exit code 1 where one has fallen below 0.85 of what is on record; 2 where nothing is on record for such a machine, or there is no such folder.
+FOLDER is the output of benchmarks.run. It is compared with the record of this kind of machine. Only
+ratios are compared, each measured side by side in one run, because a slow machine slows both sides.
+The exit code is 1 if a ratio has fallen below 0.85 of the recorded one, and 2 if there is no record
+for such a machine or no such folder.
 """
 
 from __future__ import annotations
@@ -22,18 +24,23 @@ from benchmarks.record import read_record
 
 RESULTS = Path(__file__).with_name("results")
 LEAST = 0.85  # of the ratio on record
+# Records of longer benchmarks, which benchmarks.run leaves out; compared only if FOLDER has them.
 APART = {
     "quality",
     "downstream",
-}  # records of benchmarks that benchmarks.run leaves out, since they take longer; compared where FOLDER has them
+}
 
 
 class Compared(NamedTuple):
+    """A ratio on record and that of the new run.
+
+    `now` is NaN if the new run has no such record. It is None if the record exists but lacks this
+    figure, because the time was used up.
+    """
+
     name: str
     before: float
-    now: (
-        float | None
-    )  # NaN where the fresh run has no such record, None where the record is there and has no such figure: no time was left
+    now: float | None
 
     @property
     def fell(self) -> bool:
@@ -41,7 +48,7 @@ class Compared(NamedTuple):
 
 
 def compare(before: Path, now: Path) -> Iterator[Compared]:
-    """Every ratio on record, with that of the fresh run."""
+    """Every ratio on record, with that of the new run."""
     for path in sorted(before.glob("*.json")):
         if path.stem in APART and not (now / path.name).exists():
             continue
@@ -57,17 +64,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="what benchmarks.run wrote")
+    parser.add_argument("folder", type=Path, help="the output folder of benchmarks.run")
     options = parser.parse_args()
     on_record = RESULTS / folder_name(torch.device("cpu"))
     if not on_record.is_dir():
         known = ", ".join(sorted(path.name for path in RESULTS.iterdir() if path.is_dir()))
         print(
-            f"check: nothing is on record for {on_record.name}, only for {known}; benchmarks.run --record puts it there"
+            f"check: there is no record for {on_record.name}, only for {known}; "
+            "benchmarks.run --record adds one"
         )
         return 2
     if not options.folder.is_dir():
-        print(f"check: {options.folder}: no such folder; make bench OUT=folder makes one")
+        print(f"check: {options.folder}: no such folder; run make bench OUT=folder to make one")
         return 2
     found = list(compare(on_record, options.folder))
     for one in found:
@@ -77,7 +85,8 @@ def main() -> int:
         print(f"{'FELL ' if one.fell else '     '} {one.before:8.2f} {now:>8}  {one.name}")
     fallen, unmeasured = sum(one.fell for one in found), sum(one.now is None for one in found)
     print(
-        f"{len(found)} ratios on record; {fallen} have fallen by more than {1 - LEAST:.0%}, {unmeasured} were not measured for want of time"
+        f"{len(found)} ratios on record; {fallen} have fallen by more than {1 - LEAST:.0%}, "
+        f"{unmeasured} were not measured because the time was used up"
     )
     return 1 if fallen else 0
 

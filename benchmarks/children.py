@@ -1,4 +1,7 @@
-"""Commands in processes of their own, each with a time limit and a log. None outlives the program that started it, however that ends."""
+"""Run commands as child processes, each with a time limit and a log.
+
+No child outlives the program that started it, however that program ends.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 _PR_SET_PDEATHSIG = 1  # prctl.h
 _LIBC = ctypes.CDLL(None)
-_REAP_S = 10  # for a killed process to disappear; one that is stuck in a driver may not
+_REAP_S = 10  # time for a killed process to disappear; one stuck in a driver may stay
 
 _groups: set[int] = set()  # process groups that are running
 
@@ -27,9 +30,10 @@ def module(name: str, *arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """For the children: this repository on the path, real kernels, and no pytest around them.
+    """Environment of the children: this repository on the path, real kernels, no pytest variables.
 
-    A pytest that runs this program would make one in a child believe that it is a worker, and pytest-benchmark measures nothing there.
+    If pytest runs this program, its variables would make a pytest in a child act as a worker, and
+    pytest-benchmark measures nothing in a worker.
     """
     found = {
         name: value
@@ -38,9 +42,8 @@ def environment() -> dict[str, str]:
     }
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     found |= {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
-    found.setdefault(
-        "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
-    )  # some virtual CPUs claim an AMX whose use kills the process
+    # Some virtual CPUs report AMX support, but its use kills the process.
+    found.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     return found
 
 
@@ -50,9 +53,10 @@ def end_with_parent() -> None:
 
 
 def run(command: list[str], log: Path, env: Mapping[str, str], seconds: float) -> int | None:
-    """Exit code of a command, negative for a signal; None if it had to be killed after so many seconds.
+    """Exit code of a command, negative for a signal; None if it was killed after `seconds`.
 
-    Its output is appended to the log and copied to the terminal. Whatever it started ends with it.
+    Its output is appended to the log and copied to the terminal. All processes that it started are
+    killed when it ends.
     """
     process = start(
         command, env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -71,13 +75,14 @@ def run(command: list[str], log: Path, env: Mapping[str, str], seconds: float) -
 def start(command: list[str], env: Mapping[str, str], **options: Any) -> subprocess.Popen:
     """A command in a process group of its own; `stop` ends it."""
     options |= {"cwd": ROOT, "env": env, "start_new_session": True}
-    process = subprocess.Popen(command, preexec_fn=end_with_parent, **options)  # noqa: PLW1509 -- one system call, which takes no lock
+    # A preexec_fn is safe here, because end_with_parent is one system call and takes no lock.
+    process = subprocess.Popen(command, preexec_fn=end_with_parent, **options)  # noqa: PLW1509
     _groups.add(process.pid)
     return process
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Kill a command and what it started, compilers for one."""
+    """Kill a command and the processes that it started, such as compilers."""
     _kill(process.pid)
     _groups.discard(process.pid)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -85,7 +90,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def stop_all() -> None:
-    """Leave nothing behind on the machine."""
+    """Kill all running commands and the processes that they started."""
     for group in list(_groups):
         _kill(group)
 

@@ -1,23 +1,27 @@
-"""Bytes that each rank sends in a training step, by ZeRO stage and number of ranks, against the least; no GPU is needed.
+"""Bytes that each rank sends in a training step, by ZeRO stage and number of ranks; needs no GPU.
 
-    python -m benchmarks.communication            a table, and what stands behind its figures
-    python -m benchmarks.communication --json     the same, one JSON object a line
+    python -m benchmarks.communication            print a table, and the reasons for its figures
+    python -m benchmarks.communication --json     print one JSON object per line
 
-Each rank is a process in a network of its own, joined to the others by a virtual cable (tests/namespaces.py). What is counted is what its
-interface has sent from one step to a later one, headers and acknowledgements included; the start does not count. The model is BERT-mini
-in fp32 on made-up batches, the settings are those of ds_config.json.
+Each rank is a process in its own network namespace; virtual cables connect them
+(tests/namespaces.py). The measured quantity is the bytes that a rank's interface sends from one
+step to a later one, including headers and acknowledgements, excluding start-up. The model is
+BERT-mini in fp32 on made-up batches, with the settings of ds_config.json.
 
-P parameters, N ranks, m micro-batches a step. A *pass* is P (N - 1) / N values from each rank: what a ring sends to reduce-scatter or to
-all-gather P values, which is the least for either; an all-reduce is one of each. Four columns count passes:
+P parameters, N ranks, m micro-batches per step. A *pass* is P (N - 1) / N values sent by each rank:
+what a ring sends to reduce-scatter or to all-gather P values, and the minimum for either. An
+all-reduce is one of each. Four columns count passes:
 
-- least: 2 at stages 0 and 1; m + 1 at stage 2, where no rank keeps all gradients, so that each micro-batch is reduced; 3 m at stage 3,
-  where none keeps all weights either, so that they are gathered for each forward and each backward pass.
-- asked: the operations that DeepSpeed asks for, as rings do them. NCCL's rings send so much.
-- gloo: the same operations as gloo does them.
-- sent: what the interfaces counted. Exit code 1 if that is not what gloo should have sent, to 2 %.
+- least: the minimum. It is 2 at stages 0 and 1. It is m + 1 at stage 2, where no rank keeps all
+  gradients, so each micro-batch is reduced. It is 3 m at stage 3, where no rank keeps all weights
+  either, so they are gathered for each forward and each backward pass.
+- asked: the operations that DeepSpeed requests, done with rings, as NCCL does them.
+- gloo: the same operations, as gloo does them.
+- sent: what the interfaces counted. The exit code is 1 if it differs from gloo's column by more
+  than 2 %.
 
-Source: Patarasuk and Yuan, 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations", for the rings; Rajbhandari et al.,
-2020, "ZeRO", section 7, for the stages.
+Source: Patarasuk and Yuan, 2009, "Bandwidth optimal all-reduce algorithms for clusters of
+workstations", for the rings; Rajbhandari et al., 2020, "ZeRO", section 7, for the stages.
 """
 
 from __future__ import annotations
@@ -45,15 +49,18 @@ from tests.namespaces import Nodes, Unavailable
 ROOT = Path(__file__).parents[1]
 SIZES = Sizes("mini", 8192, 512, 64)  # preset, V, tokens of a micro-batch, longest sequence
 WIDTH = 4  # bytes of a gradient or a weight
-WARM_UP, STEPS = 2, 3  # stage 3 learns in the first steps what to fetch when
-PATIENCE_S = 600.0  # a guard for all cases of one world, never reached where all is well
+WARM_UP, STEPS = 2, 3  # in the first steps stage 3 records its prefetch order
+PATIENCE_S = 600.0  # time limit for all cases of one world size; not reached in normal operation
 
-UNEXPLAINED = 0.02  # of what gloo should send: headers, acknowledgements, sums of losses and norms
+UNEXPLAINED = 0.02  # share of gloo's bytes: headers, acknowledgements, sums of losses and norms
 SEGMENT = 1 << 20  # bytes; gloo's kMaxSegmentSize
 
 
 class Operation(NamedTuple):
-    """One of torch.distributed. The functions give bytes from each rank, in the mean, for a whole tensor of B bytes over N ranks."""
+    """An operation of torch.distributed.
+
+    The functions give the mean bytes that each of N ranks sends for a whole tensor of B bytes.
+    """
 
     name: str
     ring: Callable[[int, int], float]
@@ -69,8 +76,11 @@ def two_passes(B: int, N: int) -> float:
 
 
 def gloo_reduce(B: int, N: int) -> float:
-    """A reduce-scatter in which a rank's own share goes around the ring once more, but for its last two segments; then the shares go to the
-    root. Source: gloo/reduce.cc."""
+    """A reduce-scatter and a gather.
+
+    In the reduce-scatter a rank's own share goes around the ring once more, except its last two
+    segments. Then the shares are sent to the root. Source: gloo/reduce.cc.
+    """
     segment = min(math.ceil(B / (2 * N)), SEGMENT)
     of_share = max(math.ceil(math.ceil(B / segment) / N), 2)
     lengths = [min(max(B - i * segment, 0), segment) for i in range(N * of_share)]
@@ -78,7 +88,8 @@ def gloo_reduce(B: int, N: int) -> float:
     return B - sum(skipped) / N + one_pass(B, N) / N
 
 
-# By the names of c10d. gloo's reduce-scatter is an all-reduce of which each rank keeps its share: torch's ProcessGroupGloo.cpp.
+# Keys are the names in c10d. gloo's reduce-scatter is an all-reduce of which each rank keeps its
+# share: ProcessGroupGloo.cpp of torch.
 OPERATIONS = {
     "allreduce_": Operation("all-reduce", two_passes, two_passes),
     "_allgather_base_": Operation("all-gather", one_pass, one_pass),
@@ -90,16 +101,20 @@ OPERATIONS = {
 }
 
 CAUSES = """\
-Why DeepSpeed asks for more than the least. Stages 1 and 2 sum a bucket of gradients for all ranks, though each rank needs its share alone:
-one all-reduce a bucket instead of one reduction for each owner. With zero_optimization.use_multi_rank_bucket_allreduce = false ("owners")
-each share is reduced to its owner: the least. Where there are many ranks, that is many small messages.
+Why DeepSpeed requests more than the minimum. Stages 1 and 2 sum a bucket of gradients for all
+ranks, although each rank needs only its share: one all-reduce per bucket instead of one reduction
+for each owner. With zero_optimization.use_multi_rank_bucket_allreduce = false ("owners") each
+share is reduced to its owner, which is the minimum. With many ranks this means many small messages.
 
-Why it asks for less. Stage 3 keeps weights that it needs again soon (stage3_max_reuse_distance and stage3_max_live_parameters, a billion
-each): for a model of BERT's size all of them, from the forward to the backward pass; and small ones for good
-(stage3_param_persistence_threshold). With these three at 0 ("dropped") it gathers them twice: the least of a stage 3 that saves their memory.
+Why it requests less. Stage 3 keeps weights that it needs again soon (stage3_max_reuse_distance and
+stage3_max_live_parameters, a billion each). A model of BERT's size keeps all weights from the
+forward to the backward pass, and small ones permanently (stage3_param_persistence_threshold). With
+these three at 0 ("dropped") it gathers them twice, which is the minimum for a stage 3 that saves
+their memory.
 
-Why gloo sends more than it is asked for. Its reduce-scatter is an all-reduce: a pass too many for each micro-batch at stage 3. Its reduce goes
-almost once more around the ring than it needs to and then to the owner: 1.3 passes too many on 2 ranks, 0.25 on 4. NCCL does neither."""
+Why gloo sends more than is requested. Its reduce-scatter is an all-reduce: one extra pass for each
+micro-batch at stage 3. Its reduce sends the data almost once more around the ring than necessary,
+and then to the owner: 1.3 extra passes on 2 ranks, 0.25 on 4. NCCL does neither."""
 
 
 class Case(NamedTuple):
@@ -107,10 +122,10 @@ class Case(NamedTuple):
 
     stage: int
     micro_batches: int
-    variant: str = ""  # of VARIANTS
+    variant: str = ""  # a key of VARIANTS
 
 
-# Stages, and what is set in zero_optimization beyond ds_config.json.
+# By name: the stages of a variant, and its changes to zero_optimization of ds_config.json.
 VARIANTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "": ((0, 1, 2, 3), {}),
     "owners": ((1, 2), {"use_multi_rank_bucket_allreduce": False}),
@@ -126,7 +141,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 class Measured(NamedTuple):
-    """Bytes a step from each rank, in the mean."""
+    """Mean bytes per step and rank."""
 
     world: int
     case: Case
@@ -141,7 +156,7 @@ class Measured(NamedTuple):
 
 
 def cases(stages: Sequence[int], world: int) -> list[Case]:
-    if world == 1:  # nothing to send
+    if world == 1:  # nothing is sent
         return [Case(stage, 1) for stage in stages]
     return [
         Case(stage, m, name)
@@ -161,11 +176,11 @@ def least_bytes(world: int, stage: int, micro_batches: int) -> float:
     return passes * one_pass(parameters() * WIDTH, world)
 
 
-# A rank
+# A rank.
 
 
 class Asked(TorchDispatchMode):
-    """Inside, every operation of torch.distributed is noted: its name, and the bytes of the whole tensor."""
+    """Records every operation of torch.distributed: its name, and the bytes of the whole tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,14 +200,14 @@ class Asked(TorchDispatchMode):
 
 
 def size(argument: Any) -> int:
-    """Bytes of a tensor, or of all in a list."""
+    """Bytes of a tensor, or of all tensors in a list."""
     if isinstance(argument, torch.Tensor):
         return argument.nbytes
     return sum(map(size, argument)) if isinstance(argument, (list, tuple)) else 0
 
 
 def sent_bytes(interface: str = "eth0") -> int:
-    """Since the interface was made; of this process's network."""
+    """Bytes that the interface has sent since it was created, in this process's network."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         name, _, counts = line.partition(":")
         if name.strip() == interface:
@@ -201,7 +216,7 @@ def sent_bytes(interface: str = "eth0") -> int:
 
 
 def train(wanted: Sequence[Case], ds_config: str) -> None:
-    """What a rank does: prints a line of JSON for each case."""
+    """Run one rank; prints a line of JSON for each case."""
     from fastbert.cluster.group import join
     from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
     from fastbert.training.engine import Engine
@@ -236,7 +251,7 @@ def train(wanted: Sequence[Case], ds_config: str) -> None:
             print(json.dumps({"sent": sent, "calls": asked.calls}), flush=True)
 
 
-# All of them
+# The launcher.
 
 
 def measure(
@@ -244,10 +259,10 @@ def measure(
     wanted: Sequence[Case],
     ds_config: str = str(ROOT / "fastbert/recipes/ds_config.json"),
 ) -> list[Measured]:
-    """Train on `world` ranks, each in a network of its own.
+    """Train on `world` ranks, each in its own network.
 
     Raises:
-        Unavailable: this machine, or this user's rights, do not allow such networks.
+        Unavailable: this machine or this user's rights do not allow such networks.
     """
     with Nodes(world) as nodes:
         environment = {
@@ -289,7 +304,7 @@ def measure(
 
 
 def counted(world: int, case: Case, of_ranks: Sequence[Mapping[str, Any]]) -> Measured:
-    """Of what the ranks have printed for a case; they all ask for the same."""
+    """Combine what the ranks have printed for a case; all ranks request the same operations."""
     asked: dict[str, float] = {}
     gloo = 0.0
     for name, whole in of_ranks[0]["calls"]:
@@ -319,14 +334,18 @@ def fault(row: Measured) -> str | None:
 
 
 def table(rows: Iterable[Measured]) -> str:
-    """For people."""
+    """The table as text."""
     lines = [
         f"{'':25}{'micro-':>8}{'MB a rank and step':>22}{'passes':^36}",
-        f"{'stage':17}{'ranks':>8}{'batches':>8}{'least':>11}{'sent':>11}{'least':>9}{'asked':>9}{'gloo':>9}{'sent':>9}   asked for",
+        f"{'stage':17}{'ranks':>8}{'batches':>8}{'least':>11}{'sent':>11}"
+        f"{'least':>9}{'asked':>9}{'gloo':>9}{'sent':>9}   asked for",
     ]
     for row in rows:
         case = row.case
-        line = f"{case.stage} {case.variant:15}{row.world:>8}{case.micro_batches:>8}{row.least / 1e6:>11.2f}{row.sent / 1e6:>11.2f}"
+        line = (
+            f"{case.stage} {case.variant:15}{row.world:>8}{case.micro_batches:>8}"
+            f"{row.least / 1e6:>11.2f}{row.sent / 1e6:>11.2f}"
+        )
         if row.world > 1:
             counts = [
                 row.passes(count)
@@ -343,7 +362,7 @@ def table(rows: Iterable[Measured]) -> str:
 
 
 def record(row: Measured) -> dict[str, Any]:
-    """For programs."""
+    """The row as JSON."""
     return {**row._asdict(), "case": row.case._asdict(), "parameters": parameters(), "width": WIDTH}
 
 
@@ -351,7 +370,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.add_argument(
         "--stages",
         type=int,
@@ -368,7 +387,8 @@ def main() -> int:
         default=str(ROOT / "fastbert/recipes/ds_config.json"),
         help="DeepSpeed's settings (the project's ds_config.json)",
     )
-    parser.add_argument("--rank", help=argparse.SUPPRESS)  # be one: the file, and the cases
+    # Internal: act as one rank; a JSON list of the settings file and the cases.
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
         ds_config, *wanted = json.loads(options.rank)
@@ -386,9 +406,13 @@ def main() -> int:
     if options.json:
         print("\n".join(json.dumps(record(row)) for row in rows))
     else:
-        model = f"BERT-{SIZES.preset}, {parameters():,} parameters, fp32: {parameters() * WIDTH / 1e6:.2f} MB of gradients, as of weights"
+        model = (
+            f"BERT-{SIZES.preset}, {parameters():,} parameters, fp32: "
+            f"{parameters() * WIDTH / 1e6:.2f} MB of gradients, as of weights"
+        )
         print(
-            f"{header_line(header(torch.device('cpu')))}\n{model}; a pass is (N - 1) / N of that\n\n{table(rows)}\n\n{CAUSES}"
+            f"{header_line(header(torch.device('cpu')))}\n"
+            f"{model}; a pass is (N - 1) / N of that\n\n{table(rows)}\n\n{CAUSES}"
         )
     wrong = [line for line in map(fault, rows) if line]
     for line in wrong:

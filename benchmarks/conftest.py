@@ -1,4 +1,4 @@
-"""Options of the suites, and what they leave: pytest-benchmark's JSON, and our rows, page and pictures made of it."""
+"""Options of the benchmark suites, and the report: our rows, page and figures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from benchmarks.cases import Case
 from benchmarks.machine import device_name, header, peak_of
 from benchmarks.record import Record, Row
 
-NOTES: list[Row] = []  # contenders that are missing
+NOTES: list[Row] = []  # missing contenders, with the reason
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastbert")
     group.addoption("--out", type=Path, help="folder for the report")
     group.addoption(
-        "--seconds", type=float, default=240, help="what all cases together may take, about (240)"
+        "--seconds", type=float, default=240, help="approximate time for all cases together (240)"
     )
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--tokens", type=int, help="tokens of a pack (16,384; on a CPU 512)")
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compile",
         choices=["one", "all", "none"],
         default="one",
-        help="torch.compile for which cases of an operation (one)",
+        help="the cases of an operation that are measured with torch.compile (one)",
     )
 
 
@@ -60,7 +60,7 @@ def pytest_benchmark_update_json(
 
 
 def write(out: Path, device: torch.device, benchmarks: list[dict[str, Any]]) -> None:
-    """kernels.json, kernels.md and kernels.png, of what pytest-benchmark has measured."""
+    """Write kernels.json, kernels.md and kernels.png from the measurements of pytest-benchmark."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in benchmarks:
         info = entry["extra_info"]

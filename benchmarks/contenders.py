@@ -1,4 +1,4 @@
-"""Who takes part when a case is timed: of those offered, the ones that run, and why the others do not."""
+"""Which contenders take part when a case is timed: those that run, and why the others do not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.timing import Contender, differentiated
 
 
 def that_run(offered: Mapping[str, Rival | str]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Those that ran once, forward and backward, and a line on each of the others."""
+    """The contenders that ran once, forward and backward, and a line on each of the others."""
     found: dict[str, Contender] = {}
     notes: dict[str, str] = {}
     for name, rival in offered.items():
@@ -24,7 +24,7 @@ def that_run(offered: Mapping[str, Rival | str]) -> tuple[dict[str, Contender], 
             contender = differentiated(forward, gradients, torch.randn_like(result))
             contender.backward(result)
             found[name] = contender
-        except Exception as failure:  # whatever a rival may raise, the others are measured
+        except Exception as failure:  # a rival may raise anything; the others are still measured
             notes[name] = (
                 f"failed: {type(failure).__name__}: {str(failure).partition(chr(10))[0][:200]}"
             )

@@ -1,4 +1,4 @@
-"""One job on each core: what runs side by side meets the same machine, and none disturbs another."""
+"""Run one job on each core, so that concurrent jobs do not disturb each other."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ Result = TypeVar("Result")
 def one_on_each(
     work: Callable[[Job], Result], jobs: Iterable[Job], cores: int | None = None
 ) -> Iterator[Result]:
-    """The results in the order of the jobs; each runs in a thread that is pinned to a core of its own, and so do the processes it starts.
+    """The results in the order of the jobs.
+
+    Each job runs in a thread that is pinned to its own core; processes that it starts inherit this.
 
     Args:
-        cores: how many at the most; by default all that this process may use.
+        cores: maximum number of cores; by default all that this process may use.
     """
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
     chosen = sorted(os.sched_getaffinity(0))[-cores if cores else None :]
     for core in chosen:
         free.put(core)
-    # Linux pins the calling thread alone, and what it starts inherits that.
+    # Linux pins only the calling thread; processes that it starts inherit this.
     with ThreadPoolExecutor(
         len(chosen), initializer=lambda: os.sched_setaffinity(0, {free.get()})
     ) as pool:
@@ -36,7 +38,10 @@ def one_on_each(
 
 
 def run_module(name: str, arguments: Sequence[object], what: str) -> str:
-    """`python -m name` with one thread; its standard output. SystemExit with the end of its errors, and `what` it was, where it fails."""
+    """Run `python -m name` with one thread and return its standard output.
+
+    If it fails, raise SystemExit with `what` and the end of its error output.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -1,11 +1,14 @@
-"""What `bench_data` times and weighs, each in a process of its own: text to token ids by fastbert and by datasets + tokenizers, and the loader.
+"""The jobs that `bench_data` measures, each in its own process: preparation and the loader.
 
     python -m benchmarks.data_jobs fastbert|datasets TEXT.jsonl TOKENIZER OUT WORKERS CORES
-    python -m benchmarks.data_jobs loader STORE
+    python -m benchmarks.data_jobs loader DATASET
 
-One JSON object on stdout. Both sides read the text, split it into sentences by the same rules, encode these with the same WordPiece tokenizer
-and save the ids to disk; importing the libraries is timed apart. The rival is written as its documentation shows: `load_dataset`, a batched
-`map` over the fast tokenizer (`tokenizers` itself, which is faster than through transformers, and its variant without offsets), `save_to_disk`.
+Each job prints one JSON object. Both sides of preparation (fastbert, and datasets + tokenizers)
+read the text, split it into sentences by the same rules, encode these with the same WordPiece
+tokenizer and save the ids to disk. The import of the libraries is timed separately. The rival
+follows its documentation: `load_dataset`, a batched `map` over the fast tokenizer, `save_to_disk`.
+It uses `tokenizers` directly, which is faster than through transformers, and the variant without
+offsets.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ LOADER_STEPS = 200
 
 
 def by_fastbert(text: str, tokenizer: str, out: str, workers: int) -> dict[str, float]:
-    """As `fastbert prepare` does it. What the rival leaves out, the n-gram baselines, is timed and weighed apart."""
+    """Prepare as `fastbert prepare` does.
+
+    The n-gram baselines, which the rival does not compute, are timed and weighed separately.
+    """
     began = time.perf_counter()
     from fastbert.data import baselines as baselines
     from fastbert.data import prepare
@@ -50,7 +56,10 @@ def by_fastbert(text: str, tokenizer: str, out: str, workers: int) -> dict[str, 
 
 
 def by_datasets(text: str, tokenizer: str, out: str, processes: int) -> dict[str, float]:
-    """By datasets and tokenizers; a row is a document, `input_ids` a list of ids for each of its sentences."""
+    """Prepare with datasets and tokenizers.
+
+    A row is a document; its `input_ids` are a list of ids for each sentence.
+    """
     began = time.perf_counter()
     import datasets
     from tokenizers import Tokenizer
@@ -60,7 +69,7 @@ def by_datasets(text: str, tokenizer: str, out: str, processes: int) -> dict[str
     ready = time.perf_counter()
     datasets.disable_progress_bars()
     wordpiece = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
-    wordpiece.encode_special_tokens = True  # as ours: "[MASK]" in a text is text
+    wordpiece.encode_special_tokens = True  # as ours: "[MASK]" in a text is ordinary text
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[list[list[int]]]]:
         documents = [split_sentences(row) for row in rows["text"]]
@@ -82,7 +91,10 @@ def by_datasets(text: str, tokenizer: str, out: str, processes: int) -> dict[str
 
 
 def loader(dataset: str) -> dict[str, float]:
-    """Memory of a loader that has drawn batches from all over a dataset: its own, and the pages of the dataset that are mapped at the moment."""
+    """Memory of a loader that has drawn batches from all parts of a dataset.
+
+    Returns its own memory, and the pages of the dataset that are currently mapped.
+    """
     from fastbert.config import RunConfig
     from fastbert.data.batches import Batches
     from fastbert.data.dataset import open_dataset
@@ -94,7 +106,10 @@ def loader(dataset: str) -> dict[str, float]:
 
 
 def _status_mb(name: str) -> float:
-    """Of this process. Not getrusage: its maximum is handed on by the process that started this one."""
+    """A value of this process's status file.
+
+    getrusage is not used, because its maximum is inherited from the parent process.
+    """
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 

@@ -1,8 +1,8 @@
-"""The figures on the pages, taken from the results on record: `python -m benchmarks.figures` rewrites them.
+"""Update the figures on the pages from the recorded results: `python -m benchmarks.figures`.
 
-Each page has marked places for tables of the records in benchmarks/results/. They are filled here, and
-tests/test_figures.py fails where a page and the record differ. docs/benchmarks.md has the whole tables;
-the README has two rows of each, and one number.
+Each page has marked places for tables of the records in benchmarks/results/. This program fills
+them, and tests/test_figures.py fails if a page and its record differ. docs/benchmarks.md has the
+whole tables; the README has two rows of each, and one number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.sweep import sweep_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/results.md"))
-MACHINE = "amd-epyc-2-cores"  # whose results they quote
+MACHINE = "amd-epyc-2-cores"  # the pages quote this machine's results
 
 
 def _machine(record: Record, *libraries: str) -> str:
@@ -45,7 +45,7 @@ def _quality(record: Record) -> str:
 
 
 def _headline(record: Record) -> str:
-    """The more careful of the two ways to count: whole runs of ours that are given less time."""
+    """The more conservative of the two figures: complete runs of ours with less time."""
     times = [row["sooner_by_a_shorter_run"] for row in record.rows if row.get("against") == TRAINER]
     return (
         f"On one CPU core fastbert reaches the held-out loss of a tuned Hugging Face Trainer "
@@ -80,7 +80,8 @@ def _data(record: Record) -> str:
     loaders = [
         [
             row["loader"],
-            f"{row['tokens_per_s'] / 1e6:.1f} M ({row['low'] / 1e6:.1f} to {row['high'] / 1e6:.1f})",
+            f"{row['tokens_per_s'] / 1e6:.1f} M "
+            f"({row['low'] / 1e6:.1f} to {row['high'] / 1e6:.1f})",
         ]
         for row in record.rows
         if row["part"] == "loader"
@@ -117,13 +118,15 @@ def _startup(record: Record) -> str:
 
 def _downstream(record: Record) -> str:
     picture = f"![accuracy over labelled examples](../benchmarks/results/{MACHINE}/downstream.png)"
-    return f"{_machine(record)}\n\n{downstream_table(record.rows)}\n\n{models_table(record.rows)}\n\n{picture}"
+    tables = f"{downstream_table(record.rows)}\n\n{models_table(record.rows)}"
+    return f"{_machine(record)}\n\n{tables}\n\n{picture}"
 
 
 def _sweep(record: Record) -> str:
     return f"{_machine(record)}\n\n{sweep_table(list(record.rows))}"
 
 
+# By name of the place: the record, and the function that writes the text from it.
 FIGURES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "headline": ("quality", _headline),
     "two_steps": ("step", _two_steps),
@@ -135,7 +138,7 @@ FIGURES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "startup": ("startup", _startup),
     "downstream": ("downstream", _downstream),
     "sweep": ("sweep", _sweep),
-}  # the name of a place: the record it quotes, and what it says
+}
 
 
 def _part(name: str) -> str:
@@ -144,7 +147,7 @@ def _part(name: str) -> str:
 
 
 def renewed(text: str) -> str:
-    """The page with the figures on record."""
+    """The page with the recorded figures."""
     return filled(text, {name: _part(name) for name in places(text)})
 
 

@@ -1,7 +1,8 @@
-"""A function over a list of jobs, each in a process of its own that is forked from the same state; results in order.
+"""Call a function on a list of jobs, each in its own process forked from the same state.
 
-For compiling: LLVM's choices depend on where its objects lie in memory, so what was compiled before, or at the same time, in one process would move
-registers to and fro. Jobs need not be picklable, results must be.
+It is meant for compilation. LLVM's choices depend on the memory addresses of its objects, so the
+same kernel could get other registers after other compilations in the same process. Jobs need not be
+picklable, but results must be. They come in the order of the jobs.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any, TypeVar
 WORKERS = 2  # the tests share the machine
 
 Result = TypeVar("Result")
-_work: list[tuple[Callable[..., Any], tuple]] = []  # of the pool that runs, for its processes
+_work: list[tuple[Callable[..., Any], tuple]] = []  # of the current pool, inherited by its workers
 
 
 def forked(function: Callable[..., Result], jobs: Iterable[tuple]) -> Iterator[Result]:
-    """`function(*job)` for each job. Closing the iterator early ends what still runs; one runs at a time."""
+    """`function(*job)` for each job; only one call may run at a time.
+
+    Closing the iterator early kills the remaining jobs.
+    """
     _work[:] = [(function, job) for job in jobs]
     with multiprocessing.get_context("fork").Pool(WORKERS, maxtasksperchild=1) as pool:
         yield from pool.imap(_call, range(len(_work)), chunksize=1)

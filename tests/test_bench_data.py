@@ -46,7 +46,7 @@ def test_other_ids_are_noticed(both: tuple[TokenDataset, Path], split: str, tmp_
     data = bytearray(tokens.read_bytes())
     data[-2] ^= 1  # the last token of the last document
     tokens.write_bytes(data)
-    with pytest.raises(SystemExit, match="has other ids"):
+    with pytest.raises(SystemExit, match="has different ids"):
         check_same_ids(open_dataset(dataset, verify=False), both[1])
 
 

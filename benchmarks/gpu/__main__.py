@@ -1,25 +1,33 @@
-"""All that needs a GPU, in one command and in ten minutes: `make gpu OUT=folder`.
+"""All measurements that need a GPU, in one command and ten minutes: `make gpu OUT=folder`.
 
     python -m benchmarks.gpu --out folder [--seconds 600] [--parts smoke step ...] [--dry-run]
 
-Needs the repository, torch 2.11 or newer, Triton 3.6 or newer, numpy, and for the tests pytest; no network. Each part runs in a process of its own
-with a limit, and writes each result to results.jsonl as it is measured, so that a crash, a hang or a kill costs one measurement. Parts in order:
+It needs the repository, torch 2.11 or newer, Triton 3.6 or newer, numpy, and pytest for the tests;
+no network. Each part runs in its own process with a time limit. It writes each result to
+results.jsonl as soon as it is measured, so a crash, a hang or a kill loses only one measurement.
+The parts in order:
 
-    environment   10 s   device, driver, versions, rates; meanwhile all kernels are compiled, on every core
-    smoke         40 s   each operation and whole steps of a model against the reference; the run ends here if one is wrong
-    attention     90 s   128 to 4,096 tokens with and without dropout: present and proposed tiles, torch's SDPA and varlen attention
-    operations    80 s   MLM loss, norm, GELU, embedding: present and proposed tiles, eager torch, Liger, CCE
-    counters      60 s   what the hardware counts, by ncu, if it is there and allowed
-    step          80 s   a training step of BERT-base: wall, GPU and CPU time; against torch's own parts on padded batches
+    environment   10 s   device, driver, versions, rates; meanwhile all cores compile all kernels
+    smoke         40 s   each operation and whole steps of a model against the reference; the run
+                         ends here if one is wrong
+    attention     90 s   128 to 4,096 tokens with and without dropout: present and proposed tiles,
+                         torch's SDPA and varlen attention
+    operations    80 s   MLM loss, norm, GELU, embedding: present and proposed tiles, eager torch,
+                         Liger, CCE
+    counters      60 s   hardware counters, read by ncu if it is installed and permitted
+    step          80 s   a training step of BERT-base: wall, GPU and CPU time; against torch's own
+                         modules on padded batches
     tests        120 s   the tests of the kernels, in several processes
     curves        45 s   training in bf16 on the kernels and on the reference
-    compiled      30 s   torch.compile beside our kernels
-    tuning        35 s   tiles beside the best so far
-    pictures       5 s   if matplotlib is there
+    compiled      30 s   torch.compile compared with our kernels
+    tuning        35 s   a search for better tiles near the best ones
+    pictures       5 s   figures, if matplotlib is installed
 
-Time that a part leaves goes to the later ones. The folder gets results.jsonl, report.md, which is rewritten after each part and by
-`python -m benchmarks.gpu.report FOLDER` at any time, and a log for each part. `--dry-run`: on a CPU, with a driver that compiles
-every kernel and launches none; all is real but the results. Exit code 0 if all is well, 1 if something is wrong, failed or hung, 2 without a GPU.
+Time that a part does not use goes to the later ones. The folder gets results.jsonl, report.md and a
+log for each part. The report is rewritten after each part, and at any time by
+`python -m benchmarks.gpu.report FOLDER`. `--dry-run` runs on a CPU, with a driver that compiles
+every kernel and launches none; everything except the results is real. The exit code is 0 on
+success, 1 if something is wrong, failed or hung, and 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -42,14 +50,20 @@ from benchmarks.gpu.report import CLOCKS, write
 from benchmarks.gpu.results import Results, is_wrong, read
 
 SECONDS = 600
-RESERVE_S = 8  # for killing what hangs, and for the report
+RESERVE_S = 8  # for killing hung processes, and for the report
 GATE = "smoke"
 CUT_OFF, LEFT_OUT = "stopped at its limit", "left out"
 SAMPLED = "timestamp,clocks.sm,power.draw,temperature.gpu,utilization.gpu"
 
 
 class Part(NamedTuple):
-    """`weight` is its share of the time, the seconds that it should have of SECONDS; at the least it gets `least_s`, at the cost of later ones."""
+    """A part of the run.
+
+    Args:
+        name: its module in `benchmarks.gpu`.
+        weight: its share of the time: the seconds that it should get of SECONDS.
+        least_s: the minimum that it gets, at the expense of later parts.
+    """
 
     name: str
     weight: float
@@ -57,8 +71,8 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("environment", 10, 40),  # a cold disk, and kernels to compile
-    Part(GATE, 40, 100),  # whether anything counts depends on it
+    Part("environment", 10, 40),  # the disk cache is cold, and kernels must be compiled
+    Part(GATE, 40, 100),  # the other results are only valid if it passes
     Part("attention", 90),
     Part("operations", 80),
     Part("counters", 60),
@@ -72,7 +86,7 @@ PARTS = (
 
 
 class Session:
-    """One run into one folder."""
+    """One run, with its results in one folder."""
 
     def __init__(self, out: Path, dry: bool):
         self.out, self.dry = out, dry
@@ -80,13 +94,16 @@ class Session:
         self.interrupted = False
 
     def interrupt(self, *_) -> None:
-        """For SIGINT and SIGTERM: leave nothing behind on the GPU, and a report."""
+        """Signal handler of SIGINT and SIGTERM: kill everything on the GPU; a report is written."""
         self.interrupted = True
         children.stop_all()
         raise SystemExit(130)
 
     def run(self, parts: Sequence[Part], end: float) -> bool:
-        """All parts, by `end` of time.monotonic(), or up to the gate where something is wrong. Whether all is well."""
+        """Run all parts until `end` of time.monotonic(), or up to the gate if it finds an error.
+
+        Returns whether everything succeeded.
+        """
         well = True
         for index, part in enumerate(parts):
             left = max(0.0, end - time.monotonic())
@@ -102,7 +119,7 @@ class Session:
         return well and not wrong(self.out)
 
     def run_part(self, part: Part, limit: float) -> str:
-        """One part to its end or its limit; writes how it went, and returns that."""
+        """Run one part to its end or its limit; write its outcome and return it."""
         start = time.monotonic()
         print(f"\n==> {part.name} ({limit:.0f} s at the most)", flush=True)
         if part.name == "tests" and (why := kernel_tests.missing()):
@@ -128,7 +145,7 @@ class Session:
         return outcome
 
     def commands(self, part: Part, until: float) -> list[list[str]]:
-        """Those of a part, which run side by side."""
+        """The commands of a part, which run concurrently."""
         folder, dry = ["--out", str(self.out)], ["--dry-run"] * self.dry
         if part.name == "tests":
             return kernel_tests.commands(self.out, self.dry)
@@ -137,7 +154,7 @@ class Session:
         return [children.module(f"gpu.{part.name}", *folder, "--until", f"{until:.0f}", *dry)]
 
     def warm_up(self, limit: float) -> None:
-        """Kernels that are compiled beforehand; without them everything works, and takes longer."""
+        """Compile kernels in advance. This is optional; it only saves time."""
         command = children.module("gpu.warm_up", "--out", str(self.out), *["--dry-run"] * self.dry)
         code = children.run(command, self.out / "warm_up.log", children.environment(), limit)
         if code != 0:
@@ -149,7 +166,11 @@ class Session:
             Results(self.out, "environment", self.dry).add("warm-up", why=why)
 
     def to_the_end(self, part: Part, command: list[str], end: float) -> str:
-        """How a command ended. One that breaks off is started again, behind what broke it, as long as there is progress."""
+        """Run a command and return its outcome.
+
+        If it crashes, start it again, as long as there is progress; it resumes after the item that
+        crashed it.
+        """
         log, results = self.out / f"{part.name}.log", Results(self.out, part.name, self.dry)
         finished, good = (
             (kernel_tests.FINISHED, kernel_tests.GOOD)
@@ -184,13 +205,13 @@ class Session:
             crashed, before = True, progress
 
     def progress(self, part: Part, command: list[str]) -> int:
-        """How many tests or items of a command have begun."""
+        """The number of tests or items of a command that have begun."""
         if part.name == "tests":
             return kernel_tests.begun(command)
         return sum(line["part"] == part.name and line["what"] == "begin" for line in read(self.out))
 
     def close_items(self, results: Results, what: str, why: str) -> None:
-        """Say of the items that began and did not end why that is."""
+        """Record a reason for the items that began and did not end."""
         mine = [line for line in read(self.out) if line["part"] == results.part and "item" in line]
         ended = {line["item"] for line in mine if line["what"] != "begin"}
         for line in mine:
@@ -199,12 +220,12 @@ class Session:
 
 
 def wrong(out: Path, part: str | None = None) -> bool:
-    """Whether something of a part, or of any, is wrong or failed."""
+    """Whether a result of a part, or of any part, is wrong or failed."""
     return any(is_wrong(line) for line in read(out) if part in (None, line["part"]))
 
 
 def sample_clocks(out: Path) -> subprocess.Popen | None:
-    """Every second, for the whole run: whether the GPU kept its speed."""
+    """Sample the clocks every second during the run, to see whether the GPU kept its speed."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", f"--query-gpu={SAMPLED}", "--format=csv,noheader,nounits", "-l", "1"]
@@ -222,14 +243,14 @@ def main() -> int:
         "--out", type=Path, required=True, help="folder for the results; new or empty"
     )
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help=f"when it must have ended ({SECONDS})"
+        "--seconds", type=float, default=SECONDS, help=f"time limit of the whole run ({SECONDS})"
     )
     parser.add_argument(
         "--parts",
         nargs="+",
         choices=[part.name for part in PARTS],
         metavar="PART",
-        help="only these",
+        help="run only these parts",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="on a CPU: compile every kernel, launch none"
@@ -239,14 +260,15 @@ def main() -> int:
     out: Path = options.out.resolve()
     if out.exists() and any(out.iterdir()):
         print(
-            f"gpu: --out {options.out} is not empty; name a new folder, so that a report is of one run"
+            f"gpu: --out {options.out} is not empty; choose a new folder, "
+            "because a report covers one run"
         )
         return 2
     if not options.dry_run:
         import torch
 
         if not torch.cuda.is_available():
-            print("gpu: no GPU that torch can use; --dry-run shows the way of working without one")
+            print("gpu: no GPU that torch can use; --dry-run runs all parts without one")
             return 2
     out.mkdir(parents=True, exist_ok=True)
     session = Session(out, options.dry_run)

@@ -1,4 +1,8 @@
-"""Attention at the lengths of training, beside torch's SDPA (by FlashAttention and by cuDNN), its varlen attention, and FlashAttention if installed."""
+"""Attention at the lengths of training, compared with torch's and FlashAttention's.
+
+The rivals are torch's SDPA (with FlashAttention and with cuDNN), its varlen attention, and
+FlashAttention if it is installed.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,13 @@ from benchmarks.gpu.proposals import Proposal
 from benchmarks.peers import peers
 from benchmarks.rivals import Rival, rivals
 
-LENGTHS, DRY_LENGTHS = (512, 128, 2048, 4096), (512, 128)  # most wanted first
+LENGTHS, DRY_LENGTHS = (512, 128, 2048, 4096), (512, 128)  # the most important first
 HEAD_SIZE, HIDDEN_SIZE = 64, 768
 BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
 def cases(where: Place, proposals: Sequence[Proposal] = ()) -> list[Case]:
-    """At each length with and without dropout; at other head sizes where a proposed tile is for them."""
+    """Each length with and without dropout; other head sizes if a tile is proposed for them."""
 
     def case(n: int, size: int, p: float) -> Case:
         label = f"n={n}" if size == HEAD_SIZE else f"n={n} K={size}"
@@ -43,7 +47,7 @@ def cases(where: Place, proposals: Sequence[Proposal] = ()) -> list[Case]:
 
 
 def offered(case: Case, given: dict[str, Any]) -> dict[str, Rival | str]:
-    """Without the eager one, which takes too long at these lengths."""
+    """The rivals without the eager one, which takes too long at these lengths."""
     by_torch = rivals(case, given)
     sdpa = by_torch["SDPA"]
     assert not isinstance(sdpa, str)
@@ -55,7 +59,7 @@ def offered(case: Case, given: dict[str, Any]) -> dict[str, Rival | str]:
 
 
 def by(backend: SDPBackend, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The backward pass follows the forward pass's choice."""
+    """Use this backend for the forward pass; the backward pass then uses it too."""
 
     def run() -> Tensor:
         with sdpa_kernel(backend):

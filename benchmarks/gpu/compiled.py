@@ -1,4 +1,7 @@
-"""torch.compile of what one writes with torch.nn.functional, beside our kernel. Compiling takes up to a minute a case, hence late and few."""
+"""torch.compile of the torch.nn.functional version, compared with our kernel.
+
+Compiling takes up to a minute per case, so this part comes late and has few cases.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,8 @@ def items(part: Part) -> list[Item]:
         if isinstance(eager, str):
             return {"torch.compile": eager}
         torch.compiler.reset()
-        backend = (
-            "eager" if part.place.dry else "inductor"
-        )  # dry: its graphs, without a compiler for the CPU
+        # A dry run compiles only the graph, without a compiler for the CPU.
+        backend = "eager" if part.place.dry else "inductor"
         return {
             "torch.compile": (
                 torch.compile(eager[0], fullgraph=True, dynamic=False, backend=backend),

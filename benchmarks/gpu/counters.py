@@ -1,7 +1,8 @@
-"""What the hardware counted while a kernel ran, by Nsight Compute (ncu), if it is installed and counters are permitted.
+"""Hardware counters of our kernels, by Nsight Compute (ncu), if installed and permitted.
 
-How busy the instruction slots, the matrix and the exponential units are, bytes through L2 and memory, and what warps wait for: this says why a
-kernel takes as long as it does. Clocks are left as they are. What ncu writes is kept, in counters-N.csv.
+They show how busy the instruction slots, the matrix units and the exponential units are, the bytes
+through L2 and memory, and what warps wait for. So they explain the duration of a kernel. Clocks are
+not locked. The output of ncu is kept in counters-N.csv.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from benchmarks import children
 from benchmarks.gpu.items import Item, Part, program
 
-CASES = {  # and which of their kernels: Triton names them as their functions
+CASES = {  # the cases, and which of their kernels; Triton names kernels after their functions
     "attention n=512 p=0.1": "_(forward|dkdv|dq)_kernel",
     "attention n=512 p=0": "_(forward|dkdv|dq)_kernel",
     "mlm_loss D=768": "_forward_kernel",
@@ -33,7 +34,8 @@ SECTIONS = (
     "Occupancy",
     "LaunchStats",
 )
-# Beyond what the sections have; those that this ncu and this GPU do not know are left out, since one of them would fail the whole run.
+# In addition to those of the sections. Metrics that this ncu or GPU does not know are left out,
+# because a single one would make the whole run fail.
 METRICS = (
     "gpu__time_duration.sum",
     "sm__inst_issued.avg.pct_of_peak_sustained_active",
@@ -44,10 +46,10 @@ METRICS = (
     "dram__bytes_read.sum",
     "dram__bytes_write.sum",
 )
-KNOWN_SECONDS = 20  # for the list of metrics that ncu knows
+KNOWN_SECONDS = 20  # time limit for listing the metrics that ncu knows
 REFUSED = "ERR_NVGPUCTRPERM"
 
-# What a report shows of it: name, and the first metric that is there of these patterns.
+# What the report shows: a label, and patterns of which the first matching metric is taken.
 SHOWN = {
     "us": (r"gpu__time_duration\.sum",),
     "issue slots, %": (
@@ -65,14 +67,15 @@ SHOWN = {
     "registers": (r"launch__registers_per_thread",),
     "warps, %": (r"sm__warps_active\.avg\.pct_of_peak_sustained_active",),
 }
-SCALES = {
+SCALES = {  # factors for nanoseconds and bytes
     "us": 1e-3,
     "L2 MB": 1e-6,
     "memory read MB": 1e-6,
     "memory written MB": 1e-6,
-}  # of nanoseconds and bytes
+}
 STALL = re.compile(
-    r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active(?:\.ratio)?|smsp__average_warp_latency_issue_stalled_(\w+)\.ratio"
+    r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active(?:\.ratio)?"
+    r"|smsp__average_warp_latency_issue_stalled_(\w+)\.ratio"
 )
 SHOWN_STALLS = 4
 
@@ -96,11 +99,13 @@ def count(part: Part, case: str, raw: Path, seconds: float) -> None:
     if part.results.has("note"):
         return
     command = [
-        "ncu", "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(raw), "--clock-control", "none",
-        "--target-processes", "all", "--profile-from-start", "off", "--kernel-name", f"regex:^{CASES[case]}$", *known_metrics(),
+        "ncu",
+        *("--csv", "--page", "raw", "--print-units", "base", "--log-file", str(raw)),
+        *("--clock-control", "none", "--target-processes", "all", "--profile-from-start", "off"),
+        *("--kernel-name", f"regex:^{CASES[case]}$", *known_metrics()),
         *(word for name in SECTIONS for word in ("--section", name)),
-        sys.executable, "-m", "benchmarks.gpu.launches", case,
-    ]  # fmt: skip
+        *(sys.executable, "-m", "benchmarks.gpu.launches", case),
+    ]
     code = children.run(
         command, part.out / "counters.log", children.environment(), 2.2 * seconds + 5
     )
@@ -120,7 +125,10 @@ def count(part: Part, case: str, raw: Path, seconds: float) -> None:
 
 @functools.cache
 def known_metrics() -> list[str]:
-    """The option that asks for METRICS, without those that `ncu --query-metrics` does not list; nothing if it lists none."""
+    """The option that selects METRICS, limited to those that `ncu --query-metrics` lists.
+
+    It is empty if ncu lists none of them.
+    """
     try:
         said = subprocess.run(
             ["ncu", "--query-metrics"], capture_output=True, text=True, timeout=KNOWN_SECONDS
@@ -133,8 +141,11 @@ def known_metrics() -> list[str]:
 
 
 def parse(text: str) -> list[tuple[str, dict[str, float]]]:
-    """Kernels in the order of their launch, each with its metrics by name. Takes both forms of ncu's CSV: a line for each kernel, with a
-    line of units below the names; and a line for each metric."""
+    """Kernels in the order of their launches, each with its metrics by name.
+
+    Reads both forms of ncu's CSV: one line per kernel, with a line of units below the names; and
+    one line per metric.
+    """
     table = [line for line in text.splitlines() if line.startswith('"')]
     kernels: dict[str, tuple[str, dict[str, float]]] = {}
     for row in csv.DictReader(table):
@@ -154,7 +165,7 @@ def parse(text: str) -> list[tuple[str, dict[str, float]]]:
 
 
 def to_number(text: str | None) -> float | None:
-    """ "1,234.5" too; None for what is no number."""
+    """The value of a number, with or without thousands separators; None for other text."""
     try:
         return float((text or "").replace(",", ""))
     except ValueError:
@@ -162,7 +173,10 @@ def to_number(text: str | None) -> float | None:
 
 
 def shown(values: Mapping[str, float]) -> dict[str, float | str]:
-    """What the report has of a kernel's metrics, and what its warps waited for most, in warps for each instruction issued."""
+    """The metrics of a kernel that the report shows.
+
+    Also the most frequent causes of waiting, in warps per issued instruction.
+    """
     found: dict[str, float | str] = {}
     for label, patterns in SHOWN.items():
         match = next(

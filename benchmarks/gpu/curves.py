@@ -1,9 +1,11 @@
-"""Do the kernels train the same model? Curves in bf16 on made-up text (words after Zipf), from the same weights and under the same masks.
+"""Do the kernels train the same model? Loss curves in bf16 with equal weights and masks.
 
-A model of four layers trains for 100 steps, with and without dropout: on the reference in fp32, on the reference in bf16, and on the kernels in
-bf16. The loss must fall, and the kernels' curve must be at most three times as far from the fp32 curve as the reference's in bf16 is, in the
-mean over the steps: both differ from it by rounding, the kernels in a few places more (the weights of attention are bf16 before they meet the
-values).
+The text is made up, with word frequencies that follow Zipf's law. A model of four layers trains for
+100 steps, with and without dropout: on the reference in fp32, on the reference in bf16, and on the
+kernels in bf16. The loss must fall. The mean distance over the steps between the kernels' curve and
+the fp32 curve must be at most three times that of the reference in bf16. Both differ from fp32 by
+rounding; the kernels round in a few more places (the attention weights are bf16 before they are
+multiplied with the values).
 """
 
 from __future__ import annotations
@@ -20,14 +22,12 @@ from benchmarks.gpu.results import Line
 from benchmarks.made_up_training import Sizes, made_up_batch, model_config, ours
 from fastbert.data.packing import PackedBatch
 
-SIZES, DRY_SIZES = (
-    Sizes("mini", 8192, 4096, 256),
-    Sizes("tiny", 200, 256, 32),
-)  # lengths on both sides of 128, where attention changes its kernels
+# Sequence lengths on both sides of 128, where attention switches kernels.
+SIZES, DRY_SIZES = Sizes("mini", 8192, 4096, 256), Sizes("tiny", 200, 256, 32)
 STEPS, DRY_STEPS = 100, 12
 AT_ONCE = 10  # steps whose losses are written together
-FALL = 0.97  # the last tenth of a curve over its first tenth, at the most
-NOISE = 3  # distance of the kernels' curve from the fp32 curve over that of the reference in bf16, at the most
+FALL = 0.97  # maximum of the last tenth of a curve over its first tenth
+NOISE = 3  # maximum distance from the fp32 curve: the kernels' over that of the reference in bf16
 EXACT, PLAIN, OURS = "reference, fp32", "reference", "triton"
 
 
@@ -39,7 +39,10 @@ def items(part: Part) -> list[Item]:
 
 
 def train(part: Part, dropout: float, seconds: float) -> None:
-    """Three runs; the first, which is the slowest, takes a third of the time at the most, and the others as many steps."""
+    """Three runs with the same number of steps.
+
+    The first is the slowest; it stops after a third of the time.
+    """
     where = part.place
     sizes, steps = (DRY_SIZES, DRY_STEPS) if where.dry else (SIZES, STEPS)
     batches = [made_up_batch(sizes, seed, where.device) for seed in range(steps)]
@@ -79,7 +82,10 @@ def curve(
     batches: Sequence[PackedBatch],
     seconds: float = float("inf"),
 ) -> list[float]:
-    """Losses of a step on each batch, for so many seconds after the first, in which all kinds of things are loaded."""
+    """The losses of a step on each batch, until `seconds` have passed after the first step.
+
+    The first step loads and compiles, so it is not counted.
+    """
     impl = "triton" if name == OURS else "reference"
     trainer = ours(
         model_config(sizes.preset, dropout), sizes.vocab_size, impl, part.place.device, dtype
@@ -115,7 +121,7 @@ def falls(curve: Sequence[float]) -> bool:
 
 
 def joined(lines: Sequence[Line]) -> dict[tuple[float, str], list[float]]:
-    """Curves by dropout and implementation, of the lines that this part has written."""
+    """Curves by dropout and implementation, from the lines that this part has written."""
     found: dict[tuple[float, str], list[float]] = {}
     for line in lines:
         if line["what"] == "curve":

@@ -1,4 +1,7 @@
-"""What this machine is: device, driver, versions, what is installed besides, and whether products and memory run at their usual rates."""
+"""The machine: device, driver, versions and installed packages.
+
+Also checks whether matrix products and memory run at their usual rates.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def machine(part: Part) -> None:
 
 
 def driver(part: Part) -> None:
-    """Each question by itself: another driver may not know one of them."""
+    """Query each property separately, because another driver may not know one of them."""
     if not shutil.which("nvidia-smi"):
         return
     answers = {}
@@ -77,7 +80,7 @@ def driver(part: Part) -> None:
 
 
 def rates(part: Part) -> None:
-    """A card that is throttled, shared or ill shows here."""
+    """Measure the rates; they reveal a card that is throttled, shared or defective."""
     device, dry = str(part.place.device), part.place.dry
     seconds = 0.05 if dry else 0.3
     gemm = measure_gemm_rate(torch.float32 if dry else torch.bfloat16, seconds, device)

@@ -1,7 +1,8 @@
-"""A part of the session: a list of items, each begun and ended in results.jsonl, so that a crash, a hang or a kill costs one of them.
+"""A part of the run: a list of items whose begin and end are recorded in results.jsonl.
 
-A process that is started again for the same part goes on behind the item that ended the last one. An item that takes far longer than its
-share ends the process, with the stack of every thread in the log: it hangs.
+So a crash, a hang or a kill loses only one item. A process that is started again for the same part
+resumes after the item that ended the previous process. An item that takes far longer than its share
+is considered hung: the process ends, with the stack of every thread in the log.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from benchmarks.gpu.results import Results
 # Exit codes of a part.
 DONE = 0
 WRONG = 3  # a result was wrong, or an item failed; it is in results.jsonl
-BROKEN = 4  # the GPU is of no more use to this process: start it again
-PATIENCE = 3  # times its share an item may take, and at the least
-LEAST_PATIENCE_S = 45  # where kernels had not been compiled beforehand
-DRY_PATIENCE = 20  # times more where every kernel is compiled by a few busy cores
+BROKEN = 4  # this process can no longer use the GPU; start a new one
+PATIENCE = 3  # an item is considered hung after this multiple of its share, but not before:
+LEAST_PATIENCE_S = 45  # enough if kernels were not compiled in advance
+DRY_PATIENCE = 20  # factor for dry runs, in which a few busy cores compile every kernel
 
 
 class Item(NamedTuple):
     name: str
-    run: Callable[[float], None]  # gets the seconds that it should take
+    run: Callable[[float], None]  # its argument is the number of seconds that it should take
     weight: float = 1.0
     patience_s: float = LEAST_PATIENCE_S
 
 
 class Part:
-    """What the items of a part need: where they run, and where results go."""
+    """What the items of a part need: where they run, and where results are written."""
 
     def __init__(self, name: str, where: Place, out: Path):
         self.place, self.out = where, out
@@ -45,14 +46,17 @@ class Part:
         self.wrong = False
 
     def verdict(self, right: bool) -> str:
-        """The word for a comparison; the dry run makes none, since nothing was launched."""
+        """The verdict of a comparison; "dry" in a dry run, which launches nothing."""
         if self.place.dry:
             return "dry"
         self.wrong |= not right
         return "right" if right else "wrong"
 
     def walk(self, items: list[Item], until: float) -> int:
-        """Run what has not begun yet, each with its share of the time until `until` of time.time(). Returns the exit code."""
+        """Run the items that have not begun yet, and return the exit code.
+
+        Each gets its share of the time until `until` of time.time().
+        """
         waiting = [item for item in items if not self.results.has("begin", item=item.name)]
         for index, item in enumerate(waiting):
             left = until - time.time()
@@ -60,9 +64,8 @@ class Part:
                 self.results.add("note", item=item.name, why="no time was left")
                 continue
             share = left * item.weight / sum(other.weight for other in waiting[index:])
-            seconds = (
-                0.0 if self.place.dry else share
-            )  # dry, nothing is measured for longer than it must be
+            # In a dry run every measurement takes its minimum time.
+            seconds = 0.0 if self.place.dry else share
             self.results.add("begin", item=item.name)
             patience = max(item.patience_s, PATIENCE * share) * (
                 DRY_PATIENCE if self.place.dry else 1
@@ -70,7 +73,7 @@ class Part:
             faulthandler.dump_traceback_later(patience, exit=True)
             try:
                 item.run(seconds)
-            except Exception as failure:  # whatever it is, the other items are measured
+            except Exception as failure:  # the other items are still measured
                 traceback.print_exc()
                 self.wrong = True
                 self.results.add("failed", item=item.name, why=in_one_line(failure))
@@ -93,14 +96,14 @@ def in_one_line(failure: BaseException) -> str:
 
 
 def main(name: str, items: Callable[[Part], list[Item]]) -> int:
-    """The program of a part."""
+    """The main program of a part."""
     children.end_with_parent()
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.gpu.{name}")
     parser.add_argument("--out", type=Path, required=True, help="folder of results.jsonl")
     parser.add_argument(
         "--until",
         type=float,
-        help="when it should have ended, in seconds since 1970 (in two minutes)",
+        help="end time, in seconds since 1970 (in two minutes)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="on a CPU: compile every kernel, launch none"
@@ -112,7 +115,7 @@ def main(name: str, items: Callable[[Part], list[Item]]) -> int:
 
 
 def program(name: str, items: Callable[[Part], list[Item]]) -> None:
-    """Run the part and leave at once: what CUDA does at the end of a process may hang on a broken device."""
+    """Run the part and exit without cleanup, because CUDA's cleanup may hang on a broken device."""
     code = main(name, items)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,7 @@
-"""The tests of the kernels in several processes side by side, each with a result on disk after every test (`benchmarks.pytest_shard`)."""
+"""Run the tests of the kernels in several concurrent processes (`benchmarks.pytest_shard`).
+
+The result of every test is written to disk as soon as it ends.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 from benchmarks import pytest_shard
 from benchmarks.children import ROOT
 
-FOLDER = "tests"  # of OUT
+FOLDER = "tests"  # inside OUT
 PROCESSES = 8  # each waits for the compiler most of the time
 DRY_PROCESSES = 2
 PYTEST = [
@@ -24,22 +27,21 @@ PYTEST = [
     "faulthandler_timeout=60",
     "--continue-on-collection-errors",
 ]
-FINISHED, GOOD = (
-    (0, 1, 5),
-    (0, 5),
-)  # exit codes of a pytest that came to its end: all passed, some failed, nothing left to do
+# Exit codes of a pytest that ran to its end: all passed, some failed, no tests left.
+FINISHED, GOOD = (0, 1, 5), (0, 5)
 SHOWN_FAILURES = 30
 
 
 def missing() -> str | None:
-    """Why there can be no tests here."""
+    """Why the tests cannot run here; None if they can."""
     return None if importlib.util.find_spec("pytest") else "pytest is not installed: no tests"
 
 
 def commands(out: Path, dry: bool) -> list[list[str]]:
-    """Of each process: a share of the tests of kernels, and in one more those that only a GPU can run.
+    """The command of each process: a share of the kernel tests; and one for tests that need a GPU.
 
-    Dry, a few of them, in Triton's interpreter. Left out is the test of these benchmarks, which is for machines without a GPU.
+    A dry run has only a few tests, in Triton's interpreter. The test of these benchmarks is left
+    out, because it is for machines without a GPU.
     """
     kernels = sorted(
         {*ROOT.glob("tests/test_*kernel*.py"), ROOT / "tests/test_operators.py"}
@@ -71,7 +73,7 @@ def _results(out: Path, name: str) -> list[str]:
 
 
 def begun(command: list[str]) -> int:
-    """Tests of one of the commands that have begun so far."""
+    """The number of tests of a command that have begun."""
     return len(pytest_shard.read(Path(command[command.index("--results") + 1])))
 
 
@@ -92,7 +94,7 @@ def counts(out: Path) -> dict[str, int]:
 
 
 def summary_of_tests(out: Path) -> str:
-    """A section of the report."""
+    """The section of the report on the tests."""
     found = results(out)
     if not found:
         return ""

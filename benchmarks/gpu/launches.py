@@ -1,6 +1,8 @@
-"""One case, forward and backward, for a profiler: warmed up, and only what lies between cudaProfilerStart and cudaProfilerStop is of interest.
+"""Run one case, forward and backward, for a profiler.
 
-python -m benchmarks.gpu.launches "attention n=512 p=0.1"
+    python -m benchmarks.gpu.launches "attention n=512 p=0.1"
+
+A first round warms up. Only the calls between cudaProfilerStart and cudaProfilerStop are profiled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One case of one operation: is it right, and how fast, ours with the present tiles and with proposed ones, and what people would use instead."""
+"""Check and time one case of an operation: our present and proposed tiles, and the rivals."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ from fastbert_kernels._tiles import Row
 
 OURS, BEST = "triton", "triton, best tiles"
 DTYPE, ELEMENT = torch.bfloat16, 2
-IN_TURNS, OF_BEST = (
-    0.6,
-    0.15,
-)  # shares of a case's time; the rest is for inputs, checks and compilers
+# Shares of a case's time; the rest is for inputs, checks and compilers.
+IN_TURNS, OF_BEST = 0.6, 0.15
 
 
 def shape_of(case: Case) -> dict[str, Any]:
-    """Short enough for a line: not the length of each sequence."""
+    """The shape, short enough for a line of output: without the length of each sequence."""
     lengths = case.shape.get("lengths")
     short = (
         {}
@@ -42,7 +40,7 @@ def shape_of(case: Case) -> dict[str, Any]:
 
 
 def facts(case: Case) -> dict[str, Any]:
-    """What every line on a case has."""
+    """The fields that every line on a case has."""
     return {
         "case": str(case),
         "operation": case.operation,
@@ -53,7 +51,7 @@ def facts(case: Case) -> dict[str, Any]:
 
 
 def proposals_for(part: Part) -> list[Proposal]:
-    """Those that stand in the file; a file that cannot be read keeps nothing else from being measured."""
+    """The proposals in the file; if it cannot be read, the rest is still measured."""
     try:
         found = read_proposals(part.place.architecture)
     except ValueError as error:
@@ -63,13 +61,17 @@ def proposals_for(part: Part) -> list[Proposal]:
         part.results.add(
             "note",
             item="proposed tiles",
-            why=f"benchmarks/proposed_tiles.json proposes none for {part.place.architecture}: present tiles alone",
+            why=f"benchmarks/proposed_tiles.json proposes none for {part.place.architecture}: "
+            "present tiles alone",
         )
     return found
 
 
 def compare(part: Part, case: Case, given: dict[str, Any], **more: Any) -> Use:
-    """Check result and gradients against the reference in higher precision, by the bound of the tests, and write the verdict."""
+    """Check result and gradients with the error bound of the tests, and write the verdict.
+
+    The reference is computed in higher precision.
+    """
     upstream = upstream_of(call(case, given, OURS))
     use = Use(case, given, upstream, truth(case, given, upstream))
     error = use.truth.share(outcome(case, given, OURS, upstream))
@@ -116,7 +118,7 @@ class Measurement(NamedTuple):
     def time(
         self, proposals: Sequence[Proposal], offered: Mapping[str, Rival | str], seconds: float
     ) -> None:
-        """Ours alone first: a few rounds, on disk before anything that others wrote is run."""
+        """Time ours first: a few rounds, saved to disk before any rival's code runs."""
         device = self.part.place.device
         ours = {OURS: self.ours([])}
         self.write(in_turns(ours, device, 0), alone=True)
@@ -138,7 +140,7 @@ class Measurement(NamedTuple):
             self.write(in_turns(ours | {BEST: self.ours(best)}, device, OF_BEST * seconds), best)
 
     def ours(self, replaced: Sequence[Proposal]) -> Contender:
-        """The case with these rows in place of the table's."""
+        """The case, run with these rows in place of the table's."""
         case, given = self.use.case, self.use.arguments
 
         def forward() -> Tensor:
@@ -154,11 +156,13 @@ class Measurement(NamedTuple):
         return Contender(forward, backward)
 
     def runs(self, proposal: Proposal) -> bool:
-        """Whether a proposed tile compiles, fits and is right; else a line says what is wrong with it."""
+        """Whether a proposed tile compiles, fits and is right; if not, a line gives the reason."""
         try:
             error = self.use.error(proposal.key, proposal.row)
-        except Exception as failure:  # Triton has no common class for what does not compile, does not fit, or the device refuses
-            self.part.place.wait()  # raises where the trial has broken the device
+        # Triton has no common class for a tile that does not compile, does not fit, or is refused
+        # by the device.
+        except Exception as failure:
+            self.part.place.wait()  # raises if the trial has broken the device
             self.tile(proposal, verdict="does not run", why=in_one_line(failure))
             return False
         right = error <= 1 or self.part.place.dry
@@ -167,7 +171,10 @@ class Measurement(NamedTuple):
         return right
 
     def judge(self, trials: Mapping[str, Proposal], times: Mapping[str, Times]) -> list[Proposal]:
-        """Write how each proposed tile did beside the present one; those that are better, at most one for a row."""
+        """Write how each proposed tile compares with the present one.
+
+        Returns the better ones, at most one for a row.
+        """
         best: dict[Key, tuple[float, Proposal]] = {}
         for number, proposal in trials.items():
             which = self.rows[proposal.key].which
@@ -247,7 +254,7 @@ class Measurement(NamedTuple):
 
 
 def name_of(where: Place) -> str:
-    """Of the device; a dry run shows the predictions for an H100."""
+    """The name of the device; a dry run shows the predictions for an H100."""
     return "H100" if where.dry else where.name
 
 

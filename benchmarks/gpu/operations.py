@@ -1,4 +1,7 @@
-"""MLM loss, norm, GELU and embedding: present and proposed tiles, eager torch, its fused loss, Liger-Kernel and Cut Cross-Entropy if installed."""
+"""MLM loss, norm, GELU and embedding: present and proposed tiles, and their rivals.
+
+The rivals are eager torch, its fused loss, and Liger-Kernel and Cut Cross-Entropy if installed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from benchmarks.gpu.place import Place
 from benchmarks.peers import peers
 from benchmarks.rivals import Rival, rivals
 
-WANTED = (  # first things first
+WANTED = (  # the most important first
     "mlm_loss D=768",
     "norm D=768 p=0.1",
     "gelu F=3072",

@@ -1,6 +1,8 @@
-"""Pictures of what results.jsonl holds, if matplotlib is installed: attention against the length of sequences, and the training curves.
+"""Figures of the results in results.jsonl, if matplotlib is installed: attention and curves.
 
-python -m benchmarks.gpu.pictures FOLDER
+    python -m benchmarks.gpu.pictures FOLDER
+
+Attention is plotted over the sequence length.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ OURS_COLOURS = {"triton": "#1d4ed8", "triton, best tiles": "#0891b2"}
 
 
 def draw_attention(lines: list[Line], path: Path) -> None:
-    """A line of panels for each dropout, forward and backward: TFLOP/s of each implementation against the length."""
+    """Plot TFLOP/s of each implementation over the length, forward and backward.
+
+    There is a row of panels for each dropout.
+    """
     found: dict[tuple[float, str], dict[str, list[tuple[int, float]]]] = {}
     for line in latest(lines, "time"):
         if (
@@ -82,11 +87,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="of results.jsonl")
+    parser.add_argument("folder", type=Path, help="the folder of results.jsonl")
     folder = parser.parse_args().folder
     if importlib.util.find_spec("matplotlib") is None:
         print(
-            "matplotlib is not installed: no pictures here; the same command draws them elsewhere from results.jsonl"
+            "matplotlib is not installed: no figures here; "
+            "the same command draws them on another machine from results.jsonl"
         )
         return 0
     lines = read(folder)

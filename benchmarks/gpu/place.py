@@ -1,4 +1,7 @@
-"""Where a part runs: on the GPU of this machine, or dry, on a CPU, with a driver that compiles every kernel and launches none."""
+"""Where a part runs: on this machine's GPU, or in a dry run on a CPU.
+
+In a dry run, the driver compiles every kernel and launches none.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from benchmarks.machine import PEAKS, Peak, device_name, peak_of
 
 DRY_ARCHITECTURE = "sm_90"
 DRY_PEAK = PEAKS["NVIDIA H100 80GB HBM3"]
-# Small, and yet the same kernels: sizes are compiled in by whether 16 divides them, in the first slab of the vocabulary and in the last.
+# Small, but with the same kernels: a kernel is specialised by whether 16 divides its sizes, in the
+# first slab of the vocabulary and in the last.
 DRY_TOKENS, DRY_VOCABULARY = 512, 5000
 
 
@@ -24,7 +28,7 @@ class Place(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of the pack that an operation is checked and timed on."""
+        """Tokens of the pack on which an operation is checked and timed."""
         return DRY_TOKENS if self.dry else TOKENS
 
     @property
@@ -32,7 +36,7 @@ class Place(NamedTuple):
         return DRY_VOCABULARY if self.dry else VOCABULARY
 
     def cases(self) -> dict[str, Case]:
-        """Those of the benchmarks by name, on packs of so many tokens."""
+        """The cases of the benchmarks by name, on packs of this size."""
         found = {str(case): case for case in production(self.tokens)}
         return {
             name: case._replace(
@@ -49,17 +53,19 @@ class Place(NamedTuple):
         return DRY_PEAK if self.dry else peak_of(self.device)
 
     def wait(self) -> None:
-        """For all that was launched. Raises where the device can no longer be used by this process."""
+        """Wait for all launches; raises if this process can no longer use the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 @contextlib.contextmanager
 def place(dry: bool) -> Iterator[Place]:
-    """Inside, `impl="triton"` works on tensors of the device; dry, what it returns is whatever was in memory.
+    """A context in which `impl="triton"` accepts tensors of the device.
+
+    In a dry run its results are undefined.
 
     Raises:
-        RuntimeError: there is no GPU, and this is no dry run.
+        RuntimeError: there is no GPU, and this is not a dry run.
     """
     if dry:
         from benchmarks.no_launch import no_launch

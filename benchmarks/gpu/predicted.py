@@ -1,4 +1,4 @@
-"""What was predicted before anything was measured: predicted.json, by kind of GPU, case and pass."""
+"""Predictions made before the measurements: predicted.json, by kind of GPU, case and pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from fastbert_kernels._tiles import Row
 
 FILE = Path(__file__).with_name("predicted.json")
-UNITS = {"TFLOP/s": 1e12, "GB/s": 1e9}  # of rates
+UNITS = {"TFLOP/s": 1e12, "GB/s": 1e9}  # units of a predicted rate
 
 
 def predicted_ms(
@@ -21,12 +21,14 @@ def predicted_ms(
     rows: Mapping[str, Row] | None = None,
     work: float | None = None,
 ) -> float | None:
-    """Milliseconds of a pass, or None if nothing is on record for this device and these tiles.
+    """Predicted milliseconds of a pass; None without a prediction for this device and these tiles.
 
     Args:
-        device: its name, as the driver has it.
-        rows: the row of the tiles that each kernel runs with.
-        work: of the pass, FLOP or bytes; needed where a rate was predicted.
+        device: its name, as the driver reports it.
+        case: name of the case.
+        which: the pass.
+        rows: the row of tiles that each kernel runs with.
+        work: FLOP or bytes of the pass; needed if the prediction is a rate.
     """
     for entry in _entries(device):
         fits = all(

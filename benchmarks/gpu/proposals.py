@@ -1,8 +1,10 @@
-"""Tiles that somebody proposes: benchmarks/proposed_tiles.json, rows as in tiles.json, timed beside the present ones.
+"""Proposed tiles: benchmarks/proposed_tiles.json, with rows as in tiles.json.
 
-    {"sm_90": {"attention_dkdv": [{"bits": 16, "size": 64, "BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3, "predicted_us": 182}]}}
+    {"sm_90": {"attention_dkdv": [{"bits": 16, "size": 64, "BLOCK_Q": 64, "BLOCK_K": 128,
+                                   "num_warps": 8, "num_stages": 3, "predicted_us": 182}]}}
 
-A row takes the place of the present one of the same kernel, bits and size. "predicted_us" is optional, and any text beside it ("note") is for readers.
+They are timed against the present ones. A row replaces the present one of the same kernel, bits and
+size. "predicted_us" is optional. Further text, such as "note", is for readers.
 """
 
 from __future__ import annotations
@@ -27,20 +29,20 @@ PREDICTED = "predicted_us"
 
 class Proposal(NamedTuple):
     key: Key
-    row: Row  # complete, as tiles.json would have it
+    row: Row  # complete, as in tiles.json
     predicted_us: float | None = None
 
     @property
     def tile(self) -> dict[str, Any]:
-        """For results.jsonl."""
+        """The tile as written to results.jsonl."""
         return {"kernel": self.key.kernel, **self.row}
 
 
 def read_proposals(architecture: str, path: Path = FILE) -> list[Proposal]:
-    """Those for an architecture; none if there is no file, or nothing in it.
+    """The proposals for an architecture; empty if there is no file, or nothing in it.
 
     Raises:
-        ValueError: a row that could not stand in tiles.json; one line.
+        ValueError: a row would not be valid in tiles.json; the message is one line.
     """
     if not path.exists() or not path.read_text(encoding="utf-8").strip():
         return []
@@ -50,13 +52,15 @@ def read_proposals(architecture: str, path: Path = FILE) -> list[Proposal]:
         found = [_proposal(kernel, row) for kernel, rows in kernels.items() for row in rows]
     except (json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(
-            f'{path.name}: {type(error).__name__}: {error}; expected {{architecture: {{kernel: [row, ...]}}}}, rows with "bits" and "size"'
+            f"{path.name}: {type(error).__name__}: {error}; "
+            'expected {architecture: {kernel: [row, ...]}}, rows with "bits" and "size"'
         ) from error
     present = json.loads(TABLE.read_text(encoding="utf-8"))[known_architecture(architecture)]
     for proposal in found:
         if proposal.key.kernel not in present:
             raise ValueError(
-                f"{path.name}: {architecture}: {proposal.key.kernel} is no kernel of tiles.json, which has {', '.join(present)}"
+                f"{path.name}: {architecture}: {proposal.key.kernel} is not a kernel of "
+                f"tiles.json, which has {', '.join(present)}"
             )
     return [proposal for proposal in found if proposal.row not in present[proposal.key.kernel]]
 
@@ -71,14 +75,14 @@ def _proposal(kernel: str, row: dict[str, Any]) -> Proposal:
 
 
 class Asked(NamedTuple):
-    """A row of the table that a case asks for, and the pass ("forward" or "backward") that does."""
+    """A row of the table that a case uses, and the pass ("forward" or "backward") that uses it."""
 
     which: str
     row: Row
 
 
 def asked(case: Case, given: dict[str, Any]) -> dict[Key, Asked]:
-    """All of them, found by running the case."""
+    """All rows that a case uses, found by running it."""
     found: dict[Key, Asked] = {}
     which = "forward"
 
@@ -94,22 +98,33 @@ def asked(case: Case, given: dict[str, Any]) -> dict[Key, Asked]:
 
 
 def replacing(proposals: Sequence[Proposal]) -> contextlib.AbstractContextManager[None]:
-    """A context in which these rows serve."""
+    """A context in which these rows replace those of the table."""
     rows = {proposal.key: proposal.row for proposal in proposals}
     return chosen_by(lambda kernel, row: rows.get(Key(kernel, row["bits"], row["size"]), row))
 
 
 class Winner(NamedTuple):
-    """How the proposed rows for one row of the table did, over all cases that ask for it."""
+    """Result of the proposals for one row of the table, over all cases that use it.
+
+    Args:
+        key: the row's key.
+        row: the best proposal; None if the present row is better.
+        ratio: time of the pass with the best proposal over that with the present row, geometric
+            mean over the cases.
+        cases: number of cases.
+    """
 
     key: Key
-    row: Row | None  # the best of them; None: the present one stays
-    ratio: float  # time of the pass with the best one over that with the present one, geometric mean over the cases
+    row: Row | None
+    ratio: float
     cases: int
 
 
 def winners(lines: Sequence[Line]) -> list[Winner]:
-    """Of the lines on tiles in results.jsonl. A row that was wrong or did not run in one case wins nothing."""
+    """The winners, from the lines on tiles in results.jsonl.
+
+    A row that was wrong or did not run in any one case cannot win.
+    """
     ratios: dict[Key, dict[str, list[float]]] = {}
     rows: dict[str, Row] = {}
     failed: set[str] = set()

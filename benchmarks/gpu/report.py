@@ -1,8 +1,9 @@
-"""report.md, made anew from what results.jsonl and the tests' files hold at that moment; also after a run that was killed, and on another machine.
+"""Write report.md from the current contents of results.jsonl and the test results.
 
     python -m benchmarks.gpu.report FOLDER [--record]
 
-`--record` puts the lines and the page on record in benchmarks/results/, in a folder named after the GPU.
+It also works after a run that was killed, and on another machine. `--record` stores the lines and
+the report in benchmarks/results/, in a folder named after the GPU.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ from benchmarks.record import Record, table
 
 NAME = "report.md"
 CLOCKS = "clocks.csv"
-SHOWN_WORDS = 160  # characters of a message
+SHOWN_WORDS = 160  # maximum number of characters of a message
 
 
 def latest(lines: Sequence[Line], what: str) -> list[Line]:
-    """Of each case, pass and implementation the last line: one that was timed in turns takes the place of one that was timed alone."""
+    """The last line of each case, pass and implementation.
+
+    So a time that was measured in turns replaces one that was measured alone.
+    """
     found = {
         (line["part"], line["case"], line["pass"], line["implementation"]): line
         for line in lines
@@ -41,7 +45,7 @@ def latest(lines: Sequence[Line], what: str) -> list[Line]:
 
 
 def page(out: Path) -> str:
-    """The whole report. A section that cannot be made, because a line holds what nobody foresaw, costs itself alone."""
+    """The whole report. If a section cannot be made, only that section is missing."""
     lines = read(out)
     of_lines = (
         head,
@@ -76,14 +80,14 @@ def page(out: Path) -> str:
 
 
 def write(out: Path) -> Path:
-    """Under another name first: who reads the page, or kills this process, never gets half of one."""
+    """Write to another name first, so that no reader sees an incomplete page, even after a kill."""
     partial = out / f".{NAME}"
     partial.write_text(page(out), encoding="utf-8")
     os.replace(partial, out / NAME)
     return out / NAME
 
 
-# ------------------------------------------------------------------------------------------------------------- sections
+# ----------------------------------------------------------------------------------------- sections
 
 
 def head(lines: Sequence[Line]) -> str:
@@ -97,7 +101,8 @@ def head(lines: Sequence[Line]) -> str:
     if wrong:
         verdict = f"**{len(wrong)} results are wrong or failed**; they are listed below."
     else:
-        verdict = f"{len(checked)} comparisons with the reference: {'none was judged' if dry else 'all right'}."
+        judged = "none was judged" if dry else "all right"
+        verdict = f"{len(checked)} comparisons with the reference: {judged}."
     return "\n\n".join([text, verdict, *(f"**Stopped: {why}**" for why in stopped)])
 
 
@@ -120,7 +125,8 @@ def machine(lines: Sequence[Line]) -> str:
         if line["what"] == "machine":
             found += [f"- {name}: {value}" for name, value in line["facts"].items()]
             found.append(
-                f"- installed besides: {', '.join(line['installed']) or 'nothing'}; tools: {', '.join(line['tools']) or 'none'}"
+                f"- installed besides: {', '.join(line['installed']) or 'nothing'}; "
+                f"tools: {', '.join(line['tools']) or 'none'}"
             )
         elif line["what"] == "driver":
             found.append(
@@ -132,12 +138,14 @@ def machine(lines: Sequence[Line]) -> str:
                 for key in ("gemm_share_of_peak", "bandwidth_share_of_peak")
             ]
             found.append(
-                f"- products {line['gemm'] / 1e12:,.1f} TFLOP/s{share[0]}, copies {line['bandwidth'] / 1e9:,.0f} GB/s{share[1]}"
+                f"- products {line['gemm'] / 1e12:,.1f} TFLOP/s{share[0]}, "
+                f"copies {line['bandwidth'] / 1e9:,.0f} GB/s{share[1]}"
             )
         elif line["what"] == "warm-up" and "jobs" in line:
             jobs = f"{line['failed']} of {line['jobs']} jobs failed"
             found.append(
-                f"- compiled beforehand: {line['kernels']} kernels in {line['seconds']:.0f} s on {line['cores']} cores, {jobs}"
+                f"- compiled beforehand: {line['kernels']} kernels in {line['seconds']:.0f} s "
+                f"on {line['cores']} cores, {jobs}"
             )
         elif line["what"] == "warm-up":
             found.append(f"- compiled beforehand: {line.get('job', '')} {line['why']}")
@@ -164,7 +172,7 @@ def checks(lines: Sequence[Line]) -> str:
 
 
 def operations(lines: Sequence[Line]) -> str:
-    """A line for each case and pass: ours, the others, and what was predicted."""
+    """A row for each case and pass: ours, the rivals, and the prediction."""
     times = latest(lines, "time")
     verdicts: dict[str, str] = {}
     for line in lines:
@@ -262,7 +270,8 @@ def tiles(lines: Sequence[Line]) -> str:
     for winner in [] if any(line.get("dry") for line in tried) else winners(lines):
         if winner.row:
             text.append(
-                f"- {winner.key}: takes {winner.ratio:.2f} of the time. For tiles.json: `{json.dumps(winner.row)}`"
+                f"- {winner.key}: takes {winner.ratio:.2f} of the time. "
+                f"For tiles.json: `{json.dumps(winner.row)}`"
             )
         else:
             text.append(f"- {winner.key}: the present row stays")
@@ -270,7 +279,7 @@ def tiles(lines: Sequence[Line]) -> str:
 
 
 def aims(lines: Sequence[Line]) -> str:
-    """What was aimed for, against what was measured."""
+    """The goals and what was measured."""
     found = [
         line
         for line in latest(lines, "time")
@@ -303,7 +312,8 @@ def steps(lines: Sequence[Line]) -> str:
     if not rows:
         return ""
     bound = [
-        f"- {line['case']}: {line['verdict']}; queueing takes {line['submit_over_gpu']:.2f} of the GPU's time"
+        f"- {line['case']}: {line['verdict']}; "
+        f"queueing takes {line['submit_over_gpu']:.2f} of the GPU's time"
         for line in lines
         if line["what"] == "bound"
     ]
@@ -381,7 +391,7 @@ def tuned(lines: Sequence[Line]) -> str:
 
 
 def clocks(out: Path) -> str:
-    """Of the samples that nvidia-smi took every second: the clock of the multiprocessors while there was work."""
+    """The clock of the multiprocessors under load, from nvidia-smi's samples every second."""
     path = out / CLOCKS
     rows = (
         [
@@ -400,8 +410,12 @@ def clocks(out: Path) -> str:
     if not busy:
         return ""
     speed, power, heat = ([sample[i] for sample in busy] for i in range(3))
-    text = f"{len(busy)} samples while the GPU worked: {min(speed):.0f} to {max(speed):.0f} MHz, median {statistics.median(speed):.0f}; "
-    return titled("Clocks", text + f"up to {max(power):.0f} W and {max(heat):.0f} degrees.")
+    text = (
+        f"{len(busy)} samples while the GPU worked: {min(speed):.0f} to {max(speed):.0f} MHz, "
+        f"median {statistics.median(speed):.0f}; "
+        f"up to {max(power):.0f} W and {max(heat):.0f} degrees."
+    )
+    return titled("Clocks", text)
 
 
 def failures(lines: Sequence[Line]) -> str:
@@ -421,7 +435,7 @@ def failures(lines: Sequence[Line]) -> str:
     return titled("Wrong or failed", "\n".join(found)) if found else ""
 
 
-# ------------------------------------------------------------------------------------------------------------- words
+# --------------------------------------------------------------------------------------- formatting
 
 
 def titled(title: str, text: str) -> str:
@@ -433,7 +447,7 @@ def bold_unless(word: str, *fine: str) -> str:
 
 
 def number(value: Any, form: str) -> str:
-    """A word ("nan") stays a word."""
+    """The number in this form; text such as "nan" is unchanged."""
     return (
         form.format(value)
         if isinstance(value, (int, float))
@@ -461,11 +475,11 @@ def options(row: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in row.items() if name != "kernel")
 
 
-# ------------------------------------------------------------------------------------------------------------- record
+# ------------------------------------------------------------------------------------------- record
 
 
 def record(out: Path) -> Path:
-    """The lines as rows, ratios to the fastest rival, and the page."""
+    """Record the lines as rows, ratios to the fastest rival, and the page."""
     lines = read(out)
     facts: dict[str, str] = next((line["facts"] for line in lines if line["what"] == "machine"), {})
     times = [line for line in latest(lines, "time") if line["pass"] == "both"]
@@ -496,18 +510,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help=f"of {FILE}")
+    parser.add_argument("folder", type=Path, help=f"the folder of {FILE}")
     parser.add_argument(
-        "--record", action="store_true", help="put it on record in benchmarks/results/"
+        "--record", action="store_true", help="store the results in benchmarks/results/"
     )
     arguments = parser.parse_args()
     if not (arguments.folder / FILE).exists():
-        print(f"report: {arguments.folder} has no {FILE}; make gpu OUT=folder writes one")
+        print(f"report: {arguments.folder} has no {FILE}; run make gpu OUT=folder to write one")
         return 2
     print(f"written: {write(arguments.folder)}")
     if arguments.record:
         if any(line.get("dry") for line in read(arguments.folder)):
-            print("report: --record: this was a dry run, and none of its numbers means anything")
+            print("report: --record: this was a dry run; its numbers are meaningless")
             return 2
         print(f"recorded in {record(arguments.folder).relative_to(ROOT)}")
     return 0

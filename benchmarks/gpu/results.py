@@ -1,7 +1,8 @@
-"""What was measured, one JSON object a line, on disk as soon as it is known: results.jsonl.
+"""The measurements, written to disk at once, one JSON object per line: results.jsonl.
 
-Every line has "part", "what" ("time", "check", "step", ...) and "at", seconds since 1970; `dry` marks those of a run without a GPU. Units are in
-the names. A process that is killed in the middle of a line leaves a piece of one, which the next line does not touch.
+Every line has "part", "what" ("time", "check", "step", ...) and "at", in seconds since 1970. `dry`
+marks the lines of a run without a GPU. Units are in the names. A process that is killed while it
+writes leaves an incomplete line; the next line starts on a new one.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ Line = dict[str, Any]
 
 
 class Results:
-    """Appends the lines of one part to the file in a folder. Several processes may."""
+    """Appends the lines of one part to the file in a folder; several processes may do so."""
 
     def __init__(self, out: Path, part: str, dry: bool):
         self.path, self.part, self.dry = out / FILE, part, dry
 
     def add(self, what: str, **fields: Any) -> Line:
-        """Write a line and return it; what is not finite is written as a word, since JSON has no number for it."""
+        """Write a line and return it. Values that are not finite become text, as JSON requires."""
         line = {"part": self.part, "what": what, **fields, "at": round(time.time(), 3)} | (
             {"dry": True} if self.dry else {}
         )
@@ -40,7 +41,7 @@ class Results:
         return line
 
     def has(self, what: str, **fields: Any) -> bool:
-        """Whether this part has such a line."""
+        """Whether this part has a line with these fields."""
         wanted = {"part": self.part, "what": what, **fields}
         return any(
             all(line.get(name) == value for name, value in wanted.items())
@@ -49,7 +50,7 @@ class Results:
 
 
 def read(out: Path) -> list[Line]:
-    """Every whole line so far."""
+    """Every complete line so far."""
     path = out / FILE
     found = []
     for text in (
@@ -58,21 +59,21 @@ def read(out: Path) -> list[Line]:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            continue  # a piece
+            continue  # an incomplete line
         if isinstance(line, dict) and "part" in line and "what" in line:
             found.append(line)
     return found
 
 
 def is_wrong(line: Line) -> bool:
-    """Whether a line says that something of ours is wrong or failed; a tile that was only proposed may be wrong."""
+    """Whether a line reports an error of ours or a failure; proposed tiles may be wrong."""
     return line["what"] in ("failed", "crashed") or (
         line.get("verdict") == "wrong" and line["what"] != "tile"
     )
 
 
 def _plain(value: Any) -> Any:
-    """The same of what JSON can hold."""
+    """The same value with types that JSON supports."""
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

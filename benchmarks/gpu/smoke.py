@@ -1,8 +1,12 @@
-"""Is everything right? Each operation forward and backward at a size of training, and whole steps of a model. Nothing else counts if not.
+"""Is everything right? If not, the other results are meaningless.
 
-Operations: bf16, against the reference in fp32, by the bound of the tests (`cases.truth`). The model: BERT-base's step with Triton's kernels and with the
-reference, the same weights and dropout masks, against the reference in fp32 on the same (rounded) weights. The Euclidean distance of the
-loss of each token and of the gradient of each parameter is held to twice that of the reference in bf16 plus one unit in the last place.
+Each operation runs forward and backward at a size of training, in bf16. It is compared with the
+reference in fp32, with the error bound of the tests (`cases.truth`).
+
+A whole step of BERT-base runs with Triton's kernels and with the reference, with the same weights
+and dropout masks. Both are compared with the reference in fp32 on the same (rounded) weights. The
+Euclidean error of the token losses and of each parameter's gradient must be at most twice that of
+the reference in bf16 plus one unit in the last place.
 """
 
 from __future__ import annotations
@@ -24,11 +28,15 @@ from fastbert.data.packing import PackedBatch
 from fastbert.models.bert import BertForPreTraining, losses
 
 STEP_TOKENS = 4096
-PATIENCE_S = 90  # a hang is a fault, and ends everything; a slow compiler is none
+PATIENCE_S = 90  # a hang is an error and ends the whole run; a slow compiler is not
 
 
 def cases(tokens: int, vocabulary: int) -> list[Case]:
-    """Every kernel: with and without dropout, attention over short, long and mixed sequences, for all queries and for those that a loss reads."""
+    """The cases of every kernel, with and without dropout.
+
+    Attention has short, long and mixed sequences, each for all queries and for those that a loss
+    reads.
+    """
     heads, rows = {"H": 12, "K": 64}, {"T": tokens}
     found = []
     for p in (0.0, 0.1):
@@ -77,7 +85,7 @@ def check(part: Part, case: Case, _seconds: float) -> None:
 
 
 def base(dry: bool, dropout: float = 0.1) -> ModelConfig:
-    """BERT-base; dry, two of its layers, which ask for the same kernels."""
+    """BERT-base; in a dry run two of its layers, which need the same kernels."""
     config = model_config("base", dropout)
     return dataclasses.replace(config, num_hidden_layers=2) if dry else config
 
@@ -116,7 +124,7 @@ def check_step(part: Part, longest: int, training: bool, _seconds: float) -> Non
 def outcome_of(
     model: BertForPreTraining, impl: str, batch: PackedBatch, training: bool
 ) -> dict[str, Tensor]:
-    """The loss, that of each token and pair, and in training the gradient of each parameter."""
+    """The loss, the loss of each token and pair, and in training the gradient of each parameter."""
     model.impl = impl
     model.zero_grad()
     with torch.set_grad_enabled(training):
@@ -138,7 +146,10 @@ def outcome_of(
 
 
 def share_of_allowed(ours: Tensor, plain: Tensor, exact: Tensor) -> float:
-    """Euclidean error over what is allowed: twice that of `plain`, and one unit in the last place of bf16. Infinite where anything is not finite."""
+    """Euclidean error as a share of the allowed one; infinite if any value is not finite.
+
+    Allowed are twice the error of `plain` plus one unit in the last place of bf16.
+    """
     exact = exact.double()
     error, other = (float((x.double() - exact).norm()) for x in (ours, plain))
     allowed = 2 * other + torch.finfo(DTYPE).eps * max(float(exact.norm()), 1e-30)

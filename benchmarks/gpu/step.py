@@ -1,11 +1,16 @@
-"""A whole training step of BERT-base in bf16 (forward, backward, clipping, AdamW): wall, GPU and CPU time, and which of the two it waits for.
+"""A training step of BERT-base in bf16: wall, GPU and CPU time, and which of them limits it.
 
-    gpu       the GPU's own time: events around a step that was queued behind a pause, so that the processor is always ahead
-    submit    what the processor needs to queue a step while the GPU is idle; cpu is its CPU time, all threads
-    wall      steps one after the other, each on a new batch from the processor's memory: pageable, or pinned and copied without waiting
+A step is forward, backward, clipping and AdamW. The times are:
 
-A step is bound by the processor where submit exceeds gpu. Then tokens a second on sequences of mixed lengths, against the same model built of
-torch.nn on padded batches, in turns. Tokens are real ones; padding does not count.
+    gpu       the GPU's own time: events around a step that was queued during a pause, so that the
+              processor is always ahead
+    submit    time to queue a step while the GPU is idle; cpu is its CPU time, over all threads
+    wall      consecutive steps, each on a new batch from the processor's memory: pageable, or
+              pinned and copied asynchronously
+
+A step is bound by the processor if submit exceeds gpu. Then tokens per second are measured on
+sequences of mixed lengths, in turns with the same model built of torch.nn on padded batches. Only
+real tokens count, not padding.
 """
 
 from __future__ import annotations
@@ -30,15 +35,14 @@ from fastbert.planning.flops import training_flops
 
 TOKENS, DRY_TOKENS = (16384, 4096), (256,)
 LENGTH = 128
-MIXED = (128, 512)  # the longest sequence
+MIXED = (128, 512)  # lengths of the longest sequence
 PADDED = "torch.nn, padded, SDPA"
-BATCHES = 4  # different ones, over and over
+BATCHES = 4  # different batches, used in turn
 WARM_UP = 3  # steps
-STEPS, DRY_STEPS = 10, 1  # of a stretch that is timed as one
-ROUNDS = (3, 30)
-CYCLES_PER_MS = (
-    1_980_000  # of the fastest clock that an H100 has: the pause is at least as long as asked for
-)
+STEPS, DRY_STEPS = 10, 1  # steps that are timed together
+ROUNDS = (3, 30)  # minimum and maximum
+# The highest clock of an H100, so that a pause is at least as long as requested.
+CYCLES_PER_MS = 1_980_000
 
 
 def items(part: Part) -> list[Item]:
@@ -64,7 +68,7 @@ def items(part: Part) -> list[Item]:
 
 
 def take_apart(part: Part, trainer: Callable[[], Trainer], tokens: int, seconds: float) -> None:
-    """The times of a step on sequences of one length."""
+    """Measure the times of a step on sequences of one length."""
     where, model = part.place, trainer()
     sizes, lengths = Sizes("base", where.vocabulary, tokens, LENGTH), [LENGTH] * (tokens // LENGTH)
     hosts = [made_up_batch(sizes, seed, torch.device("cpu"), lengths) for seed in range(BATCHES)]
@@ -110,7 +114,10 @@ def moved(batch: PackedBatch, move: Callable[[torch.Tensor], torch.Tensor]) -> P
 def submission(
     part: Part, step: Callable[[], Any], seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds on the wall clock until a step is queued, the device idle before, and CPU milliseconds of all threads."""
+    """Wall-clock milliseconds to queue a step on an idle device, and its CPU milliseconds.
+
+    The CPU time is that of all threads.
+    """
     walls, processes = [], []
     for _ in rounds(seconds):
         part.place.wait()
@@ -125,7 +132,10 @@ def submission(
 def device_times(
     part: Part, step: Callable[[], Any], pause_ms: float, seconds: float
 ) -> list[float]:
-    """Milliseconds between two events around a step, all of it queued before the first one is reached. On a CPU: the wall clock."""
+    """Milliseconds between two events around a step; on a CPU the wall clock.
+
+    The whole step is queued before the device reaches the first event.
+    """
     if part.place.device.type != "cuda":
         return submission(part, step, seconds)[0]
     found = []
@@ -143,7 +153,7 @@ def device_times(
 def stretches(
     part: Part, model: Trainer, batches: list[PackedBatch], wait: bool, seconds: float
 ) -> list[float]:
-    """Milliseconds a step, of stretches of several steps without a pause."""
+    """Milliseconds per step, over groups of several steps without a pause."""
     where, found = part.place, []
     steps = DRY_STEPS if where.dry else STEPS
     to_device = functools.partial(torch.Tensor.to, device=where.device, non_blocking=not wait)
@@ -158,7 +168,7 @@ def stretches(
 
 
 def rounds(seconds: float):
-    """As many as fit into the seconds, within ROUNDS."""
+    """Iterate as often as fits into the seconds, within ROUNDS."""
     end = time.perf_counter() + seconds
     for number in range(ROUNDS[1]):
         if number >= ROUNDS[0] and time.perf_counter() > end:
@@ -174,7 +184,7 @@ def against(
     longest: int,
     seconds: float,
 ) -> None:
-    """Ours and torch's own parts in turns, each step awaited."""
+    """Time ours and the model of torch.nn in turns, and wait for each step."""
     where = part.place
     batch = made_up_batch(Sizes("base", where.vocabulary, tokens, longest), 0, where.device)
     padding = pad(batch)

@@ -1,4 +1,7 @@
-"""Is there a still better tile beside the best one so far? With the time that is left, one option at a time, as `benchmarks.tune` does."""
+"""Search for better tiles near the best one so far, in the remaining time.
+
+It changes one option at a time, as `benchmarks.tune` does.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from benchmarks.gpu.proposals import asked, winners
 from benchmarks.gpu.results import read
 from benchmarks.tune import Key, Use, search, uses_of
 
-# By kernel, dearest first, the case that it is timed in.
+# The case in which each kernel is timed; the most expensive kernels first.
 CASES = {
     "attention_dkdv": "attention n=512 p=0.1",
     "attention_dq": "attention n=512 p=0.1",
@@ -24,11 +27,11 @@ CASES = {
     "mlm_loss_forward": "mlm_loss D=768",
     "mlm_loss_backward": "mlm_loss D=768",
 }
-SWEEPS = 2  # over all options; a dry run makes one
+SWEEPS = 2  # passes over all options; a dry run makes one
 
 
 class Unjudged(Truth):
-    """Of a dry run, which launches nothing: every result passes."""
+    """The truth of a dry run, which launches nothing: every result passes."""
 
     def share(self, values: Sequence[torch.Tensor]) -> float:
         return 0.0
@@ -41,7 +44,7 @@ def items(part: Part) -> list[Item]:
 
 
 def uses_in(part: Part, name: str) -> dict[Key, list[Use]]:
-    """The rows of the table that a case asks for."""
+    """The rows of the table that a case uses."""
     found = uses_of([part.place.cases()[name]], DTYPE, part.place.device)
     if part.place.dry:
         found = {
@@ -54,7 +57,7 @@ def uses_in(part: Part, name: str) -> dict[Key, list[Use]]:
 def climb(
     part: Part, kernel: str, uses_of_case: Callable[[str], dict[Key, list[Use]]], seconds: float
 ) -> None:
-    """From the best of present and proposed tiles, one option at a time."""
+    """Search from the best of the present and proposed tiles, changing one option at a time."""
     end = float("inf") if part.place.dry else time.monotonic() + seconds
     uses = uses_of_case(CASES[kernel])
     key = next(key for key in uses if key.kernel == kernel)

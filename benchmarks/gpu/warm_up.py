@@ -1,9 +1,11 @@
-"""Compile the kernels of all parts beforehand, on every core and without the GPU: a kernel takes up to a second, and later one after the other.
+"""Compile the kernels of all parts in advance, on all cores and without the GPU.
 
     python -m benchmarks.gpu.warm_up --out folder [--dry-run]
 
-Triton's real launcher runs with a driver that launches nothing (`benchmarks.no_launch`), so what lies in Triton's cache afterwards is what the
-launches on the GPU ask for. Nothing depends on it: what is not there when it is needed is compiled then.
+A kernel takes up to a second, and during the run kernels are compiled one after the other. Triton's
+real launcher runs here with a driver that launches nothing (`benchmarks.no_launch`), so Triton's
+cache then contains what the launches on the GPU need. Nothing depends on this step: a missing
+kernel is compiled when it is needed.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Job(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What came of a job: how many kernels, in seconds, and what went wrong."""
+    """The result of a job: the number of kernels, the duration, and the error if there was one."""
 
     name: str
     kernels: int
@@ -53,7 +55,10 @@ class Compiled(NamedTuple):
 
 
 def architecture_here() -> str | None:
-    """Of the GPU, as the driver's tool says: CUDA must not be initialised in a process that forks."""
+    """The GPU's architecture according to nvidia-smi.
+
+    torch is not used, because CUDA must not be initialised in a process that forks.
+    """
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -62,10 +67,13 @@ def architecture_here() -> str | None:
 
 
 def jobs(architecture: str) -> Iterator[Job]:
-    """Each operation with the present tiles, then each with proposed ones, then the steps of a model, which find most kernels compiled by then."""
+    """The jobs: each operation with the present tiles, then with proposed ones, then model steps.
+
+    The steps come last, because by then most of their kernels are compiled.
+    """
     try:
         proposals = read_proposals(architecture)
-    except ValueError:  # the parts say so
+    except ValueError:  # the parts report it
         proposals = []
     place = Place(CPU, True, architecture)
     cases = {
@@ -95,7 +103,7 @@ def run_case(case: Case, replaced: list[Proposal]) -> None:
 
 
 def run_proposal(proposal: Proposal, cases: list[Case]) -> None:
-    """In every case that asks for the row."""
+    """Run every case that uses the row."""
     name = proposal.key.kernel
     for case in cases:
         if name.startswith(case.operation) and proposal.key in asked(
@@ -120,15 +128,13 @@ def run_step(longest: int) -> None:
 
 
 def compile_one(index: int) -> Compiled:
-    """Run the job of this number, in a forked process."""
+    """Run the job of this number in a forked process."""
     architecture, job = _of_the_parent["architecture"], _of_the_parent["jobs"][index]
     start, why = time.monotonic(), None
     with no_launch(architecture) as seen:
         try:
             job.run()
-        except (
-            Exception
-        ) as failure:  # what does not compile here fails in its part, where it counts
+        except Exception as failure:  # its part reports a kernel that does not compile
             why = in_one_line(failure)
         for source, metadata in seen.compiled:
             build_launcher(source, metadata)
@@ -136,18 +142,21 @@ def compile_one(index: int) -> Compiled:
 
 
 def build_launcher(source: Any, metadata: Any) -> None:
-    """Triton before 3.7 compiles a launcher in C for each signature, too; that takes as long as a kernel."""
+    """Compile the launcher in C, which Triton before 3.7 needs for each signature.
+
+    It takes as long as a kernel.
+    """
     if not launchers_can_be_built():
         return
     try:
         nvidia.CudaLauncher(source, metadata)
-    except Exception as failure:  # then the launch on the GPU says what is wrong
+    except Exception as failure:  # then the launch on the GPU reports the error
         print(f"no launcher beforehand: {in_one_line(failure)}", flush=True)
 
 
 @functools.cache
 def launchers_can_be_built() -> bool:
-    """They are linked with the driver's library, which a machine without a GPU lacks."""
+    """Whether launchers can be linked: they need the driver's library, which comes with a GPU."""
     try:
         return hasattr(nvidia, "make_launcher") and bool(nvidia.libcuda_dirs())
     except Exception as failure:
@@ -155,7 +164,7 @@ def launchers_can_be_built() -> bool:
         return False
 
 
-_of_the_parent: dict[str, Any] = {}  # for the forked processes: jobs cannot be sent
+_of_the_parent: dict[str, Any] = {}  # inherited by forked processes, because jobs are not picklable
 
 
 def prepare_worker() -> None:
@@ -176,9 +185,8 @@ def main() -> int:
     if architecture is None or int(architecture.removeprefix("sm_")) not in SHARED_MEMORY:
         results.add("warm-up", kernels=0, why=f"nothing is compiled beforehand for {architecture}")
         return 0
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        ""  # a GPU that is initialised here could not be used in a forked process, and is not needed
-    )
+    # A GPU that is initialised here could not be used in a forked process, and is not needed.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     start = time.monotonic()
     _of_the_parent.update(architecture=architecture, jobs=list(jobs(architecture)))
     count, kernels, failed = len(_of_the_parent["jobs"]), 0, 0
@@ -187,7 +195,8 @@ def main() -> int:
         for compiled in pool.imap_unordered(compile_one, range(count)):
             kernels += compiled.kernels
             print(
-                f"{compiled.name}: {compiled.kernels} kernels, {compiled.seconds:.1f} s {compiled.why or ''}",
+                f"{compiled.name}: {compiled.kernels} kernels, {compiled.seconds:.1f} s "
+                f"{compiled.why or ''}",
                 flush=True,
             )
             if compiled.why:
