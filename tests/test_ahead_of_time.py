@@ -9,6 +9,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks import ahead_of_time
 from benchmarks.ahead_of_time import (
     DEVICES,
@@ -44,6 +46,7 @@ def with_figures(**figures) -> list[Figures]:
     return [dataclasses.replace(GOOD, **figures)]
 
 
+@pytest.mark.slow
 def test_every_kernel_fits_its_devices_and_is_no_worse_than_on_record():
     result = run_module("benchmarks.ahead_of_time")
     print(result.stdout, result.stderr, sep="\n")

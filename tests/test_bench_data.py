@@ -18,7 +18,7 @@ from benchmarks.record import read_record
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.documents import read_documents
 
-pytest.importorskip("datasets", reason="the rival: pip install fastbert-pretrain[bench]")
+pytest.importorskip("datasets", reason="the rival: pip install fastbert-pretrain[test]")
 ROOT = Path(__file__).parents[1]
 
 
@@ -58,6 +58,7 @@ def test_a_repeated_text_has_other_documents(english_jsonl: Path, tmp_path: Path
     )
 
 
+@pytest.mark.slow
 def test_short_form(english_jsonl: Path, small_dataset: TokenDataset, tmp_path: Path) -> None:
     command = [
         sys.executable,

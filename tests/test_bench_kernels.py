@@ -106,6 +106,7 @@ def test_tests_continue_after_one_that_ends_the_process(tmp_path):
     assert last == {"test_a": "passed", "test_b": "started", "test_c": "failed", "test_d": "passed"}
 
 
+@pytest.mark.slow
 def test_the_tuner_writes_the_table_with_what_it_found(tmp_path):
     pytest.importorskip("triton")
     path = tmp_path / "tiles.json"

@@ -107,6 +107,7 @@ def test_the_parts_add_up_to_what_is_executed():
     assert set(parts) == {PROJECTIONS, SCORES, PRODUCTS, LOSS}
 
 
+@pytest.mark.slow
 def test_a_short_one_runs_and_is_reported(small_dataset, tmp_path):
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [

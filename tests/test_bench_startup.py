@@ -35,13 +35,15 @@ def check_order(marks: dict[str, float]) -> None:
     assert marks["setup"] <= marks["engine"] <= marks["step"]
 
 
+@pytest.mark.slow
 def test_first_step_of_a_run(small_dataset: TokenDataset, tmp_path: Path) -> None:
     check_order(first_step(small_dataset.path, tmp_path))
     assert (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").startswith('{"step": 1, ')
 
 
+@pytest.mark.slow
 def test_first_step_of_the_trainer(small_dataset: TokenDataset, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="the rival: pip install fastbert-pretrain[bench]")
+    pytest.importorskip("accelerate", reason="the rival: pip install fastbert-pretrain[test]")
     check_order(trainer_first_step(small_dataset.path, tmp_path))
 
 

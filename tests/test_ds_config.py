@@ -475,6 +475,7 @@ with join(60) as group:
 """
 
 
+@pytest.mark.slow
 def test_what_is_taken_trains_and_resumes_and_what_is_refused_would_not(small_dataset, tmp_path):
     """Two gloo ranks resume from a checkpoint of stage 0 for two steps.
 

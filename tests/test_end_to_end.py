@@ -155,6 +155,7 @@ def test_it_learns(run):
         assert (run / name).stat().st_size > 0, name
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_last_digit(place, run):
     broken = place / "runs/broken"
     process = start(place, "pretrain", "recipe.toml", "run=runs/broken")

@@ -26,6 +26,7 @@ from fastbert.machine import probe_bf16
 from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine, NotFinite, deepspeed
+from tests.tiers import slow
 
 ROOT = Path(__file__).parents[1]
 STAGES = [0, 1, 2, 3]
@@ -135,7 +136,7 @@ def test_a_step_is_the_gradient_of_the_whole_batch(small_dataset, packs, gradien
     )
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, slow(3)])
 def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
     """A layer is one function there (fused_layer.py).
 

@@ -344,6 +344,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_many_classes_need_little_more_memory_than_few(folder, tmp_path):
     """The picture of 200 classes once took over 9 GB, before the model was saved.
 

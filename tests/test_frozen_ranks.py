@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from tests.tiers import slow
 from tests.trials import MARGIN_S, Laboratory, lines_so_far, wait_for, wait_until_ready
 
 WORLD, STAGE = 2, 1
@@ -18,7 +19,13 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 
 @pytest.mark.parametrize(
     "when, frozen",
-    [("starting", 0), ("starting", 1), ("training", 0), ("training", 1), ("saving", 1)],
+    [
+        slow("starting", 0),
+        slow("starting", 1),
+        ("training", 0),
+        slow("training", 1),
+        slow("saving", 1),
+    ],
 )
 def test_a_rank_that_stops_answering_is_named(lab, when, frozen):
     """All others end within the recipe's limit; the frozen rank also ends if it resumes."""

@@ -12,6 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.tiers import slow
+
 pytest.importorskip("hypothesis")  # a machine with a GPU may have pytest alone
 
 from hypothesis import given, settings
@@ -255,8 +257,8 @@ def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype,
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("cut", [False, True], ids=["all", "cut"])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("size", [48, 64])
+@pytest.mark.parametrize("dtype", [slow("fp16"), "bf16"])
+@pytest.mark.parametrize("size", [48, slow(64)])
 def test_attention_of_a_sequence_does_not_depend_on_the_longest_of_the_pack(size, dtype, cut, p):
     """A sequence of up to 64 tokens goes through the same tile in any pack.
 
@@ -326,7 +328,7 @@ PADDED = [
 
 @pytest.mark.parametrize("listed", [False, True], ids=["", "listed"])
 @pytest.mark.parametrize("shape", PADDED)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [slow("fp32"), "bf16"])
 @pytest.mark.parametrize("impl", [impl for name, impl in EVERY if name == "attention"])
 def test_rows_behind_the_last_sequence_are_zero_and_change_nothing(impl, dtype, shape, listed):
     """Padding may contain anything: here NaN, also in the upstream gradient.

@@ -25,10 +25,22 @@ def cases():
                 for p in (0.0, 0.1, 0.5) if spec.dropout else (0.0,):
                     size = "-".join(str(value).replace(" ", "") for value in shape.values())
                     for dtype in DTYPES:
-                        if (impl, dtype) != ("cpu", "fp16"):  # nobody trains in fp16 on a CPU
-                            yield pytest.param(
-                                name, impl, shape, p, dtype, id=f"{name}-{impl}-{size}-p{p}-{dtype}"
-                            )
+                        if (impl, dtype) == ("cpu", "fp16"):  # nobody trains in fp16 on a CPU
+                            continue
+                        # In the default tier p and dtype vary on one shape only.
+                        often = shape is spec.shapes[0] or (p, dtype) in (
+                            (0.1, "bf16"),
+                            (0.0, "fp32"),
+                        )
+                        yield pytest.param(
+                            name,
+                            impl,
+                            shape,
+                            p,
+                            dtype,
+                            id=f"{name}-{impl}-{size}-p{p}-{dtype}",
+                            marks=() if often else pytest.mark.slow,
+                        )
 
 
 def place(arguments, device):

@@ -120,6 +120,7 @@ def curve(impl, steps=20):
     return torch.tensor(found)
 
 
+@pytest.mark.slow
 def test_twenty_steps_give_the_same_curve():
     curves = {impl: curve(impl) for impl in IMPLEMENTATIONS}
     want = curves["reference"]

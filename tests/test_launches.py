@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.launches import unreached
+from tests.tiers import typical
 from tests.uninterpreted import ROOT, run_module
 
 OLDEST = (
@@ -39,19 +40,20 @@ def oldest() -> Path:
     return OLDEST
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("architecture", typical(["sm_80", "sm_90", "sm_100"], "sm_90"))
 def test_every_launch_compiles(architecture):
     result = launches("--architecture", architecture)
     assert result.returncode == 0, result.stderr
     assert re.search(rf"{architecture}: \d{{3}} calls, 0 fail", result.stdout), result.stdout
 
 
+@pytest.mark.slow
 def test_every_launch_compiles_with_the_oldest_triton(oldest):
     result = launches("--architecture", "sm_90", triton=oldest)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("architecture", typical(["sm_80", "sm_90", "sm_100"], "sm_90"))
 def test_the_model_compiles_with_the_oldest_triton(architecture, oldest):
     result = launches("--architecture", architecture, "--only", "model", triton=oldest)
     assert result.returncode == 0, result.stderr

@@ -133,6 +133,7 @@ def refusal(recipe: Path, *overrides: str, resume: bool = False) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_the_triton_kernels_train_the_same_model(recipe, tmp_path):
     """The recipe selects the kernels, with dropout.
 

@@ -14,6 +14,7 @@ from fastbert.machine import probe_bf16
 from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.training.optimizer import build_optimizer
 from fastbert.training.schedule import factor
+from tests.tiers import typical
 from tests.trials import Laboratory, Trial
 
 STEPS = 50
@@ -124,7 +125,7 @@ def test_averaging_the_means_of_ranks_would_be_noticed(alone, lab, small_dataset
     assert far(by_torch(lab, small_dataset, torch.float32, ranks=2), alone) > 100 * rounding
 
 
-@pytest.mark.parametrize("world, stage, tokens", SHARED)
+@pytest.mark.parametrize("world, stage, tokens", typical(SHARED, SHARED[4], SHARED[-1]))
 def test_the_step_is_that_of_the_whole_batch(lab, alone, rounding, world, stage, tokens):
     steps = shared(lab, world, stage, tokens)
     assert [[s[key] for key in COUNTS] for s in steps] == [
@@ -163,7 +164,7 @@ def leg(trial: Trial, world: int, until: int, *overrides: str) -> Trial:
     return trial
 
 
-@pytest.mark.parametrize("legs", LEGS)
+@pytest.mark.parametrize("legs", typical(LEGS, "all"))
 def test_a_run_may_change_its_ranks_stage_and_precision(lab, constant, rounding, legs):
     if (
         any(precision == "bf16" for *_, precision in LEGS[legs])

@@ -43,9 +43,15 @@ def usual(name: str) -> Shape:
 
 
 def cases(*dtypes: str) -> list[Any]:
-    """(name, shape, dtype) of every Triton operation."""
+    """(name, shape, dtype) of every Triton operation; all dtypes but the last are slow."""
     return [
-        pytest.param(name, shape, DTYPES[dtype], id=f"{name}-{''.join(axes)}-{dtype}")
+        pytest.param(
+            name,
+            shape,
+            DTYPES[dtype],
+            id=f"{name}-{''.join(axes)}-{dtype}",
+            marks=() if dtype == dtypes[-1] else pytest.mark.slow,
+        )
         for name in TRITON
         for axes, shape in kinds(SPECS[name]).items()
         for dtype in dtypes

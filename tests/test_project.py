@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers import slow
+
 ROOT = Path(__file__).parents[1]
 
 # Joined from pieces, so that this file does not contain the strings it looks for.
@@ -73,7 +75,11 @@ PYTHON_FILES = [path for path in FILES if path.suffix == ".py"]
 
 @pytest.mark.parametrize(
     "command",
-    ["ruff check", "ruff format --check --diff", f"pyright --pythonpath {sys.executable}"],
+    [
+        "ruff check",
+        "ruff format --check --diff",
+        slow(f"pyright --pythonpath {sys.executable}"),
+    ],
     ids=lambda c: c.split(" -")[0],
 )
 def test_checker_finds_nothing(command):

@@ -18,6 +18,7 @@ import pytest
 
 from fastbert.cluster.signals import StopRequest
 from tests.ranks import ROOT, Ranks, catches, environment, free_port
+from tests.tiers import slow
 from tests.trials import Laboratory, Trial, lines_so_far, wait_for, wait_until_ready
 
 WORLD, STAGE = 2, 1
@@ -43,9 +44,9 @@ def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
 @pytest.mark.parametrize(
     "number, to",
     [
-        (signal.SIGTERM, "all"),
-        (signal.SIGINT, "all"),
-        (signal.SIGUSR1, "rank 0"),
+        slow(signal.SIGTERM, "all"),
+        slow(signal.SIGINT, "all"),
+        slow(signal.SIGUSR1, "rank 0"),
         (signal.SIGTERM, "rank 1"),
     ],
 )
@@ -78,12 +79,12 @@ def test_a_signal_while_training(lab, number, to):
     "share, to",
     [
         (0.0, "all"),
-        (0.0, "rank 0"),
-        (0.0, "rank 1"),
+        slow(0.0, "rank 0"),
+        slow(0.0, "rank 1"),
         (0.25, "rank 1"),
-        (0.25, "all"),
-        (0.5, "rank 0"),
-        (0.75, "rank 1"),
+        slow(0.25, "all"),
+        slow(0.5, "rank 0"),
+        slow(0.75, "rank 1"),
         (0.75, "all"),
     ],
 )
@@ -170,8 +171,8 @@ def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
     "launcher, world, stage, code",
     [
         (by_hand, 1, 0, 75),
-        (torchrun, WORLD, STAGE, 1),
-        (deepspeed, WORLD, STAGE, 75),
+        slow(torchrun, WORLD, STAGE, 1),
+        slow(deepspeed, WORLD, STAGE, 75),
     ],  # torchrun itself knows 0 and 1 alone
 )
 def test_the_commands_that_users_type(lab, launcher, world, stage, code):
