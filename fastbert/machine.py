@@ -85,7 +85,7 @@ def measure_gemm_rate(
 
         # Where bf16 is emulated, a round of all rows takes over 15 s. So the rows grow only while
         # the next size fits the time, which takes two rounds of four times as many rows.
-        if rows == T or 8 * _best(layer, 0.0, device) > seconds:
+        if 8 * _best(layer, 0.0, device) > seconds or rows == T:
             return 6.0 * rows * D * F / _best(layer, seconds, device)
         rows *= 4
 

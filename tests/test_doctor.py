@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastbert import machine
 from fastbert.doctor import PACKAGES, Diagnosis, Gpu, advise, describe
 from fastbert.machine import Bf16Probe, judge_bf16, measure_bandwidth, measure_gemm_rate
 
@@ -54,30 +55,39 @@ def test_rates_are_those_of_a_processor():
     assert 1e8 < measure_bandwidth(seconds=0.02) < 1e13
 
 
-def test_the_rate_counts_every_operation():
-    """The best round is at least as fast as the mean rate.
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 2.0])
+def test_the_rate_counts_every_operation(seconds, monkeypatch):
+    """The best round is at least as fast as the mean of all rounds of as many rows.
 
-    The rate is the operations that torch counts over the time that the call took.
+    The mean is the operations that torch counts over the time that they took.
     """
 
     def of_linear(x, weight, *_, **__):
         return 2 * x[0] * x[1] * weight[0]
 
+    series: list[tuple[float, float]] = []  # operations and seconds of the rounds of each size
+    counted = machine._best
+
+    def counting(work, seconds, device):
+        start, before = time.perf_counter(), counter.get_total_flops()
+        best = counted(work, seconds, device)
+        series.append((counter.get_total_flops() - before, time.perf_counter() - start))
+        return best
+
+    monkeypatch.setattr(machine, "_best", counting)
     onednn = (
         {torch.ops.mkldnn._linear_pointwise: of_linear}
         if torch.backends.mkldnn.is_available()
         else {}
     )  # torch counts MKL's alone
-    measure_gemm_rate(seconds=0)
     with FlopCounterMode(display=False, custom_mapping=onednn) as counter:
-        start = time.perf_counter()
-        rate = measure_gemm_rate(seconds=0.2)
-        elapsed = time.perf_counter() - start
-    round_of_three = 6 * 2048 * 512 * 2048
-    assert counter.get_total_flops() % round_of_three == 0
-    assert (
-        rate >= (counter.get_total_flops() - round_of_three) / elapsed
-    )  # less one for the warm-up
+        rate = measure_gemm_rate(seconds=seconds)
+    operations, elapsed = series[-1]
+    once = series[-2][0] / 2  # a warm-up and a round, as many rows as the last series
+    assert operations % once == 0 and once in [
+        6 * rows * 512 * 2048 for rows in (32, 128, 512, 2048)
+    ]
+    assert rate >= (operations - once) / elapsed
 
 
 def test_the_probe_gives_an_answer_and_survives(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -329,11 +330,11 @@ def test_ended_from_outside(several_chunks: Path, tmp_path: Path, end: str) -> N
     ):
         time.sleep(0.002)
     while process.poll() is None and time.monotonic() < deadline and not workers:
-        workers = [
-            child
-            for child in psutil.Process(process.pid).children()
-            if "data.workers" in " ".join(child.cmdline())
-        ]
+        workers = []
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                if "data.workers" in " ".join(child.cmdline()):
+                    workers.append(child)
         time.sleep(0.002)
     assert workers, "it ended before it could be stopped"
     if end == "interrupt":
@@ -362,11 +363,11 @@ def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
     workers: list[psutil.Process] = []
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline and len(workers) < 2:
-        workers = [
-            child
-            for child in psutil.Process(process.pid).children()
-            if "data.workers" in " ".join(child.cmdline())
-        ]
+        workers = []
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                if "data.workers" in " ".join(child.cmdline()):
+                    workers.append(child)
         time.sleep(0.002)
     process.kill()
     process.wait()
