@@ -5,7 +5,7 @@
     python -m benchmarks.ahead_of_time --write    puts the figures on record, in kernels/fastbert_kernels/resources.json
     python -m benchmarks.ahead_of_time --on-record    shows those, and compiles nothing
 
-Compiles all that the `production()` of each `kernel.py` lists, with the tiles of `tiles.json`, and ends with 1 and a line for each
+Compiles every kernel as training launches it (`aot_signatures`), with the tiles of `tiles.json`, and ends with 1 and a line for each
 fault: a kernel that does not compile or does not fit the device; on sm_90, a spilled register or a load of a big operand that is
 narrower than 128 bits; and, with the Triton version that made the record, any figure that has become worse than the one on record.
 `tests/test_ahead_of_time.py` runs it.
@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
+import functools
+import itertools
 import json
 import re
 import subprocess
@@ -26,19 +27,23 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastbert_kernels
+from benchmarks.cases import Case, arguments, call, leaves
 from benchmarks.forked import forked
+from benchmarks.no_launch import no_launch
+from fastbert_kernels._launch import Launch, recording
 from fastbert_kernels._tiles import tile
-from fastbert_kernels._triton import FUSE, INTERPRETED, Production
+from fastbert_kernels._triton import FUSE, INTERPRETED
 
 PACKAGE = Path(fastbert_kernels.__file__).parent
 RECORD = PACKAGE / "resources.json"
@@ -102,88 +107,177 @@ class Figures:
 # What is compiled
 
 
-def production_kernels() -> dict[str, Production]:
-    """All that the `kernel.py` files list, each under a name of its own: operation, function, dtype, size, and what else tells it apart, of tensors
-    which are missing."""
-    alike = defaultdict(list)
-    for path in sorted(PACKAGE.glob("*/kernel.py")):
-        module = importlib.import_module(f"fastbert_kernels.{path.parent.name}.kernel")
-        for production in module.production():
-            alike[
-                f"{path.parent.name}.{production.kernel.__name__} {short(production)} {production.size}"
-            ].append(production)
+class AotSignature(NamedTuple):
+    """One kernel at one configuration that it has in training."""
+
+    kernel: Any  # the @triton.jit function
+    table: str  # its name in tiles.json
+    size: int  # its row there
+    dtype: torch.dtype
+    # Name to Triton type ("*bf16", "i32", ...), or to the value of a constant; the values of the
+    # tile come from the table.
+    arguments: dict[str, Any]
+    aligned: tuple[str, ...] = ()  # integers that are multiples of 16; pointers always are
+    wide: tuple[str, ...] = ()  # pointers whose loads must be 128 bits wide
+
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*u1",
+}
+
+
+def training_calls() -> Iterator[Case]:
+    """BERT-base's and BERT-large's operations on a few tokens, with dropout and without.
+
+    Triton compiles for the values of the constants, among them D, H and K, and for whether an
+    integer is a multiple of 16: T and M are not looked at, and V = 314 is none, as 30,522.
+    """
+    for lengths, p in itertools.product(([40, 128], [200, 30]), (0.0, 0.1)):
+        yield Case("attention", "", {"lengths": lengths, "H": 12, "K": 64}, p)
+    for D in (768, 1024):
+        for p in (0.0, 0.1):
+            yield Case("embedding", "", {"T": 40, "V": 314, "P": 512, "D": D}, p)
+        yield Case("gelu", "", {"T": 40, "F": 4 * D})
+        yield Case("mlm_loss", "", {"T": 40, "M": 20, "D": D, "V": 314})
+        yield Case("mlm_loss", "all", {"T": 40, "M": 40, "D": D, "V": 314})
+        for p in (0.1, 0.0):
+            yield Case("norm", "", {"T": 40, "D": D}, p)
+        yield Case("norm", "alone", {"T": 40, "D": D, "bare": 1})
+
+
+def launch(case: Case, dtype: torch.dtype) -> None:
+    """Run the forward and the backward pass on the CPU's tensors."""
+    given = arguments(case, dtype, torch.device("cpu"))
+    if case.label == "all":  # every token is masked, as in the model's head
+        given["positions"] = None
+    result = call(case, given, "triton")
+    torch.autograd.grad(result, leaves(case, given), torch.ones_like(result))
+
+
+def signature_of(launched: Launch) -> AotSignature:
+    """What Triton would compile for these arguments (`_launch.py` says what it looks at)."""
+    kernel, size, dtype, given = launched
+    found, aligned = {}, []
+    for parameter in kernel.function.params:
+        name, value = parameter.name, given.get(parameter.name)
+        if name not in given:
+            continue  # comes from the tile
+        if parameter.is_constexpr or value is None:
+            found[name] = value
+        elif isinstance(value, torch.Tensor):
+            if value.data_ptr() % 16:
+                raise ValueError(f"{kernel.table}: {name} is not aligned to 16 bytes")
+            found[name] = _POINTERS[value.dtype]
+        elif isinstance(value, float):
+            found[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            found[name] = value
+        else:
+            found[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                aligned.append(name)
+    wide = tuple(name for name in kernel.wide if found[name] is not None)
+    return AotSignature(kernel.function, kernel.table, size, dtype, found, tuple(aligned), wide)
+
+
+@functools.cache
+def aot_signatures() -> dict[str, AotSignature]:
+    """Every kernel as training launches it, recorded from `training_calls`, by name.
+
+    A name has the operation, the function, the dtype and the size, and where these are not enough
+    the values of constants, and then the tensors that are missing.
+    """
+    alike: dict[str, list[AotSignature]] = defaultdict(list)
+    cases = sorted(training_calls(), key=lambda case: case.operation)
+    with no_launch("sm_90"):
+        for case, dtype in itertools.product(cases, (torch.bfloat16, torch.float32)):
+            with recording() as launches:
+                launch(case, dtype)
+            for one in map(signature_of, launches):
+                name = f"{case.operation}.{one.kernel.__name__} {short(one)} {one.size}"
+                if one not in alike[name]:
+                    alike[name].append(one)
 
     named = {}
-    for name, productions in alike.items():
+    for name, signatures in alike.items():
         telling = [
             key
-            for key in productions[0].arguments
-            if len({str(p.arguments[key]) for p in productions}) > 1
+            for key in signatures[0].arguments
+            if len({str(one.arguments[key]) for one in signatures}) > 1
         ]
-        for production in productions:
-            told = {
-                key: production.arguments[key]
+        constants = [key for key in telling if not key.endswith("_ptr")]
+        if len({tuple(one.arguments[key] for key in constants) for one in signatures}) == len(
+            signatures
+        ):
+            telling = constants
+        for one in signatures:
+            told = [
+                f"{key}={one.arguments[key]}"
                 for key in telling
-                if not str(production.arguments[key]).startswith("*")
-            }
-            full = " ".join([name, *(f"{key}={value}" for key, value in told.items())])
-            if full in named:
-                raise ValueError(f"production() lists {full} twice")
-            named[full] = production
+                if not str(one.arguments[key]).startswith("*")
+            ]
+            named[" ".join([name, *told])] = one
+    if len(named) != sum(map(len, alike.values())):
+        raise ValueError("two signatures have one name")
     return named
 
 
-def short(production: Production) -> str:
+def short(signature: AotSignature) -> str:
     """ "bf16", "fp32"."""
     return (
-        str(production.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+        str(signature.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
     )
 
 
-def source(production: Production, options: dict[str, Any]) -> ASTSource:
+def source(signature: AotSignature, options: dict[str, Any]) -> ASTSource:
     """The kernel with its types, its compile-time values (its own and those of the tile) and the multiples of 16 it may count on."""
-    given = production.arguments | {
-        key: value for key, value in options.items() if key in production.kernel.arg_names
+    given = signature.arguments | {
+        key: value for key, value in options.items() if key in signature.kernel.arg_names
     }
-    signature, constexprs, divisible = {}, {}, {}
-    for index, parameter in enumerate(production.kernel.params):
+    types, constexprs, divisible = {}, {}, {}
+    for index, parameter in enumerate(signature.kernel.params):
         value = given.pop(parameter.name)
         if parameter.is_constexpr or not isinstance(value, str):
-            signature[parameter.name], constexprs[parameter.name] = "constexpr", value
+            types[parameter.name], constexprs[parameter.name] = "constexpr", value
             continue
-        signature[parameter.name] = value
-        if parameter.name in production.aligned and parameter.do_not_specialize:
+        types[parameter.name] = value
+        if parameter.name in signature.aligned and parameter.do_not_specialize:
             raise ValueError(
                 f"aligned names {parameter.name}, which the kernel does not specialise: a launch would not know"
             )
-        if value.startswith("*") or parameter.name in production.aligned:
+        if value.startswith("*") or parameter.name in signature.aligned:
             divisible[(index,)] = [["tt.divisibility", 16]]
     if given:
         raise ValueError(f"the kernel has no argument {', '.join(given)}")
-    return ASTSource(production.kernel, signature, constexprs, divisible)
+    return ASTSource(signature.kernel, types, constexprs, divisible)
 
 
 # What comes of it
 
 
 def measure(
-    name: str, production: Production, architecture: str, options: dict[str, int] | None = None
+    name: str, signature: AotSignature, architecture: str, options: dict[str, int] | None = None
 ) -> Figures:
     """Compiles one kernel for one architecture, with the tile of the table or with `options` in its place."""
     figures = Figures(
         name,
         architecture,
-        production.kernel.__name__,
-        production.table,
-        short(production),
-        production.size,
-        production.wide,
+        signature.kernel.__name__,
+        signature.table,
+        short(signature),
+        signature.size,
+        signature.wide,
     )
     device = DEVICES[architecture]
     start = time.perf_counter()
     try:
-        options = options or tile(production.table, architecture, production.dtype, production.size)
-        built = source(production, options)
+        options = options or tile(signature.table, architecture, signature.dtype, signature.size)
+        built = source(signature, options)
         compiled = triton.compile(built, target=device.target, options={**options, **FUSE})
     except Exception as error:  # of any kind: the other kernels are still worth a line
         return dataclasses.replace(figures, error=f"{type(error).__name__}: {error}")
@@ -352,7 +446,7 @@ def faults(found: list[Figures]) -> list[str]:
             bits = figures.widths.get(pointer)
             if bits is None:
                 lines.append(
-                    f"{where}: no load through {pointer} found, which production() calls wide"
+                    f"{where}: no load through {pointer} found, which its `Kernel` calls wide"
                 )
             elif bits < WIDE:
                 lines.append(
@@ -392,7 +486,7 @@ def changes(found: list[Figures], record: dict[str, Any]) -> tuple[list[str], li
                 line = f"{where}: {key} {row[key]} on record, now {now} ({grown:+d})"
                 (worse if (grown > 0) != (key == "programs") else better).append(line)
     worse += [
-        f"{architecture} {name}: on record, but no production() lists it"
+        f"{architecture} {name}: on record, but training does not launch it"
         for architecture, name in sorted(ahead)
     ]
     return worse, better
@@ -490,8 +584,8 @@ def main() -> int:
         return 0
 
     found = compile_all(
-        (name, production, device)
-        for name, production in production_kernels().items()
+        (name, signature, device)
+        for name, signature in aot_signatures().items()
         for device in DEVICES
     )
     print(

@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.ahead_of_time import compile_all, faults
-from fastbert_kernels._triton import Production
+from benchmarks.ahead_of_time import AotSignature, compile_all, faults
 
 
 @triton.jit
@@ -38,7 +37,7 @@ def narrow(
         tl.store(y_ptr + row * D + column, table + x)
 
 
-SPILLING = Production(
+SPILLING = AotSignature(
     spilling,
     "",
     16384,
@@ -48,7 +47,7 @@ SPILLING = Production(
 )
 POINTERS = {"ids_ptr": "*i64", "table_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*bf16"}
 NUMBERS = {"table_stride": "i64", "shift": "i32", "T": "i32", "D": 256, "BLOCK_T": 16}
-NARROW = Production(
+NARROW = AotSignature(
     narrow,
     "",
     256,
@@ -65,8 +64,8 @@ def main() -> None:
     planted = {"spilling": SPILLING, "narrow": NARROW, "unread": UNREAD, "misnamed": MISNAMED}
     options = {"spilling": {"num_warps": 1}}
     found = compile_all(
-        (name, production, "sm_90", options.get(name, {"num_warps": 4}))
-        for name, production in planted.items()
+        (name, signature, "sm_90", options.get(name, {"num_warps": 4}))
+        for name, signature in planted.items()
     )
     print("\n".join(faults(found)))
 

@@ -53,6 +53,14 @@ def test_every_kernel_fits_its_devices_and_is_no_worse_than_on_record():
     assert result.returncode == 0, result.stderr
 
 
+def test_signatures_are_those_that_triton_compiles_for():
+    result = run_module("tests.triton_signatures")
+    assert result.returncode == 0, result.stderr
+    counts, *differences = result.stdout.splitlines()
+    asked, recorded = map(int, counts.split())
+    assert asked == recorded > 70 and not differences, result.stdout
+
+
 def test_the_record_can_be_shown_without_compiling():
     record = json.loads(ahead_of_time.RECORD.read_text(encoding="utf-8"))
     shown = recorded_table(record).splitlines()
@@ -74,7 +82,7 @@ def test_planted_faults_are_found():
     assert rest == [
         # There is no fault for the table, nor for the indices.
         "sm_90 narrow: a load through x_ptr is 16 bits wide; must be 128",
-        "sm_90 unread: no load through y_ptr found, which production() calls wide",
+        "sm_90 unread: no load through y_ptr found, which its `Kernel` calls wide",
         "sm_90 misnamed: does not compile: ValueError: the kernel has no argument stride",
     ]
 
@@ -119,7 +127,7 @@ def test_changes_against_the_record():
         ],
     )
     assert changes(with_figures(name="norm._new"), RECORD) == (
-        ["sm_90 norm._new: not on record", f"{where}: on record, but no production() lists it"],
+        ["sm_90 norm._new: not on record", f"{where}: on record, but training does not launch it"],
         [],
     )
 

@@ -282,23 +282,20 @@ def test_programs_follow_each_other_in_a_place():
 
 
 def test_a_row_is_judged_by_the_kernels_that_it_serves():
-    def served(table: str, size: int) -> set[tuple]:
-        return {
-            (p.size, p.arguments.get("K", 0) or p.arguments.get("D", 0))
-            for p in search.forms(table, {"bits": 16, "size": size})
-        }
-
-    assert served("gelu_forward", 4096) == {(3072, 0), (4096, 0)}
-    assert served("norm_backward", 768) == {(768, 768)}
-    assert served("norm_backward", 4096) == {
-        (4096, 4096)
-    }  # no production kernel is so wide: the widest one, resized
-    assert served("attention_dq", 64) == {(64, 64)} and served("attention_dq", 128) == {(128, 128)}
-    timed = search.timed_forms("norm_forward", {"bits": 16, "size": 768})
-    assert [p.arguments["dropout_seeds_ptr"] for p in timed] == [
-        "*i64",
-        None,
-    ]  # with dropout and without; not the head's LayerNorm
+    rows = {
+        ("gelu_forward", "4096"): {(3072, 0), (4096, 0)},
+        ("norm_backward", "768"): {(768, 768)},
+        ("norm_backward", "4096"): {(4096, 4096)},  # wider than any in training: one is resized
+        ("attention_dq", "64"): {(64, 64)},
+        ("attention_dq", "128"): {(128, 128)},
+        ("norm_forward", "768"): {(768, 768)},
+    }
+    result = run_module("tests.served_kernels", *(word for row in rows for word in row))
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [set(map(tuple, one["forms"])) for one in found] == list(rows.values())
+    # With dropout and without; not the head's LayerNorm.
+    assert found[-1]["seeds"] == ["*i64", None]
 
 
 def test_candidates_are_rows_of_the_same_kind():

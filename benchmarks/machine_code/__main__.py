@@ -16,14 +16,13 @@ from typing import Any
 
 import triton
 
-from benchmarks.ahead_of_time import check_tools
+from benchmarks.ahead_of_time import AotSignature, check_tools
 from benchmarks.forked import forked
 from benchmarks.machine_code import ours, peers
 from benchmarks.machine_code.duration import Launch, seconds
 from benchmarks.machine_code.examine import Case, build, examine
 from benchmarks.machine_code.report import LENGTHS, PAGE, RECORD, parts, read, text
 from benchmarks.pages import filled
-from fastbert_kernels._triton import Production
 
 
 def row(case: Case, launches: list[Launch]) -> dict[str, Any]:
@@ -64,10 +63,10 @@ def examined(words: list[str]) -> dict[str, Any]:
     ]
     rows = list(forked(row, [*jobs, *((case, []) for case, _ in others)]))
     mine = dict(zip(kernels, rows, strict=False))
-    for name, (production, _) in kernels.items():
-        if production.table in ours.MLM:
+    for name, (signature, _) in kernels.items():
+        if signature.table in ours.MLM:
             mine[name]["useful"] = (
-                2 * ours.MASKED * ours.VOCABULARY * production.size
+                2 * ours.MASKED * ours.VOCABULARY * signature.size
             )  # FLOPs of the product
     theirs = {
         case.name: found | {"version": version}
@@ -86,23 +85,23 @@ def _wanted(name: str, words: list[str]) -> bool:
 
 
 def _layers(
-    kernels: dict[str, tuple[Production, dict[str, Any]]], rows: dict[str, Any]
+    kernels: dict[str, tuple[AotSignature, dict[str, Any]]], rows: dict[str, Any]
 ) -> dict[str, Any]:
     """Time of all kernels of a pass of the attention, by pass, dropout and length."""
     found: dict[str, Any] = {}
-    for name, (production, options) in kernels.items():
-        if not production.table.startswith("attention"):
+    for name, (signature, options) in kernels.items():
+        if not signature.table.startswith("attention"):
             continue
-        which = "forward" if "forward" in production.table else "backward"
+        which = "forward" if "forward" in signature.table else "backward"
         for n in LENGTHS:
-            short = production.table in ours.SHORT
+            short = signature.table in ours.SHORT
             if short != (n == LENGTHS[0]) or (
-                short and ours.tokens_of_tile(production, options) != n
+                short and ours.tokens_of_tile(signature, options) != n
             ):
                 continue
             times = rows[name]["launches"]
             took = times[0] if len(times) == 1 else times[LENGTHS.index(n) - 1]
-            key = f"{which} dropout={production.arguments['DROPOUT']} n={n}"
+            key = f"{which} dropout={signature.arguments['DROPOUT']} n={n}"
             found.setdefault(key, {"seconds": 0.0})["seconds"] += took
     return found
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.ahead_of_time import production_kernels, short, source
+from benchmarks.ahead_of_time import AotSignature, aot_signatures, short, source
 from benchmarks.cases import TOKENS, VOCABULARY
 from benchmarks.machine_code.duration import Launch
 from benchmarks.machine_code.examine import Case
@@ -14,7 +14,6 @@ from benchmarks.machine_code.h100 import MULTIPROCESSORS
 from benchmarks.machine_code.multiprocessor import DRAM, L2
 from fastbert_kernels._tile_schedule import ITEM
 from fastbert_kernels._tiles import tile
-from fastbert_kernels._triton import Production
 
 LENGTHS = (512, 4096)  # of sequences, where attention walks over tiles
 MASKED = TOKENS // 2  # of a micro-batch, as in the benchmarks
@@ -34,55 +33,55 @@ MLM = ("mlm_loss_forward", "mlm_loss_backward")
 JUDGED = (*WALKS, *SHORT, "attention_prepare", *ROWS, *GELU, *MLM)
 
 
-def kernels(words: list[str] | None = None) -> dict[str, tuple[Production, dict[str, Any]]]:
-    """Those of `production()` in bf16 that the model can judge, with their tiles for sm_90; `words`: only names that hold one of them."""
+def kernels(words: list[str] | None = None) -> dict[str, tuple[AotSignature, dict[str, Any]]]:
+    """Those of `aot_signatures()` in bf16 that the model can judge, with their tiles for sm_90; `words`: only names that hold one of them."""
     found = {}
-    for name, production in production_kernels().items():
+    for name, signature in aot_signatures().items():
         if (
-            short(production) == "bf16"
-            and production.table in JUDGED
+            short(signature) == "bf16"
+            and signature.table in JUDGED
             and (not words or any(word in name for word in words))
         ):
             found[name] = (
-                production,
-                tile(production.table, "sm_90", production.dtype, production.size),
+                signature,
+                tile(signature.table, "sm_90", signature.dtype, signature.size),
             )
     return found
 
 
-def case(name: str, production: Production, options: dict[str, Any]) -> Case:
+def case(name: str, signature: AotSignature, options: dict[str, Any]) -> Case:
     """With a tile that may be another than the table's."""
-    table, elements, loop, memory = production.table, 0.0, "products", L2
+    table, elements, loop, memory = signature.table, 0.0, "products", L2
     if table in WALKS:
         elements = options["BLOCK_Q"] * options["BLOCK_K"]
     elif table in SHORT:
-        elements, memory = tokens_of_tile(production, options) ** 2, DRAM
+        elements, memory = tokens_of_tile(signature, options) ** 2, DRAM
     elif table in MLM:
         elements = options["BLOCK_M"] * options["BLOCK_V"]
     elif table == "attention_prepare":
-        elements, memory = options["BLOCK_Q"] * production.arguments["K"], DRAM
+        elements, memory = options["BLOCK_Q"] * signature.arguments["K"], DRAM
     else:
         loop, memory = "longest", DRAM
-        elements = options["BLOCK_T"] * options.get("BLOCK_F", production.size)
-    return Case(name, source(production, options), options, elements, loop, memory)
+        elements = options["BLOCK_T"] * options.get("BLOCK_F", signature.size)
+    return Case(name, source(signature, options), options, elements, loop, memory)
 
 
 def launches(
-    production: Production, options: dict[str, Any], lengths: Sequence[int] = LENGTHS
+    signature: AotSignature, options: dict[str, Any], lengths: Sequence[int] = LENGTHS
 ) -> list[Launch]:
     """Of one micro-batch of BERT-base or -large in training; `lengths`: of the sequences, where attention walks over tiles."""
-    table, size = production.table, production.size
+    table, size = signature.table, signature.size
     if table in WALKS:
         own, walk, _ = WALKS[table]
         return [
-            Launch(f"n={n}", _heads(production) * TOKENS / options[own], n / options[walk])
+            Launch(f"n={n}", _heads(signature) * TOKENS / options[own], n / options[walk])
             for n in lengths
         ]
     if table in SHORT:
-        block = tokens_of_tile(production, options)
-        return [Launch(f"n={block}", _heads(production) * TOKENS / block, 1, DRAM)]
+        block = tokens_of_tile(signature, options)
+        return [Launch(f"n={block}", _heads(signature) * TOKENS / block, 1, DRAM)]
     if table == "attention_prepare":
-        return [Launch("", _heads(production) * TOKENS / options["BLOCK_Q"], 1, DRAM)]
+        return [Launch("", _heads(signature) * TOKENS / options["BLOCK_Q"], 1, DRAM)]
     if table in ROWS:
         programs = options["programs"] * MULTIPROCESSORS
         shares = {"norm_backward": 3, "embedding_backward": 2}.get(table, 0)
@@ -116,11 +115,11 @@ def launches(
     return [Launch("", row_tiles * math.ceil(word_tiles / run), run * steps, inner=steps)]
 
 
-def _heads(production: Production) -> float:
+def _heads(signature: AotSignature) -> float:
     """Of BERT-base, where heads are of another size as many as give the same hidden size."""
-    return 768 / production.arguments["K"]
+    return 768 / signature.arguments["K"]
 
 
-def tokens_of_tile(production: Production, options: dict[str, Any]) -> int:
+def tokens_of_tile(signature: AotSignature, options: dict[str, Any]) -> int:
     """Tokens of a tile that holds a whole sequence."""
-    return options.get("BLOCK") or production.arguments.get("BLOCK") or ITEM
+    return options.get("BLOCK") or signature.arguments.get("BLOCK") or ITEM

@@ -22,9 +22,10 @@ from benchmarks.ahead_of_time import (
     DEVICES,
     REGISTERS,
     SCHEDULERS,
+    AotSignature,
+    aot_signatures,
     faults,
     measure,
-    production_kernels,
     short,
 )
 from benchmarks.forked import forked
@@ -35,7 +36,6 @@ from benchmarks.machine_code.examine import Built, build, examine
 from benchmarks.machine_code.h100 import DRAM_RATE
 from benchmarks.machine_code.multiprocessor import DRAM, L2, Memory
 from fastbert_kernels._tiles import TABLE, Row
-from fastbert_kernels._triton import Production
 
 ARCHITECTURE, BITS = "sm_90", 16
 SLOW_L2 = L2._replace(rate=24.0)  # bytes a cycle and multiprocessor; devices give 25 to 36
@@ -88,9 +88,9 @@ class Proposal:
     dropped: int
 
 
-def forms(table: str, row: Row) -> list[Production]:
-    """What a row serves: the kernels of `production()` that would look it up, or the largest of them, resized, where none does."""
-    alike = [p for p in production_kernels().values() if p.table == table and short(p) == "bf16"]
+def forms(table: str, row: Row) -> list[AotSignature]:
+    """What a row serves: the kernels of `aot_signatures()` that would look it up, or the largest of them, resized, where none does."""
+    alike = [p for p in aot_signatures().values() if p.table == table and short(p) == "bf16"]
     sizes = sorted({p.size for p in alike})
     rows = sorted(r["size"] for r in _rows(table))
     served = [
@@ -106,7 +106,7 @@ def forms(table: str, row: Row) -> list[Production]:
     ]
 
 
-def timed_forms(table: str, row: Row) -> list[Production]:
+def timed_forms(table: str, row: Row) -> list[AotSignature]:
     """Those that count for its time, dropout first: a layer of the encoder, not its head's LayerNorm; gathered rows of the MLM loss."""
     found = [
         p
@@ -171,7 +171,7 @@ def _is_hopeless_for_rows(table: str, row: Row) -> bool:
 
 
 def judge(
-    table: str, row: Row, productions: list[Production], thorough: bool, as_it_stands: bool = False
+    table: str, row: Row, signatures: list[AotSignature], thorough: bool, as_it_stands: bool = False
 ) -> Judged | None:
     """The model's time for each form and launch; None if one does not compile, does not fit or spills.
 
@@ -181,9 +181,9 @@ def judge(
     """
     options = _options(row)
     built: list[Built] = []
-    for production in productions:
+    for signature in signatures:
         try:
-            one = build(ours.case(table, production, options))
+            one = build(ours.case(table, signature, options))
         except Exception:  # the compilers have no common class for what they cannot do
             return None
         if (
@@ -194,12 +194,12 @@ def judge(
             return None
         built.append(one)
     if "programs" in row and not as_it_stands:
-        row, times = _best_programs(row, options, productions, built)
+        row, times = _best_programs(row, options, signatures, built)
     else:
-        times = _times(options, productions, built, thorough)
+        times = _times(options, signatures, built, thorough)
     traffic = sum(
-        _traffic(one, ours.launches(production, _options(row))[0])
-        for production, one in zip(productions, built, strict=True)
+        _traffic(one, ours.launches(signature, _options(row))[0])
+        for signature, one in zip(signatures, built, strict=True)
     )
     return Judged(
         row,
@@ -219,13 +219,13 @@ def _traffic(built: Built, launch: Launch) -> float:
 
 
 def _best_programs(
-    row: Row, options: dict[str, Any], productions: list[Production], built: list[Built]
+    row: Row, options: dict[str, Any], signatures: list[AotSignature], built: list[Built]
 ) -> tuple[Row, list[float]]:
     """Of a persistent kernel: as many programs on a multiprocessor as are fastest."""
     fit = min(one.programs for one in built)
     trials = []
     for programs in [n for n in _PROGRAMS if fit / 3 <= n <= fit] or [fit]:
-        times = _times(options | {"programs": programs}, productions, built, True)
+        times = _times(options | {"programs": programs}, signatures, built, True)
         trials.append((math.prod(times) ** (1 / len(times)), programs, times))
     least = min(trials)[0]
     _, programs, times = next(trial for trial in trials if trial[0] <= _EVEN * least)
@@ -233,11 +233,11 @@ def _best_programs(
 
 
 def _times(
-    options: dict[str, Any], productions: list[Production], built: list[Built], thorough: bool
+    options: dict[str, Any], signatures: list[AotSignature], built: list[Built], thorough: bool
 ) -> list[float]:
     found = []
-    for production, one in zip(productions, built, strict=True):
-        launches = ours.launches(production, options)
+    for signature, one in zip(signatures, built, strict=True):
+        launches = ours.launches(signature, options)
         for launch in launches if thorough else launches[:1]:
             memories: tuple[Memory, ...] = (
                 (L2, SLOW_L2) if launch.memory == L2 and thorough else (launch.memory,)
@@ -255,9 +255,9 @@ def limited(judged: Judged) -> Iterator[Row]:
             yield {**judged.row, "maxnreg": limit}
 
 
-def runs_at_the_memory_rate(table: str, row: Row, productions: list[Production]) -> bool:
+def runs_at_the_memory_rate(table: str, row: Row, signatures: list[AotSignature]) -> bool:
     """Whether nothing is to be gained, as memory sets the pace of every form."""
-    cases = [ours.case(table, production, _options(row)) for production in productions]
+    cases = [ours.case(table, signature, _options(row)) for signature in signatures]
     return all(
         case.memory == DRAM and examine(case).gigabytes > _FULL * DRAM_RATE / 1e9 for case in cases
     )
@@ -266,10 +266,7 @@ def runs_at_the_memory_rate(table: str, row: Row, productions: list[Production])
 def is_faultless(table: str, row: Row) -> bool:
     """By the rules of `ahead_of_time`, for every form that the row serves."""
     return not faults(
-        [
-            measure(table, production, ARCHITECTURE, _options(row))
-            for production in forms(table, row)
-        ]
+        [measure(table, signature, ARCHITECTURE, _options(row)) for signature in forms(table, row)]
     )
 
 
@@ -285,21 +282,21 @@ def propose(
     Args:
         blocks, common: the values that each option may have, those of the kernel and those that all kernels share.
     """
-    productions = timed_forms(table, present)
-    if next(forked(runs_at_the_memory_rate, [(table, present, productions)])):
+    signatures = timed_forms(table, present)
+    if next(forked(runs_at_the_memory_rate, [(table, present, signatures)])):
         return Proposal(table, present, present, 1.0, [], 0, 0)
     trials = candidates(table, present, blocks, common)
     first = [
         found
-        for found in _each(judge, [(table, row, productions[:1], False) for row in trials], end)
+        for found in _each(judge, [(table, row, signatures[:1], False) for row in trials], end)
         if found
     ]
     first.sort(key=lambda found: math.prod(found.seconds))
     finalists = [found.row for found in first[:_FINALISTS]]
     finalists += [row for found in first[:_FINALISTS] for row in limited(found)]
     jobs = [
-        (table, present, productions, True, True),
-        *((table, row, productions, True) for row in finalists if row != present),
+        (table, present, signatures, True, True),
+        *((table, row, signatures, True) for row in finalists if row != present),
     ]
     base, *judged = _each(judge, jobs, end)
     proposal = Proposal(table, present, present, 1.0, [], len(trials), len(trials) - len(first))

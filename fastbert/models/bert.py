@@ -39,6 +39,7 @@ from fastbert_kernels import (
     varlen_attention,
 )
 from fastbert_kernels._tile_schedule import ITEM
+from fastbert_kernels.attention.op import HEAD_SIZES
 
 
 def resolve_kernels(name: str, device: str) -> str:
@@ -415,6 +416,12 @@ class BertForPreTraining(nn.Module):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.impl = resolve_kernels(kernels, device)
+        if self.impl == "triton" and config.head_size not in HEAD_SIZES:
+            raise InputError(
+                f"model.hidden_size / model.num_attention_heads = {config.head_size}; "
+                f'runtime.kernels = "triton" takes {", ".join(map(str, HEAD_SIZES))}; choose other '
+                'sizes, or set runtime.kernels = "reference"'
+            )
         self.embeddings = Embeddings(config, vocab_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.mlm_head = MaskedTokenHead(config, vocab_size, tied)

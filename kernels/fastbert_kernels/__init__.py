@@ -1,6 +1,6 @@
 """Fused operations of a BERT encoder over packed sequences, each usable alone in any torch model.
 
-Loaded lazily: `from fastbert_kernels import varlen_attention` imports that operation and nothing else.
+`from fastbert_kernels import varlen_attention` imports that operation and nothing else.
 """
 
 import importlib
@@ -45,3 +45,7 @@ def __getattr__(name: str):
     if name not in _MODULES:
         raise AttributeError(f"fastbert_kernels has no {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"fastbert_kernels.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

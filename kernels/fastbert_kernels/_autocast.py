@@ -1,6 +1,6 @@
-"""What autocast means for a fused operation: its inputs are cast as torch casts those of its own op of that kind.
+"""What autocast means for a fused operation: casts as torch does for its own op of that kind.
 
-The first of the tensors says on which device they are; of the others some may be None.
+The first tensor tells the device; the others may be None.
 """
 
 from typing import Any
@@ -9,12 +9,12 @@ import torch
 
 
 def cast_low(*tensors: Any) -> tuple[Any, ...]:
-    """As matrix products and attention: to the autocast dtype, where autocast is on for the tensors' device."""
+    """Cast to the autocast dtype where autocast is on, as matrix products and attention do."""
     return _cast(tensors, None)
 
 
 def cast_fp32(*tensors: Any) -> tuple[Any, ...]:
-    """As LayerNorm and losses: to fp32, where autocast is on for the tensors' device."""
+    """Cast to fp32 where autocast is on, as LayerNorm and losses do."""
     return _cast(tensors, torch.float32)
 
 

@@ -1,24 +1,31 @@
-"""Counter-based dropout: which elements are kept is a pure function of (seed of the sequence, position, dropout stream, head, column).
+"""Counter-based dropout: a mask is a function of (seed, position, stream, head, column).
 
-The definition, in plain torch; every implementation draws the very same masks. A mask therefore does not depend on the
-rank that holds an example, on the place of the example in the pack, or on what else is in the pack.
+This is the definition, in plain torch; every implementation draws exactly the same masks. The seed
+is that of a sequence, the stream that of an operation of the model. A mask therefore does not
+depend on the rank that holds an example, on the place of the example in the pack, or on what else
+is in the pack.
 
-    row    = splitmix64(seed + (position + 1) * GOLDEN)                       one 64-bit seed a token, `row_seeds`
-    lo, hi = halves of splitmix64(row + (stream * 2**16 + head + 1) * GOLDEN) two 32-bit keys a row of one operation
+    row    = splitmix64(seed + (position + 1) * GOLDEN)     one 64-bit seed a token, `row_seeds`
+    lo, hi = halves of splitmix64(row + (stream * 2**16 + head + 1) * GOLDEN)
+                                                            two 32-bit keys, `stream_keys`
     x      = (lo | 1) * (column // 16 * 8 + column % 8) + hi
-    x      = (x ^ x >> 15) * 0x735A2D97                                     32 bits: a word, 16 for each of two columns
-    half   = low 16 bits if column % 16 < 8, else high 16 bits              as a signed number
+    x      = (x ^ x >> 15) * 0x735A2D97                     32 bits, 16 for each of two columns
+    half   = low 16 bits if column % 16 < 8, else high 16 bits, as a signed number
     keep   = half >= threshold(p) - 2**15
 
-A row costs a good hash, an element only two multiplications, a shift and an XOR for two columns: attention hashes every score, and on
-a GPU its integer units, not its matrix units, would set the pace. Two keys a row, because with a single one rows whose keys lie near
-each other would hold shifted copies of one mask; with random `lo` and `hi` the words of a row are pairwise independent before the last
-line, which breaks up the arithmetic progression. Columns c and c + 8 share a word, because the matrix units of a GPU leave both to one
-thread, in the scores as in the transposed scores of the backward pass; neighbours would lie apart in the latter. Signed halves are what a
-CPU compares fastest. Probabilities are multiples of 2**-16, so p = 0.1 acts as 0.10000610; kept values are scaled by exactly its inverse.
+A row costs a good hash, but an element only two multiplications, a shift and an XOR for two
+columns. Attention hashes every score, and on a GPU the integer units would be the bottleneck, not
+the matrix units. A row has two keys because with a single one, rows whose keys are close would have
+shifted copies of one mask. With random `lo` and `hi`, the words of a row are pairwise independent
+before the last multiplication, which breaks up the arithmetic progression. Columns c and c + 8
+share a word, because the matrix units of a GPU leave both in one thread, in the scores and also in
+the transposed scores of the backward pass; neighbours would be in different threads in the latter.
+A CPU compares signed halves fastest. Probabilities are multiples of 2**-16, so p = 0.1 acts as
+0.10000610, and kept values are scaled by exactly its inverse.
 
-Source: SplitMix64 (Steele, Lea, Flood, 2014); multiply-add as in the universal hashing of Dietzfelbinger (1996), section 2; the last
-line is a half of lowbias32 (Wellons, "Prospecting for hash functions").
+Source: SplitMix64 (Steele, Lea, Flood, 2014); multiply-add as in the universal hashing of
+Dietzfelbinger (1996), section 2; the last multiplication is a half of lowbias32 (Wellons,
+"Prospecting for hash functions").
 """
 
 import torch
@@ -28,12 +35,12 @@ _WORD = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """Of 65,536 values, how many drop an element."""
+    """Return how many of 65,536 values drop an element."""
     return round(p * 65536)
 
 
 def keep_scale(p: float) -> float:
-    """What kept values are multiplied by: the inverse of the probability to be kept."""
+    """Return the factor of kept values: the inverse of the probability to be kept."""
     return 65536 / (65536 - threshold(p))
 
 
@@ -48,9 +55,15 @@ def _splitmix64(x: torch.Tensor) -> torch.Tensor:
 
 
 def row_seeds(dropout_seeds: torch.Tensor, cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
-    """One seed a packed token, int64 [T], from one seed a sequence, `dropout_seeds` int64 [B]; `cu_seqlens` int32 [B + 1], T = `total`.
+    """Return a seed for each packed token from one seed for each sequence.
 
-    Tokens behind the last sequence count as one more sequence, of the seed 0.
+    Args:
+        dropout_seeds: int64 [B].
+        cu_seqlens: int32 [B + 1], first token of each sequence, then the end of the last one.
+        total: T. Tokens behind the last sequence count as one more sequence, of the seed 0.
+
+    Returns:
+        int64 [T], the `dropout_seeds` of `dropout_add_layer_norm` and `embedding_layer_norm`.
     """
     tokens = torch.arange(total, device=dropout_seeds.device)
     sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True)
@@ -61,7 +74,7 @@ def row_seeds(dropout_seeds: torch.Tensor, cu_seqlens: torch.Tensor, total: int)
 def stream_keys(
     rows: torch.Tensor, dropout_stream: int, heads: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two 32-bit keys, as int64 [R, heads] in [0, 2**32), that dropout stream `dropout_stream` has for each row."""
+    """Return the two 32-bit keys of each row and head, as int64 [R, heads] in [0, 2**32)."""
     offsets = (
         torch.arange(
             dropout_stream * 65536 + 1, dropout_stream * 65536 + 1 + heads, device=rows.device
@@ -73,7 +86,7 @@ def stream_keys(
 
 
 def keep_mask(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> torch.Tensor:
-    """Which elements are kept: bool [*lo.shape, columns], from the two keys of each row."""
+    """Return which elements are kept, bool [*lo.shape, columns], from the two keys of each row."""
     column = torch.arange(columns, device=lo.device)
     x = ((lo[..., None] | 1) * (column // 16 * 8 + column % 8) + hi[..., None]) & _WORD
     x = ((x ^ x >> 15) * 0x735A2D97) & _WORD
@@ -84,6 +97,6 @@ def keep_mask(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> tor
 def row_multiplier(
     seeds: torch.Tensor, dropout_stream: int, columns: int, p: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """What dropout multiplies a [R, columns] tensor by: 0, or the inverse of the probability to be kept."""
+    """Return the factors [R, columns] of dropout: 0, or `keep_scale(p)`."""
     lo, hi = stream_keys(seeds, dropout_stream)
     return keep_mask(lo[:, 0], hi[:, 0], columns, p).to(dtype) * keep_scale(p)

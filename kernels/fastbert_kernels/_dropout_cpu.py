@@ -1,22 +1,27 @@
-"""The masks of `_dropout.py` at the speed a CPU needs: int32 in place, each word made once for its two columns.
+"""The masks of `_dropout.py` at the speed a CPU needs: int32, in place, a word for two columns.
 
-`bernoulli_` takes 8.9 ns an element, a fifth of an eager step of a small model; this takes less than a tenth of that.
+`bernoulli_` takes 8.9 ns an element, a fifth of an eager step of a small model. This takes less
+than a tenth of that.
 """
 
 import torch
 
 from fastbert_kernels._dropout import stream_keys, threshold
 
-_PER_COLUMN = (
-    0x735A2D97  # what brings the half of a column into the upper 16 bits: of columns 8 to 15 of 16,
-)
-_PER_COLUMN_LOW = 0x2D970000  # and of columns 0 to 7, by a shift of 16 bits more
+# The factors that bring the half of a column into the upper 16 bits: for columns 8 to 15 of 16, and
+# for columns 0 to 7, where 16 bits more are shifted.
+_PER_COLUMN = 0x735A2D97
+_PER_COLUMN_LOW = 0x2D970000
 
 
 def keep_mask_cpu(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) -> torch.Tensor:
-    """As `keep_mask`; `lo`, `hi` int32 of one shape [...], from `stream_keys_cpu`; uint8 [..., columns], 0 or 1: bool multiplies slower."""
+    """As `keep_mask`, from the keys of `stream_keys_cpu`.
+
+    Returns:
+        uint8 [*lo.shape, columns], 0 or 1, because bool is slower to multiply with.
+    """
     groups = (columns + 15) // 16
-    # Not addcmul, which is not vectorised where it broadcasts and takes six times as long as these two.
+    # addcmul is not vectorised where it broadcasts, and takes six times as long as these two lines.
     x = lo[..., None] * torch.arange(8 * groups, dtype=torch.int32)
     x += hi[..., None]
     other = torch.bitwise_right_shift(x, 15)
@@ -27,7 +32,7 @@ def keep_mask_cpu(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) ->
     keep = torch.empty((2, *x.shape), dtype=torch.uint8)
     for half, kept in zip((other, x), keep, strict=True):
         torch.ge(half, (threshold(p) - 2**15) << 16, out=kept)
-    # Eight columns of the low halves, eight of the high ones, and so on: eight of uint8 are one int64.
+    # Eight columns of low halves alternate with eight of high ones; eight uint8 are one int64.
     woven = torch.stack(keep.view(torch.int64).unbind(), dim=-1)
     return woven.view(torch.uint8).view(*lo.shape, 16 * groups)[..., :columns]
 
@@ -35,7 +40,7 @@ def keep_mask_cpu(lo: torch.Tensor, hi: torch.Tensor, columns: int, p: float) ->
 def stream_keys_cpu(
     rows: torch.Tensor, dropout_stream: int, heads: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `stream_keys`, in int32; the first comes with its lowest bit set, as masks use it."""
+    """As `stream_keys`, in int32; the lowest bit of the first is set, as masks use it."""
     lo, hi = stream_keys(rows, dropout_stream, heads)
     return lo.to(torch.int32) | 1, hi.to(torch.int32)
 
@@ -43,6 +48,6 @@ def stream_keys_cpu(
 def row_keep_mask_cpu(
     seeds: torch.Tensor, dropout_stream: int, columns: int, p: float
 ) -> torch.Tensor:
-    """Which elements of a [R, columns] tensor the dropout stream keeps, uint8; `seeds` int64 [R]."""
+    """Return which elements of a [R, columns] tensor are kept, as uint8, from the seeds [R]."""
     lo, hi = stream_keys_cpu(seeds, dropout_stream)
     return keep_mask_cpu(lo[:, 0], hi[:, 0], columns, p)

@@ -1,23 +1,28 @@
 """Launch a compiled Triton kernel again without another look-up in Triton.
 
-`kernel[grid](...)` examines every argument, forms a key from what it finds and looks the compiled kernel up: 8 us, of which the launch
-itself is 2. What it examines hardly ever changes. A `Kernel` therefore keeps what Triton has compiled for each kind of arguments, and
-launches it with the call that ends `kernel[grid](...)`. Only where a profiler has set hooks does Triton launch the whole way, and calls them.
+`kernel[grid](...)` examines every argument, builds a key from what it finds and looks the compiled
+kernel up. That takes 8 us, of which the launch itself is 2. What it examines hardly ever changes. A
+`Kernel` therefore keeps what Triton has compiled for each kind of arguments, and launches it with
+the call that ends `kernel[grid](...)`. Only where a profiler has set hooks does Triton launch all
+the way, and call them.
 
-Triton compiles a kernel for the device, the options, the constants and, of each argument, the following:
+Triton compiles a kernel for the device, the options, the constants and, of each argument, this:
 
 - a tensor: its dtype, and whether its address is a multiple of 16;
 - None: that it is None;
-- an integer: whether it fits 32 bits and, unless the kernel's `do_not_specialize` names it, whether it is 1 or a multiple of 16;
+- an integer: whether it fits 32 bits and, unless the kernel's `do_not_specialize` names it, whether
+  it is 1 or a multiple of 16;
 - a float: nothing.
 
-Addresses and the size of integers are looked at in every launch (`Prepared.__call__`). The rest must follow from the key of `prepare`.
+`Prepared.__call__` looks at addresses and at the size of integers in every launch. The rest must
+follow from the key of `prepare`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,16 +37,18 @@ class Kernel:
     """A Triton kernel with all that has been compiled of it.
 
     Args:
-        function: the @triton.jit function. Its parameters are pointers, then numbers, then constants, then what the table gives.
+        function: the @triton.jit function. Its parameters are pointers, then numbers, then
+            constants, then what the table gives.
         table: its name in tiles.json.
+        wide: the pointers whose loads should be 128 bits wide, for `benchmarks/ahead_of_time.py`.
     """
 
-    def __init__(self, function: Any, table: str):
-        self.function, self.table = function, table
+    def __init__(self, function: Any, table: str, wide: tuple[str, ...] = ()):
+        self.function, self.table, self.wide = function, table, wide
         self._prepared: dict[tuple, Prepared] = {}
 
     def tile(self, like: torch.Tensor, size: int) -> dict[str, int]:
-        """Launch options of the table, for where the arguments of a launch depend on its tile."""
+        """Return the launch options of the table, where arguments depend on the tile."""
         return _tiles.tile(self.table, architecture(like.device), like.dtype, size)
 
     def prepare(
@@ -50,12 +57,15 @@ class Kernel:
         """The kernel for one kind of arguments.
 
         Args:
-            like: the tensor whose device and dtype choose the tile, and decide the dtype of every pointer.
+            like: the tensor whose device and dtype choose the tile and every pointer's dtype.
             size: as in `tile`.
             constants: values of the first tl.constexpr parameters, hashable.
-            kind: which pointers are None, and the integers that Triton specialises on, such as strides.
+            kind: which pointers are None, and the integers on which Triton specialises, such as
+                strides.
             options: launch options beside those of the table.
         """
+        if _recordings:
+            return _Recorded(self, like, size, constants, options)
         key = (architecture(like.device), like.dtype, size, constants, kind, *options.items())
         found = self._prepared.get(key)
         if found is None or _tiles.being_tuned():
@@ -68,7 +78,10 @@ class Kernel:
 
 
 class Prepared:
-    """A kernel for one kind of arguments; `tile` holds its launch options, and "programs" where the table has it."""
+    """A kernel for one kind of arguments.
+
+    `tile` holds its launch options, and "programs" where the table has it.
+    """
 
     def __init__(self, function: Any, constants: tuple, tile: dict[str, int]):
         self.tile = tile
@@ -104,3 +117,54 @@ class Prepared:
                 compiled,
                 (*self._constants, *(self._options[name] for name in rest)),
             )
+
+
+# Recording, for what compiles kernels ahead of time
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, as `recording` lists it."""
+
+    kernel: Kernel
+    size: int  # by which the tile was chosen, as the dtype
+    dtype: torch.dtype
+    arguments: dict[str, Any]  # by name, without those that come from the tile
+
+
+_recordings: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside, launches are listed instead of made, and results hold what was in memory."""
+    launches: list[Launch] = []
+    _recordings.append(launches)
+    try:
+        yield launches
+    finally:
+        _recordings.remove(launches)
+
+
+class _Recorded(Prepared):
+    """A kernel whose launches are listed."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        like: torch.Tensor,
+        size: int,
+        constants: tuple,
+        options: dict[str, int],
+    ):
+        super().__init__(kernel.function, constants, {**kernel.tile(like, size), **options})
+        self._named = (kernel, size, like.dtype), options
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        pointers: Sequence[torch.Tensor | None],
+        numbers: Sequence[float],
+    ) -> None:
+        names, options = self._function.arg_names, self._named[1]
+        arguments = dict(zip(names, (*pointers, *numbers, *self._constants), strict=False))
+        _recordings[-1].append(Launch(*self._named[0], arguments | options))

@@ -1,4 +1,4 @@
-"""Registration of torch operators: a schema, what runs, and what shape comes out (for torch.compile and its fake tensors)."""
+"""Registration of torch operators: a schema, what runs, and the shapes of the results."""
 
 import functools
 import importlib
@@ -13,14 +13,19 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def operator(schema: str, launcher: str, fake: Callable) -> Callable:
-    """Define `schema`, such as "twice(Tensor x) -> Tensor", as the operator torch.ops.fastbert_kernels.twice, and return what calls it.
+    """Define an operator torch.ops.fastbert_kernels.NAME, and return a function that calls it.
 
-    `launcher` names what runs, such as "twice.kernel.forward" in this package: a function of plain tensors on any device, imported at the first
-    call, since it needs Triton. `fake` gets the same arguments without data. Gradients are the business of the
-    `torch.autograd.Function` that calls the operator: that costs 8 us a call, `register_autograd` 60.
+    Gradients are left to the `torch.autograd.Function` that calls the operator: that costs 8 us a
+    call, and `register_autograd` 60. Only what traces or watches a program (torch.compile, a
+    TorchDispatchMode, a subclass of Tensor) needs to see the operator. All other calls go straight
+    to the launcher, because the dispatcher costs 8 us.
 
-    Only what traces a program or watches it (torch.compile, a TorchDispatchMode, a subclass of Tensor) needs to see the operator. Everybody
-    else gets the launcher itself: the dispatcher's way there and back costs 8 us.
+    Args:
+        schema: such as "twice(Tensor x) -> Tensor".
+        launcher: what runs, such as "twice.kernel.forward" in this package: a function of plain
+            tensors on any device. It is imported at the first call, since it needs Triton.
+        fake: gets the same arguments without data and returns results of the right shapes, for
+            torch.compile.
     """
     name = schema.partition("(")[0]
     module, _, function = launcher.rpartition(".")
@@ -50,7 +55,7 @@ def operator(schema: str, launcher: str, fake: Callable) -> Callable:
 
 
 def backward_once(backward: Callable) -> Callable:
-    """`once_differentiable`, which costs 3 us, only where a gradient of a gradient may be asked for."""
+    """As `once_differentiable`, but without its 3 us where no second derivative is possible."""
     careful = once_differentiable(backward)
 
     @functools.wraps(backward)

@@ -1,10 +1,11 @@
 """`x W' + b`, by the faster of the two libraries that torch brings for a CPU.
 
-torch gives fp32 products to MKL, which on a processor of another maker than Intel keeps to AVX2. oneDNN, which torch has for convolutions and
-bf16, uses what the processor has: on an AMD EPYC with AVX-512 it is 5 to 20 % faster for y and dx. MKL keeps dW = dy' x, for which oneDNN
-would copy both factors; sums of more than `_LONGEST` terms, whose rounding errors would be three times as large; and the logits of the
-vocabulary, where even 1.5 times the error shows in the loss. The maker and the sizes alone decide, no measurement: two runs on one machine
-must round alike.
+torch gives fp32 products to MKL, which only uses AVX2 on processors that are not Intel's. oneDNN,
+which torch uses for convolutions and bf16, uses what the processor has: on an AMD EPYC with AVX-512
+it is 5 to 20 % faster for y and dx. Three products stay with MKL: dW = dy' x, for which oneDNN
+would copy both factors; sums of more than `_LONGEST` terms, whose rounding errors would be three
+times as large; and the logits of the vocabulary, where even 1.5 times the error shows in the loss.
+The maker and the sizes decide, and no measurement does: two runs on one machine must round alike.
 """
 
 import functools
@@ -13,15 +14,21 @@ from pathlib import Path
 import torch
 from torch.autograd.function import once_differentiable
 
-_LONGEST = 1024  # oneDNN adds up in longer chains: against fp64 the error is 1.4 to 1.7 times MKL's up to here, 2.1 at 1,536
+# oneDNN adds up in longer chains: its error against fp64 is 1.4 to 1.7 times MKL's up to this
+# length, and 2.1 times at 1,536.
+_LONGEST = 1024
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str = "auto"
 ) -> torch.Tensor:
-    """`torch.nn.functional.linear`: x [N, D], weight [F, D] and bias [F] to [N, F]; another library with impl="cpu", see above."""
+    """`torch.nn.functional.linear`: x [N, D], weight [F, D] and bias [F] to [N, F].
+
+    With "cpu", or "auto" on a CPU, oneDNN computes it where that is faster; see above. Any other
+    `impl` is torch's own.
+    """
     if (
-        impl == "cpu"
+        (impl == "cpu" or (impl == "auto" and x.is_cpu))
         and x.dtype == torch.float32
         and _onednn_is_faster()
         and not torch.is_autocast_enabled("cpu")
@@ -32,7 +39,7 @@ def linear(
 
 @functools.cache
 def _onednn_is_faster() -> bool:
-    """On x86 processors that are not Intel's. Elsewhere (Arm, macOS) torch knows no MKL."""
+    """Whether this is an x86 processor that is not Intel's; on Arm and macOS torch has no MKL."""
     cpuinfo = Path("/proc/cpuinfo")
     makers = ("AuthenticAMD", "HygonGenuine")
     return (
@@ -47,7 +54,7 @@ def _product(
 ) -> torch.Tensor:
     if x.shape[1] > _LONGEST:
         return torch.nn.functional.linear(x, weight, bias)
-    # Contiguous, or one row after the other: for rows of a wider matrix oneDNN has a loop a hundred times slower.
+    # For rows of a wider matrix, oneDNN has a loop that is a hundred times slower.
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 

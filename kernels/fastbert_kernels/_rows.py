@@ -1,4 +1,4 @@
-"""Rows in registers, for the Triton kernels that normalise rows: LayerNorm's statistics and gradient.
+"""Rows in registers: LayerNorm's statistics and gradient, for the kernels that normalise rows.
 
 A program holds a row as a tuple of fp32 chunks [BLOCK_T, BLOCK_D], the last one padded with zeros.
 D = 768 is three chunks of 256 columns with no lane idle, where a power of two would waste a
@@ -13,19 +13,26 @@ from fastbert_kernels._triton import keep_mask, multiprocessors, stream_keys
 
 
 def row_programs(tile: dict[str, int], rows: int, device: torch.device) -> int:
-    """As many programs as run side by side, for more would only add shares, or one a tile of rows."""
+    """Return how many programs to launch for so many rows.
+
+    That is as many as run side by side, since more would only add shares of the gradients, but at
+    most one for each tile of rows.
+    """
     return min(tile["programs"] * multiprocessors(device), -(-rows // tile["BLOCK_T"]))
 
 
 @triton.jit
 def columns(i, BLOCK_D: tl.constexpr):
-    """Of chunk i, [1, BLOCK_D]."""
+    """Return the columns of chunk i, [1, BLOCK_D]."""
     return i * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
 def load_vector(ptr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A [D] tensor as chunks [1, BLOCK_D]; an empty tuple if there is no such tensor (the compiler takes no None inside a tuple)."""
+    """Load a [D] tensor as chunks [1, BLOCK_D].
+
+    Without a tensor, the result is an empty tuple, as the compiler takes no None inside a tuple.
+    """
     chunks = ()
     if ptr is not None:
         for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
@@ -60,7 +67,7 @@ def times(one, other):
 
 @triton.jit
 def row_sum(chunks):
-    """Over all columns, [BLOCK_T, 1]."""
+    """Return the sum over all columns, [BLOCK_T, 1]."""
     total = chunks[0]
     for i in tl.static_range(1, len(chunks)):
         total += chunks[i]
@@ -69,7 +76,7 @@ def row_sum(chunks):
 
 @triton.jit
 def mask_keys(dropout_seeds_ptr, row, T, dropout_stream):
-    """The two keys of the dropout mask of each row [BLOCK_T]; an empty tuple without dropout."""
+    """Return the two mask keys of each row, [BLOCK_T]; an empty tuple without dropout."""
     if dropout_seeds_ptr is None:
         return ()
     else:
@@ -82,7 +89,7 @@ def mask_keys(dropout_seeds_ptr, row, T, dropout_stream):
 
 @triton.jit
 def dropout(x, keys, i, threshold, scale, BLOCK_D: tl.constexpr):
-    """Of chunk i, by the keys that `mask_keys` gives; x itself without dropout."""
+    """Drop elements of chunk i by the keys of `mask_keys`; without dropout, return x itself."""
     if len(keys) == 0:
         return x
     else:
@@ -93,12 +100,12 @@ def dropout(x, keys, i, threshold, scale, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def statistics(z, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Mean and rstd of each row, [BLOCK_T, 1]."""
+    """Return mean and rstd of each row, [BLOCK_T, 1]."""
     mean = row_sum(z) / D
     squares = ()
     for i in tl.static_range(len(z)):
         centred = z[i] - mean
-        if (i + 1) * BLOCK_D > D:  # the padding is not a mean away from the mean
+        if (i + 1) * BLOCK_D > D:  # the padding must not count: 0 - mean is not 0
             centred = tl.where(columns(i, BLOCK_D) < D, centred, 0.0)
         squares += (centred * centred,)
     return mean, tl.rsqrt(row_sum(squares) / D + eps)
@@ -124,7 +131,7 @@ def gradient(dy, z, norm_weight, mean, rstd, D: tl.constexpr):
 
 @triton.jit
 def store_share(ptr, chunks, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The sums over the rows, to a [D] tensor."""
+    """Store the sums over the rows to a [D] tensor."""
     for i in tl.static_range(len(chunks)):
         column = columns(i, BLOCK_D)
         tl.store(ptr + column, tl.sum(chunks[i], 0, keep_dims=True), mask=column < D)

@@ -1,4 +1,4 @@
-"""What tests and benchmarks need to know of an operation, in one record."""
+"""What tests and benchmarks need to know about an operation, in one record."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Spec:
         function: the public function; called by keyword, with `impl`.
         implementations: the values of `impl` it takes, "reference" among them.
         shapes: sizes that the tests walk, by axis letter: around tiles, one token, uneven, empty.
-        inputs: (shape, dtype, dropout_p) to the function's arguments, drawn from a seed that the shape fixes.
+        inputs: (shape, dtype, dropout_p) to the function's arguments, drawn by `generator(shape)`.
         differentiable: the arguments with a gradient; the (first) result is differentiated.
-        least_bytes: (shape, bytes an element) to the bytes that forward and backward must move at the least.
+        least_bytes: (shape, bytes an element) to the fewest bytes that both passes can move.
         flops: shape to the floating-point operations of forward and backward.
         dropout: whether it takes dropout_p.
     """
@@ -35,14 +35,14 @@ class Spec:
 
 
 def generator(shape: Shape) -> torch.Generator:
-    """Seeded by the shape alone, so that a case is the same wherever it is run."""
+    """Return a generator seeded by the shape alone, so that a case is the same everywhere."""
     return torch.Generator().manual_seed(
         sum((i + 1) * (v if isinstance(v, int) else sum(v)) for i, v in enumerate(shape.values()))
     )
 
 
 def normal(draw: torch.Generator, dtype: torch.dtype, *size: int, std: float = 1.0) -> torch.Tensor:
-    """Drawn in fp32, then rounded to `dtype`: the very inputs that a test may promote again."""
+    """Draw in fp32, then round to `dtype`, so that a test may promote the same inputs again."""
     return (torch.randn(size, generator=draw) * std).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Which tile of which sequence a program of a varlen launch owns: a list made on the device, longest sequences first."""
+"""Which tile of which sequence a program of the attention owns: a list, longest sequences first."""
 
 import torch
 
@@ -6,19 +6,21 @@ ITEM = 128  # rows of an item; every tile that a program owns divides it
 
 
 def attention_tile_schedule(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
-    """The items of all sequences, those of the longest first, so that the last programs to run are short ones.
+    """List the items of all sequences, those of the longest first, so that short ones run last.
 
-    Behind them come those of the rows that belong to no sequence, as if they were one more. Nothing waits for the device: as many items
-    are listed as there could be, and those too many say so. A list is good for every layer and both passes, so a model makes it once
-    for a batch.
+    The items of the rows that belong to no sequence come at the end, as if these rows were one more
+    sequence. Nothing waits for the device: the list is as long as it could have to be, and spare
+    entries are marked. A list is good for every layer and for both passes, so a model makes it once
+    for each batch.
 
     Args:
-        cu_seqlens: int32 [B + 1], first row of each sequence, then the end of the last, at most `total`.
-        total: rows in all.
+        cu_seqlens: int32 [B + 1], first row of each sequence, then the end of the last one, at most
+            `total`.
+        total: number of rows.
 
     Returns:
-        int32 [total // ITEM + B + 1, 2]: sequence (B: the rows behind the last one, -1: no item), and first row within it, a multiple of
-        ITEM.
+        int32 [total // ITEM + B + 1, 2]: the sequence (B: rows behind the last one, -1: no item),
+        and its first row within the sequence, a multiple of ITEM.
     """
     lengths, order = cu_seqlens.diff().sort(descending=True, stable=True)
     lengths = torch.cat((lengths, total - cu_seqlens[-1:]))
@@ -33,5 +35,8 @@ def attention_tile_schedule(cu_seqlens: torch.Tensor, total: int) -> torch.Tenso
 
 
 def one_tile(dtype: torch.dtype, max_seqlen: int) -> bool:
-    """Whether a program holds all scores of a sequence at once, so that no list is needed; fp32 products leave no registers for that."""
+    """Whether a program holds all scores of a sequence at once, so that no list is needed.
+
+    fp32 products leave no registers for that.
+    """
     return max_seqlen <= ITEM and dtype.itemsize == 2

@@ -1,7 +1,7 @@
-"""Block sizes of the Triton kernels: a table, `tiles.json`, and its look-up. Nothing is tuned at run time.
+"""Block sizes of the Triton kernels: a table, `tiles.json`, and its look-up.
 
-Ranks that tuned for themselves could pick different tiles, stall each other and round differently. `python -m benchmarks.tune`
-makes the table anew on a GPU.
+Nothing is tuned at run time. Ranks that tuned for themselves could pick different tiles, stall each
+other and round differently. `python -m benchmarks.tune` regenerates the table on a GPU.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
 
-Row = dict[str, Any]  # "bits" and "size", by which it is found, and the launch options
+Row = dict[str, Any]  # "bits" and "size", by which a row is found, and the launch options
 
 _choosers: list[Callable[[str, Row], Row]] = []  # the tuner's: see `chosen_by`
 
@@ -26,7 +26,10 @@ def _table() -> dict[str, dict[str, list[Row]]]:
 
 
 def known_architecture(name: str) -> str:
-    """The entry of the table that serves an architecture: its own, else the newest NVIDIA one that is not newer, else the AMD one."""
+    """Return the entry of the table that serves an architecture.
+
+    That is its own entry, else the newest one of NVIDIA that is not newer, else that of AMD.
+    """
     table = _table()
     if name in table:
         return name
@@ -35,17 +38,19 @@ def known_architecture(name: str) -> str:
     generations = sorted(
         int(known.removeprefix("sm_")) for known in table if known.startswith("sm_")
     )
-    return f"sm_{max((g for g in generations if g <= int(name.removeprefix('sm_'))), default=generations[0])}"
+    older = [g for g in generations if g <= int(name.removeprefix("sm_"))]
+    return f"sm_{max(older, default=generations[0])}"
 
 
 def tile(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> dict[str, int]:
-    """Launch options of a kernel: block sizes, num_warps, num_stages.
+    """Return the launch options of a kernel: block sizes, num_warps, num_stages.
 
     Args:
         kernel: its name in the table, such as "attention_forward".
         architecture: "sm_90", "gfx942", ... (`_triton.architecture`).
         dtype: of the inputs; fp16 and bf16 share their rows.
-        size: what the rows of the table are ordered by: head size, hidden size, ...; the smallest row that is not smaller serves.
+        size: by what the rows of the table are ordered: head size, hidden size, ... The smallest
+            row that is not smaller serves.
     """
     row = _row(kernel, architecture, dtype, size)
     for choose in _choosers:
@@ -64,13 +69,16 @@ def _row(kernel: str, architecture: str, dtype: torch.dtype, size: int) -> Row:
 
 
 def being_tuned() -> bool:
-    """Whether the code is inside `chosen_by`, where a tile may differ from one look-up to the next."""
+    """Whether this is inside `chosen_by`, where a tile may differ from one look-up to the next."""
     return bool(_choosers)
 
 
 @contextlib.contextmanager
 def chosen_by(choose: Callable[[str, Row], Row]) -> Iterator[None]:
-    """For the tuner: inside, `choose(kernel, row of the table)` says which row serves, in the thread of a backward pass too."""
+    """Inside, `choose(kernel, row of the table)` says which row serves; for the tuner.
+
+    It also does in the thread of a backward pass.
+    """
     _choosers.append(choose)
     try:
         yield

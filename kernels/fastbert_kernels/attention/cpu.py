@@ -1,14 +1,16 @@
-"""`varlen_attention` on a CPU: sequences of similar length go through batched matrix products together.
+"""`varlen_attention` on a CPU: batched matrix products of sequences of similar length.
 
-A pack is cut into a few groups (see `_groups`); each is padded to its own longest sequence, so that next to nothing is computed
-on padding, and the four products of a group are single calls. With G a group, everything below is [H * B_G, n, ...]:
+A pack is split into a few groups (see `_groups`). Each is padded to its own longest sequence, so
+that hardly anything is computed on padding, and the four products of a group are single calls. With
+G a group, everything below is [H * B_G, n, ...], and c = 1 / probability to be kept:
 
-    S = q k' * scale + mask      P = softmax(S)      D = P * keep      O = c D v         c = 1 / probability to be kept
-    dV = c D' dO                 P * dP = c D * (dO v')                dS = P * dP - P rowsum(P * dP)
+    S = q k' * scale + mask      P = softmax(S)           D = P * keep      O = c D v
+    dV = c D' dO                 P * dP = c D * (dO v')   dS = P * dP - P rowsum(P * dP)
     dQ = scale dS k              dK = scale dS' q
 
-Half-precision inputs are promoted group by group: the products here are a small part of a step, the rounding of P would not be.
-Saved for the backward pass: the padded q, k, v, P and D, which spares the mask. The same masks as `reference.py`.
+Half-precision inputs are promoted group by group: the products are a small part of a step, and
+rounding P would cost accuracy. Saved for the backward pass: the padded q, k, v, P and D, so that
+the mask is not needed again. The masks are those of `reference.py`.
 """
 
 from typing import NamedTuple
@@ -19,16 +21,18 @@ from torch.autograd.function import once_differentiable
 from fastbert_kernels._dropout import keep_scale, row_seeds
 from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
 
-_SHRINK = 0.85  # a group ends where a sequence is shorter than this share of its longest: about seven groups for usual text
+# A group ends where a sequence is shorter than this share of its longest one: about seven groups
+# for ordinary text.
+_SHRINK = 0.85
 
 
 class _Group(NamedTuple):
-    """Rows of q and of k, v for the padded [B_G, n] of a group; `mask` is 0 or -inf, [B_G, 1, n_k]."""
+    """The rows of q and of k and v for the padded [B_G, n] of a group."""
 
     query_rows: torch.Tensor  # int64 [B_G * n_q]; padding points at the spare row R
     query_padding: torch.Tensor  # int64 [any]: which of them are padding
     key_rows: torch.Tensor  # int64 [B_G * n_k]; padding points at the spare row T
-    mask: torch.Tensor
+    mask: torch.Tensor  # [B_G, 1, n_k], 0 or -inf
     sequences: int
 
 
@@ -72,9 +76,13 @@ def _groups(
 
 
 def _take(x: torch.Tensor, rows: torch.Tensor, sequences: int, end: int) -> torch.Tensor:
-    """Rows of [T, H, K] as contiguous [H * B_G, n, K]; the spare row is read as that before `end`, the last of a sequence: it is masked,
-    but must be finite, which rows behind the last sequence need not be."""
-    # Rows first, heads second: selecting from the transposed view would copy all of x for each group.
+    """Gather rows of [T, H, K] as contiguous [H * B_G, n, K].
+
+    The spare row is read as the row before `end`, the last one of a sequence. It is masked, but
+    must be finite, which rows behind the last sequence need not be.
+    """
+    # Rows first, heads second: selecting from the transposed view would copy all of x for each
+    # group.
     taken = x.index_select(0, rows.clamp(max=end - 1)).transpose(0, 1).contiguous()
     taken = taken.to(torch.promote_types(x.dtype, torch.float32))
     return taken.view(x.shape[1] * sequences, -1, x.shape[2])
@@ -147,9 +155,8 @@ class _Attention(torch.autograd.Function):
         for index, group in enumerate(ctx.groups):
             qg, kg, vg, weights, dropped = ctx.saved_tensors[5 * index : 5 * index + 5]
             dog = _take(dout, group.query_rows, group.sequences, ctx.query_end)
-            if (
-                group.query_padding.numel()
-            ):  # it repeats the last row of dout, and would add to dK and dV
+            # Padding repeats the last row of dout, and would add to dK and dV.
+            if group.query_padding.numel():
                 dog.view(heads, -1, size).index_fill_(1, group.query_padding, 0)
             if ctx.dropout_p > 0:
                 dog *= keep_scale(ctx.dropout_p)

@@ -1,32 +1,36 @@
-"""Varlen attention in Triton: online softmax over tiles of keys, dropout by hash, nothing of size n x n in memory.
+"""Varlen attention in Triton: online softmax over tiles of keys, with dropout by hash.
 
-For one head of one sequence, with D the keep mask over its probability to be kept (1 without dropout):
+Nothing of size n x n is ever in memory. For one head of one sequence, with D the keep mask over its
+probability to be kept (1 without dropout), and with exponentials to the base 2, as the hardware has
+them:
 
-    S = scale log2(e) Q K'      row_max_i = max_j S_ij      W = 2^(S - row_max)      inv_sum_i = 1 / sum_j W_ij      P = W inv_sum
-    O = (P D) V
-    dV = (P D)' dO      dP = D (dO V')      dS = P (dP - delta)      delta_i = sum_j P_ij dP_ij = dO_i . O_i
-    dQ = scale dS K      dK = scale dS' Q
+    S = scale log2(e) Q K'      row_max_i = max_j S_ij      W = 2^(S - row_max)
+    inv_sum_i = 1 / sum_j W_ij      P = W inv_sum      O = (P D) V
+    dV = (P D)' dO      dP = D (dO V')      delta_i = sum_j P_ij dP_ij = dO_i . O_i
+    dS = P (dP - delta)      dQ = scale dS K      dK = scale dS' Q
 
-Exponentials are to the base 2, as the hardware has them. Saved: q, k, v, O, row_max and inv_sum (fp32 [2, H, R]). Not their one-number
-form row_max - log2(inv_sum): W made anew from that differs from the first one by the rounding of a number of the size of the scores,
-which costs fp32 gradients half a digit.
+Saved: q, k, v, O, row_max and inv_sum (fp32 [2, H, R]). The one number row_max - log2(inv_sum)
+would not do: W recomputed from it differs from the first W by the rounding of a number of the size
+of the scores, which costs fp32 gradients half a digit.
 
-Sequences of all lengths: a program owns a tile of queries of one head and walks over the keys (forward, dQ), or owns a tile of
-keys and walks over the queries (dK and dV, on transposed scores, so that P' and dS' are first operands as they are). Scores are made
-twice in the backward pass; in return no program adds to what another one writes: no atomics, and the same bits at every run. The tail
-of a sequence, where columns must be masked, is a tile of its own after the loop; full tiles are not masked at all.
+Sequences of any length: a program owns a tile of queries of one head and walks over the keys
+(forward, dQ), or owns a tile of keys and walks over the queries (dK and dV, on transposed scores,
+so that P' and dS' are first operands as they are). The backward pass computes the scores twice; in
+return no program adds to what another one writes, so there are no atomics, and every run gives the
+same bits. The tail of a sequence, where columns must be masked, is a tile of its own after the
+loop; full tiles are not masked.
 
-Sequences that all fit one tile (`one_tile`): a program owns a whole head of a sequence, forward and backward. The backward
-pass then has whole rows of scores before it, makes them once, and needs nothing saved but q, k and v. The tile is one of 64 for a sequence
-of up to 64 tokens and one of 128 for a longer one, each in a launch of its own: a 40-token sequence does not pay for the longest of
-its pack.
+Sequences that all fit one tile (`one_tile`): a program owns a whole head of a sequence, forward and
+backward. The backward pass then has whole rows of scores, computes them once, and needs only q, k
+and v to be saved. The tile has 64 tokens for a sequence of up to 64, and 128 for a longer one, each
+in its own launch, so a 40-token sequence does not pay for the longest of its pack.
 
-Rows behind the last sequence of a padded pack are filled with zeros by programs that have nothing else to do.
+Rows behind the last sequence of a padded pack are filled with zeros by programs that have nothing
+else to do.
 
 Source: Dao, 2023 (FlashAttention-2), algorithms 1 and 2.
 """
 
-import itertools
 import math
 
 import torch
@@ -37,7 +41,6 @@ from fastbert_kernels._dropout import keep_scale, threshold
 from fastbert_kernels._launch import Kernel
 from fastbert_kernels._tile_schedule import ITEM, attention_tile_schedule, one_tile
 from fastbert_kernels._triton import (
-    Production,
     dot_precision,
     keep_mask,
     keep_mask_transposed,
@@ -48,10 +51,9 @@ from fastbert_kernels._triton import (
 _LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2))
 _ITEM = tl.constexpr(ITEM)
-_SMALL = (
-    ITEM // 2
-)  # tokens: sequences of more take a tile of ITEM, where one tile holds a whole sequence
-_REST = 8  # programs of a head that fill the rows behind the last sequence, where no list of work has them
+_SMALL = ITEM // 2  # longer sequences take a tile of ITEM, where one tile holds a whole sequence
+_REST = 8  # programs of a head that fill the rows behind the last sequence, without a tile schedule
+# Not worth a compilation for each value.
 _VARIES = [
     "sequences",
     "rows",
@@ -61,15 +63,18 @@ _VARIES = [
     "keep_scale",
     "dropout_stream",
     "threshold",
-]  # not worth a compilation for each value
+]
 
 
-# ------------------------------------------------------------------------------------------------------------- shared pieces
+# Shared pieces
 
 
 @triton.jit
 def _load(ptr, row, valid, stride, K: tl.constexpr):
-    """Rows of one head, [BLOCK, K rounded up to a power of two]; zeros beyond K and where not `valid` (None: all are)."""
+    """Load rows of one head, [BLOCK, K rounded up to a power of two].
+
+    Columns beyond K are zeros, and so are rows that are not `valid` (None: all are).
+    """
     COLUMNS: tl.constexpr = triton.next_power_of_2(K)
     column = tl.arange(0, COLUMNS)
     pointers = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
@@ -92,35 +97,36 @@ def _store(ptr, row, valid, stride, values, K: tl.constexpr):
 
 @triton.jit
 def _item(schedule_ptr, sequences, BLOCK: tl.constexpr):
-    """Sequence of this program's item (-1: none, `sequences`: the rows behind the last one), and its first row within the sequence.
+    """Return the sequence of this program's item, and the program's first row within it.
 
-    ITEM // BLOCK programs share an item.
+    -1 means no item, `sequences` the rows behind the last one. ITEM // BLOCK programs share an
+    item.
     """
     SHARE: tl.constexpr = _ITEM // BLOCK
     program = tl.program_id(1)
     entry = schedule_ptr + 2 * (program // SHARE)
     sequence, first = tl.load(entry), tl.load(entry + 1)
-    if sequence > sequences or first < 0:  # the list of another batch
+    if sequence > sequences or first < 0:  # the schedule of another batch
         sequence = -1
     return sequence, first + program % SHARE * BLOCK
 
 
 @triton.jit
 def _span(bounds_ptr, sequence, total):
-    """First row of a sequence, and of the next; within [0, total] whatever the bounds say."""
+    """Return the first row of a sequence and of the next one, within [0, total] in any case."""
     first = tl.minimum(tl.maximum(tl.load(bounds_ptr + sequence), 0), total)
     return first, tl.minimum(tl.maximum(tl.load(bounds_ptr + sequence + 1), first), total)
 
 
 @triton.jit
 def _rest(bounds_ptr, sequences, total):
-    """The first row behind the last sequence, within [0, total]."""
+    """Return the first row behind the last sequence, within [0, total]."""
     return tl.minimum(tl.maximum(tl.load(bounds_ptr + sequences), 0), total)
 
 
 @triton.jit
 def _fill(ptr, first, total, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Zeros to BLOCK rows."""
+    """Store zeros to BLOCK rows."""
     row = first + tl.arange(0, BLOCK)
     _store(
         ptr, row, row < total, H * K, tl.zeros([BLOCK, triton.next_power_of_2(K)], tl.float32), K
@@ -129,8 +135,11 @@ def _fill(ptr, first, total, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constex
 
 @triton.constexpr_function
 def _multiplied_by_fma(ptr, precision):
-    """Whether dot products run outside the matrix units. Operands are then rows of registers: one that is kept through a loop spills
-    (2 KB a thread at K = 64), so it is loaded anew for each tile, from the L1 cache."""
+    """Whether dot products run outside the matrix units.
+
+    Operands are then rows of registers. One that is kept through a loop spills (2 KB a thread at
+    K = 64), so it is loaded again for each tile, from the L1 cache.
+    """
     return ptr.dtype.element_ty == tl.float32 and precision == "ieee"
 
 
@@ -147,7 +156,7 @@ def _mask_keys(
     head,
     HAS_QUERY_INDICES: tl.constexpr,
 ):
-    """The two keys of each query row's mask: a function of where in its sequence the query stands."""
+    """Return the two mask keys of each query row, by its position in the sequence."""
     if HAS_QUERY_INDICES:
         position = tl.load(query_indices_ptr + row, mask=valid, other=0) - first_token
     else:
@@ -158,10 +167,11 @@ def _mask_keys(
 
 
 def _short(long, short, sequences, max_seqlen):
-    """The launches of a kernel that holds a whole sequence in one tile: the `Kernel`, programs of a head, `over`, BLOCK.
+    """Return the launches of a kernel that holds a whole sequence in one tile.
 
-    How many sequences are long and how many are short only the device knows. So each launch has a program for every sequence, and those
-    whose sequence belongs to the other launch end at once. Long ones have the whole device busy first.
+    Each is the `Kernel`, the programs of a head, `over` and BLOCK. Only the device knows how many
+    sequences are long and how many are short. So each launch has a program for every sequence, and
+    those whose sequence belongs to the other launch end at once. The long ones come first.
     """
     if max_seqlen > _SMALL and sequences:
         yield long, sequences, _SMALL, ITEM
@@ -169,7 +179,7 @@ def _short(long, short, sequences, max_seqlen):
 
 
 def _kind(q, k, v, has_query_indices, dropout_seeds):
-    """What Triton compiles for besides constants: strides, which come first, and which of queries and keys there are."""
+    """Return what Triton compiles for besides constants: strides first, then which tables exist."""
     return (
         (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
         has_query_indices,
@@ -186,15 +196,19 @@ def _query_bounds(cu_seqlens, query_indices):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- forward
+# Forward
 
 
 @triton.jit
 def _attend(
     q, acc, row_max, row_sum, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold,
-    K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running softmax of a tile of queries: `row_max` the maximum, `row_sum` the sum of W, `acc` of W D V."""
+    """Add one tile of keys to the running softmax of a tile of queries.
+
+    `row_max` is the maximum so far, `row_sum` the sum of W, `acc` that of W D V.
+    """
     key = start + tl.arange(0, BLOCK_K)
     valid = key < length if TAIL else None
     k = _load(k_ptr, key, valid, k_row, K)
@@ -207,8 +221,9 @@ def _attend(
     rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if DROPOUT:
-        # A product, not a selection: that the compiler would move behind the rounding to 16 bits, where pairs are packed. And one with
-        # constants: with keep_scale here, masks wait for the scores as packed bits (three instructions more a score, of 17, on sm_90).
+        # A product: the compiler would move a selection behind the rounding to 16 bits, where pairs
+        # are packed. And a product with constants: with keep_scale here, masks wait for the scores
+        # as packed bits (three more instructions a score, of 17, on sm_90).
         weights *= tl.where(keep_mask(lo, hi, start, BLOCK_K, threshold), 1.0, 0.0)
 
     v = _load(v_ptr, key, valid, v_row, K)
@@ -218,10 +233,12 @@ def _attend(
 
 @triton.jit(do_not_specialize=_VARIES)
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, row_max_ptr, inv_sum_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr, query_indices_ptr, dropout_seeds_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, row_max_ptr, inv_sum_ptr, schedule_ptr, query_bounds_ptr,
+    cu_seqlens_ptr, query_indices_ptr, dropout_seeds_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, scale, keep_scale, dropout_stream, threshold,
-    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
@@ -270,12 +287,14 @@ def _forward_kernel(
         if _multiplied_by_fma(q_ptr, PRECISION):
             q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
         acc, row_max, row_sum = _attend(
-            q, acc, row_max, row_sum, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold,
+            q, acc, row_max, row_sum, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale,
+            threshold,
             K, False, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
     if full < length:
         acc, row_max, row_sum = _attend(
-            q, acc, row_max, row_sum, k_ptr, v_ptr, k_row, v_row, full, length, lo, hi, scale, threshold,
+            q, acc, row_max, row_sum, k_ptr, v_ptr, k_row, v_row, full, length, lo, hi, scale,
+            threshold,
             K, True, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
 
@@ -288,7 +307,7 @@ def _forward_kernel(
 
 @triton.jit
 def _softmax(q, k, valid, scale, PRECISION: tl.constexpr):
-    """W over all keys of a sequence, and its sum in each row."""
+    """Return W over all keys of a sequence, and its sum in each row."""
     scores = tl.where(
         valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf")
     )
@@ -298,10 +317,12 @@ def _softmax(q, k, valid, scale, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=_VARIES)
 def _forward_short_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, query_bounds_ptr, cu_seqlens_ptr, query_indices_ptr, dropout_seeds_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, query_bounds_ptr, cu_seqlens_ptr, query_indices_ptr,
+    dropout_seeds_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, over, scale, keep_scale, dropout_stream, threshold,
-    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
     if sequence >= sequences:
@@ -342,9 +363,10 @@ def _forward_short_kernel(
     _store(out_ptr + head * K, row, asked, H * K, out, K)
 
 
-_FORWARD = Kernel(_forward_kernel, "attention_forward")
-_FORWARD_SHORT = Kernel(_forward_short_kernel, "attention_forward_short")
-_FORWARD_SMALL = Kernel(_forward_short_kernel, f"attention_forward_short_{_SMALL}")
+_QKV = ("q_ptr", "k_ptr", "v_ptr")
+_FORWARD = Kernel(_forward_kernel, "attention_forward", wide=_QKV)
+_FORWARD_SHORT = Kernel(_forward_short_kernel, "attention_forward_short", wide=_QKV)
+_FORWARD_SMALL = Kernel(_forward_short_kernel, f"attention_forward_short_{_SMALL}", wide=_QKV)
 
 
 def forward(
@@ -360,7 +382,10 @@ def forward(
     dropout_stream,
     scale,
 ):
-    """Out [R, H, K] in q's dtype, and row_max and inv_sum, fp32 [2, H, R]; those are empty where sequences fit one tile."""
+    """Return out [R, H, K] in q's dtype, and row_max and inv_sum, fp32 [2, H, R].
+
+    The latter are empty where sequences fit one tile.
+    """
     rows, heads, size = q.shape
     whole, has_query_indices = one_tile(q.dtype, max_seqlen), query_indices is not None
     out = q.new_empty(rows, heads, size)
@@ -398,18 +423,21 @@ def forward(
     return out, statistics
 
 
-# ------------------------------------------------------------------------------------------------------------- backward
+# Backward
 
 
 @triton.jit(do_not_specialize=_VARIES)
 def _prepare_kernel(
-    out_ptr, dout_ptr, delta_ptr, lo_ptr, hi_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr, query_indices_ptr, dropout_seeds_ptr,
+    out_ptr, dout_ptr, delta_ptr, lo_ptr, hi_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    query_indices_ptr, dropout_seeds_ptr,
     sequences, rows, tokens, keep_scale, dropout_stream,
-    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_Q: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """delta = dO . O / keep_scale of each row, and the keys of its mask, which the other kernels would make once for each tile of keys.
+    """Compute delta = dO . O / keep_scale of each row, and the keys of its mask.
 
-    Without keep_scale in it, D is 0 or 1 in the loops, and the factor comes once, at their end.
+    The other kernels would compute the keys once for each tile of keys. Without keep_scale in
+    delta, D is 0 or 1 in the loops, and the factor comes once, at their end.
     """
     head = tl.program_id(0)
     sequence, offset = _item(schedule_ptr, sequences, BLOCK_Q)
@@ -445,7 +473,10 @@ def _prepare_kernel(
 def _row_facts(
     row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, slot, valid, DROPOUT: tl.constexpr
 ):
-    """row_max, inv_sum, delta and mask keys of query rows. Where there is no row inv_sum is zero, and so are its weights."""
+    """Load row_max, inv_sum, delta and mask keys of query rows.
+
+    Where there is no row, inv_sum is zero, and so are its weights.
+    """
     lo, hi = slot.to(tl.uint32), slot.to(tl.uint32)
     if valid is None:
         row_max, inv_sum, delta = (
@@ -468,11 +499,16 @@ def _row_facts(
 
 @triton.jit
 def _dkdv_tile(
-    k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, dout_row, start, end, first_key,
+    k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, q_row,
+    dout_row, start, end, first_key,
     scale, threshold,
-    K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of queries adds to dV but for keep_scale, and to dK but for keep_scale and scale. delta is divided by keep_scale."""
+    """Add one tile of queries to dV but for keep_scale, and to dK but for keep_scale and scale.
+
+    delta is divided by keep_scale.
+    """
     row = start + tl.arange(0, BLOCK_Q)
     valid = row < end if TAIL else None
     q = _load(q_ptr, row, valid, q_row, K)
@@ -497,10 +533,12 @@ def _dkdv_tile(
 
 @triton.jit(do_not_specialize=_VARIES)
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, dk_ptr, dv_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, dk_ptr,
+    dv_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, scale, keep_scale, threshold,
-    H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     sequence, offset = _item(schedule_ptr, sequences, BLOCK_K)
@@ -535,12 +573,14 @@ def _dkdv_kernel(
             k = _load(k_ptr + head.to(tl.int64) * k_head, token, inside, k_row, K)
             v = _load(v_ptr + head.to(tl.int64) * v_head, token, inside, v_row, K)
         dk, dv = _dkdv_tile(
-            k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, start, count, offset,
+            k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr,
+            q_row, H * K, start, count, offset,
             scale, threshold, K, False, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
     if full < count:
         dk, dv = _dkdv_tile(
-            k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, q_row, H * K, full, count, offset,
+            k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr,
+            q_row, H * K, full, count, offset,
             scale, threshold, K, True, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
@@ -552,10 +592,15 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_tile(
-    q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, threshold,
-    K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale,
+    threshold,
+    K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of keys adds to dQ, but for the factor scale * keep_scale * inv_sum of each row. delta is divided by keep_scale."""
+    """Add one tile of keys to dQ, but for the factor scale * keep_scale * inv_sum of each row.
+
+    delta is divided by keep_scale.
+    """
     key = start + tl.arange(0, BLOCK_K)
     valid = key < length if TAIL else None
     k = _load(k_ptr, key, valid, k_row, K)
@@ -573,10 +618,12 @@ def _dq_tile(
 
 @triton.jit(do_not_specialize=_VARIES)
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, dq_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, dq_ptr,
+    schedule_ptr, query_bounds_ptr, cu_seqlens_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, scale, keep_scale, threshold,
-    H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     sequence, offset = _item(schedule_ptr, sequences, BLOCK_Q)
@@ -616,12 +663,14 @@ def _dq_kernel(
             q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
             dout = _load(dout_ptr + head * K, row, valid, H * K, K)
         dq = _dq_tile(
-            q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale, threshold,
+            q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale,
+            threshold,
             K, False, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
     if full < length:
         dq = _dq_tile(
-            q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale, threshold,
+            q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale,
+            threshold,
             K, True, DROPOUT, PRECISION, BLOCK_K,
         )  # fmt: skip
     _store(
@@ -636,10 +685,12 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=_VARIES)
 def _backward_short_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, query_bounds_ptr, cu_seqlens_ptr, query_indices_ptr, dropout_seeds_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    query_indices_ptr, dropout_seeds_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, over, scale, keep_scale, dropout_stream, threshold,
-    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
     if sequence >= sequences:
@@ -706,11 +757,14 @@ def _backward_short_kernel(
     )
 
 
-_BACKWARD_SHORT = Kernel(_backward_short_kernel, "attention_backward_short")
-_BACKWARD_SMALL = Kernel(_backward_short_kernel, f"attention_backward_short_{_SMALL}")
-_PREPARE = Kernel(_prepare_kernel, "attention_prepare")
-_DKDV = Kernel(_dkdv_kernel, "attention_dkdv")
-_DQ = Kernel(_dq_kernel, "attention_dq")
+_QKV_DOUT = (*_QKV, "dout_ptr")
+_BACKWARD_SHORT = Kernel(_backward_short_kernel, "attention_backward_short", wide=_QKV_DOUT)
+_BACKWARD_SMALL = Kernel(
+    _backward_short_kernel, f"attention_backward_short_{_SMALL}", wide=_QKV_DOUT
+)
+_PREPARE = Kernel(_prepare_kernel, "attention_prepare", wide=("out_ptr", "dout_ptr"))
+_DKDV = Kernel(_dkdv_kernel, "attention_dkdv", wide=_QKV_DOUT)
+_DQ = Kernel(_dq_kernel, "attention_dq", wide=_QKV_DOUT)
 
 
 def backward(
@@ -729,7 +783,7 @@ def backward(
     dropout_stream,
     scale,
 ):
-    """dq [R, H, K], dk and dv [T, H, K], contiguous, in q's dtype; dout contiguous."""
+    """Return dq [R, H, K], dk and dv [T, H, K], contiguous, in q's dtype; dout is contiguous."""
     (rows, heads, size), tokens = q.shape, k.shape[0]
     dq, dk, dv = (
         q.new_empty(rows, heads, size),
@@ -790,68 +844,3 @@ def backward(
     grid = (heads, schedule.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
     kernel(grid, (*pointers, *facts, dq, schedule, *tables[:2]), numbers)
     return dq, dk, dv
-
-
-def production() -> list[Production]:
-    """For the ahead-of-time gate: BERT-base's and BERT-large's heads of 64, q, k and v sliced out of one projection, with and without dropout."""
-    found = []
-    for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        q, k, v, out, dout = ((f"{name}_ptr", tensor) for name in ("q", "k", "v", "out", "dout"))
-        gradients = dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr"), tensor)
-        bounds = dict.fromkeys(("schedule_ptr", "query_bounds_ptr", "cu_seqlens_ptr"), "*i32")
-        strides = dict.fromkeys(("q_row", "q_head", "k_row", "k_head", "v_row", "v_head"), "i32")
-        facts = dict.fromkeys(("row_max_ptr", "inv_sum_ptr", "delta_ptr"), "*fp32") | dict.fromkeys(
-            ("lo_ptr", "hi_ptr"), "*i32"
-        )
-        numbers = {
-            "sequences": "i32",
-            "rows": "i32",
-            "tokens": "i32",
-            "over": "i32",
-            "scale": "fp32",
-            "keep_scale": "fp32",
-            "dropout_stream": "i32",
-            "threshold": "i32",
-        }
-        sizes = {
-            "H": 12,
-            "K": 64,
-            "HAS_QUERY_INDICES": False,
-            "PRECISION": dot_precision(dtype),
-            "query_indices_ptr": None,
-            "dropout_seeds_ptr": "*i64",
-        }
-        inputs = dict((q, k, v, out, dout)) | gradients | bounds | strides | facts | numbers | sizes
-        walked = {  # the operands of each kernel whose loads must be wide
-            _forward_short_kernel: ("attention_forward_short", "q_ptr", "k_ptr", "v_ptr"),
-            _forward_kernel: ("attention_forward", "q_ptr", "k_ptr", "v_ptr"),
-            _backward_short_kernel: (
-                "attention_backward_short",
-                "q_ptr",
-                "k_ptr",
-                "v_ptr",
-                "dout_ptr",
-            ),
-            _prepare_kernel: ("attention_prepare", "out_ptr", "dout_ptr"),
-            _dkdv_kernel: ("attention_dkdv", "q_ptr", "k_ptr", "v_ptr", "dout_ptr"),
-            _dq_kernel: ("attention_dq", "q_ptr", "k_ptr", "v_ptr", "dout_ptr"),
-        }
-        for kernel, (table, *wide) in walked.items():
-            # (table, BLOCK) of each size class: two, where one tile holds a whole sequence; BLOCK is not in the table then.
-            classes = (
-                ((table, ITEM), (f"{table}_{_SMALL}", _SMALL))
-                if "short" in table
-                else ((table, None),)
-            )
-            for (name, block), drop in (
-                itertools.product(classes, (False, True))
-                if dtype.itemsize == 2 or "short" not in table
-                else ()
-            ):
-                mine = {key: value for key, value in inputs.items() if key in kernel.arg_names} | {
-                    "DROPOUT": drop
-                }
-                mine |= {"BLOCK": block} if block else {}
-                aligned = tuple(key for key in strides if key in mine)
-                found.append(Production(kernel, name, 64, dtype, mine, aligned, tuple(wide)))
-    return found

@@ -1,4 +1,4 @@
-"""`varlen_attention`: attention within each of many sequences that lie end to end, with dropout on the weights."""
+"""`varlen_attention`: attention within each of many sequences that lie end to end, with dropout."""
 
 import itertools
 
@@ -9,10 +9,10 @@ from fastbert_kernels._checks import (
     INT32,
     INT64,
     check_dropout,
-    check_implementation,
     check_leader,
     check_tensors,
     check_triton,
+    chosen_implementation,
     values_checked,
 )
 from fastbert_kernels._library import backward_once, operator
@@ -37,85 +37,65 @@ def varlen_attention(
     scale: float | None = None,
     tile_schedule: torch.Tensor | None = None,
     check_values: bool | None = None,
-    impl: str = "reference",
+    impl: str = "auto",
 ) -> torch.Tensor:
-    """Bidirectional scaled dot-product attention over packed sequences: softmax(q k' * scale), dropped, times v.
+    """Bidirectional attention within packed sequences: dropout(softmax(q k' * scale)) v.
 
-    Statistics and sums are fp32, products are of the inputs' dtype. Saved for the backward pass by "triton": q, k, v, and where
-    sequences do not fit one tile (128 tokens, 16 bits) the result and two fp32 numbers a row and head; masks are made anew. Its
-    backward pass uses no atomics: the same bits at every run.
-    Under autocast q, k and v are cast to its dtype, as by `scaled_dot_product_attention`.
+    Statistics and sums are fp32, products are in the dtype of the inputs. For the backward pass,
+    "triton" saves q, k and v, and where sequences do not fit one tile (128 tokens, 16 bits) also
+    the result and two fp32 numbers for each row and head. Masks are recomputed. Its backward pass
+    uses no atomics, so every run gives the same bits. Under autocast, q, k and v are cast to its
+    dtype, as by `scaled_dot_product_attention`.
 
     Args:
-        q: [R, H, K], fp32, fp16 or bf16 (fp64 too, but for "triton"); R = T unless `query_indices` is given. May be strided, as a slice of
-            a joint projection is; "triton" wants a last stride of 1, and K a multiple of 16 up to 128.
+        q: [R, H, K], fp32, fp16 or bf16, or fp64 except with "triton"; R = T unless
+            `query_indices` is given. It may be strided, as a slice of a joint projection is.
+            "triton" needs a last stride of 1 and a head size K of 16, 32, 48, ..., 128.
         k, v: [T, H, K], as q.
-        cu_seqlens: int32 [B + 1], first token of each sequence, then the end of the last, at most T: a pack may be padded. Sequences
-            may be empty, so that B may be padded too.
+        cu_seqlens: int32 [B + 1], first token of each sequence, then the end of the last one, at
+            most T: a pack may be padded. Sequences may be empty, so B may be padded too.
         max_seqlen: length of the longest sequence, in tokens.
         dropout_p: probability to drop an attention weight, rounded to a multiple of 2**-16.
-        dropout_seeds: int64 [B], one seed a sequence; masks are a function of (seed, dropout stream, head, position of q, position of k).
-        dropout_stream: which operation of the model this is, so that layers draw different masks.
-        query_indices: int64 [R], ascending: the packed positions whose outputs are wanted, if not all T. Selecting queries
-            leaves every output that remains exactly as it was, dropout included.
+        dropout_seeds: int64 [B], one seed for each sequence, such as
+            `torch.randint(2**63 - 1, [B])`. Any int64 will do. Masks are a function of (seed,
+            stream, head, position of q, position of k), so draw new seeds for every step, and pass
+            the same ones to all layers of a step and when a layer is recomputed.
+        dropout_stream: which operation of the model this is, 0 to 2**31 - 1, so that operations
+            with the same seeds draw different masks.
+        query_indices: int64 [R], ascending: the packed positions whose outputs are wanted, if not
+            all T. The outputs that remain are exactly the same, dropout included.
         scale: positive factor of the scores; 1 / sqrt(K) if None.
-        tile_schedule: `attention_tile_schedule(cu_seqlens, T)`, which a model makes once for all its layers; made here if None. "triton" only.
-        check_values: whether to look into cu_seqlens and query_indices: None on a CPU alone, True on a GPU too, which waits for the device.
-            Unchecked, "triton" reads and writes nothing out of bounds whatever they hold; what then comes out means nothing.
-        impl: "triton", "cpu" or "reference".
+        tile_schedule: `attention_tile_schedule(cu_seqlens, T)`, which a model computes once for all
+            its layers; computed here if None. Only "triton" uses it.
+        check_values: whether to check the values of cu_seqlens and query_indices. None: on a CPU;
+            True: also on a GPU, which then waits for the device. Unchecked, "triton" reads and
+            writes nothing out of bounds whatever they hold, but the result means nothing.
+        impl: "triton", "cpu", "reference", or "auto": "triton" on a GPU, "cpu" on a CPU.
 
     Returns:
-        [R, H, K], in the dtype of q. Rows behind the last sequence are zero, and so are the gradients of q, k and v there.
+        [R, H, K], in the dtype of q. Rows behind the last sequence are zero, and so are the
+        gradients of q, k and v there.
 
     Raises:
-        ValueError: a shape, device or stride that does not fit, cu_seqlens that do not ascend from 0 to at most T or have a sequence
-            longer than max_seqlen, query_indices that do not ascend within [0, T), dropout without seeds, an unknown `impl`.
+        ValueError: a shape, device or stride that does not fit; cu_seqlens that do not ascend from
+            0 to at most T, or have a sequence longer than max_seqlen; query_indices that do not
+            ascend within [0, T); dropout without seeds; a head size that "triton" does not take;
+            an unknown `impl`.
         TypeError: a dtype that does not fit.
 
-    Source: Vaswani et al., 2017, section 3.2.1; packed layout as in FlashAttention's `flash_attn_varlen_func`.
+    Source: Vaswani et al., 2017, section 3.2.1; packed layout as in FlashAttention's
+    `flash_attn_varlen_func`.
     """
     q, k, v = cast_low(q, k, v)
+    impl = chosen_implementation(NAME, impl, _IMPLEMENTATIONS, k)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    check(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        max_seqlen,
-        dropout_p,
-        dropout_seeds,
-        query_indices,
-        scale,
-        tile_schedule,
-        check_values,
-        impl,
-    )
+    tables = (cu_seqlens, max_seqlen, dropout_p, dropout_seeds)
+    check(q, k, v, *tables, query_indices, scale, tile_schedule, check_values, impl)
     if impl == "triton":
-        return _VarlenAttention.apply(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            max_seqlen,
-            dropout_p,
-            dropout_seeds,
-            dropout_stream,
-            query_indices,
-            scale,
-            tile_schedule,
-        )
-    return _IMPLEMENTATIONS[impl](
-        q,
-        k,
-        v,
-        cu_seqlens,
-        max_seqlen,
-        dropout_p,
-        dropout_seeds,
-        dropout_stream,
-        query_indices,
-        scale,
-    )
+        pack = (cu_seqlens, tile_schedule, query_indices, dropout_seeds)
+        numbers = (max_seqlen, dropout_p, dropout_stream, scale)
+        return _VarlenAttention.apply(q, k, v, *pack, *numbers)
+    return _IMPLEMENTATIONS[impl](q, k, v, *tables, dropout_stream, query_indices, scale)
 
 
 def check(
@@ -145,20 +125,12 @@ def check(
     check_tensors(NAME, k.device, *tensors)
     if not scale > 0:
         raise ValueError(f"{NAME}: scale = {scale}; must be positive")
-    check_implementation(NAME, impl, _IMPLEMENTATIONS)
     if impl == "triton":
         check_triton(NAME, *tensors)
         check_head_size(size)
+    dropout = dropout_p, dropout_seeds
     check_tables(
-        k,
-        cu_seqlens,
-        max_seqlen,
-        dropout_p,
-        dropout_seeds,
-        query_indices,
-        tile_schedule,
-        check_values,
-        impl,
+        k, cu_seqlens, max_seqlen, *dropout, query_indices, tile_schedule, check_values, impl
     )
 
 
@@ -173,7 +145,7 @@ def check_tables(
     check_values,
     impl,
 ) -> None:
-    """All but q, k and v, of which `like` has as many rows as k, and their device."""
+    """Check all but q, k and v; `like` has as many rows as k, and is on the same device."""
     check_leader(NAME, "cu_seqlens", cu_seqlens, ("B + 1",), INT32)
     sequences = cu_seqlens.shape[0] - 1
     check_dropout(NAME, dropout_p, dropout_seeds, sequences)
@@ -201,10 +173,15 @@ def check_tables(
         check_triton(NAME, *tables)
 
 
+HEAD_SIZES = range(16, 129, 16)  # of "triton": the matrix units take multiples of 16
+
+
 def check_head_size(size: int) -> None:
-    if size % 16 or not 16 <= size <= 128:
+    if size not in HEAD_SIZES:
         raise ValueError(
-            f'{NAME}: K = {size}, expected a multiple of 16 up to 128 for impl = "triton"'
+            f'{NAME}: head size K = {size}; impl = "triton" takes '
+            f"{', '.join(map(str, HEAD_SIZES))}; pad q, k and v with zeros and pass "
+            f'scale = {size}**-0.5, or use impl = "reference"'
         )
 
 
@@ -212,51 +189,38 @@ def _check_bounds(bounds: list[int], total: int, max_seqlen: int) -> None:
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if not bounds or bounds[0] != 0:
         raise ValueError(
-            f"varlen_attention: cu_seqlens starts at {bounds[0] if bounds else 'nothing'}, expected 0"
+            f"{NAME}: cu_seqlens starts at {bounds[0] if bounds else 'nothing'}, expected 0"
         )
     if lengths and min(lengths) < 0:
         i = next(i for i, length in enumerate(lengths) if length < 0)
         raise ValueError(
-            f"varlen_attention: cu_seqlens falls from {bounds[i]} to {bounds[i + 1]} at sequence {i}, expected to ascend"
+            f"{NAME}: cu_seqlens falls from {bounds[i]} to {bounds[i + 1]} at sequence {i}, "
+            "expected to ascend"
         )
     if bounds[-1] > total:
-        raise ValueError(
-            f"varlen_attention: cu_seqlens ends at {bounds[-1]}, expected at most T = {total}"
-        )
+        raise ValueError(f"{NAME}: cu_seqlens ends at {bounds[-1]}, expected at most T = {total}")
     if lengths and max(lengths) > max_seqlen:
         raise ValueError(
-            f"varlen_attention: max_seqlen = {max_seqlen}, but cu_seqlens has a sequence of {max(lengths)} tokens"
+            f"{NAME}: max_seqlen = {max_seqlen}, "
+            f"but cu_seqlens has a sequence of {max(lengths)} tokens"
         )
 
 
 def _check_query_indices(query_indices: list[int], total: int) -> None:
     if query_indices[0] < 0 or query_indices[-1] >= total:
         raise ValueError(
-            f"varlen_attention: query_indices span {query_indices[0]} to {query_indices[-1]}; must be in [0, T = {total})"
+            f"{NAME}: query_indices span {query_indices[0]} to {query_indices[-1]}; "
+            f"must be in [0, T = {total})"
         )
     for a, b in itertools.pairwise(query_indices):
         if b <= a:
-            raise ValueError(
-                f"varlen_attention: query_indices holds {a} and then {b}, expected to ascend"
-            )
+            raise ValueError(f"{NAME}: query_indices holds {a} and then {b}, expected to ascend")
 
 
-# The Triton implementation as torch operators. Arguments as above, `scale` resolved.
+# The Triton implementation as torch operators; arguments as above, with `scale` given
 
 
-def _forward_fake(
-    q,
-    k,
-    v,
-    cu_seqlens,
-    tile_schedule,
-    query_indices,
-    dropout_seeds,
-    max_seqlen,
-    dropout_p,
-    dropout_stream,
-    scale,
-):
+def _forward_fake(q, k, v, cu_seqlens, schedule, query_indices, dropout_seeds, max_seqlen, *_):
     statistics = (2, q.shape[1], 0 if one_tile(q.dtype, max_seqlen) else q.shape[0])
     return q.new_empty(q.shape), q.new_empty(statistics, dtype=torch.float32)
 
@@ -273,7 +237,8 @@ FORWARD = operator(
     _forward_fake,
 )
 BACKWARD = operator(
-    f"varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, {_SHARED}) -> (Tensor, Tensor, Tensor)",
+    "varlen_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor statistics, {_SHARED}) -> (Tensor, Tensor, Tensor)",
     "attention.kernel.backward",
     _backward_fake,
 )
@@ -281,27 +246,10 @@ BACKWARD = operator(
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        q,
-        k,
-        v,
-        cu_seqlens,
-        max_seqlen,
-        dropout_p,
-        dropout_seeds,
-        dropout_stream,
-        query_indices,
-        scale,
-        tile_schedule,
-    ):
-        tables, numbers = (
-            (cu_seqlens, tile_schedule, query_indices, dropout_seeds),
-            (max_seqlen, dropout_p, dropout_stream, scale),
-        )
-        out, statistics = FORWARD(q, k, v, *tables, *numbers)
+    def forward(ctx, q, k, v, *others):
+        tables, ctx.numbers = others[:4], others[4:]  # in the order of the operators
+        out, statistics = FORWARD(q, k, v, *tables, *ctx.numbers)
         ctx.save_for_backward(q, k, v, out, statistics, *tables)
-        ctx.numbers = numbers
         return out
 
     @staticmethod

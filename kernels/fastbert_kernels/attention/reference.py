@@ -8,7 +8,10 @@ from fastbert_kernels._dropout import keep_mask, keep_scale, row_seeds, stream_k
 def reference(
     q, k, v, cu_seqlens, max_seqlen, dropout_p, dropout_seeds, dropout_stream, query_indices, scale
 ):
-    """softmax(q k' * scale), dropped, times v, within each sequence, and zeros behind the last; arguments and result as in `op.py`."""
+    """dropout(softmax(q k' * scale)) v within each sequence, and zeros behind the last one.
+
+    Arguments and result are as in `op.py`.
+    """
     heads = q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     if dropout_p > 0:
@@ -32,8 +35,7 @@ def reference(
             kept = keep_mask(lo[first:last].T, hi[first:last].T, end - start, dropout_p)
             weights = weights * kept * keep_scale(dropout_p)
         outputs.append(torch.einsum("hij,jhk->ihk", weights, v[start:end].to(wide)))
-    nothing = [
-        x[:0].to(wide) for x in (q, k, v)
-    ]  # so that each has a gradient, if only of zeros, where there is no sequence
+    # So that each has a gradient, if only of zeros, where there is no sequence.
+    nothing = [x[:0].to(wide) for x in (q, k, v)]
     rest = torch.zeros_like(q[query_bounds[-1] :], dtype=wide)
     return torch.cat([*nothing, *outputs, rest]).to(q.dtype)

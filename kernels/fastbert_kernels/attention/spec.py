@@ -31,22 +31,22 @@ def _inputs(shape, dtype, dropout_p):
 
 
 def _least_bytes(shape, size):
-    """Everything once, whatever the tiles. What is saved for the backward pass depends on whether each sequence fits one tile."""
+    """Everything once, whatever the tiles.
+
+    What is saved for the backward pass depends on whether each sequence fits one tile.
+    """
     lengths, heads = shape["lengths"], shape["H"]
     tokens, row = sum(lengths), heads * shape["K"] * size
     selected, rest = shape.get("R", 0), shape.get("rest", 0)
     rows = selected or tokens
-    tables = (
-        4 * (len(lengths) + 1) + 8 * len(lengths) + 8 * selected
-    )  # cu_seqlens, dropout_seeds and query_indices
-    forward = 2 * rows * row + 2 * tokens * row + tables  # q in, out out; k and v in
-    backward = (
-        3 * rows * row + 4 * tokens * row + tables
-    )  # q and dout in, dq out; k and v in, dk and dv out
+    # cu_seqlens, dropout_seeds and query_indices
+    tables = 4 * (len(lengths) + 1) + 8 * len(lengths) + 8 * selected
+    # Forward: q in, out out; k and v in. Backward: q and dout in, dq out; k and v in, dk, dv out.
+    forward = 2 * rows * row + 2 * tokens * row + tables
+    backward = 3 * rows * row + 4 * tokens * row + tables
     if not selected:
-        forward += (
-            rest * row
-        )  # zeros; of selected queries only the inputs tell how many are behind the last sequence
+        # Zeros. Of selected queries, only the inputs tell how many are behind the last sequence.
+        forward += rest * row
         backward += rest * row
     backward += 2 * rest * row
     if not one_tile(torch.bfloat16 if size == 2 else torch.float32, max(lengths, default=0)):

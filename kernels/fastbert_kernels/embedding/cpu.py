@@ -1,8 +1,10 @@
 """`embedding_layer_norm` on a CPU: torch's look-ups and LayerNorm with the cheap dropout mask.
 
-The gradients of the tables are sums in the order of the rows (`index_add_`, or one product for the two token types), so they
-are deterministic. Only the rows that occur are written; the rest of a table's gradient is zero. Inputs of 16 bits are summed and
-normalised in fp32. dnorm_weight and dnorm_bias are sums of our own: torch's LayerNorm adds them up one row after the other, and loses a digit.
+The gradients of the tables are sums in the order of the rows (`index_add_`, or one product for the
+two token types), so they are deterministic. Only the rows that occur are written; the rest of a
+table's gradient is zero. Inputs of 16 bits are summed and normalised in fp32. dnorm_weight and
+dnorm_bias are summed here, because torch's LayerNorm adds up one row after the other, and loses a
+digit.
 """
 
 import torch
@@ -11,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from fastbert_kernels._dropout import keep_scale
 from fastbert_kernels._dropout_cpu import row_keep_mask_cpu
 
-PRODUCT_ROWS = 16  # a table of so few rows at the most: each of them is the sum of many, which a product rounds less
+# A row of so small a table is the sum of many, which a product rounds less.
+PRODUCT_ROWS = 16
 
 
 class _EmbeddingLayerNorm(torch.autograd.Function):
@@ -76,7 +79,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
 
 
 def _scatter(dz, rows, size):
-    """[size, D]: sums of the rows of dz that go to each row of a table."""
+    """Return [size, D]: the sums of the rows of dz that belong to each row of a table."""
     if size > PRODUCT_ROWS:
         return dz.new_zeros(size, dz.shape[1]).index_add_(0, rows, dz)
     return torch.nn.functional.one_hot(rows, size).T.to(dz.dtype) @ dz

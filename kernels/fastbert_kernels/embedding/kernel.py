@@ -1,24 +1,30 @@
-"""Three look-ups, LayerNorm and dropout in one pass; backward in one pass more, and the gradients of the tables.
+"""Three look-ups, LayerNorm and dropout in one pass, and the gradients of the tables.
 
-    z = word_embeddings[input_id] + position_embeddings[position_id] + token_type_embeddings[token_type_id]
-    mean, rstd, h of z as in `norm/kernel.py`
-    y = c (h * norm_weight + norm_bias) * keep        c = 1 / probability to be kept
+    z = word_embeddings[input_id] + position_embeddings[position_id]
+        + token_type_embeddings[token_type_id]      mean, rstd, h of z as in `norm/kernel.py`
+    y = c (h * norm_weight + norm_bias) * keep      c = 1 / probability to be kept
 
-    dh = c dy * keep        dz from dh as in `norm/kernel.py`        dnorm_weight, dnorm_bias = sums over the rows of dh * h, dh
+    dh = c dy * keep        dz from dh as in `norm/kernel.py`
+    dnorm_weight, dnorm_bias = sums over the rows of dh * h, dh
     dtable[r] = sum of the dz of the tokens whose index is r
 
-Saved: the indices, and mean and rstd of each row; rows are looked up again. Tiles, chunks and shares are those of `norm/kernel.py`.
-An index outside its table reads nothing and makes its token's mean NaN, thus y, and in the backward pass every sum it is part of.
+Saved: the indices, and mean and rstd of each row; the rows are looked up again. Tiles, chunks and
+shares are those of `norm/kernel.py`. An index outside its table reads nothing and makes its token's
+mean NaN, hence y, and in the backward pass every sum it is part of.
 
-The gradients of the tables are made without atomics, so that they are deterministic. For this the three tables count as one, words above
-positions above token types, in which every token has three rows: its uses. `_backward_kernel` writes down the row of each use, int32 [3 T].
-The uses are sorted by row, stably, and each program of `_rows_kernel` owns a row of the table. It adds up, in fp32, the dz of the row's
-uses, or none, so that no zeros need to be written before. A row with more than BIN uses ([MASK], [CLS], each token type) would keep the others
-waiting: the sorted uses are cut into bins of BIN, and `_pieces_kernel` first adds up the piece of each such row in each bin. Of the rows
-that a bin meets, only that of its first use and that of its last can be so long: a bin has two slots for pieces.
+The gradients of the tables are computed without atomics, so they are deterministic. For this the
+three tables count as one, words above positions above token types, of which every token uses three
+rows. `_backward_kernel` writes the row of each use, int32 [3 T]. The uses are sorted by row, in a
+stable order, and each program of `_rows_kernel` owns a row of the table. It adds up, in fp32, the
+dz of the uses of its row, or none, so no zeros need to be written before. A row with more than BIN
+uses ([MASK], [CLS], each token type) would make the others wait. So the sorted uses are divided
+into bins of BIN, and `_pieces_kernel` first adds up the piece of each such row in each bin. In a
+bin only the row of its first use and that of its last one can be so long, so a bin has two slots
+for pieces.
 
-dz is held in the dtype of the tables, as torch's autograd holds it, for half the bytes in 16 bits: the error (RMS) of the tables'
-gradients is then 1.1 to 1.3 times what fp32 would give, torch's own 2 to 20 times (bf16 and fp16, T = 2,048, V = 100).
+dz has the dtype of the tables, as in torch's autograd, which halves the bytes in 16 bits. The error
+(RMS) of the tables' gradients is then 1.1 to 1.3 times what fp32 would give, and torch's own is 2
+to 20 times that (bf16 and fp16, T = 2,048, V = 100).
 """
 
 import torch
@@ -40,14 +46,15 @@ from fastbert_kernels._rows import (
     times,
     zeros,
 )
-from fastbert_kernels._triton import Production
 
-_BIN = 64  # uses that one program adds up in turn; at 128 the two token types alone would not fill the device at T = 16,384
+# Uses that one program adds up in turn. At 128, the two token types alone would not fill the device
+# at T = 16,384.
+_BIN = 64
 
 
 @triton.jit
 def _look_up(index_ptr, table_ptr, stride, size, row, T):
-    """Where each token's row of a table begins, [BLOCK_T, 1], and whether there is such a row."""
+    """Return where each token's row of a table begins, [BLOCK_T, 1], and whether it exists."""
     index = tl.load(index_ptr + row, mask=row < T, other=0)
     return table_ptr + index * stride, (index >= 0) & (index < size)
 
@@ -71,7 +78,7 @@ def _load_z(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """z of each token, and whether all its indices are within their tables, [BLOCK_T, 1]."""
+    """Return z of each token, and whether all its indices are within their tables."""
     word_ptr, is_word = _look_up(input_ids_ptr, word_embeddings_ptr, stride_word, V, row, T)
     position_ptr, is_position = _look_up(
         position_ids_ptr, position_embeddings_ptr, stride_position, P, row, T
@@ -157,7 +164,8 @@ def _forward_kernel(
         tl.store(rstd_ptr + row, rstd, mask=row < T)
 
 
-_FORWARD = Kernel(_forward_kernel, "embedding_forward")
+_TABLES = ("word_embeddings_ptr", "position_embeddings_ptr", "token_type_embeddings_ptr")
+_FORWARD = Kernel(_forward_kernel, "embedding_forward", wide=_TABLES)
 
 
 def forward(
@@ -174,7 +182,7 @@ def forward(
     dropout_p,
     dropout_stream,
 ):
-    """y, and mean and rstd, fp32 [T]."""
+    """Return y, and mean and rstd, fp32 [T]."""
     T, D = input_ids.shape[0], word_embeddings.shape[1]
     tables = (word_embeddings, position_embeddings, token_type_embeddings)
     y = word_embeddings.new_empty(T, D)
@@ -215,7 +223,10 @@ def forward(
 
 @triton.jit
 def _note_use(uses_ptr, index_ptr, first, size, nowhere, row, T):
-    """The row that each token uses of a table of so many rows, counted in all tables; `nowhere` if its index is outside."""
+    """Store the row that each token uses of a table, counted over all three tables.
+
+    It is `nowhere` if the index is outside the table of `size` rows.
+    """
     index = tl.load(index_ptr + row, mask=row < T, other=0)
     tl.store(
         uses_ptr + row,
@@ -300,7 +311,7 @@ def _backward_kernel(
 def _sum_uses(
     dz_ptr, order_ptr, begin, end, column, T, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """The dz of the sorted uses begin to end, fp32 [1, BLOCK_D]."""
+    """Return the sum of dz over the sorted uses begin to end, fp32 [1, BLOCK_D]."""
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for first in range(begin, end, BLOCK_T):
         place = (first + tl.arange(0, BLOCK_T))[:, None]
@@ -326,9 +337,8 @@ def _pieces_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    slot = tl.program_id(
-        0
-    )  # two a bin: for the row of its first use; for that of its last, if that is another
+    # Two a bin: one for the row of its first use, one for that of its last, if that is another.
+    slot = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     bin_begin = slot // 2 * BIN
     bin_end = tl.minimum(bin_begin + BIN, 3 * T)
@@ -383,13 +393,16 @@ def _rows_kernel(
     tl.store(dtables_ptr + row.to(tl.int64) * D + column, total, mask=column < D)
 
 
-_BACKWARD = Kernel(_backward_kernel, "embedding_backward")
-_PIECES = Kernel(_pieces_kernel, "embedding_table")
-_ROWS = Kernel(_rows_kernel, "embedding_table")
+_BACKWARD = Kernel(_backward_kernel, "embedding_backward", wide=(*_TABLES, "dy_ptr"))
+_PIECES = Kernel(_pieces_kernel, "embedding_table", wide=("dz_ptr",))
+_ROWS = Kernel(_rows_kernel, "embedding_table", wide=("dz_ptr", "pieces_ptr"))
 
 
 def _table_gradients(dz: torch.Tensor, uses: torch.Tensor, rows: int) -> torch.Tensor:
-    """[rows, D], from dz [T, D] and the rows that tokens use, int32 [3 T] in [0, rows]; a use of row `rows` counts for nothing."""
+    """Return [rows, D] from dz [T, D] and the rows that tokens use, int32 [3 T] in [0, rows].
+
+    A use of row `rows` counts for nothing.
+    """
     T, D = dz.shape
     ordered, order = torch.sort(uses, stable=True)
     starts = torch.searchsorted(
@@ -419,7 +432,10 @@ def backward(
     dropout_p,
     dropout_stream,
 ):
-    """Gradients of the three tables, one below the other; dnorm_weight and dnorm_bias as the rows of [2, D]."""
+    """Return the gradients of the three tables, one below the other, and those of the vectors.
+
+    The latter, dnorm_weight and dnorm_bias, are the rows of [2, D].
+    """
     T, D = dy.shape
     indices, tables = (
         (input_ids, position_ids, token_type_ids),
@@ -441,82 +457,3 @@ def backward(
         (*strides, T, *sizes, dropout_stream, threshold(dropout_p), keep_scale(dropout_p)),
     )
     return _table_gradients(dz, uses, sum(sizes)), shares.sum(0).to(dy.dtype)
-
-
-def production() -> list[Production]:
-    """For the ahead-of-time gate: BERT-base and BERT-large, with dropout and without."""
-    found = []
-    for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        indices = dict.fromkeys(
-            ("input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr", "dropout_seeds_ptr"), "*i64"
-        )
-        tables = dict.fromkeys(
-            (
-                "word_embeddings_ptr",
-                "position_embeddings_ptr",
-                "token_type_embeddings_ptr",
-                "norm_weight_ptr",
-            ),
-            tensor,
-        )
-        aligned = ("stride_word", "stride_position", "stride_token_type")
-        sizes = dict.fromkeys(
-            (*aligned, "T", "V", "P", "S", "dropout_stream", "threshold"), "i32"
-        ) | {"scale": "fp32"}
-        read = indices | tables | {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"} | sizes
-        forward = read | {"norm_bias_ptr": tensor, "y_ptr": tensor, "eps": "fp32"}
-        backward = read | {
-            "dy_ptr": tensor,
-            "dz_ptr": tensor,
-            "uses_ptr": "*i32",
-            "shares_ptr": "*fp32",
-        }
-        rows = {
-            "dz_ptr": tensor,
-            "order_ptr": "*i64",
-            "starts_ptr": "*i32",
-            "pieces_ptr": "*fp32",
-            "T": "i32",
-            "D": "i32",
-            "BIN": _BIN,
-        }
-        pieces = rows | {"sorted_ptr": "*i32", "rows": "i32"}
-        wide = ("word_embeddings_ptr", "position_embeddings_ptr", "token_type_embeddings_ptr")
-        for size in (768, 1024):
-            for missing in ({}, {"dropout_seeds_ptr": None}):
-                lacks = missing | {"D": size}
-                found += [
-                    Production(
-                        _forward_kernel,
-                        "embedding_forward",
-                        size,
-                        dtype,
-                        forward | lacks,
-                        aligned,
-                        wide,
-                    ),
-                    Production(
-                        _backward_kernel,
-                        "embedding_backward",
-                        size,
-                        dtype,
-                        backward | lacks,
-                        aligned,
-                        (*wide, "dy_ptr"),
-                    ),
-                ]
-            found += [
-                Production(
-                    _pieces_kernel, "embedding_table", size, dtype, pieces, ("D",), ("dz_ptr",)
-                ),
-                Production(
-                    _rows_kernel,
-                    "embedding_table",
-                    size,
-                    dtype,
-                    rows | {"dtables_ptr": tensor},
-                    ("D",),
-                    ("dz_ptr", "pieces_ptr"),
-                ),
-            ]
-    return found

@@ -23,11 +23,14 @@ def _inputs(shape, dtype, dropout_p):
 
 def _least_bytes(shape, size):
     rows, columns = shape["T"], shape["D"]
-    # Forward reads three rows a token, norm_weight, norm_bias, the indices and the seeds; writes y, mean and rstd.
+    # Forward reads three rows a token, norm_weight, norm_bias, the indices and the seeds; it writes
+    # y, mean and rstd.
     forward = (4 * rows + 2) * columns * size + rows * (3 * 8 + 8 + 4 + 4)
-    # Backward reads dy, the three rows, norm_weight, the indices, the seeds, mean and rstd; writes dz, dnorm_weight and dnorm_bias.
+    # Backward reads dy, the three rows, norm_weight, the indices, the seeds, mean and rstd; it
+    # writes dz, dnorm_weight and dnorm_bias.
     backward = (5 * rows + 3) * columns * size + rows * (3 * 8 + 8 + 4 + 4)
-    # Each of the three tables then reads dz once, and in which order; all their rows are written, those that do not occur as zeros.
+    # Each of the three tables then reads dz once, and in which order. All rows are written, those
+    # that do not occur as zeros.
     tables = (3 * rows + shape["V"] + shape["P"] + 2) * columns * size + 3 * rows * 8
     return forward + backward + tables
 

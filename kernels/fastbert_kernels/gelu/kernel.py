@@ -1,15 +1,17 @@
 """Bias and exact GELU, forward and backward, one pass each.
 
-    z = x + bias        Phi(z) = (1 + erf(z / sqrt(2))) / 2        phi(z) = exp(-z^2 / 2) / sqrt(2 pi)
-    y = z Phi(z)
+    Phi(z) = (1 + erf(z / sqrt(2))) / 2        phi(z) = exp(-z^2 / 2) / sqrt(2 pi)
+    z = x + bias        y = z Phi(z)
     dx = dy (Phi(z) + z phi(z))        dbias = sum over rows of dx
 
-Saved: x and bias, which the rest of the step holds anyway; z is computed anew. A program owns BLOCK_F columns and every n-th
-tile of BLOCK_T rows, so that it reads its piece of the bias once and adds up its share of dbias in registers. The shares are
-written as fp32 [n, F] and added in one order: the result is deterministic.
+Saved: x and bias, which the rest of the step holds anyway; z is recomputed. A program owns BLOCK_F
+columns and every n-th tile of BLOCK_T rows, so it reads its piece of the bias once and adds up its
+share of dbias in registers. The shares are written as fp32 [n, F] and added in one order, so the
+result is deterministic.
 
-Phi comes from the exponential of phi, in a fifth fewer instructions than libdevice's erf needs (SASS of sm_90): in bf16 they, not
-the memory, would set the pace. In fp32 its error is at most 3e-7, and that of y no larger than with erf (4.5e-7 for |z| <= 12).
+Phi is computed from the exponential of phi, in a fifth fewer instructions than libdevice's erf
+needs (SASS of sm_90): in bf16 these would be the bottleneck, not the memory. In fp32 its error is
+at most 3e-7, and that of y is no larger than with erf (4.5e-7 for |z| <= 12).
 
 Source: Hendrycks and Gimpel, 2016, section 2; Abramowitz and Stegun, 1964, formula 7.1.26.
 """
@@ -19,11 +21,14 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels._launch import Kernel
-from fastbert_kernels._triton import Production, multiprocessors
+from fastbert_kernels._triton import multiprocessors
 
 
 def _grid(tile: dict[str, int], x: torch.Tensor) -> tuple[int, int]:
-    """Blocks of columns by shares of the rows, as many as run side by side, for more would only add shares."""
+    """Return the blocks of columns, and the shares of the rows.
+
+    There are as many programs as run side by side; more would only add shares.
+    """
     T, F = x.shape
     blocks = -(-F // tile["BLOCK_F"])
     shares = -(-tile["programs"] * multiprocessors(x.device) // blocks)
@@ -32,7 +37,7 @@ def _grid(tile: dict[str, int], x: torch.Tensor) -> tuple[int, int]:
 
 @triton.jit
 def _normal(z):
-    """Phi(z), and exp(-z^2 / 2) = sqrt(2 pi) phi(z)."""
+    """Return Phi(z), and exp(-z^2 / 2) = sqrt(2 pi) phi(z)."""
     bell = tl.exp(-0.5 * z * z)
     t = 1.0 / (1.0 + 0.23164189 * tl.abs(z))  # 0.3275911 / sqrt(2)
     tail = (
@@ -63,7 +68,7 @@ def _forward_kernel(
         tl.store(y_ptr + row * F + column, z * cdf, mask=mask)
 
 
-_FORWARD = Kernel(_forward_kernel, "gelu_forward")
+_FORWARD = Kernel(_forward_kernel, "gelu_forward", wide=("x_ptr",))
 
 
 def forward(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -109,7 +114,7 @@ def _backward_kernel(
     tl.store(shares_ptr + share, tl.sum(dbias, 0, keep_dims=True), mask=column < F)
 
 
-_BACKWARD = Kernel(_backward_kernel, "gelu_backward")
+_BACKWARD = Kernel(_backward_kernel, "gelu_backward", wide=("dy_ptr", "x_ptr"))
 
 
 def backward(
@@ -124,35 +129,3 @@ def backward(
     shares = x.new_empty(grid[1], F, dtype=torch.float32)
     kernel(grid, (dy, x, bias, dx, shares), (stride, T, F))
     return dx, shares.sum(0).to(bias.dtype)
-
-
-def production() -> list[Production]:
-    """For the ahead-of-time gate: the feed-forward sublayers of BERT-base and BERT-large."""
-    found = []
-    for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        sizes = {"stride_x": "i32", "T": "i32", "F": "i32"}
-        forward = dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), tensor) | sizes
-        backward = (
-            dict.fromkeys(("dy_ptr", "x_ptr", "bias_ptr", "dx_ptr"), tensor)
-            | {"shares_ptr": "*fp32"}
-            | sizes
-        )
-        for size in (3072, 4096):
-            aligned = ("stride_x", "F")
-            found.append(
-                Production(
-                    _forward_kernel, "gelu_forward", size, dtype, forward, aligned, ("x_ptr",)
-                )
-            )
-            found.append(
-                Production(
-                    _backward_kernel,
-                    "gelu_backward",
-                    size,
-                    dtype,
-                    backward,
-                    aligned,
-                    ("dy_ptr", "x_ptr"),
-                )
-            )
-    return found

@@ -1,33 +1,47 @@
-"""`bias_gelu`: the activation between the two matrices of the feed-forward sublayer, and of the MLM head."""
+"""`bias_gelu`: the activation of the feed-forward sublayer and of the MLM head."""
 
 import torch
 
 from fastbert_kernels._autocast import cast_low
-from fastbert_kernels._checks import check_implementation, check_leader, check_tensors, check_triton
+from fastbert_kernels._checks import (
+    check_leader,
+    check_tensors,
+    check_triton,
+    chosen_implementation,
+)
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.gelu.reference import reference
 
 
-def bias_gelu(x: torch.Tensor, bias: torch.Tensor, *, impl: str = "reference") -> torch.Tensor:
+def bias_gelu(
+    x: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str = "auto"
+) -> torch.Tensor:
     """GELU(x + bias), exact: z Phi(z) = z (1 + erf(z / sqrt(2))) / 2 for z = x + bias.
 
-    Under autocast it runs in the autocast dtype, as the matrix product before it. Saved for the backward pass: x and bias.
+    Under autocast it runs in the autocast dtype, as the matrix product before it. Saved for the
+    backward pass: x and bias.
 
     Args:
-        x: [T, F], fp32, fp16 or bf16. bias: [F], as x.
-        impl: "triton" (one pass each way, fp32 inside; rows may be strided), "cpu" (the reference, which is fast enough) or "reference".
+        x: [T, F], fp32, fp16 or bf16.
+        bias: [F], as x; None for zeros.
+        impl: "triton" (one pass each way, fp32 inside; rows may be strided), "cpu" (the reference,
+            which is fast enough), "reference", or "auto": "triton" on a GPU, "cpu" on a CPU.
 
     Returns:
         [T, F], as x.
 
     Raises:
-        ValueError: a shape or device that does not fit, an unknown `impl`; "triton": a last axis of x that is not contiguous.
+        ValueError: a shape or device that does not fit, an unknown `impl`; "triton": a last axis
+            of x that is not contiguous.
         TypeError: a dtype that does not fit; "triton": float64.
 
     Source: Hendrycks and Gimpel, 2016, section 2.
     """
     x, bias = cast_low(x, bias)
+    impl = chosen_implementation("bias_gelu", impl, _IMPLEMENTATIONS, x)
     check(x, bias, impl)
+    if bias is None:
+        bias = x.new_zeros(x.shape[1])
     return _IMPLEMENTATIONS[impl](x, bias)
 
 
@@ -35,7 +49,6 @@ def check(x, bias, impl):
     check_leader("bias_gelu", "x", x, ("T", "F"))
     tensors = (("x", x, x.shape, (x.dtype,)), ("bias", bias, (x.shape[1],), (x.dtype,)))
     check_tensors("bias_gelu", x.device, *tensors)
-    check_implementation("bias_gelu", impl, _IMPLEMENTATIONS)
     if impl == "triton":
         check_triton("bias_gelu", *tensors)
 

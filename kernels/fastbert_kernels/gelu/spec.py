@@ -26,7 +26,8 @@ SPEC = Spec(
     ),
     inputs=_inputs,
     differentiable=("x", "bias"),
-    # Forward reads x and the bias and writes y; backward reads dy, x and the bias and writes dx and dbias.
+    # Forward reads x and the bias and writes y; backward reads dy, x and the bias and writes dx and
+    # dbias.
     least_bytes=lambda s, size: size * s["F"] * ((2 * s["T"] + 1) + (3 * s["T"] + 2)),
     flops=lambda s: 40 * s["T"] * s["F"],
     dropout=False,

@@ -1,12 +1,14 @@
-"""`masked_cross_entropy` on a CPU: by slabs of masked tokens, and the gradient at once, while a slab's logits are at hand.
+"""`masked_cross_entropy` on a CPU: by slabs of masked tokens, with the gradient at once.
 
 For each slab of rows h = hidden[positions], with y the one-hot labels:
 
-    z = h W' + b      loss = logsumexp(z) - z[label]      dz = (softmax(z) - y) / total      dh = dz W      dW += dz' h      db += sum(dz)
+    z = h W' + b      loss = logsumexp(z) - z[label]      dz = (softmax(z) - y) / total
+    dh = dz W      dW += dz' h      db += sum(dz)
 
-so no product is computed twice and no more than `_SLAB` logits exist at a time. Saved for the backward pass: the three
-gradients, which it only scales (by 1 in ordinary training). Without gradients (evaluation) only the losses are computed.
-Ignored tokens go through the products with label 0; then their losses and their rows of dz are set to zero.
+So no product is computed twice, and no more than `_SLAB` logits exist at a time. Saved for the
+backward pass: the three gradients, which it only scales (by 1 in ordinary training). Without
+gradients (evaluation) only the losses are computed. Ignored tokens go through the products with
+label 0; then their losses and their rows of dz are set to zero.
 """
 
 import torch
@@ -14,15 +16,18 @@ from torch.autograd.function import once_differentiable
 
 from fastbert_kernels.mlm_loss.reference import IGNORED
 
-_SLAB = (
-    1 << 24
-)  # logits held at once, 64 MB in fp32: MKL needs 300 rows and more to be fast; with 16 MB the loss takes a fifth longer
+# Logits held at once, 64 MB in fp32. MKL needs 300 rows and more to be fast: with 16 MB the loss
+# takes a fifth longer.
+_SLAB = 1 << 24
 
 
 def _loss_slab(
     rows, weight, bias, labels
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """exp(z - max z) [m, V], its sum [m, 1], losses [m] and correct [m] of one slab; one exp for loss and gradient alike."""
+    """Return exp(z - max z) [m, V], its sum [m, 1], losses [m] and correct [m] of one slab.
+
+    Loss and gradient share the exponentials.
+    """
     z = torch.addmm(bias, rows, weight.T).to(torch.promote_types(rows.dtype, torch.float32))
     largest = z.amax(-1, keepdim=True)
     of_label = z.gather(1, labels[:, None])
@@ -45,7 +50,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         labels = labels.masked_fill(ignored, 0)
         if with_gradient:
             drows = torch.empty_like(rows)
-            dweight = None  # begins as the first slab's share: zeros would cost a pass over [V, D]
+            dweight = None  # starts as the first slab's share: zeros cost a pass over [V, D]
             dbias = torch.zeros_like(bias, dtype=wide)
         for first in range(0, len(rows), size):
             slab = slice(first, first + size)

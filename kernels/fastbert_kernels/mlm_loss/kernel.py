@@ -1,46 +1,56 @@
-"""Vocabulary projection and softmax cross-entropy of the masked tokens, forward and backward, without their [M, V] logits.
+"""Vocabulary projection and softmax cross-entropy of masked tokens, without [M, V] logits.
 
-With h the masked token's hidden state, W and b the vocabulary's matrix and bias, y the label as a one-hot row, and
-everything in bits (times log2 e), so that an exponential is one exp2:
+With h the masked token's hidden state, W and b the vocabulary's matrix and bias, y the label as a
+one-hot row, and everything in bits (times log2 e), so that an exponential is one exp2:
 
     z = (h W' + b) log2 e      lse = log2(sum over V of 2^z)      loss = (lse - z[label]) ln 2
-    dz = 2^(z - lse) - y       dh = dz W      dW = dz' h      db = sum over M of dz      all times dloss / total
+    dz = 2^(z - lse) - y      dh = dz W      dW = dz' h      db = sum over M of dz
+    all gradients times dloss / total
 
 Saved: the inputs and lse, fp32 [M].
 
-Forward. A program owns BLOCK_M masked tokens, whose rows it gathers, and a run of vocabulary tiles. Over the run it keeps, for
-each token, the largest logit, the sum of exponentials relative to it, the label's logit, and the largest logit before the
-label's, which is how the first of equals is the arg-max, as in torch. A second kernel combines the runs. No address depends on a
-label, so a label outside [0, V) reads nothing; it makes its loss, and then every gradient, NaN, as a position outside [0, T) does.
-The launcher then sets the loss of ignored tokens (label -100) to zero and their lse to infinity, so that dz is zero in the backward pass.
+Forward. A program owns BLOCK_M masked tokens, whose rows it gathers, and a run of vocabulary tiles.
+Over the run it keeps, for each token, the largest logit, the sum of exponentials relative to it,
+the label's logit, and the largest logit before the label's. By the latter, the first of equal
+logits is the arg-max, as in torch. A second kernel combines the runs. No address depends on a
+label, so a label outside [0, V) reads nothing. It makes its loss NaN, and then every gradient, and
+so does a position outside [0, T). The launcher then sets the loss of ignored tokens (label -100) to
+zero and their lse to infinity, so that dz is zero in the backward pass.
 
-Backward, by slabs of words. A program for each multiprocessor walks its share of the slab's tiles, computes the logits again and
-writes dz to a workspace [M, slab] and its sum over the tile's tokens, for db, to fp32 [M / BLOCK_M, V]. Two plain products, which are
-torch's, do the rest: a row of dW is complete after its slab and is written once; dh grows from slab to slab in fp32. The factor
+Backward, by slabs of words. A program for each multiprocessor walks its share of the slab's tiles
+and recomputes the logits. It writes dz to a workspace [M, slab], and its sum over the tile's
+tokens, for db, to fp32 [M / BLOCK_M, V]. Two plain products by torch do the rest: a row of dW is
+complete after its slab and is written once, and dh grows from slab to slab in fp32. The factor
 dloss / total comes last, in fp32: in the workspace it would push fp16 below its smallest number.
 
-The logits of both passes are equal to the bit: one formula, sums over D in one order. Where a label's probability is near 1,
-dz = 2^(z - lse) - 1 is their rounding errors and little else, and they cancel only if they are the same.
+The logits of both passes are equal to the last bit: one formula, with the sums over D in one order.
+Where a label's probability is near 1, dz = 2^(z - lse) - 1 consists of their rounding errors and
+little else, and these only cancel if they are the same.
 
-Where the time goes. At D = 768 the matrix units of sm_90 need 12,288 cycles for a tile of 128 x 256. Its accumulator takes half of all
-registers, so they wait while a tile ends; the exponentials alone take 2,048 cycles. Hence, with cycles as counted in the machine code:
+Where the time goes. At D = 768 the matrix units of sm_90 need 12,288 cycles for a tile of
+128 x 256. Its accumulator takes half of all registers, so the matrix units wait while a tile ends;
+the exponentials alone take 2,048 cycles. Hence, with cycles as counted in the machine code:
 
-- The loops over tiles and over D are flattened into one, which asks for the next tile's operands before a tile ends.
-- What a tile needs once (bias; labels and lse) is loaded one tile ahead. Asked for when the tile ends, it would come behind 144 KB of
-  operands, 1,900 cycles later: see `_load_ahead`.
-- The forward pass finds the label's logit by halving the tile, not by comparing every column: 2,700 cycles less; see `_at_label`.
-- The backward pass has words as rows and tokens as columns of its tile. Threads hold whole rows of it, so the sum over tokens for db
-  needs 4 shuffles instead of 192. A program walks over tiles of the slab, so that all but
-  its first begin with their operands at hand.
+- The loops over tiles and over D are flattened into one, which requests the next tile's operands
+  before a tile ends.
+- What a tile needs once (bias; labels and lse) is loaded one tile ahead. If it were requested when
+  the tile ends, it would arrive behind 144 KB of operands, 1,900 cycles later: see `_load_ahead`.
+- The forward pass finds the label's logit by halving the tile, not by comparing every column, which
+  saves 2,700 cycles: see `_at_label`.
+- The backward pass has words as rows and tokens as columns of its tile. Threads hold whole rows of
+  it, so the sum over tokens for db needs 4 shuffles instead of 192. A program walks over tiles of
+  the slab, so that all but its first start with their operands loaded.
 
 A tile takes 18,800 cycles forward (22,200 without the above) and 20,900 backward (29,900).
 
-Memory beside the results, at M = 8,192, D = 768, V = 30,522 in bf16: 134 MB of workspace, 13 + 13 MB for the rows and their
-gradient, 25 MB for dh, 25 MB for the slab of dW, 4 MB for db; 214 MB. (fp32 weights: a rounded copy, 47 MB, in the forward pass alone.)
-The workspace does not grow with M beyond that. Eager torch holds the logits four times over: 2 GB in bf16 throughout, more with a
+Memory beside the results, at M = 8,192, D = 768, V = 30,522 in bf16: 134 MB of workspace, 13 + 13
+MB for the rows and their gradient, 25 MB for dh, 25 MB for the slab of dW, 4 MB for db; 214 MB.
+With fp32 weights, the forward pass also has a rounded copy, 47 MB. The workspace does not grow with
+M beyond that. Eager torch holds the logits four times: 2 GB in bf16 throughout, and more with a
 softmax in fp32.
 
-Source: Milakov and Gimelshein, 2018, algorithm 3 (running maximum and sum); the slabs and the halving are our own.
+Source: Milakov and Gimelshein, 2018, algorithm 3 (running maximum and sum); the slabs and the
+halving are our own.
 """
 
 import functools
@@ -51,26 +61,25 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels._launch import Kernel
-from fastbert_kernels._triton import Production, dot_precision, multiprocessors
+from fastbert_kernels._triton import dot_precision, multiprocessors
 from fastbert_kernels.mlm_loss.reference import IGNORED
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_LOWEST = tl.constexpr(
-    -1e30
-)  # below any logit, yet finite: a tile whose biases are all minus infinity must not give inf - inf
+# Below any logit, yet finite: a tile whose biases are all minus infinity must not give inf - inf.
+_LOWEST = tl.constexpr(-1e30)
 
-# A slab is as wide as memory allows: each costs four launches on a device that is not full when they begin and end, about a tile's
-# time in all, and another pass over dh.
+# A slab is as wide as memory allows: each costs four launches on a device that is not full when
+# they begin and end, about a tile's time in all, and another pass over dh.
 _SLAB_NUMBERS = 1 << 26  # of the workspace: 134 MB in 16 bits
 _SLAB_WORDS = 1 << 14  # also where tokens are few, since its dW is in fp32 first: 50 MB at D = 768
 
 
 @functools.cache
 def _run(row_tiles: int, vocabulary_tiles: int, slots: int) -> int:
-    """How many vocabulary tiles a program walks, such that `slots` programs at a time are done first.
+    """Return how many vocabulary tiles a program walks, for the shortest time.
 
-    A program costs its tiles and about a quarter of one to start.
+    `slots` programs run at a time. A program costs its tiles and about a quarter of one to start.
     """
 
     def duration(run: int) -> int:
@@ -81,10 +90,11 @@ def _run(row_tiles: int, vocabulary_tiles: int, slots: int) -> int:
 
 @triton.jit
 def _add_product(acc, a_ptr, b_ptr, D, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + A B', fp32; a_ptr [rows of A, 1] and b_ptr [rows of B, 1] point to rows that exist.
+    """Return acc + A B', fp32.
 
-    Tokens beyond M and words beyond V read the last one: a mask of rows would stay in registers all through the loop, where the
-    accumulator (128 of 255 a thread) leaves none to spare.
+    a_ptr [rows of A, 1] and b_ptr [rows of B, 1] point to rows that exist. Tokens beyond M and
+    words beyond V read the last one: a mask of rows would stay in registers all through the loop,
+    where the accumulator (128 of 255 a thread) leaves none to spare.
     """
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)[None, :]
@@ -96,21 +106,24 @@ def _add_product(acc, a_ptr, b_ptr, D, BLOCK_D: tl.constexpr, PRECISION: tl.cons
 
 @triton.jit
 def _load_ahead(ptr, index, stop, other):
-    """Entries of a vector that lies along the columns of the next tile, as [N, 1]; `tl.max(..., 1)` makes the vector when that tile ends.
+    """Load entries of a vector along the columns of the next tile, as [N, 1].
 
-    It spends a tile in registers. As [N], the compiler would carry it laid out as the accumulator's columns are, 64 registers a thread,
-    of which there are not so many; through the maximum, which is no work, it sees no layout, and a thread carries one.
+    `tl.max(..., 1)` makes the vector when that tile ends; until then it stays in registers. As [N],
+    the compiler would keep it in the layout of the accumulator's columns, 64 registers a thread,
+    which are not available. Through the maximum, which costs nothing, it sees no layout, and a
+    thread keeps one register.
     """
     return tl.load(ptr + index[:, None], mask=index[:, None] < stop, other=other)
 
 
 @triton.jit
 def _at_label(z, place, COMPARED: tl.constexpr):
-    """Of each row of z [BLOCK_M, BLOCK_V], 2^n columns: the entry at column `place`, and the largest before it.
+    """Return the entry at column `place` of each row of z, and the largest before it.
 
-    The half in which the label lies is kept, and halved again, down to COMPARED columns: an instruction and a half for an element, where a
-    comparison of every column with the label takes six. COMPARED is such that halves lie in the same thread, so nothing moves. What
-    comes out for a `place` outside the tile means nothing.
+    z is [BLOCK_M, BLOCK_V], with 2^n columns. The half that has the label is kept, and halved
+    again, down to COMPARED columns. That takes an instruction and a half for an element, where a
+    comparison of every column with the label takes six. COMPARED is such that halves are in the
+    same thread, so nothing moves. For a `place` outside the tile, the result means nothing.
     """
     before = tl.full(place.shape, float("-inf"), tl.float32)
     rest = z
@@ -130,14 +143,15 @@ def _at_label(z, place, COMPARED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "M", "run"])
 def _forward_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, positions_ptr, labels_ptr, partials_ptr, stride_hidden, stride_weight, T, M, V, D, run,
-    GATHER: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, COMPARED: tl.constexpr,
+    hidden_ptr, weight_ptr, bias_ptr, positions_ptr, labels_ptr, partials_ptr, stride_hidden,
+    stride_weight, T, M, V, D, run,
+    GATHER: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = token < M
-    label = tl.load(labels_ptr + token, mask=live, other=-1).to(
-        tl.int32
-    )  # what does not fit is refused by the second kernel
+    # The second kernel refuses a label that does not fit.
+    label = tl.load(labels_ptr + token, mask=live, other=-1).to(tl.int32)
     row = token.to(tl.int64)
     if GATHER:
         row = tl.load(positions_ptr + token, mask=live, other=0)
@@ -156,9 +170,8 @@ def _forward_kernel(
         acc = _add_product(
             tl.zeros([BLOCK_M, BLOCK_V], tl.float32), row_ptr, word_ptr, D, BLOCK_D, PRECISION
         )
-        of_words = (
-            tl.max(bias, 1).to(tl.float32) * _LOG2E
-        )  # minus infinity beyond V: what follows needs no mask
+        # Minus infinity beyond V, so that what follows needs no mask.
+        of_words = tl.max(bias, 1).to(tl.float32) * _LOG2E
         bias = _load_ahead(bias_ptr, column + BLOCK_V, V, float("-inf"))
 
         z = acc * _LOG2E + of_words[None, :]
@@ -228,12 +241,12 @@ def _combine_kernel(
     tl.store(lse_ptr + token, largest + of_sums, mask=live)
 
 
-_FORWARD = Kernel(_forward_kernel, "mlm_loss_forward")
+_FORWARD = Kernel(_forward_kernel, "mlm_loss_forward", wide=("hidden_ptr", "weight_ptr"))
 _COMBINE = Kernel(_combine_kernel, "mlm_loss_combine")
 
 
 def forward(hidden, weight, bias, positions, labels):
-    """Losses fp32 [M] in nats, correct bool [M], and lse fp32 [M] in bits."""
+    """Return losses fp32 [M] in nats, correct bool [M], and lse fp32 [M] in bits."""
     (T, D), M, V = hidden.shape, labels.shape[0], weight.shape[0]
     losses, lse = hidden.new_empty(M, dtype=torch.float32), hidden.new_empty(M, dtype=torch.float32)
     correct = hidden.new_empty(M, dtype=torch.bool)
@@ -247,8 +260,9 @@ def forward(hidden, weight, bias, positions, labels):
         triton.cdiv(V, kernel.tile["BLOCK_V"]),
     )
     run = _run(row_tiles, vocabulary_tiles, multiprocessors(hidden.device))
-    # Tokens come first in the grid: the programs that work at the same time walk the same words in step, so a tile of W comes from
-    # memory once and from the L2 cache for the others, where their rows stay, too (26 MB for 132 programs of 128 at D = 768).
+    # Tokens come first in the grid: the programs that work at the same time walk the same words in
+    # step, so a tile of W is read from memory once and from the L2 cache by the others. Their rows
+    # stay in that cache too (26 MB for 132 programs of 128 at D = 768).
     runs = triton.cdiv(vocabulary_tiles, run)
     partials = hidden.new_empty(4, runs, M, dtype=torch.float32)
     kernel(
@@ -265,21 +279,23 @@ def forward(hidden, weight, bias, positions, labels):
 
 @triton.jit(do_not_specialize=["M", "V", "run"])
 def _backward_kernel(
-    rows_ptr, weight_ptr, bias_ptr, labels_ptr, lse_ptr, slab_ptr, dbias_ptr, stride_rows, stride_weight, stride_slab, stride_dbias, M, V, D,
-    start, run, UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows_ptr, weight_ptr, bias_ptr, labels_ptr, lse_ptr, slab_ptr, dbias_ptr, stride_rows,
+    stride_weight, stride_slab, stride_dbias, M, V, D,
+    start, run, UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of the V words of a slab whose first is word `start`; weight and bias are the slab's, dbias its columns of the partial sums.
+    """Compute dz for the V words of a slab whose first is word `start`.
 
-    A program walks `run` tiles, tokens first, then words.
+    weight and bias are the slab's, dbias its columns of the partial sums. A program walks `run`
+    tiles, tokens first, then words.
     """
     words, tokens, token_tiles = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_M), tl.cdiv(M, BLOCK_M)
     first = tl.program_id(0) * run
     last = min(first + run, token_tiles * tl.cdiv(V, BLOCK_V))
     word = first // token_tiles * BLOCK_V + words
     token = first % token_tiles * BLOCK_M + tokens
-    bias = tl.load(
-        bias_ptr + word, mask=word < V, other=float("-inf")
-    )  # along rows: two registers a thread
+    # Along rows: two registers a thread.
+    bias = tl.load(bias_ptr + word, mask=word < V, other=float("-inf"))
     label = _load_ahead(labels_ptr, token, M, -1)
     lse = _load_ahead(lse_ptr, token, M, float("inf"))  # beyond M: dz = 0
     for number in tl.range(first, last, flatten=True):
@@ -306,7 +322,7 @@ def _backward_kernel(
         label = _load_ahead(labels_ptr, next_token, M, -1)
         lse = _load_ahead(lse_ptr, next_token, M, float("inf"))
 
-        # Up to the stride rather than to V: it is a multiple of 16, which is what lets the stores be 128 bits wide.
+        # Up to the stride rather than to V: as it is a multiple of 16, stores are 128 bits wide.
         within = (word < stride_slab)[:, None] & (token < M)[None, :]
         tl.store(
             slab_ptr + token.to(tl.int64)[None, :] * stride_slab + word[:, None],
@@ -315,7 +331,7 @@ def _backward_kernel(
         )
 
 
-_BACKWARD = Kernel(_backward_kernel, "mlm_loss_backward")
+_BACKWARD = Kernel(_backward_kernel, "mlm_loss_backward", wide=("rows_ptr", "weight_ptr"))
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, beta: int) -> None:
@@ -327,20 +343,21 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, beta: int) -> 
 
 
 def backward(scale, hidden, weight, bias, positions, labels, lse):
-    """dhidden, dweight and dbias, shaped and typed as the inputs; `scale` is dloss / total, an fp32 scalar on the device."""
+    """Return dhidden, dweight and dbias, shaped and typed as the inputs.
+
+    `scale` is dloss / total, an fp32 scalar on the device.
+    """
     T, D = hidden.shape
     M, V = labels.shape[0], weight.shape[0]
     dweight, dbias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
     if not M:
         return hidden.new_zeros(hidden.shape), dweight.zero_(), dbias.zero_()
-    index = (
-        None if positions is None else positions.clamp(0, T - 1)
-    )  # lse is NaN where this changes anything
+    # lse is NaN where the clamp changes anything.
+    index = None if positions is None else positions.clamp(0, T - 1)
     rows = hidden if index is None else hidden.index_select(0, index)
     bias = bias.to(hidden.dtype)
-    unit = (
-        2**15 if hidden.dtype == torch.float16 else 1
-    )  # |dz| <= 1, and fp16 reaches from 2^-24 to 2^16: use all of it
+    # |dz| <= 1, and fp16 reaches from 2^-24 to 2^16: use all of it.
+    unit = 2**15 if hidden.dtype == torch.float16 else 1
     of_product = scale / unit
 
     options = _BACKWARD.tile(hidden, D)
@@ -353,8 +370,9 @@ def backward(scale, hidden, weight, bias, positions, labels, lse):
     for start in range(0, V, width):
         words = weight[start : start + width].to(hidden.dtype)
         size = len(words)
-        # A program for each multiprocessor, with the same number of tiles. They work on a few tiles of tokens at a time, and on all
-        # words of the slab, which stay in L2 (13 MB of W for 8,192 words at D = 768).
+        # A program for each multiprocessor, with the same number of tiles. They work on a few tiles
+        # of tokens at a time, and on all words of the slab, which stay in L2 (13 MB of W for 8,192
+        # words at D = 768).
         tiles = triton.cdiv(size, block) * token_tiles
         run = triton.cdiv(tiles, multiprocessors(hidden.device))
         strides = (rows.stride(0), words.stride(0), width, V)
@@ -369,55 +387,7 @@ def backward(scale, hidden, weight, bias, positions, labels, lse):
     dbias.copy_(partials.sum(0) * scale)
     dhidden = torch.mul(drows, of_product, out=rows.new_empty(rows.shape))
     if index is not None:
-        # Two addends commute: only where a position comes three times does the order, which a GPU leaves open, matter.
+        # Two addends commute. The order, which a GPU leaves open, only matters where a position
+        # comes three times.
         dhidden = hidden.new_zeros(hidden.shape).index_add_(0, index, dhidden)
     return dhidden, dweight, dbias
-
-
-def production() -> list[Production]:
-    """For the ahead-of-time gate: BERT-base and BERT-large with V = 30,522."""
-    found = []
-    for dtype, name in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        matrix = {"weight_ptr": name, "bias_ptr": name, "stride_weight": "i32", "D": "i32"}
-        batch = {"labels_ptr": "*i64", "M": "i32", "V": "i32"}
-        gathered = {"positions_ptr": "*i64", "T": "i32", "GATHER": True, "partials_ptr": "*fp32"}
-        results = {"losses_ptr": "*fp32", "correct_ptr": "*i1", "lse_ptr": "*fp32", "runs": "i32"}
-        found.append(
-            Production(_combine_kernel, "mlm_loss_combine", 1, dtype, batch | gathered | results)
-        )
-        for size in (768, 1024):
-            rows = {"hidden_ptr": name, "stride_hidden": "i32", "run": "i32", "PRECISION": "ieee"}
-            aligned, wide = ("stride_hidden", "stride_weight", "D"), ("hidden_ptr", "weight_ptr")
-            for gather in (True, False):
-                arguments = matrix | batch | gathered | rows | {"GATHER": gather}
-                found.append(
-                    Production(
-                        _forward_kernel, "mlm_loss_forward", size, dtype, arguments, aligned, wide
-                    )
-                )
-            rows = {
-                "rows_ptr": name,
-                "stride_rows": "i32",
-                "lse_ptr": "*fp32",
-                "UNIT": 1,
-                "PRECISION": "ieee",
-            }
-            slab = {
-                "slab_ptr": name,
-                "stride_slab": "i32",
-                "dbias_ptr": "*fp32",
-                "stride_dbias": "i32",
-                "start": "i32",
-                "run": "i32",
-            }
-            aligned, wide = (
-                ("stride_rows", "stride_weight", "stride_slab", "D", "start"),
-                ("rows_ptr", "weight_ptr"),
-            )
-            arguments = matrix | batch | rows | slab
-            found.append(
-                Production(
-                    _backward_kernel, "mlm_loss_backward", size, dtype, arguments, aligned, wide
-                )
-            )
-    return found

@@ -5,73 +5,87 @@ import torch
 from fastbert_kernels._autocast import cast_low
 from fastbert_kernels._checks import (
     INT64,
-    check_implementation,
     check_leader,
     check_range,
     check_tensors,
     check_triton,
+    chosen_implementation,
     values_checked,
 )
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.mlm_loss.cpu import cpu
 from fastbert_kernels.mlm_loss.reference import IGNORED, reference
 
+NAME = "masked_cross_entropy"
+
 
 def masked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     positions: torch.Tensor | None,
     labels: torch.Tensor,
     *,
     total: float = 1.0,
     check_values: bool | None = None,
-    impl: str = "reference",
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Softmax cross-entropy of z = hidden[positions] @ weight.T + bias: the sum of log(sum(exp(z))) - z[label], divided by `total`.
+    """Softmax cross-entropy of the logits z = hidden[positions] weight' + bias.
 
-    Under autocast hidden is cast to the autocast dtype, as for a matrix product. Only "reference" ever holds [M, V] logits: "triton"
-    needs 214 MB beside its results at M = 8,192, D = 768, V = 30,522 in bf16, above all a workspace of 2^26 numbers; "cpu" 64 MB of logits.
-    Saved for the backward pass by "triton": the inputs and one fp32 number for each token; by "cpu": the gradients.
+    The loss is the sum of log(sum(exp(z))) - z[label] over the M tokens, divided by `total`. Under
+    autocast, hidden is cast to the autocast dtype, as for a matrix product. Only "reference" holds
+    the [M, V] logits. "triton" needs 214 MB beside its results at M = 8,192, D = 768, V = 30,522 in
+    bf16, mostly a workspace of 2^26 numbers; "cpu" holds 64 MB of logits. For the backward pass,
+    "triton" saves the inputs and one fp32 number for each token; "cpu" saves the gradients.
 
     Args:
         hidden: [T, D], fp32, fp16 or bf16.
-        weight: [V, D], the word embeddings, as hidden; or fp32, rounded to the dtype of hidden for the products. "triton" then
-            gives their gradient in fp32 without a rounding.
-        bias: [V], as hidden, or fp32 likewise.
-        positions: int64 [M], rows of `hidden`; M = 0 gives a loss of zero and gradients of zero. None: M = T, every row once.
-        labels: int64 [M] in [0, V), or -100 for a token that is ignored, as in torch's cross_entropy: its loss is zero, it is not counted as correct and
-            adds nothing to any gradient. So M may be padded.
-        total: what the sum is divided by: 1 for the sum, or the count of masked tokens in the whole global batch.
-        check_values: whether to verify positions and labels. None: on a CPU; True: also on a GPU, which then waits for the device.
-            Unchecked, "triton" reads nothing out of bounds; the loss of that token is NaN, and so are the gradients.
-        impl: "triton", "cpu" or "reference".
+        weight: [V, D], the word embeddings, as hidden; or fp32, rounded to the dtype of hidden for
+            the products. "triton" then gives their gradient in fp32 without a rounding.
+        bias: [V], as hidden, or fp32 likewise; None for zeros.
+        positions: int64 [M], rows of `hidden`; M = 0 gives a loss of zero and gradients of zero.
+            None: M = T, every row once.
+        labels: int64 [M] in [0, V), or -100 for a token that is ignored, as in torch's
+            cross_entropy: its loss is zero, it is not counted as correct, and it adds nothing to
+            any gradient. So M may be padded.
+        total: what the sum is divided by: 1 for the sum, the count of labels that are not -100 for
+            torch's mean, or the count of masked tokens in the whole global batch.
+        check_values: whether to check positions and labels. None: on a CPU; True: also on a GPU,
+            which then waits for the device. Unchecked, "triton" reads nothing out of bounds; the
+            loss of that token is NaN, and so are the gradients.
+        impl: "triton", "cpu", "reference", or "auto": "triton" on a GPU, "cpu" on a CPU.
 
     Returns:
         loss: scalar, fp32 (fp64 where hidden is), nats; the only differentiable result.
         token_losses: [M], as loss, nats, not divided.
-        token_correct: bool [M], whether the label is the arg-max of the logits (the first of equals).
+        token_correct: bool [M], whether the label is the arg-max of the logits (the first of
+            equals).
 
     Raises:
-        ValueError: a shape or device that does not fit, `total` not above 0, a position outside [0, T) or a label that is neither -100
-            nor in [0, V) where checked, an unknown `impl`; "triton": a last axis that is not contiguous.
+        ValueError: a shape or device that does not fit, `total` not above 0, a position outside
+            [0, T) or a label that is neither -100 nor in [0, V) where checked, an unknown `impl`;
+            "triton": a last axis that is not contiguous.
         TypeError: a dtype that does not fit; "triton": float64.
 
     Source: Devlin et al., 2019, section 3.1, task 1.
     """
     (hidden,) = cast_low(hidden)
-    weight, bias = (x if x.dtype == torch.float32 else cast_low(x)[0] for x in (weight, bias))
+    weight, bias = (
+        x if x is None or x.dtype == torch.float32 else cast_low(x)[0] for x in (weight, bias)
+    )
+    impl = chosen_implementation(NAME, impl, _IMPLEMENTATIONS, hidden)
     _check(hidden, weight, bias, positions, labels, total, check_values, impl)
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[0])
     return _IMPLEMENTATIONS[impl](hidden, weight, bias, positions, labels, total)
 
 
 def _check(hidden, weight, bias, positions, labels, total, check_values, impl):
-    name = "masked_cross_entropy"
-    check_leader(name, "hidden", hidden, ("T", "D"))
+    check_leader(NAME, "hidden", hidden, ("T", "D"))
     (T, D), floats = hidden.shape, (hidden.dtype, torch.float32)
-    check_leader(name, "weight", weight, ("V", "D"), floats)
+    check_leader(NAME, "weight", weight, ("V", "D"), floats)
     if positions is not None:
-        check_leader(name, "positions", positions, ("M",), INT64)
+        check_leader(NAME, "positions", positions, ("M",), INT64)
     V, M = weight.shape[0], T if positions is None else positions.shape[0]
     tensors = (
         ("hidden", hidden, (T, D), floats),
@@ -80,18 +94,18 @@ def _check(hidden, weight, bias, positions, labels, total, check_values, impl):
         ("positions", positions, (M,), INT64),
         ("labels", labels, (M,), INT64),
     )
-    check_tensors(name, hidden.device, *tensors)
+    check_tensors(NAME, hidden.device, *tensors)
     if T == 0 and M > 0:
-        raise ValueError(f"{name}: positions has {M} entries, but hidden has no rows")
+        raise ValueError(f"{NAME}: positions has {M} entries, but hidden has no rows")
     if not total > 0:
-        raise ValueError(f"{name}: total = {total}; must be above 0")
+        raise ValueError(f"{NAME}: total = {total}; must be above 0")
     if values_checked(check_values, labels):
-        check_range(name, "labels", labels.masked_fill(labels == IGNORED, 0), V, "V")
+        ignored = f", or {IGNORED} for a token to ignore"
+        check_range(NAME, "labels", labels.masked_fill(labels == IGNORED, 0), V, "V", ignored)
         if positions is not None:
-            check_range(name, "positions", positions, T, "T")
-    check_implementation(name, impl, _IMPLEMENTATIONS)
+            check_range(NAME, "positions", positions, T, "T")
     if impl == "triton":
-        check_triton(name, *tensors)
+        check_triton(NAME, *tensors)
 
 
 def _forward_fake(hidden, weight, bias, positions, labels):
@@ -110,7 +124,8 @@ _FORWARD = operator(
     _forward_fake,
 )
 _BACKWARD = operator(
-    f"masked_cross_entropy_backward(Tensor scale, {_INPUTS}, Tensor lse) -> (Tensor, Tensor, Tensor)",
+    f"masked_cross_entropy_backward(Tensor scale, {_INPUTS}, Tensor lse) "
+    "-> (Tensor, Tensor, Tensor)",
     "mlm_loss.kernel.backward",
     _backward_fake,
 )

@@ -20,7 +20,11 @@ def _inputs(shape, dtype, _dropout_p):
 
 
 def _least_bytes(shape, size):
-    """Of the Triton kernels with the tiles of sm_90: logits once forward and once, by slabs, backward. The products dW and dh are torch's."""
+    """The bytes of the Triton kernels with the tiles of sm_90.
+
+    The logits are computed once forward and once, by slabs, backward. The products dW and dh are
+    torch's.
+    """
     M, D, V = shape["M"], shape["D"], shape["V"]
 
     def tiles(kernel):
@@ -29,18 +33,15 @@ def _least_bytes(shape, size):
 
     def logits(row_tiles, word_tiles):
         rows = M * D * size * word_tiles  # once for each tile of words
-        return (
-            rows + V * (D + 1) * size * row_tiles
-        )  # the matrix and the bias once for each tile of rows
+        # The matrix and the bias once for each tile of rows.
+        return rows + V * (D + 1) * size * row_tiles
 
     row_tiles, word_tiles = tiles("mlm_loss_forward")
-    forward = (
-        logits(row_tiles, word_tiles) + M * (8 + 8) + M * (4 + 1 + 4)
-    )  # positions and labels in; losses, correct and lse out
+    # positions and labels in; losses, correct and lse out
+    forward = logits(row_tiles, word_tiles) + M * (8 + 8) + M * (4 + 1 + 4)
     row_tiles, word_tiles = tiles("mlm_loss_backward")
-    backward = (
-        logits(row_tiles, word_tiles) + M * (8 + 4) * word_tiles
-    )  # labels and lse, with the rows
+    # labels and lse, with the rows
+    backward = logits(row_tiles, word_tiles) + M * (8 + 4) * word_tiles
     backward += M * V * size + V * 4 * row_tiles  # the slabs, and the shares of dbias
     return forward + backward
 

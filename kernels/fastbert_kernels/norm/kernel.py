@@ -4,21 +4,21 @@
     mean = sum(z) / D        rstd = 1 / sqrt(sum((z - mean)^2) / D + eps)        h = (z - mean) rstd
     y = h * norm_weight + norm_bias
 
-    g = dy * norm_weight        dz = rstd (g - sum(g) / D - h sum(g h) / D)        dresidual = dz        dx = c dz * keep
+    g = dy * norm_weight        dz = rstd (g - sum(g) / D - h sum(g h) / D)
+    dresidual = dz        dx = c dz * keep
     dnorm_weight, dnorm_bias, dbias = sums over the rows of dy * h, dy, dx
 
-Saved: x, bias, residual, which the rest of the step holds anyway, and mean and rstd of each row; z and the mask are made anew.
-Without dropout dx and dresidual are the same and written once.
+Saved: x, bias, residual, which the rest of the step holds anyway, and mean and rstd of each row; z
+and the mask are recomputed. Without dropout, dx and dresidual are the same and written once.
 
-A program owns every n-th tile of BLOCK_T rows. It holds a row as a tuple of chunks of BLOCK_D columns, each a 128-bit load of every
-thread of one or a few warps: D = 768 is three chunks, with no lane idle, where a power of two would waste a quarter of them, and at
-BERT-base's size all sums along a row stay within a warp. The program reads bias, norm_weight and norm_bias once, and adds up its share of
-their gradients in registers, written as fp32 [n, 3, D] and added in one order: the result is deterministic.
+A program owns every n-th tile of BLOCK_T rows. It holds a row as a tuple of chunks of BLOCK_D
+columns (`_rows.py`), each a 128-bit load of every thread of one or a few warps. At BERT-base's size
+all sums along a row stay within a warp. The program reads bias, norm_weight and norm_bias once, and
+adds up its share of their gradients in registers. The shares are written as fp32 [n, 3, D] and
+added in one order, so the result is deterministic.
 
 Source: Ba et al., 2016, equation 4.
 """
-
-import itertools
 
 import torch
 import triton
@@ -39,7 +39,6 @@ from fastbert_kernels._rows import (
     times,
     zeros,
 )
-from fastbert_kernels._triton import Production
 
 
 @triton.jit
@@ -57,7 +56,7 @@ def _load_z(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """residual + dropout(x + bias)."""
+    """Return residual + dropout(x + bias)."""
     z = ()
     for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
         column = columns(i, BLOCK_D)
@@ -128,13 +127,13 @@ def _forward_kernel(
         tl.store(rstd_ptr + row, rstd, mask=row < T)
 
 
-_FORWARD = Kernel(_forward_kernel, "norm_forward")
+_FORWARD = Kernel(_forward_kernel, "norm_forward", wide=("x_ptr", "residual_ptr"))
 
 
 def forward(
     x, bias, residual, norm_weight, norm_bias, dropout_seeds, eps, dropout_p, dropout_stream
 ):
-    """y, and mean and rstd, fp32 [T]."""
+    """Return y, and mean and rstd, fp32 [T]."""
     T, D = x.shape
     y = x.new_empty(T, D)
     mean, rstd = x.new_empty(T, dtype=torch.float32), x.new_empty(T, dtype=torch.float32)
@@ -233,13 +232,16 @@ def _backward_kernel(
     store_share(share_ptr + 2 * D, dbias, D, BLOCK_D)
 
 
-_BACKWARD = Kernel(_backward_kernel, "norm_backward")
+_BACKWARD = Kernel(_backward_kernel, "norm_backward", wide=("x_ptr", "residual_ptr", "dy_ptr"))
 
 
 def backward(
     dy, x, bias, residual, norm_weight, dropout_seeds, mean, rstd, dropout_p, dropout_stream
 ):
-    """dx; dresidual where it differs from dx, else an empty tensor; dnorm_weight, dnorm_bias and dbias as the rows of [3, D]."""
+    """Return dx, dresidual, and dnorm_weight, dnorm_bias and dbias as the rows of [3, D].
+
+    Where dresidual is the same as dx, an empty tensor takes its place.
+    """
     T, D = x.shape
     dx = x.new_empty(T, D)
     differ = residual is not None and dropout_p > 0
@@ -271,62 +273,3 @@ def backward(
         (*strides, T, dropout_stream, threshold(dropout_p), keep_scale(dropout_p)),
     )
     return dx, dresidual, shares.sum(0).to(x.dtype)
-
-
-def production() -> list[Production]:
-    """For the ahead-of-time gate: the sublayers of BERT-base and BERT-large, with dropout and without, and a LayerNorm alone."""
-    found = []
-    for dtype, tensor in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
-        read = dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr", "norm_weight_ptr"), tensor) | {
-            "dropout_seeds_ptr": "*i64"
-        }
-        rows = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-        sizes = {
-            "stride_x": "i32",
-            "stride_residual": "i32",
-            "T": "i32",
-            "dropout_stream": "i32",
-            "threshold": "i32",
-            "scale": "fp32",
-        }
-        forward = (
-            read
-            | dict.fromkeys(("norm_bias_ptr", "y_ptr"), tensor)
-            | rows
-            | sizes
-            | {"eps": "fp32"}
-        )
-        backward = (
-            read
-            | dict.fromkeys(("dy_ptr", "dx_ptr", "dresidual_ptr"), tensor)
-            | {"shares_ptr": "*fp32"}
-            | rows
-            | sizes
-        )
-        aligned = ("stride_x", "stride_residual")
-        forms: tuple[tuple[str, ...], ...] = (
-            (),
-            ("dropout_seeds_ptr",),
-            ("dropout_seeds_ptr", "bias_ptr", "residual_ptr"),
-        )  # which tensors are missing
-        for size, missing in itertools.product((768, 1024), forms):
-            lacks = dict.fromkeys(missing) | {"D": size}
-            lacks_backward = lacks | (
-                {"dresidual_ptr": None} if missing else {}
-            )  # without dropout it is dx
-            wide = tuple(name for name in ("x_ptr", "residual_ptr") if name not in missing)
-            found += [
-                Production(
-                    _forward_kernel, "norm_forward", size, dtype, forward | lacks, aligned, wide
-                ),
-                Production(
-                    _backward_kernel,
-                    "norm_backward",
-                    size,
-                    dtype,
-                    backward | lacks_backward,
-                    aligned,
-                    (*wide, "dy_ptr"),
-                ),
-            ]
-    return found

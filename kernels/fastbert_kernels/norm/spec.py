@@ -22,9 +22,11 @@ def _inputs(shape, dtype, dropout_p):
 
 def _least_bytes(shape, size):
     rows, columns, bare = shape["T"], shape["D"], shape.get("bare", 0)
-    # Forward reads x, residual, bias, norm_weight, norm_bias and the seeds; writes y, mean and rstd.
+    # Forward reads x, residual, bias, norm_weight, norm_bias and the seeds; it writes y, mean and
+    # rstd.
     forward = ((2 if bare else 3) * rows + (2 if bare else 3)) * columns * size + rows * (8 + 4 + 4)
-    # Backward reads dy, x, residual, bias, norm_weight, the seeds, mean and rstd; writes dx, dresidual, dbias, dnorm_weight and dnorm_bias.
+    # Backward reads dy, x, residual, bias, norm_weight, the seeds, mean and rstd; it writes dx,
+    # dresidual, dbias, dnorm_weight and dnorm_bias.
     backward = ((3 if bare else 5) * rows + (3 if bare else 5)) * columns * size + rows * (
         8 + 4 + 4
     )
