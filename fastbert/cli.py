@@ -186,11 +186,16 @@ def prepare(
     text_format: Annotated[
         str | None,
         typer.Option(
-            "--format", help="txt, lines, jsonl, csv, tsv or parquet.  \\[default: by suffix]"
+            "--format",
+            help="txt: a blank line ends a document; lines: each line is one; file: each file is "
+            "one; jsonl, csv, tsv or parquet: each record.  \\[default: by suffix; .txt is txt]",
         ),
     ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Field of jsonl, or column of csv, tsv or parquet, with the text.")
+        str,
+        typer.Option(
+            help="Field of jsonl (doc.text: of an object in it), or column, with the text."
+        ),
     ] = "text",
     as_json: Json = False,
 ) -> None:
@@ -489,7 +494,10 @@ def embed(
         ),
     ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Field of jsonl, or column of csv, tsv or parquet, with the text.")
+        str,
+        typer.Option(
+            help="Field of jsonl (doc.text: of an object in it), or column, with the text."
+        ),
     ] = "text",
     as_json: Json = False,
 ) -> None:

@@ -250,7 +250,17 @@ def test_sample_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a\n\nb", {"tokenizer": "nowhere"}, ["nowhere", "no such tokenizer"]),
         (" \n\n \n", {}, ["every document is empty"]),
         (" \n\n \n", {"tokenizer": True}, ["a.txt", "no document with text"]),
-        ("One.\n\nOne.\n", {}, ["a.txt", "one distinct document", "at least two"]),
+        (
+            "One.\n\nOne.\n",
+            {},
+            [
+                "a.txt",
+                "one distinct document",
+                "at least two",
+                "a blank line between",
+                "--format lines",
+            ],
+        ),
         ("", {"tokenizer": True}, ["a.txt", "is empty"]),
         (b"good\n\n\xff", {}, ["a.txt", "line 3", "not UTF-8"]),
         (b"good\n\n\xff", {"tokenizer": True, "workers": 2}, ["a.txt", "line 3", "not UTF-8"]),

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,10 @@ _EXPANDED_BYTES = 16 << 20
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
 _BETWEEN_DOCUMENTS = re.compile(r"\n\s*\n")
+# How WikiExtractor writes articles, which have blank lines inside: <doc id=... title=...> ... </doc>
+_WIKI_BEGIN = re.compile(rb"(?:\xef\xbb\xbf)?\s*<doc [^>\n]*>")
+_WIKI_TAGS = re.compile(r"^<doc [^>\n]*>\r?$|^</doc>\r?$", re.MULTILINE)
+_WIKI_END = b"\n</doc>"
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,10 @@ def parse(chunk: Chunk, text_field: str = "text") -> list[str]:
     text = decode(chunk.data, chunk.source.path, chunk.line, chunk.offset)
     if chunk.source.format == "lines":
         return text.removesuffix("\n").split("\n")
-    return [
-        document
-        for document in _BETWEEN_DOCUMENTS.split(text)
-        if not document.isspace() and document
-    ]
+    if chunk.source.format == "file":
+        return [text]
+    between = _WIKI_TAGS if chunk.source.format == _WIKI else _BETWEEN_DOCUMENTS
+    return [document for document in between.split(text) if not document.isspace() and document]
 
 
 def read_documents(
@@ -114,7 +117,6 @@ def read_documents(
 
 def _text_chunks(source: Source, file: BufferedReader) -> Iterator[Chunk]:
     """Cut the data read so far at the last end of a document; the rest waits for more data."""
-    last_end = _last_blank_line if source.format == "txt" else _last_line_end
     waiting, line, offset, reported = b"", 1, 0, 0
 
     def chunk(data: bytes) -> Chunk:
@@ -124,6 +126,9 @@ def _text_chunks(source: Source, file: BufferedReader) -> Iterator[Chunk]:
         return made
 
     for piece in unpacked(source, file):
+        if source.format == "txt" and offset == 0 and not waiting and _WIKI_BEGIN.match(piece):
+            source = replace(source, format=_WIKI)
+        last_end = _LAST_END[source.format]
         searched = len(waiting)
         waiting += piece
         if len(waiting) < CHUNK_BYTES:
@@ -133,11 +138,10 @@ def _text_chunks(source: Source, file: BufferedReader) -> Iterator[Chunk]:
             yield chunk(waiting[:end])
             waiting = waiting[end:]
         elif len(waiting) > LONGEST_TEXT_BYTES:
-            hint = (
-                "put a blank line between documents, or use --format lines"
-                if source.format == "txt"
-                else "split it into documents, one per line"
-            )
+            hint = {
+                "txt": "put a blank line between documents, or use --format lines",
+                "file": "use another --format, or split the file",
+            }.get(source.format, "split it into documents")
             raise InputError(
                 f"{source.path}: the document that begins at line {line} is longer than "
                 f"{LONGEST_TEXT_BYTES >> 20} MiB; {hint}"
@@ -159,6 +163,22 @@ def _last_blank_line(data: bytes, searched: int) -> int:
     for match in _BLANK_LINE.finditer(data, begin):
         end = match.end()
     return end
+
+
+def _last_wiki_end(data: bytes, searched: int) -> int:
+    end = data.rfind(_WIKI_END, max(searched - len(_WIKI_END) - 2, 0))
+    return data.find(b"\n", end + len(_WIKI_END)) + 1 if end >= 0 else 0
+
+
+_WIKI = "wikiextractor"  # a format that is recognised, not asked for
+# Where the last whole document in some data ends; the search need not go back before `searched`.
+_LAST_END: dict[str, Callable[[bytes, int], int]] = {
+    "txt": _last_blank_line,
+    _WIKI: _last_wiki_end,
+    "lines": _last_line_end,
+    "jsonl": _last_line_end,
+    "file": lambda data, searched: 0,
+}
 
 
 def _parse_json_lines(chunk: Chunk, text_field: str) -> list[str]:

@@ -151,7 +151,8 @@ def prepare(
                 return _write(encoded, folder, dtype, heldout_below)
 
         written = write(int(min(heldout, HELDOUT_BYTES / max(size, 1)) * 2**64))
-        if (below := _heldout_bound(written, sources)) is not None:
+        blank_lines = any(source.format == "txt" for source in files)
+        if (below := _heldout_bound(written, sources, blank_lines)) is not None:
             for split in SPLITS:
                 shutil.rmtree(folder / split)
             written = write(below)
@@ -208,10 +209,17 @@ def _write(
     return _Written(writers, stats, smallest, heldout_below)
 
 
-def _heldout_bound(written: _Written, sources: Sequence[str | Path]) -> int | None:
+def _heldout_bound(
+    written: _Written, sources: Sequence[str | Path], blank_lines: bool
+) -> int | None:
     """Return a bound of the hashes that gives both splits enough documents.
 
     It is None where the given share already does. Only little text needs another bound.
+
+    Args:
+        written: what was written with the given share.
+        sources: for the error.
+        blank_lines: whether blank lines end documents in one of them.
     """
     distinct = len(written.smallest)  # capped; larger numbers make no difference
     if distinct < 2:
@@ -219,6 +227,7 @@ def _heldout_bound(written: _Written, sources: Sequence[str | Path]) -> int | No
         raise InputError(
             f"{', '.join(map(str, sources))}: {found}; "
             "a dataset needs at least two, one to train on and one to hold out"
+            + ("; put a blank line between documents, or use --format lines" * blank_lines)
         )
     wanted = min(LEAST_HELDOUT, max(distinct // 4, 1))
     if written.smallest[wanted - 1] < written.heldout_below and written.writers["train"].shards:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -60,11 +61,15 @@ def delimited_rows(
     """Yield the rows of a csv file (with quotes) or a tsv file (without quotes, as GLUE's)."""
     csv.field_size_limit(LONGEST_TEXT_BYTES)
     quoted = source.format == "csv"
-    reader = (
-        csv.reader(lines(source, file), strict=True)
-        if quoted
-        else csv.reader(lines(source, file), delimiter="\t", quoting=csv.QUOTE_NONE)
-    )
+    text = lines(source, file)
+    header = next(text, "")
+    text = itertools.chain([header], text)
+    if quoted:
+        # Spreadsheets write semicolons where numbers have decimal commas.
+        delimiter = next((mark for mark in ",;\t|" if mark in header), ",")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+    else:
+        reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
     columns: list[str] = []
     chosen: list[tuple[str, int]] = []
     line = 1
@@ -101,10 +106,19 @@ def json_object(text: str) -> dict[str, Any] | str:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return f"not JSON ({error})"
+        hint = _JQ.get(text.strip(), "")
+        return f"not JSON ({error}){hint}"
     if not isinstance(value, dict):
-        return f"a JSON {JSON_NAMES[type(value)]}, not an object"
+        hint = _JQ["["] if isinstance(value, list) else ""
+        return f"a JSON {JSON_NAMES[type(value)]}, not an object{hint}"
     return value
+
+
+# Lines that begin a value of several lines, and how to get one line per object.
+_JQ = {
+    "[": " (of an array jq -c '.[]' makes an object per line)",
+    "{": " (of objects over several lines jq -c . makes one each)",
+}
 
 
 def as_text(value: Any) -> str:
