@@ -197,6 +197,9 @@ def prepare(
             help="Field of jsonl (doc.text: of an object in it), or column, with the text."
         ),
     ] = "text",
+    bad_records: Annotated[
+        str, typer.Option(help="What to do with a record that cannot be read: error or skip.")
+    ] = "error",
     as_json: Json = False,
 ) -> None:
     """Make a dataset from text: tokenizer, token ids, a held-out part and a report on the data."""
@@ -213,6 +216,7 @@ def prepare(
         heldout=heldout,
         text_format=text_format,
         text_field=text_field,
+        bad_records=bad_records,
         progress=sys.stderr.isatty(),
     )
     if as_json:

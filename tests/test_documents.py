@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from fastbert.data import documents, unpack
 from fastbert.data.documents import parse, read_chunks, read_documents
 from fastbert.data.sources import find_sources
+from fastbert.data.unpack import BadRecord
 from fastbert.errors import InputError
 
 DOCUMENTS = ["One.\nStill one.", "Zwei: größer.", "三。", 'Four "quoted" \\ back', "Five"]
@@ -487,6 +488,59 @@ def test_broken_input(tmp_path: Path) -> None:
         message = str(raised.value)
         assert all(word in message for word in words), f"{name}: {message}"
         assert "\n" not in message, name
+
+
+BAD_RECORDS = {
+    "a.txt": (b"one\n\ntw\xff\xe9o\n\nthree", ["not UTF-8: 'tw\\udcff\\udce9o'"]),
+    "lines.txt": (b"one\n\xe9\nthree\n", ["not UTF-8"]),
+    "a.jsonl": (
+        b'{"text": "one"}\n{"text": \n[1]\n{"txt": ""}\n{"text": 5}\n{"text": "\xff"}\n'
+        b'{"text": "three", "x": "y"}\n',
+        [
+            "line 2: not JSON",
+            "line 3: a JSON list",
+            "line 4: no field",
+            "line 5",
+            "line 6: not UTF-8",
+        ],
+    ),
+    "a.csv": (
+        b'id,text\n1,one\n2\n3,a,b\n4,"x"y\n5,\xe9\n\xe9,three\n',
+        ["line 3: 1 fields", "line 4: 3 fields", "line 5: not valid csv", "line 6: not UTF-8"],
+    ),
+    "a.tsv": (b"text\tid\none\t1\nx\n\xff\t2\nthree\t4\n", ["line 3: 1 fields", "line 4"]),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_RECORDS, "a.parquet"])
+def test_bad_records_can_be_left_out(tmp_path: Path, name: str) -> None:
+    """One record that cannot be read: an error by default, or left out and counted."""
+    data, problems = BAD_RECORDS.get(name, (b"", ["row 2: byte 0 of the string is not UTF-8"]))
+    path = tmp_path / name
+    if data:
+        write(path, data)
+    else:
+        offsets = pyarrow.array([0, 3, 4, 9], pyarrow.int32()).buffers()[1]
+        table(
+            path, pyarrow.StringArray.from_buffers(3, offsets, pyarrow.py_buffer(b"one\xffthree"))
+        )
+    text_format = "lines" if name == "lines.txt" else None
+    sources, _ = find_sources([path], text_format)
+    skipped = list[str]()
+    chunks = read_chunks(sources, skip_bad=True)
+    assert [text for chunk in chunks for text in parse(chunk, "text", skipped)] == ["one", "three"]
+    assert len(skipped) == len(problems)
+    assert all(word in text and name in text for text, word in zip(skipped, problems, strict=True))
+    with pytest.raises(BadRecord, match=name):
+        list(read_documents([path], text_format))
+
+
+def test_a_file_without_end_is_no_bad_record(tmp_path: Path) -> None:
+    """A quote that is never closed would take the rest of the file with it."""
+    path = write(tmp_path / "a.csv", 'text\none\n"two\nthree\n')
+    with pytest.raises(InputError, match="line 4: not valid csv: unexpected end") as raised:
+        list(read_chunks(find_sources([path])[0], skip_bad=True))
+    assert not isinstance(raised.value, BadRecord)
 
 
 def test_nothing_named() -> None:

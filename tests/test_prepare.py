@@ -442,3 +442,27 @@ def test_many_workers_are_no_more_than_a_few_per_core(
         prepare([english_jsonl], out, vocab_size=200, workers=workers, progress=False)
     assert started[0] == module.MOST_PER_CORE * usable_cores()
     assert started[-1] == 1 and 2 in started
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_records(english_documents: list[str], tmp_path: Path, workers: int) -> None:
+    """The dataset is that of the file without them; the report counts and quotes them."""
+    good = [json.dumps({"text": document}) for document in english_documents[:100]]
+    bad = ['{"text": ', "[]", '{"body": ""}', '{"text": 1}']
+    (tmp_path / "good.jsonl").write_text("\n".join(good))
+    (tmp_path / "bad.jsonl").write_text("\n".join([*good[:50], *bad, *good[50:]]))
+    options: dict[str, Any] = {"vocab_size": 300, "progress": False, "workers": workers}
+    with pytest.raises(InputError, match=r"line 51: not JSON.*--bad-records skip"):
+        prepare([tmp_path / "bad.jsonl"], tmp_path / "no", **options)
+    prepare([tmp_path / "good.jsonl"], tmp_path / "good", **options)
+    report = prepare([tmp_path / "bad.jsonl"], tmp_path / "bad", bad_records="skip", **options)
+    made = [files_of(tmp_path / name) for name in ("good", "bad")]
+    assert {n for n in made[0] if made[0][n] != made[1][n]} == {
+        "manifest.json",
+        "report.json",
+        "report.md",
+    }
+    assert report.figures["bad_records"] == 4
+    assert "line 51: not JSON" in report.figures["bad_record_examples"][0]
+    with pytest.raises(InputError, match="--bad-records maybe: must be error or skip"):
+        prepare([tmp_path / "good.jsonl"], tmp_path / "no", bad_records="maybe", **options)

@@ -39,6 +39,8 @@ def chunk(
         "cut_sentences": 0,
         "unknown_tokens": 0,
         "losses": Losses(),
+        "bad_records": 0,
+        "bad_examples": (),
     }
     return EncodedChunk(part(documents), part(heldout or []), **{**values, **options})  # type: ignore[arg-type]
 
@@ -137,6 +139,13 @@ HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
             "capitals inside words, lower-cased",
             lambda: report_of(chunk([[20] * 50], losses=Losses(words=100, inner_capitals=3))),
             "--cased",
+        ),
+        (
+            "bad records, left out",
+            lambda: report_of(
+                chunk([[20] * 50], bad_records=2, bad_examples=("a: line 1: no", "a: line 2: no"))
+            ),
+            "a: line 1: no; a: line 2: no",
         ),
         (
             "copies of documents",

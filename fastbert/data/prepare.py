@@ -38,6 +38,7 @@ from fastbert.data.shards import ShardWriter
 from fastbert.data.sources import Source, find_sources
 from fastbert.data.staging import staging
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
+from fastbert.data.unpack import BadRecord
 from fastbert.data.vocabulary import VocabularyTrainer, check_vocab_size
 from fastbert.data.workers import apply_in_child, map_in_order
 from fastbert.durable import sealed, sha256_of
@@ -70,6 +71,7 @@ def prepare(
     heldout: float = 0.01,
     text_format: str | None = None,
     text_field: str = "text",
+    bad_records: str = "error",
     progress: bool = True,
 ) -> Report:
     """Make the dataset `out` from text files and folders.
@@ -90,6 +92,8 @@ def prepare(
             LEAST_HELDOUT bound the share.
         text_format: a key of sources.FORMATS, where the suffix does not tell the format.
         text_field: the field of JSON lines, or the column of csv or Parquet, that holds the text.
+        bad_records: "error" raises at a record that cannot be read (no UTF-8, no JSON, no text field,
+            a csv row of other columns); "skip" leaves it out, and the report counts it.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -108,6 +112,8 @@ def prepare(
         )
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: must be 1 or more")
+    if bad_records not in ("error", "skip"):
+        raise InputError(f"--bad-records {bad_records}: must be error or skip")
     files, left_out = find_sources(sources, text_format)
     for reason in dict.fromkeys(item.reason for item in left_out):
         paths = [str(item.path) for item in left_out if item.reason == reason]
@@ -122,12 +128,13 @@ def prepare(
         options |= {"vocab_size": vocab_size, "lowercase": lowercase}
         if keep_accents:
             options["keep_accents"] = True
-    with staging(out) as folder, _Bar(size, progress) as bar:
+    reading = files, text_field, bad_records == "skip"
+    with _advice_on_bad_records(), staging(out) as folder, _Bar(size, progress) as bar:
         vocabulary = given
         if vocabulary is None:
-            chunks = bar.follow("reading for the vocabulary", read_chunks(files, text_field))
+            chunks = bar.follow("reading for the vocabulary", read_chunks(*reading))
             sample = _spread(chunks)
-            trainer = text_field, vocab_size, lowercase, keep_accents
+            trainer = *reading[1:], vocab_size, lowercase, keep_accents
             with bar.wait("training the vocabulary"):
                 if sum(len(chunk.data) for chunk in sample) < TRAINED_HERE_BYTES:
                     trained = VocabularyTrainer(*trainer)(sample)
@@ -140,12 +147,12 @@ def prepare(
         dtype = token_dtype(vocabulary.get_vocab_size())
 
         def write(heldout_below: int) -> _Written:
-            chunks = bar.follow("documents, sentences, tokens", read_chunks(files, text_field))
+            chunks = bar.follow("documents, sentences, tokens", read_chunks(*reading))
             processes = min(
                 workers or 1 + size // BYTES_PER_WORKER,
                 usable_cores() * (MOST_PER_CORE if workers else 1),
             )
-            arguments = vocabulary.to_str(), text_field, heldout_below
+            arguments = vocabulary.to_str(), text_field, heldout_below, bad_records == "skip"
             encoded = map_in_order(ChunkEncoder, arguments, chunks, processes)
             with closing(encoded):  # so that after a failure no process outlives this call
                 return _write(encoded, folder, dtype, heldout_below)
@@ -172,6 +179,14 @@ def prepare(
         _write_text(folder / "report.md", report.markdown())
         (folder / MANIFEST).write_bytes(sealed(_manifest(folder, vocabulary, options, written)))
     return report
+
+
+@contextmanager
+def _advice_on_bad_records() -> Iterator[None]:
+    try:
+        yield
+    except BadRecord as error:
+        raise InputError(f"{error}; or leave out what cannot be read: --bad-records skip") from None
 
 
 def _stamp(source: Source) -> tuple[int, int]:

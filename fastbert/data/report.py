@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbert.data.encode import LONGEST_SENTENCE, EncodedChunk
+from fastbert.data.encode import BAD_EXAMPLES, LONGEST_SENTENCE, EncodedChunk
 from fastbert.data.encoder import Losses
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class CorpusStats:
         self.empty_documents = self.single_sentence_documents = 0
         self.cut_sentences = self.unknown_tokens = 0
         self.losses = Losses()
+        self.bad_records, self.bad_examples = 0, list[str]()
         # Histograms: how many documents, and sentences, have each number of tokens.
         self.document_lengths = np.zeros(_LONGEST_COUNTED + 1, np.int64)
         self.sentence_lengths = np.zeros(LONGEST_SENTENCE + 1, np.int64)
@@ -61,6 +62,8 @@ class CorpusStats:
         self.cut_sentences += chunk.cut_sentences
         self.unknown_tokens += chunk.unknown_tokens
         self.losses += chunk.losses
+        self.bad_records += chunk.bad_records
+        self.bad_examples = [*self.bad_examples, *chunk.bad_examples][:BAD_EXAMPLES]
         self.document_hashes.add(chunk.document_hashes)
         self.sentence_hashes.add(chunk.sentence_hashes)
 
@@ -176,6 +179,8 @@ def make_report(
         },
         "inner_capitals_share": _share(lost.inner_capitals, lost.words),
         "empty_documents": stats.empty_documents,
+        "bad_records": stats.bad_records,
+        "bad_record_examples": stats.bad_examples,
         "single_sentence_share": _round(stats.single_sentence_documents / documents),
         "duplicate_document_share": _round(stats.document_hashes.duplicates()),
         "duplicate_sentence_share": _round(stats.sentence_hashes.duplicates()),
@@ -209,6 +214,12 @@ def make_report(
             "or use --format lines",
         ),
         row("empty documents, left out", f"{stats.empty_documents:,}"),
+        row(
+            "bad records, left out",
+            f"{stats.bad_records:,}",
+            stats.bad_records > 0,
+            "; ".join(stats.bad_examples),
+        ),
         row("sentences", f"{sentences:,}"),
         row(
             "tokens",
