@@ -217,7 +217,6 @@ def prepare(
         text_format=text_format,
         text_field=text_field,
         bad_records=bad_records,
-        progress=sys.stderr.isatty(),
     )
     if as_json:
         print(report.json(), end="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from fastbert.data import prepare as module
+from fastbert.data import progress
 from fastbert.data.dataset import Split, TokenDataset, open_dataset
 from fastbert.data.documents import Chunk, read_documents
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, hash_text
@@ -385,17 +387,24 @@ def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
 
 
 def test_progress_and_left_out_files(
-    english_jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    english_jsonl: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(english_jsonl.read_bytes())
     (folder / "b.md").write_text("x")
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     prepare([folder], tmp_path / "dataset", vocab_size=500, workers=1)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert f"left out (unknown suffix): 1: {folder / 'b.md'}" in captured.err
-    assert "documents, sentences, tokens" in captured.err
+    assert re.search(r"^prepare: training the vocabulary, \d+ s$", captured.err, re.MULTILINE)
+    assert re.search(
+        r"^prepare: documents, sentences, tokens, \d+ %, \d+ s$", captured.err, re.MULTILINE
+    )
     assert (
         sum(1 for _ in read_documents([folder]))
         == open_dataset(tmp_path / "dataset").manifest["splits"]["train"]["documents"] + 16

@@ -33,6 +33,7 @@ from fastbert.data.dataset import (
 )
 from fastbert.data.documents import Chunk, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
+from fastbert.data.progress import Progress
 from fastbert.data.report import CorpusStats, Report, make_report
 from fastbert.data.shards import ShardWriter
 from fastbert.data.sources import Source, find_sources
@@ -94,7 +95,7 @@ def prepare(
         text_field: the field of JSON lines, or the column of csv or Parquet, that holds the text.
         bad_records: "error" raises at a record that cannot be read (no UTF-8, no JSON, no text field,
             a csv row of other columns); "skip" leaves it out, and the report counts it.
-        progress: show a progress bar on stderr.
+        progress: show progress on stderr: bars, or a line every ten seconds where it is no terminal.
 
     Returns:
         The report on the data.
@@ -129,7 +130,7 @@ def prepare(
         if keep_accents:
             options["keep_accents"] = True
     reading = files, text_field, bad_records == "skip"
-    with _advice_on_bad_records(), staging(out) as folder, _Bar(size, progress) as bar:
+    with _advice_on_bad_records(), staging(out) as folder, Progress(size, progress) as bar:
         vocabulary = given
         if vocabulary is None:
             chunks = bar.follow("reading for the vocabulary", read_chunks(*reading))
@@ -293,56 +294,3 @@ def _write_text(path: Path, text: str) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
-
-
-class _Bar:
-    """Progress on stderr, by bytes of the sources read."""
-
-    def __init__(self, size: int, show: bool):
-        self._size, self._progress = size, None
-        if show:
-            from rich.console import Console  # with rich.progress 0.1 s, so only where it is shown
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._progress = Progress(*columns, console=Console(stderr=True))
-
-    def __enter__(self) -> _Bar:
-        if self._progress:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def follow(self, name: str, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        if not self._progress:
-            yield from chunks
-            return
-        task = self._progress.add_task(name, total=self._size)
-        for chunk in chunks:
-            yield chunk
-            self._progress.advance(task, chunk.read_bytes)
-        self._progress.update(task, completed=self._size)
-
-    @contextmanager
-    def wait(self, name: str) -> Iterator[None]:
-        """Show a bar without a percentage during work of unknown length."""
-        task = self._progress.add_task(name, total=None) if self._progress else None
-        yield
-        if self._progress and task is not None:
-            self._progress.update(task, total=1, completed=1)
