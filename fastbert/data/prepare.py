@@ -38,7 +38,7 @@ from fastbert.data.report import CorpusStats, Report, make_report
 from fastbert.data.shards import ShardWriter
 from fastbert.data.sources import Source, find_sources
 from fastbert.data.staging import staging
-from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, unreachable
 from fastbert.data.unpack import BadRecord
 from fastbert.data.vocabulary import VocabularyTrainer, check_vocab_size
 from fastbert.data.workers import apply_in_child, map_in_order
@@ -168,7 +168,13 @@ def prepare(
             train, held = (Split(folder / n, written.writers[n].shards, dtype) for n in SPLITS)
             measured = baselines.measure(train, held, vocabulary.get_vocab_size())
         report = make_report(
-            written.stats, vocabulary.get_vocab_size(), options.get("vocab_size"), measured
+            written.stats,
+            vocabulary.get_vocab_size(),
+            options.get("vocab_size"),
+            measured,
+            len(files),
+            blank_lines,
+            unreachable(given) if given else (),
         )
         for source, stamp in zip(files, stamps, strict=True):
             if _stamp(source) != stamp:
