@@ -64,7 +64,7 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
         out: the folder to make; it must not exist yet.
         options: keyword arguments of `fastbert.data.prepare.prepare`, such as `vocab_size`,
             `lowercase`, `keep_accents`, `tokenizer`, `heldout`, `text_format`, `text_field`,
-            `workers` and `progress`.
+            `bad_records`, `workers` and `progress`.
 
     Returns:
         The report: `figures` is a dict of numbers, `rows` has their meaning and advice in words.

@@ -207,12 +207,20 @@ def prepare(
     text_format: Annotated[
         str | None,
         typer.Option(
-            "--format", help="txt, lines, jsonl, csv, tsv or parquet.  \\[default: by suffix]"
+            "--format",
+            help="txt: a blank line ends a document; lines: each line is one; file: each file is "
+            "one; jsonl, csv, tsv or parquet: each record.  \\[default: by suffix; .txt is txt]",
         ),
     ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Field of jsonl, or column of csv, tsv or parquet, with the text.")
+        str,
+        typer.Option(
+            help="Field of jsonl (doc.text: of an object in it), or column, with the text."
+        ),
     ] = "text",
+    bad_records: Annotated[
+        str, typer.Option(help="What to do with a record that cannot be read: error or skip.")
+    ] = "error",
     as_json: Json = False,
 ) -> None:
     """Make a dataset from text: tokenizer, token ids, a held-out part and a report on the data."""
@@ -229,7 +237,7 @@ def prepare(
         heldout=heldout,
         text_format=text_format,
         text_field=text_field,
-        progress=is_terminal(sys.stderr),
+        bad_records=bad_records,
     )
     if as_json:
         print(report.json(), end="")
@@ -522,7 +530,10 @@ def embed(
         ),
     ] = None,
     text_field: Annotated[
-        str, typer.Option(help="Field of jsonl, or column of csv, tsv or parquet, with the text.")
+        str,
+        typer.Option(
+            help="Field of jsonl (doc.text: of an object in it), or column, with the text."
+        ),
     ] = "text",
     as_json: Json = False,
 ) -> None:
@@ -542,7 +553,6 @@ def embed(
         pool,
         layers,
         normalize,
-        progress=is_terminal(sys.stderr),
     )
     if as_json:
         settings = {

@@ -22,9 +22,25 @@ from hypothesis import strategies as st
 from fastbert.data import documents, unpack
 from fastbert.data.documents import parse, read_chunks, read_documents
 from fastbert.data.sources import find_sources
+from fastbert.data.unpack import BadRecord
 from fastbert.errors import InputError
 
 DOCUMENTS = ["One.\nStill one.", "Zwei: größer.", "三。", 'Four "quoted" \\ back', "Five"]
+WIKI = """<doc id="12" url="https://example.org/?curid=12" title="Title">
+Title
+
+One.
+
+Two <b>.
+
+</doc>
+<doc id="25" url="https://example.org/?curid=25" title="Other">
+Other
+
+Three.
+</doc>
+"""
+WIKI_CRLF = ["Title\r\n\r\nOne.\r\n\r\nTwo <b>.", "Other\r\n\r\nThree."]
 ONE_LINE = [document.replace("\n", " ") for document in DOCUMENTS]
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -78,6 +94,13 @@ def write(path: Path, data: bytes | str) -> Path:
         ("a.json", json_lines(DOCUMENTS), "jsonl", DOCUMENTS),
         ("a.csv", csv_rows(DOCUMENTS), None, DOCUMENTS),
         ("a.csv", '\ufeffid,text\n\n1,one\n2,\n3,"a\n\nb"', None, ["one", "", "a\n\nb"]),
+        ("a.csv", 'id;text;n\n1;"one; 1,5";2\n2;two, three;3\n', None, ["one; 1,5", "two, three"]),
+        ("a.csv", 'id|text\n1|"a|b"\n', None, ["a|b"]),
+        ("a.csv", '"id"\t"text"\n1\ta;b\n', None, ["a;b"]),
+        ("a.csv", 'text\n"a;b"\n', None, ["a;b"]),
+        ("a.txt", "One.\n\nStill one.\n\n", "file", ["One.\n\nStill one."]),
+        ("wiki_00", WIKI, "txt", ["Title\n\nOne.\n\nTwo <b>.", "Other\n\nThree."]),
+        ("a.txt", "\ufeff" + WIKI.replace("\n", "\r\n"), None, WIKI_CRLF),
         ("a.tsv", '\ufeffid\ttext\n\n1\t"one\r\n2\t\n', None, ['"one', ""]),
         (
             "a.jsonl",
@@ -118,6 +141,56 @@ def test_parquet(tmp_path: Path, kind: pyarrow.DataType) -> None:
     assert list(read_documents([path], text_field="body")) == [*DOCUMENTS, ""] * 500
     chunks = list(read_chunks(find_sources([path])[0], "body"))
     assert sum(chunk.read_bytes for chunk in chunks) == path.stat().st_size
+
+
+@pytest.mark.parametrize("size", [1, 40, 200, 1 << 20])
+def test_articles_of_wikiextractor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """An article is a document, though it has blank lines, wherever a chunk ends."""
+    monkeypatch.setattr(documents, "CHUNK_BYTES", size)
+    plain = unpack._read_plain
+    monkeypatch.setitem(
+        unpack._UNPACK,
+        "",
+        lambda path, file: (
+            part for piece in plain(path, file) for part in (piece[:90], piece[90:95], piece[95:])
+        ),
+    )
+    path = write(tmp_path / "wiki_00", WIKI * 3)
+    found = list(read_documents([path], "txt"))
+    assert [document.strip() for document in found] == [
+        "Title\n\nOne.\n\nTwo <b>.",
+        "Other\n\nThree.",
+    ] * 3
+
+
+def test_files_without_a_suffix(tmp_path: Path) -> None:
+    """An explicit format reads them in folders too, as WikiExtractor, Hadoop and split name them."""
+    names = ["AA/wiki_00", "AA/wiki_01.bz2", "part-00000", "x.007"]
+    for name in [*names, "notes.md", "picture.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        data = f"Text of {name}.".encode()
+        write(tmp_path / name, bz2.compress(data) if name.endswith("bz2") else data)
+    with pytest.raises(InputError, match=r"no file in this folder .* add --format"):
+        find_sources([tmp_path / "AA"])
+    sources, left_out = find_sources([tmp_path], "txt")
+    assert sorted(str(s.path.relative_to(tmp_path)) for s in sources) == names
+    assert {item.path.name for item in left_out} == {"notes.md", "picture.png"}
+    assert len(list(read_documents([tmp_path], "txt"))) == 4
+
+
+def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    """The folder of datasets.Dataset.save_to_disk is answered by the command that makes Parquet."""
+    for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
+        write(tmp_path / name, "{}")
+    with pytest.raises(InputError, match=r"load_from_disk\('.*'\)\.to_parquet"):
+        find_sources([tmp_path])
+    (tmp_path / "more" / "train").mkdir(parents=True)
+    write(tmp_path / "more" / "dataset_dict.json", "{}")
+    write(tmp_path / "more" / "train" / "data-00000-of-00001.arrow", "")
+    with pytest.raises(InputError, match=r"load_from_disk\('.*'\)\['train'\]\.to_parquet"):
+        find_sources([tmp_path / "more"])
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"store_schema": False}])
@@ -311,7 +384,22 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
             {},
             ["j.jsonl", "line 2", "not JSON"],
         ),
-        "json list": (write(tmp_path / "i.jsonl", '["a"]\n'), {}, ["line 1", "JSON list"]),
+        "json list": (
+            write(tmp_path / "i.jsonl", '["a"]\n'),
+            {},
+            ["line 1", "JSON list", "jq -c '.[]'"],
+        ),
+        "json array": (
+            write(tmp_path / "ja.jsonl", '[\n {"text": "a"},\n {"text": "b"}\n]\n'),
+            {},
+            ["line 1", "not JSON", "jq -c '.[]'"],
+        ),
+        "json over lines": (
+            write(tmp_path / "jo.jsonl", '{\n "text": "a"\n}\n'),
+            {},
+            ["line 1", "not JSON", "jq -c ."],
+        ),
+        "json file": (write(tmp_path / "jf.json", "[]"), {}, ["--format", "jq -c '.[]'"]),
         "json deep": (write(tmp_path / "h.jsonl", "[" * 100_000), {}, ["line 1", "not JSON"]),
         "field": (
             write(tmp_path / "f.jsonl", '{"body": 1, "title": 2}'),
@@ -386,7 +474,7 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
         "format": (
             write(tmp_path / "a.txt", "x"),
             {"text_format": "pdf"},
-            ["pdf", "txt, lines, jsonl, csv, tsv, parquet"],
+            ["pdf", "txt, lines, file, jsonl, csv, tsv, parquet"],
         ),
         "folder": (folder, {}, ["folder", ".jsonl", ".parquet"]),
         "device": (Path(os.devnull), {"text_format": "txt"}, [os.devnull, "not a regular file"]),
@@ -400,6 +488,59 @@ def test_broken_input(tmp_path: Path) -> None:
         message = str(raised.value)
         assert all(word in message for word in words), f"{name}: {message}"
         assert "\n" not in message, name
+
+
+BAD_RECORDS = {
+    "a.txt": (b"one\n\ntw\xff\xe9o\n\nthree", ["not UTF-8: 'tw\\udcff\\udce9o'"]),
+    "lines.txt": (b"one\n\xe9\nthree\n", ["not UTF-8"]),
+    "a.jsonl": (
+        b'{"text": "one"}\n{"text": \n[1]\n{"txt": ""}\n{"text": 5}\n{"text": "\xff"}\n'
+        b'{"text": "three", "x": "y"}\n',
+        [
+            "line 2: not JSON",
+            "line 3: a JSON list",
+            "line 4: no field",
+            "line 5",
+            "line 6: not UTF-8",
+        ],
+    ),
+    "a.csv": (
+        b'id,text\n1,one\n2\n3,a,b\n4,"x"y\n5,\xe9\n\xe9,three\n',
+        ["line 3: 1 fields", "line 4: 3 fields", "line 5: not valid csv", "line 6: not UTF-8"],
+    ),
+    "a.tsv": (b"text\tid\none\t1\nx\n\xff\t2\nthree\t4\n", ["line 3: 1 fields", "line 4"]),
+}
+
+
+@pytest.mark.parametrize("name", [*BAD_RECORDS, "a.parquet"])
+def test_bad_records_can_be_left_out(tmp_path: Path, name: str) -> None:
+    """One record that cannot be read: an error by default, or left out and counted."""
+    data, problems = BAD_RECORDS.get(name, (b"", ["row 2: byte 0 of the string is not UTF-8"]))
+    path = tmp_path / name
+    if data:
+        write(path, data)
+    else:
+        offsets = pyarrow.array([0, 3, 4, 9], pyarrow.int32()).buffers()[1]
+        table(
+            path, pyarrow.StringArray.from_buffers(3, offsets, pyarrow.py_buffer(b"one\xffthree"))
+        )
+    text_format = "lines" if name == "lines.txt" else None
+    sources, _ = find_sources([path], text_format)
+    skipped = list[str]()
+    chunks = read_chunks(sources, skip_bad=True)
+    assert [text for chunk in chunks for text in parse(chunk, "text", skipped)] == ["one", "three"]
+    assert len(skipped) == len(problems)
+    assert all(word in text and name in text for text, word in zip(skipped, problems, strict=True))
+    with pytest.raises(BadRecord, match=name):
+        list(read_documents([path], text_format))
+
+
+def test_a_file_without_end_is_no_bad_record(tmp_path: Path) -> None:
+    """A quote that is never closed would take the rest of the file with it."""
+    path = write(tmp_path / "a.csv", 'text\none\n"two\nthree\n')
+    with pytest.raises(InputError, match="line 4: not valid csv: unexpected end") as raised:
+        list(read_chunks(find_sources([path])[0], skip_bad=True))
+    assert not isinstance(raised.value, BadRecord)
 
 
 def test_nothing_named() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import psutil
 import pytest
 
 from fastbert.data import prepare as module
+from fastbert.data import progress
 from fastbert.data.dataset import Split, TokenDataset, open_dataset
 from fastbert.data.documents import Chunk, read_documents
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, hash_text
@@ -251,7 +253,17 @@ def test_sample_for_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a\n\nb", {"tokenizer": "nowhere"}, ["nowhere", "no such tokenizer"]),
         (" \n\n \n", {}, ["every document is empty"]),
         (" \n\n \n", {"tokenizer": True}, ["a.txt", "no document with text"]),
-        ("One.\n\nOne.\n", {}, ["a.txt", "one distinct document", "at least two"]),
+        (
+            "One.\n\nOne.\n",
+            {},
+            [
+                "a.txt",
+                "one distinct document",
+                "at least two",
+                "a blank line between",
+                "--format lines",
+            ],
+        ),
         ("", {"tokenizer": True}, ["a.txt", "is empty"]),
         (b"good\n\n\xff", {}, ["a.txt", "line 3", "not UTF-8"]),
         (b"good\n\n\xff", {"tokenizer": True, "workers": 2}, ["a.txt", "line 3", "not UTF-8"]),
@@ -379,17 +391,24 @@ def test_no_orphans(several_chunks: Path, tmp_path: Path) -> None:
 
 
 def test_progress_and_left_out_files(
-    english_jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    english_jsonl: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(english_jsonl.read_bytes())
     (folder / "b.md").write_text("x")
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     prepare([folder], tmp_path / "dataset", vocab_size=500, workers=1)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert f"left out (unknown suffix): 1: {folder / 'b.md'}" in captured.err
-    assert "documents, sentences, tokens" in captured.err
+    assert re.search(r"^prepare: training the vocabulary, \d+ s$", captured.err, re.MULTILINE)
+    assert re.search(
+        r"^prepare: documents, sentences, tokens, \d+ %, \d+ s$", captured.err, re.MULTILINE
+    )
     assert (
         sum(1 for _ in read_documents([folder]))
         == open_dataset(tmp_path / "dataset").manifest["splits"]["train"]["documents"] + 16
@@ -436,3 +455,27 @@ def test_many_workers_are_no_more_than_a_few_per_core(
         prepare([english_jsonl], out, vocab_size=200, workers=workers, progress=False)
     assert started[0] == module.MOST_PER_CORE * usable_cores()
     assert started[-1] == 1 and 2 in started
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_records(english_documents: list[str], tmp_path: Path, workers: int) -> None:
+    """The dataset is that of the file without them; the report counts and quotes them."""
+    good = [json.dumps({"text": document}) for document in english_documents[:100]]
+    bad = ['{"text": ', "[]", '{"body": ""}', '{"text": 1}']
+    (tmp_path / "good.jsonl").write_text("\n".join(good))
+    (tmp_path / "bad.jsonl").write_text("\n".join([*good[:50], *bad, *good[50:]]))
+    options: dict[str, Any] = {"vocab_size": 300, "progress": False, "workers": workers}
+    with pytest.raises(InputError, match=r"line 51: not JSON.*--bad-records skip"):
+        prepare([tmp_path / "bad.jsonl"], tmp_path / "no", **options)
+    prepare([tmp_path / "good.jsonl"], tmp_path / "good", **options)
+    report = prepare([tmp_path / "bad.jsonl"], tmp_path / "bad", bad_records="skip", **options)
+    made = [files_of(tmp_path / name) for name in ("good", "bad")]
+    assert {n for n in made[0] if made[0][n] != made[1][n]} == {
+        "manifest.json",
+        "report.json",
+        "report.md",
+    }
+    assert report.figures["bad_records"] == 4
+    assert "line 51: not JSON" in report.figures["bad_record_examples"][0]
+    with pytest.raises(InputError, match="--bad-records maybe: must be error or skip"):
+        prepare([tmp_path / "good.jsonl"], tmp_path / "no", bad_records="maybe", **options)

@@ -39,6 +39,8 @@ def chunk(
         "cut_sentences": 0,
         "unknown_tokens": 0,
         "losses": Losses(),
+        "bad_records": 0,
+        "bad_examples": (),
     }
     values = {**values, **options}
     return EncodedChunk(part(documents), part(heldout or []), **values)  # type: ignore[arg-type]
@@ -140,6 +142,13 @@ HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
             "--cased",
         ),
         (
+            "bad records, left out",
+            lambda: report_of(
+                chunk([[20] * 50], bad_records=2, bad_examples=("a: line 1: no", "a: line 2: no"))
+            ),
+            "a: line 1: no; a: line 2: no",
+        ),
+        (
             "copies of documents",
             lambda: report_of(chunk([[20, 20]] * 90, document_hashes=np.zeros(90, np.uint64))),
             "by heart",
@@ -234,3 +243,31 @@ def test_sentence_hashes(small_dataset: TokenDataset) -> None:
     assert hashes("of the\na b c\na\n")[1:] == [first[0], first[4]]
     many = hashes("".join(f"{i} of {j}\n" for i in range(100) for j in range(100)))
     assert len(set(many)) == 10_000
+
+
+def test_files_and_what_ends_a_document(small_dataset: TokenDataset, tmp_path: Path) -> None:
+    """1,314 files became 43,066 documents, and nothing said why."""
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"Paragraph {i} alone.\n\nAnother of {i}.\n")
+    vocabulary = tmp_path / "vocab" / "vocab.txt"
+    vocabulary.parent.mkdir()
+    known = (small_dataset.tokenizer_dir / "vocab.txt").read_text(encoding="utf-8")
+    vocabulary.write_text(known + "login_ok\n", encoding="utf-8")
+    sources = [tmp_path / f"{i}.txt" for i in range(4)]
+    rows = {}
+    for text_format in ("txt", "file"):
+        report = prepare(
+            sources,
+            tmp_path / text_format,
+            tokenizer=vocabulary,
+            text_format=text_format,
+            workers=1,
+            progress=False,
+        )
+        rows[text_format] = {row.name: row for row in report.rows}
+    assert rows["txt"]["documents"].value == "8 in 4 files; a blank line ends a document"
+    assert "--format file" in rows["txt"]["documents of one sentence"].advice
+    assert rows["file"]["documents"].value == "4 in 4 files"
+    dead = rows["txt"]["tokens that no text gives"]
+    assert dead.value == "1" and "login_ok: BERT splits at punctuation" in dead.advice
+    assert not any(row.name == dead.name for row in report_of(HEALTHY).rows)

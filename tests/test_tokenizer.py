@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 from fastbert.data import encoder as module
 from fastbert.data.dataset import SpecialIds, TokenDataset
 from fastbert.data.encoder import Encoder
-from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, unreachable
 from fastbert.data.vocabulary import train_tokenizer
 from fastbert.errors import InputError
 
@@ -465,3 +465,22 @@ def test_extra_tokens_of_a_config_that_make_no_sense(tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         with pytest.raises(InputError, match=r"tokenizer_config\.json: cannot be read"):
             load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_tokens_that_no_text_gives(tmp_path: Path, lowercase: bool) -> None:
+    """Of a vocabulary written by hand; each other token is the encoding of a text."""
+    dead = ["login_ok", "a b", "don't", "##-", "##中", "中文", "c++", "##a.b", "##", "x" * 101]
+    dead += ["The", "É", "é", "##ü", "##Q", "한"] if lowercase else []
+    alive = [".", "the", "##ing", "中", "ω", "##9", "#", "k"]
+    alive += [] if lowercase else ["The", "é", "##Q", "한"]
+    tokens = [*SPECIAL, "[unused1]", *sorted([*dead, *alive])]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lowercase}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert unreachable(tokenizer) == [token for token in tokens if token in dead]
+    for token in alive:
+        text = f"the{token[2:]}" if token.startswith("##") else token
+        assert token in tokenizer.encode(text, add_special_tokens=False).tokens
+    trained = train_tokenizer(["the cat's été 中文 don't"] * 3, 100, lowercase)
+    assert unreachable(trained) == []

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,14 @@ from fastbert.data.rows import (
     shown,
 )
 from fastbert.data.sources import Source, find_sources
-from fastbert.data.unpack import LONGEST_TEXT_BYTES, decode, is_empty, unpacked
+from fastbert.data.unpack import (
+    LONGEST_TEXT_BYTES,
+    BadRecord,
+    decode,
+    is_broken,
+    is_empty,
+    unpacked,
+)
 from fastbert.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,6 +53,10 @@ _EXPANDED_BYTES = 16 << 20
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
 _BETWEEN_DOCUMENTS = re.compile(r"\n\s*\n")
+# How WikiExtractor writes articles, which have blank lines inside: <doc id=... title=...> ... </doc>
+_WIKI_BEGIN = re.compile(rb"(?:\xef\xbb\xbf)?\s*<doc [^>\n]*>")
+_WIKI_TAGS = re.compile(r"^<doc [^>\n]*>\r?$|^</doc>\r?$", re.MULTILINE)
+_WIKI_END = b"\n</doc>"
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,15 @@ class Chunk:
     read_bytes: int
 
 
-def read_chunks(sources: Iterable[Source], text_field: str = "text") -> Iterator[Chunk]:
+def read_chunks(
+    sources: Iterable[Source], text_field: str = "text", skip_bad: bool = False
+) -> Iterator[Chunk]:
     """Cut the files into chunks, in order.
+
+    Args:
+        sources: the files.
+        text_field: the field or column that holds the text.
+        skip_bad: leave bytes that are not UTF-8 to `parse`.
 
     Raises:
         InputError: a file that is empty, cannot be read, is packed wrongly or cut short, has no
@@ -73,34 +91,62 @@ def read_chunks(sources: Iterable[Source], text_field: str = "text") -> Iterator
         try:
             with open(source.path, "rb") as file:
                 if source.format in _BY_COLUMN:
-                    yield from _BY_COLUMN[source.format](source, file, text_field)
+                    yield from _BY_COLUMN[source.format](source, file, text_field, skip_bad)
                 else:
                     yield from _text_chunks(source, file)
         except OSError as error:
             raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
 
 
-def parse(chunk: Chunk, text_field: str = "text") -> list[str]:
+def parse(chunk: Chunk, text_field: str = "text", skipped: list[str] | None = None) -> list[str]:
     """Return the documents of a chunk, including empty ones, as valid Unicode.
 
+    Args:
+        chunk: from `read_chunks`.
+        text_field: the field that holds the text.
+        skipped: receives what is wrong with each bad record, which is then left out.
+
     Raises:
-        InputError: bytes that are not UTF-8, a line that is not a JSON object, or one without
-            `text_field`.
+        BadRecord: without `skipped`: bytes that are not UTF-8, a line that is not a JSON object, or
+            one without `text_field`.
     """
+    documents = list[str]()
+    for document in _records(chunk, text_field, strict=skipped is None):
+        if isinstance(document, str):
+            documents.append(document)
+        elif skipped is None:
+            raise document
+        else:
+            skipped.append(str(document))
+    return documents
+
+
+def _records(chunk: Chunk, text_field: str, strict: bool) -> Iterable[str | BadRecord]:
     if chunk.source.format == "parquet":
-        return _parse_parquet(chunk)
+        return _parquet_records(chunk)
     if chunk.source.format in ("csv", "tsv"):
-        return [_row_text(chunk, json.loads(line)) for line in chunk.data.splitlines()]
+        return (_row_text(chunk, json.loads(line)) for line in chunk.data.splitlines())
     if chunk.source.format == "jsonl":
-        return _parse_json_lines(chunk, text_field)
-    text = decode(chunk.data, chunk.source.path, chunk.line, chunk.offset)
+        return _json_records(chunk, text_field, strict)
+    documents = _text_documents(chunk, strict)
+    return documents if strict else (_whole(chunk, document) for document in documents)
+
+
+def _whole(chunk: Chunk, text: str) -> str | BadRecord:
+    """Return a text, or the error where some of its bytes were not UTF-8."""
+    if not is_broken(text):
+        return text
+    return BadRecord(f"{chunk.source.path}: not UTF-8: {text.strip()[:40]!a}")
+
+
+def _text_documents(chunk: Chunk, strict: bool) -> list[str]:
+    text = decode(chunk.data, chunk.source.path, chunk.line, chunk.offset, strict)
     if chunk.source.format == "lines":
         return text.removesuffix("\n").split("\n")
-    return [
-        document
-        for document in _BETWEEN_DOCUMENTS.split(text)
-        if not document.isspace() and document
-    ]
+    if chunk.source.format == "file":
+        return [text]
+    between = _WIKI_TAGS if chunk.source.format == _WIKI else _BETWEEN_DOCUMENTS
+    return [document for document in between.split(text) if not document.isspace() and document]
 
 
 def read_documents(
@@ -114,7 +160,6 @@ def read_documents(
 
 def _text_chunks(source: Source, file: BufferedReader) -> Iterator[Chunk]:
     """Cut the data read so far at the last end of a document; the rest waits for more data."""
-    last_end = _last_blank_line if source.format == "txt" else _last_line_end
     waiting, line, offset, reported = b"", 1, 0, 0
 
     def chunk(data: bytes) -> Chunk:
@@ -124,6 +169,9 @@ def _text_chunks(source: Source, file: BufferedReader) -> Iterator[Chunk]:
         return made
 
     for piece in unpacked(source, file):
+        if source.format == "txt" and offset == 0 and not waiting and _WIKI_BEGIN.match(piece):
+            source = replace(source, format=_WIKI)
+        last_end = _LAST_END[source.format]
         searched = len(waiting)
         waiting += piece
         if len(waiting) < CHUNK_BYTES:
@@ -133,11 +181,10 @@ def _text_chunks(source: Source, file: BufferedReader) -> Iterator[Chunk]:
             yield chunk(waiting[:end])
             waiting = waiting[end:]
         elif len(waiting) > LONGEST_TEXT_BYTES:
-            hint = (
-                "put a blank line between documents, or use --format lines"
-                if source.format == "txt"
-                else "split it into documents, one per line"
-            )
+            hint = {
+                "txt": "put a blank line between documents, or use --format lines",
+                "file": "use another --format, or split the file",
+            }.get(source.format, "split it into documents")
             raise InputError(
                 f"{source.path}: the document that begins at line {line} is longer than "
                 f"{LONGEST_TEXT_BYTES >> 20} MiB; {hint}"
@@ -161,9 +208,24 @@ def _last_blank_line(data: bytes, searched: int) -> int:
     return end
 
 
-def _parse_json_lines(chunk: Chunk, text_field: str) -> list[str]:
-    documents = []
-    text = decode(chunk.data, chunk.source.path, chunk.line, chunk.offset)
+def _last_wiki_end(data: bytes, searched: int) -> int:
+    end = data.rfind(_WIKI_END, max(searched - len(_WIKI_END) - 2, 0))
+    return data.find(b"\n", end + len(_WIKI_END)) + 1 if end >= 0 else 0
+
+
+_WIKI = "wikiextractor"  # a format that is recognised, not asked for
+# Where the last whole document in some data ends; the search need not go back before `searched`.
+_LAST_END: dict[str, Callable[[bytes, int], int]] = {
+    "txt": _last_blank_line,
+    _WIKI: _last_wiki_end,
+    "lines": _last_line_end,
+    "jsonl": _last_line_end,
+    "file": lambda data, searched: 0,
+}
+
+
+def _json_records(chunk: Chunk, text_field: str, strict: bool) -> Iterator[str | BadRecord]:
+    text = decode(chunk.data, chunk.source.path, chunk.line, chunk.offset, strict)
     # Not splitlines, which would also split at other characters that JSON strings may contain.
     for line, record in enumerate(text.split("\n"), chunk.line):
         if not record or record.isspace():
@@ -174,11 +236,12 @@ def _parse_json_lines(chunk: Chunk, text_field: str) -> list[str]:
             if isinstance(value, str)
             else _field_problem(value, text_field)
         )
+        if not strict and is_broken(record):
+            problem = "not UTF-8"
         if problem:
-            raise InputError(f"{chunk.source.path}: line {line}: {problem}")
-        assert isinstance(value, dict)
-        documents.append(as_text(field_of(value, text_field)))
-    return documents
+            yield BadRecord(f"{chunk.source.path}: line {line}: {problem}")
+        else:
+            yield as_text(field_of(value, text_field))
 
 
 def _field_problem(value: dict[str, Any], text_field: str) -> str:
@@ -201,7 +264,9 @@ def _choose_among(names: Iterable[str]) -> str:
     return f"choose with --text-field among: {among}" if among else "there is no other"
 
 
-def _delimited_chunks(source: Source, file: BufferedReader, text_field: str) -> Iterator[Chunk]:
+def _delimited_chunks(
+    source: Source, file: BufferedReader, text_field: str, skip_bad: bool
+) -> Iterator[Chunk]:
     """Cut a csv or tsv file into chunks, keeping only the text column.
 
     The rows are parsed here and not in `parse`. A quoted field may contain line ends, so where a
@@ -216,7 +281,7 @@ def _delimited_chunks(source: Source, file: BufferedReader, text_field: str) -> 
         return [text_field]
 
     reported, texts, held = 0, list[bytes](), 0
-    for line, row in delimited_rows(source, file, choose):
+    for line, row in delimited_rows(source, file, choose, strict=not skip_bad):
         value = [line, row] if isinstance(row, str) else row[text_field]
         texts.append(json.dumps(value).encode())
         held += len(texts[-1])
@@ -229,14 +294,16 @@ def _delimited_chunks(source: Source, file: BufferedReader, text_field: str) -> 
         raise InputError(f"{source.path}: no row below the header; remove it from the sources")
 
 
-def _row_text(chunk: Chunk, value: Any) -> str:
+def _row_text(chunk: Chunk, value: Any) -> str | BadRecord:
     if isinstance(value, str):
         return value
     line, problem = value
-    raise InputError(f"{chunk.source.path}: line {line}: {problem}")
+    return BadRecord(f"{chunk.source.path}: line {line}: {problem}")
 
 
-def _parquet_chunks(source: Source, file: BufferedReader, text_field: str) -> Iterator[Chunk]:
+def _parquet_chunks(
+    source: Source, file: BufferedReader, text_field: str, skip_bad: bool
+) -> Iterator[Chunk]:
     import pyarrow
 
     def choose(schema: pyarrow.Schema) -> list[str]:
@@ -302,7 +369,7 @@ def _bounded(source: Source, column: pyarrow.Array, row: int) -> Iterator[pyarro
         begin = end
 
 
-def _parse_parquet(chunk: Chunk) -> list[str]:
+def _parquet_records(chunk: Chunk) -> list[str | BadRecord]:
     import pyarrow
 
     column = pyarrow.ipc.open_stream(chunk.data).read_all().column(0)
@@ -310,20 +377,22 @@ def _parse_parquet(chunk: Chunk) -> list[str]:
         return [text or "" for text in column.to_pylist()]
     except UnicodeDecodeError:
         pass  # which row it is in
-    documents = []
+    documents = list[str | BadRecord]()
     for row, value in enumerate(column, chunk.line):
         try:
             documents.append(value.as_py() or "")
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{chunk.source.path}: row {row}: byte {error.start} of the string is not UTF-8; "
-                "write the table again"
-            ) from None
+            documents.append(
+                BadRecord(
+                    f"{chunk.source.path}: row {row}: byte {error.start} of the string is not "
+                    "UTF-8; write the table again"
+                )
+            )
     return documents
 
 
 # Formats whose text is a column; the other columns of a row are not passed on.
-_BY_COLUMN: dict[str, Callable[[Source, BufferedReader, str], Iterator[Chunk]]] = {
+_BY_COLUMN: dict[str, Callable[[Source, BufferedReader, str, bool], Iterator[Chunk]]] = {
     "csv": _delimited_chunks,
     "tsv": _delimited_chunks,
     "parquet": _parquet_chunks,

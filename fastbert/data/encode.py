@@ -16,6 +16,7 @@ from fastbert.data.tokenizer import special_ids
 
 # tokens; a longer sentence is cut, so that two of them and three special tokens still fit into 512
 LONGEST_SENTENCE = 254
+BAD_EXAMPLES = 3  # records that cannot be read and are quoted
 _HASHED_SPANS = 1 << 16  # at a time: hashing takes 100 bytes a token
 
 
@@ -40,6 +41,8 @@ class EncodedChunk:
     cut_sentences: int
     unknown_tokens: int
     losses: Losses
+    bad_records: int  # records that are left out, because they cannot be read
+    bad_examples: tuple[str, ...]  # what is wrong with the first of them
 
 
 class ChunkEncoder:
@@ -49,9 +52,11 @@ class ChunkEncoder:
         tokenizer: as `Tokenizer.to_str` returns it.
         text_field: see documents.py.
         heldout_below: documents with a hash below this one are held out.
+        skip_bad: leave out records that cannot be read, instead of raising InputError.
     """
 
-    def __init__(self, tokenizer: str, text_field: str, heldout_below: int):
+    def __init__(self, tokenizer: str, text_field: str, heldout_below: int, skip_bad: bool = False):
+        self._skip_bad = skip_bad
         self._tokenizer = Tokenizer.from_str(tokenizer)
         self._tokenizer.encode_special_tokens = True
         self._encode = Encoder(self._tokenizer)
@@ -60,7 +65,8 @@ class ChunkEncoder:
         self._text_field, self._heldout_below = text_field, heldout_below
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
-        texts = parse(chunk, self._text_field)
+        bad = list[str]()
+        texts = parse(chunk, self._text_field, bad if self._skip_bad else None)
         hashes = np.array([hash_text(text) for text in texts], np.uint64)
         split = [split_sentences(text) for text in texts]
         tokens, lengths, losses = self._encode(
@@ -89,6 +95,8 @@ class ChunkEncoder:
             cut_sentences=int((pieces > 1).sum()),
             unknown_tokens=int((tokens == self._unknown).sum()),
             losses=losses,
+            bad_records=len(bad),
+            bad_examples=tuple(bad[:BAD_EXAMPLES]),
         )
 
 

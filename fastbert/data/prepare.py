@@ -33,11 +33,13 @@ from fastbert.data.dataset import (
 )
 from fastbert.data.documents import Chunk, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
+from fastbert.data.progress import Progress
 from fastbert.data.report import CorpusStats, Report, make_report
 from fastbert.data.shards import ShardWriter
 from fastbert.data.sources import Source, find_sources
 from fastbert.data.staging import staging
-from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
+from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, unreachable
+from fastbert.data.unpack import BadRecord
 from fastbert.data.vocabulary import VocabularyTrainer, check_vocab_size
 from fastbert.data.workers import apply_in_child, map_in_order
 from fastbert.durable import sealed, sha256_of
@@ -70,6 +72,7 @@ def prepare(
     heldout: float = 0.01,
     text_format: str | None = None,
     text_field: str = "text",
+    bad_records: str = "error",
     progress: bool = True,
 ) -> Report:
     """Make the dataset `out` from text files and folders.
@@ -90,7 +93,9 @@ def prepare(
             LEAST_HELDOUT bound the share.
         text_format: a key of sources.FORMATS, where the suffix does not tell the format.
         text_field: the field of JSON lines, or the column of csv or Parquet, that holds the text.
-        progress: show a progress bar on stderr.
+        bad_records: "error" raises at a record that cannot be read (no UTF-8, no JSON, no text field,
+            a csv row of other columns); "skip" leaves it out, and the report counts it.
+        progress: show progress on stderr: bars, or a line every ten seconds where it is no terminal.
 
     Returns:
         The report on the data.
@@ -108,6 +113,8 @@ def prepare(
         )
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: must be 1 or more")
+    if bad_records not in ("error", "skip"):
+        raise InputError(f"--bad-records {bad_records}: must be error or skip")
     files, left_out = find_sources(sources, text_format)
     for reason in dict.fromkeys(item.reason for item in left_out):
         paths = [str(item.path) for item in left_out if item.reason == reason]
@@ -122,12 +129,13 @@ def prepare(
         options |= {"vocab_size": vocab_size, "lowercase": lowercase}
         if keep_accents:
             options["keep_accents"] = True
-    with staging(out) as folder, _Bar(size, progress) as bar:
+    reading = files, text_field, bad_records == "skip"
+    with _advice_on_bad_records(), staging(out) as folder, Progress(size, progress) as bar:
         vocabulary = given
         if vocabulary is None:
-            chunks = bar.follow("reading for the vocabulary", read_chunks(files, text_field))
+            chunks = bar.follow("reading for the vocabulary", read_chunks(*reading))
             sample = _spread(chunks)
-            trainer = text_field, vocab_size, lowercase, keep_accents
+            trainer = *reading[1:], vocab_size, lowercase, keep_accents
             with bar.wait("training the vocabulary"):
                 if sum(len(chunk.data) for chunk in sample) < TRAINED_HERE_BYTES:
                     trained = VocabularyTrainer(*trainer)(sample)
@@ -140,18 +148,19 @@ def prepare(
         dtype = token_dtype(vocabulary.get_vocab_size())
 
         def write(heldout_below: int) -> _Written:
-            chunks = bar.follow("documents, sentences, tokens", read_chunks(files, text_field))
+            chunks = bar.follow("documents, sentences, tokens", read_chunks(*reading))
             processes = min(
                 workers or 1 + size // BYTES_PER_WORKER,
                 usable_cores() * (MOST_PER_CORE if workers else 1),
             )
-            arguments = vocabulary.to_str(), text_field, heldout_below
+            arguments = vocabulary.to_str(), text_field, heldout_below, bad_records == "skip"
             encoded = map_in_order(ChunkEncoder, arguments, chunks, processes)
             with closing(encoded):  # so that after a failure no process outlives this call
                 return _write(encoded, folder, dtype, heldout_below)
 
         written = write(int(min(heldout, HELDOUT_BYTES / max(size, 1)) * 2**64))
-        if (below := _heldout_bound(written, sources)) is not None:
+        blank_lines = any(source.format == "txt" for source in files)
+        if (below := _heldout_bound(written, sources, blank_lines)) is not None:
             for split in SPLITS:
                 shutil.rmtree(folder / split)
             written = write(below)
@@ -159,7 +168,13 @@ def prepare(
             train, held = (Split(folder / n, written.writers[n].shards, dtype) for n in SPLITS)
             measured = baselines.measure(train, held, vocabulary.get_vocab_size())
         report = make_report(
-            written.stats, vocabulary.get_vocab_size(), options.get("vocab_size"), measured
+            written.stats,
+            vocabulary.get_vocab_size(),
+            options.get("vocab_size"),
+            measured,
+            len(files),
+            blank_lines,
+            unreachable(given) if given else (),
         )
         for source, stamp in zip(files, stamps, strict=True):
             if _stamp(source) != stamp:
@@ -171,6 +186,14 @@ def prepare(
         _write_text(folder / "report.md", report.markdown())
         (folder / MANIFEST).write_bytes(sealed(_manifest(folder, vocabulary, options, written)))
     return report
+
+
+@contextmanager
+def _advice_on_bad_records() -> Iterator[None]:
+    try:
+        yield
+    except BadRecord as error:
+        raise InputError(f"{error}; or leave out what cannot be read: --bad-records skip") from None
 
 
 def _stamp(source: Source) -> tuple[int, int]:
@@ -208,10 +231,17 @@ def _write(
     return _Written(writers, stats, smallest, heldout_below)
 
 
-def _heldout_bound(written: _Written, sources: Sequence[str | Path]) -> int | None:
+def _heldout_bound(
+    written: _Written, sources: Sequence[str | Path], blank_lines: bool
+) -> int | None:
     """Return a bound of the hashes that gives both splits enough documents.
 
     It is None where the given share already does. Only little text needs another bound.
+
+    Args:
+        written: what was written with the given share.
+        sources: for the error.
+        blank_lines: whether blank lines end documents in one of them.
     """
     distinct = len(written.smallest)  # capped; larger numbers make no difference
     if distinct < 2:
@@ -219,6 +249,7 @@ def _heldout_bound(written: _Written, sources: Sequence[str | Path]) -> int | No
         raise InputError(
             f"{', '.join(map(str, sources))}: {found}; "
             "a dataset needs at least two, one to train on and one to hold out"
+            + ("; put a blank line between documents, or use --format lines" * blank_lines)
         )
     wanted = min(LEAST_HELDOUT, max(distinct // 4, 1))
     if written.smallest[wanted - 1] < written.heldout_below and written.writers["train"].shards:
@@ -269,56 +300,3 @@ def _write_text(path: Path, text: str) -> None:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
-
-
-class _Bar:
-    """Progress on stderr, by bytes of the sources read."""
-
-    def __init__(self, size: int, show: bool):
-        self._size, self._progress = size, None
-        if show:
-            from rich.console import Console  # with rich.progress 0.1 s, so only where it is shown
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
-            self._progress = Progress(*columns, console=Console(stderr=True))
-
-    def __enter__(self) -> _Bar:
-        if self._progress:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def follow(self, name: str, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        if not self._progress:
-            yield from chunks
-            return
-        task = self._progress.add_task(name, total=self._size)
-        for chunk in chunks:
-            yield chunk
-            self._progress.advance(task, chunk.read_bytes)
-        self._progress.update(task, completed=self._size)
-
-    @contextmanager
-    def wait(self, name: str) -> Iterator[None]:
-        """Show a bar without a percentage during work of unknown length."""
-        task = self._progress.add_task(name, total=None) if self._progress else None
-        yield
-        if self._progress and task is not None:
-            self._progress.update(task, total=1, completed=1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbert.data.encode import LONGEST_SENTENCE, EncodedChunk
+from fastbert.data.encode import BAD_EXAMPLES, LONGEST_SENTENCE, EncodedChunk
 from fastbert.data.encoder import Losses
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class CorpusStats:
         self.empty_documents = self.single_sentence_documents = 0
         self.cut_sentences = self.unknown_tokens = 0
         self.losses = Losses()
+        self.bad_records, self.bad_examples = 0, list[str]()
         # Histograms: how many documents, and sentences, have each number of tokens.
         self.document_lengths = np.zeros(_LONGEST_COUNTED + 1, np.int64)
         self.sentence_lengths = np.zeros(LONGEST_SENTENCE + 1, np.int64)
@@ -61,6 +63,8 @@ class CorpusStats:
         self.cut_sentences += chunk.cut_sentences
         self.unknown_tokens += chunk.unknown_tokens
         self.losses += chunk.losses
+        self.bad_records += chunk.bad_records
+        self.bad_examples = [*self.bad_examples, *chunk.bad_examples][:BAD_EXAMPLES]
         self.document_hashes.add(chunk.document_hashes)
         self.sentence_hashes.add(chunk.sentence_hashes)
 
@@ -140,7 +144,13 @@ class Report:
 
 
 def make_report(
-    stats: CorpusStats, vocab_size: int, asked_vocab_size: int | None, baselines: dict[str, float]
+    stats: CorpusStats,
+    vocab_size: int,
+    asked_vocab_size: int | None,
+    baselines: dict[str, float],
+    files: int = 1,
+    blank_lines: bool = False,
+    unreachable: Sequence[str] = (),
 ) -> Report:
     """Turn the counts into figures and rows.
 
@@ -149,6 +159,9 @@ def make_report(
         vocab_size: V.
         asked_vocab_size: the size asked for; None where the tokenizer was given.
         baselines: in nats, by name.
+        files: how many files were read.
+        blank_lines: whether a blank line ends a document in some of them.
+        unreachable: tokens that no text gives.
     """
     documents, sentences, tokens, lost = (
         stats.documents,
@@ -161,6 +174,7 @@ def make_report(
     fill = {n: (tokens + 3 * count) / (n * count) for n, count in stats.sequences.items()}
     figures: dict[str, Any] = {
         "documents": documents,
+        "files": files,
         "sentences": sentences,
         "tokens": tokens,
         "heldout_documents": stats.heldout_documents,
@@ -176,6 +190,8 @@ def make_report(
         },
         "inner_capitals_share": _share(lost.inner_capitals, lost.words),
         "empty_documents": stats.empty_documents,
+        "bad_records": stats.bad_records,
+        "bad_record_examples": stats.bad_examples,
         "single_sentence_share": _round(stats.single_sentence_documents / documents),
         "duplicate_document_share": _round(stats.document_hashes.duplicates()),
         "duplicate_sentence_share": _round(stats.sentence_hashes.duplicates()),
@@ -203,12 +219,19 @@ def make_report(
     rows = [
         row(
             "documents",
-            f"{documents:,}",
+            f"{documents:,} in {files:,} file{'s' * (files > 1)}"
+            + ("; a blank line ends a document" * blank_lines),
             documents < 1000 and tokens / documents > 10_000,
             "few and very long: if these are whole files, put a blank line between documents, "
             "or use --format lines",
         ),
         row("empty documents, left out", f"{stats.empty_documents:,}"),
+        row(
+            "bad records, left out",
+            f"{stats.bad_records:,}",
+            stats.bad_records > 0,
+            "; ".join(stats.bad_examples),
+        ),
         row("sentences", f"{sentences:,}"),
         row(
             "tokens",
@@ -222,6 +245,19 @@ def make_report(
             asked_vocab_size is not None and vocab_size < asked_vocab_size,
             "fewer words occur twice than needed for the "
             f"{asked_vocab_size or 0:,} tokens asked for; this is fine, or add text",
+        ),
+        *(
+            [
+                row(
+                    "tokens that no text gives",
+                    f"{len(unreachable):,}",
+                    len(unreachable) > 0,
+                    f"{', '.join(unreachable[:5])}: BERT splits at punctuation and ideographs"
+                    " and may lower-case; if you wrote this vocabulary, correct them",
+                )
+            ]
+            if not asked_vocab_size
+            else []
         ),
         row(
             "[UNK]",
@@ -266,8 +302,9 @@ def make_report(
             "documents of one sentence",
             _percent(figures["single_sentence_share"]),
             figures["single_sentence_share"] > 0.2,
-            "they have no true next sentence; join what belongs together, "
-            'or train with objective.kind = "mlm"',
+            "they have no true next sentence; join what belongs together"
+            + (" (--format file: a file is a document)" * blank_lines)
+            + ', or train with objective.kind = "mlm"',
         ),
         row(
             f"sentences cut at {LONGEST_SENTENCE} tokens",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from io import BufferedReader
 from typing import TYPE_CHECKING, Any
 
 from fastbert.data.sources import Source
-from fastbert.data.unpack import LONGEST_TEXT_BYTES, is_empty, lines
+from fastbert.data.unpack import LONGEST_TEXT_BYTES, is_broken, is_empty, lines
 from fastbert.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,16 +56,23 @@ def read_rows(source: Source, choose: Choose) -> Iterator[tuple[int, Row]]:
 
 
 def delimited_rows(
-    source: Source, file: BufferedReader, choose: Choose
+    source: Source, file: BufferedReader, choose: Choose, strict: bool = True
 ) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of a csv file (with quotes) or a tsv file (without quotes, as GLUE's)."""
+    """Yield the rows of a csv file (with quotes) or a tsv file (without quotes, as GLUE's).
+
+    Without `strict`, bytes that are not UTF-8 make their row a bad one, and raise nothing.
+    """
     csv.field_size_limit(LONGEST_TEXT_BYTES)
     quoted = source.format == "csv"
-    reader = (
-        csv.reader(lines(source, file), strict=True)
-        if quoted
-        else csv.reader(lines(source, file), delimiter="\t", quoting=csv.QUOTE_NONE)
-    )
+    text = lines(source, file, strict)
+    header = next(text, "")
+    text = itertools.chain([header], text)
+    if quoted:
+        # Spreadsheets write semicolons where numbers have decimal commas.
+        delimiter = next((mark for mark in ",;\t|" if mark in header), ",")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+    else:
+        reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
     columns: list[str] = []
     chosen: list[tuple[str, int]] = []
     line = 1
@@ -72,9 +80,12 @@ def delimited_rows(
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise InputError(
-                f"{source.path}: line {reader.line_num}: not valid {source.format}: {error}"
-            ) from None
+            problem = f"not valid {source.format}: {error}"
+            if _ENDLESS.search(str(error)):
+                raise InputError(f"{source.path}: line {reader.line_num}: {problem}") from None
+            yield reader.line_num, problem
+            line = reader.line_num + 1
+            continue
         if row is None:
             break
         at, line = line, reader.line_num + 1
@@ -90,6 +101,8 @@ def delimited_rows(
         if len(row) != len(columns):
             hint = "; put texts with commas in quotes" if quoted and len(row) > len(columns) else ""
             yield at, f"{len(row)} fields, and the header has {len(columns)}{hint}"
+        elif not strict and any(is_broken(row[i]) for _, i in chosen):
+            yield at, "not UTF-8"
         else:
             yield at, {name: row[i] for name, i in chosen}
     if not columns:
@@ -101,10 +114,21 @@ def json_object(text: str) -> dict[str, Any] | str:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return f"not JSON ({error})"
+        hint = _JQ.get(text.strip(), "")
+        return f"not JSON ({error}){hint}"
     if not isinstance(value, dict):
-        return f"a JSON {JSON_NAMES[type(value)]}, not an object"
+        hint = _JQ["["] if isinstance(value, list) else ""
+        return f"a JSON {JSON_NAMES[type(value)]}, not an object{hint}"
     return value
+
+
+# Errors of the csv module after which the next row is not the next line.
+_ENDLESS = re.compile("unexpected end of data|larger than field limit")
+# Lines that begin a value of several lines, and how to get one line per object.
+_JQ = {
+    "[": " (of an array jq -c '.[]' makes an object per line)",
+    "{": " (of objects over several lines jq -c . makes one each)",
+}
 
 
 def as_text(value: Any) -> str:

@@ -15,6 +15,7 @@ from fastbert.errors import InputError
 FORMATS = {
     "txt": (".txt",),
     "lines": (".txt",),
+    "file": (".txt",),
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "csv": (".csv",),
     "tsv": (".tsv",),
@@ -64,7 +65,8 @@ def find_sources(
 
     Args:
         paths: files and folders.
-        text_format: a key of FORMATS; by default the suffix of each file decides.
+        text_format: a key of FORMATS; by default the suffix of each file decides. In folders it is
+            for files of its suffixes, and for those without a suffix, such as wiki_00 or part.001.
 
     Returns:
         The files to read, in order, and what is left out of folders, apart from hidden files.
@@ -87,10 +89,7 @@ def find_sources(
                 else:
                     left_out.append(item if isinstance(item, LeftOut) else LeftOut(item, SUFFIX))
             if not found:
-                raise InputError(
-                    f"{path}: no file in this folder ends in {_suffixes(text_format)}; "
-                    "name a file or another folder"
-                )
+                raise _nothing_in(path, text_format, left_out)
         else:
             found = [file_source(path, text_format)]
         for source in found:
@@ -125,8 +124,14 @@ def file_source(
             "and name the folder"
         )
     if source is None and formats == tuple(FORMATS):
+        hint = ""
+        if _suffix(path)[0] == ".json":
+            name = shlex.quote(str(path))
+            hint = (
+                f" (jsonl for an object per line; of an array jq -c '.[]' {name} makes such lines)"
+            )
         raise InputError(
-            f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}"
+            f"{path}: the suffix does not tell the format; add --format {'|'.join(FORMATS)}{hint}"
         )
     if source is None or source.format not in formats:
         raise InputError(f"{path}: must end in {_suffixes(None, formats)}")
@@ -215,8 +220,25 @@ def _source(path: Path, text_format: str | None, in_folder: bool) -> Source | No
             None,
         )
     else:
-        known = text_format if not in_folder or suffix in FORMATS[text_format] else None
+        fits = suffix in FORMATS[text_format] or not suffix or suffix[1:].isdigit()
+        known = text_format if fits or not in_folder else None
     return Source(path, known, compression) if known else None
+
+
+def _nothing_in(folder: Path, text_format: str | None, left_out: Sequence[LeftOut]) -> InputError:
+    """Return the error for a folder without a file to read."""
+    if any(item.path.suffix == ".arrow" for item in left_out):
+        part = "['train']" if (folder / "dataset_dict.json").exists() else ""
+        return InputError(
+            f"{folder}: written by save_to_disk of datasets; write Parquet in Python: datasets."
+            f"load_from_disk({str(folder)!r}){part}.to_parquet({folder.name + '.parquet'!r})"
+        )
+    advice = "name a file or another folder"
+    if text_format is None:
+        advice += ", or add --format to read files without a suffix"
+    return InputError(
+        f"{folder}: no file in this folder ends in {_suffixes(text_format)}; {advice}"
+    )
 
 
 def _suffix(path: Path) -> tuple[str, str]:

@@ -95,6 +95,28 @@ def extra_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
     return [token for token in added if token.content not in SPECIAL_TOKENS.values()]
 
 
+def unreachable(tokenizer: Tokenizer) -> list[str]:
+    """Return the tokens of a vocabulary that no text gives, in the order of their ids.
+
+    BERT's normalizer and pre-tokenizer change or split every text that could give them: capitals
+    where text is lower-cased, accents, or punctuation beside letters. Names in brackets, such as
+    [unused1], are not counted: they wait for a use.
+    """
+    ids = tokenizer.get_vocab(with_added_tokens=False)
+    kept = {token.content for token in extra_tokens(tokenizer)}
+    found = []
+    for token in sorted(ids, key=ids.__getitem__):
+        if token in kept or (token.startswith("[") and token.endswith("]")):
+            continue
+        # A piece inside a word is tried after a letter.
+        word = f"a{token[2:]}" if token.startswith("##") and len(token) > 2 else token
+        normalized = tokenizer.normalizer.normalize_str(word)
+        pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
+        if pieces != [word] or len(word) > LONGEST_WORD:
+            found.append(token)
+    return found
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write tokenizer.json, vocab.txt and tokenizer_config.json, as AutoTokenizer loads them."""
     folder = Path(folder)

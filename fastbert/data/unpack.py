@@ -27,6 +27,10 @@ LONGEST_TEXT_BYTES = 64 << 20
 _FED_BYTES = 1 << 10
 
 
+class BadRecord(InputError):
+    """A single record that cannot be read; the records around it can."""
+
+
 def unpacked(source: Source, file: BufferedReader) -> Iterator[bytes]:
     """Yield the unpacked bytes of a file in pieces of about a MiB, at most some 30; none is empty.
 
@@ -84,16 +88,17 @@ def _iconv(path: Path, encoding: str) -> str:
     return f"unpack it and {convert}" if packed else convert
 
 
-def decode(data: bytes, path: Path, line: int, offset: int) -> str:
+def decode(data: bytes, path: Path, line: int, offset: int, strict: bool = True) -> str:
     """Decode UTF-8.
 
     Args:
         data: bytes of a file.
         path: the file.
         line, offset: where `data` begins in the unpacked file; lines count from 1, bytes from 0.
+        strict: raise where bytes are not UTF-8, instead of decoding them to what `is_broken` finds.
 
     Raises:
-        InputError: bytes that are not UTF-8.
+        BadRecord: bytes that are not UTF-8.
     """
     if offset == 0 and data.startswith(b"\xef\xbb\xbf"):
         data = data[3:]  # a byte order mark is not text
@@ -101,14 +106,24 @@ def decode(data: bytes, path: Path, line: int, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if not strict:
+            return data.decode("utf-8", "surrogateescape")
         line += data.count(b"\n", 0, error.start)
-        raise InputError(
+        raise BadRecord(
             f"{path}: line {line}, byte {offset + error.start}: 0x{data[error.start]:02x} is not "
             f"UTF-8; if the file is in Windows-1252, {_iconv(path, 'WINDOWS-1252')}"
         ) from None
 
 
-def lines(source: Source, file: BufferedReader) -> Iterator[str]:
+def is_broken(text: str) -> bool:
+    """Whether `decode` met bytes here that are not UTF-8."""
+    return not text.isascii() and _ESCAPED.search(text) is not None
+
+
+_ESCAPED = re.compile("[\udc80-\udcff]")
+
+
+def lines(source: Source, file: BufferedReader, strict: bool = True) -> Iterator[str]:
     """Yield the decoded lines of a file, each with its line end.
 
     Raises:
@@ -126,7 +141,7 @@ def lines(source: Source, file: BufferedReader) -> Iterator[str]:
                 )
             continue
         whole = b"".join([*waiting, piece[:end]])
-        yield from io.StringIO(decode(whole, source.path, line, offset), newline="\n")
+        yield from io.StringIO(decode(whole, source.path, line, offset, strict), newline="\n")
         line, offset = line + whole.count(b"\n"), offset + len(whole)
         waiting = [piece[end:]]
 

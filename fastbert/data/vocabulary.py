@@ -75,15 +75,22 @@ class VocabularyTrainer:
 
     Args:
         text_field: see documents.py.
+        skip_bad: leave out records that cannot be read, instead of raising InputError.
         vocab_size, lowercase, keep_accents: see `train_tokenizer`.
     """
 
-    def __init__(self, text_field: str, vocab_size: int, lowercase: bool, keep_accents: bool):
-        self._text_field = text_field
+    def __init__(
+        self, text_field: str, skip_bad: bool, vocab_size: int, lowercase: bool, keep_accents: bool
+    ):
+        self._text_field, self._skip_bad = text_field, skip_bad
         self._options = vocab_size, lowercase, keep_accents
 
     def __call__(self, chunks: Sequence[Chunk]) -> str:
-        texts = (text for chunk in chunks for text in parse(chunk, self._text_field))
+        texts = (
+            text
+            for chunk in chunks
+            for text in parse(chunk, self._text_field, [] if self._skip_bad else None)
+        )
         return train_tokenizer(texts, *self._options).to_str()
 
 

@@ -1,0 +1,71 @@
+"""Bars on a terminal, lines elsewhere, nothing where nobody reads."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastbert.data import progress as module
+from fastbert.data.documents import Chunk
+from fastbert.data.progress import Progress
+from fastbert.data.sources import Source
+
+CHUNKS = [Chunk(Source(Path("a.txt"), "txt", ""), b"x", 1, 0, 25)] * 4
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def work(show: bool) -> None:
+    with Progress(100, show) as progress:
+        for _ in progress.follow("reading", CHUNKS):
+            time.sleep(0.03)
+        with progress.wait("training"):
+            time.sleep(0.2)
+
+
+def test_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.01)
+    work(True)
+    lines = capsys.readouterr().err.splitlines()
+    assert {"prepare: reading, 25 %, 0 s", "prepare: training, 0 s"} <= set(lines)
+    work(False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_short_run_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    work(True)
+    assert capsys.readouterr().err == ""
+
+
+def test_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work of unknown length shows the time, and no bytes."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    work(True)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stderr.getvalue())
+    lines = [line for line in re.split(r"[\r\n]+", shown) if line.strip()]
+    reading, training = (
+        [line for line in lines if name in line] for name in ("reading", "training")
+    )
+    assert "100/100 bytes" in reading[-1]
+    assert training and not any("bytes" in line or "?" in line for line in training)
+    assert re.search(r"\d:\d\d:\d\d", training[-1])
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_nobody_reads(monkeypatch: pytest.MonkeyPatch, stream: str | None) -> None:
+    """As with 2>&-."""
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.01)
+    output = io.StringIO()
+    output.close()
+    monkeypatch.setattr(sys, "stderr", output if stream else None)
+    work(True)
