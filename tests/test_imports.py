@@ -91,7 +91,7 @@ MAY_IMPORT = {
     "fastbert.__main__": {"fastbert.cli"},
     "fastbert.api": {"fastbert"},
     # fastbert/__init__.py itself: the Python interface, at its first use.
-    "fastbert": {"fastbert.api", "fastbert.errors", "fastbert.tasks.load"},
+    "fastbert": {"fastbert.api", "fastbert.errors"},
 }
 
 # A library and the only modules that may import it; a name that ends in a dot stands for a room, `*` for one part of a name.
