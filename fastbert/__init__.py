@@ -15,19 +15,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastbert.api import RunResult, prepare, pretrain
+    from fastbert.api import RunResult, load, prepare, pretrain
     from fastbert.errors import InputError
-    from fastbert.tasks.load import load
 
 __all__ = ["InputError", "RunResult", "__version__", "load", "prepare", "pretrain"]
 __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from fastbert.tasks.load import load
-
-        return load
     if name == "InputError":
         from fastbert.errors import InputError
 

@@ -1,6 +1,4 @@
-"""The Python interface: `fastbert.prepare` and `fastbert.pretrain`.
-
-`fastbert.load` is `fastbert.tasks.load.load`.
+"""The Python interface: `fastbert.prepare`, `fastbert.pretrain` and `fastbert.load`.
 
 The command line and these functions do the same work. The functions raise InputError where the
 command line prints a line and exits. They show progress on a terminal and in a notebook, need no
@@ -10,10 +8,15 @@ another. Under a launcher such as torchrun a process can make one run.
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -51,9 +54,27 @@ class RunResult:
 
     def load(self, device: str | None = None) -> Pretrained:
         """The trained model, from the newest valid checkpoint of the run; see `fastbert.load`."""
+        return load(self.run, device)
+
+
+def load(path: str | Path, device: str | None = None) -> Pretrained:
+    """Open a model.
+
+    Args:
+        path: a run folder (its newest valid checkpoint is loaded), a checkpoint folder of a run, or
+            a Hugging Face BERT folder (config.json, model.safetensors, tokenizer.json or
+            vocab.txt).
+        device: "cpu" or "cuda"; by default a GPU where there is one.
+
+    Raises:
+        InputError: something in the folder is missing or wrong; one line says what to do.
+    """
+    with _in_python():
+        _check_type("path", path, str | os.PathLike)
+        _check_type("device", device, str | None)
         from fastbert.tasks.load import load
 
-        return load(self.run, device)
+        return load(path, device)
 
 
 def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **options: Any) -> Report:
@@ -72,16 +93,22 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
     Raises:
         InputError: something is wrong with the sources, an option or the disk. Nothing is left
             behind then.
+        TypeError: there is no such option.
     """
-    from rich.console import Console
-
     from fastbert.data.prepare import prepare
-    from fastbert.terminal import can_redraw
 
-    keep_heap()
-    paths = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
-    options.setdefault("progress", can_redraw(Console(stderr=True)))
-    return prepare(paths, out, **options)
+    with _in_python():
+        if isinstance(sources, bytes) or not isinstance(sources, (str, os.PathLike, Iterable)):
+            raise InputError(f"sources = {sources!r:.60}; must be a path, or a list of paths")
+        paths = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+        for i, path in enumerate(paths):
+            _check_type(f"sources[{i}]", path, str | os.PathLike)
+        if not paths:
+            raise InputError("sources is empty; give a text file or a folder")
+        _check_type("out", out, str | os.PathLike)
+        _check_options(prepare, options)
+        keep_heap()
+        return prepare(paths, out, **options)
 
 
 def pretrain(
@@ -115,15 +142,21 @@ def pretrain(
             launcher.
     """
     # Callers that no type checker sees may pass anything.
+    if not isinstance(recipe, str | os.PathLike | Mapping):
+        raise InputError(
+            f"recipe = {recipe!r:.60}; must be a path, the name of a recipe, or a dict of tables"
+        )
     if not isinstance(overrides, Mapping | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
             f"overrides = {overrides!r}; must be a dict, such as {{'stop.steps': 100}}"
         )
+    _check_type("resume", resume, bool)
     if not _ONE_RUN.acquire(blocking=False):
         raise InputError("another run is going on in this process; start a process for each run")
     hook = sys.excepthook
     try:
-        return _pretrain(recipe, overrides or {}, resume, tables)
+        with _in_python():
+            return _pretrain(recipe, overrides or {}, resume, tables)
     finally:
         sys.excepthook = hook  # which torch.distributed replaces
         _ONE_RUN.release()
@@ -160,7 +193,68 @@ def _pretrain(
     for record in read_metrics(run / "metrics.jsonl"):
         if (kind := record.get("event")) in (None, "evaluate"):
             metrics["heldout" if kind else "train"] = record
-    return RunResult(run, ending.reason, ending.exit_code, metrics)
+    return RunResult(run, _as_python(ending.reason), ending.exit_code, metrics)
+
+
+@contextmanager
+def _in_python() -> Iterator[None]:
+    """Let messages speak of arguments, where those of the command line speak of options."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(_as_python(str(error))) from error.__cause__
+
+
+# Options that are switches; and what is called otherwise here.
+_SWITCHES = {
+    "resume": "resume=True",
+    "cased": "lowercase=False",
+    "keep-accents": "keep_accents=True",
+}
+_RENAMED = {"format": "text_format"}
+_COMMAND = re.compile(r"fastbert pretrain (\S+) --resume")
+# An option, and the value behind it if it has one: a word of the sentence is none.
+_OPTION = re.compile(
+    r"(?<![\w-])--([a-z][a-z-]*)(?: (?!(?:among|and|is|or|says|to)\b)(?=[^\s;,]))?"
+)
+
+
+def _as_python(message: str) -> str:
+    def argument(found: re.Match[str]) -> str:
+        name = found[1]
+        if name in _SWITCHES:
+            return _SWITCHES[name] + found[0][2 + len(name) :]
+        shown = _RENAMED.get(name, name.replace("-", "_"))
+        return f"{shown} = " if found[0].endswith(" ") else shown
+
+    message = _COMMAND.sub(r'fastbert.pretrain("\1", resume=True)', message)
+    return _OPTION.sub(argument, message)
+
+
+def _check_type(name: str, value: object, wanted: Any) -> None:
+    """Raise InputError where a value has another type; true and false are no numbers."""
+    kinds = typing.get_args(wanted) or (wanted,)
+    if float in kinds:
+        kinds = (*kinds, int)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = {str: "a string", os.PathLike: "a path", Path: "a path", types.NoneType: "None"}
+        names |= {int: "a whole number", float: "a number", bool: "True or False"}
+        wanted_names = [
+            names.get(kind, kind.__name__) for kind in typing.get_args(wanted) or kinds[:1]
+        ]
+        raise InputError(f"{name} = {value!r:.60}; must be {' or '.join(wanted_names)}")
+
+
+def _check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Check keyword arguments by the types that the function gives them."""
+    hints = typing.get_type_hints(function)
+    known = [name for name in hints if name not in ("sources", "out", "return")]
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise TypeError(f"prepare has no option {name!r}; {hint}")
+        _check_type(name, value, hints[name])
 
 
 def _keys(values: Mapping[str, Any], prefix: str = "") -> set[str]:

@@ -8,10 +8,10 @@ tables. Overrides win over it. This module imports only the standard library, so
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import difflib
 import math
+import numbers
 import os
 import sys
 import types
@@ -369,10 +369,20 @@ def _merge(
             _set(values, key, None, origin, sources, table=True)
             _merge(values, cast("Mapping[str, Any]", value), f"{key}.", origin, sources)
         else:
-            if isinstance(value, os.PathLike):
-                value = os.fspath(cast("os.PathLike[str]", value))
-            value = copy.deepcopy(value)
-            _set(values, key, value, origin, sources)
+            _set(values, key, _plain(value), origin, sources)
+
+
+def _plain(value: Any) -> Any:
+    """The value as TOML would give it: paths as text, and numbers of NumPy as Python's own."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(cast("os.PathLike[str]", value))
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in cast("Sequence[Any]", value)]
+    return value
 
 
 def _set(

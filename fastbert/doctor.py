@@ -169,12 +169,10 @@ def describe(found: Diagnosis) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version or '-'}" for name, version in versions.items())),
     ]
     if found.gemm_fp32 and found.bandwidth and found.bf16:
-        safe = "safe" if found.bf16.safe else "NOT safe"
-        faster = "faster" if found.bf16.faster else "not faster"
         rate = f"{found.gemm_fp32 / 1e9:,.0f} GFLOP/s in fp32"
         bandwidth = f"memory {found.bandwidth / 1e9:,.0f} GB/s"
         rows.append(("matrix products", f"{rate}; {bandwidth}"))
-        rows.append(("bf16", f"{safe}, {faster}: {found.bf16.why}"))
+        rows.append(("bf16 on the CPU", _bf16(found.bf16)))
     for gpu in found.gpus:
         rates = (
             f"{gpu.gemm_bf16 / 1e12:,.0f} TFLOP/s in bf16, {gpu.gemm_fp32 / 1e12:,.0f} in fp32; "
@@ -184,6 +182,16 @@ def describe(found: Diagnosis) -> list[tuple[str, str]]:
             ("GPU", f"{gpu.name}, compute capability {gpu.capability}, {_gib(gpu.memory)}; {rates}")
         )
     return rows
+
+
+def _bf16(probe: Bf16Probe) -> str:
+    """What was found, and what `runtime.precision` makes of it."""
+    if not probe.safe:
+        return f"NOT safe: {probe.why}"
+    text = f'safe; {probe.why}; runtime.precision = "auto" takes fp32 on a CPU'
+    if probe.faster:
+        text += ", because a step of a small model is slower in bf16; a large one may gain"
+    return text
 
 
 def _gib(size: float) -> str:

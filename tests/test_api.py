@@ -11,10 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_bert import make_hugging_face_folder
 
 import fastbert
 from fastbert import api
@@ -164,6 +167,143 @@ def test_prepare_and_load_raise_input_error(tmp_path):
     with pytest.raises(fastbert.InputError, match="nowhere"):
         fastbert.load(tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: fastbert.prepare(3, "out"), "sources = 3; must be a path, or a list of paths"),
+        (lambda: fastbert.prepare(None, "out"), "sources = None"),
+        (lambda: fastbert.prepare(b"a", "out"), "sources = b'a'"),
+        (lambda: fastbert.prepare([], "out"), "sources is empty"),
+        (
+            lambda: fastbert.prepare(["a", 3], "out"),
+            r"sources\[1\] = 3; must be a string or a path",
+        ),
+        (lambda: fastbert.prepare("a", None), "out = None; must be a string or a path"),
+        (
+            lambda: fastbert.prepare("a", "out", vocab_size="300"),
+            "vocab_size = '300'; must be a whole number$",
+        ),
+        (
+            lambda: fastbert.prepare("a", "out", workers=1.5),
+            "workers = 1.5; must be a whole number or",
+        ),
+        (lambda: fastbert.prepare("a", "out", heldout=True), "heldout = True; must be a number"),
+        (lambda: fastbert.prepare("a", "out", lowercase=1), "lowercase = 1; must be True or False"),
+        (
+            lambda: fastbert.prepare("a", "out", text_field=None),
+            "text_field = None; must be a string",
+        ),
+        (lambda: fastbert.pretrain(3), "recipe = 3; must be a path"),
+        (lambda: fastbert.pretrain(None), "recipe = None"),
+        (lambda: fastbert.pretrain(["mini"]), r"recipe = \['mini'\]"),
+        (lambda: fastbert.pretrain("mini", resume="yes"), "resume = 'yes'; must be True or False"),
+        (lambda: fastbert.pretrain("mini", data=object()), "data = <object .*; must be a string"),
+        (
+            lambda: fastbert.pretrain("mini", data="x", run=threading.Lock()),
+            "run = .*must be a string",
+        ),
+        (lambda: fastbert.pretrain("mini", data="x", stop=[3]), r"stop = \[3\]; must be a section"),
+        (lambda: fastbert.pretrain({3: 4}), "data is missing"),
+        (lambda: fastbert.load(3), "path = 3; must be a string or a path"),
+        (lambda: fastbert.load("x", 0), "device = 0; must be a string or None"),
+    ],
+)
+def test_a_wrong_type_is_one_clear_line(call, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("")
+    with pytest.raises(fastbert.InputError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["a"]
+
+
+def test_an_option_that_does_not_exist_is_a_type_error(tmp_path):
+    with pytest.raises(
+        TypeError, match=r"prepare has no option 'vocabsize'; did you mean vocab_size"
+    ):
+        fastbert.prepare("a", tmp_path / "out", vocabsize=300)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("gpu", 'must be "cpu" or "cuda"'),
+        ("cuda", "no GPU here"),
+        ("cuda:7", "no GPU"),
+        ("meta", "must"),
+    ],
+)
+def test_a_device_that_is_not_there(tmp_path, device, words):
+    folder = make_hugging_face_folder(tmp_path / "hf")
+    with pytest.raises(fastbert.InputError, match=words):
+        fastbert.load(folder, device)
+
+
+def test_numbers_of_numpy_are_numbers(recipe):
+    config = load_config(
+        recipe,
+        {
+            "stop.steps": np.int64(7),
+            "optimizer": {"lr": np.float32(0.5), "betas": (np.float64(0.5), 0.9)},
+        },
+    )
+    assert (config.stop.steps, config.optimizer.lr) == (7, 0.5)
+    assert config.optimizer.betas == (0.5, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("--heldout 0.9: must be above 0", "heldout = 0.9: must be above 0"),
+        ("a.xyz: no format; give --format lines", "a.xyz: no format; give text_format = lines"),
+        ("exists already; choose another --out", "exists already; choose another out"),
+        ("x; resume with --resume", "x; resume with resume=True"),
+        ("if it has ended, --resume starts it", "if it has ended, resume=True starts it"),
+        (
+            "resume with: fastbert pretrain runs/a/config.toml --resume",
+            'resume with: fastbert.pretrain("runs/a/config.toml", resume=True)',
+        ),
+        ("try --cased or --keep-accents", "try lowercase=False or keep_accents=True"),
+        ("--format says nothing", "text_format says nothing"),
+        ("a--b and -- c and run=x--y", "a--b and -- c and run=x--y"),
+    ],
+)
+def test_messages_speak_of_arguments(message, wanted):
+    assert api._as_python(message) == wanted
+
+
+def test_no_message_of_the_python_interface_has_an_option(tmp_path, recipe):
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "there").mkdir()
+    fastbert.pretrain(recipe)
+    for call in (
+        lambda: fastbert.prepare(tmp_path / "a.txt", tmp_path / "there"),
+        lambda: fastbert.prepare(tmp_path / "a.txt", tmp_path / "out", heldout=0.9),
+        lambda: fastbert.prepare(tmp_path / "a.txt", tmp_path / "out", workers=0),
+        lambda: fastbert.prepare(tmp_path / "a.txt", tmp_path / "out", vocab_size=2),
+        lambda: fastbert.prepare(tmp_path / "a.txt", tmp_path / "out", text_format="x"),
+        lambda: fastbert.prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="nowhere"),
+        lambda: fastbert.pretrain(recipe),
+        lambda: fastbert.load(tmp_path / "there"),
+    ):
+        with pytest.raises(fastbert.InputError) as error:
+            call()
+        assert "--" not in str(error.value)
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_run_leaves_the_logging_of_its_host_alone(recipe, captures):
+    logging.captureWarnings(captures)
+    try:
+        before = warnings.showwarning
+        level = logging.getLogger("fastbert").level
+        fastbert.pretrain(recipe)
+        assert warnings.showwarning is before
+        assert logging.getLogger("fastbert").level == level
+    finally:
+        logging.captureWarnings(False)
 
 
 def test_the_names_are_listed_and_nothing_heavy_is_imported():

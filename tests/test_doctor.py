@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastbert import machine
 from fastbert.doctor import PACKAGES, Diagnosis, Gpu, advise, describe
 from fastbert.machine import Bf16Probe, judge_bf16, measure_bandwidth, measure_gemm_rate
+from fastbert.training.precision import resolve_precision
 
 ROOT = Path(__file__).parents[1]
 HEALTHY = {
@@ -98,13 +100,24 @@ def test_the_probe_gives_an_answer_and_survives(found):
 
 def test_how_the_child_ended_is_the_answer():
     assert judge_bf16(0, "a warning\n[1e11, 3e11]\n", "") == Bf16Probe(
-        True, True, "bf16 products run at 3.0 times the fp32 rate (1.3 pays)"
+        True, True, "bf16 products run at 3.0 times the fp32 rate"
     )
     assert judge_bf16(0, "[2e11, 1e11]", "") == Bf16Probe(
-        True, False, "bf16 products run at 0.5 times the fp32 rate (1.3 pays)"
+        True, False, "bf16 products run at 0.5 times the fp32 rate"
     )
     failed = judge_bf16(1, "", "Traceback\nRuntimeError: no bf16")
     assert not failed.safe and "RuntimeError: no bf16" in failed.why
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.2, 1.3, 3.0])
+def test_what_is_said_of_bf16_is_what_a_run_does(found, ratio):
+    """A run on a CPU takes fp32 unless it is told otherwise, however fast products are."""
+    probe = judge_bf16(0, json.dumps([1e11, ratio * 1e11]), "")
+    precision, _ = resolve_precision("auto", torch.device("cpu"), "x", lambda: probe)
+    row = dict(describe(replace(found, bf16=probe)))["bf16 on the CPU"]
+    assert f'runtime.precision = "auto" takes {precision} on a CPU' in row and "pays" not in row
+    assert ("a large one may gain" in row) == (ratio >= 1.3)
+    assert not any("bf16" in line for line in advise(**HEALTHY | {"bf16": probe}))
 
 
 def test_a_child_killed_by_its_instruction():
@@ -121,9 +134,9 @@ def test_diagnosis_is_whole(found):
     assert found.gemm_fp32 and found.gemm_fp32 > 1e8 and found.bandwidth and found.bandwidth > 1e8
     assert len(found.gpus) == torch.cuda.device_count()
     labels = [label for label, _ in describe(found)]
-    assert {"processor", "bf16", "matrix products"} <= set(labels) and labels.count("GPU") == len(
-        found.gpus
-    )
+    assert {"processor", "bf16 on the CPU", "matrix products"} <= set(labels) and labels.count(
+        "GPU"
+    ) == len(found.gpus)
 
 
 def test_a_healthy_machine_needs_no_advice():

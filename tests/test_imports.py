@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "fastbert.durable",
         "fastbert.errors",
         "fastbert.machine",
-        "fastbert.redraw",
+        "fastbert.terminal",
     },
     # The format of a model on disk.
     "fastbert.checkpoints": {
@@ -95,7 +95,7 @@ MAY_IMPORT = {
     "fastbert.__main__": {"fastbert.cli"},
     "fastbert.api": {"fastbert"},
     # fastbert/__init__.py itself: the Python interface, at its first use.
-    "fastbert": {"fastbert.api", "fastbert.errors", "fastbert.tasks.load"},
+    "fastbert": {"fastbert.api", "fastbert.errors"},
 }
 
 # A library and the only modules that may import it. A name that ends in a dot stands for a package,

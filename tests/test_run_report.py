@@ -191,6 +191,17 @@ def test_a_run_that_goes_on_has_not_ended(run, tmp_path, events, state):
     assert "held-out MLM loss, step 7" in page and "masked tokens right, step 7" in page
 
 
+def test_the_notes_of_the_log_stand_on_top_and_losses_come_first(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    line = "12:00:00 INFO note: the loss <is> not normal\n"
+    (copy / "log.txt").write_text("12:00:00 INFO a\n" + 2 * line)
+    page = report(copy).read_text()
+    note = "<p>the loss &lt;is&gt; not normal</p>"
+    assert page.count(note) == 1 and page.index(note) < page.index("<h2>Curves</h2>")
+    assert "<th></th><th>loss (nats)</th>" in page  # a narrow screen shows the first columns
+    assert '<pre class="log">' in page
+
+
 def test_records_without_their_keys_are_no_error(run, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     with open(copy / "metrics.jsonl", "a") as file:

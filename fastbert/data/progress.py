@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastbert.data.documents import Chunk
-from fastbert.redraw import can_redraw
+from fastbert.terminal import can_redraw
 
 LINE_EVERY_S = 10.0
 

@@ -35,6 +35,14 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
             "the tokenizer belongs to another model"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f'device = {device!r}; must be "cpu" or "cuda"')
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f'device = {device!r}, but torch sees no GPU here; use "cpu"')
     model = BertForPreTraining(
         parts.config, parts.vocab_size, device=device, tied=DECODER not in parts.weights
     )

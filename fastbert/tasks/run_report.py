@@ -130,6 +130,7 @@ th {{ color: {MUTED}; font-weight: 500; }}
 .right {{ color: #15803d; font-weight: 600; }}
 pre {{ background: #f9fafb; border: 1px solid {GRID}; border-radius: .5rem; padding: .75rem;
   overflow-x: auto; font-size: .8rem; }}
+pre.log {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 """
 
 
@@ -144,6 +145,7 @@ def _page(
     sections = [
         f"<h1>{_text(run.resolve().name)}</h1>",
         _cards(history, pretrained, found),
+        _notes(run),
         f'<h2>Curves</h2><div class="curves">{"".join(_curves(history, found))}</div>',
         "<h2>Where the time went</h2>" + _times(history),
         "<h2>Held-out results</h2>"
@@ -227,13 +229,8 @@ def _clock(seconds: float) -> str:
 def _held_out(found: Evaluation) -> str:
     def row(name: str, masked: Masked) -> list[str]:
         losses = (f"{value:.3f}" for value in (masked.loss, masked.unigram, masked.left_bigram))
-        return [
-            name,
-            f"{masked.count:,}",
-            *losses,
-            f"{masked.accuracy:.1%}",
-            f"{masked.accuracy_of_5:.1%}",
-        ]
+        shares = (f"{share:.1%}" for share in (masked.accuracy, masked.accuracy_of_5))
+        return [name, *losses, *shares, f"{masked.count:,}"]
 
     rows = [
         row("all masked tokens", found.masked),
@@ -246,12 +243,12 @@ def _held_out(found: Evaluation) -> str:
     ]
     columns = (
         "",
-        "positions",
         "loss (nats)",
         "frequencies alone",
         "left neighbour",
         "right",
         "in first 5",
+        "positions",
     )
     text = (
         f"{found.sequences:,} sequences, {found.tokens:,} tokens; "
@@ -288,10 +285,20 @@ def _times(history: History) -> str:
     return f'<div class="bar">{bar}</div>' + _table(("", "time", "share"), rows)
 
 
+def _notes(run: Path) -> str:
+    """Return what the run's log says about its losses in words: the notes."""
+    notes = [line.partition(" note: ")[2] for line in _log_lines(run)]
+    return "".join(f"<p>{_text(note)}</p>" for note in dict.fromkeys(notes) if note)
+
+
+def _log_lines(run: Path) -> list[str]:
+    if not is_file(run / "log.txt"):
+        return []
+    return (run / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+
+
 def _log(run: Path) -> str:
-    lines: list[str] = []
-    if is_file(run / "log.txt"):
-        lines = (run / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = _log_lines(run)
     shown = lines
     if len(lines) > 2 * LOG_LINES:
         shown = [*lines[:LOG_LINES], "...", *lines[-LOG_LINES:]]
@@ -299,7 +306,8 @@ def _log(run: Path) -> str:
         f"This page: fastbert {version('fastbert-pretrain')}, {platform.machine()}, "
         f"{os.cpu_count()} cores, Python {platform.python_version()}"
     )
-    return "<pre>" + _text("\n".join(shown)) + f'</pre><p class="note">{_text(made)}</p>'
+    log = _text("\n".join(shown))
+    return f'<pre class="log">{log}</pre><p class="note">{_text(made)}</p>'
 
 
 # ----------------------------------------------------------------------------- samples

@@ -13,6 +13,7 @@ import math
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,7 +92,10 @@ class Monitor:
         # Warnings of libraries go to the log, where they do not break the progress bar.
         self._warnings = logging.getLogger("py.warnings")
         self._handlers = self._warnings.handlers
+        before, self._level = warnings.showwarning, log.level
         logging.captureWarnings(True)
+        # False where the program around this one had turned it on.
+        self._captures = warnings.showwarning is not before
         if not is_main:
             self._warnings.handlers = [logging.NullHandler()]
             return
@@ -290,7 +294,8 @@ class Monitor:
     def close(self) -> None:
         """Close every file; a disk that refuses has been reported before."""
         self._warnings.handlers = self._handlers
-        logging.captureWarnings(False)
+        if self._captures:
+            logging.captureWarnings(False)
         if not self.is_main:
             return
         if self._redraws:
@@ -300,6 +305,7 @@ class Monitor:
             with contextlib.suppress(OSError):
                 close()
         log.removeHandler(self._log_file)
+        log.setLevel(self._level)
 
     def __enter__(self) -> Monitor:
         return self

@@ -6,13 +6,13 @@ Every rank opens it. One process of each machine verifies it while the others wa
 from __future__ import annotations
 
 import math
-import sys
 import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
 from fastbert.cluster.group import Group
 from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.terminal import tell
 
 LINE_EVERY_S = 5.0  # between progress lines; most datasets are verified before the first
 
@@ -48,10 +48,7 @@ def open_verified(path: str | Path, group: Group | None = None) -> TokenDataset:
                     now = time.monotonic()
                     if now > said + LINE_EVERY_S and (group is None or group.is_main):
                         said = now
-                        print(
-                            f"verifying {path}: {done / total:.0%} of {total / 1e9:,.1f} GB",
-                            file=sys.stderr,
-                        )
+                        tell(f"verifying {path}: {done / total:.0%} of {total / 1e9:,.1f} GB")
                     if now > end:
                         more = True
                         break
