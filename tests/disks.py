@@ -24,12 +24,12 @@ class SmallDisk:
     """Context manager: in a mount namespace of its own, `folder` is an empty disk.
 
     Args:
-        folder: an existing one.
-        size: as mount takes it, "2m".
+        folder: an existing folder.
+        size: the size in the syntax of mount, for example "2m".
 
     Attributes:
-        pid: of a process in that namespace.
-        enter: what to put in front of a command, so that it runs there.
+        pid: the id of a process in that namespace.
+        enter: the prefix of a command that runs there.
 
     Raises:
         Unavailable: on entering.

@@ -126,7 +126,7 @@ class Node:
 
     Attributes:
         name: its hostname.
-        address: of its `eth0`.
+        address: the address of its `eth0`.
     """
 
     def __init__(self, name: str, address: str, first: psutil.Process, enter: list[str]):
@@ -301,9 +301,8 @@ class Nodes:
             node = Node(name, address, first, enter_node)
             self._nodes.append(node)
             node.run(["ip", "link", "set", "lo", "up"])
-            node.run(
-                ["ip", "link", "set", "eth0", "addrgenmode", "none"]
-            )  # no automatic IPv6, so the cable is silent
+            # No automatic IPv6, so the cable is silent.
+            node.run(["ip", "link", "set", "eth0", "addrgenmode", "none"])
             node.run(["ip", "address", "add", f"{address}/24", "dev", "eth0"])
             node.run(["ip", "link", "set", "eth0", "up"])
         self._until_connected()

@@ -211,9 +211,8 @@ class _Argument:
         self.memory = tensor.as_strided((self.span,), (1,)).view(bits).numpy()
         member = np.zeros(self.span, bool)
         self.own(member)[...] = True
-        self.member = (
-            None if member.all() else member
-        )  # which elements of the span belong to the view; None if all do
+        # Which elements of the span belong to the view; None if all do.
+        self.member = None if member.all() else member
 
     def own(self, span: np.ndarray) -> np.ndarray:
         """Pick the elements of the view, each once.
@@ -288,9 +287,8 @@ class _Builder(GpuArithmetic):
             self.arguments[id(value)] = _Argument(name, value, shadow, traffic)
             return value
 
-        positional = [
-            alias(name, value) for name, value in zip(self.names, args, strict=False)
-        ]  # the others are passed by name
+        # The others are passed by name.
+        positional = [alias(name, value) for name, value in zip(self.names, args, strict=False)]
         return positional, {name: alias(name, value) for name, value in kwargs.items()}
 
     def convert(self, value: Any) -> Any:
@@ -470,9 +468,8 @@ class _Builder(GpuArithmetic):
 
     def create_atomic_cas(self, ptr, cmp, val, sem, scope):
         _, _, lanes = self._touch(ptr, None, "atomic")
-        return (
-            super().create_atomic_cas(ptr, cmp, val, sem, scope) if lanes is None else cmp
-        )  # else out of bounds, and reported
+        # Other elements are out of bounds and reported.
+        return super().create_atomic_cas(ptr, cmp, val, sem, scope) if lanes is None else cmp
 
     def create_bitcast(self, src, dst_type):
         dst = dst_type.scalar
@@ -554,11 +551,8 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
         (interpreter, "_implicit_cvt", builder.convert),
         (GridExecutor, "__call__", call),
         (GridExecutor, "_init_args_hst", builder.bind),
-        (
-            GridExecutor,
-            "_restore_args_dev",
-            lambda *_: None,
-        ),  # kernels work on the tensors themselves
+        # Kernels work on the tensors themselves.
+        (GridExecutor, "_restore_args_dev", lambda *_: None),
         (TensorHandle, "set_attr", check_hint),
         # In the stock interpreter every call of a device function patches the language again, which
         # takes most of the time. Here it is patched once.

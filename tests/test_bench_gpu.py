@@ -572,11 +572,12 @@ def test_the_report_has_every_section_and_goes_on_record(tmp_path, monkeypatch):
     folder = report.record(tmp_path)
     assert folder == tmp_path / "benchmarks/results/nvidia-h100-80gb-hbm3"
     written = read_record(folder / "gpu.json")
+    # No complete pass was timed.
     assert (
         written.ratios == {}
         and written.header["commit"] == "abc"
         and len(written.rows) == len(read(tmp_path))
-    )  # no pass was timed whole
+    )
 
 
 def test_a_line_that_nobody_foresaw_costs_a_section_of_the_report(tmp_path):
@@ -620,9 +621,8 @@ def test_proposed_tiles_are_read(tmp_path):
         )
     )
     key = Key("gelu_forward", present["bits"], present["size"])
-    assert proposals.read_proposals("sm_90", path) == [
-        proposals.Proposal(key, new, 12.5)
-    ]  # not the present one
+    # This is not the present row.
+    assert proposals.read_proposals("sm_90", path) == [proposals.Proposal(key, new, 12.5)]
     assert proposals.read_proposals("sm_80", path) == []
 
 

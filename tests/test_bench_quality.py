@@ -172,9 +172,8 @@ def test_a_short_one_runs_and_what_is_finished_is_not_made_again(small_dataset, 
     )
     assert result.returncode == 0, result.stdout + result.stderr
     text = (tmp_path / "quality.md").read_text(encoding="utf-8")
-    assert (
-        "| 1 | Trainer, our recipe | 2.125 | 2.250 | 50.0% | 0.01 M | 2,000 |" in text
-    )  # as it was kept
+    # It is as it was saved.
+    assert "| 1 | Trainer, our recipe | 2.125 | 2.250 | 50.0% | 0.01 M | 2,000 |" in text
     assert (
         "| 1 | fastbert |" in text
         and "| 1 | Trainer |" in text

@@ -191,9 +191,7 @@ def test_a_gradient_that_does_not_explode():
     usual = [1.0 + 0.3 * math.sin(i) for i in range(150)]
     assert norms(*usual, 50.0, 1.0, 50.0, 60.0, 1.0) == []  # single bad batches
     assert norms(*[50.0 * 0.97**i for i in range(300)]) == []  # the fall from a high start
-    assert (
-        norms(*usual, *[1.02**i for i in range(150)]) == []
-    )  # a slow drift moves the median along
-    assert (
-        norms(*[1.0] * (diagnosis.NORM_WINDOW - 1), 99.0, 99.0, 99.0) == []
-    )  # too early to know what is usual
+    # A slow drift moves the median along.
+    assert norms(*usual, *[1.02**i for i in range(150)]) == []
+    # It is too early to know what is usual.
+    assert norms(*[1.0] * (diagnosis.NORM_WINDOW - 1), 99.0, 99.0, 99.0) == []

@@ -63,11 +63,12 @@ def test_the_rate_counts_every_operation():
     def of_linear(x, weight, *_, **__):
         return 2 * x[0] * x[1] * weight[0]
 
+    # torch counts MKL's alone.
     onednn = (
         {torch.ops.mkldnn._linear_pointwise: of_linear}
         if torch.backends.mkldnn.is_available()
         else {}
-    )  # torch counts MKL's alone
+    )
     measure_gemm_rate(seconds=0)
     with FlopCounterMode(display=False, custom_mapping=onednn) as counter:
         start = time.perf_counter()
@@ -75,9 +76,8 @@ def test_the_rate_counts_every_operation():
         elapsed = time.perf_counter() - start
     round_of_three = 6 * 2048 * 512 * 2048
     assert counter.get_total_flops() % round_of_three == 0
-    assert (
-        rate >= (counter.get_total_flops() - round_of_three) / elapsed
-    )  # less one for the warm-up
+    # One call less, for the warm-up.
+    assert rate >= (counter.get_total_flops() - round_of_three) / elapsed
 
 
 def test_the_probe_gives_an_answer_and_survives(found):

@@ -236,11 +236,12 @@ def test_folders(tmp_path: Path) -> None:
         )
         write(path, text)
     sources, ignored = find_sources([tmp_path, tmp_path / "a.jsonl", tmp_path / "b"])
+    # Each file is read once.
     assert [str(source.path.relative_to(tmp_path)) for source in sources] == [
         "a.jsonl",
         "b/10.txt.gz",
         "b/2.txt",
-    ]  # each once
+    ]
     assert {item.path.name for item in ignored} == {"notes.md", "picture.png"}
     assert list(read_documents([tmp_path])) == ["a", "ten", "2.txt"]
     sources, ignored = find_sources([tmp_path], "lines")

@@ -95,10 +95,8 @@ OUTSIDE = {
 @pytest.mark.parametrize(("limits", "messages"), OUTSIDE.values(), ids=OUTSIDE)
 def test_accesses_out_of_bounds_are_named_and_not_performed(limits, messages):
     memory = torch.full((300,), 7.0)
-    x, y = (
-        memory[50:150],
-        memory[160:260],
-    )  # neighbours in one storage: what lies outside one may lie inside another
+    # Elements outside of one tensor may be inside of its neighbour in the storage.
+    x, y = (memory[50:150], memory[160:260])
     faults = launch(copy_kernel, (4,), x, y, 100, *limits, BLOCK=32)
     assert len(faults) == len(messages)
     for fault, message in zip(faults, messages, strict=True):

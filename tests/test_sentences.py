@@ -103,9 +103,8 @@ def test_lines_end_sentences() -> None:
 )
 def test_any_text(text: str) -> None:
     sentences = split_sentences(text)
-    assert "".join("".join(sentences).split()) == "".join(
-        text.split()
-    )  # nothing is lost, added or moved
+    # Nothing is lost, added or moved.
+    assert "".join("".join(sentences).split()) == "".join(text.split())
     assert all(
         sentence and sentence == sentence.strip() and "\n" not in sentence for sentence in sentences
     )

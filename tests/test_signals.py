@@ -168,11 +168,8 @@ def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
 
 @pytest.mark.parametrize(
     "launcher, world, stage, code",
-    [
-        (by_hand, 1, 0, 75),
-        (torchrun, WORLD, STAGE, 1),
-        (deepspeed, WORLD, STAGE, 75),
-    ],  # torchrun itself knows 0 and 1 alone
+    # torchrun itself only knows 0 and 1.
+    [(by_hand, 1, 0, 75), (torchrun, WORLD, STAGE, 1), (deepspeed, WORLD, STAGE, 75)],
 )
 def test_the_commands_that_users_type(lab, launcher, world, stage, code):
     """A run is interrupted, and resumed by another launcher: equal to the last digit."""

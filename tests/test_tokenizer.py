@@ -134,13 +134,8 @@ PIECES += [
     "中文",
     "e\u0301\u0323",
 ]
-PIECES += [
-    "abcdefgh",
-    "abcdefghi",
-    "abcdefghijklmnop",
-    "abcdefghijklmnopq",
-    "abcdefghijklmnopr",
-]  # around the two numbers of a key
+# Lengths around the two numbers of a key.
+PIECES += ["abcdefgh", "abcdefghi", "abcdefghijklmnop", "abcdefghijklmnopq", "abcdefghijklmnopr"]
 
 
 @settings(
@@ -165,9 +160,8 @@ def test_encoder_with_a_small_memory(
 ) -> None:
     monkeypatch.setattr(module, "_KEPT_WORDS", 50)
     monkeypatch.setattr(module, "_KEPT_LENGTH", 4)
-    monkeypatch.setattr(
-        module, "_SLOT_BITS", 3
-    )  # nearly all words want a slot that another one has
+    # Nearly all words collide with another one.
+    monkeypatch.setattr(module, "_SLOT_BITS", 3)
     monkeypatch.setattr(module, "_SLOTS", 1 << 3)
     encoder = Encoder(tokenizer)
     for document in english_documents[:50]:
@@ -219,9 +213,8 @@ def test_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ids = tokenizer.encode(TEXT).ids
     assert load_tokenizer(tmp_path).encode(TEXT).ids == ids
     assert load_tokenizer(tmp_path / "tokenizer.json").encode(TEXT).ids == ids
-    assert (
-        load_tokenizer(tmp_path / "vocab.txt").encode(TEXT).ids == ids
-    )  # tokenizer_config.json says whether it is cased
+    # tokenizer_config.json says whether it is cased.
+    assert load_tokenizer(tmp_path / "vocab.txt").encode(TEXT).ids == ids
     (tmp_path / "tokenizer_config.json").unlink()
     assert load_tokenizer(tmp_path / "vocab.txt").encode(TEXT).ids == ids  # the letters in it do
     (tmp_path / "tokenizer.json").unlink()

@@ -38,11 +38,8 @@ from fastbert.cluster.torchrun_rounds import SignedRounds
 from tests.ranks import PATIENCE_S, environment, free_port
 from tests.toy_ranks import FORKED, listening
 
-QUICK = {
-    "keep_alive_interval": 1,
-    "keep_alive_max_attempt": 8,
-    "last_call_timeout": 1,
-}  # fewer, and a busy machine looks like a lost one
+# With fewer attempts, a busy node would look like a lost one.
+QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 8, "last_call_timeout": 1}
 
 
 def parameters(port: int, host: str = "127.0.0.1", least: int = 1, **more) -> RendezvousParameters:
@@ -53,9 +50,8 @@ def parameters(port: int, host: str = "127.0.0.1", least: int = 1, **more) -> Re
 
 @pytest.fixture(autouse=True)
 def _variables(monkeypatch):
-    monkeypatch.setenv(
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0"
-    )  # which handlers set: restored afterwards
+    # Handlers set it, so it is restored afterwards.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0")
 
 
 def test_torchrun_finds_it():
@@ -94,9 +90,8 @@ def test_defaults_and_options():
 
 def test_it_listens_on_the_endpoint_alone():
     before, port = listening(os.getpid()), free_port()
-    handlers = [
-        get_rendezvous_handler(parameters(port)) for _ in range(2)
-    ]  # the second one reaches the first one's store
+    # The second one reaches the first one's store.
+    handlers = [get_rendezvous_handler(parameters(port)) for _ in range(2)]
     assert {(address, number) for _, address, number in listening(os.getpid()) - before} == {
         ("127.0.0.1", port)
     }
@@ -471,11 +466,11 @@ class Node:
     """A torchrun with one worker. Leaving kills both.
 
     Args:
-        folder: holds worker.py.
-        port: of the endpoint.
-        name: of the file for what they say.
-        nodes: as --nnodes takes it.
-        more: environment variables.
+        folder: the folder with worker.py.
+        port: the port of the endpoint.
+        name: the name of the file for their output.
+        nodes: the value of --nnodes.
+        more: further environment variables.
     """
 
     def __init__(self, folder: Path, port: int, name: str, nodes: str = "1:2", **more: str):

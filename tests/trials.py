@@ -113,7 +113,7 @@ class Trial:
 
     Attributes:
         run: the run folder, as its processes see it.
-        seen: the same, as the tests see it.
+        seen: the run folder, as the tests see it.
         namespaces: id of a process whose mounts its processes see; None for those of the tests.
     """
 
@@ -193,8 +193,8 @@ class Trial:
         A missing line, or one out of order, is a problem.
 
         Args:
-            undisturbed: the run from beginning to end.
-            rounding: how far numbers may be apart, relative; 0 where as many ranks made both.
+            undisturbed: a complete run that nothing has disturbed.
+            rounding: allowed relative difference; 0 where both runs have the same number of ranks.
         """
         expected = {(r.get("event"), r["step"]): r for r in undisturbed.records(None, "evaluate")}
         found = self.records(None, "evaluate")
@@ -243,10 +243,10 @@ class Laboratory:
     Several threads may use it.
 
     Args:
-        folder: for all of them.
-        dataset: that they train on.
-        width: series of trials have so many runs at a time.
-        report: is called with a line on each run that has come to its end.
+        folder: the folder for all of them.
+        dataset: the dataset that they train on.
+        width: the number of simultaneous runs in a series of trials.
+        report: called with a line on each run that has ended.
     """
 
     steps = STEPS  # of every run that is compared
