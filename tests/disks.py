@@ -55,7 +55,7 @@ class SmallDisk:
             raise Unavailable(
                 self._process.stderr.read().decode(errors="replace").strip() or "no answer"
             )
-        self.pid = self._process.pid  # unshare, sh and cat are one process after the other
+        self.pid = self._process.pid  # unshare, sh and cat in turn have this id
         self.enter = [
             "nsenter",
             "--target",

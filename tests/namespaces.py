@@ -80,7 +80,7 @@ class Listener(NamedTuple):
 
     address: str  # "0.0.0.0" and "::" are every interface
     port: int
-    command: str  # of the process, in full
+    command: str  # the full command of the process
 
 
 class Process(subprocess.Popen):
@@ -177,7 +177,7 @@ class Node:
                 ):
                     found.append((process.create_time(), process.pid, process))
             except (OSError, psutil.Error):
-                continue  # it has ended meanwhile
+                continue  # it has ended in the meantime
         return [process for *_, process in sorted(found)]
 
     def kill(self) -> None:
@@ -219,7 +219,7 @@ class Nodes:
     def __init__(self, count: int):
         self._names = [f"node{i}" for i in range(count)]
         self._nodes: list[Node] = []
-        self._waiting: list[subprocess.Popen] = []  # for their pipe to close
+        self._waiting: list[subprocess.Popen] = []  # processes that wait for their pipe to close
 
     def __enter__(self) -> Nodes:
         if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:

@@ -372,7 +372,7 @@ class _Builder(GpuArithmetic):
         index = (pointers.data - np.uint64(argument.address)).view(np.int64) >> (
             argument.size.bit_length() - 1
         )
-        inside = index.view(np.uint64) < argument.span  # unsigned: negative ones are large
+        inside = index.view(np.uint64) < argument.span  # negative indices are large when unsigned
         if argument.member is not None:
             inside[inside] = argument.member[index[inside]]
         lanes = np.ones_like(inside) if mask is None else np.asarray(mask.data, bool)
@@ -459,7 +459,7 @@ class _Builder(GpuArithmetic):
         before = np.zeros(shape, np.float32)
         for lane, i in zip(
             np.argwhere(lanes), index, strict=True
-        ):  # one by one: lanes may share an element
+        ):  # one at a time, since lanes may share an element
             before[tuple(lane)] = old = decode(argument.memory[i : i + 1], dtype).item()
             argument.memory[i] = encode(
                 round_bf16(old + values[tuple(lane)]), dtype

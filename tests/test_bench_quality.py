@@ -40,9 +40,7 @@ def test_the_same_weights_measure_the_same_on_both_sides(small_dataset):
     config = load_config(RECIPE, [f"data={small_dataset.path}", "evaluate.sequences=64"])
     torch.manual_seed(0)
     mine = BertForPreTraining(config.model, small_dataset.vocab_size).eval()
-    with (
-        torch.no_grad()
-    ):  # away from the start, where every token is as likely and every pair the same
+    with torch.no_grad():  # initially all tokens and pairs are equally likely
         for parameter in mine.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     theirs = build_model(config, small_dataset.vocab_size, mine)

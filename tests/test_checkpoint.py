@@ -433,7 +433,7 @@ def test_a_checkpoint_that_was_moved_and_linked_is_not_deleted_where_it_lies(tmp
     (tmp_path / "checkpoints/step-00000003").rename(archive)
     (tmp_path / "checkpoints/step-00000003").symlink_to(archive)
     (archive / MANIFEST).write_text("{")
-    save_at(tmp_path, 3)  # a damaged one makes room
+    save_at(tmp_path, 3)  # a damaged one is deleted
     assert (archive / MANIFEST).read_text() == "{" and not (
         tmp_path / "checkpoints/step-00000003"
     ).is_symlink()

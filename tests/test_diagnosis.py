@@ -69,7 +69,7 @@ def test_plateau():
         and "\n" not in line
     )
     assert plateau(0.1, 6.65, BASELINES, RECIPE) is None  # too early to say
-    assert plateau(0.4, 6.2, BASELINES, RECIPE) is None  # it has left it
+    assert plateau(0.4, 6.2, BASELINES, RECIPE) is None  # it has left the plateau
 
 
 @pytest.mark.parametrize("loss", [6.3, 6.51, 6.65, 6.7, 6.89, 6.95, 7.4])

@@ -112,7 +112,7 @@ def test_config_is_that_of_transformers(exported, original):
         "_name_or_path",
         "transformers_version",
         "initializer_range",
-    ):  # the run's recipe has its own initializer_range
+    ):  # the run's recipe sets its own initializer_range
         ours[key] = theirs[key]
     assert ours == theirs
 

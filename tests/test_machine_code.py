@@ -111,7 +111,7 @@ def test_bytes_and_cycles_of_single_instructions():
         and operand_bytes(one("LDG.E.U16", "R1")) == 64
         and operand_bytes(one("LDG.E", "R1")) == 128
     )
-    assert operand_bytes(COPY) == 512  # and not what "LTC128B" or the like says
+    assert operand_bytes(COPY) == 512  # not the number in "LTC128B"
     four_matrices = one("LDSM.16.M88.4", "R4, [R3]")  # of 8 rows of 16 bytes
     assert operand_bytes(four_matrices) == 512 and shared_cycles(four_matrices) == 4 * 4
     assert tensor_cycles(PRODUCT) == 32  # 2 x 64 x 64 x 16 FLOPs at 4,096 a cycle

@@ -370,7 +370,7 @@ def test_the_end_of_the_run_is_the_first_condition_reached():
     assert steps("steps = 500\ntokens = 2560000") == 100
     assert steps("tokens = 2560001", "tokens") == 101
     assert steps("steps = 50\ntokens = 2560000") == 50
-    assert steps("epochs = 3") is None  # nobody knows how long an epoch is without the dataset
+    assert steps("epochs = 3") is None  # the length of an epoch is unknown without the dataset
     assert (steps("seconds = 100", "seconds") or 0) > 1
 
 

@@ -487,7 +487,7 @@ def test_reductions_and_scans(dtype, axis):
         reduce_kernel[(1,)](x, total, most, first, last, xor, running, AXIS=axis, R=32, C=64)
     assert torch.equal(total, x.float().sum(axis).to(dtype))
     assert torch.equal(most, x.amax(axis))
-    if dtype == torch.float32:  # rounded to 16 bits there are ties
+    if dtype == torch.float32:  # rounding to 16 bits gives ties
         assert torch.equal(first, x.argmax(axis).int())
         assert torch.equal(last, x.argmin(axis).int())
     assert torch.equal(xor, torch.from_numpy(np.bitwise_xor.reduce(x.int().numpy(), axis)))

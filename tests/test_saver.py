@@ -183,7 +183,7 @@ def run_as_rank(job: dict[str, Any], variables: dict[str, str], result: Path) ->
             )
         result.write_text(json.dumps(value))
         code = 0
-    except Exception:  # of gloo, where another rank was killed
+    except Exception:  # gloo's error where another rank was killed
         traceback.print_exc()
     finally:
         os._exit(code)

@@ -71,10 +71,10 @@ def test_alphabet_leaves_room_for_words() -> None:
     words = {"the", "cat", "sat", "on", "mat"}
     many = "".join(map(chr, range(0x0250, 0x0550)))
     tokens = set(vocabulary_of(train_tokenizer(["the cat sat on the mat " * 2000, many], 200)))
-    assert words < tokens  # though there are more characters than the vocabulary can hold
+    assert words < tokens  # although there are more characters than vocabulary entries
     few = "ʘʬӿ"
     tokens = set(vocabulary_of(train_tokenizer(["the cat sat on the mat " * 5000, few], 200)))
-    assert words < tokens and not set(few) & tokens  # too rare for a place
+    assert words < tokens and not set(few) & tokens  # too rare for the vocabulary
 
 
 @pytest.mark.parametrize("size", [0, 99, 1 << 21])

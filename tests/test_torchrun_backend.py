@@ -83,7 +83,7 @@ def test_defaults_and_options():
             "fastbert", f"localhost:{free_port()}", "a-run", 1, 2, keep_alive_interval="7"
         )
     )
-    assert handler.settings.keep_alive_interval.seconds == 7  # as --rdzv-conf gives it
+    assert handler.settings.keep_alive_interval.seconds == 7  # the value of --rdzv-conf
     assert handler.settings.keep_alive_max_attempt == 5
     assert handler.settings.timeout.last_call.seconds == 10
 
@@ -229,7 +229,7 @@ def test_a_trap_works(tmp_path):
     holder = _BackendRendezvousStateHolder(
         backend, get_rendezvous_handler(parameters(free_port())).settings
     )
-    with suppress(AttributeError):  # what came out is no state
+    with suppress(AttributeError):  # the result is not a state
         holder.sync()
     assert (tmp_path / "trapped").exists()
 
@@ -239,7 +239,7 @@ def forgeries(stranger: Any, trap: Path) -> dict[str, bytes]:
     state, pickled, key = stranger.get(STATE), pickle.dumps(Trap(trap)), find_key()
     content = key.verify(STATE, state)
     assert content is not None
-    start, later = content[:16], (2**40).to_bytes(8, "big")  # the nodes go on counting
+    start, later = content[:16], (2**40).to_bytes(8, "big")  # the nodes continue to count
     return {
         "a pickle as torch would have it": b64encode(pickled),
         "a pickle": pickled,
@@ -272,7 +272,7 @@ def test_nodes_meet_whatever_a_stranger_writes(tmp_path, capfd):
         before = stranger.get(STATE)
         put(stranger, value)
         end = time.monotonic() + PATIENCE_S
-        while stranger.get(STATE) == value:  # by the heartbeats of the nodes
+        while stranger.get(STATE) == value:  # the nodes' heartbeats overwrite it
             assert time.monotonic() < end, name
             time.sleep(0.05)
         assert handlers[0].num_nodes_waiting() == 0 and not handlers[1].is_closed(), name
@@ -295,7 +295,7 @@ def test_nodes_meet_whatever_a_stranger_writes(tmp_path, capfd):
     assert third.num_nodes_waiting() == 0
     handlers[0].shutdown()
     end = time.monotonic() + PATIENCE_S
-    while not (handlers[1].is_closed() and third.is_closed()):  # they look once a second
+    while not (handlers[1].is_closed() and third.is_closed()):  # they read it once per second
         assert time.monotonic() < end
     assert not trap.exists()
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fastbert: ")]

@@ -157,7 +157,7 @@ def listening(*pids: int) -> set[tuple[int, str, int]]:
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
             try:
                 name = os.readlink(descriptor)
-            except FileNotFoundError:  # closed meanwhile
+            except FileNotFoundError:  # closed in the meantime
                 continue
             if name in sockets:
                 found.add((pid, *sockets[name]))

@@ -30,9 +30,7 @@ from fastbert.training.metrics import read_metrics
 from tests.ranks import PATIENCE_S, Ranks, catches
 
 CLOCK = ("seconds", "tokens_per_s", "training_seconds")  # what differs between two equal runs
-TIMEOUT_S = (
-    15.0  # runtime.timeout_s: long for a step that takes 50 ms, also where others share the cores
-)
+TIMEOUT_S = 15.0  # runtime.timeout_s: long for a step of 50 ms, also on shared cores
 MARGIN_S = 50.0  # beyond it: for the processes to end
 STEPS = 24
 
@@ -77,7 +75,7 @@ class Tally:
 
     tried: int = 0
     survived: int = 0
-    compared: int = 0  # lines of metrics.jsonl
+    compared: int = 0  # number of compared lines of metrics.jsonl
     equal: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -249,7 +247,7 @@ class Laboratory:
         report: called with a line on each run that has ended.
     """
 
-    steps = STEPS  # of every run that is compared
+    steps = STEPS  # steps of every compared run
 
     def __init__(
         self,
@@ -496,7 +494,7 @@ BESIDE_A_DAMAGED_ONE = ("moving-aside", "moved-aside")
 def crashes(lab: Laboratory, points: Sequence[str], rank: int, world: int, stage: int) -> Tally:
     """Kill a rank with SIGKILL at one point of a save after the other, one per start.
 
-    The points are spread over as few runs as go on at the same time.
+    The points are spread over as many runs as there are at the same time.
     """
     lab.undisturbed(world, stage)
     runs = [
