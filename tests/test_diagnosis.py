@@ -74,7 +74,7 @@ def test_plateau():
 
 @pytest.mark.parametrize("loss", [6.3, 6.51, 6.65, 6.7, 6.89, 6.95, 7.4])
 def test_the_verdict_and_the_note_use_the_same_words(loss):
-    """Below is below by a margin: 5.895 beside 5.92 was called both below and no better."""
+    """A loss must be below by a margin: 5.895 against 5.92 was called both below and no better."""
     line, place = plateau(0.4, loss, BASELINES, RECIPE), compare(loss, BASELINES)
     if line is None:
         assert place.startswith("below word frequencies")

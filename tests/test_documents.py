@@ -122,7 +122,7 @@ def test_parquet(tmp_path: Path, kind: pyarrow.DataType) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"store_schema": False}])
 def test_a_field_of_a_field(tmp_path: Path, options: dict[str, bool]) -> None:
-    """{"doc": {"text": ...}}, as crawlers write it, in JSON lines and in Parquet."""
+    """Crawlers write {"doc": {"text": ...}}, in JSON lines and in Parquet."""
     rows = [{"doc": {"text": text, "n": 1}, "id": "x"} for text in DOCUMENTS]
     pyarrow.parquet.write_table(
         pyarrow.table({"doc": [*(row["doc"] for row in rows), None, {"text": None, "n": 2}]}),
@@ -139,7 +139,7 @@ def test_a_field_of_a_field(tmp_path: Path, options: dict[str, bool]) -> None:
 
 @pytest.mark.parametrize("kind", ["repeated", "repeated prefix", "one large among small"])
 def test_parquet_that_expands_is_read_in_pieces(tmp_path: Path, kind: str) -> None:
-    """A few kB on disk, 2 GB as text; and rows far from the mean."""
+    """The file has a few kB on disk and 2 GB as text, or rows far from the mean size."""
     large = "x" * (1 << 20)
     if kind == "repeated":
         column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000), [large])

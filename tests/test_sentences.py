@@ -121,7 +121,7 @@ def test_long_runs_take_no_longer(piece: str) -> None:
 
 @pytest.mark.parametrize("space", [" ", "\t", "\u3000"])
 def test_space_before_a_line_costs_nothing(space: str) -> None:
-    """Each mark once made the pattern of list numbers pass over it again."""
+    """The pattern of list numbers once scanned the space again for each mark."""
     taken = []
     for text in ("Inc. Foo " * 4000, space * 40_000 + "Inc. Foo " * 4000):
         begin = time.process_time()

@@ -410,7 +410,7 @@ AROUND += [" ", "the", "the cat", ".", "xyz", "<e1>xx", "[NAMES]", "中", "", " 
 def test_extra_special_tokens_are_those_of_transformers(
     tmp_path: Path, flags: dict[str, bool], file: str
 ) -> None:
-    """A model with marks of entities: whole where transformers keeps them whole, also when saved again."""
+    """Special tokens of entities stay whole as in transformers, also when saved again."""
     from transformers import AutoTokenizer
 
     plain = train_tokenizer(["the cat [NAME] <e1> a.b xyz ## é 中 " * 3], 200)
@@ -436,7 +436,7 @@ def test_extra_special_tokens_are_those_of_transformers(
     encoded = Encoder(ours)(texts)
     assert encoded.ids.tolist() == [i for ids in wanted for i in ids]
     assert encoded.lengths.tolist() == list(map(len, wanted))
-    # "[MASK]" in a text stays text, beside them too.
+    # "[MASK]" in a text stays text, also next to them.
     assert special_ids(ours, "").mask not in ours.encode("[MASK] [NAME]").ids[1:-1]
     save_tokenizer(ours, tmp_path / "again")
     again = AutoTokenizer.from_pretrained(tmp_path / "again")
