@@ -165,10 +165,10 @@ class Cluster:
     `nodes` are the nodes, `folder` is where commands run, and `run` is the run folder in it.
 
     Args:
-        folder: empty.
+        folder: an empty folder.
         dataset: the output of `fastbert prepare`.
-        gpus: processes a node.
-        steps: of the recipe.
+        gpus: processes per node.
+        steps: stop.steps of the recipe.
         every: steps between its checkpoints.
     """
 

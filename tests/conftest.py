@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before numpy and torch: inputs are small, and the cores are shared
+# Set before numpy and torch are imported: inputs are small, and the cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # before Triton: kernels run on the CPU, in its interpreter
+    # Set before Triton is imported: kernels run on the CPU, in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import json
 import secrets
@@ -27,14 +25,12 @@ import pytest
 if TYPE_CHECKING:
     from fastbert.data.dataset import TokenDataset
 
-os.environ.setdefault(
-    "FASTBERT_RENDEZVOUS_KEY", secrets.token_hex(32)
-)  # otherwise the tests would create a file in the home directory
+# Otherwise the tests would create a file in the home directory.
+os.environ.setdefault("FASTBERT_RENDEZVOUS_KEY", secrets.token_hex(32))
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell ignores Ctrl-C for its background processes
+    # A shell ignores Ctrl-C for its background processes.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PARAGRAPHS = 4  # a document
 
@@ -70,9 +66,9 @@ def english_jsonl(english_documents: list[str], tmp_path_factory: pytest.TempPat
 def small_dataset(english_jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     """A dataset of that text: a vocabulary of 1,000, and a twentieth of the documents held out."""
     from fastbert.data.dataset import open_dataset
-    from fastbert.data.prepare import (
-        prepare,
-    )  # imported here, so that the tests of the kernels need only torch
+
+    # Imported here, so that the tests of the kernels need only torch.
+    from fastbert.data.prepare import prepare
 
     out = tmp_path_factory.mktemp("small") / "dataset"
     prepare([english_jsonl], out, vocab_size=1000, workers=1, heldout=0.05, progress=False)

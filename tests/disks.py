@@ -24,12 +24,12 @@ class SmallDisk:
     """Context manager: in a mount namespace of its own, `folder` is an empty disk.
 
     Args:
-        folder: an existing one.
-        size: as mount takes it, "2m".
+        folder: an existing folder.
+        size: the size in the syntax of mount, for example "2m".
 
     Attributes:
-        pid: of a process in that namespace.
-        enter: what to put in front of a command, so that it runs there.
+        pid: the id of a process in that namespace.
+        enter: the prefix of a command that runs there.
 
     Raises:
         Unavailable: on entering.
@@ -55,7 +55,7 @@ class SmallDisk:
             raise Unavailable(
                 self._process.stderr.read().decode(errors="replace").strip() or "no answer"
             )
-        self.pid = self._process.pid  # unshare, sh and cat are one process after the other
+        self.pid = self._process.pid  # unshare, sh and cat in turn have this id
         self.enter = [
             "nsenter",
             "--target",

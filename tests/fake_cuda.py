@@ -172,10 +172,11 @@ def captured(lengths: list[int], dtype: torch.dtype) -> None:
     real = pad(make_batch(lengths), 0.5, max(lengths)).pinned(page_locked=False)
     with FakeTensorMode() as mode, torch.no_grad():
         inputs = real.buffer(device=CUDA)
+        # The source is still on the CPU.
         inputs.take_over(
             dataclasses.replace(
                 real, **{name: mode.from_tensor(x) for name, x in real._tensors().items()}
-            )  # still on the CPU
+            )
         )
         with torch.device(CUDA):
             torch.set_default_dtype(dtype)
@@ -213,9 +214,10 @@ def captured(lengths: list[int], dtype: torch.dtype) -> None:
 
 def main() -> int:
     load_guard()
+    # Triton asks whether it is aligned.
     FakeTensor.data_ptr = lambda self: (
         0 if self.numel() == 0 else 4096 + self.storage_offset() * self.element_size()
-    )  # Triton asks whether it is aligned
+    )
     cut_and_whole = [
         {"lengths": lengths, "H": 2, "K": 64, "R": R}
         for lengths in (HALF_A_TILE, MANY_TILES)

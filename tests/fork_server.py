@@ -129,7 +129,7 @@ if __name__ == "__main__":
 
     for module in HEAVY:
         importlib.import_module(module)
-    gc.freeze()  # or a rank's first collection would copy the pages of all that was imported
+    gc.freeze()  # a rank's first collection would copy the pages of all imports
     if (request := serve()) is not None:
         become(request)
         main()

@@ -30,11 +30,12 @@ class GpuArithmetic(InterpreterBuilder):
 
     def __init__(self):
         super().__init__()
+        # CUDA does the same.
         self.codegen_fns["min_dot_size"] = lambda lhs, rhs: (
             1,
             1,
             32 if lhs.scalar.primitive_bitwidth == 8 else 16,
-        )  # as CUDA
+        )
 
     def get_bf16(self, value):
         return TensorHandle(np.array([value], np.float32), tl.bfloat16)
@@ -60,9 +61,8 @@ class GpuArithmetic(InterpreterBuilder):
         return self.binary_op(lhs, rhs, np.fmin)
 
     def create_fma(self, x, y, z):
-        wide = (
-            x.data.astype(np.float64) * y.data + z.data
-        )  # the product of two fp32 is exact in fp64
+        # The product of two fp32 is exact in fp64.
+        wide = x.data.astype(np.float64) * y.data + z.data
         return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
 
     def create_fabs(self, arg):

@@ -80,7 +80,7 @@ class Listener(NamedTuple):
 
     address: str  # "0.0.0.0" and "::" are every interface
     port: int
-    command: str  # of the process, in full
+    command: str  # the full command of the process
 
 
 class Process(subprocess.Popen):
@@ -126,7 +126,7 @@ class Node:
 
     Attributes:
         name: its hostname.
-        address: of its `eth0`.
+        address: the address of its `eth0`.
     """
 
     def __init__(self, name: str, address: str, first: psutil.Process, enter: list[str]):
@@ -177,7 +177,7 @@ class Node:
                 ):
                     found.append((process.create_time(), process.pid, process))
             except (OSError, psutil.Error):
-                continue  # it has ended meanwhile
+                continue  # it has ended in the meantime
         return [process for *_, process in sorted(found)]
 
     def kill(self) -> None:
@@ -219,7 +219,7 @@ class Nodes:
     def __init__(self, count: int):
         self._names = [f"node{i}" for i in range(count)]
         self._nodes: list[Node] = []
-        self._waiting: list[subprocess.Popen] = []  # for their pipe to close
+        self._waiting: list[subprocess.Popen] = []  # processes that wait for their pipe to close
 
     def __enter__(self) -> Nodes:
         if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
@@ -301,9 +301,8 @@ class Nodes:
             node = Node(name, address, first, enter_node)
             self._nodes.append(node)
             node.run(["ip", "link", "set", "lo", "up"])
-            node.run(
-                ["ip", "link", "set", "eth0", "addrgenmode", "none"]
-            )  # no automatic IPv6, so the cable is silent
+            # No automatic IPv6, so the cable is silent.
+            node.run(["ip", "link", "set", "eth0", "addrgenmode", "none"])
             node.run(["ip", "address", "add", f"{address}/24", "dev", "eth0"])
             node.run(["ip", "link", "set", "eth0", "up"])
         self._until_connected()

@@ -119,11 +119,11 @@ class Ranks:
     Leaving the context kills the processes that still run.
 
     Args:
-        arguments: of the command line.
+        arguments: the command line's.
         folder: working directory, where `rank0.out`, `rank0.err`, ... are also written.
-        world: how many; a single one is started without any launcher's variables.
-        namespaces: id of a process whose mounts they see; by default those of the tests.
-        more: environment variables.
+        world: the number of ranks; a single one gets no launcher's variables.
+        namespaces: id of a process whose mounts they see; by default the tests' own mounts.
+        more: further environment variables.
     """
 
     def __init__(
@@ -210,11 +210,8 @@ class _Server:
         )
         self.pid = self._process.pid
         self._news = threading.Condition()
-        self._requested, self._started, self._ended = (
-            0,
-            [],
-            {},
-        )  # requests made, processes in their order, exit codes by process
+        # Requests made, processes in their order, exit codes by process.
+        self._requested, self._started, self._ended = (0, [], {})
         threading.Thread(target=self._listen, daemon=True, name="fork server").start()
         atexit.register(self.close)
 
@@ -255,9 +252,8 @@ class _Server:
                 for answer in map(json.loads, lines):
                     if "started" in answer:
                         self._started.append(answer["started"])
-                        self._ended.pop(
-                            answer["started"], None
-                        )  # the system reuses an id after some 30,000 others
+                        # The system reuses an id after some 30,000 others.
+                        self._ended.pop(answer["started"], None)
                     else:
                         self._ended[answer["ended"]] = answer["code"]
                 self._news.notify_all()

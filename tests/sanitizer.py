@@ -211,9 +211,8 @@ class _Argument:
         self.memory = tensor.as_strided((self.span,), (1,)).view(bits).numpy()
         member = np.zeros(self.span, bool)
         self.own(member)[...] = True
-        self.member = (
-            None if member.all() else member
-        )  # which elements of the span belong to the view; None if all do
+        # Which elements of the span belong to the view; None if all do.
+        self.member = None if member.all() else member
 
     def own(self, span: np.ndarray) -> np.ndarray:
         """Pick the elements of the view, each once.
@@ -288,9 +287,8 @@ class _Builder(GpuArithmetic):
             self.arguments[id(value)] = _Argument(name, value, shadow, traffic)
             return value
 
-        positional = [
-            alias(name, value) for name, value in zip(self.names, args, strict=False)
-        ]  # the others are passed by name
+        # The others are passed by name.
+        positional = [alias(name, value) for name, value in zip(self.names, args, strict=False)]
         return positional, {name: alias(name, value) for name, value in kwargs.items()}
 
     def convert(self, value: Any) -> Any:
@@ -374,7 +372,7 @@ class _Builder(GpuArithmetic):
         index = (pointers.data - np.uint64(argument.address)).view(np.int64) >> (
             argument.size.bit_length() - 1
         )
-        inside = index.view(np.uint64) < argument.span  # unsigned: negative ones are large
+        inside = index.view(np.uint64) < argument.span  # negative indices are large when unsigned
         if argument.member is not None:
             inside[inside] = argument.member[index[inside]]
         lanes = np.ones_like(inside) if mask is None else np.asarray(mask.data, bool)
@@ -461,7 +459,7 @@ class _Builder(GpuArithmetic):
         before = np.zeros(shape, np.float32)
         for lane, i in zip(
             np.argwhere(lanes), index, strict=True
-        ):  # one by one: lanes may share an element
+        ):  # one at a time, since lanes may share an element
             before[tuple(lane)] = old = decode(argument.memory[i : i + 1], dtype).item()
             argument.memory[i] = encode(
                 round_bf16(old + values[tuple(lane)]), dtype
@@ -470,9 +468,8 @@ class _Builder(GpuArithmetic):
 
     def create_atomic_cas(self, ptr, cmp, val, sem, scope):
         _, _, lanes = self._touch(ptr, None, "atomic")
-        return (
-            super().create_atomic_cas(ptr, cmp, val, sem, scope) if lanes is None else cmp
-        )  # else out of bounds, and reported
+        # Other elements are out of bounds and reported.
+        return super().create_atomic_cas(ptr, cmp, val, sem, scope) if lanes is None else cmp
 
     def create_bitcast(self, src, dst_type):
         dst = dst_type.scalar
@@ -554,11 +551,8 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
         (interpreter, "_implicit_cvt", builder.convert),
         (GridExecutor, "__call__", call),
         (GridExecutor, "_init_args_hst", builder.bind),
-        (
-            GridExecutor,
-            "_restore_args_dev",
-            lambda *_: None,
-        ),  # kernels work on the tensors themselves
+        # Kernels work on the tensors themselves.
+        (GridExecutor, "_restore_args_dev", lambda *_: None),
         (TensorHandle, "set_attr", check_hint),
         # In the stock interpreter every call of a device function patches the language again, which
         # takes most of the time. Here it is patched once.

@@ -105,10 +105,11 @@ def test_hard_rules():
 
 def test_changes_against_the_record():
     assert changes([GOOD], RECORD) == ([], [])
+    # This is within the margin.
     assert changes(with_figures(registers=96, spilled=64, shared=5120, programs=7), RECORD) == (
         [],
         [],
-    )  # within the margin
+    )
     where = f"sm_90 {GOOD.name}"
     assert changes(with_figures(registers=100, spilled=72, shared=9000, programs=5), RECORD) == (
         [
@@ -139,9 +140,8 @@ def test_programs_side_by_side():
     """
     h100, mi300 = DEVICES["sm_90"], DEVICES["gfx942"]
     assert programs(h100, registers=32, shared=0, warps=4, tensor_columns=0) == 16  # of 64 warps
-    assert (
-        programs(h100, registers=168, shared=0, warps=4, tensor_columns=0) == 3
-    )  # 512 // 168 = 3 warps on each scheduler
+    # 512 // 168 = 3 warps on each scheduler.
+    assert programs(h100, registers=168, shared=0, warps=4, tensor_columns=0) == 3
     assert programs(h100, registers=255, shared=0, warps=16, tensor_columns=0) == 0
     assert programs(h100, registers=32, shared=100 << 10, warps=4, tensor_columns=0) == 2
     assert programs(h100, registers=16, shared=0, warps=1, tensor_columns=0) == 32

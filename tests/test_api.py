@@ -76,7 +76,7 @@ def test_a_dict_of_tables_is_a_recipe_and_can_be_trained_twice(recipe, tmp_path)
     given = json.dumps(recipe, default=str)
     first = fastbert.pretrain(recipe)
     again = fastbert.pretrain(recipe, {"run": tmp_path / "again"}, stop={"steps": 3})
-    assert json.dumps(recipe, default=str) == given  # left as it was
+    assert json.dumps(recipe, default=str) == given  # it is unchanged
     assert (first.run, again.run) == (tmp_path / "run", tmp_path / "again")
     for result in (first, again):
         assert (result.exit_code, result.reason) == (0, "stop.steps = 3")

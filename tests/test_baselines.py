@@ -91,9 +91,8 @@ def test_a_known_process(tmp_path: Path) -> None:
     pair = (1 - hidden) ** 2
     exact = pair * both + 2 * hidden * (1 - hidden) * bigram + hidden**2 * np.log(size)
     assert exact < one - 0.5
-    assert found["two_sided_trigram"] == pytest.approx(
-        exact, abs=0.12
-    )  # documents have ends, counts are few
+    # Documents end, and there are few counts.
+    assert found["two_sided_trigram"] == pytest.approx(exact, abs=0.12)
     assert found["two_sided_bigram"] > found["two_sided_trigram"] + 0.03
 
 

@@ -305,9 +305,10 @@ def test_what_was_replaced_in_a_batch_in_one_piece_moves_as_it_is(dataset):
     seeds = joined.dropout_seeds + 1
     changed = dataclasses.replace(joined, dropout_seeds=seeds)
     assert copies(changed) > 1 and torch.equal(changed.to("cpu").dropout_seeds, seeds)
+    # These are other parts of the same memory.
     swapped = dataclasses.replace(
         joined, labels=joined.masked_positions, masked_positions=joined.labels
-    )  # other parts of the same memory
+    )
     assert copies(swapped) > 1 and torch.equal(swapped.to("cpu").labels, joined.masked_positions)
 
 
@@ -446,9 +447,8 @@ def test_prefetch_runs_no_further_ahead_than_it_should_and_ends(dataset):
     while len(batches.asked) < STEPS_AHEAD + 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)  # enough time for a thread without a bound to run ahead
-    assert batches.asked == [
-        (step, 1, 2) for step in range(1 + STEPS_AHEAD + 1)
-    ]  # taken, in the queue, and held by the thread
+    # One step is taken, STEPS_AHEAD are in the queue, and the thread holds one.
+    assert batches.asked == [(step, 1, 2) for step in range(1 + STEPS_AHEAD + 1)]
     ahead.close()
     ahead.close()
     assert not threads()

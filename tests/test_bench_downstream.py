@@ -145,9 +145,8 @@ def test_it_runs_to_its_end(texts, small_dataset, tmp_path):
     assert shown.returncode == 0, shown.stderr
     more = read_record(tmp_path / "more/downstream.json").rows
     assert sides(more) == [*sides(record.rows), "later"]
-    assert [row for row in more if row.get("side") != "later"] == list(
-        record.rows
-    )  # not measured again
+    # It is not measured again.
+    assert [row for row in more if row.get("side") != "later"] == list(record.rows)
     later = [
         (r["task"], r["test_accuracy"])
         for r in more

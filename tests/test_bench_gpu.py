@@ -325,7 +325,7 @@ def test_an_item_that_hangs_ends_its_process_and_one_that_fails_does_not(image, 
     first = python(image, "-c", textwrap.dedent(code))
     assert first.returncode == 1 and "Timeout" in first.stderr and "time.sleep" not in first.stdout
     second = python(image, "-c", textwrap.dedent(code))
-    assert second.returncode == 0, second.stderr  # what failed is on disk
+    assert second.returncode == 0, second.stderr  # the failure is on disk
     assert [line["item"] for line in lines_of(tmp_path, what="begin")] == ["fails", "hangs", "fine"]
     assert [line["why"] for line in lines_of(tmp_path, what="failed")] == [
         "ZeroDivisionError: division by zero"
@@ -572,11 +572,12 @@ def test_the_report_has_every_section_and_goes_on_record(tmp_path, monkeypatch):
     folder = report.record(tmp_path)
     assert folder == tmp_path / "benchmarks/results/nvidia-h100-80gb-hbm3"
     written = read_record(folder / "gpu.json")
+    # No complete pass was timed.
     assert (
         written.ratios == {}
         and written.header["commit"] == "abc"
         and len(written.rows) == len(read(tmp_path))
-    )  # no pass was timed whole
+    )
 
 
 def test_a_line_that_nobody_foresaw_costs_a_section_of_the_report(tmp_path):
@@ -620,9 +621,8 @@ def test_proposed_tiles_are_read(tmp_path):
         )
     )
     key = Key("gelu_forward", present["bits"], present["size"])
-    assert proposals.read_proposals("sm_90", path) == [
-        proposals.Proposal(key, new, 12.5)
-    ]  # not the present one
+    # This is not the present row.
+    assert proposals.read_proposals("sm_90", path) == [proposals.Proposal(key, new, 12.5)]
     assert proposals.read_proposals("sm_80", path) == []
 
 
@@ -663,7 +663,7 @@ def test_the_best_proposal_wins_over_all_its_cases():
         (winner.key, winner.row and winner.row["num_warps"], round(winner.ratio, 2), winner.cases)
         for winner in found
     ] == [(Key("norm_backward", 16, 768), 4, 0.81, 2)]
-    assert proposals.winners([line(2, 0.99)])[0].row is None  # no more than noise
+    assert proposals.winners([line(2, 0.99)])[0].row is None  # the difference is only noise
     assert proposals.winners([line(2, None, verdict="does not run")])[0].row is None
 
 

@@ -60,9 +60,8 @@ def test_every_moment_is_counted_once():
     mark(model)
     parts, whole = profiled(model)
     assert sum(parts.values()) == pytest.approx(whole, rel=1e-3)
-    assert set(parts) <= set(PARTS) and all(
-        parts[part] > 0 for part in PARTS[1:]
-    )  # the first is the data, of which there are none
+    # The first part is the data, of which there are none.
+    assert set(parts) <= set(PARTS) and all(parts[part] > 0 for part in PARTS[1:])
 
 
 def pause_forward(

@@ -40,9 +40,7 @@ def test_the_same_weights_measure_the_same_on_both_sides(small_dataset):
     config = load_config(RECIPE, [f"data={small_dataset.path}", "evaluate.sequences=64"])
     torch.manual_seed(0)
     mine = BertForPreTraining(config.model, small_dataset.vocab_size).eval()
-    with (
-        torch.no_grad()
-    ):  # away from the start, where every token is as likely and every pair the same
+    with torch.no_grad():  # initially all tokens and pairs are equally likely
         for parameter in mine.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     theirs = build_model(config, small_dataset.vocab_size, mine)
@@ -172,9 +170,8 @@ def test_a_short_one_runs_and_what_is_finished_is_not_made_again(small_dataset, 
     )
     assert result.returncode == 0, result.stdout + result.stderr
     text = (tmp_path / "quality.md").read_text(encoding="utf-8")
-    assert (
-        "| 1 | Trainer, our recipe | 2.125 | 2.250 | 50.0% | 0.01 M | 2,000 |" in text
-    )  # as it was kept
+    # It is as it was saved.
+    assert "| 1 | Trainer, our recipe | 2.125 | 2.250 | 50.0% | 0.01 M | 2,000 |" in text
     assert (
         "| 1 | fastbert |" in text
         and "| 1 | Trainer |" in text

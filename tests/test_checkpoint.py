@@ -433,7 +433,7 @@ def test_a_checkpoint_that_was_moved_and_linked_is_not_deleted_where_it_lies(tmp
     (tmp_path / "checkpoints/step-00000003").rename(archive)
     (tmp_path / "checkpoints/step-00000003").symlink_to(archive)
     (archive / MANIFEST).write_text("{")
-    save_at(tmp_path, 3)  # a damaged one makes room
+    save_at(tmp_path, 3)  # a damaged one is deleted
     assert (archive / MANIFEST).read_text() == "{" and not (
         tmp_path / "checkpoints/step-00000003"
     ).is_symlink()
@@ -504,10 +504,8 @@ def test_a_checkpoint_that_cannot_be_read_is_not_replaced(tmp_path):
         (lambda path: path.write_text(""), "manifest.json cannot be read: Not a directory"),
         (lambda path: path.mkdir(), "manifest.json is missing"),
         (lambda path: (path / MANIFEST).mkdir(parents=True), "manifest.json is not a file"),
-        (
-            lambda path: (path.mkdir(), os.mkfifo(path / MANIFEST)),
-            "manifest.json is not a file",
-        ),  # which would keep its reader waiting
+        # A pipe would block its reader.
+        (lambda path: (path.mkdir(), os.mkfifo(path / MANIFEST)), "manifest.json is not a file"),
     ],
 )
 def test_something_else_with_the_name_of_a_checkpoint_is_damaged(tmp_path, make, message):

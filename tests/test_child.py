@@ -127,7 +127,7 @@ def test_pretrain_in_bf16(hostile, script, small_dataset):
     done = run(hostile, script, "pretrain", ROOT / "fastbert/recipes/demo.toml", *settings)
     if (
         done.returncode == 2 and "bf16" in done.stderr
-    ):  # a processor that cannot; the probe has found out, and nothing was run
+    ):  # the probe found a processor without bf16, and nothing ran
         done.returncode = 0
     check(done, hostile)
 

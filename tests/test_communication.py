@@ -80,9 +80,8 @@ def test_two_ranks_send_what_they_are_asked_for():
         6.0, abs=0.01
     )
     for row in rows:
-        assert sum(row.asked.values()) == pytest.approx(
-            row.least, rel=0.01
-        )  # these two need no more than the minimum
+        # These two need no more than the minimum.
+        assert sum(row.asked.values()) == pytest.approx(row.least, rel=0.01)
         assert row.sent > row.least
         assert json.loads(json.dumps(record(row)))["sent"] == row.sent
     line = next(line for line in table(rows).splitlines() if line.startswith("1 owners"))

@@ -21,13 +21,8 @@ from tests.trials import (
 )
 
 WORLD, STAGE = 2, 2
-REFUSING = (
-    "staging-made",
-    "tensors-half",
-    "tensors-read-back",
-    "manifest-half",
-    "renamed",
-)  # the operations on the disk
+# The operations on the disk.
+REFUSING = ("staging-made", "tensors-half", "tensors-read-back", "manifest-half", "renamed")
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +77,8 @@ def test_the_disk_refuses_at_one_point_of_a_save(lab, rank, point):
     assert saves.index(failed) == 1 and all(
         trial.run / "checkpoints" / save["checkpoint"] for save in saves if save != failed
     )
-    assert [path.name[0] for path in (trial.run / "checkpoints").iterdir()] == [
-        "s",
-        "s",
-    ]  # only two step-... folders
+    # There are only two step-... folders.
+    assert [path.name[0] for path in (trial.run / "checkpoints").iterdir()] == ["s", "s"]
     assert trial.compare(lab.undisturbed(world, STAGE if rank else 0)).passed
 
 

@@ -69,12 +69,12 @@ def test_plateau():
         and "\n" not in line
     )
     assert plateau(0.1, 6.65, BASELINES, RECIPE) is None  # too early to say
-    assert plateau(0.4, 6.2, BASELINES, RECIPE) is None  # it has left it
+    assert plateau(0.4, 6.2, BASELINES, RECIPE) is None  # it has left the plateau
 
 
 @pytest.mark.parametrize("loss", [6.3, 6.51, 6.65, 6.7, 6.89, 6.95, 7.4])
 def test_the_verdict_and_the_note_use_the_same_words(loss):
-    """Below is below by a margin: 5.895 beside 5.92 was called both below and no better."""
+    """A loss must be below by a margin: 5.895 against 5.92 was called both below and no better."""
     line, place = plateau(0.4, loss, BASELINES, RECIPE), compare(loss, BASELINES)
     if line is None:
         assert place.startswith("below word frequencies")
@@ -191,9 +191,7 @@ def test_a_gradient_that_does_not_explode():
     usual = [1.0 + 0.3 * math.sin(i) for i in range(150)]
     assert norms(*usual, 50.0, 1.0, 50.0, 60.0, 1.0) == []  # single bad batches
     assert norms(*[50.0 * 0.97**i for i in range(300)]) == []  # the fall from a high start
-    assert (
-        norms(*usual, *[1.02**i for i in range(150)]) == []
-    )  # a slow drift moves the median along
-    assert (
-        norms(*[1.0] * (diagnosis.NORM_WINDOW - 1), 99.0, 99.0, 99.0) == []
-    )  # too early to know what is usual
+    # A slow drift moves the median along.
+    assert norms(*usual, *[1.02**i for i in range(150)]) == []
+    # It is too early to know what is usual.
+    assert norms(*[1.0] * (diagnosis.NORM_WINDOW - 1), 99.0, 99.0, 99.0) == []

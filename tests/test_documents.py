@@ -195,7 +195,7 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"use_dictionary": False}, {"store_schema": False}])
 def test_a_field_of_a_field(tmp_path: Path, options: dict[str, bool]) -> None:
-    """{"doc": {"text": ...}}, as crawlers write it, in JSON lines and in Parquet."""
+    """Crawlers write {"doc": {"text": ...}}, in JSON lines and in Parquet."""
     rows = [{"doc": {"text": text, "n": 1}, "id": "x"} for text in DOCUMENTS]
     pyarrow.parquet.write_table(
         pyarrow.table({"doc": [*(row["doc"] for row in rows), None, {"text": None, "n": 2}]}),
@@ -212,7 +212,7 @@ def test_a_field_of_a_field(tmp_path: Path, options: dict[str, bool]) -> None:
 
 @pytest.mark.parametrize("kind", ["repeated", "repeated prefix", "one large among small"])
 def test_parquet_that_expands_is_read_in_pieces(tmp_path: Path, kind: str) -> None:
-    """A few kB on disk, 2 GB as text; and rows far from the mean."""
+    """The file has a few kB on disk and 2 GB as text, or rows far from the mean size."""
     large = "x" * (1 << 20)
     if kind == "repeated":
         column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000), [large])
@@ -309,11 +309,12 @@ def test_folders(tmp_path: Path) -> None:
         )
         write(path, text)
     sources, ignored = find_sources([tmp_path, tmp_path / "a.jsonl", tmp_path / "b"])
+    # Each file is read once.
     assert [str(source.path.relative_to(tmp_path)) for source in sources] == [
         "a.jsonl",
         "b/10.txt.gz",
         "b/2.txt",
-    ]  # each once
+    ]
     assert {item.path.name for item in ignored} == {"notes.md", "picture.png"}
     assert list(read_documents([tmp_path])) == ["a", "ten", "2.txt"]
     sources, ignored = find_sources([tmp_path], "lines")

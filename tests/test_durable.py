@@ -1,4 +1,4 @@
-"""Files that are replaced whole: by several writers at once, with the permissions that they had."""
+"""Files are replaced atomically, by several writers at once, and keep their permissions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastbert.errors import InputError
 
 
 def test_two_writers_of_a_file_do_not_meet(tmp_path):
-    """The one that ends last wins, whole; neither fails."""
+    """The file of the writer that ends last is complete, and neither writer fails."""
     file = tmp_path / "x"
     with replacing(file) as first:
         first.write_text("first, " * 1000)
@@ -53,7 +53,7 @@ def test_permissions_stay(tmp_path, mode):
     file.touch()
     file.chmod(mode)
     with replacing(file) as new:
-        assert stat.S_IMODE(new.stat().st_mode) == mode  # nobody reads it meanwhile either
+        assert stat.S_IMODE(new.stat().st_mode) == mode  # no other user can read it in the meantime
     assert stat.S_IMODE(file.stat().st_mode) == mode
     write_whole(file, b"again")
     assert stat.S_IMODE(file.stat().st_mode) == mode
@@ -72,7 +72,7 @@ def test_a_new_file_has_those_of_the_umask_and_a_link_stays_whole_at_its_target(
 
 
 def test_two_exports_to_one_folder(tmp_path):
-    """The second finds the first's folder when it ends, and says so; the first is whole."""
+    """The second export finds the first one's complete folder at its end, and reports it."""
     with pytest.raises(InputError, match="is there already"), new_folder(tmp_path / "out") as first:
         (first / "a").touch()
         with new_folder(tmp_path / "out") as second:
@@ -91,7 +91,7 @@ def test_what_a_killed_writer_left_is_deleted_a_day_later(tmp_path):
     for name, age_s in (
         (".writing-x-0123abcd", 2 * LEFTOVER_S),
         (".writing-x-89abcdef", 60.0),
-        (".writing-x-y-0123abcd", 2 * LEFTOVER_S),  # of a file that is called x-y
+        (".writing-x-y-0123abcd", 2 * LEFTOVER_S),  # the leftover of a file named x-y
         (".writing-x-dir00000", 2 * LEFTOVER_S),
     ):
         leave(tmp_path / name, age_s)

@@ -333,12 +333,15 @@ def test_wrong_files(tmp_path):
             check_out(tmp_path / name)
 
 
+PARTS = ["a list ", "name", "!", "漢", "字", "é", "e\u0301", "\t", "\ufe00", "-", "ß"]
+
+
 @given(
-    st.lists(st.sampled_from(["a list ", "name", "!", "漢", "字", "é", "e\u0301", "\t", "\ufe00", "-", "ß"])),
+    st.lists(st.sampled_from(PARTS)),
     st.integers(1, 12),
-)  # fmt: skip
+)
 def test_the_start_of_a_text_has_the_first_tokens_of_all_of_it(model, parts, most):
-    """Wherever the text is cut before it is tokenized."""
+    """This holds wherever the text is cut before tokenization."""
     text = "".join(parts) * 3
     whole = model.tokenizer.encode(text, add_special_tokens=False).ids
     (found,) = first_tokens(model.tokenizer, [text], most)

@@ -198,7 +198,7 @@ def test_slices_change_nothing(
 
 
 def peak_memory(tokenizer: str):
-    """Returns a function from a document to the bytes that encoding it took, at the peak."""
+    """Return a function from a document to the peak memory of encoding it, in bytes."""
     encoder = encode.ChunkEncoder(tokenizer, "text", 0)
 
     def encode_all(text: str) -> int:
@@ -212,5 +212,5 @@ def peak_memory(tokenizer: str):
 
 @pytest.mark.parametrize("text", ["中文字測試好" * 150_000, "ก" * 900_000, "word " * 600_000])
 def test_memory_for_one_long_document(lower: Tokenizer, text: str) -> None:
-    """3 MB in one sentence, at 40 bytes a byte: the longest document, of 64 MiB, takes 2.5 GB."""
+    """A sentence of 3 MB takes 40 bytes per byte; the longest document, 64 MiB, takes 2.5 GB."""
     assert apply_in_child(peak_memory, (lower.to_str(),), text) < 40 * len(text.encode())

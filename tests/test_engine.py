@@ -153,9 +153,8 @@ def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
         assert built.model.impl == "triton"
         before = state_of(built)["weight"]
         built.step([pack], lr=1.0)
-        built.step(
-            [pack], lr=0.0
-        )  # by then DeepSpeed gathers parameters ahead, in the order that it has seen
+        # By then DeepSpeed prefetches parameters in the order that it has recorded.
+        built.step([pack], lr=0.0)
         after = state_of(built)["weight"]
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
@@ -221,9 +220,8 @@ def test_gradients_are_not_searched_for_nan_one_by_one(small_dataset, packs, bf1
         built.step(packs[0], lr=1e-3)
         parameters = len(list(built.model.parameters()))
     assert seen.count["aten::linalg_vector_norm"] >= parameters
-    assert (
-        seen.count["aten::amax"] < parameters
-    )  # DeepSpeed's search makes one for each; the MLM loss makes one for each slab
+    # DeepSpeed's search makes one for each; the MLM loss makes one for each slab.
+    assert seen.count["aten::amax"] < parameters
 
 
 def test_without_pairs_their_figures_are_none(small_dataset):

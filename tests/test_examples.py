@@ -293,14 +293,12 @@ def test_without_pairs_every_token_is_covered_and_every_document_takes_part(
 
 
 def test_windows_begin_with_a_sentence_where_there_is_room_to_choose(tmp_path):
-    examples = make(
-        tiny_split(tmp_path / "split", [[4] * 51, [4] * 51]), "mlm", max_length=52
-    )  # 5 windows of up to 50 cover 204
+    # 5 windows of up to 50 cover 204.
+    examples = make(tiny_split(tmp_path / "split", [[4] * 51, [4] * 51]), "mlm", max_length=52)
     starts = np.concatenate([epoch_of(examples, epoch).a_start for epoch in range(30)])
     assert (starts % 4 == 0).mean() > 0.8 and len(np.unique(starts)) > 12
-    exact = epoch_of(
-        make(tiny_split(tmp_path / "exact", [[7] * 50]), "mlm", max_length=37)
-    )  # 10 windows of 35 cover 350: no choice
+    # 10 windows of 35 cover 350: no choice.
+    exact = epoch_of(make(tiny_split(tmp_path / "exact", [[7] * 50]), "mlm", max_length=37))
     np.testing.assert_array_equal(np.sort(exact.a_start), np.arange(10) * 35)
 
 
@@ -325,9 +323,8 @@ def test_epochs_and_seeds_differ(split):
         for seed in (1, 2)
         for epoch in (0, 1)
     ]
-    joins = [
-        spans.a_start + spans.a_length for spans in drawn
-    ]  # the same ones in each, in another order
+    # Epochs have the same examples in another order.
+    joins = [spans.a_start + spans.a_length for spans in drawn]
     for i in range(len(drawn)):
         for j in range(i):
             assert not set(drawn[i].keys) & set(drawn[j].keys)

@@ -60,9 +60,8 @@ def exported(run, tmp_path_factory):
 def test_the_folder_is_whole_and_checked_on_held_out_text(exported):
     result, out = exported
     assert sorted(p.name for p in out.iterdir()) == FILES
-    assert (
-        len({p.stat().st_mode for p in out.iterdir()}) == 1
-    )  # all files have the same permissions
+    # All files have the same permissions.
+    assert len({p.stat().st_mode for p in out.iterdir()}) == 1
     assert list(out.parent.iterdir()) == [out]
     assert result.architecture == "BertForPreTraining" and result.out == str(out)
     # 8 pairs of sentences of about 20 tokens, with 1,000 logits each, are more than the built-in
@@ -113,7 +112,7 @@ def test_config_is_that_of_transformers(exported, original):
         "_name_or_path",
         "transformers_version",
         "initializer_range",
-    ):  # the run's recipe has its own initializer_range
+    ):  # the run's recipe sets its own initializer_range
         ours[key] = theirs[key]
     assert ours == theirs
 
@@ -145,9 +144,8 @@ def test_exporting_the_export_changes_nothing(exported, tmp_path):
 
 
 def test_a_run_without_pairs_becomes_a_masked_lm(original, tmp_path):
-    run = make_run(
-        tmp_path / "run", original, kind="mlm"
-    )  # its dataset is gone: the check reads built-in sentences
+    # Its dataset is gone: the check reads built-in sentences.
+    run = make_run(tmp_path / "run", original, kind="mlm")
     assert export(fastbert.load(run), tmp_path / "out").architecture == "BertForMaskedLM"
     _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
@@ -217,10 +215,8 @@ def swap_query_and_key(state):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (
-            swap_query_and_key,
-            None,
-        ),  # the scores of attention are the same then but for the transposition
+        # The attention scores are then the same except for the transposition.
+        (swap_query_and_key, None),
         (
             lambda s: {**s, "cls.seq_relationship.bias": s["cls.seq_relationship.bias"] + 1e-3},
             "differ by 0.001",

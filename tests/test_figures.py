@@ -79,9 +79,10 @@ def test_a_ratio_that_falls_is_noticed(tmp_path):
     replace(
         record, ratios={key: value for key, value in record.ratios.items() if key != name}
     ).write(now, "step", "A step")
+    # The time budget is used up.
     assert [(one.name, one.fell) for one in compare(before, now) if one.now is None] == [
         (f"step: {name}", False)
-    ]  # no time was left
+    ]
     (now / "step.json").unlink()
     assert {one.name for one in compare(before, now) if one.fell} == {
         f"step: {name}" for name in record.ratios

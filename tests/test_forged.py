@@ -1,4 +1,4 @@
-"""Checkpoints and folders whose hashes are right and whose content is not: one clear line."""
+"""Checkpoints and folders with correct hashes and wrong content get one clear line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROGRESS = dataclasses.asdict(TrainState(step=STEP, tokens=100, seconds=2.5, hel
 
 
 class Forger:
-    """Writes a run with one checkpoint, and opens it as `pretrain --resume` does."""
+    """Write a run with one checkpoint, and open it as `pretrain --resume` does."""
 
     def __init__(self, run: Path, dataset: TokenDataset):
         self.run, self.dataset = run, dataset
@@ -127,7 +127,7 @@ def test_tensors_that_are_missing_or_misshapen(forger, slot):
 
 @pytest.mark.parametrize("content", [b"", b"rubbish", save({"other": torch.zeros(2)})])
 def test_a_file_that_is_none_of_ours(forger, content):
-    """With the hash and the size that the manifest gives."""
+    """The file has the hash and the size of the manifest."""
     forger.write()
     (folder,) = (forger.run / "checkpoints").iterdir()
     (file,) = folder.glob("*.safetensors")

@@ -109,18 +109,16 @@ def test_ten_steps_are_those_without_graphs(small_dataset, stage, recorders, mon
     expected, weights = train(small_dataset, CONFIG, steps, stage, "reference")
     assert not recorders
 
-    monkeypatch.setattr(
-        PackedBatch, "to", None
-    )  # a replay copies the pack into its buffers, and makes no tensor on the device
+    # A replay copies the pack into its buffers and creates no tensor on the device.
+    monkeypatch.setattr(PackedBatch, "to", None)
     found, found_weights = train(small_dataset, with_graphs(CONFIG), steps, stage, "reference")
     assert found == expected
     for name, weight in weights.items():
         assert found_weights[name].equal(weight), name
     (recorder,) = recorders
     packs = [pack for packs in steps for pack in packs]
-    assert (
-        recorder.recorded == 2 * len({shape(pack) for pack in packs}) < len(packs)
-    )  # a graph forward and one backward
+    # There is one graph for the forward pass and one for the backward pass.
+    assert recorder.recorded == 2 * len({shape(pack) for pack in packs}) < len(packs)
     assert recorder.replayed == 2 * len(packs)
 
 

@@ -519,7 +519,7 @@ def test_wrong_variables_are_named(monkeypatch, case):
 
 
 def test_no_interface_at_all_is_one_line():
-    """A new network namespace has the loopback alone, and that is down."""
+    """A new network namespace only has the loopback interface, and that is down."""
     script = "from fastbert.cluster.group import join\nwith join(5): pass"
     alone = ["unshare", "--user", "--map-root-user", "--net"]
     if shutil.which("unshare") is None or subprocess.run([*alone, "true"]).returncode != 0:

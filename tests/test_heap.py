@@ -68,9 +68,8 @@ with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
 )
 def test_a_shape_of_long_ago_is_built_anew():
     def said(how: str, **environment: str) -> str:
-        bare = {
-            name: value for name, value in os.environ.items() if name not in CACHES
-        }  # another test may have set them
+        # Another test may have set them.
+        bare = {name: value for name, value in os.environ.items() if name not in CACHES}
         return subprocess.run(
             [sys.executable, "-c", SHAPES, how],
             env={**bare, **environment},
@@ -81,6 +80,5 @@ def test_a_shape_of_long_ago_is_built_anew():
 
     assert "create:cache_miss" in said("keep")
     assert "create:cache_hit" in said("default")
-    assert "create:cache_hit" in said(
-        "keep", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024"
-    )  # the user's own setting
+    # The user's own setting.
+    assert "create:cache_hit" in said("keep", ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")

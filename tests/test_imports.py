@@ -225,7 +225,7 @@ def test_a_name_is_imported_from_the_module_that_defines_it():
 
 
 def test_no_operation_imports_another():
-    """What two operations share lies beside their folders."""
+    """Code that two operations share is in modules beside their folders."""
     folders = {
         name for name in MODULES if matches(name, "fastbert_kernels.*") and name + ".op" in MODULES
     }

@@ -18,9 +18,8 @@ from benchmarks.launches import unreached
 from tests.tiers import typical
 from tests.uninterpreted import ROOT, run_module
 
-OLDEST = (
-    Path(sys.prefix) / "triton-oldest"
-)  # `make test` puts the oldest Triton there that pyproject.toml allows
+# `make test` puts the oldest Triton there that pyproject.toml allows.
+OLDEST = Path(sys.prefix) / "triton-oldest"
 
 
 def launches(*arguments: str, **where: Path) -> subprocess.CompletedProcess[str]:

@@ -240,11 +240,8 @@ def test_what_a_run_leaves(recipe, tmp_path, small_dataset):
         tuple(s) == STEP_KEYS for s in steps
     )
     events = [(e["event"], e["step"]) for e in read_metrics(run / "metrics.jsonl") if "event" in e]
-    assert [step for kind, step in events if kind == "save"] == [
-        2,
-        4,
-        6,
-    ]  # each when it is on the disk, some steps later
+    # Each event comes when the checkpoint is on disk, some steps later.
+    assert [step for kind, step in events if kind == "save"] == [2, 4, 6]
     assert [event for event in events if event[0] != "save"] == [
         ("evaluate", 4),
         ("evaluate", 6),
@@ -343,9 +340,8 @@ def test_a_reader_that_leaves_does_not_end_the_run(recipe, tmp_path):
 
 
 def test_a_terminal_that_is_closed_saves(recipe, tmp_path):
-    not_ignored = {
-        "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    }  # it is ignored where nohup has started the tests
+    # It is ignored where nohup has started the tests.
+    not_ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
     process = start(recipe, "stop.steps=100000", **not_ignored)
     while not (tmp_path / "run/metrics.jsonl").exists() or not lines(tmp_path / "run"):
         time.sleep(0.01)

@@ -154,9 +154,8 @@ def both_again(cluster: Cluster, commands: list[Command], undisturbed: Path) -> 
         command.output for command in commands
     )
     alone, together = resumes(cluster)
-    assert (
-        alone in (EVERY, 2 * EVERY) and together > alone
-    )  # a save in the background may be lost with the node
+    # An asynchronous save may be lost with the node.
+    assert alone in (EVERY, 2 * EVERY) and together > alone
     assert f"stopped at step {together}: interrupted by SIGTERM" in commands[0].output
     check_as_undisturbed(cluster, undisturbed)
     assert {note["host"] for note in notes(cluster.folder) if note["step"] == STEPS} == {

@@ -38,9 +38,8 @@ def one(opcode: str, operands: str = "", **control: int) -> Instruction:
 
 
 FFMA = one("FFMA", "R1, R2, R3, R4")
-PRODUCT = one(
-    "HGMMA.64x64x16.F32.BF16", "R24, gdesc[UR8], R24, gsb0"
-)  # 32 cycles of the tensor cores
+# 32 cycles of the tensor cores.
+PRODUCT = one("HGMMA.64x64x16.F32.BF16", "R24, gdesc[UR8], R24, gsb0")
 LOAD = one("LDG.E.128", "R4, desc[UR4][R2.64]", write_barrier=0)
 COPY = one("LDGSTS.E.BYPASS.128", "[R3], desc[UR4][R2.64]")
 
@@ -112,16 +111,14 @@ def test_bytes_and_cycles_of_single_instructions():
         and operand_bytes(one("LDG.E.U16", "R1")) == 64
         and operand_bytes(one("LDG.E", "R1")) == 128
     )
-    assert operand_bytes(COPY) == 512  # and not what "LTC128B" or the like says
+    assert operand_bytes(COPY) == 512  # not the number in "LTC128B"
     four_matrices = one("LDSM.16.M88.4", "R4, [R3]")  # of 8 rows of 16 bytes
     assert operand_bytes(four_matrices) == 512 and shared_cycles(four_matrices) == 4 * 4
     assert tensor_cycles(PRODUCT) == 32  # 2 x 64 x 64 x 16 FLOPs at 4,096 a cycle
-    assert (
-        tensor_cycles(one("HGMMA.64x16x16.F32.BF16", "R24, gdesc[UR8], R24")) == 20
-    )  # A (16 cycles) and B (4) come through shared memory
-    assert (
-        tensor_cycles(one("HGMMA.64x16x16.F32.BF16", "R24, R4, gdesc[UR8], R24")) == 8
-    )  # A is in registers
+    # A (16 cycles) and B (4) come through shared memory.
+    assert tensor_cycles(one("HGMMA.64x16x16.F32.BF16", "R24, gdesc[UR8], R24")) == 20
+    # A is in registers.
+    assert tensor_cycles(one("HGMMA.64x16x16.F32.BF16", "R24, R4, gdesc[UR8], R24")) == 8
 
 
 # The way through a kernel
@@ -155,19 +152,11 @@ def code_of(text: str) -> Code:
         ("f ?>3 f f E", 1, 1, [0, 1, 2, 3, 4]),  # a conditional branch is not taken
         ("f >3 f f E", 1, 1, [0, 1, 3, 4]),  # one without a condition is
         ("f p ?<1 ?>5 p f E", 1, 1, [0, 1, 2, 3, 5, 6]),  # nor is the tail's product made
-        (
-            "?>3 f >5 p ?<3 E",
-            2,
-            1,
-            [0, 3, 4, 3, 4, 5],
-        ),  # but one that leads to the main loop, where all else leads past it
+        # This branch leads to the main loop, and all others lead past it.
+        ("?>3 f >5 p ?<3 E", 2, 1, [0, 3, 4, 3, 4, 5]),
         ("?>3 f ?<1 p ?<3 E", 2, 1, [0, 3, 4, 3, 4, 5]),  # a loop for a sum of no terms
-        (
-            "p ?>4 f f f ?<0 E",
-            4,
-            2,
-            [0, 1, 4, 5, 0, 1, 2, 3, 4, 5] * 2 + [6],
-        ),  # the end of a turn in every second pass
+        # Instructions 2 and 3, the end of a turn, run in every second pass.
+        ("p ?>4 f f f ?<0 E", 4, 2, [0, 1, 4, 5, 0, 1, 2, 3, 4, 5] * 2 + [6]),
         ("f E <2", 1, 1, [0, 1]),
     ],
 )
@@ -322,12 +311,10 @@ def test_limits_on_registers_are_those_that_let_one_more_program_in():
     assert [
         row["maxnreg"] for row in search.limited(judged(1, registers=242, programs=2, num_warps=4))
     ] == [168]
-    assert (
-        list(search.limited(judged(1, registers=255, programs=1))) == []
-    )  # half as many would spill
-    assert (
-        list(search.limited(judged(1, registers=76, programs=2))) == []
-    )  # shared memory is what keeps a third one out
+    # Half as many registers would spill.
+    assert list(search.limited(judged(1, registers=255, programs=1))) == []
+    # Shared memory has no space for a third program.
+    assert list(search.limited(judged(1, registers=76, programs=2))) == []
 
 
 def test_the_larger_tile_is_preferred_where_the_model_cannot_tell():

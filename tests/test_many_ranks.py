@@ -18,12 +18,8 @@ from tests.tiers import typical
 from tests.trials import Laboratory, Trial
 
 STEPS = 50
-COUNTS = (
-    "step",
-    "tokens",
-    "masked",
-    "sequences",
-)  # these must be equal: every step has the same examples, with the same masks
+# These must be equal, since every step has the same examples with the same masks.
+COUNTS = ("step", "tokens", "masked", "sequences")
 LOSSES = ("loss", "loss_mlm", "loss_nsp", "grad_norm")  # these to rounding
 # A pack holds at most so many tokens, and a step has about 500: one pack, about five, about ten.
 PACKS = (1000, 128, 64)

@@ -146,9 +146,10 @@ def test_an_unknown_word_and_token_0_are_selected_like_any_other(dataset):
     seen, chosen = Masking(dataset, DEFAULT)(tokens, np.full(1000, 40), keys(1000))
     share = np.bincount(chosen % 4, minlength=4) / len(chosen)
     np.testing.assert_allclose(share, 0.25, atol=0.02)
+    # 6 are selected, and 5 of them masked.
     np.testing.assert_allclose(
         [(seen[chosen[chosen % 4 == i]] == MASK).mean() for i in range(4)], 5 / 6, atol=0.03
-    )  # 6 selected, 5 masked
+    )
 
 
 # Whole words
@@ -164,9 +165,8 @@ def test_whole_words_are_selected_together(dataset):
     size, hit = np.bincount(word), np.bincount(word[chosen], minlength=word[-1] + 1)
     broken = np.flatnonzero((hit > 0) & (hit < size))
     example_of_word = np.flatnonzero(begins) // 60
-    assert (
-        np.bincount(example_of_word[broken], minlength=500).max() == 1
-    )  # only the last one taken may be cut to fit the count
+    # Only the last selected word may be cut to fit the count.
+    assert np.bincount(example_of_word[broken], minlength=500).max() == 1
     assert len(broken) < 0.6 * 500 and (hit[size > 1] == size[size > 1]).sum() > 500
     several = size >= 2
     assert (
@@ -205,9 +205,8 @@ def test_an_example_is_masked_alike_in_every_pack(dataset, lengths, whole_word, 
 
 def test_other_keys_give_other_masks(dataset):
     tokens = np.tile(text(100), 200)
-    _, chosen = Masking(dataset, DEFAULT)(
-        tokens, np.full(200, 100), np.arange(200)
-    )  # neighbouring keys
+    # These are neighbouring keys.
+    _, chosen = Masking(dataset, DEFAULT)(tokens, np.full(200, 100), np.arange(200))
     sets = [frozenset(row) for row in (chosen % 100).reshape(200, 15)]
     assert len(set(sets)) == 200
     overlap = np.mean([len(a & b) for a, b in pairwise(sets)])

@@ -17,9 +17,8 @@ def test_floats_round_trip(tmp_path):
     file = MetricsFile(tmp_path / "metrics.jsonl", fresh=True)
     for step, value in enumerate(values):
         file.write({"step": step, "loss": value})
-        assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == values[
-            : step + 1
-        ]  # without a close
+        # The file is not closed in between.
+        assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == values[: step + 1]
 
 
 def test_a_fresh_start_empties_the_file_and_a_resume_appends(tmp_path):

@@ -155,7 +155,7 @@ def test_every_word_is_found_as_the_label_and_as_the_first_of_equals(dtype):
     equal = logits == logits.amax(1, keepdim=True)
     first, last = first_of(equal), V - 1 - first_of(equal.flip(1))
     labels = torch.cat([torch.arange(V), first[V : 2 * V], last[2 * V :]])
-    assert (first != last)[2 * V :].any()  # or ties would not be seen
+    assert (first != last)[2 * V :].any()  # otherwise ties would not be tested
 
     arguments = place(
         {"hidden": hidden, "weight": weight, "bias": bias, "positions": None, "labels": labels},

@@ -133,9 +133,8 @@ with Nodes(2) as nodes:
     )
     assert test.stdin and test.stdout and test.stdout.readline() == "there\n"
     below = psutil.Process(test.pid).children(recursive=True)
-    assert (
-        len(below) >= 3 + 3
-    )  # what waits in the switch and the nodes, and what was started in one
+    # The waiting processes of the switch and the nodes, and the process that was started in one.
+    assert len(below) >= 3 + 3
     test.stdin.close()
     assert test.wait(60) == {"leave": 0, "raise": 3, "kill": -signal.SIGKILL}[end]
     test.stdout.close()

@@ -112,9 +112,8 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, sta
     )
     assert trial.records("evaluate")[-1]["loss"] is None
     if world == 1:
-        assert (
-            fails(trial, world)[-1] == said[-1]
-        )  # there is nothing left to do, but that is no success
+        # There is nothing left to do, but that is no success.
+        assert fails(trial, world)[-1] == said[-1]
 
 
 @pytest.mark.parametrize("world, stage", [(1, 0), (2, 0)])

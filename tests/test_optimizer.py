@@ -88,9 +88,8 @@ def test_five_steps_follow_the_formula(name):
     formula = {"adamw": adamw, "lamb": lamb, "sgd": sgd}[name]
     adapt = {"lamb": [(True,), (False,)]}.get(name, [(), ()])
     weight = formula(start.weight.detach().double(), weights, config, 0.3, *adapt[0])
-    bias = formula(
-        start.bias.detach().double(), biases, config, 0.0, *adapt[1]
-    )  # no decay, and for LAMB no ratio
+    # It has no decay, and for LAMB no ratio.
+    bias = formula(start.bias.detach().double(), biases, config, 0.0, *adapt[1])
     torch.testing.assert_close(end.weight.double(), weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(end.bias.double(), bias, rtol=1e-5, atol=1e-6)
 
@@ -101,9 +100,8 @@ def test_lamb_takes_a_ratio_of_one_where_a_norm_is_zero():
     optimizer = Lamb([zero, still], lr=0.5, weight_decay=0.0)
     zero.grad, still.grad = torch.full((2, 2), 3.0), torch.zeros(2, 2)
     optimizer.step()
-    torch.testing.assert_close(
-        zero.detach(), torch.full((2, 2), -0.5)
-    )  # Adam's first step: the sign of the gradient
+    # Adam's first step: the sign of the gradient.
+    torch.testing.assert_close(zero.detach(), torch.full((2, 2), -0.5))
     assert torch.equal(still.detach(), torch.ones(2, 2))
 
 

@@ -36,9 +36,8 @@ BATCH = BatchConfig(sequences=50, max_length=48, micro_batch_tokens=400)
 
 def test_sizes_are_rounded_up_to_few_digits():
     for size, digits in itertools.product(range(1, 300), (3, 5)):
-        rounded = next(
-            n for n in itertools.count(size) if len(f"{n:b}".rstrip("0")) <= digits
-        )  # the definition
+        # This is the definition.
+        rounded = next(n for n in itertools.count(size) if len(f"{n:b}".rstrip("0")) <= digits)
         assert round_up(size, digits) == rounded, (size, digits)
 
 

@@ -63,9 +63,8 @@ def test_numbers_are_uniform_and_in_range():
     drawn = random_words(3, Purpose.EXAMPLE, np.arange(60_000)).ravel()
     counts = np.bincount(below(drawn, 12), minlength=12)
     expected = len(drawn) / 12
-    assert (
-        len(counts) == 12 and ((counts - expected) ** 2 / expected).sum() < 35
-    )  # 11 degrees of freedom: 1 in 4,000 lies above
+    # 11 degrees of freedom: 1 in 4,000 lies above.
+    assert len(counts) == 12 and ((counts - expected) ** 2 / expected).sum() < 35
     assert below(np.array([0, 2**32 - 1], np.uint64), 2**31).tolist() == [0, 2**31 - 1]
     fractions = unit(drawn)
     assert fractions.min() >= 0 and fractions.max() < 1 and abs(fractions.mean() - 0.5) < 0.003

@@ -83,9 +83,8 @@ def test_parameters_are_those_of_the_model(preset):
 
 
 def test_bert_base_has_110_million():
-    assert (
-        count_parameters(recipe().model, 30522) == 110_106_428
-    )  # transformers' BertForPreTraining
+    # This is the size of transformers' BertForPreTraining.
+    assert count_parameters(recipe().model, 30522) == 110_106_428
 
 
 def test_useful_flops_are_what_torch_counts():
@@ -102,10 +101,8 @@ def test_useful_flops_are_what_torch_counts():
 
 
 def test_executed_flops_are_what_torch_counts_in_a_step():
-    lengths, masked = (
-        [24] * 4,
-        5,
-    )  # of one length: then the masked tokens are spread as the formula takes them to be
+    # With one length the masked tokens are distributed as the formula assumes.
+    lengths, masked = ([24] * 4, 5)
     pack = batch(lengths, masked)
     with FlopCounterMode(display=False) as counter:
         mlm, nsp, *_ = model()(pack)
@@ -168,12 +165,8 @@ def test_fp32_has_no_masters_at_stage_0_and_sgd_one_moment():
 
     P = count_parameters(recipe().model, 30522)
     assert states(recipe(), 0) == [4 * P, 4 * P, 0, 8 * P]
-    assert states(recipe(), 1) == [
-        4 * P,
-        4 * P,
-        4 * P,
-        8 * P,
-    ]  # a flat copy of the weights, which the optimizer updates
+    # A flat copy of the weights, which the optimizer updates.
+    assert states(recipe(), 1) == [4 * P, 4 * P, 4 * P, 8 * P]
     sgd = parse_config('data = "x"\n[optimizer]\nname = "sgd"\n', "x")
     assert states(sgd, 0)[3] == 4 * P
     assert states(replace(sgd, optimizer=replace(sgd.optimizer, momentum=0.0)), 0)[3] == 0
@@ -377,7 +370,7 @@ def test_the_end_of_the_run_is_the_first_condition_reached():
     assert steps("steps = 500\ntokens = 2560000") == 100
     assert steps("tokens = 2560001", "tokens") == 101
     assert steps("steps = 50\ntokens = 2560000") == 50
-    assert steps("epochs = 3") is None  # nobody knows how long an epoch is without the dataset
+    assert steps("epochs = 3") is None  # the length of an epoch is unknown without the dataset
     assert (steps("seconds = 100", "seconds") or 0) > 1
 
 
@@ -390,9 +383,8 @@ def test_the_stage_comes_from_the_deepspeed_file(tmp_path):
     assert p.zero_stage == 2
     assert plan(config, "test.toml", 8, "h100", stage=3).zero_stage == 3
     assert p.memory["buckets"] == 2 * 1000
-    assert (
-        plan(recipe(), "test.toml", 8, "h100", stage=2).memory["buckets"] == 2 * 16_000_000
-    )  # of the ds_config.json that comes along
+    # These are the buckets of the packaged ds_config.json.
+    assert plan(recipe(), "test.toml", 8, "h100", stage=2).memory["buckets"] == 2 * 16_000_000
 
 
 @pytest.mark.parametrize(

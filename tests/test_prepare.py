@@ -79,9 +79,8 @@ def test_every_sentence_is_there(small_dataset: TokenDataset, english_documents:
         ]
         if pieces:
             expected["heldout" if hash_text(document) < 0.05 * 2**64 else "train"].append(pieces)
-    assert (
-        len(expected["heldout"]) >= module.LEAST_HELDOUT
-    )  # otherwise the share alone would not decide
+    # Otherwise the share alone would not decide.
+    assert len(expected["heldout"]) >= module.LEAST_HELDOUT
     for name, documents in expected.items():
         assert texts_of(small_dataset.split(name)) == documents
 

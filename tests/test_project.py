@@ -144,11 +144,8 @@ def test_architecture_names_every_file():
 def test_architecture_names_no_file_that_is_gone():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     present = {path.name for path in FILES}
-    kinds = {
-        "kernel.py",
-        "_triton.py",
-        "config.toml",
-    }  # what a file of this name may do, or one that a run writes
+    # Names that files of a kind may have, or that a run writes.
+    kinds = {"kernel.py", "_triton.py", "config.toml"}
     gone = (
         {Path(name).name for name in re.findall(r"[\w./-]*\w\.(?:py|toml)\b", text)}
         - present

@@ -341,9 +341,8 @@ def test_what_reads_a_run_says_so_too(trial, run, how):
     GONE[how][0](run)
     with pytest.raises(InputError, match=GONE[how][1]):
         fastbert.load(run)
-    assert (
-        GONE[how][1] in report(run, trial.folder / "page.html").read_text()
-    )  # in the place of its results
+    # It is where the results would be.
+    assert GONE[how][1] in report(run, trial.folder / "page.html").read_text()
 
 
 def test_a_resumed_run_counts_as_one_that_had_checkpoints(trial, run):

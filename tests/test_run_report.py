@@ -29,7 +29,7 @@ def run(small_dataset, tmp_path_factory) -> Path:
     folder = make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_dataset.tokenizer_dir)
     run = make_run(tmp_path_factory.mktemp("runs") / "a <b> run", folder, str(small_dataset.path))
     lines = []
-    for step in [1, 2, 3, *range(2, STEPS + 1)]:  # two steps were made again after a resume
+    for step in [1, 2, 3, *range(2, STEPS + 1)]:  # two steps were repeated after a resume
         values = {
             "loss_nsp": 0.69,
             "loss_mlm": 7.0 / step,

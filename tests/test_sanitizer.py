@@ -95,10 +95,8 @@ OUTSIDE = {
 @pytest.mark.parametrize(("limits", "messages"), OUTSIDE.values(), ids=OUTSIDE)
 def test_accesses_out_of_bounds_are_named_and_not_performed(limits, messages):
     memory = torch.full((300,), 7.0)
-    x, y = (
-        memory[50:150],
-        memory[160:260],
-    )  # neighbours in one storage: what lies outside one may lie inside another
+    # Elements outside of one tensor may be inside of its neighbour in the storage.
+    x, y = (memory[50:150], memory[160:260])
     faults = launch(copy_kernel, (4,), x, y, 100, *limits, BLOCK=32)
     assert len(faults) == len(messages)
     for fault, message in zip(faults, messages, strict=True):
@@ -489,7 +487,7 @@ def test_reductions_and_scans(dtype, axis):
         reduce_kernel[(1,)](x, total, most, first, last, xor, running, AXIS=axis, R=32, C=64)
     assert torch.equal(total, x.float().sum(axis).to(dtype))
     assert torch.equal(most, x.amax(axis))
-    if dtype == torch.float32:  # rounded to 16 bits there are ties
+    if dtype == torch.float32:  # rounding to 16 bits gives ties
         assert torch.equal(first, x.argmax(axis).int())
         assert torch.equal(last, x.argmin(axis).int())
     assert torch.equal(xor, torch.from_numpy(np.bitwise_xor.reduce(x.int().numpy(), axis)))

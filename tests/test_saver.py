@@ -183,7 +183,7 @@ def run_as_rank(job: dict[str, Any], variables: dict[str, str], result: Path) ->
             )
         result.write_text(json.dumps(value))
         code = 0
-    except Exception:  # of gloo, where another rank was killed
+    except Exception:  # gloo's error where another rank was killed
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -315,9 +315,8 @@ def test_a_crash_anywhere_in_a_save_leaves_the_newest_valid_checkpoint(
     assert codes == [-signal.SIGKILL if r == rank else 1 for r in range(world)]
     found, complaints = newest_valid(tmp_path)
     published = POINTS.index(point) >= POINTS.index("renamed")
-    steps = (
-        (1, 2) if (rank, point) == (1, "gathered") else (2,) if published else (1,)
-    )  # rank 0 may publish what is complete
+    # Rank 0 may publish a complete checkpoint.
+    steps = (1, 2) if (rank, point) == (1, "gathered") else (2,) if published else (1,)
     assert found is not None and found.step in steps and holds(found.path, found.step)
     assert len(complaints) == (point == "moving-aside")
     assert all(

@@ -35,7 +35,7 @@ def test_of_classes(classes, seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_of_numbers(seed):
     draw = np.random.default_rng(seed)
-    truth = draw.integers(0, 6, 40).astype(np.float64)  # many are equal
+    truth = draw.integers(0, 6, 40).astype(np.float64)  # many values are equal
     answers = truth + draw.normal(size=40).round(1)
     assert scores.pearson(answers, truth) == pytest.approx(scipy.stats.pearsonr(answers, truth)[0])
     assert scores.spearman(answers, truth) == pytest.approx(

@@ -103,9 +103,8 @@ def test_lines_end_sentences() -> None:
 )
 def test_any_text(text: str) -> None:
     sentences = split_sentences(text)
-    assert "".join("".join(sentences).split()) == "".join(
-        text.split()
-    )  # nothing is lost, added or moved
+    # Nothing is lost, added or moved.
+    assert "".join("".join(sentences).split()) == "".join(text.split())
     assert all(
         sentence and sentence == sentence.strip() and "\n" not in sentence for sentence in sentences
     )
@@ -122,7 +121,7 @@ def test_long_runs_take_no_longer(piece: str) -> None:
 
 @pytest.mark.parametrize("space", [" ", "\t", "\u3000"])
 def test_space_before_a_line_costs_nothing(space: str) -> None:
-    """Each mark once made the pattern of list numbers pass over it again."""
+    """The pattern of list numbers once scanned the space again for each mark."""
     taken = []
     for text in ("Inc. Foo " * 4000, space * 40_000 + "Inc. Foo " * 4000):
         begin = time.process_time()

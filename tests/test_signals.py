@@ -173,7 +173,7 @@ def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
         (by_hand, 1, 0, 75),
         slow(torchrun, WORLD, STAGE, 1),
         slow(deepspeed, WORLD, STAGE, 75),
-    ],  # torchrun itself knows 0 and 1 alone
+    ],  # torchrun itself only knows 0 and 1
 )
 def test_the_commands_that_users_type(lab, launcher, world, stage, code):
     """A run is interrupted, and resumed by another launcher: equal to the last digit."""

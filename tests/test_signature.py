@@ -332,6 +332,7 @@ def test_values_of_strangers_are_not_read(store):
         part, _, name = place[2:].rpartition("/")
         assert (table.part(part) if part else table).read(name) is No.FORGED, place
     other.part("here").write("1", ["a value"])
+    stranger.check(["a/here/1"])  # `write` returns before the store has the value
     assert table.part("here").read("1") is No.FORGED
     assert table.part("here").read_all(["1", "2"]) is None
     put(stranger, "a/emptied", "")

@@ -1,4 +1,4 @@
-"""What fastbert shows: no name or text of a user's commands the terminal, and no stream is missed."""
+"""Output is free of control characters from names and texts, and works without a stream."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_every_line_of_every_command_is_clean(folder, tmp_path, capsys):
 
 
 def test_a_run_log_is_clean(tmp_path, capsys, monkeypatch):
-    """Also on a terminal that knows few letters."""
+    """This is also tested on a terminal with few characters."""
     from fastbert.config import load_config
 
     recipe = load_config("mini", ["data=x", "stop.steps=3"])
@@ -113,7 +113,7 @@ def command(shell: str, *arguments: str, cwd: Path, **variables: str) -> tuple[i
 
 
 def test_a_stream_that_is_closed_is_no_error_and_gets_no_file(tmp_path):
-    """Without stderr the next file would have its number, and warnings would be written into it."""
+    """Without stderr the next open file would get its number, and would receive warnings."""
     text = "".join(f"A line with the number {i}.\n\n" for i in range(400))
     (tmp_path / "a.txt").write_text(text)
     for i, shell in enumerate(("2>&-", ">&-", "<&- >&- 2>&-")):
@@ -131,10 +131,12 @@ def test_letters_that_the_terminal_lacks_are_escaped(folder, tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", script, *arguments, *more],
             capture_output=True,
-            env=environment(PYTHONIOENCODING="latin-1", PYTHONUTF8="0", PYTHONPATH=f"{ROOT}:{ROOT}/kernels"),
+            env=environment(
+                PYTHONIOENCODING="latin-1", PYTHONUTF8="0", PYTHONPATH=f"{ROOT}:{ROOT}/kernels"
+            ),
             cwd=tmp_path,
             timeout=120,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         if more:
             assert json.loads(done.stdout)["text"] == "中文 é [MASK]"

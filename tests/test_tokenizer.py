@@ -71,10 +71,10 @@ def test_alphabet_leaves_room_for_words() -> None:
     words = {"the", "cat", "sat", "on", "mat"}
     many = "".join(map(chr, range(0x0250, 0x0550)))
     tokens = set(vocabulary_of(train_tokenizer(["the cat sat on the mat " * 2000, many], 200)))
-    assert words < tokens  # though there are more characters than the vocabulary can hold
+    assert words < tokens  # although there are more characters than vocabulary entries
     few = "ʘʬӿ"
     tokens = set(vocabulary_of(train_tokenizer(["the cat sat on the mat " * 5000, few], 200)))
-    assert words < tokens and not set(few) & tokens  # too rare for a place
+    assert words < tokens and not set(few) & tokens  # too rare for the vocabulary
 
 
 @pytest.mark.parametrize("size", [0, 99, 1 << 21])
@@ -134,13 +134,8 @@ PIECES += [
     "中文",
     "e\u0301\u0323",
 ]
-PIECES += [
-    "abcdefgh",
-    "abcdefghi",
-    "abcdefghijklmnop",
-    "abcdefghijklmnopq",
-    "abcdefghijklmnopr",
-]  # around the two numbers of a key
+# Lengths around the two numbers of a key.
+PIECES += ["abcdefgh", "abcdefghi", "abcdefghijklmnop", "abcdefghijklmnopq", "abcdefghijklmnopr"]
 
 
 @settings(
@@ -165,9 +160,8 @@ def test_encoder_with_a_small_memory(
 ) -> None:
     monkeypatch.setattr(module, "_KEPT_WORDS", 50)
     monkeypatch.setattr(module, "_KEPT_LENGTH", 4)
-    monkeypatch.setattr(
-        module, "_SLOT_BITS", 3
-    )  # nearly all words want a slot that another one has
+    # Nearly all words collide with another one.
+    monkeypatch.setattr(module, "_SLOT_BITS", 3)
     monkeypatch.setattr(module, "_SLOTS", 1 << 3)
     encoder = Encoder(tokenizer)
     for document in english_documents[:50]:
@@ -219,9 +213,8 @@ def test_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ids = tokenizer.encode(TEXT).ids
     assert load_tokenizer(tmp_path).encode(TEXT).ids == ids
     assert load_tokenizer(tmp_path / "tokenizer.json").encode(TEXT).ids == ids
-    assert (
-        load_tokenizer(tmp_path / "vocab.txt").encode(TEXT).ids == ids
-    )  # tokenizer_config.json says whether it is cased
+    # tokenizer_config.json says whether it is cased.
+    assert load_tokenizer(tmp_path / "vocab.txt").encode(TEXT).ids == ids
     (tmp_path / "tokenizer_config.json").unlink()
     assert load_tokenizer(tmp_path / "vocab.txt").encode(TEXT).ids == ids  # the letters in it do
     (tmp_path / "tokenizer.json").unlink()
@@ -417,7 +410,7 @@ AROUND += [" ", "the", "the cat", ".", "xyz", "<e1>xx", "[NAMES]", "中", "", " 
 def test_extra_special_tokens_are_those_of_transformers(
     tmp_path: Path, flags: dict[str, bool], file: str
 ) -> None:
-    """A model with marks of entities: whole where transformers keeps them whole, also when saved again."""
+    """Special tokens of entities stay whole as in transformers, also when saved again."""
     from transformers import AutoTokenizer
 
     plain = train_tokenizer(["the cat [NAME] <e1> a.b xyz ## é 中 " * 3], 200)
@@ -443,7 +436,7 @@ def test_extra_special_tokens_are_those_of_transformers(
     encoded = Encoder(ours)(texts)
     assert encoded.ids.tolist() == [i for ids in wanted for i in ids]
     assert encoded.lengths.tolist() == list(map(len, wanted))
-    # "[MASK]" in a text stays text, beside them too.
+    # "[MASK]" in a text stays text, also next to them.
     assert special_ids(ours, "").mask not in ours.encode("[MASK] [NAME]").ids[1:-1]
     save_tokenizer(ours, tmp_path / "again")
     again = AutoTokenizer.from_pretrained(tmp_path / "again")

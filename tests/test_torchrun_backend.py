@@ -38,11 +38,8 @@ from fastbert.cluster.torchrun_rounds import SignedRounds
 from tests.ranks import PATIENCE_S, environment, free_port
 from tests.toy_ranks import FORKED, listening
 
-QUICK = {
-    "keep_alive_interval": 1,
-    "keep_alive_max_attempt": 8,
-    "last_call_timeout": 1,
-}  # fewer, and a busy machine looks like a lost one
+# With fewer attempts, a busy node would look like a lost one.
+QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 8, "last_call_timeout": 1}
 
 
 def parameters(port: int, host: str = "127.0.0.1", least: int = 1, **more) -> RendezvousParameters:
@@ -53,9 +50,8 @@ def parameters(port: int, host: str = "127.0.0.1", least: int = 1, **more) -> Re
 
 @pytest.fixture(autouse=True)
 def _variables(monkeypatch):
-    monkeypatch.setenv(
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0"
-    )  # which handlers set: restored afterwards
+    # Handlers set it, so it is restored afterwards.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0")
 
 
 def test_torchrun_finds_it():
@@ -87,16 +83,15 @@ def test_defaults_and_options():
             "fastbert", f"localhost:{free_port()}", "a-run", 1, 2, keep_alive_interval="7"
         )
     )
-    assert handler.settings.keep_alive_interval.seconds == 7  # as --rdzv-conf gives it
+    assert handler.settings.keep_alive_interval.seconds == 7  # the value of --rdzv-conf
     assert handler.settings.keep_alive_max_attempt == 5
     assert handler.settings.timeout.last_call.seconds == 10
 
 
 def test_it_listens_on_the_endpoint_alone():
     before, port = listening(os.getpid()), free_port()
-    handlers = [
-        get_rendezvous_handler(parameters(port)) for _ in range(2)
-    ]  # the second one reaches the first one's store
+    # The second one reaches the first one's store.
+    handlers = [get_rendezvous_handler(parameters(port)) for _ in range(2)]
     assert {(address, number) for _, address, number in listening(os.getpid()) - before} == {
         ("127.0.0.1", port)
     }
@@ -234,7 +229,7 @@ def test_a_trap_works(tmp_path):
     holder = _BackendRendezvousStateHolder(
         backend, get_rendezvous_handler(parameters(free_port())).settings
     )
-    with suppress(AttributeError):  # what came out is no state
+    with suppress(AttributeError):  # the result is not a state
         holder.sync()
     assert (tmp_path / "trapped").exists()
 
@@ -244,7 +239,7 @@ def forgeries(stranger: Any, trap: Path) -> dict[str, bytes]:
     state, pickled, key = stranger.get(STATE), pickle.dumps(Trap(trap)), find_key()
     content = key.verify(STATE, state)
     assert content is not None
-    start, later = content[:16], (2**40).to_bytes(8, "big")  # the nodes go on counting
+    start, later = content[:16], (2**40).to_bytes(8, "big")  # the nodes continue to count
     return {
         "a pickle as torch would have it": b64encode(pickled),
         "a pickle": pickled,
@@ -277,7 +272,7 @@ def test_nodes_meet_whatever_a_stranger_writes(tmp_path, capfd):
         before = stranger.get(STATE)
         put(stranger, value)
         end = time.monotonic() + PATIENCE_S
-        while stranger.get(STATE) == value:  # by the heartbeats of the nodes
+        while stranger.get(STATE) == value:  # the nodes' heartbeats overwrite it
             assert time.monotonic() < end, name
             time.sleep(0.05)
         assert handlers[0].num_nodes_waiting() == 0 and not handlers[1].is_closed(), name
@@ -300,7 +295,7 @@ def test_nodes_meet_whatever_a_stranger_writes(tmp_path, capfd):
     assert third.num_nodes_waiting() == 0
     handlers[0].shutdown()
     end = time.monotonic() + PATIENCE_S
-    while not (handlers[1].is_closed() and third.is_closed()):  # they look once a second
+    while not (handlers[1].is_closed() and third.is_closed()):  # they read it once per second
         assert time.monotonic() < end
     assert not trap.exists()
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fastbert: ")]
@@ -471,11 +466,11 @@ class Node:
     """A torchrun with one worker. Leaving kills both.
 
     Args:
-        folder: holds worker.py.
-        port: of the endpoint.
-        name: of the file for what they say.
-        nodes: as --nnodes takes it.
-        more: environment variables.
+        folder: the folder with worker.py.
+        port: the port of the endpoint.
+        name: the name of the file for their output.
+        nodes: the value of --nnodes.
+        more: further environment variables.
     """
 
     def __init__(self, folder: Path, port: int, name: str, nodes: str = "1:2", **more: str):

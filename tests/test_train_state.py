@@ -122,9 +122,8 @@ def test_the_schedule_follows_its_own_unit_and_the_nearest_limit():
     assert criteria("steps", steps=10, tokens=400).scheduled(done) == 0.5
     assert criteria("tokens", steps=10, tokens=400).scheduled(done) == 0.75
     assert criteria("seconds", steps=10, seconds=10.0).scheduled(done) == 0.8
-    assert (
-        criteria("steps", steps=10, epochs=0.5).scheduled(done) == 0.8
-    )  # half an epoch is 6.25 steps
+    # Half an epoch is 6.25 steps.
+    assert criteria("steps", steps=10, epochs=0.5).scheduled(done) == 0.8
     assert criteria("steps", tokens=400).scheduled(done) == 0.0  # a flat schedule needs no criteria
 
 

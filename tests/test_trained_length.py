@@ -111,5 +111,5 @@ def test_a_tokenizer_in_another_order_is_refused(run, tmp_path):
     file.write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"not the tokenizer that .* was trained with"):
         fastbert.load(copy)
-    file.unlink()  # vocab.txt says the same as the file of the run did
+    file.unlink()  # vocab.txt has the same content as the run's file
     assert fastbert.load(copy).encode(["a list"]).shape == (1, 32)

@@ -1,4 +1,4 @@
-"""Compressed files: read in bounded memory, and refused in one line where they are something else."""
+"""Compressed files are read in bounded memory, and other content is refused in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK = 128 << 10  # the largest block of zstd
 
 
 def run_length_frame(blocks: int, byte: bytes = b"\n") -> bytes:
-    """A zstd frame whose blocks hold one byte each, repeated 131,072 times."""
+    """Return a zstd frame whose blocks contain one byte, repeated 131,072 times."""
 
     def block(last: int) -> bytes:
         return (last | 1 << 1 | BLOCK << 3).to_bytes(3, "little") + byte
@@ -45,7 +45,7 @@ def test_a_zstd_bomb_is_unpacked_in_pieces(tmp_path: Path, frames: int) -> None:
 
 @pytest.mark.parametrize("suffix", [".zst", ".gz"])
 def test_pieces_of_every_size(tmp_path: Path, suffix: str) -> None:
-    """Unpacked pieces that hold nothing are no end of a line."""
+    """Empty unpacked pieces do not end a line."""
     text = "\n".join("x" * n for n in range(300)) + "\n"
     path = tmp_path / f"a.csv{suffix}"
     compressor = zstandard.ZstdCompressor(level=19)
@@ -59,7 +59,7 @@ def test_pieces_of_every_size(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz", "a.tsv.zst"])
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The limit counts before the line is whole, so memory has a limit too."""
+    """The limit applies before the line is complete, so memory is bounded too."""
     monkeypatch.setattr(unpack, "LONGEST_TEXT_BYTES", 3 << 20)
     data = b"text\none\n" + b"a" * (70 << 20)
     packed = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
@@ -91,7 +91,7 @@ PACK = {
 
 @pytest.mark.parametrize("packing", PACK)
 def test_packed_files(tmp_path: Path, packing: str) -> None:
-    """Read also where the name does not say that they are packed; refused where it says so wrongly."""
+    """They are read also without a suffix, and refused where the suffix is wrong."""
     packed = PACK[packing](TEXT * 1000)
     for name in (f"a.txt{packing}", f"A.TXT{packing.upper()}", "b.txt"):
         (tmp_path / name).write_bytes(packed)
@@ -187,7 +187,7 @@ def test_lines_that_end_in_carriage_returns(
     data: bytes,
     expected: list[str],
 ) -> None:
-    """As on old Macs. A carriage return beside line feeds is no end of a line."""
+    """Old Macs wrote such files. A carriage return next to line feeds does not end a line."""
     path = tmp_path / name
     path.write_bytes(data)
     monkeypatch.setattr(documents, "CHUNK_BYTES", size)

@@ -146,9 +146,8 @@ def _lost(lab: Laboratory, seed: str) -> Tally:
         lab.undisturbed(1, 0),
     )
     lost, lines = generator.choice((1, 1, 0)), generator.randrange(lab.steps - 2)
-    cut = (
-        lost == 1 and generator.random() < 0.5
-    )  # if node 0 is only cut off, both nodes continue, one of them in vain
+    # If node 0 is only cut off, both nodes continue, one of them in vain.
+    cut = lost == 1 and generator.random() < 0.5
     comes_back = cut and generator.random() < 0.5
     with Nodes(2) as nodes:
         started = [_torchrun(trial, nodes[i], "node0") for i in (0, 1)]

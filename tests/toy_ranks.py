@@ -29,12 +29,12 @@ class Toys:
     Its result is the exit code. Leaving the context kills the processes that still run.
 
     Args:
-        work: at the top of a module, since its name is all that is sent.
-        arguments: picklable.
-        folder: where `0.out`, `0.err`, ... are written.
-        world: how many ranks the variables speak of; with one there are no variables.
-        only: the ranks that are really started; by default all.
-        more: environment variables.
+        work: a function at the top level of a module, since only its name is sent.
+        arguments: its arguments, which must be picklable.
+        folder: the folder for `0.out`, `0.err`, ...
+        world: the number of ranks in the variables; with one rank there are none.
+        only: the ranks to start; by default all.
+        more: further environment variables.
     """
 
     def __init__(
@@ -157,15 +157,12 @@ def listening(*pids: int) -> set[tuple[int, str, int]]:
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
             try:
                 name = os.readlink(descriptor)
-            except FileNotFoundError:  # closed meanwhile
+            except FileNotFoundError:  # closed in the meantime
                 continue
             if name in sockets:
                 found.add((pid, *sockets[name]))
     return found
 
 
-ADDRESSES = {
-    "0100007F": "127.0.0.1",
-    "00000000": "0.0.0.0",
-    "0" * 32: "::",
-}  # little-endian words, as this machine writes them
+# The kernel prints the words in this machine's little-endian order.
+ADDRESSES = {"0100007F": "127.0.0.1", "00000000": "0.0.0.0", "0" * 32: "::"}

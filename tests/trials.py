@@ -30,9 +30,7 @@ from fastbert.training.metrics import read_metrics
 from tests.ranks import PATIENCE_S, Ranks, catches
 
 CLOCK = ("seconds", "tokens_per_s", "training_seconds")  # what differs between two equal runs
-TIMEOUT_S = (
-    15.0  # runtime.timeout_s: long for a step that takes 50 ms, also where others share the cores
-)
+TIMEOUT_S = 15.0  # runtime.timeout_s: long for a step of 50 ms, also on shared cores
 MARGIN_S = 50.0  # beyond it: for the processes to end
 STEPS = 24
 
@@ -77,7 +75,7 @@ class Tally:
 
     tried: int = 0
     survived: int = 0
-    compared: int = 0  # lines of metrics.jsonl
+    compared: int = 0  # number of compared lines of metrics.jsonl
     equal: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -113,7 +111,7 @@ class Trial:
 
     Attributes:
         run: the run folder, as its processes see it.
-        seen: the same, as the tests see it.
+        seen: the run folder, as the tests see it.
         namespaces: id of a process whose mounts its processes see; None for those of the tests.
     """
 
@@ -193,8 +191,8 @@ class Trial:
         A missing line, or one out of order, is a problem.
 
         Args:
-            undisturbed: the run from beginning to end.
-            rounding: how far numbers may be apart, relative; 0 where as many ranks made both.
+            undisturbed: a complete run that nothing has disturbed.
+            rounding: allowed relative difference; 0 where both runs have the same number of ranks.
         """
         expected = {(r.get("event"), r["step"]): r for r in undisturbed.records(None, "evaluate")}
         found = self.records(None, "evaluate")
@@ -243,13 +241,13 @@ class Laboratory:
     Several threads may use it.
 
     Args:
-        folder: for all of them.
-        dataset: that they train on.
-        width: series of trials have so many runs at a time.
-        report: is called with a line on each run that has come to its end.
+        folder: the folder for all of them.
+        dataset: the dataset that they train on.
+        width: the number of simultaneous runs in a series of trials.
+        report: called with a line on each run that has ended.
     """
 
-    steps = STEPS  # of every run that is compared
+    steps = STEPS  # steps of every compared run
 
     def __init__(
         self,
@@ -496,7 +494,7 @@ BESIDE_A_DAMAGED_ONE = ("moving-aside", "moved-aside")
 def crashes(lab: Laboratory, points: Sequence[str], rank: int, world: int, stage: int) -> Tally:
     """Kill a rank with SIGKILL at one point of a save after the other, one per start.
 
-    The points are spread over as few runs as go on at the same time.
+    The points are spread over as many runs as there are at the same time.
     """
     lab.undisturbed(world, stage)
     runs = [
