@@ -204,7 +204,7 @@ def page(device: str, rows: Sequence[Row], peak: Peak) -> str:
     lines += [
         f"Peaks: {peak.flops / 1e12:,.3g} TFLOP/s, {peak.bandwidth / 1e9:,.0f} GB/s, "
         f"{peak.source}. A rate is the least work of the "
-        "operation over the time, its share that of the peak of what it is bound by.",
+        "operation over the time; its share is that of the resource that limits the operation.",
         "",
         "![time and share of the peak against size](kernels.png)",
         "",
@@ -219,7 +219,7 @@ def page(device: str, rows: Sequence[Row], peak: Peak) -> str:
         "extra MB",
         "rivals, ms",
         "fastest rival over ours",
-        "error of allowed",
+        "error over allowed",
     )
     body = []
     for row in (row for row in measured if row["implementation"] in OURS):

@@ -115,7 +115,7 @@ def run(part: Part, out: Path, limit: float) -> Outcome:
     start = time.monotonic()
     seconds = f"{max(5.0, 0.9 * limit - START_S):.0f}"
     command = [word.replace("{seconds}", seconds) for word in part.command]
-    print(f"\n==> {part.name} ({limit:.0f} s at the most)", flush=True)
+    print(f"\n==> {part.name} (at most {limit:.0f} s)", flush=True)
     code = children.run(command, out / f"{part.name}.log", children.environment(), limit)
     verdict = (
         f"stopped after {limit:.0f} s"

@@ -210,7 +210,7 @@ def page(rows: list[Row]) -> str:
         "bytes of torch",
         "least",
         "moved over least",
-        "error of allowed",
+        "error over allowed",
     )
     return "Kernels side by side, without a GPU\n\n" + table(columns, body)
 

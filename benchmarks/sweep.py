@@ -108,7 +108,7 @@ def sweep_table(rows: list[Row]) -> str:
             "settings",
             "parameters",
             "tokens seen",
-            "nats a word",
+            "nats per word",
             "held-out loss",
             "on [MASK]",
             "accuracy",
