@@ -361,7 +361,9 @@ def faults(result: Result) -> list[str]:
     lines = []
     gate, ratio = result.gate, result.ratio
     if ratio < 1:
-        lines.append(f"{gate}: {ratio:.4f} times the least bytes of its spec, which are too many")
+        lines.append(
+            f"{gate}: {ratio:.4f} times the least bytes of its spec, which states too many"
+        )
     if gate.limit and ratio > gate.limit:
         lines.append(
             f"{gate}: {ratio:.4f} times the least bytes of its spec; must be at most {gate.limit}"

@@ -64,7 +64,7 @@ def test_what_is_a_fault():
         f"{gate}: {backward.kernel} computes 1 FLOP; its tiles have {backward.flops:,}"
     ]
     assert faults(dataclasses.replace(good, least=2 * good.least)) == [
-        f"{gate}: {good.ratio / 2:.4f} times the least bytes of its spec, which are too many"
+        f"{gate}: {good.ratio / 2:.4f} times the least bytes of its spec, which states too many"
     ]
     missing = faults(dataclasses.replace(good, predicted={**good.predicted, "_third": Work(1, 2)}))
     assert missing == [
