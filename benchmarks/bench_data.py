@@ -496,7 +496,7 @@ def report(rows: list[Row]) -> str:
             "seconds of work, after imports, median.\n\n" + table(columns, prepare),
             f"Training a vocabulary of 8,192 on the text: {vocabulary['seconds']:.2f} s; "
             f"tokenizers alone {vocabulary['tokenizers_s']:.2f} s.",
-            "Loader on one core, million real tokens a second, median (quartiles).\n\n"
+            "Loader on one core, million real tokens per second, median (quartiles).\n\n"
             + table(("loader", "M tokens/s"), loaders),
             "Memory as the text grows.\n\n" + table(grown, memory),
         ]

@@ -444,7 +444,7 @@ def report(rows: Sequence[Row]) -> str:
     )
     return "\n\n".join(
         [
-            "Does pre-training pay? Fine-tuning against a start from scratch",
+            "Does pre-training pay? Fine-tuning against training from scratch",
             f"Accuracy on the test, mean and standard deviation of seeds; {tasks}.",
             downstream_table(rows),
             "![accuracy over labelled examples](downstream.png)",

@@ -66,7 +66,7 @@ class Found:
         times: rounds of each contender.
         notes: for each missing contender, the reason.
         error_over_allowed: our error as a share of the allowed error.
-        extra_bytes: memory that a pass allocates, by contender.
+        extra_bytes: peak memory beyond the inputs, by contender; None on a CPU.
     """
 
     times: dict[str, Times]

@@ -320,7 +320,7 @@ def main() -> None:
         sections.append(f"{title}\n\n{table(columns, [cells(row) for row in new])}")
         print(f"\n{sections[-1]}", flush=True)
     intro = (
-        f"Where a training step's time goes\n\n{SEQUENCES} of the demo's pairs a step, fp32, "
+        f"Where a training step's time goes\n\n{SEQUENCES} of the demo's pairs per step, fp32, "
         f"dropout 0.1; medians of at most {steps} steps."
     )
     Record(facts, rows).write(given.out, "parts", "\n\n".join([intro, *sections]))

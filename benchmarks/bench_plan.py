@@ -628,7 +628,7 @@ def communication_table(rows: list[Row]) -> str:
             "micro-batches",
             "least, passes",
             "predicted",
-            "asked for",
+            "requested",
             "difference",
         ],
         lines,
@@ -731,7 +731,7 @@ def main() -> int:
     print(f"\n{summary}")
     text = "\n\n".join(
         [
-            "`fastbert plan` against what is real",
+            "`fastbert plan` against measurements",
             summary,
             *(f"## {name}\n\n{text}" for name, text in sections.items()),
         ]

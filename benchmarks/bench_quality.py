@@ -378,14 +378,14 @@ def report(
     ]
     tried = [[str(run.batch), f"{run.lr:g}", *line(run)] for run in search]
     how = (
-        f"{seconds:g} seconds of training, one thread each on a core of its own; "
+        f"{seconds:g} seconds of training, one thread per run on a core of its own; "
         "losses on held-out text, in nats"
     )
     return "\n\n".join(
         [
             "Time to quality: fastbert against transformers' Trainer",
             f"{how}; word frequencies alone give {bench.dataset.baselines['unigram']:.2f}.",
-            "How many times sooner fastbert has the final MLM loss of the other side, "
+            "How many times sooner fastbert reaches the final MLM loss of the other side, "
             "medians and ranges over seeds:",
             sooner_table(figures),
             table(["seed", "side", *columns], ended),

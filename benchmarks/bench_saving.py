@@ -33,7 +33,7 @@ class Save:
     """One save; durations in seconds."""
 
     step: int
-    stall: float  # training stood still
+    stall: float  # training waited
     steps: int  # computed while the thread wrote
     slower: float  # extra time of these steps
 
@@ -97,7 +97,7 @@ def main() -> None:
         f"mini, {given.ranks} rank(s), a checkpoint of {size / 1e6:,.0f} MB; "
         f"a step that no save disturbs takes {usual:.3f} s\n"
     )
-    print("| step | stood still (s) | steps meanwhile | slower by (s) | share of five minutes |")
+    print("| step | stall (s) | steps during the write | extra time (s) | share of five minutes |")
     print("|---|---|---|---|---|")
     for save in found:
         share = (save.stall + max(save.slower, 0.0)) / INTERVAL_S

@@ -1,7 +1,8 @@
-"""What pytest-benchmark measured of the kernels, as rows, a page and pictures.
+"""The report on kernels from the measurements of pytest-benchmark: rows, a page and figures.
 
-A rate is the least work of the spec (that with dropout) over the time: floating-point operations where matrix products set the pace, else
-bytes. Extra memory is the peak beyond the inputs, gradients included.
+A rate is the least work of the spec (with dropout) over the time. The work is floating-point
+operations if matrix products limit the speed, else bytes. Extra memory is the peak beyond the
+inputs, gradients included.
 """
 
 from __future__ import annotations
@@ -19,21 +20,20 @@ from fastbert_kernels.specs import SPECS
 
 PASSES = ("forward", "backward", "both")
 OURS = ("triton", "cpu")
-SIZE = " T="  # in the names of cases that differ in their size alone, and make a line of a picture
-MATRIX_WORK = 20  # floating-point operations a byte; above it matrix products set the pace
+SIZE = " T="  # marks the cases that differ only in size, and form one line of a figure
+MATRIX_WORK = 20  # FLOP per byte; above it matrix products limit the speed
 
-# What the forward pass has of the least work, which the specs give for both passes together; without a line here a pass has no rate.
+# Share of the least work that the forward pass has; the specs give it for both passes together.
+# Without an entry here a single pass has no rate.
 FORWARD_SHARE = {
     "attention": lambda shape: 2 / 7,  # two products of seven
-    "mlm_loss": lambda shape: 1 / 3,  # one of three, wherever the other two are made
-    "norm": lambda shape: (
-        2 / 5 if shape.get("bare") else 3 / 8
-    ),  # x, y of x, y, x, dy, dx; the residual is read twice, its gradient written
+    "mlm_loss": lambda shape: 1 / 3,  # one product of three, in whichever pass the others run
+    # x, y of x, y, x, dy, dx; the residual is read twice, and its gradient written.
+    "norm": lambda shape: 2 / 5 if shape.get("bare") else 3 / 8,
     "gelu": lambda shape: 2 / 5,  # x, y of x, y, x, dy, dx
 }
-
-# Published for FlashAttention-2 on an H100, K = 64, TFLOP/s forward and backward. Source: the plots without causal mask in
-# Shah et al., 2024 (FlashAttention-3).
+# TFLOP/s forward and backward, published for FlashAttention-2 on an H100 with K = 64. Source: the
+# plots without causal mask in Shah et al., 2024 (FlashAttention-3).
 FLASH_ATTENTION_2 = {512: (282, 198), 1024: (306, 238), 2048: (318, 264), 4096: (321, 279)}
 GOALS_ARE_FOR = ("H100", "H200")
 
@@ -41,12 +41,13 @@ GOALS_ARE_FOR = ("H100", "H200")
 def rows_of(
     case: Case, which: str, seconds: Mapping[str, Sequence[float]], peak: Peak, element: int
 ) -> list[Row]:
-    """One for each implementation.
+    """One row for each implementation.
 
     Args:
+        case: what was timed.
         which: one of PASSES.
-        seconds: of each round, by implementation; ours is among them.
-        peak: of the device.
+        seconds: the rounds of each implementation, ours included.
+        peak: peak rates of the device.
         element: bytes of a number.
     """
     spec = SPECS[case.operation]
@@ -82,8 +83,10 @@ def rows_of(
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, float]:
-    """Of each case at a size of training, both passes: the fastest rival's time over ours. The small packs of the pictures take too little time
-    to be held to it."""
+    """The fastest rival's time over ours, for both passes of each case at a size of training.
+
+    The small packs of the figures are left out, because they take too little time.
+    """
     ours = [
         row
         for row in rows
@@ -97,7 +100,10 @@ def ratios(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def goals(rows: Sequence[Row]) -> list[tuple[str, float | None, str, float]]:
-    """What was aimed for on an H100 or H200: what, the measured value (None: not measured), ">=" or "<=", the goal."""
+    """The goals for an H100 or H200: description, measured value, ">=" or "<=", and bound.
+
+    The value is None if it was not measured.
+    """
 
     def get(key: str, case: str, which: str, implementation: str = "triton") -> float | None:
         wanted = (case, which, implementation)
@@ -186,27 +192,35 @@ def reached(goal: tuple[str, float | None, str, float]) -> str:
 
 
 def page(device: str, rows: Sequence[Row], peak: Peak) -> str:
-    """Markdown: the goals, a line for each of our rows, and what could not be measured."""
+    """The page in Markdown: the goals, a line for each of our rows, and what was not measured."""
     lines = ["Kernels", ""]
     if any(name in device for name in GOALS_ARE_FOR):
         lines += ["| goal on an H100 or H200 | wanted | measured | |", "|---|---|---|---|"]
         for goal in goals(rows):
             what, value, direction, bound = goal
-            lines.append(
-                f"| {what} | {direction} {bound:g} | {'-' if value is None else f'{value:.2f}'} | {reached(goal)} |"
-            )
+            shown = "-" if value is None else f"{value:.2f}"
+            lines.append(f"| {what} | {direction} {bound:g} | {shown} | {reached(goal)} |")
         lines.append("")
     lines += [
-        f"Peaks: {peak.flops / 1e12:,.3g} TFLOP/s, {peak.bandwidth / 1e9:,.0f} GB/s, {peak.source}. A rate is the least work of the "
-        "operation over the time, its share that of the peak of what it is bound by.",
+        f"Peaks: {peak.flops / 1e12:,.3g} TFLOP/s, {peak.bandwidth / 1e9:,.0f} GB/s, "
+        f"{peak.source}. A rate is the least work of the "
+        "operation over the time; its share is that of the resource that limits the operation.",
         "",
         "![time and share of the peak against size](kernels.png)",
         "",
     ]
     measured = [row for row in rows if "note" not in row]
     columns = (
-        "case", "pass", "ms (quartiles)", "rate", "of peak", "extra MB", "rivals, ms", "fastest rival over ours", "error of allowed"
-    )  # fmt: skip
+        "case",
+        "pass",
+        "ms (quartiles)",
+        "rate",
+        "of peak",
+        "extra MB",
+        "rivals, ms",
+        "fastest rival over ours",
+        "error over allowed",
+    )
     body = []
     for row in (row for row in measured if row["implementation"] in OURS):
         others = [
@@ -249,7 +263,10 @@ def page(device: str, rows: Sequence[Row], peak: Peak) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Both passes against the tokens of the pack, a line of panels for each operation: time with its quartiles, and the share of the peak."""
+    """Plot both passes over the tokens of the pack, with a row of panels for each operation.
+
+    The panels show the time with its quartiles, and the share of the peak.
+    """
     lines: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if row.get("pass") == "both" and SIZE in row["case"]:

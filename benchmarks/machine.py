@@ -1,4 +1,4 @@
-"""What a benchmark ran on: the lines at the head of each report, and the peaks that shares are taken of."""
+"""The machine of a benchmark: the header of each report, and the peaks to which shares refer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Peak(NamedTuple):
     source: str
 
 
-# By the name that the driver gives.
+# Keys are the names that the driver reports.
 PEAKS = {
     name: Peak(GPUS[kind].bf16, GPUS[kind].bandwidth, "data sheet, bf16")
     for name, kind in (
@@ -37,7 +37,7 @@ PEAKS = {
 
 
 def peak_of(device: torch.device) -> Peak:
-    """Of the data sheet where the GPU is known; else measured."""
+    """The peak from the data sheet for a known GPU, else a measured one."""
     known = PEAKS.get(device_name(device))
     return known or Peak(
         measure_gemm_rate(device=str(device)),
@@ -47,7 +47,7 @@ def peak_of(device: torch.device) -> Peak:
 
 
 def device_name(device: torch.device) -> str:
-    """As the driver or the system calls it: "NVIDIA H200", "AMD EPYC 9B14, 2 cores, 2 threads"."""
+    """The name from driver or system: "NVIDIA H200", "AMD EPYC 9B14, 2 cores, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return (
@@ -56,7 +56,7 @@ def device_name(device: torch.device) -> str:
 
 
 def folder_name(device: torch.device) -> str:
-    """Where results of such a machine are kept: "nvidia-h200", "amd-epyc-2-cores"."""
+    """The folder for results of such a machine: "nvidia-h200", "amd-epyc-2-cores"."""
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -1,6 +1,6 @@
-"""A model that trains in bf16 on made-up text, without DeepSpeed: what the benchmarks of training share.
+"""A model that trains in bf16 on made-up text, without DeepSpeed; shared by training benchmarks.
 
-Weights and gradients are bf16, masters and AdamW fp32, as in DeepSpeed's bf16 mode.
+Weights and gradients are bf16, master weights and AdamW fp32, as in DeepSpeed's bf16 mode.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fastbert.config import PRESETS, ModelConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.models.bert import BertForPreTraining, losses
 
-CLS, SEP, MASK, ORDINARY = 2, 3, 4, 5  # ids; ordinary words begin at the last
+CLS, SEP, MASK, ORDINARY = 2, 3, 4, 5  # ids; ORDINARY is the first id of ordinary words
 
 
 class Sizes(NamedTuple):
-    """What is trained: a model's preset, V, T, the longest sequence in tokens."""
+    """The sizes of a training: preset, V, T, and the tokens of the longest sequence."""
 
     preset: str
     vocab_size: int
@@ -41,9 +41,10 @@ def model_config(preset: str, dropout: float) -> ModelConfig:
 def made_up_batch(
     sizes: Sizes, seed: int, device: torch.device, lengths: Sequence[int] | None = None
 ) -> PackedBatch:
-    """Words drawn after Zipf, 15 % of them selected, 80 % of these replaced by [MASK]; pairs with labels by chance.
+    """Words with frequencies after Zipf's law; 15 % are selected, 80 % of these become [MASK].
 
-    Sequences have the given lengths; by default mixed ones up to the longest.
+    Pairs have random labels. Sequences have the given lengths; by default mixed ones up to the
+    longest.
     """
     draw = torch.Generator().manual_seed(seed)
     counts = torch.tensor(lengths or mixed_lengths(sizes.tokens, sizes.longest, seed))
@@ -73,7 +74,7 @@ def made_up_batch(
 
 
 class Trainer:
-    """A model in `dtype` with fp32 masters under AdamW and clipping at norm 1."""
+    """A model in `dtype` with fp32 master weights, AdamW, and clipping at norm 1."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.01, fused=True)
 
     def step(self, batch) -> Tensor:
-        """The loss before the step, scalar, detached. Nothing in it waits for a GPU."""
+        """The loss before the step, scalar, detached. The step does not wait for a GPU."""
         loss = self.loss(self.model, batch)
         loss.backward()
         parameters: list[Tensor] = list(self.model.parameters())
@@ -106,7 +107,8 @@ def ours(
     config: ModelConfig, vocab_size: int, impl: str, device: torch.device, dtype: torch.dtype
 ) -> Trainer:
     torch.manual_seed(0)
-    # "cuda" says that "triton" may be asked for: the benchmarks' dry run compiles the kernels, and launches none, on a CPU.
+    # "cuda" permits "triton": the dry run of the benchmarks compiles the kernels on a CPU, and
+    # launches none.
     model = BertForPreTraining(
         config, vocab_size, impl, "cuda" if impl == "triton" else device.type
     ).to(device)
@@ -116,7 +118,7 @@ def ours(
 def padded(
     config: ModelConfig, vocab_size: int, device: torch.device, dtype: torch.dtype
 ) -> Trainer:
-    """The same model of torch's own parts; its batches are `padded_bert.pad`'s."""
+    """The same model built of torch's modules; its batches are those of `padded_bert.pad`."""
     torch.manual_seed(0)
     return Trainer(
         PaddedBert(config, vocab_size).to(device), lambda model, batch: model(batch), dtype

@@ -1,12 +1,14 @@
-"""Triton's real launcher with a driver that launches nothing: kernels are compiled for a GPU that is not there.
+"""Triton's real launcher with a driver that launches nothing, to compile kernels without a GPU.
 
     with no_launch("sm_90") as seen:
-        varlen_attention(q, k, v, cu_seqlens, max_seqlen, impl="triton")     # on the CPU; the result holds what was in memory
-    seen.launches                                                            # every launch, with its grid
+        # On the CPU; the result is undefined.
+        varlen_attention(q, k, v, cu_seqlens, max_seqlen, impl="triton")
+    seen.launches                                       # every launch, with its grid
 
-Argument binding, specialisation, compilation down to machine code, and the limits of shared memory, threads and grid are those of a real
-launch. Only the call to the GPU's driver is left out. Triton's interpreter accepts code that the compiler rejects, so this is what shows that a
-kernel will run. Memory of results is not written, so values mean nothing: whatever looks at them must not depend on them.
+Argument binding, specialisation, compilation down to machine code, and the limits of shared memory,
+threads and grid are those of a real launch. Only the call to the GPU's driver is left out. Triton's
+interpreter accepts code that the compiler rejects; this launcher shows whether a kernel will run.
+The memory of results is not written, so no caller may depend on their values.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from triton.runtime import driver
 
 from fastbert_kernels import _triton
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": bytes of shared memory that one program may have.
+# Bytes of shared memory that one program may have: CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability".
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 and a B200
-GRID_LIMITS = (2**31 - 1, 65535, 65535)  # programs along each axis of a grid; the same guide
-MOST_THREADS = 1024  # of one program
+GRID_LIMITS = (2**31 - 1, 65535, 65535)  # maximum programs along each axis; the same guide
+MOST_THREADS = 1024  # per program
 
 
 class Launch(NamedTuple):
@@ -40,9 +43,14 @@ class Launch(NamedTuple):
 
 @dataclass
 class Seen:
-    """What was launched, in order; and the kernels that were loaded for it, one for each specialisation: their names, sources and metadata.
+    """The launches, in order; and the kernels that were loaded for them, one per specialisation.
 
-    A kernel is loaded once in a process, so a second `no_launch` sees its launches, but no loading.
+    A kernel is loaded once per process, so a second `no_launch` sees its launches, but no loading.
+
+    Attributes:
+        launches: every launch.
+        loaded: names of the loaded kernels.
+        compiled: sources and metadata of the loaded kernels.
     """
 
     launches: list[Launch] = field(default_factory=list)
@@ -52,17 +60,23 @@ class Seen:
 
 @contextlib.contextmanager
 def no_launch(architecture: str) -> Iterator[Seen]:
-    """Inside, Triton's active driver is one for `architecture` ("sm_80", "sm_90", "sm_100") that takes tensors on the CPU.
+    """A context in which Triton's active driver compiles for an architecture and takes CPU tensors.
 
-    Raises, from within: whatever Triton raises where a kernel does not compile or does not fit the device, ValueError for a grid beyond its limits.
+    Args:
+        architecture: "sm_80", "sm_90" or "sm_100".
+
+    Raises (from within):
+        Triton's own errors if a kernel does not compile or does not fit the device; ValueError for
+        a grid beyond its limits.
     """
     if _triton.INTERPRETED:
         raise RuntimeError(
-            "no_launch: TRITON_INTERPRET is set, under which nothing is compiled; unset it"
+            "no_launch: TRITON_INTERPRET is set, so nothing would be compiled; unset it"
         )
     seen = Seen()
     before = driver._active  # not `active`, which would look for a GPU
-    driver.set_active(_Driver(int(architecture.removeprefix("sm_")), seen))  # type: ignore[arg-type]
+    ours: Any = _Driver(int(architecture.removeprefix("sm_")), seen)
+    driver.set_active(ours)
     _forget_device()
     try:
         yield seen
@@ -89,9 +103,8 @@ class _Driver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return (
-            self.capability
-        )  # a device for each architecture: Triton keeps compiled kernels by device
+        # One device per architecture, because Triton keeps compiled kernels by device.
+        return self.capability
 
     def get_current_stream(self, _device: int) -> int:
         return 0
@@ -104,12 +117,12 @@ class _Driver:
 
 
 def _active() -> _Driver:
-    """Looked up at each launch: a compiled kernel outlives the `no_launch` that it was compiled in."""
+    """The current driver, looked up at each launch: compiled kernels outlive their `no_launch`."""
     return driver.active  # type: ignore[return-value]
 
 
 class _Utilities:
-    """Of a device: its properties, and how machine code is loaded."""
+    """A device: its properties, and the loading of machine code."""
 
     def __init__(self, capability: int):
         self.capability = capability
@@ -130,7 +143,7 @@ class _Utilities:
 
 
 class _Launcher:
-    """Of one compiled kernel."""
+    """The launcher of one compiled kernel."""
 
     def __init__(self, source: Any, metadata: Any):
         self.name, self.threads = metadata.name, 32 * metadata.num_warps
@@ -140,6 +153,7 @@ class _Launcher:
         for axis, programs, limit in zip("xyz", (x, y, z), GRID_LIMITS, strict=True):
             if not 0 < programs <= limit:
                 raise ValueError(
-                    f"{self.name}: a grid of {x} x {y} x {z} programs; along {axis} there must be 1 to {limit}"
+                    f"{self.name}: a grid of {x} x {y} x {z} programs; "
+                    f"along {axis} there must be 1 to {limit}"
                 )
         _active().seen.launches.append(Launch(self.name, (x, y, z), self.threads))

@@ -1,6 +1,6 @@
-"""The same pre-training model as one builds it of torch.nn: padded sequences, SDPA. A rival for the training benchmark.
+"""The same pre-training model built of torch.nn: padded sequences, SDPA. A rival in benchmarks.
 
-Kinder than what people usually run: the vocabulary head sees the masked tokens alone.
+It is faster than common practice: its vocabulary head computes only the masked tokens.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ class PaddedBatch(NamedTuple):
     input_ids: Tensor  # int64 [B, S], 0 where there is no token
     token_type_ids: Tensor  # int64 [B, S]
     attention_mask: Tensor  # bool [B, 1, 1, S]
-    masked_positions: Tensor  # int64 [M], into the B * S places
+    masked_positions: Tensor  # int64 [M], into the B * S positions
     labels: Tensor  # int64 [M]
     next_sentence_labels: Tensor  # int64 [B]
 
 
 def pad(batch: PackedBatch) -> PaddedBatch:
-    """The same examples, [B, longest]."""
+    """The same examples, padded to [B, longest]."""
     lengths = batch.cu_seqlens.diff().tolist()
 
     def rows(x: Tensor) -> Tensor:
         return nn.utils.rnn.pad_sequence(list(x.split(lengths)), batch_first=True)
 
     mask = rows(torch.ones_like(batch.input_ids)).bool()
-    places = mask.flatten().nonzero()[:, 0]  # of the packed tokens
+    places = mask.flatten().nonzero()[:, 0]  # of the packed tokens in the padded batch
     positions = places[batch.masked_positions]
     ids, types = rows(batch.input_ids), rows(batch.token_type_ids)
     return PaddedBatch(

@@ -1,4 +1,4 @@
-"""Parts of a page that a program makes: what stands between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+"""Generated parts of a page: the text between `<!-- NAME -->` and `<!-- end of NAME -->`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PLACE = re.compile(r"(<!-- (?P<name>\w+) -->\n).*?(<!-- end of (?P=name) -->)", 
 
 
 def places(page: str) -> list[str]:
-    """The names that the text has a place for."""
+    """The names of the places in the text."""
     return [match["name"] for match in PLACE.finditer(page)]
 
 
@@ -17,13 +17,14 @@ def filled(page: str, parts: Mapping[str, str]) -> str:
     """The text with these parts in their places.
 
     Raises:
-        SystemExit: a part has not exactly one place.
+        SystemExit: a part has no place, or more than one.
     """
     there = places(page)
     for name in parts:
         if (times := there.count(name)) != 1:
             raise SystemExit(
-                f"<!-- {name} --> ... <!-- end of {name} --> is there {times} times, must be once"
+                f"<!-- {name} --> ... <!-- end of {name} --> is there {times} times; "
+                "it must be there once"
             )
     return PLACE.sub(
         lambda match: (

@@ -1,6 +1,7 @@
-"""The kernels that people install: Liger-Kernel, Cut Cross-Entropy, FlashAttention. Where one is missing, or cannot do the same, a line says so.
+"""Kernels that people install: Liger-Kernel, Cut Cross-Entropy, FlashAttention.
 
-Arguments are those of the specs. Where a peer's function is a part of the operation, torch does the rest, as in models that use it.
+If one is missing or cannot do the same, a message says so. Arguments are those of the specs. If a
+peer's function covers only a part of the operation, torch does the rest, as in models that use it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional
 from benchmarks.cases import Case, leaves
 from benchmarks.rivals import EPS, Rival
 
-# What each operation is compared with.
+# The peers of each operation.
 NAMES = {
     "attention": ("FlashAttention",),
     "mlm_loss": ("Liger", "CCE"),
@@ -29,10 +30,12 @@ NAMES = {
 def peers(
     case: Case, arguments: dict[str, Any], interpreted: bool = False
 ) -> dict[str, Rival | str]:
-    """Those of a case by name; a string says why one is missing.
+    """The peers of a case by name; a string says why one is missing.
 
     Args:
-        interpreted: the kernels will run in Triton's interpreter, on a CPU.
+        case: what is compared.
+        arguments: the inputs.
+        interpreted: whether the kernels will run in Triton's interpreter, on a CPU.
     """
     device = leaves(case, arguments)[0].device
     if not interpreted and device.type == "cpu":
@@ -80,7 +83,7 @@ def _cut_cross_entropy(case: Case, arguments: dict[str, Any]) -> Rival | str:
             / total
         )
 
-    # Its released version has no bias: the comparison is a little kinder to it.
+    # Its released version has no bias, which makes the comparison slightly favourable to it.
     return functools.partial(forward, **arguments), [arguments["hidden"], arguments["weight"]]
 
 

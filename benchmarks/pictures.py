@@ -1,4 +1,4 @@
-"""How the pictures of the benchmarks look: the colours of each side, axes without noise."""
+"""The look of the benchmarks' figures: a colour for each side, and plain axes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from fastbert.training.picture import GRID, HELDOUT, MUTED
 
 OURS = HELDOUT
-COLOURS = {  # everybody else, the same in every picture
+COLOURS = {  # of the rivals, the same in every figure
     "eager": "#9ca3af",
     "torch.compile": "#b45309",
     "SDPA": "#d97706",
@@ -23,7 +23,7 @@ COLOURS = {  # everybody else, the same in every picture
 
 
 def colour(name: str) -> str:
-    """Of an implementation; ours is blue."""
+    """The colour of an implementation; ours is blue."""
     return COLOURS.get(name, OURS)
 
 
@@ -47,7 +47,7 @@ def figure_of(rows: int, columns: int) -> tuple[Any, Any]:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Under another name first, so that a viewer never reads half of it."""
+    """Write to another name first, so that a viewer never reads an incomplete file."""
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, format="png")
     os.replace(partial, path)

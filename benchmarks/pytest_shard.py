@@ -1,10 +1,11 @@
-"""A pytest plugin: one share of the tests, with a result on disk after each, so that no plugin from elsewhere is needed on a GPU machine.
+"""A pytest plugin that runs a share of the tests and writes each result to disk at once.
 
     pytest -p benchmarks.pytest_shard --shard 2/8 --results results.jsonl tests
 
-The file gets {"test", "outcome": "started" | "passed" | "failed" | "skipped", "seconds", "message"}, one object a line. Tests that it names
-already are left out: after a crash, or a fault that leaves the GPU unusable for the process (the run stops there), the same command goes
-on behind the test that caused it.
+So a GPU machine needs no third-party plugin. The file gets one object per line: {"test", "outcome":
+"started" | "passed" | "failed" | "skipped", "seconds", "message"}. Tests that it already contains
+are left out. So after a crash, or an error that makes the GPU unusable for the process (the run
+then stops), the same command resumes after the test that caused it.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
-BROKEN = (
+BROKEN = (  # error messages of CUDA
     "illegal memory access",
     "unspecified launch failure",
     "device-side assert",
     "misaligned address",
-)  # CUDA's words
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", default="0/1", help="which share of how many, counted from 0")
-    parser.addoption("--results", type=Path, required=True, help="file of results, appended to")
+    parser.addoption("--shard", default="0/1", help="share and number of shares, counted from 0")
+    parser.addoption("--results", type=Path, required=True, help="file to append results to")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,7 +63,7 @@ class Results:
                 message=text[-2000:],
             )
             if report.failed and self.session and any(words in text for words in BROKEN):
-                self.session.shouldstop = "the GPU is of no more use to this process"
+                self.session.shouldstop = "this process can no longer use the GPU"
 
     def write(self, **result) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -72,7 +73,6 @@ class Results:
 def read(path: Path) -> dict[str, dict]:
     """The last result of each test."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [
-        json.loads(line) for line in lines if line.endswith("\n")
-    ]  # the process may have been killed in the middle of one
+    # The last line is incomplete if the process was killed while it wrote.
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]
     return {result["test"]: result for result in whole}

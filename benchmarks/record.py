@@ -1,4 +1,4 @@
-"""What a benchmark leaves in a folder: NAME.json with rows and ratios, and NAME.md with the same for people."""
+"""The output of a benchmark: NAME.json with rows and ratios, and NAME.md to read."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class Record:
     """The outcome of one benchmark on one machine.
 
     Attributes:
-        header: device, versions and commit, of `machine.header`.
-        rows: flat, as JSON has them; units in the names.
-        ratios: what must not fall from one commit to the next, the higher the better; compared by `benchmarks.check`.
+        header: device, versions and commit, from `machine.header`.
+        rows: flat JSON objects; units are in the names.
+        ratios: figures that must not fall from one commit to the next, where higher is better;
+            compared by `benchmarks.check`.
     """
 
     header: Mapping[str, str]
@@ -28,7 +29,7 @@ class Record:
     ratios: Mapping[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path, name: str, text: str) -> None:
-        """Write NAME.json, and NAME.md: a title, the header, and `text`, which begins below them."""
+        """Write NAME.json, and NAME.md: a title, the header, and the rest of `text`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(
             json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8"
@@ -44,7 +45,10 @@ def read_record(path: Path) -> Record:
 
 
 def once(path: Path, make: Callable[[], Row]) -> Row:
-    """The row that is kept at `path`; made and kept there the first time, so that a long benchmark goes on where it was cut off."""
+    """The row that is stored at `path`; computed and stored there if it does not exist yet.
+
+    So a long benchmark can resume after an interruption.
+    """
     if not path.exists():
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(make()), encoding="utf-8")
@@ -53,6 +57,6 @@ def once(path: Path, make: Callable[[], Row]) -> Row:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """A table in Markdown."""
     lines = [list(columns), ["---"] * len(columns), *map(list, rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

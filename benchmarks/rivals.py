@@ -1,6 +1,7 @@
-"""The operations as torch offers them: written with torch.nn.functional, and its own fused ones.
+"""The operations in torch: written with torch.nn.functional, and its own fused ones.
 
-Dropout is torch's own, so results differ from ours by the masks. Arguments are those of the specs; `_` takes what torch has no use for.
+Dropout is torch's own, so results differ from ours in the masks. Arguments are those of the specs;
+`_` takes those that torch does not use.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.nn import functional
 from benchmarks.cases import Case, leaves
 
 EPS = 1e-12
-# By operation.
+# The rivals of each operation.
 NAMES = {
     "attention": ("eager", "SDPA", "varlen_attn"),
     "mlm_loss": ("eager", "linear_cross_entropy"),
@@ -25,11 +26,11 @@ NAMES = {
     "gelu": ("eager",),
     "embedding": ("eager",),
 }
-Rival = tuple[Callable[[], Tensor], list[Tensor]]  # the forward pass and what has a gradient
+Rival = tuple[Callable[[], Tensor], list[Tensor]]  # the forward pass, and tensors with a gradient
 
 
 def rivals(case: Case, arguments: dict[str, Any]) -> dict[str, Rival | str]:
-    """Those of a case by name, "eager" among them; a string says why one is missing."""
+    """The rivals of a case by name, "eager" among them; a string says why one is missing."""
     if case.operation == "attention":
         return _attention(case, arguments)
     gradients = leaves(case, arguments)
@@ -50,9 +51,8 @@ def eager_mlm_loss(*, hidden, weight, bias, positions, labels, total):
 
 
 def linear_cross_entropy(*, hidden, weight, bias, positions, labels, total):
-    options = (
-        torch.nn.LinearCrossEntropyOptions()
-    )  # in chunks; without options it is what eager does
+    # The options make it work in chunks; without them it does the same as eager.
+    options = torch.nn.LinearCrossEntropyOptions()
     rows = hidden[positions]
     return (
         functional.linear_cross_entropy(
@@ -112,7 +112,7 @@ def eager_attention(q, k, v, mask, dropout_p):
 
 
 def _attention(case: Case, arguments: dict[str, Any]) -> dict[str, Rival | str]:
-    """Padded [B, H, n, K] for eager and SDPA, made beforehand; packed for varlen_attn."""
+    """Inputs are padded to [B, H, n, K] in advance for eager and SDPA, packed for varlen_attn."""
     packed = [arguments[name] for name in "qkv"]
     lengths = case.shape["lengths"]
     padded = [_pad(x, lengths) for x in packed]
@@ -131,7 +131,10 @@ def _attention(case: Case, arguments: dict[str, Any]) -> dict[str, Rival | str]:
 
 
 def _pad(x: Tensor, lengths: list[int]) -> Tensor:
-    """[T, H, K] to a leaf [B, H, n, K]; without padding the memory stays as the joint projection left it."""
+    """[T, H, K] to a leaf [B, H, n, K].
+
+    With equal lengths it is a view in the layout of the joint projection.
+    """
     if len(set(lengths)) == 1:
         padded = x.detach().unflatten(0, (len(lengths), lengths[0]))
     else:
@@ -149,4 +152,5 @@ def _varlen_attention(case: Case, packed: list[Tensor], cu_seqlens: Tensor) -> R
     except ImportError:
         return "not in this torch"
     longest = max(case.shape["lengths"])
-    return functools.partial(varlen_attn, *packed, cu_seqlens, cu_seqlens, longest, longest), packed  # type: ignore[return-value]
+    forward = functools.partial(varlen_attn, *packed, cu_seqlens, cu_seqlens, longest, longest)
+    return forward, packed  # type: ignore[return-value]

@@ -1,24 +1,28 @@
-"""All benchmarks that need no GPU in one command and in a given time: `make bench`. Those on a GPU are `benchmarks.gpu`.
+"""All benchmarks that need no GPU, in one command and a given time: `make bench`.
 
-    python -m benchmarks.run --out folder [--dataset data/wiki] [--seconds 900] [--record] [--dry-run]
+    python -m benchmarks.run --out folder [--dataset data/wiki] [--seconds 900] [--record] \\
+        [--dry-run]
 
-Needs all that `pip install .[test]` brings, and a dataset that `fastbert prepare` made; no network. Parts in order of worth, each in a process of
-its own with its share of the time that is left, so that neither a crash nor a hang keeps the others from running:
+Those on a GPU are in `benchmarks.gpu`. This program needs the packages of `pip install .[test]` and
+a dataset made by `fastbert prepare`; no network. The parts run in order of importance, each in its
+own process with its share of the remaining time, so a crash or a hang does not affect the others:
 
     step            benchmarks.bench_step: a training step against transformers
-    parts           benchmarks.bench_parts: where our step's time goes, against its floating-point operations
-    kernels         benchmarks/bench_kernels.py: right, and how fast against what people would use
+    parts           benchmarks.bench_parts: time of our step by part, against its FLOPs
+    kernels         benchmarks/bench_kernels.py: correctness, and speed against usual alternatives
     data            benchmarks.bench_data: prepare and the loader
     startup         benchmarks.bench_startup: --help, import, the first step
     plan            benchmarks.bench_plan --quick: `fastbert plan` against counted tensors
-    launch          benchmarks.bench_launch: CPU time of launching the Triton kernels, nothing launched
-    side_by_side    benchmarks.side_by_side: our kernels for GPUs and other people's, in the interpreter
-    traffic         benchmarks.traffic: bytes moved over the least possible, counted in the interpreter
-    compilers       benchmarks.ahead_of_time --on-record: registers, spills, loads, without compiling again, which a test does
+    launch          benchmarks.bench_launch: CPU time of launching the Triton kernels
+    side_by_side    benchmarks.side_by_side: our GPU kernels and other packages', interpreted
+    traffic         benchmarks.traffic: bytes moved over the minimum, counted in the interpreter
+    compilers       benchmarks.ahead_of_time --on-record: registers, spills and loads from the
+                    record; a test compiles again
 
-The folder gets report.md, rewritten after each part, a log for each part, and what the parts write; `--record` copies that to
-benchmarks/results/ for this kind of machine. `--dry-run`: one kernel at a tiny size. Exit code 0 if all is well, 1 if a part failed or
-ran out of time, 2 without a dataset.
+The folder gets report.md (rewritten after each part), a log for each part, and the files that the
+parts write. `--record` copies these to benchmarks/results/ for this kind of machine. `--dry-run`
+runs one kernel at a tiny size. The exit code is 0 on success, 1 if a part failed or ran out of
+time, 2 without a dataset.
 """
 
 from __future__ import annotations
@@ -37,13 +41,13 @@ from benchmarks import children
 from benchmarks.children import ROOT, module
 from benchmarks.machine import folder_name
 
-RESERVE_S = 8  # for killing what hangs, and for the report
-START_S = 12  # of a process that imports torch
+RESERVE_S = 8  # for killing hung processes, and for the report
+START_S = 12  # start-up time of a process that imports torch
 SHOWN_LINES = 60
 
 
 class Part(NamedTuple):
-    """`weight` is its share of the time; the command gets `{seconds}` filled in."""
+    """A part of the run: `weight` is its share of the time; `{seconds}` in `command` is filled."""
 
     name: str
     weight: float
@@ -102,7 +106,7 @@ def dry_parts(out: Path) -> list[Part]:
 
 
 def interrupted(*_) -> None:
-    """For SIGINT and SIGTERM."""
+    """Signal handler of SIGINT and SIGTERM."""
     children.stop_all()
     raise SystemExit(130)
 
@@ -111,7 +115,7 @@ def run(part: Part, out: Path, limit: float) -> Outcome:
     start = time.monotonic()
     seconds = f"{max(5.0, 0.9 * limit - START_S):.0f}"
     command = [word.replace("{seconds}", seconds) for word in part.command]
-    print(f"\n==> {part.name} ({limit:.0f} s at the most)", flush=True)
+    print(f"\n==> {part.name} (at most {limit:.0f} s)", flush=True)
     code = children.run(command, out / f"{part.name}.log", children.environment(), limit)
     verdict = (
         f"stopped after {limit:.0f} s"
@@ -126,7 +130,8 @@ def run(part: Part, out: Path, limit: float) -> Outcome:
 def report(out: Path, outcomes: list[Outcome], waiting: list[Part]) -> str:
     lines = ["# Benchmarks", "", "| part | outcome | seconds |", "|---|---|---|"]
     lines += [
-        f"| {o.part.name} | {o.verdict if o.verdict == 'passed' else f'**{o.verdict}**'} | {o.seconds:.0f} |"
+        f"| {o.part.name} | {o.verdict if o.verdict == 'passed' else f'**{o.verdict}**'} "
+        f"| {o.seconds:.0f} |"
         for o in outcomes
     ]
     lines += [f"| {part.name} | not yet run | |" for part in waiting]
@@ -148,7 +153,10 @@ def report(out: Path, outcomes: list[Outcome], waiting: list[Part]) -> str:
 
 
 def record(out: Path) -> Path:
-    """Copy what the parts wrote to the results of such machines; pytest-benchmark's own file, with every round, is too large for that."""
+    """Copy the files that the parts wrote to the results of this kind of machine.
+
+    pytest-benchmark's own file is left out, because it contains every round and is too large.
+    """
     target = ROOT / "benchmarks/results" / folder_name(torch.device("cpu"))
     target.mkdir(parents=True, exist_ok=True)
     for path in out.iterdir():
@@ -174,9 +182,11 @@ def main() -> int:
         "--dataset",
         type=Path,
         default=Path("data/wiki"),
-        help="made by `fastbert prepare` (data/wiki)",
+        help="a dataset made by `fastbert prepare` (data/wiki)",
     )
-    parser.add_argument("--seconds", type=float, default=900, help="when it must have ended (900)")
+    parser.add_argument(
+        "--seconds", type=float, default=900, help="time limit of the whole run (900)"
+    )
     parser.add_argument(
         "--record", action="store_true", help="copy the results to benchmarks/results/"
     )
@@ -186,12 +196,14 @@ def main() -> int:
     out: Path = options.out.resolve()
     if out.exists() and any(out.iterdir()):
         print(
-            f"run: --out {options.out} is not empty; name a new folder, so that a report is of one run"
+            f"run: --out {options.out} is not empty; choose a new folder, "
+            "because a report covers one run"
         )
         return 2
     if not options.dry_run and not (options.dataset / "manifest.json").exists():
         print(
-            f"run: --dataset {options.dataset}: no such dataset; make data/wiki/manifest.json makes one"
+            f"run: --dataset {options.dataset}: no such dataset; "
+            "run make data/wiki/manifest.json to make one"
         )
         return 2
     out.mkdir(parents=True, exist_ok=True)

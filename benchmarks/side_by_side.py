@@ -1,14 +1,18 @@
-"""Our Triton kernels and those that people install, side by side in the interpreter: bytes moved over the least, and error. No GPU is needed.
+"""Our Triton kernels and those of common packages in the interpreter: bytes moved, and error.
 
     python -m benchmarks.side_by_side --out folder
 
-Forward and backward pass in bf16. Kernels are counted by `tests/sanitizer.py`: a byte as often as a program asks for it, from whatever cache
-it comes. What torch's operators around them move is counted too, inputs and outputs once each: a peer that leaves products or dropout to
-torch pays for them as ours does. The least is that of the spec. The error is the largest of the result and all gradients, as a share of what
-the tests allow (twice that of plain torch in bf16, against fp64): above 1 our own kernels would fail.
+It needs no GPU. Forward and backward passes run in bf16. Kernels are counted by
+`tests/sanitizer.py`: a byte counts whenever a program requests it, whatever cache it comes from.
+The inputs and outputs of torch's operators around the kernels are counted too, once each. So a peer
+that leaves matrix products or dropout to torch is charged for them, as ours is. The minimum is that
+of the spec. The error is the largest one of the result and all gradients, as a share of the allowed
+one in the tests (twice that of plain torch in bf16, against fp64): with a share above 1, our own
+kernels would fail their tests.
 
-Two functions of CUDA's libdevice, which the interpreter does not have, are replaced by their definitions. A peer that still does not run is
-listed with the reason. Times need a GPU: benchmarks/bench_kernels.py.
+Two functions of CUDA's libdevice that the interpreter does not have are replaced by their
+definitions. A peer that still does not run is listed with the reason. Times need a GPU:
+benchmarks/bench_kernels.py.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from unittest import mock
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiled code could not be counted
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiled code cannot be counted
 
 import torch
 import triton.language as tl
@@ -36,7 +40,8 @@ from triton.runtime.interpreter import GridExecutor
 from fastbert_kernels import _library
 
 if __name__ == "__main__":
-    # Before kernels are imported. Ours are functions instead of operators, within which nothing could be counted.
+    # This must come before kernels are imported. Ours become plain functions, because nothing can
+    # be counted inside of operators.
     _library.operator = lambda schema, run, fake: run
     libdevice.rsqrt = lambda x: 1.0 / tl.sqrt(x)
     libdevice.log1p = lambda x: tl.log(1.0 + x)
@@ -68,7 +73,7 @@ NO_MEMORY = {
 
 
 class TorchTraffic(TorchDispatchMode):
-    """Bytes of the inputs and outputs of torch's operators, but for views, outside of kernels."""
+    """Bytes of the inputs and outputs of torch's operators, except views, outside of kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +89,10 @@ class TorchTraffic(TorchDispatchMode):
         return result
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, beta: int) -> None:
-        """As `_product` of the MLM loss: on a GPU cuBLAS reads 16 bits and writes 32, on a CPU copies are needed."""
+        """Replaces `_product` of the MLM loss.
+
+        On a GPU, cuBLAS reads 16 bits and writes 32; on a CPU, copies are needed.
+        """
         self.bytes += sum(x.numel() * x.element_size() for x in (a, b, out, *[out] * bool(beta)))
         self._paused = True
         torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
@@ -92,7 +100,7 @@ class TorchTraffic(TorchDispatchMode):
 
     @contextlib.contextmanager
     def outside_of_kernels(self) -> Iterator[None]:
-        """Inside, what the interpreter itself does with torch is not counted."""
+        """A context in which the interpreter's own use of torch is not counted."""
         run = GridExecutor.__call__
 
         def quietly(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
@@ -132,11 +140,12 @@ def measure(case: Case) -> list[Row]:
         forward, wanted = contender
         try:
             kernels, by_torch, values = count(forward, wanted, upstream)
-        except Exception as failure:  # whatever a peer may raise, the others are measured
+        except Exception as failure:  # a peer may raise anything; the others are still measured
             rows.append(
                 row
                 | {
-                    "note": f"does not run in the interpreter: {type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
+                    "note": f"does not run in the interpreter: {type(failure).__name__}: "
+                    f"{str(failure).splitlines()[0][:120]}"
                 }
             )
             continue
@@ -172,9 +181,9 @@ def measure(case: Case) -> list[Row]:
 def count(
     forward: Callable[[], Tensor], wanted: list[Tensor], upstream: Tensor
 ) -> tuple[int, int, list[Tensor]]:
-    """Bytes of kernels and of torch's operators in both passes, and the result with its gradients."""
+    """Bytes of kernels and of torch's operators in both passes; the result and its gradients."""
     by_torch = TorchTraffic()
-    # Locks between programs look like races to the sanitizer; nothing runs at the same time here.
+    # Locks between programs look like races to the sanitizer; here programs run one at a time.
     with sanitize(raise_on_fault=False) as report, by_torch.outside_of_kernels():
         result = forward()
         gradients = torch.autograd.grad(result, wanted, upstream.to(result.dtype))
@@ -201,7 +210,7 @@ def page(rows: list[Row]) -> str:
         "bytes of torch",
         "least",
         "moved over least",
-        "error of allowed",
+        "error over allowed",
     )
     return "Kernels side by side, without a GPU\n\n" + table(columns, body)
 

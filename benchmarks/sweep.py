@@ -1,9 +1,12 @@
-"""Which recipe makes the best model in a given time? A run of `fastbert pretrain` for each set of settings, one on each core, one table.
+"""Which recipe gives the best model in a given time? Run `fastbert pretrain` for each, in a table.
 
-    python -m benchmarks.sweep RECIPE.toml --out FOLDER --seconds 480 --try "model.hidden_size=256 optimizer.lr=1e-3" --try "..."
+    python -m benchmarks.sweep RECIPE.toml --out FOLDER --seconds 480 \\
+        --try "model.hidden_size=256 optimizer.lr=1e-3" --try "..."
 
-`--try` holds what differs from the recipe, "" the recipe itself. Vocabularies can be compared, by `data`: a larger one has fewer tokens, each
-of which is harder to guess, so the table has the loss by word, too. A finished run is kept in FOLDER/sweep-runs and not made again.
+There is one run on each core. `--try` contains the differences from the recipe; "" is the recipe
+itself. Vocabularies can be compared through `data`. A larger vocabulary gives fewer tokens, each of
+which is harder to predict, so the table also has the loss per word. A finished run is kept in
+FOLDER/sweep-runs and is not repeated.
 """
 
 from __future__ import annotations
@@ -28,14 +31,15 @@ def measured(recipe: Path, folder: Path, settings: str, seconds: float) -> Row:
     name = hashlib.sha256(f"{recipe.read_text()} {settings} {seconds}".encode()).hexdigest()[:12]
     row = once(folder / f"{name}.json", lambda: trained(recipe, folder / name, settings, seconds))
     print(
-        f"{row['loss_mlm']:.3f}  on [MASK] {row['loss_mask_token']:.3f}  {row['tokens'] / 1e6:5.1f} M tokens  {settings}",
+        f"{row['loss_mlm']:.3f}  on [MASK] {row['loss_mask_token']:.3f}  "
+        f"{row['tokens'] / 1e6:5.1f} M tokens  {settings}",
         flush=True,
     )
     return row
 
 
 def trained(recipe: Path, run: Path, settings: str, seconds: float) -> Row:
-    """Train for so long with one thread, and evaluate; losses in nats. Nothing stays at `run`."""
+    """Train for `seconds` with one thread, and evaluate; losses in nats. Deletes `run`."""
     shutil.rmtree(run, ignore_errors=True)
     given = {
         "run": run,
@@ -75,14 +79,17 @@ def trained(recipe: Path, run: Path, settings: str, seconds: float) -> Row:
 
 
 def tokens_per_word(dataset: TokenDataset) -> float:
-    """Of the held-out text; a word, or a mark of punctuation, is a token and those that go on with it."""
+    """Tokens per word of the held-out text.
+
+    A word, or a punctuation mark, is a token with the tokens that continue it.
+    """
     split = dataset.split("heldout")
     tokens = split.gather(np.array([0]), np.array([split.tokens]))
     return len(tokens) / int((~dataset.continues_word[tokens]).sum())
 
 
 def sweep_table(rows: list[Row]) -> str:
-    """Markdown, the best first."""
+    """A table in Markdown, the best recipe first."""
     cells = [
         [
             f"`{row['settings']}`" if row["settings"] else "the recipe",
@@ -101,7 +108,7 @@ def sweep_table(rows: list[Row]) -> str:
             "settings",
             "parameters",
             "tokens seen",
-            "nats a word",
+            "nats per word",
             "held-out loss",
             "on [MASK]",
             "accuracy",
@@ -117,14 +124,16 @@ def main() -> None:
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=480.0, help="of training, each run (480)")
+    parser.add_argument(
+        "--seconds", type=float, default=480.0, help="training time of each run (480)"
+    )
     parser.add_argument(
         "--try",
         dest="tries",
         action="append",
         required=True,
         metavar="KEY=VALUE ...",
-        help="may be repeated",
+        help="settings that differ from the recipe; may be repeated",
     )
     given = parser.parse_args()
     if not given.recipe.is_file():

@@ -1,4 +1,4 @@
-"""Forward and backward passes timed in turns, on a GPU or a CPU."""
+"""Time forward and backward passes in turns, on a GPU or a CPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WARM_UP = 2  # passes that are not counted: compilation, and the allocator's first blocks
-ROUNDS = (5, 100)  # at the least and at the most
-FLUSH_BYTES = 256 * 1024**2  # several times the L2 of any GPU so far
-SLEEP_CYCLES = (
-    4_000_000  # about two milliseconds, in which the processor queues what is to be timed
-)
+WARM_UP = 2  # uncounted passes, for compilation and the allocator's first blocks
+ROUNDS = (5, 100)  # minimum and maximum
+FLUSH_BYTES = 256 * 1024**2  # several times the L2 cache of any GPU so far
+# About two milliseconds, in which the processor queues the work that is timed.
+SLEEP_CYCLES = 4_000_000
 
 
 class Contender(NamedTuple):
@@ -29,7 +28,7 @@ class Contender(NamedTuple):
 def differentiated(
     forward: Callable[[], Tensor], leaves: Sequence[Tensor], upstream: Tensor
 ) -> Contender:
-    """By autograd, back to `leaves` from `upstream`, which is shaped as the result."""
+    """Backward by autograd: from `upstream`, which has the shape of the result, to `leaves`."""
     return Contender(forward, lambda result: torch.autograd.grad(result, leaves, upstream))
 
 
@@ -48,12 +47,12 @@ class Times(NamedTuple):
     backward: list[float]
 
     def spread(self, which: str) -> Spread:
-        """Of "forward", "backward" or "both"."""
+        """The spread of "forward", "backward" or "both"."""
         low, median, high = statistics.quantiles(self.rounds(which), n=4, method="inclusive")
         return Spread(median, low, high)
 
     def rounds(self, which: str) -> list[float]:
-        """Milliseconds of each, of "forward", "backward" or "both"."""
+        """Milliseconds of each round, of "forward", "backward" or "both"."""
         return (
             [f + b for f, b in zip(*self, strict=True)] if which == "both" else getattr(self, which)
         )
@@ -62,10 +61,11 @@ class Times(NamedTuple):
 def in_turns(
     contenders: dict[str, Contender], device: torch.device, seconds: float
 ) -> dict[str, Times]:
-    """Time all of them, one after the other in every round, for about `seconds` seconds (and five rounds at the least).
+    """Time all contenders, one after the other in every round.
 
-    On a GPU: device time between two events, while the processor is ahead, after a write of 256 MB that empties the L2. On a CPU: the
-    wall clock, with caches as the previous contender left them.
+    This takes about `seconds`, with at least five rounds. On a GPU it is the device time between
+    two events, while the processor is ahead, after a write of 256 MB that empties the L2 cache. On
+    a CPU it is the wall clock, with caches as the previous contender left them.
     """
     stopwatch = _gpu_stopwatch(device) if device.type == "cuda" else _wall_clock
     for contender in contenders.values():
@@ -85,7 +85,10 @@ def in_turns(
 
 
 def extra_memory(contender: Contender, device: torch.device) -> int | None:
-    """Bytes that a forward and backward pass hold at their peak beyond the inputs, gradients included; None on a CPU."""
+    """Peak bytes of a forward and backward pass beyond the inputs, gradients included.
+
+    None on a CPU.
+    """
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

@@ -1,18 +1,22 @@
-"""Bytes that the Triton kernels load and store, counted in the interpreter, against the least that their specs state; no GPU is needed.
+"""Bytes that the Triton kernels load and store, counted in the interpreter, against the minimum.
 
-    python -m benchmarks.traffic            a table: bytes and floating-point operations of each kernel; their ratios and limits
-    python -m benchmarks.traffic --json     the same, one JSON object a line
+    python -m benchmarks.traffic            print a table: bytes, FLOP, ratios and limits
+    python -m benchmarks.traffic --json     print the same, one JSON object per line
 
-Runs forward and backward pass of each operation under `tests/sanitizer.py`, with the tiles of sm_90. A byte counts as often as a program
-asks for it, from whatever cache it comes; "distinct" counts it once a launch. What a GPU's memory moves lies between the two. What torch
-adds around the kernels is not counted: sums over the programs' shares of a gradient, two of the four products of `mlm_loss`, its gather of
-rows, the sorting of indices for `embedding`, lists of work.
+It needs no GPU. The forward and backward pass of each operation run under `tests/sanitizer.py`,
+with the tiles of sm_90. A byte counts whenever a program requests it, whatever cache it comes from;
+"distinct" counts it once per launch. The traffic of a GPU's memory lies between the two. The work
+of torch around the kernels is not counted: sums over the programs' shares of a gradient, two of the
+four products of `mlm_loss`, its gather of rows, the sorting of indices for `embedding`, and tile
+schedules.
 
-Ends with 1 and a line for each fault:
-- norm, gelu and embedding move more than 1.05 times the least bytes of their specs, `mlm_loss` 1.10 (its spec states what its tiles read
-  again), attention 1.01 where sequences fit one tile;
-- an operation moves less: its spec does not state the least;
-- attention moves other bytes than its tiles make necessary, or it or `mlm_loss` multiplies other than whole tiles.
+The exit code is 1, with a line for each fault, in these cases:
+- norm, gelu and embedding move more than 1.05 times the least bytes of their specs, `mlm_loss` more
+  than 1.10 (its spec includes what its tiles read again), or attention more than 1.01 if sequences
+  fit one tile;
+- an operation moves fewer bytes, so its spec does not state the minimum;
+- attention does not move exactly the bytes that its tiles require, or the products of attention or
+  `mlm_loss` do not have the FLOP of whole tiles.
 """
 
 from __future__ import annotations
@@ -43,18 +47,22 @@ from tests.sanitizer import sanitize
 
 CPU = torch.device("cpu")
 
-# Kernels that walk over rows start as many programs as run side by side, and each reads the vectors and writes a share of their gradients.
-# A twelfth of the device on a twelfth of the rows keeps the rows of a program, and with them every ratio, at a twelfth of the time.
+# Kernels over rows start as many programs as run concurrently. Each reads the vectors and writes a
+# share of their gradients. A twelfth of the device on a twelfth of the rows keeps the rows of a
+# program, and so every ratio, in a twelfth of the time.
 PART = 12
 ROWS = TOKENS // PART
 PARTLY = f"1/{PART} of T={TOKENS}"
 
 
-SMALL = ITEM // 2  # tokens: the tile that holds a whole sequence of no more than that
+SMALL = ITEM // 2  # tokens: longest sequence that fits into the small tile
 
 
 class Gate(NamedTuple):
-    """What is run, and how many times the least bytes it may move (None: no more and no less than predicted)."""
+    """What is run, and how many times the least bytes it may move.
+
+    If `limit` is None, it must move exactly the predicted bytes.
+    """
 
     case: Case
     dtype: torch.dtype
@@ -108,7 +116,7 @@ GATES = (
 
 
 class Work(NamedTuple):
-    """What tiles predict of a kernel; bytes None: only the spec says."""
+    """The prediction for a kernel from its tiles; `bytes` is None if only the spec states them."""
 
     bytes: int | None
     flops: int
@@ -116,7 +124,7 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass
 class Count:
-    """What one kernel did, in all its launches: bytes, and operations of its dot products."""
+    """Bytes and operations of dot products of one kernel, in all its launches."""
 
     kernel: str
     loaded: int = 0
@@ -131,7 +139,7 @@ class Count:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Of one gate; `least` and `flops` are the spec's."""
+    """The result of one gate; `least` and `flops` are the spec's."""
 
     gate: Gate
     counts: list[Count]
@@ -148,11 +156,11 @@ class Result:
         return sum(count.flops for count in self.counts) / self.flops
 
 
-# What happens
+# The measurement.
 
 
 def measure(gate: Gate) -> Result:
-    """Runs both passes in the interpreter; raises what the sanitizer finds."""
+    """Run both passes in the interpreter; raises the faults that the sanitizer finds."""
     case, spec = gate.case, SPECS[gate.case.operation]
     given = arguments(case, gate.dtype, CPU)
     with part_of_the_device(), sanitize() as report:
@@ -179,7 +187,7 @@ def measure(gate: Gate) -> Result:
 
 
 def part_of_the_device() -> ExitStack:
-    """Inside, kernels find one in `PART` of the multiprocessors."""
+    """A context in which kernels see one in `PART` of the multiprocessors."""
     stack = ExitStack()
     few = multiprocessors(CPU) // PART
     for operation in SPECS:
@@ -189,7 +197,7 @@ def part_of_the_device() -> ExitStack:
     return stack
 
 
-# What the tiles predict
+# The predictions from the tiles.
 
 
 def cdiv(a: int, b: int) -> int:
@@ -197,30 +205,28 @@ def cdiv(a: int, b: int) -> int:
 
 
 def power_of_2(n: int) -> int:
-    """The smallest that is not smaller."""
+    """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def attention_work(given: dict[str, Any]) -> dict[str, Work]:
-    """Every row of a matrix once for the tile that owns it, and once for each tile that walks over it.
+    """Every row of a matrix counts once for the tile that owns it, and once for each tile that
+    loops over it.
 
-    Where one tile holds a sequence, the tile is one of 64 for up to 64 tokens, and of 128 for more. Rows behind the last sequence are zeros
-    in every result. Small, but counted: first rows of sequences and tile schedules (int32) once a program, the seed of a sequence (int64)
-    where a mask is made.
+    If one tile holds a sequence, the tile has 64 rows for up to 64 tokens, and 128 for more. Rows
+    behind the last sequence are zeros in every result. Small amounts are counted too: first rows of
+    sequences and tile schedules (int32) once per program, and the seed of a sequence (int64) if
+    there is a mask.
     """
     q, bounds, query_indices = given["q"], given["cu_seqlens"], given.get("query_indices")
     (_, heads, size), dtype = q.shape, q.dtype
     first_rows = (
         bounds if query_indices is None else torch.searchsorted(query_indices, bounds.long())
     )
-    rows, tokens = (
-        first_rows.diff().tolist(),
-        bounds.diff().tolist(),
-    )  # of each sequence: outputs wanted, length
-    rest_rows, rest_tokens = (
-        len(q) - int(first_rows[-1]),
-        len(given["k"]) - int(bounds[-1]),
-    )  # behind the last one
+    # Of each sequence: number of outputs, and length.
+    rows, tokens = first_rows.diff().tolist(), bounds.diff().tolist()
+    # Behind the last sequence.
+    rest_rows, rest_tokens = len(q) - int(first_rows[-1]), len(given["k"]) - int(bounds[-1])
     drop = int(given["dropout_p"] > 0)
     place = 8 if drop and query_indices is not None else 0  # the entry of a row in query_indices
     row = size * dtype.itemsize
@@ -231,7 +237,8 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
     if one_tile(dtype, given["max_seqlen"]):
         longest = given["max_seqlen"]
         small = max(16, power_of_2(min(longest, SMALL)))
-        # Every launch has a program for each sequence, which looks at its bounds, and the last one eight for the rest.
+        # Every launch has a program for each sequence, which reads its bounds, and the last launch
+        # has eight for the rest.
         looks = 16 * len(rows) * (2 if longest > SMALL else 1)
         forward, backward, flops = (
             looks + 8 * 4 + row * rest_rows,
@@ -261,16 +268,16 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         again: int = 0,
         **tables: int,
     ) -> Work:
-        """Of a kernel whose programs own `block[0]` rows and walk over all others of the sequence, `block[1]` at a time.
+        """The work of a kernel whose programs own rows and loop over the sequence's other rows.
 
-        `owned` and `walked` are the bytes of such a row, `again` those loaded once more for each full tile that is walked over, `filled` those
-        stored of a row behind the last sequence.
+        A program owns `block[0]` rows and loops over `block[1]` at a time. `owned` and `walked` are
+        the bytes of such a row. `again` are the bytes that are loaded once more for each full tile
+        of the loop, `filled` those stored for a row behind the last sequence.
         """
-        shares = ITEM // block[0]  # programs of an item of the work list
+        shares = ITEM // block[0]  # programs of an item of the tile schedule
         rest, filled = rest_rows if own is rows else rest_tokens, tables.get("filled", 0)
-        total = (
-            8 * shares * ((sum(own) + rest) // ITEM + len(own) + 1)
-        )  # the list, which has room for more items than there are
+        # The schedule, which has room for more items than there are.
+        total = 8 * shares * ((sum(own) + rest) // ITEM + len(own) + 1)
         total += filled * rest + (4 * shares * cdiv(rest, ITEM) if filled else 0)
         flops = 0
         for mine, others in zip(own, over, strict=True):
@@ -287,9 +294,8 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         return options[own], options[over]
 
     facts = 12 + 8 * drop  # row_max, inv_sum and delta of a row; the two keys of its mask
-    again = (
-        row if dtype == torch.float32 and dot_precision(dtype) == "ieee" else 0
-    )  # where operands do not stay in registers
+    # Operands that do not stay in registers are loaded again.
+    again = row if dtype == torch.float32 and dot_precision(dtype) == "ieee" else 0
     of_forward, of_prepare = (
         blocks("attention_forward", "BLOCK_Q", "BLOCK_K"),
         blocks("attention_prepare", "BLOCK_Q", "BLOCK_Q"),
@@ -308,7 +314,7 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
             2 * row,
             again,
             tile=8 + 8 * drop,
-            filled=row + 8,  # and its statistics
+            filled=row + 8,  # with its statistics
         ),
         "_prepare_kernel": work(
             0,
@@ -328,7 +334,7 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
 
 
 def mlm_loss_work(given: dict[str, Any]) -> dict[str, Work]:
-    """The logits twice, in whole tiles, of a vocabulary that is one slab."""
+    """The logits twice, in whole tiles, for a vocabulary that fits one slab."""
     M, (V, D), dtype = len(given["labels"]), given["weight"].shape, given["hidden"].dtype
 
     def logits(kernel: str) -> Work:
@@ -348,7 +354,7 @@ def mlm_loss_work(given: dict[str, Any]) -> dict[str, Work]:
 PREDICTIONS = {"attention": attention_work, "mlm_loss": mlm_loss_work}
 
 
-# What is wrong with it
+# The faults.
 
 
 def faults(result: Result) -> list[str]:
@@ -356,7 +362,7 @@ def faults(result: Result) -> list[str]:
     gate, ratio = result.gate, result.ratio
     if ratio < 1:
         lines.append(
-            f"{gate}: {ratio:.4f} times the least bytes of its spec, which are not the least"
+            f"{gate}: {ratio:.4f} times the least bytes of its spec, which states too many"
         )
     if gate.limit and ratio > gate.limit:
         lines.append(
@@ -367,28 +373,30 @@ def faults(result: Result) -> list[str]:
         count = counts.get(kernel, Count(kernel))
         if work.bytes not in (None, count.bytes):
             lines.append(
-                f"{gate}: {kernel} moves {count.bytes:,} bytes ({count.bytes / work.bytes:.4f} times); its tiles need {work.bytes:,}"
+                f"{gate}: {kernel} moves {count.bytes:,} bytes "
+                f"({count.bytes / work.bytes:.4f} times); its tiles need {work.bytes:,}"
             )
         if work.flops != count.flops:
             lines.append(
-                f"{gate}: {kernel} multiplies {count.flops:,} FLOP; its tiles have {work.flops:,}"
+                f"{gate}: {kernel} computes {count.flops:,} FLOP; its tiles have {work.flops:,}"
             )
     if gate.case.operation == "attention":
         unforeseen = [count for count in result.counts if count.kernel not in result.predicted]
         lines += [
-            f"{gate}: {count.kernel} moves {count.bytes:,} bytes, which nothing predicts"
+            f"{gate}: {count.kernel} moves {count.bytes:,} bytes, which no prediction covers"
             for count in unforeseen
         ]
     return lines
 
 
-# The command
+# The command.
 
 
 def table(results: Iterable[Result]) -> str:
-    """For people."""
+    """The table as text."""
     lines = [
-        f"{'':52}{'loaded':>14}{'stored':>14}{'distinct':>14}{'predicted':>14}{'FLOP':>16}{'predicted':>16}"
+        f"{'':52}{'loaded':>14}{'stored':>14}{'distinct':>14}{'predicted':>14}"
+        f"{'FLOP':>16}{'predicted':>16}"
     ]
     for result in results:
         lines.append(str(result.gate))
@@ -405,7 +413,10 @@ def table(results: Iterable[Result]) -> str:
             sum(count.bytes for count in result.counts),
             sum(count.distinct for count in result.counts),
         )
-        line = f"    {total:,} bytes of at least {result.least:,}: {result.ratio:.4f}{limit}; distinct {distinct / result.least:.4f}"
+        line = (
+            f"    {total:,} bytes of at least {result.least:,}: {result.ratio:.4f}{limit}; "
+            f"distinct {distinct / result.least:.4f}"
+        )
         lines += [
             line + (f"; FLOP {result.flop_ratio:.3f} of the spec's" if result.predicted else ""),
             "",
@@ -414,7 +425,7 @@ def table(results: Iterable[Result]) -> str:
 
 
 def record(result: Result) -> dict[str, Any]:
-    """For programs."""
+    """The result as JSON."""
     return {
         "operation": result.gate.case.operation,
         "case": str(result.gate),
@@ -432,7 +443,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Bytes that the Triton kernels move, against the least; needs no GPU."
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     options = parser.parse_args()
     results = [measure(gate) for gate in GATES]
     print(

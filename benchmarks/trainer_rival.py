@@ -1,18 +1,24 @@
-"""BERT's pre-training by transformers' Trainer, as its documentation sets it up: what `bench_quality` compares fastbert with.
+"""Pre-train BERT with transformers' Trainer, set up as documented: the rival of `bench_quality`.
 
-    python -m benchmarks.trainer_rival RECIPE.toml STORE RUN --seconds 240 --seed 1 --points 12 --batch 32 --lr 1e-3
+    python -m benchmarks.trainer_rival RECIPE.toml DATASET RUN --seconds 240 --seed 1 --points 12 \\
+        --batch 32 --lr 1e-3
 
-BertForPreTraining with BertConfig's defaults besides the recipe's sizes; sentence pairs made once, half of them with a wrong B, as
-transformers' TextDatasetForNextSentencePrediction made them until it was removed; DataCollatorForLanguageModeling for masks, drawn anew at
-each use, and padding to the longest of a batch; TrainingArguments' defaults besides batch and rate. Three things are kinder than that:
+The model is BertForPreTraining with BertConfig's defaults, except the recipe's sizes. Sentence
+pairs are made once, half of them with a wrong B, as by transformers'
+TextDatasetForNextSentencePrediction until its removal. DataCollatorForLanguageModeling draws new
+masks at each use, and pads to the longest sequence of a batch. TrainingArguments has its defaults,
+except batch and learning rate. Three things are more favourable than that:
 
-- A pair is two neighbouring sentences, and a wrong B one that could be a true B: distributed like the held-out pairs.
-- The linear decay is one over the clock, so that it ends with the time and not before or after it.
-- What the dataset holds already, sentences and their token ids, costs no time; nor do evaluations.
+- A pair is two adjacent sentences, and a wrong B is a sentence that could be a true B. So pairs
+  have the distribution of the held-out pairs.
+- The linear decay follows the clock, so that it ends exactly with the time.
+- Sentences and their token ids, which the dataset already contains, cost no time; nor do
+  evaluations.
 
-Without --batch and --lr it gets our recipe: batch, AdamW's settings, schedule, dropout and the very weights that ours begins with.
+Without --batch and --lr the Trainer gets our recipe: batch, AdamW's settings, schedule, dropout and
+exactly our initial weights.
 
-RUN/metrics.jsonl gets the evaluations, in the words of a run of ours.
+RUN/metrics.jsonl gets the evaluations, in the format of a fastbert run.
 """
 
 from __future__ import annotations
@@ -41,7 +47,7 @@ from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.metrics import MetricsFile
 from fastbert.training.schedule import factor
 
-EVALUATION_TOKENS = 2048  # at once: the logits of all positions are held
+EVALUATION_TOKENS = 2048  # per forward pass, because the logits of all positions are in memory
 
 
 SIZES = (
@@ -57,7 +63,10 @@ DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 def build_model(
     config: RunConfig, vocab_size: int, weights: BertForPreTraining | None = None
 ) -> transformers.BertForPreTraining:
-    """As many weights as ours, initialised and with dropout as transformers does it; given `weights`, with these and the recipe's dropout."""
+    """A model with as many weights as ours, with transformers' initialisation and dropout.
+
+    If `weights` are given, it has these and the recipe's dropout.
+    """
     names = SIZES if weights is None else (*SIZES, *DROPOUT, "layer_norm_eps")
     settings = transformers.BertConfig(
         vocab_size=vocab_size, **{name: getattr(config.model, name) for name in names}
@@ -67,15 +76,16 @@ def build_model(
         missing, unexpected = model.load_state_dict(
             to_hugging_face(weights.state_dict()), strict=False
         )
-        assert not unexpected and all("decoder" in name for name in missing), (
-            missing,
-            unexpected,
-        )  # the decoder is tied
+        # The decoder is missing because it is tied to the embeddings.
+        assert not unexpected and all("decoder" in name for name in missing), (missing, unexpected)
     return model
 
 
 def sentence_pairs(dataset: TokenDataset, max_length: int, seed: int) -> list[dict[str, Any]]:
-    """Each sentence that has a next one, with it (label 0) or with one from another document (label 1), as the collator takes them."""
+    """Each sentence that has a successor, with it or with a wrong B, in the collator's format.
+
+    The label is 0 for the successor, and 1 for a sentence of another document.
+    """
     split, draw = dataset.split("train"), random.Random(seed)
     bounds = split.first_token(torch.arange(split.sentences + 1).numpy())
     tokens = split.gather(bounds[:1], bounds[-1:] - bounds[:1]).tolist()
@@ -111,16 +121,14 @@ def _pair(
 def evaluate(
     model: transformers.BertForPreTraining, batches: list[PackedBatch], mask_id: int
 ) -> HeldOut:
-    """What `Engine.evaluate` finds of our model, of theirs: the same examples, masks and sums."""
+    """Evaluate their model as `Engine.evaluate` does ours: the same examples, masks and sums."""
     model.eval()
     sums = torch.zeros(9, dtype=torch.float64)
     for batch in batches:
         padded = pad(batch)
         labels, pair_labels = padded.pop("labels"), padded.pop("next_sentence_label")
         found = model(**padded)
-        token_logits = found.prediction_logits[
-            labels != -100
-        ]  # row by row: in the order of the pack
+        token_logits = found.prediction_logits[labels != -100]  # in the order of the pack
         pair_logits = found.seq_relationship_logits
         token_losses = torch.nn.functional.cross_entropy(
             token_logits, batch.labels, reduction="none"
@@ -145,7 +153,7 @@ def evaluate(
 
 
 def heldout(dataset: TokenDataset, config: RunConfig) -> list[PackedBatch]:
-    """The recipe's held-out set, in packs of a size for padded logits."""
+    """The recipe's held-out set, in packs that are small enough for padded logits."""
     limit = max(EVALUATION_TOKENS, config.batch.max_length)
     config = dataclasses.replace(
         config, batch=dataclasses.replace(config.batch, micro_batch_tokens=limit)
@@ -154,7 +162,7 @@ def heldout(dataset: TokenDataset, config: RunConfig) -> list[PackedBatch]:
 
 
 class Clock:
-    """Seconds of training: it begins with the first step and stands still in evaluations."""
+    """Seconds of training: it starts with the first step and is paused during evaluations."""
 
     def __init__(self) -> None:
         self._began: float | None = None
@@ -174,7 +182,7 @@ class Clock:
 
 
 class TimedTrainer(transformers.Trainer):
-    """Its schedule goes by a clock instead of steps, of which nobody knows beforehand how many there will be."""
+    """A Trainer whose schedule follows a clock, because the number of steps is not known."""
 
     def __init__(self, clock: Clock, limit: float, schedule: ScheduleConfig, **arguments: Any):
         super().__init__(**arguments)
@@ -189,7 +197,7 @@ class TimedTrainer(transformers.Trainer):
 
 
 class Evaluations(transformers.TrainerCallback):
-    """`points` evaluations, the last one when the time is up, which ends the training."""
+    """Run `points` evaluations, the last one at the time limit, which ends the training."""
 
     def __init__(self, clock: Clock, limit: float, points: int, measure: Any, metrics: MetricsFile):
         self.clock, self.measure, self.metrics = clock, measure, metrics
@@ -224,7 +232,16 @@ def train(
     points: int,
     settings: tuple[int, float] | None,
 ) -> None:
-    """Train for so many seconds and write RUN/metrics.jsonl; `settings` are batch and learning rate, None for our recipe."""
+    """Train for `seconds` and write RUN/metrics.jsonl.
+
+    Args:
+        config: the recipe.
+        dataset: the training data.
+        run: folder of metrics.jsonl.
+        seconds: time limit.
+        points: number of evaluations.
+        settings: batch and learning rate; None for our recipe.
+    """
     transformers.set_seed(config.seed)
     if settings:
         model, schedule = (
@@ -264,7 +281,7 @@ def train(
         arguments = transformers.TrainingArguments(
             output_dir=folder,
             seed=config.seed,
-            max_steps=10**7,  # the clock ends it
+            max_steps=10**7,  # the clock ends the training
             include_num_input_tokens_seen="non_padding",
             save_strategy="no",
             logging_strategy="no",
@@ -279,7 +296,10 @@ def train(
             schedule,
             model=model,
             args=arguments,
-            train_dataset=sentence_pairs(dataset, config.batch.max_length, config.seed),  # type: ignore[arg-type]  # a list will do
+            # A list is sufficient.
+            train_dataset=sentence_pairs(  # type: ignore[arg-type]
+                dataset, config.batch.max_length, config.seed
+            ),
             data_collator=transformers.DataCollatorForLanguageModeling(
                 transformers.AutoTokenizer.from_pretrained(dataset.tokenizer_dir),
                 mlm_probability=0.15,
@@ -295,12 +315,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", help="sizes of the model, max_length and the held-out set")
-    parser.add_argument("dataset", help="a folder that `fastbert prepare` made")
+    parser.add_argument("dataset", help="a folder made by `fastbert prepare`")
     parser.add_argument("run", type=Path, help="an existing folder, for metrics.jsonl")
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--points", type=int, required=True, help="evaluations")
-    parser.add_argument("--batch", type=int, help="sequences a step; with --lr")
+    parser.add_argument("--points", type=int, required=True, help="number of evaluations")
+    parser.add_argument("--batch", type=int, help="sequences per step; requires --lr")
     parser.add_argument("--lr", type=float)
     given = parser.parse_args()
     keep_heap()

@@ -1,20 +1,27 @@
-"""Make the table of tiles (`kernels/fastbert_kernels/tiles.json`) anew for the GPU of this machine.
+"""Regenerate the table of tiles (`kernels/fastbert_kernels/tiles.json`) for this machine's GPU.
 
-    python -m benchmarks.tune [--kernels attention_forward gelu_backward] [--seconds 600]     writes the table, prints what changed
-    python -m benchmarks.tune --check [--seconds 60]                                          prints, and changes nothing
-    python -m benchmarks.tune --model [--check]                                               by the model of an H100, without a GPU
+    python -m benchmarks.tune [--kernels attention_forward gelu_backward] [--seconds 600]
+    python -m benchmarks.tune --check [--seconds 60]
+    python -m benchmarks.tune --model [--check]
 
-Each operation is run at the sizes of training to see which rows of the table it asks for. Each of these is searched one option at a
-time: the values next to the present one, among those that BLOCKS and COMMON offer, are timed in turns with it, and the best stays if
-the gain is more than noise. What does not compile or fit drops out; so does, with a report, what misses the bound of the tests, result
-or gradients. The other kernels of a pass keep their tiles, but their time counts, since it is the pass that is timed.
+The first form writes the table and prints the changes. Each operation runs at the sizes of training
+to find the rows of the table that it uses. Each row is searched one option at a time: the values
+next to the present one, among those of BLOCKS and COMMON, are timed in turns with it. The best
+value stays if the gain exceeds the noise. Tiles that do not compile or fit are dropped, and so are,
+with a report, tiles whose result or gradients exceed the error bound of the tests. The other
+kernels of a pass keep their tiles, but the time of the whole pass counts.
 
-`--model` searches the rows of sm_90 in 16 bits by the machine code that the compilers make (`machine_code/search.py`), and prints what the model predicts. Rows
-that it replaces, and the next best of another shape, go to `proposed_tiles.json`, for the first run on a GPU to time.
+`--check` changes nothing. It searches bf16 once until the time limit, and reports whether the table
+is within 10 % of the best that it found.
 
-`--check` goes through bf16 once until the time is up, and says whether the table is within 10 % of the best it found. `--dry-run` works in
-Triton's interpreter, on a CPU and tiny shapes: all is real but the times, which mean nothing. Exit code 1 if a present tile gives a
-wrong result, 2 without a GPU.
+`--model` needs no GPU. It searches the rows of sm_90 in 16 bits with the model of an H100, which
+uses the compiled machine code (`machine_code/search.py`), and prints the predictions. The rows that
+it replaces, and the next best of another shape, are written to `proposed_tiles.json`, so that the
+first run on a GPU times them.
+
+`--dry-run` works in Triton's interpreter, on a CPU and tiny shapes; everything is real except the
+times, which are meaningless. The exit code is 1 if a present tile gives a wrong result, and 2
+without a GPU.
 """
 
 from __future__ import annotations
@@ -41,8 +48,8 @@ from fastbert_kernels.specs import SPECS
 if TYPE_CHECKING:
     from benchmarks.machine_code.search import Proposal
 
-# What may be tried, in ascending order. Blocks stay within what each kernel is written for (items of attention's tile schedule have 128
-# tokens, for one); a kernel that is not named here keeps its blocks.
+# Values to try, in ascending order. Blocks stay within the limits of each kernel (for example,
+# items of attention's tile schedule have 128 tokens). A kernel without an entry keeps its blocks.
 BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
     "attention_forward": {"BLOCK_Q": (64, 128), "BLOCK_K": (32, 64, 128)},
     "attention_prepare": {"BLOCK_Q": (32, 64, 128)},
@@ -76,9 +83,11 @@ COMMON = {
 
 PROPOSED = Path(__file__).with_name("proposed_tiles.json")
 
-SWEEPS = 4  # over all options at the most: the best warps depend on the blocks
+SWEEPS = (
+    4  # maximum passes over all options; more than one, because the best warps depend on blocks
+)
 NOISE = 0.97  # a tile is better if it takes less than this share of the other's time
-CLOSE = 0.9  # the table passes the check if the best found takes at least this share of its time
+CLOSE = 0.9  # the check passes if the best tile found takes at least this share of the table's time
 SECONDS_A_TRIAL = 0.3
 
 
@@ -94,7 +103,7 @@ class Key(NamedTuple):
 
 
 class Use(NamedTuple):
-    """A case, ready to run, and its pass ("forward" or "backward") that asks for a row."""
+    """A case, ready to run, and the pass ("forward" or "backward") that uses a row."""
 
     case: Case
     arguments: dict[str, Any]
@@ -103,7 +112,7 @@ class Use(NamedTuple):
     which: str = "forward"
 
     def contender(self, key: Key, row: Row) -> Contender:
-        """The case with `row` in place of what the table has for `key`."""
+        """The case with `row` in place of the table's row for `key`."""
 
         def choose(kernel: str, found: Row) -> Row:
             return row if (kernel, found["bits"], found["size"]) == key else found
@@ -119,21 +128,22 @@ class Use(NamedTuple):
         return Contender(forward, backward)
 
     def error(self, key: Key, row: Row) -> float:
-        """As a share of what is allowed."""
+        """The error as a share of the allowed one."""
         contender = self.contender(key, row)
         result = contender.forward()
-        return self.truth.share([result.detach(), *contender.backward(result)])  # type: ignore[misc]
+        gradients: Any = contender.backward(result)
+        return self.truth.share([result.detach(), *gradients])
 
 
 class Found(NamedTuple):
     best: Row
     ratio: float  # time of the best over time of the present row
     tried: int
-    wrong: list[Row]  # tiles, the present one perhaps among them, whose results miss the bound
+    wrong: list[Row]  # tiles with wrong results, perhaps including the present one
 
 
 def training_cases() -> list[Case]:
-    """Those of the benchmarks that have dropout, if the operation has it at all, and the other head sizes of the table."""
+    """The benchmarks' cases, with dropout if the operation has it, and the table's head sizes."""
     cases = [
         case for case in production() if case.dropout_p > 0 or not SPECS[case.operation].dropout
     ]
@@ -145,14 +155,14 @@ def training_cases() -> list[Case]:
 
 
 def checked_cases() -> list[Case]:
-    """The first of each operation, and short sequences, which have kernels of their own."""
+    """The first case of each operation, and short sequences, which have separate kernels."""
     cases = training_cases()
     first = {case.operation: case for case in reversed(cases)}
     return [*first.values(), *(case for case in cases if case.label == "n=128")]
 
 
 def tiny_cases() -> list[Case]:
-    """Small enough for the interpreter."""
+    """Cases that are small enough for the interpreter."""
     return [
         Case(name, "tiny", spec.shapes[2], 0.1 if spec.dropout else 0.0)
         for name, spec in SPECS.items()
@@ -160,7 +170,7 @@ def tiny_cases() -> list[Case]:
 
 
 def uses_of(cases: list[Case], dtype: torch.dtype, device: torch.device) -> dict[Key, list[Use]]:
-    """Which rows these cases ask for, found by running them."""
+    """The rows that these cases use, found by running them."""
     found: dict[Key, list[Use]] = {}
     for case in cases:
         given = arguments(case, dtype, device)
@@ -168,7 +178,8 @@ def uses_of(cases: list[Case], dtype: torch.dtype, device: torch.device) -> dict
         which = "forward"
 
         def note(kernel: str, row: Row) -> Row:
-            asked.append((which, Key(kernel, row["bits"], row["size"])))  # noqa: B023 -- called within this turn
+            # B023 does not apply, because this is only called within the iteration.
+            asked.append((which, Key(kernel, row["bits"], row["size"])))  # noqa: B023
             return row
 
         with chosen_by(note):
@@ -185,7 +196,10 @@ def uses_of(cases: list[Case], dtype: torch.dtype, device: torch.device) -> dict
 def search(
     key: Key, present: Row, uses: list[Use], device: torch.device, sweeps: int, end: float
 ) -> Found:
-    """Climb from the present row, one option at a time, until no neighbour is better or `end` (of time.monotonic) is past."""
+    """Improve the present row one option at a time, until no neighbour is better.
+
+    The search stops when `end` (of time.monotonic) has passed.
+    """
     options = {
         name: values
         for name, values in (BLOCKS.get(key.kernel, {}) | COMMON).items()
@@ -203,13 +217,13 @@ def search(
             trials = [trial for trial in neighbours(best, name, values) if trial not in seen]
             seen += trials
             tried += len(trials)
-            sound = [trial for trial in trials if is_sound(trial, key, uses, wrong)]
-            shares = time_shares(key, best, sound, uses, device)
+            valid = [trial for trial in trials if is_valid(trial, key, uses, wrong)]
+            shares = time_shares(key, best, valid, uses, device)
             if shares and min(shares) < NOISE:
-                best = sound[shares.index(min(shares))]
+                best = valid[shares.index(min(shares))]
         if best is before:
             break
-    # Each step was compared with the one before: the gain that counts is the one over the present row.
+    # Each step was compared with the previous one; the total gain is relative to the present row.
     ratio = 1.0 if best is present else time_shares(key, present, [best], uses, device)[0]
     return Found(best, ratio, tried, wrong) if ratio < NOISE else Found(present, 1.0, tried, wrong)
 
@@ -220,15 +234,16 @@ def neighbours(row: Row, name: str, values: tuple[int, ...]) -> list[Row]:
     return [{**row, name: value} for value in (*smaller[-1:], *larger[:1])]
 
 
-def is_sound(trial: Row, key: Key, uses: list[Use], wrong: list[Row]) -> bool:
+def is_valid(trial: Row, key: Key, uses: list[Use], wrong: list[Row]) -> bool:
     """Whether a tile runs and is right in every case; a wrong one is added to `wrong`."""
     try:
         right = max(use.error(key, trial) for use in uses) <= 1
-    except (
-        Exception
-    ):  # Triton has no common class for what does not compile, does not fit, or the device refuses
+    # Triton has no common class for a tile that does not compile, does not fit, or is refused by
+    # the device.
+    except Exception:
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # raises where the trial has broken the device: then nothing more can be measured
+            # Raises if the trial has broken the device; then nothing more can be measured.
+            torch.cuda.synchronize()
         return False
     if not right:
         wrong.append(trial)
@@ -238,7 +253,7 @@ def is_sound(trial: Row, key: Key, uses: list[Use], wrong: list[Row]) -> bool:
 def time_shares(
     key: Key, present: Row, trials: list[Row], uses: list[Use], device: torch.device
 ) -> list[float]:
-    """Each trial's time over the present row's, the geometric mean over the cases."""
+    """Each trial's time over the present row's, as a geometric mean over the cases."""
     if not trials:
         return []
     shares: list[list[float]] = [[] for _ in trials]
@@ -253,11 +268,11 @@ def time_shares(
     return [statistics.geometric_mean(share) for share in shares]
 
 
-# ------------------------------------------------------------------------------------------------------------- table
+# -------------------------------------------------------------------------------------------- table
 
 
 def table_text(table: dict[str, dict[str, list[Row]]]) -> str:
-    """JSON with a row of the table on a line."""
+    """JSON with one row of the table per line."""
     architectures = []
     for architecture, kernels in table.items():
         blocks = []
@@ -269,7 +284,7 @@ def table_text(table: dict[str, dict[str, list[Row]]]) -> str:
 
 
 def put(table: dict[str, dict[str, list[Row]]], architecture: str, key: Key, row: Row) -> None:
-    """Replace a row; an architecture that is new to the table begins with the rows that have served it."""
+    """Replace a row; a new architecture starts with a copy of the rows that it used so far."""
     rows = table.setdefault(architecture, copy.deepcopy(table[known_architecture(architecture)]))[
         key.kernel
     ]
@@ -289,10 +304,12 @@ def tune(
     device: torch.device,
     path: Path | None,
 ) -> int:
-    """Search all rows that the cases ask for, each with an even share of the time that is left; how many present ones are wrong."""
-    from fastbert_kernels._triton import (
-        architecture,
-    )  # Triton reads TRITON_INTERPRET when it is imported
+    """Search all rows that the cases use; returns how many present rows are wrong.
+
+    Each row gets an equal share of the remaining time.
+    """
+    # Imported here, because Triton reads TRITON_INTERPRET when it is imported.
+    from fastbert_kernels._triton import architecture
 
     here = architecture(device)
     print(f"{header_line(header(device))}, {here}", flush=True)
@@ -325,21 +342,25 @@ def tune(
             broken += row in found.wrong
             if found.best != row and path:
                 put(table, here, key, found.best)
-                path.write_text(
-                    table_text(table), encoding="utf-8"
-                )  # at once: a later trial may break the device
+                # At once, because a later trial may break the device.
+                path.write_text(table_text(table), encoding="utf-8")
     rows = {
         Key(kernel, row["bits"], row["size"]) for kernel, rows in present.items() for row in rows
     }
     print(
-        f"{len(searched)} of {len(rows)} rows searched; the others no case asks for, or time did not allow"
+        f"{len(searched)} of {len(rows)} rows searched; "
+        "the others are not used by any case, or the time was used up"
     )
     return broken
 
 
 def tune_by_model(kernels: list[str] | None, seconds: float, path: Path | None) -> None:
-    """Search all rows of sm_90 in 16 bits that the model can judge; what it replaces in the table at `path` goes to `proposed_tiles.json` beside."""
-    from benchmarks.machine_code import ours, search  # they compile, so not in the interpreter
+    """Search all rows of sm_90 in 16 bits that the model can judge.
+
+    Rows that it replaces in the table at `path` go to `proposed_tiles.json` in the same folder.
+    """
+    # Imported here, because they compile, which the interpreter prevents.
+    from benchmarks.machine_code import ours, search
 
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     wanted = [
@@ -352,7 +373,7 @@ def tune_by_model(kernels: list[str] | None, seconds: float, path: Path | None) 
     for number, (kernel, row) in enumerate(wanted):
         if time.monotonic() > end:
             print(
-                f"time is up: {len(wanted) - number} of {len(wanted)} rows not searched", flush=True
+                f"time limit: {len(wanted) - number} of {len(wanted)} rows not searched", flush=True
             )
             break
         key = Key(kernel, row["bits"], row["size"])
@@ -365,7 +386,8 @@ def tune_by_model(kernels: list[str] | None, seconds: float, path: Path | None) 
             else "stays"
         )
         print(
-            f"{key!s:34} {shown(row)} {verdict} ({found.tried} tried, {found.dropped} do not fit or spill)",
+            f"{key!s:34} {shown(row)} {verdict} "
+            f"({found.tried} tried, {found.dropped} do not fit or spill)",
             flush=True,
         )
         if found.ratio < NOISE and path:
@@ -380,7 +402,10 @@ def tune_by_model(kernels: list[str] | None, seconds: float, path: Path | None) 
 
 
 def keep_replaced(path: Path, architecture: str, key: Key, found: Proposal) -> None:
-    """Put the row that was replaced, and the others that were found, on record, with their predicted time over that of the row that is now in the table."""
+    """Record the replaced row and the further rows that were found.
+
+    Each has its predicted time over that of the row that is now in the table.
+    """
     proposed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows = proposed.setdefault(architecture, {}).setdefault(key.kernel, [])
     rows[:] = [row for row in rows if (row["bits"], row["size"]) != key[1:]]
@@ -400,23 +425,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kernels", nargs="+", help="names in the table (all)")
+    parser.add_argument("--kernels", nargs="+", help="kernels of the table to search (all)")
     parser.add_argument(
         "--seconds", type=float, default=1800, help="begin no further trial after this time (1800)"
     )
     parser.add_argument(
-        "--table", type=Path, help="write here instead of to the package's own table"
+        "--table", type=Path, help="write to this file instead of the package's own table"
     )
     parser.add_argument(
-        "--check", action="store_true", help="only say how good the present table is"
+        "--check", action="store_true", help="only report how good the present table is"
     )
     parser.add_argument(
         "--model",
         action="store_true",
-        help="by the model of an H100, which needs no GPU: sm_90, 16 bits",
+        help="use the model of an H100, which needs no GPU: sm_90, 16 bits",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="in the interpreter; writes only where --table says"
+        "--dry-run", action="store_true", help="use the interpreter; write only to --table"
     )
     options = parser.parse_args()
     if options.model:
@@ -432,7 +457,8 @@ def main() -> int:
         broken = tune(tiny_cases(), [torch.float32], options, torch.device("cpu"), options.table)
     elif not torch.cuda.is_available():
         print(
-            "tune: no GPU here; tiles are timed on the GPU that they are for (--model predicts without one)"
+            "tune: there is no GPU; tiles must be timed on the GPU that they are for "
+            "(--model predicts without one)"
         )
         return 2
     elif options.check:

@@ -15,7 +15,7 @@ import sys
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +98,7 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
     from fastbert.data.prepare import prepare
 
     with _in_python():
-        if isinstance(sources, bytes) or not isinstance(sources, (str, os.PathLike, Iterable)):
+        if isinstance(sources, bytes) or not isinstance(sources, (str, os.PathLike, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"sources = {sources!r:.60}; must be a path, or a list of paths")
         paths = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
         for i, path in enumerate(paths):
@@ -142,7 +142,7 @@ def pretrain(
             launcher.
     """
     # Callers that no type checker sees may pass anything.
-    if not isinstance(recipe, str | os.PathLike | Mapping):
+    if not isinstance(recipe, str | os.PathLike | Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(
             f"recipe = {recipe!r:.60}; must be a path, the name of a recipe, or a dict of tables"
         )
@@ -197,7 +197,7 @@ def _pretrain(
 
 
 @contextmanager
-def _in_python() -> Iterator[None]:
+def _in_python() -> Generator[None, None, None]:
     """Let messages speak of arguments, where those of the command line speak of options."""
     try:
         yield

@@ -61,19 +61,19 @@ def test_what_is_a_fault():
         f"{need:,}"
     ]
     assert with_counts(forward, dataclasses.replace(backward, flops=1)) == [
-        f"{gate}: {backward.kernel} multiplies 1 FLOP; its tiles have {backward.flops:,}"
+        f"{gate}: {backward.kernel} computes 1 FLOP; its tiles have {backward.flops:,}"
     ]
     assert faults(dataclasses.replace(good, least=2 * good.least)) == [
-        f"{gate}: {good.ratio / 2:.4f} times the least bytes of its spec, which are not the least"
+        f"{gate}: {good.ratio / 2:.4f} times the least bytes of its spec, which states too many"
     ]
     missing = faults(dataclasses.replace(good, predicted={**good.predicted, "_third": Work(1, 2)}))
     assert missing == [
         f"{gate}: _third moves 0 bytes (0.0000 times); its tiles need 1",
-        f"{gate}: _third multiplies 0 FLOP; its tiles have 2",
+        f"{gate}: _third computes 0 FLOP; its tiles have 2",
     ]
     unforeseen = faults(dataclasses.replace(good, predicted={name: good.predicted[name]}))
     assert unforeseen == [
-        f"{gate}: {backward.kernel} moves {backward.bytes:,} bytes, which nothing predicts"
+        f"{gate}: {backward.kernel} moves {backward.bytes:,} bytes, which no prediction covers"
     ]
 
 

@@ -112,7 +112,8 @@ class Session:
             well &= outcome in ("passed", LEFT_OUT) or (outcome == CUT_OFF and part.name == "tests")
             if part.name == GATE and (wrong(self.out, GATE) or outcome.startswith("crashed")):
                 self.results.add(
-                    "stopped", why=f"{GATE} found something wrong; nothing else would mean anything"
+                    "stopped",
+                    why=f"{GATE} found something wrong, so the other results would be meaningless",
                 )
                 return False
             write(self.out)
@@ -121,7 +122,7 @@ class Session:
     def run_part(self, part: Part, limit: float) -> str:
         """Run one part to its end or its limit; write its outcome and return it."""
         start = time.monotonic()
-        print(f"\n==> {part.name} ({limit:.0f} s at the most)", flush=True)
+        print(f"\n==> {part.name} (at most {limit:.0f} s)", flush=True)
         if part.name == "tests" and (why := kernel_tests.missing()):
             self.results.add("note", item=part.name, why=why)
             outcome = LEFT_OUT

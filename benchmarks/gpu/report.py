@@ -93,7 +93,7 @@ def write(out: Path) -> Path:
 def head(lines: Sequence[Line]) -> str:
     dry = any(line.get("dry") for line in lines)
     text = "# The run on a GPU" + (
-        ": DRY, nothing was launched and no number means anything" if dry else ""
+        ": DRY RUN, nothing was launched and all numbers are meaningless" if dry else ""
     )
     wrong = [line for line in lines if is_wrong(line)]
     checked = [line for line in lines if line["what"] == "check"]
@@ -144,11 +144,11 @@ def machine(lines: Sequence[Line]) -> str:
         elif line["what"] == "warm-up" and "jobs" in line:
             jobs = f"{line['failed']} of {line['jobs']} jobs failed"
             found.append(
-                f"- compiled beforehand: {line['kernels']} kernels in {line['seconds']:.0f} s "
+                f"- compiled in advance: {line['kernels']} kernels in {line['seconds']:.0f} s "
                 f"on {line['cores']} cores, {jobs}"
             )
         elif line["what"] == "warm-up":
-            found.append(f"- compiled beforehand: {line.get('job', '')} {line['why']}")
+            found.append(f"- compiled in advance: {line.get('job', '')} {line['why']}")
     return titled("Environment", "\n".join(found)) if found else ""
 
 
@@ -165,7 +165,9 @@ def checks(lines: Sequence[Line]) -> str:
         if line["what"] == "check" and line["part"] == "smoke"
     ]
     return (
-        titled("Right?", table(("case", "", "error of allowed", "worst tensor", "shape"), rows))
+        titled(
+            "Correctness", table(("case", "", "error over allowed", "worst tensor", "shape"), rows)
+        )
         if rows
         else ""
     )
@@ -384,7 +386,7 @@ def tuned(lines: Sequence[Line]) -> str:
                 [line["kernel"], line["case"], options(line["first"]), found, str(line["tried"])]
             )
     return (
-        titled("Tiles beside the best", table(("kernel", "case", "from", "found", "tried"), rows))
+        titled("Tiles near the best", table(("kernel", "case", "from", "found", "tried"), rows))
         if rows
         else ""
     )

@@ -151,7 +151,7 @@ def build_launcher(source: Any, metadata: Any) -> None:
     try:
         nvidia.CudaLauncher(source, metadata)
     except Exception as failure:  # then the launch on the GPU reports the error
-        print(f"no launcher beforehand: {in_one_line(failure)}", flush=True)
+        print(f"no launcher in advance: {in_one_line(failure)}", flush=True)
 
 
 @functools.cache
@@ -160,7 +160,7 @@ def launchers_can_be_built() -> bool:
     try:
         return hasattr(nvidia, "make_launcher") and bool(nvidia.libcuda_dirs())
     except Exception as failure:
-        print(f"no launchers beforehand: {in_one_line(failure)}", flush=True)
+        print(f"no launchers in advance: {in_one_line(failure)}", flush=True)
         return False
 
 
@@ -183,7 +183,7 @@ def main() -> int:
     results = Results(options.out, "environment", options.dry_run)
     architecture = DRY_ARCHITECTURE if options.dry_run else architecture_here()
     if architecture is None or int(architecture.removeprefix("sm_")) not in SHARED_MEMORY:
-        results.add("warm-up", kernels=0, why=f"nothing is compiled beforehand for {architecture}")
+        results.add("warm-up", kernels=0, why=f"nothing is compiled in advance for {architecture}")
         return 0
     # A GPU that is initialised here could not be used in a forked process, and is not needed.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,6 +1,8 @@
-"""What the machine code of a kernel says about its speed, without a GPU.
+"""Predict the speed of a kernel from its machine code, without a GPU.
 
-A kernel is compiled for sm_90 and disassembled (`decode.py`). Its main loop is counted (`counts.py`), and its instructions are run on a model of one
-multiprocessor of an H100 (`multiprocessor.py`, with the numbers of `h100.py`). `ours.py` and `peers.py` list the kernels, `duration.py` turns cycles into
-the time of a launch, `search.py` looks for better tiles, `report.py` makes the page docs/kernels.md. All of it is prediction, not measurement.
+A kernel is compiled for sm_90 and disassembled (`decode.py`). The instructions of its main loop are
+counted (`counts.py`) and run on a model of one multiprocessor of an H100 (`multiprocessor.py`, with
+the numbers of `h100.py`). `ours.py` and `peers.py` list the kernels, `duration.py` converts cycles
+to the time of a launch, `search.py` searches for better tiles, and `report.py` writes the page
+docs/kernels.md. All results are predictions, not measurements.
 """

@@ -1,10 +1,12 @@
-"""What the machine code of our kernels, and of other people's, says about their speed on an H100. No GPU is needed; two minutes on two cores.
+"""Predict the speed of our kernels and of other packages' on an H100 from their machine code.
 
-    python -m benchmarks.machine_code [--only WORD ...]     a line for each kernel
-    python -m benchmarks.machine_code --write               all of them; puts the figures on record and fills docs/kernels.md
-    python -m benchmarks.machine_code --on-record           fills the page from what is on record, and compiles nothing
+    python -m benchmarks.machine_code [--only WORD ...]     print a line for each kernel
+    python -m benchmarks.machine_code --write               record all figures and fill the page
+    python -m benchmarks.machine_code --on-record           fill the page from the record
 
-On record: benchmarks/results/machine_code.json. Other people's kernels that are not installed keep their row there, with the version that it was made with.
+It needs no GPU and takes two minutes on two cores. The record is
+benchmarks/results/machine_code.json, the page docs/kernels.md. `--on-record` compiles nothing. If a
+package is not installed, its kernels keep their rows in the record, with the recorded version.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from benchmarks.pages import filled
 
 
 def row(case: Case, launches: list[Launch]) -> dict[str, Any]:
-    """Of one kernel, as it stands on record."""
+    """The record's row of one kernel."""
     seen = examine(case)
     built = build(case)
     return {
@@ -41,16 +43,15 @@ def row(case: Case, launches: list[Launch]) -> dict[str, Any]:
         "gigabytes": round(seen.gigabytes, 1),
         "issue": round(seen.busy.get("issue", 0.0), 3),
         "waits": round(seen.waits.get("result", 0.0), 3),
-        "nested": any(
-            launch.inner > 1 for launch in launches
-        ),  # its loop holds the end of a turn of another one, which is rare
+        # Its loop contains the end of an outer loop's iteration, which runs rarely.
+        "nested": any(launch.inner > 1 for launch in launches),
         "launches": [round(seconds(built, launch), 8) for launch in launches],
         "tile": {name: value for name, value in case.options.items() if isinstance(value, int)},
     }
 
 
 def examined(words: list[str]) -> dict[str, Any]:
-    """The record."""
+    """The record of all kernels whose names contain one of the words; without words, of all."""
     kernels = ours.kernels(words)
     jobs = [
         (ours.case(*one), ours.launches(*one[1:], LENGTHS[1:]))
@@ -65,9 +66,8 @@ def examined(words: list[str]) -> dict[str, Any]:
     mine = dict(zip(kernels, rows, strict=False))
     for name, (signature, _) in kernels.items():
         if signature.table in ours.MLM:
-            mine[name]["useful"] = (
-                2 * ours.MASKED * ours.VOCABULARY * signature.size
-            )  # FLOPs of the product
+            # FLOPs of the product.
+            mine[name]["useful"] = 2 * ours.MASKED * ours.VOCABULARY * signature.size
     theirs = {
         case.name: found | {"version": version}
         for (case, version), found in zip(others, rows[len(jobs) :], strict=True)
@@ -87,7 +87,7 @@ def _wanted(name: str, words: list[str]) -> bool:
 def _layers(
     kernels: dict[str, tuple[AotSignature, dict[str, Any]]], rows: dict[str, Any]
 ) -> dict[str, Any]:
-    """Time of all kernels of a pass of the attention, by pass, dropout and length."""
+    """Time of all attention kernels of a pass, by pass, dropout and length."""
     found: dict[str, Any] = {}
     for name, (signature, options) in kernels.items():
         if not signature.table.startswith("attention"):
@@ -119,21 +119,21 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="WORD",
-        help="kernels whose name has one of these words",
+        help="only kernels whose name contains one of these words",
     )
     parser.add_argument(
         "--write",
         action="store_true",
-        help=f"put the figures on record, in {RECORD.name}, and fill {PAGE.name}",
+        help=f"record the figures in {RECORD.name}, and fill {PAGE.name}",
     )
     parser.add_argument(
         "--on-record",
         action="store_true",
-        help="fill the page from the record, and compile nothing",
+        help="fill the page from the record without compiling",
     )
     options = parser.parse_args()
     if options.write and options.only:
-        parser.error("--write puts all kernels on record: leave out --only")
+        parser.error("--write records all kernels; leave out --only")
     if options.on_record:
         write_page()
         return

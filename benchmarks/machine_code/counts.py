@@ -1,4 +1,4 @@
-"""Instructions by class, by element of the result, and the cycles that each unit of a multiprocessor needs for them at the least."""
+"""Instructions by class and per element, and the minimum cycles that they need on each unit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.machine_code.h100 import (
     TENSOR_FLOPS,
 )
 
-# Classes as the tables name them, and the instructions in each.
+# Classes as named in the tables, and the instructions of each.
 CLASSES: dict[str, tuple[str, ...]] = {
     "products": ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "IMMA", "DMMA", "UTCQMMA"),
     "exp2": ("MUFU",),
@@ -86,14 +86,14 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "VOTE",
         "VOTEU",
     ),
-    "uniform": (),  # all others whose name begins with U: a warp's common values
-    "branch": (),  # the rest
+    "uniform": (),  # all others whose names begin with U: values common to a warp
+    "branch": (),  # all remaining instructions
 }
 _CLASS_OF = {name: word for word, names in CLASSES.items() for name in names}
 _SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)")
 _SIZE = re.compile(r"[SU]?(8|16|32|64|128|256)")
 _MMA_FLOPS = {"16816": 4096, "1688": 2048, "1684": 1024}  # HMMA.16816: m16 n8 k16
-_SHARED_MEMORY = (
+_SHARED_MEMORY = (  # with spills, which go through the same pipe to the L1 cache
     "LDS",
     "STS",
     "LDSM",
@@ -102,7 +102,7 @@ _SHARED_MEMORY = (
     "ATOMS",
     "LDL",
     "STL",
-)  # spills go through the same pipe to the L1 cache
+)
 _GLOBAL_MEMORY = ("LDG", "STG", "LD", "ST", "RED", "ATOMG")
 
 
@@ -110,22 +110,23 @@ def class_of(one: Instruction) -> str:
     if one.opcode.startswith("IMAD.MOV") or (
         one.opcode.startswith("IMAD.U32") and "RZ, RZ" in one.operands
     ):
-        return "move"  # by the multiplier, as ptxas likes to do where that pipe is idle
+        return "move"  # ptxas moves values with the multiplier when that pipe is idle
     return _CLASS_OF.get(one.base) or ("uniform" if one.base.startswith("U") else "branch")
 
 
 def per_element(body: Sequence[Instruction], elements: float) -> dict[str, float]:
-    """Instructions of each class for one element of a tile, in the order of CLASSES.
+    """Instructions of each class per element of a tile, in the order of CLASSES.
 
     Args:
-        elements: of the tile, for each thread, that one pass through the body makes.
+        body: the instructions of one pass through the loop.
+        elements: elements of the tile that one pass computes, per thread.
     """
     counts = Counter(class_of(one) for one in body if not one.never_runs)
     return {word: counts[word] / elements for word in CLASSES if counts[word]}
 
 
 def matrix_flops(one: Instruction) -> int:
-    """Of a warp; a wgmma is the work of four."""
+    """FLOPs of one warp; a wgmma is executed by four warps."""
     shape = _SHAPE.search(one.opcode)
     if one.base in ("HGMMA", "QGMMA") and shape:
         m, n, k = map(int, shape.groups())
@@ -136,7 +137,11 @@ def matrix_flops(one: Instruction) -> int:
 
 
 def tensor_cycles(one: Instruction) -> float:
-    """Of a scheduler's tensor core. A wgmma of 64 x N x 16 needs N / 2; its B comes from shared memory in N / 4, and A, if not in registers, in 16."""
+    """Cycles of a scheduler's tensor core.
+
+    A wgmma of 64 x N x 16 needs N / 2. It reads B from shared memory in N / 4 cycles, and A, if not
+    in registers, in 16.
+    """
     if one.base not in ("HGMMA", "QGMMA"):
         return matrix_flops(one) / TENSOR_FLOPS
     shape = _SHAPE.search(one.opcode)
@@ -146,9 +151,9 @@ def tensor_cycles(one: Instruction) -> float:
 
 
 def operand_bytes(one: Instruction) -> int:
-    """What a load or store of a warp moves: 32 lanes of the size in its suffix, else of 4 bytes."""
+    """Bytes that a load or store of a warp moves: 32 lanes of the size in its suffix, else of 4."""
     suffixes = one.opcode.split(".")[1:]
-    if one.base in ("LDSM", "STSM"):  # matrices of 8 x 8 in 16 bits; the suffix says how many
+    if one.base in ("LDSM", "STSM"):  # 8 x 8 matrices of 16 bits; the suffix is their number
         return 128 * int(
             next((suffix for suffix in reversed(suffixes) if suffix in ("2", "4")), "1")
         )
@@ -157,14 +162,14 @@ def operand_bytes(one: Instruction) -> int:
 
 
 def moved_bytes(one: Instruction) -> int:
-    """From or to global memory, by a warp."""
+    """Bytes that a warp moves from or to global memory."""
     return (
         operand_bytes(one) if one.base in (*_GLOBAL_MEMORY, "LDGSTS") and not one.never_runs else 0
     )
 
 
 def shared_cycles(one: Instruction) -> int:
-    """Of a scheduler's share of the pipe to shared memory and L1, which the four of them take turns at."""
+    """Cycles of the pipe to shared memory and L1, of which each scheduler has a quarter."""
     if one.never_runs:
         return 0
     if one.base == "SHFL":
@@ -175,7 +180,7 @@ def shared_cycles(one: Instruction) -> int:
 
 
 def least_cycles(body: Sequence[Instruction], warps: int) -> dict[str, float]:
-    """Cycles that each unit needs for one pass of all warps of a scheduler through the body, if nothing ever waited."""
+    """Minimum cycles of each unit for one pass of a scheduler's warps, if nothing had to wait."""
     need: dict[str, float] = defaultdict(float)
     for one in body:
         if one.never_runs:

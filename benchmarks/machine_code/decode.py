@@ -1,9 +1,12 @@
-"""The text of `nvdisasm --print-code -hex` to instructions, with what ptxas tells the hardware about waiting.
+"""Parse the output of `nvdisasm --print-code -hex`, with the control bits that ptxas sets.
 
-Since Volta an instruction is 128 bits. The upper ones hold how many cycles the warp must wait before its next instruction, and up to six barriers
-("scoreboards"): which one this instruction releases when its result is there, or its operands are read, and for which ones it waits itself.
+Since Volta an instruction has 128 bits. The upper ones contain the number of cycles that the warp
+must wait before its next instruction, and up to six barriers ("scoreboards"). They say which
+barrier the instruction releases when its result is available or its operands are read, and which
+barriers it waits for.
 
-Source: Jia et al., 2018, "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking", section 2.1.
+Source: Jia et al., 2018, "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking",
+section 2.1.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ class Instruction(NamedTuple):
     opcode: str  # with its suffixes: "LDG.E.128"
     operands: str
     stall: int = 1  # cycles until the warp's next instruction may be issued
-    write_barrier: int = NO_BARRIER  # released when the result is there
+    write_barrier: int = NO_BARRIER  # released when the result is available
     read_barrier: int = NO_BARRIER  # released when the operands have been read
     waits: int = 0  # bits: the barriers that must have been released
 
@@ -37,17 +40,18 @@ class Code(NamedTuple):
     """The instructions of one kernel."""
 
     instructions: list[Instruction]
-    labels: dict[str, int]  # to the number of the instruction behind it
+    labels: dict[str, int]  # each with the number of the instruction that follows it
 
     def target(self, number: int) -> int | None:
-        """Where a branch goes; None for any other instruction."""
+        """The target of a branch; None for any other instruction."""
         instruction = self.instructions[number]
         found = _TARGET.search(instruction.operands) if instruction.base == "BRA" else None
         return self.labels.get(found[1]) if found else None
 
 
 _LINE = re.compile(
-    r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P[T\d]+)?\s*([A-Z][\w.]*)\s*(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/"
+    r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P[T\d]+)?\s*"
+    r"([A-Z][\w.]*)\s*(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/"
 )
 _UPPER = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/")
 _LABEL = re.compile(r"(\.L\w+):")
@@ -55,16 +59,15 @@ _TARGET = re.compile(r"`\((\.L\w+)\)")
 
 
 def decode(text: str) -> Code:
-    """The first function of a disassembly.
+    """Decode the first function of a disassembly.
 
     Raises:
-        ValueError: there is no instruction in it.
+        ValueError: the text contains no instruction.
     """
     found: list[Instruction] = []
     labels: dict[str, int] = {}
-    pending: tuple[str, ...] | None = (
-        None  # an instruction whose upper 64 bits, on the next line, are still to come
-    )
+    # An instruction whose upper 64 bits follow on the next line.
+    pending: tuple[str, ...] | None = None
     functions = 0
     for line in text.splitlines():
         if line.startswith("//--") and ".text." in line:
@@ -85,7 +88,7 @@ def decode(text: str) -> Code:
             pending = None
     if not found:
         raise ValueError(
-            "no instruction in this text; it must come from nvdisasm --print-code -hex"
+            "no instruction in this text; it must be the output of nvdisasm --print-code -hex"
         )
     return Code(found, labels)
 

@@ -1,4 +1,4 @@
-"""How long a launch takes by the model: its programs, shared out over the multiprocessors of an H100."""
+"""Predicted time of a launch, whose programs are distributed over an H100's multiprocessors."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from benchmarks.machine_code.h100 import CLOCK, DRAM_RATE, MULTIPROCESSORS
 from benchmarks.machine_code.multiprocessor import L2, Memory
 from benchmarks.machine_code.path import way_through
 
-ROUNDS = 5  # programs in each place of a multiprocessor, one after the other, where there are more than fit side by side
-_STEADY = 24  # passes; of longer loops each further pass takes as long as those in the second half of these
+ROUNDS = 5  # programs in each slot of a multiprocessor, if there are more than fit concurrently
+_STEADY = 24  # passes that are simulated; a longer loop continues at the speed of the second half
 
 
 class Launch(NamedTuple):
     """A kernel at one size of training."""
 
     label: str
-    programs: float  # in all
-    passes: float  # of each through its main loop, on average
+    programs: float  # total number
+    passes: float  # mean number of passes of a program through its main loop
     memory: Memory = L2
-    inner: int = 1  # of nested loops that were made one: passes in a turn of the outer one
-    sums: int = 0  # bytes of shares that torch reads afterwards, to add them up
+    inner: int = 1  # of fused nested loops: passes per iteration of the outer loop
+    sums: int = 0  # bytes of partial sums that torch then adds up
 
 
 def seconds(built: Built, launch: Launch, rounds: int = ROUNDS) -> float:
-    """Time of the launch, and of adding up its shares. Starting it, and the last programs to end, are left out."""
+    """Time of the launch and of adding up its partial sums, without start-up and tail effects."""
     low, high = max(1, math.floor(launch.passes)), math.ceil(launch.passes)
     if high > _STEADY:
         low, high = _STEADY // 2 * launch.inner, _STEADY * launch.inner
@@ -42,7 +42,7 @@ def seconds(built: Built, launch: Launch, rounds: int = ROUNDS) -> float:
 
 
 def _cycles(built: Built, launch: Launch, passes: int, rounds: int) -> float:
-    """Of a multiprocessor, for its share of the programs."""
+    """Cycles that a multiprocessor needs for its share of the programs."""
     share = launch.programs / MULTIPROCESSORS
     resident = max(1, min(built.programs, math.ceil(share)))
     trace = way_through(built.code, passes, built.case.loop, launch.inner)

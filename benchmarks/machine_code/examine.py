@@ -1,4 +1,4 @@
-"""A kernel, compiled and looked into: what its main loop consists of, and how fast the model runs it."""
+"""Compile and examine a kernel: the contents of its main loop, and its speed in the model."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from benchmarks.machine_code.multiprocessor import L2, Memory, Run
 from benchmarks.machine_code.path import main_loop
 from fastbert_kernels._triton import FUSE
 
-DEVICE = DEVICES["sm_90"]  # the only one that the model knows
-_PASSES = 14  # of a loop; the first and last ones, where programs start and end, are left out
+DEVICE = DEVICES["sm_90"]  # the only device that the model describes
+_PASSES = 14  # simulated passes of a loop; the first and last are not counted
 
 
 class Case(NamedTuple):
-    """A kernel with all that a compiler must know of it, and what its main loop is about."""
+    """A kernel with everything that the compiler needs, and facts about its main loop."""
 
     name: str
     source: Any  # a triton ASTSource
     options: dict[str, Any]  # of the launch
-    elements: (
-        float  # of the tile that one pass through the main loop makes (of attention: scores), or 0
-    )
+    elements: float  # elements of the tile (of attention: scores) per pass of the main loop, or 0
     loop: str = "products"  # which loop is the main one: see `path.main_loop`
-    memory: Memory = L2  # where the operands of that loop come from
-    useful: float = 1.0  # share of the loop's products that count
+    memory: Memory = L2  # the memory from which that loop loads its operands
+    useful: float = 1.0  # share of the loop's products that is useful work
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What the compilers made of it; memory in bytes."""
+    """A compiled kernel; memory in bytes."""
 
     case: Case
     code: Code
-    registers: int  # a thread
-    spilled: int  # a thread
-    shared: int  # a program
-    warps: int  # of a program
+    registers: int  # per thread
+    spilled: int  # per thread
+    shared: int  # per program
+    warps: int  # per program
     stages: int
-    programs: int  # that a multiprocessor runs side by side
+    programs: int  # that run concurrently on a multiprocessor
 
     def on_a_scheduler(self, resident: int) -> tuple[int, int]:
-        """Warps of a program, and programs, on the fullest of the four, of `resident` programs on the multiprocessor."""
+        """Warps per program and number of programs on the fullest of the four schedulers.
+
+        `resident` programs run on the multiprocessor.
+        """
         return max(1, self.warps // SCHEDULERS), math.ceil(
             resident * min(self.warps, SCHEDULERS) / SCHEDULERS
         )
@@ -63,7 +64,7 @@ class Built:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a table says of it."""
+    """The table's figures of a kernel."""
 
     name: str
     registers: int
@@ -72,19 +73,17 @@ class Seen:
     warps: int
     stages: int
     programs: int
-    instructions: dict[
-        str, float
-    ]  # by class; for one element where the case says how many there are
-    least: dict[str, float]  # cycles that each unit needs for a pass of all warps
-    cycles: float  # by the model
+    instructions: dict[str, float]  # by class; per element if the case has a number of elements
+    least: dict[str, float]  # minimum cycles of each unit for a pass of all warps
+    cycles: float  # predicted
     teraflops: float  # of the device, in the main loop; 0 for a kernel without products
-    gigabytes: float  # a second, that the loop loads and stores
+    gigabytes: float  # per second, loaded and stored by the loop
     busy: dict[str, float]
     waits: dict[str, float]
 
 
 def build(case: Case) -> Built:
-    """Compile and disassemble; raises whatever the compilers raise, which have no class for it."""
+    """Compile and disassemble; compiler errors of any class pass through."""
     compiled = triton.compile(case.source, target=DEVICE.target, options={**case.options, **FUSE})
     registers, spilled = cuda_registers(compiled.asm)
     about = compiled.metadata
@@ -122,7 +121,10 @@ def examine(case: Case) -> Seen:
 
 
 def steady_cycles(built: Built) -> tuple[float, Run]:
-    """Cycles for a pass of all programs side by side through the main loop; of a kernel without one, for all of it."""
+    """Cycles for a pass of all resident programs through the main loop.
+
+    For a kernel without a loop, the cycles for the whole kernel.
+    """
     warps, side_by_side = built.on_a_scheduler(built.programs)
     body, memory = built.loop, built.case.memory
     if main_loop(built.code, built.case.loop) is None:

@@ -1,17 +1,21 @@
-"""A model of one multiprocessor of an H100: how many cycles its warps need for their instructions.
+"""A model of one multiprocessor of an H100: the cycles that its warps need for their instructions.
 
-One of the four schedulers is run; the others do the same at the same time. In each cycle it issues one instruction of one warp, in the warp's order, at
-the earliest when
+One of the four schedulers is simulated; the others are assumed to do the same. In each cycle it
+issues one instruction of one warp, in the warp's order. An instruction can be issued when
 
-- the stall count of the warp's last instruction is over, and the barriers that the instruction waits for are released (`decode.py`),
-- the pipe that it needs is free; queues in front of shared memory and the tensor cores hold a little,
-- enough groups of wgmma or of cp.async are done, where it waits for those, or all warps of the program have come, where it is a barrier.
+- the stall count of the warp's last instruction has passed, and the barriers that the instruction
+  waits for are released (`decode.py`),
+- the pipe that it needs is free; the queues before shared memory and the tensor cores are short,
+- enough groups of wgmma or cp.async are complete, if it waits for those; and if it is a barrier,
+  all warps of the program have arrived.
 
-Of several warps that could, the one with the earliest time goes, and the one that went last if there are several of those. A wgmma runs beside the warp, in
-turn with those of other warps. Global memory answers after its latency, and delivers at its rate.
+Among several possible warps, the one with the earliest time is chosen, and among equal ones the one
+that was issued last. A wgmma runs asynchronously, in turn with those of other warps. Global memory
+answers after its latency and delivers at its rate.
 
-What the model does not know: the instruction cache, banks of registers and of shared memory, clocks that fall under load, the real arbiter, atomics,
-tensor memory (sm_100) and TMA. `recorded.json` holds how its results compare with published ones.
+The model does not include the instruction cache, banks of registers and of shared memory, clocks
+that fall under load, the real arbiter, atomics, tensor memory (sm_100) and TMA. `recorded.json`
+compares its results with published ones.
 """
 
 from __future__ import annotations
@@ -30,23 +34,21 @@ from benchmarks.machine_code.h100 import ALU, FMA, FP64, HEAVY, PIPES, SCHEDULER
 
 SHARED, TENSOR, UNIFORM = "shared", "tensor", "uniform"
 LITE = "fma lite"  # the second pipe for fp32; integer multiplications (HEAVY) run on the first, FMA
-_SHARED_QUEUE = (
-    48  # cycles of work that may wait in front of shared memory before a warp is held up
-)
-_TENSOR_QUEUE = 160  # the same of the tensor cores
-_MMA_SYNC = 0.62  # of the tensor cores' rate is what mma.sync reaches on an H100
+_SHARED_QUEUE = 48  # cycles of work that may wait for shared memory before a warp is blocked
+_TENSOR_QUEUE = 160  # the same for the tensor cores
+_MMA_SYNC = 0.62  # share of the tensor cores' rate that mma.sync reaches on an H100
 
-# What an instruction does, as far as the model cares.
+# Kinds of instructions that the model distinguishes.
 _ISSUE, _FP32, _PIPE, _MEMORY, _TENSOR, _AWAIT_TENSOR, _AWAIT_COPIES, _COMMIT, _BARRIER, _FENCE = (
     range(10)
 )
 
 
 class Memory(NamedTuple):
-    """Where global loads come from."""
+    """The memory from which global loads come."""
 
     latency: float
-    rate: float  # bytes a cycle and multiprocessor
+    rate: float  # bytes per cycle and multiprocessor
 
 
 L2 = Memory(h100.L2, h100.L2_BYTES)
@@ -55,25 +57,23 @@ DRAM = Memory(h100.DRAM, h100.DRAM_BYTES)
 
 @dataclasses.dataclass
 class Run:
-    """What came of it; shares are of all cycles."""
+    """Result of a run; shares refer to all cycles."""
 
     cycles: float
-    passes: list[
-        float
-    ]  # when the marked instruction was issued the first, second, ... time; the mean over the warps
+    passes: list[float]  # mean time over the warps at which the marked instruction was issued
     busy: dict[str, float]  # share in which each unit worked
-    waits: dict[
-        str, float
-    ]  # share in which no warp could issue, by what the first of them waited for
+    waits: dict[str, float]  # share without an issue, by the reason of the warp that was next
 
 
 class _Step(NamedTuple):
     kind: int
     pipe: str
     cycles: float  # on the pipe
-    latency: float  # behind them, until the result is there
-    keep: int  # of wgmma or cp.async: groups that may still be under way
-    role: str  # of a memory access: "load", "copy", "store"; of a product: "group" if it ends one, "wait" for mma.sync
+    latency: float  # after these, until the result is available
+    keep: int  # of wgmma or cp.async: groups that may still be in progress
+    # Of a memory access: "load", "copy", "store". Of a product: "group" if it ends one, "wait" for
+    # mma.sync.
+    role: str
     bytes: float  # from or to global memory
     stall: int
     write_barrier: int
@@ -103,11 +103,11 @@ class _Warp:
 
     def restart(self) -> None:
         self.at = 0
-        self.barriers = [0.0] * 8  # when each is released
-        self.products: list[float] = []  # when each group of wgmma is done
-        self.copies: list[float] = []  # when each group of cp.async is done
-        self.copying = 0.0  # when the last cp.async is done that is in no group yet
-        self.multiplied = 0.0  # when the last wgmma is done
+        self.barriers = [0.0] * 8  # times of release
+        self.products: list[float] = []  # times at which groups of wgmma are complete
+        self.copies: list[float] = []  # times at which groups of cp.async are complete
+        self.copying = 0.0  # time at which the last cp.async outside of a group is complete
+        self.multiplied = 0.0  # time at which the last wgmma is complete
 
 
 def run(
@@ -120,12 +120,16 @@ def run(
     stagger: float = 0.0,
     mark: int = -1,
 ) -> Run:
-    """Run `programs` programs side by side, of `warps` warps on the scheduler each, until each place has seen `rounds` of them.
+    """Run programs concurrently on a scheduler, until each slot has executed `rounds` of them.
 
     Args:
         trace: instructions in the order in which every warp executes them.
+        warps: warps of a program on this scheduler.
+        programs: concurrent programs.
+        memory: where global loads come from.
+        rounds: programs per slot.
         stagger: cycles between the starts of the first programs.
-        mark: address of the instruction whose issues are noted in `passes`.
+        mark: address of the instruction whose issues are recorded in `passes`.
     """
     return _Scheduler(
         [_step(one) for one in trace], warps, programs, memory, rounds, stagger, mark
@@ -149,10 +153,11 @@ class _Scheduler:
             for program in range(programs)
             for _ in range(warps)
         ]
+        # Time at which each pipe is free.
         self.free: dict[str, float] = dict.fromkeys(
             (FMA, LITE, HEAVY, ALU, XU, FP64, SHARED, TENSOR, UNIFORM), 0.0
-        )  # when each pipe is
-        self.delivered = 0.0  # when the memory has delivered all that was asked for
+        )
+        self.delivered = 0.0  # time at which the memory has delivered all requests
         self.arrived: dict[int, list[_Warp]] = defaultdict(list)  # at the barrier, by program
         self.busy: dict[str, float] = defaultdict(float)
         self.waits: dict[str, float] = defaultdict(float)
@@ -182,7 +187,7 @@ class _Scheduler:
         return Run(now, passes, busy, {name: cycles / now for name, cycles in self.waits.items()})
 
     def earliest(self, warp: _Warp) -> tuple[float, str]:
-        """When the warp's next instruction could be issued, and what that waits for."""
+        """The earliest time of the warp's next instruction, and what it waits for until then."""
         step = self.steps[warp.at]
         time, reason = warp.ready, "stall count"
         for barrier in step.waits:
@@ -206,7 +211,7 @@ class _Scheduler:
         return (until, step.pipe) if until > time else (time, reason)
 
     def issue(self, warp: _Warp, now: float) -> None:
-        """Issue the warp's next instruction at `now`: which pipes it holds, and when its barriers are released."""
+        """Issue the warp's next instruction at `now`: occupy its pipes and release its barriers."""
         step, free = self.steps[warp.at], self.free
         kind = step.kind
         if step.address == self.mark:
@@ -216,7 +221,7 @@ class _Scheduler:
         done, read = now + step.latency, now + 10
         if kind == _PIPE:
             free[step.pipe] = now + step.cycles
-            if step.pipe == HEAVY:  # fp32 already under way goes first
+            if step.pipe == HEAVY:  # fp32 that is already in progress goes first
                 free[FMA] = free[HEAVY] = max(free[FMA], now) + step.cycles
                 self.busy[FMA] += step.cycles / 2
             self.busy[step.pipe] += step.cycles
@@ -250,15 +255,14 @@ class _Scheduler:
             self.end(warp, now)
 
     def access(self, warp: _Warp, step: _Step, now: float) -> float:
-        """Of shared or global memory; when it is done, for who waits for it."""
+        """Access shared or global memory; returns the time at which the access is complete."""
         start = max(self.free[SHARED], now)
         self.free[SHARED] = start + step.cycles
         self.busy[SHARED] += step.cycles
         if not step.bytes:
             return start + step.cycles + step.latency
-        cycles = (
-            SCHEDULERS * step.bytes / self.memory.rate
-        )  # the other schedulers' loads come between
+        # The other schedulers' loads are interleaved.
+        cycles = SCHEDULERS * step.bytes / self.memory.rate
         self.delivered = max(self.delivered, start) + cycles
         self.busy["memory"] += cycles
         done = self.delivered + self.memory.latency
@@ -284,9 +288,9 @@ class _Scheduler:
             self.active.remove(warp)
 
 
-# How each instruction is treated.
+# The treatment of each instruction.
 
-# Cycles until the result; of the others below, those of shared memory.
+# Cycles until the result; other instructions below have the latency of shared memory.
 _ANSWERS = {"SHFL": h100.SHUFFLE, "R2UR": h100.UNIFORM + 2, "LDL": h100.L1}
 _OTHER_MEMORY = {
     "LDS",

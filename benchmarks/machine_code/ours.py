@@ -1,4 +1,4 @@
-"""Our kernels as the model sees them: what a pass through the main loop makes, and how many passes and programs a launch has in training."""
+"""Our kernels in the terms of the model: their main loops, and their launches in training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.machine_code.multiprocessor import DRAM, L2
 from fastbert_kernels._tile_schedule import ITEM
 from fastbert_kernels._tiles import tile
 
-LENGTHS = (512, 4096)  # of sequences, where attention walks over tiles
-MASKED = TOKENS // 2  # of a micro-batch, as in the benchmarks
+LENGTHS = (512, 4096)  # sequence lengths at which attention loops over tiles
+MASKED = TOKENS // 2  # per micro-batch, as in the benchmarks
 _SLAB = 4096  # words in a launch of the MLM loss' backward pass
 
-# What each table's programs own, walk over and multiply, in the words of its tile; products: of one score.
+# By table: the block that a program owns, the block that it loops over, and products per score.
 WALKS = {
     "attention_forward": ("BLOCK_Q", "BLOCK_K", 2),
     "attention_dq": ("BLOCK_Q", "BLOCK_K", 3),
@@ -29,12 +29,16 @@ SHORT = ("attention_forward_short", "attention_backward_short")
 ROWS = ("norm_forward", "norm_backward", "embedding_forward", "embedding_backward")
 GELU = ("gelu_forward", "gelu_backward")
 MLM = ("mlm_loss_forward", "mlm_loss_backward")
-# Not judged: `embedding_table` and `mlm_loss_combine`, whose work depends on the data or is next to nothing.
+# Not judged: `embedding_table` and `mlm_loss_combine`. Their work depends on the data or is tiny.
 JUDGED = (*WALKS, *SHORT, "attention_prepare", *ROWS, *GELU, *MLM)
 
 
 def kernels(words: list[str] | None = None) -> dict[str, tuple[AotSignature, dict[str, Any]]]:
-    """Those of `aot_signatures()` in bf16 that the model can judge, with their tiles for sm_90; `words`: only names that hold one of them."""
+    """The bf16 kernels of `aot_signatures()` that the model can judge, with their tiles for sm_90.
+
+    Args:
+        words: if given, only kernels whose names contain one of these words.
+    """
     found = {}
     for name, signature in aot_signatures().items():
         if (
@@ -50,7 +54,7 @@ def kernels(words: list[str] | None = None) -> dict[str, tuple[AotSignature, dic
 
 
 def case(name: str, signature: AotSignature, options: dict[str, Any]) -> Case:
-    """With a tile that may be another than the table's."""
+    """The case of a kernel; its tile may differ from the table's."""
     table, elements, loop, memory = signature.table, 0.0, "products", L2
     if table in WALKS:
         elements = options["BLOCK_Q"] * options["BLOCK_K"]
@@ -69,7 +73,13 @@ def case(name: str, signature: AotSignature, options: dict[str, Any]) -> Case:
 def launches(
     signature: AotSignature, options: dict[str, Any], lengths: Sequence[int] = LENGTHS
 ) -> list[Launch]:
-    """Of one micro-batch of BERT-base or -large in training; `lengths`: of the sequences, where attention walks over tiles."""
+    """The launches for one micro-batch of BERT-base or -large in training.
+
+    Args:
+        signature: the kernel.
+        options: its tile.
+        lengths: sequence lengths, for attention that loops over tiles.
+    """
     table, size = signature.table, signature.size
     if table in WALKS:
         own, walk, _ = WALKS[table]
@@ -116,10 +126,10 @@ def launches(
 
 
 def _heads(signature: AotSignature) -> float:
-    """Of BERT-base, where heads are of another size as many as give the same hidden size."""
+    """Number of heads of BERT-base; for another head size, that with the same hidden size."""
     return 768 / signature.arguments["K"]
 
 
 def tokens_of_tile(signature: AotSignature, options: dict[str, Any]) -> int:
-    """Tokens of a tile that holds a whole sequence."""
+    """Tokens of a tile that contains a whole sequence."""
     return options.get("BLOCK") or signature.arguments.get("BLOCK") or ITEM

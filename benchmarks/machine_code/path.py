@@ -1,4 +1,4 @@
-"""The order in which a warp meets the instructions of a kernel: its loops, and one way through all of it."""
+"""The order in which a warp executes instructions: loops, and one path through the kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from benchmarks.machine_code.decode import Code, Instruction
 
 
 def loops(code: Code) -> list[tuple[int, int]]:
-    """Numbers of the first and last instruction of each innermost loop; the trap behind the end, which jumps to itself, is none."""
+    """Numbers of the first and last instruction of each innermost loop.
+
+    The trap after the end of the code, which jumps to itself, does not count as a loop.
+    """
     spans = [
         (to, at)
         for at in range(len(code.instructions))
@@ -24,16 +27,18 @@ def loops(code: Code) -> list[tuple[int, int]]:
 
 
 def flops_between(code: Code, first: int, last: int) -> int:
-    """Of the matrix products from instruction `first` to `last`, both included; of a warp."""
+    """FLOPs of a warp in the matrix products from instruction `first` to `last` inclusive."""
     return sum(map(matrix_flops, code.instructions[first : last + 1]))
 
 
 def main_loop(code: Code, which: str = "products") -> tuple[int, int] | None:
-    """First and last instruction of the loop that does the work; None where there is no loop.
+    """First and last instruction of the loop that does the work; None if there is none.
 
     Args:
-        which: "products" for the loop with most matrix products (None where all products are outside of loops), "longest", or "0", "1", ... for
-            one of those with products, in the code's order.
+        code: the kernel.
+        which: "products" for the loop with most matrix products (None if all products are outside
+            of loops), "longest", or "0", "1", ... for one of those with products, in the code's
+            order.
     """
     spans = loops(code)
     if not spans:
@@ -53,15 +58,16 @@ def main_loop(code: Code, which: str = "products") -> tuple[int, int] | None:
 def way_through(
     code: Code, passes: int, which: str = "products", inner: int = 1
 ) -> list[Instruction]:
-    """All that a warp executes whose main loop is passed `passes` times, and that has no tail.
+    """All instructions that a warp executes with `passes` passes of the main loop and no tail.
 
-    Other loops are passed once. A conditional branch forward is not taken, but for four kinds:
+    Other loops are executed once. A conditional forward branch is not taken, with four exceptions:
 
-    - one that must be, or the main loop would be missed;
-    - one behind the main loop that jumps over matrix products: they are those of the tail;
-    - one before a main loop with matrix products that jumps over a loop without any: that is for a sum of no terms;
-    - with `inner` above 1, one within the main loop, in all but every `inner`-th pass: two nested loops were made one, and it jumps over the end of a turn
-      of the outer one.
+    - a branch without which the main loop would be missed;
+    - a branch after the main loop that jumps over matrix products: those of the tail;
+    - a branch before a main loop with matrix products that jumps over a loop without any: it
+      handles a sum of no terms;
+    - with `inner` above 1, a branch within the main loop, except in every `inner`-th pass: the
+      compiler fused two nested loops, and it jumps over the end of an iteration of the outer one.
     """
     main = main_loop(code, which)
     forward = {
@@ -92,13 +98,13 @@ def way_through(
         }
     found = walk(code, {last: passes}, taken)
     assert found.count(code.instructions[last]) == passes, (
-        "the way through the kernel misses its main loop"
+        "the path through the kernel misses its main loop"
     )
     return found
 
 
 def _needed(code: Code, forward: Mapping[int, int], goal: int) -> dict[int, int]:
-    """The branches forward that must be taken, or instruction `goal` would be missed."""
+    """The forward branches that must be taken to reach instruction `goal`."""
     reached = leading_to(code, goal)
     return {
         at: 0 for at, to in forward.items() if at < goal and to in reached and at + 1 not in reached
@@ -128,12 +134,14 @@ def walk(
     """Instructions in the order of execution.
 
     Args:
-        passes: of the loop that ends with instruction number ..., how often it is passed; once if it is not named.
-        taken: numbers of the conditional branches forward that are taken, with n for one that is not taken each n-th time, 0 for one that always is.
+        code: the kernel.
+        passes: by the number of a loop's last instruction, how often the loop runs; by default 1.
+        taken: numbers of the conditional forward branches that are taken. The value n means that
+            the branch is not taken every n-th time; with 0 it is always taken.
     """
     taken = taken or {}
     found: list[Instruction] = []
-    met: Counter[int] = Counter()  # branches, how often
+    met: Counter[int] = Counter()  # executions of each branch
     at = 0
     while at < len(code.instructions):
         instruction = code.instructions[at]
@@ -145,7 +153,7 @@ def walk(
             at += 1
             continue
         if to == at:
-            break  # the trap behind the end
+            break  # the trap after the end
         met[at] += 1
         if to < at:
             jumps = met[at] % passes.get(at, 1) != 0

@@ -1,7 +1,8 @@
-"""Kernels of packages that people install, compiled for the same device by the same Triton: fla, Liger, Cut Cross-Entropy. Those missing are left out.
+"""Kernels of common packages, compiled for the same device with the same Triton.
 
-They take the tiles that their authors take on an H100 where they do not tune. What no package of today's Triton has (the attention of Triton's tutorial,
-that of Dao-AILab) stands in `recorded.json`.
+The packages are fla, Liger and Cut Cross-Entropy; missing ones are left out. Kernels that do not
+tune use the tiles that their authors chose for an H100. Kernels that no package for today's Triton
+contains (the attention of Triton's tutorial and that of Dao-AILab) are in `recorded.json`.
 """
 
 from __future__ import annotations
@@ -29,23 +30,21 @@ class Peer(NamedTuple):
     options: dict[str, Any]
     elements: float  # as in Case
     aligned: tuple[str, ...] = ()  # integers that are multiples of 16; pointers always are
-    rows: bool = False  # works on rows from memory, rather than by matrix products
+    rows: bool = False  # whether it works on rows from memory, not on matrix products
 
 
 def cases(report: Callable[[str], None] = print) -> Iterator[tuple[Case, str]]:
-    """Those that are installed, each with its package's name and version; `report` is told of the others."""
+    """The installed kernels, each with its package's name and version; others go to `report`."""
     for peer in _PEERS:
         try:
             function = getattr(importlib.import_module(peer.module), peer.function)
             case = Case(peer.name, _source(function, peer), peer.options, peer.elements)
             version = f"{peer.package} {importlib.metadata.version(peer.package)}"
-        except (
-            ImportError,
-            AttributeError,
-            KeyError,
-        ) as failure:  # not installed, or another version with another kernel
+        # Not installed, or another version with another kernel.
+        except (ImportError, AttributeError, KeyError) as failure:
             report(
-                f"{peer.name}: left out ({type(failure).__name__}: {failure}); `pip install {peer.package}`"
+                f"{peer.name}: left out ({type(failure).__name__}: {failure}); "
+                f"run `pip install {peer.package}`"
             )
             continue
         yield (case._replace(loop="longest", memory=DRAM) if peer.rows else case), version
@@ -95,7 +94,8 @@ _FLA = {
     **_named("*bf16", "o", "do", "dq", "dk", "dv"),
     "IS_VARLEN": True,
 }
-# Liger: one row a program forward, a share of the rows backward; D = 768. GEGLU with tanh is what it has in place of GELU.
+# Liger: one row per program forward, a share of the rows backward; D = 768. It has GEGLU with tanh
+# instead of GELU.
 _LIGER_STRIDES = (
     "Y_row_stride",
     "X_row_stride",
@@ -130,7 +130,8 @@ _GEGLU = {
     "n_cols": 3072,
     "BLOCK_SIZE": 4096,
 }
-# Cut Cross-Entropy: D = 768. Of the backward pass the loop that makes the logits again; its other two add to memory under locks.
+# Cut Cross-Entropy: D = 768. Of the backward pass, this is the loop that recomputes the logits; its
+# other two loops add to memory under locks.
 _CCE_FORWARD = {
     **_named("*bf16", "E", "C"),
     **_named(None, "LA", "Valids", "softcap", "VocabOrdering"),

@@ -1,4 +1,4 @@
-"""The model's figures on record, and the tables of docs/kernels.md that are made of them."""
+"""The recorded figures of the model, and the tables of docs/kernels.md made from them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from benchmarks.record import table
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks/results/machine_code.json"
-RECORDED = Path(__file__).with_name(
-    "recorded.json"
-)  # what nobody can compile with the packages of today
+# Kernels that cannot be compiled with today's packages.
+RECORDED = Path(__file__).with_name("recorded.json")
 PROPOSED = ROOT / "benchmarks/proposed_tiles.json"
 PAGE = ROOT / "docs/kernels.md"
 
 Row = dict[str, Any]
-HIDDEN = 768  # BERT-base's, whose layer the attention's figures are for
+HIDDEN = 768  # of BERT-base, for which attention is reported
 LENGTHS = (128, 512, 1024, 4096)
 _CLASSES = (
     "products",
@@ -40,7 +39,7 @@ def read(path: Path) -> Any:
 
 
 def parts() -> dict[str, str]:
-    """What stands in the places of the page, by name."""
+    """The text for each place of the page, by name."""
     record, recorded = read(RECORD), read(RECORDED)
     return {
         "versions": _versions(record, recorded),
@@ -55,7 +54,7 @@ def parts() -> dict[str, str]:
 
 
 def factor(recorded: Row, which: str) -> float:
-    """What a rate of the model is multiplied by."""
+    """Calibration factor for a rate of the model."""
     return recorded["factors"][which]["factor"]
 
 
@@ -64,12 +63,15 @@ def attention_teraflops(n: int, which: str, seconds: float) -> float:
     return 2 * (2 if which == "forward" else 5) * TOKENS * n * HIDDEN / seconds / 1e12
 
 
-# The tables
+# The tables.
 
 
 def _versions(record: Row, recorded: Row) -> str:
     packages = ", ".join(sorted({row["version"] for row in record["peers"].values()}))
-    return f"Compiled by Triton {record['triton']} for sm_90; {packages}. Rows marked (recorded) were made in the same way at commit {recorded['commit']}."
+    return (
+        f"Compiled by Triton {record['triton']} for sm_90; {packages}. "
+        f"Rows marked (recorded) were made in the same way at commit {recorded['commit']}."
+    )
 
 
 def _calibration(recorded: Row) -> str:
@@ -131,9 +133,8 @@ def _short(record: Row) -> str:
     for name, found in record["attention"].items():
         if name.endswith("n=128"):
             which, dropout, _ = name.split()
-            tensors = (
-                4 if which == "forward" else 7
-            )  # q, k, v, out; and of the backward pass dout, dq, dk, dv in place of out
+            # Forward: q, k, v, out. Backward: q, k, v, dout, dq, dk, dv.
+            tensors = 4 if which == "forward" else 7
             least = tensors * TOKENS * HIDDEN * 2 / DRAM_RATE * 1e6
             rows.append(
                 [
@@ -173,12 +174,12 @@ def _loops(record: Row, recorded: Row) -> str:
 
 
 def _walks(name: str, row: Row) -> bool:
-    """Whether it is attention that walks over tiles; what holds a whole sequence has no loop."""
+    """Whether it is attention that loops over tiles; a tile with a whole sequence has no loop."""
     return "attention" in name and "short" not in name and row["teraflops"] > 0
 
 
 def _titled(name: str, row: Row) -> str:
-    """With the tile and the warps."""
+    """The kernel's name with its tile and its warps."""
     blocks = " x ".join(
         f"{value}" for option, value in row["tile"].items() if option.startswith("BLOCK")
     )
@@ -186,7 +187,7 @@ def _titled(name: str, row: Row) -> str:
 
 
 def _as_seen(row: Row) -> Row:
-    """A row of `recorded.json` in the form of those of the record."""
+    """A row of `recorded.json` in the form of the record's rows."""
     counts = {
         word: count
         for word, count in row["per_score"].items()
@@ -316,7 +317,7 @@ def _shown(row: Row) -> str:
 
 
 def text(record: Row) -> Iterator[str]:
-    """For a terminal."""
+    """Lines for the terminal."""
     for name, row in [*record["kernels"].items(), *record["peers"].items()]:
         rate = (
             f"{row['teraflops']:6.0f} TFLOP/s"
@@ -326,6 +327,7 @@ def text(record: Row) -> Iterator[str]:
         times: Sequence[float] = row.get("launches", ())
         launches = ", ".join(f"{seconds * 1e6:.0f} µs" for seconds in times)
         yield (
-            f"{name:70} registers {row['registers']:3} spilled {row['spilled']:3} programs {row['programs']:2}"
+            f"{name:70} registers {row['registers']:3} spilled {row['spilled']:3} "
+            f"programs {row['programs']:2}"
             f" | loop {row['cycles']:6.0f} cycles {rate} | {launches}"
         )

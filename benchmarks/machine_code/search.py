@@ -1,10 +1,15 @@
-"""Better tiles by the model, for sm_90 in 16 bits: every block size, number of warps and of stages that the tuner may try, and limits on registers.
+"""Search for better tiles with the model, for sm_90 in 16 bits.
 
-A row of the table is tried in two steps. First every tile with dropout at one launch; what does not compile, does not fit or spills drops out. Then the
-best few of them, each also with the limits on registers under which one more program would fit, with and without dropout, at all launches and at both
-ends of what is known of the L2 cache's rate: small tiles read more from it. They are ranked by the geometric mean of the times.
+The candidates are all block sizes, numbers of warps and numbers of stages that the tuner may try,
+and limits on registers. A row of the table is searched in two steps. The first evaluates every tile
+with dropout at one launch, and drops tiles that do not compile, do not fit or spill. The second
+takes the best few of them, each also with the register limits under which one more program would
+fit. It evaluates them with and without dropout, at all launches, and at both ends of the known
+range of the L2 cache's rate, because small tiles read more from it. Tiles are ranked by the
+geometric mean of the times.
 
-The answer is a prediction: `benchmarks/proposed_tiles.json` keeps the rows that were replaced, for a GPU to time both.
+The result is a prediction. `benchmarks/proposed_tiles.json` keeps the replaced rows, so that a GPU
+can time both.
 """
 
 from __future__ import annotations
@@ -38,40 +43,33 @@ from benchmarks.machine_code.multiprocessor import DRAM, L2, Memory
 from fastbert_kernels._tiles import TABLE, Row
 
 ARCHITECTURE, BITS = "sm_90", 16
-SLOW_L2 = L2._replace(rate=24.0)  # bytes a cycle and multiprocessor; devices give 25 to 36
+SLOW_L2 = L2._replace(rate=24.0)  # bytes per cycle and multiprocessor; devices give 25 to 36
 _FINALISTS = 4
-_ROUNDS = 3  # of programs; fewer than a table takes, as only ratios count
-_PROGRAMS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    10,
-    12,
-    16,
-)  # of a persistent kernel, side by side on a multiprocessor
-_SQUEEZE = 0.6  # a limit on registers below this share of what the compiler wants would only spill
-_OTHERS = 2  # rows of other shapes that are kept beside the best one, if their time is at most the next number times its own
+_ROUNDS = 3  # of programs; fewer than for a table, because only ratios count
+# Programs per multiprocessor that a persistent kernel may have.
+_PROGRAMS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+# A register limit below this share of what the compiler wants would only cause spills.
+_SQUEEZE = 0.6
+# Rows of other shapes that are kept in addition to the best one, if their time is at most the next
+# number times the best time.
+_OTHERS = 2
 _WORTH_TIMING = 1.15
-_FULL = 0.97  # of the memory's rate
-_NEAR = 1.05  # of two tiles whose times differ by less the one that reads less from the L2 cache is better
-_SAME = 1.02  # of two rows with the same blocks whose times differ by less the one with fewer stages, and no limit on registers, is better
-_EVEN = 1.005  # of two numbers of programs whose times differ by less the smaller is better: fewer shares to add up
+_FULL = 0.97  # share of the memory's rate that counts as reaching it
+# Tie breaks, for tiles whose times differ by less than the factor:
+_NEAR = 1.05  # the one that reads less from the L2 cache is better;
+_SAME = 1.02  # with equal blocks, fewer stages and no register limit are better;
+_EVEN = 1.005  # a smaller number of programs is better, because there are fewer shares to add up.
 
 
 class Judged(NamedTuple):
     row: Row
     seconds: tuple[float, ...]  # for each form of the kernel and each launch
-    traffic: float  # bytes that a launch reads from the L2 cache, where its tiles come from there
+    traffic: float  # bytes that a launch reads from the L2 cache, if its tiles come from there
     registers: tuple[int, ...]  # of each form
-    programs: tuple[int, ...]  # that fit side by side
+    programs: tuple[int, ...]  # of each form, that fit concurrently
 
     def over(self, other: Judged) -> float:
-        """This one's time over the other's."""
+        """This tile's time over the other's."""
         return statistics.geometric_mean(
             mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True)
         )
@@ -82,14 +80,17 @@ class Proposal:
     kernel: str
     present: Row
     best: Row
-    ratio: float  # predicted time of the best over that of the present row
-    others: list[tuple[Row, float]]  # further good rows with other blocks or warps, with theirs
+    ratio: float  # predicted time of the best row over that of the present one
+    others: list[tuple[Row, float]]  # further good rows with other blocks or warps, and their ratio
     tried: int
     dropped: int
 
 
 def forms(table: str, row: Row) -> list[AotSignature]:
-    """What a row serves: the kernels of `aot_signatures()` that would look it up, or the largest of them, resized, where none does."""
+    """The kernels that use a row: those of `aot_signatures()` that would look it up.
+
+    If there are none, the largest kernels of the table, resized to the row.
+    """
     alike = [p for p in aot_signatures().values() if p.table == table and short(p) == "bf16"]
     sizes = sorted({p.size for p in alike})
     rows = sorted(r["size"] for r in _rows(table))
@@ -107,7 +108,10 @@ def forms(table: str, row: Row) -> list[AotSignature]:
 
 
 def timed_forms(table: str, row: Row) -> list[AotSignature]:
-    """Those that count for its time, dropout first: a layer of the encoder, not its head's LayerNorm; gathered rows of the MLM loss."""
+    """The forms that count for the time of a row, dropout first.
+
+    A layer of the encoder counts, its head's LayerNorm does not; the MLM loss gathers its rows.
+    """
     found = [
         p
         for p in forms(table, row)
@@ -129,12 +133,11 @@ def candidates(
     blocks: Mapping[str, tuple[int, ...]],
     common: Mapping[str, tuple[int, ...]],
 ) -> list[Row]:
-    """The present row, then all others that are worth a compilation."""
+    """The present row, then all others that are worth compiling."""
     walks, rows = ours.WALKS.get(table), table in (*ours.ROWS, *ours.GELU)
     warps = common["num_warps"] if rows else (4, 8)
-    stages = (
-        (3, 4) if walks or table in ours.MLM else (1,)
-    )  # with 2 nothing is loaded ahead of a wgmma (docs/kernels.md)
+    # With 2 stages nothing is loaded ahead of a wgmma (docs/kernels.md).
+    stages = (3, 4) if walks or table in ours.MLM else (1,)
     found = [row]
     for values in itertools.product(*blocks.values(), warps, stages):
         trial = {**row, **dict(zip((*blocks, "num_warps", "num_stages"), values, strict=True))}
@@ -147,44 +150,53 @@ def candidates(
 
 
 def _is_hopeless(table: str, row: Row) -> bool:
-    """Of attention: more numbers at a time than a thread has registers, which takes the compilers longest; or warps without rows of their own."""
+    """Whether a tile of attention cannot be good.
+
+    Either it holds more numbers at a time than a thread has registers, and takes longest to
+    compile; or there are warps without rows of their own.
+    """
     own, walk, products = ours.WALKS[table]
     threads = 32 * row["num_warps"]
     sums = {2: 1, 3: 1, 4: 2}[products] * row[own] * row["size"]  # O; dQ; dK and dV
     scores = {2: 1, 3: 2, 4: 2}[products] * row[own] * row[walk]  # S; backward also dP
-    return (
-        sums + scores > 192 * threads or row[own] < 16 * row["num_warps"]
-    )  # the 64 rows of a wgmma are those of four warps
+    # The 64 rows of a wgmma belong to four warps.
+    return sums + scores > 192 * threads or row[own] < 16 * row["num_warps"]
 
 
 def _is_hopeless_for_rows(table: str, row: Row) -> bool:
-    """Of kernels over rows: loads of less than 128 bits, or more numbers at a time than a thread has registers."""
+    """Whether a tile of a kernel over rows cannot be good.
+
+    Either its loads have less than 128 bits, or it holds more numbers at a time than a thread has
+    registers.
+    """
     threads, width = 32 * row["num_warps"], row.get("BLOCK_D") or row["BLOCK_F"]
     chunk = row["BLOCK_T"] * width / threads
     if table in ours.GELU:
         return not 8 <= chunk <= 64
     whole = row["BLOCK_T"] * row["size"] / threads
-    registers = (
-        9 if "backward" in table else 5
-    ) * whole  # as many an element as today's kernels have
+    # Registers per element, as in the present kernels.
+    registers = (9 if "backward" in table else 5) * whole
     return not 8 <= chunk or registers > 255 or width > row["size"]
 
 
 def judge(
     table: str, row: Row, signatures: list[AotSignature], thorough: bool, as_it_stands: bool = False
 ) -> Judged | None:
-    """The model's time for each form and launch; None if one does not compile, does not fit or spills.
+    """The predicted time for each form and launch; None if one does not compile, fit, or spills.
 
     Args:
-        thorough: all launches and both rates of the L2 cache, rather than one of each.
-        as_it_stands: with the row's own number of programs, rather than the best one, and even if it spills.
+        table: the kernel's name in the table.
+        row: the tile.
+        productions: the forms.
+        thorough: use all launches and both rates of the L2 cache, not one of each.
+        as_it_stands: keep the row's own number of programs, and accept spills.
     """
     options = _options(row)
     built: list[Built] = []
     for signature in signatures:
         try:
             one = build(ours.case(table, signature, options))
-        except Exception:  # the compilers have no common class for what they cannot do
+        except Exception:  # the compilers have no common class for their errors
             return None
         if (
             (one.spilled and not as_it_stands)
@@ -221,7 +233,7 @@ def _traffic(built: Built, launch: Launch) -> float:
 def _best_programs(
     row: Row, options: dict[str, Any], signatures: list[AotSignature], built: list[Built]
 ) -> tuple[Row, list[float]]:
-    """Of a persistent kernel: as many programs on a multiprocessor as are fastest."""
+    """For a persistent kernel: the fastest number of programs per multiprocessor, and its times."""
     fit = min(one.programs for one in built)
     trials = []
     for programs in [n for n in _PROGRAMS if fit / 3 <= n <= fit] or [fit]:
@@ -247,7 +259,7 @@ def _times(
 
 
 def limited(judged: Judged) -> Iterator[Row]:
-    """The row with the limits on registers under which one program more would fit."""
+    """The row with the register limits under which one more program would fit."""
     warps = judged.row["num_warps"]
     for registers, programs in {*zip(judged.registers, judged.programs, strict=True)}:
         limit = REGISTERS * SCHEDULERS // (warps * (programs + 1)) // 8 * 8
@@ -256,7 +268,7 @@ def limited(judged: Judged) -> Iterator[Row]:
 
 
 def runs_at_the_memory_rate(table: str, row: Row, signatures: list[AotSignature]) -> bool:
-    """Whether nothing is to be gained, as memory sets the pace of every form."""
+    """Whether every form is limited by memory, so that a search cannot gain anything."""
     cases = [ours.case(table, signature, _options(row)) for signature in signatures]
     return all(
         case.memory == DRAM and examine(case).gigabytes > _FULL * DRAM_RATE / 1e9 for case in cases
@@ -264,7 +276,7 @@ def runs_at_the_memory_rate(table: str, row: Row, signatures: list[AotSignature]
 
 
 def is_faultless(table: str, row: Row) -> bool:
-    """By the rules of `ahead_of_time`, for every form that the row serves."""
+    """Whether all forms that use the row pass the rules of `ahead_of_time`."""
     return not faults(
         [measure(table, signature, ARCHITECTURE, _options(row)) for signature in forms(table, row)]
     )
@@ -280,7 +292,11 @@ def propose(
     """The best row that is found until `end` (of time.monotonic).
 
     Args:
-        blocks, common: the values that each option may have, those of the kernel and those that all kernels share.
+        table: the kernel's name in the table.
+        present: the row of the table.
+        blocks: for each option of this kernel, the values that it may have.
+        common: the same for the options that all kernels share.
+        end: time limit.
     """
     signatures = timed_forms(table, present)
     if next(forked(runs_at_the_memory_rate, [(table, present, signatures)])):
@@ -301,7 +317,7 @@ def propose(
     base, *judged = _each(judge, jobs, end)
     proposal = Proposal(table, present, present, 1.0, [], len(trials), len(trials) - len(first))
     if base is None:
-        return proposal  # there is nothing to compare with
+        return proposal  # nothing to compare with
     ranked = sorted((found for found in judged if found), key=lambda found: found.over(base))
     if not ranked or ranked[0].over(base) >= 1:
         return proposal
@@ -325,7 +341,11 @@ def propose(
 
 
 def preferred(ranked: list[Judged]) -> list[Judged]:
-    """From the fastest on, but before it what is as fast by the model's lights and asks less of what it knows least: the L2 cache, registers, stages."""
+    """Sort from the fastest, with preferred tiles first.
+
+    Preferred are tiles that are about as fast, and use less of what the model knows least: the L2
+    cache, registers and stages.
+    """
     near = [found for found in ranked if found.over(ranked[0]) < _NEAR]
     least = min(near, key=lambda found: (found.traffic, found.over(ranked[0])))
     same = [
@@ -338,7 +358,7 @@ def preferred(ranked: list[Judged]) -> list[Judged]:
 
 
 def _each(function: Callable[..., Any], jobs: list[tuple], end: float) -> list[Any]:
-    """Results until the time is up, of the first job at least."""
+    """Results until the time limit; at least that of the first job."""
     found = []
     for result in forked(function, jobs):
         found.append(result)
@@ -352,7 +372,7 @@ def _options(row: Row) -> dict[str, Any]:
 
 
 def _shape(row: Row) -> tuple:
-    """What makes a tile another one, rather than a variant."""
+    """The options that distinguish tiles; other options make variants of a tile."""
     return tuple(
         value for name, value in row.items() if name.startswith("BLOCK") or name == "num_warps"
     )
