@@ -62,7 +62,7 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
             ["--model", ".", "--beside", "docs", "--beside", "from scratch"],
             "from scratch: no such model",
         ),
-        (["--record", "downstream.json"], "--record goes with --beside"),
+        (["--record", "downstream.json"], "--record measures only the models of --beside"),
         (["--record", "none.json", "--beside", "docs"], "--record none.json: no such file"),
         (
             ["--record", "README.md", "--beside", "docs"],
@@ -74,7 +74,7 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
         ),
         (
             ["--model", ".", "--beside", "docs", "--beside", "fastbert/../docs"],
-            "--beside fastbert/../docs: a side is called 'docs' already",
+            "--beside fastbert/../docs: there is already a side named 'docs'",
         ),
         (
             [
@@ -86,11 +86,11 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
                     for x in ("--beside", name)
                 ),
             ],
-            "--beside fastbert: 7 sides, of which the picture can show 6",
+            "--beside fastbert: 7 sides, but the figure can show at most 6",
         ),
         (
             ["--record", RECORDED, "--beside", "docs"],
-            f"--record {RECORDED}: measured with other settings, or other texts than",
+            f"--record {RECORDED}: measured with other settings, or with other texts than",
         ),
     ],
 )
