@@ -1,7 +1,7 @@
-"""`python -m tests.served_kernels TABLE SIZE ...` prints, as JSON, what the tile search times for rows.
+"""Print as JSON what the tile search times for rows.
 
-Signatures are recorded from launches, which Triton's interpreter would run, so this needs a process
-of its own.
+Run it as `python -m tests.served_kernels TABLE SIZE ...`. Signatures are recorded from launches,
+which Triton's interpreter would run, so this needs a separate process.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_how_the_child_ended_is_the_answer():
 
 @pytest.mark.parametrize("ratio", [0.5, 1.2, 1.3, 3.0])
 def test_what_is_said_of_bf16_is_what_a_run_does(found, ratio):
-    """A run on a CPU takes fp32 unless it is told otherwise, however fast products are."""
+    """A run on a CPU uses fp32 by default, however fast bf16 products are."""
     probe = judge_bf16(0, json.dumps([1e11, ratio * 1e11]), "")
     precision, _ = resolve_precision("auto", torch.device("cpu"), "x", lambda: probe)
     row = dict(describe(replace(found, bf16=probe)))["bf16 on the CPU"]

@@ -147,7 +147,7 @@ def test_parquet(tmp_path: Path, kind: pyarrow.DataType) -> None:
 def test_articles_of_wikiextractor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """An article is a document, though it has blank lines, wherever a chunk ends."""
+    """An article with blank lines is one document, wherever a chunk ends."""
     monkeypatch.setattr(documents, "CHUNK_BYTES", size)
     plain = unpack._read_plain
     monkeypatch.setitem(
@@ -166,7 +166,7 @@ def test_articles_of_wikiextractor(
 
 
 def test_files_without_a_suffix(tmp_path: Path) -> None:
-    """An explicit format reads them in folders too, as WikiExtractor, Hadoop and split name them."""
+    """An explicit format reads them in folders too, for example from WikiExtractor or Hadoop."""
     names = ["AA/wiki_00", "AA/wiki_01.bz2", "part-00000", "x.007"]
     for name in [*names, "notes.md", "picture.png"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -181,7 +181,7 @@ def test_files_without_a_suffix(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
-    """The folder of datasets.Dataset.save_to_disk is answered by the command that makes Parquet."""
+    """The message on a folder of Dataset.save_to_disk has the command that makes Parquet."""
     for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
         write(tmp_path / name, "{}")
     with pytest.raises(InputError, match=r"load_from_disk\('.*'\)\.to_parquet"):
@@ -515,7 +515,7 @@ BAD_RECORDS = {
 
 @pytest.mark.parametrize("name", [*BAD_RECORDS, "a.parquet"])
 def test_bad_records_can_be_left_out(tmp_path: Path, name: str) -> None:
-    """One record that cannot be read: an error by default, or left out and counted."""
+    """A record that cannot be read is an error by default, or skipped and counted."""
     data, problems = BAD_RECORDS.get(name, (b"", ["row 2: byte 0 of the string is not UTF-8"]))
     path = tmp_path / name
     if data:
@@ -537,7 +537,7 @@ def test_bad_records_can_be_left_out(tmp_path: Path, name: str) -> None:
 
 
 def test_a_file_without_end_is_no_bad_record(tmp_path: Path) -> None:
-    """A quote that is never closed would take the rest of the file with it."""
+    """An unclosed quote would take the rest of the file with it."""
     path = write(tmp_path / "a.csv", 'text\none\n"two\nthree\n')
     with pytest.raises(InputError, match="line 4: not valid csv: unexpected end") as raised:
         list(read_chunks(find_sources([path])[0], skip_bad=True))

@@ -1,4 +1,4 @@
-"""What a stranger meets first: defaults, optional arguments, messages, and the example."""
+"""What a new user meets first: defaults, optional arguments, messages, and the example."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_example_of_the_readme_runs(capsys):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_auto_is_the_default_and_cpu_on_a_cpu(name):
-    """Bit for bit, which the reference is not."""
+    """Results equal those of the CPU implementation bit for bit; the reference's do not."""
     spec = SPECS[name]
     assert inspect.signature(spec.function).parameters["impl"].default == "auto"
     arguments = spec.inputs(spec.shapes[2], torch.float32, 0.1)
@@ -59,7 +59,7 @@ def test_auto_is_the_default_and_cpu_on_a_cpu(name):
 
 
 class On:
-    """As much of a tensor as the choice looks at."""
+    """The attributes of a tensor that the choice of an implementation reads."""
 
     def __init__(self, device: str):
         self.device = torch.device(device)
@@ -155,7 +155,7 @@ def test_dropout_without_seeds_says_how_to_make_them():
 
 
 def test_head_sizes_that_triton_does_not_take():
-    """In one line, also where the model is built; padding with zeros, as it says, is right."""
+    """They get one line, also where the model is built; the advised padding with zeros works."""
     bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
     for size in (8, 24, 40, 56, 136, 256):
         q, k, v = torch.randn(3, 5, 2, size)

@@ -191,8 +191,8 @@ def test_bad_rows_of_parquet(tmp_path):
         (
             "x.jsonl",
             b'{"text": "a", "label": "x"}\n{"text": "b"}\n[1]\n{\n',
-            "3 bad rows: line 2: label is empty; line 3: a JSON list, not an object .*; line 4: not "
-            "JSON",
+            "3 bad rows: line 2: label is empty; line 3: a JSON list, not an object .*; "
+            "line 4: not JSON",
         ),
         ("x.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("x.doc", b"a", "must end in .csv, .tsv, .jsonl, .ndjson, .parquet"),

@@ -458,7 +458,7 @@ def test_many_workers_are_no_more_than_a_few_per_core(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bad_records(english_documents: list[str], tmp_path: Path, workers: int) -> None:
-    """The dataset is that of the file without them; the report counts and quotes them."""
+    """The dataset is the same without the bad records, and the report counts and quotes them."""
     good = [json.dumps({"text": document}) for document in english_documents[:100]]
     bad = ['{"text": ', "[]", '{"body": ""}', '{"text": 1}']
     (tmp_path / "good.jsonl").write_text("\n".join(good))

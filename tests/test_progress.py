@@ -1,4 +1,4 @@
-"""Bars on a terminal, lines elsewhere, nothing where nobody reads."""
+"""Progress: bars on a terminal, lines elsewhere, and nothing without a reader."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_bars(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("stream", [None, "closed"])
 def test_nobody_reads(monkeypatch: pytest.MonkeyPatch, stream: str | None) -> None:
-    """As with 2>&-."""
+    """This happens with `2>&-`."""
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.01)
     output = io.StringIO()
     output.close()

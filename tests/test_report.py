@@ -246,7 +246,7 @@ def test_sentence_hashes(small_dataset: TokenDataset) -> None:
 
 
 def test_files_and_what_ends_a_document(small_dataset: TokenDataset, tmp_path: Path) -> None:
-    """1,314 files became 43,066 documents, and nothing said why."""
+    """Once 1,314 files became 43,066 documents without any message."""
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(f"Paragraph {i} alone.\n\nAnother of {i}.\n")
     vocabulary = tmp_path / "vocab" / "vocab.txt"

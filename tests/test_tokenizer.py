@@ -462,7 +462,7 @@ def test_extra_tokens_of_a_config_that_make_no_sense(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_tokens_that_no_text_gives(tmp_path: Path, lowercase: bool) -> None:
-    """Of a vocabulary written by hand; each other token is the encoding of a text."""
+    """The vocabulary is written by hand; each other token is the encoding of a text."""
     dead = ["login_ok", "a b", "don't", "##-", "##中", "中文", "c++", "##a.b", "##", "x" * 101]
     dead += ["The", "É", "é", "##ü", "##Q", "한"] if lowercase else []
     alive = [".", "the", "##ing", "中", "ω", "##9", "#", "k"]

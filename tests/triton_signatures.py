@@ -18,7 +18,7 @@ from fastbert_kernels._tiles import tile
 
 
 def described(function: Any, types: Any, constants: Any, attributes: Any) -> str:
-    """One line for what a kernel is compiled for, whatever the order."""
+    """Return one line for the signature of a kernel, independent of the order of arguments."""
     aligned = sorted(
         index for index, found in attributes.items() if ["tt.divisibility", 16] in found
     )
