@@ -1,17 +1,20 @@
-"""What the compilers make of every Triton kernel, for four generations of GPUs; no GPU is needed.
+"""Compile every Triton kernel for four generations of GPUs and examine the result, without a GPU.
 
-    python -m benchmarks.ahead_of_time            a table of registers, spills, shared memory, programs side by side, width of loads
-    python -m benchmarks.ahead_of_time --json     the same, one JSON object a line
-    python -m benchmarks.ahead_of_time --write    puts the figures on record, in kernels/fastbert_kernels/resources.json
-    python -m benchmarks.ahead_of_time --on-record    shows those, and compiles nothing
+    python -m benchmarks.ahead_of_time                print a table of the figures
+    python -m benchmarks.ahead_of_time --json         print one JSON object per line
+    python -m benchmarks.ahead_of_time --write        record the figures in resources.json
+    python -m benchmarks.ahead_of_time --on-record    print the record without compiling
 
-Compiles every kernel as training launches it (`aot_signatures`), with the tiles of `tiles.json`, and ends with 1 and a line for each
-fault: a kernel that does not compile or does not fit the device; on sm_90, a spilled register or a load of a big operand that is
-narrower than 128 bits; and, with the Triton version that made the record, any figure that has become worse than the one on record.
-`tests/test_ahead_of_time.py` runs it.
+The figures are registers, spills, shared memory, concurrent programs and the width of loads.
+Every kernel is compiled as training launches it (`aot_signatures`), with the tiles of `tiles.json`.
+The exit code is 1, with a line for each fault. A fault is a kernel that does not compile or does
+not fit the device. On sm_90 it is also a spilled register, or a load of a large operand that is
+narrower than 128 bits. With the Triton version of the record it is also any figure that is worse
+than the recorded one. `tests/test_ahead_of_time.py` runs this program.
 
-Where the figures come from: registers and stack from `cuobjdump`, shared memory from Triton's own metadata, the width of
-loads from the machine code (`nvdisasm`), all in Triton's wheel; for AMD from the assembly text.
+The sources of the figures are `cuobjdump` for registers and stack, Triton's own metadata for shared
+memory, and the machine code (`nvdisasm`) for the width of loads. All these tools are in Triton's
+wheel. For AMD the source is the assembly text. The record is in kernels/fastbert_kernels.
 """
 
 from __future__ import annotations
@@ -52,33 +55,37 @@ WIDE = 128  # bits: the widest load of sm_90; a warp then reads 512 bytes at onc
 
 
 class Device(NamedTuple):
-    """What one multiprocessor offers, for how many programs run on it side by side; memory in bytes."""
+    """The resources of one multiprocessor, which limit its concurrent programs.
+
+    Memory is in bytes.
+    """
 
     target: GPUTarget
     shared: int  # shared memory that one program may have
     shared_total: int
-    reserved: int  # by the driver, of the total, for each program
-    granule: int  # shared memory is given out in multiples of it
-    warps: int  # on each scheduler
+    reserved: int  # shared memory that the driver reserves of the total for each program
+    granule: int  # shared memory is allocated in multiples of this
+    warps: int  # per scheduler
 
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 instruction set, section 3.
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3
+# instruction set, section 3.
 DEVICES = {
     "sm_80": Device(GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10, 1024, 128, 16),
     "sm_90": Device(GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10, 1024, 128, 16),
     "sm_100": Device(GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, 1024, 128, 16),
     "gfx942": Device(GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 0, 512, 8),
 }
-SCHEDULERS = 4  # of a multiprocessor, on all of them
-REGISTERS = 512  # of a scheduler for each lane of a warp, on all of them
-REGISTER_UNIT = 8  # registers a thread are given out in multiples of it
-TENSOR_COLUMNS = 512  # of Blackwell's tensor memory
+SCHEDULERS = 4  # per multiprocessor, on all devices
+REGISTERS = 512  # per scheduler and lane of a warp, on all devices
+REGISTER_UNIT = 8  # registers of a thread are allocated in multiples of this
+TENSOR_COLUMNS = 512  # columns of Blackwell's tensor memory
 MOST_PROGRAMS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """One kernel on one architecture."""
+    """The figures of one kernel on one architecture."""
 
     name: str
     architecture: str
@@ -87,24 +94,23 @@ class Figures:
     dtype: str
     size: int
     wide: tuple[str, ...]  # pointers whose loads should be 128 bits wide
-    error: str | None = None  # why it does not compile; the figures then mean nothing
+    error: str | None = None  # why it does not compile; the figures are then meaningless
     tile: dict[str, int] = dataclasses.field(default_factory=dict)
-    registers: int = 0  # a thread
-    spilled: int = 0  # bytes a thread that live in memory for want of registers
-    shared: int = 0  # bytes a program
-    programs: int = 0  # that one multiprocessor runs side by side
-    widths: dict[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # sm_90: bits of the narrowest load, by pointer
-    conversions: int = 0  # `convert_layout` in the IR: mostly a way through shared memory and back
-    seconds: float = 0.0  # to compile
+    registers: int = 0  # per thread
+    spilled: int = 0  # bytes per thread that are in memory because registers are full
+    shared: int = 0  # bytes per program
+    programs: int = 0  # that run concurrently on one multiprocessor
+    # Only on sm_90: bits of the narrowest load, by pointer.
+    widths: dict[str, int] = dataclasses.field(default_factory=dict)
+    conversions: int = 0  # `convert_layout` in the IR: mostly a round trip through shared memory
+    seconds: float = 0.0  # compile time
 
     @property
     def recorded(self) -> dict[str, int]:
         return {key: getattr(self, key) for key in ("registers", "spilled", "shared", "programs")}
 
 
-# What is compiled
+# The compiled kernels.
 
 
 class AotSignature(NamedTuple):
@@ -135,7 +141,7 @@ def training_calls() -> Iterator[Case]:
     """BERT-base's and BERT-large's operations on a few tokens, with dropout and without.
 
     Triton compiles for the values of the constants, among them D, H and K, and for whether an
-    integer is a multiple of 16: T and M are not looked at, and V = 314 is none, as 30,522.
+    integer is a multiple of 16. T and M do not matter. V = 314 is no multiple of 16, like 30,522.
     """
     for lengths, p in itertools.product(([40, 128], [200, 30]), (0.0, 0.1)):
         yield Case("attention", "", {"lengths": lengths, "H": 12, "K": 64}, p)
@@ -228,14 +234,18 @@ def aot_signatures() -> dict[str, AotSignature]:
 
 
 def short(signature: AotSignature) -> str:
-    """ "bf16", "fp32"."""
+    """The name of the dtype: "bf16" or "fp32"."""
     return (
         str(signature.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
     )
 
 
 def source(signature: AotSignature, options: dict[str, Any]) -> ASTSource:
-    """The kernel with its types, its compile-time values (its own and those of the tile) and the multiples of 16 it may count on."""
+    """The kernel with its argument types, its constants and its alignments.
+
+    The constants are its own and those of the tile. The alignments say which arguments are
+    multiples of 16.
+    """
     given = signature.arguments | {
         key: value for key, value in options.items() if key in signature.kernel.arg_names
     }
@@ -248,7 +258,8 @@ def source(signature: AotSignature, options: dict[str, Any]) -> ASTSource:
         types[parameter.name] = value
         if parameter.name in signature.aligned and parameter.do_not_specialize:
             raise ValueError(
-                f"aligned names {parameter.name}, which the kernel does not specialise: a launch would not know"
+                f"aligned names {parameter.name}, which the kernel does not specialise, so a "
+                "launch would ignore its alignment"
             )
         if value.startswith("*") or parameter.name in signature.aligned:
             divisible[(index,)] = [["tt.divisibility", 16]]
@@ -257,13 +268,16 @@ def source(signature: AotSignature, options: dict[str, Any]) -> ASTSource:
     return ASTSource(signature.kernel, types, constexprs, divisible)
 
 
-# What comes of it
+# The results of compilation.
 
 
 def measure(
     name: str, signature: AotSignature, architecture: str, options: dict[str, int] | None = None
 ) -> Figures:
-    """Compiles one kernel for one architecture, with the tile of the table or with `options` in its place."""
+    """Compile one kernel for one architecture, with the tile of the table.
+
+    If `options` are given, they replace that tile.
+    """
     figures = Figures(
         name,
         architecture,
@@ -279,7 +293,7 @@ def measure(
         options = options or tile(signature.table, architecture, signature.dtype, signature.size)
         built = source(signature, options)
         compiled = triton.compile(built, target=device.target, options={**options, **FUSE})
-    except Exception as error:  # of any kind: the other kernels are still worth a line
+    except Exception as error:  # of any kind; the other kernels are still compiled
         return dataclasses.replace(figures, error=f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - start
 
@@ -306,7 +320,7 @@ def measure(
 
 
 def programs(device: Device, registers: int, shared: int, warps: int, tensor_columns: int) -> int:
-    """How many programs of these needs one multiprocessor runs side by side."""
+    """How many programs with these needs run concurrently on one multiprocessor."""
     given = max(-(-registers // REGISTER_UNIT), 1) * REGISTER_UNIT
     by_registers = SCHEDULERS * min(device.warps, REGISTERS // given) // warps
     by_shared = device.shared_total // max(
@@ -317,13 +331,16 @@ def programs(device: Device, registers: int, shared: int, warps: int, tensor_col
 
 
 def cuda_registers(asm: dict[str, Any]) -> tuple[int, int]:
-    """Registers and bytes of stack a thread. Spilled registers are all that a Triton kernel puts on its stack."""
+    """Registers and bytes of stack per thread.
+
+    A Triton kernel uses its stack only for spilled registers.
+    """
     usage = disassemble("cuobjdump", "--dump-resource-usage", cubin=asm["cubin"])
     return number(r"\bREG:(\d+)", usage), number(r"\bSTACK:(\d+)", usage)
 
 
 def amd_registers(asm: dict[str, Any]) -> tuple[int, int]:
-    """The same of AMD's assembly text; the accumulation registers share the file and are counted."""
+    """The same from AMD's assembly text, including accumulation registers, which share the file."""
     text = asm["amdgcn"]
     return number(r"\.vgpr_count: +(\d+)", text), number(
         r"\.private_segment_fixed_size: +(\d+)", text
@@ -345,13 +362,14 @@ def disassemble(tool: str, *flags: str, cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-# The width of loads. The machine code tells it, but not which argument an address comes from, as registers are reused.
-# It tells of every instruction, though, on which line of the PTX it was written; and there each value has a register of its own.
+# The width of loads. The machine code contains it, but not the argument that an address comes from,
+# because registers are reused. It does contain the PTX line of every instruction, and in PTX each
+# value has its own register.
 
 UNTRACED = "an unknown argument"
 _INSTRUCTION = re.compile(r"\s*(?:@!?%p\d+\s+)?([\w.:]+)\s+(.+);")
 _REGISTER = re.compile(r"%rd?\d+")
-_ADDRESS = re.compile(r".*\[ *(%rd\d+)")  # the last one: cp.async names where it writes before
+_ADDRESS = re.compile(r".*\[ *(%rd\d+)")  # the last one; cp.async names its target before it
 _PARAMETER = re.compile(r"(%rd\d+), \[\w+_param_(\d+)\]")
 _SASS_LINE = re.compile(r'\.nv_debug_ptx_txt", line (\d+)')
 _SASS_LOAD = re.compile(r"\bLDG(?:STS)?(\.[\w.]+)? ")
@@ -359,10 +377,9 @@ _SASS_BITS = re.compile(r"[SU]?(8|16|32|64|128|256)")
 
 
 def load_widths(asm: dict[str, Any], signature: dict[str, str]) -> dict[str, int]:
-    """Bits of the narrowest load from global memory through each pointer that is loaded through."""
-    arguments = [
-        key for key, value in signature.items() if value != "constexpr"
-    ]  # Triton adds its own scratch memory behind them
+    """For each pointer with loads from global memory, the bits of the narrowest load."""
+    # Triton adds its own scratch memory after these.
+    arguments = [key for key, value in signature.items() if value != "constexpr"]
     loads = global_loads(asm["ptx"])
     widths = {}
     line = 0
@@ -381,9 +398,10 @@ def load_widths(asm: dict[str, Any], signature: dict[str, str]) -> dict[str, int
 
 
 def global_loads(ptx: str) -> dict[int, set[int]]:
-    """Number of the line of each load from global memory, and of the arguments that its address is computed from.
+    """By line number of each load from global memory: the arguments that its address depends on.
 
-    What is loaded ends the trail: a row of a table is read through the table, not through the indices.
+    Loaded values end the trace: a row of a table is read through the table, not through the
+    indices. Arguments are numbered.
     """
     origins, parameters, addresses = defaultdict(set), {}, {}
     for number, line in enumerate(ptx.splitlines(), 1):
@@ -415,11 +433,11 @@ def global_loads(ptx: str) -> dict[int, set[int]]:
     return {number: arguments(register) for number, register in addresses.items()}
 
 
-# What is wrong with it
+# The faults.
 
 
 def faults(found: list[Figures]) -> list[str]:
-    """What no kernel may do, whatever is on record."""
+    """The faults that no kernel may have, independent of the record."""
     lines = []
     for figures in found:
         where, device = f"{figures.architecture} {figures.name}", DEVICES[figures.architecture]
@@ -428,7 +446,8 @@ def faults(found: list[Figures]) -> list[str]:
             continue
         if figures.shared > device.shared:
             lines.append(
-                f"{where}: {figures.shared} bytes of shared memory; a program may have {device.shared}"
+                f"{where}: {figures.shared} bytes of shared memory; "
+                f"a program may have {device.shared}"
             )
         elif not figures.programs:
             lines.append(f"{where}: not one program fits: {figures.registers} registers a thread")
@@ -440,7 +459,8 @@ def faults(found: list[Figures]) -> list[str]:
             )
         if figures.wide and figures.widths.get(UNTRACED, WIDE) < WIDE:
             lines.append(
-                f"{where}: a load of {figures.widths[UNTRACED]} bits cannot be traced to its argument, which may be a wide one"
+                f"{where}: a load of {figures.widths[UNTRACED]} bits cannot be traced to its "
+                "argument, which may be a wide one"
             )
         for pointer in figures.wide:
             bits = figures.widths.get(pointer)
@@ -455,15 +475,19 @@ def faults(found: list[Figures]) -> list[str]:
     return lines
 
 
-# What is on record
+# The record.
 
-# Beyond it a figure counts as changed. Compiled in processes of their own kernels came out the same every time, on one machine; side by
-# side in one process they differed by up to 28 registers and 40 bytes, and may do so on another machine.
+# A figure counts as changed if it differs by more. On one machine, kernels that are compiled in
+# separate processes come out the same every time. Compiled in one process they differed by up to
+# 28 registers and 40 bytes, and they may differ as much on another machine.
 _MARGIN = {"registers": 4 * REGISTER_UNIT, "spilled": 64, "shared": 1024, "programs": 1}
 
 
 def changes(found: list[Figures], record: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What has become worse than the record, and what better; a kernel missing on either side is worse."""
+    """The figures that are worse than the record, and those that are better.
+
+    A kernel that is missing on either side counts as worse.
+    """
     worse, better = [], []
     ahead = {
         (architecture, name)
@@ -476,7 +500,7 @@ def changes(found: list[Figures], record: dict[str, Any]) -> tuple[list[str], li
         ahead.discard((figures.architecture, figures.name))
         row = record.get(figures.architecture, {}).get(figures.name)
         if figures.error:
-            continue  # a fault already
+            continue  # already reported as a fault
         if row is None:
             worse.append(f"{where}: not on record")
             continue
@@ -493,7 +517,7 @@ def changes(found: list[Figures], record: dict[str, Any]) -> tuple[list[str], li
 
 
 def write(found: list[Figures]) -> None:
-    """A line for each kernel, so that a change shows as a change of its line."""
+    """Write the record with one line per kernel, so that a diff shows the changed kernels."""
     blocks = [f'  "triton": {json.dumps(triton.__version__)}']
     for architecture in DEVICES:
         rows = [
@@ -505,23 +529,25 @@ def write(found: list[Figures]) -> None:
     RECORD.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
 
 
-# The command
+# The command.
 
 
 def check_tools() -> None:
-    """Ends the program with a line where nothing can be compiled or disassembled."""
+    """Raise SystemExit if the tools to compile and disassemble are missing."""
     if INTERPRETED:
-        raise SystemExit("TRITON_INTERPRET is set, under which nothing is compiled: unset it")
+        raise SystemExit("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     for tool in ("ptxas", "cuobjdump", "nvdisasm"):
         try:
             getattr(knobs.nvidia, tool)
         except RuntimeError as error:
-            message = f"Triton {triton.__version__} has no working {tool}; its wheels carry it in triton/backends/nvidia/bin"
-            raise SystemExit(message) from error
+            raise SystemExit(
+                f"Triton {triton.__version__} has no working {tool}; "
+                "its wheels contain it in triton/backends/nvidia/bin"
+            ) from error
 
 
 def compile_all(jobs: Iterable[tuple]) -> list[Figures]:
-    """`measure` for each of these lists of its arguments, compiled afresh."""
+    """Call `measure` with each of these arguments, with an empty cache."""
     check_tools()
     with tempfile.TemporaryDirectory() as cache, knobs.cache.scope():
         knobs.cache.dir = cache
@@ -529,8 +555,14 @@ def compile_all(jobs: Iterable[tuple]) -> list[Figures]:
 
 
 def table(found: list[Figures]) -> str:
-    """For people: a block for each architecture; loads: the narrowest in bits among those that should be wide."""
-    head = f"{'registers':>9} {'spilled':>7} {'shared':>7} {'programs':>8} {'loads':>5} {'conversions':>11} {'compiled':>8}  tile"
+    """The table as text, with a block for each architecture.
+
+    The column "loads" has the bits of the narrowest load among those that should be wide.
+    """
+    head = (
+        f"{'registers':>9} {'spilled':>7} {'shared':>7} {'programs':>8} {'loads':>5} "
+        f"{'conversions':>11} {'compiled':>8}  tile"
+    )
     lines = []
     for architecture in DEVICES:
         mine = [f for f in found if f.architecture == architecture]
@@ -540,7 +572,10 @@ def table(found: list[Figures]) -> str:
             loads = min(
                 (f.widths[pointer] for pointer in f.wide if pointer in f.widths), default=""
             )
-            row = f"{f.registers:9} {f.spilled:7} {f.shared / 1024:4.0f} KB {f.programs:8} {loads:>5} {f.conversions:11} {f.seconds:6.2f} s  "
+            row = (
+                f"{f.registers:9} {f.spilled:7} {f.shared / 1024:4.0f} KB {f.programs:8} "
+                f"{loads:>5} {f.conversions:11} {f.seconds:6.2f} s  "
+            )
             row += " ".join(f"{key}={value}" for key, value in f.tile.items())
             lines.append(f"{f.name:{width}} {' does not compile' if f.error else row}")
         lines.append("")
@@ -548,9 +583,9 @@ def table(found: list[Figures]) -> str:
 
 
 def recorded_table(record: dict[str, Any]) -> str:
-    """As `table`, of what is on record."""
+    """The same for the recorded figures."""
     lines = [
-        f"Triton {record['triton']}; shared memory in KB; programs side by side on a multiprocessor",
+        f"Triton {record['triton']}; shared memory in KB; concurrent programs on a multiprocessor",
         "",
     ]
     for architecture in DEVICES:
@@ -560,7 +595,8 @@ def recorded_table(record: dict[str, Any]) -> str:
             f"{architecture:{width}} {'registers':>9} {'spilled':>7} {'shared':>7} {'programs':>8}"
         )
         lines += [
-            f"{name:{width}} {r['registers']:9} {r['spilled']:7} {r['shared'] / 1024:4.0f} KB {r['programs']:8}"
+            f"{name:{width}} {r['registers']:9} {r['spilled']:7} "
+            f"{r['shared'] / 1024:4.0f} KB {r['programs']:8}"
             for name, r in rows.items()
         ]
         lines.append("")
@@ -569,14 +605,12 @@ def recorded_table(record: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="What the compilers make of every Triton kernel; needs no GPU."
+        description="Compile every Triton kernel and examine the result; needs no GPU."
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--write", action="store_true", help=f"record the figures in {RECORD.name}")
     parser.add_argument(
-        "--write", action="store_true", help=f"put the figures on record, in {RECORD.name}"
-    )
-    parser.add_argument(
-        "--on-record", action="store_true", help="show what is there, and compile nothing"
+        "--on-record", action="store_true", help="print the record without compiling"
     )
     arguments = parser.parse_args()
     if arguments.on_record:
@@ -606,10 +640,11 @@ def main() -> int:
         worse, hints = changes(found, record)
         wrong += worse
         if worse or hints:
-            hints.append(f"To put these figures on record: {COMMAND} --write")
+            hints.append(f"To record these figures, run {COMMAND} --write")
     else:
         hints.append(
-            f"{RECORD.name} holds figures of Triton {record['triton']}, this is {triton.__version__}: not compared"
+            f"{RECORD.name} has figures of Triton {record['triton']}, and this is "
+            f"{triton.__version__}, so they are not compared"
         )
     for line in [*(f"FAULT {line}" for line in wrong), *hints]:
         print(line, file=sys.stderr)

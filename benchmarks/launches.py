@@ -1,15 +1,20 @@
-"""Every launch that the kernels and the model can make, compiled for real by the launcher that a GPU would use; no GPU is needed.
+"""Compile every launch that the kernels and the model can make, without a GPU.
 
     python -m benchmarks.launches [--architecture sm_90] [--only norm model] [--everything]
 
-The calls are derived, not listed by hand. For each operation of `fastbert_kernels.specs` they are every choice of given and omitted tensors
-that its signature allows (and its reference takes), in each dtype, with and without dropout; and every size that the kernels or `tiles.json`
-tell apart. On top of them come training and evaluation steps of the model. Each call runs forward and backward with `no_launch`, so a
-kernel that the compiler rejects, or that does not fit the device, shows here and not on the first GPU.
+The launcher is the one that a GPU would use, so a kernel that the compiler rejects, or that does
+not fit the device, is found here and not on the first GPU. Each call runs forward and backward with
+`no_launch`.
 
-By default sizes are tried in bf16 and fp32, head sizes between the usual ones in bf16, and rows up to 1,024; `--everything` adds the rest and all
-shapes of the specs, for some minutes. Prints one line for each kind of failure. Exit code 1 if there is any, or if no call reached a kernel, or
-reached one value alone of a compile-time switch.
+The calls are derived, not listed by hand. For each operation of `fastbert_kernels.specs` they are
+every choice of given and omitted tensors that its signature allows (and its reference accepts), in
+each dtype, with and without dropout; and every size that the kernels or `tiles.json` distinguish.
+In addition there are training and evaluation steps of the model.
+
+By default sizes are tried in bf16 and fp32, unusual head sizes in bf16 only, and rows up to 1,024.
+`--everything` adds the rest and all shapes of the specs, and takes some minutes. The program prints
+one line for each kind of failure. The exit code is 1 if there is a failure, if no call reached a
+kernel, or if a compile-time switch always had the same value.
 """
 
 from __future__ import annotations
@@ -43,23 +48,20 @@ from fastbert_kernels.specs import SPECS
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 PROCESSES = 2
 WIDEST_BY_DEFAULT = 1024
-HALF_A_TILE, ONE_TILE, MANY_TILES = (
-    [40, 60],
-    [40, 128],
-    [200, 30],
-)  # lengths of sequences, for attention
+# Sequence lengths, for attention.
+HALF_A_TILE, ONE_TILE, MANY_TILES = [40, 60], [40, 128], [200, 30]
 
 
 class Call(NamedTuple):
-    """One call of the public interface; `run` does the forward and backward pass."""
+    """One call of the public interface; `run` runs its forward and backward pass."""
 
     part: str  # the operation, or "model"
-    size: str  # calls of one part and size launch much the same kernels, and so belong into one process
+    size: str  # calls with equal part and size share most kernels, so they run in one process
     label: str
     run: Callable[[], None]
 
 
-# Calls of the operations
+# Calls of the operations.
 
 
 def operation_calls(everything: bool) -> Iterator[Call]:
@@ -78,7 +80,10 @@ def operation_calls(everything: bool) -> Iterator[Call]:
 
 
 def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
-    """Shapes of each size that the kernels tell apart: head sizes as the interface takes them, rows of `tiles.json` and a size between."""
+    """Shapes of each size that the kernels distinguish.
+
+    These are all head sizes of the interface, the rows of `tiles.json`, and a size in between.
+    """
     dtypes = DTYPES if everything else DTYPES[:2]
     if operation == "attention":
         head_sizes, usual = range(16, 129, 16), (16, 48, 64, 128)
@@ -114,7 +119,11 @@ def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
 
 
 def smallest(operation: str) -> list[Shape]:
-    """Where all choices of tensors are tried: attention in one tile and beyond, for some queries and for all; all tokens masked, and some."""
+    """The shapes for which all choices of tensors are tried.
+
+    Attention has sequences of one tile and of several, for some queries and for all. The MLM loss
+    has all tokens masked, and some.
+    """
     if operation == "attention":
         return [
             {"lengths": lengths, "H": 2, "K": 64, "R": R}
@@ -152,7 +161,8 @@ def operation_call(
     without = f" without {', '.join(omitted)}" if omitted else ""
     products = f" {precision} products" if precision != "highest" else ""
     name = function.__name__ if function else operation
-    label = f"{name} {' '.join(f'{axis}={value}' for axis, value in shape.items())} p={p:g} {str(dtype)[6:]}{without}{products}"
+    axes = " ".join(f"{axis}={value}" for axis, value in shape.items())
+    label = f"{name} {axes} p={p:g} {str(dtype)[6:]}{without}{products}"
 
     def run() -> None:
         case = Case(operation, label, shape, p)
@@ -170,7 +180,7 @@ def operation_call(
             try:
                 called(**given, impl="reference")
             except ValueError:
-                return  # no call that the interface takes
+                return  # the interface does not accept this call
         torch.set_float32_matmul_precision(precision)
         try:
             result = called(**given, impl="triton")
@@ -187,11 +197,14 @@ def operation_call(
     return Call(operation, f"{shape} {dtype}", label, run)
 
 
-# Calls of the model
+# Calls of the model.
 
 
 def model_calls() -> Iterator[Call]:
-    """Training and evaluation steps, and what `embed` and `fill` compute, in each precision that a GPU trains in."""
+    """Training and evaluation steps, and the computations of `embed` and `fill_mask`.
+
+    They run in each precision in which a GPU trains.
+    """
     for lengths, precision, dropout in itertools.product(
         (ONE_TILE, MANY_TILES), ("bf16", "fp32", "autocast"), (0.1, 0.0)
     ):
@@ -236,17 +249,17 @@ def model_step(lengths: list[int], precision: str, dropout: float) -> None:
             model.token_logits(last)
 
 
-# Compiling all of it
+# Compilation.
 
 
 @dataclass
 class Found:
-    """What came of some calls."""
+    """The result of a group of calls."""
 
     calls: int
     loaded: int
-    failures: dict[str, list[str]]  # what the compiler said, to the calls
-    reached: dict[str, dict[str, set]]  # kernel, to the values that each of its switches had
+    failures: dict[str, list[str]]  # by error message: the calls
+    reached: dict[str, dict[str, set]]  # by kernel and switch: the values that it had
 
 
 def compile_calls(architecture: str, calls: list[Call]) -> Found:
@@ -268,7 +281,10 @@ def innermost(error: BaseException) -> str:
 
 
 def switches(seen: Seen) -> dict[str, dict[str, set]]:
-    """The values of each compile-time constant, by kernel: {"norm._forward_kernel": {"D": {768, 1024}, ...}}."""
+    """The values of each compile-time constant, by kernel.
+
+    For example {"norm._forward_kernel": {"D": {768, 1024}, ...}}.
+    """
     reached: dict[str, dict[str, set]] = {}
     for source, metadata in seen.compiled:
         operation = source.fn.fn.__module__.split(".")[-2]
@@ -279,7 +295,7 @@ def switches(seen: Seen) -> dict[str, dict[str, set]]:
 
 
 def unreached(reached: dict[str, dict[str, set]], parts: list[str]) -> list[str]:
-    """Kernels that no call launched, and compile-time switches that had one value alone."""
+    """Kernels that no call launched, and compile-time switches that always had the same value."""
     lines = []
     for operation in (part for part in parts if part in SPECS):
         module = importlib.import_module(f"fastbert_kernels.{operation}.kernel")
@@ -297,7 +313,7 @@ def unreached(reached: dict[str, dict[str, set]], parts: list[str]) -> list[str]
 
 
 def check(architecture: str, parts: list[str], everything: bool) -> tuple[Found, list[str]]:
-    """All calls of these parts, and one line for each thing that is wrong."""
+    """Compile all calls of these parts; returns the result, and one line for each fault."""
     groups: dict[tuple[str, str], list[Call]] = defaultdict(list)
     for call in itertools.chain(operation_calls(everything), model_calls()):
         if call.part in parts:
@@ -327,7 +343,7 @@ def check(architecture: str, parts: list[str], everything: bool) -> tuple[Found,
     ), lines
 
 
-_groups: list[list[Call]] = []  # for the forked processes: calls cannot be sent
+_groups: list[list[Call]] = []  # inherited by forked processes, because calls are not picklable
 
 
 def _compile_group(job: tuple[str, int]) -> Found:
@@ -347,7 +363,7 @@ def main() -> int:
         nargs="+",
         choices=[*SPECS, "model"],
         default=[*SPECS, "model"],
-        help="these parts alone",
+        help="compile only these parts",
     )
     parser.add_argument(
         "--everything",
@@ -363,7 +379,8 @@ def main() -> int:
         bad = sum(map(len, found.failures.values()))
         seconds = time.monotonic() - start
         print(
-            f"{architecture}: {found.calls} calls, {bad} fail; {found.loaded} kernels compiled and loaded in {seconds:.0f} s",
+            f"{architecture}: {found.calls} calls, {bad} fail; "
+            f"{found.loaded} kernels compiled and loaded in {seconds:.0f} s",
             flush=True,
         )
     for line in wrong:

@@ -39,6 +39,7 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks.cases import TOKENS, VOCABULARY, Case, arguments, call, leaves
+from fastbert_kernels import _rows
 from fastbert_kernels._tile_schedule import ITEM, one_tile
 from fastbert_kernels._tiles import tile
 from fastbert_kernels._triton import architecture, dot_precision, multiprocessors
@@ -190,10 +191,12 @@ def part_of_the_device() -> ExitStack:
     """A context in which kernels see one in `PART` of the multiprocessors."""
     stack = ExitStack()
     few = multiprocessors(CPU) // PART
-    for operation in SPECS:
-        kernel = importlib.import_module(f"fastbert_kernels.{operation}.kernel")
-        if hasattr(kernel, "multiprocessors"):
-            stack.enter_context(mock.patch.object(kernel, "multiprocessors", lambda _: few))
+    kernels = [
+        importlib.import_module(f"fastbert_kernels.{operation}.kernel") for operation in SPECS
+    ]
+    for module in (_rows, *kernels):
+        if hasattr(module, "multiprocessors"):
+            stack.enter_context(mock.patch.object(module, "multiprocessors", lambda _: few))
     return stack
 
 

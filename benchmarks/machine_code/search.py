@@ -187,7 +187,7 @@ def judge(
     Args:
         table: the kernel's name in the table.
         row: the tile.
-        productions: the forms.
+        signatures: the forms.
         thorough: use all launches and both rates of the L2 cache, not one of each.
         as_it_stands: keep the row's own number of programs, and accept spills.
     """
