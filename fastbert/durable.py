@@ -100,7 +100,8 @@ def _create_like(path: Path, new: Path) -> None:
     descriptor = os.open(new, flags, 0o666 if mode is None else mode & 0o600)
     try:
         if mode is not None:
-            os.fchmod(descriptor, mode)
+            with contextlib.suppress(PermissionError):  # of a file system without permissions
+                os.fchmod(descriptor, mode)
     finally:
         os.close(descriptor)
 

@@ -110,8 +110,8 @@ def test_a_file_that_leaves_it_to_the_recipe_is_accepted(tmp_path):
 )
 def test_what_the_recipe_decides_is_left_out_or_auto(tmp_path, key, value):
     assert refused(tmp_path, {key: value}) == (
-        f"ds.json: {key} = {json.dumps(value)} is for {RECIPE[key]} in recipes/demo.toml to say; "
-        'remove it, or write "auto"'
+        f"ds.json: {key} = {json.dumps(value)}: set by {RECIPE[key]} in recipes/demo.toml; "
+        'remove it here, or write "auto"'
     )
     for off in ("auto", None, {"enabled": "auto", "more": 3}):
         assert key not in read(tmp_path, {key: off}).values
@@ -128,8 +128,8 @@ def test_all_problems_are_in_one_line(tmp_path):
     message = refused(tmp_path, content)
     for number, words in enumerate(
         (
-            "train_batch_size = 32 is for batch.sequences",
-            'optimizer = {"type": "AdamW", "params": {"lr": "auto"}} is for [optimizer]',
+            "train_batch_size = 32: set by batch.sequences",
+            'optimizer = {"type": "AdamW", "params": {"lr": "auto"}}: set by [optimizer]',
             "steps_per_print = 0; must be a whole number of 1 or more",
             "zero_optimization.stage = 4; must be",
             "zero_optimization.round_robin_gradients = true; must be false",

@@ -150,8 +150,8 @@ def _not_ours(place: str, value: Any, known: Mapping[str, Kind], recipe: str) ->
     section, _, key = place.rpartition(".")
     if place in RECIPE:
         return (
-            f"{place} = {_shown(value)} is for {RECIPE[place]} in {recipe} to say; "
-            'remove it, or write "auto"'
+            f"{place} = {_shown(value)}: set by {RECIPE[place]} in {recipe}; "
+            'remove it here, or write "auto"'
         )
     near = difflib.get_close_matches(key, known if section else [*known, *RECIPE], n=3, cutoff=0.6)
     if near:
