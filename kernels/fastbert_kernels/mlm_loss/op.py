@@ -70,9 +70,10 @@ def masked_cross_entropy(
     Source: Devlin et al., 2019, section 3.1, task 1.
     """
     (hidden,) = cast_low(hidden)
-    weight, bias = (
-        x if x is None or x.dtype == torch.float32 else cast_low(x)[0] for x in (weight, bias)
-    )
+    if weight.dtype != torch.float32:
+        (weight,) = cast_low(weight)
+    if bias is not None and bias.dtype != torch.float32:
+        (bias,) = cast_low(bias)
     impl = chosen_implementation(NAME, impl, _IMPLEMENTATIONS, hidden)
     _check(hidden, weight, bias, positions, labels, total, check_values, impl)
     if bias is None:
