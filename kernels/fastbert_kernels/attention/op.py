@@ -177,7 +177,7 @@ HEAD_SIZES = range(16, 129, 16)  # of "triton": the matrix units take multiples 
 
 
 def check_head_size(size: int) -> None:
-    if size not in HEAD_SIZES:
+    if size % 16 or not 16 <= size <= 128:  # torch.compile cannot trace `in` for a dynamic size
         raise ValueError(
             f'{NAME}: head size K = {size}; impl = "triton" takes '
             f"{', '.join(map(str, HEAD_SIZES))}; pad q, k and v with zeros and pass "
@@ -246,10 +246,11 @@ BACKWARD = operator(
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, *others):
-        tables, ctx.numbers = others[:4], others[4:]  # in the order of the operators
-        out, statistics = FORWARD(q, k, v, *tables, *ctx.numbers)
+    def forward(ctx, q, k, v, cu_seqlens, schedule, indices, seeds, max_seqlen, p, stream, scale):
+        tables, numbers = (cu_seqlens, schedule, indices, seeds), (max_seqlen, p, stream, scale)
+        out, statistics = FORWARD(q, k, v, *tables, *numbers)
         ctx.save_for_backward(q, k, v, out, statistics, *tables)
+        ctx.numbers = numbers
         return out
 
     @staticmethod
