@@ -238,7 +238,7 @@ def test_embedding_draws_the_defined_masks(impl, size):
     lo, hi = stream_keys(seeds, stream)
     truth = keep_mask(lo[:, 0], hi[:, 0], size, p)
     assert torch.equal(seen["result"] != 0, truth)
-    sums = (seen["dshift"].double() / keep_scale(p)).long()
+    sums = (seen["dnorm_bias"].double() / keep_scale(p)).long()
     assert torch.equal((sums >> torch.arange(rows)[:, None] & 1).bool(), truth)
 
 
