@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
 
-from fastbert.data import encode
+from fastbert.data import encode, vocabulary
 from fastbert.data import encoder as module
 from fastbert.data.dataset import open_dataset
 from fastbert.data.documents import Chunk
@@ -214,3 +217,11 @@ def peak_memory(tokenizer: str):
 def test_memory_for_one_long_document(lower: Tokenizer, text: str) -> None:
     """A sentence of 3 MB takes 40 bytes per byte; the longest document, 64 MiB, takes 2.5 GB."""
     assert apply_in_child(peak_memory, (lower.to_str(),), text) < 40 * len(text.encode())
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(st.characters(max_codepoint=127)), st.booleans(), st.sampled_from([None, False]))
+def test_ascii_is_normalised_as_by_rust(text: str, lowercase: bool, accents: bool | None) -> None:
+    normalizer = BertNormalizer(lowercase=lowercase, strip_accents=accents)
+    for some in (text, "".join(map(chr, range(128)))):
+        assert vocabulary._normalized(some, normalizer) == normalizer.normalize_str(some)

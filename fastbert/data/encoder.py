@@ -83,7 +83,7 @@ class Encoder:
 
     def __call__(self, sentences: list[str]) -> Encoded:
         """Encode sentences, and count what is lost."""
-        whole = {i for i, sentence in enumerate(sentences) if self._has_extra(sentence)}
+        whole = self._with_extra(sentences)
         if not whole:
             return self._by_words(sentences)
         # Extra tokens may contain spaces and punctuation, so such a sentence is not cut into words.
@@ -98,19 +98,25 @@ class Encoder:
         inserted = np.insert(rest.ids, np.repeat(places, lengths * (rest.lengths == 0)), ids)
         return Encoded(inserted.astype(np.int32, copy=False), lengths, losses)
 
-    def _has_extra(self, sentence: str) -> bool:
-        """Whether the sentence may contain one of the tokens that the model has added."""
-        return self._any_extra or any(content in sentence for content in self._extra)
+    def _with_extra(self, sentences: list[str]) -> set[int]:
+        """Return which sentences may contain one of the tokens that the model has added."""
+        if self._any_extra:
+            return set(range(len(sentences)))
+        return {i for content in self._extra for i, text in enumerate(sentences) if content in text}
 
     def _by_words(self, sentences: list[str]) -> Encoded:
         """Encode sentences without extra tokens."""
-        if sum(map(len, sentences)) <= _SLICE:
-            return self._encode_slice(sentences)
+        characters = sum(map(len, sentences))
+        if characters <= _SLICE:
+            return self._encode_slice(sentences, characters)
         # A slice takes up to 300 bytes a byte. BERT's tokenizer never looks across a space, so a
         # sentence that is longer than a slice is cut there.
         long = any(len(sentence) > _SLICE for sentence in sentences)
         parts = [list(_cut_at_spaces(sentence)) for sentence in sentences] if long else [sentences]
-        slices = [self._encode_slice(part) for part in _slices(chain.from_iterable(parts))]
+        slices = [
+            self._encode_slice(part, sum(map(len, part)))
+            for part in _slices(chain.from_iterable(parts))
+        ]
         ids, lengths, losses = zip(*slices, strict=True)
         ids, lengths = np.concatenate(ids), np.concatenate(lengths)
         if long:
@@ -118,24 +124,28 @@ class Encoder:
             lengths = np.add.reduceat(lengths, np.cumsum(counts) - counts)
         return Encoded(ids, lengths, sum(losses, Losses()))
 
-    def _encode_slice(self, sentences: list[str]) -> Encoded:
-        """Encode a few sentences."""
+    def _encode_slice(self, sentences: list[str], characters: int) -> Encoded:
+        """Encode a few sentences, which have so many characters."""
         if len(self._words) > _KEPT_WORDS or len(self._words.ids) > _KEPT_TOKENS:
             self._clear()
         text = _END.join([*map(str.encode, sentences), b""])
+        continued = len(text) - len(sentences) - characters  # bytes of characters of several
+        text = b" " + text + b" " * (_KEY_BYTES + 8)
+        kinds = np.frombuffer(text.translate(_KINDS), np.uint8)
+        starts, ends, inside = _split(kinds & _KIND)
         inner_capitals = 0
         if self._lowercase:
-            case = np.frombuffer(text.translate(_CASES), np.uint8)
-            inner = (case[1:] == _CAPITAL) & (case[:-1] == _SMALL)
+            inner = (kinds[1:] & _CAPITAL) & (kinds[:-1] << 1)  # of which _SMALL is _CAPITAL
             inner_capitals = int(np.count_nonzero(inner))
             # lower() of bytes changes ASCII letters only; the tokenizer lower-cases the others.
             text = text.lower()
-        characters = sum(map(len, sentences)) - text.count(b" ")
-        text = b" " + text + b" " * (_KEY_BYTES + 8)
-        starts, ends, inside = _split(text)
         words = self._look_up(text, starts, ends)
-        lost = self._lost(text, words, starts, ends)
-        losses = Losses(inside, characters, inner_capitals=inner_capitals, **lost)
+        losses = Losses(
+            words=inside,
+            characters=int((ends - starts).sum()) - len(sentences) - continued,
+            inner_capitals=inner_capitals,
+            **self._lost(text, words, starts, ends),
+        )
         bounds = np.frombuffer(self._words.bounds, np.int64)
         starts = bounds[words]
         counts = bounds[words + 1] - starts
@@ -149,11 +159,10 @@ class Encoder:
         self, text: bytes, words: np.ndarray, starts: np.ndarray, ends: np.ndarray
     ) -> dict[str, Any]:
         """Return the fields of Losses that are counted word by word."""
-        at = np.flatnonzero(np.frombuffer(self._words.lossy, np.bool_)[words])
-        unknown, cut, marks = (
-            np.frombuffer(counts, np.int32)[words[at]]
-            for counts in (self._words.unknown, self._words.cut, self._words.marks)
-        )
+        rows = np.frombuffer(self._words.row, np.int32)[words]
+        at = np.flatnonzero(rows)
+        counts = np.frombuffer(self._words.counts, np.int64).reshape(-1, 3)
+        unknown, cut, marks = counts[rows[at]].T
         examples: dict[str, None] = {}
         for i in at[marks > 0]:
             word = text[starts[i] : ends[i]].decode()[:_EXAMPLE_LENGTH]
@@ -207,7 +216,7 @@ class Encoder:
         return list(map(self._words.__getitem__, words))
 
 
-def _lost_of(sentence: str, encoding: Encoding, unknown_id: int) -> Losses:
+def _lost_of(sentence: str, encoding: Encoding, unknown_id: int | None) -> Losses:
     """Return the words, characters and unknown characters of a sentence."""
     spans = zip(encoding.ids, encoding.offsets, strict=True)
     return Losses(
@@ -239,12 +248,11 @@ def _slices(parts: Iterable[str]) -> Iterator[list[str]]:
         yield held
 
 
-def _split(text: bytes) -> tuple[np.ndarray, np.ndarray, int]:
+def _split(kind: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """Return where each word and each punctuation mark starts and ends, and the number of words.
 
-    `text` begins and ends with a space.
+    `kind` is that of each byte of a text that begins and ends with a space.
     """
-    kind = np.frombuffer(text.translate(_KINDS), np.uint8)
     inside = (kind == _INSIDE).view(np.uint8)
     starts = np.flatnonzero(kind[1:] > inside[:-1]) + 1
     ends = np.flatnonzero(kind[:-1] > inside[1:]) + 1
@@ -254,15 +262,14 @@ def _split(text: bytes) -> tuple[np.ndarray, np.ndarray, int]:
 _END = b"\xff"  # a separate word after each sentence; this byte does not occur in UTF-8
 _END_INDEX = 1
 _SPACE, _INSIDE, _ALONE = range(3)
+_KIND = 3  # the bits for these; the next two say more of an ASCII letter or digit
+_SMALL, _CAPITAL = 4, 8
 _ISOLATED = string.punctuation.encode() + _END
 # Control characters stay inside a word: the tokenizer removes them and joins the rest.
 _KINDS = bytes(
-    _SPACE if byte in b" \t\n\r" else _ALONE if byte in _ISOLATED else _INSIDE
-    for byte in range(256)
-)
-_SMALL, _CAPITAL = 1, 2
-_CASES = bytes(
-    _CAPITAL if chr(byte) in string.ascii_uppercase else _SMALL * bytes([byte]).isalnum()
+    (_SPACE if byte in b" \t\n\r" else _ALONE if byte in _ISOLATED else _INSIDE)
+    + (_CAPITAL if byte in string.ascii_uppercase.encode() else 0)
+    + (_SMALL if byte in (string.ascii_lowercase + string.digits).encode() else 0)
     for byte in range(256)
 )
 _KEY_BYTES = 16
@@ -293,10 +300,9 @@ class _Words(dict[bytes, int]):
         ids: of all words, one word after another. An array cannot grow while a view shares its
             memory. Drop views of the arrays before the next word is looked up.
         bounds: where the ids of each word begin, and at the end the number of ids.
-        unknown: characters of each word that became [UNK].
-        cut: characters of each word that stood in pieces of more than the model takes.
-        marks: accents and vowel signs that each word lost.
-        lossy: whether one of these three is not 0.
+        row: of each word the row of `counts`; row 0, of zeros, for nearly all.
+        counts: three numbers a row: characters that became [UNK], characters in pieces of more than
+            the model takes, accents and vowel signs that were lost.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -310,49 +316,49 @@ class _Words(dict[bytes, int]):
         self._longest = min(self._longest, _LONGEST_RUN // 2)
         self._boundary = _BOUNDARY_OR_IDEOGRAPH if normalizer.handle_chinese_chars else _BOUNDARY
         self.ids, self.bounds = array("i"), array("q", [0, 0, 0])
-        self.unknown, self.cut, self.marks = (array("i", [0, 0]) for _ in range(3))
-        self.lossy = bytearray(2)
+        self.row, self.counts = array("i", [0, 0]), array("q", [0, 0, 0])
 
     def __missing__(self, word: bytes) -> int:
         ids, bounds = self.ids, self.bounds
-        unknown = cut = marks = 0
-        for text in self._runs(word.decode()):
-            if word.isalnum():
-                # For bytes this means ASCII only, for which the model alone is enough. It takes a
-                # third of the time of the whole tokenizer.
-                found = list(map(_ID, self._tokenize(text)))
-                spans = [len(text)] if self.unknown_id in found else []
-            else:
-                encoding = self._encode(text, add_special_tokens=False)
-                found = encoding.ids
-                spans = (
-                    [
-                        b - a
-                        for i, (a, b) in zip(found, encoding.offsets, strict=True)
-                        if i == self.unknown_id
-                    ]
-                    if self.unknown_id in found
-                    else []
-                )
-                if self._strips and not text.isascii():
-                    decomposed = unicodedata.normalize("NFD", text)
-                    marks += len(decomposed) - len(decomposed.translate(_WITHOUT_MARKS))
-            # A character decomposes into at most four.
-            if 4 * max(spans, default=0) <= self._longest:
-                ids.extend(found)
-                unknown += sum(spans)
-            else:
-                unknown_here, cut_here = self._piece_by_piece(text)
-                unknown, cut = unknown + unknown_here, cut + cut_here
+        if word.isalnum() and len(word) <= self._longest:
+            # For bytes this means ASCII only, for which the model alone is enough. It takes a third
+            # of the time of the whole tokenizer.
+            found = list(map(_ID, self._tokenize(word.decode())))
+            ids.extend(found)
+            lost = (len(word), 0, 0) if self.unknown_id in found else None
+        else:
+            lost = self._add_any(word.decode())
         bounds.append(len(ids))
-        self.unknown.append(unknown)
-        self.cut.append(cut)
-        self.marks.append(marks)
-        self.lossy.append(bool(unknown or cut or marks))
+        if lost:
+            self.counts.extend(lost)
+        self.row.append(len(self.counts) // 3 - 1 if lost else 0)
         index = len(bounds) - 2
         if len(word) <= _KEPT_LENGTH:
             self[word] = index
         return index
+
+    def _add_any(self, word: str) -> tuple[int, int, int] | None:
+        """Append the ids of any word; return its row of `counts`, None for zeros."""
+        unknown = cut = marks = 0
+        for text in self._runs(word) if len(word) > _LONGEST_RUN else (word,):
+            encoding = self._encode(text, add_special_tokens=False)
+            ids, longest = encoding.ids, 0
+            if self.unknown_id in ids:
+                at = zip(ids, encoding.offsets, strict=True)
+                spans = [b - a for i, (a, b) in at if i == self.unknown_id]
+                longest = max(spans)
+                unknown += sum(spans)
+            if self._strips and not text.isascii():
+                decomposed = unicodedata.normalize("NFD", text)
+                marks += len(decomposed) - len(decomposed.translate(_WITHOUT_MARKS))
+            # A character decomposes into at most four.
+            if 4 * longest > self._longest:
+                unknown -= sum(spans)
+                unknown_here, cut_here = self._piece_by_piece(text)
+                unknown, cut = unknown + unknown_here, cut + cut_here
+            else:
+                self.ids.extend(ids)
+        return (unknown, cut, marks) if unknown or cut or marks else None
 
     def _runs(self, word: str) -> Iterator[str]:
         """Cut a word of more than _LONGEST_RUN characters, at the end of a word if there is one.

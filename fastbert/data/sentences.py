@@ -60,7 +60,8 @@ def split_sentences(text: str) -> list[str]:
     sentences = []
     all_lower = text.islower()  # then a small letter after a mark says nothing
     for line in text.split("\n"):
-        begin, first = 0, len(line) - len(line.lstrip())
+        begin = 0
+        first = 0 if "!" <= line[:1] <= "~" else len(line) - len(line.lstrip())
         for match in _MARK.finditer(line):
             end = match.end()
             if end < len(line) and _ends(line, begin, first, match.start(), end, all_lower):

@@ -43,7 +43,7 @@ def train_tokenizer(
     check_vocab_size(vocab_size)
     strip_accents = False if keep_accents else None  # None: as lowercase says
     normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents)
-    normalized = [_with_short_words(normalizer.normalize_str(text)) for text in texts]
+    normalized = [_with_short_words(_normalized(text, normalizer)) for text in texts]
     first, inner = _alphabet(normalized, int(vocab_size * ALPHABET_SHARE))
     if not first:
         raise InputError("no text to train a vocabulary on: every document is empty")
@@ -103,17 +103,31 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
+def _normalized(text: str, normalizer: normalizers.BertNormalizer) -> str:
+    """Return what BERT's normalizer makes of a text; ASCII takes a twentieth of its time here."""
+    if not text.isascii():
+        return normalizer.normalize_str(text)
+    return (text.lower() if normalizer.lowercase else text).translate(_CLEAN)
+
+
+# As clean_text of BERT's normalizer: white space is a space, and control characters are removed.
+_CLEAN: dict[int, str | None] = dict.fromkeys((*range(32), 127))
+_CLEAN |= {ord(character): " " for character in "\t\n\r"}
+
+
 def _with_short_words(text: str) -> str:
     """Return a normalised text with a space after each 100 characters of a longer word.
 
     The encoder cuts such words in the same way. The trainer's time grows with the square of the
     longest word.
     """
-    return (
-        _LONG_RUN.sub(_cut_words, text)
-        if max(map(len, text.split()), default=0) > LONGEST_WORD
-        else text
-    )
+    begin = 0
+    while len(text) - begin > LONGEST_WORD:
+        space = text.rfind(" ", begin, begin + LONGEST_WORD + 1)
+        if space < 0:
+            return _LONG_RUN.sub(_cut_words, text)
+        begin = space + 1
+    return text
 
 
 def _cut_words(run: re.Match[str]) -> str:
