@@ -348,13 +348,13 @@ def _bounded(source: Source, column: pyarrow.Array, row: int) -> Iterator[pyarro
         row: number of the first row.
     """
     import pyarrow
-    import pyarrow.compute
+    from pyarrow.compute import call_function
 
     if pyarrow.types.is_dictionary(column.type):
-        sizes = pyarrow.compute.binary_length(column.dictionary).take(column.indices)
+        sizes = call_function("binary_length", [column.dictionary]).take(column.indices)
     else:
         column = column.cast(pyarrow.string())
-        sizes = pyarrow.compute.binary_length(column)
+        sizes = call_function("binary_length", [column])
     ends = np.cumsum(sizes.fill_null(0).to_numpy())
     begin = 0
     while begin < len(column):

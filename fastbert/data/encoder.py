@@ -216,7 +216,7 @@ class Encoder:
         return list(map(self._words.__getitem__, words))
 
 
-def _lost_of(sentence: str, encoding: Encoding, unknown_id: int) -> Losses:
+def _lost_of(sentence: str, encoding: Encoding, unknown_id: int | None) -> Losses:
     """Return the words, characters and unknown characters of a sentence."""
     spans = zip(encoding.ids, encoding.offsets, strict=True)
     return Losses(

@@ -278,14 +278,13 @@ def field_type(schema: pyarrow.Schema, name: str) -> pyarrow.DataType:
 
 def column_of(batch: pyarrow.RecordBatch, name: str) -> pyarrow.Array:
     """Return a column that `parquet_names` names."""
-    import pyarrow.compute
-
     if name in batch.schema.names:
         return batch.column(name)
     first, *rest = name.split(".")
     column = batch.column(first)
     for field in rest:
-        column = pyarrow.compute.struct_field(column, field)
+        # flatten, because `column.field` forgets which rows of the structure are null.
+        column = column.flatten()[column.type.get_field_index(field)]
     return column
 
 

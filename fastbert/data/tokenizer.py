@@ -105,8 +105,14 @@ def unreachable(tokenizer: Tokenizer) -> list[str]:
     ids = tokenizer.get_vocab(with_added_tokens=False)
     kept = {token.content for token in extra_tokens(tokenizer)}
     found = []
+    lowercase = tokenizer.normalizer.lowercase
     for token in sorted(ids, key=ids.__getitem__):
         if token in kept or (token.startswith("[") and token.endswith("]")):
+            continue
+        plain = token.removeprefix("##")
+        if plain.isascii() and plain.isalnum() and len(plain) < LONGEST_WORD:
+            if lowercase and plain != plain.lower():
+                found.append(token)
             continue
         # A piece inside a word is tried after a letter.
         word = f"a{token[2:]}" if token.startswith("##") and len(token) > 2 else token
