@@ -190,10 +190,10 @@ def part_of_the_device() -> ExitStack:
     """A context in which kernels see one in `PART` of the multiprocessors."""
     stack = ExitStack()
     few = multiprocessors(CPU) // PART
-    for operation in SPECS:
-        kernel = importlib.import_module(f"fastbert_kernels.{operation}.kernel")
-        if hasattr(kernel, "multiprocessors"):
-            stack.enter_context(mock.patch.object(kernel, "multiprocessors", lambda _: few))
+    for name in ("_rows", *(f"{operation}.kernel" for operation in SPECS)):
+        module = importlib.import_module(f"fastbert_kernels.{name}")
+        if hasattr(module, "multiprocessors"):
+            stack.enter_context(mock.patch.object(module, "multiprocessors", lambda _: few))
     return stack
 
 
