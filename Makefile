@@ -11,7 +11,7 @@ FASTBERT := $(BIN)/fastbert
 PIP := $(BIN)/pip --disable-pip-version-check install -qq
 OUT := $(or $(OUT),runs/bench-$(shell date +%Y%m%d-%H%M%S))
 PYTEST = $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-RUN_BENCHMARKS = PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.run
+RUN_BENCHMARKS = PYTHONPATH=.:kernels $(BIN)/python -m benchmarks
 
 # One thread for each worker of pytest, which has one worker for each core.
 test test-all: export OMP_NUM_THREADS := 1
@@ -69,13 +69,13 @@ bench-check: .venv/.installed-test | data/wiki/manifest.json ## the same, and wh
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(OUT)
 
 bench-step: .venv/.installed-test | data/wiki/manifest.json ## of these, one: a training step against transformers' BertForPreTraining
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_step data/wiki
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.step.bench_step data/wiki
 
 bench-quality: .venv/.installed-test | data/wiki/manifest.json ## time to quality against transformers' Trainer; takes half an hour on 2 cores
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_quality data/wiki --out $(OUT)
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.quality.bench_quality data/wiki --out $(OUT)
 
 bench-downstream: .venv/.installed-test | data/library-8192/manifest.json ## whether pre-training pays, on two tasks, also that of runs/library if it is there; takes hours
-	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.bench_downstream data/labelled --data data/library-8192 --out $(OUT) \
+	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.quality.bench_downstream data/labelled --data data/library-8192 --out $(OUT) \
 	    $(if $(wildcard runs/library/finished),--beside runs/library)
 
 gpu: ## all that needs a GPU, in 10 minutes, with the torch, Triton and pytest of PYTHON; every result is on disk at once; report in OUT=folder

@@ -2,7 +2,7 @@
 
     python -m benchmarks.check FOLDER
 
-FOLDER is the output of benchmarks.run. It is compared with the record of this kind of machine. Only
+FOLDER is the output of make bench. It is compared with the record of this kind of machine. Only
 ratios are compared, each measured side by side in one run, because a slow machine slows both sides.
 The exit code is 1 if a ratio has fallen below 0.85 of the recorded one, and 2 if there is no record
 for such a machine or no such folder.
@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.machine import folder_name
-from benchmarks.record import read_record
+from benchmarks.harness.machine import folder_name
+from benchmarks.harness.record import read_record
 
 RESULTS = Path(__file__).with_name("results")
 LEAST = 0.85  # of the ratio on record
-# Records of longer benchmarks, which benchmarks.run leaves out; compared only if FOLDER has them.
+# Records of longer benchmarks, which make bench leaves out; compared only if FOLDER has them.
 APART = {
     "quality",
     "downstream",
@@ -64,14 +64,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="the output folder of benchmarks.run")
+    parser.add_argument("folder", type=Path, help="the output folder of make bench")
     options = parser.parse_args()
     on_record = RESULTS / folder_name(torch.device("cpu"))
     if not on_record.is_dir():
         known = ", ".join(sorted(path.name for path in RESULTS.iterdir() if path.is_dir()))
         print(
             f"check: there is no record for {on_record.name}, only for {known}; "
-            "benchmarks.run --record adds one"
+            "python -m benchmarks --record adds one"
         )
         return 2
     if not options.folder.is_dir():

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.bench_downstream import downstream_table, models_table
-from benchmarks.bench_quality import TRAINER, sooner_table
-from benchmarks.bench_step import step_table
-from benchmarks.pages import filled, places
-from benchmarks.record import Record, read_record, table
-from benchmarks.sweep import sweep_table
+from benchmarks.harness.record import Record, read_record
+from benchmarks.harness.tables_and_plots import filled, places, table
+from benchmarks.quality.bench_downstream import downstream_table, models_table
+from benchmarks.quality.bench_quality import TRAINER, sooner_table
+from benchmarks.quality.sweep import sweep_table
+from benchmarks.step.bench_step import step_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/results.md"))

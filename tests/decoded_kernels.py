@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import sys
 
-from benchmarks.ahead_of_time import disassemble
+from benchmarks.compiled.ahead_of_time import disassemble
 from benchmarks.machine_code import ours
 from benchmarks.machine_code.decode import NO_BARRIER, Code
 from benchmarks.machine_code.examine import DEVICE, build

@@ -27,9 +27,9 @@ from typing import Any, cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from benchmarks.cases import Case, arguments
-from benchmarks.launches import HALF_A_TILE, MANY_TILES
-from benchmarks.no_launch import no_launch
+from benchmarks.compiled.launches import HALF_A_TILE, MANY_TILES
+from benchmarks.compiled.no_launch import no_launch
+from benchmarks.kernels.cases import Case, arguments
 from fastbert.config import ModelConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.data.padding import pad

@@ -11,8 +11,8 @@ import sys
 
 import torch
 
-from benchmarks.cases import Case, arguments, call, leaves
-from benchmarks.no_launch import no_launch
+from benchmarks.compiled.no_launch import no_launch
+from benchmarks.kernels.cases import Case, arguments, call, leaves
 from fastbert_kernels._tiles import tile
 from fastbert_kernels.attention import kernel
 

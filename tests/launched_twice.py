@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.no_launch import no_launch
+from benchmarks.compiled.no_launch import no_launch
 from fastbert_kernels._launch import Prepared
 from fastbert_kernels.specs import SPECS
 

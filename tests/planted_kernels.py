@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.ahead_of_time import AotSignature, compile_all, faults
+from benchmarks.compiled.ahead_of_time import AotSignature, compile_all, faults
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ahead_of_time
-from benchmarks.ahead_of_time import (
+from benchmarks.compiled import ahead_of_time
+from benchmarks.compiled.ahead_of_time import (
     DEVICES,
     UNTRACED,
     Figures,
@@ -49,7 +49,7 @@ def with_figures(**figures) -> list[Figures]:
 
 @pytest.mark.slow
 def test_every_kernel_fits_its_devices_and_is_no_worse_than_on_record():
-    result = run_module("benchmarks.ahead_of_time")
+    result = run_module("benchmarks.compiled.ahead_of_time")
     print(result.stdout, result.stderr, sep="\n")
     assert result.returncode == 0, result.stderr
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_data import check_same_ids, job, repeat
-from benchmarks.record import read_record
+from benchmarks.data.bench_data import check_same_ids, job, repeat
+from benchmarks.harness.record import read_record
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.documents import read_documents
 
@@ -63,7 +63,7 @@ def test_short_form(english_jsonl: Path, small_dataset: TokenDataset, tmp_path: 
     command = [
         sys.executable,
         "-m",
-        "benchmarks.bench_data",
+        "benchmarks.data.bench_data",
         english_jsonl,
         small_dataset.path,
         "--out",

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from tiny_bert import make_hugging_face_folder, make_run
 
-from benchmarks.bench_downstream import (
+from benchmarks.harness.record import read_record
+from benchmarks.quality.bench_downstream import (
     PRETRAINED,
     SCRATCH,
     SEARCH_SEED,
@@ -24,7 +25,6 @@ from benchmarks.bench_downstream import (
     searched,
     sides,
 )
-from benchmarks.record import read_record
 
 ROOT = Path(__file__).parents[1]
 RECORDED = "benchmarks/results/amd-epyc-2-cores/downstream.json"
@@ -49,7 +49,7 @@ def texts(english_documents, tmp_path_factory) -> Path:
 
 
 def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.bench_downstream", *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.quality.bench_downstream", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -20,14 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import Case, arguments, outcome
 from benchmarks.gpu import counters, items, measure, predicted, proposals, report, smoke
 from benchmarks.gpu.__main__ import PARTS, Part, Session
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.results import FILE, Results, read
-from benchmarks.made_up_training import Sizes, made_up_batch
-from benchmarks.record import read_record
-from benchmarks.tune import Key
+from benchmarks.harness.record import read_record
+from benchmarks.kernels.cases import Case, arguments, outcome
+from benchmarks.kernels.tune import Key
+from benchmarks.step.made_up_training import Sizes, made_up_batch
 from fastbert.config import ModelConfig
 from fastbert.models.bert import BertForPreTraining
 from fastbert_kernels._tiles import TABLE

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import Case, arguments, outcome, production, truth
-from benchmarks.kernel_report import goals, reached
-from benchmarks.tune import BLOCKS, table_text
+from benchmarks.kernels.cases import Case, arguments, outcome, production, truth
+from benchmarks.kernels.kernel_report import goals, reached
+from benchmarks.kernels.tune import BLOCKS, table_text
 from fastbert_kernels._tiles import TABLE, chosen_by, tile
 from fastbert_kernels.specs import SPECS
 
@@ -28,7 +28,7 @@ def run(
     module: str, *arguments: str | Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(
         command,
         capture_output=True,
@@ -41,7 +41,7 @@ def run(
 
 def test_everything_runs_dry_and_is_reported(tmp_path):
     result = run(
-        "run",
+        "benchmarks",
         "--out",
         tmp_path / "report",
         "--dry-run",
@@ -65,13 +65,13 @@ def test_everything_runs_dry_and_is_reported(tmp_path):
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "report.md").touch()
-    result = run("run", "--out", tmp_path, "--dry-run")
+    result = run("benchmarks", "--out", tmp_path, "--dry-run")
     assert result.returncode == 2 and "is not empty" in result.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_one_line_says_so():
-    result = run("tune")
+    result = run("benchmarks.kernels.tune")
     assert result.returncode == 2 and not result.stderr
 
 
@@ -84,7 +84,7 @@ def test_tests_continue_after_one_that_ends_the_process(tmp_path):
     options = (
         "-q",
         "-p",
-        "benchmarks.pytest_shard",
+        "benchmarks.harness.pytest_shard",
         "--results",
         results,
         "--rootdir",
@@ -111,7 +111,7 @@ def test_the_tuner_writes_the_table_with_what_it_found(tmp_path):
     pytest.importorskip("triton")
     path = tmp_path / "tiles.json"
     result = run(
-        "tune",
+        "benchmarks.kernels.tune",
         "--dry-run",
         "--kernels",
         "gelu_forward",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.bench_parts import (
+from benchmarks.step.bench_parts import (
     EMBEDDING,
     LOSS,
     NORM,
@@ -112,7 +112,7 @@ def test_a_short_one_runs_and_is_reported(small_dataset, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "benchmarks.bench_parts",
+        "benchmarks.step.bench_parts",
         str(small_dataset.path),
         "--out",
         str(tmp_path),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_plan
-from benchmarks.bench_plan import (
+from benchmarks.planning import bench_plan
+from benchmarks.planning.bench_plan import (
     FUSED,
     QUICK,
     UNFUSED,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bench_quality import (
+from benchmarks.quality.bench_quality import (
     FIGURES,
     OURS,
     RECIPE,
@@ -27,7 +27,7 @@ from benchmarks.bench_quality import (
     ours,
     sooner,
 )
-from benchmarks.trainer_rival import build_model, evaluate, heldout, sentence_pairs
+from benchmarks.quality.trainer_rival import build_model, evaluate, heldout, sentence_pairs
 from fastbert.config import load_config
 from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.training.heldout import heldout_means, heldout_sums
@@ -154,7 +154,7 @@ def test_a_short_one_runs_and_what_is_finished_is_not_made_again(small_dataset, 
     command = [
         sys.executable,
         "-m",
-        "benchmarks.bench_quality",
+        "benchmarks.quality.bench_quality",
         str(small_dataset.path),
         "--out",
         str(tmp_path),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_startup import (
+from benchmarks.step.bench_startup import (
     COMMANDS,
     PHASES,
     first_step,

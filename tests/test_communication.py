@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.communication import (
+from benchmarks.step.communication import (
     WIDTH,
     Case,
     Measured,

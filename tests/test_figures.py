@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.check import LEAST, RESULTS, compare
 from benchmarks.figures import FIGURES, MACHINE, PAGES, renewed
-from benchmarks.pages import filled, places
-from benchmarks.record import Record, read_record
+from benchmarks.harness.record import Record, read_record
+from benchmarks.harness.tables_and_plots import filled, places
 
 
 def test_the_pages_quote_the_record():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.launches import unreached
+from benchmarks.compiled.launches import unreached
 from tests.tiers import typical
 from tests.uninterpreted import ROOT, run_module
 
@@ -23,8 +23,8 @@ OLDEST = Path(sys.prefix) / "triton-oldest"
 
 
 def launches(*arguments: str, **where: Path) -> subprocess.CompletedProcess[str]:
-    """Run `python -m benchmarks.launches` with other kernels or another Triton."""
-    return run_module("benchmarks.launches", *arguments, **where)
+    """Run `python -m benchmarks.compiled.launches` with other kernels or another Triton."""
+    return run_module("benchmarks.compiled.launches", *arguments, **where)
 
 
 @pytest.fixture(scope="module")

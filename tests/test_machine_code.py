@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ahead_of_time import RECORD as RESOURCES
+from benchmarks.compiled.ahead_of_time import RECORD as RESOURCES
+from benchmarks.harness.tables_and_plots import filled, places
+from benchmarks.kernels.tune import BLOCKS, COMMON
 from benchmarks.machine_code import h100, ours, search
 from benchmarks.machine_code.counts import (
     class_of,
@@ -25,8 +27,6 @@ from benchmarks.machine_code.decode import Code, Instruction, decode
 from benchmarks.machine_code.multiprocessor import L2, Memory, run
 from benchmarks.machine_code.path import loops, main_loop, way_through
 from benchmarks.machine_code.report import PAGE, PROPOSED, RECORD, RECORDED, factor, parts, read
-from benchmarks.pages import filled, places
-from benchmarks.tune import BLOCKS, COMMON
 from fastbert_kernels._tiles import TABLE
 from tests.uninterpreted import run_module
 
@@ -331,7 +331,7 @@ def test_the_search_runs_and_says_what_it_found(tmp_path):
     """It searches one small row for real with a table of its own; the project's stays unchanged."""
     table = tmp_path / "tiles.json"
     result = run_module(
-        *f"benchmarks.tune --model --kernels attention_prepare --seconds 6 --table {table}".split()
+        *f"benchmarks.kernels.tune --model --kernels attention_prepare --seconds 6 --table {table}".split()
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cores import one_on_each, run_module
+from benchmarks.harness.cores import one_on_each, run_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +22,7 @@ def sweep(
     command = [
         sys.executable,
         "-m",
-        "benchmarks.sweep",
+        "benchmarks.quality.sweep",
         recipe,
         "--out",
         str(out),

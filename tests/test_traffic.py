@@ -19,9 +19,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         allow_module_level=True,
     )
 
-from benchmarks import traffic
-from benchmarks.cases import Case
-from benchmarks.traffic import GATES, Count, Gate, Work, faults, measure, table
+from benchmarks.kernels import traffic
+from benchmarks.kernels.cases import Case
+from benchmarks.kernels.traffic import GATES, Count, Gate, Work, faults, measure, table
 from fastbert_kernels._tiles import chosen_by
 from fastbert_kernels.specs import SPECS
 

@@ -29,8 +29,7 @@ from datetime import date
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from benchmarks.pages import filled
-from benchmarks.record import table
+from benchmarks.harness.tables_and_plots import filled, table
 from fastbert.checkpoints.failpoint import POINTS
 from tests.namespaces import Node, Nodes, Process, why_not
 from tests.ranks import ROOT, environment

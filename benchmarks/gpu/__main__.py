@@ -43,11 +43,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import children
 from benchmarks.gpu import kernel_tests
 from benchmarks.gpu.items import BROKEN, DONE, WRONG
 from benchmarks.gpu.report import CLOCKS, write
 from benchmarks.gpu.results import Results, is_wrong, read
+from benchmarks.harness import children
 
 SECONDS = 600
 RESERVE_S = 8  # for killing hung processes, and for the report

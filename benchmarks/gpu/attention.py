@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cases import Case
 from benchmarks.gpu import measure
 from benchmarks.gpu.items import Item, Part, program
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.proposals import Proposal
-from benchmarks.peers import peers
-from benchmarks.rivals import Rival, rivals
+from benchmarks.kernels.cases import Case
+from benchmarks.kernels.peers import peers
+from benchmarks.kernels.rivals import Rival, rivals
 
 LENGTHS, DRY_LENGTHS = (512, 128, 2048, 4096), (512, 128)  # the most important first
 HEAD_SIZE, HIDDEN_SIZE = 64, 768

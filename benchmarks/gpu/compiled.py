@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case
 from benchmarks.gpu import measure
 from benchmarks.gpu.items import Item, Part, program
-from benchmarks.rivals import Rival, rivals
+from benchmarks.kernels.cases import Case
+from benchmarks.kernels.rivals import Rival, rivals
 
 WANTED = ("norm D=768 p=0.1", "mlm_loss D=768", "gelu F=3072")
 PATIENCE_S = 120  # a cold compiler starts many processes

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import children
 from benchmarks.gpu.items import Item, Part, program
+from benchmarks.harness import children
 
 CASES = {  # the cases, and which of their kernels; Triton names kernels after their functions
     "attention n=512 p=0.1": "_(forward|dkdv|dq)_kernel",

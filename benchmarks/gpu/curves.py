@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu.items import Item, Part, program
 from benchmarks.gpu.results import Line
-from benchmarks.made_up_training import Sizes, made_up_batch, model_config, ours
+from benchmarks.step.made_up_training import Sizes, made_up_batch, model_config, ours
 from fastbert.data.packing import PackedBatch
 
 # Sequence lengths on both sides of 128, where attention switches kernels.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.items import Item, Part, in_one_line, program
-from benchmarks.machine import header
+from benchmarks.harness.machine import header
 from fastbert.machine import measure_bandwidth, measure_gemm_rate
 
 OPTIONAL = (

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import children
 from benchmarks.gpu.place import Place, place
 from benchmarks.gpu.results import Results
+from benchmarks.harness import children
 
 # Exit codes of a part.
 DONE = 0

@@ -1,4 +1,4 @@
-"""Run the tests of the kernels in several concurrent processes (`benchmarks.pytest_shard`).
+"""Run the tests of the kernels in several concurrent processes (`benchmarks.harness.pytest_shard`).
 
 The result of every test is written to disk as soon as it ends.
 """
@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import pytest_shard
-from benchmarks.children import ROOT
+from benchmarks.harness import pytest_shard
+from benchmarks.harness.children import ROOT
 
 FOLDER = "tests"  # inside OUT
 PROCESSES = 8  # each waits for the compiler most of the time
@@ -22,7 +22,7 @@ PYTEST = [
     "-p",
     "no:cacheprovider",
     "-p",
-    "benchmarks.pytest_shard",
+    "benchmarks.harness.pytest_shard",
     "-o",
     "faulthandler_timeout=60",
     "--continue-on-collection-errors",

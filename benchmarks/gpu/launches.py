@@ -12,9 +12,9 @@ import sys
 import torch
 import torch.cuda.profiler
 
-from benchmarks import children
-from benchmarks.cases import TOKENS, Case, arguments, call, leaves, production, upstream_of
 from benchmarks.gpu.measure import DTYPE
+from benchmarks.harness import children
+from benchmarks.kernels.cases import TOKENS, Case, arguments, call, leaves, production, upstream_of
 
 
 def find(name: str, tokens: int = TOKENS) -> Case:

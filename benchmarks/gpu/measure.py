@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, arguments, call, leaves, outcome, truth, upstream_of
-from benchmarks.contenders import that_run
 from benchmarks.gpu.items import Item, Part, in_one_line
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.predicted import predicted_ms
 from benchmarks.gpu.proposals import Asked, Proposal, asked, read_proposals, replacing
-from benchmarks.kernel_report import PASSES, rows_of
-from benchmarks.machine import Peak
-from benchmarks.rivals import Rival
-from benchmarks.timing import Contender, Times, differentiated, extra_memory, in_turns
-from benchmarks.tune import NOISE, Key, Use
+from benchmarks.harness.machine import Peak
+from benchmarks.harness.timing import Contender, Times, differentiated, extra_memory, in_turns
+from benchmarks.kernels.cases import Case, arguments, call, leaves, outcome, truth, upstream_of
+from benchmarks.kernels.contenders import that_run
+from benchmarks.kernels.kernel_report import PASSES, rows_of
+from benchmarks.kernels.rivals import Rival
+from benchmarks.kernels.tune import NOISE, Key, Use
 from fastbert_kernels._tiles import Row
 
 OURS, BEST = "triton", "triton, best tiles"
@@ -61,7 +61,7 @@ def proposals_for(part: Part) -> list[Proposal]:
         part.results.add(
             "note",
             item="proposed tiles",
-            why=f"benchmarks/proposed_tiles.json proposes none for {part.place.architecture}: "
+            why=f"benchmarks/kernels/proposed_tiles.json proposes none for {part.place.architecture}: "
             "present tiles alone",
         )
     return found

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cases import Case
 from benchmarks.gpu import measure
 from benchmarks.gpu.items import Item, Part, program
 from benchmarks.gpu.place import Place
-from benchmarks.peers import peers
-from benchmarks.rivals import Rival, rivals
+from benchmarks.kernels.cases import Case
+from benchmarks.kernels.peers import peers
+from benchmarks.kernels.rivals import Rival, rivals
 
 WANTED = (  # the most important first
     "mlm_loss D=768",

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.gpu import curves
 from benchmarks.gpu.report import latest
 from benchmarks.gpu.results import Line, read
-from benchmarks.pictures import colour, figure_of, save
+from benchmarks.harness.tables_and_plots import colour, figure_of, save
 from fastbert.training.picture import INK, MUTED
 
 OURS_COLOURS = {"triton": "#1d4ed8", "triton, best tiles": "#0891b2"}

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.cases import TOKENS, VOCABULARY, Case, production
-from benchmarks.machine import PEAKS, Peak, device_name, peak_of
+from benchmarks.harness.machine import PEAKS, Peak, device_name, peak_of
+from benchmarks.kernels.cases import TOKENS, VOCABULARY, Case, production
 
 DRY_ARCHITECTURE = "sm_90"
 DRY_PEAK = PEAKS["NVIDIA H100 80GB HBM3"]
@@ -68,7 +68,7 @@ def place(dry: bool) -> Iterator[Place]:
         RuntimeError: there is no GPU, and this is not a dry run.
     """
     if dry:
-        from benchmarks.no_launch import no_launch
+        from benchmarks.compiled.no_launch import no_launch
 
         with no_launch(DRY_ARCHITECTURE):
             yield Place(torch.device("cpu"), True, DRY_ARCHITECTURE)

@@ -1,4 +1,4 @@
-"""Proposed tiles: benchmarks/proposed_tiles.json, with rows as in tiles.json.
+"""Proposed tiles: benchmarks/kernels/proposed_tiles.json, with rows as in tiles.json.
 
     {"sm_90": {"attention_dkdv": [{"bits": 16, "size": 64, "BLOCK_Q": 64, "BLOCK_K": 128,
                                    "num_warps": 8, "num_stages": 3, "predicted_us": 182}]}}
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.cases import Case, call, leaves
 from benchmarks.gpu.results import Line
-from benchmarks.tune import NOISE, Key
+from benchmarks.kernels.cases import Case, call, leaves
+from benchmarks.kernels.tune import NOISE, Key
 from fastbert_kernels._tiles import TABLE, Row, chosen_by, known_architecture
 
-FILE = Path(__file__).parents[1] / "proposed_tiles.json"
+FILE = Path(__file__).parents[1] / "kernels/proposed_tiles.json"
 PREDICTED = "predicted_us"
 
 

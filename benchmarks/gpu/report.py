@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import ROOT
 from benchmarks.gpu.kernel_tests import summary_of_tests
 from benchmarks.gpu.proposals import winners
 from benchmarks.gpu.results import FILE, Line, is_wrong, read
-from benchmarks.kernel_report import goals, reached
-from benchmarks.record import Record, table
+from benchmarks.harness.children import ROOT
+from benchmarks.harness.record import Record
+from benchmarks.harness.tables_and_plots import table
+from benchmarks.kernels.kernel_report import goals, reached
 
 NAME = "report.md"
 CLOCKS = "clocks.csv"

@@ -19,10 +19,10 @@ import math
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, arguments, mixed_lengths
 from benchmarks.gpu.items import Item, Part, program
 from benchmarks.gpu.measure import DTYPE, compare
-from benchmarks.made_up_training import Sizes, made_up_batch, model_config
+from benchmarks.kernels.cases import Case, arguments, mixed_lengths
+from benchmarks.step.made_up_training import Sizes, made_up_batch, model_config
 from fastbert.config import ModelConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.models.bert import BertForPreTraining, losses

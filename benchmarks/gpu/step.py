@@ -28,8 +28,8 @@ from benchmarks.gpu.items import Item, Part, program
 from benchmarks.gpu.measure import DTYPE, name_of
 from benchmarks.gpu.predicted import predicted_ms
 from benchmarks.gpu.smoke import base
-from benchmarks.made_up_training import Sizes, Trainer, made_up_batch, ours, padded
-from benchmarks.padded_bert import pad
+from benchmarks.step.made_up_training import Sizes, Trainer, made_up_batch, ours, padded
+from benchmarks.step.padded_bert import pad
 from fastbert.data.packing import PackedBatch
 from fastbert.planning.flops import training_flops
 

@@ -1,6 +1,6 @@
 """Search for better tiles near the best one so far, in the remaining time.
 
-It changes one option at a time, as `benchmarks.tune` does.
+It changes one option at a time, as `benchmarks.kernels.tune` does.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.cases import Truth
 from benchmarks.gpu.items import Item, Part, program
 from benchmarks.gpu.measure import DTYPE
 from benchmarks.gpu.proposals import asked, winners
 from benchmarks.gpu.results import read
-from benchmarks.tune import Key, Use, search, uses_of
+from benchmarks.kernels.cases import Truth
+from benchmarks.kernels.tune import Key, Use, search, uses_of
 
 # The case in which each kernel is timed; the most expensive kernels first.
 CASES = {

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.warm_up --out folder [--dry-run]
 
 A kernel takes up to a second, and during the run kernels are compiled one after the other. Triton's
-real launcher runs here with a driver that launches nothing (`benchmarks.no_launch`), so Triton's
+real launcher runs here with a driver that launches nothing (`benchmarks.compiled.no_launch`), so Triton's
 cache then contains what the launches on the GPU need. Nothing depends on this step: a missing
 kernel is compiled when it is needed.
 """
@@ -25,16 +25,16 @@ from typing import Any, NamedTuple
 import torch
 from triton.backends.nvidia import driver as nvidia
 
-from benchmarks import children
-from benchmarks.cases import Case, arguments, call, leaves
+from benchmarks.compiled.no_launch import SHARED_MEMORY, no_launch
 from benchmarks.gpu import attention, operations, smoke
 from benchmarks.gpu.items import in_one_line
 from benchmarks.gpu.measure import DTYPE
 from benchmarks.gpu.place import DRY_ARCHITECTURE, DRY_TOKENS, DRY_VOCABULARY, Place
 from benchmarks.gpu.proposals import Proposal, asked, read_proposals, replacing
 from benchmarks.gpu.results import Results
-from benchmarks.made_up_training import Sizes, made_up_batch
-from benchmarks.no_launch import SHARED_MEMORY, no_launch
+from benchmarks.harness import children
+from benchmarks.kernels.cases import Case, arguments, call, leaves
+from benchmarks.step.made_up_training import Sizes, made_up_batch
 from fastbert.models.bert import BertForPreTraining, losses
 
 CPU = torch.device("cpu")

@@ -18,13 +18,13 @@ from typing import Any
 
 import triton
 
-from benchmarks.ahead_of_time import AotSignature, check_tools
-from benchmarks.forked import forked
+from benchmarks.compiled.ahead_of_time import AotSignature, check_tools
+from benchmarks.harness.forked import forked
+from benchmarks.harness.tables_and_plots import filled
 from benchmarks.machine_code import ours, peers
 from benchmarks.machine_code.duration import Launch, seconds
 from benchmarks.machine_code.examine import Case, build, examine
 from benchmarks.machine_code.report import LENGTHS, PAGE, RECORD, parts, read, text
-from benchmarks.pages import filled
 
 
 def row(case: Case, launches: list[Launch]) -> dict[str, Any]:

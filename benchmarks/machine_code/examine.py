@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import triton
 
-from benchmarks.ahead_of_time import DEVICES, cuda_registers, disassemble, programs
+from benchmarks.compiled.ahead_of_time import DEVICES, cuda_registers, disassemble, programs
 from benchmarks.machine_code import multiprocessor
 from benchmarks.machine_code.counts import least_cycles, matrix_flops, moved_bytes, per_element
 from benchmarks.machine_code.decode import Code, Instruction, decode

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.ahead_of_time import AotSignature, aot_signatures, short, source
-from benchmarks.cases import TOKENS, VOCABULARY
+from benchmarks.compiled.ahead_of_time import AotSignature, aot_signatures, short, source
+from benchmarks.kernels.cases import TOKENS, VOCABULARY
 from benchmarks.machine_code.duration import Launch
 from benchmarks.machine_code.examine import Case
 from benchmarks.machine_code.h100 import MULTIPROCESSORS

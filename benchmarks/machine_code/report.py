@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import TOKENS
+from benchmarks.harness.tables_and_plots import table
+from benchmarks.kernels.cases import TOKENS
 from benchmarks.machine_code.h100 import DRAM_RATE
-from benchmarks.record import table
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "benchmarks/results/machine_code.json"
 # Kernels that cannot be compiled with today's packages.
 RECORDED = Path(__file__).with_name("recorded.json")
-PROPOSED = ROOT / "benchmarks/proposed_tiles.json"
+PROPOSED = ROOT / "benchmarks/kernels/proposed_tiles.json"
 PAGE = ROOT / "docs/kernels.md"
 
 Row = dict[str, Any]

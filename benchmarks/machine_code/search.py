@@ -8,7 +8,7 @@ fit. It evaluates them with and without dropout, at all launches, and at both en
 range of the L2 cache's rate, because small tiles read more from it. Tiles are ranked by the
 geometric mean of the times.
 
-The result is a prediction. `benchmarks/proposed_tiles.json` keeps the replaced rows, so that a GPU
+The result is a prediction. `benchmarks/kernels/proposed_tiles.json` keeps the replaced rows, so that a GPU
 can time both.
 """
 
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.ahead_of_time import (
+from benchmarks.compiled.ahead_of_time import (
     DEVICES,
     REGISTERS,
     SCHEDULERS,
@@ -33,7 +33,7 @@ from benchmarks.ahead_of_time import (
     measure,
     short,
 )
-from benchmarks.forked import forked
+from benchmarks.harness.forked import forked
 from benchmarks.machine_code import ours
 from benchmarks.machine_code.counts import moved_bytes
 from benchmarks.machine_code.duration import Launch, seconds

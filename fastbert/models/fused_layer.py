@@ -3,7 +3,7 @@
 On a GPU, Python's overhead limits the speed of small models and small batches. The composed layer
 of `bert.py` has about 25 operations, and each passes Python's wrappers and autograd once forward
 and once backward. Here the same kernels and matrix products are called directly one after another,
-which takes two thirds of the CPU time, forward and backward (benchmarks/bench_launch.py).
+which takes two thirds of the CPU time, forward and backward (benchmarks/step/bench_launch.py).
 
 The outputs equal those of the composed layer. The gradients agree up to rounding, for two reasons.
 The gradient that arrives through a residual connection is added inside the matrix product, which

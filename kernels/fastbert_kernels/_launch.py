@@ -40,7 +40,7 @@ class Kernel:
         function: the @triton.jit function. Its parameters are pointers, then numbers, then
             constants, then what the table gives.
         table: its name in tiles.json.
-        wide: the pointers whose loads should be 128 bits wide, for `benchmarks/ahead_of_time.py`.
+        wide: the pointers whose loads should be 128 bits wide, for `benchmarks/compiled/ahead_of_time.py`.
     """
 
     def __init__(self, function: Any, table: str, wide: tuple[str, ...] = ()):

@@ -1,7 +1,7 @@
 """Block sizes of the Triton kernels: a table, `tiles.json`, and its look-up.
 
 Nothing is tuned at run time. Ranks that tuned for themselves could pick different tiles, stall each
-other and round differently. `python -m benchmarks.tune` regenerates the table on a GPU.
+other and round differently. `python -m benchmarks.kernels.tune` regenerates the table on a GPU.
 """
 
 import contextlib

@@ -1,0 +1,1 @@
+"""What the compilers make of every Triton kernel and every launch; needs no GPU."""

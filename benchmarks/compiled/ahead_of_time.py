@@ -1,0 +1,655 @@
+"""Compile every Triton kernel for four generations of GPUs and examine the result, without a GPU.
+
+    python -m benchmarks.compiled.ahead_of_time              print a table of the figures
+    python -m benchmarks.compiled.ahead_of_time --json       print one JSON object per line
+    python -m benchmarks.compiled.ahead_of_time --write      record the figures in resources.json
+    python -m benchmarks.compiled.ahead_of_time --on-record  print the record without compiling
+
+The figures are registers, spills, shared memory, concurrent programs and the width of loads.
+Every kernel is compiled as training launches it (`aot_signatures`), with the tiles of `tiles.json`.
+The exit code is 1, with a line for each fault. A fault is a kernel that does not compile or does
+not fit the device. On sm_90 it is also a spilled register, or a load of a large operand that is
+narrower than 128 bits. With the Triton version of the record it is also any figure that is worse
+than the recorded one. `tests/test_ahead_of_time.py` runs this program.
+
+The sources of the figures are `cuobjdump` for registers and stack, Triton's own metadata for shared
+memory, and the machine code (`nvdisasm`) for the width of loads. All these tools are in Triton's
+wheel. For AMD the source is the assembly text. The record is in kernels/fastbert_kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fastbert_kernels
+from benchmarks.compiled.no_launch import no_launch
+from benchmarks.harness.forked import forked
+from benchmarks.kernels.cases import Case, arguments, call, leaves
+from fastbert_kernels._launch import Launch, recording
+from fastbert_kernels._tiles import tile
+from fastbert_kernels._triton import FUSE, INTERPRETED
+
+PACKAGE = Path(fastbert_kernels.__file__).parent
+RECORD = PACKAGE / "resources.json"
+COMMAND = "python -m benchmarks.compiled.ahead_of_time"
+WIDE = 128  # bits: the widest load of sm_90; a warp then reads 512 bytes at once
+
+
+class Device(NamedTuple):
+    """The resources of one multiprocessor, which limit its concurrent programs.
+
+    Memory is in bytes.
+    """
+
+    target: GPUTarget
+    shared: int  # shared memory that one program may have
+    shared_total: int
+    reserved: int  # shared memory that the driver reserves of the total for each program
+    granule: int  # shared memory is allocated in multiples of this
+    warps: int  # per scheduler
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3
+# instruction set, section 3.
+DEVICES = {
+    "sm_80": Device(GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10, 1024, 128, 16),
+    "sm_90": Device(GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10, 1024, 128, 16),
+    "sm_100": Device(GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, 1024, 128, 16),
+    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 0, 512, 8),
+}
+SCHEDULERS = 4  # per multiprocessor, on all devices
+REGISTERS = 512  # per scheduler and lane of a warp, on all devices
+REGISTER_UNIT = 8  # registers of a thread are allocated in multiples of this
+TENSOR_COLUMNS = 512  # columns of Blackwell's tensor memory
+MOST_PROGRAMS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """The figures of one kernel on one architecture."""
+
+    name: str
+    architecture: str
+    kernel: str
+    table: str
+    dtype: str
+    size: int
+    wide: tuple[str, ...]  # pointers whose loads should be 128 bits wide
+    error: str | None = None  # why it does not compile; the figures are then meaningless
+    tile: dict[str, int] = dataclasses.field(default_factory=dict)
+    registers: int = 0  # per thread
+    spilled: int = 0  # bytes per thread that are in memory because registers are full
+    shared: int = 0  # bytes per program
+    programs: int = 0  # that run concurrently on one multiprocessor
+    # Only on sm_90: bits of the narrowest load, by pointer.
+    widths: dict[str, int] = dataclasses.field(default_factory=dict)
+    conversions: int = 0  # `convert_layout` in the IR: mostly a round trip through shared memory
+    seconds: float = 0.0  # compile time
+
+    @property
+    def recorded(self) -> dict[str, int]:
+        return {key: getattr(self, key) for key in ("registers", "spilled", "shared", "programs")}
+
+
+# The compiled kernels.
+
+
+class AotSignature(NamedTuple):
+    """One kernel at one configuration that it has in training."""
+
+    kernel: Any  # the @triton.jit function
+    table: str  # its name in tiles.json
+    size: int  # its row there
+    dtype: torch.dtype
+    # Name to Triton type ("*bf16", "i32", ...), or to the value of a constant; the values of the
+    # tile come from the table.
+    arguments: dict[str, Any]
+    aligned: tuple[str, ...] = ()  # integers that are multiples of 16; pointers always are
+    wide: tuple[str, ...] = ()  # pointers whose loads must be 128 bits wide
+
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*u1",
+}
+
+
+def training_calls() -> Iterator[Case]:
+    """BERT-base's and BERT-large's operations on a few tokens, with dropout and without.
+
+    Triton compiles for the values of the constants, among them D, H and K, and for whether an
+    integer is a multiple of 16. T and M do not matter. V = 314 is no multiple of 16, like 30,522.
+    """
+    for lengths, p in itertools.product(([40, 128], [200, 30]), (0.0, 0.1)):
+        yield Case("attention", "", {"lengths": lengths, "H": 12, "K": 64}, p)
+    for D in (768, 1024):
+        for p in (0.0, 0.1):
+            yield Case("embedding", "", {"T": 40, "V": 314, "P": 512, "D": D}, p)
+        yield Case("gelu", "", {"T": 40, "F": 4 * D})
+        yield Case("mlm_loss", "", {"T": 40, "M": 20, "D": D, "V": 314})
+        yield Case("mlm_loss", "all", {"T": 40, "M": 40, "D": D, "V": 314})
+        for p in (0.1, 0.0):
+            yield Case("norm", "", {"T": 40, "D": D}, p)
+        yield Case("norm", "alone", {"T": 40, "D": D, "bare": 1})
+
+
+def launch(case: Case, dtype: torch.dtype) -> None:
+    """Run the forward and the backward pass on the CPU's tensors."""
+    given = arguments(case, dtype, torch.device("cpu"))
+    if case.label == "all":  # every token is masked, as in the model's head
+        given["positions"] = None
+    result = call(case, given, "triton")
+    torch.autograd.grad(result, leaves(case, given), torch.ones_like(result))
+
+
+def signature_of(launched: Launch) -> AotSignature:
+    """What Triton would compile for these arguments (`_launch.py` says what it looks at)."""
+    kernel, size, dtype, given = launched
+    found, aligned = {}, []
+    for parameter in kernel.function.params:
+        name, value = parameter.name, given.get(parameter.name)
+        if name not in given:
+            continue  # comes from the tile
+        if parameter.is_constexpr or value is None:
+            found[name] = value
+        elif isinstance(value, torch.Tensor):
+            if value.data_ptr() % 16:
+                raise ValueError(f"{kernel.table}: {name} is not aligned to 16 bytes")
+            found[name] = _POINTERS[value.dtype]
+        elif isinstance(value, float):
+            found[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            found[name] = value
+        else:
+            found[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                aligned.append(name)
+    wide = tuple(name for name in kernel.wide if found[name] is not None)
+    return AotSignature(kernel.function, kernel.table, size, dtype, found, tuple(aligned), wide)
+
+
+@functools.cache
+def aot_signatures() -> dict[str, AotSignature]:
+    """Every kernel as training launches it, recorded from `training_calls`, by name.
+
+    A name has the operation, the function, the dtype and the size, and where these are not enough
+    the values of constants, and then the tensors that are missing.
+    """
+    alike: dict[str, list[AotSignature]] = defaultdict(list)
+    cases = sorted(training_calls(), key=lambda case: case.operation)
+    with no_launch("sm_90"):
+        for case, dtype in itertools.product(cases, (torch.bfloat16, torch.float32)):
+            with recording() as launches:
+                launch(case, dtype)
+            for one in map(signature_of, launches):
+                name = f"{case.operation}.{one.kernel.__name__} {short(one)} {one.size}"
+                if one not in alike[name]:
+                    alike[name].append(one)
+
+    named = {}
+    for name, signatures in alike.items():
+        telling = [
+            key
+            for key in signatures[0].arguments
+            if len({str(one.arguments[key]) for one in signatures}) > 1
+        ]
+        constants = [key for key in telling if not key.endswith("_ptr")]
+        if len({tuple(one.arguments[key] for key in constants) for one in signatures}) == len(
+            signatures
+        ):
+            telling = constants
+        for one in signatures:
+            told = [
+                f"{key}={one.arguments[key]}"
+                for key in telling
+                if not str(one.arguments[key]).startswith("*")
+            ]
+            named[" ".join([name, *told])] = one
+    if len(named) != sum(map(len, alike.values())):
+        raise ValueError("two signatures have one name")
+    return named
+
+
+def short(signature: AotSignature) -> str:
+    """The name of the dtype: "bf16" or "fp32"."""
+    return (
+        str(signature.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    )
+
+
+def source(signature: AotSignature, options: dict[str, Any]) -> ASTSource:
+    """The kernel with its argument types, its constants and its alignments.
+
+    The constants are its own and those of the tile. The alignments say which arguments are
+    multiples of 16.
+    """
+    given = signature.arguments | {
+        key: value for key, value in options.items() if key in signature.kernel.arg_names
+    }
+    types, constexprs, divisible = {}, {}, {}
+    for index, parameter in enumerate(signature.kernel.params):
+        value = given.pop(parameter.name)
+        if parameter.is_constexpr or not isinstance(value, str):
+            types[parameter.name], constexprs[parameter.name] = "constexpr", value
+            continue
+        types[parameter.name] = value
+        if parameter.name in signature.aligned and parameter.do_not_specialize:
+            raise ValueError(
+                f"aligned names {parameter.name}, which the kernel does not specialise, so a "
+                "launch would ignore its alignment"
+            )
+        if value.startswith("*") or parameter.name in signature.aligned:
+            divisible[(index,)] = [["tt.divisibility", 16]]
+    if given:
+        raise ValueError(f"the kernel has no argument {', '.join(given)}")
+    return ASTSource(signature.kernel, types, constexprs, divisible)
+
+
+# The results of compilation.
+
+
+def measure(
+    name: str, signature: AotSignature, architecture: str, options: dict[str, int] | None = None
+) -> Figures:
+    """Compile one kernel for one architecture, with the tile of the table.
+
+    If `options` are given, they replace that tile.
+    """
+    figures = Figures(
+        name,
+        architecture,
+        signature.kernel.__name__,
+        signature.table,
+        short(signature),
+        signature.size,
+        signature.wide,
+    )
+    device = DEVICES[architecture]
+    start = time.perf_counter()
+    try:
+        options = options or tile(signature.table, architecture, signature.dtype, signature.size)
+        built = source(signature, options)
+        compiled = triton.compile(built, target=device.target, options={**options, **FUSE})
+    except Exception as error:  # of any kind; the other kernels are still compiled
+        return dataclasses.replace(figures, error=f"{type(error).__name__}: {error}")
+    seconds = time.perf_counter() - start
+
+    registers, spilled = (cuda_registers if device.target.backend == "cuda" else amd_registers)(
+        compiled.asm
+    )
+    return dataclasses.replace(
+        figures,
+        tile=options,
+        registers=registers,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        programs=programs(
+            device,
+            registers,
+            compiled.metadata.shared,
+            compiled.metadata.num_warps,
+            getattr(compiled.metadata, "tmem_size", 0),
+        ),
+        widths=load_widths(compiled.asm, built.signature) if architecture == "sm_90" else {},
+        conversions=compiled.asm["ttgir"].count("ttg.convert_layout"),
+        seconds=round(seconds, 3),
+    )
+
+
+def programs(device: Device, registers: int, shared: int, warps: int, tensor_columns: int) -> int:
+    """How many programs with these needs run concurrently on one multiprocessor."""
+    given = max(-(-registers // REGISTER_UNIT), 1) * REGISTER_UNIT
+    by_registers = SCHEDULERS * min(device.warps, REGISTERS // given) // warps
+    by_shared = device.shared_total // max(
+        -(-shared // device.granule) * device.granule + device.reserved, 1
+    )
+    by_tensor_memory = TENSOR_COLUMNS // max(tensor_columns, 1)
+    return min(by_registers, by_shared, by_tensor_memory, MOST_PROGRAMS)
+
+
+def cuda_registers(asm: dict[str, Any]) -> tuple[int, int]:
+    """Registers and bytes of stack per thread.
+
+    A Triton kernel uses its stack only for spilled registers.
+    """
+    usage = disassemble("cuobjdump", "--dump-resource-usage", cubin=asm["cubin"])
+    return number(r"\bREG:(\d+)", usage), number(r"\bSTACK:(\d+)", usage)
+
+
+def amd_registers(asm: dict[str, Any]) -> tuple[int, int]:
+    """The same from AMD's assembly text, including accumulation registers, which share the file."""
+    text = asm["amdgcn"]
+    return number(r"\.vgpr_count: +(\d+)", text), number(
+        r"\.private_segment_fixed_size: +(\d+)", text
+    )
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if not found:
+        raise ValueError(f"the compiler's output has no {pattern}")
+    return int(found[1])
+
+
+def disassemble(tool: str, *flags: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [getattr(knobs.nvidia, tool).path, *flags, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# The width of loads. The machine code contains it, but not the argument that an address comes from,
+# because registers are reused. It does contain the PTX line of every instruction, and in PTX each
+# value has its own register.
+
+UNTRACED = "an unknown argument"
+_INSTRUCTION = re.compile(r"\s*(?:@!?%p\d+\s+)?([\w.:]+)\s+(.+);")
+_REGISTER = re.compile(r"%rd?\d+")
+_ADDRESS = re.compile(r".*\[ *(%rd\d+)")  # the last one; cp.async names its target before it
+_PARAMETER = re.compile(r"(%rd\d+), \[\w+_param_(\d+)\]")
+_SASS_LINE = re.compile(r'\.nv_debug_ptx_txt", line (\d+)')
+_SASS_LOAD = re.compile(r"\bLDG(?:STS)?(\.[\w.]+)? ")
+_SASS_BITS = re.compile(r"[SU]?(8|16|32|64|128|256)")
+
+
+def load_widths(asm: dict[str, Any], signature: dict[str, str]) -> dict[str, int]:
+    """For each pointer with loads from global memory, the bits of the narrowest load."""
+    # Triton adds its own scratch memory after these.
+    arguments = [key for key, value in signature.items() if value != "constexpr"]
+    loads = global_loads(asm["ptx"])
+    widths = {}
+    line = 0
+    for text in disassemble(
+        "nvdisasm", "--print-code", "--print-line-info-ptx", cubin=asm["cubin"]
+    ).splitlines():
+        if found := _SASS_LINE.search(text):
+            line = int(found[1])
+        elif found := _SASS_LOAD.search(text):
+            suffixes = [_SASS_BITS.fullmatch(suffix) for suffix in (found[1] or "").split(".")]
+            bits = next((int(suffix[1]) for suffix in suffixes if suffix), 32)
+            names = [arguments[index] for index in loads.get(line, ()) if index < len(arguments)]
+            for name in [name for name in names if signature[name].startswith("*")] or [UNTRACED]:
+                widths[name] = min(widths.get(name, bits), bits)
+    return widths
+
+
+def global_loads(ptx: str) -> dict[int, set[int]]:
+    """By line number of each load from global memory: the arguments that its address depends on.
+
+    Loaded values end the trace: a row of a table is read through the table, not through the
+    indices. Arguments are numbered.
+    """
+    origins, parameters, addresses = defaultdict(set), {}, {}
+    for number, line in enumerate(ptx.splitlines(), 1):
+        instruction = _INSTRUCTION.match(line)
+        if not instruction:
+            continue
+        opcode, operands = instruction.groups()
+        if opcode.startswith("ld.param"):
+            if found := _PARAMETER.match(operands):
+                parameters[found[1]] = int(found[2])
+        elif opcode.startswith(("ld.global", "cp.async")):
+            if found := _ADDRESS.match(operands):
+                addresses[number] = found[1]
+        elif not opcode.startswith(("ld.", "st.", "atom.", "red.")):
+            written, read = (
+                operands.split("}", 1) if operands.startswith("{") else operands.partition(",")[::2]
+            )
+            for register in _REGISTER.findall(written):
+                origins[register].update(_REGISTER.findall(read))
+
+    def arguments(register: str) -> set[int]:
+        seen, ahead = set(), [register]
+        while ahead:
+            if (register := ahead.pop()) not in seen:
+                seen.add(register)
+                ahead.extend(origins[register])
+        return {parameters[register] for register in seen & parameters.keys()}
+
+    return {number: arguments(register) for number, register in addresses.items()}
+
+
+# The faults.
+
+
+def faults(found: list[Figures]) -> list[str]:
+    """The faults that no kernel may have, independent of the record."""
+    lines = []
+    for figures in found:
+        where, device = f"{figures.architecture} {figures.name}", DEVICES[figures.architecture]
+        if figures.error:
+            lines.append(f"{where}: does not compile: {figures.error}")
+            continue
+        if figures.shared > device.shared:
+            lines.append(
+                f"{where}: {figures.shared} bytes of shared memory; "
+                f"a program may have {device.shared}"
+            )
+        elif not figures.programs:
+            lines.append(f"{where}: not one program fits: {figures.registers} registers a thread")
+        if figures.architecture != "sm_90":
+            continue
+        if figures.spilled:
+            lines.append(
+                f"{where}: {figures.spilled} bytes of spilled registers a thread; must be 0"
+            )
+        if figures.wide and figures.widths.get(UNTRACED, WIDE) < WIDE:
+            lines.append(
+                f"{where}: a load of {figures.widths[UNTRACED]} bits cannot be traced to its "
+                "argument, which may be a wide one"
+            )
+        for pointer in figures.wide:
+            bits = figures.widths.get(pointer)
+            if bits is None:
+                lines.append(
+                    f"{where}: no load through {pointer} found, which its `Kernel` calls wide"
+                )
+            elif bits < WIDE:
+                lines.append(
+                    f"{where}: a load through {pointer} is {bits} bits wide; must be {WIDE}"
+                )
+    return lines
+
+
+# The record.
+
+# A figure counts as changed if it differs by more. On one machine, kernels that are compiled in
+# separate processes come out the same every time. Compiled in one process they differed by up to
+# 28 registers and 40 bytes, and they may differ as much on another machine.
+_MARGIN = {"registers": 4 * REGISTER_UNIT, "spilled": 64, "shared": 1024, "programs": 1}
+
+
+def changes(found: list[Figures], record: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The figures that are worse than the record, and those that are better.
+
+    A kernel that is missing on either side counts as worse.
+    """
+    worse, better = [], []
+    ahead = {
+        (architecture, name)
+        for architecture, rows in record.items()
+        if architecture in DEVICES
+        for name in rows
+    }
+    for figures in found:
+        where = f"{figures.architecture} {figures.name}"
+        ahead.discard((figures.architecture, figures.name))
+        row = record.get(figures.architecture, {}).get(figures.name)
+        if figures.error:
+            continue  # already reported as a fault
+        if row is None:
+            worse.append(f"{where}: not on record")
+            continue
+        for key, now in figures.recorded.items():
+            grown = now - row[key]
+            if abs(grown) > _MARGIN[key]:
+                line = f"{where}: {key} {row[key]} on record, now {now} ({grown:+d})"
+                (worse if (grown > 0) != (key == "programs") else better).append(line)
+    worse += [
+        f"{architecture} {name}: on record, but training does not launch it"
+        for architecture, name in sorted(ahead)
+    ]
+    return worse, better
+
+
+def write(found: list[Figures]) -> None:
+    """Write the record with one line per kernel, so that a diff shows the changed kernels."""
+    blocks = [f'  "triton": {json.dumps(triton.__version__)}']
+    for architecture in DEVICES:
+        rows = [
+            f"    {json.dumps(f.name)}: {json.dumps(f.recorded)}"
+            for f in found
+            if f.architecture == architecture
+        ]
+        blocks.append(f'  "{architecture}": {{\n' + ",\n".join(rows) + "\n  }")
+    RECORD.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
+
+
+# The command.
+
+
+def check_tools() -> None:
+    """Raise SystemExit if the tools to compile and disassemble are missing."""
+    if INTERPRETED:
+        raise SystemExit("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
+    for tool in ("ptxas", "cuobjdump", "nvdisasm"):
+        try:
+            getattr(knobs.nvidia, tool)
+        except RuntimeError as error:
+            raise SystemExit(
+                f"Triton {triton.__version__} has no working {tool}; "
+                "its wheels contain it in triton/backends/nvidia/bin"
+            ) from error
+
+
+def compile_all(jobs: Iterable[tuple]) -> list[Figures]:
+    """Call `measure` with each of these arguments, with an empty cache."""
+    check_tools()
+    with tempfile.TemporaryDirectory() as cache, knobs.cache.scope():
+        knobs.cache.dir = cache
+        return list(forked(measure, jobs))
+
+
+def table(found: list[Figures]) -> str:
+    """The table as text, with a block for each architecture.
+
+    The column "loads" has the bits of the narrowest load among those that should be wide.
+    """
+    head = (
+        f"{'registers':>9} {'spilled':>7} {'shared':>7} {'programs':>8} {'loads':>5} "
+        f"{'conversions':>11} {'compiled':>8}  tile"
+    )
+    lines = []
+    for architecture in DEVICES:
+        mine = [f for f in found if f.architecture == architecture]
+        width = max((len(f.name) for f in mine), default=0)
+        lines += [f"{architecture:{width}} {head}"]
+        for f in mine:
+            loads = min(
+                (f.widths[pointer] for pointer in f.wide if pointer in f.widths), default=""
+            )
+            row = (
+                f"{f.registers:9} {f.spilled:7} {f.shared / 1024:4.0f} KB {f.programs:8} "
+                f"{loads:>5} {f.conversions:11} {f.seconds:6.2f} s  "
+            )
+            row += " ".join(f"{key}={value}" for key, value in f.tile.items())
+            lines.append(f"{f.name:{width}} {' does not compile' if f.error else row}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def recorded_table(record: dict[str, Any]) -> str:
+    """The same for the recorded figures."""
+    lines = [
+        f"Triton {record['triton']}; shared memory in KB; concurrent programs on a multiprocessor",
+        "",
+    ]
+    for architecture in DEVICES:
+        rows = record.get(architecture, {})
+        width = max(map(len, rows), default=0)
+        lines.append(
+            f"{architecture:{width}} {'registers':>9} {'spilled':>7} {'shared':>7} {'programs':>8}"
+        )
+        lines += [
+            f"{name:{width}} {r['registers']:9} {r['spilled']:7} "
+            f"{r['shared'] / 1024:4.0f} KB {r['programs']:8}"
+            for name, r in rows.items()
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Compile every Triton kernel and examine the result; needs no GPU."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--write", action="store_true", help=f"record the figures in {RECORD.name}")
+    parser.add_argument(
+        "--on-record", action="store_true", help="print the record without compiling"
+    )
+    arguments = parser.parse_args()
+    if arguments.on_record:
+        print(recorded_table(json.loads(RECORD.read_text(encoding="utf-8"))))
+        return 0
+
+    found = compile_all(
+        (name, signature, device)
+        for name, signature in aot_signatures().items()
+        for device in DEVICES
+    )
+    print(
+        "\n".join(json.dumps(dataclasses.asdict(figures)) for figures in found)
+        if arguments.json
+        else table(found)
+    )
+
+    wrong, hints = faults(found), []
+    if arguments.write and not wrong:
+        write(found)
+    record = (
+        json.loads(RECORD.read_text(encoding="utf-8"))
+        if RECORD.exists()
+        else {"triton": triton.__version__}
+    )
+    if record["triton"] == triton.__version__:
+        worse, hints = changes(found, record)
+        wrong += worse
+        if worse or hints:
+            hints.append(f"To record these figures, run {COMMAND} --write")
+    else:
+        hints.append(
+            f"{RECORD.name} has figures of Triton {record['triton']}, and this is "
+            f"{triton.__version__}, so they are not compared"
+        )
+    for line in [*(f"FAULT {line}" for line in wrong), *hints]:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""Compile every launch that the kernels and the model can make, without a GPU.
+
+    python -m benchmarks.compiled.launches [--architecture sm_90] [--only norm model] [--everything]
+
+The launcher is the one that a GPU would use, so a kernel that the compiler rejects, or that does
+not fit the device, is found here and not on the first GPU. Each call runs forward and backward with
+`no_launch`.
+
+The calls are derived, not listed by hand. For each operation of `fastbert_kernels.specs` they are
+every choice of given and omitted tensors that its signature allows (and its reference accepts), in
+each dtype, with and without dropout; and every size that the kernels or `tiles.json` distinguish.
+In addition there are training and evaluation steps of the model.
+
+By default sizes are tried in bf16 and fp32, unusual head sizes in bf16 only, and rows up to 1,024.
+`--everything` adds the rest and all shapes of the specs, and takes some minutes. The program prints
+one line for each kind of failure. The exit code is 1 if there is a failure, if no call reached a
+kernel, or if a compile-time switch always had the same value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import itertools
+import json
+import multiprocessing
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastbert_kernels
+from benchmarks.compiled.no_launch import SHARED_MEMORY, Seen, no_launch
+from benchmarks.kernels.cases import Case, arguments, leaves
+from fastbert_kernels import layer_norm
+from fastbert_kernels._spec import Shape
+from fastbert_kernels._tiles import TABLE
+from fastbert_kernels.specs import SPECS
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+PROCESSES = 2
+WIDEST_BY_DEFAULT = 1024
+# Sequence lengths, for attention.
+HALF_A_TILE, ONE_TILE, MANY_TILES = [40, 60], [40, 128], [200, 30]
+
+
+class Call(NamedTuple):
+    """One call of the public interface; `run` runs its forward and backward pass."""
+
+    part: str  # the operation, or "model"
+    size: str  # calls with equal part and size share most kernels, so they run in one process
+    label: str
+    run: Callable[[], None]
+
+
+# Calls of the operations.
+
+
+def operation_calls(everything: bool) -> Iterator[Call]:
+    for operation, spec in SPECS.items():
+        rates = (0.0, 0.1) if spec.dropout else (0.0,)
+        shapes = [(shape, dtype) for shape in spec.shapes for dtype in DTYPES] if everything else []
+        for (shape, dtype), p in itertools.product([*shapes, *sizes(operation, everything)], rates):
+            yield operation_call(operation, shape, p, dtype)
+        for shape, p, dtype in itertools.product(smallest(operation), rates, DTYPES):
+            for omitted in choices(optional_tensors(spec.function)):
+                yield operation_call(operation, shape, p, dtype, omitted)
+        for shape in smallest(operation):  # fp32 products in the matrix units
+            yield operation_call(operation, shape, rates[-1], torch.float32, precision="high")
+    for dtype in DTYPES:
+        yield operation_call("norm", {"T": 5, "D": 64}, 0.0, dtype, function=layer_norm)
+
+
+def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
+    """Shapes of each size that the kernels distinguish.
+
+    These are all head sizes of the interface, the rows of `tiles.json`, and a size in between.
+    """
+    dtypes = DTYPES if everything else DTYPES[:2]
+    if operation == "attention":
+        head_sizes, usual = range(16, 129, 16), (16, 48, 64, 128)
+        fitting = [
+            (K, dtype)
+            for K in head_sizes
+            for dtype in dtypes
+            if everything or dtype.itemsize == 2 or K in usual
+        ]
+        return [
+            ({"lengths": lengths, "H": 2, "K": K}, dtype)
+            for K, dtype in fitting
+            for lengths in (ONE_TILE, MANY_TILES)
+        ]
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    rows = {
+        row["size"]
+        for kernels in table.values()
+        for kernel, found in kernels.items()
+        if kernel.startswith(operation)
+        for row in found
+    }
+    wanted = sorted(
+        {1000, *rows} if everything else {1000, *(row for row in rows if row <= WIDEST_BY_DEFAULT)}
+    )
+    of_size = {
+        "mlm_loss": lambda D: {"T": 10, "M": 5, "D": D, "V": 300},
+        "norm": lambda D: {"T": 5, "D": D},
+        "gelu": lambda F: {"T": 5, "F": F},
+        "embedding": lambda D: {"T": 70, "V": 100, "P": 64, "D": D},
+    }
+    return [(of_size[operation](size), dtype) for size in wanted if size > 1 for dtype in dtypes]
+
+
+def smallest(operation: str) -> list[Shape]:
+    """The shapes for which all choices of tensors are tried.
+
+    Attention has sequences of one tile and of several, for some queries and for all. The MLM loss
+    has all tokens masked, and some.
+    """
+    if operation == "attention":
+        return [
+            {"lengths": lengths, "H": 2, "K": 64, "R": R}
+            for lengths in (HALF_A_TILE, MANY_TILES)
+            for R in (0, 9)
+        ]
+    if operation == "mlm_loss":
+        return [{"T": 10, "M": M, "D": 64, "V": 300} for M in (5, 10)]
+    return [next(shape for shape in SPECS[operation].shapes if shape["T"] > 1)]
+
+
+def optional_tensors(function: Callable) -> list[str]:
+    return [
+        name
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
+        if parameter.annotation == Tensor | None
+    ]
+
+
+def choices(names: list[str]) -> Iterator[tuple[str, ...]]:
+    """Every set of tensors that a caller may leave out."""
+    for count in range(len(names) + 1):
+        yield from itertools.combinations(names, count)
+
+
+def operation_call(
+    operation: str,
+    shape: Shape,
+    p: float,
+    dtype: torch.dtype,
+    omitted: tuple[str, ...] = (),
+    function: Callable | None = None,
+    precision: str = "highest",
+) -> Call:
+    without = f" without {', '.join(omitted)}" if omitted else ""
+    products = f" {precision} products" if precision != "highest" else ""
+    name = function.__name__ if function else operation
+    axes = " ".join(f"{axis}={value}" for axis, value in shape.items())
+    label = f"{name} {axes} p={p:g} {str(dtype)[6:]}{without}{products}"
+
+    def run() -> None:
+        case = Case(operation, label, shape, p)
+        given = {
+            name: None if name in omitted else value
+            for name, value in arguments(case, dtype, torch.device("cpu")).items()
+        }
+        called = function or SPECS[operation].function
+        given = {
+            name: value
+            for name, value in given.items()
+            if name in inspect.signature(called).parameters
+        }
+        if omitted:
+            try:
+                called(**given, impl="reference")
+            except ValueError:
+                return  # the interface does not accept this call
+        torch.set_float32_matmul_precision(precision)
+        try:
+            result = called(**given, impl="triton")
+            first = result[0] if isinstance(result, tuple) else result
+            wanted = [
+                x
+                for x in leaves(case, {**dict.fromkeys(SPECS[operation].differentiable), **given})
+                if x is not None
+            ]
+            torch.autograd.grad(first, wanted, torch.ones_like(first), allow_unused=True)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    return Call(operation, f"{shape} {dtype}", label, run)
+
+
+# Calls of the model.
+
+
+def model_calls() -> Iterator[Call]:
+    """Training and evaluation steps, and the computations of `embed` and `fill_mask`.
+
+    They run in each precision in which a GPU trains.
+    """
+    for lengths, precision, dropout in itertools.product(
+        (ONE_TILE, MANY_TILES), ("bf16", "fp32", "autocast"), (0.1, 0.0)
+    ):
+        label = f"step lengths={lengths} {precision} dropout={dropout:g}"
+        yield Call(
+            "model", precision, label, lambda args=(lengths, precision, dropout): model_step(*args)
+        )
+
+
+def model_step(lengths: list[int], precision: str, dropout: float) -> None:
+    from fastbert.config import ModelConfig
+    from fastbert.data.dataset import SpecialIds
+    from fastbert.data.packing import pack_texts
+    from fastbert.models.bert import BertForPreTraining, losses
+
+    config = ModelConfig(
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=512,
+        max_position_embeddings=max(lengths),
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    model = BertForPreTraining(config, vocab_size=300, kernels="triton", device="cuda")
+    if precision == "bf16":
+        model.bfloat16()
+    first, second = (
+        [[7] * (length // 2) for length in lengths],
+        [[8] * (length - length // 2 - 3) for length in lengths],
+    )
+    batch = pack_texts(first, second, SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4))
+    batch = dataclasses.replace(
+        batch, masked_positions=torch.tensor([3, 50]), labels=torch.tensor([7, 8]), masked_total=2
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        losses(model(batch)).loss.backward()
+        model.eval()
+        with torch.no_grad():
+            model(batch)
+            last = model.hidden_states(batch)[-1]
+            model.token_logits(last)
+
+
+# Compilation.
+
+
+@dataclass
+class Found:
+    """The result of a group of calls."""
+
+    calls: int
+    loaded: int
+    failures: dict[str, list[str]]  # by error message: the calls
+    reached: dict[str, dict[str, set]]  # by kernel and switch: the values that it had
+
+
+def compile_calls(architecture: str, calls: list[Call]) -> Found:
+    failures: dict[str, list[str]] = defaultdict(list)
+    with no_launch(architecture) as seen:
+        for call in calls:
+            try:
+                call.run()
+            except Exception as error:
+                failures[innermost(error)].append(call.label)
+    return Found(len(calls), len(seen.loaded), dict(failures), switches(seen))
+
+
+def innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1][:200] if lines else ''}"
+
+
+def switches(seen: Seen) -> dict[str, dict[str, set]]:
+    """The values of each compile-time constant, by kernel.
+
+    For example {"norm._forward_kernel": {"D": {768, 1024}, ...}}.
+    """
+    reached: dict[str, dict[str, set]] = {}
+    for source, metadata in seen.compiled:
+        operation = source.fn.fn.__module__.split(".")[-2]
+        mine = reached.setdefault(f"{operation}.{metadata.name}", {})
+        for index, value in source.constants.items():
+            mine.setdefault(source.fn.arg_names[index[0]], set()).add(value)
+    return reached
+
+
+def unreached(reached: dict[str, dict[str, set]], parts: list[str]) -> list[str]:
+    """Kernels that no call launched, and compile-time switches that always had the same value."""
+    lines = []
+    for operation in (part for part in parts if part in SPECS):
+        module = importlib.import_module(f"fastbert_kernels.{operation}.kernel")
+        for name, kernel in vars(module).items():
+            if not name.endswith("_kernel") or not hasattr(kernel, "arg_names"):
+                continue
+            full = f"{operation}.{name}"
+            if full not in reached:
+                lines.append(f"{full}: no call launches it")
+                continue
+            for switch, values in reached[full].items():
+                if values in ({True}, {False}) and bool in map(type, values):
+                    lines.append(f"{full}: {switch} is always {values.pop()}")
+    return lines
+
+
+def check(architecture: str, parts: list[str], everything: bool) -> tuple[Found, list[str]]:
+    """Compile all calls of these parts; returns the result, and one line for each fault."""
+    groups: dict[tuple[str, str], list[Call]] = defaultdict(list)
+    for call in itertools.chain(operation_calls(everything), model_calls()):
+        if call.part in parts:
+            groups[call.part, call.size].append(call)
+    _groups[:] = groups.values()
+    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
+        found = list(
+            pool.imap_unordered(
+                _compile_group, [(architecture, number) for number in range(len(_groups))]
+            )
+        )
+    failures: dict[str, list[str]] = defaultdict(list)
+    reached: dict[str, dict[str, set]] = {}
+    for one in found:
+        for error, labels in one.failures.items():
+            failures[error] += labels
+        for kernel, values in one.reached.items():
+            for name, seen in values.items():
+                reached.setdefault(kernel, {}).setdefault(name, set()).update(seen)
+    lines = [
+        f"{architecture} {error}: {len(labels)} calls, such as {labels[0]}"
+        for error, labels in failures.items()
+    ]
+    lines += [f"{architecture} {line}" for line in unreached(reached, parts)]
+    return Found(
+        sum(one.calls for one in found), sum(one.loaded for one in found), dict(failures), reached
+    ), lines
+
+
+_groups: list[list[Call]] = []  # inherited by forked processes, because calls are not picklable
+
+
+def _compile_group(job: tuple[str, int]) -> Found:
+    architecture, number = job
+    torch.set_num_threads(1)
+    return compile_calls(architecture, _groups[number])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    architectures = [f"sm_{capability}" for capability in SHARED_MEMORY]
+    parser.add_argument("--architecture", nargs="+", choices=architectures, default=architectures)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*SPECS, "model"],
+        default=[*SPECS, "model"],
+        help="compile only these parts",
+    )
+    parser.add_argument(
+        "--everything",
+        action="store_true",
+        help="all combinations and the widest rows; takes minutes",
+    )
+    options = parser.parse_args()
+    wrong = []
+    for architecture in options.architecture:
+        start = time.monotonic()
+        found, lines = check(architecture, options.only, options.everything)
+        wrong += lines
+        bad = sum(map(len, found.failures.values()))
+        seconds = time.monotonic() - start
+        print(
+            f"{architecture}: {found.calls} calls, {bad} fail; "
+            f"{found.loaded} kernels compiled and loaded in {seconds:.0f} s",
+            flush=True,
+        )
+    for line in wrong:
+        print(f"FAULT {line}", file=sys.stderr)
+    print(f"kernels of {Path(fastbert_kernels.__file__).parent}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

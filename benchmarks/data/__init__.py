@@ -1,0 +1,1 @@
+"""Speed and memory of preparing text and of the loader."""

@@ -1,0 +1,1 @@
+"""How far the predictions of `fastbert plan` are from what is measured."""

@@ -1,0 +1,110 @@
+"""What a checkpoint costs the concurrent training: the mini recipe, saved every few steps.
+
+    python -m benchmarks.step.bench_saving data/wiki [--ranks 1] [--saves 4]
+
+A real run through the command line (with more than one rank, started by torchrun). Training stalls
+while each rank copies its share, and again when the finished files become a checkpoint; the run
+reports this time with each save. In between, a thread writes, flushes and reads back the files,
+which takes processor time from training. That cost is the time of the steps during the write,
+minus as many times the median of the other steps. The sum of both is compared with five minutes of
+training, a typical checkpoint interval for a run of several days.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fastbert.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+EVERY = 12  # steps
+INTERVAL_S = 300.0
+
+
+@dataclass(frozen=True)
+class Save:
+    """One save; durations in seconds."""
+
+    step: int
+    stall: float  # training waited
+    steps: int  # computed while the thread wrote
+    slower: float  # extra time of these steps
+
+
+def saves(records: list[dict[str, Any]]) -> tuple[float, list[Save]]:
+    """The median step without a concurrent save, and every save except the last.
+
+    No training steps run during the last save.
+    """
+    begun, found, undisturbed, during = None, [], [], []
+    for record in records:
+        if "event" not in record:
+            (undisturbed if begun is None else during).append(record["seconds"])
+            begun = record["step"] if record["step"] % EVERY == 0 else begun
+        elif record["event"] == "save":
+            found.append((record["step"], record["seconds"], during))
+            begun, during = None, []
+    usual = median(undisturbed[2:])  # the first two warm up
+    return usual, [
+        Save(step, stall, len(slow), sum(slow) - usual * len(slow))
+        for step, stall, slow in found[:-1]
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="a dataset made by fastbert prepare")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--saves", type=int, default=4)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        settings = (
+            f"data={given.data}",
+            f"run={run}",
+            f"stop.steps={EVERY * (given.saves + 1)}",
+            f"checkpoint.every={EVERY}",
+        )
+        launcher = (
+            ["-m"]
+            if given.ranks == 1
+            else ["-m", "torch.distributed.run", "--nproc-per-node", str(given.ranks), "-m"]
+        )
+        command = [
+            sys.executable,
+            *launcher,
+            "fastbert",
+            "pretrain",
+            str(ROOT / "fastbert/recipes/mini.toml"),
+            *settings,
+            "evaluate.sequences=64",
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        usual, found = saves(list(read_metrics(run / "metrics.jsonl")))
+        size = sum(
+            file.stat().st_size for file in sorted((run / "checkpoints").iterdir())[-1].iterdir()
+        )
+    print(
+        f"mini, {given.ranks} rank(s), a checkpoint of {size / 1e6:,.0f} MB; "
+        f"a step that no save disturbs takes {usual:.3f} s\n"
+    )
+    print("| step | stall (s) | steps during the write | extra time (s) | share of five minutes |")
+    print("|---|---|---|---|---|")
+    for save in found:
+        share = (save.stall + max(save.slower, 0.0)) / INTERVAL_S
+        print(
+            f"| {save.step} | {save.stall:.3f} | {save.steps} | {save.slower:+.3f} | {share:.2%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
