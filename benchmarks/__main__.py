@@ -40,6 +40,7 @@ import torch
 from benchmarks.harness import children
 from benchmarks.harness.children import ROOT, module
 from benchmarks.harness.machine import folder_name
+from benchmarks.harness.tables_and_plots import table
 
 RESERVE_S = 8  # for killing hung processes, and for the report
 START_S = 12  # start-up time of a process that imports torch
@@ -128,13 +129,16 @@ def run(part: Part, out: Path, limit: float) -> Outcome:
 
 
 def report(out: Path, outcomes: list[Outcome], waiting: list[Part]) -> str:
-    lines = ["# Benchmarks", "", "| part | outcome | seconds |", "|---|---|---|"]
-    lines += [
-        f"| {o.part.name} | {o.verdict if o.verdict == 'passed' else f'**{o.verdict}**'} "
-        f"| {o.seconds:.0f} |"
+    rows = [
+        [
+            o.part.name,
+            o.verdict if o.verdict == "passed" else f"**{o.verdict}**",
+            f"{o.seconds:.0f}",
+        ]
         for o in outcomes
     ]
-    lines += [f"| {part.name} | not yet run | |" for part in waiting]
+    rows += [[part.name, "not yet run", ""] for part in waiting]
+    lines = ["# Benchmarks", "", table(("part", "outcome", "seconds"), rows)]
     for outcome in outcomes:
         part, log = outcome.part, out / f"{outcome.part.name}.log"
         written = out / f"{part.name}.md"
@@ -173,7 +177,9 @@ def record(out: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the report; new or empty"

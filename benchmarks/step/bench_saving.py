@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.harness.tables_and_plots import table
 from fastbert.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -97,13 +98,20 @@ def main() -> None:
         f"mini, {given.ranks} rank(s), a checkpoint of {size / 1e6:,.0f} MB; "
         f"a step that no save disturbs takes {usual:.3f} s\n"
     )
-    print("| step | stall (s) | steps during the write | extra time (s) | share of five minutes |")
-    print("|---|---|---|---|---|")
-    for save in found:
-        share = (save.stall + max(save.slower, 0.0)) / INTERVAL_S
-        print(
-            f"| {save.step} | {save.stall:.3f} | {save.steps} | {save.slower:+.3f} | {share:.2%} |"
-        )
+    columns = (
+        "step", "stall (s)", "steps during the write", "extra time (s)", "share of five minutes"
+    )  # fmt: skip
+    rows = [
+        [
+            f"{save.step}",
+            f"{save.stall:.3f}",
+            f"{save.steps}",
+            f"{save.slower:+.3f}",
+            f"{(save.stall + max(save.slower, 0.0)) / INTERVAL_S:.2%}",
+        ]
+        for save in found
+    ]
+    print(table(columns, rows))
 
 
 if __name__ == "__main__":
