@@ -200,6 +200,18 @@ def test_imports_point_one_way():
     assert not wrong, "against the direction of imports (ARCHITECTURE.md):\n" + "\n".join(wrong)
 
 
+def test_the_harness_of_the_benchmarks_knows_no_benchmark():
+    """It is what all of them share, so it must not depend on one."""
+    files = sorted((ROOT / "benchmarks/harness").glob("*.py"))
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {target}"
+        for path in files
+        for line, target in imports(path)
+        if below(target, "benchmarks") and not below(target, "benchmarks.harness")
+    ]
+    assert files and not wrong, "\n".join(wrong)
+
+
 def test_a_name_is_imported_from_the_module_that_defines_it():
     """One import path for each name of the data, so that a search for it finds every use."""
     passed_on = {

@@ -61,8 +61,8 @@ def proposals_for(part: Part) -> list[Proposal]:
         part.results.add(
             "note",
             item="proposed tiles",
-            why=f"benchmarks/kernels/proposed_tiles.json proposes none for {part.place.architecture}: "
-            "present tiles alone",
+            why="benchmarks/kernels/proposed_tiles.json proposes none for "
+            f"{part.place.architecture}: present tiles alone",
         )
     return found
 

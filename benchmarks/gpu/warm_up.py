@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.warm_up --out folder [--dry-run]
 
 A kernel takes up to a second, and during the run kernels are compiled one after the other. Triton's
-real launcher runs here with a driver that launches nothing (`benchmarks.compiled.no_launch`), so Triton's
-cache then contains what the launches on the GPU need. Nothing depends on this step: a missing
-kernel is compiled when it is needed.
+real launcher runs here with a driver that launches nothing (`benchmarks.compiled.no_launch`), so
+Triton's cache then contains what the launches on the GPU need. Nothing depends on this step: a
+missing kernel is compiled when it is needed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Benchmark each kernel against its usual alternatives: a pytest-benchmark suite.
 
-    pytest benchmarks/kernels/bench_kernels.py --out runs/kernels [-k "norm or gelu"] [--seconds 120] \\
-        [--compile one|all|none]
+    pytest benchmarks/kernels/bench_kernels.py --out runs/kernels [-k "norm or gelu"] \\
+        [--seconds 120] [--compile one|all|none]
 
 It covers every operation, forward and backward. The results and gradients of each case are first
 compared with the reference in higher precision, with the error bound of the tests. Then forward

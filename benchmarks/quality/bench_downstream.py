@@ -1,9 +1,9 @@
 """Does pre-training pay? Fine-tune a pre-trained model, the same model from scratch, and others.
 
-    python -m benchmarks.quality.bench_downstream data/labelled --data data/library-8192 --out FOLDER \\
-        [--beside RUN] [--quick]
-    python -m benchmarks.quality.bench_downstream data/labelled --record downstream.json --beside RUN \\
-        --out FOLDER
+    python -m benchmarks.quality.bench_downstream data/labelled --data data/library-8192 \\
+        --out FOLDER [--beside RUN] [--quick]
+    python -m benchmarks.quality.bench_downstream data/labelled --record downstream.json \\
+        --beside RUN --out FOLDER
 
 `examples/labelled_texts.py` made the folder of texts: topics of encyclopedia articles and
 sentiments of film reviews. The dataset for pre-training contains none of their test texts. Three

@@ -1,7 +1,7 @@
 """Time to quality: `fastbert pretrain` against transformers' Trainer, with equal time and cores.
 
-    python -m benchmarks.quality.bench_quality data/wiki --out FOLDER [--seconds 180] [--seeds 1 2 3] \\
-        [--quick]
+    python -m benchmarks.quality.bench_quality data/wiki --out FOLDER [--seconds 180] \\
+        [--seeds 1 2 3] [--quick]
 
 Both sides have the same dataset (so the same text, tokenizer and split), model sizes and heap
 setting. Both train in fp32, with one thread on a core of its own. Two runs execute at a time, so

@@ -1,6 +1,7 @@
 """Time of each part of a training step, against the ideal time at this machine's measured rates.
 
-    python -m benchmarks.step.bench_parts data/wiki --out FOLDER [--steps 12] [--seconds 90] [--quick]
+    python -m benchmarks.step.bench_parts data/wiki --out FOLDER [--steps 12] \\
+        [--seconds 90] [--quick]
 
 The step is that of `fastbert pretrain`: a batch is drawn, and `training.engine.Engine`, which
 contains DeepSpeed, runs forward, backward and the update. Settings: fp32, dropout 0.1, 32 of the
