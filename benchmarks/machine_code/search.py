@@ -8,8 +8,8 @@ fit. It evaluates them with and without dropout, at all launches, and at both en
 range of the L2 cache's rate, because small tiles read more from it. Tiles are ranked by the
 geometric mean of the times.
 
-The result is a prediction. `benchmarks/kernels/proposed_tiles.json` keeps the replaced rows, so that a GPU
-can time both.
+The result is a prediction. `benchmarks/kernels/proposed_tiles.json` keeps the replaced rows, so
+that a GPU can time both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pre-train BERT with transformers' Trainer, set up as documented: the rival of `bench_quality`.
 
-    python -m benchmarks.quality.trainer_rival RECIPE.toml DATASET RUN --seconds 240 --seed 1 --points 12 \\
-        --batch 32 --lr 1e-3
+    python -m benchmarks.quality.trainer_rival RECIPE.toml DATASET RUN --seconds 240 --seed 1 \\
+        --points 12 --batch 32 --lr 1e-3
 
 The model is BertForPreTraining with BertConfig's defaults, except the recipe's sizes. Sentence
 pairs are made once, half of them with a wrong B, as by transformers'

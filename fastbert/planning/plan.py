@@ -259,7 +259,7 @@ def plan(
         vocab_size, mean_length: V, and tokens per example; by default those of the recipe's
             dataset, if it exists.
         price: US dollars per GPU hour; by default the one in gpus.toml.
-        device: a device that is not in gpus.toml, under the name `gpu`. For "cpu" it is this machine, as
+        device: a device that is not in gpus.toml, under the name `gpu`. For "cpu", this machine, as
             the caller has measured it.
 
     Raises:

@@ -131,7 +131,7 @@ def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:
 def _problems(
     section: str, values: dict[str, Any], known: Mapping[str, Kind] | None, recipe: str
 ) -> Iterator[str]:
-    """What is wrong with each key of a section, with its value; `known` is None where any may be."""
+    """What is wrong with each key of a section, with its value; `known` None permits any key."""
     for key, value in values.items():
         place = f"{section}.{key}" if section else key
         if known is not None and key not in known:

@@ -52,8 +52,8 @@ def heldout_sums(losses: Losses, batch: PackedBatch, mask_id: int) -> Tensor:
         mask_id: the id of [MASK].
 
     Returns:
-        float64 [HELDOUT_SUMS]: loss, correct and count of all masked tokens, then the same of the positions
-        that show [MASK], then of the pairs.
+        float64 [HELDOUT_SUMS]: loss, correct and count of all masked tokens, then the same of the
+        positions that show [MASK], then of the pairs.
     """
     shown = batch.input_ids[batch.masked_positions] == mask_id
     paired = batch.next_sentence_labels >= 0

@@ -40,7 +40,8 @@ class Kernel:
         function: the @triton.jit function. Its parameters are pointers, then numbers, then
             constants, then what the table gives.
         table: its name in tiles.json.
-        wide: the pointers whose loads should be 128 bits wide, for `benchmarks/compiled/ahead_of_time.py`.
+        wide: the pointers whose loads should be 128 bits wide, which
+            `benchmarks/compiled/ahead_of_time.py` checks.
     """
 
     def __init__(self, function: Any, table: str, wide: tuple[str, ...] = ()):
