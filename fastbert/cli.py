@@ -25,6 +25,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fastbert import __version__, strict_json
+from fastbert.data.sources import FORMATS
 from fastbert.errors import Diverged, InputError
 from fastbert.heap import keep_heap
 from fastbert.out_of_memory import shortage
@@ -526,7 +527,7 @@ def embed(
     text_format: Annotated[
         str | None,
         typer.Option(
-            "--format", help="lines, txt, jsonl, csv, tsv or parquet.  \\[default: by suffix]"
+            "--format", help=f"{', '.join(FORMATS)}.  \\[default: by suffix; .txt is lines]"
         ),
     ] = None,
     text_field: Annotated[

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
+from inspect import get_annotations
 from pathlib import Path
 
 import pytest
 
+from fastbert import cli
+from fastbert.data.documents import READERS
 from fastbert.data.prepare import prepare
-from fastbert.data.sources import find_sources
+from fastbert.data.sources import FORMATS, TABLES, find_sources
 from fastbert.errors import InputError
+
+
+def test_every_format_has_a_reader_and_is_in_the_help() -> None:
+    """A format is a line in FORMATS and a reader; nothing is read as another format unasked."""
+    assert FORMATS.keys() - READERS.keys() == set(), "add them to READERS in data/documents.py"
+    assert set(TABLES) <= FORMATS.keys()
+    for command in (cli.prepare, cli.embed):
+        (option,) = get_annotations(command, eval_str=True)["text_format"].__metadata__
+        missing = [name for name in FORMATS if not re.search(rf"\b{name}\b", option.help)]
+        assert not missing, f"cli.py: the help of {command.__name__} --format lacks {missing}"
 
 
 def tree(top: Path, names: str) -> None:

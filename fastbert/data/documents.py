@@ -8,6 +8,7 @@ memory at a time, whatever the size of the files.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -90,10 +91,7 @@ def read_chunks(
     for source in sources:
         try:
             with open(source.path, "rb") as file:
-                if source.format in _BY_COLUMN:
-                    yield from _BY_COLUMN[source.format](source, file, text_field, skip_bad)
-                else:
-                    yield from _text_chunks(source, file)
+                yield from READERS[source.format].chunks(source, file, text_field, skip_bad)
         except OSError as error:
             raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
 
@@ -111,7 +109,8 @@ def parse(chunk: Chunk, text_field: str = "text", skipped: list[str] | None = No
             one without `text_field`.
     """
     documents = list[str]()
-    for document in _records(chunk, text_field, strict=skipped is None):
+    records = READERS[chunk.source.format].records
+    for document in records(chunk, text_field, skipped is None):
         if isinstance(document, str):
             documents.append(document)
         elif skipped is None:
@@ -121,17 +120,6 @@ def parse(chunk: Chunk, text_field: str = "text", skipped: list[str] | None = No
     return documents
 
 
-def _records(chunk: Chunk, text_field: str, strict: bool) -> Iterable[str | BadRecord]:
-    if chunk.source.format == "parquet":
-        return _parquet_records(chunk)
-    if chunk.source.format in ("csv", "tsv"):
-        return (_row_text(chunk, json.loads(line)) for line in chunk.data.splitlines())
-    if chunk.source.format == "jsonl":
-        return _json_records(chunk, text_field, strict)
-    documents = _text_documents(chunk, strict)
-    return documents if strict else (_whole(chunk, document) for document in documents)
-
-
 def _whole(chunk: Chunk, text: str) -> str | BadRecord:
     """Return a text, or the error where some of its bytes were not UTF-8."""
     if not is_broken(text):
@@ -139,14 +127,14 @@ def _whole(chunk: Chunk, text: str) -> str | BadRecord:
     return BadRecord(f"{chunk.source.path}: not UTF-8: {text.strip()[:40]!a}")
 
 
-def _text_documents(chunk: Chunk, strict: bool) -> list[str]:
+def _text_records(chunk: Chunk, _text_field: str, strict: bool) -> Iterable[str | BadRecord]:
     text = decode(chunk.data, chunk.source.path, chunk.line, chunk.offset, strict)
-    if chunk.source.format == "lines":
-        return text.removesuffix("\n").split("\n")
-    if chunk.source.format == "file":
-        return [text]
-    between = _WIKI_TAGS if chunk.source.format == _WIKI else _BETWEEN_DOCUMENTS
-    return [document for document in between.split(text) if not document.isspace() and document]
+    documents = _SPLIT[chunk.source.format](text)
+    return documents if strict else (_whole(chunk, document) for document in documents)
+
+
+def _between(separator: re.Pattern[str], text: str) -> list[str]:
+    return [document for document in separator.split(text) if not document.isspace() and document]
 
 
 def read_documents(
@@ -158,7 +146,9 @@ def read_documents(
         yield from parse(chunk, text_field)
 
 
-def _text_chunks(source: Source, file: BufferedReader) -> Iterator[Chunk]:
+def _text_chunks(
+    source: Source, file: BufferedReader, _text_field: str, _skip_bad: bool
+) -> Iterator[Chunk]:
     """Cut the data read so far at the last end of a document; the rest waits for more data."""
     waiting, line, offset, reported = b"", 1, 0, 0
 
@@ -221,6 +211,13 @@ _LAST_END: dict[str, Callable[[bytes, int], int]] = {
     "lines": _last_line_end,
     "jsonl": _last_line_end,
     "file": lambda data, searched: 0,
+}
+# The documents in the text of a chunk.
+_SPLIT: dict[str, Callable[[str], list[str]]] = {
+    "txt": functools.partial(_between, _BETWEEN_DOCUMENTS),
+    _WIKI: functools.partial(_between, _WIKI_TAGS),
+    "lines": lambda text: text.removesuffix("\n").split("\n"),
+    "file": lambda text: [text],
 }
 
 
@@ -292,6 +289,10 @@ def _delimited_chunks(
         yield Chunk(source, b"\n".join(texts), 0, 0, file.tell() - reported)
     elif reported == 0:
         raise InputError(f"{source.path}: no row below the header; remove it from the sources")
+
+
+def _delimited_records(chunk: Chunk, _text_field: str, _strict: bool) -> Iterator[str | BadRecord]:
+    return (_row_text(chunk, json.loads(line)) for line in chunk.data.splitlines())
 
 
 def _row_text(chunk: Chunk, value: Any) -> str | BadRecord:
@@ -369,7 +370,7 @@ def _bounded(source: Source, column: pyarrow.Array, row: int) -> Iterator[pyarro
         begin = end
 
 
-def _parquet_records(chunk: Chunk) -> list[str | BadRecord]:
+def _parquet_records(chunk: Chunk, _text_field: str, _strict: bool) -> list[str | BadRecord]:
     import pyarrow
 
     column = pyarrow.ipc.open_stream(chunk.data).read_all().column(0)
@@ -391,9 +392,19 @@ def _parquet_records(chunk: Chunk) -> list[str | BadRecord]:
     return documents
 
 
-# Formats whose text is a column; the other columns of a row are not passed on.
-_BY_COLUMN: dict[str, Callable[[Source, BufferedReader, str, bool], Iterator[Chunk]]] = {
-    "csv": _delimited_chunks,
-    "tsv": _delimited_chunks,
-    "parquet": _parquet_chunks,
+class Reader(NamedTuple):
+    """The two halves of reading a format."""
+
+    # The file, open; text_field; skip_bad.
+    chunks: Callable[[Source, BufferedReader, str, bool], Iterator[Chunk]]
+    # text_field; whether bytes that are not UTF-8 raise an error.
+    records: Callable[[Chunk, str, bool], Iterable[str | BadRecord]]
+
+
+READERS = {
+    **dict.fromkeys(_SPLIT, Reader(_text_chunks, _text_records)),
+    "jsonl": Reader(_text_chunks, _json_records),
+    "csv": Reader(_delimited_chunks, _delimited_records),
+    "tsv": Reader(_delimited_chunks, _delimited_records),
+    "parquet": Reader(_parquet_chunks, _parquet_records),
 }
