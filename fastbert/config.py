@@ -96,6 +96,11 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
 
+OBJECTIVES = ("mlm+nsp", "mlm")
+# The losses that are summed. Each has loss_NAME and accuracy_NAME in metrics.jsonl.
+LOSSES = tuple(dict.fromkeys(name for kind in OBJECTIVES for name in kind.split("+")))
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """The pre-training tasks: masked tokens and next-sentence prediction.
@@ -103,7 +108,7 @@ class ObjectiveConfig:
     Source: Devlin et al., 2019, section 3.1.
     """
 
-    kind: str = choice("mlm+nsp", "mlm+nsp", "mlm")
+    kind: str = choice("mlm+nsp", *OBJECTIVES)
     mask_rate: float = number(0.15, 0, 1, above=True)
     mask_token: float = number(0.8, 0, 1)
     random_token: float = number(0.1, 0, 1)

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+from dataclasses import fields
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -13,7 +15,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastbert.cluster.signals import StopRequest
-from fastbert.config import RunConfig, StopConfig
+from fastbert.config import LOSSES, RunConfig, StopConfig
+from fastbert.models.bert import Losses
+from fastbert.tasks.evaluate import Evaluation, Masked, Pairs
 from fastbert.training import monitor as module
 from fastbert.training import picture
 from fastbert.training.engine import StepResult
@@ -67,6 +71,27 @@ def take_step(to: Monitor, step: int, loss: float = FIRST, **changes) -> None:
         waited=0.01,
         flops=5e7,
     )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_of_an_objective_is_reported(name):
+    """LOSSES comes from the words of `objective.kind`; the message names the file to change."""
+    assert name in [f.name for f in fields(Losses)], f"models/bert.py: Losses has no {name}"
+    masked = Masked(1, 2.0, 0.5, 0.5, 3.0, 3.0)
+    evaluated = Evaluation(masked, Pairs(1, 0.7, 0.5), {}, {}, {}, 1, 9, {}).flat()
+    page = (Path(__file__).parents[1] / "docs/reference/run-folder.md").read_text("utf-8")
+    for key in (f"loss_{name}", f"accuracy_{name}"):
+        assert key in STEP_KEYS
+        assert key in [f.name for f in fields(StepResult)], f"training/engine.py: no {key}"
+        assert key in [f.name for f in fields(HeldOut)], f"training/heldout.py: no {key}"
+        assert key in evaluated, f"tasks/evaluate.py: Evaluation.flat has no {key}"
+        assert f"`{key}`" in page, f"docs/reference/run-folder.md: no `{key}`"
+
+
+def test_every_loss_belongs_to_an_objective():
+    """The scalars of Losses are the losses; the other fields are by token or by pair."""
+    scalars = [f.name for f in fields(Losses) if not f.name.endswith(("_losses", "_correct"))]
+    assert scalars == list(LOSSES), "config.py: OBJECTIVES does not name these losses"
 
 
 def test_a_step_has_exactly_the_keys_that_others_script_against(tmp_path):

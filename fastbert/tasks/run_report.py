@@ -25,7 +25,7 @@ from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
 from fastbert.tasks.load import load
 from fastbert.tasks.pretrained import MASK, Pretrained
 from fastbert.training.history import History
-from fastbert.training.metrics import read_metrics
+from fastbert.training.metrics import LOSS_KEYS, read_metrics
 from fastbert.training.picture import (
     GRID,
     HELDOUT,
@@ -44,7 +44,7 @@ SAMPLES = 8  # held-out sentences with a hidden word
 SAMPLE_TOKENS = (8, 32)  # shortest and longest of these sentences
 LOG_LINES = 12  # from the start and the end of log.txt
 
-COLUMNS = ("loss_mlm", "loss_nsp", "lr", "grad_norm", "tokens", "seconds", "tokens_per_s")
+COLUMNS = (*LOSS_KEYS, "lr", "grad_norm", "tokens", "seconds", "tokens_per_s")
 
 
 def read_history(run: Path) -> History:

@@ -69,7 +69,7 @@ from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining, Layer, losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.graphs import GraphedModel
-from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
+from fastbert.training.heldout import HELDOUT_SUMS, HeldOut, heldout_means, heldout_sums
 from fastbert.training.optimizer import build_optimizer, slots
 
 # For sums between processes of one machine DeepSpeed would compile a shared-memory operation, which
@@ -300,7 +300,7 @@ class Engine:
             mask_id: the id of [MASK].
         """
         self.model.eval()
-        sums = torch.zeros(9, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(HELDOUT_SUMS, dtype=torch.float64, device=self.device)
         for start in range(0, len(batches), self.group.world):
             # Stage 3 gathers weights in every forward pass, so all ranks run the same number. A
             # rank that has no batch left runs the last one, with weight 0.

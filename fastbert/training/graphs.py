@@ -186,6 +186,7 @@ class Captured:
 
     def _forward(self) -> list[Tensor]:
         mlm, nsp, *rest = self._model(self.inputs)
+        assert not any(x.requires_grad for x in rest), "a loss that a replay does not differentiate"
         self._losses = mlm, nsp
         return [mlm.detach(), nsp.detach(), *rest]
 

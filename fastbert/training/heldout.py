@@ -15,6 +15,9 @@ from torch import Tensor
 from fastbert.data.packing import PackedBatch
 from fastbert.models.bert import Losses
 
+_ROWS = 3  # all masked tokens, those that show [MASK], the pairs
+HELDOUT_SUMS = 3 * _ROWS  # loss, correct and count of each
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -49,7 +52,7 @@ def heldout_sums(losses: Losses, batch: PackedBatch, mask_id: int) -> Tensor:
         mask_id: the id of [MASK].
 
     Returns:
-        float64 [9]: loss, correct and count of all masked tokens, then the same of the positions
+        float64 [HELDOUT_SUMS]: loss, correct and count of all masked tokens, then the same of the positions
         that show [MASK], then of the pairs.
     """
     shown = batch.input_ids[batch.masked_positions] == mask_id
@@ -70,8 +73,8 @@ def heldout_sums(losses: Losses, batch: PackedBatch, mask_id: int) -> Tensor:
 
 
 def heldout_means(sums: Tensor) -> HeldOut:
-    """Turn the sums over all batches and ranks, float64 [9], into means."""
-    rows = sums.view(3, 3).tolist()
+    """Turn the sums over all batches and ranks, float64 [HELDOUT_SUMS], into means."""
+    rows = sums.view(_ROWS, 3).tolist()
     (mlm, mlm_accuracy), (shown, shown_accuracy), (nsp, nsp_accuracy) = [
         (loss / n, correct / n) if n else (None, None) for loss, correct, n in rows
     ]

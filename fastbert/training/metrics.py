@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from fastbert import strict_json
+from fastbert.config import LOSSES
 
+# A loss that the objective does not have is null, and so is its accuracy.
+LOSS_KEYS = tuple(f"loss_{name}" for name in LOSSES)
 STEP_KEYS = (
     "step",  # optimizer steps done, including this one
-    "loss",  # nats: loss_mlm + loss_nsp, means over the whole global batch
-    "loss_mlm",
-    "loss_nsp",  # null where the objective has no pairs, like accuracy_nsp
-    "accuracy_mlm",
-    "accuracy_nsp",
+    "loss",  # nats: the sum of the losses below, means over the whole global batch
+    *LOSS_KEYS,
+    *(f"accuracy_{name}" for name in LOSSES),
     "lr",
     "grad_norm",  # before clipping
     "tokens",  # real tokens of the step, including [CLS] and [SEP]

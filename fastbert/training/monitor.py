@@ -27,13 +27,13 @@ from rich.table import Column
 from torch.utils.tensorboard import SummaryWriter
 
 from fastbert.checkpoints.saver import Saved
-from fastbert.config import RunConfig
+from fastbert.config import LOSSES, RunConfig
 from fastbert.terminal import can_redraw, safe
 from fastbert.training import diagnosis
 from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
 from fastbert.training.history import History
-from fastbert.training.metrics import STEP_KEYS, MetricsFile, read_metrics
+from fastbert.training.metrics import LOSS_KEYS, STEP_KEYS, MetricsFile, read_metrics
 from fastbert.training.picture import loss_figure, write_picture
 from fastbert.training.train_state import StopCriteria, TrainState
 
@@ -109,7 +109,7 @@ class Monitor:
         log.addHandler(self._log_file)
         self._warnings.handlers = [self._log_file]
         self._metrics = MetricsFile(run / "metrics.jsonl", fresh)
-        self._history = History(("loss_mlm", "loss_nsp"))
+        self._history = History(LOSS_KEYS)
         bad = self._history.bad
         self._history.read(read_metrics(run / "metrics.jsonl", bad))
         if fresh:
@@ -342,9 +342,11 @@ class Monitor:
         self._window = _Window(now)
 
     def _format(self, found: HeldOut) -> str:
-        parts = [f"MLM loss {found.loss_mlm:.3f}, accuracy {found.accuracy_mlm:.1%}"]
-        if found.loss_nsp is not None and found.accuracy_nsp is not None:
-            parts.append(f"NSP loss {found.loss_nsp:.3f}, accuracy {found.accuracy_nsp:.1%}")
+        parts = list[str]()
+        for name in LOSSES:
+            loss, accuracy = getattr(found, f"loss_{name}"), getattr(found, f"accuracy_{name}")
+            if loss is not None:
+                parts.append(f"{name.upper()} loss {loss:.3f}, accuracy {accuracy:.1%}")
         if found.loss_mask_token is not None:
             place = diagnosis.compare(found.loss_mask_token, self._baselines)
             parts.append(f"on [MASK] {found.loss_mask_token:.3f}, {place}")
