@@ -322,7 +322,7 @@ def test_flops_per_token_of_bert_base_are_six_times_its_matrices():
     ("text", "gpus", "gpu", "stage", "limit"),
     [
         (
-            "[batch]\nmicro_batch_tokens = 1000000\nsequences = 10000\n",
+            "[batch]\nmicro_batch_tokens = 786431\nsequences = 10000\n",
             1,
             "l4",
             1,
