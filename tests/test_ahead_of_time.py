@@ -22,6 +22,7 @@ from benchmarks.ahead_of_time import (
     programs,
     recorded_table,
 )
+from fastbert_kernels.specs import SPECS
 from tests.uninterpreted import run_module
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,10 @@ def test_every_kernel_fits_its_devices_and_is_no_worse_than_on_record():
     result = run_module("benchmarks.ahead_of_time")
     print(result.stdout, result.stderr, sep="\n")
     assert result.returncode == 0, result.stderr
+
+
+def test_every_operation_is_compiled_as_training_calls_it():
+    assert {case.operation for case in ahead_of_time.training_calls()} == set(SPECS)
 
 
 def test_signatures_are_those_that_triton_compiles_for():
