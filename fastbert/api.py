@@ -81,7 +81,7 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
     """Turn text into a dataset: a tokenizer, token ids, a held-out part and a report on the data.
 
     Args:
-        sources: a text file or a folder, or several of them: txt, jsonl, csv or parquet.
+        sources: a text file or a folder, or several of them: txt, jsonl, csv, tsv or parquet.
         out: the folder to make; it must not exist yet.
         options: keyword arguments of `fastbert.data.prepare.prepare`, such as `vocab_size`,
             `lowercase`, `keep_accents`, `tokenizer`, `heldout`, `text_format`, `text_field`,

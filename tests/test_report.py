@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, EncodedChunk, Part
@@ -271,3 +273,16 @@ def test_files_and_what_ends_a_document(small_dataset: TokenDataset, tmp_path: P
     dead = rows["txt"]["tokens that no text gives"]
     assert dead.value == "1" and "login_ok: BERT splits at punctuation" in dead.advice
     assert not any(row.name == dead.name for row in report_of(HEALTHY).rows)
+
+
+def test_what_is_quoted_is_no_markup() -> None:
+    """Neither of rich, which would raise at "[/b]", nor of Markdown, nor of the terminal."""
+    losses = Losses(words=10, marked_words=1, examples=("a\u0301 → a",))
+    report = report_of(
+        chunk([[20] * 50], losses=losses, bad_records=1, bad_examples=("a: '[/b] x|y [red]'",))
+    )
+    out = io.StringIO()
+    Console(file=out, width=300).print(report.table())
+    assert "a: '[/b] x|y [red]'" in out.getvalue() and "[UNK]" in out.getvalue()
+    line = next(line for line in report.markdown().splitlines() if "bad records" in line)
+    assert line == r"| bad records, left out | 1 | a: '[/b] x\|y [red]' |"

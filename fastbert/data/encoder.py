@@ -166,7 +166,8 @@ class Encoder:
         examples: dict[str, None] = {}
         for i in at[marks > 0]:
             word = text[starts[i] : ends[i]].decode()[:_EXAMPLE_LENGTH]
-            examples[f"{word} → {self._normalize(word)}"] = None
+            example = f"{word} → {self._normalize(word)}"
+            examples[repr(example)[1:-1]] = None  # a control character is shown, not obeyed
             if len(examples) == EXAMPLES:
                 break
         return {

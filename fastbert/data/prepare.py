@@ -78,7 +78,7 @@ def prepare(
     """Make the dataset `out` from text files and folders.
 
     Args:
-        sources: files and folders; documents.py lists the formats.
+        sources: files and folders; sources.py lists the formats.
         out: the dataset's folder; it must not exist yet.
         vocab_size: of the WordPiece vocabulary that is trained on the text.
         tokenizer: a Hugging Face folder or vocab.txt to use instead; vocab_size, lowercase and
@@ -92,7 +92,8 @@ def prepare(
             of the text, so copies of a document are all in the same split. HELDOUT_BYTES and
             LEAST_HELDOUT bound the share.
         text_format: a key of sources.FORMATS, where the suffix does not tell the format.
-        text_field: the field of JSON lines, or the column of csv or Parquet, that holds the text.
+        text_field: the field of JSON lines, or the column of a table, that holds the text; "a.b" is
+            the field b of the object a.
         bad_records: "error" raises at a record that cannot be read (no UTF-8, no JSON, no text field,
             a csv row of other columns); "skip" leaves it out, and the report counts it.
         progress: show progress on stderr: bars, or a line every ten seconds where it is no terminal.
@@ -124,6 +125,8 @@ def prepare(
     stamps = [_stamp(source) for source in files]
     size = sum(file_size for file_size, _ in stamps)
     options = {"heldout": heldout, "text_format": text_format, "text_field": text_field}
+    if bad_records == "skip":
+        options["bad_records"] = bad_records
     if given is None:
         check_vocab_size(vocab_size)
         options |= {"vocab_size": vocab_size, "lowercase": lowercase}

@@ -125,21 +125,24 @@ class Report:
         return json.dumps({**self.figures, "advice": advice}, indent=2, ensure_ascii=False) + "\n"
 
     def markdown(self) -> str:
-        lines = [
-            "| | | what to do |",
-            "|---|---:|---|",
-            *(f"| {row.name} | {row.value} | {row.advice} |" for row in self.rows),
-        ]
+        rows = (
+            [cell.replace("|", "\\|") for cell in (row.name, row.value, row.advice)]
+            for row in self.rows
+        )
+        lines = ["| | | what to do |", "|---|---:|---|", *(f"| {' | '.join(r)} |" for r in rows)]
         return "\n".join(lines) + "\n"
 
     def table(self) -> Table:
         """Return a table for the terminal."""
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("data", "", "what to do", title_justify="left")
         table.columns[1].justify = "right"
         for row in self.rows:
-            table.add_row(row.name, row.value, row.advice, style="yellow" if row.advice else None)
+            # Text, because rich takes brackets in a string, such as a quoted text, for markup.
+            cells = (Text(cell) for cell in (row.name, row.value, row.advice))
+            table.add_row(*cells, style="yellow" if row.advice else None)
         return table
 
 
