@@ -94,9 +94,9 @@ def prepare(
         text_format: a key of sources.FORMATS, where the suffix does not tell the format.
         text_field: the field of JSON lines, or the column of a table, that holds the text; "a.b" is
             the field b of the object a.
-        bad_records: "error" raises at a record that cannot be read (no UTF-8, no JSON, no text field,
+        bad_records: "error" raises at a record that cannot be read (no UTF-8, no JSON, no text,
             a csv row of other columns); "skip" leaves it out, and the report counts it.
-        progress: show progress on stderr: bars, or a line every ten seconds where it is no terminal.
+        progress: show progress on stderr: bars on a terminal, else a line every ten seconds.
 
     Returns:
         The report on the data.
@@ -182,7 +182,8 @@ def prepare(
         for source, stamp in zip(files, stamps, strict=True):
             if _stamp(source) != stamp:
                 raise InputError(
-                    f"{source.path}: changed while it was read; start again when nothing writes to it"
+                    f"{source.path}: changed while it was read; "
+                    "start again when nothing writes to it"
                 )
         _write_text(folder / "baselines.json", _json(measured))
         _write_text(folder / "report.json", report.json())

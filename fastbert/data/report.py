@@ -273,8 +273,8 @@ def make_report(
             "words of more than 100 characters, cut",
             f"{_percent(figures['cut_character_share'])} of characters",
             figures["cut_character_share"] > 0.001,
-            "transformers makes such a word one [UNK]; put spaces into the text, here and where the "
-            "model is used",
+            "transformers makes such a word one [UNK]; put spaces into the text, here and where "
+            "the model is used",
         ),
         row(
             "accents and vowel signs dropped",

@@ -132,7 +132,7 @@ _JQ = {
 
 
 def as_text(value: Any) -> str:
-    """Return a value of JSON or Parquet as a string: a string itself, null as "", others as JSON."""
+    """Return a value of JSON or Parquet as a string: strings as is, null as "", others as JSON."""
     if isinstance(value, str):
         # JSON can write half of a surrogate pair as an escape. This is not a character, and no
         # encoder accepts it.
@@ -204,8 +204,8 @@ def parquet_batches(
 ) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
     """Yield the chosen columns of a Parquet file, some rows at a time, with the rows in all.
 
-    Strings are given as dictionaries and indices where pyarrow can. So a file whose rows repeat a large value takes
-    no more memory than the value, as long as nobody expands them.
+    Strings are given as dictionaries and indices where pyarrow can. So a file whose rows repeat a
+    large value takes no more memory than the value, as long as nobody expands them.
 
     Raises:
         InputError: a file that is empty or not Parquet, or what `choose` raises.

@@ -1,4 +1,4 @@
-"""Write a folder completely or not at all: a hidden folder beside it, which is renamed at the end."""
+"""Write a folder completely or not at all: a hidden folder beside it is renamed at the end."""
 
 from __future__ import annotations
 

@@ -91,8 +91,8 @@ class Examples:
                     bad.append(f"{self.unit} {line}: {label!r} is not a finite number")
                 elif abs(values[-1]) > LARGEST:
                     bad.append(
-                        f"{self.unit} {line}: {self.columns.label} {label!r} is beyond {LARGEST:g}, "
-                        "too large to train on"
+                        f"{self.unit} {line}: {self.columns.label} {label!r} "
+                        f"is beyond {LARGEST:g}, too large to train on"
                     )
             except ValueError:
                 bad.append(f"{self.unit} {line}: {self.columns.label} {label!r} is not a number")
