@@ -54,7 +54,7 @@ _EXPANDED_BYTES = 16 << 20
 
 _BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n")
 _BETWEEN_DOCUMENTS = re.compile(r"\n\s*\n")
-# WikiExtractor writes articles, which have blank lines inside, as <doc id=... title=...> ... </doc>.
+# WikiExtractor writes articles with blank lines inside, as <doc id=... title=...> ... </doc>.
 _WIKI_BEGIN = re.compile(rb"(?:\xef\xbb\xbf)?\s*<doc [^>\n]*>")
 _WIKI_TAGS = re.compile(r"^<doc [^>\n]*>\r?$|^</doc>\r?$", re.MULTILINE)
 _WIKI_END = b"\n</doc>"
