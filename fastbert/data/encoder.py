@@ -142,7 +142,7 @@ class Encoder:
         words = self._look_up(text, starts, ends)
         losses = Losses(
             words=inside,
-            characters=int((ends - starts).sum()) - len(sentences) - continued,
+            characters=int(ends.sum() - starts.sum()) - len(sentences) - continued,
             inner_capitals=inner_capitals,
             **self._lost(text, words, starts, ends),
         )
@@ -186,8 +186,9 @@ class Encoder:
         lengths = ends - starts
         # The integer of the eight bytes from each byte on.
         eight = np.ndarray(len(text) - 7, "<u8", text, strides=(1,))
-        first = np.take(eight, starts) & _MASKS[np.minimum(lengths, 8)]
-        second = np.take(eight, starts + 8) & _MASKS[np.clip(lengths - 8, 0, 8)]
+        capped = np.minimum(lengths, _KEY_BYTES)
+        first = np.take(eight, starts) & _FIRST[capped]
+        second = np.take(eight, starts + 8) & _SECOND[capped]
         mixed = first * _MIX_1 ^ second * _MIX_2
         mixed = (mixed ^ mixed >> np.uint64(32)) * _MIX_1
         slots = (mixed >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
@@ -274,7 +275,9 @@ _KINDS = bytes(
     for byte in range(256)
 )
 _KEY_BYTES = 16
-_MASKS = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
+# The bytes of both halves of a key that belong to a word, by its length.
+_FIRST = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(_KEY_BYTES + 1)], np.uint64)
+_SECOND = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(_KEY_BYTES + 1)], np.uint64)
 _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd, of mixed bits
 _SLOT_BITS = 20
 _SLOTS = 1 << _SLOT_BITS

@@ -60,9 +60,10 @@ def split_sentences(text: str) -> list[str]:
     sentences = []
     all_lower = text.islower()  # then a small letter after a mark says nothing
     for line in text.split("\n"):
-        begin = 0
-        first = 0 if "!" <= line[:1] <= "~" else len(line) - len(line.lstrip())
+        begin, first = 0, -1
         for match in _MARK.finditer(line):
+            if first < 0:
+                first = len(line) - len(line.lstrip())
             end = match.end()
             if end < len(line) and _ends(line, begin, first, match.start(), end, all_lower):
                 sentences.append(line[begin:end].strip())

@@ -106,7 +106,7 @@ def unreachable(tokenizer: Tokenizer) -> list[str]:
     kept = {token.content for token in extra_tokens(tokenizer)}
     found = []
     lowercase = tokenizer.normalizer.lowercase
-    for token in sorted(ids, key=ids.__getitem__):
+    for token in ids:
         if token in kept or (token.startswith("[") and token.endswith("]")):
             continue
         plain = token.removeprefix("##")
@@ -120,7 +120,7 @@ def unreachable(tokenizer: Tokenizer) -> list[str]:
         pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized)]
         if pieces != [word] or len(word) > LONGEST_WORD:
             found.append(token)
-    return found
+    return sorted(found, key=ids.__getitem__)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
