@@ -149,15 +149,15 @@ def test_the_vocabulary_is_trained_on_the_pieces(run: str) -> None:
 
 
 def test_time_of_training_does_not_grow_with_the_square_of_a_word() -> None:
-    """A run of 200,000 letters takes no longer than twice that many letters in short words."""
+    """A run of 200,000 letters takes about as long as that many in short words, not 20 times."""
     letters = "".join(random.Random(1).choices(LETTERS, k=200_000))
     short = " ".join(letters[i : i + 50] for i in range(0, len(letters), 50))
     taken = []
-    for text in (letters, f"{short} {short}"):
+    for text in (letters, short):
         begin = time.process_time()
         train_tokenizer([text], 200)
         taken.append(time.process_time() - begin)
-    assert taken[0] < taken[1]
+    assert taken[0] < 10 * taken[1]
 
 
 def test_long_words_in_the_report(tmp_path: Path) -> None:
