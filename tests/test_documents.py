@@ -616,3 +616,19 @@ def test_damage(tmp_path: Path, suffix: str, place: int, value: int, cut: bool) 
         assert str(path) in str(error) and "\n" not in str(error)
     else:
         assert all(isinstance(document, str) for document in found)
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_every_byte_of_a_parquet_file_may_be_damaged(tmp_path: Path, bit: int) -> None:
+    """pyarrow aborts the process when it is asked for the encodings of some of these files."""
+    path, valid = tmp_path / "a.parquet", tmp_path / "valid.parquet"
+    table(valid, pyarrow.array(DOCUMENTS))
+    data = valid.read_bytes()
+    for place in range(len(data)):
+        write(path, data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+        try:
+            found = list(read_documents([path]))
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert all(isinstance(document, str) for document in found)

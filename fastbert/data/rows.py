@@ -230,25 +230,61 @@ def parquet_batches(
         total_bytes = sum(metadata.row_group(i).total_byte_size for i in groups)
         row_bytes = total_bytes // metadata.num_rows
         rows = min(max(batch_bytes // (row_bytes + 1), 1), 1 << 16)
-        encodings = {e for found in _encodings(metadata) for e in found}
-        if "DELTA_BYTE_ARRAY" in encodings:
-            rows = min(rows, 128)  # each value repeats the beginning of the one before
-        if not any(name.startswith("DELTA_") for name in encodings):  # pyarrow cannot do both
-            table = pyarrow.parquet.ParquetFile(file, read_dictionary=chosen)
-        for batch in table.iter_batches(rows, columns=chosen, use_threads=False):
-            yield batch, metadata.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
+        for group in groups:
+            for batch in _batches_of_group(file, group, chosen, rows):
+                _check_indices(batch)
+                yield batch, metadata.num_rows
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{source.path}: not a valid Parquet file ({reason}); copy or download it again"
         ) from None
 
 
-def _encodings(metadata: Any) -> Iterator[tuple[str, ...]]:
-    """Yield the encodings of each column in each group of rows."""
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        yield from (group.column(k).encodings for k in range(group.num_columns))
+def _batches_of_group(
+    file: BufferedReader, group: int, chosen: list[str], rows: int
+) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the chosen columns of one group of rows, as dictionaries where pyarrow can.
+
+    It cannot where a string is encoded as its difference from the one before. The metadata would
+    tell the encodings, but for a damaged file pyarrow aborts the process when it is asked for them.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    done = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file, read_dictionary=chosen)
+        for batch in table.iter_batches(
+            rows, row_groups=[group], columns=chosen, use_threads=False
+        ):
+            done += batch.num_rows
+            yield batch
+        return
+    except (pyarrow.ArrowNotImplementedError, OSError) as error:
+        if "Not yet implemented" not in str(error):
+            raise
+        table = pyarrow.parquet.ParquetFile(file)
+    # Each value may repeat the beginning of the one before, so the strings of a few rows can be
+    # much larger than they are in the file.
+    for batch in table.iter_batches(
+        min(rows, 128), row_groups=[group], columns=chosen, use_threads=False
+    ):
+        again = min(done, batch.num_rows)
+        done -= again
+        if again < batch.num_rows:
+            yield batch.slice(again)
+
+
+def _check_indices(batch: pyarrow.RecordBatch) -> None:
+    """Raise ArrowInvalid where a damaged file points outside a dictionary, which pyarrow allows."""
+    import pyarrow
+
+    for column in batch.columns:
+        if pyarrow.types.is_dictionary(column.type):
+            used = [i for i in column.indices.unique().to_pylist() if i is not None]
+            if used and not 0 <= min(used) <= max(used) < len(column.dictionary):
+                raise pyarrow.ArrowInvalid("a value that is not in its dictionary")
 
 
 def parquet_names(schema: pyarrow.Schema) -> list[str]:
