@@ -39,6 +39,7 @@ def run(
     )
 
 
+@pytest.mark.slow
 def test_everything_runs_dry_and_is_reported(tmp_path):
     result = run(
         "benchmarks",

@@ -225,6 +225,7 @@ def test_evaluate(place, inside):
         assert text in out
 
 
+@pytest.mark.slow
 def test_export_says_nothing_but_its_result(place, inside, tmp_path):
     result = fastbert(place, "export", "run", "--out", str(tmp_path / "out"))
     assert (result.returncode, result.stderr) == (0, "")

@@ -62,6 +62,7 @@ def test_unexplained_bytes_are_a_fault():
     assert fault(row._replace(sent=0.0))
 
 
+@pytest.mark.slow
 def test_two_ranks_send_what_they_are_asked_for():
     """Two real processes, each in a network of its own.
 

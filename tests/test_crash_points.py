@@ -10,6 +10,7 @@ import pytest
 from fastbert.checkpoints import checkpoint
 from fastbert.checkpoints.failpoint import POINTS
 from tests.disks import SmallDisk, Unavailable
+from tests.tiers import typical
 from tests.trials import (
     BESIDE_A_DAMAGED_ONE,
     ON_EVERY_RANK,
@@ -61,7 +62,8 @@ def test_it_dies_while_a_damaged_checkpoint_makes_room(lab, point):
 
 
 @pytest.mark.parametrize(
-    "rank, point", [(0, point) for point in REFUSING] + [(1, "tensors-synced")]
+    "rank, point",
+    typical([*((0, point) for point in REFUSING), (1, "tensors-synced")], (0, "tensors-half")),
 )
 def test_the_disk_refuses_at_one_point_of_a_save(lab, rank, point):
     """Training continues with a message, and the next save succeeds."""
@@ -128,6 +130,7 @@ def test_no_room_for_a_checkpoint(lab, disk):
     assert newest_valid_step(trial) == lab.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disk", [(".", "8m", 2)], indirect=True)
 def test_no_room_for_anything(lab, disk):
     """Another program fills the disk of the whole run folder.
@@ -155,6 +158,7 @@ def test_no_room_for_anything(lab, disk):
     assert trial.compare(lab.undisturbed(world, STAGE)).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disk", [(".", "8m", 1)], indirect=True)
 def test_checkpoints_become_read_only(lab, disk):
     disk, trial, world = disk
@@ -170,6 +174,7 @@ def test_checkpoints_become_read_only(lab, disk):
     assert trial.compare(lab.undisturbed(world, 0)).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disk", [(".", "8m", 2)], indirect=True)
 def test_a_read_only_folder_from_the_start(lab, disk):
     disk, trial, world = disk

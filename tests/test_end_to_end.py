@@ -22,6 +22,9 @@ from transformers import AutoTokenizer, BertForPreTraining
 
 import fastbert
 
+# The default tier goes the same way in one process (test_api.py).
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 STEPS = 48
 VOCABULARY = 1500
@@ -155,7 +158,6 @@ def test_it_learns(run):
         assert (run / name).stat().st_size > 0, name
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_last_digit(place, run):
     broken = place / "runs/broken"
     process = start(place, "pretrain", "recipe.toml", "run=runs/broken")

@@ -498,7 +498,7 @@ with engine(dataset, int(os.environ["STAGE"]), sgd()) as built:
 """
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [slow(0), 3])
 def test_two_ranks_make_the_same_step(small_dataset, packs, gradient, tmp_path, stage):
     """Real processes with gloo, which differ in their examples and numbers of masked tokens."""
     environment = {

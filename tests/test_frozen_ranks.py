@@ -6,8 +6,10 @@ import signal
 
 import pytest
 
-from tests.tiers import slow
 from tests.trials import MARGIN_S, Laboratory, lines_so_far, wait_for, wait_until_ready
+
+# Hangs of toy ranks are in the default tier (test_watchdog.py).
+pytestmark = pytest.mark.slow
 
 WORLD, STAGE = 2, 1
 
@@ -20,11 +22,11 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
 @pytest.mark.parametrize(
     "when, frozen",
     [
-        slow("starting", 0),
-        slow("starting", 1),
+        ("starting", 0),
+        ("starting", 1),
         ("training", 0),
-        slow("training", 1),
-        slow("saving", 1),
+        ("training", 1),
+        ("saving", 1),
     ],
 )
 def test_a_rank_that_stops_answering_is_named(lab, when, frozen):

@@ -122,6 +122,7 @@ def test_ten_steps_are_those_without_graphs(small_dataset, stage, recorders, mon
     assert recorder.replayed == 2 * len(packs)
 
 
+@pytest.mark.slow
 def test_two_ranks_replay_too(small_dataset, tmp_path):
     """Sums over ranks are outside the graphs, so the steps equal those without graphs exactly."""
     with Toys(rank_of_two, (small_dataset.path,), tmp_path, 2) as toys:

@@ -325,6 +325,7 @@ def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
             assert said[1] == stranger_to_0 and said[0] == said[2] == f"InputError: rank 1 {todo}\n"
 
 
+@pytest.mark.slow
 def test_a_rank_that_came_just_before_the_other_key_ended_rank_0_says_so(tmp_path):
     """The rank saw rank 0's registration once, and then the store was gone."""
     port = free_port()

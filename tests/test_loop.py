@@ -195,6 +195,7 @@ def test_resumed_in_another_process_it_is_the_same_to_the_last_digit(recipe, tmp
         assert all(torch.equal(tensor, states[1][slot][name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.slow
 def test_resumed_at_stage_1_too(recipe, tmp_path):
     settings = tmp_path / "ds.json"
     settings.write_text(
@@ -327,6 +328,7 @@ def test_a_signal_saves_and_says_how_to_resume(recipe, tmp_path, capsys):
     assert len(lines(run)) == done + 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_end_the_run(recipe, tmp_path):
     """This happens with `fastbert pretrain ... | head -1`."""
     process = start(recipe)
@@ -339,6 +341,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(recipe, tmp_path):
     assert "stopped at step 6" in (tmp_path / "run/log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_saves(recipe, tmp_path):
     # It is ignored where nohup has started the tests.
     not_ignored = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
