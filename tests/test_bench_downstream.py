@@ -90,7 +90,7 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
         ),
         (
             ["--record", RECORDED, "--beside", "docs"],
-            f"--record {RECORDED}: measured with other settings, or with other texts than",
+            f"--record {RECORDED}: was measured with other settings, or with other texts than",
         ),
     ],
 )
