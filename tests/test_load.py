@@ -347,7 +347,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings(hf):
     [
         (
             lambda run: shutil.rmtree(run / "checkpoints"),
-            ["without a checkpoint", "config.toml --resume"],
+            ["without a checkpoint", 'config.toml", resume=True'],
         ),
         (
             lambda run: (run / "checkpoints/step-00000007/manifest.json").unlink(),
