@@ -612,7 +612,16 @@ def main() -> int:
     parser.add_argument(
         "--on-record", action="store_true", help="print the record without compiling"
     )
+    parser.add_argument(
+        "--architecture",
+        nargs="+",
+        choices=list(DEVICES),
+        default=list(DEVICES),
+        help="the architectures to compile for (all)",
+    )
     arguments = parser.parse_args()
+    if arguments.write and len(arguments.architecture) < len(DEVICES):
+        parser.error("--write records every architecture; leave out --architecture")
     if arguments.on_record:
         print(recorded_table(json.loads(RECORD.read_text(encoding="utf-8"))))
         return 0
@@ -620,7 +629,7 @@ def main() -> int:
     found = compile_all(
         (name, signature, device)
         for name, signature in aot_signatures().items()
-        for device in DEVICES
+        for device in arguments.architecture
     )
     print(
         "\n".join(json.dumps(dataclasses.asdict(figures)) for figures in found)
@@ -636,6 +645,8 @@ def main() -> int:
         if RECORD.exists()
         else {"triton": triton.__version__}
     )
+    left_out = set(DEVICES) - set(arguments.architecture)
+    record = {name: rows for name, rows in record.items() if name not in left_out}
     if record["triton"] == triton.__version__:
         worse, hints = changes(found, record)
         wrong += worse
