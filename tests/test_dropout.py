@@ -555,3 +555,9 @@ def test_a_good_generator_in_place_of_the_bad_ones_passes():
             lambda row, pair: mixed((random_words(row)[0] | 1) * pair + random_words(row)[1]), 0.1
         )
     )
+
+
+@pytest.mark.parametrize("p", [0.1, 1 / 3, 1e-4])
+def test_the_scale_makes_up_for_what_is_really_dropped(p):
+    """That is a whole number of the 65,536 values, not p itself."""
+    assert keep_scale(p) * (65536 - threshold(p)) == pytest.approx(65536, rel=1e-12)

@@ -9,6 +9,7 @@ import contextlib
 import pytest
 import torch
 
+from fastbert_kernels import layer_norm
 from fastbert_kernels._dropout import keep_mask, stream_keys
 from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
 from fastbert_kernels.specs import SPECS
@@ -233,3 +234,13 @@ def test_bf16_is_refused_by_the_stock_interpreter(name):
     ):  # autocast gives the others fp32, as torch's own operation has
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="bfloat16"):
             spec.function(**arguments, impl="triton")
+
+
+@pytest.mark.parametrize("impl", SPECS["norm"].implementations)
+def test_the_norm_of_a_constant_row_is_its_bias(impl):
+    """Its variance is zero, so without eps the result would not be a number."""
+    x, weight, bias = torch.full((3, 64), 2.5), torch.rand(64), torch.rand(64)
+    device = "cuda" if GPU and impl == "triton" else "cpu"
+    with watched(impl):
+        y = layer_norm(x.to(device), weight.to(device), bias.to(device), impl=impl)
+    assert torch.equal(y.cpu(), bias.expand(3, 64))
