@@ -39,12 +39,12 @@ def oldest() -> Path:
     return OLDEST
 
 
-# Every launch takes five minutes of one core for each architecture and version of Triton.
-@pytest.mark.parametrize("architecture", typical(["sm_90", "sm_100"], "sm_90"))
-def test_every_launch_compiles(architecture):
-    result = launches("--architecture", architecture)
+# All launches take five minutes of one core for each architecture and version of Triton. So the
+# tests compile all for one architecture, and those of the model for the others.
+def test_every_launch_compiles():
+    result = launches("--architecture", "sm_90")
     assert result.returncode == 0, result.stderr
-    assert re.search(rf"{architecture}: \d{{3}} calls, 0 fail", result.stdout), result.stdout
+    assert re.search(r"sm_90: \d{3} calls, 0 fail", result.stdout), result.stdout
 
 
 @pytest.mark.slow
@@ -54,8 +54,9 @@ def test_every_launch_compiles_with_the_oldest_triton(oldest):
 
 
 @pytest.mark.slow
-def test_the_model_compiles_for_the_oldest_gpus():
-    result = launches("--architecture", "sm_80", "--only", "model")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
+def test_the_model_compiles(architecture):
+    result = launches("--architecture", architecture, "--only", "model")
     assert result.returncode == 0, result.stderr
 
 
