@@ -133,3 +133,8 @@ def test_share_and_time_left_follow_the_limit_that_comes_first():
     assert limits.share(done) == 0.75
     assert limits.seconds_left(done) == pytest.approx(3.0)
     assert limits.seconds_left(TrainState()) is None
+
+
+def test_skipped_steps_are_no_updates():
+    """AdamW's bias correction counts updates, and a resumed run continues from this number."""
+    assert TrainState(step=7, skipped=2, skipped_in_a_row=1).updates == 5
