@@ -20,6 +20,7 @@ from fastbert.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
 
 COLA = ("source", "label", "mark", "sentence")  # the columns of CoLA's tsv, which has no header
 
@@ -230,8 +231,9 @@ def parquet_batches(
         total_bytes = sum(metadata.row_group(i).total_byte_size for i in groups)
         row_bytes = total_bytes // metadata.num_rows
         rows = min(max(batch_bytes // (row_bytes + 1), 1), 1 << 16)
+        tables = pyarrow.parquet.ParquetFile(file, read_dictionary=chosen), table
         for group in groups:
-            for batch in _batches_of_group(file, group, chosen, rows):
+            for batch in _batches_of_group(*tables, group, chosen, rows):
                 _check_indices(batch)
                 yield batch, metadata.num_rows
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -242,7 +244,11 @@ def parquet_batches(
 
 
 def _batches_of_group(
-    file: BufferedReader, group: int, chosen: list[str], rows: int
+    dictionaries: pyarrow.parquet.ParquetFile,
+    plain: pyarrow.parquet.ParquetFile,
+    group: int,
+    chosen: list[str],
+    rows: int,
 ) -> Iterator[pyarrow.RecordBatch]:
     """Yield the chosen columns of one group of rows, as dictionaries where pyarrow can.
 
@@ -250,26 +256,20 @@ def _batches_of_group(
     tell the encodings, but for a damaged file pyarrow aborts the process when it is asked for them.
     """
     import pyarrow
-    import pyarrow.parquet
 
+    options = {"row_groups": [group], "columns": chosen, "use_threads": False}
     done = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file, read_dictionary=chosen)
-        for batch in table.iter_batches(
-            rows, row_groups=[group], columns=chosen, use_threads=False
-        ):
+        for batch in dictionaries.iter_batches(rows, **options):
             done += batch.num_rows
             yield batch
         return
     except (pyarrow.ArrowNotImplementedError, OSError) as error:
         if "Not yet implemented" not in str(error):
             raise
-        table = pyarrow.parquet.ParquetFile(file)
     # Each value may repeat the beginning of the one before, so the strings of a few rows can be
     # much larger than they are in the file.
-    for batch in table.iter_batches(
-        min(rows, 128), row_groups=[group], columns=chosen, use_threads=False
-    ):
+    for batch in plain.iter_batches(min(rows, 128), **options):
         again = min(done, batch.num_rows)
         done -= again
         if again < batch.num_rows:
@@ -279,11 +279,13 @@ def _batches_of_group(
 def _check_indices(batch: pyarrow.RecordBatch) -> None:
     """Raise ArrowInvalid where a damaged file points outside a dictionary, which pyarrow allows."""
     import pyarrow
+    from pyarrow.compute import call_function
 
     for column in batch.columns:
         if pyarrow.types.is_dictionary(column.type):
-            used = [i for i in column.indices.unique().to_pylist() if i is not None]
-            if used and not 0 <= min(used) <= max(used) < len(column.dictionary):
+            ends = call_function("min_max", [column.indices]).as_py()
+            size = len(column.dictionary)
+            if ends["max"] is not None and (ends["min"] < 0 or ends["max"] >= size):
                 raise pyarrow.ArrowInvalid("a value that is not in its dictionary")
 
 
