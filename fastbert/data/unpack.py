@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from fastbert.data.sources import COMPRESSIONS, Source
 from fastbert.errors import InputError
@@ -157,16 +158,8 @@ def _read_plain(path: Path, file: BufferedReader) -> Iterator[bytes]:
 
 
 def _read_gzip(path: Path, file: BufferedReader) -> Iterator[bytes]:
-    try:
-        with gzip.GzipFile(fileobj=file) as stream:
-            while piece := stream.read(PIECE_BYTES):
-                yield piece
-    except EOFError:
-        raise InputError(f"{path}: the gzip file is cut short; copy or download it again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{path}: not a valid gzip file ({error}); copy or download it again"
-        ) from None
+    stream = gzip.GzipFile(fileobj=file)
+    return _read_stream(path, stream, "gzip", (gzip.BadGzipFile, zlib.error))
 
 
 def _read_zstd(path: Path, file: BufferedReader) -> Iterator[bytes]:
@@ -202,34 +195,32 @@ def _read_zstd(path: Path, file: BufferedReader) -> Iterator[bytes]:
 def _read_xz(path: Path, file: BufferedReader) -> Iterator[bytes]:
     import lzma
 
-    try:
-        with lzma.LZMAFile(file) as stream:
-            while piece := stream.read(PIECE_BYTES):
-                yield piece
-    except EOFError:
-        raise InputError(f"{path}: the xz file is cut short; copy or download it again") from None
-    except lzma.LZMAError as error:
-        raise InputError(
-            f"{path}: not a valid xz file ({error}); copy or download it again"
-        ) from None
+    return _read_stream(path, lzma.LZMAFile(file), "xz", lzma.LZMAError)
 
 
 def _read_bzip2(path: Path, file: BufferedReader) -> Iterator[bytes]:
     import bz2
 
+    return _read_stream(path, bz2.BZ2File(file), "bzip2", OSError)
+
+
+def _read_stream(
+    path: Path, stream: Any, kind: str, invalid: type[Exception] | tuple[type[Exception], ...]
+) -> Iterator[bytes]:
+    """Read to the end of a stream that raises `invalid` where the file is not of this kind."""
     try:
-        with bz2.BZ2File(file) as stream:
+        with stream:
             while piece := stream.read(PIECE_BYTES):
                 yield piece
     except EOFError:
         raise InputError(
-            f"{path}: the bzip2 file is cut short; copy or download it again"
+            f"{path}: the {kind} file is cut short; copy or download it again"
         ) from None
-    except OSError as error:
-        if error.errno is not None:
+    except invalid as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the file's
             raise
         raise InputError(
-            f"{path}: not a valid bzip2 file ({error}); copy or download it again"
+            f"{path}: not a valid {kind} file ({error}); copy or download it again"
         ) from None
 
 
