@@ -7,9 +7,11 @@ imported inside the functions, because `fastbert doctor` must work on a machine 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +47,63 @@ class Bf16Probe:
 def usable_cores() -> int:
     """Return the number of cores that this process may use.
 
-    It is lower than the machine's number where the affinity of the process is restricted.
+    It is lower than the machine's number where the affinity of the process or the CPU quota of its
+    control group is lower. A part of a core counts as a core.
     """
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = cpu_quota()
+    return min(cores or 1, math.ceil(quota) if quota else sys.maxsize)
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return how many cores' time the control groups of this process allow; None without a limit.
+
+    A container's limit (`docker run --cpus 2`, Kubernetes' `limits.cpu`) is such a quota. torch
+    does not read it. The lowest one counts, from the process's own group up to the root.
+
+    Args:
+        root: of the file system, for tests.
+
+    Source: Linux, Documentation/admin-guide/cgroup-v2.rst, `cpu.max`, and
+    scheduler/sched-bwc.rst, `cpu.cfs_quota_us`, for version 1.
+    """
+    quotas = []
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":  # version 2
+            mount, names = root / "sys/fs/cgroup", ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            mount, names = root / "sys/fs/cgroup/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        # In a container the path may be one of the host, of which only the root is visible.
+        folder = mount / group.lstrip("/")
+        for place in (folder, *folder.parents):
+            words = " ".join(line for name in names for line in _lines(place / name)).split()
+            # Without a limit the quota is "max", or -1.
+            if len(words) == 2 and words[0].isdigit():
+                quotas.append(int(words[0]) / int(words[1]))
+            if place == mount:
+                break
+    return min(quotas, default=None)
+
+
+def share_cores(processes: int) -> int:
+    """Divide the cores among the processes that compute on them, and let torch know.
+
+    A number that the user set for OpenMP, or that torchrun set, wins.
+
+    Args:
+        processes: of this run on this machine.
+
+    Returns:
+        The number of threads that this process should compute on.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores()) // processes))
+    return torch.get_num_threads()
 
 
 def measure_gemm_rate(
@@ -179,9 +235,14 @@ def _cpu_flags() -> set[str]:
 
 def cpu_info() -> list[str]:
     """Return the lines of /proc/cpuinfo; empty where it cannot be read."""
+    return _lines(Path("/proc/cpuinfo"))
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a file of the system's; empty where it cannot be read."""
     try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
+        return file.read_text().splitlines()
+    except OSError:  # not Linux, or a file that this system does not have
         return []
 
 

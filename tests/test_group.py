@@ -51,8 +51,6 @@ def member(timeout_s: float, **acts: str) -> int:
                     group.sum(torch.tensor([1.0, group.rank])).tolist(),
                     "is_main",
                     group.is_main,
-                    "threads",
-                    torch.get_num_threads(),
                 )
                 while os.environ.get("LINGER") and not os.path.exists(os.environ["LINGER"]):
                     time.sleep(0.02)

@@ -92,11 +92,13 @@ def test_other_dtypes_and_implementations_are_torchs_own(onednn, monkeypatch):
 
 
 def test_the_maker_of_the_processor_decides(monkeypatch, tmp_path):
-    for maker, wanted in (
-        ("GenuineIntel", False),
-        ("AuthenticAMD", torch.backends.mkldnn.is_available()),
+    for maker, flags, wanted in (
+        ("GenuineIntel", "avx2 avx512f", False),
+        ("AuthenticAMD", "avx2 avx512f", torch.backends.mkldnn.is_available()),
+        ("AuthenticAMD", "avx2", False),
     ):
-        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        text = f"processor\t: 0\nvendor_id\t: {maker}\nflags\t: fpu {flags}\n"
+        (tmp_path / "cpuinfo").write_text(text)
         monkeypatch.setattr(_linear, "Path", lambda _: tmp_path / "cpuinfo")
         assert _linear._onednn_is_faster.__wrapped__() == wanted
     (tmp_path / "cpuinfo").unlink()

@@ -55,6 +55,7 @@ class Group:
     Attributes:
         rank, world: this process's rank, and the number of ranks.
         local_rank: this process's number on its machine.
+        local_world: the number of processes on this machine; 1 where the launcher did not say.
         device: the GPU with that number where the machine has GPUs, else the CPU.
         members: the processes, by rank.
         prefix: a part of the store for small signed values, under keys that no other attempt
@@ -73,6 +74,7 @@ class Group:
         self, launch: LaunchEnv, members: Sequence[Member], prefix: SignedStore, deadline: Deadline
     ):
         self.rank, self.world, self.local_rank = launch.rank, launch.world, launch.local_rank
+        self.local_world = launch.local_world or 1
         self.members, self.prefix, self.holds_store = list(members), prefix, launch.holds_store
         self.store_name = (
             f"torchrun's store at {launch.where}"
@@ -335,7 +337,6 @@ def form_group(timeout_s: float, stop_request: StopRequest | None = None) -> Gro
         group.heed()
         group.device = _device(launch)
     _check_alike(group)
-    _share_cores(launch, group.device)
     _choose_interface(group, address)
     _ignore_dump_requests(group)
     return group
@@ -368,25 +369,6 @@ def _check_alike(group: Group) -> None:
                 f"{group.name(without)} sees no GPU, but {group.name(with_one)} does; "
                 "ask fastbert doctor"
             )
-
-
-def _share_cores(launch: LaunchEnv, device: torch.device) -> None:
-    """Divide the machine's cores among the processes that compute on them.
-
-    Otherwise each of them would start one thread per core.
-    """
-    if (
-        device.type == "cpu"
-        and launch.local_world
-        and launch.local_world > 1
-        and "OMP_NUM_THREADS" not in os.environ
-    ):
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-        torch.set_num_threads(max(1, cores // launch.local_world))
 
 
 def _choose_interface(group: Group, address: str) -> None:

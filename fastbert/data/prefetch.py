@@ -24,16 +24,21 @@ class Prefetch:
     Args:
         batches: of the run.
         step: the first step.
-        rank, world: as in `Batches.step`.
+        rank, world, threads: as in `Batches.step`.
     """
 
-    def __init__(self, batches: Batches, step: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self, batches: Batches, step: int, rank: int = 0, world: int = 1, threads: int = 1
+    ):
         self._ready: queue.Queue[tuple[int, list[PackedBatch] | BaseException]] = queue.Queue(
             STEPS_AHEAD
         )
         self._stop = threading.Event()
         self._thread = threading.Thread(
-            target=self._run, args=(batches, step, rank, world), name="prefetch", daemon=True
+            target=self._run,
+            args=(batches, step, rank, world, threads),
+            name="prefetch",
+            daemon=True,
         )
         self._thread.start()
 
@@ -61,10 +66,10 @@ class Prefetch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, batches: Batches, first: int, rank: int, world: int) -> None:
+    def _run(self, batches: Batches, first: int, rank: int, world: int, threads: int) -> None:
         for step in count(first):
             try:
-                packs: list[PackedBatch] | BaseException = batches.step(step, rank, world)
+                packs: list[PackedBatch] | BaseException = batches.step(step, rank, world, threads)
             except BaseException as error:
                 packs = error
             while not self._stop.is_set():

@@ -35,7 +35,7 @@ from typing import Any, cast
 
 import torch
 import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
 
 # torch's optimizers load torch._dynamo when the first one is made, which takes seconds. The import
 # above does so now, when no rank waits for another.
@@ -66,11 +66,12 @@ from fastbert.cluster.group import Group
 from fastbert.config import RunConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
-from fastbert.models.bert import BertForPreTraining, Layer, losses
+from fastbert.models.bert import BertForPreTraining, Layer, Losses, losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.graphs import GraphedModel
 from fastbert.training.heldout import HELDOUT_SUMS, HeldOut, heldout_means, heldout_sums
 from fastbert.training.optimizer import build_optimizer, slots
+from fastbert.training.threads import ThreadedModel
 
 # For sums between processes of one machine DeepSpeed would compile a shared-memory operation, which
 # takes 33 s and which training never calls.
@@ -134,6 +135,7 @@ class Engine:
         group: the run's processes.
         state: slots by name as `checkpoint.read_all` returns them, or None for a new run.
         step: how many updates led to `state`.
+        threads: how many packs are computed at once (training/threads.py).
     """
 
     def __init__(
@@ -145,8 +147,10 @@ class Engine:
         group: Group,
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
         step: int = 0,
+        threads: int = 1,
     ):
         self.group, self.device = group, group.device
+        self._threads = threads
         self.stage = settings.stage(
             precision=precision, world=group.world, optimizer=config.optimizer.name
         )
@@ -182,7 +186,9 @@ class Engine:
                 for parameter in cast(Layer, layer).fused_parameters():
                     deepspeed.zero.register_external_parameter(layer, parameter)
         self._graphs = config.runtime.cuda_graphs
-        module = GraphedModel(self.model) if self._graphs else self.model
+        module: nn.Module = GraphedModel(self.model) if self._graphs else self.model
+        if threads > 1:
+            module = ThreadedModel(self.model, threads)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=self._optimizer, config=values
         )
@@ -202,7 +208,8 @@ class Engine:
         """Make one optimizer step.
 
         Args:
-            micro_batches: this rank's part of a global batch; every rank has the same number.
+            micro_batches: this rank's part of a global batch; every rank has the same number, a
+                multiple of `threads`.
             lr: the learning rate.
 
         Returns:
@@ -216,18 +223,17 @@ class Engine:
             group["lr"] = lr
         means, correct = [], []
         self.model.train()
-        for batch in micro_batches:
-            # A captured graph copies the batch into its own buffer.
-            batch = batch if self._graphs else batch.to(self.device)
-            self._engine.set_gradient_accumulation_boundary(len(means) == len(micro_batches) - 1)
-            found = losses(self._engine(batch))
+        for packs in self._at_once(micro_batches):
+            self._engine.set_gradient_accumulation_boundary(packs[-1] is micro_batches[-1])
+            found = self._losses(packs)
+            loss = sum((x.loss for x in found[1:]), start=found[0].loss)
             # The factor undoes DeepSpeed's division by the number of ranks. 0 x loss is 0, or NaN
             # where the loss is not finite.
             self._engine.backward(
-                found.loss * (self.group.world + 0 * found.loss.detach()), scale_wrt_gas=False
+                loss * (self.group.world + 0 * loss.detach()), scale_wrt_gas=False
             )
-            means.append(torch.stack((found.mlm.detach(), found.nsp.detach())))
-            correct.append(torch.stack((found.token_correct.sum(), found.pair_correct.sum())))
+            means += [torch.stack((x.mlm.detach(), x.nsp.detach())) for x in found]
+            correct += [torch.stack((x.token_correct.sum(), x.pair_correct.sum())) for x in found]
         counts = torch.tensor(
             [
                 sum(batch.tokens for batch in micro_batches),
@@ -301,15 +307,28 @@ class Engine:
         """
         self.model.eval()
         sums = torch.zeros(HELDOUT_SUMS, dtype=torch.float64, device=self.device)
-        for start in range(0, len(batches), self.group.world):
-            # Stage 3 gathers weights in every forward pass, so all ranks run the same number. A
-            # rank that has no batch left runs the last one, with weight 0.
-            mine = start + self.group.rank
-            batch = batches[min(mine, len(batches) - 1)].to(self.device)
-            sums += heldout_sums(losses(self._engine(batch)), batch, mask_id) * (
-                mine < len(batches)
-            )
+        # Stage 3 gathers weights in every forward pass, so all ranks run the same number. A rank
+        # that has no batch left runs the last one, with weight 0.
+        rounds = -(-len(batches) // self.group.world)
+        mine = [i * self.group.world + self.group.rank for i in range(rounds)]
+        packs = [batches[min(i, len(batches) - 1)].to(self.device) for i in mine]
+        found = [x for some in self._at_once(packs) for x in self._losses(some)]
+        for i, pack, result in zip(mine, packs, found, strict=True):
+            sums += heldout_sums(result, pack, mask_id) * (i < len(batches))
         return heldout_means(self.group.sum(sums))
+
+    def _at_once(self, packs: Sequence[PackedBatch]) -> Iterator[Sequence[PackedBatch]]:
+        """Divide packs into those that are computed at once."""
+        for start in range(0, len(packs), self._threads):
+            yield packs[start : start + self._threads]
+
+    def _losses(self, packs: Sequence[PackedBatch]) -> list[Losses]:
+        """Run the model on packs that are computed at once."""
+        if not self._graphs:  # a captured graph copies the pack into its own buffer
+            packs = [pack.to(self.device) for pack in packs]
+        if self._threads > 1:
+            return [losses(outputs) for outputs in self._engine(packs)]
+        return [losses(self._engine(pack)) for pack in packs]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield ("weight/NAME", fp32 tensor), ("exp_avg/NAME", fp32 tensor), ...
@@ -326,6 +345,8 @@ class Engine:
 
         A gloo process can abort at its exit if DeepSpeed's hooks outlive the group.
         """
+        if isinstance(self._engine.module, ThreadedModel):
+            self._engine.module.close()
         self._engine.destroy()
         del self._engine, self._optimizer, self._parameters, self.model
         gc.collect()
@@ -352,7 +373,7 @@ class Engine:
         found: list[int] = []
         for batch in micro_batches:
             batch = batch.to(self.device)
-            result = losses(self._engine(batch))
+            (result,) = self._losses([batch])
             bad = ~result.pair_losses.isfinite()
             masked = batch.masked_positions[~result.token_losses.isfinite()]
             sequences = torch.searchsorted(

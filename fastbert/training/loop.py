@@ -14,7 +14,7 @@ from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.watchdog import Watchdog
 from fastbert.config import RunConfig
 from fastbert.data.prefetch import Prefetch
-from fastbert.machine import measure_gemm_rate
+from fastbert.machine import measure_gemm_rate, share_cores
 from fastbert.out_of_memory import shortage
 from fastbert.terminal import tell
 from fastbert.training.ending import FAILED, INTERRUPTED, Ending, conclude, how_to_resume
@@ -57,6 +57,8 @@ def pretrain(
             ):
                 group.connect()
                 watchdog.tick("the set-up")
+                if group.device.type == "cpu":
+                    share_cores(group.local_world)
                 setup = set_up(config, recipe, resume, group)
                 return _open_and_train(setup, group, watchdog, stop_request)
         except Interrupted as signal:
@@ -127,28 +129,36 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
     saver.sweep()
     watchdog.tick("building the engine")
     tensors = checkpoint.read_all(found.path) if found else None
+    peak, cores = _peak(setup, group), torch.get_num_threads()
     with (
         Engine(
-            setup.model, config, setup.settings, setup.precision, group, tensors, state.updates
+            setup.model,
+            config,
+            setup.settings,
+            setup.precision,
+            group,
+            tensors,
+            state.updates,
+            setup.threads,
         ) as engine,
         Monitor(
             folder,
             step=state.step,
             criteria=setup.criteria,
-            peak=_peak(setup, group),
+            peak=peak,
             vocab_size=setup.dataset.vocab_size,
             recipe=config,
             baselines=setup.dataset.baselines,
             is_main=group.is_main,
         ) as monitor,
-        Prefetch(setup.batches, state.step, group.rank, group.world) as feed,
+        Prefetch(setup.batches, state.step, group.rank, group.world, setup.threads) as feed,
     ):
-        _introduce(setup, group, engine, monitor)
+        _introduce(setup, group, engine, monitor, cores)
         consensus = Consensus(group, watchdog, stop_request, lock, time.monotonic() - state.seconds)
         return train(Run(setup, group, consensus, engine, monitor, saver, feed))
 
 
-def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor) -> None:
+def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor, cores: int) -> None:
     """Report what was resolved, and where the run begins."""
     for note in setup.start.notes:
         monitor.say(note)
@@ -158,7 +168,7 @@ def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor) -> 
         f"{setup.start.run}: {parameters:,} parameters, "
         f"{setup.batches.examples_per_epoch:,} examples an epoch, on {ranks}{group.device}, "
         f"{setup.precision} ({setup.precision_why}), kernels {setup.model.impl}, "
-        f"ZeRO stage {engine.stage}, {torch.get_num_threads()} threads"
+        f"ZeRO stage {engine.stage}, {cores} threads"
     )
     positions, longest = setup.config.model.max_position_embeddings, setup.trained_length
     if longest < positions:

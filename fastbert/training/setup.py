@@ -52,6 +52,7 @@ from fastbert.training.initial import open_initial, put, with_sizes
 from fastbert.training.metrics import read_metrics
 from fastbert.training.optimizer import slots
 from fastbert.training.precision import resolve_precision
+from fastbert.training.threads import threads_for
 from fastbert.training.train_state import StopCriteria, TrainState
 from fastbert.training.verified_dataset import open_verified
 
@@ -223,6 +224,7 @@ class Setup:
         batches: the training batches.
         heldout: all held-out batches.
         precision, precision_why: "fp32" or "bf16", and the reason.
+        threads: how many packs each rank computes at once.
         model: fp32, with the first weights.
         state: the run's counters.
         criteria: the recipe's stop conditions.
@@ -239,6 +241,7 @@ class Setup:
     heldout: list[PackedBatch]
     precision: str
     precision_why: str
+    threads: int
     model: BertForPreTraining
     state: TrainState
     criteria: StopCriteria
@@ -297,6 +300,10 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
             )
         if config.runtime.cuda_graphs:
             check_cuda_graphs(recipe, group.device.type, model.impl, stage)
+        threads = 1
+        # Stage 3 moves weights, and Triton's interpreter runs one kernel at a time.
+        if group.device.type == "cpu" and stage < 3 and model.impl != "triton":
+            threads = threads_for(config.batch.sequences // group.world, torch.get_num_threads())
         if config.init is not None and initial is not None:
             put(config.init, initial, model, dataset, recipe)
         if group.is_main:
@@ -330,6 +337,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         heldout=heldout,
         precision=precision,
         precision_why=why,
+        threads=threads,
         model=model,
         state=TrainState.read(found.metadata["progress"], str(found.path))
         if found
