@@ -16,10 +16,12 @@ from typing import Any
 from fastbert.machine import (
     Bf16Probe,
     cpu_info,
+    cpu_quota,
     measure_bandwidth,
     measure_gemm_rate,
     memory_sizes,
     probe_bf16,
+    share_cores,
     usable_cores,
 )
 
@@ -51,6 +53,7 @@ class Diagnosis:
 
     processor: str
     cores: int
+    quota: float | None
     threads: int | None
     memory: int
     memory_free: int
@@ -80,12 +83,13 @@ def diagnose(folder: Path = Path()) -> Diagnosis:
     if versions["torch"]:
         import torch
 
-        threads = torch.get_num_threads()
+        threads = share_cores(1)
         gemm, bandwidth, bf16 = measure_gemm_rate(), measure_bandwidth(), probe_bf16()
         gpus = [_gpu(i) for i in range(torch.cuda.device_count())]
     found: dict[str, Any] = {
         "processor": _processor(),
         "cores": usable_cores(),
+        "quota": cpu_quota(),
         "threads": threads,
         "memory": memory,
         "memory_free": free,
@@ -161,9 +165,10 @@ def advise(
 def describe(found: Diagnosis) -> list[tuple[str, str]]:
     """Return the rows of the printed table: name and value."""
     versions = {"Python": found.python, **found.versions}
+    quota = f" (CPU quota {found.quota:.3g})" if found.quota else ""
     threads = f", torch uses {found.threads}" if found.threads else ""
     rows = [
-        ("processor", f"{found.processor}, {found.cores} cores{threads}"),
+        ("processor", f"{found.processor}, {found.cores} cores{quota}{threads}"),
         ("memory", f"{_gib(found.memory)}, {_gib(found.memory_free)} free"),
         ("disk", f"{_gib(found.disk_free)} free here"),
         ("versions", ", ".join(f"{name} {version or '-'}" for name, version in versions.items())),
