@@ -165,7 +165,7 @@ def deepen(kernels: Path, bits: int) -> None:
     path = kernels / "fastbert_kernels/tiles.json"
     tiles = json.loads(path.read_text(encoding="utf-8"))
     [row] = [row for row in tiles["sm_80"]["mlm_loss_forward"] if row["bits"] == bits]
-    row["num_stages"] = 8
+    row.update(BLOCK_D=64, num_stages=8)
     path.write_text(json.dumps(tiles), encoding="utf-8")
 
 

@@ -114,16 +114,19 @@ def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
         if kernel.startswith(operation)
         for row in found
     }
-    wanted = sorted(
-        {1000, *rows} if everything else {1000, *(row for row in rows if row <= WIDEST_BY_DEFAULT)}
-    )
+    wanted = sorted(row for row in rows if everything or row <= WIDEST_BY_DEFAULT)
     of_size = {
         "mlm_loss": lambda D: {"T": 10, "M": 5, "D": D, "V": 300},
         "norm": lambda D: {"T": 5, "D": D},
         "gelu": lambda F: {"T": 5, "F": F},
         "embedding": lambda D: {"T": 70, "V": 100, "P": 64, "D": D},
     }
-    return [(of_size[operation](size), dtype) for size in wanted if size > 1 for dtype in dtypes]
+    return [
+        (of_size[operation](size), dtype)
+        for size in (*wanted, 1000)
+        if size > 1
+        for dtype in dtypes
+    ]
 
 
 def smallest(operation: str) -> list[Shape]:
@@ -266,7 +269,8 @@ class Found:
 
     calls: int = 0
     loaded: int = 0
-    kinds: int = 0  # of launches that Triton was asked to compile for
+    # The kinds of launches, by kernel and Triton's key: what Triton compiles once.
+    kinds: set[tuple[str, str]] = field(default_factory=set)
     # By error message: the calls.
     failures: dict[str, list[str]] = field(default_factory=dict)
     # By kernel ("norm._forward_kernel") and name of a constant: the values that it had.
@@ -275,7 +279,7 @@ class Found:
     def add(self, other: Found) -> None:
         self.calls += other.calls
         self.loaded += other.loaded
-        self.kinds += other.kinds
+        self.kinds |= other.kinds
         for error, labels in other.failures.items():
             self.failures.setdefault(error, []).extend(labels)
         for kernel, constants in other.reached.items():
@@ -299,7 +303,7 @@ class Gate:
     def compile(self, architecture: str, calls: list[Call]) -> Found:
         """Run these calls, and compile what they launch."""
         found = Found(calls=len(calls))
-        kinds: dict[tuple[str, str], bool] = {}  # what Triton compiles once: to machine code?
+        kinds: dict[tuple[str, str], bool] = {}  # whether to machine code
 
         def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
             """Triton calls it before it compiles, and does not compile if it returns True."""
@@ -332,7 +336,7 @@ class Gate:
                         found.failures.setdefault(innermost(error), []).append(call.label)
             finally:
                 knobs.runtime.jit_cache_hook = None
-        found.loaded, found.kinds = len(seen.loaded), len(kinds)
+        found.loaded, found.kinds = len(seen.loaded), set(kinds)
         return found
 
 
@@ -472,7 +476,7 @@ def main() -> int:
         wrong += faults(architecture, found, options.only)
         bad = sum(map(len, found.failures.values()))
         print(
-            f"{architecture}: {found.calls} calls, {bad} fail; {found.kinds} kinds of launches, "
+            f"{architecture}: {found.calls} calls, {bad} fail; {len(found.kinds)} kinds of launches, "
             f"{found.loaded} kernels compiled and loaded; {time.monotonic() - start:.0f} s",
             flush=True,
         )
