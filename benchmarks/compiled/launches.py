@@ -476,7 +476,8 @@ def main() -> int:
         wrong += faults(architecture, found, options.only)
         bad = sum(map(len, found.failures.values()))
         print(
-            f"{architecture}: {found.calls} calls, {bad} fail; {len(found.kinds)} kinds of launches, "
+            f"{architecture}: {found.calls} calls, {bad} fail; "
+            f"{len(found.kinds)} kinds of launches, "
             f"{found.loaded} kernels compiled and loaded; {time.monotonic() - start:.0f} s",
             flush=True,
         )
