@@ -1,6 +1,16 @@
 """The compiler accepts every launch of the kernels and of the model.
 
-This is checked on two versions of Triton and for three generations of GPUs.
+This is checked for three generations of GPUs, on the newest and the oldest version of Triton that
+are supported. Machine code takes a second for each of 411 kinds of launches, so the default tier
+divides the work:
+
+- Triton's front end runs for every launch, for each architecture, on both versions. It is where the
+  compiler rejects what the interpreter accepts.
+- Machine code is made of one launch of each kernel on each architecture, with the limits of that
+  device: for sm_80 with the oldest Triton, for sm_90 by test_ahead_of_time.py, for sm_100 with the
+  newest Triton. It is the launch of a training step in bf16.
+
+`slow` makes machine code of every launch, on each architecture with both versions.
 """
 
 from __future__ import annotations
@@ -15,11 +25,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compiled.launches import unreached
-from tests.tiers import typical
 from tests.uninterpreted import ROOT, run_module
 
 # `make test` puts the oldest Triton there that pyproject.toml allows.
 OLDEST = Path(sys.prefix) / "triton-oldest"
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
+KERNELS = "17"  # functions with @triton.jit that are launched
 
 
 def launches(*arguments: str, **where: Path) -> subprocess.CompletedProcess[str]:
@@ -39,31 +50,40 @@ def oldest() -> Path:
     return OLDEST
 
 
-# All launches take five minutes of one core for each architecture and version of Triton. So the
-# tests compile all for one architecture, and those of the model for the others.
-def test_every_launch_compiles():
-    result = launches("--architecture", "sm_90")
+def assert_all_compile(
+    result: subprocess.CompletedProcess[str], architectures: list[str]
+) -> list[tuple[str, ...]]:
+    """Return for each architecture how many kinds of launches there are, and machine codes."""
     assert result.returncode == 0, result.stderr
-    assert re.search(r"sm_90: \d{3} calls, 0 fail", result.stdout), result.stdout
+    found = re.findall(r"(sm_\d+): \d{3} calls, 0 fail; (\d{3}) kinds.*?(\d+) ker", result.stdout)
+    assert [architecture for architecture, *_ in found] == architectures, result.stdout
+    return [tuple(counts) for _, *counts in found]
+
+
+def test_every_launch_passes_the_front_end():
+    """On sm_100 all 17 kernels are compiled to machine code."""
+    result = launches("--front-end", "--machine-code", "sm_100")
+    counts = assert_all_compile(result, ARCHITECTURES)
+    assert [machine_codes for _, machine_codes in counts] == ["0", "0", KERNELS]
+
+
+def test_every_launch_passes_the_front_end_of_the_oldest_triton(oldest):
+    """On sm_80 all 17 kernels are compiled to machine code."""
+    result = launches("--front-end", "--machine-code", "sm_80", triton=oldest)
+    counts = assert_all_compile(result, ARCHITECTURES)
+    assert [machine_codes for _, machine_codes in counts] == [KERNELS, "0", "0"]
 
 
 @pytest.mark.slow
-def test_every_launch_compiles_with_the_oldest_triton(oldest):
-    result = launches("--architecture", "sm_90", triton=oldest)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_launch_compiles_to_machine_code(architecture):
+    assert_all_compile(launches("--architecture", architecture), [architecture])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
-def test_the_model_compiles(architecture):
-    result = launches("--architecture", architecture, "--only", "model")
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize("architecture", typical(["sm_80", "sm_90", "sm_100"], "sm_90"))
-def test_the_model_compiles_with_the_oldest_triton(architecture, oldest):
-    result = launches("--architecture", architecture, "--only", "model", triton=oldest)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_launch_compiles_to_machine_code_with_the_oldest_triton(architecture, oldest):
+    assert_all_compile(launches("--architecture", architecture, triton=oldest), [architecture])
 
 
 @pytest.fixture
@@ -74,6 +94,9 @@ def kernels(tmp_path: Path) -> Path:
             ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__")
         )
     )
+
+
+NORM = ("--front-end", "--architecture", "sm_90", "--only", "norm")
 
 
 def replace(path: Path, *changes: tuple[str, str]) -> None:
@@ -91,7 +114,7 @@ def test_none_inside_a_tuple_is_found(kernels):
         kernels / "fastbert_kernels/_rows.py",
         ("    chunks = ()\n    if ptr is not None:", none),
     )
-    result = launches("--architecture", "sm_90", "--only", "norm", kernels=kernels)
+    result = launches(*NORM, kernels=kernels)
     assert f"kernels of {kernels}" in result.stdout
     assert result.returncode == 1
     assert re.search(r"FAULT sm_90 AttributeError: .*: \d+ calls, such as ", result.stderr), (
@@ -110,22 +133,40 @@ def test_results_of_two_types_are_found_by_the_oldest_triton(kernels, oldest):
         none,
         ("if len(keys) == 0:", "if keys[0] is None:"),
     )
-    result = launches("--architecture", "sm_90", "--only", "norm", kernels=kernels, triton=oldest)
+    result = launches(*NORM, kernels=kernels, triton=oldest)
     assert result.returncode == 1
     assert re.search(r"FAULT sm_90 .*: \d+ calls, such as ", result.stderr), result.stderr
 
 
 def test_a_tile_that_does_not_fit_the_device_is_found(kernels):
-    """Shared memory has the limit of a GPU's launcher."""
-    path = kernels / "fastbert_kernels/tiles.json"
-    tiles = json.loads(path.read_text(encoding="utf-8"))
-    tiles["sm_80"]["mlm_loss_forward"] = [
-        {**row, "num_stages": 8} for row in tiles["sm_90"]["mlm_loss_forward"]
-    ]
-    path.write_text(json.dumps(tiles), encoding="utf-8")
-    result = launches("--architecture", "sm_80", "--only", "mlm_loss", kernels=kernels)
+    """Shared memory has the limit of a GPU's launcher. The row is that of bf16."""
+    deepen(kernels, bits=16)
+    only = ("--architecture", "sm_80", "--only", "mlm_loss")
+    result = launches("--front-end", "--machine-code", "sm_80", *only, kernels=kernels)
     assert result.returncode == 1
     assert "OutOfResources" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_tile_of_any_row_that_does_not_fit_the_device_is_found(kernels):
+    """The row is that of fp32, of which the default tier makes no machine code."""
+    deepen(kernels, bits=32)
+    only = ("--architecture", "sm_80", "--only", "mlm_loss")
+    assert (
+        launches("--front-end", "--machine-code", "sm_80", *only, kernels=kernels).returncode == 0
+    )
+    result = launches(*only, kernels=kernels)
+    assert result.returncode == 1
+    assert "OutOfResources" in result.stderr
+
+
+def deepen(kernels: Path, bits: int) -> None:
+    """Let one row of the MLM loss keep eight tiles in shared memory."""
+    path = kernels / "fastbert_kernels/tiles.json"
+    tiles = json.loads(path.read_text(encoding="utf-8"))
+    [row] = [row for row in tiles["sm_80"]["mlm_loss_forward"] if row["bits"] == bits]
+    row.update(BLOCK_D=64, num_stages=8)
+    path.write_text(json.dumps(tiles), encoding="utf-8")
 
 
 def test_a_kernel_that_no_call_reaches_is_found():

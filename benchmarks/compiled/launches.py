@@ -1,6 +1,7 @@
 """Compile every launch that the kernels and the model can make, without a GPU.
 
     python -m benchmarks.compiled.launches [--architecture sm_90] [--only norm model] [--everything]
+    python -m benchmarks.compiled.launches --front-end [--machine-code sm_90]
 
 The launcher is the one that a GPU would use, so a kernel that the compiler rejects, or that does
 not fit the device, is found here and not on the first GPU. Each call runs forward and backward with
@@ -10,6 +11,11 @@ The calls are derived, not listed by hand. For each operation of `fastbert_kerne
 every choice of given and omitted tensors that its signature allows (and its reference accepts), in
 each dtype, with and without dropout; and every size that the kernels or `tiles.json` distinguish.
 In addition there are training and evaluation steps of the model.
+
+Machine code takes a second for each kind of launch, and there are 411 kinds on each architecture.
+`--front-end` therefore runs only Triton's front end (`front_end.py`) for each kind of launch, once
+if several architectures have the same. On the architectures of `--machine-code` it compiles one
+launch of each kernel to machine code, which is the first one in a training step in bf16.
 
 By default sizes are tried in bf16 and fp32, unusual head sizes in bf16 only, and rows up to 1,024.
 `--everything` adds the rest and all shapes of the specs, and takes some minutes. The program prints
@@ -30,15 +36,17 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 import fastbert_kernels
-from benchmarks.compiled.no_launch import SHARED_MEMORY, Seen, no_launch
+from benchmarks.compiled.front_end import front_end
+from benchmarks.compiled.no_launch import SHARED_MEMORY, no_launch
 from benchmarks.kernels.cases import Case, arguments, leaves
 from fastbert_kernels import layer_norm
 from fastbert_kernels._spec import Shape
@@ -106,16 +114,19 @@ def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
         if kernel.startswith(operation)
         for row in found
     }
-    wanted = sorted(
-        {1000, *rows} if everything else {1000, *(row for row in rows if row <= WIDEST_BY_DEFAULT)}
-    )
+    wanted = sorted(row for row in rows if everything or row <= WIDEST_BY_DEFAULT)
     of_size = {
         "mlm_loss": lambda D: {"T": 10, "M": 5, "D": D, "V": 300},
         "norm": lambda D: {"T": 5, "D": D},
         "gelu": lambda F: {"T": 5, "F": F},
         "embedding": lambda D: {"T": 70, "V": 100, "P": 64, "D": D},
     }
-    return [(of_size[operation](size), dtype) for size in wanted if size > 1 for dtype in dtypes]
+    return [
+        (of_size[operation](size), dtype)
+        for size in (*wanted, 1000)
+        if size > 1
+        for dtype in dtypes
+    ]
 
 
 def smallest(operation: str) -> list[Shape]:
@@ -205,8 +216,8 @@ def model_calls() -> Iterator[Call]:
 
     They run in each precision in which a GPU trains.
     """
-    for lengths, precision, dropout in itertools.product(
-        (ONE_TILE, MANY_TILES), ("bf16", "fp32", "autocast"), (0.1, 0.0)
+    for precision, lengths, dropout in itertools.product(
+        ("bf16", "fp32", "autocast"), (ONE_TILE, MANY_TILES), (0.1, 0.0)
     ):
         label = f"step lengths={lengths} {precision} dropout={dropout:g}"
         yield Call(
@@ -254,23 +265,79 @@ def model_step(lengths: list[int], precision: str, dropout: float) -> None:
 
 @dataclass
 class Found:
-    """The result of a group of calls."""
+    """The result of some calls on one architecture."""
 
-    calls: int
-    loaded: int
-    failures: dict[str, list[str]]  # by error message: the calls
-    reached: dict[str, dict[str, set]]  # by kernel and switch: the values that it had
+    calls: int = 0
+    loaded: int = 0
+    # The kinds of launches, by kernel and Triton's key: what Triton compiles once.
+    kinds: set[tuple[str, str]] = field(default_factory=set)
+    # By error message: the calls.
+    failures: dict[str, list[str]] = field(default_factory=dict)
+    # By kernel ("norm._forward_kernel") and name of a constant: the values that it had.
+    reached: dict[str, dict[str, set]] = field(default_factory=dict)
+
+    def add(self, other: Found) -> None:
+        self.calls += other.calls
+        self.loaded += other.loaded
+        self.kinds |= other.kinds
+        for error, labels in other.failures.items():
+            self.failures.setdefault(error, []).extend(labels)
+        for kernel, constants in other.reached.items():
+            for name, values in constants.items():
+                self.reached.setdefault(kernel, {}).setdefault(name, set()).update(values)
 
 
-def compile_calls(architecture: str, calls: list[Call]) -> Found:
-    failures: dict[str, list[str]] = defaultdict(list)
-    with no_launch(architecture) as seen:
-        for call in calls:
+class Gate:
+    """Runs calls, and decides how far each kind of launch is compiled.
+
+    Args:
+        to_machine_code: whether to compile a launch of this kernel ("norm._forward_kernel") to
+            machine code; asked once for each kind of launch and architecture. For the others the
+            front end runs, once for each signature with its constants.
+    """
+
+    def __init__(self, to_machine_code: Callable[[str], bool]):
+        self.to_machine_code = to_machine_code
+        self._checked: set[tuple] = set()  # what has passed the front end
+
+    def compile(self, architecture: str, calls: list[Call]) -> Found:
+        """Run these calls, and compile what they launch."""
+        found = Found(calls=len(calls))
+        kinds: dict[tuple[str, str], bool] = {}  # whether to machine code
+
+        def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+            """Triton calls it before it compiles, and does not compile if it returns True."""
+            function, signature, constants = (
+                fn.jit_function,
+                compile["signature"],
+                compile["constants"],
+            )
+            kernel = f"{fn.module.split('.')[-2]}.{fn.name}"
+            if (kernel, key) not in kinds:
+                kinds[kernel, key] = self.to_machine_code(kernel)
+                mine = found.reached.setdefault(kernel, {})
+                for index, value in constants.items():
+                    mine.setdefault(function.arg_names[index[0]], set()).add(value)
+            if kinds[kernel, key]:
+                return False
+            same = (kernel, str(signature), str(constants))
+            if same not in self._checked:
+                front_end(function, signature, constants, int(architecture.removeprefix("sm_")))
+                self._checked.add(same)
+            return True
+
+        with no_launch(architecture) as seen:
+            knobs.runtime.jit_cache_hook = hook
             try:
-                call.run()
-            except Exception as error:
-                failures[innermost(error)].append(call.label)
-    return Found(len(calls), len(seen.loaded), dict(failures), switches(seen))
+                for call in calls:
+                    try:
+                        call.run()
+                    except Exception as error:
+                        found.failures.setdefault(innermost(error), []).append(call.label)
+            finally:
+                knobs.runtime.jit_cache_hook = None
+        found.loaded, found.kinds = len(seen.loaded), set(kinds)
+        return found
 
 
 def innermost(error: BaseException) -> str:
@@ -280,67 +347,47 @@ def innermost(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1][:200] if lines else ''}"
 
 
-def switches(seen: Seen) -> dict[str, dict[str, set]]:
-    """The values of each compile-time constant, by kernel.
-
-    For example {"norm._forward_kernel": {"D": {768, 1024}, ...}}.
-    """
-    reached: dict[str, dict[str, set]] = {}
-    for source, metadata in seen.compiled:
-        operation = source.fn.fn.__module__.split(".")[-2]
-        mine = reached.setdefault(f"{operation}.{metadata.name}", {})
-        for index, value in source.constants.items():
-            mine.setdefault(source.fn.arg_names[index[0]], set()).add(value)
-    return reached
+def kernels_of(operation: str) -> dict[str, Any]:
+    """The Triton kernels of an operation, by name ("norm._forward_kernel")."""
+    module = importlib.import_module(f"fastbert_kernels.{operation}.kernel")
+    return {
+        f"{operation}.{name}": kernel
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel") and hasattr(kernel, "arg_names")
+    }
 
 
 def unreached(reached: dict[str, dict[str, set]], parts: list[str]) -> list[str]:
     """Kernels that no call launched, and compile-time switches that always had the same value."""
     lines = []
-    for operation in (part for part in parts if part in SPECS):
-        module = importlib.import_module(f"fastbert_kernels.{operation}.kernel")
-        for name, kernel in vars(module).items():
-            if not name.endswith("_kernel") or not hasattr(kernel, "arg_names"):
-                continue
-            full = f"{operation}.{name}"
-            if full not in reached:
-                lines.append(f"{full}: no call launches it")
-                continue
-            for switch, values in reached[full].items():
-                if values in ({True}, {False}) and bool in map(type, values):
-                    lines.append(f"{full}: {switch} is always {values.pop()}")
+    for full in (kernel for part in parts if part in SPECS for kernel in kernels_of(part)):
+        if full not in reached:
+            lines.append(f"{full}: no call launches it")
+            continue
+        for switch, values in reached[full].items():
+            if values in ({True}, {False}) and bool in map(type, values):
+                lines.append(f"{full}: {switch} is always {values.pop()}")
     return lines
 
 
-def check(architecture: str, parts: list[str], everything: bool) -> tuple[Found, list[str]]:
-    """Compile all calls of these parts; returns the result, and one line for each fault."""
+def all_calls(parts: list[str], everything: bool) -> list[Call]:
+    """The calls of these parts; the model's come first, and its steps in bf16 first of all."""
+    calls = itertools.chain(model_calls(), operation_calls(everything))
+    return [call for call in calls if call.part in parts]
+
+
+def check(architecture: str, parts: list[str], everything: bool) -> Found:
+    """Compile all calls of these parts to machine code."""
     groups: dict[tuple[str, str], list[Call]] = defaultdict(list)
-    for call in itertools.chain(operation_calls(everything), model_calls()):
-        if call.part in parts:
-            groups[call.part, call.size].append(call)
+    for call in all_calls(parts, everything):
+        groups[call.part, call.size].append(call)
     _groups[:] = groups.values()
+    found = Found()
     with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
-        found = list(
-            pool.imap_unordered(
-                _compile_group, [(architecture, number) for number in range(len(_groups))]
-            )
-        )
-    failures: dict[str, list[str]] = defaultdict(list)
-    reached: dict[str, dict[str, set]] = {}
-    for one in found:
-        for error, labels in one.failures.items():
-            failures[error] += labels
-        for kernel, values in one.reached.items():
-            for name, seen in values.items():
-                reached.setdefault(kernel, {}).setdefault(name, set()).update(seen)
-    lines = [
-        f"{architecture} {error}: {len(labels)} calls, such as {labels[0]}"
-        for error, labels in failures.items()
-    ]
-    lines += [f"{architecture} {line}" for line in unreached(reached, parts)]
-    return Found(
-        sum(one.calls for one in found), sum(one.loaded for one in found), dict(failures), reached
-    ), lines
+        jobs = [(architecture, number) for number in range(len(_groups))]
+        for one in pool.imap_unordered(_compile_group, jobs):
+            found.add(one)
+    return found
 
 
 _groups: list[list[Call]] = []  # inherited by forked processes, because calls are not picklable
@@ -349,7 +396,38 @@ _groups: list[list[Call]] = []  # inherited by forked processes, because calls a
 def _compile_group(job: tuple[str, int]) -> Found:
     architecture, number = job
     torch.set_num_threads(1)
-    return compile_calls(architecture, _groups[number])
+    return Gate(lambda _: True).compile(architecture, _groups[number])
+
+
+def check_front_end(
+    architectures: list[str], parts: list[str], everything: bool, machine_code: list[str]
+) -> Iterator[tuple[str, Found]]:
+    """Run the front end for all calls of these parts, on one architecture after the other.
+
+    On those of `machine_code`, one launch of each kernel is compiled to machine code.
+    """
+    wanted: set[str] = set()
+
+    def once(kernel: str) -> bool:
+        first = kernel in wanted
+        wanted.discard(kernel)
+        return first
+
+    calls, gate = all_calls(parts, everything), Gate(once)
+    kernels = {kernel for part in SPECS for kernel in kernels_of(part)}
+    for architecture in architectures:
+        wanted.clear()
+        wanted.update(kernels if architecture in machine_code else ())
+        yield architecture, gate.compile(architecture, calls)
+
+
+def faults(architecture: str, found: Found, parts: list[str]) -> list[str]:
+    """One line for each fault."""
+    lines = [
+        f"{architecture} {error}: {len(labels)} calls, such as {labels[0]}"
+        for error, labels in found.failures.items()
+    ]
+    return lines + [f"{architecture} {line}" for line in unreached(found.reached, parts)]
 
 
 def main() -> int:
@@ -370,17 +448,37 @@ def main() -> int:
         action="store_true",
         help="all combinations and the widest rows; takes minutes",
     )
+    parser.add_argument(
+        "--front-end",
+        action="store_true",
+        help="run only Triton's front end; takes a minute for all architectures together",
+    )
+    parser.add_argument(
+        "--machine-code",
+        nargs="+",
+        choices=architectures,
+        default=[],
+        help="with --front-end: one launch of each kernel to machine code on these architectures",
+    )
     options = parser.parse_args()
-    wrong = []
-    for architecture in options.architecture:
-        start = time.monotonic()
-        found, lines = check(architecture, options.only, options.everything)
-        wrong += lines
+    if options.front_end:
+        torch.set_num_threads(1)
+        results = check_front_end(
+            options.architecture, options.only, options.everything, options.machine_code
+        )
+    else:
+        results = (
+            (architecture, check(architecture, options.only, options.everything))
+            for architecture in options.architecture
+        )
+    wrong, start = [], time.monotonic()
+    for architecture, found in results:
+        wrong += faults(architecture, found, options.only)
         bad = sum(map(len, found.failures.values()))
-        seconds = time.monotonic() - start
         print(
             f"{architecture}: {found.calls} calls, {bad} fail; "
-            f"{found.loaded} kernels compiled and loaded in {seconds:.0f} s",
+            f"{len(found.kinds)} kinds of launches, "
+            f"{found.loaded} kernels compiled and loaded; {time.monotonic() - start:.0f} s",
             flush=True,
         )
     for line in wrong:
