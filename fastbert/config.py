@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fastbert.errors import InputError
+from fastbert.regular_file import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -297,8 +298,10 @@ def load_config(
 def _read(path: Path, name: str) -> dict[str, Any]:
     """The tables of a TOML file; `name` is the one to show in messages."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_text(path))
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read as a recipe: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise InputError(f"{name}: cannot be read as a recipe: {error}") from None
     except NOT_TOML as error:
         raise InputError(f"{name}: not valid TOML: {error}") from None

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "fastbert.durable": set(),
     "fastbert.terminal": set(),
     "fastbert.presence": {"fastbert.errors"},
-    "fastbert.config": {"fastbert.errors"},
+    "fastbert.regular_file": set(),
+    "fastbert.config": {"fastbert.errors", "fastbert.regular_file"},
     "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
     "fastbert.doctor": {"fastbert.machine"},
     # The processes of a run, independent of what they compute.
@@ -40,6 +41,7 @@ MAY_IMPORT = {
         "fastbert.durable",
         "fastbert.errors",
         "fastbert.machine",
+        "fastbert.regular_file",
         "fastbert.terminal",
     },
     # The format of a model on disk.
@@ -50,6 +52,7 @@ MAY_IMPORT = {
         "fastbert.durable",
         "fastbert.errors",
         "fastbert.presence",
+        "fastbert.regular_file",
     },
     "fastbert.models": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert_kernels"},
     "fastbert.training": {
@@ -64,6 +67,7 @@ MAY_IMPORT = {
         "fastbert.out_of_memory",
         "fastbert.planning.flops",
         "fastbert.presence",
+        "fastbert.regular_file",
         "fastbert.terminal",
         "fastbert.strict_json",
     },
@@ -84,6 +88,7 @@ MAY_IMPORT = {
         "fastbert.errors",
         "fastbert.models",
         "fastbert.presence",
+        "fastbert.regular_file",
         "fastbert.training.heldout",
         "fastbert.training.history",
         "fastbert.training.initial",

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fastbert.durable import replacing, sync
 from fastbert.presence import is_file, unreadable
+from fastbert.regular_file import read_bytes, read_text
 
 FILE = ".owner"
 CLAIM = f"{FILE}-"  # prefix of the temporary name under which the token is written
@@ -63,7 +64,7 @@ class RunLock:
         if not is_file(run / FILE):
             return False
         try:
-            return _CONTENT.fullmatch((run / FILE).read_bytes()) is not None
+            return _CONTENT.fullmatch(read_bytes(run / FILE)) is not None
         except OSError as error:
             raise unreadable(run / FILE, error) from None
 
@@ -84,6 +85,6 @@ class RunLock:
 
     def _newest(self) -> list[str]:
         try:
-            return (self.run / FILE).read_text(encoding="utf-8").split()
+            return read_text(self.run / FILE).split()
         except FileNotFoundError:
             return []

@@ -22,6 +22,7 @@ from tokenizers import (
 
 from fastbert.data.dataset import SpecialIds
 from fastbert.errors import InputError
+from fastbert.regular_file import read_text
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
@@ -57,7 +58,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 "give the folder of a BERT tokenizer"
             )
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such tokenizer; give the folder of a BERT tokenizer or a vocab.txt"
@@ -279,7 +280,7 @@ def _from_vocabulary(text: str, file: Path) -> Tokenizer:
     try:
         config = {}
         if config_file.is_file():
-            config = json.loads(config_file.read_text(encoding="utf-8"))
+            config = json.loads(read_text(config_file))
         lowercase, accents = config.get("do_lower_case"), config.get("strip_accents")
         chinese = config.get("tokenize_chinese_chars", True)
         extra = _extra_of_config(config)

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastbert import strict_json
 from fastbert.config import LOSSES
+from fastbert.regular_file import open_regular
 
 # A loss that the objective does not have is null, and so is its accuracy.
 LOSS_KEYS = tuple(f"loss_{name}" for name in LOSSES)
@@ -80,7 +81,7 @@ def read_metrics(path: Path, bad: list[int] | None = None) -> Iterator[dict[str,
         OSError: the file cannot be read, or is a link to nothing.
     """
     try:
-        file = open(path, "rb")
+        file = open_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise
