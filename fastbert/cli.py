@@ -113,6 +113,11 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     warnings.showwarning = _show_warning
     try:
+        # Where it is gone, oneMKL ends the process when torch loads it, with a line of its own.
+        os.getcwd()
+    except FileNotFoundError:
+        return _say("the current folder was deleted; change to another one", BAD_INPUT)
+    try:
         for argument in arguments:
             # Python decodes bytes that are not UTF-8 to these surrogates.
             if any("\udc80" <= c <= "\udcff" for c in argument):
@@ -131,8 +136,9 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in SYSTEM_ERRORS:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        return _say(f"{place}{error.strerror}; free disk space or choose another path", BAD_INPUT)
+        # Files that are written are named; see `durable.named`.
+        place = error.filename or "standard output"
+        return _say(f"{place}: {error.strerror}; free disk space or choose another path", BAD_INPUT)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:

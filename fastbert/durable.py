@@ -62,6 +62,22 @@ def _length(path: Path) -> int:
 
 
 @contextlib.contextmanager
+def named(path: Path, staging: Path | None = None) -> Iterator[None]:
+    """Let an OSError of this block name `path`, which its user knows, and not `staging`.
+
+    Python names the file where opening it fails, but none where a write does, as on a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        name = str(path) if error.filename is None else str(error.filename)
+        name = name if staging is None else name.replace(str(staging), str(path))
+        raise OSError(error.errno, error.strerror, name) from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, and rename it to `path` at the end.
 
@@ -80,10 +96,11 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """
     new = staging or staging_of(path)
     try:
-        if staging is None:
-            _create_like(path, new)
-        yield new
-        new.replace(path)
+        with named(path, new):
+            if staging is None:
+                _create_like(path, new)
+            yield new
+            new.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             new.unlink()
@@ -129,13 +146,10 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: the disk refused; no temporary file is left.
     """
-    try:
-        with replacing(path) as new, open(new, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    with replacing(path) as new, open(new, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sha256_of(path: Path) -> str:

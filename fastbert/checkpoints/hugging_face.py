@@ -27,7 +27,7 @@ from fastbert.checkpoints.weight_names import (
 )
 from fastbert.config import ModelConfig
 from fastbert.data.tokenizer import save_tokenizer, special_ids
-from fastbert.durable import parents_of, staging_of
+from fastbert.durable import named, parents_of, staging_of
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder, names_in, status
 from fastbert.regular_file import read_text
@@ -157,8 +157,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """
     out = Path(out)
     check_new(out)
-    with parents_of(out):
-        staging = staging_of(out)
+    staging = staging_of(out)
+    with named(out, staging), parents_of(out):
         try:
             staging.mkdir()
             yield staging

@@ -6,7 +6,6 @@ Only rank 0 writes and prints.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import math
@@ -28,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastbert.checkpoints.saver import Saved
 from fastbert.config import LOSSES, RunConfig
+from fastbert.durable import named
 from fastbert.terminal import can_redraw, safe
 from fastbert.training import diagnosis
 from fastbert.training.engine import StepResult
@@ -359,13 +359,14 @@ class Monitor:
             self.say(f"note: {line}")
 
     def _scalars(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
-                self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+        with named(self.run / "tensorboard"):
+            for name, value in values.items():
+                if value is not None and math.isfinite(value):
+                    self._tensorboard.add_scalar(f"{group}/{name}", value, step)
 
     @contextlib.contextmanager
     def _printing(self) -> Iterator[None]:
-        """Continue without printing when the pipe's reader or the terminal is gone.
+        """Continue without printing when the terminal is gone, or the disk of stdout is full.
 
         log.txt has every line.
         """
@@ -374,9 +375,8 @@ class Monitor:
         except SystemExit:  # rich raises it on a broken pipe, and prints nothing from then on
             pass
         except OSError as error:
-            if error.errno != errno.EIO:
-                raise
             self._console.quiet = True
+            log.warning("nothing more is printed: standard output: %s", error.strerror)
 
     def _draw(self) -> None:
         """Draw loss.png; where that fails, log the reason."""
@@ -395,7 +395,7 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
-            raise error
+            raise OSError(error.errno, error.strerror, self.baseFilename) from error
         super().handleError(record)
 
 
