@@ -38,6 +38,7 @@ EVALUATE_S = 600.0  # how long the ranks of `evaluate` wait for each other
 SYSTEM_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
