@@ -150,7 +150,7 @@ def run(arguments: Sequence[str]) -> int:
         if message is None:
             raise
         return _say(
-            f"{message().rstrip('.')}; "
+            f"{' '.join(message().split()).rstrip('.')}; "
             f"see {context.command_path if context else 'fastbert'} --help",
             BAD_INPUT,
         )
@@ -810,7 +810,7 @@ def _percent(share: float) -> str:
 def _say(message: object, code: int) -> int:
     """Print the message as one line on stderr, once per machine; returns the exit code."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        tell(" ".join(str(message).split()))
+        tell(message)
     return code
 
 

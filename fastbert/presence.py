@@ -8,6 +8,7 @@ not mounted raise an InputError with the path and the reason.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -64,4 +65,7 @@ def names_in(folder: Path) -> list[str]:
 def unreadable(path: Path, error: Exception) -> InputError:
     """Return the error for a path that could not be inspected."""
     why = getattr(error, "strerror", None) or str(error)
-    return InputError(f"{path}: cannot be read: {why}; mount its disk, or get the right to read it")
+    advice = "mount its disk, or get the right to read it"
+    if isinstance(error, ValueError) or getattr(error, "errno", None) == errno.ENAMETOOLONG:
+        advice = "no file can have this name"
+    return InputError(f"{path}: cannot be read: {why}; {advice}")

@@ -12,8 +12,7 @@ from tiny_bert import make_hugging_face_folder, make_run
 
 from fastbert.checkpoints import hugging_face
 from fastbert.checkpoints.model_folder import open_model
-from fastbert.checkpoints.ownership import FILE, RunLock
-from fastbert.cli import run
+from fastbert.checkpoints.ownership import RunLock
 from fastbert.config import load_config
 from fastbert.data.dataset import open_dataset
 from fastbert.data.tokenizer import load_tokenizer
@@ -47,7 +46,7 @@ def test_what_is_no_small_regular_file(tmp_path, words):
 
 def test_a_name_that_cannot_be():
     for name in ("a\0b", "a\ud800"):
-        with pytest.raises(OSError, match="null byte|can't encode"):
+        with pytest.raises(OSError, match=r"null byte|can't encode"):
             read_bytes(name)
 
 

@@ -27,7 +27,7 @@ _CONTENT = re.compile(rb"[0-9a-f]{16} \S* \d+\n")  # token, machine, process
 
 
 class LostOwnership(Exception):
-    """Another process has taken over this run."""
+    """Another process has taken over this run, or its folder is gone."""
 
 
 class RunLock:
@@ -80,6 +80,11 @@ class RunLock:
         """
         if not self.holds():
             newest = self._newest()
+            if not newest:
+                raise LostOwnership(
+                    f"{self.run / FILE} is gone: the folder was deleted or moved, or its disk is "
+                    "not mounted any more"
+                )
             where = f"on {newest[1]}, process {newest[2]}" if len(newest) == 3 else "elsewhere"
             raise LostOwnership(f"another start of this run ({where}) has taken {self.run} over")
 

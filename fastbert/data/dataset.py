@@ -30,6 +30,7 @@ import numpy as np
 from fastbert.data.verify import AGAIN, Claim, NumberCheck, ids_below, offsets_to, verify_files
 from fastbert.durable import unsealed
 from fastbert.errors import InputError
+from fastbert.presence import is_folder
 from fastbert.regular_file import read_bytes, read_text
 
 FORMAT = 2
@@ -273,7 +274,7 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
     """
     path = Path(path)
     again = "make it again with `fastbert prepare`"
-    if not path.is_dir():
+    if not is_folder(path):
         raise InputError(
             f"{path}: no such dataset; make one with `fastbert prepare SOURCE --out {path}`"
         )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -45,6 +44,8 @@ from fastbert.data.workers import apply_in_child, map_in_order
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
+from fastbert.presence import status
+from fastbert.terminal import tell
 
 # Bytes of text that the vocabulary is trained on, spread evenly over the sources.
 VOCABULARY_BYTES = 64 << 20
@@ -106,7 +107,7 @@ def prepare(
             Nothing is left on the disk then.
     """
     out = Path(out)
-    if out.exists() or out.is_symlink():
+    if status(out) is not None:
         raise InputError(f"{out}: exists already; remove it or choose another --out")
     if not 0 < heldout <= 0.5:
         raise InputError(
@@ -120,7 +121,7 @@ def prepare(
     for reason in dict.fromkeys(item.reason for item in left_out):
         paths = [str(item.path) for item in left_out if item.reason == reason]
         more = ", ..." if len(paths) > 5 else ""
-        print(f"left out ({reason}): {len(paths):,}: {', '.join(paths[:5])}{more}", file=sys.stderr)
+        tell(f"left out ({reason}): {len(paths):,}: {', '.join(paths[:5])}{more}")
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     stamps = [_stamp(source) for source in files]
     size = sum(file_size for file_size, _ in stamps)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastbert.errors import InputError
+from fastbert.presence import unreadable
 
 FORMATS = {
     "txt": (".txt",),
@@ -145,8 +146,8 @@ def _mode(path: Path) -> int:
         if path.is_symlink():
             raise InputError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
         raise InputError(f"{path}: no such file or folder") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
 
 
 def _walk(top: Path) -> Iterator[Path | LeftOut]:
