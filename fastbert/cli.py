@@ -229,6 +229,10 @@ def prepare(
     bad_records: Annotated[
         str, typer.Option(help="What to do with a record that cannot be read: error or skip.")
     ] = "error",
+    dedup: Annotated[
+        bool,
+        typer.Option("--dedup", help="Leave out documents that are copies of an earlier one."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a dataset from text: tokenizer, token ids, a held-out part and a report on the data."""
@@ -246,6 +250,7 @@ def prepare(
         text_format=text_format,
         text_field=text_field,
         bad_records=bad_records,
+        dedup=dedup,
     )
     if as_json:
         print(report.json(), end="")

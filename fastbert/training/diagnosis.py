@@ -75,7 +75,8 @@ def diverged(
     if loss <= DIVERGED * expected:
         return None
     value = f"{loss:.3g}" if math.isfinite(loss) else "not finite"
-    return f"{what} is {value}, an untrained model has {expected:.2f}: training has diverged; {_calmer(recipe)}"
+    untrained = f"an untrained model has {expected:.2f}"
+    return f"{what} is {value}, {untrained}: training has diverged; {_calmer(recipe)}"
 
 
 def _calmer(recipe: RunConfig) -> str:
