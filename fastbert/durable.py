@@ -6,7 +6,10 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import stat
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +78,25 @@ def named(path: Path, staging: Path | None = None) -> Iterator[None]:
         name = str(path) if error.filename is None else str(error.filename)
         name = name if staging is None else name.replace(str(staging), str(path))
         raise OSError(error.errno, error.strerror, name) from error
+
+
+@contextlib.contextmanager
+def exit_at_signals() -> Iterator[None]:
+    """Let SIGTERM, SIGHUP and SIGQUIT raise SystemExit, so that unfinished files are removed.
+
+    Those that are ignored, as by nohup, stay ignored. Only the main thread can do this.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+        before = {s: old for s, old in before.items() if old is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from fastbert.checkpoints.weight_names import (
 )
 from fastbert.config import ModelConfig
 from fastbert.data.tokenizer import save_tokenizer, special_ids
-from fastbert.durable import named, parents_of, staging_of
+from fastbert.durable import exit_at_signals, named, parents_of, staging_of
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder, names_in, status
 from fastbert.regular_file import read_text
@@ -158,7 +158,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out)
     check_new(out)
     staging = staging_of(out)
-    with named(out, staging), parents_of(out):
+    with exit_at_signals(), named(out, staging), parents_of(out):
         try:
             staging.mkdir()
             yield staging

@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbert.data.documents import parse, read_chunks
 from fastbert.data.sources import Source, file_source
-from fastbert.durable import replaceable, replacing
+from fastbert.durable import exit_at_signals, replaceable, replacing
 from fastbert.errors import InputError
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def embed(
 @contextmanager
 def _writer(out: Path, size: int) -> Iterator[Writer]:
     """Yield a writer of a temporary file that becomes `out` at the end of the block."""
-    with replacing(out) as staging, open(staging, "wb") as file:
+    with exit_at_signals(), replacing(out) as staging, open(staging, "wb") as file:
         writer: Writer = WRITERS[out.suffix](file, size)
         yield writer
         writer.close()

@@ -329,6 +329,8 @@ class Monitor:
             f"loss {window.loss / window.steps:.3f}",
             f"{window.tokens / elapsed:,.0f} tok/s",
         ]
+        if self._peak and window.flops / elapsed > self._peak:
+            self._peak = None  # other processes slowed down its measurement at the start
         if self._peak:
             parts.append(f"{window.flops / elapsed / self._peak:.0%} of peak")
         parts.append(f"{window.waited / elapsed:.1%} wait")
