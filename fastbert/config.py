@@ -472,7 +472,18 @@ def _section(
     return cls(**given)
 
 
+# Keys of BertConfig that a recipe does not have, and why.
+FIXED = {
+    "model.hidden_act": 'it is "gelu", as in BERT',
+    "model.type_vocab_size": "it is 2, as in BERT",
+    "model.position_embedding_type": 'it is "absolute", as in BERT',
+    "model.vocab_size": "it is that of the dataset; `fastbert prepare --vocab-size` chooses it",
+}
+
+
 def _near(name: str, prefix: str, known: list[str]) -> str:
+    if fixed := FIXED.get(prefix + name):
+        return fixed
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(prefix + n for n in near) + "?"

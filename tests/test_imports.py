@@ -278,6 +278,7 @@ def test_what_reads_a_dataset_does_not_know_how_it_is_made():
             "workers",
             "report",
             "baselines",
+            "copies",
         )
     }
     readers = [name for name in MODULES if below(name, "fastbert.data") and name not in makers]
