@@ -119,6 +119,21 @@ def test_a_key_of_bert_config_that_is_fixed(key):
         load_config("mini", ["data=x", "model.hidden_sice=3"])
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"batch.sequences={'[' * 100_000}",
+        f"optimizer.lr=1{'0' * 400}",
+        f"model={'9' * 4000}",
+        "x" * 9999,
+    ],
+)
+def test_a_long_value_is_not_shown_whole(override):
+    with pytest.raises(InputError) as raised:
+        load_config("mini", ["data=x", override])
+    assert "..." in str(raised.value) and len(str(raised.value)) < 300
+
+
 def test_a_recipe_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="no such recipe"):
         load_config(tmp_path / "none.toml")
