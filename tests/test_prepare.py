@@ -251,6 +251,8 @@ def test_copies_are_on_one_side(english_documents: list[str], tmp_path: Path) ->
         for name in ("train", "heldout")
     ]
     assert sides[1] and not sides[0] & sides[1]
+    (row,) = (row for row in report.rows if row.name == "copies of documents")
+    assert row.value.endswith(" %; none on both sides of the split") and "--dedup" in row.advice
     distinct = len(set(map(str.strip, english_documents)))
     assert report.figures["duplicate_document_share"] == pytest.approx(
         1 - distinct / len(documents), abs=1e-6
