@@ -11,6 +11,7 @@ hidden folder beside the target, which is renamed when every byte is on the disk
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -111,7 +112,7 @@ def prepare(
             Nothing is left on the disk then.
     """
     out = Path(out)
-    if status(out) is not None:
+    if os.path.islink(out) or status(out) is not None:
         raise InputError(f"{out}: exists already; remove it or choose another --out")
     if not 0 < heldout <= 0.5:
         raise InputError(
