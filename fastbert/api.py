@@ -85,7 +85,7 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
         out: the folder to make; it must not exist yet.
         options: keyword arguments of `fastbert.data.prepare.prepare`, such as `vocab_size`,
             `lowercase`, `keep_accents`, `tokenizer`, `heldout`, `text_format`, `text_field`,
-            `bad_records`, `workers` and `progress`.
+            `bad_records`, `dedup`, `workers` and `progress`.
 
     Returns:
         The report: `figures` is a dict of numbers, `rows` has their meaning and advice in words.
@@ -210,6 +210,7 @@ _SWITCHES = {
     "resume": "resume=True",
     "cased": "lowercase=False",
     "keep-accents": "keep_accents=True",
+    "dedup": "dedup=True",
 }
 _RENAMED = {"format": "text_format"}
 _COMMAND = re.compile(r"fastbert pretrain (\S+) --resume")

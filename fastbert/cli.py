@@ -38,6 +38,7 @@ EVALUATE_S = 600.0  # how long the ranks of `evaluate` wait for each other
 SYSTEM_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
@@ -113,6 +114,11 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     warnings.showwarning = _show_warning
     try:
+        # Where it is gone, oneMKL ends the process when torch loads it, with a line of its own.
+        os.getcwd()
+    except FileNotFoundError:
+        return _say("the current folder was deleted; change to another one", BAD_INPUT)
+    try:
         for argument in arguments:
             # Python decodes bytes that are not UTF-8 to these surrogates.
             if any("\udc80" <= c <= "\udcff" for c in argument):
@@ -131,8 +137,9 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in SYSTEM_ERRORS:
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        return _say(f"{place}{error.strerror}; free disk space or choose another path", BAD_INPUT)
+        # Files that are written are named; see `durable.named`.
+        place = error.filename or "standard output"
+        return _say(f"{place}: {error.strerror}; free disk space or choose another path", BAD_INPUT)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:
@@ -143,7 +150,7 @@ def run(arguments: Sequence[str]) -> int:
         if message is None:
             raise
         return _say(
-            f"{message().rstrip('.')}; "
+            f"{' '.join(message().split()).rstrip('.')}; "
             f"see {context.command_path if context else 'fastbert'} --help",
             BAD_INPUT,
         )
@@ -222,6 +229,10 @@ def prepare(
     bad_records: Annotated[
         str, typer.Option(help="What to do with a record that cannot be read: error or skip.")
     ] = "error",
+    dedup: Annotated[
+        bool,
+        typer.Option("--dedup", help="Leave out documents that are copies of an earlier one."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a dataset from text: tokenizer, token ids, a held-out part and a report on the data."""
@@ -239,6 +250,7 @@ def prepare(
         text_format=text_format,
         text_field=text_field,
         bad_records=bad_records,
+        dedup=dedup,
     )
     if as_json:
         print(report.json(), end="")
@@ -803,7 +815,7 @@ def _percent(share: float) -> str:
 def _say(message: object, code: int) -> int:
     """Print the message as one line on stderr, once per machine; returns the exit code."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        tell(" ".join(str(message).split()))
+        tell(message)
     return code
 
 

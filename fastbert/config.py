@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fastbert.errors import InputError
+from fastbert.regular_file import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,6 +33,7 @@ PACKAGED = Path(__file__).parent / "recipes"  # the recipes that fastbert brings
 DEEPSPEED = PACKAGED / "ds_config.json"  # DeepSpeed's settings where a recipe names no file
 COMMAND_LINE = "command line"  # in messages: where a value came from
 OVERRIDES = "overrides"
+LONGEST_VALUE = 80  # characters of a wrong value that a message shows
 # What the parser raises, also for a number of 5,000 digits and for deeply nested brackets.
 NOT_TOML = (ValueError, RecursionError)
 
@@ -297,8 +299,10 @@ def load_config(
 def _read(path: Path, name: str) -> dict[str, Any]:
     """The tables of a TOML file; `name` is the one to show in messages."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_text(path))
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read as a recipe: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise InputError(f"{name}: cannot be read as a recipe: {error}") from None
     except NOT_TOML as error:
         raise InputError(f"{name}: not valid TOML: {error}") from None
@@ -351,7 +355,8 @@ def _apply(values: dict[str, Any], override: str, sources: dict[str, str]) -> No
     key = key.strip()
     if not equals or not key:
         raise InputError(
-            f"{COMMAND_LINE}: '{override}' is not key=value; write for example batch.sequences=64"
+            f"{COMMAND_LINE}: {_shown(override)} is not key=value; "
+            "write for example batch.sequences=64"
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -460,7 +465,7 @@ def _section(
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
-                raise InputError(f"{where}: {key} = {value!r}; must be a section, [{key}]")
+                raise InputError(f"{where}: {key} = {_shown(value)}; must be a section, [{key}]")
             given[name] = _section(
                 cast(type, hint), cast("dict[str, Any]", value), key + ".", source, sources
             )
@@ -469,7 +474,18 @@ def _section(
     return cls(**given)
 
 
+# Keys of BertConfig that a recipe does not have, and why.
+FIXED = {
+    "model.hidden_act": 'it is "gelu", as in BERT',
+    "model.type_vocab_size": "it is 2, as in BERT",
+    "model.position_embedding_type": 'it is "absolute", as in BERT',
+    "model.vocab_size": "it is that of the dataset; `fastbert prepare --vocab-size` chooses it",
+}
+
+
 def _near(name: str, prefix: str, known: list[str]) -> str:
+    if fixed := FIXED.get(prefix + name):
+        return fixed
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(prefix + n for n in near) + "?"
@@ -478,7 +494,7 @@ def _near(name: str, prefix: str, known: list[str]) -> str:
 
 def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where: str) -> Any:
     def wrong(what: str) -> InputError:
-        return InputError(f"{where}: {key} = {value!r}; must be {what}")
+        return InputError(f"{where}: {key} = {_shown(value)}; must be {what}")
 
     if isinstance(hint, types.UnionType):
         # `int | None`: TOML has no null, so a value that is given is never None.
@@ -509,6 +525,11 @@ def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where:
         bound += f" and {high} at most" if high != math.inf else ""
         raise wrong(bound + (f" ({unit})" if unit else ""))
     return hint(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,10 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import stat
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +65,41 @@ def _length(path: Path) -> int:
 
 
 @contextlib.contextmanager
+def named(path: Path, staging: Path | None = None) -> Iterator[None]:
+    """Let an OSError of this block name `path`, which its user knows, and not `staging`.
+
+    Python names the file where opening it fails, but none where a write does, as on a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        name = str(path) if error.filename is None else str(error.filename)
+        name = name if staging is None else name.replace(str(staging), str(path))
+        raise OSError(error.errno, error.strerror, name) from error
+
+
+@contextlib.contextmanager
+def exit_at_signals() -> Iterator[None]:
+    """Let SIGTERM, SIGHUP and SIGQUIT raise SystemExit, so that unfinished files are removed.
+
+    Those that are ignored, as by nohup, stay ignored. Only the main thread can do this.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+        before = {s: old for s, old in before.items() if old is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
 def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, and rename it to `path` at the end.
 
@@ -80,10 +118,11 @@ def replacing(path: Path, staging: Path | None = None) -> Iterator[Path]:
     """
     new = staging or staging_of(path)
     try:
-        if staging is None:
-            _create_like(path, new)
-        yield new
-        new.replace(path)
+        with named(path, new):
+            if staging is None:
+                _create_like(path, new)
+            yield new
+            new.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             new.unlink()
@@ -129,13 +168,10 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: the disk refused; no temporary file is left.
     """
-    try:
-        with replacing(path) as new, open(new, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    with replacing(path) as new, open(new, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sha256_of(path: Path) -> str:

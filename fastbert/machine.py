@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,26 @@ def _best(work: Any, seconds: float, device: str) -> float:
         best = min(best, now - start)
         if now >= end:
             return best
+
+
+def startable_threads(wanted: int) -> int:
+    """Return how many of so many more threads this process can start: all, unless limited.
+
+    Limits are those of the user (`ulimit -u`) and of the container (pids.max).
+    """
+    done, threads = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(wanted):
+            thread = threading.Thread(target=done.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError:  # "can't start new thread"
+        pass
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    return len(threads)
 
 
 def probe_bf16() -> Bf16Probe:

@@ -8,18 +8,23 @@ not mounted raise an InputError with the path and the reason.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
 from pathlib import Path
 
 from fastbert.errors import InputError
+
+# The beginning of a URL; as a path it has lost one of its slashes.
+_REMOTE = re.compile(r"([a-z][a-z0-9+.-]+):/")
 
 
 def status(path: Path) -> os.stat_result | None:
     """Return the `os.stat` of the file or folder at `path`, following links; None where none is.
 
     Raises:
-        InputError: the path cannot be inspected, or a link in it points nowhere.
+        InputError: the path cannot be inspected, is a URL, or a link in it points nowhere.
     """
     try:
         return os.stat(path)
@@ -31,6 +36,11 @@ def status(path: Path) -> os.stat_result | None:
                     f"{place}: a link to {target}, which is not there; mount its disk, "
                     "or correct or remove the link"
                 ) from None
+        if found := _REMOTE.match(str(path)):
+            raise InputError(
+                f"{path}: files are read and written on local disks only; "
+                f"copy them from or to {found[1]}: by a tool of its own"
+            ) from None
         return None
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
@@ -64,4 +74,7 @@ def names_in(folder: Path) -> list[str]:
 def unreadable(path: Path, error: Exception) -> InputError:
     """Return the error for a path that could not be inspected."""
     why = getattr(error, "strerror", None) or str(error)
-    return InputError(f"{path}: cannot be read: {why}; mount its disk, or get the right to read it")
+    advice = "mount its disk, or get the right to read it"
+    if isinstance(error, ValueError) or getattr(error, "errno", None) == errno.ENAMETOOLONG:
+        advice = "no file can have this name"
+    return InputError(f"{path}: cannot be read: {why}; {advice}")

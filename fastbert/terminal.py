@@ -43,11 +43,16 @@ def safe(text: object, encoding: str | None = None) -> str:
     return shown
 
 
+def one_line(text: object, encoding: str | None = None) -> str:
+    r"""Return a text as `safe` does, with line feeds as \n: those in a name may forge a line."""
+    return safe(text, encoding).replace("\n", "\\n")
+
+
 def tell(line: object) -> None:
     """Print a line of fastbert's on stderr, if there is one."""
     if sys.stderr is not None:
         encoding = getattr(sys.stderr, "encoding", None)
-        print(safe(f"fastbert: {line}", encoding), file=sys.stderr)
+        print(one_line(f"fastbert: {line}", encoding), file=sys.stderr)
 
 
 def _escaped(c: str) -> str:

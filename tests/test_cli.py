@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +191,58 @@ def test_more_bad_input(place, inside, case):
     code, out, err = inside(*arguments)
     check_refusal(code, out, err, words)
     assert sorted(place.rglob("*")) == before
+
+
+FULL = {
+    "new": ["export", "hf", "--out", "new"],
+    "x.npy": ["embed", "hf", "texts.txt", "--out", "x.npy"],
+    "x.jsonl": ["embed", "hf", "texts.txt", "--out", "x.jsonl"],
+    "x.parquet": ["embed", "hf", "texts.txt", "--out", "x.parquet"],
+    "run/report.html": ["report", "run"],
+    "tuned": ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--out", "tuned"],
+}
+
+
+@pytest.mark.parametrize("out", FULL)
+def test_a_full_disk_names_what_was_to_be_written(place, inside, out):
+    """A limit of the size of a file gives the same kind of error as a full disk."""
+    metrics = place / "run/metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss_mlm": 6.0, "seconds": 1.0}\n')
+    before = sorted(place.rglob("*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        code, stdout, err = inside(*FULL[out])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    last = f"fastbert: {out}: File too large; free disk space or choose another path\n"
+    assert code == 2 and err.endswith(last) and stdout == "", err
+    assert sorted(place.rglob("*")) == before
+
+
+def test_stdout_on_a_full_disk_is_named(place, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code = run_inside(["recipes"])
+        monkeypatch.undo()
+        assert code == 2 and "standard output: No space left" in capsys.readouterr().err
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_a_current_folder_that_was_deleted(tmp_path):
+    """oneMKL would end the process by a line of its own when torch is imported."""
+    script = f"mkdir gone && cd gone && rmdir ../gone && {sys.executable} -m fastbert plan mini"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    result = subprocess.run(
+        ["sh", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    check_refusal(result.returncode, result.stdout, result.stderr, ["folder was deleted"])
 
 
 def test_a_path_that_is_not_there_is_refused_before_anything_heavy_loads():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbert.config import PRESETS, RunConfig, dump_config, load_config, parse_config
+from fastbert.config import FIXED, PRESETS, RunConfig, dump_config, load_config, parse_config
 from fastbert.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +108,30 @@ def test_what_is_wrong_gets_one_line_that_names_file_key_and_value(tmp_path, tex
         load_config(recipe)
     assert str(caught.value).startswith(str(recipe))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_a_key_of_bert_config_that_is_fixed(key):
+    with pytest.raises(InputError) as raised:
+        load_config("mini", ["data=x", f"{key}=3"])
+    assert str(raised.value) == f"command line: unknown key '{key}'; {FIXED[key]}"
+    with pytest.raises(InputError, match=r"hidden_sice'; did you mean"):
+        load_config("mini", ["data=x", "model.hidden_sice=3"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"batch.sequences={'[' * 100_000}",
+        f"optimizer.lr=1{'0' * 400}",
+        f"model={'9' * 4000}",
+        "x" * 9999,
+    ],
+)
+def test_a_long_value_is_not_shown_whole(override):
+    with pytest.raises(InputError) as raised:
+        load_config("mini", ["data=x", override])
+    assert "..." in str(raised.value) and len(str(raised.value)) < 300
 
 
 def test_a_recipe_that_is_not_there(tmp_path):

@@ -15,6 +15,7 @@ from fastbert.config import (
 from fastbert.training import diagnosis
 from fastbert.training.diagnosis import (
     GradientNorm,
+    TrainingLoss,
     compare,
     diverged,
     expected_first_loss,
@@ -174,6 +175,37 @@ def test_compare(loss, expected):
 def norms(*values: float) -> list[tuple[int, str]]:
     watch = GradientNorm(RECIPE)
     return [(step, line) for step, value in enumerate(values) if (line := watch.add(step, value))]
+
+
+def losses(*values: float) -> list[tuple[int, str]]:
+    watch = TrainingLoss(1000, RECIPE)
+    return [
+        (step, line) for step, value in enumerate(values, 1) if (line := watch.add(step, value))
+    ]
+
+
+def test_a_training_loss_that_explodes():
+    """ln 1000 + ln 2 = 7.6; no evaluation and no window of 100 steps is waited for."""
+    found = losses(7.7, 900.0, 8e3, 1e5, 1e5)
+    assert [step for step, _ in found] == [4, 5]
+    assert (
+        "the loss of step 4 is 1e+05, an untrained model has 7.60: training has diverged"
+        in found[0][1]
+    )
+    assert "a lower optimizer.lr than" in found[0][1]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [7.7, 900.0, 900.0, 7.0, 900.0, 900.0, 7.0],  # single bad batches
+        [40.0, 39.0, 41.0, 30.0, 20.0],  # a start that is too wild, about which `first_loss` speaks
+        [7.6, 14.9, 14.9, 14.9],  # less than twice an untrained model's
+        [1.0, 3.0, 3.0, 3.0],
+    ],
+)
+def test_a_training_loss_that_does_not_explode(values):
+    assert losses(*values) == []
 
 
 def test_an_exploding_gradient():

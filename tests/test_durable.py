@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import threading
 import time
@@ -14,6 +15,7 @@ from fastbert.checkpoints.hugging_face import new_folder
 from fastbert.data.staging import staging
 from fastbert.durable import LEFTOVER_S, parents_of, replacing, write_whole
 from fastbert.errors import InputError
+from fastbert.tasks.embed import _writer
 
 
 def test_two_writers_of_a_file_do_not_meet(tmp_path):
@@ -45,6 +47,29 @@ def test_many_writers_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert problems == [] and file.read_bytes() in texts and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_leaves_nothing_unfinished(tmp_path, number):
+    for unfinished in (new_folder(tmp_path / "out"), _writer(tmp_path / "out.npy", 4)):
+        before = signal.getsignal(number)
+        with pytest.raises(SystemExit) as raised, unfinished:
+            assert len(os.listdir(tmp_path)) == 1
+            os.kill(os.getpid(), number)
+        assert raised.value.code == 128 + number
+        assert os.listdir(tmp_path) == [] and signal.getsignal(number) is before
+
+
+def test_an_error_of_a_disk_names_what_the_user_knows(tmp_path):
+    file = tmp_path / "x"
+    for write in (lambda new: os.write(os.open("/dev/full", os.O_WRONLY), b"a"), os.mkdir):
+        with pytest.raises(OSError) as raised, replacing(file) as new:
+            write(new)
+        assert raised.value.filename == str(file) and raised.value.strerror
+    with pytest.raises(OSError) as raised, new_folder(file) as folder:
+        (folder / "a/b").mkdir()
+    assert raised.value.filename == str(file / "a/b")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o400])

@@ -166,7 +166,7 @@ def test_an_encoder_without_a_pooler(folder, files: tuple[Path, Path], tmp_path)
         (b"text,label\na,x\nb,x\n", "every label is 'x'; two or more"),
         (
             b"text,label\na,x\nb,y\n",
-            r"test.csv:2: label '(yes|no)' does not occur in .*bad.csv \(and 9 rows more\)",
+            r"test.csv: line 2: label '(yes|no)' does not occur in .*bad.csv \(and 9 rows more\)",
         ),
         (
             b"text,text_b,label\na,a,no\nb,b,yes\n",

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "fastbert.durable": set(),
     "fastbert.terminal": set(),
     "fastbert.presence": {"fastbert.errors"},
-    "fastbert.config": {"fastbert.errors"},
+    "fastbert.regular_file": set(),
+    "fastbert.config": {"fastbert.errors", "fastbert.regular_file"},
     "fastbert.machine": {"fastbert.child", "fastbert_kernels"},
     "fastbert.doctor": {"fastbert.machine"},
     # The processes of a run, independent of what they compute.
@@ -40,6 +41,8 @@ MAY_IMPORT = {
         "fastbert.durable",
         "fastbert.errors",
         "fastbert.machine",
+        "fastbert.presence",
+        "fastbert.regular_file",
         "fastbert.terminal",
     },
     # The format of a model on disk.
@@ -50,6 +53,7 @@ MAY_IMPORT = {
         "fastbert.durable",
         "fastbert.errors",
         "fastbert.presence",
+        "fastbert.regular_file",
     },
     "fastbert.models": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert_kernels"},
     "fastbert.training": {
@@ -64,6 +68,7 @@ MAY_IMPORT = {
         "fastbert.out_of_memory",
         "fastbert.planning.flops",
         "fastbert.presence",
+        "fastbert.regular_file",
         "fastbert.terminal",
         "fastbert.strict_json",
     },
@@ -72,6 +77,7 @@ MAY_IMPORT = {
         "fastbert.data",
         "fastbert.errors",
         "fastbert.machine",
+        "fastbert.presence",
         "fastbert.training.ds_config",
     },
     "fastbert.planning.flops": {"fastbert.config"},
@@ -84,6 +90,7 @@ MAY_IMPORT = {
         "fastbert.errors",
         "fastbert.models",
         "fastbert.presence",
+        "fastbert.regular_file",
         "fastbert.training.heldout",
         "fastbert.training.history",
         "fastbert.training.initial",
@@ -271,6 +278,7 @@ def test_what_reads_a_dataset_does_not_know_how_it_is_made():
             "workers",
             "report",
             "baselines",
+            "copies",
         )
     }
     readers = [name for name in MODULES if below(name, "fastbert.data") and name not in makers]

@@ -156,6 +156,9 @@ def test_bad_rows_of_parquet(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(InputError, match="2 bad rows: row 2: text is empty; row 3: text is empty"):
         read_examples(tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").rename(tmp_path / "x.PARQUET")
+    with pytest.raises(InputError, match="row 2: text is empty"):
+        read_examples(tmp_path / "x.PARQUET")
     pyarrow.parquet.write_table(table[:1], tmp_path / "x.parquet")
     assert read_examples(tmp_path / "x.parquet").numbers() == [1.5]
 

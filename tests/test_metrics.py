@@ -106,5 +106,6 @@ def test_a_file_that_cannot_be_read_is_not_a_missing_one(tmp_path):
 def test_a_full_disk_is_an_oserror_at_once(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     file = MetricsFile(tmp_path / "metrics.jsonl", fresh=False)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as raised:
         file.write({"step": 1})
+    assert raised.value.filename == str(tmp_path / "metrics.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastbert.cluster.signals import StopRequest
@@ -48,13 +50,13 @@ def heldout(mask: float = 6.0, nsp: float = 0.6) -> HeldOut:
     return HeldOut(6.5, 5.9, 0.1, mask, 0.08, nsp, 0.7)
 
 
-def monitor(run, step: int = 0, is_main: bool = True) -> Monitor:
+def monitor(run, step: int = 0, is_main: bool = True, peak: float = 1e18) -> Monitor:
     criteria = StopCriteria(RunConfig(data="dataset", stop=StopConfig(steps=200)), 50)
     return Monitor(
         run,
         step=step,
         criteria=criteria,
-        peak=1e9,
+        peak=peak,
         vocab_size=1000,
         recipe=RunConfig(data="dataset"),
         baselines=BASELINES,
@@ -112,6 +114,52 @@ def test_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
     assert line.startswith("25%, step 50, loss 7.601, ") and line.endswith(" wait, 0:15 left")
     assert " tok/s, " in line and "% of peak, " in line and "\n" not in line
     assert line in (tmp_path / "log.txt").read_text()
+
+
+def test_no_share_where_the_peak_was_measured_too_low(tmp_path, capsys, monkeypatch):
+    """Other processes may have slowed down its measurement, and it says nothing then."""
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
+    with monitor(tmp_path, peak=1.0) as to:
+        take_step(to, 50)
+        to.step(
+            TrainState(step=51), result(), lr=1e-3, seconds=0.1, waited=0.0, flops=1e-9
+        )  # a slow step
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all("tok/s" in line for line in lines)
+    assert not any("peak" in line for line in lines)
+
+
+def test_training_that_explodes_is_noted_before_the_first_evaluation(tmp_path, capsys):
+    with monitor(tmp_path) as to:
+        for step, loss in enumerate((FIRST, 1e3, 1e4, 1e5, 1e5, 1e5), 1):
+            take_step(to, step, loss=loss)
+    said = capsys.readouterr().out
+    assert said.count("training has diverged") == 1 and "the loss of step 4 is 1e+05" in said
+
+
+def test_stdout_that_cannot_be_written_does_not_end_a_run(tmp_path):
+    with monitor(tmp_path) as to, open("/dev/full", "w") as full:
+        to._console = Console(file=full)
+        to.say("one")
+        to.say("two")
+        with contextlib.suppress(OSError):
+            full.close()
+    log = (tmp_path / "log.txt").read_text()
+    assert " one\n" in log and " two\n" in log
+    assert log.count("nothing more is printed: standard output: No space left on device") == 1
+
+
+def test_a_log_on_a_full_disk_is_named(tmp_path):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with monitor(tmp_path, step=1) as to, pytest.raises(OSError, match="No space left") as raised:
+        to.say("a line")
+    assert raised.value.filename == str(tmp_path / "log.txt")
+
+
+def test_a_pipe_as_the_log_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "log.txt")
+    with pytest.raises(OSError, match="No such device"):
+        monitor(tmp_path, step=1)
 
 
 def test_held_out_losses_are_set_against_the_baselines(tmp_path, capsys):

@@ -58,5 +58,5 @@ def test_another_rank_knows_the_token_alone(tmp_path):
 def test_a_folder_that_was_taken_away_is_no_longer_owned(tmp_path):
     owner = RunLock.claim(tmp_path)
     (tmp_path / ".owner").unlink()
-    with pytest.raises(LostOwnership, match="elsewhere"):
+    with pytest.raises(LostOwnership, match="deleted or moved"):
         owner.check()

@@ -413,6 +413,11 @@ def test_wrong_arguments(arguments, words):
         plan(config, "test.toml", **{"gpus": 1, "gpu": "h100", "stage": 1, **arguments})
 
 
+def test_a_batch_too_large_to_plan():
+    with pytest.raises(InputError, match=r"test.toml: batch.sequences = 1,000,000,000: .*131,072"):
+        plan(recipe("[batch]\nsequences = 1000000000\n"), "test.toml", 8, "h100", stage=1)
+
+
 def test_peaks_are_dense_and_in_plain_units():
     for kind in GPUS.values():
         assert 1e13 < kind.fp32 < kind.bf16 < 1e16

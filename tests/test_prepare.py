@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastbert.data import prepare as module
 from fastbert.data import progress
+from fastbert.data.copies import Seen
 from fastbert.data.dataset import Split, TokenDataset, open_dataset
 from fastbert.data.documents import Chunk, read_documents
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, hash_text
@@ -177,6 +180,58 @@ def test_long_sentences_are_cut_and_nothing_is_lost(small_dataset: TokenDataset)
     )
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_copies_are_left_out(several_chunks: Path, tmp_path: Path, workers: int) -> None:
+    """The dataset is that of the same text without the copies, of which the first one stays."""
+    lines = list(dict.fromkeys(several_chunks.read_text().splitlines()[:1500]))
+    empty = json.dumps({"text": " "})
+    padded = [json.dumps({"text": f"\n{json.loads(line)['text']} "}) for line in lines]
+    (tmp_path / "once.jsonl").write_text("\n".join([*lines[:700], empty, *lines[700:], empty]))
+    text = [*lines[:700], empty, *padded[10:600], *lines[300:], empty, *lines[::3]]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/a.jsonl").write_text("\n".join(text))
+    (tmp_path / "more/b.jsonl").write_text("\n".join(lines))
+    options = {"vocab_size": 500, "heldout": 0.1, "workers": workers, "progress": False}
+    report = prepare([tmp_path / "more"], tmp_path / "dedup", dedup=True, **options)
+    plain = prepare([tmp_path / "once.jsonl"], tmp_path / "plain", **options)
+    made, wanted = files_of(tmp_path / "dedup"), files_of(tmp_path / "plain")
+    assert made.keys() == wanted.keys()
+    differ = {name for name in made if made[name] != wanted[name]}
+    assert differ == {"manifest.json", "report.json", "report.md"}
+    assert report.figures["documents"] == plain.figures["documents"] == len(lines)
+    assert report.figures["copies_left_out"] == len(text) - 2
+    assert report.figures["empty_documents"] == plain.figures["empty_documents"] == 2
+    assert "copies_left_out" not in plain.figures
+    (row,) = (row for row in report.rows if row.name.startswith("copies of documents"))
+    assert row.value == f"{report.figures['copies_left_out']:,}" and not row.advice
+    assert open_dataset(tmp_path / "dedup").manifest["options"]["dedup"] is True
+
+
+def test_copies_are_counted_without_bad_records(tmp_path: Path) -> None:
+    texts = ["One is here.", None, "Two is here.", "One is here.", 3, "Two is here.", "Three."]
+    text = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(text.replace('{"text": 3}', "rubbish"))
+    options = {"vocab_size": 100, "workers": 1, "progress": False}
+    report = prepare(
+        [tmp_path / "a.jsonl"], tmp_path / "d", bad_records="skip", dedup=True, **options
+    )
+    figures = report.figures
+    assert (figures["documents"], figures["copies_left_out"], figures["bad_records"]) == (3, 2, 1)
+
+
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=20))
+def test_the_first_of_equal_hashes(chunks: list[list[int]]) -> None:
+    seen, before, found = Seen(), set[int](), list[bool]()
+    wanted = list[bool]()
+    for chunk in chunks:
+        found += seen.add(np.array(chunk, np.uint64)).tolist()
+        for value in chunk:
+            wanted.append(value not in before)
+            before.add(value)
+    assert found == wanted
+    assert sum(map(len, seen._runs)) == len(before)  # 8 bytes for each, and nothing else
+
+
 def test_copies_are_on_one_side(english_documents: list[str], tmp_path: Path) -> None:
     documents = [*english_documents, *reversed(english_documents), *english_documents[::2]]
     (tmp_path / "a.jsonl").write_text(
@@ -196,6 +251,8 @@ def test_copies_are_on_one_side(english_documents: list[str], tmp_path: Path) ->
         for name in ("train", "heldout")
     ]
     assert sides[1] and not sides[0] & sides[1]
+    (row,) = (row for row in report.rows if row.name == "copies of documents")
+    assert row.value.endswith(" %; none on both sides of the split") and "--dedup" in row.advice
     distinct = len(set(map(str.strip, english_documents)))
     assert report.figures["duplicate_document_share"] == pytest.approx(
         1 - distinct / len(documents), abs=1e-6

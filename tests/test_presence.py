@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+import fastbert
+from fastbert.data.dataset import open_dataset
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder, names_in, status
+from fastbert.tasks.embed import check_out
 
 
 def test_an_honest_answer(tmp_path):
@@ -45,10 +49,49 @@ def test_what_cannot_be_said_is_an_error(tmp_path, make, words, inside):
         assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "a\ud800"])
+def test_names_that_cannot_be_are_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("A text.")
+    for use in (
+        lambda: fastbert.load(name),
+        lambda: fastbert.prepare(name, "out"),
+        lambda: fastbert.prepare("a.txt", name),
+        lambda: fastbert.prepare("a.txt", "out", tokenizer=name),
+        lambda: fastbert.pretrain("mini", {"data": name}),
+        lambda: open_dataset(name),
+    ):
+        with pytest.raises(InputError, match="no file can have this name"):
+            use()
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300])
 def test_names_that_cannot_be(tmp_path, name):
     with pytest.raises(InputError):
         status(tmp_path / name)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "hf://datasets/x", "gs://b", "https://a.b/c.txt"])
+def test_a_url_is_no_local_path(tmp_path, monkeypatch, url):
+    """Path drops a slash of it, and a folder named "s3:" would be made here."""
+    monkeypatch.chdir(tmp_path)
+    words = f"{url.partition('/')[0]}/.*: files are read and written on local disks only"
+    (tmp_path / "a.txt").write_text("A text.")
+    for use in (
+        lambda: fastbert.load(url),
+        lambda: fastbert.prepare(url, "out"),
+        lambda: fastbert.prepare("a.txt", url),
+        lambda: fastbert.prepare("a.txt", "out", tokenizer=url),
+        lambda: open_dataset(url),
+        lambda: check_out(f"{url}/x.npy"),
+        lambda: status(Path(url)),
+    ):
+        with pytest.raises(InputError, match=words):
+            use()
+    assert os.listdir(tmp_path) == ["a.txt"]
+    (tmp_path / "s3:").mkdir()
+    assert is_folder(Path("s3:/")) and not is_file(Path("s3:"))
 
 
 def test_a_file_in_the_place_of_a_folder_has_no_list(tmp_path):

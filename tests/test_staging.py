@@ -59,7 +59,7 @@ def test_another_one_was_first(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["b"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_signals(tmp_path: Path, number: signal.Signals) -> None:
     """A signal ends it and leaves nothing; under nohup it is ignored."""
     before = signal.getsignal(number)

@@ -51,6 +51,7 @@ def test_every_line_of_every_command_is_clean(folder, tmp_path, capsys):
     names = [tmp_path / f"{EVIL}.csv", tmp_path / f"{EVIL}.txt", tmp_path / f"{EVIL}.npy"]
     names[0].write_text(f'text,label\n"a",{EVIL}\nb,y\n')
     names[1].write_text("a list\n")
+    (tmp_path / f"{EVIL}\nforged.bin").touch()
     model = tmp_path / EVIL
     folder.rename(model)
     try:
@@ -65,11 +66,13 @@ def test_every_line_of_every_command_is_clean(folder, tmp_path, capsys):
             ["pretrain", "mini", f"data={EVIL}", f"{EVIL}=3"],
             ["plan", "mini", f"data={EVIL}", "--gpu", EVIL],
             ["recipes", EVIL],
+            ["prepare", str(tmp_path), "--out", str(tmp_path / "n"), "--tokenizer", EVIL],
             [EVIL],
         ):
             command_line(arguments)
             out, err = capsys.readouterr()
             assert out + err and clean(out + err), (arguments, out, err)
+            assert "\nforged" not in out + err
     finally:
         model.rename(folder)
 

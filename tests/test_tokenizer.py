@@ -272,6 +272,13 @@ def without(token: str) -> Any:
         (changed("pre_tokenizer", "type", value="Whitespace"), ["Whitespace", "BertPreTokenizer"]),
         (changed("model", "continuing_subword_prefix", value="@@"), ["'@@'", "'##'"]),
         (changed("normalizer", "clean_text", value=False), ["clean_text False"]),
+        *(
+            (
+                changed("model", "max_input_chars_per_word", value=value),
+                ["max_input_chars_per_word", "from 1 to 1,000"],
+            )
+            for value in (10**9, 1001, 0, -1, "100", True)
+        ),
         (changed("model", "vocab", "of", value=5000), ["ids 0 to 599"]),
         (changed("model", "vocab", "of", value=7), ["ids 0 to 599"]),
         (changed("model", "vocab", "of", value=-1), ["not a valid tokenizer"]),
@@ -309,6 +316,21 @@ def test_broken_vocabulary(tmp_path: Path, data: bytes, words: list[str]) -> Non
         load_tokenizer(path)
     message = str(raised.value)
     assert all(word in message for word in words) and "\n" not in message, message
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_vocabulary_as_editors_write_it(tmp_path: Path, line_end: str) -> None:
+    """With a byte order mark, and with tokens that look blank, each of which is a token."""
+    blank = ["\u0085", "\u00a0", "\u3000", "\u2028", "\x1f", " "]
+    tokens = [*SPECIAL, "a", *blank, "##b"]
+    text = "\ufeff" + line_end.join([*tokens, ""])
+    (tmp_path / "vocab.txt").write_bytes(text.encode())
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(tokens)}
+    assert unreachable(tokenizer) == blank
+    save_tokenizer(tokenizer, tmp_path / "again")
+    assert (tmp_path / "again/vocab.txt").read_bytes() == "\n".join([*tokens, ""]).encode()
+    assert load_tokenizer(tmp_path / "again").get_vocab() == tokenizer.get_vocab()
 
 
 def test_no_tokenizer_there(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def fine_tuned(job: Job, model: Path) -> Row:
         begun = pretrained.config if pretrained.recipe is None else pretrained.recipe.model
         initialise(dict(pretrained.model.named_parameters()), begun)
     epochs = max(LEAST_EPOCHS, math.ceil(job.steps * BATCH / len(training)))
-    max_length = min(MAX_LENGTH, pretrained.config.max_position_embeddings)
+    max_length = min(MAX_LENGTH, pretrained.max_length)
     settings = Settings(
         epochs=epochs,
         lr=job.lr,

@@ -45,6 +45,7 @@ from fastbert.checkpoints.failpoint import reach
 from fastbert.durable import sha256_of, sync
 from fastbert.errors import InputError
 from fastbert.presence import names_in, status, unreadable
+from fastbert.regular_file import read_bytes
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -426,7 +427,7 @@ def _deleted(path: Path) -> Path:
 
 def _files(path: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 by file name, of a verified Checkpoint."""
-    return json.loads((path / MANIFEST).read_bytes())["files"]
+    return json.loads(read_bytes(path / MANIFEST))["files"]
 
 
 def _read(path: Path) -> Checkpoint | str:
@@ -438,7 +439,7 @@ def _read(path: Path) -> Checkpoint | str:
     if not _may_be_read(path / MANIFEST):
         return f"{MANIFEST} is not a file"
     try:
-        text = (path / MANIFEST).read_bytes()
+        text = read_bytes(path / MANIFEST)
         manifest = json.loads(text)
         if manifest["format"] != FORMAT:
             return (

@@ -27,9 +27,10 @@ from fastbert.checkpoints.weight_names import (
 )
 from fastbert.config import ModelConfig
 from fastbert.data.tokenizer import save_tokenizer, special_ids
-from fastbert.durable import parents_of, staging_of
+from fastbert.durable import exit_at_signals, named, parents_of, staging_of
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder, names_in, status
+from fastbert.regular_file import read_text
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -57,7 +58,7 @@ def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
             value.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict) or values.get("model_type") != "bert":
@@ -116,6 +117,8 @@ def read_weights(
 
 
 def _load(file: Path) -> dict[str, Tensor]:
+    if not is_file(file):  # safetensors would wait for a pipe
+        raise InputError(f"{file}: missing, or no regular file; download or export it again")
     try:
         weights = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
@@ -129,7 +132,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 def _shards(index: Path) -> list[str]:
     """The names of the files that hold the weights of a large model, from its index."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(
             f"{index}: no JSON with a weight_map of file names; download or save the model again"
@@ -154,8 +157,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """
     out = Path(out)
     check_new(out)
-    with parents_of(out):
-        staging = staging_of(out)
+    staging = staging_of(out)
+    with exit_at_signals(), named(out, staging), parents_of(out):
         try:
             staging.mkdir()
             yield staging

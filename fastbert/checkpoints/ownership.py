@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fastbert.durable import replacing, sync
 from fastbert.presence import is_file, unreadable
+from fastbert.regular_file import read_bytes, read_text
 
 FILE = ".owner"
 CLAIM = f"{FILE}-"  # prefix of the temporary name under which the token is written
@@ -26,7 +27,7 @@ _CONTENT = re.compile(rb"[0-9a-f]{16} \S* \d+\n")  # token, machine, process
 
 
 class LostOwnership(Exception):
-    """Another process has taken over this run."""
+    """Another process has taken over this run, or its folder is gone."""
 
 
 class RunLock:
@@ -63,7 +64,7 @@ class RunLock:
         if not is_file(run / FILE):
             return False
         try:
-            return _CONTENT.fullmatch((run / FILE).read_bytes()) is not None
+            return _CONTENT.fullmatch(read_bytes(run / FILE)) is not None
         except OSError as error:
             raise unreadable(run / FILE, error) from None
 
@@ -79,11 +80,16 @@ class RunLock:
         """
         if not self.holds():
             newest = self._newest()
+            if not newest:
+                raise LostOwnership(
+                    f"{self.run / FILE} is gone: the folder was deleted or moved, or its disk is "
+                    "not mounted any more"
+                )
             where = f"on {newest[1]}, process {newest[2]}" if len(newest) == 3 else "elsewhere"
             raise LostOwnership(f"another start of this run ({where}) has taken {self.run} over")
 
     def _newest(self) -> list[str]:
         try:
-            return (self.run / FILE).read_text(encoding="utf-8").split()
+            return read_text(self.run / FILE).split()
         except FileNotFoundError:
             return []

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastbert.errors import InputError
 from fastbert.presence import is_file
+from fastbert.regular_file import read_text
 
 MODULES = "modules.json"
 _POOLS = ("mean", "max", "cls")
@@ -54,7 +55,7 @@ def read_vector_settings(folder: Path, lowercase: bool) -> VectorSettings:
     try:
         modules = [
             (str(module["type"]).rpartition(".")[2], str(module["path"]))
-            for module in json.loads(file.read_text(encoding="utf-8"))
+            for module in json.loads(read_text(file))
         ]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise InputError(f"{file}: no list of modules; download or save the model again") from None
@@ -105,7 +106,7 @@ def _read(file: Path) -> dict[str, Any]:
     if not is_file(file):
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):

@@ -30,6 +30,8 @@ import numpy as np
 from fastbert.data.verify import AGAIN, Claim, NumberCheck, ids_below, offsets_to, verify_files
 from fastbert.durable import unsealed
 from fastbert.errors import InputError
+from fastbert.presence import is_folder
+from fastbert.regular_file import read_bytes, read_text
 
 FORMAT = 2
 SPLITS = ("train", "heldout")
@@ -182,7 +184,7 @@ class TokenDataset:
         # The text is split at "\n" only. splitlines would also split at other characters, which a
         # token may contain.
         file = self.tokenizer_dir / "vocab.txt"
-        tokens = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        tokens = read_text(file).removesuffix("\n").split("\n")
         if len(tokens) != self.vocab_size:
             raise InputError(
                 f"{file}: {len(tokens):,} tokens, the manifest says {self.vocab_size:,}; {AGAIN}"
@@ -198,7 +200,7 @@ class TokenDataset:
         """
         file = self.path / "baselines.json"
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(read_text(file))
             finite = (type(v) in (int, float) and math.isfinite(v) for v in values.values())
             valid = all(finite) and "unigram" in values
         except (OSError, ValueError, AttributeError, RecursionError):
@@ -272,12 +274,12 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
     """
     path = Path(path)
     again = "make it again with `fastbert prepare`"
-    if not path.is_dir():
+    if not is_folder(path):
         raise InputError(
             f"{path}: no such dataset; make one with `fastbert prepare SOURCE --out {path}`"
         )
     try:
-        data = (path / MANIFEST).read_bytes()
+        data = read_bytes(path / MANIFEST)
     except FileNotFoundError:
         raise InputError(f"{path}: not a complete dataset: it has no {MANIFEST}; {again}") from None
     except OSError as error:

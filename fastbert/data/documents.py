@@ -72,6 +72,8 @@ class Chunk:
     offset: int  # of the first byte in the (unpacked) file
     # Bytes of the file on disk read since the chunk before; a progress bar advances by them.
     read_bytes: int
+    # Which documents to leave out, int32, counted without bad records; see copies.py.
+    copies: np.ndarray | None = None
 
 
 def read_chunks(
@@ -117,6 +119,9 @@ def parse(chunk: Chunk, text_field: str = "text", skipped: list[str] | None = No
             raise document
         else:
             skipped.append(str(document))
+    if chunk.copies is not None:
+        left_out = set(chunk.copies.tolist())
+        return [document for i, document in enumerate(documents) if i not in left_out]
     return documents
 
 

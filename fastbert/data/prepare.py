@@ -11,8 +11,8 @@ hidden folder beside the target, which is renamed when every byte is on the disk
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fastbert.data import baselines as baselines
+from fastbert.data.copies import find_copies, without_copies
 from fastbert.data.dataset import (
     FORMAT,
     MANIFEST,
@@ -45,6 +46,8 @@ from fastbert.data.workers import apply_in_child, map_in_order
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
+from fastbert.presence import status
+from fastbert.terminal import tell
 
 # Bytes of text that the vocabulary is trained on, spread evenly over the sources.
 VOCABULARY_BYTES = 64 << 20
@@ -73,6 +76,7 @@ def prepare(
     text_format: str | None = None,
     text_field: str = "text",
     bad_records: str = "error",
+    dedup: bool = False,
     progress: bool = True,
 ) -> Report:
     """Make the dataset `out` from text files and folders.
@@ -96,6 +100,8 @@ def prepare(
             the field b of the object a.
         bad_records: "error" raises at a record that cannot be read (no UTF-8, no JSON, no text,
             a csv row of other columns); "skip" leaves it out, and the report counts it.
+        dedup: leave out documents that are copies of an earlier one; blanks at the beginning and
+            the end do not count. This reads the text once more.
         progress: show progress on stderr: bars on a terminal, else a line every ten seconds.
 
     Returns:
@@ -106,7 +112,7 @@ def prepare(
             Nothing is left on the disk then.
     """
     out = Path(out)
-    if out.exists() or out.is_symlink():
+    if os.path.islink(out) or status(out) is not None:
         raise InputError(f"{out}: exists already; remove it or choose another --out")
     if not 0 < heldout <= 0.5:
         raise InputError(
@@ -120,7 +126,7 @@ def prepare(
     for reason in dict.fromkeys(item.reason for item in left_out):
         paths = [str(item.path) for item in left_out if item.reason == reason]
         more = ", ..." if len(paths) > 5 else ""
-        print(f"left out ({reason}): {len(paths):,}: {', '.join(paths[:5])}{more}", file=sys.stderr)
+        tell(f"left out ({reason}): {len(paths):,}: {', '.join(paths[:5])}{more}")
     given = load_tokenizer(tokenizer) if tokenizer is not None else None
     stamps = [_stamp(source) for source in files]
     size = sum(file_size for file_size, _ in stamps)
@@ -132,12 +138,26 @@ def prepare(
         options |= {"vocab_size": vocab_size, "lowercase": lowercase}
         if keep_accents:
             options["keep_accents"] = True
+    if dedup:
+        options["dedup"] = True
     reading = files, text_field, bad_records == "skip"
+    processes = min(
+        workers or 1 + size // BYTES_PER_WORKER,
+        usable_cores() * (MOST_PER_CORE if workers else 1),
+    )
     with _advice_on_bad_records(), staging(out) as folder, Progress(size, progress) as bar:
+        copies = None
+        if dedup:
+            chunks = bar.follow("looking for copies", read_chunks(*reading))
+            copies = find_copies(chunks, *reading[1:], processes)
+
+        def read(part: str) -> Iterator[Chunk]:
+            chunks = bar.follow(part, read_chunks(*reading))
+            return chunks if copies is None else without_copies(chunks, copies)
+
         vocabulary = given
         if vocabulary is None:
-            chunks = bar.follow("reading for the vocabulary", read_chunks(*reading))
-            sample = _spread(chunks)
+            sample = _spread(read("reading for the vocabulary"))
             trainer = *reading[1:], vocab_size, lowercase, keep_accents
             with bar.wait("training the vocabulary"):
                 if sum(len(chunk.data) for chunk in sample) < TRAINED_HERE_BYTES:
@@ -151,11 +171,7 @@ def prepare(
         dtype = token_dtype(vocabulary.get_vocab_size())
 
         def write(heldout_below: int) -> _Written:
-            chunks = bar.follow("documents, sentences, tokens", read_chunks(*reading))
-            processes = min(
-                workers or 1 + size // BYTES_PER_WORKER,
-                usable_cores() * (MOST_PER_CORE if workers else 1),
-            )
+            chunks = read("documents, sentences, tokens")
             arguments = vocabulary.to_str(), text_field, heldout_below, bad_records == "skip"
             encoded = map_in_order(ChunkEncoder, arguments, chunks, processes)
             with closing(encoded):  # so that after a failure no process outlives this call
@@ -178,6 +194,7 @@ def prepare(
             len(files),
             blank_lines,
             unreachable(given) if given else (),
+            None if copies is None else sum(map(len, copies)),
         )
         for source, stamp in zip(files, stamps, strict=True):
             if _stamp(source) != stamp:

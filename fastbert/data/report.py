@@ -154,6 +154,7 @@ def make_report(
     files: int = 1,
     blank_lines: bool = False,
     unreachable: Sequence[str] = (),
+    copies: int | None = None,
 ) -> Report:
     """Turn the counts into figures and rows.
 
@@ -165,6 +166,7 @@ def make_report(
         files: how many files were read.
         blank_lines: whether a blank line ends a document in some of them.
         unreachable: tokens that no text gives.
+        copies: how many documents were left out as copies; None where they are kept.
     """
     documents, sentences, tokens, lost = (
         stats.documents,
@@ -208,6 +210,8 @@ def make_report(
         "padding_share": {str(n): _round(1 - share) for n, share in fill.items()},
         "baselines": baselines,
     }
+    if copies is not None:
+        figures["copies_left_out"] = copies
     sampled = " (sampled)" if figures["duplicates_sampled"] else ""
     tokenizer_advice = "raise --vocab-size"
     keep_advice = "keep them with --keep-accents, or with --cased"
@@ -291,10 +295,13 @@ def make_report(
         ),
         row(
             "copies of documents" + sampled,
-            _percent(figures["duplicate_document_share"]),
+            # The hash of a text decides on which side it is.
+            f"{_percent(figures['duplicate_document_share'])}; none on both sides of the split",
             figures["duplicate_document_share"] > 0.01,
-            "the model learns copies by heart; remove them from the sources",
-        ),
+            "the model learns copies by heart; leave them out with --dedup",
+        )
+        if copies is None
+        else row("copies of documents, left out", f"{copies:,}"),
         row(
             "copies of sentences" + sampled,
             _percent(figures["duplicate_sentence_share"]),

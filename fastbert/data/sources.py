@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastbert.errors import InputError
+from fastbert.presence import status
 
 FORMATS = {
     "txt": (".txt",),
@@ -139,14 +140,9 @@ def file_source(
 
 
 def _mode(path: Path) -> int:
-    try:
-        return path.stat().st_mode
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise InputError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
-        raise InputError(f"{path}: no such file or folder") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if (found := status(path)) is None:
+        raise InputError(f"{path}: no such file or folder")
+    return found.st_mode
 
 
 def _walk(top: Path) -> Iterator[Path | LeftOut]:

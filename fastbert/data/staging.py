@@ -9,15 +9,12 @@ import os
 import re
 import secrets
 import shutil
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastbert.durable import parents_of, sync
+from fastbert.durable import exit_at_signals, parents_of, sync
 from fastbert.errors import InputError
 
 # A hidden folder that nobody has locked, and nobody has written to for so long, was left behind by
@@ -36,7 +33,7 @@ def staging(out: Path) -> Iterator[Path]:
     """
     folder = out.with_name(f".{out.name}.{secrets.token_hex(8)}.partial")
     try:
-        with _exit_at(signal.SIGTERM, signal.SIGHUP), parents_of(out), _removed(folder):
+        with exit_at_signals(), parents_of(out), _removed(folder):
             _sweep(out)
             folder.mkdir()
             with _locked(folder):
@@ -62,22 +59,6 @@ def _removed(folder: Path) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-@contextmanager
-def _exit_at(*signals: signal.Signals) -> Iterator[None]:
-    """Let signals raise SystemExit, apart from those that are ignored, as by nohup."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {s: signal.getsignal(s) for s in signals}
-        before = {s: old for s, old in before.items() if old is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 @contextmanager

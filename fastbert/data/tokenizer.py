@@ -22,10 +22,15 @@ from tokenizers import (
 
 from fastbert.data.dataset import SpecialIds
 from fastbert.errors import InputError
+from fastbert.presence import is_file, is_folder
+from fastbert.regular_file import read_text
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
 LONGEST_WORD = 100  # characters; WordPiece makes a longer one [UNK]
+# The largest limit of that kind that a tokenizer may have. The time for a word grows with its
+# square: 0.02 ms a character at 100 and 0.2 ms at 1,000.
+LARGEST_LIMIT = 1000
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
@@ -48,16 +53,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     file = path
-    if path.is_dir():
+    if is_folder(path):
         names = ("tokenizer.json", "vocab.txt")
-        file = next((path / name for name in names if (path / name).is_file()), path)
+        file = next((path / name for name in names if is_file(path / name)), path)
         if file == path:
             raise InputError(
                 f"{path}: no tokenizer.json and no vocab.txt in this folder; "
                 "give the folder of a BERT tokenizer"
             )
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such tokenizer; give the folder of a BERT tokenizer or a vocab.txt"
@@ -197,6 +202,7 @@ def _from_json(text: str, file: Path) -> Tokenizer:
         prefix, unknown = model.get("continuing_subword_prefix"), model.get("unk_token")
         complete = unknown in model["vocab"]
         clean = normalizer and normalizer.get("clean_text")
+        limit = model.get("max_input_chars_per_word", LONGEST_WORD)
         added = [token["content"] for token in settings["added_tokens"] if not token["special"]]
         contents = [str(token["content"]) for token in settings["added_tokens"]]
     except InputError:
@@ -215,6 +221,11 @@ def _from_json(text: str, file: Path) -> Tokenizer:
         raise InputError(
             f"{file}: prefix {prefix!r}, unknown {unknown!r}, clean_text {clean}; they must be "
             "'##', '[UNK]', true, as in BERT"
+        )
+    if type(limit) is not int or not 1 <= limit <= LARGEST_LIMIT:
+        raise InputError(
+            f"{file}: max_input_chars_per_word = {limit!r:.40}; must be from 1 to "
+            f"{LARGEST_LIMIT:,}, in BERT {LONGEST_WORD}: the time for a word grows with its square"
         )
     if not complete:
         raise InputError(f"{file}: the WordPiece model has no {unknown} in its vocabulary")
@@ -267,7 +278,7 @@ def _from_vocabulary(text: str, file: Path) -> Tokenizer:
     tokens = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     ids: dict[str, int] = {}
     for i, token in enumerate(tokens):
-        if not token.strip():
+        if not token:  # a blank one is a token, although no text gives it
             raise InputError(f"{file}: line {i + 1} is empty; a vocabulary has one token per line")
         if token in ids:
             raise InputError(
@@ -278,8 +289,8 @@ def _from_vocabulary(text: str, file: Path) -> Tokenizer:
     config_file = file.with_name("tokenizer_config.json")
     try:
         config = {}
-        if config_file.is_file():
-            config = json.loads(config_file.read_text(encoding="utf-8"))
+        if is_file(config_file):
+            config = json.loads(read_text(config_file))
         lowercase, accents = config.get("do_lower_case"), config.get("strip_accents")
         chinese = config.get("tokenize_chinese_chars", True)
         extra = _extra_of_config(config)

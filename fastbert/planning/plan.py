@@ -24,6 +24,7 @@ from fastbert.errors import InputError
 from fastbert.machine import measure_bandwidth, measure_gemm_rate
 from fastbert.planning.flops import executed_flops, training_flops
 from fastbert.planning.memory import MicroBatchSize, count_parameters, memory_by_part, stay_gathered
+from fastbert.presence import status
 from fastbert.training.ds_config import read_ds_config
 
 if sys.version_info >= (3, 11):
@@ -58,6 +59,7 @@ _FACTS = tomllib.loads((Path(__file__).parent / "gpus.toml").read_text(encoding=
 GPUS = {name: Device(**facts) for name, facts in _FACTS["gpus"].items()}
 CPU = "cpu"  # the name of this machine's CPU, see `this_machine`
 GPUS_PER_NODE = 8
+LARGEST_BATCH = 1 << 17  # sequences; for so many a plan takes about a second more
 
 # The share of the peak that matrix products reach. It is chosen so that the estimate of one
 # published run is right (docs/plan.md, first row).
@@ -281,7 +283,7 @@ def plan(
     efficiency = efficiency or (1.0 if on_cpu else EFFICIENCY)
     zero: dict[str, Any] = {}
     file = config.runtime.deepspeed
-    if stage is None or file is None or Path(file).exists():
+    if stage is None or file is None or status(Path(file)) is not None:
         settings = read_ds_config(config, recipe)
         zero = settings.values["zero_optimization"]
         if stage is None:
@@ -453,6 +455,11 @@ def _check(
     if on_cpu and gpus > 1:
         raise InputError(f"--gpus {gpus}: --gpu cpu is this machine alone; leave --gpus out")
     batch = config.batch
+    if batch.sequences > LARGEST_BATCH:
+        raise InputError(
+            f"{recipe}: batch.sequences = {batch.sequences:,}: a plan draws the length of each; "
+            f"it can be {LARGEST_BATCH:,} at most here"
+        )
     # Training has the same condition. It can split a remainder only if two examples fit in a pack.
     uneven = batch.sequences % gpus != 0
     if batch.sequences < gpus or (uneven and batch.micro_batch_tokens < 2 * batch.max_length):
@@ -560,7 +567,7 @@ def _examples(
     lengths = None
     if mean_length is not None:
         lengths = np.full(wanted, round(min(mean_length, config.batch.max_length)))
-    if Path(config.data).exists():
+    if status(Path(config.data)) is not None:
         from fastbert.data.dataset import open_dataset
         from fastbert.data.examples import Examples
 

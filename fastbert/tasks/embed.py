@@ -15,8 +15,9 @@ import numpy as np
 
 from fastbert.data.documents import parse, read_chunks
 from fastbert.data.sources import Source, file_source
-from fastbert.durable import replaceable, replacing
+from fastbert.durable import exit_at_signals, replaceable, replacing
 from fastbert.errors import InputError
+from fastbert.presence import is_folder
 
 if TYPE_CHECKING:
     # Not imported at run time: it imports torch, and arguments are checked before that.
@@ -127,7 +128,7 @@ def check_out(out: str | Path, source: Source | None = None) -> Path:
     out = Path(out)
     if out.suffix not in WRITERS:
         raise InputError(f"--out {out}: must end in {', '.join(WRITERS)}")
-    if not out.parent.is_dir():
+    if not is_folder(out.parent):
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     if problem := replaceable(out):
         raise InputError(f"--out {out}: {problem}")
@@ -181,7 +182,7 @@ def embed(
 @contextmanager
 def _writer(out: Path, size: int) -> Iterator[Writer]:
     """Yield a writer of a temporary file that becomes `out` at the end of the block."""
-    with replacing(out) as staging, open(staging, "wb") as file:
+    with exit_at_signals(), replacing(out) as staging, open(staging, "wb") as file:
         writer: Writer = WRITERS[out.suffix](file, size)
         yield writer
         writer.close()

@@ -394,7 +394,8 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
         label, line = strange[0]
         more = f" (and {len(strange) - 1:,} rows more)" if strange[1:] else ""
         raise InputError(
-            f"{test.file}:{line}: label {label!r} does not occur in {training.file}{more}"
+            f"{test.file}: {test.unit} {line}: label {label!r} does not occur in "
+            f"{training.file}{more}"
         )
     return _Task(labels, metric)
 

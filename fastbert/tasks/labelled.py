@@ -1,6 +1,6 @@
 """Read labelled texts from tables, with our columns, GLUE's, or named ones.
 
-Every bad row is reported with its line.
+Every bad row is reported with its line, or in Parquet with its number.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Examples:
     @property
     def unit(self) -> str:
         """What `lines` counts."""
-        return "row" if self.file.suffix == ".parquet" else "line"
+        return "row" if self.file.suffix.lower() == ".parquet" else "line"
 
     def __len__(self) -> int:
         return len(self.labels)

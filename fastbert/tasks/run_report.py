@@ -21,6 +21,7 @@ from fastbert.data.dataset import open_dataset
 from fastbert.durable import replaceable, replacing
 from fastbert.errors import Diverged, InputError
 from fastbert.presence import is_file, is_folder, unreadable
+from fastbert.regular_file import read_text
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
 from fastbert.tasks.load import load
 from fastbert.tasks.pretrained import MASK, Pretrained
@@ -141,7 +142,7 @@ def _page(
     found: Evaluation | None,
     why_not: str,
 ) -> str:
-    recipe = (run / "config.toml").read_text(encoding="utf-8").strip()
+    recipe = read_text(run / "config.toml").strip()
     sections = [
         f"<h1>{_text(run.resolve().name)}</h1>",
         _cards(history, pretrained, found),
@@ -294,7 +295,7 @@ def _notes(run: Path) -> str:
 def _log_lines(run: Path) -> list[str]:
     if not is_file(run / "log.txt"):
         return []
-    return (run / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    return read_text(run / "log.txt", errors="replace").splitlines()
 
 
 def _log(run: Path) -> str:

@@ -29,7 +29,7 @@ NSP_SHARE = 0.5  # fraction of the run by which NSP should have started
 NSP_MARGIN = 0.02  # nats below ln 2 that count as better than chance
 NORM_WINDOW = 100  # steps
 NORM_FACTOR = 10.0  # multiple of the window's median
-NORM_STEPS = 3  # consecutive steps, since a single bad batch is not divergence
+STEPS_IN_A_ROW = 3  # since a single bad batch is not divergence
 
 
 def expected_first_loss(vocab_size: int, pairs: bool) -> float:
@@ -58,22 +58,25 @@ def first_loss(loss: float, vocab_size: int, recipe: RunConfig) -> str | None:
     )
 
 
-def diverged(loss: float, vocab_size: int, recipe: RunConfig) -> str | None:
-    """Check the held-out loss against that of an untrained model, in nats.
+def diverged(
+    loss: float, vocab_size: int, recipe: RunConfig, what: str = "the held-out loss"
+) -> str | None:
+    """Check a loss against that of an untrained model, in nats.
 
     Where this rule returns a line, the rules below have nothing to add.
+
+    Args:
+        loss: the held-out loss, or that of a training batch.
+        vocab_size: V.
+        recipe: the run's.
+        what: what the loss is called in the line.
     """
     expected = expected_first_loss(vocab_size, recipe.objective.pairs)
     if loss <= DIVERGED * expected:
         return None
-    what = (
-        f"the held-out loss is {loss:.3g}"
-        if math.isfinite(loss)
-        else "the held-out loss is not finite"
-    )
-    return (
-        f"{what}, an untrained model has {expected:.2f}: training has diverged; {_calmer(recipe)}"
-    )
+    value = f"{loss:.3g}" if math.isfinite(loss) else "not finite"
+    untrained = f"an untrained model has {expected:.2f}"
+    return f"{what} is {value}, {untrained}: training has diverged; {_calmer(recipe)}"
 
 
 def _calmer(recipe: RunConfig) -> str:
@@ -188,6 +191,36 @@ NAMES = {
 }
 
 
+class TrainingLoss:
+    """Compares the losses of training batches with that of an untrained model.
+
+    The first evaluation may be thousands of steps away.
+
+    Args:
+        vocab_size: V.
+        recipe: the run's.
+    """
+
+    def __init__(self, vocab_size: int, recipe: RunConfig) -> None:
+        self._vocab_size, self._recipe = vocab_size, recipe
+        self._above, self._lowest = 0, math.inf
+
+    def add(self, step: int, loss: float) -> str | None:
+        """Add the loss of the next step.
+
+        Returns:
+            A line when STEPS_IN_A_ROW losses in a row are those of a model that has diverged, and
+            did not start so (see `first_loss`).
+        """
+        self._lowest = min(self._lowest, loss)
+        line = None
+        if loss > DIVERGED * self._lowest:
+            what = f"the loss of step {step:,}"
+            line = diverged(loss, self._vocab_size, self._recipe, what)
+        self._above = 0 if line is None else self._above + 1
+        return line if self._above >= STEPS_IN_A_ROW else None
+
+
 class GradientNorm:
     """Compares the norm of the gradient with its running median.
 
@@ -204,7 +237,7 @@ class GradientNorm:
         """Add the next step's norm.
 
         Returns:
-            A line when NORM_STEPS norms in a row are far above the median of those before.
+            A line when STEPS_IN_A_ROW norms in a row are far above the median of those before.
         """
         usual = median(self._window) if len(self._window) == NORM_WINDOW else math.inf
         if norm <= NORM_FACTOR * usual:
@@ -212,7 +245,7 @@ class GradientNorm:
             self._above = 0
             return None
         self._above += 1
-        if self._above < NORM_STEPS:
+        if self._above < STEPS_IN_A_ROW:
             return None
         return (
             f"the gradient norm is {norm:.3g} at step {step}, "

@@ -15,11 +15,11 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fastbert.config import DEEPSPEED, RunConfig
 from fastbert.errors import InputError
+from fastbert.regular_file import read_text
 from fastbert.training.ds_keys import (
     COUNT,
     NEEDS,
@@ -187,7 +187,7 @@ def _load(path: str, recipe: str) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        values = json.loads(read_text(path), object_pairs_hook=unique)
     except FileNotFoundError:
         raise InputError(
             f"{recipe}: runtime.deepspeed = {path!r}: no such file; "

@@ -14,7 +14,8 @@ from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.watchdog import Watchdog
 from fastbert.config import RunConfig
 from fastbert.data.prefetch import Prefetch
-from fastbert.machine import measure_gemm_rate, share_cores
+from fastbert.errors import InputError
+from fastbert.machine import measure_gemm_rate, share_cores, startable_threads
 from fastbert.out_of_memory import shortage
 from fastbert.terminal import tell
 from fastbert.training.ending import FAILED, INTERRUPTED, Ending, conclude, how_to_resume
@@ -22,6 +23,9 @@ from fastbert.training.engine import Engine
 from fastbert.training.monitor import Monitor
 from fastbert.training.run import Consensus, Run
 from fastbert.training.setup import Setup, set_up, take_folder
+
+# Threads of a run beside those that compute: about ten of torch, gloo and our own, and some spare.
+THREADS = 16
 
 
 class Ended(Exception):
@@ -48,6 +52,7 @@ def pretrain(
         InputError: the recipe, the dataset, DeepSpeed's settings or the run folder is wrong;
             nothing has been written then.
     """
+    _check_threads()
     timeout_s = config.runtime.timeout_s
     with stop_request or StopRequest() as stop_request:
         try:
@@ -71,6 +76,22 @@ def pretrain(
             ending = Ending(FAILED, str(end))
             tell(end)
         return ending
+
+
+def _check_threads() -> None:
+    """Check that the threads of a run can be started.
+
+    Where one cannot, libraries abort, report a broken network, or wait for it forever.
+
+    Raises:
+        InputError: they cannot.
+    """
+    wanted = THREADS + torch.get_num_threads()
+    if (found := startable_threads(wanted)) < wanted:
+        raise InputError(
+            f"only {found} more threads can be started here, and a run needs {wanted}; raise the "
+            "limit of this user (ulimit -u) or of this container (pids)"
+        )
 
 
 def train(run: Run) -> Ending:

@@ -17,6 +17,8 @@ from typing import Any
 
 from fastbert import strict_json
 from fastbert.config import LOSSES
+from fastbert.durable import named
+from fastbert.regular_file import open_regular
 
 # A loss that the objective does not have is null, and so is its accuracy.
 LOSS_KEYS = tuple(f"loss_{name}" for name in LOSSES)
@@ -53,14 +55,16 @@ class MetricsFile:
         else:
             with contextlib.suppress(FileNotFoundError):
                 _drop_torn_line(path)
+        self._path = path
         # Unbuffered, so that one write is one line, and a full disk is noticed at once.
         self._file = open(path, "ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
         line = (strict_json.dumps(record) + "\n").encode()
-        written = self._file.write(line)
-        if written != len(line):  # the disk is full; writing the rest raises the error
-            self._file.write(line[written:])
+        with named(self._path):
+            written = self._file.write(line)
+            if written != len(line):  # the disk is full; writing the rest raises the error
+                self._file.write(line[written:])
 
     def close(self) -> None:
         self._file.close()
@@ -80,7 +84,7 @@ def read_metrics(path: Path, bad: list[int] | None = None) -> Iterator[dict[str,
         OSError: the file cannot be read, or is a link to nothing.
     """
     try:
-        file = open(path, "rb")
+        file = open_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise

@@ -6,10 +6,10 @@ Only rank 0 writes and prints.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import math
+import os
 import shutil
 import sys
 import time
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
@@ -28,7 +28,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastbert.checkpoints.saver import Saved
 from fastbert.config import LOSSES, RunConfig
-from fastbert.terminal import can_redraw, safe
+from fastbert.durable import named
+from fastbert.terminal import can_redraw, one_line, safe
 from fastbert.training import diagnosis
 from fastbert.training.engine import StepResult
 from fastbert.training.heldout import HeldOut
@@ -132,6 +133,7 @@ class Monitor:
         self._window = _Window(time.perf_counter())
         self._drawn = -math.inf
         self._norms = diagnosis.GradientNorm(recipe)
+        self._losses = diagnosis.TrainingLoss(vocab_size, recipe)
         self._advised: set[str] = set()
         if bad:
             self.say(
@@ -142,7 +144,7 @@ class Monitor:
     def say(self, line: str) -> None:
         """Print one line for the user, and write it to log.txt."""
         if self.is_main:
-            line = safe(line)
+            line = one_line(line)
             log.info(line)
             with self._printing():
                 self._console.print(safe(line, self._console.encoding), markup=False)
@@ -201,6 +203,7 @@ class Monitor:
                 "first loss", diagnosis.first_loss(result.loss, self._vocab_size, self._recipe)
             )
         self._advise("gradient", self._norms.add(done.step, result.grad_norm))
+        self._advise("diverged", self._losses.add(done.step, result.loss))
         window = self._window
         window.steps += 1
         window.loss += result.loss
@@ -326,6 +329,8 @@ class Monitor:
             f"loss {window.loss / window.steps:.3f}",
             f"{window.tokens / elapsed:,.0f} tok/s",
         ]
+        if self._peak and window.flops / elapsed > self._peak:
+            self._peak = None  # other processes slowed down its measurement at the start
         if self._peak:
             parts.append(f"{window.flops / elapsed / self._peak:.0%} of peak")
         parts.append(f"{window.waited / elapsed:.1%} wait")
@@ -359,13 +364,14 @@ class Monitor:
             self.say(f"note: {line}")
 
     def _scalars(self, group: str, step: int, values: Mapping[str, float | None]) -> None:
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
-                self._tensorboard.add_scalar(f"{group}/{name}", value, step)
+        with named(self.run / "tensorboard"):
+            for name, value in values.items():
+                if value is not None and math.isfinite(value):
+                    self._tensorboard.add_scalar(f"{group}/{name}", value, step)
 
     @contextlib.contextmanager
     def _printing(self) -> Iterator[None]:
-        """Continue without printing when the pipe's reader or the terminal is gone.
+        """Continue without printing when the terminal is gone, or the disk of stdout is full.
 
         log.txt has every line.
         """
@@ -374,9 +380,8 @@ class Monitor:
         except SystemExit:  # rich raises it on a broken pipe, and prints nothing from then on
             pass
         except OSError as error:
-            if error.errno != errno.EIO:
-                raise
             self._console.quiet = True
+            log.warning("nothing more is printed: standard output: %s", error.strerror)
 
     def _draw(self) -> None:
         """Draw loss.png; where that fails, log the reason."""
@@ -392,11 +397,19 @@ class _LogFile(logging.FileHandler):
     logging by itself would print a traceback to the terminal for each line.
     """
 
+    def _open(self) -> TextIO:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=_at_once)
+
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
-            raise error
+            raise OSError(error.errno, error.strerror, self.baseFilename) from error
         super().handleError(record)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for the reader of a pipe, which is an error instead."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def _clock(seconds: float) -> str:

@@ -10,8 +10,6 @@ import errno
 import hashlib
 import json
 import math
-import os
-import stat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -45,6 +43,7 @@ from fastbert.errors import InputError
 from fastbert.machine import memory_sizes
 from fastbert.models.bert import BertForPreTraining
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
+from fastbert.regular_file import read_bytes
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
 from fastbert.training.graphs import check_cuda_graphs
@@ -454,13 +453,7 @@ def _read_plain(file: Path) -> bytes:
     Links are refused, since a link might name any file of this machine.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(descriptor, "rb") as opened:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InputError(
-                    f"{file}: not a file; make the dataset again with `fastbert prepare`"
-                )
-            return opened.read()
+        return read_bytes(file, follow=False)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise InputError(

@@ -1,0 +1,46 @@
+"""A limit of threads is found before a library aborts by it, or waits for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import threading
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from fastbert.config import load_config
+from fastbert.errors import InputError
+from fastbert.machine import startable_threads
+from fastbert.training.loop import pretrain
+
+
+@contextlib.contextmanager
+def few_threads(stacks: int) -> Iterator[None]:
+    """Leave address space for so many stacks: the limit of threads that root has, too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    size = threading.stack_size(32 << 20)
+    try:
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used + stacks * (33 << 20), hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        threading.stack_size(size)
+
+
+def test_threads_that_can_be_started_are_counted():
+    before = threading.active_count()
+    assert startable_threads(30) == 30
+    with few_threads(5):
+        assert startable_threads(30) in range(1, 30)
+        assert startable_threads(30) in range(1, 30)  # those of before are gone
+    assert threading.active_count() == before
+
+
+def test_a_run_that_lacks_threads_is_one_line(tmp_path):
+    recipe = load_config("mini", {"data": tmp_path, "run": tmp_path / "run"})
+    with few_threads(5), pytest.raises(InputError, match="more threads can be started here"):
+        pretrain(recipe, "mini", resume=False)
+    assert not (tmp_path / "run").exists()
