@@ -23,8 +23,8 @@ RUN python3 -c "import torch; print('torch==' + torch.__version__)" > torch.txt 
     && python3 -m pip install --no-cache-dir --constraint torch.txt ./kernels .
 
 # Any user may run the image: `docker run --user`. Libraries keep caches in HOME, and ask for a user's name.
-RUN useradd --create-home fastbert && chmod 1777 /home/fastbert
-ENV HOME=/home/fastbert USER=fastbert
+RUN mkdir --mode=1777 /caches && useradd --home-dir /caches fastbert
+ENV HOME=/caches USER=fastbert
 USER fastbert
 WORKDIR /work
 ENTRYPOINT ["fastbert"]
