@@ -11,8 +11,9 @@ RUN apt-get update \
 # With a second package index, which has CPU builds, pip takes torch's CPU wheel.
 ARG TORCH=torch==2.13.0
 ARG PIP_EXTRA_INDEX_URL
+# Where the image has Debian's Python, pip installs nothing without this.
 ARG PIP_BREAK_SYSTEM_PACKAGES=1
-RUN python3 -c "import torch" || python3 -m pip install --no-cache-dir "${TORCH}"
+RUN python3 -m pip show --quiet torch || python3 -m pip install --no-cache-dir "${TORCH}"
 
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
