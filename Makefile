@@ -87,7 +87,7 @@ clean: ## remove .venv and caches; data/ and runs/ stay
 
 # The environment. torch first and exactly, since an open range takes the newest build, which is several GB.
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml kernels/pyproject.toml
 	@missing=; \
 	if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
 	    missing+=", Python 3.10 or newer as '$(PYTHON)' (make PYTHON=... takes another)"; \
@@ -97,7 +97,7 @@ clean: ## remove .venv and caches; data/ and runs/ stay
 	$(call heading,Environment: .venv with torch 2.13.0 and fastbert (about a minute$(comma) more on a slow network))
 	@$(PYTHON) -m venv .venv
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable .
+	@$(PIP) --editable ./kernels --editable . # in one call, so that pip takes the kernels from here
 	@touch $@
 
 .venv/.installed-test: .venv/.installed

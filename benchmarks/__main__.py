@@ -3,8 +3,8 @@
     python -m benchmarks --out folder [--dataset data/wiki] [--seconds 900] [--record] \\
         [--dry-run]
 
-Those on a GPU are in `benchmarks.gpu`. This program needs the packages of `pip install .[test]` and
-a dataset made by `fastbert prepare`; no network. The parts run in order of importance, each in its
+Those on a GPU are in `benchmarks.gpu`. This program needs the packages of the extra `test` and a
+dataset made by `fastbert prepare`; no network. The parts run in order of importance, each in its
 own process with its share of the remaining time, so a crash or a hang does not affect the others:
 
     step            benchmarks.step.bench_step: a training step against transformers

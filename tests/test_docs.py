@@ -235,8 +235,10 @@ def check_command(line: str, where: str) -> None:
             check_options(Path(found.origin), following[1:], where)
         if word == "make" and i == 0:
             check_targets(following, where)
-        if word == "install" and words[i - 1] == "pip":
-            check_package(following[-1], where)
+        if word == "install" and Path(words[i - 1]).name == "pip":
+            for requirement in following:
+                if not requirement.startswith("-"):
+                    check_package(requirement, where)
 
 
 def check_fastbert(words: list[str], where: str) -> None:
@@ -276,11 +278,15 @@ def check_targets(words: list[str], where: str) -> None:
 
 
 def check_package(requirement: str, where: str) -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    if requirement != ".":
-        name, _, extra = requirement.rstrip("]").partition("[")
-        assert name == project["name"], f"{where}: {requirement}"
-        assert not extra or extra in project["optional-dependencies"], f"{where}: {requirement}"
+    """Assert that it is one of our two distributions, by name or by folder."""
+    ours = {}
+    for folder in (".", "./kernels"):
+        text = (ROOT / folder / "pyproject.toml").read_text(encoding="utf-8")
+        project = tomllib.loads(text)["project"]
+        ours[folder] = ours[project["name"]] = project["optional-dependencies"]
+    name, _, extra = requirement.rstrip("]").partition("[")
+    assert name in ours, f"{where}: {requirement}"
+    assert not extra or extra in ours[name], f"{where}: {requirement}"
 
 
 def test_examples_in_the_help_name_only_what_exists():

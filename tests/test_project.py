@@ -12,6 +12,11 @@ import pytest
 
 from tests.tiers import slow
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).parents[1]
 
 # Joined from pieces, so that this file does not contain the strings it looks for.
@@ -100,6 +105,35 @@ def test_no_machine_path_or_package_host():
                 if word in line
             ]
     assert not found, "\n".join(found)
+
+
+def test_one_version_everywhere():
+    """A release changes the version in these places. fastbert-pretrain requires its own kernels."""
+    places = {
+        "fastbert/__init__.py": r'^__version__ = "(.+)"$',
+        "kernels/fastbert_kernels/__init__.py": r'^__version__ = "(.+)"$',
+        "pyproject.toml": r'^    "fastbert-kernels==(.+?)",',
+        "CITATION.cff": r"^version: (.+)$",
+        "CHANGELOG.md": r"^## \[(.+?)\]",  # the newest one
+    }
+    versions = {
+        name: re.findall(pattern, (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)[0]
+        for name, pattern in places.items()
+    }
+    assert len(set(versions.values())) == 1, versions
+
+
+def test_the_folder_of_the_kernels_is_complete():
+    """It is built from its own files, and asks for the same Python, torch and NumPy."""
+    kernels, pretrain = (
+        tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        for folder in (ROOT / "kernels", ROOT)
+    )
+    assert set(kernels["dependencies"]) < set(pretrain["dependencies"])
+    assert kernels["requires-python"] == pretrain["requires-python"]
+    assert (ROOT / "kernels/LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    # As a package it would hide the library called kernels, which transformers looks for.
+    assert not (ROOT / "kernels/__init__.py").exists()
 
 
 def test_no_large_file():

@@ -27,6 +27,7 @@ __all__ = [
     "row_seeds",
     "varlen_attention",
 ]
+__version__ = "0.2.0"
 
 _MODULES = {
     "attention_tile_schedule": "_tile_schedule",
