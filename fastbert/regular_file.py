@@ -6,6 +6,7 @@ never ends.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import stat
@@ -63,5 +64,5 @@ def read_text(path: str | Path, errors: str = "strict") -> str:
         OSError: as `read_bytes`.
         UnicodeDecodeError: it is not UTF-8.
     """
-    text = read_bytes(path).decode("utf-8-sig", errors)
+    text = read_bytes(path).removeprefix(codecs.BOM_UTF8).decode("utf-8", errors)
     return text.replace("\r\n", "\n").replace("\r", "\n")
