@@ -668,7 +668,7 @@ def main() -> int:
     wrong, hints = faults(found), []
     if arguments.write and not wrong:
         write(found)
-    record = (
+    record: dict[str, Any] = (
         json.loads(RECORD.read_text(encoding="utf-8"))
         if RECORD.exists()
         else {"triton": triton.__version__}

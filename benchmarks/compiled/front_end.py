@@ -28,7 +28,7 @@ def front_end(
     Raises:
         Triton's own errors.
     """
-    backend = make_backend(GPUTarget("cuda", capability, 32))
+    backend: Any = make_backend(GPUTarget("cuda", capability, 32))
     options = backend.parse_options({})
     context = ir.context()
     ir.load_dialects(context)

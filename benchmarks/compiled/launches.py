@@ -305,7 +305,7 @@ class Gate:
         found = Found(calls=len(calls))
         kinds: dict[tuple[str, str], bool] = {}  # whether to machine code
 
-        def hook(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        def hook(*, key: str, fn: Any, compile: Any, **_: Any) -> bool:
             """Triton calls it before it compiles, and does not compile if it returns True."""
             function, signature, constants = (
                 fn.jit_function,

@@ -398,7 +398,7 @@ class _LogFile(logging.FileHandler):
     """
 
     def _open(self) -> TextIO:
-        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=_at_once)
+        return open(self.baseFilename, "a", encoding=self.encoding, opener=_at_once)
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
