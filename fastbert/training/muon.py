@@ -113,35 +113,36 @@ class Muon(torch.optim.Optimizer):
             update(group, [p for p in group["params"] if p.grad is not None])
 
     def _update_hidden(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - self._config.momentum)
-        updates = torch._foreach_lerp(gradients, buffers, self._config.momentum)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         # Matrices of the same shape are orthogonalised together.
         alike: dict[tuple[int, int], list[tuple[Tensor, Tensor, int]]] = {}
-        for parameter, update in zip(parameters, updates, strict=True):
-            whole, first, size = update.flatten(), 0, parameter.numel()
+        for parameter in parameters:
+            u = self._nesterov(parameter)
+            first, size = 0, parameter.numel()
             if self._group is not None:
-                whole, first = (
-                    self._group.all_gather(whole.to(self._dtype)),
-                    self._group.rank * size,
-                )
+                first, u = self._group.rank * size, self._group.all_gather(u.to(self._dtype))
             for start, rows, columns in self._matrices[parameter]:
-                u = whole[start : start + rows * columns].view(rows, columns)
+                end = start + rows * columns
                 # The part of the matrix that lies in `parameter`.
-                low, high = max(start, first), min(start + rows * columns, first + size)
+                low, high = max(start, first), min(end, first + size)
                 part = parameter.view(-1)[low - first : high - first]
-                alike.setdefault((rows, columns), []).append((u, part, low - start))
+                matrix = u[start:end].view(rows, columns)
+                alike.setdefault((rows, columns), []).append((matrix, part, low - start))
+        keep = 1 - group["lr"] * group["weight_decay"]
         for (rows, columns), found in alike.items():
-            done = orthogonalise(torch.stack([u for u, *_ in found]).to(self._dtype))
+            done = orthogonalise(torch.stack([matrix for matrix, *_ in found]).to(self._dtype))
             rate = group["lr"] * RMS * math.sqrt(max(rows, columns))
             for o, (_, part, skipped) in zip(done, found, strict=True):
                 o = o.flatten()[skipped : skipped + part.numel()]
-                part.add_(o.to(part), alpha=-rate)
+                part.mul_(keep).add_(o.to(part), alpha=-rate)
+
+    def _nesterov(self, parameter: Tensor) -> Tensor:
+        """Update m, and return u, flat."""
+        state, g = self.state[parameter], parameter.grad
+        assert g is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        m = state["momentum_buffer"].lerp_(g, 1 - self._config.momentum)
+        return g.lerp(m, self._config.momentum).flatten()
 
     def _update_others(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for p in parameters:
