@@ -177,7 +177,7 @@ def _update_workspace(
     """Return the bytes that the optimizer's step allocates.
 
     LAMB computes the update and its denominator for all parameters at once. Muon computes the
-    update of the matrices, and multiplies those of one shape at once, with four temporaries. Stages
+    update of the matrices, and multiplies those of one shape at once, with six temporaries. Stages
     1 to 3 copy the gradients into a flat buffer, and convert it to fp32. There Muon gathers the
     update.
     """
@@ -189,7 +189,7 @@ def _update_workspace(
         D, F, hidden = model.hidden_size, model.intermediate_size, count_hidden(model)
         largest = model.num_hidden_layers * D * max(4 * D, F)
         gathered = w * hidden if stage and gpus > 1 else 0
-        return flat + 4.0 * hidden / share + gathered + 4.0 * w * largest / share
+        return flat + 4.0 * hidden / share + gathered + 6.0 * w * largest / share
     return flat
 
 
