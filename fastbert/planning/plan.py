@@ -168,7 +168,7 @@ def communication_per_step(
         updates: values that Muon gathers at stages 1 and 2.
 
     Returns:
-        The bytes that DeepSpeed sends, and the minimum for the stage.
+        The bytes that DeepSpeed and Muon send, and the minimum for the stage.
 
     Source: Rajbhandari et al., 2020, section 7, for the minimum;
     benchmarks/results/communication.txt, measured, for DeepSpeed.
@@ -179,8 +179,8 @@ def communication_per_step(
     least = (2, 2, m + 1, 3 * m)[stage]
     asked = (2, reduced + 1, reduced * m + 1, (1 + gathered) * m)[stage]
     one_value = width * (gpus - 1) / gpus
-    more = updates * one_value if stage else 0.0
-    return asked * parameters * one_value + more, least * parameters * one_value + more
+    gathered = updates if stage else 0
+    return (asked * parameters + gathered) * one_value, least * parameters * one_value
 
 
 # ----------------------------------------------------------------------------- time
