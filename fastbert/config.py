@@ -136,14 +136,17 @@ class BatchConfig:
     micro_batch_tokens: int = number(16384, 8, 3 * 2**18 - 1, unit="tokens")
 
 
+MUON_MOMENTUM = 0.95  # where a recipe names muon and no momentum; Jordan et al., 2024
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = choice("adamw", "adamw", "lamb", "sgd")
+    name: str = choice("adamw", "adamw", "lamb", "muon", "sgd")
     lr: float = number(1e-4, 0, 100, above=True)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = number(1e-6, 0, 1, above=True)
     weight_decay: float = number(0.01, 0, 1)
-    momentum: float = number(0.9, 0, 1)  # sgd only
+    momentum: float = number(0.9, 0, 1)  # sgd and muon; a recipe with muon has MUON_MOMENTUM
     max_grad_norm: float = number(1.0, 0)  # gradients are clipped to this norm; 0: no clipping
 
 
@@ -446,6 +449,8 @@ def _build(values: dict[str, Any], source: str, sources: dict[str, str]) -> RunC
         if isinstance(preset, str) and preset in PRESETS:
             values = {**values, "model": {**PRESETS[preset], **model}}
             given = {*model, *(PRESETS[preset] if "preset" in model else ())}
+    if isinstance(values.get("optimizer"), dict) and values["optimizer"].get("name") == "muon":
+        values = {**values, "optimizer": {"momentum": MUON_MOMENTUM, **values["optimizer"]}}
     config = _section(RunConfig, values, "", source, sources)
     check_config(config, source, sources)
     return dataclasses.replace(config, given=frozenset(given))
@@ -611,6 +616,11 @@ def check_config(
         raise InputError(
             f"{where('schedule.cooldown')}: schedule.warmup + schedule.cooldown = "
             f"{config.schedule.warmup + config.schedule.cooldown:g}; must be 1 at most"
+        )
+    if config.optimizer.name == "muon" and config.optimizer.momentum == 1:
+        raise InputError(
+            f"{where('optimizer.momentum')}: optimizer.momentum = 1 with "
+            'optimizer.name = "muon"; must be below 1'
         )
     if config.stop.min_delta and not config.stop.patience:
         raise InputError(

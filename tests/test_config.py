@@ -74,11 +74,15 @@ WRONG = [
     ),
     (
         'data = "x"\n[optimizer]\nname = "adam"',
-        "optimizer.name = 'adam'; must be one of adamw, lamb, sgd",
+        "optimizer.name = 'adam'; must be one of adamw, lamb, muon, sgd",
     ),
     ('data = "x"\n[optimizer]\nlr = 0', "optimizer.lr = 0; must be above 0"),
     ('data = "x"\n[optimizer]\nlr = nan', "optimizer.lr = nan; must be a number"),
     ('data = "x"\n[optimizer]\nbetas = [0.9]', "must be two numbers"),
+    (
+        'data = "x"\n[optimizer]\nname = "muon"\nmomentum = 1',
+        'optimizer.momentum = 1 with optimizer.name = "muon"; must be below 1',
+    ),
     ('data = "x"\n[model]\npreset = "huge"', "model.preset = 'huge'; must be one of tiny, mini"),
     (
         'data = "x"\n[model]\nnum_attention_heads = 7',
@@ -172,3 +176,13 @@ def test_every_config_survives_the_round_trip(data, sequences, lr):
         optimizer=dataclasses.replace(config.optimizer, lr=lr),
     )
     assert parse_config(dump_config(config), "again") == config
+
+
+def test_the_momentum_of_muon_has_a_default_of_its_own():
+    def momentum(*overrides: str) -> float:
+        return load_config({"data": "x"}, overrides).optimizer.momentum
+
+    assert momentum() == 0.9 and momentum("optimizer.name=muon") == 0.95
+    assert momentum("optimizer.name=muon", "optimizer.momentum=0.8") == 0.8
+    config = load_config({"data": "x"}, ["optimizer.name=muon"])
+    assert parse_config(dump_config(config), "x") == config

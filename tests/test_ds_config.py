@@ -352,6 +352,15 @@ def test_a_stage_that_does_not_exist(tmp_path, stage):
         (3, "bf16", 1, "sgd", 3),
         (0, "bf16", 1, "adamw", "zero_optimization.stage = 0 does not train in bf16"),
         ("auto", "bf16", 1, "lamb", 'optimizer.name = "lamb" needs it'),
+        ("auto", "bf16", 1, "muon", 1),
+        (2, "fp32", 2, "muon", 2),
+        (
+            3,
+            "fp32",
+            2,
+            "muon",
+            'zero_optimization.stage = 3 does not go with optimizer.name = "muon"; set it to 0, 1',
+        ),
         (
             2,
             "fp32",

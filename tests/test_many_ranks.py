@@ -178,3 +178,22 @@ def test_a_run_may_change_its_ranks_stage_and_precision(lab, constant, rounding,
         if precision == "bf16":
             tolerance = 16 * BF16  # a rounded model stays another model
         assert far(ours, expected) < tolerance
+
+
+MUON = ("optimizer.name=muon", *CONSTANT)
+
+
+@pytest.fixture(scope="module")
+def alone_with_muon(lab) -> list[dict]:
+    return leg(lab.trial(*MUON), 1, 2 * LEG).steps
+
+
+# The shares of two and four ranks cut through matrices.
+@pytest.mark.parametrize("world, stage", typical([(2, 0), (2, 1), (2, 2), (4, 1)], (2, 1)))
+def test_a_run_with_muon_may_change_its_ranks(lab, alone_with_muon, rounding, world, stage):
+    """From some ranks to one, and from some stage to stage 0."""
+    trial = lab.trial(*MUON, stage=stage)
+    leg(trial, world, LEG)
+    trial.set_stage(0)
+    leg(trial, 1, 2 * LEG)
+    assert far(trial.steps, alone_with_muon) < rounding

@@ -42,7 +42,7 @@ def test_only_matrices_decay():
         ),
         50,
     )
-    decaying, others = decay_groups(model, 0.01)
+    decaying, others = decay_groups(model.parameters(), 0.01)
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert decaying["weight_decay"] == 0.01 and others["weight_decay"] == 0.0
     assert not [names[p] for p in decaying["params"] if "bias" in names[p] or "norm" in names[p]]
@@ -106,18 +106,21 @@ def test_lamb_takes_a_ratio_of_one_where_a_norm_is_zero():
 
 
 @pytest.mark.parametrize(
-    "name, momentum", [("adamw", 0.9), ("lamb", 0.9), ("sgd", 0.9), ("sgd", 0.0)]
+    "name, momentum",
+    [("adamw", 0.9), ("lamb", 0.9), ("sgd", 0.9), ("sgd", 0.0), ("muon", 0.95)],
 )
 def test_slots_are_what_the_optimizer_keeps(name, momentum):
     config = OptimizerConfig(name=name, momentum=momentum)
-    module = two_parameters()
+    # One matrix is Muon's, the other AdamW's.
+    module = nn.ModuleDict({"layers": two_parameters(), "head": two_parameters()})
     optimizer = build_optimizer(module, config)
-    module.weight.grad, module.bias.grad = gradients(1)[0]
+    for part in module.values():
+        part.weight.grad, part.bias.grad = gradients(1)[0]
     optimizer.step()
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         kept = {
             k
             for k, v in optimizer.state[parameter].items()
             if isinstance(v, torch.Tensor) and v.shape == parameter.shape
         }
-        assert kept == set(slots(config))
+        assert kept == set(slots(config, name, parameter.shape))

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbert.config import ModelConfig, RunConfig, load_config, parse_config
+from fastbert.config import ModelConfig, OptimizerConfig, RunConfig, load_config, parse_config
 from fastbert.data.dataset import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert.planning import memory
-from fastbert.planning.flops import executed_flops, training_flops
+from fastbert.planning.flops import executed_flops, muon_flops, training_flops
 from fastbert.planning.memory import (
     MicroBatchSize,
     activation_bytes,
@@ -36,6 +36,7 @@ from fastbert.planning.plan import (
     describe,
     plan,
 )
+from fastbert.training.muon import Muon, is_hidden
 from tests.sanitizer import sanitize
 
 MODEL = ModelConfig(
@@ -170,6 +171,35 @@ def test_fp32_has_no_masters_at_stage_0_and_sgd_one_moment():
     sgd = parse_config('data = "x"\n[optimizer]\nname = "sgd"\n', "x")
     assert states(sgd, 0)[3] == 4 * P
     assert states(replace(sgd, optimizer=replace(sgd.optimizer, momentum=0.0)), 0)[3] == 0
+
+
+def test_muon_has_one_moment_for_the_matrices_of_the_layers():
+    muon = recipe('[optimizer]\nname = "muon"')
+    P, hidden = count_parameters(muon.model, 30522), 12 * (4 * 768 * 768 + 2 * 768 * 3072)
+    assert memory.count_hidden(muon.model) == hidden
+    for stage, gpus in ((0, 8), (1, 1), (1, 8)):
+        parts = memory_by_part(muon, 30522, SHORT, gpus=gpus, stage=stage)
+        assert parts["moments"] == pytest.approx(4 * (2 * P - hidden) / (gpus if stage else 1))
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_operations_of_muon_are_those_that_torch_counts(bf16):
+    named = BertForPreTraining(MODEL, VOCABULARY).named_parameters()
+    hidden = {name: p for name, p in named if is_hidden(name, p.shape)}
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    optimizer = Muon(hidden, [], OptimizerConfig(name="muon"), dtype)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert counter.get_total_flops() == muon_flops(MODEL, bf16)
+
+
+def test_muon_gathers_its_updates_at_stages_1_and_2():
+    for stage, updates in ((0, 0), (1, 5), (2, 5)):
+        plain, muon = (communication_per_step(100, 4, stage, 1, 2, updates=n) for n in (0, 5))
+        more = updates * 2 * 3 / 4
+        assert muon == (plain[0] + more, plain[1])
 
 
 def kept_bytes(model: BertForPreTraining, pack: PackedBatch) -> int:

@@ -251,7 +251,7 @@ def count_memory(case: Case, device: torch.device) -> tuple[dict[str, float], Mi
         counted = {
             "weights": storage_bytes(weights),
             "master weights": storage_bytes(
-                engine._flat_tensors() if case.stage else [], but=weights
+                [tensor for tensor, _ in engine._updated()] if case.stage else [], but=weights
             ),
             "moments": storage_bytes(slots),
             "activations": saved_bytes(

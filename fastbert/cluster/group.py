@@ -158,6 +158,15 @@ class Group:
             dist.all_reduce(values)
         return values
 
+    def all_gather(self, share: Tensor) -> Tensor:
+        """Return the ranks' tensors [n], of equal sizes, joined in the order of the ranks."""
+        share = share.to(self.device)
+        if self.world == 1:
+            return share
+        whole = share.new_empty(self.world * share.numel())
+        dist.all_gather_into_tensor(whole, share)
+        return whole
+
     def heed(self) -> None:
         """Raise Interrupted where a signal has asked this process to stop.
 

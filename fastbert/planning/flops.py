@@ -85,3 +85,17 @@ def _heads(model: ModelConfig, vocab_size: int, masked: int, pairs: int) -> floa
     """
     D = model.hidden_size
     return 2.0 * (masked * (D * D + D * vocab_size) + pairs * (D * D + 2 * D))
+
+
+def muon_flops(model: ModelConfig, bf16: bool) -> float:
+    """Return the FLOPs of Muon's Newton-Schulz iterations in one step, over all ranks.
+
+    Each of five iterations has three products: x x', its square, and p x. Where the sides s < l of
+    a matrix differ, in fp32, there are 17 products of s x s and two with the matrix itself.
+
+    Source: fastbert/training/newton_schulz.py.
+    """
+    D, F = model.hidden_size, model.intermediate_size
+    s, l = min(D, F), max(D, F)  # noqa: E741
+    pair = 5 * (4 * s * s * l + 2 * s**3) if bf16 or s == l else 4 * s * s * l + 34 * s**3
+    return float(model.num_hidden_layers * (4 * 30 * D**3 + 2 * pair))

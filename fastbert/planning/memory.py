@@ -65,6 +65,12 @@ def _layer_parameters(model: ModelConfig) -> int:
     return 4 * (D * D + D) + F * (D + 1) + D * (F + 1) + 4 * D
 
 
+def count_hidden(model: ModelConfig) -> int:
+    """Return the number of parameters in the matrices of the layers, which Muon updates."""
+    D, F = model.hidden_size, model.intermediate_size
+    return model.num_hidden_layers * (4 * D * D + 2 * D * F)
+
+
 def memory_by_part(
     config: RunConfig,
     vocab_size: int,
@@ -98,6 +104,8 @@ def memory_by_part(
     | master weights | - | 4 P / N, in fp32 too | 4 P / N | 4 P / N |
     | moments | 4 P each | 4 P / N each | 4 P / N each | 4 P / N each |
 
+    AdamW and LAMB have two moments, SGD one, and Muon one for the matrices of the layers.
+
     The gathered weights count only where they stay from the forward to the backward pass.
 
     The peak is at one of four moments:
@@ -120,14 +128,15 @@ def memory_by_part(
     """
     zero, model, optimizer = zero or {}, config.model, config.optimizer
     P, D, w = count_parameters(model, vocab_size), model.hidden_size, 2 if bf16 else 4
-    slots = (1 if optimizer.momentum else 0) if optimizer.name == "sgd" else 2
     own = 4.0 * P / gpus if stage else 4.0 * P
+    slots = (1 if optimizer.momentum else 0) if optimizer.name == "sgd" else 2
+    single = count_hidden(model) if optimizer.name == "muon" else 0
     gathered = stage == 3 and gpus > 1 and stay_gathered(zero, P)
     always = {
         "weights": w * P / (gpus if stage == 3 else 1),
         "gathered weights": float(gathered * w * P),
         "master weights": own if stage else 0.0,
-        "moments": slots * own,
+        "moments": (slots - single / P) * own,
     }
     gradients = w * P / (gpus if stage >= 2 else 1)
     earlier = gradients if micro_batches > 1 or stage == 3 else 0.0
@@ -154,7 +163,7 @@ def memory_by_part(
     update = (
         gradients,
         0.0,
-        _update_workspace(optimizer.name, P, gpus, stage, w),
+        _update_workspace(optimizer.name, model, P, gpus, stage, w),
         bucket if stage == 3 else flat,
     )
     names = ("gradients", "activations", "temporaries", "buckets")
@@ -162,15 +171,26 @@ def memory_by_part(
     return always | peak | {"context": 0.0 if kernels == "cpu" else CONTEXT}
 
 
-def _update_workspace(optimizer: str, P: int, gpus: int, stage: int, w: int) -> float:
+def _update_workspace(
+    optimizer: str, model: ModelConfig, P: int, gpus: int, stage: int, w: int
+) -> float:
     """Return the bytes that the optimizer's step allocates.
 
-    LAMB computes the update and its denominator for all parameters at once. Stages 1 to 3 copy the
-    gradients into a flat buffer, and convert it to fp32.
+    LAMB computes the update and its denominator for all parameters at once. Muon computes the
+    update of the matrices, and multiplies those of one shape at once, with six temporaries. Stages
+    1 to 3 copy the gradients into a flat buffer, and convert it to fp32. There Muon gathers the
+    update.
     """
-    if stage == 0:
-        return 8.0 * P if optimizer == "lamb" else 0.0
-    return (w + 4.0 * (w == 2)) * P / gpus
+    share = gpus if stage else 1
+    flat = (w + 4.0 * (w == 2)) * P / share if stage else 0.0
+    if optimizer == "lamb":
+        return 8.0 * P
+    if optimizer == "muon":
+        D, F, hidden = model.hidden_size, model.intermediate_size, count_hidden(model)
+        largest = model.num_hidden_layers * D * max(4 * D, F)
+        gathered = w * hidden if stage and gpus > 1 else 0
+        return flat + 4.0 * hidden / share + gathered + 6.0 * w * largest / share
+    return flat
 
 
 def stay_gathered(zero: Mapping[str, Any], P: int) -> bool:

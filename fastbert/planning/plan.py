@@ -22,8 +22,14 @@ from fastbert.data.batches import share_out
 from fastbert.data.masking import selected_counts
 from fastbert.errors import InputError
 from fastbert.machine import measure_bandwidth, measure_gemm_rate
-from fastbert.planning.flops import executed_flops, training_flops
-from fastbert.planning.memory import MicroBatchSize, count_parameters, memory_by_part, stay_gathered
+from fastbert.planning.flops import executed_flops, muon_flops, training_flops
+from fastbert.planning.memory import (
+    MicroBatchSize,
+    count_hidden,
+    count_parameters,
+    memory_by_part,
+    stay_gathered,
+)
 from fastbert.presence import status
 from fastbert.training.ds_config import read_ds_config
 
@@ -136,6 +142,7 @@ def communication_per_step(
     micro_batches: int,
     width: int,
     zero: Mapping[str, Any] | None = None,
+    updates: int = 0,
 ) -> tuple[float, float]:
     """Return the bytes that one GPU sends in one step, with ring algorithms.
 
@@ -160,9 +167,10 @@ def communication_per_step(
         micro_batches: m.
         width: w, bytes of a value.
         zero: the section `zero_optimization` of DeepSpeed's configuration.
+        updates: values that Muon gathers at stages 1 and 2.
 
     Returns:
-        The bytes that DeepSpeed sends, and the minimum for the stage.
+        The bytes that DeepSpeed and Muon send, and the minimum for the stage.
 
     Source: Rajbhandari et al., 2020, section 7, for the minimum;
     benchmarks/results/communication.txt, measured, for DeepSpeed.
@@ -172,8 +180,9 @@ def communication_per_step(
     gathered = 1 if stay_gathered(zero, parameters) else 2
     least = (2, 2, m + 1, 3 * m)[stage]
     asked = (2, reduced + 1, reduced * m + 1, (1 + gathered) * m)[stage]
-    one_pass = parameters * width * (gpus - 1) / gpus
-    return asked * one_pass, least * one_pass
+    one_value = width * (gpus - 1) / gpus
+    gathered = updates if stage else 0
+    return (asked * parameters + gathered) * one_value, least * parameters * one_value
 
 
 # ----------------------------------------------------------------------------- time
@@ -215,6 +224,7 @@ def compute_seconds(
     bf16: bool = True,
     on_cpu: bool = False,
     efficiency: float | None = None,
+    muon: bool = False,
 ) -> tuple[float, float, float]:
     """Return the seconds of a step: matrix products, memory traffic, and launches by the host.
 
@@ -223,6 +233,8 @@ def compute_seconds(
     w, share = 2 if bf16 else 4, 1.0 if on_cpu else BANDWIDTH_SHARE
     rate = (device.bf16 if bf16 else device.fp32) * (efficiency or (1.0 if on_cpu else EFFICIENCY))
     products = sum(executed_flops(model, vocab_size, *pack) for pack in packs)
+    if muon:
+        products += muon_flops(model, bf16) / (gpus if stage else 1)
     moved = sum(traffic_bytes(model, vocab_size, pack, w) for pack in packs) * (
         CPU_PASSES if on_cpu else 1
     )
@@ -290,7 +302,7 @@ def plan(
             stage = settings.stage(precision=precision, world=gpus, optimizer=config.optimizer.name)
     vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length)
 
-    P = count_parameters(config.model, vocab_size)
+    P, muon = count_parameters(config.model, vocab_size), config.optimizer.name == "muon"
     packs = _packs(config, lengths, gpus)
     memory = memory_by_part(
         config,
@@ -315,8 +327,10 @@ def plan(
         bf16=bf16,
         on_cpu=on_cpu,
         efficiency=efficiency,
+        muon=muon,
     )
-    sent, least = communication_per_step(P, gpus, stage, len(packs), w, zero)
+    updates = count_hidden(config.model) if muon else 0
+    sent, least = communication_per_step(P, gpus, stage, len(packs), w, zero, updates)
     link = device.link if gpus <= GPUS_PER_NODE else min(device.link, device.network)
     communication_s = sent / link
     busy_s = max(products_s + traffic_s, launch_s)

@@ -69,8 +69,9 @@ class DeepSpeedSettings:
         Raises:
             InputError: the file asks for another precision; or for bf16 with stage 0, where
                 DeepSpeed applies zero gradients; or for LAMB with stages 1 to 3, whose flat
-                partitions hide the matrices that LAMB takes norms of; or the groups of ranks that
-                gather weights among themselves do not divide the world size.
+                partitions hide the matrices that LAMB takes norms of; or for Muon with stage 3,
+                which divides every matrix among all ranks; or the groups of ranks that gather
+                weights among themselves do not divide the world size.
         """
         for what, needed in self.precisions.items():
             if needed != precision:
@@ -94,6 +95,11 @@ class DeepSpeedSettings:
             raise InputError(
                 f"{self.path}: zero_optimization.stage = {stage} does not go with "
                 'optimizer.name = "lamb"; set it to 0 or auto'
+            )
+        if stage == 3 and optimizer == "muon":
+            raise InputError(
+                f"{self.path}: zero_optimization.stage = 3 does not go with "
+                'optimizer.name = "muon"; set it to 0, 1, 2 or auto'
             )
         near = self.values["zero_optimization"].get("zero_hpz_partition_size", 1)
         if stage == 3 and COUNT.fits(near) and world % min(near, world):

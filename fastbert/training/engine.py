@@ -70,6 +70,7 @@ from fastbert.models.bert import BertForPreTraining, Layer, Losses, losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.graphs import GraphedModel
 from fastbert.training.heldout import HELDOUT_SUMS, HeldOut, heldout_means, heldout_sums
+from fastbert.training.muon import Muon
 from fastbert.training.optimizer import build_optimizer, slots
 from fastbert.training.threads import ThreadedModel
 
@@ -154,13 +155,19 @@ class Engine:
         self.stage = settings.stage(
             precision=precision, world=group.world, optimizer=config.optimizer.name
         )
-        self._clip, self._slots = config.optimizer.max_grad_norm, slots(config.optimizer)
+        self._clip = config.optimizer.max_grad_norm
         if state:
             # Before `initialize`, since stage 3 would not refresh its working copies until a step.
             model.load_state_dict(dict(state[WEIGHT]))
         self.model = model.to(self.device)
-        self._optimizer = build_optimizer(self.model, config.optimizer)
+        self._optimizer = build_optimizer(self.model, config.optimizer, precision)
         self._parameters = dict(self.model.named_parameters())
+        # Before `initialize`, since stage 3 takes the shapes away.
+        self._slots = {
+            name: slots(config.optimizer, name, p.shape) for name, p in self._parameters.items()
+        }
+        slots_of = {p: self._slots[name] for name, p in self._parameters.items()}
+        self._group_slots = [slots_of[g["params"][0]] for g in self._optimizer.param_groups]
         handed_over = {
             # DeepSpeed only multiplies by it. data/batches.py makes the batches.
             "train_micro_batch_size_per_gpu": 1,
@@ -201,6 +208,8 @@ class Engine:
         self._norm: float | None = None  # of the gradient that is about to be applied
         self._optimizer.register_step_pre_hook(self._read_norm)
         self._allocate_slots(step)
+        if self.stage and isinstance(self._optimizer, Muon):
+            self._optimizer.use_shares(self._starts(), group)
         if state:
             self._restore(state)
 
@@ -337,7 +346,7 @@ class Engine:
         """
         self._link_slots()
         for name, parameter in self._parameters.items():
-            for slot in (WEIGHT, *self._slots):
+            for slot in (WEIGHT, *self._slots[name]):
                 yield f"{slot}/{name}", self._get(parameter, slot)
 
     def close(self) -> None:
@@ -385,15 +394,29 @@ class Engine:
 
     # The methods below know how each ZeRO stage holds weights and optimizer slots.
 
-    def _flat_tensors(self) -> list[Tensor]:
-        """The tensors that the optimizer updates in stages 1 to 3.
+    def _updated(self) -> list[tuple[Tensor, tuple[str, ...]]]:
+        """The tensors that the optimizer updates, with the names of their slots.
 
-        Each is all parameters of a group, or this rank's share of them, concatenated.
+        At stage 0 these are the parameters. In stages 1 to 3 each is all parameters of a group, or
+        this rank's share of them, concatenated.
         """
-        if self.stage == 3:
+        if self.stage == 3:  # it divides groups further; all of them have the same slots
             zero: Any = self._engine.optimizer
-            return list(zero.fp32_partitioned_groups_flat)
-        return [group["params"][0] for group in self._optimizer.param_groups]
+            return [(flat, self._group_slots[0]) for flat in zero.fp32_partitioned_groups_flat]
+        groups = zip(self._optimizer.param_groups, self._group_slots, strict=True)
+        return [(tensor, names) for group, names in groups for tensor in group["params"]]
+
+    def _starts(self) -> dict[Tensor, int]:
+        """Where each parameter begins in this rank's share of its group, in stages 1 and 2.
+
+        It is counted from the share's first element, and negative where the parameter begins in the
+        share of an earlier rank. Parameters without elements in the share are left out.
+        """
+        return {
+            parameter: link.hp_fragment_address.start - link.lp_fragment_address.start
+            for parameter in self._parameters.values()
+            if (link := getattr(parameter, "_hp_mapping", None)) is not None
+        }
 
     def _link_slots(self) -> None:
         """Let DeepSpeed find every parameter's slots in stages 1 and 2.
@@ -412,10 +435,9 @@ class Engine:
 
         A run may have to be saved before its first step.
         """
-        updated = self._flat_tensors() if self.stage else list(self._parameters.values())
-        for tensor in updated:
-            self._optimizer.state[tensor] = {slot: torch.zeros_like(tensor) for slot in self._slots}
-            if "exp_avg" in self._slots:
+        for tensor, names in self._updated():
+            self._optimizer.state[tensor] = {name: torch.zeros_like(tensor) for name in names}
+            if "exp_avg" in names:
                 self._optimizer.state[tensor]["step"] = torch.tensor(
                     float(step), device=tensor.device
                 )
@@ -428,7 +450,7 @@ class Engine:
         """
         self._link_slots()
         for name, parameter in self._parameters.items():
-            for slot in (WEIGHT, *self._slots):
+            for slot in (WEIGHT, *self._slots[name]):
                 self._put(parameter, slot, state[slot][name].to(self.device))
 
     def _get(self, parameter: Tensor, slot: str) -> Tensor:

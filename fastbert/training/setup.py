@@ -530,12 +530,13 @@ def _check_tensors(config: RunConfig, dataset: TokenDataset, found: Checkpoint) 
     """
     tensors = checkpoint.read_all(found.path)
     check_layers(config.model.num_hidden_layers, len(tensors.get(WEIGHT, ())), str(found.path))
-    wanted = shapes(config.model, dataset.vocab_size)
-    for slot in (WEIGHT, *slots(config.optimizer)):
+    wanted = {WEIGHT: shapes(config.model, dataset.vocab_size)}
+    for name, shape in wanted[WEIGHT].items():
+        for slot in slots(config.optimizer, name, shape):
+            wanted.setdefault(slot, {})[name] = shape
+    for slot, named in wanted.items():
         there = tensors[slot].shapes() if slot in tensors else {}
-        if wrong := sorted(
-            name for name in {*wanted, *there} if there.get(name) != wanted.get(name)
-        ):
+        if wrong := sorted(name for name in {*named, *there} if there.get(name) != named.get(name)):
             raise InputError(
                 f"{found.path}: {slot}/{wrong[0]} is missing or does not have the shape that the "
                 "recipe gives; take another checkpoint"
