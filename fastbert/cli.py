@@ -341,6 +341,7 @@ def evaluate(
     The ranks of a launcher share the work.
     """
     from fastbert.cluster.group import RankLost, join
+    from fastbert.machine import share_cores
     from fastbert.tasks.evaluate import MASKED, evaluate
     from fastbert.tasks.load import load
     from fastbert.training.diagnosis import compare
@@ -348,6 +349,7 @@ def evaluate(
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         with join(EVALUATE_S) if launched else contextlib.nullcontext() as group:
+            share_cores(group.local_world if group else 1)
             opened = load(model)
             result = evaluate(opened, data, sequences, group)
             if group is not None and not group.is_main:
@@ -555,8 +557,10 @@ def embed(
 
     source = source_of(file, text_format)
     writer = check_out(out, source)
+    from fastbert.machine import share_cores
     from fastbert.tasks.load import load
 
+    share_cores(1)
     layers, opened = layer or [-1], load(model)
     rows, size = embed(
         opened,
@@ -651,9 +655,11 @@ def finetune(
     from fastbert.tasks.labelled import read_examples
 
     training, test = (read_examples(file, text, pair, label) for file in (train, evaluation))
+    from fastbert.machine import share_cores
     from fastbert.tasks.finetune import Epoch, Settings, finetune
     from fastbert.tasks.load import load
 
+    share_cores(1)
     settings = Settings(
         epochs=epochs,
         lr=lr,
