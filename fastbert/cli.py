@@ -260,6 +260,9 @@ def init(
     out: Annotated[Path, typer.Option(help="The recipe to write; it must be a new file.")],
 ) -> None:
     """Write a recipe that fits a dataset, this machine and a time. Takes about ten seconds."""
+    from fastbert.planning.advise import check_minutes
+
+    check_minutes(minutes)  # before torch is imported
     from fastbert.planning.new_recipe import new_recipe
 
     made = new_recipe(data, minutes, out)

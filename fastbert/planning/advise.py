@@ -164,6 +164,12 @@ def advise(
     )
 
 
+def check_minutes(minutes: float) -> None:
+    """Raise InputError where this is no time."""
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise InputError(f"--minutes {minutes:g}: must be a number above 0, for example 30")
+
+
 def layer_parameters(model: ModelConfig) -> int:
     """Return the weights of the layers' matrices. The table of the vocabulary does not count."""
     D, F = model.hidden_size, model.intermediate_size

@@ -28,6 +28,7 @@ from fastbert.planning.advise import (
     Advice,
     Corpus,
     advise,
+    check_minutes,
     layer_parameters,
 )
 from fastbert.planning.memory import count_parameters
@@ -61,8 +62,7 @@ def new_recipe(data: str | Path, minutes: float, out: Path) -> NewRecipe:
     Raises:
         InputError: the dataset, the minutes or the file is wrong; nothing is written then.
     """
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise InputError(f"--minutes {minutes:g}: must be above 0, for example 30")
+    check_minutes(minutes)
     taken = f"{out}: exists already; remove it or choose another --out"
     if os.path.lexists(out):
         raise InputError(taken)
