@@ -193,6 +193,7 @@ def _sized(name: str, corpus: Corpus, objective: ObjectiveConfig, run: str) -> R
     length = 2 * LENGTH if objective.pairs and 2 * corpus.median_sentence + 3 > LENGTH else LENGTH
     model = replace(
         packaged.model,
+        preset=demo.model.preset,  # none: the recipe writes the sizes out
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         max_position_embeddings=length,

@@ -35,6 +35,28 @@ from fastbert.planning.memory import count_parameters
 from fastbert.planning.plan import CPU, Device, plan, this_machine
 from fastbert.planning.step_speed import measure_speed
 
+# The keys of a recipe that are written, by section; the others keep their defaults.
+SHOWN = {
+    "": ["data", "run"],
+    "model": [
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "max_position_embeddings",
+        "initial_attention",
+    ],
+    "objective": ["kind", "segments"],
+    "batch": ["sequences", "max_length"],
+    "optimizer": ["lr", "betas"],
+    "schedule": ["over", "warmup", "decay", "cooldown"],
+    "stop": ["seconds"],
+    "evaluate": ["every", "sequences"],
+    "checkpoint": ["every", "keep"],
+}
+
 
 @dataclass(frozen=True)
 class NewRecipe:
@@ -115,58 +137,45 @@ def _can_pair(dataset: TokenDataset) -> bool:
 
 
 def recipe_text(corpus: Corpus, advice: Advice, minutes: float) -> str:
-    """Return the recipe as TOML, with a comment on where each number comes from."""
-    config, size, speed = advice.config, advice.size_of, advice.speed
-    model, batch = config.model, config.batch
-    per_parameter = advice.tokens / layer_parameters(model)
-    dropout = f"the text is read {advice.passes:,.0f} times; up to {PASSES} there is none"
-    comments = {
-        "model.num_hidden_layers": f"the sizes of {size}.toml, which sees {per_parameter:,.0f} "
-        "tokens for each parameter",
-        "model.hidden_size": f"of its layers in the time; the next size needs "
-        f"{TOKENS_PER_PARAMETER} of its own",
-        "model.hidden_dropout_prob": dropout,
-        "model.initial_attention": "no plateau at the start; see models/initial_weights.py",
-        "objective.kind": advice.why_alone or "masked tokens and next sentences",
-        "batch.sequences": f"of {speed.example_tokens:,.0f} tokens on average: about "
-        f"{batch.sequences * speed.example_tokens:,.0f} tokens a step",
-        "batch.max_length": f"the median sentence has {corpus.median_sentence} tokens",
-        "optimizer.lr": f"that of {size}.toml",
-        "schedule.over": "the schedule of demo.toml",
-        "stop.seconds": f"{minutes:g} minutes, without the start, the last evaluation and the "
-        "last checkpoint",
-        "evaluate.every": f"of about {steps_of(advice):,.0f} steps",
-    }
-    shown = {
-        "": ["data", "run"],
+    """Return the recipe as TOML, with comments on where its numbers come from."""
+    config, size = advice.config, advice.size_of
+    example_tokens = advice.speed.example_tokens
+    per_parameter = advice.tokens / layer_parameters(config.model)
+    above = {  # comments that stand on lines of their own
         "model": [
-            "num_hidden_layers",
-            "hidden_size",
-            "num_attention_heads",
-            "intermediate_size",
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-            "max_position_embeddings",
-            "initial_attention",
+            f"The sizes of {size}.toml. They see {per_parameter:,.1f} tokens for each parameter of",
+            f"the layers; a larger size is taken where it sees {TOKENS_PER_PARAMETER} or more.",
         ],
-        "objective": ["kind", "segments"],
-        "batch": ["sequences", "max_length"],
-        "optimizer": ["lr", "betas"],
-        "schedule": ["over", "warmup", "decay", "cooldown"],
-        "stop": ["seconds"],
-        "evaluate": ["every", "sequences"],
-        "checkpoint": ["every", "keep"],
+        "objective": [advice.why_alone or "Masked tokens and next sentences, as in demo.toml."],
+        "batch": [
+            f"An example has {example_tokens:,.0f} tokens on average, so a step has about "
+            f"{config.batch.sequences * example_tokens:,.0f}.",
+        ],
+        "optimizer": [f"The learning rate of {size}.toml, the rest of demo.toml."],
+        "schedule": ["That of demo.toml: shares of stop.seconds."],
+        "stop": [
+            f"{minutes:g} minutes without the start, the last evaluation and the last checkpoint.",
+            f"About {steps_of(advice):,.0f} steps.",
+        ],
+    }
+    beside = {
+        "model.hidden_dropout_prob": f"the text is read {advice.passes:,.1f} times; "
+        f"beyond {PASSES} times there is dropout",
+        "model.initial_attention": "no plateau at the start; see models/initial_weights.py",
+        "batch.max_length": f"half of the sentences have {corpus.median_sentence} tokens or fewer",
     }
     lines = [
         f"# {minutes:g} minutes of training, for the machine on which `fastbert init` wrote this:",
-        f"# {speed.tokens_per_s:,.0f} tokens/s there, {_millions(advice.tokens)} tokens in all.",
+        f"# {advice.speed.tokens_per_s:,.0f} tokens/s there, {_millions(advice.tokens)} tokens "
+        "in all.",
     ]
-    for section, keys in shown.items():
+    for section, keys in SHOWN.items():
         values = getattr(config, section) if section else config
         lines += ["", f"[{section}]"] if section else []
+        lines += [f"# {line}" for line in above.get(section, ())]
         for key in keys:
             line = f"{key} = {toml_value(getattr(values, key))}"
-            comment = comments.get(f"{section}.{key}")
+            comment = beside.get(f"{section}.{key}")
             lines.append(f"{line:<36}# {comment}" if comment else line)
     return "\n".join(lines) + "\n"
 
@@ -202,13 +211,13 @@ def _notes(advice: Advice) -> list[str]:
     rests_on = (
         f"a size needs {TOKENS_PER_PARAMETER} tokens for each parameter of its layers; "
         f"{advice.size_of} sees "
-        f"{advice.tokens / layer_parameters(advice.config.model):,.0f} in this time"
+        f"{advice.tokens / layer_parameters(advice.config.model):,.1f} in this time"
     )
     if following:
         model = load_config(following[0]).model
         seconds = advice.tokens / advice.speed.tokens_per_s
         seen = advice.tried[following[0]] * seconds / layer_parameters(model)
-        rests_on += f", and the next one, {following[0]}, would see {seen:,.0f}"
+        rests_on += f", and the next one, {following[0]}, would see {seen:,.1f}"
     notes = [rests_on]
     if advice.why_alone:
         notes.append(f"masked tokens alone, without next sentences: {advice.why_alone}")
