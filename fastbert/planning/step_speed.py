@@ -22,7 +22,7 @@ from fastbert.training.optimizer import build_optimizer
 
 SAMPLE = 256  # examples whose mean length is taken
 BATCHES = 4  # which the timed steps use in turn
-SECONDS = 0.8  # of timed steps; the first step does not count
+SECONDS = 0.5  # of timed steps; the first step does not count
 FEWEST, MOST = 3, 50  # timed steps
 
 
