@@ -1,4 +1,4 @@
-"""`fastbert init` on real datasets: what it sees of them, the measured speed, the file it writes."""
+"""`fastbert init` on real datasets: what it sees of them, the speed, and the file."""
 
 from __future__ import annotations
 
