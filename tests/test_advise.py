@@ -104,7 +104,7 @@ def test_where_no_pairs_can_be_drawn_only_masked_tokens_are_predicted():
     alone = chosen(5, corpus=replace(LIBRARY, single_sentence_share=0.7))
     assert alone.config.objective.kind == "mlm" and "70%" in alone.why_alone
     one = chosen(5, corpus=replace(LIBRARY, can_pair=False))
-    assert one.config.objective.kind == "mlm" and "one document" in one.why_alone
+    assert one.config.objective.kind == "mlm" and "too few documents" in one.why_alone
     assert chosen(5).config.objective.kind == "mlm+nsp" and not chosen(5).why_alone
 
 

@@ -187,7 +187,7 @@ def _objective(corpus: Corpus) -> tuple[ObjectiveConfig, str]:
         share = f"{corpus.single_sentence_share:.0%}"
         return alone, f"{share} of the documents are a single sentence"
     if not corpus.can_pair:
-        return alone, "one document has more than half of all sentences"
+        return alone, "too few documents of several sentences to draw pairs from"
     return ObjectiveConfig(mask_rate=MASK_RATE, segments="single"), ""
 
 

@@ -99,7 +99,7 @@ def new_recipe(data: str | Path, minutes: float, out: Path) -> NewRecipe:
         f"runs/{out.stem}",
         lambda config: measure_speed(config, dataset, device),
     )
-    found = NewRecipe(_choice(corpus, advice), _hours(corpus, advice, device), _notes(advice))
+    found = NewRecipe(_choice(corpus, advice), _hours(dataset, advice, device), _notes(advice))
     try:
         with open(out, "x", encoding="utf-8") as file:
             file.write(recipe_text(corpus, advice, minutes))
@@ -235,14 +235,14 @@ def _notes(advice: Advice) -> list[str]:
     return notes
 
 
-def _hours(corpus: Corpus, advice: Advice, device: torch.device) -> dict[str, float | None]:
+def _hours(dataset: TokenDataset, advice: Advice, device: torch.device) -> dict[str, float | None]:
     """Estimate how long each packaged recipe takes here with this text, in hours."""
     gpu, here = _this_device(device)
     hours = dict[str, float | None]()
     for name in packaged_recipes():
         kind = advice.config.objective.kind
-        config: RunConfig = load_config(name, {"data": corpus.path, "objective.kind": kind})
-        total_s = plan(config, name, 1, gpu, device=here).total_s
+        config: RunConfig = load_config(name, {"data": dataset.path, "objective.kind": kind})
+        total_s = plan(config, name, 1, gpu, device=here, dataset=dataset).total_s
         hours[name] = None if total_s is None else total_s / 3600
     return dict(sorted(hours.items(), key=lambda item: item[1] or math.inf))
 
