@@ -114,6 +114,15 @@ def test_long_sentences_get_a_longer_context():
     assert long.batch.max_length == long.model.max_position_embeddings == 256
 
 
+def test_more_masks_where_the_vocabulary_is_small():
+    """They cost little beside the layers then: the products of the MLM head grow with V."""
+    rates = [
+        chosen(5, corpus=replace(LIBRARY, vocab_size=size)).config.objective.mask_rate
+        for size in (1000, 4096, 16_384, 30_522)
+    ]
+    assert rates == [0.25, 0.25, 0.15, 0.15]
+
+
 def test_sizes_that_are_much_too_large_are_not_measured():
     seen = []
 

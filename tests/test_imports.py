@@ -76,7 +76,11 @@ MAY_IMPORT = {
     },
     "fastbert.planning.flops": {"fastbert.config"},
     # `fastbert init` times real steps of candidate models.
-    "fastbert.planning.advise": {"fastbert.config", "fastbert.errors"},
+    "fastbert.planning.advise": {
+        "fastbert.config",
+        "fastbert.errors",
+        "fastbert.planning.flops",
+    },
     "fastbert.planning.step_speed": {
         "fastbert.config",
         "fastbert.data",

@@ -49,19 +49,20 @@ def test_what_is_seen_of_a_dataset(small_dataset):
 def test_a_text_without_pairs_gives_masked_tokens_alone(
     text_format, english_documents, tmp_path, small_dataset
 ):
-    """A sentence in each line; and one long document, with two short ones beside it."""
+    """A sentence in each line; and two documents, so that each part of the dataset has one."""
     text = " ".join(" ".join(english_documents).split())
     if text_format == "lines":
         text = "\n".join(sentence + "." for sentence in text.split(". "))
     else:
-        text = f"A first text. It is short.\n\n{text}\n\nA last text. It is short, too."
+        half = text.index(". ", len(text) // 2) + 1
+        text = f"{text[:half]}\n\n{text[half:]}"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     prepare(
         [tmp_path / "text.txt"],
         tmp_path / "data",
         tokenizer=small_dataset.tokenizer_dir,
         text_format=text_format,
-        heldout=0.4,
+        heldout=0.5,
         workers=1,
         progress=False,
     )

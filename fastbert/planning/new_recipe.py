@@ -23,6 +23,7 @@ from fastbert.errors import InputError
 from fastbert.machine import measure_bandwidth, measure_gemm_rate
 from fastbert.planning.advise import (
     LENGTH,
+    MASK_RATE,
     PASSES,
     TOKENS_PER_PARAMETER,
     Advice,
@@ -146,13 +147,7 @@ def recipe_text(corpus: Corpus, advice: Advice, minutes: float) -> str:
             f"The sizes of {size}.toml. They see {per_parameter:,.1f} tokens for each parameter of",
             f"the layers; a larger size is taken where it sees {TOKENS_PER_PARAMETER} or more.",
         ],
-        "objective": [
-            f"{advice.why_alone}: masked tokens alone."
-            if advice.why_alone
-            else "Masked tokens and next sentences, as in demo.toml.",
-            "A short run learns more from more masks than BERT's 15 %. Its held-out text has as",
-            "many, so its losses are a little higher than those of a recipe with 15 %.",
-        ],
+        "objective": _on_the_objective(advice),
         "batch": [
             f"An example has {example_tokens:,.0f} tokens on average, so a step has about "
             f"{config.batch.sequences * example_tokens:,.0f}.",
@@ -184,6 +179,18 @@ def recipe_text(corpus: Corpus, advice: Advice, minutes: float) -> str:
             comment = beside.get(f"{section}.{key}")
             lines.append(f"{line:<36}# {comment}" if comment else line)
     return "\n".join(lines) + "\n"
+
+
+def _on_the_objective(advice: Advice) -> list[str]:
+    lines = ["Masked tokens and next sentences, as in demo.toml."]
+    if advice.why_alone:
+        lines = [f"Masked tokens alone: {advice.why_alone}."]
+    if advice.config.objective.mask_rate == MASK_RATE:
+        lines += [
+            "A short run learns more from more masks than BERT's 15 %. The held-out text has as",
+            "many, so its losses are a little higher than those of a recipe with 15 %.",
+        ]
+    return lines
 
 
 def steps_of(advice: Advice) -> float:
