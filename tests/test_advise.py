@@ -134,20 +134,14 @@ def test_sizes_that_are_much_too_large_are_not_measured():
     assert seen == [128, 192]
 
 
-@pytest.mark.parametrize(
-    ("corpus", "minutes", "words"),
-    [
-        (replace(LIBRARY, tokens=3000), 5, ["data/library: 3,000 tokens", "20,000"]),
-        (LIBRARY, 0.001, ["--minutes 0.001", "give 1 or more"]),
-    ],
-)
-def test_too_little_text_or_time_is_refused(corpus, minutes, words):
+def test_too_small_a_text_is_refused():
     with pytest.raises(InputError) as error:
-        chosen(minutes, corpus=corpus)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+        chosen(5, corpus=replace(LIBRARY, tokens=3000))
+    message = str(error.value)
+    assert "data/library: 3,000 tokens" in message and "20,000" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("minutes", [0.5, 5, 1000, 1e7])
+@pytest.mark.parametrize("minutes", [1e-4, 0.5, 5, 1000, 1e7])
 def test_the_file_says_the_same_as_the_recipe(minutes):
     corpus = replace(LIBRARY, path='my "data"\n[stop] é')
     found = chosen(minutes, corpus=corpus)

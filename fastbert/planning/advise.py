@@ -48,7 +48,7 @@ TOKENS_PER_PARAMETER = 40
 PASSES = 40
 DROPOUT = 0.1  # BERT's; only for a text that is read more than PASSES times
 STEP_TOKENS, MOST_STEP_TOKENS = 2000, 65_536
-LEAST_STEPS, MOST_STEPS = 100, 40_000
+MOST_STEPS = 40_000
 LENGTH = 128
 MASK_RATE, MASK_COST = 0.25, 1.25
 # The last evaluation and the last checkpoint come after stop.seconds; a start takes 5 seconds. Each
@@ -131,7 +131,7 @@ def advise(
             another, until one is too large.
 
     Raises:
-        InputError: the text or the time is too small.
+        InputError: the text is too small.
     """
     if corpus.tokens < 10 * STEP_TOKENS:
         raise InputError(
@@ -153,12 +153,6 @@ def advise(
     assert chosen is not None
     name, config, speed = chosen
     tokens = speed.tokens_per_s * seconds
-    if tokens < LEAST_STEPS * STEP_TOKENS:
-        least = math.ceil(minutes * LEAST_STEPS * STEP_TOKENS / tokens)
-        raise InputError(
-            f"--minutes {minutes:g}: enough for {tokens / STEP_TOKENS:.0f} steps on this machine, "
-            f"and {LEAST_STEPS} are the least; give {least} or more"
-        )
     passes = tokens / corpus.tokens
     return Advice(
         config=_timed(config, speed, seconds, passes),
@@ -245,7 +239,7 @@ def _timed(config: RunConfig, speed: Speed, seconds: float, passes: float) -> Ru
             config.model, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
         ),
         batch=replace(config.batch, sequences=sequences),
-        stop=StopConfig(seconds=float(round(seconds, 1))),
+        stop=StopConfig(seconds=float(f"{seconds:.4g}")),
         evaluate=EvaluateConfig(
             every=every,
             sequences=_round(min(max(evaluated, FEWEST_EVALUATED), MOST_EVALUATED)),
