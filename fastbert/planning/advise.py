@@ -6,9 +6,10 @@ The rule, with the source of each number:
   is taken that sees at least TOKENS_PER_PARAMETER tokens for each parameter of its layers. A small
   model that sees many tokens is better than a large one that sees few: 2 layers of 128 that saw
   100 tokens for each parameter in an hour of one core were 0.18 nats better on [MASK] than 3 layers
-  of 192 that saw 14 in 53 minutes (docs/results.md). library.toml, with 49, is better than both.
+  of 192 that saw 14 in 53 minutes (docs/results.md). library.toml sees 49. Between 14 and 49
+  nothing was measured.
 - Text. Tokens count at most PASSES times, so a small text gets a small model. Where the text is
-  read more often than that, the model has dropout.
+  read more often than that, the model has dropout. PASSES was not measured.
 - Batch. STEP_TOKENS tokens a step, as in the demo: with twice as many, its loss after the same
   number of tokens was 0.29 nats higher (docs/demo.md). A run of more than MOST_STEPS steps, about
   as many as `make library` makes, gets larger steps, up to MOST_STEP_TOKENS.
@@ -18,8 +19,8 @@ The rule, with the source of each number:
 - Masks. MASK_RATE of the tokens where this makes a step at most MASK_COST times as long as with
   BERT's 15 %, else these. More predictions teach a short run more: a model of the demo's size had a
   loss on [MASK] of 4.73 in place of 4.93 after 2.5 M tokens, both evaluated with 15 %. At the
-  demo's pace that is worth a third more tokens. The cost grows with the vocabulary: a fifth with
-  4,096 tokens, and a half with 30,522.
+  demo's pace that is worth about a third more tokens. The cost grows with the vocabulary: a fifth
+  with 4,096 tokens, and a half with 30,522. Longer runs and other sizes were not measured.
 - Length. LENGTH tokens, as in the demo, or twice as many where half of the pairs would be cut.
 - Schedule. That of the demo, over the seconds of the run.
 """
