@@ -53,7 +53,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Pre-train a BERT of your own, from raw text to a model that Hugging Face loads.",
     epilog="Start: fastbert prepare text.txt --out data/my && "
-    "fastbert pretrain mini data=data/my run=runs/my",
+    "fastbert init data/my --minutes 30 --out my.toml && fastbert pretrain my.toml",
 )
 
 # Typer checks that a path exists, before anything heavy is imported.
@@ -257,8 +257,36 @@ def prepare(
         return
     _console().print(report.table())
     # An absolute path, so that the command works from any directory.
-    data = shlex.quote(f"data={out.absolute()}")
-    _print(f"{out}: ready; next: fastbert pretrain mini {data} run=runs/mini")
+    data, recipe = shlex.quote(str(out.absolute())), shlex.quote(f"{out.name}.toml")
+    _print(f"{out}: ready; next: fastbert init {data} --minutes 30 --out {recipe}")
+
+
+@app.command(epilog="Example: fastbert init data/wiki --minutes 30 --out wiki.toml")
+def init(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATASET", help="A folder that `fastbert prepare` made.")
+    ],
+    minutes: Annotated[
+        float, typer.Option(help="How long the training may take, with its evaluations.")
+    ],
+    out: Annotated[Path, typer.Option(help="The recipe to write; it must be a new file.")],
+) -> None:
+    """Write a recipe that fits a dataset, this machine and a time. Takes about ten seconds."""
+    from fastbert.planning.advise import check_minutes
+
+    check_minutes(minutes)  # before torch is imported
+    from fastbert.planning.new_recipe import new_recipe
+
+    made = new_recipe(data, minutes, out)
+    _print_table(f"{data} in {minutes:g} minutes on this machine", ("", ""), made.choice)
+    _print_table(
+        "the packaged recipes with this text, here",
+        ("recipe", "hours"),
+        [(name, _hours(hours)) for name, hours in made.hours.items()],
+    )
+    for note in made.notes:
+        _print(f"- {note}")
+    _print(f"{out}: ready; next: fastbert pretrain {shlex.quote(str(out))}")
 
 
 @app.command(
@@ -812,6 +840,12 @@ def _follow(batches: Iterable, name: str) -> Iterable:
     from rich.progress import track
 
     return track(list(batches), name, console=Console(stderr=True), transient=True)
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return "unknown"
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def _percent(share: float) -> str:

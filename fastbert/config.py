@@ -328,17 +328,18 @@ def dump_config(config: RunConfig) -> str:
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             rows = [
-                f"{f.name} = {_toml(getattr(value, f.name))}"
+                f"{f.name} = {toml_value(getattr(value, f.name))}"
                 for f in dataclasses.fields(value)
                 if getattr(value, f.name) is not None
             ]
             sections.append("\n".join([f"[{item.name}]", *rows]))
         elif value is not None:
-            lines.append(f"{item.name} = {_toml(value)}")
+            lines.append(f"{item.name} = {toml_value(value)}")
     return "\n\n".join(["\n".join(lines), *sections]) + "\n"
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A setting as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -348,7 +349,7 @@ def _toml(value: Any) -> str:
         )
         return f'"{escaped}"'
     if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(v) for v in cast("tuple[Any, ...]", value)) + "]"
+        return "[" + ", ".join(toml_value(v) for v in cast("tuple[Any, ...]", value)) + "]"
     return repr(value)
 
 

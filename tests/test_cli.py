@@ -21,6 +21,7 @@ from fastbert.cli import run as run_inside
 ROOT = Path(__file__).parents[1]
 VERBS = [
     "prepare",
+    "init",
     "pretrain",
     "evaluate",
     "export",
@@ -112,6 +113,10 @@ def check_refusal(code: int, out: str, err: str, words: list[str]) -> None:
 BAD = {
     "recipes": (["recipes", "minni"], ["minni: no such packaged recipe; known: base, demo"]),
     "prepare": (["prepare", "nothing.txt", "--out", "new"], ["nothing.txt"]),
+    "init": (
+        ["init", "hf", "--minutes", "5", "--out", "new.toml"],
+        ["hf: not a complete dataset", "manifest.json"],
+    ),
     "pretrain": (["pretrain", "typo.toml"], ["typo.toml", "batch.sequence", "batch.sequences"]),
     "evaluate": (["evaluate", "nowhere"], ["'nowhere' does not exist", "fastbert evaluate --help"]),
     "export": (["export", "half", "--out", "new"], ["half: a run without a checkpoint"]),
@@ -135,6 +140,25 @@ MORE = {
     "not a number": (["fill-mask", "hf", "[MASK]", "--k", "many"], ["--k", "integer"]),
     "prepare: not UTF-8": (["prepare", "latin.txt", "--out", "new"], ["latin.txt", "UTF-8"]),
     "prepare: taken": (["prepare", "texts.txt", "--out", "hf"], ["hf"]),
+    "init: no dataset": (
+        ["init", "nowhere", "--minutes", "5", "--out", "new.toml"],
+        ["nowhere: no such dataset", "fastbert prepare"],
+    ),
+    **{
+        f"init: {minutes} minutes": (
+            ["init", "hf", "--minutes", minutes, "--out", "new.toml"],
+            [f"--minutes {minutes}", "above 0"],
+        )
+        for minutes in ("0", "-5", "nan", "inf")
+    },
+    "init: taken": (
+        ["init", "hf", "--minutes", "5", "--out", "recipe.toml"],
+        ["recipe.toml: exists already"],
+    ),
+    "init: no folder": (
+        ["init", "hf", "--minutes", "5", "--out", "no/new.toml"],
+        ["no/new.toml: there is no folder no"],
+    ),
     "pretrain: no recipe": (["pretrain", "no.toml"], ["no.toml", "no such recipe"]),
     "pretrain: override": (
         ["pretrain", "recipe.toml", "batch.sequences=0"],

@@ -81,6 +81,19 @@ MAY_IMPORT = {
         "fastbert.training.ds_config",
     },
     "fastbert.planning.flops": {"fastbert.config"},
+    # `fastbert init` times real steps of candidate models.
+    "fastbert.planning.advise": {
+        "fastbert.config",
+        "fastbert.errors",
+        "fastbert.planning.flops",
+    },
+    "fastbert.planning.step_speed": {
+        "fastbert.config",
+        "fastbert.data",
+        "fastbert.models",
+        "fastbert.planning.advise",
+        "fastbert.training.optimizer",
+    },
     "fastbert.tasks": {
         "fastbert.checkpoints",
         "fastbert.cluster.group",

@@ -19,6 +19,8 @@ import numpy as np
 
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.batches import share_out
+from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.data.examples import Examples
 from fastbert.data.masking import selected_counts
 from fastbert.errors import InputError
 from fastbert.machine import measure_bandwidth, measure_gemm_rate
@@ -258,6 +260,7 @@ def plan(
     mean_length: float | None = None,
     price: float | None = None,
     device: Device | None = None,
+    dataset: TokenDataset | None = None,
 ) -> Plan:
     """Estimate a run of `config` on `gpus` GPUs of the kind `gpu`.
 
@@ -275,6 +278,7 @@ def plan(
         price: US dollars per GPU hour; by default the one in gpus.toml.
         device: a device that is not in gpus.toml, under the name `gpu`. For "cpu", this machine, as
             the caller has measured it.
+        dataset: the recipe's dataset, where the caller has opened it.
 
     Raises:
         InputError: an unknown GPU, a number out of range, more GPUs than sequences, or an invalid
@@ -300,7 +304,7 @@ def plan(
         zero = settings.values["zero_optimization"]
         if stage is None:
             stage = settings.stage(precision=precision, world=gpus, optimizer=config.optimizer.name)
-    vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length)
+    vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length, dataset)
 
     P, muon = count_parameters(config.model, vocab_size), config.optimizer.name == "muon"
     packs = _packs(config, lengths, gpus)
@@ -569,7 +573,10 @@ def _packs(config: RunConfig, lengths: np.ndarray, gpus: int) -> list[MicroBatch
 
 
 def _examples(
-    config: RunConfig, vocab_size: int | None, mean_length: float | None
+    config: RunConfig,
+    vocab_size: int | None,
+    mean_length: float | None,
+    dataset: TokenDataset | None,
 ) -> tuple[int, np.ndarray, int | None, list[str]]:
     """Return the data that a plan needs.
 
@@ -581,11 +588,9 @@ def _examples(
     lengths = None
     if mean_length is not None:
         lengths = np.full(wanted, round(min(mean_length, config.batch.max_length)))
-    if status(Path(config.data)) is not None:
-        from fastbert.data.dataset import open_dataset
-        from fastbert.data.examples import Examples
-
+    if dataset is None and status(Path(config.data)) is not None:
         dataset = open_dataset(config.data)
+    if dataset is not None:
         examples = Examples(
             dataset.split("train"),
             config.objective,

@@ -1,0 +1,91 @@
+"""Measure how many tokens this machine trains per second: real steps on batches of a dataset.
+
+DeepSpeed is not involved, as its start takes seconds. A run of one process has little more to do
+in a step than these steps do.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from fastbert.config import RunConfig
+from fastbert.data.batches import Batches
+from fastbert.data.dataset import TokenDataset
+from fastbert.machine import share_cores
+from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.planning.advise import STEP_TOKENS, Speed
+from fastbert.training.optimizer import build_optimizer
+from fastbert.training.threads import ThreadedModel, threads_for
+
+SAMPLE = 256  # examples whose mean length is taken
+BATCHES = 4  # which the timed steps use in turn
+SECONDS = 0.5  # of timed steps; the first step does not count
+FEWEST, MOST = 3, 50  # timed steps
+
+
+def measure_speed(
+    config: RunConfig,
+    dataset: TokenDataset,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Speed:
+    """Train a new model for a second, in steps of about STEP_TOKENS tokens.
+
+    The median step counts, because other programs slow some of them down. On a GPU the weights are
+    bf16, as in a run there. The caller's random numbers are not disturbed.
+
+    Args:
+        config: its model, objective and lengths are used, and the optimizer's settings.
+        dataset: the training part has examples for the objective.
+        device: where the run would compute.
+        clock: seconds. `time.process_time` leaves out the time of other programs.
+
+    Raises:
+        InputError: the dataset has no example.
+    """
+    example_tokens = _mean_length(config, dataset)
+    sequences = max(1, round(STEP_TOKENS / example_tokens))
+    config = replace(config, batch=replace(config.batch, sequences=sequences))
+    batches, threads = Batches(dataset, config), 1
+    if device.type == "cpu":
+        threads = threads_for(sequences, share_cores(1))
+    steps = [batches.step(i, threads=threads) for i in range(BATCHES)]
+    with torch.random.fork_rng():
+        model = BertForPreTraining(config.model, dataset.vocab_size, "auto", device.type)
+    model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).train()
+    optimizer = build_optimizer(model, config.optimizer)
+    threaded = ThreadedModel(model, threads)
+    speeds = list[float]()
+    begin = clock()
+    for i in range(MOST + 1):
+        start = clock()
+        packs = [batch.to(device) for batch in steps[i % BATCHES]]
+        for first in range(0, len(packs), threads):
+            found = map(losses, threaded(packs[first : first + threads]))
+            torch.stack([one.loss for one in found]).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = clock()
+        if i == 0:
+            begin = now
+            continue
+        speeds.append(sum(batch.tokens for batch in packs) / (now - start))
+        if len(speeds) >= FEWEST and now - begin > SECONDS:
+            break
+    threaded.close()
+    return Speed(statistics.median(speeds), example_tokens)
+
+
+def _mean_length(config: RunConfig, dataset: TokenDataset) -> float:
+    """Return the mean tokens of an example."""
+    sample = replace(config, batch=replace(config.batch, sequences=SAMPLE))
+    packs = Batches(dataset, sample).step(0)
+    return sum(batch.tokens for batch in packs) / SAMPLE
