@@ -152,7 +152,7 @@ FAULTS = [
     Fault(DROPOUT, "((x ^ x >> 15) * 0x735A2D97) & _WORD", "(x * 0x735A2D97) & _WORD"),
     # Training
     Fault(ENGINE, "found.loss * (self.group.world + ", "found.loss * (1 + "),
-    Fault(ENGINE, "found.loss.detach()), scale_wrt_gas=False", "found.loss.detach())"),
+    Fault(ENGINE, "(len(means) == len(micro_batches) - 1)", "(True)"),
     Fault(ENGINE, "if math.isfinite(norm):", "if True:"),
     Fault(ENGINE, "token_correct / max(masked, 1)", "token_correct / max(tokens, 1)"),
     Fault(ENGINE, "self.model.eval()", "self.model.train()"),
