@@ -18,6 +18,7 @@ import torch.distributed as dist
 from fastbert.cluster.group import form_group
 from fastbert.cluster.rendezvous import RankLost
 from fastbert.cluster.watchdog import LOOK_S, Watchdog
+from tests.tiers import typical
 from tests.toy_ranks import Toys, say
 
 TIMEOUT_S = 3.0
@@ -277,7 +278,7 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("value", STRANGE)
+@pytest.mark.parametrize("value", typical(STRANGE, "a failure", "as large as it can be"))
 def test_a_stranger_ends_no_run(tmp_path, value):
     with Toys(step_until, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
         for rank in range(3):
