@@ -170,7 +170,7 @@ def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
 @pytest.mark.parametrize(
     "launcher, world, stage, code",
     [
-        (by_hand, 1, 0, 75),
+        slow(by_hand, 1, 0, 75),
         slow(torchrun, WORLD, STAGE, 1),
         slow(deepspeed, WORLD, STAGE, 75),
     ],  # torchrun itself only knows 0 and 1
