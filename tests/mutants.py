@@ -72,7 +72,7 @@ TESTS = {
     BATCHES: ["test_batches"],
     PERMUTATION: ["test_permutation", "test_examples"],
     BERT: ["test_model", "test_engine"],
-    ENGINE: ["test_engine", "test_loop"],
+    ENGINE: ["test_engine", "test_loop", "test_many_ranks"],
     HELDOUT: ["test_evaluate", "test_engine", "test_loop"],
     STATE: ["test_train_state", "test_loop"],
     SCHEDULE: ["test_schedule"],
