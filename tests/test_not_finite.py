@@ -77,7 +77,7 @@ def fails(trial: Trial, world: int, *overrides: str) -> list[str]:
         return ranks[0].out.read_text().splitlines()
 
 
-@pytest.mark.parametrize("world, stage", [(1, 0), slow(2, 0), slow(2, 1), (2, 3)])
+@pytest.mark.parametrize("world, stage", [(1, 0), slow(2, 0), slow(2, 1), slow(2, 3)])
 def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, stage):
     """Only long sequences use a damaged embedding.
 
