@@ -20,7 +20,7 @@ import torch.distributed as dist
 from fastbert.cluster.group import form_group
 from fastbert.cluster.rendezvous import RankLost
 from fastbert.cluster.watchdog import LOOK_S, Watchdog
-from tests.tiers import typical
+from tests.tiers import slow, typical
 from tests.toy_ranks import Toys, say
 
 TIMEOUT_S = 3.0
@@ -334,7 +334,7 @@ def test_what_a_rank_has_signed_counts_at_its_own_place_alone(tmp_path):
         assert toys.wait() == [0, 0, 0], [toys.err(rank) for rank in range(3)]
 
 
-@pytest.mark.parametrize("whose", [(1,), (0, 1, 2)])
+@pytest.mark.parametrize("whose", [slow((1,)), (0, 1, 2)])
 def test_a_slow_rank_is_left_alone_whatever_a_stranger_writes(tmp_path, whose):
     """While the others wait for a slow rank beyond the time-out, a stranger overwrites heartbeats.
 
