@@ -574,6 +574,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_names_its_examples(recipe, tmp
     assert found is not None and found.metadata["progress"]["skipped"] == len(skips)
 
 
+@pytest.mark.slow
 def test_a_disk_that_refuses_a_checkpoint_lets_training_go_on_to_its_end(recipe, tmp_path):
     """With a file size limit of 100 kB, metrics and log fit and the checkpoint does not."""
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}

@@ -53,7 +53,7 @@ def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
 def test_a_signal_while_training(lab, number, to):
     """The moment differs by case: within a step, an evaluation or a save."""
     generator = random.Random(f"{number} {to}")
-    trial, lines = lab.trial(LONG, stage=STAGE), generator.randint(1, 12)
+    trial, lines = lab.trial(LONG, stage=STAGE), generator.randint(1, 8)
     with trial.start(WORLD) as ranks:
         wait_for(lambda: lines_so_far(trial) >= lines)
         time.sleep(0.05 * generator.random())

@@ -32,7 +32,7 @@ from tests.ranks import PATIENCE_S, Ranks, catches
 CLOCK = ("seconds", "tokens_per_s", "training_seconds")  # what differs between two equal runs
 TIMEOUT_S = 15.0  # runtime.timeout_s: long for a step of 50 ms, also on shared cores
 MARGIN_S = 50.0  # beyond it: for the processes to end
-STEPS = 24
+STEPS = 16
 
 # Lengths are uneven, and 10 sequences do not divide by 4; two or three packs a step and rank.
 RECIPE = """
