@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.tiers import slow
+from tests.tiers import slow, typical
 
 pytest.importorskip("hypothesis")  # a machine with a GPU may have pytest alone
 
@@ -162,7 +162,13 @@ def test_columns_that_lie_apart_are_refused_by_name(name, shape, dtype):
 
 
 FAR = [
-    pytest.param(name, key, axis, id=f"{name}-{key}-{axis}")
+    pytest.param(
+        name,
+        key,
+        axis,
+        id=f"{name}-{key}-{axis}",
+        marks=pytest.mark.slow if (key, axis) in (("q", 1), ("k", 0), ("v", 1)) else (),
+    )
     for name in TRITON
     for key, value in tensors(inputs(name)).items()
     for axis in range(value.dim() - 1)
@@ -212,7 +218,7 @@ def test_offsets_beyond_32_bits(name, key, axis, monkeypatch):
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["all", "cut"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", typical(DTYPES.values(), torch.bfloat16), ids=DTYPES)
 def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype, cut):
     lengths, order = [40, 129 if dtype == torch.float16 else 128, 1, 0, 33, 16], [3, 4, 1, 5, 0, 2]
     arguments = inputs(
@@ -486,7 +492,7 @@ def test_unchecked_a_bad_index_reads_and_writes_nothing_outside(name, key, shape
     """It gives NaN where the docstring says so."""
     spec = SPECS[name]
     values = (-1, -300, 300) if key == "cu_seqlens" else (-1, 10**6, 2**40, -(2**63))
-    for value, where in zip(2 * values, (0, 1, -1, 0, 1, -1), strict=False):
+    for value, where in zip(values, (0, 1, -1, 0), strict=False):
         arguments = inputs(name, shape=shape)
         arguments[key] = arguments[key].clone()
         arguments[key][where] = value

@@ -236,7 +236,8 @@ def test_a_process_that_is_killed_while_it_skips(lab, last):
     assert [path.name for path in trial.checkpoints] == [f"step-{last + 2:08}"]
 
 
-@pytest.mark.parametrize("world, stage", [(2, 1), slow(2, 3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world, stage", [(2, 1), (2, 3)])
 def test_the_same_on_many_ranks(lab, world, stage):
     trial = lab.trial(*BREAKS, "checkpoint.every=1", "checkpoint.keep=1", stage=stage, steps=200)
     said = fails(trial, world)

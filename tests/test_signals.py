@@ -103,6 +103,7 @@ def test_a_signal_while_starting(lab, to, share):
     )
 
 
+@pytest.mark.slow
 def test_signals_one_after_the_other(lab):
     """A scheduler may repeat a signal, or send SIGUSR1 and soon after SIGTERM; both count once."""
     trial = lab.trial(LONG, stage=STAGE)
