@@ -309,6 +309,7 @@ def test_a_part_that_does_not_end_is_stopped_and_keeps_what_it_has(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_an_item_that_hangs_ends_its_process_and_one_that_fails_does_not(image, tmp_path):
     code = f"""
     import sys, time, torch

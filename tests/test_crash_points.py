@@ -109,6 +109,7 @@ def saves(trial: Trial) -> list[dict]:
     return trial.records("save")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disk", [("checkpoints", "1400k", 2)], indirect=True)
 def test_no_room_for_a_checkpoint(lab, disk):
     """Two checkpoints fill the disk, and training continues.

@@ -301,6 +301,7 @@ def test_device_functions_are_the_definition(first_column, p):
 # The masks of an example do not depend on its place
 
 
+@pytest.mark.slow
 def test_attention_does_not_depend_on_the_place_in_the_pack():
     """The longest sequence stays first in the tile schedule, and the others move."""
     lengths, seeds, heads, size = [12, 150, 7, 33], torch.tensor([5, 6, 7, 8]), 2, 32
