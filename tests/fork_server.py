@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import selectors
@@ -36,6 +37,20 @@ HEAVY = (
     "matplotlib.backends.backend_agg",
 )
 PR_SET_PDEATHSIG = 1  # prctl.h
+
+
+def warm_up() -> None:
+    """Do once what every rank would do at its beginning or for its first picture."""
+    import torch
+
+    from fastbert.training.history import History
+    from fastbert.training.loop import gemm_rate
+    from fastbert.training.picture import loss_figure
+
+    gemm_rate(torch.float32, "cpu", torch.get_num_threads())
+    history = History(("loss_mlm", "loss_nsp"))
+    history.add({"step": 1, "loss_mlm": 1.0, "loss_nsp": 1.0})
+    loss_figure(history, "", {}).savefig(io.BytesIO(), format="png")
 
 
 def serve() -> dict[str, Any] | None:
@@ -129,6 +144,7 @@ if __name__ == "__main__":
 
     for module in HEAVY:
         importlib.import_module(module)
+    warm_up()
     gc.freeze()  # a rank's first collection would copy the pages of all imports
     if (request := serve()) is not None:
         become(request)

@@ -58,13 +58,13 @@ class Rank:
         variables: Mapping[str, str],
         folder: Path,
         name: str,
-        more: dict[str, int],
+        place: dict[str, int | str],
     ):
         self._server = server
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
-        where = {"folder": str(folder), "out": str(self.out), "err": str(self.err)}
+        outputs = {"out": str(self.out), "err": str(self.err)}
         self.pid = server.start(
-            {"arguments": list(arguments), "environment": dict(variables), **where, **more}
+            {"arguments": list(arguments), "environment": dict(variables), **outputs, **place}
         )
 
     @property
@@ -120,9 +120,10 @@ class Ranks:
 
     Args:
         arguments: the command line's.
-        folder: working directory, where `rank0.out`, `rank0.err`, ... are also written.
+        folder: where `rank0.out`, `rank0.err`, ... are written.
         world: the number of ranks; a single one gets no launcher's variables.
         namespaces: id of a process whose mounts they see; by default the tests' own mounts.
+        workplace: the working directory; by default `folder`.
         more: further environment variables.
     """
 
@@ -132,6 +133,7 @@ class Ranks:
         folder: Path,
         world: int = 1,
         namespaces: int | None = None,
+        workplace: Path | None = None,
         **more: str,
     ):
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +143,9 @@ class Ranks:
             for rank in range(world):
                 values = (str(rank), str(world), str(rank), str(world), "127.0.0.1", port)
                 launched = dict(zip(LAUNCHER, values, strict=True)) if world > 1 else {}
-                mounts = {} if namespaces is None else {"namespaces": namespaces}
+                place: dict[str, int | str] = {"folder": str(workplace or folder)}
+                if namespaces is not None:
+                    place["namespaces"] = namespaces
                 self.ranks.append(
                     Rank(
                         _server(),
@@ -149,7 +153,7 @@ class Ranks:
                         environment(**launched, **more),
                         folder,
                         f"rank{rank}",
-                        mounts,
+                        place,
                     )
                 )
         except BaseException:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,19 +57,32 @@ def recipe(tmp_path, small_dataset) -> dict:
     }
 
 
-def test_from_a_text_to_a_filled_mask(tmp_path, english_jsonl):
-    os.link(english_jsonl, tmp_path / "english.jsonl")
-    (tmp_path / "first.py").write_text(SCRIPT, encoding="utf-8")
+def run_script(folder: Path, script: str, english_jsonl: Path) -> str:
+    """Run a script beside english.jsonl, and return the last line that it prints."""
+    os.link(english_jsonl, folder / "english.jsonl")
+    (folder / "first.py").write_text(script, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "first.py"],
-        cwd=tmp_path,
+        cwd=folder,
         env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    code, reason, found = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1]
+
+
+def test_a_script_prepares_with_two_workers(tmp_path, english_jsonl):
+    """The first lines of the script below."""
+    first_lines = SCRIPT.partition("model = ")[0]
+    run_script(tmp_path, first_lines + 'print("done")\n', english_jsonl)
+    assert (tmp_path / "data/manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_from_a_text_to_a_filled_mask(tmp_path, english_jsonl):
+    code, reason, found = json.loads(run_script(tmp_path, SCRIPT, english_jsonl))
     assert (code, reason, found) == (0, "stop.steps = 3", [4, 4])
 
 

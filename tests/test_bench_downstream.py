@@ -22,6 +22,7 @@ from benchmarks.quality.bench_downstream import (
     SEARCH_SEED,
     WORDS,
     Job,
+    main,
     searched,
     sides,
 )
@@ -94,9 +95,13 @@ def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
         ),
     ],
 )
-def test_bad_input(arguments, message, texts, tmp_path):
-    shown = bench(texts, "--out", tmp_path / "out", *arguments)
-    assert shown.returncode == 2 and message in shown.stderr and not (tmp_path / "out").exists()
+def test_bad_input(arguments, message, texts, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["bench_downstream", str(texts), "--out", str(out), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from fastbert.config import ModelConfig
 from fastbert.models.bert import BertForPreTraining
 from fastbert_kernels._tiles import TABLE
 from tests.sanitizer import sanitize
+from tests.tiers import slow
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 300  # for delays on a busy machine
@@ -308,6 +309,7 @@ def test_a_part_that_does_not_end_is_stopped_and_keeps_what_it_has(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_an_item_that_hangs_ends_its_process_and_one_that_fails_does_not(image, tmp_path):
     code = f"""
     import sys, time, torch
@@ -587,18 +589,20 @@ def test_a_line_that_nobody_foresaw_costs_a_section_of_the_report(tmp_path):
     assert "This section cannot be made: KeyError" in page and "| attention | passed | 3 |" in page
 
 
-def test_commands_that_cannot_run_say_so_in_one_line(image, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        ("no GPU that torch can use", ["benchmarks.gpu", "--out", "new"]),
+        slow("is not empty", ["benchmarks.gpu", "--out", "full", "--dry-run"]),
+        slow("has no results.jsonl", ["benchmarks.gpu.report", "new"]),
+    ],
+)
+def test_a_command_that_cannot_run_says_so_in_one_line(image, tmp_path, words, command):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/report.md").touch()
-    for words, *command in (
-        ("is not empty", "benchmarks.gpu", "--out", tmp_path / "full", "--dry-run"),
-        ("no GPU that torch can use", "benchmarks.gpu", "--out", tmp_path / "new"),
-        ("has no results.jsonl", "benchmarks.gpu.report", tmp_path / "new"),
-    ):
-        result = python(image, "-m", *command)
-        assert result.returncode == 2 and words in result.stdout and not result.stderr, (
-            result.stderr
-        )
+    places = {name: str(tmp_path / name) for name in ("new", "full")}
+    result = python(image, "-m", *(places.get(word, word) for word in command))
+    assert result.returncode == 2 and words in result.stdout and not result.stderr, result.stderr
     assert not (tmp_path / "new").exists()
 
 

@@ -19,9 +19,14 @@ from benchmarks.planning.bench_plan import (
     recorded_communication,
 )
 from fastbert.planning.plan import communication_per_step
+from tests.tiers import slow
 
 
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [case if case.sizes.preset == "tiny" else slow(case, id=case.name) for case in QUICK],
+    ids=lambda case: case.name,
+)
 def test_memory_is_within_a_tenth_of_counted_tensors(case):
     row = memory_row(case, torch.device("cpu"))
     for part in ("weights", "master weights", "moments"):

@@ -47,6 +47,7 @@ def test_first_step_of_the_trainer(small_dataset: TokenDataset, tmp_path: Path) 
     check_order(trainer_first_step(small_dataset.path, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_no_figure(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="ended with code 2"):
         first_step(tmp_path / "no dataset", tmp_path)

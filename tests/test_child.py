@@ -111,6 +111,7 @@ def test_prepare(hostile, script, english_jsonl, workers):
     check(done, hostile)
 
 
+@pytest.mark.slow
 def test_doctor(hostile, script):
     check(run(hostile, script, "doctor"), hostile)
 

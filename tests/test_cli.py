@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import resource
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from tiny_bert import make_hugging_face_folder, make_run
 
 from fastbert import __version__
 from fastbert.cli import run as run_inside
+from tests.ranks import Ranks, environment
 
-ROOT = Path(__file__).parents[1]
 VERBS = [
     "prepare",
     "init",
@@ -36,14 +37,26 @@ VERBS = [
 ]
 
 
-def fastbert(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`fastbert ...` as a user starts it, with `folder` as its working directory."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "fastbert", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
+@dataclass(frozen=True)
+class Result:
+    """What a process has left behind; its output ends in `stdout` and `stderr`."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def fastbert(folder: Path, *arguments: str) -> Result:
+    """`fastbert ...` in a process of its own, with `folder` as its working directory.
+
+    The process is forked from one that has imported the libraries (fork_server.py).
+    """
+    with (
+        tempfile.TemporaryDirectory() as outputs,
+        Ranks(arguments, Path(outputs), workplace=folder, COLUMNS="200") as ranks,
+    ):
+        (code,) = ranks.wait()
+        return Result(code, ranks[0].out.read_text(), ranks[0].err.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +79,10 @@ def place(small_dataset, tmp_path_factory) -> Path:
 
 
 def test_help_names_every_verb(tmp_path):
-    result = fastbert(tmp_path, "--help")
+    command = [sys.executable, "-m", "fastbert", "--help"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment(COLUMNS="200"), capture_output=True, text=True
+    )
     assert (result.returncode, result.stderr) == (0, "")
     assert all(re.search(rf"^\W*{verb} ", result.stdout, re.MULTILINE) for verb in VERBS)
 
@@ -274,13 +290,10 @@ def test_a_path_that_is_not_there_is_refused_before_anything_heavy_loads():
         "import sys; from fastbert.cli import run; "
         "print(run(['fill-mask', 'nowhere', '[MASK]']), 'torch' in sys.modules)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-        ).stdout
-        == "2 False\n"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
     )
+    assert result.stdout == "2 False\n"
 
 
 def test_evaluate(place, inside):

@@ -32,6 +32,7 @@ from tiny_bert import make_hugging_face_folder
 
 from fastbert import cli
 from fastbert.config import RunConfig, load_config, parse_config, settings_of
+from tests.tiers import slow
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -148,10 +149,16 @@ def test_what_is_not_run_names_only_what_exists(name):
                 check_command(line, block.where)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n for n in PAGE_NAMES if any(b.reason is None and b.language not in SHOWN for b in blocks(n))],
-)
+# A page with six runs of its own.
+LONG_PAGE = "docs/how-to/cooldown.md"
+RUN_PAGES = [
+    name
+    for name in PAGE_NAMES
+    if any(block.reason is None and block.language not in SHOWN for block in blocks(name))
+]
+
+
+@pytest.mark.parametrize("name", [slow(n) if n == LONG_PAGE else n for n in RUN_PAGES])
 def test_blocks_run(name, folder, monkeypatch, tmp_path):
     namespace = {"__name__": "__main__"}
     monkeypatch.chdir(folder())

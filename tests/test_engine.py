@@ -26,10 +26,10 @@ from fastbert.machine import probe_bf16
 from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine, NotFinite, deepspeed
-from tests.tiers import slow
+from tests.tiers import slow, typical
 
 ROOT = Path(__file__).parents[1]
-STAGES = [0, 1, 2, 3]
+STAGES = typical([0, 1, 2, 3], 0, 1, 3)
 MODEL = ModelConfig(
     hidden_size=32,
     num_hidden_layers=2,
@@ -143,7 +143,7 @@ def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
     It reads its own parameters and those of the modules inside it.
     """
     config = dataclasses.replace(
-        sgd(), batch=BatchConfig(sequences=2, max_length=16, micro_batch_tokens=40)
+        sgd(), batch=BatchConfig(sequences=1, max_length=16, micro_batch_tokens=40)
     )
     (pack,) = Batches(small_dataset, config).step(0)
     model = new_model(small_dataset).train()
@@ -153,8 +153,9 @@ def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
         assert built.model.impl == "triton"
         before = state_of(built)["weight"]
         built.step([pack], lr=1.0)
-        # By then DeepSpeed prefetches parameters in the order that it has recorded.
-        built.step([pack], lr=0.0)
+        if stage == 3:
+            # By then DeepSpeed prefetches parameters in the order that it has recorded.
+            built.step([pack], lr=0.0)
         after = state_of(built)["weight"]
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
@@ -166,9 +167,15 @@ def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
         )
 
 
-def test_what_a_step_reports(small_dataset, packs, gradient):
-    _, found = gradient
+def test_what_a_step_reports(small_dataset, packs):
+    """The bias makes the most frequent masked token the prediction, so that some are correct."""
+    common = torch.cat([pack.labels for pack in packs[0]]).mode().values
+    model = new_model(small_dataset).train()
+    model.mlm_head.vocabulary_bias.data[common] = 10.0
+    with torch.no_grad():
+        found = [losses(model(pack)) for pack in packs[0]]
     with engine(small_dataset, 0) as built:
+        built.model.mlm_head.vocabulary_bias.data[common] = 10.0
         result = built.step(packs[0], lr=0.0)
     masked, pairs = packs[0][0].masked_total, packs[0][0].pairs_total
     assert (result.tokens, result.sequences) == (
@@ -182,7 +189,8 @@ def test_what_a_step_reports(small_dataset, packs, gradient):
     assert result.loss_nsp == pytest.approx(
         float(torch.cat([f.pair_losses for f in found]).sum()) / pairs, rel=1e-5
     )
-    assert result.accuracy_mlm == int(torch.cat([f.token_correct for f in found]).sum()) / masked
+    correct = int(torch.cat([f.token_correct for f in found]).sum())
+    assert result.accuracy_mlm == correct / masked > 0
     assert result.accuracy_nsp == int(torch.cat([f.pair_correct for f in found]).sum()) / pairs
 
 
@@ -293,7 +301,13 @@ def resume_from(
 
 @pytest.mark.parametrize(
     "optimizer, stage",
-    [("lamb", 0), *((name, stage) for name in ("adamw", "sgd") for stage in STAGES)],
+    typical(
+        [("lamb", 0), *((name, stage) for name in ("adamw", "sgd") for stage in range(4))],
+        ("lamb", 0),
+        ("adamw", 0),
+        ("adamw", 1),
+        ("sgd", 3),
+    ),
 )
 def test_a_state_from_before_the_first_step(small_dataset, packs, stage, optimizer):
     """This is the state where every step so far was skipped.
@@ -498,7 +512,8 @@ with engine(dataset, int(os.environ["STAGE"]), sgd()) as built:
 """
 
 
-@pytest.mark.parametrize("stage", [slow(0), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_two_ranks_make_the_same_step(small_dataset, packs, gradient, tmp_path, stage):
     """Real processes with gloo, which differ in their examples and numbers of masked tokens."""
     environment = {

@@ -136,10 +136,15 @@ def test_a_is_cut_at_its_front_and_b_at_its_end(tmp_path):
     assert spans.lengths.max() <= 23
 
 
-def test_room_that_one_side_does_not_need_goes_to_the_other(tmp_path):
-    split = tiny_split(tmp_path / "split", [[4, 40], [5, 40], [3, 40]])
+@pytest.mark.parametrize("short", ["a_length", "b_length"])
+def test_room_that_one_side_does_not_need_goes_to_the_other(tmp_path, short):
+    documents = [[4, 40], [5, 40], [3, 40]]
+    if short == "b_length":
+        documents = [sentences[::-1] for sentences in documents]
+    split = tiny_split(tmp_path / "split", documents)
     spans = epoch_of(make(split, segments="single", max_length=33))  # halves would be 15 and 15
-    assert set(spans.a_length) == {3, 4, 5} and spans.b_length.min() >= 25
+    assert set(getattr(spans, short)) <= {3, 4, 5}
+    assert (spans.ordinary - getattr(spans, short)).min() >= 25
 
 
 def test_fill_reaches_max_length_where_documents_are_long(tmp_path, monkeypatch):

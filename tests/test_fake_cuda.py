@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
+from tests.tiers import slow
 from tests.uninterpreted import run_module
 
 
-def test_a_step_stays_on_its_device_and_never_waits_for_it():
-    result = run_module("tests.fake_cuda")
+@pytest.mark.parametrize("options", [["--short"], slow([])])
+def test_a_step_stays_on_its_device_and_never_waits_for_it(options):
+    result = run_module("tests.fake_cuda", *options)
     assert result.returncode == 0, result.stderr
     assert "launches on fake CUDA tensors" in result.stdout

@@ -6,6 +6,7 @@ Results are equal to the bit, and gradients to rounding.
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fastbert.models.fused_layer import Call, fused_layer
 from tests.random_batch import make_batch
 from tests.random_model import build
 from tests.test_kernels import GPU, watched
+from tests.tiers import typical
 
 DEVICE = "cuda" if GPU else "cpu"
 LENGTHS = [9, 1 + 4, 20]
@@ -44,9 +46,13 @@ def step(model: BertForPreTraining, impl: str, longest: int) -> dict[str, torch.
 
 
 @pytest.mark.parametrize(
-    ("dtype", "longest"), [(torch.bfloat16, 20), (torch.bfloat16, 200), (torch.float32, 20)]
+    ("p", "dtype", "longest"),
+    typical(
+        itertools.product((0.0, 0.1), (torch.bfloat16, torch.float32), (20, 200)),
+        (0.1, torch.bfloat16, 20),
+        (0.1, torch.bfloat16, 200),
+    ),
 )
-@pytest.mark.parametrize("p", [0.0, 0.1])
 def test_it_is_the_composed_layer(p, dtype, longest, monkeypatch):
     model = two_layers(p, dtype)
     fused = step(model, "triton", longest)

@@ -30,6 +30,7 @@ from fastbert.training.graphs import GraphedModel, check_cuda_graphs
 from tests.random_batch import VOCAB, make_batch
 from tests.test_engine import CONFIG, MODEL, settings, state_of
 from tests.test_kernels import GPU, watched
+from tests.tiers import slow
 from tests.toy_ranks import Toys
 from tests.trials import Laboratory
 
@@ -97,7 +98,7 @@ def shape(pack: PackedBatch) -> tuple[int, ...]:
     return len(pack.input_ids), len(pack.examples), len(pack.labels)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [slow(0), 1, slow(2)])
 def test_ten_steps_are_those_without_graphs(small_dataset, stage, recorders, monkeypatch):
     """The steps are equal to the last digit where packs are padded in both runs.
 
@@ -150,7 +151,7 @@ def rank_of_two(path: Path) -> int:
     return int(runs[0] != runs[1])
 
 
-@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("impl", ["cpu", slow("reference")])
 def test_ten_steps_are_those_of_packs_without_padding(small_dataset, impl, recorders):
     """The steps are equal to rounding, and their counts exactly.
 
@@ -211,7 +212,7 @@ def computed(model: Any, pack: PackedBatch) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("impl", "dtype"),
-    [("triton", torch.bfloat16), ("triton" if GPU else "reference", torch.float32)],
+    [slow("triton", torch.bfloat16), ("triton" if GPU else "reference", torch.float32)],
 )
 def test_a_replay_gives_what_the_model_gives(impl, dtype):
     """The results are equal to the last digit, since the same operation divides the losses outside.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +25,7 @@ from fastbert.cluster.signature import Key, find_key
 from fastbert.cluster.signed_store import No, SignedStore
 from fastbert.errors import InputError
 from tests.ranks import LAUNCHER, environment, free_port
+from tests.tiers import slow
 from tests.toy_ranks import HOST, Toys, listening, say
 
 SOON_S = 3.0  # a time-out that tests reach
@@ -87,6 +90,27 @@ def _member(timeout_s: float, acts: dict[str, str]) -> int:
     return member(timeout_s, **acts)
 
 
+# Groups that wait for a time-out, so all of them are started before the first one is looked at.
+WAITING: dict[str, dict[str, Any]] = {
+    "ranks 1 and 3 never come": {"world": 4, "only": (0, 2)},
+    "rank 0 never comes": {"world": 2, "only": (1,)},
+    "rank 0 is stopped": {"world": 2, "acts": {"0": "stop"}},
+    "rank 1 is stopped": {"world": 2, "acts": {"1": "stop"}},
+    "no such name": {"world": 2, "only": (0,), "MASTER_ADDR": "nowhere.invalid"},
+}
+
+
+@pytest.fixture(scope="module")
+def waiting(tmp_path_factory) -> Iterator[dict[str, Toys]]:
+    with contextlib.ExitStack() as groups:
+        yield {
+            what: groups.enter_context(
+                members(tmp_path_factory.mktemp("waiting"), timeout_s=SOON_S, **given)
+            )
+            for what, given in WAITING.items()
+        }
+
+
 def entered(toys: Toys, rank: int, pid: int) -> None:
     """Return when a process has registered as this rank, and so waits for others."""
     end = time.monotonic() + NEVER_S
@@ -144,24 +168,23 @@ def test_one_process_needs_no_launcher_and_no_store(tmp_path):
         assert toys.wait() == [0]
 
 
-def test_a_rank_that_never_comes_is_named(tmp_path):
-    with members(tmp_path, 4, SOON_S, only=(0, 2)) as toys:
-        assert toys.wait() == [1, 1]
-        store = f"127.0.0.1:{toys.port}"
-        for rank in (0, 2):
-            assert (
-                toys.out(rank) == f"RankLost: rank 1, rank 3 did not come to {store} "
-                "within 3 s (runtime.timeout_s)\n"
-            )
+def test_a_rank_that_never_comes_is_named(waiting):
+    toys = waiting["ranks 1 and 3 never come"]
+    assert toys.wait() == [1, 1]
+    for rank in (0, 2):
+        assert (
+            toys.out(rank) == f"RankLost: rank 1, rank 3 did not come to 127.0.0.1:{toys.port} "
+            "within 3 s (runtime.timeout_s)\n"
+        )
 
 
-def test_rank_0_never_comes(tmp_path):
-    with members(tmp_path, 2, SOON_S, only=(1,)) as toys:
-        assert toys.wait() == [1]
-        assert "RankLost: rank 0 did not come to 127.0.0.1:" in toys.out(1)
+def test_rank_0_never_comes(waiting):
+    toys = waiting["rank 0 never comes"]
+    assert toys.wait() == [1]
+    assert "RankLost: rank 0 did not come to 127.0.0.1:" in toys.out(1)
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [slow(0), 1])
 def test_a_signal_while_waiting_ends_all_who_wait(tmp_path, asked):
     with members(tmp_path, 3, only=(0, 1)) as toys:
         entered(toys, 1, toys.pid(1))
@@ -203,12 +226,11 @@ def test_a_signal_noticed_by_one_rank_ends_all(tmp_path):
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_rank_that_is_stopped_on_the_way_is_named(tmp_path, stopped):
+def test_a_rank_that_is_stopped_on_the_way_is_named(waiting, stopped):
     """Rank 0 is tested too: without its answer every call to the store would wait for ever."""
-    other = 1 - stopped
-    with members(tmp_path, 2, SOON_S, acts={str(stopped): "stop"}) as toys:
-        assert toys.wait(other) == [1]
-        assert f"RankLost: {toys.name(stopped)} " in toys.out(other)
+    toys, other = waiting[f"rank {stopped} is stopped"], 1 - stopped
+    assert toys.wait(other) == [1]
+    assert f"RankLost: {toys.name(stopped)} " in toys.out(other)
 
 
 def test_different_world_sizes(tmp_path):
@@ -256,21 +278,19 @@ def test_an_address_of_another_machine(tmp_path):
         )
 
 
-def test_a_name_that_nobody_knows(tmp_path):
-    with members(tmp_path, 2, SOON_S, only=(0,), MASTER_ADDR="nowhere.invalid") as toys:
-        assert toys.wait() == [1]
-        assert (
-            "MASTER_ADDR = nowhere.invalid: the name did not resolve to an address within 3 s"
-            in toys.out(0)
-        )
+def test_a_name_that_nobody_knows(waiting):
+    toys = waiting["no such name"]
+    assert toys.wait() == [1]
+    assert (
+        "MASTER_ADDR = nowhere.invalid: the name did not resolve to an address within 3 s"
+        in toys.out(0)
+    )
 
 
 def test_a_launchers_store_still_has_the_keys_of_earlier_attempts(tmp_path):
     agent = hold_store("127.0.0.1", 0)
     given = {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    for attempt, (world, only) in enumerate(
-        [(3, (0, 1)), (3, (1, 2)), (3, None), (2, None), (3, None)]
-    ):
+    for attempt, (world, only) in enumerate([(3, (0, 1)), (3, None), (2, None), (3, None)]):
         (folder := tmp_path / str(attempt)).mkdir()
         with members(folder, world, SOON_S if only else NEVER_S, only, **given) as toys:
             assert toys.wait() == [1, 1] if only else [0] * world, toys.out(0)
@@ -294,7 +314,7 @@ def test_the_store_of_an_attempt_that_ends_just_now(tmp_path):
 OTHER_KEY = "another key, with 32 characters or more"
 
 
-@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("odd", [0, slow(1)])
 def test_ranks_with_two_keys_say_so_at_once(tmp_path, odd):
     """This happens where home directories are not shared.
 

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.tiers import slow
+from tests.tiers import slow, typical
 
 pytest.importorskip("hypothesis")  # a machine with a GPU may have pytest alone
 
@@ -64,14 +64,19 @@ def shapes(draw: st.DrawFn, spec: Spec) -> Shape:
     return shape
 
 
+@pytest.mark.parametrize("examples", [5, slow(40)])
 @pytest.mark.parametrize("name", TRITON)
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_shapes_around_tiles_keep_the_bound_of_test_kernels(name, data):
+def test_shapes_around_tiles_keep_the_bound_of_test_kernels(name, examples):
     spec = SPECS[name]
-    shape, dtype = data.draw(shapes(spec)), data.draw(st.sampled_from(list(DTYPES)))
-    p = data.draw(st.sampled_from([0.0, 0.1, 0.5] if spec.dropout else [0.0]))
-    test_kernels.test_agrees_with_the_reference_in_fp64(name, "triton", shape, p, dtype)
+
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def holds(data: st.DataObject) -> None:
+        shape, dtype = data.draw(shapes(spec)), data.draw(st.sampled_from(list(DTYPES)))
+        p = data.draw(st.sampled_from([0.0, 0.1, 0.5] if spec.dropout else [0.0]))
+        test_kernels.test_agrees_with_the_reference_in_fp64(name, "triton", shape, p, dtype)
+
+    holds()
 
 
 @pytest.mark.parametrize("impl", [impl for name, impl in EVERY if name == "attention"])
@@ -156,8 +161,16 @@ def test_columns_that_lie_apart_are_refused_by_name(name, shape, dtype):
 # 64-bit offsets
 
 
+# The same loads with another axis or table, for the slow tier.
+ALIKE = [("q", 1), ("k", 0), ("v", 1), ("position_embeddings", 0), ("token_type_embeddings", 0)]
 FAR = [
-    pytest.param(name, key, axis, id=f"{name}-{key}-{axis}")
+    pytest.param(
+        name,
+        key,
+        axis,
+        id=f"{name}-{key}-{axis}",
+        marks=pytest.mark.slow if (key, axis) in ALIKE else (),
+    )
     for name in TRITON
     for key, value in tensors(inputs(name)).items()
     for axis in range(value.dim() - 1)
@@ -207,7 +220,7 @@ def test_offsets_beyond_32_bits(name, key, axis, monkeypatch):
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["all", "cut"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", typical(DTYPES.values(), torch.bfloat16), ids=DTYPES)
 def test_attention_of_a_sequence_does_not_depend_on_its_place_in_the_pack(dtype, cut):
     lengths, order = [40, 129 if dtype == torch.float16 else 128, 1, 0, 33, 16], [3, 4, 1, 5, 0, 2]
     arguments = inputs(
@@ -481,7 +494,7 @@ def test_unchecked_a_bad_index_reads_and_writes_nothing_outside(name, key, shape
     """It gives NaN where the docstring says so."""
     spec = SPECS[name]
     values = (-1, -300, 300) if key == "cu_seqlens" else (-1, 10**6, 2**40, -(2**63))
-    for value, where in zip(2 * values, (0, 1, -1, 0, 1, -1), strict=False):
+    for value, where in zip(values, (0, 1, -1, 0), strict=False):
         arguments = inputs(name, shape=shape)
         arguments[key] = arguments[key].clone()
         arguments[key][where] = value

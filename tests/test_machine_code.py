@@ -73,6 +73,7 @@ def test_an_instruction_is_decoded_with_what_it_waits_for():
         decode("nothing")
 
 
+@pytest.mark.slow
 def test_our_own_kernels_decode_into_what_the_hardware_demands():
     result = run_module("tests.decoded_kernels")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -18,6 +18,7 @@ from tests.tiers import typical
 from tests.trials import Laboratory, Trial
 
 STEPS = 50
+FIRST = 10  # of them, that the default tier compares
 # These must be equal, since every step has the same examples with the same masks.
 COUNTS = ("step", "tokens", "masked", "sequences")
 LOSSES = ("loss", "loss_mlm", "loss_nsp", "grad_norm")  # these to rounding
@@ -34,12 +35,13 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
     return Laboratory(tmp_path_factory.mktemp("ranks"), small_dataset.path)
 
 
-def shared(lab: Laboratory, world: int, stage: int, tokens: int) -> list[dict]:
+def shared(lab: Laboratory, world: int, stage: int, tokens: int, *more: str) -> list[dict]:
     """Return the steps of a run on `world` ranks."""
     trial = lab.trial(
         f"batch.micro_batch_tokens={tokens}",
         "checkpoint.every=1000",
         "evaluate.every=1000",
+        *more,
         stage=stage,
         steps=STEPS,
     )
@@ -64,14 +66,18 @@ def far(steps: list[dict], others: list[dict]) -> float:
 
 
 @pytest.fixture(scope="module")
-def rounding(alone, small_dataset, lab) -> float:
+def plain(lab, small_dataset) -> list[dict]:
+    """The steps of plain torch, in single precision."""
+    return by_torch(lab, small_dataset, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def rounding(plain, lab, small_dataset) -> float:
     """The difference caused by rounding alone.
 
     It is measured on 50 steps by torch in single and double precision.
     """
-    return 4 * far(
-        by_torch(lab, small_dataset, torch.float32), by_torch(lab, small_dataset, torch.float64)
-    )
+    return 4 * far(plain, by_torch(lab, small_dataset, torch.float64))
 
 
 def by_torch(lab: Laboratory, dataset, dtype: torch.dtype, ranks: int | None = None) -> list[dict]:
@@ -112,8 +118,8 @@ def by_torch(lab: Laboratory, dataset, dtype: torch.dtype, ranks: int | None = N
     return steps
 
 
-def test_a_run_is_what_plain_torch_makes_of_it(alone, lab, small_dataset, rounding):
-    assert far(alone, by_torch(lab, small_dataset, torch.float32)) < rounding
+def test_a_run_is_what_plain_torch_makes_of_it(alone, plain, rounding):
+    assert far(alone, plain) < rounding
 
 
 def test_averaging_the_means_of_ranks_would_be_noticed(alone, lab, small_dataset, rounding):
@@ -121,13 +127,26 @@ def test_averaging_the_means_of_ranks_would_be_noticed(alone, lab, small_dataset
     assert far(by_torch(lab, small_dataset, torch.float32, ranks=2), alone) > 100 * rounding
 
 
-@pytest.mark.parametrize("world, stage, tokens", typical(SHARED, SHARED[4], SHARED[-1]))
-def test_the_step_is_that_of_the_whole_batch(lab, alone, rounding, world, stage, tokens):
-    steps = shared(lab, world, stage, tokens)
+@pytest.mark.parametrize("world, stage, tokens", [(2, 3, PACKS[0]), (4, 0, PACKS[0])])
+def test_the_first_steps_are_those_of_the_whole_batch(lab, alone, rounding, world, stage, tokens):
+    """Another condition ends the run early, so the learning rates are those of all steps."""
+    enough = sum(step["tokens"] for step in alone[:FIRST])
+    steps = shared(lab, world, stage, tokens, f"stop.tokens={enough}")
+    assert len(steps) == FIRST
+    compare(steps, alone[:FIRST], rounding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world, stage, tokens", SHARED)
+def test_every_step_is_that_of_the_whole_batch(lab, alone, rounding, world, stage, tokens):
+    compare(shared(lab, world, stage, tokens), alone, rounding)
+
+
+def compare(steps: list[dict], others: list[dict], rounding: float) -> None:
     assert [[s[key] for key in COUNTS] for s in steps] == [
-        [s[key] for key in COUNTS] for s in alone
+        [s[key] for key in COUNTS] for s in others
     ]
-    assert far(steps, alone) < rounding
+    assert far(steps, others) < rounding
 
 
 # What may change when a run is resumed: (ranks, stage, precision) of each leg in turn.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests import mutants
 from tests.mutants import FAULTS, ROOT, TESTS, Fault, copy_of_the_checkout, plant
 
@@ -20,6 +22,7 @@ def test_every_fault_has_tests():
     assert not [name for name in names if not (ROOT / f"tests/{name}.py").exists()]
 
 
+@pytest.mark.slow
 def test_a_fault_is_noticed_and_an_equal_program_is_not(tmp_path, monkeypatch):
     """The copy is tested and restored, not the checkout."""
     monkeypatch.setattr(mutants, "TESTS", {mutants.SCHEDULE: ["test_schedule"]})

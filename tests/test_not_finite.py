@@ -16,6 +16,7 @@ from fastbert.checkpoints import checkpoint
 from fastbert.config import load_config
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.packing import PackedBatch
+from tests.tiers import slow
 from tests.trials import Laboratory, Trial, wait_for
 
 # The position of a token in its sequence. One sequence in four is longer, so about a third of the
@@ -76,7 +77,7 @@ def fails(trial: Trial, world: int, *overrides: str) -> list[str]:
         return ranks[0].out.read_text().splitlines()
 
 
-@pytest.mark.parametrize("world, stage", [(1, 0), (2, 0), (2, 1), (2, 3)])
+@pytest.mark.parametrize("world, stage", [(1, 0), slow(2, 0), slow(2, 1), slow(2, 3)])
 def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, stage):
     """Only long sequences use a damaged embedding.
 
@@ -116,7 +117,7 @@ def test_examples_that_break_the_loss_are_skipped(lab, small_dataset, world, sta
         assert fails(trial, world)[-1] == said[-1]
 
 
-@pytest.mark.parametrize("world, stage", [(1, 0), (2, 0)])
+@pytest.mark.parametrize("world, stage", [(1, 0), slow(2, 0)])
 def test_too_many_in_a_row_end_the_run(lab, small_dataset, world, stage):
     """This is gradient descent with learning rate 100 and without clipping."""
     limit = 3
@@ -192,8 +193,8 @@ def interrupted(trial: Trial, last: int) -> list[str]:
     "end, every, keep",
     [
         (hopeless, 2, 2),
-        (hopeless, 1, 1),
-        (stopped_while_skipping, 1, 1),
+        slow(hopeless, 1, 1),
+        slow(stopped_while_skipping, 1, 1),
         (stopped_at_the_step_that_breaks, 1, 1),
         (interrupted, 1, 1),
     ],
@@ -235,6 +236,7 @@ def test_a_process_that_is_killed_while_it_skips(lab, last):
     assert [path.name for path in trial.checkpoints] == [f"step-{last + 2:08}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, stage", [(2, 1), (2, 3)])
 def test_the_same_on_many_ranks(lab, world, stage):
     trial = lab.trial(*BREAKS, "checkpoint.every=1", "checkpoint.keep=1", stage=stage, steps=200)
@@ -270,7 +272,7 @@ def longest(packs: Sequence[PackedBatch]) -> int:
     return max(int(pack.cu_seqlens.diff().max()) for pack in packs)
 
 
-@pytest.mark.parametrize("stage, more", [(0, ()), (3, ()), (0, ("optimizer.name=lamb",))])
+@pytest.mark.parametrize("stage, more", [(0, ()), slow(3, ()), slow(0, ("optimizer.name=lamb",))])
 def test_no_step_was_finite(lab, stage, more):
     """The initial weights are finite but give no finite loss.
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastbert_kernels._spec import Shape, Spec
 from fastbert_kernels.specs import SPECS
 from tests.test_kernels import DTYPES, GPU, fresh_memory_is_nan, place, run, watched
+from tests.tiers import slow
 
 __all__ = ["fresh_memory_is_nan"]  # used by every test
 
@@ -43,19 +44,26 @@ def usual(name: str) -> Shape:
 
 
 def cases(*dtypes: str) -> list[Any]:
-    """(name, shape, dtype) of every Triton operation; all dtypes but the last are slow."""
-    return [
-        pytest.param(
-            name,
-            shape,
-            DTYPES[dtype],
-            id=f"{name}-{''.join(axes)}-{dtype}",
-            marks=() if dtype == dtypes[-1] else pytest.mark.slow,
-        )
-        for name in TRITON
-        for axes, shape in kinds(SPECS[name]).items()
-        for dtype in dtypes
-    ]
+    """(name, shape, dtype) of every Triton operation.
+
+    The default tier has the first and the last set of axes, in the last dtype.
+    """
+    found = []
+    for name in TRITON:
+        every = kinds(SPECS[name])
+        ends = (next(iter(every)), next(reversed(every)))
+        found += [
+            pytest.param(
+                name,
+                shape,
+                DTYPES[dtype],
+                id=f"{name}-{''.join(axes)}-{dtype}",
+                marks=() if axes in ends and dtype == dtypes[-1] else pytest.mark.slow,
+            )
+            for axes, shape in every.items()
+            for dtype in dtypes
+        ]
+    return found
 
 
 def inputs(
@@ -120,7 +128,7 @@ def test_opcheck(name, shape, dtype):
             torch.library.opcheck(func, args, kwargs)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [slow(False, id="static"), pytest.param(True, id="dynamic")])
 @pytest.mark.parametrize(("name", "shape", "dtype"), cases("bf16"))
 def test_compiled_it_gives_the_same_bits(name, shape, dtype, dynamic):
     torch._dynamo.reset()

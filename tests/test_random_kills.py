@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastbert.checkpoints import checkpoint
+from tests.tiers import slow
 from tests.trials import Laboratory, dataset_flips, flip, flips, kills, wait_for
 
 SEED = 1
@@ -19,11 +20,9 @@ def lab(tmp_path_factory, small_dataset) -> Laboratory:
     return Laboratory(tmp_path_factory.mktemp("kills"), small_dataset.path)
 
 
-@pytest.mark.parametrize(
-    ("number", "seed"), [(8, SEED), pytest.param(22, SEED + 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("number", "seed"), [(5, SEED), slow(25, SEED + 1)])
 def test_kill_9_at_any_moment(lab, number, seed):
-    """Kill one rank or all, with one rank and with two, at every stage.
+    """Kill one rank or all: with two ranks, and then also with one and at every stage.
 
     Every later loss is that of the undisturbed run.
     """
@@ -51,16 +50,18 @@ def test_rank_0_dies_as_the_run_begins(lab):
     assert lab.finish(trial, 2, 1).passed
 
 
-def test_one_flipped_bit_anywhere(lab):
-    tally = flips(lab, 10, SEED)
+@pytest.mark.parametrize("number", [4, slow(16)])
+def test_one_flipped_bit_anywhere(lab, number):
+    tally = flips(lab, number, SEED)
     print(tally)
-    assert tally.passed and tally.tried == 10, str(tally)
+    assert tally.passed and tally.tried == number, str(tally)
 
 
-def test_one_flipped_bit_anywhere_in_a_dataset(lab):
-    tally = dataset_flips(lab, 10, SEED)
+@pytest.mark.parametrize("number", [4, slow(16)])
+def test_one_flipped_bit_anywhere_in_a_dataset(lab, number):
+    tally = dataset_flips(lab, number, SEED)
     print(tally)
-    assert tally.passed and tally.tried == 10, str(tally)
+    assert tally.passed and tally.tried == number, str(tally)
 
 
 def test_every_bit_of_a_small_checkpoint(tmp_path):

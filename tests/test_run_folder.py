@@ -23,6 +23,7 @@ from fastbert.errors import InputError
 from fastbert.tasks.run_report import report
 from fastbert.training.loop import pretrain
 from tests.ranks import ROOT, environment
+from tests.tiers import slow
 from tests.trials import Laboratory, Trial, lines_so_far, wait_for
 
 SECRET = "root:secret"
@@ -168,6 +169,7 @@ def test_a_folder_of_something_else_is_refused(trial, small_dataset, make, resum
     assert contents(trial.run) == before
 
 
+@pytest.mark.slow
 def test_the_folder_that_one_stands_in(lab, small_dataset):
     """This is `run=.` in a project, by the command line."""
     trial = lab.trial(*SHORT)
@@ -383,10 +385,10 @@ main(sys.argv[1:])
     "place",
     [
         "checkpoints",
-        "checkpoints/step-00000004",
-        "checkpoints/step-00000004/manifest.json",
-        ".",
-        "metrics.jsonl",
+        slow("checkpoints/step-00000004"),
+        slow("checkpoints/step-00000004/manifest.json"),
+        slow("."),
+        slow("metrics.jsonl"),
     ],
 )
 def test_no_right_to_read_is_no_reason_to_start_anew(finished, small_dataset, place):
@@ -512,6 +514,7 @@ def test_a_resume_does_not_write_through_links(trial, run, tmp_path, name):
     assert mine.read_text() == "mine" and not (run / name).is_symlink()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_recipe_that_was_there(trial, run):
     """In a process with a file size limit of 200 bytes, the claim fits and the recipe does not."""
     before = (run / "config.toml").read_bytes()

@@ -53,7 +53,7 @@ def interrupted(ranks: Ranks, trial: Trial) -> list[int]:
 def test_a_signal_while_training(lab, number, to):
     """The moment differs by case: within a step, an evaluation or a save."""
     generator = random.Random(f"{number} {to}")
-    trial, lines = lab.trial(LONG, stage=STAGE), generator.randint(1, 12)
+    trial, lines = lab.trial(LONG, stage=STAGE), generator.randint(1, 8)
     with trial.start(WORLD) as ranks:
         wait_for(lambda: lines_so_far(trial) >= lines)
         time.sleep(0.05 * generator.random())
@@ -103,6 +103,7 @@ def test_a_signal_while_starting(lab, to, share):
     )
 
 
+@pytest.mark.slow
 def test_signals_one_after_the_other(lab):
     """A scheduler may repeat a signal, or send SIGUSR1 and soon after SIGTERM; both count once."""
     trial = lab.trial(LONG, stage=STAGE)
@@ -170,7 +171,7 @@ def started(command: list[str], trial: Trial) -> Iterator[subprocess.Popen]:
 @pytest.mark.parametrize(
     "launcher, world, stage, code",
     [
-        (by_hand, 1, 0, 75),
+        slow(by_hand, 1, 0, 75),
         slow(torchrun, WORLD, STAGE, 1),
         slow(deepspeed, WORLD, STAGE, 75),
     ],  # torchrun itself only knows 0 and 1

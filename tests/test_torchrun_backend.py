@@ -166,6 +166,31 @@ def test_a_host_that_cannot_listen():
         get_rendezvous_handler(parameters(store.port, is_host="1"))
 
 
+OTHER_KEY = "another key, with 32 characters or more"
+ANOTHER_KEY = (
+    "fastbert: --rdzv-endpoint 127.0.0.1:{port}: the nodes that are there and this process "
+    "(FASTBERT_RENDEZVOUS_KEY) do not have the same key, which every process of a run needs; where "
+    "the nodes do not share home directories, set FASTBERT_RENDEZVOUS_KEY to the same value on "
+    "each of them, or copy ~/.fastbert/rendezvous.key to each\n"
+)
+
+
+def test_a_node_with_another_key_is_turned_away(capfd):
+    """It gets one line, and the others are not disturbed."""
+    port = free_port()
+    first = get_rendezvous_handler(parameters(port, least=2))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setenv("FASTBERT_RENDEZVOUS_KEY", OTHER_KEY)
+        get_rendezvous_handler(parameters(port, least=2))
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == ANOTHER_KEY.format(port=port)
+    second = get_rendezvous_handler(parameters(port, least=2))
+    assert {found[:2] for found in meet(first, second)} == {(0, 2), (1, 2)}
+    assert capfd.readouterr().err == ""
+    for handler in (first, second):
+        handler.shutdown()
+
+
 def hold(connection) -> None:
     """Hold a store in a process that a test stops."""
     store = hold_store("127.0.0.1", 0)
@@ -244,7 +269,7 @@ def forgeries(stranger: Any, trap: Path) -> dict[str, bytes]:
         "a pickle as torch would have it": b64encode(pickled),
         "a pickle": pickled,
         "one behind the signature of a state": state[:SIGNATURE] + start + later + pickled,
-        "one signed by another key": Key(b"another key, with 32 characters or more", "").sign(
+        "one signed by another key": Key(OTHER_KEY.encode(), "").sign(
             STATE, start + later + pickled
         ),
         "one signed for another run": key.sign(
@@ -542,6 +567,7 @@ class Node:
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_node_is_lost_and_another_one_comes(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     port = free_port()
@@ -590,6 +616,7 @@ def test_no_code_of_a_stranger_is_run_while_it_trains(tmp_path):
     assert not trap.exists()
 
 
+@pytest.mark.slow
 def test_no_code_of_a_stranger_is_run_while_it_waits(tmp_path):
     """It waits for another node, which comes when the trap is set."""
     (tmp_path / "worker.py").write_text(WORKER)
@@ -606,23 +633,16 @@ def test_no_code_of_a_stranger_is_run_while_it_waits(tmp_path):
     assert not trap.exists()
 
 
-def test_a_node_with_another_key_is_turned_away(tmp_path):
+@pytest.mark.slow
+def test_a_torchrun_with_another_key_is_turned_away(tmp_path):
     """It gets one line, and the others continue to train."""
     (tmp_path / "worker.py").write_text(WORKER)
     port = free_port()
     with Node(tmp_path, port, "first") as first:
         first.until(1)
-        with Node(
-            tmp_path, port, "odd", FASTBERT_RENDEZVOUS_KEY="another key, with 32 characters or more"
-        ) as odd:
+        with Node(tmp_path, port, "odd", FASTBERT_RENDEZVOUS_KEY=OTHER_KEY) as odd:
             assert odd.wait() == 2
-            assert odd.said == (
-                f"fastbert: --rdzv-endpoint 127.0.0.1:{port}: the nodes that are there and this "
-                "process (FASTBERT_RENDEZVOUS_KEY) do not have the same key, which every process "
-                "of a run needs; where the nodes do not share home directories, set "
-                "FASTBERT_RENDEZVOUS_KEY to the same value on each of them, or copy "
-                "~/.fastbert/rendezvous.key to each\n"
-            )
+            assert odd.said == ANOTHER_KEY.format(port=port)
         with Node(tmp_path, port, "second") as second:
             second.until(2)
             first.until(1, 2)
@@ -631,6 +651,7 @@ def test_a_node_with_another_key_is_turned_away(tmp_path):
         assert "somebody without the key" not in first.said
 
 
+@pytest.mark.slow
 def test_one_machine_needs_no_set_up(tmp_path):
     """The agent or a worker makes the key, and all processes read the same one.
 
@@ -667,26 +688,14 @@ def test_one_machine_needs_no_set_up(tmp_path):
     assert (tmp_path / ".fastbert/rendezvous.key").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_node_without_a_place_for_its_key_says_so(tmp_path):
-    variables = {"HOME": str(tmp_path / "nowhere")}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--rdzv-backend",
-        "fastbert",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
-        "worker.py",
-    ]
-    env = environment(**variables)
-    env.pop("FASTBERT_RENDEZVOUS_KEY", None)
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(
+def test_a_node_without_a_place_for_its_key_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("FASTBERT_RENDEZVOUS_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit) as ended:
+        get_rendezvous_handler(parameters(free_port()))
+    said = capfd.readouterr().err
+    assert ended.value.code == 2 and said.startswith(
         f"fastbert: {tmp_path}/nowhere/.fastbert/rendezvous.key: the key of the rendezvous cannot "
         f"be kept there: No such"
     )
-    assert len(done.stderr.splitlines()) == 1
+    assert len(said.splitlines()) == 1

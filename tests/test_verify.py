@@ -26,6 +26,7 @@ from fastbert.data.verify import ids_below, offsets_to
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
 from tests.ranks import Ranks
+from tests.tiers import slow
 from tests.trials import Laboratory, flip, wait_for
 
 TOKENS, SENTENCES = "train/shard-00000.tokens", "train/shard-00000.sentences"
@@ -230,7 +231,7 @@ def a_baseline(path: Path) -> None:
     forge(path, "baselines.json", lambda data: data.replace(b"unigram", b"unicorn"))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [slow(1), 2])
 @pytest.mark.parametrize(
     "damage, words",
     [

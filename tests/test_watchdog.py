@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from fastbert.cluster.group import form_group
 from fastbert.cluster.rendezvous import RankLost
 from fastbert.cluster.watchdog import LOOK_S, Watchdog
+from tests.tiers import slow, typical
 from tests.toy_ranks import Toys, say
 
 TIMEOUT_S = 3.0
@@ -76,6 +79,35 @@ def at_step_3(
     return Toys(stepping, (timeout_s, 200, acts), folder, world)
 
 
+# What a rank does at step 3, with the time-out of all three. These runs spend most of their time
+# waiting, so all of them are started before the first one is looked at.
+DISTURBED = [
+    (1, "SIGKILL", TIMEOUT_S),
+    (1, "SIGKILL", NEVER_S),
+    (0, "SIGKILL", TIMEOUT_S),
+    (1, "SIGSTOP", TIMEOUT_S),
+    (0, "SIGSTOP", TIMEOUT_S),
+    (1, "be stuck", TIMEOUT_S),
+    (0, "be stuck", TIMEOUT_S),
+    (1, "be slow", TIMEOUT_S),
+    (1, "fail", NEVER_S),
+    (0, "fail", NEVER_S),
+    (1, "fail in colour", NEVER_S),
+]
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory) -> Iterator[dict[tuple[int, str, float], Toys]]:
+    with contextlib.ExitStack() as runs:
+        found = {}
+        for rank, what, timeout_s in DISTURBED:
+            folder = tmp_path_factory.mktemp("disturbed")
+            toys = runs.enter_context(at_step_3(folder, rank, what, timeout_s=timeout_s))
+            toys.until(0, "at step 2\n")  # beginning costs time, which the others must not lack
+            found[rank, what, timeout_s] = toys
+        yield found
+
+
 def line(text: str) -> str:
     """Return fastbert's one line in a rank's stderr."""
     (found,) = [line for line in text.splitlines(keepends=True) if line.startswith("fastbert: ")]
@@ -95,29 +127,27 @@ def test_one_rank_has_nobody_to_watch(tmp_path):
 
 
 @pytest.mark.parametrize("timeout_s", [TIMEOUT_S, NEVER_S])
-def test_a_rank_is_killed(tmp_path, timeout_s):
+def test_a_rank_is_killed(disturbed, timeout_s):
     """The time-out does not matter, since the connections break."""
-    with at_step_3(tmp_path, 1, "SIGKILL", timeout_s=timeout_s) as toys:
-        assert toys.wait(1) == [-signal.SIGKILL]
-        killed = time.monotonic()
-        assert toys.wait(0, 2) == [1, 1]
-        assert time.monotonic() - killed < FORGIVEN_S
-        for rank in (0, 2):
-            assert re.fullmatch(
-                re.escape(f"{toys.name(1)} has disappeared, last seen at ")
-                + SEEN
-                + re.escape(HINT),
-                line(toys.err(rank)),
-            )
+    toys = disturbed[1, "SIGKILL", timeout_s]
+    assert toys.wait(1) == [-signal.SIGKILL]
+    killed = time.monotonic()
+    assert toys.wait(0, 2) == [1, 1]
+    assert time.monotonic() - killed < FORGIVEN_S
+    for rank in (0, 2):
+        assert re.fullmatch(
+            re.escape(f"{toys.name(1)} has disappeared, last seen at ") + SEEN + re.escape(HINT),
+            line(toys.err(rank)),
+        )
 
 
-def test_the_rank_that_holds_the_store_is_killed(tmp_path):
-    with at_step_3(tmp_path, 0, "SIGKILL") as toys:
-        assert toys.wait() == [-signal.SIGKILL, 1, 1]
-        for rank in (1, 2):
-            assert line(toys.err(rank)).startswith(
-                f"{toys.name(0)} at 127.0.0.1:{toys.port} has disappeared"
-            )
+def test_the_rank_that_holds_the_store_is_killed(disturbed):
+    toys = disturbed[0, "SIGKILL", TIMEOUT_S]
+    assert toys.wait() == [-signal.SIGKILL, 1, 1]
+    for rank in (1, 2):
+        assert line(toys.err(rank)).startswith(
+            f"{toys.name(0)} at 127.0.0.1:{toys.port} has disappeared"
+        )
 
 
 @pytest.mark.parametrize("lost", [0, 1])
@@ -150,77 +180,74 @@ def test_all_others_are_killed(tmp_path):
         assert line(toys.err(0)).startswith(f"{toys.name(1)}, {toys.name(2)} have disappeared")
 
 
-def test_a_rank_is_stopped_and_continues_later(tmp_path):
-    with at_step_3(tmp_path, 1, "SIGSTOP") as toys:
-        assert toys.wait(0, 2) == [1, 1]
-        for rank in (0, 2):
-            assert re.fullmatch(
-                re.escape(f"{toys.name(1)} has not answered {SINCE}, last seen at ")
-                + SEEN
-                + re.escape(HINT),
-                line(toys.err(rank)),
-            )
-        toys.signal(1, signal.SIGCONT)
-        assert toys.wait(1) == [1]  # it does not continue to train alone
-        assert f"{toys.name(1)} was suspended for " in line(
-            toys.err(1)
-        ) or f"{toys.name(0)} at " in line(toys.err(1))
+def test_a_rank_is_stopped_and_continues_later(disturbed):
+    toys = disturbed[1, "SIGSTOP", TIMEOUT_S]
+    assert toys.wait(0, 2) == [1, 1]
+    for rank in (0, 2):
+        assert re.fullmatch(
+            re.escape(f"{toys.name(1)} has not answered {SINCE}, last seen at ")
+            + SEEN
+            + re.escape(HINT),
+            line(toys.err(rank)),
+        )
+    toys.signal(1, signal.SIGCONT)
+    assert toys.wait(1) == [1]  # it does not continue to train alone
+    assert f"{toys.name(1)} was suspended for " in line(
+        toys.err(1)
+    ) or f"{toys.name(0)} at " in line(toys.err(1))
 
 
-def test_the_rank_that_holds_the_store_is_stopped_and_continues_later(tmp_path):
-    with at_step_3(tmp_path, 0, "SIGSTOP") as toys:
-        assert toys.wait(1, 2) == [1, 1]
-        for rank in (1, 2):
-            assert (
-                line(toys.err(rank))
-                == f"{toys.name(0)} at 127.0.0.1:{toys.port} has not answered {SINCE}; "
-                f"this rank is at step 3{HINT}"
-            )
-        toys.signal(0, signal.SIGCONT)
-        assert toys.wait(0) == [1]
-        assert f"{toys.name(0)} was suspended for " in line(
-            toys.err(0)
-        ) or f"{toys.name(1)}, " in line(toys.err(0))
+def test_the_rank_that_holds_the_store_is_stopped_and_continues_later(disturbed):
+    toys = disturbed[0, "SIGSTOP", TIMEOUT_S]
+    assert toys.wait(1, 2) == [1, 1]
+    for rank in (1, 2):
+        assert (
+            line(toys.err(rank))
+            == f"{toys.name(0)} at 127.0.0.1:{toys.port} has not answered {SINCE}; "
+            f"this rank is at step 3{HINT}"
+        )
+    toys.signal(0, signal.SIGCONT)
+    assert toys.wait(0) == [1]
+    assert f"{toys.name(0)} was suspended for " in line(toys.err(0)) or f"{toys.name(1)}, " in line(
+        toys.err(0)
+    )
 
 
 @pytest.mark.parametrize("stuck", [0, 1])
-def test_a_rank_is_stuck(tmp_path, stuck):
+def test_a_rank_is_stuck(disturbed, stuck):
     """Its process lives and its heartbeat continues, but it makes no progress."""
-    with at_step_3(tmp_path, stuck, "be stuck") as toys:
-        assert toys.wait() == [1, 1, 1]
-        for rank in range(3):
-            assert line(toys.err(rank)).startswith(
-                f"{toys.name(stuck)} has kept the others waiting {SINCE}: at step 3, in "
-                f"{__file__}, line "
-            )
+    toys = disturbed[stuck, "be stuck", TIMEOUT_S]
+    assert toys.wait() == [1, 1, 1]
+    for rank in range(3):
+        assert line(toys.err(rank)).startswith(
+            f"{toys.name(stuck)} has kept the others waiting {SINCE}: at step 3, in "
+            f"{__file__}, line "
+        )
 
 
-def test_a_rank_that_is_slow_but_makes_progress_is_left_alone(tmp_path):
+def test_a_rank_that_is_slow_but_makes_progress_is_left_alone(disturbed):
     """The others wait for it inside a collective for longer than the time-out."""
-    with at_step_3(tmp_path, 1, "be slow") as toys:
-        assert toys.wait() == [0, 0, 0]
+    assert disturbed[1, "be slow", TIMEOUT_S].wait() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_rank_fails(tmp_path, failing):
+def test_a_rank_fails(disturbed, failing):
     """The others quote its error, also when the store ends with it."""
-    with at_step_3(tmp_path, failing, "fail", timeout_s=NEVER_S) as toys:
-        assert toys.wait() == [1, 1, 1]
-        assert "OSError: no space" in toys.err(failing)
-        for rank in {0, 1, 2} - {failing}:
-            assert (
-                line(toys.err(rank)) == f"{toys.name(failing)} has ended: OSError: no space{HINT}"
-            )
+    toys = disturbed[failing, "fail", NEVER_S]
+    assert toys.wait() == [1, 1, 1]
+    assert "OSError: no space" in toys.err(failing)
+    for rank in {0, 1, 2} - {failing}:
+        assert line(toys.err(rank)) == f"{toys.name(failing)} has ended: OSError: no space{HINT}"
 
 
-def test_what_a_rank_says_commands_no_terminal(tmp_path):
-    with at_step_3(tmp_path, 1, "fail in colour", timeout_s=NEVER_S) as toys:
-        assert toys.wait() == [1, 1, 1]
-        for rank in (0, 2):
-            assert (
-                line(toys.err(rank))
-                == rf"{toys.name(1)} has ended: OSError: \x1b[31mno space\x9b0m\x07{HINT}"
-            )
+def test_what_a_rank_says_commands_no_terminal(disturbed):
+    toys = disturbed[1, "fail in colour", NEVER_S]
+    assert toys.wait() == [1, 1, 1]
+    for rank in (0, 2):
+        assert (
+            line(toys.err(rank))
+            == rf"{toys.name(1)} has ended: OSError: \x1b[31mno space\x9b0m\x07{HINT}"
+        )
 
 
 def step_until(timeout_s: float, enough: str) -> int:
@@ -277,7 +304,7 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("value", STRANGE)
+@pytest.mark.parametrize("value", typical(STRANGE, "a failure", "as large as it can be"))
 def test_a_stranger_ends_no_run(tmp_path, value):
     with Toys(step_until, (TIMEOUT_S, str(tmp_path / "enough")), tmp_path, 3) as toys:
         for rank in range(3):
@@ -307,7 +334,7 @@ def test_what_a_rank_has_signed_counts_at_its_own_place_alone(tmp_path):
         assert toys.wait() == [0, 0, 0], [toys.err(rank) for rank in range(3)]
 
 
-@pytest.mark.parametrize("whose", [(1,), (0, 1, 2)])
+@pytest.mark.parametrize("whose", [slow((1,)), (0, 1, 2)])
 def test_a_slow_rank_is_left_alone_whatever_a_stranger_writes(tmp_path, whose):
     """While the others wait for a slow rank beyond the time-out, a stranger overwrites heartbeats.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
@@ -207,4 +208,16 @@ def _peak(setup: Setup, group: Group) -> float | None:
     if not group.is_main:
         return None
     dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
-    return measure_gemm_rate(dtype, device=str(group.device)) * group.world
+    return gemm_rate(dtype, str(group.device), torch.get_num_threads()) * group.world
+
+
+@functools.cache
+def gemm_rate(dtype: torch.dtype, device: str, threads: int) -> float:
+    """FLOP/s of this process, measured at the first run in it, since that takes half a second.
+
+    Args:
+        dtype: of the factors.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: torch's number of threads, on which the rate depends.
+    """
+    return measure_gemm_rate(dtype, device=device)
