@@ -54,7 +54,7 @@ SHOWN = {
     ],
     "objective": ["kind", "mask_rate", "segments"],
     "batch": ["sequences", "max_length"],
-    "optimizer": ["lr", "betas"],
+    "optimizer": ["name", "lr", "betas"],
     "schedule": ["over", "warmup", "decay", "cooldown"],
     "stop": ["seconds"],
     "evaluate": ["every", "sequences"],
@@ -155,7 +155,10 @@ def recipe_text(corpus: Corpus, advice: Advice, minutes: float) -> str:
             f"An example has {example_tokens:,.0f} tokens on average, so a step has about "
             f"{config.batch.sequences * example_tokens:,.0f}.",
         ],
-        "optimizer": [f"The learning rate of {size}.toml, the rest of demo.toml."],
+        "optimizer": [
+            "Muon learns more from few tokens than AdamW.",
+            f"The learning rate is that of {size}.toml.",
+        ],
         "schedule": ["That of demo.toml: shares of stop.seconds."],
         "stop": [
             f"{minutes:g} minutes without the start, the last evaluation and the last checkpoint.",
