@@ -18,7 +18,7 @@ def cast_fp32(*tensors: Any) -> tuple[Any, ...]:
     return _cast(tensors, torch.float32)
 
 
-def _cast(tensors, dtype):
+def _cast(tensors: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors

@@ -5,6 +5,8 @@ call of every layer, while a GPU may be waiting, so they are fast: a tensor take
 """
 
 import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -16,7 +18,10 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 WIDEST_ROW = 8192
 
 # A name, the tensor (None is always right), its shape, the dtypes that it may have.
-Expected = tuple[str, torch.Tensor | None, tuple, tuple[torch.dtype, ...]]
+Expected = tuple[str, torch.Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]
+
+# By `impl`: functions with the same arguments and results.
+Implementations = Mapping[str, Callable[..., Any]]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -74,7 +79,9 @@ def check_dropout(function: str, p: float, dropout_seeds: torch.Tensor | None, l
         )
 
 
-def chosen_implementation(function: str, name: str, offered: dict, like: torch.Tensor) -> str:
+def chosen_implementation(
+    function: str, name: str, offered: Implementations, like: torch.Tensor
+) -> str:
     """Return the implementation for `impl = name`; "auto" goes by the device of `like`."""
     if name in offered:
         return name

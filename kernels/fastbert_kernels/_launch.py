@@ -21,7 +21,7 @@ follow from the key of `prepare`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ from fastbert_kernels._triton import FUSE, architecture, current_device, current
 
 _MOST = 256  # kinds of arguments that a kernel keeps; a model has a few
 _INT32 = 2**31 - 1
+
+Constants = tuple[Any, ...]  # values of tl.constexpr parameters
 
 
 class Kernel:
@@ -46,14 +48,14 @@ class Kernel:
 
     def __init__(self, function: Any, table: str, wide: tuple[str, ...] = ()):
         self.function, self.table, self.wide = function, table, wide
-        self._prepared: dict[tuple, Prepared] = {}
+        self._prepared: dict[tuple[Any, ...], Prepared] = {}
 
     def tile(self, like: torch.Tensor, size: int) -> dict[str, int]:
         """Return the launch options of the table, where arguments depend on the tile."""
         return _tiles.tile(self.table, architecture(like.device), like.dtype, size)
 
     def prepare(
-        self, like: torch.Tensor, size: int, constants: tuple, *kind: Any, **options: int
+        self, like: torch.Tensor, size: int, constants: Constants, *kind: Any, **options: int
     ) -> Prepared:
         """The kernel for one kind of arguments.
 
@@ -84,12 +86,12 @@ class Prepared:
     `tile` holds its launch options, and "programs" where the table has it.
     """
 
-    def __init__(self, function: Any, constants: tuple, tile: dict[str, int]):
+    def __init__(self, function: Any, constants: Constants, tile: dict[str, int]):
         self.tile = tile
         self._function, self._constants = function, constants
         self._options = {name: value for name, value in tile.items() if name != "programs"}
         # By device: the compiled kernel, and the values of all its constants.
-        self._compiled: dict[int, tuple[Any, tuple]] = {}
+        self._compiled: dict[int, tuple[Any, Constants]] = {}
 
     def __call__(
         self,
@@ -136,7 +138,7 @@ _recordings: list[list[Launch]] = []
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
+def recording() -> Generator[list[Launch]]:
     """Inside, launches are listed instead of made, and results hold what was in memory."""
     launches: list[Launch] = []
     _recordings.append(launches)
@@ -154,7 +156,7 @@ class _Recorded(Prepared):
         kernel: Kernel,
         like: torch.Tensor,
         size: int,
-        constants: tuple,
+        constants: Constants,
         options: dict[str, int],
     ):
         super().__init__(kernel.function, constants, {**kernel.tile(like, size), **options})

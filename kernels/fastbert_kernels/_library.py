@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-_LIBRARY = torch.library.Library("fastbert_kernels", "DEF")
+# Any, since its methods have no annotations.
+_LIBRARY: Any = torch.library.Library("fastbert_kernels", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def operator(schema: str, launcher: str, fake: Callable) -> Callable:
+def operator(schema: str, launcher: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define an operator torch.ops.fastbert_kernels.NAME, and return a function that calls it.
 
     Gradients are left to the `torch.autograd.Function` that calls the operator: that costs 8 us a
@@ -31,7 +32,7 @@ def operator(schema: str, launcher: str, fake: Callable) -> Callable:
     module, _, function = launcher.rpartition(".")
 
     @functools.cache
-    def imported() -> Callable:
+    def imported() -> Callable[..., Any]:
         return getattr(importlib.import_module(f"fastbert_kernels.{module}"), function)
 
     def run(*arguments: Any) -> Any:
@@ -39,13 +40,15 @@ def operator(schema: str, launcher: str, fake: Callable) -> Callable:
 
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastbert_kernels::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(  # pyright: ignore[reportUnknownMemberType]
+        f"fastbert_kernels::{name}", fake, lib=_LIBRARY
+    )
     dispatched = getattr(torch.ops.fastbert_kernels, name).default
 
     def call(first: torch.Tensor, *others: Any) -> Any:
         if (
             torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
             or type(first) not in _PLAIN
         ):
             return dispatched(first, *others)
@@ -54,9 +57,9 @@ def operator(schema: str, launcher: str, fake: Callable) -> Callable:
     return call
 
 
-def backward_once(backward: Callable) -> Callable:
+def backward_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """As `once_differentiable`, but without its 3 us where no second derivative is possible."""
-    careful = once_differentiable(backward)
+    careful: Callable[..., Any] = once_differentiable(backward)
 
     @functools.wraps(backward)
     def either(ctx: Any, *gradients: torch.Tensor) -> Any:

@@ -13,18 +13,20 @@ and no measurement does: two runs on one machine must round alike.
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fastbert_kernels._function import Function, Gradients
 
 # oneDNN adds up in longer chains: its error against fp64 is 1.4 to 1.7 times MKL's up to this
 # length, and 2.1 times at 1,536.
 _LONGEST = 1024
 
 
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str = "auto"
-) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
     """`torch.nn.functional.linear`: x [N, D], weight [F, D] and bias [F] to [N, F].
 
     With "cpu", or "auto" on a CPU, oneDNN computes it where that is faster; see above. Any other
@@ -36,7 +38,7 @@ def linear(
         and _onednn_is_faster()
         and not torch.is_autocast_enabled("cpu")
     ):
-        return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]
+        return _Linear.apply(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -53,24 +55,22 @@ def _onednn_is_faster() -> bool:
     return bool(words & {"AuthenticAMD", "HygonGenuine"}) and "avx512f" in words
 
 
-def _product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[1] > _LONGEST:
         return torch.nn.functional.linear(x, weight, bias)
     # For rows of a wider matrix, oneDNN has a loop that is a hundred times slower.
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight = ctx.saved_tensors
         dx = _product(dy, weight.T) if ctx.needs_input_grad[0] else None
         dweight = dy.T @ x if ctx.needs_input_grad[1] else None

@@ -7,7 +7,7 @@ other and round differently. `python -m benchmarks.kernels.tune` regenerates the
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def being_tuned() -> bool:
 
 
 @contextlib.contextmanager
-def chosen_by(choose: Callable[[str, Row], Row]) -> Iterator[None]:
+def chosen_by(choose: Callable[[str, Row], Row]) -> Generator[None]:
     """Inside, `choose(kernel, row of the table)` says which row serves; for the tuner.
 
     It also does in the thread of a backward pass.

@@ -13,13 +13,15 @@ rounding P would cost accuracy. Saved for the backward pass: the padded q, k, v,
 the mask is not needed again. The masks are those of `reference.py`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._dropout import keep_scale, row_seeds
 from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
+from fastbert_kernels._function import Function, Gradients
 
 # A group ends where a sequence is shorter than this share of its longest one: about seven groups
 # for ordinary text.
@@ -29,30 +31,26 @@ _SHRINK = 0.85
 class _Group(NamedTuple):
     """The rows of q and of k and v for the padded [B_G, n] of a group."""
 
-    query_rows: torch.Tensor  # int64 [B_G * n_q]; padding points at the spare row R
-    query_padding: torch.Tensor  # int64 [any]: which of them are padding
-    key_rows: torch.Tensor  # int64 [B_G * n_k]; padding points at the spare row T
-    mask: torch.Tensor  # [B_G, 1, n_k], 0 or -inf
+    query_rows: Tensor  # int64 [B_G * n_q]; padding points at the spare row R
+    query_padding: Tensor  # int64 [any]: which of them are padding
+    key_rows: Tensor  # int64 [B_G * n_k]; padding points at the spare row T
+    mask: Tensor  # [B_G, 1, n_k], 0 or -inf
     sequences: int
 
 
-def _padded(
-    starts: torch.Tensor, lengths: torch.Tensor, longest: int, spare: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(starts: Tensor, lengths: Tensor, longest: int, spare: int) -> tuple[Tensor, Tensor]:
     columns = torch.arange(longest)
     outside = columns >= lengths[:, None]
     return (starts[:, None] + columns).masked_fill_(outside, spare).flatten(), outside
 
 
-def _groups(
-    cu_seqlens: torch.Tensor, query_bounds: torch.Tensor, rows: int, total: int
-) -> list[_Group]:
+def _groups(cu_seqlens: Tensor, query_bounds: Tensor, rows: int, total: int) -> list[_Group]:
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     query_starts, query_lengths = query_bounds[:-1].long(), query_bounds.diff().long()
     order = lengths.argsort(descending=True, stable=True)
     order = order[query_lengths[order] > 0]
-    groups = []
-    remaining = lengths[order].tolist()
+    groups: list[_Group] = []
+    remaining: list[int] = lengths[order].tolist()  # type: ignore[type-arg]
     first = 0
     while first < len(remaining):
         longest = remaining[first]
@@ -75,7 +73,7 @@ def _groups(
     return groups
 
 
-def _take(x: torch.Tensor, rows: torch.Tensor, sequences: int, end: int) -> torch.Tensor:
+def _take(x: Tensor, rows: Tensor, sequences: int, end: int) -> Tensor:
     """Gather rows of [T, H, K] as contiguous [H * B_G, n, K].
 
     The spare row is read as the row before `end`, the last one of a sequence. It is masked, but
@@ -88,12 +86,22 @@ def _take(x: torch.Tensor, rows: torch.Tensor, sequences: int, end: int) -> torc
     return taken.view(x.shape[1] * sequences, -1, x.shape[2])
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
-    @torch.autocast("cpu", enabled=False)  # the inputs are cast already
+    # The inputs are cast already.
+    @torch.autocast("cpu", enabled=False)  # pyright: ignore[reportUntypedFunctionDecorator]
     def forward(
-        ctx, q, k, v, cu_seqlens, dropout_p, dropout_seeds, dropout_stream, query_indices, scale
-    ):
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        dropout_p: float,
+        dropout_seeds: Tensor | None,
+        dropout_stream: int,
+        query_indices: Tensor | None,
+        scale: float,
+    ) -> Tensor:
         rows, heads, size = q.shape
         total = k.shape[0]
         query_bounds = (
@@ -103,15 +111,17 @@ class _Attention(torch.autograd.Function):
         )
         groups = _groups(cu_seqlens, query_bounds, rows, total)
         query_end, end = int(query_bounds[-1]), int(cu_seqlens[-1])
+        keys = None
         if dropout_p > 0:
+            assert dropout_seeds is not None  # check_dropout
             token_seeds = row_seeds(dropout_seeds, cu_seqlens, total)
-            lo, hi = stream_keys_cpu(
+            keys = stream_keys_cpu(
                 token_seeds if query_indices is None else token_seeds[query_indices],
                 dropout_stream,
                 heads,
             )
         out = q.new_empty(rows + 1, heads, size)  # one spare row takes what padding writes
-        saved = []
+        saved: list[Tensor] = []
         for group in groups:
             qg = _take(q, group.query_rows, group.sequences, query_end)
             kg, vg = (_take(x, group.key_rows, group.sequences, end) for x in (k, v))
@@ -119,7 +129,8 @@ class _Attention(torch.autograd.Function):
                 group.mask.to(qg.dtype).repeat(heads, 1, 1), qg, kg.transpose(1, 2), alpha=scale
             )
             weights = torch.softmax(scores, -1)
-            if dropout_p > 0:
+            if keys is not None:
+                lo, hi = keys
                 own = group.query_rows.clamp(max=query_end - 1)
                 shape = (heads * group.sequences, qg.shape[1])
                 kept = keep_mask_cpu(
@@ -147,8 +158,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
-    def backward(ctx, dout):  # type: ignore[override]
+    @torch.autocast("cpu", enabled=False)  # pyright: ignore[reportUntypedFunctionDecorator]
+    def backward(ctx: Any, dout: Tensor) -> Gradients:
         rows, heads, size = dout.shape
         dq = dout.new_zeros(rows + 1, heads, size)
         dk, dv = dout.new_zeros(2, ctx.total + 1, heads, size)
@@ -177,8 +188,17 @@ class _Attention(torch.autograd.Function):
 
 
 def cpu(
-    q, k, v, cu_seqlens, max_seqlen, dropout_p, dropout_seeds, dropout_stream, query_indices, scale
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+    dropout_stream: int,
+    query_indices: Tensor | None,
+    scale: float,
+) -> Tensor:
     """Arguments and result as in `op.py`."""
     return _Attention.apply(
         q, k, v, cu_seqlens, dropout_p, dropout_seeds, dropout_stream, query_indices, scale

@@ -1,13 +1,16 @@
 """`varlen_attention`: attention within each of many sequences that lie end to end, with dropout."""
 
 import itertools
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastbert_kernels._autocast import cast_low
 from fastbert_kernels._checks import (
     INT32,
     INT64,
+    Implementations,
     check_dropout,
     check_leader,
     check_tensors,
@@ -15,6 +18,7 @@ from fastbert_kernels._checks import (
     chosen_implementation,
     values_checked,
 )
+from fastbert_kernels._function import Function, Gradients
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels._tile_schedule import ITEM, one_tile
 from fastbert_kernels.attention.cpu import cpu
@@ -24,21 +28,21 @@ NAME = "varlen_attention"
 
 
 def varlen_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
     max_seqlen: int,
     *,
     dropout_p: float = 0.0,
-    dropout_seeds: torch.Tensor | None = None,
+    dropout_seeds: Tensor | None = None,
     dropout_stream: int = 0,
-    query_indices: torch.Tensor | None = None,
+    query_indices: Tensor | None = None,
     scale: float | None = None,
-    tile_schedule: torch.Tensor | None = None,
+    tile_schedule: Tensor | None = None,
     check_values: bool | None = None,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """Bidirectional attention within packed sequences: dropout(softmax(q k' * scale)) v.
 
     Statistics and sums are fp32, products are in the dtype of the inputs. For the backward pass,
@@ -88,29 +92,29 @@ def varlen_attention(
     """
     q, k, v = cast_low(q, k, v)
     impl = chosen_implementation(NAME, impl, _IMPLEMENTATIONS, k)
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = k.shape[-1] ** -0.5 if scale is None else scale
     tables = (cu_seqlens, max_seqlen, dropout_p, dropout_seeds)
-    check(q, k, v, *tables, query_indices, scale, tile_schedule, check_values, impl)
+    check(q, k, v, *tables, query_indices, factor, tile_schedule, check_values, impl)
     if impl == "triton":
         pack = (cu_seqlens, tile_schedule, query_indices, dropout_seeds)
-        numbers = (max_seqlen, dropout_p, dropout_stream, scale)
+        numbers = (max_seqlen, dropout_p, dropout_stream, factor)
         return _VarlenAttention.apply(q, k, v, *pack, *numbers)
-    return _IMPLEMENTATIONS[impl](q, k, v, *tables, dropout_stream, query_indices, scale)
+    return _IMPLEMENTATIONS[impl](q, k, v, *tables, dropout_stream, query_indices, factor)
 
 
 def check(
-    q,
-    k,
-    v,
-    cu_seqlens,
-    max_seqlen,
-    dropout_p,
-    dropout_seeds,
-    query_indices,
-    scale,
-    tile_schedule,
-    check_values,
-    impl,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+    query_indices: Tensor | None,
+    scale: float,
+    tile_schedule: Tensor | None,
+    check_values: bool | None,
+    impl: str,
 ) -> None:
     check_leader(NAME, "k", k, ("T", "H", "K"))
     if query_indices is not None:
@@ -135,15 +139,15 @@ def check(
 
 
 def check_tables(
-    like,
-    cu_seqlens,
-    max_seqlen,
-    dropout_p,
-    dropout_seeds,
-    query_indices,
-    tile_schedule,
-    check_values,
-    impl,
+    like: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+    query_indices: Tensor | None,
+    tile_schedule: Tensor | None,
+    check_values: bool | None,
+    impl: str,
 ) -> None:
     """Check all but q, k and v; `like` has as many rows as k, and is on the same device."""
     check_leader(NAME, "cu_seqlens", cu_seqlens, ("B + 1",), INT32)
@@ -161,9 +165,11 @@ def check_tables(
     )
     check_tensors(NAME, like.device, *tables)
     if values_checked(check_values, like):
-        _check_bounds(cu_seqlens.tolist(), like.shape[0], max_seqlen)
+        bounds: list[int] = cu_seqlens.tolist()  # type: ignore[type-arg]
+        _check_bounds(bounds, like.shape[0], max_seqlen)
         if query_indices is not None and len(query_indices):
-            _check_query_indices(query_indices.tolist(), like.shape[0])
+            indices: list[int] = query_indices.tolist()  # type: ignore[type-arg]
+            _check_query_indices(indices, like.shape[0])
     if impl == "triton":
         if tile_schedule is not None:
             tables += (
@@ -220,12 +226,24 @@ def _check_query_indices(query_indices: list[int], total: int) -> None:
 # The Triton implementation as torch operators; arguments as above, with `scale` given
 
 
-def _forward_fake(q, k, v, cu_seqlens, schedule, query_indices, dropout_seeds, max_seqlen, *_):
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    schedule: Tensor | None,
+    query_indices: Tensor | None,
+    dropout_seeds: Tensor | None,
+    max_seqlen: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
     statistics = (2, q.shape[1], 0 if one_tile(q.dtype, max_seqlen) else q.shape[0])
     return q.new_empty(q.shape), q.new_empty(statistics, dtype=torch.float32)
 
 
-def _backward_fake(dout, q, k, v, *_):
+def _backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
 
 
@@ -244,9 +262,22 @@ BACKWARD = operator(
 )
 
 
-class _VarlenAttention(torch.autograd.Function):
+class _VarlenAttention(Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, schedule, indices, seeds, max_seqlen, p, stream, scale):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        schedule: Tensor | None,
+        indices: Tensor | None,
+        seeds: Tensor | None,
+        max_seqlen: int,
+        p: float,
+        stream: int,
+        scale: float,
+    ) -> Tensor:
         tables, numbers = (cu_seqlens, schedule, indices, seeds), (max_seqlen, p, stream, scale)
         out, statistics = FORWARD(q, k, v, *tables, *numbers)
         ctx.save_for_backward(q, k, v, out, statistics, *tables)
@@ -255,9 +286,13 @@ class _VarlenAttention(torch.autograd.Function):
 
     @staticmethod
     @backward_once
-    def backward(ctx, dout):  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> Gradients:
         dq, dk, dv = BACKWARD(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers)
         return dq, dk, dv, *(None,) * 8
 
 
-_IMPLEMENTATIONS = {"triton": _VarlenAttention.apply, "cpu": cpu, "reference": reference}
+_IMPLEMENTATIONS: Implementations = {
+    "triton": _VarlenAttention.apply,
+    "cpu": cpu,
+    "reference": reference,
+}

@@ -1,37 +1,49 @@
 """The definition of `varlen_attention` in the plainest torch: one sequence after the other."""
 
 import torch
+from torch import Tensor
 
 from fastbert_kernels._dropout import keep_mask, keep_scale, row_seeds, stream_keys
 
 
 def reference(
-    q, k, v, cu_seqlens, max_seqlen, dropout_p, dropout_seeds, dropout_stream, query_indices, scale
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+    dropout_stream: int,
+    query_indices: Tensor | None,
+    scale: float,
+) -> Tensor:
     """dropout(softmax(q k' * scale)) v within each sequence, and zeros behind the last one.
 
     Arguments and result are as in `op.py`.
     """
     heads = q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
+    keys = None
     if dropout_p > 0:
+        assert dropout_seeds is not None  # check_dropout
         rows = row_seeds(dropout_seeds, cu_seqlens, k.shape[0])
-        lo, hi = stream_keys(
+        keys = stream_keys(
             rows if query_indices is None else rows[query_indices], dropout_stream, heads
         )
-    bounds = cu_seqlens.tolist()
-    query_bounds = (
-        bounds
-        if query_indices is None
-        else torch.searchsorted(query_indices, cu_seqlens.to(query_indices.dtype)).tolist()
-    )
-    outputs = []
+    bounds: list[int] = cu_seqlens.tolist()  # type: ignore[type-arg]
+    query_bounds: list[int] = bounds
+    if query_indices is not None:
+        found = torch.searchsorted(query_indices, cu_seqlens.to(query_indices.dtype))
+        query_bounds = found.tolist()  # type: ignore[type-arg]
+    outputs: list[Tensor] = []
     for start, end, first, last in zip(
         bounds[:-1], bounds[1:], query_bounds[:-1], query_bounds[1:], strict=True
     ):
         scores = torch.einsum("ihk,jhk->hij", q[first:last].to(wide), k[start:end].to(wide)) * scale
         weights = scores.softmax(-1)
-        if dropout_p > 0:
+        if keys is not None:
+            lo, hi = keys
             kept = keep_mask(lo[first:last].T, hi[first:last].T, end - start, dropout_p)
             weights = weights * kept * keep_scale(dropout_p)
         outputs.append(torch.einsum("hij,jhk->ihk", weights, v[start:end].to(wide)))

@@ -1,15 +1,16 @@
 """Shapes, inputs and least work of `varlen_attention`."""
 
 import itertools
+from typing import Any
 
 import torch
 
-from fastbert_kernels._spec import Spec, generator, normal, random_seeds
+from fastbert_kernels._spec import Shape, Spec, generator, normal, random_seeds
 from fastbert_kernels._tile_schedule import one_tile
 from fastbert_kernels.attention.op import varlen_attention
 
 
-def _inputs(shape, dtype, dropout_p):
+def _inputs(shape: Shape, dtype: torch.dtype, dropout_p: float) -> dict[str, Any]:
     draw = generator(shape)
     total = sum(shape["lengths"]) + shape.get("rest", 0)
     # One joint projection, sliced: the strided layout in which the encoder calls it.
@@ -30,7 +31,7 @@ def _inputs(shape, dtype, dropout_p):
     return arguments
 
 
-def _least_bytes(shape, size):
+def _least_bytes(shape: Shape, size: int) -> int:
     """Everything once, whatever the tiles.
 
     What is saved for the backward pass depends on whether each sequence fits one tile.

@@ -7,33 +7,37 @@ dnorm_bias are summed here, because torch's LayerNorm adds up one row after the 
 digit.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._dropout import keep_scale
 from fastbert_kernels._dropout_cpu import row_keep_mask_cpu
+from fastbert_kernels._function import Function, Gradients
 
 # A row of so small a table is the sum of many, which a product rounds less.
 PRODUCT_ROWS = 16
 
 
-class _EmbeddingLayerNorm(torch.autograd.Function):
+class _EmbeddingLayerNorm(Function):
     @staticmethod
     def forward(
-        ctx,
-        input_ids,
-        position_ids,
-        token_type_ids,
-        word_embeddings,
-        position_embeddings,
-        token_type_embeddings,
-        norm_weight,
-        norm_bias,
-        eps,
-        dropout_p,
-        dropout_seeds,
-        dropout_stream,
-    ):
+        ctx: Any,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor,
+        word_embeddings: Tensor,
+        position_embeddings: Tensor,
+        token_type_embeddings: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        dropout_p: float,
+        dropout_seeds: Tensor | None,
+        dropout_stream: int,
+    ) -> Tensor:
         z = word_embeddings.index_select(0, input_ids)
         wide = torch.promote_types(z.dtype, torch.float32)
         z = z.to(wide)
@@ -44,6 +48,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         )
         keep = None
         if dropout_p > 0:
+            assert dropout_seeds is not None  # check_dropout
             keep = row_keep_mask_cpu(dropout_seeds, dropout_stream, y.shape[1], dropout_p)
             y = torch.mul(y, keep, out=y).mul_(keep_scale(dropout_p))
         y = y.to(word_embeddings.dtype)
@@ -58,7 +63,7 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         *rows, z, mean, rstd, norm_weight, norm_bias, keep = ctx.saved_tensors
         dy = dy.to(z.dtype)
         if keep is not None:
@@ -78,13 +83,13 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
         return None, None, None, *tables, dnorm_weight, dnorm_bias, None, None, None, None
 
 
-def _scatter(dz, rows, size):
+def _scatter(dz: Tensor, rows: Tensor, size: int) -> Tensor:
     """Return [size, D]: the sums of the rows of dz that belong to each row of a table."""
     if size > PRODUCT_ROWS:
         return dz.new_zeros(size, dz.shape[1]).index_add_(0, rows, dz)
     return torch.nn.functional.one_hot(rows, size).T.to(dz.dtype) @ dz
 
 
-def cpu(*arguments):
+def cpu(*arguments: Any) -> Tensor:
     """Arguments and result as in `op.py`."""
     return _EmbeddingLayerNorm.apply(*arguments)

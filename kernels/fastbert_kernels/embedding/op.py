@@ -1,10 +1,14 @@
 """`embedding_layer_norm`: the input of BERT."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastbert_kernels._autocast import cast_fp32
 from fastbert_kernels._checks import (
     INT64,
+    Implementations,
     check_dropout,
     check_leader,
     check_range,
@@ -14,6 +18,7 @@ from fastbert_kernels._checks import (
     chosen_implementation,
     values_checked,
 )
+from fastbert_kernels._function import Function, Gradients
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.embedding.cpu import cpu
 from fastbert_kernels.embedding.reference import reference
@@ -22,22 +27,22 @@ NAME = "embedding_layer_norm"
 
 
 def embedding_layer_norm(
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    token_type_ids: torch.Tensor,
-    word_embeddings: torch.Tensor,
-    position_embeddings: torch.Tensor,
-    token_type_embeddings: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor | None = None,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    token_type_embeddings: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
     *,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
-    dropout_seeds: torch.Tensor | None = None,
+    dropout_seeds: Tensor | None = None,
     dropout_stream: int = 0,
     check_values: bool | None = None,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """dropout(LayerNorm(word + position + token type)), with the biased variance.
 
     Under autocast it runs in fp32, as torch's layer_norm. For the backward pass, "triton" saves the
@@ -86,7 +91,16 @@ def embedding_layer_norm(
     return _IMPLEMENTATIONS[impl](*indices, *tables, norm_weight, norm_bias, eps, *dropout)
 
 
-def check(indices, tables, norm_weight, norm_bias, dropout_p, dropout_seeds, check_values, impl):
+def check(
+    indices: tuple[Tensor, Tensor, Tensor],
+    tables: list[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+    check_values: bool | None,
+    impl: str,
+) -> None:
     input_ids, position_ids, token_type_ids = indices
     word_embeddings, position_embeddings, token_type_embeddings = tables
     floats = (word_embeddings.dtype,)
@@ -118,13 +132,21 @@ def check(indices, tables, norm_weight, norm_bias, dropout_p, dropout_seeds, che
         check_row_width(NAME, "word_embeddings", D)
 
 
-def _forward_fake(input_ids, position_ids, token_type_ids, word_embeddings, *_):
+def _forward_fake(
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_embeddings: Tensor,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     T, D = input_ids.shape[0], word_embeddings.shape[1]
     rows = (word_embeddings.new_empty(T, dtype=torch.float32) for _ in range(2))
     return word_embeddings.new_empty(T, D), *rows
 
 
-def _backward_fake(dy, input_ids, position_ids, token_type_ids, *others):
+def _backward_fake(
+    dy: Tensor, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
     rows = sum(table.shape[0] for table in others[:3])
     return dy.new_empty(rows, dy.shape[1]), dy.new_empty(2, dy.shape[1])
 
@@ -147,9 +169,9 @@ BACKWARD = operator(
 )
 
 
-class _EmbeddingLayerNorm(torch.autograd.Function):
+class _EmbeddingLayerNorm(Function):
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
         *read, norm_bias, eps, dropout_p, seeds, stream = arguments  # `read` as in _READ
         y, mean, rstd = FORWARD(*read, norm_bias, seeds, eps, dropout_p, stream)
         ctx.save_for_backward(*read, seeds, mean, rstd)
@@ -158,15 +180,15 @@ class _EmbeddingLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @backward_once
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         saved = ctx.saved_tensors
         dtables, vectors = BACKWARD(dy.contiguous(), *saved, ctx.dropout_p, ctx.dropout_stream)
         tables = dtables.split([table.shape[0] for table in saved[3:6]])
         return None, None, None, *tables, *vectors.unbind(), *(None,) * 4
 
 
-def _triton(*arguments):
+def _triton(*arguments: Any) -> Tensor:
     return _EmbeddingLayerNorm.apply(*arguments)
 
 
-_IMPLEMENTATIONS = {"triton": _triton, "cpu": cpu, "reference": reference}
+_IMPLEMENTATIONS: Implementations = {"triton": _triton, "cpu": cpu, "reference": reference}

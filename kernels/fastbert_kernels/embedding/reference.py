@@ -1,24 +1,25 @@
 """The definition of `embedding_layer_norm` in the plainest torch."""
 
 import torch
+from torch import Tensor
 
 from fastbert_kernels._dropout import row_multiplier
 
 
 def reference(
-    input_ids,
-    position_ids,
-    token_type_ids,
-    word_embeddings,
-    position_embeddings,
-    token_type_embeddings,
-    norm_weight,
-    norm_bias,
-    eps,
-    dropout_p,
-    dropout_seeds,
-    dropout_stream,
-):
+    input_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word_embeddings: Tensor,
+    position_embeddings: Tensor,
+    token_type_embeddings: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+    dropout_stream: int,
+) -> Tensor:
     """dropout(LN(word + position + token type)); arguments and result as in `op.py`."""
     wide = torch.promote_types(word_embeddings.dtype, torch.float32)
     z = (
@@ -30,5 +31,6 @@ def reference(
     rstd = ((z - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
     y = (z - mean) * rstd * norm_weight.to(wide) + norm_bias.to(wide)
     if dropout_p > 0:
+        assert dropout_seeds is not None  # check_dropout
         y = y * row_multiplier(dropout_seeds, dropout_stream, y.shape[1], dropout_p, wide)
     return y.to(word_embeddings.dtype)

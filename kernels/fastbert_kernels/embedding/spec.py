@@ -1,10 +1,14 @@
 """Shapes, inputs and least work of `embedding_layer_norm`."""
 
-from fastbert_kernels._spec import Spec, generator, integers, normal, random_seeds
+from typing import Any
+
+import torch
+
+from fastbert_kernels._spec import Shape, Spec, generator, integers, normal, random_seeds
 from fastbert_kernels.embedding.op import embedding_layer_norm
 
 
-def _inputs(shape, dtype, dropout_p):
+def _inputs(shape: Shape, dtype: torch.dtype, dropout_p: float) -> dict[str, Any]:
     draw = generator(shape)
     rows, size = shape["T"], shape["D"]
     return {
@@ -21,7 +25,7 @@ def _inputs(shape, dtype, dropout_p):
     }
 
 
-def _least_bytes(shape, size):
+def _least_bytes(shape: Shape, size: int) -> int:
     rows, columns = shape["T"], shape["D"]
     # Forward reads three rows a token, norm_weight, norm_bias, the indices and the seeds; it writes
     # y, mean and rstd.

@@ -1,21 +1,23 @@
 """`bias_gelu`: the activation of the feed-forward sublayer and of the MLM head."""
 
-import torch
+from typing import Any
+
+from torch import Tensor
 
 from fastbert_kernels._autocast import cast_low
 from fastbert_kernels._checks import (
+    Implementations,
     check_leader,
     check_tensors,
     check_triton,
     chosen_implementation,
 )
+from fastbert_kernels._function import Function, Gradients
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.gelu.reference import reference
 
 
-def bias_gelu(
-    x: torch.Tensor, bias: torch.Tensor | None = None, *, impl: str = "auto"
-) -> torch.Tensor:
+def bias_gelu(x: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
     """GELU(x + bias), exact: z Phi(z) = z (1 + erf(z / sqrt(2))) / 2 for z = x + bias.
 
     Under autocast it runs in the autocast dtype, as the matrix product before it. Saved for the
@@ -45,7 +47,7 @@ def bias_gelu(
     return _IMPLEMENTATIONS[impl](x, bias)
 
 
-def check(x, bias, impl):
+def check(x: Tensor, bias: Tensor | None, impl: str) -> None:
     check_leader("bias_gelu", "x", x, ("T", "F"))
     tensors = (("x", x, x.shape, (x.dtype,)), ("bias", bias, (x.shape[1],), (x.dtype,)))
     check_tensors("bias_gelu", x.device, *tensors)
@@ -53,32 +55,40 @@ def check(x, bias, impl):
         check_triton("bias_gelu", *tensors)
 
 
+def _forward_fake(x: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _backward_fake(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+
+
 FORWARD = operator(
     "bias_gelu_forward(Tensor x, Tensor bias) -> Tensor",
     "gelu.kernel.forward",
-    lambda x, bias: x.new_empty(x.shape),
+    _forward_fake,
 )
 BACKWARD = operator(
     "bias_gelu_backward(Tensor dy, Tensor x, Tensor bias) -> (Tensor, Tensor)",
     "gelu.kernel.backward",
-    lambda dy, x, bias: (x.new_empty(x.shape), bias.new_empty(bias.shape)),
+    _backward_fake,
 )
 
 
-class _BiasGelu(torch.autograd.Function):
+class _BiasGelu(Function):
     @staticmethod
-    def forward(ctx, x, bias):
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, bias)
         return FORWARD(x, bias)
 
     @staticmethod
     @backward_once
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         return BACKWARD(dy.contiguous(), *ctx.saved_tensors)
 
 
-def _triton(x, bias):
+def _triton(x: Tensor, bias: Tensor) -> Tensor:
     return _BiasGelu.apply(x, bias)
 
 
-_IMPLEMENTATIONS = {"triton": _triton, "cpu": reference, "reference": reference}
+_IMPLEMENTATIONS: Implementations = {"triton": _triton, "cpu": reference, "reference": reference}

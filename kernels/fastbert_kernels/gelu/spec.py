@@ -1,10 +1,14 @@
 """Shapes, inputs and least work of `bias_gelu`."""
 
-from fastbert_kernels._spec import Spec, generator, normal
+from typing import Any
+
+import torch
+
+from fastbert_kernels._spec import Shape, Spec, generator, normal
 from fastbert_kernels.gelu.op import bias_gelu
 
 
-def _inputs(shape, dtype, _dropout_p):
+def _inputs(shape: Shape, dtype: torch.dtype, _dropout_p: float) -> dict[str, Any]:
     draw = generator(shape)
     return {
         "x": normal(draw, dtype, shape["T"], shape["F"], std=2.0),

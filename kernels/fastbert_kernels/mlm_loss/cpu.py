@@ -11,10 +11,14 @@ gradients (evaluation) only the losses are computed. Ignored tokens go through t
 label 0; then their losses and their rows of dz are set to zero.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastbert_kernels.mlm_loss.reference import IGNORED
+from fastbert_kernels._function import Function, Gradients
+from fastbert_kernels.mlm_loss.reference import IGNORED, Result
 
 # Logits held at once, 64 MB in fp32. MKL needs 300 rows and more to be fast: with 16 MB the loss
 # takes a fifth longer.
@@ -22,8 +26,8 @@ _SLAB = 1 << 24
 
 
 def _loss_slab(
-    rows, weight, bias, labels
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows: Tensor, weight: Tensor, bias: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return exp(z - max z) [m, V], its sum [m, 1], losses [m] and correct [m] of one slab.
 
     Loss and gradient share the exponentials.
@@ -37,27 +41,35 @@ def _loss_slab(
     return exponentials, total, losses[:, 0], (of_label == largest)[:, 0]
 
 
-class _MaskedCrossEntropy(torch.autograd.Function):
+class _MaskedCrossEntropy(Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, positions, labels, total):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        positions: Tensor | None,
+        labels: Tensor,
+        total: float,
+    ) -> Result:
         rows = hidden if positions is None else hidden.index_select(0, positions)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         size = max(1, _SLAB // weight.shape[0])
-        with_gradient = any(ctx.needs_input_grad[:3])
         losses = rows.new_empty(len(rows), dtype=wide)
         correct = torch.empty(len(rows), dtype=torch.bool)
         ignored = labels == IGNORED
         labels = labels.masked_fill(ignored, 0)
-        if with_gradient:
-            drows = torch.empty_like(rows)
-            dweight = None  # starts as the first slab's share: zeros cost a pass over [V, D]
-            dbias = torch.zeros_like(bias, dtype=wide)
+        gradients = None  # drows and dbias
+        dweight = None  # starts as the first slab's share: zeros cost a pass over [V, D]
+        if any(ctx.needs_input_grad[:3]):
+            gradients = torch.empty_like(rows), torch.zeros_like(bias, dtype=wide)
         for first in range(0, len(rows), size):
             slab = slice(first, first + size)
             exponentials, sums, losses[slab], correct[slab] = _loss_slab(
                 rows[slab], weight, bias, labels[slab]
             )
-            if with_gradient:
+            if gradients is not None:
+                drows, dbias = gradients
                 dz = exponentials.mul_(1 / (sums * total))
                 dz[torch.arange(len(dz)), labels[slab]] -= 1 / total
                 dz[ignored[slab]] = 0
@@ -70,7 +82,8 @@ class _MaskedCrossEntropy(torch.autograd.Function):
                     dweight.addmm_(dz.T, rows[slab])
                 else:
                     dweight += dz.T @ rows[slab]
-        if with_gradient:
+        if gradients is not None:
+            drows, dbias = gradients
             dweight = torch.zeros_like(weight) if dweight is None else dweight
             ctx.save_for_backward(drows, dweight.to(weight.dtype), dbias.to(bias.dtype), positions)
             ctx.tokens = len(hidden)
@@ -80,7 +93,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss, _losses, _correct):  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor, _losses: Tensor, _correct: Tensor) -> Gradients:
         drows, dweight, dbias, positions = ctx.saved_tensors
         if dloss != 1:
             drows, dweight, dbias = (x * dloss for x in (drows, dweight, dbias))
@@ -89,7 +102,14 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         return drows, dweight, dbias, None, None, None
 
 
-def cpu(hidden, weight, bias, positions, labels, total):
+def cpu(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    positions: Tensor | None,
+    labels: Tensor,
+    total: float,
+) -> Result:
     """Arguments and result as in `op.py`."""
     weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
     return _MaskedCrossEntropy.apply(hidden, weight, bias, positions, labels, total)

@@ -1,10 +1,14 @@
 """`masked_cross_entropy`: the loss of the masked tokens under the tied vocabulary projection."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastbert_kernels._autocast import cast_low
 from fastbert_kernels._checks import (
     INT64,
+    Implementations,
     check_leader,
     check_range,
     check_tensors,
@@ -12,24 +16,25 @@ from fastbert_kernels._checks import (
     chosen_implementation,
     values_checked,
 )
+from fastbert_kernels._function import Function, Gradients
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.mlm_loss.cpu import cpu
-from fastbert_kernels.mlm_loss.reference import IGNORED, reference
+from fastbert_kernels.mlm_loss.reference import IGNORED, Result, reference
 
 NAME = "masked_cross_entropy"
 
 
 def masked_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    labels: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    labels: Tensor,
     *,
     total: float = 1.0,
     check_values: bool | None = None,
     impl: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax cross-entropy of the logits z = hidden[positions] weight' + bias.
 
     The loss is the sum of log(sum(exp(z))) - z[label] over the M tokens, divided by `total`. Under
@@ -81,7 +86,16 @@ def masked_cross_entropy(
     return _IMPLEMENTATIONS[impl](hidden, weight, bias, positions, labels, total)
 
 
-def _check(hidden, weight, bias, positions, labels, total, check_values, impl):
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    labels: Tensor,
+    total: float,
+    check_values: bool | None,
+    impl: str,
+) -> None:
     check_leader(NAME, "hidden", hidden, ("T", "D"))
     (T, D), floats = hidden.shape, (hidden.dtype, torch.float32)
     check_leader(NAME, "weight", weight, ("V", "D"), floats)
@@ -109,12 +123,16 @@ def _check(hidden, weight, bias, positions, labels, total, check_values, impl):
         check_triton(NAME, *tensors)
 
 
-def _forward_fake(hidden, weight, bias, positions, labels):
+def _forward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor, positions: Tensor | None, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     losses, lse = (hidden.new_empty(labels.shape, dtype=torch.float32) for _ in range(2))
     return losses, hidden.new_empty(labels.shape, dtype=torch.bool), lse
 
 
-def _backward_fake(scale, hidden, weight, bias, positions, labels, lse):
+def _backward_fake(
+    scale: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (hidden, weight, bias))
 
 
@@ -132,9 +150,17 @@ _BACKWARD = operator(
 )
 
 
-class _MaskedCrossEntropy(torch.autograd.Function):
+class _MaskedCrossEntropy(Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, positions, labels, total):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        positions: Tensor | None,
+        labels: Tensor,
+        total: float,
+    ) -> Result:
         losses, correct, lse = _FORWARD(hidden, weight, bias, positions, labels)
         ctx.save_for_backward(hidden, weight, bias, positions, labels, lse)
         ctx.total = total
@@ -143,12 +169,12 @@ class _MaskedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @backward_once
-    def backward(ctx, dloss, _losses, _correct):  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor, _losses: Tensor, _correct: Tensor) -> Gradients:
         return *_BACKWARD(dloss / ctx.total, *ctx.saved_tensors), None, None, None
 
 
-def _triton(hidden, weight, bias, positions, labels, total):
-    return _MaskedCrossEntropy.apply(hidden, weight, bias, positions, labels, total)
+def _triton(*arguments: Any) -> Result:
+    return _MaskedCrossEntropy.apply(*arguments)
 
 
-_IMPLEMENTATIONS = {"triton": _triton, "cpu": cpu, "reference": reference}
+_IMPLEMENTATIONS: Implementations = {"triton": _triton, "cpu": cpu, "reference": reference}

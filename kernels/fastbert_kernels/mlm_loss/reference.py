@@ -1,11 +1,21 @@
 """The definition of `masked_cross_entropy` in the plainest torch; it holds all M x V logits."""
 
 import torch
+from torch import Tensor
 
 IGNORED = -100  # the label of a token that is ignored, as in torch's cross_entropy
 
+Result = tuple[Tensor, Tensor, Tensor]  # loss, token_losses, token_correct
 
-def reference(hidden, weight, bias, positions, labels, total):
+
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    positions: Tensor | None,
+    labels: Tensor,
+    total: float,
+) -> Result:
     """Arguments and result as in `op.py`."""
     rows = hidden if positions is None else hidden[positions]
     weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)

@@ -1,13 +1,15 @@
 """Shapes, inputs and least work of `masked_cross_entropy`."""
 
+from typing import Any
+
 import torch
 
-from fastbert_kernels._spec import Spec, generator, integers, normal
+from fastbert_kernels._spec import Shape, Spec, generator, integers, normal
 from fastbert_kernels._tiles import tile
 from fastbert_kernels.mlm_loss.op import masked_cross_entropy
 
 
-def _inputs(shape, dtype, _dropout_p):
+def _inputs(shape: Shape, dtype: torch.dtype, _dropout_p: float) -> dict[str, Any]:
     draw = generator(shape)
     return {
         "hidden": normal(draw, dtype, shape["T"], shape["D"]),
@@ -19,7 +21,7 @@ def _inputs(shape, dtype, _dropout_p):
     }
 
 
-def _least_bytes(shape, size):
+def _least_bytes(shape: Shape, size: int) -> int:
     """The bytes of the Triton kernels with the tiles of sm_90.
 
     The logits are computed once forward and once, by slabs, backward. The products dW and dh are
@@ -27,11 +29,11 @@ def _least_bytes(shape, size):
     """
     M, D, V = shape["M"], shape["D"], shape["V"]
 
-    def tiles(kernel):
+    def tiles(kernel: str) -> tuple[int, int]:
         options = tile(kernel, "sm_90", torch.bfloat16 if size == 2 else torch.float32, D)
         return -(-M // options["BLOCK_M"]), -(-V // options["BLOCK_V"])
 
-    def logits(row_tiles, word_tiles):
+    def logits(row_tiles: int, word_tiles: int) -> int:
         rows = M * D * size * word_tiles  # once for each tile of words
         # The matrix and the bias once for each tile of rows.
         return rows + V * (D + 1) * size * row_tiles

@@ -6,30 +6,35 @@
 Saved for the backward pass: z, the mean and rstd of each row, and the mask.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastbert_kernels._dropout import keep_scale
 from fastbert_kernels._dropout_cpu import row_keep_mask_cpu
+from fastbert_kernels._function import Function, Gradients
 
 
-class _DropoutAddLayerNorm(torch.autograd.Function):
+class _DropoutAddLayerNorm(Function):
     @staticmethod
     def forward(
-        ctx,
-        x,
-        bias,
-        residual,
-        norm_weight,
-        norm_bias,
-        eps,
-        dropout_p,
-        dropout_seeds,
-        dropout_stream,
-    ):
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        dropout_p: float,
+        dropout_seeds: Tensor | None,
+        dropout_stream: int,
+    ) -> Tensor:
         z = x if bias is None else x + bias
         keep = None
         if dropout_p > 0:
+            assert dropout_seeds is not None  # check_dropout
             keep = row_keep_mask_cpu(dropout_seeds, dropout_stream, x.shape[1], dropout_p)
             z = torch.mul(z, keep, out=z if z is not x else None)
             z = (
@@ -50,7 +55,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         z, mean, rstd, norm_weight, norm_bias, keep = ctx.saved_tensors
         dy = dy.contiguous()
         dz, _, _ = torch.ops.aten.native_layer_norm_backward(
@@ -74,8 +79,6 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         )
 
 
-def cpu(x, bias, residual, norm_weight, norm_bias, eps, dropout_p, dropout_seeds, dropout_stream):
+def cpu(*arguments: Any) -> Tensor:
     """Arguments and result as in `op.py`."""
-    return _DropoutAddLayerNorm.apply(
-        x, bias, residual, norm_weight, norm_bias, eps, dropout_p, dropout_seeds, dropout_stream
-    )
+    return _DropoutAddLayerNorm.apply(*arguments)

@@ -1,10 +1,14 @@
 """`dropout_add_layer_norm`, the end of every sublayer of BERT, and plain `layer_norm`."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastbert_kernels._autocast import cast_fp32
 from fastbert_kernels._checks import (
     INT64,
+    Implementations,
     check_dropout,
     check_leader,
     check_row_width,
@@ -12,6 +16,7 @@ from fastbert_kernels._checks import (
     check_triton,
     chosen_implementation,
 )
+from fastbert_kernels._function import Function, Gradients
 from fastbert_kernels._library import backward_once, operator
 from fastbert_kernels.norm.cpu import cpu
 from fastbert_kernels.norm.reference import reference
@@ -20,18 +25,18 @@ NAME = "dropout_add_layer_norm"
 
 
 def dropout_add_layer_norm(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor | None = None,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
     *,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
-    dropout_seeds: torch.Tensor | None = None,
+    dropout_seeds: Tensor | None = None,
     dropout_stream: int = 0,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """LayerNorm(residual + dropout(x + bias)) over the last axis, with the biased variance.
 
     Under autocast it runs in fp32, as torch's layer_norm. For the backward pass, "triton" saves x,
@@ -72,18 +77,27 @@ def dropout_add_layer_norm(
 
 
 def layer_norm(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor | None = None,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
     *,
     eps: float = 1e-12,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """LayerNorm of the rows of x [T, D]: `dropout_add_layer_norm` of x alone."""
     return dropout_add_layer_norm(x, None, None, norm_weight, norm_bias, eps=eps, impl=impl)
 
 
-def check(x, bias, residual, norm_weight, norm_bias, dropout_p, dropout_seeds, impl):
+def check(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    dropout_p: float,
+    dropout_seeds: Tensor | None,
+    impl: str,
+) -> None:
     check_leader(NAME, "x", x, ("T", "D"))
     (T, D), floats = x.shape, (x.dtype,)
     check_dropout(NAME, dropout_p, dropout_seeds, T)
@@ -101,11 +115,22 @@ def check(x, bias, residual, norm_weight, norm_bias, dropout_p, dropout_seeds, i
         check_row_width(NAME, "x", D)
 
 
-def _forward_fake(x, *_):
+def _forward_fake(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), *(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
 
 
-def _backward_fake(dy, x, bias, residual, norm_weight, dropout_seeds, mean, rstd, dropout_p, _):
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    dropout_seeds: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    _: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     differ = residual is not None and dropout_p > 0
     return x.new_empty(x.shape), x.new_empty(x.shape if differ else 0), x.new_empty(3, x.shape[1])
 
@@ -126,9 +151,20 @@ BACKWARD = operator(
 )
 
 
-class _DropoutAddLayerNorm(torch.autograd.Function):
+class _DropoutAddLayerNorm(Function):
     @staticmethod
-    def forward(ctx, x, bias, residual, norm_weight, norm_bias, eps, p, seeds, stream):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        p: float,
+        seeds: Tensor | None,
+        stream: int,
+    ) -> Tensor:
         y, mean, rstd = FORWARD(x, bias, residual, norm_weight, norm_bias, seeds, eps, p, stream)
         ctx.save_for_backward(x, bias, residual, norm_weight, seeds, mean, rstd)
         ctx.dropout_p, ctx.dropout_stream = p, stream
@@ -136,7 +172,7 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
 
     @staticmethod
     @backward_once
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         saved = ctx.saved_tensors
         dx, dresidual, vectors = BACKWARD(
             dy.contiguous(), *saved, ctx.dropout_p, ctx.dropout_stream
@@ -151,8 +187,8 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
         return dx, dbias, dresidual, dnorm_weight, dnorm_bias, *(None,) * 4
 
 
-def _triton(*arguments):
+def _triton(*arguments: Any) -> Tensor:
     return _DropoutAddLayerNorm.apply(*arguments)
 
 
-_IMPLEMENTATIONS = {"triton": _triton, "cpu": cpu, "reference": reference}
+_IMPLEMENTATIONS: Implementations = {"triton": _triton, "cpu": cpu, "reference": reference}

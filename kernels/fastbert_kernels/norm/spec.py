@@ -1,10 +1,14 @@
 """Shapes, inputs and least work of `dropout_add_layer_norm`."""
 
-from fastbert_kernels._spec import Spec, generator, normal, random_seeds
+from typing import Any
+
+import torch
+
+from fastbert_kernels._spec import Shape, Spec, generator, normal, random_seeds
 from fastbert_kernels.norm.op import dropout_add_layer_norm
 
 
-def _inputs(shape, dtype, dropout_p):
+def _inputs(shape: Shape, dtype: torch.dtype, dropout_p: float) -> dict[str, Any]:
     draw = generator(shape)
     rows, size = shape["T"], shape["D"]
     bare = shape.get("bare", 0)
@@ -20,7 +24,7 @@ def _inputs(shape, dtype, dropout_p):
     }
 
 
-def _least_bytes(shape, size):
+def _least_bytes(shape: Shape, size: int) -> int:
     rows, columns, bare = shape["T"], shape["D"], shape.get("bare", 0)
     # Forward reads x, residual, bias, norm_weight, norm_bias and the seeds; it writes y, mean and
     # rstd.
