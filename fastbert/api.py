@@ -73,8 +73,10 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
         _check_type("path", path, str | os.PathLike)
         _check_type("device", device, str | None)
         from fastbert.tasks.load import load
+        from fastbert.torch_defaults import torch_defaults
 
-        return load(path, device)
+        with torch_defaults():
+            return load(os.path.expanduser(path), device)
 
 
 def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **options: Any) -> Report:
@@ -108,7 +110,9 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
         _check_type("out", out, str | os.PathLike)
         _check_options(prepare, options)
         keep_heap()
-        return prepare(paths, out, **options)
+        # "~" is expanded by a shell, and here there is none.
+        paths = [os.path.expanduser(path) for path in paths]
+        return prepare(paths, os.path.expanduser(out), **options)
 
 
 def pretrain(
@@ -180,13 +184,15 @@ def _pretrain(
         config = load_config(recipe, {**overrides, **tables})
         import torch
 
+        from fastbert.torch_defaults import torch_defaults
         from fastbert.training.loop import pretrain
         from fastbert.training.metrics import read_metrics
 
         _check_process(torch.distributed)
         name = "recipe" if isinstance(recipe, Mapping) else str(recipe)
         random: Any = torch.random  # which has no complete types
-        with random.fork_rng():  # the caller's random numbers go on where they were
+        # The caller's random numbers go on where they were.
+        with random.fork_rng(), torch_defaults():
             ending = pretrain(config, name, resume, stop_request)
     run = Path(config.run).absolute()
     metrics: dict[str, dict[str, Any]] = {}

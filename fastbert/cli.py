@@ -15,6 +15,7 @@ import faulthandler
 import io
 import math
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -110,6 +111,22 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _why_not_text(argument: str) -> str:
+    try:
+        os.fsencode(argument).decode("utf-8")
+    except UnicodeDecodeError:
+        return "is not UTF-8; give text and names in UTF-8"
+    encoding = sys.getfilesystemencoding()
+    return f"is UTF-8, but Python reads it as {encoding} here; set PYTHONUTF8=1 or a UTF-8 locale"
+
+
+_OPTION_AT_HOME = re.compile("^(--[a-z-]+=)(~.*)")
+
+
+def _expand(option: re.Match[str]) -> str:
+    return option[1] + os.path.expanduser(option[2])
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
     warnings.showwarning = _show_warning
@@ -122,9 +139,9 @@ def run(arguments: Sequence[str]) -> int:
         for argument in arguments:
             # Python decodes bytes that are not UTF-8 to these surrogates.
             if any("\udc80" <= c <= "\udcff" for c in argument):
-                raise InputError(
-                    f"argument {argument!r} is not UTF-8; give text and names in UTF-8"
-                )
+                raise InputError(f"argument {argument!r} {_why_not_text(argument)}")
+        # A shell expands "~" at the beginning of a word, and not in --out=~/x.
+        arguments = [_OPTION_AT_HOME.sub(_expand, argument) for argument in arguments]
         # Without standalone mode typer returns the command's result, or the code of typer.Exit.
         result = app(
             args=list(arguments) or ["--help"], prog_name="fastbert", standalone_mode=False

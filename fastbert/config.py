@@ -29,6 +29,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+PATHS = ("data", "run", "init", "runtime.deepspeed")  # keys that may begin with ~
 PACKAGED = Path(__file__).parent / "recipes"  # the recipes that fastbert brings along
 DEEPSPEED = PACKAGED / "ds_config.json"  # DeepSpeed's settings where a recipe names no file
 COMMAND_LINE = "command line"  # in messages: where a value came from
@@ -306,7 +307,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{name}: cannot be read as a recipe: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{name}: cannot be read as a recipe: {error}") from None
+        raise InputError(f"{name}: not UTF-8 ({error}); save it as UTF-8") from None
     except NOT_TOML as error:
         raise InputError(f"{name}: not valid TOML: {error}") from None
 
@@ -512,6 +513,8 @@ def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where:
     if hint is str:
         if not isinstance(value, str) or not value:
             raise wrong("a string that is not empty")
+        if key in PATHS:
+            value = os.path.expanduser(value)
         options = spec.metadata.get("options")
         if options and value not in options:
             raise wrong("one of " + ", ".join(options))

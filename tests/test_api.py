@@ -106,6 +106,34 @@ def test_a_dict_of_tables_is_a_recipe_and_can_be_trained_twice(recipe, tmp_path)
         first.exit_code = 1
 
 
+def test_what_the_caller_has_set_in_torch_changes_nothing(recipe, tmp_path):
+    plain = fastbert.pretrain(recipe)
+    vector = plain.load("cpu").encode("a text")
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")  # on which nothing can be computed
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            other = fastbert.pretrain(recipe, {"run": tmp_path / "other"})
+            model = other.load("cpu")
+        assert (torch.get_default_dtype(), torch.zeros(1).device.type) == (torch.float64, "meta")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert other.metrics["train"]["loss"] == plain.metrics["train"]["loss"]
+    assert {p.dtype for p in model.model.parameters()} == {torch.float32}
+    assert not any(p.is_inference() for p in model.model.parameters())
+    assert np.array_equal(model.encode("a text"), vector)
+
+
+def test_paths_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("One text. It has two sentences.\n\nAnother one.\n")
+    fastbert.prepare("~/a.txt", "~/data", vocab_size=100, workers=1, progress=False)
+    assert (tmp_path / "data/manifest.json").is_file()
+    with pytest.raises(fastbert.InputError, match=f"^{tmp_path}/data: a dataset of text"):
+        fastbert.load("~/data")
+
+
 def test_resume(recipe):
     fastbert.pretrain(recipe)
     with pytest.raises(fastbert.InputError, match="holds a run with checkpoints"):

@@ -34,6 +34,24 @@ def test_preset_fills_in_what_is_not_said():
     assert config.model.hidden_size == PRESETS["mini"]["hidden_size"]
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/u/ada")
+    keys = {"data": "~/d", "run": "~", "init": "~/m/x", "runtime.deepspeed": "~/ds.json"}
+    for overrides in (keys, [f"{key}={value}" for key, value in keys.items()]):
+        config = load_config({}, overrides)
+        assert (config.data, config.run) == ("/u/ada/d", "/u/ada")
+        assert (config.init, config.runtime.deepspeed) == ("/u/ada/m/x", "/u/ada/ds.json")
+    assert load_config({"data": "./~/d", "run": "a~"}).data == "./~/d"
+
+
+def test_a_recipe_from_windows(tmp_path):
+    (tmp_path / "r.toml").write_bytes(b'\xef\xbb\xbfdata = "x"\r\n[batch]\r\nsequences = 8\r\n')
+    assert load_config(tmp_path / "r.toml").batch.sequences == 8
+    (tmp_path / "r.toml").write_text('data = "x"', encoding="utf-16")
+    with pytest.raises(InputError, match=r"r\.toml: not UTF-8 .*; save it as UTF-8"):
+        load_config(tmp_path / "r.toml")
+
+
 def test_overrides_win_and_are_named_in_errors(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text('data = "x"\n[batch]\nsequences = 8\n')

@@ -386,6 +386,16 @@ def broken(tmp_path: Path) -> dict[str, tuple[Path | str, dict[str, str], list[s
             {},
             ["j.jsonl", "line 2", "not JSON"],
         ),
+        "json twice": (
+            write(tmp_path / "t.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n'),
+            {},
+            ["t.jsonl", "line 2", "the field 'text' is given twice"],
+        ),
+        "header twice": (
+            write(tmp_path / "h.csv", "id,text\n1,a\n\ufeffid,text\n2,b\n"),
+            {},
+            ["h.csv", "line 3", "the header again"],
+        ),
         "json list": (
             write(tmp_path / "i.jsonl", '["a"]\n'),
             {},

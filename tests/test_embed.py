@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -98,8 +99,17 @@ def test_no_texts_give_no_rows(model):
         ((["a", b"b"],), "text 1 is b'b'"),
         ((["a", ["b"]],), r"text 1 is \['b'\]"),
         ((["\ud800"],), "text 0 .* half a character"),
-        ((None,), "texts = None; must be a list of strings"),
+        ((None,), "texts = None, of type NoneType; must be a list of strings"),
         ((7,), "texts = 7"),
+        # These would give vectors of names, or vectors in an order that nobody knows.
+        (({"train": ["a"], "test": ["b"]},), "texts = .* of type dict; must be a list of strings"),
+        (({"a", "b"},), "of type set"),
+        ((pandas.DataFrame({"text": ["a", "b", "c"]}),), "of type DataFrame"),
+        ((np.array([["a", "b"]]),), "of type ndarray"),
+        ((np.array("a"),), "of type ndarray"),
+        ((["a"], "mean", "last"), "layer = 'last'; must be a whole number, or a list of them"),
+        ((["a"], "mean", [1.0]), r"layer = \[1.0\]; must be a whole number"),
+        ((["a"], "mean", True), "layer = True; must be a whole number"),
     ],
 )
 def test_wrong_arguments(model, arguments, words):
@@ -108,6 +118,18 @@ def test_wrong_arguments(model, arguments, words):
     if len(arguments) == 1:
         with pytest.raises(InputError, match=words):
             model.hidden_states(*arguments)
+
+
+def test_columns_of_tables_and_numbers_of_numpy(model):
+    expected = model.encode(["one", "two"], layer=[0, 1])
+    column = pandas.Series(["zero", "one", "two"])[1:]  # whose index begins at 1
+    for texts in (column, column.to_numpy(), np.array(["one", "two"]), iter(["one", "two"])):
+        assert np.array_equal(model.encode(texts, layer=np.arange(2)), expected)
+    assert np.array_equal(model.encode("one", layer=np.int64(1)), model.encode("one", layer=1))
+    assert model.fill_mask("a [MASK]", k=np.int64(2)) == model.fill_mask("a [MASK]", k=2)
+    for k in (2.0, "2", None):
+        with pytest.raises(InputError, match=f"k = {k!r}; must be a number from 1 to"):
+            model.fill_mask("a [MASK]", k=k)
 
 
 def test_other_methods_take_strings_alone(model):

@@ -70,9 +70,31 @@ def test_counts(lower: Tokenizer) -> None:
     unknown = ("c1cd", ",", "getname", "!", "(", "=", ")", "☃☃q")
     assert losses.unknown_characters == sum(map(len, unknown))
     assert encoder(["xyz ☃☃q ok"]).losses.unknown_characters == 3  # also when it is looked up
-    both = Losses(1, 2, 3, 4, 5, 6, 7, ("a", "b"))
-    both += Losses(1, 1, 1, 1, 1, 1, 1, ("b", "c", "d"))
-    assert both == Losses(2, 3, 4, 5, 6, 7, 8, ("a", "b", "c"))
+    both = Losses(1, 2, 3, 4, 5, 6, 7, 8, ("a", "b"), ("U+200B",))
+    both += Losses(1, 1, 1, 1, 1, 1, 1, 1, ("b", "c", "d"), ("U+200B", "U+000C"))
+    assert both == Losses(2, 3, 4, 5, 6, 7, 8, 9, ("a", "b", "c"), ("U+200B", "U+000C"))
+
+
+@pytest.mark.parametrize(
+    "character", ["\f", "\v", "\x85", "\x97", "\u200b", "\u200c", "\u200d", "\ue001", "\ufffd"]
+)
+def test_characters_that_the_normalizer_removes(lower: Tokenizer, character: str) -> None:
+    word = f"page{character}break"
+    assert lower.normalizer.normalize_str(word) == "pagebreak"  # two words, or a letter, are lost
+    encoder = Encoder(lower)
+    for sentence, words in ((f"{word} a {word}, b", 2), (f"{word}", 1)):  # new, then looked up
+        losses = encoder([sentence]).losses
+        assert losses.removed_words == words
+        assert losses.removed == (f"U+{ord(character):04X}",)
+    keeping = Tokenizer.from_str(lower.to_str())
+    keeping.normalizer.clean_text = False
+    assert Encoder(keeping)([word]).losses.removed_words == 0
+
+
+@pytest.mark.parametrize("character", ["\ufeff", "\u00ad", "\u200e", "\u202b", "\t", "\u2028", "é"])
+def test_characters_without_meaning_are_not_counted(lower: Tokenizer, character: str) -> None:
+    losses = Encoder(lower)([f"page{character}break"]).losses
+    assert (losses.removed_words, losses.removed) == (0, ())
 
 
 def test_accents_are_kept_where_asked(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_fit_pair_takes_from_the_longer(a, b, kept):
     [
         (("no mask",), r"'no mask': no \[MASK\] to fill"),
         (("[mask]",), r"no \[MASK\]"),
-        (("[MASK]", 0), "k = 0; must be from 1"),
+        (("[MASK]", 0), "k = 0; must be a number from 1"),
         (("[MASK]", VOCABULARY + 1), f"k = {VOCABULARY + 1}.* {VOCABULARY}"),
         (("list " * 50 + "[MASK]",), "the model takes 30; shorten it"),
     ],

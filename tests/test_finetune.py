@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 import fastbert
 from fastbert.errors import InputError
 from fastbert.tasks.finetune import (
+    DataWarning,
     Epoch,
     LengthWarning,
     PictureWarning,
@@ -99,11 +100,35 @@ def test_it_learns_and_transformers_agrees(folder, files: tuple[Path, Path], tmp
     assert encoder.heads == set()
 
 
+def test_examples_that_look_wrong_are_said(folder, files: tuple[Path, Path], tmp_path):
+    def warned(train: str, evaluation: str | Path) -> list[str]:
+        (tmp_path / "x.csv").write_text(train, encoding="utf-8")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DataWarning)
+            finetune(
+                fastbert.load(folder), tmp_path / "x.csv", evaluation, None, Settings(epochs=1)
+            )
+        return [str(each.message) for each in caught if each.category is DataWarning]
+
+    (tmp_path / "y.csv").write_text("text,label\nthe list,1\na class,0\na name,1\n")
+    rows = "text,label\nthe list,1\nthe name,0\n"
+    (shared,) = warned(rows, tmp_path / "y.csv")
+    assert "1 of 3 texts are also in" in shared and shared.startswith(str(tmp_path / "y.csv"))
+    alike = warned(rows + "a value,1.0\na module,Yes\na type,yes\n", tmp_path / "y.csv")
+    assert len(alike) == 3 and "the labels '1' and '1.0' are two classes here" in alike[0]
+    assert "'Yes' and 'yes'" in alike[1]
+    assert not warned(files[0].read_text(encoding="utf-8"), files[1])
+
+
 def test_same_seed_same_weights(folder, files: tuple[Path, Path], tmp_path):
-    results = [
-        finetune(fastbert.load(folder), *files, tmp_path / str(i), Settings(epochs=2, seed=seed))
-        for i, seed in enumerate([1, 1, 2])
-    ]
+    results = []
+    for i, seed in enumerate([1, 1, 2]):
+        # What the caller has set in torch changes nothing.
+        with torch.set_grad_enabled(i == 0), torch.autocast("cpu", torch.bfloat16, enabled=i > 0):
+            model = fastbert.load(folder)
+            results.append(
+                finetune(model, *files, tmp_path / str(i), Settings(epochs=2, seed=seed))
+            )
     same, again, other = ((tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(3))
     assert same == again != other
     assert results[0].trials == results[1].trials

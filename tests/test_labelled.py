@@ -186,6 +186,12 @@ def test_bad_rows_of_parquet(tmp_path):
             "2 bad rows: line 3: text is empty; line 4: text is empty; fix or remove them",
         ),
         ("x.csv", b"text,label\na,x\nb,\n", "line 3: label is empty"),
+        (
+            "x.csv",
+            b"text,label\na,x\n\xef\xbb\xbftext,label\nb,y\ntext,label\n",
+            "2 bad rows: line 3: the header again, as where files were joined; .*; line 5: the hea",
+        ),
+        ("x.jsonl", b'{"text": "a", "label": 0, "label": 1}', "the field 'label' is given twice"),
         ("x.csv", b'text,label\n"a,x\n', "line 2: not valid csv"),
         ("x.csv", b'text,label\n"a"b,x\n', "line 2: not valid csv"),
         ("x.csv", b"text,label\ncaf\xe9,x\n", "not UTF-8"),
@@ -205,6 +211,12 @@ def test_a_wrong_file_is_one_line_that_names_its_bad_rows(tmp_path, name, data, 
     with pytest.raises(InputError, match=words) as caught:
         read_examples(write(tmp_path / name, data))
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path / name))
+
+
+def test_blanks_around_a_label_make_no_other_class(tmp_path):
+    file = write(tmp_path / "x.csv", "text,label\n a ,1\nb, 1\nc,1 \nd,\t0\r\n")
+    assert read_examples(file).labels == ["1", "1", "1", "0"]
+    assert read_examples(file).first == [" a ", "b", "c", "d"]
 
 
 def test_labels_that_are_no_numbers(tmp_path):

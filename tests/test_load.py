@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from fastbert.checkpoints.weight_names import shapes
 from fastbert.errors import InputError
 from fastbert.tasks.export import export
 from fastbert.tasks.pretrained import TextCutWarning
+from tests.ranks import environment
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,33 @@ def test_every_layer_of_every_text_is_that_of_transformers(original):
         for ours, theirs in zip(states, expected, strict=True):
             assert ours.dtype == np.float32
             np.testing.assert_allclose(ours, theirs[0], rtol=0, atol=2e-5)
+
+
+FORKED = """
+import multiprocessing, sys, torch, fastbert
+model = fastbert.load(sys.argv[1], "cpu")
+torch.set_num_threads(2)
+big = torch.ones(600, 600)
+big @ big  # starts the threads of this process, of which a fork has none
+queue = multiprocessing.get_context("fork").Queue()
+def encode():
+    big @ big
+    queue.put(model.encode(["a text"] * 100).shape)
+multiprocessing.get_context("fork").Process(target=encode, daemon=True).start()
+print(queue.get(timeout=60))
+"""
+
+
+def test_a_forked_process_computes_too(original):
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(original)],
+        env=environment() | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-600:]
+    assert done.stdout.startswith("(100, ")
 
 
 def test_run_checkpoint_and_folder_are_the_same_model(original, run):
@@ -206,6 +236,7 @@ POOLER = "bert.pooler.dense.weight"
             ["config.json", "model_type = 'roberta'", '"bert"'],
         ),
         (edit("config.json", model_type=None), ["config.json", "model_type = None"]),
+        (edit("config.json", model_type=""), ['add "model_type": "bert" if this is one']),
         (replace("config.json", b"{"), ["config.json", "JSON"]),
         (replace("config.json", b"\xff\xfe"), ["config.json", "JSON"]),
         (replace("config.json", b"[]"), ["config.json", "model_type = None"]),

@@ -144,6 +144,13 @@ HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
             "--cased",
         ),
         (
+            "characters removed inside words",
+            lambda: report_of(
+                chunk([[20] * 50], losses=Losses(words=1000, removed_words=2, removed=("U+200B",)))
+            ),
+            "spaces",
+        ),
+        (
             "bad records, left out",
             lambda: report_of(
                 chunk([[20] * 50], bad_records=2, bad_examples=("a: line 1: no", "a: line 2: no"))

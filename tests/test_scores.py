@@ -20,7 +20,7 @@ def test_of_classes(classes, seed):
     assert scores.accuracy(answers, truth) == pytest.approx(
         sklearn.metrics.accuracy_score(truth, answers)
     )
-    assert scores.f1(answers, truth) == pytest.approx(
+    assert scores.f1(answers, truth, classes) == pytest.approx(
         sklearn.metrics.f1_score(truth, answers, average=average)
     )
     assert scores.matthews(answers, truth) == pytest.approx(
@@ -43,9 +43,18 @@ def test_of_numbers(seed):
     )
 
 
+def test_f1_where_two_of_three_classes_occur():
+    """The mean over both, as of every task of more than two classes, and not that of class 1."""
+    truth, answers = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
+    expected = sklearn.metrics.f1_score(truth, answers, average="macro")
+    assert scores.of_classes(3)["f1"](answers, truth) == pytest.approx(expected)
+    assert scores.of_classes(2)["f1"](answers, truth) == pytest.approx(2 / 3)
+    assert expected != pytest.approx(2 / 3)
+
+
 def test_answers_that_are_all_alike_correlate_with_nothing():
     same, truth = np.zeros(4, np.int64), np.array([0, 1, 0, 1])
-    assert scores.matthews(same, truth) == 0 and scores.f1(same, truth) == 0
+    assert scores.matthews(same, truth) == 0 and scores.f1(same, truth, 2) == 0
     assert scores.spearman(same.astype(float), truth.astype(float)) == 0
 
 

@@ -126,6 +126,14 @@ def test_decoder_may_be_missing_or_hold_the_only_bias():
     assert same(read(moved), read(state))
 
 
+def test_a_decoder_that_is_neither_tied_nor_there():
+    """transformers would draw it at random: the word embeddings are another model's decoder."""
+    state = {name: t for name, t in stock().items() if name not in TIED}
+    ours = from_hugging_face(state, MODEL, VOCABULARY, "m", tied=False)
+    assert heads(ours) == {"nsp"}
+    assert same(ours, {n: t for n, t in read(state).items() if not n.startswith("mlm_head.")})
+
+
 def test_half_precision_becomes_fp32():
     ours = read({name: t.half() for name, t in stock().items()})
     assert {t.dtype for t in ours.values()} == {torch.float32}

@@ -200,7 +200,7 @@ def bag_of_words(job: Job) -> Row:
     return {
         "heldout": scores[best],
         "C": best,
-        **test_scores(accuracy(answers, truth), f1(answers, truth)),
+        **test_scores(accuracy(answers, truth), f1(answers, truth, classes=2)),
     }
 
 

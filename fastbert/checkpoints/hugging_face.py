@@ -63,7 +63,8 @@ def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
         raise InputError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict) or values.get("model_type") != "bert":
         found = values.get("model_type") if isinstance(values, dict) else None
-        raise InputError(f'{file}: model_type = {found!r}; only "bert" can be loaded')
+        hint = "" if found else ', so add "model_type": "bert" if this is one'
+        raise InputError(f'{file}: model_type = {found!r}; only "bert" can be loaded{hint}')
     for key, wanted in _ENCODER.items():
         if values.get(key, wanted) != wanted:
             raise InputError(f"{file}: {key} = {values[key]!r}; only {wanted!r} can be loaded")

@@ -176,7 +176,7 @@ def from_hugging_face(
         vocab_size: V.
         source: the file that messages name.
         tied: config.json's tie_word_embeddings; without it the decoder is a separate weight,
-            `DECODER`.
+            `DECODER`. Where this is missing, so is the MLM head.
 
     Returns:
         fp32 weights by our names.
@@ -223,6 +223,9 @@ def from_hugging_face(
             f"{source}: {_some(sorted(given))} unknown; "
             "this is not the BERT that config.json describes"
         )
+    if decoder is None and not tied:
+        # transformers would draw a random decoder, so the MLM head is not there.
+        return {name: t for name, t in result.items() if not name.startswith(HEADS[MLM])}
     if decoder is None or MLM not in heads(result):
         return result
     words = result["embeddings.word"]

@@ -22,6 +22,7 @@ import numpy as np
 
 from fastbert.data.rows import (
     JSON_NAMES,
+    TWICE,
     as_text,
     column_of,
     delimited_rows,
@@ -252,6 +253,8 @@ def _field_problem(value: dict[str, Any], text_field: str) -> str:
         text = field_of(value, text_field)
     except KeyError:
         return f"no field '{text_field}'; {_choose_among(json_names(value))}"
+    if text is TWICE:
+        return f"the field '{text_field}' is given twice; keep one"
     if not isinstance(text, str | None):
         others = [name for name in json_names(value) if name != text_field]
         return (

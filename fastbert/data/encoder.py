@@ -34,12 +34,15 @@ class Losses:
     marked_words: int = 0  # words that lost an accent or a vowel sign
     marks: int = 0  # how many of these they lost
     inner_capitals: int = 0  # capitals after a small letter or a digit that became small
+    removed_words: int = 0  # words that lost characters of _REMOVED, as if they were not there
     examples: tuple[str, ...] = ()  # of marked words: "für → fur"
+    removed: tuple[str, ...] = ()  # some of those characters: "U+200B"
 
     def __add__(self, other: Losses) -> Losses:
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Losses)}
-        examples = tuple(dict.fromkeys(sums.pop("examples")))[:EXAMPLES]
-        return Losses(**sums, examples=examples)
+        for name in ("examples", "removed"):
+            sums[name] = tuple(dict.fromkeys(sums[name]))[:EXAMPLES]
+        return Losses(**sums)
 
 
 class Encoded(NamedTuple):
@@ -161,8 +164,8 @@ class Encoder:
         """Return the fields of Losses that are counted word by word."""
         rows = np.frombuffer(self._words.row, np.int32)[words]
         at = np.flatnonzero(rows)
-        counts = np.frombuffer(self._words.counts, np.int64).reshape(-1, 3)
-        unknown, cut, marks = counts[rows[at]].T
+        counts = np.frombuffer(self._words.counts, np.int64).reshape(-1, 4)
+        unknown, cut, marks, removed = counts[rows[at]].T
         examples: dict[str, None] = {}
         for i in at[marks > 0]:
             word = text[starts[i] : ends[i]].decode()[:_EXAMPLE_LENGTH]
@@ -170,12 +173,20 @@ class Encoder:
             examples[repr(example)[1:-1]] = None  # a control character is shown, not obeyed
             if len(examples) == EXAMPLES:
                 break
+        characters: dict[str, None] = {}
+        for i in at[removed > 0]:
+            found = _REMOVED.findall(text[starts[i] : ends[i]].decode())
+            characters |= dict.fromkeys(f"U+{ord(character):04X}" for character in found)
+            if len(characters) >= EXAMPLES:
+                break
         return {
             "unknown_characters": int(unknown.sum()),
             "cut_characters": int(cut.sum()),
             "marked_words": int(np.count_nonzero(marks)),
             "marks": int(marks.sum()),
+            "removed_words": int(np.count_nonzero(removed)),
             "examples": tuple(examples),
+            "removed": tuple(characters)[:EXAMPLES],
         }
 
     def _look_up(self, text: bytes, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -290,6 +301,13 @@ _LONGEST_RUN = 4000  # characters without ASCII whitespace or punctuation that g
 # Before these a word ends in any case: whitespace, ideographs, and their punctuation.
 _BOUNDARY = re.compile("[\\s\u3001\u3002\u3008-\u3011\uff01\uff0c\uff1a\uff1b\uff1f]")
 _BOUNDARY_OR_IDEOGRAPH = re.compile(f"{_BOUNDARY.pattern[:-1]}\u4e00-\u9fff]")
+# What BERT's normalizer removes from the middle of a word although it separates words (page breaks,
+# U+200B), shapes them (U+200C, U+200D) or is a letter (private use, and whatever became U+FFFD).
+# Byte order marks, soft hyphens and marks of direction are removed too, where nothing is lost.
+_REMOVED = re.compile(
+    "[\0-\x08\v\f\x0e-\x1f\x7f-\x9f\u200b-\u200d\ue000-\uf8ff\ufffd"
+    "\U000f0000-\U000ffffd\U00100000-\U0010fffd]"
+)
 _EXAMPLE_LENGTH = 24  # characters of a word that are shown
 _ID = attrgetter("id")
 
@@ -305,8 +323,8 @@ class _Words(dict[bytes, int]):
             memory. Drop views of the arrays before the next word is looked up.
         bounds: where the ids of each word begin, and at the end the number of ids.
         row: of each word the row of `counts`; row 0, of zeros, for nearly all.
-        counts: three numbers a row: characters that became [UNK], characters in pieces of more than
-            the model takes, accents and vowel signs that were lost.
+        counts: four numbers a row: characters that became [UNK], characters in pieces of more than
+            the model takes, accents and vowel signs that were lost, characters of _REMOVED.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -316,11 +334,12 @@ class _Words(dict[bytes, int]):
         normalizer = tokenizer.normalizer
         strips = normalizer.strip_accents
         self._strips: bool = normalizer.lowercase if strips is None else strips
+        self._cleans: bool = normalizer.clean_text
         self._longest: int = tokenizer.model.max_input_chars_per_word
         self._longest = min(self._longest, _LONGEST_RUN // 2)
         self._boundary = _BOUNDARY_OR_IDEOGRAPH if normalizer.handle_chinese_chars else _BOUNDARY
         self.ids, self.bounds = array("i"), array("q", [0, 0, 0])
-        self.row, self.counts = array("i", [0, 0]), array("q", [0, 0, 0])
+        self.row, self.counts = array("i", [0, 0]), array("q", [0, 0, 0, 0])
 
     def __missing__(self, word: bytes) -> int:
         ids, bounds = self.ids, self.bounds
@@ -329,21 +348,22 @@ class _Words(dict[bytes, int]):
             # of the time of the whole tokenizer.
             found = list(map(_ID, self._tokenize(word.decode())))
             ids.extend(found)
-            lost = (len(word), 0, 0) if self.unknown_id in found else None
+            lost = (len(word), 0, 0, 0) if self.unknown_id in found else None
         else:
             lost = self._add_any(word.decode())
         bounds.append(len(ids))
         if lost:
             self.counts.extend(lost)
-        self.row.append(len(self.counts) // 3 - 1 if lost else 0)
+        self.row.append(len(self.counts) // 4 - 1 if lost else 0)
         index = len(bounds) - 2
         if len(word) <= _KEPT_LENGTH:
             self[word] = index
         return index
 
-    def _add_any(self, word: str) -> tuple[int, int, int] | None:
+    def _add_any(self, word: str) -> tuple[int, int, int, int] | None:
         """Append the ids of any word; return its row of `counts`, None for zeros."""
         unknown = cut = marks = 0
+        removed = len(_REMOVED.findall(word)) if self._cleans else 0
         for text in self._runs(word) if len(word) > _LONGEST_RUN else (word,):
             encoding = self._encode(text, add_special_tokens=False)
             ids, longest = encoding.ids, 0
@@ -362,7 +382,7 @@ class _Words(dict[bytes, int]):
                 unknown, cut = unknown + unknown_here, cut + cut_here
             else:
                 self.ids.extend(ids)
-        return (unknown, cut, marks) if unknown or cut or marks else None
+        return (unknown, cut, marks, removed) if unknown or cut or marks or removed else None
 
     def _runs(self, word: str) -> Iterator[str]:
         """Cut a word of more than _LONGEST_RUN characters, at the end of a word if there is one.

@@ -194,6 +194,10 @@ def make_report(
             "examples": list(lost.examples),
         },
         "inner_capitals_share": _share(lost.inner_capitals, lost.words),
+        "characters_removed": {
+            "words": _share(lost.removed_words, lost.words),
+            "examples": list(lost.removed),
+        },
         "empty_documents": stats.empty_documents,
         "bad_records": stats.bad_records,
         "bad_record_examples": stats.bad_examples,
@@ -292,6 +296,14 @@ def make_report(
             f"{_percent(figures['inner_capitals_share'])} of words",
             figures["inner_capitals_share"] > 0.02,
             "in code, chemistry and sequences case carries meaning; keep it with --cased",
+        ),
+        row(
+            "characters removed inside words",
+            f"in {_percent(figures['characters_removed']['words'])} of words"
+            + (f": {', '.join(lost.removed)}" if lost.removed else ""),
+            figures["characters_removed"]["words"] > 0.001,
+            "BERT's tokenizer deletes them, and joins what they separate; replace them by spaces "
+            "or by letters, here and where the model is used",
         ),
         row(
             "copies of documents" + sampled,

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BufferedReader
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ COLA = ("source", "label", "mark", "sentence")  # the columns of CoLA's tsv, whi
 Choose = Callable[[list[str]], Sequence[str]]
 # The values of a record by column as strings, or what is wrong with it.
 Row = dict[str, str] | str
+
+# The value of a key that a JSON object has several times: which one is meant cannot be known.
+TWICE = object()
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -102,6 +106,8 @@ def delimited_rows(
         if len(row) != len(columns):
             hint = "; put texts with commas in quotes" if quoted and len(row) > len(columns) else ""
             yield at, f"{len(row)} fields, and the header has {len(columns)}{hint}"
+        elif row[0].removeprefix("\ufeff") == columns[0] and row[1:] == columns[1:]:
+            yield at, "the header again, as where files were joined; remove this line"
         elif not strict and any(is_broken(row[i]) for _, i in chosen):
             yield at, "not UTF-8"
         else:
@@ -111,9 +117,13 @@ def delimited_rows(
 
 
 def json_object(text: str) -> dict[str, Any] | str:
-    """Return the JSON object in a line, or what is wrong with it."""
+    """Return the JSON object in a line, or what is wrong with it.
+
+    A byte order mark, as where files were joined, is left out. The value of a key that an object
+    has several times is TWICE.
+    """
     try:
-        value = json.loads(text)
+        value = _JSON.decode(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         hint = _JQ.get(text.strip(), "")
         return f"not JSON ({error}){hint}"
@@ -123,6 +133,15 @@ def json_object(text: str) -> dict[str, Any] | str:
     return value
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        value |= {name: TWICE for name, count in counts.items() if count > 1}
+    return value
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
 # Errors of the csv module after which the next row is not the next line.
 _ENDLESS = re.compile("unexpected end of data|larger than field limit")
 # Lines that begin a value of several lines, and how to get one line per object.
@@ -171,7 +190,12 @@ def _json_rows(source: Source, file: BufferedReader, choose: Choose) -> Iterator
             continue
         if chosen is None:
             chosen = choose(list(json_names(value)))
-        yield line, {name: as_text(_field_or_none(value, name)) for name in chosen}
+        values = {name: _field_or_none(value, name) for name in chosen}
+        twice = next((name for name, found in values.items() if found is TWICE), None)
+        if twice is None:
+            yield line, {name: as_text(found) for name, found in values.items()}
+        else:
+            yield line, f"the field {twice!r} is given twice; keep one"
     if not line:
         raise is_empty(source)
 

@@ -31,6 +31,7 @@ from fastbert.errors import Diverged, InputError
 from fastbert.tasks import scores
 from fastbert.tasks.labelled import Examples, read_examples
 from fastbert.tasks.pretrained import Pretrained, first_tokens, fit_pair
+from fastbert.torch_defaults import torch_defaults
 
 WARMUP = 0.1  # share of the steps; the learning rate then falls linearly to zero
 WEIGHT_DECAY = 0.01
@@ -43,6 +44,10 @@ SCORE_COLUMN = "score"  # the label column of STS-B, the one layout whose labels
 
 class LengthWarning(UserWarning):
     """Texts are longer than what the model was trained on, or than what it reads of them."""
+
+
+class DataWarning(UserWarning):
+    """The examples look wrong, so the scores may not mean what they seem to."""
 
 
 class PictureWarning(UserWarning):
@@ -153,7 +158,7 @@ class _Task:
 
     @property
     def scores(self) -> dict[str, scores.Score]:
-        return scores.OF_CLASSES if self.labels else scores.OF_NUMBERS
+        return scores.of_classes(len(self.labels)) if self.labels else scores.OF_NUMBERS
 
     def targets(self, examples: Examples) -> Tensor:
         """Return the labels as int64 [N] classes, or as float32 [N]."""
@@ -180,6 +185,7 @@ class _Task:
         return (logits.argmax(-1) if self.labels else logits[:, 0]).numpy()
 
 
+@torch_defaults()
 def finetune(
     pretrained: Pretrained,
     train: Examples | str | Path,
@@ -217,6 +223,7 @@ def finetune(
         x if isinstance(x, Examples) else read_examples(x) for x in (train, evaluation)
     )
     task = _task(training, test, settings)
+    _warn_of_shared(training, test)
     held_out = None
     if settings.patience is not None:
         training, held_out = _split(training, settings, by_class=bool(task.labels))
@@ -355,7 +362,7 @@ def _check(settings: Settings, pretrained: Pretrained) -> int:
             f"--max-length {max_length}: {pretrained.path} was trained on {trained} tokens at "
             "most; the positions behind those begin untrained here",
             LengthWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return max_length
 
@@ -365,7 +372,7 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
     regression = settings.regression
     if regression is None:
         regression = training.columns.label == SCORE_COLUMN
-    known = list(scores.OF_NUMBERS if regression else scores.OF_CLASSES)
+    known = list(scores.OF_NUMBERS if regression else scores.of_classes(2))
     metric = settings.metric or known[0]
     if metric not in known:
         raise InputError(
@@ -385,6 +392,7 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
     labels = _in_order(set(training.labels))
     if len(labels) < 2:
         raise InputError(f"{training.file}: every label is {labels[0]!r}; two or more are needed")
+    _warn_of_alike(training, labels)
     strange = [
         (label, line)
         for label, line in zip(test.labels, test.lines, strict=True)
@@ -398,6 +406,38 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
             f"{training.file}{more}"
         )
     return _Task(labels, metric)
+
+
+def _warn_of_alike(training: Examples, labels: Sequence[str]) -> None:
+    """Warn where labels are the same word or number in another spelling, such as 1 and 1.0."""
+    spellings: dict[object, str] = {}
+    for label in labels:
+        try:
+            meaning: object = float(label)
+        except ValueError:
+            meaning = label.casefold()
+        if (other := spellings.setdefault(meaning, label)) != label:
+            warnings.warn(
+                f"{training.file}: the labels {other!r} and {label!r} are two classes here; if "
+                "they are one, write them alike",
+                DataWarning,
+                stacklevel=5,
+            )
+
+
+def _warn_of_shared(training: Examples, test: Examples) -> None:
+    """Warn where examples of the evaluation were trained on."""
+    seen, asked = (
+        list(itertools.zip_longest(part.first, part.second)) for part in (training, test)
+    )
+    known = set(seen)
+    if shared := sum(texts in known for texts in asked):
+        warnings.warn(
+            f"{test.file}: {shared:,} of {len(asked):,} texts are also in {training.file}; "
+            "the scores are better than for new texts",
+            DataWarning,
+            stacklevel=4,
+        )
 
 
 def _in_order(labels: set[str]) -> list[str]:
@@ -579,4 +619,4 @@ def _save(
         problem = scores.draw_confusion(table, labels, Path(out) / "confusion.png")
         if problem is not None:
             message = f"{problem}; the model is saved all the same"
-            warnings.warn(message, PictureWarning, stacklevel=3)
+            warnings.warn(message, PictureWarning, stacklevel=4)

@@ -170,7 +170,7 @@ def _add(found: Examples, row: dict[str, str], line: int) -> str:
     ):
         return f"{empty} is empty"
     found.first.append(values[0])
-    found.labels.append(values[-1])
+    found.labels.append(values[-1].strip())  # "1 " is no class beside "1"
     found.lines.append(line)
     if found.columns.second:
         found.second.append(values[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from fastbert.data.tokenizer import special_ids
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert.tasks.pretrained import Pretrained
+
+# A fork has none of the threads that torch has started, and would wait for them forever. So a
+# process that multiprocessing forks computes on one, as torch's own data loaders do.
+os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def load(path: str | Path, device: str | None = None) -> Pretrained:

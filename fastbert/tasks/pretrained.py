@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class Pretrained:
         pool = self.vectors.pool if pool is None else pool
         normalize = self.vectors.normalize if normalize is None else normalize
         count = self.config.num_hidden_layers + 1
-        layers = [layer] if isinstance(layer, int) else list(layer)
+        layers = _whole_numbers(layer)
         if pool not in POOLS:
             raise InputError(f"pool = {pool!r}; must be one of {', '.join(POOLS)}")
         wrong = [index for index in layers if not -count <= index < count]
@@ -177,9 +178,10 @@ class Pretrained:
         _check_text(text, "text")
         if MASK not in text:
             raise InputError(f"{text!r}: no {MASK} to fill; write one where a word is missing")
-        if not 1 <= k <= self.model.vocab_size:
+        if not isinstance(k, Integral) or not 1 <= k <= self.model.vocab_size:
             raise InputError(
-                f"k = {k}; must be from 1 to the {self.model.vocab_size:,} tokens of the vocabulary"
+                f"k = {k!r}; must be a number from 1 to the {self.model.vocab_size:,} tokens of "
+                "the vocabulary"
             )
         # The tokenizer treats "[MASK]" in a text as ordinary characters, so the text is split there
         # first, as in transformers.
@@ -199,7 +201,7 @@ class Pretrained:
             # Rows beyond the tokenizer's vocabulary, which some models add as padding, stand for no
             # token.
             logits = self._finite(logits[:, : self.tokenizer.get_vocab_size()].float())
-            best: Any = logits.softmax(-1).topk(k)
+            best: Any = logits.softmax(-1).topk(int(k))
         ids_of: list[list[int]] = best.indices.tolist()
         shares: list[list[float]] = best.values.tolist()
         return [
@@ -313,10 +315,26 @@ def fit_pair(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int
     return (a[:keep], b[: room - keep]) if len(a) + len(b) > room else (a, b)
 
 
-def _listed(texts: Iterable[str]) -> list[str]:
-    if isinstance(texts, str) or not isinstance(texts, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise InputError(f"texts = {texts!r:.60}; must be a list of strings")
+def _listed(texts: Any) -> list[str]:
+    # A dictionary or a data frame would give the vectors of its keys or column names, and a set
+    # those of its texts in an order that nobody knows.
+    kind: type[object] = texts.__class__
+    strange = issubclass(kind, (str, Mapping, set, frozenset)) or getattr(texts, "ndim", 1) != 1
+    if strange or not issubclass(kind, Iterable):
+        raise InputError(
+            f"texts = {' '.join(repr(texts).split())[:60]}, of type {kind.__name__}; must "
+            "be a list of strings"
+        )
     return list(texts)
+
+
+def _whole_numbers(layer: Any) -> list[int]:
+    several = issubclass(type(layer), Iterable) and type(layer) is not str
+    layers: list[Any] = list(layer) if several else [layer]
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, Integral):
+            raise InputError(f"layer = {layer!r:.60}; must be a whole number, or a list of them")
+    return [int(index) for index in layers]
 
 
 def _check_text(text: object, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,16 @@ def confusion(answers: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarra
     return counts.reshape(classes, classes)
 
 
-def f1(answers: np.ndarray, truth: np.ndarray) -> float:
+def f1(answers: np.ndarray, truth: np.ndarray, classes: int) -> float:
     """Return the F1 score.
 
-    Of two classes it is that of the second one, as in GLUE (1 among 0 and 1). Of more classes it is
-    the mean over those that occur.
+    Of a task of two classes it is that of the second one, as in GLUE (1 among 0 and 1). Of more
+    classes it is the mean over those that occur.
     """
-    table = confusion(answers, truth, int(max(answers.max(), truth.max(), 1)) + 1)
+    table = confusion(answers, truth, classes)
     right, either = np.diag(table), table.sum(0) + table.sum(1)
     scores = 2 * right / np.maximum(either, 1)
-    return float(scores[1]) if len(table) == 2 else float(scores[either > 0].mean())
+    return float(scores[1]) if classes == 2 else float(scores[either > 0].mean())
 
 
 def matthews(answers: np.ndarray, truth: np.ndarray) -> float:
@@ -71,8 +72,12 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 Score = Callable[[np.ndarray, np.ndarray], float]
-OF_CLASSES: dict[str, Score] = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 OF_NUMBERS: dict[str, Score] = {"spearman": spearman, "pearson": pearson}
+
+
+def of_classes(classes: int) -> dict[str, Score]:
+    """The scores of a task of so many classes; not all of them need to occur."""
+    return {"accuracy": accuracy, "f1": partial(f1, classes=classes), "matthews": matthews}
 
 
 def draw_confusion(table: np.ndarray, labels: Sequence[str], path: Path) -> str | None:
