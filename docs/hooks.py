@@ -139,7 +139,7 @@ def _default(value: Any) -> str:
         return "required"
     if value is None:
         return "none"
-    return f"`{recipe._toml(value)}`"
+    return f"`{recipe.toml_value(value)}`"
 
 
 def _value(item: dataclasses.Field[Any], hint: Any) -> str:

@@ -61,12 +61,13 @@ def fastbert(folder: Path, *arguments: str) -> Result:
 
 @pytest.fixture(scope="module")
 def place(small_dataset, tmp_path_factory) -> Path:
-    """A folder with the input of all verbs: hf, run, texts.txt, train.csv, recipe.toml."""
+    """A folder with the input of all verbs: a model, a run, texts, labelled texts, a recipe."""
     folder = tmp_path_factory.mktemp("place")
     hf = make_hugging_face_folder(folder / "hf", small_dataset.tokenizer_dir)
     make_run(folder / "run", hf, str(small_dataset.path))
     (folder / "texts.txt").write_text("A list.\n" + "list " * 99 + "\n", encoding="utf-8")
     (folder / "train.csv").write_text("text,label\na list,x\na name,y\n", encoding="utf-8")
+    (folder / "eval.csv").write_text("text,label\nthe list,x\nthe name,y\n", encoding="utf-8")
     (folder / "bad.csv").write_text("text,label\na list\n", encoding="utf-8")
     (folder / "latin.txt").write_bytes(b"caf\xe9\n")
     (folder / "recipe.toml").write_text(
@@ -140,7 +141,7 @@ BAD = {
     "nsp": (["nsp", "hf", "only one"], ["SECOND", "fastbert nsp --help"]),
     "embed": (["embed", "hf", "no.txt", "--out", "x.npy"], ["no.txt: no such file"]),
     "finetune": (
-        ["finetune", "hf", "--train", "bad.csv", "--eval", "train.csv", "--out", "new"],
+        ["finetune", "hf", "--train", "bad.csv", "--eval", "eval.csv", "--out", "new"],
         ["bad.csv: 1 bad row: line 2"],
     ),
     "report": (["report", "hf"], ["hf: no config.toml; give the folder of a run"]),
@@ -203,12 +204,12 @@ MORE = {
         ["/sys/", "choose another path"],
     ),
     "finetune: settings": (
-        ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--lr", "0"],
+        ["finetune", "hf", "--train", "train.csv", "--eval", "eval.csv", "--lr", "0"],
         ["--lr 0.0"],
     ),
     "fill: not UTF-8": (["fill-mask", "hf", "caf\udce9 [MASK]"], ["is not UTF-8"]),
     "finetune: seed": (
-        ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--seed", "-1"],
+        ["finetune", "hf", "--train", "train.csv", "--eval", "eval.csv", "--seed", "-1"],
         ["--seed"],
     ),
     "plan: dataset": (["plan", "recipe.toml", "data=hf", "--stage", "1"], ["hf", "manifest.json"]),
@@ -239,7 +240,7 @@ FULL = {
     "x.jsonl": ["embed", "hf", "texts.txt", "--out", "x.jsonl"],
     "x.parquet": ["embed", "hf", "texts.txt", "--out", "x.parquet"],
     "run/report.html": ["report", "run"],
-    "tuned": ["finetune", "hf", "--train", "train.csv", "--eval", "train.csv", "--out", "tuned"],
+    "tuned": ["finetune", "hf", "--train", "train.csv", "--eval", "eval.csv", "--out", "tuned"],
 }
 
 
@@ -396,7 +397,7 @@ def test_finetune(inside, tmp_path):
         "--train",
         "train.csv",
         "--eval",
-        "train.csv",
+        "eval.csv",
         "--epochs",
         "2",
         "--out",

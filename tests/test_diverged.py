@@ -35,13 +35,17 @@ def valid(small_dataset, tmp_path_factory) -> Path:
     return make_hugging_face_folder(tmp_path_factory.mktemp("hf"), small_dataset.tokenizer_dir)
 
 
+def write_labelled(folder: Path, rows: str) -> None:
+    """Write x.csv to train on, and y.csv to evaluate on: other texts with the same labels."""
+    (folder / "x.csv").write_text("text,label\n" + rows)
+    (folder / "y.csv").write_text("text,label\n" + rows.replace("the ", "a "))
+
+
 @pytest.fixture
 def folder(valid, small_dataset, tmp_path) -> Path:
     """A copy of the model that a test may damage, with the input of the verbs."""
     (tmp_path / "texts.txt").write_text("the list\nthe name of the module\n")
-    (tmp_path / "x.csv").write_text(
-        "text,label\n" + "".join(f"the list {i},{i % 2}\n" for i in range(12))
-    )
+    write_labelled(tmp_path, "".join(f"the list {i},{i % 2}\n" for i in range(12)))
     return make_hugging_face_folder(tmp_path / "hf", small_dataset.tokenizer_dir)
 
 
@@ -79,7 +83,7 @@ def verbs(model: Path, files: Path, data: Path) -> dict[str, list[str]]:
             "--train",
             str(files / "x.csv"),
             "--eval",
-            str(files / "x.csv"),
+            str(files / "y.csv"),
             "--out",
             str(files / "out"),
         ],
@@ -185,14 +189,13 @@ def test_ranks_that_evaluate_such_a_model_end_alike(folder, small_dataset, tmp_p
 
 
 def finetuned(folder: Path, files: Path, *more: str) -> list[str]:
-    file = str(files / "x.csv")
     return [
         "finetune",
         str(folder),
         "--train",
-        file,
+        str(files / "x.csv"),
         "--eval",
-        file,
+        str(files / "y.csv"),
         "--out",
         str(files / "out"),
         *more,
@@ -225,16 +228,14 @@ def test_a_learning_rate_that_is_none(folder, tmp_path, capsys, lr):
 
 @pytest.mark.parametrize("label", ["1e31", "-1e31", "1e20", "3e38", "1e300"])
 def test_numbers_whose_squares_do_not_fit(folder, tmp_path, capsys, label):
-    (tmp_path / "x.csv").write_text("text,label\nthe list,1\nthe name," + label + "\n")
+    write_labelled(tmp_path, f"the list,1\nthe name,{label}\n")
     line = refused(finetuned(folder, tmp_path, "--regression"), 2, tmp_path, capsys)
     assert f"x.csv: 1 bad row: line 3: label '{label}' is beyond 1e+15" in line
 
 
 def test_the_largest_numbers_have_scores(folder, tmp_path, capsys):
     """The squares of many of them do not fit single precision either."""
-    (tmp_path / "x.csv").write_text(
-        "text,label\n" + "".join(f"the list {i},{i}e14\n" for i in range(10))
-    )
+    write_labelled(tmp_path, "".join(f"the list {i},{i}e14\n" for i in range(10)))
     assert (
         command_line([*finetuned(folder, tmp_path, "--regression", "--epochs", "1"), "--json"]) == 0
     )

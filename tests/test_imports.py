@@ -92,8 +92,10 @@ MAY_IMPORT = {
         "fastbert.config",
         "fastbert.data",
         "fastbert.models",
+        "fastbert.machine",
         "fastbert.planning.advise",
         "fastbert.training.optimizer",
+        "fastbert.training.threads",
     },
     "fastbert.tasks": {
         "fastbert.checkpoints",

@@ -41,7 +41,7 @@ def launches(*arguments: str, **where: Path) -> subprocess.CompletedProcess[str]
 @pytest.fixture(scope="module")
 def oldest() -> Path:
     [allowed] = re.findall(
-        r'"triton>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        r'"triton>=([\d.]+)"', (ROOT / "kernels/pyproject.toml").read_text(encoding="utf-8")
     )
     found = [path.name for path in OLDEST.glob("triton-*.dist-info")]
     assert found == [f"triton-{allowed}.0.dist-info"], (
