@@ -152,7 +152,7 @@ FAULTS = [
     Fault(DROPOUT, "((x ^ x >> 15) * 0x735A2D97) & _WORD", "(x * 0x735A2D97) & _WORD"),
     # Training
     Fault(ENGINE, "loss * (self.group.world + ", "loss * (1 + "),
-    Fault(ENGINE, "(packs[-1] is micro_batches[-1])", "(True)"),
+    Fault(ENGINE, "(index == len(rounds) - 1)", "(True)"),
     Fault(ENGINE, "if math.isfinite(norm):", "if True:"),
     Fault(ENGINE, "token_correct / max(masked, 1)", "token_correct / max(tokens, 1)"),
     Fault(ENGINE, "self.model.eval()", "self.model.train()"),

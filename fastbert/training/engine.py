@@ -232,8 +232,9 @@ class Engine:
             group["lr"] = lr
         means, correct = [], []
         self.model.train()
-        for packs in self._at_once(micro_batches):
-            self._engine.set_gradient_accumulation_boundary(packs[-1] is micro_batches[-1])
+        rounds = list(self._at_once(micro_batches))
+        for index, packs in enumerate(rounds):
+            self._engine.set_gradient_accumulation_boundary(index == len(rounds) - 1)
             found = self._losses(packs)
             loss = sum((x.loss for x in found[1:]), start=found[0].loss)
             # The factor undoes DeepSpeed's division by the number of ranks. 0 x loss is 0, or NaN

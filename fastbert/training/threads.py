@@ -1,16 +1,16 @@
 """Computes several packs at once, each on a thread of its own: the model's two passes on a CPU.
 
 torch divides each operation over its OpenMP threads, which meet at a barrier after each one and
-spin there. A step of a small model has some hundred of them, so one busy process beside it on each
-core makes the step dozens of times slower, since a spinning thread waits for one that the system
-has suspended. Here threads meet twice in a step: after the forward and after the backward pass.
+spin there. A step of a small model has some hundreds of operations. Beside other busy processes
+each barrier may have to wait for a thread that the system has suspended. Here threads meet twice in
+a step: after the forward and after the backward pass.
 
 Losses are sums over sequences that are divided by counts of the whole step, so those of packs add
 up, and so do gradients. They are added in the order of the packs, so a run on the same number of
 threads gives the same bits.
 
-A neighbour on each of two cores (BERT-tiny on an AMD EPYC, 2,500 tokens) makes a step 1.4 to 1.9
-times as long; OpenMP's threads take 10 times as long and more.
+A busy process on each of two cores makes a step of the demo 1.4 times as long, and with OpenMP's
+threads 4.6 times (`python -m benchmarks.step.bench_threads`, on an AMD EPYC).
 """
 
 from __future__ import annotations
