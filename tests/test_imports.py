@@ -87,6 +87,7 @@ MAY_IMPORT = {
         "fastbert.config",
         "fastbert.errors",
         "fastbert.planning.flops",
+        "fastbert.planning.memory",
     },
     "fastbert.planning.step_speed": {
         "fastbert.config",

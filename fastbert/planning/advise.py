@@ -46,6 +46,7 @@ from fastbert.config import (
 )
 from fastbert.errors import InputError
 from fastbert.planning.flops import executed_flops
+from fastbert.planning.memory import count_hidden
 
 LADDER = ("demo", "library", "mini", "small", "base", "large")
 TOKENS_PER_PARAMETER = 40
@@ -151,7 +152,7 @@ def advise(
         speed = measure(config)
         tried[name] = speed.tokens_per_s
         useful = min(speed.tokens_per_s * seconds, PASSES * float(corpus.tokens))
-        if chosen and useful < TOKENS_PER_PARAMETER * layer_parameters(config.model):
+        if chosen and useful < TOKENS_PER_PARAMETER * count_hidden(config.model):
             break
         chosen = name, config, speed
     assert chosen is not None
@@ -173,12 +174,6 @@ def check_minutes(minutes: float) -> None:
     """Raise InputError where this is no time."""
     if not (math.isfinite(minutes) and minutes > 0):
         raise InputError(f"--minutes {minutes:g}: must be a number above 0, for example 30")
-
-
-def layer_parameters(model: ModelConfig) -> int:
-    """Return the weights of the layers' matrices. The table of the vocabulary does not count."""
-    D, F = model.hidden_size, model.intermediate_size
-    return model.num_hidden_layers * (4 * D * D + 2 * D * F)
 
 
 def _objective(corpus: Corpus) -> tuple[ObjectiveConfig, str]:

@@ -66,7 +66,7 @@ def _layer_parameters(model: ModelConfig) -> int:
 
 
 def count_hidden(model: ModelConfig) -> int:
-    """Return the number of parameters in the matrices of the layers, which Muon updates."""
+    """Return the number of parameters in the layers' matrices, which Muon updates."""
     D, F = model.hidden_size, model.intermediate_size
     return model.num_hidden_layers * (4 * D * D + 2 * D * F)
 

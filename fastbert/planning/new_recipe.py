@@ -30,9 +30,8 @@ from fastbert.planning.advise import (
     Corpus,
     advise,
     check_minutes,
-    layer_parameters,
 )
-from fastbert.planning.memory import count_parameters
+from fastbert.planning.memory import count_hidden, count_parameters
 from fastbert.planning.plan import CPU, Device, plan, this_machine
 from fastbert.planning.step_speed import measure_speed
 
@@ -144,7 +143,7 @@ def recipe_text(corpus: Corpus, advice: Advice, minutes: float) -> str:
     """Return the recipe as TOML, with comments on where its numbers come from."""
     config, size = advice.config, advice.size_of
     example_tokens = advice.speed.example_tokens
-    per_parameter = advice.tokens / layer_parameters(config.model)
+    per_parameter = advice.tokens / count_hidden(config.model)
     above = {  # comments that stand on lines of their own
         "model": [
             f"The sizes of {size}.toml. They see {per_parameter:,.1f} tokens for each parameter of",
@@ -230,12 +229,12 @@ def _notes(advice: Advice) -> list[str]:
     rests_on = (
         f"a size needs {TOKENS_PER_PARAMETER} tokens for each parameter of its layers; "
         f"{advice.size_of} sees "
-        f"{advice.tokens / layer_parameters(advice.config.model):,.1f} in this time"
+        f"{advice.tokens / count_hidden(advice.config.model):,.1f} in this time"
     )
     if following:
         model = load_config(following[0]).model
         seconds = advice.tokens / advice.speed.tokens_per_s
-        seen = advice.tried[following[0]] * seconds / layer_parameters(model)
+        seen = advice.tried[following[0]] * seconds / count_hidden(model)
         rests_on += f", and the next one, {following[0]}, would see {seen:,.1f}"
     notes = [rests_on]
     if advice.why_alone:
