@@ -145,9 +145,9 @@ def advise(
         lines.append(
             f"torch uses {threads} of {cores} cores: unset OMP_NUM_THREADS, or set it to {cores}"
         )
-    if bf16 and not bf16.safe and not gpus:
+    if bf16 and not bf16.right and not gpus:
         lines.append(
-            f'bf16 is not safe here: {bf16.why}; keep runtime.precision = "auto" or "fp32"'
+            f'bf16 products do not work here: {bf16.why}; keep runtime.precision = "auto" or "fp32"'
         )
     if memory_free < 2 * 1024**3:
         lines.append(
@@ -191,12 +191,10 @@ def describe(found: Diagnosis) -> list[tuple[str, str]]:
 
 def _bf16(probe: Bf16Probe) -> str:
     """What was found, and what `runtime.precision` makes of it."""
-    if not probe.safe:
-        return f"NOT safe: {probe.why}"
-    text = f'safe; {probe.why}; runtime.precision = "auto" takes fp32 on a CPU'
-    if probe.faster:
-        text += ", because a step of a small model is slower in bf16; a large one may gain"
-    return text
+    if not probe.right:
+        return f"NOT usable: {probe.why}"
+    takes = "bf16" if probe.pays else "fp32"
+    return f'right; {probe.why}; runtime.precision = "auto" takes {takes}'
 
 
 def _gib(size: float) -> str:

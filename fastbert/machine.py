@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,22 +28,28 @@ if TYPE_CHECKING:
 # BERT-mini to BERT-base are within a tenth of this one.
 GEMM_SHAPE = (2048, 512, 2048)
 BANDWIDTH_BYTES = 256 * 1024**2  # well over the largest last-level cache
-# A step in bf16 also converts values and keeps its sums in fp32, so a smaller gain in the products
-# alone would be lost.
-WORTH_IT = 1.3
+# bf16 costs accuracy, so a smaller gain in the products is not worth it.
+WORTH_IT = 1.5
 PROBE_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
 class Bf16Probe:
-    """Whether matrix products in bf16 are safe on this processor, whether they are faster, and why.
+    """What became of matrix products with operands in bf16 on this processor.
 
-    `faster` means faster by at least the factor WORTH_IT.
+    Attributes:
+        right: they have the right values, and the process survives them.
+        gain: their rate over that of fp32, with the conversions; 0 where it was not measured.
+        why: a clause on the result, for messages.
     """
 
-    safe: bool
-    faster: bool
+    right: bool
+    gain: float
     why: str
+
+    @property
+    def pays(self) -> bool:
+        return self.right and self.gain >= WORTH_IT
 
 
 def usable_cores() -> int:
@@ -108,7 +115,11 @@ def share_cores(processes: int) -> int:
 
 
 def measure_gemm_rate(
-    dtype: torch.dtype | None = None, seconds: float = 0.3, device: str = "cpu"
+    dtype: torch.dtype | None = None,
+    seconds: float = 0.3,
+    device: str = "cpu",
+    operands: torch.dtype | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Measure the FLOP/s of the three products of a linear layer's forward and backward pass.
 
@@ -121,6 +132,9 @@ def measure_gemm_rate(
         seconds: how long to measure, approximately; a slow processor multiplies fewer rows, so
             that it needs no longer than a few times this.
         device: "cpu", "cuda" or "cuda:N".
+        operands: bf16 to round factors in fp32 to it, as `fastbert_kernels.linear` does; the time
+            of the conversions counts.
+        clock: seconds. `time.process_time` leaves out the time of other programs.
     """
     import torch
 
@@ -137,13 +151,20 @@ def measure_gemm_rate(
 
         def layer(x=x, weight=weight, dy=dy, leaves=leaves) -> None:
             torch.autograd.grad(
-                linear(x, weight, impl="cpu" if device == "cpu" else "reference"), leaves, dy
+                linear(
+                    x,
+                    weight,
+                    operands=operands,
+                    impl="cpu" if device == "cpu" else "reference",
+                ),
+                leaves,
+                dy,
             )
 
         # Where bf16 is emulated, a round of all rows takes over 15 s. So the rows grow only while
         # the next size fits the time, which takes two rounds of four times as many rows.
-        if 8 * _best(layer, 0.0, device) > seconds or rows == T:
-            return 6.0 * rows * D * F / _best(layer, seconds, device)
+        if 8 * _best(layer, 0.0, device, clock) > seconds or rows == T:
+            return 6.0 * rows * D * F / _best(layer, seconds, device, clock)
         rows *= 4
 
 
@@ -159,19 +180,21 @@ def measure_bandwidth(seconds: float = 0.3, device: str = "cpu") -> float:
     return 2.0 * BANDWIDTH_BYTES / _best(lambda: target.copy_(source), seconds, device)
 
 
-def _best(work: Any, seconds: float, device: str) -> float:
+def _best(
+    work: Any, seconds: float, device: str, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the seconds of the fastest call of `work` within about `seconds`."""
     import torch
 
     wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
     work()
     wait()
-    best, end = float("inf"), time.perf_counter() + seconds
+    best, end = float("inf"), clock() + seconds
     while True:
-        start = time.perf_counter()
+        start = clock()
         work()
         wait()
-        now = time.perf_counter()
+        now = clock()
         best = min(best, now - start)
         if now >= end:
             return best
@@ -198,7 +221,7 @@ def startable_threads(wanted: int) -> int:
 
 
 def probe_bf16() -> Bf16Probe:
-    """Try bf16 products in a child process, because a failure there cannot be caught.
+    """Try products with operands in bf16 in a child process: a failure there cannot be caught.
 
     Some virtual machines advertise Intel's AMX and kill the process that uses it (SIGILL). For a
     processor without bf16 instructions no child is started. Otherwise this takes about two seconds,
@@ -206,26 +229,44 @@ def probe_bf16() -> Bf16Probe:
     """
     flags = _cpu_flags()
     if flags and not flags & {"avx512_bf16", "amx_bf16", "bf16"}:
-        return Bf16Probe(True, False, "the processor has no bf16 instructions")
-    import torch
-
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = child.command("from fastbert.machine import print_rates; print_rates()")
+        return Bf16Probe(True, 0.0, "the processor has no bf16 instructions")
+    # With one thread, the processor's time is that of the products.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = child.command("from fastbert.machine import try_bf16; try_bf16()")
     try:
         ended = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        return Bf16Probe(False, False, f"the probe gave no answer in {PROBE_TIMEOUT_S} s")
+        return Bf16Probe(False, 0.0, f"the probe gave no answer in {PROBE_TIMEOUT_S} s")
     return judge_bf16(ended.returncode, ended.stdout, ended.stderr)
 
 
-def print_rates() -> None:
-    """Print the rates in fp32 and bf16 as JSON; this is what the child of `probe_bf16` runs."""
+def try_bf16() -> None:
+    """Print, as JSON, what the child of `probe_bf16` finds.
+
+    These are the rates in fp32 and bf16, and whether the three products of a layer are right in
+    bf16. Their factors are -1, 0 and 1, and their sums are integers below 256, so each result is
+    exact in bf16, in whatever order it is added up.
+    """
     import torch
 
-    rates = [measure_gemm_rate(torch.float32, 0.15), measure_gemm_rate(torch.bfloat16, 0.15)]
-    print(json.dumps(rates))
+    from fastbert_kernels import linear
+
+    draw = torch.Generator().manual_seed(0)
+    x, weight, dy = (
+        torch.randint(-1, 2, shape, generator=draw).float().requires_grad_()
+        for shape in ((250, 250), (250, 250), (250, 250))
+    )
+    y = linear(x, weight, operands=torch.bfloat16, impl="cpu")
+    found = y, *torch.autograd.grad(y, (x, weight), dy)
+    exact = x @ weight.T, dy @ weight, dy.T @ x
+    right = all(map(torch.equal, found, exact))
+    rates = [
+        measure_gemm_rate(seconds=0.15, operands=operands, clock=time.process_time)
+        for operands in (None, torch.bfloat16)
+    ]
+    print(json.dumps([right, *rates]))
 
 
 def judge_bf16(returncode: int, stdout: str, stderr: str) -> Bf16Probe:
@@ -233,16 +274,15 @@ def judge_bf16(returncode: int, stdout: str, stderr: str) -> Bf16Probe:
     if returncode == -signal.SIGILL:
         advice = "set ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 before the start"
         why = "a bf16 product kills the process (SIGILL): AMX is advertised but not available"
-        return Bf16Probe(False, False, f"{why}; {advice}")
+        return Bf16Probe(False, 0.0, f"{why}; {advice}")
     if returncode:
         last = (stderr.strip().splitlines() or ["no message"])[-1]
-        return Bf16Probe(False, False, f"the probe ended with {returncode}: {last}")
-    fp32, bf16 = json.loads(stdout.strip().splitlines()[-1])
-    ratio = bf16 / fp32
+        return Bf16Probe(False, 0.0, f"the probe ended with {returncode}: {last}")
+    right, fp32, bf16 = json.loads(stdout.strip().splitlines()[-1])
+    if not right:
+        return Bf16Probe(False, 0.0, "bf16 products have wrong values here")
     return Bf16Probe(
-        True,
-        ratio >= WORTH_IT,
-        f"bf16 products run at {ratio:.1f} times the fp32 rate",
+        True, bf16 / fp32, f"bf16 products run at {bf16 / fp32:.1f} times the fp32 rate"
     )
 
 

@@ -185,7 +185,8 @@ def captured(lengths: list[int], dtype: torch.dtype) -> None:
             torch.set_default_dtype(torch.float32)
         found = losses(encoder(inputs))
         assert (found.loss.clone() / real.masked_total).device == CUDA
-        pack, dropout = encoder._pack(inputs)
+        call_mode = encoder._mode()
+        pack = encoder._tables(inputs, call_mode)
         rows = torch.cat((inputs.masked_positions, inputs.cu_seqlens[:-1].long())).sort().values
         for asked in (None, rows):
             layer, context = cast(Layer, encoder.layers[0]), Context()
@@ -198,7 +199,8 @@ def captured(lengths: list[int], dtype: torch.dtype) -> None:
                 pack.sequence_seeds,
                 seeds,
                 asked,
-                *dropout,
+                call_mode.attention_dropout,
+                call_mode.hidden_dropout,
                 1,
                 1e-12,
             )

@@ -47,7 +47,7 @@ def warm_up() -> None:
     from fastbert.training.loop import gemm_rate
     from fastbert.training.picture import loss_figure
 
-    gemm_rate(torch.float32, "cpu", torch.get_num_threads())
+    gemm_rate(torch.float32, None, "cpu", torch.get_num_threads())
     history = History(("loss_mlm", "loss_nsp"))
     history.add({"step": 1, "loss_mlm": 1.0, "loss_nsp": 1.0})
     loss_figure(history, "", {}).savefig(io.BytesIO(), format="png")
@@ -95,6 +95,13 @@ def serve() -> dict[str, Any] | None:
                 os.close(bound)
                 watched.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
                 _answer({"started": pid})
+
+
+def keep_parameters(dtype: str) -> None:
+    """Let DeepSpeed keep the weights in this dtype, as on a GPU; on a CPU no recipe asks for it."""
+    from fastbert.training import precision
+
+    precision._on_cpu = lambda *_: precision.Precision(dtype, "a test's", dtype)
 
 
 def become(request: dict[str, Any]) -> None:
@@ -148,4 +155,6 @@ if __name__ == "__main__":
     gc.freeze()  # a rank's first collection would copy the pages of all imports
     if (request := serve()) is not None:
         become(request)
+        if "FASTBERT_TEST_PARAMETERS" in os.environ:
+            keep_parameters(os.environ["FASTBERT_TEST_PARAMETERS"])
         main()

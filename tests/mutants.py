@@ -142,7 +142,7 @@ FAULTS = [
     Fault(EMBEDDING, "position_embeddings[position_ids]", "position_embeddings[token_type_ids]"),
     Fault(MLM_LOSS, "losses.sum() / total", "losses.mean()"),
     Fault(MLM_LOSS, "ignore_index=IGNORED", "ignore_index=0"),
-    Fault(GELU, "gelu(x + bias)", 'gelu(x + bias, approximate="tanh")'),
+    Fault(GELU, "gelu(z)", 'gelu(z, approximate="tanh")'),
     Fault(
         DROPOUT,
         "dropout_seeds[sequence] + (tokens - cu_seqlens[sequence] + 1)",

@@ -90,10 +90,10 @@ def test_ranks_share_the_same_examples(dataset, objective):
         whole = batches.step(step)
         expected = contents(whole)
         assert len(expected) == 16
-        for world, threads in ((2, 1), (4, 1), (1, 2), (2, 3)):
-            ranks = [batches.step(step, rank, world, threads) for rank in range(world)]
+        for world, at_once in ((2, 1), (4, 1), (1, 2), (2, 3)):
+            ranks = [batches.step(step, rank, world, at_once) for rank in range(world)]
             (number,) = {len(packs) for packs in ranks}
-            assert number % threads == 0
+            assert number % at_once == 0
             packs = [pack for packs in ranks for pack in packs]
             assert contents(packs) == expected
             for pack in [*packs, *whole]:
@@ -432,7 +432,7 @@ class Slow(Batches):
         super().__init__(dataset, recipe())
         self.asked, self.seconds, self.fails = [], seconds, fails
 
-    def step(self, step: int, rank: int = 0, world: int = 1, threads: int = 1) -> list[PackedBatch]:
+    def step(self, step: int, rank: int = 0, world: int = 1, at_once: int = 1) -> list[PackedBatch]:
         self.asked.append((step, rank, world))
         time.sleep(self.seconds)
         if self.fails and step == 2:

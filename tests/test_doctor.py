@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastbert import machine
+from fastbert.cluster.group import join
 from fastbert.doctor import PACKAGES, Diagnosis, Gpu, advise, describe
 from fastbert.machine import Bf16Probe, judge_bf16, measure_bandwidth, measure_gemm_rate
 from fastbert.training.precision import resolve_precision
@@ -28,7 +29,7 @@ HEALTHY = {
     "threads": 2,
     "memory_free": 1 << 40,
     "disk_free": 1 << 40,
-    "bf16": Bf16Probe(True, True, ""),
+    "bf16": Bf16Probe(True, 2.0, ""),
     "gpus": [],
 }
 
@@ -70,9 +71,9 @@ def test_the_rate_counts_every_operation(seconds, monkeypatch):
     series: list[tuple[float, float]] = []  # operations and seconds of the rounds of each size
     counted = machine._best
 
-    def counting(work, seconds, device):
+    def counting(work, seconds, device, clock):
         start, before = time.perf_counter(), counter.get_total_flops()
-        best = counted(work, seconds, device)
+        best = counted(work, seconds, device, clock)
         series.append((counter.get_total_flops() - before, time.perf_counter() - start))
         return best
 
@@ -93,31 +94,47 @@ def test_the_rate_counts_every_operation(seconds, monkeypatch):
 
 
 def test_the_probe_gives_an_answer_and_survives(found):
-    probe = found.bf16
-    assert isinstance(probe.safe, bool) and isinstance(probe.faster, bool) and probe.why
-    assert probe.safe or not probe.faster
+    assert found.bf16.why and found.bf16.gain >= 0
+    assert found.bf16.right or found.bf16.gain == 0
 
 
 def test_how_the_child_ended_is_the_answer():
-    assert judge_bf16(0, "a warning\n[1e11, 3e11]\n", "") == Bf16Probe(
-        True, True, "bf16 products run at 3.0 times the fp32 rate"
+    assert judge_bf16(0, "a warning\n[true, 1e11, 3e11]\n", "") == Bf16Probe(
+        True, 3.0, "bf16 products run at 3.0 times the fp32 rate"
     )
-    assert judge_bf16(0, "[2e11, 1e11]", "") == Bf16Probe(
-        True, False, "bf16 products run at 0.5 times the fp32 rate"
+    assert judge_bf16(0, "[true, 2e11, 1e11]", "") == Bf16Probe(
+        True, 0.5, "bf16 products run at 0.5 times the fp32 rate"
     )
+    wrong = judge_bf16(0, "[false, 1e11, 3e11]", "")
+    assert wrong == Bf16Probe(False, 0.0, "bf16 products have wrong values here")
     failed = judge_bf16(1, "", "Traceback\nRuntimeError: no bf16")
-    assert not failed.safe and "RuntimeError: no bf16" in failed.why
+    assert not failed.right and "RuntimeError: no bf16" in failed.why
 
 
-@pytest.mark.parametrize("ratio", [0.5, 1.2, 1.3, 3.0])
+@pytest.mark.parametrize("ratio", [0.5, 1.4, 1.5, 3.0])
 def test_what_is_said_of_bf16_is_what_a_run_does(found, ratio):
-    """A run on a CPU uses fp32 by default, however fast bf16 products are."""
-    probe = judge_bf16(0, json.dumps([1e11, ratio * 1e11]), "")
-    precision, _ = resolve_precision("auto", torch.device("cpu"), "x", lambda: probe)
+    probe = judge_bf16(0, json.dumps([True, 1e11, ratio * 1e11]), "")
+    with join(10) as group:
+        chosen = resolve_precision("auto", "auto", "cpu", 1 << 40, group, "x", lambda: probe)
     row = dict(describe(replace(found, bf16=probe)))["bf16 on the CPU"]
-    assert f'runtime.precision = "auto" takes {precision} on a CPU' in row and "pays" not in row
-    assert ("a large one may gain" in row) == (ratio >= 1.3)
+    assert row.endswith(f'runtime.precision = "auto" takes {chosen.name}')
+    assert chosen.name == ("bf16" if ratio >= 1.5 else "fp32")
     assert not any("bf16" in line for line in advise(**HEALTHY | {"bf16": probe}))
+
+
+def test_wrong_values_are_noticed(monkeypatch, capsys):
+    """A product that is wrong in one entry of the gradient of the weight."""
+    right = torch.nn.functional.linear
+
+    def wrong(a, b, c=None):
+        y = right(a, b, c)
+        if a.dtype == torch.bfloat16 and not a.is_contiguous():
+            y[-1, -1] += 1
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "linear", wrong)
+    machine.try_bf16()
+    assert json.loads(capsys.readouterr().out)[0] is False
 
 
 def test_a_child_killed_by_its_instruction():
@@ -125,7 +142,7 @@ def test_a_child_killed_by_its_instruction():
         [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGILL)})"]
     )
     probe = judge_bf16(child.returncode, "", "")
-    assert not probe.safe and not probe.faster and "ONEDNN_MAX_CPU_ISA" in probe.why
+    assert not probe.right and not probe.gain and "ONEDNN_MAX_CPU_ISA" in probe.why
 
 
 def test_diagnosis_is_whole(found):
@@ -157,7 +174,7 @@ def test_a_healthy_machine_needs_no_advice():
             "install a torch built for CUDA",
         ),
         ({"threads": 1}, "torch uses 1 of 2 cores: unset OMP_NUM_THREADS"),
-        ({"bf16": Bf16Probe(False, False, "it dies")}, "bf16 is not safe here: it dies"),
+        ({"bf16": Bf16Probe(False, 0.0, "it dies")}, "bf16 products do not work here: it dies"),
         ({"memory_free": 1 << 30}, "1.0 GiB of memory are free"),
         ({"disk_free": 1 << 30}, "1.0 GiB of disk are free"),
     ],

@@ -159,8 +159,8 @@ def test_the_precision_is_the_recipes(tmp_path, content, fits):
             with pytest.raises(InputError) as error:
                 settings.stage(precision=precision, world=2, optimizer="adamw")
             assert (
-                f'contradicts runtime.precision = "auto" in recipes/demo.toml, which is '
-                f"{precision} here" in str(error.value)
+                f'contradicts runtime.precision = "auto" in recipes/demo.toml, which keeps the '
+                f"weights in {precision} here" in str(error.value)
             )
             assert f"{tmp_path / 'ds.json'}: {next(iter(content))}." in str(error.value)
 

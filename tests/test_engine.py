@@ -265,7 +265,7 @@ def test_clipping(small_dataset, packs, gradient, stage):
 
 @pytest.fixture(scope="module")
 def bf16() -> str:
-    if not (probe := probe_bf16()).safe:
+    if not (probe := probe_bf16()).right:
         pytest.skip(probe.why)
     return "bf16"
 

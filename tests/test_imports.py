@@ -59,11 +59,13 @@ MAY_IMPORT = {
     "fastbert.models": {"fastbert.config", "fastbert.data", "fastbert.errors", "fastbert_kernels"},
     "fastbert.training": {
         "fastbert.checkpoints",
+        "fastbert.child",
         "fastbert.cluster",
         "fastbert.config",
         "fastbert.data",
         "fastbert.durable",
         "fastbert.errors",
+        "fastbert.heap",
         "fastbert.machine",
         "fastbert.models",
         "fastbert.out_of_memory",
@@ -72,6 +74,7 @@ MAY_IMPORT = {
         "fastbert.regular_file",
         "fastbert.terminal",
         "fastbert.strict_json",
+        "fastbert_kernels",
     },
     "fastbert.planning": {
         "fastbert.config",
@@ -96,7 +99,7 @@ MAY_IMPORT = {
         "fastbert.machine",
         "fastbert.planning.advise",
         "fastbert.training.optimizer",
-        "fastbert.training.threads",
+        "fastbert.training.parallel_model",
     },
     "fastbert.tasks": {
         "fastbert.checkpoints",

@@ -103,3 +103,80 @@ def test_the_maker_of_the_processor_decides(monkeypatch, tmp_path):
         assert _linear._onednn_is_faster.__wrapped__() == wanted
     (tmp_path / "cpuinfo").unlink()
     assert not _linear._onednn_is_faster.__wrapped__()
+
+
+# With operands in bf16. `TOO_FEW` has just fewer multiplications than are rounded.
+BF16 = torch.bfloat16
+LARGE, TOO_FEW = [(300, 128, 4096), (1900, 256, 1024), (64, 256, 256)], (63, 256, 256)
+
+
+def operands(rows, inputs, outputs):
+    draw = torch.Generator().manual_seed(rows)
+    shapes = (rows, inputs), (outputs, inputs), (outputs,), (rows, outputs)
+    return [torch.randn(shape, generator=draw) for shape in shapes]
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), LARGE)
+def test_rounded_products_are_those_of_rounded_factors(impl, rows, inputs, outputs):
+    """Each entry is the exact sum, with an error of fp32's additions, rounded to bf16."""
+    x, weight, bias, dy = operands(rows, inputs, outputs)
+    found = results(
+        lambda *arguments: linear(*arguments, operands=BF16, impl=impl), x, weight, bias, dy
+    )
+    x, weight, bias, dy = (tensor.to(BF16).double() for tensor in (x, weight, bias, dy))
+    exact = results(torch.nn.functional.linear, x, weight, bias, dy, torch.float64)
+    sizes = results(
+        torch.nn.functional.linear, x.abs(), weight.abs(), bias.abs(), dy.abs(), torch.float64
+    )
+    for name, terms, value, wanted, size in zip(
+        ("y", "dx", "dW", "db"),
+        (inputs + 1, outputs, rows, rows),
+        found,
+        exact,
+        sizes,
+        strict=True,
+    ):
+        # Higham, 2002, section 3.1: at most n u / (1 - n u) times the sum of the sizes.
+        added = terms * torch.finfo(torch.float32).eps * size
+        rounded = torch.finfo(BF16).eps / 2 * (wanted.abs() + added) if name != "db" else 0
+        assert ((value - wanted).abs() <= added + rounded).all(), name
+
+
+def test_a_product_that_is_kept_rounded_has_the_same_values():
+    x, weight, bias, dy = operands(*LARGE[2])
+    x.requires_grad_()
+    kept = linear(x, weight, bias, operands=BF16, keep_rounded=True)
+    whole = linear(x, weight, bias, operands=BF16)
+    assert (kept.dtype, whole.dtype) == (BF16, torch.float32)
+    assert torch.equal(kept.float(), whole)
+    # What is rounded already is taken as it is, and has a gradient of its own dtype.
+    rounded = x.detach().to(BF16).requires_grad_()
+    assert torch.equal(linear(rounded, weight, bias, operands=BF16), whole)
+    (dx,) = torch.autograd.grad(whole, x, dy)
+    (of_rounded,) = torch.autograd.grad(linear(rounded, weight, bias, operands=BF16), rounded, dy)
+    assert of_rounded.dtype == BF16
+    assert torch.equal(of_rounded.float(), dx)
+
+
+def test_small_products_are_not_rounded():
+    x, weight, bias, _ = operands(*TOO_FEW)
+    plain = linear(x, weight, bias)
+    for keep_rounded in (False, True):
+        found = linear(x, weight, bias, operands=BF16, keep_rounded=keep_rounded)
+        assert torch.equal(found, plain)
+    low = x.to(BF16)
+    assert torch.equal(linear(low, weight, operands=BF16), linear(low.float(), weight))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "message"),
+    [
+        (torch.float16, torch.float32, "linear: operands = torch.float16; must be torch.bfloat16"),
+        (BF16, torch.float64, "linear: operands = torch.bfloat16 for a weight in torch.float64"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(dtype, weight_dtype, message):
+    x, weight = torch.randn(3, 4, dtype=weight_dtype), torch.randn(5, 4, dtype=weight_dtype)
+    with pytest.raises(TypeError, match=message):
+        linear(x, weight, operands=dtype)

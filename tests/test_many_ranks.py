@@ -174,8 +174,8 @@ CONSTANT = (
 )
 
 
-def leg(trial: Trial, world: int, until: int, *overrides: str) -> Trial:
-    trial.resume(world, f"stop.steps={until}", *overrides)
+def leg(trial: Trial, world: int, until: int, parameters: str = "fp32") -> Trial:
+    trial.resume(world, f"stop.steps={until}", FASTBERT_TEST_PARAMETERS=parameters)
     return trial
 
 
@@ -183,13 +183,13 @@ def leg(trial: Trial, world: int, until: int, *overrides: str) -> Trial:
 def test_a_run_may_change_its_ranks_stage_and_precision(lab, constant, rounding, legs):
     if (
         any(precision == "bf16" for *_, precision in LEGS[legs])
-        and not (probe := probe_bf16()).safe
+        and not (probe := probe_bf16()).right
     ):
         pytest.skip(probe.why)
     trial, tolerance = lab.trial(*CONSTANT), rounding
     for i, (world, stage, precision) in enumerate(LEGS[legs]):
         trial.set_stage(stage)
-        leg(trial, world, LEG * (i + 1), f"runtime.precision={precision}")
+        leg(trial, world, LEG * (i + 1), parameters=precision)
         ours, expected = trial.steps[LEG * i :], constant[LEG * i : LEG * (i + 1)]
         assert [[s[key] for key in COUNTS] for s in ours] == [
             [s[key] for key in COUNTS] for s in expected

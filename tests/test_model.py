@@ -15,7 +15,7 @@ from fastbert.checkpoints.weight_names import from_hugging_face, to_hugging_face
 from fastbert.config import ModelConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
-from fastbert.models.bert import Attention, BertForPreTraining, losses, resolve_kernels
+from fastbert.models.bert import Attention, BertForPreTraining, Mode, losses, resolve_kernels
 from tests.random_batch import VOCAB, make_batch
 
 CONFIG = ModelConfig(
@@ -263,7 +263,7 @@ def test_neighbouring_heads_look_at_the_token_before_and_after():
     x = model.hidden_states(batch)[0]
     attention = model.get_submodule("layers.0.attention")
     assert isinstance(attention, Attention)
-    q, k, _ = attention.project(x, None, "cpu")
+    q, k, _ = attention.project(x, None, Mode(0.0, 0.0, "cpu", None))
     scores = torch.einsum("ihk,jhk->hij", q, k) / config.head_size**0.5
     best = scores.argmax(-1)
     place = torch.arange(60)

@@ -173,7 +173,7 @@ def test_a_state_of_stage_0_continues_at_any_stage(small_dataset, packs, at_stag
 
 @pytest.mark.parametrize("stage, precision", [(1, "fp32"), (1, "bf16"), slow(2, "fp32")])
 def test_resuming_gives_the_same_to_the_last_digit(small_dataset, packs, stage, precision, request):
-    if precision == "bf16" and not (probe := probe_bf16()).safe:
+    if precision == "bf16" and not (probe := probe_bf16()).right:
         pytest.skip(probe.why)
     with engine(small_dataset, stage, RECIPE, precision) as built:
         for i in range(3):

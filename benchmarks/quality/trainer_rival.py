@@ -125,7 +125,7 @@ def evaluate(
     model.eval()
     sums = torch.zeros(9, dtype=torch.float64)
     for batch in batches:
-        padded = pad(batch)
+        padded = pad([batch])
         labels, pair_labels = padded.pop("labels"), padded.pop("next_sentence_label")
         found = model(**padded)
         token_logits = found.prediction_logits[labels != -100]  # in the order of the pack

@@ -1,21 +1,28 @@
 """A training step against transformers' BertForPreTraining, doing the same work.
 
     python -m benchmarks.step.bench_step data/wiki [--steps 13] [--seconds 300] \\
-        [--lengths single fill full] [--out folder]
+        [--lengths single fill full] [--compile] [--out folder]
 
-Both sides have the same weights, examples, masks and optimizer (fused AdamW), fp32, dropout 0.1,
-and forward + backward + update. Both have the same heap setting (`fastbert.heap`); without it
+All sides have the same weights, examples, masks and optimizer (fused AdamW), dropout 0.1, and
+forward + backward + update. All have the same heap setting (`fastbert.heap`); without it
 transformers' large temporaries would cost it up to twice as much time, which would be unfair.
-transformers runs in the usual way: padded to the longest sequence of the batch, with SDPA
-attention, and with all positions projected onto the vocabulary. There are three kinds of lengths:
-the demo's own pairs of single sentences ("single"), pairs that fill max_length as far as their
-document allows ("fill"), and full sequences ("full"). Before anything is timed, both losses
-without dropout must agree to 1e-4. Steps run in turns. The ratio is taken pair by pair; reported
-are its median and quartiles.
+
+transformers runs as its documentation sets it up for this processor: padded to the longest
+sequence of the batch, with SDPA attention, with all positions projected onto the vocabulary, in
+fp32 and under `torch.autocast("cpu", torch.bfloat16)`; with --compile also through
+`torch.compile(dynamic=True)`. The rival is the fastest of these. Ours runs as `fastbert pretrain`
+runs it, with a pack in each process, in fp32 and with the operands of large products in bf16. Where
+the processor has no bf16 instructions, there are no sides in bf16.
+
+There are three kinds of lengths: the demo's own pairs of single sentences ("single"), pairs that
+fill max_length as far as their document allows ("fill"), and full sequences ("full"). Before
+anything is timed, the losses without dropout must agree: to 1e-4 in fp32, and to the rounding of
+bf16 otherwise. Steps run in turns. Each ratio is taken step by step; reported are its median and
+quartiles.
 
 The share of the ideal is the time that the full useful FLOPs (no padding, head only at masked
-positions, every layer complete) would take at the GEMM rate measured in the same process, over
-our time. Ours computes the last layer only for the rows that a loss reads, so the share can
+positions, every layer complete) would take at the GEMM rate measured in the same process, over our
+time in fp32. Ours computes the last layer only for the rows that a loss reads, so the share can
 exceed 100 %.
 """
 
@@ -26,7 +33,11 @@ import dataclasses
 import math
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -40,51 +51,63 @@ from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
-from fastbert.machine import measure_gemm_rate
+from fastbert.machine import measure_gemm_rate, probe_bf16
 from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.planning.flops import training_flops
+from fastbert.training.parallel_model import ParallelModel, processes_for
 
 CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary
 SEQUENCES, MAX_LENGTH = 32, 128
-WARM_UP, LEAST = 2, 3  # pairs of steps: not counted, and counted however slow they are
+WARM_UP, LEAST = 2, 3  # steps of each side: not counted, and counted however slow they are
+BF16 = 2.0**-8  # its rounding, relative
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+Packs = list[PackedBatch]  # those of a step, one for each process
 
 
-def draw(dataset: TokenDataset, segments: str, steps: int) -> list[PackedBatch]:
+def draw(dataset: TokenDataset, segments: str, steps: int, at_once: int = 1) -> list[Packs]:
     """Real batches, at least four; the first two warm up the heap and the optimizers."""
     config = RunConfig(data=str(dataset.path), objective=ObjectiveConfig(segments=segments))
     config = dataclasses.replace(
         config, batch=dataclasses.replace(config.batch, sequences=SEQUENCES, max_length=MAX_LENGTH)
     )
     source = Batches(dataset, config)
-    return [source.step(step)[0] for step in range(max(steps, 4))]
+    return [source.step(step, at_once=at_once) for step in range(max(steps, 4))]
 
 
-def pad(batch: PackedBatch) -> dict[str, torch.Tensor]:
+def pad(packs: Packs) -> dict[str, torch.Tensor]:
     """The same examples as transformers' collator pads them: [B, longest], ignored labels -100."""
-    lengths = batch.cu_seqlens.diff().tolist()
 
-    def rows(x: torch.Tensor, fill: int) -> torch.Tensor:
-        return torch.nn.utils.rnn.pad_sequence(
-            list(x.split(lengths)), batch_first=True, padding_value=fill
-        )
+    def rows(of_pack: Callable[[PackedBatch], torch.Tensor], fill: int) -> torch.Tensor:
+        sequences = [
+            x for pack in packs for x in of_pack(pack).split(pack.cu_seqlens.diff().tolist())
+        ]
+        return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=fill)
 
-    labels = torch.full_like(batch.input_ids, -100).index_copy_(
-        0, batch.masked_positions, batch.labels
-    )
+    def labels(pack: PackedBatch) -> torch.Tensor:
+        ignored = torch.full_like(pack.input_ids, -100)
+        return ignored.index_copy_(0, pack.masked_positions, pack.labels)
+
     return {
-        "input_ids": rows(batch.input_ids, 0),
-        "token_type_ids": rows(batch.token_type_ids, 0),
-        "attention_mask": rows(torch.ones_like(batch.input_ids), 0),
+        "input_ids": rows(lambda pack: pack.input_ids, 0),
+        "token_type_ids": rows(lambda pack: pack.token_type_ids, 0),
+        "attention_mask": rows(lambda pack: torch.ones_like(pack.input_ids), 0),
         "labels": rows(labels, -100),
-        "next_sentence_label": batch.next_sentence_labels,
+        "next_sentence_label": torch.cat([pack.next_sentence_labels for pack in packs]),
     }
 
 
-def fill_up(batch: PackedBatch) -> PackedBatch:
-    """A batch with as many sequences, all of MAX_LENGTH tokens, 15 % of them masked.
+def fill_up(packs: Packs) -> Packs:
+    """As many sequences, all of MAX_LENGTH tokens, 15 % of them masked.
 
     A corpus of long documents gives such batches.
     """
+    filled = [_fill_up(pack) for pack in packs]
+    total = sum(len(pack.labels) for pack in filled)
+    return [dataclasses.replace(pack, masked_total=total) for pack in filled]
+
+
+def _fill_up(batch: PackedBatch) -> PackedBatch:
     draw = torch.Generator().manual_seed(int(batch.examples[0]))
     sequences, length = batch.sequences, MAX_LENGTH
     ids = batch.input_ids[torch.randint(batch.tokens, (sequences * length,), generator=draw)]
@@ -104,79 +127,170 @@ def fill_up(batch: PackedBatch) -> PackedBatch:
         max_seqlen=length,
         masked_positions=positions,
         labels=ids[positions],
-        masked_total=len(positions),
     )
 
 
-def compare(preset: str, vocab_size: int, batches: list[PackedBatch], seconds: float) -> dict:
-    """Time both sides on the same batches in turns; use fewer batches if `seconds` are used up."""
-    end = time.monotonic() + seconds
-    torch.manual_seed(0)
-    config = parse_config(f'data = "none"\n[model]\npreset = "{preset}"', "bench_step").model
-    ours = BertForPreTraining(config, vocab_size)
-    words = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    theirs = transformers.BertForPreTraining(
-        transformers.BertConfig(vocab_size=vocab_size, **{w: getattr(config, w) for w in words})
-    )
-    missing, unexpected = theirs.load_state_dict(to_hugging_face(ours.state_dict()), strict=False)
-    assert not unexpected and all("decoder" in name for name in missing), (missing, unexpected)
+@dataclass(frozen=True)
+class Side:
+    """One way to do a step.
 
-    def our_step(batch: PackedBatch) -> torch.Tensor:
-        return losses(ours(batch)).loss
+    Attributes:
+        name: ours or transformers', with its precision, as in the table.
+        model: with dropout, as a run has it.
+        loss: the loss of a step, from `Packs` for ours and from `pad` of them for theirs.
+        optimizer: of the model.
+        threads: torch's, of the main thread; a run has one where packs are in processes.
+    """
 
-    def their_step(padded: dict[str, torch.Tensor]) -> torch.Tensor:
-        return theirs(**padded).loss
+    name: str
+    model: torch.nn.Module
+    loss: Callable[[Any], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    threads: int
 
-    padded = [pad(batch) for batch in batches]
-    for model in (ours, theirs):
-        model.eval()
-    with torch.no_grad():
-        a, b = float(our_step(batches[0])), float(their_step(padded[0]))
-    if abs(a - b) > 1e-4:
-        raise SystemExit(
-            f"{preset}, V = {vocab_size}: losses differ before timing: {a} against {b}"
-        )
-    for model in (ours, theirs):
-        model.train()
-    optimizers = {
-        m: torch.optim.AdamW(m.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
-        for m in (ours, theirs)
-    }
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("fastbert")
 
-    def timed(model, step, batch) -> float:
+    def time(self, batch: Any) -> float:
+        torch.set_num_threads(self.threads)
         start = time.perf_counter()
-        step(batch).backward()
-        optimizers[model].step()
-        optimizers[model].zero_grad(set_to_none=True)
+        self.loss(batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - start
 
-    pairs, rate = [], measure_gemm_rate(seconds=1.0)
-    for index, (batch, padding) in enumerate(zip(batches, padded, strict=True)):
-        pair = (timed(theirs, their_step, padding), timed(ours, our_step, batch))
-        if index >= WARM_UP:
-            pairs.append(pair)
-        if len(pairs) >= LEAST and time.monotonic() > end:
+
+def sides(
+    preset: str, vocab_size: int, at_once: int, bf16: bool, compiled: bool, ends: ExitStack
+) -> list[Side]:
+    """All sides of a comparison; they have the same weights. `ends` closes what they start."""
+    torch.manual_seed(0)
+    config = parse_config(f'data = "none"\n[model]\npreset = "{preset}"', "bench_step").model
+    first = BertForPreTraining(config, vocab_size)
+    found, every = list[Side](), torch.get_num_threads()
+
+    def add(name: str, model: torch.nn.Module, loss: Callable[[Any], torch.Tensor]) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+        found.append(Side(name, model, loss, optimizer, torch.get_num_threads()))
+        torch.set_num_threads(every)
+
+    for precision in ("fp32", "bf16") if bf16 else ("fp32",):
+        for how in ("", " compiled") if compiled else ("",):
+            theirs = transformers.BertForPreTraining(
+                transformers.BertConfig(
+                    vocab_size=vocab_size, **{size: getattr(config, size) for size in SIZES}
+                )
+            )
+            missing, unexpected = theirs.load_state_dict(
+                to_hugging_face(first.state_dict()), strict=False
+            )
+            assert not unexpected and all("decoder" in n for n in missing), (missing, unexpected)
+            call = torch.compile(theirs, dynamic=True) if how else theirs
+
+            def their_loss(padded: Any, call: Any = call, low: bool = precision == "bf16"):
+                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                    return call(**padded).loss.float()
+
+            add(f"transformers {precision}{how}", theirs, their_loss)
+        ours = BertForPreTraining(config, vocab_size)
+        ours.load_state_dict(first.state_dict())
+        ours.operands = torch.bfloat16 if precision == "bf16" else None
+        parallel = ParallelModel(ours, at_once)
+
+        def our_loss(packs: Packs, call: Any = parallel) -> torch.Tensor:
+            return torch.stack([losses(outputs).loss for outputs in call(packs)]).sum()
+
+        add(f"fastbert {precision}", ours, our_loss)
+        ends.callback(parallel.close)
+    return found
+
+
+def check(found: list[Side], packs: Packs) -> None:
+    """Check that the losses without dropout agree.
+
+    Ours evaluates in fp32 whatever it trains in; tests/test_rounded_operands.py checks its bf16.
+
+    Raises:
+        SystemExit: they do not.
+    """
+    first, padded = None, pad(packs)
+    for side in found:
+        side.model.eval()
+        with torch.no_grad():
+            value = float(side.loss(packs if side.is_ours else padded))
+        side.model.train()
+        first = value if first is None else first
+        tolerance = BF16 * first if "bf16" in side.name else 1e-4
+        if not abs(value - first) <= tolerance:
+            raise SystemExit(f"losses differ before timing: {side.name} {value}, not {first}")
+
+
+def compare(
+    case: tuple[str, int],
+    batches: list[Packs],
+    bf16: bool,
+    compiled: bool,
+    seconds: float,
+    ends: ExitStack,
+) -> dict[str, Any]:
+    """Time all sides on the same batches in turns; use fewer batches if `seconds` are used up."""
+    end = time.monotonic() + seconds
+    preset, vocab_size = case
+    rate = measure_gemm_rate(seconds=1.0)
+    found = sides(preset, vocab_size, len(batches[0]), bf16, compiled, ends)
+    check(found, batches[0])
+    times: dict[str, list[float]] = {side.name: [] for side in found}
+    padded = [pad(packs) for packs in batches]
+    for index in range(len(batches)):
+        for side in found:
+            taken = side.time(batches[index] if side.is_ours else padded[index])
+            if index >= WARM_UP:
+                times[side.name].append(taken)
+        if index - WARM_UP + 1 >= LEAST and time.monotonic() > end:
             break
+    torch.set_num_threads(found[0].threads)
     # The rate is measured twice, because other load may have slowed one measurement.
     rate = max(rate, measure_gemm_rate(seconds=1.0))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    steps = len(times["fastbert fp32"])
+    config = parse_config(f'data = "none"\n[model]\npreset = "{preset}"', "bench_step").model
     useful = statistics.mean(
-        training_flops(config, vocab_size, b.cu_seqlens.diff().tolist(), len(b.labels), b.sequences)
-        for b in batches[WARM_UP : WARM_UP + len(pairs)]
+        training_flops(
+            config,
+            vocab_size,
+            [n for pack in packs for n in pack.cu_seqlens.diff().tolist()],
+            sum(len(pack.labels) for pack in packs),
+            SEQUENCES,
+        )
+        for packs in batches[WARM_UP : WARM_UP + steps]
     )
-    ratios = sorted(t / o for t, o in pairs)
-    quartiles = statistics.quantiles(ratios, n=4)
-    our_time = statistics.median(o for _, o in pairs)
+    tokens = sum(pack.tokens for packs in batches for pack in packs)
+
+    def ratio(theirs: str, ours: str) -> list[float]:
+        """Return the median and both quartiles."""
+        values = [t / o for t, o in zip(times[theirs], times[ours], strict=True)]
+        low, _, high = statistics.quantiles(values, n=4)
+        return [statistics.median(values), low, high]
+
+    best = min(
+        (name for name in medians if name.startswith("transformers")),
+        key=lambda name: medians[name],
+    )
+    mine = f"fastbert {'bf16' if bf16 else 'fp32'}"
     return {
         "model": preset,
         "vocab_size": vocab_size,
-        "fill": sum(b.tokens for b in batches) / sum(p["input_ids"].numel() for p in padded),
-        "pairs": len(pairs),
-        "transformers_ms": 1e3 * statistics.median(t for t, _ in pairs),
-        "fastbert_ms": 1e3 * our_time,
-        "ratio": statistics.median(ratios),
-        "quartiles": [quartiles[0], quartiles[2]],
+        "fill": tokens / sum(p["input_ids"].numel() for p in padded),
+        "steps": steps,
+        "ms": {name: 1e3 * value for name, value in medians.items()},
+        "best_rival": best,
+        "ours": mine,
+        "to_best": ratio(best, mine),
+        "to_fp32": ratio("transformers fp32", mine),
+        "fp32_to_fp32": ratio("transformers fp32", "fastbert fp32"),
         "gemm_gflops": rate / 1e9,
-        "share_of_ideal": useful / rate / our_time,
+        "share_of_ideal": useful / rate / medians["fastbert fp32"],
     }
 
 
@@ -188,7 +302,7 @@ def main() -> None:
         "dataset", help="a folder made by `fastbert prepare`; its sequence lengths are timed"
     )
     parser.add_argument(
-        "--steps", type=int, default=13, help="pairs of steps per row, two to warm up (13)"
+        "--steps", type=int, default=13, help="steps of each side, two to warm up (13)"
     )
     parser.add_argument(
         "--lengths",
@@ -197,6 +311,9 @@ def main() -> None:
         default=["single", "full"],
         help="which lengths to time",
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="also transformers through torch.compile"
+    )
     parser.add_argument("--out", type=Path, help="folder for step.json and step.md")
     parser.add_argument(
         "--seconds",
@@ -204,64 +321,87 @@ def main() -> None:
         default=math.inf,
         help="approximate duration; rows then have fewer steps",
     )
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     keep_heap()
-    end = time.monotonic() + arguments.seconds
+    end = time.monotonic() + given.seconds
     transformers.logging.set_verbosity_error()
-    dataset = open_dataset(arguments.dataset)
-    batches = {
-        "single": draw(dataset, "single", arguments.steps),
-        "fill": draw(dataset, "fill", arguments.steps),
-    }
-    batches["full"] = [fill_up(batch) for batch in batches["fill"]]
+    dataset, probe = open_dataset(given.dataset), probe_bf16()
+    at_once = processes_for(SEQUENCES, torch.get_num_threads())
+    batches = {name: draw(dataset, name, given.steps, at_once) for name in ("single", "fill")}
+    batches["full"] = [fill_up(packs) for packs in batches["fill"]]
 
     facts = header(torch.device("cpu")) | {"transformers": transformers.__version__}
-    print(f"{SEQUENCES} sequences a step, fp32, dropout 0.1; {header_line(facts)}")
-    print(
-        f"{'lengths':>7} {'model':>6} {'V':>6} {'fill':>5} {'transformers':>13} "
-        f"{'fastbert':>9} {'ratio':>6} {'quartiles':>12} {'of ideal':>9}"
-    )
+    print(f"{SEQUENCES} sequences a step, dropout 0.1; {probe.why}; {header_line(facts)}")
     rows = []
-    cases = [(lengths, *case) for lengths in arguments.lengths for case in CASES]
+    cases = [(lengths, *case) for lengths in given.lengths for case in CASES]
     for lengths, preset, vocab_size in cases:
         seconds = (end - time.monotonic()) / (len(cases) - len(rows))
-        row = {"lengths": lengths, **compare(preset, vocab_size, batches[lengths], seconds)}
-        rows.append(row)
-        low, high = row["quartiles"]
-        print(
-            f"{lengths:>7} {preset:>6} {vocab_size:>6} {row['fill']:>5.2f} "
-            f"{row['transformers_ms']:>10.0f} ms {row['fastbert_ms']:>6.0f} ms "
-            f"{row['ratio']:>5.2f}x {low:>5.2f}-{high:<5.2f} {100 * row['share_of_ideal']:>7.0f} %",
-            flush=True,
-        )
-    if arguments.out:
+        with ExitStack() as ends:
+            found = compare(
+                (preset, vocab_size), batches[lengths], probe.gain > 0, given.compile, seconds, ends
+            )
+        rows.append({"lengths": lengths, **found})
+        print(step_line(rows[-1]), flush=True)
+    if given.out:
         ratios = {
-            f"{r['model']}, V = {r['vocab_size']:,}, lengths {r['lengths']}, "
-            "transformers' time over ours": r["ratio"]
-            for r in rows
+            f"{row['model']}, V = {row['vocab_size']:,}, lengths {row['lengths']}, {what}": row[
+                key
+            ][0]
+            for row in rows
+            for key, what in (
+                ("fp32_to_fp32", "transformers' time over ours, both in fp32"),
+                ("to_best", "transformers' best time over ours"),
+            )
         }
         Record(facts, rows, ratios).write(
-            arguments.out, "step", "A training step against transformers\n\n" + step_table(rows)
+            given.out, "step", "A training step against transformers\n\n" + step_table(rows)
         )
 
 
-def step_table(rows: list[dict]) -> str:
+def step_line(row: dict[str, Any]) -> str:
+    """A row as a line of text."""
+    times = ", ".join(f"{name} {ms:,.0f} ms" for name, ms in row["ms"].items())
+    ratios = ", ".join(
+        f"{row[key][0]:.2f}x ({row[key][1]:.2f} to {row[key][2]:.2f}) {what}"
+        for key, what in (
+            ("to_best", f"of {row['best_rival']}"),
+            ("to_fp32", "of transformers fp32"),
+            ("fp32_to_fp32", "both fp32"),
+        )
+    )
+    return (
+        f"{row['lengths']} {row['model']} V={row['vocab_size']} fill {row['fill']:.2f}: "
+        f"{times}\n    {ratios}, {100 * row['share_of_ideal']:.0f} % of the ideal in fp32"
+    )
+
+
+def step_table(rows: list[dict[str, Any]]) -> str:
     """The report's table in Markdown."""
     words = {
         "single": "the demo's pairs",
         "fill": "pairs that fill up",
         "full": f"all {MAX_LENGTH}",
     }
+
+    def times(row: dict[str, Any], whose: str) -> str:
+        values = {n.removeprefix(whose): t for n, t in row["ms"].items() if n.startswith(whose)}
+        return " / ".join(f"{ms:,.0f}" for ms in values.values()) + " ms"
+
+    def ratio(values: list[float]) -> str:
+        return f"**{values[0]:.2f}x** ({values[1]:.2f} to {values[2]:.2f})"
+
     return table(
         (
             "lengths",
             "model",
             "V",
             "real tokens",
-            "transformers",
-            "fastbert",
-            "ratio (quartiles)",
-            "share of the ideal",
+            "transformers fp32 / bf16",
+            "fastbert fp32 / bf16",
+            "its best over our bf16 (quartiles)",
+            "its fp32 over our bf16",
+            "both fp32",
+            "share of the ideal in fp32",
         ),
         [
             (
@@ -269,9 +409,11 @@ def step_table(rows: list[dict]) -> str:
                 row["model"],
                 f"{row['vocab_size']:,}",
                 f"{100 * row['fill']:.0f} %",
-                f"{row['transformers_ms']:,.0f} ms",
-                f"{row['fastbert_ms']:,.0f} ms",
-                f"**{row['ratio']:.2f}x** ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})",
+                times(row, "transformers "),
+                times(row, "fastbert "),
+                ratio(row["to_best"]),
+                f"{row['to_fp32'][0]:.2f}x",
+                f"{row['fp32_to_fp32'][0]:.2f}x",
                 f"{100 * row['share_of_ideal']:.0f} %",
             )
             for row in rows

@@ -1,9 +1,9 @@
 """The time of a training step on a CPU, alone and beside a busy process on each core.
 
-Three ways to use all cores are compared, each in a process of its own: packs on threads, as
-fastbert computes them (fastbert/training/threads.py); torch's OpenMP threads as they come, which
-spin while they wait; and the same with OMP_WAIT_POLICY=PASSIVE, which sleep. The last row is one
-thread. A time is that of 2,500 tokens, forward, backward and AdamW, in milliseconds.
+Three ways to use all cores are compared: packs in processes, as fastbert computes them
+(fastbert/training/parallel_model.py); torch's OpenMP threads as they come, which spin while they
+wait; and the same with OMP_WAIT_POLICY=PASSIVE, which sleep. The last row is one thread. A time is
+that of 2,500 tokens, forward, backward and AdamW, in milliseconds.
 
     python -m benchmarks.step.bench_threads data/wiki
 """
@@ -28,14 +28,14 @@ from benchmarks.harness.tables_and_plots import table
 TOKENS = 2500
 LONGEST_S = 30.0  # of a measurement; beside busy processes a step of OpenMP's may take seconds
 WAYS = {
-    "packs on threads": ("threads", {}),
+    "packs in processes": ("processes", {}),
     "OpenMP, as it comes": ("openmp", {}),
     "OpenMP, PASSIVE": ("openmp", {"OMP_WAIT_POLICY": "PASSIVE"}),
     "one thread": ("openmp", {"OMP_NUM_THREADS": "1"}),
 }
 
 
-def measure(way: str, recipe: str, data: str, steps: int) -> list[float]:
+def measure(way: str, given: argparse.Namespace) -> list[float]:
     """Return the seconds per TOKENS of each step in this process, without the first five."""
     import torch
 
@@ -45,28 +45,35 @@ def measure(way: str, recipe: str, data: str, steps: int) -> list[float]:
     from fastbert.heap import keep_heap
     from fastbert.models.bert import BertForPreTraining
     from fastbert.training.optimizer import build_optimizer
-    from fastbert.training.threads import ThreadedModel
+    from fastbert.training.parallel_model import ParallelModel
 
     keep_heap()
-    config, dataset = load_config(recipe, {"data": data}), open_dataset(data, verify=False)
-    threads = torch.get_num_threads() if way == "threads" else 1
+    config, dataset = (
+        load_config(given.recipe, {"data": given.data}),
+        open_dataset(given.data, verify=False),
+    )
+    at_once = torch.get_num_threads() if way == "processes" else 1
     batches = Batches(dataset, config)
     model = BertForPreTraining(config.model, dataset.vocab_size).train()
+    model.operands = torch.bfloat16 if given.precision == "bf16" else None
     optimizer = build_optimizer(model, config.optimizer)
-    packs = [batches.step(i, threads=threads) for i in range(20)]
-    run = ThreadedModel(model, threads) if threads > 1 else lambda packs: list(map(model, packs))
+    packs = [batches.step(i, at_once=at_once) for i in range(20)]
+    run = ParallelModel(model, at_once)
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < steps + 5 and (len(times) < 8 or time.perf_counter() < began + LONGEST_S):
+    while len(times) < given.steps + 5 and (
+        len(times) < 8 or time.perf_counter() < began + LONGEST_S
+    ):
         step = packs[len(times) % len(packs)]
         start = time.perf_counter()
-        for first in range(0, len(step), threads):
-            outputs = run(step[first : first + threads])
+        for first in range(0, len(step), at_once):
+            outputs = run(step[first : first + at_once])
             sum((mlm + nsp for mlm, nsp, *_ in outputs), torch.zeros(())).backward()
         optimizer.step()
         optimizer.zero_grad()
         used = time.perf_counter() - start
         times.append(used * TOKENS / sum(pack.tokens for pack in step))
+    run.close()
     return times[5:]
 
 
@@ -89,21 +96,26 @@ def main() -> None:
     parser.add_argument("data", help="a dataset made by fastbert prepare")
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--way", choices=("threads", "openmp"), help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--way", choices=("processes", "openmp"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.way:
-        print(json.dumps(measure(given.way, given.recipe, given.data, given.steps)))
+        print(json.dumps(measure(given.way, given)))
         return
     import torch
 
     cores = len(os.sched_getaffinity(0))
-    print(header_line(header(torch.device("cpu"))), f"recipe {given.recipe}:\n", sep=", ")
+    print(
+        header_line(header(torch.device("cpu"))),
+        f"recipe {given.recipe} in {given.precision}:\n",
+        sep=", ",
+    )
     rows = []
     for name, (way, settings) in WAYS.items():
         command = module(
             "step.bench_threads",
             *(str(Path(given.data).resolve()), "--recipe", given.recipe),
-            *("--steps", str(given.steps), "--way", way),
+            *("--steps", str(given.steps), "--precision", given.precision, "--way", way),
         )
         found = []
         for number in (0, cores):

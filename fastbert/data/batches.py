@@ -76,17 +76,17 @@ class Batches:
                 f"make it a multiple of {world}"
             )
 
-    def step(self, step: int, rank: int = 0, world: int = 1, threads: int = 1) -> list[PackedBatch]:
+    def step(self, step: int, rank: int = 0, world: int = 1, at_once: int = 1) -> list[PackedBatch]:
         """Return this rank's packs of one step.
 
-        Every rank gets the same number of packs, a multiple of `threads`. No pack is empty, and
-        none has more than `micro_batch_tokens / threads` tokens, or one sequence.
+        Every rank gets the same number of packs, a multiple of `at_once`. No pack is empty, and
+        none has more than `micro_batch_tokens / at_once` tokens, or one sequence.
 
         Args:
             step: counted from 0.
             rank: in [0, world).
             world: ranks that share the step.
-            threads: packs that a rank computes at once; at most its number of sequences.
+            at_once: packs that a rank computes at once; at most its number of sequences.
 
         Raises:
             InputError: as `check`.
@@ -99,8 +99,8 @@ class Batches:
             self._examples.draw(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)
         ]
         spans = drawn[0] if len(drawn) == 1 else Spans.join(drawn)
-        limit = max(batch.micro_batch_tokens // threads, batch.max_length)
-        packs = share_out(spans.lengths, world * threads, limit)[rank::world]
+        limit = max(batch.micro_batch_tokens // at_once, batch.max_length)
+        packs = share_out(spans.lengths, world * at_once, limit)[rank::world]
         return self._packer.packs(spans, indices, packs)
 
 

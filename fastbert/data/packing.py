@@ -102,6 +102,20 @@ class PackedBatch:
         for to, source in pairs:
             to.copy_(source, non_blocking=True)
 
+    def as_numpy(self) -> dict[str, Any]:
+        """Return the fields by name, tensors as arrays, which pickle faster than tensors do."""
+        arrays = {name: x.numpy() for name, x in self._tensors().items()}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | arrays
+
+    @staticmethod
+    def from_numpy(values: dict[str, Any]) -> PackedBatch:
+        """Undo `as_numpy`."""
+
+        def field(x: Any) -> Any:
+            return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+
+        return PackedBatch(**{name: field(x) for name, x in values.items()})
+
     def _tensors(self) -> dict[str, Tensor]:
         return {
             f.name: getattr(self, f.name)

@@ -24,11 +24,11 @@ class Prefetch:
     Args:
         batches: of the run.
         step: the first step.
-        rank, world, threads: as in `Batches.step`.
+        rank, world, at_once: as in `Batches.step`.
     """
 
     def __init__(
-        self, batches: Batches, step: int, rank: int = 0, world: int = 1, threads: int = 1
+        self, batches: Batches, step: int, rank: int = 0, world: int = 1, at_once: int = 1
     ):
         self._ready: queue.Queue[tuple[int, list[PackedBatch] | BaseException]] = queue.Queue(
             STEPS_AHEAD
@@ -36,7 +36,7 @@ class Prefetch:
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._run,
-            args=(batches, step, rank, world, threads),
+            args=(batches, step, rank, world, at_once),
             name="prefetch",
             daemon=True,
         )
@@ -66,10 +66,10 @@ class Prefetch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, batches: Batches, first: int, rank: int, world: int, threads: int) -> None:
+    def _run(self, batches: Batches, first: int, rank: int, world: int, at_once: int) -> None:
         for step in count(first):
             try:
-                packs: list[PackedBatch] | BaseException = batches.step(step, rank, world, threads)
+                packs: list[PackedBatch] | BaseException = batches.step(step, rank, world, at_once)
             except BaseException as error:
                 packs = error
             while not self._stop.is_set():

@@ -83,11 +83,13 @@ class MicroBatchTables(NamedTuple):
     checked: bool = False  # whether a layer has already validated these tables
 
 
-class Dropout(NamedTuple):
-    """Dropout probabilities in use: those of the config in training, zero in evaluation."""
+class Mode(NamedTuple):
+    """How a pass is computed."""
 
-    attention: float
-    hidden: float
+    attention_dropout: float  # probability: that of the config in training, 0 in evaluation
+    hidden_dropout: float
+    impl: str  # of the kernels: "triton", "cpu" or "reference"
+    operands: torch.dtype | None  # of large matrix products, as in fastbert_kernels.linear
 
 
 def matrix(rows: int, columns: int) -> nn.Parameter:
@@ -103,14 +105,23 @@ def select(x: Tensor | None, rows: Tensor | None) -> Any:
     return x if x is None or rows is None else x[rows]
 
 
-def fused(x: Tensor, impl: str) -> bool:
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mode: Mode, keep_rounded: bool = False
+) -> Tensor:
+    """x W' + b: x [N, D], weight [F, D] and bias [F] to [N, F]; as in fastbert_kernels.linear."""
+    return linear(
+        x, weight, bias, operands=mode.operands, keep_rounded=keep_rounded, impl=mode.impl
+    )
+
+
+def fused(x: Tensor, mode: Mode) -> bool:
     """Whether a layer runs as one autograd function (fused_layer.py).
 
     It does so on the Triton kernels, except under autocast, which must cast between the
     operations, and under torch.compile, which must see them.
     """
     return (
-        impl == "triton"
+        mode.impl == "triton"
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(x.device.type)
     )
@@ -127,9 +138,7 @@ class Embeddings(nn.Module):
         self.token_type = matrix(2, config.hidden_size)
         self.norm_weight, self.norm_bias = vector(config.hidden_size), vector(config.hidden_size)
 
-    def forward(
-        self, batch: PackedBatch, tables: MicroBatchTables, dropout: Dropout, impl: str
-    ) -> Tensor:
+    def forward(self, batch: PackedBatch, tables: MicroBatchTables, mode: Mode) -> Tensor:
         return embedding_layer_norm(
             batch.input_ids,
             batch.position_ids,
@@ -140,9 +149,9 @@ class Embeddings(nn.Module):
             self.norm_weight,
             self.norm_bias,
             eps=self.eps,
-            dropout_p=dropout.hidden,
+            dropout_p=mode.hidden_dropout,
             dropout_seeds=tables.token_seeds,
-            impl=impl,
+            impl=mode.impl,
         )
 
 
@@ -161,20 +170,19 @@ class SublayerOutput(nn.Module):
         residual: Tensor,
         token_seeds: Tensor | None,
         stream: int,
-        dropout: Dropout,
-        impl: str,
+        mode: Mode,
     ) -> Tensor:
         return dropout_add_layer_norm(
-            linear(inner, self.weight, impl=impl),
+            product(inner, self.weight, None, mode),
             self.bias,
             residual,
             self.norm_weight,
             self.norm_bias,
             eps=self.eps,
-            dropout_p=dropout.hidden,
+            dropout_p=mode.hidden_dropout,
             dropout_seeds=token_seeds,
             dropout_stream=stream,
-            impl=impl,
+            impl=mode.impl,
         )
 
 
@@ -195,47 +203,45 @@ class Attention(nn.Module):
         tables: MicroBatchTables,
         rows: Tensor | None,
         stream: int,
-        dropout: Dropout,
-        impl: str,
+        mode: Mode,
     ) -> Tensor:
         """Return the output [T, D], or [R, D] where `rows` (int64 [R], ascending) selects tokens.
 
         Keys and values are those of every token; only the selected tokens are queries.
         """
-        q, k, v = self.project(x, rows, impl)
+        q, k, v = self.project(x, rows, mode)
         context = varlen_attention(
             q,
             k,
             v,
             tables.cu_seqlens,
             tables.max_seqlen,
-            dropout_p=dropout.attention,
+            dropout_p=mode.attention_dropout,
             dropout_seeds=tables.sequence_seeds,
             dropout_stream=stream,
             query_indices=rows,
             tile_schedule=tables.tile_schedule,
-            impl=impl,
+            impl=mode.impl,
         )
         return self.output(
             context.flatten(1),
             select(x, rows),
             select(tables.token_seeds, rows),
             stream + 1,
-            dropout,
-            impl,
+            mode,
         )
 
-    def project(self, x: Tensor, rows: Tensor | None, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rows: Tensor | None, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
         """Return q of the selected tokens [R, H, K], and k and v of all tokens [T, H, K]."""
         heads = (self.heads, self.head_size)
         if rows is None:
-            qkv = linear(x, self.qkv_weight, self.qkv_bias, impl=impl)
+            qkv = product(x, self.qkv_weight, self.qkv_bias, mode, keep_rounded=True)
             return qkv.view(-1, 3, *heads).unbind(1)  # type: ignore[return-value]
         size = x.shape[1]
-        q = linear(x[rows], self.qkv_weight[:size], self.qkv_bias[:size], impl=impl)
-        kv = linear(x, self.qkv_weight[size:], self.qkv_bias[size:], impl=impl)
+        q = product(x[rows], self.qkv_weight[:size], self.qkv_bias[:size], mode, keep_rounded=True)
+        kv = product(x, self.qkv_weight[size:], self.qkv_bias[size:], mode, keep_rounded=True)
         k, v = kv.view(-1, 2, *heads).unbind(1)
-        return q.view(-1, *heads), k, v
+        return q.to(kv.dtype).view(-1, *heads), k, v  # with few rows, only k and v are rounded
 
 
 class FeedForward(nn.Module):
@@ -247,11 +253,13 @@ class FeedForward(nn.Module):
         self.bias = vector(config.intermediate_size)
         self.output = SublayerOutput(config, config.intermediate_size)
 
-    def forward(
-        self, x: Tensor, token_seeds: Tensor | None, stream: int, dropout: Dropout, impl: str
-    ) -> Tensor:
-        inner = bias_gelu(linear(x, self.weight, impl=impl), self.bias, impl=impl)
-        return self.output(inner, x, token_seeds, stream, dropout, impl)
+    def forward(self, x: Tensor, token_seeds: Tensor | None, stream: int, mode: Mode) -> Tensor:
+        if mode.operands is None:
+            inner = bias_gelu(product(x, self.weight, None, mode), self.bias, impl=mode.impl)
+        else:  # a rounded product adds the bias before it rounds
+            inner = product(x, self.weight, self.bias, mode, keep_rounded=True)
+            inner = bias_gelu(inner, impl=mode.impl)
+        return self.output(inner, x, token_seeds, stream, mode)
 
 
 class Layer(nn.Module):
@@ -273,11 +281,10 @@ class Layer(nn.Module):
         tables: MicroBatchTables,
         rows: Tensor | None,
         stream: int,
-        dropout: Dropout,
-        impl: str,
+        mode: Mode,
     ) -> Tensor:
         """Return the output [T, D], or [R, D] where `rows` (int64 [R], ascending) picks tokens."""
-        if fused(x, impl):
+        if fused(x, mode):
             call = Call(
                 self.heads,
                 tables.cu_seqlens,
@@ -286,15 +293,15 @@ class Layer(nn.Module):
                 tables.sequence_seeds,
                 select(tables.token_seeds, rows),
                 rows,
-                dropout.attention,
-                dropout.hidden,
+                mode.attention_dropout,
+                mode.hidden_dropout,
                 stream,
                 self.eps,
                 tables.checked and rows is None,
             )
             return fused_layer(x, self.fused_parameters(), call)
-        x = self.attention(x, tables, rows, stream, dropout, impl)
-        return self.feed_forward(x, select(tables.token_seeds, rows), stream + 2, dropout, impl)
+        x = self.attention(x, tables, rows, stream, mode)
+        return self.feed_forward(x, select(tables.token_seeds, rows), stream + 2, mode)
 
     def fused_parameters(self) -> Parameters:
         """Collect the parameters for `fused_layer`.
@@ -325,7 +332,7 @@ class MaskedTokenHead(nn.Module):
         self.decoder = None if tied else matrix(vocab_size, config.hidden_size)
 
     def forward(
-        self, hidden: Tensor, word_embeddings: Tensor, labels: Tensor, total: int, impl: str
+        self, hidden: Tensor, word_embeddings: Tensor, labels: Tensor, total: int, mode: Mode
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, the loss of each token, and whether its prediction is correct.
 
@@ -340,18 +347,19 @@ class MaskedTokenHead(nn.Module):
         """
         table = word_embeddings if self.decoder is None else self.decoder
         return masked_cross_entropy(
-            self.transform(hidden, impl),
+            self.transform(hidden, mode),
             table,
             self.vocabulary_bias,
             None,
             labels,
             total=total,
-            impl=impl,
+            operands=mode.operands,
+            impl=mode.impl,
         )
 
-    def transform(self, hidden: Tensor, impl: str) -> Tensor:
-        inner = bias_gelu(linear(hidden, self.weight, impl=impl), self.bias, impl=impl)
-        return layer_norm(inner, self.norm_weight, self.norm_bias, eps=self.eps, impl=impl)
+    def transform(self, hidden: Tensor, mode: Mode) -> Tensor:
+        inner = bias_gelu(product(hidden, self.weight, None, mode), self.bias, impl=mode.impl)
+        return layer_norm(inner, self.norm_weight, self.norm_bias, eps=self.eps, impl=mode.impl)
 
 
 class NextSentenceHead(nn.Module):
@@ -416,6 +424,8 @@ class BertForPreTraining(nn.Module):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.impl = resolve_kernels(kernels, device)
+        # bf16 where training rounds the operands of its large products; see precision.py.
+        self.operands: torch.dtype | None = None
         if self.impl == "triton" and config.head_size not in HEAD_SIZES:
             raise InputError(
                 f"model.hidden_size / model.num_attention_heads = {config.head_size}; "
@@ -428,22 +438,23 @@ class BertForPreTraining(nn.Module):
         self.nsp_head = NextSentenceHead(config)
         initialise(dict(self.named_parameters()), config)
 
-    def _pack(self, batch: PackedBatch) -> tuple[MicroBatchTables, Dropout]:
-        dropout = Dropout(0.0, 0.0)
-        if self.training:
-            dropout = Dropout(
-                self.config.attention_probs_dropout_prob, self.config.hidden_dropout_prob
-            )
+    def _mode(self) -> Mode:
+        if not self.training:
+            return Mode(0.0, 0.0, self.impl, None)
+        p = self.config.attention_probs_dropout_prob, self.config.hidden_dropout_prob
+        return Mode(*p, self.impl, self.operands)
+
+    def _tables(self, batch: PackedBatch, mode: Mode) -> MicroBatchTables:
         # Sequences of up to ITEM tokens need no list, except in fp32: there each layer makes one.
         long = self.impl == "triton" and batch.max_seqlen > ITEM
         tile_schedule = (
             attention_tile_schedule(batch.cu_seqlens, len(batch.input_ids)) if long else None
         )
         tables = MicroBatchTables(batch.cu_seqlens, batch.max_seqlen, None, None, tile_schedule)
-        if any(dropout):
+        if mode.attention_dropout or mode.hidden_dropout:
             token_seeds = row_seeds(batch.dropout_seeds, batch.cu_seqlens, len(batch.input_ids))
             tables = tables._replace(sequence_seeds=batch.dropout_seeds, token_seeds=token_seeds)
-        return tables, dropout
+        return tables
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Compute both losses in one pass.
@@ -457,9 +468,10 @@ class BertForPreTraining(nn.Module):
             token_losses fp32 [M], token_correct bool [M], pair_losses fp32 [B] and pair_correct
             bool [B], all detached.
         """
+        mode = self._mode()
         masked, first = self.loss_rows(batch)
         mlm, token_losses, token_correct = self.mlm_head(
-            masked, self.embeddings.word, batch.labels, max(batch.masked_total, 1), self.impl
+            masked, self.embeddings.word, batch.labels, max(batch.masked_total, 1), mode
         )
         pair_logits = self.nsp_head(first).float()
         pair_losses = nn.functional.cross_entropy(
@@ -480,13 +492,14 @@ class BertForPreTraining(nn.Module):
 
         The last layer is not computed for other tokens.
         """
-        tables, dropout = self._pack(batch)
+        mode = self._mode()
+        tables = self._tables(batch, mode)
         first_tokens = batch.cu_seqlens[:-1].long()
         rows = torch.cat((batch.masked_positions, first_tokens)).sort().values
-        x = self.embeddings(batch, tables, dropout, self.impl)
+        x = self.embeddings(batch, tables, mode)
         for index, layer in enumerate(self.layers):
             wanted = rows if index == len(self.layers) - 1 else None
-            x = layer(x, tables, wanted, 1 + Layer.STREAMS * index, dropout, self.impl)
+            x = layer(x, tables, wanted, 1 + Layer.STREAMS * index, mode)
             if index == 0:
                 tables = tables._replace(checked=True)
 
@@ -498,23 +511,19 @@ class BertForPreTraining(nn.Module):
 
     def hidden_states(self, batch: PackedBatch) -> list[Tensor]:
         """Return L + 1 tensors [T, D]: the output of the embeddings, then that of each layer."""
-        tables, dropout = self._pack(batch)
-        states = [self.embeddings(batch, tables, dropout, self.impl)]
+        mode = self._mode()
+        tables = self._tables(batch, mode)
+        states = [self.embeddings(batch, tables, mode)]
         for index, layer in enumerate(self.layers):
-            states.append(
-                layer(states[-1], tables, None, 1 + Layer.STREAMS * index, dropout, self.impl)
-            )
+            states.append(layer(states[-1], tables, None, 1 + Layer.STREAMS * index, mode))
         return states
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Return vocabulary logits [N, V] for last hidden states [N, D]."""
         table = self.embeddings.word if self.mlm_head.decoder is None else self.mlm_head.decoder
-        return linear(
-            self.mlm_head.transform(hidden, self.impl),
-            table,
-            self.mlm_head.vocabulary_bias,
-            impl=self.impl,
-        )
+        mode = self._mode()
+        transformed = self.mlm_head.transform(hidden, mode)
+        return product(transformed, table, self.mlm_head.vocabulary_bias, mode)
 
     def pair_logits(self, hidden: Tensor) -> Tensor:
         """Return logits [B, 2] of IsNext and NotNext for last hidden states of [CLS] [B, D]."""

@@ -20,7 +20,7 @@ from fastbert.machine import share_cores
 from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.planning.advise import STEP_TOKENS, Speed
 from fastbert.training.optimizer import build_optimizer
-from fastbert.training.threads import ThreadedModel, threads_for
+from fastbert.training.parallel_model import ParallelModel, processes_for
 
 SAMPLE = 256  # examples whose mean length is taken
 BATCHES = 4  # which the timed steps use in turn
@@ -51,22 +51,22 @@ def measure_speed(
     example_tokens = _mean_length(config, dataset)
     sequences = max(1, round(STEP_TOKENS / example_tokens))
     config = replace(config, batch=replace(config.batch, sequences=sequences))
-    batches, threads = Batches(dataset, config), 1
+    batches, at_once = Batches(dataset, config), 1
     if device.type == "cpu":
-        threads = threads_for(sequences, share_cores(1))
-    steps = [batches.step(i, threads=threads) for i in range(BATCHES)]
+        at_once = processes_for(sequences, share_cores(1))
+    steps = [batches.step(i, at_once=at_once) for i in range(BATCHES)]
     with torch.random.fork_rng():
         model = BertForPreTraining(config.model, dataset.vocab_size, "auto", device.type)
     model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).train()
     optimizer = build_optimizer(model, config.optimizer)
-    threaded = ThreadedModel(model, threads)
+    parallel = ParallelModel(model, at_once)
     speeds = list[float]()
     begin = clock()
     for i in range(MOST + 1):
         start = clock()
         packs = [batch.to(device) for batch in steps[i % BATCHES]]
-        for first in range(0, len(packs), threads):
-            found = map(losses, threaded(packs[first : first + threads]))
+        for first in range(0, len(packs), at_once):
+            found = map(losses, parallel(packs[first : first + at_once]))
             torch.stack([one.loss for one in found]).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
         optimizer.step()
@@ -80,7 +80,7 @@ def measure_speed(
         speeds.append(sum(batch.tokens for batch in packs) / (now - start))
         if len(speeds) >= FEWEST and now - begin > SECONDS:
             break
-    threaded.close()
+    parallel.close()
     return Speed(statistics.median(speeds), example_tokens)
 
 

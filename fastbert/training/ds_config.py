@@ -76,8 +76,8 @@ class DeepSpeedSettings:
         for what, needed in self.precisions.items():
             if needed != precision:
                 raise InputError(
-                    f"{self.path}: {what} contradicts {self.asked}, which is {precision} here; "
-                    f"make them equal, or remove it from {self.path}"
+                    f"{self.path}: {what} contradicts {self.asked}, which keeps the weights in "
+                    f"{precision} here; make them equal, or remove it from {self.path}"
                 )
         stage = self.values["zero_optimization"].get("stage", AUTO)
         if stage == AUTO:

@@ -72,7 +72,7 @@ from fastbert.training.graphs import GraphedModel
 from fastbert.training.heldout import HELDOUT_SUMS, HeldOut, heldout_means, heldout_sums
 from fastbert.training.muon import Muon
 from fastbert.training.optimizer import build_optimizer, slots
-from fastbert.training.threads import ThreadedModel
+from fastbert.training.parallel_model import ParallelModel
 
 # For sums between processes of one machine DeepSpeed would compile a shared-memory operation, which
 # takes 33 s and which training never calls.
@@ -132,11 +132,11 @@ class Engine:
         model: on the CPU, in fp32, the same on every rank.
         config: the recipe.
         settings: the checked ds_config.json.
-        precision: "fp32" or "bf16".
+        precision: "fp32" or "bf16", of the working copies of the weights.
         group: the run's processes.
         state: slots by name as `checkpoint.read_all` returns them, or None for a new run.
         step: how many updates led to `state`.
-        threads: how many packs are computed at once (training/threads.py).
+        at_once: how many packs are computed at once (parallel_model.py).
     """
 
     def __init__(
@@ -148,10 +148,10 @@ class Engine:
         group: Group,
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
         step: int = 0,
-        threads: int = 1,
+        at_once: int = 1,
     ):
         self.group, self.device = group, group.device
-        self._threads = threads
+        self._at_once = at_once
         self.stage = settings.stage(
             precision=precision, world=group.world, optimizer=config.optimizer.name
         )
@@ -160,7 +160,10 @@ class Engine:
             # Before `initialize`, since stage 3 would not refresh its working copies until a step.
             model.load_state_dict(dict(state[WEIGHT]))
         self.model = model.to(self.device)
-        self._optimizer = build_optimizer(self.model, config.optimizer, precision)
+        rounded = precision == "bf16" or self.model.operands is not None
+        self._optimizer = build_optimizer(
+            self.model, config.optimizer, "bf16" if rounded else "fp32"
+        )
         self._parameters = dict(self.model.named_parameters())
         # Before `initialize`, since stage 3 takes the shapes away.
         self._slots = {
@@ -194,8 +197,8 @@ class Engine:
                     deepspeed.zero.register_external_parameter(layer, parameter)
         self._graphs = config.runtime.cuda_graphs
         module: nn.Module = GraphedModel(self.model) if self._graphs else self.model
-        if threads > 1:
-            module = ThreadedModel(self.model, threads)
+        if at_once > 1:
+            module = ParallelModel(self.model, at_once)
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=self._optimizer, config=values
         )
@@ -218,7 +221,7 @@ class Engine:
 
         Args:
             micro_batches: this rank's part of a global batch; every rank has the same number, a
-                multiple of `threads`.
+                multiple of `at_once`.
             lr: the learning rate.
 
         Returns:
@@ -232,7 +235,7 @@ class Engine:
             group["lr"] = lr
         means, correct = [], []
         self.model.train()
-        rounds = list(self._at_once(micro_batches))
+        rounds = list(self._rounds(micro_batches))
         for index, packs in enumerate(rounds):
             self._engine.set_gradient_accumulation_boundary(index == len(rounds) - 1)
             found = self._losses(packs)
@@ -322,21 +325,21 @@ class Engine:
         rounds = -(-len(batches) // self.group.world)
         mine = [i * self.group.world + self.group.rank for i in range(rounds)]
         packs = [batches[min(i, len(batches) - 1)].to(self.device) for i in mine]
-        found = [x for some in self._at_once(packs) for x in self._losses(some)]
+        found = [x for some in self._rounds(packs) for x in self._losses(some)]
         for i, pack, result in zip(mine, packs, found, strict=True):
             sums += heldout_sums(result, pack, mask_id) * (i < len(batches))
         return heldout_means(self.group.sum(sums))
 
-    def _at_once(self, packs: Sequence[PackedBatch]) -> Iterator[Sequence[PackedBatch]]:
+    def _rounds(self, packs: Sequence[PackedBatch]) -> Iterator[Sequence[PackedBatch]]:
         """Divide packs into those that are computed at once."""
-        for start in range(0, len(packs), self._threads):
-            yield packs[start : start + self._threads]
+        for start in range(0, len(packs), self._at_once):
+            yield packs[start : start + self._at_once]
 
     def _losses(self, packs: Sequence[PackedBatch]) -> list[Losses]:
         """Run the model on packs that are computed at once."""
         if not self._graphs:  # a captured graph copies the pack into its own buffer
             packs = [pack.to(self.device) for pack in packs]
-        if self._threads > 1:
+        if self._at_once > 1:
             return [losses(outputs) for outputs in self._engine(packs)]
         return [losses(self._engine(pack)) for pack in packs]
 
@@ -355,7 +358,7 @@ class Engine:
 
         A gloo process can abort at its exit if DeepSpeed's hooks outlive the group.
         """
-        if isinstance(self._engine.module, ThreadedModel):
+        if isinstance(self._engine.module, ParallelModel):
             self._engine.module.close()
         self._engine.destroy()
         del self._engine, self._optimizer, self._parameters, self.model

@@ -157,11 +157,11 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
             setup.model,
             config,
             setup.settings,
-            setup.precision,
+            setup.precision.parameters,
             group,
             tensors,
             state.updates,
-            setup.threads,
+            setup.at_once,
         ) as engine,
         Monitor(
             folder,
@@ -173,7 +173,7 @@ def _open_run(setup: Setup, group: Group, watchdog: Watchdog, stop_request: Stop
             baselines=setup.dataset.baselines,
             is_main=group.is_main,
         ) as monitor,
-        Prefetch(setup.batches, state.step, group.rank, group.world, setup.threads) as feed,
+        Prefetch(setup.batches, state.step, group.rank, group.world, setup.at_once) as feed,
     ):
         _introduce(setup, group, engine, monitor, cores)
         consensus = Consensus(group, watchdog, stop_request, lock, time.monotonic() - state.seconds)
@@ -186,11 +186,12 @@ def _introduce(setup: Setup, group: Group, engine: Engine, monitor: Monitor, cor
         monitor.say(note)
     parameters = sum(p.numel() for p in setup.model.parameters())
     ranks = f"{group.world} ranks, " if group.world > 1 else ""
+    at_once = f" in {setup.at_once} processes" if setup.at_once > 1 else ""
     monitor.say(
         f"{setup.start.run}: {parameters:,} parameters, "
         f"{setup.batches.examples_per_epoch:,} examples an epoch, on {ranks}{group.device}, "
-        f"{setup.precision} ({setup.precision_why}), kernels {setup.model.impl}, "
-        f"ZeRO stage {engine.stage}, {cores} threads"
+        f"{setup.precision.name} ({setup.precision.why}), kernels {setup.model.impl}, "
+        f"ZeRO stage {engine.stage}, {cores} threads{at_once}"
     )
     positions, longest = setup.config.model.max_position_embeddings, setup.trained_length
     if longest < positions:
@@ -207,17 +208,18 @@ def _peak(setup: Setup, group: Group) -> float | None:
     """FLOP/s of all ranks together, extrapolated from rank 0; None on the other ranks."""
     if not group.is_main:
         return None
-    dtype = torch.bfloat16 if setup.precision == "bf16" else torch.float32
-    return gemm_rate(dtype, str(group.device), torch.get_num_threads()) * group.world
+    parameters = torch.bfloat16 if setup.precision.parameters == "bf16" else torch.float32
+    dtypes = parameters, setup.precision.operands
+    return gemm_rate(*dtypes, str(group.device), torch.get_num_threads()) * group.world
 
 
 @functools.cache
-def gemm_rate(dtype: torch.dtype, device: str, threads: int) -> float:
+def gemm_rate(dtype: torch.dtype, operands: torch.dtype | None, device: str, threads: int) -> float:
     """FLOP/s of this process, measured at the first run in it, since that takes half a second.
 
     Args:
-        dtype: of the factors.
+        dtype, operands: of the factors, as in `measure_gemm_rate`.
         device: "cpu", "cuda" or "cuda:N".
         threads: torch's number of threads, on which the rate depends.
     """
-    return measure_gemm_rate(dtype, device=device)
+    return measure_gemm_rate(dtype, device=device, operands=operands)

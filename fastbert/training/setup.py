@@ -50,8 +50,8 @@ from fastbert.training.graphs import check_cuda_graphs
 from fastbert.training.initial import open_initial, put, with_sizes
 from fastbert.training.metrics import read_metrics
 from fastbert.training.optimizer import slots
-from fastbert.training.precision import resolve_precision
-from fastbert.training.threads import threads_for
+from fastbert.training.parallel_model import processes_for
+from fastbert.training.precision import Precision, resolve_precision
 from fastbert.training.train_state import StopCriteria, TrainState
 from fastbert.training.verified_dataset import open_verified
 
@@ -222,8 +222,8 @@ class Setup:
         start: where the run begins.
         batches: the training batches.
         heldout: all held-out batches.
-        precision, precision_why: "fp32" or "bf16", and the reason.
-        threads: how many packs each rank computes at once.
+        precision: "fp32" or "bf16", what it means here, and the reason.
+        at_once: how many packs each rank computes at once.
         model: fp32, with the first weights.
         state: the run's counters.
         criteria: the recipe's stop conditions.
@@ -238,9 +238,8 @@ class Setup:
     start: Start
     batches: Batches
     heldout: list[PackedBatch]
-    precision: str
-    precision_why: str
-    threads: int
+    precision: Precision
+    at_once: int
     model: BertForPreTraining
     state: TrainState
     criteria: StopCriteria
@@ -284,29 +283,35 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         batches = Batches(dataset, config)
         heldout = heldout_batches(dataset, config, config.evaluate.sequences)
         batches.check(group.world)
-        precision, why = resolve_precision(config.runtime.precision, group.device, recipe)
-        stage = settings.stage(
-            precision=precision, world=group.world, optimizer=config.optimizer.name
-        )
         torch.manual_seed(config.seed)
         model = BertForPreTraining(
             config.model, dataset.vocab_size, config.runtime.kernels, group.device.type
         )
-        if precision == "bf16" and model.impl == "triton" and group.device.type == "cpu":
-            raise InputError(
-                f'{recipe}: runtime.kernels = "triton" on a CPU, with runtime.precision = "bf16": '
-                'Triton\'s interpreter computes bf16 wrongly; use fp32, or kernels = "cpu"'
-            )
-        if config.runtime.cuda_graphs:
-            check_cuda_graphs(recipe, group.device.type, model.impl, stage)
-        threads = 1
-        # Stage 3 moves weights, and Triton's interpreter runs one kernel at a time.
-        if group.device.type == "cpu" and stage < 3 and model.impl != "triton":
-            threads = threads_for(config.batch.sequences // group.world, torch.get_num_threads())
         if config.init is not None and initial is not None:
             put(config.init, initial, model, dataset, recipe)
         if group.is_main:
             start = open_run(config, recipe, dataset, resume)
+    start = Start.load(group.broadcast(start.dump() if start else None))
+    precision = resolve_precision(
+        config.runtime.precision,
+        _precision_before(start.checkpoint),
+        model.impl,
+        _largest_product(config, dataset.vocab_size),
+        group,
+        recipe,
+    )
+    model.operands = precision.operands
+    config = replace(config, runtime=replace(config.runtime, precision=precision.name))
+    with group.raise_on_all_ranks():
+        stage = settings.stage(
+            precision=precision.parameters, world=group.world, optimizer=config.optimizer.name
+        )
+        if config.runtime.cuda_graphs:
+            check_cuda_graphs(recipe, group.device.type, model.impl, stage)
+        at_once = 1
+        # Stage 3 moves weights, and Triton's interpreter runs one kernel at a time.
+        if group.device.type == "cpu" and stage < 3 and model.impl != "triton":
+            at_once = processes_for(config.batch.sequences // group.world, torch.get_num_threads())
     _check_same_everywhere(
         group,
         {
@@ -317,12 +322,10 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
             ).hexdigest(),
             "torch's version": torch.__version__,
             "DeepSpeed's version": version("deepspeed"),
-            f"runtime.precision = {config.runtime.precision!r} here means": precision,
             f"runtime.kernels = {config.runtime.kernels!r} here means": model.impl,
             f"init = {config.init!r}: the weights": _digest(initial.weights) if initial else "",
         },
     )
-    start = Start.load(group.broadcast(start.dump() if start else None))
     found = start.checkpoint
     earlier = initial.max_length if initial else 0
     if found is not None:
@@ -335,8 +338,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         batches=batches,
         heldout=heldout,
         precision=precision,
-        precision_why=why,
-        threads=threads,
+        at_once=at_once,
         model=model,
         state=TrainState.read(found.metadata["progress"], str(found.path))
         if found
@@ -345,6 +347,20 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         trained_length=max(config.batch.max_length, earlier),
         tokenizer_sha256=tokenizer_sha256(load_tokenizer(dataset.tokenizer_dir)),
     )
+
+
+def _precision_before(found: Checkpoint | None) -> str:
+    """Return the resolved precision of the run that saved a checkpoint; "auto" if there is none."""
+    if found is None:
+        return "auto"
+    return parse_config(found.metadata["recipe"], str(found.path)).runtime.precision
+
+
+def _largest_product(config: RunConfig, vocab_size: int) -> int:
+    """Return how many multiplications the largest product of a step may have, at most."""
+    model, tokens = config.model, config.batch.sequences * config.batch.max_length
+    masked = math.ceil(config.objective.mask_rate * tokens)
+    return model.hidden_size * max(tokens * model.intermediate_size, masked * vocab_size)
 
 
 def _check_memory(config: RunConfig, vocab_size: int, world: int, recipe: str) -> None:

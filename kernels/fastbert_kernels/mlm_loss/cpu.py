@@ -9,6 +9,8 @@ So no product is computed twice, and no more than `_SLAB` logits exist at a time
 backward pass: the three gradients, which it only scales (by 1 in ordinary training). Without
 gradients (evaluation) only the losses are computed. Ignored tokens go through the products with
 label 0; then their losses and their rows of dz are set to zero.
+
+With operands in bf16, h, W and dz are rounded for the three products, as `_linear.py` describes.
 """
 
 from typing import Any
@@ -51,9 +53,11 @@ class _MaskedCrossEntropy(Function):
         positions: Tensor | None,
         labels: Tensor,
         total: float,
+        factors: torch.dtype,
     ) -> Result:
         rows = hidden if positions is None else hidden.index_select(0, positions)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        rows, weight, bias = (x.to(factors) for x in (rows, weight, bias))
+        wide = torch.promote_types(factors, torch.float32)
         size = max(1, _SLAB // weight.shape[0])
         losses = rows.new_empty(len(rows), dtype=wide)
         correct = torch.empty(len(rows), dtype=torch.bool)
@@ -85,7 +89,8 @@ class _MaskedCrossEntropy(Function):
         if gradients is not None:
             drows, dbias = gradients
             dweight = torch.zeros_like(weight) if dweight is None else dweight
-            ctx.save_for_backward(drows, dweight.to(weight.dtype), dbias.to(bias.dtype), positions)
+            gradients = drows, dweight, dbias
+            ctx.save_for_backward(*(x.to(hidden.dtype) for x in gradients), positions)
             ctx.tokens = len(hidden)
         losses[ignored], correct[ignored] = 0, False
         ctx.mark_non_differentiable(losses, correct)
@@ -99,7 +104,7 @@ class _MaskedCrossEntropy(Function):
             drows, dweight, dbias = (x * dloss for x in (drows, dweight, dbias))
         if positions is not None:
             drows = drows.new_zeros(ctx.tokens, drows.shape[1]).index_add_(0, positions, drows)
-        return drows, dweight, dbias, None, None, None
+        return drows, dweight, dbias, None, None, None, None
 
 
 def cpu(
@@ -109,7 +114,9 @@ def cpu(
     positions: Tensor | None,
     labels: Tensor,
     total: float,
+    operands: torch.dtype | None,
 ) -> Result:
     """Arguments and result as in `op.py`."""
     weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
-    return _MaskedCrossEntropy.apply(hidden, weight, bias, positions, labels, total)
+    factors = operands or hidden.dtype
+    return _MaskedCrossEntropy.apply(hidden, weight, bias, positions, labels, total, factors)

@@ -18,6 +18,7 @@ from fastbert_kernels._checks import (
 )
 from fastbert_kernels._function import Function, Gradients
 from fastbert_kernels._library import backward_once, operator
+from fastbert_kernels._linear import rounds
 from fastbert_kernels.mlm_loss.cpu import cpu
 from fastbert_kernels.mlm_loss.reference import IGNORED, Result, reference
 
@@ -32,6 +33,7 @@ def masked_cross_entropy(
     labels: Tensor,
     *,
     total: float = 1.0,
+    operands: torch.dtype | None = None,
     check_values: bool | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +57,8 @@ def masked_cross_entropy(
             any gradient. So M may be padded.
         total: what the sum is divided by: 1 for the sum, the count of labels that are not -100 for
             torch's mean, or the count of masked tokens in the whole global batch.
+        operands: bf16 or None. With bf16, the factors of the three products are rounded to it, and
+            so are the products, as in `linear`. hidden and weight are fp32 then; not for "triton".
         check_values: whether to check positions and labels. None: on a CPU; True: also on a GPU,
             which then waits for the device. Unchecked, "triton" reads nothing out of bounds; the
             loss of that token is NaN, and so are the gradients.
@@ -81,9 +85,13 @@ def masked_cross_entropy(
         (bias,) = cast_low(bias)
     impl = chosen_implementation(NAME, impl, _IMPLEMENTATIONS, hidden)
     _check(hidden, weight, bias, positions, labels, total, check_values, impl)
+    if operands is not None and impl == "triton":
+        raise ValueError(f'{NAME}: operands = {operands} with impl = "triton"; give hidden in bf16')
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])
-    return _IMPLEMENTATIONS[impl](hidden, weight, bias, positions, labels, total)
+    if not rounds(NAME, operands, weight, len(labels) * weight.numel()):
+        operands = None
+    return _IMPLEMENTATIONS[impl](hidden, weight, bias, positions, labels, total, operands)
 
 
 def _check(
@@ -174,7 +182,7 @@ class _MaskedCrossEntropy(Function):
 
 
 def _triton(*arguments: Any) -> Result:
-    return _MaskedCrossEntropy.apply(*arguments)
+    return _MaskedCrossEntropy.apply(*arguments[:-1])  # has no operands of another dtype
 
 
 _IMPLEMENTATIONS: Implementations = {"triton": _triton, "cpu": cpu, "reference": reference}

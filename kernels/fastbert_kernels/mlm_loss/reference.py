@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastbert_kernels._linear import linear
+
 IGNORED = -100  # the label of a token that is ignored, as in torch's cross_entropy
 
 Result = tuple[Tensor, Tensor, Tensor]  # loss, token_losses, token_correct
@@ -15,12 +17,14 @@ def reference(
     positions: Tensor | None,
     labels: Tensor,
     total: float,
+    operands: torch.dtype | None,
 ) -> Result:
     """Arguments and result as in `op.py`."""
     rows = hidden if positions is None else hidden[positions]
     weight, bias = weight.to(rows.dtype), bias.to(rows.dtype)
     wide = torch.promote_types(rows.dtype, torch.float32)
-    logits = rows.to(wide) @ weight.to(wide).T + bias.to(wide)
+    factors = (x.to(wide) for x in (rows, weight, bias))
+    logits = linear(*factors, operands=operands, impl="reference")
     losses = torch.nn.functional.cross_entropy(
         logits, labels, reduction="none", ignore_index=IGNORED
     )

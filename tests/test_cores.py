@@ -1,0 +1,73 @@
+"""The cores that a process may use, and how processes share them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbert.machine import cpu_quota, share_cores, usable_cores
+
+
+def system(root: Path, groups: str, **files: str) -> Path:
+    """A file system that holds what Linux says about control groups."""
+    for name, text in {"proc/self/cgroup": groups, **files}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    "groups, files, quota",
+    [
+        ("0::/", {}, None),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/a/b", {"a/cpu.max": "50000 100000", "a/b/cpu.max": "max 100000"}, 0.5),
+        ("0::/a/b", {"a/cpu.max": "400000 100000", "a/b/cpu.max": "300000 100000"}, 3.0),
+        # The path of the host, of which the container sees only the root.
+        ("0::/docker/123", {"cpu.max": "200000 100000"}, 2.0),
+        (
+            "4:memory:/m\n1:cpu,cpuacct:/a\n0::/",
+            {"cpu/a/cpu.cfs_quota_us": "250000", "cpu/a/cpu.cfs_period_us": "100000"},
+            2.5,
+        ),
+        (
+            "1:cpu:/",
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+            None,
+        ),
+        ("1:cpuset:/", {"cpu/cpu.cfs_quota_us": "1", "cpu/cpu.cfs_period_us": "1"}, None),
+    ],
+)
+def test_the_lowest_quota_of_the_control_groups_counts(tmp_path, groups, files, quota):
+    root = system(tmp_path, groups, **{f"sys/fs/cgroup/{k}": v for k, v in files.items()})
+    assert cpu_quota(root) == quota
+
+
+def test_a_system_without_control_groups_has_no_quota(tmp_path):
+    assert cpu_quota(tmp_path) is None
+
+
+def test_a_part_of_a_core_is_a_core(monkeypatch):
+    monkeypatch.setattr("fastbert.machine.cpu_quota", lambda: 0.3)
+    assert usable_cores() == 1
+    monkeypatch.setattr("fastbert.machine.cpu_quota", lambda: 1e6)
+    assert usable_cores() == len(os.sched_getaffinity(0))
+
+
+def test_processes_share_the_cores_unless_the_user_said_how_many(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr("fastbert.machine.usable_cores", lambda: 6)
+    try:
+        torch.set_num_threads(8)
+        monkeypatch.setenv("OMP_NUM_THREADS", "8")
+        assert share_cores(2) == 8
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert share_cores(2) == torch.get_num_threads() == 3
+        assert share_cores(5) == 1
+    finally:
+        torch.set_num_threads(before)

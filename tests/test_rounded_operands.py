@@ -1,0 +1,105 @@
+"""Training on a CPU with the operands of large products rounded to bf16."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fastbert.config import parse_config
+from fastbert.machine import Bf16Probe, probe_bf16
+from fastbert.models.bert import BertForPreTraining, losses
+from tests.random_batch import make_batch
+from tests.trials import Laboratory
+
+BF16 = 2.0**-8  # its rounding, relative
+WIDE = ("model.hidden_size=128", "model.intermediate_size=512", "runtime.precision=bf16")
+EVERY = ("schedule.warmup=0", "schedule.decay=constant", "evaluate.every=1000")
+
+
+@pytest.fixture(scope="module")
+def model() -> BertForPreTraining:
+    """Two layers; their products are large, but for that of the heads."""
+    text = 'data = "none"\n[model]\nnum_hidden_layers = 2\nhidden_size = 128\n'
+    config = parse_config(text + "num_attention_heads = 2\nintermediate_size = 512\n", "x").model
+    torch.manual_seed(0)
+    return BertForPreTraining(config, 1000).train()
+
+
+def step(model, impl, operands) -> dict[str, torch.Tensor]:
+    """Return the losses of the tokens and every gradient."""
+    model = copy.deepcopy(model)
+    model.impl, model.operands = impl, operands
+    found = losses(model(make_batch([60, 128, 90, 17, 100])))
+    found.loss.backward()
+    return {"losses": found.token_losses} | {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def distance(one, other) -> float:
+    """The norm of the difference over the norm, the largest of all tensors."""
+    return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in other)
+
+
+def test_both_implementations_round_alike(model):
+    """They differ by the few sums that fp32 puts on another side of a rounding border."""
+    plain = step(model, "reference", None)
+    fast, reference = (step(model, impl, torch.bfloat16) for impl in ("cpu", "reference"))
+    assert {x.dtype for x in fast.values()} == {torch.float32}
+    assert distance(fast, reference) < 0.5 * distance(reference, plain)
+    assert BF16 / 8 < distance(reference, plain) < 16 * BF16
+
+
+def test_evaluation_is_not_rounded(model):
+    batch, evaluated = make_batch([60, 128, 90]), copy.deepcopy(model).eval()
+    with torch.no_grad():
+        plain = evaluated(batch)
+        evaluated.operands = torch.bfloat16
+        assert all(map(torch.equal, evaluated(batch), plain))
+
+
+@pytest.fixture(scope="module")
+def probe() -> Bf16Probe:
+    probe = probe_bf16()
+    if not probe.gain:
+        pytest.skip(f"{probe.why}, so these runs would take minutes")
+    return probe
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, small_dataset, probe) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("operands"), small_dataset.path)
+
+
+@pytest.fixture(scope="module")
+def alone(lab) -> list[dict]:
+    """Eight steps of one process without ZeRO."""
+    trial = lab.trial(*WIDE, *EVERY, steps=8)
+    trial.resume(1)
+    assert 'precision = "bf16"' in (trial.seen / "config.toml").read_text()
+    return trial.steps
+
+
+def test_a_resumed_run_is_the_same_to_the_last_digit(lab, alone, probe):
+    """With "auto", it keeps its bf16 where that is faster at all."""
+    trial = lab.trial(*WIDE, *EVERY, steps=8)
+    trial.resume(1, "stop.steps=4")
+    trial.resume(1, f"runtime.precision={'auto' if probe.gain > 1 else 'bf16'}")
+    assert trial.steps == alone
+
+
+def test_rounding_shows_in_the_losses(lab, alone):
+    trial = lab.trial(*WIDE, *EVERY, "runtime.precision=fp32", steps=8)
+    trial.resume(1)
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(alone, trial.steps, strict=True)]
+    assert all(0 < abs(a - b) < BF16 * b for a, b in pairs)
+
+
+@pytest.mark.parametrize("world, stage", [(2, 0), (2, 1), (1, 2), (2, 3)])
+def test_ranks_and_stages_train_the_same(lab, alone, world, stage):
+    trial = lab.trial(*WIDE, *EVERY, stage=stage, steps=8)
+    trial.resume(world)
+    for ours, expected in zip(trial.steps, alone, strict=True):
+        assert abs(ours["loss"] - expected["loss"]) < BF16 * expected["loss"]
