@@ -45,6 +45,7 @@ def test_bf16_where_it_kills_the_process():
     )
 
 
+@pytest.mark.slow  # the default tier trains in bf16 where the probe says so (test_engine.py)
 def test_this_processor():
     """The probe does no harm on any processor, and a precision that it calls safe works."""
     if probe_bf16().safe:
