@@ -10,10 +10,11 @@ BIN := .venv/bin
 FASTBERT := $(BIN)/fastbert
 PIP := $(BIN)/pip --disable-pip-version-check install -qq
 OUT := $(or $(OUT),runs/bench-$(shell date +%Y%m%d-%H%M%S))
-PYTEST = $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# One worker more than there are cores, since many tests wait for processes that they have started.
+PYTEST = $(BIN)/pytest -q -n $(shell echo $$(($$(nproc) + 1))) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 RUN_BENCHMARKS = PYTHONPATH=.:kernels $(BIN)/python -m benchmarks
 
-# One thread for each worker of pytest, which has one worker for each core.
+# One thread for each worker of pytest.
 test test-all: export OMP_NUM_THREADS := 1
 
 heading = @printf '\n==> %s\n' "$(1)"

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 # Otherwise the tests would create a file in the home directory.
 os.environ.setdefault("FASTBERT_RENDEZVOUS_KEY", secrets.token_hex(32))
 
+# A shell ignores Ctrl-C and Ctrl-\ for its background processes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell ignores Ctrl-C for its background processes.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 PARAGRAPHS = 4  # a document
 

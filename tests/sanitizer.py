@@ -48,6 +48,8 @@ What kernels must avoid, because it cannot be run:
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -62,6 +64,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton._utils import validate_block_shape
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, TensorHandle
 from triton.runtime.jit import mangle_type
@@ -495,6 +498,33 @@ class _Builder(GpuArithmetic):
         return super().create_dot(a, b, *others)
 
 
+# ---- shapes. Triton computes a shape's constants anew for every tensor and type, which takes a
+# fifth of the time of a launch.
+
+
+@functools.cache
+def _shape(shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Return a tensor's `shape` and `numel`."""
+    return tl.tuple([tl.constexpr(n) for n in shape]), tl.constexpr(math.prod(shape))
+
+
+_elements = functools.cache(validate_block_shape)
+
+
+def _begin_block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+    self.element_ty = element_ty
+    self.shape = tuple([n.value if isinstance(n, tl.constexpr) else n for n in shape])
+    if not self.shape:
+        raise TypeError("0d block_type is forbidden")
+    self.numel = _elements(self.shape)
+    self.name = f"<{self.shape}, {element_ty}>"
+
+
+def _begin_tensor(self: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shape(type.shape if type.is_block() else ())
+
+
 # ---- the block
 
 _stock_call = GridExecutor.__call__
@@ -554,6 +584,8 @@ def sanitize(*, order: str | int = "ascending", raise_on_fault: bool = True) -> 
         # Kernels work on the tensors themselves.
         (GridExecutor, "_restore_args_dev", lambda *_: None),
         (TensorHandle, "set_attr", check_hint),
+        (tl.block_type, "__init__", _begin_block_type),
+        (tl.tensor, "__init__", _begin_tensor),
         # In the stock interpreter every call of a device function patches the language again, which
         # takes most of the time. Here it is patched once.
         (interpreter, "_patch_lang", lambda fn: SimpleNamespace(restore=lambda: None)),

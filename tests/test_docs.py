@@ -149,8 +149,8 @@ def test_what_is_not_run_names_only_what_exists(name):
                 check_command(line, block.where)
 
 
-# A page with six runs of its own.
-LONG_PAGE = "docs/how-to/cooldown.md"
+# Six runs of its own; and the tutorial, whose way from a text to a model README.md goes, too.
+LONG_PAGES = ("docs/how-to/cooldown.md", "docs/tutorial/your-own-text.md")
 RUN_PAGES = [
     name
     for name in PAGE_NAMES
@@ -158,7 +158,7 @@ RUN_PAGES = [
 ]
 
 
-@pytest.mark.parametrize("name", [slow(n) if n == LONG_PAGE else n for n in RUN_PAGES])
+@pytest.mark.parametrize("name", [slow(n) if n in LONG_PAGES else n for n in RUN_PAGES])
 def test_blocks_run(name, folder, monkeypatch, tmp_path):
     namespace = {"__name__": "__main__"}
     monkeypatch.chdir(folder())

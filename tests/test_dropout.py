@@ -25,6 +25,7 @@ from fastbert_kernels import dropout_add_layer_norm, embedding_layer_norm, varle
 from fastbert_kernels._dropout import keep_mask, keep_scale, row_seeds, stream_keys, threshold
 from fastbert_kernels.specs import SPECS
 from tests.test_kernels import GPU, place, watched
+from tests.tiers import slow
 from tests.tiny_dataset import tiny_dataset, tiny_split
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -142,10 +143,10 @@ def seen_in_attention(
 @pytest.mark.parametrize(
     ("dtype", "lengths", "size", "p"),
     [
-        pytest.param(torch.bfloat16, [1, 17, 64, 128, 2], 64, 0.5, id="one tile"),
+        slow(torch.bfloat16, [1, 17, 64, 128, 2], 64, 0.5, id="one tile"),
         pytest.param(torch.bfloat16, [90, 3, 31], 48, 0.1, id="one tile, K=48"),
         pytest.param(torch.bfloat16, [130, 5], 64, 0.3, id="bf16"),
-        pytest.param(torch.float32, [7, 70], 32, 0.1, id="fp32"),
+        slow(torch.float32, [7, 70], 32, 0.1, id="fp32"),
     ],
 )
 def test_attention_draws_the_defined_masks(impl, cut, dtype, lengths, size, p):

@@ -26,7 +26,7 @@ LENGTHS = [9, 1 + 4, 20]
 
 def two_layers(p: float, dtype: torch.dtype) -> BertForPreTraining:
     """Two layers, of which the last computes only some rows."""
-    return build(p, layers=2, heads=2).to(DEVICE, dtype)
+    return build(p, heads=2).to(DEVICE, dtype)
 
 
 def step(model: BertForPreTraining, impl: str, longest: int) -> dict[str, torch.Tensor]:

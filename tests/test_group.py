@@ -42,6 +42,10 @@ def member(timeout_s: float, **acts: str) -> int:
         try:
             with join(timeout_s, stop_request) as group:
                 say("joined", group.rank)
+                if "stop" in acts.values():
+                    # Nothing supervises `join`: a rank that is still connecting when another one
+                    # stops would wait for ever.
+                    group.barrier()
                 with group.raise_on_all_ranks():
                     act(acts.get(str(group.rank), ""))
                 say(

@@ -104,7 +104,7 @@ def test_a_padded_pack_has_the_loss_and_gradients_of_the_bare_one(impl, lengths)
 
 def curve(impl, steps=20):
     """Return the losses of a short run of a smaller model on four repeated batches."""
-    model = build(layers=2, heads=2)
+    model = build(heads=2)
     model.impl = impl
     model = model.cuda() if GPU else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -1,18 +1,19 @@
 """The compiler accepts every launch of the kernels and of the model.
 
 This is checked for three generations of GPUs, on the newest and the oldest version of Triton that
-are supported. Machine code takes a second for each of 411 kinds of launches, so the default tier
-divides the work:
+are supported. Machine code takes a second for each of 411 kinds of launches, so the tiers divide
+the work:
 
-- Triton's front end runs for every launch, for each architecture, on both versions. It is where the
-  compiler rejects what the interpreter accepts.
-- Machine code is made of one launch of each kernel on each architecture, with the limits of that
-  device: for sm_80 with the oldest Triton, for sm_90 by test_ahead_of_time.py, for sm_100 with the
-  newest Triton. It is the launch of a training step in bf16.
+- The default tier runs Triton's front end for every launch on each architecture with the newest
+  version, and for every launch of the model with the oldest. The front end is where the compiler
+  rejects what the interpreter accepts. Machine code of each kernel for sm_90, with the limits of
+  that device, is made by test_ahead_of_time.py.
+- `slow` runs the front end of the oldest version for every launch. It makes machine code of every
+  launch for sm_90 with the newest version, and of every launch of the model for sm_80 with the
+  oldest and for sm_100 with the newest.
 
-`slow` makes machine code of every launch for sm_90 with both versions, and of every launch of the
-model for the other two. All launches on one architecture take 7 minutes of the processor; for sm_80
-and sm_100 they are compiled by hand (`python -m benchmarks.compiled.launches`).
+All launches on one architecture take 7 minutes of the processor; for the others they are compiled
+by hand (`python -m benchmarks.compiled.launches`).
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.compiled.launches import unreached
+from tests.tiers import slow
 from tests.uninterpreted import ROOT, run_module
 
 # `make test` puts the oldest Triton there that pyproject.toml allows.
 OLDEST = Path(sys.prefix) / "triton-oldest"
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
-KERNELS = "17"  # functions with @triton.jit that are launched
 ALL, OF_THE_MODEL = 400, 70  # kinds of launches: at least so many
 
 
-def launches(*arguments: str, **where: Path) -> subprocess.CompletedProcess[str]:
+def launches(*arguments: str, **where: Path | None) -> subprocess.CompletedProcess[str]:
     """Run `python -m benchmarks.compiled.launches` with other kernels or another Triton."""
     return run_module("benchmarks.compiled.launches", *arguments, **where)
 
@@ -55,30 +56,24 @@ def oldest() -> Path:
 
 def assert_all_compile(
     result: subprocess.CompletedProcess[str], architectures: list[str], least: int = ALL
-) -> list[tuple[str, ...]]:
-    """Return for each architecture how many kinds of launches there are, and machine codes.
+) -> None:
+    """Check that no call failed.
 
-    There must be `least` kinds or more, so that none is left out unnoticed.
+    There must be `least` kinds of launches or more, so that none is left out unnoticed.
     """
     assert result.returncode == 0, result.stderr
-    found = re.findall(r"(sm_\d+): \d+ calls, 0 fail; (\d+) kinds.*?(\d+) ker", result.stdout)
-    assert [architecture for architecture, *_ in found] == architectures, result.stdout
-    assert all(int(kinds) >= least for _, kinds, _ in found), result.stdout
-    return [tuple(counts) for _, *counts in found]
+    found = re.findall(r"(sm_\d+): \d+ calls, 0 fail; (\d+) kinds", result.stdout)
+    assert [architecture for architecture, _ in found] == architectures, result.stdout
+    assert all(int(kinds) >= least for _, kinds in found), result.stdout
 
 
 def test_every_launch_passes_the_front_end():
-    """On sm_100 all 17 kernels are compiled to machine code."""
-    result = launches("--front-end", "--machine-code", "sm_100")
-    counts = assert_all_compile(result, ARCHITECTURES)
-    assert [machine_codes for _, machine_codes in counts] == ["0", "0", KERNELS]
+    assert_all_compile(launches("--front-end"), ARCHITECTURES)
 
 
-def test_every_launch_passes_the_front_end_of_the_oldest_triton(oldest):
-    """On sm_80 all 17 kernels are compiled to machine code."""
-    result = launches("--front-end", "--machine-code", "sm_80", triton=oldest)
-    counts = assert_all_compile(result, ARCHITECTURES)
-    assert [machine_codes for _, machine_codes in counts] == [KERNELS, "0", "0"]
+@pytest.mark.parametrize(("only", "least"), [(("--only", "model"), OF_THE_MODEL), slow((), ALL)])
+def test_every_launch_passes_the_front_end_of_the_oldest_triton(oldest, only, least):
+    assert_all_compile(launches("--front-end", *only, triton=oldest), ARCHITECTURES, least)
 
 
 @pytest.mark.slow
@@ -87,14 +82,12 @@ def test_every_launch_compiles_to_machine_code():
 
 
 @pytest.mark.slow
-def test_every_launch_compiles_to_machine_code_with_the_oldest_triton(oldest):
-    assert_all_compile(launches("--architecture", "sm_90", triton=oldest), ["sm_90"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
-def test_every_launch_of_the_model_compiles_to_machine_code(architecture):
-    result = launches("--architecture", architecture, "--only", "model")
+@pytest.mark.parametrize(("architecture", "triton"), [("sm_80", "oldest"), ("sm_100", "newest")])
+def test_every_launch_of_the_model_compiles_to_machine_code(architecture, triton, oldest):
+    result = launches(
+        *("--architecture", architecture, "--only", "model"),
+        triton=oldest if triton == "oldest" else None,
+    )
     assert_all_compile(result, [architecture], OF_THE_MODEL)
 
 
@@ -150,35 +143,21 @@ def test_results_of_two_types_are_found_by_the_oldest_triton(kernels, oldest):
     assert re.search(r"FAULT sm_90 .*: \d+ calls, such as ", result.stderr), result.stderr
 
 
-def test_a_tile_that_does_not_fit_the_device_is_found(kernels):
-    """Shared memory has the limit of a GPU's launcher. The row is that of bf16."""
-    deepen(kernels, bits=16)
-    only = ("--architecture", "sm_80", "--only", "mlm_loss")
-    result = launches("--front-end", "--machine-code", "sm_80", *only, kernels=kernels)
-    assert result.returncode == 1
-    assert "OutOfResources" in result.stderr
-
-
 @pytest.mark.slow
-def test_a_tile_of_any_row_that_does_not_fit_the_device_is_found(kernels):
-    """The row is that of fp32, of which the default tier makes no machine code."""
-    deepen(kernels, bits=32)
-    only = ("--architecture", "sm_80", "--only", "mlm_loss")
-    assert (
-        launches("--front-end", "--machine-code", "sm_80", *only, kernels=kernels).returncode == 0
-    )
-    result = launches(*only, kernels=kernels)
-    assert result.returncode == 1
-    assert "OutOfResources" in result.stderr
+@pytest.mark.parametrize("bits", [16, 32])
+def test_a_tile_of_any_row_that_does_not_fit_the_device_is_found(kernels, bits):
+    """Shared memory has the limit of a GPU's launcher.
 
-
-def deepen(kernels: Path, bits: int) -> None:
-    """Let one row of the MLM loss keep eight tiles in shared memory."""
+    One row of the MLM loss keeps eight tiles there.
+    """
     path = kernels / "fastbert_kernels/tiles.json"
     tiles = json.loads(path.read_text(encoding="utf-8"))
     [row] = [row for row in tiles["sm_80"]["mlm_loss_forward"] if row["bits"] == bits]
     row.update(BLOCK_D=64, num_stages=8)
     path.write_text(json.dumps(tiles), encoding="utf-8")
+    result = launches("--architecture", "sm_80", "--only", "mlm_loss", kernels=kernels)
+    assert result.returncode == 1
+    assert "OutOfResources" in result.stderr
 
 
 def test_a_kernel_that_no_call_reaches_is_found():

@@ -98,6 +98,7 @@ def test_one_rank_in_fp32_is_enough(own):
     assert found.why == ("rank 2: a slow rank" if own is PAYS else "a little faster")
 
 
+@pytest.mark.slow  # the default tier trains in bf16 where the probe says so (test_engine.py)
 def test_this_processor():
     """The probe does no harm on any processor, and "auto" does what it says."""
     probe = probe_bf16()

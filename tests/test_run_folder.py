@@ -261,14 +261,14 @@ def dead_before_the_first_step(folder: Path, elsewhere: Path) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        empty,
-        a_link,
+        slow(empty),
+        slow(a_link),
         a_disk,
-        a_disk_for_checkpoints,
+        slow(a_disk_for_checkpoints),
         a_link_for_checkpoints,
-        dead_before_the_claim,
+        slow(dead_before_the_claim),
         dead_after_the_claim,
-        dead_in_the_middle_of_a_file,
+        slow(dead_in_the_middle_of_a_file),
         dead_before_the_first_step,
     ],
 )

@@ -33,6 +33,7 @@ def sweep(
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_best_comes_first_and_what_is_finished_is_not_made_again(small_dataset, tmp_path):
     wide, rate = (
         f"data={small_dataset.path} {setting}"

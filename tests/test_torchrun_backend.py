@@ -38,8 +38,13 @@ from fastbert.cluster.torchrun_rounds import SignedRounds
 from tests.ranks import PATIENCE_S, environment, free_port
 from tests.toy_ranks import FORKED, listening
 
-# With fewer attempts, a busy node would look like a lost one.
-QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 8, "last_call_timeout": 1}
+# With fewer attempts, a busy node would look like a lost one; so would one that is slow to close.
+QUICK = {
+    "keep_alive_interval": 1,
+    "keep_alive_max_attempt": 8,
+    "last_call_timeout": 1,
+    "close_timeout": 120,
+}
 
 
 def parameters(port: int, host: str = "127.0.0.1", least: int = 1, **more) -> RendezvousParameters:
@@ -322,6 +327,7 @@ def test_nodes_meet_whatever_a_stranger_writes(tmp_path, capfd):
     end = time.monotonic() + PATIENCE_S
     while not (handlers[1].is_closed() and third.is_closed()):  # they read it once per second
         assert time.monotonic() < end
+        time.sleep(0.05)
     assert not trap.exists()
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fastbert: ")]
     one = (

@@ -114,9 +114,10 @@ def test_damage_is_found_in_any_piece_of_a_file(copy, monkeypatch):
     open_dataset(copy)
 
 
-def test_every_bit_of_a_manifest(copy):
+@pytest.mark.parametrize("step", [17, slow(1)])  # 17 has no factor in common with 8
+def test_every_bit_of_a_manifest(copy, step):
     missed = []
-    for bit in range(8 * (copy / "manifest.json").stat().st_size):
+    for bit in range(0, 8 * (copy / "manifest.json").stat().st_size, step):
         flip(copy / "manifest.json", bit)
         try:
             open_dataset(copy, verify=False)

@@ -181,14 +181,18 @@ def test_from_a_text_to_an_exported_model(installed, english_jsonl, tmp_path):
         fastbert, "prepare", english_jsonl, "--out", "data/my own", "--vocab-size", 500,
         "--workers", 1, cwd=tmp_path,
     )  # fmt: skip
-    # The command that `prepare` ends with, in another directory.
+    # `prepare` ends with the command that writes a recipe, and that one with the command that
+    # trains by it. Both run in another directory.
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    command = done.stdout.splitlines()[-1].partition("next: fastbert ")[2]
-    short = "stop.steps=2 batch.sequences=8 evaluate.sequences=16"
-    shell = f"'{fastbert}' {command} {short}"
-    run("sh", "-c", shell, cwd=elsewhere)
-    run(fastbert, "export", "runs/mini", "--out", "model", cwd=elsewhere)
+    for verb, options in (
+        ("init", ""),
+        ("pretrain", "stop.steps=2 batch.sequences=8 evaluate.sequences=16"),
+    ):
+        command = done.stdout.splitlines()[-1].partition("next: fastbert ")[2]
+        assert command.startswith(f"{verb} ")
+        done = run("sh", "-c", f"'{fastbert}' {command} {options}", cwd=elsewhere)
+    run(fastbert, "export", "runs/my own", "--out", "model", cwd=elsewhere)
     assert (elsewhere / "model/model.safetensors").is_file()
     # The Python interface trains a copied recipe.
     run(fastbert, "recipes", "mini", "--out", "my.toml", cwd=tmp_path)

@@ -1,7 +1,7 @@
 """Compile every launch that the kernels and the model can make, without a GPU.
 
     python -m benchmarks.compiled.launches [--architecture sm_90] [--only norm model] [--everything]
-    python -m benchmarks.compiled.launches --front-end [--machine-code sm_90]
+    python -m benchmarks.compiled.launches --front-end
 
 The launcher is the one that a GPU would use, so a kernel that the compiler rejects, or that does
 not fit the device, is found here and not on the first GPU. Each call runs forward and backward with
@@ -14,8 +14,7 @@ In addition there are training and evaluation steps of the model.
 
 Machine code takes a second for each kind of launch, and there are 411 kinds on each architecture.
 `--front-end` therefore runs only Triton's front end (`front_end.py`) for each kind of launch, once
-if several architectures have the same. On the architectures of `--machine-code` it compiles one
-launch of each kernel to machine code, which is the first one in a training step in bf16.
+if several architectures have the same.
 
 By default sizes are tried in bf16 and fp32, unusual head sizes in bf16 only, and rows up to 1,024.
 `--everything` adds the rest and all shapes of the specs, and takes some minutes. The program prints
@@ -291,19 +290,17 @@ class Gate:
     """Runs calls, and decides how far each kind of launch is compiled.
 
     Args:
-        to_machine_code: whether to compile a launch of this kernel ("norm._forward_kernel") to
-            machine code; asked once for each kind of launch and architecture. For the others the
-            front end runs, once for each signature with its constants.
+        machine_code: whether to compile each kind of launch to machine code. Otherwise the front
+            end runs, once for each signature with its constants.
     """
 
-    def __init__(self, to_machine_code: Callable[[str], bool]):
-        self.to_machine_code = to_machine_code
+    def __init__(self, machine_code: bool):
+        self.machine_code = machine_code
         self._checked: set[tuple] = set()  # what has passed the front end
 
     def compile(self, architecture: str, calls: list[Call]) -> Found:
         """Run these calls, and compile what they launch."""
         found = Found(calls=len(calls))
-        kinds: dict[tuple[str, str], bool] = {}  # whether to machine code
 
         def hook(*, key: str, fn: Any, compile: Any, **_: Any) -> bool:
             """Triton calls it before it compiles, and does not compile if it returns True."""
@@ -313,12 +310,12 @@ class Gate:
                 compile["constants"],
             )
             kernel = f"{fn.module.split('.')[-2]}.{fn.name}"
-            if (kernel, key) not in kinds:
-                kinds[kernel, key] = self.to_machine_code(kernel)
+            if (kernel, key) not in found.kinds:
+                found.kinds.add((kernel, key))
                 mine = found.reached.setdefault(kernel, {})
                 for index, value in constants.items():
                     mine.setdefault(function.arg_names[index[0]], set()).add(value)
-            if kinds[kernel, key]:
+            if self.machine_code:
                 return False
             same = (kernel, str(signature), str(constants))
             if same not in self._checked:
@@ -336,7 +333,7 @@ class Gate:
                         found.failures.setdefault(innermost(error), []).append(call.label)
             finally:
                 knobs.runtime.jit_cache_hook = None
-        found.loaded, found.kinds = len(seen.loaded), set(kinds)
+        found.loaded = len(seen.loaded)
         return found
 
 
@@ -371,7 +368,7 @@ def unreached(reached: dict[str, dict[str, set]], parts: list[str]) -> list[str]
 
 
 def all_calls(parts: list[str], everything: bool) -> list[Call]:
-    """The calls of these parts; the model's come first, and its steps in bf16 first of all."""
+    """The calls of these parts; the model's come first."""
     calls = itertools.chain(model_calls(), operation_calls(everything))
     return [call for call in calls if call.part in parts]
 
@@ -396,28 +393,15 @@ _groups: list[list[Call]] = []  # inherited by forked processes, because calls a
 def _compile_group(job: tuple[str, int]) -> Found:
     architecture, number = job
     torch.set_num_threads(1)
-    return Gate(lambda _: True).compile(architecture, _groups[number])
+    return Gate(machine_code=True).compile(architecture, _groups[number])
 
 
 def check_front_end(
-    architectures: list[str], parts: list[str], everything: bool, machine_code: list[str]
+    architectures: list[str], parts: list[str], everything: bool
 ) -> Iterator[tuple[str, Found]]:
-    """Run the front end for all calls of these parts, on one architecture after the other.
-
-    On those of `machine_code`, one launch of each kernel is compiled to machine code.
-    """
-    wanted: set[str] = set()
-
-    def once(kernel: str) -> bool:
-        first = kernel in wanted
-        wanted.discard(kernel)
-        return first
-
-    calls, gate = all_calls(parts, everything), Gate(once)
-    kernels = {kernel for part in SPECS for kernel in kernels_of(part)}
+    """Run the front end for all calls of these parts, on one architecture after the other."""
+    calls, gate = all_calls(parts, everything), Gate(machine_code=False)
     for architecture in architectures:
-        wanted.clear()
-        wanted.update(kernels if architecture in machine_code else ())
         yield architecture, gate.compile(architecture, calls)
 
 
@@ -453,19 +437,10 @@ def main() -> int:
         action="store_true",
         help="run only Triton's front end; takes a minute for all architectures together",
     )
-    parser.add_argument(
-        "--machine-code",
-        nargs="+",
-        choices=architectures,
-        default=[],
-        help="with --front-end: one launch of each kernel to machine code on these architectures",
-    )
     options = parser.parse_args()
     if options.front_end:
         torch.set_num_threads(1)
-        results = check_front_end(
-            options.architecture, options.only, options.everything, options.machine_code
-        )
+        results = check_front_end(options.architecture, options.only, options.everything)
     else:
         results = (
             (architecture, check(architecture, options.only, options.everything))

@@ -49,9 +49,9 @@ from tests.sanitizer import sanitize
 CPU = torch.device("cpu")
 
 # Kernels over rows start as many programs as run concurrently. Each reads the vectors and writes a
-# share of their gradients. A twelfth of the device on a twelfth of the rows keeps the rows of a
-# program, and so every ratio, in a twelfth of the time.
-PART = 12
+# share of their gradients. Four of the 132 multiprocessors on as small a part of the rows keep the
+# rows of a program, and so every ratio, in a part of the time.
+PART = 33
 ROWS = TOKENS // PART
 PARTLY = f"1/{PART} of T={TOKENS}"
 
