@@ -31,6 +31,12 @@ BANDWIDTH_BYTES = 256 * 1024**2  # well over the largest last-level cache
 # bf16 costs accuracy, so a smaller gain in the products is not worth it.
 WORTH_IT = 1.5
 PROBE_TIMEOUT_S = 60
+# A process takes at least this many sequences of a step. With fewer, the fixed time of each
+# operation outweighs what it gains.
+SEQUENCES_PER_PROCESS = 8
+# Beyond, operations are divided over OpenMP's threads as well. Each process holds the libraries,
+# 0.2 GB, and a copy of the gradients.
+MOST_PROCESSES = 8
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,16 @@ def share_cores(processes: int) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cores()) // processes))
     return torch.get_num_threads()
+
+
+def processes_for(sequences: int, cores: int) -> int:
+    """Return how many packs a rank should compute at once, each in a process of its own.
+
+    Args:
+        sequences: of this rank in a step.
+        cores: that this rank may use.
+    """
+    return max(1, min(cores, sequences // SEQUENCES_PER_PROCESS, MOST_PROCESSES))
 
 
 def measure_gemm_rate(

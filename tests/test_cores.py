@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert.machine import cpu_quota, share_cores, usable_cores
+from fastbert.machine import (
+    MOST_PROCESSES,
+    SEQUENCES_PER_PROCESS,
+    cpu_quota,
+    processes_for,
+    share_cores,
+    usable_cores,
+)
 
 
 def system(root: Path, groups: str, **files: str) -> Path:
@@ -71,3 +78,17 @@ def test_processes_share_the_cores_unless_the_user_said_how_many(monkeypatch):
         assert share_cores(5) == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "sequences, cores, expected",
+    [
+        (28, 2, 2),
+        (28, 16, 28 // SEQUENCES_PER_PROCESS),
+        (SEQUENCES_PER_PROCESS - 1, 16, 1),
+        (0, 2, 1),
+        (512, 16, MOST_PROCESSES),
+    ],
+)
+def test_a_process_has_enough_sequences(sequences, cores, expected):
+    assert processes_for(sequences, cores) == expected

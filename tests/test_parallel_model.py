@@ -17,21 +17,16 @@ from fastbert import child
 from fastbert.cluster.group import join
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.training.engine import Engine
-from fastbert.training.parallel_model import (
-    MOST_PROCESSES,
-    SEQUENCES_PER_PROCESS,
-    ParallelModel,
-    processes_for,
-)
+from fastbert.training.parallel_model import ParallelModel
 from tests.test_engine import CONFIG, new_model, settings, sgd, state_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def packs(small_dataset):
     return Batches(small_dataset, CONFIG).step(0, at_once=2)[:2]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def parallel(small_dataset):
     built = ParallelModel(new_model(small_dataset).train(), 2)
     yield built
@@ -113,8 +108,8 @@ def test_what_a_child_raises_is_raised_here(parallel, packs):
     assert torch.equal(parallel(packs)[1][2], expected[2])
 
 
-def test_a_child_that_is_killed_is_named(parallel, packs):
-    parallel(packs)
+def test_a_child_that_is_killed_is_named(small_dataset, packs):
+    parallel = ParallelModel(new_model(small_dataset), 2)
     pid = parallel._children[0]._process.pid
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(
@@ -201,17 +196,3 @@ def test_an_engine_in_processes_trains_and_evaluates_the_same(small_dataset, sta
     for slot, tensors in state.items():
         for name, tensor in tensors.items():
             torch.testing.assert_close(state_in_processes[slot][name], tensor, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "sequences, cores, expected",
-    [
-        (28, 2, 2),
-        (28, 16, 28 // SEQUENCES_PER_PROCESS),
-        (SEQUENCES_PER_PROCESS - 1, 16, 1),
-        (0, 2, 1),
-        (512, 16, MOST_PROCESSES),
-    ],
-)
-def test_a_process_has_enough_sequences(sequences, cores, expected):
-    assert processes_for(sequences, cores) == expected

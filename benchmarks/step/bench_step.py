@@ -51,10 +51,10 @@ from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
-from fastbert.machine import measure_gemm_rate, probe_bf16
+from fastbert.machine import measure_gemm_rate, probe_bf16, processes_for
 from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.planning.flops import training_flops
-from fastbert.training.parallel_model import ParallelModel, processes_for
+from fastbert.training.parallel_model import ParallelModel
 
 CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary
 SEQUENCES, MAX_LENGTH = 32, 128

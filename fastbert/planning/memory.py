@@ -82,6 +82,7 @@ def memory_by_part(
     bf16: bool = True,
     kernels: str = "triton",
     zero: Mapping[str, Any] | None = None,
+    processes: int = 1,
 ) -> dict[str, float]:
     """Return the bytes of tensors on one GPU, by part, at the moment of a step when they peak.
 
@@ -94,6 +95,8 @@ def memory_by_part(
         bf16: whether weights and activations are bf16; else fp32.
         kernels: "triton" or "cpu".
         zero: the section `zero_optimization` of DeepSpeed's configuration.
+        processes: how many packs are computed at once on a CPU. They share a copy of the weights,
+            and each but the first has one of the gradients.
 
     These parts exist at all times:
 
@@ -137,6 +140,7 @@ def memory_by_part(
         "gathered weights": float(gathered * w * P),
         "master weights": own if stage else 0.0,
         "moments": (slots - single / P) * own,
+        "shared copies": 4.0 * P * processes if processes > 1 else 0.0,
     }
     gradients = w * P / (gpus if stage >= 2 else 1)
     earlier = gradients if micro_batches > 1 or stage == 3 else 0.0

@@ -23,7 +23,14 @@ from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.examples import Examples
 from fastbert.data.masking import selected_counts
 from fastbert.errors import InputError
-from fastbert.machine import measure_bandwidth, measure_gemm_rate
+from fastbert.machine import (
+    WORTH_IT,
+    measure_bandwidth,
+    measure_gemm_rate,
+    probe_bf16,
+    processes_for,
+    usable_cores,
+)
 from fastbert.planning.flops import executed_flops, muon_flops, training_flops
 from fastbert.planning.memory import (
     MicroBatchSize,
@@ -87,7 +94,9 @@ def this_machine(seconds: float = 0.3) -> Device:
     import psutil  # imported here because the GPU benchmarks read GPUS where psutil is missing
 
     rate, bandwidth = measure_gemm_rate(seconds=seconds), measure_bandwidth(seconds=seconds)
-    return Device(rate, rate, psutil.virtual_memory().total, bandwidth, math.inf, math.inf)
+    probe = probe_bf16()
+    bf16 = rate * probe.gain if probe.right else 0.0
+    return Device(bf16, rate, psutil.virtual_memory().total, bandwidth, math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -232,7 +241,7 @@ def compute_seconds(
 
     Communication is not included.
     """
-    w, share = 2 if bf16 else 4, 1.0 if on_cpu else BANDWIDTH_SHARE
+    w, share = 2 if bf16 and not on_cpu else 4, 1.0 if on_cpu else BANDWIDTH_SHARE
     rate = (device.bf16 if bf16 else device.fp32) * (efficiency or (1.0 if on_cpu else EFFICIENCY))
     products = sum(executed_flops(model, vocab_size, *pack) for pack in packs)
     if muon:
@@ -293,9 +302,11 @@ def plan(
         raise InputError(f"--gpu {gpu}: unknown; {hint}known: {', '.join(known)}")
     on_cpu = name == CPU
     _check(config, recipe, gpus, on_cpu, efficiency, stage, price)
-    bf16 = config.runtime.precision == "bf16" or (config.runtime.precision == "auto" and not on_cpu)
+    bf16 = config.runtime.precision == "bf16" or (
+        config.runtime.precision == "auto" and (not on_cpu or device.bf16 >= WORTH_IT * device.fp32)
+    )
     kernels = "cpu" if on_cpu else "triton"
-    precision, w = ("bf16", 2) if bf16 else ("fp32", 4)
+    weights, w = ("bf16", 2) if bf16 and not on_cpu else ("fp32", 4)
     efficiency = efficiency or (1.0 if on_cpu else EFFICIENCY)
     zero: dict[str, Any] = {}
     file = config.runtime.deepspeed
@@ -303,7 +314,7 @@ def plan(
         settings = read_ds_config(config, recipe)
         zero = settings.values["zero_optimization"]
         if stage is None:
-            stage = settings.stage(precision=precision, world=gpus, optimizer=config.optimizer.name)
+            stage = settings.stage(precision=weights, world=gpus, optimizer=config.optimizer.name)
     vocab_size, lengths, epoch, assumptions = _examples(config, vocab_size, mean_length, dataset)
 
     P, muon = count_parameters(config.model, vocab_size), config.optimizer.name == "muon"
@@ -315,9 +326,10 @@ def plan(
         micro_batches=len(packs),
         gpus=gpus,
         stage=stage,
-        bf16=bf16,
+        bf16=weights == "bf16",
         kernels=kernels,
         zero=zero,
+        processes=processes_for(config.batch.sequences, usable_cores()) if on_cpu else 1,
     )
     tokens = float(lengths.sum())
     peak = device.bf16 if bf16 else device.fp32
@@ -368,7 +380,7 @@ def plan(
         vocab_size=vocab_size,
         gpus=gpus,
         gpu=name,
-        precision=precision,
+        precision="bf16" if bf16 else "fp32",
         kernels=kernels,
         zero_stage=stage,
         memory=memory,

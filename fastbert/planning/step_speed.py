@@ -16,11 +16,11 @@ import torch
 from fastbert.config import RunConfig
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset
-from fastbert.machine import share_cores
+from fastbert.machine import processes_for, share_cores
 from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.planning.advise import STEP_TOKENS, Speed
 from fastbert.training.optimizer import build_optimizer
-from fastbert.training.parallel_model import ParallelModel, processes_for
+from fastbert.training.parallel_model import ParallelModel
 
 SAMPLE = 256  # examples whose mean length is taken
 BATCHES = 4  # which the timed steps use in turn

@@ -202,6 +202,8 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=self._optimizer, config=values
         )
+        if isinstance(module, ParallelModel):
+            module.wait_until_ready()
         if self.stage == 0 and group.world == 1:
             self._engine.enable_backward_allreduce = False
         if self.stage in (1, 2):

@@ -40,23 +40,7 @@ from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.models.bert import BertForPreTraining
 
-# A process takes at least this many sequences of a step. With fewer, the fixed time of each
-# operation outweighs what it gains.
-SEQUENCES_PER_PROCESS = 8
-# Beyond, operations are divided over OpenMP's threads as well. Each process holds the libraries,
-# 0.2 GB, and a copy of the gradients.
-MOST_PROCESSES = 8
 END_S = 5.0  # for a child to end when its pipe is closed, before it is killed
-
-
-def processes_for(sequences: int, cores: int) -> int:
-    """Return how many packs a rank should compute at once.
-
-    Args:
-        sequences: of this rank in a step.
-        cores: that this rank may use.
-    """
-    return max(1, min(cores, sequences // SEQUENCES_PER_PROCESS, MOST_PROCESSES))
 
 
 class ParallelModel(nn.Module):
@@ -74,6 +58,11 @@ class ParallelModel(nn.Module):
         torch.set_num_threads(max(1, self._threads // processes))
         self._weights, memory = _shared_parameters(model, copies=processes)
         self._children = [_Child(self, memory, index + 1) for index in range(processes - 1)]
+
+    def wait_until_ready(self) -> None:
+        """Wait for the children, which need some seconds to start."""
+        for own in self._children:
+            own.receive()
 
     def forward(self, packs: Sequence[PackedBatch]) -> list[tuple[Tensor, ...]]:
         """Return what `BertForPreTraining.forward` returns, for each pack."""
@@ -161,15 +150,15 @@ class _Child:
         )
         theirs.close()
         self._pipe.send_bytes(pickle.dumps(facts, pickle.HIGHEST_PROTOCOL))
-        self._asked = False
+        self._asked = True  # to say when it is ready
 
     def send(self, request: Any) -> None:
-        if self._asked:  # nobody waited for the last answer, because this process failed
-            self._asked = False
-            self._pipe.recv_bytes()
         try:
+            if self._asked:  # nobody took the last answer
+                self._asked = False
+                self._pipe.recv_bytes()
             self._pipe.send_bytes(pickle.dumps(request, pickle.HIGHEST_PROTOCOL))
-        except OSError:
+        except (EOFError, OSError):
             raise self._lost() from None
         self._asked = True
 
@@ -229,6 +218,7 @@ def work() -> None:
     model.operands = operands
     _give(model, _views(memory, 0, model))
     gradients, losses = _views(memory, index, model), ()
+    pipe.send_bytes(pickle.dumps((True, None)))
     while True:
         try:
             request, *arguments = pickle.loads(pipe.recv_bytes())

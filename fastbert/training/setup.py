@@ -40,7 +40,7 @@ from fastbert.data.packing import PackedBatch
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.durable import write_whole
 from fastbert.errors import InputError
-from fastbert.machine import memory_sizes
+from fastbert.machine import memory_sizes, processes_for
 from fastbert.models.bert import BertForPreTraining
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
 from fastbert.regular_file import read_bytes
@@ -50,7 +50,6 @@ from fastbert.training.graphs import check_cuda_graphs
 from fastbert.training.initial import open_initial, put, with_sizes
 from fastbert.training.metrics import read_metrics
 from fastbert.training.optimizer import slots
-from fastbert.training.parallel_model import processes_for
 from fastbert.training.precision import Precision, resolve_precision
 from fastbert.training.train_state import StopCriteria, TrainState
 from fastbert.training.verified_dataset import open_verified
