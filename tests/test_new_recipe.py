@@ -75,7 +75,9 @@ def test_the_speed_is_that_of_whole_steps(small_dataset):
     """With a clock that ticks once a reading, the speed is the tokens of a step."""
     config = load_config("demo", {"data": str(small_dataset.path), "model.hidden_size": 32})
     ticks, state = itertools.count(), torch.get_rng_state()
-    found = measure_speed(config, small_dataset, torch.device("cpu"), lambda: float(next(ticks)))
+    found = measure_speed(
+        config, small_dataset, torch.device("cpu"), clock=lambda: float(next(ticks))
+    )
     assert 0.8 * STEP_TOKENS < found.tokens_per_s < 1.2 * STEP_TOKENS
     assert torch.equal(torch.get_rng_state(), state)
     examples = Examples(small_dataset.split("train"), config.objective, 128, config.seed, "train")

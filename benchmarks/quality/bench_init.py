@@ -28,6 +28,7 @@ from fastbert import load
 from fastbert.config import RunConfig, load_config
 from fastbert.data.batches import heldout_batches
 from fastbert.data.dataset import open_dataset
+from fastbert.machine import probe_bf16
 from fastbert.models.bert import losses
 from fastbert.planning.step_speed import measure_speed
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
@@ -56,9 +57,10 @@ def speeds(data: Path, sides: dict[str, RunConfig]) -> Row:
     """Tokens of each side's model per second of the processor, the median of ROUNDS in turns."""
     torch.set_num_threads(1)
     dataset, cpu = open_dataset(data), torch.device("cpu")
+    operands = torch.bfloat16 if probe_bf16().pays else None  # as in the runs
     found = [
         {
-            side: measure_speed(config, dataset, cpu, time.process_time).tokens_per_s
+            side: measure_speed(config, dataset, cpu, operands, time.process_time).tokens_per_s
             for side, config in sides.items()
         }
         for _ in range(ROUNDS)

@@ -20,7 +20,7 @@ from fastbert.config import (
 from fastbert.data.dataset import SPLITS, TokenDataset, open_dataset
 from fastbert.data.examples import Examples
 from fastbert.errors import InputError
-from fastbert.machine import measure_bandwidth, measure_gemm_rate
+from fastbert.machine import measure_bandwidth, measure_gemm_rate, probe_bf16
 from fastbert.planning.advise import (
     LENGTH,
     MASK_RATE,
@@ -96,11 +96,13 @@ def new_recipe(data: str | Path, minutes: float, out: Path) -> NewRecipe:
     dataset = open_dataset(data)
     corpus = look_at(dataset)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rounds = device.type == "cpu" and probe_bf16().pays  # as runtime.precision = "auto" does
+    operands = torch.bfloat16 if rounds else None
     advice = advise(
         corpus,
         minutes,
         f"runs/{out.stem}",
-        lambda config: measure_speed(config, dataset, device),
+        lambda config: measure_speed(config, dataset, device, operands),
     )
     found = NewRecipe(_choice(corpus, advice), _hours(dataset, advice, device), _notes(advice))
     try:

@@ -32,6 +32,7 @@ def measure_speed(
     config: RunConfig,
     dataset: TokenDataset,
     device: torch.device,
+    operands: torch.dtype | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     """Train a new model for a second, in steps of about STEP_TOKENS tokens.
@@ -43,6 +44,7 @@ def measure_speed(
         config: its model, objective and lengths are used, and the optimizer's settings.
         dataset: the training part has examples for the objective.
         device: where the run would compute.
+        operands: the dtype of the operands of large products on a CPU, if they are rounded.
         clock: seconds. `time.process_time` leaves out the time of other programs.
 
     Raises:
@@ -57,8 +59,10 @@ def measure_speed(
     steps = [batches.step(i, at_once=at_once) for i in range(BATCHES)]
     with torch.random.fork_rng():
         model = BertForPreTraining(config.model, dataset.vocab_size, "auto", device.type)
+    model.operands = operands
     model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).train()
-    optimizer = build_optimizer(model, config.optimizer)
+    precision = "bf16" if operands or device.type == "cuda" else "fp32"
+    optimizer = build_optimizer(model, config.optimizer, precision)
     parallel = ParallelModel(model, at_once)
     speeds = list[float]()
     begin = clock()

@@ -16,7 +16,12 @@ from fastbert.cluster.watchdog import Watchdog
 from fastbert.config import RunConfig
 from fastbert.data.prefetch import Prefetch
 from fastbert.errors import InputError
-from fastbert.machine import measure_gemm_rate, share_cores, startable_threads
+from fastbert.machine import (
+    MOST_PROCESSES,
+    measure_gemm_rate,
+    share_cores,
+    startable_threads,
+)
 from fastbert.out_of_memory import shortage
 from fastbert.terminal import tell
 from fastbert.training.ending import FAILED, INTERRUPTED, Ending, conclude, how_to_resume
@@ -25,7 +30,8 @@ from fastbert.training.monitor import Monitor
 from fastbert.training.run import Consensus, Run
 from fastbert.training.setup import Setup, set_up, take_folder
 
-# Threads of a run beside those that compute: about ten of torch, gloo and our own, and some spare.
+# Threads of a run beside those that compute: about ten of torch, gloo and our own, two of each child
+# that computes packs, and some spare.
 THREADS = 16
 
 
@@ -87,7 +93,7 @@ def _check_threads() -> None:
     Raises:
         InputError: they cannot.
     """
-    wanted = THREADS + torch.get_num_threads()
+    wanted = THREADS + torch.get_num_threads() + 2 * (MOST_PROCESSES - 1)
     if (found := startable_threads(wanted)) < wanted:
         raise InputError(
             f"only {found} more threads can be started here, and a run needs {wanted}; raise the "
