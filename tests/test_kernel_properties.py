@@ -5,6 +5,7 @@ and bad input.
 """
 
 import contextlib
+import functools
 import itertools
 from typing import Any
 from unittest import mock
@@ -200,20 +201,27 @@ def far_apart(x: torch.Tensor, axis: int) -> torch.Tensor:
     return storage.as_strided(x.shape, strides, 2**31).copy_(x)
 
 
-@pytest.mark.parametrize(("name", "key", "axis"), FAR)
-def test_offsets_beyond_32_bits(name, key, axis, monkeypatch):
-    """This runs without the sanitizer, whose shadow of such a tensor would need real memory.
+def unwatched(name: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Run it without the sanitizer, whose shadow of such a tensor would need real memory."""
+    with (
+        mock.patch.object(test_kernels, "watched", lambda _: contextlib.nullcontext()),
+        # Stock, it copies storages onto themselves.
+        mock.patch.object(GridExecutor, "_restore_args_dev", lambda *_: None),
+    ):
+        return run(SPECS[name], arguments, "triton")
 
-    It runs in fp16, because the stock interpreter is wrong in bf16.
-    """
-    monkeypatch.setattr(test_kernels, "watched", lambda _: contextlib.nullcontext())
+
+@functools.cache
+def close_together(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return arguments in fp16, because the stock interpreter is wrong in bf16, and the results."""
     arguments = inputs(name, torch.float16)
-    with mock.patch.object(
-        GridExecutor, "_restore_args_dev", lambda *_: None
-    ):  # stock, it copies storages onto themselves
-        near = run(SPECS[name], arguments, "triton")
-        far = run(SPECS[name], arguments | {key: far_apart(arguments[key], axis)}, "triton")
-    assert_same(near, far)
+    return arguments, unwatched(name, arguments)
+
+
+@pytest.mark.parametrize(("name", "key", "axis"), FAR)
+def test_offsets_beyond_32_bits(name, key, axis):
+    arguments, near = close_together(name)
+    assert_same(near, unwatched(name, arguments | {key: far_apart(arguments[key], axis)}))
 
 
 # Place in the pack
