@@ -278,6 +278,8 @@ def _keys(values: Mapping[str, Any], prefix: str = "") -> set[str]:
 
 def _check_process(distributed: Any) -> None:
     """Raise InputError where this process cannot take part in a run."""
+    from fastbert.cluster.launch_env import launched
+
     if distributed.is_initialized():
         raise InputError(
             "torch.distributed is initialized in this process; fastbert makes its own process "
@@ -285,5 +287,5 @@ def _check_process(distributed: Any) -> None:
         )
     if _LAUNCHED.is_set():
         raise InputError("this process has made a run under a launcher; start it for each run")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if launched():
         _LAUNCHED.set()

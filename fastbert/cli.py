@@ -386,14 +386,14 @@ def evaluate(
     The ranks of a launcher share the work.
     """
     from fastbert.cluster.group import RankLost, join
+    from fastbert.cluster.launch_env import launched
     from fastbert.machine import share_cores
     from fastbert.tasks.evaluate import MASKED, evaluate
     from fastbert.tasks.load import load
     from fastbert.training.diagnosis import compare
 
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        with join(EVALUATE_S) if launched else contextlib.nullcontext() as group:
+        with join(EVALUATE_S) if launched() else contextlib.nullcontext() as group:
             share_cores(group.local_world if group else 1)
             opened = load(model)
             result = evaluate(opened, data, sequences, group)

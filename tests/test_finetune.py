@@ -229,8 +229,8 @@ def test_files_that_do_not_fit_are_one_line(
         ),
         (
             {"regression": True},
-            "train.csv: 40 bad rows: line 2: label 'no' is not a number"
-            "|train.csv: 40 bad rows: line 2: label 'yes' is not a number",
+            "train.csv: 40 bad rows: line 2: label 'no' is not a plain"
+            "|train.csv: 40 bad rows: line 2: label 'yes' is not a plain",
         ),
     ],
 )

@@ -48,6 +48,15 @@ class LaunchEnv:
         return f"{self.address}:{self.port}"
 
 
+def launched() -> bool:
+    """Whether a launcher has started several processes.
+
+    Raises:
+        InputError: WORLD_SIZE is not a whole number of 1 or more.
+    """
+    return bool(os.environ.get("WORLD_SIZE")) and _whole("WORLD_SIZE", 1) > 1
+
+
 def read_launch_env() -> LaunchEnv:
     """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 

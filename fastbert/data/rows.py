@@ -152,12 +152,18 @@ _JQ = {
 
 
 def as_text(value: Any) -> str:
-    """Return a value of JSON or Parquet as a string: strings as is, null as "", others as JSON."""
+    """Return a value of JSON or Parquet as a string.
+
+    Null is "", and so is NaN, which exports write where a value is missing. Numbers, lists and
+    objects are given as JSON; decimals and dates as Python shows them.
+    """
     if isinstance(value, str):
         # JSON can write half of a surrogate pair as an escape. This is not a character, and no
         # encoder accepts it.
         return value if value.isascii() else _SURROGATE.sub("\ufffd", value)
-    return "" if value is None else json.dumps(value, default=str)
+    if value is None or value != value:
+        return ""
+    return json.dumps(value, default=str) if type(value) in JSON_NAMES else str(value)
 
 
 JSON_NAMES = {
@@ -208,6 +214,11 @@ def _parquet_rows(
 
     def names_of(schema: pyarrow.Schema) -> list[str]:
         chosen[:] = choose(parquet_names(schema))
+        for name in chosen:
+            if "binary" in str(kind := field_type(schema, name)):
+                raise InputError(
+                    f"{source.path}: the column {name!r} holds {kind}, not text; write it as strings"
+                )
         return chosen
 
     for batch, _ in parquet_batches(source, file, names_of):

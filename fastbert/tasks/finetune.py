@@ -29,7 +29,7 @@ from fastbert.checkpoints.weight_names import HEADS, MLM, to_hugging_face
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import Diverged, InputError
 from fastbert.tasks import scores
-from fastbert.tasks.labelled import Examples, read_examples
+from fastbert.tasks.labelled import Examples, number, read_examples
 from fastbert.tasks.pretrained import Pretrained, first_tokens, fit_pair
 from fastbert.torch_defaults import torch_defaults
 
@@ -410,12 +410,10 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
 
 def _warn_of_alike(training: Examples, labels: Sequence[str]) -> None:
     """Warn where labels are the same word or number in another spelling, such as 1 and 1.0."""
-    spellings: dict[object, str] = {}
+    spellings: dict[str | float, str] = {}
     for label in labels:
-        try:
-            meaning: object = float(label)
-        except ValueError:
-            meaning = label.casefold()
+        value = number(label)
+        meaning = label.casefold() if value is None else value
         if (other := spellings.setdefault(meaning, label)) != label:
             warnings.warn(
                 f"{training.file}: the labels {other!r} and {label!r} are two classes here; if "
@@ -442,11 +440,8 @@ def _warn_of_shared(training: Examples, test: Examples) -> None:
 
 def _in_order(labels: set[str]) -> list[str]:
     """Sort the classes: by number where all are numbers, so that 10 comes after 2, else by text."""
-    try:
-        numbers = {label: float(label) for label in labels}
-    except ValueError:
-        return sorted(labels)
-    if not all(map(math.isfinite, numbers.values())):
+    numbers = {label: value for label in labels if (value := number(label)) is not None}
+    if len(numbers) < len(labels):
         return sorted(labels)
     return sorted(labels, key=lambda label: (numbers[label], label))
 
