@@ -225,8 +225,8 @@ def test_labels_that_are_no_numbers(tmp_path):
     found = read_examples(write(tmp_path / "x.csv", "text,label\na,1\nb,two\nc,inf\n"))
     with pytest.raises(
         InputError,
-        match="x.csv: 2 bad rows: line 3: label 'two' is not a plain decimal number such as 3 or "
-        "-0.25; line 4: label 'inf' is not a plain",
+        match=r"x\.csv: 2 bad rows: line 3: label 'two' is not a plain decimal number such as 3 or "
+        r"-0\.25; line 4: label 'inf' is not a plain",
     ):
         found.numbers()
 

@@ -217,7 +217,8 @@ def _parquet_rows(
         for name in chosen:
             if "binary" in str(kind := field_type(schema, name)):
                 raise InputError(
-                    f"{source.path}: the column {name!r} holds {kind}, not text; write it as strings"
+                    f"{source.path}: the column {name!r} holds {kind}, not text; "
+                    "write it as strings"
                 )
         return chosen
 

@@ -441,7 +441,7 @@ def _warn_of_shared(training: Examples, test: Examples) -> None:
 def _in_order(labels: set[str]) -> list[str]:
     """Sort the classes: by number where all are numbers, so that 10 comes after 2, else by text."""
     numbers = {label: value for label in labels if (value := number(label)) is not None}
-    if len(numbers) < len(labels):
+    if len(numbers) < len(labels) or math.inf in map(abs, numbers.values()):
         return sorted(labels)
     return sorted(labels, key=lambda label: (numbers[label], label))
 
