@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BufferedReader
 from typing import TYPE_CHECKING, Any
 
+from fastbert.data.quoting import has_quoted_fields
 from fastbert.data.sources import Source
 from fastbert.data.unpack import LONGEST_TEXT_BYTES, is_broken, is_empty, lines
 from fastbert.errors import InputError
@@ -63,18 +64,19 @@ def read_rows(source: Source, choose: Choose) -> Iterator[tuple[int, Row]]:
 def delimited_rows(
     source: Source, file: BufferedReader, choose: Choose, strict: bool = True
 ) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of a csv file (with quotes) or a tsv file (without quotes, as GLUE's).
+    """Yield the rows of a csv file or a tsv file; fields of a tsv file may be quoted or not.
 
     Without `strict`, bytes that are not UTF-8 make their row a bad one, and raise nothing.
     """
     csv.field_size_limit(LONGEST_TEXT_BYTES)
-    quoted = source.format == "csv"
+    is_csv = source.format == "csv"
+    quoted = is_csv or has_quoted_fields(source)
     text = lines(source, file, strict)
     header = next(text, "")
     text = itertools.chain([header], text)
     if quoted:
         # Spreadsheets write semicolons where numbers have decimal commas.
-        delimiter = next((mark for mark in ",;\t|" if mark in header), ",")
+        delimiter = next((mark for mark in ",;\t|" if mark in header), ",") if is_csv else "\t"
         reader = csv.reader(text, delimiter=delimiter, strict=True)
     else:
         reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -104,7 +106,7 @@ def delimited_rows(
             if not is_cola:
                 continue
         if len(row) != len(columns):
-            hint = "; put texts with commas in quotes" if quoted and len(row) > len(columns) else ""
+            hint = "; put texts with commas in quotes" if is_csv and len(row) > len(columns) else ""
             yield at, f"{len(row)} fields, and the header has {len(columns)}{hint}"
         elif row[0].removeprefix("\ufeff") == columns[0] and row[1:] == columns[1:]:
             yield at, "the header again, as where files were joined; remove this line"
