@@ -360,8 +360,9 @@ class Engine:
         self._engine.destroy()
         del self._engine, self._optimizer, self._parameters, self.model
         gc.collect()
-        # DeepSpeed would keep its process groups for the next engine.
-        deepspeed.utils.groups._release_process_group_references(group=None)
+        # DeepSpeed would keep its copy of the process group for the next engine. It makes no other
+        # group here, and only its newest releases have a function that drops all of them.
+        deepspeed.utils.groups._WORLD_GROUP = None
 
     def __enter__(self) -> Engine:
         return self
