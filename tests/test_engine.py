@@ -27,6 +27,7 @@ from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine, NotFinite, deepspeed
 from tests.tiers import slow, typical
+from tests.toy_ranks import listening
 
 ROOT = Path(__file__).parents[1]
 STAGES = typical([0, 1, 2, 3], 0, 1, 3)
@@ -560,3 +561,12 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def test_a_process_listens_on_two_ports_of_this_machine_alone(small_dataset, packs):
+    """SECURITY.md says so. gloo opens one for our process group, and one for DeepSpeed's."""
+    before = listening(os.getpid())
+    with engine(small_dataset, 1) as built:
+        built.step(packs[0], 1e-2)
+        opened = listening(os.getpid()) - before
+    assert [address for _, address, _ in opened] == ["127.0.0.1", "127.0.0.1"]
