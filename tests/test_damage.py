@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import html
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from fastbert.data.damage import ENTITIES, ESCAPES, LETTERS, TAGS, Damage, find_damage
+from fastbert.data.damage import (
+    DECOMPOSED,
+    ENTITIES,
+    ESCAPES,
+    HYPHENS,
+    JSON,
+    KINDS,
+    LETTERS,
+    LIGATURES,
+    TAGS,
+    Damage,
+    find_damage,
+)
 from fastbert.data.dataset import open_dataset
 from fastbert.data.prepare import prepare
 
@@ -21,6 +34,10 @@ FOUND = {
     ],
     TAGS: ["a<br>b", "<p>x", "</DIV>", '<a href="x">', "line<br />", "x<ref name=1/>", "<h2\n>"],
     ESCAPES: [json.dumps("é"), json.dumps("Done.\nNext"), json.dumps("a\n\nb"), r"a\r\nb"],
+    JSON: [json.dumps({"id": 1, "text": "a"}), json.dumps({"text": "a"}, indent=2)],
+    HYPHENS: ["the moun-\ntain", "the moun-\r\n    tain", "Stra-\nße"],
+    LIGATURES: ["o\ufb03cial", "\ufb01sh", "a\ufb02oat"],
+    DECOMPOSED: [unicodedata.normalize("NFD", text) for text in ("café", "über", "Ångström")],
     # What a reader with the wrong encoding makes of UTF-8.
     LETTERS: [
         *(
@@ -36,14 +53,17 @@ HARMLESS = [
     *("a < b > c", "x <3", "<unk> <s1> <user>", "vector<int>", "i<n; j>m", "<prose>", "<-- here"),
     *(r"C:\new\users", r"\nabla \nu \upsilon \u", r"a\nb", r"\section{x}"),
     *("café über Straße naïve it’s “x” – …", "SÃO PAULO, IRMÃ”, MANHÃ", "Âme, Â, âge, âme, fâché"),
+    *("f(){ return 1; }", 'x = {"a": 1}', "{}", '{"a", "b"}', "a well-known\nword", "1990-\n1995"),
+    *("- one\n- two", "end --\nof", "A-\nB", "naïve", "हिन्दी", "Việt", "ไทย"),
     *("при Ð Ñandú ÑU", "Ðað, aïe, ï", "日本語", "TỜ Â, THÂN"),
 ]
 
 
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.name)
 def test_damage_is_found(kind):
+    assert set(FOUND) == set(KINDS)
     for text in FOUND[kind]:
-        for around in (text, f"Some text {text} and more.", f"日本 {text}"):
+        for around in (text, f"Some\n{text}\nmore", f"日本\n{text}"):
             assert find_damage([around]).documents == {kind.name: 1}, around
 
 

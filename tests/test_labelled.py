@@ -206,6 +206,12 @@ def test_bad_rows_of_parquet(tmp_path):
             "line 4: not JSON",
         ),
         ("x.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        # As pandas writes an index.
+        ("x.csv", b",body,stars\n0,a,b\n", "the columns do not say which is the text and which"),
+        ("x.tsv", b"\tbody\tstars\n0\ta\tb\n", "the columns do not say which is the text and"),
+        ("x.jsonl", b'{"": "a", "label": "x"}', "the columns do not say which is the text and"),
+        ("x.csv", b"text,label,text\na,x,b\n", "2 columns are named 'text'; rename all but one"),
+        ("x.tsv", b"text\tlabel\tlabel\na\tx\tb\n", "2 columns are named 'label'"),
         ("x.doc", b"a", "must end in .csv, .tsv, .jsonl, .ndjson, .parquet"),
     ],
 )
@@ -213,6 +219,34 @@ def test_a_wrong_file_is_one_line_that_names_its_bad_rows(tmp_path, name, data, 
     with pytest.raises(InputError, match=words) as caught:
         read_examples(write(tmp_path / name, data))
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path / name))
+
+
+def test_a_name_that_columns_share(tmp_path):
+    """It is refused where it is to be read, in a csv file as in Parquet."""
+    names = ["text", "note", "note", "label"]
+    rows = [["a b", "p", "q", "x"], ["c d", "r", "s", "y"]]
+    table = pyarrow.Table.from_arrays([pyarrow.array(c) for c in zip(*rows, strict=True)], names)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with open(tmp_path / "x.csv", "w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    for name in ("x.parquet", "x.csv"):
+        file = tmp_path / name
+        assert read_examples(file).first == list(read_documents([file])) == ["a b", "c d"]
+        for wrong in (
+            lambda file=file: read_examples(file, "note", None, "label"),
+            lambda file=file: list(read_documents([file], text_field="note")),
+        ):
+            with pytest.raises(InputError, match=r"2 columns are named 'note'; rename all but one"):
+                wrong()
+
+
+def test_a_separator_that_the_first_line_names(tmp_path):
+    """Excel writes and reads such a line."""
+    for begin in ("sep=;\r\n", "SEP=;\n", '"sep=;"\n'):
+        file = write(tmp_path / "x.csv", f'\ufeff{begin}label;text\nx;"a, b"\ny;c\n')
+        found = read_examples(file)
+        assert (found.first, found.labels, found.lines) == (["a, b", "c"], ["x", "y"], [3, 4])
+        assert list(read_documents([file])) == found.first
 
 
 def test_blanks_around_a_label_make_no_other_class(tmp_path):

@@ -1,4 +1,4 @@
-"""Finds what earlier processing has left in a text: markup, escapes, letters decoded wrongly.
+"""Finds what earlier processing has left in a text: markup, escapes, broken words and letters.
 
 The text is not changed: only its owner knows whether `&amp;` is damage or the subject. `prepare`
 counts the documents in which something is found, and its report shows examples.
@@ -40,13 +40,15 @@ class Kind:
     name: str
     marks: str
     pattern: re.Pattern[str]
+    around: int = 0  # characters that an example shows on each side
 
     def find(self, text: str) -> Iterator[str]:
         """Yield where it occurs in a text."""
         if not any(mark in text for mark in self.marks):
             return
         for match in self.pattern.finditer(text):
-            yield match[0][:_EXAMPLE_LENGTH]
+            begin, end = match.start() - self.around, match.end() + self.around
+            yield text[max(begin, 0) : end][:_EXAMPLE_LENGTH]
 
 
 # Each pattern begins with one of the marks, and then looks at the next letter alone: so the search
@@ -70,12 +72,26 @@ ESCAPES = Kind(
     "\\",
     re.compile(r"\\(?:u[0-9a-fA-F]{4}|r\\n|n\\n|(?<=[.!?]\\)n(?=[A-Z0-9\"\\]|$))", re.MULTILINE),
 )
+JSON = Kind("JSON", "{", re.compile(r'\{(?<=^\{)\s*"[^"\n]{1,60}"\s*:', re.MULTILINE))
+HYPHENS = Kind(
+    "words broken at line ends",
+    "-",
+    re.compile("-(?=\r?\n)(?<=[a-zß-öø-ÿ]-)\r?\n[ \t]*(?=[a-zß-öø-ÿ])"),
+    around=4,
+)
+LIGATURES = Kind("ligatures", "ﬀﬁﬂﬃﬄﬅﬆ", re.compile("[ﬀ-ﬆ]"))
+DECOMPOSED = Kind(
+    "letters apart from their accents",
+    "\u0300\u0301\u0302\u0303\u0308\u030a\u030c\u0327",
+    re.compile("[A-Za-z][\u0300-\u0303\u0308\u030a\u030c\u0327]"),
+)
 LETTERS = Kind(
     "letters decoded wrongly",
     "ÃÂâÐÑï",
     re.compile(f"[ÃÂâÐÑï](?:{'|'.join(_WRONG_LETTERS)})"),
 )
-KINDS = (ENTITIES, TAGS, ESCAPES, LETTERS)
+IN_ASCII = (ENTITIES, TAGS, ESCAPES, JSON, HYPHENS)
+KINDS = (*IN_ASCII, LETTERS, LIGATURES, DECOMPOSED)
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,7 @@ def find_damage(texts: Iterable[str]) -> Damage:
     """Search documents for every kind of damage."""
     documents, examples = dict[str, int](), dict[str, dict[str, None]]()
     for text in texts:
-        kinds = KINDS[:-1] if text.isascii() else KINDS
+        kinds = IN_ASCII if text.isascii() else KINDS
         for kind in kinds:
             found = kind.find(text)
             if (first := next(found, None)) is None:

@@ -73,10 +73,14 @@ def delimited_rows(
     quoted = is_csv or has_quoted_fields(source)
     text = lines(source, file, strict)
     header = next(text, "")
+    delimiter = "\t"
+    if is_csv:
+        # Spreadsheets write semicolons where numbers have decimal commas, and some say so first.
+        named = _SEPARATOR.fullmatch(header)
+        header = "\n" if named else header
+        delimiter = named[1] if named else next((m for m in ",;\t|" if m in header), ",")
     text = itertools.chain([header], text)
     if quoted:
-        # Spreadsheets write semicolons where numbers have decimal commas.
-        delimiter = next((mark for mark in ",;\t|" if mark in header), ",") if is_csv else "\t"
         reader = csv.reader(text, delimiter=delimiter, strict=True)
     else:
         reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -103,6 +107,7 @@ def delimited_rows(
             is_cola = not quoted and len(row) == len(COLA) and row[1] in ("0", "1")
             columns = list(COLA) if is_cola else row
             chosen = [(name, columns.index(name)) for name in choose(columns)]
+            _check_names(source, columns, [name for name, _ in chosen])
             if not is_cola:
                 continue
         if len(row) != len(columns):
@@ -116,6 +121,15 @@ def delimited_rows(
             yield at, {name: row[i] for name, i in chosen}
     if not columns:
         raise is_empty(source)
+
+
+def _check_names(source: Source, there: Sequence[str], chosen: Iterable[str]) -> None:
+    """Raise InputError where several columns have a name that is to be read."""
+    for name in chosen:
+        if there.count(name) > 1:
+            raise InputError(
+                f"{source.path}: {there.count(name)} columns are named {name!r}; rename all but one"
+            )
 
 
 def json_object(text: str) -> dict[str, Any] | str:
@@ -144,6 +158,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
+_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # Excel's first line
 # Errors of the csv module after which the next row is not the next line.
 _ENDLESS = re.compile("unexpected end of data|larger than field limit")
 # Lines that begin a value of several lines, and how to get one line per object.
@@ -263,6 +278,10 @@ def parquet_batches(
         table = pyarrow.parquet.ParquetFile(file)
         metadata = table.metadata
         chosen = list(choose(table.schema_arrow))
+        # "doc.text" is a column of this name, or a field of the column "doc".
+        there = table.schema_arrow.names
+        tops = {name if name in there else name.partition(".")[0] for name in chosen}
+        _check_names(source, there, sorted(tops))
         if metadata.num_rows == 0:
             raise is_empty(source)
         groups = range(metadata.num_row_groups)
@@ -343,10 +362,8 @@ def parquet_names(schema: pyarrow.Schema) -> list[str]:
 
 def field_type(schema: pyarrow.Schema, name: str) -> pyarrow.DataType:
     """Return the type of a column that `parquet_names` names."""
-    if name in schema.names:
-        return schema.field(name).type
-    first, *rest = name.split(".")
-    kind = schema.field(first).type
+    first, *rest = [name] if name in schema.names else name.split(".")
+    kind = schema.field(schema.names.index(first)).type  # by index: a name may be there twice
     for field in rest:
         kind = kind.field(field).type
     return kind

@@ -292,7 +292,7 @@ def plan(
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise InputError(f"--gpu {gpu}: unknown; {hint}known: {', '.join(known)}")
     on_cpu = name == CPU
-    _check(config, recipe, gpus, on_cpu, efficiency, stage, price)
+    _check(config, recipe, gpus, on_cpu, efficiency, stage, mean_length, price)
     bf16 = config.runtime.precision == "bf16" or (config.runtime.precision == "auto" and not on_cpu)
     kernels = "cpu" if on_cpu else "triton"
     precision, w = ("bf16", 2) if bf16 else ("fp32", 4)
@@ -466,6 +466,7 @@ def _check(
     on_cpu: bool,
     efficiency: float | None,
     stage: int | None,
+    mean_length: float | None,
     price: float | None,
 ) -> None:
     if gpus < 1:
@@ -492,7 +493,12 @@ def _check(
         )
     if stage not in (None, 0, 1, 2, 3):
         raise InputError(f"--stage {stage}: must be 0, 1, 2 or 3")
-    if price is not None and not price >= 0:
+    if mean_length is not None and not mean_length <= batch.max_length:
+        raise InputError(
+            f"--mean-length {mean_length:g}: is above the batch.max_length = {batch.max_length} of "
+            f"{recipe}, the tokens of the longest example"
+        )
+    if price is not None and not 0 <= price < math.inf:
         raise InputError(f"--price {price}: must be 0 or more, in dollars per GPU hour")
 
 
@@ -587,7 +593,7 @@ def _examples(
     epoch, assumptions, wanted = None, [], config.batch.sequences
     lengths = None
     if mean_length is not None:
-        lengths = np.full(wanted, round(min(mean_length, config.batch.max_length)))
+        lengths = np.full(wanted, round(mean_length))
     if dataset is None and status(Path(config.data)) is not None:
         dataset = open_dataset(config.data)
     if dataset is not None:

@@ -223,6 +223,7 @@ def finetune(
         x if isinstance(x, Examples) else read_examples(x) for x in (train, evaluation)
     )
     task = _task(training, test, settings)
+    _warn_of_one_label(test, task)
     _warn_of_shared(training, test)
     held_out = None
     if settings.patience is not None:
@@ -421,6 +422,18 @@ def _warn_of_alike(training: Examples, labels: Sequence[str]) -> None:
                 DataWarning,
                 stacklevel=5,
             )
+
+
+def _warn_of_one_label(test: Examples, task: _Task) -> None:
+    """Warn where the labels of the evaluation do not vary, so that most scores mean nothing."""
+    if len(set(task.targets(test).tolist())) == 1:
+        others = [name for name in task.scores if name != "accuracy"]
+        warnings.warn(
+            f"{test.file}: every label is {test.labels[0]!r}; {' and '.join(others)} say nothing "
+            "of such a file",
+            DataWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_shared(training: Examples, test: Examples) -> None:

@@ -156,7 +156,7 @@ def _columns(file: Path, there: list[str], wanted: Columns) -> Columns:
     if wanted.first and not wanted.second:
         chosen = chosen._replace(second="")
     needed = (chosen.first, chosen.label, *filter(None, [chosen.second]))
-    absent = [name for name in needed if name not in there]
+    absent = [name for name in needed if not name or name not in there]
     if absent:
         what = (
             f"no column {absent[0]!r}"

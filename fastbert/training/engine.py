@@ -206,7 +206,7 @@ class Engine:
             # each. It then checks their norm, which finds the same.
             cast(Any, self._engine.optimizer).check_overflow = lambda **_: None
         self._norm: float | None = None  # of the gradient that is about to be applied
-        self._optimizer.register_step_pre_hook(self._read_norm)
+        self._optimizer.register_step_pre_hook(self._check_norm)
         self._allocate_slots(step)
         if self.stage and isinstance(self._optimizer, Muon):
             self._optimizer.use_shares(self._starts(), group)
@@ -299,13 +299,19 @@ class Engine:
             self._optimizer.zero_grad()
         return norm
 
-    def _read_norm(self, *_: object) -> None:
-        """Read the norm; torch calls this before the optimizer takes a step.
+    def _check_norm(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Read the norm, and drop the gradient where it is not finite.
 
-        A later read would wait until the step is done.
+        torch calls this before the optimizer takes a step; a later read would wait until the step
+        is done. Before release 0.19.8 DeepSpeed applies a gradient that is NaN. Without gradients
+        the optimizer changes nothing.
         """
-        if self.stage and self._norm is None:
+        if not self.stage:
+            return
+        if self._norm is None:
             self._norm = float(cast(Any, self._engine.optimizer)._global_grad_norm)
+        if not math.isfinite(self._norm):
+            optimizer.zero_grad()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch], mask_id: int) -> HeldOut:
