@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 from contextlib import nullcontext
 from dataclasses import replace
