@@ -205,6 +205,12 @@ class Engine:
             # In bf16 DeepSpeed searches every gradient for NaN and infinity, with 13 operations
             # each. It then checks their norm, which finds the same.
             cast(Any, self._engine.optimizer).check_overflow = lambda **_: None
+        if self.stage:
+            zero = cast(Any, self._engine.optimizer)
+            # DeepSpeed gives -1 for a norm that is not finite, and before release 0.19.8 takes it
+            # for a norm.
+            norm_of = zero.get_grad_norm_direct
+            zero.get_grad_norm_direct = lambda *args: _nan_below_zero(norm_of(*args))
         self._norm: float | None = None  # of the gradient that is about to be applied
         self._optimizer.register_step_pre_hook(self._check_norm)
         self._allocate_slots(step)
@@ -303,8 +309,8 @@ class Engine:
         """Read the norm, and drop the gradient where it is not finite.
 
         torch calls this before the optimizer takes a step; a later read would wait until the step
-        is done. Before release 0.19.8 DeepSpeed applies a gradient that is NaN. Without gradients
-        the optimizer changes nothing.
+        is done. Before release 0.19.8 DeepSpeed drops no gradient that is NaN. Without gradients the
+        optimizer changes nothing.
         """
         if not self.stage:
             return
@@ -540,3 +546,7 @@ def _keys(model: Any, inside: list[str]) -> list[str]:
             kind for kind in (kinds, *typing.get_args(kinds)) if hasattr(kind, "model_fields")
         )
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _nan_below_zero(norm: Tensor) -> Tensor:
+    return torch.where(norm < 0, math.nan, norm)
