@@ -462,6 +462,31 @@ def test_a_gradient_that_is_not_finite_is_dropped_too(small_dataset, packs, stag
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+def test_so_it_is_where_the_optimizer_is_offloaded(small_dataset, packs, stage):
+    """DeepSpeed keeps the memory of such gradients, so what was dropped must not be missing."""
+    values = settings(stage).values
+    values["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}}
+    with (
+        join(60.0) as group,
+        Engine(
+            new_model(small_dataset), CONFIG, DeepSpeedSettings("x", values), "fp32", group
+        ) as built,
+    ):
+        built.step(packs[0], lr=1e-2)
+        before = state_of(built)
+        poison = built.model.embeddings.norm_weight.register_hook(lambda grad: grad * math.nan)
+        with pytest.raises(NotFinite, match="the norm of the gradient is not finite"):
+            built.step(packs[1], lr=1e-2)
+        poison.remove()
+        torch.testing.assert_close(state_of(built), before, rtol=0, atol=0)
+        assert built.step(packs[2], lr=1e-2).grad_norm > 0
+        assert all(
+            not torch.equal(tensor, before["weight"][name])
+            for name, tensor in state_of(built)["weight"].items()
+        )
+
+
+@pytest.mark.parametrize("stage", [1, 3])
 def test_so_it_is_in_bf16(small_dataset, packs, stage, bf16):
     with engine(small_dataset, stage, precision=bf16) as built:
         built.step(packs[0], lr=1e-2)
