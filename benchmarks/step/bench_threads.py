@@ -3,7 +3,7 @@
 Three ways to use all cores are compared, each in a process of its own: packs on threads, as
 fastbert computes them (fastbert/training/threads.py); torch's OpenMP threads as they come, which
 spin while they wait; and the same with OMP_WAIT_POLICY=PASSIVE, which sleep. The last row is one
-thread. A time is that of 2,500 tokens, forward, backward and AdamW, in milliseconds.
+thread. A time is that of 2,500 tokens, forward, backward, clipping and AdamW, in milliseconds.
 
     python -m benchmarks.step.bench_threads data/wiki
 """
@@ -44,6 +44,7 @@ def measure(way: str, recipe: str, data: str, steps: int) -> list[float]:
     from fastbert.data.dataset import open_dataset
     from fastbert.heap import keep_heap
     from fastbert.models.bert import BertForPreTraining
+    from fastbert.planning.step_speed import train_step
     from fastbert.training.optimizer import build_optimizer
     from fastbert.training.threads import ThreadedModel
 
@@ -60,11 +61,7 @@ def measure(way: str, recipe: str, data: str, steps: int) -> list[float]:
     while len(times) < steps + 5 and (len(times) < 8 or time.perf_counter() < began + LONGEST_S):
         step = packs[len(times) % len(packs)]
         start = time.perf_counter()
-        for first in range(0, len(step), threads):
-            outputs = run(step[first : first + threads])
-            sum((mlm + nsp for mlm, nsp, *_ in outputs), torch.zeros(())).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train_step(run, step, threads, optimizer, config.optimizer.max_grad_norm)
         used = time.perf_counter() - start
         times.append(used * TOKENS / sum(pack.tokens for pack in step))
     return times[5:]

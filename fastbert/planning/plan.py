@@ -33,7 +33,7 @@ from fastbert.planning.memory import (
     stay_gathered,
 )
 from fastbert.presence import status
-from fastbert.training.ds_config import read_ds_config
+from fastbert.training.ds_config import check_optimizer, read_ds_config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -298,6 +298,8 @@ def plan(
     precision, w = ("bf16", 2) if bf16 else ("fp32", 4)
     efficiency = efficiency or (1.0 if on_cpu else EFFICIENCY)
     zero: dict[str, Any] = {}
+    if stage is not None:
+        check_optimizer(f"--stage {stage}", stage, config.optimizer.name)
     file = config.runtime.deepspeed
     if stage is None or file is None or status(Path(file)) is not None:
         settings = read_ds_config(config, recipe)
