@@ -191,7 +191,7 @@ def _pretrain(
         _check_process(torch.distributed)
         name = "recipe" if isinstance(recipe, Mapping) else str(recipe)
         random: Any = torch.random  # which has no complete types
-        # The caller's random numbers go on where they were.
+        # The caller's random number generators are not advanced.
         with random.fork_rng(), torch_defaults():
             ending = pretrain(config, name, resume, stop_request)
     run = Path(config.run).absolute()
@@ -204,7 +204,7 @@ def _pretrain(
 
 @contextmanager
 def _in_python() -> Generator[None, None, None]:
-    """Let messages speak of arguments, where those of the command line speak of options."""
+    """Name Python arguments in error messages, where the command line names options."""
     try:
         yield
     except InputError as error:

@@ -33,7 +33,7 @@ from tests.uninterpreted import ROOT, run_module
 OLDEST = Path(sys.prefix) / "triton-oldest"
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 KERNELS = "17"  # functions with @triton.jit that are launched
-ALL, OF_THE_MODEL = 400, 70  # kinds of launches: at least so many
+ALL, OF_THE_MODEL = 400, 70  # kinds of launches, at least
 
 
 def launches(*arguments: str, **where: Path) -> subprocess.CompletedProcess[str]:

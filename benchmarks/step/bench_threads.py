@@ -1,9 +1,9 @@
 """The time of a training step on a CPU, alone and beside a busy process on each core.
 
 Three ways to use all cores are compared, each in a process of its own: packs on threads, as
-fastbert computes them (fastbert/training/threads.py); torch's OpenMP threads as they come, which
-spin while they wait; and the same with OMP_WAIT_POLICY=PASSIVE, which sleep. The last row is one
-thread. A time is that of 2,500 tokens, forward, backward, clipping and AdamW, in milliseconds.
+fastbert computes them (fastbert/training/threads.py); torch's OpenMP threads with their defaults,
+which spin while they wait; and the same with OMP_WAIT_POLICY=PASSIVE, which sleep. The last row is
+one thread. A time is that of 2,500 tokens in milliseconds: forward, backward, clipping and AdamW.
 
     python -m benchmarks.step.bench_threads data/wiki
 """
@@ -29,7 +29,7 @@ TOKENS = 2500
 LONGEST_S = 30.0  # of a measurement; beside busy processes a step of OpenMP's may take seconds
 WAYS = {
     "packs on threads": ("threads", {}),
-    "OpenMP, as it comes": ("openmp", {}),
+    "OpenMP, default": ("openmp", {}),
     "OpenMP, PASSIVE": ("openmp", {"OMP_WAIT_POLICY": "PASSIVE"}),
     "one thread": ("openmp", {"OMP_NUM_THREADS": "1"}),
 }
@@ -69,7 +69,7 @@ def measure(way: str, recipe: str, data: str, steps: int) -> list[float]:
 
 @contextlib.contextmanager
 def neighbours(number: int) -> Iterator[None]:
-    """Keep as many processes busy meanwhile."""
+    """Keep a number of processes busy inside the block."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         yield

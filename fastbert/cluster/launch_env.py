@@ -21,7 +21,7 @@ OTHER_STARTERS = {
 
 @dataclass(frozen=True)
 class LaunchEnv:
-    """What the launcher said to this process.
+    """The variables that the launcher has set for this process.
 
     Attributes:
         rank, world: the rank of this process, and the number of ranks.

@@ -66,7 +66,7 @@ def _signs(text: Iterator[str]) -> Iterator[tuple[int, bool | None]]:
             elif _columns(row) == columns:
                 yield line, None if as_text and not _DOUBLED.search(row) else True
         else:
-            # A quoted field would go on in the next lines, until its quote is closed.
+            # A quoted field would continue on the next lines, up to its closing quote.
             rest = _up_to_quote(text, LONGEST_TEXT_BYTES - len(row))
             whole = "".join([f"{row}\n", *rest]).rstrip("\r\n")
             begin, line = line, line + len(rest)

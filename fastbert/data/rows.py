@@ -310,7 +310,7 @@ def _batches_of_group(
     """Yield the chosen columns of one group of rows, as dictionaries where pyarrow can.
 
     It cannot where a string is encoded as its difference from the one before. The metadata would
-    tell the encodings, but for a damaged file pyarrow aborts the process when it is asked for them.
+    tell the encodings, but for a damaged file pyarrow aborts the process when they are read.
     """
     import pyarrow
 

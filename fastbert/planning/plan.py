@@ -67,7 +67,7 @@ _FACTS = tomllib.loads((Path(__file__).parent / "gpus.toml").read_text(encoding=
 GPUS = {name: Device(**facts) for name, facts in _FACTS["gpus"].items()}
 CPU = "cpu"  # the name of this machine's CPU, see `this_machine`
 GPUS_PER_NODE = 8
-LARGEST_BATCH = 1 << 17  # sequences; for so many a plan takes about a second more
+LARGEST_BATCH = 1 << 17  # sequences; such a plan takes about a second longer
 
 # The share of the peak that matrix products reach. It is chosen so that the estimate of one
 # published run is right (docs/plan.md, first row).

@@ -425,7 +425,7 @@ def _warn_of_alike(training: Examples, labels: Sequence[str]) -> None:
 
 
 def _warn_of_one_label(test: Examples, task: _Task) -> None:
-    """Warn where the labels of the evaluation do not vary, so that most scores mean nothing."""
+    """Warn where the labels of the evaluation do not vary, so that most scores are meaningless."""
     if len(set(task.targets(test).tolist())) == 1:
         others = [name for name in task.scores if name != "accuracy"]
         warnings.warn(

@@ -228,7 +228,7 @@ def _cards(history: History, pretrained: Pretrained | None, found: Evaluation | 
 
 
 def _state(history: History) -> str:
-    """Whether the run goes on, as far as its records show: a resume may follow an end."""
+    """Whether the run is still training, judging by its records: it may have been resumed."""
     last = [event for event in history.events if event["event"] in ("stop", "resume")][-1:]
     if last and last[0]["event"] == "stop":
         return f"Ended by: {last[0].get('reason') or 'a stop without a reason'}"

@@ -17,7 +17,7 @@ def resolve_precision(
 
     "auto" is bf16 on a GPU that has it, and fp32 on a CPU. On a CPU bf16 must be asked for, for two
     reasons. Its matrix products may run at twice the rate, but a small model's step is still
-    slower. And a run must not change its precision with a measurement. Where bf16 is asked for on a
+    slower. And a run must not change its precision with a measurement. Where bf16 is requested on a
     CPU, a child process tries it first (see machine.py), since some processors kill the process
     that multiplies in bf16.
 
