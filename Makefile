@@ -1,4 +1,4 @@
-# The whole way from an empty machine: `make` lists what there is. Every finished step is skipped at the next call.
+# From an empty machine to a trained model: run `make` to list all targets. Finished steps are skipped.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -e -o pipefail -c
@@ -33,24 +33,24 @@ endef
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
-install: .venv/.installed ## make .venv with fastbert in it
+install: .venv/.installed ## create .venv and install fastbert in it
 
-demo: runs/demo/export/config.json ## from text to a trained model that transformers loads, under 8 minutes on 2 cores
+demo: runs/demo/export/config.json ## train a small model from text and export it for transformers; under 8 minutes on 2 cores
 	$(call finished,runs/demo)
 
-library: runs/library/export/config.json ## the same with all the prose that packages carry, and a larger model, in 95 minutes on 2 cores
+library: runs/library/export/config.json ## the same with a larger model on all prose found in Python packages; 95 minutes on 2 cores
 	$(call finished,runs/library)
 
-test: .venv/.installed-test ## what a change is likely to break, on all cores, in minutes
+test: .venv/.installed-test ## the tests that a change is likely to break, on all cores, in minutes
 	@$(PYTEST) -m "not slow"
 
-test-all: .venv/.installed-test ## every test, also long kills, many ranks, several nodes and whole tables
+test-all: .venv/.installed-test ## all tests, including long kill tests, many ranks, several nodes and complete tables
 	@$(PYTEST)
 
 torture: .venv/.installed-test ## 200 kills, 1,000 flipped bits, lost nodes: runs must resume with the same losses; takes an hour
 	@$(BIN)/python -m tests.torture
 
-mutants: .venv/.installed-test ## plants 60 faults, one at a time, and reports which of them `make test` would notice
+mutants: .venv/.installed-test ## plant 60 faults, one at a time, and report which of them `make test` notices
 	@$(BIN)/python -m tests.mutants
 
 check: .venv/.installed-test ## lint, format and types only
@@ -65,27 +65,27 @@ docs: .venv/.installed-docs ## build the documentation into site/, with warnings
 bench: .venv/.installed-test | data/wiki/manifest.json ## all benchmarks that need no GPU, in 15 minutes; report in OUT=folder
 	@$(RUN_BENCHMARKS) --out $(OUT)
 
-bench-check: .venv/.installed-test | data/wiki/manifest.json ## the same, and whether a ratio fell below 0.85 of what is on record for such a machine
+bench-check: .venv/.installed-test | data/wiki/manifest.json ## the same, and check that no ratio fell below 0.85 of the recorded one for this kind of machine
 	@$(RUN_BENCHMARKS) --out $(OUT)
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.check $(OUT)
 
-bench-step: .venv/.installed-test | data/wiki/manifest.json ## of these, one: a training step against transformers' BertForPreTraining
+bench-step: .venv/.installed-test | data/wiki/manifest.json ## only the training step, against transformers' BertForPreTraining
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.step.bench_step data/wiki
 
 bench-quality: .venv/.installed-test | data/wiki/manifest.json ## time to quality against transformers' Trainer; takes half an hour on 2 cores
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.quality.bench_quality data/wiki --out $(OUT)
 
-bench-downstream: .venv/.installed-test | data/library-8192/manifest.json ## whether pre-training pays, on two tasks, also that of runs/library if it is there; takes hours
+bench-downstream: .venv/.installed-test | data/library-8192/manifest.json ## does pre-training pay off? two tasks, including runs/library if it exists; takes hours
 	@PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.quality.bench_downstream data/labelled --data data/library-8192 --out $(OUT) \
 	    $(if $(wildcard runs/library/finished),--beside runs/library)
 
 speedrun: .venv/.installed-test | data/wiki/manifest.json ## the speed record: seconds on 2 cores to a loss of 4.0 on [MASK], three seeds
 	@PYTHONPATH=.:kernels $(BIN)/python -m speedrun
 
-gpu: ## all that needs a GPU, in 10 minutes, with the torch, Triton and pytest of PYTHON; every result is on disk at once; report in OUT=folder
+gpu: ## everything that needs a GPU, in 10 minutes, with the torch, Triton and pytest of PYTHON; results are saved as they come; report in OUT=folder
 	@PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --out $(OUT)
 
-clean: ## remove .venv and caches; data/ and runs/ stay
+clean: ## remove .venv and caches, but keep data/ and runs/
 	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

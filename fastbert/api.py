@@ -191,7 +191,7 @@ def _pretrain(
         _check_process(torch.distributed)
         name = "recipe" if isinstance(recipe, Mapping) else str(recipe)
         random: Any = torch.random  # which has no complete types
-        # The caller's random numbers go on where they were.
+        # The caller's random number generators are not advanced.
         with random.fork_rng(), torch_defaults():
             ending = pretrain(config, name, resume, stop_request)
     run = Path(config.run).absolute()
@@ -204,7 +204,7 @@ def _pretrain(
 
 @contextmanager
 def _in_python() -> Generator[None, None, None]:
-    """Let messages speak of arguments, where those of the command line speak of options."""
+    """Name Python arguments in error messages, where the command line names options."""
     try:
         yield
     except InputError as error:
@@ -278,6 +278,8 @@ def _keys(values: Mapping[str, Any], prefix: str = "") -> set[str]:
 
 def _check_process(distributed: Any) -> None:
     """Raise InputError where this process cannot take part in a run."""
+    from fastbert.cluster.launch_env import launched
+
     if distributed.is_initialized():
         raise InputError(
             "torch.distributed is initialized in this process; fastbert makes its own process "
@@ -285,5 +287,5 @@ def _check_process(distributed: Any) -> None:
         )
     if _LAUNCHED.is_set():
         raise InputError("this process has made a run under a launcher; start it for each run")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if launched():
         _LAUNCHED.set()

@@ -33,6 +33,7 @@ from fastbert.out_of_memory import shortage
 from fastbert.terminal import is_terminal, safe, tell
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
+TAKES_ANY_TEXT = ("fill-mask", "nsp")  # the arguments of these commands may be empty
 EVALUATE_S = 600.0  # how long the ranks of `evaluate` wait for each other
 
 # Errors of the system that come from the user's disk or permissions, not from a bug.
@@ -120,6 +121,16 @@ def _why_not_text(argument: str) -> str:
     return f"is UTF-8, but Python reads it as {encoding} here; set PYTHONUTF8=1 or a UTF-8 locale"
 
 
+def _check_not_empty(arguments: Sequence[str]) -> None:
+    """Raise InputError for an empty argument, which as a path would mean the current folder."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if not argument or re.fullmatch("--[a-z-]+=", argument):
+            place = before if argument == "" else argument
+            raise InputError(
+                f"the argument after {place!r} is empty, as where a shell variable is not set"
+            )
+
+
 _OPTION_AT_HOME = re.compile("^(--[a-z-]+=)(~.*)")
 
 
@@ -140,6 +151,8 @@ def run(arguments: Sequence[str]) -> int:
             # Python decodes bytes that are not UTF-8 to these surrogates.
             if any("\udc80" <= c <= "\udcff" for c in argument):
                 raise InputError(f"argument {argument!r} {_why_not_text(argument)}")
+        if arguments and arguments[0] not in TAKES_ANY_TEXT:
+            _check_not_empty(arguments)
         # A shell expands "~" at the beginning of a word, and not in --out=~/x.
         arguments = [_OPTION_AT_HOME.sub(_expand, argument) for argument in arguments]
         # Without standalone mode typer returns the command's result, or the code of typer.Exit.
@@ -386,14 +399,14 @@ def evaluate(
     The ranks of a launcher share the work.
     """
     from fastbert.cluster.group import RankLost, join
+    from fastbert.cluster.launch_env import launched
     from fastbert.machine import share_cores
     from fastbert.tasks.evaluate import MASKED, evaluate
     from fastbert.tasks.load import load
     from fastbert.training.diagnosis import compare
 
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        with join(EVALUATE_S) if launched else contextlib.nullcontext() as group:
+        with join(EVALUATE_S) if launched() else contextlib.nullcontext() as group:
             share_cores(group.local_world if group else 1)
             opened = load(model)
             result = evaluate(opened, data, sequences, group)

@@ -364,9 +364,15 @@ def _apply(values: dict[str, Any], override: str, sources: dict[str, str]) -> No
             "write for example batch.sequences=64"
         )
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value, *others = tomllib.loads(f"value = {text}").values()
     except NOT_TOML:
         value = text.strip()  # a bare word: run=runs/demo needs no quotes
+        others = value.splitlines()[1:]
+    if others:
+        raise InputError(
+            f"{COMMAND_LINE}: {_shown(override)} has several lines; give each setting as an "
+            "argument of its own"
+        )
     _set(values, key, value, COMMAND_LINE, sources)
 
 

@@ -217,7 +217,7 @@ def _best(
 
 
 def startable_threads(wanted: int) -> int:
-    """Return how many of so many more threads this process can start: all, unless limited.
+    """Return how many of `more` further threads this process can start: all, unless limited.
 
     Limits are those of the user (`ulimit -u`) and of the container (pids.max).
     """

@@ -14,6 +14,7 @@ subprocess has it}. When stdin ends, the server and all ranks end.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -150,7 +151,8 @@ if __name__ == "__main__":
     from fastbert.cli import main
 
     for module in HEAVY:
-        importlib.import_module(module)
+        with contextlib.suppress(ModuleNotFoundError):  # not every DeepSpeed has all of its modules
+            importlib.import_module(module)
     warm_up()
     gc.freeze()  # a rank's first collection would copy the pages of all imports
     if (request := serve()) is not None:

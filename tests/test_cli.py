@@ -212,6 +212,11 @@ MORE = {
         ["finetune", "hf", "--train", "train.csv", "--eval", "eval.csv", "--seed", "-1"],
         ["--seed"],
     ),
+    # As where a shell variable is not set. The first would read the current folder.
+    "prepare: empty": (["prepare", "", "--out", "new"], ["'prepare' is empty", "shell variable"]),
+    "prepare: no out": (["prepare", "texts.txt", "--out", ""], ["'--out' is empty"]),
+    "embed: no out": (["embed", "hf", "texts.txt", "--out="], ["'--out=' is empty"]),
+    "plan: empty": (["plan", "recipe.toml", ""], ["'recipe.toml' is empty"]),
     "plan: dataset": (["plan", "recipe.toml", "data=hf", "--stage", "1"], ["hf", "manifest.json"]),
 }
 

@@ -67,6 +67,18 @@ def test_overrides_win_and_are_named_in_errors(tmp_path):
         load_config(recipe, ["steps"])
 
 
+@pytest.mark.parametrize("text", ["1\nstop.steps=5", "1\n", "one\nstop.steps=5"])
+def test_an_override_is_one_setting(tmp_path, text):
+    """No line of it is dropped, as where a shell variable of several lines stands in quotes."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('data = "x"\n')
+    if text == "1\n":
+        assert load_config(recipe, [f"seed={text}"]).seed == 1
+        return
+    with pytest.raises(InputError, match=r"^command line: 'seed=.*has several lines; give each"):
+        load_config(recipe, [f"seed={text}"])
+
+
 WRONG = [
     ("", "data is missing"),
     ("data = 3", "data = 3; must be a string"),

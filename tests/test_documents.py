@@ -89,6 +89,7 @@ def write(path: Path, data: bytes | str) -> Path:
         ("a.txt", "\ufeffOne.\n\nTwo.", None, ["One.", "Two."]),
         ("a.txt", "\n".join(ONE_LINE) + "\n", "lines", ONE_LINE),
         ("a.txt", "one\n\ntwo", "lines", ["one", "", "two"]),
+        ("a.txt", "one\r\n\r\ntwo\r\n", "lines", ["one", "", "two"]),
         ("a.log", "\n".join(ONE_LINE), "lines", ONE_LINE),
         ("a.jsonl", json_lines(DOCUMENTS), None, DOCUMENTS),
         ("a.ndjson", b"\n" + json_lines(DOCUMENTS).replace(b"\n", b"\r\n\r\n"), None, DOCUMENTS),

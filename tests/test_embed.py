@@ -298,6 +298,26 @@ def test_no_file_but_an_earlier_result_is_replaced(model, folder, tmp_path):
     assert np.load(tmp_path / "y.npy").shape == (1, 32)
 
 
+@pytest.mark.parametrize("name", ["x.npy", "x.jsonl", "x.parquet"])
+def test_only_vectors_are_replaced(model, tmp_path, name):
+    source, out = source_of(write_source(tmp_path / "t.txt")), tmp_path / name
+    out.touch()
+    for _ in range(2):
+        embed(model, source, "text", check_out(out, source), None, [-1], None)
+    others = {b"mine", b'{"text": "a"}\n', b'{"text": "a, \\"vector\\": [", "label": 1}\n', b"PAR1"}
+    with io.BytesIO() as file:
+        np.save(file, np.arange(9))
+        others.add(file.getvalue())
+    with io.BytesIO() as file:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "label": ["b"]}), file)
+        others.add(file.getvalue())
+    for content in others:
+        out.write_bytes(content)
+        with pytest.raises(InputError, match=f"--out .*{name}: exists, and holds no vectors of"):
+            check_out(out, source)
+        assert out.read_bytes() == content
+
+
 @pytest.mark.parametrize("out", ["x.npy", "x.jsonl", "x.parquet"])
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.csv", "t.parquet", "t.txt.gz", "t.tsv.gz"])
 def test_every_format_to_every_format(model, tmp_path, monkeypatch, name, out):

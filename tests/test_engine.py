@@ -27,6 +27,7 @@ from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine, NotFinite, deepspeed
 from tests.tiers import slow, typical
+from tests.toy_ranks import listening
 
 ROOT = Path(__file__).parents[1]
 STAGES = typical([0, 1, 2, 3], 0, 1, 3)
@@ -461,6 +462,31 @@ def test_a_gradient_that_is_not_finite_is_dropped_too(small_dataset, packs, stag
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+def test_so_it_is_where_the_optimizer_is_offloaded(small_dataset, packs, stage):
+    """DeepSpeed keeps the memory of such gradients, so what was dropped must not be missing."""
+    values = settings(stage).values
+    values["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}}
+    with (
+        join(60.0) as group,
+        Engine(
+            new_model(small_dataset), CONFIG, DeepSpeedSettings("x", values), "fp32", group
+        ) as built,
+    ):
+        built.step(packs[0], lr=1e-2)
+        before = state_of(built)
+        poison = built.model.embeddings.norm_weight.register_hook(lambda grad: grad * math.nan)
+        with pytest.raises(NotFinite, match="the norm of the gradient is not finite"):
+            built.step(packs[1], lr=1e-2)
+        poison.remove()
+        torch.testing.assert_close(state_of(built), before, rtol=0, atol=0)
+        assert built.step(packs[2], lr=1e-2).grad_norm > 0
+        assert all(
+            not torch.equal(tensor, before["weight"][name])
+            for name, tensor in state_of(built)["weight"].items()
+        )
+
+
+@pytest.mark.parametrize("stage", [1, 3])
 def test_so_it_is_in_bf16(small_dataset, packs, stage, bf16):
     with engine(small_dataset, stage, precision=bf16) as built:
         built.step(packs[0], lr=1e-2)
@@ -560,3 +586,12 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def test_a_process_listens_on_two_ports_of_this_machine_alone(small_dataset, packs):
+    """SECURITY.md says so. gloo opens one for our process group, and one for DeepSpeed's."""
+    before = listening(os.getpid())
+    with engine(small_dataset, 1) as built:
+        built.step(packs[0], 1e-2)
+        opened = listening(os.getpid()) - before
+    assert [address for _, address, _ in opened] == ["127.0.0.1", "127.0.0.1"]

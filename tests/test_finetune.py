@@ -229,8 +229,8 @@ def test_files_that_do_not_fit_are_one_line(
         ),
         (
             {"regression": True},
-            "train.csv: 40 bad rows: line 2: label 'no' is not a number"
-            "|train.csv: 40 bad rows: line 2: label 'yes' is not a number",
+            "train.csv: 40 bad rows: line 2: label 'no' is not a plain"
+            "|train.csv: 40 bad rows: line 2: label 'yes' is not a plain",
         ),
     ],
 )
@@ -390,6 +390,17 @@ def test_many_classes_need_little_more_memory_than_few(folder, tmp_path):
         peaks.append(int(done.stdout))
     print(peaks)
     assert max(peaks) < 2 * peaks[0], peaks
+
+
+def test_an_evaluation_of_one_label_is_said(folder, tmp_path):
+    """Correlations, F1 and Matthews are 0 or 1 there, whatever the model does."""
+    rows = [(f"the {word}", str(i % 3)) for i, word in enumerate(SUBJECTS)]
+    train = write_rows(tmp_path / "train.csv", rows)
+    test = write_rows(tmp_path / "test.csv", [(text, "1") for text, _ in rows])
+    for regression, names in ((False, "f1 and matthews"), (True, "spearman and pearson")):
+        settings = Settings(epochs=1, regression=regression)
+        with pytest.warns(DataWarning, match=f"test.csv: every label is '1'; {names} say nothing"):
+            finetune(fastbert.load(folder), train, test, None, settings)
 
 
 @pytest.mark.parametrize("label", [r"$\frac{$", "$5 or $6", "a\nb", "\ud800"])

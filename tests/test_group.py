@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fastbert.cluster.group import join
-from fastbert.cluster.launch_env import read_launch_env
+from fastbert.cluster.launch_env import launched, read_launch_env
 from fastbert.cluster.rendezvous import Interrupted, RankLost, hold_store, listens
 from fastbert.cluster.signals import StopRequest
 from fastbert.cluster.signature import Key, find_key
@@ -539,6 +539,23 @@ def test_wrong_variables_are_named(monkeypatch, case):
     with pytest.raises(InputError) as caught:
         read_launch_env()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "several"), [(None, False), ("", False), ("1", False), ("2", True)]
+)
+def test_whether_a_launcher_has_started_several_processes(monkeypatch, value, several):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("WORLD_SIZE", value)
+    assert launched() is several
+
+
+@pytest.mark.parametrize("value", ["two", "1_0", "２", "-2", "0", "1.0"])
+def test_a_world_size_that_is_no_number_is_named(monkeypatch, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(InputError, match=f"WORLD_SIZE = '{value}'; must be a whole number of 1"):
+        launched()
 
 
 def test_no_interface_at_all_is_one_line():

@@ -287,6 +287,7 @@ def test_what_reads_a_dataset_does_not_know_how_it_is_made():
             "prepare",
             "sources",
             "unpack",
+            "quoting",
             "rows",
             "documents",
             "sentences",
@@ -300,6 +301,7 @@ def test_what_reads_a_dataset_does_not_know_how_it_is_made():
             "report",
             "baselines",
             "copies",
+            "damage",
         )
     }
     readers = [name for name in MODULES if below(name, "fastbert.data") and name not in makers]

@@ -6,6 +6,8 @@ import csv
 import gzip
 import io
 import json
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -204,6 +206,12 @@ def test_bad_rows_of_parquet(tmp_path):
             "line 4: not JSON",
         ),
         ("x.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        # As pandas writes an index.
+        ("x.csv", b",body,stars\n0,a,b\n", "the columns do not say which is the text and which"),
+        ("x.tsv", b"\tbody\tstars\n0\ta\tb\n", "the columns do not say which is the text and"),
+        ("x.jsonl", b'{"": "a", "label": "x"}', "the columns do not say which is the text and"),
+        ("x.csv", b"text,label,text\na,x,b\n", "2 columns are named 'text'; rename all but one"),
+        ("x.tsv", b"text\tlabel\tlabel\na\tx\tb\n", "2 columns are named 'label'"),
         ("x.doc", b"a", "must end in .csv, .tsv, .jsonl, .ndjson, .parquet"),
     ],
 )
@@ -211,6 +219,34 @@ def test_a_wrong_file_is_one_line_that_names_its_bad_rows(tmp_path, name, data, 
     with pytest.raises(InputError, match=words) as caught:
         read_examples(write(tmp_path / name, data))
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path / name))
+
+
+def test_a_name_that_columns_share(tmp_path):
+    """It is refused where it is to be read, in a csv file as in Parquet."""
+    names = ["text", "note", "note", "label"]
+    rows = [["a b", "p", "q", "x"], ["c d", "r", "s", "y"]]
+    table = pyarrow.Table.from_arrays([pyarrow.array(c) for c in zip(*rows, strict=True)], names)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with open(tmp_path / "x.csv", "w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    for name in ("x.parquet", "x.csv"):
+        file = tmp_path / name
+        assert read_examples(file).first == list(read_documents([file])) == ["a b", "c d"]
+        for wrong in (
+            lambda file=file: read_examples(file, "note", None, "label"),
+            lambda file=file: list(read_documents([file], text_field="note")),
+        ):
+            with pytest.raises(InputError, match=r"2 columns are named 'note'; rename all but one"):
+                wrong()
+
+
+def test_a_separator_that_the_first_line_names(tmp_path):
+    """Excel writes and reads such a line."""
+    for begin in ("sep=;\r\n", "SEP=;\n", '"sep=;"\n'):
+        file = write(tmp_path / "x.csv", f'\ufeff{begin}label;text\nx;"a, b"\ny;c\n')
+        found = read_examples(file)
+        assert (found.first, found.labels, found.lines) == (["a, b", "c"], ["x", "y"], [3, 4])
+        assert list(read_documents([file])) == found.first
 
 
 def test_blanks_around_a_label_make_no_other_class(tmp_path):
@@ -223,10 +259,60 @@ def test_labels_that_are_no_numbers(tmp_path):
     found = read_examples(write(tmp_path / "x.csv", "text,label\na,1\nb,two\nc,inf\n"))
     with pytest.raises(
         InputError,
-        match="2 bad rows: line 3: label 'two' is not a number; line 4: 'inf' is not a finite "
-        "number",
+        match=r"x\.csv: 2 bad rows: line 3: label 'two' is not a plain decimal number such as 3 or "
+        r"-0\.25; line 4: label 'inf' is not a plain",
     ):
         found.numbers()
+
+
+PLAIN = {"0": 0.0, "-1": -1.0, "+2.50": 2.5, ".5": 0.5, "3.": 3.0, "1e3": 1000.0, "2E-1": 0.2}
+# float() takes the first two rows of these without a word.
+NOT_PLAIN = (
+    *("1_0", "nan", "NaN", "-inf", "Infinity", "１０", "٣", "1e1_0"),
+    *("0x10", "1,5", "1 000", "1e", "e5", ".", "--1", "½", "5%", "1.2.3"),
+)
+
+
+def test_labels_are_plain_decimal_numbers(tmp_path):
+    rows = [("a", label) for label in PLAIN]
+    file = tmp_path / "x.tsv"
+    write(file, "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    assert read_examples(file).numbers() == list(PLAIN.values())
+    for label in NOT_PLAIN:
+        write(file, f"text\tscore\na\t1\nb\t{label}\n")
+        with pytest.raises(InputError) as caught:
+            read_examples(file, "text", None, "score").numbers()
+        assert str(caught.value).startswith(
+            f"{file}: 1 bad row: line 3: score {label!r} is not a plain decimal number"
+        )
+    write(file, "text\tlabel\na\t1e16\n")
+    with pytest.raises(InputError, match="label '1e16' is beyond 1e\\+15"):
+        read_examples(file).numbers()
+
+
+def test_a_missing_value_is_no_class(tmp_path):
+    """Exports write NaN for a missing value, in JSON as a word that json.loads takes."""
+    write(tmp_path / "x.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n')
+    table = pyarrow.table({"text": ["a", "b"], "label": [1.0, float("nan")]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    for name, unit in (("x.jsonl", "line"), ("x.parquet", "row")):
+        with pytest.raises(InputError, match=f"1 bad row: {unit} 2: label is empty"):
+            read_examples(tmp_path / name)
+
+
+def test_columns_of_parquet_that_are_no_strings(tmp_path):
+    """Decimals and dates are read as they are shown; bytes are no text."""
+    columns = {
+        "text": ["a"],
+        "price": [Decimal("1.50")],
+        "day": [date(2024, 5, 1)],
+        "raw": [b"caf\xc3\xa9"],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    assert read_examples(tmp_path / "x.parquet", "text", None, "price").numbers() == [1.5]
+    assert read_examples(tmp_path / "x.parquet", "day", None, "price").first == ["2024-05-01"]
+    with pytest.raises(InputError, match="the column 'raw' holds binary, not text"):
+        read_examples(tmp_path / "x.parquet", "raw", None, "price")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -34,7 +34,7 @@ from tests.uninterpreted import ROOT, run_module
 # `make test` puts the oldest Triton there that pyproject.toml allows.
 OLDEST = Path(sys.prefix) / "triton-oldest"
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
-ALL, OF_THE_MODEL = 400, 70  # kinds of launches: at least so many
+ALL, OF_THE_MODEL = 400, 70  # kinds of launches, at least
 
 
 def launches(*arguments: str, **where: Path | None) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ FIRST = 10  # of them, that the default tier compares
 # These must be equal, since every step has the same examples with the same masks.
 COUNTS = ("step", "tokens", "masked", "sequences")
 LOSSES = ("loss", "loss_mlm", "loss_nsp", "grad_norm")  # these to rounding
-# A pack holds at most so many tokens, and a step has about 500: one pack, about five, about ten.
+# The most tokens of a pack. A step has about 500: one pack, about five, about ten.
 PACKS = (1000, 128, 64)
 # (ranks, stage, tokens of a pack)
 SHARED = [(1, 1, PACKS[2]), (1, 2, PACKS[1]), (1, 3, PACKS[2])]

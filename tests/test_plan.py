@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -429,15 +430,23 @@ def test_the_stage_comes_from_the_deepspeed_file(tmp_path):
             "--gpus 2: .* this machine alone",
         ),
         ({"efficiency": 1.5}, "--efficiency 1.5"),
-        ({"efficiency": float("nan")}, "--efficiency nan"),
+        ({"efficiency": math.nan}, "--efficiency nan"),
         ({"price": -1.0}, "--price -1.0"),
+        ({"price": math.inf}, "--price inf"),
+        ({"price": math.nan}, "--price nan"),
+        ({"mean_length": 129.0}, "--mean-length 129: is above the batch.max_length = 128"),
+        ({"mean_length": math.inf}, "--mean-length inf: is above"),
         ({"stage": 4}, "--stage 4"),
+        ({"stage": 1, "optimizer": "lamb"}, '--stage 1 does not go with optimizer.name = "lamb"'),
+        ({"stage": 3, "optimizer": "muon"}, "--stage 3 does not go .* set it to 0, 1, 2 or auto"),
         ({"stage": None}, "nowhere.json"),
     ],
 )
 def test_wrong_arguments(arguments, words):
+    optimizer = arguments.pop("optimizer", "adamw")
     config = recipe(
-        '[runtime]\ndeepspeed = "nowhere.json"\n' if arguments == {"stage": None} else ""
+        f'[optimizer]\nname = "{optimizer}"\n'
+        + '[runtime]\ndeepspeed = "nowhere.json"\n' * (arguments == {"stage": None})
     )
     with pytest.raises(InputError, match=words):
         plan(config, "test.toml", **{"gpus": 1, "gpu": "h100", "stage": 1, **arguments})

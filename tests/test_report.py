@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from fastbert.data.damage import Damage
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, EncodedChunk, Part
 from fastbert.data.encoder import Losses
@@ -41,6 +42,7 @@ def chunk(
         "cut_sentences": 0,
         "unknown_tokens": 0,
         "losses": Losses(),
+        "damage": Damage(),
         "bad_records": 0,
         "bad_examples": (),
     }

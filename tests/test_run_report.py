@@ -223,6 +223,18 @@ def test_without_a_checkpoint_or_a_dataset_the_rest_is_there(run, small_dataset,
     assert "without a checkpoint" in words and "Recipe" in words and 'class="sample"' not in words
 
 
+def test_only_an_earlier_report_is_replaced(run, tmp_path):
+    out = tmp_path / "x.html"
+    out.touch()
+    for _ in range(2):
+        assert report(run, out) == out
+    for content in ("<!doctype html>\n<p>mine</p>", "mine"):
+        out.write_text(content)
+        with pytest.raises(InputError, match=r"--out .*x\.html: exists, and is no report of"):
+            report(run, out)
+        assert out.read_text() == content
+
+
 def test_what_is_no_run_is_one_line(run, tmp_path):
     (tmp_path / "begun").mkdir()
     (tmp_path / "folder.html").mkdir()

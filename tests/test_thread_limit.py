@@ -18,7 +18,7 @@ from fastbert.training.loop import pretrain
 
 @contextlib.contextmanager
 def few_threads(stacks: int) -> Iterator[None]:
-    """Leave address space for so many stacks: the limit of threads that root has, too."""
+    """Leave address space for a number of stacks; this limits the threads of root, too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     size = threading.stack_size(32 << 20)
     try:

@@ -69,7 +69,7 @@ def speeds(data: Path, sides: dict[str, RunConfig]) -> Row:
 
 
 def trained(side: str, recipe: Path | str, data: Path, seed: int, tokens: int, run: Path) -> Row:
-    """Train for so many tokens with one thread, and evaluate; losses in nats. Deletes `run`."""
+    """Train on a number of tokens with one thread, and evaluate; losses in nats. Deletes `run`."""
     shutil.rmtree(run, ignore_errors=True)
     settings = {
         "data": data,

@@ -1,9 +1,9 @@
 """The time of a training step on a CPU, alone and beside a busy process on each core.
 
 Three ways to use all cores are compared: packs in processes, as fastbert computes them
-(fastbert/training/parallel_model.py); torch's OpenMP threads as they come, which spin while they
-wait; and the same with OMP_WAIT_POLICY=PASSIVE, which sleep. The last row is one thread. A time is
-that of 2,500 tokens, forward, backward and AdamW, in milliseconds.
+(fastbert/training/parallel_model.py); torch's OpenMP threads with their defaults, which spin while
+they wait; and the same with OMP_WAIT_POLICY=PASSIVE, which sleep. The last row is one thread. A
+time is that of 2,500 tokens in milliseconds: forward, backward, clipping and AdamW.
 
     python -m benchmarks.step.bench_threads data/wiki
 """
@@ -29,7 +29,7 @@ TOKENS = 2500
 LONGEST_S = 30.0  # of a measurement; beside busy processes a step of OpenMP's may take seconds
 WAYS = {
     "packs in processes": ("processes", {}),
-    "OpenMP, as it comes": ("openmp", {}),
+    "OpenMP, default": ("openmp", {}),
     "OpenMP, PASSIVE": ("openmp", {"OMP_WAIT_POLICY": "PASSIVE"}),
     "one thread": ("openmp", {"OMP_NUM_THREADS": "1"}),
 }
@@ -44,6 +44,7 @@ def measure(way: str, given: argparse.Namespace) -> list[float]:
     from fastbert.data.dataset import open_dataset
     from fastbert.heap import keep_heap
     from fastbert.models.bert import BertForPreTraining
+    from fastbert.planning.step_speed import train_step
     from fastbert.training.optimizer import build_optimizer
     from fastbert.training.parallel_model import ParallelModel
 
@@ -66,11 +67,7 @@ def measure(way: str, given: argparse.Namespace) -> list[float]:
     ):
         step = packs[len(times) % len(packs)]
         start = time.perf_counter()
-        for first in range(0, len(step), at_once):
-            outputs = run(step[first : first + at_once])
-            sum((mlm + nsp for mlm, nsp, *_ in outputs), torch.zeros(())).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train_step(run, step, at_once, optimizer, config.optimizer.max_grad_norm)
         used = time.perf_counter() - start
         times.append(used * TOKENS / sum(pack.tokens for pack in step))
     run.close()
@@ -79,7 +76,7 @@ def measure(way: str, given: argparse.Namespace) -> list[float]:
 
 @contextlib.contextmanager
 def neighbours(number: int) -> Iterator[None]:
-    """Keep as many processes busy meanwhile."""
+    """Keep a number of processes busy inside the block."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         yield

@@ -21,7 +21,7 @@ OTHER_STARTERS = {
 
 @dataclass(frozen=True)
 class LaunchEnv:
-    """What the launcher said to this process.
+    """The variables that the launcher has set for this process.
 
     Attributes:
         rank, world: the rank of this process, and the number of ranks.
@@ -46,6 +46,15 @@ class LaunchEnv:
     @property
     def where(self) -> str:
         return f"{self.address}:{self.port}"
+
+
+def launched() -> bool:
+    """Whether a launcher has started several processes.
+
+    Raises:
+        InputError: WORLD_SIZE is not a whole number of 1 or more.
+    """
+    return bool(os.environ.get("WORLD_SIZE")) and _whole("WORLD_SIZE", 1) > 1
 
 
 def read_launch_env() -> LaunchEnv:

@@ -69,7 +69,7 @@ class RankLost(RuntimeError):
 
 
 class _GivenUp(Exception):
-    """Ends a thread whose result nobody waits for any more."""
+    """Ends a thread whose result is no longer needed."""
 
 
 @dataclass(frozen=True)
@@ -411,7 +411,7 @@ def hold_store(address: str, port: int) -> dist.TCPStore:
 def listens(address: str, port: int) -> bool:
     """Whether something listens at this address.
 
-    TCPStore would try to connect by itself, but it prints a page of C++ frames on every failure.
+    TCPStore retries the connection too, but it prints a page of C++ frames on every failure.
     """
     try:
         socket.create_connection((address, port), timeout=SILENCE_S).close()

@@ -85,7 +85,7 @@ class SignedStore:
         return found
 
     def sweep(self, key: str) -> None:
-        """Delete a forged value; a value that was written meanwhile stays."""
+        """Delete a forged value; a value written since then stays."""
         there = look(self.raw, key)
         if self._open(key, there) is No.FORGED:
             self.raw.compare_set(key, there, "")

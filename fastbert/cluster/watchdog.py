@@ -41,7 +41,7 @@ T = TypeVar("T")
 HEARTBEAT_S = 1.0  # between two heartbeats; less where the time-out is short
 # A heartbeat must have stopped for this long to count, since on a busy machine some come late.
 LOOK_S = 3.0
-# How long the main thread may take to end by itself once the failure is known.
+# How long the main thread may take to exit once the failure is known.
 GRACE_S = 5.0
 # How long the process that holds the store stays, so that the others can read a failure.
 READERS_S = 3.0
@@ -92,7 +92,7 @@ class Watchdog:
         self._receiving = threading.Lock()
         # For how many seconds this process was suspended, and the tick that was then the last.
         self._suspended: tuple[float, Any] = (0.0, None)
-        # Set when the main thread no longer waits for anybody, and will end by itself.
+        # Set when the main thread no longer waits for other ranks and will exit.
         self._out = threading.Event()
         self._over = threading.Event()
         self._asking = threading.Lock()

@@ -222,7 +222,7 @@ _LAST_END: dict[str, Callable[[bytes, int], int]] = {
 _SPLIT: dict[str, Callable[[str], list[str]]] = {
     "txt": functools.partial(_between, _BETWEEN_DOCUMENTS),
     _WIKI: functools.partial(_between, _WIKI_TAGS),
-    "lines": lambda text: text.removesuffix("\n").split("\n"),
+    "lines": lambda text: text.replace("\r\n", "\n").removesuffix("\n").split("\n"),
     "file": lambda text: [text],
 }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
+from fastbert.data.damage import Damage, find_damage
 from fastbert.data.dataset import token_dtype
 from fastbert.data.documents import Chunk, parse
 from fastbert.data.encoder import Encoder, Losses
@@ -41,6 +42,7 @@ class EncodedChunk:
     cut_sentences: int
     unknown_tokens: int
     losses: Losses
+    damage: Damage
     bad_records: int  # records that are left out, because they cannot be read
     bad_examples: tuple[str, ...]  # what is wrong with the first of them
 
@@ -95,6 +97,7 @@ class ChunkEncoder:
             cut_sentences=int((pieces > 1).sum()),
             unknown_tokens=int((tokens == self._unknown).sum()),
             losses=losses,
+            damage=find_damage(texts),
             bad_records=len(bad),
             bad_examples=tuple(bad[:BAD_EXAMPLES]),
         )

@@ -128,7 +128,7 @@ class Encoder:
         return Encoded(ids, lengths, sum(losses, Losses()))
 
     def _encode_slice(self, sentences: list[str], characters: int) -> Encoded:
-        """Encode a few sentences, which have so many characters."""
+        """Encode a few sentences; `characters` is the sum of their lengths."""
         if len(self._words) > _KEPT_WORDS or len(self._words.ids) > _KEPT_TOKENS:
             self._clear()
         text = _END.join([*map(str.encode, sentences), b""])

@@ -16,7 +16,7 @@ LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Shows which part of the work goes on, and how far it is.
+    """Shows which part of the work is running, and its progress.
 
     Args:
         size: bytes of the sources on disk.
@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, size: int, show: bool):
         self._size, self._bars = size, None
-        # What the lines say: the part that goes on, when it began, bytes done (None: unknown).
+        # What the lines say: the current part, when it began, bytes done (None: unknown).
         self._part: tuple[str, float] | None = None
         self._done: int | None = None
         self._ended = threading.Event()
@@ -64,7 +64,7 @@ class Progress:
 
     @contextmanager
     def wait(self, name: str) -> Iterator[None]:
-        """Show that work of unknown length goes on."""
+        """Show that work of unknown length is running."""
         self._done, self._part = None, (name, time.monotonic())
         task = self._bars.add_task(name, total=None) if self._bars else None
         yield
@@ -83,7 +83,7 @@ class Progress:
             try:
                 print(line, file=sys.stderr, flush=True)
             except (OSError, ValueError):
-                return  # nobody reads it any more
+                return  # its reader is gone
 
 
 def _bars() -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastbert.data import damage
 from fastbert.data.encode import BAD_EXAMPLES, LONGEST_SENTENCE, EncodedChunk
 from fastbert.data.encoder import Losses
 
@@ -29,7 +30,7 @@ class CorpusStats:
         self.heldout_documents = self.heldout_tokens = 0
         self.empty_documents = self.single_sentence_documents = 0
         self.cut_sentences = self.unknown_tokens = 0
-        self.losses = Losses()
+        self.losses, self.damage = Losses(), damage.Damage()
         self.bad_records, self.bad_examples = 0, list[str]()
         # Histograms: how many documents, and sentences, have each number of tokens.
         self.document_lengths = np.zeros(_LONGEST_COUNTED + 1, np.int64)
@@ -63,6 +64,7 @@ class CorpusStats:
         self.cut_sentences += chunk.cut_sentences
         self.unknown_tokens += chunk.unknown_tokens
         self.losses += chunk.losses
+        self.damage += chunk.damage
         self.bad_records += chunk.bad_records
         self.bad_examples = [*self.bad_examples, *chunk.bad_examples][:BAD_EXAMPLES]
         self.document_hashes.add(chunk.document_hashes)
@@ -198,6 +200,13 @@ def make_report(
             "words": _share(lost.removed_words, lost.words),
             "examples": list(lost.removed),
         },
+        "damaged_documents": {
+            kind.name: {
+                "share": _share(stats.damage.documents.get(kind.name, 0), documents),
+                "examples": list(stats.damage.examples.get(kind.name, ())),
+            }
+            for kind in damage.KINDS
+        },
         "empty_documents": stats.empty_documents,
         "bad_records": stats.bad_records,
         "bad_record_examples": stats.bad_examples,
@@ -305,6 +314,7 @@ def make_report(
             "BERT's tokenizer deletes them, and joins what they separate; replace them by spaces "
             "or by letters, here and where the model is used",
         ),
+        *(_damage_row(kind.name, stats.damage, documents) for kind in damage.KINDS),
         row(
             "copies of documents" + sampled,
             # The hash of a text decides on which side it is.
@@ -365,6 +375,32 @@ def make_report(
         ),
     ]
     return Report(figures, rows)
+
+
+# What to do about damage, by kind.
+_REPAIR = {
+    damage.ENTITIES.name: "decode them, for example with Python's html.unescape",
+    damage.TAGS.name: "take the text out of the markup, as BeautifulSoup's get_text does",
+    damage.ESCAPES.name: "the text was escaped twice; decode it once more, as json.loads does",
+    damage.JSON.name: "if the files are JSON lines, read them with --format jsonl",
+    damage.HYPHENS.name: "join the halves, as pdftotext does without -layout",
+    damage.LETTERS.name: "UTF-8 was read as Windows-1252 or Latin-1; export again, or use ftfy",
+    damage.LIGATURES.name: "write them as letters, as unicodedata.normalize('NFKC', text) does",
+    damage.DECOMPOSED.name: "where accents are kept, é in one character is another word; join them "
+    "with unicodedata.normalize('NFC', text), here and where the model is used",
+}
+
+
+def _damage_row(kind: str, found: damage.Damage, documents: int) -> Row:
+    count = found.documents.get(kind, 0)
+    examples = ", ".join(repr(example)[1:-1] for example in found.examples.get(kind, ()))
+    return Row(
+        f"documents with {kind}",
+        f"{count:,}" + (f": {examples}" if examples else ""),
+        f"{_REPAIR[kind]}, unless they are the subject of the text; nothing is changed here"
+        if count > 0.001 * documents
+        else "",
+    )
 
 
 _QUANTILE_NAMES = ", ".join(f"{100 * q:.0f} %" for q in _QUANTILES) + " and longest"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BufferedReader
 from typing import TYPE_CHECKING, Any
 
+from fastbert.data.quoting import has_quoted_fields
 from fastbert.data.sources import Source
 from fastbert.data.unpack import LONGEST_TEXT_BYTES, is_broken, is_empty, lines
 from fastbert.errors import InputError
@@ -63,18 +64,23 @@ def read_rows(source: Source, choose: Choose) -> Iterator[tuple[int, Row]]:
 def delimited_rows(
     source: Source, file: BufferedReader, choose: Choose, strict: bool = True
 ) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of a csv file (with quotes) or a tsv file (without quotes, as GLUE's).
+    """Yield the rows of a csv file or a tsv file; fields of a tsv file may be quoted or not.
 
     Without `strict`, bytes that are not UTF-8 make their row a bad one, and raise nothing.
     """
     csv.field_size_limit(LONGEST_TEXT_BYTES)
-    quoted = source.format == "csv"
+    is_csv = source.format == "csv"
+    quoted = is_csv or has_quoted_fields(source)
     text = lines(source, file, strict)
     header = next(text, "")
+    delimiter = "\t"
+    if is_csv:
+        # Spreadsheets write semicolons where numbers have decimal commas, and some say so first.
+        named = _SEPARATOR.fullmatch(header)
+        header = "\n" if named else header
+        delimiter = named[1] if named else next((m for m in ",;\t|" if m in header), ",")
     text = itertools.chain([header], text)
     if quoted:
-        # Spreadsheets write semicolons where numbers have decimal commas.
-        delimiter = next((mark for mark in ",;\t|" if mark in header), ",")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
     else:
         reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -101,10 +107,11 @@ def delimited_rows(
             is_cola = not quoted and len(row) == len(COLA) and row[1] in ("0", "1")
             columns = list(COLA) if is_cola else row
             chosen = [(name, columns.index(name)) for name in choose(columns)]
+            _check_names(source, columns, [name for name, _ in chosen])
             if not is_cola:
                 continue
         if len(row) != len(columns):
-            hint = "; put texts with commas in quotes" if quoted and len(row) > len(columns) else ""
+            hint = "; put texts with commas in quotes" if is_csv and len(row) > len(columns) else ""
             yield at, f"{len(row)} fields, and the header has {len(columns)}{hint}"
         elif row[0].removeprefix("\ufeff") == columns[0] and row[1:] == columns[1:]:
             yield at, "the header again, as where files were joined; remove this line"
@@ -114,6 +121,15 @@ def delimited_rows(
             yield at, {name: row[i] for name, i in chosen}
     if not columns:
         raise is_empty(source)
+
+
+def _check_names(source: Source, there: Sequence[str], chosen: Iterable[str]) -> None:
+    """Raise InputError where several columns have a name that is to be read."""
+    for name in chosen:
+        if there.count(name) > 1:
+            raise InputError(
+                f"{source.path}: {there.count(name)} columns are named {name!r}; rename all but one"
+            )
 
 
 def json_object(text: str) -> dict[str, Any] | str:
@@ -142,6 +158,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
+_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # Excel's first line
 # Errors of the csv module after which the next row is not the next line.
 _ENDLESS = re.compile("unexpected end of data|larger than field limit")
 # Lines that begin a value of several lines, and how to get one line per object.
@@ -152,12 +169,18 @@ _JQ = {
 
 
 def as_text(value: Any) -> str:
-    """Return a value of JSON or Parquet as a string: strings as is, null as "", others as JSON."""
+    """Return a value of JSON or Parquet as a string.
+
+    Null is "", and so is NaN, which exports write where a value is missing. Numbers, lists and
+    objects are given as JSON; decimals and dates as Python shows them.
+    """
     if isinstance(value, str):
         # JSON can write half of a surrogate pair as an escape. This is not a character, and no
         # encoder accepts it.
         return value if value.isascii() else _SURROGATE.sub("\ufffd", value)
-    return "" if value is None else json.dumps(value, default=str)
+    if value is None or value != value:
+        return ""
+    return json.dumps(value, default=str) if type(value) in JSON_NAMES else str(value)
 
 
 JSON_NAMES = {
@@ -208,6 +231,12 @@ def _parquet_rows(
 
     def names_of(schema: pyarrow.Schema) -> list[str]:
         chosen[:] = choose(parquet_names(schema))
+        for name in chosen:
+            if "binary" in str(kind := field_type(schema, name)):
+                raise InputError(
+                    f"{source.path}: the column {name!r} holds {kind}, not text; "
+                    "write it as strings"
+                )
         return chosen
 
     for batch, _ in parquet_batches(source, file, names_of):
@@ -249,6 +278,10 @@ def parquet_batches(
         table = pyarrow.parquet.ParquetFile(file)
         metadata = table.metadata
         chosen = list(choose(table.schema_arrow))
+        # "doc.text" is a column of this name, or a field of the column "doc".
+        there = table.schema_arrow.names
+        tops = {name if name in there else name.partition(".")[0] for name in chosen}
+        _check_names(source, there, sorted(tops))
         if metadata.num_rows == 0:
             raise is_empty(source)
         groups = range(metadata.num_row_groups)
@@ -277,7 +310,7 @@ def _batches_of_group(
     """Yield the chosen columns of one group of rows, as dictionaries where pyarrow can.
 
     It cannot where a string is encoded as its difference from the one before. The metadata would
-    tell the encodings, but for a damaged file pyarrow aborts the process when it is asked for them.
+    tell the encodings, but for a damaged file pyarrow aborts the process when they are read.
     """
     import pyarrow
 
@@ -329,10 +362,8 @@ def parquet_names(schema: pyarrow.Schema) -> list[str]:
 
 def field_type(schema: pyarrow.Schema, name: str) -> pyarrow.DataType:
     """Return the type of a column that `parquet_names` names."""
-    if name in schema.names:
-        return schema.field(name).type
-    first, *rest = name.split(".")
-    kind = schema.field(first).type
+    first, *rest = [name] if name in schema.names else name.split(".")
+    kind = schema.field(schema.names.index(first)).type  # by index: a name may be there twice
     for field in rest:
         kind = kind.field(field).type
     return kind

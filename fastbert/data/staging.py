@@ -17,7 +17,7 @@ from pathlib import Path
 from fastbert.durable import exit_at_signals, parents_of, sync
 from fastbert.errors import InputError
 
-# A hidden folder that nobody has locked, and nobody has written to for so long, was left behind by
+# A hidden folder that is not locked, and was not written to for this long, was left behind by
 # a process that was killed. The lock alone does not show it: not every network disk has locks.
 ABANDONED_S = 24 * 3600
 

@@ -31,7 +31,7 @@ PIECE = 1 << 22
 THREADS = 8  # at most; with more, the disk limits the speed
 REPORT_S = 0.1
 # A restarted run need not read a large dataset again if it has not been written to since. The
-# period is limited, because a disk may lose a bit by itself.
+# period is limited, because a disk may lose a bit without any write.
 VERIFIED_FOR_S = 24 * 3600.0
 # The coarsest resolution of file time stamps; a change within this time may not show in them.
 SETTLED_S = 2.0

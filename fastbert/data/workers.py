@@ -117,7 +117,7 @@ def apply_in_child(
 
 
 class _Gone(Exception):
-    """A worker ended by itself."""
+    """A worker process ended unexpectedly."""
 
 
 @dataclass

@@ -77,7 +77,7 @@ class NewRecipe:
 
 
 def new_recipe(data: str | Path, minutes: float, out: Path) -> NewRecipe:
-    """Write a recipe for this dataset, this machine and so many minutes.
+    """Write a recipe that fits this dataset, this machine and a training time.
 
     Args:
         data: the folder of the dataset.

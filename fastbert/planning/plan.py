@@ -40,7 +40,7 @@ from fastbert.planning.memory import (
     stay_gathered,
 )
 from fastbert.presence import status
-from fastbert.training.ds_config import read_ds_config
+from fastbert.training.ds_config import check_optimizer, read_ds_config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,7 +74,7 @@ _FACTS = tomllib.loads((Path(__file__).parent / "gpus.toml").read_text(encoding=
 GPUS = {name: Device(**facts) for name, facts in _FACTS["gpus"].items()}
 CPU = "cpu"  # the name of this machine's CPU, see `this_machine`
 GPUS_PER_NODE = 8
-LARGEST_BATCH = 1 << 17  # sequences; for so many a plan takes about a second more
+LARGEST_BATCH = 1 << 17  # sequences; such a plan takes about a second longer
 
 # The share of the peak that matrix products reach. It is chosen so that the estimate of one
 # published run is right (docs/plan.md, first row).
@@ -301,7 +301,7 @@ def plan(
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise InputError(f"--gpu {gpu}: unknown; {hint}known: {', '.join(known)}")
     on_cpu = name == CPU
-    _check(config, recipe, gpus, on_cpu, efficiency, stage, price)
+    _check(config, recipe, gpus, on_cpu, efficiency, stage, mean_length, price)
     bf16 = config.runtime.precision == "bf16" or (
         config.runtime.precision == "auto" and (not on_cpu or device.bf16 >= WORTH_IT * device.fp32)
     )
@@ -309,6 +309,8 @@ def plan(
     weights, w = ("bf16", 2) if bf16 and not on_cpu else ("fp32", 4)
     efficiency = efficiency or (1.0 if on_cpu else EFFICIENCY)
     zero: dict[str, Any] = {}
+    if stage is not None:
+        check_optimizer(f"--stage {stage}", stage, config.optimizer.name)
     file = config.runtime.deepspeed
     if stage is None or file is None or status(Path(file)) is not None:
         settings = read_ds_config(config, recipe)
@@ -478,6 +480,7 @@ def _check(
     on_cpu: bool,
     efficiency: float | None,
     stage: int | None,
+    mean_length: float | None,
     price: float | None,
 ) -> None:
     if gpus < 1:
@@ -504,7 +507,12 @@ def _check(
         )
     if stage not in (None, 0, 1, 2, 3):
         raise InputError(f"--stage {stage}: must be 0, 1, 2 or 3")
-    if price is not None and not price >= 0:
+    if mean_length is not None and not mean_length <= batch.max_length:
+        raise InputError(
+            f"--mean-length {mean_length:g}: is above the batch.max_length = {batch.max_length} of "
+            f"{recipe}, the tokens of the longest example"
+        )
+    if price is not None and not 0 <= price < math.inf:
         raise InputError(f"--price {price}: must be 0 or more, in dollars per GPU hour")
 
 
@@ -599,7 +607,7 @@ def _examples(
     epoch, assumptions, wanted = None, [], config.batch.sequences
     lengths = None
     if mean_length is not None:
-        lengths = np.full(wanted, round(min(mean_length, config.batch.max_length)))
+        lengths = np.full(wanted, round(mean_length))
     if dataset is None and status(Path(config.data)) is not None:
         dataset = open_dataset(config.data)
     if dataset is not None:

@@ -6,16 +6,19 @@ in a step than these steps do.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from fastbert.config import RunConfig
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset
+from fastbert.data.packing import PackedBatch
 from fastbert.machine import processes_for, share_cores
 from fastbert.models.bert import BertForPreTraining, losses
 from fastbert.planning.advise import STEP_TOKENS, Speed
@@ -69,12 +72,7 @@ def measure_speed(
     for i in range(MOST + 1):
         start = clock()
         packs = [batch.to(device) for batch in steps[i % BATCHES]]
-        for first in range(0, len(packs), at_once):
-            found = map(losses, parallel(packs[first : first + at_once]))
-            torch.stack([one.loss for one in found]).sum().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        train_step(parallel, packs, at_once, optimizer, config.optimizer.max_grad_norm)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         now = clock()
@@ -86,6 +84,31 @@ def measure_speed(
             break
     parallel.close()
     return Speed(statistics.median(speeds), example_tokens)
+
+
+def train_step(
+    run: Callable[[Sequence[PackedBatch]], Any],
+    packs: Sequence[PackedBatch],
+    at_once: int,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+) -> None:
+    """Make one step: both passes of every pack, clipping, and the update.
+
+    Args:
+        run: returns the model's outputs for each of several packs, as a ParallelModel does.
+        packs: of the step, on the device.
+        at_once: how many packs `run` gets at once.
+        optimizer: of the model's parameters.
+        max_grad_norm: as in the recipe.
+    """
+    for first in range(0, len(packs), at_once):
+        found = map(losses, run(packs[first : first + at_once]))
+        torch.stack([one.loss for one in found]).sum().backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _mean_length(config: RunConfig, dataset: TokenDataset) -> float:

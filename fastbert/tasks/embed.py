@@ -6,6 +6,7 @@ The texts are processed in chunks of about a MiB, so memory does not grow with t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,7 +117,7 @@ def source_of(file: str | Path, text_format: str | None = None) -> Source:
 
 
 def check_out(out: str | Path, source: Source | None = None) -> Path:
-    """Return `out` as a path. An existing file is replaced later.
+    """Return `out` as a path. An earlier result that it holds is replaced later.
 
     Args:
         out: the file to write.
@@ -134,7 +135,40 @@ def check_out(out: str | Path, source: Source | None = None) -> Path:
         raise InputError(f"--out {out}: {problem}")
     if source is not None and out.exists() and out.samefile(source.path):
         raise InputError(f"--out {out}: is the file of the texts; give another name")
+    if not _is_result(out):
+        raise InputError(
+            f"--out {out}: exists, and holds no vectors of texts; remove it or give another name"
+        )
     return out
+
+
+def _is_result(out: Path) -> bool:
+    """Whether a file is empty, missing, or what a writer of its suffix may have made."""
+    try:
+        with open(out, "rb") as file:
+            begin = file.read(_SIGN_BYTES)
+    except FileNotFoundError:
+        return True
+    if out.suffix == ".parquet" and begin:
+        return _columns_of(out) == ["text", "vector"]
+    return not begin or _SIGNS[out.suffix].match(begin) is not None
+
+
+def _columns_of(out: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_schema(out).names
+    except (pyarrow.ArrowException, OSError):
+        return []
+
+
+_SIGN_BYTES = 1 << 20
+_SIGNS = {
+    ".npy": re.compile(rb"\x93NUMPY.{4}\{'descr': '<f4', [^}]*'shape': \(\d+, \d+\)", re.DOTALL),
+    ".jsonl": re.compile(rb'\{"text": "[^"\\]*(?:\\.[^"\\]*)*", "vector": \['),
+}
 
 
 def embed(

@@ -29,7 +29,7 @@ from fastbert.checkpoints.weight_names import HEADS, MLM, to_hugging_face
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import Diverged, InputError
 from fastbert.tasks import scores
-from fastbert.tasks.labelled import Examples, read_examples
+from fastbert.tasks.labelled import Examples, number, read_examples
 from fastbert.tasks.pretrained import Pretrained, first_tokens, fit_pair
 from fastbert.torch_defaults import torch_defaults
 
@@ -223,6 +223,7 @@ def finetune(
         x if isinstance(x, Examples) else read_examples(x) for x in (train, evaluation)
     )
     task = _task(training, test, settings)
+    _warn_of_one_label(test, task)
     _warn_of_shared(training, test)
     held_out = None
     if settings.patience is not None:
@@ -410,12 +411,10 @@ def _task(training: Examples, test: Examples, settings: Settings) -> _Task:
 
 def _warn_of_alike(training: Examples, labels: Sequence[str]) -> None:
     """Warn where labels are the same word or number in another spelling, such as 1 and 1.0."""
-    spellings: dict[object, str] = {}
+    spellings: dict[str | float, str] = {}
     for label in labels:
-        try:
-            meaning: object = float(label)
-        except ValueError:
-            meaning = label.casefold()
+        value = number(label)
+        meaning = label.casefold() if value is None else value
         if (other := spellings.setdefault(meaning, label)) != label:
             warnings.warn(
                 f"{training.file}: the labels {other!r} and {label!r} are two classes here; if "
@@ -423,6 +422,18 @@ def _warn_of_alike(training: Examples, labels: Sequence[str]) -> None:
                 DataWarning,
                 stacklevel=5,
             )
+
+
+def _warn_of_one_label(test: Examples, task: _Task) -> None:
+    """Warn where the labels of the evaluation do not vary, so that most scores are meaningless."""
+    if len(set(task.targets(test).tolist())) == 1:
+        others = [name for name in task.scores if name != "accuracy"]
+        warnings.warn(
+            f"{test.file}: every label is {test.labels[0]!r}; {' and '.join(others)} say nothing "
+            "of such a file",
+            DataWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_of_shared(training: Examples, test: Examples) -> None:
@@ -442,11 +453,8 @@ def _warn_of_shared(training: Examples, test: Examples) -> None:
 
 def _in_order(labels: set[str]) -> list[str]:
     """Sort the classes: by number where all are numbers, so that 10 comes after 2, else by text."""
-    try:
-        numbers = {label: float(label) for label in labels}
-    except ValueError:
-        return sorted(labels)
-    if not all(map(math.isfinite, numbers.values())):
+    numbers = {label: value for label in labels if (value := number(label)) is not None}
+    if len(numbers) < len(labels) or math.inf in map(abs, numbers.values()):
         return sorted(labels)
     return sorted(labels, key=lambda label: (numbers[label], label))
 

@@ -5,7 +5,7 @@ Every bad row is reported with its line, or in Parquet with its number.
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ SHOWN = 5  # bad rows that the message quotes
 # The largest label that is a number: the squares of a batch's errors are summed in fp32, whose
 # largest value is 3.4e38.
 LARGEST = 1e15
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 class Columns(NamedTuple):
@@ -85,19 +86,27 @@ class Examples:
         bad: list[str] = []
         values: list[float] = []
         for label, line in zip(self.labels, self.lines, strict=True):
-            try:
-                values.append(float(label))
-                if not math.isfinite(values[-1]):
-                    bad.append(f"{self.unit} {line}: {label!r} is not a finite number")
-                elif abs(values[-1]) > LARGEST:
-                    bad.append(
-                        f"{self.unit} {line}: {self.columns.label} {label!r} "
-                        f"is beyond {LARGEST:g}, too large to train on"
-                    )
-            except ValueError:
-                bad.append(f"{self.unit} {line}: {self.columns.label} {label!r} is not a number")
+            value = number(label)
+            if value is not None and abs(value) <= LARGEST:
+                values.append(value)
+                continue
+            problem = (
+                "is not a plain decimal number such as 3 or -0.25"
+                if value is None
+                else f"is beyond {LARGEST:g}, too large to train on"
+            )
+            bad.append(f"{self.unit} {line}: {self.columns.label} {label!r} {problem}")
         _raise_if_bad(self.file, bad)
         return values
+
+
+def number(text: str) -> float | None:
+    """Return a plain decimal number, or None where the text is no such number.
+
+    float() also takes "1_0" for 10, the digits of other scripts, "nan" and "infinity". In a file
+    of labels these are more likely an identifier, an export's mark for a missing value or a slip.
+    """
+    return float(text) if _NUMBER.fullmatch(text) else None
 
 
 def read_examples(
@@ -147,7 +156,7 @@ def _columns(file: Path, there: list[str], wanted: Columns) -> Columns:
     if wanted.first and not wanted.second:
         chosen = chosen._replace(second="")
     needed = (chosen.first, chosen.label, *filter(None, [chosen.second]))
-    absent = [name for name in needed if name not in there]
+    absent = [name for name in needed if not name or name not in there]
     if absent:
         what = (
             f"no column {absent[0]!r}"

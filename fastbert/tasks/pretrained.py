@@ -317,7 +317,7 @@ def fit_pair(a: list[int], b: list[int], room: int) -> tuple[list[int], list[int
 
 def _listed(texts: Any) -> list[str]:
     # A dictionary or a data frame would give the vectors of its keys or column names, and a set
-    # those of its texts in an order that nobody knows.
+    # those of its texts in an unknown order.
     kind: type[object] = texts.__class__
     strange = issubclass(kind, (str, Mapping, set, frozenset)) or getattr(texts, "ndim", 1) != 1
     if strange or not issubclass(kind, Iterable):

@@ -71,7 +71,7 @@ def report(run: str | Path, out: str | Path | None = None, sequences: int | None
 
     Args:
         run: the folder of a run, finished or not.
-        out: the file, by default RUN/report.html; an existing one is replaced.
+        out: the file, by default RUN/report.html; an earlier report is replaced.
         sequences: number of held-out examples to evaluate; by default the recipe's.
 
     Raises:
@@ -87,11 +87,25 @@ def report(run: str | Path, out: str | Path | None = None, sequences: int | None
         raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
     if problem := replaceable(out):
         raise InputError(f"--out {out}: {problem}")
+    if not _is_report(out):
+        raise InputError(
+            f"--out {out}: exists, and is no report of fastbert; remove it or give another name"
+        )
     history = read_history(run)
     page = _page(run, history, *_results(run, sequences))
     with replacing(out) as staging:
         staging.write_text(page, encoding="utf-8")
     return out
+
+
+def _is_report(out: Path) -> bool:
+    """Whether a file is empty, missing, or a page that `report` has written."""
+    try:
+        with open(out, "rb") as file:
+            begin = file.read(1024)
+    except FileNotFoundError:
+        return True
+    return not begin or _GENERATOR.encode() in begin
 
 
 def _results(run: Path, sequences: int | None) -> tuple[Pretrained | None, Evaluation | None, str]:
@@ -105,6 +119,7 @@ def _results(run: Path, sequences: int | None) -> tuple[Pretrained | None, Evalu
 
 # ----------------------------------------------------------------------------- the page
 
+_GENERATOR = '<meta name="generator" content="fastbert report">'
 _STYLE = f"""
 :root {{ color: {INK}; font: 16px/1.5 system-ui, sans-serif; }}
 body {{ margin: 0 auto; max-width: 72rem; padding: 1rem; }}
@@ -159,7 +174,7 @@ def _page(
         "<h2>Machine and log</h2>" + _log(run),
     ]
     head = (
-        '<meta charset="utf-8">'
+        f'<meta charset="utf-8">{_GENERATOR}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(run.resolve().name)}</title>"
     )
@@ -213,7 +228,7 @@ def _cards(history: History, pretrained: Pretrained | None, found: Evaluation | 
 
 
 def _state(history: History) -> str:
-    """Whether the run goes on, as far as its records show: a resume may follow an end."""
+    """Whether the run is still training, judging by its records: it may have been resumed."""
     last = [event for event in history.events if event["event"] in ("stop", "resume")][-1:]
     if last and last[0]["event"] == "stop":
         return f"Ended by: {last[0].get('reason') or 'a stop without a reason'}"

@@ -76,7 +76,7 @@ OF_NUMBERS: dict[str, Score] = {"spearman": spearman, "pearson": pearson}
 
 
 def of_classes(classes: int) -> dict[str, Score]:
-    """The scores of a task of so many classes; not all of them need to occur."""
+    """The scores of a classification task; some of its classes may not occur."""
     return {"accuracy": accuracy, "f1": partial(f1, classes=classes), "matthews": matthews}
 
 

@@ -91,16 +91,7 @@ class DeepSpeedSettings:
             raise InputError(
                 f"{self.path}: zero_optimization.stage = 0 does not train in bf16; {what}"
             )
-        if stage > 0 and optimizer == "lamb":
-            raise InputError(
-                f"{self.path}: zero_optimization.stage = {stage} does not go with "
-                'optimizer.name = "lamb"; set it to 0 or auto'
-            )
-        if stage == 3 and optimizer == "muon":
-            raise InputError(
-                f"{self.path}: zero_optimization.stage = 3 does not go with "
-                'optimizer.name = "muon"; set it to 0, 1, 2 or auto'
-            )
+        check_optimizer(f"{self.path}: zero_optimization.stage = {stage}", stage, optimizer)
         near = self.values["zero_optimization"].get("zero_hpz_partition_size", 1)
         if stage == 3 and COUNT.fits(near) and world % min(near, world):
             raise InputError(
@@ -108,6 +99,16 @@ class DeepSpeedSettings:
                 f"does not divide the number of ranks, {world}"
             )
         return stage
+
+
+def check_optimizer(setting: str, stage: int, optimizer: str) -> None:
+    """Raise InputError where an optimizer does not work at a ZeRO stage; `setting` begins it."""
+    stages = {"lamb": (0,), "muon": (0, 1, 2)}.get(optimizer, (0, 1, 2, 3))
+    if stage not in stages:
+        raise InputError(
+            f'{setting} does not go with optimizer.name = "{optimizer}"; '
+            f"set it to {', '.join(map(str, stages))} or auto"
+        )
 
 
 def read_ds_config(config: RunConfig, recipe: str) -> DeepSpeedSettings:

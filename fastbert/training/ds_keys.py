@@ -1,6 +1,6 @@
 """What a ds_config.json may set, which values do not work with fastbert, and why.
 
-DeepSpeed accepts most keys and values in silence. Sections that it checks by itself are left to it:
+DeepSpeed silently accepts most keys and values. Sections that it checks itself are left to it:
 engine.py runs those checks before anything is written.
 """
 
@@ -65,7 +65,7 @@ NOTHING: dict[str, Any] = {
     "zero_allow_untested_optimizer": True,
 }  # fmt: skip
 
-# The keys of sections that DeepSpeed does not check by itself.
+# The keys of sections that DeepSpeed does not check.
 SECTIONS: dict[str, dict[str, Kind]] = {
     "aio": {
         "block_size": COUNT, "queue_depth": COUNT, "thread_count": COUNT,

@@ -394,7 +394,7 @@ class Monitor:
 class _LogFile(logging.FileHandler):
     """A log file whose disk errors are raised, so that they end the run with a clear message.
 
-    logging by itself would print a traceback to the terminal for each line.
+    logging's own handler would print a traceback to the terminal for each line.
     """
 
     def _open(self) -> TextIO:

@@ -47,7 +47,7 @@ class ParallelModel(nn.Module):
     """A model that computes packs in processes. It is differentiable as the model itself is.
 
     Args:
-        model: on the CPU in fp32, with kernels other than Triton's.
+        model: on the CPU in fp32, with kernels other than Triton's, if there are several processes.
         processes: how many packs are computed at once. Each gets an equal share of torch's threads.
     """
 
@@ -56,8 +56,10 @@ class ParallelModel(nn.Module):
         self.model = model
         self._threads = torch.get_num_threads()
         torch.set_num_threads(max(1, self._threads // processes))
-        self._weights, memory = _shared_parameters(model, copies=processes)
-        self._children = [_Child(self, memory, index + 1) for index in range(processes - 1)]
+        self._weights, self._children = list[Tensor](), list[_Child]()
+        if processes > 1:
+            self._weights, memory = _shared_parameters(model, copies=processes)
+            self._children = [_Child(self, memory, index + 1) for index in range(processes - 1)]
 
     def wait_until_ready(self) -> None:
         """Wait for the children, which need some seconds to start."""
@@ -75,9 +77,10 @@ class ParallelModel(nn.Module):
 
     def _forward(self, packs: Sequence[PackedBatch], train: bool) -> list[tuple[Tensor, ...]]:
         """Compute each pack; the first one's losses have a graph where gradients are enabled."""
-        with torch.no_grad():
-            torch._foreach_copy_(self._weights, list(self.model.parameters()))
         at_work = self._children[: len(packs) - 1]
+        if at_work:
+            with torch.no_grad():
+                torch._foreach_copy_(self._weights, list(self.model.parameters()))
         for own, pack in zip(at_work, packs[1:], strict=True):
             own.send((_FORWARD, pack.as_numpy(), self.model.training, train))
         return [self.model(packs[0]), *(_tensors(own.receive()) for own in at_work)]

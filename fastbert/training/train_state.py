@@ -79,7 +79,7 @@ class TrainState:
         return self.step - self.skipped_in_a_row > step
 
     def applied(self, tokens: int) -> None:
-        """Count an applied step of so many tokens."""
+        """Count an applied step and its tokens."""
         self.step += 1
         self.tokens += tokens
         self.skipped_in_a_row = 0

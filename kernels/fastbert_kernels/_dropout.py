@@ -2,8 +2,8 @@
 
 This is the definition, in plain torch; every implementation draws exactly the same masks. The seed
 is that of a sequence, the stream that of an operation of the model. A mask therefore does not
-depend on the rank that holds an example, on the place of the example in the pack, or on what else
-is in the pack.
+depend on the rank that holds an example, on the place of the example in the pack, or on the
+other examples there.
 
     row    = splitmix64(seed + (position + 1) * GOLDEN)     one 64-bit seed a token, `row_seeds`
     lo, hi = halves of splitmix64(row + (stream * 2**16 + head + 1) * GOLDEN)

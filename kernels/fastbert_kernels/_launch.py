@@ -110,7 +110,7 @@ class Prepared:
             compiled, constants = known
             x, y, z = (*grid, 1, 1)[:3]
             kernel = (current_stream(device), compiled.function, compiled.packed_metadata)
-            no_hooks = (None, None, None)  # what hooks are told, and the two hooks
+            no_hooks = (None, None, None)  # the metadata for hooks, and the two hooks
             compiled.run(x, y, z, *kernel, *no_hooks, *pointers, *numbers, *constants)
             return
         compiled = self._function[grid](*pointers, *numbers, *self._constants, **self._options)

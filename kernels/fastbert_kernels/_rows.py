@@ -13,7 +13,7 @@ from fastbert_kernels._triton import keep_mask, multiprocessors, stream_keys
 
 
 def row_programs(tile: dict[str, int], rows: int, device: torch.device) -> int:
-    """Return how many programs to launch for so many rows.
+    """Return how many programs to launch for a number of rows.
 
     That is as many as run side by side, since more would only add shares of the gradients, but at
     most one for each tile of rows.
