@@ -135,6 +135,7 @@ FAULTS = [
     Fault(BERT, "if index == len(self.layers) - 1 else None", "if index == 0 else None"),
     # The references that define the kernels
     Fault(ATTENTION, "scores.softmax(-1)", "scores.softmax(-2)"),
+    Fault(ATTENTION, "distance > window", "distance >= window"),
     Fault(ATTENTION, "weights * kept * keep_scale(dropout_p)", "weights * kept"),
     Fault(NORM, ".square().mean(-1, keepdim=True) + eps)", ".square().mean(-1, keepdim=True))"),
     Fault(NORM, "z = z + residual.to(wide)", "z = z + 2 * residual.to(wide)"),

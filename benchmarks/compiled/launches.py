@@ -132,14 +132,15 @@ def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
 def smallest(operation: str) -> list[Shape]:
     """The shapes for which all choices of tensors are tried.
 
-    Attention has sequences of one tile and of several, for some queries and for all. The MLM loss
-    has all tokens masked, and some.
+    Attention has sequences of one tile and of several, for some queries and for all, with a window
+    and without. The MLM loss has all tokens masked, and some.
     """
     if operation == "attention":
         return [
-            {"lengths": lengths, "H": 2, "K": 64, "R": R}
+            {"lengths": lengths, "H": 2, "K": 64, "R": R} | window
             for lengths in (HALF_A_TILE, MANY_TILES)
             for R in (0, 9)
+            for window in ({}, {"window": 64})
         ]
     if operation == "mlm_loss":
         return [{"T": 10, "M": M, "D": 64, "V": 300} for M in (5, 10)]
