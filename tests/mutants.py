@@ -63,6 +63,7 @@ KERNELS = "kernels/fastbert_kernels"
 ATTENTION, NORM = f"{KERNELS}/attention/reference.py", f"{KERNELS}/norm/reference.py"
 EMBEDDING, MLM_LOSS = f"{KERNELS}/embedding/reference.py", f"{KERNELS}/mlm_loss/reference.py"
 GELU, DROPOUT = f"{KERNELS}/gelu/reference.py", f"{KERNELS}/_dropout.py"
+GEGLU = f"{KERNELS}/geglu/reference.py"
 
 # The tests that are most likely to notice a fault in a file.
 TESTS = {
@@ -84,6 +85,7 @@ TESTS = {
     EMBEDDING: ["test_kernels", "test_model"],
     MLM_LOSS: ["test_kernels", "test_model"],
     GELU: ["test_kernels", "test_model"],
+    GEGLU: ["test_modern_kernels"],
     DROPOUT: ["test_dropout"],
 }
 
@@ -144,6 +146,7 @@ FAULTS = [
     Fault(MLM_LOSS, "losses.sum() / total", "losses.mean()"),
     Fault(MLM_LOSS, "ignore_index=IGNORED", "ignore_index=0"),
     Fault(GELU, "gelu(x + bias)", 'gelu(x + bias, approximate="tanh")'),
+    Fault(GEGLU, "gelu(a) * b", "a * gelu(b)"),
     Fault(
         DROPOUT,
         "dropout_seeds[sequence] + (tokens - cu_seqlens[sequence] + 1)",

@@ -179,6 +179,7 @@ AS_TORCH = {  # each operation in plain torch
     ),
     "norm": lambda: functional.layer_norm(X, (8,), ROW, ROW),
     "gelu": lambda: functional.gelu(functional.linear(X, torch.ones(8, 8), ROW)),
+    "geglu": lambda: functional.glu(functional.linear(X, torch.ones(8, 8), ROW)),
     "embedding": lambda: functional.layer_norm(
         functional.embedding(torch.zeros(4, dtype=torch.int64), X), (8,), ROW, ROW
     ),

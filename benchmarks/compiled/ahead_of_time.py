@@ -153,6 +153,10 @@ def training_calls() -> Iterator[Case]:
         for p in (0.0, 0.1):
             yield Case("embedding", "", {"T": 40, "V": 314, "P": 512, "D": D}, p)
         yield Case("gelu", "", {"T": 40, "F": 4 * D})
+    for F in (1152, 2624):
+        yield Case("geglu", "", {"T": 40, "F": F})
+        yield Case("geglu", "", {"T": 40, "F": F, "bare": 1})
+    for D in (768, 1024):
         yield Case("mlm_loss", "", {"T": 40, "M": 20, "D": D, "V": 314})
         yield Case("mlm_loss", "all", {"T": 40, "M": 40, "D": D, "V": 314})
         for p in (0.1, 0.0):

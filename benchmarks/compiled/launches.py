@@ -119,6 +119,7 @@ def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
         "mlm_loss": lambda D: {"T": 10, "M": 5, "D": D, "V": 300},
         "norm": lambda D: {"T": 5, "D": D},
         "gelu": lambda F: {"T": 5, "F": F},
+        "geglu": lambda F: {"T": 5, "F": F},
         "embedding": lambda D: {"T": 70, "V": 100, "P": 64, "D": D},
     }
     return [

@@ -24,6 +24,7 @@ NAMES = {
     "mlm_loss": ("eager", "linear_cross_entropy"),
     "norm": ("eager",),
     "gelu": ("eager",),
+    "geglu": ("eager",),
     "embedding": ("eager",),
 }
 Rival = tuple[Callable[[], Tensor], list[Tensor]]  # the forward pass, and tensors with a gradient
@@ -73,6 +74,11 @@ def eager_gelu(*, x, bias):
     return functional.gelu(x + bias)
 
 
+def eager_geglu(*, x, bias):
+    a, b = (x if bias is None else x + bias).chunk(2, dim=-1)
+    return functional.gelu(a) * b
+
+
 def eager_embedding(
     *,
     input_ids,
@@ -100,6 +106,7 @@ _EAGER = {
     "mlm_loss": eager_mlm_loss,
     "norm": eager_norm,
     "gelu": eager_gelu,
+    "geglu": eager_geglu,
     "embedding": eager_embedding,
 }
 

@@ -83,6 +83,8 @@ BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
     "embedding_table": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_D": (256, 512, 1024)},
     "gelu_forward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
     "gelu_backward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
+    "geglu_forward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
+    "geglu_backward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
 }
 COMMON = {
     "programs": (1, 2, 3, 4, 6, 8, 12),

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from fastbert_kernels._tile_schedule import attention_tile_schedule
     from fastbert_kernels.attention import varlen_attention
     from fastbert_kernels.embedding import embedding_layer_norm
+    from fastbert_kernels.geglu import bias_geglu
     from fastbert_kernels.gelu import bias_gelu
     from fastbert_kernels.mlm_loss import masked_cross_entropy
     from fastbert_kernels.norm import dropout_add_layer_norm, layer_norm
 
 __all__ = [
     "attention_tile_schedule",
+    "bias_geglu",
     "bias_gelu",
     "dropout_add_layer_norm",
     "embedding_layer_norm",
@@ -31,6 +33,7 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "attention_tile_schedule": "_tile_schedule",
+    "bias_geglu": "geglu",
     "bias_gelu": "gelu",
     "dropout_add_layer_norm": "norm",
     "embedding_layer_norm": "embedding",

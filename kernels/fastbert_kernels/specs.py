@@ -3,6 +3,7 @@
 from fastbert_kernels._spec import Spec
 from fastbert_kernels.attention.spec import SPEC as ATTENTION
 from fastbert_kernels.embedding.spec import SPEC as EMBEDDING
+from fastbert_kernels.geglu.spec import SPEC as GEGLU
 from fastbert_kernels.gelu.spec import SPEC as GELU
 from fastbert_kernels.mlm_loss.spec import SPEC as MLM_LOSS
 from fastbert_kernels.norm.spec import SPEC as NORM
@@ -12,5 +13,6 @@ SPECS: dict[str, Spec] = {
     "mlm_loss": MLM_LOSS,
     "norm": NORM,
     "gelu": GELU,
+    "geglu": GEGLU,
     "embedding": EMBEDDING,
 }
