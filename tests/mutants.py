@@ -63,7 +63,7 @@ KERNELS = "kernels/fastbert_kernels"
 ATTENTION, NORM = f"{KERNELS}/attention/reference.py", f"{KERNELS}/norm/reference.py"
 EMBEDDING, MLM_LOSS = f"{KERNELS}/embedding/reference.py", f"{KERNELS}/mlm_loss/reference.py"
 GELU, DROPOUT = f"{KERNELS}/gelu/reference.py", f"{KERNELS}/_dropout.py"
-GEGLU = f"{KERNELS}/geglu/reference.py"
+GEGLU, ROTARY = f"{KERNELS}/geglu/reference.py", f"{KERNELS}/rotary/reference.py"
 
 # The tests that are most likely to notice a fault in a file.
 TESTS = {
@@ -86,6 +86,7 @@ TESTS = {
     MLM_LOSS: ["test_kernels", "test_model"],
     GELU: ["test_kernels", "test_model"],
     GEGLU: ["test_modern_kernels"],
+    ROTARY: ["test_modern_kernels"],
     DROPOUT: ["test_dropout"],
 }
 
@@ -147,6 +148,7 @@ FAULTS = [
     Fault(MLM_LOSS, "ignore_index=IGNORED", "ignore_index=0"),
     Fault(GELU, "gelu(x + bias)", 'gelu(x + bias, approximate="tanh")'),
     Fault(GEGLU, "gelu(a) * b", "a * gelu(b)"),
+    Fault(ROTARY, "b * cos + a * sin", "b * cos - a * sin"),
     Fault(
         DROPOUT,
         "dropout_seeds[sequence] + (tokens - cu_seqlens[sequence] + 1)",

@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastbert_kernels import bias_geglu
+from fastbert_kernels import (
+    bias_geglu,
+    packed_positions,
+    rotary_embedding,
+    rotary_table,
+    varlen_attention,
+)
 from fastbert_kernels.gelu import kernel as gelu_kernel
+from fastbert_kernels.specs import SPECS
+from tests.sanitizer import sanitize
 from tests.test_kernels import GPU, fresh_memory_is_nan, place, watched
 from tests.test_kernels import (
     test_agrees_with_the_reference_in_fp64 as agrees,
@@ -78,3 +86,131 @@ def test_the_gradients_of_geglu_are_those_of_finite_differences(impl, bias):
 def test_programs_of_geglu_that_own_many_tiles(monkeypatch):
     monkeypatch.setattr(gelu_kernel, "multiprocessors", lambda device: 1)
     agrees("geglu", "triton", {"T": 150, "F": 150}, 0.0, "fp32")
+
+
+# Rotary embeddings
+
+
+def rotated_by_transformers(qkv: torch.Tensor, lengths: list[int], theta: float) -> list:
+    """Return q and k of a pack [T, 3, H, K], one sequence after the other."""
+    settings = config(
+        hidden_size=qkv.shape[2] * qkv.shape[3],
+        num_attention_heads=qkv.shape[2],
+        max_position_embeddings=8192,
+        rope_parameters={
+            kind: {"rope_type": "default", "rope_theta": theta}
+            for kind in ("full_attention", "sliding_attention")
+        },
+    )
+    from transformers.models.modernbert import modeling_modernbert
+
+    rotary = modeling_modernbert.ModernBertRotaryEmbedding(settings)
+    found = []
+    for x in qkv.split(lengths):
+        q, k, _ = x[None].transpose(1, 3).unbind(2)  # [1, H, n, K]
+        cos, sin = rotary(x.float(), torch.arange(len(x))[None], "full_attention")
+        rotated = modeling_modernbert.apply_rotary_pos_emb(q, k, cos, sin)
+        found.append([y[0].transpose(0, 1) for y in rotated])
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("theta", [160000.0, 10000.0])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_it_is_the_rotary_embedding_of_transformers(impl, theta):
+    """Positions start again at each sequence, and the longest has those up to 8,191."""
+    lengths, heads, size = ([5, 1, 30] if impl == "triton" else [5, 1, 8192]), 2, 16
+    torch.manual_seed(3)
+    qkv = torch.randn(sum(lengths), 3, heads, size)
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    given = {
+        "qkv": qkv,
+        "position_ids": packed_positions(bounds, len(qkv)),
+        "table": rotary_table(max(lengths), size, theta),
+    }
+    with watched(impl):
+        q, k, v = rotary_embedding(**place(given, device(impl)), impl=impl)
+    expected = rotated_by_transformers(qkv, lengths, theta)
+    torch.testing.assert_close([q.cpu(), k.cpu(), v.cpu()], [*expected, qkv[:, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_backward_pass_is_the_inverse_rotation_and_packs_all_three_gradients(impl, dtype):
+    """What is rotated forward comes back, and the gradient of v arrives as it is."""
+    given = SPECS["rotary"].inputs({"lengths": [9, 1, 40], "H": 3, "K": 32}, dtype, 0.0)
+    given = place(given, device(impl))
+    with watched(impl):
+        qkv = given["qkv"].requires_grad_()
+        rotated = rotary_embedding(**given, impl=impl)
+        ours = torch.autograd.grad(rotated, qkv, [x.detach() for x in rotated])[0]
+    assert torch.equal(ours[:, 2], qkv[:, 2])
+    eps = 4 * torch.finfo(dtype).eps  # each rotation rounds twice to a result of one pair's length
+    lengths = qkv.detach().float().unflatten(-1, (2, 16)).norm(dim=-2).repeat(1, 1, 1, 2)
+    assert ((ours.float() - qkv.float()).abs() <= eps * lengths).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_gradients_of_q_k_and_v_are_those_of_autograd(impl):
+    """Through attention, whose gradients of q, k and v all differ."""
+    shape = {"lengths": [9, 1, 20], "H": 2, "K": 32}
+    found = []
+    for one in (impl, "plain"):
+        given = SPECS["rotary"].inputs(shape, torch.float32, 0.0)
+        bounds = torch.tensor([0, 9, 10, 30], dtype=torch.int32)
+        where = device(one)
+        given, bounds = place(given, where), bounds.to(where)
+        qkv = given["qkv"].requires_grad_()
+        with watched(one):
+            if one == "plain":
+                table = given["table"][given["position_ids"]][:, None, None]
+                turn = torch.polar(torch.ones(30, 1, 1, 16), table[..., 16:].atan2(table[..., :16]))
+                a, b = qkv[:, :2].chunk(2, dim=-1)
+                turned = torch.complex(a, b) * turn
+                q, k = torch.cat((turned.real, turned.imag), dim=-1).unbind(1)
+                v = qkv[:, 2]
+            else:
+                q, k, v = rotary_embedding(**given, impl=one)
+            out = varlen_attention(q, k, v, bounds, 20, impl="reference")
+            out.square().sum().backward()
+        found.append([out.detach().cpu(), qkv.grad.cpu()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.skipif(GPU, reason="it counts in the interpreter")
+def test_v_is_not_read_forward():
+    given = SPECS["rotary"].inputs({"lengths": [6], "H": 2, "K": 32}, torch.bfloat16, 0.0)
+    with sanitize() as report:
+        _, _, v = rotary_embedding(**given, impl="triton")
+    assert v.data_ptr() == given["qkv"][:, 2].data_ptr()
+    (launch,) = report.launches
+    assert launch.tensors["qkv_ptr"].loaded == 2 * given["qkv"][:, :2].numel()
+
+
+def test_positions_of_a_pack():
+    bounds = torch.tensor([0, 3, 3, 5, 6, 6], dtype=torch.int32)
+    assert packed_positions(bounds, 9).tolist() == [0, 1, 2, 0, 1, 0, 0, 0, 0]
+    assert packed_positions(torch.zeros(1, dtype=torch.int32), 2).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: rotary_table(4, 7), "rotary_table: size = 7; must be an even number"),
+        (lambda: rotary_table(4, 8, 0.0), "rotary_table: theta = 0.0; must be positive"),
+        (
+            lambda: rotary_embedding(
+                torch.zeros(2, 3, 1, 5), torch.zeros(2, dtype=torch.int64), torch.zeros(4, 5)
+            ),
+            r"rotary_embedding: qkv has shape \[2, 3, 1, 5\], expected an even head size K",
+        ),
+        (
+            lambda: rotary_embedding(
+                torch.zeros(2, 3, 1, 8), torch.tensor([0, 4]), rotary_table(4, 8)
+            ),
+            r"rotary_embedding: position_ids span 0 to 4; must be in \[0, N = 4\)",
+        ),
+    ],
+)
+def test_bad_input_of_rotary_embeddings(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -156,6 +156,8 @@ def training_calls() -> Iterator[Case]:
     for F in (1152, 2624):
         yield Case("geglu", "", {"T": 40, "F": F})
         yield Case("geglu", "", {"T": 40, "F": F, "bare": 1})
+    for H in (12, 16):
+        yield Case("rotary", "", {"lengths": [40], "H": H, "K": 64})
     for D in (768, 1024):
         yield Case("mlm_loss", "", {"T": 40, "M": 20, "D": D, "V": 314})
         yield Case("mlm_loss", "all", {"T": 40, "M": 40, "D": D, "V": 314})

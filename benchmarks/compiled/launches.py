@@ -118,6 +118,7 @@ def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
     of_size = {
         "mlm_loss": lambda D: {"T": 10, "M": 5, "D": D, "V": 300},
         "norm": lambda D: {"T": 5, "D": D},
+        "rotary": lambda D: {"lengths": [5], "H": D // 4, "K": 4},
         "gelu": lambda F: {"T": 5, "F": F},
         "geglu": lambda F: {"T": 5, "F": F},
         "embedding": lambda D: {"T": 70, "V": 100, "P": 64, "D": D},
@@ -145,7 +146,13 @@ def smallest(operation: str) -> list[Shape]:
         ]
     if operation == "mlm_loss":
         return [{"T": 10, "M": M, "D": 64, "V": 300} for M in (5, 10)]
-    return [next(shape for shape in SPECS[operation].shapes if shape["T"] > 1)]
+    return [
+        next(
+            shape
+            for shape in SPECS[operation].shapes
+            if shape.get("T", sum(shape.get("lengths", ()))) > 1
+        )
+    ]
 
 
 def optional_tensors(function: Callable) -> list[str]:

@@ -70,6 +70,7 @@ def production(tokens: int = TOKENS, large: bool = True) -> list[Case]:
         *of_length.pop(512, []),
         *rows(768),
         Case("geglu", "F=1152", {"T": tokens, "F": 1152, "bare": 1}),
+        Case("rotary", "H=12 K=64", {"lengths": [512] * (tokens // 512), "H": 12, "K": 64}),
         *attention("mixed", mixed_lengths(tokens, min(512, tokens))),
         *itertools.chain(*of_length.values()),
         *(rows(1024) if large else []),

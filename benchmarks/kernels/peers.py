@@ -24,6 +24,7 @@ NAMES = {
     "norm": ("Liger",),
     "gelu": (),
     "geglu": (),
+    "rotary": (),
     "embedding": (),
 }
 

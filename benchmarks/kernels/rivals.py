@@ -25,6 +25,7 @@ NAMES = {
     "norm": ("eager",),
     "gelu": ("eager",),
     "geglu": ("eager",),
+    "rotary": ("eager",),
     "embedding": ("eager",),
 }
 Rival = tuple[Callable[[], Tensor], list[Tensor]]  # the forward pass, and tensors with a gradient
@@ -79,6 +80,15 @@ def eager_geglu(*, x, bias):
     return functional.gelu(a) * b
 
 
+def eager_rotary(*, qkv, position_ids, table):
+    cos, sin = (torch.cat((x, x), -1)[:, None] for x in table[position_ids].chunk(2, dim=-1))
+    first, second = qkv[:, 0].float().chunk(2, dim=-1)
+    q = qkv[:, 0] * cos + torch.cat((-second, first), dim=-1) * sin
+    first, second = qkv[:, 1].float().chunk(2, dim=-1)
+    k = qkv[:, 1] * cos + torch.cat((-second, first), dim=-1) * sin
+    return q.to(qkv.dtype), k.to(qkv.dtype), qkv[:, 2]
+
+
 def eager_embedding(
     *,
     input_ids,
@@ -107,6 +117,7 @@ _EAGER = {
     "norm": eager_norm,
     "gelu": eager_gelu,
     "geglu": eager_geglu,
+    "rotary": eager_rotary,
     "embedding": eager_embedding,
 }
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastbert_kernels.gelu import bias_gelu
     from fastbert_kernels.mlm_loss import masked_cross_entropy
     from fastbert_kernels.norm import dropout_add_layer_norm, layer_norm
+    from fastbert_kernels.rotary import packed_positions, rotary_embedding, rotary_table
 
 __all__ = [
     "attention_tile_schedule",
@@ -26,6 +27,9 @@ __all__ = [
     "layer_norm",
     "linear",
     "masked_cross_entropy",
+    "packed_positions",
+    "rotary_embedding",
+    "rotary_table",
     "row_seeds",
     "varlen_attention",
 ]
@@ -40,6 +44,9 @@ _MODULES = {
     "layer_norm": "norm",
     "linear": "_linear",
     "masked_cross_entropy": "mlm_loss",
+    "packed_positions": "rotary",
+    "rotary_embedding": "rotary",
+    "rotary_table": "rotary",
     "row_seeds": "_dropout",
     "varlen_attention": "attention",
 }

@@ -7,6 +7,7 @@ from fastbert_kernels.geglu.spec import SPEC as GEGLU
 from fastbert_kernels.gelu.spec import SPEC as GELU
 from fastbert_kernels.mlm_loss.spec import SPEC as MLM_LOSS
 from fastbert_kernels.norm.spec import SPEC as NORM
+from fastbert_kernels.rotary.spec import SPEC as ROTARY
 
 SPECS: dict[str, Spec] = {
     "attention": ATTENTION,
@@ -14,5 +15,6 @@ SPECS: dict[str, Spec] = {
     "norm": NORM,
     "gelu": GELU,
     "geglu": GEGLU,
+    "rotary": ROTARY,
     "embedding": EMBEDDING,
 }
