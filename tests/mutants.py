@@ -63,6 +63,7 @@ KERNELS = "kernels/fastbert_kernels"
 ATTENTION, NORM = f"{KERNELS}/attention/reference.py", f"{KERNELS}/norm/reference.py"
 EMBEDDING, MLM_LOSS = f"{KERNELS}/embedding/reference.py", f"{KERNELS}/mlm_loss/reference.py"
 GELU, DROPOUT = f"{KERNELS}/gelu/reference.py", f"{KERNELS}/_dropout.py"
+ADD_NORM = f"{KERNELS}/add_norm/reference.py"
 GEGLU, ROTARY = f"{KERNELS}/geglu/reference.py", f"{KERNELS}/rotary/reference.py"
 
 # The tests that are most likely to notice a fault in a file.
@@ -85,6 +86,7 @@ TESTS = {
     EMBEDDING: ["test_kernels", "test_model"],
     MLM_LOSS: ["test_kernels", "test_model"],
     GELU: ["test_kernels", "test_model"],
+    ADD_NORM: ["test_modern_kernels"],
     GEGLU: ["test_modern_kernels"],
     ROTARY: ["test_modern_kernels"],
     DROPOUT: ["test_dropout"],
@@ -147,6 +149,7 @@ FAULTS = [
     Fault(MLM_LOSS, "losses.sum() / total", "losses.mean()"),
     Fault(MLM_LOSS, "ignore_index=IGNORED", "ignore_index=0"),
     Fault(GELU, "gelu(x + bias)", 'gelu(x + bias, approximate="tanh")'),
+    Fault(ADD_NORM, "(residual.to(wide) + z)", "(residual.to(wide) - z)"),
     Fault(GEGLU, "gelu(a) * b", "a * gelu(b)"),
     Fault(ROTARY, "b * cos + a * sin", "b * cos - a * sin"),
     Fault(

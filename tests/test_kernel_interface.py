@@ -15,6 +15,7 @@ from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert_kernels import (
     _checks,
+    add_layer_norm,
     bias_geglu,
     bias_gelu,
     dropout_add_layer_norm,
@@ -116,6 +117,17 @@ CALLS = {  # an operation and its tensors, of which the named one may be missing
             bias,
             impl=impl,
         ),
+        16,
+    ),
+    "add_norm": (
+        lambda impl, bias: add_layer_norm(
+            torch.arange(80.0).view(5, 16).requires_grad_(),
+            None,
+            torch.ones(5, 16),
+            NORM["norm_weight"],
+            bias,
+            impl=impl,
+        )[0],
         16,
     ),
     "embedding": (

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from fastbert_kernels import (
+    add_layer_norm,
     bias_geglu,
     packed_positions,
     rotary_embedding,
@@ -214,3 +215,78 @@ def test_positions_of_a_pack():
 def test_bad_input_of_rotary_embeddings(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# The residual stream and its norm
+
+
+def outcome(given, impl, weight, dtype=None):
+    """Return both results of `add_layer_norm` and all gradients, for two different upstream ones."""
+    given = place(given, device(impl))
+    names = [n for n in SPECS["add_norm"].differentiable if given[n] is not None]
+    for name in names:
+        given[name] = given[name].detach().to(dtype or given[name].dtype).requires_grad_()
+    with watched(impl):
+        y, total = add_layer_norm(**given, impl=impl)
+        draw = torch.Generator().manual_seed(5)
+        up = [torch.randn(y.shape, generator=draw, dtype=torch.float64) for _ in range(2)]
+        gradients = torch.autograd.grad(
+            [y, total], [given[name] for name in names], [(w * u).to(y) for w, u in zip(weight, up)]
+        )
+    return dict(zip(("y", "total", *names), (y.detach(), total.detach(), *gradients), strict=True))
+
+
+@pytest.mark.parametrize("weight", [(1, 1), (0, 1)], ids=["both", "sum alone"])
+@pytest.mark.parametrize("bare", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["triton", "cpu"])
+def test_norm_and_sum_and_the_gradients_through_both(impl, dtype, bare, weight):
+    """By the bound of test_kernels.py."""
+    given = SPECS["add_norm"].inputs({"T": 21, "D": 257, "bare": bare}, dtype, 0.1)
+    exact = outcome(given, "reference", weight, torch.float64)
+    plain, ours = outcome(given, "reference", weight), outcome(given, impl, weight)
+    for key, truth in exact.items():
+        allowed = 2 * (plain[key] - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
+        assert (ours[key].cpu() - truth).abs().max() <= allowed, key
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_block_of_transformers_is_two_sums_with_their_norms(impl):
+    """The residual stream of a ModernBERT layer, whose norms have no biases."""
+    from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
+
+    torch.manual_seed(7)
+    layer = ModernBertEncoderLayer(config(attn_implementation="eager"), 3).eval()
+    for norm in (layer.attn_norm, layer.mlp_norm):
+        assert norm.bias is None
+        torch.nn.init.normal_(norm.weight)
+    stream, x = torch.randn(2, 6, 32)
+    angles = torch.ones(1, 6, 16), torch.zeros(1, 6, 16)  # no rotation
+    with torch.no_grad():
+        expected = layer((stream + x)[None], position_embeddings=angles)[0]
+
+    def add(x, residual, norm):
+        given = place({"x": x, "residual": residual, "norm_weight": norm.weight}, device(impl))
+        with torch.no_grad(), watched(impl):
+            found = add_layer_norm(**given, bias=None, eps=norm.eps, impl=impl)
+        return [result.cpu() for result in found]
+
+    with torch.no_grad():
+        normed, stream = add(x, stream, layer.attn_norm)
+        attended, _ = layer.attn(normed[None], position_embeddings=angles)
+        normed, stream = add(attended[0], stream, layer.mlp_norm)
+        found = stream + layer.mlp(normed)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("impl", ["triton", "cpu"])
+def test_the_gradients_of_x_and_residual_are_two_tensors(impl):
+    """Without dropout they are equal; writing to one must not change the other."""
+    given = place(
+        SPECS["add_norm"].inputs({"T": 5, "D": 20, "bare": 1}, torch.float32, 0.0), device(impl)
+    )
+    x, residual = (given[name].requires_grad_() for name in ("x", "residual"))
+    with watched(impl):
+        y, total = add_layer_norm(**given, impl=impl)
+        (y.square().sum() + total.sum()).backward()
+    assert torch.equal(x.grad, residual.grad) and x.grad.data_ptr() != residual.grad.data_ptr()

@@ -178,6 +178,7 @@ AS_TORCH = {  # each operation in plain torch
         functional.linear(X, X), torch.zeros(4, dtype=torch.int64)
     ),
     "norm": lambda: functional.layer_norm(X, (8,), ROW, ROW),
+    "add_norm": lambda: functional.layer_norm(X + X, (8,), ROW, ROW),
     "gelu": lambda: functional.gelu(functional.linear(X, torch.ones(8, 8), ROW)),
     "geglu": lambda: functional.glu(functional.linear(X, torch.ones(8, 8), ROW)),
     "rotary": lambda: X * X.cos() + X.roll(4, -1) * X.sin(),

@@ -164,6 +164,9 @@ def training_calls() -> Iterator[Case]:
         for p in (0.1, 0.0):
             yield Case("norm", "", {"T": 40, "D": D}, p)
         yield Case("norm", "alone", {"T": 40, "D": D, "bare": 1})
+        for p in (0.1, 0.0):
+            yield Case("add_norm", "", {"T": 40, "D": D}, p)
+        yield Case("add_norm", "", {"T": 40, "D": D, "bare": 1})
 
 
 def launch(case: Case, dtype: torch.dtype) -> None:

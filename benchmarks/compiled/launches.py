@@ -118,6 +118,7 @@ def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
     of_size = {
         "mlm_loss": lambda D: {"T": 10, "M": 5, "D": D, "V": 300},
         "norm": lambda D: {"T": 5, "D": D},
+        "add_norm": lambda D: {"T": 5, "D": D},
         "rotary": lambda D: {"lengths": [5], "H": D // 4, "K": 4},
         "gelu": lambda F: {"T": 5, "F": F},
         "geglu": lambda F: {"T": 5, "F": F},

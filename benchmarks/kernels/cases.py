@@ -69,6 +69,7 @@ def production(tokens: int = TOKENS, large: bool = True) -> list[Case]:
         Case("mlm_loss", "D=768", {"T": tokens, "M": tokens // 2, "D": 768, "V": VOCABULARY}),
         *of_length.pop(512, []),
         *rows(768),
+        Case("add_norm", "D=768", {"T": tokens, "D": 768, "bare": 1}, 0.0),
         Case("geglu", "F=1152", {"T": tokens, "F": 1152, "bare": 1}),
         Case("rotary", "H=12 K=64", {"lengths": [512] * (tokens // 512), "H": 12, "K": 64}),
         *attention("mixed", mixed_lengths(tokens, min(512, tokens))),

@@ -23,6 +23,7 @@ NAMES = {
     "attention": ("eager", "SDPA", "varlen_attn"),
     "mlm_loss": ("eager", "linear_cross_entropy"),
     "norm": ("eager",),
+    "add_norm": ("eager",),
     "gelu": ("eager",),
     "geglu": ("eager",),
     "rotary": ("eager",),
@@ -71,6 +72,11 @@ def eager_norm(*, x, bias, residual, norm_weight, norm_bias, dropout_p, **_):
     )
 
 
+def eager_add_norm(*, x, bias, residual, norm_weight, norm_bias, dropout_p, **_):
+    total = residual + functional.dropout(x if bias is None else x + bias, dropout_p)
+    return functional.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, 1e-5), total
+
+
 def eager_gelu(*, x, bias):
     return functional.gelu(x + bias)
 
@@ -115,6 +121,7 @@ def eager_embedding(
 _EAGER = {
     "mlm_loss": eager_mlm_loss,
     "norm": eager_norm,
+    "add_norm": eager_add_norm,
     "gelu": eager_gelu,
     "geglu": eager_geglu,
     "rotary": eager_rotary,

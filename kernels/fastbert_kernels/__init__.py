@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fastbert_kernels._dropout import row_seeds
     from fastbert_kernels._linear import linear
     from fastbert_kernels._tile_schedule import attention_tile_schedule
+    from fastbert_kernels.add_norm import add_layer_norm
     from fastbert_kernels.attention import varlen_attention
     from fastbert_kernels.embedding import embedding_layer_norm
     from fastbert_kernels.geglu import bias_geglu
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fastbert_kernels.rotary import packed_positions, rotary_embedding, rotary_table
 
 __all__ = [
+    "add_layer_norm",
     "attention_tile_schedule",
     "bias_geglu",
     "bias_gelu",
@@ -36,6 +38,7 @@ __all__ = [
 __version__ = "0.2.0"
 
 _MODULES = {
+    "add_layer_norm": "add_norm",
     "attention_tile_schedule": "_tile_schedule",
     "bias_geglu": "geglu",
     "bias_gelu": "gelu",

@@ -1,6 +1,7 @@
 """SPECS: every operation by name; `tests/test_kernels.py` and the benchmarks walk it."""
 
 from fastbert_kernels._spec import Spec
+from fastbert_kernels.add_norm.spec import SPEC as ADD_NORM
 from fastbert_kernels.attention.spec import SPEC as ATTENTION
 from fastbert_kernels.embedding.spec import SPEC as EMBEDDING
 from fastbert_kernels.geglu.spec import SPEC as GEGLU
@@ -13,6 +14,7 @@ SPECS: dict[str, Spec] = {
     "attention": ATTENTION,
     "mlm_loss": MLM_LOSS,
     "norm": NORM,
+    "add_norm": ADD_NORM,
     "gelu": GELU,
     "geglu": GEGLU,
     "rotary": ROTARY,
