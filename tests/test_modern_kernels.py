@@ -12,6 +12,7 @@ from torch.nn import functional
 from fastbert_kernels import (
     add_layer_norm,
     bias_geglu,
+    embedding_layer_norm,
     packed_positions,
     rotary_embedding,
     rotary_table,
@@ -20,13 +21,14 @@ from fastbert_kernels import (
 from fastbert_kernels.gelu import kernel as gelu_kernel
 from fastbert_kernels.specs import SPECS
 from tests.sanitizer import sanitize
-from tests.test_kernels import GPU, fresh_memory_is_nan, place, watched
+from tests.test_kernels import GPU, fresh_memory_is_nan, place, run, watched
 from tests.test_kernels import (
     test_agrees_with_the_reference_in_fp64 as agrees,
 )  # by another name, not to be collected again
 
 __all__ = ["fresh_memory_is_nan"]  # used by every test
 IMPLEMENTATIONS = ["triton", "cpu", "reference"]
+PARTS = ("ids", "embeddings")  # of a look-up
 
 
 def device(impl: str) -> str:
@@ -221,7 +223,7 @@ def test_bad_input_of_rotary_embeddings(call, message):
 
 
 def outcome(given, impl, weight, dtype=None):
-    """Return both results of `add_layer_norm` and all gradients, for two different upstream ones."""
+    """Return both results of `add_layer_norm`, and all gradients from two upstream ones."""
     given = place(given, device(impl))
     names = [n for n in SPECS["add_norm"].differentiable if given[n] is not None]
     for name in names:
@@ -231,7 +233,9 @@ def outcome(given, impl, weight, dtype=None):
         draw = torch.Generator().manual_seed(5)
         up = [torch.randn(y.shape, generator=draw, dtype=torch.float64) for _ in range(2)]
         gradients = torch.autograd.grad(
-            [y, total], [given[name] for name in names], [(w * u).to(y) for w, u in zip(weight, up)]
+            [y, total],
+            [given[name] for name in names],
+            [(w * u).to(y) for w, u in zip(weight, up, strict=True)],
         )
     return dict(zip(("y", "total", *names), (y.detach(), total.detach(), *gradients), strict=True))
 
@@ -290,3 +294,72 @@ def test_the_gradients_of_x_and_residual_are_two_tensors(impl):
         y, total = add_layer_norm(**given, impl=impl)
         (y.square().sum() + total.sum()).backward()
     assert torch.equal(x.grad, residual.grad) and x.grad.data_ptr() != residual.grad.data_ptr()
+
+
+# Embeddings of words alone
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_embeddings_are_those_of_transformers(impl):
+    from transformers.models.modernbert.modeling_modernbert import ModernBertEmbeddings
+
+    torch.manual_seed(9)
+    layer = ModernBertEmbeddings(config())
+    torch.nn.init.normal_(layer.norm.weight)
+    ids = torch.randint(1, 50, (40,))  # 0 is the padding, which has no gradient there
+    expected = layer(ids)
+    upstream = torch.randn(40, 32)
+    expected.backward(upstream)
+    given = {"word_embeddings": layer.tok_embeddings.weight, "norm_weight": layer.norm.weight}
+    given = {name: value.detach().clone() for name, value in given.items()}
+    given = place(given | {"input_ids": ids}, device(impl))
+    leaves = [given[name].requires_grad_() for name in ("word_embeddings", "norm_weight")]
+    nothing = dict.fromkeys(
+        ("position_ids", "token_type_ids", "position_embeddings", "token_type_embeddings")
+    )
+    with watched(impl):
+        found = embedding_layer_norm(**given, **nothing, eps=layer.norm.eps, impl=impl)
+        found.backward(upstream.to(found))
+    torch.testing.assert_close(found.cpu(), expected)
+    torch.testing.assert_close(leaves[0].grad.cpu(), layer.tok_embeddings.weight.grad)
+    torch.testing.assert_close(leaves[1].grad.cpu(), layer.norm.weight.grad)
+
+
+@pytest.mark.parametrize("missing", ["position", "token_type"])
+@pytest.mark.parametrize("impl", ["triton", "cpu"])
+def test_a_missing_table_is_a_table_of_zeros(impl, missing):
+    given = SPECS["embedding"].inputs({"T": 70, "V": 3, "P": 9, "D": 40}, torch.float32, 0.1)
+    given[f"{missing}_embeddings"].zero_()
+    whole = run(SPECS["embedding"], given, impl)
+    found = run(SPECS["embedding"], given | {f"{missing}_{part}": None for part in PARTS}, impl)
+    assert found.keys() == whole.keys() - {f"d{missing}_embeddings"}
+    for key, value in found.items():
+        assert torch.equal(value, whole[key]), key
+
+
+@pytest.mark.parametrize("given", PARTS)
+@pytest.mark.parametrize("kind", ["position", "token_type"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_ids_without_their_table_are_refused(impl, kind, given):
+    (missing,) = set(PARTS) - {given}
+    arguments = SPECS["embedding"].inputs({"T": 4, "V": 3, "P": 2, "D": 16}, torch.float32, 0.0)
+    with pytest.raises(ValueError) as error:
+        embedding_layer_norm(**arguments | {f"{kind}_{missing}": None}, impl=impl)
+    assert str(error.value) == (
+        f"embedding_layer_norm: {kind}_{given} without {kind}_{missing}; pass both or neither"
+    )
+
+
+# LayerNorm without a bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_norm_without_bias_is_one_with_zeros(impl, dtype):
+    for name, shape in (("norm", {"T": 7, "D": 40}), ("add_norm", {"T": 7, "D": 40})):
+        given = SPECS[name].inputs(shape, dtype, 0.1)
+        zeros = run(SPECS[name], given | {"norm_bias": torch.zeros(40, dtype=dtype)}, impl)
+        found = run(SPECS[name], given | {"norm_bias": None}, impl)
+        assert found.keys() == zeros.keys() - {"dnorm_bias"}
+        for key, value in found.items():
+            assert torch.equal(value, zeros[key]), key

@@ -152,6 +152,7 @@ def training_calls() -> Iterator[Case]:
     for D in (768, 1024):
         for p in (0.0, 0.1):
             yield Case("embedding", "", {"T": 40, "V": 314, "P": 512, "D": D}, p)
+        yield Case("embedding", "", {"T": 40, "V": 314, "D": D})
         yield Case("gelu", "", {"T": 40, "F": 4 * D})
     for F in (1152, 2624):
         yield Case("geglu", "", {"T": 40, "F": F})
