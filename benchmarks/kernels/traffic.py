@@ -351,6 +351,8 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         return Work(heads * total, heads * flops)
 
     def blocks(kernel: str, own: str, over: str) -> tuple[int, int]:
+        if window is not None and own != over:
+            kernel += "_window"
         options = tile(kernel, architecture(CPU), dtype, size)
         return options[own], options[over]
 

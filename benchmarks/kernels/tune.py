@@ -64,6 +64,9 @@ BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
     "attention_prepare": {"BLOCK_Q": (32, 64, 128)},
     "attention_dkdv": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
     "attention_dq": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
+    "attention_forward_window": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
+    "attention_dkdv_window": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
+    "attention_dq_window": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
     "mlm_loss_forward": {
         "BLOCK_M": (64, 128),
         "BLOCK_V": (64, 128, 256),

@@ -26,8 +26,9 @@ and v to be saved. The tile has 64 tokens for a sequence of up to 64, and 128 fo
 in its own launch, so a 40-token sequence does not pay for the longest of its pack.
 
 With a window, query i sees key j where |i - j| <= WINDOW. The loops then visit only the tiles in
-reach of the program's own tile, and mask each of them. WINDOW is a constant: None leaves no trace
-in the machine code.
+reach of the program's own tile, and mask each of them. A smaller tile reaches fewer keys that none
+of its queries sees, so these launches have rows of their own in tiles.json. WINDOW is a constant:
+None leaves no trace in the machine code.
 
 Rows behind the last sequence of a padded pack are filled with zeros by programs that have nothing
 else to do.
@@ -187,8 +188,12 @@ def _positions(query_indices_ptr, row, valid, first_token, first_row, length):
 
 @triton.jit
 def _sees(position, key, length, WINDOW: tl.constexpr):
-    """Whether the query at `position` of a sequence sees the key at `key`."""
-    return (key >= position - WINDOW) & (key <= position + WINDOW) & (key < length)
+    """Whether the query at `position` of a sequence sees the key at `key`.
+
+    As unsigned numbers, distances below -WINDOW are large, so one comparison serves both sides.
+    """
+    distance = (key - (position - WINDOW)).to(tl.uint32, bitcast=True)
+    return (distance <= 2 * WINDOW) & (key < length)
 
 
 @triton.jit
@@ -444,6 +449,7 @@ def _forward_short_kernel(
 
 _QKV = ("q_ptr", "k_ptr", "v_ptr")
 _FORWARD = Kernel(_forward_kernel, "attention_forward", wide=_QKV)
+_FORWARD_WINDOW = Kernel(_forward_kernel, "attention_forward_window", wide=_QKV)
 _FORWARD_SHORT = Kernel(_forward_short_kernel, "attention_forward_short", wide=_QKV)
 _FORWARD_SMALL = Kernel(_forward_short_kernel, f"attention_forward_short_{_SMALL}", wide=_QKV)
 
@@ -493,7 +499,7 @@ def forward(
             if tile_schedule is None or has_query_indices
             else tile_schedule
         )
-        kernel = _FORWARD.prepare(q, size, constants, kind)
+        kernel = (_FORWARD if window is None else _FORWARD_WINDOW).prepare(q, size, constants, kind)
         grid = (heads, schedule.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
         kernel(
             grid,
@@ -883,6 +889,8 @@ _BACKWARD_SMALL = Kernel(
 _PREPARE = Kernel(_prepare_kernel, "attention_prepare", wide=("out_ptr", "dout_ptr"))
 _DKDV = Kernel(_dkdv_kernel, "attention_dkdv", wide=_QKV_DOUT)
 _DQ = Kernel(_dq_kernel, "attention_dq", wide=_QKV_DOUT)
+_DKDV_WINDOW = Kernel(_dkdv_kernel, "attention_dkdv_window", wide=_QKV_DOUT)
+_DQ_WINDOW = Kernel(_dq_kernel, "attention_dq_window", wide=_QKV_DOUT)
 
 
 def backward(
@@ -956,12 +964,14 @@ def backward(
     pointers, facts = (q, k, v, dout), (*statistics.unbind(), delta, lo, hi)
     numbers = (*kind[0], sequences, *sizes, *scales, threshold(dropout_p))
     places = None if window is None else query_indices  # where the queries are, if it matters
-    kernel = _DKDV.prepare(q, size, (heads, size, drop, precision, window), kind)
+    of_k, of_q = (_DKDV, _DQ) if window is None else (_DKDV_WINDOW, _DQ_WINDOW)
+    kernel = of_k.prepare(q, size, (heads, size, drop, precision, window), kind)
     grid = (heads, key_schedule.shape[0] * (ITEM // kernel.tile["BLOCK_K"]))
-    of_keys = (key_schedule, *tables[:2], places, _first_queries(places, tokens))
-    kernel(grid, (*pointers, *facts, dk, dv, *of_keys), numbers)
+    first_queries = _first_queries(places, tokens)
+    pointers_of_k = (*facts, dk, dv, key_schedule, *tables[:2], places, first_queries)
+    kernel(grid, (*pointers, *pointers_of_k), numbers)
 
-    kernel = _DQ.prepare(q, size, (heads, size, drop, precision, window), kind)
+    kernel = of_q.prepare(q, size, (heads, size, drop, precision, window), kind)
     grid = (heads, schedule.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
     kernel(grid, (*pointers, *facts, dq, schedule, *tables[:2], places), numbers)
     return dq, dk, dv
