@@ -12,7 +12,7 @@ every choice of given and omitted tensors that its signature allows (and its ref
 each dtype, with and without dropout; and every size that the kernels or `tiles.json` distinguish.
 In addition there are training and evaluation steps of the model.
 
-Machine code takes a second for each kind of launch, and there are 411 kinds on each architecture.
+Machine code takes a second for each kind of launch, and there are 651 kinds on each architecture.
 `--front-end` therefore runs only Triton's front end (`front_end.py`) for each kind of launch, once
 if several architectures have the same. On the architectures of `--machine-code` it compiles one
 launch of each kernel to machine code, which is the first one in a training step in bf16.
