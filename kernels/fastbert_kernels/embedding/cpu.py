@@ -41,9 +41,9 @@ class _EmbeddingLayerNorm(Function):
         z = word_embeddings.index_select(0, input_ids)
         wide = torch.promote_types(z.dtype, torch.float32)
         z = z.to(wide)
-        if position_embeddings is not None:
+        if position_ids is not None and position_embeddings is not None:
             z += position_embeddings.index_select(0, position_ids)
-        if token_type_embeddings is not None:
+        if token_type_ids is not None and token_type_embeddings is not None:
             z += token_type_embeddings.index_select(0, token_type_ids)
         wide_bias = None if norm_bias is None else norm_bias.to(wide)
         y, mean, rstd = torch.native_layer_norm(

@@ -43,7 +43,8 @@ class _Rotary(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Gradients:
-        cos, sin = _angles(*ctx.saved_tensors, dq.dtype)
+        position_ids, table = ctx.saved_tensors
+        cos, sin = _angles(position_ids, table, dq.dtype)
         dqkv = dq.new_empty(dq.shape[0], 3, *dq.shape[1:])
         _rotate(dq, cos, -sin, dqkv[:, 0])
         _rotate(dk, cos, -sin, dqkv[:, 1])

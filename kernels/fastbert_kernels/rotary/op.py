@@ -93,7 +93,7 @@ def check(
 
 
 def _forward_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    T, _, H, K = qkv.shape
+    T, H, K = qkv.shape[0], qkv.shape[2], qkv.shape[3]
     return qkv.new_empty(T, H, K), qkv.new_empty(T, H, K)
 
 
