@@ -18,13 +18,9 @@ from fastbert_kernels import (
     rotary_table,
     varlen_attention,
 )
-from fastbert_kernels.gelu import kernel as gelu_kernel
 from fastbert_kernels.specs import SPECS
 from tests.sanitizer import sanitize
 from tests.test_kernels import GPU, fresh_memory_is_nan, place, run, watched
-from tests.test_kernels import (
-    test_agrees_with_the_reference_in_fp64 as agrees,
-)  # by another name, not to be collected again
 
 __all__ = ["fresh_memory_is_nan"]  # used by every test
 IMPLEMENTATIONS = ["triton", "cpu", "reference"]
@@ -84,11 +80,6 @@ def test_the_gradients_of_geglu_are_those_of_finite_differences(impl, bias):
     torch.testing.assert_close(leaves[0].grad.cpu(), expected.float())
     if bias:
         torch.testing.assert_close(leaves[1].grad.cpu(), expected.sum(0).float())
-
-
-def test_programs_of_geglu_that_own_many_tiles(monkeypatch):
-    monkeypatch.setattr(gelu_kernel, "multiprocessors", lambda device: 1)
-    agrees("geglu", "triton", {"T": 150, "F": 150}, 0.0, "fp32")
 
 
 # Rotary embeddings

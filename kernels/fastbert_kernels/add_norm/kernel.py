@@ -28,6 +28,7 @@ from fastbert_kernels._rows import (
     dropout,
     gradient,
     load_vector,
+    load_z,
     mask_keys,
     plus,
     row_programs,
@@ -36,7 +37,6 @@ from fastbert_kernels._rows import (
     times,
     zeros,
 )
-from fastbert_kernels.norm.kernel import load_z
 
 
 @triton.jit(do_not_specialize=["T", "dropout_stream", "threshold"])

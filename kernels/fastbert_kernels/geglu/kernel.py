@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels._launch import Kernel
-from fastbert_kernels.gelu.kernel import grid, normal
+from fastbert_kernels._rows import column_programs, normal
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def forward(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     y = x.new_empty(T, F)
     if T and F:
         kernel = _FORWARD.prepare(x, F, (), F, stride, bias is None)
-        kernel(grid(kernel.tile, T, F, x.device), (x, bias, y), (stride, T, F))
+        kernel(column_programs(kernel.tile, T, F, x.device), (x, bias, y), (stride, T, F))
     return y
 
 
@@ -118,7 +118,7 @@ def backward(
     if not (T and F):
         return dx, x.new_zeros(columns)
     kernel = _BACKWARD.prepare(x, F, (), F, stride, bias is None)
-    programs = grid(kernel.tile, T, F, x.device)
+    programs = column_programs(kernel.tile, T, F, x.device)
     shares = x.new_empty(programs[1], columns, dtype=torch.float32)
     pointers = (dy, x, bias, dx, None if bias is None else shares)
     kernel(programs, pointers, (stride, T, F))

@@ -31,6 +31,7 @@ from fastbert_kernels._rows import (
     dropout,
     gradient,
     load_vector,
+    load_z,
     mask_keys,
     plus,
     row_programs,
@@ -39,38 +40,6 @@ from fastbert_kernels._rows import (
     times,
     zeros,
 )
-
-
-@triton.jit
-def load_z(
-    x_ptr,
-    bias,
-    residual_ptr,
-    stride_x,
-    stride_residual,
-    row,
-    T,
-    keys,
-    threshold,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Return residual + dropout(x + bias)."""
-    z = ()
-    for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
-        column = columns(i, BLOCK_D)
-        mask = (row < T) & (column < D)
-        chunk = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
-        if len(bias) > 0:
-            chunk += bias[i]
-        chunk = dropout(chunk, keys, i, threshold, scale, BLOCK_D)
-        if residual_ptr is not None:
-            chunk += tl.load(
-                residual_ptr + row * stride_residual + column, mask=mask, other=0.0
-            ).to(tl.float32)
-        z += (chunk,)
-    return z
 
 
 @triton.jit(do_not_specialize=["T", "dropout_stream", "threshold"])
