@@ -63,6 +63,8 @@ KERNELS = "kernels/fastbert_kernels"
 ATTENTION, NORM = f"{KERNELS}/attention/reference.py", f"{KERNELS}/norm/reference.py"
 EMBEDDING, MLM_LOSS = f"{KERNELS}/embedding/reference.py", f"{KERNELS}/mlm_loss/reference.py"
 GELU, DROPOUT = f"{KERNELS}/gelu/reference.py", f"{KERNELS}/_dropout.py"
+ADD_NORM = f"{KERNELS}/add_norm/reference.py"
+GEGLU, ROTARY = f"{KERNELS}/geglu/reference.py", f"{KERNELS}/rotary/reference.py"
 
 # The tests that are most likely to notice a fault in a file.
 TESTS = {
@@ -84,6 +86,9 @@ TESTS = {
     EMBEDDING: ["test_kernels", "test_model"],
     MLM_LOSS: ["test_kernels", "test_model"],
     GELU: ["test_kernels", "test_model"],
+    ADD_NORM: ["test_modern_kernels"],
+    GEGLU: ["test_modern_kernels"],
+    ROTARY: ["test_modern_kernels"],
     DROPOUT: ["test_dropout"],
 }
 
@@ -135,6 +140,7 @@ FAULTS = [
     Fault(BERT, "if index == len(self.layers) - 1 else None", "if index == 0 else None"),
     # The references that define the kernels
     Fault(ATTENTION, "scores.softmax(-1)", "scores.softmax(-2)"),
+    Fault(ATTENTION, "distance > window", "distance >= window"),
     Fault(ATTENTION, "weights * kept * keep_scale(dropout_p)", "weights * kept"),
     Fault(NORM, ".square().mean(-1, keepdim=True) + eps)", ".square().mean(-1, keepdim=True))"),
     Fault(NORM, "z = z + residual.to(wide)", "z = z + 2 * residual.to(wide)"),
@@ -143,6 +149,9 @@ FAULTS = [
     Fault(MLM_LOSS, "losses.sum() / total", "losses.mean()"),
     Fault(MLM_LOSS, "ignore_index=IGNORED", "ignore_index=0"),
     Fault(GELU, "gelu(z)", 'gelu(z, approximate="tanh")'),
+    Fault(ADD_NORM, "(residual.to(wide) + z)", "(residual.to(wide) - z)"),
+    Fault(GEGLU, "gelu(a) * b", "a * gelu(b)"),
+    Fault(ROTARY, "b * cos + a * sin", "b * cos - a * sin"),
     Fault(
         DROPOUT,
         "dropout_seeds[sequence] + (tokens - cu_seqlens[sequence] + 1)",

@@ -15,6 +15,8 @@ from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert_kernels import (
     _checks,
+    add_layer_norm,
+    bias_geglu,
     bias_gelu,
     dropout_add_layer_norm,
     embedding_layer_norm,
@@ -96,6 +98,10 @@ CALLS = {  # an operation and its tensors, of which the named one may be missing
         8,
     ),
     "gelu": (lambda impl, bias: bias_gelu(torch.ones(5, 16).requires_grad_(), bias, impl=impl), 16),
+    "geglu": (
+        lambda impl, bias: bias_geglu(torch.ones(5, 16).requires_grad_(), bias, impl=impl),
+        16,
+    ),
     "layer_norm": (
         lambda impl, bias: layer_norm(
             torch.arange(80.0).view(5, 16).requires_grad_(), NORM["norm_weight"], bias, impl=impl
@@ -111,6 +117,17 @@ CALLS = {  # an operation and its tensors, of which the named one may be missing
             bias,
             impl=impl,
         ),
+        16,
+    ),
+    "add_norm": (
+        lambda impl, bias: add_layer_norm(
+            torch.arange(80.0).view(5, 16).requires_grad_(),
+            None,
+            torch.ones(5, 16),
+            NORM["norm_weight"],
+            bias,
+            impl=impl,
+        )[0],
         16,
     ),
     "embedding": (

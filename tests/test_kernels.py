@@ -188,6 +188,13 @@ ERRORS = [
     ("norm", {"x": torch.zeros(2, 2, dtype=torch.int32)}, TypeError, "x is int32"),
     ("gelu", {"bias": torch.zeros(3)}, ValueError, "bias has shape"),
     (
+        "geglu",
+        {"x": torch.zeros(2, 7)},
+        ValueError,
+        r"x has shape \[2, 7\], expected an even number",
+    ),
+    ("attention", {"window": -1}, ValueError, "window = -1; must be at least 0"),
+    (
         "embedding",
         {"token_type_ids": torch.zeros(2, dtype=torch.int32)},
         ValueError,
@@ -231,6 +238,7 @@ def test_bf16_is_refused_by_the_stock_interpreter(name):
     if name in (
         "attention",
         "gelu",
+        "geglu",
     ):  # autocast gives the others fp32, as torch's own operation has
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="bfloat16"):
             spec.function(**arguments, impl="triton")

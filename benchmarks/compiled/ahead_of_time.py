@@ -139,22 +139,35 @@ _POINTERS = {
 
 
 def training_calls() -> Iterator[Case]:
-    """BERT-base's and BERT-large's operations on a few tokens, with dropout and without.
+    """BERT's and ModernBERT's operations on a few tokens, with dropout and without.
+
+    They have the sizes of base and large.
 
     Triton compiles for the values of the constants, among them D, H and K, and for whether an
     integer is a multiple of 16. T and M do not matter. V = 314 is no multiple of 16, like 30,522.
     """
     for lengths, p in itertools.product(([40, 128], [200, 30]), (0.0, 0.1)):
         yield Case("attention", "", {"lengths": lengths, "H": 12, "K": 64}, p)
+        yield Case("attention", "", {"lengths": lengths, "H": 12, "K": 64, "window": 64}, p)
     for D in (768, 1024):
         for p in (0.0, 0.1):
             yield Case("embedding", "", {"T": 40, "V": 314, "P": 512, "D": D}, p)
+        yield Case("embedding", "", {"T": 40, "V": 314, "D": D})
         yield Case("gelu", "", {"T": 40, "F": 4 * D})
+    for F in (1152, 2624):
+        yield Case("geglu", "", {"T": 40, "F": F})
+        yield Case("geglu", "", {"T": 40, "F": F, "bare": 1})
+    for H in (12, 16):
+        yield Case("rotary", "", {"lengths": [40], "H": H, "K": 64})
+    for D in (768, 1024):
         yield Case("mlm_loss", "", {"T": 40, "M": 20, "D": D, "V": 314})
         yield Case("mlm_loss", "all", {"T": 40, "M": 40, "D": D, "V": 314})
         for p in (0.1, 0.0):
             yield Case("norm", "", {"T": 40, "D": D}, p)
         yield Case("norm", "alone", {"T": 40, "D": D, "bare": 1})
+        for p in (0.1, 0.0):
+            yield Case("add_norm", "", {"T": 40, "D": D}, p)
+        yield Case("add_norm", "", {"T": 40, "D": D, "bare": 1})
 
 
 def launch(case: Case, dtype: torch.dtype) -> None:
@@ -197,7 +210,7 @@ def aot_signatures() -> dict[str, AotSignature]:
     """Every kernel as training launches it, recorded from `training_calls`, by name.
 
     A name has the operation, the function, the dtype and the size, and where these are not enough
-    the values of constants, and then the tensors that are missing.
+    the values of constants (but for None), and then the tensors that are missing.
     """
     alike: dict[str, list[AotSignature]] = defaultdict(list)
     cases = sorted(training_calls(), key=lambda case: case.operation)
@@ -227,6 +240,7 @@ def aot_signatures() -> dict[str, AotSignature]:
                 f"{key}={one.arguments[key]}"
                 for key in telling
                 if not str(one.arguments[key]).startswith("*")
+                and (key.endswith("_ptr") or one.arguments[key] is not None)
             ]
             named[" ".join([name, *told])] = one
     if len(named) != sum(map(len, alike.values())):

@@ -12,7 +12,7 @@ every choice of given and omitted tensors that its signature allows (and its ref
 each dtype, with and without dropout; and every size that the kernels or `tiles.json` distinguish.
 In addition there are training and evaluation steps of the model.
 
-Machine code takes a second for each kind of launch, and there are 411 kinds on each architecture.
+Machine code takes a second for each kind of launch, and there are 651 kinds on each architecture.
 `--front-end` therefore runs only Triton's front end (`front_end.py`) for each kind of launch, once
 if several architectures have the same.
 
@@ -117,7 +117,10 @@ def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
     of_size = {
         "mlm_loss": lambda D: {"T": 10, "M": 5, "D": D, "V": 300},
         "norm": lambda D: {"T": 5, "D": D},
+        "add_norm": lambda D: {"T": 5, "D": D},
+        "rotary": lambda D: {"lengths": [5], "H": D // 4, "K": 4},
         "gelu": lambda F: {"T": 5, "F": F},
+        "geglu": lambda F: {"T": 5, "F": F},
         "embedding": lambda D: {"T": 70, "V": 100, "P": 64, "D": D},
     }
     return [
@@ -131,18 +134,25 @@ def sizes(operation: str, everything: bool) -> list[tuple[Shape, torch.dtype]]:
 def smallest(operation: str) -> list[Shape]:
     """The shapes for which all choices of tensors are tried.
 
-    Attention has sequences of one tile and of several, for some queries and for all. The MLM loss
-    has all tokens masked, and some.
+    Attention has sequences of one tile and of several, for some queries and for all, with a window
+    and without. The MLM loss has all tokens masked, and some.
     """
     if operation == "attention":
         return [
-            {"lengths": lengths, "H": 2, "K": 64, "R": R}
+            {"lengths": lengths, "H": 2, "K": 64, "R": R} | window
             for lengths in (HALF_A_TILE, MANY_TILES)
             for R in (0, 9)
+            for window in ({}, {"window": 64})
         ]
     if operation == "mlm_loss":
         return [{"T": 10, "M": M, "D": 64, "V": 300} for M in (5, 10)]
-    return [next(shape for shape in SPECS[operation].shapes if shape["T"] > 1)]
+    return [
+        next(
+            shape
+            for shape in SPECS[operation].shapes
+            if shape.get("T", sum(shape.get("lengths", ()))) > 1
+        )
+    ]
 
 
 def optional_tensors(function: Callable) -> list[str]:

@@ -36,7 +36,9 @@ class Case(NamedTuple):
 
 
 def production(tokens: int = TOKENS, large: bool = True) -> list[Case]:
-    """BERT-base, and large, on packs of `tokens` tokens, the most important cases first.
+    """BERT and ModernBERT on packs of `tokens` tokens, the most important cases first.
+
+    `large` is whether to add the sizes of the large models to those of base.
 
     Attention has the sequence lengths up to `tokens`.
     """
@@ -67,6 +69,9 @@ def production(tokens: int = TOKENS, large: bool = True) -> list[Case]:
         Case("mlm_loss", "D=768", {"T": tokens, "M": tokens // 2, "D": 768, "V": VOCABULARY}),
         *of_length.pop(512, []),
         *rows(768),
+        Case("add_norm", "D=768", {"T": tokens, "D": 768, "bare": 1}, 0.0),
+        Case("geglu", "F=1152", {"T": tokens, "F": 1152, "bare": 1}),
+        Case("rotary", "H=12 K=64", {"lengths": [512] * (tokens // 512), "H": 12, "K": 64}),
         *attention("mixed", mixed_lengths(tokens, min(512, tokens))),
         *itertools.chain(*of_length.values()),
         *(rows(1024) if large else []),

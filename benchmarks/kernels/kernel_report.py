@@ -30,7 +30,10 @@ FORWARD_SHARE = {
     "mlm_loss": lambda shape: 1 / 3,  # one product of three, in whichever pass the others run
     # x, y of x, y, x, dy, dx; the residual is read twice, and its gradient written.
     "norm": lambda shape: 2 / 5 if shape.get("bare") else 3 / 8,
+    # x, residual, y and the sum; then dy, the sum and its gradient, dx, dresidual.
+    "add_norm": lambda shape: 4 / 9,
     "gelu": lambda shape: 2 / 5,  # x, y of x, y, x, dy, dx
+    "geglu": lambda shape: 3 / 8,  # the same, where x and dx are twice as wide
 }
 # TFLOP/s forward and backward, published for FlashAttention-2 on an H100 with K = 64. Source: the
 # plots without causal mask in Shah et al., 2024 (FlashAttention-3).

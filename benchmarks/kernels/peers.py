@@ -23,6 +23,9 @@ NAMES = {
     "mlm_loss": ("Liger", "CCE"),
     "norm": ("Liger",),
     "gelu": (),
+    "add_norm": (),
+    "geglu": (),
+    "rotary": (),
     "embedding": (),
 }
 

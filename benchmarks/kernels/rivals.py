@@ -23,7 +23,10 @@ NAMES = {
     "attention": ("eager", "SDPA", "varlen_attn"),
     "mlm_loss": ("eager", "linear_cross_entropy"),
     "norm": ("eager",),
+    "add_norm": ("eager",),
     "gelu": ("eager",),
+    "geglu": ("eager",),
+    "rotary": ("eager",),
     "embedding": ("eager",),
 }
 Rival = tuple[Callable[[], Tensor], list[Tensor]]  # the forward pass, and tensors with a gradient
@@ -69,8 +72,27 @@ def eager_norm(*, x, bias, residual, norm_weight, norm_bias, dropout_p, **_):
     )
 
 
+def eager_add_norm(*, x, bias, residual, norm_weight, norm_bias, dropout_p, **_):
+    total = residual + functional.dropout(x if bias is None else x + bias, dropout_p)
+    return functional.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, 1e-5), total
+
+
 def eager_gelu(*, x, bias):
     return functional.gelu(x + bias)
+
+
+def eager_geglu(*, x, bias):
+    a, b = (x if bias is None else x + bias).chunk(2, dim=-1)
+    return functional.gelu(a) * b
+
+
+def eager_rotary(*, qkv, position_ids, table):
+    cos, sin = (torch.cat((x, x), -1)[:, None] for x in table[position_ids].chunk(2, dim=-1))
+    first, second = qkv[:, 0].float().chunk(2, dim=-1)
+    q = qkv[:, 0] * cos + torch.cat((-second, first), dim=-1) * sin
+    first, second = qkv[:, 1].float().chunk(2, dim=-1)
+    k = qkv[:, 1] * cos + torch.cat((-second, first), dim=-1) * sin
+    return q.to(qkv.dtype), k.to(qkv.dtype), qkv[:, 2]
 
 
 def eager_embedding(
@@ -99,7 +121,10 @@ def eager_embedding(
 _EAGER = {
     "mlm_loss": eager_mlm_loss,
     "norm": eager_norm,
+    "add_norm": eager_add_norm,
     "gelu": eager_gelu,
+    "geglu": eager_geglu,
+    "rotary": eager_rotary,
     "embedding": eager_embedding,
 }
 

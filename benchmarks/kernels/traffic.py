@@ -11,9 +11,9 @@ four products of `mlm_loss`, its gather of rows, the sorting of indices for `emb
 schedules.
 
 The exit code is 1, with a line for each fault, in these cases:
-- norm, gelu and embedding move more than 1.05 times the least bytes of their specs, `mlm_loss` more
-  than 1.10 (its spec includes what its tiles read again), or attention more than 1.01 if sequences
-  fit one tile;
+- norm, add_norm, gelu, geglu, rotary and embedding move more than 1.05 times the least bytes of
+  their specs, `mlm_loss` more than 1.10 (its spec includes what its tiles read again), or attention
+  more than 1.01 if sequences fit one tile;
 - an operation moves fewer bytes, so its spec does not state the minimum;
 - attention does not move exactly the bytes that its tiles require, or the products of attention or
   `mlm_loss` do not have the FLOP of whole tiles.
@@ -88,7 +88,10 @@ def attention(
 
 GATES = (
     Gate(Case("norm", f"D=768, {PARTLY}", {"T": ROWS, "D": 768}, 0.1), torch.bfloat16, 1.05),
+    Gate(Case("add_norm", f"D=768, {PARTLY}", {"T": ROWS, "D": 768}, 0.1), torch.bfloat16, 1.05),
     Gate(Case("gelu", f"F=3072, {PARTLY}", {"T": ROWS, "F": 3072}), torch.bfloat16, 1.05),
+    Gate(Case("geglu", f"F=1152, {PARTLY}", {"T": ROWS, "F": 1152}), torch.bfloat16, 1.05),
+    Gate(Case("rotary", "H=12 K=64", {"lengths": [90, 10], "H": 12, "K": 64}), torch.bfloat16, 1.0),
     Gate(
         Case(
             "embedding",
@@ -113,6 +116,10 @@ GATES = (
     attention("general, padded", [300, 129, 0], 0.1, rest=200),
     attention("general K=48", [200, 33, 1], 0.0, K=48),
     attention("general K=32, cut", [130, 5, 64], 0.1, torch.float32, K=32, R=90),
+    attention("one tile, window", [40, 128, 64], 0.1, window=20, R=50),
+    attention("window", [1000, 300, 1], 0.1, window=64),
+    attention("window, cut", [700, 129, 7], 0.1, window=50, R=90, rest=40),
+    attention("window K=32, cut", [300, 5, 64], 0.0, torch.float32, K=32, window=33, R=90),
 )
 
 
@@ -121,6 +128,15 @@ class Work(NamedTuple):
 
     bytes: int | None
     flops: int
+
+
+class Visit(NamedTuple):
+    """What a program owns and loops over."""
+
+    own: int  # rows
+    walked: int  # rows that it loads in its loop
+    tiles: int  # of its loop
+    again: int  # tiles for which it loads its own rows again
 
 
 @dataclasses.dataclass
@@ -214,7 +230,7 @@ def power_of_2(n: int) -> int:
 
 def attention_work(given: dict[str, Any]) -> dict[str, Work]:
     """Every row of a matrix counts once for the tile that owns it, and once for each tile that
-    loops over it.
+    loops over it. With a window, these are the tiles within its reach.
 
     If one tile holds a sequence, the tile has 64 rows for up to 64 tokens, and 128 for more. Rows
     behind the last sequence are zeros in every result. Small amounts are counted too: first rows of
@@ -231,7 +247,9 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
     # Behind the last sequence.
     rest_rows, rest_tokens = len(q) - int(first_rows[-1]), len(given["k"]) - int(bounds[-1])
     drop = int(given["dropout_p"] > 0)
-    place = 8 if drop and query_indices is not None else 0  # the entry of a row in query_indices
+    window, cut = given.get("window"), query_indices is not None
+    place = 8 if drop and cut else 0  # the entry of a row in query_indices
+    seen = 8 if window is not None and cut else 0  # the same, for the window
     row = size * dtype.itemsize
 
     def multiplied(products: int, a: int, b: int) -> int:
@@ -251,20 +269,60 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         for mine, others in zip(rows, tokens, strict=True):
             block = ITEM if others > SMALL else small
             if mine:  # q, out; k, v
-                forward += (2 * row + place) * mine + 2 * row * others + 8 * drop
+                forward += (2 * row + place + seen) * mine + 2 * row * others + 8 * drop
                 flops[0] += multiplied(2, block, block)
             if others:  # q, dout, dq; k, v, dk, dv
-                backward += (3 * row + place) * mine + 4 * row * others + 8 * drop
+                backward += (3 * row + place + seen) * mine + 4 * row * others + 8 * drop
                 flops[1] += multiplied(5, block, block)
         return {
             "_forward_short_kernel": Work(heads * forward, heads * flops[0]),
             "_backward_short_kernel": Work(heads * backward, heads * flops[1]),
         }
 
+    # The positions of the queries of each sequence.
+    asked = torch.arange(len(given["k"])) if query_indices is None else query_indices
+    places = [
+        [int(token) - int(start) for token in asked[first : first + mine]]
+        for start, first, mine in zip(bounds, first_rows, rows, strict=False)
+    ]
+
+    def over_keys(block: tuple[int, int]) -> list[list[Visit]]:
+        """What the programs of each sequence visit that own queries and loop over keys."""
+        found = []
+        for mine, length in zip(places, tokens, strict=True):
+            visits = []
+            for own in (mine[i : i + block[0]] for i in range(0, len(mine), block[0])):
+                begin, end = 0, length
+                if window is not None:
+                    last = own[-1] if cut else own[0] + block[0] - 1
+                    begin = max(own[0] - window, 0) // 16 * 16
+                    end = min(last + 1 + window, length)
+                tiles = cdiv(end - begin, block[1])
+                again = length // block[1] if window is None else tiles
+                walked = min(begin + tiles * block[1], length) - begin
+                visits.append(Visit(len(own), walked, tiles, again))
+            found.append(visits)
+        return found
+
+    def over_queries(block: tuple[int, int]) -> list[list[Visit]]:
+        """What the programs of each sequence visit that own keys and loop over queries."""
+        found = []
+        for others, length in zip(places, tokens, strict=True):
+            visits = []
+            for first in range(0, length, block[0]):
+                own, last = min(block[0], length - first), first + block[0] - 1
+                near = others
+                if window is not None:
+                    near = [p for p in others if first - window <= p <= last + window]
+                again = len(near) // block[1] if window is None else cdiv(len(near), block[1])
+                visits.append(Visit(own, len(near), cdiv(len(near), block[1]), again))
+            found.append(visits)
+        return found
+
     def work(
         products: int,
-        own: list[int],
-        over: list[int],
+        visited: list[list[Visit]],
+        rest: int,
         block: tuple[int, int],
         owned: int,
         walked: int,
@@ -274,25 +332,27 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         """The work of a kernel whose programs own rows and loop over the sequence's other rows.
 
         A program owns `block[0]` rows and loops over `block[1]` at a time. `owned` and `walked` are
-        the bytes of such a row. `again` are the bytes that are loaded once more for each full tile
-        of the loop, `filled` those stored for a row behind the last sequence.
+        the bytes of such a row. `again` are the bytes that are loaded once more for each tile of
+        the loop (but for a last one that is not full), `filled` those stored for a row behind the
+        last sequence.
         """
         shares = ITEM // block[0]  # programs of an item of the tile schedule
-        rest, filled = rest_rows if own is rows else rest_tokens, tables.get("filled", 0)
+        own, filled = [sum(v.own for v in visits) for visits in visited], tables.get("filled", 0)
         # The schedule, which has room for more items than there are.
         total = 8 * shares * ((sum(own) + rest) // ITEM + len(own) + 1)
         total += filled * rest + (4 * shares * cdiv(rest, ITEM) if filled else 0)
         flops = 0
-        for mine, others in zip(own, over, strict=True):
-            tiles = cdiv(mine, block[0])
-            total += (
-                tables.get("item", 8) * shares * cdiv(mine, ITEM) + tables.get("tile", 8) * tiles
-            )
-            total += (owned + again * (others // block[1])) * mine + walked * others * tiles
-            flops += multiplied(products * tiles * cdiv(others, block[1]), *block)
+        for mine, visits in zip(own, visited, strict=True):
+            total += tables.get("item", 8) * shares * cdiv(mine, ITEM)
+            for visit in visits:
+                total += tables.get("tile", 8) + walked * visit.walked
+                total += (owned + again * visit.again) * visit.own
+                flops += multiplied(products * visit.tiles, *block)
         return Work(heads * total, heads * flops)
 
     def blocks(kernel: str, own: str, over: str) -> tuple[int, int]:
+        if window is not None and own != over:
+            kernel += "_window"
         options = tile(kernel, architecture(CPU), dtype, size)
         return options[own], options[over]
 
@@ -307,22 +367,23 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
         blocks("attention_dkdv", "BLOCK_K", "BLOCK_Q"),
         blocks("attention_dq", "BLOCK_Q", "BLOCK_K"),
     )
+    bounds_in_reach = 16 if seen else 0  # positions of a tile's first and last query
     return {
         "_forward_kernel": work(
             2,
-            rows,
-            tokens,
+            over_keys(of_forward),
+            rest_rows,
             of_forward,
-            2 * row + 8 + place,
+            2 * row + 8 + place + seen,
             2 * row,
             again,
-            tile=8 + 8 * drop,
+            tile=8 + 8 * drop + bounds_in_reach,
             filled=row + 8,  # with its statistics
         ),
         "_prepare_kernel": work(
             0,
-            rows,
-            tokens,
+            over_keys(of_prepare),
+            rest_rows,
             of_prepare,
             2 * row + 4 + 8 * drop + place,
             0,
@@ -330,9 +391,27 @@ def attention_work(given: dict[str, Any]) -> dict[str, Work]:
             tile=0,
         ),
         "_dkdv_kernel": work(
-            4, tokens, rows, of_dkdv, 4 * row, 2 * row + facts, 2 * again, filled=2 * row
+            4,
+            over_queries(of_dkdv),
+            rest_tokens,
+            of_dkdv,
+            4 * row,
+            2 * row + facts + seen,
+            2 * again,
+            tile=8 + (8 if seen else 0),  # two entries of the first query of each token
+            filled=2 * row,
         ),
-        "_dq_kernel": work(3, rows, tokens, of_dq, 3 * row + facts, 2 * row, 2 * again, filled=row),
+        "_dq_kernel": work(
+            3,
+            over_keys(of_dq),
+            rest_rows,
+            of_dq,
+            3 * row + facts + seen,
+            2 * row,
+            2 * again,
+            tile=8 + bounds_in_reach,
+            filled=row,
+        ),
     }
 
 

@@ -64,6 +64,9 @@ BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
     "attention_prepare": {"BLOCK_Q": (32, 64, 128)},
     "attention_dkdv": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
     "attention_dq": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
+    "attention_forward_window": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
+    "attention_dkdv_window": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
+    "attention_dq_window": {"BLOCK_Q": (32, 64, 128), "BLOCK_K": (32, 64, 128)},
     "mlm_loss_forward": {
         "BLOCK_M": (64, 128),
         "BLOCK_V": (64, 128, 256),
@@ -78,11 +81,15 @@ BLOCKS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "norm_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
     "norm_backward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
+    "add_norm_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
+    "add_norm_backward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
     "embedding_forward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
     "embedding_backward": {"BLOCK_T": (1, 2, 4, 8), "BLOCK_D": (128, 256, 512, 1024, 2048, 4096)},
     "embedding_table": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_D": (256, 512, 1024)},
     "gelu_forward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
     "gelu_backward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
+    "geglu_forward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
+    "geglu_backward": {"BLOCK_T": (4, 8, 16, 32), "BLOCK_F": (128, 256, 512)},
 }
 COMMON = {
     "programs": (1, 2, 3, 4, 6, 8, 12),

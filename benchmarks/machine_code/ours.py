@@ -30,6 +30,7 @@ ROWS = ("norm_forward", "norm_backward", "embedding_forward", "embedding_backwar
 GELU = ("gelu_forward", "gelu_backward")
 MLM = ("mlm_loss_forward", "mlm_loss_backward")
 # Not judged: `embedding_table` and `mlm_loss_combine`. Their work depends on the data or is tiny.
+# Nor attention with a window, which `launches` would take for attention to all keys.
 JUDGED = (*WALKS, *SHORT, "attention_prepare", *ROWS, *GELU, *MLM)
 
 
@@ -44,6 +45,7 @@ def kernels(words: list[str] | None = None) -> dict[str, tuple[AotSignature, dic
         if (
             short(signature) == "bf16"
             and signature.table in JUDGED
+            and signature.arguments.get("WINDOW") is None
             and (not words or any(word in name for word in words))
         ):
             found[name] = (

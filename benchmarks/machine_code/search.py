@@ -91,7 +91,11 @@ def forms(table: str, row: Row) -> list[AotSignature]:
 
     If there are none, the largest kernels of the table, resized to the row.
     """
-    alike = [p for p in aot_signatures().values() if p.table == table and short(p) == "bf16"]
+    alike = [
+        p
+        for p in aot_signatures().values()
+        if p.table == table and short(p) == "bf16" and p.arguments.get("WINDOW") is None
+    ]
     sizes = sorted({p.size for p in alike})
     rows = sorted(r["size"] for r in _rows(table))
     served = [

@@ -30,8 +30,7 @@ from fastbert.training.monitor import Monitor
 from fastbert.training.run import Consensus, Run
 from fastbert.training.setup import Setup, set_up, take_folder
 
-# Threads of a run beside those that compute: about ten of torch, gloo and our own, two of each child
-# that computes packs, and some spare.
+# Threads of a run beside those that compute: about ten of torch, gloo and our own, and some spare.
 THREADS = 16
 
 
@@ -93,7 +92,8 @@ def _check_threads() -> None:
     Raises:
         InputError: they cannot.
     """
-    wanted = THREADS + torch.get_num_threads() + 2 * (MOST_PROCESSES - 1)
+    children = MOST_PROCESSES - 1  # of parallel_model.py, at most, with two threads each
+    wanted = THREADS + torch.get_num_threads() + 2 * children
     if (found := startable_threads(wanted)) < wanted:
         raise InputError(
             f"only {found} more threads can be started here, and a run needs {wanted}; raise the "

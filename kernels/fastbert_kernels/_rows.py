@@ -1,8 +1,8 @@
-"""Rows in registers: LayerNorm's statistics and gradient, for the kernels that normalise rows.
+"""What kernels over rows share: LayerNorm's statistics and gradient, and GELU's functions.
 
-A program holds a row as a tuple of fp32 chunks [BLOCK_T, BLOCK_D], the last one padded with zeros.
-D = 768 is three chunks of 256 columns with no lane idle, where a power of two would waste a
-quarter of them.
+A program of LayerNorm holds a row as a tuple of fp32 chunks [BLOCK_T, BLOCK_D], the last one padded
+with zeros. D = 768 is three chunks of 256 columns with no lane idle, where a power of two would
+waste a quarter of them.
 """
 
 import torch
@@ -19,6 +19,16 @@ def row_programs(tile: dict[str, int], rows: int, device: torch.device) -> int:
     most one for each tile of rows.
     """
     return min(tile["programs"] * multiprocessors(device), -(-rows // tile["BLOCK_T"]))
+
+
+def column_programs(tile: dict[str, int], T: int, F: int, device: torch.device) -> tuple[int, int]:
+    """Return the blocks of columns, and the shares of the rows.
+
+    There are as many programs as run side by side; more would only add shares.
+    """
+    blocks = -(-F // tile["BLOCK_F"])
+    shares = -(-tile["programs"] * multiprocessors(device) // blocks)
+    return blocks, min(shares, -(-T // tile["BLOCK_T"]))
 
 
 @triton.jit
@@ -99,6 +109,38 @@ def dropout(x, keys, i, threshold, scale, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def load_z(
+    x_ptr,
+    bias,
+    residual_ptr,
+    stride_x,
+    stride_residual,
+    row,
+    T,
+    keys,
+    threshold,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Return residual + dropout(x + bias)."""
+    z = ()
+    for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
+        column = columns(i, BLOCK_D)
+        mask = (row < T) & (column < D)
+        chunk = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
+        if len(bias) > 0:
+            chunk += bias[i]
+        chunk = dropout(chunk, keys, i, threshold, scale, BLOCK_D)
+        if residual_ptr is not None:
+            chunk += tl.load(
+                residual_ptr + row * stride_residual + column, mask=mask, other=0.0
+            ).to(tl.float32)
+        z += (chunk,)
+    return z
+
+
+@triton.jit
 def statistics(z, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return mean and rstd of each row, [BLOCK_T, 1]."""
     mean = row_sum(z) / D
@@ -135,3 +177,19 @@ def store_share(ptr, chunks, D: tl.constexpr, BLOCK_D: tl.constexpr):
     for i in tl.static_range(len(chunks)):
         column = columns(i, BLOCK_D)
         tl.store(ptr + column, tl.sum(chunks[i], 0, keep_dims=True), mask=column < D)
+
+
+@triton.jit
+def normal(z):
+    """Return Phi(z), and exp(-z^2 / 2) = sqrt(2 pi) phi(z)."""
+    bell = tl.exp(-0.5 * z * z)
+    t = 1.0 / (1.0 + 0.23164189 * tl.abs(z))  # 0.3275911 / sqrt(2)
+    tail = (
+        t
+        * (
+            0.127414796
+            + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
+        )
+        * bell
+    )
+    return tl.where(z > 0, 1.0 - tail, tail), bell

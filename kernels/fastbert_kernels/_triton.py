@@ -136,7 +136,7 @@ def _kept(lo, hi, first_column, column, threshold):
 def keep_mask(lo, hi, first_column, COLUMNS: tl.constexpr, threshold):
     """As `keep_mask` of `_dropout.py`: [ROWS, COLUMNS] from the stream keys [ROWS].
 
-    COLUMNS is a multiple of 16, and `first_column` a multiple of COLUMNS.
+    COLUMNS and `first_column` are multiples of 16.
     """
     return _kept(lo[:, None], hi[:, None], first_column, tl.arange(0, COLUMNS)[None, :], threshold)
 

@@ -8,6 +8,10 @@ G a group, everything below is [H * B_G, n, ...], and c = 1 / probability to be 
     dV = c D' dO                 P * dP = c D * (dO v')   dS = P * dP - P rowsum(P * dP)
     dQ = scale dS k              dK = scale dS' q
 
+With a window, the queries of a sequence are cut into blocks, and each block with the keys it sees
+takes the place of a sequence. A key belongs to up to three blocks, so the gradients of keys are
+sums. Without a window, a sequence is one block.
+
 Half-precision inputs are promoted group by group: the products are a small part of a step, and
 rounding P would cost accuracy. Saved for the backward pass: the padded q, k, v, P and D, so that
 the mask is not needed again. The masks are those of `reference.py`.
@@ -28,45 +32,90 @@ from fastbert_kernels._function import Function, Gradients
 _SHRINK = 0.85
 
 
+# Queries of a block, at least. Smaller blocks have fewer pairs that are masked, but gather a key
+# more often.
+_BLOCK = 64
+
+
+class _Blocks(NamedTuple):
+    """Queries that lie together, and the keys that they see; int64 [N] each."""
+
+    query_starts: Tensor  # rows of q
+    query_lengths: Tensor
+    key_starts: Tensor  # rows of k and v
+    key_lengths: Tensor
+    first_columns: Tensor  # position of the first key in its sequence, a multiple of 16
+
+
 class _Group(NamedTuple):
     """The rows of q and of k and v for the padded [B_G, n] of a group."""
 
     query_rows: Tensor  # int64 [B_G * n_q]; padding points at the spare row R
     query_padding: Tensor  # int64 [any]: which of them are padding
     key_rows: Tensor  # int64 [B_G * n_k]; padding points at the spare row T
-    mask: Tensor  # [B_G, 1, n_k], 0 or -inf
+    mask: Tensor  # [B_G, 1, n_k], or with a window [B_G, n_q, n_k]; 0 or -inf
+    first_columns: Tensor  # int64 [B_G], as in _Blocks
     sequences: int
+
+
+def _blocks(cu_seqlens: Tensor, query_indices: Tensor | None, window: int | None) -> _Blocks:
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    first, last = torch.zeros_like(lengths), lengths  # of the queries of each block
+    first_key, end_key = first, lengths
+    if window is not None:
+        size = -(-max(window, _BLOCK) // 16) * 16
+        counts = -(-lengths // size)
+        sequence = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+        block = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
+        starts, lengths = starts[sequence], lengths[sequence]
+        first, last = block * size, torch.minimum((block + 1) * size, lengths)
+        first_key = (first - window).clamp_(min=0) // 16 * 16  # where a dropout mask may begin
+        end_key = torch.minimum(last + window, lengths)
+    first, last = starts + first, starts + last
+    if query_indices is not None:
+        first, last = (torch.searchsorted(query_indices, x) for x in (first, last))
+    return _Blocks(first, last - first, starts + first_key, end_key - first_key, first_key)
 
 
 def _padded(starts: Tensor, lengths: Tensor, longest: int, spare: int) -> tuple[Tensor, Tensor]:
     columns = torch.arange(longest)
     outside = columns >= lengths[:, None]
-    return (starts[:, None] + columns).masked_fill_(outside, spare).flatten(), outside
+    return (starts[:, None] + columns).masked_fill_(outside, spare), outside
 
 
-def _groups(cu_seqlens: Tensor, query_bounds: Tensor, rows: int, total: int) -> list[_Group]:
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    query_starts, query_lengths = query_bounds[:-1].long(), query_bounds.diff().long()
-    order = lengths.argsort(descending=True, stable=True)
-    order = order[query_lengths[order] > 0]
+def _groups(
+    blocks: _Blocks, query_indices: Tensor | None, window: int | None, rows: int, total: int
+) -> list[_Group]:
+    order = blocks.key_lengths.argsort(descending=True, stable=True)
+    order = order[blocks.query_lengths[order] > 0]
     groups: list[_Group] = []
-    remaining: list[int] = lengths[order].tolist()  # type: ignore[type-arg]
+    remaining: list[int] = blocks.key_lengths[order].tolist()  # type: ignore[type-arg]
     first = 0
     while first < len(remaining):
         longest = remaining[first]
         last = first + 1
         while last < len(remaining) and remaining[last] >= _SHRINK * longest:
             last += 1
-        members = order[first:last]
-        key_rows, outside = _padded(starts[members], lengths[members], longest, total)
-        most = int(query_lengths[members].max())
-        query_rows, query_outside = _padded(
-            query_starts[members], query_lengths[members], most, rows
+        query_starts, query_lengths, key_starts, key_lengths, first_columns = (
+            of_blocks[order[first:last]] for of_blocks in blocks
         )
-        mask = torch.zeros(outside.shape).masked_fill_(outside, float("-inf"))[:, None]
+        key_rows, outside = _padded(key_starts, key_lengths, longest, total)
+        most = int(query_lengths.max())
+        query_rows, query_outside = _padded(query_starts, query_lengths, most, rows)
+        hidden = outside[:, None]
+        if window is not None:
+            tokens = query_rows.clamp(max=rows - 1)
+            tokens = tokens if query_indices is None else query_indices[tokens]
+            tokens = torch.where(query_outside, key_starts[:, None], tokens)  # padding sees a key
+            hidden = hidden | ((tokens[:, :, None] - key_rows[:, None]).abs() > window)
         groups.append(
             _Group(
-                query_rows, query_outside.flatten().nonzero()[:, 0], key_rows, mask, last - first
+                query_rows.flatten(),
+                query_outside.flatten().nonzero()[:, 0],
+                key_rows.flatten(),
+                torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")),
+                first_columns,
+                last - first,
             )
         )
         first = last
@@ -101,16 +150,14 @@ class _Attention(Function):
         dropout_stream: int,
         query_indices: Tensor | None,
         scale: float,
+        window: int | None,
     ) -> Tensor:
         rows, heads, size = q.shape
-        total = k.shape[0]
-        query_bounds = (
-            cu_seqlens
-            if query_indices is None
-            else torch.searchsorted(query_indices, cu_seqlens.to(query_indices.dtype))
-        )
-        groups = _groups(cu_seqlens, query_bounds, rows, total)
-        query_end, end = int(query_bounds[-1]), int(cu_seqlens[-1])
+        total, query_end, end = k.shape[0], int(cu_seqlens[-1]), int(cu_seqlens[-1])
+        if query_indices is not None:
+            query_end = int(torch.searchsorted(query_indices, end))
+        blocks = _blocks(cu_seqlens, query_indices, window)
+        groups = _groups(blocks, query_indices, window, rows, total)
         keys = None
         if dropout_p > 0:
             assert dropout_seeds is not None  # check_dropout
@@ -130,12 +177,13 @@ class _Attention(Function):
             )
             weights = torch.softmax(scores, -1)
             if keys is not None:
-                lo, hi = keys
                 own = group.query_rows.clamp(max=query_end - 1)
-                shape = (heads * group.sequences, qg.shape[1])
-                kept = keep_mask_cpu(
-                    lo.T[:, own].view(shape), hi.T[:, own].view(shape), kg.shape[1], dropout_p
-                )
+                shape = (heads, group.sequences, qg.shape[1])
+                lo, hi = (x.T[:, own].view(shape) for x in keys)
+                # The mask begins at the first column: 16 columns have 8 words (`_dropout.py`).
+                hi = hi + lo * (group.first_columns // 2).to(torch.int32)[:, None]
+                lo, hi = lo.flatten(0, 1), hi.flatten(0, 1)
+                kept = keep_mask_cpu(lo, hi, kg.shape[1], dropout_p)
                 dropped = torch.mul(weights, kept, out=scores)
                 og = torch.bmm(dropped, vg).mul_(keep_scale(dropout_p))
             else:
@@ -146,12 +194,13 @@ class _Attention(Function):
                 1, group.query_rows, og.view(heads, -1, size).to(out.dtype)
             )
         ctx.save_for_backward(*saved)
-        ctx.groups, ctx.dropout_p, ctx.scale, ctx.total, ctx.query_end = (
+        ctx.groups, ctx.dropout_p, ctx.scale, ctx.total, ctx.query_end, ctx.window = (
             groups,
             dropout_p,
             scale,
             total,
             query_end,
+            window,
         )
         out[query_end:] = 0
         return out[:rows]
@@ -162,7 +211,10 @@ class _Attention(Function):
     def backward(ctx: Any, dout: Tensor) -> Gradients:
         rows, heads, size = dout.shape
         dq = dout.new_zeros(rows + 1, heads, size)
-        dk, dv = dout.new_zeros(2, ctx.total + 1, heads, size)
+        dtype = dout.dtype
+        if ctx.window is not None:  # sums, which are not rounded to 16 bits on the way
+            dtype = torch.promote_types(dtype, torch.float32)
+        dk, dv = dout.new_zeros(2, ctx.total + 1, heads, size, dtype=dtype)
         for index, group in enumerate(ctx.groups):
             qg, kg, vg, weights, dropped = ctx.saved_tensors[5 * index : 5 * index + 5]
             dog = _take(dout, group.query_rows, group.sequences, ctx.query_end)
@@ -181,10 +233,13 @@ class _Attention(Function):
                 (dk, group.key_rows, dkg),
                 (dv, group.key_rows, dvg),
             ):
-                whole.transpose(0, 1).index_copy_(
-                    1, rows_of, part.view(heads, -1, size).to(whole.dtype)
-                )
-        return dq[:rows], dk[: ctx.total], dv[: ctx.total], None, None, None, None, None, None
+                part = part.view(heads, -1, size).to(whole.dtype)
+                if whole is dq or ctx.window is None:
+                    whole.transpose(0, 1).index_copy_(1, rows_of, part)
+                else:
+                    whole.transpose(0, 1).index_add_(1, rows_of, part)
+        dk, dv = (x[: ctx.total].to(dout.dtype) for x in (dk, dv))
+        return dq[:rows], dk, dv, *(None,) * 7
 
 
 def cpu(
@@ -198,8 +253,8 @@ def cpu(
     dropout_stream: int,
     query_indices: Tensor | None,
     scale: float,
+    window: int | None,
 ) -> Tensor:
     """Arguments and result as in `op.py`."""
-    return _Attention.apply(
-        q, k, v, cu_seqlens, dropout_p, dropout_seeds, dropout_stream, query_indices, scale
-    )
+    dropout = dropout_p, dropout_seeds, dropout_stream
+    return _Attention.apply(q, k, v, cu_seqlens, *dropout, query_indices, scale, window)

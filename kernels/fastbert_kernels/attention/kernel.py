@@ -25,6 +25,11 @@ backward. The backward pass then has whole rows of scores, computes them once, a
 and v to be saved. The tile has 64 tokens for a sequence of up to 64, and 128 for a longer one, each
 in its own launch, so a 40-token sequence does not pay for the longest of its pack.
 
+With a window, query i sees key j where |i - j| <= WINDOW. The loops then visit only the tiles in
+reach of the program's own tile, and mask each of them. A smaller tile reaches fewer keys that none
+of its queries sees, so these launches have rows of their own in tiles.json. WINDOW is a constant:
+None leaves no trace in the machine code.
+
 Rows behind the last sequence of a padded pack are filled with zeros by programs that have nothing
 else to do.
 
@@ -50,6 +55,8 @@ from fastbert_kernels._triton import (
 
 _LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2))
+# The maximum of no scores, where a row may see no key of a tile: -inf - -inf would not be a number.
+_NO_SCORE = tl.constexpr(-3.0e38)
 _ITEM = tl.constexpr(ITEM)
 _SMALL = ITEM // 2  # longer sequences take a tile of ITEM, where one tile holds a whole sequence
 _REST = 8  # programs of a head that fill the rows behind the last sequence, without a tile schedule
@@ -166,6 +173,57 @@ def _mask_keys(
     )
 
 
+@triton.jit
+def _positions(query_indices_ptr, row, valid, first_token, first_row, length):
+    """Return the position of each query row in its sequence, int32.
+
+    A row that is not `valid` gets any position inside the sequence, so that it sees a key.
+    """
+    if query_indices_ptr is None:
+        position = row - first_row
+    else:
+        position = tl.load(query_indices_ptr + row, mask=valid, other=0) - first_token
+    return tl.minimum(tl.maximum(position, 0), length - 1).to(tl.int32)
+
+
+@triton.jit
+def _sees(position, key, length, WINDOW: tl.constexpr):
+    """Whether the query at `position` of a sequence sees the key at `key`.
+
+    As unsigned numbers, distances below -WINDOW are large, so one comparison serves both sides.
+    """
+    distance = (key - (position - WINDOW)).to(tl.uint32, bitcast=True)
+    return (distance <= 2 * WINDOW) & (key < length)
+
+
+@triton.jit
+def _keys_in_reach(
+    query_indices_ptr, first, last, first_token, first_row, length, WINDOW: tl.constexpr
+):
+    """Return the keys that the query rows from `first` to before `last` see: first, end.
+
+    The first one is rounded down to a multiple of 16, where a dropout mask may begin.
+    """
+    if query_indices_ptr is None:
+        begin, end = first - first_row, last - first_row
+    else:
+        begin = (tl.load(query_indices_ptr + first) - first_token).to(tl.int32)
+        end = (tl.load(query_indices_ptr + last - 1) - first_token).to(tl.int32) + 1
+    return tl.maximum(begin - WINDOW, 0) // 16 * 16, tl.minimum(end + WINDOW, length)
+
+
+@triton.jit
+def _queries_in_reach(
+    first_query_ptr, first, last, first_token, first_row, length, count, WINDOW: tl.constexpr
+):
+    """Return the query rows of a sequence that see its keys from `first` to before `last`."""
+    begin, end = tl.maximum(first - WINDOW, 0), tl.minimum(last + WINDOW, length)
+    if first_query_ptr is not None:
+        begin = tl.load(first_query_ptr + first_token + begin) - first_row
+        end = tl.load(first_query_ptr + first_token + end) - first_row
+    return tl.maximum(begin, 0), tl.minimum(end, count)
+
+
 def _short(long, short, sequences, max_seqlen):
     """Return the launches of a kernel that holds a whole sequence in one tile.
 
@@ -196,14 +254,23 @@ def _query_bounds(cu_seqlens, query_indices):
     )
 
 
+def _first_queries(query_indices, tokens):
+    """First query row at or behind each token, int32 [T + 1]; None if all tokens are queries."""
+    if query_indices is None:
+        return None
+    every = torch.arange(tokens + 1, device=query_indices.device)
+    return torch.searchsorted(query_indices, every, out_int32=True)
+
+
 # Forward
 
 
 @triton.jit
 def _attend(
-    q, acc, row_max, row_sum, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale, threshold,
+    q, acc, row_max, row_sum, position, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale,
+    threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to the running softmax of a tile of queries.
 
@@ -213,7 +280,10 @@ def _attend(
     valid = key < length if TAIL else None
     k = _load(k_ptr, key, valid, k_row, K)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if TAIL:
+    if WINDOW is not None:
+        seen = _sees(position[:, None], key[None, :], length, WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    elif TAIL:
         scores = tl.where(valid[None, :], scores, float("-inf"))
 
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
@@ -238,7 +308,7 @@ def _forward_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, scale, keep_scale, dropout_stream, threshold,
     H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
@@ -279,23 +349,35 @@ def _forward_kernel(
             HAS_QUERY_INDICES,
         )
 
-    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    no_score = float("-inf") if WINDOW is None else _NO_SCORE
+    row_max = tl.full([BLOCK_Q], no_score, tl.float32)
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, triton.next_power_of_2(K)], tl.float32)
-    full = length // BLOCK_K * BLOCK_K
-    for start in range(0, full, BLOCK_K):
+    position, first, full = row, 0, length // BLOCK_K * BLOCK_K
+    if WINDOW is not None:
+        position = _positions(query_indices_ptr, row, valid, first_token, first_row, length)
+        first, full = _keys_in_reach(
+            query_indices_ptr,
+            first_row + offset,
+            tl.minimum(first_row + offset + BLOCK_Q, last_row),
+            first_token,
+            first_row,
+            length,
+            WINDOW,
+        )
+    for start in range(first, full, BLOCK_K):
         if _multiplied_by_fma(q_ptr, PRECISION):
             q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
         acc, row_max, row_sum = _attend(
-            q, acc, row_max, row_sum, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi, scale,
-            threshold,
-            K, False, DROPOUT, PRECISION, BLOCK_K,
+            q, acc, row_max, row_sum, position, k_ptr, v_ptr, k_row, v_row, start, length, lo, hi,
+            scale, threshold,
+            K, WINDOW is not None, DROPOUT, PRECISION, WINDOW, BLOCK_K,
         )  # fmt: skip
-    if full < length:
+    if WINDOW is None and full < length:
         acc, row_max, row_sum = _attend(
-            q, acc, row_max, row_sum, k_ptr, v_ptr, k_row, v_row, full, length, lo, hi, scale,
-            threshold,
-            K, True, DROPOUT, PRECISION, BLOCK_K,
+            q, acc, row_max, row_sum, position, k_ptr, v_ptr, k_row, v_row, full, length, lo,
+            hi, scale, threshold,
+            K, True, DROPOUT, PRECISION, WINDOW, BLOCK_K,
         )  # fmt: skip
 
     inv_sum = 1.0 / row_sum
@@ -306,11 +388,9 @@ def _forward_kernel(
 
 
 @triton.jit
-def _softmax(q, k, valid, scale, PRECISION: tl.constexpr):
-    """Return W over all keys of a sequence, and its sum in each row."""
-    scores = tl.where(
-        valid[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf")
-    )
+def _softmax(q, k, seen, scale, PRECISION: tl.constexpr):
+    """Return W over the keys of a sequence that are seen, and its sum in each row."""
+    scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
     weights = tl.exp2((scores - tl.max(scores, 1)[:, None]) * scale)
     return weights, tl.sum(weights, 1)
 
@@ -322,7 +402,7 @@ def _forward_short_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, over, scale, keep_scale, dropout_stream, threshold,
     H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
     if sequence >= sequences:
@@ -341,7 +421,11 @@ def _forward_short_kernel(
     k = _load(k_ptr + head.to(tl.int64) * k_head, token, valid, k_row, K)
     v = _load(v_ptr + head.to(tl.int64) * v_head, token, valid, v_row, K)
 
-    weights, row_sum = _softmax(q, k, valid, scale, PRECISION)
+    seen = valid[None, :]
+    if WINDOW is not None:
+        position = _positions(query_indices_ptr, row, asked, first_token, first_row, length)
+        seen = _sees(position[:, None], tl.arange(0, BLOCK)[None, :], length, WINDOW)
+    weights, row_sum = _softmax(q, k, seen, scale, PRECISION)
     if DROPOUT:
         lo, hi = _mask_keys(
             query_indices_ptr,
@@ -365,6 +449,7 @@ def _forward_short_kernel(
 
 _QKV = ("q_ptr", "k_ptr", "v_ptr")
 _FORWARD = Kernel(_forward_kernel, "attention_forward", wide=_QKV)
+_FORWARD_WINDOW = Kernel(_forward_kernel, "attention_forward_window", wide=_QKV)
 _FORWARD_SHORT = Kernel(_forward_short_kernel, "attention_forward_short", wide=_QKV)
 _FORWARD_SMALL = Kernel(_forward_short_kernel, f"attention_forward_short_{_SMALL}", wide=_QKV)
 
@@ -381,6 +466,7 @@ def forward(
     dropout_p,
     dropout_stream,
     scale,
+    window=None,
 ):
     """Return out [R, H, K] in q's dtype, and row_max and inv_sum, fp32 [2, H, R].
 
@@ -396,7 +482,7 @@ def forward(
     kind = _kind(q, k, v, has_query_indices, dropout_seeds)
     sequences, sizes = cu_seqlens.shape[0] - 1, (rows, k.shape[0])
     numbers = (scale * _LOG2E, keep_scale(dropout_p), dropout_stream, threshold(dropout_p))
-    constants = (heads, size, has_query_indices, dropout_p > 0, dot_precision(q.dtype))
+    constants = (heads, size, has_query_indices, dropout_p > 0, dot_precision(q.dtype), window)
     if whole:
         for one, programs, over, block in _short(
             _FORWARD_SHORT, _FORWARD_SMALL, sequences, max_seqlen
@@ -413,7 +499,7 @@ def forward(
             if tile_schedule is None or has_query_indices
             else tile_schedule
         )
-        kernel = _FORWARD.prepare(q, size, constants, kind)
+        kernel = (_FORWARD if window is None else _FORWARD_WINDOW).prepare(q, size, constants, kind)
         grid = (heads, schedule.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
         kernel(
             grid,
@@ -499,11 +585,11 @@ def _row_facts(
 
 @triton.jit
 def _dkdv_tile(
-    k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, q_row,
-    dout_row, start, end, first_key,
+    k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr,
+    query_indices_ptr, q_row, dout_row, start, end, first_key, first_token, length,
     scale, threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of queries to dV but for keep_scale, and to dK but for keep_scale and scale.
 
@@ -518,6 +604,11 @@ def _dkdv_tile(
     )
 
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # transposed: [keys, queries]
+    if WINDOW is not None:
+        position = _positions(query_indices_ptr, row, valid, first_token, 0, length)
+        key = first_key + tl.arange(0, BLOCK_K)
+        seen = _sees(position[None, :], key[:, None], length, WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
     weights = tl.exp2(tl.fma(scores, scale, -row_max[None, :])) * inv_sum[None, :]
     dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     if DROPOUT:
@@ -534,11 +625,11 @@ def _dkdv_tile(
 @triton.jit(do_not_specialize=_VARIES)
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, dk_ptr,
-    dv_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    dv_ptr, schedule_ptr, query_bounds_ptr, cu_seqlens_ptr, query_indices_ptr, first_query_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, scale, keep_scale, threshold,
     H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     sequence, offset = _item(schedule_ptr, sequences, BLOCK_K)
@@ -566,22 +657,37 @@ def _dkdv_kernel(
     row_max_ptr, inv_sum_ptr, delta_ptr = row_max_ptr + slot, inv_sum_ptr + slot, delta_ptr + slot
     if DROPOUT:
         lo_ptr, hi_ptr = lo_ptr + slot, hi_ptr + slot
-    count = last_row - first_row
-    full = count // BLOCK_Q * BLOCK_Q
-    for start in range(0, full, BLOCK_Q):
+    count, length = last_row - first_row, last_token - first_token
+    first, full = 0, count // BLOCK_Q * BLOCK_Q
+    if WINDOW is not None:
+        first, full = _queries_in_reach(
+            first_query_ptr,
+            offset,
+            offset + BLOCK_K,
+            first_token,
+            first_row,
+            length,
+            count,
+            WINDOW,
+        )
+        if query_indices_ptr is not None:
+            query_indices_ptr += first_row
+    for start in range(first, full, BLOCK_Q):
         if _multiplied_by_fma(k_ptr, PRECISION):
             k = _load(k_ptr + head.to(tl.int64) * k_head, token, inside, k_row, K)
             v = _load(v_ptr + head.to(tl.int64) * v_head, token, inside, v_row, K)
         dk, dv = _dkdv_tile(
             k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr,
-            q_row, H * K, start, count, offset,
-            scale, threshold, K, False, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
+            query_indices_ptr, q_row, H * K, start, full, offset, first_token, length,
+            scale, threshold,
+            K, WINDOW is not None, DROPOUT, PRECISION, WINDOW, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
-    if full < count:
+    if WINDOW is None and full < count:
         dk, dv = _dkdv_tile(
             k, v, dk, dv, q_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr,
-            q_row, H * K, full, count, offset,
-            scale, threshold, K, True, DROPOUT, PRECISION, BLOCK_Q, BLOCK_K,
+            query_indices_ptr, q_row, H * K, full, count, offset, first_token, length,
+            scale, threshold,
+            K, True, DROPOUT, PRECISION, WINDOW, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
 
     _store(
@@ -592,10 +698,10 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_tile(
-    q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale,
+    q, dout, dq, row_max, delta, lo, hi, position, k_ptr, v_ptr, k_row, v_row, start, length, scale,
     threshold,
     K: tl.constexpr, TAIL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to dQ, but for the factor scale * keep_scale * inv_sum of each row.
 
@@ -607,7 +713,10 @@ def _dq_tile(
     v = _load(v_ptr, key, valid, v_row, K)
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if TAIL:
+    if WINDOW is not None:
+        seen = _sees(position[:, None], key[None, :], length, WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    elif TAIL:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     weights = tl.exp2(tl.fma(scores, scale, -row_max[:, None]))
     if DROPOUT:
@@ -619,11 +728,11 @@ def _dq_tile(
 @triton.jit(do_not_specialize=_VARIES)
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, row_max_ptr, inv_sum_ptr, delta_ptr, lo_ptr, hi_ptr, dq_ptr,
-    schedule_ptr, query_bounds_ptr, cu_seqlens_ptr,
+    schedule_ptr, query_bounds_ptr, cu_seqlens_ptr, query_indices_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, scale, keep_scale, threshold,
     H: tl.constexpr, K: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     sequence, offset = _item(schedule_ptr, sequences, BLOCK_Q)
@@ -657,21 +766,32 @@ def _dq_kernel(
     v_ptr += first_token.to(tl.int64) * v_row + head.to(tl.int64) * v_head
 
     dq = tl.zeros([BLOCK_Q, triton.next_power_of_2(K)], tl.float32)
-    full = length // BLOCK_K * BLOCK_K
-    for start in range(0, full, BLOCK_K):
+    position, first, full = row, 0, length // BLOCK_K * BLOCK_K
+    if WINDOW is not None:
+        position = _positions(query_indices_ptr, row, valid, first_token, first_row, length)
+        first, full = _keys_in_reach(
+            query_indices_ptr,
+            first_row + offset,
+            tl.minimum(first_row + offset + BLOCK_Q, last_row),
+            first_token,
+            first_row,
+            length,
+            WINDOW,
+        )
+    for start in range(first, full, BLOCK_K):
         if _multiplied_by_fma(q_ptr, PRECISION):
             q = _load(q_ptr + head.to(tl.int64) * q_head, row, valid, q_row, K)
             dout = _load(dout_ptr + head * K, row, valid, H * K, K)
         dq = _dq_tile(
-            q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, start, length, scale,
-            threshold,
-            K, False, DROPOUT, PRECISION, BLOCK_K,
+            q, dout, dq, row_max, delta, lo, hi, position, k_ptr, v_ptr, k_row, v_row, start,
+            length, scale, threshold,
+            K, WINDOW is not None, DROPOUT, PRECISION, WINDOW, BLOCK_K,
         )  # fmt: skip
-    if full < length:
+    if WINDOW is None and full < length:
         dq = _dq_tile(
-            q, dout, dq, row_max, delta, lo, hi, k_ptr, v_ptr, k_row, v_row, full, length, scale,
-            threshold,
-            K, True, DROPOUT, PRECISION, BLOCK_K,
+            q, dout, dq, row_max, delta, lo, hi, position, k_ptr, v_ptr, k_row, v_row, full,
+            length, scale, threshold,
+            K, True, DROPOUT, PRECISION, WINDOW, BLOCK_K,
         )  # fmt: skip
     _store(
         dq_ptr + head * K,
@@ -690,7 +810,7 @@ def _backward_short_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head,
     sequences, rows, tokens, over, scale, keep_scale, dropout_stream, threshold,
     H: tl.constexpr, K: tl.constexpr, HAS_QUERY_INDICES: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, sequence = tl.program_id(0), tl.program_id(1)
     if sequence >= sequences:
@@ -713,7 +833,11 @@ def _backward_short_kernel(
     v = _load(v_ptr + head.to(tl.int64) * v_head, token, valid, v_row, K)
     dout = _load(dout_ptr + head * K, row, asked, H * K, K)
 
-    weights, row_sum = _softmax(q, k, valid, scale, PRECISION)
+    seen = valid[None, :]
+    if WINDOW is not None:
+        position = _positions(query_indices_ptr, row, asked, first_token, first_row, length)
+        seen = _sees(position[:, None], tl.arange(0, BLOCK)[None, :], length, WINDOW)
+    weights, row_sum = _softmax(q, k, seen, scale, PRECISION)
     weights /= row_sum[:, None]
     dropped = weights
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -765,6 +889,8 @@ _BACKWARD_SMALL = Kernel(
 _PREPARE = Kernel(_prepare_kernel, "attention_prepare", wide=("out_ptr", "dout_ptr"))
 _DKDV = Kernel(_dkdv_kernel, "attention_dkdv", wide=_QKV_DOUT)
 _DQ = Kernel(_dq_kernel, "attention_dq", wide=_QKV_DOUT)
+_DKDV_WINDOW = Kernel(_dkdv_kernel, "attention_dkdv_window", wide=_QKV_DOUT)
+_DQ_WINDOW = Kernel(_dq_kernel, "attention_dq_window", wide=_QKV_DOUT)
 
 
 def backward(
@@ -782,6 +908,7 @@ def backward(
     dropout_p,
     dropout_stream,
     scale,
+    window=None,
 ):
     """Return dq [R, H, K], dk and dv [T, H, K], contiguous, in q's dtype; dout is contiguous."""
     (rows, heads, size), tokens = q.shape, k.shape[0]
@@ -807,7 +934,7 @@ def backward(
     if one_tile(q.dtype, max_seqlen):
         numbers, constants = (
             (*scales, dropout_stream, threshold(dropout_p)),
-            (heads, size, has_query_indices, drop, precision),
+            (heads, size, has_query_indices, drop, precision, window),
         )
         for one, programs, over, block in _short(
             _BACKWARD_SHORT, _BACKWARD_SMALL, sequences, max_seqlen
@@ -836,11 +963,15 @@ def backward(
 
     pointers, facts = (q, k, v, dout), (*statistics.unbind(), delta, lo, hi)
     numbers = (*kind[0], sequences, *sizes, *scales, threshold(dropout_p))
-    kernel = _DKDV.prepare(q, size, (heads, size, drop, precision), kind)
+    places = None if window is None else query_indices  # where the queries are, if it matters
+    of_k, of_q = (_DKDV, _DQ) if window is None else (_DKDV_WINDOW, _DQ_WINDOW)
+    kernel = of_k.prepare(q, size, (heads, size, drop, precision, window), kind)
     grid = (heads, key_schedule.shape[0] * (ITEM // kernel.tile["BLOCK_K"]))
-    kernel(grid, (*pointers, *facts, dk, dv, key_schedule, *tables[:2]), numbers)
+    first_queries = _first_queries(places, tokens)
+    pointers_of_k = (*facts, dk, dv, key_schedule, *tables[:2], places, first_queries)
+    kernel(grid, (*pointers, *pointers_of_k), numbers)
 
-    kernel = _DQ.prepare(q, size, (heads, size, drop, precision), kind)
+    kernel = of_q.prepare(q, size, (heads, size, drop, precision, window), kind)
     grid = (heads, schedule.shape[0] * (ITEM // kernel.tile["BLOCK_Q"]))
-    kernel(grid, (*pointers, *facts, dq, schedule, *tables[:2]), numbers)
+    kernel(grid, (*pointers, *facts, dq, schedule, *tables[:2], places), numbers)
     return dq, dk, dv

@@ -38,6 +38,7 @@ def varlen_attention(
     dropout_seeds: Tensor | None = None,
     dropout_stream: int = 0,
     query_indices: Tensor | None = None,
+    window: int | None = None,
     scale: float | None = None,
     tile_schedule: Tensor | None = None,
     check_values: bool | None = None,
@@ -68,6 +69,10 @@ def varlen_attention(
             with the same seeds draw different masks.
         query_indices: int64 [R], ascending: the packed positions whose outputs are wanted, if not
             all T. The outputs that remain are exactly the same, dropout included.
+        window: how far a query sees: key j where |i - j| <= window, for positions i and j in the
+            sequence (ModernBERT: `local_attention // 2`). None: all keys. Keys outside are not
+            computed, neither forward nor backward, and "cpu" also saves n * window weights instead
+            of n * n. "triton" compiles its kernels for each window.
         scale: positive factor of the scores; 1 / sqrt(K) if None.
         tile_schedule: `attention_tile_schedule(cu_seqlens, T)`, which a model computes once for all
             its layers; computed here if None. Only "triton" uses it.
@@ -83,23 +88,23 @@ def varlen_attention(
     Raises:
         ValueError: a shape, device or stride that does not fit; cu_seqlens that do not ascend from
             0 to at most T, or have a sequence longer than max_seqlen; query_indices that do not
-            ascend within [0, T); dropout without seeds; a head size that "triton" does not take;
-            an unknown `impl`.
+            ascend within [0, T); dropout without seeds; a negative window; a head size that
+            "triton" does not take; an unknown `impl`.
         TypeError: a dtype that does not fit.
 
-    Source: Vaswani et al., 2017, section 3.2.1; packed layout as in FlashAttention's
-    `flash_attn_varlen_func`.
+    Source: Vaswani et al., 2017, section 3.2.1; window: Beltagy et al., 2020 (Longformer), section
+    3.1; packed layout as in FlashAttention's `flash_attn_varlen_func`.
     """
     q, k, v = cast_low(q, k, v)
     impl = chosen_implementation(NAME, impl, _IMPLEMENTATIONS, k)
     factor: float = k.shape[-1] ** -0.5 if scale is None else scale
     tables = (cu_seqlens, max_seqlen, dropout_p, dropout_seeds)
-    check(q, k, v, *tables, query_indices, factor, tile_schedule, check_values, impl)
+    check(q, k, v, *tables, query_indices, window, factor, tile_schedule, check_values, impl)
     if impl == "triton":
         pack = (cu_seqlens, tile_schedule, query_indices, dropout_seeds)
-        numbers = (max_seqlen, dropout_p, dropout_stream, factor)
+        numbers = (max_seqlen, dropout_p, dropout_stream, factor, window)
         return _VarlenAttention.apply(q, k, v, *pack, *numbers)
-    return _IMPLEMENTATIONS[impl](q, k, v, *tables, dropout_stream, query_indices, factor)
+    return _IMPLEMENTATIONS[impl](q, k, v, *tables, dropout_stream, query_indices, factor, window)
 
 
 def check(
@@ -111,6 +116,7 @@ def check(
     dropout_p: float,
     dropout_seeds: Tensor | None,
     query_indices: Tensor | None,
+    window: int | None,
     scale: float,
     tile_schedule: Tensor | None,
     check_values: bool | None,
@@ -127,6 +133,8 @@ def check(
         ("v", v, (total, heads, size), floats),
     )
     check_tensors(NAME, k.device, *tensors)
+    if window is not None and window < 0:
+        raise ValueError(f"{NAME}: window = {window}; must be at least 0, or None for all keys")
     if not scale > 0:
         raise ValueError(f"{NAME}: scale = {scale}; must be positive")
     if impl == "triton":
@@ -248,7 +256,7 @@ def _backward_fake(
 
 
 _SHARED = """Tensor cu_seqlens, Tensor? tile_schedule, Tensor? query_indices, Tensor? dropout_seeds,
-    SymInt max_seqlen, float dropout_p, int dropout_stream, float scale"""
+    SymInt max_seqlen, float dropout_p, int dropout_stream, float scale, int? window=None"""
 FORWARD = operator(
     f"varlen_attention_forward(Tensor q, Tensor k, Tensor v, {_SHARED}) -> (Tensor, Tensor)",
     "attention.kernel.forward",
@@ -277,8 +285,10 @@ class _VarlenAttention(Function):
         p: float,
         stream: int,
         scale: float,
+        window: int | None,
     ) -> Tensor:
-        tables, numbers = (cu_seqlens, schedule, indices, seeds), (max_seqlen, p, stream, scale)
+        tables = (cu_seqlens, schedule, indices, seeds)
+        numbers = (max_seqlen, p, stream, scale, window)
         out, statistics = FORWARD(q, k, v, *tables, *numbers)
         ctx.save_for_backward(q, k, v, out, statistics, *tables)
         ctx.numbers = numbers
@@ -288,7 +298,7 @@ class _VarlenAttention(Function):
     @backward_once
     def backward(ctx: Any, dout: Tensor) -> Gradients:
         dq, dk, dv = BACKWARD(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers)
-        return dq, dk, dv, *(None,) * 8
+        return dq, dk, dv, *(None,) * 9
 
 
 _IMPLEMENTATIONS: Implementations = {

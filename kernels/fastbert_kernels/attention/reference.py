@@ -17,6 +17,7 @@ def reference(
     dropout_stream: int,
     query_indices: Tensor | None,
     scale: float,
+    window: int | None,
 ) -> Tensor:
     """dropout(softmax(q k' * scale)) v within each sequence, and zeros behind the last one.
 
@@ -36,11 +37,16 @@ def reference(
     if query_indices is not None:
         found = torch.searchsorted(query_indices, cu_seqlens.to(query_indices.dtype))
         query_bounds = found.tolist()  # type: ignore[type-arg]
+    tokens = torch.arange(k.shape[0], device=k.device)
     outputs: list[Tensor] = []
     for start, end, first, last in zip(
         bounds[:-1], bounds[1:], query_bounds[:-1], query_bounds[1:], strict=True
     ):
         scores = torch.einsum("ihk,jhk->hij", q[first:last].to(wide), k[start:end].to(wide)) * scale
+        if window is not None:
+            asked = tokens[first:last] if query_indices is None else query_indices[first:last]
+            distance = (asked[:, None] - tokens[start:end]).abs()
+            scores = scores.masked_fill(distance > window, float("-inf"))
         weights = scores.softmax(-1)
         if keys is not None:
             lo, hi = keys

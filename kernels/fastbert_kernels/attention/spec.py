@@ -25,6 +25,8 @@ def _inputs(shape: Shape, dtype: torch.dtype, dropout_p: float) -> dict[str, Any
         "dropout_seeds": random_seeds(draw, len(shape["lengths"])),
         "dropout_stream": 3,
     }
+    if "window" in shape:
+        arguments["window"] = shape["window"]
     if shape.get("R"):
         query_indices = torch.randperm(total, generator=draw)[: shape["R"]].sort().values
         arguments |= {"q": q[query_indices].clone(), "query_indices": query_indices}
@@ -56,6 +58,13 @@ def _least_bytes(shape: Shape, size: int) -> int:
     return forward + backward
 
 
+def pairs(length: int, window: int | None) -> int:
+    """Return how many keys the queries of a sequence see, all together."""
+    if window is None or window >= length:
+        return length * length
+    return length * (2 * window + 1) - window * (window + 1)
+
+
 SPEC = Spec(
     function=varlen_attention,
     implementations=("triton", "cpu", "reference"),
@@ -73,10 +82,16 @@ SPEC = Spec(
         {"lengths": [140, 5, 0], "H": 2, "K": 32, "rest": 150},
         {"lengths": [40, 100, 0], "H": 2, "K": 64, "R": 50, "rest": 60},
         {"lengths": [129, 2], "H": 2, "K": 48, "R": 40, "rest": 30},
+        {"lengths": [200, 63, 65, 1], "H": 2, "K": 64, "window": 64},
+        {"lengths": [120, 9, 128], "H": 2, "K": 64, "window": 16},
+        {"lengths": [257], "H": 1, "K": 32, "window": 127},
+        {"lengths": [128, 0, 40], "H": 2, "K": 32, "R": 50, "rest": 60, "window": 15},
+        {"lengths": [400, 0, 33], "H": 2, "K": 48, "R": 70, "rest": 30, "window": 17},
+        {"lengths": [1, 129, 300], "H": 2, "K": 64, "R": 90, "rest": 1, "window": 64},
     ),
     inputs=_inputs,
     differentiable=("q", "k", "v"),
     least_bytes=_least_bytes,
-    # Two products forward, four backward and the scores once more, 2 n^2 H K each.
-    flops=lambda s: 14 * sum(n * n for n in s["lengths"]) * s["H"] * s["K"],
+    # Two products forward, four backward and the scores once more, 2 H K for each pair.
+    flops=lambda s: 14 * sum(pairs(n, s.get("window")) for n in s["lengths"]) * s["H"] * s["K"],
 )

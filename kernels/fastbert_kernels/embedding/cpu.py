@@ -26,13 +26,13 @@ class _EmbeddingLayerNorm(Function):
     def forward(
         ctx: Any,
         input_ids: Tensor,
-        position_ids: Tensor,
-        token_type_ids: Tensor,
+        position_ids: Tensor | None,
+        token_type_ids: Tensor | None,
         word_embeddings: Tensor,
-        position_embeddings: Tensor,
-        token_type_embeddings: Tensor,
+        position_embeddings: Tensor | None,
+        token_type_embeddings: Tensor | None,
         norm_weight: Tensor,
-        norm_bias: Tensor,
+        norm_bias: Tensor | None,
         eps: float,
         dropout_p: float,
         dropout_seeds: Tensor | None,
@@ -41,10 +41,13 @@ class _EmbeddingLayerNorm(Function):
         z = word_embeddings.index_select(0, input_ids)
         wide = torch.promote_types(z.dtype, torch.float32)
         z = z.to(wide)
-        z += position_embeddings.index_select(0, position_ids)
-        z += token_type_embeddings.index_select(0, token_type_ids)
+        if position_ids is not None and position_embeddings is not None:
+            z += position_embeddings.index_select(0, position_ids)
+        if token_type_ids is not None and token_type_embeddings is not None:
+            z += token_type_embeddings.index_select(0, token_type_ids)
+        wide_bias = None if norm_bias is None else norm_bias.to(wide)
         y, mean, rstd = torch.native_layer_norm(
-            z, (z.shape[1],), norm_weight.to(wide), norm_bias.to(wide), eps
+            z, (z.shape[1],), norm_weight.to(wide), wide_bias, eps
         )
         keep = None
         if dropout_p > 0:
@@ -55,10 +58,9 @@ class _EmbeddingLayerNorm(Function):
         ctx.save_for_backward(
             input_ids, position_ids, token_type_ids, z, mean, rstd, norm_weight, norm_bias, keep
         )
-        ctx.dropout_p, ctx.sizes = (
-            dropout_p,
-            (len(word_embeddings), len(position_embeddings), len(token_type_embeddings)),
-        )
+        tables = (word_embeddings, position_embeddings, token_type_embeddings)
+        ctx.dropout_p = dropout_p
+        ctx.sizes = [None if table is None else len(table) for table in tables]
         return y
 
     @staticmethod
@@ -75,11 +77,15 @@ class _EmbeddingLayerNorm(Function):
             mean,
             rstd,
             norm_weight.to(z.dtype),
-            norm_bias.to(z.dtype),
+            None if norm_bias is None else norm_bias.to(z.dtype),
             [True, False, False],
         )
-        dnorm_weight, dnorm_bias = (z - mean).mul_(rstd).mul_(dy).sum(0), dy.sum(0)
-        tables = [_scatter(dz, row, size) for size, row in zip(ctx.sizes, rows, strict=True)]
+        dnorm_weight = (z - mean).mul_(rstd).mul_(dy).sum(0)
+        dnorm_bias = None if norm_bias is None else dy.sum(0)
+        tables = [
+            None if size is None else _scatter(dz, row, size)
+            for size, row in zip(ctx.sizes, rows, strict=True)
+        ]
         return None, None, None, *tables, dnorm_weight, dnorm_bias, None, None, None, None
 
 

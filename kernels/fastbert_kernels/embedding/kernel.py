@@ -8,6 +8,8 @@
     dnorm_weight, dnorm_bias = sums over the rows of dh * h, dh
     dtable[r] = sum of the dz of the tokens whose index is r
 
+ModernBERT has neither positions nor token types here: both tables may be left out.
+
 Saved: the indices, and mean and rstd of each row; the rows are looked up again. Tiles, chunks and
 shares are those of `norm/kernel.py`. An index outside its table reads nothing and makes its token's
 mean NaN, hence y, and in the backward pass every sum it is part of.
@@ -79,23 +81,28 @@ def _load_z(
     BLOCK_D: tl.constexpr,
 ):
     """Return z of each token, and whether all its indices are within their tables."""
-    word_ptr, is_word = _look_up(input_ids_ptr, word_embeddings_ptr, stride_word, V, row, T)
-    position_ptr, is_position = _look_up(
-        position_ids_ptr, position_embeddings_ptr, stride_position, P, row, T
-    )
-    token_type_ptr, is_token_type = _look_up(
-        token_type_ids_ptr, token_type_embeddings_ptr, stride_token_type, S, row, T
-    )
-    valid = is_word & is_position & is_token_type
+    word_ptr, valid = _look_up(input_ids_ptr, word_embeddings_ptr, stride_word, V, row, T)
+    if position_ids_ptr is not None:
+        position_ptr, is_position = _look_up(
+            position_ids_ptr, position_embeddings_ptr, stride_position, P, row, T
+        )
+        valid &= is_position
+    if token_type_ids_ptr is not None:
+        token_type_ptr, is_token_type = _look_up(
+            token_type_ids_ptr, token_type_embeddings_ptr, stride_token_type, S, row, T
+        )
+        valid &= is_token_type
 
     z = ()
     for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
         column = columns(i, BLOCK_D)
         mask = (row < T) & valid & (column < D)
-        word = tl.load(word_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        position = tl.load(position_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        token_type = tl.load(token_type_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        z += (word + position + token_type,)
+        chunk = tl.load(word_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        if position_ids_ptr is not None:
+            chunk += tl.load(position_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        if token_type_ids_ptr is not None:
+            chunk += tl.load(token_type_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        z += (chunk,)
     return z, valid
 
 
@@ -151,14 +158,10 @@ def _forward_kernel(
 
         for i in tl.static_range(len(z)):
             column = columns(i, BLOCK_D)
-            y = dropout(
-                (z[i] - mean) * rstd * norm_weight[i] + norm_bias[i],
-                keys,
-                i,
-                threshold,
-                scale,
-                BLOCK_D,
-            )
+            y = (z[i] - mean) * rstd * norm_weight[i]
+            if len(norm_bias) > 0:
+                y += norm_bias[i]
+            y = dropout(y, keys, i, threshold, scale, BLOCK_D)
             tl.store(y_ptr + row * D + column, y, mask=(row < T) & (column < D))
         tl.store(mean_ptr + row, mean, mask=row < T)
         tl.store(rstd_ptr + row, rstd, mask=row < T)
@@ -166,6 +169,15 @@ def _forward_kernel(
 
 _TABLES = ("word_embeddings_ptr", "position_embeddings_ptr", "token_type_embeddings_ptr")
 _FORWARD = Kernel(_forward_kernel, "embedding_forward", wide=_TABLES)
+
+
+def _about(tables):
+    """Return row strides and numbers of rows of the tables, 0 if missing, and which are missing."""
+    return (
+        [0 if table is None else table.stride(0) for table in tables],
+        [0 if table is None else len(table) for table in tables],
+        tuple(table is None for table in tables),
+    )
 
 
 def forward(
@@ -192,8 +204,9 @@ def forward(
     )
     if T and D:
         dropout_seeds = dropout_seeds if dropout_p > 0 else None
-        strides = [table.stride(0) for table in tables]
-        kernel = _FORWARD.prepare(word_embeddings, D, (D,), *strides, dropout_seeds is None)
+        strides, sizes, missing = _about(tables)
+        missing += (norm_bias is None, dropout_seeds is None)
+        kernel = _FORWARD.prepare(word_embeddings, D, (D,), *strides, *missing)
         kernel(
             (row_programs(kernel.tile, T, word_embeddings.device),),
             (
@@ -211,7 +224,7 @@ def forward(
             (
                 *strides,
                 T,
-                *(len(table) for table in tables),
+                *sizes,
                 eps,
                 dropout_stream,
                 threshold(dropout_p),
@@ -298,8 +311,12 @@ def _backward_kernel(
             column = columns(i, BLOCK_D)
             tl.store(dz_ptr + row * D + column, dz[i], mask=(row < T) & (column < D))
         _note_use(uses_ptr, input_ids_ptr, 0, V, V + P + S, row, T)
-        _note_use(uses_ptr + T, position_ids_ptr, V, P, V + P + S, row, T)
-        _note_use(uses_ptr + 2 * T.to(tl.int64), token_type_ids_ptr, V + P, S, V + P + S, row, T)
+        next_ptr = uses_ptr + T
+        if position_ids_ptr is not None:
+            _note_use(next_ptr, position_ids_ptr, V, P, V + P + S, row, T)
+            next_ptr += T
+        if token_type_ids_ptr is not None:
+            _note_use(next_ptr, token_type_ids_ptr, V + P, S, V + P + S, row, T)
         dnorm_weight, dnorm_bias = plus(dnorm_weight, times(dh, h)), plus(dnorm_bias, dh)
 
     share_ptr = shares_ptr + tl.program_id(0) * 2 * D
@@ -323,7 +340,7 @@ def _sum_uses(
     return tl.sum(total, 0, keep_dims=True)
 
 
-@triton.jit(do_not_specialize=["T", "rows"])
+@triton.jit(do_not_specialize=["T", "uses", "rows"])
 def _pieces_kernel(
     dz_ptr,
     order_ptr,
@@ -331,6 +348,7 @@ def _pieces_kernel(
     starts_ptr,
     pieces_ptr,
     T,
+    uses,
     rows,
     D,
     BIN: tl.constexpr,
@@ -341,7 +359,7 @@ def _pieces_kernel(
     slot = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     bin_begin = slot // 2 * BIN
-    bin_end = tl.minimum(bin_begin + BIN, 3 * T)
+    bin_end = tl.minimum(bin_begin + BIN, uses)
 
     row = tl.load(sorted_ptr + (bin_begin if slot % 2 == 0 else bin_end - 1))
     if row < rows:
@@ -401,6 +419,8 @@ _ROWS = Kernel(_rows_kernel, "embedding_table", wide=("dz_ptr", "pieces_ptr"))
 def _table_gradients(dz: torch.Tensor, uses: torch.Tensor, rows: int) -> torch.Tensor:
     """Return [rows, D] from dz [T, D] and the rows that tokens use, int32 [3 T] in [0, rows].
 
+    With fewer tables, tokens have fewer uses: [2 T] or [T].
+
     A use of row `rows` counts for nothing.
     """
     T, D = dz.shape
@@ -409,10 +429,10 @@ def _table_gradients(dz: torch.Tensor, uses: torch.Tensor, rows: int) -> torch.T
         ordered, torch.arange(rows + 1, dtype=torch.int32, device=dz.device), out_int32=True
     )
     pieces_kernel, rows_kernel = (kernel.prepare(dz, D, (_BIN,), D) for kernel in (_PIECES, _ROWS))
-    bins, blocks = -(-3 * T // _BIN), -(-D // rows_kernel.tile["BLOCK_D"])
+    bins, blocks = -(-len(uses) // _BIN), -(-D // rows_kernel.tile["BLOCK_D"])
     pieces = dz.new_empty(2 * bins, D, dtype=torch.float32)
     dtables = dz.new_empty(rows, D)
-    pieces_kernel((2 * bins, blocks), (dz, order, ordered, starts, pieces), (T, rows, D))
+    pieces_kernel((2 * bins, blocks), (dz, order, ordered, starts, pieces), (T, len(uses), rows, D))
     rows_kernel((rows, blocks), (dz, order, starts, pieces, dtables), (T, D))
     return dtables
 
@@ -441,15 +461,14 @@ def backward(
         (input_ids, position_ids, token_type_ids),
         (word_embeddings, position_embeddings, token_type_embeddings),
     )
-    sizes = [len(table) for table in tables]
+    strides, sizes, missing = _about(tables)
     if not (T and D):
         return dy.new_zeros(sum(sizes), D), dy.new_zeros(2, D)
     dropout_seeds = dropout_seeds if dropout_p > 0 else None
-    strides = [table.stride(0) for table in tables]
-    kernel = _BACKWARD.prepare(dy, D, (D,), *strides, dropout_seeds is None)
+    kernel = _BACKWARD.prepare(dy, D, (D,), *strides, *missing, dropout_seeds is None)
     programs = row_programs(kernel.tile, T, dy.device)
     dz = dy.new_empty(T, D)
-    uses = dy.new_empty(3 * T, dtype=torch.int32)
+    uses = dy.new_empty((3 - sum(missing)) * T, dtype=torch.int32)
     shares = dy.new_empty(programs, 2, D, dtype=torch.float32)
     kernel(
         (programs,),

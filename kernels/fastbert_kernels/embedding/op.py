@@ -28,11 +28,11 @@ NAME = "embedding_layer_norm"
 
 def embedding_layer_norm(
     input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
     word_embeddings: Tensor,
-    position_embeddings: Tensor,
-    token_type_embeddings: Tensor,
+    position_embeddings: Tensor | None,
+    token_type_embeddings: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor | None = None,
     *,
@@ -52,9 +52,10 @@ def embedding_layer_norm(
     Args:
         input_ids, position_ids, token_type_ids: int64 [T], rows of the three tables.
         word_embeddings: [V, D], fp32, fp16 or bf16.
-        position_embeddings: [P, D], token_type_embeddings: [S, D], as word_embeddings.
+        position_embeddings: [P, D], token_type_embeddings: [S, D], as word_embeddings. Each may be
+            None together with its ids; ModernBERT has neither.
         norm_weight: [D], LayerNorm's gamma, as word_embeddings.
-        norm_bias: [D], LayerNorm's beta, as word_embeddings; None for zeros.
+        norm_bias: [D], LayerNorm's beta, as word_embeddings; None for a norm without it.
         eps: added to the variance.
         dropout_p: probability to drop an element, rounded to a multiple of 2**-16.
         dropout_seeds: int64 [T], one seed for each row, such as `row_seeds(...)` of the seeds of
@@ -72,9 +73,9 @@ def embedding_layer_norm(
         "triton" in fp32.
 
     Raises:
-        ValueError: a shape or device that does not fit, dropout without seeds, an unknown `impl`,
-            an index outside its table (see check_values); "triton": D above 8,192, a last axis
-            that is not contiguous.
+        ValueError: a shape or device that does not fit, ids without their table or the reverse,
+            dropout without seeds, an unknown `impl`, an index outside its table (see
+            check_values); "triton": D above 8,192, a last axis that is not contiguous.
         TypeError: a dtype that does not fit; "triton": float64.
 
     Source: Devlin et al., 2019, section 3 and figure 2.
@@ -85,15 +86,13 @@ def embedding_layer_norm(
     )
     impl = chosen_implementation(NAME, impl, _IMPLEMENTATIONS, tables[0])
     check(indices, tables, norm_weight, norm_bias, dropout_p, dropout_seeds, check_values, impl)
-    if norm_bias is None:
-        norm_bias = torch.zeros_like(norm_weight)
     dropout = dropout_p, dropout_seeds, dropout_stream
     return _IMPLEMENTATIONS[impl](*indices, *tables, norm_weight, norm_bias, eps, *dropout)
 
 
 def check(
-    indices: tuple[Tensor, Tensor, Tensor],
-    tables: list[Tensor],
+    indices: tuple[Tensor, Tensor | None, Tensor | None],
+    tables: list[Any],
     norm_weight: Tensor,
     norm_bias: Tensor | None,
     dropout_p: float,
@@ -106,10 +105,9 @@ def check(
     floats = (word_embeddings.dtype,)
     check_leader(NAME, "input_ids", input_ids, ("T",), INT64)
     check_leader(NAME, "word_embeddings", word_embeddings, ("V", "D"))
-    check_leader(NAME, "position_embeddings", position_embeddings, ("P", "D"), floats)
-    check_leader(NAME, "token_type_embeddings", token_type_embeddings, ("S", "D"), floats)
     T, (V, D) = input_ids.shape[0], word_embeddings.shape
-    P, S = position_embeddings.shape[0], token_type_embeddings.shape[0]
+    P = _rows("position", "P", position_ids, position_embeddings, floats)
+    S = _rows("token_type", "S", token_type_ids, token_type_embeddings, floats)
     check_dropout(NAME, dropout_p, dropout_seeds, T)
     tensors = (
         ("word_embeddings", word_embeddings, (V, D), floats),
@@ -125,17 +123,36 @@ def check(
     check_tensors(NAME, word_embeddings.device, *tensors)
     if values_checked(check_values, input_ids):
         check_range(NAME, "input_ids", input_ids, V, "V")
-        check_range(NAME, "position_ids", position_ids, P, "P")
-        check_range(NAME, "token_type_ids", token_type_ids, S, "S")
+        if position_ids is not None:
+            check_range(NAME, "position_ids", position_ids, P, "P")
+        if token_type_ids is not None:
+            check_range(NAME, "token_type_ids", token_type_ids, S, "S")
     if impl == "triton":
         check_triton(NAME, *tensors)
         check_row_width(NAME, "word_embeddings", D)
 
 
+def _rows(
+    kind: str,
+    axis: str,
+    ids: Tensor | None,
+    table: Tensor | None,
+    floats: tuple[torch.dtype, ...],
+) -> int:
+    """Return the number of rows of a table that may be missing; 0 if it is."""
+    if (ids is None) != (table is None):
+        given, missing = ("embeddings", "ids") if ids is None else ("ids", "embeddings")
+        raise ValueError(f"{NAME}: {kind}_{given} without {kind}_{missing}; pass both or neither")
+    if table is None:
+        return 0
+    check_leader(NAME, f"{kind}_embeddings", table, (axis, "D"), floats)
+    return table.shape[0]
+
+
 def _forward_fake(
     input_ids: Tensor,
-    position_ids: Tensor,
-    token_type_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
     word_embeddings: Tensor,
     *_: Any,
 ) -> tuple[Tensor, ...]:
@@ -145,18 +162,22 @@ def _forward_fake(
 
 
 def _backward_fake(
-    dy: Tensor, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor, *others: Any
+    dy: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    *others: Any,
 ) -> tuple[Tensor, Tensor]:
-    rows = sum(table.shape[0] for table in others[:3])
+    rows = sum(table.shape[0] for table in others[:3] if table is not None)
     return dy.new_empty(rows, dy.shape[1]), dy.new_empty(2, dy.shape[1])
 
 
 _READ = (
-    "Tensor input_ids, Tensor position_ids, Tensor token_type_ids, Tensor word_embeddings, "
-    "Tensor position_embeddings, Tensor token_type_embeddings, Tensor norm_weight"
+    "Tensor input_ids, Tensor? position_ids, Tensor? token_type_ids, Tensor word_embeddings, "
+    "Tensor? position_embeddings, Tensor? token_type_embeddings, Tensor norm_weight"
 )
 FORWARD = operator(
-    f"embedding_layer_norm_forward({_READ}, Tensor norm_bias, Tensor? dropout_seeds, float eps, "
+    f"embedding_layer_norm_forward({_READ}, Tensor? norm_bias, Tensor? dropout_seeds, float eps, "
     "float dropout_p, int dropout_stream) -> (Tensor, Tensor, Tensor)",
     "embedding.kernel.forward",
     _forward_fake,
@@ -176,6 +197,7 @@ class _EmbeddingLayerNorm(Function):
         y, mean, rstd = FORWARD(*read, norm_bias, seeds, eps, dropout_p, stream)
         ctx.save_for_backward(*read, seeds, mean, rstd)
         ctx.dropout_p, ctx.dropout_stream = dropout_p, stream
+        ctx.has_norm_bias = norm_bias is not None
         return y
 
     @staticmethod
@@ -183,8 +205,14 @@ class _EmbeddingLayerNorm(Function):
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         saved = ctx.saved_tensors
         dtables, vectors = BACKWARD(dy.contiguous(), *saved, ctx.dropout_p, ctx.dropout_stream)
-        tables = dtables.split([table.shape[0] for table in saved[3:6]])
-        return None, None, None, *tables, *vectors.unbind(), *(None,) * 4
+        # As many rows as each table has; a missing one has none.
+        parts = dtables.split([0 if table is None else table.shape[0] for table in saved[3:6]])
+        tables = [
+            None if table is None else part for table, part in zip(saved[3:6], parts, strict=True)
+        ]
+        dnorm_weight, dnorm_bias = vectors.unbind()
+        dnorm_bias = dnorm_bias if ctx.has_norm_bias else None
+        return None, None, None, *tables, dnorm_weight, dnorm_bias, *(None,) * 4
 
 
 def _triton(*arguments: Any) -> Tensor:

@@ -21,34 +21,7 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels._launch import Kernel
-from fastbert_kernels._triton import multiprocessors
-
-
-def _grid(tile: dict[str, int], x: torch.Tensor) -> tuple[int, int]:
-    """Return the blocks of columns, and the shares of the rows.
-
-    There are as many programs as run side by side; more would only add shares.
-    """
-    T, F = x.shape
-    blocks = -(-F // tile["BLOCK_F"])
-    shares = -(-tile["programs"] * multiprocessors(x.device) // blocks)
-    return blocks, min(shares, -(-T // tile["BLOCK_T"]))
-
-
-@triton.jit
-def _normal(z):
-    """Return Phi(z), and exp(-z^2 / 2) = sqrt(2 pi) phi(z)."""
-    bell = tl.exp(-0.5 * z * z)
-    t = 1.0 / (1.0 + 0.23164189 * tl.abs(z))  # 0.3275911 / sqrt(2)
-    tail = (
-        t
-        * (
-            0.127414796
-            + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))
-        )
-        * bell
-    )
-    return tl.where(z > 0, 1.0 - tail, tail), bell
+from fastbert_kernels._rows import column_programs, normal
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -63,7 +36,7 @@ def _forward_kernel(
         mask = (row < T) & (column < F)
 
         z = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32) + bias
-        cdf, _ = _normal(z)
+        cdf, _ = normal(z)
 
         tl.store(y_ptr + row * F + column, z * cdf, mask=mask)
 
@@ -76,7 +49,7 @@ def forward(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     y = x.new_empty(T, F)
     if T and F:
         kernel = _FORWARD.prepare(x, F, (), stride)
-        kernel(_grid(kernel.tile, x), (x, bias, y), (stride, T, F))
+        kernel(column_programs(kernel.tile, T, F, x.device), (x, bias, y), (stride, T, F))
     return y
 
 
@@ -104,7 +77,7 @@ def _backward_kernel(
         dy = tl.load(dy_ptr + row * F + column, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32) + bias
 
-        cdf, bell = _normal(z)
+        cdf, bell = normal(z)
         dx = dy * (cdf + z * bell * 0.3989422804)  # 1 / sqrt(2 pi)
         dbias += dx  # of rows beyond T: nothing, as their dy is zero
 
@@ -125,7 +98,7 @@ def backward(
     if not (T and F):
         return dx, torch.zeros_like(bias)
     kernel = _BACKWARD.prepare(x, F, (), stride)
-    grid = _grid(kernel.tile, x)
-    shares = x.new_empty(grid[1], F, dtype=torch.float32)
-    kernel(grid, (dy, x, bias, dx, shares), (stride, T, F))
+    programs = column_programs(kernel.tile, T, F, x.device)
+    shares = x.new_empty(programs[1], F, dtype=torch.float32)
+    kernel(programs, (dy, x, bias, dx, shares), (stride, T, F))
     return dx, shares.sum(0).to(bias.dtype)

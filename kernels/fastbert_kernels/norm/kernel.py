@@ -2,7 +2,7 @@
 
     z = residual + c (x + bias) * keep        c = 1 / probability to be kept
     mean = sum(z) / D        rstd = 1 / sqrt(sum((z - mean)^2) / D + eps)        h = (z - mean) rstd
-    y = h * norm_weight + norm_bias
+    y = h * norm_weight + norm_bias, or h * norm_weight
 
     g = dy * norm_weight        dz = rstd (g - sum(g) / D - h sum(g h) / D)
     dresidual = dz        dx = c dz * keep
@@ -31,6 +31,7 @@ from fastbert_kernels._rows import (
     dropout,
     gradient,
     load_vector,
+    load_z,
     mask_keys,
     plus,
     row_programs,
@@ -39,38 +40,6 @@ from fastbert_kernels._rows import (
     times,
     zeros,
 )
-
-
-@triton.jit
-def _load_z(
-    x_ptr,
-    bias,
-    residual_ptr,
-    stride_x,
-    stride_residual,
-    row,
-    T,
-    keys,
-    threshold,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Return residual + dropout(x + bias)."""
-    z = ()
-    for i in tl.static_range(triton.cdiv(D, BLOCK_D)):
-        column = columns(i, BLOCK_D)
-        mask = (row < T) & (column < D)
-        chunk = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
-        if len(bias) > 0:
-            chunk += bias[i]
-        chunk = dropout(chunk, keys, i, threshold, scale, BLOCK_D)
-        if residual_ptr is not None:
-            chunk += tl.load(
-                residual_ptr + row * stride_residual + column, mask=mask, other=0.0
-            ).to(tl.float32)
-        z += (chunk,)
-    return z
 
 
 @triton.jit(do_not_specialize=["T", "dropout_stream", "threshold"])
@@ -102,7 +71,7 @@ def _forward_kernel(
     for first in range(tl.program_id(0) * BLOCK_T, T, tl.num_programs(0) * BLOCK_T):
         keys = mask_keys(dropout_seeds_ptr, first + tl.arange(0, BLOCK_T), T, dropout_stream)
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        z = _load_z(
+        z = load_z(
             x_ptr,
             bias,
             residual_ptr,
@@ -121,7 +90,9 @@ def _forward_kernel(
 
         for i in tl.static_range(len(z)):
             column = columns(i, BLOCK_D)
-            y = (z[i] - mean) * rstd * norm_weight[i] + norm_bias[i]
+            y = (z[i] - mean) * rstd * norm_weight[i]
+            if len(norm_bias) > 0:
+                y += norm_bias[i]
             tl.store(y_ptr + row * D + column, y, mask=(row < T) & (column < D))
         tl.store(mean_ptr + row, mean, mask=row < T)
         tl.store(rstd_ptr + row, rstd, mask=row < T)
@@ -141,7 +112,11 @@ def forward(
         dropout_seeds = dropout_seeds if dropout_p > 0 else None
         strides = x.stride(0), 0 if residual is None else residual.stride(0)
         kernel = _FORWARD.prepare(
-            x, D, (D,), strides, bias is None, residual is None, dropout_seeds is None
+            x,
+            D,
+            (D,),
+            strides,
+            *(tensor is None for tensor in (bias, residual, norm_bias, dropout_seeds)),
         )
         kernel(
             (row_programs(kernel.tile, T, x.device),),
@@ -187,7 +162,7 @@ def _backward_kernel(
         row = (first + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)
-        z = _load_z(
+        z = load_z(
             x_ptr,
             bias,
             residual_ptr,

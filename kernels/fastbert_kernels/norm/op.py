@@ -47,7 +47,7 @@ def dropout_add_layer_norm(
         x: [T, D], fp32, fp16 or bf16; the product of the sublayer's last matrix, without its bias.
         bias: [D], the bias of that matrix, or None. residual: [T, D] or None. Both as x.
         norm_weight: [D], LayerNorm's gamma, as x.
-        norm_bias: [D], LayerNorm's beta, as x; None for zeros.
+        norm_bias: [D], LayerNorm's beta, as x; None for a norm without it.
         eps: added to the variance.
         dropout_p: probability to drop an element of x + bias, rounded to a multiple of 2**-16.
         dropout_seeds: int64 [T], one seed for each row, such as `row_seeds(...)` of the seeds of
@@ -70,8 +70,6 @@ def dropout_add_layer_norm(
     x, bias, residual, norm_weight, norm_bias = cast_fp32(x, bias, residual, norm_weight, norm_bias)
     impl = chosen_implementation(NAME, impl, _IMPLEMENTATIONS, x)
     check(x, bias, residual, norm_weight, norm_bias, dropout_p, dropout_seeds, impl)
-    if norm_bias is None:
-        norm_bias = torch.zeros_like(norm_weight)
     dropout = dropout_p, dropout_seeds, dropout_stream
     return _IMPLEMENTATIONS[impl](x, bias, residual, norm_weight, norm_bias, eps, *dropout)
 
@@ -137,7 +135,7 @@ def _backward_fake(
 
 FORWARD = operator(
     "dropout_add_layer_norm_forward(Tensor x, Tensor? bias, Tensor? residual, Tensor norm_weight, "
-    "Tensor norm_bias, Tensor? dropout_seeds, float eps, float dropout_p, int dropout_stream) "
+    "Tensor? norm_bias, Tensor? dropout_seeds, float eps, float dropout_p, int dropout_stream) "
     "-> (Tensor, Tensor, Tensor)",
     "norm.kernel.forward",
     _forward_fake,
@@ -159,7 +157,7 @@ class _DropoutAddLayerNorm(Function):
         bias: Tensor | None,
         residual: Tensor | None,
         norm_weight: Tensor,
-        norm_bias: Tensor,
+        norm_bias: Tensor | None,
         eps: float,
         p: float,
         seeds: Tensor | None,
@@ -167,7 +165,7 @@ class _DropoutAddLayerNorm(Function):
     ) -> Tensor:
         y, mean, rstd = FORWARD(x, bias, residual, norm_weight, norm_bias, seeds, eps, p, stream)
         ctx.save_for_backward(x, bias, residual, norm_weight, seeds, mean, rstd)
-        ctx.dropout_p, ctx.dropout_stream = p, stream
+        ctx.dropout_p, ctx.dropout_stream, ctx.has_norm_bias = p, stream, norm_bias is not None
         return y
 
     @staticmethod
@@ -184,6 +182,7 @@ class _DropoutAddLayerNorm(Function):
         elif ctx.dropout_p == 0:
             dresidual = dx
         dbias = None if bias is None else dbias
+        dnorm_bias = dnorm_bias if ctx.has_norm_bias else None
         return dx, dbias, dresidual, dnorm_weight, dnorm_bias, *(None,) * 4
 
 

@@ -11,7 +11,7 @@ def reference(
     bias: Tensor | None,
     residual: Tensor | None,
     norm_weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
     dropout_p: float,
     dropout_seeds: Tensor | None,
@@ -29,4 +29,5 @@ def reference(
         z = z + residual.to(wide)
     mean = z.mean(-1, keepdim=True)
     rstd = ((z - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
-    return ((z - mean) * rstd * norm_weight.to(wide) + norm_bias.to(wide)).to(x.dtype)
+    y = (z - mean) * rstd * norm_weight.to(wide)
+    return (y if norm_bias is None else y + norm_bias.to(wide)).to(x.dtype)
