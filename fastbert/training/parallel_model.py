@@ -56,9 +56,15 @@ class ParallelModel(nn.Module):
         self.model = model
         self._threads = torch.get_num_threads()
         torch.set_num_threads(max(1, self._threads // processes))
+        # Of the model: where the children see them.
         self._weights, self._children = list[Tensor](), list[_Child]()
+        self._memory: int | None = None
         if processes > 1:
-            self._weights, memory = _shared_parameters(model, copies=processes)
+            self._memory = memory = _shared_memory(processes * _size(model))
+            self._weights = _views(memory, 0, model)
+            self._show_weights()
+            for parameter, view in zip(model.parameters(), self._weights, strict=True):
+                parameter.data = view
             self._children = [_Child(self, memory, index + 1) for index in range(processes - 1)]
 
     def wait_until_ready(self) -> None:
@@ -79,16 +85,31 @@ class ParallelModel(nn.Module):
         """Compute each pack; the first one's losses have a graph where gradients are enabled."""
         at_work = self._children[: len(packs) - 1]
         if at_work:
-            with torch.no_grad():
-                torch._foreach_copy_(self._weights, list(self.model.parameters()))
+            self._show_weights()
         for own, pack in zip(at_work, packs[1:], strict=True):
             own.send((_FORWARD, pack.as_numpy(), self.model.training, train))
         return [self.model(packs[0]), *(_tensors(own.receive()) for own in at_work)]
+
+    def _show_weights(self) -> None:
+        """Copy the weights to where the children see them, but for those that lie there.
+
+        DeepSpeed moves them into a buffer of its own at stages 1 and 2.
+        """
+        pairs = [
+            (view, parameter.detach())
+            for view, parameter in zip(self._weights, self.model.parameters(), strict=True)
+            if view.data_ptr() != parameter.data_ptr()
+        ]
+        if pairs:
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
     def close(self) -> None:
         """End the children, and return what they had to torch."""
         for own in self._children:
             own.end()
+        if self._memory is not None:
+            os.close(self._memory)
+            self._memory = None
         torch.set_num_threads(self._threads)
 
 
@@ -274,15 +295,15 @@ def _size(model: nn.Module) -> int:
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _shared_parameters(model: nn.Module, copies: int) -> tuple[list[Tensor], int]:
-    """Return the first of so many copies of the parameters, and the file that holds them all."""
+def _shared_memory(size: int) -> int:
+    """Return a file of so many bytes that lies in memory, where the system has such files."""
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("fastbert")
     else:
         with tempfile.TemporaryFile() as temporary:
             file = os.dup(temporary.fileno())
-    os.truncate(file, copies * _size(model))
-    return _views(file, 0, model), file
+    os.truncate(file, size)
+    return file
 
 
 def _views(file: int, index: int, model: nn.Module) -> list[Tensor]:
