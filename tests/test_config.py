@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,7 @@ def test_a_value_out_of_range_is_not_called_bad_toml():
 
 @given(st.text(min_size=1, max_size=20), st.integers(1, 10**6), st.floats(1e-8, 1.0))
 def test_every_config_survives_the_round_trip(data, sequences, lr):
-    config = RunConfig(data=data)
+    config = RunConfig(data=os.path.expanduser(data))  # as it is once it has been read
     config = dataclasses.replace(
         config,
         batch=dataclasses.replace(config.batch, sequences=sequences),

@@ -7,6 +7,7 @@ depend on the number of ranks, so there is no state to save.
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from fastbert.errors import InputError
 
 __all__ = ["Batches", "PackedBatch", "heldout_batches", "pack_texts"]
 
-# It is not the run's seed, so all runs on a dataset are evaluated on the same examples and masks.
+# They are not those of the run, so all runs on a dataset are evaluated on the same examples and
+# masks.
 HELDOUT_SEED = 0
+HELDOUT_MASK_RATE = 0.15  # BERT's
 
 
 class Batches:
@@ -107,11 +110,13 @@ class Batches:
 def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) -> list[PackedBatch]:
     """Return a fixed set of held-out examples with fixed masks.
 
-    It is the same for every run with this objective and maximum length.
+    It is the same for every run with this objective and maximum length, whatever the share of
+    tokens that it trains on: more masks leave fewer words to predict from, so losses at different
+    shares could not be compared.
 
     Args:
         dataset: its split "heldout" is read.
-        config: objective, max_length and micro_batch_tokens are used.
+        config: objective without its mask_rate, max_length and micro_batch_tokens are used.
         sequences: the number of examples; all of them where the split has fewer.
 
     Returns:
@@ -120,10 +125,11 @@ def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) ->
     Raises:
         InputError: the held-out split has no example for this objective.
     """
-    packer = _Packer(dataset, "heldout", config.objective)
+    objective = replace(config.objective, mask_rate=HELDOUT_MASK_RATE)
+    packer = _Packer(dataset, "heldout", objective)
     examples = Examples(
         packer.split,
-        config.objective,
+        objective,
         config.batch.max_length,
         HELDOUT_SEED,
         f"{dataset.path}: split heldout",

@@ -194,8 +194,7 @@ def _on_the_objective(advice: Advice) -> list[str]:
         lines = [f"Masked tokens alone: {advice.why_alone}."]
     if advice.config.objective.mask_rate == MASK_RATE:
         lines += [
-            "A short run learns more from more masks than BERT's 15 %. The held-out text has as",
-            "many, so its losses are a little higher than those of a recipe with 15 %.",
+            "A short run learns more from more masks than BERT's 15 %, which held-out text has.",
         ]
     return lines
 
