@@ -36,7 +36,7 @@ def _step(record: Record) -> str:
 
 def _two_steps(record: Record) -> str:
     """The smallest model on texts of natural lengths, and the case with the lowest ratio."""
-    lowest = min(record.rows, key=lambda row: row["ratio"])
+    lowest = min(record.rows, key=lambda row: row["to_best"][0])
     return _step(replace(record, rows=[record.rows[0], lowest]))
 
 
