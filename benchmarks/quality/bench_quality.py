@@ -45,7 +45,7 @@ from benchmarks.harness.cores import one_on_each, run_module
 from benchmarks.harness.machine import ROOT, header
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import colour, figure_of, save, table
-from benchmarks.quality.trainer_rival import build_model, evaluate, heldout
+from benchmarks.quality.trainer_rival import COMMON, build_model, evaluate, heldout
 from fastbert.config import load_config
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.models.bert import BertForPreTraining, losses
@@ -139,11 +139,8 @@ class Bench:
                         "stop.seconds": run.seconds,
                     }
                     values |= {"evaluate.every": every, "checkpoint.every": 10**9}
-                    run_module(
-                        "fastbert",
-                        ["pretrain", RECIPE, *(f"{key}={value}" for key, value in values.items())],
-                        run.name,
-                    )
+                    settings = [f"{key}={value}" for key, value in values.items()]
+                    run_module("fastbert", ["pretrain", RECIPE, *settings, *COMMON], run.name)
                 else:
                     values = {"seconds": run.seconds, "points": POINTS, "seed": run.seed}
                     values |= {"batch": run.batch, "lr": run.lr} if run.batch else {}
@@ -166,7 +163,7 @@ class Bench:
 
 def check_that_both_measure_the_same(dataset: TokenDataset) -> None:
     """Raise SystemExit if the two sides evaluate the same weights differently."""
-    config = load_config(RECIPE, [f"data={dataset.path}"])
+    config = load_config(RECIPE, [f"data={dataset.path}", *COMMON])
     torch.manual_seed(0)
     mine = BertForPreTraining(config.model, dataset.vocab_size).eval()
     theirs = build_model(config, dataset.vocab_size, mine)

@@ -16,7 +16,8 @@ except batch and learning rate. Three things are more favourable than that:
   evaluations.
 
 Without --batch and --lr the Trainer gets our recipe: batch, AdamW's settings, schedule, dropout and
-exactly our initial weights.
+exactly our initial weights. Both sides train in fp32 with AdamW and BERT's 15 % of masks, whatever
+the recipe says of these.
 
 RUN/metrics.jsonl gets the evaluations, in the format of a fastbert run.
 """
@@ -47,6 +48,8 @@ from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.metrics import MetricsFile
 from fastbert.training.schedule import factor
 
+# Settings of the recipe that both sides have, so that neither the optimizer nor the masks decide.
+COMMON = ("optimizer.name=adamw", "objective.mask_rate=0.15", "runtime.precision=fp32")
 EVALUATION_TOKENS = 2048  # per forward pass, because the logits of all positions are in memory
 
 
@@ -324,7 +327,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float)
     given = parser.parse_args()
     keep_heap()
-    config = load_config(given.recipe, [f"data={given.dataset}", f"seed={given.seed}"])
+    config = load_config(given.recipe, [f"data={given.dataset}", f"seed={given.seed}", *COMMON])
     settings = (given.batch, given.lr) if given.batch and given.lr else None
     train(config, open_dataset(given.dataset), given.run, given.seconds, given.points, settings)
 
