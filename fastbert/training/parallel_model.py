@@ -3,8 +3,8 @@
 torch divides each operation over its OpenMP threads, which meet at a barrier after each one and
 spin there. A step of a small model has some hundreds of operations. Beside other busy programs each
 barrier may have to wait for a thread that the system has suspended. Here processes meet twice in a
-step: after the forward and after the backward pass. Python threads would do as well, but for
-Python's lock, which each of some thousand calls of a step takes: they are no faster than one.
+step: after the forward and after the backward pass. Python threads would meet as rarely, but each of
+the thousands of calls in a step takes Python's lock, and two such threads are no faster than one.
 
 The first pack is computed in this process, each other one in a child that holds the same model. The
 weights and each child's gradients lie in memory that both see; packs and losses go through a pipe.
@@ -56,7 +56,7 @@ class ParallelModel(nn.Module):
         self.model = model
         self._threads = torch.get_num_threads()
         torch.set_num_threads(max(1, self._threads // processes))
-        # Of the model: where the children see them.
+        # The model's weights, where the children see them.
         self._weights, self._children = list[Tensor](), list[_Child]()
         self._memory: int | None = None
         if processes > 1:
@@ -171,6 +171,7 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), memory),
+            start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone
         )
         theirs.close()
         self._pipe.send_bytes(pickle.dumps(facts, pickle.HIGHEST_PROTOCOL))
@@ -230,7 +231,7 @@ class _Child:
 def work() -> None:
     """Compute packs until the parent ends; this is what a child runs."""
     pipe, memory, index = Connection(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
-    # Ctrl-C reaches all processes of a terminal. The parent decides when a run ends.
+    # A signal to all processes of a name may reach this one. The parent decides when a run ends.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # It holds the other end of stdin as long as it lives, also while a pack is computed here.
