@@ -49,6 +49,9 @@ RESULTS = {
     "norm": ("y", "mean", "rstd"),
     "gelu": ("y",),
     "embedding": ("y", "mean", "rstd"),
+    "geglu": ("y",),
+    "rotary": ("q", "k"),
+    "add_norm": ("y", "total", "mean", "rstd"),
 }
 
 
@@ -89,7 +92,8 @@ def launchers(operation: str, shape: dict, dtype: torch.dtype, p: float) -> None
     """Call both launchers of an operation, as its operators do."""
     kernel = importlib.import_module(f"fastbert_kernels.{operation}.kernel")
     real = arguments(Case(operation, "", shape, p), dtype, torch.device("cpu"))
-    given = {"eps": 1e-12, "scale": 0.125, "dropout_stream": 0, "query_indices": None, **real}
+    given = {"eps": 1e-12, "scale": 0.125, "dropout_stream": 0, "query_indices": None}
+    given |= {"window": None, **real}
     with FakeTensorMode(), torch.no_grad():
         given = {name: on_cuda(value) for name, value in given.items()}
         results = call(kernel.forward, given)
@@ -106,7 +110,12 @@ def launchers(operation: str, shape: dict, dtype: torch.dtype, p: float) -> None
             if operation == "mlm_loss"
             else torch.empty_like(named[RESULTS[operation][0]])
         )
-        gradients = call(kernel.backward, {**given, **named, upstream: first})
+        known = {**given, **named, upstream: first}
+        # Other upstream gradients, such as that of k beside that of q.
+        wanted = inspect.signature(kernel.backward).parameters
+        known |= {name: torch.empty_like(first) for name in wanted if name not in known}
+        gradients = call(kernel.backward, known)
+        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
     for value in (*named.values(), *gradients):
         assert value.device == CUDA, (operation, value.device)
 

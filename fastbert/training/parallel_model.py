@@ -3,8 +3,8 @@
 torch divides each operation over its OpenMP threads, which meet at a barrier after each one and
 spin there. A step of a small model has some hundreds of operations. Beside other busy programs each
 barrier may have to wait for a thread that the system has suspended. Here processes meet twice in a
-step: after the forward and after the backward pass. Python threads would meet as rarely, but each of
-the thousands of calls in a step takes Python's lock, and two such threads are no faster than one.
+step: after the forward and after the backward pass. Python threads would meet as rarely, but each
+of the thousands of calls in a step takes Python's lock, so two such threads are no faster than one.
 
 The first pack is computed in this process, each other one in a child that holds the same model. The
 weights and each child's gradients lie in memory that both see; packs and losses go through a pipe.
@@ -14,8 +14,8 @@ Losses are sums over sequences that are divided by counts of the whole step, so 
 up, and so do gradients. They are added in the order of the packs, so a run with the same number of
 processes gives the same bits.
 
-On two cores of an AMD EPYC, 2,500 tokens of the demo take 80 ms, with OpenMP's two threads 98. Beside
-a busy program on each core they take 149 and 6,734 (`python -m benchmarks.step.bench_threads`).
+On two cores of an AMD EPYC, 2,500 tokens of the demo take 80 ms, with OpenMP's two threads 98.
+Beside a busy program on each core they take 149 and 6,734 (benchmarks/step/bench_threads.py).
 """
 
 from __future__ import annotations
