@@ -25,6 +25,7 @@ import pytest
 
 if TYPE_CHECKING:
     from fastbert.data.dataset import TokenDataset
+    from fastbert.machine import Bf16Probe
 
 # Otherwise the tests would create a file in the home directory.
 os.environ.setdefault("FASTBERT_RENDEZVOUS_KEY", secrets.token_hex(32))
@@ -85,3 +86,14 @@ def small_dataset(english_jsonl: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("small") / "dataset"
     prepare([english_jsonl], out, vocab_size=1000, workers=1, heldout=0.05, progress=False)
     return open_dataset(out, verify=True)
+
+
+@pytest.fixture(scope="session")
+def bf16_products() -> Bf16Probe:
+    """Skip a test that multiplies in bf16 where that kills the process; see `probe_bf16`."""
+    from fastbert.machine import probe_bf16
+
+    probe = probe_bf16()
+    if not probe.right:
+        pytest.skip(probe.why)
+    return probe

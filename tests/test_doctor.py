@@ -122,6 +122,7 @@ def test_what_is_said_of_bf16_is_what_a_run_does(found, ratio):
     assert not any("bf16" in line for line in advise(**HEALTHY | {"bf16": probe}))
 
 
+@pytest.mark.usefixtures("bf16_products")
 def test_wrong_values_are_noticed(monkeypatch, capsys):
     """A product that is wrong in one entry of the gradient of the weight."""
     right = torch.nn.functional.linear

@@ -116,6 +116,7 @@ def operands(rows, inputs, outputs):
     return [torch.randn(shape, generator=draw) for shape in shapes]
 
 
+@pytest.mark.usefixtures("bf16_products")
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), LARGE)
 def test_rounded_products_are_those_of_rounded_factors(impl, rows, inputs, outputs):
@@ -143,6 +144,7 @@ def test_rounded_products_are_those_of_rounded_factors(impl, rows, inputs, outpu
         assert ((value - wanted).abs() <= added + rounded).all(), name
 
 
+@pytest.mark.usefixtures("bf16_products")
 def test_a_product_that_is_kept_rounded_has_the_same_values():
     x, weight, bias, dy = operands(*LARGE[2])
     x.requires_grad_()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbert.config import parse_config
-from fastbert.machine import Bf16Probe, probe_bf16
+from fastbert.machine import Bf16Probe
 from fastbert.models.bert import BertForPreTraining, losses
 from tests.random_batch import make_batch
 from tests.trials import Laboratory
@@ -43,6 +43,7 @@ def distance(one, other) -> float:
     return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in other)
 
 
+@pytest.mark.usefixtures("bf16_products")
 def test_both_implementations_round_alike(model):
     """They differ by the few sums that fp32 puts on another side of a rounding border."""
     plain = step(model, "reference", None)
@@ -61,11 +62,10 @@ def test_evaluation_is_not_rounded(model):
 
 
 @pytest.fixture(scope="module")
-def probe() -> Bf16Probe:
-    probe = probe_bf16()
-    if not probe.gain:
-        pytest.skip(f"{probe.why}, so these runs would take minutes")
-    return probe
+def probe(bf16_products) -> Bf16Probe:
+    if not bf16_products.gain:
+        pytest.skip(f"{bf16_products.why}, so these runs would take minutes")
+    return bf16_products
 
 
 @pytest.fixture(scope="module")
