@@ -149,7 +149,8 @@ def test_strided_inputs_give_the_same_bits_as_contiguous_ones(name, shape, dtype
 @pytest.mark.parametrize(("name", "shape", "dtype"), cases("bf16"))
 def test_columns_that_lie_apart_are_refused_by_name(name, shape, dtype):
     arguments = inputs(name, dtype, shape=shape)
-    for key, value in tensors(arguments).items():
+    several = {key: x for key, x in tensors(arguments).items() if x.shape[-1] > 1}
+    for key, value in several.items():
         with (
             pytest.raises(
                 ValueError, match=rf": {key} has stride 2 along its last axis, expected 1"
