@@ -19,17 +19,12 @@ import torch
 
 from benchmarks.harness.machine import header, header_line
 from benchmarks.harness.tables_and_plots import table
-from fastbert import load
+from benchmarks.quality.bench_init import heldout
 from fastbert.config import ObjectiveConfig, RunConfig, load_config
-from fastbert.data.batches import heldout_batches
-from fastbert.data.dataset import open_dataset
-from fastbert.models.bert import losses
-from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.metrics import read_metrics
 
 GOAL = 4.0  # nats on [MASK], the mean of the seeds
 SEEDS = [1, 2, 3]
-EXAMPLES = 4096  # held-out pairs
 # Of the held-out text, whatever a recipe trains on: pairs of sentences, 15 % of the tokens masked.
 OBJECTIVE = ObjectiveConfig(segments="single", mask_rate=0.15)
 RECORD = Path(__file__).with_name("record.toml")
@@ -44,16 +39,6 @@ def trained(recipe: Path, data: Path, seed: int, run: Path) -> tuple[int, float]
         sys.exit(ended.returncode)
     end = [r for r in read_metrics(run / "metrics.jsonl") if r.get("event") == "evaluate"][-1]
     return end["step"], end["training_seconds"]
-
-
-@torch.no_grad()
-def heldout(run: Path, data: Path) -> HeldOut:
-    """Evaluate the model of a run by the rules."""
-    dataset, model = open_dataset(data), load(run, "cpu").model.eval()
-    config = RunConfig(data=str(data), objective=OBJECTIVE)
-    batches = heldout_batches(dataset, config, EXAMPLES)
-    sums = [heldout_sums(losses(model(b)), b, dataset.special.mask) for b in batches]
-    return heldout_means(torch.stack(sums).sum(0))
 
 
 def main() -> None:
@@ -71,7 +56,7 @@ def main() -> None:
     for seed in given.seeds:
         run = given.out.resolve() / f"seed-{seed}"
         steps, taken = trained(given.recipe.resolve(), given.data.resolve(), seed, run)
-        held = heldout(run, given.data)
+        held = heldout(run, RunConfig(data=str(given.data), objective=OBJECTIVE))
         found.append(held.loss_mask_token)
         seconds.append(taken)
         rows.append(

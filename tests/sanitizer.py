@@ -498,7 +498,7 @@ class _Builder(GpuArithmetic):
         return super().create_dot(a, b, *others)
 
 
-# ---- shapes. Triton computes a shape's constants anew for every tensor and type, which takes a
+# ---- shapes. Triton computes a shape's constants again for every tensor and type, which takes a
 # fifth of the time of a launch.
 
 

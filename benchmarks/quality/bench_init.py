@@ -86,7 +86,7 @@ def trained(side: str, recipe: Path | str, data: Path, seed: int, tokens: int, r
         for record in read_metrics(run / "metrics.jsonl")
         if record.get("event") == "evaluate"
     ][-1]
-    found = heldout(run, data)
+    found = heldout(run, load_config("demo", {"data": data}))
     shutil.rmtree(run)
     return {
         "data": data.name,
@@ -101,10 +101,10 @@ def trained(side: str, recipe: Path | str, data: Path, seed: int, tokens: int, r
 
 
 @torch.no_grad()
-def heldout(run: Path, data: Path) -> HeldOut:
-    """Evaluate a run on the held-out examples of the demo's objective."""
-    dataset, model = open_dataset(data), load(run, "cpu").model.eval()
-    batches = heldout_batches(dataset, load_config("demo", {"data": data}), EVALUATED)
+def heldout(run: Path, config: RunConfig) -> HeldOut:
+    """Evaluate a run on the held-out examples of a recipe's dataset and objective."""
+    dataset, model = open_dataset(config.data), load(run, "cpu").model.eval()
+    batches = heldout_batches(dataset, config, EVALUATED)
     mask = dataset.special.mask
     return heldout_means(
         torch.stack([heldout_sums(losses(model(batch)), batch, mask) for batch in batches]).sum(0)

@@ -101,7 +101,8 @@ class ParallelModel(nn.Module):
             if view.data_ptr() != parameter.data_ptr()
         ]
         if pairs:
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+            views, parameters = map(list, zip(*pairs, strict=True))
+            torch._foreach_copy_(views, parameters)
 
     def close(self) -> None:
         """End the children, and return what they had to torch."""
@@ -297,7 +298,7 @@ def _size(model: nn.Module) -> int:
 
 
 def _shared_memory(size: int) -> int:
-    """Return a file of so many bytes that lies in memory, where the system has such files."""
+    """Return a file of this size, in memory where the system has such files."""
     if hasattr(os, "memfd_create"):
         file = os.memfd_create("fastbert")
     else:
