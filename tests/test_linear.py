@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert_kernels import _linear, linear
+from fastbert_kernels import _linear, _processor, linear
 
 SHAPES = [
     (1, 1, 1),
@@ -99,7 +99,8 @@ def test_the_maker_of_the_processor_decides(monkeypatch, tmp_path):
     ):
         text = f"processor\t: 0\nvendor_id\t: {maker}\nflags\t: fpu {flags}\n"
         (tmp_path / "cpuinfo").write_text(text)
-        monkeypatch.setattr(_linear, "Path", lambda _: tmp_path / "cpuinfo")
+        monkeypatch.setattr(_processor, "Path", lambda _: tmp_path / "cpuinfo")
+        monkeypatch.setattr(_linear, "flags", _processor.flags.__wrapped__)
         assert _linear._onednn_is_faster.__wrapped__() == wanted
     (tmp_path / "cpuinfo").unlink()
     assert not _linear._onednn_is_faster.__wrapped__()

@@ -10,6 +10,8 @@ import torch
 from fastbert.config import parse_config
 from fastbert.machine import Bf16Probe
 from fastbert.models.bert import BertForPreTraining, losses
+from fastbert_kernels import _linear, varlen_attention
+from fastbert_kernels.attention import cpu as attention_cpu
 from tests.random_batch import make_batch
 from tests.trials import Laboratory
 
@@ -59,6 +61,45 @@ def test_evaluation_is_not_rounded(model):
         plain = evaluated(batch)
         evaluated.operands = torch.bfloat16
         assert all(map(torch.equal, evaluated(batch), plain))
+
+
+@pytest.mark.usefixtures("bf16_products")
+def test_attention_in_bf16_is_about_as_exact_as_torchs_own(monkeypatch):
+    """Its error against fp64 is at most twice that of torch's flash attention for a CPU."""
+    monkeypatch.setattr(attention_cpu, "_FEWEST_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(attention_cpu, "has_bf16_instructions", lambda: True)
+    heads, n, size, sequences = 4, 96, 32, 3
+    draw = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(sequences * n, heads, size, generator=draw).bfloat16() for _ in range(4)]
+    starts = torch.arange(0, sequences * n + 1, n, dtype=torch.int32)
+
+    def padded(x):
+        return x.view(sequences, n, heads, size).transpose(1, 2)
+
+    def torchs(q, k, v):
+        out = torch.nn.functional.scaled_dot_product_attention(padded(q), padded(k), padded(v))
+        return out.transpose(1, 2).reshape(sequences * n, heads, size)
+
+    def results(function, dtype):
+        q, k, v, dout = (x.to(dtype) for x in inputs)
+        given = [x.requires_grad_() for x in (q, k, v)]
+        out = function(*given)
+        return [out, *torch.autograd.grad(out, given, dout)]
+
+    exact = results(torchs, torch.float64)
+    theirs = results(torchs, torch.bfloat16)
+    ours = results(lambda q, k, v: varlen_attention(q, k, v, starts, n), torch.bfloat16)
+    for one, other, right in zip(ours, theirs, exact, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert 0 < (one - right).norm() <= 2 * (other - right).norm()
+
+
+@pytest.mark.parametrize("rows", [1, 256, 257, 1000])
+def test_the_gradient_of_a_bias_is_summed_in_fp32(rows):
+    x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(rows)).bfloat16()
+    found, exact = _linear._sum_of_rows(x), x.double().sum(0)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() <= 2 * (x.float().sum(0) - exact).abs().max() + 1e-6
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,13 @@ With a window, the queries of a sequence are cut into blocks, and each block wit
 takes the place of a sequence. A key belongs to up to three blocks, so the gradients of keys are
 sums. Without a window, a sequence is one block.
 
-Half-precision inputs are promoted group by group: the products are a small part of a step, and
-rounding P would cost accuracy. Saved for the backward pass: the padded q, k, v, P and D, so that
-the mask is not needed again. The masks are those of `reference.py`.
+Half-precision inputs are promoted group by group. On a processor with bf16 instructions, inputs in
+bf16 are promoted for S and dP alone, whose rounding would show in every result. For the other four
+products, where these are large, D and dS are rounded to bf16, which makes them two to four times as
+fast. FlashAttention rounds the same factors. Saved for the backward pass: the padded q, k, v, P and
+D, so that the mask is not needed again. The masks are those of `reference.py`.
+
+Source of the rounding: Dao et al., 2022, their code.
 """
 
 from typing import Any, NamedTuple
@@ -26,15 +30,19 @@ from torch.autograd.function import once_differentiable
 from fastbert_kernels._dropout import keep_scale, row_seeds
 from fastbert_kernels._dropout_cpu import keep_mask_cpu, stream_keys_cpu
 from fastbert_kernels._function import Function, Gradients
+from fastbert_kernels._processor import has_bf16_instructions
 
 # A group ends where a sequence is shorter than this share of its longest one: about seven groups
 # for ordinary text.
 _SHRINK = 0.85
 
-
 # Queries of a block, at least. Smaller blocks have fewer pairs that are masked, but gather a key
 # more often.
 _BLOCK = 64
+
+# Products of fewer multiplications stay in fp32, since oneDNN takes half a millisecond for each new
+# shape.
+_FEWEST_MULTIPLICATIONS = 1 << 25
 
 
 class _Blocks(NamedTuple):
@@ -131,8 +139,22 @@ def _take(x: Tensor, rows: Tensor, sequences: int, end: int) -> Tensor:
     # Rows first, heads second: selecting from the transposed view would copy all of x for each
     # group.
     taken = x.index_select(0, rows.clamp(max=end - 1)).transpose(0, 1).contiguous()
-    taken = taken.to(torch.promote_types(x.dtype, torch.float32))
     return taken.view(x.shape[1] * sequences, -1, x.shape[2])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """factor * a b, for a in fp32 or fp64 and b in any dtype; see the module about rounding."""
+    large = a.numel() * b.shape[2] >= _FEWEST_MULTIPLICATIONS
+    if large and b.dtype == torch.bfloat16 and has_bf16_instructions():
+        a = a.to(b.dtype)
+    else:
+        b = _wide(b)
+    result = a.new_empty(len(a), a.shape[1], b.shape[2])
+    return result.baddbmm_(a, b, beta=0, alpha=factor)
 
 
 class _Attention(Function):
@@ -172,8 +194,9 @@ class _Attention(Function):
         for group in groups:
             qg = _take(q, group.query_rows, group.sequences, query_end)
             kg, vg = (_take(x, group.key_rows, group.sequences, end) for x in (k, v))
+            qw, kw = _wide(qg), _wide(kg)
             scores = torch.baddbmm(
-                group.mask.to(qg.dtype).repeat(heads, 1, 1), qg, kg.transpose(1, 2), alpha=scale
+                group.mask.to(qw.dtype).repeat(heads, 1, 1), qw, kw.transpose(1, 2), alpha=scale
             )
             weights = torch.softmax(scores, -1)
             if keys is not None:
@@ -185,10 +208,9 @@ class _Attention(Function):
                 lo, hi = lo.flatten(0, 1), hi.flatten(0, 1)
                 kept = keep_mask_cpu(lo, hi, kg.shape[1], dropout_p)
                 dropped = torch.mul(weights, kept, out=scores)
-                og = torch.bmm(dropped, vg).mul_(keep_scale(dropout_p))
             else:
                 dropped = weights
-                og = torch.bmm(weights, vg)
+            og = _product(dropped, vg, keep_scale(dropout_p))
             saved += [qg, kg, vg, weights, dropped]
             out.transpose(0, 1).index_copy_(
                 1, group.query_rows, og.view(heads, -1, size).to(out.dtype)
@@ -221,13 +243,12 @@ class _Attention(Function):
             # Padding repeats the last row of dout, and would add to dK and dV.
             if group.query_padding.numel():
                 dog.view(heads, -1, size).index_fill_(1, group.query_padding, 0)
-            if ctx.dropout_p > 0:
-                dog *= keep_scale(ctx.dropout_p)
-            dvg = torch.bmm(dropped.transpose(1, 2), dog)
-            dscores = torch.bmm(dog, vg.transpose(1, 2)).mul_(dropped)
+            factor = keep_scale(ctx.dropout_p)
+            dvg = _product(dropped.transpose(1, 2), dog, factor)
+            dscores = _product(_wide(dog), _wide(vg).transpose(1, 2), factor).mul_(dropped)
             dscores.addcmul_(weights, dscores.sum(-1, keepdim=True), value=-1)
-            dqg = torch.bmm(dscores, kg).mul_(ctx.scale)
-            dkg = torch.bmm(dscores.transpose(1, 2), qg).mul_(ctx.scale)
+            dqg = _product(dscores, kg, ctx.scale)
+            dkg = _product(dscores.transpose(1, 2), qg, ctx.scale)
             for whole, rows_of, part in (
                 (dq, group.query_rows, dqg),
                 (dk, group.key_rows, dkg),
