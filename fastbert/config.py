@@ -142,7 +142,7 @@ MUON_MOMENTUM = 0.95  # where a recipe names muon and no momentum; Jordan et al.
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: str = choice("adamw", "adamw", "lamb", "muon", "sgd")
+    name: str = choice("adamw", "adamw", "lamb", "muon", "sgd", "stable_adamw")
     lr: float = number(1e-4, 0, 100, above=True)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = number(1e-6, 0, 1, above=True)
@@ -160,8 +160,9 @@ class ScheduleConfig:
 
     warmup: float = number(0.1, 0, 1)
     decay: str = choice("linear", "linear", "constant", "cosine", "wsd")
-    # The last share of the run, in which the rate falls linearly to zero; for decay = "wsd" only.
+    # The last share of the run, in which the rate falls to zero; for decay = "wsd" only.
     cooldown: float = number(0.25, 0, 1)
+    cooldown_shape: str = choice("linear", "linear", "1-sqrt")
     over: str = choice("steps", "steps", "tokens", "seconds")
 
 

@@ -105,7 +105,7 @@ WRONG = [
     ),
     (
         'data = "x"\n[optimizer]\nname = "adam"',
-        "optimizer.name = 'adam'; must be one of adamw, lamb, muon, sgd",
+        "optimizer.name = 'adam'; must be one of adamw, lamb, muon, sgd, stable_adamw",
     ),
     ('data = "x"\n[optimizer]\nlr = 0', "optimizer.lr = 0; must be above 0"),
     ('data = "x"\n[optimizer]\nlr = nan', "optimizer.lr = nan; must be a number"),

@@ -354,6 +354,8 @@ def test_a_stage_that_does_not_exist(tmp_path, stage):
         ("auto", "bf16", 1, "lamb", 'optimizer.name = "lamb" needs it'),
         ("auto", "bf16", 1, "muon", 1),
         (2, "fp32", 2, "muon", 2),
+        (2, "bf16", 2, "stable_adamw", 2),
+        (3, "bf16", 2, "stable_adamw", 'does not go with optimizer.name = "stable_adamw"'),
         (
             3,
             "fp32",

@@ -107,7 +107,14 @@ def test_lamb_takes_a_ratio_of_one_where_a_norm_is_zero():
 
 @pytest.mark.parametrize(
     "name, momentum",
-    [("adamw", 0.9), ("lamb", 0.9), ("sgd", 0.9), ("sgd", 0.0), ("muon", 0.95)],
+    [
+        ("adamw", 0.9),
+        ("stable_adamw", 0.9),
+        ("lamb", 0.9),
+        ("sgd", 0.9),
+        ("sgd", 0.0),
+        ("muon", 0.95),
+    ],
 )
 def test_slots_are_what_the_optimizer_keeps(name, momentum):
     config = OptimizerConfig(name=name, momentum=momentum)

@@ -32,6 +32,14 @@ def test_what_follows_the_warmup(decay, expected):
     assert [factor(schedule, s) for s in (0.2, 0.6, 0.8, 1.0)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "done, expected", [(0.0, 1.0), (0.01, 0.9), (0.25, 0.5), (0.64, 0.2), (1.0, 0.0)]
+)
+def test_a_cooldown_by_the_square_root(done, expected):
+    schedule = ScheduleConfig(warmup=0.2, decay="wsd", cooldown=0.5, cooldown_shape="1-sqrt")
+    assert factor(schedule, 0.5 + 0.5 * done) == pytest.approx(expected)
+
+
 def test_past_the_end_stays_at_the_end():
     assert factor(ScheduleConfig(decay="linear"), 1.7) == 0.0
 

@@ -107,7 +107,8 @@ def memory_by_part(
     | master weights | - | 4 P / N, in fp32 too | 4 P / N | 4 P / N |
     | moments | 4 P each | 4 P / N each | 4 P / N each | 4 P / N each |
 
-    AdamW and LAMB have two moments, SGD one, and Muon one for the matrices of the layers.
+    AdamW, StableAdamW and LAMB have two moments, SGD one, and Muon one for the matrices of the
+    layers.
 
     The gathered weights count only where they stay from the forward to the backward pass.
 
@@ -181,15 +182,18 @@ def _update_workspace(
     """Return the bytes that the optimizer's step allocates.
 
     LAMB, which runs at stage 0 alone, computes the update and its denominator for all parameters at
-    once, 8 P bytes; of 50 million parameters the peak was 7.99 bytes each. Muon computes the
-    update of the matrices, and multiplies those of one shape at once, with six temporaries. Stages
-    1 to 3 copy the gradients into a flat buffer, and convert it to fp32. There Muon gathers the
-    update.
+    once, 8 P bytes; of 50 million parameters the peak was 7.99 bytes each. StableAdamW has the
+    denominators of all parameters, and those of a group with its gradients divided by them. Muon
+    computes the update of the matrices, and multiplies those of one shape at once, with six
+    temporaries. Stages 1 to 3 copy the gradients into a flat buffer, and convert it to fp32. There
+    Muon gathers the update.
     """
     share = gpus if stage else 1
     flat = (w + 4.0 * (w == 2)) * P / share if stage else 0.0
     if optimizer == "lamb":
         return 8.0 * P
+    if optimizer == "stable_adamw":
+        return flat + 12.0 * P / share
     if optimizer == "muon":
         D, F, hidden = model.hidden_size, model.intermediate_size, count_hidden(model)
         largest = model.num_hidden_layers * D * max(4 * D, F)
@@ -220,7 +224,7 @@ def activation_bytes(
     | kept | "triton" | "cpu" |
     |---|---|---|
     | x, the input of qkv and the residual | D | D |
-    | q, k, v | 3 D | 3 D, fp32, padded to groups of similar length |
+    | q, k, v | 3 D | 3 D, padded to groups of similar length |
     | attention | 8 H bytes of statistics | weights, fp32, before and after dropout: H n each |
     | output of the attention | D | D |
     | input and output of the first LayerNorm | 2 D, 8 bytes | 2 D, 8 bytes, mask of D bytes |
@@ -251,8 +255,8 @@ def activation_bytes(
     full = last = 0.0
     for longest, sequences in _groups(pack.lengths):
         rows = 1 + pack.masked * longest / max(T, 1)
-        full += sequences * longest * (12 * D + score * longest)
-        last += sequences * (longest * 8 * D + rows * 4 * D + rows * score * longest)
+        full += sequences * longest * (3 * w * D + score * longest)
+        last += sequences * (longest * 2 * w * D + rows * w * D + rows * score * longest)
     full += T * (each + w * D)
     last += R * (each + w * D) + T * w * D
     return (L - 1) * full + last + T * (D * (4 + hidden) + 8) + head + w * vocab_size * (D + 1)

@@ -69,9 +69,9 @@ class DeepSpeedSettings:
         Raises:
             InputError: the file asks for another precision; or for bf16 with stage 0, where
                 DeepSpeed applies zero gradients; or for LAMB with stages 1 to 3, whose flat
-                partitions hide the matrices that LAMB takes norms of; or for Muon with stage 3,
-                which divides every matrix among all ranks; or the groups of ranks that gather
-                weights among themselves do not divide the world size.
+                partitions hide the matrices that LAMB takes norms of; or for Muon or StableAdamW
+                with stage 3, which divides every matrix among all ranks; or the groups of ranks
+                that gather weights among themselves do not divide the world size.
         """
         for what, needed in self.precisions.items():
             if needed != precision:
@@ -103,7 +103,9 @@ class DeepSpeedSettings:
 
 def check_optimizer(setting: str, stage: int, optimizer: str) -> None:
     """Raise InputError where an optimizer does not work at a ZeRO stage; `setting` begins it."""
-    stages = {"lamb": (0,), "muon": (0, 1, 2)}.get(optimizer, (0, 1, 2, 3))
+    stages = {"lamb": (0,), "muon": (0, 1, 2), "stable_adamw": (0, 1, 2)}.get(
+        optimizer, (0, 1, 2, 3)
+    )
     if stage not in stages:
         raise InputError(
             f'{setting} does not go with optimizer.name = "{optimizer}"; '

@@ -73,6 +73,7 @@ from fastbert.training.heldout import HELDOUT_SUMS, HeldOut, heldout_means, held
 from fastbert.training.muon import Muon
 from fastbert.training.optimizer import build_optimizer, slots
 from fastbert.training.parallel_model import ParallelModel
+from fastbert.training.stable_adamw import StableAdamW
 
 # For sums between processes of one machine DeepSpeed would compile a shared-memory operation, which
 # takes 33 s and which training never calls.
@@ -221,7 +222,7 @@ class Engine:
         self._optimizer.register_step_post_hook(self._put_back)
         self._dropped: list[tuple[Tensor, Tensor | None]] = []
         self._allocate_slots(step)
-        if self.stage and isinstance(self._optimizer, Muon):
+        if self.stage and isinstance(self._optimizer, (Muon, StableAdamW)):
             self._optimizer.use_shares(self._starts(), group)
         if state:
             self._restore(state)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from fastbert.config import OptimizerConfig
 from fastbert.training.muon import Muon, is_hidden
+from fastbert.training.stable_adamw import StableAdamW
 
 # The tensors that each keeps for a parameter, of its shape, besides the count of steps.
 SLOTS = {
     "adamw": ("exp_avg", "exp_avg_sq"),
+    "stable_adamw": ("exp_avg", "exp_avg_sq"),
     "lamb": ("exp_avg", "exp_avg_sq"),
     "sgd": ("momentum_buffer",),
     "muon": ("momentum_buffer",),  # of hidden matrices; the other parameters are adamw's
@@ -27,7 +29,9 @@ SLOTS = {
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, precision: str = "fp32"
 ) -> torch.optim.Optimizer:
-    """Build AdamW (Loshchilov and Hutter, 2019), LAMB, Muon, or SGD with momentum and L2 decay.
+    """Build AdamW (Loshchilov and Hutter, 2019), StableAdamW, LAMB, Muon, or SGD.
+
+    SGD has momentum and L2 decay.
 
     AdamW and SGD are torch's fused ones, which make one pass over each parameter, on a CPU too. In
     a step of a model of 1M parameters this saves 1.6 of 18 ms over torch's default.
@@ -48,6 +52,8 @@ def build_optimizer(
         return torch.optim.AdamW(
             groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
+    if config.name == "stable_adamw":
+        return StableAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     if config.name == "lamb":
         return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)

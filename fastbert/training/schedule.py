@@ -12,7 +12,8 @@ def factor(schedule: ScheduleConfig, share: float) -> float:
 
     Warm-up is linear from 0. After it, `linear` falls linearly to 0 at the end, `cosine` falls to 0
     along half a cosine wave, and `constant` stays at 1. `wsd` (warm-up, stable, decay) stays at 1
-    until the last `cooldown` of the run, and then falls linearly to 0.
+    until the last `cooldown` of the run, and then falls to 0. With the share s of the cooldown done
+    it is 1 - s (`linear`) or 1 - sqrt(s) (`1-sqrt`).
 
     Args:
         schedule: the recipe's section.
@@ -21,6 +22,9 @@ def factor(schedule: ScheduleConfig, share: float) -> float:
 
     Returns:
         A number from 0 to 1.
+
+    Source of `1-sqrt`: Hägele et al., 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed
+    Training Durations", section 4.1.
     """
     share = min(max(share, 0.0), 1.0)
     if share < schedule.warmup:
@@ -31,4 +35,6 @@ def factor(schedule: ScheduleConfig, share: float) -> float:
     if falling == 0.0:
         return 1.0
     left = min((1.0 - share) / falling, 1.0)
+    if schedule.decay == "wsd" and schedule.cooldown_shape == "1-sqrt":
+        return 1.0 - math.sqrt(1.0 - left)
     return 0.5 * (1.0 - math.cos(math.pi * left)) if schedule.decay == "cosine" else left
