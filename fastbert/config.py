@@ -19,7 +19,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from fastbert.errors import InputError
 from fastbert.regular_file import read_text
@@ -57,6 +57,24 @@ PRESETS: dict[str, dict[str, int]] = {
     ]
 }
 
+MODERNBERT_PRESETS: dict[str, dict[str, int]] = {
+    # base and large: Warner et al., 2024, appendix A, table 4. tiny, mini and small are the
+    # encoders of 17, 32 and 68 M parameters of Weller et al., 2025 (Ettin), table 1.
+    name: {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": hidden // 64,
+        "intermediate_size": intermediate,
+    }
+    for name, layers, hidden, intermediate in [
+        ("tiny", 7, 256, 384),
+        ("mini", 10, 384, 576),
+        ("small", 19, 512, 768),
+        ("base", 22, 768, 1152),
+        ("large", 28, 1024, 2624),
+    ]
+}
+
 
 def number(
     default: float | int | None,
@@ -76,12 +94,13 @@ def choice(default: str, *options: str) -> Any:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The encoder, with the names of transformers' BertConfig.
+class BertConfig:
+    """BERT, with the names of transformers' BertConfig.
 
     The size of the vocabulary comes from the dataset.
     """
 
+    type: str = choice("bert", "bert")
     preset: str = choice("base", *PRESETS)
     hidden_size: int = number(768, 16)
     num_hidden_layers: int = number(12, 1)
@@ -94,9 +113,90 @@ class ModelConfig:
     initializer_range: float = number(0.02, 0, 1, above=True)
     initial_attention: str = choice("uniform", "uniform", "adjacent")  # models/initial_weights.py
 
+    presets: ClassVar[dict[str, dict[str, int]]] = PRESETS
+    # The keys that say how a model is trained. The others define what it computes.
+    of_training: ClassVar[tuple[str, ...]] = (
+        "preset",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "initializer_range",
+        "initial_attention",
+    )
+
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def classifier_dropout(self) -> float:
+        """Dropout of what a classifier reads, where transformers' key of this name is null."""
+        return self.hidden_dropout_prob
+
+
+@dataclass(frozen=True)
+class ModernBertConfig:
+    """ModernBERT, with the names and defaults of transformers' ModernBertConfig.
+
+    The size of the vocabulary comes from the dataset.
+    """
+
+    type: str = choice("modernbert", "modernbert")
+    preset: str = choice("base", *MODERNBERT_PRESETS)
+    hidden_size: int = number(768, 16)
+    num_hidden_layers: int = number(22, 1)
+    num_attention_heads: int = number(12, 1)
+    intermediate_size: int = number(1152, 1)
+    max_position_embeddings: int = number(8192, 8, unit="tokens")
+    # Layer 0 and every n-th after it attend to the whole sequence, the others to a window.
+    global_attn_every_n_layers: int = number(3, 1)
+    local_attention: int = number(128, 2, unit="tokens; half of them on each side")
+    global_rope_theta: float = number(160_000.0, 1)
+    local_rope_theta: float = number(10_000.0, 1)
+    norm_eps: float = number(1e-5, 0, 0.1)
+    norm_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    decoder_bias: bool = True
+    tie_word_embeddings: bool = True
+    embedding_dropout: float = number(0.0, 0, 0.9)
+    attention_dropout: float = number(0.0, 0, 0.9)
+    mlp_dropout: float = number(0.0, 0, 0.9)
+    initializer_range: float = number(0.02, 0, 1, above=True)
+    initializer_cutoff_factor: float = number(2.0, 0, above=True)
+    classifier_bias: bool = False  # of the prediction head too, as in transformers
+    # These two matter to fine-tuning alone, and the next two to transformers alone.
+    classifier_pooling: str = choice("cls", "cls", "mean")
+    classifier_dropout: float = number(0.0, 0, 0.9)
+    sparse_prediction: bool = False
+    sparse_pred_ignore_index: int = number(-100, -math.inf)
+
+    presets: ClassVar[dict[str, dict[str, int]]] = MODERNBERT_PRESETS
+    of_training: ClassVar[tuple[str, ...]] = (
+        "preset",
+        "embedding_dropout",
+        "attention_dropout",
+        "mlp_dropout",
+        "initializer_range",
+        "initializer_cutoff_factor",
+    )
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def window(self) -> int:
+        """How many tokens on each side a local layer attends to."""
+        return self.local_attention // 2
+
+    def is_global(self, layer: int) -> bool:
+        """Whether the layer of this index attends to the whole sequence."""
+        return layer % self.global_attn_every_n_layers == 0
+
+
+ModelConfig = BertConfig | ModernBertConfig
+# The classes of [model] by its key `type`.
+MODELS: dict[str, type[ModelConfig]] = {"bert": BertConfig, "modernbert": ModernBertConfig}
 
 
 OBJECTIVES = ("mlm+nsp", "mlm")
@@ -219,7 +319,7 @@ class RunConfig:
     seed: int = number(1, 0, 2**63 - 1)
     # A run, a checkpoint or a Hugging Face folder to start from. The model's sizes come from it.
     init: str | None = None
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = BertConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -438,12 +538,13 @@ def _set(
 
 def _check_key(key: str, origin: str) -> None:
     """Raise InputError where a recipe cannot have this dotted key."""
-    cls, prefix = RunConfig, ""
+    classes, prefix = [RunConfig], ""
     for name in key.split("."):
-        names = [f.name for f in settings_of(cls)] if dataclasses.is_dataclass(cls) else []
+        names = {f.name: cls for cls in classes for f in settings_of(cls)}
         if name not in names:
-            raise InputError(f"{origin}: unknown key '{key}'; {_near(name, prefix, names)}")
-        cls, prefix = typing.get_type_hints(cls)[name], f"{prefix}{name}."
+            raise InputError(f"{origin}: unknown key '{key}'; {_near(name, prefix, list(names))}")
+        hint, prefix = typing.get_type_hints(names[name])[name], f"{prefix}{name}."
+        classes = [cls for cls in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(cls)]
 
 
 def _build(values: dict[str, Any], source: str, sources: dict[str, str]) -> RunConfig:
@@ -454,15 +555,29 @@ def _build(values: dict[str, Any], source: str, sources: dict[str, str]) -> RunC
     given = set[str]()
     if isinstance(values.get("model"), dict):
         model: dict[str, Any] = values["model"]
+        cls = _model_class(model, sources.get("model.type", source))
         preset = model.get("preset", "base")
-        if isinstance(preset, str) and preset in PRESETS:
-            values = {**values, "model": {**PRESETS[preset], **model}}
-            given = {*model, *(PRESETS[preset] if "preset" in model else ())}
+        if isinstance(preset, str) and preset in cls.presets:
+            values = {**values, "model": {**cls.presets[preset], **model}}
+            given = {*model, *(cls.presets[preset] if "preset" in model else ())}
+        objective = values.get("objective", {})
+        if cls is ModernBertConfig and isinstance(objective, dict):
+            values = {**values, "objective": {"kind": "mlm", **objective}}
     if isinstance(values.get("optimizer"), dict) and values["optimizer"].get("name") == "muon":
         values = {**values, "optimizer": {"momentum": MUON_MOMENTUM, **values["optimizer"]}}
     config = _section(RunConfig, values, "", source, sources)
     check_config(config, source, sources)
     return dataclasses.replace(config, given=frozenset(given))
+
+
+def _model_class(model: Mapping[str, Any], where: str) -> type[ModelConfig]:
+    """The class of the section [model], which its key `type` names."""
+    name = model.get("type", "bert")
+    if not isinstance(name, str) or name not in MODELS:
+        raise InputError(
+            f"{where}: model.type = {_shown(name)}; must be one of {', '.join(MODELS)}"
+        )
+    return MODELS[name]
 
 
 def _section(
@@ -477,9 +592,11 @@ def _section(
         if name not in fields:
             raise InputError(f"{where}: unknown key '{key}'; {_near(name, prefix, list(fields))}")
         hint = hints[name]
-        if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(hint) or hint == ModelConfig:
             if not isinstance(value, dict):
                 raise InputError(f"{where}: {key} = {_shown(value)}; must be a section, [{key}]")
+            if hint == ModelConfig:
+                hint = _model_class(cast("dict[str, Any]", value), where)
             given[name] = _section(
                 cast(type, hint), cast("dict[str, Any]", value), key + ".", source, sources
             )
@@ -488,9 +605,13 @@ def _section(
     return cls(**given)
 
 
-# Keys of BertConfig that a recipe does not have, and why.
+# Keys of BertConfig and ModernBertConfig that a recipe does not have, and why.
 FIXED = {
     "model.hidden_act": 'it is "gelu", as in BERT',
+    "model.hidden_activation": 'it is "gelu", as in ModernBERT',
+    "model.classifier_activation": 'it is "gelu", as in ModernBERT',
+    "model.layer_types": "model.global_attn_every_n_layers gives them",
+    "model.rope_parameters": "model.global_rope_theta and model.local_rope_theta give them",
     "model.type_vocab_size": "it is 2, as in BERT",
     "model.position_embedding_type": 'it is "absolute", as in BERT',
     "model.vocab_size": "it is that of the dataset; `fastbert prepare --vocab-size` chooses it",
@@ -595,6 +716,12 @@ def check_config(
             f"{where('batch.micro_batch_tokens')}: batch.micro_batch_tokens = "
             f"{batch.micro_batch_tokens} is less than batch.max_length = {batch.max_length}; "
             "the longest sequence must fit"
+        )
+    if objective.pairs and isinstance(model, ModernBertConfig):
+        raise InputError(
+            f"{where('objective.kind')}: objective.kind = {objective.kind!r} with "
+            'model.type = "modernbert"; must be "mlm": ModernBERT has no token types to tell the '
+            "sentences of a pair apart, and no head for pairs"
         )
     if objective.mask_token + objective.random_token > 1:
         raise InputError(

@@ -31,12 +31,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from benchmarks.compiled.launches import HALF_A_TILE, MANY_TILES
 from benchmarks.compiled.no_launch import no_launch
 from benchmarks.kernels.cases import Case, arguments
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.data.padding import pad
 from fastbert.models import fused_layer
-from fastbert.models.bert import BertForPreTraining, Layer, losses, select
+from fastbert.models.bert import BertForPreTraining, Layer
 from fastbert.models.fused_layer import Call
+from fastbert.models.heads import losses, select
 from fastbert.training.heldout import heldout_sums
 from fastbert_kernels.specs import SPECS
 from tests.random_batch import VOCAB, make_batch
@@ -126,7 +127,7 @@ def call(launcher: Callable, given: dict[str, Any]) -> Any:
 
 def model(lengths: list[int], dtype: torch.dtype) -> None:
     """Run the forward pass of a training step and of an evaluation, and the sums kept of each."""
-    config = ModelConfig(
+    config = BertConfig(
         hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -172,7 +173,7 @@ def captured(lengths: list[int], dtype: torch.dtype) -> None:
     of the layers. The backward passes of the other kernels are in `launchers`, and the rest is
     torch's.
     """
-    config = ModelConfig(
+    config = BertConfig(
         hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,

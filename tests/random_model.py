@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig
 from fastbert.models.bert import BertForPreTraining
 from tests.random_batch import VOCAB
 
@@ -15,7 +15,7 @@ def build(dropout: float = 0.0, heads: int = 3) -> BertForPreTraining:
     The last layer computes only what is read. Biases and norms are not 0 and 1.
     """
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = BertConfig(
         hidden_size=16 * heads,
         num_hidden_layers=2,
         num_attention_heads=heads,

@@ -28,7 +28,7 @@ from benchmarks.harness.record import read_record
 from benchmarks.kernels.cases import Case, arguments, outcome
 from benchmarks.kernels.tune import Key
 from benchmarks.step.made_up_training import Sizes, made_up_batch
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig
 from fastbert.models.bert import BertForPreTraining
 from fastbert_kernels._tiles import TABLE
 from tests.sanitizer import sanitize
@@ -339,7 +339,7 @@ def test_an_item_that_hangs_ends_its_process_and_one_that_fails_does_not(image, 
 
 def test_a_wrong_step_of_the_model_is_seen():
     """The smoke check rejects other dropout masks, another weight, and NaN."""
-    config = ModelConfig(
+    config = BertConfig(
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

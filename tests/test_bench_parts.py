@@ -28,13 +28,14 @@ from benchmarks.step.bench_parts import (
     mark,
     split,
 )
-from fastbert.config import ModelConfig
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.config import BertConfig
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 from fastbert.planning.flops import executed_flops
 from tests.random_batch import VOCAB, make_batch
 
 ROOT = Path(__file__).parents[1]
-MODEL = ModelConfig(
+MODEL = BertConfig(
     hidden_size=32,
     num_hidden_layers=2,
     num_attention_heads=2,

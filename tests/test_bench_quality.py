@@ -29,7 +29,8 @@ from benchmarks.quality.bench_quality import (
 )
 from benchmarks.quality.trainer_rival import build_model, evaluate, heldout, sentence_pairs
 from fastbert.config import load_config
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 from fastbert.training.heldout import heldout_means, heldout_sums
 from tests.tiny_dataset import tiny_dataset
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from fastbert.config import (
-    ModelConfig,
+    BertConfig,
     ObjectiveConfig,
     OptimizerConfig,
     RunConfig,
@@ -89,12 +89,12 @@ def test_the_verdict_and_the_note_use_the_same_words(loss):
     [
         (RECIPE, 'model.initial_attention = "adjacent", fewer layers, or', "max_grad_norm"),
         (
-            RunConfig(data="x", model=ModelConfig(initial_attention="adjacent")),
+            RunConfig(data="x", model=BertConfig(initial_attention="adjacent")),
             "optimizer.lr than 0.0001",
             "initial_attention",
         ),
         (RunConfig(data="x", init="y"), "optimizer.lr", "initial_attention"),
-        (RunConfig(data="x", model=ModelConfig(num_hidden_layers=1)), "batch", "fewer layers"),
+        (RunConfig(data="x", model=BertConfig(num_hidden_layers=1)), "batch", "fewer layers"),
     ],
 )
 def test_what_is_set_already_is_not_advised(recipe, wanted, unwanted):
@@ -115,7 +115,7 @@ def test_clipping_is_advised_where_there_is_none(clip, advised):
 
 @pytest.mark.parametrize(("scale", "words"), [(0.5, "= 0.02"), (0.02, "below the present 0.02")])
 def test_a_smaller_start_is_advised_by_what_it_is(scale, words):
-    recipe = RunConfig(data="x", model=ModelConfig(initializer_range=scale))
+    recipe = RunConfig(data="x", model=BertConfig(initializer_range=scale))
     line = first_loss(40.0, 30522, recipe)
     assert line is not None and words in line
 

@@ -19,11 +19,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.cluster.group import join
-from fastbert.config import BatchConfig, ModelConfig, OptimizerConfig, RunConfig
+from fastbert.config import BatchConfig, BertConfig, OptimizerConfig, RunConfig
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.dataset import TokenDataset
 from fastbert.machine import probe_bf16
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine, NotFinite, deepspeed
 from tests.tiers import slow, typical
@@ -31,7 +32,7 @@ from tests.toy_ranks import listening
 
 ROOT = Path(__file__).parents[1]
 STAGES = typical([0, 1, 2, 3], 0, 1, 3)
-MODEL = ModelConfig(
+MODEL = BertConfig(
     hidden_size=32,
     num_hidden_layers=2,
     num_attention_heads=2,

@@ -247,7 +247,9 @@ def swap_query_and_key(state):
 )
 def test_a_wrong_folder_is_found_and_not_left_behind(run, tmp_path, monkeypatch, damage, words):
     right = export_file.to_hugging_face
-    monkeypatch.setattr(export_file, "to_hugging_face", lambda state: damage(right(state)))
+    monkeypatch.setattr(
+        export_file, "to_hugging_face", lambda state, model: damage(right(state, model))
+    )
     with pytest.raises(ExportError, match=words):
         export(fastbert.load(run), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import fastbert.models.bert as model_file
-from fastbert.models.bert import BertForPreTraining, Layer, losses
+from fastbert.models.bert import BertForPreTraining, Layer
 from fastbert.models.fused_layer import Call, fused_layer
+from fastbert.models.heads import losses
 from tests.random_batch import make_batch
 from tests.random_model import build
 from tests.test_kernels import GPU, watched

@@ -23,7 +23,8 @@ from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch
 from fastbert.data.padding import pad
 from fastbert.errors import InputError
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 from fastbert.training import graphs
 from fastbert.training.engine import Engine, StepResult
 from fastbert.training.graphs import GraphedModel, check_cuda_graphs

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastbert_kernels
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert_kernels import (
@@ -182,7 +182,7 @@ def test_head_sizes_that_triton_does_not_take():
         assert f"head size K = {size};" in str(error.value)
         assert "takes 16, 32, 48, 64, 80, 96, 112, 128;" in str(error.value)
         assert "\n" not in str(error.value)
-        config = ModelConfig(
+        config = BertConfig(
             hidden_size=2 * size, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32
         )
         with pytest.raises(InputError, match=f"num_attention_heads = {size};"):

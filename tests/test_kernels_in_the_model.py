@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastbert.models.bert import losses
+from fastbert.models.heads import losses
 from tests.random_batch import make_batch
 from tests.random_model import build
 from tests.sanitizer import sanitize

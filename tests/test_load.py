@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from transformers import BertForPreTraining as TheirModel
 
 import fastbert
-from fastbert.checkpoints import hugging_face
+from fastbert.checkpoints import hugging_face, hugging_face_config
 from fastbert.checkpoints.model_folder import CheckpointWarning
 from fastbert.checkpoints.weight_names import shapes
 from fastbert.errors import InputError
@@ -325,7 +325,7 @@ def test_a_rubbish_config_is_read_or_refused(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "config.json"
     file.write_bytes(data)
     try:
-        config, vocab_size, tied = hugging_face.read_config(file)
+        config, vocab_size, tied = hugging_face_config.read_config(file)
     except InputError as error:
         assert str(error).startswith(str(file)) and len(str(error).splitlines()) == 1
     else:
@@ -351,7 +351,7 @@ def test_rubbish_weights_are_refused(original, tmp_path_factory, data):
     (folder / "model.safetensors").write_bytes(
         valid[: data.draw(st.integers(0, len(valid)) | st.just(len(valid)))]
     )
-    config, vocab_size, tied = hugging_face.read_config(original / "config.json")
+    config, vocab_size, tied = hugging_face_config.read_config(original / "config.json")
     try:
         weights = hugging_face.read_weights(folder, config, vocab_size, tied)
     except InputError as error:

@@ -11,7 +11,8 @@ import torch
 from fastbert.config import load_config
 from fastbert.data.batches import Batches
 from fastbert.machine import probe_bf16
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 from fastbert.training.optimizer import build_optimizer
 from fastbert.training.schedule import factor
 from tests.tiers import typical

@@ -12,13 +12,14 @@ import torch
 import transformers
 
 from fastbert.checkpoints.weight_names import from_hugging_face, to_hugging_face
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
-from fastbert.models.bert import Attention, BertForPreTraining, Mode, losses, resolve_kernels
+from fastbert.models.bert import Attention, BertForPreTraining, Mode
+from fastbert.models.heads import losses, resolve_kernels
 from tests.random_batch import VOCAB, make_batch
 
-CONFIG = ModelConfig(
+CONFIG = BertConfig(
     hidden_size=48,
     num_hidden_layers=3,
     num_attention_heads=3,
@@ -50,7 +51,9 @@ def twin(model):
     )
     config = transformers.BertConfig(vocab_size=VOCAB, **{w: getattr(CONFIG, w) for w in words})
     twin = transformers.BertForPreTraining(config).eval()
-    missing, unexpected = twin.load_state_dict(to_hugging_face(model.state_dict()), strict=False)
+    missing, unexpected = twin.load_state_dict(
+        to_hugging_face(model.state_dict(), CONFIG), strict=False
+    )
     assert not unexpected and all("decoder" in name for name in missing)
     return twin
 
@@ -251,7 +254,7 @@ def test_neighbouring_heads_look_at_the_token_before_and_after():
     They may be off by one position, and do not depend on the words.
     """
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = BertConfig(
         hidden_size=128,
         num_hidden_layers=1,
         num_attention_heads=4,

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastbert.cluster.signals import StopRequest
 from fastbert.config import LOSSES, RunConfig, StopConfig
-from fastbert.models.bert import Losses
+from fastbert.models.heads import Losses
 from fastbert.tasks.evaluate import Evaluation, Masked, Pairs
 from fastbert.training import monitor as module
 from fastbert.training import picture

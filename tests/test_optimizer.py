@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert.config import ModelConfig, OptimizerConfig
+from fastbert.config import BertConfig, OptimizerConfig
 from fastbert.models.bert import BertForPreTraining
 from fastbert.training.optimizer import Lamb, build_optimizer, decay_groups, slots
 
@@ -37,7 +37,7 @@ def train(config: OptimizerConfig, steps: int = 5) -> nn.Module:
 
 def test_only_matrices_decay():
     model = BertForPreTraining(
-        ModelConfig(
+        BertConfig(
             hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
         ),
         50,

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastbert.config import BatchConfig, ModelConfig, RunConfig, RuntimeConfig
+from fastbert.config import BatchConfig, BertConfig, RunConfig, RuntimeConfig
 from fastbert.data.batches import Batches
 from fastbert.data.packing import PackedBatch
 from fastbert.data.padding import SEQUENCE_DIGITS, TOKEN_DIGITS, pad, round_up
-from fastbert.models.bert import BertForPreTraining, Losses, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import Losses, losses
 from fastbert_kernels import masked_cross_entropy
 from tests.random_batch import VOCAB, make_batch
 from tests.test_kernels import watched
@@ -25,7 +26,7 @@ from tests.tiers import typical
 IMPLEMENTATIONS = ["triton", "cpu", "reference"]
 MASK_RATE = 0.3  # make_batch selects three tokens of each sequence, and one of the shortest
 LENGTHS = [9, 5, 20, 3, 4, 7, 6, 3, 5]
-MODEL = ModelConfig(
+MODEL = BertConfig(
     hidden_size=32,
     num_hidden_layers=2,
     num_attention_heads=2,

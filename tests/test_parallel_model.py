@@ -127,10 +127,10 @@ def test_signals_of_the_terminal_do_not_end_a_child(parallel, packs):
 
 PARENT = """
 import time
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig
 from fastbert.models.bert import BertForPreTraining
 from fastbert.training.parallel_model import ParallelModel
-built = ParallelModel(BertForPreTraining(ModelConfig(num_hidden_layers=1), 100), 2)
+built = ParallelModel(BertForPreTraining(BertConfig(num_hidden_layers=1), 100), 2)
 print(built._children[0]._process.pid, flush=True)
 time.sleep(600)
 """

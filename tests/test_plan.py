@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbert.config import ModelConfig, OptimizerConfig, RunConfig, load_config, parse_config
+from fastbert.config import BertConfig, OptimizerConfig, RunConfig, load_config, parse_config
 from fastbert.data.dataset import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import InputError
@@ -40,7 +40,7 @@ from fastbert.planning.plan import (
 from fastbert.training.muon import Muon, is_hidden
 from tests.sanitizer import sanitize
 
-MODEL = ModelConfig(
+MODEL = BertConfig(
     hidden_size=32,
     num_hidden_layers=3,
     num_attention_heads=4,

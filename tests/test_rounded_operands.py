@@ -9,7 +9,8 @@ import torch
 
 from fastbert.config import parse_config
 from fastbert.machine import Bf16Probe
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 from fastbert_kernels import _linear, varlen_attention
 from fastbert_kernels.attention import cpu as attention_cpu
 from tests.random_batch import make_batch

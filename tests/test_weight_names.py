@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig as StockConfig
 from transformers import BertForMaskedLM as StockMaskedLM
 from transformers import BertForPreTraining as StockModel
 from transformers import BertModel as StockEncoder
 
 from fastbert.checkpoints.weight_names import from_hugging_face, heads, shapes, to_hugging_face
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 
-MODEL = ModelConfig(
+MODEL = BertConfig(
     hidden_size=24,
     num_hidden_layers=2,
     num_attention_heads=3,
@@ -36,7 +36,7 @@ def stock(kind: Any = StockModel) -> dict[str, torch.Tensor]:
         "intermediate_size": 40,
         "max_position_embeddings": 16,
     }
-    model = kind(BertConfig(vocab_size=VOCABULARY, **sizes))
+    model = kind(StockConfig(vocab_size=VOCABULARY, **sizes))
     for (
         parameter
     ) in model.parameters():  # biases and LayerNorms too: a swap of two zeros would not show
@@ -61,9 +61,9 @@ def test_there_and_back_gives_every_weight_of_transformers():
     state = stock()
     ours = read(state)
     assert {name: tuple(t.shape) for name, t in ours.items()} == shapes(MODEL, VOCABULARY)
-    assert heads(ours) == {"mlm", "nsp"}
+    assert heads(ours, MODEL) == {"mlm", "nsp"}
     assert same(
-        to_hugging_face(ours),
+        to_hugging_face(ours, MODEL),
         {
             name: t
             for name, t in state.items()
@@ -82,7 +82,7 @@ def test_query_key_and_value_are_joined_in_this_order():
 
 
 def test_exported_tensors_share_no_memory():
-    found = to_hugging_face(read(stock()))
+    found = to_hugging_face(read(stock()), MODEL)
     assert len({t.untyped_storage().data_ptr() for t in found.values()}) == len(found)
 
 
@@ -99,7 +99,7 @@ def test_old_names_of_layer_norms():
 
 def test_encoder_alone_without_prefix():
     ours = read(stock(StockEncoder))
-    assert heads(ours) == set()
+    assert heads(ours, MODEL) == set()
     assert "nsp_head.pooler.weight" in ours and "mlm_head.weight" not in ours
     assert all(
         name in ours
@@ -110,7 +110,7 @@ def test_encoder_alone_without_prefix():
 
 def test_masked_lm_has_one_head_and_heads_of_other_tasks_are_left_out():
     state = stock(StockMaskedLM)
-    assert heads(read(state)) == {"mlm"}
+    assert heads(read(state), MODEL) == {"mlm"}
     assert same(
         read({**state, "classifier.weight": torch.zeros(3, 24), "classifier.bias": torch.zeros(3)}),
         read(state),
@@ -130,7 +130,7 @@ def test_a_decoder_that_is_neither_tied_nor_there():
     """transformers would draw it at random: the word embeddings are another model's decoder."""
     state = {name: t for name, t in stock().items() if name not in TIED}
     ours = from_hugging_face(state, MODEL, VOCABULARY, "m", tied=False)
-    assert heads(ours) == {"nsp"}
+    assert heads(ours, MODEL) == {"nsp"}
     assert same(ours, {n: t for n, t in read(state).items() if not n.startswith("mlm_head.")})
 
 

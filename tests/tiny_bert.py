@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForPreTraining
 
-from fastbert.checkpoints import checkpoint, hugging_face
+from fastbert.checkpoints import checkpoint, hugging_face, hugging_face_config
 from fastbert.config import dump_config, parse_config
 from fastbert.data.dataset import open_dataset
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
@@ -73,7 +73,7 @@ def make_run(
 ) -> Path:
     """A run folder whose one checkpoint holds the weights of `hf_folder`."""
     recipe = parse_config(RECIPE.format(data=data, kind=kind), "test")
-    model, vocab_size, tied = hugging_face.read_config(hf_folder / "config.json")
+    model, vocab_size, tied = hugging_face_config.read_config(hf_folder / "config.json")
     weights = hugging_face.read_weights(hf_folder, model, vocab_size, tied)
     metadata = {"recipe": dump_config(recipe), "vocab_size": vocab_size, "dataset_sha256": "0" * 64}
     if data != "nowhere":

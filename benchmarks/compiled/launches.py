@@ -235,12 +235,13 @@ def model_calls() -> Iterator[Call]:
 
 
 def model_step(lengths: list[int], precision: str, dropout: float) -> None:
-    from fastbert.config import ModelConfig
+    from fastbert.config import BertConfig
     from fastbert.data.dataset import SpecialIds
     from fastbert.data.packing import pack_texts
-    from fastbert.models.bert import BertForPreTraining, losses
+    from fastbert.models.bert import BertForPreTraining
+    from fastbert.models.heads import losses
 
-    config = ModelConfig(
+    config = BertConfig(
         hidden_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -23,9 +23,10 @@ from benchmarks.gpu.items import Item, Part, program
 from benchmarks.gpu.measure import DTYPE, compare
 from benchmarks.kernels.cases import Case, arguments, mixed_lengths
 from benchmarks.step.made_up_training import Sizes, made_up_batch, model_config
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig
 from fastbert.data.packing import PackedBatch
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 
 STEP_TOKENS = 4096
 PATIENCE_S = 90  # a hang is an error and ends the whole run; a slow compiler is not
@@ -84,7 +85,7 @@ def check(part: Part, case: Case, _seconds: float) -> None:
     compare(part, case, arguments(case, DTYPE, part.place.device))
 
 
-def base(dry: bool, dropout: float = 0.1) -> ModelConfig:
+def base(dry: bool, dropout: float = 0.1) -> BertConfig:
     """BERT-base; in a dry run two of its layers, which need the same kernels."""
     config = model_config("base", dropout)
     return dataclasses.replace(config, num_hidden_layers=2) if dry else config

@@ -35,7 +35,8 @@ from benchmarks.gpu.results import Results
 from benchmarks.harness import children
 from benchmarks.kernels.cases import Case, arguments, call, leaves
 from benchmarks.step.made_up_training import Sizes, made_up_batch
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 
 CPU = torch.device("cpu")
 

@@ -54,7 +54,8 @@ from fastbert.cluster.group import Group, join
 from fastbert.config import BatchConfig, RunConfig, parse_config
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 from fastbert.planning.memory import MicroBatchSize, activation_bytes, memory_by_part
 from fastbert.planning.plan import (
     Device,

@@ -29,7 +29,7 @@ from fastbert.config import RunConfig, load_config
 from fastbert.data.batches import heldout_batches
 from fastbert.data.dataset import open_dataset
 from fastbert.machine import probe_bf16
-from fastbert.models.bert import losses
+from fastbert.models.heads import losses
 from fastbert.planning.step_speed import measure_speed
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.metrics import read_metrics

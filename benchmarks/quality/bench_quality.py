@@ -48,7 +48,8 @@ from benchmarks.harness.tables_and_plots import colour, figure_of, save, table
 from benchmarks.quality.trainer_rival import COMMON, build_model, evaluate, heldout
 from fastbert.config import load_config
 from fastbert.data.dataset import TokenDataset, open_dataset
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 from fastbert.training.heldout import heldout_means, heldout_sums
 from fastbert.training.metrics import read_metrics
 from fastbert.training.picture import INK, MUTED

@@ -43,7 +43,8 @@ from fastbert.data.batches import heldout_batches
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
-from fastbert.models.bert import BertForPreTraining, Losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import Losses
 from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
 from fastbert.training.metrics import MetricsFile
 from fastbert.training.schedule import factor
@@ -77,7 +78,7 @@ def build_model(
     model = transformers.BertForPreTraining(settings)
     if weights is not None:
         missing, unexpected = model.load_state_dict(
-            to_hugging_face(weights.state_dict()), strict=False
+            to_hugging_face(weights.state_dict(), weights.config), strict=False
         )
         # The decoder is missing because it is tied to the embeddings.
         assert not unexpected and all("decoder" in name for name in missing), (missing, unexpected)

@@ -44,9 +44,10 @@ from benchmarks.compiled.no_launch import no_launch
 from benchmarks.harness.machine import header, header_line
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import table
-from fastbert.config import PRESETS, ModelConfig
+from fastbert.config import PRESETS, BertConfig
 from fastbert.data.packing import PackedBatch
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 from fastbert_kernels._spec import Shape
 from fastbert_kernels.specs import SPECS
 
@@ -153,7 +154,7 @@ def twin(preset: str) -> BertForPreTraining:
         "intermediate_size": 16,
         "num_hidden_layers": PRESETS[preset]["num_hidden_layers"],
     }
-    config = ModelConfig(
+    config = BertConfig(
         preset=preset,
         **narrow,  # type: ignore[arg-type]
         hidden_dropout_prob=DROPOUT,

@@ -41,7 +41,7 @@ from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import table
 from benchmarks.step.bench_step import CASES, LEAST, MAX_LENGTH, SEQUENCES, WARM_UP
 from fastbert.cluster.group import join
-from fastbert.config import ModelConfig, RunConfig, parse_config
+from fastbert.config import BertConfig, RunConfig, parse_config
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch
@@ -136,7 +136,7 @@ def split(events: Iterable[Any]) -> dict[str, float]:
 
 
 def flops(
-    model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int
+    model: BertConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int
 ) -> dict[str, float]:
     """`fastbert.planning.flops.executed_flops`, split by part."""
     D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
@@ -153,7 +153,7 @@ def flops(
 
 
 def least_bytes(
-    model: ModelConfig, vocab_size: int, parameters: int, tokens: int, rows: int
+    model: BertConfig, vocab_size: int, parameters: int, tokens: int, rows: int
 ) -> dict[str, float]:
     """Bytes that the parts without matrix products must read and write, forward and backward."""
     D, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers

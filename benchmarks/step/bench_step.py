@@ -52,7 +52,8 @@ from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.machine import measure_gemm_rate, probe_bf16, processes_for
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 from fastbert.planning.flops import training_flops
 from fastbert.training.parallel_model import ParallelModel
 
@@ -183,7 +184,7 @@ def sides(
                 )
             )
             missing, unexpected = theirs.load_state_dict(
-                to_hugging_face(first.state_dict()), strict=False
+                to_hugging_face(first.state_dict(), config), strict=False
             )
             assert not unexpected and all("decoder" in n for n in missing), (missing, unexpected)
             call = torch.compile(theirs, dynamic=True) if how else theirs

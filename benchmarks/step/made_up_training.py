@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from benchmarks.kernels.cases import mixed_lengths
 from benchmarks.step.padded_bert import PaddedBert
-from fastbert.config import PRESETS, ModelConfig
+from fastbert.config import PRESETS, BertConfig
 from fastbert.data.packing import PackedBatch
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.heads import losses
 
 CLS, SEP, MASK, ORDINARY = 2, 3, 4, 5  # ids; ORDINARY is the first id of ordinary words
 
@@ -29,8 +30,8 @@ class Sizes(NamedTuple):
     longest: int
 
 
-def model_config(preset: str, dropout: float) -> ModelConfig:
-    return ModelConfig(
+def model_config(preset: str, dropout: float) -> BertConfig:
+    return BertConfig(
         preset=preset,
         **PRESETS[preset],  # type: ignore[arg-type]
         hidden_dropout_prob=dropout,
@@ -104,7 +105,7 @@ class Trainer:
 
 
 def ours(
-    config: ModelConfig, vocab_size: int, impl: str, device: torch.device, dtype: torch.dtype
+    config: BertConfig, vocab_size: int, impl: str, device: torch.device, dtype: torch.dtype
 ) -> Trainer:
     torch.manual_seed(0)
     # "cuda" permits "triton": the dry run of the benchmarks compiles the kernels on a CPU, and
@@ -116,7 +117,7 @@ def ours(
 
 
 def padded(
-    config: ModelConfig, vocab_size: int, device: torch.device, dtype: torch.dtype
+    config: BertConfig, vocab_size: int, device: torch.device, dtype: torch.dtype
 ) -> Trainer:
     """The same model built of torch's modules; its batches are those of `padded_bert.pad`."""
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig
 from fastbert.data.packing import PackedBatch
 
 
@@ -41,7 +41,7 @@ def pad(batch: PackedBatch) -> PaddedBatch:
 
 
 class PaddedLayer(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: BertConfig):
         super().__init__()
         size = config.hidden_size
         self.heads, self.attention_dropout = (
@@ -69,7 +69,7 @@ class PaddedLayer(nn.Module):
 
 
 class PaddedBert(nn.Module):
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    def __init__(self, config: BertConfig, vocab_size: int):
         super().__init__()
         size = config.hidden_size
         self.words, self.segments = nn.Embedding(vocab_size, size), nn.Embedding(2, size)

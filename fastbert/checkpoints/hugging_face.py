@@ -1,4 +1,4 @@
-"""Reads and writes a Hugging Face BERT folder: config.json, model.safetensors and the tokenizer.
+"""Reads and writes a Hugging Face folder: config.json, model.safetensors and the tokenizer.
 
 Writing is atomic.
 """
@@ -6,11 +6,9 @@ Writing is atomic.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,9 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fastbert.checkpoints.weight_names import (
-    SEGMENTS,
-    THEIR_DECODER,
-    check_finite,
-    from_hugging_face,
-)
-from fastbert.config import ModelConfig
+from fastbert.checkpoints.hugging_face_config import written
+from fastbert.checkpoints.weight_names import check_finite, from_hugging_face, table_of
+from fastbert.config import ModelConfig, ModernBertConfig
 from fastbert.data.tokenizer import save_tokenizer, special_ids
 from fastbert.durable import exit_at_signals, named, parents_of, staging_of
 from fastbert.errors import InputError
@@ -33,57 +27,6 @@ from fastbert.presence import is_file, is_folder, names_in, status
 from fastbert.regular_file import read_text
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-
-# The values that config.json must have where it has the key: the only encoder implemented here.
-_ENCODER = {
-    "hidden_act": "gelu",
-    "position_embedding_type": "absolute",
-    "type_vocab_size": SEGMENTS,
-    "is_decoder": False,
-    "add_cross_attention": False,
-}
-# The numeric keys of ModelConfig, which BertConfig has too. Those that are text (a preset, how
-# weights are initialized) matter before training only.
-_SHARED = [item for item in fields(ModelConfig) if not isinstance(item.default, str)]
-
-
-def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
-    """Read config.json; a key that it leaves out has BertConfig's default, which is also ours.
-
-    Returns:
-        The encoder's sizes, the vocabulary size V, and whether the decoder is tied.
-
-    Raises:
-        InputError: not JSON, another architecture than BERT, an unsupported variant, or an invalid
-            value.
-    """
-    try:
-        values = json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("model_type") != "bert":
-        found = values.get("model_type") if isinstance(values, dict) else None
-        hint = "" if found else ', so add "model_type": "bert" if this is one'
-        raise InputError(f'{file}: model_type = {found!r}; only "bert" can be loaded{hint}')
-    for key, wanted in _ENCODER.items():
-        if values.get(key, wanted) != wanted:
-            raise InputError(f"{file}: {key} = {values[key]!r}; only {wanted!r} can be loaded")
-    given: dict[str, Any] = {}
-    for item in _SHARED:
-        if item.name in values:
-            whole = isinstance(item.default, int)
-            high = math.inf if whole else item.metadata["high"]
-            given[item.name] = _number(values[item.name], whole, f"{file}: {item.name}", high)
-    config = ModelConfig(**given)
-    if config.hidden_size % config.num_attention_heads:
-        heads, size = config.num_attention_heads, config.hidden_size
-        raise InputError(
-            f"{file}: num_attention_heads = {heads} does not divide hidden_size = {size}"
-        )
-    tied = values.get("tie_word_embeddings", True)
-    if not isinstance(tied, bool):
-        raise InputError(f"{file}: tie_word_embeddings = {tied!r}; must be true or false")
-    return config, _number(values.get("vocab_size", 30522), True, f"{file}: vocab_size"), tied
 
 
 def read_weights(
@@ -93,7 +36,7 @@ def read_weights(
 
     Args:
         folder: a Hugging Face folder.
-        config, vocab_size, tied: what `read_config` returned.
+        config, vocab_size, tied: from `hugging_face_config.read_config`.
 
     Raises:
         InputError: no safetensors file, an unreadable one, or weights that are not finite or do not
@@ -206,14 +149,10 @@ def write_folder(
     """
     values = {
         "architectures": [architecture],
-        "model_type": "bert",
         "vocab_size": vocab_size,
-        **{item.name: getattr(config, item.name) for item in _SHARED},
-        "hidden_act": "gelu",
-        "type_vocab_size": SEGMENTS,
-        "pad_token_id": special_ids(tokenizer, folder).pad,
+        **written(config, special_ids(tokenizer, folder)),
         "torch_dtype": "float32",
-        **({"tie_word_embeddings": False} if THEIR_DECODER in state else {}),
+        **({"tie_word_embeddings": False} if table_of(config).decoder in state else {}),
         **more,
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -225,15 +164,6 @@ def write_folder(
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings["model_max_length"] = max_length
+    if isinstance(config, ModernBertConfig):  # it takes no token types
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
     file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _number(value: Any, whole: bool, what: str, high: float = math.inf) -> Any:
-    low, kinds = (1, int) if whole else (0, (int, float))
-    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
-        bound = f", {high:g} at most" if high < math.inf else ""
-        raise InputError(
-            f"{what} = {value!r:.40}; must be a {'whole ' if whole else ''}number, {low} or more"
-            + bound
-        )
-    return value

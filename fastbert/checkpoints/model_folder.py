@@ -1,6 +1,6 @@
 """Opens a model folder as checked parts.
 
-It may be a run, a checkpoint of a run, or a Hugging Face BERT folder.
+It may be a run, a checkpoint of a run, or a Hugging Face folder of a BERT or ModernBERT.
 """
 
 from __future__ import annotations
@@ -15,20 +15,14 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fastbert.checkpoints import checkpoint, hugging_face
+from fastbert.checkpoints import checkpoint, hugging_face, hugging_face_config
 from fastbert.checkpoints.sentence_folder import (
     VectorSettings,
     read_max_length,
     read_vector_settings,
 )
-from fastbert.checkpoints.weight_names import (
-    MLM,
-    NSP,
-    check_finite,
-    check_layers,
-    heads,
-    shapes,
-)
+from fastbert.checkpoints.weight_names import check_finite, check_layers, heads, shapes
+from fastbert.checkpoints.weight_table import MLM, NSP
 from fastbert.config import ModelConfig, RunConfig, parse_config
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.errors import InputError
@@ -75,7 +69,7 @@ def open_model(path: Path) -> ModelParts:
 
     Args:
         path: a run folder (its newest valid checkpoint is used), a checkpoint folder of a run, or a
-            Hugging Face BERT folder (config.json, model.safetensors, tokenizer.json or vocab.txt).
+            Hugging Face folder (config.json, model.safetensors, tokenizer.json or vocab.txt).
 
     Raises:
         InputError: one line on what is missing or wrong there, and what to do.
@@ -83,10 +77,10 @@ def open_model(path: Path) -> ModelParts:
     if status(path) is None:
         raise InputError(
             f"{path}: no such folder; "
-            "give a run, a checkpoint of a run, or a Hugging Face BERT folder"
+            "give a run, a checkpoint of a run, or a Hugging Face folder of a BERT or ModernBERT"
         )
     if not is_folder(path):
-        raise InputError(f"{path}: a file; give the folder of a run or of a Hugging Face BERT")
+        raise InputError(f"{path}: a file; give the folder of a run or a Hugging Face folder")
     if is_folder(path / "checkpoints") or is_file(path / "config.toml"):
         return _from_run(path)
     if is_folder(path / "train") and is_folder(path / "heldout"):
@@ -189,7 +183,7 @@ def trained_length(found: checkpoint.Checkpoint, recipe: RunConfig) -> int:
 
 
 def _from_hugging_face(path: Path) -> ModelParts:
-    config, vocab_size, tied = hugging_face.read_config(path / hugging_face.CONFIG)
+    config, vocab_size, tied = hugging_face_config.read_config(path / hugging_face.CONFIG)
     weights = hugging_face.read_weights(path, config, vocab_size, tied)
     tokenizer = load_tokenizer(path)
     return ModelParts(
@@ -197,7 +191,7 @@ def _from_hugging_face(path: Path) -> ModelParts:
         weights=weights,
         config=config,
         vocab_size=vocab_size,
-        heads=heads(weights),
+        heads=heads(weights, config),
         tokenizer=tokenizer,
         tokenizer_path=path,
         max_length=read_max_length(path, config.max_position_embeddings),

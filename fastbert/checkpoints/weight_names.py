@@ -1,102 +1,39 @@
-"""Translate the names of the weights to and from those of Hugging Face's BertForPreTraining.
+"""Translate the names of the weights to and from those of Hugging Face.
 
-Two weights differ in more than the name. Our `qkv` is their query, key and value, joined along the
-rows. Their decoder is our word embedding (tied), so it is stored once. A folder may hold an untied
-decoder; then it is `DECODER`.
-
-Source: transformers, `models/bert/modeling_bert.py`. LayerNorm's names `gamma` and `beta` are those
-of the first checkpoints, converted from TensorFlow.
+The names themselves are in bert_names.py and modernbert_names.py. Their decoder is our word
+embedding where a model is tied, so it is stored once. A folder may hold an untied decoder; then it
+is `DECODER`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastbert.config import ModelConfig
+from fastbert.checkpoints.bert_names import bert_table
+from fastbert.checkpoints.modernbert_names import modernbert_table
+from fastbert.checkpoints.weight_table import DECODER, HEADS, MLM, Entry, Table
+from fastbert.config import ModelConfig, ModernBertConfig
 from fastbert.errors import InputError
 
 SEGMENTS = 2  # rows of the token-type embedding, BertConfig's type_vocab_size
-MLM, NSP = "mlm", "nsp"
-HEADS = {MLM: "mlm_head.", NSP: "nsp_head."}
-# The vocabulary matrix [V, D] where it is not the word embedding. fastbert trains no model with it.
-DECODER = "mlm_head.decoder"
-
-# Our name: Hugging Face's name, and the axes: V vocabulary, D hidden, F feed-forward, P positions,
-# S segments, C classes of a pair.
-_OUTSIDE = {
-    "embeddings.word": ("bert.embeddings.word_embeddings.weight", "VD"),
-    "embeddings.position": ("bert.embeddings.position_embeddings.weight", "PD"),
-    "embeddings.token_type": ("bert.embeddings.token_type_embeddings.weight", "SD"),
-    "embeddings.norm_weight": ("bert.embeddings.LayerNorm.weight", "D"),
-    "embeddings.norm_bias": ("bert.embeddings.LayerNorm.bias", "D"),
-    "mlm_head.weight": ("cls.predictions.transform.dense.weight", "DD"),
-    "mlm_head.bias": ("cls.predictions.transform.dense.bias", "D"),
-    "mlm_head.norm_weight": ("cls.predictions.transform.LayerNorm.weight", "D"),
-    "mlm_head.norm_bias": ("cls.predictions.transform.LayerNorm.bias", "D"),
-    "mlm_head.vocabulary_bias": ("cls.predictions.bias", "V"),
-    "nsp_head.pooler.weight": ("bert.pooler.dense.weight", "DD"),
-    "nsp_head.pooler.bias": ("bert.pooler.dense.bias", "D"),
-    "nsp_head.classifier.weight": ("cls.seq_relationship.weight", "CD"),
-    "nsp_head.classifier.bias": ("cls.seq_relationship.bias", "C"),
-}
-# Below "layers.i." and "bert.encoder.layer.i."; "query" stands for query, key and value.
-_LAYER = {
-    "attention.qkv_weight": ("attention.self.query.weight", "DD"),
-    "attention.qkv_bias": ("attention.self.query.bias", "D"),
-    "attention.output.weight": ("attention.output.dense.weight", "DD"),
-    "attention.output.bias": ("attention.output.dense.bias", "D"),
-    "attention.output.norm_weight": ("attention.output.LayerNorm.weight", "D"),
-    "attention.output.norm_bias": ("attention.output.LayerNorm.bias", "D"),
-    "feed_forward.weight": ("intermediate.dense.weight", "FD"),
-    "feed_forward.bias": ("intermediate.dense.bias", "F"),
-    "feed_forward.output.weight": ("output.dense.weight", "DF"),
-    "feed_forward.output.bias": ("output.dense.bias", "D"),
-    "feed_forward.output.norm_weight": ("output.LayerNorm.weight", "D"),
-    "feed_forward.output.norm_bias": ("output.LayerNorm.bias", "D"),
-}
-THEIR_DECODER, _DECODER_BIAS = "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"
-_BIAS = _OUTSIDE["mlm_head.vocabulary_bias"][0]
-# Heads that a fine-tuned folder may contain; the encoder below them is a BERT.
-_OTHER_TASKS = ("classifier.", "qa_outputs.")
+_BIAS = "mlm_head.vocabulary_bias"
 
 
-class Entry(NamedTuple):
-    """How one of our weights is stored by Hugging Face.
-
-    Attributes:
-        theirs: its name there, or the names of query, key and value, which our weight joins.
-        axes: a letter for each axis of one of their weights.
-    """
-
-    theirs: tuple[str, ...]
-    axes: str
-
-
-def entries(num_hidden_layers: int) -> dict[str, Entry]:
-    """The Hugging Face names of every weight, by our name."""
-    table = {ours: Entry((theirs,), axes) for ours, (theirs, axes) in _OUTSIDE.items()}
-    for i in range(num_hidden_layers):
-        for ours, (theirs, axes) in _LAYER.items():
-            several = (
-                [theirs.replace("query", name) for name in ("query", "key", "value")]
-                if "query" in theirs
-                else [theirs]
-            )
-            table[f"layers.{i}.{ours}"] = Entry(
-                tuple(f"bert.encoder.layer.{i}.{name}" for name in several), axes
-            )
-    return table
+def table_of(model: ModelConfig) -> Table:
+    """Return all weights of a model, with Hugging Face's names, by our names."""
+    if isinstance(model, ModernBertConfig):
+        return modernbert_table(model)
+    return bert_table(model)
 
 
 def shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """The shape of every weight, by our name."""
     found = {
         name: (_shape(entry, model, vocab_size), len(entry.theirs))
-        for name, entry in entries(model.num_hidden_layers).items()
+        for name, entry in table_of(model).entries.items()
     }
     return {name: (rows * joined, *rest) for name, ((rows, *rest), joined) in found.items()}
 
@@ -122,53 +59,57 @@ def _shape(entry: Entry, model: ModelConfig, vocab_size: int) -> tuple[int, ...]
         "D": model.hidden_size,
         "F": model.intermediate_size,
         "C": 2,
+        "Q": 3 * model.hidden_size,
+        "G": 2 * model.intermediate_size,
     }
     return tuple(sizes[axis] for axis in entry.axes)
 
 
-def heads(state: Mapping[str, Tensor]) -> frozenset[str]:
+def heads(state: Mapping[str, Tensor], model: ModelConfig) -> frozenset[str]:
     """Which of the heads `"mlm"` and `"nsp"` are complete in weights under our names."""
-    return frozenset(
-        head
-        for head, prefix in HEADS.items()
-        if all(name in state for name in _OUTSIDE if name.startswith(prefix))
-    )
+    names = table_of(model).entries.keys() - {DECODER}  # of an untied model; see from_hugging_face
+    found = set[str]()
+    for head, prefix in HEADS.items():
+        wanted = {name for name in names if name.startswith(prefix)}
+        found |= {head} if wanted and wanted <= state.keys() else set()
+    return frozenset(found)
 
 
-def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename our weights as BertForPreTraining's `save_pretrained` would write them.
+def to_hugging_face(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Rename our weights as `save_pretrained` of transformers' model would write them.
 
-    The tied decoder is left out.
+    A tied decoder is left out.
 
     Args:
         state: weights by our names; a head may be missing as a whole.
+        model: the encoder's sizes.
 
     Returns:
         Contiguous tensors of the same dtype that share no memory, as safetensors requires.
     """
-    table = entries(len({name.split(".")[1] for name in state if name.startswith("layers.")}))
-    if DECODER in state:
-        table[DECODER] = Entry((THEIR_DECODER,), "VD")
-    assert set(state) <= set(table), sorted(set(state) - set(table))
+    table = table_of(model)
+    entries = {**table.entries, DECODER: Entry((table.decoder,), "VD")}
+    assert set(state) <= set(entries), sorted(set(state) - set(entries))
     result: dict[str, Tensor] = {}
     for ours, tensor in state.items():
-        theirs = table[ours].theirs
+        theirs = entries[ours].theirs
         for name, part in zip(theirs, tensor.detach().chunk(len(theirs)), strict=True):
             result[name] = part.clone()
-    if DECODER in state:
-        # An untied decoder has a bias of its own. transformers then ignores `_BIAS`.
-        result[_DECODER_BIAS] = result[_BIAS].clone()
+    if DECODER in state and table.decoder_bias is not None:
+        # BERT's untied decoder has a bias of its own. transformers then ignores the other one.
+        result[table.decoder_bias] = state[_BIAS].detach().clone()
     return result
 
 
 def from_hugging_face(
     state: Mapping[str, Tensor], model: ModelConfig, vocab_size: int, source: str, tied: bool = True
 ) -> dict[str, Tensor]:
-    """Rename the weights of a Hugging Face BERT to our names, in fp32.
+    """Rename the weights of a Hugging Face folder to our names, in fp32.
 
-    The following variants are accepted: names with or without the prefix `bert.`; `gamma` and
-    `beta` for a LayerNorm's weight and bias; a decoder that is missing or equal to the word
-    embedding; a missing head (see `heads`); heads of other tasks, which are dropped.
+    The following variants are accepted: names with or without the prefix of the encoder (`bert.`
+    or `model.`); `gamma` and `beta` for a LayerNorm's weight and bias; a decoder that is missing or
+    equal to the word embedding; a missing head (see `heads`); heads of other tasks, which are
+    dropped.
 
     Args:
         state: weights by Hugging Face's names, of any float dtype.
@@ -186,20 +127,23 @@ def from_hugging_face(
             that config.json gives, or a tied decoder differs from the word embedding.
     """
     check_layers(model.num_hidden_layers, len(state), source)
+    table = table_of(model)
     given = {
-        _canonical(name): tensor
+        table.canonical(name): tensor
         for name, tensor in state.items()
         if not name.endswith("embeddings.position_ids")
     }
-    given = {name: tensor for name, tensor in given.items() if not name.startswith(_OTHER_TASKS)}
-    if _DECODER_BIAS in given:
-        bias = given.pop(_DECODER_BIAS)
-        given[_BIAS] = given.get(_BIAS, bias) if tied else bias
-    decoder = given.pop(THEIR_DECODER, None)
+    given = {name: t for name, t in given.items() if not name.startswith(table.other_tasks)}
+    if table.decoder_bias in given:
+        bias, (theirs,) = given.pop(table.decoder_bias), table.entries[_BIAS].theirs
+        given[theirs] = given.get(theirs, bias) if tied else bias
+    decoder = given.pop(table.decoder, None)
 
     result: dict[str, Tensor] = {}
     missing: list[str] = []
-    for ours, entry in entries(model.num_hidden_layers).items():
+    for ours, entry in table.entries.items():
+        if ours == DECODER:
+            continue
         absent = [name for name in entry.theirs if name not in given]
         if absent:
             missing += [] if ours.startswith(tuple(HEADS.values())) else absent
@@ -216,30 +160,31 @@ def from_hugging_face(
     if missing:
         raise InputError(
             f"{source}: {_some(missing)} missing; "
-            f"config.json describes a BERT of {model.num_hidden_layers} layers"
+            f"config.json describes a {table.title} of {model.num_hidden_layers} layers"
         )
     if given:
         raise InputError(
             f"{source}: {_some(sorted(given))} unknown; "
-            "this is not the BERT that config.json describes"
+            f"this is not the {table.title} that config.json describes"
         )
     if decoder is None and not tied:
         # transformers would draw a random decoder, so the MLM head is not there.
         return {name: t for name, t in result.items() if not name.startswith(HEADS[MLM])}
-    if decoder is None or MLM not in heads(result):
+    if decoder is None or MLM not in heads(result, model):
         return result
     words = result["embeddings.word"]
     if decoder.shape != words.shape:
         raise InputError(
-            f"{source}: {THEIR_DECODER} has the shape {list(decoder.shape)}; "
+            f"{source}: {table.decoder} has the shape {list(decoder.shape)}; "
             f"config.json asks for {list(words.shape)}"
         )
-    if not torch.equal(decoder.float(), words):
-        if tied:
-            raise InputError(
-                f"{source}: {THEIR_DECODER} differs from the word embeddings; "
-                "set tie_word_embeddings to false in config.json"
-            )
+    same = torch.equal(decoder.float(), words)
+    if tied and not same:
+        raise InputError(
+            f"{source}: {table.decoder} differs from the word embeddings; "
+            "set tie_word_embeddings to false in config.json"
+        )
+    if not same or DECODER in table.entries:
         result[DECODER] = decoder.float()
     return result
 
@@ -263,17 +208,6 @@ def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
                     f"{source}: {name} holds numbers that are not finite (NaN or infinity): "
                     "the model has diverged; take another"
                 )
-
-
-def _canonical(name: str) -> str:
-    """The name as today's transformers writes it."""
-    if name.startswith(("embeddings.", "encoder.", "pooler.")):
-        name = "bert." + name
-    if "LayerNorm." in name:
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-            "LayerNorm.beta", "LayerNorm.bias"
-        )
-    return name
 
 
 def _some(listed: list[str]) -> str:

@@ -14,73 +14,32 @@ BertForPreTraining, so weights can be converted in both directions.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig
 from fastbert.data.packing import PackedBatch
-from fastbert.errors import InputError
 from fastbert.models.fused_layer import Call, Parameters, fused_layer
+from fastbert.models.heads import (
+    MaskedTokenHead,
+    MicroBatchTables,
+    check_head_size,
+    matrix,
+    product,
+    resolve_kernels,
+    select,
+    tables_of,
+    vector,
+)
 from fastbert.models.initial_weights import initialise
 from fastbert_kernels import (
-    attention_tile_schedule,
     bias_gelu,
     dropout_add_layer_norm,
     embedding_layer_norm,
-    layer_norm,
-    linear,
-    masked_cross_entropy,
-    row_seeds,
     varlen_attention,
 )
-from fastbert_kernels._tile_schedule import ITEM
-from fastbert_kernels.attention.op import HEAD_SIZES
-
-
-def resolve_kernels(name: str, device: str) -> str:
-    """Return the kernel implementation to use: "triton", "cpu" or "reference".
-
-    Args:
-        name: "auto" or one of the three.
-        device: "cpu" or "cuda". "auto" means "cpu" on the one and "triton" on the other.
-
-    Raises:
-        InputError: the named implementation cannot run on this device.
-    """
-    if name == "cpu" and device != "cpu":
-        raise InputError(
-            f'runtime.kernels = "cpu" cannot run on {device}; use auto, triton or reference'
-        )
-    if name == "auto":
-        name = "cpu" if device == "cpu" else "triton"
-    if name == "triton" and importlib.util.find_spec("triton") is None:
-        raise InputError(
-            'runtime.kernels = "triton" needs Triton: pip install triton, or use reference'
-        )
-    if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise InputError(
-            'runtime.kernels = "triton" needs a GPU; use auto or cpu, or set TRITON_INTERPRET=1 '
-            "to run the kernels in Triton's interpreter (slow)"
-        )
-    return name
-
-
-class MicroBatchTables(NamedTuple):
-    """The tables of a micro-batch that every layer reads besides the hidden states."""
-
-    cu_seqlens: Tensor  # int32 [B + 1]
-    max_seqlen: int  # tokens
-    sequence_seeds: Tensor | None  # int64 [B]; None where nothing is dropped
-    token_seeds: Tensor | None  # int64 [T]; None where nothing is dropped
-    # int32 [items, 2]: the tiles that each program of the Triton attention processes. They are the
-    # same in every layer. None where the attention needs no list.
-    tile_schedule: Tensor | None
-    checked: bool = False  # whether a layer has already validated these tables
 
 
 class Mode(NamedTuple):
@@ -90,28 +49,6 @@ class Mode(NamedTuple):
     hidden_dropout: float
     impl: str  # of the kernels: "triton", "cpu" or "reference"
     operands: torch.dtype | None  # of large matrix products, as in fastbert_kernels.linear
-
-
-def matrix(rows: int, columns: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(rows, columns))
-
-
-def vector(size: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(size))
-
-
-def select(x: Tensor | None, rows: Tensor | None) -> Any:
-    """Return the given rows of x, or x itself where `rows` or x is None."""
-    return x if x is None or rows is None else x[rows]
-
-
-def product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mode: Mode, keep_rounded: bool = False
-) -> Tensor:
-    """x W' + b: x [N, D], weight [F, D] and bias [F] to [N, F]; as in fastbert_kernels.linear."""
-    return linear(
-        x, weight, bias, operands=mode.operands, keep_rounded=keep_rounded, impl=mode.impl
-    )
 
 
 def fused(x: Tensor, mode: Mode) -> bool:
@@ -130,7 +67,7 @@ def fused(x: Tensor, mode: Mode) -> bool:
 class Embeddings(nn.Module):
     """LN(word + position + token type), then dropout."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    def __init__(self, config: BertConfig, vocab_size: int):
         super().__init__()
         self.eps = config.layer_norm_eps
         self.word = matrix(vocab_size, config.hidden_size)
@@ -158,7 +95,7 @@ class Embeddings(nn.Module):
 class SublayerOutput(nn.Module):
     """The end of both sublayers: LN(residual + dropout(inner W' + b))."""
 
-    def __init__(self, config: ModelConfig, inner_size: int):
+    def __init__(self, config: BertConfig, inner_size: int):
         super().__init__()
         self.eps = config.layer_norm_eps
         self.weight, self.bias = matrix(config.hidden_size, inner_size), vector(config.hidden_size)
@@ -189,7 +126,7 @@ class SublayerOutput(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention within each sequence, and the end of its sublayer."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: BertConfig):
         super().__init__()
         self.heads, self.head_size = config.num_attention_heads, config.head_size
         # One matrix for all three: the rows of q, then of k, then of v.
@@ -247,7 +184,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """GELU(x W' + b), and the end of its sublayer."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: BertConfig):
         super().__init__()
         self.weight = matrix(config.intermediate_size, config.hidden_size)
         self.bias = vector(config.intermediate_size)
@@ -269,7 +206,7 @@ class Layer(nn.Module):
     # weights, and at the end of each of the two sublayers.
     STREAMS = 3
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: BertConfig):
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
@@ -315,57 +252,10 @@ class Layer(nn.Module):
         return Parameters(*parameters)  # type: ignore[arg-type]
 
 
-class MaskedTokenHead(nn.Module):
-    """Dense layer, GELU, LayerNorm, then the product with the vocabulary matrix.
-
-    The vocabulary matrix is the table of word embeddings, passed as an argument, or where the model
-    is not tied this head's own `decoder`.
-    """
-
-    def __init__(self, config: ModelConfig, vocab_size: int, tied: bool):
-        super().__init__()
-        self.eps = config.layer_norm_eps
-        self.weight = matrix(config.hidden_size, config.hidden_size)
-        self.bias = vector(config.hidden_size)
-        self.norm_weight, self.norm_bias = vector(config.hidden_size), vector(config.hidden_size)
-        self.vocabulary_bias = vector(vocab_size)
-        self.decoder = None if tied else matrix(vocab_size, config.hidden_size)
-
-    def forward(
-        self, hidden: Tensor, word_embeddings: Tensor, labels: Tensor, total: int, mode: Mode
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the loss, the loss of each token, and whether its prediction is correct.
-
-        Args:
-            hidden: [M, D], last hidden states of the masked tokens.
-            word_embeddings: [V, D].
-            labels: int64 [M], the original tokens.
-            total: masked tokens of the global batch. The loss is the sum over M divided by it.
-
-        Returns:
-            loss (fp32 scalar, nats, with gradient), losses (fp32 [M], nats), correct (bool [M]).
-        """
-        table = word_embeddings if self.decoder is None else self.decoder
-        return masked_cross_entropy(
-            self.transform(hidden, mode),
-            table,
-            self.vocabulary_bias,
-            None,
-            labels,
-            total=total,
-            operands=mode.operands,
-            impl=mode.impl,
-        )
-
-    def transform(self, hidden: Tensor, mode: Mode) -> Tensor:
-        inner = bias_gelu(product(hidden, self.weight, None, mode), self.bias, impl=mode.impl)
-        return layer_norm(inner, self.norm_weight, self.norm_bias, eps=self.eps, impl=mode.impl)
-
-
 class NextSentenceHead(nn.Module):
     """The pooler (dense, tanh) and a binary classifier."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: BertConfig):
         super().__init__()
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.classifier = nn.Linear(config.hidden_size, 2)
@@ -373,32 +263,6 @@ class NextSentenceHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map the hidden states of [CLS], [B, D], to logits [B, 2] of IsNext and NotNext."""
         return self.classifier(torch.tanh(self.pooler(hidden)))
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Loss = MLM + NSP, from one forward pass.
-
-    MLM is the mean over the masked tokens of the global batch, NSP the mean over its pairs. These
-    values are the contribution of one packed batch: summed over the batches of a step, `mlm` and
-    `nsp` are the means over the global batch.
-    """
-
-    mlm: Tensor  # scalar, fp32, nats, with gradient
-    nsp: Tensor  # scalar, fp32, nats, with gradient; 0 where the objective has no pairs
-    token_losses: Tensor  # fp32 [M], nats, detached
-    token_correct: Tensor  # bool [M]
-    pair_losses: Tensor  # fp32 [B], nats, detached; 0 where an example has no pair
-    pair_correct: Tensor  # bool [B]
-
-    @property
-    def loss(self) -> Tensor:
-        return self.mlm + self.nsp
-
-
-def losses(outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]) -> Losses:
-    """Name the outputs of `BertForPreTraining.forward`."""
-    return Losses(*outputs)
 
 
 class BertForPreTraining(nn.Module):
@@ -415,7 +279,7 @@ class BertForPreTraining(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: BertConfig,
         vocab_size: int,
         kernels: str = "auto",
         device: str = "cpu",
@@ -426,15 +290,10 @@ class BertForPreTraining(nn.Module):
         self.impl = resolve_kernels(kernels, device)
         # bf16 where training rounds the operands of its large products; see precision.py.
         self.operands: torch.dtype | None = None
-        if self.impl == "triton" and config.head_size not in HEAD_SIZES:
-            raise InputError(
-                f"model.hidden_size / model.num_attention_heads = {config.head_size}; "
-                f'runtime.kernels = "triton" takes {", ".join(map(str, HEAD_SIZES))}; choose other '
-                'sizes, or set runtime.kernels = "reference"'
-            )
+        check_head_size(config, self.impl)
         self.embeddings = Embeddings(config, vocab_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.mlm_head = MaskedTokenHead(config, vocab_size, tied)
+        self.mlm_head = MaskedTokenHead(config.hidden_size, vocab_size, config.layer_norm_eps, tied)
         self.nsp_head = NextSentenceHead(config)
         initialise(dict(self.named_parameters()), config)
 
@@ -445,16 +304,7 @@ class BertForPreTraining(nn.Module):
         return Mode(*p, self.impl, self.operands)
 
     def _tables(self, batch: PackedBatch, mode: Mode) -> MicroBatchTables:
-        # Sequences of up to ITEM tokens need no list, except in fp32: there each layer makes one.
-        long = self.impl == "triton" and batch.max_seqlen > ITEM
-        tile_schedule = (
-            attention_tile_schedule(batch.cu_seqlens, len(batch.input_ids)) if long else None
-        )
-        tables = MicroBatchTables(batch.cu_seqlens, batch.max_seqlen, None, None, tile_schedule)
-        if mode.attention_dropout or mode.hidden_dropout:
-            token_seeds = row_seeds(batch.dropout_seeds, batch.cu_seqlens, len(batch.input_ids))
-            tables = tables._replace(sequence_seeds=batch.dropout_seeds, token_seeds=token_seeds)
-        return tables
+        return tables_of(batch, mode.impl, mode.attention_dropout + mode.hidden_dropout > 0)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Compute both losses in one pass.
@@ -520,10 +370,15 @@ class BertForPreTraining(nn.Module):
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Return vocabulary logits [N, V] for last hidden states [N, D]."""
-        table = self.embeddings.word if self.mlm_head.decoder is None else self.mlm_head.decoder
-        mode = self._mode()
-        transformed = self.mlm_head.transform(hidden, mode)
-        return product(transformed, table, self.mlm_head.vocabulary_bias, mode)
+        return self.mlm_head.logits(hidden, self.embeddings.word, self._mode())
+
+    # Prefixes of the parameters that `classifier_input` does not read.
+    NOT_FOR_CLASSIFIERS = ("mlm_head.", "nsp_head.classifier.")
+
+    def classifier_input(self, batch: PackedBatch) -> Tensor:
+        """Return what a classifier of whole sequences reads, [B, D]: [CLS], pooled."""
+        _, first = self.loss_rows(batch)
+        return torch.tanh(self.nsp_head.pooler(first))
 
     def pair_logits(self, hidden: Tensor) -> Tensor:
         """Return logits [B, 2] of IsNext and NotNext for last hidden states of [CLS] [B, D]."""

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig
 
 # The sinusoids are six times as strong as the word embeddings. These double within 120 steps, and
 # at a ratio of three their share of q and k drowned the peak before later layers had learned to
@@ -37,7 +37,7 @@ _SHIFTED_HEADS = 2
 
 
 @torch.no_grad()
-def initialise(parameters: Mapping[str, Tensor], config: ModelConfig) -> None:
+def initialise(parameters: Mapping[str, Tensor], config: BertConfig) -> None:
     """Initialise all parameters of a BertForPreTraining in place.
 
     Matrices and tables are drawn from Normal(0, initializer_range), biases are zero, and LayerNorm

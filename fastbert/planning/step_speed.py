@@ -20,7 +20,8 @@ from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.packing import PackedBatch
 from fastbert.machine import processes_for, share_cores
-from fastbert.models.bert import BertForPreTraining, losses
+from fastbert.models.build import build_model
+from fastbert.models.heads import losses
 from fastbert.planning.advise import STEP_TOKENS, Speed
 from fastbert.training.optimizer import build_optimizer
 from fastbert.training.parallel_model import ParallelModel
@@ -61,7 +62,7 @@ def measure_speed(
         at_once = processes_for(sequences, share_cores(1))
     steps = [batches.step(i, at_once=at_once) for i in range(BATCHES)]
     with torch.random.fork_rng():
-        model = BertForPreTraining(config.model, dataset.vocab_size, "auto", device.type)
+        model = build_model(config.model, dataset.vocab_size, "auto", device.type)
     model.operands = operands
     model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).train()
     precision = "bf16" if operands or device.type == "cuda" else "fp32"

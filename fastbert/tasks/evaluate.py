@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.checkpoints.weight_names import MLM, NSP
+from fastbert.checkpoints.weight_table import MLM, NSP
 from fastbert.cluster.group import Group
 from fastbert.config import BatchConfig, RunConfig
 from fastbert.data import baselines as baselines
@@ -27,6 +27,7 @@ from fastbert.data.dataset import TokenDataset
 from fastbert.data.packing import PackedBatch
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import Diverged, InputError
+from fastbert.models.bert import BertForPreTraining
 from fastbert.tasks.pretrained import Pretrained
 from fastbert.training.verified_dataset import open_verified
 
@@ -265,7 +266,7 @@ def _measure(pretrained: Pretrained, batch: PackedBatch) -> tuple[list[Tensor], 
         parts.append(torch.stack(found).cpu())
     pairs = torch.zeros(3, dtype=torch.float64)
     labels = batch.next_sentence_labels
-    if (labels >= 0).any():
+    if isinstance(model, BertForPreTraining) and (labels >= 0).any():
         logits = model.pair_logits(first).float()
         losses = torch.nn.functional.cross_entropy(
             logits, labels, reduction="none", ignore_index=-100

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from fastbert.checkpoints.hugging_face import new_folder, write_folder
-from fastbert.checkpoints.weight_names import HEADS, MLM, NSP, to_hugging_face
+from fastbert.checkpoints.weight_names import to_hugging_face
+from fastbert.checkpoints.weight_table import HEADS, MLM, NSP
 from fastbert.config import dump_config
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import pack_texts

@@ -1,7 +1,8 @@
 """Fine-tune a pre-trained encoder for classification or regression of texts or pairs of texts.
 
-The input is files of labelled texts, the output scores and a Hugging Face folder. As in BERT, the
-head is the pooler of [CLS], dropout, and one matrix. Everything is trained unless layers are
+The input is files of labelled texts, the output scores and a Hugging Face folder. As in
+transformers, the head is that of the architecture (BERT's pooler of [CLS], ModernBERT's prediction
+head), dropout, and one matrix. Everything is trained unless layers are
 frozen.
 
 Source: Devlin et al., 2019, section 4.1 and appendix A.3 (learning rates of 2e-5 to 5e-5, batches
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.checkpoints.hugging_face import check_new, new_folder, write_folder
-from fastbert.checkpoints.weight_names import HEADS, MLM, to_hugging_face
+from fastbert.checkpoints.weight_names import table_of, to_hugging_face
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import Diverged, InputError
+from fastbert.models.build import Model
 from fastbert.tasks import scores
 from fastbert.tasks.labelled import Examples, number, read_examples
 from fastbert.tasks.pretrained import Pretrained, first_tokens, fit_pair
@@ -491,21 +493,19 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 class Classifier(nn.Module):
-    """[CLS] of the encoder, pooler, dropout, and one logit per class or a number: [B, classes]."""
+    """The pooled encoder, dropout, and one logit per class or a number: [B, classes]."""
 
     def __init__(self, pretrained: Pretrained, classes: int):
         super().__init__()
         self.encoder = pretrained.model.requires_grad_(True)
-        self.dropout = nn.Dropout(pretrained.config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(pretrained.config.classifier_dropout)
         self.classifier = nn.Linear(pretrained.config.hidden_size, classes)
         nn.init.normal_(self.classifier.weight, std=pretrained.config.initializer_range)
         nn.init.zeros_(self.classifier.bias)
         self.to(self.encoder.embeddings.word.device)
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        _, first = self.encoder.loss_rows(batch)
-        pooled = torch.tanh(self.encoder.nsp_head.pooler(first))
-        return self.classifier(self.dropout(pooled))
+        return self.classifier(self.dropout(self.encoder.classifier_input(batch)))
 
 
 class _Encoded:
@@ -559,10 +559,9 @@ def _optimizer(
     Biases and LayerNorms have no weight decay. The learning rate warms up linearly, then falls
     linearly to zero. Lower layers have a lower learning rate, and frozen ones are not trained.
     """
-    layers = len(model.encoder.layers)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        depth = _depth(name, layers)
+        depth = _depth(name, model.encoder)
         trained = depth is not None and (settings.freeze == 0 or depth > settings.freeze)
         parameter.requires_grad_(trained)
         if depth is not None and parameter.requires_grad:
@@ -570,7 +569,7 @@ def _optimizer(
     groups_of_optimizer = [
         {
             "params": parameters,
-            "lr": settings.lr * settings.layer_decay ** max(0, layers - depth),
+            "lr": settings.lr * settings.layer_decay ** max(0, len(model.encoder.layers) - depth),
             "weight_decay": WEIGHT_DECAY if decays else 0.0,
         }
         for (depth, decays), parameters in groups.items()
@@ -582,12 +581,14 @@ def _optimizer(
     )
 
 
-def _depth(name: str, layers: int) -> int | None:
+def _depth(name: str, encoder: Model) -> int | None:
     """Return the depth of a parameter; None where a classifier does not use it.
 
-    It is 0 for the embeddings, 1 for the first layer, and `layers` + 1 for the head.
+    It is 0 for the embeddings, 1 for the first layer, and one more than that of the last layer for
+    the head.
     """
-    if name.startswith(("encoder.mlm_head.", "encoder.nsp_head.classifier.")):
+    layers = len(encoder.layers)
+    if name.removeprefix("encoder.").startswith(encoder.NOT_FOR_CLASSIFIERS):
         return None
     if name.startswith("encoder.embeddings."):
         return 0
@@ -603,16 +604,15 @@ def _save(
     max_length: int,
 ) -> None:
     """Write the Hugging Face folder and the picture of the confusion matrix."""
-    left_out = (HEADS[MLM], "nsp_head.classifier.")
-    state = to_hugging_face(
-        {name: t for name, t in model.encoder.state_dict().items() if not name.startswith(left_out)}
-    )
+    left_out = model.encoder.NOT_FOR_CLASSIFIERS
+    kept = {n: t for n, t in model.encoder.state_dict().items() if not n.startswith(left_out)}
+    state = to_hugging_face(kept, pretrained.config)
     state |= {f"classifier.{name}": t for name, t in model.classifier.state_dict().items()}
     labels = task.labels or ["LABEL_0"]
     with new_folder(out) as folder:
         write_folder(
             folder,
-            "BertForSequenceClassification",
+            f"{table_of(pretrained.config).prefix}ForSequenceClassification",
             state,
             pretrained.config,
             pretrained.model.vocab_size,

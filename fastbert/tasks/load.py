@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from fastbert.checkpoints.model_folder import open_model
-from fastbert.checkpoints.weight_names import DECODER
+from fastbert.checkpoints.weight_table import DECODER
 from fastbert.data.tokenizer import special_ids
 from fastbert.errors import InputError
-from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import build_model
 from fastbert.tasks.pretrained import Pretrained
 
 # A fork has none of the threads that torch has started, and would wait for them forever. So a
@@ -26,7 +26,7 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
 
     Args:
         path: a run folder (its newest valid checkpoint is loaded), a checkpoint folder of a run, or
-            a Hugging Face BERT folder (config.json, model.safetensors, tokenizer.json or
+            a Hugging Face folder (config.json, model.safetensors, tokenizer.json or
             vocab.txt).
         device: "cpu" or "cuda"; by default a GPU where there is one.
 
@@ -49,7 +49,7 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
         raise InputError(f'device = {device!r}; must be "cpu" or "cuda"')
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f'device = {device!r}, but torch sees no GPU here; use "cpu"')
-    model = BertForPreTraining(
+    model = build_model(
         parts.config, parts.vocab_size, device=device, tied=DECODER not in parts.weights
     )
     result: Any = model.load_state_dict(parts.weights, strict=False)

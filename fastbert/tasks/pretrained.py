@@ -21,12 +21,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fastbert.checkpoints.sentence_folder import VectorSettings
-from fastbert.checkpoints.weight_names import MLM, NSP
+from fastbert.checkpoints.weight_table import MLM, NSP
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.dataset import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import Diverged, InputError
 from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import Model
 
 PACK_TOKENS = 4096  # tokens per forward pass; all hidden states of BERT-base then take 160 MB
 MASK = "[MASK]"
@@ -54,7 +55,7 @@ class Pretrained:
         metadata: that of the checkpoint; empty for a Hugging Face folder.
     """
 
-    model: BertForPreTraining
+    model: Model
     tokenizer: Tokenizer
     special: SpecialIds
     config: ModelConfig
@@ -218,6 +219,7 @@ class Pretrained:
             InputError: the NSP head was not trained.
         """
         self._require_head(NSP)
+        assert isinstance(self.model, BertForPreTraining)  # the only model with this head
         _check_text(first, "first")
         _check_text(second, "second")
         room = self.max_length - 3

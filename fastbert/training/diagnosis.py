@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping
 from statistics import median
 
-from fastbert.config import RunConfig
+from fastbert.config import BertConfig, RunConfig
 
 # As a fraction of the expected loss. Wide models start higher, by half the variance of their first
 # logits.
@@ -114,9 +114,11 @@ def plateau(
         "fewer layers",
         "a smaller batch (more steps)",
     ]
-    if recipe.model.initial_attention == "adjacent" or recipe.init is not None:
+    model = recipe.model
+    uniform = isinstance(model, BertConfig) and model.initial_attention == "uniform"
+    if not uniform or recipe.init is not None:
         del advice[3]
-    if recipe.model.num_hidden_layers <= 2:
+    if model.num_hidden_layers <= 2:
         advice.remove("fewer layers")
     return (
         f"after {share:.0%} of the run the held-out loss on [MASK] is {loss_on_mask:.2f}, "

@@ -66,7 +66,9 @@ from fastbert.cluster.group import Group
 from fastbert.config import RunConfig
 from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
-from fastbert.models.bert import BertForPreTraining, Layer, Losses, losses
+from fastbert.models.bert import Layer
+from fastbert.models.build import Model
+from fastbert.models.heads import Losses, losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.graphs import GraphedModel
 from fastbert.training.heldout import HELDOUT_SUMS, HeldOut, heldout_means, heldout_sums
@@ -142,7 +144,7 @@ class Engine:
 
     def __init__(
         self,
-        model: BertForPreTraining,
+        model: Model,
         config: RunConfig,
         settings: DeepSpeedSettings,
         precision: str,
@@ -191,11 +193,12 @@ class Engine:
             "zero_optimization": {**settings.values["zero_optimization"], "stage": self.stage},
         }
         if self.stage == 3 and self.model.impl == "triton":
-            # With Triton kernels a layer reads the parameters of the modules inside it, whose own
-            # forward is never called. So they are gathered with the layer.
+            # With Triton kernels a layer of BERT reads the parameters of the modules inside it,
+            # whose own forward is never called. So they are gathered with the layer.
             for layer in self.model.layers:
-                for parameter in cast(Layer, layer).fused_parameters():
-                    deepspeed.zero.register_external_parameter(layer, parameter)
+                if isinstance(layer, Layer):
+                    for parameter in layer.fused_parameters():
+                        deepspeed.zero.register_external_parameter(layer, parameter)
         self._graphs = config.runtime.cuda_graphs
         module: nn.Module = GraphedModel(self.model) if self._graphs else self.model
         if at_once > 1:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from fastbert.data.packing import PackedBatch
 from fastbert.errors import InputError
-from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import Model
 
 # Passes before a capture, which compile kernels and allocate workspaces. The number is that of
 # PyTorch's documentation.
@@ -128,7 +128,7 @@ class GraphedModel(nn.Module):
         replays: how many forward passes have been replayed.
     """
 
-    def __init__(self, model: BertForPreTraining, recorder: Recorder | None = None):
+    def __init__(self, model: Model, recorder: Recorder | None = None):
         super().__init__()
         self.model = model
         self.captured: dict[tuple[int, ...], Captured] = {}
@@ -136,7 +136,7 @@ class GraphedModel(nn.Module):
         self._recorder = recorder or CudaGraphs()
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """Do what `BertForPreTraining.forward` does.
+        """Do what the model's `forward` does.
 
         In training the batch may be on the CPU, preferably in pinned memory.
         """
@@ -164,7 +164,7 @@ class Captured:
         parameters: the model's parameters, in the order of the gradients.
     """
 
-    def __init__(self, model: BertForPreTraining, batch: PackedBatch, recorder: Recorder):
+    def __init__(self, model: Model, batch: PackedBatch, recorder: Recorder):
         self.parameters = tuple(model.parameters())
         self._model, device = model, self.parameters[0].device
         self._places = self._parameter_places()
@@ -191,7 +191,10 @@ class Captured:
         return [mlm.detach(), nsp.detach(), *rest]
 
     def _backward(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self._losses, self.parameters, self._upstream)
+        # A loss that the model does not have is a constant.
+        both = zip(self._losses, self._upstream, strict=True)
+        losses, upstream = zip(*(pair for pair in both if pair[0].requires_grad), strict=True)
+        return torch.autograd.grad(losses, self.parameters, upstream)
 
     def _parameter_places(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.parameters]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastbert.data.packing import PackedBatch
-from fastbert.models.bert import Losses
+from fastbert.models.heads import Losses
 
 _ROWS = 3  # all masked tokens, those that show [MASK], the pairs
 HELDOUT_SUMS = 3 * _ROWS  # loss, correct and count of each

@@ -6,37 +6,29 @@ dataset's.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from fastbert.checkpoints.model_folder import ModelParts, open_model
-from fastbert.checkpoints.weight_names import DECODER
-from fastbert.config import ModelConfig, RunConfig, check_config
+from fastbert.checkpoints.weight_table import DECODER
+from fastbert.config import BertConfig, ModelConfig, RunConfig, check_config
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import InputError
-from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import Model
 
-# The keys of [model] that define a model. The others say how it is trained, and stay the recipe's.
-SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "layer_norm_eps",
-)
-PER_TOKEN = ("embeddings.word", "mlm_head.vocabulary_bias")  # weights with a row for each token
+# Weights with a row for each token.
+PER_TOKEN = ("embeddings.word", "mlm_head.vocabulary_bias", DECODER)
 
 
 def open_initial(path: str) -> ModelParts:
-    """Open the model at `path`: any folder that `fastbert.load` opens, with a tied decoder.
+    """Open the model at `path`: any folder that `fastbert.load` opens. A BERT's decoder is tied.
 
     Raises:
-        InputError: it cannot be opened, or its decoder is not tied.
+        InputError: it cannot be opened, or it is a BERT whose decoder is not tied.
     """
     parts = open_model(Path(path))
-    if DECODER in parts.weights:
+    if DECODER in parts.weights and isinstance(parts.config, BertConfig):
         raise InputError(
             f"{parts.path}: its decoder is not tied to the word embeddings; "
             "only a model with a tied one can be trained further"
@@ -53,30 +45,36 @@ def with_sizes(config: RunConfig, found: ModelConfig, recipe: str) -> RunConfig:
         recipe: the recipe's path, for messages.
 
     Raises:
-        InputError: the recipe itself sets another size, or an initialization that `init` replaces.
+        InputError: the recipe has another architecture, or itself sets another size, or an
+            initialization that `init` replaces.
     """
-    for name in SIZES:
-        mine, theirs = getattr(config.model, name), getattr(found, name)
+    model = config.model
+    if model.type != found.type:
+        raise InputError(
+            f'{recipe}: model.type = "{model.type}", but init = {config.init!r} has '
+            f'"{found.type}"; set model.type = "{found.type}", or leave init out'
+        )
+    sizes = [item.name for item in fields(found) if item.name not in found.of_training]
+    for name in sizes:
+        mine, theirs = getattr(model, name), getattr(found, name)
         if name in config.given and mine != theirs:
             raise InputError(
                 f"{recipe}: model.{name} = {mine}, but init = {config.init!r} has {theirs}; "
                 "leave it out, or leave init out"
             )
-    if config.model.initial_attention != ModelConfig.initial_attention:
+    if isinstance(model, BertConfig) and model.initial_attention != BertConfig.initial_attention:
         raise InputError(
-            f'{recipe}: model.initial_attention = "{config.model.initial_attention}" '
+            f'{recipe}: model.initial_attention = "{model.initial_attention}" '
             f"and init = {config.init!r}: choose one"
         )
     resolved = replace(
-        config, model=replace(config.model, **{name: getattr(found, name) for name in SIZES})
+        config, model=replace(model, **{name: getattr(found, name) for name in sizes})
     )
     check_config(resolved, recipe)
     return resolved
 
 
-def put(
-    source: str, initial: ModelParts, model: BertForPreTraining, dataset: TokenDataset, recipe: str
-) -> None:
+def put(source: str, initial: ModelParts, model: Model, dataset: TokenDataset, recipe: str) -> None:
     """Copy the weights into a new model; a missing head keeps its random weights.
 
     Args:

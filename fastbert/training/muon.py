@@ -10,8 +10,8 @@ square of 1 / sqrt(max(rows, columns)), and those of an AdamW step about 0.2: wi
 take the same learning rate and weight decay.
 
 The matrices are those of attention and feed-forward. Query, key and value are orthogonalised one by
-one, although they lie in one parameter. Embeddings and heads map to or from tokens, not between
-hidden states, and AdamW suits them better.
+one, although they lie in one parameter, and so are ModernBERT's input and gate. Embeddings and
+heads map to or from tokens, not between hidden states, and AdamW suits them better.
 
 At ZeRO stages 1 and 2, a rank holds a share of all these parameters as one flat tensor. Momentum is
 computed on the share. Then the ranks gather u, and each of them orthogonalises the matrices that
@@ -52,8 +52,11 @@ class Matrix(NamedTuple):
 
 
 def matrices(name: str, shape: Sequence[int], start: int = 0) -> list[Matrix]:
-    """The matrices of a hidden parameter that begins at `start`: one, or query, key and value."""
-    parts = 3 if name.endswith("qkv_weight") else 1
+    """The matrices of a hidden parameter that begins at `start`.
+
+    It is one, or query, key and value, or the input and the gate of a gated feed-forward network.
+    """
+    parts = 3 if name.endswith("qkv_weight") else 2 if name.endswith("input_gate_weight") else 1
     rows, columns = shape[0] // parts, shape[1]
     return [Matrix(start + i * rows * columns, rows, columns) for i in range(parts)]
 

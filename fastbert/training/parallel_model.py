@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from fastbert import child
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
-from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import Model, build_model
 
 END_S = 5.0  # for a child to end when its pipe is closed, before it is killed
 
@@ -51,7 +51,7 @@ class ParallelModel(nn.Module):
         processes: how many packs are computed at once. Each gets an equal share of torch's threads.
     """
 
-    def __init__(self, model: BertForPreTraining, processes: int):
+    def __init__(self, model: Model, processes: int):
         super().__init__()
         self.model = model
         self._threads = torch.get_num_threads()
@@ -73,7 +73,7 @@ class ParallelModel(nn.Module):
             own.receive()
 
     def forward(self, packs: Sequence[PackedBatch]) -> list[tuple[Tensor, ...]]:
-        """Return what `BertForPreTraining.forward` returns, for each pack."""
+        """Return what the model's `forward` returns, for each pack."""
         if not torch.is_grad_enabled():
             return self._forward(packs, train=False)
         parameters = tuple(self.model.parameters())
@@ -143,8 +143,13 @@ class _Passes(torch.autograd.Function):
 def _gradients(
     losses: Sequence[Tensor], parameters: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return d(sum of losses times factors) of each parameter; zeros where it has no part in it."""
-    found = torch.autograd.grad(losses, parameters, factors, allow_unused=True)
+    """Return d(sum of losses times factors) of each parameter; zeros where it has no part in it.
+
+    A loss that the model does not have is a constant.
+    """
+    pairs = [(x, f) for x, f in zip(losses, factors, strict=True) if x.requires_grad]
+    outputs, upstream = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, parameters, upstream, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
@@ -240,7 +245,7 @@ def work() -> None:
     keep_heap()
     config, vocab_size, impl, operands, tied = pickle.loads(pipe.recv_bytes())
     with torch.device("meta"):
-        model = BertForPreTraining(config, vocab_size, impl, tied=tied)
+        model = build_model(config, vocab_size, impl, tied=tied)
     model.operands = operands
     _give(model, _views(memory, 0, model))
     gradients, losses = _views(memory, index, model), ()
@@ -276,7 +281,7 @@ def _end_with_the_parent() -> None:
     os._exit(0)
 
 
-def _is_tied(model: BertForPreTraining) -> bool:
+def _is_tied(model: Model) -> bool:
     return model.mlm_head.decoder is None
 
 

@@ -41,7 +41,7 @@ from fastbert.data.tokenizer import load_tokenizer
 from fastbert.durable import write_whole
 from fastbert.errors import InputError
 from fastbert.machine import memory_sizes, processes_for
-from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import Model, build_model
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
 from fastbert.regular_file import read_bytes
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
@@ -239,7 +239,7 @@ class Setup:
     heldout: list[PackedBatch]
     precision: Precision
     at_once: int
-    model: BertForPreTraining
+    model: Model
     state: TrainState
     criteria: StopCriteria
     trained_length: int
@@ -283,7 +283,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         heldout = heldout_batches(dataset, config, config.evaluate.sequences)
         batches.check(group.world)
         torch.manual_seed(config.seed)
-        model = BertForPreTraining(
+        model = build_model(
             config.model, dataset.vocab_size, config.runtime.kernels, group.device.type
         )
         if config.init is not None and initial is not None:
@@ -517,7 +517,7 @@ def _check_same_run(
     TrainState.read(found.metadata.get("progress"), str(found.path))
     before = _flat(parse_config(text, str(found.path)))
     now = _flat(config)
-    changed = [key for key in now if now[key] != before[key] and not _among(key, FREE)]
+    changed = [key for key in now if now[key] != before.get(key) and not _among(key, FREE)]
     for key in changed:
         if not _among(key, NOTED):
             raise InputError(
