@@ -114,6 +114,7 @@ class BertConfig:
     initial_attention: str = choice("uniform", "uniform", "adjacent")  # models/initial_weights.py
 
     presets: ClassVar[dict[str, dict[str, int]]] = PRESETS
+    feed_forward_matrices: ClassVar[int] = 2  # of D x F in a layer
     # The keys that say how a model is trained. The others define what it computes.
     of_training: ClassVar[tuple[str, ...]] = (
         "preset",
@@ -126,6 +127,10 @@ class BertConfig:
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def window_of(self, layer: int) -> int | None:
+        """None: every layer attends to the whole sequence."""
+        return None
 
     @property
     def classifier_dropout(self) -> float:
@@ -171,6 +176,7 @@ class ModernBertConfig:
     sparse_pred_ignore_index: int = number(-100, -math.inf)
 
     presets: ClassVar[dict[str, dict[str, int]]] = MODERNBERT_PRESETS
+    feed_forward_matrices: ClassVar[int] = 3  # input, gate and output
     of_training: ClassVar[tuple[str, ...]] = (
         "preset",
         "embedding_dropout",
@@ -184,14 +190,9 @@ class ModernBertConfig:
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    @property
-    def window(self) -> int:
-        """How many tokens on each side a local layer attends to."""
-        return self.local_attention // 2
-
-    def is_global(self, layer: int) -> bool:
-        """Whether the layer of this index attends to the whole sequence."""
-        return layer % self.global_attn_every_n_layers == 0
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens on each side a layer attends to; None: to the whole sequence."""
+        return self.local_attention // 2 if layer % self.global_attn_every_n_layers else None
 
 
 ModelConfig = BertConfig | ModernBertConfig

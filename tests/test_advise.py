@@ -18,8 +18,8 @@ from fastbert.planning.advise import (
     Speed,
     advise,
 )
-from fastbert.planning.memory import count_parameters
 from fastbert.planning.new_recipe import recipe_text, steps_of
+from fastbert.planning.parameters import count_parameters
 
 LIBRARY = Corpus(
     path="data/library",

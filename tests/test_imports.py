@@ -90,7 +90,7 @@ MAY_IMPORT = {
         "fastbert.config",
         "fastbert.errors",
         "fastbert.planning.flops",
-        "fastbert.planning.memory",
+        "fastbert.planning.parameters",
     },
     "fastbert.planning.step_speed": {
         "fastbert.config",

@@ -14,19 +14,30 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbert.config import BertConfig, OptimizerConfig, RunConfig, load_config, parse_config
+from fastbert.config import (
+    BertConfig,
+    ModelConfig,
+    ModernBertConfig,
+    OptimizerConfig,
+    RunConfig,
+    load_config,
+    parse_config,
+)
 from fastbert.data.dataset import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
-from fastbert.planning import memory
-from fastbert.planning.flops import executed_flops, muon_flops, training_flops
-from fastbert.planning.memory import (
-    MicroBatchSize,
-    activation_bytes,
-    count_parameters,
-    memory_by_part,
+from fastbert.models.build import Model, build_model
+from fastbert.planning import activations, memory
+from fastbert.planning.activations import MicroBatchSize, activation_bytes
+from fastbert.planning.flops import (
+    executed_flops,
+    muon_flops,
+    training_flops,
+    visible_pairs,
 )
+from fastbert.planning.memory import memory_by_part
+from fastbert.planning.parameters import count_hidden, count_parameters
 from fastbert.planning.plan import (
     EFFICIENCY,
     GPUS,
@@ -38,6 +49,7 @@ from fastbert.planning.plan import (
     plan,
 )
 from fastbert.training.muon import Muon, is_hidden
+from tests.modern_bert import CONFIGS
 from tests.sanitizer import sanitize
 
 MODEL = BertConfig(
@@ -72,16 +84,19 @@ def batch(lengths: list[int], masked_each: int) -> PackedBatch:
     )
 
 
-def model() -> BertForPreTraining:
-    return BertForPreTraining(MODEL, VOCABULARY, kernels="reference").eval()
+def model(config: ModelConfig) -> Model:
+    return build_model(config, VOCABULARY, kernels="reference").eval()
 
 
-@pytest.mark.parametrize("preset", ["tiny", "base"])
-def test_parameters_are_those_of_the_model(preset):
-    config = recipe(preset=preset).model
+@pytest.mark.parametrize(
+    "config", [recipe(preset=preset).model for preset in ("tiny", "base")] + [*CONFIGS.values()]
+)
+def test_parameters_are_those_of_the_model(config):
     with torch.device("meta"):
-        real = BertForPreTraining(config, 30522)
-    assert count_parameters(config, 30522) == sum(p.numel() for p in real.parameters())
+        real = build_model(config, 30522)
+    named = dict(real.named_parameters())
+    assert count_parameters(config, 30522) == sum(p.numel() for p in named.values())
+    assert count_hidden(config) == sum(p.numel() for n, p in named.items() if is_hidden(n, p.shape))
 
 
 def test_bert_base_has_110_million():
@@ -89,30 +104,42 @@ def test_bert_base_has_110_million():
     assert count_parameters(recipe().model, 30522) == 110_106_428
 
 
-def test_useful_flops_are_what_torch_counts():
+# Windows wider than the sequences: the reference also multiplies where a window hides a key.
+WIDE = replace(CONFIGS["modernbert"], local_attention=128)
+
+
+@pytest.mark.parametrize("config", [MODEL, WIDE])
+def test_useful_flops_are_what_torch_counts(config):
     lengths, masked = [40, 17, 9], 3
-    pack = batch(lengths, masked)
+    pack, pairs = batch(lengths, masked), 3 if config is MODEL else 0
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        m = model()
+        m = model(config)
         last = m.hidden_states(pack)[-1]
         m.token_logits(last[pack.masked_positions])
-        m.pair_logits(last[pack.cu_seqlens[:-1].long()])
-    assert (
-        training_flops(MODEL, VOCABULARY, lengths, masked * 3, 3) == 3 * counter.get_total_flops()
-    )
+        if isinstance(m, BertForPreTraining):
+            m.pair_logits(last[pack.cu_seqlens[:-1].long()])
+    found = training_flops(config, VOCABULARY, lengths, masked * 3, pairs)
+    assert found == 3 * counter.get_total_flops()
 
 
-def test_executed_flops_are_what_torch_counts_in_a_step():
+@pytest.mark.parametrize("config", [MODEL, WIDE])
+def test_executed_flops_are_what_torch_counts_in_a_step(config):
     # With one length the masked tokens are distributed as the formula assumes.
     lengths, masked = ([24] * 4, 5)
-    pack = batch(lengths, masked)
+    pack, pairs = batch(lengths, masked), 4 if config is MODEL else 0
     with FlopCounterMode(display=False) as counter:
-        mlm, nsp, *_ = model()(pack)
+        mlm, nsp, *_ = model(config)(pack)
         (mlm + nsp).backward()
-    assert executed_flops(MODEL, VOCABULARY, lengths, masked * 4, 4) == counter.get_total_flops()
-    assert executed_flops(MODEL, VOCABULARY, lengths, masked * 4, 4) < training_flops(
-        MODEL, VOCABULARY, lengths, masked * 4, 4
-    )
+    executed = executed_flops(config, VOCABULARY, lengths, masked * 4, pairs)
+    assert executed == counter.get_total_flops()
+    assert executed < training_flops(config, VOCABULARY, lengths, masked * 4, pairs)
+
+
+@pytest.mark.parametrize(("n", "window"), [(1, 0), (5, 8), (9, 8), (10, 8), (40, 8), (7, 0)])
+def test_pairs_within_a_window_are_those_of_its_mask(n, window):
+    distance = (torch.arange(n)[:, None] - torch.arange(n)).abs()
+    assert visible_pairs(n, window) == (distance <= window).sum()
+    assert visible_pairs(n, None) == n * n
 
 
 SHORT = MicroBatchSize([100] * 10, 150, 10)
@@ -177,15 +204,16 @@ def test_fp32_has_no_masters_at_stage_0_and_sgd_one_moment():
 def test_muon_has_one_moment_for_the_matrices_of_the_layers():
     muon = recipe('[optimizer]\nname = "muon"')
     P, hidden = count_parameters(muon.model, 30522), 12 * (4 * 768 * 768 + 2 * 768 * 3072)
-    assert memory.count_hidden(muon.model) == hidden
+    assert count_hidden(muon.model) == hidden
     for stage, gpus in ((0, 8), (1, 1), (1, 8)):
         parts = memory_by_part(muon, 30522, SHORT, gpus=gpus, stage=stage)
         assert parts["moments"] == pytest.approx(4 * (2 * P - hidden) / (gpus if stage else 1))
 
 
+@pytest.mark.parametrize("config", [MODEL, CONFIGS["biases"]])
 @pytest.mark.parametrize("bf16", [True, False])
-def test_operations_of_muon_are_those_that_torch_counts(bf16):
-    named = BertForPreTraining(MODEL, VOCABULARY).named_parameters()
+def test_operations_of_muon_are_those_that_torch_counts(bf16, config):
+    named = build_model(config, VOCABULARY).named_parameters()
     hidden = {name: p for name, p in named if is_hidden(name, p.shape)}
     dtype = torch.bfloat16 if bf16 else torch.float32
     optimizer = Muon(hidden, [], OptimizerConfig(name="muon"), dtype)
@@ -193,7 +221,7 @@ def test_operations_of_muon_are_those_that_torch_counts(bf16):
         p.grad = torch.ones_like(p)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
-    assert counter.get_total_flops() == muon_flops(MODEL, bf16)
+    assert counter.get_total_flops() == muon_flops(config, bf16)
 
 
 def test_muon_gathers_its_updates_at_stages_1_and_2():
@@ -203,7 +231,7 @@ def test_muon_gathers_its_updates_at_stages_1_and_2():
         assert muon == (plain[0] + more, plain[1])
 
 
-def kept_bytes(model: BertForPreTraining, pack: PackedBatch) -> int:
+def kept_bytes(model: Model, pack: PackedBatch) -> int:
     """Return the bytes that autograd keeps of a forward pass, without weights and batch."""
     kept = []
 
@@ -263,13 +291,37 @@ def test_activations_are_what_autograd_keeps(kernels, longest, dtype, dropout):
     assert predicted == pytest.approx(kept, rel=0.02)
 
 
+@pytest.mark.parametrize(("kernels", "longest", "dtype", "dropout"), [*ON_CPU, *INTERPRETED])
+def test_activations_of_modernbert_are_what_autograd_keeps(kernels, longest, dtype, dropout):
+    config = ModernBertConfig(
+        hidden_size=32,
+        num_hidden_layers=4,  # a global one, two local ones, and a global one that is cut
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=512,
+        local_attention=64,
+        embedding_dropout=dropout,
+        attention_dropout=dropout,
+        mlp_dropout=dropout,
+    )
+    lengths = [longest, longest - 3, 2 * longest // 3, 12] if kernels == "cpu" else [longest, 12]
+    pack = batch(lengths, 4)
+    model = build_model(config, VOCABULARY, kernels).to(dtype).train()
+    size = MicroBatchSize(lengths, 4 * len(lengths), 0)
+    predicted = activation_bytes(config, VOCABULARY, size, dtype == torch.bfloat16, kernels)
+    with sanitize() if kernels == "triton" else nullcontext():  # which computes bf16 as a GPU does
+        kept = kept_bytes(model, pack)
+    assert predicted == pytest.approx(kept, rel=0.02)
+
+
 def test_constants_are_those_of_the_kernels():
     attention, loss = (
         importlib.import_module(f"fastbert_kernels.{name}.cpu")
         for name in ("attention", "mlm_loss")
     )
     triton = importlib.import_module("fastbert_kernels.mlm_loss.kernel")
-    assert (memory.CPU_SHRINK, memory.CPU_SLAB) == (attention._SHRINK, loss._SLAB)
+    assert (activations.CPU_SHRINK, memory.CPU_SLAB) == (attention._SHRINK, loss._SLAB)
+    assert attention._BLOCK == activations.CPU_BLOCK
     assert (memory.TRITON_SLAB, memory.TRITON_WORDS) == (triton._SLAB_NUMBERS, triton._SLAB_WORDS)
 
 

@@ -56,7 +56,8 @@ from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.heads import losses
-from fastbert.planning.memory import MicroBatchSize, activation_bytes, memory_by_part
+from fastbert.planning.activations import MicroBatchSize, activation_bytes
+from fastbert.planning.memory import memory_by_part
 from fastbert.planning.plan import (
     Device,
     communication_per_step,

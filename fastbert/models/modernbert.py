@@ -144,11 +144,11 @@ class FinalNorm(Norm):
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions, within each sequence or a window of it."""
 
-    def __init__(self, config: ModernBertConfig, is_global: bool):
+    def __init__(self, config: ModernBertConfig, window: int | None):
         super().__init__()
         size, bias = config.hidden_size, config.attention_bias
         self.heads, self.head_size = config.num_attention_heads, config.head_size
-        self.window = None if is_global else config.window
+        self.window = window
         # One matrix for all three: the rows of q, then of k, then of v.
         self.qkv_weight = matrix(3 * size, size)
         self.qkv_bias = vector(3 * size) if bias else None
@@ -230,7 +230,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModernBertConfig, index: int):
         super().__init__()
         self.attention_norm = SublayerNorm(config) if index else None
-        self.attention = Attention(config, config.is_global(index))
+        self.attention = Attention(config, config.window_of(index))
         self.feed_forward_norm = SublayerNorm(config)
         self.feed_forward = FeedForward(config)
 

@@ -46,7 +46,7 @@ from fastbert.config import (
 )
 from fastbert.errors import InputError
 from fastbert.planning.flops import executed_flops
-from fastbert.planning.memory import count_hidden
+from fastbert.planning.parameters import count_hidden
 
 LADDER = ("demo", "library", "mini", "small", "base", "large")
 TOKENS_PER_PARAMETER = 40

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastbert.config import ModelConfig
+from fastbert.config import BertConfig, ModelConfig
 
 BACKWARD = 2.0  # times the forward pass
 
@@ -36,9 +36,8 @@ def training_flops(
         masked: M, masked positions of the whole batch.
         pairs: sequences that carry a next-sentence label.
     """
-    return (1 + BACKWARD) * (
-        model.num_hidden_layers * _layer(model, lengths) + _heads(model, vocab_size, masked, pairs)
-    )
+    layers = sum(_layer(model, i, lengths) for i in range(model.num_hidden_layers))
+    return (1 + BACKWARD) * (layers + _heads(model, vocab_size, masked, pairs))
 
 
 def executed_flops(
@@ -47,35 +46,52 @@ def executed_flops(
     """Return the operations that a training step computes.
 
     As `training_flops`, but the last layer's queries and feed-forward network are counted for the
-    masked and [CLS] rows only. The masked positions are assumed to be spread over the sequences in
+    rows only that a loss reads. The masked positions are assumed to be spread over the sequences in
     proportion to their length, as the masking does it.
     """
-    full = (model.num_hidden_layers - 1) * _layer(model, lengths)
+    full = sum(_layer(model, i, lengths) for i in range(model.num_hidden_layers - 1))
     return (1 + BACKWARD) * (
         full + _last_layer(model, lengths, masked) + _heads(model, vocab_size, masked, pairs)
     )
 
 
-def _layer(model: ModelConfig, lengths: Sequence[int]) -> float:
+def _layer(model: ModelConfig, index: int, lengths: Sequence[int]) -> float:
     """Return the forward operations of a whole layer.
 
-    Each token costs 4 D^2 for query, key, value and output and 2 D F for the feed-forward network.
-    A sequence of n tokens costs 2 n^2 D for the scores and their product with the values.
+    Each token costs 4 D^2 for query, key, value and output, and 2 D F for the feed-forward network,
+    or 3 D F for a gated one. Each pair of a query and a key that it sees costs 2 D for the score
+    and its product with the value.
     """
-    D, F = model.hidden_size, model.intermediate_size
-    return 2.0 * (sum(lengths) * (4 * D * D + 2 * D * F) + sum(n * n for n in lengths) * 2 * D)
+    D, F, count = model.hidden_size, model.intermediate_size, model.feed_forward_matrices
+    pairs = sum(visible_pairs(n, model.window_of(index)) for n in lengths)
+    return 2.0 * (sum(lengths) * (4 * D * D + count * D * F) + pairs * 2 * D)
+
+
+def visible_pairs(n: int, window: int | None) -> int:
+    """Return how many pairs of a query and a key it sees a sequence of n tokens has.
+
+    With a window of w, a token sees w others on each side, except near the ends.
+    """
+    if window is None or n <= window + 1:
+        return n * n
+    return n * (2 * window + 1) - window * (window + 1)
 
 
 def _last_layer(model: ModelConfig, lengths: Sequence[int], masked: int) -> float:
     """Return the forward operations of the last layer.
 
-    Keys and values are computed for all tokens, everything else for R rows: masked and [CLS].
+    Keys and values are computed for all tokens, everything else for R rows. Those of BERT are the
+    masked tokens and [CLS]. Those of ModernBERT are the masked tokens, but its queries are computed
+    for all.
     """
-    D, F = model.hidden_size, model.intermediate_size
-    T = sum(lengths)
-    rows = masked + len(lengths)
-    scores = sum(n * (1 + masked * n / T) for n in lengths) if T else 0.0
-    return 2.0 * (T * 2 * D * D + rows * (2 * D * D + 2 * D * F) + scores * 2 * D)
+    D, F, count = model.hidden_size, model.intermediate_size, model.feed_forward_matrices
+    T, window = sum(lengths), model.window_of(model.num_hidden_layers - 1)
+    bert = isinstance(model, BertConfig)
+    rows, of_all = (masked + len(lengths), 2) if bert else (masked, 3)
+    # The masked share of the pairs; BERT's [CLS] sees all n.
+    scores = sum(bert * n + masked / T * visible_pairs(n, window) for n in lengths) if T else 0.0
+    of_rows = (4 - of_all) * D * D + count * D * F
+    return 2.0 * (T * of_all * D * D + rows * of_rows + scores * 2 * D)
 
 
 def _heads(model: ModelConfig, vocab_size: int, masked: int, pairs: int) -> float:
@@ -98,4 +114,4 @@ def muon_flops(model: ModelConfig, bf16: bool) -> float:
     D, F = model.hidden_size, model.intermediate_size
     s, l = min(D, F), max(D, F)  # noqa: E741
     pair = 5 * (4 * s * s * l + 2 * s**3) if bf16 or s == l else 4 * s * s * l + 34 * s**3
-    return float(model.num_hidden_layers * (4 * 30 * D**3 + 2 * pair))
+    return float(model.num_hidden_layers * (4 * 30 * D**3 + model.feed_forward_matrices * pair))

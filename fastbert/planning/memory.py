@@ -10,10 +10,12 @@ weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from fastbert.config import ModelConfig, RunConfig
+from fastbert.planning.activations import MicroBatchSize, activation_bytes, joined_gradients
+from fastbert.planning.parameters import count_hidden, count_parameters, layer_parameters
 
 # bytes: CUDA's context, NCCL's buffers, and what the allocator holds back; not measured
 CONTEXT = 1.5 * 1024**3
@@ -21,54 +23,10 @@ BUCKET = 500_000_000  # elements; DeepSpeed's default for zero_optimization.redu
 # parameters; DeepSpeed's default for stage3_max_live_parameters and stage3_max_reuse_distance
 KEPT = 1_000_000_000
 CPU_SLAB = 1 << 24  # logits that mlm_loss/cpu.py computes at a time
-CPU_SHRINK = 0.85  # attention/cpu.py starts a new group below this share of the group's longest
 # dlogits that mlm_loss/kernel.py computes at a time, for at most TRITON_WORDS columns
 TRITON_SLAB = 1 << 26
 TRITON_WORDS = 1 << 14
 TRITON_ROWS = 128  # tokens of a program there, at least
-
-
-class MicroBatchSize(NamedTuple):
-    """The sizes of a micro-batch, which are known before its examples are drawn."""
-
-    lengths: Sequence[int]  # tokens of each sequence, including [CLS] and [SEP]
-    masked: int
-    pairs: int
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-    @property
-    def rows(self) -> int:
-        """R, the rows of the last layer that a loss reads."""
-        return self.masked + len(self.lengths)
-
-
-def count_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Return the number of parameters of BertForPreTraining with a tied decoder.
-
-    - Embeddings: (V + positions + 2 token types) D, and a LayerNorm of 2 D.
-    - Each layer: qkv and output 4 (D^2 + D), up F (D + 1), down D (F + 1), two LayerNorms 4 D.
-    - MLM head: D^2 + D, a LayerNorm of 2 D, V biases.
-    - NSP head: D^2 + D, and 2 (D + 1).
-    """
-    D = model.hidden_size
-    embeddings = (vocab_size + model.max_position_embeddings + 2) * D + 2 * D
-    mlm = D * D + D + 2 * D + vocab_size
-    nsp = D * D + D + 2 * (D + 1)
-    return embeddings + model.num_hidden_layers * _layer_parameters(model) + mlm + nsp
-
-
-def _layer_parameters(model: ModelConfig) -> int:
-    D, F = model.hidden_size, model.intermediate_size
-    return 4 * (D * D + D) + F * (D + 1) + D * (F + 1) + 4 * D
-
-
-def count_hidden(model: ModelConfig) -> int:
-    """Return the number of parameters in the layers' matrices, which Muon updates."""
-    D, F = model.hidden_size, model.intermediate_size
-    return model.num_hidden_layers * (4 * D * D + 2 * D * F)
 
 
 def memory_by_part(
@@ -117,7 +75,7 @@ def memory_by_part(
     - The MLM loss is computed. All activations, the gradients of earlier micro-batches, and the
       workspace of the loss are in memory. On a CPU this is in the forward pass.
     - The backward pass reaches the last layer's attention, with the gradients computed so far.
-      It holds dk, dv, and the two joined.
+      It holds dk, dv, and the two joined; of ModernBERT dq too.
     - The backward pass ends. All gradients are in memory, and two of the word embeddings, because
       two operations read these.
     - The update runs. All gradients are in memory, and at stages 1 to 3 a flat fp32 copy of them.
@@ -159,9 +117,9 @@ def memory_by_part(
         in_forward if kernels == "cpu" else bucket,
     )
     last_layer = (
-        earlier or float(w * (_layer_parameters(model) + 2 * D * D)),
+        earlier or float(w * (layer_parameters(model) + 2 * D * D)),
         kept,
-        4.0 * w * D * pack.tokens,
+        joined_gradients(model) * w * pack.tokens,
         bucket,
     )
     end = (gradients, 5.0 * D * pack.tokens, 2.0 * w * vocab_size * D, bucket)
@@ -196,7 +154,7 @@ def _update_workspace(
         return flat + 12.0 * P / share
     if optimizer == "muon":
         D, F, hidden = model.hidden_size, model.intermediate_size, count_hidden(model)
-        largest = model.num_hidden_layers * D * max(4 * D, F)
+        largest = model.num_hidden_layers * D * max(4 * D, (model.feed_forward_matrices - 1) * F)
         gathered = w * hidden if stage and gpus > 1 else 0
         return flat + 4.0 * hidden / share + gathered + 6.0 * w * largest / share
     return flat
@@ -211,67 +169,6 @@ def stay_gathered(zero: Mapping[str, Any], P: int) -> bool:
         int(zero.get(key, KEPT)) >= P
         for key in ("stage3_max_live_parameters", "stage3_max_reuse_distance")
     )
-
-
-def activation_bytes(
-    model: ModelConfig, vocab_size: int, pack: MicroBatchSize, bf16: bool, kernels: str
-) -> float:
-    """Return the bytes that the forward pass keeps for the backward pass.
-
-    Weights and the batch itself are not counted. The table is for each token of a layer, in values
-    of w bytes. The last layer keeps them for its R rows only, but keys and values for all T.
-
-    | kept | "triton" | "cpu" |
-    |---|---|---|
-    | x, the input of qkv and the residual | D | D |
-    | q, k, v | 3 D | 3 D, padded to groups of similar length |
-    | attention | 8 H bytes of statistics | weights, fp32, before and after dropout: H n each |
-    | output of the attention | D | D |
-    | input and output of the first LayerNorm | 2 D, 8 bytes | 2 D, 8 bytes, mask of D bytes |
-    | input and output of the GELU | 2 F | 2 F |
-    | input of the second LayerNorm | D, 8 bytes | D, 8 bytes, mask of D bytes |
-
-    The Triton attention keeps no statistics where 128 tokens of 16 bits fit into one tile.
-
-    The last layer gathers its rows: R D for the queries, and with "triton" R D as the residual. The
-    embedding keeps its sum and a mask with "cpu", 5 D bytes, and statistics alone with "triton".
-    The MLM head keeps 4 M D. With "cpu" the fourth of these is a gradient, and the gradients of the
-    word embeddings and their biases, V (D + 1), exist too. The NSP head keeps 2 B D.
-    """
-    D, F, H = model.hidden_size, model.intermediate_size, model.num_attention_heads
-    L = model.num_hidden_layers
-    T, R, w = pack.tokens, pack.rows, 2 if bf16 else 4
-    head = w * D * (4 * pack.masked + 2 * len(pack.lengths))
-    if kernels != "cpu":
-        tile = bf16 and max(pack.lengths) <= 128
-        each = w * (5 * D + 2 * F) + 16 + (0 if tile else 8 * H)  # without x, k and v
-        # Bytes of the tables for each row: dropout needs a key of 8 bytes.
-        tables = 24 if model.hidden_dropout_prob + model.attention_probs_dropout_prob > 0 else 16
-        full, last = T * (each + 3 * w * D), R * (each + 2 * w * D + tables) + 3 * T * w * D
-        return (L - 1) * full + last + tables * T + head
-    hidden, attention = model.hidden_dropout_prob > 0, model.attention_probs_dropout_prob > 0
-    score = 4 * H * (1 + attention)
-    each = w * (4 * D + 2 * F) + 2 * D * hidden + 16  # without x, q, k and v
-    full = last = 0.0
-    for longest, sequences in _groups(pack.lengths):
-        rows = 1 + pack.masked * longest / max(T, 1)
-        full += sequences * longest * (3 * w * D + score * longest)
-        last += sequences * (longest * 2 * w * D + rows * w * D + rows * score * longest)
-    full += T * (each + w * D)
-    last += R * (each + w * D) + T * w * D
-    return (L - 1) * full + last + T * (D * (4 + hidden) + 8) + head + w * vocab_size * (D + 1)
-
-
-def _groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the longest length and the number of sequences of each group of attention/cpu.py."""
-    groups: list[tuple[int, int]] = []
-    for n in sorted(lengths, reverse=True):
-        longest, count = groups[-1] if groups else (0, 0)
-        if n >= CPU_SHRINK * longest > 0:
-            groups[-1] = (longest, count + 1)
-        else:
-            groups.append((n, 1))
-    return groups
 
 
 def _loss_workspace(

@@ -31,7 +31,7 @@ from fastbert.planning.advise import (
     advise,
     check_minutes,
 )
-from fastbert.planning.memory import count_hidden, count_parameters
+from fastbert.planning.parameters import count_hidden, count_parameters
 from fastbert.planning.plan import CPU, Device, plan, this_machine
 from fastbert.planning.step_speed import measure_speed
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.config import ModelConfig, RunConfig
+from fastbert.config import BertConfig, ModelConfig, RunConfig
 from fastbert.data.batches import share_out
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.examples import Examples
@@ -31,14 +31,10 @@ from fastbert.machine import (
     processes_for,
     usable_cores,
 )
+from fastbert.planning.activations import MicroBatchSize
 from fastbert.planning.flops import executed_flops, muon_flops, training_flops
-from fastbert.planning.memory import (
-    MicroBatchSize,
-    count_hidden,
-    count_parameters,
-    memory_by_part,
-    stay_gathered,
-)
+from fastbert.planning.memory import memory_by_part, stay_gathered
+from fastbert.planning.parameters import count_hidden, count_parameters
 from fastbert.presence import status
 from fastbert.training.ds_config import check_optimizer, read_ds_config
 
@@ -204,11 +200,12 @@ def traffic_bytes(model: ModelConfig, vocab_size: int, pack: MicroBatchSize, w: 
 
     For each token of a layer, in values: two LayerNorms 6 D forward (they read x and the residual,
     and write y) and 10 D backward, GELU 2 F and 3 F, attention 4 D and 10 D, and the gradients of
-    the two residuals 6 D. The embedding moves 10 D per token. The slabs of logits are written once
-    and read twice.
+    the two residuals 6 D. ModernBERT's two norms return sums as well, 9 D each, and so contain the
+    residuals; GeGLU moves 8 F, and the rotary embedding 10 D. The embedding moves 10 D per token.
+    The slabs of logits are written once and read twice.
     """
     D, F = model.hidden_size, model.intermediate_size
-    layer = 36 * D + 5 * F
+    layer = 36 * D + 5 * F if isinstance(model, BertConfig) else 42 * D + 8 * F
     # The last layer has R rows, the others have T.
     tokens = (model.num_hidden_layers - 1) * pack.tokens + pack.rows
     return float(w * (tokens * layer + 10 * D * pack.tokens + 3 * pack.masked * vocab_size))

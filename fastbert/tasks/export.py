@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 from fastbert.checkpoints.hugging_face import new_folder, write_folder
-from fastbert.checkpoints.weight_names import to_hugging_face
+from fastbert.checkpoints.weight_names import table_of, to_hugging_face
 from fastbert.checkpoints.weight_table import HEADS, MLM, NSP
 from fastbert.config import dump_config
 from fastbert.data.dataset import TokenDataset, open_dataset
-from fastbert.data.packing import pack_texts
+from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import InputError
+from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import Model
 from fastbert.presence import unreadable
 from fastbert.tasks.pretrained import Pretrained, fit_pair
 from fastbert.training.heldout import HeldOut
@@ -56,6 +58,8 @@ _LEFT_OUT = {
     "BertForPreTraining": (),
     "BertForMaskedLM": (HEADS[NSP],),
     "BertModel": (HEADS[MLM], "nsp_head.classifier."),
+    "ModernBertForMaskedLM": (),
+    "ModernBertModel": (HEADS[MLM],),
 }
 
 
@@ -70,8 +74,9 @@ class Exported:
     Attributes:
         out, architecture: the folder, and the class of transformers that it is for.
         difference: the largest difference between our logits and those of transformers; for an
-            encoder, between the pooled vectors.
-        hidden_difference: the largest difference of the hidden states of all layers.
+            encoder, between BERT's pooled vectors, or ModernBERT's last hidden states.
+        hidden_difference: the largest difference of the hidden states of all layers; where a
+            layer has values above 1, over the largest of them.
         compared: number of values compared for `difference`.
     """
 
@@ -94,23 +99,15 @@ def export(
             still exists.
         encoder: leave out the heads of pre-training. transformers warns about weights that the
             class in use does not have, as it does for Google's own BERTs; AutoModel and
-            SentenceTransformer load a folder without the heads silently. This needs a pooler, and
-            so a trained NSP head.
+            SentenceTransformer load a folder without the heads silently. A BERT needs a pooler for
+            this, and so a trained NSP head.
 
     Raises:
         InputError: `out` exists already, or `encoder` for a model without a pooler.
         ExportError: transformers does not load the folder cleanly, tokenizes differently, or
             computes other logits. `out` is not created.
     """
-    # A head that was not trained is left out. BertForMaskedLM is BertForPreTraining without pooler
-    # and NSP head.
-    paired = NSP in pretrained.heads
-    if encoder and not paired:
-        raise InputError(
-            f"{pretrained.path}: trained without pairs, so it has no pooler, which AutoModel "
-            "needs; leave --encoder out"
-        )
-    architecture = "BertModel" if encoder else "BertForPreTraining" if paired else "BertForMaskedLM"
+    architecture = _architecture(pretrained, encoder)
     state = {
         name: tensor
         for name, tensor in pretrained.model.state_dict().items()
@@ -121,7 +118,7 @@ def export(
         write_folder(
             folder,
             architecture,
-            to_hugging_face(state),
+            to_hugging_face(state, pretrained.config),
             pretrained.config,
             pretrained.model.vocab_size,
             pretrained.tokenizer,
@@ -140,6 +137,23 @@ def export(
     return Exported(str(out), architecture, logits, hidden, compared)
 
 
+def _architecture(pretrained: Pretrained, encoder: bool) -> str:
+    """Return the class of transformers to export for; a head that was not trained is left out.
+
+    BertForMaskedLM is BertForPreTraining without pooler and NSP head.
+    """
+    if not isinstance(pretrained.model, BertForPreTraining):
+        alone = encoder or MLM not in pretrained.heads
+        return "ModernBertModel" if alone else "ModernBertForMaskedLM"
+    paired = NSP in pretrained.heads
+    if encoder and not paired:
+        raise InputError(
+            f"{pretrained.path}: trained without pairs, so it has no pooler, which AutoModel "
+            "needs; leave --encoder out"
+        )
+    return "BertModel" if encoder else "BertForPreTraining" if paired else "BertForMaskedLM"
+
+
 @torch.inference_mode()
 def compare(
     folder: Path, architecture: str, pretrained: Pretrained, pairs: list[tuple[str, str]]
@@ -154,8 +168,8 @@ def compare(
         pairs: texts; the second of a pair may be "".
 
     Returns:
-        The largest difference of a logit, the largest difference of a hidden state of any layer,
-        and the number of logits.
+        The largest difference of a logit, the largest difference of a hidden state of any layer
+        (over the largest value of the layer where this is above 1), and the number of logits.
 
     Raises:
         ExportError: weights are missing or unexpected, or ids differ.
@@ -174,40 +188,43 @@ def compare(
     single = not any(b)
     batch = pack_texts(a, None if single else b, pretrained.special)
     states = pretrained.model.hidden_states(batch)
-    last = states[-1]
-    first = last[batch.cu_seqlens[:-1].long()]
-    token_logits = pretrained.model.token_logits(last)
-    pair_logits = pretrained.model.pair_logits(first)
+    ours = _results(pretrained.model, architecture, states[-1], batch)
 
     lengths = batch.cu_seqlens.diff().tolist()
     real = torch.arange(batch.max_seqlen) < torch.tensor(lengths)[:, None]
-    ids = torch.full(real.shape, pretrained.special.pad)
-    token_types = torch.zeros_like(ids)
-    ids[real], token_types[real] = batch.input_ids, batch.token_type_ids
-    outputs = model(
-        input_ids=ids,
-        token_type_ids=token_types,
-        attention_mask=real.long(),
-        output_hidden_states=True,
-    )
+    inputs = {"input_ids": torch.full(real.shape, pretrained.special.pad)}
+    inputs["input_ids"][real] = batch.input_ids
+    if isinstance(pretrained.model, BertForPreTraining):
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        inputs["token_type_ids"][real] = batch.token_type_ids
+    outputs = model(**inputs, attention_mask=real.long(), output_hidden_states=True)
+    # Rounding grows with the values, and the residual stream of a pre-norm model grows by layers.
     hidden = [
-        (theirs[real] - ours).abs()
+        (theirs[real] - ours).abs() / theirs[real].abs().max().clamp(min=1)
         for theirs, ours in zip(outputs["hidden_states"], states, strict=True)
     ]
-    ours = {
-        "prediction_logits": token_logits,
-        "logits": token_logits,
-        "seq_relationship_logits": pair_logits,
-    }
     differences = [
         ((theirs[real] if theirs.ndim == 3 else theirs) - ours[name]).abs()
         for name, theirs in outputs.items()
         if name in ours
     ]
-    if architecture == "BertModel":  # the pooled vector is the input of a classifier
-        pooled = torch.tanh(pretrained.model.nsp_head.pooler(first))
-        differences = [(outputs["pooler_output"] - pooled).abs()]
     return _largest(differences), _largest(hidden), sum(d.numel() for d in differences)
+
+
+def _results(
+    model: Model, architecture: str, last: torch.Tensor, batch: PackedBatch
+) -> dict[str, torch.Tensor]:
+    """Return our results from the last hidden states, by the names that transformers gives them."""
+    if architecture == "ModernBertModel":
+        return {"last_hidden_state": last}
+    if not isinstance(model, BertForPreTraining):
+        return {"logits": model.token_logits(last)}
+    first = last[batch.cu_seqlens[:-1].long()]
+    if architecture == "BertModel":  # the pooled vector is the input of a classifier
+        return {"pooler_output": torch.tanh(model.nsp_head.pooler(first))}
+    logits = model.token_logits(last)
+    pairs = {"seq_relationship_logits": model.pair_logits(first)}
+    return {"prediction_logits": logits, "logits": logits, **pairs}
 
 
 def _largest(differences: list[torch.Tensor]) -> float:
@@ -297,14 +314,15 @@ def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        f"pipeline_tag: {'feature-extraction' if architecture == 'BertModel' else 'fill-mask'}",
-        "tags: [bert, fastbert]",
+        f"pipeline_tag: {'feature-extraction' if architecture.endswith('Model') else 'fill-mask'}",
+        f"tags: [{config.type}, fastbert]",
         "---",
         f"# {name}",
         "",
-        f"A BERT of {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
-        f"{config.num_attention_heads} heads and {pretrained.model.vocab_size:,} tokens "
-        f"({parameters / 1e6:.1f} M parameters), pre-trained with fastbert.",
+        f"A {table_of(config).title} of {config.num_hidden_layers} layers, "
+        f"hidden size {config.hidden_size}, {config.num_attention_heads} heads and "
+        f"{pretrained.model.vocab_size:,} tokens ({parameters / 1e6:.1f} M parameters), "
+        "pre-trained with fastbert.",
         "",
         "```python",
         f"from transformers import AutoTokenizer, {architecture}",
