@@ -24,6 +24,7 @@ from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.dataset import TokenDataset
 from fastbert.machine import probe_bf16
 from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import build_model
 from fastbert.models.heads import losses
 from fastbert.training.ds_config import DeepSpeedSettings
 from fastbert.training.engine import Engine, NotFinite, deepspeed
@@ -62,9 +63,9 @@ def settings(stage: int) -> DeepSpeedSettings:
     )
 
 
-def new_model(dataset: TokenDataset, config: RunConfig = CONFIG) -> BertForPreTraining:
+def new_model(dataset: TokenDataset, config: RunConfig = CONFIG) -> Any:
     torch.manual_seed(0)
-    return BertForPreTraining(config.model, dataset.vocab_size)
+    return build_model(config.model, dataset.vocab_size)
 
 
 @contextmanager
