@@ -108,15 +108,30 @@ def recipe_keys() -> str:
     """Every key of a recipe as a table for each section, from the dataclasses of config.py."""
     meanings = tomllib.loads((DOCS / "reference/keys.toml").read_text(encoding="utf-8"))
     hints = typing.get_type_hints(recipe.RunConfig)
-    sections = {n: hint for n, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    sections = {n: hint for n, hint in hints.items() if n in meanings and n in SECTIONS}
     parts = ["## Top level\n", _table(recipe.RunConfig, meanings, sections)]
-    for name, section in sections.items():
-        description = (section.__doc__ or "").strip()
-        if description.startswith(f"{section.__name__}("):  # written by dataclass itself
-            description = ""
-        parts += [f"## [{name}]\n", *([_paragraphs(description)] if description else [])]
-        parts.append(_table(section, meanings[name], {}))
+    for name in sections:
+        for title, section in SECTIONS[name].items():
+            description = (section.__doc__ or "").strip()
+            if description.startswith(f"{section.__name__}("):  # written by dataclass itself
+                description = ""
+            parts += [f"## {title}\n", *([_paragraphs(description)] if description else [])]
+            parts.append(_table(section, meanings[name], {}))
     return "\n".join(parts)
+
+
+def sections() -> dict[str, dict[str, Any]]:
+    """The classes of each section of a recipe by their titles; [model] has two."""
+    found = {
+        name: {f"[{name}]": hint}
+        for name, hint in typing.get_type_hints(recipe.RunConfig).items()
+        if dataclasses.is_dataclass(hint)
+    }
+    models = {f'[model] with type = "{kind}"': cls for kind, cls in recipe.MODELS.items()}
+    return {"model": models, **found}
+
+
+SECTIONS = sections()
 
 
 def _paragraphs(text: str) -> str:
@@ -178,9 +193,11 @@ def commands() -> str:
 def presets() -> str:
     """The sizes that `model.preset` stands for."""
     sizes = list(recipe.PRESETS["base"])
-    rows = [f"| preset | {' | '.join(f'`{size}`' for size in sizes)} |", "|---" * 5 + "|"]
-    for name, values in recipe.PRESETS.items():
-        rows.append(f"| `{name}` | {' | '.join(f'{values[size]:,}' for size in sizes)} |")
+    rows = [f"| type | preset | {' | '.join(f'`{size}`' for size in sizes)} |", "|---" * 6 + "|"]
+    for kind, cls in recipe.MODELS.items():
+        for name, values in cls.presets.items():
+            numbers = " | ".join(f"{values[size]:,}" for size in sizes)
+            rows.append(f"| `{kind}` | `{name}` | {numbers} |")
     return "\n".join(rows) + "\n"
 
 

@@ -123,6 +123,7 @@ class BertConfig:
         "initializer_range",
         "initial_attention",
     )
+    of_positions: ClassVar[tuple[str, ...]] = ()
 
     @property
     def head_size(self) -> int:
@@ -184,6 +185,13 @@ class ModernBertConfig:
         "mlp_dropout",
         "initializer_range",
         "initializer_cutoff_factor",
+    )
+    # No weight has their shape, so a run that starts from a model may change them: longer contexts
+    # are trained with a larger theta (Warner et al., 2024, section 3.2).
+    of_positions: ClassVar[tuple[str, ...]] = (
+        "max_position_embeddings",
+        "global_rope_theta",
+        "local_rope_theta",
     )
 
     @property

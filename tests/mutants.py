@@ -45,19 +45,21 @@ PACKING, BATCHES, PERMUTATION = (
     "fastbert/data/batches.py",
     "fastbert/data/permutation.py",
 )
-BERT, ENGINE, HELDOUT = (
+BERT, MODERNBERT, HEADS = (
     "fastbert/models/bert.py",
-    "fastbert/training/engine.py",
-    "fastbert/training/heldout.py",
+    "fastbert/models/modernbert.py",
+    "fastbert/models/heads.py",
 )
+ENGINE, HELDOUT = "fastbert/training/engine.py", "fastbert/training/heldout.py"
 STATE, SCHEDULE, RUN = (
     "fastbert/training/train_state.py",
     "fastbert/training/schedule.py",
     "fastbert/training/run.py",
 )
-CHECKPOINT, NAMES = (
+CHECKPOINT, NAMES, MODERN_NAMES = (
     "fastbert/checkpoints/checkpoint.py",
-    "fastbert/checkpoints/weight_names.py",
+    "fastbert/checkpoints/bert_names.py",
+    "fastbert/checkpoints/modernbert_names.py",
 )
 KERNELS = "kernels/fastbert_kernels"
 ATTENTION, NORM = f"{KERNELS}/attention/reference.py", f"{KERNELS}/norm/reference.py"
@@ -74,6 +76,8 @@ TESTS = {
     BATCHES: ["test_batches"],
     PERMUTATION: ["test_permutation", "test_examples"],
     BERT: ["test_model", "test_engine"],
+    MODERNBERT: ["test_modernbert"],
+    HEADS: ["test_model", "test_modernbert"],
     ENGINE: ["test_engine", "test_loop", "test_many_ranks"],
     HELDOUT: ["test_evaluate", "test_engine", "test_loop"],
     STATE: ["test_train_state", "test_loop"],
@@ -81,6 +85,7 @@ TESTS = {
     RUN: ["test_loop", "test_not_finite"],
     CHECKPOINT: ["test_checkpoint", "test_saver"],
     NAMES: ["test_weight_names", "test_load", "test_export"],
+    MODERN_NAMES: ["test_modernbert", "test_modernbert_folder"],
     ATTENTION: ["test_kernels", "test_model"],
     NORM: ["test_kernels", "test_model"],
     EMBEDDING: ["test_kernels", "test_model"],
@@ -134,10 +139,16 @@ FAULTS = [
     Fault(BATCHES, "if max(loads)[0] <= limit:", "if True:"),
     Fault(BATCHES, "labels=tokens[chosen]", "labels=seen[chosen]"),
     # The model and its losses
-    Fault(BERT, "return self.mlm + self.nsp", "return self.mlm"),
+    Fault(HEADS, "return self.mlm + self.nsp", "return self.mlm"),
     Fault(BERT, "max(batch.masked_total, 1)", "max(len(batch.labels), 1)"),
     Fault(BERT, "torch.tanh(self.pooler(hidden))", "self.pooler(hidden)"),
     Fault(BERT, "if index == len(self.layers) - 1 else None", "if index == 0 else None"),
+    Fault(MODERNBERT, "if index == len(self.layers) - 1 else None", "if index == 0 else None"),
+    Fault(MODERNBERT, "SublayerNorm(config) if index else None", "SublayerNorm(config)"),
+    Fault(MODERNBERT, "window=self.window,", "window=None,"),
+    Fault(MODERNBERT, "if self.window is None else positions", "if self.window else positions"),
+    Fault(MODERNBERT, "stream + 2, mode), total", "stream + 1, mode), total"),
+    Fault(MODERNBERT, "math.sqrt(2 * config", "math.sqrt(config"),
     # The references that define the kernels
     Fault(ATTENTION, "scores.softmax(-1)", "scores.softmax(-2)"),
     Fault(ATTENTION, "distance > window", "distance >= window"),
@@ -176,6 +187,7 @@ FAULTS = [
     Fault(CHECKPOINT, "for path in reversed(_folders(", "for path in (_folders("),
     Fault(CHECKPOINT, '!= entry["size"]', "== -1"),
     Fault(NAMES, "word_embeddings.weight", "token_embeddings.weight"),
+    Fault(MODERN_NAMES, '("mlp_norm.weight", "D", None)', '("attn_norm.weight", "D", None)'),
 ]
 
 

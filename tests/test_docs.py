@@ -321,8 +321,9 @@ def test_every_recipe_key_has_a_meaning():
     hints = typing.get_type_hints(RunConfig)
     known: dict[str, set[str]] = {"": set()}
     for item in settings_of(RunConfig):
-        if dataclasses.is_dataclass(hints[item.name]):
-            known[item.name] = {key.name for key in settings_of(hints[item.name])}
+        classes = [hints[item.name], *typing.get_args(hints[item.name])]
+        if sections := [cls for cls in classes if dataclasses.is_dataclass(cls)]:
+            known[item.name] = {key.name for cls in sections for key in settings_of(cls)}
         else:
             known[""].add(item.name)
     described = {name: set(of) for name, of in meanings.items() if isinstance(of, dict)}

@@ -54,7 +54,7 @@ from fastbert.cluster.group import Group, join
 from fastbert.config import BatchConfig, RunConfig, parse_config
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
-from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import build_model
 from fastbert.models.heads import losses
 from fastbert.planning.activations import MicroBatchSize, activation_bytes
 from fastbert.planning.memory import memory_by_part
@@ -108,9 +108,7 @@ class Case(NamedTuple):
 
     def engine(self, group: Group) -> Engine:
         torch.manual_seed(0)
-        model = BertForPreTraining(
-            self.config.model, self.sizes.vocab_size, device=group.device.type
-        )
+        model = build_model(self.config.model, self.sizes.vocab_size, device=group.device.type)
         settings = DeepSpeedSettings("ds_config.json", {"zero_optimization": self.zero})
         return Engine(model, self.config, settings, self.precision, group)
 

@@ -50,7 +50,7 @@ from benchmarks.harness.record import Record, Row, once, read_record
 from benchmarks.harness.tables_and_plots import OURS, figure_of, save, table
 from fastbert import load
 from fastbert.heap import keep_heap
-from fastbert.models.initial_weights import initialise
+from fastbert.models.build import build_model
 from fastbert.tasks.finetune import Settings, finetune, spread
 from fastbert.tasks.labelled import Examples, read_examples
 from fastbert.tasks.scores import accuracy, f1
@@ -150,7 +150,8 @@ def fine_tuned(job: Job, model: Path) -> Row:
     if job.side == SCRATCH:
         torch.manual_seed(job.seed)
         begun = pretrained.config if pretrained.recipe is None else pretrained.recipe.model
-        initialise(dict(pretrained.model.named_parameters()), begun)
+        fresh = build_model(begun, pretrained.model.vocab_size)
+        pretrained.model.load_state_dict(fresh.state_dict())
     epochs = max(LEAST_EPOCHS, math.ceil(job.steps * BATCH / len(training)))
     max_length = min(MAX_LENGTH, pretrained.max_length)
     settings = Settings(

@@ -46,7 +46,7 @@ from benchmarks.harness.machine import ROOT, header
 from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import colour, figure_of, save, table
 from benchmarks.quality.trainer_rival import COMMON, build_model, evaluate, heldout
-from fastbert.config import load_config
+from fastbert.config import BertConfig, load_config
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.heads import losses
@@ -166,6 +166,7 @@ def check_that_both_measure_the_same(dataset: TokenDataset) -> None:
     """Raise SystemExit if the two sides evaluate the same weights differently."""
     config = load_config(RECIPE, [f"data={dataset.path}", *COMMON])
     torch.manual_seed(0)
+    assert isinstance(config.model, BertConfig)
     mine = BertForPreTraining(config.model, dataset.vocab_size).eval()
     theirs = build_model(config, dataset.vocab_size, mine)
     batches = heldout(dataset, config)

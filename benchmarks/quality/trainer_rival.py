@@ -38,7 +38,7 @@ import transformers
 
 from benchmarks.step.bench_step import pad
 from fastbert.checkpoints.weight_names import to_hugging_face
-from fastbert.config import RunConfig, ScheduleConfig, load_config
+from fastbert.config import BertConfig, RunConfig, ScheduleConfig, load_config
 from fastbert.data.batches import heldout_batches
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch
@@ -258,6 +258,7 @@ def train(
         }
     else:
         torch.manual_seed(config.seed)
+        assert isinstance(config.model, BertConfig)
         model, schedule = (
             build_model(
                 config, dataset.vocab_size, BertForPreTraining(config.model, dataset.vocab_size)

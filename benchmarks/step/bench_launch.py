@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 import fastbert.models.bert
+import fastbert.models.heads
 from benchmarks.compiled.no_launch import no_launch
 from benchmarks.harness.machine import header, header_line
 from benchmarks.harness.record import Record, Row
@@ -134,13 +135,26 @@ NOTHING = {
     "fused": lambda *_: False,
     "varlen_attention": _attention,
     "dropout_add_layer_norm": _norm,
-    "layer_norm": _layer_norm,
     "bias_gelu": _gelu,
     "embedding_layer_norm": _embedding,
+}
+IN_HEADS = {
+    "layer_norm": _layer_norm,
+    "bias_gelu": _gelu,
     "masked_cross_entropy": _loss,
     "attention_tile_schedule": lambda cu_seqlens, _total: cu_seqlens,
     "row_seeds": lambda seeds, _cu_seqlens, total: seeds.new_empty(total),
 }
+
+
+@contextlib.contextmanager
+def nothing() -> Iterator[None]:
+    """Let the model call kernels that do nothing."""
+    with (
+        mock.patch.multiple(fastbert.models.bert, **NOTHING),
+        mock.patch.multiple(fastbert.models.heads, **IN_HEADS),
+    ):
+        yield
 
 
 # ------------------------------------------------------------------------------------ what is timed
@@ -255,7 +269,7 @@ def measure(seconds: float) -> list[Row]:
             note((name, "backward"), cpu_time(functools.partial(backward, forward()), CALLS))
         for name, run in steps.items():
             note((*name, "all"), cpu_time(run))
-            with mock.patch.multiple(fastbert.models.bert, **NOTHING):
+            with nothing():
                 note((*name, "bare"), cpu_time(run))
         if number < 0:
             times = {}

@@ -188,6 +188,7 @@ def measure(
     )
     batches, batch_of = Batches(dataset, config), list[PackedBatch]()
     torch.manual_seed(0)
+    assert isinstance(config.model, BertConfig)
     model = BertForPreTraining(config.model, vocab_size)
     parameters = sum(p.numel() for p in model.parameters())
     mark(model)

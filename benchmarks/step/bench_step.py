@@ -46,7 +46,7 @@ from benchmarks.harness.machine import header, header_line
 from benchmarks.harness.record import Record
 from benchmarks.harness.tables_and_plots import table
 from fastbert.checkpoints.weight_names import to_hugging_face
-from fastbert.config import ObjectiveConfig, RunConfig, parse_config
+from fastbert.config import BertConfig, ObjectiveConfig, RunConfig, parse_config
 from fastbert.data.batches import Batches
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch
@@ -168,6 +168,7 @@ def sides(
     """All sides of a comparison; they have the same weights. `ends` closes what they start."""
     torch.manual_seed(0)
     config = parse_config(f'data = "none"\n[model]\npreset = "{preset}"', "bench_step").model
+    assert isinstance(config, BertConfig)
     first = BertForPreTraining(config, vocab_size)
     found, every = list[Side](), torch.get_num_threads()
 

@@ -43,7 +43,7 @@ def measure(way: str, given: argparse.Namespace) -> list[float]:
     from fastbert.data.batches import Batches
     from fastbert.data.dataset import open_dataset
     from fastbert.heap import keep_heap
-    from fastbert.models.bert import BertForPreTraining
+    from fastbert.models.build import build_model
     from fastbert.planning.step_speed import train_step
     from fastbert.training.optimizer import build_optimizer
     from fastbert.training.parallel_model import ParallelModel
@@ -55,7 +55,7 @@ def measure(way: str, given: argparse.Namespace) -> list[float]:
     )
     at_once = torch.get_num_threads() if way == "processes" else 1
     batches = Batches(dataset, config)
-    model = BertForPreTraining(config.model, dataset.vocab_size).train()
+    model = build_model(config.model, dataset.vocab_size).train()
     model.operands = torch.bfloat16 if given.precision == "bf16" else None
     optimizer = build_optimizer(model, config.optimizer)
     packs = [batches.step(i, at_once=at_once) for i in range(20)]

@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.harness.machine import header, header_line
 from benchmarks.step.made_up_training import Sizes, made_up_batch, model_config
 from fastbert.config import RunConfig, RuntimeConfig
-from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import build_model
 from fastbert.planning.plan import count_parameters
 from tests.namespaces import Nodes, Unavailable
 
@@ -237,7 +237,7 @@ def train(wanted: Sequence[Case], ds_config: str) -> None:
             ]
             torch.manual_seed(0)
             with Engine(
-                BertForPreTraining(config.model, SIZES.vocab_size), config, settings, "fp32", group
+                build_model(config.model, SIZES.vocab_size), config, settings, "fp32", group
             ) as engine:
                 for _ in range(WARM_UP):
                     engine.step(batches, 1e-3)

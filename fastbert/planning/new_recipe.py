@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from fastbert.config import (
+    BertConfig,
     ObjectiveConfig,
     RunConfig,
     load_config,
@@ -258,8 +259,10 @@ def _hours(dataset: TokenDataset, advice: Advice, device: torch.device) -> dict[
     gpu, here = _this_device(device)
     hours = dict[str, float | None]()
     for name in packaged_recipes():
-        kind = advice.config.objective.kind
-        config: RunConfig = load_config(name, {"data": dataset.path, "objective.kind": kind})
+        config: RunConfig = load_config(name, {"data": dataset.path})
+        if isinstance(config.model, BertConfig):  # a ModernBERT has one kind of objective
+            kind = advice.config.objective.kind
+            config = replace(config, objective=replace(config.objective, kind=kind))
         total_s = plan(config, name, 1, gpu, device=here, dataset=dataset).total_s
         hours[name] = None if total_s is None else total_s / 3600
     return dict(sorted(hours.items(), key=lambda item: item[1] or math.inf))

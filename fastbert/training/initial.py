@@ -39,6 +39,8 @@ def open_initial(path: str) -> ModelParts:
 def with_sizes(config: RunConfig, found: ModelConfig, recipe: str) -> RunConfig:
     """Return the recipe with the sizes of the model that it starts from.
 
+    The recipe may set keys on positions itself (`of_positions` of the model's configuration).
+
     Args:
         config: the recipe.
         found: the model's sizes.
@@ -54,7 +56,9 @@ def with_sizes(config: RunConfig, found: ModelConfig, recipe: str) -> RunConfig:
             f'{recipe}: model.type = "{model.type}", but init = {config.init!r} has '
             f'"{found.type}"; set model.type = "{found.type}", or leave init out'
         )
-    sizes = [item.name for item in fields(found) if item.name not in found.of_training]
+    chosen = {name for name in found.of_positions if name in config.given}
+    own = chosen.union(found.of_training)
+    sizes = [item.name for item in fields(found) if item.name not in own]
     for name in sizes:
         mine, theirs = getattr(model, name), getattr(found, name)
         if name in config.given and mine != theirs:
