@@ -62,7 +62,7 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
 
     Args:
         path: a run folder (its newest valid checkpoint is loaded), a checkpoint folder of a run, or
-            a Hugging Face BERT folder (config.json, model.safetensors, tokenizer.json or
+            a Hugging Face folder (config.json, model.safetensors, tokenizer.json or
             vocab.txt).
         device: "cpu" or "cuda"; by default a GPU where there is one.
 

@@ -63,7 +63,7 @@ Model = Annotated[
     Path,
     typer.Argument(
         metavar="RUN|DIR",
-        help="A run, one of its checkpoints, or a Hugging Face BERT folder.",
+        help="A run, one of its checkpoints, or a Hugging Face folder.",
         exists=True,
         file_okay=False,
     ),

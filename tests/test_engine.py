@@ -23,7 +23,6 @@ from fastbert.config import BatchConfig, BertConfig, OptimizerConfig, RunConfig
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.dataset import TokenDataset
 from fastbert.machine import probe_bf16
-from fastbert.models.bert import BertForPreTraining
 from fastbert.models.build import build_model
 from fastbert.models.heads import losses
 from fastbert.training.ds_config import DeepSpeedSettings
@@ -151,7 +150,7 @@ def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
     (pack,) = Batches(small_dataset, config).step(0)
     model = new_model(small_dataset).train()
     losses(model(pack)).loss.backward()
-    monkeypatch.setattr(BertForPreTraining.__init__, "__defaults__", ("triton", "cpu", True))
+    monkeypatch.setattr(build_model, "__defaults__", ("triton", "cpu", True))
     with engine(small_dataset, stage, config) as built:
         assert built.model.impl == "triton"
         before = state_of(built)["weight"]

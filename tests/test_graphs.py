@@ -24,10 +24,12 @@ from fastbert.data.packing import PackedBatch
 from fastbert.data.padding import pad
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import build_model
 from fastbert.models.heads import losses
 from fastbert.training import graphs
 from fastbert.training.engine import Engine, StepResult
 from fastbert.training.graphs import GraphedModel, check_cuda_graphs
+from tests.modern_bert import CONFIGS
 from tests.random_batch import VOCAB, make_batch
 from tests.test_engine import CONFIG, MODEL, settings, state_of
 from tests.test_kernels import GPU, watched
@@ -211,18 +213,27 @@ def computed(model: Any, pack: PackedBatch) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("impl", "dtype"),
-    [slow("triton", torch.bfloat16), ("triton" if GPU else "reference", torch.float32)],
+MODERN = dataclasses.replace(
+    CONFIGS["modernbert"], embedding_dropout=0.1, attention_dropout=0.1, mlp_dropout=0.1
 )
-def test_a_replay_gives_what_the_model_gives(impl, dtype):
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "config"),
+    [
+        slow("triton", torch.bfloat16, MODEL),
+        ("triton" if GPU else "reference", torch.float32, MODEL),
+        ("triton" if GPU else "reference", torch.float32, MODERN),
+    ],
+)
+def test_a_replay_gives_what_the_model_gives(impl, dtype, config):
     """The results are equal to the last digit, since the same operation divides the losses outside.
 
     Buffers stay where they are. On a GPU this records CUDA graphs. The interpreter would take two
     minutes for fp32, so there the reference takes its place.
     """
     torch.manual_seed(0)
-    model = BertForPreTraining(MODEL, VOCAB, impl, DEVICE).to(DEVICE, dtype).train()
+    model = build_model(config, VOCAB, impl, DEVICE).to(DEVICE, dtype).train()
     graphed = GraphedModel(model, None if GPU else StandIn())
     first, second, third = packs()
     assert shape(first) == shape(second) != shape(third)

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
+import transformers
 
-from fastbert.checkpoints.weight_names import from_hugging_face, shapes
+from fastbert.checkpoints.weight_names import (
+    from_hugging_face,
+    shapes,
+    table_of,
+    to_hugging_face,
+)
 from fastbert.models.heads import losses
-from tests.modern_bert import CONFIGS, SMALL, new_model, padded, twin_of
+from fastbert.models.modernbert import ModernBertForMaskedLM
+from tests.modern_bert import CONFIGS, SMALL, new_model, padded, their_config, twin_of
 from tests.random_batch import VOCAB, make_batch
 
 LENGTHS = [9, 70, 33]  # one within the window of a local layer, two beyond it
@@ -52,25 +60,15 @@ def test_gradients_are_those_of_transformers(impl):
     model.impl = impl
     twin, batch = twin_of(model), make_batch(LENGTHS)
     arguments, _ = padded(batch)
+    names = {entry.theirs[0]: ours for ours, entry in table_of(model.config).entries.items()}
     gradients = []
     for theirs in (twin, copy.deepcopy(twin).double()):
         theirs(**arguments).loss.backward()
-        found = {name: p.grad for name, p in theirs.named_parameters()}
-        gradients.append(
-            {ours: found[theirs] for theirs in found for ours in [their_name(theirs, model)]}
-        )
+        gradients.append({names[name]: p.grad for name, p in theirs.named_parameters()})
     losses(model(batch)).loss.backward()
     for name, parameter in model.named_parameters():
         plain, exact = (found[name] for found in gradients)
-        if name == "embeddings.word":  # transformers gives the padding token no gradient
-            assert not (batch.input_ids == 0).any()
         check(parameter.grad, plain, exact)
-
-
-def their_name(theirs, model):
-    from fastbert.checkpoints.weight_names import table_of
-
-    return {e.theirs[0]: ours for ours, e in table_of(model.config).entries.items()}[theirs]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -88,8 +86,7 @@ def test_names_and_shapes(name):
 def test_cutting_the_last_layer_changes_nothing(impl):
     """Compare the training pass, whose last layer is cut, with all rows of all layers.
 
-    Dropout is on, so its masks are compared too. A row computed alone and one among others may
-    round differently, so the bound is that of fp64: there, both are the same to 1e-12.
+    Dropout is on, so its masks are compared too. It is in fp64, where rounding hardly shows.
     """
     model, batch = new_model(DROPOUT).double().train(), make_batch([12, 40, 5, 23])
     model.impl = impl
@@ -103,3 +100,41 @@ def test_cutting_the_last_layer_changes_nothing(impl):
     masked, first = model.loss_rows(batch)
     torch.testing.assert_close(masked, hidden[batch.masked_positions])
     torch.testing.assert_close(first, hidden[batch.cu_seqlens[:-1].long()])
+
+
+def test_initial_weights_are_spread_as_in_transformers():
+    """By standard deviation, within five standard errors of both, and by the cut-off."""
+    config = dataclasses.replace(
+        CONFIGS["untied"], norm_bias=True, attention_bias=True, mlp_bias=True, decoder_bias=True
+    )
+    torch.manual_seed(0)
+    ours = to_hugging_face(ModernBertForMaskedLM(config, VOCAB).state_dict(), config)
+    theirs = transformers.ModernBertForMaskedLM(their_config(config)).state_dict()
+    assert ours.keys() == theirs.keys()
+    wide = config.initializer_cutoff_factor * config.initializer_range
+    eps = torch.finfo(torch.float32).eps
+    limits = wide, wide / math.sqrt(2 * config.num_hidden_layers)
+    for name, expected in theirs.items():
+        found = ours[name]
+        if expected.dim() == 1:
+            assert torch.equal(found, expected), name
+            continue
+        if "embeddings" in name:  # transformers sets that of the padding to zero
+            expected = expected[1:]
+        std, error = expected.std(), 5 * expected.std() / math.sqrt(expected.numel())
+        assert (found.std() - std).abs() < error, name
+        # Both are cut off at the same value, which is the nearest above the largest of theirs.
+        limit = min(x for x in limits if x >= expected.abs().max() - eps * wide)
+        assert found.abs().max() <= limit + eps * wide, name
+
+
+def test_first_loss_of_a_fresh_model_is_that_of_guessing():
+    """Logits of variance v are as good as random, which costs v / 2 beyond ln V.
+
+    They are the products of normed states, whose elements have a mean square of 1, with embeddings.
+    """
+    torch.manual_seed(3)
+    fresh, batch = ModernBertForMaskedLM(SMALL, VOCAB).eval(), make_batch([30] * 20)
+    v = SMALL.hidden_size * fresh.embeddings.word.square().mean().item()
+    guessing, error = math.log(VOCAB) + v / 2, math.sqrt(v / len(batch.labels))
+    assert abs(losses(fresh(batch)).mlm.item() - guessing) < 4 * error

@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from fastbert.config import ModernBertConfig, load_config
+from fastbert.config import BatchConfig, ModernBertConfig, load_config
 from fastbert.data.batches import Batches
 from fastbert.models.build import build_model
 from fastbert.models.heads import losses
@@ -18,7 +18,7 @@ from fastbert.training.parallel_model import ParallelModel
 from fastbert.training.schedule import factor
 from tests.test_engine import CONFIG, engine, new_model, sgd, state_of
 from tests.test_rounded_operands import BF16, distance, step
-from tests.tiers import typical
+from tests.tiers import slow, typical
 from tests.trials import Laboratory
 
 MODEL = ModernBertConfig(
@@ -54,6 +54,28 @@ def test_a_step_is_the_gradient_of_the_whole_batch(small_dataset, stage, model):
         torch.testing.assert_close(before[name] - after[name], p.grad, rtol=1e-3, atol=1e-6)
     assert result.loss == pytest.approx(float(sum(f.loss.detach() for f in found)), rel=1e-6)
     assert result.loss_nsp is None and result.accuracy_nsp is None
+
+
+@pytest.mark.parametrize("stage", [0, slow(3)])
+def test_so_is_a_step_on_the_triton_kernels(small_dataset, stage, monkeypatch):
+    """At stage 3 the weights of each module are gathered for its own forward pass."""
+    model = dataclasses.replace(MODEL, num_hidden_layers=2)
+    batch = BatchConfig(sequences=1, max_length=16, micro_batch_tokens=40)
+    config = dataclasses.replace(sgd(), model=model, objective=MLM, batch=batch)
+    (pack,) = Batches(small_dataset, config).step(0)
+    alone = new_model(small_dataset, config).train()
+    losses(alone(pack)).loss.backward()
+    monkeypatch.setattr(build_model, "__defaults__", ("triton", "cpu", True))
+    with engine(small_dataset, stage, config) as built:
+        assert built.model.impl == "triton"
+        before = state_of(built)["weight"]
+        built.step([pack], lr=1.0)
+        if stage == 3:
+            # By then DeepSpeed prefetches parameters in the order that it has recorded.
+            built.step([pack], lr=0.0)
+        after = state_of(built)["weight"]
+    for name, p in alone.named_parameters():
+        torch.testing.assert_close(before[name] - after[name], p.grad, rtol=1e-3, atol=2e-6)
 
 
 def test_packs_in_processes_have_the_losses_and_gradients_of_packs_in_turn(small_dataset):
