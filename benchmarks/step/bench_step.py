@@ -1,24 +1,29 @@
-"""A training step against transformers' BertForPreTraining, doing the same work.
+"""A training step against transformers, doing the same work: BertForPreTraining, ModernBERT.
 
     python -m benchmarks.step.bench_step data/wiki [--steps 13] [--seconds 300] \\
         [--lengths single fill full] [--compile] [--out folder]
 
-All sides have the same weights, examples, masks and optimizer (fused AdamW), dropout 0.1, and
-forward + backward + update. All have the same heap setting (`fastbert.heap`); without it
-transformers' large temporaries would cost it up to twice as much time, which would be unfair.
+All sides have the same weights, examples, masks and optimizer (fused AdamW), dropout 0.1 in BERT
+and none in ModernBERT, and forward + backward + update. All have the same heap setting
+(`fastbert.heap`); without it transformers' large temporaries would cost it up to twice as much
+time, which would be unfair.
 
 transformers runs as its documentation sets it up for this processor: padded to the longest
-sequence of the batch, with SDPA attention, with all positions projected onto the vocabulary, in
-fp32 and under `torch.autocast("cpu", torch.bfloat16)`; with --compile also through
-`torch.compile(dynamic=True)`. The rival is the fastest of these. Ours runs as `fastbert pretrain`
+sequence of the batch, with SDPA attention, in fp32 and under `torch.autocast("cpu",
+torch.bfloat16)`; with --compile also through `torch.compile(dynamic=True)`. BERT projects all
+positions onto the vocabulary; ModernBERT has `sparse_prediction`, which projects masked tokens
+alone, and is given it. The rival is the fastest of these. Ours runs as `fastbert pretrain`
 runs it, with a pack in each process, in fp32 and with the operands of large products in bf16. Where
 the processor has no bf16 instructions, there are no sides in bf16.
 
-There are three kinds of lengths: the demo's own pairs of single sentences ("single"), pairs that
-fill max_length as far as their document allows ("fill"), and full sequences ("full"). Before
-anything is timed, the losses without dropout must agree: to 1e-4 in fp32, and to the rounding of
-bf16 otherwise. Steps run in turns. Each ratio is taken step by step; reported are its median and
-quartiles.
+There are three kinds of lengths for BERT: the demo's own pairs of single sentences ("single"),
+pairs that fill max_length as far as their document allows ("fill"), and full sequences ("full").
+ModernBERT has parts of documents of up to 512 tokens ("long"), and full sequences ("long full").
+transformers packs no sequences for SDPA; it would do so for FlashAttention, which needs a GPU.
+
+Before anything is timed, the losses without dropout must agree: to 1e-4 in fp32, and to the
+rounding of bf16 otherwise. Steps run in turns. Each ratio is taken step by step; reported are its
+median and quartiles.
 
 The share of the ideal is the time that the full useful FLOPs (no padding, head only at masked
 positions, every layer complete) would take at the GEMM rate measured in the same process, over our
@@ -37,7 +42,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -45,33 +50,39 @@ import transformers
 from benchmarks.harness.machine import header, header_line
 from benchmarks.harness.record import Record
 from benchmarks.harness.tables_and_plots import table
+from fastbert.checkpoints.hugging_face_config import written
 from fastbert.checkpoints.weight_names import to_hugging_face
-from fastbert.config import BertConfig, ObjectiveConfig, RunConfig, parse_config
+from fastbert.config import BatchConfig, ModelConfig, ObjectiveConfig, RunConfig, parse_config
 from fastbert.data.batches import Batches
-from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.data.dataset import SpecialIds, TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.machine import measure_gemm_rate, probe_bf16, processes_for
-from fastbert.models.bert import BertForPreTraining
+from fastbert.models.build import build_model
 from fastbert.models.heads import losses
 from fastbert.planning.flops import training_flops
 from fastbert.training.parallel_model import ParallelModel
 
-CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary
+CASES = [("mini", 8192), ("small", 8192), ("small", 30522)]  # preset, vocabulary; of BERT
+MODERNBERT_CASES = [("mini", 8192)]
 SEQUENCES, MAX_LENGTH = 32, 128
+LONG_SEQUENCES, LONG = 16, 512  # of "long" and "long full"
+# What transformers' models take; ModernBERT takes the first three.
+PADDED = ("input_ids", "attention_mask", "labels", "token_type_ids", "next_sentence_label")
 WARM_UP, LEAST = 2, 3  # steps of each side: not counted, and counted however slow they are
 BF16 = 2.0**-8  # its rounding, relative
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 Packs = list[PackedBatch]  # those of a step, one for each process
 
 
-def draw(dataset: TokenDataset, segments: str, steps: int, at_once: int = 1) -> list[Packs]:
+def draw(dataset: TokenDataset, lengths: str, steps: int, at_once: int = 1) -> list[Packs]:
     """Real batches, at least four; the first two warm up the heap and the optimizers."""
-    config = RunConfig(data=str(dataset.path), objective=ObjectiveConfig(segments=segments))
-    config = dataclasses.replace(
-        config, batch=dataclasses.replace(config.batch, sequences=SEQUENCES, max_length=MAX_LENGTH)
-    )
+    if lengths == "long":
+        objective, sequences, longest = ObjectiveConfig(kind="mlm"), LONG_SEQUENCES, LONG
+    else:
+        objective, sequences, longest = ObjectiveConfig(segments=lengths), SEQUENCES, MAX_LENGTH
+    batch = BatchConfig(sequences=sequences, max_length=longest)
+    config = RunConfig(data=str(dataset.path), objective=objective, batch=batch)
     source = Batches(dataset, config)
     return [source.step(step, at_once=at_once) for step in range(max(steps, 4))]
 
@@ -98,19 +109,19 @@ def pad(packs: Packs) -> dict[str, torch.Tensor]:
     }
 
 
-def fill_up(packs: Packs) -> Packs:
-    """As many sequences, all of MAX_LENGTH tokens, 15 % of them masked.
+def fill_up(packs: Packs, length: int = MAX_LENGTH) -> Packs:
+    """As many sequences, all of this length, 15 % of their tokens masked.
 
     A corpus of long documents gives such batches.
     """
-    filled = [_fill_up(pack) for pack in packs]
+    filled = [_fill_up(pack, length) for pack in packs]
     total = sum(len(pack.labels) for pack in filled)
     return [dataclasses.replace(pack, masked_total=total) for pack in filled]
 
 
-def _fill_up(batch: PackedBatch) -> PackedBatch:
+def _fill_up(batch: PackedBatch, length: int) -> PackedBatch:
     draw = torch.Generator().manual_seed(int(batch.examples[0]))
-    sequences, length = batch.sequences, MAX_LENGTH
+    sequences = batch.sequences
     ids = batch.input_ids[torch.randint(batch.tokens, (sequences * length,), generator=draw)]
     chosen = (
         torch.rand(sequences, length - 2, generator=draw).argsort(1)[
@@ -162,14 +173,43 @@ class Side:
         return time.perf_counter() - start
 
 
+class Case(NamedTuple):
+    """A row of the table."""
+
+    lengths: str
+    type: str  # of the model
+    preset: str
+    vocab_size: int
+
+    @property
+    def config(self) -> ModelConfig:
+        model = f'[model]\ntype = "{self.type}"\npreset = "{self.preset}"\n'
+        kind = "mlm" if self.type == "modernbert" else "mlm+nsp"
+        return parse_config(f'data = "x"\n{model}[objective]\nkind = "{kind}"', "case").model
+
+
+def their_model(config: ModelConfig, vocab_size: int) -> torch.nn.Module:
+    """The model of transformers, with the settings that its documentation gives for training."""
+    settings: dict[str, Any] = written(config, SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4))
+    settings["vocab_size"] = vocab_size
+    if config.type == "modernbert":
+        settings["sparse_prediction"] = True
+        return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**settings))
+    return transformers.BertForPreTraining(transformers.BertConfig(**settings))
+
+
 def sides(
-    preset: str, vocab_size: int, at_once: int, bf16: bool, compiled: bool, ends: ExitStack
+    config: ModelConfig,
+    vocab_size: int,
+    at_once: int,
+    bf16: bool,
+    compiled: bool,
+    ends: ExitStack,
 ) -> list[Side]:
     """All sides of a comparison; they have the same weights. `ends` closes what they start."""
     torch.manual_seed(0)
-    config = parse_config(f'data = "none"\n[model]\npreset = "{preset}"', "bench_step").model
-    assert isinstance(config, BertConfig)
-    first = BertForPreTraining(config, vocab_size)
+    first = build_model(config, vocab_size)
+    kept = PADDED if config.type == "bert" else PADDED[:3]
     found, every = list[Side](), torch.get_num_threads()
 
     def add(name: str, model: torch.nn.Module, loss: Callable[[Any], torch.Tensor]) -> None:
@@ -179,11 +219,7 @@ def sides(
 
     for precision in ("fp32", "bf16") if bf16 else ("fp32",):
         for how in ("", " compiled") if compiled else ("",):
-            theirs = transformers.BertForPreTraining(
-                transformers.BertConfig(
-                    vocab_size=vocab_size, **{size: getattr(config, size) for size in SIZES}
-                )
-            )
+            theirs = their_model(config, vocab_size)
             missing, unexpected = theirs.load_state_dict(
                 to_hugging_face(first.state_dict(), config), strict=False
             )
@@ -192,10 +228,10 @@ def sides(
 
             def their_loss(padded: Any, call: Any = call, low: bool = precision == "bf16"):
                 with torch.autocast("cpu", torch.bfloat16, enabled=low):
-                    return call(**padded).loss.float()
+                    return call(**{name: padded[name] for name in kept}).loss.float()
 
             add(f"transformers {precision}{how}", theirs, their_loss)
-        ours = BertForPreTraining(config, vocab_size)
+        ours = build_model(config, vocab_size)
         ours.load_state_dict(first.state_dict())
         ours.operands = torch.bfloat16 if precision == "bf16" else None
         parallel = ParallelModel(ours, at_once)
@@ -229,7 +265,7 @@ def check(found: list[Side], packs: Packs) -> None:
 
 
 def compare(
-    case: tuple[str, int],
+    case: Case,
     batches: list[Packs],
     bf16: bool,
     compiled: bool,
@@ -238,9 +274,9 @@ def compare(
 ) -> dict[str, Any]:
     """Time all sides on the same batches in turns; use fewer batches if `seconds` are used up."""
     end = time.monotonic() + seconds
-    preset, vocab_size = case
+    config, vocab_size = case.config, case.vocab_size
     rate = measure_gemm_rate(seconds=1.0)
-    found = sides(preset, vocab_size, len(batches[0]), bf16, compiled, ends)
+    found = sides(config, vocab_size, len(batches[0]), bf16, compiled, ends)
     check(found, batches[0])
     times: dict[str, list[float]] = {side.name: [] for side in found}
     padded = [pad(packs) for packs in batches]
@@ -256,14 +292,13 @@ def compare(
     rate = max(rate, measure_gemm_rate(seconds=1.0))
     medians = {name: statistics.median(values) for name, values in times.items()}
     steps = len(times["fastbert fp32"])
-    config = parse_config(f'data = "none"\n[model]\npreset = "{preset}"', "bench_step").model
     useful = statistics.mean(
         training_flops(
             config,
             vocab_size,
             [n for pack in packs for n in pack.cu_seqlens.diff().tolist()],
             sum(len(pack.labels) for pack in packs),
-            SEQUENCES,
+            sum(pack.sequences for pack in packs),
         )
         for packs in batches[WARM_UP : WARM_UP + steps]
     )
@@ -281,7 +316,8 @@ def compare(
     )
     mine = f"fastbert {'bf16' if bf16 else 'fp32'}"
     return {
-        "model": preset,
+        "lengths": case.lengths,
+        "model": case.preset if case.type == "bert" else f"{case.type} {case.preset}",
         "vocab_size": vocab_size,
         "fill": tokens / sum(p["input_ids"].numel() for p in padded),
         "steps": steps,
@@ -309,8 +345,8 @@ def main() -> None:
     parser.add_argument(
         "--lengths",
         nargs="+",
-        choices=["single", "fill", "full"],
-        default=["single", "full"],
+        choices=["single", "fill", "full", "long", "long full"],
+        default=["single", "full", "long", "long full"],
         help="which lengths to time",
     )
     parser.add_argument(
@@ -329,20 +365,33 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     dataset, probe = open_dataset(given.dataset), probe_bf16()
     at_once = processes_for(SEQUENCES, torch.get_num_threads())
-    batches = {name: draw(dataset, name, given.steps, at_once) for name in ("single", "fill")}
+    processes = {"long": processes_for(LONG_SEQUENCES, torch.get_num_threads())}
+    batches = {
+        name: draw(dataset, name, given.steps, processes.get(name, at_once))
+        for name in ("single", "fill", "long")
+    }
     batches["full"] = [fill_up(packs) for packs in batches["fill"]]
+    batches["long full"] = [fill_up(packs, LONG) for packs in batches["long"]]
 
     facts = header(torch.device("cpu")) | {"transformers": transformers.__version__}
-    print(f"{SEQUENCES} sequences a step, dropout 0.1; {probe.why}; {header_line(facts)}")
+    print(
+        f"{SEQUENCES} sequences a step, {LONG_SEQUENCES} of the long ones; BERT's dropout 0.1; "
+        f"{probe.why}; {header_line(facts)}"
+    )
     rows = []
-    cases = [(lengths, *case) for lengths in given.lengths for case in CASES]
-    for lengths, preset, vocab_size in cases:
+    cases = [
+        Case(lengths, kind, *case)
+        for lengths in given.lengths
+        for kind, some in (("bert", CASES), ("modernbert", MODERNBERT_CASES))
+        if (kind == "modernbert") == lengths.startswith("long")
+        for case in some
+    ]
+    for case in cases:
         seconds = (end - time.monotonic()) / (len(cases) - len(rows))
         with ExitStack() as ends:
-            found = compare(
-                (preset, vocab_size), batches[lengths], probe.gain > 0, given.compile, seconds, ends
+            rows.append(
+                compare(case, batches[case.lengths], probe.gain > 0, given.compile, seconds, ends)
             )
-        rows.append({"lengths": lengths, **found})
         print(step_line(rows[-1]), flush=True)
     if given.out:
         ratios = {
@@ -383,6 +432,8 @@ def step_table(rows: list[dict[str, Any]]) -> str:
         "single": "the demo's pairs",
         "fill": "pairs that fill up",
         "full": f"all {MAX_LENGTH}",
+        "long": f"parts of documents, up to {LONG}",
+        "long full": f"all {LONG}",
     }
 
     def times(row: dict[str, Any], whose: str) -> str:
