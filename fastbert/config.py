@@ -317,6 +317,8 @@ class RuntimeConfig:
     # Replay captured micro-batches instead of launching each kernel (training/graphs.py). This has
     # not run on a GPU yet.
     cuda_graphs: bool = False
+    # Keep only the inputs of layers for the backward pass, and compute the rest again there.
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -768,6 +770,11 @@ def check_config(
         raise InputError(
             f"{where('optimizer.momentum')}: optimizer.momentum = 1 with "
             'optimizer.name = "muon"; must be below 1'
+        )
+    if config.runtime.recompute and config.runtime.cuda_graphs:
+        raise InputError(
+            f"{where('runtime.recompute')}: runtime.recompute = true does not go with "
+            "runtime.cuda_graphs = true; set one of them to false"
         )
     if config.stop.min_delta and not config.stop.patience:
         raise InputError(

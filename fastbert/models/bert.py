@@ -28,6 +28,7 @@ from fastbert.models.heads import (
     check_head_size,
     matrix,
     product,
+    recomputed,
     resolve_kernels,
     select,
     tables_of,
@@ -290,6 +291,7 @@ class BertForPreTraining(nn.Module):
         self.impl = resolve_kernels(kernels, device)
         # bf16 where training rounds the operands of its large products; see precision.py.
         self.operands: torch.dtype | None = None
+        self.recompute = False  # whether the backward pass computes layers again; see heads.py
         check_head_size(config, self.impl)
         self.embeddings = Embeddings(config, vocab_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
@@ -348,8 +350,10 @@ class BertForPreTraining(nn.Module):
         rows = torch.cat((batch.masked_positions, first_tokens)).sort().values
         x = self.embeddings(batch, tables, mode)
         for index, layer in enumerate(self.layers):
-            wanted = rows if index == len(self.layers) - 1 else None
-            x = layer(x, tables, wanted, 1 + Layer.STREAMS * index, mode)
+            last = index == len(self.layers) - 1  # the backward pass begins with it
+            inputs = x, tables, rows if last else None, 1 + Layer.STREAMS * index, mode
+            again = self.recompute and not last
+            x = recomputed(layer, *inputs) if again else layer(*inputs)
             if index == 0:
                 tables = tables._replace(checked=True)
 

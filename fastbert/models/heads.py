@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastbert.config import ModelConfig
 from fastbert.data.packing import PackedBatch
@@ -130,6 +131,19 @@ def product(
     return linear(
         x, weight, bias, operands=mode.operands, keep_rounded=keep_rounded, impl=mode.impl
     )
+
+
+def recomputed(layer: nn.Module, *inputs: Any) -> Any:
+    """Return layer(*inputs); only the inputs are kept, and the backward pass computes it again.
+
+    Dropout is a function of seeds in the inputs, so the second pass gives the same to the last
+    digit, without any state of a random generator.
+
+    Source: Chen et al., 2016, "Training Deep Nets with Sublinear Memory Cost", section 3.
+    """
+    if not torch.is_grad_enabled():
+        return layer(*inputs)
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class MaskedTokenHead(nn.Module):

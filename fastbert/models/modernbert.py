@@ -33,6 +33,7 @@ from fastbert.models.heads import (
     check_head_size,
     matrix,
     product,
+    recomputed,
     resolve_kernels,
     select,
     tables_of,
@@ -288,6 +289,7 @@ class ModernBertForMaskedLM(nn.Module):
         self.impl = resolve_kernels(kernels, device)
         # bf16 where training rounds the operands of its large products; see precision.py.
         self.operands: torch.dtype | None = None
+        self.recompute = False  # whether the backward pass computes layers again; see heads.py
         check_head_size(config, self.impl)
         self.embeddings = Embeddings(config, vocab_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
@@ -392,9 +394,11 @@ class ModernBertForMaskedLM(nn.Module):
         x, residual = self.embeddings(batch, tables, mode), None
         yield x, residual
         for index, layer in enumerate(self.layers):
-            wanted = rows if index == len(self.layers) - 1 else None
+            last = index == len(self.layers) - 1  # the backward pass begins with it
             stream = 1 + Layer.STREAMS * index
-            x, residual = layer(x, residual, tables, positions, wanted, stream, mode)
+            inputs = x, residual, tables, positions, rows if last else None, stream, mode
+            again = self.recompute and not last
+            x, residual = recomputed(layer, *inputs) if again else layer(*inputs)
             yield x, residual
 
     def token_logits(self, hidden: Tensor) -> Tensor:

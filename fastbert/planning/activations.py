@@ -8,6 +8,7 @@ vocabulary, H heads, K head size; w bytes of a value.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from fastbert.config import BertConfig, ModelConfig, ModernBertConfig
@@ -40,6 +41,36 @@ def activation_bytes(
     if isinstance(model, ModernBertConfig):
         return _of_modernbert(model, vocab_size, pack, bf16, kernels)
     return _of_bert(model, vocab_size, pack, bf16, kernels)
+
+
+class Recomputed(NamedTuple):
+    """What is kept where the backward pass computes all layers but the last again, in bytes."""
+
+    kept: float  # at the end of the forward pass: the inputs of layers, and all of the last one
+    layer: float  # what one layer adds while the backward pass goes through it
+
+
+def recomputed_bytes(
+    model: ModelConfig, vocab_size: int, pack: MicroBatchSize, bf16: bool, kernels: str
+) -> Recomputed:
+    """Return the bytes with `runtime.recompute`.
+
+    A layer's input is x, [T, D], and for ModernBERT the residual stream too, but in its layer 0.
+    """
+    modern = isinstance(model, ModernBertConfig)
+    if modern:  # a layer that attends to whole sequences keeps most
+        model = replace(model, global_attn_every_n_layers=1)
+
+    def of_layers(count: int) -> float:
+        fewer = replace(model, num_hidden_layers=count)
+        return activation_bytes(fewer, vocab_size, pack, bf16, kernels)
+
+    inputs = model.num_hidden_layers - 1 if not modern else 2 * model.num_hidden_layers - 3
+    width = (2 if bf16 else 4) * model.hidden_size
+    last = of_layers(1) + pack.tokens * (width + 8) * modern  # a single layer has no first norm
+    return Recomputed(
+        kept=max(inputs, 0) * width * pack.tokens + last, layer=of_layers(3) - of_layers(2)
+    )
 
 
 def joined_gradients(model: ModelConfig) -> float:

@@ -14,7 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastbert.config import ModelConfig, RunConfig
-from fastbert.planning.activations import MicroBatchSize, activation_bytes, joined_gradients
+from fastbert.planning.activations import (
+    MicroBatchSize,
+    activation_bytes,
+    joined_gradients,
+    recomputed_bytes,
+)
 from fastbert.planning.parameters import count_hidden, count_parameters, layer_parameters
 
 # bytes: CUDA's context, NCCL's buffers, and what the allocator holds back; not measured
@@ -70,12 +75,13 @@ def memory_by_part(
 
     The gathered weights count only where they stay from the forward to the backward pass.
 
-    The peak is at one of four moments:
+    The peak is at one of these moments:
 
     - The MLM loss is computed. All activations, the gradients of earlier micro-batches, and the
       workspace of the loss are in memory. On a CPU this is in the forward pass.
     - The backward pass reaches the last layer's attention, with the gradients computed so far.
       It holds dk, dv, and the two joined; of ModernBERT dq too.
+    - With `runtime.recompute`, the backward pass reaches the layer before the last.
     - The backward pass ends. All gradients are in memory, and two of the word embeddings, because
       two operations read these.
     - The update runs. All gradients are in memory, and at stages 1 to 3 a flat fp32 copy of them.
@@ -108,7 +114,9 @@ def memory_by_part(
         bucket *= 2  # one fills while the other is sent
     in_forward = bucket if stage == 3 or (stage == 1 and micro_batches > 1) else 0.0
     flat = float(w * min(P, BUCKET)) if stage == 0 and gpus > 1 else 0.0
-    kept = activation_bytes(model, vocab_size, pack, bf16, kernels)
+    kept, again = activation_bytes(model, vocab_size, pack, bf16, kernels), 0.0
+    if config.runtime.recompute and model.num_hidden_layers > 1:
+        kept, again = recomputed_bytes(model, vocab_size, pack, bf16, kernels)
     # Each tuple is in the order of `names` below.
     loss = (
         earlier,
@@ -122,6 +130,13 @@ def memory_by_part(
         joined_gradients(model) * w * pack.tokens,
         bucket,
     )
+    # With `runtime.recompute`. What the last layer kept is gone by then, but counted: it is small.
+    recomputed = (
+        earlier or 2.0 * w * layer_parameters(model),
+        kept + again,
+        joined_gradients(model) * w * pack.tokens,
+        bucket,
+    )
     end = (gradients, 5.0 * D * pack.tokens, 2.0 * w * vocab_size * D, bucket)
     update = (
         gradients,
@@ -130,7 +145,7 @@ def memory_by_part(
         bucket if stage == 3 else flat,
     )
     names = ("gradients", "activations", "temporaries", "buckets")
-    peak = dict(zip(names, max((loss, last_layer, end, update), key=sum), strict=True))
+    peak = dict(zip(names, max((loss, last_layer, recomputed, end, update), key=sum), strict=True))
     return always | peak | {"context": 0.0 if kernels == "cpu" else CONTEXT}
 
 

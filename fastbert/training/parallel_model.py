@@ -170,7 +170,8 @@ class _Child:
         self._pipe, theirs = Pipe()
         environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         code = "from fastbert.training.parallel_model import work; work()"
-        facts = (model.config, model.vocab_size, model.impl, model.operands, _is_tied(model))
+        facts = (model.config, model.vocab_size, model.impl, _is_tied(model))
+        facts += (model.operands, model.recompute)
         self._process = subprocess.Popen(
             child.command(code, str(theirs.fileno()), str(memory), str(index)),
             env=environment,
@@ -243,10 +244,10 @@ def work() -> None:
     # It holds the other end of stdin as long as it lives, also while a pack is computed here.
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     keep_heap()
-    config, vocab_size, impl, operands, tied = pickle.loads(pipe.recv_bytes())
+    config, vocab_size, impl, tied, operands, recompute = pickle.loads(pipe.recv_bytes())
     with torch.device("meta"):
         model = build_model(config, vocab_size, impl, tied=tied)
-    model.operands = operands
+    model.operands, model.recompute = operands, recompute
     _give(model, _views(memory, 0, model))
     gradients, losses = _views(memory, index, model), ()
     pipe.send_bytes(pickle.dumps((True, None)))

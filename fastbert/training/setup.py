@@ -299,7 +299,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         group,
         recipe,
     )
-    model.operands = precision.operands
+    model.operands, model.recompute = precision.operands, config.runtime.recompute
     config = replace(config, runtime=replace(config.runtime, precision=precision.name))
     with group.raise_on_all_ranks():
         stage = settings.stage(

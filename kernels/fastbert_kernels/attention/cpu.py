@@ -237,8 +237,9 @@ class _Attention(Function):
         if ctx.window is not None:  # sums, which are not rounded to 16 bits on the way
             dtype = torch.promote_types(dtype, torch.float32)
         dk, dv = dout.new_zeros(2, ctx.total + 1, heads, size, dtype=dtype)
+        saved = ctx.saved_tensors  # once, as `torch.utils.checkpoint` demands
         for index, group in enumerate(ctx.groups):
-            qg, kg, vg, weights, dropped = ctx.saved_tensors[5 * index : 5 * index + 5]
+            qg, kg, vg, weights, dropped = saved[5 * index : 5 * index + 5]
             dog = _take(dout, group.query_rows, group.sequences, ctx.query_end)
             # Padding repeats the last row of dout, and would add to dK and dV.
             if group.query_padding.numel():
