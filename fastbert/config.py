@@ -116,7 +116,7 @@ class ObjectiveConfig:
     mask_token: float = number(0.8, 0, 1)
     random_token: float = number(0.1, 0, 1)
     whole_word: bool = False
-    segments: str = choice("fill", "fill", "single")
+    segments: str = choice("fill", "fill", "single", "windows")
 
     @property
     def pairs(self) -> bool:
@@ -594,6 +594,12 @@ def check_config(
             f"{where('batch.micro_batch_tokens')}: batch.micro_batch_tokens = "
             f"{batch.micro_batch_tokens} is less than batch.max_length = {batch.max_length}; "
             "the longest sequence must fit"
+        )
+    if objective.pairs and objective.segments == "windows":
+        raise InputError(
+            f'{where("objective.segments")}: objective.segments = "windows" with objective.kind = '
+            f'"{objective.kind}"; windows have no pairs: set objective.kind = "mlm", or segments '
+            'to "fill"'
         )
     if objective.mask_token + objective.random_token > 1:
         raise InputError(
