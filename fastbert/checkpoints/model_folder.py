@@ -30,7 +30,7 @@ from fastbert.checkpoints.weight_names import (
     shapes,
 )
 from fastbert.config import ModelConfig, RunConfig, parse_config
-from fastbert.data.tokenizer import load_tokenizer
+from fastbert.data.tokenizer import behaviour, load_tokenizer, lowercases
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder, status
 
@@ -169,12 +169,8 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
-    """SHA-256 of what `same_tokens` compares: the tokens by id, and how text is normalised."""
-    ids = tokenizer.get_vocab()
-    tokens = sorted(ids, key=ids.__getitem__)
-    normalizer = json.loads(tokenizer.to_str())["normalizer"]
-    facts = json.dumps([tokens, normalizer], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()
+    """SHA-256 of what `same_tokens` compares."""
+    return hashlib.sha256(json.dumps(behaviour(tokenizer), sort_keys=True).encode()).hexdigest()
 
 
 def trained_length(found: checkpoint.Checkpoint, recipe: RunConfig) -> int:
@@ -201,7 +197,7 @@ def _from_hugging_face(path: Path) -> ModelParts:
         tokenizer=tokenizer,
         tokenizer_path=path,
         max_length=read_max_length(path, config.max_position_embeddings),
-        vectors=read_vector_settings(path, tokenizer.normalizer.lowercase),
+        vectors=read_vector_settings(path, lowercases(tokenizer)),
         recipe=None,
         metadata={},
     )

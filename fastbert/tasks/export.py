@@ -22,6 +22,7 @@ from fastbert.checkpoints.weight_names import HEADS, MLM, NSP, to_hugging_face
 from fastbert.config import dump_config
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import pack_texts
+from fastbert.data.tokenizer import kind_of
 from fastbert.errors import InputError
 from fastbert.presence import unreadable
 from fastbert.tasks.pretrained import Pretrained, fit_pair
@@ -303,7 +304,8 @@ def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
         "",
         f"A BERT of {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
         f"{config.num_attention_heads} heads and {pretrained.model.vocab_size:,} tokens "
-        f"({parameters / 1e6:.1f} M parameters), pre-trained with fastbert.",
+        f"({parameters / 1e6:.1f} M parameters), pre-trained with fastbert. "
+        f"The tokenizer is {kind_of(pretrained.tokenizer)}.",
         "",
         "```python",
         f"from transformers import AutoTokenizer, {architecture}",
