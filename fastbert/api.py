@@ -86,8 +86,8 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
         sources: a text file or a folder, or several of them: txt, jsonl, csv, tsv or parquet.
         out: the folder to make; it must not exist yet.
         options: keyword arguments of `fastbert.data.prepare.prepare`, such as `vocab_size`,
-            `lowercase`, `keep_accents`, `tokenizer`, `heldout`, `text_format`, `text_field`,
-            `bad_records`, `dedup`, `workers` and `progress`.
+            `algorithm`, `lowercase`, `keep_accents`, `tokenizer`, `heldout`, `text_format`,
+            `text_field`, `bad_records`, `dedup`, `workers` and `progress`.
 
     Returns:
         The report: `figures` is a dict of numbers, `rows` has their meaning and advice in words.

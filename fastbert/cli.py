@@ -219,8 +219,14 @@ def prepare(
     ],
     out: Annotated[Path, typer.Option(help="The folder to write the dataset to; it must be new.")],
     vocab_size: Annotated[
-        int, typer.Option(help="Size of the WordPiece vocabulary to train.")
+        int, typer.Option(help="Size of the vocabulary to train; of bpe a multiple of 64.")
     ] = 30522,
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            help="Of the vocabulary to train: wordpiece, as BERT, or bpe, byte-level as ModernBERT."
+        ),
+    ] = "wordpiece",
     cased: Annotated[bool, typer.Option("--cased", help="Train a cased vocabulary.")] = False,
     keep_accents: Annotated[
         bool,
@@ -232,7 +238,8 @@ def prepare(
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="Use this BERT tokenizer (a folder or vocab.txt) instead of training one."
+            help="Use this tokenizer (a folder with any tokenizer.json, or BERT's vocab.txt) "
+            "instead of training one."
         ),
     ] = None,
     workers: Annotated[
@@ -272,6 +279,7 @@ def prepare(
         sources,
         out,
         vocab_size=vocab_size,
+        algorithm=algorithm,
         tokenizer=tokenizer,
         lowercase=not cased,
         keep_accents=keep_accents,
@@ -524,7 +532,13 @@ def export(
 @app.command(epilog='Example: fastbert fill-mask runs/base "The capital of France is [MASK]."')
 def fill_mask(
     model: Model,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="A text with one or more [MASK].")],
+    text: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXT",
+            help="A text with one or more [MASK], or what the model's tokenizer has for it.",
+        ),
+    ],
     k: Annotated[int, typer.Option("--k", help="How many tokens to show for each [MASK].")] = 5,
     as_json: Json = False,
 ) -> None:

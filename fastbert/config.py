@@ -225,7 +225,7 @@ class ObjectiveConfig:
     mask_token: float = number(0.8, 0, 1)
     random_token: float = number(0.1, 0, 1)
     whole_word: bool = False
-    segments: str = choice("fill", "fill", "single")
+    segments: str = choice("fill", "fill", "single", "windows")
 
     @property
     def pairs(self) -> bool:
@@ -733,6 +733,12 @@ def check_config(
             f"{where('objective.kind')}: objective.kind = {objective.kind!r} with "
             'model.type = "modernbert"; must be "mlm": ModernBERT has no token types to tell the '
             "sentences of a pair apart, and no head for pairs"
+        )
+    if objective.pairs and objective.segments == "windows":
+        raise InputError(
+            f'{where("objective.segments")}: objective.segments = "windows" with objective.kind = '
+            f'"{objective.kind}"; windows have no pairs: set objective.kind = "mlm", or segments '
+            'to "fill"'
         )
     if objective.mask_token + objective.random_token > 1:
         raise InputError(

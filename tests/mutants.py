@@ -107,7 +107,7 @@ FAULTS = [
     Fault(MASKING, "drawn + (drawn >= place)", "drawn"),
     Fault(MASKING, "np.sort(chosen)", "chosen"),
     Fault(MASKING, "2 * block_starts[example] + place", "place"),
-    Fault(MASKING, "(place == 0) | ~self", "~self"),
+    Fault(MASKING, "(place == 0) | begins_word", "begins_word"),
     # Which text an example is made of
     Fault(EXAMPLES, "(3 if self.pairs else 2)", "2"),
     Fault(EXAMPLES, "words[0] >> np.uint64(31)).astype", "words[0] >> np.uint64(30)).astype"),

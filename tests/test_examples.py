@@ -17,7 +17,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastbert.config import ObjectiveConfig
+from fastbert.config import ObjectiveConfig, parse_config
 from fastbert.data import examples as module
 from fastbert.data.dataset import Split
 from fastbert.data.examples import Examples, Spans
@@ -295,6 +295,39 @@ def test_without_pairs_every_token_is_covered_and_every_document_takes_part(
             [np.arange(a, a + n) for a, n in zip(spans.a_start, spans.a_length, strict=True)]
         )
         np.testing.assert_array_equal(np.unique(covered), np.arange(sum(map(sum, documents))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents=corpora, max_length=lengths, seed=st.integers(0, 2**63 - 1))
+def test_windows_use_every_token_exactly_once_an_epoch(documents, max_length, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        split = tiny_split(Path(folder) / "split", documents)
+        spans = epoch_of(make(split, "mlm", "windows", max_length, seed), seed % 3)
+    assert spans.a_length.min() >= 1 and spans.lengths.max() <= max_length
+    assert (spans.b_length == 0).all() and (spans.labels == -100).all()
+    starts, ends = np.sort(spans.a_start), np.sort(spans.a_start + spans.a_length)
+    np.testing.assert_array_equal(starts, [0, *ends[:-1]])
+    assert ends[-1] == sum(map(sum, documents))
+    # No window holds text of two documents.
+    np.testing.assert_array_equal(document_at(documents, starts), document_at(documents, ends - 1))
+
+
+def test_windows_of_8192_tokens(tmp_path):
+    """Three of a document of 20,000 tokens; two cuts are near the start of a sentence."""
+    split = tiny_split(tmp_path / "split", [[100] * 200, [20_000], [8190], [8191]])
+    spans = epoch_of(make(split, "mlm", "windows", 8192))
+    order = np.argsort(spans.a_start)
+    starts = spans.a_start[order].tolist()
+    assert starts[:3] == [0, 6700, 13300]  # 6,666 and 13,333 are not between two sentences
+    assert starts[3:6] == [20_000, 26_666, 33_333]
+    assert starts[6:] == [40_000, 48_190, 52_285]
+
+
+def test_windows_have_no_pairs():
+    recipe = 'data = "x"\n[objective]\nsegments = "windows"'
+    with pytest.raises(InputError, match=r'r.toml: objective.segments = "windows" with .*"mlm"'):
+        parse_config(recipe, "r.toml")
+    assert parse_config(recipe + '\nkind = "mlm"', "r.toml").objective.segments == "windows"
 
 
 def test_windows_begin_with_a_sentence_where_there_is_room_to_choose(tmp_path):

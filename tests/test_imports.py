@@ -293,6 +293,8 @@ def test_what_reads_a_dataset_does_not_know_how_it_is_made():
             "sentences",
             "vocabulary",
             "encoder",
+            "text_encoder",
+            "byte_level",
             "encode",
             "shards",
             "staging",

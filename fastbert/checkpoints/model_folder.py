@@ -24,7 +24,7 @@ from fastbert.checkpoints.sentence_folder import (
 from fastbert.checkpoints.weight_names import check_finite, check_layers, heads, shapes
 from fastbert.checkpoints.weight_table import MLM, NSP
 from fastbert.config import ModelConfig, RunConfig, parse_config
-from fastbert.data.tokenizer import load_tokenizer
+from fastbert.data.tokenizer import behaviour, load_tokenizer, lowercases
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder, status
 
@@ -163,12 +163,8 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
-    """SHA-256 of what `same_tokens` compares: the tokens by id, and how text is normalised."""
-    ids = tokenizer.get_vocab()
-    tokens = sorted(ids, key=ids.__getitem__)
-    normalizer = json.loads(tokenizer.to_str())["normalizer"]
-    facts = json.dumps([tokens, normalizer], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()
+    """SHA-256 of what `same_tokens` compares."""
+    return hashlib.sha256(json.dumps(behaviour(tokenizer), sort_keys=True).encode()).hexdigest()
 
 
 def trained_length(found: checkpoint.Checkpoint, recipe: RunConfig) -> int:
@@ -195,7 +191,7 @@ def _from_hugging_face(path: Path) -> ModelParts:
         tokenizer=tokenizer,
         tokenizer_path=path,
         max_length=read_max_length(path, config.max_position_embeddings),
-        vectors=read_vector_settings(path, tokenizer.normalizer.lowercase),
+        vectors=read_vector_settings(path, lowercases(tokenizer)),
         recipe=None,
         metadata={},
     )

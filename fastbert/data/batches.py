@@ -183,7 +183,8 @@ class _Packer:
             for pair in ((spans.a_start, spans.b_start), (spans.a_length, spans.b_length))
         )
         tokens = self.split.gather(starts, lengths)
-        seen, chosen = self.masking(tokens, spans.ordinary, spans.keys)
+        words = self.split.begins_word(starts, lengths) if self.masking.needs_words else None
+        seen, chosen = self.masking(tokens, spans.ordinary, spans.keys, words)
         packed = pack(
             seen,
             spans.a_length,

@@ -2,11 +2,13 @@
 
     DIR/manifest.json   counts, sizes, SHA-256 of every file and of itself, special ids, options;
                         written last
-    DIR/tokenizer/      tokenizer.json, vocab.txt, tokenizer_config.json
+    DIR/tokenizer/      tokenizer.json, tokenizer_config.json, and BERT's vocab.txt
     DIR/{train,heldout}/
         shard-00000.tokens      token ids, uint16 where the vocabulary allows it, else uint32
         shard-00000.sentences   int64 [sentences + 1], token offsets within the shard
         shard-00000.documents   int64 [documents + 1], sentence offsets within the shard
+        shard-00000.words       a bit for each token, the highest of a byte first: whether a word
+                                begins there; not with BERT's tokenizer, where the token says so
     DIR/baselines.json  DIR/report.json  DIR/report.md
     DIR/.verified-UID   not part of the dataset: when this user last verified it; see verify.py
 
@@ -44,18 +46,29 @@ OTHER_FILES = (
     "report.json",
     "report.md",
 )
+BERT_FILES = ("tokenizer/vocab.txt",)  # those of OTHER_FILES that other tokenizers do not have
 OFFSETS = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the five special tokens."""
+    """Ids of the special tokens.
+
+    A tokenizer that knows every byte needs no token for what it does not know, so `unk` may be
+    None. `cls` and `sep` may be the same.
+    """
 
     pad: int
-    unk: int
+    unk: int | None
     cls: int
     sep: int
     mask: int
+
+    @property
+    def all(self) -> list[int]:
+        """The distinct ids, ascending."""
+        found = (self.pad, self.unk, self.cls, self.sep, self.mask)
+        return sorted({number for number in found if number is not None})
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,11 @@ class Counts:
     documents: int
     sentences: int
     tokens: int
+
+
+def other_files(has_words: bool) -> list[str]:
+    """Return the files of a dataset besides its shards; `has_words` as in TokenDataset."""
+    return [name for name in OTHER_FILES if not (has_words and name in BERT_FILES)]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -81,9 +99,12 @@ class Split:
         folder: holds the shards.
         shards: counts of each shard, in order.
         dtype: of the token ids on disk.
+        words: whether the shards say where words begin.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Counts], dtype: np.dtype):
+    def __init__(
+        self, folder: Path, shards: Sequence[Counts], dtype: np.dtype, words: bool = False
+    ):
         names = [folder / shard_name(i) for i in range(len(shards))]
         sizes = list(zip(names, shards, strict=True))
         self._tokens = [_memmap(f"{name}.tokens", dtype, c.tokens) for name, c in sizes]
@@ -92,6 +113,11 @@ class Split:
         ]
         self._documents = [
             _memmap(f"{name}.documents", OFFSETS, c.documents + 1) for name, c in sizes
+        ]
+        self._words = [
+            _memmap(f"{name}.words", np.dtype("u1"), -(-c.tokens // 8))
+            for name, c in sizes
+            if words
         ]
         # Where each shard begins in the global numbering; the last entry is the total.
         self._document_base = _running_total([c.documents for c in shards])
@@ -138,6 +164,29 @@ class Split:
         Returns:
             int64 [sum(lengths)].
         """
+        positions = self._positions(starts, lengths)
+        if len(self._tokens) == 1:
+            return self._tokens[0][positions].astype(np.int64)
+        shards = np.searchsorted(self._token_base, positions, "right") - 1
+        result = np.empty(len(positions), np.int64)
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            result[chosen] = self._tokens[shard][positions[chosen] - self._token_base[shard]]
+        return result
+
+    def begins_word(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return whether the tokens of `gather(starts, lengths)` begin a word, bool [T]."""
+        positions = self._positions(starts, lengths)
+        shards = np.searchsorted(self._token_base, positions, "right") - 1
+        result = np.empty(len(positions), bool)
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            at = positions[chosen] - self._token_base[shard]
+            result[chosen] = self._words[shard][at >> 3] >> (7 - (at & 7)).astype(np.uint8) & 1
+        return result
+
+    def _positions(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return the global offsets of the tokens of many spans, one span after another."""
         starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
         ends = np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else 0
@@ -145,14 +194,7 @@ class Split:
         # starts[s] + (p - first position of s).
         positions = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
         assert total == 0 or (positions.min() >= 0 and positions.max() < self.tokens)
-        if len(self._tokens) == 1:
-            return self._tokens[0][positions].astype(np.int64)
-        shards = np.searchsorted(self._token_base, positions, "right") - 1
-        result = np.empty(total, np.int64)
-        for shard in np.unique(shards):
-            chosen = shards == shard
-            result[chosen] = self._tokens[shard][positions[chosen] - self._token_base[shard]]
-        return result
+        return positions
 
 
 class TokenDataset:
@@ -167,20 +209,22 @@ class TokenDataset:
         self.vocab_size: int = manifest["vocab_size"]
         self.special = SpecialIds(**manifest["special"])
         self.tokenizer_dir = path / "tokenizer"
+        # BERT's tokens say themselves whether they begin a word; of others the shards say it.
+        self.has_words = "tokenizer" in manifest
 
     def split(self, name: str) -> Split:
         """Open the split "train" or "heldout"."""
         shards = [Counts(**shard) for shard in self.manifest["splits"][name]["shards"]]
-        return Split(self.path / name, shards, token_dtype(self.vocab_size))
+        return Split(self.path / name, shards, token_dtype(self.vocab_size), self.has_words)
 
     @cached_property
     def ordinary_ids(self) -> np.ndarray:
-        """int64 [V - 5], ascending: every id except the special ones."""
-        return np.setdiff1d(np.arange(self.vocab_size), list(asdict(self.special).values()))
+        """int64, ascending: every id except the special ones."""
+        return np.setdiff1d(np.arange(self.vocab_size), self.special.all)
 
     @cached_property
     def continues_word(self) -> np.ndarray:
-        """bool [V]: whether the token continues a word ("##ing")."""
+        """bool [V]: whether the token of BERT's vocabulary continues a word ("##ing")."""
         # The text is split at "\n" only. splitlines would also split at other characters, which a
         # token may contain.
         file = self.tokenizer_dir / "vocab.txt"
@@ -220,7 +264,8 @@ class TokenDataset:
         """
         if (yield from verify_files(self.path, self.sha256, self._claims())):
             self._check_tokenizer()
-        for _ in (self.baselines, self.continues_word):  # reading them raises where they are wrong
+        # Reading them raises where they are wrong.
+        for _ in (self.baselines, None if self.has_words else self.continues_word):
             pass
 
     def _check_tokenizer(self) -> None:
@@ -356,15 +401,16 @@ def _problem(manifest: Any) -> str | None:
     """Return what is wrong with a manifest of the right format, or None."""
     try:
         vocab_size, special = manifest["vocab_size"], SpecialIds(**manifest["special"])
-        ids = list(asdict(special).values())
+        has_words = "tokenizer" in manifest
         if (
             not _count(vocab_size)
-            or len(set(ids)) != 5
-            or not all(_count(i) and i < vocab_size for i in ids)
+            or not all(_count(i) and i < vocab_size for i in special.all)
+            or special.mask in (special.pad, special.unk, special.cls, special.sep)
+            or (len(special.all) != 5 and not has_words)
         ):
             return "vocab_size and special ids do not agree"
         width = token_dtype(vocab_size).itemsize
-        sizes: dict[str, int | None] = dict.fromkeys(OTHER_FILES)
+        sizes: dict[str, int | None] = dict.fromkeys(other_files(has_words))
         for split in SPLITS:
             shards = [Counts(**shard) for shard in manifest["splits"][split]["shards"]]
             totals = Counts(
@@ -381,6 +427,8 @@ def _problem(manifest: Any) -> str | None:
                 sizes[f"{name}.tokens"] = shard.tokens * width
                 sizes[f"{name}.sentences"] = (shard.sentences + 1) * 8
                 sizes[f"{name}.documents"] = (shard.documents + 1) * 8
+                if has_words:
+                    sizes[f"{name}.words"] = -(-shard.tokens // 8)
         files = manifest["files"]
         if set(files) != set(sizes):
             odd = ", ".join(sorted(set(files) ^ set(sizes))[:3])

@@ -12,8 +12,9 @@ from fastbert.data.damage import Damage, find_damage
 from fastbert.data.dataset import token_dtype
 from fastbert.data.documents import Chunk, parse
 from fastbert.data.encoder import Encoder, Losses
-from fastbert.data.sentences import split_sentences
-from fastbert.data.tokenizer import special_ids
+from fastbert.data.sentences import sentence_starts, split_sentences
+from fastbert.data.text_encoder import TextEncoder
+from fastbert.data.tokenizer import is_bert, special_ids
 
 # tokens; a longer sentence is cut, so that two of them and three special tokens still fit into 512
 LONGEST_SENTENCE = 254
@@ -28,6 +29,8 @@ class Part:
     tokens: np.ndarray  # [T], in the dtype on disk
     sentences: np.ndarray  # int64 [S], tokens of each
     documents: np.ndarray  # int64 [N], sentences of each
+    # bool [T]: the token begins a word; None where the token itself says so, as in BERT
+    begins_word: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,10 @@ class ChunkEncoder:
         self._skip_bad = skip_bad
         self._tokenizer = Tokenizer.from_str(tokenizer)
         self._tokenizer.encode_special_tokens = True
-        self._encode = Encoder(self._tokenizer)
+        # BERT's tokenizer treats a document as its sentences, one after another; others do not.
+        bert = is_bert(self._tokenizer)
+        self._encode = Encoder(self._tokenizer) if bert else None
+        self._encode_texts = None if bert else TextEncoder(self._tokenizer)
         self._unknown = special_ids(self._tokenizer, "tokenizer").unk
         self._dtype = token_dtype(self._tokenizer.get_vocab_size())
         self._text_field, self._heldout_below = text_field, heldout_below
@@ -71,9 +77,16 @@ class ChunkEncoder:
         texts = parse(chunk, self._text_field, bad if self._skip_bad else None)
         hashes = np.array([hash_text(text) for text in texts], np.uint64)
         split = [split_sentences(text) for text in texts]
-        tokens, lengths, losses = self._encode(
-            [sentence for sentences in split for sentence in sentences]
-        )
+        begins = None
+        if self._encode is not None:
+            tokens, lengths, losses = self._encode(
+                [sentence for sentences in split for sentence in sentences]
+            )
+        else:
+            assert self._encode_texts is not None
+            whole = [text.strip() for text in texts]
+            starts = [sentence_starts(*each) for each in zip(whole, split, strict=True)]
+            tokens, begins, lengths, losses = self._encode_texts(whole, starts)
         owners = np.repeat(np.arange(len(texts)), [len(sentences) for sentences in split])
         owners = owners[lengths > 0]
         lengths = lengths[lengths > 0]
@@ -85,8 +98,13 @@ class ChunkEncoder:
 
         def part(chosen: np.ndarray) -> Part:
             sentences = chosen[owners]
-            ids = tokens[np.repeat(sentences, lengths)].astype(self._dtype)
-            return Part(ids, lengths[sentences], documents[chosen & (documents > 0)])
+            of_tokens = np.repeat(sentences, lengths)
+            return Part(
+                tokens[of_tokens].astype(self._dtype),
+                lengths[sentences],
+                documents[chosen & (documents > 0)],
+                None if begins is None else begins[of_tokens],
+            )
 
         return EncodedChunk(
             train=part(~heldout),
@@ -95,7 +113,7 @@ class ChunkEncoder:
             sentence_hashes=sentence_hashes,
             empty_documents=int((documents == 0).sum()),
             cut_sentences=int((pieces > 1).sum()),
-            unknown_tokens=int((tokens == self._unknown).sum()),
+            unknown_tokens=0 if self._unknown is None else int((tokens == self._unknown).sum()),
             losses=losses,
             damage=find_damage(texts),
             bad_records=len(bad),

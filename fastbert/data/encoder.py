@@ -34,7 +34,7 @@ class Losses:
     marked_words: int = 0  # words that lost an accent or a vowel sign
     marks: int = 0  # how many of these they lost
     inner_capitals: int = 0  # capitals after a small letter or a digit that became small
-    removed_words: int = 0  # words that lost characters of _REMOVED, as if they were not there
+    removed_words: int = 0  # words that lost characters of REMOVED, as if they were not there
     examples: tuple[str, ...] = ()  # of marked words: "für → fur"
     removed: tuple[str, ...] = ()  # some of those characters: "U+200B"
 
@@ -175,7 +175,7 @@ class Encoder:
                 break
         characters: dict[str, None] = {}
         for i in at[removed > 0]:
-            found = _REMOVED.findall(text[starts[i] : ends[i]].decode())
+            found = REMOVED.findall(text[starts[i] : ends[i]].decode())
             characters |= dict.fromkeys(f"U+{ord(character):04X}" for character in found)
             if len(characters) >= EXAMPLES:
                 break
@@ -304,7 +304,7 @@ _BOUNDARY_OR_IDEOGRAPH = re.compile(f"{_BOUNDARY.pattern[:-1]}\u4e00-\u9fff]")
 # What BERT's normalizer removes from the middle of a word although it separates words (page breaks,
 # U+200B), shapes them (U+200C, U+200D) or is a letter (private use, and whatever became U+FFFD).
 # Byte order marks, soft hyphens and marks of direction are removed too, where nothing is lost.
-_REMOVED = re.compile(
+REMOVED = re.compile(
     "[\0-\x08\v\f\x0e-\x1f\x7f-\x9f\u200b-\u200d\ue000-\uf8ff\ufffd"
     "\U000f0000-\U000ffffd\U00100000-\U0010fffd]"
 )
@@ -324,7 +324,7 @@ class _Words(dict[bytes, int]):
         bounds: where the ids of each word begin, and at the end the number of ids.
         row: of each word the row of `counts`; row 0, of zeros, for nearly all.
         counts: four numbers a row: characters that became [UNK], characters in pieces of more than
-            the model takes, accents and vowel signs that were lost, characters of _REMOVED.
+            the model takes, accents and vowel signs that were lost, characters of REMOVED.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -363,7 +363,7 @@ class _Words(dict[bytes, int]):
     def _add_any(self, word: str) -> tuple[int, int, int, int] | None:
         """Append the ids of any word; return its row of `counts`, None for zeros."""
         unknown = cut = marks = 0
-        removed = len(_REMOVED.findall(word)) if self._cleans else 0
+        removed = len(REMOVED.findall(word)) if self._cleans else 0
         for text in self._runs(word) if len(word) > _LONGEST_RUN else (word,):
             encoding = self._encode(text, add_special_tokens=False)
             ids, longest = encoding.ids, 0

@@ -18,7 +18,9 @@ max_length, 50 % on long documents.)
 
 No pairs. With "single" an example is one sentence, cut at its end. With "fill" a document has
 ceil(tokens / room) windows of up to `room` tokens. Together they cover the document, and they begin
-at the start of a sentence where this leaves no token out.
+at the start of a sentence where this leaves no token out. They overlap, and a tenth of them are cut
+shorter. With "windows" there are as many, but each token is in exactly one: the document is divided
+evenly, and each bound is moved to the start of a sentence where one is near enough.
 
 Memory: 8 bytes per document of the split, for the number of examples before it.
 """
@@ -104,6 +106,7 @@ class Examples:
     ):
         self.split, self.pairs, self.seed = split, objective.pairs, seed
         self.single = objective.segments == "single"
+        self.once = objective.segments == "windows"
         self.room = max_length - (3 if self.pairs else 2)
         self._before = self._count()
         self._most = int(np.diff(self._before).max(initial=0))
@@ -197,6 +200,9 @@ class Examples:
             sentence = self.split.first_sentence(document) + number
             start, end = self.split.first_token(np.stack([sentence, sentence + 1]))
             length = np.minimum(end - start, self.room)
+        elif self.once:
+            start, end = self._parts(places)
+            length = end - start
         else:
             start, end = self._windows(places, unit(words[2]))
             length = np.minimum(end - start, self._target_length(words[3], shortest=1))
@@ -227,6 +233,22 @@ class Examples:
         sentence = self._nearest_start(target, first, following - 1)
         starts = np.where((earliest <= sentence) & (sentence <= latest), sentence, target)
         return np.stack([starts, end])
+
+    def _parts(self, places: np.ndarray) -> np.ndarray:
+        """Return token offsets int64 [2, N]: the start and the end of a part of a document."""
+        document, number, count = self._locate(places)
+        first, following = self.split.first_sentence(np.stack([document, document + 1]))
+        begin, end = self.split.first_token(np.stack([first, following]))
+        # Both bounds of an even part may move by half of the room that it leaves.
+        most = (self.room - -(-(end - begin) // count)) // 2
+
+        def bound(number: np.ndarray) -> np.ndarray:
+            even = begin + number * (end - begin) // count
+            sentence = self._nearest_start(even, first, following - 1)
+            inner = (number > 0) & (number < count)
+            return np.where(inner & (np.abs(sentence - even) <= most), sentence, even)
+
+        return np.stack([bound(number), bound(number + 1)])
 
     def _target_length(self, words: np.ndarray, shortest: int) -> np.ndarray:
         """Return the number of tokens to aim at, int64 [B].

@@ -66,10 +66,17 @@ class Masking:
         # text, get the number of ordinary ids.
         self._place = np.full(dataset.vocab_size, len(self.ordinary_ids))
         self._place[self.ordinary_ids] = np.arange(len(self.ordinary_ids))
-        self._continues_word = dataset.continues_word if objective.whole_word else None
+        # The dataset says it of each token of its text, or with BERT's of each of the vocabulary.
+        self.needs_words = objective.whole_word and dataset.has_words
+        by_token = objective.whole_word and not dataset.has_words
+        self._continues_word = dataset.continues_word if by_token else None
 
     def __call__(
-        self, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        keys: np.ndarray,
+        begins_word: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mask a pack of examples.
 
@@ -78,6 +85,7 @@ class Masking:
                 another. [UNK] counts as a token.
             lengths: int64 [B], tokens of each example; at least 1.
             keys: int64 [B], the examples' random keys.
+            begins_word: bool [N], whether a word begins at the token; where `needs_words`.
 
         Returns:
             The tokens that the model sees, int64 [N], and the selected positions, int64 [M],
@@ -86,7 +94,9 @@ class Masking:
         assert len(lengths) < 1 << PACK_BITS and lengths.max(initial=0) < 1 << PLACE_BITS
         selected = selected_counts(lengths, self.objective)
         starts = _starts(lengths)
-        order, draws = self._shuffle(tokens, lengths, starts, keys)
+        if self._continues_word is not None:
+            begins_word = ~self._continues_word[tokens]
+        order, draws = self._shuffle(lengths, starts, keys, begins_word)
 
         # Take the first `selected` of each example's shuffled tokens. `rank` is the index of each
         # among them: the first become [MASK], the next are replaced, the last stay.
@@ -102,7 +112,11 @@ class Masking:
         return seen, np.sort(chosen)
 
     def _shuffle(
-        self, tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, keys: np.ndarray
+        self,
+        lengths: np.ndarray,
+        starts: np.ndarray,
+        keys: np.ndarray,
+        begins_word: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return positions in random order within each example, and a random word per token.
 
@@ -110,7 +124,7 @@ class Masking:
             int64 [N] and uint64 [N].
         """
         example = np.repeat(np.arange(len(lengths)), lengths)
-        place = np.arange(len(tokens)) - starts[example]
+        place = np.arange(len(example)) - starts[example]
         # One call of the generator gives two words to each of two neighbouring tokens.
         blocks = (lengths + 1) >> 1
         block_starts = _starts(blocks)
@@ -118,9 +132,9 @@ class Masking:
         words = random_words(np.repeat(keys, blocks), Purpose.MASK, block)
         words = words.T.reshape(-1, 2)[2 * block_starts[example] + place]
         random = words[:, 0] >> np.uint64(32 - RANDOM_BITS)
-        if self._continues_word is not None:
+        if begins_word is not None:
             # All tokens of a word get the bits of its first token, so they stay adjacent.
-            begins = (place == 0) | ~self._continues_word[tokens]
+            begins = (place == 0) | begins_word
             random = random[begins][np.cumsum(begins) - 1]
         sort_key = (
             (example << (RANDOM_BITS + PLACE_BITS)).astype(np.uint64)

@@ -23,13 +23,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fastbert.data import baselines as baselines
+from fastbert.data.byte_level import rounded_up
 from fastbert.data.copies import find_copies, without_copies
+from fastbert.data.cuts import Cuts
 from fastbert.data.dataset import (
     FORMAT,
     MANIFEST,
-    OTHER_FILES,
     SPLITS,
     Split,
+    other_files,
     token_dtype,
 )
 from fastbert.data.documents import Chunk, read_chunks
@@ -39,9 +41,22 @@ from fastbert.data.report import CorpusStats, Report, make_report
 from fastbert.data.shards import ShardWriter
 from fastbert.data.sources import Source, find_sources
 from fastbert.data.staging import staging
-from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids, unreachable
+from fastbert.data.tokenizer import (
+    is_bert,
+    kind_of,
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    unreachable,
+)
 from fastbert.data.unpack import BadRecord
-from fastbert.data.vocabulary import VocabularyTrainer, check_vocab_size
+from fastbert.data.vocabulary import (
+    ALGORITHMS,
+    BPE,
+    WORDPIECE,
+    VocabularyTrainer,
+    check_vocab_size,
+)
 from fastbert.data.workers import apply_in_child, map_in_order
 from fastbert.durable import sealed, sha256_of
 from fastbert.errors import InputError
@@ -68,6 +83,7 @@ def prepare(
     out: str | Path,
     *,
     vocab_size: int = 30522,
+    algorithm: str = WORDPIECE,
     tokenizer: str | Path | None = None,
     lowercase: bool = True,
     keep_accents: bool = False,
@@ -84,9 +100,12 @@ def prepare(
     Args:
         sources: files and folders; sources.py lists the formats.
         out: the dataset's folder; it must not exist yet.
-        vocab_size: of the WordPiece vocabulary that is trained on the text.
-        tokenizer: a Hugging Face folder or vocab.txt to use instead; vocab_size, lowercase and
-            keep_accents are then ignored.
+        vocab_size: of the vocabulary that is trained on the text; of BPE a multiple of 64, to which
+            another size is rounded up.
+        algorithm: "wordpiece", as BERT; or "bpe", byte-level as ModernBERT, which keeps case,
+            accents, spaces and line breaks.
+        tokenizer: a Hugging Face folder with any tokenizer.json, or a vocab.txt, to use instead;
+            vocab_size, algorithm, lowercase and keep_accents are then ignored.
         lowercase: whether a trained vocabulary converts capitals to small letters; accents and
             vowel signs are then dropped too, as in BERT.
         keep_accents: whether it keeps these all the same.
@@ -120,6 +139,11 @@ def prepare(
         )
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: must be 1 or more")
+    if algorithm not in ALGORITHMS:
+        raise InputError(f"--algorithm {algorithm}: must be {' or '.join(ALGORITHMS)}")
+    if algorithm == BPE and tokenizer is None and (keep_accents or not lowercase):
+        option = "--keep-accents" if keep_accents else "--cased"
+        raise InputError(f"{option}: --algorithm bpe keeps case and accents anyway; leave it out")
     if bad_records not in ("error", "skip"):
         raise InputError(f"--bad-records {bad_records}: must be error or skip")
     files, left_out = find_sources(sources, text_format)
@@ -134,8 +158,9 @@ def prepare(
     if bad_records == "skip":
         options["bad_records"] = bad_records
     if given is None:
-        check_vocab_size(vocab_size)
-        options |= {"vocab_size": vocab_size, "lowercase": lowercase}
+        check_vocab_size(vocab_size, algorithm)
+        options |= {"vocab_size": vocab_size}
+        options |= {"algorithm": algorithm} if algorithm == BPE else {"lowercase": lowercase}
         if keep_accents:
             options["keep_accents"] = True
     if dedup:
@@ -158,7 +183,7 @@ def prepare(
         vocabulary = given
         if vocabulary is None:
             sample = _spread(read("reading for the vocabulary"))
-            trainer = *reading[1:], vocab_size, lowercase, keep_accents
+            trainer = *reading[1:], algorithm, vocab_size, lowercase, keep_accents
             with bar.wait("training the vocabulary"):
                 if sum(len(chunk.data) for chunk in sample) < TRAINED_HERE_BYTES:
                     trained = VocabularyTrainer(*trainer)(sample)
@@ -168,6 +193,9 @@ def prepare(
             vocabulary = Tokenizer.from_str(trained)
             vocabulary.encode_special_tokens = True
         save_tokenizer(vocabulary, folder / "tokenizer")
+        kind = None if is_bert(vocabulary) else kind_of(vocabulary)
+        if kind is not None and (problem := Cuts(vocabulary).problem) is not None:
+            tell(f"tokenizer: no words are looked up, which takes several times as long: {problem}")
         dtype = token_dtype(vocabulary.get_vocab_size())
 
         def write(heldout_below: int) -> _Written:
@@ -189,12 +217,13 @@ def prepare(
         report = make_report(
             written.stats,
             vocabulary.get_vocab_size(),
-            options.get("vocab_size"),
+            rounded_up(vocab_size) if algorithm == BPE and not given else options.get("vocab_size"),
             measured,
             len(files),
             blank_lines,
             unreachable(given) if given else (),
             None if copies is None else sum(map(len, copies)),
+            kind,
         )
         for source, stamp in zip(files, stamps, strict=True):
             if _stamp(source) != stamp:
@@ -244,7 +273,7 @@ def _write(
     stats, smallest = CorpusStats(), np.zeros(0, np.uint64)
     for chunk in chunks:
         for name, part in zip(SPLITS, (chunk.train, chunk.heldout), strict=True):
-            writers[name].add(part.tokens, part.sentences, part.documents)
+            writers[name].add(part.tokens, part.sentences, part.documents, part.begins_word)
         stats.add(chunk)
         smallest = np.unique(np.concatenate([smallest, chunk.document_hashes]))[: 4 * LEAST_HELDOUT]
     for writer in writers.values():
@@ -281,14 +310,16 @@ def _heldout_bound(
 def _manifest(
     folder: Path, vocabulary: Tokenizer, options: dict[str, Any], written: _Written
 ) -> dict[str, Any]:
+    has_words = not is_bert(vocabulary)
     files = {
         name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in OTHER_FILES
+        for name in other_files(has_words)
     }
     for writer in written.writers.values():
         files |= writer.files
     return {
         "format": FORMAT,
+        **({"tokenizer": kind_of(vocabulary)} if has_words else {}),
         "vocab_size": vocabulary.get_vocab_size(),
         "special": asdict(special_ids(vocabulary, folder)),
         "options": options,

@@ -157,6 +157,7 @@ def make_report(
     blank_lines: bool = False,
     unreachable: Sequence[str] = (),
     copies: int | None = None,
+    tokenizer: str | None = None,
 ) -> Report:
     """Turn the counts into figures and rows.
 
@@ -169,6 +170,7 @@ def make_report(
         blank_lines: whether a blank line ends a document in some of them.
         unreachable: tokens that no text gives.
         copies: how many documents were left out as copies; None where they are kept.
+        tokenizer: its algorithm; None for BERT's.
     """
     documents, sentences, tokens, lost = (
         stats.documents,
@@ -225,6 +227,8 @@ def make_report(
     }
     if copies is not None:
         figures["copies_left_out"] = copies
+    if tokenizer is not None:
+        figures["tokenizer"] = tokenizer
     sampled = " (sampled)" if figures["duplicates_sampled"] else ""
     tokenizer_advice = "raise --vocab-size"
     keep_advice = "keep them with --keep-accents, or with --cased"
@@ -266,6 +270,7 @@ def make_report(
             "fewer words occur twice than needed for the "
             f"{asked_vocab_size or 0:,} tokens asked for; this is fine, or add text",
         ),
+        *([row("tokenizer", tokenizer)] if tokenizer is not None else []),
         *(
             [
                 row(
@@ -276,22 +281,28 @@ def make_report(
                     " and may lower-case; if you wrote this vocabulary, correct them",
                 )
             ]
-            if not asked_vocab_size
+            if not asked_vocab_size and tokenizer is None
             else []
         ),
         row(
-            "[UNK]",
+            "[UNK]" if tokenizer is None else "unknown tokens",
             f"{_percent(figures['unknown_share'])} of tokens, "
             f"{_percent(figures['unknown_character_share'])} of characters",
             max(figures["unknown_share"], figures["unknown_character_share"]) > 0.01,
             f"the vocabulary does not fit the text; {tokenizer_advice}",
         ),
-        row(
-            "words of more than 100 characters, cut",
-            f"{_percent(figures['cut_character_share'])} of characters",
-            figures["cut_character_share"] > 0.001,
-            "transformers makes such a word one [UNK]; put spaces into the text, here and where "
-            "the model is used",
+        *(
+            [
+                row(
+                    "words of more than 100 characters, cut",
+                    f"{_percent(figures['cut_character_share'])} of characters",
+                    figures["cut_character_share"] > 0.001,
+                    "transformers makes such a word one [UNK]; put spaces into the text, here and "
+                    "where the model is used",
+                )
+            ]
+            if tokenizer is None
+            else []
         ),
         row(
             "accents and vowel signs dropped",
@@ -311,7 +322,7 @@ def make_report(
             f"in {_percent(figures['characters_removed']['words'])} of words"
             + (f": {', '.join(lost.removed)}" if lost.removed else ""),
             figures["characters_removed"]["words"] > 0.001,
-            "BERT's tokenizer deletes them, and joins what they separate; replace them by spaces "
+            ("the" if tokenizer else "BERT's") + " tokenizer deletes them, and joins what they separate; replace them by spaces "
             "or by letters, here and where the model is used",
         ),
         *(_damage_row(kind.name, stats.damage, documents) for kind in damage.KINDS),

@@ -74,6 +74,16 @@ def split_sentences(text: str) -> list[str]:
     return sentences
 
 
+def sentence_starts(text: str, sentences: list[str]) -> list[int]:
+    """Return where the sentences that `split_sentences` found begin in the text, in characters."""
+    starts, at = list[int](), 0
+    for sentence in sentences:
+        at = text.index(sentence, at)
+        starts.append(at)
+        at += len(sentence)
+    return starts
+
+
 def _ends(line: str, begin: int, first: int, mark: int, end: int, all_lower: bool) -> bool:
     """Whether the mark at `mark` ends the sentence that starts at `begin`.
 

@@ -32,13 +32,20 @@ class ShardWriter:
         self.files: dict[str, dict[str, Any]] = {}  # name within the dataset: {"size", "sha256"}
         self._open: dict[str, _HashedFile] = {}
 
-    def add(self, tokens: np.ndarray, sentences: np.ndarray, documents: np.ndarray) -> None:
+    def add(
+        self,
+        tokens: np.ndarray,
+        sentences: np.ndarray,
+        documents: np.ndarray,
+        begins_word: np.ndarray | None = None,
+    ) -> None:
         """Append whole documents.
 
         Args:
             tokens: [T], ids of all documents, one after another.
             sentences: int [S], tokens of each sentence; all at least 1, sum T.
             documents: int [N], sentences of each document; all at least 1, sum S.
+            begins_word: bool [T]; None, for every call, where the split does not hold it.
         """
         if len(documents) == 0:
             return
@@ -50,9 +57,9 @@ class ShardWriter:
         )
         if not self._open:
             name = str(self.folder / shard_name(len(self.shards)))
-            self._open = {
-                kind: _HashedFile(f"{name}.{kind}") for kind in ("tokens", "sentences", "documents")
-            }
+            kinds = ("tokens", "sentences", "documents", *(["words"] * (begins_word is not None)))
+            self._open = {kind: _HashedFile(f"{name}.{kind}") for kind in kinds}
+            self._bits = np.zeros(0, bool)  # of begins_word, those that do not fill a byte yet
             self._open["sentences"].write(np.zeros(1, "<i8"))
             self._open["documents"].write(np.zeros(1, "<i8"))
             self._counts = Counts(0, 0, 0)
@@ -64,6 +71,11 @@ class ShardWriter:
         self._open["documents"].write(
             (np.cumsum(documents, dtype=np.int64) + done.sentences).astype("<i8", copy=False)
         )
+        if begins_word is not None:
+            bits = np.concatenate([self._bits, begins_word])
+            whole = len(bits) // 8 * 8
+            self._open["words"].write(np.packbits(bits[:whole]))
+            self._bits = bits[whole:]
         self._counts = Counts(
             done.documents + len(documents),
             done.sentences + len(sentences),
@@ -75,6 +87,8 @@ class ShardWriter:
     def close(self) -> None:
         """Finish the open shard; its files are on the disk when this returns."""
         if self._open:
+            if "words" in self._open:
+                self._open["words"].write(np.packbits(self._bits))
             for file in self._open.values():
                 self.files[f"{self.folder.name}/{file.path.name}"] = file.close()
             self.shards.append(self._counts)

@@ -1,6 +1,9 @@
-"""The WordPiece tokenizer of a model or dataset: load it, check it, save it.
+"""The tokenizer of a model or dataset: load it, check it, save it.
 
-The algorithm is that of Hugging Face's `tokenizers`, in Rust.
+The algorithms are those of Hugging Face's `tokenizers`, in Rust. Any tokenizer.json is taken, and
+gives the ids that transformers' AutoTokenizer gives. BERT's WordPiece has rules of its own: it may
+be a vocab.txt alone, its words are looked up in a faster way (encoder.py), and its files stay as
+they always were.
 """
 
 from __future__ import annotations
@@ -20,12 +23,12 @@ from tokenizers import (
     processors,
 )
 
+from fastbert.data import token_roles
 from fastbert.data.dataset import SpecialIds
+from fastbert.data.token_roles import BERT_TOKENS, TokenRoles, roles_of
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder
 from fastbert.regular_file import read_text
-
-SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 
 LONGEST_WORD = 100  # characters; WordPiece makes a longer one [UNK]
 # The largest limit of that kind that a tokenizer may have. The time for a word grows with its
@@ -33,23 +36,72 @@ LONGEST_WORD = 100  # characters; WordPiece makes a longer one [UNK]
 LARGEST_LIMIT = 1000
 
 
+# What every tokenizer is tried on when it is loaded; no vocabulary has some of these characters.
+_PROBE = "A b\u00e9 \u4e2d\U0001f600 \u0378\U000e0fff\n 1"
+
+
+def behaviour(tokenizer: Tokenizer) -> list[Any]:
+    """Return what decides which ids a text gets, and what they mean, as values of JSON."""
+    if not is_bert(tokenizer):
+        return [json.loads(tokenizer.to_str())]
+    ids = tokenizer.get_vocab()
+    return [sorted(ids, key=ids.__getitem__), token_roles.part_of(tokenizer.normalizer)]
+
+
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether equal ids mean equal tokens, and both tokenizers normalise text in the same way."""
-    return (
-        a.get_vocab() == b.get_vocab()
-        and json.loads(a.to_str())["normalizer"] == json.loads(b.to_str())["normalizer"]
+    """Whether equal ids mean equal tokens, and both tokenizers treat text in the same way."""
+    return behaviour(a) == behaviour(b)
+
+
+def is_bert(tokenizer: Tokenizer) -> bool:
+    """Whether a loaded tokenizer is a WordPiece tokenizer that does what BERT's does."""
+    return roles_of(tokenizer) is None
+
+
+def kind_of(tokenizer: Tokenizer) -> str:
+    """Return the algorithm of a tokenizer, in words for people: "byte-level BPE"."""
+    name = type(tokenizer.model).__name__
+    byte_level = '"ByteLevel"' in json.dumps(
+        [token_roles.part_of(part) for part in (tokenizer.normalizer, tokenizer.pre_tokenizer)]
     )
+    return f"byte-level {name}" if byte_level else name
+
+
+def lowercases(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer converts capitals to small letters."""
+    normalizer = tokenizer.normalizer
+    return normalizer is not None and "A" not in normalizer.normalize_str("A")
+
+
+def encode_with_special(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text in which names of special tokens stand for these, as "[MASK]"."""
+    tokenizer.encode_special_tokens = False
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    finally:
+        tokenizer.encode_special_tokens = True
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token for people: the text that it stands for, or the piece of BERT's vocabulary."""
+    if is_bert(tokenizer):
+        return tokenizer.id_to_token(token) or ""
+    return tokenizer.decode([token], skip_special_tokens=False)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a BERT tokenizer from a folder with tokenizer.json or vocab.txt, or from a vocab.txt.
+    """Load a tokenizer from a folder with tokenizer.json or vocab.txt, or from one of these files.
 
-    A vocab.txt alone does not say whether text is lower-cased. A tokenizer_config.json beside it
-    does. Without one, a vocabulary without capital letters is assumed to be lower-cased.
+    A vocab.txt alone, which is BERT's, does not say whether text is lower-cased. A
+    tokenizer_config.json beside it does. Without one, a vocabulary without capital letters is
+    assumed to be lower-cased.
+
+    The names of special tokens in a text are ordinary text, as with transformers'
+    `split_special_tokens`; all other added tokens are kept whole.
 
     Raises:
-        InputError: there is no tokenizer, it cannot be read or is not a WordPiece tokenizer like
-            BERT's, a special token is missing, a token occurs twice, or ids have gaps.
+        InputError: there is no tokenizer, it cannot be read, a special token is missing, a token
+            occurs twice, or ids have gaps.
     """
     path = Path(path)
     file = path
@@ -59,13 +111,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if file == path:
             raise InputError(
                 f"{path}: no tokenizer.json and no vocab.txt in this folder; "
-                "give the folder of a BERT tokenizer"
+                "give the folder of a tokenizer"
             )
     try:
         text = read_text(file)
     except FileNotFoundError:
         raise InputError(
-            f"{path}: no such tokenizer; give the folder of a BERT tokenizer or a vocab.txt"
+            f"{path}: no such tokenizer; give the folder of a tokenizer, or a vocab.txt"
         ) from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
@@ -81,7 +133,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{file}: its {len(vocabulary)} tokens do not have the ids 0 to "
             f"{len(vocabulary) - 1}; renumber them"
         )
-    if any("\n" in token or "\r" in token for token in vocabulary):
+    if is_bert(tokenizer) and any("\n" in token or "\r" in token for token in vocabulary):
         raise InputError(
             f"{file}: a token contains a line break, which vocab.txt cannot represent; remove it"
         )
@@ -92,12 +144,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def extra_tokens(tokenizer: Tokenizer) -> list[AddedToken]:
-    """Return the tokens that a model has added to BERT's five, such as the marks of entities.
+    """Return the tokens that a model has added to the special ones, such as the marks of entities.
 
     In a text they are kept whole, as in transformers.
     """
+    roles = roles_of(tokenizer)
+    special = set((roles.names if roles else BERT_TOKENS).values())
     added = tokenizer.get_added_tokens_decoder().values()
-    return [token for token in added if token.content not in SPECIAL_TOKENS.values()]
+    return [token for token in added if token.content not in special]
 
 
 def unreachable(tokenizer: Tokenizer) -> list[str]:
@@ -105,8 +159,10 @@ def unreachable(tokenizer: Tokenizer) -> list[str]:
 
     BERT's normalizer and pre-tokenizer change or split every text that could give them: capitals
     where text is lower-cased, accents, or punctuation beside letters. Names in brackets, such as
-    [unused1], are not counted: they wait for a use.
+    [unused1], are not counted: they wait for a use. None is returned of other tokenizers.
     """
+    if not is_bert(tokenizer):
+        return []
     ids = tokenizer.get_vocab(with_added_tokens=False)
     kept = {token.content for token in extra_tokens(tokenizer)}
     found = []
@@ -129,9 +185,35 @@ def unreachable(tokenizer: Tokenizer) -> list[str]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write tokenizer.json, vocab.txt and tokenizer_config.json, as AutoTokenizer loads them."""
+    """Write tokenizer.json and tokenizer_config.json, and BERT's vocab.txt, for AutoTokenizer."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    roles = roles_of(tokenizer)
+    for name, text in (_files(tokenizer, roles) if roles else _bert_files(tokenizer)).items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _files(tokenizer: Tokenizer, roles: TokenRoles) -> dict[str, str]:
+    settings = json.loads(tokenizer.to_str())
+    special = {*roles.names.values(), *roles.extra_special}
+    for token in settings["added_tokens"]:
+        token["special"] = token["content"] in special
+    settings["post_processor"] = token_roles.template(roles, tokenizer.get_vocab(), False)
+    config: dict[str, Any] = {
+        # The class that takes tokenizer.json as it is.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{f"{role}_token": name for role, name in roles.names.items()},
+    }
+    if roles.extra_special:
+        config["additional_special_tokens"] = list(roles.extra_special)
+    return {
+        "tokenizer.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+        token_roles.CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def _bert_files(tokenizer: Tokenizer) -> dict[str, str]:
     normalizer, ids = tokenizer.normalizer, tokenizer.get_vocab()
     config = {
         "tokenizer_class": "BertTokenizerFast",
@@ -139,32 +221,33 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         "strip_accents": normalizer.strip_accents,
         "tokenize_chinese_chars": normalizer.handle_chinese_chars,
         "model_max_length": 512,
-        **{f"{name}_token": token for name, token in SPECIAL_TOKENS.items()},
+        **{f"{name}_token": token for name, token in BERT_TOKENS.items()},
     }
     if extra := [token.content for token in extra_tokens(tokenizer)]:
         config["additional_special_tokens"] = extra
-    texts = {
+    return {
         # Not tokenizer.save, which reports a full disk as a bare Exception.
         "tokenizer.json": _with_extra_special(tokenizer, True) or tokenizer.to_str(pretty=True),
         "vocab.txt": "".join(token + "\n" for token in sorted(ids, key=ids.__getitem__)),
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        token_roles.CONFIG: json.dumps(config, indent=2) + "\n",
     }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def special_ids(tokenizer: Tokenizer, source: str | Path) -> SpecialIds:
-    """Return the ids of the five special tokens.
+    """Return the ids of the special tokens.
 
     Raises:
         InputError: one is missing; the message names the tokenizer by `source`.
     """
-    ids = {name: tokenizer.token_to_id(token) for name, token in SPECIAL_TOKENS.items()}
-    missing = [SPECIAL_TOKENS[name] for name, number in ids.items() if number is None]
+    if roles := roles_of(tokenizer):
+        found = {role: tokenizer.token_to_id(name) for role, name in roles.names.items()}
+        return SpecialIds(**{"unk": None, **found})
+    ids = {name: tokenizer.token_to_id(token) for name, token in BERT_TOKENS.items()}
+    missing = [BERT_TOKENS[name] for name, number in ids.items() if number is None]
     if missing:
         raise InputError(
             f"{source}: the vocabulary has no {', '.join(missing)}; "
-            f"a BERT vocabulary needs {' '.join(SPECIAL_TOKENS.values())}"
+            f"a BERT vocabulary needs {' '.join(BERT_TOKENS.values())}"
         )
     return SpecialIds(**{name: number for name, number in ids.items() if number is not None})
 
@@ -185,61 +268,115 @@ def assemble(
     tokenizer.post_processor = processors.BertProcessing(
         ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])
     )
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    tokenizer.add_special_tokens(list(BERT_TOKENS.values()))
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def _from_json(text: str, file: Path) -> Tokenizer:
-    """Load a file of `tokenizers`, if it does what BERT's tokenizer does.
-
-    Encoder and the masking rely on this.
-    """
+    """Load a file of `tokenizers`, with the settings beside it."""
+    config = token_roles.read_settings(file.parent)
     try:
         settings = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
-        model, normalizer = settings["model"], settings["normalizer"]
-        kinds = [part and part["type"] for part in (model, normalizer, settings["pre_tokenizer"])]
-        prefix, unknown = model.get("continuing_subword_prefix"), model.get("unk_token")
-        complete = unknown in model["vocab"]
-        clean = normalizer and normalizer.get("clean_text")
-        limit = model.get("max_input_chars_per_word", LONGEST_WORD)
-        added = [token["content"] for token in settings["added_tokens"] if not token["special"]]
         contents = [str(token["content"]) for token in settings["added_tokens"]]
+        model = settings["model"]
+        kind, limit = model["type"], model.get("max_input_chars_per_word", LONGEST_WORD)
+        random, complete = model.get("dropout"), len(model["vocab"]) > 0
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{file}: not the file of a BERT tokenizer ({type(error).__name__}: {error}); "
-            "give one, or its vocab.txt"
+            f"{file}: not the file of a tokenizer ({type(error).__name__}: {error}); "
+            "save the tokenizer again with transformers"
         ) from None
-    if kinds != ["WordPiece", "BertNormalizer", "BertPreTokenizer"]:
-        raise InputError(
-            f"{file}: it is {', '.join(map(str, kinds))}; it must be WordPiece, BertNormalizer, "
-            "BertPreTokenizer, as in BERT"
-        )
-    if (prefix, unknown, clean) != ("##", "[UNK]", True):
-        raise InputError(
-            f"{file}: prefix {prefix!r}, unknown {unknown!r}, clean_text {clean}; they must be "
-            "'##', '[UNK]', true, as in BERT"
-        )
     if type(limit) is not int or not 1 <= limit <= LARGEST_LIMIT:
         raise InputError(
             f"{file}: max_input_chars_per_word = {limit!r:.40}; must be from 1 to "
             f"{LARGEST_LIMIT:,}, in BERT {LONGEST_WORD}: the time for a word grows with its square"
         )
     if not complete:
-        raise InputError(f"{file}: the WordPiece model has no {unknown} in its vocabulary")
-    if added:
+        raise InputError(f"{file}: the {kind} model has an empty vocabulary")
+    if random:
         raise InputError(
-            f"{file}: {len(added)} added tokens ({added[0]!r}, ...) outside the WordPiece model; "
-            "move them into its vocabulary"
+            f"{file}: dropout = {random!r:.40} gives other ids each time; set it to null"
         )
     if "" in contents:
         raise InputError(f"{file}: an added token is empty; remove it")
+    tokenizer = _build(text, file)
     try:
-        return _with_extra_whole(Tokenizer.from_str(text))
-    except Exception as error:  # the Rust side raises no narrower type
-        raise InputError(f"{file}: not a valid tokenizer: {error}") from None
+        named = token_roles.named_tokens(config)
+        listed = [*token_roles.listed_tokens(config), *named.values()]
+        # transformers adds what only the settings know.
+        if missing := [token for token in listed if token.content not in contents]:
+            tokenizer.add_tokens(missing)
+            settings = json.loads(tokenizer.to_str())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file.with_name(token_roles.CONFIG)}: cannot be read as a tokenizer's settings: "
+            f"{error}"
+        ) from None
+    roles_are_berts = all(
+        named[f"{role}_token"].content == name
+        for role, name in BERT_TOKENS.items()
+        if f"{role}_token" in named
+    )
+    if roles_are_berts and _does_what_bert_does(settings):
+        return _with_extra_whole(tokenizer)
+    try:
+        roles = token_roles.find_roles(config, settings, file)
+    except (KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
+        raise InputError(
+            f"{file}: its post-processor or its model is not as `tokenizers` writes it "
+            f"({type(error).__name__}: {error}); save the tokenizer again with transformers"
+        ) from None
+    unknown = [name for name in roles.names.values() if tokenizer.token_to_id(name) is None]
+    if unknown:
+        raise InputError(f"{file}: {unknown[0]!r} is a special token, but not in the vocabulary")
+    return with_roles(settings, roles)
+
+
+def with_roles(settings: dict[str, Any], roles: TokenRoles) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json as it is in memory.
+
+    Args:
+        settings: the content of the file, which is changed.
+        roles: of its tokens, which are all in its vocabulary.
+    """
+    for token in settings["added_tokens"]:
+        # The switch for text of special tokens, encode_special_tokens, is about all that are marked
+        # as special. So those that are kept whole are marked again when they are saved.
+        token["special"] = token["content"] in roles.names.values()
+    settings["post_processor"] = settings["truncation"] = settings["padding"] = None
+    ids = Tokenizer.from_str(json.dumps(settings)).get_vocab()
+    settings["post_processor"] = token_roles.template(roles, ids, True)
+    tokenizer = Tokenizer.from_str(json.dumps(settings))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _does_what_bert_does(settings: dict[str, Any]) -> bool:
+    """Whether Encoder's rules hold for a tokenizer.json."""
+    model, normalizer = settings["model"], settings.get("normalizer") or {}
+    parts = (model, normalizer, settings.get("pre_tokenizer") or {})
+    return (
+        [part.get("type") for part in parts] == ["WordPiece", "BertNormalizer", "BertPreTokenizer"]
+        and (model.get("continuing_subword_prefix"), model.get("unk_token")) == ("##", "[UNK]")
+        and normalizer.get("clean_text") is True
+        and all(token["special"] for token in settings["added_tokens"])
+    )
+
+
+def _build(text: str, file: Path) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json, after a trial."""
+    try:
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.encode_special_tokens = True
+        tokenizer.encode(_PROBE)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust side raises no narrower type, and its panics are none
+        raise InputError(f"{file}: not a valid tokenizer: {' '.join(str(error).split())}") from None
+    return tokenizer
 
 
 def _with_extra_whole(tokenizer: Tokenizer) -> Tokenizer:
@@ -331,7 +468,7 @@ def _extra_of_config(config: dict[str, Any]) -> list[AddedToken]:
         flags = {name: entry[name] for name in _FLAGS if name in entry}
         if not entry.get("special", True):
             raise ValueError(f"{content!r} is an added token that is not special")
-        if content not in SPECIAL_TOKENS.values():
+        if content not in BERT_TOKENS.values():
             extra.setdefault(content, AddedToken(content, **{"normalized": False, **flags}))
     return list(extra.values())
 

@@ -1,4 +1,4 @@
-"""Train a WordPiece vocabulary: the same texts always give the same one."""
+"""Train a vocabulary, by default WordPiece: the same texts always give the same one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from fastbert.data.byte_level import SMALLEST, train_byte_level
 from fastbert.data.documents import Chunk, parse
-from fastbert.data.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, assemble
+from fastbert.data.token_roles import BERT_TOKENS
+from fastbert.data.tokenizer import LONGEST_WORD, assemble
 from fastbert.errors import InputError
 
+ALGORITHMS = WORDPIECE, BPE = "wordpiece", "bpe"
 VOCAB_SIZES = (100, 1 << 20)
 # A character outside the alphabet makes its whole word [UNK]. One such character in 10,000 affects
 # about one word in 2,000.
@@ -55,7 +58,7 @@ def train_tokenizer(
         min_frequency=2,
         show_progress=False,
         special_tokens=[
-            *SPECIAL_TOKENS.values(),
+            *BERT_TOKENS.values(),
             *first,
             *("##" + character for character in inner),
         ],
@@ -63,7 +66,7 @@ def train_tokenizer(
         # Exactly these characters: the trainer's own choice among equally rare ones is random.
         limit_alphabet=len(first),
     )
-    trained = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS["unk"]))
+    trained = Tokenizer(models.WordPiece(unk_token=BERT_TOKENS["unk"]))
     trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trained.train_from_iterator(normalized, trainer)
     ids = trained.get_vocab(with_added_tokens=True)
@@ -76,14 +79,22 @@ class VocabularyTrainer:
     Args:
         text_field: see documents.py.
         skip_bad: leave out records that cannot be read, instead of raising InputError.
-        vocab_size, lowercase, keep_accents: see `train_tokenizer`.
+        algorithm: of ALGORITHMS.
+        vocab_size: see `train_tokenizer` and `train_byte_level`.
+        lowercase, keep_accents: of WordPiece, see `train_tokenizer`.
     """
 
     def __init__(
-        self, text_field: str, skip_bad: bool, vocab_size: int, lowercase: bool, keep_accents: bool
+        self,
+        text_field: str,
+        skip_bad: bool,
+        algorithm: str,
+        vocab_size: int,
+        lowercase: bool,
+        keep_accents: bool,
     ):
         self._text_field, self._skip_bad = text_field, skip_bad
-        self._options = vocab_size, lowercase, keep_accents
+        self._algorithm, self._options = algorithm, (vocab_size, lowercase, keep_accents)
 
     def __call__(self, chunks: Sequence[Chunk]) -> str:
         texts = (
@@ -91,16 +102,19 @@ class VocabularyTrainer:
             for chunk in chunks
             for text in parse(chunk, self._text_field, [] if self._skip_bad else None)
         )
+        if self._algorithm == BPE:
+            return train_byte_level(texts, self._options[0]).to_str()
         return train_tokenizer(texts, *self._options).to_str()
 
 
-def check_vocab_size(vocab_size: int) -> None:
+def check_vocab_size(vocab_size: int, algorithm: str = WORDPIECE) -> None:
     """Raise InputError where the size is out of range; called before hours of reading."""
     low, high = VOCAB_SIZES
+    usual = "BERT's is 30522"
+    if algorithm == BPE:
+        low, usual = SMALLEST, "ModernBERT's is 50368"
     if not low <= vocab_size <= high:
-        raise InputError(
-            f"--vocab-size {vocab_size}: must be from {low} to {high:,} (BERT's is 30522)"
-        )
+        raise InputError(f"--vocab-size {vocab_size}: must be from {low} to {high:,} ({usual})")
 
 
 def _normalized(text: str, normalizer: normalizers.BertNormalizer) -> str:

@@ -624,7 +624,7 @@ def _examples(
             f"{config.data} is not here: a vocabulary of {vocab_size:,} tokens, as BERT's"
         )
     if lengths is None:
-        mean = (0.95 if config.objective.segments == "fill" else 0.5) * config.batch.max_length
+        mean = (0.5 if config.objective.segments == "single" else 0.95) * config.batch.max_length
         lengths = np.full(wanted, round(mean))
         assumptions.append(f"{config.data} is not here: {mean:.0f} tokens per example")
     return vocab_size, lengths, epoch, assumptions

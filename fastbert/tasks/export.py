@@ -23,6 +23,7 @@ from fastbert.checkpoints.weight_table import HEADS, MLM, NSP
 from fastbert.config import dump_config
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch, pack_texts
+from fastbert.data.tokenizer import kind_of
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.build import Model
@@ -322,7 +323,7 @@ def model_card(pretrained: Pretrained, architecture: str, name: str) -> str:
         f"A {table_of(config).title} of {config.num_hidden_layers} layers, "
         f"hidden size {config.hidden_size}, {config.num_attention_heads} heads and "
         f"{pretrained.model.vocab_size:,} tokens ({parameters / 1e6:.1f} M parameters), "
-        "pre-trained with fastbert.",
+        f"pre-trained with fastbert. The tokenizer is {kind_of(pretrained.tokenizer)}.",
         "",
         "```python",
         f"from transformers import AutoTokenizer, {architecture}",

@@ -23,16 +23,18 @@ from torch import Tensor
 from fastbert.checkpoints.sentence_folder import VectorSettings
 from fastbert.checkpoints.weight_table import MLM, NSP
 from fastbert.config import ModelConfig, RunConfig
+from fastbert.data.cuts import Cuts
 from fastbert.data.dataset import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
+from fastbert.data.tokenizer import encode_with_special, is_bert, token_text
 from fastbert.errors import Diverged, InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.build import Model
 
 PACK_TOKENS = 4096  # tokens per forward pass; all hidden states of BERT-base then take 160 MB
-MASK = "[MASK]"
 CHARACTERS = 16  # of a long text that are tokenized at first, for each token that is used
-# ASCII white space and punctuation, and the ideographs, which are words of their own.
+# Of BERT's tokenizer: ASCII white space and punctuation, and the ideographs, which are words of
+# their own.
 _BETWEEN = re.compile(r"[\t-\r -/:-@\[-`{-~\u4e00-\u9fff]")
 POOLS = ("mean", "max", "cls")
 
@@ -77,6 +79,11 @@ class Pretrained:
         loss = self.metadata.get("progress", {}).get("heldout_loss")
         facts += [] if loss is None else [f"held-out loss {loss:.3f}"]
         return f"<{self.path}: {', '.join(facts)}>"
+
+    @property
+    def mask_token(self) -> str:
+        """The token that hides a word in a text: `[MASK]` in BERT."""
+        return self.tokenizer.id_to_token(self.special.mask) or ""
 
     @property
     def max_tokens(self) -> int:
@@ -167,30 +174,26 @@ class Pretrained:
         return result
 
     def fill_mask(self, text: str, k: int = 5) -> list[list[tuple[str, float]]]:
-        """Return the k most probable tokens for each `[MASK]` of the text, best first.
+        """Return the k most probable tokens for each `mask_token` of the text, best first.
 
         Each comes with its probability.
 
         Raises:
-            InputError: the text has no `[MASK]` or is too long, k is out of range, or the MLM head
-                was not trained.
+            InputError: the text has no `mask_token` or is too long, k is out of range, or the MLM
+                head was not trained.
         """
         self._require_head(MLM)
         _check_text(text, "text")
-        if MASK not in text:
-            raise InputError(f"{text!r}: no {MASK} to fill; write one where a word is missing")
+        ids = encode_with_special(self.tokenizer, text)
+        if self.special.mask not in ids:
+            raise InputError(
+                f"{text!r}: no {self.mask_token} to fill; write one where a word is missing"
+            )
         if not isinstance(k, Integral) or not 1 <= k <= self.model.vocab_size:
             raise InputError(
                 f"k = {k!r}; must be a number from 1 to the {self.model.vocab_size:,} tokens of "
                 "the vocabulary"
             )
-        # The tokenizer treats "[MASK]" in a text as ordinary characters, so the text is split there
-        # first, as in transformers.
-        ids: list[int] = []
-        for i, part in enumerate(text.split(MASK)):
-            if i:
-                ids.append(self.special.mask)
-            ids += self.tokenizer.encode(part, add_special_tokens=False).ids
         if len(ids) > self.max_tokens:
             raise InputError(
                 f"the text has {len(ids)} tokens, the model takes {self.max_tokens}; shorten it"
@@ -206,7 +209,7 @@ class Pretrained:
         ids_of: list[list[int]] = best.indices.tolist()
         shares: list[list[float]] = best.values.tolist()
         return [
-            [(self.tokenizer.id_to_token(i) or "", p) for i, p in zip(*row, strict=True)]
+            [(token_text(self.tokenizer, i), p) for i, p in zip(*row, strict=True)]
             for row in zip(ids_of, shares, strict=True)
         ]
 
@@ -288,14 +291,15 @@ def first_tokens(tokenizer: Tokenizer, texts: list[str], most: int) -> list[list
     """Return the token ids of each text; of a long text at least the first `most`, if it has them.
 
     The tokenizer takes 400 bytes a character. So of a text that is much longer than `most` tokens
-    only the beginning is tokenized, up to a place across which BERT's tokenizer never looks.
+    only the beginning is tokenized, up to a place across which the tokenizer never looks.
     """
     size = CHARACTERS * most
-    starts = [text if len(text) <= 2 * size else _start(text, size) for text in texts]
+    start = _start if is_bert(tokenizer) else Cuts(tokenizer).start
+    starts = [text if len(text) <= 2 * size else start(text, size) for text in texts]
     ids = [found.ids for found in tokenizer.encode_batch(starts, add_special_tokens=False)]
     for i, text in enumerate(texts):
         while len(ids[i]) < most and len(starts[i]) < len(text):
-            starts[i] = _start(text, 4 * len(starts[i]) + size)
+            starts[i] = start(text, 4 * len(starts[i]) + size)
             ids[i] = tokenizer.encode(starts[i], add_special_tokens=False).ids
     return ids
 

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from fastbert.data.dataset import open_dataset
+from fastbert.data.tokenizer import token_text
 from fastbert.durable import replaceable, replacing
 from fastbert.errors import Diverged, InputError
 from fastbert.presence import is_file, is_folder, unreadable
 from fastbert.regular_file import read_text
 from fastbert.tasks.evaluate import Evaluation, Masked, evaluate
 from fastbert.tasks.load import load
-from fastbert.tasks.pretrained import MASK, Pretrained
+from fastbert.tasks.pretrained import Pretrained
 from fastbert.training.history import History
 from fastbert.training.metrics import LOSS_KEYS, read_metrics
 from fastbert.training.picture import (
@@ -333,14 +334,15 @@ def _samples(pretrained: Pretrained) -> str:
     """Show held-out sentences with a hidden word, and the model's top predictions."""
     parts = []
     for before, word, after in _hidden_words(pretrained):
-        (guesses,) = pretrained.fill_mask(f"{before}{MASK}{after}", 5)
+        (guesses,) = pretrained.fill_mask(f"{before}{pretrained.mask_token}{after}", 5)
         shown = ", ".join(
             f'<span class="right">{_text(token)} {share:.0%}</span>'
             if token == word
             else f"{_text(token)} {share:.0%}"
             for token, share in guesses
         )
-        sentence = f"{_text(before)}<b>[{_text(word)}]</b>{_text(after)}"
+        gap = " " * word.startswith(" ")
+        sentence = f"{_text(before)}{gap}<b>[{_text(word.strip())}]</b>{_text(after)}"
         parts.append(f'<div class="sample"><p>{sentence}</p><p class="note">{shown}</p></div>')
     return "".join(parts) or '<p class="note">No dataset at hand to take sentences from.</p>'
 
@@ -368,13 +370,26 @@ def _hidden_words(pretrained: Pretrained) -> list[tuple[str, str, str]]:
     chosen = np.linspace(0, len(right) - 1, min(SAMPLES, len(right))).astype(np.int64)
     for sentence in right[chosen]:
         ids = split.gather(bounds[[sentence]], lengths[[sentence]])
-        tokens = [tokenizer.id_to_token(int(i)) or "" for i in ids]
-        # A word is a single token if no "##" token continues it.
-        continued = [token.startswith("##") for token in [*tokens[1:], ""]]
-        whole = [i for i, t in enumerate(tokens) if t.isalpha() and not continued[i]]
+        tokens = [token_text(tokenizer, int(i)) for i in ids]
+        if dataset.has_words:
+            begins = split.begins_word(bounds[[sentence]], lengths[[sentence]]).tolist()
+        else:
+            begins = (~dataset.continues_word[ids]).tolist()
+        # A word is a single token if the next token begins another word.
+        whole = [
+            i
+            for i, token in enumerate(tokens)
+            if token.strip().isalpha() and begins[i] and all(begins[i + 1 : i + 2])
+        ]
         if whole:
             at = max(whole, key=lambda i: len(tokens[i]))
-            before, after = _words([*tokens[:at], MASK, *tokens[at + 1 :]]).split(MASK)
+            if dataset.has_words:
+                before, after = (
+                    tokenizer.decode(part.tolist()) for part in (ids[:at], ids[at + 1 :])
+                )
+            else:
+                mask = pretrained.mask_token
+                before, after = _words([*tokens[:at], mask, *tokens[at + 1 :]]).split(mask)
             found.append((before, tokens[at], after))
     return found
 
