@@ -28,6 +28,7 @@ from fastbert.data.shards import ShardWriter
 from fastbert.data.token_roles import roles_of
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from fastbert.errors import InputError
+from fastbert.tasks.pretrained import TextCutWarning
 from tests.scripts import ARTICLES
 from tests.tiny_bert import make_hugging_face_folder, make_run
 from tests.tokenizer_kinds import make_folder
@@ -309,7 +310,7 @@ def test_vectors_are_those_of_transformers(model: Path) -> None:
 
     texts = [*ARTICLES.values(), " ".join(ARTICLES.values()) * 30, "x" * 30_000, ""]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fastbert.tasks.pretrained.TextCutWarning)
+        warnings.simplefilter("ignore", TextCutWarning)
         ours = fastbert.load(model).encode(texts, pool="cls")
     theirs, stock = AutoTokenizer.from_pretrained(model), BertModel.from_pretrained(model).eval()
     for text, vector in zip(texts, ours, strict=True):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from fastbert.data.mapped_file import map_file
 from fastbert.data.verify import AGAIN, Claim, NumberCheck, ids_below, offsets_to, verify_files
 from fastbert.durable import unsealed
 from fastbert.errors import InputError
@@ -107,15 +108,15 @@ class Split:
     ):
         names = [folder / shard_name(i) for i in range(len(shards))]
         sizes = list(zip(names, shards, strict=True))
-        self._tokens = [_memmap(f"{name}.tokens", dtype, c.tokens) for name, c in sizes]
+        self._tokens = [map_file(f"{name}.tokens", dtype, c.tokens) for name, c in sizes]
         self._sentences = [
-            _memmap(f"{name}.sentences", OFFSETS, c.sentences + 1) for name, c in sizes
+            map_file(f"{name}.sentences", OFFSETS, c.sentences + 1) for name, c in sizes
         ]
         self._documents = [
-            _memmap(f"{name}.documents", OFFSETS, c.documents + 1) for name, c in sizes
+            map_file(f"{name}.documents", OFFSETS, c.documents + 1) for name, c in sizes
         ]
         self._words = [
-            _memmap(f"{name}.words", np.dtype("u1"), -(-c.tokens // 8))
+            map_file(f"{name}.words", np.dtype("u1"), -(-c.tokens // 8))
             for name, c in sizes
             if words
         ]
@@ -147,8 +148,7 @@ class Split:
         assert sentences.size == 0 or (sentences.min() >= 0 and sentences.max() < self.sentences)
         result = np.empty_like(sentences)
         shards = np.searchsorted(self._sentence_base, sentences, "right") - 1
-        for shard in np.unique(shards):
-            chosen = shards == shard
+        for shard, chosen in _by_shard(shards):
             local = sentences[chosen] - self._sentence_base[shard]
             local_documents = np.searchsorted(self._documents[shard], local, "right") - 1
             result[chosen] = local_documents + self._document_base[shard]
@@ -169,8 +169,7 @@ class Split:
             return self._tokens[0][positions].astype(np.int64)
         shards = np.searchsorted(self._token_base, positions, "right") - 1
         result = np.empty(len(positions), np.int64)
-        for shard in np.unique(shards):
-            chosen = shards == shard
+        for shard, chosen in _by_shard(shards):
             result[chosen] = self._tokens[shard][positions[chosen] - self._token_base[shard]]
         return result
 
@@ -179,8 +178,7 @@ class Split:
         positions = self._positions(starts, lengths)
         shards = np.searchsorted(self._token_base, positions, "right") - 1
         result = np.empty(len(positions), bool)
-        for shard in np.unique(shards):
-            chosen = shards == shard
+        for shard, chosen in _by_shard(shards):
             at = positions[chosen] - self._token_base[shard]
             result[chosen] = self._words[shard][at >> 3] >> (7 - (at & 7)).astype(np.uint8) & 1
         return result
@@ -368,14 +366,20 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
 
 
-def _memmap(path: str, dtype: np.dtype, length: int) -> np.ndarray:
-    # np.asarray, because np.memmap wraps each result: indexing a plain view of the mapping costs
-    # half as much.
-    return np.asarray(np.memmap(path, dtype, "r", shape=(length,)))
-
-
 def _running_total(counts: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _by_shard(shards: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+    """Yield each shard that occurs in an array of any shape, and the indices where it does.
+
+    A sort takes the same time for any number of shards, where a comparison for each would not.
+    """
+    flat = shards.ravel()
+    order = np.argsort(flat, kind="stable")
+    bounds = np.flatnonzero(np.diff(flat[order])) + 1
+    for places in np.split(order, bounds) if len(order) else ():
+        yield int(flat[places[0]]), np.unravel_index(places, shards.shape)
 
 
 def _look_up(
@@ -391,8 +395,7 @@ def _look_up(
         return offsets[0][indices].astype(np.int64)
     result = np.empty_like(indices)
     shards = np.minimum(np.searchsorted(base, indices, "right") - 1, len(offsets) - 1)
-    for shard in np.unique(shards):
-        chosen = shards == shard
+    for shard, chosen in _by_shard(shards):
         result[chosen] = offsets[shard][indices[chosen] - base[shard]] + target_base[shard]
     return result
 

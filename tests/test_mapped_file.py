@@ -1,0 +1,72 @@
+"""Mapped files read as on disk, hold no descriptor, and are unmapped with their last view."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastbert.data.dataset import Split
+from fastbert.data.mapped_file import map_file
+from fastbert.data.shards import ShardWriter
+
+U2 = np.dtype("<u2")
+
+
+def mappings(path: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(str(path))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    np.arange(5000, dtype=U2).tofile(tmp_path / "numbers")
+    return tmp_path / "numbers"
+
+
+def test_it_is_the_file_read_only(file):
+    found = map_file(file, U2, 4999)
+    assert found.dtype == U2 and np.array_equal(found, np.arange(4999))
+    with pytest.raises(ValueError, match="read-only"):
+        found[0] = 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts mappings in /proc")
+def test_the_last_view_unmaps_it(file):
+    whole = map_file(file, U2, 5000)
+    part = whole[10:20].view("u1")
+    del whole
+    gc.collect()
+    assert mappings(file) == 1 and part[0] == 10
+    del part
+    gc.collect()
+    assert mappings(file) == 0
+
+
+def test_what_cannot_be_mapped(file):
+    with pytest.raises(OSError, match="shorter than 10,002 bytes"):
+        map_file(file, U2, 5001)
+    with pytest.raises(FileNotFoundError):
+        map_file(file.with_name("none"), U2, 1)
+
+
+def test_a_split_of_more_shards_than_descriptors(tmp_path):
+    writer = ShardWriter(tmp_path / "train", U2, 3)
+    for number in range(300):
+        writer.add(np.array([number, number + 1, 7]), np.array([2, 1]), np.array([2]))
+    writer.close()
+    assert len(writer.shards) == 300
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, before[1]))
+    try:
+        split = Split(tmp_path / "train", writer.shards, U2)
+        tokens = split.gather(np.array([0, 3 * 299, 3]), np.array([3, 2, 1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert tokens.tolist() == [0, 1, 7, 299, 300, 1]
+    assert split.document_of(np.array([599, 0, 3])).tolist() == [299, 0, 1]
+    assert split.first_token(np.array([600, 1, 2])).tolist() == [900, 2, 3]
