@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.harness.machine import header, header_line
 from benchmarks.harness.tables_and_plots import table
-from benchmarks.quality.bench_init import heldout
+from benchmarks.quality.equal_time import heldout
 from fastbert.config import ObjectiveConfig, RunConfig, load_config
 from fastbert.training.metrics import read_metrics
 

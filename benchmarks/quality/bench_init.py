@@ -4,18 +4,14 @@
 
 The rival is what people do by hand: the demo's recipe, whose time alone is changed. Each side has
 one thread. It trains for the tokens that its model would see in the seconds of the recipe that
-`init` wrote, on a core of its own: the speeds are measured beforehand, in turns, in seconds of the
-processor. So other work on the machine, which slows a run down, does not decide. Both are evaluated
-on the same held-out examples, with the masks of the demo's objective. A finished run is kept in
-FOLDER/init-runs and is not repeated.
+`init` wrote, on a core of its own (equal_time.py). Both are evaluated on the same held-out
+examples, with the masks of the demo's objective. A finished run is kept in FOLDER/init-runs and is
+not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
-import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -24,19 +20,10 @@ from benchmarks.harness.cores import run_module
 from benchmarks.harness.machine import header
 from benchmarks.harness.record import Record, Row, once
 from benchmarks.harness.tables_and_plots import table
-from fastbert import load
+from benchmarks.quality.equal_time import speeds, trained
 from fastbert.config import RunConfig, load_config
-from fastbert.data.batches import heldout_batches
-from fastbert.data.dataset import open_dataset
-from fastbert.machine import probe_bf16
-from fastbert.models.heads import losses
-from fastbert.planning.step_speed import measure_speed
-from fastbert.training.heldout import HeldOut, heldout_means, heldout_sums
-from fastbert.training.metrics import read_metrics
 
 INIT, DEMO = "fastbert init", "demo.toml, by hand"
-ROUNDS = 5
-EVALUATED = 4096  # held-out examples
 
 
 def recipes(data: Path, minutes: float, folder: Path) -> dict[str, RunConfig]:
@@ -53,64 +40,6 @@ def recipes(data: Path, minutes: float, folder: Path) -> dict[str, RunConfig]:
     }
 
 
-def speeds(data: Path, sides: dict[str, RunConfig]) -> Row:
-    """Tokens of each side's model per second of the processor, the median of ROUNDS in turns."""
-    torch.set_num_threads(1)
-    dataset, cpu = open_dataset(data), torch.device("cpu")
-    operands = torch.bfloat16 if probe_bf16().pays else None  # as in the runs
-    found = [
-        {
-            side: measure_speed(config, dataset, cpu, operands, time.process_time).tokens_per_s
-            for side, config in sides.items()
-        }
-        for _ in range(ROUNDS)
-    ]
-    return {side: statistics.median(row[side] for row in found) for side in sides}
-
-
-def trained(side: str, recipe: Path | str, data: Path, seed: int, tokens: int, run: Path) -> Row:
-    """Train on a number of tokens with one thread, and evaluate; losses in nats. Deletes `run`."""
-    shutil.rmtree(run, ignore_errors=True)
-    settings = {
-        "data": data,
-        "run": run,
-        "seed": seed,
-        "stop.tokens": tokens,
-        "stop.seconds": 1e6,  # the tokens decide
-        "schedule.over": "tokens",
-        "checkpoint.every": 10**9,
-    }
-    run_module("fastbert", ["pretrain", recipe, *(f"{k}={v}" for k, v in settings.items())], side)
-    last = [
-        record
-        for record in read_metrics(run / "metrics.jsonl")
-        if record.get("event") == "evaluate"
-    ][-1]
-    found = heldout(run, load_config("demo", {"data": data}))
-    shutil.rmtree(run)
-    return {
-        "data": data.name,
-        "side": side,
-        "seed": seed,
-        "steps": last["step"],
-        "tokens": last["training_tokens"],
-        "loss_mlm": found.loss_mlm,
-        "loss_mask_token": found.loss_mask_token,
-        "accuracy_nsp": found.accuracy_nsp,
-    }
-
-
-@torch.no_grad()
-def heldout(run: Path, config: RunConfig) -> HeldOut:
-    """Evaluate a run on the held-out examples of a recipe's dataset and objective."""
-    dataset, model = open_dataset(config.data), load(run, "cpu").model.eval()
-    batches = heldout_batches(dataset, config, EVALUATED)
-    mask = dataset.special.mask
-    return heldout_means(
-        torch.stack([heldout_sums(losses(model(batch)), batch, mask) for batch in batches]).sum(0)
-    )
-
-
 def compared(data: Path, minutes: float, seeds: list[int], out: Path) -> list[Row]:
     folder = (out / "init-runs" / f"{data.name}-{minutes:g}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +47,7 @@ def compared(data: Path, minutes: float, seeds: list[int], out: Path) -> list[Ro
     speed = once(folder / "speeds.json", lambda: speeds(data, sides))
     seconds = sides[INIT].stop.seconds
     assert seconds is not None
-    rows = []
+    judge, rows = load_config("demo", {"data": data}), []
     for seed in seeds:
         for side, recipe in ((INIT, folder / "recipe.toml"), (DEMO, "demo")):
             name = f"{'init' if side == INIT else 'demo'}-{seed}"
@@ -126,7 +55,7 @@ def compared(data: Path, minutes: float, seeds: list[int], out: Path) -> list[Ro
             row = once(
                 folder / f"{name}.json",
                 lambda side=side, recipe=recipe, seed=seed, tokens=tokens, name=name: trained(
-                    side, recipe, data, seed, tokens, folder / name
+                    side, recipe, judge, seed, tokens, folder / name
                 ),
             )
             rows.append({"minutes": minutes, **row})

@@ -322,7 +322,8 @@ def make_report(
             f"in {_percent(figures['characters_removed']['words'])} of words"
             + (f": {', '.join(lost.removed)}" if lost.removed else ""),
             figures["characters_removed"]["words"] > 0.001,
-            ("the" if tokenizer else "BERT's") + " tokenizer deletes them, and joins what they separate; replace them by spaces "
+            ("the" if tokenizer else "BERT's")
+            + " tokenizer deletes them, and joins what they separate; replace them by spaces "
             "or by letters, here and where the model is used",
         ),
         *(_damage_row(kind.name, stats.damage, documents) for kind in damage.KINDS),
