@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastbert.config import BertConfig, ModelConfig, ModernBertConfig, RuntimeConfig, load_config
 from fastbert.data.batches import Batches
@@ -14,6 +15,7 @@ from fastbert.errors import InputError
 from fastbert.models.build import Model, build_model
 from fastbert.models.heads import losses
 from fastbert.planning.activations import MicroBatchSize, activation_bytes, recomputed_bytes
+from fastbert.planning.flops import executed_flops
 from fastbert.planning.memory import memory_by_part
 from fastbert.training.parallel_model import ParallelModel
 from tests.random_batch import VOCAB, make_batch
@@ -37,6 +39,7 @@ CONFIGS: dict[str, ModelConfig] = {
     ),
 }
 LENGTHS = [60, 128, 90, 17]
+FULL = [128] * 3  # sequences of one length, so that the CPU computes nothing on padding
 
 
 @pytest.fixture(params=CONFIGS)
@@ -94,6 +97,26 @@ def test_plan_counts_it():
         return memory_by_part(config, 30522, pack)["activations"]
 
     assert activations("true") < 0.3 * activations("false")
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_operations_are_those_that_torch_counts(config):
+    """A second forward pass of three of four layers.
+
+    torch does not count oneDNN's products, and the reference computes what a window hides.
+    """
+    if isinstance(config, ModernBertConfig):
+        config = dataclasses.replace(config, local_attention=2 * max(FULL))
+    model, counted = build_model(config, VOCAB, "reference").train(), list[int]()
+    for recompute in (False, True):
+        model.recompute = recompute
+        with FlopCounterMode(display=False) as counter:
+            losses(model(make_batch(FULL))).loss.backward()
+        counted.append(counter.get_total_flops())
+    masked, pairs = len(make_batch(FULL).labels), len(FULL)
+    sizes = model.config, VOCAB, FULL, masked, pairs if model.config.type == "bert" else 0
+    plain, again = executed_flops(*sizes), executed_flops(*sizes, recompute=True)
+    assert (plain, again) == pytest.approx(counted, rel=0.01)
 
 
 def test_children_compute_again_too(model):

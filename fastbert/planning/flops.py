@@ -41,18 +41,24 @@ def training_flops(
 
 
 def executed_flops(
-    model: ModelConfig, vocab_size: int, lengths: Sequence[int], masked: int, pairs: int
+    model: ModelConfig,
+    vocab_size: int,
+    lengths: Sequence[int],
+    masked: int,
+    pairs: int,
+    recompute: bool = False,
 ) -> float:
     """Return the operations that a training step computes.
+
+    With `recompute`, the backward pass computes all layers but the last again.
 
     As `training_flops`, but the last layer's queries and feed-forward network are counted for the
     rows only that a loss reads. The masked positions are assumed to be spread over the sequences in
     proportion to their length, as the masking does it.
     """
     full = sum(_layer(model, i, lengths) for i in range(model.num_hidden_layers - 1))
-    return (1 + BACKWARD) * (
-        full + _last_layer(model, lengths, masked) + _heads(model, vocab_size, masked, pairs)
-    )
+    rest = _last_layer(model, lengths, masked) + _heads(model, vocab_size, masked, pairs)
+    return (1 + BACKWARD) * (full + rest) + recompute * full
 
 
 def _layer(model: ModelConfig, index: int, lengths: Sequence[int]) -> float:

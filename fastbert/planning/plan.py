@@ -233,21 +233,24 @@ def compute_seconds(
     on_cpu: bool = False,
     efficiency: float | None = None,
     muon: bool = False,
+    recompute: bool = False,
 ) -> tuple[float, float, float]:
     """Return the seconds of a step: matrix products, memory traffic, and launches by the host.
 
-    Communication is not included.
+    Communication is not included. With `recompute`, traffic and launches of the layers grow by a
+    third, for a second forward pass.
     """
     w, share = 2 if bf16 and not on_cpu else 4, 1.0 if on_cpu else BANDWIDTH_SHARE
     rate = (device.bf16 if bf16 else device.fp32) * (efficiency or (1.0 if on_cpu else EFFICIENCY))
-    products = sum(executed_flops(model, vocab_size, *pack) for pack in packs)
+    products = sum(executed_flops(model, vocab_size, *pack, recompute) for pack in packs)
+    again = 4 / 3 if recompute else 1.0
     if muon:
         products += muon_flops(model, bf16) / (gpus if stage else 1)
     moved = sum(traffic_bytes(model, vocab_size, pack, w) for pack in packs) * (
-        CPU_PASSES if on_cpu else 1
+        again * (CPU_PASSES if on_cpu else 1)
     )
     moved += update_bytes(count_parameters(model, vocab_size), gpus, stage, w)
-    launches = 0.0 if on_cpu else len(packs) * model.num_hidden_layers * LAYER_S
+    launches = 0.0 if on_cpu else again * len(packs) * model.num_hidden_layers * LAYER_S
     return products / rate, moved / (device.bandwidth * share), launches
 
 
@@ -343,6 +346,7 @@ def plan(
         on_cpu=on_cpu,
         efficiency=efficiency,
         muon=muon,
+        recompute=config.runtime.recompute,
     )
     updates = count_hidden(config.model) if muon else 0
     sent, least = communication_per_step(P, gpus, stage, len(packs), w, zero, updates)
