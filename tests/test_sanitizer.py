@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.sanitizer import SanitizerError, sanitize
+from fastbert_kernels.checker.sanitizer import SanitizerError, sanitize
 
 
 def launch(kernel, grid, *args, **kwargs):
