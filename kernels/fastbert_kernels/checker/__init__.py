@@ -1,24 +1,40 @@
 """A checker of Triton kernels against plain torch, which needs no GPU.
 
-    with sanitize() as record: ...                   the accesses of the launches inside
+    python -m fastbert_kernels.checker CHECK.py      the command
+    def test_mine(kernel_checker): ...               a fixture of pytest
+    check(...)                                       the same in Python
+    with sanitize() as record: ...                   only the accesses of the launches inside
 
 The package needs torch, Triton and NumPy, and nothing of the rest of fastbert. Triton must run in
-its interpreter: `TRITON_INTERPRET=1`, set before Triton is imported.
+its interpreter: `TRITON_INTERPRET=1`, set before Triton is imported. The command sets it.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastbert_kernels.checker.check import Check, check
+    from fastbert_kernels.checker.lint import lint_file
+    from fastbert_kernels.checker.report import Finding, Report
     from fastbert_kernels.checker.sanitizer import SanitizerError, sanitize
 
 __all__ = [
+    "Check",
+    "Finding",
+    "Report",
     "SanitizerError",
+    "check",
+    "lint_file",
     "sanitize",
 ]
 
 _MODULES = {
+    "Check": "check",
+    "Finding": "report",
+    "Report": "report",
     "SanitizerError": "sanitizer",
+    "check": "check",
+    "lint_file": "lint",
     "sanitize": "sanitizer",
 }
 

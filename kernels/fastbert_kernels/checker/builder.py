@@ -32,13 +32,12 @@ from fastbert_kernels.checker.arithmetic import (
     round_bf16,
 )
 from fastbert_kernels.checker.clocks import Clocks
-from fastbert_kernels.checker.fresh import Fresh
 from fastbert_kernels.checker.memory import Argument, Shadow
 from fastbert_kernels.checker.record import Fault, Launch, Record, Traffic
 
 VERBS = {"load": "loads", "store": "stores", "atomic": "atomically updates"}
 PAST = {"load": "loaded", "store": "stored", "atomic": "atomically updated"}
-SPINS = 10_000  # updates of one element by one program in a row, after which it waits for ever
+SPINS = 1_000  # updates of one element by one program in a row, after which it waits for ever
 _HERE = (str(Path(__file__).parent), str(Path(triton.__file__).parent))
 _stock_implicit_cvt = interpreter._implicit_cvt
 
@@ -76,15 +75,15 @@ class Builder(GpuArithmetic):
         order: of the programs of a grid: "ascending", "reversed", or the seed of a shuffle.
         undefined: what a masked-off lane without `other` loads: "nan" (for integers the largest),
             "largest" or "smallest".
-        fresh: which memory has not been written yet.
+        only: the line of the loads to which that applies; elsewhere it is "nan". None: all.
     """
 
-    def __init__(self, record: Record, order: str | int, undefined: str, fresh: Fresh):
+    def __init__(self, record: Record, order: str | int, undefined: str, only: str | None = None):
         super().__init__()
         # debug=True executes device_assert. The stock interpreter repeats int32 arithmetic in
         # int64, without any effect.
         self.options = dataclasses.replace(self.options, debug=True, sanitize_overflow=False)
-        self.record, self.order, self.undefined, self.fresh = record, order, undefined, fresh
+        self.record, self.order, self.undefined, self.only = record, order, undefined, only
 
     # ---- launches
 
@@ -125,7 +124,7 @@ class Builder(GpuArithmetic):
                 f"sanitize: {self.launch.kernel}: {name} is on {value.device}; "
                 "the interpreter works on CPU tensors"
             )
-        written = self.fresh.written(value)
+        written = self.record.fresh.written(value)
         storage, value = value.untyped_storage(), value.detach()
         size = storage.nbytes() // value.element_size()
         key = (storage.data_ptr(), value.element_size())
@@ -289,22 +288,24 @@ class Builder(GpuArithmetic):
         values = decode(argument.memory.take(index), dtype)
         if lanes is None:
             return TensorHandle(values.reshape(shape), dtype)
-        if other is None:
-            self.record.undefined.add(self.line())
-        data = np.full(
-            shape, self._undefined(dtype) if other is None else other.data, np_dtype(dtype)
-        )
+        value = self._undefined(dtype) if other is None else other.data
+        data = np.full(shape, value, np_dtype(dtype))
         data[lanes] = values
         return TensorHandle(data, dtype)
 
     def _undefined(self, dtype: tl.dtype) -> float:
+        line = self.line()
+        self.record.undefined.add(line)
+        undefined = self.undefined if self.only in (None, line) else "nan"
         if dtype.is_floating():
-            if self.undefined == "nan":
+            if undefined == "nan":
                 return np.nan
             limit = float(np.finfo(np_dtype(dtype)).max) / 2
-            return limit if self.undefined == "largest" else -limit
-        info = np.iinfo(np.uint8 if dtype.is_bool() else np_dtype(dtype))
-        return info.min if self.undefined == "smallest" else info.max
+            return limit if undefined == "largest" else -limit
+        if dtype.is_bool():
+            return undefined != "smallest"
+        info = np.iinfo(np_dtype(dtype))
+        return info.min if undefined == "smallest" else info.max
 
     def create_masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
         argument, index, lanes = self._touch(ptrs, mask, "store")

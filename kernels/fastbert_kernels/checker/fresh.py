@@ -17,8 +17,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-
-from fastbert_kernels.checker.memory import Array
+from numpy.typing import NDArray
 
 FACTORIES = (
     (torch, "empty"),
@@ -35,7 +34,7 @@ class Fresh:
     def __init__(self) -> None:
         # By the address of the storage: the storage, the version at which it was allocated, and
         # which elements are written. An entry goes with its storage.
-        self._known: dict[int, tuple[weakref.ref[Any], int, Array]] = {}
+        self._known: dict[int, tuple[weakref.ref[Any], int, NDArray[Any]]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "Fresh":
@@ -61,7 +60,7 @@ class Fresh:
 
         return listed
 
-    def written(self, tensor: torch.Tensor) -> Array | None:
+    def written(self, tensor: torch.Tensor) -> NDArray[Any] | None:
         """Which elements of the tensor's storage have a value; None if all have."""
         entry = self._known.get(tensor.untyped_storage().data_ptr())
         if entry is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ REPLACEMENTS = {name: _on_tensors(definition) for name, definition in DEFINITION
 def patches(namespace: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The names in a kernel's globals that mean a function of libdevice, and what replaces them."""
     for name, value in list(namespace.items()):
-        if getattr(value, "__module__", "") in MODULES:
+        if type(value) is FunctionType and value.__module__ in MODULES:
             known = REPLACEMENTS.get(getattr(value, "__name__", ""))
             if known is not None:
                 yield name, known

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from fastbert_kernels.checker.fresh import Fresh
+
 
 @dataclass
 class Fault:
@@ -79,6 +81,7 @@ class Record:
         dtypes: of the tensor arguments, by kernel and argument.
         writers: by the address of a storage, the kernel and the line that stored to it last.
         undefined: the lines of loads whose masked-off lanes have no `other`.
+        fresh: which memory has been written.
     """
 
     launches: list[Launch] = field(default_factory=list[Launch])
@@ -87,3 +90,4 @@ class Record:
     dtypes: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
     writers: dict[int, tuple[str, str]] = field(default_factory=dict[int, tuple[str, str]])
     undefined: set[str] = field(default_factory=set[str])
+    fresh: Fresh = field(default_factory=Fresh)
