@@ -580,6 +580,20 @@ def shapes_kernel(x_ptr, y_ptr, N: tl.constexpr):
     )
 
 
+@triton.jit
+def ranks_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    column = tl.arange(0, N)
+    x = tl.load(x_ptr + column[:, None] * N + column[None, :])
+    tl.store(y_ptr + column[:, None] * N + column[None, :], x * tl.load(x_ptr + column))
+
+
+def test_tensors_of_unequal_rank_are_broadcast():
+    x, y = torch.randn(16, 16), torch.empty(16, 16)
+    with sanitize():
+        ranks_kernel[(1,)](x, y, N=16)
+    assert torch.equal(y, x * x[0])
+
+
 def test_shapes():
     x, y = torch.randint(9, (16, 16)).bfloat16(), torch.empty(16, 16).bfloat16()
     with sanitize():

@@ -143,7 +143,7 @@ def in_another_dtype(x):
 
 add(
     "result in another dtype",
-    "wrong result",
+    "wrong form",
     double_kernel,
     in_another_dtype,
     "result",

@@ -43,10 +43,15 @@ class Outcome:
     changed: dict[str, Tensor] = field(default_factory=dict)
 
 
-def draw(make: Callable[..., Mapping[str, Any]], dtype: torch.dtype, shape: Mapping[str, Any]):
-    """The inputs of a case: always the same for the same shape and dtype."""
+def draw(
+    make: Callable[..., Mapping[str, Any]],
+    dtype: torch.dtype,
+    shape: Mapping[str, Any],
+    number: int = 0,
+) -> dict[str, Any]:
+    """The inputs of a case: always the same for the same shape, dtype and number of the draw."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(SEED + number)
         return dict(make(dtype, **shape))
 
 

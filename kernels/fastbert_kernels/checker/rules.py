@@ -285,17 +285,21 @@ def uncovered_mask(kernel: KernelSource) -> Iterator[Hit]:
     for node in kernel.nodes:
         if isinstance(node, ast.Compare):
             compared |= kernel.ranges(node)
+    found: dict[int, str] = {}
     for call in kernel.calls:
         if language_call(call) not in ("load", "store") or not call.args:
             continue
         mask = mask_of(call)
-        covered = kernel.ranges(mask) if mask is not None else set[str]()
-        for name in sorted((kernel.ranges(call.args[0]) & compared) - covered):
-            yield Hit(
-                call.lineno,
-                NOTE,
-                f"the mask says nothing of {name}, which other masks bound",
-            )
+        if mask is None:  # where it matters, running the kernel shows an access out of bounds
+            continue
+        for name in (kernel.ranges(call.args[0]) & compared) - kernel.ranges(mask):
+            found.setdefault(call.lineno, name)
+    if found:
+        first, *others = sorted(found)
+        also = f", as in lines {', '.join(map(str, others))}" if others else ""
+        yield Hit(
+            first, NOTE, f"the mask says nothing of {found[first]}, which other masks bound{also}"
+        )
 
 
 def missing_other(kernel: KernelSource) -> Iterator[Hit]:

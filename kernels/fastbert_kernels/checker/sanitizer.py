@@ -90,20 +90,23 @@ def _shape(shape: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 _elements = functools.cache(validate_block_shape)
+_block_shape = functools.cache(
+    tl.tuple
+)  # Triton broadcasts tensors of unequal rank by its `values`
 
 
 def _begin_block_type(self: Any, element_ty: tl.dtype, shape: Any) -> None:
     self.element_ty = element_ty
-    self.shape = tuple([n.value if isinstance(n, tl.constexpr) else n for n in shape])
-    if not self.shape:
+    sizes = tuple([n.value if isinstance(n, tl.constexpr) else n for n in shape])
+    if not sizes:
         raise TypeError("0d block_type is forbidden")
-    self.numel = _elements(self.shape)
-    self.name = f"<{self.shape}, {element_ty}>"
+    self.shape, self.numel = _block_shape(sizes), _elements(sizes)
+    self.name = f"<{sizes}, {element_ty}>"
 
 
 def _begin_tensor(self: Any, handle: TensorHandle, type: Any) -> None:
     self.handle, self.type, self.dtype = handle, type, type.scalar
-    self.shape, self.numel = _shape(type.shape if type.is_block() else ())
+    self.shape, self.numel = _shape(tuple(type.shape.values) if type.is_block() else ())
 
 
 # ---- the block
