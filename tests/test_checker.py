@@ -109,9 +109,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
 
 def test_sizes_of_the_reference_that_fail_are_said():
     run = lambda x: x  # noqa: E731
-    with pytest.raises(
-        ValueError, match=r"the reference fails at \{'n': 3\}, fp32: ZeroDivision"
-    ):
+    with pytest.raises(ValueError, match=r"the reference fails at \{'n': 3\}, fp32: ZeroDivision"):
         check(run, lambda x: 1 / 0, lambda dtype, n: {"x": torch.ones(n)}, [{"n": 3}])
     with pytest.raises(ValueError, match="shapes is empty"):
         check(run, run, lambda dtype: {}, [])

@@ -97,10 +97,12 @@ def relative_error(plain: Tensor, exact: Tensor) -> float:
     usable = plain.isfinite() & exact.isfinite()
     if not usable.any():
         return 0.0
-    scale = float(exact[usable].abs().max())
+    scale = float(exact[usable].double().abs().max())
     return float((plain.double() - exact.double())[usable].abs().max()) / scale if scale else 0.0
 
 
 def stand_in(exact: Mapping[str, Tensor]) -> float:
     """The scale of outputs that are zero everywhere, from the other outputs."""
-    return 8 * max((float(x.abs().max()) for x in exact.values() if x.numel()), default=0.0)
+    return 8 * max(
+        (float(x.double().abs().max()) for x in exact.values() if x.numel()), default=0.0
+    )

@@ -50,6 +50,7 @@ class Check:
             arguments. torch's generator is seeded before.
         shapes: by name of a size; a few around the tiles of the kernel.
         dtypes: of "fp32", "bf16", "fp16".
+        gradients: inputs whose gradients are compared; None for all floating-point ones.
         large: shapes whose offsets may exceed 32 bits; nothing of that size is allocated.
         least_bytes: called with bytes of an element and a shape; the least that can be moved.
         flops: called with a shape; the least operations of matrix products.
@@ -61,6 +62,7 @@ class Check:
     inputs: Callable[..., Mapping[str, Any]]
     shapes: Sequence[Mapping[str, Any]]
     dtypes: Sequence[str] = ("fp32", "bf16")
+    gradients: Sequence[str] | None = None
     large: Sequence[Mapping[str, Any]] = ()
     least_bytes: Callable[..., int] | None = None
     flops: Callable[..., int] | None = None
@@ -171,8 +173,8 @@ def examine(checked: Check, shape: Shape, dtype: str, kind: str = "") -> Examine
             if n
         ]
         if kind in ("", *COMPARED):
-            exact = run(checked.reference, inputs, torch.float64, DTYPES[dtype])
-            plain = run(checked.reference, inputs, None, DTYPES[dtype])
+            exact = _reference(checked, inputs, dtype, exact=True)
+            plain = _reference(checked, inputs, dtype)
             for outcome in (exact, plain):
                 if outcome.error:
                     raise ValueError(f"the reference fails at {shape}, {dtype}: {outcome.error[0]}")
@@ -221,7 +223,15 @@ def examine(checked: Check, shape: Shape, dtype: str, kind: str = "") -> Examine
 def _kernel(
     checked: Check, inputs: Mapping[str, Any], dtype: str, options: Mapping[str, Any]
 ) -> Outcome:
-    return run(checked.kernel, inputs, None, DTYPES[dtype], sanitizing=options)
+    return run(checked.kernel, inputs, None, DTYPES[dtype], checked.gradients, sanitizing=options)
+
+
+def _reference(
+    checked: Check, inputs: Mapping[str, Any], dtype: str, exact: bool = False
+) -> Outcome:
+    """The reference in the dtype itself, or in fp64 where it is exact."""
+    wide = torch.float64 if exact else None
+    return run(checked.reference, inputs, wide, DTYPES[dtype], checked.gradients)
 
 
 def faults_of(outcome: Outcome, at: Mapping[str, Any]) -> list[Finding]:
@@ -340,8 +350,8 @@ def _torch_errors(checked: Check, shape: Shape, dtype: str, name: str) -> float:
     errors = [0.0]
     for number in range(1, DRAWS + 1):
         inputs = draw(checked.inputs, DTYPES[dtype], shape, number)
-        exact = run(checked.reference, inputs, torch.float64, DTYPES[dtype])
-        plain = run(checked.reference, inputs, None, DTYPES[dtype])
+        exact = _reference(checked, inputs, dtype, exact=True)
+        plain = _reference(checked, inputs, dtype)
         if not (exact.error or plain.error):
             errors.append(relative_error(plain.values[name], exact.values[name]))
     return max(errors)
@@ -428,7 +438,7 @@ def _special_values(checked: Check, report: Report) -> None:
             changed[name][place] = special
             with torch.no_grad():
                 ours = _kernel(checked, changed, dtype, FIRST)
-                plain = run(checked.reference, changed, None, DTYPES[dtype])
+                plain = _reference(checked, changed, dtype)
             if ours.error or plain.error:
                 continue
             for mine, theirs in zip(ours.outputs, plain.outputs, strict=False):

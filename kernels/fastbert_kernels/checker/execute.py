@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ def run(
     inputs: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     rounding: torch.dtype = torch.float32,
+    gradients: Sequence[str] | None = None,
     sanitizing: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Call a function on copies of the inputs, and differentiate its outputs.
@@ -97,12 +98,17 @@ def run(
         dtype: to which floating-point inputs are converted; None to leave them.
         rounding: the dtype of the case. Upstream gradients can be represented in it, so that they
             are the same for every run.
+        gradients: inputs to differentiate by; None for all floating-point ones.
         sanitizing: options of `sanitize`, for kernels; None for the reference.
     """
     arguments = copy(inputs, dtype)
     given = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
     leaves = [
-        name for name, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()
+        name
+        for name, x in arguments.items()
+        if isinstance(x, Tensor)
+        and x.is_floating_point()
+        and (gradients is None or name in gradients)
     ]
     for name in leaves:
         arguments[name].requires_grad_()

@@ -51,6 +51,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -174,7 +175,9 @@ def install(builder: Builder, stack: ExitStack) -> None:
     def call(executor: GridExecutor, *args: Any, **kwargs: Any) -> None:
         builder.begin(executor.fn, executor.arg_names)
         replace_libdevice(executor.fn)
-        with np.errstate(all="ignore"):  # a GPU overflows and divides by zero without a warning
+        # A GPU overflows, divides by zero and reduces rows of NaN without a warning.
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
             _stock_call(executor, *args, **kwargs)
         builder.end()
 
@@ -223,6 +226,10 @@ def install(builder: Builder, stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(tl.tensor, "__bool__", _truth))
 
 
+# Triton 3.6 binds the language to the builder of the moment, so that it must be replaced again.
+_BOUND_TO_A_BUILDER = "TritonSemantic" in interpreter._patch_attr.__code__.co_names
+
+
 @functools.cache
 def _language() -> list[tuple[Any, str, Any]]:
     """What Triton replaces in its language to interpret it: owner, name and new value."""
@@ -235,10 +242,11 @@ def _language() -> list[tuple[Any, str, Any]]:
 
 def _interpret_language(stack: ExitStack) -> None:
     """Replace Triton's language until the stack is closed; finding out what takes 15 ms, once."""
-    scope = interpreter._LangPatchScope() if hasattr(interpreter, "_LangPatchScope") else None
-    if scope is None:
+    if not hasattr(interpreter, "_LangPatchScope"):
         raise RuntimeError("sanitize: this Triton is older than 3.6")
-    for owner, name, value in _language():
+    scope = interpreter._LangPatchScope()
+    language = _language.__wrapped__() if _BOUND_TO_A_BUILDER else _language()
+    for owner, name, value in language:
         scope.set_attr(owner, name, value)
     stack.callback(scope.restore)
 

@@ -35,6 +35,7 @@ def inputs(dtype, n):
 
 shapes = [{"n": 1}, {"n": 63}, {"n": 64}, {"n": 200}]
 # dtypes = ["fp32", "bf16"]                    also "fp16"
+# gradients = ["x"]                            by default of all floating-point inputs
 # large = [{"n": 2**31 + 64}]                  offsets beyond 32 bits; nothing is allocated
 # def least_bytes(itemsize, n): ...            bytes that must be moved
 # def flops(n): ...                            operations of matrix products
