@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastbert_kernels.checker.check import Check
+from fastbert_kernels.checker.cases import Check
 
 RIGHT: dict[str, Check] = {}
 ROUNDING: dict[str, Check] = {}

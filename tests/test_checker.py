@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     )
 
 from fastbert_kernels.checker.bounds import compare, relative_error, stand_in
-from fastbert_kernels.checker.check import Check, carry_out, check
+from fastbert_kernels.checker.cases import Check, carry_out, check
 from fastbert_kernels.checker.clocks import Clocks
 from fastbert_kernels.checker.command import main
 from fastbert_kernels.checker.lint import NAMES, lint_source

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         allow_module_level=True,
     )
 
-from fastbert_kernels.checker.check import carry_out
+from fastbert_kernels.checker.cases import carry_out
 from tests import wrong_kernels
 from tests.right_kernels import RIGHT, ROUNDING
 from tests.wrong_kernels import WRONG

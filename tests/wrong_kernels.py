@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastbert_kernels.checker.check import Check
+from fastbert_kernels.checker.cases import Check
 
 
 class Wrong(NamedTuple):

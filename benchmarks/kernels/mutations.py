@@ -84,8 +84,9 @@ class _Changer(ast.NodeTransformer):
         return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        number = isinstance(node.value, (int, float)) and not isinstance(node.value, bool)
-        if number and self._turn(node.lineno, f"{node.value} to {node.value} + 1"):
+        if isinstance(node.value, bool) or not isinstance(node.value, (int, float)):
+            return node
+        if self._turn(node.lineno, f"{node.value} to {node.value} + 1"):
             return ast.copy_location(ast.Constant(node.value + 1), node)
         return node
 
@@ -149,7 +150,7 @@ def operations(file: str) -> tuple[str, ...]:
 
 def judge(names: list[str]) -> str:
     """The first fault of these operations; "" if there is none."""
-    from fastbert_kernels.checker.check import Check, examine
+    from fastbert_kernels.checker.cases import Check, examine
     from fastbert_kernels.specs import SPECS
 
     for name in names:

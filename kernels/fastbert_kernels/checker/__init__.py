@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastbert_kernels.checker.check import Check, check
+    from fastbert_kernels.checker.cases import Check, check
     from fastbert_kernels.checker.lint import lint_file
     from fastbert_kernels.checker.report import Finding, Report
     from fastbert_kernels.checker.sanitizer import SanitizerError, sanitize
@@ -29,11 +29,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Check": "check",
+    "Check": "cases",
     "Finding": "report",
     "Report": "report",
     "SanitizerError": "sanitizer",
-    "check": "check",
+    "check": "cases",
     "lint_file": "lint",
     "sanitize": "sanitizer",
 }

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastbert_kernels.checker.check import Check
+    from fastbert_kernels.checker.cases import Check
 
 NEEDED = ("kernel", "reference", "inputs", "shapes")
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError("name a file to check, or print a template with --init")
         _interpret()
         checked = load(Path(options.check), options.shapes, options.dtypes)
-        from fastbert_kernels.checker.check import carry_out
+        from fastbert_kernels.checker.cases import carry_out
 
         report = carry_out(checked)
         if options.compile:
@@ -93,7 +93,7 @@ def load(path: Path, shapes: Sequence[str] | None = None, dtypes: str | None = N
     Raises:
         InputError: the file cannot be read, fails, or lacks a name; a shape that cannot be read.
     """
-    from fastbert_kernels.checker.check import Check
+    from fastbert_kernels.checker.cases import Check
 
     module = _module(path)
     for name in NEEDED:

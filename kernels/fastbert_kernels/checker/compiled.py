@@ -23,7 +23,7 @@ from unittest import mock
 from fastbert_kernels.checker.report import FAULT, NOTE, Finding
 
 if TYPE_CHECKING:
-    from fastbert_kernels.checker.check import Check
+    from fastbert_kernels.checker.cases import Check
     from fastbert_kernels.checker.report import Report
 
 
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str]) -> None:
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    from fastbert_kernels.checker.check import DTYPES
+    from fastbert_kernels.checker.cases import DTYPES
     from fastbert_kernels.checker.command import load
     from fastbert_kernels.checker.execute import draw
     from fastbert_kernels.checker.machine_code import DEVICES

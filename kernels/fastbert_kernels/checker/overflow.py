@@ -169,7 +169,7 @@ def overflows(checked: Any, shape: dict[str, Any], remarks: list[str]) -> list[F
         shape: one of its `large`.
         remarks: gets a line if nothing could be checked.
     """
-    from fastbert_kernels.checker.check import DTYPES
+    from fastbert_kernels.checker.cases import DTYPES
 
     dtype = checked.dtypes[0]
     runs = []

@@ -45,7 +45,7 @@ def kernel_checker() -> Callable[..., Any]:
     """`check`, which fails the test with the report if there is a fault, and else returns it."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs Triton's interpreter: run pytest with --kernel-checker")
-    from fastbert_kernels.checker.check import check
+    from fastbert_kernels.checker.cases import check
 
     def checked(*arguments: Any, **more: Any) -> Any:
         report = check(*arguments, **more)
