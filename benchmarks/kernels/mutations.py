@@ -1,6 +1,6 @@
 """Make small changes to our kernels, one at a time, and count those that the checker finds.
 
-    python -m benchmarks.kernels.mutations                      100 changes, 15 minutes on 2 cores
+    python -m benchmarks.kernels.mutations                      100 changes, some 15 minutes
     python -m benchmarks.kernels.mutations --count 10 --seed 3  others
 
 A change is one of these: another comparison, plus for minus, times for divided by, a constant off
