@@ -695,6 +695,20 @@ def test_the_error_lists_every_fault_of_every_launch():
     ] * 3
 
 
+def test_the_writer_of_a_tensor_is_forgotten_with_its_memory():
+    with sanitize() as record:
+        y = torch.empty(4)
+        store_kernel[(1,)](y, 4, BLOCK=4)
+        kernel, line = record.writer_of(y[1:])
+        assert kernel == "store_kernel" and "test_sanitizer.py:" in line
+        address = y.untyped_storage().data_ptr()
+        del y
+        others = [torch.zeros(4) for _ in range(100)]  # one of them gets the address, as a rule
+        again = [x for x in others if x.untyped_storage().data_ptr() == address]
+        assert all(record.writer_of(x) == ("", "") for x in again)
+        assert record.writers[address][0]() is None
+
+
 def test_an_unknown_order_is_an_error():
     with (
         pytest.raises(ValueError, match="order = 'random'; known are 'ascending', 'reversed'"),

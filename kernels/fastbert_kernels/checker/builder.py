@@ -245,9 +245,10 @@ class Builder(GpuArithmetic):
             )
         if argument.written is not None:
             self._follow_values(argument, action, place)
-        if action != "load" and argument.storage not in self.stored:
-            self.stored.add(argument.storage)
-            self.record.writers[argument.storage] = self.launch.kernel, self.line()
+        if action != "load" and argument.storage_address not in self.stored:
+            self.stored.add(argument.storage_address)
+            writer = argument.storage, self.launch.kernel, self.line()
+            self.record.writers[argument.storage_address] = writer
         return argument, index, lanes
 
     def _follow_values(self, argument: Argument, action: str, place: np.ndarray) -> None:

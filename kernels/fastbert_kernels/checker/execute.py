@@ -129,9 +129,7 @@ def run(
         if outcome.record is not None:
             for name, x in named.items():
                 outcome.missing[name] = outcome.record.fresh.missing(x)
-                writer = outcome.record.writers.get(x.untyped_storage().data_ptr())
-                if writer:
-                    outcome.writers[name] = writer
+                outcome.writers[name] = outcome.record.writer_of(x)
     outcome.values = {name: x.detach().clone() for name, x in named.items()}
     outcome.changed = {
         name: arguments[name].detach().clone()
@@ -141,8 +139,7 @@ def run(
     for name in outcome.changed:
         if outcome.record is None:
             break
-        address = arguments[name].untyped_storage().data_ptr()
-        outcome.writers.setdefault(name, outcome.record.writers.get(address, ("", "")))
+        outcome.writers.setdefault(name, outcome.record.writer_of(arguments[name]))
     return outcome
 
 

@@ -54,34 +54,37 @@ def lint_source(
 
 
 def lint_functions(functions: Iterable[Any], types: Types) -> list[Finding]:
-    """Apply the rules to the kernels that were launched, and to what they call in their files."""
+    """Apply the rules to the kernels that were launched, and to the functions that they call."""
     names: dict[str, set[str]] = {}
-    for function in functions:
+    for function in _reached(functions):
         names.setdefault(function.__code__.co_filename, set()).add(function.__name__)
     findings: list[Finding] = []
-    for filename, launched in names.items():
+    for filename, only in names.items():
         path = Path(filename)
         if path.is_file():
             text = path.read_text(encoding="utf-8")
-            only = _called(ast.parse(text), launched)
             findings += lint_source(text, "/".join(path.parts[-2:]), types, only)
     return findings
 
 
-def _called(tree: ast.Module, names: set[str]) -> set[str]:
-    """The kernels of those names, and the functions of the same file that they call."""
-    functions = {node.name: node for node in kernels_of(tree)}
-    found: set[str] = set()
-    waiting = [name for name in names if name in functions]
+def _reached(functions: Iterable[Any]) -> list[Any]:
+    """These functions, and the `@triton.jit` functions that their globals name."""
+    found: dict[tuple[str, str], Any] = {}
+    waiting = list(functions)
     while waiting:
-        name = waiting.pop()
-        if name in found:
+        function = waiting.pop(0)
+        key = function.__code__.co_filename, function.__name__
+        if key in found:
             continue
-        found.add(name)
-        for node in ast.walk(functions[name]):
-            if isinstance(node, ast.Name) and node.id in functions:
-                waiting.append(node.id)
-    return found
+        found[key] = function
+        for name in function.__code__.co_names:
+            called = function.__globals__.get(name)
+            while hasattr(called, "fn"):  # what decorators wrap
+                called = called.fn
+            wrapped = called is not function.__globals__.get(name)
+            if wrapped and hasattr(called, "__code__"):
+                waiting.append(called)
+    return list(found.values())
 
 
 def _findings(

@@ -1,6 +1,7 @@
 """The tensors of a launch: which elements belong to an argument, and who touched them."""
 
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,8 @@ class Argument:
             tensor.stride(),
             tensor.element_size(),
         )
-        self.storage = tensor.untyped_storage().data_ptr()
+        self.storage = weakref.ref(tensor.untyped_storage())
+        self.storage_address = tensor.untyped_storage().data_ptr()
         self.address, self.origin = tensor.data_ptr(), tensor.storage_offset()
         self.span = span_of(self.shape, self.strides)
         # By element of the storage, whether anything has written it; None if all are written.

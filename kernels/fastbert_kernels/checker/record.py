@@ -1,6 +1,10 @@
 """What the launches of a `sanitize` block did: bytes, operations and faults."""
 
+import weakref
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 from fastbert_kernels.checker.fresh import Fresh
 
@@ -79,7 +83,8 @@ class Record:
     Attributes:
         functions: the Python functions of the kernels, for whoever reads their source.
         dtypes: of the tensor arguments, by kernel and argument.
-        writers: by the address of a storage, the kernel and the line that stored to it last.
+        writers: by the address of a storage: the storage, and the kernel and the line that stored
+            to it last.
         undefined: the lines of loads whose masked-off lanes have no `other`.
         fresh: which memory has been written.
     """
@@ -88,6 +93,16 @@ class Record:
     faults: list[Fault] = field(default_factory=list[Fault])
     functions: list[object] = field(default_factory=list[object])
     dtypes: dict[tuple[str, str], str] = field(default_factory=dict[tuple[str, str], str])
-    writers: dict[int, tuple[str, str]] = field(default_factory=dict[int, tuple[str, str]])
+    writers: dict[int, tuple[weakref.ref[Any], str, str]] = field(
+        default_factory=dict[int, tuple[weakref.ref[Any], str, str]]
+    )
     undefined: set[str] = field(default_factory=set[str])
     fresh: Fresh = field(default_factory=Fresh)
+
+    def writer_of(self, tensor: torch.Tensor) -> tuple[str, str]:
+        """The kernel and the line that stored to the tensor last; "" if none did."""
+        storage, kernel, line = self.writers.get(
+            tensor.untyped_storage().data_ptr(), (None, "", "")
+        )
+        alive = storage is not None and storage() is not None  # else the address is another's now
+        return (kernel, line) if alive else ("", "")
