@@ -17,12 +17,12 @@ from __future__ import annotations
 import re
 import sys
 
-from benchmarks.compiled.ahead_of_time import disassemble
 from benchmarks.machine_code import ours
 from benchmarks.machine_code.decode import NO_BARRIER, Code
 from benchmarks.machine_code.examine import DEVICE, build
 from benchmarks.machine_code.path import loops
 from fastbert_kernels._triton import FUSE
+from fastbert_kernels.checker.machine_code import disassemble
 
 FP32 = ("FADD", "FMUL", "FFMA")
 LATENCY = 4

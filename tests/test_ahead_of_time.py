@@ -13,15 +13,12 @@ import pytest
 
 from benchmarks.compiled import ahead_of_time
 from benchmarks.compiled.ahead_of_time import (
-    DEVICES,
-    UNTRACED,
     Figures,
     changes,
     faults,
-    global_loads,
-    programs,
     recorded_table,
 )
+from fastbert_kernels.checker.machine_code import DEVICES, UNTRACED, global_loads, programs
 from fastbert_kernels.specs import SPECS
 from tests.tiers import typical
 from tests.uninterpreted import run_module

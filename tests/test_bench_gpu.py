@@ -31,7 +31,7 @@ from benchmarks.step.made_up_training import Sizes, made_up_batch
 from fastbert.config import BertConfig
 from fastbert.models.bert import BertForPreTraining
 from fastbert_kernels._tiles import TABLE
-from tests.sanitizer import sanitize
+from fastbert_kernels.checker.sanitizer import sanitize
 from tests.tiers import slow
 
 ROOT = Path(__file__).parents[1]

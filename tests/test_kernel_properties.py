@@ -23,9 +23,9 @@ from triton.runtime.interpreter import GridExecutor
 
 from fastbert_kernels import attention_tile_schedule
 from fastbert_kernels._spec import Shape, Spec
+from fastbert_kernels.checker.sanitizer import sanitize
 from fastbert_kernels.specs import SPECS
 from tests import test_kernels
-from tests.sanitizer import sanitize
 from tests.test_kernels import DTYPES, GPU, fresh_memory_is_nan, place, run, watched
 from tests.test_operators import DEVICE, EVERY, TRITON, assert_same, cases, inputs, kinds
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastbert.models.heads import losses
+from fastbert_kernels.checker.sanitizer import sanitize
 from tests.random_batch import make_batch
 from tests.random_model import build, build_modern
-from tests.sanitizer import sanitize
 
 GPU = torch.cuda.is_available()
 IMPLEMENTATIONS = ("triton", "reference") if GPU else ("triton", "cpu", "reference")

@@ -27,8 +27,8 @@ from fastbert.durable import sealed
 from fastbert.errors import InputError
 from fastbert.training.loop import pretrain
 from fastbert.training.metrics import STEP_KEYS, read_metrics
+from fastbert_kernels.checker.sanitizer import sanitize
 from tests.ranks import Ranks, environment
-from tests.sanitizer import sanitize
 from tests.trials import CLOCK
 
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,8 @@ from fastbert_kernels import (
     rotary_table,
     varlen_attention,
 )
+from fastbert_kernels.checker.sanitizer import sanitize
 from fastbert_kernels.specs import SPECS
-from tests.sanitizer import sanitize
 from tests.test_kernels import GPU, fresh_memory_is_nan, place, run, watched
 
 __all__ = ["fresh_memory_is_nan"]  # used by every test

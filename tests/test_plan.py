@@ -49,8 +49,8 @@ from fastbert.planning.plan import (
     plan,
 )
 from fastbert.training.muon import Muon, is_hidden
+from fastbert_kernels.checker.sanitizer import sanitize
 from tests.modern_bert import CONFIGS
-from tests.sanitizer import sanitize
 
 MODEL = BertConfig(
     hidden_size=32,

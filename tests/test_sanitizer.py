@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.sanitizer import SanitizerError, sanitize
+from fastbert_kernels.checker.sanitizer import SanitizerError, sanitize
 
 
 def launch(kernel, grid, *args, **kwargs):
@@ -580,6 +580,20 @@ def shapes_kernel(x_ptr, y_ptr, N: tl.constexpr):
     )
 
 
+@triton.jit
+def ranks_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    column = tl.arange(0, N)
+    x = tl.load(x_ptr + column[:, None] * N + column[None, :])
+    tl.store(y_ptr + column[:, None] * N + column[None, :], x * tl.load(x_ptr + column))
+
+
+def test_tensors_of_unequal_rank_are_broadcast():
+    x, y = torch.randn(16, 16), torch.empty(16, 16)
+    with sanitize():
+        ranks_kernel[(1,)](x, y, N=16)
+    assert torch.equal(y, x * x[0])
+
+
 def test_shapes():
     x, y = torch.randint(9, (16, 16)).bfloat16(), torch.empty(16, 16).bfloat16()
     with sanitize():
@@ -679,6 +693,20 @@ def test_the_error_lists_every_fault_of_every_launch():
     assert ["store_kernel" in lines[1], "lanes_kernel" in lines[2], "lanes_kernel" in lines[3]] == [
         True
     ] * 3
+
+
+def test_the_writer_of_a_tensor_is_forgotten_with_its_memory():
+    with sanitize() as record:
+        y = torch.empty(4)
+        store_kernel[(1,)](y, 4, BLOCK=4)
+        kernel, line = record.writer_of(y[1:])
+        assert kernel == "store_kernel" and "test_sanitizer.py:" in line
+        address = y.untyped_storage().data_ptr()
+        del y
+        others = [torch.zeros(4) for _ in range(100)]  # one of them gets the address, as a rule
+        again = [x for x in others if x.untyped_storage().data_ptr() == address]
+        assert all(record.writer_of(x) == ("", "") for x in again)
+        assert record.writers[address][0]() is None
 
 
 def test_an_unknown_order_is_an_error():

@@ -12,8 +12,8 @@ import torch
 from fastbert_kernels import varlen_attention
 from fastbert_kernels._dropout import keep_mask, row_seeds, stream_keys
 from fastbert_kernels.attention import cpu
+from fastbert_kernels.checker.sanitizer import sanitize
 from fastbert_kernels.specs import SPECS
-from tests.sanitizer import sanitize
 from tests.test_kernels import GPU, fresh_memory_is_nan, place, run, watched
 from tests.test_kernels import (
     test_agrees_with_the_reference_in_fp64 as agrees,

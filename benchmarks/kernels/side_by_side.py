@@ -3,7 +3,8 @@
     python -m benchmarks.kernels.side_by_side --out folder
 
 It needs no GPU. Forward and backward passes run in bf16. Kernels are counted by
-`tests/sanitizer.py`: a byte counts whenever a program requests it, whatever cache it comes from.
+the sanitizer of `fastbert_kernels.checker`: a byte counts whenever a program requests it, whatever
+cache it comes from.
 The inputs and outputs of torch's operators around the kernels are counted too, once each. So a peer
 that leaves matrix products or dropout to torch is charged for them, as ours is. The minimum is that
 of the spec. The error is the largest one of the result and all gradients, as a share of the allowed
@@ -51,9 +52,9 @@ from benchmarks.harness.record import Record, Row
 from benchmarks.harness.tables_and_plots import table
 from benchmarks.kernels.cases import Case, arguments, call, leaves, truth, upstream_of
 from benchmarks.kernels.peers import peers
+from fastbert_kernels.checker.sanitizer import sanitize
 from fastbert_kernels.mlm_loss import kernel as mlm_loss
 from fastbert_kernels.specs import SPECS
-from tests.sanitizer import sanitize
 
 CPU = torch.device("cpu")
 CASES = (

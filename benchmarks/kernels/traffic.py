@@ -3,8 +3,9 @@
     python -m benchmarks.kernels.traffic         print a table: bytes, FLOP, ratios and limits
     python -m benchmarks.kernels.traffic --json  print the same, one JSON object per line
 
-It needs no GPU. The forward and backward pass of each operation run under `tests/sanitizer.py`,
-with the tiles of sm_90. A byte counts whenever a program requests it, whatever cache it comes from;
+It needs no GPU. The forward and backward pass of each operation run under the sanitizer of
+`fastbert_kernels.checker`, with the tiles of sm_90. A byte counts whenever a program requests it,
+whatever cache it comes from;
 "distinct" counts it once per launch. The traffic of a GPU's memory lies between the two. The work
 of torch around the kernels is not counted: sums over the programs' shares of a gradient, two of the
 four products of `mlm_loss`, its gather of rows, the sorting of indices for `embedding`, and tile
@@ -43,8 +44,8 @@ from fastbert_kernels import _rows
 from fastbert_kernels._tile_schedule import ITEM, one_tile
 from fastbert_kernels._tiles import tile
 from fastbert_kernels._triton import architecture, dot_precision, multiprocessors
+from fastbert_kernels.checker.sanitizer import sanitize
 from fastbert_kernels.specs import SPECS
-from tests.sanitizer import sanitize
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import triton
 
-from benchmarks.compiled.ahead_of_time import DEVICES, cuda_registers, disassemble, programs
 from benchmarks.machine_code import multiprocessor
 from benchmarks.machine_code.counts import least_cycles, matrix_flops, moved_bytes, per_element
 from benchmarks.machine_code.decode import Code, Instruction, decode
@@ -16,6 +15,7 @@ from benchmarks.machine_code.h100 import CLOCK, MULTIPROCESSORS, SCHEDULERS
 from benchmarks.machine_code.multiprocessor import L2, Memory, Run
 from benchmarks.machine_code.path import main_loop
 from fastbert_kernels._triton import FUSE
+from fastbert_kernels.checker.machine_code import DEVICES, cuda_registers, disassemble, programs
 
 DEVICE = DEVICES["sm_90"]  # the only device that the model describes
 _PASSES = 14  # simulated passes of a loop; the first and last are not counted

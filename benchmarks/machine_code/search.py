@@ -24,9 +24,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.compiled.ahead_of_time import (
-    DEVICES,
-    REGISTERS,
-    SCHEDULERS,
     AotSignature,
     aot_signatures,
     faults,
@@ -41,6 +38,7 @@ from benchmarks.machine_code.examine import Built, build, examine
 from benchmarks.machine_code.h100 import DRAM_RATE
 from benchmarks.machine_code.multiprocessor import DRAM, L2, Memory
 from fastbert_kernels._tiles import TABLE, Row
+from fastbert_kernels.checker.machine_code import DEVICES, REGISTERS, SCHEDULERS
 
 ARCHITECTURE, BITS = "sm_90", 16
 SLOW_L2 = L2._replace(rate=24.0)  # bytes per cycle and multiprocessor; devices give 25 to 36

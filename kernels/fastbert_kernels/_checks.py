@@ -136,7 +136,8 @@ def check_triton(function: str, *tensors: Expected) -> None:
     if first.is_cpu and first.dtype == torch.bfloat16 and not _computes_bf16():
         raise TypeError(
             f"{function}: {name} is bfloat16, which Triton's interpreter computes wrongly; "
-            'use float32 or float16 there, or impl = "cpu"'
+            'use float32 or float16 there, impl = "cpu", or a block '
+            "`with fastbert_kernels.checker.sanitize():`, which corrects it"
         )
 
 

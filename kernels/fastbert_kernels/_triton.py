@@ -65,8 +65,8 @@ def takes_cpu_tensors() -> bool:
 def computes_bf16() -> bool:
     """Whether bf16 is computed correctly.
 
-    Triton's own interpreter takes the bits of bf16 for integers. A corrected interpreter, such as
-    that of the tests, holds them as numbers of another type.
+    Triton's own interpreter takes the bits of bf16 for integers. The checker's
+    (`checker/arithmetic.py`) holds them as numbers of another type.
     """
     return not INTERPRETED or interpreter._get_np_dtype(tl.bfloat16) != np.uint16
 

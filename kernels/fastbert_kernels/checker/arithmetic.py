@@ -1,6 +1,6 @@
 """Make Triton's interpreter compute as a GPU does, where the stock interpreter is wrong.
 
-This is the half of `sanitizer.py` that knows nothing about memory. It changes these operations:
+It knows nothing about memory, and changes these operations:
 
 - bf16: handles hold float32 values that are rounded to nearest even when a handle is made;
 - fp16 dot products and sums are computed in fp32;
@@ -9,6 +9,9 @@ This is the half of `sanitizer.py` that knows nothing about memory. It changes t
 - `umulhi` of negative numbers;
 - the smallest size of `tl.dot` (an inner dimension of 16).
 """
+
+# pyright: basic
+# Triton's interpreter has no types.
 
 from __future__ import annotations
 
@@ -108,7 +111,7 @@ def encode(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
 
 
 def decode(raw: np.ndarray, dtype: tl.dtype) -> np.ndarray:
-    """The inverse of `_encode`."""
+    """The inverse of `encode`."""
     return (
         (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
         if dtype.is_bf16()

@@ -1,0 +1,138 @@
+"""The command: `python -m fastbert_kernels.checker CHECK.py`.
+
+CHECK.py is a Python file with the names `kernel`, `reference`, `inputs` and `shapes`; `--init`
+prints one. The exit code is 0 without faults, 1 with faults, and 2 for bad input, which is one
+line.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastbert_kernels.checker.cases import Check
+
+NEEDED = ("kernel", "reference", "inputs", "shapes")
+
+
+class InputError(ValueError):
+    """Bad input: one line that says what is wrong and what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    if options.init:
+        print((Path(__file__).parent / "template.py").read_text(encoding="utf-8"), end="")
+        return 0
+    try:
+        if options.check is None:
+            raise InputError("name a file to check, or print a template with --init")
+        _interpret()
+        checked = load(Path(options.check), options.shapes, options.dtypes)
+        from fastbert_kernels.checker.cases import carry_out
+
+        report = carry_out(checked)
+        if options.compile:
+            from fastbert_kernels.checker.compiled import add_compiled
+
+            add_compiled(report, Path(options.check), options.compile, checked)
+    except (InputError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report.json() if options.json else report)
+    return 1 if report.faults else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastbert_kernels.checker",
+        description="Check Triton kernels against plain torch, without a GPU.",
+    )
+    parser.add_argument("check", nargs="?", metavar="CHECK.py", help="what to check; see --init")
+    parser.add_argument("--init", action="store_true", help="print a template of CHECK.py")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="rows=3,columns=100",
+        help="in place of the file's; sizes are whole numbers",
+    )
+    parser.add_argument("--dtypes", metavar="bf16,fp16,fp32", help="in place of the file's")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--compile",
+        metavar="sm_80,sm_90,sm_100,gfx942",
+        help="also compile for these, and report registers, spills, shared memory and loads",
+    )
+    return parser
+
+
+def _interpret() -> None:
+    """Make Triton interpret kernels; it decides that when it is imported."""
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(
+            "Triton is imported already, and does not interpret; set TRITON_INTERPRET=1 before"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def load(path: Path, shapes: Sequence[str] | None = None, dtypes: str | None = None) -> "Check":
+    """The check that a file describes.
+
+    Args:
+        path: of the file.
+        shapes: as on the command line; None for those of the file.
+        dtypes: as on the command line; None for those of the file.
+
+    Raises:
+        InputError: the file cannot be read, fails, or lacks a name; a shape that cannot be read.
+    """
+    from fastbert_kernels.checker.cases import Check
+
+    module = _module(path)
+    for name in NEEDED:
+        if not hasattr(module, name):
+            raise InputError(f"{path} has no {name}; --init prints a file with all that is needed")
+    given: dict[str, Any] = {
+        item.name: getattr(module, item.name)
+        for item in fields(Check)
+        if hasattr(module, item.name)
+    }
+    given.setdefault("name", path.stem)
+    if shapes:
+        given["shapes"] = [_shape(text) for text in shapes]
+    if dtypes:
+        given["dtypes"] = [word for word in dtypes.split(",") if word]
+    return Check(**given)
+
+
+def _module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; --init prints one to start from")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[path.stem] = module  # dataclasses and Triton look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{path} fails: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _shape(text: str) -> dict[str, int]:
+    shape: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or not value.strip().isdigit():
+            raise InputError(f"--shapes {text}: {part!r} is not a size such as rows=3")
+        shape[name.strip()] = int(value)
+    return shape

@@ -1,0 +1,198 @@
+"""One run of the function under check, or of its reference: results, gradients and the record."""
+
+# pyright: basic
+# The results of other people's functions may be anything.
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert_kernels.checker.record import Record
+
+SEED = 20_260_731  # of inputs and upstream gradients
+
+
+@dataclass
+class Outcome:
+    """What a run returned.
+
+    Attributes:
+        values: outputs and gradients by name.
+        outputs: the names of the outputs alone.
+        record: of the launches; None for the reference.
+        error: what it raised, with its line; None if it ended well.
+        writers: by name of an output or gradient, the kernel and line that stored it last.
+        missing: by the same, how many elements nobody has written.
+        changed: inputs that have other values afterwards.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    record: Record | None = None
+    error: tuple[str, str] | None = None
+    writers: dict[str, tuple[str, str]] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+
+
+def draw(
+    make: Callable[..., Mapping[str, Any]],
+    dtype: torch.dtype,
+    shape: Mapping[str, Any],
+    number: int = 0,
+) -> dict[str, Any]:
+    """The inputs of a case: always the same for the same shape, dtype and number of the draw."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED + number)
+        return dict(make(dtype, **shape))
+
+
+def copy(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Copies with the same strides; floating-point tensors in `dtype` if it is given."""
+
+    def copied(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        target = dtype if dtype is not None and x.is_floating_point() else x.dtype
+        whole = x.detach() if x._base is None else x._base.detach()
+        if whole.dtype != x.dtype:
+            return x.detach().to(target, copy=True)
+        moved = whole.to(target, copy=True, memory_format=torch.preserve_format)
+        if moved.untyped_storage().nbytes() // moved.element_size() < _last(x):
+            return x.detach().to(target, copy=True)
+        return moved.as_strided(x.shape, x.stride(), x.storage_offset())
+
+    return {name: copied(value) for name, value in inputs.items()}
+
+
+def _last(x: Tensor) -> Any:
+    """How many elements the storage needs for this view."""
+    if not x.numel():
+        return 0
+    return (
+        x.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    )
+
+
+def run(
+    function: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    rounding: torch.dtype = torch.float32,
+    gradients: Sequence[str] | None = None,
+    sanitizing: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Call a function on copies of the inputs, and differentiate its outputs.
+
+    Args:
+        function: takes the inputs by name; returns a tensor, or a tuple, list or dict of tensors.
+        inputs: by name.
+        dtype: to which floating-point inputs are converted; None to leave them.
+        rounding: the dtype of the case. Upstream gradients can be represented in it, so that they
+            are the same for every run.
+        gradients: inputs to differentiate by; None for all floating-point ones.
+        sanitizing: options of `sanitize`, for kernels; None for the reference.
+    """
+    arguments = copy(inputs, dtype)
+    given = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
+    leaves = [
+        name
+        for name, x in arguments.items()
+        if isinstance(x, Tensor)
+        and x.is_floating_point()
+        and (gradients is None or name in gradients)
+    ]
+    for name in leaves:
+        arguments[name].requires_grad_()
+    outcome = Outcome()
+    with contextlib.ExitStack() as stack:
+        if sanitizing is not None:
+            from fastbert_kernels.checker.sanitizer import sanitize
+
+            outcome.record = stack.enter_context(sanitize(raise_on_fault=False, **sanitizing))
+        try:
+            named = _named(function(**arguments))
+            outcome.outputs = tuple(named)
+            leaves_by_name = {name: arguments[name] for name in leaves}
+            named |= _gradients(named, leaves_by_name, rounding)
+        except Exception as error:
+            outcome.error = _what_and_where(error)
+            return outcome
+        if outcome.record is not None:
+            for name, x in named.items():
+                outcome.missing[name] = outcome.record.fresh.missing(x)
+                outcome.writers[name] = outcome.record.writer_of(x)
+    outcome.values = {name: x.detach().clone() for name, x in named.items()}
+    outcome.changed = {
+        name: arguments[name].detach().clone()
+        for name, before in given.items()
+        if not same(before, arguments[name].detach())
+    }
+    for name in outcome.changed:
+        if outcome.record is None:
+            break
+        outcome.writers.setdefault(name, outcome.record.writer_of(arguments[name]))
+    return outcome
+
+
+def _named(result: Any) -> dict[str, Tensor]:
+    if isinstance(result, Tensor):
+        return {"result": result}
+    if isinstance(result, Mapping):
+        return {str(name): x for name, x in result.items() if isinstance(x, Tensor)}
+    if isinstance(result, (tuple, list)):
+        return {f"result[{i}]": x for i, x in enumerate(result) if isinstance(x, Tensor)}
+    if result is None:
+        return {}
+    raise TypeError(f"returned {type(result).__name__}, expected a tensor or several")
+
+
+def _gradients(
+    outputs: dict[str, Tensor], leaves: dict[str, Tensor], rounding: torch.dtype
+) -> dict[str, Tensor]:
+    differentiable = [x for x in outputs.values() if x.requires_grad]
+    if not differentiable or not leaves:
+        return {}
+    generator = torch.Generator().manual_seed(SEED)
+    upstream = [
+        torch.randn(x.shape, generator=generator).to(rounding).to(x.dtype) for x in differentiable
+    ]
+    found = torch.autograd.grad(differentiable, list(leaves.values()), upstream, allow_unused=True)
+    return {
+        f"d{name}": gradient
+        for name, gradient in zip(leaves, found, strict=True)
+        if gradient is not None
+    }
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether all bits are equal; NaN equals NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_floating_point():
+        return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return torch.equal(a, b)
+
+
+def _what_and_where(error: BaseException) -> tuple[str, str]:
+    """The last message of a chain of exceptions, and the line of the kernel or its launcher."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    ours = str(Path(__file__).parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "/triton/" not in frame.filename
+        and not frame.filename.startswith((ours, str(Path(torch.__file__).parent)))
+    ]
+    line = f"{'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno}" if frames else ""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}", line

@@ -1,0 +1,311 @@
+"""The checker as people use it: the command, the pytest plugin, the report, the lint, the bound."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip(
+        "needs TRITON_INTERPRET=1, which tests/conftest.py sets where there is no GPU",
+        allow_module_level=True,
+    )
+
+from fastbert_kernels.checker.bounds import compare, relative_error, stand_in
+from fastbert_kernels.checker.cases import Check, carry_out, check
+from fastbert_kernels.checker.clocks import Clocks
+from fastbert_kernels.checker.command import main
+from fastbert_kernels.checker.lint import NAMES, lint_source
+from fastbert_kernels.checker.report import Finding
+from fastbert_kernels.checker.shrink import shrink
+from tests.wrong_kernels import WRONG
+
+ROOT = Path(__file__).parents[1]
+RULES = ROOT / "docs/checker/rules"
+
+
+def python(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python that has imported nothing yet, and does not interpret by itself."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**inherited, "PYTHONPATH": path, **environment},
+        timeout=300,
+    )
+
+
+# ---- the command
+
+
+def test_the_template_is_a_check_that_passes(tmp_path, capsys):
+    assert main(["--init"]) == 0
+    file = tmp_path / "template_check.py"
+    file.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert main([str(file)]) == 0
+    assert "template_check: 0 faults, 0 notes, 8 cases" in capsys.readouterr().out
+
+
+def test_the_command_interprets_finds_and_prints_json(tmp_path):
+    file = tmp_path / "planted.py"
+    text = (ROOT / "kernels/fastbert_kernels/checker/template.py").read_text(encoding="utf-8")
+    wrong = "tl.store(out_ptr + i, x + y, mask=i < n)"
+    assert wrong in text
+    file.write_text(text.replace(wrong, "tl.store(out_ptr + i, x + y)"), encoding="utf-8")
+    done = python(
+        *("-m", "fastbert_kernels.checker", "planted.py", "--json"),
+        *("--shapes", "n=100", "--dtypes", "fp16"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    (finding,) = [f for f in report["findings"] if f["severity"] == "fault"]
+    line = 1 + text.splitlines().index(f"    {wrong}")
+    assert finding["kind"] == "out of bounds"
+    assert finding["kernel"] == "add_kernel"
+    assert finding["line"] == f"{tmp_path.name}/planted.py:{line}"
+    assert finding["program"] == [1, 0, 0]
+    assert finding["tensor"] == "out_ptr"
+    assert finding["offsets"] == list(range(100, 128))
+    assert (finding["shape"], finding["dtype"]) == ({"n": 100}, "fp16")
+    assert finding["smallest"] == {"n": 1}
+    assert [case["dtype"] for case in report["cases"]] == ["fp16"]
+
+
+BAD_INPUT = {
+    "no file": (["missing.py"], "missing.py is not a file; --init prints one to start from"),
+    "no name": (["empty.py"], "empty.py has no kernel; --init prints a file with all"),
+    "fails": (["broken.py"], "broken.py fails: ZeroDivisionError: division by zero"),
+    "size": (["good.py", "--shapes", "n=many"], "--shapes n=many: 'n=many' is not a size such as"),
+    "dtype": (["good.py", "--dtypes", "fp8"], "dtype = 'fp8'; known are fp32, bf16, fp16"),
+    "nothing": ([], "name a file to check, or print a template with --init"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.py").write_text("", encoding="utf-8")
+    Path("broken.py").write_text("1 / 0", encoding="utf-8")
+    main(["--init"])
+    Path("good.py").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_sizes_of_the_reference_that_fail_are_said():
+    run = lambda x: x  # noqa: E731
+    with pytest.raises(ValueError, match=r"the reference fails at \{'n': 3\}, fp32: ZeroDivision"):
+        check(run, lambda x: 1 / 0, lambda dtype, n: {"x": torch.ones(n)}, [{"n": 3}])
+    with pytest.raises(ValueError, match="shapes is empty"):
+        check(run, run, lambda dtype: {}, [])
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_for_gpus_that_are_not_there(tmp_path, capsys):
+    main(["--init"])
+    (tmp_path / "mine.py").write_text(capsys.readouterr().out, encoding="utf-8")
+    command = ("-m", "fastbert_kernels.checker", "mine.py", "--dtypes", "fp32", "--compile")
+    done = python(*command, "sm_90,gfx942", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # 200 elements: not a multiple of 16, so loads cannot be wide.
+    pattern = r"sm_90: add_kernel, fp32: \d+ registers, 0 bytes spilled, 0 bytes of shared memory"
+    assert re.search(pattern, done.stdout), done.stdout
+    assert "narrowest load of x_ptr 32 bits, y_ptr 32 bits" in done.stdout
+    assert "gfx942: add_kernel, fp32: " in done.stdout
+    done = python(*command, "sm_1", cwd=tmp_path)
+    assert done.returncode == 2 and "unknown architecture sm_1; known are sm_80" in done.stderr
+
+
+# ---- the plugin
+
+SUITE = """
+import pytest
+import torch
+from fastbert_kernels.checker.template import inputs, kernel, reference, shapes
+
+@pytest.mark.kernel_checker
+def test_right(kernel_checker):
+    assert len(kernel_checker(kernel, reference, inputs, shapes).cases) == 8
+
+@pytest.mark.kernel_checker
+def test_wrong(kernel_checker):
+    kernel_checker(kernel, lambda x, y: x - y, inputs, shapes)
+"""
+
+
+def test_the_plugin_runs_checks_where_it_is_asked_to(tmp_path):
+    (tmp_path / "test_suite.py").write_text(SUITE, encoding="utf-8")
+    run = ("-m", "pytest", "-q", "--strict-markers", "-p", "fastbert_kernels.checker.plugin")
+    done = python(*run, "--kernel-checker", cwd=tmp_path)
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "fault: wrong result" in done.stdout and "Traceback" not in done.stdout
+    skipped = python(*run, "-rs", cwd=tmp_path)
+    assert "2 skipped" in skipped.stdout
+    assert "run pytest with --kernel-checker" in skipped.stdout
+
+
+def test_the_plugin_costs_nothing_where_it_is_not_used():
+    code = (
+        "import sys, fastbert_kernels.checker.plugin; "
+        "print(sorted({'torch', 'triton', 'numpy'} & set(sys.modules)))"
+    )
+    assert python("-c", code, cwd=ROOT).stdout.strip() == "[]"
+
+
+def test_the_plugin_is_registered_once():
+    text = (ROOT / "kernels/pyproject.toml").read_text(encoding="utf-8")
+    assert '"fastbert_kernels.checker.plugin" = "fastbert_kernels.checker.plugin"' in text
+
+
+# ---- the report
+
+
+def test_a_report_has_bytes_against_the_ideal():
+    wrong = WRONG["wrong constant"].check
+    report = carry_out(
+        Check(
+            wrong.kernel,
+            lambda x: 2.0001 * x,
+            wrong.inputs,
+            [{"n": 40}],
+            dtypes=["fp32"],
+            least_bytes=lambda itemsize, n: 2 * itemsize * n,
+        )
+    )
+    assert not report.faults
+    assert "1 launches, 320 bytes, 1.00 times the least" in str(report)
+
+
+def test_shrinking_goes_on_as_long_as_the_finding_shows():
+    def examine(shape):
+        if shape["c"] == (1,):
+            raise ValueError("no such shape")
+        return [found] if shape["a"] >= 3 and sum(shape["c"]) >= 10 else []
+
+    found = Finding("race", "", shape={"a": 40, "b": 7, "c": (20, 9)}, dtype="fp32")
+    smallest = shrink(found, examine).smallest
+    assert smallest is not None
+    assert examine(smallest) and (smallest["a"], smallest["b"]) == (3, 1)
+    assert sum(smallest["c"]) == 10
+
+
+# ---- the bound
+
+
+def test_the_bound_is_twice_torchs_error_and_one_rounding():
+    exact = torch.tensor([100.0, 1.0, -3.0], dtype=torch.float64)
+    plain = exact.float() + torch.tensor([0.0, 0.5, 0.0])
+    allowed = 2 * 0.5 + 2.0**-23 * 100
+    result = compare(exact.float() + torch.tensor([0, 0, 0.75]), plain, exact, 0.0)
+    assert result.allowed == allowed and result.ratio == 0.75 / allowed
+    assert (result.index, result.got, result.expected) == ((2,), -2.25, -3.0)
+    assert compare(exact.float() - 1.5, plain, exact, 0.0).ratio > 1
+    broken = exact.float().clone()
+    broken[0] = math.nan
+    assert compare(broken, plain, exact, 0.0).ratio == math.inf
+
+
+def test_elements_that_the_dtype_cannot_hold_are_left_out():
+    exact = torch.tensor([1e39, 1.0], dtype=torch.float64)
+    result = compare(torch.tensor([math.inf, 1.0]), exact.float(), exact, 0.0)
+    assert result.ratio == 0 and result.allowed == 2.0**-23
+    nothing = compare(torch.tensor([1.0]), torch.tensor([math.nan]), exact[:1], 0.0)
+    assert nothing.ratio == 0
+
+
+def test_results_that_vanish_are_measured_by_the_others():
+    outputs = {"y": torch.tensor([0.25, -4.0]), "dx": torch.zeros(3)}
+    assert stand_in(outputs) == 32
+    tiny = torch.full((3,), 1e-7)
+    assert compare(tiny, torch.zeros(3), torch.zeros(3).double(), 32.0).ratio < 1
+    assert compare(tiny, torch.zeros(3), torch.zeros(3).double(), 0.0).ratio == math.inf
+
+
+def test_a_scalar_is_measured_by_more_draws():
+    exact = torch.tensor(1.0, dtype=torch.float64)
+    ours, lucky = torch.tensor(1.0 + 2**-21), torch.tensor(1.0)
+    assert compare(ours, lucky, exact, 0.0).ratio == 4
+    typical = relative_error(torch.tensor(3.0 + 2**-20), torch.tensor(3.0, dtype=torch.float64))
+    assert typical == 2.0**-20 / 3
+    assert compare(ours, lucky, exact, 0.0, typical).ratio < 1
+
+
+# ---- order by atomics
+
+
+def test_clocks_follow_who_reads_whose_updates():
+    clocks = Clocks()
+    before = clocks.stamp(1)
+    clocks.release(1, 100)
+    after = clocks.stamp(1)
+    clocks.release(2, 100)  # it does not look at the result
+    assert not clocks.knows(2, before)
+    clocks.acquire(3, 100)
+    assert clocks.knows(3, before) and not clocks.knows(3, after)
+    clocks.release(3, 200)
+    clocks.acquire(4, 200)
+    assert clocks.knows(4, before)  # through 3
+    clocks.acquire(5, 300)
+    assert not clocks.knows(5, before)
+
+
+# ---- the lint
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_every_rule_has_a_page():
+    assert {page.stem for page in RULES.glob("*.md")} == set(NAMES)
+
+
+@pytest.mark.parametrize("rule", NAMES)
+def test_the_page_of_a_rule_shows_what_it_finds(rule):
+    wrong, right = blocks(RULES / f"{rule}.md")
+    found = lint_source(wrong, "wrong.py")
+    assert {finding.kind for finding in found} == {f"lint {rule}"}, found
+    assert not lint_source(right, "right.py")
+    for finding in found:
+        lines = wrong.splitlines()
+        number = int(finding.line.rpartition(":")[2]) - 1
+        for silenced in (
+            [*lines[:number], f"{lines[number]}  # checker: allow {rule}", *lines[number + 1 :]],
+            [*lines[:number], f"# checker: allow other, {rule}", *lines[number:]],
+        ):
+            again = lint_source("\n".join(silenced), "wrong.py")
+            assert len(again) == len(found) - 1
+    other = wrong.replace(lines[number], f"{lines[number]}  # checker: allow something-else")
+    assert len(lint_source(other, "wrong.py")) == len(found)
+
+
+def test_dtypes_of_a_launch_decide_what_a_rule_says():
+    wrong, _ = blocks(RULES / "sixteen-bit-accumulation.md")
+    (kernel,) = [n.name for n in ast.parse(wrong).body if isinstance(n, ast.FunctionDef)]
+    (finding,) = lint_source(wrong, "wrong.py")
+    base = re.search(r"loads from (\w+)", finding.message)[1]
+    assert finding.severity == "note"
+    (finding,) = lint_source(wrong, "wrong.py", {(kernel, base): {"bfloat16"}})
+    assert finding.severity == "fault"
+    assert not lint_source(wrong, "wrong.py", {(kernel, base): {"float32"}})
+
+
+def test_our_own_kernels_have_no_lint_faults():
+    for path in sorted((ROOT / "kernels/fastbert_kernels").rglob("*.py")):
+        found = lint_source(path.read_text(encoding="utf-8"), path.name)
+        assert not [finding for finding in found if finding.severity == "fault"]

@@ -1,0 +1,74 @@
+"""The checker finds kernels that are wrong in one way each, and says which kernel it is."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip(
+        "needs TRITON_INTERPRET=1, which tests/conftest.py sets where there is no GPU",
+        allow_module_level=True,
+    )
+
+from fastbert_kernels.checker.cases import carry_out
+from tests import wrong_kernels
+from tests.right_kernels import RIGHT, ROUNDING
+from tests.wrong_kernels import WRONG
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_kernel_is_found_and_named(name):
+    wrong = WRONG[name]
+    report = carry_out(wrong.check)
+    found = [f for f in report.findings if f.kind == wrong.kind and f.kernel == wrong.kernel]
+    found = [f for f in found if f.tensor == wrong.tensor or not wrong.tensor]
+    assert found, f"expected {wrong.kind} of {wrong.kernel}, got\n{report}"
+    for finding in found:
+        if finding.kernel:
+            file, _, line = finding.line.rpartition(":")
+            assert file == "tests/wrong_kernels.py", finding
+            source = Path(wrong_kernels.__file__).read_text(encoding="utf-8").splitlines()
+            above = [text for text in source[: int(line)] if text.startswith("def ")]
+            assert above[-1].startswith(f"def {finding.kernel}("), finding
+
+
+def test_there_are_forty_wrong_kernels_of_all_kinds():
+    kinds = {wrong.kind for wrong in WRONG.values()}
+    assert len(WRONG) >= 40
+    assert kinds >= {
+        "out of bounds",
+        "race",
+        "uninitialised read",
+        "masked-off value",
+        "not fully written",
+        "wrong result",
+        "wrong form",
+        "order of programs",
+        "run to run",
+        "NaN and infinity",
+        "32-bit overflow",
+        "assertion",
+        "deadlock",
+        "exception",
+        "changed input",
+    }
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_nothing_is_found_in_a_right_kernel(name):
+    report = carry_out(RIGHT[name])
+    assert not report.findings, str(report)
+    assert all(case.launches and case.errors for case in report.cases)
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_sums_in_the_order_of_the_programs_are_a_note(name):
+    report = carry_out(ROUNDING[name])
+    assert not report.faults, str(report)
+    assert {finding.kind for finding in report.notes} == {"order of programs"}
+
+
+def test_there_are_twenty_right_kernels():
+    assert len(RIGHT) + len(ROUNDING) >= 20
