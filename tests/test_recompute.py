@@ -116,7 +116,9 @@ def test_operations_are_those_that_torch_counts(config):
     masked, pairs = len(make_batch(FULL).labels), len(FULL)
     sizes = model.config, VOCAB, FULL, masked, pairs if model.config.type == "bert" else 0
     plain, again = executed_flops(*sizes), executed_flops(*sizes, recompute=True)
-    assert (plain, again) == pytest.approx(counted, rel=0.01)
+    assert plain == counted[0]
+    # torch stops before a layer's last product, if nothing needs its result.
+    assert again == pytest.approx(counted[1], rel=0.03)
 
 
 def test_children_compute_again_too(model):
