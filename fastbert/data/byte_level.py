@@ -99,4 +99,5 @@ def train_byte_level(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             for role, name in BERT_TOKENS.items()
         ]
     )
-    return with_roles(json.loads(tokenizer.to_str()), TokenRoles(dict(BERT_TOKENS)))
+    settings = json.loads(tokenizer.to_str())
+    return with_roles(tokenizer, settings, TokenRoles(dict(BERT_TOKENS)))

@@ -90,7 +90,9 @@ def listed_tokens(settings: dict[str, Any]) -> list[AddedToken]:
     by_id = settings.get("added_tokens_decoder") or {}
     found = [_token(token) for _, token in sorted(by_id.items(), key=lambda item: int(item[0]))]
     for key in ("additional_special_tokens", _EXTRA):
-        found += [_token(token) for token in settings.get(key) or []]
+        listed = settings.get(key) or []
+        # In an object each token has a name of its own.
+        found += map(_token, listed.values() if isinstance(listed, dict) else listed)
     return found
 
 

@@ -332,26 +332,26 @@ def _from_json(text: str, file: Path) -> Tokenizer:
     unknown = [name for name in roles.names.values() if tokenizer.token_to_id(name) is None]
     if unknown:
         raise InputError(f"{file}: {unknown[0]!r} is a special token, but not in the vocabulary")
-    return with_roles(settings, roles)
+    return with_roles(tokenizer, settings, roles)
 
 
-def with_roles(settings: dict[str, Any], roles: TokenRoles) -> Tokenizer:
-    """Return the tokenizer of a tokenizer.json as it is in memory.
+def with_roles(tokenizer: Tokenizer, settings: dict[str, Any], roles: TokenRoles) -> Tokenizer:
+    """Return a tokenizer as it is in memory, where it carries its roles.
 
     Args:
-        settings: the content of the file, which is changed.
+        tokenizer: as its tokenizer.json gives it.
+        settings: the content of that file, which is changed.
         roles: of its tokens, which are all in its vocabulary.
     """
     for token in settings["added_tokens"]:
         # The switch for text of special tokens, encode_special_tokens, is about all that are marked
         # as special. So those that are kept whole are marked again when they are saved.
         token["special"] = token["content"] in roles.names.values()
-    settings["post_processor"] = settings["truncation"] = settings["padding"] = None
-    ids = Tokenizer.from_str(json.dumps(settings)).get_vocab()
-    settings["post_processor"] = token_roles.template(roles, ids, True)
-    tokenizer = Tokenizer.from_str(json.dumps(settings))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    settings["truncation"] = settings["padding"] = None
+    settings["post_processor"] = token_roles.template(roles, tokenizer.get_vocab(), True)
+    changed = Tokenizer.from_str(json.dumps(settings))
+    changed.encode_special_tokens = True
+    return changed
 
 
 def _does_what_bert_does(settings: dict[str, Any]) -> bool:
