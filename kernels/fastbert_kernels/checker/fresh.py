@@ -3,7 +3,9 @@
 Inside `Fresh()`, tensors from torch.empty, empty_like, empty_strided, new_empty and
 new_empty_strided are listed, and filled with NaN or the largest integer. The sanitizer marks what
 kernels store. What torch itself writes is recognised by the tensor's version counter, which kernels
-leave alone: torch has then written something, and all of the tensor counts as written.
+leave alone: torch has then written something, and all of the tensor counts as written. Below
+autograd (as in `torch.library.opcheck`) torch does not count; elements whose value has changed are
+written, too.
 """
 
 # pyright: basic
@@ -69,6 +71,8 @@ class Fresh:
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
         if tensor.is_inference() or tensor._version != version or len(written) != size:
             return None
+        whole = tensor.detach().as_strided((size,), (1,), 0)
+        written |= ~_is_poison(whole).numpy()
         return written
 
     def missing(self, tensor: torch.Tensor) -> int:
@@ -82,16 +86,22 @@ class Fresh:
         return int(have.numel() - have.count_nonzero())
 
 
+def _poison_of(dtype: torch.dtype) -> Any:
+    """NaN, True or the largest integer."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+def _is_poison(data: torch.Tensor) -> torch.Tensor:
+    value = _poison_of(data.dtype)
+    return data.isnan() if value != value else data == value
+
+
 def poison(tensor: torch.Tensor) -> None:
-    """Fill with NaN, True or the largest integer, without raising the version counter."""
+    """Fill with `_poison_of` the dtype, without raising the version counter."""
     with torch.no_grad():
-        data = tensor.detach()
-        if data.dtype.is_floating_point or data.dtype.is_complex:
-            value: Any = float("nan")
-        elif data.dtype == torch.bool:
-            value = True
-        else:
-            value = torch.iinfo(data.dtype).max
+        data, value = tensor.detach(), _poison_of(tensor.dtype)
         if data.is_inference():
             data.fill_(value)
         else:
