@@ -494,8 +494,12 @@ def test_a_run_folder_that_cannot_be(recipe, tmp_path):
 
 
 def test_losses_that_are_never_finite_again_end_the_run(recipe, tmp_path, capsys):
-    """Gradient descent with learning rate 100 and without clipping overflows in a few steps."""
+    """Gradient descent with learning rate 100 and without clipping overflows in a few steps.
+
+    From usual weights the gradient may overflow and the loss not, which depends on the last digits.
+    """
     overflow = (
+        "model.initializer_range=1",
         "optimizer.name=sgd",
         "optimizer.lr=100",
         "optimizer.max_grad_norm=0",
@@ -509,10 +513,7 @@ def test_losses_that_are_never_finite_again_end_the_run(recipe, tmp_path, capsys
     assert [skip["step"] for skip in skips][-3:] == [last - 2, last - 1, last] and len(
         lines(run)
     ) + len(skips) == last < 200
-    assert len(skips[-1]["examples"]) == 8 and skips[-1]["reason"] in (
-        "the loss is not finite",
-        "the norm of the gradient is not finite",
-    )
+    assert len(skips[-1]["examples"]) == 8 and skips[-1]["reason"] == "the loss is not finite"
     assert lines(run, "stop") == [
         {
             "event": "stop",
