@@ -149,8 +149,14 @@ def test_what_is_not_run_names_only_what_exists(name):
                 check_command(line, block.where)
 
 
-# Six runs of its own; and the tutorial, whose way from a text to a model README.md goes, too.
-LONG_PAGES = ("docs/how-to/cooldown.md", "docs/tutorial/your-own-text.md")
+# Pages with runs of their own. README.md goes the tutorial's way from a text to a model, too, and
+# test_modernbert_tasks.py and test_checker.py that of their pages.
+LONG_PAGES = (
+    "docs/how-to/cooldown.md",
+    "docs/how-to/modernbert.md",
+    "docs/checker.md",
+    "docs/tutorial/your-own-text.md",
+)
 RUN_PAGES = [
     name
     for name in PAGE_NAMES

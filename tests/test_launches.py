@@ -1,16 +1,17 @@
 """The compiler accepts every launch of the kernels and of the model.
 
 This is checked for three generations of GPUs, on the newest and the oldest version of Triton that
-are supported. Machine code takes a second for each of 651 kinds of launches, so the tiers divide
+are supported. Machine code takes a second for each of 698 kinds of launches, so the tiers divide
 the work:
 
-- The default tier runs Triton's front end for every launch, on each architecture with the newest
-  version, and on sm_90 with the oldest. The front end is where the compiler rejects what the
-  interpreter accepts. Machine code of each kernel for sm_90, with the limits of that device, is
-  made by test_ahead_of_time.py.
-- `slow` runs the oldest version for the other architectures. It makes machine code of every
-  launch for sm_90 with the newest version, and of every launch of the model for sm_80 with the
-  oldest and for sm_100 with the newest.
+- The default tier runs Triton's front end for every launch on sm_90 with the newest version, and
+  for the launches of the model on each architecture with both versions. The front end is where the
+  compiler rejects what the interpreter accepts; another architecture only means other tiles.
+  Machine code of each kernel for sm_90, with the limits of that device, is made by
+  test_ahead_of_time.py.
+- `slow` runs the front end for every launch on each architecture with both versions. It makes
+  machine code of every launch for sm_90 with the newest version, and of every launch of the model
+  for sm_80 with the oldest and for sm_100 with the newest.
 
 All launches on one architecture take 7 minutes of the processor; for the others they are compiled
 by hand (`python -m benchmarks.compiled.launches`).
@@ -34,7 +35,7 @@ from tests.uninterpreted import ROOT, run_module
 # `make test` puts the oldest Triton there that pyproject.toml allows.
 OLDEST = Path(sys.prefix) / "triton-oldest"
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
-ALL, OF_THE_MODEL = 640, 70  # kinds of launches, at least
+ALL, OF_THE_MODEL = 690, 125  # kinds of launches, at least
 
 
 def launches(*arguments: str, **where: Path | None) -> subprocess.CompletedProcess[str]:
@@ -67,14 +68,22 @@ def assert_all_compile(
     assert all(int(kinds) >= least for _, kinds in found), result.stdout
 
 
-def test_every_launch_passes_the_front_end():
-    assert_all_compile(launches("--front-end"), ARCHITECTURES)
-
-
 @pytest.mark.parametrize("architectures", [["sm_90"], slow(["sm_80", "sm_100"])])
-def test_every_launch_passes_the_front_end_of_the_oldest_triton(oldest, architectures):
-    result = launches("--front-end", "--architecture", *architectures, triton=oldest)
-    assert_all_compile(result, architectures)
+def test_every_launch_passes_the_front_end(architectures):
+    assert_all_compile(launches("--front-end", "--architecture", *architectures), architectures)
+
+
+@pytest.mark.slow
+def test_every_launch_passes_the_front_end_of_the_oldest_triton(oldest):
+    assert_all_compile(launches("--front-end", triton=oldest), ARCHITECTURES)
+
+
+@pytest.mark.parametrize("triton", ["newest", "oldest"])
+def test_every_launch_of_the_model_passes_the_front_end(oldest, triton):
+    result = launches(
+        "--front-end", "--only", "model", triton=oldest if triton == "oldest" else None
+    )
+    assert_all_compile(result, ARCHITECTURES, OF_THE_MODEL)
 
 
 @pytest.mark.slow

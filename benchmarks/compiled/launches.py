@@ -12,7 +12,7 @@ every choice of given and omitted tensors that its signature allows (and its ref
 each dtype, with and without dropout; and every size that the kernels or `tiles.json` distinguish.
 In addition there are training and evaluation steps of the model.
 
-Machine code takes a second for each kind of launch, and there are 651 kinds on each architecture.
+Machine code takes a second for each kind of launch, and there are 698 kinds on each architecture.
 `--front-end` therefore runs only Triton's front end (`front_end.py`) for each kind of launch, once
 if several architectures have the same.
 
@@ -225,32 +225,46 @@ def model_calls() -> Iterator[Call]:
 
     They run in each precision in which a GPU trains.
     """
-    for precision, lengths, dropout in itertools.product(
-        ("bf16", "fp32", "autocast"), (ONE_TILE, MANY_TILES), (0.1, 0.0)
+    for kind, precision, lengths, dropout in itertools.product(
+        ("bert", "modernbert"), ("bf16", "fp32", "autocast"), (ONE_TILE, MANY_TILES), (0.1, 0.0)
     ):
-        label = f"step lengths={lengths} {precision} dropout={dropout:g}"
+        label = f"step of {kind} lengths={lengths} {precision} dropout={dropout:g}"
         yield Call(
-            "model", precision, label, lambda args=(lengths, precision, dropout): model_step(*args)
+            "model",
+            f"{kind} {precision}",
+            label,
+            lambda args=(kind, lengths, precision, dropout): model_step(*args),
         )
 
 
-def model_step(lengths: list[int], precision: str, dropout: float) -> None:
-    from fastbert.config import BertConfig
+def model_step(kind: str, lengths: list[int], precision: str, dropout: float) -> None:
+    from fastbert.config import BertConfig, ModernBertConfig
     from fastbert.data.dataset import SpecialIds
     from fastbert.data.packing import pack_texts
-    from fastbert.models.bert import BertForPreTraining
+    from fastbert.models.build import build_model
     from fastbert.models.heads import losses
 
-    config = BertConfig(
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=512,
-        max_position_embeddings=max(lengths),
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    model = BertForPreTraining(config, vocab_size=300, kernels="triton", device="cuda")
+    if kind == "bert":
+        config = BertConfig(
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=512,
+            max_position_embeddings=max(lengths),
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+    else:
+        config = ModernBertConfig(
+            hidden_size=128,
+            num_hidden_layers=2,  # a global one and a local one
+            num_attention_heads=2,
+            intermediate_size=192,
+            max_position_embeddings=max(lengths),
+            embedding_dropout=dropout,
+            attention_dropout=dropout,
+        )
+    model = build_model(config, vocab_size=300, kernels="triton", device="cuda")
     if precision == "bf16":
         model.bfloat16()
     first, second = (
