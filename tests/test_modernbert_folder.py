@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -182,8 +183,10 @@ def test_keys_of_transformers_4_and_5(tmp_path):
         ({"local_attention": "128"}, ["local_attention = '128'"]),
         ({"global_attn_every_n_layers": 0}, ["global_attn_every_n_layers = 0"]),
         ({"global_rope_theta": -1}, ["global_rope_theta = -1"]),
+        ({"local_rope_theta": 0}, ["local_rope_theta = 0", "1 or more"]),
         ({"attention_dropout": 2}, ["attention_dropout = 2", "0.9 at most"]),
         ({"num_attention_heads": 5}, ["num_attention_heads = 5", "hidden_size = 768"]),
+        ({"num_attention_heads": 256}, ["hidden_size / num_attention_heads = 3", "even"]),
         ({"tie_word_embeddings": "no"}, ["tie_word_embeddings = 'no'"]),
         ({"layer_types": ["sliding_attention"] * 22}, ["layer_types", "full_attention"]),
         ({"layer_types": ["full_attention"] * 3}, ["layer_types has 3", "num_hidden_layers = 22"]),
@@ -191,6 +194,18 @@ def test_keys_of_transformers_4_and_5(tmp_path):
             {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
             ["rope_parameters.full_attention.rope_type = 'yarn'", "'default'"],
         ),
+        # transformers takes "type", too, as in files of older releases.
+        (
+            {"rope_parameters": {"sliding_attention": {"type": "linear", "factor": 2.0}}},
+            ["rope_parameters.sliding_attention.type = 'linear'", "'default'"],
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
+            ["rope_parameters.full_attention.partial_rotary_factor = 0.5", "only rope_theta"],
+        ),
+        ({"rope_parameters": {"full_attention": 1e4}}, ["full_attention = 10000.0", "object"]),
+        ({"rope_parameters": {"rope_theta": 1e4}}, ["rope_parameters = {'rope_theta'", "entry"]),
+        ({"rope_parameters": [1e4]}, ["rope_parameters = [10000.0]", "full_attention"]),
         ({"model_type": "modernbert-decoder"}, ["model_type = 'modernbert-decoder'", "bert"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -251,3 +266,27 @@ def test_a_missing_decoder_of_its_own_is_a_missing_head(tmp_path, tokenizer):
     del state["decoder.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     assert fastbert.load(folder).heads == frozenset()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_the_head_of_a_classifier_is_no_mlm_head(tmp_path, tokenizer, bias):
+    """Without a bias in the decoder, the two heads have the same weights."""
+    folder = make_folder(tmp_path / "m", SMALL, tokenizer, decoder_bias=bias)
+    assert fastbert.load(folder).heads == {"mlm"}
+    stock = transformers.ModernBertForTokenClassification.from_pretrained(folder)
+    stock.save_pretrained(tmp_path / "classifier")
+    save_tokenizer(tokenizer, tmp_path / "classifier")
+    assert fastbert.load(tmp_path / "classifier").heads == frozenset()
+
+
+def test_the_advice_on_a_pickle_works(tmp_path, tokenizer):
+    folder = make_folder(tmp_path / "m", SMALL, tokenizer)
+    expected = fastbert.load(folder).encode(TEXTS)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="a pickle") as caught:
+        fastbert.load(folder)
+    advice = re.search(r"transformers\.(\w+)\.from_pretrained\(DIR\)", str(caught.value))
+    assert advice is not None
+    getattr(transformers, advice[1]).from_pretrained(folder).save_pretrained(folder)
+    assert np.array_equal(fastbert.load(folder).encode(TEXTS), expected)

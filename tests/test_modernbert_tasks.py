@@ -118,6 +118,28 @@ def test_positions_may_change_and_sizes_may_not(recipe, folder, tmp_path):
             train(recipe, override, f"run={tmp_path / 'other'}")
 
 
+def test_fewer_positions_than_it_was_trained_on(recipe, tmp_path):
+    """Its checkpoints can be loaded, and are resumed from."""
+    shorter = ("model.max_position_embeddings=32", "batch.max_length=32")
+    assert train(recipe, *shorter) == 0
+    assert fastbert.load(tmp_path / "run").max_length == 32
+    again = load_config(recipe, (*shorter, "stop.steps=2"))
+    assert pretrain(again, str(recipe), True).exit_code == 0
+
+
+def test_added_tokens_without_embeddings_are_one_clear_line(recipe, folder, tmp_path):
+    """As after `tokenizer.add_tokens` in transformers, without `resize_token_embeddings`."""
+    more = shutil.copytree(folder, tmp_path / "more")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(more)
+    tokenizer.add_tokens(["a new word"])
+    tokenizer.save_pretrained(more)
+    words = rf"{len(tokenizer):,} tokens for {len(tokenizer) - 1:,} embeddings; .*resize"
+    with pytest.raises(InputError, match=words):
+        train(recipe, f"init={more}")
+    with pytest.raises(InputError, match=words):
+        fastbert.load(more)
+
+
 def test_a_decoder_of_its_own_is_trained_further(recipe, tmp_path, small_dataset):
     tokenizer = load_tokenizer(small_dataset.tokenizer_dir)
     untied = make_folder(tmp_path / "untied", CONFIGS["untied"], tokenizer)

@@ -27,6 +27,7 @@ from fastbert.presence import is_file, is_folder, names_in, status
 from fastbert.regular_file import read_text
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def read_weights(
@@ -50,11 +51,14 @@ def read_weights(
         for name in _shards(index):
             state |= _load(folder / name)
         return from_hugging_face(state, config, vocab_size, str(index), tied)
-    if is_file(folder / "pytorch_model.bin"):
+    pickled = [name for name in PICKLES if is_file(folder / name)]
+    if pickled:
+        # The class with all heads of pre-training.
+        task = "MaskedLM" if isinstance(config, ModernBertConfig) else "PreTraining"
         raise InputError(
-            f"{folder / 'pytorch_model.bin'}: a pickle, which may run any code when it is opened; "
+            f"{folder / pickled[0]}: a pickle, which may run any code when it is opened; "
             "convert it where you trust it: "
-            "transformers.AutoModelForPreTraining.from_pretrained(DIR).save_pretrained(DIR) "
+            f"transformers.AutoModelFor{task}.from_pretrained(DIR).save_pretrained(DIR) "
             f"writes {WEIGHTS}"
         )
     raise InputError(f"{folder}: no {WEIGHTS} in this folder; give a folder that holds a model")

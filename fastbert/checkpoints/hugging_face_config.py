@@ -76,6 +76,11 @@ def read_config(file: Path) -> tuple[ModelConfig, int, bool]:
         raise InputError(
             f"{file}: num_attention_heads = {heads} does not divide hidden_size = {size}"
         )
+    if kind == "modernbert" and config.head_size % 2:
+        raise InputError(
+            f"{file}: hidden_size / num_attention_heads = {config.head_size}; must be even, since "
+            "rotary embeddings rotate pairs"
+        )
     tied = values.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
         raise InputError(f"{file}: tie_word_embeddings = {tied!r}; must be true or false")
@@ -123,19 +128,39 @@ def _with_older_keys(values: dict[str, Any], file: Path) -> dict[str, Any]:
                 f"{file}: layer_types has {len(kinds)} entries for num_hidden_layers = {layers!r}"
             )
         values["global_attn_every_n_layers"] = every
-    ropes = values.get("rope_parameters")
+    ropes = _rope_parameters(values.get("rope_parameters"), file)
     for key, kind in (("global_rope_theta", _GLOBAL), ("local_rope_theta", _LOCAL)):
-        rope = ropes.get(kind) if isinstance(ropes, dict) else None
-        if isinstance(rope, dict):
-            if rope.get("rope_type", "default") != "default":
-                raise InputError(
-                    f"{file}: rope_parameters.{kind}.rope_type = {rope['rope_type']!r}; "
-                    "only 'default' can be loaded"
-                )
-            values[key] = rope.get("rope_theta", values.get(key, getattr(ModernBertConfig, key)))
+        if kind in ropes:
+            default = values.get(key, getattr(ModernBertConfig, key))
+            values[key] = ropes[kind].get("rope_theta", default)
     if values.get("local_rope_theta", 0) is None:  # in transformers 4 that of the global layers
         values["local_rope_theta"] = values.get("global_rope_theta")
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _rope_parameters(ropes: Any, file: Path) -> dict[str, dict[str, Any]]:
+    """Return what transformers 5 writes about rotations: for a kind of layers, its theta.
+
+    Raises:
+        InputError: there is more, such as a factor that scales them.
+    """
+    if not isinstance(ropes, dict | None) or (ropes and ropes.keys() - {_GLOBAL, _LOCAL}):
+        raise InputError(
+            f"{file}: rope_parameters = {str(ropes)[:80]}; only one entry for {_GLOBAL} and one "
+            f"for {_LOCAL} can be loaded"
+        )
+    found = {kind: rope for kind, rope in (ropes or {}).items() if rope is not None}
+    for kind, rope in found.items():
+        if not isinstance(rope, dict):
+            raise InputError(f"{file}: rope_parameters.{kind} = {rope!r:.40}; must be an object")
+        for key, value in rope.items():
+            plain = key in ("rope_type", "type") and value == "default"  # "type" in older files
+            if key != "rope_theta" and value is not None and not plain:
+                raise InputError(
+                    f"{file}: rope_parameters.{kind}.{key} = {value!r:.40}; "
+                    "only rope_theta and the rope_type 'default' can be loaded"
+                )
+    return found
 
 
 def _checked(value: Any, item: dataclasses.Field[Any], what: str) -> Any:
@@ -152,7 +177,7 @@ def _checked(value: Any, item: dataclasses.Field[Any], what: str) -> Any:
     whole = isinstance(item.default, int)
     low = item.metadata["low"]
     high = math.inf if whole else item.metadata["high"]
-    return _number(value, whole, what, high, low if low < 0 else None)
+    return _number(value, whole, what, high, low if low < 0 or not whole else None)
 
 
 def _number(

@@ -147,6 +147,7 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
             f"{tokenizer_path}: not the tokenizer that {found.path} was trained with; put back the "
             f"tokenizer/ of the dataset {recipe.data}"
         )
+    _check_embeddings(tokenizer, tokenizer_path, vocab_size)
     return ModelParts(
         path=found.path,
         weights=weights,
@@ -160,6 +161,16 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
         recipe=recipe,
         metadata={"step": found.step, **found.metadata},
     )
+
+
+def _check_embeddings(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
+    tokens = tokenizer.get_vocab_size()
+    if tokens > vocab_size:
+        raise InputError(
+            f"{path}: {tokens:,} tokens for {vocab_size:,} embeddings; take the model's own "
+            "tokenizer, or where tokens were added, give them embeddings with transformers: "
+            "model.resize_token_embeddings(len(tokenizer)), then save_pretrained"
+        )
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
@@ -182,6 +193,7 @@ def _from_hugging_face(path: Path) -> ModelParts:
     config, vocab_size, tied = hugging_face_config.read_config(path / hugging_face.CONFIG)
     weights = hugging_face.read_weights(path, config, vocab_size, tied)
     tokenizer = load_tokenizer(path)
+    _check_embeddings(tokenizer, path, vocab_size)
     return ModelParts(
         path=path,
         weights=weights,

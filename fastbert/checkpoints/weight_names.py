@@ -133,7 +133,8 @@ def from_hugging_face(
         for name, tensor in state.items()
         if not name.endswith("embeddings.position_ids")
     }
-    given = {name: t for name, t in given.items() if not name.startswith(table.other_tasks)}
+    encoder = {name: t for name, t in given.items() if not name.startswith(table.other_tasks)}
+    other_task, given = len(encoder) < len(given), encoder
     if table.decoder_bias in given:
         bias, (theirs,) = given.pop(table.decoder_bias), table.entries[_BIAS].theirs
         given[theirs] = given.get(theirs, bias) if tied else bias
@@ -167,7 +168,10 @@ def from_hugging_face(
             f"{source}: {_some(sorted(given))} unknown; "
             f"this is not the {table.title} that config.json describes"
         )
-    if decoder is None and not tied:
+    # Without a bias, a tied decoder has no weight of its own. The other weights of ModernBERT's
+    # head belong to a classifier as well, so beside one they are not trained on masked tokens.
+    nothing_of_mlm = _BIAS not in table.entries and other_task
+    if decoder is None and (not tied or nothing_of_mlm):
         # transformers would draw a random decoder, so the MLM head is not there.
         return {name: t for name, t in result.items() if not name.startswith(HEADS[MLM])}
     if decoder is None or MLM not in heads(result, model):

@@ -34,12 +34,6 @@ def load(path: str | Path, device: str | None = None) -> Pretrained:
         InputError: something in the folder is missing or wrong; one line says what to do.
     """
     parts = open_model(Path(path))
-    tokens = parts.tokenizer.get_vocab_size()
-    if tokens > parts.vocab_size:
-        raise InputError(
-            f"{parts.tokenizer_path}: {tokens:,} tokens for {parts.vocab_size:,} embeddings; "
-            "the tokenizer belongs to another model"
-        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         kind = torch.device(device).type

@@ -329,6 +329,8 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
     earlier = initial.max_length if initial else 0
     if found is not None:
         earlier = trained_length(found, config)
+    # A recipe may give a ModernBERT fewer positions than it had.
+    earlier = min(earlier, config.model.max_position_embeddings)
     return Setup(
         config=config,
         dataset=dataset,
