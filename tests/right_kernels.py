@@ -689,3 +689,72 @@ def in_place(x, y):
 
 
 RIGHT["in place"] = Check(in_place, lambda x, y: x + y, normal("x", "y"), [{"n": 70}])
+
+
+@triton.jit
+def row_sum_kernel(x_ptr, y_ptr, rows, N: tl.constexpr, ROWS: tl.constexpr):
+    acc = tl.zeros((N,), tl.float32)
+    for i in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + i
+        x = tl.load(x_ptr + row * N + tl.arange(0, N), mask=row < rows, other=0.0)
+        first = tl.load(x_ptr + row * N, mask=row < rows, other=0.0)  # a scalar
+        acc += x.to(tl.float32) * first.to(tl.float32)
+    tl.store(y_ptr + tl.program_id(0).to(tl.int64) * N + tl.arange(0, N), acc)
+
+
+def row_sum(x):
+    y = torch.empty(triton.cdiv(len(x), 4), 16, dtype=torch.float32)
+    row_sum_kernel[(len(y),)](x, y, len(x), N=16, ROWS=4)
+    return y.sum(0).to(x.dtype)
+
+
+RIGHT["scalars that are turned off"] = Check(
+    row_sum,
+    lambda x: (x * x[:, :1]).sum(0),
+    lambda dtype, rows: {"x": torch.randn(rows, 16).to(dtype)},
+    [{"rows": 6}, {"rows": 1}],
+)
+
+
+@triton.jit
+def fp8_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0)
+    tl.store(y_ptr + i, x.to(tl.float8e4nv), mask=i < n)
+
+
+def to_fp8(x):
+    y = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
+    fp8_kernel[(triton.cdiv(x.numel(), 32),)](x, y, x.numel(), BLOCK=32)
+    return y
+
+
+RIGHT["rounding to fp8"] = Check(
+    to_fp8,
+    lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn),
+    lambda dtype, n: {"x": (200 * torch.randn(n)).to(dtype)},
+    [{"n": 100}],
+    dtypes=["fp32", "bf16", "fp16"],
+    gradients=[],
+)
+
+
+@triton.jit
+def exp2_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i, tl.exp2(x * 1.4426950408889634), mask=i < n)
+
+
+def exponential(x):
+    y = torch.empty_like(x)
+    exp2_kernel[(triton.cdiv(x.numel(), 64),)](x, y, x.numel(), BLOCK=64)
+    return y
+
+
+RIGHT["exponential by powers of two"] = Check(
+    exponential,
+    torch.exp,
+    lambda dtype, n: {"x": torch.linspace(-60, 20, n).to(dtype)},
+    [{"n": 200}],
+)

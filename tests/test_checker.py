@@ -7,10 +7,12 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +23,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         allow_module_level=True,
     )
 
-from fastbert_kernels.checker.bounds import compare, relative_error, stand_in
+from fastbert_kernels.checker.arithmetic import round_fp8
+from fastbert_kernels.checker.bounds import compare, compare_small, relative_error, stand_in
 from fastbert_kernels.checker.cases import Check, carry_out, check
 from fastbert_kernels.checker.clocks import Clocks
 from fastbert_kernels.checker.command import main
@@ -91,7 +94,29 @@ BAD_INPUT = {
     "fails": (["broken.py"], "broken.py fails: ZeroDivisionError: division by zero"),
     "size": (["good.py", "--shapes", "n=many"], "--shapes n=many: 'n=many' is not a size such as"),
     "dtype": (["good.py", "--dtypes", "fp8"], "dtype = 'fp8'; known are fp32, bf16, fp16"),
+    "no dtype": (["good.py", "--dtypes", ","], "good: dtypes is empty; give one at least"),
+    "exits": (["exits.py"], "exits.py fails: SystemExit: 3"),
+    "other size": (["good.py", "--shapes", "rows=3"], "inputs fails at {'rows': 3}: TypeError"),
+    "shape": (["shape.py"], "shape: 'n' in shapes; expected a dict of sizes, such as"),
+    "large": (["large.py"], "large: 2147483648 in large; expected a dict of sizes, such as"),
+    "list": (["list.py"], "inputs returns list, expected a dict of arguments by name"),
+    "name": (["name.py"], "inputs fails at {'n': 1}: NameError: name 'm' is not defined ("),
+    "gradient": (["gradient.py"], "gradients has 'z', which is no floating-point input; there"),
+    "jit": (["jit.py"], "kernel is a @triton.jit function; give the function that launches it"),
+    "text": (["text.py"], "text: reference = 'add'; expected a function"),
     "nothing": ([], "name a file to check, or print a template with --init"),
+}
+
+
+APPENDED = {  # to the template
+    "exits": "raise SystemExit(3)",
+    "shape": 'shapes = {"n": 1}',
+    "large": "large = [2**31]",
+    "list": "inputs = lambda dtype, n: [torch.ones(n)]",
+    "name": "inputs = lambda dtype, n: m",
+    "gradient": 'gradients = ["x", "z"]',
+    "jit": "kernel = add_kernel",
+    "text": 'reference = "add"',
 }
 
 
@@ -102,6 +127,9 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     Path("broken.py").write_text("1 / 0", encoding="utf-8")
     main(["--init"])
     Path("good.py").write_text(capsys.readouterr().out, encoding="utf-8")
+    good = Path("good.py").read_text(encoding="utf-8")
+    for name, text in APPENDED.items():
+        Path(f"{name}.py").write_text(good + text, encoding="utf-8")
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
@@ -113,6 +141,42 @@ def test_sizes_of_the_reference_that_fail_are_said():
         check(run, lambda x: 1 / 0, lambda dtype, n: {"x": torch.ones(n)}, [{"n": 3}])
     with pytest.raises(ValueError, match="shapes is empty"):
         check(run, run, lambda dtype: {}, [])
+
+
+def test_what_a_check_prints_is_not_in_the_json(tmp_path, capsys):
+    main(["--init"])
+    text = "print('loaded')\n" + capsys.readouterr().out
+    shown = text.replace("    tl.store(", "    tl.device_print('x', x)\n    tl.store(")
+    file = tmp_path / "random.py"  # as a module that is in use
+    file.write_text(shown.replace("    return x + y", "    print('called')\n    return x + y"))
+    used = sys.modules["random"]
+    assert main([str(file), "--json", "--shapes", "n=3", "--dtypes", "fp32"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["faults"] == 0
+    assert printed.err.startswith("loaded\n") and "called\n" in printed.err
+    assert sys.modules["random"] is used
+
+
+@pytest.mark.slow
+def test_an_interrupted_kernel_is_named_by_its_line(tmp_path, capsys):
+    main(["--init"])
+    text = capsys.readouterr().out
+    endless = "    while i.to(tl.int64).sum() >= 0:\n        x += print('runs') or 1\n    tl.store("
+    (tmp_path / "endless.py").write_text(text.replace("    tl.store(", endless), encoding="utf-8")
+    line = text[: text.index("    tl.store(")].count("\n") + 1
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "fastbert_kernels.checker", "endless.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "kernels")},
+    )
+    assert process.stdout is not None and process.stdout.readline() == "runs\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert error in {f"interrupted at endless.py:{line + n}\n" for n in (0, 1)}
 
 
 @pytest.mark.slow
@@ -154,6 +218,12 @@ def test_the_plugin_runs_checks_where_it_is_asked_to(tmp_path):
     done = python(*run, "--kernel-checker", cwd=tmp_path)
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "fault: wrong result" in done.stdout and "Traceback" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_plugin_skips_checks_where_it_is_not_asked_to(tmp_path):
+    (tmp_path / "test_suite.py").write_text(SUITE, encoding="utf-8")
+    run = ("-m", "pytest", "-q", "--strict-markers", "-p", "fastbert_kernels.checker.plugin")
     skipped = python(*run, "-rs", cwd=tmp_path)
     assert "2 skipped" in skipped.stdout
     assert "run pytest with --kernel-checker" in skipped.stdout
@@ -226,6 +296,28 @@ def test_elements_that_the_dtype_cannot_hold_are_left_out():
     assert result.ratio == 0 and result.allowed == 2.0**-23
     nothing = compare(torch.tensor([1.0]), torch.tensor([math.nan]), exact[:1], 0.0)
     assert nothing.ratio == 0
+
+
+def test_a_small_element_is_measured_by_torchs_errors_in_small_ones():
+    exact = torch.cat([torch.full((64,), 2.0**-20), torch.full((64,), 1024.0)]).double()
+    errors = torch.cat([torch.full((64,), 2.0**-43), torch.full((64,), 2.0**-13)]).double()
+    ours = exact + 3 * errors
+    result = compare_small(ours, exact.float(), exact, [(exact, exact + errors)])
+    small = 3 * 2.0**-43 / (2 * 2.0**-43 + 2.0**-23 * 2.0**-20)
+    assert result.ratio == pytest.approx(small, rel=1e-12) and small == 1
+    ours[5] = 0.0
+    result = compare_small(ours, exact.float(), exact, [(exact, exact + errors)])
+    assert result.index == (5,) and result.ratio == 2.0**-20 / (3 * 2.0**-43)
+    cancelled = [(exact, exact + 2.0**-13)]  # torch's errors do not shrink with the element
+    assert compare_small(exact + 2.0**-13, exact.float(), exact, cancelled).ratio < 1
+
+
+def test_fp8_is_rounded_to_nearest_even_and_saturates():
+    numbers = np.array([-127.9, 17.0, 19.0, 2.0**-10, 3 * 2.0**-10, 1e9, -np.inf, np.nan])
+    rounded = torch.from_numpy(round_fp8(numbers, torch.float8_e4m3fn)).view(torch.float8_e4m3fn)
+    # Steps are 8 below 128, 2 above 16 and 2^-9 at the bottom; the largest number is 448.
+    expected = [-128.0, 16.0, 20.0, 0.0, 2.0**-8, 448.0, -448.0]
+    assert rounded.float().tolist()[:-1] == expected and rounded.float()[-1].isnan()
 
 
 def test_results_that_vanish_are_measured_by_the_others():

@@ -17,8 +17,28 @@ from tests import wrong_kernels
 from tests.right_kernels import RIGHT, ROUNDING
 from tests.wrong_kernels import WRONG
 
+SLOW = {  # each takes a second or two, and others are of the same kind
+    "reads what another program writes",
+    "counts, but does not wait",
+    "first one clears",
+    "one lane after the other",
+    "no maximum",
+    "read past the end",
+    "offset of 32 bits",
+    "waits for the last program",
+    "rounded too early",
+    "all store",
+    "unlocks too early",
+    "gradient by another row",
+    "transposed",
+    "tail of the next row",
+    "sum of 16 bits",
+}
 
-@pytest.mark.parametrize("name", WRONG)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in WRONG]
+)
 def test_a_wrong_kernel_is_found_and_named(name):
     wrong = WRONG[name]
     report = carry_out(wrong.check)
@@ -63,6 +83,7 @@ def test_nothing_is_found_in_a_right_kernel(name):
     assert all(case.launches and case.errors for case in report.cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROUNDING)
 def test_sums_in_the_order_of_the_programs_are_a_note(name):
     report = carry_out(ROUNDING[name])

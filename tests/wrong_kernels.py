@@ -628,3 +628,111 @@ for fault in ("offset of 32 bits", "index of 32 bits"):
         shapes=[{"n": 32}],
         large=[{"n": 2**31 + 64}],
     )
+
+
+@torch.library.custom_op("wrong_kernels::far", mutates_args=())
+def registered(x: torch.Tensor) -> torch.Tensor:
+    return far("index of 32 bits")(x)
+
+
+registered.register_fake(torch.empty_like)
+add(
+    "index of 32 bits in a registered operator",
+    "32-bit overflow",
+    far_kernel,
+    registered,
+    reference=lambda x: x.clone(),
+    shapes=[{"n": 32}],
+    large=[{"n": 2**31 + 64}],
+)
+
+# ---- what shows in one of several runs only
+
+
+@triton.autotune([triton.Config({"BLOCK": 16}), triton.Config({"BLOCK": 32})], key=["n"])
+@triton.jit
+def tuned_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0)
+    tl.store(y_ptr + i, x * BLOCK / 16, mask=i < n)
+
+
+def tuned(x):
+    y = torch.empty_like(x)
+    tuned_kernel[lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)](x, y, x.numel())
+    return y
+
+
+add("second configuration", "wrong result", tuned_kernel.fn, tuned, "result", reference=torch.clone)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return doubled("")(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return doubled("")(dy)  # whatever its strides are
+
+
+add(
+    "gradient taken for contiguous",
+    "out of bounds",
+    double_kernel,
+    Doubled.apply,
+    "x_ptr",
+    reference=lambda x: 2 * x,
+)
+
+
+@triton.jit
+def exp_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0.0)
+    tl.store(y_ptr + i, tl.where(x < -12, 0.0, tl.exp(x)), mask=i < n)
+
+
+def exponential(x):
+    y = torch.empty_like(x)
+    exp_kernel[(triton.cdiv(x.numel(), 64),)](x, y, x.numel(), BLOCK=64)
+    return y
+
+
+add(
+    "small elements",
+    "wrong result",
+    exp_kernel,
+    exponential,
+    "result",
+    reference=torch.exp,
+    inputs=lambda dtype, n: {"x": torch.linspace(-20, 10, n).to(dtype)},
+    shapes=[{"n": 300}],
+)
+
+
+@triton.jit
+def flag_kernel(flag_ptr, y_ptr):
+    if tl.program_id(0) == 0:
+        while tl.load(flag_ptr, volatile=True) == 0:
+            pass
+        tl.store(y_ptr, 1.0)
+    else:
+        tl.store(flag_ptr, 1)
+
+
+def flagged(x):
+    y = torch.empty(1)
+    flag_kernel[(2,)](torch.zeros(1, dtype=torch.int32), y)
+    return y
+
+
+add(
+    "waits for a store",
+    "deadlock",
+    flag_kernel,
+    flagged,
+    "flag_ptr",
+    reference=lambda x: x,
+    shapes=[{"n": 1}],
+)

@@ -3,6 +3,7 @@
 It knows nothing about memory, and changes these operations:
 
 - bf16: handles hold float32 values that are rounded to nearest even when a handle is made;
+- fp8: numbers are rounded to nearest even, and too large ones become the largest;
 - fp16 dot products and sums are computed in fp32;
 - `fma` rounds once;
 - `maximum` and `minimum` of NaN;
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
@@ -47,8 +49,15 @@ class GpuArithmetic(InterpreterBuilder):
         return TensorHandle(src.data.astype(np_dtype(dst_type)), dst_type.scalar)
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
-        if src.dtype.scalar.is_bf16() or dst_type.scalar.is_bf16():
-            raise NotImplementedError("sanitize: bf16 to or from fp8, or rounded towards zero")
+        source, target = src.dtype.scalar, dst_type.scalar
+        nearest = rounding_mode in (None, ir.ROUNDING_MODE.RTNE)
+        if nearest and target.name in FP8 and not source.is_fp8():
+            return TensorHandle(round_fp8(src.data, FP8[target.name]), target)
+        if source.is_fp8() and target.is_bf16():  # bf16 can hold every fp8 value
+            wide = super().create_fp_to_fp(src, tl.float32, rounding_mode)
+            return TensorHandle(wide.data, tl.bfloat16)
+        if source.is_bf16() or target.is_bf16():
+            raise NotImplementedError("sanitize: bf16 that is rounded towards zero")
         return super().create_fp_to_fp(src, dst_type, rounding_mode)
 
     def binary_op(self, lhs, rhs, op):
@@ -98,6 +107,21 @@ class GpuArithmetic(InterpreterBuilder):
 def round_bf16(data: np.ndarray) -> np.ndarray:
     """Round float32 to nearest even; NaN stays NaN."""
     return torch.from_numpy(np.array(data)).bfloat16().float().numpy()
+
+
+FP8 = {
+    "fp8e4nv": torch.float8_e4m3fn,
+    "fp8e5": torch.float8_e5m2,
+    "fp8e4b8": torch.float8_e4m3fnuz,
+    "fp8e5b16": torch.float8_e5m2fnuz,
+}
+
+
+def round_fp8(data: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Round to nearest even; too large numbers become the largest, as in `cvt.rn.satfinite`."""
+    limit = torch.finfo(dtype).max
+    rounded = torch.from_numpy(np.array(data, np.float32)).clamp(-limit, limit).to(dtype)
+    return rounded.view(torch.uint8).numpy()
 
 
 def encode(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:

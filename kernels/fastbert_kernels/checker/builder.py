@@ -38,6 +38,7 @@ from fastbert_kernels.checker.record import Fault, Launch, Record, Traffic
 VERBS = {"load": "loads", "store": "stores", "atomic": "atomically updates"}
 PAST = {"load": "loaded", "store": "stored", "atomic": "atomically updated"}
 SPINS = 1_000  # updates of one element by one program in a row, after which it waits for ever
+LOADS = 10_000  # the same of loads, which a loop may repeat for other reasons
 _HERE = (str(Path(__file__).parent), str(Path(triton.__file__).parent))
 _stock_implicit_cvt = interpreter._implicit_cvt
 
@@ -76,14 +77,23 @@ class Builder(GpuArithmetic):
         undefined: what a masked-off lane without `other` loads: "nan" (for integers the largest),
             "largest" or "smallest".
         only: the line of the loads to which that applies; elsewhere it is "nan". None: all.
+        configuration: which one of `@triton.autotune` runs.
     """
 
-    def __init__(self, record: Record, order: str | int, undefined: str, only: str | None = None):
+    def __init__(
+        self,
+        record: Record,
+        order: str | int,
+        undefined: str,
+        only: str | None = None,
+        configuration: int = 0,
+    ):
         super().__init__()
         # debug=True executes device_assert. The stock interpreter repeats int32 arithmetic in
         # int64, without any effect.
         self.options = dataclasses.replace(self.options, debug=True, sanitize_overflow=False)
         self.record, self.order, self.undefined, self.only = record, order, undefined, only
+        self.configuration = configuration
 
     # ---- launches
 
@@ -98,6 +108,7 @@ class Builder(GpuArithmetic):
         self.shadows: dict[tuple[int, int], Shadow] = {}
         self.clocks = Clocks()
         self.spinning, self.spins = (0, 0), 0
+        self.loading, self.loads = (0, 0), 0
         self.stored: set[int] = set()
 
     def bind(self, args: tuple, kwargs: dict) -> tuple[list, dict]:
@@ -243,6 +254,7 @@ class Builder(GpuArithmetic):
                 f"race: {VERBS[action]} what {whom} {PAST[rival]}",
                 f"{action} {rival}",
             )
+        self._count_loads(argument, action, index)
         if argument.written is not None:
             self._follow_values(argument, action, place)
         if action != "load" and argument.storage_address not in self.stored:
@@ -250,6 +262,25 @@ class Builder(GpuArithmetic):
             writer = argument.storage, self.launch.kernel, self.line()
             self.record.writers[argument.storage_address] = writer
         return argument, index, lanes
+
+    def _count_loads(self, argument: Argument, action: str, index: np.ndarray) -> None:
+        """A program that loads one element, and touches nothing else, waits for another one."""
+        what = (self.program, argument.address + int(index[0])) if index.size == 1 else (0, 0)
+        again = action == "load" and what == self.loading and what != (0, 0)
+        self.loads = self.loads + 1 if again else 0
+        self.loading = what if action == "load" else (0, 0)
+        if self.loads > LOADS:
+            self._deadlock(argument, index)
+
+    def _deadlock(self, argument: Argument, index: np.ndarray) -> None:
+        self.fault(
+            argument.name,
+            "deadlock",
+            index,
+            "waits for a program that runs later: "
+            "a GPU does not promise to run all programs at a time",
+        )
+        raise RuntimeError(f"sanitize: {self.launch.kernel} does not end")
 
     def _follow_values(self, argument: Argument, action: str, place: np.ndarray) -> None:
         written: Any = argument.written
@@ -365,14 +396,7 @@ class Builder(GpuArithmetic):
         self.spins = self.spins + 1 if self.spinning == (program, address) else 0
         self.spinning = program, address
         if self.spins > SPINS:
-            self.fault(
-                argument.name,
-                "deadlock",
-                index,
-                "waits for a program that runs later: "
-                "a GPU does not promise to run all programs at a time",
-            )
-            raise RuntimeError(f"sanitize: {self.launch.kernel} does not end")
+            self._deadlock(argument, index)
         if sem != ir.MEM_SEMANTIC.ACQUIRE:
             self.clocks.release(program, address)
         if sem == ir.MEM_SEMANTIC.RELEASE:

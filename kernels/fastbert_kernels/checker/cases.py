@@ -11,16 +11,25 @@ neither order nor undefined values matter there. Otherwise further runs tell whi
 from __future__ import annotations
 
 import functools
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import KernelInterface
 
-from fastbert_kernels.checker.bounds import DRAWS, FEW, compare, relative_error, stand_in
-from fastbert_kernels.checker.execute import Outcome, copy, draw, run, same
+from fastbert_kernels.checker.bounds import (
+    DRAWS,
+    FEW,
+    compare,
+    compare_small,
+    relative_error,
+    stand_in,
+)
+from fastbert_kernels.checker.execute import Outcome, by_a_rounding, copy, draw, run, same
 from fastbert_kernels.checker.report import FAULT, NOTE, Case, Finding, Moved, Report, Shape
 from fastbert_kernels.checker.shrink import shrink
 
@@ -91,11 +100,7 @@ def check(
 def carry_out(checked: Check) -> Report:
     """The report of a Check."""
     name = checked.name or getattr(checked.kernel, "__name__", "kernel")
-    if not checked.shapes:
-        raise ValueError(f"{name}: shapes is empty; give one at least")
-    for dtype in checked.dtypes:
-        if dtype not in DTYPES:
-            raise ValueError(f"{name}: dtype = {dtype!r}; known are {', '.join(DTYPES)}")
+    _valid(checked, name)
     report = Report(name)
     functions: list[Any] = []
     types: dict[tuple[str, str], set[str]] = {}
@@ -130,6 +135,41 @@ def carry_out(checked: Check) -> Report:
     return report
 
 
+def _valid(checked: Check, name: str) -> None:
+    """Raise ValueError if the check itself is wrong."""
+    for what in ("kernel", "reference", "inputs"):
+        function = getattr(checked, what)
+        if isinstance(function, KernelInterface):
+            raise ValueError(
+                f"{name}: {what} is a @triton.jit function; give the function that launches it"
+            )
+        if not callable(function):
+            raise ValueError(f"{name}: {what} = {function!r}; expected a function")
+    for what in ("shapes", "large"):
+        for shape in getattr(checked, what):
+            if not isinstance(shape, Mapping):
+                raise ValueError(
+                    f"{name}: {shape!r} in {what}; expected a dict of sizes, such as {{'rows': 3}}"
+                )
+    for what in ("shapes", "dtypes"):
+        if not getattr(checked, what):
+            raise ValueError(f"{name}: {what} is empty; give one at least")
+    for dtype in checked.dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"{name}: dtype = {dtype!r}; known are {', '.join(DTYPES)}")
+    inputs = draw(checked.inputs, DTYPES[checked.dtypes[0]], checked.shapes[0])
+    for gradient in checked.gradients or ():
+        value = inputs.get(gradient)
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            floats = [
+                n for n, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()
+            ]
+            raise ValueError(
+                f"{name}: gradients has {gradient!r}, which is no floating-point input; "
+                f"there are {', '.join(floats) or 'none'}"
+            )
+
+
 def _again(checked: Check, finding: Finding, shape: Shape) -> list[Finding]:
     return examine(checked, shape, finding.dtype, finding.kind).findings
 
@@ -158,6 +198,7 @@ def examine(checked: Check, shape: Shape, dtype: str, kind: str = "") -> Examine
     errors: dict[str, float] = {}
     spreads: dict[str, float] = {}
     remarks: list[str] = []
+    judge: Any = None
     if first.error is None:
         if kind in ("", *UNSTABLE, *ACCESSES):
             others = [_kernel(checked, inputs, dtype, options) for options in OTHERS]
@@ -179,8 +220,16 @@ def examine(checked: Check, shape: Shape, dtype: str, kind: str = "") -> Examine
                 if outcome.error:
                     raise ValueError(f"the reference fails at {shape}, {dtype}: {outcome.error[0]}")
             leaking = {f.tensor for f in findings if f.kind in ("masked-off value", UNWRITTEN)}
-            torch_errors = functools.partial(_torch_errors, checked, shape, dtype)
-            wrong, errors, bounds = _against(first, plain, exact, leaking, torch_errors, at)
+            samples = functools.cache(lambda: _samples(checked, shape, dtype))
+            judge = functools.partial(
+                _against,
+                plain=plain,
+                exact=exact,
+                left_out=leaking,
+                samples=samples,
+                at=at,
+            )
+            wrong, errors, bounds = judge(first)
             findings = [
                 _judge_order(f, spreads[f.tensor], bounds.get(f.tensor, 0.0))
                 if f.kind == ORDER
@@ -192,6 +241,15 @@ def examine(checked: Check, shape: Shape, dtype: str, kind: str = "") -> Examine
             grads = set(plain.values) - set(plain.outputs)
             if grads and len(first.values) == len(first.outputs):
                 remarks.append("gradients: no output of the kernel requires one")
+        if kind in ("", *ACCESSES, *COMPARED):
+            for which, variant in _variants(checked, inputs, dtype, first):
+                wrong = faults_of(variant, at)
+                if judge is not None and variant.error is None:
+                    wrong += judge(variant)[0]
+                known = {f.key for f in findings}
+                findings += [
+                    replace(f, message=f"{f.message}, {which}") for f in wrong if f.key not in known
+                ]
     launches = first.record.launches if first.record else []
     if not launches and first.error is None:
         remarks.append("the accesses of kernels: none was launched")
@@ -221,9 +279,26 @@ def examine(checked: Check, shape: Shape, dtype: str, kind: str = "") -> Examine
 
 
 def _kernel(
-    checked: Check, inputs: Mapping[str, Any], dtype: str, options: Mapping[str, Any]
+    checked: Check,
+    inputs: Mapping[str, Any],
+    dtype: str,
+    options: Mapping[str, Any],
+    contiguous: bool = True,
 ) -> Outcome:
-    return run(checked.kernel, inputs, None, DTYPES[dtype], checked.gradients, sanitizing=options)
+    gradients, rounding = checked.gradients, DTYPES[dtype]
+    return run(checked.kernel, inputs, None, rounding, gradients, contiguous, sanitizing=options)
+
+
+def _variants(
+    checked: Check, inputs: Mapping[str, Any], dtype: str, first: Outcome
+) -> Iterator[tuple[str, Outcome]]:
+    """Runs in which a right kernel keeps the bound, too, and what is special about each."""
+    for number in range(1, first.record.configurations if first.record else 1):
+        which = f"in configuration {number} of @triton.autotune, counted from 0"
+        yield which, _kernel(checked, inputs, dtype, {**FIRST, "configuration": number})
+    if len(first.values) > len(first.outputs):
+        which = "where the gradient that comes in is not contiguous"
+        yield which, _kernel(checked, inputs, dtype, FIRST, contiguous=False)
 
 
 def _reference(
@@ -345,16 +420,40 @@ def _of_output(
     return Finding(kind, message, kernel=kernel, line=line, tensor=name, **at)
 
 
-def _torch_errors(checked: Check, shape: Shape, dtype: str, name: str) -> float:
-    """The largest relative error of plain torch in an output, over more draws of the inputs."""
-    errors = [0.0]
-    for number in range(1, DRAWS + 1):
+@dataclass(frozen=True)
+class Samples:
+    """Results of the reference for several draws of the inputs, each with the exact ones.
+
+    Attributes:
+        plain: of plain torch.
+        moved: exact ones, of inputs that have each moved by one rounding; of the check's own draw
+            first.
+    """
+
+    plain: list[tuple[Outcome, Outcome]]
+    moved: list[tuple[Outcome, Outcome]]
+
+    def typical_error(self, name: str, few: bool) -> float:
+        """The largest relative error of an output; of all draws where it has few elements."""
+        pairs = self.plain + self.moved if few else self.moved[:1]
+        errors = [relative_error(y.values[name], x.values[name]) for x, y in pairs]
+        return max(errors, default=0.0)
+
+    def of(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        return [(x.values[name], y.values[name]) for x, y in self.plain + self.moved]
+
+
+def _samples(checked: Check, shape: Shape, dtype: str) -> Samples:
+    samples = Samples([], [])
+    for number in range(DRAWS + 1):
         inputs = draw(checked.inputs, DTYPES[dtype], shape, number)
         exact = _reference(checked, inputs, dtype, exact=True)
         plain = _reference(checked, inputs, dtype)
-        if not (exact.error or plain.error):
-            errors.append(relative_error(plain.values[name], exact.values[name]))
-    return max(errors)
+        moved = _reference(checked, by_a_rounding(inputs), dtype, exact=True)
+        if not (exact.error or plain.error or moved.error):
+            samples.plain.append((exact, plain))
+            samples.moved.append((exact, moved))
+    return samples
 
 
 def _against(
@@ -362,7 +461,7 @@ def _against(
     plain: Outcome,
     exact: Outcome,
     left_out: set[str],
-    torch_errors: Callable[[str], float],
+    samples: Callable[[], Samples],
     at: Mapping[str, Any],
 ) -> tuple[list[Finding], dict[str, float], dict[str, float]]:
     """Compare every output and gradient with the reference.
@@ -394,13 +493,22 @@ def _against(
         if not value.numel() or name in left_out:
             continue
         result = compare(value, expected, exact.values[theirs], stand)
-        if result.ratio > 1 and value.numel() < FEW:
-            typical = torch_errors(theirs)
+        if result.ratio > 1:
+            typical = samples().typical_error(theirs, value.numel() < FEW)
             result = compare(value, expected, exact.values[theirs], stand, typical)
         errors[name], bounds[name] = result.ratio, result.allowed
+        whose = "the bound"
+        if result.ratio <= 1:
+            whose = "the bound of elements of its size"
+            one = [(exact.values[theirs], expected)]
+            small = compare_small(value, expected, exact.values[theirs], one)
+            if small.ratio > 1:
+                more = samples().of(theirs)
+                result = compare_small(value, expected, exact.values[theirs], one + more)
         if result.ratio > 1:
+            times = "above" if math.isinf(result.ratio) else f"{result.ratio:.3g} times"
             message = (
-                f"is {result.ratio:.3g} times the bound: at {list(result.index)} it is "
+                f"is {times} {whose}: at {list(result.index)} it is "
                 f"{result.got:.6g}, expected {result.expected:.6g} within {result.allowed:.3g}"
             )
             found.append(_of_output("wrong result", message, ours, name, at))
@@ -463,6 +571,7 @@ def _unlike(ours: Tensor, plain: Tensor) -> str:
     """How NaN and infinity differ between two results; "" if they are at the same places."""
     if ours.shape != plain.shape or not ours.is_floating_point():
         return ""
+    ours, plain = ours.double(), plain.double()  # torch has no isinf of fp8
     lost = int((plain.isnan() & ~ours.isnan()).sum())
     gained = _gained(ours, plain)
     if lost or gained:

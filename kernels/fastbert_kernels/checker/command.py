@@ -6,9 +6,11 @@ line.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -35,17 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check is None:
             raise InputError("name a file to check, or print a template with --init")
         _interpret()
-        checked = load(Path(options.check), options.shapes, options.dtypes)
-        from fastbert_kernels.checker.cases import carry_out
+        # What the file and its kernels print must not get into the JSON object.
+        with contextlib.redirect_stdout(sys.stderr if options.json else sys.stdout):
+            checked = load(Path(options.check), options.shapes, options.dtypes)
+            from fastbert_kernels.checker.cases import carry_out
 
-        report = carry_out(checked)
-        if options.compile:
-            from fastbert_kernels.checker.compiled import add_compiled
+            report = carry_out(checked)
+            if options.compile:
+                from fastbert_kernels.checker.compiled import add_compiled
 
-            add_compiled(report, Path(options.check), options.compile, checked)
+                add_compiled(report, Path(options.check), options.compile, checked)
     except (InputError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print(f"interrupted{_place(error, str(options.check))}", file=sys.stderr)
+        return 130
     print(report.json() if options.json else report)
     return 1 if report.faults else 0
 
@@ -115,17 +122,29 @@ def load(path: Path, shapes: Sequence[str] | None = None, dtypes: str | None = N
 def _module(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"{path} is not a file; --init prints one to start from")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A file may have the name of a module that is in use, such as random.py.
+    name = f"{path.stem}_to_check" if path.stem in sys.modules else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise InputError(f"{path} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
-    sys.modules[path.stem] = module  # dataclasses and Triton look a module up by its name
+    sys.modules[name] = module  # dataclasses and Triton look a module up by its name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{path} fails: {type(error).__name__}: {error}") from error
     return module
+
+
+def _place(error: BaseException, file: str) -> str:
+    """The line of the checked file that ran last, for whoever stops a kernel that does not end."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve() == Path(file).resolve()
+    ]
+    return f" at {file}:{lines[-1]}" if lines else ""
 
 
 def _shape(text: str) -> dict[str, int]:

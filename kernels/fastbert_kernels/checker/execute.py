@@ -52,7 +52,22 @@ def draw(
     """The inputs of a case: always the same for the same shape, dtype and number of the draw."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED + number)
-        return dict(make(dtype, **shape))
+        try:
+            given = make(dtype, **shape)
+        except Exception as error:
+            what, line = _what_and_where(error)
+            place = f" ({line})" if line else ""
+            raise ValueError(f"inputs fails at {dict(shape)}: {what}{place}") from error
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"inputs returns {type(given).__name__}, expected a dict of arguments by name"
+        )
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
+            raise ValueError(
+                f"inputs: {name} is on {value.device}, expected the CPU, where kernels are run"
+            )
+    return dict(given)
 
 
 def copy(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -73,6 +88,19 @@ def copy(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[st
     return {name: copied(value) for name, value in inputs.items()}
 
 
+def by_a_rounding(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs whose floating-point numbers have each moved up or down by a rounding of fp32."""
+    generator = torch.Generator().manual_seed(SEED)
+
+    def moved(x: Any) -> Any:
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            return x
+        signs = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
+        return x.double() * (1 + signs * torch.finfo(torch.float32).eps)
+
+    return {name: moved(x) for name, x in inputs.items()}
+
+
 def _last(x: Tensor) -> Any:
     """How many elements the storage needs for this view."""
     if not x.numel():
@@ -88,6 +116,7 @@ def run(
     dtype: torch.dtype | None = None,
     rounding: torch.dtype = torch.float32,
     gradients: Sequence[str] | None = None,
+    contiguous: bool = True,
     sanitizing: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Call a function on copies of the inputs, and differentiate its outputs.
@@ -99,6 +128,7 @@ def run(
         rounding: the dtype of the case. Upstream gradients can be represented in it, so that they
             are the same for every run.
         gradients: inputs to differentiate by; None for all floating-point ones.
+        contiguous: whether upstream gradients are; else every second element of a tensor.
         sanitizing: options of `sanitize`, for kernels; None for the reference.
     """
     arguments = copy(inputs, dtype)
@@ -122,7 +152,7 @@ def run(
             named = _named(function(**arguments))
             outcome.outputs = tuple(named)
             leaves_by_name = {name: arguments[name] for name in leaves}
-            named |= _gradients(named, leaves_by_name, rounding)
+            named |= _gradients(named, leaves_by_name, rounding, contiguous)
         except Exception as error:
             outcome.error = _what_and_where(error)
             return outcome
@@ -156,7 +186,10 @@ def _named(result: Any) -> dict[str, Tensor]:
 
 
 def _gradients(
-    outputs: dict[str, Tensor], leaves: dict[str, Tensor], rounding: torch.dtype
+    outputs: dict[str, Tensor],
+    leaves: dict[str, Tensor],
+    rounding: torch.dtype,
+    contiguous: bool,
 ) -> dict[str, Tensor]:
     differentiable = [x for x in outputs.values() if x.requires_grad]
     if not differentiable or not leaves:
@@ -165,6 +198,8 @@ def _gradients(
     upstream = [
         torch.randn(x.shape, generator=generator).to(rounding).to(x.dtype) for x in differentiable
     ]
+    if not contiguous:  # as autograd gives them after a slice, a transposition or a sum
+        upstream = [torch.stack([x, x], -1)[..., 0] for x in upstream]
     found = torch.autograd.grad(differentiable, list(leaves.values()), upstream, allow_unused=True)
     return {
         f"d{name}": gradient
@@ -177,6 +212,8 @@ def same(a: Tensor, b: Tensor) -> bool:
     """Whether all bits are equal; NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if a.is_floating_point() and a.element_size() == 1:  # torch cannot compare fp8
+        return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     if a.is_floating_point():
         return bool(((a == b) | (a.isnan() & b.isnan())).all())
     return torch.equal(a, b)

@@ -87,6 +87,7 @@ class Record:
             to it last.
         undefined: the lines of loads whose masked-off lanes have no `other`.
         fresh: which memory has been written.
+        configurations: the most that an `@triton.autotune` of the launches has; 1 without one.
     """
 
     launches: list[Launch] = field(default_factory=list[Launch])
@@ -98,6 +99,7 @@ class Record:
     )
     undefined: set[str] = field(default_factory=set[str])
     fresh: Fresh = field(default_factory=Fresh)
+    configurations: int = 1
 
     def writer_of(self, tensor: torch.Tensor) -> tuple[str, str]:
         """The kernel and the line that stored to the tensor last; "" if none did."""

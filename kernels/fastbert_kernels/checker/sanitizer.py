@@ -20,7 +20,8 @@ Where the stock interpreter's arithmetic differs from a GPU's, most of all for b
 computes as a GPU does (`arithmetic.py`). The types of arguments are those of a compiled kernel:
 a Python float is fp32, so its product with bf16 is fp32, while the stock interpreter returns bf16.
 What the language leaves undefined is poisoned: a masked-off lane without `other` loads NaN or the
-largest integer, or what `undefined` says. `@triton.autotune` takes its first configuration.
+largest integer, or what `undefined` says. Of `@triton.autotune` one configuration runs, by default
+the first.
 
 How it works: `sanitize` replaces the interpreter's builder by that of `builder.py`, and a few of
 its functions, for the duration of the block. Every storage of a launch has shadow arrays that
@@ -74,6 +75,7 @@ from fastbert_kernels.checker.builder import Builder
 from fastbert_kernels.checker.record import Record
 
 TRITON = str(Path(triton.__file__).parent)
+SEMANTIC = str(Path(triton.__file__).parent / "language" / "semantic.py")
 
 
 class SanitizerError(AssertionError):
@@ -114,6 +116,7 @@ def _begin_tensor(self: Any, handle: TensorHandle, type: Any) -> None:
 
 _stock_call = GridExecutor.__call__
 _stock_patch_lang = interpreter._patch_lang
+_stock_tuned = Autotuner.run
 
 
 @contextmanager
@@ -122,6 +125,7 @@ def sanitize(
     order: str | int = "ascending",
     undefined: str = "nan",
     only: str | None = None,
+    configuration: int = 0,
     raise_on_fault: bool = True,
 ) -> Iterator[Record]:
     """Check every kernel launched inside the block; the Record grows with each launch.
@@ -130,6 +134,8 @@ def sanitize(
         order: of the programs of a grid: "ascending", "reversed", or the seed of a shuffle.
         undefined: what a masked-off lane without `other` loads: "nan", "largest" or "smallest".
         only: the file and line of the loads to which that applies; elsewhere it is "nan".
+        configuration: which one of `@triton.autotune` runs, counted from 0; the last one where
+            there are fewer.
         raise_on_fault: False leaves `record.faults` to the caller.
 
     Raises:
@@ -155,7 +161,7 @@ def sanitize(
     record = Record()
     with ExitStack() as stack:
         stack.enter_context(record.fresh)
-        install(Builder(record, order, undefined, only), stack)
+        install(Builder(record, order, undefined, only, configuration), stack)
         yield record
     if raise_on_fault and record.faults:
         raise SanitizerError(
@@ -197,6 +203,19 @@ def install(builder: Builder, stack: ExitStack) -> None:
         replace_in(function.__globals__)
         return SimpleNamespace(restore=lambda: None)
 
+    def tuned(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+        number = min(builder.configuration, len(tuner.configs) - 1)
+        wanted = tuner.configs[number]
+        builder.record.configurations = max(builder.record.configurations, len(tuner.configs))
+        # An earlier run may have left its choice in the cache.
+        with mock.patch.multiple(
+            tuner,
+            cache={},
+            cache_results=False,
+            _bench=lambda *_, config, **__: [float(config is not wanted)],
+        ):
+            return _stock_tuned(tuner, *args, **kwargs)
+
     patches = [
         *ARITHMETIC_PATCHES,
         (interpreter, "interpreter_builder", builder),
@@ -209,8 +228,7 @@ def install(builder: Builder, stack: ExitStack) -> None:
         (TensorHandle, "set_attr", check_hint),
         (tl.block_type, "__init__", _begin_block_type),
         (tl.tensor, "__init__", _begin_tensor),
-        # Equal times, so that the first configuration is chosen.
-        (Autotuner, "_bench", lambda *_, **__: [0.0]),
+        (Autotuner, "run", tuned),
     ]
     for owner, name, value in patches:
         stack.enter_context(mock.patch.object(owner, name, value))
@@ -252,11 +270,14 @@ def _interpret_language(stack: ExitStack) -> None:
 
 
 def _truth(condition: tl.tensor) -> bool:
+    caller = sys._getframe(1).f_code.co_filename
+    if caller == SEMANTIC:  # `other.handle if other else None` asks whether there is one
+        return True
     if condition.handle.data.size == 1:
         return bool(condition.handle.data.item())
-    if not sys._getframe(1).f_code.co_filename.startswith(TRITON):
+    if not caller.startswith(TRITON):
         raise TypeError(
             f"sanitize: the condition of an `if` or `while` has shape {list(condition.shape)}; "
             "the compiler takes one value only"
         )
-    return True  # Triton's own `if mask:` asks whether there is one
+    return True
