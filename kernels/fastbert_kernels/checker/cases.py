@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.jit import KernelInterface
 
 from fastbert_kernels.checker.bounds import (
     DRAWS,
@@ -139,12 +138,12 @@ def _valid(checked: Check, name: str) -> None:
     """Raise ValueError if the check itself is wrong."""
     for what in ("kernel", "reference", "inputs"):
         function = getattr(checked, what)
-        if isinstance(function, KernelInterface):
+        if not callable(function):
+            raise ValueError(f"{name}: {what} = {function!r}; expected a function")
+        if hasattr(type(function), "__getitem__"):  # by the grid
             raise ValueError(
                 f"{name}: {what} is a @triton.jit function; give the function that launches it"
             )
-        if not callable(function):
-            raise ValueError(f"{name}: {what} = {function!r}; expected a function")
     for what in ("shapes", "large"):
         for shape in getattr(checked, what):
             if not isinstance(shape, Mapping):
