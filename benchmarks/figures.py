@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.harness.record import Record, read_record
 from benchmarks.harness.tables_and_plots import filled, places, table
+from benchmarks.quality.bench_architectures import architectures_table
 from benchmarks.quality.bench_downstream import downstream_table, models_table
 from benchmarks.quality.bench_quality import TRAINER, sooner_table
 from benchmarks.quality.sweep import sweep_table
@@ -126,6 +127,10 @@ def _sweep(record: Record) -> str:
     return f"{_machine(record)}\n\n{sweep_table(list(record.rows))}"
 
 
+def _architectures(record: Record) -> str:
+    return f"{_machine(record)}\n\n{architectures_table(list(record.rows))}"
+
+
 # By name of the place: the record, and the function that writes the text from it.
 FIGURES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "headline": ("quality", _headline),
@@ -138,6 +143,7 @@ FIGURES: dict[str, tuple[str, Callable[[Record], str]]] = {
     "startup": ("startup", _startup),
     "downstream": ("downstream", _downstream),
     "sweep": ("sweep", _sweep),
+    "architectures": ("architectures", _architectures),
 }
 
 

@@ -1,14 +1,14 @@
 """BERT against ModernBERT of the demo's size, in the same time of a processor, on the demo's text.
 
-    python -m benchmarks.quality.bench_architectures data/wiki --out FOLDER [--minutes 8]
+    python -m benchmarks.quality.bench_architectures data/wiki --out FOLDER [--minutes 4]
         [--seeds 1 2 3]
 
 Both have two layers of 128 and as many parameters in them, the same tokens, objective (masked
 tokens in parts of documents of up to 128 tokens), batch, Muon and schedule. Each keeps what is its
 own: BERT its learned positions with `initial_attention = "adjacent"`, as in the demo's recipe;
-ModernBERT its rotary ones. A run has one thread and the given minutes of a core, so 8 minutes are
-four of the demo's two cores (equal_time.py). The jobs run on all cores. The runs stay in
-FOLDER/architectures, for `fastbert finetune`, and a finished one is not repeated.
+ModernBERT its rotary ones. A run has one thread and the given minutes of a core (equal_time.py).
+The jobs run on all cores. The runs stay in FOLDER/architectures, for `fastbert finetune`, and a
+finished one is not repeated.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="a dataset, such as the demo's")
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
