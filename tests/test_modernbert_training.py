@@ -176,7 +176,9 @@ def test_a_run_is_what_plain_torch_makes_of_it(lab, alone, small_dataset, roundi
     assert alone[-1]["loss"] < alone[0]["loss"]
 
 
-@pytest.mark.parametrize("world, stage", typical([(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)], (2, 3)))
+@pytest.mark.parametrize(
+    "world, stage", typical([(1, 1), (2, 0), (2, 1), (2, 2), (2, 3), (4, 1)], (2, 3))
+)
 def test_ranks_and_stages_train_the_same(lab, alone, rounding, world, stage):
     trial = lab.trial(*MODERN, stage=stage, steps=STEPS)
     trial.resume(world)
