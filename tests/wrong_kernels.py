@@ -736,3 +736,29 @@ add(
     reference=lambda x: x,
     shapes=[{"n": 1}],
 )
+
+
+@triton.jit
+def argmax_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * N + column, mask=column < N, other=-1.0)
+    tl.store(y_ptr + row, tl.argmax(tl.where(column > 0, x, -1.0), 0))
+
+
+def argmax(x):
+    y = torch.empty(len(x), dtype=torch.int64)
+    argmax_kernel[(len(x),)](x, y, x.shape[1], BLOCK=16)
+    return y
+
+
+add(
+    "index among equals",
+    "wrong result",
+    argmax_kernel,
+    argmax,
+    "result",
+    reference=lambda x: x.argmax(-1),
+    inputs=lambda dtype, rows, columns: {"x": torch.randint(0, 3, (rows, columns)).to(dtype)},
+    shapes=[{"rows": 90, "columns": 9}],
+)
