@@ -149,12 +149,12 @@ def test_what_a_check_prints_is_not_in_the_json(tmp_path, capsys):
     shown = text.replace("    tl.store(", "    tl.device_print('x', x)\n    tl.store(")
     file = tmp_path / "random.py"  # as a module that is in use
     file.write_text(shown.replace("    return x + y", "    print('called')\n    return x + y"))
-    used = sys.modules["random"]
+    used, path = sys.modules["random"], list(sys.path)
     assert main([str(file), "--json", "--shapes", "n=3", "--dtypes", "fp32"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["faults"] == 0
     assert printed.err.startswith("loaded\n") and "called\n" in printed.err
-    assert sys.modules["random"] is used
+    assert sys.modules["random"] is used and sys.path == path
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.init:
         print((Path(__file__).parent / "template.py").read_text(encoding="utf-8"), end="")
         return 0
+    path = list(sys.path)
     try:
         if options.check is None:
             raise InputError("name a file to check, or print a template with --init")
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"interrupted{_place(error, str(options.check))}", file=sys.stderr)
         return 130
+    finally:
+        sys.path[:] = path  # without the file's folder, which may hold a module of a library's name
     print(report.json() if options.json else report)
     return 1 if report.faults else 0
 
