@@ -116,12 +116,16 @@ def test_a_signal_ends_the_training_of_a_vocabulary_at_once() -> None:
     begin = time.monotonic()
     try:
         with pytest.raises(Stop):
-            apply_in_child(VocabularyTrainer, ("text", False, "wordpiece", 5000, True, False), [chunk])
+            apply_in_child(
+                VocabularyTrainer, ("text", False, "wordpiece", 5000, True, False), [chunk]
+            )
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert no_worker_left(before)
     interrupted = time.monotonic() - begin
     begin = time.monotonic()
-    VocabularyTrainer("text", False, "wordpiece", 5000, True, False)([replace(chunk, data=bases[: 1 << 20])])
+    VocabularyTrainer("text", False, "wordpiece", 5000, True, False)(
+        [replace(chunk, data=bases[: 1 << 20])]
+    )
     assert interrupted < 40 * (time.monotonic() - begin)
