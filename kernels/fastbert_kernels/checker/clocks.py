@@ -28,7 +28,7 @@ class Clocks:
         return program * EPOCHS + self._epochs.get(program, 0)
 
     def release(self, program: int, address: int) -> None:
-        """The program updates an element: its past becomes visible to whoever reads the result."""
+        """The program updates an element: programs that read the result see its past."""
         element = self._elements.setdefault(address, {})
         epoch = self._epochs.get(program, 0)
         _join(element, self._known.get(program, {}))

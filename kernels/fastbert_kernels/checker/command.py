@@ -141,7 +141,7 @@ def _module(path: Path) -> ModuleType:
 
 
 def _place(error: BaseException, file: str) -> str:
-    """The line of the checked file that ran last, for whoever stops a kernel that does not end."""
+    """The line of the checked file that ran last, shown after Ctrl-C in a kernel without end."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)

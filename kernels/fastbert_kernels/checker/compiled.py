@@ -100,14 +100,13 @@ class _Driver:
 
 def main(arguments: Sequence[str]) -> None:
     """What the process does: prints a JSON list with a row for each kernel and architecture."""
-    import torch
     from triton.runtime import driver
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
     from fastbert_kernels.checker.cases import DTYPES
     from fastbert_kernels.checker.command import load
-    from fastbert_kernels.checker.execute import draw
+    from fastbert_kernels.checker.execute import draw, launch_both_ways
     from fastbert_kernels.checker.machine_code import DEVICES
 
     request = json.loads(arguments[0])
@@ -130,19 +129,7 @@ def main(arguments: Sequence[str]) -> None:
         checked = load(Path(request["path"]))
         for dtype in request["dtypes"]:
             inputs = draw(checked.inputs, DTYPES[dtype], request["shape"])
-            leaves = [
-                x.requires_grad_()
-                for name, x in inputs.items()
-                if isinstance(x, torch.Tensor)
-                and x.is_floating_point()
-                and (checked.gradients is None or name in checked.gradients)
-            ]
-            result = checked.kernel(**inputs)
-            outputs = list(result) if isinstance(result, (tuple, list)) else [result]
-            outputs = [x for x in outputs if isinstance(x, torch.Tensor) and x.requires_grad]
-            if outputs:
-                upstream = [torch.ones_like(x) for x in outputs]
-                torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+            launch_both_ways(checked.kernel, inputs, checked.gradients)
     rows: dict[str, dict[str, Any]] = {}
     for name in request["targets"]:
         active: Any = _Driver(DEVICES[name].target)

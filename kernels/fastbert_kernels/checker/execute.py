@@ -173,6 +173,30 @@ def run(
     return outcome
 
 
+def launch_both_ways(
+    kernel: Callable[..., Any], inputs: Mapping[str, Any], gradients: Sequence[str] | None
+) -> None:
+    """Call the function under check, and its backward pass where it has one, for the launches.
+
+    Args:
+        kernel, gradients: as in `Check`.
+        inputs: its arguments by name.
+    """
+    leaves = [
+        x.requires_grad_()
+        for name, x in inputs.items()
+        if isinstance(x, Tensor)
+        and x.is_floating_point()
+        and (gradients is None or name in gradients)
+    ]
+    result = kernel(**inputs)
+    outputs = list(result) if isinstance(result, (tuple, list)) else [result]
+    outputs = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+    if outputs and leaves:
+        upstream = [torch.ones_like(x) for x in outputs]
+        torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+
+
 def _named(result: Any) -> dict[str, Tensor]:
     if isinstance(result, Tensor):
         return {"result": result}

@@ -32,7 +32,7 @@ from triton.runtime.interpreter import GridExecutor, TensorHandle
 from fastbert_kernels.checker import arithmetic
 from fastbert_kernels.checker.arithmetic import np_dtype
 from fastbert_kernels.checker.builder import Builder
-from fastbert_kernels.checker.execute import draw
+from fastbert_kernels.checker.execute import draw, launch_both_ways
 from fastbert_kernels.checker.memory import span_of
 from fastbert_kernels.checker.record import Record
 from fastbert_kernels.checker.report import Finding
@@ -258,16 +258,4 @@ def _run(checked: Any, shape: dict[str, Any], dtype: torch.dtype, builder: _Addr
         stack.enter_context(FakeTensorMode())
         stack.enter_context(_Launching())
         inputs = draw(checked.inputs, dtype, shape)
-        leaves = [
-            x.requires_grad_()
-            for name, x in inputs.items()
-            if isinstance(x, torch.Tensor)
-            and x.is_floating_point()
-            and (checked.gradients is None or name in checked.gradients)
-        ]
-        result = checked.kernel(**inputs)
-        outputs = list(result) if isinstance(result, (tuple, list)) else [result]
-        outputs = [x for x in outputs if isinstance(x, torch.Tensor) and x.requires_grad]
-        if outputs and leaves:
-            upstream = [torch.ones_like(x) for x in outputs]
-            torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+        launch_both_ways(checked.kernel, inputs, checked.gradients)

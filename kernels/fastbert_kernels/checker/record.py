@@ -81,7 +81,7 @@ class Record:
     """The record of the launches of one `sanitize` block.
 
     Attributes:
-        functions: the Python functions of the kernels, for whoever reads their source.
+        functions: the Python functions of the kernels, for the lint, which reads their source.
         dtypes: of the tensor arguments, by kernel and argument.
         writers: by the address of a storage: the storage, and the kernel and the line that stored
             to it last.
