@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from fastbert.config import ObjectiveConfig, RunConfig
-from fastbert.data.dataset import Split, TokenDataset
+from fastbert.data.dataset import TokenDataset
 from fastbert.data.examples import Examples, Spans
 from fastbert.data.masking import Masking, selected_counts
 from fastbert.data.packing import PackedBatch, pack, pack_texts
 from fastbert.data.padding import pad
+from fastbert.data.stream import Epochs, Stream
 from fastbert.errors import InputError
 
 __all__ = ["Batches", "PackedBatch", "heldout_batches", "pack_texts"]
@@ -43,14 +44,15 @@ class Batches:
     def __init__(self, dataset: TokenDataset, config: RunConfig):
         self.config = config
         longest = config.batch.max_length if config.runtime.cuda_graphs else None
-        self._packer = _Packer(dataset, "train", config.objective, longest)
         self._examples = Examples(
-            self._packer.split,
+            dataset.split("train"),
             config.objective,
             config.batch.max_length,
             config.seed,
             f"{dataset.path}: split train",
         )
+        self._stream = Epochs(self._examples)
+        self._packer = _Packer(dataset, self._stream, config.objective, longest)
 
     @property
     def examples_per_epoch(self) -> int:
@@ -96,15 +98,10 @@ class Batches:
         """
         self.check(world)
         batch = self.config.batch
-        examples = np.arange(step * batch.sequences, (step + 1) * batch.sequences)
-        epochs, indices = np.divmod(examples, len(self._examples))
-        drawn = [
-            self._examples.draw(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)
-        ]
-        spans = drawn[0] if len(drawn) == 1 else Spans.join(drawn)
+        spans = self._stream.draw(np.arange(step * batch.sequences, (step + 1) * batch.sequences))
         limit = max(batch.micro_batch_tokens // at_once, batch.max_length)
         packs = share_out(spans.lengths, world * at_once, limit)[rank::world]
-        return self._packer.packs(spans, indices, packs)
+        return self._packer.packs(spans, packs)
 
 
 def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) -> list[PackedBatch]:
@@ -126,19 +123,16 @@ def heldout_batches(dataset: TokenDataset, config: RunConfig, sequences: int) ->
         InputError: the held-out split has no example for this objective.
     """
     objective = replace(config.objective, mask_rate=HELDOUT_MASK_RATE)
-    packer = _Packer(dataset, "heldout", objective)
     examples = Examples(
-        packer.split,
+        dataset.split("heldout"),
         objective,
         config.batch.max_length,
         HELDOUT_SEED,
         f"{dataset.path}: split heldout",
     )
-    indices = np.arange(min(sequences, len(examples)))
-    spans = examples.draw(0, indices)
-    return packer.packs(
-        spans, indices, share_out(spans.lengths, 1, config.batch.micro_batch_tokens)
-    )
+    spans = examples.draw(0, np.arange(min(sequences, len(examples))))
+    packer = _Packer(dataset, Epochs(examples), objective)
+    return packer.packs(spans, share_out(spans.lengths, 1, config.batch.micro_batch_tokens))
 
 
 class _Packer:
@@ -147,7 +141,7 @@ class _Packer:
     def __init__(
         self,
         dataset: TokenDataset,
-        split: str,
+        stream: Stream,
         objective: ObjectiveConfig,
         pad_for: int | None = None,
     ):
@@ -156,34 +150,22 @@ class _Packer:
         self.special = dataset.special
         self.objective = objective
         self.masking = Masking(dataset, objective)
-        self.split: Split = dataset.split(split)
+        self.stream = stream
 
-    def packs(
-        self, spans: Spans, indices: np.ndarray, packs: list[np.ndarray]
-    ) -> list[PackedBatch]:
+    def packs(self, spans: Spans, packs: list[np.ndarray]) -> list[PackedBatch]:
         """Return one batch for each array of positions in `spans`.
 
         Args:
             spans: the examples of the whole step.
-            indices: int64 [B], their indices within their epoch.
             packs: positions in `spans`, one array for each batch.
         """
         masked_total = int(selected_counts(spans.ordinary, self.objective).sum())
         pairs_total = int((spans.labels >= 0).sum())
-        return [
-            self._pack(spans.take(order), indices[order], masked_total, pairs_total)
-            for order in packs
-        ]
+        return [self._pack(spans.take(order), masked_total, pairs_total) for order in packs]
 
-    def _pack(
-        self, spans: Spans, indices: np.ndarray, masked_total: int, pairs_total: int
-    ) -> PackedBatch:
-        starts, lengths = (
-            np.stack(pair, 1).ravel()
-            for pair in ((spans.a_start, spans.b_start), (spans.a_length, spans.b_length))
-        )
-        tokens = self.split.gather(starts, lengths)
-        words = self.split.begins_word(starts, lengths) if self.masking.needs_words else None
+    def _pack(self, spans: Spans, masked_total: int, pairs_total: int) -> PackedBatch:
+        tokens = self.stream.tokens(spans)
+        words = self.stream.begins_word(spans) if self.masking.needs_words else None
         seen, chosen = self.masking(tokens, spans.ordinary, spans.keys, words)
         packed = pack(
             seen,
@@ -194,7 +176,7 @@ class _Packer:
             labels=tokens[chosen],
             next_sentence_labels=spans.labels,
             dropout_seeds=spans.keys,
-            examples=indices,
+            examples=spans.index,
             masked_total=masked_total,
             pairs_total=pairs_total,
         )

@@ -56,6 +56,7 @@ class Spans:
             objective has no pairs, else at least one.
         labels: 0 IsNext, 1 NotNext (as in transformers), -100 where the objective has no pairs.
         keys: the random key of each example, in [0, 2**63): a function of (seed, epoch, index).
+        index: the example's number within its epoch.
     """
 
     a_start: np.ndarray
@@ -64,6 +65,7 @@ class Spans:
     b_length: np.ndarray
     labels: np.ndarray
     keys: np.ndarray
+    index: np.ndarray
 
     @property
     def ordinary(self) -> np.ndarray:
@@ -74,6 +76,12 @@ class Spans:
     def lengths(self) -> np.ndarray:
         """int64 [B]: tokens including [CLS] and [SEP]."""
         return self.ordinary + 2 + (self.b_length > 0)
+
+    @property
+    def segments(self) -> tuple[np.ndarray, np.ndarray]:
+        """The start and the length of every segment, int64 [2 * B], A before B."""
+        starts = np.stack([self.a_start, self.b_start], 1).ravel()
+        return starts, np.stack([self.a_length, self.b_length], 1).ravel()
 
     def take(self, order: np.ndarray) -> Spans:
         """Return the examples at these positions, in that order."""
@@ -143,9 +151,11 @@ class Examples:
         keys = (words[0] >> np.uint64(1) << np.uint64(32) | words[1]).astype(np.int64)
         words = random_words(keys, Purpose.PAIR, np.zeros_like(keys))
         draw = self._draw_pairs if self.pairs else self._draw_windows
-        return draw(places, keys, words)
+        return draw(places, keys, words, indices)
 
-    def _draw_pairs(self, places: np.ndarray, keys: np.ndarray, words: np.ndarray) -> Spans:
+    def _draw_pairs(
+        self, places: np.ndarray, keys: np.ndarray, words: np.ndarray, indices: np.ndarray
+    ) -> Spans:
         # Word 0 gives the label (1 bit). The other 31 bits and 17 bits of word 1 give the shift:
         # with 48 bits, the probability of a shift deviates by a factor of 1 + n / 2**48 at most.
         labels = (words[0] >> np.uint64(31)).astype(np.int64)
@@ -160,6 +170,7 @@ class Examples:
             *self.cut_pairs(places, (places + shift) % len(self), labels, fraction, target),
             labels,
             keys,
+            indices,
         )
 
     def cut_pairs(
@@ -194,7 +205,9 @@ class Examples:
         b_length = np.minimum(b_end - b_start, np.maximum(target - a_budget, target - a_need))
         return join[:count] - a_length, a_length, b_start, b_length
 
-    def _draw_windows(self, places: np.ndarray, keys: np.ndarray, words: np.ndarray) -> Spans:
+    def _draw_windows(
+        self, places: np.ndarray, keys: np.ndarray, words: np.ndarray, indices: np.ndarray
+    ) -> Spans:
         if self.single:
             document, number, _ = self._locate(places)
             sentence = self.split.first_sentence(document) + number
@@ -207,7 +220,7 @@ class Examples:
             start, end = self._windows(places, unit(words[2]))
             length = np.minimum(end - start, self._target_length(words[3], shortest=1))
         nothing = np.zeros_like(start)
-        return Spans(start, length, nothing, nothing, np.full_like(start, -100), keys)
+        return Spans(start, length, nothing, nothing, np.full_like(start, -100), keys, indices)
 
     def _joins(self, places: np.ndarray, fraction: np.ndarray) -> np.ndarray:
         """Return token offsets int64 [3, N]: A's earliest token, B's first and B's latest end."""
