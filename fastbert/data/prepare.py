@@ -26,18 +26,13 @@ from fastbert.data import baselines as baselines
 from fastbert.data.byte_level import rounded_up
 from fastbert.data.copies import find_copies, without_copies
 from fastbert.data.cuts import Cuts
-from fastbert.data.dataset import (
-    FORMAT,
-    MANIFEST,
-    SPLITS,
-    Split,
-    other_files,
-    token_dtype,
-)
+from fastbert.data.dataset import MANIFEST, SPLITS, token_dtype
 from fastbert.data.documents import Chunk, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
+from fastbert.data.format_2 import FORMAT, other_files
 from fastbert.data.progress import Progress
 from fastbert.data.report import CorpusStats, Report, make_report
+from fastbert.data.shard_split import ShardSplit
 from fastbert.data.shards import ShardWriter
 from fastbert.data.sources import Source, find_sources
 from fastbert.data.staging import staging
@@ -212,7 +207,7 @@ def prepare(
                 shutil.rmtree(folder / split)
             written = write(below)
         with bar.wait("baselines"):
-            train, held = (Split(folder / n, written.writers[n].shards, dtype) for n in SPLITS)
+            train, held = (ShardSplit(folder / n, written.writers[n].shards, dtype) for n in SPLITS)
             measured = baselines.measure(train, held, vocabulary.get_vocab_size())
         report = make_report(
             written.stats,
