@@ -11,8 +11,9 @@ import numpy as np
 
 from fastbert.data import blocks
 from fastbert.data.block_table import COUNTS, Blocks, shard_name
-from fastbert.data.dataset import SPLITS, TokenDataset, open_dataset, token_dtype, tokenizer_files
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.format_3 import REPORTS, TABLE, part_name
+from fastbert.data.manifest import SPLITS, token_dtype, tokenizer_files
 from fastbert.data.split import Split
 from fastbert.durable import sealed, sha256_of
 

@@ -21,11 +21,12 @@ import fastbert
 from fastbert.config import ObjectiveConfig, RunConfig
 from fastbert.data.batches import Batches
 from fastbert.data.byte_level import train_byte_level
-from fastbert.data.dataset import Split, TokenDataset, open_dataset
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.masking import Masking
 from fastbert.data.prepare import prepare
 from fastbert.data.shard_split import ShardSplit
 from fastbert.data.shards import ShardWriter
+from fastbert.data.split import Split
 from fastbert.data.token_roles import roles_of
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from fastbert.errors import InputError

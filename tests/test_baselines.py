@@ -9,9 +9,11 @@ import pytest
 
 from fastbert.data import baselines as baselines
 from fastbert.data.baselines import measure
-from fastbert.data.dataset import Split, TokenDataset, token_dtype
+from fastbert.data.dataset import TokenDataset
+from fastbert.data.manifest import token_dtype
 from fastbert.data.shard_split import ShardSplit
 from fastbert.data.shards import ShardWriter
+from fastbert.data.split import Split
 
 
 def split_of(folder: Path, documents: np.ndarray) -> Split:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbert.data.dataset import TokenDataset, open_dataset, token_dtype
+from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.data.manifest import token_dtype
 from fastbert.data.shard_split import ShardSplit
 from fastbert.data.shards import ShardWriter
 from fastbert.durable import sealed, sha256_of

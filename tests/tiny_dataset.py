@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbert.data.dataset import Split, TokenDataset, token_dtype
-from fastbert.data.manifest import Counts
+from fastbert.data.dataset import TokenDataset
+from fastbert.data.manifest import Counts, token_dtype
 from fastbert.data.shard_split import ShardSplit
 from fastbert.data.shards import ShardWriter
+from fastbert.data.split import Split
 
 SHARD_TOKENS = 200  # so that a few documents already make several shards
 

@@ -21,24 +21,13 @@ import numpy as np
 from fastbert.data import format_2, format_3
 from fastbert.data.block_split import BlockSplit
 from fastbert.data.block_table import Blocks
-from fastbert.data.manifest import MANIFEST, SPLITS, SpecialIds, token_dtype, tokenizer_files
+from fastbert.data.manifest import MANIFEST, SpecialIds
 from fastbert.data.split import Split
 from fastbert.data.verify import AGAIN, Claim, verify_files
 from fastbert.durable import unsealed
 from fastbert.errors import InputError
 from fastbert.presence import is_folder
 from fastbert.regular_file import read_bytes, read_text
-
-__all__ = [
-    "MANIFEST",
-    "SPLITS",
-    "SpecialIds",
-    "Split",
-    "TokenDataset",
-    "open_dataset",
-    "token_dtype",
-    "tokenizer_files",
-]
 
 FORMATS = {module.FORMAT: module for module in (format_2, format_3)}
 

@@ -26,10 +26,10 @@ from fastbert.data import baselines as baselines
 from fastbert.data.byte_level import rounded_up
 from fastbert.data.copies import find_copies, without_copies
 from fastbert.data.cuts import Cuts
-from fastbert.data.dataset import MANIFEST, SPLITS, token_dtype
 from fastbert.data.documents import Chunk, read_chunks
 from fastbert.data.encode import ChunkEncoder, EncodedChunk
 from fastbert.data.format_2 import FORMAT, other_files
+from fastbert.data.manifest import MANIFEST, SPLITS, token_dtype
 from fastbert.data.progress import Progress
 from fastbert.data.report import CorpusStats, Report, make_report
 from fastbert.data.shard_split import ShardSplit

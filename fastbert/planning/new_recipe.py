@@ -18,8 +18,9 @@ from fastbert.config import (
     packaged_recipes,
     toml_value,
 )
-from fastbert.data.dataset import SPLITS, TokenDataset, open_dataset
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.examples import Examples
+from fastbert.data.manifest import SPLITS
 from fastbert.errors import InputError
 from fastbert.machine import measure_bandwidth, measure_gemm_rate, probe_bf16
 from fastbert.planning.advise import (

@@ -35,7 +35,8 @@ from fastbert.config import (
     settings_of,
 )
 from fastbert.data.batches import Batches, heldout_batches
-from fastbert.data.dataset import TokenDataset, tokenizer_files
+from fastbert.data.dataset import TokenDataset
+from fastbert.data.manifest import tokenizer_files
 from fastbert.data.packing import PackedBatch
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.durable import write_whole
