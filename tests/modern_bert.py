@@ -13,7 +13,7 @@ from torch import Tensor
 from fastbert.checkpoints.hugging_face_config import written
 from fastbert.checkpoints.weight_names import to_hugging_face
 from fastbert.config import ModernBertConfig
-from fastbert.data.dataset import SpecialIds
+from fastbert.data.manifest import SpecialIds
 from fastbert.data.packing import PackedBatch
 from fastbert.models.modernbert import ModernBertForMaskedLM
 from tests.random_batch import VOCAB

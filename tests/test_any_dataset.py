@@ -21,10 +21,12 @@ import fastbert
 from fastbert.config import ObjectiveConfig, RunConfig
 from fastbert.data.batches import Batches
 from fastbert.data.byte_level import train_byte_level
-from fastbert.data.dataset import Split, TokenDataset, open_dataset
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.masking import Masking
 from fastbert.data.prepare import prepare
+from fastbert.data.shard_split import ShardSplit
 from fastbert.data.shards import ShardWriter
+from fastbert.data.split import Split
 from fastbert.data.token_roles import roles_of
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer, special_ids
 from fastbert.errors import InputError
@@ -107,7 +109,7 @@ def test_shards_hold_any_number_of_bits(tmp_path: Path) -> None:
         bits.append(draw.random(length) < 0.5)
         writer.add(np.arange(length), np.array([length]), np.array([1]), bits[-1])
     writer.close()
-    split = Split(tmp_path / "split", writer.shards, np.dtype("<u2"), words=True)
+    split = ShardSplit(tmp_path / "split", writer.shards, np.dtype("<u2"), words=True)
     assert len(writer.shards) > 2
     whole = np.concatenate(bits)
     found = split.begins_word(np.array([0]), np.array([len(whole)]))

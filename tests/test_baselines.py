@@ -9,8 +9,11 @@ import pytest
 
 from fastbert.data import baselines as baselines
 from fastbert.data.baselines import measure
-from fastbert.data.dataset import Split, TokenDataset, token_dtype
+from fastbert.data.dataset import TokenDataset
+from fastbert.data.manifest import token_dtype
+from fastbert.data.shard_split import ShardSplit
 from fastbert.data.shards import ShardWriter
+from fastbert.data.split import Split
 
 
 def split_of(folder: Path, documents: np.ndarray) -> Split:
@@ -19,7 +22,7 @@ def split_of(folder: Path, documents: np.ndarray) -> Split:
     writer = ShardWriter(folder, token_dtype(1000))
     writer.add(documents.ravel(), np.full(count, length), np.ones(count, np.int64))
     writer.close()
-    return Split(folder, writer.shards, token_dtype(1000))
+    return ShardSplit(folder, writer.shards, token_dtype(1000))
 
 
 def test_real_text(small_dataset: TokenDataset) -> None:

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.config import BatchConfig, ObjectiveConfig, RunConfig
 from fastbert.data.batches import Batches, heldout_batches, share_out
-from fastbert.data.dataset import SpecialIds, TokenDataset
+from fastbert.data.dataset import TokenDataset
 from fastbert.data.examples import Examples
+from fastbert.data.manifest import SpecialIds
 from fastbert.data.masking import selected_counts
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.data.prefetch import STEPS_AHEAD, Prefetch

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from fastbert.config import ObjectiveConfig, parse_config
 from fastbert.data import examples as module
-from fastbert.data.dataset import Split
 from fastbert.data.examples import Examples, Spans
+from fastbert.data.split import Split
 from fastbert.errors import InputError
 from tests.tiny_dataset import tiny_split
 

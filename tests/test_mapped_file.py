@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbert.data.dataset import Split
 from fastbert.data.mapped_file import map_file
+from fastbert.data.shard_split import ShardSplit
 from fastbert.data.shards import ShardWriter
 
 U2 = np.dtype("<u2")
@@ -63,7 +63,7 @@ def test_a_split_of_more_shards_than_descriptors(tmp_path):
     used = len(os.listdir("/dev/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, before[1]))
     try:
-        split = Split(tmp_path / "train", writer.shards, U2)
+        split = ShardSplit(tmp_path / "train", writer.shards, U2)
         tokens = split.gather(np.array([0, 3 * 299, 3]), np.array([3, 2, 1]))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -23,7 +23,7 @@ from fastbert.config import (
     load_config,
     parse_config,
 )
-from fastbert.data.dataset import SpecialIds
+from fastbert.data.manifest import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining

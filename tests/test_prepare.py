@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from fastbert.data import prepare as module
 from fastbert.data import progress
 from fastbert.data.copies import Seen
-from fastbert.data.dataset import Split, TokenDataset, open_dataset
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.documents import Chunk, read_documents
 from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, hash_text
 from fastbert.data.prepare import prepare
 from fastbert.data.sentences import split_sentences
 from fastbert.data.sources import Source
+from fastbert.data.split import Split
 from fastbert.data.tokenizer import load_tokenizer, save_tokenizer
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
 from fastbert.data import encoder as module
-from fastbert.data.dataset import SpecialIds, TokenDataset
+from fastbert.data.dataset import TokenDataset
 from fastbert.data.encoder import Encoder
+from fastbert.data.manifest import SpecialIds
 from fastbert.data.text_encoder import TextEncoder
 from fastbert.data.tokenizer import (
     is_bert,

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbert.data.dataset import Counts, Split, TokenDataset, token_dtype
+from fastbert.data.dataset import TokenDataset
+from fastbert.data.manifest import Counts, token_dtype
+from fastbert.data.shard_split import ShardSplit
 from fastbert.data.shards import ShardWriter
+from fastbert.data.split import Split
 
 SHARD_TOKENS = 200  # so that a few documents already make several shards
 
@@ -34,7 +37,7 @@ def write_split(folder: Path, documents: list[list[int]], vocab_size: int) -> li
 
 def tiny_split(folder: Path, documents: list[list[int]], vocab_size: int = 1 << 20) -> Split:
     """Write and open a single split."""
-    return Split(folder, write_split(folder, documents, vocab_size), token_dtype(vocab_size))
+    return ShardSplit(folder, write_split(folder, documents, vocab_size), token_dtype(vocab_size))
 
 
 def tiny_dataset(
@@ -60,6 +63,7 @@ def tiny_dataset(
         for name, documents in splits.items()
     }
     manifest = {
+        "format": 2,
         "vocab_size": vocab_size,
         "special": special,
         "splits": {

@@ -239,7 +239,7 @@ def model_calls() -> Iterator[Call]:
 
 def model_step(kind: str, lengths: list[int], precision: str, dropout: float) -> None:
     from fastbert.config import BertConfig, ModernBertConfig
-    from fastbert.data.dataset import SpecialIds
+    from fastbert.data.manifest import SpecialIds
     from fastbert.data.packing import pack_texts
     from fastbert.models.build import build_model
     from fastbert.models.heads import losses

@@ -54,7 +54,8 @@ from fastbert.checkpoints.hugging_face_config import written
 from fastbert.checkpoints.weight_names import to_hugging_face
 from fastbert.config import BatchConfig, ModelConfig, ObjectiveConfig, RunConfig, parse_config
 from fastbert.data.batches import Batches
-from fastbert.data.dataset import SpecialIds, TokenDataset, open_dataset
+from fastbert.data.dataset import TokenDataset, open_dataset
+from fastbert.data.manifest import SpecialIds
 from fastbert.data.packing import PackedBatch
 from fastbert.heap import keep_heap
 from fastbert.machine import measure_gemm_rate, probe_bf16, processes_for

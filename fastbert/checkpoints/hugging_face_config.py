@@ -14,7 +14,7 @@ from typing import Any
 
 from fastbert.checkpoints.weight_names import SEGMENTS
 from fastbert.config import MODELS, BertConfig, ModelConfig, ModernBertConfig
-from fastbert.data.dataset import SpecialIds
+from fastbert.data.manifest import SpecialIds
 from fastbert.errors import InputError
 from fastbert.regular_file import read_text
 

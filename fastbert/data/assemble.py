@@ -18,9 +18,10 @@ from tokenizers import Tokenizer
 
 from fastbert.data.block_writer import BlockWriter
 from fastbert.data.blocks import BLOCK, layout
-from fastbert.data.dataset import token_dtype
 from fastbert.data.encode import Documents
+from fastbert.data.format_3 import HELDOUT_HASHES
 from fastbert.data.job import Job
+from fastbert.data.manifest import token_dtype
 from fastbert.data.pieces import Piece, PieceEncoder, is_intact, read_documents_of, read_piece
 from fastbert.data.report import CorpusStats
 from fastbert.data.results import disk_errors, publish, read_arrays, write_arrays
@@ -113,7 +114,7 @@ class Assembler:
             return None
         files = [
             np.load(path, allow_pickle=False)
-            for path in sorted(self._job.out.glob("part-*/heldout-hashes.npy"))
+            for path in sorted(self._job.out.glob(f"part-*/{HELDOUT_HASHES}"))
         ]
         return np.concatenate([np.zeros(0, np.uint64), *files])
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastbert.data.dataset import Split
+from fastbert.data.split import Split
 
 HIDDEN = 0.15 * 0.8  # mask_rate * mask_token of the default objective
 TRAIN_TOKENS = 1 << 23  # counted at most; this takes 0.5 GB of memory

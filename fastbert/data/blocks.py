@@ -18,8 +18,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from fastbert.data.example_counts import LENGTHS, examples_per_document, room_for
 
 # A block is closed at the first end of a document after this many bytes of token ids.
 BLOCK_BYTES = 16 << 20
@@ -36,6 +39,11 @@ BLOCK = np.dtype(
         ("documents", "<u4"),
         ("sentences", "<u4"),
         ("tokens", "<u4"),
+        ("most_sentences", "<u4"),  # of a document
+        ("most_tokens", "<u4"),  # of a document
+        # Examples where segments = "fill" or "windows": without pairs, and with; for each of
+        # LENGTHS. Where segments = "single" the counts above say it.
+        ("examples", "<u4", (2, len(LENGTHS))),
         ("sha256", "u1", 32),
     ]
 )
@@ -43,17 +51,20 @@ BLOCK = np.dtype(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sections of a block begin, in bytes from its first one, and its size."""
+    """Where the sections of a block begin, in bytes from its first one, and its size.
 
-    documents: int
-    groups: int
-    sentences: int
-    words: int
-    ids: int
-    size: int
+    Each is an int, or int64 [N] for many blocks.
+    """
+
+    documents: Any
+    groups: Any
+    sentences: Any
+    words: Any
+    ids: Any
+    size: Any
 
 
-def layout(documents: int, sentences: int, tokens: int, width: int, words: bool) -> Layout:
+def layout(documents: Any, sentences: Any, tokens: Any, width: int, words: bool) -> Layout:
     """Return the layout of a block.
 
     Args:
@@ -108,5 +119,50 @@ def encode(
         data[start : start + section.nbytes] = section.tobytes()
     entry = np.zeros((), BLOCK)
     entry["documents"], entry["sentences"], entry["tokens"] = counts
+    lengths = np.diff(first_token[first_sentence])
+    entry["most_sentences"], entry["most_tokens"] = documents.max(), lengths.max()
+    entry["examples"] = [
+        [
+            examples_per_document(documents, lengths, room_for(longest, pairs), pairs).sum()
+            for longest in LENGTHS
+        ]
+        for pairs in (False, True)
+    ]
     entry["sha256"] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
     return bytes(data), entry
+
+
+def problem(data: np.ndarray, entry: np.ndarray, width: int, words: bool, vocab: int) -> str | None:
+    """Return what is wrong with the numbers of a block, or None.
+
+    Args:
+        data: uint8, the bytes of the block, as many as its layout says.
+        entry: of the table.
+        width, words: as in `layout`.
+        vocab: every token id is below.
+    """
+    documents, sentences, tokens = (
+        int(entry[name]) for name in ("documents", "sentences", "tokens")
+    )
+    at = layout(documents, sentences, tokens, width, words)
+    first_sentence = data[at.documents : at.documents + 4 * (documents + 1)].view("<u4")
+    groups = data[at.groups : at.groups + 4 * (sentences // GROUP + 1)].view("<u4")
+    within = data[at.sentences : at.sentences + 2 * (sentences + 1)].view("<u2")
+    first_token = np.repeat(groups.astype(np.int64), GROUP)[: sentences + 1] + within
+    for kind, offsets, total in (
+        ("document", first_sentence.astype(np.int64), sentences),
+        ("sentence", first_token, tokens),
+    ):
+        wrong = np.diff(offsets, prepend=-1) <= 0
+        wrong[0] |= offsets[0] != 0
+        wrong[-1] |= offsets[-1] != total
+        if wrong.any():
+            place = int(wrong.argmax())
+            return (
+                f"the offset of {kind} {place:,} is {int(offsets[place]):,}; "
+                f"they must rise from 0 to {total:,}"
+            )
+    largest = int(data[at.ids :].view(f"<u{width}").max())
+    if largest >= vocab:
+        return f"holds the token id {largest:,}, but the vocabulary has {vocab:,} tokens"
+    return None

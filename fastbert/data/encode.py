@@ -9,9 +9,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fastbert.data.damage import Damage, find_damage
-from fastbert.data.dataset import token_dtype
 from fastbert.data.documents import Chunk, parse
 from fastbert.data.encoder import Encoder, Losses
+from fastbert.data.manifest import token_dtype
 from fastbert.data.sentences import sentence_starts, split_sentences
 from fastbert.data.text_encoder import TextEncoder
 from fastbert.data.tokenizer import is_bert

@@ -32,9 +32,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from fastbert.config import ObjectiveConfig
-from fastbert.data.dataset import Split
+from fastbert.data.example_counts import examples_per_document, room_for
 from fastbert.data.permutation import permute
 from fastbert.data.philox import Purpose, random_words, unit
+from fastbert.data.split import Split
 from fastbert.errors import InputError
 
 # Documents counted at a time, so that memory for temporaries does not grow with the split.
@@ -115,7 +116,7 @@ class Examples:
         self.split, self.pairs, self.seed = split, objective.pairs, seed
         self.single = objective.segments == "single"
         self.once = objective.segments == "windows"
-        self.room = max_length - (3 if self.pairs else 2)
+        self.room = room_for(max_length, self.pairs)
         self._before = self._count()
         self._most = int(np.diff(self._before).max(initial=0))
         what = f'objective.kind = "{objective.kind}"'
@@ -300,13 +301,7 @@ class Examples:
         for start in range(0, self.split.documents, DOCUMENTS_AT_ONCE):
             documents = np.arange(start, min(start + DOCUMENTS_AT_ONCE, self.split.documents) + 1)
             first = self.split.first_sentence(documents)
-            joins = np.diff(first) - 1
-            if self.single:
-                count = joins if self.pairs else joins + 1
-            else:
-                count = -(-np.diff(self.split.first_token(first)) // self.room)
-                if self.pairs:
-                    # There are no more pairs than joins: a very long sentence adds none, it is cut.
-                    count = np.minimum(count, joins)
+            tokens = None if self.single else np.diff(self.split.first_token(first))
+            count = examples_per_document(np.diff(first), tokens, self.room, self.pairs)
             before[start + 1 : start + len(documents)] = count
         return np.cumsum(before)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.data.dataset import SpecialIds
+from fastbert.data.manifest import SpecialIds
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from typing import Any
 
 from fastbert.data.assemble import Assembler, is_assembled
 from fastbert.data.corpus_plan import Plan
-from fastbert.data.dataset import MANIFEST
 from fastbert.data.decontaminate import grams_of, read_texts
 from fastbert.data.encode import ChunkEncoder
 from fastbert.data.job import Base, Job, Vocabulary, work_of
+from fastbert.data.manifest import MANIFEST
 from fastbert.data.pieces import PieceEncoder
 from fastbert.data.progress import Progress
 from fastbert.data.report import Report

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from tokenizers import Tokenizer
 
 from fastbert.data import baselines
 from fastbert.data.assemble import HELDOUT, Shard, read_shard
+from fastbert.data.block_split import BlockSplit
+from fastbert.data.block_table import Blocks
 from fastbert.data.block_writer import BlockWriter
 from fastbert.data.byte_level import rounded_up
-from fastbert.data.dataset import MANIFEST, SPLITS, token_dtype
+from fastbert.data.format_3 import FORMAT, HELDOUT_HASHES, REPORTS, TABLE, read_tables
 from fastbert.data.job import Job, Vocabulary
+from fastbert.data.manifest import MANIFEST, SPLITS, token_dtype
 from fastbert.data.report import About, CorpusStats, Report, Row, make_report
 from fastbert.data.results import publish, read_json, write_json
 from fastbert.data.settle import SHARD_BYTES, Settled
@@ -29,7 +32,6 @@ from fastbert.data.vocabulary import BPE
 from fastbert.durable import sealed, sha256_of, sync, unsealed, write_whole
 from fastbert.errors import InputError
 
-FORMAT = 3
 SEALED = "sealed.json"  # in the folder of the results, just before the dataset gets its name
 
 
@@ -48,17 +50,18 @@ def seal(job: Job, settled: Settled, options: dict[str, Any], request: str) -> R
     """
     tokenizer = Tokenizer.from_str(job.tokenizer)
     tokenizer.encode_special_tokens = True
-    shards = [_shard(job, number) for number in range(len(settled.groups) - 1)]
+    shards = _without_empty(job, len(settled.groups) - 1)
     dtype = token_dtype(tokenizer.get_vocab_size())
     heldout = _write_heldout(job, shards, dtype)
     table = np.concatenate([*(shard.table for shard in shards), heldout])
-    _write(job, "blocks", table.tobytes())
+    _write(job, TABLE, table.tobytes())
     if job.base is None:
         save_tokenizer(tokenizer, job.dataset / "tokenizer")
     old = _old_manifest(job)
     part = _part_entry(job, settled, options, table)
     _check_new(job, old, table)
-    measured = baselines.measure(*_splits(job, old, part, dtype), tokenizer.get_vocab_size())
+    train, held = _splits(job, old, table, tokenizer)
+    measured = baselines.measure(train, held, tokenizer.get_vocab_size())
     stats = CorpusStats(bits=settled.bits)
     for shard in shards:
         stats.merge(shard.facts, shard.arrays)
@@ -112,10 +115,24 @@ def _write(job: Job, name: str, data: bytes) -> None:
         new.write_bytes(data)
 
 
-def _shard(job: Job, number: int) -> Shard:
-    shard = read_shard(job, number)
-    assert shard is not None, f"{job.shard_path(number)}: not there"
-    return shard
+def _without_empty(job: Job, count: int) -> list[Shard]:
+    """Return the shards, and remove the files of those without a document that stays.
+
+    Those behind are renumbered. A later call would miss them, and make them again.
+    """
+    shards, number = list[Shard](), 0
+    for old in range(count):
+        shard = read_shard(job, old)
+        assert shard is not None, f"{job.shard_path(old)}: not there"
+        path = job.part / f"train-{old:05d}"
+        if not shard.size:
+            path.unlink(missing_ok=True)
+        else:
+            path.rename(job.part / f"train-{number:05d}")
+            shard.table["shard"] = number
+            number += 1
+        shards.append(shard)
+    return shards
 
 
 def _write_heldout(job: Job, shards: list[Shard], dtype: np.dtype) -> np.ndarray:
@@ -130,7 +147,7 @@ def _write_heldout(job: Job, shards: list[Shard], dtype: np.dtype) -> np.ndarray
                 writer.add(waiting.pop(0))
             tables.append(writer.close())
     hashes = np.sort(np.concatenate([shard.heldout_hashes for shard in shards]))
-    with publish(job.part / "heldout-hashes.npy", job.work) as new, open(new, "wb") as file:
+    with publish(job.part / HELDOUT_HASHES, job.work) as new, open(new, "wb") as file:
         distinct = hashes[np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]]
         np.save(file, distinct.astype("<u8"), allow_pickle=False)
     return np.concatenate([shards[0].table[:0], *tables])
@@ -233,7 +250,7 @@ def _manifest(
     }
 
 
-_PART_FILES = ("blocks", "report.json", "report.md", "heldout-hashes.npy")
+_PART_FILES = (TABLE, *REPORTS, HELDOUT_HASHES)
 
 
 def _publish(job: Job, manifest: bytes) -> None:
@@ -257,43 +274,35 @@ def _publish(job: Job, manifest: bytes) -> None:
 
 
 def _splits(
-    job: Job, old: dict[str, Any] | None, part: dict[str, Any], dtype: np.dtype
-) -> tuple[Any, Any]:
+    job: Job, old: dict[str, Any] | None, table: np.ndarray, tokenizer: Tokenizer
+) -> list[BlockSplit]:
     """Open both splits of all parts, with the new one."""
-    return _Stand(job.part, "train", part, dtype), _Stand(job.part, "heldout", part, dtype)
+    size, words = tokenizer.get_vocab_size(), not is_bert(tokenizer)
+    width, number = token_dtype(size).itemsize, job.base.parts if job.base else 0
+    before = read_tables(job.out, old) if old is not None else {}
+    result = list[BlockSplit]()
+    for split, name in enumerate(SPLITS):
+        entries = [table[table["split"] == split]]
+        parts = [np.full(len(entries[0]), number)]
+        if name in before:
+            entries.insert(0, before[name].entries)
+            parts.insert(0, before[name].parts)
+        both = np.concatenate(entries), np.concatenate(parts)
+        result.append(BlockSplit(_Joined(job.out, *both, width, words, size, job.dataset, number)))
+    return result
 
 
-class _Stand:
-    """Until the reader is there."""
+@dataclass(frozen=True)
+class _Joined(Blocks):
+    """Blocks of a dataset, and of a part that lies in another folder still."""
 
-    def __init__(self, folder: Path, name: str, part: dict[str, Any], dtype: np.dtype):
-        from fastbert.data.blocks import BLOCK, layout
+    added: Path
+    number: int
 
-        table = np.frombuffer((folder / "blocks").read_bytes(), BLOCK)
-        words = not (folder.parent / "tokenizer" / "vocab.txt").exists()
-        tokens, documents, sentences = [], [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]
-        for entry in table[table["split"] == SPLITS.index(name)]:
-            d, n, t = (int(entry[k]) for k in ("documents", "sentences", "tokens"))
-            at = layout(d, n, t, dtype.itemsize, words)
-            data = (folder / f"{name}-{int(entry['shard']):05d}").read_bytes()
-            data = data[int(entry["offset"]) :][: at.size]
-            tokens.append(np.frombuffer(data, dtype, t, at.ids))
-            first = np.frombuffer(data, "<u4", d + 1, at.documents)[1:].astype(np.int64)
-            groups = np.frombuffer(data, "<u4", n // 256 + 1, at.groups)
-            offsets = np.frombuffer(data, "<u2", n + 1, at.sentences).astype(np.int64)
-            offsets += np.repeat(groups, 256)[: n + 1]
-            documents.append(first + sum(map(len, sentences)) - 1)
-            sentences.append(offsets[1:] + sum(map(len, tokens[:-1])))
-        self._t = np.concatenate(tokens) if tokens else np.zeros(0, dtype)
-        self._d, self._s = np.concatenate(documents), np.concatenate(sentences)
-        self.documents, self.tokens = len(self._d) - 1, len(self._t)
-
-    def first_sentence(self, documents: np.ndarray) -> np.ndarray:
-        return self._d[documents]
-
-    def first_token(self, sentences: np.ndarray) -> np.ndarray:
-        return self._s[sentences]
-
-    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
-        return np.concatenate([self._t[a : a + n] for a, n in pairs]).astype(np.int64)
+    def ranges(self) -> list[tuple[Path, int, int]]:
+        return [
+            (self.added / path.relative_to(self.folder), begin, size)
+            if part == self.number
+            else (path, begin, size)
+            for part, (path, begin, size) in zip(self.parts.tolist(), super().ranges(), strict=True)
+        ]

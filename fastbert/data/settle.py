@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from fastbert.data.copies import Seen
-from fastbert.data.dataset import token_dtype
 from fastbert.data.job import Job
+from fastbert.data.manifest import token_dtype
 from fastbert.data.pieces import LISTED, Piece, read_piece, too_many
 from fastbert.data.report import DuplicateEstimator, TextStats
 from fastbert.data.results import disk_errors, publish, read_arrays, write_arrays

@@ -1,4 +1,4 @@
-"""Write one split of a dataset, shard by shard; dataset.py has the format."""
+"""Write one split of a dataset, shard by shard; format_2.py has the format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.data.dataset import Counts, shard_name
+from fastbert.data.manifest import Counts
+from fastbert.data.shard_split import shard_name
 
 # A new shard begins at the first chunk of text after this many tokens: 512 MiB of uint16.
 SHARD_TOKENS = 1 << 28

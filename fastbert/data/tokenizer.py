@@ -24,7 +24,7 @@ from tokenizers import (
 )
 
 from fastbert.data import token_roles
-from fastbert.data.dataset import SpecialIds
+from fastbert.data.manifest import SpecialIds
 from fastbert.data.token_roles import BERT_TOKENS, TokenRoles, roles_of
 from fastbert.errors import InputError
 from fastbert.presence import is_file, is_folder

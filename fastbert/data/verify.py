@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +45,13 @@ NumberCheck = Callable[[np.ndarray], str | None]
 
 @dataclass(frozen=True)
 class Claim:
-    """What the manifest says about a file.
+    """What the manifest says about a file, or a table about a part of one.
 
-    `check`, if given, checks all numbers of the file in order, as `dtype`.
+    `check`, if given, checks all numbers in order, as `dtype`, of `piece` bytes at a time.
+
+    Attributes:
+        offset: the first byte, for a part of a file.
+        label: names the part in messages; "" for a whole file.
     """
 
     name: str
@@ -54,6 +59,49 @@ class Claim:
     sha256: str
     dtype: np.dtype
     check: NumberCheck | None
+    offset: int = 0
+    piece: int | None = None
+    label: str = ""
+
+    def problem(self, folder: Path, progress: Progress | None = None) -> str | None:
+        """Read the bytes, and return what is wrong with them, or None.
+
+        Nothing is wrong with what was not read because `progress` is over.
+        """
+        path, digest, wrong = folder / self.name, hashlib.sha256(), None
+        progress = progress or Progress()
+        where = f"{path}: {self.label}" if self.label else str(path)
+        buffer = memoryview(bytearray(max(1, min(self.piece or PIECE, self.size))))
+        left = self.size
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(self.offset)
+                while not progress.over and left:
+                    size = _fill(file, buffer[:left])
+                    if not size:
+                        break
+                    left -= size
+                    digest.update(buffer[:size])
+                    whole = size - size % self.dtype.itemsize
+                    if self.check is not None and wrong is None and whole:
+                        wrong = self.check(np.frombuffer(buffer[:whole], self.dtype))
+                    progress.add(size)
+        except OSError as error:
+            return f"{where}: part of the dataset, but cannot be read ({error.strerror})"
+        if progress.over:
+            return None
+        if digest.hexdigest() != self.sha256:
+            record = "table" if self.label else "manifest"
+            return f"{where}: its SHA-256 differs from the {record}'s: damaged or changed"
+        return wrong and f"{where}: {wrong}"
+
+
+def _fill(file: RawIOBase, buffer: memoryview) -> int:
+    """Read until the buffer is full or the file ends, and return the bytes read."""
+    done = 0
+    while done < len(buffer) and (size := file.readinto(buffer[done:])):
+        done += size
+    return done
 
 
 def ids_below(vocab_size: int) -> NumberCheck:
@@ -92,7 +140,7 @@ def offsets_to(total: int, count: int) -> NumberCheck:
 def verify_files(
     folder: Path, identity: str, claims: Sequence[Claim]
 ) -> Generator[tuple[int, int], None, bool]:
-    """Check every file.
+    """Check every file, or part of a file.
 
     Files are read on several threads, about 1 GB/s each. If the folder is writable, a note for this
     user is left in it about what was verified: names, sizes, times and inodes, which change when a
@@ -101,7 +149,7 @@ def verify_files(
     Args:
         folder: of the dataset.
         identity: of the manifest; a note is valid for one manifest.
-        claims: the files to check.
+        claims: the files to check, or parts of files.
 
     Yields:
         Bytes done and bytes in all, about every REPORT_S seconds.
@@ -116,12 +164,12 @@ def verify_files(
     note = folder / f".verified-{os.geteuid()}"
     if _recently_verified(note, facts):
         return False
-    progress, total = _Progress(), sum(claim.size for claim in claims)
+    progress, total = Progress(), sum(claim.size for claim in claims)
     with ThreadPoolExecutor(min(THREADS, usable_cores(), len(claims))) as pool:
         try:
             # The largest files go first, so that the last ones to finish are small.
             waiting = {
-                pool.submit(_problem, folder, claim, progress)
+                pool.submit(claim.problem, folder, progress)
                 for claim in sorted(claims, key=lambda claim: -claim.size)
             }
             while waiting:
@@ -136,7 +184,7 @@ def verify_files(
     return True
 
 
-class _Progress:
+class Progress:
     """Bytes read by all threads; setting `over` ends the threads."""
 
     def __init__(self) -> None:
@@ -147,38 +195,16 @@ class _Progress:
             self.done += size
 
 
-def _problem(folder: Path, claim: Claim, progress: _Progress) -> str | None:
-    """Return what is wrong with a file, or None."""
-    path, digest, wrong = folder / claim.name, hashlib.sha256(), None
-    buffer = memoryview(bytearray(max(1, min(PIECE, claim.size))))
-    try:
-        with open(path, "rb") as file:
-            while not progress.over and (size := file.readinto(buffer)):
-                digest.update(buffer[:size])
-                if claim.check is not None and wrong is None and size >= claim.dtype.itemsize:
-                    wrong = claim.check(
-                        np.frombuffer(buffer[: size - size % claim.dtype.itemsize], claim.dtype)
-                    )
-                progress.add(size)
-    except OSError as error:
-        return f"{path}: part of the dataset, but cannot be read ({error.strerror})"
-    if progress.over:
-        return None
-    if digest.hexdigest() != claim.sha256:
-        return f"{path}: its SHA-256 differs from the manifest's: damaged or changed"
-    return wrong and f"{path}: {wrong}"
-
-
 def _file_state(folder: Path, identity: str, claims: Sequence[Claim]) -> str:
     """Return the facts that change when anybody writes to the dataset.
 
     Only root can set the ctime of a file.
     """
     found = {}
-    for claim in claims:
+    for name in {claim.name: None for claim in claims}:
         with suppress(OSError):
-            info = (folder / claim.name).stat()
-            found[claim.name] = [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino]
+            info = (folder / name).stat()
+            found[name] = [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino]
     return json.dumps({"manifest": identity, "files": found})
 
 
@@ -204,7 +230,7 @@ def _write_note(
     own_name = note.with_name(f"{note.name}-{secrets.token_hex(4)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     with suppress(OSError, _NotSettled), replacing(note, own_name) as new:
-        newest = max((folder / claim.name).stat().st_ctime for claim in claims)
+        newest = max((folder / name).stat().st_ctime for name in {claim.name for claim in claims})
         with open(os.open(new, flags, 0o600), "w", encoding="utf-8") as file:
             file.write(facts)
             now = os.fstat(file.fileno()).st_ctime  # by the clock of the file system

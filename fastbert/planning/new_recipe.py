@@ -18,8 +18,9 @@ from fastbert.config import (
     packaged_recipes,
     toml_value,
 )
-from fastbert.data.dataset import SPLITS, TokenDataset, open_dataset
+from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.examples import Examples
+from fastbert.data.manifest import SPLITS
 from fastbert.errors import InputError
 from fastbert.machine import measure_bandwidth, measure_gemm_rate, probe_bf16
 from fastbert.planning.advise import (
@@ -118,7 +119,7 @@ def new_recipe(data: str | Path, minutes: float, out: Path) -> NewRecipe:
 
 def look_at(dataset: TokenDataset) -> Corpus:
     """Collect what the choice needs to know of a dataset."""
-    report = json.loads((dataset.path / "report.json").read_text(encoding="utf-8"))
+    report = json.loads(dataset.reports[0].read_text(encoding="utf-8"))
     train = dataset.split("train")
     return Corpus(
         path=str(dataset.path),

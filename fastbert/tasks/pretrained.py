@@ -24,7 +24,7 @@ from fastbert.checkpoints.sentence_folder import VectorSettings
 from fastbert.checkpoints.weight_table import MLM, NSP
 from fastbert.config import ModelConfig, RunConfig
 from fastbert.data.cuts import Cuts
-from fastbert.data.dataset import SpecialIds
+from fastbert.data.manifest import SpecialIds
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.data.tokenizer import encode_with_special, is_bert, token_text
 from fastbert.errors import Diverged, InputError

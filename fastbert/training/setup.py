@@ -35,7 +35,8 @@ from fastbert.config import (
     settings_of,
 )
 from fastbert.data.batches import Batches, heldout_batches
-from fastbert.data.dataset import TokenDataset, other_files
+from fastbert.data.dataset import TokenDataset
+from fastbert.data.manifest import tokenizer_files
 from fastbert.data.packing import PackedBatch
 from fastbert.data.tokenizer import load_tokenizer
 from fastbert.durable import write_whole
@@ -447,8 +448,7 @@ def _prepare(setup: Setup) -> RunLock:
     run, config = setup.start.run, setup.config
     tokenizer = {
         Path(name).name: _read_plain(setup.dataset.path / name)
-        for name in other_files(setup.dataset.has_words)
-        if name.startswith("tokenizer/")
+        for name in tokenizer_files(setup.dataset.has_words)
     }
     try:
         run.mkdir(parents=True, exist_ok=True)
