@@ -336,7 +336,13 @@ def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iter
     It is the report where the call was killed after its dataset had got its name.
     """
     _check(out, options)
-    files = _laid_out(sources, options.text_format)
+    # A source may be the folder that the dataset is made in.
+    ours = work_of(out).absolute()
+    files = [
+        file
+        for file in _laid_out(sources, options.text_format)
+        if ours not in file.source.path.absolute().parents
+    ]
     without = _laid_out(options.without, None, "--without ") if options.without else []
     base, vocabulary = _base(out, options), _vocabulary(out, options)
     bad_allowed = {"error": 0, "skip": None}.get(str(options.bad_records), options.bad_records)
