@@ -88,6 +88,24 @@ def number(
     return field(default=default, metadata={"low": low, "high": high, "above": above, "unit": unit})
 
 
+SIZE_UNITS = {"KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
+
+
+def size(default: str, *, low: str) -> Any:
+    """A field for a number of bytes, which a recipe may give with a unit: "4 GiB"."""
+    bounds = {"low": size_of(low), "high": math.inf, "above": False, "unit": "bytes"}
+    return field(default=size_of(default), metadata=bounds | {"is_size": True})
+
+
+def size_of(text: str) -> int | None:
+    """The bytes that a text like "4 GiB" means; None where it is no such text."""
+    number, _, unit = text.strip().rpartition(" ")
+    digits = number.strip()
+    if not digits.isascii() or not digits.isdigit() or unit not in SIZE_UNITS:
+        return None
+    return int(digits) << SIZE_UNITS[unit]
+
+
 def choice(default: str, *options: str) -> Any:
     """A field for one of the given words."""
     return field(default=default, metadata={"options": options})
@@ -250,6 +268,17 @@ MUON_MOMENTUM = 0.95  # where a recipe names muon and no momentum; Jordan et al.
 
 
 @dataclass(frozen=True)
+class OrderConfig:
+    """The order of examples in an epoch.
+
+    A dataset whose token ids fit one window is shuffled as a whole. A larger one is read window by
+    window: its blocks of 16 MiB are shuffled, and then the examples of each window.
+    """
+
+    window: int = size("4 GiB", low="16 MiB")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     name: str = choice("adamw", "adamw", "lamb", "muon", "sgd", "stable_adamw")
     lr: float = number(1e-4, 0, 100, above=True)
@@ -333,6 +362,7 @@ class RunConfig:
     model: ModelConfig = BertConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
+    order: OrderConfig = OrderConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     stop: StopConfig = StopConfig()
@@ -639,8 +669,10 @@ def _near(name: str, prefix: str, known: list[str]) -> str:
 
 
 def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where: str) -> Any:
+    shown = _shown(value)
+
     def wrong(what: str) -> InputError:
-        return InputError(f"{where}: {key} = {_shown(value)}; must be {what}")
+        return InputError(f"{where}: {key} = {shown}; must be {what}")
 
     if isinstance(hint, types.UnionType):
         # `int | None`: TOML has no null, so a value that is given is never None.
@@ -663,6 +695,10 @@ def _value(spec: dataclasses.Field[Any], hint: Any, value: Any, key: str, where:
         if len(pair) != 2 or not all(_is_number(v) and 0 <= v < 1 for v in pair):
             raise wrong("two numbers of at least 0 and below 1")
         return tuple(float(v) for v in pair)
+    if spec.metadata.get("is_size") and isinstance(value, str):
+        value = size_of(value)
+        if value is None:
+            raise wrong(f'bytes, or a number with a unit ({", ".join(SIZE_UNITS)}): "4 GiB"')
     if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
         raise wrong("a whole number")
     if not _is_number(value) or not _is_finite(value):

@@ -18,6 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastbert.config import ObjectiveConfig, parse_config
+from fastbert.data import example_counts
 from fastbert.data import examples as module
 from fastbert.data.examples import Examples, Spans
 from fastbert.data.split import Split
@@ -422,5 +423,5 @@ def test_one_document_must_not_hold_more_than_half(tmp_path):
 
 def test_counting_in_several_rounds_changes_nothing(split, monkeypatch):
     whole = digest(epoch_of(make(split)))
-    monkeypatch.setattr(module, "DOCUMENTS_AT_ONCE", 2)
+    monkeypatch.setattr(example_counts, "DOCUMENTS_AT_ONCE", 2)
     assert digest(epoch_of(make(split))) == whole

@@ -19,6 +19,7 @@ from fastbert.data.masking import Masking, selected_counts
 from fastbert.data.packing import PackedBatch, pack, pack_texts
 from fastbert.data.padding import pad
 from fastbert.data.stream import Epochs, Stream
+from fastbert.data.window_order import open_stream
 from fastbert.errors import InputError
 
 __all__ = ["Batches", "PackedBatch", "heldout_batches", "pack_texts"]
@@ -44,24 +45,27 @@ class Batches:
     def __init__(self, dataset: TokenDataset, config: RunConfig):
         self.config = config
         longest = config.batch.max_length if config.runtime.cuda_graphs else None
-        self._examples = Examples(
-            dataset.split("train"),
-            config.objective,
-            config.batch.max_length,
-            config.seed,
-            f"{dataset.path}: split train",
+        self._stream = open_stream(
+            dataset, config.objective, config.batch.max_length, config.seed, config.order.window
         )
-        self._stream = Epochs(self._examples)
         self._packer = _Packer(dataset, self._stream, config.objective, longest)
 
     @property
     def examples_per_epoch(self) -> int:
-        return len(self._examples)
+        return len(self._stream)
 
     @property
     def steps_per_epoch(self) -> float:
         """Steps per epoch, a fraction: the next epoch begins within the step where one ends."""
-        return len(self._examples) / self.config.batch.sequences
+        return len(self._stream) / self.config.batch.sequences
+
+    def open(self, step: int) -> None:
+        """Open and verify the text that this step begins with.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        self._stream.draw(np.array([step * self.config.batch.sequences]))
 
     def position(self, step: int) -> float:
         """Return the number of epochs completed when this step begins."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbert.data.blocks import ALIGNMENT, BLOCK, Layout, layout, problem
+from fastbert.data.blocks import ALIGNMENT, BLOCK, BLOCK_BYTES, Layout, layout, problem
 from fastbert.data.manifest import SPLITS
 from fastbert.data.verify import Claim
 
@@ -54,6 +54,10 @@ class Blocks:
         """Return the sum of a column of the table."""
         return int(self.entries[name].sum(dtype=np.int64))
 
+    def windows(self, size: int) -> int:
+        """Return how many windows of `size` bytes an epoch has; the last takes the remainder."""
+        return max(1, len(self) // per_window(size))
+
     def name(self, block: int) -> str:
         """Return the name of the shard of a block within the dataset."""
         entry = self.entries[block]
@@ -85,6 +89,11 @@ class Blocks:
             piece=size,
             label=f"the block at byte {offset:,}",
         )
+
+
+def per_window(size: int) -> int:
+    """Return the blocks in a window of `size` bytes of ids."""
+    return max(1, size // BLOCK_BYTES)
 
 
 COUNTS = ("documents", "sentences", "tokens")

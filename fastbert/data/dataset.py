@@ -57,6 +57,10 @@ class TokenDataset:
             return BlockSplit(self.blocks[name])
         return format_2.open_split(self.path, self.manifest, name)
 
+    def windows(self, size: int) -> int:
+        """Return how many windows of `size` bytes an epoch of training has; 1 in format 2."""
+        return self.blocks["train"].windows(size) if self.blocks else 1
+
     @property
     def reports(self) -> list[Path]:
         """The reports on the text, as JSON: one of each part, in order."""
@@ -103,8 +107,12 @@ class TokenDataset:
             raise InputError(f'{file}: not an object of numbers with "unigram"; {AGAIN}')
         return values
 
-    def verify(self) -> Generator[tuple[int, int]]:
+    def verify(self, window: int | None = None) -> Generator[tuple[int, int]]:
         """Check every byte of the dataset; see verify.py.
+
+        Args:
+            window: where the text to train on is larger than a window of so many bytes, it is left
+                to those who open its windows; see window_order.py.
 
         Yields:
             From time to time, the bytes checked so far and the bytes in all.
@@ -112,7 +120,7 @@ class TokenDataset:
         Raises:
             InputError: a file that is damaged or changed, or holds impossible numbers.
         """
-        if (yield from verify_files(self.path, self.sha256, self._claims())):
+        if (yield from verify_files(self.path, self.sha256, self._claims(window))):
             self._check_tokenizer()
         # Reading them raises where they are wrong.
         for _ in (self.baselines, None if self.has_words else self.continues_word):
@@ -133,10 +141,13 @@ class TokenDataset:
                 f"{self.tokenizer_dir}: {special}, the manifest says {self.special}; {AGAIN}"
             )
 
-    def _claims(self) -> list[Claim]:
+    def _claims(self, window: int | None) -> list[Claim]:
         """Return what the manifest and the tables claim about the files."""
         found = FORMATS[self.manifest["format"]].claims(self.manifest)
-        return found + [claim for blocks in self.blocks.values() for claim in blocks.claims()]
+        for split, blocks in self.blocks.items():
+            if window is None or split != "train" or self.windows(window) == 1:
+                found += blocks.claims()
+        return found
 
 
 def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:

@@ -32,14 +32,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from fastbert.config import ObjectiveConfig
-from fastbert.data.example_counts import examples_per_document, room_for
+from fastbert.data.example_counts import count_examples, room_for
 from fastbert.data.permutation import permute
 from fastbert.data.philox import Purpose, random_words, unit
-from fastbert.data.split import Split
+from fastbert.data.split import Split, running_total
 from fastbert.errors import InputError
 
-# Documents counted at a time, so that memory for temporaries does not grow with the split.
-DOCUMENTS_AT_ONCE = 1 << 20
 # With segments = "fill":
 LEAST_SHARE, MOST_SHARE = 0.15, 0.85  # A's share of the tokens of a pair
 # This share of the examples aims at a random, shorter length, as in google-research/bert,
@@ -49,7 +47,7 @@ SHORT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Spans:
-    """The positions of the tokens of B examples in the split.
+    """The positions of the tokens of B examples in a split, or in several.
 
     Attributes, all int64 [B]:
         a_start, a_length: first token of segment A, and its tokens; at least one.
@@ -58,6 +56,7 @@ class Spans:
         labels: 0 IsNext, 1 NotNext (as in transformers), -100 where the objective has no pairs.
         keys: the random key of each example, in [0, 2**63): a function of (seed, epoch, index).
         index: the example's number within its epoch.
+        split: which of the stream's splits the positions are in; 0 where it has only one.
     """
 
     a_start: np.ndarray
@@ -67,6 +66,7 @@ class Spans:
     labels: np.ndarray
     keys: np.ndarray
     index: np.ndarray
+    split: np.ndarray
 
     @property
     def ordinary(self) -> np.ndarray:
@@ -117,8 +117,10 @@ class Examples:
         self.single = objective.segments == "single"
         self.once = objective.segments == "windows"
         self.room = room_for(max_length, self.pairs)
-        self._before = self._count()
-        self._most = int(np.diff(self._before).max(initial=0))
+        counts = count_examples(split, self.room, self.pairs, self.single)
+        self._most = int(counts.max(initial=0))
+        # Examples before each document; the last one is their total.
+        self._before = running_total(counts)
         what = f'objective.kind = "{objective.kind}"'
         if len(self) == 0:
             raise InputError(
@@ -139,15 +141,17 @@ class Examples:
         """Examples per epoch."""
         return int(self._before[-1])
 
-    def draw(self, epoch: int, indices: np.ndarray) -> Spans:
+    def draw(self, epoch: int, indices: np.ndarray, window: int = 0, first: int = 0) -> Spans:
         """Return the examples at these positions of the epoch's shuffled order.
 
         Args:
             epoch: below 2**32.
-            indices: int64 [B], each in [0, len(self)).
+            indices: int64 [B], each in [first, first + len(self)).
+            window: which window of the epoch the split is; see window_order.py.
+            first: examples of the epoch in the windows before.
         """
         indices = np.asarray(indices, np.int64)
-        places = permute(indices, len(self), self.seed, epoch)
+        places = permute(indices - first, len(self), self.seed, epoch, window)
         words = random_words(self.seed, Purpose.EXAMPLE, indices, epoch)
         keys = (words[0] >> np.uint64(1) << np.uint64(32) | words[1]).astype(np.int64)
         words = random_words(keys, Purpose.PAIR, np.zeros_like(keys))
@@ -172,6 +176,7 @@ class Examples:
             labels,
             keys,
             indices,
+            np.zeros_like(indices),
         )
 
     def cut_pairs(
@@ -221,7 +226,8 @@ class Examples:
             start, end = self._windows(places, unit(words[2]))
             length = np.minimum(end - start, self._target_length(words[3], shortest=1))
         nothing = np.zeros_like(start)
-        return Spans(start, length, nothing, nothing, np.full_like(start, -100), keys, indices)
+        labels = np.full_like(start, -100)
+        return Spans(start, length, nothing, nothing, labels, keys, indices, nothing)
 
     def _joins(self, places: np.ndarray, fraction: np.ndarray) -> np.ndarray:
         """Return token offsets int64 [3, N]: A's earliest token, B's first and B's latest end."""
@@ -294,14 +300,3 @@ class Examples:
             bottom, top = np.where(is_before, above, bottom), np.where(is_before, top, middle)
         before, after = self.split.first_token(np.stack([np.maximum(top - 1, low), top]))
         return np.where(np.abs(target - before) <= np.abs(after - target), before, after)
-
-    def _count(self) -> np.ndarray:
-        """Return the examples before each document, int64 [documents + 1]; last is their total."""
-        before = np.zeros(self.split.documents + 1, np.int64)
-        for start in range(0, self.split.documents, DOCUMENTS_AT_ONCE):
-            documents = np.arange(start, min(start + DOCUMENTS_AT_ONCE, self.split.documents) + 1)
-            first = self.split.first_sentence(documents)
-            tokens = None if self.single else np.diff(self.split.first_token(first))
-            count = examples_per_document(np.diff(first), tokens, self.room, self.pairs)
-            before[start + 1 : start + len(documents)] = count
-        return np.cumsum(before)

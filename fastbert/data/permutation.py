@@ -1,4 +1,4 @@
-"""The order of examples in an epoch: a permutation of [0, n) that is computed, not stored."""
+"""The order of examples or of blocks in an epoch: a permutation of [0, n), computed, not stored."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ MIX_1, MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 HALF = np.uint64(32)
 
 
-def permute(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Apply the epoch's permutation of [0, n): a Feistel network with cycle walking.
+def permute(
+    indices: np.ndarray,
+    n: int,
+    seed: int,
+    epoch: int,
+    number: int = 0,
+    purpose: Purpose = Purpose.ORDER,
+) -> np.ndarray:
+    """Apply a permutation of [0, n) of the epoch: a Feistel network with cycle walking.
 
     A number below rows * columns, which is slightly above n, is split into (row, column). Each
     round adds a hash of one to the other. This can be undone, so the network is a bijection.
@@ -27,6 +34,8 @@ def permute(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
         n: at least 1, below 2**62.
         seed: in [0, 2**63).
         epoch: below 2**32.
+        number: which of the epoch's permutations; at least 0.
+        purpose: what it permutes.
 
     Returns:
         int64 [N], each in [0, n).
@@ -36,7 +45,7 @@ def permute(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """
     columns = math.isqrt(n - 1) + 1 if n > 1 else 1
     rows = -(-n // columns)
-    keys = _round_keys(seed, epoch)
+    keys = _round_keys(seed, epoch, number, purpose)
     result = _network(indices.astype(np.uint64), rows, columns, keys)
     while len(outside := np.flatnonzero(result >= n)):
         result[outside] = _network(result[outside], rows, columns, keys)
@@ -61,7 +70,7 @@ def _hash(values: np.ndarray, key: np.uint64, size: np.uint64) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
+def _round_keys(seed: int, epoch: int, number: int, purpose: Purpose) -> np.ndarray:
     """uint64 [ROUNDS]."""
-    words = random_words(seed, Purpose.ORDER, np.arange(ROUNDS), epoch)
+    words = random_words(seed, purpose, ROUNDS * number + np.arange(ROUNDS), epoch)
     return words[0] << HALF | words[1]

@@ -6,6 +6,7 @@ examples are, which may be in several splits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +17,16 @@ from fastbert.data.examples import Examples, Spans
 class Stream(Protocol):
     """A sequence of examples, and their tokens."""
 
+    def __len__(self) -> int:
+        """Examples per epoch."""
+        ...
+
     def draw(self, numbers: np.ndarray) -> Spans:
-        """Return the examples of these numbers, int64 [B], each at least 0."""
+        """Return the examples of these numbers, int64 [B], each at least 0.
+
+        Raises:
+            InputError: the text that they need is damaged.
+        """
         ...
 
     def tokens(self, spans: Spans) -> np.ndarray:
@@ -38,15 +47,31 @@ class Epochs:
     def __init__(self, examples: Examples):
         self.examples = examples
 
+    def __len__(self) -> int:
+        return len(self.examples)
+
     def draw(self, numbers: np.ndarray) -> Spans:
         epochs, indices = np.divmod(numbers, len(self.examples))
-        drawn = [
-            self.examples.draw(int(epoch), indices[epochs == epoch]) for epoch in np.unique(epochs)
-        ]
-        return drawn[0] if len(drawn) == 1 else Spans.join(drawn)
+        return draw_by(epochs, lambda epoch, chosen: self.examples.draw(epoch, indices[chosen]))
 
     def tokens(self, spans: Spans) -> np.ndarray:
         return self.examples.split.gather(*spans.segments)
 
     def begins_word(self, spans: Spans) -> np.ndarray:
         return self.examples.split.begins_word(*spans.segments)
+
+
+def draw_by(groups: np.ndarray, draw: Callable[[int, np.ndarray], Spans]) -> Spans:
+    """Draw examples group by group, and return them in the order that was asked for.
+
+    Args:
+        groups: int64 [B], the group of each example.
+        draw: takes a group and the positions of its examples in `groups`.
+    """
+    found = np.unique(groups).tolist()
+    if len(found) == 1:
+        return draw(found[0], np.arange(len(groups)))
+    places = [np.flatnonzero(groups == group) for group in found]
+    parts = [draw(group, chosen) for group, chosen in zip(found, places, strict=True)]
+    order = np.concatenate(places)
+    return Spans.join(parts).take(np.argsort(order))

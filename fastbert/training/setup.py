@@ -277,7 +277,7 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
             config, initial = _start_from(config, recipe, resume)
         settings = read_ds_config(config, recipe)
         check_settings(settings)
-    dataset = open_verified(config.data, group)
+    dataset = open_verified(config.data, group, config.order.window)
     with group.raise_on_all_ranks():
         _check_memory(config, dataset.vocab_size, group.world, recipe)
         batches = Batches(dataset, config)
@@ -292,6 +292,8 @@ def set_up(config: RunConfig, recipe: str, resume: bool, group: Group) -> Setup:
         if group.is_main:
             start = open_run(config, recipe, dataset, resume)
     start = Start.load(group.broadcast(start.dump() if start else None))
+    with group.raise_on_all_ranks():
+        batches.open(start.checkpoint.step if start.checkpoint else 0)
     precision = resolve_precision(
         config.runtime.precision,
         _precision_before(start.checkpoint),
@@ -520,6 +522,9 @@ def _check_same_run(
     before = _flat(parse_config(text, str(found.path)))
     now = _flat(config)
     changed = [key for key in now if now[key] != before.get(key) and not _among(key, FREE)]
+    # A dataset that fits one window has the same order whatever the window.
+    if dataset.windows(now["order.window"]) == dataset.windows(before["order.window"]) == 1:
+        changed = [key for key in changed if key != "order.window"]
     for key in changed:
         if not _among(key, NOTED):
             raise InputError(

@@ -17,12 +17,15 @@ from fastbert.terminal import tell
 LINE_EVERY_S = 5.0  # between progress lines; most datasets are verified before the first
 
 
-def open_verified(path: str | Path, group: Group | None = None) -> TokenDataset:
+def open_verified(
+    path: str | Path, group: Group | None = None, window: int | None = None
+) -> TokenDataset:
     """Open and verify the dataset at `path`; every rank of the group calls it.
 
     Args:
         path: the dataset's folder.
         group: the run's processes; None for a single process without a group.
+        window: as in `TokenDataset.verify`.
 
     Raises:
         InputError: the dataset is invalid, on any machine; all ranks raise it.
@@ -38,7 +41,7 @@ def open_verified(path: str | Path, group: Group | None = None) -> TokenDataset:
     # that time.
     round_s = group.timeout_s / 4 if group else math.inf
     said, more = time.monotonic(), True
-    with closing(dataset.verify()) as work:
+    with closing(dataset.verify(window)) as work:
         while more:
             more, end = False, time.monotonic() + round_s
             with on_all_ranks():
