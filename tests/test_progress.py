@@ -12,6 +12,7 @@ import pytest
 from fastbert.data import progress as module
 from fastbert.data.progress import Progress
 
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -184,9 +184,7 @@ HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
         ),
         (
             "bad records, left out",
-            lambda: report_of(
-                chunk([[20] * 50], bad=[bad(1, "no"), bad(2, "no")], bad_records=2)
-            ),
+            lambda: report_of(chunk([[20] * 50], bad=[bad(1, "no"), bad(2, "no")], bad_records=2)),
             "a: line 1: no; a: line 2: no",
         ),
         (
@@ -227,7 +225,9 @@ def test_what_is_stored_and_shown(
     report = prepare(
         [english_jsonl], tmp_path / "dataset", vocab_size=5000, workers=1, progress=False
     )
-    stored = json.loads((tmp_path / "dataset" / "part-00000" / "report.json").read_text(encoding="utf-8"))
+    stored = json.loads(
+        (tmp_path / "dataset" / "part-00000" / "report.json").read_text(encoding="utf-8")
+    )
     advice = stored.pop("advice")
     assert stored == json.loads(json.dumps(report.figures))
     assert "100 million" in advice["tokens"]

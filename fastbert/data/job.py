@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 
-from fastbert import __version__
 from fastbert.data.blocks import BLOCK, BLOCK_BYTES
 from fastbert.data.corpus_plan import Part, Plan
 from fastbert.data.documents import WIKI
@@ -167,7 +167,7 @@ class Job:
 
     @staticmethod
     def _key(*values: object) -> str:
-        return key_of(_VERSION, __version__, *values)
+        return key_of(_VERSION, _release(), *values)
 
     def _identity(self, part: Part) -> list[object]:
         """Return what the documents of a segment depend on."""
@@ -179,6 +179,11 @@ class Job:
         source = file.source
         path = os.path.abspath(source.path)
         return [path, source.format, source.compression, file.size, file.modified, file.step]
+
+
+@cache
+def _release() -> str:
+    return version("fastbert-pretrain")
 
 
 def work_of(out: Path) -> Path:
