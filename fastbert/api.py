@@ -15,7 +15,7 @@ import sys
 import threading
 import types
 import typing
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,20 +84,21 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
 
     Args:
         sources: a text file or a folder, or several of them: txt, jsonl, csv, tsv or parquet.
-        out: the folder to make; it must not exist yet.
-        options: keyword arguments of `fastbert.data.prepare.prepare`, such as `vocab_size`,
-            `algorithm`, `lowercase`, `keep_accents`, `tokenizer`, `heldout`, `text_format`,
-            `text_field`, `bad_records`, `dedup`, `workers` and `progress`.
+        out: the folder to make; it must not exist yet, unless `add=True` adds a part to it.
+        options: attributes of `fastbert.data.prepare.Options`: `vocab_size`, `algorithm`,
+            `lowercase`, `keep_accents`, `tokenizer`, `heldout`, `text_format`, `text_field`,
+            `bad_records`, `drop_copies`, `without`, `add`, `workers`, `engine`, `ray_address` and
+            `progress`.
 
     Returns:
         The report: `figures` is a dict of numbers, `rows` has their meaning and advice in words.
 
     Raises:
-        InputError: something is wrong with the sources, an option or the disk. Nothing is left
-            behind then.
+        InputError: something is wrong with the sources, an option or the disk. What is finished
+            stays in the folder `out`.work, and the same call continues there.
         TypeError: there is no such option.
     """
-    from fastbert.data.prepare import prepare
+    from fastbert.data.prepare import Options, prepare
 
     with _in_python():
         if isinstance(sources, bytes) or not isinstance(sources, (str, os.PathLike, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -108,7 +109,12 @@ def prepare(sources: str | Path | Iterable[str | Path], out: str | Path, **optio
         if not paths:
             raise InputError("sources is empty; give a text file or a folder")
         _check_type("out", out, str | os.PathLike)
-        _check_options(prepare, options)
+        if isinstance(without := options.get("without"), str | os.PathLike):
+            options["without"] = [without]
+        _check_options(Options, options)
+        for i, path in enumerate(options.get("without", ())):
+            _check_type(f"without[{i}]", path, str | os.PathLike)
+        options["without"] = tuple(map(os.path.expanduser, options.get("without", ())))
         keep_heap()
         # "~" is expanded by a shell, and here there is none.
         paths = [os.path.expanduser(path) for path in paths]
@@ -216,7 +222,8 @@ _SWITCHES = {
     "resume": "resume=True",
     "cased": "lowercase=False",
     "keep-accents": "keep_accents=True",
-    "dedup": "dedup=True",
+    "drop-copies": "drop_copies=True",
+    "add": "add=True",
 }
 _RENAMED = {"format": "text_format"}
 _COMMAND = re.compile(r"fastbert pretrain (\S+) --resume")
@@ -240,22 +247,23 @@ def _as_python(message: str) -> str:
 
 def _check_type(name: str, value: object, wanted: Any) -> None:
     """Raise InputError where a value has another type; true and false are no numbers."""
-    kinds = typing.get_args(wanted) or (wanted,)
+    kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    kinds = tuple(typing.get_origin(kind) or kind for kind in kinds)
     if float in kinds:
         kinds = (*kinds, int)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = {str: "a string", os.PathLike: "a path", Path: "a path", types.NoneType: "None"}
         names |= {int: "a whole number", float: "a number", bool: "True or False"}
-        wanted_names = [
-            names.get(kind, kind.__name__) for kind in typing.get_args(wanted) or kinds[:1]
-        ]
+        names |= {Sequence: "a list"}
+        shown = [kind for kind in kinds if not (kind is int and float in kinds)]
+        wanted_names = dict.fromkeys(names.get(kind, kind.__name__) for kind in shown)
         raise InputError(f"{name} = {value!r:.60}; must be {' or '.join(wanted_names)}")
 
 
-def _check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Check keyword arguments by the types that the function gives them."""
-    hints = typing.get_type_hints(function)
-    known = [name for name in hints if name not in ("sources", "out", "return")]
+def _check_options(wanted: type, options: Mapping[str, Any]) -> None:
+    """Check keyword arguments by the types that a dataclass gives them."""
+    hints = typing.get_type_hints(wanted)
+    known = list(hints)
     for name, value in options.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -217,7 +217,13 @@ def prepare(
             help="Text files or folders: txt, jsonl, csv, tsv, parquet; also .gz, .zst, .xz, .bz2.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write the dataset to; it must be new.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The folder to write the dataset to. Work in progress lies in OUT.work; the same "
+            "command run again continues it."
+        ),
+    ],
     vocab_size: Annotated[
         int, typer.Option(help="Size of the vocabulary to train; of bpe a multiple of 64.")
     ] = 30522,
@@ -264,32 +270,66 @@ def prepare(
         ),
     ] = "text",
     bad_records: Annotated[
-        str, typer.Option(help="What to do with a record that cannot be read: error or skip.")
+        str,
+        typer.Option(
+            help="What to do with a record that cannot be read: error, skip, or how many to skip."
+        ),
     ] = "error",
-    dedup: Annotated[
+    drop_copies: Annotated[
         bool,
-        typer.Option("--dedup", help="Leave out documents that are copies of an earlier one."),
+        typer.Option("--drop-copies", help="Leave out documents that are copies of another one."),
     ] = False,
+    without: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Evaluation sets: leave out documents that share 13 tokens in a row with these "
+            "files. May be given several times."
+        ),
+    ] = None,
+    add: Annotated[
+        bool, typer.Option("--add", help="Add the text to the dataset that is there, as a part.")
+    ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(help="Who runs the tasks: local, or ray, on a cluster that shares the disk."),
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Address of the Ray cluster, such as 10.0.0.1:6379.")
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Run only share I of N of the tasks, for a scheduler such as Slurm; the command "
+            "without it finishes.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a dataset from text: tokenizer, token ids, a held-out part and a report on the data."""
-    from fastbert.data.prepare import prepare
+    from fastbert.data.prepare import prepare, prepare_share
 
-    report = prepare(
-        sources,
-        out,
-        vocab_size=vocab_size,
-        algorithm=algorithm,
-        tokenizer=tokenizer,
-        lowercase=not cased,
-        keep_accents=keep_accents,
-        workers=workers,
-        heldout=heldout,
-        text_format=text_format,
-        text_field=text_field,
-        bad_records=bad_records,
-        dedup=dedup,
-    )
+    options: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "algorithm": algorithm,
+        "tokenizer": tokenizer,
+        "lowercase": not cased,
+        "keep_accents": keep_accents,
+        "workers": workers,
+        "heldout": heldout,
+        "text_format": text_format,
+        "text_field": text_field,
+        "bad_records": bad_records,
+        "drop_copies": drop_copies,
+        "without": tuple(without or ()),
+        "add": add,
+        "engine": engine,
+        "ray_address": ray_address,
+    }
+    if task is not None:
+        _print(prepare_share(sources, out, task, **options))
+        return
+    report = prepare(sources, out, **options)
     if as_json:
         print(report.json(), end="")
         return

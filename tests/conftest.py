@@ -89,6 +89,16 @@ def small_dataset(english_jsonl: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def old_dataset(
+    small_dataset: TokenDataset, tmp_path_factory: pytest.TempPathFactory
+) -> TokenDataset:
+    """The same in format 2, which is read but no longer written."""
+    from tests.old_dataset import in_format_2
+
+    return in_format_2(small_dataset, tmp_path_factory.mktemp("old") / "dataset")
+
+
+@pytest.fixture(scope="session")
 def bf16_products() -> Bf16Probe:
     """Skip a test that multiplies in bf16 where that kills the process; see `probe_bf16`."""
     from fastbert.machine import probe_bf16

@@ -161,7 +161,7 @@ def test_the_report_and_the_manifest_name_the_tokenizer(
         out = tmp_path / f"{kind}-data"
         report = prepare([source], out, tokenizer=folder, workers=1, progress=False)
         assert open_dataset(out).manifest["tokenizer"] == report.figures["tokenizer"] == said
-        assert f"| tokenizer | {said} |" in (out / "report.md").read_text()
+        assert f"| tokenizer | {said} |" in (out / "part-00000/report.md").read_text()
         output = capsys.readouterr().err
         assert (problem in output) and output.count("looked up") == (problem != "")
         assert sorted(os.listdir(out / "tokenizer")) == ["tokenizer.json", "tokenizer_config.json"]
@@ -172,23 +172,25 @@ def test_the_same_bytes_whatever_the_workers(source: Path, tmp_path: Path) -> No
     for workers in (1, 3):
         out = tmp_path / str(workers)
         prepare([source], out, vocab_size=700, algorithm="bpe", workers=workers, progress=False)
-        made.append(sorted((p.relative_to(out), p.read_bytes()) for p in out.rglob("*.*")))
+        files = (path for path in out.rglob("*") if path.is_file())
+        made.append(sorted((path.relative_to(out), path.read_bytes()) for path in files))
     assert made[0] == made[1]
-    assert any(name.suffix == ".words" for name, _ in made[0])
+    assert any(name.name == "train-00000" for name, _ in made[0])
 
 
 def test_a_changed_bit_is_found(made: tuple[Path, TokenDataset], tmp_path: Path) -> None:
     copy = shutil.copytree(made[1].path, tmp_path / "copy")
     for note in copy.glob(".verified-*"):
         note.unlink()
-    file = copy / "train/shard-00000.words"
+    file = copy / "part-00000/train-00000"
     data = bytearray(file.read_bytes())
-    data[5] ^= 16
+    entry = made[1].blocks["train"].layout
+    data[int(entry.words[0]) + 5] ^= 16
     file.write_bytes(data)
-    with pytest.raises(InputError, match=r"shard-00000\.words.*SHA-256"):
+    with pytest.raises(InputError, match=r"train-00000.*SHA-256"):
         open_dataset(copy)
     file.write_bytes(data[:-1])
-    with pytest.raises(InputError, match=r"shard-00000\.words.*cut short"):
+    with pytest.raises(InputError, match=r"train-00000.*SHA-256"):
         open_dataset(copy)
 
 

@@ -42,7 +42,7 @@ def test_both_sides_have_the_same_ids(both: tuple[TokenDataset, Path]) -> None:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_other_ids_are_noticed(both: tuple[TokenDataset, Path], split: str, tmp_path: Path) -> None:
     dataset = Path(shutil.copytree(both[0].path, tmp_path / "dataset"))
-    tokens = dataset / split / "shard-00000.tokens"
+    tokens = dataset / "part-00000" / f"{split}-00000"
     data = bytearray(tokens.read_bytes())
     data[-2] ^= 1  # the last token of the last document
     tokens.write_bytes(data)

@@ -96,7 +96,9 @@ def test_the_report_counts_and_advises_and_the_text_stays(tmp_path: Path):
     assert rows["documents with letters decoded wrongly"].value == "1: Ã©"
     assert rows["documents with escapes"].value == "0"
     assert not rows["documents with escapes"].advice
-    stored = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    stored = json.loads(
+        (tmp_path / "out" / "part-00000" / "report.json").read_text(encoding="utf-8")
+    )
     assert stored["damaged_documents"]["HTML tags"] == {
         "share": round(1 / 43, 6),
         "examples": ["<b>", "</b>"],

@@ -94,9 +94,9 @@ def test_bytes_on_disk(tmp_path: Path) -> None:
     assert token_dtype((1 << 16) + 1) == np.dtype("<u4")
 
 
-def test_dataset(small_dataset: TokenDataset) -> None:
-    vocabulary = (small_dataset.tokenizer_dir / "vocab.txt").read_text(encoding="utf-8").split("\n")
-    special = small_dataset.special
+def test_dataset(old_dataset: TokenDataset) -> None:
+    vocabulary = (old_dataset.tokenizer_dir / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    special = old_dataset.special
     assert [
         vocabulary[i] for i in (special.pad, special.unk, special.cls, special.sep, special.mask)
     ] == [
@@ -106,10 +106,10 @@ def test_dataset(small_dataset: TokenDataset) -> None:
         "[SEP]",
         "[MASK]",
     ]
-    assert small_dataset.vocab_size == len(vocabulary) - 1 == 1000
+    assert old_dataset.vocab_size == len(vocabulary) - 1 == 1000
     assert sorted(
         [
-            *small_dataset.ordinary_ids,
+            *old_dataset.ordinary_ids,
             special.pad,
             special.unk,
             special.cls,
@@ -117,13 +117,13 @@ def test_dataset(small_dataset: TokenDataset) -> None:
             special.mask,
         ]
     ) == list(range(1000))
-    assert [vocabulary[i] for i in np.flatnonzero(small_dataset.continues_word)] == [
+    assert [vocabulary[i] for i in np.flatnonzero(old_dataset.continues_word)] == [
         token for token in vocabulary if token.startswith("##")
     ]
-    assert small_dataset.continues_word.shape == (1000,)
-    assert len(small_dataset.sha256) == 64
+    assert old_dataset.continues_word.shape == (1000,)
+    assert len(old_dataset.sha256) == 64
     for name in ("train", "heldout"):
-        split, counts = small_dataset.split(name), small_dataset.manifest["splits"][name]
+        split, counts = old_dataset.split(name), old_dataset.manifest["splits"][name]
         assert (split.documents, split.sentences, split.tokens) == (
             counts["documents"],
             counts["sentences"],
@@ -316,11 +316,11 @@ TRAIN = "train/shard-00000."
     ],
 )
 def test_broken_dataset(
-    small_dataset: TokenDataset, tmp_path: Path, damage: Callable[[Path], Any], words: list[str]
+    old_dataset: TokenDataset, tmp_path: Path, damage: Callable[[Path], Any], words: list[str]
 ) -> None:
     path = tmp_path / "copy"
-    shutil.copytree(small_dataset.path, path)
-    assert open_dataset(path, verify=True).sha256 == small_dataset.sha256
+    shutil.copytree(old_dataset.path, path)
+    assert open_dataset(path, verify=True).sha256 == old_dataset.sha256
     damage(path)
     with pytest.raises(InputError) as raised:
         open_dataset(path, verify=True)
@@ -340,10 +340,10 @@ json_values = st.recursive(
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_rubbish_in_the_manifest(
-    small_dataset: TokenDataset, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    old_dataset: TokenDataset, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     """Any value of the manifest is replaced by another; the dataset opens or says why not."""
-    manifest = json.loads((small_dataset.path / "manifest.json").read_text())
+    manifest = json.loads((old_dataset.path / "manifest.json").read_text())
     del manifest["sha256"]
     place: Any = manifest
     while True:
@@ -358,7 +358,7 @@ def test_rubbish_in_the_manifest(
     place[key] = data.draw(json_values)
     path = tmp_path_factory.mktemp("rubbish")
     for name in ("train", "heldout", "tokenizer", "baselines.json", "report.json", "report.md"):
-        (path / name).symlink_to(small_dataset.path / name)
+        (path / name).symlink_to(old_dataset.path / name)
     (path / "manifest.json").write_bytes(sealed(manifest))
     try:
         open_dataset(path).split("train")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from fastbert.checkpoints.hugging_face import new_folder
-from fastbert.data.staging import staging
 from fastbert.durable import LEFTOVER_S, parents_of, replacing, write_whole
 from fastbert.errors import InputError
 from fastbert.tasks.embed import _writer
@@ -130,13 +129,12 @@ def failing_export(out: Path) -> None:
         raise ZeroDivisionError
 
 
-def failing_dataset(out: Path) -> None:
-    with staging(out) as folder:
-        (folder / "a").touch()
+def failing_parents(out: Path) -> None:
+    with parents_of(out):
         raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("fail", [failing_export, failing_dataset])
+@pytest.mark.parametrize("fail", [failing_export, failing_parents])
 def test_after_a_failure_no_folder_is_left_that_was_not_there(tmp_path, monkeypatch, fail):
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path)

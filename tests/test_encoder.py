@@ -111,7 +111,8 @@ def test_accents_are_kept_where_asked(tmp_path: Path) -> None:
     report = prepare([tmp_path / "a.txt"], tmp_path / "kept", keep_accents=True, **options)
     assert report.figures["accents_lost"] == {"words": 0, "characters": 0, "examples": []}
     manifest = open_dataset(tmp_path / "kept").manifest
-    assert manifest["options"]["keep_accents"] and manifest["options"]["lowercase"]
+    options = manifest["parts"][0]["options"]
+    assert options["keep_accents"] and options["lowercase"]
     for folder, distinct in (("lost", 1), ("kept", 2)):
         ours = load_tokenizer(tmp_path / folder / "tokenizer")
         theirs = AutoTokenizer.from_pretrained(tmp_path / folder / "tokenizer")
@@ -219,13 +220,13 @@ def test_slices_change_nothing(
     for hashed in (1, 3, 1 << 16):
         monkeypatch.setattr(encode, "_HASHED_SPANS", hashed)
         lengths = whole.lengths[whole.lengths > 0]
-        hashes = encode._hash_spans(whole.ids, lengths)
+        hashes = encode.hash_spans(whole.ids, lengths)
         assert hashes.tolist() == encode._hash_some_spans(whole.ids, lengths).tolist()
 
 
 def peak_memory(tokenizer: str):
     """Return a function from a document to the peak memory of encoding it, in bytes."""
-    encoder = encode.ChunkEncoder(tokenizer, "text", 0)
+    encoder = encode.ChunkEncoder(tokenizer, "text")
 
     def encode_all(text: str) -> int:
         chunk = Chunk(Source(Path("a.txt"), "txt", ""), text.encode(), 1, 0, 0)

@@ -6,16 +6,11 @@ import io
 import re
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from fastbert.data import progress as module
-from fastbert.data.documents import Chunk
 from fastbert.data.progress import Progress
-from fastbert.data.sources import Source
-
-CHUNKS = [Chunk(Source(Path("a.txt"), "txt", ""), b"x", 1, 0, 25)] * 4
 
 
 class Terminal(io.StringIO):
@@ -25,8 +20,10 @@ class Terminal(io.StringIO):
 
 def work(show: bool) -> None:
     with Progress(100, show) as progress:
-        for _ in progress.follow("reading", CHUNKS):
-            time.sleep(0.03)
+        with progress.count("reading", done=25) as advance:
+            for _ in range(3):
+                time.sleep(0.03)
+                advance(25)
         with progress.wait("training"):
             time.sleep(0.2)
 

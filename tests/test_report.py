@@ -3,69 +3,99 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from fastbert.data.damage import Damage
 from fastbert.data.dataset import TokenDataset, open_dataset
-from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, EncodedChunk, Part
+from fastbert.data.encode import LONGEST_SENTENCE, ChunkEncoder, Documents, hash_spans
 from fastbert.data.encoder import Losses
 from fastbert.data.prepare import prepare
-from fastbert.data.report import CorpusStats, DuplicateEstimator, Report, make_report
+from fastbert.data.report import (
+    About,
+    CorpusStats,
+    DuplicateEstimator,
+    Report,
+    TextStats,
+    make_report,
+)
 
 BASELINES = {"unigram": 6.0, "train_tokens": 10}
 
 
-def chunk(
-    documents: list[list[int]], heldout: list[list[int]] | None = None, **options: object
-) -> EncodedChunk:
-    """Make a chunk from documents given as lists of sentence lengths."""
+def bad(line: int, reason: str) -> dict[str, Any]:
+    return {"file": "a", **({"line": line} if line else {}), "reason": reason}
 
-    def part(documents: list[list[int]]) -> Part:
+
+class Chunk(NamedTuple):
+    """Documents of both splits, and counts of the text."""
+
+    train: Documents
+    heldout: Documents
+    text: TextStats
+    hashes: np.ndarray
+    bad: list[dict[str, Any]]
+
+
+def chunk(
+    documents: list[list[int]],
+    heldout: list[list[int]] | None = None,
+    unknown: int = 0,
+    same: bool = False,
+    hashes: np.ndarray | None = None,
+    bad: Sequence[dict[str, Any]] = (),
+    **options: Any,
+) -> Chunk:
+    """Make a chunk from documents given as lists of sentence lengths.
+
+    `unknown` tokens are 1. No two sentences are equal, unless they are to be the `same`.
+    """
+    number = itertools.count(2)
+
+    def part(documents: list[list[int]]) -> Documents:
         sentences = np.array([length for document in documents for length in document], np.int64)
-        return Part(
-            np.zeros(sentences.sum(), np.uint16),
+        tokens = [np.full(length, 2 if same else next(number)) for length in sentences]
+        return Documents(
+            np.concatenate([np.zeros(0, np.int64), *tokens]),
             sentences,
             np.array([len(document) for document in documents], np.int64),
         )
 
     both = documents + (heldout or [])
-    hashes = np.arange(len(both), dtype=np.uint64)
-    values = {
-        "document_hashes": hashes,
-        "sentence_hashes": np.arange(sum(map(len, both)), dtype=np.uint64),
-        "empty_documents": 0,
-        "cut_sentences": 0,
-        "unknown_tokens": 0,
-        "losses": Losses(),
-        "damage": Damage(),
-        "bad_records": 0,
-        "bad_examples": (),
-    }
-    values = {**values, **options}
-    return EncodedChunk(part(documents), part(heldout or []), **values)  # type: ignore[arg-type]
+    train = part(documents)
+    train.tokens[:unknown] = 1
+    text = TextStats(documents=len(both), **options)
+    if hashes is None:
+        hashes = np.arange(len(both), dtype=np.uint64)
+    return Chunk(train, part(heldout or []), text, hashes, list(bad))
 
 
-def report_of(*chunks: EncodedChunk, vocab_size: int = 1000, asked: int | None = 1000) -> Report:
-    stats = CorpusStats()
+def report_of(*chunks: Chunk, vocab_size: int = 1000, asked: int | None = 1000) -> Report:
+    """Merge the counts of the chunks, as if a task had counted each."""
+    stats, text, estimator = CorpusStats(unknown=1), TextStats(), DuplicateEstimator()
     for one in chunks:
-        stats.add(one)
-    return make_report(stats, vocab_size, asked, BASELINES)
+        counted = CorpusStats(unknown=1)
+        counted.add(one.train)
+        counted.add(one.heldout, heldout=True)
+        stats.merge(*counted.to_arrays())
+        text += TextStats.from_json(json.loads(json.dumps(one.text.to_json())))
+        estimator.add(one.hashes)
+    duplicates = estimator.duplicates(), estimator.sampled
+    bad = [record for one in chunks for record in one.bad]
+    about = About(vocab_size, asked, BASELINES, duplicates=duplicates, bad_records=bad)
+    return make_report(stats, text, about)
 
 
 def test_figures() -> None:
     report = report_of(
-        chunk([[10, 20], [100]], [[130]], empty_documents=2, unknown_tokens=13),
-        chunk(
-            [[254, 254, 92]],
-            document_hashes=np.array([0], np.uint64),
-            sentence_hashes=np.array([7], np.uint64),
-            cut_sentences=1,
-        ),
+        chunk([[10, 20], [100]], [[130]], unknown=13, empty_documents=2),
+        chunk([[254, 254, 92]], hashes=np.array([0], np.uint64), cut_sentences=1),
     )
     figures = report.figures
     assert (figures["documents"], figures["sentences"], figures["tokens"]) == (4, 7, 860)
@@ -113,12 +143,12 @@ HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
     [
         (
             "[UNK]",
-            lambda: report_of(chunk([[20] * 50] * 1100, unknown_tokens=12_000)),
+            lambda: report_of(chunk([[20] * 50] * 1100, unknown=12_000)),
             "--vocab-size",
         ),
         (
             "[UNK]",
-            lambda: report_of(chunk([[20] * 50] * 1100, unknown_tokens=12_000), asked=None),
+            lambda: report_of(chunk([[20] * 50] * 1100, unknown=12_000), asked=None),
             "leave out --tokenizer",
         ),
         (
@@ -154,19 +184,17 @@ HEALTHY = chunk([[20] * 50] * 1100, [[20] * 50] * 30)
         ),
         (
             "bad records, left out",
-            lambda: report_of(
-                chunk([[20] * 50], bad_records=2, bad_examples=("a: line 1: no", "a: line 2: no"))
-            ),
+            lambda: report_of(chunk([[20] * 50], bad=[bad(1, "no"), bad(2, "no")], bad_records=2)),
             "a: line 1: no; a: line 2: no",
         ),
         (
             "copies of documents",
-            lambda: report_of(chunk([[20, 20]] * 90, document_hashes=np.zeros(90, np.uint64))),
+            lambda: report_of(chunk([[20, 20]] * 90, hashes=np.zeros(90, np.uint64))),
             "by heart",
         ),
         (
             "copies of sentences",
-            lambda: report_of(chunk([[20, 20]] * 90, sentence_hashes=np.zeros(180, np.uint64))),
+            lambda: report_of(chunk([[20, 20]] * 90, same=True)),
             "footers",
         ),
         (
@@ -197,17 +225,19 @@ def test_what_is_stored_and_shown(
     report = prepare(
         [english_jsonl], tmp_path / "dataset", vocab_size=5000, workers=1, progress=False
     )
-    stored = json.loads((tmp_path / "dataset" / "report.json").read_text(encoding="utf-8"))
+    stored = json.loads(
+        (tmp_path / "dataset" / "part-00000" / "report.json").read_text(encoding="utf-8")
+    )
     advice = stored.pop("advice")
     assert stored == json.loads(json.dumps(report.figures))
     assert "100 million" in advice["tokens"]
-    markdown = (tmp_path / "dataset" / "report.md").read_text(encoding="utf-8")
+    markdown = (tmp_path / "dataset" / "part-00000" / "report.md").read_text(encoding="utf-8")
     assert (
         markdown == report.markdown() and f"| tokens | {report.figures['tokens']:,} |" in markdown
     )
     assert report.table().row_count == len(report.rows)
     dataset = open_dataset(tmp_path / "dataset")
-    counts = dataset.manifest["splits"]
+    counts = dataset.manifest["parts"][0]["splits"]
     for kind in ("documents", "sentences", "tokens"):
         assert report.figures[kind] == counts["train"][kind] + counts["heldout"][kind]
     assert report.figures["baselines"] == dataset.baselines
@@ -227,10 +257,28 @@ def test_distinct(most: int) -> None:
     for part in np.array_split(draw.permutation(stream), 37):
         estimator.add(part)
     assert estimator.sampled == (most < len(stream))
-    assert sum(map(len, estimator._kept)) <= most
+    assert len(estimator.sample()) <= most
     assert estimator.duplicates() == pytest.approx(
         share, abs=3 / most**0.5 if estimator.sampled else 1e-12
     )
+
+
+@pytest.mark.parametrize("most", [50, 1000, 10**6])
+def test_samples_of_parts_are_merged(most: int) -> None:
+    """The merged sample is that of one estimator, which has seen everything."""
+    hashes = np.random.default_rng(4).integers(0, 2**64, 5000, np.uint64)
+    whole, merged = DuplicateEstimator(most), DuplicateEstimator(most)
+    whole.add(hashes)
+    for size in (1, 99, 4000, 900):
+        part, hashes = DuplicateEstimator(most), np.roll(hashes, -size)
+        part.add(hashes[-size:])
+        merged.add(part.sample(), part.bits)
+    assert merged.bits == whole.bits
+    assert sorted(merged.sample().tolist()) == sorted(whole.sample().tolist())
+    assert [DuplicateEstimator.bits_for(n, 100) for n in (0, 1, 100, 101, 200, 201, 401)] == [
+        *(0, 0, 0),
+        *(1, 1, 2, 3),
+    ]
 
 
 def test_sentence_hashes(small_dataset: TokenDataset) -> None:
@@ -238,16 +286,12 @@ def test_sentence_hashes(small_dataset: TokenDataset) -> None:
 
     That includes sentences with the same words.
     """
-    from fastbert.data.documents import Chunk
-    from fastbert.data.sources import Source
-
     tokenizer = (small_dataset.tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
-    encoder = ChunkEncoder(tokenizer, "text", 0)
+    encoder = ChunkEncoder(tokenizer, "text")
 
     def hashes(text: str) -> list[int]:
-        return encoder(
-            Chunk(Source(Path("x"), "lines", ""), text.encode(), 1, 0, 0)
-        ).sentence_hashes.tolist()
+        documents = encoder.encode(text.splitlines()).documents
+        return hash_spans(documents.tokens, documents.sentences).tolist()
 
     first = hashes("a b c\nc b a\na b\na b c a b c\na\na a\n")
     assert len(set(first)) == 6
@@ -288,7 +332,7 @@ def test_what_is_quoted_is_no_markup() -> None:
     """Neither of rich, which would raise at "[/b]", nor of Markdown, nor of the terminal."""
     losses = Losses(words=10, marked_words=1, examples=("a\u0301 → a",))
     report = report_of(
-        chunk([[20] * 50], losses=losses, bad_records=1, bad_examples=("a: '[/b] x|y [red]'",))
+        chunk([[20] * 50], bad=[bad(0, "'[/b] x|y [red]'")], losses=losses, bad_records=1)
     )
     out = io.StringIO()
     Console(file=out, width=300).print(report.table())

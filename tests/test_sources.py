@@ -114,6 +114,6 @@ def test_datasets_are_not_read_as_text(tmp_path: Path, capsys: pytest.CaptureFix
     prepare([texts], texts / "s2", **options)
     assert f"left out (a dataset of fastbert): 1: {texts / 's1'}" in capsys.readouterr().err
     for name in ("train", "heldout"):
-        tokens = [(texts / s / name / "shard-00000.tokens").read_bytes() for s in ("s1", "s2")]
+        tokens = [(texts / s / "part-00000" / f"{name}-00000").read_bytes() for s in ("s1", "s2")]
         assert tokens[0] == tokens[1]
     assert found(texts)[0] == ["a.txt", "b.txt", "with/c.txt"]

@@ -48,13 +48,13 @@ def test_a_dataset_cut_short_while_training(lab, small_dataset, world, stage):
     The checkpoints are valid. With the file restored, the run resumes as if undisturbed.
     """
     trial = on_a_copy(lab, small_dataset, stage)
-    file = trial.dataset / "train" / "shard-00000.tokens"
+    file = trial.dataset / "part-00000" / "train-00000"
     with trial.start(world) as ranks:
         wait_for(lambda: trial.checkpoints or None not in ranks.codes)
         os.truncate(file, 0)
         codes = ranks.wait()
     assert -signal.SIGBUS in codes and set(codes) <= {1, -signal.SIGBUS}
-    assert "Fatal Python error: Bus error" in ranks.errors and "dataset.py" in ranks.errors
+    assert "Fatal Python error: Bus error" in ranks.errors and "block_split.py" in ranks.errors
     found, complaints = checkpoint.newest_valid(trial.run)
     assert found is not None and complaints == []
     with trial.start(world) as ranks:

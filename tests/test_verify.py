@@ -33,16 +33,16 @@ TOKENS, SENTENCES = "train/shard-00000.tokens", "train/shard-00000.sentences"
 
 
 @pytest.fixture
-def copy(small_dataset, tmp_path) -> Path:
+def copy(old_dataset, tmp_path) -> Path:
     """A copy without the notes that other tests left."""
     return shutil.copytree(
-        small_dataset.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".verified-*")
+        old_dataset.path, tmp_path / "copy", ignore=shutil.ignore_patterns(".verified-*")
     )
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, small_dataset) -> Laboratory:
-    return Laboratory(tmp_path_factory.mktemp("verify"), small_dataset.path)
+def lab(tmp_path_factory, old_dataset) -> Laboratory:
+    return Laboratory(tmp_path_factory.mktemp("verify"), old_dataset.path)
 
 
 def forge(path: Path, name: str, change: Callable[[bytes], bytes]) -> None:

@@ -83,7 +83,8 @@ def open_model(path: Path) -> ModelParts:
         raise InputError(f"{path}: a file; give the folder of a run or a Hugging Face folder")
     if is_folder(path / "checkpoints") or is_file(path / "config.toml"):
         return _from_run(path)
-    if is_folder(path / "train") and is_folder(path / "heldout"):
+    # Of format 3, and of format 2.
+    if is_folder(path / "part-00000") or all(is_folder(path / n) for n in ("train", "heldout")):
         raise InputError(
             f"{path}: a dataset of text, not a model; train one with `fastbert pretrain`"
         )

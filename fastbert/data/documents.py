@@ -32,6 +32,7 @@ from fastbert.data.rows import (
     json_object,
     parquet_batches,
     parquet_names,
+    rows_before,
     shown,
 )
 from fastbert.data.sources import Source, find_sources
@@ -59,6 +60,7 @@ _BETWEEN_DOCUMENTS = re.compile(r"\n\s*\n")
 _WIKI_BEGIN = re.compile(rb"(?:\xef\xbb\xbf)?\s*<doc [^>\n]*>")
 _WIKI_TAGS = re.compile(r"^<doc [^>\n]*>\r?$|^</doc>\r?$", re.MULTILINE)
 _WIKI_END = b"\n</doc>"
+WIKI = "wikiextractor"  # a format that is recognised, not asked for
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,13 @@ class Chunk:
     # Text. For csv and tsv only the text column, one JSON value per line: a string, or line and
     # complaint of a bad row. For Parquet one record batch, serialised.
     data: bytes
-    line: int  # number of the first line in the file, from 1; for Parquet of the first row
+    # Number of the first line from 1, for Parquet of the first row. Lines are counted from the byte
+    # `counted_from` of the file on, since a part of a file is read without what comes before it.
+    line: int
     offset: int  # of the first byte in the (unpacked) file
     # Bytes of the file on disk read since the chunk before; a progress bar advances by them.
     read_bytes: int
-    # Which documents to leave out, int32, counted without bad records; see copies.py.
-    copies: np.ndarray | None = None
+    counted_from: int = 0
 
 
 def read_chunks(
@@ -99,44 +102,66 @@ def read_chunks(
             raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
 
 
-def parse(chunk: Chunk, text_field: str = "text", skipped: list[str] | None = None) -> list[str]:
+def parse(
+    chunk: Chunk, text_field: str = "text", skipped: list[BadRecord] | None = None
+) -> list[str]:
     """Return the documents of a chunk, including empty ones, as valid Unicode.
 
     Args:
-        chunk: from `read_chunks`.
+        chunk: from `read_chunks` or `segments.read_segment`.
         text_field: the field that holds the text.
-        skipped: receives what is wrong with each bad record, which is then left out.
+        skipped: receives what is wrong with each bad record, which is then left out. Its lines are
+            counted as those of the chunk are.
 
     Raises:
         BadRecord: without `skipped`: bytes that are not UTF-8, a line that is not a JSON object, or
-            one without `text_field`.
+            one without `text_field`. Its line is that in the file.
     """
     documents = list[str]()
     records = READERS[chunk.source.format].records
-    for document in records(chunk, text_field, skipped is None):
-        if isinstance(document, str):
-            documents.append(document)
-        elif skipped is None:
-            raise document
-        else:
-            skipped.append(str(document))
-    if chunk.copies is not None:
-        left_out = set(chunk.copies.tolist())
-        return [document for i, document in enumerate(documents) if i not in left_out]
+    try:
+        for document in records(chunk, text_field, skipped is None):
+            if isinstance(document, str):
+                documents.append(document)
+            elif skipped is None:
+                raise document
+            else:
+                skipped.append(document)
+    except BadRecord as error:
+        raise error.moved(lines_before(chunk.source.path, chunk.counted_from)) from None
     return documents
 
 
-def _whole(chunk: Chunk, text: str) -> str | BadRecord:
-    """Return a text, or the error where some of its bytes were not UTF-8."""
-    if not is_broken(text):
-        return text
-    return BadRecord(f"{chunk.source.path}: not UTF-8: {text.strip()[:40]!a}")
+def lines_before(path: Path, end: int) -> int:
+    """Return the number of line feeds in the first `end` bytes of a file."""
+    count = 0
+    if end:
+        with open(path, "rb") as file:
+            while end > 0 and (piece := file.read(min(end, 1 << 20))):
+                count, end = count + piece.count(b"\n"), end - len(piece)
+    return count
 
 
 def _text_records(chunk: Chunk, _text_field: str, strict: bool) -> Iterable[str | BadRecord]:
     text = decode(chunk.data, chunk.source.path, chunk.line, chunk.offset, strict)
     documents = _SPLIT[chunk.source.format](text)
-    return documents if strict else (_whole(chunk, document) for document in documents)
+    return documents if strict else _without_broken(chunk, text, documents)
+
+
+def _without_broken(chunk: Chunk, text: str, documents: list[str]) -> Iterator[str | BadRecord]:
+    """Yield documents, or the error where some of the bytes of one were not UTF-8."""
+    at = 0
+    for document in documents:
+        if is_broken(document):
+            # Where lines end in \r\n, a document of "lines" is part of the text all the same.
+            at = max(text.find(document, at), at)
+            begin = at + len(document) - len(document.lstrip())
+            line = chunk.line + text.count("\n", 0, begin)
+            reason = f"not UTF-8: {document.strip()[:40]!a}"
+            yield BadRecord(str(chunk.source.path), reason, line)
+            at += len(document)
+        else:
+            yield document
 
 
 def _between(separator: re.Pattern[str], text: str) -> list[str]:
@@ -165,8 +190,8 @@ def _text_chunks(
         return made
 
     for piece in unpacked(source, file):
-        if source.format == "txt" and offset == 0 and not waiting and _WIKI_BEGIN.match(piece):
-            source = replace(source, format=_WIKI)
+        if source.format == "txt" and offset == 0 and not waiting and begins_wiki(piece):
+            source = replace(source, format=WIKI)
         last_end = _LAST_END[source.format]
         searched = len(waiting)
         waiting += piece
@@ -191,6 +216,11 @@ def _text_chunks(
         raise is_empty(source)
 
 
+def begins_wiki(head: bytes) -> bool:
+    """Whether a file is written by WikiExtractor, by its first bytes."""
+    return _WIKI_BEGIN.match(head) is not None
+
+
 def _last_line_end(data: bytes, searched: int) -> int:
     return data.rfind(b"\n", searched) + 1
 
@@ -209,11 +239,10 @@ def _last_wiki_end(data: bytes, searched: int) -> int:
     return data.find(b"\n", end + len(_WIKI_END)) + 1 if end >= 0 else 0
 
 
-_WIKI = "wikiextractor"  # a format that is recognised, not asked for
 # Where the last whole document in some data ends; the search need not go back before `searched`.
 _LAST_END: dict[str, Callable[[bytes, int], int]] = {
     "txt": _last_blank_line,
-    _WIKI: _last_wiki_end,
+    WIKI: _last_wiki_end,
     "lines": _last_line_end,
     "jsonl": _last_line_end,
     "file": lambda data, searched: 0,
@@ -221,7 +250,7 @@ _LAST_END: dict[str, Callable[[bytes, int], int]] = {
 # The documents in the text of a chunk.
 _SPLIT: dict[str, Callable[[str], list[str]]] = {
     "txt": functools.partial(_between, _BETWEEN_DOCUMENTS),
-    _WIKI: functools.partial(_between, _WIKI_TAGS),
+    WIKI: functools.partial(_between, _WIKI_TAGS),
     "lines": lambda text: text.replace("\r\n", "\n").removesuffix("\n").split("\n"),
     "file": lambda text: [text],
 }
@@ -242,7 +271,7 @@ def _json_records(chunk: Chunk, text_field: str, strict: bool) -> Iterator[str |
         if not strict and is_broken(record):
             problem = "not UTF-8"
         if problem:
-            yield BadRecord(f"{chunk.source.path}: line {line}: {problem}")
+            yield BadRecord(str(chunk.source.path), problem, line)
         else:
             yield as_text(field_of(value, text_field))
 
@@ -307,12 +336,19 @@ def _row_text(chunk: Chunk, value: Any) -> str | BadRecord:
     if isinstance(value, str):
         return value
     line, problem = value
-    return BadRecord(f"{chunk.source.path}: line {line}: {problem}")
+    return BadRecord(str(chunk.source.path), problem, line)
 
 
 def _parquet_chunks(
-    source: Source, file: BufferedReader, text_field: str, skip_bad: bool
+    source: Source, file: BufferedReader, text_field: str, _skip_bad: bool
 ) -> Iterator[Chunk]:
+    return parquet_chunks(source, file, text_field)
+
+
+def parquet_chunks(
+    source: Source, file: BufferedReader, text_field: str, groups: range | None = None
+) -> Iterator[Chunk]:
+    """Cut a Parquet file into chunks; `groups` are the numbers of its groups of rows to read."""
     import pyarrow
 
     def choose(schema: pyarrow.Schema) -> list[str]:
@@ -328,7 +364,9 @@ def _parquet_chunks(
         return [text_field]
 
     row, size = 0, os.fstat(file.fileno()).st_size
-    for batch, rows in parquet_batches(source, file, choose, CHUNK_BYTES):
+    if groups:
+        row = rows_before(file, groups[0])
+    for batch, rows in parquet_batches(source, file, choose, CHUNK_BYTES, groups):
         for texts in _bounded(source, column_of(batch, text_field), row + 1):
             part = pyarrow.record_batch({"text": texts})
             sink = pyarrow.BufferOutputStream()
@@ -393,8 +431,10 @@ def _parquet_records(chunk: Chunk, _text_field: str, _strict: bool) -> list[str 
         except UnicodeDecodeError as error:
             documents.append(
                 BadRecord(
-                    f"{chunk.source.path}: row {row}: byte {error.start} of the string is not "
-                    "UTF-8; write the table again"
+                    str(chunk.source.path),
+                    f"byte {error.start} of the string is not UTF-8; write the table again",
+                    row,
+                    "row",
                 )
             )
     return documents

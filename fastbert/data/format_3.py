@@ -6,7 +6,7 @@
     DIR/part-00000/blocks       the table: `blocks.BLOCK` of each block, train before held-out
     DIR/part-00000/train-00000  the shards: blocks, each at a multiple of blocks.ALIGNMENT, and
     DIR/part-00000/heldout-00000    zeros between them
-    DIR/part-00000/report.json, report.md
+    DIR/part-00000/report.json, report.md, heldout-hashes.npy
     DIR/part-00001/...          text that was added later
 
 The SHA-256 of a block is in the table, and the table's is in the manifest. So the SHA-256 of the
@@ -38,6 +38,9 @@ from fastbert.regular_file import read_bytes
 FORMAT = 3
 TABLE = "blocks"
 REPORTS = ("report.json", "report.md")
+# uint64, ascending: hashes of the held-out documents of a part, so that text which is added later
+# has no copy of them in its training part. A dataset without it can be read all the same.
+HELDOUT_HASHES = "heldout-hashes.npy"
 
 
 def part_name(part: int) -> str:
@@ -65,6 +68,8 @@ def manifest_problem(manifest: Any) -> str | None:
             if sum(part["splits"][split]["tokens"] for part in parts) == 0:
                 return f"the split '{split}' has no text"
         files = manifest["files"]
+        optional = {f"{part_name(number)}/{HELDOUT_HASHES}" for number in range(len(parts))}
+        names |= optional & set(files)
         if set(files) != names:
             odd = ", ".join(sorted(set(files) ^ names)[:3])
             return f"its list of files is not that of a dataset: {odd}"

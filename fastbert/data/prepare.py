@@ -1,100 +1,68 @@
-"""`fastbert prepare`: from raw text to a dataset.
+"""`fastbert prepare`: from raw text to a dataset, as tasks whose results are files.
 
-    sources ─ read_chunks ─► chunks ─ ChunkEncoder, one per worker ─► ids ─ ShardWriter ─► shards
-              this process            documents, sentences, ids, hashes     this process, in order
+    plan         which bytes of which file are encoded together     corpus_plan.py, segments.py
+    vocabulary   trained on 64 MiB that the plan chose              vocabulary_task.py
+    encode       a piece of about 16 MiB of text                    pieces.py
+    settle       held-out documents, copies, shards                 settle.py
+    assemble     a shard of about 512 MiB of token ids              assemble.py
+    seal         held-out text, baselines, report, manifest         seal.py
 
-The result depends on the text and the options only. Chunks are cut in the same way and written in
-order for any number of workers, and the dataset contains no time and no path. It is written into a
-hidden folder beside the target, which is renamed when every byte is on the disk.
+A task is a function of the job and a number (job.py), and its result a file that appears by rename
+(results.py). So the same command run again makes only what is missing, and it does not matter who
+runs the tasks: this process, workers on this machine, Ray, or any scheduler by `--task I/N`. The
+dataset depends on the text and the options only; it contains no time and no path.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
+import hashlib
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tokenizers import Tokenizer
-
-from fastbert.data import baselines as baselines
-from fastbert.data.byte_level import rounded_up
-from fastbert.data.copies import find_copies, without_copies
-from fastbert.data.cuts import Cuts
-from fastbert.data.documents import Chunk, read_chunks
-from fastbert.data.encode import ChunkEncoder, EncodedChunk
-from fastbert.data.format_2 import FORMAT, other_files
-from fastbert.data.manifest import MANIFEST, SPLITS, token_dtype
+from fastbert.data.assemble import Assembler, is_assembled
+from fastbert.data.corpus_plan import Plan
+from fastbert.data.decontaminate import grams_of, read_texts
+from fastbert.data.encode import ChunkEncoder
+from fastbert.data.job import Base, Job, Vocabulary, work_of
+from fastbert.data.manifest import MANIFEST
+from fastbert.data.pieces import PieceEncoder
 from fastbert.data.progress import Progress
-from fastbert.data.report import CorpusStats, Report, make_report
-from fastbert.data.shard_split import ShardSplit
-from fastbert.data.shards import ShardWriter
-from fastbert.data.sources import Source, find_sources
-from fastbert.data.staging import staging
-from fastbert.data.tokenizer import (
-    is_bert,
-    kind_of,
-    load_tokenizer,
-    save_tokenizer,
-    special_ids,
-    unreachable,
-)
+from fastbert.data.report import Report
+from fastbert.data.results import disk_errors, key_of, read_arrays, write_arrays
+from fastbert.data.seal import published, remove_work, seal
+from fastbert.data.segments import File, lay_out
+from fastbert.data.settle import MissingPiece, Settled, read_settled, settle
+from fastbert.data.sources import find_sources
+from fastbert.data.tokenizer import is_bert, load_tokenizer
 from fastbert.data.unpack import BadRecord
-from fastbert.data.vocabulary import (
-    ALGORITHMS,
-    BPE,
-    WORDPIECE,
-    VocabularyTrainer,
-    check_vocab_size,
-)
-from fastbert.data.workers import apply_in_child, map_in_order
-from fastbert.durable import sealed, sha256_of
+from fastbert.data.vocabulary import ALGORITHMS, BPE, WORDPIECE, check_vocab_size
+from fastbert.data.vocabulary_task import train_vocabulary
+from fastbert.data.workers import map_in_order
+from fastbert.durable import exit_at_signals, parents_of, unsealed
 from fastbert.errors import InputError
 from fastbert.machine import usable_cores
-from fastbert.presence import status
+from fastbert.presence import is_folder, status
 from fastbert.terminal import tell
 
-# Bytes of text that the vocabulary is trained on, spread evenly over the sources.
-VOCABULARY_BYTES = 64 << 20
-# With less text than this the vocabulary is trained in this process, in about a second.
-TRAINED_HERE_BYTES = 1 << 19
-# The text of at most this many bytes on disk (some ten thousand documents) is held out: more does
-# not improve the evaluation. With fewer held-out documents than LEAST_HELDOUT it is worthless.
-HELDOUT_BYTES = 64 << 20
-LEAST_HELDOUT = 16
 # One more worker for each of these. With less text it does not pay: a worker has to start, and to
 # tokenize every word for the first time.
 BYTES_PER_WORKER = 16 << 20
 MOST_PER_CORE = 4  # workers; more only take memory
+ENGINES = LOCAL, RAY = "local", "ray"
 
 
-def prepare(
-    sources: Sequence[str | Path],
-    out: str | Path,
-    *,
-    vocab_size: int = 30522,
-    algorithm: str = WORDPIECE,
-    tokenizer: str | Path | None = None,
-    lowercase: bool = True,
-    keep_accents: bool = False,
-    workers: int | None = None,
-    heldout: float = 0.01,
-    text_format: str | None = None,
-    text_field: str = "text",
-    bad_records: str = "error",
-    dedup: bool = False,
-    progress: bool = True,
-) -> Report:
-    """Make the dataset `out` from text files and folders.
+@dataclass(frozen=True)
+class Options:
+    """Options of `prepare`.
 
-    Args:
-        sources: files and folders; sources.py lists the formats.
-        out: the dataset's folder; it must not exist yet.
+    Attributes:
         vocab_size: of the vocabulary that is trained on the text; of BPE a multiple of 64, to which
             another size is rounded up.
         algorithm: "wordpiece", as BERT; or "bpe", byte-level as ModernBERT, which keeps case,
@@ -108,242 +76,444 @@ def prepare(
             fewer for little text. The number does not change the result.
         heldout: share of the documents that is set aside for evaluation. They are chosen by a hash
             of the text, so copies of a document are all in the same split. HELDOUT_BYTES and
-            LEAST_HELDOUT bound the share.
+            LEAST_HELDOUT of settle.py bound the share.
         text_format: a key of sources.FORMATS, where the suffix does not tell the format.
         text_field: the field of JSON lines, or the column of a table, that holds the text; "a.b" is
             the field b of the object a.
         bad_records: "error" raises at a record that cannot be read (no UTF-8, no JSON, no text,
-            a csv row of other columns); "skip" leaves it out, and the report counts it.
-        dedup: leave out documents that are copies of an earlier one; blanks at the beginning and
-            the end do not count. This reads the text once more.
+            a csv row of other columns); "skip" leaves such records out, and the report lists them;
+            a number does so up to that many, and more are an error.
+        drop_copies: leave out documents that are copies of an earlier one; blanks at the beginning
+            and the end do not count.
+        without: files of evaluation sets; documents that share 13 token ids in a row with them are
+            left out.
+        add: add a part to the dataset that is there, with its tokenizer.
+        engine: "local", or "ray" for a cluster that shares the disk.
+        ray_address: of a running cluster; by default that of the environment, or a local one.
         progress: show progress on stderr: bars on a terminal, else a line every ten seconds.
+    """
+
+    vocab_size: int = 30522
+    algorithm: str = WORDPIECE
+    tokenizer: str | Path | None = None
+    lowercase: bool = True
+    keep_accents: bool = False
+    workers: int | None = None
+    heldout: float = 0.01
+    text_format: str | None = None
+    text_field: str = "text"
+    bad_records: str | int = "error"
+    drop_copies: bool = False
+    without: Sequence[str | Path] = ()
+    add: bool = False
+    engine: str = LOCAL
+    ray_address: str | None = None
+    progress: bool = True
+
+
+def prepare(sources: Sequence[str | Path], out: str | Path, **options: Any) -> Report:
+    """Make the dataset `out` from text files and folders.
+
+    Args:
+        sources: files and folders; sources.py lists the formats.
+        out: the dataset's folder; it must not exist yet.
+        options: of `Options`.
 
     Returns:
         The report on the data.
 
     Raises:
         InputError: something is wrong with the sources, the tokenizer, the options or the disk.
-            Nothing is left on the disk then.
+            Finished work stays in `out`.work, and the next call uses it.
     """
-    out = Path(out)
-    if os.path.islink(out) or status(out) is not None:
-        raise InputError(f"{out}: exists already; remove it or choose another --out")
-    if not 0 < heldout <= 0.5:
-        raise InputError(
-            f"--heldout {heldout}: must be above 0 and at most 0.5 (share of the documents)"
-        )
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers {workers}: must be 1 or more")
-    if algorithm not in ALGORITHMS:
-        raise InputError(f"--algorithm {algorithm}: must be {' or '.join(ALGORITHMS)}")
-    if algorithm == BPE and tokenizer is None and (keep_accents or not lowercase):
-        option = "--keep-accents" if keep_accents else "--cased"
-        raise InputError(f"{option}: --algorithm bpe keeps case and accents anyway; leave it out")
-    if bad_records not in ("error", "skip"):
-        raise InputError(f"--bad-records {bad_records}: must be error or skip")
-    files, left_out = find_sources(sources, text_format)
-    for reason in dict.fromkeys(item.reason for item in left_out):
-        paths = [str(item.path) for item in left_out if item.reason == reason]
-        more = ", ..." if len(paths) > 5 else ""
-        tell(f"left out ({reason}): {len(paths):,}: {', '.join(paths[:5])}{more}")
-    given = load_tokenizer(tokenizer) if tokenizer is not None else None
-    stamps = [_stamp(source) for source in files]
-    size = sum(file_size for file_size, _ in stamps)
-    options = {"heldout": heldout, "text_format": text_format, "text_field": text_field}
-    if bad_records == "skip":
-        options["bad_records"] = bad_records
-    if given is None:
-        check_vocab_size(vocab_size, algorithm)
-        options |= {"vocab_size": vocab_size}
-        options |= {"algorithm": algorithm} if algorithm == BPE else {"lowercase": lowercase}
-        if keep_accents:
-            options["keep_accents"] = True
-    if dedup:
-        options["dedup"] = True
-    reading = files, text_field, bad_records == "skip"
-    processes = min(
-        workers or 1 + size // BYTES_PER_WORKER,
-        usable_cores() * (MOST_PER_CORE if workers else 1),
-    )
-    with _advice_on_bad_records(), staging(out) as folder, Progress(size, progress) as bar:
-        copies = None
-        if dedup:
-            chunks = bar.follow("looking for copies", read_chunks(*reading))
-            copies = find_copies(chunks, *reading[1:], processes)
+    with _started(sources, Path(out), Options(**options)) as run:
+        if isinstance(run, Report):
+            return run
+        with _alone(run.job.work):
+            return run.finish()
 
-        def read(part: str) -> Iterator[Chunk]:
-            chunks = bar.follow(part, read_chunks(*reading))
-            return chunks if copies is None else without_copies(chunks, copies)
 
-        vocabulary = given
-        if vocabulary is None:
-            sample = _spread(read("reading for the vocabulary"))
-            trainer = *reading[1:], algorithm, vocab_size, lowercase, keep_accents
-            with bar.wait("training the vocabulary"):
-                if sum(len(chunk.data) for chunk in sample) < TRAINED_HERE_BYTES:
-                    trained = VocabularyTrainer(*trainer)(sample)
-                else:
-                    trained = apply_in_child(VocabularyTrainer, trainer, sample)
-            del sample
-            vocabulary = Tokenizer.from_str(trained)
-            vocabulary.encode_special_tokens = True
-        save_tokenizer(vocabulary, folder / "tokenizer")
-        kind = None if is_bert(vocabulary) else kind_of(vocabulary)
-        if kind is not None and (problem := Cuts(vocabulary).problem) is not None:
+def prepare_share(sources: Sequence[str | Path], out: str | Path, task: str, **options: Any) -> str:
+    """Run a share of the tasks of `prepare`, for any scheduler: a Slurm array, a loop over ssh.
+
+    It runs those of the first stage with missing work whose number modulo N is I. It waits for
+    nobody.
+
+    Args:
+        sources, out: as for `prepare`.
+        task: "I/N", with I from 0 to N - 1.
+        options: of `Options`; the same for every task.
+
+    Returns:
+        What is missing now, and what to run next.
+
+    Raises:
+        InputError: as `prepare`.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", task)
+    share, shares = (int(found[1]), int(found[2])) if found else (0, 0)
+    if share >= shares:
+        raise InputError(f"--task {task}: must be I/N with I from 0 to N - 1, for example 0/8")
+    out, chosen = Path(out), Options(**options)
+    if chosen.engine != LOCAL:
+        raise InputError(f"--task {task}: is run by your scheduler; leave out --engine")
+    if not chosen.add and (out / MANIFEST).is_file():
+        return f"{out}: is there; nothing is missing"
+    with _started(sources, out, chosen) as run:
+        if isinstance(run, Report):
+            return f"{out}: is there; nothing is missing"
+        return run.share(share, shares)
+
+
+class _Run:
+    """The tasks of one job, in order."""
+
+    def __init__(
+        self, job: Job, sources: Sequence[str | Path], options: Options, recorded: dict[str, Any]
+    ):
+        self.job = job
+        self._sources, self._options, self._recorded = sources, options, recorded
+        self._bar = Progress(job.plan.size, options.progress)
+
+    @property
+    def request(self) -> str:
+        """Identifies the call: its files and options."""
+        files = [Job._identity_of(file) for file in (*self.job.plan.files, *self.job.without)]
+        options = self.job.tokenizer_or_vocabulary
+        trained = vars(options) if isinstance(options, Vocabulary) else options
+        return key_of(files, len(self.job.without), trained, self._recorded)
+
+    def finish(self) -> Report:
+        """Make all that is missing, and publish the dataset."""
+        job = self.job
+        with self._bar:
+            self._tokenizer()
+            while True:
+                self._encode(self._missing_pieces())
+                try:
+                    settled = self._settle()
+                    break
+                except MissingPiece:
+                    continue
+            shards = range(len(settled.groups) - 1)
+            with self._bar.count("shards") as advance:
+                for size in self._map(Assembler, (job, settled), shards):
+                    advance(size)
+            report = self._seal(settled)
+        remove_work(job.work)
+        return report
+
+    def share(self, share: int, shares: int) -> str:
+        """Make a share of the first stage that has missing work."""
+        job, out = self.job, self.job.out
+        rerun = f"run --task 0/{shares} to {shares - 1}/{shares} again, or the command without it"
+        with self._bar:
+            self._tokenizer()
+            if missing := self._missing_pieces():
+                self._encode([number for number in missing if number % shares == share])
+                if left := len(self._missing_pieces()):
+                    return (
+                        f"{out}: {left:,} of {job.plan.pieces:,} pieces are missing still; "
+                        f"when no task is running, {rerun}"
+                    )
+                return f"{out}: all {job.plan.pieces:,} pieces are there; next, {rerun}"
+            try:
+                settled = self._settle()
+            except MissingPiece:
+                return f"{out}: a piece was damaged; {rerun}"
+            shards = range(len(settled.groups) - 1)
+            if missing := [n for n in shards if not is_assembled(job, n, verify=False)]:
+                ours = [number for number in missing if number % shares == share]
+                for _ in self._map(Assembler, (job, settled, False), ours):
+                    pass
+                left = [n for n in missing if not is_assembled(job, n, verify=False)]
+                if left:
+                    return f"{out}: {len(left):,} of {len(shards):,} shards are missing; {rerun}"
+                return f"{out}: all {len(shards):,} shards are there; next, {rerun}"
+            if share != 0:
+                return f"{out}: only the last task is missing; run --task 0/{shares}"
+            with _alone(job.work):
+                self._seal(settled)
+        remove_work(job.work)
+        return f"{out}: ready"
+
+    def _tokenizer(self) -> None:
+        """Make what encoding needs: the vocabulary, and the 13-grams of evaluation sets."""
+        job = self.job
+        if not job.has_vocabulary:
+            with self._bar.wait("training the vocabulary"):
+                train_vocabulary(job)
+        self._check_words()
+        if job.without and read_arrays(job.grams_path) is None:
+            with self._bar.wait("reading the evaluation sets"), disk_errors(job.out):
+                encoder = ChunkEncoder(job.tokenizer, job.text_field)
+                sources = [file.source for file in job.without]
+                grams = grams_of(read_texts(sources), encoder)
+                write_arrays(job.grams_path, {}, grams=grams)
+
+    def _check_words(self) -> None:
+        from tokenizers import Tokenizer
+
+        from fastbert.data.cuts import Cuts
+
+        tokenizer = Tokenizer.from_str(self.job.tokenizer)
+        if not is_bert(tokenizer) and (problem := Cuts(tokenizer).problem) is not None:
             tell(f"tokenizer: no words are looked up, which takes several times as long: {problem}")
-        dtype = token_dtype(vocabulary.get_vocab_size())
 
-        def write(heldout_below: int) -> _Written:
-            chunks = read("documents, sentences, tokens")
-            arguments = vocabulary.to_str(), text_field, heldout_below, bad_records == "skip"
-            encoded = map_in_order(ChunkEncoder, arguments, chunks, processes)
-            with closing(encoded):  # so that after a failure no process outlives this call
-                return _write(encoded, folder, dtype, heldout_below)
+    def _missing_pieces(self) -> list[int]:
+        there = set(os.listdir(self.job.work))
+        return [
+            number
+            for number, key in enumerate(self.job.piece_keys)
+            if not {f"piece-{key}.npz", f"piece-{key}.arrays"} <= there
+        ]
 
-        written = write(int(min(heldout, HELDOUT_BYTES / max(size, 1)) * 2**64))
-        blank_lines = any(source.format == "txt" for source in files)
-        if (below := _heldout_bound(written, sources, blank_lines)) is not None:
-            for split in SPLITS:
-                shutil.rmtree(folder / split)
-            written = write(below)
-        with bar.wait("baselines"):
-            train, held = (ShardSplit(folder / n, written.writers[n].shards, dtype) for n in SPLITS)
-            measured = baselines.measure(train, held, vocabulary.get_vocab_size())
-        report = make_report(
-            written.stats,
-            vocabulary.get_vocab_size(),
-            rounded_up(vocab_size) if algorithm == BPE and not given else options.get("vocab_size"),
-            measured,
-            len(files),
-            blank_lines,
-            unreachable(given) if given else (),
-            None if copies is None else sum(map(len, copies)),
-            kind,
-        )
-        for source, stamp in zip(files, stamps, strict=True):
-            if _stamp(source) != stamp:
-                raise InputError(
-                    f"{source.path}: changed while it was read; "
-                    "start again when nothing writes to it"
-                )
-        _write_text(folder / "baselines.json", _json(measured))
-        _write_text(folder / "report.json", report.json())
-        _write_text(folder / "report.md", report.markdown())
-        (folder / MANIFEST).write_bytes(sealed(_manifest(folder, vocabulary, options, written)))
-    return report
+    def _encode(self, numbers: Sequence[int]) -> None:
+        """Encode pieces; bytes of the others count as done."""
+        job = self.job
+        sizes = {number: job.plan.piece_size(number) for number in numbers}
+        bad, done = 0, job.plan.size - sum(sizes.values())
+        with self._bar.count("documents, sentences, tokens", done) as advance:
+            if not numbers:
+                return
+            if self._processes(len(numbers)) == 1:
+                encode = PieceEncoder(job, advance)
+                results = ((number, encode(number)) for number in numbers)
+            else:
+                results = self._numbered(numbers, advance, sizes)
+            for _, found in results:
+                bad += found
+                if job.bad_allowed is not None and bad > job.bad_allowed:
+                    raise InputError(
+                        f"more than {job.bad_allowed:,} bad records, which --bad-records allows; "
+                        "run again with --bad-records skip to list them in the report"
+                    )
+
+    def _numbered(
+        self, numbers: Sequence[int], advance: Callable[[int], None], sizes: dict[int, int]
+    ) -> Iterator[tuple[int, int]]:
+        with closing(self._map(PieceEncoder, (self.job,), numbers)) as results:
+            for number, found in zip(numbers, results, strict=True):
+                advance(sizes[number])
+                yield number, found
+
+    def _map(
+        self,
+        make: Callable[..., Callable[[int], int]],
+        arguments: tuple[Any, ...],
+        numbers: Sequence[int],
+    ) -> Any:
+        """Yield the results of tasks in order, by workers or by the engine that was asked for."""
+        if self._options.engine == RAY:
+            from fastbert.data.engine_ray import map_on_ray
+
+            return map_on_ray(make, arguments, numbers, self._options.ray_address)
+        return map_in_order(make, arguments, numbers, self._processes(len(numbers)))
+
+    def _processes(self, tasks: int) -> int:
+        if self._options.engine == RAY:
+            return 2  # any number but one: nothing runs in this process
+        workers = self._options.workers
+        most = usable_cores() * (MOST_PER_CORE if workers else 1)
+        return max(min(workers or 1 + self.job.plan.size // BYTES_PER_WORKER, most, tasks), 1)
+
+    def _settle(self) -> Settled:
+        settled = read_settled(self.job)
+        if settled is None:
+            with self._bar.wait("held-out documents and copies"):
+                settled = settle(self.job, self._sources)
+        return settled
+
+    def _seal(self, settled: Settled) -> Report:
+        with self._bar.wait("baselines"), disk_errors(self.job.out):
+            return seal(self.job, settled, self._recorded, self.request)
 
 
 @contextmanager
-def _advice_on_bad_records() -> Iterator[None]:
+def _started(sources: Sequence[str | Path], out: Path, options: Options) -> Iterator[_Run | Report]:
+    """Check everything that can be checked at once, and yield the run.
+
+    It is the report where the call was killed after its dataset had got its name.
+    """
+    _check(out, options)
+    # A source may be the folder that the dataset is made in.
+    ours = work_of(out).absolute()
+    files = [
+        file
+        for file in _laid_out(sources, options.text_format)
+        if ours not in file.source.path.absolute().parents
+    ]
+    without = _laid_out(options.without, None, "--without ") if options.without else []
+    base, vocabulary = _base(out, options), _vocabulary(out, options)
+    bad_allowed = {"error": 0, "skip": None}.get(str(options.bad_records), options.bad_records)
+    job = Job(
+        out=out,
+        plan=Plan(tuple(files)),
+        text_field=options.text_field,
+        tokenizer_or_vocabulary=vocabulary,
+        heldout=options.heldout,
+        drop_copies=options.drop_copies,
+        without=tuple(without),
+        bad_allowed=None if bad_allowed is None else int(bad_allowed),
+        base=base,
+    )
+    run = _Run(job, sources, options, _recorded(options))
+    made_before = published(out, job.work, run.request)
+    if made_before is not None:
+        remove_work(job.work)
+        yield made_before
+        return
+    if base is None and (os.path.islink(out) or status(out) is not None):
+        raise InputError(f"{out}: exists already; remove it or choose another --out")
+    with disk_errors(out), exit_at_signals(), parents_of(out):
+        job.work.mkdir(exist_ok=True)
+        try:
+            yield run
+        except BadRecord as error:
+            _say_what_is_left(job.work)
+            raise InputError(
+                f"{error}; or leave out what cannot be read: --bad-records skip"
+            ) from None
+        except BaseException:
+            _say_what_is_left(job.work)
+            raise
+
+
+def _say_what_is_left(work: Path) -> None:
+    """Remove the folder of the results if it holds none; else say what to do with it."""
+    with contextlib.suppress(OSError):
+        if any(not name.startswith(".") for name in os.listdir(work)):
+            tell(
+                f"{work}: holds what is finished; run the same command again to continue, "
+                "or remove it"
+            )
+            return
+        for path in work.iterdir():
+            path.unlink()
+        work.rmdir()
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Raise InputError where another process finishes the same dataset."""
+    descriptor = os.open(work, os.O_RDONLY)
     try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{work}: another process works there; wait until it ends") from None
+        except OSError:
+            pass  # a disk without locks
         yield
-    except BadRecord as error:
-        raise InputError(f"{error}; or leave out what cannot be read: --bad-records skip") from None
+    finally:
+        os.close(descriptor)
 
 
-def _stamp(source: Source) -> tuple[int, int]:
-    """Return the size of a file and the time of its last change."""
-    try:
-        status = source.path.stat()
-    except OSError as error:
-        raise InputError(f"{source.path}: cannot be read: {error.strerror}") from None
-    return status.st_size, status.st_mtime_ns
-
-
-@dataclass(frozen=True)
-class _Written:
-    """The splits that were written, and what was counted."""
-
-    writers: dict[str, ShardWriter]
-    stats: CorpusStats
-    smallest: np.ndarray  # uint64, ascending: the smallest distinct hashes of documents
-    heldout_below: int
-
-
-def _write(
-    chunks: Iterable[EncodedChunk], folder: Path, dtype: np.dtype, heldout_below: int
-) -> _Written:
-    """Write both splits and collect the counts."""
-    writers = {name: ShardWriter(folder / name, dtype) for name in SPLITS}
-    stats, smallest = CorpusStats(), np.zeros(0, np.uint64)
-    for chunk in chunks:
-        for name, part in zip(SPLITS, (chunk.train, chunk.heldout), strict=True):
-            writers[name].add(part.tokens, part.sentences, part.documents, part.begins_word)
-        stats.add(chunk)
-        smallest = np.unique(np.concatenate([smallest, chunk.document_hashes]))[: 4 * LEAST_HELDOUT]
-    for writer in writers.values():
-        writer.close()
-    return _Written(writers, stats, smallest, heldout_below)
-
-
-def _heldout_bound(
-    written: _Written, sources: Sequence[str | Path], blank_lines: bool
-) -> int | None:
-    """Return a bound of the hashes that gives both splits enough documents.
-
-    It is None where the given share already does. Only little text needs another bound.
-
-    Args:
-        written: what was written with the given share.
-        sources: for the error.
-        blank_lines: whether blank lines end documents in one of them.
-    """
-    distinct = len(written.smallest)  # capped; larger numbers make no difference
-    if distinct < 2:
-        found = "one distinct document" if distinct else "no document with text"
+def _check(out: Path, options: Options) -> None:
+    """Raise InputError where an option is out of range or contradicts another one."""
+    if options.add:
+        given = Options(add=True)
+        for name, shown in _OF_THE_TOKENIZER.items():
+            if getattr(options, name) != getattr(given, name):
+                raise InputError(f"{shown}: --add uses the tokenizer of {out}; leave it out")
+    elif os.path.islink(out) or (status(out) is not None and not work_of(out).is_dir()):
+        raise InputError(f"{out}: exists already; remove it or choose another --out")
+    if not 0 < options.heldout <= 0.5:
         raise InputError(
-            f"{', '.join(map(str, sources))}: {found}; "
-            "a dataset needs at least two, one to train on and one to hold out"
-            + ("; put a blank line between documents, or use --format lines" * blank_lines)
+            f"--heldout {options.heldout}: must be above 0 and at most 0.5 (share of the documents)"
         )
-    wanted = min(LEAST_HELDOUT, max(distinct // 4, 1))
-    if written.smallest[wanted - 1] < written.heldout_below and written.writers["train"].shards:
+    if options.workers is not None and options.workers < 1:
+        raise InputError(f"--workers {options.workers}: must be 1 or more")
+    if options.algorithm not in ALGORITHMS:
+        raise InputError(f"--algorithm {options.algorithm}: must be {' or '.join(ALGORITHMS)}")
+    trains = options.tokenizer is None
+    if options.algorithm == BPE and trains and (options.keep_accents or not options.lowercase):
+        option = "--keep-accents" if options.keep_accents else "--cased"
+        raise InputError(f"{option}: --algorithm bpe keeps case and accents anyway; leave it out")
+    bad = options.bad_records
+    if bad not in ("error", "skip") and not re.fullmatch(r"\d+", str(bad)):
+        raise InputError(f"--bad-records {bad}: must be error or skip, or how many to skip")
+    if options.engine not in ENGINES:
+        raise InputError(f"--engine {options.engine}: must be {' or '.join(ENGINES)}")
+    if options.ray_address is not None and options.engine != RAY:
+        raise InputError("--ray-address: is of --engine ray; add it")
+    if options.engine == RAY:
+        from fastbert.data.engine_ray import check_ray
+
+        check_ray()
+
+
+_OF_THE_TOKENIZER = {
+    "vocab_size": "--vocab-size",
+    "algorithm": "--algorithm",
+    "tokenizer": "--tokenizer",
+    "lowercase": "--cased",
+    "keep_accents": "--keep-accents",
+}
+
+
+def _laid_out(paths: Sequence[str | Path], text_format: str | None, option: str = "") -> list[File]:
+    """Find the files to read, say what is left out, and see how each is cut."""
+    files, left_out = find_sources(paths, text_format)
+    for reason in dict.fromkeys(item.reason for item in left_out):
+        names = [str(item.path) for item in left_out if item.reason == reason]
+        more = ", ..." if len(names) > 5 else ""
+        tell(f"{option}left out ({reason}): {len(names):,}: {', '.join(names[:5])}{more}")
+    return [lay_out(source) for source in files]
+
+
+def _base(out: Path, options: Options) -> Base | None:
+    """Return the dataset that a part is added to."""
+    if not options.add:
         return None
-    return int(written.smallest[wanted])
+    if not is_folder(out) or not (out / MANIFEST).is_file():
+        raise InputError(f"{out}: no dataset; make it first, without --add")
+    data = (out / MANIFEST).read_bytes()
+    try:
+        manifest = unsealed(data)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        manifest = None
+    if manifest is None or manifest.get("format") != 3:
+        raise InputError(
+            f"{out / MANIFEST}: not the manifest of a dataset in format 3, which --add needs; "
+            "make the dataset again with `fastbert prepare`"
+        )
+    parts = manifest["parts"]
+    return Base(
+        hashlib.sha256(data).hexdigest(), len(parts), min(part["heldout_below"] for part in parts)
+    )
 
 
-def _manifest(
-    folder: Path, vocabulary: Tokenizer, options: dict[str, Any], written: _Written
-) -> dict[str, Any]:
-    has_words = not is_bert(vocabulary)
-    files = {
-        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in other_files(has_words)
+def _vocabulary(out: Path, options: Options) -> str | Vocabulary:
+    """Return the tokenizer that is given, or what to train."""
+    given = out / "tokenizer" if options.add else options.tokenizer
+    if given is not None:
+        return load_tokenizer(given).to_str()
+    check_vocab_size(options.vocab_size, options.algorithm)
+    return Vocabulary(
+        options.algorithm, options.vocab_size, options.lowercase, options.keep_accents
+    )
+
+
+def _recorded(options: Options) -> dict[str, Any]:
+    """Return the options that the manifest keeps."""
+    kept: dict[str, Any] = {
+        "heldout": options.heldout,
+        "text_format": options.text_format,
+        "text_field": options.text_field,
     }
-    for writer in written.writers.values():
-        files |= writer.files
-    return {
-        "format": FORMAT,
-        **({"tokenizer": kind_of(vocabulary)} if has_words else {}),
-        "vocab_size": vocabulary.get_vocab_size(),
-        "special": asdict(special_ids(vocabulary, folder)),
-        "options": options,
-        "tokenizer_sha256": files["tokenizer/tokenizer.json"]["sha256"],
-        "splits": {name: writer.summary() for name, writer in written.writers.items()},
-        "files": files,
-    }
-
-
-def _spread(chunks: Iterable[Chunk]) -> list[Chunk]:
-    """Return chunks spread evenly over the text, at most VOCABULARY_BYTES in all.
-
-    These are all chunks, or every second, every fourth, and so on.
-    """
-    kept: list[Chunk] = []
-    stride, size = 1, 0
-    for i, chunk in enumerate(chunks):
-        if i % stride == 0:
-            kept.append(chunk)
-            size += len(chunk.data)
-        while size > VOCABULARY_BYTES and len(kept) > 1:
-            kept, stride = kept[::2], 2 * stride
-            size = sum(len(chunk.data) for chunk in kept)
+    if options.bad_records != "error":
+        kept["bad_records"] = options.bad_records
+    if options.tokenizer is None and not options.add:
+        kept["vocab_size"] = options.vocab_size
+        if options.algorithm == BPE:
+            kept["algorithm"] = BPE
+        else:
+            kept["lowercase"] = options.lowercase
+        if options.keep_accents:
+            kept["keep_accents"] = True
+    if options.drop_copies:
+        kept["drop_copies"] = True
+    if options.without:
+        kept["without"] = [Path(path).name for path in options.without]
     return kept
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1) + "\n"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastbert.data.documents import Chunk
 from fastbert.terminal import can_redraw
 
 LINE_EVERY_S = 10.0
@@ -49,15 +48,25 @@ class Progress:
         if self._lines:
             self._lines.join()
 
-    def follow(self, name: str, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """Pass chunks on, and show how many bytes of the sources they are."""
-        self._done, self._part = 0, (name, time.monotonic())
-        task = self._bars.add_task(name, total=self._size) if self._bars else None
-        for chunk in chunks:
-            yield chunk
-            self._done += chunk.read_bytes
+    @contextmanager
+    def count(self, name: str, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """Show how many bytes of the sources are done; yield a function that adds to them.
+
+        Args:
+            name: of the work.
+            done: bytes whose work was done before.
+        """
+        self._done, self._part = done, (name, time.monotonic())
+        task = None
+        if self._bars:
+            task = self._bars.add_task(name, total=self._size, completed=done)
+
+        def advance(size: int) -> None:
+            self._done = (self._done or 0) + size
             if self._bars and task is not None:
-                self._bars.advance(task, chunk.read_bytes)
+                self._bars.advance(task, size)
+
+        yield advance
         if self._bars and task is not None:
             self._bars.update(task, completed=self._size)
         self._part = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastbert.data import damage
-from fastbert.data.encode import BAD_EXAMPLES, LONGEST_SENTENCE, EncodedChunk
+from fastbert.data.damage import Damage
+from fastbert.data.encode import LONGEST_SENTENCE, Documents, EncodedChunk, hash_spans
 from fastbert.data.encoder import Losses
 
 if TYPE_CHECKING:
@@ -20,55 +21,122 @@ LENGTHS = (128, 512)  # max_length of the two usual phases of pre-training
 _LONGEST_COUNTED = 1 << 16  # tokens of a document; longer ones are counted as this long
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _HASHES = 1 << 22  # kept at most: 32 MiB
+_BAD_SHOWN = 3  # bad records in the table; report.json lists more
+
+
+@dataclass
+class TextStats:
+    """What is counted while text is read; `+` adds the counts of two texts."""
+
+    documents: int = 0  # with text
+    empty_documents: int = 0
+    cut_sentences: int = 0
+    losses: Losses = field(default_factory=Losses)
+    damage: Damage = field(default_factory=Damage)
+    bad_records: int = 0
+
+    def add(self, chunk: EncodedChunk) -> None:
+        self.documents += len(chunk.hashes)
+        self.empty_documents += chunk.empty_documents
+        self.cut_sentences += chunk.cut_sentences
+        self.losses += chunk.losses
+        self.damage += chunk.damage
+
+    def __add__(self, other: TextStats) -> TextStats:
+        return TextStats(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as values that JSON can hold."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> TextStats:
+        """Return what `to_json` was made from."""
+        losses, found = value["losses"], value["damage"]
+        lists = {name: tuple(losses[name]) for name in ("examples", "removed")}
+        examples = {name: tuple(quoted) for name, quoted in found["examples"].items()}
+        made = {
+            "losses": Losses(**{**losses, **lists}),
+            "damage": Damage(found["documents"], examples),
+        }
+        return TextStats(**{**value, **made})
 
 
 class CorpusStats:
-    """Counts collected while the text is read; their size does not depend on the text."""
+    """What is counted of the documents of a dataset; the size does not depend on the text.
 
-    def __init__(self) -> None:
+    Args:
+        unknown: id of the token for what the tokenizer does not know, if there is one.
+        bits: see DuplicateEstimator.
+    """
+
+    _SUMS = (
+        "documents",
+        "sentences",
+        "tokens",
+        "heldout_documents",
+        "heldout_tokens",
+        "single_sentence_documents",
+        "unknown_tokens",
+    )
+
+    def __init__(self, unknown: int | None = None, bits: int = 0) -> None:
+        self._unknown = unknown
         self.documents = self.sentences = self.tokens = 0
         self.heldout_documents = self.heldout_tokens = 0
-        self.empty_documents = self.single_sentence_documents = 0
-        self.cut_sentences = self.unknown_tokens = 0
-        self.losses, self.damage = Losses(), damage.Damage()
-        self.bad_records, self.bad_examples = 0, list[str]()
+        self.single_sentence_documents = self.unknown_tokens = 0
         # Histograms: how many documents, and sentences, have each number of tokens.
         self.document_lengths = np.zeros(_LONGEST_COUNTED + 1, np.int64)
         self.sentence_lengths = np.zeros(LONGEST_SENTENCE + 1, np.int64)
-        self.sequences = dict.fromkeys(LENGTHS, 0)
-        self.kept_tokens = dict.fromkeys(LENGTHS, 0)
-        self.document_hashes, self.sentence_hashes = DuplicateEstimator(), DuplicateEstimator()
+        self.sequences, self.kept_tokens = np.zeros((2, len(LENGTHS)), np.int64)
+        self.sentence_hashes = DuplicateEstimator(bits=bits)
 
-    def add(self, chunk: EncodedChunk) -> None:
-        for part in (chunk.train, chunk.heldout):
-            self.documents += len(part.documents)
-            self.sentences += len(part.sentences)
-            self.tokens += len(part.tokens)
-            self.single_sentence_documents += int((part.documents == 1).sum())
-            self.sentence_lengths += np.bincount(
-                part.sentences, minlength=len(self.sentence_lengths)
-            )
-            if len(part.documents):
-                lengths = np.add.reduceat(
-                    part.sentences, np.cumsum(part.documents) - part.documents
-                )
-                self.document_lengths += np.bincount(
-                    lengths.clip(max=_LONGEST_COUNTED), minlength=len(self.document_lengths)
-                )
-                for length in LENGTHS:
-                    self.sequences[length] += int((-(-lengths // (length - 3))).sum())
-                    self.kept_tokens[length] += int(lengths.clip(max=length - 2).sum())
-        self.heldout_documents += len(chunk.heldout.documents)
-        self.heldout_tokens += len(chunk.heldout.tokens)
-        self.empty_documents += chunk.empty_documents
-        self.cut_sentences += chunk.cut_sentences
-        self.unknown_tokens += chunk.unknown_tokens
-        self.losses += chunk.losses
-        self.damage += chunk.damage
-        self.bad_records += chunk.bad_records
-        self.bad_examples = [*self.bad_examples, *chunk.bad_examples][:BAD_EXAMPLES]
-        self.document_hashes.add(chunk.document_hashes)
-        self.sentence_hashes.add(chunk.sentence_hashes)
+    def add(self, part: Documents, heldout: bool = False) -> None:
+        """Count documents of one split."""
+        self.documents += len(part.documents)
+        self.sentences += len(part.sentences)
+        self.tokens += len(part.tokens)
+        if heldout:
+            self.heldout_documents += len(part.documents)
+            self.heldout_tokens += len(part.tokens)
+        if not len(part.documents):
+            return
+        self.single_sentence_documents += int((part.documents == 1).sum())
+        self.sentence_lengths += np.bincount(part.sentences, minlength=len(self.sentence_lengths))
+        lengths = np.add.reduceat(part.sentences, np.cumsum(part.documents) - part.documents)
+        self.document_lengths += np.bincount(
+            lengths.clip(max=_LONGEST_COUNTED), minlength=len(self.document_lengths)
+        )
+        for i, length in enumerate(LENGTHS):
+            self.sequences[i] += (-(-lengths // (length - 3))).sum()
+            self.kept_tokens[i] += lengths.clip(max=length - 2).sum()
+        if self._unknown is not None:
+            self.unknown_tokens += int(np.count_nonzero(part.tokens == self._unknown))
+        self.sentence_hashes.add(hash_spans(part.tokens, part.sentences))
+
+    def to_arrays(self) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+        """Return the counts, and the arrays, for a file."""
+        facts = {name: getattr(self, name) for name in self._SUMS}
+        arrays = {
+            "document_lengths": self.document_lengths,
+            "sentence_lengths": self.sentence_lengths,
+            "sequences": self.sequences,
+            "kept_tokens": self.kept_tokens,
+            "sentence_hashes": self.sentence_hashes.sample(),
+        }
+        return {**facts, "bits": self.sentence_hashes.bits}, arrays
+
+    def merge(self, facts: dict[str, int], arrays: dict[str, np.ndarray]) -> None:
+        """Add what `to_arrays` returned for other documents."""
+        for name in self._SUMS:
+            setattr(self, name, getattr(self, name) + facts[name])
+        self.document_lengths += arrays["document_lengths"]
+        self.sentence_lengths += arrays["sentence_lengths"]
+        self.sequences += arrays["sequences"]
+        self.kept_tokens += arrays["kept_tokens"]
+        self.sentence_hashes.add(arrays["sentence_hashes"], facts["bits"])
 
 
 class DuplicateEstimator:
@@ -77,33 +145,54 @@ class DuplicateEstimator:
     The sample holds the hashes that end in a number of zero bits, which grows with the stream. All
     copies of an item share its hash, so they are kept or dropped together and the estimate is not
     biased.
+
+    Args:
+        most: hashes that are kept.
+        bits: that many zero bits at least, where it is known that the stream is long.
     """
 
-    def __init__(self, most: int = _HASHES):
-        self._most, self._bits, self._size = most, 0, 0
+    def __init__(self, most: int = _HASHES, bits: int = 0):
+        self._most, self.bits, self._size = most, bits, 0
         self._kept: list[np.ndarray] = []
 
-    def add(self, hashes: np.ndarray) -> None:
-        """Add hashes, uint64 [N], including duplicates."""
+    @staticmethod
+    def bits_for(items: int, most: int = _HASHES) -> int:
+        """Return how many bits leave at most `most` of so many distinct items, on average."""
+        return max((max(items, 1) - 1) // most, 0).bit_length()
+
+    def add(self, hashes: np.ndarray, bits: int = 0) -> None:
+        """Add hashes, uint64 [N], including duplicates.
+
+        Hashes that are a sample themselves end in `bits` zero bits.
+        """
+        if bits > self.bits:
+            self.bits = bits
+            self._kept = [self._chosen(self.sample())]
+            self._size = len(self._kept[0])
         self._kept.append(self._chosen(hashes))
         self._size += len(self._kept[-1])
-        while self._size > self._most and self._bits < 32:
-            self._bits += 1
-            self._kept = [self._chosen(np.concatenate(self._kept))]
+        while self._size > self._most and self.bits < 32:
+            self.bits += 1
+            self._kept = [self._chosen(self.sample())]
             self._size = len(self._kept[0])
 
+    def sample(self) -> np.ndarray:
+        """Return the hashes that are kept, uint64."""
+        return np.concatenate([np.zeros(0, np.uint64), *self._kept])
+
     def _chosen(self, hashes: np.ndarray) -> np.ndarray:
-        return hashes[hashes & np.uint64((1 << self._bits) - 1) == 0]
+        return hashes[hashes & np.uint64((1 << self.bits) - 1) == 0]
 
     @property
     def sampled(self) -> bool:
         """Whether some hashes were dropped."""
-        return self._bits > 0
+        return self.bits > 0
 
     def duplicates(self) -> float:
         """Return the share of items that are copies of an earlier one."""
-        kept = np.concatenate([np.zeros(0, np.uint64), *self._kept])
-        return 1 - len(np.unique(kept)) / len(kept) if len(kept) else 0.0
+        # np.unique is a hash table in numpy 2.4, which takes twenty times as long.
+        kept = np.sort(self.sample())
+        return np.count_nonzero(kept[1:] == kept[:-1]) / max(len(kept), 1)
 
 
 @dataclass(frozen=True)
@@ -148,39 +237,55 @@ class Report:
         return table
 
 
-def make_report(
-    stats: CorpusStats,
-    vocab_size: int,
-    asked_vocab_size: int | None,
-    baselines: dict[str, float],
-    files: int = 1,
-    blank_lines: bool = False,
-    unreachable: Sequence[str] = (),
-    copies: int | None = None,
-    tokenizer: str | None = None,
-) -> Report:
-    """Turn the counts into figures and rows.
+@dataclass(frozen=True)
+class About:
+    """What a report says besides the counts.
 
-    Args:
-        stats: the counts of both splits.
+    Attributes:
         vocab_size: V.
         asked_vocab_size: the size asked for; None where the tokenizer was given.
         baselines: in nats, by name.
         files: how many files were read.
         blank_lines: whether a blank line ends a document in some of them.
         unreachable: tokens that no text gives.
-        copies: how many documents were left out as copies; None where they are kept.
         tokenizer: its algorithm; None for BERT's.
+        duplicates: the share of documents that are copies, and whether it is from a sample.
+        copies: how many documents were left out as copies; None where they are kept.
+        evaluated: how many were left out because evaluation sets share text with them; None where
+            none were given.
+        bad_records: the first records that were left out: "file", "line" (or "row"), "reason".
     """
-    documents, sentences, tokens, lost = (
-        stats.documents,
-        stats.sentences,
-        stats.tokens,
-        stats.losses,
-    )
+
+    vocab_size: int
+    asked_vocab_size: int | None
+    baselines: dict[str, float]
+    files: int = 1
+    blank_lines: bool = False
+    unreachable: Sequence[str] = ()
+    tokenizer: str | None = None
+    duplicates: tuple[float, bool] = (0.0, False)
+    copies: int | None = None
+    evaluated: int | None = None
+    bad_records: Sequence[dict[str, Any]] = ()
+
+
+def make_report(stats: CorpusStats, text: TextStats, about: About) -> Report:
+    """Turn the counts into figures and rows.
+
+    Args:
+        stats: the counts of the documents of both splits.
+        text: the counts of the text that was read, with documents that were left out.
+        about: what is known besides.
+    """
+    documents, sentences, tokens = stats.documents, stats.sentences, stats.tokens
+    lost, files, blank_lines = text.losses, about.files, about.blank_lines
+    vocab_size, asked_vocab_size = about.vocab_size, about.asked_vocab_size
+    tokenizer, copies, baselines = about.tokenizer, about.copies, about.baselines
+    sequences = dict(zip(LENGTHS, stats.sequences.tolist(), strict=True))
+    kept_tokens = dict(zip(LENGTHS, stats.kept_tokens.tolist(), strict=True))
     document_lengths = _quantiles(stats.document_lengths)
     sentence_lengths = _quantiles(stats.sentence_lengths)
-    fill = {n: (tokens + 3 * count) / (n * count) for n, count in stats.sequences.items()}
+    fill = {n: (tokens + 3 * count) / (n * count) for n, count in sequences.items()}
     figures: dict[str, Any] = {
         "documents": documents,
         "files": files,
@@ -204,29 +309,29 @@ def make_report(
         },
         "damaged_documents": {
             kind.name: {
-                "share": _share(stats.damage.documents.get(kind.name, 0), documents),
-                "examples": list(stats.damage.examples.get(kind.name, ())),
+                "share": _share(text.damage.documents.get(kind.name, 0), text.documents),
+                "examples": list(text.damage.examples.get(kind.name, ())),
             }
             for kind in damage.KINDS
         },
-        "empty_documents": stats.empty_documents,
-        "bad_records": stats.bad_records,
-        "bad_record_examples": stats.bad_examples,
+        "empty_documents": text.empty_documents,
+        "bad_records": text.bad_records,
+        "bad_records_listed": list(about.bad_records),
         "single_sentence_share": _round(stats.single_sentence_documents / documents),
-        "duplicate_document_share": _round(stats.document_hashes.duplicates()),
+        "duplicate_document_share": _round(about.duplicates[0]),
         "duplicate_sentence_share": _round(stats.sentence_hashes.duplicates()),
-        "duplicates_sampled": stats.document_hashes.sampled or stats.sentence_hashes.sampled,
-        "cut_sentences": stats.cut_sentences,
+        "duplicates_sampled": about.duplicates[1] or stats.sentence_hashes.sampled,
+        "cut_sentences": text.cut_sentences,
         "document_tokens": document_lengths,
         "sentence_tokens": sentence_lengths,
-        "truncated_share": {
-            str(n): _round(1 - kept / tokens) for n, kept in stats.kept_tokens.items()
-        },
+        "truncated_share": {str(n): _round(1 - kept / tokens) for n, kept in kept_tokens.items()},
         "padding_share": {str(n): _round(1 - share) for n, share in fill.items()},
         "baselines": baselines,
     }
     if copies is not None:
         figures["copies_left_out"] = copies
+    if about.evaluated is not None:
+        figures["evaluated_left_out"] = about.evaluated
     if tokenizer is not None:
         figures["tokenizer"] = tokenizer
     sampled = " (sampled)" if figures["duplicates_sampled"] else ""
@@ -249,12 +354,12 @@ def make_report(
             "few and very long: if these are whole files, put a blank line between documents, "
             "or use --format lines",
         ),
-        row("empty documents, left out", f"{stats.empty_documents:,}"),
+        row("empty documents, left out", f"{text.empty_documents:,}"),
         row(
             "bad records, left out",
-            f"{stats.bad_records:,}",
-            stats.bad_records > 0,
-            "; ".join(stats.bad_examples),
+            f"{text.bad_records:,}",
+            text.bad_records > 0,
+            "; ".join(map(_format_bad, about.bad_records[:_BAD_SHOWN])),
         ),
         row("sentences", f"{sentences:,}"),
         row(
@@ -275,9 +380,9 @@ def make_report(
             [
                 row(
                     "tokens that no text gives",
-                    f"{len(unreachable):,}",
-                    len(unreachable) > 0,
-                    f"{', '.join(unreachable[:5])}: BERT splits at punctuation and ideographs"
+                    f"{len(about.unreachable):,}",
+                    len(about.unreachable) > 0,
+                    f"{', '.join(about.unreachable[:5])}: BERT splits at punctuation and ideographs"
                     " and may lower-case; if you wrote this vocabulary, correct them",
                 )
             ]
@@ -326,16 +431,21 @@ def make_report(
             + " tokenizer deletes them, and joins what they separate; replace them by spaces "
             "or by letters, here and where the model is used",
         ),
-        *(_damage_row(kind.name, stats.damage, documents) for kind in damage.KINDS),
+        *(_damage_row(kind.name, text.damage, text.documents) for kind in damage.KINDS),
         row(
             "copies of documents" + sampled,
             # The hash of a text decides on which side it is.
             f"{_percent(figures['duplicate_document_share'])}; none on both sides of the split",
             figures["duplicate_document_share"] > 0.01,
-            "the model learns copies by heart; leave them out with --dedup",
+            "the model learns copies by heart; leave them out with --drop-copies",
         )
         if copies is None
         else row("copies of documents, left out", f"{copies:,}"),
+        *(
+            [row("documents with text of evaluation sets, left out", f"{about.evaluated:,}")]
+            if about.evaluated is not None
+            else []
+        ),
         row(
             "copies of sentences" + sampled,
             _percent(figures["duplicate_sentence_share"]),
@@ -352,8 +462,8 @@ def make_report(
         ),
         row(
             f"sentences cut at {LONGEST_SENTENCE} tokens",
-            f"{stats.cut_sentences:,}",
-            stats.cut_sentences > 0.01 * sentences,
+            f"{text.cut_sentences:,}",
+            text.cut_sentences > 0.01 * sentences,
             "if this is text without punctuation, such as tables: nothing is lost, "
             "but the parts count as sentences",
         ),
@@ -403,7 +513,7 @@ _REPAIR = {
 }
 
 
-def _damage_row(kind: str, found: damage.Damage, documents: int) -> Row:
+def _damage_row(kind: str, found: Damage, documents: int) -> Row:
     count = found.documents.get(kind, 0)
     examples = ", ".join(repr(example)[1:-1] for example in found.examples.get(kind, ()))
     return Row(
@@ -413,6 +523,11 @@ def _damage_row(kind: str, found: damage.Damage, documents: int) -> Row:
         if count > 0.001 * documents
         else "",
     )
+
+
+def _format_bad(record: dict[str, Any]) -> str:
+    place = next((f"{unit} {record[unit]}: " for unit in ("line", "row") if unit in record), "")
+    return f"{record['file']}: {place}{record['reason']}"
 
 
 _QUANTILE_NAMES = ", ".join(f"{100 * q:.0f} %" for q in _QUANTILES) + " and longest"

@@ -255,11 +255,13 @@ def parquet_batches(
     file: BufferedReader,
     choose: Callable[[pyarrow.Schema], Sequence[str]],
     batch_bytes: int = 1 << 20,
+    only_groups: range | None = None,
 ) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
     """Yield the chosen columns of a Parquet file, some rows at a time, with the rows in all.
 
     Strings are given as dictionaries and indices where pyarrow can. So a file whose rows repeat a
-    large value takes no more memory than the value, as long as nobody expands them.
+    large value takes no more memory than the value, as long as nobody expands them. `only_groups`
+    are the numbers of the groups of rows to read.
 
     Raises:
         InputError: a file that is empty or not Parquet, or what `choose` raises.
@@ -289,7 +291,7 @@ def parquet_batches(
         row_bytes = total_bytes // metadata.num_rows
         rows = min(max(batch_bytes // (row_bytes + 1), 1), 1 << 16)
         tables = pyarrow.parquet.ParquetFile(file, read_dictionary=chosen), table
-        for group in groups:
+        for group in groups if only_groups is None else only_groups:
             for batch in _batches_of_group(*tables, group, chosen, rows):
                 _check_indices(batch)
                 yield batch, metadata.num_rows
@@ -298,6 +300,14 @@ def parquet_batches(
         raise InputError(
             f"{source.path}: not a valid Parquet file ({reason}); copy or download it again"
         ) from None
+
+
+def rows_before(file: BufferedReader, group: int) -> int:
+    """Return the number of rows of a Parquet file before a group of rows."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.ParquetFile(file).metadata
+    return sum(metadata.row_group(i).num_rows for i in range(group))
 
 
 def _batches_of_group(

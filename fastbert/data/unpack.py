@@ -29,7 +29,30 @@ _FED_BYTES = 1 << 10
 
 
 class BadRecord(InputError):
-    """A single record that cannot be read; the records around it can."""
+    """A single record that cannot be read; the records around it can.
+
+    Args:
+        path: the file.
+        reason: what is wrong with the record, and what to do.
+        line: number of its line, or of its row, from 1; 0 where it is not known.
+        unit: "line" or "row".
+        byte: where in the unpacked file it is wrong; -1 where that is not known.
+    """
+
+    def __init__(self, path: str, reason: str, line: int = 0, unit: str = "line", byte: int = -1):
+        # All arguments, so that an exception that another process raised can be pickled.
+        super().__init__(path, reason, line, unit, byte)
+        self.path, self.reason, self.line, self.unit, self.byte = path, reason, line, unit, byte
+
+    def __str__(self) -> str:
+        place = f"{self.unit} {self.line}" if self.line else ""
+        place += f", byte {self.byte}" if self.byte >= 0 else ""
+        return f"{self.path}: {place}{': ' if place else ''}{self.reason}"
+
+    def moved(self, lines: int) -> BadRecord:
+        """Return the same with `lines` more lines before it."""
+        line = self.line + lines if self.line and self.unit == "line" else self.line
+        return BadRecord(self.path, self.reason, line, self.unit, self.byte)
 
 
 def unpacked(source: Source, file: BufferedReader) -> Iterator[bytes]:
@@ -44,19 +67,28 @@ def unpacked(source: Source, file: BufferedReader) -> Iterator[bytes]:
     head = file.peek(_HEAD_BYTES)
     if not head:
         return
-    compression = source.compression or next((c for c, m in _PACKED.items() if m.match(head)), "")
+    compression = source.compression or packed_as(head)
     pieces = filter(None, _UNPACK[compression](source.path, file))
     first = next(pieces, b"")
-    _check_text(source.path, first)
-    old_mac = b"\r" in first[:-1] and b"\n" not in first
+    check_text(source.path, first)
+    old_mac = has_old_line_ends(first)
     for piece in itertools.chain([first] if first else [], pieces):
         yield piece.replace(b"\r", b"\n") if old_mac else piece
 
 
-def _check_text(path: Path, first: bytes) -> None:
+def has_old_line_ends(first: bytes) -> bool:
+    """Whether lines end in carriage returns alone, by the first bytes of a file."""
+    return b"\r" in first[:-1] and b"\n" not in first
+
+
+def packed_as(head: bytes) -> str:
+    """Return the compression that the first bytes of a file show, one of COMPRESSIONS, or ""."""
+    return next((c for c, magic in _PACKED.items() if magic.match(head)), "")
+
+
+def check_text(path: Path, first: bytes) -> None:
     """Raise InputError where the first bytes of a file are not those of text in UTF-8."""
-    packed = next((c for c, magic in _PACKED.items() if magic.match(first)), None)
-    if packed:
+    if packed := packed_as(first):
         raise InputError(f"{path}: packed twice, the second time as {packed}; unpack it once")
     for magic, what, remedy in _NO_TEXT:
         if re.match(magic, first, re.DOTALL):
@@ -111,8 +143,11 @@ def decode(data: bytes, path: Path, line: int, offset: int, strict: bool = True)
             return data.decode("utf-8", "surrogateescape")
         line += data.count(b"\n", 0, error.start)
         raise BadRecord(
-            f"{path}: line {line}, byte {offset + error.start}: 0x{data[error.start]:02x} is not "
-            f"UTF-8; if the file is in Windows-1252, {_iconv(path, 'WINDOWS-1252')}"
+            str(path),
+            f"0x{data[error.start]:02x} is not UTF-8; "
+            f"if the file is in Windows-1252, {_iconv(path, 'WINDOWS-1252')}",
+            line,
+            byte=offset + error.start,
         ) from None
 
 

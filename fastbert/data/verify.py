@@ -83,6 +83,8 @@ class Claim:
                     left -= size
                     digest.update(buffer[:size])
                     whole = size - size % self.dtype.itemsize
+                    if self.label and left:  # a part of a file that is cut short
+                        break
                     if self.check is not None and wrong is None and whole:
                         wrong = self.check(np.frombuffer(buffer[:whole], self.dtype))
                     progress.add(size)

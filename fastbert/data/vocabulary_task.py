@@ -1,0 +1,78 @@
+"""Train the vocabulary of a job on the segments that its plan chose; nothing else is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from fastbert.data.corpus_plan import VOCABULARY_BYTES
+from fastbert.data.documents import Chunk
+from fastbert.data.job import Job, Vocabulary
+from fastbert.data.results import disk_errors, write_json
+from fastbert.data.segments import check_unchanged, read_segment
+from fastbert.data.vocabulary import VocabularyTrainer
+from fastbert.data.workers import apply_in_child
+
+# With less text than this the vocabulary is trained in this process, in about a second.
+TRAINED_HERE_BYTES = 1 << 19
+
+
+def train_vocabulary(job: Job) -> None:
+    """Train and publish the vocabulary.
+
+    Raises:
+        InputError: the text cannot be read, has no character, or the disk refused.
+    """
+    if sum(limit for _, limit in job.plan.sample()) < TRAINED_HERE_BYTES:
+        trained = SampleTrainer(job)(None)
+    else:  # so that Ctrl-C ends it at once
+        trained = apply_in_child(SampleTrainer, (job,), None)
+    with disk_errors(job.out):
+        write_json(job.vocabulary_path, {"tokenizer": trained})
+
+
+class SampleTrainer:
+    """Trains the vocabulary of a job; returns it as `Tokenizer.to_str` does."""
+
+    def __init__(self, job: Job):
+        self._job = job
+
+    def __call__(self, _: None) -> str:
+        job, options = self._job, self._job.tokenizer_or_vocabulary
+        assert isinstance(options, Vocabulary)
+        trainer = VocabularyTrainer(
+            job.text_field,
+            job.bad_allowed != 0,
+            options.algorithm,
+            options.size,
+            options.lowercase,
+            options.keep_accents,
+        )
+        return trainer(spread(_sample(job)))
+
+
+def _sample(job: Job) -> Iterator[Chunk]:
+    for part, limit in job.plan.sample():
+        file, read = job.plan.files[part.file], 0
+        for chunk in read_segment(file, part.segment, job.text_field, job.bad_allowed != 0):
+            yield chunk
+            read += chunk.read_bytes
+            if read >= limit:
+                break
+        check_unchanged(file)
+
+
+def spread(chunks: Iterable[Chunk], most: int = VOCABULARY_BYTES) -> list[Chunk]:
+    """Return chunks spread evenly over the text, at most `most` bytes in all.
+
+    These are all chunks, or every second, every fourth, and so on.
+    """
+    kept: list[Chunk] = []
+    stride, size = 1, 0
+    for i, chunk in enumerate(chunks):
+        if i % stride == 0:
+            kept.append(chunk)
+            size += len(chunk.data)
+        while size > most and len(kept) > 1:
+            kept, stride = kept[::2], 2 * stride
+            size = sum(len(chunk.data) for chunk in kept)
+    return kept
