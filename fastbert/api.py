@@ -176,7 +176,7 @@ def _pretrain(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     keep_heap()
     from fastbert.cluster.signals import StopRequest
-    from fastbert.config import load_config
+    from fastbert.recipe import load_config
 
     if twice := sorted(_keys(overrides) & _keys(tables)):
         raise InputError(f"overrides: {twice[0]} is given twice; remove one")

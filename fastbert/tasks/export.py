@@ -20,7 +20,6 @@ import torch
 from fastbert.checkpoints.hugging_face import new_folder, write_folder
 from fastbert.checkpoints.weight_names import table_of, to_hugging_face
 from fastbert.checkpoints.weight_table import HEADS, MLM, NSP
-from fastbert.config import dump_config
 from fastbert.data.dataset import TokenDataset, open_dataset
 from fastbert.data.packing import PackedBatch, pack_texts
 from fastbert.data.tokenizer import kind_of
@@ -28,6 +27,7 @@ from fastbert.errors import InputError
 from fastbert.models.bert import BertForPreTraining
 from fastbert.models.build import Model
 from fastbert.presence import unreadable
+from fastbert.recipe import dump_config
 from fastbert.tasks.pretrained import Pretrained, fit_pair
 from fastbert.training.heldout import HeldOut
 from fastbert.training.metrics import read_metrics

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from fastbert.checkpoints.model_folder import ModelParts, open_model
 from fastbert.checkpoints.weight_table import DECODER
-from fastbert.config import BertConfig, ModelConfig, RunConfig, check_config
+from fastbert.config import BertConfig, ModelConfig, RunConfig
 from fastbert.data.dataset import TokenDataset
 from fastbert.data.tokenizer import load_tokenizer, same_tokens
 from fastbert.errors import InputError
 from fastbert.models.build import Model
+from fastbert.recipe import check_config
 
 # Weights with a row for each token.
 PER_TOKEN = ("embeddings.word", "mlm_head.vocabulary_bias", DECODER)

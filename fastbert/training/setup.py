@@ -26,14 +26,7 @@ from fastbert.checkpoints.model_folder import ModelParts, tokenizer_sha256, trai
 from fastbert.checkpoints.ownership import CLAIM, RunLock
 from fastbert.checkpoints.weight_names import check_layers, shapes
 from fastbert.cluster.group import Group
-from fastbert.config import (
-    DEEPSPEED,
-    RunConfig,
-    dump_config,
-    load_config,
-    parse_config,
-    settings_of,
-)
+from fastbert.config import RunConfig, settings_of
 from fastbert.data.batches import Batches, heldout_batches
 from fastbert.data.dataset import TokenDataset, other_files
 from fastbert.data.packing import PackedBatch
@@ -43,6 +36,7 @@ from fastbert.errors import InputError
 from fastbert.machine import memory_sizes, processes_for
 from fastbert.models.build import Model, build_model
 from fastbert.presence import is_file, is_folder, names_in, status, unreadable
+from fastbert.recipe import DEEPSPEED, dump_config, load_config, parse_config
 from fastbert.regular_file import read_bytes
 from fastbert.training.ds_config import DeepSpeedSettings, read_ds_config
 from fastbert.training.engine import check_settings
