@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     EXAMPLE = 1
     PAIR = 2
     MASK = 3
+    SOURCE = 5
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:

@@ -38,6 +38,10 @@ class Epochs:
     def __init__(self, examples: Examples):
         self.examples = examples
 
+    def __len__(self) -> int:
+        """Examples per epoch."""
+        return len(self.examples)
+
     def draw(self, numbers: np.ndarray) -> Spans:
         epochs, indices = np.divmod(numbers, len(self.examples))
         drawn = [
