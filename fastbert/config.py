@@ -388,6 +388,28 @@ class RunConfig:
         """The paths of the datasets, for messages."""
         return ", ".join(source.path for source in self.sources)
 
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """A short name of each dataset for the log: its folder's, where these differ."""
+        paths = [source.path for source in self.sources]
+        names = [path.rstrip("/").rpartition("/")[2] for path in paths]
+        return tuple(names if len(set(names)) == len(names) else paths)
+
+    @property
+    def largest(self) -> RunConfig:
+        """The settings with the largest batch, length and mask rate of any phase."""
+        batches = [self.batch, *(self.in_phase(phase).batch for phase in self.phase)]
+        rates = [self.objective, *(self.in_phase(phase).objective for phase in self.phase)]
+        return replace(
+            self,
+            batch=replace(
+                self.batch,
+                max_length=max(batch.max_length for batch in batches),
+                sequences=max(batch.sequences for batch in batches),
+            ),
+            objective=replace(self.objective, mask_rate=max(rate.mask_rate for rate in rates)),
+        )
+
     def in_phase(self, phase: PhaseConfig) -> RunConfig:
         """The settings while a phase lasts; its end, warm-up and schedule are not among them."""
         changes = {"weights": phase.weights} if phase.weights is not None else {}

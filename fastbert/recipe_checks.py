@@ -101,11 +101,6 @@ def check_config(
             f"{where('optimizer.momentum')}: optimizer.momentum = 1 with "
             'optimizer.name = "muon"; must be below 1'
         )
-    if config.init is not None and config.branch_from is not None:
-        raise InputError(
-            f"{where('branch_from')}: branch_from = {config.branch_from!r} and init = "
-            f"{config.init!r}: a branch has the weights of its run; remove one of them"
-        )
     if config.runtime.recompute and config.runtime.cuda_graphs:
         raise InputError(
             f"{where('runtime.recompute')}: runtime.recompute = true does not go with "

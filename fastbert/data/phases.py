@@ -121,7 +121,7 @@ class Timetable:
 
     def __init__(self, config: RunConfig, streams: Streams, origin: Position | None = None):
         self.config, self._streams = config, streams
-        self._origin = origin.widened(len(streams)) if origin else None
+        self.origin = origin.widened(len(streams)) if origin else None
         self.phases: list[Phase] = []
         self.eras: list[Era] = []
         self.stretches: list[Stretch] = []
@@ -133,6 +133,11 @@ class Timetable:
         for phase in settings:
             self._add_phase(phase)
         self._firsts = [stretch.first for stretch in self.stretches]
+
+    @property
+    def first_step(self) -> int:
+        """The step with which the run begins, 0 where it is no branch."""
+        return self.origin.step if self.origin else 0
 
     def at(self, step: int) -> Stretch:
         """Return the stretch that a step, counted from 0, belongs to."""
@@ -250,7 +255,7 @@ class Timetable:
             sequences: examples of a step.
             until: the tokens at which they end, in parts of 1 / RATE_UNIT; None: the phase's end.
         """
-        end, origin = self._end_of_stage(settings, sequences, until), self._origin
+        end, origin = self._end_of_stage(settings, sequences, until), self.origin
         passed = origin is not None and self._step < origin.step
         if origin is not None and passed and (end is None or end >= origin.step):
             # The other run made the steps up to here.

@@ -86,6 +86,10 @@ def draw_mlm(ax: Any, history: History, baselines: Mapping[str, float]) -> None:
     ax.plot(*history.evaluated("loss_mlm"), color=HELDOUT, label="held-out", **_DOTS)
     shown = history.evaluated("loss_mask_token")
     ax.plot(*shown, color=MASKED, label="held-out, [MASK] alone", **_DOTS)
+    # The sources of a mixture, whose mean is the held-out line. Their names are in the legend.
+    for name in {name: None for e in history.evaluations for name in e.get("sources", {})}:
+        found = [(e["step"], e["sources"][name]["loss_mlm"]) for e in history.evaluations]
+        ax.plot(*zip(*found, strict=True), color=MUTED, linewidth=0.9, label=name)
     for value, name in sorted((value, name) for name, value in baselines.items() if name in NAMES):
         _level(ax, value, f"{NAMES[name]} {value:.2f}")
     ax.legend(frameon=False, labelcolor=INK, fontsize="small", loc="upper right")
