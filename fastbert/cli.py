@@ -336,13 +336,20 @@ def pretrain(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the newest valid checkpoint of the run.")
     ] = False,
+    branch_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN@STEP",
+            help="Begin a new run at a checkpoint of another one, with its weights and moments.",
+        ),
+    ] = None,
 ) -> int:
     """Train a model from a dataset. Exit code 75: interrupted, a checkpoint is saved."""
     from fastbert.cluster.signals import StopRequest
     from fastbert.recipe import load_config
 
     with StopRequest() as stop_request:  # from here on a signal means: stop after this step
-        config = load_config(recipe, overrides or ())
+        config = load_config(recipe, overrides or (), branch_from)
         from fastbert.training.loop import pretrain  # this takes seconds
 
         return pretrain(config, recipe, resume, stop_request).exit_code

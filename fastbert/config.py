@@ -408,6 +408,7 @@ class RunConfig:
                 sequences=max(batch.sequences for batch in batches),
             ),
             objective=replace(self.objective, mask_rate=max(rate.mask_rate for rate in rates)),
+            phase=(),
         )
 
     def in_phase(self, phase: PhaseConfig) -> RunConfig:

@@ -86,6 +86,7 @@ def find_recipe(name: str | Path) -> Path:
 def load_config(
     recipe: str | Path | Mapping[str, Any],
     overrides: Sequence[str] | Mapping[str, Any] = (),
+    branch_from: str | None = None,
 ) -> RunConfig:
     """Read a recipe and apply overrides, which win.
 
@@ -94,6 +95,7 @@ def load_config(
         overrides: `section.key=value` lines as on the command line, with values in TOML; or a
             mapping. Its keys may be dotted, its values may be tables, and None removes a key of the
             recipe, so that the default applies.
+        branch_from: sets the key of this name.
 
     Raises:
         InputError: a file that cannot be read, TOML that cannot be parsed, an unknown key (similar
@@ -113,6 +115,8 @@ def load_config(
     else:
         for override in overrides:
             _apply(values, override, sources)
+    if branch_from is not None:
+        _set(values, "branch_from", branch_from, "--branch-from", sources)
     return _build(values, source, sources)
 
 

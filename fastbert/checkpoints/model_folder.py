@@ -146,7 +146,7 @@ def _from_checkpoint(found: checkpoint.Checkpoint) -> ModelParts:
     if wanted is not None and wanted != tokenizer_sha256(tokenizer):
         raise InputError(
             f"{tokenizer_path}: not the tokenizer that {found.path} was trained with; put back the "
-            f"tokenizer/ of the dataset {recipe.data}"
+            f"tokenizer/ of the dataset {recipe.sources[0].path}"
         )
     _check_embeddings(tokenizer, tokenizer_path, vocab_size)
     return ModelParts(

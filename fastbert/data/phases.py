@@ -260,9 +260,10 @@ class Timetable:
         if origin is not None and passed and (end is None or end >= origin.step):
             # The other run made the steps up to here.
             self._step, self._tokens = origin.step, origin.tokens
-            self.eras, self._number = [origin.era], origin.number
-            self._enter(self.config.in_phase(settings))
-            end, passed = self._end_of_stage(settings, sequences, until), False
+            self.eras, self._number, passed = [origin.era], origin.number, False
+            if end != origin.step:
+                self._enter(self.config.in_phase(settings))
+                end = self._end_of_stage(settings, sequences, until)
         if end == self._step:
             return
         if not passed:

@@ -271,11 +271,11 @@ class Setup:
 
     @property
     def trained_length(self) -> int:
-        """The longest sequence that the weights were trained on, or are in the present phase."""
-        timetable, step = self.batches.timetable, self.state.step
-        begun = [p for p in timetable.phases if p.first < step or p is timetable.phase_at(step)]
+        """The longest sequence that the weights were trained on, or will be in the first step."""
+        timetable = self.batches.timetable
+        first, end = timetable.first_step, max(self.state.step, timetable.first_step + 1)
         # A branch made no steps of the phases that were over when it began.
-        own = [p for p in begun if p.end is None or p.end > timetable.first_step]
+        own = [p for p in timetable.phases if p.first < end and (p.end is None or p.end > first)]
         return max(self.trained_before, *(phase.config.batch.max_length for phase in own))
 
     @property

@@ -46,7 +46,7 @@ def check_one_tokenizer(datasets: Sequence[TokenDataset]) -> None:
             raise InputError(
                 f"data: {dataset.path} and {first[0].path} were made with different tokenizers "
                 f"({digest[:12]} and {first[1][:12]}), and a run has one; prepare the text of "
-                f"{dataset.path} again with --tokenizer {first[0].path}"
+                f"{dataset.path} again with --tokenizer {first[0].tokenizer_dir}"
             )
 
 
